@@ -1,0 +1,39 @@
+# `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint types bench clean setup setup-dev
+
+BIN := .venv/bin
+export PYTHON DEVICE MODEL
+
+help: ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo
+	@echo '  make serve PORT=8000 HOST=127.0.0.1 MODEL=smollm2 ARGS="--max-loras 16"   LORADOCK_* variables pass through'
+	@echo '  make test  ARGS="-m \"not engine\" -k adapter"                               PYTHON=python3.12 picks a Python'
+
+serve: setup ## a model and its adapters behind an OpenAI endpoint on port 8000
+	@exec $(BIN)/loradock serve $(MODEL) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+test: setup-dev ## every test, those with the real engine too
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup-dev ## ruff: style and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup-dev ## mypy
+	@$(BIN)/mypy
+
+bench: setup ## load against a running server
+	@exec $(BIN)/loradock bench $(ARGS)
+
+clean: ## remove the virtual environment and everything else that was made here (not the model in the user's cache)
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find serve optimize tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup:
+	@./install.sh serve
+
+setup-dev:
+	@./install.sh test

@@ -1,0 +1,1 @@
+"""Turn a base model and its LoRA adapters into optimized, measured exports."""

@@ -1,0 +1,296 @@
+"""`build_app()`: who is who, the lifespan, and thin routes. Read this first.
+
+a request:   app > auth > router > engine > tap > monitor
+an upload:   app > auth > upload > adapter > store > engine > registry
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from serve import __version__
+from serve.auth import Auth, Caller, Scope
+from serve.base import lora_modules
+from serve.config import Config
+from serve.engine import Backend, Engine, Phase
+from serve.errors import BadRequest, EngineUnavailable, LoradockError, NotFound
+from serve.inference import PATHS, STORED, Inference
+from serve.lifecycle import Lifecycle
+from serve.monitor import Monitor
+from serve.registry import Registry
+from serve.router import Router
+from serve.store import Store
+from serve.upload import receive
+
+log = logging.getLogger(__name__)
+
+LOG_STATS_SECONDS = 10.0
+
+
+class Promote(BaseModel):
+    """The body of a promote."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: PositiveInt
+    expected_version: int | None = None
+    why: str = ""
+
+
+class Rollback(BaseModel):
+    """The body of a rollback; may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+    expected_version: int | None = None
+    why: str = ""
+
+
+def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockError], None] | None = None) -> FastAPI:
+    """The whole server over `backend`; `on_failure` hears of an engine that cannot start or has died."""
+    engine = Engine(backend)
+    store = Store(config.data_dir)
+    registry = Registry(config.registry_url)
+    modules: dict[str, tuple[int, int]] = {}
+    lifecycle = Lifecycle(engine, registry, store, lambda: modules)
+    auth = Auth(config.api_keys, config.admin_keys)
+    monitor = Monitor(engine, registry, __version__)
+    inference = Inference(auth, Router(engine, registry, store), monitor.take)
+
+    async def start() -> None:
+        await engine.start()
+        modules.update(await asyncio.to_thread(lora_modules, config.model))
+        await lifecycle.restore()
+        ready.set()
+
+    async def live() -> None:
+        try:
+            await start()
+            while not backend.dead:
+                await asyncio.sleep(1)
+            raise EngineUnavailable("the engine process has died: its log above says why")
+        except LoradockError as error:
+            engine.phase = Phase.FAILED
+            ready.clear()
+            (on_failure or log.error)(error)
+
+    async def log_stats() -> None:
+        while True:
+            await asyncio.sleep(LOG_STATS_SECONDS)
+            with suppress(EngineUnavailable):
+                await backend.log_stats()
+
+    ready = asyncio.Event()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(live()), asyncio.create_task(log_stats())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await lifecycle.settle()
+            await engine.stop()
+            registry.close()
+
+    app = FastAPI(
+        title="loradock",
+        version=__version__,
+        lifespan=lifespan,
+        middleware=[Middleware(_Split, inference=inference)],
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.add_exception_handler(LoradockError, _answer)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+
+    def infers(request: Request) -> Caller:
+        return auth.caller(request.headers, Scope.INFERENCE)
+
+    def administers(request: Request) -> Caller:
+        return auth.caller(request.headers, Scope.ADMIN)
+
+    Admin = Annotated[Caller, Depends(administers)]
+
+    async def residents() -> set[str]:
+        return await lifecycle.resident() if engine.phase is Phase.READY else set()
+
+    @app.get("/health")
+    async def health() -> Response:
+        """This process lives."""
+        return Response()
+
+    @app.get("/ready")
+    async def is_ready() -> Response:
+        """An engine answers."""
+        if not ready.is_set() or backend.dead:
+            raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}")
+        return JSONResponse({"status": "ready", "model": engine.name})
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__, "vllm": backend.version, "model": engine.name}
+
+    @app.get("/metrics")
+    async def metrics(caller: Admin) -> Response:
+        text = await asyncio.to_thread(monitor.render)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models(caller: Annotated[Caller, Depends(infers)]) -> dict[str, Any]:
+        return {"object": "list", "data": list(_cards(engine, registry, config.model))}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str, caller: Annotated[Caller, Depends(infers)]) -> dict[str, Any]:
+        for card in _cards(engine, registry, config.model):
+            if name == card["id"]:
+                return card
+        raise NotFound(f"The model `{name}` does not exist", code="model_not_found", param="model")
+
+    @app.get("/v1/engines")
+    async def engines(caller: Admin) -> dict[str, Any]:
+        row = {
+            "object": "engine",
+            "name": engine.name,
+            "phase": engine.phase,
+            "model": config.model,
+            "leases": engine.leases,
+            "running": backend.running,
+            "resident": sorted(await residents()),
+            "max_resident": backend.max_resident,
+        }
+        return {"object": "list", "data": [row]}
+
+    @app.post("/v1/adapters", status_code=201)
+    async def push(request: Request, caller: Admin) -> Response:
+        if not ready.is_set():
+            raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}: push again when /ready says so")
+        with store.quarantine() as folder:
+            kind = request.headers.get("content-type", "")
+            form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes)
+            name, promote = _push_fields(form)
+            adapter, created = await lifecycle.push(
+                name, folder, by=caller.name, promote=promote, why=form.get("why", "")
+            )
+        body = lifecycle.describe(adapter, await residents())
+        return JSONResponse(body, status_code=201 if created else 200)
+
+    @app.get("/v1/adapters")
+    async def adapters(caller: Admin) -> dict[str, Any]:
+        resident = await residents()
+        rows = [_summary(lifecycle, registry, name, resident) for name in registry.names()]
+        return {"object": "list", "data": rows}
+
+    @app.get("/v1/adapters/{name}")
+    async def adapter(name: str, caller: Admin) -> dict[str, Any]:
+        return {**_summary(lifecycle, registry, name, await residents()), "history": registry.history(name)}
+
+    @app.post("/v1/adapters/{name}/promote")
+    async def promote(name: str, body: Promote, caller: Admin) -> dict[str, Any]:
+        done = await lifecycle.promote(name, body.version, by=caller.name, expected=body.expected_version, why=body.why)
+        monitor.swaps.labels(name, "promoted").inc()
+        return lifecycle.describe(done, await residents())
+
+    @app.post("/v1/adapters/{name}/rollback")
+    async def rollback(name: str, caller: Admin, body: Rollback | None = None) -> dict[str, Any]:
+        body = body or Rollback()
+        done = await lifecycle.rollback(name, by=caller.name, expected=body.expected_version, why=body.why)
+        monitor.swaps.labels(name, "rolled_back").inc()
+        return lifecycle.describe(done, await residents())
+
+    @app.delete("/v1/adapters/{name}")
+    async def remove(name: str, caller: Admin) -> dict[str, Any]:
+        gone = await lifecycle.remove(name, by=caller.name)
+        return {"name": name, "deleted": [one.version for one in gone]}
+
+    @app.delete("/v1/adapters/{name}/versions/{number}")
+    async def remove_version(name: str, number: int, caller: Admin, force: bool = False) -> dict[str, Any]:
+        gone = await lifecycle.remove(name, number, by=caller.name, force=force)
+        return {"name": name, "deleted": [one.version for one in gone]}
+
+    app.state.engine, app.state.ready = engine, ready
+    return app
+
+
+class _Split:
+    """Sends inference straight to its endpoint: no other middleware or route stands between a token and the socket."""
+
+    def __init__(self, app: Any, inference: Inference) -> None:
+        self._app = app
+        self._inference = inference
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path", "")
+        inference = scope["type"] == "websocket" or PATHS.fullmatch(path) or STORED.fullmatch(path)
+        await (self._inference if inference else self._app)(scope, receive, send)
+
+
+def _push_fields(form: Mapping[str, str]) -> tuple[str, bool]:
+    if not form.get("name"):
+        raise BadRequest("the upload has no field `name`: say which adapter this is a version of", param="name")
+    promote = form.get("promote", "true").lower()
+    if promote not in ("true", "false"):
+        raise BadRequest(f"promote takes true or false, not {promote!r}", param="promote")
+    return form["name"], promote == "true"
+
+
+def _summary(lifecycle: Lifecycle, registry: Registry, name: str, resident: set[str]) -> dict[str, Any]:
+    versions = registry.versions(name)
+    live = registry.live(name)
+    return {
+        "object": "adapter",
+        "name": name,
+        "live": live.version if live else None,
+        "versions": [lifecycle.describe(version, resident) for version in versions],
+    }
+
+
+def _cards(engine: Engine, registry: Registry, model: str) -> Any:
+    """OpenAI's model cards: the base, then every adapter by name and by version."""
+    base = {"id": engine.name, "object": "model", "created": 0, "owned_by": "loradock", "root": model, "parent": None}
+    if engine.phase is Phase.READY:
+        base["max_model_len"] = engine.backend.max_model_len
+    yield base
+    for name in registry.names():
+        live = registry.live(name)
+        for adapter in registry.versions(name):
+            ids = [name, adapter.tag] if adapter == live else [adapter.tag]
+            for public in ids:
+                yield {
+                    "id": public,
+                    "object": "model",
+                    "created": int(adapter.created),
+                    "owned_by": "loradock",
+                    "root": adapter.id,
+                    "parent": engine.name,
+                }
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LoradockError)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+    return JSONResponse(BadRequest(f"{where}: {first['msg']}", param=where).body(), status_code=400)

@@ -1,0 +1,192 @@
+"""The one module that knows vLLM: its engine, its OpenAI server and its errors, under our names.
+
+vLLM is pinned exactly; tests/serve/test_backend.py names each internal that is used here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import difflib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prometheus_client import REGISTRY, generate_latest
+from starlette.types import ASGIApp
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.lora.request import LoRARequest
+from vllm.tool_parsers import ToolParserManager
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.gc_utils import freeze_gc_heap
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.version import __version__ as VLLM_VERSION
+
+from serve.errors import AdapterRejected, ConfigError, EngineUnavailable
+
+log = logging.getLogger(__name__)
+
+
+class VLLMBackend:
+    """One AsyncLLM and vLLM's own OpenAI app over it. Built from options that are checked at once, started later."""
+
+    version = VLLM_VERSION
+
+    def __init__(self, model: str, name: str, options: Mapping[str, Any]) -> None:
+        self.name = name
+        self.args = parse(model, name, options)
+        self._llm: AsyncLLM | None = None
+        self._app: ASGIApp | None = None
+        self._loras: dict[str, LoRARequest] = {}
+
+    @property
+    def max_lora_rank(self) -> int:
+        return int(self.args.max_lora_rank)
+
+    @property
+    def max_resident(self) -> int:
+        """Adapters that the engine keeps in host memory, slots included."""
+        return int(self.args.max_cpu_loras or self.args.max_loras)
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self._engine().model_config.max_model_len)
+
+    @property
+    def app(self) -> ASGIApp:
+        """vLLM's OpenAI surface; knows the base by its name and adapters by the ids that `add` was given."""
+        if self._app is None:
+            raise EngineUnavailable("the engine is starting; retry shortly")
+        return self._app
+
+    @property
+    def running(self) -> int:
+        """Requests that the engine has not finished."""
+        return self._llm.get_num_unfinished_requests() if self._llm else 0
+
+    @property
+    def dead(self) -> bool:
+        return self._llm is not None and self._llm.errored
+
+    async def start(self) -> None:
+        """Load the base model; minutes for a large one. The event loop stays free meanwhile."""
+        try:
+            self._llm = llm = await asyncio.to_thread(self._build)
+            tasks = await llm.get_supported_tasks()
+            app = build_app(self.args, tasks, llm.model_config)
+            await init_app_state(llm, app.state, self.args, tasks)
+        except EngineDeadError as error:
+            raise ConfigError("the engine died while it started: its log above says why") from error
+        except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"the engine cannot start with this model and these options: {_sentence(error)}"
+            ) from error
+        self._loras = app.state.openai_serving_models.lora_requests
+        self._app = app
+        freeze_gc_heap()
+
+    def _build(self) -> AsyncLLM:
+        engine_args = AsyncEngineArgs.from_cli_args(self.args)
+        return AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.OPENAI_API_SERVER)
+
+    async def stop(self) -> None:
+        llm, self._llm, self._app = self._llm, None, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+
+    async def add(self, adapter_id: str, number: int, path: Path) -> None:
+        """Bring an adapter into the engine under a name and number that were never used before."""
+        request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
+        try:
+            await self._engine().add_lora(request)
+        except EngineDeadError as error:
+            raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
+        except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
+            raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(error)}") from error
+        self._loras[adapter_id] = request
+
+    async def remove(self, adapter_id: str) -> None:
+        """Free an adapter's weights in the engine; nobody may be using it."""
+        request = self._loras.pop(adapter_id, None)
+        if request is None or self._llm is None:
+            return
+        try:
+            await self._llm.remove_lora(request.lora_int_id)
+        except EngineDeadError as error:
+            raise EngineUnavailable("the engine stopped while it freed an adapter") from error
+
+    async def resident(self) -> set[int]:
+        """Numbers of the adapters whose weights the engine holds, as it says itself."""
+        return set(await self._engine().list_loras())
+
+    async def log_stats(self) -> None:
+        await self._engine().do_log_stats()
+
+    def metrics(self) -> bytes:
+        """vLLM's own series, in the Prometheus text format."""
+        return generate_latest(REGISTRY)
+
+    def _engine(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineUnavailable("the engine is starting; retry shortly")
+        if self._llm.errored:
+            raise EngineUnavailable("the engine has stopped; it is being replaced")
+        return self._llm
+
+
+class _Parser(FlexibleArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"vLLM does not take these options: {message}")
+
+
+def parse(model: str, name: str, options: Mapping[str, Any]) -> argparse.Namespace:
+    """vLLM's own namespace for these options, checked by vLLM's own parser."""
+    parser = make_arg_parser(_Parser(prog="loradock serve"))
+    actions = {action.dest: action for action in parser._actions}
+    words = ["--model", model, "--served-model-name", name, "--enable-lora"]
+    for option, value in options.items():
+        if option not in actions:
+            near = difflib.get_close_matches(option, actions, n=1)
+            raise ConfigError(f"{option} is not an option of vLLM {VLLM_VERSION}" + (f"; {near[0]} is" if near else ""))
+        words += _words(actions[option], value)
+    try:
+        args = parser.parse_args(words)
+        validate_parsed_serve_args(args)
+        if args.tool_call_parser and not args.tool_parser_plugin:
+            ToolParserManager.get_tool_parser(args.tool_call_parser)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"vLLM does not take these options: {_sentence(error)}") from error
+    return args
+
+
+def _words(action: argparse.Action, value: Any) -> list[str]:
+    """An option and its value as the command line would spell them."""
+    flag = action.option_strings[0]
+    if action.nargs == 0:  # a switch: argparse's BooleanOptionalAction or store_true
+        on = str(value).lower()
+        if on not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+            raise ConfigError(f"{action.dest} takes true or false, not {value!r}")
+        if on in ("true", "1", "yes", "on"):
+            return [flag]
+        return [no[0]] if (no := [o for o in action.option_strings if o.startswith("--no-")]) else []
+    if isinstance(value, (dict, list)) and action.nargs not in ("+", "*"):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag, *str(value).split(",")] if action.nargs in ("+", "*") else [f"{flag}={value}"]
+
+
+def _sentence(error: BaseException) -> str:
+    """The first paragraph of a foreign error on one line: the rest is addressed to vLLM's developers."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:
+        lines = lines[1:2] if "Value error" in lines[1] else lines[2:3] or lines[1:2]
+    return lines[0].split(" [type=")[0].removeprefix("Value error, ")[:500]

@@ -1,0 +1,76 @@
+"""The `loradock` command. Nothing here imports torch or vLLM before it must: `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from serve import __version__
+from serve.cli_adapters import adapters_app
+from serve.cli_bench import bench_app
+from serve.config import load, settings_help
+from serve.errors import LoradockError
+
+app = typer.Typer(
+    name="loradock",
+    help="Optimize language models, and serve them with many hot-swapped LoRA adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(bench_app, name="bench")
+
+SERVE_HELP = """Serve MODEL with hot-swapped LoRA adapters behind an OpenAI-compatible endpoint.
+
+MODEL is a local directory, a hub id, an export of `loradock optimize`, or smollm2 (the default, 135M parameters).
+
+Every setting is a flag, a LORADOCK_* variable, and a line in the file that --config names; the flag wins. Every option
+of vLLM's engine and OpenAI server is a setting too, under vLLM's name: --max-model-len 4096, --max-loras 16,
+--quantization ..., --enforce-eager, --no-enable-prefix-caching.
+
+\b
+Examples:
+  loradock serve
+  loradock serve ./my-model --port 9000 --max-lora-rank 64
+  LORADOCK_ADMIN_KEYS=secret loradock serve org/name --host 0.0.0.0
+
+\b
+Settings:
+"""
+
+
+@app.command(
+    help=SERVE_HELP + settings_help(),
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[MODEL] [--config loradock.yaml] [--SETTING VALUE ...]",
+)
+def serve(context: typer.Context) -> None:
+    config = load(context.args)
+    from serve.launch import serve as run
+
+    code = run(config)
+    # Everything is closed by now; torch's and vLLM's native modules take seconds to unload, and complain.
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@app.command(help="Print the versions.")
+def version() -> None:
+    print(f"loradock {__version__}")
+
+
+def main() -> None:
+    """The entry point: an error of ours is a sentence and exit code 2, never a traceback."""
+    try:
+        app()
+    except LoradockError as error:  # typer's own usage errors are sentences already
+        print(f"loradock: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Speaks the adapter API of a running server.
+
+Errors of the server arrive as the classes of `serve.errors`, with the server's own sentence. Beside them:
+
+    LoradockError
+    |- ConfigError       the path is nothing that can be pushed
+    |- Unreachable       no answer, after as many attempts as are safe
+    `- Refused           a status or a body that no loradock server sends: a proxy, or another product
+
+Repeating is safe for a push, because the server knows the bytes by their digest: it answers 200 instead of 201 when an
+earlier attempt had arrived after all. Changes of a pointer are repeated only when the server cannot have seen them.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+from urllib.parse import quote
+
+import httpx
+
+from serve import errors
+from serve.errors import AdapterRejected, ConfigError, EngineUnavailable, LoradockError
+
+Progress = Callable[[int, int], None]
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ARCHIVES = (".zip", ".tar.gz", ".tgz")
+_BY_STATUS: dict[int, type[LoradockError]] = {
+    kind.status: kind
+    for kind in (
+        errors.BadRequest,
+        errors.Unauthorized,
+        errors.Forbidden,
+        errors.NotFound,
+        errors.Conflict,
+        errors.TooLarge,
+        errors.OutOfSpace,
+    )
+}
+
+
+class Unreachable(LoradockError):
+    """Nobody answered."""
+
+
+class Refused(LoradockError):
+    """The answer is not one of loradock's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often to try, and how long to wait in between, in seconds."""
+
+    attempts: int = 4
+    first_wait: float = 0.5
+    longest_wait: float = 30.0
+
+    def wait(self, attempt: int, asked: float | None = None) -> float:
+        """Twice as long each time, and at least as long as the server asked for."""
+        wait = self.first_wait * 2.0**attempt * random.uniform(0.75, 1.25)
+        return min(self.longest_wait, max(wait, asked or 0.0))
+
+
+class AdapterClient:
+    """Push, list, show, promote, roll back and remove adapters."""
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        key: str | None = None,
+        *,
+        retry: Retry | None = None,
+        timeout: float = 300.0,
+        sleep: Callable[[float], None] = time.sleep,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        if not self._url.startswith(("http://", "https://")):
+            raise ConfigError(f"{url!r} is not an address of the form http://HOST:PORT")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # A push is answered only after the adapter was checked and loaded, which takes its time on a busy engine.
+        patience = httpx.Timeout(timeout, connect=10.0)
+        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=patience, transport=transport)
+        self._retry = retry or Retry()
+        self._sleep = sleep
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def push(
+        self, name: str, path: str | Path, *, promote: bool = True, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Upload a PEFT folder or an archive of one; the files are read while they are sent.
+
+        `progress(sent, total)` counts bytes of the files, and starts again at 0 when the upload does.
+        """
+        files = adapter_files(path)
+        total = sum(file.stat().st_size for file in files)
+
+        def send() -> httpx.Response:
+            with ExitStack() as open_files:
+                counter = _Counter(total, progress)
+                parts = [
+                    ("files", (file.name, _Counted(open_files.enter_context(file.open("rb")), counter)))
+                    for file in files
+                ]
+                fields = {"name": name, "promote": "true" if promote else "false"}
+                return self._http.post("/v1/adapters", data=fields, files=parts)  # type: ignore[arg-type]
+
+        return self._ask(send, repeatable=True)
+
+    def list(self) -> list[dict[str, Any]]:
+        """All adapters that this key may see."""
+        answer = self._call("GET", "/v1/adapters")
+        found: list[dict[str, Any]] = answer.get("data", [])
+        return found
+
+    def show(self, name: str) -> dict[str, Any]:
+        """The versions of one adapter, which is live, and its history."""
+        return self._call("GET", _path(name))
+
+    def promote(self, name: str, version: int, expected_version: int | None = None) -> dict[str, Any]:
+        """Make `version` live; with `expected_version`, only if that one is live now."""
+        body = {"version": version}
+        if expected_version is not None:
+            body["expected_version"] = expected_version
+        return self._call("POST", f"{_path(name)}/promote", json=body)
+
+    def rollback(self, name: str) -> dict[str, Any]:
+        """Make the version live that was live before."""
+        return self._call("POST", f"{_path(name)}/rollback")
+
+    def remove(self, name: str, version: int | None = None, force: bool = False) -> dict[str, Any]:
+        """Delete a version, or the adapter whole; what is live goes only with `force`."""
+        path = _path(name) + (f"/versions/{version}" if version is not None else "")
+        return self._call("DELETE", path, params={"force": "true"} if force else None)
+
+    def _call(self, method: str, path: str, **parts: Any) -> dict[str, Any]:
+        return self._ask(lambda: self._http.request(method, path, **parts), repeatable=method == "GET")
+
+    def _ask(self, send: Callable[[], httpx.Response], repeatable: bool) -> dict[str, Any]:
+        for attempt in range(self._retry.attempts):
+            last = attempt == self._retry.attempts - 1
+            try:
+                with self._translated(repeatable):
+                    return self._read(send())
+            except _TryAgain as again:
+                if last:
+                    raise again.error from again.__cause__
+                self._sleep(self._retry.wait(attempt, again.after))
+        raise ValueError("Retry.attempts must be at least 1")
+
+    @contextmanager
+    def _translated(self, repeatable: bool) -> Iterator[None]:
+        """httpx's errors become ours; those that may be tried again, `_TryAgain`."""
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout) as refused:
+            raise _TryAgain(Unreachable(f"cannot connect to {self._url}; is the server running?")) from refused
+        except httpx.TimeoutException as slow:
+            raise Unreachable(f"{self._url} did not answer in time; see with `show` whether it is done") from slow
+        except httpx.TransportError as dropped:
+            error = Unreachable(f"the connection to {self._url} dropped before the answer ({dropped})")
+            if repeatable:
+                raise _TryAgain(error) from dropped
+            raise error from dropped
+        except httpx.InvalidURL as wrong:
+            raise ConfigError(f"{self._url!r} is not an address of the form http://HOST:PORT") from wrong
+
+    def _read(self, response: httpx.Response) -> dict[str, Any]:
+        body = _json(response)
+        if response.is_success:
+            if body is None and response.content:
+                raise Refused(f"{self._url} answered something that is not JSON; is it a loradock server?")
+            return body or {}
+        error = _error(response, body, self._url)
+        if response.status_code == EngineUnavailable.status:
+            raise _TryAgain(error, _seconds(response.headers.get("Retry-After")))
+        raise error
+
+
+def adapter_files(path: str | Path) -> list[Path]:
+    """What to send for `path`: the two files of a PEFT folder, or the archive itself."""
+    path = Path(path)
+    if path.is_file():
+        if path.name.endswith(ARCHIVES):
+            return [path]
+        raise ConfigError(f"{path} is a file; push the PEFT folder, or a {', '.join(ARCHIVES)} archive of it")
+    if not path.is_dir():
+        raise ConfigError(f"{path} does not exist; push a PEFT folder, or a {', '.join(ARCHIVES)} archive of it")
+    missing = [name for name in PEFT_FILES if not (path / name).is_file()]
+    if PEFT_FILES[1] in missing and (path / "adapter_model.bin").is_file():
+        raise ConfigError(f"{path} holds a pickle (adapter_model.bin); save it again with safe_serialization=True")
+    if missing:
+        raise ConfigError(f"{path} is not a PEFT adapter: {' and '.join(missing)} not found in it")
+    return [path / name for name in PEFT_FILES]
+
+
+def _path(name: str) -> str:
+    # A dot segment would be resolved away, and the rest of the path would be another route.
+    if name in ("", ".", ".."):
+        raise ConfigError(f"{name!r} is no adapter's name")
+    return f"/v1/adapters/{quote(name, safe='')}"
+
+
+class _TryAgain(Exception):
+    def __init__(self, error: LoradockError, after: float | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.after = after
+
+
+class _Counter:
+    """Bytes of all files of one attempt."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._sent = 0
+        self.add(0)
+
+    def add(self, count: int) -> None:
+        self._sent += count
+        if self._progress is not None:
+            self._progress(self._sent, self._total)
+
+
+class _Counted:
+    """A file that tells how much of it was read; without `fileno`, so that httpx measures it by seeking."""
+
+    def __init__(self, file: BinaryIO, counter: _Counter) -> None:
+        self._file = file
+        self._counter = counter
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._counter.add(len(data))
+        return data
+
+
+def _error(response: httpx.Response, body: dict[str, Any] | None, url: str) -> LoradockError:
+    status = response.status_code
+    told = body.get("error") if body is not None else None
+    if not isinstance(told, dict) or not isinstance(told.get("message"), str):
+        if status == EngineUnavailable.status:
+            return EngineUnavailable(f"{url} answered 503: the server is not ready")
+        begin = response.text[:200].strip()
+        return Refused(f"{url} answered {status} in a form that is not loradock's; is it a loradock server? {begin}")
+    message, code = told["message"], told.get("code")
+    if status == AdapterRejected.status:
+        problems = told.get("problems")
+        return AdapterRejected(message, problems=problems if isinstance(problems, list) else None, code=code)
+    if status == EngineUnavailable.status:
+        return EngineUnavailable(message)
+    return _BY_STATUS.get(status, Refused)(message, code=code, param=told.get("param"))
+
+
+def _json(response: httpx.Response) -> dict[str, Any] | None:
+    try:
+        body = response.json()
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) else None
+
+
+def _seconds(header: str | None) -> float | None:
+    """Retry-After in seconds; its other form, a date, counts as nothing said."""
+    return float(header) if header is not None and header.strip().isdigit() else None

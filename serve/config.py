@@ -1,0 +1,297 @@
+"""One frozen Config, and the only reader of files and environment.
+
+A setting comes, in rising order of right, from its default, `loradock.yaml`, `LORADOCK_*` in the environment, and the
+command line. Everything that vLLM's engine and OpenAI server take is a setting too, under vLLM's own name.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib.util
+import ipaddress
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from serve.errors import ConfigError
+
+PREFIX = "LORADOCK_"
+SIZES = {
+    "": 1,
+    "k": 1000,
+    "m": 1000**2,
+    "g": 1000**3,
+    "t": 1000**4,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+
+# vLLM's options that this server answers for itself, and what to use instead.
+OURS = {
+    "api_key": "use api_keys and admin_keys",
+    "lora_modules": "push adapters with `loradock adapters push`",
+    "enable_lora": "adapters are always on here",
+    "headless": "one server is one process here",
+    "api_server_count": "one server is one process here",
+    "grpc": "this server speaks HTTP",
+    "grpc_port": "this server speaks HTTP",
+    "uds": "use host and port",
+    "middleware": "put a proxy in front",
+    "uvicorn_log_level": "use log_level",
+    "worker_extension_cls": "it is taken by this server",
+}
+
+
+def _xdg(variable: str, fallback: str) -> Path:
+    return Path(os.environ.get(variable) or Path.home() / fallback) / "loradock"
+
+
+def _setting(default: Any, help: str) -> Any:
+    made = {"default_factory": default} if callable(default) else {"default": default}
+    return field(metadata={"help": help}, **made)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What this server was asked to be. `engine` holds vLLM's options as they were given, by vLLM's names."""
+
+    model: str = _setting("smollm2", "a local directory, a hub id, an export of `loradock optimize`, or smollm2")
+    name: str = _setting("", "the base model's public name (default: the last part of MODEL)")
+    host: str = _setting("127.0.0.1", "address to listen on; any but loopback needs keys")
+    port: int = _setting(8000, "port to listen on")
+    data_dir: Path = _setting(lambda: _xdg("XDG_DATA_HOME", ".local/share"), "where adapters and the registry live")
+    cache_dir: Path = _setting(lambda: _xdg("XDG_CACHE_HOME", ".cache"), "where the embedded model is kept")
+    registry: str = _setting("", "database URL of the registry (default: SQLite in data_dir)")
+    api_keys: tuple[str, ...] = _setting(tuple, "keys that may ask for answers (or their sha256:HEX)")
+    admin_keys: tuple[str, ...] = _setting(tuple, "keys that may also change adapters (or their sha256:HEX)")
+    max_upload_bytes: int = _setting(1 << 30, "largest adapter upload, as 512MiB or in bytes")
+    grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
+    ssl_certfile: str = _setting("", "TLS certificate file")
+    ssl_keyfile: str = _setting("", "TLS key file")
+    log_level: str = _setting("info", "debug, info, warning or error")
+    engine: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), metadata={"help": ""})
+
+    @property
+    def open(self) -> bool:
+        """Nobody was given a key, so everybody on this machine may do everything."""
+        return not (self.api_keys or self.admin_keys)
+
+    @property
+    def registry_url(self) -> str:
+        return self.registry or f"sqlite:///{self.data_dir / 'registry.sqlite'}"
+
+
+SETTINGS = {f.name: f for f in fields(Config) if f.name != "engine"}
+
+
+def load(arguments: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
+    """The Config that a command line and an environment ask for; ConfigError names what is wrong in one sentence."""
+    flags = dict(_flags(list(arguments)))
+    file = flags.pop("config", None) or environ.get(PREFIX + "CONFIG")
+    given: dict[str, Any] = {}
+    for source in (_from_file(file) if file else {}, _from_environ(environ), flags):
+        given.update(source)
+    return _checked(Config(**_split(given)))
+
+
+def keys_hashed(keys: Iterable[str]) -> tuple[str, ...]:
+    """API keys as the sha256 hex digests that are kept; `sha256:HEX` passes as it is."""
+    out = []
+    for key in keys:
+        if not key.startswith("sha256:"):
+            out.append(hashlib.sha256(key.encode()).hexdigest())
+        elif re.fullmatch(r"sha256:[0-9a-f]{64}", key):
+            out.append(key[7:])
+        else:
+            raise ConfigError("a key that begins with sha256: needs 64 lower-case hex digits behind it")
+    return tuple(out)
+
+
+@cache
+def engine_options() -> Mapping[str, str]:
+    """vLLM's option names and their annotations, read as text: importing vLLM takes eight seconds."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    root = Path(spec.submodule_search_locations[0])
+    found: dict[str, str] = {}
+    for file in (root / "engine/arg_utils.py", root / "entrypoints/launchers/cli_args.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("EngineArgs", "FrontendArgs")):
+                for item in node.body:
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                        found[item.target.id] = ast.unparse(item.annotation)
+    return MappingProxyType({name: kind for name, kind in found.items() if not name.startswith("_")})
+
+
+def _known() -> set[str]:
+    return {"config", *SETTINGS, *engine_options()} - set(OURS)
+
+
+def _name(raw: str, where: str) -> str:
+    """A setting's name from how it was written in `where`; an unknown one is an error that names the nearest."""
+    name = raw.replace("-", "_").lower()
+    if name in OURS:
+        raise ConfigError(f"{where} {_spelled(name, where)} is not taken: {OURS[name]}")
+    if name not in _known():
+        near = difflib.get_close_matches(name, _known(), n=1, cutoff=0.5)
+        hint = f"; did you mean {_spelled(near[0], where)}?" if near else ""
+        raise ConfigError(f"{where} {_spelled(name, where)} is not known{hint} (`loradock serve --help` lists them)")
+    return name
+
+
+def _spelled(name: str, where: str) -> str:
+    if where == "the flag":
+        return "--" + name.replace("_", "-")
+    return PREFIX + name.upper() if where == "the variable" else name
+
+
+def _is_bool(name: str) -> bool:
+    kind = engine_options().get(name, "") if name not in SETTINGS else SETTINGS[name].type
+    return str(kind).split(" |")[0] == "bool"
+
+
+def _flags(arguments: list[str]) -> Iterator[tuple[str, Any]]:
+    """(name, value) from a command line of `MODEL`, `--name value`, `--name=value`, `--switch` and `--no-switch`."""
+    model_given = False
+    while arguments:
+        word = arguments.pop(0)
+        if not word.startswith("--"):
+            if model_given or word.startswith("-"):
+                raise ConfigError(
+                    f"the argument {word!r} is one too many: `loradock serve [MODEL] [--setting value ...]`"
+                )
+            model_given = True
+            yield "model", word
+            continue
+        raw, equals, value = word[2:].partition("=")
+        bare = raw.replace("-", "_").lower()
+        if bare.startswith("no_") and bare not in _known() and _is_bool(bare[3:]):
+            yield bare[3:], "false"
+        elif equals:
+            yield _name(raw, "the flag"), value
+        elif _is_bool(name := _name(raw, "the flag")):
+            yield name, "true"
+        elif not arguments or arguments[0].startswith("--"):
+            raise ConfigError(f"the flag --{raw} needs a value")
+        else:
+            yield name, arguments.pop(0)
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    """LORADOCK_*; a few of those names belong to the client commands."""
+    client = {"CONFIG", "URL", "KEY"}
+    names = {key: key[len(PREFIX) :] for key in environ if key.startswith(PREFIX)}
+    return {_name(name, "the variable"): environ[key] for key, name in names.items() if name not in client}
+
+
+def _from_file(file: str) -> dict[str, Any]:
+    try:
+        read = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {file} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the config file {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(read, dict):
+        raise ConfigError(f"the config file {file} must hold `setting: value` lines")
+    flat = {**read, **_section(read.pop("engine", None) or {}, file)}
+    return {_name(str(key), "the key"): value for key, value in flat.items() if key != "engine"}
+
+
+def _section(section: Any, file: str) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        raise ConfigError(f"`engine:` in {file} must hold `option: value` lines")
+    return section
+
+
+def _split(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Our settings converted to their types; the rest is the engine's, as it came."""
+    ours = {name: _convert(name, value) for name, value in given.items() if name in SETTINGS}
+    rest = {name: value for name, value in given.items() if name not in SETTINGS and name != "config"}
+    return {**ours, "engine": MappingProxyType(rest)}
+
+
+def _convert(name: str, value: Any) -> Any:
+    kind = str(SETTINGS[name].type)
+    try:
+        if kind == "Path":
+            return Path(str(value)).expanduser().resolve()
+        if kind.startswith("tuple"):
+            items = value.split(",") if isinstance(value, str) else value
+            return tuple(str(item).strip() for item in items if str(item).strip())
+        if kind == "int":
+            return _integer(value)
+        if kind == "float":
+            return float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} takes {_kinds(kind)}, not {value!r}") from error
+    if not isinstance(value, (str, int, float)):
+        raise ConfigError(f"{name} takes text, not {value!r}")
+    return str(value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError(value)
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"\s*(\d+)\s*([kmgt]i?|)b?\s*", str(value).lower())
+    if not match:
+        raise ValueError(value)
+    return int(match[1]) * SIZES[match[2]]
+
+
+def _kinds(kind: str) -> str:
+    return {"int": "a whole number", "float": "a number", "Path": "a path"}.get(kind, "a list")
+
+
+def _checked(config: Config) -> Config:
+    """The same Config with keys hashed and a name; what cannot be served is said here."""
+    if not 0 <= config.port <= 65535:
+        raise ConfigError(f"port takes 0 to 65535, not {config.port}")
+    if config.grace_period < 0:
+        raise ConfigError(f"grace_period takes seconds from 0 up, not {config.grace_period}")
+    if config.log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"log_level takes debug, info, warning or error, not {config.log_level!r}")
+    if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
+        raise ConfigError("ssl_certfile and ssl_keyfile go together: give both or none")
+    if config.open and not _loopback(config.host):
+        raise ConfigError(
+            f"{config.host} is reachable from other machines and no key is set: "
+            "set LORADOCK_ADMIN_KEYS (and LORADOCK_API_KEYS), or listen on 127.0.0.1"
+        )
+    name = config.name or Path(config.model.rstrip("/")).name
+    if "@" in name or not name:
+        raise ConfigError(f"the base model's name {name!r} must not be empty nor hold @: set --name")
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    values |= {"name": name, "api_keys": keys_hashed(config.api_keys), "admin_keys": keys_hashed(config.admin_keys)}
+    return Config(**values)
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def settings_help() -> str:
+    """Every setting of ours on a line, for `--help`."""
+    rows = []
+    for name, item in SETTINGS.items():
+        shown = "" if item.default is MISSING or item.default in ("", ()) else f" [{item.default}]"
+        rows.append(f"--{name.replace('_', '-'):<18} {item.metadata['help']}{shown}")
+    return "\n".join(rows)

@@ -1,0 +1,112 @@
+"""What can go wrong, and what an HTTP client sees of it.
+
+    LoradockError
+    |- ConfigError             (exit 2)  the command line, the file or the environment asks for what cannot be
+    |- BadRequest              (400)     the request does not have the form that this route takes
+    |  `- AdapterRejected      (422)     the bytes arrived, and are not an adapter that this base model can run
+    |- Unauthorized            (401)     no key, or one that nobody issued
+    |- Forbidden               (403)     the key is good, its scope is not
+    |- NotFound                (404)     no such model, adapter, version or route
+    |- Conflict                (409)     the change does not fit what is there now
+    |- TooLarge                (413)     more bytes than this server takes
+    |- OutOfSpace              (507)     the disk cannot hold it
+    `- EngineUnavailable       (503)     the engine is starting, draining or gone; `retry_after` seconds from now may do
+
+Every message is a sentence to whoever must act: what came, what is taken, what to do next.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class LoradockError(Exception):
+    """The root: knows its HTTP status, and OpenAI's `type`, `code` and `param`."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that go with the answer."""
+        return {}
+
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class ConfigError(LoradockError):
+    """Settings that cannot be served."""
+
+
+class BadRequest(LoradockError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class AdapterRejected(BadRequest):
+    """An upload that is not an adapter for this base; `problems` lists what did not fit, by name."""
+
+    status = 422
+    type = "adapter_rejected"
+
+    def __init__(self, message: str, *, problems: list[str] | None = None, code: str | None = None) -> None:
+        super().__init__(message, code=code, param="files")
+        self.problems = problems or []
+
+    def body(self) -> dict[str, Any]:
+        body = super().body()
+        if self.problems:
+            body["error"]["problems"] = self.problems
+        return body
+
+
+class Unauthorized(LoradockError):
+    status = 401
+    type = "authentication_error"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(LoradockError):
+    status = 403
+    type = "permission_error"
+
+
+class NotFound(LoradockError):
+    status = 404
+    type = "not_found_error"
+
+
+class Conflict(LoradockError):
+    status = 409
+    type = "conflict_error"
+
+
+class TooLarge(LoradockError):
+    status = 413
+    type = "invalid_request_error"
+
+
+class OutOfSpace(LoradockError):
+    status = 507
+    type = "insufficient_storage"
+
+
+class EngineUnavailable(LoradockError):
+    status = 503
+    type = "service_unavailable"
+
+    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+        super().__init__(message, code="engine_unavailable")
+        self.retry_after = retry_after
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after)}

@@ -1,0 +1,190 @@
+"""From a Config to a listening server: checks that cost nothing first, vLLM's import and the engine last."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from socket import socket
+from types import MappingProxyType
+from typing import Any
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from serve import machine
+from serve.config import Config
+from serve.errors import ConfigError, LoradockError
+
+log = logging.getLogger("loradock")
+
+EMBEDDED = "smollm2"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def serve(config: Config) -> int:
+    """Serve until a signal; the exit code. Raises ConfigError for what cannot be served."""
+    _log_to_stderr(config.log_level)
+    sock = machine.listen(config.host, config.port)
+    try:
+        config = _with_defaults(replace(config, model=_model(config)))
+        with _own(config.data_dir):
+            return _run(config, sock)
+    finally:
+        sock.close()
+
+
+def _log_to_stderr(level: str) -> None:
+    """Our own loggers alone: vLLM sets its own up, and the root's would say everything twice."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S"))
+    for name in ("serve", "loradock"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())
+
+
+def _model(config: Config) -> str:
+    """The model's directory or hub id, as vLLM takes it."""
+    given = config.model
+    if given == EMBEDDED:
+        from serve.embedded import ensure
+
+        return str(ensure(EMBEDDED, config.cache_dir, lambda line: print(line, file=sys.stderr, flush=True)))
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise ConfigError(
+                f"{given} is a LoRA adapter, not a model: serve its base model, "
+                f"then `loradock adapters push NAME {given}`"
+            )
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"{given} is no model: a Hugging Face checkpoint directory holds a config.json")
+        return str(folder.resolve())
+    if folder.exists() or given.startswith((".", "/", "~")) or not HUB_ID.fullmatch(given):
+        raise ConfigError(
+            f"there is no model at {given}: MODEL is a checkpoint directory, a hub id like org/name, or {EMBEDDED}"
+        )
+    return given
+
+
+def _with_defaults(config: Config) -> Config:
+    """The same Config with the engine options that this server prefers to vLLM's defaults."""
+    engine: dict[str, Any] = {"max_loras": 8, "max_cpu_loras": 32, "max_lora_rank": 16}
+    if config.name == EMBEDDED:
+        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    engine |= config.engine
+    if "max_cpu_loras" not in config.engine:
+        engine["max_cpu_loras"] = max(32, int(engine["max_loras"]))
+    if machine.on_cpu():
+        weights = _weights(Path(config.model))
+        if "gpu_memory_utilization" not in engine:
+            engine.setdefault("kv_cache_memory_bytes", machine.kv_space(weights))
+            machine.check_memory(weights, _bytes(engine["kv_cache_memory_bytes"]))
+        workers = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
+        os.environ.update(machine.cpu_environment(os.environ, workers))
+    return replace(config, engine=MappingProxyType(engine))
+
+
+def _bytes(value: Any) -> int:
+    from serve.config import SIZES
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)", str(value))
+    if not match:
+        raise ConfigError(f"kv_cache_memory_bytes takes bytes or a size like 2G, not {value!r}")
+    unit = match[2].lower() + ("i" if match[2].isupper() else "")
+    return int(float(match[1]) * SIZES[unit])
+
+
+def _weights(folder: Path) -> int:
+    """Bytes of the checkpoint's weights; 0 when it is not on this disk yet."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """The data directory, made when absent, and ours alone: a second server would sweep away this one's uploads."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"the data directory {folder} cannot be used ({error.strerror}): set --data-dir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another loradock serves from {folder}: stop it, or set another --data-dir") from error
+        yield
+
+
+def _run(config: Config, sock: socket) -> int:
+    print("loading vLLM ...", file=sys.stderr, flush=True)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from serve.app import build_app
+    from serve.backend import VLLMBackend
+
+    failures: list[LoradockError] = []
+
+    def fail(error: LoradockError) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    backend = VLLMBackend(config.model, config.name, config.engine)
+    app = build_app(config, backend, fail)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=max(1, round(config.grace_period)),
+            timeout_keep_alive=30,
+            ssl_certfile=config.ssl_certfile or None,
+            ssl_keyfile=config.ssl_keyfile or None,
+        )
+    )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(server, app, sock, config))
+    for error in failures:
+        raise error
+    return 0
+
+
+async def _serve(server: _Server, app: FastAPI, sock: socket, config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.ask_to_stop)
+    scheme = "https" if config.ssl_certfile else "http"
+    host, port = sock.getsockname()[:2]
+    announce = asyncio.create_task(_announce(app, f"{scheme}://{host}:{port}"))
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        announce.cancel()
+
+
+async def _announce(app: FastAPI, url: str) -> None:
+    log.info("listening on %s, loading %s", url, app.state.engine.name)
+    await app.state.ready.wait()
+    log.info("ready: %s/v1 answers as %s", url, app.state.engine.name)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with a stop that ends in exit code 0: the first signal drains, the second does not wait."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def ask_to_stop(self) -> None:
+        self.force_exit = self.should_exit
+        log.info("stopping now" if self.force_exit else "stopping: running answers may finish")
+        self.should_exit = True

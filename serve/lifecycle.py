@@ -1,0 +1,146 @@
+"""What happens to an adapter from upload to removal: every change in one place, one after the other.
+
+push:      inspect > store > load > register > flip the pointer > retire the old version
+remove:    forget > wait for its last answer > free the engine > free the disk
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from serve.adapter import Adapter, Limits, check_name, inspect
+from serve.engine import Engine
+from serve.errors import Conflict, LoradockError
+from serve.registry import Registry
+from serve.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class Lifecycle:
+    """Changes to adapters. `modules` gives the base model's LoRA targets by name, (out, in) features each."""
+
+    def __init__(
+        self, engine: Engine, registry: Registry, store: Store, modules: Callable[[], Mapping[str, tuple[int, int]]]
+    ) -> None:
+        self.engine = engine
+        self.registry = registry
+        self.store = store
+        self._modules = modules
+        # One change at a time: reads and answers never take this lock.
+        self._changing = asyncio.Lock()
+        self._removing: set[asyncio.Task[None]] = set()
+
+    async def restore(self) -> None:
+        """After a start: sweep what no version names, and bring the live versions back into the engine."""
+        await asyncio.to_thread(self.store.sweep, self.registry.digests())
+        for name in self.registry.names()[: self.engine.backend.max_resident]:
+            if adapter := self.registry.live(name):
+                try:
+                    await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+                except LoradockError as error:
+                    log.warning("%s is live and cannot be loaded: %s", adapter.tag, error)
+
+    async def push(self, name: str, folder: Path, *, by: str, promote: bool, why: str = "") -> tuple[Adapter, bool]:
+        """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
+        if check_name(name) == self.engine.name:
+            raise Conflict(f"{name!r} is the base model's name: choose another for the adapter", param="name")
+        limits = Limits(max_rank=self.engine.backend.max_lora_rank)
+        inspection = await asyncio.to_thread(inspect, folder, self._modules(), limits)
+        async with self._changing:
+            digest = await asyncio.to_thread(self.store.admit, folder)
+            adapter_id = f"{name}@{digest[:12]}"
+            before = self.registry.live(name)
+            try:
+                await self.engine.ensure(adapter_id, self.store.path(digest))
+                adapter, created = await asyncio.to_thread(
+                    self.registry.add, name, inspection, digest, by=by, promote=promote, why=why
+                )
+            except BaseException:
+                self._let_go(adapter_id, digest)
+                raise
+            self._flipped(name, before)
+            if self.registry.live(name) != adapter:
+                self.engine.retire(adapter.id)
+            return adapter, created
+
+    async def promote(self, name: str, version: int, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
+        """Make a version live: requests from now on answer from it, those under way finish where they began."""
+        async with self._changing:
+            adapter = self.registry.get(name, version)
+            await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+            before = self.registry.live(name)
+            change = self.registry.promote
+            adapter = await asyncio.to_thread(change, name, version, by=by, expected=expected, why=why)
+            self._flipped(name, before)
+            return adapter
+
+    async def rollback(self, name: str, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
+        """Make the version live that was live before this one."""
+        async with self._changing:
+            before = self.registry.live(name)
+            adapter = await asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why)
+            self._flipped(name, before)
+            await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+            return adapter
+
+    async def remove(
+        self, name: str, version: int | None = None, *, by: str, force: bool = False, why: str = ""
+    ) -> list[Adapter]:
+        """Forget a version, or all of `name`. Their answers under way finish; then the bytes go."""
+        async with self._changing:
+            before = self.registry.live(name)
+            removed = await asyncio.to_thread(self.registry.delete, name, version, by=by, force=force, why=why)
+            self._flipped(name, before)
+            for adapter in removed:
+                self._let_go(adapter.id, adapter.digest)
+            return removed
+
+    async def resident(self) -> set[str]:
+        """Ids of the adapters whose weights are in the engine."""
+        return set(await self.engine.resident_ids())
+
+    async def settle(self) -> None:
+        """Wait for the removals that have begun."""
+        await asyncio.gather(*self._removing, return_exceptions=True)
+
+    def describe(self, adapter: Adapter, resident: set[str]) -> dict[str, Any]:
+        """An adapter version for the API."""
+        live = self.registry.live(adapter.name)
+        return {
+            "object": "adapter.version",
+            "name": adapter.name,
+            "version": adapter.version,
+            "id": adapter.id,
+            "digest": adapter.digest,
+            "live": live == adapter,
+            "resident": adapter.id in resident,
+            "base": adapter.base,
+            "rank": adapter.rank,
+            "target_modules": list(adapter.target_modules),
+            "bytes": adapter.nbytes,
+            "created": int(adapter.created),
+        }
+
+    def _flipped(self, name: str, before: Adapter | None) -> None:
+        """The version that was live is not any more, unless it is."""
+        if before and self.registry.live(name) != before:
+            self.engine.retire(before.id)
+
+    def _let_go(self, adapter_id: str, digest: str) -> None:
+        """Once its last answer has ended, free an adapter that the registry does not name (any more)."""
+        task = asyncio.create_task(self._free(adapter_id, digest))
+        self._removing.add(task)
+        task.add_done_callback(self._removing.discard)
+
+    async def _free(self, adapter_id: str, digest: str) -> None:
+        if any(adapter.id == adapter_id for adapter in self.registry.adapters()):
+            return
+        await self.engine.gone(adapter_id)
+        async with self._changing:
+            if digest not in self.registry.digests():
+                await asyncio.to_thread(self.store.remove, digest)

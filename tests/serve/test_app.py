@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+import pytest
+
+from serve.config import keys_hashed
+from tests.serve.conftest import upload
+
+
+async def settled(condition, seconds=2.0):
+    """Wait until `condition()`; the last answer either way."""
+    for _ in range(int(seconds / 0.01)):
+        if condition():
+            return True
+        await asyncio.sleep(0.01)
+    return condition()
+
+
+async def ask(client, model, **more):
+    return await client.post("/v1/chat/completions", json={"model": model, "messages": [], **more})
+
+
+async def test_an_upload_answers_under_its_name_and_says_which_version_answered(client, make_adapter):
+    pushed = await client.post("/v1/adapters", **upload(make_adapter()))
+    assert pushed.status_code == 201
+    body = pushed.json()
+    assert (body["name"], body["version"], body["live"], body["resident"]) == ("tone", 1, True, True)
+    assert body["id"] == f"tone@{body['digest'][:12]}"
+    for model in ("tone", "tone@v1", body["id"]):
+        assert (await ask(client, model)).json() == {"model": body["id"]}
+
+
+async def test_the_same_bytes_are_the_same_version_and_other_bytes_the_next(client, make_adapter):
+    first = await client.post("/v1/adapters", **upload(make_adapter(0)))
+    again = await client.post("/v1/adapters", **upload(make_adapter(0)))
+    other = await client.post("/v1/adapters", **upload(make_adapter(1)))
+    assert [r.status_code for r in (first, again, other)] == [201, 200, 201]
+    assert [r.json()["version"] for r in (first, again, other)] == [1, 1, 2]
+
+
+async def test_a_promote_retires_the_old_version_when_its_last_answer_ends(client, backend, make_adapter):
+    old = (await client.post("/v1/adapters", **upload(make_adapter(0)))).json()["id"]
+    backend.flow.clear()
+    answering = asyncio.create_task(ask(client, "tone", stream=True))
+    assert await settled(lambda: backend.running == 1)
+    new = (await client.post("/v1/adapters", **upload(make_adapter(1)))).json()["id"]
+    await asyncio.sleep(0.2)
+    assert set(backend.held) == {old, new}, "the old version left while it was answering"
+    assert (await ask(client, "tone")).json() == {"model": new}
+    backend.flow.set()
+    models = [
+        json.loads(line[6:])["model"] for line in (await answering).text.splitlines() if line.startswith("data: {")
+    ]
+    assert models == [old, old]
+    assert await settled(lambda: set(backend.held) == {new})
+
+
+async def test_a_version_that_is_not_promoted_answers_only_by_its_number(client, backend, make_adapter):
+    one = (await client.post("/v1/adapters", **upload(make_adapter(0)))).json()
+    two = (await client.post("/v1/adapters", **upload(make_adapter(1), promote="false"))).json()
+    assert not two["live"]
+    assert (await ask(client, "tone")).json() == {"model": one["id"]}
+    assert (await ask(client, "tone@v2")).json() == {"model": two["id"]}
+
+
+async def test_rollback_returns_to_what_was_live_before(client, make_adapter):
+    ids = [(await client.post("/v1/adapters", **upload(make_adapter(seed)))).json()["id"] for seed in (0, 1)]
+    done = await client.post("/v1/adapters/tone/rollback")
+    assert done.json()["id"] == ids[0]
+    assert (await ask(client, "tone")).json() == {"model": ids[0]}
+    history = (await client.get("/v1/adapters/tone")).json()["history"]
+    assert [row["what"] for row in history].count("rollback") == 1
+
+
+async def test_a_promote_that_expects_another_version_changes_nothing(client, make_adapter):
+    for seed in (0, 1):
+        await client.post("/v1/adapters", **upload(make_adapter(seed)))
+    late = await client.post("/v1/adapters/tone/promote", json={"version": 1, "expected_version": 1})
+    assert late.status_code == 409
+    assert (await client.get("/v1/adapters/tone")).json()["live"] == 2
+
+
+async def test_a_deleted_adapter_is_gone_from_the_engine_and_the_disk(client, backend, config, make_adapter):
+    await client.post("/v1/adapters", **upload(make_adapter()))
+    assert (await client.delete("/v1/adapters/tone")).json() == {"name": "tone", "deleted": [1]}
+    assert (await ask(client, "tone")).status_code == 404
+    assert await settled(lambda: not backend.held and not list((config.data_dir / "blobs").iterdir()))
+
+
+async def test_the_live_version_is_deleted_only_with_force(client, make_adapter):
+    for seed in (0, 1):
+        await client.post("/v1/adapters", **upload(make_adapter(seed)))
+    assert (await client.delete("/v1/adapters/tone/versions/2")).status_code == 409
+    assert (await client.delete("/v1/adapters/tone/versions/2?force=true")).json()["deleted"] == [2]
+    assert (await client.get("/v1/adapters/tone")).json()["live"] == 1
+
+
+async def test_an_adapter_that_the_engine_refuses_leaves_nothing(client, backend, config, make_adapter):
+    backend.refuse = "the engine cannot load this adapter: its kernels know no rank 2"
+    refused = await client.post("/v1/adapters", **upload(make_adapter()))
+    assert refused.status_code == 422
+    assert refused.json()["error"]["message"] == backend.refuse
+    assert (await client.get("/v1/adapters")).json()["data"] == []
+    kept = [config.data_dir / "blobs", config.data_dir / "quarantine"]
+    assert await settled(lambda: not any(file for folder in kept for file in folder.iterdir()))
+
+
+async def test_a_bad_upload_changes_nothing(client, config, make_adapter):
+    folder = make_adapter(rank=32)
+    refused = await client.post("/v1/adapters", **upload(folder))
+    assert refused.status_code == 422
+    assert "rank" in refused.json()["error"]["message"]
+    assert not list((config.data_dir / "blobs").iterdir())
+    assert not list((config.data_dir / "quarantine").iterdir())
+
+
+async def test_the_name_of_the_base_is_taken(client, make_adapter):
+    assert (await client.post("/v1/adapters", **upload(make_adapter(), name="base"))).status_code == 409
+
+
+async def test_a_restart_keeps_versions_pointers_and_history(connect, config, backend, make_adapter):
+    async with connect(config) as client:
+        for seed in (0, 1):
+            await client.post("/v1/adapters", **upload(make_adapter(seed)))
+        await client.post("/v1/adapters/tone/promote", json={"version": 1})
+        before = (await client.get("/v1/adapters/tone")).json()
+    backend.held.clear()
+    backend.numbers.clear()
+    async with connect(config) as client:
+        after = (await client.get("/v1/adapters/tone")).json()
+        assert {**after, "versions": None} == {**before, "versions": None}
+        assert [v["resident"] for v in after["versions"]] == [True, False]
+        assert (await ask(client, "tone@v2")).json()["model"] == after["versions"][1]["id"]
+
+
+async def test_models_lists_the_base_and_every_version_with_its_parent(client, make_adapter):
+    await client.post("/v1/adapters", **upload(make_adapter()))
+    cards = (await client.get("/v1/models")).json()["data"]
+    assert [(card["id"], card["parent"]) for card in cards] == [("base", None), ("tone", "base"), ("tone@v1", "base")]
+    assert (await client.get("/v1/models/tone")).json()["root"] == cards[1]["root"]
+    assert (await client.get("/v1/models/nobody")).status_code == 404
+
+
+async def test_concurrent_pushes_of_one_name_number_themselves(client, make_adapter):
+    pushes = [client.post("/v1/adapters", **upload(make_adapter(seed))) for seed in range(6)]
+    versions = [response.json()["version"] for response in await asyncio.gather(*pushes)]
+    assert sorted(versions) == [1, 2, 3, 4, 5, 6]
+
+
+async def test_more_adapters_than_the_engine_holds_take_turns(client, backend, make_adapter):
+    ids = [
+        (await client.post("/v1/adapters", **upload(make_adapter(seed), name=f"tone-{seed}"))).json()["id"]
+        for seed in range(8)
+    ]
+    answers = [(await ask(client, f"tone-{seed}")).json()["model"] for seed in range(8)]
+    assert answers == ids
+    assert await settled(lambda: len(backend.held) <= backend.max_resident)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/adapters/nobody/promote", {"version": 1}, 404),
+        ("POST", "/v1/adapters/nobody/promote", {"version": "x"}, 400),
+        ("POST", "/v1/adapters/nobody/promote", {"versoin": 1}, 400),
+        ("POST", "/v1/adapters/nobody/rollback", None, 404),
+        ("GET", "/v1/adapters/nobody", None, 404),
+        ("DELETE", "/v1/adapters/nobody", None, 404),
+        ("DELETE", "/v1/adapters/nobody/versions/1", None, 404),
+        ("GET", "/v1/nothing", None, 404),
+        ("PUT", "/v1/adapters", None, 405),
+    ],
+)
+async def test_every_error_has_openais_shape(client, method, path, body, status):
+    response = await client.request(method, path, json=body)
+    assert response.status_code == status
+    assert set(response.json()["error"]) >= {"message", "type", "param", "code"}
+
+
+async def test_inference_and_admin_are_different_scopes(connect, config, make_adapter):
+    keyed = replace(config, api_keys=keys_hashed(["ask"]), admin_keys=keys_hashed(["run"]))
+    async with connect(keyed) as client:
+        for path, scope in (
+            ("/v1/models", "ask"),
+            ("/v1/adapters", "run"),
+            ("/v1/engines", "run"),
+            ("/metrics", "run"),
+        ):
+            assert (await client.get(path)).status_code == 401
+            assert (await client.get(path, headers={"authorization": "Bearer wrong"})).status_code == 401
+            below = await client.get(path, headers={"authorization": "Bearer ask"})
+            assert below.status_code == (200 if scope == "ask" else 403)
+            assert (await client.get(path, headers={"authorization": "Bearer run"})).status_code == 200
+        assert (await ask(client, "base")).status_code == 401
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/ready")).status_code == 200
+
+
+async def test_metrics_hold_both_ours_and_the_engines_without_the_unbounded_series(client, make_adapter):
+    await client.post("/v1/adapters", **upload(make_adapter()))
+    await ask(client, "tone")
+    await ask(client, "somebody's secret")
+    text = (await client.get("/metrics")).text
+    assert 'loradock_requests_total{adapter="tone",code="200",version="v1"} 1.0' in text
+    assert 'loradock_requests_total{adapter="other",code="404",version=""} 1.0' in text
+    assert 'loradock_adapter_state{adapter="tone",state="host",version="v1"} 1.0' in text
+    assert "vllm:tokens_total" in text
+    assert "secret" not in text
+    assert "lora_requests_info" not in text
+
+
+async def test_ready_turns_false_when_the_engine_dies(client, backend):
+    assert (await client.get("/ready")).status_code == 200
+    backend.dead = True
+    assert (await client.get("/ready")).status_code == 503
+    gone = await ask(client, "base")
+    assert gone.status_code == 503
+    assert "retry-after" in gone.headers
+    assert (await client.get("/health")).status_code == 200

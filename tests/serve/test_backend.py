@@ -1,0 +1,75 @@
+"""What we use of vLLM, by name: when the pin moves, this says first what moved with it."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from serve.backend import parse
+from serve.config import engine_options
+from serve.errors import ConfigError
+
+
+def test_the_engine_still_has_what_we_call():
+    for name in ("from_engine_args", "shutdown", "add_lora", "remove_lora", "list_loras", "get_supported_tasks"):
+        assert callable(getattr(AsyncLLM, name))
+    assert callable(AsyncLLM.get_num_unfinished_requests)
+    assert isinstance(AsyncLLM.errored, property)
+    assert list(inspect.signature(build_app).parameters) == ["args", "supported_tasks", "model_config"]
+    assert list(inspect.signature(init_app_state).parameters) == ["engine_client", "state", "args", "supported_tasks"]
+    assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
+    assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
+
+
+def test_the_options_read_as_text_are_the_ones_that_vllm_takes():
+    taken = set(vars(parse("some/model", "m", {})))
+    fields = {name for name in AsyncEngineArgs.__dataclass_fields__ if not name.startswith("_")}
+    assert fields <= set(engine_options())
+    unknown = {name for name in engine_options() if name not in taken}
+    assert unknown <= fields, "an option that we offer and vLLM's command line does not take"
+
+
+def test_options_arrive_as_vllm_types():
+    given = {
+        "max_loras": "3",
+        "enforce_eager": "true",
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
+    given |= {
+        "hf_overrides": {"a": 1},
+        "max_model_len": "2k",
+        "enable_auto_tool_choice": "1",
+        "tool_call_parser": "hermes",
+    }
+    args = parse("some/model", "m", given)
+    assert (args.max_loras, args.enforce_eager, args.enable_prefix_caching) == (3, True, False)
+    assert (args.kv_cache_memory_bytes, args.hf_overrides, args.max_model_len) == (1 << 30, {"a": 1}, 2000)
+    assert (args.enable_lora, args.served_model_name) == (True, ["m"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_loras": "many"}, "max-loras"),
+        ({"enforce_eager": "perhaps"}, "true or false"),
+        ({"max_lorass": 3}, "max_loras is"),
+        ({"tool_call_parser": "none-such", "enable_auto_tool_choice": True}, "none-such"),
+        ({"enable_auto_tool_choice": True}, "tool-call-parser"),
+        ({"max_lora_rank": 7}, "max-lora-rank"),
+    ],
+)
+def test_what_vllm_does_not_take_is_a_sentence(options, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        parse("some/model", "m", options)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+
+from serve.config import engine_options, keys_hashed, load
+from serve.errors import ConfigError
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path):
+    file = tmp_path / "loradock.yaml"
+    file.write_text("port: 1\ngrace_period: 2\nlog_level: debug\nengine:\n  max_loras: 3\n  max_model_len: 64\n")
+    environ = {"LORADOCK_PORT": "4", "LORADOCK_GRACE_PERIOD": "5", "LORADOCK_MAX_LORAS": "6"}
+    config = load(["--config", str(file), "--port", "7"], environ)
+    assert (config.port, config.grace_period, config.log_level) == (7, 5.0, "debug")
+    assert dict(config.engine) == {"max_loras": "6", "max_model_len": 64}
+
+
+def test_every_option_of_the_engine_is_a_setting():
+    arguments = ["m", "--max-model-len=64", "--enforce-eager", "--no-enable-prefix-caching", "--quantization", "fp8"]
+    config = load(arguments, {"LORADOCK_DTYPE": "float32"})
+    assert dict(config.engine) == {
+        "max_model_len": "64",
+        "enforce_eager": "true",
+        "enable_prefix_caching": "false",
+        "quantization": "fp8",
+        "dtype": "float32",
+    }
+    assert len(engine_options()) > 150
+
+
+def test_a_switch_does_not_swallow_the_model_behind_it():
+    assert load(["--enforce-eager", "my-model"], {}).model == "my-model"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "says"),
+    [
+        (["--max-lorass", "3"], {}, "did you mean --max-loras"),
+        (["--prot", "3"], {}, "did you mean --port"),
+        ([], {"LORADOCK_MAX_LORAZ": "3"}, "did you mean LORADOCK_MAX_LORAS"),
+        (["--port", "eighty"], {}, "port takes a whole number"),
+        (["--port", "70000"], {}, "0 to 65535"),
+        (["--port"], {}, "--port needs a value"),
+        (["--port", "--host", "::1"], {}, "--port needs a value"),
+        (["one", "two"], {}, "one too many"),
+        (["-x"], {}, "one too many"),
+        (["--lora-modules", "a=b"], {}, "loradock adapters push"),
+        (["--host", "0.0.0.0"], {}, "LORADOCK_ADMIN_KEYS"),
+        (["--host", "example.org"], {}, "LORADOCK_ADMIN_KEYS"),
+        (["--name", "a@b"], {}, "--name"),
+        (["--admin-keys", "sha256:xyz"], {}, "64"),
+        (["--log-level", "loud"], {}, "log_level takes"),
+        (["--max-upload-bytes", "much"], {}, "max_upload_bytes takes"),
+        (["--ssl-keyfile", "k"], {}, "go together"),
+        (["--config", "/nowhere.yaml"], {}, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_served_is_a_sentence(arguments, environ, says):
+    with pytest.raises(ConfigError, match=says):
+        load(arguments, environ)
+
+
+@pytest.mark.parametrize("text", ["- 1", "port: [1", "prot: 3", "engine: 3", "port: {a: 1}", "host: [1]"])
+def test_a_file_that_is_none_is_a_sentence(tmp_path, text):
+    file = tmp_path / "loradock.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError):
+        load(["--config", str(file)], {})
+
+
+def test_a_public_address_is_fine_with_keys():
+    config = load(["--host", "0.0.0.0"], {"LORADOCK_ADMIN_KEYS": "a,b", "LORADOCK_API_KEYS": "c"})
+    assert config.admin_keys == keys_hashed(["a", "b"])
+    assert "a" not in config.admin_keys
+
+
+def test_a_hashed_key_stays_as_it_is():
+    digest = keys_hashed(["secret"])[0]
+    assert keys_hashed([f"sha256:{digest}"]) == (digest,)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("12", 12), ("2k", 2000), ("512MiB", 512 << 20), ("1GB", 10**9), (" 3 gib ", 3 << 30)]
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert load(["--max-upload-bytes", text], {}).max_upload_bytes == size
+
+
+def test_the_client_commands_variables_are_not_the_servers():
+    assert load([], {"LORADOCK_URL": "http://x", "LORADOCK_KEY": "k"}).port == 8000

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from tests.serve.conftest import upload
+
+CHAT = "/v1/chat/completions"
+
+
+def http(body, path=CHAT, method="POST"):
+    """An ASGI request of our own making, with a client that can leave."""
+    sent, left = [], asyncio.Event()
+    chunks = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive():
+        if chunks:
+            return chunks.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"host", b"x")]
+    scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b"", "root_path": ""}
+    scope |= {"asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http"}
+    return scope, receive, send, sent, left
+
+
+async def test_a_client_that_leaves_mid_stream_gives_its_lease_back(client, backend):
+    app = client._transport.app
+    backend.flow.clear()
+    scope, receive, send, sent, left = http({"model": "base", "stream": True})
+    answering = asyncio.create_task(app(scope, receive, send))
+    while len(sent) < 2:
+        await asyncio.sleep(0.01)
+    assert app.state.engine.leases == 1
+    left.set()
+    await answering
+    assert (app.state.engine.leases, backend.running) == (0, 0)
+
+
+async def test_a_client_that_leaves_before_the_first_chunk_gives_its_lease_back(client, backend, make_adapter):
+    await client.post("/v1/adapters", **upload(make_adapter()))
+    app = client._transport.app
+    scope, receive, send, _, _ = http({"model": "tone", "stream": True})
+    answering = asyncio.create_task(app(scope, receive, send))
+    await asyncio.sleep(0)
+    answering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answering
+    assert app.state.engine.leases == 0
+
+
+async def test_an_error_before_the_first_token_is_an_http_error_and_no_stream(client):
+    response = await client.post(CHAT, json={"model": "base", "stream": True, "fail": True})
+    assert response.status_code == 400
+    assert response.headers["content-type"] == "application/json"
+    assert response.json()["error"]["message"] == "too long"
+
+
+async def test_an_unknown_model_is_a_404_also_when_it_was_to_stream(client):
+    for stream in (False, True):
+        response = await client.post(CHAT, json={"model": "nobody", "stream": stream})
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+
+
+async def test_without_a_model_the_base_answers(client):
+    assert (await client.post(CHAT, json={"messages": []})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"x"', b"null", b'{"model": 3}', b"\xff\xfe{\x00}\x00", b"[" * 100_000]
+)
+async def test_a_body_that_is_no_request_is_a_sentence(client, body):
+    response = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+async def test_a_model_that_is_spelled_in_another_encoding_cannot_slip_past_the_lease(client, make_adapter):
+    pushed = (await client.post("/v1/adapters", **upload(make_adapter()))).json()
+    body = json.dumps({"model": pushed["id"]}).encode("utf-16")
+    response = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/reset_prefix_cache", "/collective_rpc", "/sleep"]
+)
+async def test_the_engines_own_controls_are_out_of_reach(client, backend, path):
+    assert (await client.post(path, json={"lora_name": "x", "lora_path": "/etc"})).status_code == 404
+    assert backend.bodies == []
+
+
+async def test_the_rest_of_a_request_reaches_the_engine_as_it_came(client, backend, make_adapter):
+    pushed = (await client.post("/v1/adapters", **upload(make_adapter()))).json()
+    body = {"model": "tone", "messages": [{"role": "user", "content": 'ä\u2028"€'}], "seed": 2**53, "temperature": 0.1}
+    await client.post(CHAT, json=body)
+    assert backend.bodies[-1] == {**body, "model": pushed["id"]}

@@ -1,0 +1,96 @@
+"""`loradock serve` that cannot serve says so in one sentence, quickly, and exits non-zero."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from serve import machine
+from serve.errors import ConfigError
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("LORADOCK_")}
+    command = [sys.executable, "-m", "serve.cli", *arguments]
+    return subprocess.run(command, env=kept | environ, capture_output=True, text=True, timeout=120)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr + done.stdout
+    for words in says:
+        assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.fixture
+def data(tmp_path):
+    return f"--data-dir={tmp_path / 'data'}"
+
+
+def test_a_wrong_flag_names_the_nearest(data):
+    assert_refused(run("serve", data, "--max-lorass", "3"), "--max-lorass", "--max-loras")
+
+
+def test_a_missing_model(data):
+    assert_refused(run("serve", "./nowhere", data, "--port", "0"), "./nowhere", "checkpoint directory")
+
+
+def test_a_folder_that_is_no_model(tmp_path, data):
+    assert_refused(run("serve", str(tmp_path), data, "--port", "0"), "config.json")
+
+
+def test_an_adapter_is_not_a_model(make_adapter, data):
+    assert_refused(run("serve", str(make_adapter()), data, "--port", "0"), "LoRA adapter", "loradock adapters push")
+
+
+def test_a_port_in_use(tiny_model, data):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert_refused(run("serve", str(tiny_model), data, "--port", str(port)), str(port), "--port")
+
+
+def test_too_little_memory(tiny_model, data):
+    if not machine.on_cpu():
+        pytest.skip("the engine's memory is the GPU's")
+    done = run("serve", str(tiny_model), data, "--port", "0", "--kv-cache-memory-bytes", "9000G")
+    assert_refused(done, "9000.0 GiB of KV cache", "lower kv_cache_memory_bytes")
+
+
+def test_a_public_address_without_keys(tiny_model, data):
+    assert_refused(run("serve", str(tiny_model), data, "--host", "0.0.0.0"), "0.0.0.0", "LORADOCK_ADMIN_KEYS")
+
+
+def test_a_data_directory_that_another_server_uses(tiny_model, tmp_path, data):
+    from serve.launch import _own
+
+    with _own(tmp_path / "data"):
+        assert_refused(run("serve", str(tiny_model), data, "--port", "0"), "another loradock")
+
+
+def test_a_data_directory_that_cannot_be(tiny_model):
+    assert_refused(run("serve", str(tiny_model), "--data-dir=/proc/nowhere", "--port", "0"), "--data-dir")
+
+
+def test_help_is_quick_and_loads_no_engine():
+    code = "import sys; sys.argv=['loradock','serve','--help']\ntry:\n import serve.cli; serve.cli.main()\nfinally: "
+    code += "assert not {'torch','vllm','transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Examples" in done.stdout
+
+
+def test_the_cores_and_libraries_that_somebody_chose_are_left_alone():
+    given = {"VLLM_CPU_OMP_THREADS_BIND": "0", "LD_PRELOAD": "/x/libgomp.so:/x/libjemalloc.so"}
+    assert machine.cpu_environment(given) == {"LD_PRELOAD": given["LD_PRELOAD"]}
+
+
+def test_memory_that_does_not_suffice_is_a_sentence():
+    with pytest.raises(ConfigError, match="do not fit"):
+        machine.check_memory(1 << 50, 0)
