@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NoReturn
 import regex
 
 from serve.errors import AdapterRejected, BadRequest
+from serve.tenant import DEFAULT, tenant_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -61,7 +62,7 @@ _BASE_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One immutable version of an adapter."""
+    """One immutable version of an adapter; `name` is its full name, with the tenant in it (see serve.tenant)."""
 
     name: str
     version: int
@@ -81,6 +82,11 @@ class Adapter:
     def tag(self) -> str:
         """What people call it."""
         return f"{self.name}@v{self.version}"
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return tenant_of(self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,16 @@ def check_name(name: str) -> str:
         "beginning with a letter or a digit",
         param="name",
     )
+
+
+def check_full_name(full: str) -> str:
+    """The full name, if an adapter may bear it: NAME, or TENANT/NAME of another tenant than `default`."""
+    tenant, slash, name = full.partition("/") if isinstance(full, str) else (full, "", "")
+    if slash:
+        check_name(name)
+    if check_name(tenant) == DEFAULT and slash:
+        raise BadRequest(f"the full name of {shown(full)} is {shown(name)}", param="name")
+    return full
 
 
 def check_digest(digest: str, limits: Limits) -> str:

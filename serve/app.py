@@ -6,7 +6,7 @@ an upload:   app > auth > upload > adapter > store > engine > registry
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
@@ -18,17 +18,22 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from serve import __version__
-from serve.auth import Auth, Caller, Scope
+from serve.adapter import Adapter, check_name, shown
+from serve.audit import Audit, Audited
+from serve.auth import Auth, Caller, Scope, allowed
 from serve.base import lora_modules
 from serve.config import Config
 from serve.engine import Backend, Engine, Phase
-from serve.errors import BadRequest, EngineUnavailable, LoradockError, NotFound
+from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound
 from serve.inference import PATHS, STORED, Inference
+from serve.keys import Keys
 from serve.lifecycle import Lifecycle
+from serve.limits import Limits, Meters
 from serve.monitor import Monitor
 from serve.registry import Registry
-from serve.router import Router
+from serve.router import Router, manages, sees
 from serve.store import Store
+from serve.tenant import DEFAULT, full_name, short_name, spelled, tenant_of
 from serve.upload import receive
 
 log = logging.getLogger(__name__)
@@ -53,6 +58,27 @@ class Rollback(BaseModel):
     why: str = ""
 
 
+class LimitsOfKey(BaseModel):
+    """What a key may use; null is unlimited."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent: int | None = None
+    adapters: int | None = None
+    adapter_bytes: int | None = None
+
+
+class NewKey(BaseModel):
+    """The body of a key's creation."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    tenant: str = DEFAULT
+    scopes: list[str] = [Scope.INFERENCE]
+    limits: LimitsOfKey = LimitsOfKey()
+
+
 def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockError], None] | None = None) -> FastAPI:
     """The whole server over `backend`; `on_failure` hears of an engine that cannot start or has died."""
     engine = Engine(backend)
@@ -60,9 +86,11 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     registry = Registry(config.registry_url)
     modules: dict[str, tuple[int, int]] = {}
     lifecycle = Lifecycle(engine, registry, store, lambda: modules)
-    auth = Auth(config.api_keys, config.admin_keys)
-    monitor = Monitor(engine, registry, __version__)
-    inference = Inference(auth, Router(engine, registry, store), monitor.take)
+    keys = Keys(registry)
+    auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
+    audit = Audit(config.data_dir / "audit.jsonl")
+    monitor = Monitor(engine, registry, audit, __version__)
+    inference = Inference(auth, Router(engine, registry, store), Meters(), monitor.take)
 
     async def start() -> None:
         await engine.start()
@@ -106,7 +134,7 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
         title="loradock",
         version=__version__,
         lifespan=lifespan,
-        middleware=[Middleware(_Split, inference=inference)],
+        middleware=[Middleware(_Split, inference=inference), Middleware(Audited, audit=audit)],
         docs_url=None,
         redoc_url=None,
     )
@@ -114,13 +142,37 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
 
-    def infers(request: Request) -> Caller:
-        return auth.caller(request.headers, Scope.INFERENCE)
+    def holds(scope: Scope) -> Any:
+        async def caller(request: Request) -> Caller:
+            request.state.caller = known = auth.known(request.headers)
+            return allowed(known, scope)
 
-    def administers(request: Request) -> Caller:
-        return auth.caller(request.headers, Scope.ADMIN)
+        return Depends(caller)
 
-    Admin = Annotated[Caller, Depends(administers)]
+    Asker = Annotated[Caller, holds(Scope.INFERENCE)]
+    Manager = Annotated[Caller, holds(Scope.ADAPTERS)]
+    Operator = Annotated[Caller, holds(Scope.ADMIN)]
+
+    def owned(name: str, caller: Caller) -> str:
+        """The full name of an adapter that the caller may change; of any other, whatever it is, the same 404."""
+        full = spelled(name, caller.tenant)
+        if full not in registry or not manages(caller, full):
+            raise NotFound(f"The adapter `{shown(name)}` does not exist.", code="model_not_found", param="name")
+        return full
+
+    def described(adapter: Adapter, resident: set[str], caller: Caller) -> dict[str, Any]:
+        return {**lifecycle.describe(adapter, resident), "name": short_name(adapter.name, caller.tenant)}
+
+    def summary(full: str, resident: set[str], caller: Caller) -> dict[str, Any]:
+        live = registry.live(full)
+        return {
+            "object": "adapter",
+            "name": short_name(full, caller.tenant),
+            "tenant": tenant_of(full),
+            "visibility": "shared" if registry.shared(full) else "private",
+            "live": live.version if live else None,
+            "versions": [described(version, resident, caller) for version in registry.versions(full)],
+        }
 
     async def residents() -> set[str]:
         return await lifecycle.resident() if engine.phase is Phase.READY else set()
@@ -142,23 +194,23 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
         return {"version": __version__, "vllm": backend.version, "model": engine.name}
 
     @app.get("/metrics")
-    async def metrics(caller: Admin) -> Response:
+    async def metrics(caller: Operator) -> Response:
         text = await asyncio.to_thread(monitor.render)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
-    async def models(caller: Annotated[Caller, Depends(infers)]) -> dict[str, Any]:
-        return {"object": "list", "data": list(_cards(engine, registry, config.model))}
+    async def models(caller: Asker) -> dict[str, Any]:
+        return {"object": "list", "data": list(_cards(engine, registry, config.model, caller))}
 
-    @app.get("/v1/models/{name}")
-    async def model(name: str, caller: Annotated[Caller, Depends(infers)]) -> dict[str, Any]:
-        for card in _cards(engine, registry, config.model):
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str, caller: Asker) -> dict[str, Any]:
+        for card in _cards(engine, registry, config.model, caller):
             if name == card["id"]:
                 return card
         raise NotFound(f"The model `{name}` does not exist", code="model_not_found", param="model")
 
     @app.get("/v1/engines")
-    async def engines(caller: Admin) -> dict[str, Any]:
+    async def engines(caller: Operator) -> dict[str, Any]:
         row = {
             "object": "engine",
             "name": engine.name,
@@ -172,51 +224,92 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
         return {"object": "list", "data": [row]}
 
     @app.post("/v1/adapters", status_code=201)
-    async def push(request: Request, caller: Admin) -> Response:
+    async def push(request: Request, caller: Manager) -> Response:
         if not ready.is_set():
             raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}: push again when /ready says so")
         with store.quarantine() as folder:
             kind = request.headers.get("content-type", "")
             form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes)
-            name, promote = _push_fields(form)
+            request.state.subject = form.get("name")
+            name, promote, shared = _push_fields(form)
             adapter, created = await lifecycle.push(
-                name, folder, by=caller.name, promote=promote, why=form.get("why", "")
+                full_name(caller.tenant, check_name(name)),
+                folder,
+                by=caller.name,
+                promote=promote,
+                why=form.get("why", ""),
+                shared=shared,
+                quota=caller.limits,
             )
-        body = lifecycle.describe(adapter, await residents())
-        return JSONResponse(body, status_code=201 if created else 200)
+        request.state.subject = adapter.tag
+        return JSONResponse(described(adapter, await residents(), caller), status_code=201 if created else 200)
 
     @app.get("/v1/adapters")
-    async def adapters(caller: Admin) -> dict[str, Any]:
+    async def adapters(caller: Manager) -> dict[str, Any]:
         resident = await residents()
-        rows = [_summary(lifecycle, registry, name, resident) for name in registry.names()]
+        rows = [summary(full, resident, caller) for full in registry.names() if manages(caller, full)]
         return {"object": "list", "data": rows}
 
-    @app.get("/v1/adapters/{name}")
-    async def adapter(name: str, caller: Admin) -> dict[str, Any]:
-        return {**_summary(lifecycle, registry, name, await residents()), "history": registry.history(name)}
+    @app.get("/v1/adapters/{name:path}")
+    async def adapter(name: str, caller: Manager) -> dict[str, Any]:
+        full = owned(name, caller)
+        return {**summary(full, await residents(), caller), "history": registry.history(full)}
 
-    @app.post("/v1/adapters/{name}/promote")
-    async def promote(name: str, body: Promote, caller: Admin) -> dict[str, Any]:
-        done = await lifecycle.promote(name, body.version, by=caller.name, expected=body.expected_version, why=body.why)
-        monitor.swaps.labels(name, "promoted").inc()
-        return lifecycle.describe(done, await residents())
+    @app.post("/v1/adapters/{name:path}/promote")
+    async def promote(name: str, body: Promote, request: Request, caller: Manager) -> dict[str, Any]:
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+        full = owned(name, caller)
+        done = await lifecycle.promote(full, body.version, by=caller.name, expected=body.expected_version, why=body.why)
+        monitor.swaps.labels(full, "promoted").inc()
+        return described(done, await residents(), caller)
 
-    @app.post("/v1/adapters/{name}/rollback")
-    async def rollback(name: str, caller: Admin, body: Rollback | None = None) -> dict[str, Any]:
+    @app.post("/v1/adapters/{name:path}/rollback")
+    async def rollback(name: str, request: Request, caller: Manager, body: Rollback | None = None) -> dict[str, Any]:
         body = body or Rollback()
-        done = await lifecycle.rollback(name, by=caller.name, expected=body.expected_version, why=body.why)
-        monitor.swaps.labels(name, "rolled_back").inc()
-        return lifecycle.describe(done, await residents())
+        request.state.subject = spelled(name, caller.tenant)
+        full = owned(name, caller)
+        done = await lifecycle.rollback(full, by=caller.name, expected=body.expected_version, why=body.why)
+        request.state.subject = done.tag
+        monitor.swaps.labels(full, "rolled_back").inc()
+        return described(done, await residents(), caller)
 
-    @app.delete("/v1/adapters/{name}")
-    async def remove(name: str, caller: Admin) -> dict[str, Any]:
-        gone = await lifecycle.remove(name, by=caller.name)
+    @app.delete("/v1/adapters/{name:path}/versions/{number}")
+    async def remove_version(
+        name: str, number: int, request: Request, caller: Manager, force: bool = False
+    ) -> dict[str, Any]:
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
+        gone = await lifecycle.remove(owned(name, caller), number, by=caller.name, force=force)
         return {"name": name, "deleted": [one.version for one in gone]}
 
-    @app.delete("/v1/adapters/{name}/versions/{number}")
-    async def remove_version(name: str, number: int, caller: Admin, force: bool = False) -> dict[str, Any]:
-        gone = await lifecycle.remove(name, number, by=caller.name, force=force)
+    @app.delete("/v1/adapters/{name:path}")
+    async def remove(name: str, request: Request, caller: Manager) -> dict[str, Any]:
+        request.state.subject = spelled(name, caller.tenant)
+        gone = await lifecycle.remove(owned(name, caller), by=caller.name)
         return {"name": name, "deleted": [one.version for one in gone]}
+
+    @app.post("/v1/keys", status_code=201)
+    async def create_key(body: NewKey, request: Request, caller: Operator) -> dict[str, Any]:
+        request.state.subject = f"{body.tenant}/{body.name}"
+        if auth.open:
+            raise Conflict(
+                "this server has no key, so everybody may do everything: "
+                "start it with LORADOCK_ADMIN_KEYS, then create keys with that one"
+            )
+        limits = Limits(**body.limits.model_dump())
+        key, secret = await asyncio.to_thread(keys.create, body.tenant, body.name, body.scopes, limits)
+        request.state.subject = f"{body.tenant}/{body.name} {key.id}"
+        return {**key.described(), "secret": secret}
+
+    @app.get("/v1/keys")
+    async def list_keys(caller: Operator, tenant: str | None = None) -> dict[str, Any]:
+        rows = [key.described() for key in keys.all() if tenant in (None, key.tenant)]
+        return {"object": "list", "data": rows}
+
+    @app.delete("/v1/keys/{id}")
+    async def revoke_key(id: str, request: Request, caller: Operator) -> dict[str, Any]:
+        key = await asyncio.to_thread(keys.revoke, id)
+        request.state.subject = f"{key.tenant}/{key.name} {key.id}"
+        return key.described()
 
     app.state.engine, app.state.ready = engine, ready
     return app
@@ -235,39 +328,36 @@ class _Split:
         await (self._inference if inference else self._app)(scope, receive, send)
 
 
-def _push_fields(form: Mapping[str, str]) -> tuple[str, bool]:
+def _push_fields(form: Mapping[str, str]) -> tuple[str, bool, bool | None]:
     if not form.get("name"):
         raise BadRequest("the upload has no field `name`: say which adapter this is a version of", param="name")
     promote = form.get("promote", "true").lower()
     if promote not in ("true", "false"):
         raise BadRequest(f"promote takes true or false, not {promote!r}", param="promote")
-    return form["name"], promote == "true"
+    visibility = form.get("visibility")
+    if visibility not in (None, "private", "shared"):
+        raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
+    return form["name"], promote == "true", None if visibility is None else visibility == "shared"
 
 
-def _summary(lifecycle: Lifecycle, registry: Registry, name: str, resident: set[str]) -> dict[str, Any]:
-    versions = registry.versions(name)
-    live = registry.live(name)
-    return {
-        "object": "adapter",
-        "name": name,
-        "live": live.version if live else None,
-        "versions": [lifecycle.describe(version, resident) for version in versions],
-    }
-
-
-def _cards(engine: Engine, registry: Registry, model: str) -> Any:
-    """OpenAI's model cards: the base, then every adapter by name and by version."""
+def _cards(engine: Engine, registry: Registry, model: str, caller: Caller) -> Iterator[dict[str, Any]]:
+    """OpenAI's model cards: the base, then every adapter that the caller may ask, by name and by version."""
     base = {"id": engine.name, "object": "model", "created": 0, "owned_by": "loradock", "root": model, "parent": None}
     if engine.phase is Phase.READY:
         base["max_model_len"] = engine.backend.max_model_len
     yield base
-    for name in registry.names():
-        live = registry.live(name)
-        for adapter in registry.versions(name):
-            ids = [name, adapter.tag] if adapter == live else [adapter.tag]
-            for public in ids:
+    for full in registry.names():
+        if not sees(registry, caller, full):
+            continue
+        public = short_name(full, caller.tenant)
+        if tenant_of(full) == DEFAULT and full_name(caller.tenant, full) in registry and caller.tenant != DEFAULT:
+            public = f"{DEFAULT}/{full}"  # the caller's own adapter answers under the short name
+        live = registry.live(full)
+        for adapter in registry.versions(full):
+            pinned = f"{public}@v{adapter.version}"
+            for id in [public, pinned] if adapter == live else [pinned]:
                 yield {
-                    "id": public,
+                    "id": id,
                     "object": "model",
                     "created": int(adapter.created),
                     "owned_by": "loradock",

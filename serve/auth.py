@@ -1,58 +1,96 @@
-"""An API key becomes a Caller with scopes; inference and admin are different scopes."""
+"""An API key becomes a Caller: a tenant, scopes and limits.
+
+inference        asks, and lists the models that its tenant may ask
+adapters:write   pushes, promotes, rolls back and deletes its tenant's adapters
+admin            an operator: everything, in every tenant. Only keys of tenant `default` hold it
+"""
 
 from __future__ import annotations
 
 import hashlib
-import hmac
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from serve.errors import Forbidden, Unauthorized
+from serve.limits import UNLIMITED, Limits
+from serve.tenant import DEFAULT
 
 
 class Scope(StrEnum):
     INFERENCE = "inference"
+    ADAPTERS = "adapters:write"
     ADMIN = "admin"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. `name` is fit for a history: never the key itself."""
+    """Who asks. `name` is fit for a history: never the key itself. `key` tells keys of one name apart."""
 
     name: str
     scopes: frozenset[Scope]
+    tenant: str = DEFAULT
+    key: str = ""
+    limits: Limits = UNLIMITED
+
+    @property
+    def operator(self) -> bool:
+        """May see and change what any tenant has."""
+        return Scope.ADMIN in self.scopes
 
 
 ANYBODY = Caller("anonymous", frozenset(Scope))
 
 
 class Auth:
-    """Knows keys by their sha256 alone. Without any key everybody may do everything (loopback only, see config)."""
+    """Knows keys by their sha256 alone: the config's, which are tenant `default`'s, and those that were `issued`.
 
-    def __init__(self, api_keys: Iterable[str] = (), admin_keys: Iterable[str] = ()) -> None:
-        callers = [(digest, Caller(f"key-{digest[:8]}", frozenset({Scope.INFERENCE}))) for digest in api_keys]
-        callers += [(digest, Caller(f"admin-{digest[:8]}", frozenset(Scope))) for digest in admin_keys]
-        self._callers = callers
+    Without any key everybody may do everything (loopback only, see config); `locked` says that keys were issued.
+    """
+
+    def __init__(
+        self,
+        api_keys: Iterable[str] = (),
+        admin_keys: Iterable[str] = (),
+        issued: Callable[[str], Caller | None] = lambda digest: None,
+        locked: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._callers = {key: Caller(f"key-{key[:8]}", frozenset({Scope.INFERENCE}), key=key[:8]) for key in api_keys}
+        self._callers |= {key: Caller(f"admin-{key[:8]}", frozenset(Scope), key=key[:8]) for key in admin_keys}
+        self._issued = issued
+        self._locked = locked
+
+    @property
+    def open(self) -> bool:
+        """Nobody has a key, so everybody may do everything."""
+        return not self._callers and not self._locked()
 
     def caller(self, headers: Mapping[str, str], scope: Scope) -> Caller:
         """The caller behind `Authorization: Bearer KEY` (or `X-API-Key`), who must hold `scope`."""
-        if not self._callers:
+        if self.open:
             return ANYBODY
-        caller = self._known(_key(headers))
-        if scope not in caller.scopes:
-            raise Forbidden(f"this key may not do that: it takes a key with the scope {scope}")
-        return caller
+        return allowed(self.known(headers), scope)
 
-    def _known(self, key: str) -> Caller:
+    def known(self, headers: Mapping[str, str]) -> Caller:
+        """The caller, whatever may be asked of them; Unauthorized if nobody issued this key."""
+        if self.open:
+            return ANYBODY
+        key = _key(headers)
         if not key:
             raise Unauthorized("no API key came with the request: send `Authorization: Bearer KEY`")
+        # Looked up by its sha256: how long that takes tells nothing of a key that is nearly right.
         digest = hashlib.sha256(key.encode()).hexdigest()
-        # Every key is compared, in constant time, so that the answer's time tells nothing.
-        found = [caller for known, caller in self._callers if hmac.compare_digest(known, digest)]
-        if not found:
+        caller = self._callers.get(digest) or self._issued(digest)
+        if caller is None:
             raise Unauthorized("the API key is not one that this server issued", code="invalid_api_key")
-        return found[-1]
+        return caller
+
+
+def allowed(caller: Caller, scope: Scope) -> Caller:
+    """The caller, if they hold `scope`."""
+    if scope not in caller.scopes and not caller.operator:
+        raise Forbidden(f"this key may not do that: it takes a key with the scope {scope}")
+    return caller
 
 
 def _key(headers: Mapping[str, str]) -> str:

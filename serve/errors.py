@@ -9,6 +9,8 @@
     |- NotFound                (404)     no such model, adapter, version or route
     |- Conflict                (409)     the change does not fit what is there now
     |- TooLarge                (413)     more bytes than this server takes
+    |- RateLimited             (429)     this key has had its share; `retry_after` seconds from now there is more
+    |- QuotaExceeded           (429)     this key's tenant keeps as many adapters as it may; waiting does not help
     |- OutOfSpace              (507)     the disk cannot hold it
     `- EngineUnavailable       (503)     the engine is starting, draining or gone; `retry_after` seconds from now may do
 
@@ -93,6 +95,24 @@ class Conflict(LoradockError):
 class TooLarge(LoradockError):
     status = 413
     type = "invalid_request_error"
+
+
+class RateLimited(LoradockError):
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        self.retry_after = retry_after
+        self._headers = headers or {}
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after), **self._headers}
+
+
+class QuotaExceeded(LoradockError):
+    status = 429
+    type = "insufficient_quota"
 
 
 class OutOfSpace(LoradockError):

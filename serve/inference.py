@@ -1,15 +1,20 @@
-"""The ASGI endpoint for inference: auth > router > engine > tap.
+"""The ASGI endpoint for inference: auth > limits > router > engine > tap.
 
 vLLM's own app answers; this stands before it, turns the public model name into the leased version's id, and keeps the
-lease exactly as long as the response is open, however it ends.
+lease exactly as long as the response is open, however it ends. Two more things of a request are kept to its tenant:
+the prefix cache that it may hit, and the stored responses that it may name.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import logging
 import re
+import secrets
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -17,11 +22,14 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.auth import Auth
+from serve.auth import Auth, Caller
 from serve.auth import Scope as KeyScope
 from serve.errors import BadRequest, LoradockError, NotFound, TooLarge
+from serve.limits import Meter, Meters
 from serve.router import Route, Router
 from serve.tap import Exchange, Tap
+from serve.tenant import DEFAULT
+from serve.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +38,9 @@ PATHS = re.compile(
     r"/v1/(chat/completions(/batch)?|completions|responses|messages(/count_tokens)?|embeddings|score|rerank)"
     r"|/(tokenize|detokenize|pooling|classify|score|rerank|v2/rerank)"
 )
-STORED = re.compile(r"/v1/responses/[^/]+(/cancel)?")
+STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(/cancel)?")
+# Those that know no cache_salt, and fill no cache.
+UNSALTED = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
 MAX_BODY = 64 << 20
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -40,9 +50,10 @@ _encode = msgspec.json.Encoder().encode
 class Inference:
     """Every inference route."""
 
-    def __init__(self, auth: Auth, router: Router, take: Callable[[Exchange], None]) -> None:
+    def __init__(self, auth: Auth, router: Router, meters: Meters, take: Callable[[Exchange], None]) -> None:
         self._auth = auth
         self._router = router
+        self._meters = meters
         self._take = take
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,13 +74,24 @@ class Inference:
         if not stored and not PATHS.fullmatch(path):
             raise NotFound(f"there is nothing at {path}: see /v1/models and the README for what there is")
         caller = self._auth.caller(Headers(scope=scope), KeyScope.INFERENCE)
-        asked = await _Asked.read(scope, receive) if scope["method"] == "POST" and not stored else None
-        model = asked.model if asked else None
-        async with self._router.lease(model, caller) as route:
-            tap.adapter, tap.version = route.adapter, route.version
-            if asked:
-                scope, receive = asked.replayed(scope, receive, route)
-            await route.app(scope, receive, _Honest(tap.send).send)
+        if stored:
+            _check_response(stored["id"], caller.tenant)
+        meter = self._meters.of(caller.key, caller.limits)
+        usage = Usage(tap.send, meter) if meter else None
+        with meter.request() if meter else nullcontext():
+            try:
+                asked = await _Asked.read(scope, receive) if scope["method"] == "POST" and not stored else None
+                if asked and meter and usage:
+                    _check_countable(asked, meter)
+                    usage.asked = len(asked.body)
+                async with self._router.lease(asked.model if asked else None, caller) as route:
+                    tap.adapter, tap.version = route.adapter, route.version
+                    if asked:
+                        scope, receive = asked.replayed(scope, receive, route, caller)
+                    await route.app(scope, receive, _Honest(usage.send if usage else tap.send).send)
+            finally:
+                if meter and usage and not stored:
+                    meter.charge(usage.tokens)
 
 
 class _Asked:
@@ -102,11 +124,12 @@ class _Asked:
             more = message.get("more_body", False)
         return cls(b"".join(chunks))
 
-    def replayed(self, scope: Scope, receive: Receive, route: Route) -> tuple[Scope, Receive]:
-        """The same request, asking for the route's model by the backend's name for it."""
+    def replayed(self, scope: Scope, receive: Receive, route: Route, caller: Caller) -> tuple[Scope, Receive]:
+        """The same request, asking for the route's model by the backend's name for it, within the caller's tenant."""
         body = self.body
-        if route.model != self.model:
-            body = _encode({**self.fields, "model": route.model})
+        changes = self._changes(scope["path"], route, caller.tenant)
+        if changes:
+            body = _encode({**self.fields, **changes})
             length = (b"content-length", str(len(body)).encode())
             headers = [h for h in scope["headers"] if h[0] not in (b"content-length", b"transfer-encoding")]
             scope = {**scope, "headers": [*headers, length]}
@@ -120,6 +143,62 @@ class _Asked:
             return await receive()
 
         return scope, replay
+
+    def _changes(self, path: str, route: Route, tenant: str) -> dict[str, str]:
+        changes = {} if route.model == self.model else {"model": route.model}
+        salt = None if UNSALTED.fullmatch(path) else salted(self.fields.get("cache_salt"), tenant)
+        if salt is not None:
+            changes["cache_salt"] = salt
+        if path == "/v1/responses":
+            previous = self.fields.get("previous_response_id")
+            if isinstance(previous, str):
+                _check_response(previous, tenant)
+            if tenant != DEFAULT:
+                changes["request_id"] = _response_id(tenant)
+        return changes
+
+
+def salted(salt: Any, tenant: str) -> str | None:
+    """The cache_salt that the engine gets for a client's; None leaves the request as it is.
+
+    It holds no @, as every adapter's id does, and begins with the tenant, whose name holds no colon: so no client can
+    reach an adapter's part of the prefix cache, nor another tenant's. Without a salt the keys of tenant `default`
+    share one cache, and each other tenant has its own: what is cached there shows in how fast an answer begins.
+    """
+    if isinstance(salt, str) and salt:
+        return f"{tenant}:{hashlib.sha256(salt.encode('utf-8', 'surrogatepass')).hexdigest()[:48]}"
+    # vLLM refuses what is neither a text nor null.
+    return tenant if salt is None and tenant != DEFAULT else None
+
+
+# A stored response lives in this process; so does what proves whose it is.
+_SIGNING = secrets.token_bytes(32)
+_SIGNED = re.compile(r"resp_(?P<nonce>[0-9a-f]{32})(?P<mark>[0-9a-f]{32})")
+
+
+def _response_id(tenant: str, nonce: str = "") -> str:
+    """A response's id that only this tenant may name again."""
+    nonce = nonce or secrets.token_hex(16)
+    return f"resp_{nonce}{hmac.new(_SIGNING, f'{nonce}{tenant}'.encode(), 'sha256').hexdigest()[:32]}"
+
+
+def _check_response(id: str, tenant: str) -> None:
+    """NotFound, if the stored response is not this tenant's; vLLM knows no tenants."""
+    signed = _SIGNED.fullmatch(id)
+    if tenant == DEFAULT:
+        mine = not signed
+    else:
+        mine = signed is not None and hmac.compare_digest(id, _response_id(tenant, signed["nonce"]))
+    if not mine:
+        raise NotFound(f"Response with id '{id}' not found.", param="response_id")
+
+
+def _check_countable(asked: _Asked, meter: Meter) -> None:
+    if meter.counts_tokens and asked.fields.get("background"):
+        raise BadRequest(
+            "this key's tokens are limited, and a background response cannot be counted: ask without background",
+            param="background",
+        )
 
 
 class _Honest:

@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from serve.adapter import Adapter, Limits, check_name, inspect
+from serve.adapter import Adapter, Inspection, Limits, check_full_name, inspect
 from serve.engine import Engine
-from serve.errors import Conflict, LoradockError
+from serve.errors import Conflict, LoradockError, QuotaExceeded
+from serve.limits import UNLIMITED
+from serve.limits import Limits as KeyLimits
 from serve.registry import Registry
 from serve.store import Store
+from serve.tenant import short_name, tenant_of
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +48,23 @@ class Lifecycle:
                 except LoradockError as error:
                     log.warning("%s is live and cannot be loaded: %s", adapter.tag, error)
 
-    async def push(self, name: str, folder: Path, *, by: str, promote: bool, why: str = "") -> tuple[Adapter, bool]:
+    async def push(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        by: str,
+        promote: bool,
+        why: str = "",
+        shared: bool | None = None,
+        quota: KeyLimits = UNLIMITED,
+    ) -> tuple[Adapter, bool]:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
-        if check_name(name) == self.engine.name:
-            raise Conflict(f"{name!r} is the base model's name: choose another for the adapter", param="name")
+        check_full_name(name)
+        if self.engine.name in (name, short_name(name, tenant_of(name))):
+            raise Conflict(
+                f"{self.engine.name!r} is the base model's name: choose another for the adapter", param="name"
+            )
         limits = Limits(max_rank=self.engine.backend.max_lora_rank)
         inspection = await asyncio.to_thread(inspect, folder, self._modules(), limits)
         async with self._changing:
@@ -56,9 +72,10 @@ class Lifecycle:
             adapter_id = f"{name}@{digest[:12]}"
             before = self.registry.live(name)
             try:
+                self._check_quota(name, digest, inspection, quota)
                 await self.engine.ensure(adapter_id, self.store.path(digest))
                 adapter, created = await asyncio.to_thread(
-                    self.registry.add, name, inspection, digest, by=by, promote=promote, why=why
+                    self.registry.add, name, inspection, digest, by=by, promote=promote, why=why, shared=shared
                 )
             except BaseException:
                 self._let_go(adapter_id, digest)
@@ -114,6 +131,8 @@ class Lifecycle:
         return {
             "object": "adapter.version",
             "name": adapter.name,
+            "tenant": adapter.tenant,
+            "visibility": "shared" if self.registry.shared(adapter.name) else "private",
             "version": adapter.version,
             "id": adapter.id,
             "digest": adapter.digest,
@@ -125,6 +144,20 @@ class Lifecycle:
             "bytes": adapter.nbytes,
             "created": int(adapter.created),
         }
+
+    def _check_quota(self, name: str, digest: str, inspection: Inspection, quota: KeyLimits) -> None:
+        """QuotaExceeded, if the tenant would keep more than this key may let it."""
+        kept = [adapter for adapter in self.registry.adapters() if adapter.tenant == tenant_of(name)]
+        if any(adapter.name == name and adapter.digest == digest for adapter in kept):
+            return
+        if quota.adapters is not None and len({adapter.name for adapter in kept} | {name}) > quota.adapters:
+            raise QuotaExceeded(f"this key's tenant may keep {quota.adapters} adapters: delete one that nobody uses")
+        nbytes = sum(adapter.nbytes for adapter in kept) + inspection.nbytes
+        if quota.adapter_bytes is not None and nbytes > quota.adapter_bytes:
+            raise QuotaExceeded(
+                f"with this one the tenant's adapters take {nbytes} bytes, and this key may let them take "
+                f"{quota.adapter_bytes}: delete versions that nobody uses"
+            )
 
     def _flipped(self, name: str, before: Adapter | None) -> None:
         """The version that was live is not any more, unless it is."""

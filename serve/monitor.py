@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from serve.audit import Audit
 from serve.engine import Engine, Phase
 from serve.registry import Registry
 from serve.tap import Exchange
@@ -26,7 +27,7 @@ disable_created_metrics()
 class Monitor:
     """The `loradock_*` series. Labels are registered names, nothing that clients send."""
 
-    def __init__(self, engine: Engine, registry: Registry, version: str) -> None:
+    def __init__(self, engine: Engine, registry: Registry, audit: Audit, version: str) -> None:
         self._engine = engine
         self._collectors = CollectorRegistry()
         self.requests = self._counter("requests", "Requests by the version that answered and the HTTP status.", "code")
@@ -38,7 +39,7 @@ class Monitor:
         )
         self._first = self._histogram("time_to_first_token_seconds", "From the request's arrival to its first bytes.")
         self._total = self._histogram("request_duration_seconds", "From the request's arrival to its last byte.")
-        self._collectors.register(LiveState(engine, registry, version))
+        self._collectors.register(LiveState(engine, registry, audit, version))
 
     def take(self, exchange: Exchange) -> None:
         """Count one exchange."""
@@ -66,8 +67,9 @@ class Monitor:
 class LiveState(Collector):
     """What is true at the moment of the scrape."""
 
-    def __init__(self, engine: Engine, registry: Registry, version: str) -> None:
+    def __init__(self, engine: Engine, registry: Registry, audit: Audit, version: str) -> None:
         self._engine = engine
+        self._audit = audit
         self._registry = registry
         self._version = version
 
@@ -82,6 +84,9 @@ class LiveState(Collector):
         yield phase
         yield GaugeMetricFamily("loradock_requests_in_progress", "Answers under way.", value=self._engine.leases)
         yield GaugeMetricFamily("loradock_adapters", "Registered adapters.", value=len(self._registry.names()))
+        yield CounterMetricFamily(
+            "loradock_audit_failures", "Lines that the audit log lacks.", value=self._audit.failures
+        )
         state = GaugeMetricFamily("loradock_adapter_state", "1 while the version is there.", labels=(*LABELS, "state"))
         resident = {residence.id for residence in self._engine.residents if residence.loaded}
         for adapter in self._registry.adapters():

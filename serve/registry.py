@@ -3,11 +3,12 @@
     names      one row a name: which version is live, which were live before it, the next version number
     versions   one row a version: its digest and what `inspect` found
     history    one row a change: who, what, why, when, from which version to which; only ever appended
+    keys       one row an API key, as its digest; written by serve.keys
 
 Every change is one transaction that writes its history row. Readers never meet the database: they read a snapshot, an
 immutable dictionary that each change replaces. `Registry(url)` is SQLite in WAL mode or, by its URL, PostgreSQL.
 
-A tenant will become one more column of `names`, whose rows already are more than their name.
+A name here is a full name, which holds its tenant (see serve.tenant). It is private to that tenant unless it is shared.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Connection,
     Engine,
@@ -38,6 +40,7 @@ from sqlalchemy import (
     create_engine,
     delete,
     event,
+    false,
     func,
     insert,
     select,
@@ -48,12 +51,21 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
-from serve.adapter import Adapter, Inspection, check_name, shown
+from serve.adapter import Adapter, Inspection, check_full_name, shown
 from serve.errors import ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound, OutOfSpace
 
-SCHEMA = 1
+SCHEMA = 2
+
+
+def _to_tenants(connection: Connection) -> None:
+    """Names get room for a tenant, and are private; the table `keys` is there already, made as every missing one."""
+    connection.execute(text("ALTER TABLE names ADD COLUMN shared BOOLEAN NOT NULL DEFAULT FALSE"))
+    if connection.dialect.name != "sqlite":  # which does not mind a text's length
+        connection.execute(text("ALTER TABLE names ALTER COLUMN name TYPE VARCHAR(129)"))
+
+
 # MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {}
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants}
 
 _PINNED = re.compile(r"(?P<name>[^@]+)@(?:v(?P<version>[1-9][0-9]{0,8})|(?P<digest>[0-9a-f]{12}))")
 _TRAIL = 64
@@ -67,10 +79,11 @@ names = Table(
     "names",
     metadata,
     Column("id", _Id, primary_key=True, autoincrement=True),
-    Column("name", String(64), nullable=False, unique=True),
+    Column("name", String(129), nullable=False, unique=True),  # NAME or TENANT/NAME
     Column("live", Integer),
     Column("trail", Text, nullable=False),  # JSON: versions that were live before, the latest last
     Column("next", Integer, nullable=False),  # a number is never given twice, also after a deletion
+    Column("shared", Boolean, nullable=False, server_default=false()),  # other tenants may ask it too
 )
 
 versions = Table(
@@ -103,6 +116,19 @@ history = Table(
     sqlite_autoincrement=True,
 )
 
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("digest", String(64), nullable=False, unique=True),  # sha256 of the secret, which is nowhere
+    Column("scopes", Text, nullable=False),  # JSON
+    Column("limits", Text, nullable=False),  # JSON
+    Column("created", Float(53), nullable=False),
+    Column("revoked", Float(53)),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
@@ -111,6 +137,7 @@ class _Entry:
     live: Adapter | None
     versions: Mapping[int, Adapter]
     digests: Mapping[str, Adapter]  # by their first 12 digits
+    shared: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +189,13 @@ class Registry:
         promote: bool = True,
         why: str = "",
         expected: int | None = None,
+        shared: bool | None = None,
     ) -> tuple[Adapter, bool]:
-        """A new version of `name`, or the one that already has these bytes; True if it is new."""
-        check_name(name)
+        """A new version of `name`, or the one that already has these bytes; True if it is new.
+
+        `shared` opens the name to other tenants, or closes it; None leaves it as it is, and a new name private.
+        """
+        check_full_name(name)
         with self._change(name, create=True) as change:
             _expect(change, expected)
             version = change.connection.scalar(
@@ -190,6 +221,9 @@ class Registry:
                 change.log("add", by, why, None, version, digest)
             if promote:
                 self._point(change, version, "promote", by, why)
+            if shared is not None and shared != change.shared:
+                change.shared = shared
+                change.log("share" if shared else "unshare", by, why, None, None)
             adapter = change.versions()[version]
         return adapter, created
 
@@ -243,6 +277,8 @@ class Registry:
             where = (versions.c.name_id == change.id) & versions.c.version.in_(doomed)
             change.connection.execute(delete(versions).where(where))
             change.trail = _walk([number for number in change.trail if number not in doomed])
+            if len(doomed) == len(there):
+                change.shared = False  # or the next adapter of this name would be born shared
             for number in doomed:
                 change.log("delete", by, why, number, None, there[number].digest)
             if change.live in doomed:
@@ -264,6 +300,15 @@ class Registry:
         """The version that answers for `name`, if any."""
         entry = self._snapshot.entries.get(name)
         return entry.live if entry else None
+
+    def __contains__(self, name: str) -> bool:
+        """The name has a version."""
+        return name in self._snapshot.entries
+
+    def shared(self, name: str) -> bool:
+        """Other tenants may ask it too."""
+        entry = self._snapshot.entries.get(name)
+        return entry is not None and entry.shared
 
     def get(self, name: str, version: int) -> Adapter:
         """That very version."""
@@ -330,6 +375,14 @@ class Registry:
             self._snapshot = self._read()
             return True
 
+    # For neighbours that keep a table of their own here
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """One transaction on the database, whose errors are ours."""
+        with self._writing, _translated(), self._engine.begin() as connection:
+            yield connection
+
     # Inside
 
     def _point(self, change: _Change, version: int, what: str, by: str, why: str) -> None:
@@ -343,8 +396,8 @@ class Registry:
     @contextmanager
     def _change(self, name: str, *, create: bool = False) -> Iterator[_Change]:
         """One transaction on one name; the snapshot follows once it is committed."""
-        with self._writing, _translated():
-            with self._engine.begin() as connection:
+        with self._writing:
+            with self.transaction() as connection:
                 if connection.dialect.name == "postgresql":
                     # One writer at a time, as SQLite has it: else history's ids would not rise in commit order.
                     connection.execute(text("LOCK TABLE history IN EXCLUSIVE MODE"))
@@ -353,7 +406,9 @@ class Registry:
                 row = connection.execute(select(names).where(names.c.name == name).with_for_update()).first()
                 if row is None:
                     raise _missing(name)
-                change = _Change(connection, row.id, row.name, row.live, json.loads(row.trail), row.next, self._clock)
+                change = _Change(
+                    connection, row.id, row.name, row.live, json.loads(row.trail), row.next, self._clock, row.shared
+                )
                 if not create and not change.versions():
                     raise _missing(name)
                 yield change
@@ -361,9 +416,11 @@ class Registry:
                     connection.execute(
                         update(names)
                         .where(names.c.id == change.id)
-                        .values(live=change.live, trail=json.dumps(change.trail), next=change.next)
+                        .values(
+                            live=change.live, trail=json.dumps(change.trail), next=change.next, shared=change.shared
+                        )
                     )
-                entry = _entry(change.live, change.versions())
+                entry = _entry(change.live, change.versions(), change.shared)
                 generation = connection.scalar(select(func.max(history.c.id))) or 0
             entries = {key: value for key, value in self._snapshot.entries.items() if key != name}
             if entry is not None:
@@ -387,7 +444,7 @@ class Registry:
             for row in connection.execute(select(versions)):
                 found.setdefault(row.name_id, {})[row.version] = _adapter(by_id[row.name_id].name, row)
             for key, there in found.items():
-                entry = _entry(by_id[key].live, there)
+                entry = _entry(by_id[key].live, there, by_id[key].shared)
                 if entry is not None:
                     entries[by_id[key].name] = entry
         return _Snapshot(generation, entries)
@@ -404,6 +461,7 @@ class _Change:
     trail: list[int]
     next: int
     clock: Callable[[], float]
+    shared: bool
     logged: bool = False
 
     def versions(self) -> dict[int, Adapter]:
@@ -428,13 +486,14 @@ class _Change:
         )
 
 
-def _entry(live: int | None, there: Mapping[int, Adapter]) -> _Entry | None:
+def _entry(live: int | None, there: Mapping[int, Adapter], shared: bool) -> _Entry | None:
     if not there:
         return None
     return _Entry(
         live=None if live is None else there[live],
         versions=there,
         digests={adapter.digest[:12]: adapter for adapter in there.values()},
+        shared=shared,
     )
 
 

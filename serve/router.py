@@ -14,6 +14,7 @@ from serve.engine import Engine
 from serve.errors import NotFound
 from serve.registry import Registry
 from serve.store import Store
+from serve.tenant import spelled, tenant_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,28 @@ class Router:
             yield Route(app, name, *((adapter.name, f"v{adapter.version}") if adapter else (self.engine.name, "base")))
 
     def resolve(self, model: str | None, caller: Caller) -> Adapter | None:
-        """The adapter version that a public name means now; None for the base model."""
+        """The adapter version that a public name means to this caller now; None for the base model.
+
+        What the caller may not see does not exist.
+        """
         if model is None or model == self.engine.name:
             return None
-        try:
-            return self.registry.resolve(model)
-        except NotFound as error:
-            message = f"The model `{model}` does not exist: GET /v1/models lists those that do."
-            raise NotFound(message, code="model_not_found", param="model") from error
+        for full in dict.fromkeys((spelled(model, caller.tenant), model)):
+            try:
+                adapter = self.registry.resolve(full)
+            except NotFound:
+                continue
+            if sees(self.registry, caller, adapter.name):
+                return adapter
+        message = f"The model `{model}` does not exist: GET /v1/models lists those that do."
+        raise NotFound(message, code="model_not_found", param="model")
+
+
+def sees(registry: Registry, caller: Caller, full: str) -> bool:
+    """The caller may ask the adapter of this full name."""
+    return manages(caller, full) or registry.shared(full)
+
+
+def manages(caller: Caller, full: str) -> bool:
+    """The adapter of this full name is the caller's to change, as far as the tenant goes."""
+    return caller.operator or tenant_of(full) == caller.tenant

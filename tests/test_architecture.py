@@ -13,10 +13,10 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 # In the order of imports: a module may use what stands on the shelves below its own.
 SHELVES = [
     {"errors"},
-    {"config", "machine", "drift", "plugin"},
-    {"adapter", "auth", "base", "embedded", "tap", "client", "bench"},
-    {"store", "registry", "upload"},
-    {"engine"},
+    {"config", "machine", "drift", "plugin", "tenant", "limits"},
+    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage"},
+    {"store", "registry", "upload", "audit"},
+    {"engine", "keys"},
     {"router", "lifecycle", "monitor", "backend"},
     {"inference"},
     {"app"},

@@ -1,0 +1,159 @@
+"""How much a key may ask: token buckets with a clock that is handed in.
+
+A bucket holds a minute's worth and fills evenly. A request takes one from the requests' bucket when it comes. What it
+costs in tokens is known when it ends, so it may come while that bucket is not in debt, and pays afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from time import monotonic
+
+from serve.errors import RateLimited
+
+# Above this many meters, those that remember nothing are dropped.
+_MANY = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """A key's limits; None is unlimited. The last two bound what the key's tenant keeps in all when the key pushes."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent: int | None = None
+    adapters: int | None = None
+    adapter_bytes: int | None = None
+
+    @property
+    def meters(self) -> bool:
+        """Requests with this key need a meter."""
+        return (self.requests_per_minute, self.tokens_per_minute, self.concurrent) != (None, None, None)
+
+
+LIMITS = tuple(field.name for field in fields(Limits))
+UNLIMITED = Limits()
+
+
+class Bucket:
+    """Holds `per_minute`, fills at that rate, and may be in debt."""
+
+    __slots__ = ("_level", "_seen", "capacity")
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.capacity = per_minute
+        self._level = float(per_minute)
+        self._seen = now
+
+    def level(self, now: float) -> float:
+        """What is in it."""
+        self._level = min(self.capacity, self._level + (now - self._seen) * self.capacity / 60)
+        self._seen = now
+        return self._level
+
+    def take(self, amount: float, now: float) -> None:
+        """Take it, also when it is not there."""
+        self._level = self.level(now) - amount
+
+    def wait(self, amount: float, now: float) -> float:
+        """Seconds until `amount` is there."""
+        return max(0.0, (min(amount, self.capacity) - self.level(now)) * 60 / self.capacity)
+
+
+class Meter:
+    """One key's use of its limits."""
+
+    __slots__ = ("_now", "_requests", "_running", "_tokens", "limits")
+
+    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+        self.limits = limits
+        self._now = clock
+        now = clock()
+        self._requests = Bucket(limits.requests_per_minute, now) if limits.requests_per_minute is not None else None
+        self._tokens = Bucket(limits.tokens_per_minute, now) if limits.tokens_per_minute is not None else None
+        self._running = 0
+
+    @property
+    def counts_tokens(self) -> bool:
+        return self._tokens is not None
+
+    @property
+    def at_rest(self) -> bool:
+        """A new meter would do the same."""
+        now = self._now()
+        full = [bucket.level(now) >= bucket.capacity for bucket in (self._requests, self._tokens) if bucket]
+        return not self._running and all(full)
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """One request, from its arrival to its last byte; RateLimited when there is no room for it."""
+        now = self._now()
+        limits = self.limits
+        if limits.concurrent is not None and self._running >= limits.concurrent:
+            raise self._refusal(f"{limits.concurrent} requests of this key are under way, which is its limit", 1.0)
+        if self._requests and (wait := self._requests.wait(1, now)):
+            raise self._refusal(f"this key may send {limits.requests_per_minute} requests per minute", wait)
+        if self._tokens and (wait := self._tokens.wait(1, now)):
+            raise self._refusal(f"this key may use {limits.tokens_per_minute} tokens per minute", wait)
+        if self._requests:
+            self._requests.take(1, now)
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+    def charge(self, tokens: int) -> None:
+        """A request turned out to have cost this much."""
+        if self._tokens:
+            self._tokens.take(tokens, self._now())
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's x-ratelimit-* headers, as it stands now."""
+        now = self._now()
+        told: dict[str, str] = {}
+        for kind, bucket in (("requests", self._requests), ("tokens", self._tokens)):
+            if bucket:
+                told[f"x-ratelimit-limit-{kind}"] = str(bucket.capacity)
+                told[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.level(now))))
+                told[f"x-ratelimit-reset-{kind}"] = _duration(bucket.wait(bucket.capacity, now))
+        return told
+
+    def _refusal(self, reason: str, wait: float) -> RateLimited:
+        after = max(1, math.ceil(wait))
+        return RateLimited(f"{reason}; retry in {after} s", retry_after=after, headers=self.headers())
+
+
+class Meters:
+    """The meter of each key that has limits; those without have none. As many as there are keys in use, at most."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._meters: dict[str, Meter] = {}
+        self._tidy_at = _MANY
+
+    def of(self, key: str, limits: Limits) -> Meter | None:
+        """The meter of this key, if it needs one."""
+        if not limits.meters:
+            return None
+        meter = self._meters.get(key)
+        if meter is None:
+            if len(self._meters) >= self._tidy_at:
+                self._meters = {kept: meter for kept, meter in self._meters.items() if not meter.at_rest}
+                self._tidy_at = max(_MANY, 2 * len(self._meters))
+            meter = self._meters[key] = Meter(limits, self._clock)
+        return meter
+
+    def __len__(self) -> int:
+        return len(self._meters)
+
+
+def _duration(seconds: float) -> str:
+    """As OpenAI writes it: 820ms, 6s, 1m30s."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"

@@ -1,0 +1,37 @@
+"""Whose an adapter is, as its full name says it: NAME in tenant `default`, TENANT/NAME in any other.
+
+Registry, engine, prefix cache, metrics and audit log know adapters by full names alone, so that two tenants' adapters
+of one name can never meet. People use the short name for what is theirs:
+
+    NAME           the caller's own adapter; else the one that tenant `default` shares
+    TENANT/NAME    that tenant's, if it is the caller's own or shared (`default/NAME` for the default tenant's)
+
+What another tenant shares answers under its full name only: were it to answer under NAME, a tenant could step in for
+an adapter that somebody else has deleted, or never had.
+"""
+
+from __future__ import annotations
+
+DEFAULT = "default"
+
+
+def full_name(tenant: str, name: str) -> str:
+    """The full name of `name` in `tenant`."""
+    return name if tenant == DEFAULT else f"{tenant}/{name}"
+
+
+def tenant_of(full: str) -> str:
+    """Whose adapter this is."""
+    tenant, slash, _ = full.partition("/")
+    return tenant if slash else DEFAULT
+
+
+def short_name(full: str, tenant: str) -> str:
+    """The name by which `tenant` itself knows the adapter."""
+    return full.rpartition("/")[2] if tenant_of(full) == tenant else full
+
+
+def spelled(public: str, tenant: str) -> str:
+    """The full name (with @VERSION, if there is one) that `tenant` means, were it to own what has no tenant in it."""
+    owner, slash, rest = public.partition("/")
+    return full_name(owner, rest) if slash else full_name(tenant, public)
