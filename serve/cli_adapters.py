@@ -5,19 +5,16 @@ Exit codes: 0 done, 1 the server refused, 2 the command is wrong, 3 no server an
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from serve.errors import ConfigError, LoradockError
-
-if TYPE_CHECKING:
-    from serve.client import AdapterClient
+from serve.errors import ConfigError
+from serve.terminal import URL, Json, Key, Url, connected, example, say, table
 
 adapters_app = typer.Typer(
     name="adapters",
@@ -26,103 +23,83 @@ adapters_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Url = Annotated[str, typer.Option("--url", envvar="LORADOCK_URL", help="The server.")]
-Key = Annotated[str | None, typer.Option("--key", envvar="LORADOCK_KEY", help="An API key that may do this.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's public name.")]
-_URL = "http://127.0.0.1:8000"
-
-
-def _example(*lines: str) -> str:
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 @adapters_app.command(
-    epilog=_example("loradock adapters push support ./support-lora", "loradock adapters push support lora.tar.gz")
+    epilog=example("loradock adapters push support ./support-lora", "loradock adapters push support lora.tar.gz")
 )
 def push(
     name: Name,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A PEFT folder, or a .zip or .tar.gz of one.")],
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it the live version.")] = True,
-    url: Url = _URL,
+    shared: Annotated[
+        bool | None, typer.Option("--shared/--private", help="Let other tenants ask it too, or only your own (as new).")
+    ] = None,
+    url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Upload an adapter; the same bytes twice are one version."""
-    with _client(url, key) as client, _bar(name) as progress:
-        answer = client.push(name, path, promote=promote, progress=progress)
-    _print(answer, as_json, _pushed)
+    with connected("adapters", url, key) as client, _bar(name) as progress:
+        answer = client.push(name, path, promote=promote, shared=shared, progress=progress)
+    say(answer, as_json, _pushed)
 
 
-@adapters_app.command("list", epilog=_example("loradock adapters list --json | jq -r '.data[].name'"))
-def list_(url: Url = _URL, key: Key = None, as_json: Json = False) -> None:
+@adapters_app.command("list", epilog=example("loradock adapters list --json | jq -r '.data[].name'"))
+def list_(url: Url = URL, key: Key = None, as_json: Json = False) -> None:
     """List the adapters, with the live version of each."""
-    with _client(url, key) as client:
+    with connected("adapters", url, key) as client:
         found = client.list()
-    _print({"object": "list", "data": found}, as_json, _listed)
+    say({"object": "list", "data": found}, as_json, _listed)
 
 
-@adapters_app.command(epilog=_example("loradock adapters show support"))
-def show(name: Name, url: Url = _URL, key: Key = None, as_json: Json = False) -> None:
+@adapters_app.command(epilog=example("loradock adapters show support"))
+def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
     """Show the versions of an adapter, which is live, and its history."""
-    with _client(url, key) as client:
+    with connected("adapters", url, key) as client:
         answer = client.show(name)
-    _print(answer, as_json, _shown)
+    say(answer, as_json, _shown)
 
 
-@adapters_app.command(epilog=_example("loradock adapters promote support 3", "loradock adapters promote support v3"))
+@adapters_app.command(epilog=example("loradock adapters promote support 3", "loradock adapters promote support v3"))
 def promote(
     name: Name,
     version: Annotated[str, typer.Argument(metavar="VERSION", help="3 or v3.")],
     expect: Annotated[
         str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")
     ] = None,
-    url: Url = _URL,
+    url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Make a version the live one."""
-    with _client(url, key) as client:
+    with connected("adapters", url, key) as client:
         answer = client.promote(name, _version(version), _version(expect) if expect is not None else None)
-    _print(answer, as_json, lambda told: f"{name} v{_version(version)} is live")
+    say(answer, as_json, lambda told: f"{name} v{_version(version)} is live")
 
 
-@adapters_app.command(epilog=_example("loradock adapters rollback support"))
-def rollback(name: Name, url: Url = _URL, key: Key = None, as_json: Json = False) -> None:
+@adapters_app.command(epilog=example("loradock adapters rollback support"))
+def rollback(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
     """Make the version live again that was live before."""
-    with _client(url, key) as client:
+    with connected("adapters", url, key) as client:
         answer = client.rollback(name)
-    _print(answer, as_json, lambda told: f"{name} {_v(_live(told))} is live again")
+    say(answer, as_json, lambda told: f"{name} {_v(_live(told))} is live again")
 
 
-@adapters_app.command(epilog=_example("loradock adapters rm support@v2", "loradock adapters rm support --force"))
+@adapters_app.command(epilog=example("loradock adapters rm support@v2", "loradock adapters rm support --force"))
 def rm(
     target: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="All versions, or that one.")],
     force: Annotated[bool, typer.Option("--force", help="Also what is live.")] = False,
-    url: Url = _URL,
+    url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Remove an adapter, or one version of it."""
-    with _client(url, key) as client:
+    with connected("adapters", url, key) as client:
         name, at, version = target.partition("@")
         answer = client.remove(name, _version(version) if at else None, force)
-    _print(answer, as_json, lambda told: f"{target} is removed")
-
-
-@contextmanager
-def _client(url: str, key: str | None) -> Iterator[AdapterClient]:
-    """A client whose errors become a sentence and an exit code."""
-    from serve.client import AdapterClient, Unreachable
-
-    try:
-        with AdapterClient(url, key) as client:
-            yield client
-    except LoradockError as error:
-        typer.echo(f"loradock adapters: {error.message}", err=True)
-        for problem in getattr(error, "problems", []):
-            typer.echo(f"  - {problem}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, Unreachable) else 1) from error
+    say(answer, as_json, lambda told: f"{target} is removed")
 
 
 @contextmanager
@@ -146,10 +123,6 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
         yield update
 
 
-def _print(answer: dict[str, Any], as_json: bool, say: Callable[[dict[str, Any]], str]) -> None:
-    typer.echo(json.dumps(answer, indent=2) if as_json else say(answer))
-
-
 def _pushed(answer: dict[str, Any]) -> str:
     name = f"{answer.get('name')} {_v(answer.get('version'))} ({answer.get('id')})"
     live = _live(answer)
@@ -166,7 +139,7 @@ def _listed(answer: dict[str, Any]) -> str:
         versions = adapter.get("versions")
         count = len(versions) if isinstance(versions, list) else versions
         rows.append((str(adapter.get("name")), _v(_live(adapter)), str(count if count is not None else "-")))
-    return _table(rows) if len(rows) > 1 else "no adapters yet; begin with: loradock adapters push NAME PATH"
+    return table(rows) if len(rows) > 1 else "no adapters yet; begin with: loradock adapters push NAME PATH"
 
 
 def _shown(answer: dict[str, Any]) -> str:
@@ -177,7 +150,7 @@ def _shown(answer: dict[str, Any]) -> str:
         is_live = number == live or version.get("live") is True
         created = str(version.get("created_at") or version.get("created") or "-")
         rows.append((_v(number), "*" if is_live else "", str(version.get("id", "-")), created))
-    lines = [str(answer.get("name")), _table(rows)]
+    lines = [str(answer.get("name")), table(rows)]
     if answer.get("history"):
         lines += ["history:", *(f"  {_event(event)}" for event in answer["history"])]
     return "\n".join(lines)
@@ -201,8 +174,3 @@ def _version(text: str) -> int:
     if not number.isdecimal() or int(number) < 1:
         raise ConfigError(f"a version is a number from 1 on, for instance 3 or v3; not {text!r}")
     return int(number)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

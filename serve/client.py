@@ -1,4 +1,4 @@
-"""Speaks the adapter API of a running server.
+"""Speaks the adapter and key API of a running server.
 
 Errors of the server arrive as the classes of `serve.errors`, with the server's own sentence. Beside them:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ _BY_STATUS: dict[int, type[LoradockError]] = {
         errors.NotFound,
         errors.Conflict,
         errors.TooLarge,
+        errors.QuotaExceeded,
         errors.OutOfSpace,
     )
 }
@@ -101,9 +102,17 @@ class AdapterClient:
         self._http.close()
 
     def push(
-        self, name: str, path: str | Path, *, promote: bool = True, progress: Progress | None = None
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        promote: bool = True,
+        shared: bool | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Upload a PEFT folder or an archive of one; the files are read while they are sent.
+
+        `shared` lets other tenants ask the adapter or stops them; None leaves that as it is, and a new one private.
 
         `progress(sent, total)` counts bytes of the files, and starts again at 0 when the upload does.
         """
@@ -118,6 +127,8 @@ class AdapterClient:
                     for file in files
                 ]
                 fields = {"name": name, "promote": "true" if promote else "false"}
+                if shared is not None:
+                    fields["visibility"] = "shared" if shared else "private"
                 return self._http.post("/v1/adapters", data=fields, files=parts)  # type: ignore[arg-type]
 
         return self._ask(send, repeatable=True)
@@ -147,6 +158,19 @@ class AdapterClient:
         """Delete a version, or the adapter whole; what is live goes only with `force`."""
         path = _path(name) + (f"/versions/{version}" if version is not None else "")
         return self._call("DELETE", path, params={"force": "true"} if force else None)
+
+    def create_key(self, name: str, tenant: str, scopes: Sequence[str], limits: Mapping[str, int]) -> dict[str, Any]:
+        """A new API key; `secret` in the answer is told this once."""
+        body = {"name": name, "tenant": tenant, "scopes": [*scopes], "limits": dict(limits)}
+        return self._call("POST", "/v1/keys", json=body)
+
+    def keys(self, tenant: str | None = None) -> dict[str, Any]:
+        """Every key, or those of one tenant, the revoked too."""
+        return self._call("GET", "/v1/keys", params={"tenant": tenant} if tenant else None)
+
+    def revoke_key(self, id: str) -> dict[str, Any]:
+        """The key opens nothing from now on."""
+        return self._call("DELETE", f"/v1/keys/{_segment(id)}")
 
     def _call(self, method: str, path: str, **parts: Any) -> dict[str, Any]:
         return self._ask(lambda: self._http.request(method, path, **parts), repeatable=method == "GET")
@@ -210,10 +234,14 @@ def adapter_files(path: str | Path) -> list[Path]:
 
 
 def _path(name: str) -> str:
+    return f"/v1/adapters/{_segment(name)}"
+
+
+def _segment(name: str) -> str:
     # A dot segment would be resolved away, and the rest of the path would be another route.
     if name in ("", ".", ".."):
-        raise ConfigError(f"{name!r} is no adapter's name")
-    return f"/v1/adapters/{quote(name, safe='')}"
+        raise ConfigError(f"{name!r} is no name")
+    return quote(name, safe="")
 
 
 class _TryAgain(Exception):

@@ -20,7 +20,8 @@ SHELVES = [
     {"router", "lifecycle", "monitor", "backend"},
     {"inference"},
     {"app"},
-    {"launch", "cli_adapters", "cli_bench"},
+    {"launch", "terminal"},
+    {"cli_adapters", "cli_bench", "cli_keys"},
     {"cli"},
 ]
 SHELF = {name: level for level, names in enumerate(SHELVES) for name in names}
