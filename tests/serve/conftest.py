@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serve.app import build_app
-from serve.config import Config, load
+from serve.config import Config, keys_hashed, load
 from serve.errors import AdapterRejected
 
 HIDDEN, LAYERS = 16, 2
@@ -40,6 +41,7 @@ class FakeBackend:
         self.running = 0
         self.refuse: str | None = None
         self.bodies: list[dict[str, Any]] = []
+        self.usage: dict[str, int] | None = None
         # Cleared, a stream stops after its first chunk until this is set.
         self.flow = asyncio.Event()
         self.flow.set()
@@ -81,15 +83,18 @@ class FakeBackend:
         if body.get("fail"):
             return StreamingResponse(self._failing(), media_type="text/event-stream")
         if body.get("stream"):
-            return StreamingResponse(self._stream(model), media_type="text/event-stream")
-        return JSONResponse({"model": model})
+            counted = (body.get("stream_options") or {}).get("include_usage", False)
+            return StreamingResponse(self._stream(model, counted), media_type="text/event-stream")
+        return JSONResponse({"model": model} if self.usage is None else {"model": model, "usage": self.usage})
 
-    async def _stream(self, model: str | None) -> AsyncIterator[str]:
+    async def _stream(self, model: str | None, counted: bool) -> AsyncIterator[str]:
         self.running += 1
         try:
             yield f"data: {json.dumps({'model': model})}\n\n"
             await self.flow.wait()
             yield f"data: {json.dumps({'model': model})}\n\n"
+            if counted:
+                yield f"data: {json.dumps({'model': model, 'usage': self.usage})}\n\n"
             yield "data: [DONE]\n\n"
         finally:
             self.running -= 1
@@ -159,6 +164,28 @@ def connect(backend: FakeBackend) -> Callable[..., Any]:
 async def client(connect: Callable[..., Any], config: Config) -> AsyncIterator[httpx.AsyncClient]:
     async with connect(config) as client:
         yield client
+
+
+@pytest.fixture
+async def operator(connect: Callable[..., Any], config: Config) -> AsyncIterator[httpx.AsyncClient]:
+    """A client with the admin key of a server that has keys."""
+    async with connect(replace(config, admin_keys=keys_hashed(["run"]))) as client:
+        client.headers["authorization"] = "Bearer run"
+        yield client
+
+
+@pytest.fixture
+def issue(operator: httpx.AsyncClient) -> Callable[..., Any]:
+    """`await issue("acme", "inference", concurrent=1)`: a client of that tenant, with a key that was just issued."""
+
+    async def issue(tenant: str, *scopes: str, name: str = "key", **limits: int) -> httpx.AsyncClient:
+        body = {"tenant": tenant, "name": name, "scopes": scopes or ["inference", "adapters:write"], "limits": limits}
+        told = await operator.post("/v1/keys", json=body)
+        assert told.status_code == 201, told.text
+        headers = {"authorization": f"Bearer {told.json()['secret']}"}
+        return httpx.AsyncClient(transport=operator._transport, base_url="http://loradock", headers=headers)
+
+    return issue
 
 
 class _Started:

@@ -21,6 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from serve.adapter import Inspection
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound
+from serve.keys import Keys
+from serve.limits import Limits
 from serve.registry import SCHEMA, Registry
 
 FOUND = Inspection(rank=8, base="toy", target_modules=("k_proj", "q_proj"), nbytes=1234, tensors=4)
@@ -316,6 +318,65 @@ def test_the_file_is_private_durable_and_in_wal_mode(registry, url):
         pragmas = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")]
         assert pragmas == ["wal", 2]
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+
+
+# As loradock with schema 1 made it.
+SCHEMA_1 = """
+CREATE TABLE schema_version (version INTEGER NOT NULL, PRIMARY KEY (version));
+CREATE TABLE names (
+    id INTEGER NOT NULL, name VARCHAR(64) NOT NULL, live INTEGER, trail TEXT NOT NULL, next INTEGER NOT NULL,
+    PRIMARY KEY (id), UNIQUE (name)
+);
+CREATE TABLE versions (
+    name_id INTEGER NOT NULL, version INTEGER NOT NULL, digest VARCHAR(64) NOT NULL, rank INTEGER NOT NULL, base TEXT,
+    target_modules TEXT NOT NULL, nbytes BIGINT NOT NULL, tensors INTEGER NOT NULL, created FLOAT NOT NULL,
+    PRIMARY KEY (name_id, version), UNIQUE (name_id, digest), FOREIGN KEY(name_id) REFERENCES names (id)
+);
+CREATE INDEX ix_versions_digest ON versions (digest);
+CREATE TABLE history (
+    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, name_id INTEGER NOT NULL, who TEXT NOT NULL,
+    what VARCHAR(16) NOT NULL, why TEXT NOT NULL, "when" FLOAT NOT NULL, from_version INTEGER, to_version INTEGER,
+    digest VARCHAR(64), FOREIGN KEY(name_id) REFERENCES names (id)
+);
+CREATE INDEX ix_history_name_id ON history (name_id);
+INSERT INTO schema_version VALUES (1);
+INSERT INTO names VALUES (7, 'pirate', 2, '[1]', 3);
+INSERT INTO versions VALUES (7, 1, '{one}', 8, 'toy', '["k_proj"]', 1234, 4, 1700000000.0);
+INSERT INTO versions VALUES (7, 2, '{two}', 8, 'toy', '["k_proj"]', 1234, 4, 1700000001.0);
+INSERT INTO history VALUES (1, 7, 'ana', 'add', '', 1700000000.0, NULL, 1, '{one}');
+INSERT INTO history VALUES (2, 7, 'ana', 'promote', '', 1700000001.0, NULL, 2, NULL);
+"""
+
+
+def test_a_registry_from_before_tenants_keeps_all_it_had(url):
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
+        database.executescript(SCHEMA_1.format(one=digest(1), two=digest(2)))
+    for _ in ("migrated", "opened again"):
+        with Registry(url) as registry:
+            assert registry.live("pirate") == registry.get("pirate", 2) and registry.live("pirate").tenant == "default"
+            assert not registry.shared("pirate") and registry.generation == 2
+            assert [row["what"] for row in registry.history("pirate")] == ["add", "promote"]
+    with Registry(url) as registry:
+        assert registry.rollback("pirate", by="bo").version == 1
+        assert push(registry, "acme/pirate", 1, shared=True) == 1
+        assert Keys(registry).create("acme", "ci", ["inference"], Limits())[0] in Keys(registry).all()
+    with Registry(url) as registry:
+        assert registry.shared("acme/pirate") and not registry.shared("pirate")
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
+        assert database.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA,)]
+
+
+def test_a_name_belongs_to_a_tenant(registry):
+    push(registry, "pirate", 1), push(registry, "acme/pirate", 2), push(registry, "globex/pirate", 1)
+    assert [adapter.id for adapter in registry.adapters()] == [
+        f"acme/pirate@{digest(2)[:12]}",
+        f"globex/pirate@{digest(1)[:12]}",
+        f"pirate@{digest(1)[:12]}",
+    ]
+    assert registry.resolve("acme/pirate@v1").tenant == "acme"
+    for wrong in ("default/pirate", "a/b/c", "/pirate", "acme/", "a b/pirate", "../pirate"):
+        with pytest.raises(BadRequest):
+            push(registry, wrong, 3)
 
 
 def test_a_newer_schema_is_left_alone(registry, url):
