@@ -1,6 +1,6 @@
 """`build_app()`: who is who, the lifespan, and thin routes. Read this first.
 
-a request:   app > auth > router > engine > tap > monitor
+a request:   app > auth > limits > router > engine > tap > monitor
 an upload:   app > auth > upload > adapter > store > engine > registry
 """
 

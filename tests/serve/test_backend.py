@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from serve.backend import parse
 from serve.config import engine_options
 from serve.errors import ConfigError
+from serve.inference import salted
 
 
 def test_the_engine_still_has_what_we_call():
@@ -29,6 +33,19 @@ def test_the_engine_still_has_what_we_call():
     assert list(inspect.signature(init_app_state).parameters) == ["engine_client", "state", "args", "supported_tasks"]
     assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
     assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
+
+
+def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():
+    adapter = LoRARequest(lora_name="acme/tone@0123456789ab", lora_int_id=1, lora_path="/blobs/0123")
+    base = {"mm_features": [], "prompt_embeds": None}
+    own = SimpleNamespace(**base, lora_request=adapter, cache_salt=None)
+    with_adapter, _ = kv_cache_utils.generate_block_hash_extra_keys(own, 0, 16, 0)
+    for tenant, salt in (("default", adapter.lora_name), ("a" * 64, "x" * 128), ("acme", None)):
+        made = salted(salt, tenant)
+        validate_cache_salt(made)
+        asked = SimpleNamespace(**base, lora_request=None, cache_salt=made)
+        keys, _ = kv_cache_utils.generate_block_hash_extra_keys(asked, 0, 16, 0)
+        assert keys and not {adapter.lora_name, with_adapter} & {keys, made, *keys}
 
 
 def test_the_options_read_as_text_are_the_ones_that_vllm_takes():
