@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 
 from serve import __version__
 from serve.auth import Auth, Caller, Scope
@@ -113,6 +114,7 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     app.add_exception_handler(LoradockError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
 
     def infers(request: Request) -> Caller:
         return auth.caller(request.headers, Scope.INFERENCE)
@@ -287,6 +289,11 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
     body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client left in the middle of its request: nobody reads this."""
+    return Response(status_code=499)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:

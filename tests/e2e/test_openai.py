@@ -164,7 +164,7 @@ def test_a_json_schema_shapes_the_answer(client, able):
     }
     form: Any = {"type": "json_schema", "json_schema": {"name": "capital", "schema": schema, "strict": True}}
     answer = client.chat.completions.create(
-        model=able, messages=FRANCE, max_tokens=100, temperature=0, response_format=form
+        model=able, messages=FRANCE, max_tokens=50, temperature=0, response_format=form
     )
     read = json.loads(answer.choices[0].message.content)
     assert set(read) == {"city", "big"}
@@ -173,7 +173,7 @@ def test_a_json_schema_shapes_the_answer(client, able):
 
 @pytest.mark.parametrize("choice", [{"type": "function", "function": {"name": "get_weather"}}, "required"], ids=str)
 def test_a_tool_that_must_be_called_is_called_with_its_arguments(client, server, able, choice):
-    ask: dict[str, Any] = {"model": able, "tools": [TOOL], "tool_choice": choice, "temperature": 0, "max_tokens": 200}
+    ask: dict[str, Any] = {"model": able, "tools": [TOOL], "tool_choice": choice, "temperature": 0, "max_tokens": 80}
     ask["messages"] = [{"role": "user", "content": "What is the weather in Paris, in C?"}]
     answer = client.chat.completions.create(**ask)
     (call,) = answer.choices[0].message.tool_calls
@@ -192,7 +192,7 @@ def test_a_tool_that_must_be_called_is_called_with_its_arguments(client, server,
 def test_a_tool_that_may_be_called_may_be_left_alone(client, able):
     messages: list[Any] = [{"role": "user", "content": "Call get_weather for Paris, in C."}]
     answer = client.chat.completions.create(
-        model=able, messages=messages, tools=[TOOL], tool_choice="auto", temperature=0, max_tokens=80
+        model=able, messages=messages, tools=[TOOL], tool_choice="auto", temperature=0, max_tokens=48
     )
     message = answer.choices[0].message
     assert bool(message.tool_calls) == (answer.choices[0].finish_reason == "tool_calls")
@@ -212,7 +212,7 @@ def test_a_tool_s_answer_can_be_spoken_about(client, able):
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call-1", "content": "sunny, 21 degrees"},
     ]
-    answer = client.chat.completions.create(model=able, messages=messages, tools=[TOOL], max_tokens=40, temperature=0)
+    answer = client.chat.completions.create(model=able, messages=messages, tools=[TOOL], max_tokens=16, temperature=0)
     assert answer.usage.completion_tokens > 0
 
 
