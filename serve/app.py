@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 
 from serve import __version__
 from serve.adapter import Adapter, check_name, shown
@@ -141,6 +142,7 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     app.add_exception_handler(LoradockError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
 
     def holds(scope: Scope) -> Any:
         async def caller(request: Request) -> Caller:
@@ -377,6 +379,11 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
     body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client left in the middle of its request: nobody reads this."""
+    return Response(status_code=499)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:

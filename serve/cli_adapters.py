@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,8 +126,7 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
 
 def _pushed(answer: dict[str, Any]) -> str:
     name = f"{answer.get('name')} {_v(answer.get('version'))} ({answer.get('id')})"
-    live = _live(answer)
-    if live is True or live == answer.get("version"):
+    if _live(answer) == answer.get("version"):
         return f"{name} is live"
     return (
         f"{name} is stored; make it live with: loradock adapters promote {answer.get('name')} {answer.get('version')}"
@@ -147,9 +147,9 @@ def _shown(answer: dict[str, Any]) -> str:
     rows = [("VERSION", "LIVE", "ID", "CREATED")]
     for version in answer.get("versions", []):
         number = version.get("version")
-        is_live = number == live or version.get("live") is True
-        created = str(version.get("created_at") or version.get("created") or "-")
-        rows.append((_v(number), "*" if is_live else "", str(version.get("id", "-")), created))
+        rows.append(
+            (_v(number), "*" if number == live else "", str(version.get("id", "-")), _when(version.get("created")))
+        )
     lines = [str(answer.get("name")), table(rows)]
     if answer.get("history"):
         lines += ["history:", *(f"  {_event(event)}" for event in answer["history"])]
@@ -157,12 +157,25 @@ def _shown(answer: dict[str, Any]) -> str:
 
 
 def _event(event: Any) -> str:
-    return "  ".join(f"{key}={value}" for key, value in event.items()) if isinstance(event, dict) else str(event)
+    if not isinstance(event, dict):
+        return str(event)
+    said = {key: _when(value) if key == "when" else value for key, value in event.items()}
+    return "  ".join(f"{key}={value}" for key, value in said.items() if value not in (None, ""))
 
 
-def _live(answer: dict[str, Any]) -> Any:
+def _live(answer: dict[str, Any]) -> int | None:
+    """The live version: an adapter names its number, a version says whether it is the one."""
     live = answer.get("live")
-    return live.get("version") if isinstance(live, dict) else live
+    if isinstance(live, bool):
+        return answer.get("version") if live else None
+    return live
+
+
+def _when(moment: Any) -> str:
+    """Seconds since 1970 as a local time."""
+    if not isinstance(moment, int | float):
+        return str(moment or "-")
+    return datetime.fromtimestamp(moment).astimezone().isoformat(" ", timespec="seconds")
 
 
 def _v(version: Any) -> str:

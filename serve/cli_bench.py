@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from serve.errors import ConfigError
+from serve.errors import ConfigError, LoradockError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,6 +150,57 @@ def bench(
     except ConfigError as wrong:
         _leave(wrong.message, 2)
     _run(sides, levels, settings, json_out)
+
+
+@bench_app.command(
+    epilog="""\b
+Example:
+  loradock bench swap tone --versions 1,2 --streams 16 --swaps 20
+"""
+)
+def swap(
+    name: Annotated[str, typer.Argument(help="An adapter with at least two versions that were trained to differ.")],
+    url: Annotated[str, typer.Option(envvar="LORADOCK_URL", help="The server.")] = "http://127.0.0.1:8000",
+    versions: Annotated[str, typer.Option(metavar="N,M", help="Which change places.")] = "1,2",
+    streams: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 16,
+    swaps: Annotated[int, typer.Option(min=1, help="How many promotes.")] = 20,
+    every: Annotated[float, typer.Option(min=0.0, help="Seconds between two of them.")] = 3.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may get.")] = 64,
+    api_key: Annotated[str | None, typer.Option(envvar="LORADOCK_KEY", help="A key that may promote.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Prove that swaps under load lose, mix and stale nothing; exit code 1 if one did.
+
+    Each version is asked alone first; every answer under load must be, word for word, what the version that signed it
+    says. Inter-token latency during the swaps is held against that of the phases before and after them.
+    """
+    from rich.console import Console
+
+    from serve.bench import swap as proof
+    from serve.bench.wire import WireError
+
+    console = Console(stderr=True)
+    try:
+        numbers = tuple(_numbers("--versions", versions, int))
+        if len(numbers) < 2:
+            raise ConfigError(f"--versions takes two or more numbers, for instance 1,2; not {versions!r}")
+        plan = proof.Plan(name, numbers, streams, swaps, every, max_tokens)
+        address = _address(url, api_key)
+    except ConfigError as wrong:
+        _leave(wrong.message, 2)
+    try:
+        seen = asyncio.run(proof.prove(address, plan, lambda line: console.print(line, markup=False, highlight=False)))
+    except (LoradockError, WireError) as cannot:
+        _leave(str(cannot), 1)
+    except KeyboardInterrupt:
+        _leave("interrupted; nothing is reported of a run that is not whole", 130)
+    if as_json:
+        print(json.dumps(seen.as_dict(), indent=2))
+    else:
+        for key, value in seen.as_dict().items():
+            print(f"{key.replace('_', ' '):<22} {value}")
+    if not seen.holds:
+        raise typer.Exit(1)
 
 
 def _run(sides: list[Any], levels: list[Level], settings: Settings, json_out: str | None) -> None:

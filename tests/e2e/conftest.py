@@ -1,0 +1,62 @@
+"""One real server for all tests that do not have to stop it, and adapters whose answers tell who gave them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.server import KEYS, MAX_UPLOAD, SMALL, Server, eventually, tail
+from tests.lora import WORDS, trained, variant
+
+
+@pytest.fixture(scope="session")
+def adapters() -> dict[str, Path]:
+    """word -> the folder of an adapter that answers everything with it."""
+    return trained(*WORDS)
+
+
+@pytest.fixture(scope="session")
+def server(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With keys, a small upload limit, and the real model."""
+    folder = tmp_path_factory.mktemp("server")
+    with Server(folder / "data", folder / "log", "--max-upload-bytes", str(MAX_UPLOAD), *SMALL, **KEYS) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def voice(server: Server, adapters: dict[str, Path]) -> str:
+    """A name that stays: its only version answers alpha."""
+    server.upload("voice", adapters["alpha"]).raise_for_status()
+    return "voice"
+
+
+@pytest.fixture(scope="session")
+def faint(server: Server, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A name that stays: an adapter too weak to change words, for answers that need the base's skill."""
+    folder = variant(adapters["bravo"], tmp_path_factory.mktemp("faint"), scale=0.05)
+    server.upload("faint", folder).raise_for_status()
+    return "faint"
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest, server: Server, voice: str, faint: str) -> Iterator[str]:
+    """An adapter's name that no other test has; its versions go with the test, from engine and disk."""
+    name = re.sub(r"\W+", "-", request.node.name.removeprefix("test_")).strip("-")[:64]
+    before = server.stored()
+    yield name
+    server.http.delete(f"/v1/adapters/{name}")
+    assert eventually(lambda: not server.resident(name) and server.stored() <= before), f"{name} left something behind"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and isinstance(server, Server):
+        report.sections.append(("the server's log", tail(server.log)))
+    return report
