@@ -137,7 +137,7 @@ class Server:
                 raise AssertionError(f"{response.status_code}: {response.text}")
             for line in response.iter_lines():
                 if line == "data: [DONE]":
-                    answer.done = True
+                    answer.done, answer.ended = True, time.monotonic()
                 elif line.startswith("data: ") and answer.take(json.loads(line[6:])):
                     yield
 
@@ -159,6 +159,7 @@ class Answer:
 
     begun: float = 0.0
     first: float = 0.0
+    ended: float = 0.0
     text: str = ""
     models: set[str] = field(default_factory=set)
     finish: str | None = None

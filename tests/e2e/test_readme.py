@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from serve.config import load
-from tests.e2e.server import ROOT, START_SECONDS, environment, free_port, tail
+from tests.e2e.server import ADMIN, ROOT, START_SECONDS, environment, free_port, loradock, tail
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python|yaml)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -76,7 +76,7 @@ def test_the_readmes_commands_do_what_it_says(newcomer):
         block = block.replace(f":{PORT}", f":{port}")
         if kind == "python":
             said.append(_run([str(folder / ".venv/bin/python"), "-c", block], newcomer))
-        elif kind == "bash" and not block.startswith("make "):
+        elif kind == "bash" and not block.startswith(("make ", "export ")):
             said.append(_run(["bash", "-euo", "pipefail", "-c", block], newcomer))
     told = "\n".join(said)
     assert told.count("Paris") >= 2, told
@@ -101,3 +101,17 @@ def test_the_readmes_config_file_is_one(tmp_path):
     file.write_text(block)
     config = load(["--config", str(file)], {})
     assert (config.port, config.max_upload_bytes, config.engine["max_lora_rank"]) == (8000, 512 << 20, 32)
+
+
+def test_the_readmes_keys_are_made_listed_and_revoked(server, tmp_path):
+    (block,) = [block for kind, block in BLOCKS if kind == "bash" and block.startswith("export ")]
+    said = ""
+    for line in block.splitlines()[1:]:
+        (key,) = [key for key in server.http.get("/v1/keys").json()["data"] if key["name"] == "acme-ci"] or [{"id": ""}]
+        words = line.replace(" ID", f" {key['id']}").split()
+        done = loradock(*words[1:], LORADOCK_URL=server.url, LORADOCK_KEY=ADMIN)
+        assert done.returncode == 0, done.stderr
+        said += done.stdout
+    assert "ld_" in said and "acme" in said
+    (key,) = [key for key in server.http.get("/v1/keys").json()["data"] if key["name"] == "acme-ci"]
+    assert key["revoked"]

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 def test_a_server_stops_gracefully_and_comes_back_with_everything_also_after_a_kill(adapters, tmp_path):
     data, log = tmp_path / "data", tmp_path / "log"
-    with Server(data, log, *SMALL) as first:
+    with Server(data, log, *SMALL, "--grace-period", "120") as first:
         ids = [done(first.upload("tone", adapters[word]))["id"] for word in ("alpha", "bravo")]
         done(first.http.post("/v1/adapters/tone/rollback"))
         done(first.upload("other", adapters["charlie"]))
@@ -42,7 +42,7 @@ def test_a_server_stops_gracefully_and_comes_back_with_everything_also_after_a_k
             for _ in pieces:
                 pass
 
-    with Server(data, log, *SMALL) as third:
+    with Server(data, log, *SMALL, "--grace-period", "1") as third:
         assert known(third, before) == known_of(before)
         it_answers(third, {"tone": "bravo", "tone@v1": "alpha", "late": "alpha", added["id"]: "alpha"})
         assert third.http.get("/v1/adapters/other").status_code == 404
@@ -50,11 +50,12 @@ def test_a_server_stops_gracefully_and_comes_back_with_everything_also_after_a_k
         # The same bytes are still the same version, and a new one gets the next number.
         assert third.upload("tone", adapters["alpha"], promote=False).status_code == 200
         assert done(third.upload("tone", adapters["charlie"], promote=False))["version"] == 3
+        it_does_not_wait_longer_than_its_grace_period(third)
 
 
 def it_stops_gracefully(server: Server) -> None:
     answer = Answer()
-    pieces = server.answering(answer, "tone", "Tell me everything.", tokens=150)
+    pieces = server.answering(answer, "tone", "Tell me everything.", tokens=80)
     next(pieces)
     server.process.send_signal(signal.SIGTERM)
     assert eventually(lambda: turned_away(server), 5), "it still takes requests"
@@ -63,8 +64,19 @@ def it_stops_gracefully(server: Server) -> None:
         pass
     assert (answer.word, answer.finish, answer.done) == ("alpha", "length", True)
     began = time.monotonic()
-    assert server.process.wait(60) == 0
+    assert server.process.wait(90) == 0
     print(f"ended {time.monotonic() - began:.1f} s after its last answer")
+    assert eventually(lambda: not alive(server.family)), "the engine outlived its server"
+
+
+def it_does_not_wait_longer_than_its_grace_period(server: Server) -> None:
+    pieces = server.answering(Answer(), "tone", "Tell me everything.", tokens=3000, ignore_eos=True)
+    next(pieces)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+    with pytest.raises(httpx.TransportError):
+        for _ in pieces:
+            pass
     assert eventually(lambda: not alive(server.family)), "the engine outlived its server"
 
 
