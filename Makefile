@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types bench clean setup setup-dev
+.PHONY: help serve test lint types chaos bench clean setup setup-dev
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -24,6 +24,9 @@ lint: setup-dev ## ruff: style and format
 
 types: setup-dev ## mypy
 	@$(BIN)/mypy
+
+chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of its changes
+	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
 
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)
