@@ -130,6 +130,10 @@ async def prove(address: Address, plan: Plan, say: Callable[[str], None] = lambd
     async with asyncio.TaskGroup() as group:
         users = [group.create_task(run.user(number)) for number in range(plan.streams)]
         try:
+            # The first prompts all come at once, which no later moment repeats.
+            while len(run.spoken) < 2 * plan.streams:
+                await asyncio.sleep(0.1)
+            warm = run.now()
             steady = max(plan.every * plan.swaps / 4, 2 * plan.every)
             say(f"{plan.streams} streams, no swap for {steady:.0f} s")
             await asyncio.sleep(steady)
@@ -145,7 +149,7 @@ async def prove(address: Address, plan: Plan, say: Callable[[str], None] = lambd
         finally:
             run.stopping = True
         await asyncio.gather(*users)
-    return run.judge(ids, began, ended)
+    return run.judge(ids, warm, began, ended)
 
 
 class _Run:
@@ -200,7 +204,7 @@ class _Run:
                 return
             self.spoken.append(await self._ask(self.plan.name, turn % len(PROMPTS), self.live))
 
-    def judge(self, ids: dict[int, str], began: float, ended: float) -> Proof:
+    def judge(self, ids: dict[int, str], warm: float, began: float, ended: float) -> Proof:
         """Hold every answer against the references."""
         versions = {ids[version]: version for version in self.plan.versions}
         failed = mixed = wrong = stale = across = 0
@@ -227,8 +231,9 @@ class _Run:
                 errors.append(f"v{version} said {spoken.text[:60]!r} to {PROMPTS[spoken.prompt]!r}")
             elif version not in self._allowed(spoken):
                 stale += 1
-        steady = [gap for one in self.spoken for at, gap in one.gaps if not began <= at <= ended]
-        swapping = [gap for one in self.spoken for at, gap in one.gaps if began <= at <= ended]
+        gaps = [(at, gap) for one in self.spoken for at, gap in one.gaps if at >= warm]
+        steady = [gap for at, gap in gaps if not began <= at <= ended]
+        swapping = [gap for at, gap in gaps if began <= at <= ended]
         calm, busy = percentile(steady, 99), percentile(swapping, 99)
         promotes = self.promotes[1:] or [0.0]
         return Proof(
