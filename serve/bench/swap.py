@@ -52,6 +52,15 @@ class Plan:
     timeout: float = 120.0
 
 
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """One promote, from when it was asked to when its answer came; seconds since the run began."""
+
+    asked: float
+    acknowledged: float
+    version: int
+
+
 @dataclass(slots=True)
 class Spoken:
     """One answer under load; times in seconds since the run began."""
@@ -59,6 +68,7 @@ class Spoken:
     prompt: int
     asked: float
     live: int
+    first: float | None = None
     ended: float = 0.0
     models: set[str] = field(default_factory=set)
     text: str = ""
@@ -161,8 +171,7 @@ class _Run:
         self.live = plan.versions[0]
         self.spoken: list[Spoken] = []
         self.references: dict[tuple[int, int], str] = {}
-        self.promotes: list[float] = []
-        self.flips: list[tuple[float, int]] = []
+        self.flips: list[Flip] = []
 
     def now(self) -> float:
         return perf_counter() - self.begin
@@ -192,11 +201,10 @@ class _Run:
                 )
 
     async def promote(self, version: int) -> None:
-        asked = perf_counter()
+        asked = self.now()
         await self._call("POST", f"/v1/adapters/{self.plan.name}/promote", {"version": version})
-        self.promotes.append(perf_counter() - asked)
         self.live = version
-        self.flips.append((self.now(), version))
+        self.flips.append(Flip(asked, self.now(), version))
 
     async def user(self, number: int) -> None:
         for turn in itertools.count(number):
@@ -215,7 +223,7 @@ class _Run:
                 failed += 1
                 errors.append(spoken.error)
                 continue
-            across += any(spoken.asked < at < spoken.ended for at, _ in self.flips)
+            across += any(spoken.asked < flip.acknowledged < spoken.ended for flip in self.flips)
             signed = {versions.get(model, 0) for model in spoken.models}
             if len(signed) != 1:
                 mixed += 1
@@ -235,9 +243,9 @@ class _Run:
         steady = [gap for at, gap in gaps if not began <= at <= ended]
         swapping = [gap for at, gap in gaps if began <= at <= ended]
         calm, busy = percentile(steady, 99), percentile(swapping, 99)
-        promotes = self.promotes[1:] or [0.0]
+        promotes = [flip.acknowledged - flip.asked for flip in self.flips[1:]] or [0.0]
         return Proof(
-            swaps=len(self.promotes) - 1,
+            swaps=len(self.flips) - 1,
             answers=len(self.spoken),
             answers_per_version=per_version,
             across_a_swap=across,
@@ -256,9 +264,10 @@ class _Run:
         )
 
     def _allowed(self, spoken: Spoken) -> set[int]:
-        """What was live when it was asked, and what became live meanwhile: word of it may come a little late."""
-        later = {version for at, version in self.flips if spoken.asked < at < spoken.ended + 1}
-        return {spoken.live} | later
+        """What was live when it was asked, and what was being made live until it began to answer."""
+        first = spoken.first or spoken.ended
+        meanwhile = {flip.version for flip in self.flips if flip.asked <= first and flip.acknowledged >= spoken.asked}
+        return {spoken.live} | meanwhile
 
     def _begins_as_another(self, spoken: Spoken, version: int) -> bool:
         head = spoken.text[: max(8, len(spoken.text) // 4)]
@@ -293,7 +302,7 @@ class _Run:
         finally:
             if connection is not None:
                 connection.close()
-        spoken.error, spoken.ended = answer.error, self.now()
+        spoken.error, spoken.first, spoken.ended = answer.error, answer.first, self.now()
         return spoken
 
     async def _call(self, method: str, path: str, body: Any = None) -> Any:
