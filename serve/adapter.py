@@ -15,7 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO, NoReturn
@@ -71,6 +71,7 @@ class Adapter:
     target_modules: tuple[str, ...]
     nbytes: int
     created: float
+    checks: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def id(self) -> str:

@@ -26,6 +26,7 @@ from serve.errors import BadRequest, EngineUnavailable, LoradockError, NotFound
 from serve.inference import PATHS, STORED, Inference
 from serve.lifecycle import Lifecycle
 from serve.monitor import Monitor
+from serve.probe import Probe
 from serve.registry import Registry
 from serve.router import Router
 from serve.store import Store
@@ -59,7 +60,9 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     store = Store(config.data_dir)
     registry = Registry(config.registry_url)
     modules: dict[str, tuple[int, int]] = {}
-    lifecycle = Lifecycle(engine, registry, store, lambda: modules)
+    judge = Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
+    probe = judge if config.probe else None
+    lifecycle = Lifecycle(engine, registry, store, lambda: modules, probe)
     auth = Auth(config.api_keys, config.admin_keys)
     monitor = Monitor(engine, registry, __version__)
     inference = Inference(auth, Router(engine, registry, store), monitor.take)
@@ -67,6 +70,8 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     async def start() -> None:
         await engine.start()
         modules.update(await asyncio.to_thread(lora_modules, config.model))
+        if probe:
+            await probe.start()
         await lifecycle.restore()
         ready.set()
 

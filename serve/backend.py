@@ -9,8 +9,9 @@ import argparse
 import asyncio
 import difflib
 import json
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,8 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -32,6 +35,9 @@ from vllm.version import __version__ as VLLM_VERSION
 from serve.errors import AdapterRejected, ConfigError, EngineUnavailable
 
 log = logging.getLogger(__name__)
+
+# Behind every client: a smaller number goes first.
+LOW_PRIORITY = 1 << 30
 
 
 class VLLMBackend:
@@ -45,6 +51,8 @@ class VLLMBackend:
         self._llm: AsyncLLM | None = None
         self._app: ASGIApp | None = None
         self._loras: dict[str, LoRARequest] = {}
+        self._generates = False
+        self._probes = itertools.count(1)
 
     @property
     def max_lora_rank(self) -> int:
@@ -80,6 +88,7 @@ class VLLMBackend:
         try:
             self._llm = llm = await asyncio.to_thread(self._build)
             tasks = await llm.get_supported_tasks()
+            self._generates = "generate" in tasks
             app = build_app(self.args, tasks, llm.model_config)
             await init_app_state(llm, app.state, self.args, tasks)
         except EngineDeadError as error:
@@ -125,6 +134,46 @@ class VLLMBackend:
     async def resident(self) -> set[int]:
         """Numbers of the adapters whose weights the engine holds, as it says itself."""
         return set(await self._engine().list_loras())
+
+    async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
+        """The likeliest next tokens of each prompt and their log-probabilities; nothing from a model that only pools."""
+        if not self._generates:
+            return []
+        count = min(20, int(self._engine().model_config.max_logprobs))
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=count, detokenize=False)
+        answers = await asyncio.gather(*(self._ask(adapter_id, prompt, params) for prompt in prompts))
+        return [
+            {token: value.logprob for token, value in (answer.outputs[0].logprobs or [{}])[0].items()}
+            for answer in answers
+        ]
+
+    async def score(self, adapter_id: str | None, text: str) -> float:
+        """The mean log-probability of the tokens of a text."""
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        answer = await self._ask(adapter_id, text, params)
+        ids = answer.prompt_token_ids or []
+        found = [
+            values[token].logprob for token, values in zip(ids, answer.prompt_logprobs or [], strict=True) if values
+        ]
+        return sum(found) / max(len(found), 1)
+
+    async def _ask(self, adapter_id: str | None, prompt: str, params: SamplingParams) -> RequestOutput:
+        lora = self._loras[adapter_id] if adapter_id else None
+        last: RequestOutput | None = None
+        try:
+            async for last in self._engine().generate(
+                {"prompt": prompt},
+                params.clone(),
+                f"probe-{next(self._probes)}",
+                lora_request=lora,
+                priority=LOW_PRIORITY,
+            ):
+                pass
+        except EngineDeadError as error:
+            raise EngineUnavailable("the engine stopped while it measured an adapter; retry shortly") from error
+        if last is None:
+            raise EngineUnavailable("the engine did not answer while it measured an adapter; retry shortly")
+        return last
 
     async def log_stats(self) -> None:
         await self._engine().do_log_stats()

@@ -1,6 +1,6 @@
 """What happens to an adapter from upload to removal: every change in one place, one after the other.
 
-push:      inspect > store > load > register > flip the pointer > retire the old version
+push:      inspect > store > load > probe > register > flip the pointer > retire the old version
 remove:    forget > wait for its last answer > free the engine > free the disk
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from serve.adapter import Adapter, Limits, check_name, inspect
 from serve.engine import Engine
 from serve.errors import Conflict, LoradockError
+from serve.probe import Probe
 from serve.registry import Registry
 from serve.store import Store
 
@@ -25,12 +26,18 @@ class Lifecycle:
     """Changes to adapters. `modules` gives the base model's LoRA targets by name, (out, in) features each."""
 
     def __init__(
-        self, engine: Engine, registry: Registry, store: Store, modules: Callable[[], Mapping[str, tuple[int, int]]]
+        self,
+        engine: Engine,
+        registry: Registry,
+        store: Store,
+        modules: Callable[[], Mapping[str, tuple[int, int]]],
+        probe: Probe | None = None,
     ) -> None:
         self.engine = engine
         self.registry = registry
         self.store = store
         self._modules = modules
+        self._probe = probe
         # One change at a time: reads and answers never take this lock.
         self._changing = asyncio.Lock()
         self._removing: set[asyncio.Task[None]] = set()
@@ -56,9 +63,11 @@ class Lifecycle:
             adapter_id = f"{name}@{digest[:12]}"
             before = self.registry.live(name)
             try:
-                await self.engine.ensure(adapter_id, self.store.path(digest))
+                path = self.store.path(digest)
+                await self.engine.ensure(adapter_id, path)
+                checks = await self._probe.judge(adapter_id, path) if self._probe else {}
                 adapter, created = await asyncio.to_thread(
-                    self.registry.add, name, inspection, digest, by=by, promote=promote, why=why
+                    self.registry.add, name, inspection, digest, by=by, promote=promote, why=why, checks=checks
                 )
             except BaseException:
                 self._let_go(adapter_id, digest)
@@ -124,6 +133,7 @@ class Lifecycle:
             "target_modules": list(adapter.target_modules),
             "bytes": adapter.nbytes,
             "created": int(adapter.created),
+            "checks": dict(adapter.checks),
         }
 
     def _flipped(self, name: str, before: Adapter | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ class FakeBackend:
         self.dead = False
         self.running = 0
         self.refuse: str | None = None
+        # How far an adapter moves the log-probabilities, by the name in its id; the first match.
+        self.effects: dict[str, float] = {}
+        self.probes: list[str | None] = []
         self.bodies: list[dict[str, Any]] = []
         # Cleared, a stream stops after its first chunk until this is set.
         self.flow = asyncio.Event()
@@ -65,6 +68,19 @@ class FakeBackend:
 
     async def resident(self) -> set[int]:
         return set(self.held.values())
+
+    async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
+        assert adapter_id is None or adapter_id in self.held
+        self.probes.append(adapter_id)
+        return [{token: self._effect(adapter_id) - token for token in range(20)} for _ in prompts]
+
+    async def score(self, adapter_id: str | None, text: str) -> float:
+        return -2.0 - self._effect(adapter_id)
+
+    def _effect(self, adapter_id: str | None) -> float:
+        if adapter_id is None:
+            return 0.0
+        return self.effects.get(adapter_id.partition("@")[0], 0.5)
 
     def metrics(self) -> bytes:
         return b'vllm:tokens_total{model="base"} 1.0\nvllm:lora_requests_info{running="a,b"} 1.0\n'
