@@ -192,11 +192,11 @@ def read_config(path: Path) -> Config:
     alpha = raw.get("lora_alpha")
     if not _positive(alpha):
         problems.append(f"lora_alpha is {shown(alpha)}; it must be a finite number above 0")
-    for field, good, kind in (
+    for key, good, kind in (
         ("rank_pattern", _whole, "whole numbers above 0"),
         ("alpha_pattern", _positive, "finite numbers above 0"),
     ):
-        problems += _pattern_problems(field, raw.get(field), good, kind)
+        problems += _pattern_problems(key, raw.get(key), good, kind)
     targets: Any = raw.get("target_modules")
     if isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in targets):
         targets = tuple(targets)
@@ -238,7 +238,7 @@ def _config_problems(config: Config, limits: Limits) -> Iterator[str]:
             f"init_lora_weights is {shown(init)}, which also changes the base's weights; save it again with PEFT's "
             f"path_initial_model_for_weight_conversion, or {MERGE}"
         )
-    for field, what in (
+    for key, what in (
         ("trainable_token_indices", "trains single tokens"),
         ("layer_replication", "repeats layers of the base"),
         ("alora_invocation_tokens", "is an activated LoRA that begins at a token"),
@@ -248,8 +248,8 @@ def _config_problems(config: Config, limits: Limits) -> Iterator[str]:
         ("arrow_config", "routes between several adapters"),
         ("monteclora_config", "samples its weights"),
     ):
-        if raw.get(field):
-            yield f"it {what} ({field}), which cannot be served beside other adapters; {MERGE}"
+        if raw.get(key):
+            yield f"it {what} ({key}), which cannot be served beside other adapters; {MERGE}"
     # The engine compares the default r too, even when rank_pattern overrides it everywhere.
     for rank in sorted({config.rank, *config.rank_pattern.values()}):
         if rank > limits.max_rank:

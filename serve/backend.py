@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import difflib
-import json
 import itertools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,7 +136,7 @@ class VLLMBackend:
         return set(await self._engine().list_loras())
 
     async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
-        """The likeliest next tokens of each prompt and their log-probabilities; nothing from a model that only pools."""
+        """The likeliest next tokens of each prompt, with their log-probabilities; nothing from a pooling model."""
         if not self._generates:
             return []
         count = min(20, int(self._engine().model_config.max_logprobs))
@@ -159,21 +159,17 @@ class VLLMBackend:
 
     async def _ask(self, adapter_id: str | None, prompt: str, params: SamplingParams) -> RequestOutput:
         lora = self._loras[adapter_id] if adapter_id else None
-        last: RequestOutput | None = None
+        name = f"probe-{next(self._probes)}"
+        asked = self._engine().generate(
+            {"prompt": prompt}, params.clone(), name, lora_request=lora, priority=LOW_PRIORITY
+        )
         try:
-            async for last in self._engine().generate(
-                {"prompt": prompt},
-                params.clone(),
-                f"probe-{next(self._probes)}",
-                lora_request=lora,
-                priority=LOW_PRIORITY,
-            ):
-                pass
+            answers = [answer async for answer in asked]
         except EngineDeadError as error:
             raise EngineUnavailable("the engine stopped while it measured an adapter; retry shortly") from error
-        if last is None:
+        if not answers:
             raise EngineUnavailable("the engine did not answer while it measured an adapter; retry shortly")
-        return last
+        return answers[-1]
 
     async def log_stats(self) -> None:
         await self._engine().do_log_stats()

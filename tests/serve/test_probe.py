@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from serve.config import load
 from serve.errors import ConfigError
 from serve.probe import effect
 from tests.serve.conftest import upload
@@ -89,7 +90,6 @@ def test_the_effect_is_a_mean_and_a_token_that_fell_out_of_the_list_counts_as_it
     "words", [["--probe-min-effect", "-1"], ["--probe=perhaps"], ["--probe-max-perplexity", "nan"]]
 )
 def test_a_probe_setting_that_makes_no_sense_is_a_sentence(words):
-    from serve.config import load
 
     with pytest.raises(ConfigError, match="probe"):
         load(words, {})
