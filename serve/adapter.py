@@ -211,9 +211,9 @@ def read_config(path: Path) -> Config:
     if base is not None and not (isinstance(base, str) and len(base) <= 1024 and base.isprintable()):
         problems.append("base_model_name_or_path is not a printable string")
         base = None
-    for field in ("use_rslora", "use_dora", "lora_bias", "use_qalora", "fan_in_fan_out"):
-        if not isinstance(raw.get(field), bool | None):
-            problems.append(f"{field} is {shown(raw[field])}; it must be true or false")
+    for key in ("use_rslora", "use_dora", "lora_bias", "use_qalora", "fan_in_fan_out"):
+        if not isinstance(raw.get(key), bool | None):
+            problems.append(f"{key} is {shown(raw[key])}; it must be true or false")
     if problems:
         raise AdapterRejected(
             _sentence(problems, f"{CONFIG} cannot be read as a LoRA configuration"), problems=problems
