@@ -27,11 +27,13 @@ from serve.errors import AdapterRejected, BadRequest
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
+CARD = "README.md"
 
 MERGE = "merge it into its base with `loradock optimize` and serve the result"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CONFIG_BYTES = 1 << 20
+CARD_BYTES = 64 << 10
 _HEADER_BYTES = 16 << 20
 _SHOWN_PROBLEMS = 200
 _PATTERN_CHARS = 4096
@@ -86,9 +88,10 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What this deployment takes; a None does not ask."""
+    """What this deployment takes; a None does not ask. Licences are Hugging Face's identifiers, in lower case."""
 
     max_rank: int
+    allowed_licenses: frozenset[str] | None = None
     allowed_target_modules: frozenset[str] | None = None
     allowed_digests: frozenset[str] | None = None
     max_tensors: int = 200_000
@@ -103,6 +106,7 @@ class Inspection:
     target_modules: tuple[str, ...]
     nbytes: int
     tensors: int
+    license: str | None = None
 
 
 def check_name(name: str) -> str:
@@ -131,9 +135,10 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
     An embedding counts as (embedding_dim, vocabulary), which is how its LoRA multiplies.
     """
     config = read_config(folder / CONFIG)
+    license = read_license(folder / CARD)
     with open_plain(folder / WEIGHTS) as file:
         tensors = read_header(file)
-        problems = list(_config_problems(config, limits))
+        problems = [*_config_problems(config, limits), *_license_problems(license, limits)]
         _raise(problems, config)  # a rank that is no number, or a DoRA, makes everything below it wrong too
 
         pairs: dict[str, dict[str, Tensor]] = {}
@@ -154,7 +159,35 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
         target_modules=tuple(sorted({module.rpartition(".")[2] for module in pairs})),
         nbytes=nbytes,
         tensors=len(tensors),
+        license=license,
     )
+
+
+# The card
+
+
+def read_license(card: Path) -> str | None:
+    """`license:` in the front matter of a README.md, if there is one: Hugging Face's identifier, in lower case."""
+    if not card.exists():
+        return None
+    with open_plain(card) as file:
+        text = file.read(CARD_BYTES).decode("utf-8", "replace")
+    front = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---", text, re.S)
+    if front is None:
+        return None
+    # Searched as text: a YAML document can be built to eat the memory.
+    found = re.search(r"^license:[ \t]*([\"']?)([A-Za-z0-9._+-]{1,64})\1[ \t]*(#.*)?\r?$", front[1], re.M)
+    return found[2].lower() if found else None
+
+
+def _license_problems(license: str | None, limits: Limits) -> Iterator[str]:
+    if limits.allowed_licenses is None or license in limits.allowed_licenses:
+        return
+    allowed = ", ".join(sorted(limits.allowed_licenses))
+    if license is None:
+        yield f"its {CARD} states no license; this server takes {allowed}: send the {CARD} with `license:` at its top"
+    else:
+        yield f"its license is {license}; this server takes {allowed}"
 
 
 # The configuration
@@ -253,7 +286,10 @@ def _config_problems(config: Config, limits: Limits) -> Iterator[str]:
     # The engine compares the default r too, even when rank_pattern overrides it everywhere.
     for rank in sorted({config.rank, *config.rank_pattern.values()}):
         if rank > limits.max_rank:
-            yield f"rank {rank} is above this engine's {limits.max_rank}; retrain, or raise max_lora_rank"
+            yield (
+                f"rank {rank} is above the {limits.max_rank} that this server takes; retrain, or raise max_lora_rank "
+                "(and max_adapter_rank, where it is set)"
+            )
 
 
 def _pattern_problems(field: str, pattern: Any, good: Any, kind: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from serve import __version__
+from serve.adapter import Limits
 from serve.auth import Auth, Caller, Scope
 from serve.base import lora_modules
 from serve.config import Config
@@ -62,7 +63,7 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     modules: dict[str, tuple[int, int]] = {}
     judge = Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
     probe = judge if config.probe else None
-    lifecycle = Lifecycle(engine, registry, store, lambda: modules, probe)
+    lifecycle = Lifecycle(engine, registry, store, lambda: modules, probe, lambda: _limits(config, backend))
     auth = Auth(config.api_keys, config.admin_keys)
     monitor = Monitor(engine, registry, __version__)
     inference = Inference(auth, Router(engine, registry, store), monitor.take)
@@ -182,7 +183,8 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
             raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}: push again when /ready says so")
         with store.quarantine() as folder:
             kind = request.headers.get("content-type", "")
-            form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes)
+            licensed = bool(config.allowed_licenses)
+            form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes, card=licensed)
             name, promote = _push_fields(form)
             adapter, created = await lifecycle.push(
                 name, folder, by=caller.name, promote=promote, why=form.get("why", "")
@@ -238,6 +240,17 @@ class _Split:
         path = scope.get("path", "")
         inference = scope["type"] == "websocket" or PATHS.fullmatch(path) or STORED.fullmatch(path)
         await (self._inference if inference else self._app)(scope, receive, send)
+
+
+def _limits(config: Config, backend: Backend) -> Limits:
+    """What an upload may be, here."""
+    rank = backend.max_lora_rank
+    return Limits(
+        max_rank=min(rank, config.max_adapter_rank or rank),
+        allowed_target_modules=frozenset(config.allowed_target_modules) or None,
+        allowed_licenses=frozenset(one.lower() for one in config.allowed_licenses) or None,
+        allowed_digests=frozenset(config.allowed_digests) or None,
+    )
 
 
 def _push_fields(form: Mapping[str, str]) -> tuple[str, bool]:

@@ -31,6 +31,7 @@ from serve.errors import AdapterRejected, ConfigError, EngineUnavailable, Lorado
 Progress = Callable[[int, int], None]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CARD = "README.md"
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 _BY_STATUS: dict[int, type[LoradockError]] = {
     kind.status: kind
@@ -193,7 +194,7 @@ class AdapterClient:
 
 
 def adapter_files(path: str | Path) -> list[Path]:
-    """What to send for `path`: the two files of a PEFT folder, or the archive itself."""
+    """What to send for `path`: the two files of a PEFT folder and its card, or the archive itself."""
     path = Path(path)
     if path.is_file():
         if path.name.endswith(ARCHIVES):
@@ -206,7 +207,7 @@ def adapter_files(path: str | Path) -> list[Path]:
         raise ConfigError(f"{path} holds a pickle (adapter_model.bin); save it again with safe_serialization=True")
     if missing:
         raise ConfigError(f"{path} is not a PEFT adapter: {' and '.join(missing)} not found in it")
-    return [path / name for name in PEFT_FILES]
+    return [path / name for name in (*PEFT_FILES, CARD) if (path / name).is_file()]
 
 
 def _path(name: str) -> str:

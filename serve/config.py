@@ -81,6 +81,10 @@ class Config:
     probe: bool = _setting(True, "whether an upload must change what the base says")
     probe_min_effect: float = _setting(0.08, "how far it must move the log-probabilities, in nats on average")
     probe_max_perplexity: float = _setting(0.0, "how many times the base's perplexity it may have (0: any)")
+    max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
+    allowed_target_modules: tuple[str, ...] = _setting(tuple, "modules that uploads may adapt, as q_proj,v_proj")
+    allowed_licenses: tuple[str, ...] = _setting(tuple, "licenses of uploads, as apache-2.0,mit, from their README.md")
+    allowed_digests: tuple[str, ...] = _setting(tuple, "digests of the uploads that were approved, and no others")
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
     ssl_certfile: str = _setting("", "TLS certificate file")
     ssl_keyfile: str = _setting("", "TLS key file")
@@ -269,6 +273,9 @@ def _checked(config: Config) -> Config:
         raise ConfigError(f"port takes 0 to 65535, not {config.port}")
     if config.grace_period < 0:
         raise ConfigError(f"grace_period takes seconds from 0 up, not {config.grace_period}")
+    for digest in config.allowed_digests:
+        if not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise ConfigError(f"allowed_digests takes 64 lower-case hex digits each, not {digest!r}")
     for name in ("probe_min_effect", "probe_max_perplexity"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"{name} takes a number from 0 up, not {getattr(config, name)}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from serve.adapter import Adapter, Limits, check_name, inspect
+from serve.adapter import Adapter, Limits, check_digest, check_name, inspect
 from serve.engine import Engine
 from serve.errors import Conflict, LoradockError
 from serve.probe import Probe
@@ -32,12 +32,14 @@ class Lifecycle:
         store: Store,
         modules: Callable[[], Mapping[str, tuple[int, int]]],
         probe: Probe | None = None,
+        limits: Callable[[], Limits] | None = None,
     ) -> None:
         self.engine = engine
         self.registry = registry
         self.store = store
         self._modules = modules
         self._probe = probe
+        self._limits = limits or (lambda: Limits(max_rank=engine.backend.max_lora_rank))
         # One change at a time: reads and answers never take this lock.
         self._changing = asyncio.Lock()
         self._removing: set[asyncio.Task[None]] = set()
@@ -56,16 +58,19 @@ class Lifecycle:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
         if check_name(name) == self.engine.name:
             raise Conflict(f"{name!r} is the base model's name: choose another for the adapter", param="name")
-        limits = Limits(max_rank=self.engine.backend.max_lora_rank)
+        limits = self._limits()
         inspection = await asyncio.to_thread(inspect, folder, self._modules(), limits)
         async with self._changing:
             digest = await asyncio.to_thread(self.store.admit, folder)
             adapter_id = f"{name}@{digest[:12]}"
             before = self.registry.live(name)
             try:
+                check_digest(digest, limits)
                 path = self.store.path(digest)
                 await self.engine.ensure(adapter_id, path)
                 checks = await self._probe.judge(adapter_id, path) if self._probe else {}
+                if inspection.license:
+                    checks["license"] = inspection.license
                 adapter, created = await asyncio.to_thread(
                     self.registry.add, name, inspection, digest, by=by, promote=promote, why=why, checks=checks
                 )

@@ -163,7 +163,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "adapter_model.safetensors").write_bytes(b"weights" * 50_000)
-    (folder / "README.md").write_text("not for the server")
+    (folder / "optimizer.pt").write_text("not for the server")
     return folder
 
 
@@ -181,6 +181,14 @@ def test_a_push_sends_the_two_files_of_a_peft_folder_and_nothing_else(
             "adapter_model.safetensors": b"weights" * 50_000,
         }
     ]
+
+
+def test_a_card_goes_along_for_the_server_to_read_its_license(
+    client: AdapterClient, depot: Depot, folder: Path
+) -> None:
+    (folder / "README.md").write_text("---\nlicense: mit\n---")
+    client.push("support", folder)
+    assert depot.uploads[0]["README.md"] == b"---\nlicense: mit\n---"
 
 
 def test_an_archive_is_sent_as_it_is(client: AdapterClient, depot: Depot, tmp_path: Path) -> None:
