@@ -28,7 +28,7 @@ from serve.inference import PATHS, STORED, Inference
 from serve.lifecycle import Lifecycle
 from serve.monitor import Monitor
 from serve.probe import Probe
-from serve.registry import Registry
+from serve.registry import Registry, Share
 from serve.router import Router
 from serve.store import Store
 from serve.upload import receive
@@ -44,6 +44,15 @@ class Promote(BaseModel):
     model_config = ConfigDict(extra="forbid")
     version: PositiveInt
     expected_version: int | None = None
+    why: str = ""
+
+
+class Weight(BaseModel):
+    """The body of a canary or a shadow: a version's share of the name's traffic; 0 ends it."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: PositiveInt
+    weight: float
     why: str = ""
 
 
@@ -215,6 +224,11 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
         monitor.swaps.labels(name, "rolled_back").inc()
         return lifecycle.describe(done, await residents())
 
+    @app.post("/v1/adapters/{name}/canary")
+    async def canary(name: str, body: Weight, caller: Admin) -> dict[str, Any]:
+        await lifecycle.share(name, "canary", body.version, body.weight, by=caller.name, why=body.why)
+        return _summary(lifecycle, registry, name, await residents())
+
     @app.delete("/v1/adapters/{name}")
     async def remove(name: str, caller: Admin) -> dict[str, Any]:
         gone = await lifecycle.remove(name, by=caller.name)
@@ -269,8 +283,14 @@ def _summary(lifecycle: Lifecycle, registry: Registry, name: str, resident: set[
         "object": "adapter",
         "name": name,
         "live": live.version if live else None,
+        "canary": _share(registry.canary(name)),
+        "shadow": _share(registry.shadow(name)),
         "versions": [lifecycle.describe(version, resident) for version in versions],
     }
+
+
+def _share(share: Share | None) -> dict[str, Any] | None:
+    return {"version": share.adapter.version, "weight": share.weight} if share else None
 
 
 def _cards(engine: Engine, registry: Registry, model: str) -> Any:

@@ -65,7 +65,7 @@ class Inference:
         caller = self._auth.caller(Headers(scope=scope), KeyScope.INFERENCE)
         asked = await _Asked.read(scope, receive) if scope["method"] == "POST" and not stored else None
         model = asked.model if asked else None
-        async with self._router.lease(model, caller) as route:
+        async with self._router.lease(model, caller, asked.fields if asked else None) as route:
             tap.adapter, tap.version = route.adapter, route.version
             if asked:
                 scope, receive = asked.replayed(scope, receive, route)

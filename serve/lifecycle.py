@@ -16,7 +16,7 @@ from serve.adapter import Adapter, Limits, check_digest, check_name, inspect
 from serve.engine import Engine
 from serve.errors import Conflict, LoradockError
 from serve.probe import Probe
-from serve.registry import Registry
+from serve.registry import Registry, Share
 from serve.store import Store
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,11 @@ class Lifecycle:
     async def restore(self) -> None:
         """After a start: sweep what no version names, and bring the live versions back into the engine."""
         await asyncio.to_thread(self.store.sweep, self.registry.digests())
-        for name in self.registry.names()[: self.engine.backend.max_resident]:
-            if adapter := self.registry.live(name):
-                try:
-                    await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
-                except LoradockError as error:
-                    log.warning("%s is live and cannot be loaded: %s", adapter.tag, error)
+        for adapter in self._wanted()[: self.engine.backend.max_resident]:
+            try:
+                await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+            except LoradockError as error:
+                log.warning("%s takes traffic and cannot be loaded: %s", adapter.tag, error)
 
     async def push(self, name: str, folder: Path, *, by: str, promote: bool, why: str = "") -> tuple[Adapter, bool]:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
@@ -63,7 +62,7 @@ class Lifecycle:
         async with self._changing:
             digest = await asyncio.to_thread(self.store.admit, folder)
             adapter_id = f"{name}@{digest[:12]}"
-            before = self.registry.live(name)
+            before = self._serving(name)
             try:
                 check_digest(digest, limits)
                 path = self.store.path(digest)
@@ -78,7 +77,7 @@ class Lifecycle:
                 self._let_go(adapter_id, digest)
                 raise
             self._flipped(name, before)
-            if self.registry.live(name) != adapter:
+            if adapter.id not in self._serving(name):
                 self.engine.retire(adapter.id)
             return adapter, created
 
@@ -87,7 +86,7 @@ class Lifecycle:
         async with self._changing:
             adapter = self.registry.get(name, version)
             await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
-            before = self.registry.live(name)
+            before = self._serving(name)
             change = self.registry.promote
             adapter = await asyncio.to_thread(change, name, version, by=by, expected=expected, why=why)
             self._flipped(name, before)
@@ -96,18 +95,29 @@ class Lifecycle:
     async def rollback(self, name: str, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make the version live that was live before this one."""
         async with self._changing:
-            before = self.registry.live(name)
+            before = self._serving(name)
             adapter = await asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why)
             self._flipped(name, before)
             await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
             return adapter
+
+    async def share(self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "") -> Share | None:
+        """Give a version a share of the name's traffic as its canary or shadow; it is resident before it gets any."""
+        async with self._changing:
+            adapter = self.registry.get(name, version)
+            before = self._serving(name)
+            if 0 < weight <= 1:
+                await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+            share = await asyncio.to_thread(self.registry.share, name, kind, version, weight, by=by, why=why)
+            self._flipped(name, before)
+            return share
 
     async def remove(
         self, name: str, version: int | None = None, *, by: str, force: bool = False, why: str = ""
     ) -> list[Adapter]:
         """Forget a version, or all of `name`. Their answers under way finish; then the bytes go."""
         async with self._changing:
-            before = self.registry.live(name)
+            before = self._serving(name)
             removed = await asyncio.to_thread(self.registry.delete, name, version, by=by, force=force, why=why)
             self._flipped(name, before)
             for adapter in removed:
@@ -141,10 +151,23 @@ class Lifecycle:
             "checks": dict(adapter.checks),
         }
 
-    def _flipped(self, name: str, before: Adapter | None) -> None:
-        """The version that was live is not any more, unless it is."""
-        if before and self.registry.live(name) != before:
-            self.engine.retire(before.id)
+    def _serving(self, name: str) -> dict[str, Adapter]:
+        """The versions of `name` that get traffic without being named, by id: pinned, live, canary, shadow."""
+        reads = self.registry
+        shares = [share.adapter for share in (reads.canary(name), reads.shadow(name)) if share]
+        return {adapter.id: adapter for adapter in (reads.pinned(name), reads.live(name), *shares) if adapter}
+
+    def _wanted(self) -> list[Adapter]:
+        """What a fresh engine should hold, the most important first."""
+        names = self.registry.names()
+        pinned = [adapter for name in names if (adapter := self.registry.pinned(name))]
+        serving = [adapter for name in names for adapter in self._serving(name).values()]
+        return list({adapter.id: adapter for adapter in (*pinned, *serving)}.values())
+
+    def _flipped(self, name: str, before: Mapping[str, Adapter]) -> None:
+        """What served and does not any more leaves."""
+        for adapter_id in before.keys() - self._serving(name).keys():
+            self.engine.retire(adapter_id)
 
     def _let_go(self, adapter_id: str, digest: str) -> None:
         """Once its last answer has ended, free an adapter that the registry does not name (any more)."""

@@ -14,7 +14,7 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 SHELVES = [
     {"errors"},
     {"config", "machine", "drift", "plugin"},
-    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "probe"},
+    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "probe", "traffic"},
     {"store", "registry", "upload"},
     {"engine"},
     {"router", "lifecycle", "monitor", "backend"},

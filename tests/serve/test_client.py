@@ -183,9 +183,7 @@ def test_a_push_sends_the_two_files_of_a_peft_folder_and_nothing_else(
     ]
 
 
-def test_a_card_goes_along_for_the_server_to_read_its_license(
-    client: AdapterClient, depot: Depot, folder: Path
-) -> None:
+def test_a_card_goes_along_so_that_its_license_can_be_read(client: AdapterClient, depot: Depot, folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: mit\n---")
     client.push("support", folder)
     assert depot.uploads[0]["README.md"] == b"---\nlicense: mit\n---"
@@ -346,7 +344,7 @@ def test_what_is_no_adapter_is_refused_before_a_byte_is_sent(client: AdapterClie
     with pytest.raises(ConfigError, match="does not exist"):
         client.push("support", folder / "nowhere")
     with pytest.raises(ConfigError, match="is a file"):
-        client.push("support", folder / "README.md")
+        client.push("support", folder / "optimizer.pt")
     assert depot.asked == []
 
 
