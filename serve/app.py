@@ -30,6 +30,7 @@ from serve.monitor import Monitor
 from serve.probe import Probe
 from serve.registry import Registry, Share
 from serve.router import Router
+from serve.shadow import ShadowExchange, Shadows
 from serve.store import Store
 from serve.upload import receive
 
@@ -64,8 +65,16 @@ class Rollback(BaseModel):
     why: str = ""
 
 
-def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockError], None] | None = None) -> FastAPI:
-    """The whole server over `backend`; `on_failure` hears of an engine that cannot start or has died."""
+def build_app(
+    config: Config,
+    backend: Backend,
+    on_failure: Callable[[LoradockError], None] | None = None,
+    on_shadow: Callable[[ShadowExchange], None] | None = None,
+) -> FastAPI:
+    """The whole server over `backend`; `on_failure` hears of an engine that cannot start or has died.
+
+    `on_shadow` gets every request that a shadow answered too, with both answers.
+    """
     engine = Engine(backend)
     store = Store(config.data_dir)
     registry = Registry(config.registry_url)
@@ -75,7 +84,8 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     lifecycle = Lifecycle(engine, registry, store, lambda: modules, probe, lambda: _limits(config, backend))
     auth = Auth(config.api_keys, config.admin_keys)
     monitor = Monitor(engine, registry, __version__)
-    inference = Inference(auth, Router(engine, registry, store), monitor.take)
+    shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
+    inference = Inference(auth, Router(engine, registry, store), monitor.take, shadows)
 
     async def start() -> None:
         await engine.start()
@@ -113,6 +123,7 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await shadows.close()
             await lifecycle.settle()
             await engine.stop()
             registry.close()
@@ -227,6 +238,11 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     @app.post("/v1/adapters/{name}/canary")
     async def canary(name: str, body: Weight, caller: Admin) -> dict[str, Any]:
         await lifecycle.share(name, "canary", body.version, body.weight, by=caller.name, why=body.why)
+        return _summary(lifecycle, registry, name, await residents())
+
+    @app.post("/v1/adapters/{name}/shadow")
+    async def shadow(name: str, body: Weight, caller: Admin) -> dict[str, Any]:
+        await lifecycle.share(name, "shadow", body.version, body.weight, by=caller.name, why=body.why)
         return _summary(lifecycle, registry, name, await residents())
 
     @app.delete("/v1/adapters/{name}")

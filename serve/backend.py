@@ -32,12 +32,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.version import __version__ as VLLM_VERSION
 
+from serve.engine import LOW_PRIORITY
 from serve.errors import AdapterRejected, ConfigError, EngineUnavailable
 
 log = logging.getLogger(__name__)
-
-# Behind every client: a smaller number goes first.
-LOW_PRIORITY = 1 << 30
 
 
 class VLLMBackend:

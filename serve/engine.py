@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # An answer that is cut off tells the engine so a moment after its lease is back.
 SETTLE = 0.05
+# Behind every client: a smaller number goes first.
+LOW_PRIORITY = 1 << 30
 
 
 class Phase(StrEnum):

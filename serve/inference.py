@@ -19,8 +19,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.auth import Auth
 from serve.auth import Scope as KeyScope
+from serve.engine import LOW_PRIORITY
 from serve.errors import BadRequest, LoradockError, NotFound, TooLarge
 from serve.router import Route, Router
+from serve.shadow import Kept, Shadows
 from serve.tap import Exchange, Tap
 
 log = logging.getLogger(__name__)
@@ -40,10 +42,13 @@ _encode = msgspec.json.Encoder().encode
 class Inference:
     """Every inference route."""
 
-    def __init__(self, auth: Auth, router: Router, take: Callable[[Exchange], None]) -> None:
+    def __init__(
+        self, auth: Auth, router: Router, take: Callable[[Exchange], None], shadows: Shadows | None = None
+    ) -> None:
         self._auth = auth
         self._router = router
         self._take = take
+        self._shadows = shadows
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,7 +74,10 @@ class Inference:
             tap.adapter, tap.version = route.adapter, route.version
             if asked:
                 scope, receive = asked.replayed(scope, receive, route)
-            await route.app(scope, receive, _Honest(tap.send).send)
+            kept = Kept(tap.send) if route.shadow and self._shadows else None
+            await route.app(scope, receive, _Honest(kept.send if kept else tap.send).send)
+        if kept and asked and route.shadow and self._shadows:
+            self._shadows.offer(route.shadow, int(route.version[1:]), scope, asked.fields, kept)
 
 
 class _Asked:
@@ -83,6 +91,11 @@ class _Asked:
             self.fields = _decode(body)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"the request body is not a JSON object: {error}") from error
+        priority = self.fields.get("priority", 0)
+        if isinstance(priority, int) and not 0 <= priority < LOW_PRIORITY:
+            raise BadRequest(
+                f"priority takes 0 to {LOW_PRIORITY - 1}: 0 is a client's turn, more waits longer", param="priority"
+            )
         model = self.fields.get("model")
         if model is not None and not isinstance(model, str):
             raise BadRequest("model takes a string: GET /v1/models lists the names", param="model")

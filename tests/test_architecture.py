@@ -17,7 +17,7 @@ SHELVES = [
     {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "probe", "traffic"},
     {"store", "registry", "upload"},
     {"engine"},
-    {"router", "lifecycle", "monitor", "backend"},
+    {"router", "lifecycle", "monitor", "backend", "shadow"},
     {"inference"},
     {"app"},
     {"launch", "cli_adapters", "cli_bench"},

@@ -39,6 +39,9 @@ class FakeBackend:
         self.dead = False
         self.running = 0
         self.refuse: str | None = None
+        # Models whose answers crash, or never come.
+        self.broken: str | None = None
+        self.slow: str | None = None
         # How far an adapter moves the log-probabilities, by the name in its id; the first match.
         self.effects: dict[str, float] = {}
         self.probes: list[str | None] = []
@@ -89,6 +92,10 @@ class FakeBackend:
         request = Request(scope, receive)
         body = await request.json() if scope["method"] == "POST" else {}
         self.bodies.append(body)
+        if body.get("model") and body["model"] == self.broken:
+            raise RuntimeError("broken")
+        if body.get("model") and body["model"] == self.slow:
+            await asyncio.Event().wait()
         await self._answer(body)(scope, receive, send)
 
     def _answer(self, body: dict[str, Any]) -> Response:
