@@ -6,24 +6,25 @@ an upload:   app > auth > upload > adapter > store > engine > registry
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from serve import __version__
-from serve.adapter import Limits
+from serve.adapter import Limits, check_name
 from serve.auth import Auth, Caller, Scope
 from serve.base import lora_modules
 from serve.config import Config
 from serve.engine import Backend, Engine, Phase
-from serve.errors import BadRequest, EngineUnavailable, LoradockError, NotFound
+from serve.errors import BadRequest, EngineUnavailable, LoradockError, NotFound, TooLarge
 from serve.inference import PATHS, STORED, Inference
 from serve.lifecycle import Lifecycle
 from serve.monitor import Monitor
@@ -31,12 +32,24 @@ from serve.probe import Probe
 from serve.registry import Registry, Share
 from serve.router import Router
 from serve.shadow import ShadowExchange, Shadows
+from serve.source import fetch, parse
 from serve.store import Store
 from serve.upload import receive
 
 log = logging.getLogger(__name__)
 
 LOG_STATS_SECONDS = 10.0
+MAX_JSON = 64 << 10
+
+
+class Fetch(BaseModel):
+    """A push as JSON: the server fetches the adapter from `source`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    source: str
+    promote: bool = True
+    why: str = ""
 
 
 class Promote(BaseModel):
@@ -201,13 +214,14 @@ def build_app(
     async def push(request: Request, caller: Admin) -> Response:
         if not ready.is_set():
             raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}: push again when /ready says so")
+        kind = request.headers.get("content-type", "")
         with store.quarantine() as folder:
-            kind = request.headers.get("content-type", "")
-            licensed = bool(config.allowed_licenses)
-            form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes, card=licensed)
-            name, promote = _push_fields(form)
+            if kind.partition(";")[0].strip().lower() == "application/json":
+                asked = await _fetched(request, folder, config)
+            else:
+                asked = await _received(request, kind, folder, config)
             adapter, created = await lifecycle.push(
-                name, folder, by=caller.name, promote=promote, why=form.get("why", "")
+                asked.name, folder, by=caller.name, promote=asked.promote, why=asked.why
             )
         body = lifecycle.describe(adapter, await residents())
         return JSONResponse(body, status_code=201 if created else 200)
@@ -283,13 +297,34 @@ def _limits(config: Config, backend: Backend) -> Limits:
     )
 
 
-def _push_fields(form: Mapping[str, str]) -> tuple[str, bool]:
+async def _received(request: Request, kind: str, folder: Path, config: Config) -> Fetch:
+    """A push whose files come with it."""
+    licensed = bool(config.allowed_licenses)
+    form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes, card=licensed)
     if not form.get("name"):
         raise BadRequest("the upload has no field `name`: say which adapter this is a version of", param="name")
     promote = form.get("promote", "true").lower()
     if promote not in ("true", "false"):
         raise BadRequest(f"promote takes true or false, not {promote!r}", param="promote")
-    return form["name"], promote == "true"
+    return Fetch(name=form["name"], source="", promote=promote == "true", why=form.get("why", ""))
+
+
+async def _fetched(request: Request, folder: Path, config: Config) -> Fetch:
+    """A push whose files the server goes and gets."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_JSON:
+            raise TooLarge(f"a push as JSON takes up to {MAX_JSON} bytes; send files as multipart/form-data")
+    try:
+        asked = Fetch.model_validate_json(body)
+    except ValidationError as error:
+        raise _invalid(error.errors()) from error
+    check_name(asked.name)
+    source = parse(asked.source, map(Path, config.source_roots))
+    licensed = bool(config.allowed_licenses)
+    await asyncio.to_thread(fetch, source, folder, max_bytes=config.max_upload_bytes, card=licensed)
+    return asked.model_copy(update={"why": asked.why or f"from {asked.source}"})
 
 
 def _summary(lifecycle: Lifecycle, registry: Registry, name: str, resident: set[str]) -> dict[str, Any]:
@@ -345,6 +380,9 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-    return JSONResponse(BadRequest(f"{where}: {first['msg']}", param=where).body(), status_code=400)
+    return JSONResponse(_invalid(error.errors()).body(), status_code=400)
+
+
+def _invalid(errors: Sequence[Any]) -> BadRequest:
+    where = ".".join(str(part) for part in errors[0]["loc"] if part != "body") or "the body"
+    return BadRequest(f"{where}: {errors[0]['msg']}", param=where)

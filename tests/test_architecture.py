@@ -15,7 +15,7 @@ SHELVES = [
     {"errors"},
     {"config", "machine", "drift", "plugin"},
     {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "probe", "traffic"},
-    {"store", "registry", "upload"},
+    {"store", "registry", "upload", "source"},
     {"engine"},
     {"router", "lifecycle", "monitor", "backend", "shadow"},
     {"inference"},
