@@ -70,6 +70,14 @@ class Weight(BaseModel):
     why: str = ""
 
 
+class Pin(BaseModel):
+    """The body of a pin; without a version, whichever is live stays."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: PositiveInt | None = None
+    why: str = ""
+
+
 class Rollback(BaseModel):
     """The body of a rollback; may be left out."""
 
@@ -257,6 +265,17 @@ def build_app(
     @app.post("/v1/adapters/{name}/shadow")
     async def shadow(name: str, body: Weight, caller: Admin) -> dict[str, Any]:
         await lifecycle.share(name, "shadow", body.version, body.weight, by=caller.name, why=body.why)
+        return _summary(lifecycle, registry, name, await residents())
+
+    @app.post("/v1/adapters/{name}/pin")
+    async def pin(name: str, caller: Admin, body: Pin | None = None) -> dict[str, Any]:
+        body = body or Pin()
+        await lifecycle.pin(name, body.version, by=caller.name, why=body.why)
+        return _summary(lifecycle, registry, name, await residents())
+
+    @app.delete("/v1/adapters/{name}/pin")
+    async def unpin(name: str, caller: Admin) -> dict[str, Any]:
+        await lifecycle.unpin(name, by=caller.name)
         return _summary(lifecycle, registry, name, await residents())
 
     @app.delete("/v1/adapters/{name}")

@@ -111,13 +111,25 @@ class VLLMBackend:
     async def add(self, adapter_id: str, number: int, path: Path) -> None:
         """Bring an adapter into the engine under a name and number that were never used before."""
         request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
+        await self._load(request)
+        self._loras[adapter_id] = request
+
+    async def touch(self, adapter_id: str) -> None:
+        """Count an adapter as just used; vLLM loads it again if it let it go.
+
+        vLLM's own `pin_lora` is not for this: it takes a slot of the batch away, which the scheduler does not know of.
+        With as many other adapters in a batch as there are slots, the engine dies of a KeyError.
+        """
+        if request := self._loras.get(adapter_id):
+            await self._load(request)
+
+    async def _load(self, request: LoRARequest) -> None:
         try:
             await self._engine().add_lora(request)
         except EngineDeadError as error:
             raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
         except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
             raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(error)}") from error
-        self._loras[adapter_id] = request
 
     async def remove(self, adapter_id: str) -> None:
         """Free an adapter's weights in the engine; nobody may be using it."""

@@ -47,6 +47,7 @@ class Lifecycle:
     async def restore(self) -> None:
         """After a start: sweep what no version names, and bring the live versions back into the engine."""
         await asyncio.to_thread(self.store.sweep, self.registry.digests())
+        self._pin()
         for adapter in self._wanted()[: self.engine.backend.max_resident]:
             try:
                 await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
@@ -112,6 +113,29 @@ class Lifecycle:
             self._flipped(name, before)
             return share
 
+    async def pin(self, name: str, version: int | None = None, *, by: str, why: str = "") -> None:
+        """Keep a version in the engine, or whichever is live; it is resident when this returns."""
+        async with self._changing:
+            room = self.engine.backend.max_resident - 1
+            if len({*self.registry.pinned_names(), name}) > room:
+                raise Conflict(
+                    f"{room} adapters are pinned, as many as this engine holds beside one that comes and goes: "
+                    "unpin one, or raise max_cpu_loras"
+                )
+            wanted = self.registry.get(name, version) if version else self.registry.live(name)
+            if wanted:
+                await self.engine.ensure(wanted.id, self.store.path(wanted.digest))
+            before = self._serving(name)
+            await asyncio.to_thread(self.registry.pin, name, version, by=by, why=why)
+            self._flipped(name, before)
+
+    async def unpin(self, name: str, *, by: str, why: str = "") -> None:
+        """Let the versions of `name` come and go again."""
+        async with self._changing:
+            before = self._serving(name)
+            await asyncio.to_thread(self.registry.unpin, name, by=by, why=why)
+            self._flipped(name, before)
+
     async def remove(
         self, name: str, version: int | None = None, *, by: str, force: bool = False, why: str = ""
     ) -> list[Adapter]:
@@ -142,6 +166,7 @@ class Lifecycle:
             "id": adapter.id,
             "digest": adapter.digest,
             "live": live == adapter,
+            "pinned": self.registry.pinned(adapter.name) == adapter,
             "resident": adapter.id in resident,
             "base": adapter.base,
             "rank": adapter.rank,
@@ -160,14 +185,19 @@ class Lifecycle:
     def _wanted(self) -> list[Adapter]:
         """What a fresh engine should hold, the most important first."""
         names = self.registry.names()
-        pinned = [adapter for name in names if (adapter := self.registry.pinned(name))]
+        pinned = [adapter for name in self.registry.pinned_names() if (adapter := self.registry.pinned(name))]
         serving = [adapter for name in names for adapter in self._serving(name).values()]
         return list({adapter.id: adapter for adapter in (*pinned, *serving)}.values())
 
     def _flipped(self, name: str, before: Mapping[str, Adapter]) -> None:
-        """What served and does not any more leaves."""
+        """What served and does not any more leaves; what is pinned now stays."""
+        self._pin()
         for adapter_id in before.keys() - self._serving(name).keys():
             self.engine.retire(adapter_id)
+
+    def _pin(self) -> None:
+        names = self.registry.pinned_names()
+        self.engine.pinned = frozenset(adapter.id for name in names if (adapter := self.registry.pinned(name)))
 
     def _let_go(self, adapter_id: str, digest: str) -> None:
         """Once its last answer has ended, free an adapter that the registry does not name (any more)."""

@@ -145,6 +145,7 @@ class _Entry:
     canary: Share | None = None
     shadow: Share | None = None
     pinned: Adapter | None = None
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +363,10 @@ class Registry:
         entry = self._snapshot.entries.get(name)
         return entry.pinned if entry else None
 
+    def pinned_names(self) -> list[str]:
+        """The names that are pinned, also while none of their versions is live."""
+        return sorted(name for name, entry in self._snapshot.entries.items() if entry.is_pinned)
+
     def get(self, name: str, version: int) -> Adapter:
         """That very version."""
         entry = self._snapshot.entries.get(name)
@@ -563,6 +568,7 @@ def _entry(
         versions=there,
         digests={adapter.digest[:12]: adapter for adapter in there.values()},
         pinned=None if pinned is None else there.get(pinned or live or 0),
+        is_pinned=pinned is not None,
         **{kind: Share(there[version], weight) for kind, (version, weight) in shares.items()},
     )
 

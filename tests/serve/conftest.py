@@ -36,6 +36,7 @@ class FakeBackend:
         self.held: dict[str, int] = {}
         self.numbers: list[int] = []
         self.loads = 0
+        self.touched: list[str] = []
         self.dead = False
         self.running = 0
         self.refuse: str | None = None
@@ -65,6 +66,9 @@ class FakeBackend:
         assert number not in self.numbers, "a number was used twice"
         self.numbers.append(number)
         self.held[adapter_id] = number
+
+    async def touch(self, adapter_id: str) -> None:
+        self.touched.append(adapter_id)
 
     async def remove(self, adapter_id: str) -> None:
         self.held.pop(adapter_id, None)
