@@ -123,6 +123,11 @@ class AdapterClient:
 
         return self._ask(send, repeatable=True)
 
+    def push_source(self, name: str, source: str, *, promote: bool = True) -> dict[str, Any]:
+        """Have the server fetch an adapter from hf://, s3:// or a file:// that it allows."""
+        body = {"name": name, "source": source, "promote": promote}
+        return self._ask(lambda: self._http.post("/v1/adapters", json=body), repeatable=True)
+
     def list(self) -> list[dict[str, Any]]:
         """All adapters that this key may see."""
         answer = self._call("GET", "/v1/adapters")
@@ -143,6 +148,22 @@ class AdapterClient:
     def rollback(self, name: str) -> dict[str, Any]:
         """Make the version live that was live before."""
         return self._call("POST", f"{_path(name)}/rollback")
+
+    def canary(self, name: str, version: int, weight: float) -> dict[str, Any]:
+        """Send a share of the name's requests, 0 to 1, to `version`; 0 ends it."""
+        return self._call("POST", f"{_path(name)}/canary", json={"version": version, "weight": weight})
+
+    def shadow(self, name: str, version: int, weight: float) -> dict[str, Any]:
+        """Have `version` answer a share of the name's requests too, unseen; 0 ends it."""
+        return self._call("POST", f"{_path(name)}/shadow", json={"version": version, "weight": weight})
+
+    def pin(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Keep `version` in the engine; without one, whichever is live."""
+        return self._call("POST", f"{_path(name)}/pin", json={} if version is None else {"version": version})
+
+    def unpin(self, name: str) -> dict[str, Any]:
+        """Let the adapter's versions come and go again."""
+        return self._call("DELETE", f"{_path(name)}/pin")
 
     def remove(self, name: str, version: int | None = None, force: bool = False) -> dict[str, Any]:
         """Delete a version, or the adapter whole; what is live goes only with `force`."""
