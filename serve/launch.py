@@ -80,6 +80,8 @@ def _model(config: Config) -> str:
 def _with_defaults(config: Config) -> Config:
     """The same Config with the engine options that this server prefers to vLLM's defaults."""
     engine: dict[str, Any] = {"max_loras": 8, "max_cpu_loras": 32, "max_lora_rank": 16}
+    # Among equals it serves who came first, as vLLM's default does; probes and shadows wait behind clients.
+    engine["scheduling_policy"] = "priority"
     if config.name == EMBEDDED:
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     engine |= config.engine

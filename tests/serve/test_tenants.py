@@ -13,6 +13,9 @@ from tests.serve.test_app import ask, settled
 
 BODIES = {
     ("post", "/v1/adapters/{name}/promote"): {"json": {"version": 1}},
+    ("post", "/v1/adapters/{name}/canary"): {"json": {"version": 1, "weight": 0.5}},
+    ("post", "/v1/adapters/{name}/shadow"): {"json": {"version": 1, "weight": 0.5}},
+    ("post", "/v1/adapters/{name}/pin"): {"json": {"version": 1}},
     ("post", "/v1/keys"): {"json": {"name": "more", "tenant": "acme"}},
 }
 
