@@ -25,8 +25,8 @@ TEXT = (
     " air above presses less on its surface. When the meeting ended, the two sides agreed to publish the figures"
     " before the end of the month and to speak again in spring."
 )
-# Measured on SmolLM2-135M in bf16: on a CPU the base equals itself to the bit in any batch. A trained adapter moves 9 to
-# 20; scaled to a twentieth .13; scaled to a thousandth, where all that is left of it is rounding, .04 to .07.
+# Measured on SmolLM2-135M in bf16: on a CPU the base equals itself to the bit in any batch. A trained adapter moves
+# 9 to 20; scaled to a twentieth .13; scaled to a thousandth, where all that is left of it is rounding, .04 to .07.
 # How many times the base's difference from itself counts as an effect, where that is more than `min_effect`.
 ABOVE_NOISE = 2.0
 
