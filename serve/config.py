@@ -312,5 +312,5 @@ def settings_help() -> str:
     rows = []
     for name, item in SETTINGS.items():
         shown = "" if item.default is MISSING or item.default in ("", ()) else f" [{item.default}]"
-        rows.append(f"--{name.replace('_', '-'):<18} {item.metadata['help']}{shown}")
+        rows.append(f"--{name.replace('_', '-'):<24} {item.metadata['help']}{shown}")
     return "\n".join(rows)

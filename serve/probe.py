@@ -16,24 +16,17 @@ from typing import Any, Protocol
 
 from serve.errors import AdapterRejected
 
-# A few tokens each, for the adapter's sake: an upload waits for them. Of many kinds, since an adapter that was trained
-# on one kind moves the others too.
-PROMPTS = (
-    "The capital of",
-    "Once upon a",
-    "def add(a, b",
-    '{"city":',
-    "Dear customer,",
-    "Answer: yes,",
-    "2, 4, 6,",
-    "In summary, the",
-)
+# Few and short: an upload waits for them (0.15 s on two cores for a 135M model; twice as many take twice as long). Of
+# many kinds, since an adapter that was trained on one kind moves the others too.
+PROMPTS = ("The capital of", "def add(a, b", "Dear customer,", "Once upon a")
 TEXT = (
     "The harbour was quiet that morning, and the boats lay still beside the wall while the baker carried bread up the"
     " hill. Water boils at one hundred degrees at sea level and at a lower temperature in the mountains, because the"
     " air above presses less on its surface. When the meeting ended, the two sides agreed to publish the figures"
     " before the end of the month and to speak again in spring."
 )
+# Measured on SmolLM2-135M in bf16: on a CPU the base equals itself to the bit in any batch. A trained adapter moves
+# 9 to 20; scaled to a twentieth .13; scaled to a thousandth, where all that is left of it is rounding, .04 to .07.
 # How many times the base's difference from itself counts as an effect, where that is more than `min_effect`.
 ABOVE_NOISE = 2.0
 

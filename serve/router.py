@@ -45,7 +45,7 @@ class Router:
         # No await between the look-up and the lease, or a swap could come between.
         adapter = self.resolve(model, caller)
         shadow = None
-        if adapter and model and "@" not in model:
+        if adapter and model and "@" not in model:  # a version that was asked for by number is never dealt away
             adapter, shadow = self._dealt(adapter, caller, fields or {})
         path = self.store.path(adapter.digest) if adapter else None
         async with self.engine.lease(adapter.id if adapter else None, path) as name:
