@@ -86,7 +86,7 @@ class Config:
     allowed_licenses: tuple[str, ...] = _setting(tuple, "licenses of uploads, as apache-2.0,mit, from their README.md")
     allowed_digests: tuple[str, ...] = _setting(tuple, "digests of the uploads that were approved, and no others")
     max_shadows: int = _setting(2, "shadow answers under way at a time; what comes beyond is dropped and counted")
-    source_roots: tuple[str, ...] = _setting(tuple, "folders of this machine that a push may name as file:///...")
+    source_roots: tuple[str, ...] = _setting(tuple, "folders that a push by tenant default may name as file:///...")
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
     ssl_certfile: str = _setting("", "TLS certificate file")
     ssl_keyfile: str = _setting("", "TLS key file")

@@ -153,11 +153,19 @@ def _run(config: Config, sock: socket) -> int:
             ssl_keyfile=config.ssl_keyfile or None,
         )
     )
+    logging.getLogger("uvicorn.error").addFilter(_told_briefly)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(server, app, sock, config))
     for error in failures:
         raise error
     return 0
+
+
+def _told_briefly(record: logging.LogRecord) -> bool:
+    """An answer that the end of the grace period broke off is a line and no traceback."""
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        record.msg, record.args, record.exc_info = "an answer was broken off: the grace period is over", (), None
+    return True
 
 
 async def _serve(server: _Server, app: FastAPI, sock: socket, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from serve.config import keys_hashed
 from serve.errors import BadRequest, Forbidden
 from serve.source import Source, parse
 
@@ -164,3 +166,59 @@ async def test_a_giant_body_and_a_bad_name_are_refused_before_anything_is_fetche
     assert (await push(client, "s3://models/" + "x" * 100_000)).status_code == 413
     assert (await client.post("/v1/adapters", json={"name": "../x", "source": "s3://models/x"})).status_code == 400
     assert bucket.opened == []
+
+
+# Whose the server's own means are
+
+
+@pytest.fixture
+def filled(bucket, make_adapter):
+    put(bucket, make_adapter(), "models/tone")
+
+
+async def test_a_push_by_address_goes_into_the_callers_tenant_and_counts_for_its_quota(issue, filled, config):
+    acme = await issue("acme", adapters=1)
+    done = await push(acme, "s3://models/tone", visibility="shared")
+    assert (done.status_code, done.json()["tenant"], done.json()["visibility"]) == (201, "acme", "shared")
+    assert done.json()["id"].startswith("acme/tone@")
+    over = await acme.post("/v1/adapters", json={"name": "more", "source": "s3://models/tone"})
+    assert over.status_code == 429 and "1 adapters" in over.json()["error"]["message"]
+    assert (await push(acme, "s3://models/tone", visibility="public")).status_code == 400
+    for name in ("globex/tone", "default/tone"):
+        assert (await acme.post("/v1/adapters", json={"name": name, "source": "s3://models/tone"})).status_code == 400
+    lines = [json.loads(line) for line in (config.data_dir / "audit.jsonl").read_text().splitlines()]
+    assert [(row["subject"], row["status"]) for row in lines if row["what"] == "push"][:2] == [
+        ("acme/tone@v1", 201),
+        ("more", 429),
+    ]
+
+
+@pytest.mark.parametrize(("scheme", "stranger"), [("s3", {"anon": True}), ("hf", {"token": False})], ids=["s3", "hf"])
+async def test_the_servers_credentials_are_not_lent_to_other_tenants(
+    operator, issue, filled, monkeypatch, scheme, stranger
+):
+    used, really = [], fsspec.filesystem
+
+    def filesystem(name, **options):
+        used.append(options)
+        return really(name, **options)
+
+    monkeypatch.setattr(fsspec, "filesystem", filesystem)
+    for client in (operator, await issue("default"), await issue("acme")):
+        assert (await push(client, f"{scheme}://models/tone")).is_success
+    told = [
+        [{key: options[key] for key in stranger if key in options} for options in used[at : at + 2]] for at in (0, 2, 4)
+    ]
+    assert told == [[{}, {}], [{}, {}], [stranger, stranger]]
+
+
+async def test_the_servers_folders_are_not_shown_to_other_tenants(connect, rooted, make_adapter, tmp_path):
+    guarded = replace(rooted, admin_keys=keys_hashed(["run"]))
+    async with connect(guarded) as client:
+        client.headers["authorization"] = "Bearer run"
+        assert (await push(client, f"file://{make_adapter()}")).status_code == 201
+        body = {"tenant": "acme", "name": "key", "scopes": ["adapters:write"]}
+        secret = (await client.post("/v1/keys", json=body)).json()["secret"]
+        client.headers["authorization"] = f"Bearer {secret}"
+        there, absent = [await push(client, f"file://{tmp_path}/{name}") for name in (make_adapter().name, "absent")]
+        assert there.status_code == absent.status_code == 403

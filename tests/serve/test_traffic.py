@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-from contextlib import closing
 
 import pytest
 
-from serve.registry import Registry
 from serve.traffic import Shares, point, sticky_key
 from tests.serve.conftest import upload
 
@@ -199,43 +196,3 @@ async def test_a_canary_survives_a_restart(connect, config, backend, make_adapte
     async with connect(config) as client:
         assert candidate in backend.held
         assert (await client.get("/v1/adapters/tone")).json()["canary"] == {"version": 2, "weight": 0.5}
-
-
-# The registry of yesterday
-
-
-def test_a_registry_of_the_schema_before_gains_what_it_lacks(tmp_path):
-    path = tmp_path / "registry.db"
-    with closing(sqlite3.connect(path)) as database:
-        database.executescript(SCHEMA_1)
-    with Registry(f"sqlite:///{path}") as registry:
-        assert registry.live("tone").tag == "tone@v2"
-        assert registry.live("tone").checks == {}
-        registry.share("tone", "canary", 1, 0.5, by="ana")
-        registry.pin("tone", by="ana")
-    with Registry(f"sqlite:///{path}") as again:
-        assert (again.canary("tone").weight, again.pinned("tone").version) == (0.5, 2)
-
-
-SCHEMA_1 = """
-CREATE TABLE schema_version (version INTEGER NOT NULL, PRIMARY KEY (version));
-CREATE TABLE names (
-    id INTEGER NOT NULL, name VARCHAR(64) NOT NULL, live INTEGER, trail TEXT NOT NULL, next INTEGER NOT NULL,
-    PRIMARY KEY (id), UNIQUE (name)
-);
-CREATE TABLE versions (
-    name_id INTEGER NOT NULL, version INTEGER NOT NULL, digest VARCHAR(64) NOT NULL, rank INTEGER NOT NULL, base TEXT,
-    target_modules TEXT NOT NULL, nbytes BIGINT NOT NULL, tensors INTEGER NOT NULL, created FLOAT NOT NULL,
-    PRIMARY KEY (name_id, version), UNIQUE (name_id, digest), FOREIGN KEY(name_id) REFERENCES names (id)
-);
-CREATE TABLE history (
-    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, name_id INTEGER NOT NULL, who TEXT NOT NULL,
-    what VARCHAR(16) NOT NULL, why TEXT NOT NULL, "when" FLOAT NOT NULL, from_version INTEGER, to_version INTEGER,
-    digest VARCHAR(64), FOREIGN KEY(name_id) REFERENCES names (id)
-);
-INSERT INTO schema_version VALUES (1);
-INSERT INTO names VALUES (1, 'tone', 2, '[1]', 3);
-INSERT INTO versions VALUES (1, 1, '11', 8, 'toy', '["q_proj"]', 10, 2, 1.0);
-INSERT INTO versions VALUES (1, 2, '22', 8, 'toy', '["q_proj"]', 10, 2, 2.0);
-INSERT INTO history VALUES (1, 1, 'ana', 'add', '', 1.0, NULL, 1, '11');
-"""
