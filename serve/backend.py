@@ -105,8 +105,12 @@ class VLLMBackend:
 
     async def stop(self) -> None:
         llm, self._llm, self._app = self._llm, None, None
-        if llm is not None:
-            await asyncio.to_thread(llm.shutdown)
+        if llm is None:
+            return
+        if llm.output_handler is not None:
+            # It would take the end of the engine that it listens to for an accident, and say so at length.
+            llm.output_handler.cancel()
+        await asyncio.to_thread(llm.shutdown)
 
     async def add(self, adapter_id: str, number: int, path: Path) -> None:
         """Bring an adapter into the engine under a name and number that were never used before."""

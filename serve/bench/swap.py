@@ -52,6 +52,15 @@ class Plan:
     timeout: float = 120.0
 
 
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """One promote, from when it was asked to when its answer came; seconds since the run began."""
+
+    asked: float
+    acknowledged: float
+    version: int
+
+
 @dataclass(slots=True)
 class Spoken:
     """One answer under load; times in seconds since the run began."""
@@ -59,6 +68,7 @@ class Spoken:
     prompt: int
     asked: float
     live: int
+    first: float | None = None
     ended: float = 0.0
     models: set[str] = field(default_factory=set)
     text: str = ""
@@ -130,6 +140,10 @@ async def prove(address: Address, plan: Plan, say: Callable[[str], None] = lambd
     async with asyncio.TaskGroup() as group:
         users = [group.create_task(run.user(number)) for number in range(plan.streams)]
         try:
+            # The first prompts all come at once, which no later moment repeats.
+            while len(run.spoken) < 2 * plan.streams:
+                await asyncio.sleep(0.1)
+            warm = run.now()
             steady = max(plan.every * plan.swaps / 4, 2 * plan.every)
             say(f"{plan.streams} streams, no swap for {steady:.0f} s")
             await asyncio.sleep(steady)
@@ -145,7 +159,7 @@ async def prove(address: Address, plan: Plan, say: Callable[[str], None] = lambd
         finally:
             run.stopping = True
         await asyncio.gather(*users)
-    return run.judge(ids, began, ended)
+    return run.judge(ids, warm, began, ended)
 
 
 class _Run:
@@ -157,8 +171,7 @@ class _Run:
         self.live = plan.versions[0]
         self.spoken: list[Spoken] = []
         self.references: dict[tuple[int, int], str] = {}
-        self.promotes: list[float] = []
-        self.flips: list[tuple[float, int]] = []
+        self.flips: list[Flip] = []
 
     def now(self) -> float:
         return perf_counter() - self.begin
@@ -188,11 +201,10 @@ class _Run:
                 )
 
     async def promote(self, version: int) -> None:
-        asked = perf_counter()
+        asked = self.now()
         await self._call("POST", f"/v1/adapters/{self.plan.name}/promote", {"version": version})
-        self.promotes.append(perf_counter() - asked)
         self.live = version
-        self.flips.append((self.now(), version))
+        self.flips.append(Flip(asked, self.now(), version))
 
     async def user(self, number: int) -> None:
         for turn in itertools.count(number):
@@ -200,7 +212,7 @@ class _Run:
                 return
             self.spoken.append(await self._ask(self.plan.name, turn % len(PROMPTS), self.live))
 
-    def judge(self, ids: dict[int, str], began: float, ended: float) -> Proof:
+    def judge(self, ids: dict[int, str], warm: float, began: float, ended: float) -> Proof:
         """Hold every answer against the references."""
         versions = {ids[version]: version for version in self.plan.versions}
         failed = mixed = wrong = stale = across = 0
@@ -211,7 +223,7 @@ class _Run:
                 failed += 1
                 errors.append(spoken.error)
                 continue
-            across += any(spoken.asked < at < spoken.ended for at, _ in self.flips)
+            across += any(spoken.asked < flip.acknowledged < spoken.ended for flip in self.flips)
             signed = {versions.get(model, 0) for model in spoken.models}
             if len(signed) != 1:
                 mixed += 1
@@ -227,12 +239,13 @@ class _Run:
                 errors.append(f"v{version} said {spoken.text[:60]!r} to {PROMPTS[spoken.prompt]!r}")
             elif version not in self._allowed(spoken):
                 stale += 1
-        steady = [gap for one in self.spoken for at, gap in one.gaps if not began <= at <= ended]
-        swapping = [gap for one in self.spoken for at, gap in one.gaps if began <= at <= ended]
+        gaps = [(at, gap) for one in self.spoken for at, gap in one.gaps if at >= warm]
+        steady = [gap for at, gap in gaps if not began <= at <= ended]
+        swapping = [gap for at, gap in gaps if began <= at <= ended]
         calm, busy = percentile(steady, 99), percentile(swapping, 99)
-        promotes = self.promotes[1:] or [0.0]
+        promotes = [flip.acknowledged - flip.asked for flip in self.flips[1:]] or [0.0]
         return Proof(
-            swaps=len(self.promotes) - 1,
+            swaps=len(self.flips) - 1,
             answers=len(self.spoken),
             answers_per_version=per_version,
             across_a_swap=across,
@@ -251,9 +264,10 @@ class _Run:
         )
 
     def _allowed(self, spoken: Spoken) -> set[int]:
-        """What was live when it was asked, and what became live meanwhile: word of it may come a little late."""
-        later = {version for at, version in self.flips if spoken.asked < at < spoken.ended + 1}
-        return {spoken.live} | later
+        """What was live when it was asked, and what was being made live until it began to answer."""
+        first = spoken.first or spoken.ended
+        meanwhile = {flip.version for flip in self.flips if flip.asked <= first and flip.acknowledged >= spoken.asked}
+        return {spoken.live} | meanwhile
 
     def _begins_as_another(self, spoken: Spoken, version: int) -> bool:
         head = spoken.text[: max(8, len(spoken.text) // 4)]
@@ -288,7 +302,7 @@ class _Run:
         finally:
             if connection is not None:
                 connection.close()
-        spoken.error, spoken.ended = answer.error, self.now()
+        spoken.error, spoken.first, spoken.ended = answer.error, answer.first, self.now()
         return spoken
 
     async def _call(self, method: str, path: str, body: Any = None) -> Any:

@@ -30,6 +30,7 @@ def test_the_engine_still_has_what_we_call():
         assert callable(getattr(AsyncLLM, name))
     assert callable(AsyncLLM.get_num_unfinished_requests)
     assert isinstance(AsyncLLM.errored, property)
+    assert "self.output_handler: asyncio.Task" in inspect.getsource(AsyncLLM.__init__)
     assert list(inspect.signature(build_app).parameters) == ["args", "supported_tasks", "model_config"]
     assert list(inspect.signature(init_app_state).parameters) == ["engine_client", "state", "args", "supported_tasks"]
     assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
