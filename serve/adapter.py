@@ -15,7 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO, NoReturn
@@ -28,11 +28,13 @@ from serve.tenant import DEFAULT, tenant_of
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
+CARD = "README.md"
 
 MERGE = "merge it into its base with `loradock optimize` and serve the result"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CONFIG_BYTES = 1 << 20
+CARD_BYTES = 64 << 10
 _HEADER_BYTES = 16 << 20
 _SHOWN_PROBLEMS = 200
 _PATTERN_CHARS = 4096
@@ -72,6 +74,7 @@ class Adapter:
     target_modules: tuple[str, ...]
     nbytes: int
     created: float
+    checks: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def id(self) -> str:
@@ -91,9 +94,10 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What this deployment takes; a None does not ask."""
+    """What this deployment takes; a None does not ask. Licences are Hugging Face's identifiers, in lower case."""
 
     max_rank: int
+    allowed_licenses: frozenset[str] | None = None
     allowed_target_modules: frozenset[str] | None = None
     allowed_digests: frozenset[str] | None = None
     max_tensors: int = 200_000
@@ -108,6 +112,7 @@ class Inspection:
     target_modules: tuple[str, ...]
     nbytes: int
     tensors: int
+    license: str | None = None
 
 
 def check_name(name: str) -> str:
@@ -146,9 +151,10 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
     An embedding counts as (embedding_dim, vocabulary), which is how its LoRA multiplies.
     """
     config = read_config(folder / CONFIG)
+    license = read_license(folder / CARD)
     with open_plain(folder / WEIGHTS) as file:
         tensors = read_header(file)
-        problems = list(_config_problems(config, limits))
+        problems = [*_config_problems(config, limits), *_license_problems(license, limits)]
         _raise(problems, config)  # a rank that is no number, or a DoRA, makes everything below it wrong too
 
         pairs: dict[str, dict[str, Tensor]] = {}
@@ -169,7 +175,35 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
         target_modules=tuple(sorted({module.rpartition(".")[2] for module in pairs})),
         nbytes=nbytes,
         tensors=len(tensors),
+        license=license,
     )
+
+
+# The card
+
+
+def read_license(card: Path) -> str | None:
+    """`license:` in the front matter of a README.md, if there is one: Hugging Face's identifier, in lower case."""
+    if not card.exists():
+        return None
+    with open_plain(card) as file:
+        text = file.read(CARD_BYTES).decode("utf-8", "replace")
+    front = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---", text, re.S)
+    if front is None:
+        return None
+    # Searched as text: a YAML document can be built to eat the memory.
+    found = re.search(r"^license:[ \t]*([\"']?)([A-Za-z0-9._+-]{1,64})\1[ \t]*(#.*)?\r?$", front[1], re.M)
+    return found[2].lower() if found else None
+
+
+def _license_problems(license: str | None, limits: Limits) -> Iterator[str]:
+    if limits.allowed_licenses is None or license in limits.allowed_licenses:
+        return
+    allowed = ", ".join(sorted(limits.allowed_licenses))
+    if license is None:
+        yield f"its {CARD} states no license; this server takes {allowed}: send the {CARD} with `license:` at its top"
+    else:
+        yield f"its license is {license}; this server takes {allowed}"
 
 
 # The configuration
@@ -207,11 +241,11 @@ def read_config(path: Path) -> Config:
     alpha = raw.get("lora_alpha")
     if not _positive(alpha):
         problems.append(f"lora_alpha is {shown(alpha)}; it must be a finite number above 0")
-    for field, good, kind in (
+    for key, good, kind in (
         ("rank_pattern", _whole, "whole numbers above 0"),
         ("alpha_pattern", _positive, "finite numbers above 0"),
     ):
-        problems += _pattern_problems(field, raw.get(field), good, kind)
+        problems += _pattern_problems(key, raw.get(key), good, kind)
     targets: Any = raw.get("target_modules")
     if isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in targets):
         targets = tuple(targets)
@@ -226,9 +260,9 @@ def read_config(path: Path) -> Config:
     if base is not None and not (isinstance(base, str) and len(base) <= 1024 and base.isprintable()):
         problems.append("base_model_name_or_path is not a printable string")
         base = None
-    for field in ("use_rslora", "use_dora", "lora_bias", "use_qalora", "fan_in_fan_out"):
-        if not isinstance(raw.get(field), bool | None):
-            problems.append(f"{field} is {shown(raw[field])}; it must be true or false")
+    for key in ("use_rslora", "use_dora", "lora_bias", "use_qalora", "fan_in_fan_out"):
+        if not isinstance(raw.get(key), bool | None):
+            problems.append(f"{key} is {shown(raw[key])}; it must be true or false")
     if problems:
         raise AdapterRejected(
             _sentence(problems, f"{CONFIG} cannot be read as a LoRA configuration"), problems=problems
@@ -253,7 +287,7 @@ def _config_problems(config: Config, limits: Limits) -> Iterator[str]:
             f"init_lora_weights is {shown(init)}, which also changes the base's weights; save it again with PEFT's "
             f"path_initial_model_for_weight_conversion, or {MERGE}"
         )
-    for field, what in (
+    for key, what in (
         ("trainable_token_indices", "trains single tokens"),
         ("layer_replication", "repeats layers of the base"),
         ("alora_invocation_tokens", "is an activated LoRA that begins at a token"),
@@ -263,12 +297,15 @@ def _config_problems(config: Config, limits: Limits) -> Iterator[str]:
         ("arrow_config", "routes between several adapters"),
         ("monteclora_config", "samples its weights"),
     ):
-        if raw.get(field):
-            yield f"it {what} ({field}), which cannot be served beside other adapters; {MERGE}"
+        if raw.get(key):
+            yield f"it {what} ({key}), which cannot be served beside other adapters; {MERGE}"
     # The engine compares the default r too, even when rank_pattern overrides it everywhere.
     for rank in sorted({config.rank, *config.rank_pattern.values()}):
         if rank > limits.max_rank:
-            yield f"rank {rank} is above this engine's {limits.max_rank}; retrain, or raise max_lora_rank"
+            yield (
+                f"rank {rank} is above the {limits.max_rank} that this server takes; retrain, or raise max_lora_rank "
+                "(and max_adapter_rank, where it is set)"
+            )
 
 
 def _pattern_problems(field: str, pattern: Any, good: Any, kind: str) -> Iterator[str]:

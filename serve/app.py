@@ -6,33 +6,38 @@ an upload:   app > auth > upload > adapter > store > engine > registry
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
 from serve import __version__
 from serve.adapter import Adapter, check_name, shown
+from serve.adapter import Limits as AdapterLimits
 from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
 from serve.base import lora_modules
 from serve.config import Config
 from serve.engine import Backend, Engine, Phase
-from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound
+from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
 from serve.inference import PATHS, STORED, Inference
 from serve.keys import Keys
 from serve.lifecycle import Lifecycle
 from serve.limits import Limits, Meters
 from serve.monitor import Monitor
-from serve.registry import Registry
+from serve.probe import Probe
+from serve.registry import Registry, Share
 from serve.router import Router, manages, sees
+from serve.shadow import ShadowExchange, Shadows
+from serve.source import fetch, parse
 from serve.store import Store
 from serve.tenant import DEFAULT, full_name, short_name, spelled, tenant_of
 from serve.upload import receive
@@ -40,6 +45,18 @@ from serve.upload import receive
 log = logging.getLogger(__name__)
 
 LOG_STATS_SECONDS = 10.0
+MAX_JSON = 64 << 10
+
+
+class Fetch(BaseModel):
+    """A push as JSON: the server fetches the adapter from `source`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    source: str
+    promote: bool = True
+    visibility: Literal["private", "shared"] | None = None
+    why: str = ""
 
 
 class Promote(BaseModel):
@@ -48,6 +65,23 @@ class Promote(BaseModel):
     model_config = ConfigDict(extra="forbid")
     version: PositiveInt
     expected_version: int | None = None
+    why: str = ""
+
+
+class Weight(BaseModel):
+    """The body of a canary or a shadow: a version's share of the name's traffic; 0 ends it."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: PositiveInt
+    weight: float
+    why: str = ""
+
+
+class Pin(BaseModel):
+    """The body of a pin; without a version, whichever is live stays."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: PositiveInt | None = None
     why: str = ""
 
 
@@ -80,22 +114,35 @@ class NewKey(BaseModel):
     limits: LimitsOfKey = LimitsOfKey()
 
 
-def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockError], None] | None = None) -> FastAPI:
-    """The whole server over `backend`; `on_failure` hears of an engine that cannot start or has died."""
+def build_app(
+    config: Config,
+    backend: Backend,
+    on_failure: Callable[[LoradockError], None] | None = None,
+    on_shadow: Callable[[ShadowExchange], None] | None = None,
+) -> FastAPI:
+    """The whole server over `backend`; `on_failure` hears of an engine that cannot start or has died.
+
+    `on_shadow` gets every request that a shadow answered too, with both answers.
+    """
     engine = Engine(backend)
     store = Store(config.data_dir)
     registry = Registry(config.registry_url)
     modules: dict[str, tuple[int, int]] = {}
-    lifecycle = Lifecycle(engine, registry, store, lambda: modules)
+    judge = Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
+    probe = judge if config.probe else None
+    lifecycle = Lifecycle(engine, registry, store, lambda: modules, probe, lambda: _limits(config, backend))
     keys = Keys(registry)
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
     monitor = Monitor(engine, registry, audit, __version__)
-    inference = Inference(auth, Router(engine, registry, store), Meters(), monitor.take)
+    shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
+    inference = Inference(auth, Router(engine, registry, store), Meters(), monitor.take, shadows)
 
     async def start() -> None:
         await engine.start()
         modules.update(await asyncio.to_thread(lora_modules, config.model))
+        if probe:
+            await probe.start()
         await lifecycle.restore()
         ready.set()
 
@@ -127,6 +174,7 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await shadows.close()
             await lifecycle.settle()
             await engine.stop()
             registry.close()
@@ -162,10 +210,10 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
             raise NotFound(f"The adapter `{shown(name)}` does not exist.", code="model_not_found", param="name")
         return full
 
-    def described(adapter: Adapter, resident: set[str], caller: Caller) -> dict[str, Any]:
-        return {**lifecycle.describe(adapter, resident), "name": short_name(adapter.name, caller.tenant)}
+    def described(adapter: Adapter, caller: Caller) -> dict[str, Any]:
+        return {**lifecycle.describe(adapter), "name": short_name(adapter.name, caller.tenant)}
 
-    def summary(full: str, resident: set[str], caller: Caller) -> dict[str, Any]:
+    def summary(full: str, caller: Caller) -> dict[str, Any]:
         live = registry.live(full)
         return {
             "object": "adapter",
@@ -173,11 +221,10 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
             "tenant": tenant_of(full),
             "visibility": "shared" if registry.shared(full) else "private",
             "live": live.version if live else None,
-            "versions": [described(version, resident, caller) for version in registry.versions(full)],
+            "canary": _share(registry.canary(full)),
+            "shadow": _share(registry.shadow(full)),
+            "versions": [described(version, caller) for version in registry.versions(full)],
         }
-
-    async def residents() -> set[str]:
-        return await lifecycle.resident() if engine.phase is Phase.READY else set()
 
     @app.get("/health")
     async def health() -> Response:
@@ -213,6 +260,8 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
 
     @app.get("/v1/engines")
     async def engines(caller: Operator) -> dict[str, Any]:
+        # The backend answers behind what it computes, so the other numbers are read afterwards.
+        resident = sorted(await engine.resident_ids()) if engine.phase is Phase.READY else []
         row = {
             "object": "engine",
             "name": engine.name,
@@ -220,7 +269,7 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
             "model": config.model,
             "leases": engine.leases,
             "running": backend.running,
-            "resident": sorted(await residents()),
+            "resident": resident,
             "max_resident": backend.max_resident,
         }
         return {"object": "list", "data": [row]}
@@ -229,33 +278,33 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
     async def push(request: Request, caller: Manager) -> Response:
         if not ready.is_set():
             raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}: push again when /ready says so")
+        kind = request.headers.get("content-type", "")
         with store.quarantine() as folder:
-            kind = request.headers.get("content-type", "")
-            form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes)
-            request.state.subject = form.get("name")
-            name, promote, shared = _push_fields(form)
+            if kind.partition(";")[0].strip().lower() == "application/json":
+                asked = await _fetched(request, folder, config, caller)
+            else:
+                asked = await _received(request, kind, folder, config)
             adapter, created = await lifecycle.push(
-                full_name(caller.tenant, check_name(name)),
+                full_name(caller.tenant, check_name(asked.name)),
                 folder,
                 by=caller.name,
-                promote=promote,
-                why=form.get("why", ""),
-                shared=shared,
+                promote=asked.promote,
+                why=asked.why,
+                shared=None if asked.visibility is None else asked.visibility == "shared",
                 quota=caller.limits,
             )
         request.state.subject = adapter.tag
-        return JSONResponse(described(adapter, await residents(), caller), status_code=201 if created else 200)
+        return JSONResponse(described(adapter, caller), status_code=201 if created else 200)
 
     @app.get("/v1/adapters")
     async def adapters(caller: Manager) -> dict[str, Any]:
-        resident = await residents()
-        rows = [summary(full, resident, caller) for full in registry.names() if manages(caller, full)]
+        rows = [summary(full, caller) for full in registry.names() if manages(caller, full)]
         return {"object": "list", "data": rows}
 
     @app.get("/v1/adapters/{name:path}")
     async def adapter(name: str, caller: Manager) -> dict[str, Any]:
         full = owned(name, caller)
-        return {**summary(full, await residents(), caller), "history": registry.history(full)}
+        return {**summary(full, caller), "history": registry.history(full)}
 
     @app.post("/v1/adapters/{name:path}/promote")
     async def promote(name: str, body: Promote, request: Request, caller: Manager) -> dict[str, Any]:
@@ -263,7 +312,7 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
         full = owned(name, caller)
         done = await lifecycle.promote(full, body.version, by=caller.name, expected=body.expected_version, why=body.why)
         monitor.swaps.labels(full, "promoted").inc()
-        return described(done, await residents(), caller)
+        return described(done, caller)
 
     @app.post("/v1/adapters/{name:path}/rollback")
     async def rollback(name: str, request: Request, caller: Manager, body: Rollback | None = None) -> dict[str, Any]:
@@ -273,7 +322,36 @@ def build_app(config: Config, backend: Backend, on_failure: Callable[[LoradockEr
         done = await lifecycle.rollback(full, by=caller.name, expected=body.expected_version, why=body.why)
         request.state.subject = done.tag
         monitor.swaps.labels(full, "rolled_back").inc()
-        return described(done, await residents(), caller)
+        return described(done, caller)
+
+    @app.post("/v1/adapters/{name:path}/canary")
+    async def canary(name: str, body: Weight, request: Request, caller: Manager) -> dict[str, Any]:
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+        full = owned(name, caller)
+        await lifecycle.share(full, "canary", body.version, body.weight, by=caller.name, why=body.why)
+        return summary(full, caller)
+
+    @app.post("/v1/adapters/{name:path}/shadow")
+    async def shadow(name: str, body: Weight, request: Request, caller: Manager) -> dict[str, Any]:
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+        full = owned(name, caller)
+        await lifecycle.share(full, "shadow", body.version, body.weight, by=caller.name, why=body.why)
+        return summary(full, caller)
+
+    @app.post("/v1/adapters/{name:path}/pin")
+    async def pin(name: str, request: Request, caller: Manager, body: Pin | None = None) -> dict[str, Any]:
+        body = body or Pin()
+        request.state.subject = spelled(name, caller.tenant) + (f"@v{body.version}" if body.version else "")
+        full = owned(name, caller)
+        await lifecycle.pin(full, body.version, by=caller.name, why=body.why)
+        return summary(full, caller)
+
+    @app.delete("/v1/adapters/{name:path}/pin")
+    async def unpin(name: str, request: Request, caller: Manager) -> dict[str, Any]:
+        request.state.subject = spelled(name, caller.tenant)
+        full = owned(name, caller)
+        await lifecycle.unpin(full, by=caller.name)
+        return summary(full, caller)
 
     @app.delete("/v1/adapters/{name:path}/versions/{number}")
     async def remove_version(
@@ -330,7 +408,22 @@ class _Split:
         await (self._inference if inference else self._app)(scope, receive, send)
 
 
-def _push_fields(form: Mapping[str, str]) -> tuple[str, bool, bool | None]:
+def _limits(config: Config, backend: Backend) -> AdapterLimits:
+    """What an upload may be, here."""
+    rank = backend.max_lora_rank
+    return AdapterLimits(
+        max_rank=min(rank, config.max_adapter_rank or rank),
+        allowed_target_modules=frozenset(config.allowed_target_modules) or None,
+        allowed_licenses=frozenset(one.lower() for one in config.allowed_licenses) or None,
+        allowed_digests=frozenset(config.allowed_digests) or None,
+    )
+
+
+async def _received(request: Request, kind: str, folder: Path, config: Config) -> Fetch:
+    """A push whose files come with it."""
+    licensed = bool(config.allowed_licenses)
+    form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes, card=licensed)
+    request.state.subject = form.get("name")
     if not form.get("name"):
         raise BadRequest("the upload has no field `name`: say which adapter this is a version of", param="name")
     promote = form.get("promote", "true").lower()
@@ -339,7 +432,41 @@ def _push_fields(form: Mapping[str, str]) -> tuple[str, bool, bool | None]:
     visibility = form.get("visibility")
     if visibility not in (None, "private", "shared"):
         raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
-    return form["name"], promote == "true", None if visibility is None else visibility == "shared"
+    why = form.get("why", "")
+    return Fetch(name=form["name"], source="", promote=promote == "true", visibility=visibility, why=why)  # type: ignore[arg-type]
+
+
+async def _fetched(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
+    """A push whose files the server goes and gets.
+
+    Its own credentials and folders are there for tenant `default` alone: through them another tenant could read what
+    is none of its business, so for that one the server sees only what is public.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_JSON:
+            raise TooLarge(f"a push as JSON takes up to {MAX_JSON} bytes; send files as multipart/form-data")
+    try:
+        asked = Fetch.model_validate_json(body)
+    except ValidationError as error:
+        raise _invalid(error.errors()) from error
+    request.state.subject = check_name(asked.name)
+    trusted = caller.tenant == DEFAULT
+    source = parse(asked.source, map(Path, config.source_roots if trusted else ()))
+    await asyncio.to_thread(
+        fetch,
+        source,
+        folder,
+        max_bytes=config.max_upload_bytes,
+        card=bool(config.allowed_licenses),
+        anonymous=not trusted,
+    )
+    return asked.model_copy(update={"why": asked.why or f"from {asked.source}"})
+
+
+def _share(share: Share | None) -> dict[str, Any] | None:
+    return {"version": share.adapter.version, "weight": share.weight} if share else None
 
 
 def _cards(engine: Engine, registry: Registry, model: str, caller: Caller) -> Iterator[dict[str, Any]]:
@@ -388,6 +515,9 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-    return JSONResponse(BadRequest(f"{where}: {first['msg']}", param=where).body(), status_code=400)
+    return JSONResponse(_invalid(error.errors()).body(), status_code=400)
+
+
+def _invalid(errors: Sequence[Any]) -> BadRequest:
+    where = ".".join(str(part) for part in errors[0]["loc"] if part != "body") or "the body"
+    return BadRequest(f"{where}: {errors[0]['msg']}", param=where)

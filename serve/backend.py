@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import difflib
+import itertools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,8 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -29,6 +32,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.version import __version__ as VLLM_VERSION
 
+from serve.engine import LOW_PRIORITY
 from serve.errors import AdapterRejected, ConfigError, EngineUnavailable
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,8 @@ class VLLMBackend:
         self._llm: AsyncLLM | None = None
         self._app: ASGIApp | None = None
         self._loras: dict[str, LoRARequest] = {}
+        self._generates = False
+        self._probes = itertools.count(1)
 
     @property
     def max_lora_rank(self) -> int:
@@ -80,6 +86,7 @@ class VLLMBackend:
         try:
             self._llm = llm = await asyncio.to_thread(self._build)
             tasks = await llm.get_supported_tasks()
+            self._generates = "generate" in tasks
             app = build_app(self.args, tasks, llm.model_config)
             await init_app_state(llm, app.state, self.args, tasks)
         except EngineDeadError as error:
@@ -108,13 +115,25 @@ class VLLMBackend:
     async def add(self, adapter_id: str, number: int, path: Path) -> None:
         """Bring an adapter into the engine under a name and number that were never used before."""
         request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
+        await self._load(request)
+        self._loras[adapter_id] = request
+
+    async def touch(self, adapter_id: str) -> None:
+        """Count an adapter as just used; vLLM loads it again if it let it go.
+
+        vLLM's own `pin_lora` is not for this: it takes a slot of the batch away, which the scheduler does not know of.
+        With as many other adapters in a batch as there are slots, the engine dies of a KeyError.
+        """
+        if request := self._loras.get(adapter_id):
+            await self._load(request)
+
+    async def _load(self, request: LoRARequest) -> None:
         try:
             await self._engine().add_lora(request)
         except EngineDeadError as error:
             raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
         except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
             raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(error)}") from error
-        self._loras[adapter_id] = request
 
     async def remove(self, adapter_id: str) -> None:
         """Free an adapter's weights in the engine; nobody may be using it."""
@@ -129,6 +148,42 @@ class VLLMBackend:
     async def resident(self) -> set[int]:
         """Numbers of the adapters whose weights the engine holds, as it says itself."""
         return set(await self._engine().list_loras())
+
+    async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
+        """The likeliest next tokens of each prompt, with their log-probabilities; nothing from a pooling model."""
+        if not self._generates:
+            return []
+        count = min(20, int(self._engine().model_config.max_logprobs))
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=count, detokenize=False)
+        answers = await asyncio.gather(*(self._ask(adapter_id, prompt, params) for prompt in prompts))
+        return [
+            {token: value.logprob for token, value in (answer.outputs[0].logprobs or [{}])[0].items()}
+            for answer in answers
+        ]
+
+    async def score(self, adapter_id: str | None, text: str) -> float:
+        """The mean log-probability of the tokens of a text."""
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        answer = await self._ask(adapter_id, text, params)
+        ids = answer.prompt_token_ids or []
+        found = [
+            values[token].logprob for token, values in zip(ids, answer.prompt_logprobs or [], strict=True) if values
+        ]
+        return sum(found) / max(len(found), 1)
+
+    async def _ask(self, adapter_id: str | None, prompt: str, params: SamplingParams) -> RequestOutput:
+        lora = self._loras[adapter_id] if adapter_id else None
+        name = f"probe-{next(self._probes)}"
+        asked = self._engine().generate(
+            {"prompt": prompt}, params.clone(), name, lora_request=lora, priority=LOW_PRIORITY
+        )
+        try:
+            answers = [answer async for answer in asked]
+        except EngineDeadError as error:
+            raise EngineUnavailable("the engine stopped while it measured an adapter; retry shortly") from error
+        if not answers:
+            raise EngineUnavailable("the engine did not answer while it measured an adapter; retry shortly")
+        return answers[-1]
 
     async def log_stats(self) -> None:
         await self._engine().do_log_stats()

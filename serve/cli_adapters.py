@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,20 +18,32 @@ from serve.terminal import URL, Json, Key, Url, connected, example, say, table
 
 adapters_app = typer.Typer(
     name="adapters",
-    help="Push, list, promote, roll back and remove adapters on a running server.",
+    help="Push, list, promote, try out, pin and remove adapters on a running server.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's public name.")]
+Version = Annotated[str, typer.Argument(metavar="VERSION", help="3 or v3.")]
+Weight = Annotated[float, typer.Argument(metavar="WEIGHT", min=0, max=1, help="A share from 0 to 1; 0 ends it.")]
 
 
 @adapters_app.command(
-    epilog=example("loradock adapters push support ./support-lora", "loradock adapters push support lora.tar.gz")
+    epilog=example(
+        "loradock adapters push support ./support-lora",
+        "loradock adapters push support lora.tar.gz",
+        "loradock adapters push support hf://our-team/support-lora@main",
+    )
 )
 def push(
     name: Name,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A PEFT folder, or a .zip or .tar.gz of one.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A PEFT folder, a .zip or .tar.gz of one, or an hf://, s3:// or file:// that the server fetches.",
+        ),
+    ],
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it the live version.")] = True,
     shared: Annotated[
         bool | None, typer.Option("--shared/--private", help="Let other tenants ask it too, or only your own (as new).")
@@ -43,7 +54,10 @@ def push(
 ) -> None:
     """Upload an adapter; the same bytes twice are one version."""
     with connected("adapters", url, key) as client, _bar(name) as progress:
-        answer = client.push(name, path, promote=promote, shared=shared, progress=progress)
+        if "://" in path:
+            answer = client.push_source(name, path, promote=promote, shared=shared)
+        else:
+            answer = client.push(name, path, promote=promote, shared=shared, progress=progress)
     say(answer, as_json, _pushed)
 
 
@@ -66,7 +80,7 @@ def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> 
 @adapters_app.command(epilog=example("loradock adapters promote support 3", "loradock adapters promote support v3"))
 def promote(
     name: Name,
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="3 or v3.")],
+    version: Version,
     expect: Annotated[
         str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")
     ] = None,
@@ -86,6 +100,52 @@ def rollback(name: Name, url: Url = URL, key: Key = None, as_json: Json = False)
     with connected("adapters", url, key) as client:
         answer = client.rollback(name)
     say(answer, as_json, lambda told: f"{name} {_v(_live(told))} is live again")
+
+
+@adapters_app.command(
+    epilog=example("loradock adapters canary support 3 0.1", "loradock adapters canary support 3 0  # ends it")
+)
+def canary(
+    name: Name, version: Version, weight: Weight, url: Url = URL, key: Key = None, as_json: Json = False
+) -> None:
+    """Send a share of an adapter's requests to a version that is not live."""
+    with connected("adapters", url, key) as client:
+        answer = client.canary(name, _version(version), weight)
+    say(answer, as_json, lambda told: _shared(told, "canary", "answers"))
+
+
+@adapters_app.command(
+    epilog=example("loradock adapters shadow support 3 0.1", "loradock adapters shadow support 3 0  # ends it")
+)
+def shadow(
+    name: Name, version: Version, weight: Weight, url: Url = URL, key: Key = None, as_json: Json = False
+) -> None:
+    """Have a version answer a share of an adapter's requests too, unseen, for comparison."""
+    with connected("adapters", url, key) as client:
+        answer = client.shadow(name, _version(version), weight)
+    say(answer, as_json, lambda told: _shared(told, "shadow", "also answers, unseen,"))
+
+
+@adapters_app.command(epilog=example("loradock adapters pin support", "loradock adapters pin support 3"))
+def pin(
+    name: Name,
+    version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help="3 or v3; else whichever is live.")] = None,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Keep an adapter in the engine, whoever else comes."""
+    with connected("adapters", url, key) as client:
+        answer = client.pin(name, _version(version) if version is not None else None)
+    say(answer, as_json, lambda told: f"{name} is pinned")
+
+
+@adapters_app.command(epilog=example("loradock adapters unpin support"))
+def unpin(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Let an adapter leave the engine again when others need the room."""
+    with connected("adapters", url, key) as client:
+        answer = client.unpin(name)
+    say(answer, as_json, lambda told: f"{name} is pinned no more")
 
 
 @adapters_app.command(epilog=example("loradock adapters rm support@v2", "loradock adapters rm support --force"))
@@ -151,9 +211,24 @@ def _shown(answer: dict[str, Any]) -> str:
             (_v(number), "*" if number == live else "", str(version.get("id", "-")), _when(version.get("created")))
         )
     lines = [str(answer.get("name")), table(rows)]
+    lines += [
+        _shared(answer, kind, does)
+        for kind, does in (("canary", "answers"), ("shadow", "also answers, unseen,"))
+        if answer.get(kind)
+    ]
+    lines += [
+        f"{_v(version.get('version'))} is pinned" for version in answer.get("versions", []) if version.get("pinned")
+    ]
     if answer.get("history"):
         lines += ["history:", *(f"  {_event(event)}" for event in answer["history"])]
     return "\n".join(lines)
+
+
+def _shared(answer: dict[str, Any], kind: str, does: str) -> str:
+    share = answer.get(kind)
+    if not share:
+        return f"{answer.get('name')} has no {kind} any more"
+    return f"{answer.get('name')} {_v(share['version'])} {does} {share['weight']:.4g} of the requests"
 
 
 def _event(event: Any) -> str:

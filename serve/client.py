@@ -31,6 +31,7 @@ from serve.errors import AdapterRejected, ConfigError, EngineUnavailable, Lorado
 Progress = Callable[[int, int], None]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CARD = "README.md"
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 _BY_STATUS: dict[int, type[LoradockError]] = {
     kind.status: kind
@@ -128,10 +129,19 @@ class AdapterClient:
                 ]
                 fields = {"name": name, "promote": "true" if promote else "false"}
                 if shared is not None:
-                    fields["visibility"] = "shared" if shared else "private"
+                    fields["visibility"] = _visibility(shared)
                 return self._http.post("/v1/adapters", data=fields, files=parts)  # type: ignore[arg-type]
 
         return self._ask(send, repeatable=True)
+
+    def push_source(
+        self, name: str, source: str, *, promote: bool = True, shared: bool | None = None
+    ) -> dict[str, Any]:
+        """Have the server fetch an adapter from hf://, s3:// or a file:// that it allows; `shared` as in `push`."""
+        body = {"name": name, "source": source, "promote": promote}
+        if shared is not None:
+            body["visibility"] = _visibility(shared)
+        return self._ask(lambda: self._http.post("/v1/adapters", json=body), repeatable=True)
 
     def list(self) -> list[dict[str, Any]]:
         """All adapters that this key may see."""
@@ -153,6 +163,22 @@ class AdapterClient:
     def rollback(self, name: str) -> dict[str, Any]:
         """Make the version live that was live before."""
         return self._call("POST", f"{_path(name)}/rollback")
+
+    def canary(self, name: str, version: int, weight: float) -> dict[str, Any]:
+        """Send a share of the name's requests, 0 to 1, to `version`; 0 ends it."""
+        return self._call("POST", f"{_path(name)}/canary", json={"version": version, "weight": weight})
+
+    def shadow(self, name: str, version: int, weight: float) -> dict[str, Any]:
+        """Have `version` answer a share of the name's requests too, unseen; 0 ends it."""
+        return self._call("POST", f"{_path(name)}/shadow", json={"version": version, "weight": weight})
+
+    def pin(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Keep `version` in the engine; without one, whichever is live."""
+        return self._call("POST", f"{_path(name)}/pin", json={} if version is None else {"version": version})
+
+    def unpin(self, name: str) -> dict[str, Any]:
+        """Let the adapter's versions come and go again."""
+        return self._call("DELETE", f"{_path(name)}/pin")
 
     def remove(self, name: str, version: int | None = None, force: bool = False) -> dict[str, Any]:
         """Delete a version, or the adapter whole; what is live goes only with `force`."""
@@ -217,7 +243,7 @@ class AdapterClient:
 
 
 def adapter_files(path: str | Path) -> list[Path]:
-    """What to send for `path`: the two files of a PEFT folder, or the archive itself."""
+    """What to send for `path`: the two files of a PEFT folder and its card, or the archive itself."""
     path = Path(path)
     if path.is_file():
         if path.name.endswith(ARCHIVES):
@@ -230,7 +256,11 @@ def adapter_files(path: str | Path) -> list[Path]:
         raise ConfigError(f"{path} holds a pickle (adapter_model.bin); save it again with safe_serialization=True")
     if missing:
         raise ConfigError(f"{path} is not a PEFT adapter: {' and '.join(missing)} not found in it")
-    return [path / name for name in PEFT_FILES]
+    return [path / name for name in (*PEFT_FILES, CARD) if (path / name).is_file()]
+
+
+def _visibility(shared: bool) -> str:
+    return "shared" if shared else "private"
 
 
 def _path(name: str) -> str:

@@ -37,6 +37,8 @@ SIZES = {
     "ti": 1 << 40,
 }
 
+_SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
 # vLLM's options that this server answers for itself, and what to use instead.
 OURS = {
     "api_key": "use api_keys and admin_keys",
@@ -76,6 +78,15 @@ class Config:
     api_keys: tuple[str, ...] = _setting(tuple, "keys that may ask for answers (or their sha256:HEX)")
     admin_keys: tuple[str, ...] = _setting(tuple, "keys that may also change adapters (or their sha256:HEX)")
     max_upload_bytes: int = _setting(1 << 30, "largest adapter upload, as 512MiB or in bytes")
+    probe: bool = _setting(True, "whether an upload must change what the base says")
+    probe_min_effect: float = _setting(0.08, "how far it must move the log-probabilities, in nats on average")
+    probe_max_perplexity: float = _setting(0.0, "how many times the base's perplexity it may have (0: any)")
+    max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
+    allowed_target_modules: tuple[str, ...] = _setting(tuple, "modules that uploads may adapt, as q_proj,v_proj")
+    allowed_licenses: tuple[str, ...] = _setting(tuple, "licenses of uploads, as apache-2.0,mit, from their README.md")
+    allowed_digests: tuple[str, ...] = _setting(tuple, "digests of the uploads that were approved, and no others")
+    max_shadows: int = _setting(2, "shadow answers under way at a time; what comes beyond is dropped and counted")
+    source_roots: tuple[str, ...] = _setting(tuple, "folders that a push by tenant default may name as file:///...")
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
     ssl_certfile: str = _setting("", "TLS certificate file")
     ssl_keyfile: str = _setting("", "TLS key file")
@@ -234,7 +245,9 @@ def _convert(name: str, value: Any) -> Any:
             return _integer(value)
         if kind == "float":
             return float(value)
-    except (TypeError, ValueError) as error:
+        if kind == "bool":
+            return _SWITCH[str(value).lower()]
+    except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"{name} takes {_kinds(kind)}, not {value!r}") from error
     if not isinstance(value, (str, int, float)):
         raise ConfigError(f"{name} takes text, not {value!r}")
@@ -253,7 +266,7 @@ def _integer(value: Any) -> int:
 
 
 def _kinds(kind: str) -> str:
-    return {"int": "a whole number", "float": "a number", "Path": "a path"}.get(kind, "a list")
+    return {"int": "a whole number", "float": "a number", "Path": "a path", "bool": "true or false"}.get(kind, "a list")
 
 
 def _checked(config: Config) -> Config:
@@ -262,6 +275,12 @@ def _checked(config: Config) -> Config:
         raise ConfigError(f"port takes 0 to 65535, not {config.port}")
     if config.grace_period < 0:
         raise ConfigError(f"grace_period takes seconds from 0 up, not {config.grace_period}")
+    for digest in config.allowed_digests:
+        if not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise ConfigError(f"allowed_digests takes 64 lower-case hex digits each, not {digest!r}")
+    for name in ("probe_min_effect", "probe_max_perplexity"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ConfigError(f"{name} takes a number from 0 up, not {getattr(config, name)}")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"log_level takes debug, info, warning or error, not {config.log_level!r}")
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
@@ -293,5 +312,5 @@ def settings_help() -> str:
     rows = []
     for name, item in SETTINGS.items():
         shown = "" if item.default is MISSING or item.default in ("", ()) else f" [{item.default}]"
-        rows.append(f"--{name.replace('_', '-'):<18} {item.metadata['help']}{shown}")
+        rows.append(f"--{name.replace('_', '-'):<24} {item.metadata['help']}{shown}")
     return "\n".join(rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # An answer that is cut off tells the engine so a moment after its lease is back.
 SETTLE = 0.05
+# Behind every client: a smaller number goes first.
+LOW_PRIORITY = 1 << 30
 
 
 class Phase(StrEnum):
@@ -54,8 +56,11 @@ class Backend(Protocol):
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     async def add(self, adapter_id: str, number: int, path: Path) -> None: ...
+    async def touch(self, adapter_id: str) -> None: ...
     async def remove(self, adapter_id: str) -> None: ...
     async def resident(self) -> set[int]: ...
+    async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]: ...
+    async def score(self, adapter_id: str | None, text: str) -> float: ...
     async def log_stats(self) -> None: ...
     def metrics(self) -> bytes: ...
 
@@ -84,6 +89,8 @@ class Engine:
         self._residents: dict[str, Residence] = {}
         self._numbers = itertools.count(1)
         self._leaving: set[asyncio.Task[None]] = set()
+        # Ids that are never sent away to make room.
+        self.pinned: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -151,6 +158,11 @@ class Engine:
         while adapter_id in self._residents and self.phase is Phase.READY:
             await asyncio.sleep(SETTLE)
 
+    def holds(self, adapter_id: str) -> bool:
+        """The adapter is loaded and stays, by this book: to ask the backend means to wait behind what it computes."""
+        resident = self._residents.get(adapter_id)
+        return self.phase is Phase.READY and resident is not None and resident.loaded and not resident.retired
+
     async def resident_ids(self) -> list[str]:
         """Ids whose weights the backend itself says it holds."""
         numbers = await self.backend.resident()
@@ -172,10 +184,14 @@ class Engine:
         return resident
 
     def _make_room(self) -> None:
-        """Send the longest unused away when one more would not fit the backend's host memory; those in use stay."""
+        """Send the longest unused away when one more would not fit the backend's host memory.
+
+        Those in use and those that are pinned stay.
+        """
         staying = [resident for resident in self._residents.values() if not resident.retired]
         spare = max(len(staying) + 1 - self.backend.max_resident, 0)
-        for resident in [resident for resident in staying if not resident.leases][:spare]:
+        idle = [resident for resident in staying if not resident.leases and resident.id not in self.pinned]
+        for resident in idle[:spare]:
             self.retire(resident.id)
 
     async def _loaded(self, resident: Residence) -> None:
@@ -188,11 +204,18 @@ class Engine:
 
     async def _load(self, resident: Residence) -> None:
         try:
+            if len(self._residents) > self.backend.max_resident:
+                await self._refresh_pinned()
             await self.backend.add(resident.id, resident.number, resident.path)
         except BaseException:
             self._drop(resident)
             raise
         resident.loaded = True
+
+    async def _refresh_pinned(self) -> None:
+        """More is coming than the backend holds, so it will push out what it used least: let that be none of these."""
+        pinned = [one.id for one in self._residents.values() if one.id in self.pinned and one.loaded]
+        await asyncio.gather(*(self.backend.touch(adapter_id) for adapter_id in pinned))
 
     def _see_off(self, resident: Residence) -> None:
         task = asyncio.create_task(self._leave(resident))

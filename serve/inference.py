@@ -24,9 +24,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.auth import Auth, Caller
 from serve.auth import Scope as KeyScope
+from serve.engine import LOW_PRIORITY
 from serve.errors import BadRequest, LoradockError, NotFound, TooLarge
 from serve.limits import Meter, Meters
 from serve.router import Route, Router
+from serve.shadow import Kept, Shadows
 from serve.tap import Exchange, Tap
 from serve.tenant import DEFAULT
 from serve.usage import Usage
@@ -50,11 +52,19 @@ _encode = msgspec.json.Encoder().encode
 class Inference:
     """Every inference route."""
 
-    def __init__(self, auth: Auth, router: Router, meters: Meters, take: Callable[[Exchange], None]) -> None:
+    def __init__(
+        self,
+        auth: Auth,
+        router: Router,
+        meters: Meters,
+        take: Callable[[Exchange], None],
+        shadows: Shadows | None = None,
+    ) -> None:
         self._auth = auth
         self._router = router
         self._meters = meters
         self._take = take
+        self._shadows = shadows
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,20 +88,30 @@ class Inference:
             _check_response(stored["id"], caller.tenant)
         meter = self._meters.of(caller.key, caller.limits)
         usage = Usage(tap.send, meter) if meter else None
+        sending = usage.send if usage else tap.send
+        kept: Kept | None = None
         with meter.request() if meter else nullcontext():
             try:
                 asked = await _Asked.read(scope, receive) if scope["method"] == "POST" and not stored else None
                 if asked and meter and usage:
                     _check_countable(asked, meter)
                     usage.asked = len(asked.body)
-                async with self._router.lease(asked.model if asked else None, caller) as route:
+                model, fields = (asked.model, asked.fields) if asked else (None, {})
+                async with self._router.lease(model, caller, fields) as route:
                     tap.adapter, tap.version = route.adapter, route.version
                     if asked:
-                        scope, receive = asked.replayed(scope, receive, route, caller)
-                    await route.app(scope, receive, _Honest(usage.send if usage else tap.send).send)
+                        fields = asked.rewritten(scope["path"], route, caller)
+                        scope, receive = asked.replayed(scope, receive, fields)
+                    if route.shadow and self._shadows:
+                        kept = Kept(sending)
+                        sending = kept.send
+                    await route.app(scope, receive, _Honest(sending).send)
             finally:
                 if meter and usage and not stored:
                     meter.charge(usage.tokens)
+        if kept and route.shadow and self._shadows:
+            # As the engine got it, so within the caller's tenant; and on nobody's key.
+            self._shadows.offer(route.shadow, int(route.version[1:]), scope, fields, kept)
 
 
 class _Asked:
@@ -105,6 +125,11 @@ class _Asked:
             self.fields = _decode(body)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"the request body is not a JSON object: {error}") from error
+        priority = self.fields.get("priority", 0)
+        if isinstance(priority, int) and not 0 <= priority < LOW_PRIORITY:
+            raise BadRequest(
+                f"priority takes 0 to {LOW_PRIORITY - 1}: 0 is a client's turn, more waits longer", param="priority"
+            )
         model = self.fields.get("model")
         if model is not None and not isinstance(model, str):
             raise BadRequest("model takes a string: GET /v1/models lists the names", param="model")
@@ -124,12 +149,16 @@ class _Asked:
             more = message.get("more_body", False)
         return cls(b"".join(chunks))
 
-    def replayed(self, scope: Scope, receive: Receive, route: Route, caller: Caller) -> tuple[Scope, Receive]:
-        """The same request, asking for the route's model by the backend's name for it, within the caller's tenant."""
+    def rewritten(self, path: str, route: Route, caller: Caller) -> dict[str, Any]:
+        """The fields, asking for the route's model by the backend's name for it, within the caller's tenant."""
+        changes = self._changes(path, route, caller.tenant)
+        return {**self.fields, **changes} if changes else self.fields
+
+    def replayed(self, scope: Scope, receive: Receive, fields: dict[str, Any]) -> tuple[Scope, Receive]:
+        """The same request with these fields."""
         body = self.body
-        changes = self._changes(scope["path"], route, caller.tenant)
-        if changes:
-            body = _encode({**self.fields, **changes})
+        if fields is not self.fields:
+            body = _encode(fields)
             length = (b"content-length", str(len(body)).encode())
             headers = [h for h in scope["headers"] if h[0] not in (b"content-length", b"transfer-encoding")]
             scope = {**scope, "headers": [*headers, length]}

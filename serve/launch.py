@@ -80,6 +80,8 @@ def _model(config: Config) -> str:
 def _with_defaults(config: Config) -> Config:
     """The same Config with the engine options that this server prefers to vLLM's defaults."""
     engine: dict[str, Any] = {"max_loras": 8, "max_cpu_loras": 32, "max_lora_rank": 16}
+    # Among equals it serves who came first, as vLLM's default does; probes and shadows wait behind clients.
+    engine["scheduling_policy"] = "priority"
     if config.name == EMBEDDED:
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     engine |= config.engine
@@ -151,11 +153,19 @@ def _run(config: Config, sock: socket) -> int:
             ssl_keyfile=config.ssl_keyfile or None,
         )
     )
+    logging.getLogger("uvicorn.error").addFilter(_told_briefly)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(server, app, sock, config))
     for error in failures:
         raise error
     return 0
+
+
+def _told_briefly(record: logging.LogRecord) -> bool:
+    """An answer that the end of the grace period broke off is a line and no traceback."""
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        record.msg, record.args, record.exc_info = "an answer was broken off: the grace period is over", (), None
+    return True
 
 
 async def _serve(server: _Server, app: FastAPI, sock: socket, config: Config) -> None:

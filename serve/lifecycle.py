@@ -1,6 +1,6 @@
 """What happens to an adapter from upload to removal: every change in one place, one after the other.
 
-push:      inspect > store > load > register > flip the pointer > retire the old version
+push:      inspect > store > load > probe > register > flip the pointer > retire the old version
 remove:    forget > wait for its last answer > free the engine > free the disk
 """
 
@@ -12,28 +12,40 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from serve.adapter import Adapter, Inspection, Limits, check_full_name, inspect
+from serve.adapter import Adapter, Inspection, Limits, check_digest, check_full_name, inspect
 from serve.engine import Engine
-from serve.errors import Conflict, LoradockError, QuotaExceeded
+from serve.errors import BadRequest, Conflict, LoradockError, QuotaExceeded
 from serve.limits import UNLIMITED
 from serve.limits import Limits as KeyLimits
-from serve.registry import Registry
+from serve.probe import Probe
+from serve.registry import Registry, Share
 from serve.store import Store
 from serve.tenant import short_name, tenant_of
 
 log = logging.getLogger(__name__)
+
+# DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`.
+RESERVED = ("pin",)
 
 
 class Lifecycle:
     """Changes to adapters. `modules` gives the base model's LoRA targets by name, (out, in) features each."""
 
     def __init__(
-        self, engine: Engine, registry: Registry, store: Store, modules: Callable[[], Mapping[str, tuple[int, int]]]
+        self,
+        engine: Engine,
+        registry: Registry,
+        store: Store,
+        modules: Callable[[], Mapping[str, tuple[int, int]]],
+        probe: Probe | None = None,
+        limits: Callable[[], Limits] | None = None,
     ) -> None:
         self.engine = engine
         self.registry = registry
         self.store = store
         self._modules = modules
+        self._probe = probe
+        self._limits = limits or (lambda: Limits(max_rank=engine.backend.max_lora_rank))
         # One change at a time: reads and answers never take this lock.
         self._changing = asyncio.Lock()
         self._removing: set[asyncio.Task[None]] = set()
@@ -41,12 +53,12 @@ class Lifecycle:
     async def restore(self) -> None:
         """After a start: sweep what no version names, and bring the live versions back into the engine."""
         await asyncio.to_thread(self.store.sweep, self.registry.digests())
-        for name in self.registry.names()[: self.engine.backend.max_resident]:
-            if adapter := self.registry.live(name):
-                try:
-                    await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
-                except LoradockError as error:
-                    log.warning("%s is live and cannot be loaded: %s", adapter.tag, error)
+        self._pin()
+        for adapter in self._wanted()[: self.engine.backend.max_resident]:
+            try:
+                await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+            except LoradockError as error:
+                log.warning("%s takes traffic and cannot be loaded: %s", adapter.tag, error)
 
     async def push(
         self,
@@ -61,27 +73,46 @@ class Lifecycle:
     ) -> tuple[Adapter, bool]:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
         check_full_name(name)
-        if self.engine.name in (name, short_name(name, tenant_of(name))):
+        short = short_name(name, tenant_of(name))
+        if self.engine.name in (name, short):
             raise Conflict(
                 f"{self.engine.name!r} is the base model's name: choose another for the adapter", param="name"
             )
-        limits = Limits(max_rank=self.engine.backend.max_lora_rank)
+        if short in RESERVED:
+            raise BadRequest(
+                f"{short!r} cannot be an adapter's name, because it ends the path that unpins one: choose another",
+                param="name",
+            )
+        limits = self._limits()
         inspection = await asyncio.to_thread(inspect, folder, self._modules(), limits)
         async with self._changing:
             digest = await asyncio.to_thread(self.store.admit, folder)
             adapter_id = f"{name}@{digest[:12]}"
-            before = self.registry.live(name)
+            before = self._serving(name)
             try:
                 self._check_quota(name, digest, inspection, quota)
-                await self.engine.ensure(adapter_id, self.store.path(digest))
+                check_digest(digest, limits)
+                path = self.store.path(digest)
+                await self.engine.ensure(adapter_id, path)
+                checks = await self._probe.judge(adapter_id, path) if self._probe else {}
+                if inspection.license:
+                    checks["license"] = inspection.license
                 adapter, created = await asyncio.to_thread(
-                    self.registry.add, name, inspection, digest, by=by, promote=promote, why=why, shared=shared
+                    self.registry.add,
+                    name,
+                    inspection,
+                    digest,
+                    by=by,
+                    promote=promote,
+                    why=why,
+                    shared=shared,
+                    checks=checks,
                 )
             except BaseException:
                 self._let_go(adapter_id, digest)
                 raise
             self._flipped(name, before)
-            if self.registry.live(name) != adapter:
+            if adapter.id not in self._serving(name):
                 self.engine.retire(adapter.id)
             return adapter, created
 
@@ -90,7 +121,7 @@ class Lifecycle:
         async with self._changing:
             adapter = self.registry.get(name, version)
             await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
-            before = self.registry.live(name)
+            before = self._serving(name)
             change = self.registry.promote
             adapter = await asyncio.to_thread(change, name, version, by=by, expected=expected, why=why)
             self._flipped(name, before)
@@ -99,33 +130,63 @@ class Lifecycle:
     async def rollback(self, name: str, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make the version live that was live before this one."""
         async with self._changing:
-            before = self.registry.live(name)
+            before = self._serving(name)
             adapter = await asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why)
             self._flipped(name, before)
             await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
             return adapter
+
+    async def share(self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "") -> Share | None:
+        """Give a version a share of the name's traffic as its canary or shadow; it is resident before it gets any."""
+        async with self._changing:
+            adapter = self.registry.get(name, version)
+            before = self._serving(name)
+            if 0 < weight <= 1:
+                await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+            share = await asyncio.to_thread(self.registry.share, name, kind, version, weight, by=by, why=why)
+            self._flipped(name, before)
+            return share
+
+    async def pin(self, name: str, version: int | None = None, *, by: str, why: str = "") -> None:
+        """Keep a version in the engine, or whichever is live; it is resident when this returns."""
+        async with self._changing:
+            room = self.engine.backend.max_resident - 1
+            if len({*self.registry.pinned_names(), name}) > room:
+                raise Conflict(
+                    f"{room} adapters are pinned, as many as this engine holds beside one that comes and goes: "
+                    "unpin one, or raise max_cpu_loras"
+                )
+            wanted = self.registry.get(name, version) if version else self.registry.live(name)
+            if wanted:
+                await self.engine.ensure(wanted.id, self.store.path(wanted.digest))
+            before = self._serving(name)
+            await asyncio.to_thread(self.registry.pin, name, version, by=by, why=why)
+            self._flipped(name, before)
+
+    async def unpin(self, name: str, *, by: str, why: str = "") -> None:
+        """Let the versions of `name` come and go again."""
+        async with self._changing:
+            before = self._serving(name)
+            await asyncio.to_thread(self.registry.unpin, name, by=by, why=why)
+            self._flipped(name, before)
 
     async def remove(
         self, name: str, version: int | None = None, *, by: str, force: bool = False, why: str = ""
     ) -> list[Adapter]:
         """Forget a version, or all of `name`. Their answers under way finish; then the bytes go."""
         async with self._changing:
-            before = self.registry.live(name)
+            before = self._serving(name)
             removed = await asyncio.to_thread(self.registry.delete, name, version, by=by, force=force, why=why)
             self._flipped(name, before)
             for adapter in removed:
                 self._let_go(adapter.id, adapter.digest)
             return removed
 
-    async def resident(self) -> set[str]:
-        """Ids of the adapters whose weights are in the engine."""
-        return set(await self.engine.resident_ids())
-
     async def settle(self) -> None:
         """Wait for the removals that have begun."""
         await asyncio.gather(*self._removing, return_exceptions=True)
 
-    def describe(self, adapter: Adapter, resident: set[str]) -> dict[str, Any]:
+    def describe(self, adapter: Adapter) -> dict[str, Any]:
         """An adapter version for the API."""
         live = self.registry.live(adapter.name)
         return {
@@ -137,12 +198,14 @@ class Lifecycle:
             "id": adapter.id,
             "digest": adapter.digest,
             "live": live == adapter,
-            "resident": adapter.id in resident,
+            "pinned": self.registry.pinned(adapter.name) == adapter,
+            "resident": self.engine.holds(adapter.id),
             "base": adapter.base,
             "rank": adapter.rank,
             "target_modules": list(adapter.target_modules),
             "bytes": adapter.nbytes,
             "created": int(adapter.created),
+            "checks": dict(adapter.checks),
         }
 
     def _check_quota(self, name: str, digest: str, inspection: Inspection, quota: KeyLimits) -> None:
@@ -159,10 +222,28 @@ class Lifecycle:
                 f"{quota.adapter_bytes}: delete versions that nobody uses"
             )
 
-    def _flipped(self, name: str, before: Adapter | None) -> None:
-        """The version that was live is not any more, unless it is."""
-        if before and self.registry.live(name) != before:
-            self.engine.retire(before.id)
+    def _serving(self, name: str) -> dict[str, Adapter]:
+        """The versions of `name` that get traffic without being named, by id: pinned, live, canary, shadow."""
+        reads = self.registry
+        shares = [share.adapter for share in (reads.canary(name), reads.shadow(name)) if share]
+        return {adapter.id: adapter for adapter in (reads.pinned(name), reads.live(name), *shares) if adapter}
+
+    def _wanted(self) -> list[Adapter]:
+        """What a fresh engine should hold, the most important first."""
+        names = self.registry.names()
+        pinned = [adapter for name in self.registry.pinned_names() if (adapter := self.registry.pinned(name))]
+        serving = [adapter for name in names for adapter in self._serving(name).values()]
+        return list({adapter.id: adapter for adapter in (*pinned, *serving)}.values())
+
+    def _flipped(self, name: str, before: Mapping[str, Adapter]) -> None:
+        """What served and does not any more leaves; what is pinned now stays."""
+        self._pin()
+        for adapter_id in before.keys() - self._serving(name).keys():
+            self.engine.retire(adapter_id)
+
+    def _pin(self) -> None:
+        names = self.registry.pinned_names()
+        self.engine.pinned = frozenset(adapter.id for name in names if (adapter := self.registry.pinned(name)))
 
     def _let_go(self, adapter_id: str, digest: str) -> None:
         """Once its last answer has ended, free an adapter that the registry does not name (any more)."""

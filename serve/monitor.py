@@ -37,6 +37,12 @@ class Monitor:
             ("adapter", "result"),
             registry=self._collectors,
         )
+        self._shadows = Counter(
+            "loradock_shadow_requests",
+            "Requests that a shadow was to answer too: answered, failed, or dropped because others were under way.",
+            (*LABELS, "result"),
+            registry=self._collectors,
+        )
         self._first = self._histogram("time_to_first_token_seconds", "From the request's arrival to its first bytes.")
         self._total = self._histogram("request_duration_seconds", "From the request's arrival to its last byte.")
         self._collectors.register(LiveState(engine, registry, audit, version))
@@ -48,6 +54,10 @@ class Monitor:
         if exchange.first is not None and exchange.status == 200:
             self._first.labels(*labels).observe(exchange.first)
             self._total.labels(*labels).observe(exchange.total)
+
+    def shadowed(self, adapter: str, version: str, result: str) -> None:
+        """Count one request that a shadow was to answer."""
+        self._shadows.labels(adapter, version, result).inc()
 
     def render(self) -> bytes:
         """Our series and the engine's, in the Prometheus text format."""

@@ -1,7 +1,8 @@
 """Names, versions, live pointers and their history: the only mutable truth.
 
-    names      one row a name: which version is live, which were live before it, the next version number
-    versions   one row a version: its digest and what `inspect` found
+    names      one row a name: which version is live, which were live before it, the next version number; which one
+               takes a share of its traffic (canary), answers unseen (shadow), or stays in the engine (pinned)
+    versions   one row a version: its digest, what `inspect` found and what the probe measured
     history    one row a change: who, what, why, when, from which version to which; only ever appended
     keys       one row an API key, as its digest; written by serve.keys
 
@@ -18,9 +19,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import (
@@ -50,22 +51,12 @@ from sqlalchemy import (
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.schema import CreateColumn
 
 from serve.adapter import Adapter, Inspection, check_full_name, shown
-from serve.errors import ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound, OutOfSpace
+from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound, OutOfSpace
 
-SCHEMA = 2
-
-
-def _to_tenants(connection: Connection) -> None:
-    """Names get room for a tenant, and are private; the table `keys` is there already, made as every missing one."""
-    connection.execute(text("ALTER TABLE names ADD COLUMN shared BOOLEAN NOT NULL DEFAULT FALSE"))
-    if connection.dialect.name != "sqlite":  # which does not mind a text's length
-        connection.execute(text("ALTER TABLE names ALTER COLUMN name TYPE VARCHAR(129)"))
-
-
-# MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants}
+SCHEMA = 3
 
 _PINNED = re.compile(r"(?P<name>[^@]+)@(?:v(?P<version>[1-9][0-9]{0,8})|(?P<digest>[0-9a-f]{12}))")
 _TRAIL = 64
@@ -84,6 +75,11 @@ names = Table(
     Column("trail", Text, nullable=False),  # JSON: versions that were live before, the latest last
     Column("next", Integer, nullable=False),  # a number is never given twice, also after a deletion
     Column("shared", Boolean, nullable=False, server_default=false()),  # other tenants may ask it too
+    Column("canary_version", Integer),
+    Column("canary_weight", Float(53)),
+    Column("shadow_version", Integer),
+    Column("shadow_weight", Float(53)),
+    Column("pinned", Integer),  # 0: whichever version is live
 )
 
 versions = Table(
@@ -98,6 +94,7 @@ versions = Table(
     Column("nbytes", BigInteger, nullable=False),
     Column("tensors", Integer, nullable=False),
     Column("created", Float(53), nullable=False),
+    Column("checks", Text),  # JSON: what was measured when it was pushed
     UniqueConstraint("name_id", "digest"),
 )
 
@@ -113,6 +110,7 @@ history = Table(
     Column("from_version", Integer),
     Column("to_version", Integer),
     Column("digest", String(64)),
+    Column("weight", Float(53)),
     sqlite_autoincrement=True,
 )
 
@@ -130,6 +128,38 @@ keys = Table(
 )
 
 
+def _to_tenants(connection: Connection) -> None:
+    """Names get room for a tenant, and are private; the table `keys` is there already, made as every missing one."""
+    connection.execute(text("ALTER TABLE names ADD COLUMN shared BOOLEAN NOT NULL DEFAULT FALSE"))
+    if connection.dialect.name != "sqlite":  # which does not mind a text's length
+        connection.execute(text("ALTER TABLE names ALTER COLUMN name TYPE VARCHAR(129)"))
+
+
+def _to_traffic(connection: Connection) -> None:
+    """Names get shares and pins, versions what was measured."""
+    _add_columns(connection, names, "canary_version", "canary_weight", "shadow_version", "shadow_weight", "pinned")
+    _add_columns(connection, versions, "checks")
+    _add_columns(connection, history, "weight")
+
+
+def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
+    for column in columns:
+        spelled = CreateColumn(table.c[column]).compile(dialect=connection.dialect)
+        connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {spelled}"))
+
+
+# MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants, 2: _to_traffic}
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a name's traffic, from 0 to 1, for a version that is not live."""
+
+    adapter: Adapter
+    weight: float
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """One name, as the hot path sees it."""
@@ -138,6 +168,10 @@ class _Entry:
     versions: Mapping[int, Adapter]
     digests: Mapping[str, Adapter]  # by their first 12 digits
     shared: bool
+    canary: Share | None = None
+    shadow: Share | None = None
+    pinned: Adapter | None = None
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +224,7 @@ class Registry:
         why: str = "",
         expected: int | None = None,
         shared: bool | None = None,
+        checks: Mapping[str, Any] | None = None,
     ) -> tuple[Adapter, bool]:
         """A new version of `name`, or the one that already has these bytes; True if it is new.
 
@@ -215,6 +250,7 @@ class Registry:
                         nbytes=inspection.nbytes,
                         tensors=inspection.tensors,
                         created=self._clock(),
+                        checks=json.dumps(checks or {}),
                     )
                 )
                 change.next += 1
@@ -245,6 +281,7 @@ class Registry:
                 raise Conflict(f"no earlier version of {shown(name)} was live; promote the version you want")
             was, change.live = change.live, change.trail.pop()
             change.log("rollback", by, why, was, change.live)
+            change.end_shares(by)
             target = change.versions()[change.live]
         return target
 
@@ -282,12 +319,57 @@ class Registry:
             for number in doomed:
                 change.log("delete", by, why, number, None, there[number].digest)
             if change.live in doomed:
+                change.end_shares(by)
                 was, change.live = change.live, change.trail.pop() if change.trail else None
                 if change.live is not None:
                     change.log("fallback", by, why, was, change.live)
             elif change.trail and change.trail[-1] == change.live:
                 change.trail.pop()  # 3, 2 before 3, without 2: to roll back to 3 would go nowhere
+            change.end_shares(by, only=doomed)
+            if change.pinned in doomed or len(doomed) == len(there):
+                change.pinned = None
         return gone
+
+    def share(self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "") -> Share | None:
+        """Give a version a share of the name's traffic, as its `canary` or `shadow`; weight 0 ends it.
+
+        It ends by itself when another version becomes live, or when its own is deleted.
+        """
+        if not 0 <= weight <= 1:
+            raise BadRequest(f"weight takes a number from 0 to 1, not {weight}", param="weight")
+        with self._change(name) as change:
+            there = change.versions()
+            if version not in there:
+                raise _missing(f"{name}@v{version}")
+            before = change.shares.get(kind)
+            if weight == 0:
+                if before and before[0] == version:
+                    change.end_share(kind, by, why)
+                return None
+            if change.live is None:
+                raise Conflict(f"no version of {shown(name)} is live: promote one first, then share its traffic")
+            if version == change.live:
+                raise Conflict(f"{shown(name)}@v{version} is live already; give the share to another version")
+            if before != (version, weight):
+                change.shares[kind] = (version, weight)
+                change.log(kind, by, why, change.live, version, there[version].digest, weight)
+        return Share(there[version], weight)
+
+    def pin(self, name: str, version: int | None = None, *, by: str, why: str = "") -> None:
+        """Keep a version in the engine; without one, whichever is live."""
+        with self._change(name) as change:
+            if version is not None and version not in change.versions():
+                raise _missing(f"{name}@v{version}")
+            if change.pinned != (version or 0):
+                change.log("pin", by, why, change.pinned or None, version)
+                change.pinned = version or 0
+
+    def unpin(self, name: str, *, by: str, why: str = "") -> None:
+        """Let the name's versions come and go again."""
+        with self._change(name) as change:
+            if change.pinned is not None:
+                change.log("unpin", by, why, change.pinned or None, None)
+                change.pinned = None
 
     # Reads, from the snapshot
 
@@ -309,6 +391,25 @@ class Registry:
         """Other tenants may ask it too."""
         entry = self._snapshot.entries.get(name)
         return entry is not None and entry.shared
+
+    def canary(self, name: str) -> Share | None:
+        """The version that takes a share of the requests for `name`, if any."""
+        entry = self._snapshot.entries.get(name)
+        return entry.canary if entry else None
+
+    def shadow(self, name: str) -> Share | None:
+        """The version that also answers a share of the requests for `name`, unseen, if any."""
+        entry = self._snapshot.entries.get(name)
+        return entry.shadow if entry else None
+
+    def pinned(self, name: str) -> Adapter | None:
+        """The version of `name` that stays in the engine, if any."""
+        entry = self._snapshot.entries.get(name)
+        return entry.pinned if entry else None
+
+    def pinned_names(self) -> list[str]:
+        """The names that are pinned, also while none of their versions is live."""
+        return sorted(name for name, entry in self._snapshot.entries.items() if entry.is_pinned)
 
     def get(self, name: str, version: int) -> Adapter:
         """That very version."""
@@ -392,6 +493,7 @@ class Registry:
         if was is not None:
             change.trail = _walk([*change.trail, was])[-_TRAIL:]
         change.log(what, by, why, was, version)
+        change.end_shares(by)
 
     @contextmanager
     def _change(self, name: str, *, create: bool = False) -> Iterator[_Change]:
@@ -409,6 +511,7 @@ class Registry:
                 change = _Change(
                     connection, row.id, row.name, row.live, json.loads(row.trail), row.next, self._clock, row.shared
                 )
+                change.shares, change.pinned = _shares(row), row.pinned
                 if not create and not change.versions():
                     raise _missing(name)
                 yield change
@@ -417,10 +520,15 @@ class Registry:
                         update(names)
                         .where(names.c.id == change.id)
                         .values(
-                            live=change.live, trail=json.dumps(change.trail), next=change.next, shared=change.shared
+                            live=change.live,
+                            trail=json.dumps(change.trail),
+                            next=change.next,
+                            shared=change.shared,
+                            pinned=change.pinned,
+                            **_share_columns(change.shares),
                         )
                     )
-                entry = _entry(change.live, change.versions(), change.shared)
+                entry = _entry(change.live, change.versions(), change.shared, change.shares, change.pinned)
                 generation = connection.scalar(select(func.max(history.c.id))) or 0
             entries = {key: value for key, value in self._snapshot.entries.items() if key != name}
             if entry is not None:
@@ -444,9 +552,10 @@ class Registry:
             for row in connection.execute(select(versions)):
                 found.setdefault(row.name_id, {})[row.version] = _adapter(by_id[row.name_id].name, row)
             for key, there in found.items():
-                entry = _entry(by_id[key].live, there, by_id[key].shared)
+                row = by_id[key]
+                entry = _entry(row.live, there, row.shared, _shares(row), row.pinned)
                 if entry is not None:
-                    entries[by_id[key].name] = entry
+                    entries[row.name] = entry
         return _Snapshot(generation, entries)
 
 
@@ -463,13 +572,32 @@ class _Change:
     clock: Callable[[], float]
     shared: bool
     logged: bool = False
+    shares: dict[str, tuple[int, float]] = field(default_factory=dict)
+    pinned: int | None = None
 
     def versions(self) -> dict[int, Adapter]:
         rows = self.connection.execute(select(versions).where(versions.c.name_id == self.id))
         return {row.version: _adapter(self.name, row) for row in rows}
 
+    def end_shares(self, by: str, only: Container[int] | None = None) -> None:
+        """The canary and the shadow stop; or those whose version is among `only`."""
+        for kind in list(self.shares):
+            if only is None or self.shares[kind][0] in only:
+                self.end_share(kind, by, "")
+
+    def end_share(self, kind: str, by: str, why: str) -> None:
+        version, _ = self.shares.pop(kind)
+        self.log(f"{kind}_end", by, why, version, None)
+
     def log(
-        self, what: str, by: str, why: str, before: int | None, after: int | None, digest: str | None = None
+        self,
+        what: str,
+        by: str,
+        why: str,
+        before: int | None,
+        after: int | None,
+        digest: str | None = None,
+        weight: float | None = None,
     ) -> None:
         self.logged = True
         self.connection.execute(
@@ -482,11 +610,18 @@ class _Change:
                 from_version=before,
                 to_version=after,
                 digest=digest,
+                weight=weight,
             )
         )
 
 
-def _entry(live: int | None, there: Mapping[int, Adapter], shared: bool) -> _Entry | None:
+def _entry(
+    live: int | None,
+    there: Mapping[int, Adapter],
+    shared: bool,
+    shares: Mapping[str, tuple[int, float]],
+    pinned: int | None,
+) -> _Entry | None:
     if not there:
         return None
     return _Entry(
@@ -494,7 +629,23 @@ def _entry(live: int | None, there: Mapping[int, Adapter], shared: bool) -> _Ent
         versions=there,
         digests={adapter.digest[:12]: adapter for adapter in there.values()},
         shared=shared,
+        pinned=None if pinned is None else there.get(pinned or live or 0),
+        is_pinned=pinned is not None,
+        **{kind: Share(there[version], weight) for kind, (version, weight) in shares.items()},
     )
+
+
+def _shares(row: Any) -> dict[str, tuple[int, float]]:
+    """A row's canary and shadow, each a version and its weight."""
+    found = {"canary": (row.canary_version, row.canary_weight), "shadow": (row.shadow_version, row.shadow_weight)}
+    return {kind: share for kind, share in found.items() if share[0] is not None}
+
+
+def _share_columns(shares: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for kind in ("canary", "shadow"):
+        columns[f"{kind}_version"], columns[f"{kind}_weight"] = shares.get(kind, (None, None))
+    return columns
 
 
 def _adapter(name: str, row: Any) -> Adapter:
@@ -507,6 +658,7 @@ def _adapter(name: str, row: Any) -> Adapter:
         target_modules=tuple(json.loads(row.target_modules)),
         nbytes=row.nbytes,
         created=row.created,
+        checks=json.loads(row.checks or "{}"),
     )
 
 

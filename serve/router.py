@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.types import ASGIApp
 
@@ -15,6 +16,7 @@ from serve.errors import NotFound
 from serve.registry import Registry
 from serve.store import Store
 from serve.tenant import spelled, tenant_of
+from serve.traffic import Shares, sticky_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Route:
     model: str
     adapter: str
     version: str
+    shadow: Adapter | None = None
 
 
 class Router:
@@ -32,16 +35,35 @@ class Router:
         self.engine = engine
         self.registry = registry
         self.store = store
+        self._shares = Shares()
 
     @asynccontextmanager
-    async def lease(self, model: str | None, caller: Caller) -> AsyncIterator[Route]:
-        """The route for `model` (None: the base, as in vLLM), held until the block ends."""
+    async def lease(
+        self, model: str | None, caller: Caller, fields: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[Route]:
+        """The route for `model` (None: the base, as in vLLM), held until the block ends. `fields` is the request."""
         # No await between the look-up and the lease, or a swap could come between.
         adapter = self.resolve(model, caller)
+        shadow = None
+        if adapter and model and "@" not in model:  # a version that was asked for by number is never dealt away
+            adapter, shadow = self._dealt(adapter, caller, fields or {})
         path = self.store.path(adapter.digest) if adapter else None
         async with self.engine.lease(adapter.id if adapter else None, path) as name:
             app = self.engine.backend.app
-            yield Route(app, name, *((adapter.name, f"v{adapter.version}") if adapter else (self.engine.name, "base")))
+            labels = (adapter.name, f"v{adapter.version}") if adapter else (self.engine.name, "base")
+            yield Route(app, name, *labels, shadow)
+
+    def _dealt(self, live: Adapter, caller: Caller, fields: Mapping[str, Any]) -> tuple[Adapter, Adapter | None]:
+        """Who answers a request for the live version, and who answers it again, unseen."""
+        name = live.name
+        canary, shadow = self.registry.canary(name), self.registry.shadow(name)
+        if canary and self._shares.takes(
+            name, canary.adapter.version, canary.weight, sticky_key(fields, caller.tenant, caller.key)
+        ):
+            return canary.adapter, None
+        if shadow and self._shares.takes(name, shadow.adapter.version, shadow.weight, None, "shadow"):
+            return live, shadow.adapter
+        return live, None
 
     def resolve(self, model: str | None, caller: Caller) -> Adapter | None:
         """The adapter version that a public name means to this caller now; None for the base model.

@@ -1,6 +1,8 @@
-"""An upload: a multipart form is parsed as it arrives, and becomes at most two files in one folder.
+"""An upload: a multipart form is parsed as it arrives, and becomes at most two files in one folder, and their card.
 
     form > part > adapter_config.json | adapter_model.safetensors | one archive of them | something to pass over
+
+Where licenses are checked, the first bytes of a README.md lie beside them for the judge; the store does not keep it.
 
 Nothing here trusts a name, a size or a format that the client states: names choose between two constants, bytes are
 counted, formats are recognised by their first bytes. Every malformed body ends as one of our errors.
@@ -27,7 +29,7 @@ from typing import IO, Any, Protocol
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from serve.adapter import CONFIG, FILES, WEIGHTS, shown, sniff
+from serve.adapter import CARD, CARD_BYTES, CONFIG, FILES, WEIGHTS, shown, sniff
 from serve.errors import AdapterRejected, BadRequest, OutOfSpace, TooLarge
 
 MAX_PARTS = 64
@@ -52,8 +54,10 @@ _NO_PICKLES = (
 )
 
 
-async def receive(stream: AsyncIterator[bytes], content_type: str, folder: Path, *, max_bytes: int) -> dict[str, str]:
-    """Leave the adapter's two files in `folder`, and answer the form's text fields.
+async def receive(
+    stream: AsyncIterator[bytes], content_type: str, folder: Path, *, max_bytes: int, card: bool = False
+) -> dict[str, str]:
+    """Leave the adapter's two files in `folder`, and its card if asked, and answer the form's text fields.
 
     At most `max_bytes` are taken from the wire, and as many are unpacked: more is TooLarge as soon as it shows.
     """
@@ -79,7 +83,10 @@ async def receive(stream: AsyncIterator[bytes], content_type: str, folder: Path,
             )
         await asyncio.to_thread(form.flush)
     if form.archive:
-        await asyncio.to_thread(_unpack, folder, max_bytes)
+        await asyncio.to_thread(_unpack, folder, max_bytes, card)
+    if card and form.card and not (folder / CARD).exists():
+        with _create(folder / CARD) as sink:
+            _write(sink, bytes(form.card))
     _both_there(folder, form)
     return form.fields
 
@@ -118,6 +125,7 @@ class _Part:
     filename: str | None = None
     text: bytearray | None = None
     head: bytearray | None = None  # the first bytes of a file, until they say what it is
+    card: bool = False
     sink: IO[bytes] | None = None
 
 
@@ -130,6 +138,7 @@ class _Form:
         self.fields: dict[str, str] = {}
         self.files = 0
         self.archive = False
+        self.card = bytearray()
         self.ended = False
         self.pending: list[tuple[IO[bytes], bytes]] = []
         self.pending_bytes = 0
@@ -188,6 +197,8 @@ class _Form:
         part.filename = _basename(options[b"filename"].decode("utf-8", "replace"))
         if part.filename in FILES:
             part.sink = self._keep(part.filename)
+        elif part.filename == CARD:
+            part.card = True
         elif not _beside(part.filename):
             if part.filename.lower().endswith(_PICKLE_ENDINGS):
                 raise AdapterRejected(f"{shown(part.filename)} {_NO_PICKLES}")
@@ -201,6 +212,8 @@ class _Form:
                 raise TooLarge(f"the field `{shown(part.name)}` is above {MAX_FIELD_BYTES} bytes; send files as files")
         elif part.sink is not None:
             self._queue(part.sink, data[start:end])
+        elif part.card:
+            self.card += data[start:end][: CARD_BYTES - len(self.card)]
         elif part.head is not None:
             part.head += data[start:end]
             if len(part.head) >= _HEAD:
@@ -251,19 +264,20 @@ class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def _unpack(folder: Path, max_bytes: int) -> None:
+def _unpack(folder: Path, max_bytes: int, card: bool) -> None:
     path = folder / _ARCHIVE
+    sink = _Unpacked(folder, max_bytes, card)
     try:
         with open(path, "rb") as file:
             kind = _archive_kind(file.read(_HEAD))
             file.seek(0)
             if kind == "zip":
-                _unzip(file, folder, max_bytes)
+                _unzip(file, sink)
             elif kind == "gzip":
                 with gzip.GzipFile(fileobj=file, mode="rb") as inside:
-                    _untar(inside, folder, max_bytes)
+                    _untar(inside, sink, max_bytes)
             else:
-                _untar(file, folder, max_bytes)
+                _untar(file, sink, max_bytes)
     except (
         zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, EOFError, struct.error,
         ValueError, NotImplementedError, RuntimeError, IndexError, OverflowError, KeyError,
@@ -277,9 +291,8 @@ def _unpack(folder: Path, max_bytes: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _unzip(file: IO[bytes], folder: Path, max_bytes: int) -> None:
+def _unzip(file: IO[bytes], sink: _Unpacked) -> None:
     _bound_directory(file)
-    sink = _Unpacked(folder, max_bytes)
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             mode = info.external_attr >> 16
@@ -317,12 +330,11 @@ def _bound_directory(file: IO[bytes]) -> None:
     file.seek(0)
 
 
-def _untar(file: _Readable, folder: Path, max_bytes: int) -> None:
+def _untar(file: _Readable, sink: _Unpacked, max_bytes: int) -> None:
     """A tar, read once from front to end.
 
     `tarfile` takes extended headers of any stated size into memory, so their loop is ours; its header parser is not.
     """
-    sink = _Unpacked(folder, max_bytes)
     source = _Counted(file, max_bytes)
     longname: str | None = None
     for _ in range(4 * MAX_ENTRIES):
@@ -399,10 +411,11 @@ class _Counted:
 
 
 class _Unpacked:
-    """Where the members of an archive go: two names, once each, and so many bytes together."""
+    """Where the members of an archive go: two names, once each, and so many bytes together; the card's if asked."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, card: bool) -> None:
         self._folder = folder
+        self._card = card
         self._left = self._limit = max_bytes
         self._entries = 0
         self._seen: set[str] = set()
@@ -423,6 +436,9 @@ class _Unpacked:
         if folder or not steps:
             return None
         base = steps[-1]
+        if self._card and base == CARD and len(steps) <= 2 and CARD not in self._seen:
+            self._seen.add(CARD)
+            return CARD
         if base not in FILES:
             if base.lower().endswith(_PICKLE_ENDINGS) and not _beside(base):
                 raise AdapterRejected(f"{shown(base)} {_NO_PICKLES}")
@@ -437,12 +453,14 @@ class _Unpacked:
         return base
 
     def write(self, name: str, content: Iterator[bytes]) -> None:
+        room = CARD_BYTES if name == CARD else self._limit
         with _create(self._folder / name) as sink:
             for chunk in content:
                 self._left -= len(chunk)
                 if self._left < 0:
                     raise _expanded(self._limit)
-                _write(sink, chunk)
+                _write(sink, chunk[:room])
+                room -= len(chunk[:room])
 
 
 def _archive_kind(head: bytes) -> str | None:

@@ -14,10 +14,10 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 SHELVES = [
     {"errors"},
     {"config", "machine", "drift", "plugin", "tenant", "limits"},
-    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage"},
-    {"store", "registry", "upload", "audit"},
+    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic"},
+    {"store", "registry", "upload", "source", "audit"},
     {"engine", "keys"},
-    {"router", "lifecycle", "monitor", "backend"},
+    {"router", "lifecycle", "monitor", "backend", "shadow"},
     {"inference"},
     {"app"},
     {"launch", "terminal"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,16 @@ class FakeBackend:
         self.held: dict[str, int] = {}
         self.numbers: list[int] = []
         self.loads = 0
+        self.touched: list[str] = []
         self.dead = False
         self.running = 0
         self.refuse: str | None = None
+        # Models whose answers crash, or never come.
+        self.broken: str | None = None
+        self.slow: str | None = None
+        # How far an adapter moves the log-probabilities, by the name in its id; the first match.
+        self.effects: dict[str, float] = {}
+        self.probes: list[str | None] = []
         self.bodies: list[dict[str, Any]] = []
         self.usage: dict[str, int] | None = None
         # Cleared, a stream stops after its first chunk until this is set.
@@ -62,11 +69,27 @@ class FakeBackend:
         self.numbers.append(number)
         self.held[adapter_id] = number
 
+    async def touch(self, adapter_id: str) -> None:
+        self.touched.append(adapter_id)
+
     async def remove(self, adapter_id: str) -> None:
         self.held.pop(adapter_id, None)
 
     async def resident(self) -> set[int]:
         return set(self.held.values())
+
+    async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
+        assert adapter_id is None or adapter_id in self.held
+        self.probes.append(adapter_id)
+        return [{token: self._effect(adapter_id) - token for token in range(20)} for _ in prompts]
+
+    async def score(self, adapter_id: str | None, text: str) -> float:
+        return -2.0 - self._effect(adapter_id)
+
+    def _effect(self, adapter_id: str | None) -> float:
+        if adapter_id is None:
+            return 0.0
+        return self.effects.get(adapter_id.partition("@")[0], 0.5)
 
     def metrics(self) -> bytes:
         return b'vllm:tokens_total{model="base"} 1.0\nvllm:lora_requests_info{running="a,b"} 1.0\n'
@@ -75,6 +98,10 @@ class FakeBackend:
         request = Request(scope, receive)
         body = await request.json() if scope["method"] == "POST" else {}
         self.bodies.append(body)
+        if body.get("model") and body["model"] == self.broken:
+            raise RuntimeError("broken")
+        if body.get("model") and body["model"] == self.slow:
+            await asyncio.Event().wait()
         await self._answer(body)(scope, receive, send)
 
     def _answer(self, body: dict[str, Any]) -> Response:

@@ -185,7 +185,7 @@ def test_what_the_engine_cannot_apply_is_refused_with_the_way_out(pack, change, 
         ({"alpha_pattern": {"q_proj": "16"}}, "alpha_pattern"),
         ({"use_rslora": "false"}, "true or false"),
         ({"base_model_name_or_path": "a\x00b"}, "printable"),
-        ({"r": 16}, "rank 16 is above this engine's 8; retrain, or raise max_lora_rank"),
+        ({"r": 16}, "rank 16 is above the 8 that this server takes; retrain, or raise max_lora_rank"),
         ({"rank_pattern": {"nothing": 16}}, "rank 16 is above"),
     ],
 )

@@ -220,3 +220,43 @@ async def test_ready_turns_false_when_the_engine_dies(client, backend):
     assert gone.status_code == 503
     assert "retry-after" in gone.headers
     assert (await client.get("/health")).status_code == 200
+
+
+async def test_only_the_engines_route_waits_for_a_busy_backend(client, backend, make_adapter):
+    asked, free = [], asyncio.Event()
+    really = backend.resident
+
+    async def resident():
+        asked.append(1)
+        await free.wait()
+        return await really()
+
+    backend.resident = resident
+    for seed in (0, 1):
+        assert (await client.post("/v1/adapters", **upload(make_adapter(seed)))).json()["resident"] is True
+    share = {"version": 1, "weight": 0.5}
+    for method, path, body in [
+        ("GET", "", None), ("GET", "/tone", None), ("POST", "/tone/canary", share), ("POST", "/tone/shadow", share),
+        ("POST", "/tone/pin", None), ("DELETE", "/tone/pin", None), ("POST", "/tone/promote", {"version": 1}),
+        ("POST", "/tone/rollback", None), ("DELETE", "/tone/versions/2?force=true", None),
+    ]:  # fmt: skip
+        done = await asyncio.wait_for(client.request(method, f"/v1/adapters{path}", json=body), 5)
+        assert done.status_code == 200, f"{method} {path}"
+    assert asked == []
+    backend.flow.clear()
+    engines = asyncio.create_task(client.get("/v1/engines"))
+    assert await settled(lambda: asked)
+    answering = asyncio.create_task(ask(client, "tone", stream=True))
+    assert await settled(lambda: backend.running == 1)
+    free.set()
+    told = (await engines).json()["data"][0]
+    assert (told["leases"], told["running"]) == (1, 1), "it told what was before it waited"
+    backend.flow.set()
+    await answering
+
+
+async def test_resident_says_what_is_there_to_stay(client, backend, make_adapter):
+    for seed in (0, 1):
+        await client.post("/v1/adapters", **upload(make_adapter(seed)))
+    told = (await client.get("/v1/adapters/tone")).json()["versions"]
+    assert [version["resident"] for version in told] == [False, True], "a retired version still counts"

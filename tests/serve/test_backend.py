@@ -15,6 +15,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -33,6 +34,10 @@ def test_the_engine_still_has_what_we_call():
     assert list(inspect.signature(build_app).parameters) == ["args", "supported_tasks", "model_config"]
     assert list(inspect.signature(init_app_state).parameters) == ["engine_client", "state", "args", "supported_tasks"]
     assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
+    taken = inspect.signature(AsyncLLM.generate).parameters
+    assert list(taken)[1:4] == ["prompt", "sampling_params", "request_id"]
+    assert {"lora_request", "priority"} <= set(taken)
+    assert SamplingParams(temperature=0, max_tokens=1, logprobs=20, prompt_logprobs=0, detokenize=False).clone()
     assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
 
 

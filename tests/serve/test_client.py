@@ -46,6 +46,9 @@ class Depot:
     next_answers: list[Callable[[], Response]] = field(default_factory=list)
     asked: list[tuple[str, str]] = field(default_factory=list)
     uploads: list[dict[str, bytes]] = field(default_factory=list)
+    shares: dict[str, Any] = field(default_factory=dict)
+    pinned: int | None = None
+    sources: list[Any] = field(default_factory=list)
     url: str = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,6 +67,8 @@ class Depot:
                     Route("/v1/adapters/{name}", self.show),
                     Route("/v1/adapters/{name}/promote", self.promote, methods=["POST"]),
                     Route("/v1/adapters/{name}/rollback", self.rollback, methods=["POST"]),
+                    Route("/v1/adapters/{name}/{kind:str}", self.share, methods=["POST"]),
+                    Route("/v1/adapters/{name}/pin", self.unpin, methods=["DELETE"]),
                     Route("/v1/adapters/{name}", self.remove, methods=["DELETE"]),
                     Route("/v1/adapters/{name}/versions/{version:int}", self.remove, methods=["DELETE"]),
                 ]
@@ -71,7 +76,23 @@ class Depot:
             return await app(scope, receive, send)
         await response(scope, receive, send)
 
+    async def share(self, request: Request) -> Response:
+        kind, body = request.path_params["kind"], await request.json()
+        if kind == "pin":
+            self.pinned = body.get("version", self.live[request.path_params["name"]][-1])
+        else:
+            self.shares[kind] = body if body["weight"] else None
+        return JSONResponse(self.described(request.path_params["name"]))
+
+    async def unpin(self, request: Request) -> Response:
+        self.pinned = None
+        return JSONResponse(self.described(request.path_params["name"]))
+
     async def push(self, request: Request) -> Response:
+        if request.headers["content-type"] == "application/json":
+            self.sources.append(await request.json())
+            told = {"name": self.sources[-1]["name"], "version": 1, "id": "x", "live": self.sources[-1]["promote"]}
+            return JSONResponse(told, status_code=201)
         async with request.form() as form:
             name = str(form["name"])
             files = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
@@ -124,11 +145,18 @@ class Depot:
     def described(self, name: str) -> dict[str, Any]:
         live = self.live.get(name)
         versions = [
-            {"version": number, "id": f"{name}@{digest[:12]}", "digest": digest, "created": 1_800_000_000}
+            {
+                "version": number,
+                "id": f"{name}@{digest[:12]}",
+                "digest": digest,
+                "created": 1_800_000_000,
+                "pinned": number == self.pinned,
+            }
             for number, digest in enumerate(self.versions[name], 1)
         ]
         history = [{"when": 1_800_000_000.5, "what": "promote", "to_version": number} for number in live or []]
-        return {"name": name, "live": live[-1] if live else None, "versions": versions, "history": history}
+        told = {"name": name, "live": live[-1] if live else None, "versions": versions, "history": history}
+        return told | self.shares
 
 
 @pytest.fixture
@@ -164,7 +192,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "adapter_model.safetensors").write_bytes(b"weights" * 50_000)
-    (folder / "README.md").write_text("not for the server")
+    (folder / "optimizer.pt").write_text("not for the server")
     return folder
 
 
@@ -182,6 +210,12 @@ def test_a_push_sends_the_two_files_of_a_peft_folder_and_nothing_else(
             "adapter_model.safetensors": b"weights" * 50_000,
         }
     ]
+
+
+def test_a_card_goes_along_so_that_its_license_can_be_read(client: AdapterClient, depot: Depot, folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: mit\n---")
+    client.push("support", folder)
+    assert depot.uploads[0]["README.md"] == b"---\nlicense: mit\n---"
 
 
 def test_an_archive_is_sent_as_it_is(client: AdapterClient, depot: Depot, tmp_path: Path) -> None:
@@ -339,7 +373,7 @@ def test_what_is_no_adapter_is_refused_before_a_byte_is_sent(client: AdapterClie
     with pytest.raises(ConfigError, match="does not exist"):
         client.push("support", folder / "nowhere")
     with pytest.raises(ConfigError, match="is a file"):
-        client.push("support", folder / "README.md")
+        client.push("support", folder / "optimizer.pt")
     assert depot.asked == []
 
 
@@ -420,6 +454,32 @@ def test_the_commands_tell_a_whole_story(depot: Depot, folder: Path) -> None:
     refused = cli(depot, "rm", "support")
     assert (refused.exit_code, "add force" in refused.stderr) == (1, True)
     assert cli(depot, "rm", "support", "--force").exit_code == 0
+
+
+def test_a_candidate_is_tried_out_from_a_terminal(depot: Depot, folder: Path) -> None:
+    cli(depot, "push", "support", str(folder))
+    assert cli(depot, "canary", "support", "v2", "0.1").stdout == "support v2 answers 0.1 of the requests\n"
+    assert cli(depot, "shadow", "support", "2", "1").stdout == "support v2 also answers, unseen, 1 of the requests\n"
+    shown = cli(depot, "show", "support").stdout
+    assert "support v2 answers 0.1 of the requests" in shown and "unseen" in shown
+    assert cli(depot, "canary", "support", "2", "0").stdout == "support has no canary any more\n"
+    assert json.loads(cli(depot, "shadow", "support", "2", "0", "--json").stdout)["shadow"] is None
+    assert cli(depot, "canary", "support", "2", "1.5").exit_code == 2
+
+
+def test_an_adapter_is_pinned_and_unpinned_from_a_terminal(depot: Depot, folder: Path) -> None:
+    cli(depot, "push", "support", str(folder))
+    assert cli(depot, "pin", "support", "v1").stdout == "support is pinned\n"
+    assert "v1 is pinned" in cli(depot, "show", "support").stdout
+    assert json.loads(cli(depot, "pin", "support", "--json").stdout)["versions"][0]["pinned"] is True
+    assert cli(depot, "unpin", "support").stdout == "support is pinned no more\n"
+    assert json.loads(cli(depot, "unpin", "support", "--json").stdout)["versions"][0]["pinned"] is False
+
+
+def test_an_address_is_pushed_for_the_server_to_fetch(depot: Depot) -> None:
+    pushed = cli(depot, "push", "support", "hf://team/support@main", "--no-promote")
+    assert "is stored" in pushed.stdout
+    assert depot.sources == [{"name": "support", "source": "hf://team/support@main", "promote": False}]
 
 
 def test_json_is_the_servers_answer(depot: Depot, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 
 from serve import machine
 from serve.errors import ConfigError
+from serve.launch import _told_briefly
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -94,3 +97,16 @@ def test_the_cores_and_libraries_that_somebody_chose_are_left_alone():
 def test_memory_that_does_not_suffice_is_a_sentence():
     with pytest.raises(ConfigError, match="do not fit"):
         machine.check_memory(1 << 50, 0)
+
+
+def test_an_answer_that_outlasts_the_grace_period_is_a_line_and_no_traceback(caplog):
+    logger = logging.getLogger("uvicorn.error")
+    logger.addFilter(_told_briefly)
+    try:
+        for error in (asyncio.CancelledError("timeout"), RuntimeError("a real one")):
+            logger.error("Exception in ASGI application\n", exc_info=error)
+    finally:
+        logger.removeFilter(_told_briefly)
+    cut, broken = caplog.records
+    assert cut.exc_info is None and "the grace period is over" in cut.getMessage()
+    assert broken.exc_info and "a real one" in caplog.text

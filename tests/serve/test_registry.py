@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -364,6 +365,63 @@ def test_a_registry_from_before_tenants_keeps_all_it_had(url):
         assert registry.shared("acme/pirate") and not registry.shared("pirate")
     with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
         assert database.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA,)]
+
+
+# What schema 2, with tenants and before shares of traffic, had more.
+SCHEMA_2 = """
+ALTER TABLE names ADD COLUMN shared BOOLEAN NOT NULL DEFAULT FALSE;
+CREATE TABLE keys (
+    id VARCHAR(32) NOT NULL, tenant VARCHAR(64) NOT NULL, name VARCHAR(64) NOT NULL, digest VARCHAR(64) NOT NULL,
+    scopes TEXT NOT NULL, limits TEXT NOT NULL, created FLOAT NOT NULL, revoked FLOAT, PRIMARY KEY (id), UNIQUE (digest)
+);
+UPDATE schema_version SET version = 2;
+INSERT INTO names VALUES (8, 'acme/pirate', 1, '[]', 2, TRUE);
+INSERT INTO versions VALUES (8, 1, '{two}', 8, 'toy', '["k_proj"]', 1234, 4, 1700000002.0);
+INSERT INTO history VALUES (3, 8, 'bo', 'add', '', 1700000002.0, NULL, 1, '{two}');
+INSERT INTO keys VALUES ('k1', 'acme', 'ci', 'd1', '["inference"]', '{{}}', 1700000000.0, NULL);
+"""
+
+
+@pytest.mark.parametrize("scripts", [[SCHEMA_1], [SCHEMA_1, SCHEMA_2]], ids=["from 1", "from 2"])
+def test_a_registry_from_before_shares_keeps_all_it_had_and_takes_them(url, scripts):
+    path = url.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path)) as database:
+        for script in scripts:
+            database.executescript(script.format(one=digest(1), two=digest(2)))
+    with Registry(url) as registry:
+        assert registry.live("pirate").tag == "pirate@v2" and registry.live("pirate").checks == {}
+        assert registry.shared("acme/pirate") == (len(scripts) == 2) and not registry.shared("pirate")
+        assert [key.id for key in Keys(registry).all()] == ["k1"][: len(scripts) - 1]
+        assert registry.canary("pirate") is registry.shadow("pirate") is registry.pinned("pirate") is None
+        registry.share("pirate", "canary", 1, 0.5, by="ana")
+        registry.pin("pirate", by="ana")
+    with Registry(url) as again:
+        assert (again.canary("pirate").weight, again.pinned("pirate").version) == (0.5, 2)
+        assert [row["weight"] for row in again.history("pirate")] == [None, None, 0.5, None]
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA,)]
+
+
+def test_a_registry_that_was_brought_up_has_the_columns_of_a_new_one(url, tmp_path):
+    old, new = url.removeprefix("sqlite:///"), str(tmp_path / "new.db")
+    with closing(sqlite3.connect(old)) as database:
+        database.executescript(SCHEMA_1.format(one=digest(1), two=digest(2)))
+    columns = []
+    for path in (old, new):
+        Registry(f"sqlite:///{path}").close()
+        with closing(sqlite3.connect(path)) as database:
+            tables = ("names", "versions", "history", "keys")
+            columns.append([{row[1] for row in database.execute(f"PRAGMA table_info({name})")} for name in tables])
+    assert columns[0] == columns[1]
+
+
+def test_a_name_that_was_deleted_whole_is_born_private_unpinned_and_without_shares(registry):
+    push(registry, "pirate", 1, shared=True), push(registry, "pirate", 2)
+    registry.pin("pirate", by="me")
+    registry.share("pirate", "canary", 1, 0.5, by="me")
+    registry.delete("pirate", by="me")
+    push(registry, "pirate", 3)
+    assert not registry.shared("pirate") and registry.pinned("pirate") is registry.canary("pirate") is None
 
 
 def test_a_name_belongs_to_a_tenant(registry):

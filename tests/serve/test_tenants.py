@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re._parser as sre
 
 import pytest
@@ -13,6 +14,9 @@ from tests.serve.test_app import ask, settled
 
 BODIES = {
     ("post", "/v1/adapters/{name}/promote"): {"json": {"version": 1}},
+    ("post", "/v1/adapters/{name}/canary"): {"json": {"version": 1, "weight": 0.5}},
+    ("post", "/v1/adapters/{name}/shadow"): {"json": {"version": 1, "weight": 0.5}},
+    ("post", "/v1/adapters/{name}/pin"): {"json": {"version": 1}},
     ("post", "/v1/keys"): {"json": {"name": "more", "tenant": "acme"}},
 }
 
@@ -209,6 +213,92 @@ async def test_what_the_operators_share_answers_under_its_name_until_a_tenant_ha
 async def test_nobody_pushes_into_another_tenant(operator, acme, make_adapter, name):
     for client in (acme, operator):
         assert (await client.post("/v1/adapters", **upload(make_adapter(), name=name))).status_code == 400
+
+
+TRAFFIC = [
+    ("POST", "/canary", {"version": 1, "weight": 0.5}),
+    ("POST", "/shadow", {"version": 1, "weight": 0.5}),
+    ("POST", "/pin", {"version": 1}),
+    ("DELETE", "/pin", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), TRAFFIC)
+async def test_traffic_is_shared_out_by_the_owner_and_the_operator(
+    operator, acme, globex, issue, secret, config, method, path, body
+):
+    asks = await issue("acme", "inference")
+    for client, name, status in (
+        (acme, "secret", 200), (acme, "acme/secret", 200), (operator, "acme/secret", 200), (operator, "secret", 404),
+        (globex, "secret", 404), (globex, "acme/secret", 404), (asks, "secret", 403),
+    ):  # fmt: skip
+        done = await client.request(method, f"/v1/adapters/{name}{path}", json=body)
+        assert done.status_code == status, f"{client.headers} {name}"
+    lines = [json.loads(line) for line in (config.data_dir / "audit.jsonl").read_text().splitlines()][-7:]
+    subject = "acme/secret@v1" if body else "acme/secret"
+    assert [row["subject"] for row in lines[:3]] == [subject] * 3
+    assert [(row["tenant"], row["outcome"]) for row in lines[:3]] == [
+        ("acme", "done"), ("acme", "done"), ("default", "done")
+    ]  # fmt: skip
+
+
+async def test_an_adapter_that_is_called_as_its_route_is_told_apart(operator, acme, issue, make_adapter):
+    for name in ("canary", "shadow", "promote", "versions"):
+        assert (await acme.post("/v1/adapters", **upload(make_adapter(), name=name))).status_code == 201
+        assert (await acme.post(f"/v1/adapters/{name}/pin")).status_code == 200
+        assert (await operator.delete(f"/v1/adapters/acme/{name}")).json()["deleted"] == [1]
+    refused = await acme.post("/v1/adapters", **upload(make_adapter(), name="pin"))
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "name"
+
+
+async def test_a_shared_adapters_canary_answers_other_tenants_askers_too(acme, globex, operator, make_adapter):
+    live, candidate = [
+        (await acme.post("/v1/adapters", **upload(make_adapter(seed), promote=promote, visibility="shared"))).json()[
+            "id"
+        ]
+        for seed, promote in ((0, "true"), (1, "false"))
+    ]
+    await acme.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.5})
+    users = [f"u{number}" for number in range(40)]
+    answers = [
+        [(await ask(client, name, user=user)).json()["model"] for user in users]
+        for client, name in ((acme, "tone"), (acme, "acme/tone"), (globex, "acme/tone"))
+    ]
+    assert set(answers[0]) == set(answers[2]) == {live, candidate}
+    assert answers[0] == answers[1] != answers[2], "two tenants' users of one name are one asker"
+    text = (await operator.get("/metrics")).text
+    assert 'loradock_requests_total{adapter="acme/tone",code="200",version="v2"}' in text
+
+
+async def test_a_shadow_stays_in_its_tenant_and_is_on_nobodys_key(operator, issue, backend, config, make_adapter):
+    owner = await issue("acme", name="anna")
+    for seed in (0, 1):
+        await owner.post("/v1/adapters", **upload(make_adapter(seed), promote=str(not seed).lower()))
+    await owner.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 1})
+    limited = await issue("acme", "inference", concurrent=1, requests_per_minute=1000, tokens_per_minute=100_000)
+    backend.usage = {"total_tokens": 10_000, "prompt_tokens": 10_000}
+    audited = (config.data_dir / "audit.jsonl").read_text()
+    for path, fields in (("/v1/chat/completions", {"cache_salt": "mine"}), ("/v1/responses", {"input": "x"})):
+        backend.bodies.clear()
+        assert (await limited.post(path, json={"model": "tone", **fields})).status_code == 200
+        assert await settled(lambda: len(backend.bodies) == 2)
+        real, unseen = backend.bodies
+        assert real["cache_salt"] == unseen["cache_salt"] and real["cache_salt"].split(":")[0] == "acme"
+        assert unseen["model"].startswith("acme/tone@") and unseen["model"] != real["model"]
+        assert "request_id" not in unseen, "two answers under one id"
+    told = await ask(limited, "base")
+    # What is left before this one: the two real ones are paid, and no shadow.
+    assert int(told.headers["x-ratelimit-remaining-tokens"]) >= 80_000
+    assert int(told.headers["x-ratelimit-remaining-requests"]) >= 997
+
+    backend.slow = unseen["model"]
+    for _ in range(3):
+        assert (await ask(limited, "tone")).status_code == 200, "a shadow under way counts as one of the key's"
+    assert (config.data_dir / "audit.jsonl").read_text() == audited
+    assert (
+        'loradock_shadow_requests_total{adapter="acme/tone",result="answered",version="v2"} 2.0'
+        in (await operator.get("/metrics")).text
+    )
 
 
 async def test_scopes_open_what_they_say_and_no_more(issue, make_adapter):
