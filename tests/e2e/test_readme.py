@@ -81,7 +81,7 @@ def test_the_readmes_commands_do_what_it_says(newcomer):
     told = "\n".join(said)
     assert told.count("Paris") >= 2, told
     assert "alpha alpha" in told
-    assert "output tok/s" in told
+    assert "tokens/s" in told
     answer = httpx.get(f"http://127.0.0.1:{port}/v1/adapters/tone").json()
     assert (answer["live"], [version["version"] for version in answer["versions"]]) == (1, [1])
 
