@@ -77,7 +77,9 @@ def _compiled() -> Path | None:
 
 def _folder() -> Path:
     cache_dir = os.environ.get("LORADOCK_CACHE_DIR")
-    root = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "loradock")
+    root = (
+        Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "loradock")
+    )
     return root / "kernels"
 
 
@@ -85,7 +87,9 @@ def _digest(torch_version: str) -> str:
     """Another processor, compiler, torch or source makes another file."""
     flags = ""
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+        )
     except (OSError, StopIteration):
         pass
     facts = [SOURCE.read_text(), " ".join(FLAGS), torch_version, platform.machine(), flags, compiler() or ""]

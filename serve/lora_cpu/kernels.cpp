@@ -12,9 +12,12 @@
 
 #include <omp.h>
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
+#define WIDE 1
+#if defined(__AVX512BF16__)
 #define FAST_BF16 1
+#endif
 #endif
 
 extern "C" {
@@ -165,40 +168,76 @@ void pack(const Layer& layer, Slice& slice, int slot) {
 // ---- any type, any processor: the compiler vectorizes ----------------------------------------------------------------
 
 template <class T>
-struct Plain {
-  static int width(int rank) { return rank; }
+inline float dot(const T* x, const T* a, int n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int k = 0; k < n; k++) sum += to_float(x[k]) * to_float(a[k]);
+  return sum;
+}
 
+template <class T>
+inline void add_scaled(float* sum, float v, const T* b, int n) {
+#pragma omp simd
+  for (int o = 0; o < n; o++) sum[o] += v * to_float(b[o]);
+}
+
+template <class T>
+inline void add_to(T* y, const float* sum, int n) {
+#pragma omp simd
+  for (int o = 0; o < n; o++) put(y[o], to_float(y[o]) + sum[o]);
+}
+
+#if defined(WIDE) && defined(__FLT16_MANT_DIG__)
+// float16 by hand: compilers of today convert it one by one.
+inline __mmask16 lanes(int left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+inline __m512 wide(const half* at, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at)); }
+
+template <>
+inline float dot<half>(const half* x, const half* a, int n) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int k = 0; k < n; k += 16) sum = _mm512_fmadd_ps(wide(x + k, lanes(n - k)), wide(a + k, lanes(n - k)), sum);
+  return _mm512_reduce_add_ps(sum);
+}
+
+template <>
+inline void add_scaled<half>(float* sum, float v, const half* b, int n) {
+  const __m512 by = _mm512_set1_ps(v);
+  for (int o = 0; o < n; o += 16) {
+    const __mmask16 mask = lanes(n - o);
+    const __m512 was = _mm512_maskz_loadu_ps(mask, sum + o);
+    _mm512_mask_storeu_ps(sum + o, mask, _mm512_fmadd_ps(by, wide(b + o, mask), was));
+  }
+}
+
+template <>
+inline void add_to<half>(half* y, const float* sum, int n) {
+  for (int o = 0; o < n; o += 16) {
+    const __mmask16 mask = lanes(n - o);
+    const __m512 now = _mm512_add_ps(wide(y + o, mask), _mm512_maskz_loadu_ps(mask, sum + o));
+    _mm256_mask_storeu_epi16(y + o, mask, _mm512_cvtps_ph(now, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+#endif
+
+template <class T>
+struct Plain {
   static void shrink(const Weights& w, int in, const T* x, int64_t stride, const int32_t* tokens, int n, int row, int rows,
                      T* t, int64_t t_stride) {
     const T* a = static_cast<const T*>(w.a);
-    for (int i = 0; i < n; i++) {
-      const T* xi = x + tokens[i] * stride;
-      for (int r = row; r < row + rows; r++) {
-        const T* ar = a + size_t(r) * in;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int k = 0; k < in; k++) sum += to_float(xi[k]) * to_float(ar[k]);
-        put(t[i * t_stride + r], sum);
-      }
-    }
+    for (int i = 0; i < n; i++)
+      for (int r = row; r < row + rows; r++)
+        put(t[i * t_stride + r], dot(x + tokens[i] * stride, a + size_t(r) * in, in));
   }
 
   static void expand(const Weights& w, int out, const T* t, int64_t t_stride, const int32_t* rows_of_t, T* y,
                      int64_t stride, const int32_t* tokens, int n, int first, int count) {
-    const T* b = reinterpret_cast<const T*>(w.b.data());
+    const T* b = reinterpret_cast<const T*>(w.b.data()) + first;
     float sum[OUT_BLOCK];
     for (int i = 0; i < n; i++) {
       const T* ti = t + (rows_of_t ? rows_of_t[i] : i) * t_stride;
       std::fill(sum, sum + count, 0.f);
-      for (int k = 0; k < w.rank; k++) {
-        const float v = to_float(ti[k]);
-        const T* bk = b + size_t(k) * out + first;
-#pragma omp simd
-        for (int o = 0; o < count; o++) sum[o] += v * to_float(bk[o]);
-      }
-      T* yi = y + tokens[i] * stride + first;
-#pragma omp simd
-      for (int o = 0; o < count; o++) put(yi[o], to_float(yi[o]) + sum[o]);
+      for (int k = 0; k < w.rank; k++) add_scaled(sum, to_float(ti[k]), b + size_t(k) * out, count);
+      add_to(y + tokens[i] * stride + first, sum, count);
     }
   }
 };
@@ -223,8 +262,6 @@ inline __m512 sums(const __m512* v) {
 }
 
 struct Fast {
-  static int width(int rank) { return depth(rank); }
-
   template <int T, int R>
   static inline __attribute__((always_inline)) void shrink_tile(const bf16* a, int in, const bf16* x, int64_t stride,
                                                                 const int32_t* tokens, bf16* t, int64_t t_stride) {
