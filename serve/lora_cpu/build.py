@@ -76,21 +76,17 @@ def _compiled() -> Path | None:
 
 
 def _folder() -> Path:
-    cache_dir = os.environ.get("LORADOCK_CACHE_DIR")
-    root = (
-        Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "loradock")
-    )
-    return root / "kernels"
+    if given := os.environ.get("LORADOCK_CACHE_DIR"):
+        return Path(given, "kernels")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loradock" / "kernels"
 
 
 def _digest(torch_version: str) -> str:
     """Another processor, compiler, torch or source makes another file."""
-    flags = ""
     try:
-        flags = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
-        )
-    except (OSError, StopIteration):
-        pass
+        told = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        told = []
+    flags = next((line for line in told if line.startswith(("flags", "Features"))), "")
     facts = [SOURCE.read_text(), " ".join(FLAGS), torch_version, platform.machine(), flags, compiler() or ""]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]

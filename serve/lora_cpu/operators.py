@@ -1,7 +1,7 @@
 """The two operators that a step calls, `loradock::lora_linear` and `loradock::lora_embedding`, and what they work on.
 
-The compiler sees them as opaque: what they do depends on the step's plan and on the slots' contents, which are looked up
-when they run. `kernels.cpp` implements them; where it cannot be compiled, the functions below do.
+The compiler sees them as opaque: what they do depends on the step's plan and on the slots' contents, which are looked
+up when they run. `kernels.cpp` implements them; where it cannot be compiled, the functions below do.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Plan:
 
 @dataclass(eq=False)
 class Layer:
-    """One module's stacked adapters: A (slots, 1, rank, in) and B (slots, 1, out, rank) for each slice of its output."""
+    """One module's stacked adapters: A (slots, 1, rank, in) and B (slots, 1, out, rank) for each slice of its y."""
 
     plan: Plan
     a: Sequence[torch.Tensor]

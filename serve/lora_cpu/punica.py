@@ -91,25 +91,26 @@ def _adopt(manager: LoRAModelManager) -> None:
 
 
 def _layer(module: BaseLayerWithLoRA, shared: Punica) -> Layer | None:
-    a, b = getattr(module, "lora_a_stacked", None), getattr(module, "lora_b_stacked", None)
+    a: Any = getattr(module, "lora_a_stacked", None)
+    b: Any = getattr(module, "lora_b_stacked", None)
     if isinstance(module, BaseLinearLayerWithLoRA):
         if not (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == len(module.output_slices)):
             return None
-        return _checked(Layer, shared.tokens, a, b, tuple(module.output_slices))
+        return _checked(shared.tokens, a, b, tuple(module.output_slices))
     if isinstance(module, VocabParallelEmbeddingWithLoRA):
-        return _checked(Layer, shared.tokens, (a,), (b,), (b.shape[-2],), looked_up=True)
+        return _checked(shared.tokens, (a,), (b,), (b.shape[-2],), looked_up=True)
     if isinstance(module, LogitsProcessorWithLoRA):
-        return _checked(Layer, shared.samples, (a,), (b,), (b.shape[-2],))
+        return _checked(shared.samples, (a,), (b,), (b.shape[-2],))
     return None
 
 
-def _checked(make: type[Layer], plan: Plan, a: Any, b: Any, sizes: tuple[int, ...], **kwargs: Any) -> Layer | None:
+def _checked(plan: Plan, a: Any, b: Any, sizes: tuple[int, ...], **kwargs: Any) -> Layer | None:
     tensors = (*a, *b)
     if any(t.dtype not in DTYPES or t.dtype != b[0].dtype or not t.is_contiguous() for t in tensors):
         return None
     if any(one.shape[-2] != size for one, size in zip(b, sizes, strict=True)):
         return None
-    return make(plan, a, b, sizes, **kwargs)
+    return Layer(plan, a, b, sizes, **kwargs)
 
 
 def _patch() -> None:
@@ -139,7 +140,7 @@ def _patch() -> None:
 
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("vllm.lora") and hasattr(module, "_get_lora_device"):
-            module._get_lora_device = _get_lora_device
+            vars(module)[_get_lora_device.__name__] = _get_lora_device
 
 
 _patch()
