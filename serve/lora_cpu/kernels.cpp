@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include <omp.h>
@@ -465,40 +467,59 @@ void embedding(Layer& layer, T* y, int64_t y_stride, const T* t, int64_t t_strid
   }
 }
 
+struct Tensor {
+  Handle handle;
+  char* data;
+  int64_t rows, columns, stride, step;  // elements from row to row, and from column to column
+
+  explicit Tensor(uint64_t value) : handle(reinterpret_cast<Handle>(value)) {
+    void* at;
+    int64_t *sizes, *strides;
+    aoti_torch_get_data_ptr(handle, &at);
+    aoti_torch_get_sizes(handle, &sizes);
+    aoti_torch_get_strides(handle, &strides);
+    data = static_cast<char*>(at);
+    rows = sizes[0], columns = sizes[1], stride = strides[0], step = strides[1];
+  }
+  ~Tensor() { aoti_torch_delete_tensor_object(handle); }
+};
+
+template <class T, class K>
+void run(Layer& layer, Tensor& y, Tensor& x, bool looked_up) {
+  T *to = reinterpret_cast<T*>(y.data), *from = reinterpret_cast<T*>(x.data);
+  int64_t stride = x.stride;
+  std::vector<T> straight;
+  if (x.step != 1) {
+    straight.resize(size_t(x.rows) * x.columns);
+    for (int64_t i = 0; i < x.rows; i++)
+      for (int64_t k = 0; k < x.columns; k++) straight[i * x.columns + k] = from[i * stride + k * x.step];
+    from = straight.data(), stride = x.columns;
+  }
+  if (looked_up)
+    embedding<T, K>(layer, to, y.stride, from, stride);
+  else
+    linear<T, K>(layer, to, y.stride, from, stride);
+}
+
 void apply(uint64_t* stack, bool looked_up) {
-  const Handle y = reinterpret_cast<Handle>(stack[0]), x = reinterpret_cast<Handle>(stack[1]);
+  Tensor y(stack[0]), x(stack[1]);
   Layer& layer = *layers[size_t(int64_t(stack[2]))];
-  if (!layer.plan->chunks.empty()) {
-    void *yp, *xp;
-    int64_t *ys, *yt, *xs, *xt;
-    aoti_torch_get_data_ptr(y, &yp);
-    aoti_torch_get_data_ptr(x, &xp);
-    aoti_torch_get_sizes(y, &ys);
-    aoti_torch_get_strides(y, &yt);
-    aoti_torch_get_sizes(x, &xs);
-    aoti_torch_get_strides(x, &xt);
-    const int64_t rows = std::min(ys[0], xs[0]);
-    if (rows >= layer.plan->rows) {
-#define RUN(T, K)                                                              \
-  looked_up ? embedding<T, K>(layer, (T*)yp, yt[0], (const T*)xp, xt[0]) \
-            : linear<T, K>(layer, (T*)yp, yt[0], (const T*)xp, xt[0])
-      if (layer.dtype == 0)
-        RUN(float, Plain<float>);
+  if (layer.plan->chunks.empty()) return;
+  if (y.step != 1 || y.rows < layer.plan->rows || x.rows < layer.plan->rows)
+    throw std::runtime_error("loradock: a layer's rows are not the step's " + std::to_string(layer.plan->rows) +
+                             ": " + std::to_string(x.rows) + " in, " + std::to_string(y.rows) + " out");
+  if (layer.dtype == 0)
+    run<float, Plain<float>>(layer, y, x, looked_up);
+  else if (layer.dtype == 1)
 #ifdef FAST_BF16
-      else if (layer.dtype == 1)
-        RUN(bf16, Fast);
+    run<bf16, Fast>(layer, y, x, looked_up);
 #else
-      else if (layer.dtype == 1)
-        RUN(bf16, Plain<bf16>);
+    run<bf16, Plain<bf16>>(layer, y, x, looked_up);
 #endif
 #if defined(__FLT16_MANT_DIG__)
-      else
-        RUN(half, Plain<half>);
+  else
+    run<half, Plain<half>>(layer, y, x, looked_up);
 #endif
-    }
-  }
-  aoti_torch_delete_tensor_object(y);
-  aoti_torch_delete_tensor_object(x);
 }
 
 void lora_linear(uint64_t* stack, uint64_t, uint64_t) { apply(stack, false); }
@@ -508,11 +529,12 @@ void lora_embedding(uint64_t* stack, uint64_t, uint64_t) { apply(stack, true); }
 
 extern "C" {
 
-int loradock_has(int dtype) {
+// The types that this build can compute with: one bit each.
+int loradock_types() {
 #if defined(__FLT16_MANT_DIG__)
-  return dtype >= 0 && dtype <= 2;
+  return 7;
 #else
-  return dtype >= 0 && dtype <= 1;
+  return 3;
 #endif
 }
 

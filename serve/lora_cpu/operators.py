@@ -29,6 +29,12 @@ def _lora_linear_fake(y: torch.Tensor, x: torch.Tensor, layer: int) -> None: ...
 def _lora_embedding_fake(y: torch.Tensor, x: torch.Tensor, layer: int) -> None: ...
 
 
+def takes(dtype: torch.dtype) -> bool:
+    """Whether the operators can compute with this type on this machine."""
+    kernels = library()
+    return dtype in DTYPES and (kernels is None or bool(kernels.loradock_types() >> DTYPES[dtype] & 1))
+
+
 lora_linear = torch.ops.loradock.lora_linear.default
 lora_embedding = torch.ops.loradock.lora_embedding.default
 

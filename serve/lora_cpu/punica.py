@@ -14,7 +14,7 @@ from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWith
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from serve.lora_cpu.operators import DTYPES, Layer, Plan, load, lora_embedding, lora_linear
+from serve.lora_cpu.operators import Layer, Plan, load, lora_embedding, lora_linear, takes
 
 log = logging.getLogger("loradock")
 
@@ -73,7 +73,7 @@ def _adopt(manager: LoRAModelManager) -> None:
     """Give every layer of a kind that we know its own view of its punica wrapper."""
     manager.loradock_layers = known = []
     unknown = set()
-    for module in set(manager.modules.values()):
+    for module in dict.fromkeys(manager.modules.values()):  # in order: the numbers are part of the compiled graph
         shared = getattr(module, "punica_wrapper", None)
         if not isinstance(shared, Punica):
             continue
@@ -106,7 +106,7 @@ def _layer(module: BaseLayerWithLoRA, shared: Punica) -> Layer | None:
 
 def _checked(plan: Plan, a: Any, b: Any, sizes: tuple[int, ...], **kwargs: Any) -> Layer | None:
     tensors = (*a, *b)
-    if any(t.dtype not in DTYPES or t.dtype != b[0].dtype or not t.is_contiguous() for t in tensors):
+    if not takes(b[0].dtype) or any(t.dtype != b[0].dtype or not t.is_contiguous() for t in tensors):
         return None
     if any(one.shape[-2] != size for one, size in zip(b, sizes, strict=True)):
         return None

@@ -217,6 +217,18 @@ def test_rows_that_lie_apart_in_memory(model: Model):
     wide = torch.randn(3, HIDDEN + 44).to(model.dtype)
     x = wide[:, 20 : 20 + HIDDEN]
     assert torch.equal(model.run("qkv", x, "ours"), model.run("qkv", x.contiguous(), "ours"))
+    y, flipped = torch.zeros(3, 160, dtype=model.dtype), x.T.contiguous().T
+    operators.lora_linear(y, flipped, model.views["qkv"].number)
+    straight = torch.zeros_like(y)
+    operators.lora_linear(straight, x.contiguous(), model.views["qkv"].number)
+    assert torch.equal(y, straight) and y[0].any() and not y[1].any()
+
+
+def test_rows_that_are_not_the_steps_are_refused(model: Model):
+    model.step([1, 2, 3])
+    x, y = torch.zeros(2, HIDDEN, dtype=model.dtype), torch.zeros(2, 160, dtype=model.dtype)
+    with pytest.raises(RuntimeError, match="rows are not the step's 3: 2 in, 2 out"):
+        operators.lora_linear(y, x, model.views["qkv"].number)
 
 
 def test_a_compiled_graph_follows_the_step(model: Model):
