@@ -1,7 +1,7 @@
 """Many LoRA adapters on a CPU: what replaces vLLM's own LoRA path there, through vLLM's own extension points.
 
-`install` is called in each of vLLM's processes. It changes two answers of the CPU platform: which class holds the LoRA
-operations (`punica.Punica`), and whether the model may be compiled although LoRA is on.
+`install` is called in each of vLLM's processes. It changes which class the CPU platform names for the LoRA operations
+(`punica.Punica`) and, if asked, whether the model may be compiled although LoRA is on.
 """
 
 from __future__ import annotations
@@ -19,13 +19,25 @@ def install() -> None:
     """Take over the CPU's LoRA path in this process; nothing on another platform, or with LORADOCK_LORA_KERNELS=off."""
     from vllm.platforms import current_platform
 
-    if os.environ.get(VARIABLE, "auto") == "off" or not current_platform.is_cpu():
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted == "off" or not current_platform.is_cpu():
         return
     from vllm.platforms.cpu import CpuPlatform
 
-    if "serve.lora_cpu" in getattr(CpuPlatform.get_punica_wrapper, "__module__", ""):
+    if getattr(CpuPlatform.get_punica_wrapper, "__module__", "") == __name__:
         return
-    stock = CpuPlatform.check_and_update_config.__func__
+
+    def get_punica_wrapper(cls: type) -> str:
+        return "serve.lora_cpu.punica.Punica"
+
+    CpuPlatform.get_punica_wrapper = classmethod(get_punica_wrapper)
+    if wanted == "compile":
+        _keep_compiling(CpuPlatform)
+
+
+def _keep_compiling(platform: Any) -> None:
+    """vLLM turns torch.compile off when it sees a LoRA config: its own LoRA path on a CPU cannot be compiled."""
+    stock = platform.check_and_update_config.__func__
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         lora = vllm_config.lora_config
@@ -34,18 +46,13 @@ def install() -> None:
                 log.warning("torch.compile stays off with adapters: %s", reason)
             stock(cls, vllm_config)
             return
-        # vLLM turns torch.compile off when it sees a LoRA config, because it could not compile its own LoRA path.
         vllm_config.lora_config = None
         try:
             stock(cls, vllm_config)
         finally:
             vllm_config.lora_config = lora
 
-    def get_punica_wrapper(cls: type) -> str:
-        return "serve.lora_cpu.punica.Punica"
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
-    CpuPlatform.get_punica_wrapper = classmethod(get_punica_wrapper)
+    platform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def _why_eager(vllm_config: Any) -> str | None:

@@ -282,7 +282,7 @@ class TestInstalling:
 
         monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
         monkeypatch.setattr(CpuPlatform, "get_punica_wrapper", classmethod(lambda cls: "vllm's"))
-        monkeypatch.setenv(lora_cpu.VARIABLE, "auto")
+        monkeypatch.setenv(lora_cpu.VARIABLE, "compile")
         CpuPlatform.stock = stock
         yield CpuPlatform
         del CpuPlatform.stock
@@ -292,7 +292,14 @@ class TestInstalling:
         lora = lora or SimpleNamespace(fully_sharded_loras=False)
         return SimpleNamespace(lora_config=lora, model_config=SimpleNamespace(hf_text_config=text, **model))
 
-    def test_a_model_with_adapters_is_compiled(self, platform):
+    def test_by_default_the_kernels_alone(self, platform, monkeypatch):
+        monkeypatch.setenv(lora_cpu.VARIABLE, "auto")
+        lora_cpu.install()
+        platform.check_and_update_config(self.config())
+        assert platform.stock.modes == ["eager"]
+        assert platform.get_punica_wrapper() == f"{punica.Punica.__module__}.Punica"
+
+    def test_a_model_with_adapters_is_compiled_if_asked(self, platform):
         lora_cpu.install()
         lora_cpu.install()
         config = self.config()
