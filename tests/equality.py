@@ -1,6 +1,6 @@
 """Whether loradock's CPU kernels answer as vLLM's own LoRA path does: greedy answers with their log-probabilities.
 
-Two offline engines, one after the other, get the same prompts for the same adapters in one batch. A token may differ only
+Two offline engines, one after the other, get the same prompts for the same adapters, mixed. A token may differ only
 where vLLM itself found both tokens equally likely, up to rounding: logits near 20 in bfloat16 lie 0.125 apart.
 
     python -m tests.equality [--prompts 200] [--tokens 16] [--kernels auto] [--model DIR]
@@ -71,7 +71,7 @@ class Difference:
     def __str__(self) -> str:
         drift = sorted(self.drift)
         return (
-            f"{self.answers} answers, {self.same} the same to the last token; where {len(self.gaps)} part, the two tokens "
+            f"{self.answers} answers, {self.same} the same to the end; where {len(self.gaps)} part, the two tokens "
             f"lie {median(self.gaps or [0]):.3f} (at most {self.worst:.3f}) apart; log-probabilities move by "
             f"{median(drift):.3f} (p99 {drift[len(drift) * 99 // 100]:.3f}, at most {drift[-1]:.3f})"
         )
