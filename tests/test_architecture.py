@@ -14,7 +14,7 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 SHELVES = [
     {"errors"},
     {"config", "machine", "drift", "plugin", "tenant", "limits"},
-    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic"},
+    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic", "line"},
     {"store", "registry", "upload", "source", "audit"},
     {"engine", "keys"},
     {"router", "lifecycle", "monitor", "backend", "shadow"},
