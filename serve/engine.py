@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp
 
 from serve.errors import EngineUnavailable
@@ -31,6 +32,8 @@ LOW_PRIORITY = 1 << 30
 class Phase(StrEnum):
     STARTING = "starting"
     READY = "ready"
+    RESTARTING = "restarting"
+    DRAINING = "draining"
     STOPPED = "stopped"
     FAILED = "failed"
 
@@ -40,11 +43,14 @@ class Backend(Protocol):
 
     name: str
     version: str
+    model: str
 
     @property
     def max_lora_rank(self) -> int: ...
     @property
     def max_resident(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
     @property
     def max_model_len(self) -> int: ...
     @property
@@ -52,9 +58,18 @@ class Backend(Protocol):
     @property
     def running(self) -> int: ...
     @property
+    def waiting(self) -> int: ...
+    @property
+    def memory(self) -> int: ...
+    @property
     def dead(self) -> bool: ...
+    @property
+    def cause(self) -> str: ...
+    @property
+    def stalled(self) -> float: ...
+    def another(self, model: str | None = None) -> Backend: ...
     async def start(self) -> None: ...
-    async def stop(self) -> None: ...
+    async def stop(self, *, kill: bool = False) -> None: ...
     async def add(self, adapter_id: str, number: int, path: Path) -> None: ...
     async def touch(self, adapter_id: str) -> None: ...
     async def remove(self, adapter_id: str) -> None: ...
@@ -62,7 +77,7 @@ class Backend(Protocol):
     async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]: ...
     async def score(self, adapter_id: str | None, text: str) -> float: ...
     async def log_stats(self) -> None: ...
-    def metrics(self) -> bytes: ...
+    def metrics(self) -> Iterable[Metric]: ...
 
 
 @dataclass(slots=True)
@@ -91,6 +106,8 @@ class Engine:
         self._leaving: set[asyncio.Task[None]] = set()
         # Ids that are never sent away to make room.
         self.pinned: frozenset[str] = frozenset()
+        self._failure: EngineUnavailable | None = None
+        self._alarms: set[Callable[[EngineUnavailable], None]] = set()
 
     @property
     def name(self) -> str:
@@ -109,11 +126,38 @@ class Engine:
             raise
         self.phase = Phase.READY
 
-    async def stop(self) -> None:
-        self.phase = Phase.STOPPED
+    async def stop(self, *, kill: bool = False) -> None:
+        """End the backend; without waiting for it to agree, with `kill`."""
+        if self.phase is not Phase.FAILED:
+            self.phase = Phase.STOPPED
         for task in self._leaving:
             task.cancel()
-        await self.backend.stop()
+        await self.backend.stop(kill=kill)
+
+    def fail(self, error: EngineUnavailable) -> None:
+        """The backend is gone: whoever waits for it hears `error`, and this engine never touches it again."""
+        self.phase, self._failure = Phase.FAILED, error
+        for task in (*self._leaving, *(one.loading for one in self._residents.values() if one.loading)):
+            task.cancel()
+        for alarm in tuple(self._alarms):
+            alarm(error)
+
+    def failing(self) -> EngineUnavailable | None:
+        """What is wrong with the backend, also before `fail` was told."""
+        if self._failure is None and self.backend.dead:
+            return EngineUnavailable(f"the engine stopped while answering ({self.backend.cause}); retry shortly")
+        return self._failure
+
+    @contextmanager
+    def alarm(self, ring: Callable[[EngineUnavailable], None]) -> Iterator[None]:
+        """`ring` is called if the engine fails before the block ends; at once if it has failed already."""
+        if self._failure:
+            ring(self._failure)
+        self._alarms.add(ring)
+        try:
+            yield
+        finally:
+            self._alarms.discard(ring)
 
     @asynccontextmanager
     async def lease(self, adapter_id: str | None = None, path: Path | None = None) -> AsyncIterator[str]:
@@ -207,8 +251,10 @@ class Engine:
             if len(self._residents) > self.backend.max_resident:
                 await self._refresh_pinned()
             await self.backend.add(resident.id, resident.number, resident.path)
-        except BaseException:
+        except BaseException as error:
             self._drop(resident)
+            if isinstance(error, asyncio.CancelledError) and self._failure:
+                raise self._failure from None
             raise
         resident.loaded = True
 

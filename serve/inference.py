@@ -24,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.auth import Auth, Caller
 from serve.auth import Scope as KeyScope
+from serve.cutoff import Cutoff
 from serve.engine import LOW_PRIORITY
 from serve.errors import BadRequest, LoradockError, NotFound, TooLarge
 from serve.limits import Meter, Meters
@@ -105,7 +106,9 @@ class Inference:
                     if route.shadow and self._shadows:
                         kept = Kept(sending)
                         sending = kept.send
-                    await route.app(scope, receive, _Honest(sending).send)
+                    call = Cutoff(receive, _Honest(sending).send, route.engine.failing)
+                    with route.engine.alarm(call.cut):
+                        await call.run(route.app, scope)
             finally:
                 if meter and usage and not stored:
                     meter.charge(usage.tokens)
@@ -275,9 +278,23 @@ async def answer_error(error: LoradockError, scope: Scope, receive: Receive, tap
     """The error as OpenAI's JSON, if the status has not gone out yet."""
     if tap.begun:
         log.warning("%s broke off: %s", scope["path"], error)
+        if tap.events:
+            await tap.send(
+                {"type": "http.response.body", "body": _last_event(error, scope["path"]), "more_body": False}
+            )
         return
     response = JSONResponse(error.body(), status_code=error.status, headers=error.headers())
     await response(scope, receive, tap.send)
+
+
+def _last_event(error: LoradockError, path: str) -> bytes:
+    """How a stream that has begun says that it ends here, as its API has it."""
+    body = error.body()["error"]
+    if path == "/v1/responses":
+        return b"event: error\ndata: " + _encode({"type": "error", **body}) + b"\n\n"
+    if path == "/v1/messages":
+        return b"event: error\ndata: " + _encode({"type": "error", "error": body}) + b"\n\n"
+    return b"data: " + _encode({"error": {**body, "code": error.status}}) + b"\n\n"
 
 
 async def _refuse_socket(receive: Receive, send: Send) -> None:
