@@ -31,13 +31,22 @@ class Ticket:
     # Once seated: among those with the engine, a smaller one is to go first.
     order: int = 0
     is_seated: bool = False
+    _refusal: BaseException | None = field(default=None, repr=False)
     _called: asyncio.Future[None] | None = field(default=None, repr=False)
 
     async def seated(self) -> None:
         """Wait for the seat. Whoever gives up waiting must still leave."""
+        if self._refusal:
+            raise self._refusal
         if not self.is_seated:
             self._called = asyncio.get_running_loop().create_future()
             await self._called
+
+    def refuse(self, error: BaseException) -> None:
+        """Whoever waits for the seat, now or later, hears `error`."""
+        self._refusal = error
+        if self._called and not self._called.done():
+            self._called.set_exception(error)
 
 
 Flow = tuple[int, str, str | None]  # priority, tenant, adapter
