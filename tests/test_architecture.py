@@ -13,7 +13,7 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 # In the order of imports: a module may use what stands on the shelves below its own.
 SHELVES = [
     {"errors"},
-    {"config", "machine", "drift", "plugin", "tenant", "limits"},
+    {"config", "machine", "drift", "plugin", "worker", "tenant", "limits"},
     {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic", "cutoff", "line"},
     {"store", "registry", "upload", "source", "audit"},
     {"engine", "keys"},
