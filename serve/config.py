@@ -89,6 +89,11 @@ class Config:
     max_shadows: int = _setting(2, "shadow answers under way at a time; what comes beyond is dropped and counted")
     source_roots: tuple[str, ...] = _setting(tuple, "folders that a push by tenant default may name as file:///...")
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
+    hang_timeout: float = _setting(60.0, "seconds without a step, while requests wait, after which an engine is dead")
+    restart_wait: float = _setting(60.0, "seconds that a request waits for an engine that is coming back")
+    max_restarts: int = _setting(5, "restarts of an engine within restart_window; after one more death it stays down")
+    restart_window: float = _setting(600.0, "seconds that a death of an engine is remembered")
+    drain_timeout: float = _setting(600.0, "seconds that answers of an engine that was replaced get to finish")
     ssl_certfile: str = _setting("", "TLS certificate file")
     ssl_keyfile: str = _setting("", "TLS key file")
     log_level: str = _setting("info", "debug, info, warning or error")
@@ -274,8 +279,9 @@ def _checked(config: Config) -> Config:
     """The same Config with keys hashed and a name; what cannot be served is said here."""
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port takes 0 to 65535, not {config.port}")
-    if config.grace_period < 0:
-        raise ConfigError(f"grace_period takes seconds from 0 up, not {config.grace_period}")
+    for name in ("grace_period", "hang_timeout", "restart_wait", "restart_window", "drain_timeout"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ConfigError(f"{name} takes seconds from 0 up, not {getattr(config, name)}")
     for digest in config.allowed_digests:
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise ConfigError(f"allowed_digests takes 64 lower-case hex digits each, not {digest!r}")

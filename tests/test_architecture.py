@@ -13,10 +13,11 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 # In the order of imports: a module may use what stands on the shelves below its own.
 SHELVES = [
     {"errors", "lora_cpu", "forkserver", "preload"},
-    {"config", "machine", "drift", "plugin", "tenant", "limits"},
-    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic"},
+    {"config", "machine", "drift", "plugin", "worker", "tenant", "limits"},
+    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic", "cutoff", "line"},
     {"store", "registry", "upload", "source", "audit"},
     {"engine", "keys"},
+    {"fleet"},
     {"router", "lifecycle", "monitor", "backend", "shadow"},
     {"inference"},
     {"app"},
