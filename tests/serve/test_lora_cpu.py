@@ -243,9 +243,10 @@ def test_a_compiled_graph_follows_the_step(model: Model):
             assert torch.equal(compiled(x), module(x)[0] * 2)
 
 
-def test_the_answers_are_the_same_without_a_compiler(model: Model, monkeypatch):
+@pytest.mark.parametrize("ids", [[1, 0, 4, 4, *[3] * 50], [4, 0, 1, 2, 3], [0, 0]], ids=["prompts", "decodes", "none"])
+def test_the_answers_are_the_same_without_a_compiler(model: Model, monkeypatch, ids: list[int]):
     monkeypatch.setattr(operators, "library", lambda: None)
-    module, ids = model.modules["qkv"], [1, 0, 4, 4, *[3] * 50]
+    module = model.modules["qkv"]
     plan = operators.Plan()
     layer = operators.Layer(plan, module.lora_a_stacked, module.lora_b_stacked, module.output_slices)
     plan.set(torch.tensor([model.lora_index_to_id.index(one) if one else -1 for one in ids]), SLOTS)
