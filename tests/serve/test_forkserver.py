@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 from serve import forkserver
 from serve.forkserver import Context
+from serve.plugin import _follow
 
 
 def report(path: Path) -> None:
@@ -34,3 +36,17 @@ def test_without_an_openmp_to_preload_vllm_starts_its_processes_itself(monkeypat
     monkeypatch.delenv(forkserver.VARIABLE, raising=False)
     forkserver.start()
     assert forkserver.VARIABLE not in os.environ
+
+
+def test_a_process_follows_its_parent_and_not_what_its_parent_writes():
+    ours, parents = os.pipe()
+    left: list[int] = []
+    following = threading.Thread(target=_follow, args=(ours, left.append))
+    following.start()
+    os.write(parents, b"what to do")
+    following.join(0.2)
+    assert following.is_alive() and not left
+    os.close(parents)
+    following.join(5)
+    assert left == [1]
+    os.close(ours)
