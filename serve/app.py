@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from serve import __version__
 from serve.adapter import Adapter, check_name, shown
 from serve.adapter import Limits as AdapterLimits
+from serve.alerts import Alerts, Notification
 from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
 from serve.base import lora_modules
@@ -41,6 +42,7 @@ from serve.source import fetch, parse
 from serve.store import Store
 from serve.tenant import DEFAULT, full_name, short_name, spelled, tenant_of
 from serve.upload import receive
+from serve.wayback import Wayback
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +137,8 @@ def build_app(
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
     monitor = Monitor(engine, registry, audit, __version__)
+    wayback = Wayback(lifecycle, registry, audit, monitor.rolled_back)
+    alerting = Alerts(wayback, registry)
     shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
     inference = Inference(auth, Router(engine, registry, store), Meters(), monitor.take, shadows)
 
@@ -367,6 +371,18 @@ def build_app(
         gone = await lifecycle.remove(owned(name, caller), by=caller.name)
         return {"name": name, "deleted": [one.version for one in gone]}
 
+    @app.post("/v1/alerts")
+    async def alerts(body: Notification, request: Request, caller: Manager) -> dict[str, Any]:
+        """Alertmanager's webhook."""
+        if not ready.is_set():
+            raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}: send the alerts again later")
+        rows = [
+            await alerting.take(alert, may=manages(caller, alert.labels.get("adapter", "")), by=caller.name)
+            for alert in body.alerts
+        ]
+        request.state.subject = ", ".join(f"{row['alert']}: {row['outcome']}" for row in rows)
+        return {"object": "list", "data": rows}
+
     @app.post("/v1/keys", status_code=201)
     async def create_key(body: NewKey, request: Request, caller: Operator) -> dict[str, Any]:
         request.state.subject = f"{body.tenant}/{body.name}"
@@ -391,7 +407,7 @@ def build_app(
         request.state.subject = f"{key.tenant}/{key.name} {key.id}"
         return key.described()
 
-    app.state.engine, app.state.ready = engine, ready
+    app.state.engine, app.state.ready, app.state.wayback = engine, ready, wayback
     return app
 
 

@@ -37,6 +37,7 @@ class Monitor:
             ("adapter", "result"),
             registry=self._collectors,
         )
+        self._rollbacks = self._counter("rollbacks", "Versions that the server itself took the traffic from.", "reason")
         self._shadows = Counter(
             "loradock_shadow_requests",
             "Requests that a shadow was to answer too: answered, failed, or dropped because others were under way.",
@@ -58,6 +59,10 @@ class Monitor:
     def shadowed(self, adapter: str, version: str, result: str) -> None:
         """Count one request that a shadow was to answer."""
         self._shadows.labels(adapter, version, result).inc()
+
+    def rolled_back(self, adapter: str, version: int, reason: str) -> None:
+        """Count one version that the server itself took the traffic from."""
+        self._rollbacks.labels(adapter, f"v{version}", reason).inc()
 
     def render(self) -> bytes:
         """Our series and the engine's, in the Prometheus text format."""
