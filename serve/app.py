@@ -136,7 +136,7 @@ def build_app(
     keys = Keys(registry)
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
-    monitor = Monitor(engine, registry, audit, __version__)
+    monitor = Monitor(engine, registry, audit, __version__, config.slos)
     wayback = Wayback(lifecycle, registry, audit, monitor.rolled_back)
     alerting = Alerts(wayback, registry)
     shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)

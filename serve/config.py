@@ -23,6 +23,8 @@ from typing import Any
 import yaml
 
 from serve.errors import ConfigError
+from serve.slo import DEFAULT_SLOS, Slo
+from serve.slo import parse as parse_slos
 
 PREFIX = "LORADOCK_"
 SIZES = {
@@ -90,6 +92,7 @@ class Config:
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
     ssl_certfile: str = _setting("", "TLS certificate file")
     ssl_keyfile: str = _setting("", "TLS key file")
+    slos: tuple[Slo, ...] = _setting(lambda: DEFAULT_SLOS, "service level objectives, by adapter (see README)")
     log_level: str = _setting("info", "debug, info, warning or error")
     engine: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), metadata={"help": ""})
 
@@ -236,6 +239,8 @@ def _split(given: Mapping[str, Any]) -> dict[str, Any]:
 def _convert(name: str, value: Any) -> Any:
     kind = str(SETTINGS[name].type)
     try:
+        if name == "slos":
+            return parse_slos(yaml.safe_load(value) if isinstance(value, str) else value)
         if kind == "Path":
             return Path(str(value)).expanduser().resolve()
         if kind.startswith("tuple"):
@@ -247,6 +252,8 @@ def _convert(name: str, value: Any) -> Any:
             return float(value)
         if kind == "bool":
             return _SWITCH[str(value).lower()]
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"{name} takes {_kinds(kind)}, not {value!r}") from error
     if not isinstance(value, (str, int, float)):

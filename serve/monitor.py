@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
@@ -12,9 +12,9 @@ from prometheus_client.registry import Collector
 from serve.audit import Audit
 from serve.engine import Engine, Phase
 from serve.registry import Registry
+from serve.slo import FIRST_TOKEN_SECONDS, Slo
 from serve.tap import Exchange
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 LABELS = ("adapter", "version")
 # vLLM grows a series for every combination of running adapters there and never removes one.
 UNBOUNDED = b"vllm:lora_requests_info"
@@ -27,7 +27,9 @@ disable_created_metrics()
 class Monitor:
     """The `loradock_*` series. Labels are registered names, nothing that clients send."""
 
-    def __init__(self, engine: Engine, registry: Registry, audit: Audit, version: str) -> None:
+    def __init__(
+        self, engine: Engine, registry: Registry, audit: Audit, version: str, slos: Sequence[Slo] = ()
+    ) -> None:
         self._engine = engine
         self._collectors = CollectorRegistry()
         self.requests = self._counter("requests", "Requests by the version that answered and the HTTP status.", "code")
@@ -47,6 +49,7 @@ class Monitor:
         self._first = self._histogram("time_to_first_token_seconds", "From the request's arrival to its first bytes.")
         self._total = self._histogram("request_duration_seconds", "From the request's arrival to its last byte.")
         self._collectors.register(LiveState(engine, registry, audit, version))
+        self._collectors.register(Objectives(slos))
 
     def take(self, exchange: Exchange) -> None:
         """Count one exchange."""
@@ -76,7 +79,7 @@ class Monitor:
         return Counter(f"loradock_{name}", help, (*LABELS, *more), registry=self._collectors)
 
     def _histogram(self, name: str, help: str) -> Histogram:
-        return Histogram(f"loradock_{name}", help, LABELS, registry=self._collectors, buckets=SECONDS)
+        return Histogram(f"loradock_{name}", help, LABELS, registry=self._collectors, buckets=FIRST_TOKEN_SECONDS)
 
 
 class LiveState(Collector):
@@ -107,3 +110,26 @@ class LiveState(Collector):
         for adapter in self._registry.adapters():
             state.add_metric((adapter.name, f"v{adapter.version}", "host"), float(adapter.id in resident))
         yield state
+
+
+class Objectives(Collector):
+    """The service level objectives that this server was given; rules rendered from others say so by comparing."""
+
+    def __init__(self, slos: Sequence[Slo]) -> None:
+        self._slos = slos
+
+    def collect(self) -> Iterator[Metric]:
+        threshold = GaugeMetricFamily(
+            "loradock_slo_threshold_seconds",
+            "What is slower is too slow; adapter * is every other.",
+            labels=("adapter", "slo"),
+        )
+        target = GaugeMetricFamily(
+            "loradock_slo_target", "The part that must be good, 0 to 1; 0 is no objective.", labels=("adapter", "slo")
+        )
+        for slo in self._slos:
+            target.add_metric((slo.adapter, slo.objective), slo.target)
+            if slo.threshold is not None:
+                threshold.add_metric((slo.adapter, slo.objective), slo.threshold)
+        yield threshold
+        yield target

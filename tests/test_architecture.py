@@ -13,6 +13,7 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 # In the order of imports: a module may use what stands on the shelves below its own.
 SHELVES = [
     {"errors"},
+    {"slo"},
     {"config", "machine", "drift", "plugin", "tenant", "limits"},
     {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic"},
     {"store", "registry", "upload", "source", "audit"},
