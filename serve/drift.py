@@ -161,7 +161,7 @@ class Drift:
             "bags": np.array([np.frombuffer(bag, np.float32) for bag in self._bags]),
             "threshold": np.float64(self.threshold),
             "counts": np.array([self.capacity, self.updates, -1 if self.crossed_at is None else self.crossed_at]),
-            "lots": _lots_state(self._lots),
+            "lots": lots_state(self._lots),
             "shift": self._shift.copy(),
             "seen": self._seen.copy(),
         }
@@ -178,7 +178,7 @@ class Drift:
         capacity, updates, crossed_at = (int(count) for count in state["counts"])
         self.capacity, self.updates = capacity, updates
         self.crossed_at = None if crossed_at < 0 else crossed_at
-        self._lots = _lots_from(state["lots"])
+        self._lots = lots_from(state["lots"])
         self._reference = [array("f", np.ascontiguousarray(column).tobytes()) for column in state["reference"]]
         self._bags = [array("f", np.ascontiguousarray(bag).tobytes()) for bag in state["bags"]]
         self._scores = _Bank.from_state(_below(state, "scores."))
@@ -354,7 +354,7 @@ def _below(state: Mapping[str, NDArray], prefix: str) -> State:
 _WORD = (1 << 64) - 1
 
 
-def _lots_state(lots: np.random.Generator) -> NDArray[np.uint64]:
+def lots_state(lots: np.random.Generator) -> NDArray[np.uint64]:
     """PCG64's two 128-bit numbers and its half-used word, as six 64-bit ones."""
     inner = lots.bit_generator.state
     numbers: Sequence[int] = (inner["state"]["state"], inner["state"]["inc"])
@@ -362,7 +362,8 @@ def _lots_state(lots: np.random.Generator) -> NDArray[np.uint64]:
     return np.array([*words, inner["has_uint32"], inner["uinteger"]], np.uint64)
 
 
-def _lots_from(words: NDArray[np.uint64]) -> np.random.Generator:
+def lots_from(words: NDArray[np.uint64]) -> np.random.Generator:
+    """The generator whose `lots_state` this was."""
     a, b, c, d, has, half = (int(word) for word in words)
     inner = np.random.PCG64()
     inner.state = {

@@ -13,8 +13,21 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 # In the order of imports: a module may use what stands on the shelves below its own.
 SHELVES = [
     {"errors"},
-    {"config", "machine", "drift", "compare", "thinning", "plugin", "tenant", "limits"},
-    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic", "embedding"},
+    {"config", "machine", "drift", "thinning", "plugin", "tenant", "limits"},
+    {
+        "adapter",
+        "auth",
+        "base",
+        "embedded",
+        "tap",
+        "client",
+        "bench",
+        "usage",
+        "probe",
+        "traffic",
+        "embedding",
+        "compare",
+    },
     {"store", "registry", "upload", "source", "audit", "signals"},
     {"engine", "keys", "baseline"},
     {"router", "lifecycle", "monitor", "backend", "shadow"},
