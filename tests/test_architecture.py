@@ -15,7 +15,7 @@ SHELVES = [
     {"errors"},
     {"slo"},
     {"config", "machine", "drift", "plugin", "tenant", "limits"},
-    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic"},
+    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic", "monitoring"},
     {"store", "registry", "upload", "source", "audit"},
     {"engine", "keys"},
     {"router", "lifecycle", "monitor", "backend", "shadow"},
@@ -23,7 +23,7 @@ SHELVES = [
     {"alerts"},
     {"app"},
     {"launch", "terminal"},
-    {"cli_adapters", "cli_bench", "cli_keys"},
+    {"cli_adapters", "cli_bench", "cli_keys", "cli_monitoring"},
     {"cli"},
 ]
 SHELF = {name: level for level, names in enumerate(SHELVES) for name in names}
