@@ -257,7 +257,7 @@ def _adapters(slos: Sequence[Slo]) -> Json:
         Row("Latency and errors"),
         Panel(
             "Requests",
-            "Requests a second.",
+            "Requests a second, by the version that answered.",
             [Query(_rate("loradock_requests_total", _CHOSEN, by), each)],
             unit="reqps",
         ),
@@ -314,7 +314,7 @@ def _adapters(slos: Sequence[Slo]) -> Json:
         Row("Tokens and endings"),
         Panel(
             "Generated tokens",
-            "Tokens a second.",
+            "Tokens a second, by the version that said them.",
             [Query(_rate("loradock_generation_tokens_total", _CHOSEN, by), each)],
         ),
         Panel(

@@ -117,7 +117,6 @@ class Variable:
             "label": self.label,
             "datasource": DATASOURCE,
             "query": {"query": self.query, "refId": self.name},
-            "definition": self.query,
             "refresh": 2,
             "sort": 3,
             "multi": self.many,
