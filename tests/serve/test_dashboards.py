@@ -69,8 +69,9 @@ def lost(given: Any, kept: Any, where: str = "") -> list[str]:
     if isinstance(given, dict):
         if not isinstance(kept, dict):
             return [f"{where}: {given!r} became {kept!r}"]
-        return [line for key in given for line in
-                (lost(given[key], kept[key], f"{where}/{key}") if key in kept else [f"{where}/{key} is unknown"])]  # fmt: skip
+        unknown = [f"{where}/{key} is unknown" for key in given if key not in kept]
+        known = [lost(given[key], kept[key], f"{where}/{key}") for key in given if key in kept]
+        return [*unknown, *(line for lines in known for line in lines)]
     if isinstance(given, list):
         if not isinstance(kept, list) or len(kept) != len(given):
             return [f"{where}: {given!r} became {kept!r}"]
