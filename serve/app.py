@@ -34,12 +34,15 @@ from serve.keys import Keys
 from serve.lifecycle import Lifecycle
 from serve.limits import Limits, Meters
 from serve.monitor import Monitor
+from serve.page import pages
 from serve.probe import Probe
+from serve.recent import Recent
 from serve.registry import Registry, Share
 from serve.router import Router, manages, sees
 from serve.shadow import ShadowExchange, Shadows
 from serve.source import fetch, parse
 from serve.store import Store
+from serve.tap import Exchange
 from serve.tenant import DEFAULT, full_name, short_name, spelled, tenant_of
 from serve.upload import receive
 from serve.wayback import Wayback
@@ -140,7 +143,13 @@ def build_app(
     wayback = Wayback(lifecycle, registry, audit, monitor.rolled_back)
     alerting = Alerts(wayback, registry)
     shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
-    inference = Inference(auth, Router(engine, registry, store), Meters(), monitor.take, shadows)
+    recent = Recent()
+
+    def take(exchange: Exchange) -> None:
+        monitor.take(exchange)
+        recent.take(exchange)
+
+    inference = Inference(auth, Router(engine, registry, store), Meters(), take, shadows)
 
     async def start() -> None:
         await engine.start()
@@ -191,6 +200,7 @@ def build_app(
         docs_url=None,
         redoc_url=None,
     )
+    app.include_router(pages())
     app.add_exception_handler(LoradockError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -308,7 +318,10 @@ def build_app(
     @app.get("/v1/adapters/{name:path}")
     async def adapter(name: str, caller: Manager) -> dict[str, Any]:
         full = owned(name, caller)
-        return {**summary(full, caller), "history": registry.history(full)}
+        told = summary(full, caller)
+        for version in told["versions"]:
+            version["recent"] = recent.described(full, f"v{version['version']}")
+        return {**told, "history": registry.history(full)}
 
     @app.post("/v1/adapters/{name:path}/promote")
     async def promote(name: str, body: Promote, request: Request, caller: Manager) -> dict[str, Any]:
