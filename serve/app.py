@@ -139,7 +139,8 @@ def build_app(
     keys = Keys(registry)
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
-    monitor = Monitor(engine, registry, audit, __version__, config.slos)
+    monitor = Monitor(engine, registry, audit, __version__, config.slos, limit=config.max_labelled_versions)
+    engine.on_load = monitor.loaded
     wayback = Wayback(lifecycle, registry, audit, monitor.rolled_back)
     alerting = Alerts(wayback, registry)
     shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
@@ -257,9 +258,17 @@ def build_app(
         return {"version": __version__, "vllm": backend.version, "model": engine.name}
 
     @app.get("/metrics")
-    async def metrics(caller: Operator) -> Response:
-        text = await asyncio.to_thread(monitor.render)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request, caller: Operator) -> Response:
+        """Ours, and the engine's."""
+        monitor.tidy()
+        text, kind = await asyncio.to_thread(monitor.render, request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind})
+
+    @app.get("/metrics/engine")
+    async def engine_metrics(request: Request, caller: Operator) -> Response:
+        """The engine's alone, with the series that grows."""
+        text, kind = await asyncio.to_thread(monitor.render_engine, request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind})
 
     @app.get("/v1/models")
     async def models(caller: Asker) -> dict[str, Any]:
@@ -308,6 +317,8 @@ def build_app(
                 quota=caller.limits,
             )
         request.state.subject = adapter.tag
+        if asked.promote and created:
+            monitor.swapped(adapter.name, "promoted")
         return JSONResponse(described(adapter, caller), status_code=201 if created else 200)
 
     @app.get("/v1/adapters")
@@ -328,7 +339,7 @@ def build_app(
         request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
         full = owned(name, caller)
         done = await lifecycle.promote(full, body.version, by=caller.name, expected=body.expected_version, why=body.why)
-        monitor.swaps.labels(full, "promoted").inc()
+        monitor.swapped(full, "promoted")
         return described(done, caller)
 
     @app.post("/v1/adapters/{name:path}/rollback")
@@ -338,7 +349,7 @@ def build_app(
         full = owned(name, caller)
         done = await lifecycle.rollback(full, by=caller.name, expected=body.expected_version, why=body.why)
         request.state.subject = done.tag
-        monitor.swaps.labels(full, "rolled_back").inc()
+        monitor.swapped(full, "rolled_back")
         return described(done, caller)
 
     @app.post("/v1/adapters/{name:path}/canary")

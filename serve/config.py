@@ -87,6 +87,7 @@ class Config:
     allowed_target_modules: tuple[str, ...] = _setting(tuple, "modules that uploads may adapt, as q_proj,v_proj")
     allowed_licenses: tuple[str, ...] = _setting(tuple, "licenses of uploads, as apache-2.0,mit, from their README.md")
     allowed_digests: tuple[str, ...] = _setting(tuple, "digests of the uploads that were approved, and no others")
+    max_labelled_versions: int = _setting(100, "adapter versions that have metrics of their own; the rest are `other`")
     max_shadows: int = _setting(2, "shadow answers under way at a time; what comes beyond is dropped and counted")
     source_roots: tuple[str, ...] = _setting(tuple, "folders that a push by tenant default may name as file:///...")
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")

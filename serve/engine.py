@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp
 
-from serve.errors import EngineUnavailable
+from serve.errors import EngineUnavailable, LoradockError
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class Backend(Protocol):
     @property
     def max_resident(self) -> int: ...
     @property
+    def slots(self) -> int: ...
+    @property
     def max_model_len(self) -> int: ...
     @property
     def app(self) -> ASGIApp: ...
@@ -62,7 +66,8 @@ class Backend(Protocol):
     async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]: ...
     async def score(self, adapter_id: str | None, text: str) -> float: ...
     async def log_stats(self) -> None: ...
-    def metrics(self) -> bytes: ...
+    @property
+    def collector(self) -> Collector: ...
 
 
 @dataclass(slots=True)
@@ -91,6 +96,10 @@ class Engine:
         self._leaving: set[asyncio.Task[None]] = set()
         # Ids that are never sent away to make room.
         self.pinned: frozenset[str] = frozenset()
+        # Ids whose last load failed; one that loads again is forgotten here.
+        self._failed: set[str] = set()
+        # Hears from where an adapter came and how long it took.
+        self.on_load: Callable[[str, float], None] = lambda tier, seconds: None
 
     @property
     def name(self) -> str:
@@ -99,6 +108,17 @@ class Engine:
     @property
     def residents(self) -> tuple[Residence, ...]:
         return tuple(self._residents.values())
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Where each adapter is that is not merely on disk: slot, host, or failed.
+
+        By this book: the engine computes with those in its slots, which the most recently used ones take.
+        """
+        loaded = [residence.id for residence in self.residents if residence.loaded]
+        slots = self.backend.slots
+        states = dict.fromkeys(self._failed, "failed")
+        return states | {id: "slot" if len(loaded) - place <= slots else "host" for place, id in enumerate(loaded)}
 
     async def start(self) -> None:
         """Bring the backend up; READY or FAILED afterwards."""
@@ -155,6 +175,7 @@ class Engine:
     async def gone(self, adapter_id: str) -> None:
         """Returns once the adapter's weights are out of the engine, so that its files may go too."""
         self.retire(adapter_id)
+        self._failed.discard(adapter_id)
         while adapter_id in self._residents and self.phase is Phase.READY:
             await asyncio.sleep(SETTLE)
 
@@ -203,14 +224,19 @@ class Engine:
         await asyncio.shield(resident.loading)
 
     async def _load(self, resident: Residence) -> None:
+        began = time.perf_counter()
+        self._failed.discard(resident.id)
         try:
             if len(self._residents) > self.backend.max_resident:
                 await self._refresh_pinned()
             await self.backend.add(resident.id, resident.number, resident.path)
-        except BaseException:
+        except BaseException as error:
             self._drop(resident)
+            if isinstance(error, LoradockError):
+                self._failed.add(resident.id)
             raise
         resident.loaded = True
+        self.on_load("disk", time.perf_counter() - began)
 
     async def _refresh_pinned(self) -> None:
         """More is coming than the backend holds, so it will push out what it used least: let that be none of these."""

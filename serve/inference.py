@@ -29,7 +29,7 @@ from serve.errors import BadRequest, LoradockError, NotFound, TooLarge
 from serve.limits import Meter, Meters
 from serve.router import Route, Router
 from serve.shadow import Kept, Shadows
-from serve.tap import Exchange, Tap
+from serve.tap import Exchange, Tap, identified
 from serve.tenant import DEFAULT
 from serve.usage import Usage
 
@@ -70,7 +70,8 @@ class Inference:
         if scope["type"] != "http":
             await _refuse_socket(receive, send)
             return
-        tap = Tap(send)
+        scope, request_id = identified(scope)
+        tap = Tap(send, request_id)
         try:
             await self._answer(scope, receive, tap)
         except LoradockError as error:
@@ -98,14 +99,15 @@ class Inference:
                     usage.asked = len(asked.body)
                 model, fields = (asked.model, asked.fields) if asked else (None, {})
                 async with self._router.lease(model, caller, fields) as route:
-                    tap.adapter, tap.version = route.adapter, route.version
+                    tap.routed(route, caller.tenant)
                     if asked:
                         fields = asked.rewritten(scope["path"], route, caller)
                         scope, receive = asked.replayed(scope, receive, fields)
                     if route.shadow and self._shadows:
                         kept = Kept(sending)
                         sending = kept.send
-                    await route.app(scope, receive, _Honest(sending).send)
+                    with tap.watched():
+                        await route.app(scope, receive, _Honest(sending).send)
             finally:
                 if meter and usage and not stored:
                     meter.charge(usage.tokens)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from safetensors.torch import save_file
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -20,8 +21,17 @@ from starlette.types import Receive, Scope, Send
 from serve.app import build_app
 from serve.config import Config, keys_hashed, load
 from serve.errors import AdapterRejected
+from serve.tap import Generation, watching
 
 HIDDEN, LAYERS = 16, 2
+
+
+@dataclass
+class FakeSequence:
+    generation: Generation
+
+    def read(self) -> Generation:
+        return self.generation
 
 
 class FakeBackend:
@@ -31,6 +41,7 @@ class FakeBackend:
     version = "fake"
     max_lora_rank = 16
     max_resident = 4
+    slots = 2
     max_model_len = 128
 
     def __init__(self) -> None:
@@ -49,6 +60,8 @@ class FakeBackend:
         self.probes: list[str | None] = []
         self.bodies: list[dict[str, Any]] = []
         self.usage: dict[str, int] | None = None
+        # What the engine made of each request.
+        self.generation = Generation([1, 2, 3], [4, 5], "stop", queue=0.01, gap=0.02, worst_gap=0.03)
         # Cleared, a stream stops after its first chunk until this is set.
         self.flow = asyncio.Event()
         self.flow.set()
@@ -91,8 +104,12 @@ class FakeBackend:
             return 0.0
         return self.effects.get(adapter_id.partition("@")[0], 0.5)
 
-    def metrics(self) -> bytes:
-        return b'vllm:tokens_total{model="base"} 1.0\nvllm:lora_requests_info{running="a,b"} 1.0\n'
+    @property
+    def collector(self) -> CollectorRegistry:
+        found = CollectorRegistry()
+        Counter("vllm:tokens", "Tokens.", ("model",), registry=found).labels("base").inc()
+        Gauge("vllm:lora_requests_info", "Adapters.", ("running",), registry=found).labels("a,b").set(1)
+        return found
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -105,6 +122,8 @@ class FakeBackend:
         await self._answer(body)(scope, receive, send)
 
     def _answer(self, body: dict[str, Any]) -> Response:
+        if watch := watching.get():
+            watch.sequences.append(FakeSequence(self.generation))
         model = body.get("model")
         assert model in (None, self.name) or model in self.held, f"{model} is not in the engine"
         if body.get("fail"):
