@@ -57,8 +57,7 @@ class Recent:
         minute.errors += exchange.status >= 500
         if exchange.first is not None and exchange.status == 200:
             minute.first[bisect_left(FIRST_TOKEN_SECONDS, exchange.first)] += 1
-        gap = getattr(exchange, "gap", None)
-        if gap is not None:
+        if (gap := exchange.gap) is not None:
             minute.gap[bisect_left(INTER_TOKEN_SECONDS, gap)] += 1
 
     def described(self, adapter: str, version: str) -> list[dict[str, Any]]:
