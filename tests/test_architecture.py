@@ -13,7 +13,7 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 # In the order of imports: a module may use what stands on the shelves below its own.
 SHELVES = [
     {"errors"},
-    {"slo", "policy"},
+    {"slo", "policy", "series"},
     {"config", "machine", "drift", "thinning", "plugin", "tenant", "limits"},
     {
         "adapter",
