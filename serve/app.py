@@ -575,7 +575,7 @@ def build_app(
         return key.described()
 
     app.state.engine, app.state.ready, app.state.wayback = engine, ready, wayback
-    app.state.watcher, app.state.prober = watcher, prober
+    app.state.watcher, app.state.prober, app.state.inference = watcher, prober, inference
     return app
 
 

@@ -1,6 +1,6 @@
 """What the server sees of real answers: latencies token by token, drift, and a damaged version that is sent away.
 
-`make drift` runs the same with more traffic (LORADOCK_TEST_DRIFT times as much).
+`make watch` runs the same with more traffic (LORADOCK_TEST_DRIFT times as much).
 """
 
 from __future__ import annotations
