@@ -43,12 +43,13 @@ Floats: TypeAlias = NDArray[np.floating]
 State: TypeAlias = dict[str, NDArray]
 
 # Bins and half-life (in requests) of the histograms that bet.
-BETS = ((10, 100.0), (5, 500.0), (5, 2000.0))
+# Many bins: few foreign requests among many lie at the very ends of the ranks.
+BETS = ((30, 100.0), (15, 500.0), (15, 2000.0))
 # A histogram begins as this many requests spread evenly, and this much of each bet stays uniform.
 PRIOR = 10.0
 UNIFORM = 0.1
 # Half-lives of the learned directions, in requests that teach.
-DIRECTIONS = (16.0, 64.0, 256.0)
+DIRECTIONS = (32.0, 256.0)
 # Half-life of the effect gauges, in requests.
 EFFECT_HALF_LIFE = 50.0
 
