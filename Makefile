@@ -1,13 +1,13 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos bench clean setup setup-dev
+.PHONY: help serve test lint types chaos drift-proof bench clean setup setup-dev
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo
 	@echo '  make serve PORT=8000 HOST=127.0.0.1 MODEL=smollm2 ARGS="--max-loras 16"   LORADOCK_* variables pass through'
 	@echo '  make test  ARGS="-m \"not engine\" -k adapter"                               PYTHON=python3.12 picks a Python'
@@ -27,6 +27,10 @@ types: setup-dev ## mypy
 
 chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of its changes
 	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
+
+drift-proof: setup-dev ## the long proofs of drift: false alarms over thousands of streams, every delay of the table
+	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),1000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),1000) \
+	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/test_drift.py tests/serve/test_compare.py
 
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)

@@ -57,8 +57,8 @@ def itl(slower):
 def test_a_canary_like_the_live_version_is_hardly_ever_called_worse():
     alpha = 0.1
     runs = [
-        judged(itl(1.0), seed, checks=[latency(0.0)], alpha=alpha, weight=weight, requests=1500)[0]
-        for seed, weight in product(range(4 * STREAMS), (0.1, 0.5))
+        judged(itl(1.0), seed, checks=[latency(0.0)], alpha=alpha, weight=weight, requests=1000)[0]
+        for seed, weight in product(range(3 * STREAMS), (0.1, 0.5))
     ]
     false = sum(run is Verdict.WORSE for run in runs)
     n = len(runs)
@@ -123,7 +123,7 @@ def test_errors_are_compared_as_rates_with_a_tolerance():
     def failing(more):
         return lambda rng, labels: {"error": (rng.random(len(labels)) < 0.02 + more * labels).astype(float)}
 
-    alike = [judged(failing(0.0), seed, checks=[none_at_all], alpha=0.1)[0] for seed in range(4 * STREAMS)]
+    alike = [judged(failing(0.0), seed, checks=[none_at_all], alpha=0.1)[0] for seed in range(2 * STREAMS)]
     some = [judged(failing(0.015), seed, checks=[check], alpha=0.05)[0] for seed in range(STREAMS)]
     many = [judged(failing(0.20), seed, checks=[check])[0] for seed in range(STREAMS)]
     none = [judged(failing(0.0), seed, checks=[check], alpha=0.05, requests=8000)[0] for seed in range(STREAMS)]
