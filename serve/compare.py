@@ -143,11 +143,12 @@ class Comparison:
         if asker is not None and self._met(asker):
             self.skipped += 1
             return self.verdict
+        closed = False
         for trial in self._trials:
             value = values.get(trial.check.name)
             if value is not None and math.isfinite(value):
-                trial.observe(canary, float(value), self._lots)
-        return self._judge()
+                closed = trial.observe(canary, float(value), self._lots) or closed
+        return self._judge() if closed else self.verdict
 
     @property
     def verdict(self) -> Verdict:
@@ -241,14 +242,17 @@ class _Trial:
         self._counts = np.zeros(2, np.int64)  # live, canary
         self._sums = np.zeros(2)
 
-    def observe(self, canary: bool, value: float, lots: np.random.Generator) -> None:
+    def observe(self, canary: bool, value: float, lots: np.random.Generator) -> bool:
+        """Whether this request filled its block."""
         if self.check.unit is Unit.RATIO and value <= 0:
-            return
+            return False
         self._counts[int(canary)] += 1
         self._sums[int(canary)] += math.log(value) if self.check.unit is Unit.RATIO else value
         self._open.append((canary, value))
-        if len(self._open) >= self._block:
-            self._close(lots)
+        if len(self._open) < self._block:
+            return False
+        self._close(lots)
+        return True
 
     def log_evidence(self) -> float:
         """Of "worse", now, with the share of alpha taken off."""
