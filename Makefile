@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos drift-proof bench clean setup setup-dev
+.PHONY: help serve test lint types chaos equality drift-proof bench clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -31,6 +31,16 @@ chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of it
 drift-proof: setup-dev ## the long proofs of drift: false alarms over thousands of streams, every delay of the table
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),1000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),1000) \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/test_drift.py tests/serve/test_compare.py
+
+equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
+	@$(BIN)/python -m tests.equality $(ARGS)
+
+tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, and 1,000 loads and unloads that leak nothing
+	@LORADOCK_TEST_ADAPTERS=$(or $(ADAPTERS),1000) $(BIN)/python -m pytest -s tests/e2e/test_tiers.py
+
+cases: setup-dev ## 5,000 malformed archives, headers and configs against each check of an upload
+	@HYPOTHESIS_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -s -m "not engine" --hypothesis-show-statistics \
+		tests/serve/test_upload.py tests/serve/test_adapter.py tests/serve/test_store.py
 
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)
