@@ -153,9 +153,13 @@ class AdapterClient:
         """The versions of one adapter, which is live, and its history."""
         return self._call("GET", _path(name))
 
-    def promote(self, name: str, version: int, expected_version: int | None = None) -> dict[str, Any]:
-        """Make `version` live; with `expected_version`, only if that one is live now."""
+    def promote(
+        self, name: str, version: int, expected_version: int | None = None, *, at_once: bool = False
+    ) -> dict[str, Any]:
+        """Make `version` live; with `expected_version`, only if that one is live now; `at_once` without a canary."""
         body = {"version": version}
+        if at_once:
+            body["at_once"] = True
         if expected_version is not None:
             body["expected_version"] = expected_version
         return self._call("POST", f"{_path(name)}/promote", json=body)
