@@ -5,6 +5,7 @@ an upload:   app > auth > upload > adapter > store > engine > registry
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -27,8 +28,10 @@ from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
 from serve.base import lora_modules
 from serve.config import Config
+from serve.embedding import Embedding
 from serve.engine import Backend, Engine, Phase
 from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
+from serve.feedback import GOOD, Feedback
 from serve.inference import PATHS, STORED, Inference
 from serve.keys import Keys
 from serve.lifecycle import Lifecycle
@@ -36,15 +39,18 @@ from serve.limits import Limits, Meters
 from serve.monitor import Monitor
 from serve.page import pages
 from serve.probe import Probe
+from serve.prober import Prober
 from serve.recent import Recent
+from serve.referee import Referee
 from serve.registry import Registry, Share
 from serve.router import Router, manages, sees
 from serve.shadow import ShadowExchange, Shadows
 from serve.source import fetch, parse
 from serve.store import Store
-from serve.tap import Exchange
 from serve.tenant import DEFAULT, full_name, short_name, spelled, tenant_of
+from serve.trial import Judgement, Trials
 from serve.upload import receive
+from serve.watcher import Alarm, Watcher
 from serve.wayback import Wayback
 
 log = logging.getLogger(__name__)
@@ -70,7 +76,25 @@ class Promote(BaseModel):
     model_config = ConfigDict(extra="forbid")
     version: PositiveInt
     expected_version: int | None = None
+    # Whatever the adapter's policy says of canaries.
+    at_once: bool = False
     why: str = ""
+
+
+class Rating(BaseModel):
+    """The body of feedback: a rating from 0 to 1, or the correct answer."""
+
+    model_config = ConfigDict(extra="forbid")
+    request_id: str
+    rating: float | None = None
+    answer: str | None = None
+
+
+class Acknowledged(BaseModel):
+    """The body that says that a version's alarms have been dealt with."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: PositiveInt
 
 
 class Weight(BaseModel):
@@ -143,14 +167,45 @@ def build_app(
     engine.on_load = monitor.loaded
     wayback = Wayback(lifecycle, registry, audit, monitor.rolled_back)
     alerting = Alerts(wayback, registry)
+    feedback, recent = Feedback(), Recent()
+    trials = Trials(
+        lambda adapter: registry.canary(adapter) if adapter in registry else None,
+        lambda adapter: _live_version(registry, adapter),
+        lambda adapter: referee.policy(adapter).alpha,
+    )
+    referee = Referee(wayback, lifecycle, audit, trials, config.policies, monitor.swapped)
+
+    def alarmed(alarm: Alarm) -> None:
+        effects = {name: round(value, 3) for name, value in alarm.effects.items()}
+        log.warning("%s@%s: %s has drifted: %s", alarm.adapter, alarm.version, alarm.signal, effects)
+
+    def judged(judgement: Judgement) -> None:
+        asyncio.run_coroutine_threadsafe(referee.decide(judgement), loops[0])
+
+    loops: list[asyncio.AbstractEventLoop] = []
+    watcher = Watcher(
+        config.data_dir / "drift",
+        trials,
+        threshold=config.drift_threshold,
+        reference=config.drift_reference,
+        interval=config.drift_interval,
+        logprobs=config.drift_logprobs,
+        versions=config.drift_versions,
+        capture=config.capture,
+        redact=config.capture_redact,
+        keep_quotes=config.capture_hours * 3600,
+        label=monitor.label,
+        alarmed=alarmed,
+        judged=judged,
+    )
+    monitor.watch(watcher)
+    monitor.passed_on += [feedback.remember, watcher.offer, recent.take]
+    prober = Prober(
+        engine, registry, store, watcher, alarmed, lambda: judge.noise, interval=config.drift_probe_interval
+    )
     shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
-    recent = Recent()
-
-    def take(exchange: Exchange) -> None:
-        monitor.take(exchange)
-        recent.take(exchange)
-
-    inference = Inference(auth, Router(engine, registry, store), Meters(), take, shadows)
+    router = Router(engine, registry, store)
+    inference = Inference(auth, router, Meters(), monitor.take, shadows, watcher.wants_logprobs)
 
     async def start() -> None:
         await engine.start()
@@ -158,11 +213,15 @@ def build_app(
         if probe:
             await probe.start()
         await lifecycle.restore()
+        if config.drift:
+            await _begin_to_watch(watcher, config.model)
         ready.set()
 
     async def live() -> None:
         try:
             await start()
+            if watcher.running:
+                probing.append(asyncio.create_task(prober.run()))
             while not backend.dead:
                 await asyncio.sleep(1)
             raise EngineUnavailable("the engine process has died: its log above says why")
@@ -178,16 +237,19 @@ def build_app(
                 await backend.log_stats()
 
     ready = asyncio.Event()
+    probing: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loops[:] = [asyncio.get_running_loop()]
         tasks = [asyncio.create_task(live()), asyncio.create_task(log_stats())]
         try:
             yield
         finally:
-            for task in tasks:
+            for task in (*tasks, *probing):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, *probing, return_exceptions=True)
+            await asyncio.to_thread(watcher.stop)
             await shadows.close()
             await lifecycle.settle()
             await engine.stop()
@@ -307,17 +369,23 @@ def build_app(
                 asked = await _fetched(request, folder, config, caller)
             else:
                 asked = await _received(request, kind, folder, config)
+            full = full_name(caller.tenant, check_name(asked.name))
+            # By policy a version that follows another one gets a share of the traffic first.
+            weight = referee.policy(full).canary_weight
+            trying = asked.promote and weight > 0 and _live_version(registry, full) is not None
             adapter, created = await lifecycle.push(
-                full_name(caller.tenant, check_name(asked.name)),
+                full,
                 folder,
                 by=caller.name,
-                promote=asked.promote,
+                promote=asked.promote and not trying,
                 why=asked.why,
                 shared=None if asked.visibility is None else asked.visibility == "shared",
                 quota=caller.limits,
             )
         request.state.subject = adapter.tag
-        if asked.promote and created:
+        if trying and _live_version(registry, full) != adapter.version:
+            await lifecycle.share(full, "canary", adapter.version, weight, by=caller.name, why=asked.why)
+        elif asked.promote and created:
             monitor.swapped(adapter.name, "promoted")
         return JSONResponse(described(adapter, caller), status_code=201 if created else 200)
 
@@ -325,6 +393,43 @@ def build_app(
     async def adapters(caller: Manager) -> dict[str, Any]:
         rows = [summary(full, caller) for full in registry.names() if manages(caller, full)]
         return {"object": "list", "data": rows}
+
+    @app.get("/v1/drift")
+    async def drift(caller: Manager) -> dict[str, Any]:
+        """What has moved, of everything that the caller may change; the base is the operator's."""
+        found = await asyncio.to_thread(watcher.summary)
+        rows = [
+            {"name": short_name(full, caller.tenant), "versions": found[full]}
+            for full in sorted(found)
+            if (caller.operator if full == engine.name else full in registry and manages(caller, full))
+        ]
+        return {"object": "list", "watching": watcher.running, "data": rows}
+
+    @app.get("/v1/adapters/{name:path}/drift")
+    async def adapter_drift(name: str, caller: Manager) -> dict[str, Any]:
+        """What moved, since when, how strongly; and how its canary does."""
+        full = engine.name if name == engine.name and caller.operator else owned(name, caller)
+        told = await asyncio.to_thread(watcher.report, full)
+        return {"object": "adapter.drift", "name": name, "watching": watcher.running, **told}
+
+    @app.post("/v1/adapters/{name:path}/drift/acknowledge")
+    async def acknowledge(name: str, body: Acknowledged, request: Request, caller: Manager) -> dict[str, Any]:
+        """Its alarms have been dealt with: evidence begins again at nothing."""
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+        full = owned(name, caller)
+        registry.get(full, body.version)
+        await asyncio.to_thread(watcher.acknowledge, full, f"v{body.version}")
+        return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(watcher.report, full)}
+
+    @app.post("/v1/feedback")
+    async def rate(body: Rating, request: Request, caller: Asker) -> dict[str, Any]:
+        """A rating of an answer, by its id."""
+        request.state.unaudited = True
+        answered, rating = feedback.join(caller.tenant, body.request_id, body.rating, body.answer)
+        monitor.rated(answered.adapter, answered.version, "good" if rating >= GOOD else "bad")
+        if answered.dealt:
+            watcher.rated(answered.adapter, answered.version, rating, answered.asker)
+        return {"object": "feedback", "request_id": body.request_id, "rating": rating}
 
     @app.get("/v1/adapters/{name:path}")
     async def adapter(name: str, caller: Manager) -> dict[str, Any]:
@@ -338,6 +443,14 @@ def build_app(
     async def promote(name: str, body: Promote, request: Request, caller: Manager) -> dict[str, Any]:
         request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
         full = owned(name, caller)
+        referee.check(full, body.version, body.at_once)
+        weight, canary, live = referee.policy(full).canary_weight, registry.canary(full), _live_version(registry, full)
+        known = live in (None, body.version) or (canary is not None and canary.adapter.version == body.version)
+        if weight > 0 and not body.at_once and not known:
+            if body.expected_version not in (None, live):
+                raise Conflict(f"version {live} is live, not {body.expected_version}: somebody was faster")
+            await lifecycle.share(full, "canary", body.version, weight, by=caller.name, why=body.why)
+            return described(registry.get(full, body.version), caller)
         done = await lifecycle.promote(full, body.version, by=caller.name, expected=body.expected_version, why=body.why)
         monitor.swapped(full, "promoted")
         return described(done, caller)
@@ -432,6 +545,7 @@ def build_app(
         return key.described()
 
     app.state.engine, app.state.ready, app.state.wayback = engine, ready, wayback
+    app.state.watcher, app.state.prober = watcher, prober
     return app
 
 
@@ -503,6 +617,28 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
         anonymous=not trusted,
     )
     return asked.model_copy(update={"why": asked.why or f"from {asked.source}"})
+
+
+async def _begin_to_watch(watcher: Watcher, model: str) -> None:
+    """Start the watcher; without the model's embedding table there is nothing to watch with, and that is said."""
+    folder = Path(model)
+    try:
+        embedding = await asyncio.to_thread(Embedding.of, folder)
+    except LoradockError as error:
+        log.warning("drift is not watched: %s", error)
+        return
+    tokenizer = folder / "tokenizer.json"
+    digest = await asyncio.to_thread(_digest, tokenizer) if tokenizer.exists() else ""
+    watcher.start(embedding, digest)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _live_version(registry: Registry, full: str) -> int | None:
+    live = registry.live(full) if full in registry else None
+    return live.version if live else None
 
 
 def _share(share: Share | None) -> dict[str, Any] | None:

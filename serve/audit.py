@@ -73,7 +73,8 @@ class Audit:
 class Audited:
     """Logs each request that is not a read and that a route took; the rest passes by.
 
-    The route says more through `request.state`: `caller` is who asks, `subject` is what about.
+    The route says more through `request.state`: `caller` is who asks, `subject` is what about; `unaudited` says that it
+    changed nothing.
     """
 
     def __init__(self, app: ASGIApp, audit: Audit) -> None:
@@ -101,7 +102,7 @@ class Audited:
             status = 500
             raise
         finally:
-            if endpoint := scope.get("endpoint"):
+            if (endpoint := scope.get("endpoint")) and not state.get("unaudited"):
                 caller = state.get("caller")
                 line = {
                     "status": status,

@@ -250,14 +250,16 @@ class _Sequence:
         state, stats = self._state, self.stats
         output = state.detokenizer.output_token_ids if state.detokenizer else []
         prompt = state.prompt_token_ids or []
+        text = getattr(state.detokenizer, "output_text", "")
         if stats is None:
-            return Generation(prompt, output, self.finish_reason, logprobs=self._logprobs())
+            return Generation(prompt, output, self.finish_reason, text, logprobs=self._logprobs())
         begun = stats.first_token_ts > 0
         later = len(output) - 1
         return Generation(
             prompt,
             output,
             self.finish_reason,
+            text,
             queue=max(stats.scheduled_ts - stats.queued_ts, 0.0) if stats.scheduled_ts else None,
             first=stats.arrival_time + stats.first_token_latency if begun else None,
             gap=(stats.last_token_ts - stats.first_token_ts) / later if begun and later > 0 else None,

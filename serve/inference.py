@@ -59,12 +59,14 @@ class Inference:
         meters: Meters,
         take: Callable[[Exchange], None],
         shadows: Shadows | None = None,
+        wants_logprobs: Callable[[str], bool] = lambda adapter: False,
     ) -> None:
         self._auth = auth
         self._router = router
         self._meters = meters
         self._take = take
         self._shadows = shadows
+        self._wants_logprobs = wants_logprobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -100,6 +102,7 @@ class Inference:
                 model, fields = (asked.model, asked.fields) if asked else (None, {})
                 async with self._router.lease(model, caller, fields) as route:
                     tap.routed(route, caller.tenant)
+                    tap.watch.logprobs = self._wants_logprobs(route.adapter)
                     if asked:
                         fields = asked.rewritten(scope["path"], route, caller)
                         scope, receive = asked.replayed(scope, receive, fields)

@@ -67,6 +67,8 @@ class Monitor:
         self._series: dict[tuple[str, str], Series] = {}
         self._rendering = Lock()
         self._rendered: dict[Any, tuple[float, bytes]] = {}
+        # Whoever else looks at an exchange; what they take of the event loop is the tap's too.
+        self.passed_on: list[Callable[[Exchange], None]] = []
 
         self._requests = self._counter(
             "requests",
@@ -102,7 +104,7 @@ class Monitor:
             "result",
         )
         self._tap = self._histogram("tap", "What watching an answer took of the event loop.", TAP_SECONDS, ())
-        self.dropped = self._counter("tap_dropped", "Exchanges that the drift engine was too busy to look at.")
+        self._feedback = self._counter("feedback", "Answers that somebody rated.", *LABELS, "rating")
         self._state = LiveState(engine, registry, audit, version, limit, self._series)
         self._collectors.register(self._state)
         self._collectors.register(Objectives(slos))
@@ -127,7 +129,13 @@ class Monitor:
         if exchange.first is not None and exchange.status == 200:
             series.first.observe(exchange.first, told)
             series.total.observe(exchange.total, told)
+        for look in self.passed_on:
+            look(exchange)
         self._tap.observe(time.perf_counter() - began)
+
+    def rated(self, adapter: str, version: str, rating: str) -> None:
+        """Count one answer that somebody found good or bad."""
+        self._of(adapter, version).child(self._feedback, rating).inc()
 
     def swapped(self, adapter: str, result: str) -> None:
         """Count one change of an adapter's live version."""
@@ -150,8 +158,9 @@ class Monitor:
         self._collectors.register(collector)
 
     def label(self, adapter: str, version: str) -> tuple[str, str]:
-        """The labels of a version: its own, or `other`."""
-        return (adapter, version) if (adapter, version) in self._series else OTHER
+        """The labels of a version: its own, or `other` when all places are taken."""
+        room = len(self._series) < self._limit
+        return (adapter, version) if room or (adapter, version) in self._series else OTHER
 
     def tidy(self) -> None:
         """Drop the series of versions that nobody asks and the engine does not hold."""

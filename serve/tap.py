@@ -43,12 +43,13 @@ class Generation:
 
     `queue` ended when the prompt's turn came; `first` is the wall-clock time of the first token; `gap` and `worst_gap`
     are the mean and the longest wait for a token after the first. `logprobs` are those of the tokens that were sampled,
-    if they were asked for.
+    if they were asked for. `text` is what was said, if the engine made text of it.
     """
 
     prompt: Sequence[int]
     output: Sequence[int]
     finish_reason: str
+    text: str = ""
     queue: float | None = None
     first: float | None = None
     gap: float | None = None

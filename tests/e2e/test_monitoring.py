@@ -1,4 +1,4 @@
-"""The rendered files at work: a real Prometheus scrapes a real server under traffic, a real Alertmanager calls it back."""
+"""The rendered files at work: Prometheus scrapes a server under traffic, and Alertmanager calls it back."""
 
 from __future__ import annotations
 

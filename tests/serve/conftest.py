@@ -62,6 +62,7 @@ class FakeBackend:
         self.usage: dict[str, int] | None = None
         # What the engine made of each request.
         self.generation = Generation([1, 2, 3], [4, 5], "stop", queue=0.01, gap=0.02, worst_gap=0.03)
+        self.generate: Callable[[dict[str, Any]], Generation] | None = None
         # Cleared, a stream stops after its first chunk until this is set.
         self.flow = asyncio.Event()
         self.flow.set()
@@ -123,7 +124,8 @@ class FakeBackend:
 
     def _answer(self, body: dict[str, Any]) -> Response:
         if watch := watching.get():
-            watch.sequences.append(FakeSequence(self.generation))
+            made = self.generate(body) if self.generate else self.generation
+            watch.sequences.append(FakeSequence(made))
         model = body.get("model")
         assert model in (None, self.name) or model in self.held, f"{model} is not in the engine"
         if body.get("fail"):
