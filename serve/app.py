@@ -38,6 +38,7 @@ from serve.lifecycle import Lifecycle
 from serve.limits import Limits, Meters
 from serve.monitor import Monitor
 from serve.page import pages
+from serve.policy import ROLLBACK
 from serve.probe import Probe
 from serve.prober import Prober
 from serve.recent import Recent
@@ -166,7 +167,7 @@ def build_app(
     monitor = Monitor(engine, registry, audit, __version__, config.slos, limit=config.max_labelled_versions)
     engine.on_load = monitor.loaded
     wayback = Wayback(lifecycle, registry, audit, monitor.rolled_back)
-    alerting = Alerts(wayback, registry)
+    alerting = Alerts(wayback, registry, lambda adapter: referee.policy(adapter).worse == ROLLBACK)
     feedback, recent = Feedback(), Recent()
     trials = Trials(
         lambda adapter: registry.canary(adapter) if adapter in registry else None,

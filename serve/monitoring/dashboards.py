@@ -195,11 +195,16 @@ def _overview(slos: Sequence[Slo]) -> Json:
         ),
         Row("The watching itself"),
         Panel(
-            "Cost of the tap",
-            "Worker time that one request costs. Above 300 us it is more than it may be.",
+            "Cost of watching",
+            "Time that one request costs: on the event loop (tap), and in the worker (watcher). Above 300 us the "
+            "watcher takes more than it may.",
             [
-                Query(f"sum(rate(loradock_tap_seconds_sum{_I})) / sum(rate(loradock_tap_seconds_count{_I}))", "mean"),
-                Query(_quantile(0.99, "tap_seconds"), "p99"),
+                Query(f"sum(rate(loradock_tap_seconds_sum{_I})) / sum(rate(loradock_tap_seconds_count{_I}))", "tap"),
+                Query(_quantile(0.99, "tap_seconds"), "tap, p99"),
+                Query(
+                    f"sum(rate(loradock_watcher_seconds_total{_I})) / sum(rate(loradock_watcher_requests_total{_I}))",
+                    "watcher",
+                ),
             ],
             unit="s",
             levels=((None, "green"), (0.0003, "red")),
@@ -445,7 +450,10 @@ def _swap() -> Json:
     def both(expr: str) -> list[Query]:
         """`expr` once a side, % standing for its labels."""
         return [
-            Query(expr.replace("%", f'adapter="$adapter",version="{version}"'), f"{side} ({version})")
+            Query(
+                expr.replace("%", f'adapter="$adapter",version="{version}"'),
+                f"{side} ({version})" + (" {{rating}}" if "rating" in expr else ""),
+            )
             for side, version in sides
         ]
 
@@ -525,6 +533,13 @@ def _swap() -> Json:
             "The part that ended with finish_reason=length.",
             both(f"({_rate('loradock_requests_total', cut)} or 0 * {answered}) / {answered}"),
             unit="percentunit",
+            quiet=True,
+        ),
+        Panel(
+            "Feedback",
+            "Ratings a second, good and bad. They are a check of their own in the comparison.",
+            both("sum by (rating) (rate(loradock_feedback_total{%}[$__rate_interval]))"),
+            unit="reqps",
             quiet=True,
         ),
     ]

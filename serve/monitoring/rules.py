@@ -198,15 +198,12 @@ def _adapters() -> Iterator[Rule]:
     )
     yield _alert(
         "LoradockDrift",
-        "max by (adapter, version, signal) (loradock_drift_log_evidence) "
-        ">= on (adapter, version, signal) max by (adapter, version, signal) (loradock_drift_threshold_log_evidence) "
-        "and on (adapter, version, signal) "
-        + changed("sum by (adapter, version, signal) (loradock_drift_alarms_total)", "1d"),
+        changed("sum by (adapter, version, signal) (loradock_drift_alarms_total)", "1d"),
         TICKET,
         "{{ $labels.adapter }}@{{ $labels.version }}: the {{ $labels.signal }} signal has drifted",
         "What comes in or goes out is not what the version was approved with. GET /v1/adapters/NAME/drift says what "
-        "moved and since when. If the traffic has changed for good, build a new baseline (loradock baseline build); "
-        "if the version has, roll it back.",
+        "moved, since when and how strongly. If the version has changed, roll it back; if the traffic has, and for "
+        "good, build a new baseline (loradock baseline build). Then acknowledge it (POST .../drift/acknowledge).",
         dashboard="loradock-drift",
     )
     yield _alert(
