@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos bench clean setup setup-dev
+.PHONY: help serve test lint types chaos bench monitoring clean setup setup-dev
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -31,8 +31,11 @@ chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of it
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)
 
+monitoring: setup ## Prometheus and Alertmanager (Debian's) beside a running server
+	@exec docker/monitoring.sh
+
 clean: ## remove the virtual environment and everything else that was made here (not the model in the user's cache)
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .monitoring build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find serve optimize tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup:
