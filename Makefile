@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos bench monitoring clean setup setup-dev
+.PHONY: help serve test lint types chaos watch bench monitoring clean setup setup-dev
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -27,6 +27,10 @@ types: setup-dev ## mypy
 
 chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of its changes
 	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
+
+watch: setup-dev ## drift, damage and latency against the real engine, with ten times the traffic; what watching costs
+	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py
+	@$(BIN)/python -m tests.cost
 
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
@@ -44,6 +44,7 @@ from serve.prober import Prober
 from serve.recent import Recent
 from serve.referee import Referee
 from serve.registry import Registry, Share
+from serve.rehearsal import Rehearsal
 from serve.router import Router, manages, sees
 from serve.shadow import ShadowExchange, Shadows
 from serve.source import fetch, parse
@@ -89,6 +90,15 @@ class Rating(BaseModel):
     request_id: str
     rating: float | None = None
     answer: str | None = None
+
+
+class Rehearsed(BaseModel):
+    """The body of a baseline: prompts, each a text or the messages of a chat, for a version or whichever is live."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: PositiveInt | None = None
+    prompts: list[str | list[dict[str, Any]]] = Field(min_length=20, max_length=10_000)
+    max_tokens: PositiveInt = 64
 
 
 class Acknowledged(BaseModel):
@@ -201,11 +211,14 @@ def build_app(
     )
     monitor.watch(watcher)
     monitor.passed_on += [feedback.remember, watcher.offer, recent.take]
+    rehearsal = Rehearsal(engine, store)
     prober = Prober(
         engine, registry, store, watcher, alarmed, lambda: judge.noise, interval=config.drift_probe_interval
     )
     shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
     router = Router(engine, registry, store)
+    recent = Recent()
+    monitor.passed_on.append(recent.take)
     inference = Inference(auth, router, Meters(), monitor.take, shadows, watcher.wants_logprobs)
 
     async def start() -> None:
@@ -422,6 +435,21 @@ def build_app(
         await asyncio.to_thread(watcher.acknowledge, full, f"v{body.version}")
         return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(watcher.report, full)}
 
+    @app.post("/v1/adapters/{name:path}/baseline")
+    async def baseline(name: str, body: Rehearsed, request: Request, caller: Manager) -> dict[str, Any]:
+        """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
+        full = owned(name, caller)
+        number = body.version or _live_version(registry, full)
+        if number is None:
+            raise Conflict(f"no version of `{name}` is live: say which one the baseline is for", param="version")
+        if not watcher.running:
+            raise Conflict("drift is not watched on this server, so there is nothing to build a baseline for")
+        which = registry.get(full, number)
+        exchanges = await rehearsal.run(which, body.prompts, max_tokens=body.max_tokens)
+        rows = await asyncio.to_thread(watcher.adopt, full, f"v{number}", which.id, exchanges)
+        return {"object": "baseline", "name": name, "version": number, "requests": rows}
+
     @app.post("/v1/feedback")
     async def rate(body: Rating, request: Request, caller: Asker) -> dict[str, Any]:
         """A rating of an answer, by its id."""
@@ -501,12 +529,14 @@ def build_app(
     ) -> dict[str, Any]:
         request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
         gone = await lifecycle.remove(owned(name, caller), number, by=caller.name, force=force)
+        await asyncio.to_thread(_forget, watcher, gone)
         return {"name": name, "deleted": [one.version for one in gone]}
 
     @app.delete("/v1/adapters/{name:path}")
     async def remove(name: str, request: Request, caller: Manager) -> dict[str, Any]:
         request.state.subject = spelled(name, caller.tenant)
         gone = await lifecycle.remove(owned(name, caller), by=caller.name)
+        await asyncio.to_thread(_forget, watcher, gone)
         return {"name": name, "deleted": [one.version for one in gone]}
 
     @app.post("/v1/alerts")
@@ -546,7 +576,7 @@ def build_app(
         return key.described()
 
     app.state.engine, app.state.ready, app.state.wayback = engine, ready, wayback
-    app.state.watcher, app.state.prober = watcher, prober
+    app.state.watcher, app.state.prober, app.state.inference = watcher, prober, inference
     return app
 
 
@@ -631,6 +661,11 @@ async def _begin_to_watch(watcher: Watcher, model: str) -> None:
     tokenizer = folder / "tokenizer.json"
     digest = await asyncio.to_thread(_digest, tokenizer) if tokenizer.exists() else ""
     watcher.start(embedding, digest)
+
+
+def _forget(watcher: Watcher, gone: Sequence[Adapter]) -> None:
+    for adapter in gone:
+        watcher.forget(adapter.name, adapter.id)
 
 
 def _digest(file: Path) -> str:

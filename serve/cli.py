@@ -9,6 +9,7 @@ import typer
 
 from serve import __version__
 from serve.cli_adapters import adapters_app
+from serve.cli_baseline import baseline_app
 from serve.cli_bench import bench_app
 from serve.cli_keys import keys_app
 from serve.cli_monitoring import monitoring_app
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(baseline_app, name="baseline")
 app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
 app.add_typer(monitoring_app, name="monitoring")

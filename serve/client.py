@@ -180,6 +180,13 @@ class AdapterClient:
         """Let the adapter's versions come and go again."""
         return self._call("DELETE", f"{_path(name)}/pin")
 
+    def build_baseline(
+        self, name: str, prompts: Sequence[Any], version: int | None = None, max_tokens: int = 64
+    ) -> dict[str, Any]:
+        """Have a version answer these prompts, and hold its later traffic against that."""
+        body = {"prompts": prompts, "max_tokens": max_tokens} | ({} if version is None else {"version": version})
+        return self._call("POST", f"{_path(name)}/baseline", json=body)
+
     def remove(self, name: str, version: int | None = None, force: bool = False) -> dict[str, Any]:
         """Delete a version, or the adapter whole; what is live goes only with `force`."""
         path = _path(name) + (f"/versions/{version}" if version is not None else "")

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -22,6 +21,7 @@ from serve.adapter import Adapter
 from serve.audit import Audit
 from serve.engine import Engine, Phase
 from serve.registry import Registry
+from serve.series import Counters, Family, Histograms, Tally
 from serve.slo import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Slo
 from serve.tap import Exchange
 
@@ -64,6 +64,7 @@ class Monitor:
         self._keep = keep
         self._clock = clock
         self._collectors = CollectorRegistry()
+        self._families: list[Family] = []
         self._series: dict[tuple[str, str], Series] = {}
         self._rendering = Lock()
         self._rendered: dict[Any, tuple[float, bytes]] = {}
@@ -113,7 +114,7 @@ class Monitor:
         """Count one exchange."""
         began = time.perf_counter()
         series = self._of(exchange.adapter, exchange.version)
-        told = {"request_id": exchange.request_id} if exchange.request_id else None
+        told = exchange.request_id
         reason = exchange.finish_reason if exchange.finish_reason in FINISH_REASONS else "other"
         series.requests(str(exchange.status), reason).inc()
         if exchange.generations:
@@ -131,7 +132,7 @@ class Monitor:
             series.total.observe(exchange.total, told)
         for look in self.passed_on:
             look(exchange)
-        self._tap.observe(time.perf_counter() - began)
+        self._tap.labels().observe(time.perf_counter() - began)
 
     def rated(self, adapter: str, version: str, rating: str) -> None:
         """Count one answer that somebody found good or bad."""
@@ -174,31 +175,41 @@ class Monitor:
             elif labels != OTHER and labels[0] != self._engine.name and now - series.seen > self._keep:
                 del self._series[labels]
                 series.remove()
-        for gone in [swapped for swapped in _children(self._swaps) if swapped[0] not in names]:
+        for gone in [swapped for swapped in self._swaps.known() if swapped[0] not in names]:
             self._swaps.remove(*gone)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Our series and the engine's for whoever accepts this, and the content type."""
-        return self._fresh("all", accept, lambda: (self._collectors, *self._theirs(bounded=True)))
+        return self._fresh("all", accept, self._ours, lambda: (self._collectors, *self._theirs(UNBOUNDED)))
 
     def render_engine(self, accept: str = "") -> tuple[bytes, str]:
         """The engine's own series, all of them."""
-        return self._fresh("engine", accept, lambda: self._theirs(bounded=False))
+        return self._fresh("engine", accept, lambda openmetrics: "", self._theirs)
 
-    def _fresh(self, what: str, accept: str, parts: Callable[[], Iterable[Any]]) -> tuple[bytes, str]:
+    def _fresh(
+        self,
+        what: str,
+        accept: str,
+        ours: Callable[[bool], str],
+        collectors: Callable[[], Iterable[Any]],
+    ) -> tuple[bytes, str]:
         """What was rendered less than a second ago, or now: many scrapers cost what one does."""
         encode, content_type = choose_encoder(accept)
         with self._rendering:
             when, text = self._rendered.get((what, content_type), (0.0, b""))
             if not text or time.monotonic() - when > FRESH:
-                text = _joined([encode(part) for part in parts()])
+                openmetrics = "openmetrics" in content_type
+                text = _joined([ours(openmetrics).encode(), *(encode(one) for one in collectors())])
                 self._rendered[what, content_type] = (time.monotonic(), text)
             return text, content_type
 
-    def _theirs(self, *, bounded: bool) -> tuple[Collector, ...]:
+    def _ours(self, openmetrics: bool) -> str:
+        return "".join(family.render(openmetrics) for family in self._families)
+
+    def _theirs(self, without: str = "") -> tuple[Collector, ...]:
         if self._engine.phase is not Phase.READY:
             return ()
-        return (Without(self._engine.backend.collector, UNBOUNDED if bounded else ""),)
+        return (Without(self._engine.backend.collector, without),)
 
     def _of(self, adapter: str, version: str) -> Series:
         """The series of a version; those of `other` when there are enough already."""
@@ -211,14 +222,18 @@ class Monitor:
         return series
 
     def _name(self, adapter: str) -> str:
-        names = {labels[0] for labels in _children(self._swaps)}
+        names = {labels[0] for labels in self._swaps.known()}
         return adapter if adapter in names or len(names) < self._limit else OTHER[0]
 
-    def _counter(self, name: str, help: str, *labels: str) -> Counter:
-        return Counter(f"loradock_{name}", help, labels, registry=self._collectors)
+    def _counter(self, name: str, help: str, *labels: str) -> Counters:
+        made = Counters(f"loradock_{name}", help, labels)
+        self._families.append(made)
+        return made
 
-    def _histogram(self, name: str, help: str, bounds: Sequence[float], labels: Sequence[str] = LABELS) -> Histogram:
-        return Histogram(f"loradock_{name}_seconds", help, labels, registry=self._collectors, buckets=bounds)
+    def _histogram(self, name: str, help: str, bounds: Sequence[float], labels: Sequence[str] = LABELS) -> Histograms:
+        made = Histograms(f"loradock_{name}_seconds", help, labels, bounds)
+        self._families.append(made)
+        return made
 
 
 class Series:
@@ -227,7 +242,7 @@ class Series:
     def __init__(self, monitor: Monitor, labels: tuple[str, str]) -> None:
         self.seen = 0.0
         self._labels = labels
-        self._owned: dict[tuple[MetricWrapperBase, tuple[str, ...]], Any] = {}
+        self._owned: dict[tuple[Family, tuple[str, ...]], Any] = {}
         self._counter = monitor._requests
         self.prompt = self.child(monitor._prompt)
         self.generated = self.child(monitor._generated)
@@ -237,10 +252,11 @@ class Series:
         self.total = self.child(monitor._total)
         self.queue = self.child(monitor._queue)
 
-    def requests(self, code: str, finish_reason: str) -> Counter:
-        return self.child(self._counter, code, finish_reason)
+    def requests(self, code: str, finish_reason: str) -> Tally:
+        counted: Tally = self.child(self._counter, code, finish_reason)
+        return counted
 
-    def child(self, metric: MetricWrapperBase, *more: str) -> Any:
+    def child(self, metric: Family, *more: str) -> Any:
         """This version's part of `metric`."""
         found = self._owned.get((metric, more))
         if found is None:
@@ -360,11 +376,6 @@ class Objectives(Collector):
                 threshold.add_metric((slo.adapter, slo.objective), slo.threshold)
         yield threshold
         yield target
-
-
-def _children(metric: MetricWrapperBase) -> list[tuple[str, ...]]:
-    """The label values that a metric has by now."""
-    return [tuple(labels) for labels in list(metric._metrics)]
 
 
 def _joined(parts: Sequence[bytes]) -> bytes:

@@ -78,7 +78,7 @@ class Referee:
         trial = self._trials.running.get(adapter)
         if at_once or trial is None or trial.canary != version or self.policy(adapter).worse != HOLD:
             return
-        if trial.comparison.verdict is Verdict.WORSE:
+        if trial.verdict is Verdict.WORSE:
             raise Conflict(
                 f"version {version} did worse than version {trial.live} as its canary, and this adapter's policy holds "
                 'it back: see its /drift, and promote it with "at_once": true if you want it all the same'

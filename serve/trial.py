@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.compare import CHECKS, GROUPS, Comparison, Finding, Verdict
+from serve.compare import CHECKS as ALL
+from serve.compare import GROUPS, Comparison, Finding, Unit, Verdict
 from serve.registry import Share
 from serve.signals import refuses
 from serve.tap import Exchange
 
+# To prove that a rate is within two of a hundred takes many thousands of requests: a canary has to prove its latency,
+# and to have answered this many requests without doing worse in anything.
+CHECKS = tuple(replace(check, required=check.required and check.unit is not Unit.RATE) for check in ALL)
+ENOUGH = 200
 # So many answers of a canary are looked at with log-probabilities; then it is sampled as everybody is.
 CLOSELY = 300
 
@@ -44,8 +49,8 @@ class Trial:
 
     def __init__(self, adapter: str, live: int, share: Share, alpha: float, seed: int) -> None:
         self.adapter, self.live, self.canary = adapter, live, share.adapter.version
-        self.comparison = Comparison(min(share.weight, 0.99), alpha=alpha, seed=seed)
-        self.told = False
+        self.comparison = Comparison(min(share.weight, 0.99), checks=CHECKS, alpha=alpha, seed=seed)
+        self.told = Verdict.UNDECIDED
         self._closely = 0
 
     def about(self, live: int, share: Share) -> bool:
@@ -55,7 +60,7 @@ class Trial:
     @property
     def closely(self) -> bool:
         """All of its requests should come with log-probabilities."""
-        return not self.told and self._closely < CLOSELY
+        return self.told is not Verdict.WORSE and self._closely < CLOSELY
 
     def observe(self, exchange: Exchange) -> Judgement | None:
         """One request that was dealt to one of the two; a judgement when this one brought it about."""
@@ -63,19 +68,21 @@ class Trial:
         values = _values(exchange)
         if canary and values.get("mean_logprob") is not None:
             self._closely += 1
-        return self._judged(self.comparison.observe(canary, values, asker=exchange.asker))
+        self.comparison.observe(canary, values, asker=exchange.asker)
+        return self._judged()
 
     def rated(self, version: str, rating: float, asker: bytes | None) -> Judgement | None:
         """Feedback about a request that was dealt to one of the two."""
         known = None if asker is None else asker + b"\0rating"
-        return self._judged(self.comparison.observe(version == f"v{self.canary}", {"rating": rating}, asker=known))
+        self.comparison.observe(version == f"v{self.canary}", {"rating": rating}, asker=known)
+        return self._judged()
 
     def report(self) -> dict[str, Any]:
         """For the API."""
         return {
             "live": self.live,
             "canary": self.canary,
-            "verdict": self.comparison.verdict.value,
+            "verdict": self.verdict.value,
             "alpha": self.comparison.alpha,
             "log_threshold": round(self.comparison.log_threshold, 3),
             "checks": [described(one) for one in self.comparison.findings()],
@@ -86,23 +93,35 @@ class Trial:
         return {group: self.comparison.log_evidence(group) for group in GROUPS}
 
     def state(self) -> dict[str, NDArray]:
-        versions = np.array([self.live, self.canary, int(self.told), self._closely])
-        return {"versions": versions, "name": np.array(self.adapter), **self.comparison.state()}
+        versions = np.array([self.live, self.canary, self._closely])
+        said = {"name": np.array(self.adapter), "told": np.array(self.told.value)}
+        return {"versions": versions, **said, **self.comparison.state()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, NDArray]) -> Trial:
         """The trial whose `state()` this was; ValueError or KeyError if it was none."""
         trial = cls.__new__(cls)
         trial.adapter = str(state["name"])
-        trial.live, trial.canary, told, trial._closely = (int(one) for one in state["versions"])
-        trial.told = bool(told)
+        trial.live, trial.canary, trial._closely = (int(one) for one in state["versions"])
+        trial.told = Verdict(str(state["told"]))
         trial.comparison = Comparison.from_state(state, CHECKS)
         return trial
 
-    def _judged(self, verdict: Verdict) -> Judgement | None:
-        if verdict is Verdict.UNDECIDED or self.told:
+    @property
+    def verdict(self) -> Verdict:
+        """Whoever has proved its latency may still turn out worse: that counts more, and at any time."""
+        found = self.comparison.findings()
+        if any(one.worse for one in found):
+            return Verdict.WORSE
+        proved = all(one.proved for one, check in zip(found, CHECKS, strict=True) if check.required)
+        enough = max(one.canary for one in found) >= ENOUGH
+        return Verdict.PROVED if proved and enough else Verdict.UNDECIDED
+
+    def _judged(self) -> Judgement | None:
+        verdict = self.verdict
+        if verdict in (Verdict.UNDECIDED, self.told):
             return None
-        self.told = True
+        self.told = verdict
         reasons = self.comparison.reasons()
         reason = max(reasons, key=lambda one: one.log_evidence).group if reasons else "proved"
         found = tuple(self.comparison.findings())

@@ -17,10 +17,12 @@ import os
 import queue
 import random
 import re
+import shutil
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -319,6 +321,15 @@ class Watcher(Collector):
                     one.dirty = True
                     for signal in one.baseline.signals.values():
                         signal.acknowledge()
+
+    def forget(self, adapter: str, id: str) -> None:
+        """A version is gone, and what was known of it goes too."""
+        with self._lock:
+            self._versions.pop(id, None)
+            place = self._place(adapter, id)
+            shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):
+                place.parent.rmdir()
 
     def adopt(self, adapter: str, version: str, id: str, exchanges: Sequence[Exchange]) -> dict[str, int]:
         """Make a version's baseline of these exchanges, instead of its first traffic; how many rows each signal got."""

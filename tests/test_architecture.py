@@ -13,7 +13,7 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 # In the order of imports: a module may use what stands on the shelves below its own.
 SHELVES = [
     {"errors"},
-    {"slo", "policy"},
+    {"slo", "policy", "series"},
     {"config", "machine", "drift", "thinning", "plugin", "tenant", "limits"},
     {
         "adapter",
@@ -27,19 +27,19 @@ SHELVES = [
         "probe",
         "traffic",
         "embedding",
-        "compare",
         "monitoring",
         "page",
+        "compare",
     },
     {"store", "registry", "upload", "source", "audit", "signals", "recent"},
     {"engine", "keys", "baseline", "feedback", "trial"},
     {"watcher"},
     {"router", "lifecycle", "monitor", "backend", "shadow"},
-    {"inference", "wayback", "prober"},
+    {"inference", "wayback", "prober", "rehearsal"},
     {"alerts", "referee"},
     {"app"},
     {"launch", "terminal"},
-    {"cli_adapters", "cli_bench", "cli_keys", "cli_monitoring"},
+    {"cli_adapters", "cli_bench", "cli_keys", "cli_monitoring", "cli_baseline"},
     {"cli"},
 ]
 SHELF = {name: level for level, names in enumerate(SHELVES) for name in names}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -18,8 +20,12 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.metrics.stats import RequestStateStats
+from vllm.v1.outputs import LogprobsLists
 
-from serve.backend import parse
+from serve.backend import _ask_logprobs, _Timed, parse
 from serve.config import engine_options
 from serve.errors import ConfigError
 from serve.inference import salted
@@ -39,6 +45,49 @@ def test_the_engine_still_has_what_we_call():
     assert {"lora_request", "priority"} <= set(taken)
     assert SamplingParams(temperature=0, max_tokens=1, logprobs=20, prompt_logprobs=0, detokenize=False).clone()
     assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
+
+
+def test_the_places_where_answers_are_watched_are_still_there():
+    """serve.backend subclasses these and reads what they leave."""
+    own = inspect.getsource(AsyncLLM.__init__)
+    assert "self.output_processor = OutputProcessor(" in own
+    add = inspect.getsource(AsyncLLM._add_request)
+    assert add.index("self.output_processor.add_request(") < add.index("self.engine_core.add_request_async(")
+    taken = list(inspect.signature(OutputProcessor.add_request).parameters)
+    assert taken[:3] == ["self", "request", "prompt"]
+    finished = list(inspect.signature(OutputProcessor._update_stats_from_finished).parameters)
+    assert finished[:3] == ["self", "req_state", "finish_reason"]
+    assert "req_state.logprobs_processor.update_from_output(engine_core_output)" in inspect.getsource(
+        OutputProcessor.process_outputs
+    )
+    for name in ("detokenizer", "logprobs_processor", "prompt_token_ids", "stats"):
+        assert f"self.{name} = " in inspect.getsource(RequestState.__init__)
+    assert {"queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts", "first_token_latency", "arrival_time"} <= {
+        field.name for field in dataclasses.fields(RequestStateStats)
+    }
+    assert LogprobsLists._fields[:2] == ("logprob_token_ids", "logprobs")
+
+
+def test_the_longest_wait_is_remembered_and_hidden_log_probabilities_stay_hidden():
+    timed = _Timed(**vars(RequestStateStats(arrival_time=5.0)))
+    for now in (1.0, 1.5, 3.5, 4.0):
+        timed.last_token_ts = now
+    assert (timed.worst, timed.last_token_ts, timed.arrival_time) == (2.0, 4.0, 5.0)
+
+    params = SamplingParams(max_tokens=4)
+    request = SimpleNamespace(sampling_params=params)
+    state = SimpleNamespace(logprobs_processor=LogprobsProcessor(None, None, None, None, None, None))
+    _ask_logprobs(request, state)
+    assert (params.logprobs, request.sampling_params.logprobs) == (None, 0), "others may share the params"
+    rows = LogprobsLists(np.array([[7], [8]]), np.array([[-0.5], [-1.5]]), np.array([1, 1]))
+    output = SimpleNamespace(new_logprobs=rows, new_prompt_logprobs_tensors=None, prompt_token_id_logprobs=None)
+    state.logprobs_processor.update_from_output(output)
+    assert state.logprobs_processor.kept == [-0.5, -1.5] and state.logprobs_processor.logprobs is None
+
+    asked = SimpleNamespace(sampling_params=SamplingParams(logprobs=2))
+    state = SimpleNamespace(logprobs_processor=None)
+    _ask_logprobs(asked, state)
+    assert asked.sampling_params.logprobs == 2, "what a client asked for stays as it is"
 
 
 def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():

@@ -17,6 +17,8 @@ BODIES = {
     ("post", "/v1/adapters/{name}/canary"): {"json": {"version": 1, "weight": 0.5}},
     ("post", "/v1/adapters/{name}/shadow"): {"json": {"version": 1, "weight": 0.5}},
     ("post", "/v1/adapters/{name}/pin"): {"json": {"version": 1}},
+    ("post", "/v1/adapters/{name}/drift/acknowledge"): {"json": {"version": 1}},
+    ("post", "/v1/adapters/{name}/baseline"): {"json": {"prompts": ["x"] * 20}},
     ("post", "/v1/keys"): {"json": {"name": "more", "tenant": "acme"}},
 }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from serve.cli_baseline import prompts
 from serve.errors import ConfigError
 from serve.policy import DEFAULT_POLICIES, Policy, parse, policy_for
 from serve.tap import Exchange, Generation
@@ -166,16 +167,25 @@ async def test_a_canary_that_is_slower_is_ended_with_the_evidence_in_history_aud
         for _ in range(20):
             await ask(client, 50)
             await drift(client)
-            if (await client.get("/v1/adapters/tone")).json()["canary"] is None:
+            if await canary_ended(client):
                 break
         shown = (await client.get("/v1/adapters/tone")).json()
         assert shown["canary"] is None and shown["live"] == 1
         entry = shown["history"][-1]
         assert entry["who"] == "wayback" and "inter_token" in entry["why"]
-        text = (await client.get("/metrics")).text
-        assert 'loradock_rollbacks_total{adapter="tone",reason="latency",version="v2"} 1.0' in text
-        lines = [json.loads(line) for line in (watched.data_dir / "audit.jsonl").read_text().splitlines()]
-        assert lines[-1]["what"] == "canary_ended" and "inter_token" in lines[-1]["evidence"]
+        counted = 'loradock_rollbacks_total{adapter="tone",reason="latency",version="v2"} 1.0'
+
+        async def told():
+            return counted in (await client.get("/metrics")).text
+
+        assert await until(told)
+        log = watched.data_dir / "audit.jsonl"
+
+        async def audited():
+            last = json.loads(log.read_text().splitlines()[-1])
+            return last["what"] == "canary_ended" and "inter_token" in last["evidence"]
+
+        assert await until(audited)
 
 
 async def test_a_damaged_canary_is_ended_within_sixty_of_its_requests(connect, watched, backend, make_adapter):
@@ -187,7 +197,7 @@ async def test_a_damaged_canary_is_ended_within_sixty_of_its_requests(connect, w
         for _ in range(100):
             await ask(client, 20)
             await drift(client)
-            if (await client.get("/v1/adapters/tone")).json()["canary"] is None:
+            if await canary_ended(client):
                 break
         used = sum(body["model"] == canary for body in backend.bodies)
         assert used <= 60 and (await client.get("/v1/adapters/tone")).json()["canary"] is None
@@ -209,7 +219,6 @@ async def test_by_policy_a_promote_begins_as_a_canary_and_ends_when_it_has_prove
             if (await client.get("/v1/adapters/tone")).json()["live"] == 2:
                 break
         shown = (await client.get("/v1/adapters/tone")).json()
-        print(await drift(client))
         assert (shown["live"], shown["canary"]) == (2, None)
         assert shown["history"][-1]["who"] == "referee" or shown["history"][-2]["who"] == "referee"
 
@@ -231,6 +240,46 @@ async def test_by_policy_a_canary_that_did_worse_is_held_back_until_somebody_ins
         assert held.status_code == 409 and "did worse" in held.json()["error"]["message"]
         insisted = await client.post("/v1/adapters/tone/promote", json={"version": 2, "at_once": True})
         assert insisted.status_code == 200 and insisted.json()["live"]
+
+
+async def test_a_baseline_of_prompts_is_there_before_any_traffic(connect, watched, backend, make_adapter):
+    engine = Engine(backend)
+    async with connect(watched) as client:
+        (id,) = await push(client, make_adapter, 0)
+        prompts = [f"prompt {number}" for number in range(40)] + [[{"role": "user", "content": "hello"}]] * 20
+        built = await client.post("/v1/adapters/tone/baseline", json={"prompts": prompts})
+        assert built.json()["requests"] == {"prompt": 60, "output": 60, "logprob": 60}
+        assert {body["model"] for body in backend.bodies} == {id} and len(backend.bodies) == 60
+        told = (await drift(client))["versions"][0]
+        assert told["baseline"] == "shipped" and told["signals"]["prompt"]["phase"] == "watching"
+        assert "loradock_requests_total{" not in (await client.get("/metrics")).text, "nobody's requests"
+        engine.topic = range(14, 30)
+        await ask(client, 150)
+        assert (await drift(client))["versions"][0]["signals"]["prompt"]["alarmed"]
+        few = await client.post("/v1/adapters/tone/baseline", json={"prompts": ["x"]})
+        assert few.status_code == 400
+
+
+def test_a_file_of_prompts_is_read_line_by_line(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"one"\n{"prompt": "two"}\n\n{"messages": [{"role": "user", "content": "three"}]}\n')
+    assert prompts(file) == ["one", "two", [{"role": "user", "content": "three"}]]
+    for wrong in ("{", "3", '{"text": "x"}'):
+        file.write_text('"one"\n' + wrong)
+        with pytest.raises(ConfigError, match="line 2"):
+            prompts(file)
+
+
+async def test_a_version_that_is_removed_leaves_nothing_of_what_was_known(connect, watched, backend, make_adapter):
+    Engine(backend)
+    async with connect(watched) as client:
+        await push(client, make_adapter, 0)
+        await ask(client, 60)
+        await drift(client)
+        client._transport.app.state.watcher.save()
+        assert list((watched.data_dir / "drift").glob("*/*/baseline.json"))
+        assert (await client.delete("/v1/adapters/tone")).status_code == 200
+        assert not list((watched.data_dir / "drift").glob("*/*"))
 
 
 async def test_a_rating_is_joined_to_an_answer_by_its_id_once(client, backend, make_adapter):
