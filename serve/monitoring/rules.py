@@ -240,6 +240,15 @@ def _server() -> Iterator[Rule]:
         dashboard="loradock-engine",
     )
     yield _alert(
+        "LoradockEngineRestarts",
+        "sum by (model) (increase(loradock_engine_restarts_total[1h])) > 2",
+        TICKET,
+        "the engine of {{ $labels.model }} dies again and again",
+        "It was started anew more than twice within an hour. The server's log says of what it died: out of memory is "
+        "the usual cause, so give it less KV cache or fewer adapters.",
+        dashboard="loradock-engine",
+    )
+    yield _alert(
         "LoradockQueue",
         "histogram_quantile(0.95, sum by (le) (rate(loradock_queue_time_seconds_bucket[5m]))) > 5 "
         f"and sum(increase(loradock_queue_time_seconds_count[5m])) >= {ENOUGH}",

@@ -209,7 +209,7 @@ async function refresh() {
     if (mine !== turn) return;
     $("model").textContent = about.model;
     show(details);
-    engine(engines?.data?.[0]);
+    engine(engines?.data);
     $("fresh").textContent = new Date().toLocaleTimeString();
     problem(refused);
   } catch (error) {
@@ -244,11 +244,14 @@ function show(chosen) {
   if (held) document.querySelector(`[aria-label="${CSS.escape(held)}"]`)?.focus();
 }
 
-function engine(row) {
-  $("engine").hidden = !row;
-  if (!row) return;
-  $("engine").textContent = row.phase === "ready" ? `ready, ${row.running} running` : row.phase;
-  $("engine").className = `pill ${row.phase === "ready" ? "good" : "bad"}`;
+function engine(rows) {
+  $("engine").hidden = !rows?.length;
+  if (!rows?.length) return;
+  const running = rows.reduce((total, row) => total + row.running, 0), bad = rows.filter((row) => row.phase !== "ready");
+  const one = rows.length === 1;
+  $("engine").textContent = bad.length ? bad.map((row) => (one ? row.phase : `${row.name}: ${row.phase}`)).join(", ")
+    : `${one ? "ready" : `${rows.length} engines ready`}, ${running} running`;
+  $("engine").className = `pill ${bad.length ? "bad" : "good"}`;
 }
 
 $("key-form").addEventListener("submit", (event) => {
