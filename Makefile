@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos watch bench monitoring clean setup setup-dev
+.PHONY: help serve test lint types chaos watch equality bench monitoring clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -31,6 +31,16 @@ chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of it
 watch: setup-dev ## drift, damage and latency against the real engine, with ten times the traffic; what watching costs
 	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py
 	@$(BIN)/python -m tests.cost
+
+equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
+	@$(BIN)/python -m tests.equality $(ARGS)
+
+tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, and 1,000 loads and unloads that leak nothing
+	@LORADOCK_TEST_ADAPTERS=$(or $(ADAPTERS),1000) $(BIN)/python -m pytest -s tests/e2e/test_tiers.py
+
+cases: setup-dev ## 5,000 malformed archives, headers and configs against each check of an upload
+	@HYPOTHESIS_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -s -m "not engine" --hypothesis-show-statistics \
+		tests/serve/test_upload.py tests/serve/test_adapter.py tests/serve/test_store.py
 
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)

@@ -5,6 +5,7 @@ an upload:   app > auth > upload > adapter > store > engine > registry
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -26,12 +27,12 @@ from serve.adapter import Limits as AdapterLimits
 from serve.alerts import Alerts, Notification
 from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
-from serve.base import lora_modules
 from serve.config import Config
 from serve.embedding import Embedding
-from serve.engine import Backend, Engine, Phase
+from serve.engine import Backend, Engine
 from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
 from serve.feedback import GOOD, Feedback
+from serve.fleet import Fleet, Patience, Supervisor
 from serve.inference import PATHS, STORED, Inference
 from serve.keys import Keys
 from serve.lifecycle import Lifecycle
@@ -160,25 +161,34 @@ def build_app(
     on_failure: Callable[[LoradockError], None] | None = None,
     on_shadow: Callable[[ShadowExchange], None] | None = None,
 ) -> FastAPI:
-    """The whole server over `backend`; `on_failure` hears of an engine that cannot start or has died.
+    """The whole server over `backend`; `on_failure` hears of an engine that cannot start.
 
     `on_shadow` gets every request that a shadow answered too, with both answers.
     """
-    engine = Engine(backend)
     store = Store(config.data_dir)
     registry = Registry(config.registry_url)
-    modules: dict[str, tuple[int, int]] = {}
-    judge = Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
-    probe = judge if config.probe else None
-    lifecycle = Lifecycle(engine, registry, store, lambda: modules, probe, lambda: _limits(config, backend))
+
+    def make_probe(engine: Engine) -> Probe | None:
+        if not config.probe:
+            return None
+        return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
+
+    async def restore(base: Supervisor, engine: Engine) -> None:
+        engine.on_load = monitor.loaded
+        if config.drift:
+            await asyncio.to_thread(_learn, watcher, base.name, Path(engine.backend.model))
+        await lifecycle.restore(base, engine)
+
+    patience = Patience(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Patience)})
+    fleet = Fleet([Supervisor(backend, restore, make_probe, patience)])
+    lifecycle = Lifecycle(fleet, registry, store, lambda base: _limits(config, base.backend))
     keys = Keys(registry)
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
-    monitor = Monitor(engine, registry, audit, __version__, config.slos, limit=config.max_labelled_versions)
-    engine.on_load = monitor.loaded
+    monitor = Monitor(fleet, registry, audit, __version__, config.slos, limit=config.max_labelled_versions)
     wayback = Wayback(lifecycle, registry, audit, monitor.rolled_back)
     alerting = Alerts(wayback, registry, lambda adapter: referee.policy(adapter).worse == ROLLBACK)
-    feedback, recent = Feedback(), Recent()
+    feedback = Feedback()
     trials = Trials(
         lambda adapter: registry.canary(adapter) if adapter in registry else None,
         lambda adapter: _live_version(registry, adapter),
@@ -205,53 +215,38 @@ def build_app(
         capture=config.capture,
         redact=config.capture_redact,
         keep_quotes=config.capture_hours * 3600,
+        base_of=lambda adapter: adapter if adapter in fleet else fleet.of(adapter).name,
         label=monitor.label,
         alarmed=alarmed,
         judged=judged,
     )
     monitor.watch(watcher)
-    monitor.passed_on += [feedback.remember, watcher.offer, recent.take]
-    rehearsal = Rehearsal(engine, store)
-    prober = Prober(
-        engine, registry, store, watcher, alarmed, lambda: judge.noise, interval=config.drift_probe_interval
-    )
-    shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
-    router = Router(engine, registry, store)
+    monitor.passed_on += [feedback.remember, watcher.offer]
+    rehearsal = Rehearsal(fleet, store)
+    prober = Prober(fleet, registry, store, watcher, alarmed, interval=config.drift_probe_interval)
+    shadows = Shadows(fleet, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
+    router = Router(fleet, registry, store)
     recent = Recent()
     monitor.passed_on.append(recent.take)
     inference = Inference(auth, router, Meters(), monitor.take, shadows, watcher.wants_logprobs)
 
-    async def start() -> None:
-        await engine.start()
-        modules.update(await asyncio.to_thread(lora_modules, config.model))
-        if probe:
-            await probe.start()
-        await lifecycle.restore()
-        if config.drift:
-            await _begin_to_watch(watcher, config.model)
-        ready.set()
-
     async def live() -> None:
         try:
-            await start()
-            if watcher.running:
-                probing.append(asyncio.create_task(prober.run()))
-            while not backend.dead:
-                await asyncio.sleep(1)
-            raise EngineUnavailable("the engine process has died: its log above says why")
+            await lifecycle.sweep()
+            await fleet.start()
+            ready.set()
+            await prober.run()
         except LoradockError as error:
-            engine.phase = Phase.FAILED
-            ready.clear()
             (on_failure or log.error)(error)
 
     async def log_stats() -> None:
         while True:
             await asyncio.sleep(LOG_STATS_SECONDS)
-            with suppress(EngineUnavailable):
-                await backend.log_stats()
+            for base in fleet:
+                with suppress(EngineUnavailable):
+                    await base.backend.log_stats()
 
     ready = asyncio.Event()
-    probing: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -260,13 +255,13 @@ def build_app(
         try:
             yield
         finally:
-            for task in (*tasks, *probing):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, *probing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(watcher.stop)
             await shadows.close()
             await lifecycle.settle()
-            await engine.stop()
+            await fleet.stop()
             registry.close()
 
     app = FastAPI(
@@ -324,14 +319,15 @@ def build_app(
 
     @app.get("/ready")
     async def is_ready() -> Response:
-        """An engine answers."""
-        if not ready.is_set() or backend.dead:
-            raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}")
-        return JSONResponse({"status": "ready", "model": engine.name})
+        """Every engine answers."""
+        for base in fleet:
+            if not base.is_ready:
+                raise base.unavailable()
+        return JSONResponse({"status": "ready", "model": fleet.first.name})
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": __version__, "vllm": backend.version, "model": engine.name}
+        return {"version": __version__, "vllm": fleet.first.backend.version, "model": fleet.first.name}
 
     @app.get("/metrics")
     async def metrics(request: Request, caller: Operator) -> Response:
@@ -348,35 +344,34 @@ def build_app(
 
     @app.get("/v1/models")
     async def models(caller: Asker) -> dict[str, Any]:
-        return {"object": "list", "data": list(_cards(engine, registry, config.model, caller))}
+        return {"object": "list", "data": list(_cards(fleet, registry, caller))}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, caller: Asker) -> dict[str, Any]:
-        for card in _cards(engine, registry, config.model, caller):
+        for card in _cards(fleet, registry, caller):
             if name == card["id"]:
                 return card
         raise NotFound(f"The model `{name}` does not exist", code="model_not_found", param="model")
 
     @app.get("/v1/engines")
     async def engines(caller: Operator) -> dict[str, Any]:
-        # The backend answers behind what it computes, so the other numbers are read afterwards.
-        resident = sorted(await engine.resident_ids()) if engine.phase is Phase.READY else []
-        row = {
-            "object": "engine",
-            "name": engine.name,
-            "phase": engine.phase,
-            "model": config.model,
-            "leases": engine.leases,
-            "running": backend.running,
-            "resident": resident,
-            "max_resident": backend.max_resident,
-        }
-        return {"object": "list", "data": [row]}
+        rows = []
+        for base in fleet:
+            # The backend answers behind what it computes, so the other numbers are read afterwards.
+            resident = sorted(await base.resident_ids()) if base.is_ready else []
+            rows.append({**base.described(), "resident": resident})
+        return {"object": "list", "data": rows}
+
+    @app.post("/v1/engines/{engine}/restart")
+    async def restart(engine: str, request: Request, caller: Operator) -> dict[str, Any]:
+        request.state.subject = engine
+        await fleet.get(engine).restart()
+        return fleet.get(engine).described()
 
     @app.post("/v1/adapters", status_code=201)
     async def push(request: Request, caller: Manager) -> Response:
         if not ready.is_set():
-            raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}: push again when /ready says so")
+            raise fleet.first.unavailable()
         kind = request.headers.get("content-type", "")
         with store.quarantine() as folder:
             if kind.partition(";")[0].strip().lower() == "application/json":
@@ -415,14 +410,14 @@ def build_app(
         rows = [
             {"name": short_name(full, caller.tenant), "versions": found[full]}
             for full in sorted(found)
-            if (caller.operator if full == engine.name else full in registry and manages(caller, full))
+            if (caller.operator if full in fleet else full in registry and manages(caller, full))
         ]
         return {"object": "list", "watching": watcher.running, "data": rows}
 
     @app.get("/v1/adapters/{name:path}/drift")
     async def adapter_drift(name: str, caller: Manager) -> dict[str, Any]:
         """What moved, since when, how strongly; and how its canary does."""
-        full = engine.name if name == engine.name and caller.operator else owned(name, caller)
+        full = name if name in fleet and caller.operator else owned(name, caller)
         told = await asyncio.to_thread(watcher.report, full)
         return {"object": "adapter.drift", "name": name, "watching": watcher.running, **told}
 
@@ -543,7 +538,7 @@ def build_app(
     async def alerts(body: Notification, request: Request, caller: Manager) -> dict[str, Any]:
         """Alertmanager's webhook."""
         if not ready.is_set():
-            raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}: send the alerts again later")
+            raise fleet.first.unavailable()
         rows = [
             await alerting.take(alert, may=manages(caller, alert.labels.get("adapter", "")), by=caller.name)
             for alert in body.alerts
@@ -575,8 +570,9 @@ def build_app(
         request.state.subject = f"{key.tenant}/{key.name} {key.id}"
         return key.described()
 
-    app.state.engine, app.state.ready, app.state.wayback = engine, ready, wayback
+    app.state.fleet, app.state.engine, app.state.ready = fleet, fleet.first, ready
     app.state.watcher, app.state.prober, app.state.inference = watcher, prober, inference
+    app.state.wayback = wayback
     return app
 
 
@@ -650,17 +646,15 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
     return asked.model_copy(update={"why": asked.why or f"from {asked.source}"})
 
 
-async def _begin_to_watch(watcher: Watcher, model: str) -> None:
-    """Start the watcher; without the model's embedding table there is nothing to watch with, and that is said."""
-    folder = Path(model)
+def _learn(watcher: Watcher, base: str, model: Path) -> None:
+    """Have the versions over this model watched; without its embedding table there is nothing to watch with."""
     try:
-        embedding = await asyncio.to_thread(Embedding.of, folder)
+        embedding = Embedding.of(model)
     except LoradockError as error:
-        log.warning("drift is not watched: %s", error)
+        log.warning("drift is not watched for %s: %s", base, error)
         return
-    tokenizer = folder / "tokenizer.json"
-    digest = await asyncio.to_thread(_digest, tokenizer) if tokenizer.exists() else ""
-    watcher.start(embedding, digest)
+    tokenizer = model / "tokenizer.json"
+    watcher.learn(base, embedding, _digest(tokenizer) if tokenizer.exists() else "")
 
 
 def _forget(watcher: Watcher, gone: Sequence[Adapter]) -> None:
@@ -681,12 +675,12 @@ def _share(share: Share | None) -> dict[str, Any] | None:
     return {"version": share.adapter.version, "weight": share.weight} if share else None
 
 
-def _cards(engine: Engine, registry: Registry, model: str, caller: Caller) -> Iterator[dict[str, Any]]:
-    """OpenAI's model cards: the base, then every adapter that the caller may ask, by name and by version."""
-    base = {"id": engine.name, "object": "model", "created": 0, "owned_by": "loradock", "root": model, "parent": None}
-    if engine.phase is Phase.READY:
-        base["max_model_len"] = engine.backend.max_model_len
-    yield base
+def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[str, Any]]:
+    """OpenAI's model cards: the bases, then every adapter that the caller may ask, by name and by version."""
+    for base in fleet:
+        card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock", "root": base.model}
+        card |= {"parent": None, "max_model_len": base.backend.max_model_len} if base.is_ready else {"parent": None}
+        yield card
     for full in registry.names():
         if not sees(registry, caller, full):
             continue
@@ -703,7 +697,7 @@ def _cards(engine: Engine, registry: Registry, model: str, caller: Caller) -> It
                     "created": int(adapter.created),
                     "owned_by": "loradock",
                     "root": adapter.id,
-                    "parent": engine.name,
+                    "parent": fleet.of(full).name,
                 }
 
 

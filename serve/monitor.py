@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from typing import Any
 
-from prometheus_client import CollectorRegistry, disable_created_metrics
+from prometheus_client import REGISTRY, CollectorRegistry, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
@@ -19,7 +19,8 @@ from prometheus_client.registry import Collector
 
 from serve.adapter import Adapter
 from serve.audit import Audit
-from serve.engine import Engine, Phase
+from serve.engine import Phase
+from serve.fleet import Fleet
 from serve.registry import Registry
 from serve.series import Counters, Family, Histograms, Tally
 from serve.slo import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Slo
@@ -48,7 +49,7 @@ class Monitor:
 
     def __init__(
         self,
-        engine: Engine,
+        fleet: Fleet,
         registry: Registry,
         audit: Audit,
         version: str,
@@ -58,7 +59,7 @@ class Monitor:
         keep: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine = engine
+        self._fleet = fleet
         self._registry = registry
         self._limit = limit
         self._keep = keep
@@ -106,7 +107,7 @@ class Monitor:
         )
         self._tap = self._histogram("tap", "What watching an answer took of the event loop.", TAP_SECONDS, ())
         self._feedback = self._counter("feedback", "Answers that somebody rated.", *LABELS, "rating")
-        self._state = LiveState(engine, registry, audit, version, limit, self._series)
+        self._state = LiveState(fleet, registry, audit, version, limit, self._series)
         self._collectors.register(self._state)
         self._collectors.register(Objectives(slos))
 
@@ -166,13 +167,13 @@ class Monitor:
     def tidy(self) -> None:
         """Drop the series of versions that nobody asks and the engine does not hold."""
         now = self._clock()
-        resident = {residence.id for residence in self._engine.residents}
+        resident = {residence.id for base in self._fleet for residence in base.residents}
         held = {(one.name, f"v{one.version}") for one in self._registry.adapters() if one.id in resident}
         names = {adapter for adapter, _ in held} | set(self._registry.names())
         for labels, series in list(self._series.items()):
             if labels in held:
                 series.seen = now
-            elif labels != OTHER and labels[0] != self._engine.name and now - series.seen > self._keep:
+            elif labels != OTHER and labels[0] not in self._fleet and now - series.seen > self._keep:
                 del self._series[labels]
                 series.remove()
         for gone in [swapped for swapped in self._swaps.known() if swapped[0] not in names]:
@@ -180,11 +181,13 @@ class Monitor:
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Our series and the engine's for whoever accepts this, and the content type."""
-        return self._fresh("all", accept, self._ours, lambda: (self._collectors, *self._theirs(UNBOUNDED)))
+        return self._fresh(
+            "all", accept, self._ours, lambda: (self._collectors, REGISTRY, Theirs(self._fleet, UNBOUNDED))
+        )
 
     def render_engine(self, accept: str = "") -> tuple[bytes, str]:
         """The engine's own series, all of them."""
-        return self._fresh("engine", accept, lambda openmetrics: "", self._theirs)
+        return self._fresh("engine", accept, lambda openmetrics: "", lambda: (Theirs(self._fleet),))
 
     def _fresh(
         self,
@@ -206,17 +209,12 @@ class Monitor:
     def _ours(self, openmetrics: bool) -> str:
         return "".join(family.render(openmetrics) for family in self._families)
 
-    def _theirs(self, without: str = "") -> tuple[Collector, ...]:
-        if self._engine.phase is not Phase.READY:
-            return ()
-        return (Without(self._engine.backend.collector, without),)
-
     def _of(self, adapter: str, version: str) -> Series:
         """The series of a version; those of `other` when there are enough already."""
         series = self._series.get((adapter, version))
         if series is None:
             owned = len(self._series) - (OTHER in self._series)
-            labels = (adapter, version) if owned < self._limit or adapter == self._engine.name else OTHER
+            labels = (adapter, version) if owned < self._limit or adapter in self._fleet else OTHER
             series = self._series.get(labels) or self._series.setdefault(labels, Series(self, labels))
         series.seen = self._clock()
         return series
@@ -269,15 +267,26 @@ class Series:
             metric.remove(*self._labels, *more)
 
 
-class Without(Collector):
-    """A collector without one of its families."""
+class Theirs(CollectorRegistry):
+    """vLLM's series of every engine that serves, each series once, and one family left out."""
 
-    def __init__(self, whole: Collector, name: str) -> None:
-        self._whole = whole
-        self._name = name
+    def __init__(self, fleet: Fleet, without: str = "") -> None:
+        super().__init__()
+        self._fleet = fleet
+        self._without = without
 
     def collect(self) -> Iterator[Metric]:
-        return (family for family in self._whole.collect() if family.name != self._name)
+        families: dict[str, Metric] = {}
+        for base in self._fleet:
+            if base.phase is not Phase.READY:
+                continue
+            for family in base.backend.metrics():
+                if family.name == self._without:
+                    continue
+                known = families.setdefault(family.name, family)
+                if known is not family:
+                    known.samples.extend(family.samples)
+        yield from families.values()
 
 
 class LiveState(Collector):
@@ -285,14 +294,14 @@ class LiveState(Collector):
 
     def __init__(
         self,
-        engine: Engine,
+        fleet: Fleet,
         registry: Registry,
         audit: Audit,
         version: str,
         limit: int,
         labelled: dict[tuple[str, str], Series],
     ) -> None:
-        self._engine = engine
+        self._fleet = fleet
         self._audit = audit
         self._registry = registry
         self._version = version
@@ -300,14 +309,23 @@ class LiveState(Collector):
         self._labelled = labelled
 
     def collect(self) -> Iterator[Metric]:
-        backend = self._engine.backend
-        yield InfoMetricFamily("loradock_build", "Versions.", {"version": self._version, "vllm": backend.version})
+        vllm = self._fleet.first.backend.version
+        yield InfoMetricFamily("loradock_build", "Versions.", {"version": self._version, "vllm": vllm})
         phase = GaugeMetricFamily(
             "loradock_engine_phase", "1 for the phase the engine is in.", labels=("model", "phase")
         )
-        for one in Phase:
-            phase.add_metric((self._engine.name, one.value), float(self._engine.phase is one))
-        yield phase
+        restarts = CounterMetricFamily(
+            "loradock_engine_restarts", "Engines started anew after a death.", labels=("model",)
+        )
+        waiting = GaugeMetricFamily("loradock_engine_waiting", "Requests in the engine's own queue.", labels=("model",))
+        memory = GaugeMetricFamily("loradock_engine_memory_bytes", "Of the engine's processes.", labels=("model",))
+        for base in self._fleet:
+            for one in Phase:
+                phase.add_metric((base.name, one.value), float(base.phase is one))
+            restarts.add_metric((base.name,), base.restarts)
+            waiting.add_metric((base.name,), base.backend.waiting)
+            memory.add_metric((base.name,), base.backend.memory)
+        yield from (phase, restarts, waiting, memory)
         yield GaugeMetricFamily("loradock_adapters", "Registered adapters.", value=len(self._registry.names()))
         yield CounterMetricFamily(
             "loradock_audit_failures", "Lines that the audit log lacks.", value=self._audit.failures
@@ -323,9 +341,13 @@ class LiveState(Collector):
             labels=(*LABELS, "state"),
         )
         info = GaugeMetricFamily("loradock_adapter_info", "1.", labels=(*LABELS, "digest", "rank", "base"))
-        leases = {residence.id: residence.leases for residence in self._engine.residents}
-        states = self._engine.states
-        running.add_metric((self._engine.name, "base"), self._engine.leases - sum(leases.values()))
+        leases: dict[str, int] = {}
+        states: dict[str, str] = {}
+        for base in self._fleet:
+            mine = {residence.id: residence.leases for residence in base.residents}
+            running.add_metric((base.name, "base"), max(base.leases - sum(mine.values()), 0))
+            leases |= mine
+            states |= base.states
         busy, beyond = 0, dict.fromkeys(("slot", "host", "disk", "failed"), 0)
         shown = self._shown(states)
         for adapter in self._registry.adapters():

@@ -15,8 +15,10 @@ import msgspec
 from starlette.types import Message, Scope
 
 from serve.adapter import Adapter
-from serve.engine import LOW_PRIORITY, Engine
+from serve.cutoff import Cutoff
+from serve.engine import LOW_PRIORITY, Engine, Lease
 from serve.errors import BadRequest
+from serve.fleet import Fleet
 from serve.store import Store
 from serve.tap import Exchange, Watch, watching
 
@@ -29,15 +31,18 @@ _encode = msgspec.json.Encoder().encode
 class Rehearsal:
     """`run` gives the exchanges, in the order of the prompts; each prompt is a text or a list of chat messages."""
 
-    def __init__(self, engine: Engine, store: Store) -> None:
-        self._engine, self._store = engine, store
+    def __init__(self, fleet: Fleet, store: Store) -> None:
+        self._fleet, self._store = fleet, store
 
     async def run(self, adapter: Adapter, prompts: Sequence[Any], *, max_tokens: int = 64) -> list[Exchange]:
         """Have `adapter` answer; BadRequest says which prompt it was that the engine did not take."""
         room = asyncio.Semaphore(AT_ONCE)
-        async with self._engine.lease(adapter.id, self._store.path(adapter.digest)) as model:
+        base = self._fleet.of(adapter.name)
+        await base.available()
+        engine, path = base.engine, self._store.path(adapter.digest)
+        async with engine.lease(adapter.id, path, tenant=adapter.tenant, priority=LOW_PRIORITY) as lease:
             asking = [
-                asyncio.create_task(self._ask(room, number, adapter, model, prompt, max_tokens))
+                asyncio.create_task(self._ask(engine, lease, room, number, adapter, prompt, max_tokens))
                 for number, prompt in enumerate(prompts, 1)
             ]
             try:
@@ -47,15 +52,27 @@ class Rehearsal:
                     task.cancel()
 
     async def _ask(
-        self, room: asyncio.Semaphore, number: int, adapter: Adapter, model: str, prompt: Any, max_tokens: int
+        self,
+        engine: Engine,
+        lease: Lease,
+        room: asyncio.Semaphore,
+        number: int,
+        adapter: Adapter,
+        prompt: Any,
+        max_tokens: int,
     ) -> Exchange:
         said = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-        body = {"model": model, "max_tokens": max_tokens, "stream": False, "priority": LOW_PRIORITY, **said}
+        body = {"model": lease.model, "max_tokens": max_tokens, "stream": False, **said}
+        if lease.priority is not None:
+            body["priority"] = lease.priority
         watch, answer = Watch(logprobs=True), _Kept()
         async with room:
             began = time.time()
             watching.set(watch)  # this task's alone
-            await self._engine.backend.app(_scope(TEXT if isinstance(prompt, str) else CHAT, body), *answer.ends(body))
+            receive, send = answer.ends(body)
+            call = Cutoff(receive, send, engine.failing)
+            with engine.alarm(call.cut):
+                await call.run(engine.backend.app, _scope(TEXT if isinstance(prompt, str) else CHAT, body))
         if answer.status != 200:
             raise BadRequest(f"prompt {number} was answered with {answer.status}: {answer.body[:300]!r}")
         generations = tuple(sequence.read() for sequence in watch.sequences)

@@ -154,6 +154,7 @@ class Tap:
         "asker",
         "began",
         "dealt",
+        "events",
         "id",
         "request_id",
         "status",
@@ -176,6 +177,8 @@ class Tap:
         self.dealt = False
         self.status = LEFT
         self.watch = Watch()
+        # The answer is a stream of server-sent events.
+        self.events = False
 
     @property
     def begun(self) -> bool:
@@ -188,6 +191,9 @@ class Tap:
             if self.request_id and not any(name == b"x-request-id" for name, _ in message["headers"]):
                 header = (b"x-request-id", self.request_id.encode())
                 message = {**message, "headers": [*message["headers"], header]}
+            self.events = any(
+                name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
+            )
         elif self._first is None:
             self._first = time.perf_counter()
         await self._send(message)

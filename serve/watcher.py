@@ -96,7 +96,7 @@ class Watched:
 class Watcher(Collector):
     """`offer`, `wants_logprobs` and `rated` belong to the event loop; the rest may be called from any thread.
 
-    `alarmed` and `judged` are called in the worker's thread. `tokenizer` is a digest of the model's tokenizer.
+    `alarmed` and `judged` are called in the worker's thread. `base_of` says which base an adapter belongs to.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Watcher(Collector):
         capture: bool = False,
         redact: Sequence[str] = (),
         keep_quotes: float = 86_400.0,
+        base_of: Callable[[str], str] = lambda adapter: "",
         label: Callable[[str, str], Labels] = lambda adapter, version: (adapter, version),
         alarmed: Callable[[Alarm], None] = lambda alarm: None,
         judged: Callable[[Judgement], None] = lambda judgement: None,
@@ -129,8 +130,9 @@ class Watcher(Collector):
         self._redact = [re.compile(pattern) for pattern in redact]
         self._label, self._alarmed, self._judged = label, alarmed, judged
         self._seed, self._clock = seed, clock
-        self._embedding: Embedding | None = None
-        self._tokenizer = ""
+        # By the base's name.
+        self._base_of = base_of
+        self._bases: dict[str, tuple[Embedding, str]] = {}
         self._queue: queue.Queue[Exchange | tuple[Any, ...] | None] = queue.Queue(QUEUE)
         self._thread: threading.Thread | None = None
         # The worker holds it for one exchange, a scrape and a report for one look; the event loop never.
@@ -163,9 +165,19 @@ class Watcher(Collector):
 
     # The worker's side
 
-    def start(self, embedding: Embedding, tokenizer: str = "") -> None:
-        """Begin to look; nothing that came before is looked at."""
-        self._embedding, self._tokenizer = embedding, tokenizer
+    def learn(self, base: str, embedding: Embedding, tokenizer: str = "") -> None:
+        """The model of a base, now or from now on; `tokenizer` is a digest. Nothing that came before is looked at."""
+        with self._lock:
+            known = self._bases.get(base)
+            if known and (known[0].digest, known[1]) == (embedding.digest, tokenizer):
+                return
+            self._bases[base] = embedding, tokenizer
+            for key in [key for key, one in self._versions.items() if self._base_of(one.adapter) == base]:
+                self._write(self._versions.pop(key))
+        if self._thread is None:
+            self._start()
+
+    def _start(self) -> None:
         self._restore_trials()
         self._thread = threading.Thread(target=self._work, name="watcher", daemon=True)
         self._thread.start()
@@ -247,6 +259,8 @@ class Watcher(Collector):
     def _watch(self, exchange: Exchange) -> list[Alarm]:
         if exchange.status != 200 or not exchange.generations or exchange.version == "":
             return []
+        if self._base_of(exchange.adapter) not in self._bases:
+            return []
         generation = exchange.generations[0]
         if not generation.prompt or not generation.output or generation.finish_reason in ("abort", "error"):
             return []
@@ -269,14 +283,14 @@ class Watcher(Collector):
 
     def _sample(self, watched: Watched, exchange: Exchange) -> Iterator[Alarm]:
         """One accepted request into the version's signals."""
-        assert self._embedding is not None
+        embedding, _ = self._bases[self._base_of(watched.adapter)]
         generation = exchange.generations[0]
-        row = prompt_row(self._embedding, generation.prompt)
+        row = prompt_row(embedding, generation.prompt)
         answer = Answer(generation.output, generation.finish_reason, generation.text, generation.logprobs)
         watched.dirty = True
         if self._capture:
             watched.quotes.append((exchange.began, self._quote(exchange, generation)))
-        for kind, values in {PROMPT: row, **answer_rows(self._embedding, row, answer)}.items():
+        for kind, values in {PROMPT: row, **answer_rows(embedding, row, answer)}.items():
             signal = watched.baseline.signals[kind]
             if signal.phase is Phase.WATCHING:
                 watched.times.setdefault(kind, deque(maxlen=TIMES)).append(exchange.began)
@@ -294,7 +308,7 @@ class Watcher(Collector):
 
     def probed(self, adapter: str, version: str, id: str, found: Sequence[Logprobs], noise: float) -> Alarm | None:
         """What a version answered to the fixed prompts: its first answer is kept, later ones are held against it."""
-        if self._embedding is None or not found:
+        if self._base_of(adapter) not in self._bases or not found:
             return None
         with self._lock:
             watched = self._of(adapter, version, id)
@@ -333,14 +347,15 @@ class Watcher(Collector):
 
     def adopt(self, adapter: str, version: str, id: str, exchanges: Sequence[Exchange]) -> dict[str, int]:
         """Make a version's baseline of these exchanges, instead of its first traffic; how many rows each signal got."""
-        if self._embedding is None:
+        if self._base_of(adapter) not in self._bases:
             raise ConfigError("drift is not watched on this server, so there is nothing to build a baseline for")
+        embedding, _ = self._bases[self._base_of(adapter)]
         rows: dict[str, list[Any]] = {}
         for exchange in exchanges:
             for made in exchange.generations[:1]:
-                row = prompt_row(self._embedding, made.prompt)
+                row = prompt_row(embedding, made.prompt)
                 answer = Answer(made.output, made.finish_reason, made.text, made.logprobs)
-                for kind, values in {PROMPT: row, **answer_rows(self._embedding, row, answer)}.items():
+                for kind, values in {PROMPT: row, **answer_rows(embedding, row, answer)}.items():
                     rows.setdefault(kind, []).append(values)
         baseline = Baseline.build(self._provenance(adapter, id), rows)
         baseline.configure(threshold=self._threshold, tolerance=self._tolerance)
@@ -500,12 +515,10 @@ class Watcher(Collector):
         return Baseline(mine)
 
     def _provenance(self, adapter: str, id: str) -> Provenance:
-        assert self._embedding is not None
         version = id.partition("@")[2] or "base"
-        table = self._embedding
-        return Provenance(
-            adapter, version, table.digest, self._tokenizer, seed=self._seed, dimensions=table.table.shape[1]
-        )
+        embedding, tokenizer = self._bases[self._base_of(adapter)]
+        dimensions = embedding.table.shape[1]
+        return Provenance(adapter, version, embedding.digest, tokenizer, seed=self._seed, dimensions=dimensions)
 
     def _write(self, one: Watched) -> None:
         try:

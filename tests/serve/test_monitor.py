@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
-from serve.engine import Engine
+from serve.fleet import Fleet, Patience, Supervisor
 from serve.monitor import Monitor
 from serve.tap import Exchange, Generation
 from tests.serve.conftest import FakeBackend
@@ -39,8 +39,8 @@ class Adapters:
 
 
 def monitored(count, **options):
-    engine = Engine(FakeBackend())
-    return Monitor(engine, Adapters(count), SimpleNamespace(failures=0), "1", **options)
+    fleet = Fleet([Supervisor(FakeBackend("."), None, None, Patience())])
+    return Monitor(fleet, Adapters(count), SimpleNamespace(failures=0), "1", **options)
 
 
 def exchange(adapter, version="v1", status=200, reason="stop", request_id="an-id", lots=random.Random(0)):

@@ -43,7 +43,7 @@ class Served:
     """The whole app over the fake engine, on a port, in a thread."""
 
     def __init__(self, config: Config) -> None:
-        self.backend = FakeBackend()
+        self.backend = FakeBackend(config.model)
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"

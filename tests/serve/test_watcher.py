@@ -24,12 +24,13 @@ VOCABULARY = 32
 
 
 @pytest.fixture
-def watched(config, tiny_model, tmp_path):
+def watched(config, backend, tiny_model, tmp_path):
     """A configuration of a model that has an embedding table, with short baselines."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     table = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0))
     save_file({"model.embed_tokens.weight": table}, folder / "model.safetensors")
+    backend.model = str(folder)
     return replace(config, model=str(folder), drift_reference=100, drift_threshold=1e4)
 
 

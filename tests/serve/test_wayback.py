@@ -77,7 +77,7 @@ async def test_an_alert_that_was_acted_on_is_not_acted_on_again_not_even_by_the_
         await client.post("/v1/adapters/tone/promote", json={"version": 2})
         assert await alert(client) == "rolled_back"
         assert await alert(client) == "repeated"
-    async with connect(config, FakeBackend()) as client:
+    async with connect(config, FakeBackend(config.model)) as client:
         await client.post("/v1/adapters/tone/promote", json={"version": 2})
         assert await alert(client) == "repeated"
         assert await alert(client, fingerprint="def456") == "too_soon"
