@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos watch equality drift-proof bench clean setup setup-dev tiers cases
+.PHONY: help serve test lint types chaos watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -49,8 +49,11 @@ cases: setup-dev ## 5,000 malformed archives, headers and configs against each c
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)
 
+monitoring: setup ## Prometheus and Alertmanager (Debian's) beside a running server
+	@exec docker/monitoring.sh
+
 clean: ## remove the virtual environment and everything else that was made here (not the model in the user's cache)
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .monitoring build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find serve optimize tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,10 +49,11 @@ class Notification(BaseModel):
 
 
 class Alerts:
-    """`take` answers for each alert what was done about it."""
+    """`take` says what was done about an alert; `by_itself(adapter)` says that the adapter's policy is to roll back."""
 
-    def __init__(self, wayback: Wayback, registry: Registry) -> None:
+    def __init__(self, wayback: Wayback, registry: Registry, by_itself: Callable[[str], bool]) -> None:
         self._wayback = wayback
+        self._by_itself = by_itself
         self._registry = registry
 
     async def take(self, alert: Alert, *, may: bool, by: str) -> dict[str, Any]:
@@ -72,6 +73,8 @@ class Alerts:
             return "ignored", "its labels name no adapter and version, as adapter=tone and version=v2"
         if not may or adapter not in self._registry:
             return "ignored", "this key manages no adapter of that name"
+        if not self._by_itself(adapter):
+            return "ignored", "this adapter's policy leaves the rollback to people"
         if await asyncio.to_thread(self._acted, adapter, alert.key):
             return "repeated", "it was acted on before"
         verdict = await self._wayback.rollback(adapter, int(version[1]), REASON, _evidence(alert, by))

@@ -39,6 +39,7 @@ from serve.lifecycle import Lifecycle
 from serve.limits import Limits, Meters
 from serve.monitor import Monitor
 from serve.page import pages
+from serve.policy import ROLLBACK
 from serve.probe import Probe
 from serve.prober import Prober
 from serve.recent import Recent
@@ -186,7 +187,7 @@ def build_app(
     audit = Audit(config.data_dir / "audit.jsonl")
     monitor = Monitor(fleet, registry, audit, __version__, config.slos, limit=config.max_labelled_versions)
     wayback = Wayback(lifecycle, registry, audit, monitor.rolled_back)
-    alerting = Alerts(wayback, registry)
+    alerting = Alerts(wayback, registry, lambda adapter: referee.policy(adapter).worse == ROLLBACK)
     feedback = Feedback()
     trials = Trials(
         lambda adapter: registry.canary(adapter) if adapter in registry else None,

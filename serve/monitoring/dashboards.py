@@ -195,11 +195,16 @@ def _overview(slos: Sequence[Slo]) -> Json:
         ),
         Row("The watching itself"),
         Panel(
-            "Cost of the tap",
-            "Worker time that one request costs. Above 300 us it is more than it may be.",
+            "Cost of watching",
+            "Time that one request costs: on the event loop (tap), and in the worker (watcher). Above 300 us the "
+            "watcher takes more than it may.",
             [
-                Query(f"sum(rate(loradock_tap_seconds_sum{_I})) / sum(rate(loradock_tap_seconds_count{_I}))", "mean"),
-                Query(_quantile(0.99, "tap_seconds"), "p99"),
+                Query(f"sum(rate(loradock_tap_seconds_sum{_I})) / sum(rate(loradock_tap_seconds_count{_I}))", "tap"),
+                Query(_quantile(0.99, "tap_seconds"), "tap, p99"),
+                Query(
+                    f"sum(rate(loradock_watcher_seconds_total{_I})) / sum(rate(loradock_watcher_requests_total{_I}))",
+                    "watcher",
+                ),
             ],
             unit="s",
             levels=((None, "green"), (0.0003, "red")),
@@ -445,7 +450,10 @@ def _swap() -> Json:
     def both(expr: str) -> list[Query]:
         """`expr` once a side, % standing for its labels."""
         return [
-            Query(expr.replace("%", f'adapter="$adapter",version="{version}"'), f"{side} ({version})")
+            Query(
+                expr.replace("%", f'adapter="$adapter",version="{version}"'),
+                f"{side} ({version})" + (" {{rating}}" if "rating" in expr else ""),
+            )
             for side, version in sides
         ]
 
@@ -527,6 +535,13 @@ def _swap() -> Json:
             unit="percentunit",
             quiet=True,
         ),
+        Panel(
+            "Feedback",
+            "Ratings a second, good and bad. They are a check of their own in the comparison.",
+            both("sum by (rating) (rate(loradock_feedback_total{%}[$__rate_interval]))"),
+            unit="reqps",
+            quiet=True,
+        ),
     ]
     says = "The new version beside the old one, at the same time."
     return dashboard("swap", "Swap", says, content, [one, old, new], _marks("$adapter"))
@@ -602,10 +617,24 @@ def _engine() -> Json:
             ],
         ),
         Panel(
+            "Memory",
+            "Of the engine's processes. Rising for hours: restart it before the machine does.",
+            [Query('max by (model) (loradock_engine_memory_bytes{model=~"$model"})', "{{model}}")],
+            unit="bytes",
+        ),
+        Panel(
+            "Restarts",
+            "Engines started anew after a death, in the last hour. Once may happen; the log says why.",
+            [Query('sum by (model) (increase(loradock_engine_restarts_total{model=~"$model"}[1h]))', "{{model}}")],
+            quiet=True,
+            levels=((None, "green"), (1, "red")),
+        ),
+        Panel(
             "Phase",
             "What the engine is doing, if not answering.",
             [Query('max by (model, phase) (loradock_engine_phase{model=~"$model"}) > 0', "{{model}} {{phase}}")],
             kind="state-timeline",
+            width=24,
             mappings={"1": ("here", "green")},
             least=None,
         ),

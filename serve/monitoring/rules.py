@@ -198,15 +198,12 @@ def _adapters() -> Iterator[Rule]:
     )
     yield _alert(
         "LoradockDrift",
-        "max by (adapter, version, signal) (loradock_drift_log_evidence) "
-        ">= on (adapter, version, signal) max by (adapter, version, signal) (loradock_drift_threshold_log_evidence) "
-        "and on (adapter, version, signal) "
-        + changed("sum by (adapter, version, signal) (loradock_drift_alarms_total)", "1d"),
+        changed("sum by (adapter, version, signal) (loradock_drift_alarms_total)", "1d"),
         TICKET,
         "{{ $labels.adapter }}@{{ $labels.version }}: the {{ $labels.signal }} signal has drifted",
         "What comes in or goes out is not what the version was approved with. GET /v1/adapters/NAME/drift says what "
-        "moved and since when. If the traffic has changed for good, build a new baseline (loradock baseline build); "
-        "if the version has, roll it back.",
+        "moved, since when and how strongly. If the version has changed, roll it back; if the traffic has, and for "
+        "good, build a new baseline (loradock baseline build). Then acknowledge it (POST .../drift/acknowledge).",
         dashboard="loradock-drift",
     )
     yield _alert(
@@ -240,6 +237,15 @@ def _server() -> Iterator[Rule]:
         "The server lives and its engine is not ready: GET /v1/engines says its phase, the log why. It starts within "
         "two minutes; if it does not, restart the server.",
         wait="5m",
+        dashboard="loradock-engine",
+    )
+    yield _alert(
+        "LoradockEngineRestarts",
+        "sum by (model) (increase(loradock_engine_restarts_total[1h])) > 2",
+        TICKET,
+        "the engine of {{ $labels.model }} dies again and again",
+        "It was started anew more than twice within an hour. The server's log says of what it died: out of memory is "
+        "the usual cause, so give it less KV cache or fewer adapters.",
         dashboard="loradock-engine",
     )
     yield _alert(

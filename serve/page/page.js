@@ -72,22 +72,29 @@ function traffic(minutes) {
   return make("div", {}, bars(minutes), said);
 }
 
-function drift(rows) {
-  if (!rows?.length) return make("div", { class: "said" }, "no drift signals yet");
+function drift(report) {
+  const all = Object.entries(report?.signals ?? {}).map(([signal, row]) => ({ signal, ...row }));
+  const rows = all.filter((row) => row.log_evidence != null && row.reference_requests >= row.reference_needed);
+  if (!all.length) return make("div", { class: "said" }, "drift: nothing seen yet");
+  if (!rows.length) {
+    const slowest = all.reduce((a, b) => (a.reference_requests < b.reference_requests ? a : b));
+    return make("div", { class: "said" }, `drift: baseline ${slowest.reference_requests} of ${slowest.reference_needed} requests`);
+  }
   const part = (row) => Math.max(0, row.log_evidence / row.log_threshold);
-  const worst = rows.reduce((a, b) => (part(b) > part(a) ? b : a));
-  const level = Math.min(1, part(worst)), alarm = rows.find((row) => row.drifted);
-  const kind = alarm ? "bad" : level > 0.6 ? "warn" : "";
+  const alarm = rows.find((row) => row.alarmed);
+  const worst = alarm ?? rows.reduce((a, b) => (part(b) > part(a) ? b : a));
+  const level = Math.min(1, part(worst)), kind = alarm ? "bad" : level > 0.6 ? "warn" : "";
+  const effects = Object.entries(worst.effects ?? {}).map(([name, value]) => `${name} ${value}`).join(", ");
   const drawn = make("svg", { class: "meter", viewBox: "0 0 100 6", preserveAspectRatio: "none", role: "img" },
-    make("title", {}, "Drift: the strongest evidence, as a part of the threshold"),
+    make("title", {}, `The strongest evidence of drift, as a part of the threshold. ${effects}`),
     make("rect", { class: "track", width: 100, height: 6 }),
     make("rect", { class: `level ${kind}`, width: 100 * level, height: 6 }));
   return make("div", {}, drawn, make("div", { class: "said" },
-    make("span", {}, alarm ? `drifted: ${alarm.signal}` : `drift, ${worst.signal}`),
+    make("span", {}, alarm ? `drifted: ${alarm.signal}` : `drift: ${worst.signal}`),
     make("span", {}, `${Math.round(100 * level)} % of threshold`)));
 }
 
-function version(adapter, one, signals) {
+function version(adapter, one) {
   const who = make("div", { class: "who" }, make("b", {}, `v${one.version}`));
   const canary = adapter.canary?.version === one.version, shadow = adapter.shadow?.version === one.version;
   if (one.live) who.append(pill("live", "good"));
@@ -119,17 +126,20 @@ function version(adapter, one, signals) {
       body: { version: one.version, expected_version: adapter.live ?? 0 },
     });
   }
-  return make("div", { class: "version" }, who, traffic(one.recent ?? []), drift(signals), act);
+  return make("div", { class: "version" }, who, traffic(one.recent ?? []),
+    drift(adapter.drift?.versions.find((row) => row.version === `v${one.version}`)), act);
 }
 
-function card(adapter, signals) {
+function card(adapter) {
   const top = make("div", { class: "top" }, make("h3", {}, adapter.name),
     pill(adapter.live == null ? "nothing live" : `live: v${adapter.live}`, adapter.live == null ? "warn" : "good"));
   if (adapter.tenant !== "default") top.append(pill(`tenant ${adapter.tenant}`));
   if (adapter.visibility === "shared") top.append(pill("shared"));
+  const trial = adapter.drift?.canary;
+  if (trial) top.append(pill(`v${trial.canary} against v${trial.live}: ${trial.verdict}`, trial.verdict === "worse" ? "bad" : ""));
   const versions = [...adapter.versions].sort((a, b) => b.live - a.live || b.version - a.version).slice(0, 8);
   return make("article", { class: "card", "data-adapter": adapter.name }, top,
-    ...versions.map((one) => version(adapter, one, signals.filter((row) => row.version === one.version))));
+    ...versions.map((one) => version(adapter, one)));
 }
 
 const WORDS = {
@@ -189,23 +199,24 @@ async function refresh() {
   const mine = ++turn;
   clearTimeout(timer);
   try {
-    const [told, drifting, engines, about] = await Promise.all([
-      call("/v1/adapters"), maybe("/v1/drift"), maybe("/v1/engines"), call("/version"),
-    ]);
+    const [told, engines, about] = await Promise.all([call("/v1/adapters"), maybe("/v1/engines"), call("/version")]);
     adapters = told.data;
     const chosen = filtered();
-    const details = await Promise.all(chosen.map((one) => maybe(path(one.name))));
+    const details = await Promise.all(chosen.map(async (one) => {
+      const [detail, drift] = await Promise.all([maybe(path(one.name)), maybe(path(one.name, "/drift"))]);
+      return { ...(detail ?? one), drift };
+    }));
     if (mine !== turn) return;
     $("model").textContent = about.model;
-    show(chosen.map((one, at) => details[at] ?? one), drifting?.data ?? []);
-    engine(engines?.data?.[0]);
+    show(details);
+    engine(engines?.data);
     $("fresh").textContent = new Date().toLocaleTimeString();
     problem(refused);
   } catch (error) {
     if (mine !== turn) return;
     if (error instanceof Refused && [401, 403].includes(error.status)) {
       adapters = [];
-      show([], []);
+      show([]);
       engine(null);
       problem(key ? error.message : "This server asks for a key: one with the scope adapters:write shows its tenant's "
         + "adapters, an admin key all of them.");
@@ -222,9 +233,9 @@ function filtered() {
   return found.slice(0, SHOWN);
 }
 
-function show(chosen, drifting) {
+function show(chosen) {
   const held = document.activeElement?.getAttribute("aria-label");
-  const cards = chosen.map((one) => card(one, drifting.filter((row) => row.adapter === one.name)));
+  const cards = chosen.map(card);
   $("adapters").replaceChildren(...(cards.length ? cards : [make("div", { class: "card empty" }, "No adapters.")]));
   const rows = chosen.flatMap((one) => (one.history ?? []).map((row) => ({ ...row, adapter: one.name })));
   rows.sort((a, b) => b.when - a.when);
@@ -233,11 +244,14 @@ function show(chosen, drifting) {
   if (held) document.querySelector(`[aria-label="${CSS.escape(held)}"]`)?.focus();
 }
 
-function engine(row) {
-  $("engine").hidden = !row;
-  if (!row) return;
-  $("engine").textContent = row.phase === "ready" ? `ready, ${row.running} running` : row.phase;
-  $("engine").className = `pill ${row.phase === "ready" ? "good" : "bad"}`;
+function engine(rows) {
+  $("engine").hidden = !rows?.length;
+  if (!rows?.length) return;
+  const running = rows.reduce((total, row) => total + row.running, 0), bad = rows.filter((row) => row.phase !== "ready");
+  const one = rows.length === 1;
+  $("engine").textContent = bad.length ? bad.map((row) => (one ? row.phase : `${row.name}: ${row.phase}`)).join(", ")
+    : `${one ? "ready" : `${rows.length} engines ready`}, ${running} running`;
+  $("engine").className = `pill ${bad.length ? "bad" : "good"}`;
 }
 
 $("key-form").addEventListener("submit", (event) => {

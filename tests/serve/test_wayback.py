@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
 from serve.alerts import Notification
+from serve.policy import parse
 from tests.serve.conftest import FakeBackend, upload
 from tests.serve.test_traffic import canary, push_two, said
 
@@ -140,6 +142,15 @@ async def test_any_other_alert_is_left_to_people(client, bad, fields):
     await bad()
     assert await alert(client, **fields) == "ignored"
     assert await live(client) == 2
+
+
+async def test_a_policy_that_leaves_it_to_people_holds_for_alerts_too(connect, config, make_adapter):
+    policies = parse({"tone": {"worse": "notify"}})
+    async with connect(replace(config, policies=policies)) as client:
+        await push_two(client, make_adapter)
+        await client.post("/v1/adapters/tone/promote", json={"version": 2})
+        assert await alert(client) == "ignored"
+        assert await live(client) == 2
 
 
 async def test_a_key_rolls_back_what_it_manages_and_cannot_tell_the_rest_from_nothing(operator, issue, make_adapter):
