@@ -191,6 +191,18 @@ class AdapterClient:
         body = {"prompts": prompts, "max_tokens": max_tokens} | ({} if version is None else {"version": version})
         return self._call("POST", f"{_path(name)}/baseline", json=body)
 
+    def save_baseline(self, name: str, version: int | None = None) -> bytes:
+        """A version's baseline, as it is shipped."""
+        with self._translated(repeatable=True):
+            response = self._http.get(f"{_path(name)}/baseline", params=_numbered(version))
+            if response.status_code != 200:
+                self._read(response)
+            return response.content
+
+    def ship_baseline(self, name: str, data: bytes, version: int | None = None) -> dict[str, Any]:
+        """Hold a version against a baseline that was saved."""
+        return self._call("PUT", f"{_path(name)}/baseline", params=_numbered(version), content=data)
+
     def remove(self, name: str, version: int | None = None, force: bool = False) -> dict[str, Any]:
         """Delete a version, or the adapter whole; what is live goes only with `force`."""
         path = _path(name) + (f"/versions/{version}" if version is not None else "")
@@ -268,6 +280,10 @@ def adapter_files(path: str | Path) -> list[Path]:
     if missing:
         raise ConfigError(f"{path} is not a PEFT adapter: {' and '.join(missing)} not found in it")
     return [path / name for name in (*PEFT_FILES, CARD) if (path / name).is_file()]
+
+
+def _numbered(version: int | None) -> dict[str, int]:
+    return {} if version is None else {"version": version}
 
 
 def _visibility(shared: bool) -> str:

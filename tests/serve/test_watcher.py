@@ -261,6 +261,27 @@ async def test_a_baseline_of_prompts_is_there_before_any_traffic(connect, watche
         assert few.status_code == 400
 
 
+async def test_a_baseline_is_shipped_from_one_server_to_another(connect, watched, backend, make_adapter, tmp_path):
+    Engine(backend)
+    async with connect(watched) as client:
+        await push(client, make_adapter, 0)
+        prompts = [f"prompt {number}" for number in range(60)]
+        assert (await client.post("/v1/adapters/tone/baseline", json={"prompts": prompts})).status_code == 200
+        saved = await client.get("/v1/adapters/tone/baseline")
+        assert saved.status_code == 200 and len(saved.content) < 100_000
+    elsewhere = replace(watched, data_dir=tmp_path / "elsewhere")
+    async with connect(elsewhere, type(backend)(backend.model)) as client:
+        await push(client, make_adapter, 0, 1)
+        shipped = await client.put("/v1/adapters/tone/baseline", content=saved.content)
+        assert shipped.json()["requests"] == {"prompt": 60, "output": 60, "logprob": 60}
+        told = (await drift(client))["versions"][0]
+        assert told["baseline"] == "shipped" and told["signals"]["output"]["phase"] == "watching"
+        other = await client.put("/v1/adapters/tone/baseline?version=2", content=saved.content)
+        assert other.status_code == 400 and "another version" in other.json()["error"]["message"]
+        for wrong in (b"", b"PK", saved.content[:500]):
+            assert (await client.put("/v1/adapters/tone/baseline", content=wrong)).status_code == 400
+
+
 def test_a_file_of_prompts_is_read_line_by_line(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('"one"\n{"prompt": "two"}\n\n{"messages": [{"role": "user", "content": "three"}]}\n')
