@@ -86,6 +86,14 @@ class Pin(BaseModel):
     why: str = ""
 
 
+class Visibility(BaseModel):
+    """Who may ask an adapter beside its own tenant: nobody, or everybody."""
+
+    model_config = ConfigDict(extra="forbid")
+    visibility: Literal["private", "shared"]
+    why: str = ""
+
+
 class Rollback(BaseModel):
     """The body of a rollback; may be left out."""
 
@@ -144,11 +152,14 @@ def build_app(
     audit = Audit(config.data_dir / "audit.jsonl")
     monitor = Monitor(fleet, registry, audit, __version__)
     shadows = Shadows(fleet, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
-    inference = Inference(auth, Router(fleet, registry, store), Meters(), monitor.take, shadows)
+    inference = Inference(
+        auth, Router(fleet, registry, store, lifecycle.popularity.used), Meters(), monitor.take, shadows
+    )
 
     async def live() -> None:
         try:
             await lifecycle.sweep()
+            lifecycle.popularity.load(popular)
             await fleet.start()
             ready.set()
         except LoradockError as error:
@@ -162,10 +173,12 @@ def build_app(
                     await base.backend.log_stats()
 
     ready = asyncio.Event()
+    popular = config.data_dir / "popular.json"
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(live()), asyncio.create_task(log_stats())]
+        jobs = (live(), log_stats(), lifecycle.keep_warm(popular))
+        tasks = [asyncio.create_task(job) for job in jobs]
         try:
             yield
         finally:
@@ -334,6 +347,13 @@ def build_app(
         request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
         full = owned(name, caller)
         await lifecycle.share(full, "shadow", body.version, body.weight, by=caller.name, why=body.why)
+        return summary(full, caller)
+
+    @app.post("/v1/adapters/{name:path}/visibility")
+    async def visibility(name: str, body: Visibility, request: Request, caller: Manager) -> dict[str, Any]:
+        request.state.subject = spelled(name, caller.tenant)
+        full = owned(name, caller)
+        await lifecycle.publish(full, body.visibility == "shared", by=caller.name, why=body.why)
         return summary(full, caller)
 
     @app.post("/v1/adapters/{name:path}/pin")

@@ -180,6 +180,10 @@ class AdapterClient:
         """Let the adapter's versions come and go again."""
         return self._call("DELETE", f"{_path(name)}/pin")
 
+    def share(self, name: str, shared: bool = True) -> dict[str, Any]:
+        """Let other tenants ask the adapter, or its own alone."""
+        return self._call("POST", f"{_path(name)}/visibility", json={"visibility": _visibility(shared)})
+
     def remove(self, name: str, version: int | None = None, force: bool = False) -> dict[str, Any]:
         """Delete a version, or the adapter whole; what is live goes only with `force`."""
         path = _path(name) + (f"/versions/{version}" if version is not None else "")

@@ -355,6 +355,13 @@ class Registry:
                 change.log(kind, by, why, change.live, version, there[version].digest, weight)
         return Share(there[version], weight)
 
+    def publish(self, name: str, shared: bool, *, by: str, why: str = "") -> None:
+        """Open the name to other tenants, or close it."""
+        with self._change(name) as change:
+            if shared != change.shared:
+                change.shared = shared
+                change.log("share" if shared else "unshare", by, why, None, None)
+
     def pin(self, name: str, version: int | None = None, *, by: str, why: str = "") -> None:
         """Keep a version in the engine; without one, whichever is live."""
         with self._change(name) as change:

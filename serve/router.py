@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +38,14 @@ class Route:
 
 
 class Router:
-    def __init__(self, fleet: Fleet, registry: Registry, store: Store) -> None:
+    def __init__(
+        self, fleet: Fleet, registry: Registry, store: Store, used: Callable[[str], None] = lambda adapter_id: None
+    ) -> None:
         self.fleet = fleet
         self.registry = registry
         self.store = store
+        # Hears of every request for an adapter.
+        self._used = used
         self._shares = Shares()
 
     @asynccontextmanager
@@ -59,6 +63,8 @@ class Router:
         path = self.store.path(adapter.digest) if adapter else None
         engine = supervisor.engine
         id = adapter.id if adapter else None
+        if id:
+            self._used(id)
         labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
         async with engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields or {})) as lease:
             yield Route(engine, lease.model, *labels, shadow, lease.priority)
