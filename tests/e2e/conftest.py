@@ -22,7 +22,8 @@ def adapters() -> dict[str, Path]:
 def server(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With keys, a small upload limit, and the real model."""
     folder = tmp_path_factory.mktemp("server")
-    with Server(folder / "data", folder / "log", "--max-upload-bytes", str(MAX_UPLOAD), *SMALL, **KEYS) as server:
+    settings = ("--max-upload-bytes", str(MAX_UPLOAD), "--source-roots", str(adapters["alpha"].parent), *SMALL)
+    with Server(folder / "data", folder / "log", *settings, **KEYS) as server:
         yield server
 
 
