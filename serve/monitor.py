@@ -89,6 +89,7 @@ class LiveState(Collector):
         restarts = CounterMetricFamily(
             "loradock_engine_restarts", "Engines started anew after a death.", labels=("model",)
         )
+        line = GaugeMetricFamily("loradock_line_waiting", "Requests that wait for their turn.", labels=("model",))
         waiting = GaugeMetricFamily("loradock_engine_waiting", "Requests in the engine's own queue.", labels=("model",))
         memory = GaugeMetricFamily("loradock_engine_memory_bytes", "Of the engine's processes.", labels=("model",))
         leases = 0
@@ -97,9 +98,10 @@ class LiveState(Collector):
                 phase.add_metric((base.name, one.value), float(base.phase is one))
             restarts.add_metric((base.name,), base.restarts)
             waiting.add_metric((base.name,), base.backend.waiting)
+            line.add_metric((base.name,), base.engine.line.waiting)
             memory.add_metric((base.name,), base.backend.memory)
             leases += base.leases
-        yield from (phase, restarts, waiting, memory)
+        yield from (phase, restarts, waiting, line, memory)
         yield GaugeMetricFamily("loradock_requests_in_progress", "Answers under way.", value=leases)
         yield GaugeMetricFamily("loradock_adapters", "Registered adapters.", value=len(self._registry.names()))
         yield CounterMetricFamily(

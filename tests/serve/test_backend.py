@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,13 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from serve.backend import parse
 from serve.config import engine_options
@@ -39,6 +43,21 @@ def test_the_engine_still_has_what_we_call():
     assert {"lora_request", "priority"} <= set(taken)
     assert SamplingParams(temperature=0, max_tokens=1, logprobs=20, prompt_logprobs=0, detokenize=False).clone()
     assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
+
+
+def test_the_workers_still_have_what_we_call():
+    assert list(inspect.signature(AsyncLLM.collective_rpc).parameters)[1:] == ["method", "timeout", "args", "kwargs"]
+    assert list(inspect.signature(LRUCacheWorkerLoRAManager._load_adapter).parameters) == ["self", "lora_request"]
+    for name in ("add_adapter", "remove_oldest_adapter", "_create_merged_loras_inplace", "__len__"):
+        assert callable(getattr(LRUCacheLoRAModelManager, name))
+    assert isinstance(LRUCacheLoRAModelManager.capacity, property)
+    assert "self._is_moe = " in inspect.getsource(LRUCacheLoRAModelManager.__init__)
+    assert "self.lora_manager = " in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    # An adapter that is registered takes its slot in the step that needs it.
+    assert "self.add_adapter(lora)" in inspect.getsource(LRUCacheWorkerLoRAManager._apply_adapters)
+    assert "self._adapter_manager.activate_adapter" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    read = set(re.findall(r"lora_request\.(\w+)", inspect.getsource(LRUCacheWorkerLoRAManager._load_adapter)))
+    assert read <= {"lora_path", "lora_int_id", "lora_name", "is_3d_lora_weight"}, "serve.worker hands it only these"
 
 
 def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():
