@@ -42,7 +42,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.version import __version__ as VLLM_VERSION
 
-from serve.engine import LOW_PRIORITY
+from serve.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, EngineUnavailable
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,16 @@ class VLLMBackend:
     def slots(self) -> int:
         """Adapters that one batch may hold."""
         return int(self.args.max_loras)
+
+    @property
+    def seats(self) -> int:
+        """Requests that it works on at a time; those beyond wait in its own queue."""
+        return int(self._engine().vllm_config.scheduler_config.max_num_seqs)
+
+    @property
+    def prioritizes(self) -> bool:
+        """Its own queue goes by priority."""
+        return bool(self.args.scheduling_policy == "priority")
 
     @property
     def waiting(self) -> int:
@@ -289,9 +299,8 @@ class VLLMBackend:
     async def _ask(self, adapter_id: str | None, prompt: str, params: SamplingParams) -> RequestOutput:
         lora = self._loras[adapter_id] if adapter_id else None
         name = f"probe-{next(self._probes)}"
-        asked = self._engine().generate(
-            {"prompt": prompt}, params.clone(), name, lora_request=lora, priority=LOW_PRIORITY
-        )
+        priority = engine_priority(LOW_PRIORITY) if self.prioritizes else 0
+        asked = self._engine().generate({"prompt": prompt}, params.clone(), name, lora_request=lora, priority=priority)
         try:
             answers = [answer async for answer in asked]
         except EngineDeadError as error:

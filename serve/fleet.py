@@ -12,8 +12,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,16 +116,10 @@ class Supervisor:
         """Seconds since the engine that serves now began to."""
         return self._clock() - self._since if self._since is not None and self.phase is Phase.READY else 0.0
 
-    @asynccontextmanager
-    async def lease(self, adapter_id: str | None = None, path: Path | None = None) -> AsyncIterator[str]:
-        """As Engine.lease, once there is an engine."""
-        await self.available()
-        async with self._engine.lease(adapter_id, path) as name:
-            yield name
-
     async def ensure(self, adapter_id: str, path: Path) -> None:
-        async with self.lease(adapter_id, path):
-            pass
+        """As Engine.ensure, once there is an engine."""
+        await self.available()
+        await self._engine.ensure(adapter_id, path)
 
     def retire(self, adapter_id: str) -> None:
         self._engine.retire(adapter_id)
@@ -206,7 +199,8 @@ class Supervisor:
             "model": backend.model,
             "leases": self.leases,
             "running": backend.running,
-            "waiting": backend.waiting,
+            "waiting": engine.line.waiting + backend.waiting,
+            "seats": backend.seats,
             "slots": backend.slots,
             "max_resident": backend.max_resident,
             "memory_bytes": backend.memory,

@@ -44,6 +44,8 @@ PATHS = re.compile(
 STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(/cancel)?")
 # Those that know no cache_salt, and fill no cache.
 UNSALTED = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
+# Those that know no priority.
+PLACELESS = re.compile(r"/(de)?tokenize|/v1/messages(/count_tokens)?")
 MAX_BODY = 64 << 20
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -176,8 +178,11 @@ class _Asked:
 
         return scope, replay
 
-    def _changes(self, path: str, route: Route, tenant: str) -> dict[str, str]:
-        changes = {} if route.model == self.model else {"model": route.model}
+    def _changes(self, path: str, route: Route, tenant: str) -> dict[str, Any]:
+        changes: dict[str, Any] = {} if route.model == self.model else {"model": route.model}
+        asked = self.fields.get("priority", 0)
+        if isinstance(asked, int) and route.priority not in (None, asked) and not PLACELESS.fullmatch(path):
+            changes["priority"] = route.priority
         salt = None if UNSALTED.fullmatch(path) else salted(self.fields.get("cache_salt"), tenant)
         if salt is not None:
             changes["cache_salt"] = salt

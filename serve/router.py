@@ -29,6 +29,8 @@ class Route:
     adapter: str
     version: str
     shadow: Adapter | None = None
+    # Its place in the engine's own queue.
+    priority: int | None = None
 
     @property
     def app(self) -> ASGIApp:
@@ -56,9 +58,10 @@ class Router:
             adapter, shadow = self._dealt(adapter, caller, fields or {})
         path = self.store.path(adapter.digest) if adapter else None
         engine = supervisor.engine
-        async with engine.lease(adapter.id if adapter else None, path) as name:
-            labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
-            yield Route(engine, name, *labels, shadow)
+        id = adapter.id if adapter else None
+        labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
+        async with engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields or {})) as lease:
+            yield Route(engine, lease.model, *labels, shadow, lease.priority)
 
     def _supervisor(self, model: str | None, caller: Caller) -> Supervisor:
         """Whose engine answers for `model`."""
@@ -94,6 +97,12 @@ class Router:
                 return adapter
         message = f"The model `{model}` does not exist: GET /v1/models lists those that do."
         raise NotFound(message, code="model_not_found", param="model")
+
+
+def _priority(fields: Mapping[str, Any]) -> int:
+    """What the request asks for; vLLM says what is wrong with one that is no number."""
+    priority = fields.get("priority", 0)
+    return priority if isinstance(priority, int) else 0
 
 
 def sees(registry: Registry, caller: Caller, full: str) -> bool:

@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.adapter import Adapter
 from serve.cutoff import Cutoff
-from serve.engine import LOW_PRIORITY
+from serve.engine import LOW_PRIORITY, Lease
 from serve.errors import LoradockError
 from serve.fleet import Fleet
 from serve.store import Store
@@ -148,8 +148,9 @@ class Shadows:
         supervisor = self._fleet.of(candidate.name)
         await supervisor.available()
         engine = supervisor.engine
-        async with engine.lease(candidate.id, self._store.path(candidate.digest)) as model:
-            body = _encode(_unseen(fields, model, scope["path"]))
+        path = self._store.path(candidate.digest)
+        async with engine.lease(candidate.id, path, tenant=candidate.tenant, priority=LOW_PRIORITY) as lease:
+            body = _encode(_unseen(fields, lease, scope["path"]))
             kept = Kept(_nowhere)
             call = Cutoff(_sent(body), kept.send, engine.failing)
             with engine.alarm(call.cut):
@@ -157,12 +158,12 @@ class Shadows:
             return kept
 
 
-def _unseen(fields: Mapping[str, Any], model: str, path: str) -> dict[str, Any]:
+def _unseen(fields: Mapping[str, Any], lease: Lease, path: str) -> dict[str, Any]:
     """The same request for the candidate: in one piece, remembered nowhere, behind everybody."""
     asked = {key: value for key, value in fields.items() if key not in ("stream", "stream_options", "request_id")}
-    asked |= {"model": model, "stream": False}
-    if path != "/v1/messages":
-        asked["priority"] = LOW_PRIORITY
+    asked |= {"model": lease.model, "stream": False}
+    if path != "/v1/messages" and lease.priority is not None:
+        asked["priority"] = lease.priority
     if path == "/v1/responses":
         asked["store"] = False
     return asked

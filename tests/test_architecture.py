@@ -14,7 +14,7 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 SHELVES = [
     {"errors"},
     {"config", "machine", "drift", "plugin", "tenant", "limits"},
-    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic", "cutoff"},
+    {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic", "cutoff", "line"},
     {"store", "registry", "upload", "source", "audit"},
     {"engine", "keys"},
     {"fleet"},

@@ -35,6 +35,8 @@ class FakeBackend:
     max_lora_rank = 16
     max_resident = 4
     slots = 2
+    seats = 64
+    prioritizes = True
     max_model_len = 128
 
     def __init__(self, model: str | None = None) -> None:
