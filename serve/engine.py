@@ -266,9 +266,7 @@ class Engine:
         return [resident.id for resident in self._residents.values() if resident.number in numbers]
 
     def _require_ready(self) -> None:
-        if self.phase is Phase.READY and self.backend.dead:
-            self.phase = Phase.FAILED
-        if self.phase is not Phase.READY:
+        if self.phase is not Phase.READY or self.backend.dead:
             raise EngineUnavailable(f"the engine for {self.name} is {self.phase}; retry shortly")
 
     def _resident(self, adapter_id: str, path: Path) -> Residence:

@@ -159,6 +159,8 @@ class Supervisor:
     @property
     def is_available(self) -> bool:
         """A lease would not have to wait."""
+        if self.phase is Phase.READY and self.backend.dead:
+            self._lost(self._engine, self.backend.cause)
         return self.phase is Phase.READY
 
     async def available(self) -> None:
@@ -166,7 +168,7 @@ class Supervisor:
 
         While one serves, this returns without letting anything else run.
         """
-        if self.phase in (Phase.RESTARTING, Phase.DRAINING):
+        if not self.is_available and self.phase in (Phase.RESTARTING, Phase.DRAINING):
             try:
                 await asyncio.wait_for(self._settled.wait(), self._patience.restart_wait)
             except TimeoutError:
@@ -232,9 +234,15 @@ class Supervisor:
         self._settled.set()
 
     async def _watch(self, engine: Engine) -> None:
-        """Until the engine dies or hangs; then its requests end, and if it served, another takes its place."""
+        """Until the engine dies or hangs."""
         while not (cause := self._cause(engine)):
             await asyncio.sleep(POLL_SECONDS)
+        self._lost(engine, cause)
+
+    def _lost(self, engine: Engine, cause: str) -> None:
+        """The engine's requests end; and if it served, another takes its place. Once for each engine."""
+        if engine not in self._watching or engine.phase is Phase.FAILED:
+            return
         log.error("the engine for %s is gone: %s", self.name, cause)
         if engine is self._engine:
             self.phase, self.reason = Phase.RESTARTING, cause

@@ -101,9 +101,7 @@ def test_a_killed_engine_comes_back_with_its_adapters_and_the_server_never_falte
     assert len(broken) <= STREAMS, broken
     assert all("503" in end and when < 2 for when, end in broken), broken
     assert not alive(victims)
-    print(
-        f"noticed after {noticed:.2f} s, ready again after {back:.1f} s; a warm start took {fleet.seconds_to_ready:.1f} s"
-    )
+    print(f"noticed after {noticed:.2f} s, ready after {back:.1f} s; a warm start takes {fleet.seconds_to_ready:.1f} s")
 
 
 def test_an_engine_that_hangs_is_replaced_and_who_waited_is_told(fleet):
