@@ -45,10 +45,13 @@ from vllm.version import __version__ as VLLM_VERSION
 from serve import machine
 from serve.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
+from serve.worker import LOADED, LOADING
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Seconds between two looks at whether a worker has read an adapter; each look waits for the end of a step anyway.
+LOAD_POLL = 0.005
 # vLLM registers its series process-wide, so that two engines can't be built at once.
 _BUILDING = threading.Lock()
 
@@ -250,7 +253,12 @@ class VLLMBackend:
     async def add(self, adapter_id: str, number: int, path: Path) -> None:
         """Bring an adapter into the engine under a name and number that were never used before."""
         request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
-        await self._load(request)
+        with _rejecting():
+            await self._rpc("loradock_begin", adapter_id, number, str(path))
+            while LOADING in (told := await self._rpc("loradock_finish", number)):
+                await asyncio.sleep(LOAD_POLL)
+        if wrong := next((one for one in told if one != LOADED), None):
+            raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(ValueError(wrong))}")
         self._loras[adapter_id] = request
 
     async def touch(self, adapter_id: str) -> None:
@@ -260,17 +268,13 @@ class VLLMBackend:
         With as many other adapters in a batch as there are slots, the engine dies of a KeyError.
         """
         if request := self._loras.get(adapter_id):
-            await self._load(request)
+            with _rejecting():
+                await self._call(self._engine().add_lora(request))
 
-    async def _load(self, request: LoRARequest) -> None:
-        try:
-            await self._call(self._engine().add_lora(request))
-        except EngineUnavailable:
-            raise
-        except EngineDeadError as error:
-            raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
-        except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
-            raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(error)}") from error
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        """What each worker answers, between two steps."""
+        told: list[Any] = await self._call(self._engine().collective_rpc(method, args=args))
+        return told
 
     async def remove(self, adapter_id: str) -> None:
         """Free an adapter's weights in the engine; nobody may be using it."""
@@ -337,6 +341,19 @@ class VLLMBackend:
 
 
 @contextmanager
+def _rejecting() -> Iterator[None]:
+    """vLLM's errors while it loads an adapter, as ours."""
+    try:
+        yield
+    except EngineUnavailable:
+        raise
+    except EngineDeadError as error:
+        raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
+    except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
+        raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(error)}") from error
+
+
+@contextmanager
 def _own_series(own: CollectorRegistry) -> Iterator[None]:
     """What is registered as `vllm:*` inside the block goes to `own`, and what others had registered stays theirs.
 
@@ -400,6 +417,7 @@ def parse(model: str, name: str, options: Mapping[str, Any]) -> argparse.Namespa
     parser = make_arg_parser(_Parser(prog="loradock serve"))
     actions = {action.dest: action for action in parser._actions}
     words = ["--model", model, "--served-model-name", name, "--enable-lora"]
+    words += ["--worker-extension-cls", "serve.worker.Worker"]
     for option, value in options.items():
         if option not in actions:
             near = difflib.get_close_matches(option, actions, n=1)

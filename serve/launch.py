@@ -28,6 +28,9 @@ from serve.errors import ConfigError, LoradockError
 
 log = logging.getLogger("loradock")
 
+# By its path: by its short name, `uni`, vLLM takes it for a mistake on a CPU.
+IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
 
 def serve(config: Config) -> int:
     """Serve until a signal; the exit code. Raises ConfigError for what cannot be served."""
@@ -53,11 +56,13 @@ def _log_to_stderr(level: str) -> None:
 
 def _resolved(config: Config) -> Config:
     """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
-    first, *more = (_with_defaults(replace(base, model=find(base.model, config.cache_dir))) for base in config.bases)
+    first, *more = (
+        _with_defaults(config, replace(base, model=find(base.model, config.cache_dir))) for base in config.bases
+    )
     return replace(config, model=first.model, engine=first.engine, engines=tuple(more))
 
 
-def _with_defaults(base: Base) -> Base:
+def _with_defaults(config: Config, base: Base) -> Base:
     engine: dict[str, Any] = {"max_loras": 8, "max_cpu_loras": 32, "max_lora_rank": 16}
     # Among equals it serves who came first, as vLLM's default does; probes and shadows wait behind clients.
     engine["scheduling_policy"] = "priority"
@@ -72,7 +77,15 @@ def _with_defaults(base: Base) -> Base:
             engine.setdefault("kv_cache_memory_bytes", machine.kv_space(weights))
             machine.check_memory(weights, _bytes(engine["kv_cache_memory_bytes"]))
         workers = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
-        os.environ.update(machine.cpu_environment(os.environ, workers))
+        together = "distributed_executor_backend" not in engine and machine.one_process(os.environ, workers)
+        if together:
+            engine["distributed_executor_backend"] = IN_PROCESS
+        os.environ.update(machine.cpu_environment(os.environ, together))
+        # Read in vLLM's own processes, which know no Config: see serve/lora_cpu.
+        os.environ["LORADOCK_LORA_KERNELS"] = config.lora_kernels
+        os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
+        # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
     return replace(base, engine=MappingProxyType(engine))
 
 

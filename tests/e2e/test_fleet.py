@@ -142,9 +142,7 @@ def test_a_killed_engine_comes_back_with_its_adapters_and_the_server_never_falte
     assert len(crowd.broken) <= STREAMS, crowd.broken
     assert all("503" in end.said and end.at - killed < 2 for end in crowd.broken), crowd.broken
     assert not alive(victims)
-    print(
-        f"noticed after {noticed:.2f} s, ready after {back:.1f} s; first start {fleet.seconds_to_ready:.1f} s"
-    )
+    print(f"noticed after {noticed:.2f} s, ready after {back:.1f} s; first start {fleet.seconds_to_ready:.1f} s")
     assert eventually(lambda: descriptors(fleet) <= open_before + 4, 10), f"{descriptors(fleet)}, {open_before} before"
 
 
