@@ -157,7 +157,7 @@ def build_app(
     audit = Audit(config.data_dir / "audit.jsonl")
     monitor = Monitor(fleet, registry, audit, __version__)
     shadows = Shadows(fleet, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
-    inference = Inference(auth, Router(fleet, registry, store), Meters(), monitor.take, shadows)
+    inference = Inference(auth, Router(fleet, registry, store), Meters(), monitor.take, shadows, config.client_timeout)
 
     async def live() -> None:
         try:

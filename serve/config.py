@@ -25,6 +25,10 @@ import yaml
 from serve.errors import ConfigError
 
 PREFIX = "LORADOCK_"
+SECONDS = (
+    *("grace_period", "max_wait", "client_timeout"),
+    *("hang_timeout", "restart_wait", "restart_window", "drain_timeout"),
+)
 SIZES = {
     "": 1,
     "k": 1000,
@@ -98,6 +102,8 @@ class Config:
     max_shadows: int = _setting(2, "shadow answers under way at a time; what comes beyond is dropped and counted")
     source_roots: tuple[str, ...] = _setting(tuple, "folders that a push by tenant default may name as file:///...")
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
+    max_wait: float = _setting(30.0, "seconds in line that a request is let in for; who would wait longer gets a 429")
+    client_timeout: float = _setting(60.0, "seconds that a client may let the server wait, while it sends or reads")
     hang_timeout: float = _setting(60.0, "seconds without a step, while requests wait, after which an engine is dead")
     restart_wait: float = _setting(60.0, "seconds that a request waits for an engine that is coming back")
     max_restarts: int = _setting(5, "restarts of an engine within restart_window; after one more death it stays down")
@@ -316,7 +322,15 @@ def _checked(config: Config) -> Config:
     """The same Config with keys hashed and a name; what cannot be served is said here."""
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port takes 0 to 65535, not {config.port}")
-    for name in ("grace_period", "hang_timeout", "restart_wait", "restart_window", "drain_timeout"):
+    for name in (
+        "grace_period",
+        "max_wait",
+        "client_timeout",
+        "hang_timeout",
+        "restart_wait",
+        "restart_window",
+        "drain_timeout",
+    ):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"{name} takes seconds from 0 up, not {getattr(config, name)}")
     for digest in config.allowed_digests:

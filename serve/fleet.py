@@ -29,6 +29,8 @@ from serve.transfer import Effects, Transfer, compared
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
+# Requests that wait for an engine that is coming back, each with its connection.
+MAX_WAITING = 512
 # The wait before the second restart in a row; each further one waits twice as long.
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
@@ -42,6 +44,7 @@ class Patience:
     restart_wait: float = 60.0  # that a request waits for an engine that is coming back
     max_restarts: int = 5  # in `restart_window`; one more, and it stays down
     restart_window: float = 600.0
+    max_wait: float = 30.0  # that a request is let in for, if it has to wait for its turn
     drain_timeout: float = 600.0  # that answers of an engine that was replaced get to finish
 
 
@@ -110,7 +113,7 @@ class Supervisor:
         self.restarts = 0
         self.modules: Mapping[str, tuple[int, int]] = {}
         self.probe: Probe | None = None
-        self._engine = Engine(backend)
+        self._engine = Engine(backend, patience.max_wait)
         self.configured = backend.model
         # What a swap that is under way does now, and for which model.
         self.swapping: dict[str, str] | None = None
@@ -124,6 +127,7 @@ class Supervisor:
         self._due = 0.0
         self._deaths: deque[float] = deque()
         self._settled = asyncio.Event()
+        self._waiting = 0
         self._changing = asyncio.Lock()
         self._watching: dict[Engine, asyncio.Task[None]] = {}
         self._draining: dict[Engine, asyncio.Task[None]] = {}
@@ -195,7 +199,7 @@ class Supervisor:
         self._adapters = adapters
         if remembered := adapters.served(self):
             try:
-                swapped = Engine(self.backend.another(remembered))
+                swapped = self._fresh(remembered)
                 self._serve(await self._bring_up(swapped))
                 return
             except ConfigError as error:
@@ -230,10 +234,16 @@ class Supervisor:
         While one serves, this returns without letting anything else run.
         """
         if not self.is_available and self.phase in (Phase.RESTARTING, Phase.DRAINING):
+            if self._waiting >= MAX_WAITING or self._due - self._clock() > self._patience.restart_wait:
+                raise self.unavailable()
+            self._waiting += 1
             try:
-                await asyncio.wait_for(self._settled.wait(), self._patience.restart_wait)
+                async with asyncio.timeout(self._patience.restart_wait):
+                    await self._settled.wait()
             except TimeoutError:
                 pass
+            finally:
+                self._waiting -= 1
         if self.phase is not Phase.READY:
             raise self.unavailable()
 
@@ -287,7 +297,7 @@ class Supervisor:
             began = self._clock()
             try:
                 verify(model)
-                transfers = await self._swap(Engine(self.backend.another(model)), by, force, drain_first)
+                transfers = await self._swap(self._fresh(model), by, force, drain_first)
             except ConfigError as error:
                 raise Conflict(f"{model} cannot take over, {self.model} goes on: {error}") from error
             finally:
@@ -330,6 +340,9 @@ class Supervisor:
         if not drain_first:
             self._draining[old] = asyncio.create_task(self._see_off(old))
         return transfers
+
+    def _fresh(self, model: str | None = None) -> Engine:
+        return Engine(self.backend.another(model), self._patience.max_wait)
 
     @property
     def _keeper(self) -> Adapters:
@@ -448,7 +461,7 @@ class Supervisor:
                 self._due = self._clock() + delay + self._start_seconds
                 await asyncio.sleep(delay)
                 self.restarts += 1
-                fresh = Engine(engine.backend.another())
+                fresh = self._fresh()
                 try:
                     ready = await self._bring_up(fresh)
                 except LoradockError as error:

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -56,13 +56,13 @@ def _log_to_stderr(level: str) -> None:
 
 def _resolved(config: Config) -> Config:
     """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
-    first, *more = (
-        _with_defaults(config, replace(base, model=find(base.model, config.cache_dir))) for base in config.bases
-    )
+    environ = dict(os.environ)
+    found = (replace(base, model=find(base.model, config.cache_dir)) for base in config.bases)
+    first, *more = (_with_defaults(config, base, environ) for base in found)
     return replace(config, model=first.model, engine=first.engine, engines=tuple(more))
 
 
-def _with_defaults(config: Config, base: Base) -> Base:
+def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Base:
     engine: dict[str, Any] = {"max_loras": 8, "max_cpu_loras": 32, "max_lora_rank": 16}
     # Among equals it serves who came first, as vLLM's default does; probes and shadows wait behind clients.
     engine["scheduling_policy"] = "priority"
@@ -77,10 +77,12 @@ def _with_defaults(config: Config, base: Base) -> Base:
             engine.setdefault("kv_cache_memory_bytes", machine.kv_space(weights))
             machine.check_memory(weights, _bytes(engine["kv_cache_memory_bytes"]))
         workers = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
-        together = "distributed_executor_backend" not in engine and machine.one_process(os.environ, workers)
+        together = "distributed_executor_backend" not in engine and machine.one_process(environ, workers)
         if together:
             engine["distributed_executor_backend"] = IN_PROCESS
-        os.environ.update(machine.cpu_environment(os.environ, together))
+            # More at once answer no more in all, and each of them slower: the rest waits in line, where it is fair.
+            engine.setdefault("max_num_seqs", 32)
+        os.environ.update(machine.cpu_environment(environ, together))
         # Read in vLLM's own processes, which know no Config: see serve/lora_cpu.
         os.environ["LORADOCK_LORA_KERNELS"] = config.lora_kernels
         os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)

@@ -16,6 +16,7 @@ SHELVES = [
     {"config", "machine", "drift", "plugin", "worker", "tenant", "limits"},
     {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic", "cutoff", "line"},
     {"store", "checkpoint", "registry", "upload", "source", "audit"},
+    {"admission"},
     {"engine", "keys"},
     {"transfer"},
     {"fleet"},
