@@ -303,6 +303,14 @@ def _convert(name: str, value: Any) -> Any:
     return str(value)
 
 
+def size(text: str) -> int:
+    """Bytes, as 512MiB or in digits."""
+    try:
+        return _integer(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a size: give bytes, or as 512MiB or 4GiB") from error
+
+
 def _integer(value: Any) -> int:
     if isinstance(value, bool):
         raise ValueError(value)

@@ -138,6 +138,7 @@ def _run(config: Config, sock: socket) -> int:
             access_log=False,
             timeout_graceful_shutdown=max(1, round(config.grace_period)),
             timeout_keep_alive=30,
+            http=_impatient(config.client_timeout),
             ssl_certfile=config.ssl_certfile or None,
             ssl_keyfile=config.ssl_keyfile or None,
         )
@@ -148,6 +149,26 @@ def _run(config: Config, sock: socket) -> int:
     for error in failures:
         raise error
     return 0
+
+
+def _impatient(seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP that closes a connection whose first request does not begin in time: it costs a descriptor."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Impatient(AutoHTTPProtocol):  # type: ignore[valid-type,misc]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._begin = asyncio.get_running_loop().call_later(seconds, self._give_up)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._begin.cancel()
+            super().connection_lost(error)
+
+        def _give_up(self) -> None:
+            if self.cycle is None:
+                self.transport.close()
+
+    return Impatient
 
 
 def _told_briefly(record: logging.LogRecord) -> bool:

@@ -16,7 +16,7 @@ SHELVES = [
     {"config", "machine", "drift", "plugin", "worker", "tenant", "limits"},
     {"adapter", "auth", "base", "embedded", "tap", "client", "bench", "usage", "probe", "traffic", "cutoff", "line"},
     {"store", "checkpoint", "registry", "upload", "source", "audit"},
-    {"admission"},
+    {"admission", "backup", "plan", "batch"},
     {"engine", "keys"},
     {"transfer"},
     {"fleet"},
@@ -24,7 +24,7 @@ SHELVES = [
     {"inference"},
     {"app"},
     {"launch", "terminal"},
-    {"cli_adapters", "cli_bench", "cli_keys", "cli_engines"},
+    {"cli_adapters", "cli_bench", "cli_keys", "cli_engines", "cli_operate"},
     {"cli"},
 ]
 SHELF = {name: level for level, names in enumerate(SHELVES) for name in names}
