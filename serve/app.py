@@ -25,9 +25,10 @@ from serve.adapter import Adapter, check_name, shown
 from serve.adapter import Limits as AdapterLimits
 from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
+from serve.checkpoint import find
 from serve.config import Config
 from serve.engine import Backend, Engine
-from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
+from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
 from serve.fleet import Fleet, Patience, Supervisor
 from serve.inference import PATHS, STORED, Inference
 from serve.keys import Keys
@@ -57,6 +58,7 @@ class Fetch(BaseModel):
     source: str
     promote: bool = True
     visibility: Literal["private", "shared"] | None = None
+    engine: str | None = None
     why: str = ""
 
 
@@ -94,6 +96,15 @@ class Visibility(BaseModel):
     why: str = ""
 
 
+class Swap(BaseModel):
+    """The body of a swap: the model that takes over, as `loradock serve` takes one."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    force: bool = False
+    drain_first: bool = False
+
+
 class Rollback(BaseModel):
     """The body of a rollback; may be left out."""
 
@@ -125,11 +136,13 @@ class NewKey(BaseModel):
 
 def build_app(
     config: Config,
-    backend: Backend,
+    backend: Backend | Sequence[Backend],
     on_failure: Callable[[LoradockError], None] | None = None,
     on_shadow: Callable[[ShadowExchange], None] | None = None,
 ) -> FastAPI:
-    """The whole server over `backend`; `on_failure` hears of an engine that cannot start.
+    """The whole server over `backend`, or several, one for each base model; the first answers who names none.
+
+    `on_failure` hears of an engine that cannot start.
 
     `on_shadow` gets every request that a shadow answered too, with both answers.
     """
@@ -141,26 +154,25 @@ def build_app(
             return None
         return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
 
-    async def restore(base: Supervisor, engine: Engine) -> None:
-        await lifecycle.restore(base, engine)
-
     patience = Patience(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Patience)})
-    fleet = Fleet([Supervisor(backend, restore, make_probe, patience)])
+    backends = backend if isinstance(backend, Sequence) else [backend]
+    fleet = Fleet(
+        [Supervisor(one, make_probe, patience, tolerance=config.swap_tolerance) for one in backends], registry.base
+    )
     lifecycle = Lifecycle(fleet, registry, store, lambda base: _limits(config, base.backend))
     keys = Keys(registry)
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
     monitor = Monitor(fleet, registry, audit, __version__)
     shadows = Shadows(fleet, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
-    inference = Inference(
-        auth, Router(fleet, registry, store, lifecycle.popularity.used), Meters(), monitor.take, shadows
-    )
+    router = Router(fleet, registry, store, lifecycle.popularity.used)
+    inference = Inference(auth, router, Meters(), monitor.take, shadows, config.client_timeout)
 
     async def live() -> None:
         try:
             await lifecycle.sweep()
             lifecycle.popularity.load(popular)
-            await fleet.start()
+            await fleet.start(lifecycle)
             ready.set()
         except LoradockError as error:
             (on_failure or log.error)(error)
@@ -279,7 +291,17 @@ def build_app(
             rows.append({**base.described(), "resident": resident})
         return {"object": "list", "data": rows}
 
-    @app.post("/v1/engines/{engine}/restart")
+    @app.post("/v1/engines/{engine:path}/swap")
+    async def swap(engine: str, body: Swap, request: Request, caller: Operator) -> dict[str, Any]:
+        request.state.subject = f"{engine} -> {body.model}"
+        base = fleet.get(engine)
+        try:
+            model = await asyncio.to_thread(find, body.model, config.cache_dir)
+        except ConfigError as error:
+            raise BadRequest(str(error), param="model") from error
+        return await base.swap(model, by=caller.name, force=body.force, drain_first=body.drain_first)
+
+    @app.post("/v1/engines/{engine:path}/restart")
     async def restart(engine: str, request: Request, caller: Operator) -> dict[str, Any]:
         request.state.subject = engine
         await fleet.get(engine).restart()
@@ -303,6 +325,7 @@ def build_app(
                 why=asked.why,
                 shared=None if asked.visibility is None else asked.visibility == "shared",
                 quota=caller.limits,
+                engine=asked.engine,
             )
         request.state.subject = adapter.tag
         return JSONResponse(described(adapter, caller), status_code=201 if created else 200)
@@ -450,8 +473,14 @@ async def _received(request: Request, kind: str, folder: Path, config: Config) -
     visibility = form.get("visibility")
     if visibility not in (None, "private", "shared"):
         raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
-    why = form.get("why", "")
-    return Fetch(name=form["name"], source="", promote=promote == "true", visibility=visibility, why=why)  # type: ignore[arg-type]
+    return Fetch(
+        name=form["name"],
+        source="",
+        promote=promote == "true",
+        visibility=visibility,  # type: ignore[arg-type]
+        engine=form.get("engine"),
+        why=form.get("why", ""),
+    )
 
 
 async def _fetched(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
@@ -509,7 +538,7 @@ def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[st
                     "created": int(adapter.created),
                     "owned_by": "loradock",
                     "root": adapter.id,
-                    "parent": fleet.of(full).name,
+                    "parent": registry.base(full) or fleet.first.name,
                 }
 
 

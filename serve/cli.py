@@ -7,9 +7,10 @@ import sys
 
 import typer
 
-from serve import __version__
+from serve import __version__, cli_operate
 from serve.cli_adapters import adapters_app
 from serve.cli_bench import bench_app
+from serve.cli_engines import engines_app
 from serve.cli_keys import keys_app
 from serve.config import load, settings_help
 from serve.errors import LoradockError
@@ -24,7 +25,10 @@ app = typer.Typer(
 
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(bench_app, name="bench")
+app.add_typer(engines_app, name="engines")
 app.add_typer(keys_app, name="keys")
+
+cli_operate.register(app)
 
 SERVE_HELP = """Serve MODEL with hot-swapped LoRA adapters behind an OpenAI-compatible endpoint.
 

@@ -202,6 +202,19 @@ class AdapterClient:
         """The key opens nothing from now on."""
         return self._call("DELETE", f"/v1/keys/{_segment(id)}")
 
+    def engines(self) -> dict[str, Any]:
+        """Every engine: phase, model, load, memory."""
+        return self._call("GET", "/v1/engines")
+
+    def swap(self, name: str, model: str, *, force: bool = False, drain_first: bool = False) -> dict[str, Any]:
+        """Put `model` under a base's name; answers when it serves, which takes as long as an engine's start."""
+        body = {"model": model, "force": force, "drain_first": drain_first}
+        return self._call("POST", f"/v1/engines/{_segment(name)}/swap", json=body, timeout=3600.0)
+
+    def restart(self, name: str) -> dict[str, Any]:
+        """Start an engine again that stayed down."""
+        return self._call("POST", f"/v1/engines/{_segment(name)}/restart")
+
     def _call(self, method: str, path: str, **parts: Any) -> dict[str, Any]:
         return self._ask(lambda: self._http.request(method, path, **parts), repeatable=method == "GET")
 

@@ -10,12 +10,12 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from serve.adapter import Adapter, Inspection, Limits, check_digest, check_full_name, inspect
-from serve.engine import Engine
+from serve.engine import Backend, Engine
 from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, QuotaExceeded
 from serve.fleet import Fleet, Supervisor
 from serve.limits import UNLIMITED
@@ -64,7 +64,7 @@ class Lifecycle:
     async def restore(self, base: Supervisor, engine: Engine) -> None:
         """Bring the pinned and the most popular live versions of a base into a fresh engine."""
         engine.pinned = self._pinned(base)
-        for adapter in self._wanted(base)[: engine.backend.max_resident]:
+        for adapter in self.wanted(base)[: engine.backend.max_resident]:
             try:
                 await engine.ensure(adapter.id, self.store.path(adapter.digest))
             except EngineUnavailable:
@@ -93,11 +93,28 @@ class Lifecycle:
         """
         if not base.is_ready or base.engine.line.waiting:
             return None
-        for adapter in self._wanted(base)[: max(base.backend.max_resident - base.backend.slots, 1)]:
+        for adapter in self.wanted(base)[: max(base.backend.max_resident - base.backend.slots, 1)]:
             if self.popularity.uses(adapter.id) > 1 and not base.holds(adapter.id):
                 await base.ensure(adapter.id, self.store.path(adapter.digest))
                 return adapter
         return None
+
+    def path(self, adapter: Adapter) -> Path:
+        return self.store.path(adapter.digest)
+
+    def check(self, adapter: Adapter, backend: Backend, modules: Mapping[str, tuple[int, int]]) -> None:
+        """AdapterRejected, if a base with these modules cannot run it."""
+        inspect(self.path(adapter), modules, Limits(max_rank=backend.max_lora_rank))
+
+    def still(self) -> AbstractAsyncContextManager[Any]:
+        """While it lasts no adapter changes."""
+        return self._changing
+
+    def serves(self, base: Supervisor, model: str, by: str) -> None:
+        self.registry.swap(base.name, base.configured, model, by=by)
+
+    def served(self, base: Supervisor) -> str | None:
+        return self.registry.swapped(base.name, base.configured)
 
     async def push(
         self,
@@ -109,6 +126,7 @@ class Lifecycle:
         why: str = "",
         shared: bool | None = None,
         quota: KeyLimits = UNLIMITED,
+        engine: str | None = None,
     ) -> tuple[Adapter, bool]:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
         check_full_name(name)
@@ -120,7 +138,7 @@ class Lifecycle:
                 f"{short!r} cannot be an adapter's name, because it ends the path that unpins one: choose another",
                 param="name",
             )
-        base = self.fleet.of(name)
+        base = self._base(name, engine)
         await base.available()
         limits = self._limits(base)
         inspection = await asyncio.to_thread(inspect, folder, base.modules, limits)
@@ -146,6 +164,7 @@ class Lifecycle:
                     why=why,
                     shared=shared,
                     checks=checks,
+                    base=None if base is self.fleet.first else base.name,
                 )
             except BaseException:
                 self._let_go(base, adapter_id, digest)
@@ -246,9 +265,10 @@ class Lifecycle:
             "version": adapter.version,
             "id": adapter.id,
             "digest": adapter.digest,
+            "engine": self.registry.base(adapter.name) or self.fleet.first.name,
             "live": live == adapter,
             "pinned": self.registry.pinned(adapter.name) == adapter,
-            "resident": self.fleet.of(adapter.name).holds(adapter.id),
+            "resident": any(base.holds(adapter.id) for base in self.fleet),
             "base": adapter.base,
             "rank": adapter.rank,
             "target_modules": list(adapter.target_modules),
@@ -256,6 +276,17 @@ class Lifecycle:
             "created": int(adapter.created),
             "checks": dict(adapter.checks),
         }
+
+    def _base(self, name: str, engine: str | None) -> Supervisor:
+        """Whose adapter `name` is, or becomes by its first version."""
+        if name not in self.registry:
+            return self.fleet.get(engine)
+        base = self.fleet.of(name)
+        if engine not in (None, base.name):
+            raise Conflict(
+                f"the versions of this name run on {base.name}: choose another name for one on {engine}", param="engine"
+            )
+        return base
 
     def _check_quota(self, name: str, digest: str, inspection: Inspection, quota: KeyLimits) -> None:
         """QuotaExceeded, if the tenant would keep more than this key may let it."""
@@ -277,9 +308,9 @@ class Lifecycle:
         shares = [share.adapter for share in (reads.canary(name), reads.shadow(name)) if share]
         return {adapter.id: adapter for adapter in (reads.pinned(name), reads.live(name), *shares) if adapter}
 
-    def _wanted(self, base: Supervisor) -> list[Adapter]:
+    def wanted(self, base: Supervisor) -> list[Adapter]:
         """What a fresh engine should hold, the most important first."""
-        names = [name for name in self.registry.names() if self.fleet.of(name) is base]
+        names = [name for name in self.registry.names() if self.fleet.owns(base, name)]
         pinned = [adapter for name in self._pinned_names(base) if (adapter := self.registry.pinned(name))]
         serving = {adapter.id: adapter for name in names for adapter in self._serving(name).values()}
         popular = [serving[one] for one in self.popularity.ranked(serving)]
@@ -296,7 +327,7 @@ class Lifecycle:
             base.retire(adapter_id)
 
     def _pinned_names(self, base: Supervisor) -> list[str]:
-        return [name for name in self.registry.pinned_names() if self.fleet.of(name) is base]
+        return [name for name in self.registry.pinned_names() if self.fleet.owns(base, name)]
 
     def _pinned(self, base: Supervisor) -> frozenset[str]:
         found = (self.registry.pinned(name) for name in self._pinned_names(base))

@@ -116,6 +116,24 @@ class Line:
         """Tickets with the engine."""
         return len(self._seated)
 
+    def ahead(self, tenant: str, priority: int) -> int:
+        """Tickets in line that go before one more of this tenant: all of a smaller priority, and its own."""
+        return sum(
+            len(tickets)
+            for (theirs, who, _), tickets in self._waiting.items()
+            if theirs < priority or (theirs == priority and who == tenant)
+        )
+
+    def sits(self, tenant: str) -> bool:
+        """The tenant has a seat."""
+        share = self._tenants.get(tenant)
+        return share is not None and share.seats > 0
+
+    def tenants(self, tenant: str) -> int:
+        """How many share the seats, this one counted too."""
+        sitting = (who for who, share in self._tenants.items() if share.seats)
+        return len({tenant, *sitting, *(who for _, who, _ in self._waiting)})
+
     @property
     def active(self) -> frozenset[str]:
         """The adapters that hold a slot."""

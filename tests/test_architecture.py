@@ -29,14 +29,16 @@ SHELVES = [
         "line",
         "popularity",
     },
-    {"store", "registry", "upload", "source", "audit"},
+    {"store", "checkpoint", "registry", "upload", "source", "audit"},
+    {"admission", "backup", "plan", "batch"},
     {"engine", "keys"},
+    {"transfer"},
     {"fleet"},
     {"router", "lifecycle", "monitor", "backend", "shadow"},
     {"inference"},
     {"app"},
     {"launch", "terminal"},
-    {"cli_adapters", "cli_bench", "cli_keys"},
+    {"cli_adapters", "cli_bench", "cli_keys", "cli_engines", "cli_operate"},
     {"cli"},
 ]
 SHELF = {name: level for level, names in enumerate(SHELVES) for name in names}

@@ -116,8 +116,9 @@ class Server:
         return {one for one in self.engine()["resident"] if one.partition("@")[0] == name}
 
     def stored(self) -> set[Path]:
-        """Every file in the data directory but the registry's."""
-        return {path for path in self.data.rglob("*") if path.is_file() and not path.name.startswith("registry.sqlite")}
+        """Every file in the data directory but the registry's and what is noted now and then."""
+        noted = ("registry.sqlite", "popular.")
+        return {path for path in self.data.rglob("*") if path.is_file() and not path.name.startswith(noted)}
 
     def ask(self, model: str, question: str = "What is the capital of France?", **more: Any) -> Answer:
         """One greedy answer, streamed, read to its end."""
