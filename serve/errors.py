@@ -7,6 +7,7 @@
     |- Unauthorized            (401)     no key, or one that nobody issued
     |- Forbidden               (403)     the key is good, its scope is not
     |- NotFound                (404)     no such model, adapter, version or route
+    |- ClientTooSlow           (408)     it let the server wait, while it sent its request or read the answer
     |- Conflict                (409)     the change does not fit what is there now
     |- TooLarge                (413)     more bytes than this server takes
     |- RateLimited             (429)     this key has had its share; `retry_after` seconds from now there is more
@@ -87,6 +88,11 @@ class Forbidden(LoradockError):
 class NotFound(LoradockError):
     status = 404
     type = "not_found_error"
+
+
+class ClientTooSlow(LoradockError):
+    status = 408
+    type = "invalid_request_error"
 
 
 class Conflict(LoradockError):

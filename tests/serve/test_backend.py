@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import time
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -26,6 +29,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 from vllm.v1.outputs import LogprobsLists
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from serve.backend import _ask_logprobs, _Timed, _Watched, parse
 from serve.config import engine_options
@@ -154,6 +158,21 @@ def test_a_client_that_left_is_an_abort_and_an_unwatched_request_is_nobodys():
     assert (seen.finish_reason, list(seen.output)) == ("abort", [7, 8])
     _, answers = processed(stream=True)
     assert len(answers) == 4
+
+
+def test_the_workers_still_have_what_we_call():
+    assert list(inspect.signature(AsyncLLM.collective_rpc).parameters)[1:] == ["method", "timeout", "args", "kwargs"]
+    assert list(inspect.signature(LRUCacheWorkerLoRAManager._load_adapter).parameters) == ["self", "lora_request"]
+    for name in ("add_adapter", "remove_oldest_adapter", "_create_merged_loras_inplace", "__len__"):
+        assert callable(getattr(LRUCacheLoRAModelManager, name))
+    assert isinstance(LRUCacheLoRAModelManager.capacity, property)
+    assert "self._is_moe = " in inspect.getsource(LRUCacheLoRAModelManager.__init__)
+    assert "self.lora_manager = " in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    # An adapter that is registered takes its slot in the step that needs it.
+    assert "self.add_adapter(lora)" in inspect.getsource(LRUCacheWorkerLoRAManager._apply_adapters)
+    assert "self._adapter_manager.activate_adapter" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    read = set(re.findall(r"lora_request\.(\w+)", inspect.getsource(LRUCacheWorkerLoRAManager._load_adapter)))
+    assert read <= {"lora_path", "lora_int_id", "lora_name", "is_3d_lora_weight"}, "serve.worker hands it only these"
 
 
 def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():
