@@ -27,7 +27,7 @@ types: setup-dev ## mypy
 
 chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30 minutes of faults under 16 streams
 	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
-	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
 
 equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
 	@$(BIN)/python -m tests.equality $(ARGS)
