@@ -69,6 +69,10 @@ class Crowd:
         for thread in self._threads:
             thread.join(120)
             assert not thread.is_alive(), "a request never ended"
+        # Its idle connections would count as the server's descriptors.
+        self.server.http.close()
+        headers = {key: value for key, value in self.server.http.headers.items() if key != "x-request-timeout"}
+        self.server.http = httpx.Client(base_url=self.server.url, timeout=120, headers=headers)
 
     def whole(self, more: int, seconds: float = 120) -> None:
         """Wait until so many more requests ended well."""

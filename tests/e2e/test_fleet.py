@@ -52,8 +52,7 @@ def test_a_killed_engine_comes_back_with_its_adapters_and_the_server_never_falte
     assert all("503" in end.said and end.at - killed < 2 for end in crowd.broken), crowd.broken
     assert not alive(victims)
     print(f"noticed after {noticed:.2f} s, ready after {back:.1f} s; first start {fleet.seconds_to_ready:.1f} s")
-    # Idle connections of the crowd are closed after half a minute.
-    assert eventually(lambda: descriptors(fleet) <= open_before + 4, 45), f"{descriptors(fleet)}, {open_before} before"
+    assert eventually(lambda: descriptors(fleet) <= open_before + 4, 10), f"{descriptors(fleet)}, {open_before} before"
 
 
 def test_a_swap_of_the_base_there_and_back_fails_nothing(fleet, tmp_path):
