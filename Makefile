@@ -25,8 +25,9 @@ lint: setup-dev ## ruff: style and format
 types: setup-dev ## mypy
 	@$(BIN)/mypy
 
-chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of its changes
+chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30 minutes of faults under 16 streams
 	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
+	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
 
 watch: setup-dev ## drift, damage and latency against the real engine, with ten times the traffic; what watching costs
 	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py

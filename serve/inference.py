@@ -15,8 +15,8 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import msgspec
@@ -28,7 +28,7 @@ from serve.auth import Auth, Caller
 from serve.auth import Scope as KeyScope
 from serve.cutoff import Cutoff
 from serve.engine import LOW_PRIORITY
-from serve.errors import BadRequest, ClientTooSlow, DeadlineExceeded, LoradockError, NotFound, TooLarge
+from serve.errors import BadRequest, ClientLeft, ClientTooSlow, DeadlineExceeded, LoradockError, NotFound, TooLarge
 from serve.limits import Meter, Meters
 from serve.router import Route, Router
 from serve.shadow import Kept, Shadows
@@ -132,7 +132,9 @@ class Inference:
                     _check_countable(asked, meter)
                     usage.asked = len(asked.body)
                 model, fields = (asked.model, asked.fields) if asked else (None, {})
-                async with self._router.lease(model, caller, fields) as route:
+                async with AsyncExitStack() as held:
+                    async with _staying(receive if asked else None):
+                        route = await held.enter_async_context(self._router.lease(model, caller, fields))
                     tap.routed(route, caller.tenant)
                     tap.watch.logprobs = self._wants_logprobs(route.adapter)
                     if asked:
@@ -151,6 +153,32 @@ class Inference:
         if kept and route.shadow and self._shadows:
             # As the engine got it, so within the caller's tenant; and on nobody's key.
             self._shadows.offer(route.shadow, int(route.version[1:]), scope, fields, kept)
+
+
+@asynccontextmanager
+async def _staying(receive: Receive | None) -> AsyncIterator[None]:
+    """ClientLeft, if the client leaves before the block ends: who waits for a turn holds a place in line."""
+    if receive is None:
+        yield
+        return
+    left = asyncio.timeout(None)
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        left.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with left:
+            listening = asyncio.create_task(listen())
+            try:
+                yield
+            finally:
+                listening.cancel()
+    except TimeoutError as error:
+        if not left.expired():
+            raise
+        raise ClientLeft("the client left before it was its turn") from error
 
 
 @contextmanager

@@ -192,6 +192,7 @@ class Lifecycle:
 
     async def rollback(self, name: str, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make the version live that was live before this one."""
+        await self.fleet.of(name).available()  # or it would be done, and answered with a 503
         async with self._changing:
             before = self._serving(name)
             adapter = await asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why)

@@ -267,6 +267,8 @@ def issue(operator: httpx.AsyncClient) -> Callable[..., Any]:
 
 class _Started:
     def __init__(self, config: Config, backend: FakeBackend) -> None:
+        if backend.model == FakeBackend.model:
+            backend.model = config.model
         self.app = build_app(config, backend)  # type: ignore[arg-type]
 
     async def __aenter__(self) -> httpx.AsyncClient:
