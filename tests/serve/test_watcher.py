@@ -360,7 +360,7 @@ def test_log_probabilities_are_asked_for_in_short_runs_and_in_the_share_that_was
         now[0] += 0.1
         wanted.append(watcher.wants_logprobs("tone"))
     assert abs(sum(wanted) / len(wanted) - 0.1) < 0.03
-    turns = sum(a != b for a, b in zip(wanted, wanted[1:], strict=False))
+    turns = sum(a != b for a, b in itertools.pairwise(wanted))
     assert turns < 0.02 * len(wanted), "not one by one"
 
 
