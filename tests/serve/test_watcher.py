@@ -17,6 +17,8 @@ from serve.cli_baseline import prompts
 from serve.errors import ConfigError
 from serve.policy import DEFAULT_POLICIES, Policy, parse, policy_for
 from serve.tap import Exchange, Generation
+from serve.trial import Trials
+from serve.watcher import Watcher
 from tests.serve.conftest import HIDDEN, upload
 
 CHAT = "/v1/chat/completions"
@@ -346,6 +348,20 @@ async def test_another_tenant_cannot_rate_nor_see(operator, issue, make_adapter)
     assert (await globex.get("/v1/adapters/tone/drift")).status_code == 404
     assert (await globex.get("/v1/adapters/base/drift")).status_code == 404
     assert (await acme.post("/v1/feedback", json={"request_id": id, "rating": 0})).status_code == 200
+
+
+def test_log_probabilities_are_asked_for_in_short_runs_and_in_the_share_that_was_said(tmp_path):
+    now = [0.0]
+    watcher = Watcher(tmp_path, Trials(lambda _: None, lambda _: 1, lambda _: 0.01), logprobs=0.1, clock=lambda: now[0])
+    assert not watcher.wants_logprobs("tone"), "nobody looks yet"
+    watcher._thread = True
+    wanted = []
+    for _ in range(40_000):
+        now[0] += 0.1
+        wanted.append(watcher.wants_logprobs("tone"))
+    assert abs(sum(wanted) / len(wanted) - 0.1) < 0.03
+    turns = sum(a != b for a, b in itertools.pairwise(wanted))
+    assert turns < 0.02 * len(wanted), "not one by one"
 
 
 async def test_a_full_queue_drops_and_counts_and_the_answer_goes_out(connect, watched, backend, make_adapter):
