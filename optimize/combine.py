@@ -45,7 +45,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     off = whole = 0.0
     for done, module in enumerate(modules):
         progress(done, len(modules), module)
-        having = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if module in adapter.lora]
+        having = [
+            (adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if module in adapter.lora
+        ]
         down, up = _combined(method, module, having, rank, options["density"], job.seed)
         exact = sum(weight * adapter.update(module) for adapter, weight in having)
         off += float((up @ down - exact).square().sum())
@@ -57,7 +59,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     ranks = {name: tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
     widest = max(ranks.values())
     tensors = {name: _padded(tensor, widest, ".lora_A." in name) for name, tensor in tensors.items()}
-    _write(job.folder / "adapters" / options["name"], tensors, adapters[0], Path(job.adapters[names[0]]), modules, widest)
+    _write(
+        job.folder / "adapters" / options["name"], tensors, adapters[0], Path(job.adapters[names[0]]), modules, widest
+    )
     error = (off / whole) ** 0.5 if whole else 0.0
     return {"method": method, "means": MEANS[method], "rank": widest, "weights": weights, "error": round(error, 6)}
 
@@ -81,7 +85,9 @@ def _combined(
         root = s[:keep].sqrt()
         return (root[:, None] * v[:keep]) @ q_right.T, (q_left @ u[:, :keep]) * root
     if method == "linear":
-        return torch.stack(downs).mean(0), torch.stack([up * weight for up, weight in zip(ups, weights, strict=True)]).sum(0)
+        return torch.stack(downs).mean(0), torch.stack(
+            [up * weight for up, weight in zip(ups, weights, strict=True)]
+        ).sum(0)
     # On the updates themselves, as in the papers, and then down to the rank.
     updates = [up @ down for up, down in zip(ups, downs, strict=True)]
     u, s, v = _svd(_sparse(method, updates, weights, density, seed), rank)

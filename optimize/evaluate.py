@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     old = opened(reference)
     scores: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
-    with ExitStack() as stack:
+    if True:
         if job.options["format"] == "onnx":
             from optimize.onnx import Session
 
@@ -44,10 +44,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             ask: Ask = session.logits
         else:
             new = opened(Path(job.model))
-            ask = lambda rows: logits(new, rows)  # noqa: E731
+            ask = partial(logits, new)
         living = sorted(job.adapters)
         total = len(ids) + 2 * len(living) * min(ADAPTED, len(ids))
-        scores |= compared(lambda rows: logits(old, rows), ask, ids, lambda done: progress(done, total, "held-out text"))
+        scores |= compared(partial(logits, old), ask, ids, lambda done: progress(done, total, "held-out text"))
         effects = {}
         done = len(ids)
         for name in living:
@@ -59,13 +59,12 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             scores["worst_adapter_kl"] = max(effect["kl"] for effect in effects.values())
             scores["worst_adapter_effect"] = min(effect["cosine"] for effect in effects.values())
         for prompt in part.prompts:
-            line = {"prompt": prompt, "original": _answer(lambda rows: logits(old, rows), words, prompt)}
+            line = {"prompt": prompt, "original": _answer(partial(logits, old), words, prompt)}
             line["result"] = _answer(ask, words, prompt)
             for name in living:
                 with adapted(new, Path(job.adapters[name])) as both:
-                    line[name] = _answer(lambda rows, both=both: logits(both, rows), words, prompt)
+                    line[name] = _answer(partial(logits, both), words, prompt)
             samples.append(line)
-        stack.close()
     if job.options["format"] != "onnx":
         before, after = Checkpoint(reference), Checkpoint(Path(job.model))
         scores["bytes_original"], scores["bytes"] = before.bytes, after.bytes
@@ -128,7 +127,9 @@ def _effect(old: Any, new: Any, folder: Path, ids: torch.Tensor) -> dict[str, fl
 def _answer(ask: Ask, words: Any, prompt: str) -> str:
     """A greedy answer, in the chat template where there is one."""
     if words.chat_template:
-        told = words.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        told = words.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
     else:
         told = prompt
     ids = words(told, add_special_tokens=False, return_tensors="pt").input_ids

@@ -73,10 +73,17 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         losses.append(round(float(loss), 5))
         if not math.isfinite(losses[-1]):
-            raise OptimizeError(f"healing diverged at step {step}: take a smaller learning_rate than {options['learning_rate']}")
+            raise OptimizeError(
+                f"healing diverged at step {step}: take a smaller learning_rate than {options['learning_rate']}"
+            )
         progress(step + 1, total, f"step {step + 1} of {total}, loss {losses[-1]:.3f}")
         if (step + 1) % SAVE_EVERY == 0:
-            state = {"lora": get_peft_model_state_dict(model), "optimizer": optimizer.state_dict(), "step": step + 1, "losses": losses}
+            state = {
+                "lora": get_peft_model_state_dict(model),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "losses": losses,
+            }
             torch.save(state, saved.with_suffix(".part"))
             saved.with_suffix(".part").rename(saved)
     folder = partial / "lora"
@@ -118,7 +125,9 @@ def _all_windows(words: Any, texts: list[Any], tokens: int, seed: int, samples: 
     ids = [text._tokens(words, one) for one in texts]
     whole = [one[at : at + tokens] for one in ids for at in range(0, len(one) - tokens + 1, tokens)]
     if len(whole) < 2 * HELD:
-        raise OptimizeError(f"the calibration text gives {len(whole)} windows of {tokens} tokens; healing needs at least {2 * HELD}")
+        raise OptimizeError(
+            f"the calibration text gives {len(whole)} windows of {tokens} tokens; healing needs at least {2 * HELD}"
+        )
     random.Random(seed).shuffle(whole)
     return whole[: samples + HELD] if samples else whole
 

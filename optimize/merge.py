@@ -88,7 +88,9 @@ def read(name: str, folder: Path, weight: float = 1.0) -> Adapter:
     return Adapter(name, config, lora, saved, weight)
 
 
-def merged_into(base: Path, adapters: Sequence[Adapter], out: Path, progress: Progress, shard_bytes: int = 4_000_000_000) -> None:
+def merged_into(
+    base: Path, adapters: Sequence[Adapter], out: Path, progress: Progress, shard_bytes: int = 4_000_000_000
+) -> None:
     """The checkpoint of base plus adapters, written to `out`."""
     checkpoint = Checkpoint(base)
     config = dict(checkpoint.config)
@@ -121,14 +123,18 @@ def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter]) -> tor
         if module in adapter.lora:
             update = adapter.update(module)
             if update.shape != wide.shape:
-                raise Refused(f"{adapter.name} changes {name} in shape {list(update.shape)}, the base has {list(wide.shape)}")
+                raise Refused(
+                    f"{adapter.name} changes {name} in shape {list(update.shape)}, the base has {list(wide.shape)}"
+                )
             wide = wide + update
             if "magnitude_vector" in adapter.lora[module]:
                 magnitude = adapter.lora[module]["magnitude_vector"].float().flatten()
                 wide = wide * (magnitude / wide.norm(dim=1))[:, None]
     made = wide.to(tensor.dtype)
     if not bool(made.isfinite().all()):
-        raise OptimizeError(f"merging gives NaN or infinity in {name}: look at the adapters {[a.name for a in adapters]}")
+        raise OptimizeError(
+            f"merging gives NaN or infinity in {name}: look at the adapters {[a.name for a in adapters]}"
+        )
     return made
 
 

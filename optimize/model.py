@@ -81,7 +81,9 @@ def opened(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left or unexpected:
-        raise Refused(f"{folder} does not fit its config.json: {(left or unexpected)[0]} is {'missing' if left else 'extra'}")
+        raise Refused(
+            f"{folder} does not fit its config.json: {(left or unexpected)[0]} is {'missing' if left else 'extra'}"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and scheme.rounds_activations(name):
             module.register_forward_pre_hook(_rounding(scheme.float8(name)))
@@ -167,7 +169,9 @@ def adapted(model: nn.Module, folder: Path) -> Iterator[nn.Module]:
             warnings.simplefilter("ignore")
             wrapped = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise OptimizeError(f"PEFT does not load the adapter in {folder}: {' '.join(str(error).split())[:300]}") from error
+        raise OptimizeError(
+            f"PEFT does not load the adapter in {folder}: {' '.join(str(error).split())[:300]}"
+        ) from error
     try:
         yield wrapped.eval()
     finally:

@@ -97,7 +97,9 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             steps.append(Step("combine", what, PROCESS + size // 2, size // 10, STARTING + 10))
         elif isinstance(step, Prune):
             what = f"drop {step.layers} layers by block influence" if step.layers else f"MLP width to {step.mlp:.1%}"
-            steps.append(Step("prune", what, PROCESS + size + 50_000_000, size, STARTING + 3 * calibrated * pass_of + size / 5e8))
+            steps.append(
+                Step("prune", what, PROCESS + size + 50_000_000, size, STARTING + 3 * calibrated * pass_of + size / 5e8)
+            )
         elif isinstance(step, Heal):
             seen = step.steps * step.batch * step.tokens
             what = f"distil the original through a LoRA of rank {step.rank}, {step.steps} steps of {step.batch} x {step.tokens} tokens"
@@ -108,15 +110,21 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             what = f"{step.scheme}, {step.method}"
             if step.budget:
                 what += f", most sensitive layers keep more bits until perplexity rises by at most {step.budget:.1%}"
+                probed = 4 * recipe.calibration.tokens * _vocabulary(base) * 4
                 seconds = 2 * seconds + 4 * _layers(base) * min(calibrated, 4096) * pass_of / 2
             memory = PROCESS + size + calibrated * _hidden(base) * 4 + 12 * widest * widest
+            memory += probed if step.budget else 0
             steps.append(Step("quantize", what, memory, int(size * 0.65), seconds, _slow(recipe, step)))
     if recipe.export.format == "onnx":
         what = f"ONNX {recipe.export.precision} with KV cache inputs, checked against PyTorch"
         steps.append(Step("onnx", what, PROCESS + 12 * size, 4 * size, STARTING + 90))
-    living = len(recipe.adapters) - len({name for step in recipe.steps if isinstance(step, Merge | Combine) for name in step.adapters})
+    living = len(recipe.adapters) - len(
+        {name for step in recipe.steps if isinstance(step, Merge | Combine) for name in step.adapters}
+    )
     seconds = STARTING + measured * pass_of * (2 + 2 * max(0, living))
-    what = f"{measured} held-out tokens, KL, top-1, {len(recipe.evaluate.prompts)} answers" + (f", {living} adapters" if living > 0 else "")
+    what = f"{measured} held-out tokens, KL, top-1, {len(recipe.evaluate.prompts)} answers" + (
+        f", {living} adapters" if living > 0 else ""
+    )
     logits = recipe.evaluate.tokens * _vocabulary(base) * 16
     steps.append(Step("evaluate", what, PROCESS + 2 * size + logits, 100_000, seconds))
     if recipe.export.format == "vllm" and recipe.evaluate.engine:
@@ -147,8 +155,12 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
             if step.layers >= _layers(base):
                 raise Refused(f"the model has {_layers(base)} layers, so {step.layers} cannot be dropped; drop fewer")
             if step.mlp < 1 and not any(".mlp.down_proj.weight" in name for name in base.entries):
-                raise Refused("the MLP of this model is not made of gate_proj, up_proj and down_proj; narrow it another way")
-            living = set(adapters) - {name for other in recipe.steps if isinstance(other, Merge) for name in other.adapters}
+                raise Refused(
+                    "the MLP of this model is not made of gate_proj, up_proj and down_proj; narrow it another way"
+                )
+            living = set(adapters) - {
+                name for other in recipe.steps if isinstance(other, Merge) for name in other.adapters
+            }
             if living:
                 raise Refused(
                     f"pruning changes the layers that the adapter {sorted(living)[0]!r} was trained on: merge it first, "
@@ -173,7 +185,9 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
                     )
     if recipe.export.format == "onnx":
         if "quantize" in kinds:
-            raise Refused("ONNX has its own int8 and int4: leave the quantize step out and say `export: {precision: int8}`")
+            raise Refused(
+                "ONNX has its own int8 and int4: leave the quantize step out and say `export: {precision: int8}`"
+            )
         if recipe.target == "gpu":
             raise Refused("the onnx export is checked on a CPU here: say `target: cpu`")
 
@@ -186,7 +200,9 @@ def _runs(recipe: Recipe, step: Quantize, base: Checkpoint) -> None:
         raise Refused("vLLM only emulates fp8 on CPUs, too slowly to use: take w8a8, or `target: gpu`")
     if step.scheme == "w4a16":
         if step.group and step.group % 32:
-            raise Refused(f"groups of {step.group} do not fit: vLLM takes multiples of 32; leave `group` out to have one chosen")
+            raise Refused(
+                f"groups of {step.group} do not fit: vLLM takes multiples of 32; leave `group` out to have one chosen"
+            )
         group(base, step.group)
 
 
@@ -194,7 +210,9 @@ def group(base: Checkpoint, wished: int) -> int:
     """The group size: the wished one when every layer's width is a multiple of it, else the largest of 128, 64 and 32."""
     widths = {entry.shape[1] for name, entry in base.entries.items() if linear(name, entry)}
     if wished and any(width % wished for width in widths):
-        raise Refused(f"groups of {wished} do not divide layers of width {sorted(widths)}; leave `group` out to have one chosen")
+        raise Refused(
+            f"groups of {wished} do not divide layers of width {sorted(widths)}; leave `group` out to have one chosen"
+        )
     for size in [wished] if wished else (128, 64, 32):
         if not any(width % size for width in widths):
             return size
@@ -215,7 +233,9 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise Refused(f"the adapter {name!r} is {config.get('peft_type')}, and LORA is taken")
     if config.get("bias", "none") != "none":
-        raise Refused(f"the adapter {name!r} trains biases ({config['bias']}), which cannot be merged faithfully: train with bias none")
+        raise Refused(
+            f"the adapter {name!r} trains biases ({config['bias']}), which cannot be merged faithfully: train with bias none"
+        )
     for tensor, entry in header(folder / "adapter_model.safetensors").items():
         module, _, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         weight = f"{module}.weight"
@@ -226,7 +246,9 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
         shape = base.entries.get(weight, base.entries.get("model.embed_tokens.weight", entry)).shape
         fits = {"A.weight": entry.shape[-1] in shape, "B.weight": entry.shape[0] in shape}.get(part, True)
         if not fits:
-            raise Refused(f"the adapter {name!r} is for another base: {tensor} is {list(entry.shape)}, {module} is {list(shape)}")
+            raise Refused(
+                f"the adapter {name!r} is for another base: {tensor} is {list(entry.shape)}, {module} is {list(shape)}"
+            )
     return config
 
 
@@ -242,7 +264,9 @@ def _room(plan: Plan, out: Path, memory: int) -> None:
         where = where.parent
     free = shutil.disk_usage(where).free
     if plan.disk > free:
-        raise Refused(f"{where} has {free / 1e9:.1f} GB free and this takes {plan.disk / 1e9:.1f} GB; free some, or name another --out")
+        raise Refused(
+            f"{where} has {free / 1e9:.1f} GB free and this takes {plan.disk / 1e9:.1f} GB; free some, or name another --out"
+        )
 
 
 def available_memory() -> int:

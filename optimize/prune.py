@@ -26,7 +26,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     settle(job.seed)
     folder = Path(job.model)
     part = job.calibration
-    ids = torch.tensor(text.windows(tokenizer(folder), text.documents(part, False), part.samples, part.tokens, job.seed))
+    ids = torch.tensor(
+        text.windows(tokenizer(folder), text.documents(part, False), part.samples, part.tokens, job.seed)
+    )
     checkpoint = Checkpoint(folder)
     model = opened(folder)
     name = prefix(model)

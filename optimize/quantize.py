@@ -56,7 +56,12 @@ FULL = Level("bf16", 16)
 LEVELS = {level.name: level for level in (W4, W8A8, W8A16, FP8, FULL)}
 
 # Linear layers that the engine fuses, so that they share a level; in the order in which a layer uses them.
-UNITS = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("o_proj",), ("gate_proj", "up_proj", "gate_up_proj"), ("down_proj",))
+UNITS = (
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
 Rounded = tuple[torch.Tensor, torch.Tensor]  # integers (or float8), scale
 
 
@@ -83,7 +88,12 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     ids = _windows(job, model_dir)
     progress(0, 1, "loading")
     quantizer = Quantizer(model_dir, ids, group, options["method"], frozenset(options["ignore"]), progress)
-    notes: dict[str, Any] = {"scheme": level.name, "group": group or None, "smooth": smooth, "calibration": quantizer.about}
+    notes: dict[str, Any] = {
+        "scheme": level.name,
+        "group": group or None,
+        "smooth": smooth,
+        "calibration": quantizer.about,
+    }
     adapters: dict[str, Path] = {name: Path(path) for name, path in job.adapters.items()}
     factors = quantizer.smoothing() if smooth else {}
     chosen = {unit: level for unit in quantizer.units}
@@ -125,15 +135,15 @@ class Quantizer:
         self.about = {"samples": len(ids), "tokens": len(ids[0])}
         self.units = list(self._units(ignore))
         if not self.units:
-            raise Refused("the model has no q/k/v/o or gate/up/down projections; only Llama-like decoders are quantized")
+            raise Refused(
+                "the model has no q/k/v/o or gate/up/down projections; only Llama-like decoders are quantized"
+            )
 
     def _units(self, ignore: frozenset[str]) -> Iterator[Unit]:
         for at, layer in enumerate(self.layers):
             linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
             for family in UNITS:
-                names = tuple(
-                    f"{self.prefix}.{at}.{name}" for name in linears if name.rpartition(".")[2] in family
-                )
+                names = tuple(f"{self.prefix}.{at}.{name}" for name in linears if name.rpartition(".")[2] in family)
                 names = tuple(name for name in names if not ignore & {name, name.rpartition(".")[2]})
                 if names:
                     yield Unit(at, names)
@@ -145,7 +155,9 @@ class Quantizer:
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states.append(args[0] if args else kwargs.pop("hidden_states"))
-            others.append({name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value")})
+            others.append(
+                {name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value")}
+            )
             raise _Stop
 
         handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -317,11 +329,11 @@ class Quantizer:
         writer.close({**checkpoint.config, "quantization_config": _config(chosen, sorted(others) + full, self.group)})
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
-        """(windows, tokens, vocabulary) in bf16, of the model as it is now."""
+        """(windows, tokens, vocabulary) in float32, of the model as it is now."""
         made = []
         for row in ids.split(1):
             with torch.inference_mode():
-                made.append(log_softmax(self.model(input_ids=row, use_cache=False).logits.float(), -1).bfloat16())
+                made.append(log_softmax(self.model(input_ids=row, use_cache=False).logits.float(), -1))
         return torch.cat(made)
 
     def loss(self, ids: torch.Tensor) -> float:
@@ -388,12 +400,18 @@ def _chosen(
         return 0.0 if ladder[at] is FULL else costs[unit.label][ladder[at].name]
 
     def gain(unit: Unit, to: int) -> float:
-        more = ladder[to].bytes(elements[unit], quantizer.group or 1) - ladder[rung[unit]].bytes(elements[unit], quantizer.group or 1)
+        more = ladder[to].bytes(elements[unit], quantizer.group or 1) - ladder[rung[unit]].bytes(
+            elements[unit], quantizer.group or 1
+        )
         return (cost(unit, rung[unit]) - cost(unit, to)) / more
 
     total = sum(cost(unit, 0) for unit in quantizer.units)
     while total > allowed:
-        steps = [(gain(unit, to), -at, unit, to) for at, unit in enumerate(quantizer.units) for to in range(rung[unit] + 1, len(ladder))]
+        steps = [
+            (gain(unit, to), -at, unit, to)
+            for at, unit in enumerate(quantizer.units)
+            for to in range(rung[unit] + 1, len(ladder))
+        ]
         if not steps:
             break
         _, _, unit, to = max(steps, key=lambda step: step[:2])
@@ -420,9 +438,13 @@ def _sensitivity(quantizer: Quantizer, levels: Sequence[Level], partial: Path) -
             for level in levels:
                 for name, (integers, scale) in quantizer._round(unit, level, None).items():
                     wide = scale.repeat_interleave(integers.shape[1] // scale.shape[1], 1)
-                    quantizer._linear(name).weight = nn.Parameter((integers.float() * wide).to(quantizer.dtype), requires_grad=False)
+                    quantizer._linear(name).weight = nn.Parameter(
+                        (integers.float() * wide).to(quantizer.dtype), requires_grad=False
+                    )
                 hooks = [
-                    quantizer._linear(name).register_forward_pre_hook(_rounding(level)) for name in unit.names if level.activations
+                    quantizer._linear(name).register_forward_pre_hook(_rounding(level))
+                    for name in unit.names
+                    if level.activations
                 ]
                 result[level.name] = _divergence(quantizer, at, states, others, wanted)
                 for hook in hooks:
@@ -449,8 +471,7 @@ def _divergence(
     body = quantizer.model.get_submodule(quantizer.prefix.rpartition(".")[0])
     for row, right in zip(hidden, wanted, strict=True):
         said = log_softmax(quantizer.model.lm_head(body.norm(row)).float(), -1)
-        sure = right.float()
-        total += float((sure.exp() * (sure - said)).sum(-1).mean())
+        total += float((right.exp() * (right - said)).sum(-1).mean())
     return max(total / len(hidden), 0.0)
 
 
@@ -461,7 +482,11 @@ def _config(chosen: Mapping[Unit, Level], ignore: list[str], group: int) -> dict
     for number, level in enumerate(levels):
         names = [name for unit, its in chosen.items() if its is level for name in unit.names]
         symmetric = {"symmetric": True, "type": "float" if level.float8 else "int", "num_bits": level.bits}
-        grouped = {"strategy": "group", "group_size": group} if level.bits == 4 else {"strategy": "channel", "group_size": None}
+        grouped = (
+            {"strategy": "group", "group_size": group}
+            if level.bits == 4
+            else {"strategy": "channel", "group_size": None}
+        )
         groups[f"group_{number}"] = {
             "targets": names if len(levels) > 1 else ["Linear"],
             "weights": {**symmetric, **grouped, "dynamic": False},

@@ -29,14 +29,14 @@ class Text(Part, frozen=True, kw_only=True):
     tokens: int = 512
 
 
-class Merge(Part, frozen=True, kw_only=True):
+class Merge(Part, frozen=True, kw_only=True, tag="merge"):
     """LoRA adapters into the base's weights, one after another."""
 
     adapters: tuple[str, ...]
     weights: tuple[float, ...] = ()
 
 
-class Combine(Part, frozen=True, kw_only=True):
+class Combine(Part, frozen=True, kw_only=True, tag="combine"):
     """Several adapters into one adapter called `name`."""
 
     name: str
@@ -47,14 +47,14 @@ class Combine(Part, frozen=True, kw_only=True):
     density: float = 0.5
 
 
-class Prune(Part, frozen=True, kw_only=True):
+class Prune(Part, frozen=True, kw_only=True, tag="prune"):
     """Whole layers by block influence, or a share of the MLP's width by activation."""
 
     layers: int = 0
     mlp: float = 1.0
 
 
-class Heal(Part, frozen=True, kw_only=True):
+class Heal(Part, frozen=True, kw_only=True, tag="heal"):
     """Distil the original into the pruned model through a LoRA that is then merged."""
 
     steps: int = 200
@@ -65,7 +65,7 @@ class Heal(Part, frozen=True, kw_only=True):
     samples: int = 0
 
 
-class Quantize(Part, frozen=True, kw_only=True):
+class Quantize(Part, frozen=True, kw_only=True, tag="quantize"):
     """Fewer bits. `budget` is the perplexity increase that mixed precision may cost; the most sensitive layers keep more."""
 
     scheme: Literal["w8a8", "w8a16", "w4a16", "fp8"] = "w8a8"
@@ -145,7 +145,9 @@ def load(source: str | Path, overrides: Mapping[str, str] | None = None) -> Reci
         file = resources.files("optimize") / "recipes" / f"{source}.yaml"
         if not file.is_file():
             near = _nearest(str(source), shipped())
-            raise RecipeError(f"there is no recipe {source!r}{near}; `loradock optimize --list` shows those that come along")
+            raise RecipeError(
+                f"there is no recipe {source!r}{near}; `loradock optimize --list` shows those that come along"
+            )
         return parse(file.read_text(), Path.cwd(), overrides)
     try:
         written = path.read_text()
@@ -195,9 +197,15 @@ def shipped() -> dict[str, str]:
     return found
 
 
+def changed(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with some of its fields changed."""
+    return msgspec.structs.replace(recipe, **changes)
+
+
 def plain(part: Part) -> dict[str, Any]:
     """A part as JSON's own types."""
     made: dict[str, Any] = msgspec.to_builtins(part)
+    made.pop("type", None)
     return made
 
 
@@ -206,10 +214,14 @@ def _step(step: Any, at: int) -> Part:
     if isinstance(step, str):
         step = {step: {}}
     if not isinstance(step, dict) or len(step) != 1:
-        raise RecipeError(f"{where} holds one of {', '.join(STEPS)} with its options, such as `- quantize: {{scheme: w8a8}}`")
+        raise RecipeError(
+            f"{where} holds one of {', '.join(STEPS)} with its options, such as `- quantize: {{scheme: w8a8}}`"
+        )
     ((kind, options),) = step.items()
     if kind not in STEPS:
-        raise RecipeError(f"{where} is {kind!r}, which is not a step{_nearest(str(kind), STEPS)}; there is {', '.join(STEPS)}")
+        raise RecipeError(
+            f"{where} is {kind!r}, which is not a step{_nearest(str(kind), STEPS)}; there is {', '.join(STEPS)}"
+        )
     return _part(_mapping(options or {}, f"{where}, {kind}"), STEPS[kind], f"{where}, {kind}")
 
 
@@ -290,7 +302,9 @@ def _sensible(recipe: Recipe) -> None:
                 raise RecipeError(f"{where}: name at least one adapter")
             for name in step.adapters:
                 if name not in names:
-                    raise RecipeError(f"{where}: there is no adapter {name!r}{_nearest(name, names)}; add it to `adapters:`")
+                    raise RecipeError(
+                        f"{where}: there is no adapter {name!r}{_nearest(name, names)}; add it to `adapters:`"
+                    )
             if step.weights and len(step.weights) != len(step.adapters):
                 raise RecipeError(f"{where}: {len(step.weights)} weights for {len(step.adapters)} adapters")
         if isinstance(step, Combine):

@@ -90,7 +90,9 @@ class Run:
             return self._finish(state)
 
     def _step(self, step: Any, state: State) -> State:
-        done = self._do(KIND[type(step)], plain(step), state, uses_text=isinstance(step, Heal | Quantize) or _prunes(step))
+        done = self._do(
+            KIND[type(step)], plain(step), state, uses_text=isinstance(step, Heal | Quantize) or _prunes(step)
+        )
         made = done.folder / "model"
         model = made if made.is_dir() else state.model
         adapters, merged = dict(state.adapters), state.merged
@@ -158,7 +160,9 @@ class Run:
                 "model": _digest(state.model),
                 "reference": _digest(state.reference) if kind in ("evaluate", "engine", "heal", "onnx") else "",
                 "adapters": {name: _digest(path) for name, path in state.adapters.items()},
-                "text": [self.plan.texts, plain(self.recipe.calibration), plain(self.recipe.evaluate)] if uses_text else [],
+                "text": [self.plan.texts, plain(self.recipe.calibration), plain(self.recipe.evaluate)]
+                if uses_text
+                else [],
                 "seed": self.recipe.seed,
                 "target": self.recipe.target,
                 "versions": manifest.versions(),
@@ -235,7 +239,9 @@ class Run:
                 "close other programs and go on with --resume"
             )
         tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise OptimizeError(f"{kind}: the step ended with {child.returncode}: {''.join(tail)[:300]} (all of it in {log})")
+        raise OptimizeError(
+            f"{kind}: the step ended with {child.returncode}: {''.join(tail)[:300]} (all of it in {log})"
+        )
 
     def _listen(self, kind: str, child: subprocess.Popen[bytes], pipe: int) -> tuple[dict[str, Any], int]:
         """The child's last word, and the most memory that it had."""
@@ -274,7 +280,9 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Refused(f"another run is making {self.out}; wait for it, or name another place with --out") from None
+                raise Refused(
+                    f"another run is making {self.out}; wait for it, or name another place with --out"
+                ) from None
             if not self.resume:
                 shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir(exist_ok=True)

@@ -57,7 +57,9 @@ def windows(tokenizer: Any, texts: Sequence[Any], samples: int, tokens: int, see
             ids, joined = (joined, []) if len(joined) >= tokens else ([], joined)
         whole += [ids[at : at + tokens] for at in range(0, len(ids) - tokens + 1, tokens)]
     if len(whole) < samples:
-        raise Refused(f"the text gives {len(whole)} windows of {tokens} tokens, not {samples}: give more text or ask for less")
+        raise Refused(
+            f"the text gives {len(whole)} windows of {tokens} tokens, not {samples}: give more text or ask for less"
+        )
     return random.Random(seed).sample(whole, samples)
 
 

@@ -85,7 +85,12 @@ def main(file: str, fd: str) -> int:
         tell({"error": error.message, "class": type(error).__name__})
         return 1
     except MemoryError:
-        tell({"error": "the step ran out of memory; close other programs, or give it a smaller model", "class": "OutOfMemory"})
+        tell(
+            {
+                "error": "the step ran out of memory; close other programs, or give it a smaller model",
+                "class": "OutOfMemory",
+            }
+        )
         return 1
     except Exception as error:
         traceback.print_exc()
@@ -96,7 +101,7 @@ def main(file: str, fd: str) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error):
         return "the disk is full; free some space and go on with --resume"
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed: pip install 'loradock[optimize]' beside loradock[cpu] or loradock[gpu]"
