@@ -81,6 +81,8 @@ def read(name: str, folder: Path, weight: float = 1.0) -> Adapter:
     saved: dict[str, torch.Tensor] = {}
     for tensor, value in load_file(folder / "adapter_model.safetensors").items():
         module, found, part = tensor.removeprefix("base_model.model.").partition(".lora_")
+        if module.endswith(".base_layer.weight"):
+            continue  # PEFT saves the embedding that an adapter lies over, as it was
         if not found:
             saved[module] = value
         else:

@@ -1,0 +1,137 @@
+"""The quantized checkpoint is what compressed-tensors says it is, and smoothing changes nothing but where numbers lie."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimize import quantize
+from optimize.checkpoint import Checkpoint
+from optimize.errors import OptimizeError
+from optimize.model import adapted, logits, opened
+from tests.optimize.conftest import silent
+
+IDS = torch.arange(2, 34).view(2, 16)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16", "fp8"])
+def test_transformers_reads_the_checkpoint_as_we_do(scheme, base, job):
+    """compressed-tensors' own loader, an implementation that is not ours, gives the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    made = job("quantize", scheme=scheme)
+    notes = quantize.run(made, silent)
+    assert notes["layers"] == {scheme: 21}
+    folder = made.folder / "model"
+    ours = logits(opened(folder, torch.float32), IDS)
+    with torch.inference_mode():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+    plain = logits(opened(base, torch.float32), IDS)
+    assert (ours - plain).abs().max() > 0.01
+    assert (ours - theirs).abs().max() < 0.1 * (ours - plain).abs().max()
+
+
+def test_each_scheme_takes_the_bytes_that_it_promises(base, job):
+    whole = sum(e.bytes for n, e in Checkpoint(base).entries.items() if n.endswith("_proj.weight"))
+    for scheme, share in (("w8a8", 0.5), ("w4a16", 0.25)):
+        made = job("quantize", scheme=scheme, method="rtn", out=scheme)
+        quantize.run(made, silent)
+        entries = Checkpoint(made.folder / "model").entries
+        packed = sum(e.bytes for n, e in entries.items() if n.endswith(("_proj.weight", "weight_packed")))
+        assert packed == pytest.approx(whole * share)
+
+
+def test_smoothing_moves_scales_and_changes_no_answer(base, job):
+    made = job("quantize")
+    windows = quantize._windows(made, base)
+    quantizer = quantize.Quantizer(base, windows, 0, "rtn", frozenset(), silent)
+    factors = quantizer.smoothing()
+    assert {float(factor.log2().frac().abs().max()) for factor in factors.values()} == {0.0}
+    assert max(float(factor.max() / factor.min()) for factor in factors.values()) > 2
+    before = logits(opened(base, torch.float32), IDS)
+    quantizer.model = opened(base, torch.float32)
+    quantizer.dtype = torch.float32
+    for at in range(3):
+        quantizer._smooth(at, factors)
+    assert torch.allclose(logits(quantizer.model, IDS), before, atol=1e-4)
+
+
+def test_an_adapter_is_rewritten_for_the_smoothed_base(base, job, adapter):
+    """The smoothed base with the rewritten adapter answers as the base with the adapter did."""
+    folder = adapter(target_modules=["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    made = job("quantize", adapters={"one": folder}, smooth=True)
+    notes = quantize.run(made, silent)
+    assert notes["adapters"] == {"one": "rewritten: smoothing folded in"}
+    with adapted(opened(base, torch.float32), folder) as model:
+        right = logits(model, IDS)
+    new = opened(made.folder / "model", torch.float32)
+    with adapted(new, made.folder / "adapters/one") as model:
+        folded = (logits(model, IDS) - right).square().mean()
+    with adapted(new, folder) as model:
+        unchanged = (logits(model, IDS) - right).square().mean()
+    assert folded < 0.3 * unchanged
+
+
+def test_adapters_that_are_named_keep_smoothing_out(base, job, adapter):
+    made = job("quantize", adapters={"one": adapter()})
+    notes = quantize.run(made, silent)
+    assert (notes["smooth"], notes["adapters"]) == (False, {"one": "applies unchanged"})
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(Checkpoint(made.folder / "model").tensor(norm), Checkpoint(base).tensor(norm))
+
+
+def test_a_budget_gives_bits_back_where_they_matter(base, job):
+    losses = {}
+    for budget in (0.5, 0.01):
+        made = job("quantize", scheme="w4a16", budget=budget, out=f"b{budget}")
+        notes = quantize.run(made, silent)
+        losses[budget] = notes["tried"][-1]["log_perplexity"]
+        config = json.loads((made.folder / "model/config.json").read_text())["quantization_config"]
+        kept = set(notes["kept"])
+        assert len(notes["sensitivity"]) == 12
+        if budget == 0.01:
+            assert kept and config["format"] in ("mixed-precision", "pack-quantized", "int-quantized")
+            # The kept ones are more sensitive than those that were not, byte for byte of one kind.
+            downs = {label: found["w4a16"] for label, found in notes["sensitivity"].items() if label.endswith("down")}
+            held = [cost for label, cost in downs.items() if label in kept]
+            given = [cost for label, cost in downs.items() if label not in kept]
+            assert not held or not given or min(held) >= max(given)
+    assert losses[0.01] <= losses[0.5] + 1e-6
+
+
+def test_the_layers_that_the_engine_fuses_share_a_level(base, job):
+    made = job("quantize")
+    quantizer = quantize.Quantizer(base, quantize._windows(made, base), 0, "rtn", frozenset(), silent)
+    assert [unit.label for unit in quantizer.units[:4]] == ["0.q/k/v", "0.o", "0.gate/up", "0.down"]
+
+
+def test_the_same_seed_gives_the_same_bytes(base, job):
+    digests = []
+    for out in ("one", "two"):
+        made = job("quantize", scheme="w4a16", out=out)
+        quantize.run(made, silent)
+        digests.append((made.folder / "model/model.safetensors").read_bytes())
+    assert digests[0] == digests[1]
+
+
+def test_broken_weights_are_said_before_anything_is_written(base, job, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in base.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    made = job("quantize", model=broken)
+    with pytest.raises(OptimizeError, match="NaN"):
+        quantize.run(made, silent)
+    assert not (made.folder / "model/config.json").exists()
+
+
+def test_paths_of_the_pico_model_are_the_units(base: Path):
+    assert len(Checkpoint(base).entries) == 3 * 9 + 2
