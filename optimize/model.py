@@ -25,7 +25,7 @@ def settle(seed: int) -> None:
     """The same arithmetic each time: a fixed seed, kernels that are deterministic, as many threads as cores."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
 
 
 def tokenizer(folder: Path) -> Any:
@@ -77,7 +77,7 @@ def opened(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
             shape = checkpoint.tensor(f"{module}.weight_shape").tolist()
             integers = unpacked(checkpoint.tensor(name), shape, scheme.bits(module))
             weights[f"{module}.weight"] = dequantized(integers, checkpoint.tensor(f"{module}.weight_scale")).to(dtype)
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left or unexpected:

@@ -17,9 +17,8 @@ WORDS = (
 ).split()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _quiet() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Small matrices: threads that wait for one another would cost more than the arithmetic, here and in the children.
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +40,6 @@ def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("pico") / "pico"
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # threads that wait for one another cost more than this arithmetic
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=256, eos_token_id=0, bos_token_id=0,

@@ -19,19 +19,23 @@ IDS = torch.arange(2, 34).view(2, 16)
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16", "fp8"])
 def test_transformers_reads_the_checkpoint_as_we_do(scheme, base, job):
-    """compressed-tensors' own loader, an implementation that is not ours, gives the same logits."""
+    """compressed-tensors' own loader, an implementation that is not ours, gives the same weights and logits."""
     from transformers import AutoModelForCausalLM
 
     made = job("quantize", scheme=scheme)
     notes = quantize.run(made, silent)
     assert notes["layers"] == {scheme: 21}
     folder = made.folder / "model"
-    ours = logits(opened(folder, torch.float32), IDS)
+    ours, theirs = opened(folder, torch.float32), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = opened(base, torch.float32)
     with torch.inference_mode():
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
-    plain = logits(opened(base, torch.float32), IDS)
-    assert (ours - plain).abs().max() > 0.01
-    assert (ours - theirs).abs().max() < 0.1 * (ours - plain).abs().max()
+        right = theirs(IDS).logits  # the first call decompresses
+    for name, weight in ours.state_dict().items():
+        assert torch.allclose(weight, theirs.state_dict()[name], rtol=1e-6, atol=1e-9), name
+        assert "_proj" not in name or not torch.equal(weight, plain.state_dict()[name])
+    off, moved = logits(ours, IDS) - right, logits(ours, IDS) - logits(plain, IDS)
+    # int8 activations: compressed-tensors divides by 127.5 where vLLM's kernels divide by 127.
+    assert off.square().mean() < (1.5 if scheme == "w8a8" else 1e-3) * moved.square().mean()
 
 
 def test_each_scheme_takes_the_bytes_that_it_promises(base, job):
@@ -84,22 +88,18 @@ def test_adapters_that_are_named_keep_smoothing_out(base, job, adapter):
 
 
 def test_a_budget_gives_bits_back_where_they_matter(base, job):
-    losses = {}
-    for budget in (0.5, 0.01):
-        made = job("quantize", scheme="w4a16", budget=budget, out=f"b{budget}")
-        notes = quantize.run(made, silent)
-        losses[budget] = notes["tried"][-1]["log_perplexity"]
-        config = json.loads((made.folder / "model/config.json").read_text())["quantization_config"]
-        kept = set(notes["kept"])
-        assert len(notes["sensitivity"]) == 12
-        if budget == 0.01:
-            assert kept and config["format"] in ("mixed-precision", "pack-quantized", "int-quantized")
-            # The kept ones are more sensitive than those that were not, byte for byte of one kind.
-            downs = {label: found["w4a16"] for label, found in notes["sensitivity"].items() if label.endswith("down")}
-            held = [cost for label, cost in downs.items() if label in kept]
-            given = [cost for label, cost in downs.items() if label not in kept]
-            assert not held or not given or min(held) >= max(given)
-    assert losses[0.01] <= losses[0.5] + 1e-6
+    made = job("quantize", scheme="w4a16", budget=0.0005)
+    notes = quantize.run(made, silent)
+    config = json.loads((made.folder / "model/config.json").read_text())["quantization_config"]
+    assert len(notes["sensitivity"]) == 12
+    assert notes["kept"] and len(config["config_groups"]) + len(config["ignore"]) > 1
+    # Of units of one size, those that kept bits are the more sensitive ones.
+    downs = {label: found["w4a16"] for label, found in notes["sensitivity"].items() if label.endswith("down")}
+    held = [cost for label, cost in downs.items() if label in notes["kept"]]
+    given = [cost for label, cost in downs.items() if label not in notes["kept"]]
+    assert not held or not given or min(held) >= max(given)
+    for unit, level in notes["kept"].items():
+        assert level in ("w8a8", "bf16"), unit
 
 
 def test_the_layers_that_the_engine_fuses_share_a_level(base, job):
