@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos bench clean setup setup-dev
+.PHONY: help serve test lint types chaos equality bench clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -27,6 +27,16 @@ types: setup-dev ## mypy
 
 chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of its changes
 	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
+
+equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
+	@$(BIN)/python -m tests.equality $(ARGS)
+
+tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, and 1,000 loads and unloads that leak nothing
+	@LORADOCK_TEST_ADAPTERS=$(or $(ADAPTERS),1000) $(BIN)/python -m pytest -s tests/e2e/test_tiers.py
+
+cases: setup-dev ## 5,000 malformed archives, headers and configs against each check of an upload
+	@HYPOTHESIS_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -s -m "not engine" --hypothesis-show-statistics \
+		tests/serve/test_upload.py tests/serve/test_adapter.py tests/serve/test_store.py
 
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)

@@ -5,6 +5,7 @@ an upload:   app > auth > upload > adapter > store > engine > registry
 """
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -24,10 +25,10 @@ from serve.adapter import Adapter, check_name, shown
 from serve.adapter import Limits as AdapterLimits
 from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
-from serve.base import lora_modules
 from serve.config import Config
-from serve.engine import Backend, Engine, Phase
+from serve.engine import Backend, Engine
 from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
+from serve.fleet import Fleet, Patience, Supervisor
 from serve.inference import PATHS, STORED, Inference
 from serve.keys import Keys
 from serve.lifecycle import Lifecycle
@@ -120,48 +121,45 @@ def build_app(
     on_failure: Callable[[LoradockError], None] | None = None,
     on_shadow: Callable[[ShadowExchange], None] | None = None,
 ) -> FastAPI:
-    """The whole server over `backend`; `on_failure` hears of an engine that cannot start or has died.
+    """The whole server over `backend`; `on_failure` hears of an engine that cannot start.
 
     `on_shadow` gets every request that a shadow answered too, with both answers.
     """
-    engine = Engine(backend)
     store = Store(config.data_dir)
     registry = Registry(config.registry_url)
-    modules: dict[str, tuple[int, int]] = {}
-    judge = Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
-    probe = judge if config.probe else None
-    lifecycle = Lifecycle(engine, registry, store, lambda: modules, probe, lambda: _limits(config, backend))
+
+    def make_probe(engine: Engine) -> Probe | None:
+        if not config.probe:
+            return None
+        return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
+
+    async def restore(base: Supervisor, engine: Engine) -> None:
+        await lifecycle.restore(base, engine)
+
+    patience = Patience(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Patience)})
+    fleet = Fleet([Supervisor(backend, restore, make_probe, patience)])
+    lifecycle = Lifecycle(fleet, registry, store, lambda base: _limits(config, base.backend))
     keys = Keys(registry)
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
-    monitor = Monitor(engine, registry, audit, __version__)
-    shadows = Shadows(engine, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
-    inference = Inference(auth, Router(engine, registry, store), Meters(), monitor.take, shadows)
-
-    async def start() -> None:
-        await engine.start()
-        modules.update(await asyncio.to_thread(lora_modules, config.model))
-        if probe:
-            await probe.start()
-        await lifecycle.restore()
-        ready.set()
+    monitor = Monitor(fleet, registry, audit, __version__)
+    shadows = Shadows(fleet, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
+    inference = Inference(auth, Router(fleet, registry, store), Meters(), monitor.take, shadows)
 
     async def live() -> None:
         try:
-            await start()
-            while not backend.dead:
-                await asyncio.sleep(1)
-            raise EngineUnavailable("the engine process has died: its log above says why")
+            await lifecycle.sweep()
+            await fleet.start()
+            ready.set()
         except LoradockError as error:
-            engine.phase = Phase.FAILED
-            ready.clear()
             (on_failure or log.error)(error)
 
     async def log_stats() -> None:
         while True:
             await asyncio.sleep(LOG_STATS_SECONDS)
-            with suppress(EngineUnavailable):
-                await backend.log_stats()
+            for base in fleet:
+                with suppress(EngineUnavailable):
+                    await base.backend.log_stats()
 
     ready = asyncio.Event()
 
@@ -176,7 +174,7 @@ def build_app(
             await asyncio.gather(*tasks, return_exceptions=True)
             await shadows.close()
             await lifecycle.settle()
-            await engine.stop()
+            await fleet.stop()
             registry.close()
 
     app = FastAPI(
@@ -233,14 +231,15 @@ def build_app(
 
     @app.get("/ready")
     async def is_ready() -> Response:
-        """An engine answers."""
-        if not ready.is_set() or backend.dead:
-            raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}")
-        return JSONResponse({"status": "ready", "model": engine.name})
+        """Every engine answers."""
+        for base in fleet:
+            if not base.is_ready:
+                raise base.unavailable()
+        return JSONResponse({"status": "ready", "model": fleet.first.name})
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": __version__, "vllm": backend.version, "model": engine.name}
+        return {"version": __version__, "vllm": fleet.first.backend.version, "model": fleet.first.name}
 
     @app.get("/metrics")
     async def metrics(caller: Operator) -> Response:
@@ -249,35 +248,34 @@ def build_app(
 
     @app.get("/v1/models")
     async def models(caller: Asker) -> dict[str, Any]:
-        return {"object": "list", "data": list(_cards(engine, registry, config.model, caller))}
+        return {"object": "list", "data": list(_cards(fleet, registry, caller))}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, caller: Asker) -> dict[str, Any]:
-        for card in _cards(engine, registry, config.model, caller):
+        for card in _cards(fleet, registry, caller):
             if name == card["id"]:
                 return card
         raise NotFound(f"The model `{name}` does not exist", code="model_not_found", param="model")
 
     @app.get("/v1/engines")
     async def engines(caller: Operator) -> dict[str, Any]:
-        # The backend answers behind what it computes, so the other numbers are read afterwards.
-        resident = sorted(await engine.resident_ids()) if engine.phase is Phase.READY else []
-        row = {
-            "object": "engine",
-            "name": engine.name,
-            "phase": engine.phase,
-            "model": config.model,
-            "leases": engine.leases,
-            "running": backend.running,
-            "resident": resident,
-            "max_resident": backend.max_resident,
-        }
-        return {"object": "list", "data": [row]}
+        rows = []
+        for base in fleet:
+            # The backend answers behind what it computes, so the other numbers are read afterwards.
+            resident = sorted(await base.resident_ids()) if base.is_ready else []
+            rows.append({**base.described(), "resident": resident})
+        return {"object": "list", "data": rows}
+
+    @app.post("/v1/engines/{engine}/restart")
+    async def restart(engine: str, request: Request, caller: Operator) -> dict[str, Any]:
+        request.state.subject = engine
+        await fleet.get(engine).restart()
+        return fleet.get(engine).described()
 
     @app.post("/v1/adapters", status_code=201)
     async def push(request: Request, caller: Manager) -> Response:
         if not ready.is_set():
-            raise EngineUnavailable(f"the engine for {engine.name} is {engine.phase}: push again when /ready says so")
+            raise fleet.first.unavailable()
         kind = request.headers.get("content-type", "")
         with store.quarantine() as folder:
             if kind.partition(";")[0].strip().lower() == "application/json":
@@ -391,7 +389,7 @@ def build_app(
         request.state.subject = f"{key.tenant}/{key.name} {key.id}"
         return key.described()
 
-    app.state.engine, app.state.ready = engine, ready
+    app.state.fleet, app.state.engine, app.state.ready = fleet, fleet.first, ready
     return app
 
 
@@ -469,12 +467,12 @@ def _share(share: Share | None) -> dict[str, Any] | None:
     return {"version": share.adapter.version, "weight": share.weight} if share else None
 
 
-def _cards(engine: Engine, registry: Registry, model: str, caller: Caller) -> Iterator[dict[str, Any]]:
-    """OpenAI's model cards: the base, then every adapter that the caller may ask, by name and by version."""
-    base = {"id": engine.name, "object": "model", "created": 0, "owned_by": "loradock", "root": model, "parent": None}
-    if engine.phase is Phase.READY:
-        base["max_model_len"] = engine.backend.max_model_len
-    yield base
+def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[str, Any]]:
+    """OpenAI's model cards: the bases, then every adapter that the caller may ask, by name and by version."""
+    for base in fleet:
+        card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock", "root": base.model}
+        card |= {"parent": None, "max_model_len": base.backend.max_model_len} if base.is_ready else {"parent": None}
+        yield card
     for full in registry.names():
         if not sees(registry, caller, full):
             continue
@@ -491,7 +489,7 @@ def _cards(engine: Engine, registry: Registry, model: str, caller: Caller) -> It
                     "created": int(adapter.created),
                     "owned_by": "loradock",
                     "root": adapter.id,
-                    "parent": engine.name,
+                    "parent": fleet.of(full).name,
                 }
 
 

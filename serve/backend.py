@@ -8,14 +8,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import difflib
+import gc
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn, TypeVar
 
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -30,12 +39,37 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.version import __version__ as VLLM_VERSION
 
-from serve.engine import LOW_PRIORITY
+from serve.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, EngineUnavailable
+from serve.worker import LOADED, LOADING
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# Seconds between two looks at whether a worker has read an adapter; each look waits for the end of a step anyway.
+LOAD_POLL = 0.005
+# vLLM registers its series process-wide, so that two engines can't be built at once.
+_BUILDING = threading.Lock()
+
+
+class Pulse(StatLoggerBase):
+    """Notes when the engine last took a step, and how many requests it had then."""
+
+    def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+        self.last = 0.0
+        self.waiting = 0
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        self.last = time.monotonic()
+        if scheduler_stats is not None:
+            self.waiting = scheduler_stats.num_waiting_reqs
+
+    def log_engine_initialized(self) -> None: ...
 
 
 class VLLMBackend:
@@ -45,7 +79,14 @@ class VLLMBackend:
 
     def __init__(self, model: str, name: str, options: Mapping[str, Any]) -> None:
         self.name = name
+        self.model = model
+        self._options = options
         self.args = parse(model, name, options)
+        self._collectors = CollectorRegistry()
+        self._pulse = Pulse()
+        # What is awaited of the engine beside answers, and since when there is anything to wait for.
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._idle_until = time.monotonic()
         self._llm: AsyncLLM | None = None
         self._app: ASGIApp | None = None
         self._loras: dict[str, LoRARequest] = {}
@@ -78,8 +119,57 @@ class VLLMBackend:
         return self._llm.get_num_unfinished_requests() if self._llm else 0
 
     @property
+    def slots(self) -> int:
+        """Adapters that one batch may hold."""
+        return int(self.args.max_loras)
+
+    @property
+    def seats(self) -> int:
+        """Requests that it works on at a time; those beyond wait in its own queue."""
+        return int(self._engine().vllm_config.scheduler_config.max_num_seqs)
+
+    @property
+    def prioritizes(self) -> bool:
+        """Its own queue goes by priority."""
+        return bool(self.args.scheduling_policy == "priority")
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the engine's own queue, as of its last step."""
+        return self._pulse.waiting if self.running else 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory of the engine's processes, what they share counted once for each."""
+        return sum(_resident_bytes(pid) for pid in self._pids())
+
+    @property
     def dead(self) -> bool:
         return self._llm is not None and self._llm.errored
+
+    @property
+    def cause(self) -> str:
+        """Why it is dead."""
+        codes = [process.exitcode for process in self._processes() if process.exitcode]
+        if not codes:
+            return "it stopped after an error: the log says which"
+        if codes[0] == -signal.SIGKILL:
+            return "its process was killed (SIGKILL; the kernel does that when memory is short)"
+        if codes[0] < 0:
+            return f"its process ended by {signal.Signals(-codes[0]).name}"
+        return f"its process ended with code {codes[0]}: the log says why"
+
+    @property
+    def stalled(self) -> float:
+        """Seconds since the engine last moved, while something waits for it; to be asked every now and then."""
+        now = time.monotonic()
+        if not self.running and not self._calls:
+            self._idle_until = now
+        return now - max(self._pulse.last, self._idle_until)
+
+    def another(self, model: str | None = None) -> VLLMBackend:
+        """One more with the same options, over the same model or another; not started."""
+        return VLLMBackend(model or self.model, self.name, self._options)
 
     async def start(self) -> None:
         """Load the base model; minutes for a large one. The event loop stays free meanwhile."""
@@ -88,6 +178,8 @@ class VLLMBackend:
             tasks = await llm.get_supported_tasks()
             self._generates = "generate" in tasks
             app = build_app(self.args, tasks, llm.model_config)
+            # Where vLLM's error handler would ask for the server's end once the engine is dead.
+            app.state.server = SimpleNamespace(should_exit=False)
             await init_app_state(llm, app.state, self.args, tasks)
         except EngineDeadError as error:
             raise ConfigError("the engine died while it started: its log above says why") from error
@@ -97,25 +189,64 @@ class VLLMBackend:
             ) from error
         self._loras = app.state.openai_serving_models.lora_requests
         self._app = app
-        freeze_gc_heap()
+        if not gc.get_freeze_count():  # later, answers are under way, and it takes a while
+            freeze_gc_heap()
 
     def _build(self) -> AsyncLLM:
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
-        return AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.OPENAI_API_SERVER)
+        with _own_series(self._collectors):
+            return AsyncLLM.from_engine_args(
+                engine_args,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[lambda config, index: self._pulse],
+            )
 
-    async def stop(self) -> None:
+    async def stop(self, *, kill: bool = False) -> None:
+        """End the engine's processes; `kill` does not ask them, for one that is dead or does not answer."""
         llm, self._llm, self._app = self._llm, None, None
+        for call in tuple(self._calls):
+            call.cancel()
         if llm is None:
             return
         if llm.output_handler is not None:
             # It would take the end of the engine that it listens to for an accident, and say so at length.
             llm.output_handler.cancel()
+        llm.output_processor.propagate_error(EngineDeadError())
+        if kill:
+            for pid in _family(_processes(llm)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(llm.shutdown)
+
+    def _processes(self) -> list[Any]:
+        return _processes(self._llm) if self._llm else []
+
+    def _pids(self) -> set[int]:
+        return _family(self._processes())
+
+    async def _call(self, asked: Awaitable[T]) -> T:
+        """An answer of the engine beside those to requests. vLLM leaves who waits for one of a dead engine waiting."""
+        call = asyncio.ensure_future(asked)
+        self._calls.add(call)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if self._llm is None and not _cancelling():
+                raise EngineUnavailable("the engine stopped; retry shortly") from None
+            raise
+        finally:
+            call.cancel()
+            self._calls.discard(call)
 
     async def add(self, adapter_id: str, number: int, path: Path) -> None:
         """Bring an adapter into the engine under a name and number that were never used before."""
         request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
-        await self._load(request)
+        with _rejecting():
+            await self._rpc("loradock_begin", adapter_id, number, str(path))
+            while LOADING in (told := await self._rpc("loradock_finish", number)):
+                await asyncio.sleep(LOAD_POLL)
+        if wrong := next((one for one in told if one != LOADED), None):
+            raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(ValueError(wrong))}")
         self._loras[adapter_id] = request
 
     async def touch(self, adapter_id: str) -> None:
@@ -125,15 +256,13 @@ class VLLMBackend:
         With as many other adapters in a batch as there are slots, the engine dies of a KeyError.
         """
         if request := self._loras.get(adapter_id):
-            await self._load(request)
+            with _rejecting():
+                await self._call(self._engine().add_lora(request))
 
-    async def _load(self, request: LoRARequest) -> None:
-        try:
-            await self._engine().add_lora(request)
-        except EngineDeadError as error:
-            raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
-        except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
-            raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(error)}") from error
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        """What each worker answers, between two steps."""
+        told: list[Any] = await self._call(self._engine().collective_rpc(method, args=args))
+        return told
 
     async def remove(self, adapter_id: str) -> None:
         """Free an adapter's weights in the engine; nobody may be using it."""
@@ -141,13 +270,13 @@ class VLLMBackend:
         if request is None or self._llm is None:
             return
         try:
-            await self._llm.remove_lora(request.lora_int_id)
+            await self._call(self._llm.remove_lora(request.lora_int_id))
         except EngineDeadError as error:
             raise EngineUnavailable("the engine stopped while it freed an adapter") from error
 
     async def resident(self) -> set[int]:
         """Numbers of the adapters whose weights the engine holds, as it says itself."""
-        return set(await self._engine().list_loras())
+        return set(await self._call(self._engine().list_loras()))
 
     async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
         """The likeliest next tokens of each prompt, with their log-probabilities; nothing from a pooling model."""
@@ -174,9 +303,8 @@ class VLLMBackend:
     async def _ask(self, adapter_id: str | None, prompt: str, params: SamplingParams) -> RequestOutput:
         lora = self._loras[adapter_id] if adapter_id else None
         name = f"probe-{next(self._probes)}"
-        asked = self._engine().generate(
-            {"prompt": prompt}, params.clone(), name, lora_request=lora, priority=LOW_PRIORITY
-        )
+        priority = engine_priority(LOW_PRIORITY) if self.prioritizes else 0
+        asked = self._engine().generate({"prompt": prompt}, params.clone(), name, lora_request=lora, priority=priority)
         try:
             answers = [answer async for answer in asked]
         except EngineDeadError as error:
@@ -188,9 +316,9 @@ class VLLMBackend:
     async def log_stats(self) -> None:
         await self._engine().do_log_stats()
 
-    def metrics(self) -> bytes:
-        """vLLM's own series, in the Prometheus text format."""
-        return generate_latest(REGISTRY)
+    def metrics(self) -> Iterable[Metric]:
+        """vLLM's own series of this engine."""
+        return self._collectors.collect()
 
     def _engine(self) -> AsyncLLM:
         if self._llm is None:
@@ -198,6 +326,73 @@ class VLLMBackend:
         if self._llm.errored:
             raise EngineUnavailable("the engine has stopped; it is being replaced")
         return self._llm
+
+
+@contextmanager
+def _rejecting() -> Iterator[None]:
+    """vLLM's errors while it loads an adapter, as ours."""
+    try:
+        yield
+    except EngineUnavailable:
+        raise
+    except EngineDeadError as error:
+        raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
+    except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
+        raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(error)}") from error
+
+
+@contextmanager
+def _own_series(own: CollectorRegistry) -> Iterator[None]:
+    """What is registered as `vllm:*` inside the block goes to `own`, and what others had registered stays theirs.
+
+    vLLM takes every such series out of the process's registry when it builds an engine, also those of another engine.
+    """
+    with _BUILDING:
+        kept = _vllm_series()
+        for collector in kept:
+            REGISTRY.unregister(collector)
+        try:
+            yield
+        finally:
+            for collector in _vllm_series():
+                REGISTRY.unregister(collector)
+                own.register(collector)
+            for collector in kept:
+                REGISTRY.register(collector)
+
+
+def _vllm_series() -> list[Collector]:
+    return [one for one in list(REGISTRY._collector_to_names) if getattr(one, "_name", "").startswith("vllm:")]
+
+
+def _processes(llm: AsyncLLM) -> list[Any]:
+    """The engine's own processes; none where Ray holds them."""
+    manager = llm.engine_core.resources.engine_manager
+    return list(getattr(manager, "processes", []))
+
+
+def _family(processes: Iterable[Any]) -> set[int]:
+    """Ids of these processes and all that came from them."""
+    found: set[int] = set()
+    ahead = [process.pid for process in processes if process.pid and process.exitcode is None]
+    while ahead:
+        pid = ahead.pop()
+        found.add(pid)
+        with suppress(OSError):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                ahead += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Parser(FlexibleArgumentParser):
@@ -210,6 +405,7 @@ def parse(model: str, name: str, options: Mapping[str, Any]) -> argparse.Namespa
     parser = make_arg_parser(_Parser(prog="loradock serve"))
     actions = {action.dest: action for action in parser._actions}
     words = ["--model", model, "--served-model-name", name, "--enable-lora"]
+    words += ["--worker-extension-cls", "serve.worker.Worker"]
     for option, value in options.items():
         if option not in actions:
             near = difflib.get_close_matches(option, actions, n=1)

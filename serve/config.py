@@ -81,6 +81,7 @@ class Config:
     probe: bool = _setting(True, "whether an upload must change what the base says")
     probe_min_effect: float = _setting(0.08, "how far it must move the log-probabilities, in nats on average")
     probe_max_perplexity: float = _setting(0.0, "how many times the base's perplexity it may have (0: any)")
+    lora_kernels: str = _setting("auto", "on a CPU: auto, compile (torch.compile too), or off for vLLM's own LoRA path")
     max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
     allowed_target_modules: tuple[str, ...] = _setting(tuple, "modules that uploads may adapt, as q_proj,v_proj")
     allowed_licenses: tuple[str, ...] = _setting(tuple, "licenses of uploads, as apache-2.0,mit, from their README.md")
@@ -88,6 +89,11 @@ class Config:
     max_shadows: int = _setting(2, "shadow answers under way at a time; what comes beyond is dropped and counted")
     source_roots: tuple[str, ...] = _setting(tuple, "folders that a push by tenant default may name as file:///...")
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
+    hang_timeout: float = _setting(60.0, "seconds without a step, while requests wait, after which an engine is dead")
+    restart_wait: float = _setting(60.0, "seconds that a request waits for an engine that is coming back")
+    max_restarts: int = _setting(5, "restarts of an engine within restart_window; after one more death it stays down")
+    restart_window: float = _setting(600.0, "seconds that a death of an engine is remembered")
+    drain_timeout: float = _setting(600.0, "seconds that answers of an engine that was replaced get to finish")
     ssl_certfile: str = _setting("", "TLS certificate file")
     ssl_keyfile: str = _setting("", "TLS key file")
     log_level: str = _setting("info", "debug, info, warning or error")
@@ -273,8 +279,9 @@ def _checked(config: Config) -> Config:
     """The same Config with keys hashed and a name; what cannot be served is said here."""
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port takes 0 to 65535, not {config.port}")
-    if config.grace_period < 0:
-        raise ConfigError(f"grace_period takes seconds from 0 up, not {config.grace_period}")
+    for name in ("grace_period", "hang_timeout", "restart_wait", "restart_window", "drain_timeout"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ConfigError(f"{name} takes seconds from 0 up, not {getattr(config, name)}")
     for digest in config.allowed_digests:
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise ConfigError(f"allowed_digests takes 64 lower-case hex digits each, not {digest!r}")
@@ -283,6 +290,8 @@ def _checked(config: Config) -> Config:
             raise ConfigError(f"{name} takes a number from 0 up, not {getattr(config, name)}")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"log_level takes debug, info, warning or error, not {config.log_level!r}")
+    if config.lora_kernels not in ("auto", "compile", "off"):
+        raise ConfigError(f"lora_kernels takes auto, compile or off, not {config.lora_kernels!r}")
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
         raise ConfigError("ssl_certfile and ssl_keyfile go together: give both or none")
     if config.open and not _loopback(config.host):

@@ -12,6 +12,8 @@
     |- RateLimited             (429)     this key has had its share; `retry_after` seconds from now there is more
     |- QuotaExceeded           (429)     this key's tenant keeps as many adapters as it may; waiting does not help
     |- OutOfSpace              (507)     the disk cannot hold it
+    |- DeadlineExceeded        (504)     the client's own X-Request-Timeout is over
+    |- Overloaded              (429)     it would wait too long in line; `retry_after` seconds from now it would not
     `- EngineUnavailable       (503)     the engine is starting, draining or gone; `retry_after` seconds from now may do
 
 Every message is a sentence to whoever must act: what came, what is taken, what to do next.
@@ -120,12 +122,32 @@ class OutOfSpace(LoradockError):
     type = "insufficient_storage"
 
 
+class DeadlineExceeded(LoradockError):
+    status = 504
+    type = "timeout_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="deadline_exceeded")
+
+
 class EngineUnavailable(LoradockError):
     status = 503
     type = "service_unavailable"
 
     def __init__(self, message: str, *, retry_after: int = 5) -> None:
         super().__init__(message, code="engine_unavailable")
+        self.retry_after = retry_after
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after)}
+
+
+class Overloaded(LoradockError):
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, code="overloaded")
         self.retry_after = retry_after
 
     def headers(self) -> dict[str, str]:

@@ -24,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.auth import Auth, Caller
 from serve.auth import Scope as KeyScope
+from serve.cutoff import Cutoff
 from serve.engine import LOW_PRIORITY
 from serve.errors import BadRequest, LoradockError, NotFound, TooLarge
 from serve.limits import Meter, Meters
@@ -43,6 +44,8 @@ PATHS = re.compile(
 STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(/cancel)?")
 # Those that know no cache_salt, and fill no cache.
 UNSALTED = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
+# Those that know no priority.
+PLACELESS = re.compile(r"/(de)?tokenize|/v1/messages(/count_tokens)?")
 MAX_BODY = 64 << 20
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -105,7 +108,9 @@ class Inference:
                     if route.shadow and self._shadows:
                         kept = Kept(sending)
                         sending = kept.send
-                    await route.app(scope, receive, _Honest(sending).send)
+                    call = Cutoff(receive, _Honest(sending).send, route.engine.failing)
+                    with route.engine.alarm(call.cut):
+                        await call.run(route.app, scope)
             finally:
                 if meter and usage and not stored:
                     meter.charge(usage.tokens)
@@ -173,8 +178,11 @@ class _Asked:
 
         return scope, replay
 
-    def _changes(self, path: str, route: Route, tenant: str) -> dict[str, str]:
-        changes = {} if route.model == self.model else {"model": route.model}
+    def _changes(self, path: str, route: Route, tenant: str) -> dict[str, Any]:
+        changes: dict[str, Any] = {} if route.model == self.model else {"model": route.model}
+        asked = self.fields.get("priority", 0)
+        if isinstance(asked, int) and route.priority not in (None, asked) and not PLACELESS.fullmatch(path):
+            changes["priority"] = route.priority
         salt = None if UNSALTED.fullmatch(path) else salted(self.fields.get("cache_salt"), tenant)
         if salt is not None:
             changes["cache_salt"] = salt
@@ -275,9 +283,23 @@ async def answer_error(error: LoradockError, scope: Scope, receive: Receive, tap
     """The error as OpenAI's JSON, if the status has not gone out yet."""
     if tap.begun:
         log.warning("%s broke off: %s", scope["path"], error)
+        if tap.events:
+            await tap.send(
+                {"type": "http.response.body", "body": _last_event(error, scope["path"]), "more_body": False}
+            )
         return
     response = JSONResponse(error.body(), status_code=error.status, headers=error.headers())
     await response(scope, receive, tap.send)
+
+
+def _last_event(error: LoradockError, path: str) -> bytes:
+    """How a stream that has begun says that it ends here, as its API has it."""
+    body = error.body()["error"]
+    if path == "/v1/responses":
+        return b"event: error\ndata: " + _encode({"type": "error", **body}) + b"\n\n"
+    if path == "/v1/messages":
+        return b"event: error\ndata: " + _encode({"type": "error", "error": body}) + b"\n\n"
+    return b"data: " + _encode({"error": {**body, "code": error.status}}) + b"\n\n"
 
 
 async def _refuse_socket(receive: Receive, send: Send) -> None:

@@ -28,6 +28,8 @@ from serve.errors import ConfigError, LoradockError
 log = logging.getLogger("loradock")
 
 EMBEDDED = "smollm2"
+# By its path: by its short name, `uni`, vLLM takes it for a mistake on a CPU.
+IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -93,7 +95,15 @@ def _with_defaults(config: Config) -> Config:
             engine.setdefault("kv_cache_memory_bytes", machine.kv_space(weights))
             machine.check_memory(weights, _bytes(engine["kv_cache_memory_bytes"]))
         workers = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
-        os.environ.update(machine.cpu_environment(os.environ, workers))
+        together = "distributed_executor_backend" not in engine and machine.one_process(os.environ, workers)
+        if together:
+            engine["distributed_executor_backend"] = IN_PROCESS
+        os.environ.update(machine.cpu_environment(os.environ, together))
+        # Read in vLLM's own processes, which know no Config: see serve/lora_cpu.
+        os.environ["LORADOCK_LORA_KERNELS"] = config.lora_kernels
+        os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
+        # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
     return replace(config, engine=MappingProxyType(engine))
 
 

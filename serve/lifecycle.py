@@ -14,10 +14,10 @@ from typing import Any
 
 from serve.adapter import Adapter, Inspection, Limits, check_digest, check_full_name, inspect
 from serve.engine import Engine
-from serve.errors import BadRequest, Conflict, LoradockError, QuotaExceeded
+from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, QuotaExceeded
+from serve.fleet import Fleet, Supervisor
 from serve.limits import UNLIMITED
 from serve.limits import Limits as KeyLimits
-from serve.probe import Probe
 from serve.registry import Registry, Share
 from serve.store import Store
 from serve.tenant import short_name, tenant_of
@@ -29,34 +29,29 @@ RESERVED = ("pin",)
 
 
 class Lifecycle:
-    """Changes to adapters. `modules` gives the base model's LoRA targets by name, (out, in) features each."""
+    """Changes to adapters. `limits` says what an upload for a base may be."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        registry: Registry,
-        store: Store,
-        modules: Callable[[], Mapping[str, tuple[int, int]]],
-        probe: Probe | None = None,
-        limits: Callable[[], Limits] | None = None,
-    ) -> None:
-        self.engine = engine
+    def __init__(self, fleet: Fleet, registry: Registry, store: Store, limits: Callable[[Supervisor], Limits]) -> None:
+        self.fleet = fleet
         self.registry = registry
         self.store = store
-        self._modules = modules
-        self._probe = probe
-        self._limits = limits or (lambda: Limits(max_rank=engine.backend.max_lora_rank))
+        self._limits = limits
         # One change at a time: reads and answers never take this lock.
         self._changing = asyncio.Lock()
         self._removing: set[asyncio.Task[None]] = set()
 
-    async def restore(self) -> None:
-        """After a start: sweep what no version names, and bring the live versions back into the engine."""
+    async def sweep(self) -> None:
+        """Before the first engine starts: remove what no version names."""
         await asyncio.to_thread(self.store.sweep, self.registry.digests())
-        self._pin()
-        for adapter in self._wanted()[: self.engine.backend.max_resident]:
+
+    async def restore(self, base: Supervisor, engine: Engine) -> None:
+        """Bring the pinned and the live versions of a base into a fresh engine."""
+        engine.pinned = self._pinned(base)
+        for adapter in self._wanted(base)[: engine.backend.max_resident]:
             try:
-                await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+                await engine.ensure(adapter.id, self.store.path(adapter.digest))
+            except EngineUnavailable:
+                raise
             except LoradockError as error:
                 log.warning("%s takes traffic and cannot be loaded: %s", adapter.tag, error)
 
@@ -74,17 +69,17 @@ class Lifecycle:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
         check_full_name(name)
         short = short_name(name, tenant_of(name))
-        if self.engine.name in (name, short):
-            raise Conflict(
-                f"{self.engine.name!r} is the base model's name: choose another for the adapter", param="name"
-            )
+        if taken := next((base.name for base in self.fleet if base.name in (name, short)), None):
+            raise Conflict(f"{taken!r} is the base model's name: choose another for the adapter", param="name")
         if short in RESERVED:
             raise BadRequest(
                 f"{short!r} cannot be an adapter's name, because it ends the path that unpins one: choose another",
                 param="name",
             )
-        limits = self._limits()
-        inspection = await asyncio.to_thread(inspect, folder, self._modules(), limits)
+        base = self.fleet.of(name)
+        await base.available()
+        limits = self._limits(base)
+        inspection = await asyncio.to_thread(inspect, folder, base.modules, limits)
         async with self._changing:
             digest = await asyncio.to_thread(self.store.admit, folder)
             adapter_id = f"{name}@{digest[:12]}"
@@ -93,8 +88,8 @@ class Lifecycle:
                 self._check_quota(name, digest, inspection, quota)
                 check_digest(digest, limits)
                 path = self.store.path(digest)
-                await self.engine.ensure(adapter_id, path)
-                checks = await self._probe.judge(adapter_id, path) if self._probe else {}
+                await base.ensure(adapter_id, path)
+                checks = await base.probe.judge(adapter_id, path) if base.probe else {}
                 if inspection.license:
                     checks["license"] = inspection.license
                 adapter, created = await asyncio.to_thread(
@@ -109,18 +104,18 @@ class Lifecycle:
                     checks=checks,
                 )
             except BaseException:
-                self._let_go(adapter_id, digest)
+                self._let_go(base, adapter_id, digest)
                 raise
             self._flipped(name, before)
             if adapter.id not in self._serving(name):
-                self.engine.retire(adapter.id)
+                base.retire(adapter.id)
             return adapter, created
 
     async def promote(self, name: str, version: int, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make a version live: requests from now on answer from it, those under way finish where they began."""
         async with self._changing:
             adapter = self.registry.get(name, version)
-            await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+            await self.fleet.of(name).ensure(adapter.id, self.store.path(adapter.digest))
             before = self._serving(name)
             change = self.registry.promote
             adapter = await asyncio.to_thread(change, name, version, by=by, expected=expected, why=why)
@@ -133,7 +128,7 @@ class Lifecycle:
             before = self._serving(name)
             adapter = await asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why)
             self._flipped(name, before)
-            await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+            await self.fleet.of(name).ensure(adapter.id, self.store.path(adapter.digest))
             return adapter
 
     async def share(self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "") -> Share | None:
@@ -142,7 +137,7 @@ class Lifecycle:
             adapter = self.registry.get(name, version)
             before = self._serving(name)
             if 0 < weight <= 1:
-                await self.engine.ensure(adapter.id, self.store.path(adapter.digest))
+                await self.fleet.of(name).ensure(adapter.id, self.store.path(adapter.digest))
             share = await asyncio.to_thread(self.registry.share, name, kind, version, weight, by=by, why=why)
             self._flipped(name, before)
             return share
@@ -150,15 +145,15 @@ class Lifecycle:
     async def pin(self, name: str, version: int | None = None, *, by: str, why: str = "") -> None:
         """Keep a version in the engine, or whichever is live; it is resident when this returns."""
         async with self._changing:
-            room = self.engine.backend.max_resident - 1
-            if len({*self.registry.pinned_names(), name}) > room:
+            room = self.fleet.of(name).backend.max_resident - 1
+            if len({*self._pinned_names(self.fleet.of(name)), name}) > room:
                 raise Conflict(
                     f"{room} adapters are pinned, as many as this engine holds beside one that comes and goes: "
                     "unpin one, or raise max_cpu_loras"
                 )
             wanted = self.registry.get(name, version) if version else self.registry.live(name)
             if wanted:
-                await self.engine.ensure(wanted.id, self.store.path(wanted.digest))
+                await self.fleet.of(name).ensure(wanted.id, self.store.path(wanted.digest))
             before = self._serving(name)
             await asyncio.to_thread(self.registry.pin, name, version, by=by, why=why)
             self._flipped(name, before)
@@ -175,11 +170,11 @@ class Lifecycle:
     ) -> list[Adapter]:
         """Forget a version, or all of `name`. Their answers under way finish; then the bytes go."""
         async with self._changing:
-            before = self._serving(name)
+            base, before = self.fleet.of(name), self._serving(name)
             removed = await asyncio.to_thread(self.registry.delete, name, version, by=by, force=force, why=why)
-            self._flipped(name, before)
+            self._flipped(name, before, base)
             for adapter in removed:
-                self._let_go(adapter.id, adapter.digest)
+                self._let_go(base, adapter.id, adapter.digest)
             return removed
 
     async def settle(self) -> None:
@@ -199,7 +194,7 @@ class Lifecycle:
             "digest": adapter.digest,
             "live": live == adapter,
             "pinned": self.registry.pinned(adapter.name) == adapter,
-            "resident": self.engine.holds(adapter.id),
+            "resident": self.fleet.of(adapter.name).holds(adapter.id),
             "base": adapter.base,
             "rank": adapter.rank,
             "target_modules": list(adapter.target_modules),
@@ -228,33 +223,37 @@ class Lifecycle:
         shares = [share.adapter for share in (reads.canary(name), reads.shadow(name)) if share]
         return {adapter.id: adapter for adapter in (reads.pinned(name), reads.live(name), *shares) if adapter}
 
-    def _wanted(self) -> list[Adapter]:
+    def _wanted(self, base: Supervisor) -> list[Adapter]:
         """What a fresh engine should hold, the most important first."""
-        names = self.registry.names()
-        pinned = [adapter for name in self.registry.pinned_names() if (adapter := self.registry.pinned(name))]
+        names = [name for name in self.registry.names() if self.fleet.of(name) is base]
+        pinned = [adapter for name in self._pinned_names(base) if (adapter := self.registry.pinned(name))]
         serving = [adapter for name in names for adapter in self._serving(name).values()]
         return list({adapter.id: adapter for adapter in (*pinned, *serving)}.values())
 
-    def _flipped(self, name: str, before: Mapping[str, Adapter]) -> None:
+    def _flipped(self, name: str, before: Mapping[str, Adapter], base: Supervisor | None = None) -> None:
         """What served and does not any more leaves; what is pinned now stays."""
-        self._pin()
+        base = base or self.fleet.of(name)
+        base.pinned = self._pinned(base)
         for adapter_id in before.keys() - self._serving(name).keys():
-            self.engine.retire(adapter_id)
+            base.retire(adapter_id)
 
-    def _pin(self) -> None:
-        names = self.registry.pinned_names()
-        self.engine.pinned = frozenset(adapter.id for name in names if (adapter := self.registry.pinned(name)))
+    def _pinned_names(self, base: Supervisor) -> list[str]:
+        return [name for name in self.registry.pinned_names() if self.fleet.of(name) is base]
 
-    def _let_go(self, adapter_id: str, digest: str) -> None:
+    def _pinned(self, base: Supervisor) -> frozenset[str]:
+        found = (self.registry.pinned(name) for name in self._pinned_names(base))
+        return frozenset(adapter.id for adapter in found if adapter)
+
+    def _let_go(self, base: Supervisor, adapter_id: str, digest: str) -> None:
         """Once its last answer has ended, free an adapter that the registry does not name (any more)."""
-        task = asyncio.create_task(self._free(adapter_id, digest))
+        task = asyncio.create_task(self._free(base, adapter_id, digest))
         self._removing.add(task)
         task.add_done_callback(self._removing.discard)
 
-    async def _free(self, adapter_id: str, digest: str) -> None:
+    async def _free(self, base: Supervisor, adapter_id: str, digest: str) -> None:
         if any(adapter.id == adapter_id for adapter in self.registry.adapters()):
             return
-        await self.engine.gone(adapter_id)
+        await base.gone(adapter_id)
         async with self._changing:
             if digest not in self.registry.digests():
                 await asyncio.to_thread(self.store.remove, digest)

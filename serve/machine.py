@@ -33,16 +33,23 @@ def on_cpu() -> bool:
     return True
 
 
-def cpu_environment(environ: Mapping[str, str], workers: int = 1) -> dict[str, str]:
-    """The variables that vLLM's CPU workers want and that nobody has set: thread binding and preloaded libraries.
+def one_process(environ: Mapping[str, str], workers: int) -> bool:
+    """The engine may compute in the process that schedules: a small machine, whose cores nobody has dealt out yet.
+
+    vLLM puts a CPU worker into a process of its own, for its OpenMP settings. On two cores the two processes and their
+    shared queue cost a third of the throughput and 8 s of the start; here the settings are in the environment before.
+    """
+    return workers == 1 and len(os.sched_getaffinity(0)) <= 4 and "VLLM_CPU_OMP_THREADS_BIND" not in environ
+
+
+def cpu_environment(environ: Mapping[str, str], together: bool) -> dict[str, str]:
+    """The variables that vLLM wants on a CPU and that nobody has set: preloaded libraries and, for an engine that
+    computes in `one_process`, the binding of its threads.
 
     vLLM keeps one core for HTTP by default and computes on the rest, which on two cores is half the machine; here every
     core computes, since HTTP needs a core only between two steps. See vLLM's CPU installation page, "set LD_PRELOAD".
     """
     wanted: dict[str, str] = {}
-    cores = sorted(os.sched_getaffinity(0))
-    if "VLLM_CPU_OMP_THREADS_BIND" not in environ and workers == 1 and len(cores) <= 4:
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     preload = [library for library in environ.get("LD_PRELOAD", "").split(":") if library]
     if not any("omp" in library for library in preload) and (library := _openmp()):
         preload.append(library)
@@ -50,7 +57,14 @@ def cpu_environment(environ: Mapping[str, str], workers: int = 1) -> dict[str, s
         preload.append(library)
     if preload:
         wanted["LD_PRELOAD"] = ":".join(preload)
-    return wanted
+    if together:
+        cores = sorted(os.sched_getaffinity(0))
+        wanted["OMP_NUM_THREADS"] = str(len(cores))
+        # As vLLM sets it for its own workers: bound, and asleep after 5 ms without work.
+        wanted["KMP_AFFINITY"] = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
+        wanted["KMP_BLOCKTIME"] = "5"
+        wanted["KMP_TPAUSE"] = "0"
+    return {name: value for name, value in wanted.items() if name == "LD_PRELOAD" or name not in environ}
 
 
 def _openmp() -> str | None:

@@ -7,11 +7,14 @@ import os
 import threading
 import time
 
+from serve import lora_cpu
+
 WATCH_SECONDS = 0.5
 
 
 def register() -> None:
     """Called by vLLM once in each of its processes, the one that serves HTTP included."""
+    lora_cpu.install()
     if multiprocessing.parent_process() is None:
         return
     # Ctrl-C in a terminal reaches the whole foreground group; the server drains, so its engine must outlive that.

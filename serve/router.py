@@ -13,6 +13,7 @@ from serve.adapter import Adapter
 from serve.auth import Caller
 from serve.engine import Engine
 from serve.errors import NotFound
+from serve.fleet import Fleet, Supervisor
 from serve.registry import Registry
 from serve.store import Store
 from serve.tenant import spelled, tenant_of
@@ -21,18 +22,24 @@ from serve.traffic import Shares, sticky_key
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes: the backend's app, the name it knows the model by, and what that is for the metrics."""
+    """Where a request goes: the engine, the name it knows the model by, and what that is for the metrics."""
 
-    app: ASGIApp
+    engine: Engine
     model: str
     adapter: str
     version: str
     shadow: Adapter | None = None
+    # Its place in the engine's own queue.
+    priority: int | None = None
+
+    @property
+    def app(self) -> ASGIApp:
+        return self.engine.backend.app
 
 
 class Router:
-    def __init__(self, engine: Engine, registry: Registry, store: Store) -> None:
-        self.engine = engine
+    def __init__(self, fleet: Fleet, registry: Registry, store: Store) -> None:
+        self.fleet = fleet
         self.registry = registry
         self.store = store
         self._shares = Shares()
@@ -41,17 +48,26 @@ class Router:
     async def lease(
         self, model: str | None, caller: Caller, fields: Mapping[str, Any] | None = None
     ) -> AsyncIterator[Route]:
-        """The route for `model` (None: the base, as in vLLM), held until the block ends. `fields` is the request."""
+        """The route for `model` (None: the first base), held until the block ends. `fields` is the request."""
+        while not (supervisor := self._supervisor(model, caller)).is_available:
+            await supervisor.available()
         # No await between the look-up and the lease, or a swap could come between.
         adapter = self.resolve(model, caller)
         shadow = None
         if adapter and model and "@" not in model:  # a version that was asked for by number is never dealt away
             adapter, shadow = self._dealt(adapter, caller, fields or {})
         path = self.store.path(adapter.digest) if adapter else None
-        async with self.engine.lease(adapter.id if adapter else None, path) as name:
-            app = self.engine.backend.app
-            labels = (adapter.name, f"v{adapter.version}") if adapter else (self.engine.name, "base")
-            yield Route(app, name, *labels, shadow)
+        engine = supervisor.engine
+        id = adapter.id if adapter else None
+        labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
+        async with engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields or {})) as lease:
+            yield Route(engine, lease.model, *labels, shadow, lease.priority)
+
+    def _supervisor(self, model: str | None, caller: Caller) -> Supervisor:
+        """Whose engine answers for `model`."""
+        if adapter := self.resolve(model, caller):
+            return self.fleet.of(adapter.name)
+        return self.fleet.get(model)
 
     def _dealt(self, live: Adapter, caller: Caller, fields: Mapping[str, Any]) -> tuple[Adapter, Adapter | None]:
         """Who answers a request for the live version, and who answers it again, unseen."""
@@ -70,7 +86,7 @@ class Router:
 
         What the caller may not see does not exist.
         """
-        if model is None or model == self.engine.name:
+        if model is None or model in self.fleet:
             return None
         for full in dict.fromkeys((spelled(model, caller.tenant), model)):
             try:
@@ -81,6 +97,12 @@ class Router:
                 return adapter
         message = f"The model `{model}` does not exist: GET /v1/models lists those that do."
         raise NotFound(message, code="model_not_found", param="model")
+
+
+def _priority(fields: Mapping[str, Any]) -> int:
+    """What the request asks for; vLLM says what is wrong with one that is no number."""
+    priority = fields.get("priority", 0)
+    return priority if isinstance(priority, int) else 0
 
 
 def sees(registry: Registry, caller: Caller, full: str) -> bool:

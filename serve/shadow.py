@@ -18,8 +18,10 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from serve.adapter import Adapter
-from serve.engine import LOW_PRIORITY, Engine
+from serve.cutoff import Cutoff
+from serve.engine import LOW_PRIORITY, Lease
 from serve.errors import LoradockError
+from serve.fleet import Fleet
 from serve.store import Store
 
 log = logging.getLogger(__name__)
@@ -82,14 +84,14 @@ class Shadows:
 
     def __init__(
         self,
-        engine: Engine,
+        fleet: Fleet,
         store: Store,
         count: Callable[[str, str, str], None],
         on_shadow: Callable[[ShadowExchange], None] | None = None,
         *,
         limit: int = 2,
     ) -> None:
-        self._engine = engine
+        self._fleet = fleet
         self._store = store
         self._count = count
         self._on_shadow = on_shadow
@@ -143,19 +145,25 @@ class Shadows:
             self._count(candidate.name, f"v{candidate.version}", result)
 
     async def _answer(self, candidate: Adapter, scope: Scope, fields: Mapping[str, Any]) -> Kept:
-        async with self._engine.lease(candidate.id, self._store.path(candidate.digest)) as model:
-            body = _encode(_unseen(fields, model, scope["path"]))
+        supervisor = self._fleet.of(candidate.name)
+        await supervisor.available()
+        engine = supervisor.engine
+        path = self._store.path(candidate.digest)
+        async with engine.lease(candidate.id, path, tenant=candidate.tenant, priority=LOW_PRIORITY) as lease:
+            body = _encode(_unseen(fields, lease, scope["path"]))
             kept = Kept(_nowhere)
-            await self._engine.backend.app(_asking(scope, body), _sent(body), kept.send)
+            call = Cutoff(_sent(body), kept.send, engine.failing)
+            with engine.alarm(call.cut):
+                await call.run(engine.backend.app, _asking(scope, body))
             return kept
 
 
-def _unseen(fields: Mapping[str, Any], model: str, path: str) -> dict[str, Any]:
+def _unseen(fields: Mapping[str, Any], lease: Lease, path: str) -> dict[str, Any]:
     """The same request for the candidate: in one piece, remembered nowhere, behind everybody."""
     asked = {key: value for key, value in fields.items() if key not in ("stream", "stream_options", "request_id")}
-    asked |= {"model": model, "stream": False}
-    if path != "/v1/messages":
-        asked["priority"] = LOW_PRIORITY
+    asked |= {"model": lease.model, "stream": False}
+    if path != "/v1/messages" and lease.priority is not None:
+        asked["priority"] = lease.priority
     if path == "/v1/responses":
         asked["store"] = False
     return asked

@@ -23,7 +23,7 @@ class Exchange:
 class Tap:
     """Stands in a response's way: `send` passes everything on as it came."""
 
-    __slots__ = ("_first", "_send", "_started", "adapter", "status", "version")
+    __slots__ = ("_first", "_send", "_started", "adapter", "events", "status", "version")
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -31,6 +31,8 @@ class Tap:
         self._first: float | None = None
         self.adapter = "other"
         self.version = ""
+        # The answer is a stream of server-sent events.
+        self.events = False
         # What is logged when the client left before anything was answered.
         self.status = 499
 
@@ -42,6 +44,9 @@ class Tap:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.events = any(
+                name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
+            )
         elif self._first is None:
             self._first = time.perf_counter()
         await self._send(message)

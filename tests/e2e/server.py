@@ -35,11 +35,11 @@ def environment(**more: str) -> dict[str, str]:
     return {**clean, "PYTHONPATH": str(ROOT), **more}
 
 
-def loradock(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
+def loradock(*arguments: str | Path, timeout: float = 120, **environ: str) -> subprocess.CompletedProcess[str]:
     """The command run to its end."""
     command = [sys.executable, "-m", "serve.cli", *map(str, arguments)]
     return subprocess.run(
-        command, env=environment(**environ), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment(**environ), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

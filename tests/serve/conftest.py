@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from safetensors.torch import save_file
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -19,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve.app import build_app
 from serve.config import Config, keys_hashed, load
-from serve.errors import AdapterRejected
+from serve.errors import AdapterRejected, ConfigError
 
 HIDDEN, LAYERS = 16, 2
 
@@ -29,11 +31,23 @@ class FakeBackend:
 
     name = "base"
     version = "fake"
+    model = "model"
     max_lora_rank = 16
     max_resident = 4
+    slots = 2
+    seats = 64
+    prioritizes = True
     max_model_len = 128
 
-    def __init__(self) -> None:
+    def __init__(self, model: str | None = None) -> None:
+        self.model = model or self.model
+        # Those that came after this one, and what is to be done to each before it starts.
+        self.heirs: list[FakeBackend] = []
+        self.prepare: Callable[[FakeBackend], None] = lambda heir: None
+        self.starts = self.stops = self.waiting = self.memory = 0
+        self.cause = "it was told to die"
+        self.stalled = 0.0
+        self.wont_start: str | None = None
         self.held: dict[str, int] = {}
         self.numbers: list[int] = []
         self.loads = 0
@@ -53,9 +67,21 @@ class FakeBackend:
         self.flow = asyncio.Event()
         self.flow.set()
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        self.starts += 1
+        if self.wont_start:
+            raise ConfigError(self.wont_start)
 
-    async def stop(self) -> None: ...
+    async def stop(self, *, kill: bool = False) -> None:
+        self.stops += 1
+        self.held.clear()
+
+    def another(self, model: str | None = None) -> FakeBackend:
+        heir = FakeBackend(model or self.model)
+        heir.name, heir.prepare = self.name, self.prepare
+        self.heirs.append(heir)
+        self.prepare(heir)
+        return heir
 
     async def log_stats(self) -> None: ...
 
@@ -91,8 +117,12 @@ class FakeBackend:
             return 0.0
         return self.effects.get(adapter_id.partition("@")[0], 0.5)
 
-    def metrics(self) -> bytes:
-        return b'vllm:tokens_total{model="base"} 1.0\nvllm:lora_requests_info{running="a,b"} 1.0\n'
+    def metrics(self) -> list[Metric]:
+        tokens = CounterMetricFamily("vllm:tokens", "Tokens.", labels=("model",))
+        tokens.add_metric((self.name,), 1)
+        running = GaugeMetricFamily("vllm:lora_requests_info", "Running.", labels=("running",))
+        running.add_metric(("a,b",), 1)
+        return [tokens, running]
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -172,8 +202,8 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-async def backend() -> FakeBackend:
-    return FakeBackend()
+async def backend(tiny_model: Path) -> FakeBackend:
+    return FakeBackend(str(tiny_model))
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ def test_a_switch_does_not_swallow_the_model_behind_it():
         (["--name", "a@b"], {}, "--name"),
         (["--admin-keys", "sha256:xyz"], {}, "64"),
         (["--log-level", "loud"], {}, "log_level takes"),
+        (["--lora-kernels", "on"], {}, "lora_kernels takes auto, compile or off"),
         (["--max-upload-bytes", "much"], {}, "max_upload_bytes takes"),
         (["--ssl-keyfile", "k"], {}, "go together"),
         (["--config", "/nowhere.yaml"], {}, "cannot be read"),

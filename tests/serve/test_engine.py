@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.engine import SETTLE, Engine, Phase
+from serve.engine import LOW_PRIORITY, SETTLE, Engine, Phase
 from serve.errors import AdapterRejected, EngineUnavailable
 
 
@@ -95,3 +95,49 @@ async def test_a_dead_backend_makes_the_engine_fail(engine, backend):
         async with engine.lease("tone@1", Path("/nowhere")):
             pass
     assert engine.phase is Phase.FAILED
+
+
+async def test_never_more_is_loaded_than_fits_and_who_is_pushed_out_while_waiting_comes_back(engine, backend, path):
+    """Ten adapters are wanted at once, two have a slot, four fit."""
+    most = 0
+
+    async def ask(number):
+        nonlocal most
+        async with engine.lease(f"tone@{number}", path, tenant="acme") as lease:
+            assert lease.model in backend.held
+            most = max(most, len(backend.held))
+            await asyncio.sleep(0.02)
+            assert lease.model in backend.held, "what answers is never pushed out"
+
+    await asyncio.gather(*(ask(number % 10) for number in range(40)))
+    assert most <= backend.max_resident
+    assert (engine.leases, engine.line.waiting, engine.line.busy) == (0, 0, 0)
+
+
+async def test_what_waits_in_line_is_loaded_before_its_turn_if_there_is_room(engine, backend, path):
+    async with engine.lease("tone@1", path), engine.lease("tone@2", path):
+        waiting = asyncio.create_task(engine.lease("tone@3", path).__aenter__())
+        await asyncio.sleep(0.05)
+        assert engine.holds("tone@3") and not waiting.done()
+    await waiting
+
+
+async def test_who_waits_in_line_hears_of_the_engine_s_end(engine, path):
+    async with engine.lease("tone@1", path), engine.lease("tone@2", path):
+        waiting = asyncio.create_task(engine.lease("tone@3", path).__aenter__())
+        await asyncio.sleep(0.05)
+        engine.fail(EngineUnavailable("gone"))
+        with pytest.raises(EngineUnavailable, match="gone"):
+            await waiting
+    assert engine.leases == 0
+
+
+async def test_a_tenant_s_further_requests_stand_behind_another_s_first_in_the_engine_s_queue(engine):
+    async with (
+        engine.lease(tenant="flood") as first,
+        engine.lease(tenant="flood") as second,
+        engine.lease(tenant="other") as other,
+        engine.lease(tenant="polite", priority=1) as polite,
+        engine.lease(tenant="server", priority=LOW_PRIORITY) as last,
+    ):
+        assert first.priority == other.priority < second.priority < polite.priority < last.priority < 1 << 63

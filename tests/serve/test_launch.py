@@ -91,7 +91,19 @@ def test_help_is_quick_and_loads_no_engine():
 
 def test_the_cores_and_libraries_that_somebody_chose_are_left_alone():
     given = {"VLLM_CPU_OMP_THREADS_BIND": "0", "LD_PRELOAD": "/x/libgomp.so:/x/libjemalloc.so"}
-    assert machine.cpu_environment(given) == {"LD_PRELOAD": given["LD_PRELOAD"]}
+    assert not machine.one_process(given, workers=1)
+    assert machine.cpu_environment(given, together=False) == {"LD_PRELOAD": given["LD_PRELOAD"]}
+    given = {"OMP_NUM_THREADS": "1", "KMP_AFFINITY": "none", "KMP_BLOCKTIME": "0", "KMP_TPAUSE": "1"}
+    assert not given.keys() & machine.cpu_environment(given, together=True).keys()
+
+
+def test_on_a_small_machine_every_core_computes_in_the_engine_process(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {1, 0})
+    assert machine.one_process({}, workers=1)
+    assert not machine.one_process({}, workers=2)
+    assert "proclist=[0,1]" in machine.cpu_environment({}, together=True)["KMP_AFFINITY"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    assert not machine.one_process({}, workers=1)
 
 
 def test_memory_that_does_not_suffice_is_a_sentence():

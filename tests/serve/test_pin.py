@@ -30,7 +30,7 @@ async def test_a_pinned_adapter_outstays_the_crowd_and_an_unpinned_one_does_not(
     assert (await pin(client)).json()["versions"][0]["pinned"] is True
     await crowd(client, make_adapter)
     assert stays in backend.held and goes not in backend.held
-    assert stays in backend.touched, "the engine's own memory could have pushed it out"
+    assert len(backend.held) <= backend.max_resident, "the engine's own memory could have pushed it out"
     assert (await client.delete("/v1/adapters/tone/pin")).json()["versions"][0]["pinned"] is False
     await crowd(client, make_adapter)
     assert stays not in backend.held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -19,12 +20,14 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlalchemy import create_engine, text
 
 from serve.adapter import Inspection
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound
 from serve.keys import Keys
 from serve.limits import Limits
 from serve.registry import SCHEMA, Registry
+from tests.serve import postgres as postgres_server
 
 FOUND = Inspection(rank=8, base="toy", target_modules=("k_proj", "q_proj"), nbytes=1234, tensors=4)
 
@@ -33,9 +36,32 @@ def digest(number: int) -> str:
     return f"{number:064x}"[::-1]
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/registry.db"
+@pytest.fixture(scope="session")
+def postgres():
+    bin = postgres_server.programs()
+    if bin is None:
+        if os.environ.get("LORADOCK_TEST_POSTGRES"):
+            pytest.fail("LORADOCK_TEST_POSTGRES is set, and PostgreSQL or psycopg is not installed")
+        pytest.skip("PostgreSQL is not installed")
+    with postgres_server.running(bin) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path: Path) -> str:
+    """An empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/registry.db"
+    server = request.getfixturevalue("postgres")
+    name = f"test_{next(DATABASES)}"
+    with create_engine(server.format(name="postgres"), isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    return server.format(name=name)
+
+
+# What looks into SQLite's file.
+on_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+DATABASES = itertools.count(1)
 
 
 @pytest.fixture
@@ -310,6 +336,7 @@ def test_a_registry_in_memory_works_from_every_thread():
         assert sorted(versions) == list(range(1, 13))
 
 
+@on_sqlite
 def test_the_file_is_private_durable_and_in_wal_mode(registry, url):
     path = url.removeprefix("sqlite:///")
     push(registry, "pirate", 1)
@@ -349,6 +376,7 @@ INSERT INTO history VALUES (2, 7, 'ana', 'promote', '', 1700000001.0, NULL, 2, N
 """
 
 
+@on_sqlite
 def test_a_registry_from_before_tenants_keeps_all_it_had(url):
     with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
         database.executescript(SCHEMA_1.format(one=digest(1), two=digest(2)))
@@ -383,6 +411,7 @@ INSERT INTO keys VALUES ('k1', 'acme', 'ci', 'd1', '["inference"]', '{{}}', 1700
 
 
 @pytest.mark.parametrize("scripts", [[SCHEMA_1], [SCHEMA_1, SCHEMA_2]], ids=["from 1", "from 2"])
+@on_sqlite
 def test_a_registry_from_before_shares_keeps_all_it_had_and_takes_them(url, scripts):
     path = url.removeprefix("sqlite:///")
     with closing(sqlite3.connect(path)) as database:
@@ -402,6 +431,7 @@ def test_a_registry_from_before_shares_keeps_all_it_had_and_takes_them(url, scri
         assert database.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA,)]
 
 
+@on_sqlite
 def test_a_registry_that_was_brought_up_has_the_columns_of_a_new_one(url, tmp_path):
     old, new = url.removeprefix("sqlite:///"), str(tmp_path / "new.db")
     with closing(sqlite3.connect(old)) as database:
@@ -437,6 +467,7 @@ def test_a_name_belongs_to_a_tenant(registry):
             push(registry, wrong, 3)
 
 
+@on_sqlite
 def test_a_newer_schema_is_left_alone(registry, url):
     registry.close()
     with sqlite3.connect(url.removeprefix("sqlite:///")) as database:

@@ -1,0 +1,92 @@
+"""The kernels' C++ source, compiled once for this processor and loaded; None where there is no compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+log = logging.getLogger("loradock")
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would take too."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, their operators registered with torch. Compiling takes two seconds, the first time."""
+    try:
+        path = _compiled()
+        if path is None:
+            return None
+        loaded = ctypes.CDLL(str(path))
+        if loaded.loradock_register():
+            raise OSError("torch does not take the operators")
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the CPU LoRA kernels cannot be had (%s): plain torch operations take their place", error)
+        return None
+    return loaded
+
+
+def _compiled() -> Path | None:
+    import torch
+
+    folder = _folder()
+    target = folder / f"kernels-{_digest(torch.__version__)}.so"
+    if target.exists():
+        return target
+    command = compiler()
+    if command is None:
+        log.warning("no C++ compiler for the CPU LoRA kernels: plain torch operations take their place; install g++")
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    libraries = Path(torch.__file__).parent / "lib"
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        made = Path(aside, "kernels.so")
+        # OpenMP's functions come from whichever OpenMP torch runs on: a second one beside it would fight for the cores.
+        link = [f"-L{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--unresolved-symbols=ignore-all"]
+        done = subprocess.run(
+            [command, *FLAGS, "-c", "-o", str(Path(aside, "kernels.o")), str(SOURCE)], capture_output=True, text=True
+        )
+        if done.returncode == 0:
+            done = subprocess.run(
+                [command, "-shared", "-o", str(made), str(Path(aside, "kernels.o")), *link],
+                capture_output=True,
+                text=True,
+            )
+        if done.returncode:
+            raise OSError(f"{command} fails: {done.stderr.strip()[:500]}")
+        os.replace(made, target)
+    return target
+
+
+def _folder() -> Path:
+    if given := os.environ.get("LORADOCK_CACHE_DIR"):
+        return Path(given, "kernels")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loradock" / "kernels"
+
+
+def _digest(torch_version: str) -> str:
+    """Another processor, compiler, torch or source makes another file."""
+    try:
+        told = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        told = []
+    flags = next((line for line in told if line.startswith(("flags", "Features"))), "")
+    facts = [SOURCE.read_text(), " ".join(FLAGS), torch_version, platform.machine(), flags, compiler() or ""]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,100 @@
+"""What vLLM's workers can do beside what they do: load an adapter beside the computing, and register it between steps.
+
+vLLM itself reads and converts an adapter's files between two steps, so that every stream stands still meanwhile, and at
+once copies it into a slot of the batch, where it pushes out one that is being used, which pushes out the next. Here the
+files are read in a thread, and an adapter takes a slot when its first request runs.
+
+Mixed into vLLM's worker by its option `worker_extension_cls`; called through `collective_rpc`, by name.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+LOADING, LOADED = "loading", "loaded"
+# The scheduler's niceness of a thread that reads, beside those that compute.
+NICE = 10
+
+
+class Loader:
+    """One worker's adapters on their way in. `manager` is vLLM's LRUCacheWorkerLoRAManager."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._coming: dict[int, Future[Any]] = {}
+        self._thread = ThreadPoolExecutor(1, "adapter-loader", initializer=_step_back)
+        for module in manager._adapter_manager.modules.values():
+            if hasattr(module, "set_lora"):
+                _reset_once(module)
+
+    def begin(self, request: Any) -> None:
+        """Read and convert the adapter's files in the thread."""
+        self._coming[request.lora_int_id] = self._thread.submit(self._read, request)
+
+    def finish(self, number: int) -> str:
+        """LOADING, LOADED (it is registered from now on), or why it can't be."""
+        coming = self._coming.get(number)
+        if coming is None:
+            return LOADED if number in self._manager.list_adapters() else "it was not begun"
+        if not coming.done():
+            return LOADING
+        del self._coming[number]
+        if error := coming.exception():
+            return str(error) or type(error).__name__
+        adapters = self._manager._adapter_manager
+        if len(adapters) + 1 > adapters.capacity:
+            adapters.remove_oldest_adapter()
+        adapters.add_adapter(coming.result())
+        return LOADED
+
+    def _read(self, request: Any) -> Any:
+        adapters = self._manager._adapter_manager
+        lora = self._manager._load_adapter(request)
+        if not adapters._is_moe:  # to pack experts twice, here and when it is added, would not be the same as once
+            adapters._create_merged_loras_inplace(lora)
+        return lora
+
+
+class Worker:
+    """The mixin. Its names begin as no method of vLLM's does."""
+
+    def loradock_begin(self, name: str, number: int, path: str) -> None:
+        request = SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path, is_3d_lora_weight=False)
+        self._loradock().begin(request)
+
+    def loradock_finish(self, number: int) -> str:
+        return self._loradock().finish(number)
+
+    def _loradock(self) -> Loader:
+        loader: Loader | None = getattr(self, "_loradock_loader", None)
+        if loader is None:
+            loader = self._loradock_loader = Loader(self.model_runner.lora_manager)  # type: ignore[attr-defined]
+        return loader
+
+
+def _step_back() -> None:
+    with suppress(OSError, AttributeError):  # a thread of its own on Linux
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+def _reset_once(module: Any) -> None:
+    """Zero a slot of this module only if something was put there since: of the output layer's it takes milliseconds."""
+    reset, put = module.reset_lora, module.set_lora
+    clean: set[int] = set()
+
+    def reset_lora(index: int) -> None:
+        if index not in clean:
+            reset(index)
+            clean.add(index)
+
+    def set_lora(index: int, *args: Any, **kwargs: Any) -> None:
+        clean.discard(index)
+        put(index, *args, **kwargs)
+        clean.discard(index)
+
+    module.reset_lora, module.set_lora = reset_lora, set_lora
