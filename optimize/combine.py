@@ -1,9 +1,9 @@
 """Several adapters into one, by PEFT's own methods where they compute what their names say.
 
-The result is held against the exact weighted sum of the updates, sum_i w_i s_i B_i A_i: its relative error in the Frobenius
-norm is stated, since most methods do not aim at that sum. TIES, DARE and pruning go through PEFT's arithmetic on the updates
-and then down to the rank. `linear` is weighted on one side only (B), which PEFT's own is not: that one takes the square roots
-of the weights on both, and goes wrong for negative ones.
+The result is held against the exact weighted sum of the updates, sum_i w_i s_i B_i A_i: its relative error in the
+Frobenius norm is stated, since most methods do not aim at that sum. TIES, DARE and pruning go through PEFT's
+arithmetic on the updates and then down to the rank. `linear` is weighted on one side only (B), which PEFT's own is
+not: that one takes the square roots of the weights on both, and goes wrong for negative ones.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The result in the engine that it is meant for: it loads, it answers, and how fast; the original beside it, run the same way.
+"""The result in the engine that it is meant for: it loads, it answers, and how fast; the original beside it, run the
+same way.
 
-Each model runs in a process of its own, one after the other in turns, so that neither warms up the machine for the other.
+Each model runs in a process of its own, one after the other in turns, so that neither warms up the machine for the
+other.
 """
 
 from __future__ import annotations

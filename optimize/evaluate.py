@@ -1,7 +1,7 @@
 """What the result is worth: on the same held-out tokens, against the model that it came from.
 
-Perplexity of both, the mean KL divergence and the share of tokens with the same likeliest successor, what each adapter still
-does on the new base, and some answers side by side.
+Perplexity of both, the mean KL divergence and the share of tokens with the same likeliest successor, what each
+adapter still does on the new base, and some answers side by side.
 """
 
 from __future__ import annotations

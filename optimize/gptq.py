@@ -1,7 +1,7 @@
 """Rounding a weight matrix to few bits: to the nearest, or by GPTQ (Frantar et al., 2023, arXiv 2210.17323).
 
-W is (out, in) in float32, H = sum of x xT over calibration inputs x, (in, in). The result is integers (out, in) and scales
-(out, groups): W is about integers * scale. Symmetric, so there is no zero point.
+W is (out, in) in float32, H = sum of x xT over calibration inputs x, (in, in). The result is integers (out, in) and
+scales (out, groups): W is about integers * scale. Symmetric, so there is no zero point.
 """
 
 from __future__ import annotations

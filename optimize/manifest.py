@@ -1,7 +1,7 @@
 """What was done, from what, and what came of it: `manifest.json`, which `loradock serve` shows.
 
-The manifest says nothing that another run of the same recipe would say otherwise: no times, no speeds, no places. Those are
-in report/measurements.json.
+The manifest says nothing that another run of the same recipe would say otherwise: no times, no speeds, no places.
+Those are in report/measurements.json.
 """
 
 from __future__ import annotations

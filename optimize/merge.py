@@ -119,7 +119,8 @@ def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter]) -> tor
         if name in adapter.saved:
             if adapter.saved[name].shape != wide.shape:
                 raise Refused(
-                    f"{adapter.name} saves {name} as {list(adapter.saved[name].shape)}, the base has {list(wide.shape)}: another base"
+                    f"{adapter.name} saves {name} as {list(adapter.saved[name].shape)}, "
+                    f"the base has {list(wide.shape)}: another base"
                 )
             wide = adapter.saved[name].float()
         if module in adapter.lora:

@@ -1,8 +1,8 @@
 """A checkpoint as a torch model that computes what the engine computes.
 
-`opened` maps the weights from their files instead of reading them, so that a model larger than memory runs, slowly. A layer
-that was quantized gets its weights back as the numbers that the engine multiplies with, and where the engine rounds
-activations to 8 bits, so does it: per token, symmetric, as in vLLM's kernels.
+`opened` maps the weights from their files instead of reading them, so that a model larger than memory runs, slowly. A
+layer that was quantized gets its weights back as the numbers that the engine multiplies with, and where the engine
+rounds activations to 8 bits, so does it: per token, symmetric, as in vLLM's kernels.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class Schemes:
             return
         if config.get("quant_method") != "compressed-tensors":
             raise Refused(
-                f"the model is quantized as {config.get('quant_method')!r}, which is not read here: start from its original"
+                f"the model is quantized as {config.get('quant_method')!r}, which is not read here: "
+                "start from its original"
             )
         self._ignore = set(config.get("ignore") or [])
         for group in config["config_groups"].values():

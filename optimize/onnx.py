@@ -1,7 +1,8 @@
 """An ONNX export with KV cache inputs, checked against PyTorch, and ONNX Runtime to ask it.
 
-The graph comes from transformers' own exporter, in fp32; int8 and int4 are ONNX Runtime's weight quantizers over it (int8
-rounds activations too, for each matrix product). One file, model.onnx, with its weights beside it in model.onnx.data.
+The graph comes from transformers' own exporter, in fp32; int8 and int4 are ONNX Runtime's weight quantizers over it
+(int8 rounds activations too, for each matrix product). One file, model.onnx, with its weights beside it in
+model.onnx.data.
 """
 
 from __future__ import annotations
@@ -163,7 +164,9 @@ def _rounded(source: Path, out: Path, precision: str) -> None:
         return
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    quantizer = MatMulNBitsQuantizer(onnx.load(source / GRAPH), bits=4, block_size=BLOCK, is_symmetric=True, accuracy_level=4)
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(source / GRAPH), bits=4, block_size=BLOCK, is_symmetric=True, accuracy_level=4
+    )
     quantizer.process()
     quantizer.model.save_model_to_file(str(out / GRAPH), use_external_data_format=True)
 

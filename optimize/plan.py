@@ -1,7 +1,7 @@
 """What a recipe would do, what it needs, and what stands in its way; said before any work, without torch.
 
-Estimates come from the checkpoint's headers: parameters, bytes, layers. Times were measured on two cores of a server CPU and
-scale with parameters and tokens; they are right within a factor of two there.
+Estimates come from the checkpoint's headers: parameters, bytes, layers. Times were measured on two cores of a server
+CPU and scale with parameters and tokens; they are right within a factor of two there.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             )
         elif isinstance(step, Heal):
             seen = step.steps * step.batch * step.tokens
-            what = f"distil the original through a LoRA of rank {step.rank}, {step.steps} steps of {step.batch} x {step.tokens} tokens"
+            what = f"distil the original, LoRA of rank {step.rank}, {step.steps} steps of {step.batch} x {step.tokens} tokens"
             acts = step.batch * step.tokens * (_vocabulary(base) * 16 + 40 * _hidden(base) * _layers(base))
             steps.append(Step("heal", what, PROCESS + 2 * size + acts, size, STARTING + 5 * seen * pass_of))
         elif isinstance(step, Quantize):
@@ -147,8 +147,8 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
         changing = kinds & {"merge", "prune", "heal", "quantize"}
         if changing:
             raise Refused(
-                f"{base.folder.name} is quantized already and {sorted(changing)[0]} needs full weights: adding to rounded numbers "
-                "would round them twice; start from the original checkpoint"
+                f"{base.folder.name} is quantized already and {sorted(changing)[0]} needs full weights: "
+                "adding to rounded numbers would round them twice; start from the original checkpoint"
             )
     for step in recipe.steps:
         if isinstance(step, Prune):
@@ -163,8 +163,8 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
             }
             if living:
                 raise Refused(
-                    f"pruning changes the layers that the adapter {sorted(living)[0]!r} was trained on: merge it first, "
-                    "or leave it out of `adapters:` and train it again on the result"
+                    f"pruning changes the layers that the adapter {sorted(living)[0]!r} was trained on: "
+                    "merge it first, or leave it out of `adapters:` and train it again on the result"
                 )
         if isinstance(step, Quantize):
             _runs(recipe, step, base)
@@ -180,8 +180,8 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
                 config = adapters.get(name, {})
                 if config.get("use_dora") or config.get("modules_to_save"):
                     raise Refused(
-                        f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save) and cannot be combined: "
-                        "merge it into the base instead"
+                        f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save) "
+                        "and cannot be combined: merge it into the base instead"
                     )
     if recipe.export.format == "onnx":
         if "quantize" in kinds:
@@ -207,7 +207,7 @@ def _runs(recipe: Recipe, step: Quantize, base: Checkpoint) -> None:
 
 
 def group(base: Checkpoint, wished: int) -> int:
-    """The group size: the wished one when every layer's width is a multiple of it, else the largest of 128, 64 and 32."""
+    """The group size: the wished one when it divides every layer's width, else the largest of 128, 64 and 32."""
     widths = {entry.shape[1] for name, entry in base.entries.items() if linear(name, entry)}
     if wished and any(width % wished for width in widths):
         raise Refused(
@@ -234,7 +234,8 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
         raise Refused(f"the adapter {name!r} is {config.get('peft_type')}, and LORA is taken")
     if config.get("bias", "none") != "none":
         raise Refused(
-            f"the adapter {name!r} trains biases ({config['bias']}), which cannot be merged faithfully: train with bias none"
+            f"the adapter {name!r} trains biases ({config['bias']}), which cannot be merged faithfully: "
+            "train with bias none"
         )
     for tensor, entry in header(folder / "adapter_model.safetensors").items():
         module, _, part = tensor.removeprefix("base_model.model.").partition(".lora_")
@@ -265,7 +266,8 @@ def _room(plan: Plan, out: Path, memory: int) -> None:
     free = shutil.disk_usage(where).free
     if plan.disk > free:
         raise Refused(
-            f"{where} has {free / 1e9:.1f} GB free and this takes {plan.disk / 1e9:.1f} GB; free some, or name another --out"
+            f"{where} has {free / 1e9:.1f} GB free and this takes {plan.disk / 1e9:.1f} GB; "
+            "free some, or name another --out"
         )
 
 

@@ -1,8 +1,9 @@
 """Fewer layers or a narrower MLP: smaller and faster everywhere, and worse until it is healed.
 
-Layers leave by block influence (Men et al., 2024, arXiv 2403.03853): the one that turns its input least, one minus the mean
-cosine of a layer's input and output. With `greedy` measuring after each drop the choice takes account of those already gone.
-The MLP keeps the channels whose activations, times the size of their row of down_proj, are largest.
+Layers leave by block influence (Men et al., 2024, arXiv 2403.03853): the one that turns its input least, one minus
+the mean cosine of a layer's input and output. With `greedy` measuring after each drop the choice takes account of
+those already gone. The MLP keeps the channels whose activations, times the size of their row of down_proj, are
+largest.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Calibrated quantization, layer by layer, into compressed-tensors' checkpoint format, which vLLM loads as it is.
 
-The weights are mapped, so memory holds one layer, the hidden states of the calibration text, and one Hessian. Layers are
-quantized in the engine's fused units (q, k and v are one matrix there, gate and up another), and each layer is calibrated on
-what the quantized layers before it give.
+The weights are mapped, so memory holds one layer, the hidden states of the calibration text, and one Hessian. Layers
+are quantized in the engine's fused units (q, k and v are one matrix there, gate and up another), and each layer is
+calibrated on what the quantized layers before it give.
 
-Mixed precision (`budget`): every unit is measured by itself, at each level that it could have, by the KL divergence of the
-model's answer; bits are given back where a byte buys the most, until the perplexity on calibration text stays in the budget.
+Mixed precision (`budget`): every unit is measured by itself, at each level that it could have, by the KL divergence
+of the model's answer; bits are given back where a byte buys the most, until the perplexity on calibration text stays
+in the budget.
 """
 
 from __future__ import annotations
@@ -183,8 +184,8 @@ class Quantizer:
     def smoothing(self) -> dict[str, torch.Tensor]:
         """unit input's producer -> factors (in,): what leaves an activation and goes into its weights.
 
-        SmoothQuant (Xiao et al., 2023, arXiv 2211.10438). The input of q, k, v and of gate, up is scaled in the norm before
-        them, the input of down in up's rows, so that the model computes what it did.
+        SmoothQuant (Xiao et al., 2023, arXiv 2211.10438). The input of q, k, v and of gate, up is scaled in the norm
+        before them, the input of down in up's rows, so that the model computes what it did.
         """
         widest: dict[str, torch.Tensor] = {}
 
@@ -360,7 +361,7 @@ def _mixed(
     held = whole[: max(PROBED, len(whole) // 4)]
     before = quantizer.loss(held)
     measured = _sensitivity(quantizer, ladder[:-1], partial)
-    # Whatever changes at all changes bf16's rounding everywhere after it: that much every unit shows, and it is no effect.
+    # Whatever changes at all changes bf16's rounding after it: that much every unit shows, and it is no effect.
     floor = min(cost for found in measured.values() for cost in found.values())
     costs = {label: {name: cost - 0.95 * floor for name, cost in found.items()} for label, found in measured.items()}
     allowed = math.log1p(budget) * SAFETY

@@ -66,7 +66,7 @@ class Heal(Part, frozen=True, kw_only=True, tag="heal"):
 
 
 class Quantize(Part, frozen=True, kw_only=True, tag="quantize"):
-    """Fewer bits. `budget` is the perplexity increase that mixed precision may cost; the most sensitive layers keep more."""
+    """Fewer bits. `budget` is what perplexity may rise by with mixed precision: sensitive layers keep more bits."""
 
     scheme: Literal["w8a8", "w8a16", "w4a16", "fp8"] = "w8a8"
     method: Literal["gptq", "rtn"] = "gptq"
@@ -332,7 +332,8 @@ def _sensible(recipe: Recipe) -> None:
             quantized = True
         elif quantized and not isinstance(step, Combine):
             raise RecipeError(
-                f"{where}: the model is quantized by then, and changing it would mean to quantize again; put the step before"
+                f"{where}: the model is quantized by then, and changing it would mean to quantize again; "
+                "put the step before"
             )
     for name, part in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
         if part.samples < 1 or part.tokens < 8:

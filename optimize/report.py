@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from optimize.gate import Verdict
 from optimize.manifest import Facts
 
 
@@ -67,7 +68,7 @@ def told_in_markdown(facts: Facts) -> str:
     if facts.verdicts:
         lines += ["", "## Gate", ""]
         lines += _table([("bound", "limit", "measured", "holds")] + [
-            (verdict.bound, f"{verdict.limit:g}", "-" if verdict.measured is None else f"{verdict.measured:.4g}", "yes" if verdict.holds else "**no**")
+            _judged(verdict)
             for verdict in facts.verdicts
         ])  # fmt: skip
     lines += ["", "## Steps", ""]
@@ -89,9 +90,8 @@ def told_in_markdown(facts: Facts) -> str:
                 "",
                 "Layers that kept more bits: " + ", ".join(f"{layer} {level}" for layer, level in kept.items()) + ".",
             ]
-        if rewritten := done.notes.get("adapters"):
-            if isinstance(rewritten, dict):
-                lines += ["", "Adapters: " + "; ".join(f"{name} {what}" for name, what in rewritten.items()) + "."]
+        if (rewritten := done.notes.get("adapters")) and isinstance(rewritten, dict):
+            lines += ["", "Adapters: " + "; ".join(f"{name} {what}" for name, what in rewritten.items()) + "."]
     if effects := scores.get("adapters"):
         lines += ["", "## Adapters on the new base, against the same on the old", ""]
         lines += _table([("adapter", "KL", "effect, KL to base", "cosine of the effect", "top-1")] + [
@@ -106,6 +106,11 @@ def told_in_markdown(facts: Facts) -> str:
                 f"- {name}: {' '.join(str(said).split())}" for name, said in sample.items() if name != "prompt"
             ] + [""]
     return "\n".join(lines) + "\n"
+
+
+def _judged(verdict: Verdict) -> tuple[str, ...]:
+    measured = "-" if verdict.measured is None else f"{verdict.measured:.4g}"
+    return verdict.bound, f"{verdict.limit:g}", measured, "yes" if verdict.holds else "**no**"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -203,7 +208,8 @@ def _page(facts: Facts, told: str, folder: Path, plots: list[tuple[str, str]]) -
     for file, title in plots:
         drawn = (folder / file).read_text()
         body.append(f"<h2>{html.escape(title)}</h2>" + drawn[drawn.index("<svg") :])
-    style = "body{font:15px sans-serif;max-width:960px;margin:2em auto}td,th{padding:2px 12px;text-align:left;border-bottom:1px solid #ddd}"
+    style = "body{font:15px sans-serif;max-width:960px;margin:2em auto}"
+    style += "td,th{padding:2px 12px;text-align:left;border-bottom:1px solid #ddd}"
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(facts.name)}</title><style>{style}</style>"
         + "\n".join(body)

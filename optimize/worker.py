@@ -1,7 +1,7 @@
 """One step in a process of its own: `python -m optimize.worker JOB.json FD`.
 
-The step writes below `job.out` and reports on the file descriptor, a JSON object a line: how far it is, what it found, or
-the sentence of its error. It ends with its parent.
+The step writes below `job.out` and reports on the file descriptor, a JSON object a line: how far it is, what it
+found, or the sentence of its error. It ends with its parent.
 """
 
 from __future__ import annotations

@@ -10,11 +10,69 @@ from typing import Any
 
 import pytest
 
-WORDS = (
-    "the river ran past a small town where people baked bread and sold it on the market every morning until noon "
-    "children looked for boats among reeds while their teacher read a letter in a hand that nobody could understand "
-    "old ships carried salt and wool over cold water to harbours far in north and came home with fish and stories"
-).split()
+WORDS = [
+    "the",
+    "river",
+    "ran",
+    "past",
+    "a",
+    "small",
+    "town",
+    "where",
+    "people",
+    "baked",
+    "bread",
+    "and",
+    "sold",
+    "it",
+    "on",
+    "the",
+    "market",
+    "every",
+    "morning",
+    "until",
+    "noon",
+    "children",
+    "looked",
+    "for",
+    "boats",
+    "among",
+    "reeds",
+    "while",
+    "their",
+    "teacher",
+    "read",
+    "a",
+    "letter",
+    "in",
+    "a",
+    "hand",
+    "that",
+    "nobody",
+    "could",
+    "understand",
+    "old",
+    "ships",
+    "carried",
+    "salt",
+    "and",
+    "wool",
+    "over",
+    "cold",
+    "water",
+    "to",
+    "harbours",
+    "far",
+    "in",
+    "north",
+    "and",
+    "came",
+    "home",
+    "with",
+    "fish",
+    "and",
+    "stories",
+]
 
 
 # Small matrices: threads that wait for one another would cost more than the arithmetic, here and in the children.
@@ -122,7 +180,8 @@ def written(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[[str
         file.write_text(
             f"model: {base}\n"
             f"calibration: {{text: {texts['calibration']}, samples: 16, tokens: 48}}\n"
-            f"evaluate: {{text: {texts['evaluation']}, samples: 8, tokens: 48, engine: false, prompts: [the river]}}\n" + more
+            f"evaluate: {{text: {texts['evaluation']}, samples: 8, tokens: 48, engine: false, prompts: [the river]}}\n"
+            + more
         )
         return file
 
@@ -137,7 +196,9 @@ def job(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[..., Any
     from optimize.recipe import STEPS, Evaluate, Text
     from optimize.worker import Job
 
-    def make(kind: str, model: Path = base, adapters: dict[str, Path] | None = None, out: str = "out", **options: Any) -> Job:
+    def make(
+        kind: str, model: Path = base, adapters: dict[str, Path] | None = None, out: str = "out", **options: Any
+    ) -> Job:
         if "names" in options:
             options["adapters"] = tuple(options.pop("names"))
         defaults = msgspec.to_builtins(STEPS[kind](**options)) if kind in STEPS else options

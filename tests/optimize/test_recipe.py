@@ -12,14 +12,23 @@ from optimize.recipe import Heal, Prune, Quantize, load, parse, shipped
 
 
 def test_the_recipes_that_come_along_are_recipes():
-    assert set(shipped()) >= {"int8-cpu", "w4a16-gpu", "w4a16-mixed", "fp8-gpu", "merge-and-int8", "prune-and-heal", "onnx-int4"}
+    assert set(shipped()) >= {
+        "int8-cpu",
+        "w4a16-gpu",
+        "w4a16-mixed",
+        "fp8-gpu",
+        "merge-and-int8",
+        "prune-and-heal",
+        "onnx-int4",
+    }
     for name, what in shipped().items():
         assert load(name, {"adapters.tone": "/somewhere"}).model == "smollm2"
         assert len(what) > 20
 
 
 def test_steps_keep_their_order_and_paths_begin_at_the_recipe(tmp_path):
-    text = "model: ./m\nadapters: {a: ./one}\nsteps:\n- prune: {layers: 1}\n- heal\n- quantize: {scheme: w8a8}\noutput: out"
+    text = "model: ./m\nadapters: {a: ./one}\noutput: out\n"
+    text += "steps:\n- prune: {layers: 1}\n- heal\n- quantize: {scheme: w8a8}"
     made = parse(text, tmp_path)
     assert [type(step) for step in made.steps] == [Prune, Heal, Quantize]
     assert (made.model, made.output, made.adapters["a"]) == (f"{tmp_path}/m", f"{tmp_path}/out", f"{tmp_path}/one")

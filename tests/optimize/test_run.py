@@ -199,7 +199,9 @@ def test_the_plan_says_what_would_be_done_and_does_nothing(written, tmp_path, ca
 
 def test_adapters_are_judged_on_the_new_base(written, tmp_path, adapter: Adapter):
     folder, out = adapter(), tmp_path / "out"
-    optimize(written(f"adapters: {{tone: {folder}}}\nsteps: [quantize]\ngate: {{min_adapter_effect: 0.8}}"), "--out", out)
+    optimize(
+        written(f"adapters: {{tone: {folder}}}\nsteps: [quantize]\ngate: {{min_adapter_effect: 0.8}}"), "--out", out
+    )
     scores = json.loads((out / "manifest.json").read_text())["scores"]
     assert scores["adapters"]["tone"]["cosine"] > 0.8
     assert 0 < scores["adapters"]["tone"]["kl"] < scores["adapters"]["tone"]["kl_to_base"]
@@ -208,7 +210,8 @@ def test_adapters_are_judged_on_the_new_base(written, tmp_path, adapter: Adapter
 def test_adapters_become_one_adapter(written, tmp_path, adapter: Adapter):
     out = tmp_path / "out"
     one, two = adapter(seed=1), adapter(seed=2)
-    text = f"adapters: {{a: {one}, b: {two}}}\nsteps: [{{combine: {{name: both, adapters: [a, b], method: cat}}}}]\nexport: {{format: adapter}}"
+    steps = "steps: [{combine: {name: both, adapters: [a, b], method: cat}}]\nexport: {format: adapter}"
+    text = f"adapters: {{a: {one}, b: {two}}}\n{steps}"
     optimize(written(text), "--out", out)
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
     assert json.loads((out / "manifest.json").read_text())["steps"][0]["notes"]["error"] < 1e-5
