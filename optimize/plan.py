@@ -102,7 +102,7 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             )
         elif isinstance(step, Heal):
             seen = step.steps * step.batch * step.tokens
-            what = f"distil the original, LoRA of rank {step.rank}, {step.steps} steps of {step.batch} x {step.tokens} tokens"
+            what = f"distil the original, LoRA of rank {step.rank}, {step.steps} x {step.batch} x {step.tokens} tokens"
             acts = step.batch * step.tokens * (_vocabulary(base) * 16 + 40 * _hidden(base) * _layers(base))
             steps.append(Step("heal", what, PROCESS + 2 * size + acts, size, STARTING + 5 * seen * pass_of))
         elif isinstance(step, Quantize):

