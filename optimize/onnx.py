@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimize.checkpoint import Checkpoint, copy_side_files
+from optimize.checkpoint import copy_side_files
 from optimize.errors import OptimizeError, Refused
 from optimize.model import settle, tokenizer
 from optimize.worker import Job, Progress
@@ -45,10 +45,9 @@ class Session:
         self.provider = self.session.get_providers()[0]
         names = [item.name for item in self.session.get_inputs()]
         self.cache = [name for name in names if "past_key_values" in name]
-        config = Checkpoint.__new__(Checkpoint)
-        config.folder = folder
-        heads = config.config["num_key_value_heads"]
-        width = config.config.get("head_dim") or config.config["hidden_size"] // config.config["num_attention_heads"]
+        config = json.loads((folder / "config.json").read_text())
+        heads = config["num_key_value_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         self.empty = np.zeros((1, heads, 0, width), np.float32)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

@@ -365,33 +365,37 @@ def _mixed(
     floor = min(cost for found in measured.values() for cost in found.values())
     costs = {label: {name: cost - 0.95 * floor for name, cost in found.items()} for label, found in measured.items()}
     allowed = math.log1p(budget) * SAFETY
-    spent_scale = 1.0
+    at_once = 1.0  # what effects come to together, by what they add up to
+    best = dict.fromkeys(quantizer.units, ladder[1])
     tried: list[dict[str, Any]] = []
     for round_ in range(ROUNDS):
-        chosen = _chosen(quantizer, ladder, costs, allowed / spent_scale)
-        for _ in quantizer.rounded(chosen, factors, f"trying mix {round_ + 1}"):
-            pass
-        hooks = [
-            quantizer._linear(name).register_forward_pre_hook(_rounding(level))
-            for unit, level in chosen.items() if level.activations for name in unit.names
-        ]  # fmt: skip
-        spent = quantizer.loss(held) - before
-        for hook in hooks:
-            hook.remove()
+        chosen = _chosen(quantizer, ladder, costs, allowed / at_once)
+        spent = _tried(quantizer, chosen, factors, held, f"trying mix {round_ + 1}") - before
         predicted = sum(costs[unit.label][level.name] for unit, level in chosen.items() if level is not FULL)
-        full = sum(level is ladder[0] for level in chosen.values())
-        tried.append({"low": full, "predicted": round(predicted, 5), "log_perplexity": round(spent, 5)})
-        quantizer.model = opened(quantizer.folder, quantizer.dtype)
-        quantizer.layers = layers(quantizer.model)
-        # The predictions add up single effects; what they came to together scales the next choice.
-        if spent <= allowed and (spent > 0.75 * allowed or round_ == ROUNDS - 1 or full == len(chosen)):
-            break
-        spent_scale = max(spent, 1e-6) / max(predicted, 1e-9)
-    else:
-        if spent > allowed:
-            chosen = {unit: FULL if chosen[unit] is high else high if chosen[unit] is low else FULL for unit in chosen}
+        lowest = sum(level is low for level in chosen.values())
+        tried.append({low.name: lowest, "predicted": round(predicted, 5), "log_perplexity": round(spent, 5)})
+        if spent <= allowed:
+            best = chosen
+            if spent > 0.75 * allowed or lowest == len(chosen):
+                break
+        at_once = max(spent, 1e-6) / max(predicted, 1e-9)
     sensitivity = {label: {name: round(value, 6) for name, value in found.items()} for label, found in measured.items()}
-    return chosen, {"sensitivity": sensitivity, "tried": tried, "budget": budget}
+    return best, {"sensitivity": sensitivity, "tried": tried, "budget": budget}
+
+
+def _tried(
+    quantizer: Quantizer, chosen: Mapping[Unit, Level], factors: Mapping[str, torch.Tensor], ids: torch.Tensor, say: str
+) -> float:
+    """The loss of the model quantized so; the quantizer has the full model again afterwards."""
+    for _ in quantizer.rounded(chosen, factors, say):
+        pass
+    for unit, level in chosen.items():
+        for name in unit.names if level.activations else ():
+            quantizer._linear(name).register_forward_pre_hook(_rounding(level))
+    loss = quantizer.loss(ids)
+    quantizer.model = opened(quantizer.folder, quantizer.dtype)
+    quantizer.layers = layers(quantizer.model)
+    return loss
 
 
 def _chosen(

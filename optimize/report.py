@@ -98,6 +98,10 @@ def told_in_markdown(facts: Facts) -> str:
             (name, f"{e['kl']:.4f}", f"{e['kl_to_base']:.4f}", f"{e['cosine']:.3f}", f"{e['top1']:.1%}")
             for name, e in effects.items()
         ])  # fmt: skip
+    if spoken := scores.get("engine", {}).get("adapters"):
+        lines += ["", "## Adapters in vLLM", ""]
+        for name, answers in spoken["answers"].items():
+            lines += [f"- {name}, {prompt!r}: {' '.join(said.split())}" for prompt, said in answers.items()]
     if samples := scores.get("samples"):
         lines += ["", "## Answers", ""]
         for sample in samples:

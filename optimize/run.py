@@ -174,7 +174,7 @@ class Run:
         redone = not folder.is_dir()
         if redone:
             aside = folder.with_name(folder.name + ".part")
-            aside.mkdir(exist_ok=True)
+            _keep_only_partial(aside)
             job = Job(
                 kind=kind,
                 options=options,
@@ -293,6 +293,16 @@ class Run:
                 raise OptimizeError(f"{self.work}: {error.strerror or error}; go on with --resume") from error
             finally:
                 lock.unlink(missing_ok=True)
+
+
+def _keep_only_partial(aside: Path) -> None:
+    """An empty folder for a step, but for what the step itself kept to go on from."""
+    aside.mkdir(exist_ok=True)
+    for path in aside.iterdir():
+        if path.is_dir() and path.name != "partial":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
 
 
 def texts(recipe: Recipe) -> dict[str, str]:
