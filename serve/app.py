@@ -32,6 +32,7 @@ from serve.config import Config
 from serve.embedding import Embedding
 from serve.engine import Backend, Engine
 from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
+from serve.export import gist
 from serve.feedback import GOOD, Feedback
 from serve.fleet import Fleet, Patience, Supervisor
 from serve.inference import PATHS, STORED, Inference
@@ -363,8 +364,10 @@ def build_app(
         return JSONResponse({"status": "ready", "model": fleet.first.name})
 
     @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": __version__, "vllm": fleet.first.backend.version, "model": fleet.first.name}
+    async def version() -> dict[str, Any]:
+        said = {"version": __version__, "vllm": fleet.first.backend.version, "model": fleet.first.name}
+        manifest = gist(fleet.first.model)
+        return {**said, "manifest": manifest} if manifest else said
 
     @app.get("/metrics")
     async def metrics(request: Request, caller: Operator) -> Response:
@@ -767,7 +770,7 @@ def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[st
     for base in fleet:
         card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock", "root": base.model}
         card |= {"parent": None, "max_model_len": base.backend.max_model_len} if base.is_ready else {"parent": None}
-        yield card
+        yield {**card, "manifest": manifest} if (manifest := gist(base.model)) else card
     for full in registry.names():
         if not sees(registry, caller, full):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -66,6 +67,22 @@ def serve(context: typer.Context) -> None:
     # Everything is closed by now; torch's and vLLM's native modules take seconds to unload, and complain.
     sys.stderr.flush()
     os._exit(code)
+
+
+@app.command(
+    help="Turn a base model and its adapters into an optimized, measured export (`loradock optimize --help`).",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    options_metavar="RECIPE [OPTIONS]",
+)
+def optimize(context: typer.Context) -> None:
+    from optimize.cli import run as run_recipe
+    from serve.embedded import ensure
+
+    def embedded(name: str) -> Path:
+        return ensure(name, progress=lambda line: print(line, file=sys.stderr))
+
+    raise typer.Exit(run_recipe(context.args, embedded))
 
 
 @app.command(help="Print the versions.")
