@@ -13,6 +13,7 @@
     |- RateLimited             (429)     this key has had its share; `retry_after` seconds from now there is more
     |- QuotaExceeded           (429)     this key's tenant keeps as many adapters as it may; waiting does not help
     |- OutOfSpace              (507)     the disk cannot hold it
+    |- ClientLeft              (499)     before it was its turn; nobody reads this
     |- DeadlineExceeded        (504)     the client's own X-Request-Timeout is over
     |- Overloaded              (429)     it would wait too long in line; `retry_after` seconds from now it would not
     `- EngineUnavailable       (503)     the engine is starting, draining or gone; `retry_after` seconds from now may do
@@ -92,6 +93,11 @@ class NotFound(LoradockError):
 
 class ClientTooSlow(LoradockError):
     status = 408
+    type = "invalid_request_error"
+
+
+class ClientLeft(LoradockError):
+    status = 499
     type = "invalid_request_error"
 
 

@@ -29,6 +29,8 @@ from serve.transfer import Effects, Transfer, compared
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
+# An engine that computes answers between two steps; one that hangs does not.
+ASK_SECONDS = 5.0
 # Requests that wait for an engine that is coming back, each with its connection.
 MAX_WAITING = 512
 # The wait before the second restart in a row; each further one waits twice as long.
@@ -157,6 +159,10 @@ class Supervisor:
         return self._engine.residents
 
     @property
+    def states(self) -> dict[str, str]:
+        return self._engine.states
+
+    @property
     def pinned(self) -> frozenset[str]:
         return self._engine.pinned
 
@@ -190,7 +196,12 @@ class Supervisor:
         return self._engine.holds(adapter_id)
 
     async def resident_ids(self) -> list[str]:
-        return await self._engine.resident_ids()
+        """As the engine says itself; while it does not, as it is written in its book."""
+        try:
+            async with asyncio.timeout(ASK_SECONDS):
+                return await self._engine.resident_ids()
+        except (TimeoutError, EngineUnavailable):
+            return [one.id for one in self.residents if one.loaded]
 
     # Its own
 

@@ -15,8 +15,8 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import msgspec
@@ -28,11 +28,11 @@ from serve.auth import Auth, Caller
 from serve.auth import Scope as KeyScope
 from serve.cutoff import Cutoff
 from serve.engine import LOW_PRIORITY
-from serve.errors import BadRequest, ClientTooSlow, DeadlineExceeded, LoradockError, NotFound, TooLarge
+from serve.errors import BadRequest, ClientLeft, ClientTooSlow, DeadlineExceeded, LoradockError, NotFound, TooLarge
 from serve.limits import Meter, Meters
 from serve.router import Route, Router
 from serve.shadow import Kept, Shadows
-from serve.tap import Exchange, Tap
+from serve.tap import Exchange, Tap, identified
 from serve.tenant import DEFAULT
 from serve.usage import Usage
 
@@ -65,6 +65,7 @@ class Inference:
         meters: Meters,
         take: Callable[[Exchange], None],
         shadows: Shadows | None = None,
+        wants_logprobs: Callable[[str], bool] = lambda adapter: False,
         client_timeout: float = 60.0,
     ) -> None:
         self._client_timeout = client_timeout
@@ -73,13 +74,15 @@ class Inference:
         self._meters = meters
         self._take = take
         self._shadows = shadows
+        self._wants_logprobs = wants_logprobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await _refuse_socket(receive, send)
             return
+        scope, request_id = identified(scope)
         pace = _Pace(receive, send, self._client_timeout)
-        tap = Tap(pace.send)
+        tap = Tap(pace.send, request_id)
         try:
             await self._in_time(scope, pace, tap)
         except ClientTooSlow as error:
@@ -129,8 +132,11 @@ class Inference:
                     _check_countable(asked, meter)
                     usage.asked = len(asked.body)
                 model, fields = (asked.model, asked.fields) if asked else (None, {})
-                async with self._router.lease(model, caller, fields) as route:
-                    tap.adapter, tap.version = route.adapter, route.version
+                async with AsyncExitStack() as held:
+                    async with _staying(receive if asked else None):
+                        route = await held.enter_async_context(self._router.lease(model, caller, fields))
+                    tap.routed(route, caller.tenant)
+                    tap.watch.logprobs = self._wants_logprobs(route.adapter)
                     if asked:
                         fields = asked.rewritten(scope["path"], route, caller)
                         scope, receive = asked.replayed(scope, receive, fields)
@@ -138,7 +144,7 @@ class Inference:
                         kept = Kept(sending)
                         sending = kept.send
                     call = Cutoff(receive, _Honest(sending).send, route.engine.failing)
-                    with route.engine.alarm(call.cut), _at(limit.when(), call, late):
+                    with tap.watched(), route.engine.alarm(call.cut), _at(limit.when(), call, late):
                         limit.reschedule(None)  # from here on the app is told, so that it ends what it began
                         await call.run(route.app, scope)
             finally:
@@ -147,6 +153,32 @@ class Inference:
         if kept and route.shadow and self._shadows:
             # As the engine got it, so within the caller's tenant; and on nobody's key.
             self._shadows.offer(route.shadow, int(route.version[1:]), scope, fields, kept)
+
+
+@asynccontextmanager
+async def _staying(receive: Receive | None) -> AsyncIterator[None]:
+    """ClientLeft, if the client leaves before the block ends: who waits for a turn holds a place in line."""
+    if receive is None:
+        yield
+        return
+    left = asyncio.timeout(None)
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        left.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with left:
+            listening = asyncio.create_task(listen())
+            try:
+                yield
+            finally:
+                listening.cancel()
+    except TimeoutError as error:
+        if not left.expired():
+            raise
+        raise ClientLeft("the client left before it was its turn") from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from serve.tenant import DEFAULT, short_name, tenant_of
 
 log = logging.getLogger(__name__)
 
-# DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`.
-RESERVED = ("pin",)
+# DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`; so with
+# GET /v1/adapters/TENANT/drift and /baseline.
+RESERVED = ("pin", "drift", "baseline")
 # The places for pinned adapters that one tenant may take, as a part of all; `default` may take them all.
 PINS_OF_A_TENANT = 4
 # A version that takes over the traffic counts as used so often, at once.
@@ -53,6 +54,8 @@ class Lifecycle:
         self.store = store
         self.popularity = popularity or Popularity()
         self._limits = limits
+        # Hears of a fresh engine before its adapters come.
+        self.meet: Callable[[Supervisor, Engine], Awaitable[None]] | None = None
         # One change at a time: reads and answers never take this lock.
         self._changing = asyncio.Lock()
         self._removing: set[asyncio.Task[None]] = set()
@@ -63,6 +66,8 @@ class Lifecycle:
 
     async def restore(self, base: Supervisor, engine: Engine) -> None:
         """Bring the pinned and the most popular live versions of a base into a fresh engine."""
+        if self.meet:
+            await self.meet(base, engine)
         engine.pinned = self._pinned(base)
         for adapter in self.wanted(base)[: engine.backend.max_resident]:
             try:
@@ -135,7 +140,7 @@ class Lifecycle:
             raise Conflict(f"{taken!r} is the base model's name: choose another for the adapter", param="name")
         if short in RESERVED:
             raise BadRequest(
-                f"{short!r} cannot be an adapter's name, because it ends the path that unpins one: choose another",
+                f"{short!r} cannot be an adapter's name, because it ends a path of this server: choose another",
                 param="name",
             )
         base = self._base(name, engine)
@@ -187,6 +192,7 @@ class Lifecycle:
 
     async def rollback(self, name: str, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make the version live that was live before this one."""
+        await self.fleet.of(name).available()  # or it would be done, and answered with a 503
         async with self._changing:
             before = self._serving(name)
             adapter = await asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why)

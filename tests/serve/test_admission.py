@@ -139,3 +139,19 @@ async def test_a_client_that_never_ends_its_request_is_let_go(crowded):
 
     await asyncio.wait_for(crowded._transport.app(scope, receive, send), 2)
     assert sent[0]["status"] == 408
+
+
+async def test_a_client_that_leaves_its_place_in_line_leaves_it_at_once(crowded, backend):
+    backend.flow.clear()
+    holding = asyncio.create_task(ask(crowded, "base", stream=True))
+    assert await settled(lambda: backend.running == 1)
+    engine = crowded._transport.app.state.engine
+    scope, receive, send, _, left = http({"model": "base", "stream": True})
+    waiting = asyncio.create_task(crowded._transport.app(scope, receive, send))
+    assert await settled(lambda: engine.engine.line.waiting == 1)
+    left.set()
+    await asyncio.wait_for(waiting, 1)
+    assert (engine.engine.line.waiting, engine.leases) == (0, 1)
+    backend.flow.set()
+    assert (await holding).status_code == 200
+    assert engine.leases == 0
