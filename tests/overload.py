@@ -32,6 +32,7 @@ MAX_WAIT = "4"
 class Outcome:
     status: int
     seconds: float
+    ended: float
 
 
 async def ask(http: httpx.AsyncClient, number: int) -> Outcome:
@@ -41,7 +42,7 @@ async def ask(http: httpx.AsyncClient, number: int) -> Outcome:
         status = (await http.post("/v1/completions", json=body, headers={"X-Request-Timeout": "60"})).status_code
     except httpx.TransportError:
         status = 0
-    return Outcome(status, time.perf_counter() - began)
+    return Outcome(status, time.perf_counter() - began, time.perf_counter())
 
 
 async def closed(http: httpx.AsyncClient, seconds: float) -> float:
@@ -59,13 +60,13 @@ async def closed(http: httpx.AsyncClient, seconds: float) -> float:
 
 
 async def offered(http: httpx.AsyncClient, rate: float, seconds: float) -> list[Outcome]:
-    """What became of arrivals at this rate."""
+    """What became of arrivals at this rate, as far as it was known when the time was over."""
     began, tasks = time.perf_counter(), []
     while (now := time.perf_counter() - began) < seconds:
         while len(tasks) < now * rate:
             tasks.append(asyncio.create_task(ask(http, random.randrange(1 << 30))))
         await asyncio.sleep(random.expovariate(rate))
-    return list(await asyncio.gather(*tasks))
+    return [one for one in await asyncio.gather(*tasks) if one.ended <= began + seconds]
 
 
 def told(name: str, outcomes: list[Outcome], seconds: float) -> float:
