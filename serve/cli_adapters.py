@@ -84,14 +84,22 @@ def promote(
     expect: Annotated[
         str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")
     ] = None,
+    at_once: Annotated[bool, typer.Option("--at-once", help="Whatever the adapter's policy says of canaries.")] = False,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Make a version the live one."""
+    """Make a version the live one; by the adapter's policy it may get a share of the traffic first."""
     with connected("adapters", url, key) as client:
-        answer = client.promote(name, _version(version), _version(expect) if expect is not None else None)
-    say(answer, as_json, lambda told: f"{name} v{_version(version)} is live")
+        expected = _version(expect) if expect is not None else None
+        answer = client.promote(name, _version(version), expected, at_once=at_once)
+    say(answer, as_json, lambda told: _promoted(told, f"{name} v{_version(version)}"))
+
+
+def _promoted(answer: dict[str, Any], which: str) -> str:
+    if answer.get("live") is False:
+        return f"{which} is a canary now, as this adapter's policy says; with --at-once it would be live"
+    return f"{which} is live"
 
 
 @adapters_app.command(epilog=example("loradock adapters rollback support"))
@@ -146,6 +154,22 @@ def unpin(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) ->
     with connected("adapters", url, key) as client:
         answer = client.unpin(name)
     say(answer, as_json, lambda told: f"{name} is pinned no more")
+
+
+@adapters_app.command(epilog=example("loradock adapters share support"))
+def share(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Let other tenants ask an adapter, as TENANT/NAME."""
+    with connected("adapters", url, key) as client:
+        answer = client.share(name, True)
+    say(answer, as_json, lambda told: f"{name} is shared")
+
+
+@adapters_app.command(epilog=example("loradock adapters unshare support"))
+def unshare(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Keep an adapter to its own tenant again."""
+    with connected("adapters", url, key) as client:
+        answer = client.share(name, False)
+    say(answer, as_json, lambda told: f"{name} is private")
 
 
 @adapters_app.command(epilog=example("loradock adapters rm support@v2", "loradock adapters rm support --force"))

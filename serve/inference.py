@@ -32,7 +32,7 @@ from serve.errors import BadRequest, ClientLeft, ClientTooSlow, DeadlineExceeded
 from serve.limits import Meter, Meters
 from serve.router import Route, Router
 from serve.shadow import Kept, Shadows
-from serve.tap import Exchange, Tap
+from serve.tap import Exchange, Tap, identified
 from serve.tenant import DEFAULT
 from serve.usage import Usage
 
@@ -65,6 +65,7 @@ class Inference:
         meters: Meters,
         take: Callable[[Exchange], None],
         shadows: Shadows | None = None,
+        wants_logprobs: Callable[[str], bool] = lambda adapter: False,
         client_timeout: float = 60.0,
     ) -> None:
         self._client_timeout = client_timeout
@@ -73,13 +74,15 @@ class Inference:
         self._meters = meters
         self._take = take
         self._shadows = shadows
+        self._wants_logprobs = wants_logprobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await _refuse_socket(receive, send)
             return
+        scope, request_id = identified(scope)
         pace = _Pace(receive, send, self._client_timeout)
-        tap = Tap(pace.send)
+        tap = Tap(pace.send, request_id)
         try:
             await self._in_time(scope, pace, tap)
         except ClientTooSlow as error:
@@ -132,7 +135,8 @@ class Inference:
                 async with AsyncExitStack() as held:
                     async with _staying(receive if asked else None):
                         route = await held.enter_async_context(self._router.lease(model, caller, fields))
-                    tap.adapter, tap.version = route.adapter, route.version
+                    tap.routed(route, caller.tenant)
+                    tap.watch.logprobs = self._wants_logprobs(route.adapter)
                     if asked:
                         fields = asked.rewritten(scope["path"], route, caller)
                         scope, receive = asked.replayed(scope, receive, fields)
@@ -140,7 +144,7 @@ class Inference:
                         kept = Kept(sending)
                         sending = kept.send
                     call = Cutoff(receive, _Honest(sending).send, route.engine.failing)
-                    with route.engine.alarm(call.cut), _at(limit.when(), call, late):
+                    with tap.watched(), route.engine.alarm(call.cut), _at(limit.when(), call, late):
                         limit.reschedule(None)  # from here on the app is told, so that it ends what it began
                         await call.run(route.app, scope)
             finally:

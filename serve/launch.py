@@ -21,7 +21,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from serve import machine
+from serve import forkserver, machine
 from serve.checkpoint import EMBEDDED, find
 from serve.config import Base, Config
 from serve.errors import ConfigError, LoradockError
@@ -120,6 +120,8 @@ def _own(folder: Path) -> Iterator[None]:
 def _run(config: Config, sock: socket) -> int:
     print("loading vLLM ...", file=sys.stderr, flush=True)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if machine.on_cpu():
+        forkserver.start()
     from serve.app import build_app
     from serve.backend import VLLMBackend
 

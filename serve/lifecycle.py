@@ -7,9 +7,10 @@ remove:    forget > wait for its last answer > free the engine > free the disk
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,42 @@ from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError,
 from serve.fleet import Fleet, Supervisor
 from serve.limits import UNLIMITED
 from serve.limits import Limits as KeyLimits
+from serve.popularity import Popularity
 from serve.registry import Registry, Share
 from serve.store import Store
-from serve.tenant import short_name, tenant_of
+from serve.tenant import DEFAULT, short_name, tenant_of
 
 log = logging.getLogger(__name__)
 
-# DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`.
-RESERVED = ("pin",)
+# DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`; so with
+# GET /v1/adapters/TENANT/drift and /baseline.
+RESERVED = ("pin", "drift", "baseline")
+# The places for pinned adapters that one tenant may take, as a part of all; `default` may take them all.
+PINS_OF_A_TENANT = 4
+# A version that takes over the traffic counts as used so often, at once.
+PROMOTED = 8.0
+# Seconds between two looks at what ought to be in an engine's memory, and between two notes of what is popular.
+PREFETCH_SECONDS, SAVE_SECONDS = 1.0, 60.0
 
 
 class Lifecycle:
     """Changes to adapters. `limits` says what an upload for a base may be."""
 
-    def __init__(self, fleet: Fleet, registry: Registry, store: Store, limits: Callable[[Supervisor], Limits]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        registry: Registry,
+        store: Store,
+        limits: Callable[[Supervisor], Limits],
+        popularity: Popularity | None = None,
+    ) -> None:
         self.fleet = fleet
         self.registry = registry
         self.store = store
+        self.popularity = popularity or Popularity()
         self._limits = limits
+        # Hears of a fresh engine before its adapters come.
+        self.meet: Callable[[Supervisor, Engine], Awaitable[None]] | None = None
         # One change at a time: reads and answers never take this lock.
         self._changing = asyncio.Lock()
         self._removing: set[asyncio.Task[None]] = set()
@@ -46,7 +65,9 @@ class Lifecycle:
         await asyncio.to_thread(self.store.sweep, self.registry.digests())
 
     async def restore(self, base: Supervisor, engine: Engine) -> None:
-        """Bring the pinned and the live versions of a base into a fresh engine."""
+        """Bring the pinned and the most popular live versions of a base into a fresh engine."""
+        if self.meet:
+            await self.meet(base, engine)
         engine.pinned = self._pinned(base)
         for adapter in self.wanted(base)[: engine.backend.max_resident]:
             try:
@@ -55,6 +76,33 @@ class Lifecycle:
                 raise
             except LoradockError as error:
                 log.warning("%s takes traffic and cannot be loaded: %s", adapter.tag, error)
+
+    async def keep_warm(self, notes: Path) -> None:
+        """Until cancelled: bring popular adapters back that were pushed out, and note in a file which are popular."""
+        turns = round(SAVE_SECONDS / PREFETCH_SECONDS)
+        try:
+            for turn in itertools.count(1):
+                await asyncio.sleep(PREFETCH_SECONDS)
+                for base in self.fleet:
+                    with suppress(LoradockError):  # whoever asks for that adapter hears of it
+                        await self.prefetch(base)
+                if turn % turns == 0:
+                    await asyncio.to_thread(self.popularity.save, notes)
+        finally:
+            self.popularity.save(notes)
+
+    async def prefetch(self, base: Supervisor) -> Adapter | None:
+        """Load the most popular adapter that takes traffic and was pushed out, if nobody waits for the engine.
+
+        As many places as a batch has slots are left to whoever comes.
+        """
+        if not base.is_ready or base.engine.line.waiting:
+            return None
+        for adapter in self.wanted(base)[: max(base.backend.max_resident - base.backend.slots, 1)]:
+            if self.popularity.uses(adapter.id) > 1 and not base.holds(adapter.id):
+                await base.ensure(adapter.id, self.store.path(adapter.digest))
+                return adapter
+        return None
 
     def path(self, adapter: Adapter) -> Path:
         return self.store.path(adapter.digest)
@@ -92,7 +140,7 @@ class Lifecycle:
             raise Conflict(f"{taken!r} is the base model's name: choose another for the adapter", param="name")
         if short in RESERVED:
             raise BadRequest(
-                f"{short!r} cannot be an adapter's name, because it ends the path that unpins one: choose another",
+                f"{short!r} cannot be an adapter's name, because it ends a path of this server: choose another",
                 param="name",
             )
         base = self._base(name, engine)
@@ -172,6 +220,11 @@ class Lifecycle:
                     f"{room} adapters are pinned, as many as this engine holds beside one that comes and goes: "
                     "unpin one, or raise max_cpu_loras"
                 )
+            tenant = tenant_of(name)
+            most = max(1, room // PINS_OF_A_TENANT)
+            pinned = {one for one in self.registry.pinned_names() if tenant_of(one) == tenant} | {name}
+            if tenant != DEFAULT and len(pinned) > most:
+                raise QuotaExceeded(f"tenant {tenant} may pin {most} of its adapters: unpin one that it needs less")
             wanted = self.registry.get(name, version) if version else self.registry.live(name)
             if wanted:
                 await self.fleet.of(name).ensure(wanted.id, self.store.path(wanted.digest))
@@ -185,6 +238,11 @@ class Lifecycle:
             before = self._serving(name)
             await asyncio.to_thread(self.registry.unpin, name, by=by, why=why)
             self._flipped(name, before)
+
+    async def publish(self, name: str, shared: bool, *, by: str, why: str = "") -> None:
+        """Let other tenants ask the adapter too, or its own alone."""
+        async with self._changing:
+            await asyncio.to_thread(self.registry.publish, name, shared, by=by, why=why)
 
     async def remove(
         self, name: str, version: int | None = None, *, by: str, force: bool = False, why: str = ""
@@ -260,14 +318,18 @@ class Lifecycle:
         """What a fresh engine should hold, the most important first."""
         names = [name for name in self.registry.names() if self.fleet.owns(base, name)]
         pinned = [adapter for name in self._pinned_names(base) if (adapter := self.registry.pinned(name))]
-        serving = [adapter for name in names for adapter in self._serving(name).values()]
-        return list({adapter.id: adapter for adapter in (*pinned, *serving)}.values())
+        serving = {adapter.id: adapter for name in names for adapter in self._serving(name).values()}
+        popular = [serving[one] for one in self.popularity.ranked(serving)]
+        return list({adapter.id: adapter for adapter in (*pinned, *popular)}.values())
 
     def _flipped(self, name: str, before: Mapping[str, Adapter], base: Supervisor | None = None) -> None:
         """What served and does not any more leaves; what is pinned now stays."""
         base = base or self.fleet.of(name)
         base.pinned = self._pinned(base)
-        for adapter_id in before.keys() - self._serving(name).keys():
+        serving = self._serving(name).keys()
+        for adapter_id in serving - before.keys():
+            self.popularity.used(adapter_id, PROMOTED)
+        for adapter_id in before.keys() - serving:
             base.retire(adapter_id)
 
     def _pinned_names(self, base: Supervisor) -> list[str]:

@@ -87,7 +87,8 @@ class Line:
       among tenants or adapters that are level, whose last turn is longest ago.
     - A ticket waits for a bounded number of others, whatever they do: a tenant without a seat gets the next that is
       free, and an adapter without a slot gets one that another has to give up after its answers under way (who has
-      held one longest gives up first; half of the slots at most are being given up at a time).
+      held one longest gives up first; half of the slots at most are being given up at a time). Every tenant that
+      waits for an adapter when it gets its slot has a turn before it has to give it up again.
     - `Ticket.order` carries the same fairness into the engine's own queue: as its priority there, smaller first.
 
     It knows no clock, bounds no queue and refuses nobody: whoever stands before it may count `waiting` and `busy`. All

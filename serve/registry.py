@@ -380,6 +380,13 @@ class Registry:
                 change.log(kind, by, why, change.live, version, there[version].digest, weight)
         return Share(there[version], weight)
 
+    def publish(self, name: str, shared: bool, *, by: str, why: str = "") -> None:
+        """Open the name to other tenants, or close it."""
+        with self._change(name) as change:
+            if shared != change.shared:
+                change.shared = shared
+                change.log("share" if shared else "unshare", by, why, None, None)
+
     def pin(self, name: str, version: int | None = None, *, by: str, why: str = "") -> None:
         """Keep a version in the engine; without one, whichever is live."""
         with self._change(name) as change:
@@ -495,6 +502,13 @@ class Registry:
         if not rows:
             raise _missing(name)
         return rows
+
+    def before(self, name: str) -> int | None:
+        """The version that a rollback would make live."""
+        query = select(names.c.trail).where(names.c.name == name)
+        with _translated(), self._writing, self._engine.connect() as connection:
+            trail = json.loads(connection.scalar(query) or "[]")
+        return trail[-1] if trail else None
 
     def refresh(self) -> bool:
         """Read again what another process may have changed; True if it had."""

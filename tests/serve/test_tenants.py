@@ -17,6 +17,9 @@ BODIES = {
     ("post", "/v1/adapters/{name}/canary"): {"json": {"version": 1, "weight": 0.5}},
     ("post", "/v1/adapters/{name}/shadow"): {"json": {"version": 1, "weight": 0.5}},
     ("post", "/v1/adapters/{name}/pin"): {"json": {"version": 1}},
+    ("post", "/v1/adapters/{name}/drift/acknowledge"): {"json": {"version": 1}},
+    ("post", "/v1/adapters/{name}/baseline"): {"json": {"prompts": ["x"] * 20}},
+    ("post", "/v1/adapters/{name}/visibility"): {"json": {"visibility": "shared"}},
     ("post", "/v1/keys"): {"json": {"name": "more", "tenant": "acme"}},
 }
 
@@ -135,7 +138,7 @@ async def test_metrics_are_the_operators_and_name_the_tenant(globex, acme, opera
     await ask(acme, "secret")
     assert (await globex.get("/metrics")).status_code == 403
     text = (await operator.get("/metrics")).text
-    assert 'loradock_requests_total{adapter="acme/secret",code="200",version="v2"} 1.0' in text
+    assert 'loradock_requests_total{adapter="acme/secret",code="200",finish_reason="stop",version="v2"} 1.0' in text
     assert "loradock_audit_failures_total 0.0" in text
 
 
@@ -267,7 +270,7 @@ async def test_a_shared_adapters_canary_answers_other_tenants_askers_too(acme, g
     assert set(answers[0]) == set(answers[2]) == {live, candidate}
     assert answers[0] == answers[1] != answers[2], "two tenants' users of one name are one asker"
     text = (await operator.get("/metrics")).text
-    assert 'loradock_requests_total{adapter="acme/tone",code="200",version="v2"}' in text
+    assert 'loradock_requests_total{adapter="acme/tone",code="200",finish_reason="stop",version="v2"}' in text
 
 
 async def test_a_shadow_stays_in_its_tenant_and_is_on_nobodys_key(operator, issue, backend, config, make_adapter):
@@ -353,3 +356,16 @@ async def test_a_stored_response_answers_its_own_tenant_alone(operator, acme, gl
         assert follow.status_code == 404
     assert (await acme.get("/v1/responses/resp_guessed")).status_code == 404
     assert (await acme.post("/v1/responses", json={"model": "base", "previous_response_id": mine})).status_code == 200
+
+
+async def test_an_adapter_is_shared_and_kept_back_without_another_push(acme, globex, make_adapter):
+    await acme.post("/v1/adapters", **upload(make_adapter(), name="tone"))
+    assert (await globex.post("/v1/chat/completions", json={"model": "acme/tone"})).status_code == 404
+    shared = await acme.post("/v1/adapters/tone/visibility", json={"visibility": "shared", "why": "the demo"})
+    assert (shared.status_code, shared.json()["visibility"]) == (200, "shared")
+    assert (await globex.post("/v1/chat/completions", json={"model": "acme/tone"})).status_code == 200
+    private = await acme.post("/v1/adapters/tone/visibility", json={"visibility": "private"})
+    assert private.json()["visibility"] == "private"
+    assert (await globex.post("/v1/chat/completions", json={"model": "acme/tone"})).status_code == 404
+    history = (await acme.get("/v1/adapters/tone")).json()["history"]
+    assert [row["what"] for row in history][-2:] == ["share", "unshare"]
