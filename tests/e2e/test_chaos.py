@@ -85,6 +85,7 @@ def test_whatever_is_done_to_it_nothing_acknowledged_is_lost_and_no_answer_is_wr
         names: dict[str, Callable[[Server], str]] = {
             "engine killed": faults.engine_killed,
             "engine hung": faults.engine_hung,
+            "its helpers killed": faults.all_but_the_server_killed,
             "slow readers": faults.slow_readers,
             "half-open clients": faults.half_open,
             "descriptors exhausted": faults.descriptors_exhausted,
