@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
+.PHONY: help serve test lint types chaos overload watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -28,6 +28,9 @@ types: setup-dev ## mypy
 chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30 minutes of faults under 16 streams
 	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
 	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+
+overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away
+	@$(BIN)/python -m tests.overload $(ARGS)
 
 watch: setup-dev ## drift, damage and latency against the real engine, with ten times the traffic; what watching costs
 	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py

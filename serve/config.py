@@ -109,7 +109,7 @@ class Config:
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
     max_wait: float = _setting(30.0, "seconds in line that a request is let in for; who would wait longer gets a 429")
     client_timeout: float = _setting(60.0, "seconds that a client may let the server wait, while it sends or reads")
-    hang_timeout: float = _setting(60.0, "seconds without a step, while requests wait, after which an engine is dead")
+    hang_timeout: float = _setting(300.0, "seconds without a step, while requests wait, after which an engine is dead")
     restart_wait: float = _setting(60.0, "seconds that a request waits for an engine that is coming back")
     max_restarts: int = _setting(5, "restarts of an engine within restart_window; after one more death it stays down")
     restart_window: float = _setting(600.0, "seconds that a death of an engine is remembered")

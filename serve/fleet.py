@@ -42,7 +42,7 @@ MAX_BACKOFF_SECONDS = 60.0
 class Patience:
     """How long, in seconds, and how often."""
 
-    hang_timeout: float = 60.0  # without a step while requests wait, then the engine counts as dead
+    hang_timeout: float = 300.0  # without a step while requests wait, then the engine counts as dead
     restart_wait: float = 60.0  # that a request waits for an engine that is coming back
     max_restarts: int = 5  # in `restart_window`; one more, and it stays down
     restart_window: float = 600.0

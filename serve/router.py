@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -75,8 +76,8 @@ class Router:
             dealt = adapter is not None and model is not None and "@" not in model
             if adapter and dealt:  # a version that was asked for by number is never dealt away
                 adapter, shadow = self._dealt(adapter, asker)
-            path = self.store.path(adapter.digest) if adapter else None
             engine = supervisor.engine
+            path = self._path(engine, adapter) if adapter else None
             id = adapter.id if adapter else None
             labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
             turn = engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields))
@@ -89,6 +90,15 @@ class Router:
             if id:
                 self._used(id)
             return Route(engine, lease.model, *labels, shadow, dealt, asker, lease.priority)
+
+    def _path(self, engine: Engine, adapter: Adapter) -> Path:
+        """Where its bytes are; what the engine holds answers also while they are out of reach."""
+        if engine.holds(adapter.id):
+            return self.store.place(adapter.digest)
+        try:
+            return self.store.path(adapter.digest)
+        except NotFound as lost:
+            raise EngineUnavailable(f"{adapter.tag} is registered and {lost}: an operator must see to it") from lost
 
     def _supervisor(self, model: str | None, caller: Caller) -> Supervisor:
         """Whose engine answers for `model`."""

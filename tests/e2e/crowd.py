@@ -31,9 +31,16 @@ def word(number: int) -> str:
 
 
 def engines(server: Server) -> set[int]:
-    """The engine's processes, without Python's resource tracker."""
-    found = descendants(server.process.pid)
-    return {pid for pid in found if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()}
+    """The engines' processes, without Python's helpers and the process that they are forked from."""
+    mine = str(server.process.pid)
+    found = set()
+    for pid in descendants(server.process.pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+            if "resource_tracker" not in command and not (parent == mine and "forkserver" in command):
+                found.add(pid)
+    return found
 
 
 @dataclass
@@ -131,6 +138,17 @@ def stock(server: Server, adapters: dict[str, Path], folder: Path) -> None:
 
 def engine_killed(server: Server) -> str:
     return _replaced(server, signal.SIGKILL, 5)
+
+
+def all_but_the_server_killed(server: Server) -> str:
+    """Also the process that engines are forked from."""
+    began = time.monotonic()
+    for pid in descendants(server.process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: server.http.get("/ready").status_code == 503, 5), "nobody noticed"
+    assert eventually(lambda: server.http.get("/ready").status_code == 200, 180)
+    return f"ready after {time.monotonic() - began:.0f} s"
 
 
 def engine_hung(server: Server) -> str:

@@ -29,7 +29,7 @@ SECONDS = int(os.environ.get("LORADOCK_TEST_CHAOS_SECONDS", "0"))
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.timeout(SECONDS + 1200),
-    pytest.mark.skipif(not SECONDS, reason="minutes long: `make chaos`; test_fleet.py has the short version"),
+    pytest.mark.skipif(not SECONDS, reason="minutes long: `make chaos`; test_fleet and test_faults are short"),
 ]
 FLAGS = ("--hang-timeout", "10", "--restart-wait", "50", "--max-restarts", "1000", "--client-timeout", "10", *SMALL)
 CLEAN = re.compile(r"whole|(503|429|504): |the stream broke off: .*'code': (503|504)")
@@ -85,6 +85,7 @@ def test_whatever_is_done_to_it_nothing_acknowledged_is_lost_and_no_answer_is_wr
         names: dict[str, Callable[[Server], str]] = {
             "engine killed": faults.engine_killed,
             "engine hung": faults.engine_hung,
+            "its helpers killed": faults.all_but_the_server_killed,
             "slow readers": faults.slow_readers,
             "half-open clients": faults.half_open,
             "descriptors exhausted": faults.descriptors_exhausted,

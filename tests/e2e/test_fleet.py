@@ -13,10 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e import crowd as faults
 from tests.e2e.crowd import ADAPTERS, STREAMS, Crowd, descriptors, engines, p99, row, stock, word
 from tests.e2e.server import BASE, SMALL, Server, alive, done, eventually
-from tests.lora import variant
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -95,16 +93,6 @@ def test_an_engine_that_hangs_is_replaced_and_who_waited_is_told(fleet):
     assert not alive(victims)
     assert row(fleet)["restarts"] == before["restarts"] + 1
     assert fleet.ask(BASE).done
-
-
-def test_faults_around_the_engine_are_nobody_elses_matter(fleet, adapters, tmp_path):
-    lora = variant(adapters["alpha"], tmp_path / "lora", scale=1.5)
-    for fault in (faults.slow_readers, faults.half_open, faults.descriptors_exhausted):
-        print(f"{fault.__name__}: {fault(fleet)}")
-    for change in (faults.registry_locked, faults.blobs_gone):
-        print(f"{change.__name__}: {change(fleet, lora)}")
-    assert eventually(lambda: row(fleet)["leases"] == 0, 30), "somebody's turn was never given back"
-    assert fleet.ask("a1").word == word(1)
 
 
 def perturbed(model: Path, out: Path) -> Path:
