@@ -30,7 +30,7 @@ from serve.auth import Auth, Caller, Scope, allowed
 from serve.config import Config
 from serve.embedding import Embedding
 from serve.engine import Backend, Engine
-from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
+from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
 from serve.feedback import GOOD, Feedback
 from serve.fleet import Fleet, Patience, Supervisor
 from serve.inference import PATHS, STORED, Inference
@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 
 LOG_STATS_SECONDS = 10.0
 MAX_JSON = 64 << 10
+MAX_BASELINE = 64 << 20
 
 
 class Fetch(BaseModel):
@@ -296,6 +297,15 @@ def build_app(
             raise NotFound(f"The adapter `{shown(name)}` does not exist.", code="model_not_found", param="name")
         return full
 
+    def baselined(full: str, version: int | None) -> Adapter:
+        """The version that a baseline is about; without a number, the live one."""
+        number = version or _live_version(registry, full)
+        if number is None:
+            raise Conflict("no version of this adapter is live: say which one the baseline is for", param="version")
+        if not watcher.running:
+            raise Conflict("drift is not watched on this server, so there is nothing to build a baseline for")
+        return registry.get(full, number)
+
     def described(adapter: Adapter, caller: Caller) -> dict[str, Any]:
         return {**lifecycle.describe(adapter), "name": short_name(adapter.name, caller.tenant)}
 
@@ -434,16 +444,34 @@ def build_app(
     async def baseline(name: str, body: Rehearsed, request: Request, caller: Manager) -> dict[str, Any]:
         """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
         request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
-        full = owned(name, caller)
-        number = body.version or _live_version(registry, full)
-        if number is None:
-            raise Conflict(f"no version of `{name}` is live: say which one the baseline is for", param="version")
-        if not watcher.running:
-            raise Conflict("drift is not watched on this server, so there is nothing to build a baseline for")
-        which = registry.get(full, number)
+        which = baselined(owned(name, caller), body.version)
         exchanges = await rehearsal.run(which, body.prompts, max_tokens=body.max_tokens)
-        rows = await asyncio.to_thread(watcher.adopt, full, f"v{number}", which.id, exchanges)
-        return {"object": "baseline", "name": name, "version": number, "requests": rows}
+        label = f"v{which.version}"
+        rows = await asyncio.to_thread(_asked, watcher.adopt, which.name, label, which.id, exchanges)
+        return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
+
+    @app.get("/v1/adapters/{name:path}/baseline")
+    async def saved_baseline(name: str, caller: Manager, version: PositiveInt | None = None) -> Response:
+        """A version's baseline, to ship with the adapter."""
+        which = baselined(owned(name, caller), version)
+        data = await asyncio.to_thread(_asked, watcher.packed, which.name, f"v{which.version}", which.id)
+        return Response(data, media_type="application/zip")
+
+    @app.put("/v1/adapters/{name:path}/baseline")
+    async def shipped_baseline(
+        name: str, request: Request, caller: Manager, version: PositiveInt | None = None
+    ) -> dict[str, Any]:
+        """The baseline that came with the adapter."""
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{version or '(live)'}"
+        which = baselined(owned(name, caller), version)
+        data = b""
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BASELINE:
+                raise TooLarge(f"a baseline is at most {MAX_BASELINE >> 20} MiB")
+        label = f"v{which.version}"
+        rows = await asyncio.to_thread(_asked, watcher.unpack, which.name, label, which.id, data)
+        return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
 
     @app.post("/v1/feedback")
     async def rate(body: Rating, request: Request, caller: Asker) -> dict[str, Any]:
@@ -655,6 +683,14 @@ def _learn(watcher: Watcher, base: str, model: Path) -> None:
         return
     tokenizer = model / "tokenizer.json"
     watcher.learn(base, embedding, _digest(tokenizer) if tokenizer.exists() else "")
+
+
+def _asked(do: Callable[..., Any], *args: Any) -> Any:
+    """What a baseline's own error says is, here, about the request."""
+    try:
+        return do(*args)
+    except ConfigError as error:
+        raise BadRequest(error.message) from error
 
 
 def _forget(watcher: Watcher, gone: Sequence[Adapter]) -> None:

@@ -190,12 +190,16 @@ class Signal:
             return {}
         shifts = self._detector.rank_shift
         found = {"rank_shift": float(np.abs(shifts).max())}
-        recent = self._recent / self._weight if self._weight else self._recent
+        if not self._weight:
+            return found
+        recent = self._recent / self._weight
         if self.kind == OUTPUT:
-            found["refusal"] = float(recent[_REFUSAL])
+            error = self._detector.gauge_error / float(self._scale.matrix[_REFUSAL, _REFUSAL])
+            found["refusal"] = _beyond_error(float(recent[_REFUSAL]), error)
         if self.kind == LOGPROB:
             onto = self._scale.matrix[:, 0]
-            found["logprob"] = float(recent @ onto / onto[0])
+            error = self._detector.gauge_error / float(onto[0])
+            found["logprob"] = _beyond_error(float(recent @ onto / onto[0]), error)
         return found
 
     def beyond(self) -> dict[str, float]:
@@ -392,3 +396,8 @@ def _write(path: Path, data: bytes) -> None:
 
 def _below(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray]:
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _beyond_error(value: float, error: float) -> float:
+    """What is left of `value` when its standard error is taken off."""
+    return math.copysign(max(abs(value) - error, 0.0), value)

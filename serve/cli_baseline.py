@@ -52,6 +52,35 @@ def build(
     say(answer, as_json, _built)
 
 
+@baseline_app.command(epilog=example("loradock baseline save tone baseline.zip --version 3"))
+def save(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to.")],
+    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    url: Url = URL,
+    key: Key = None,
+) -> None:
+    """Save a version's baseline, to ship it with the adapter to another server over the same model."""
+    with connected("baseline", url, key) as client:
+        file.write_bytes(client.save_baseline(name, version))
+    typer.echo(f"{file} holds the baseline of {name}")
+
+
+@baseline_app.command(epilog=example("loradock baseline ship tone baseline.zip"))
+def ship(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `save` wrote.", exists=True, dir_okay=False)],
+    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Hold a version against a baseline that was saved: of the same adapter's same bytes, over the same model."""
+    with connected("baseline", url, key) as client:
+        answer = client.ship_baseline(name, file.read_bytes(), version)
+    say(answer, as_json, _built)
+
+
 def prompts(file: Path) -> list[Any]:
     """The prompts of a file of JSON lines; ConfigError says which line is none."""
     try:

@@ -7,8 +7,9 @@
 Load and users wander through the day, so before is never held against after. Requests are cut into disjoint blocks in
 the order in which they end. Under "the version makes no difference" which of a block's requests went to the canary is a
 matter of lots, whatever the load did meanwhile: so the ranks of the canary's requests within the block are a random
-draw, and exp(l * sum of their ranks) over its mean over all draws is a bet with mean 1. The products over blocks are
-martingales; their mean W over strengths l is one too, and by Ville's inequality P(W >= 1 / a, ever) <= a.
+draw, and exp(l * sum of their ranks) over its mean over all draws is a bet with mean 1; of errors and the like, the
+sum of ones. The products over blocks are martingales; their mean W over strengths l is one too, and by Ville's
+inequality P(W >= 1 / a, ever) <= a.
 
 Each check gets its share of alpha, so P(WORSE, ever) <= alpha while the canary is no worse than the live version by
 more than each check's tolerance. A tolerance is taken off the canary's values before they are ranked.
@@ -40,6 +41,8 @@ State: TypeAlias = dict[str, NDArray]
 
 # Strengths of the bets: the weak find small differences late, the strong ones large differences at once.
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+# The same of a rate: ln of odds ratios.
+ODDS = (0.5, 1.0, 2.0, 3.0, 4.0)
 # Askers that are remembered.
 ASKERS = 50_000
 
@@ -140,11 +143,12 @@ class Comparison:
         if asker is not None and self._met(asker):
             self.skipped += 1
             return self.verdict
+        closed = False
         for trial in self._trials:
             value = values.get(trial.check.name)
             if value is not None and math.isfinite(value):
-                trial.observe(canary, float(value), self._lots)
-        return self._judge()
+                closed = trial.observe(canary, float(value), self._lots) or closed
+        return self._judge() if closed else self.verdict
 
     @property
     def verdict(self) -> Verdict:
@@ -238,14 +242,17 @@ class _Trial:
         self._counts = np.zeros(2, np.int64)  # live, canary
         self._sums = np.zeros(2)
 
-    def observe(self, canary: bool, value: float, lots: np.random.Generator) -> None:
+    def observe(self, canary: bool, value: float, lots: np.random.Generator) -> bool:
+        """Whether this request filled its block."""
         if self.check.unit is Unit.RATIO and value <= 0:
-            return
+            return False
         self._counts[int(canary)] += 1
         self._sums[int(canary)] += math.log(value) if self.check.unit is Unit.RATIO else value
         self._open.append((canary, value))
-        if len(self._open) >= self._block:
-            self._close(lots)
+        if len(self._open) < self._block:
+            return False
+        self._close(lots)
+        return True
 
     def log_evidence(self) -> float:
         """Of "worse", now, with the share of alpha taken off."""
@@ -304,14 +311,16 @@ class _Trial:
         if k in (0, n):
             return
         for side in self._sides:
-            ranks = _ranks(self._shifted(labels, values, side, lots), lots)
+            shifted = self._shifted(labels, values, side, lots)
+            # Of 0 and 1 the values are as good as ranks, which would only add the lots of all their ties.
+            rate = self.check.unit is Unit.RATE
+            ranks = shifted if rate else _ranks(shifted, lots)
+            ones = int(shifted.sum()) if rate else None
             score = float(ranks[labels].sum())
-            towards = 1 if side == 0 else -1
-            for i, strength in enumerate(STRENGTHS):
-                # Ranks are symmetric about 0, and so is the mean over all draws in the strength's sign.
-                mean = _log_mean_of_draws(n, k, strength)
-                self._bad[side, i] += towards * strength * score - mean
-                self._good[side, i] += -towards * strength * score - mean
+            for i, strength in enumerate(STRENGTHS if not rate else ODDS):
+                bad = strength if side == 0 else -strength
+                self._bad[side, i] += bad * score - _log_mean_of_draws(n, k, bad, ones)
+                self._good[side, i] += -bad * score - _log_mean_of_draws(n, k, -bad, ones)
             self._most[1, side] = max(self._most[1, side], _log_mean(self._good[side]))
         self._most[0, 0] = max(self._most[0, 0], self.log_evidence())
 
@@ -342,18 +351,25 @@ def _ranks(values: NDArray[np.float64], lots: np.random.Generator) -> NDArray[np
     return ranks
 
 
-@lru_cache(maxsize=8192)
-def _log_mean_of_draws(n: int, k: int, strength: float) -> float:
-    """ln of the mean of exp(strength * sum of ranks) over all ways to draw k of n: an elementary symmetric
-    polynomial."""
-    terms = strength * (np.arange(n) - (n - 1) / 2) / n
-    # polynomial[j]: ln of the sum over all ways to draw j of the terms so far
+@lru_cache(maxsize=16384)
+def _log_mean_of_draws(n: int, k: int, strength: float, ones: int | None = None) -> float:
+    """ln of the mean of exp(strength * sum) over all ways to draw k of n: of the ranks, or of `ones` 1 and the rest
+    0."""
+    ways = _log_choose(n, k)
+    if ones is not None:
+        drawn = range(max(0, k - (n - ones)), min(k, ones) + 1)
+        terms = [_log_choose(ones, j) + _log_choose(n - ones, k - j) + strength * j for j in drawn]
+        return float(np.logaddexp.reduce(terms) - ways)
+    # An elementary symmetric polynomial; polynomial[j] is ln of the sum over all ways to draw j of the terms so far.
     polynomial = np.full(k + 1, -np.inf)
     polynomial[0] = 0
-    for term in terms:
+    for term in strength * (np.arange(n) - (n - 1) / 2) / n:
         polynomial[1:] = np.logaddexp(polynomial[1:], polynomial[:-1] + term)
-    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     return float(polynomial[k] - ways)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def _log_mean(values: NDArray) -> float:

@@ -43,12 +43,13 @@ Floats: TypeAlias = NDArray[np.floating]
 State: TypeAlias = dict[str, NDArray]
 
 # Bins and half-life (in requests) of the histograms that bet.
-BETS = ((10, 100.0), (5, 500.0), (5, 2000.0))
+# Many bins: few foreign requests among many lie at the very ends of the ranks.
+BETS = ((30, 100.0), (15, 500.0), (15, 2000.0))
 # A histogram begins as this many requests spread evenly, and this much of each bet stays uniform.
 PRIOR = 10.0
 UNIFORM = 0.1
 # Half-lives of the learned directions, in requests that teach.
-DIRECTIONS = (16.0, 64.0, 256.0)
+DIRECTIONS = (32.0, 256.0)
 # Half-life of the effect gauges, in requests.
 EFFECT_HALF_LIFE = 50.0
 
@@ -85,6 +86,7 @@ class Drift:
         self._bags = [array("f", column) for column in self._reference]
         self._scores = _Bank(k)
         self._directions = _Directions(rows, self.capacity) if k > 1 else None
+        self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
         self._seen = np.zeros(2)  # weight of the gauges, and of its squares
 
@@ -104,6 +106,7 @@ class Drift:
             self._directions.observe(scores, self.updates, self._lots)
         if self.crossed_at is None and self.log_evidence >= self.log_threshold:
             self.crossed_at = self.updates
+            self._moved = self._scores.log_means()
         return self.drifted
 
     @property
@@ -125,8 +128,8 @@ class Drift:
 
     @property
     def evidence_by_score(self) -> Floats:
-        """(k,): ln of the mean R of each score alone, to say what moved."""
-        return self._scores.log_means()
+        """(k,): ln of the mean R of each score alone, to say what moved; after a crossing, as it was then."""
+        return self._moved if self.drifted else self._scores.log_means()
 
     @property
     def changed_at(self) -> int:
@@ -140,12 +143,16 @@ class Drift:
 
         0.5 says that all lie above the whole reference. A share q of foreign requests shifts it by at most q / 2.
         """
-        weight, squares = self._seen
-        if weight == 0:
+        if self._seen[0] == 0:
             return np.zeros(len(self._bags))
-        mean = self._shift / weight
-        error = math.sqrt(squares / 12) / weight
-        return np.sign(mean) * np.maximum(np.abs(mean) - error, 0)
+        mean = self._shift / self._seen[0]
+        return np.sign(mean) * np.maximum(np.abs(mean) - self.gauge_error / math.sqrt(12), 0)
+
+    @property
+    def gauge_error(self) -> float:
+        """Standard error of a mean over recent requests, of something with a standard deviation of 1."""
+        weight, squares = self._seen
+        return math.sqrt(squares) / float(weight) if weight else math.inf
 
     def reset(self) -> None:
         """Begin again at no evidence, after an alarm has been dealt with; what the bag and the bets learned stays."""
@@ -162,6 +169,7 @@ class Drift:
             "threshold": np.float64(self.threshold),
             "counts": np.array([self.capacity, self.updates, -1 if self.crossed_at is None else self.crossed_at]),
             "lots": lots_state(self._lots),
+            "moved": self._moved.copy(),
             "shift": self._shift.copy(),
             "seen": self._seen.copy(),
         }
@@ -184,6 +192,7 @@ class Drift:
         self._scores = _Bank.from_state(_below(state, "scores."))
         learned = _below(state, "directions.")
         self._directions = _Directions.from_state(learned, capacity) if learned else None
+        self._moved = np.array(state["moved"])
         self._shift = np.array(state["shift"])
         self._seen = np.array(state["seen"])
         return self

@@ -16,6 +16,8 @@ from serve.tap import Exchange
 # The ids of answers have the request's in them.
 _PREFIXES = re.compile(r"^(chatcmpl|cmpl|resp|msg|embd|pool|classify|score|rerank)[-_]")
 _BARE = re.compile(r"\W+")
+# Of a longer text the beginning is compared: it is looked at on the event loop.
+COMPARED = 2000
 # What has this rating or more was a good answer.
 GOOD = 0.5
 
@@ -71,5 +73,5 @@ class Feedback:
 
 def _digest(text: str) -> bytes:
     """Equal for texts that differ in case, spaces and punctuation only."""
-    bare = _BARE.sub(" ", text).strip().casefold()
+    bare = _BARE.sub(" ", text[:COMPARED]).strip().casefold()
     return hashlib.blake2b(bare.encode("utf-8", "surrogatepass"), digest_size=16).digest()

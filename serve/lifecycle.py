@@ -25,8 +25,8 @@ from serve.tenant import short_name, tenant_of
 log = logging.getLogger(__name__)
 
 # DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`; so with
-# GET /v1/adapters/TENANT/drift.
-RESERVED = ("pin", "drift")
+# GET /v1/adapters/TENANT/drift and /baseline.
+RESERVED = ("pin", "drift", "baseline")
 
 
 class Lifecycle:

@@ -167,5 +167,5 @@ def _whitening(centred: Floats) -> Floats:
 
 def _ridge(inputs: Floats, target: Floats) -> Floats:
     gram = inputs.T @ inputs
-    gram += (1e-2 * np.trace(gram) / len(gram) + 1e-9) * np.eye(len(gram))
+    gram += (1e-3 * np.trace(gram) / len(gram) + 1e-9) * np.eye(len(gram))
     return np.linalg.solve(gram, inputs.T @ target)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.compare import CHECKS as ALL
-from serve.compare import GROUPS, Comparison, Finding, Unit, Verdict
+from serve.compare import CHECKS, GROUPS, Comparison, Finding, Verdict
 from serve.registry import Share
 from serve.signals import refuses
 from serve.tap import Exchange
 
-# To prove that a rate is within two of a hundred takes many thousands of requests: a canary has to prove its latency,
-# and to have answered this many requests without doing worse in anything.
-CHECKS = tuple(replace(check, required=check.required and check.unit is not Unit.RATE) for check in ALL)
-ENOUGH = 200
 # So many answers of a canary are looked at with log-probabilities; then it is sampled as everybody is.
 CLOSELY = 300
 
@@ -109,13 +104,11 @@ class Trial:
 
     @property
     def verdict(self) -> Verdict:
-        """Whoever has proved its latency may still turn out worse: that counts more, and at any time."""
-        found = self.comparison.findings()
-        if any(one.worse for one in found):
+        """A version that has proved itself may still turn out worse later: that counts more."""
+        said = self.comparison.verdict
+        if said is Verdict.PROVED and any(one.worse for one in self.comparison.findings()):
             return Verdict.WORSE
-        proved = all(one.proved for one, check in zip(found, CHECKS, strict=True) if check.required)
-        enough = max(one.canary for one in found) >= ENOUGH
-        return Verdict.PROVED if proved and enough else Verdict.UNDECIDED
+        return said
 
     def _judged(self) -> Judgement | None:
         verdict = self.verdict

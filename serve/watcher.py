@@ -20,12 +20,14 @@ import re
 import shutil
 import threading
 import time
+import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serve.baseline import NEEDED, Baseline, Phase, Provenance, Tolerance
+from serve.baseline import MAX_BYTES, NEEDED, Baseline, Phase, Provenance, Tolerance
 from serve.embedding import Embedding
 from serve.errors import ConfigError
 from serve.probe import Logprobs, effect
@@ -59,6 +61,9 @@ PROBE_NOISE = 0.04
 QUOTES = 20
 QUOTED = 400
 TIMES = 4096
+# Seconds for which it is decided at once whether log-probabilities are looked at.
+SLOT = 2.0
+_BASELINE_FILE = re.compile(r"baseline\.json|baseline-[0-9a-f]{64}\.npz")
 
 Labels = tuple[str, str]
 
@@ -141,6 +146,7 @@ class Watcher(Collector):
         self._versions: OrderedDict[str, Watched] = OrderedDict()
         self._closely: frozenset[str] = frozenset()
         self._lots = random.Random(seed)
+        self._slot, self._sampled = -1, False
         self.dropped = 0
         self._spent, self._taken = 0.0, 0
 
@@ -154,9 +160,16 @@ class Watcher(Collector):
     def wants_logprobs(self, adapter: str) -> bool:
         """Whether this request is one whose log-probabilities are looked at: all of a canary's trial, some of others.
 
-        Decided before anybody knows who answers, so that both sides of a trial are looked at alike.
+        Decided before anybody knows who answers, so that both sides of a trial are looked at alike; and for all that
+        come within the same two seconds together. A step of the engine costs more as soon as one request in its batch
+        has them: of 16 streams sampled one by one, 5 % would be in more than half of all steps.
         """
-        return self._thread is not None and (adapter in self._closely or self._lots.random() < self._share)
+        if self._thread is None:
+            return False
+        slot = int(self._clock() / SLOT)
+        if slot != self._slot:
+            self._slot, self._sampled = slot, self._lots.random() < self._share
+        return self._sampled or adapter in self._closely
 
     def rated(self, adapter: str, version: str, rating: float, asker: bytes | None) -> None:
         """Have feedback about a dealt request counted in the trial."""
@@ -365,6 +378,43 @@ class Watcher(Collector):
             watched.alarmed.clear()
             watched.times.clear()
         return {kind: len(those) for kind, those in rows.items()}
+
+    def packed(self, adapter: str, version: str, id: str) -> bytes:
+        """A version's baseline as a zip of its two files, for another server over the same model."""
+        with self._lock:
+            if self._base_of(adapter) not in self._bases:
+                raise ConfigError("drift is not watched on this server, so it has no baselines")
+            watched = self._of(adapter, version, id)
+            with TemporaryDirectory() as folder:
+                watched.baseline.save(Path(folder))
+                out = io.BytesIO()
+                with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+                    for file in sorted(Path(folder).iterdir()):
+                        archive.write(file, file.name)
+                return out.getvalue()
+
+    def unpack(self, adapter: str, version: str, id: str, data: bytes) -> dict[str, int]:
+        """Hold a version against the baseline in such a zip; ConfigError when it is damaged or not this version's."""
+        if self._base_of(adapter) not in self._bases:
+            raise ConfigError("drift is not watched on this server, so there is nothing to hold against a baseline")
+        with TemporaryDirectory() as folder:
+            try:
+                with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                    members = [one for one in archive.infolist() if _BASELINE_FILE.fullmatch(one.filename)]
+                    if sum(one.file_size for one in members) > MAX_BYTES or len(members) != 2:
+                        raise ConfigError("this is no baseline: `loradock baseline save` writes a zip of two files")
+                    for one in members:
+                        (Path(folder) / one.filename).write_bytes(archive.read(one))
+            except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as damaged:
+                raise ConfigError(f"the baseline is not a zip file that can be read: {damaged}") from damaged
+            baseline = Baseline.load(Path(folder), self._provenance(adapter, id), tolerance=self._tolerance)
+        baseline.configure(threshold=self._threshold, tolerance=self._tolerance, needed=self._needed)
+        with self._lock:
+            watched = self._of(adapter, version, id)
+            watched.baseline, watched.dirty = baseline, True
+            watched.alarmed.clear()
+            watched.times.clear()
+        return {kind: signal.gathered for kind, signal in baseline.signals.items()}
 
     # What there is to see
 

@@ -17,6 +17,8 @@ from serve.cli_baseline import prompts
 from serve.errors import ConfigError
 from serve.policy import DEFAULT_POLICIES, Policy, parse, policy_for
 from serve.tap import Exchange, Generation
+from serve.trial import Trials
+from serve.watcher import Watcher
 from tests.serve.conftest import HIDDEN, upload
 
 CHAT = "/v1/chat/completions"
@@ -261,6 +263,27 @@ async def test_a_baseline_of_prompts_is_there_before_any_traffic(connect, watche
         assert few.status_code == 400
 
 
+async def test_a_baseline_is_shipped_from_one_server_to_another(connect, watched, backend, make_adapter, tmp_path):
+    Engine(backend)
+    async with connect(watched) as client:
+        await push(client, make_adapter, 0)
+        prompts = [f"prompt {number}" for number in range(60)]
+        assert (await client.post("/v1/adapters/tone/baseline", json={"prompts": prompts})).status_code == 200
+        saved = await client.get("/v1/adapters/tone/baseline")
+        assert saved.status_code == 200 and len(saved.content) < 100_000
+    elsewhere = replace(watched, data_dir=tmp_path / "elsewhere")
+    async with connect(elsewhere, type(backend)(backend.model)) as client:
+        await push(client, make_adapter, 0, 1)
+        shipped = await client.put("/v1/adapters/tone/baseline", content=saved.content)
+        assert shipped.json()["requests"] == {"prompt": 60, "output": 60, "logprob": 60}
+        told = (await drift(client))["versions"][0]
+        assert told["baseline"] == "shipped" and told["signals"]["output"]["phase"] == "watching"
+        other = await client.put("/v1/adapters/tone/baseline?version=2", content=saved.content)
+        assert other.status_code == 400 and "another version" in other.json()["error"]["message"]
+        for wrong in (b"", b"PK", saved.content[:500]):
+            assert (await client.put("/v1/adapters/tone/baseline", content=wrong)).status_code == 400
+
+
 def test_a_file_of_prompts_is_read_line_by_line(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('"one"\n{"prompt": "two"}\n\n{"messages": [{"role": "user", "content": "three"}]}\n')
@@ -327,6 +350,20 @@ async def test_another_tenant_cannot_rate_nor_see(operator, issue, make_adapter)
     assert (await acme.post("/v1/feedback", json={"request_id": id, "rating": 0})).status_code == 200
 
 
+def test_log_probabilities_are_asked_for_in_short_runs_and_in_the_share_that_was_said(tmp_path):
+    now = [0.0]
+    watcher = Watcher(tmp_path, Trials(lambda _: None, lambda _: 1, lambda _: 0.01), logprobs=0.1, clock=lambda: now[0])
+    assert not watcher.wants_logprobs("tone"), "nobody looks yet"
+    watcher._thread = True
+    wanted = []
+    for _ in range(40_000):
+        now[0] += 0.1
+        wanted.append(watcher.wants_logprobs("tone"))
+    assert abs(sum(wanted) / len(wanted) - 0.1) < 0.03
+    turns = sum(a != b for a, b in itertools.pairwise(wanted))
+    assert turns < 0.02 * len(wanted), "not one by one"
+
+
 async def test_a_full_queue_drops_and_counts_and_the_answer_goes_out(connect, watched, backend, make_adapter):
     Engine(backend)
     async with connect(watched) as client:
@@ -355,7 +392,7 @@ async def test_quotes_are_kept_only_when_asked_for_and_redacted(connect, watched
             await push(client, make_adapter, 0)
             await ask(client, 60)
             told = (await drift(client))["versions"][0]
-            assert "555" not in json.dumps(told)
+            assert "555-1234" not in json.dumps(told)
             assert ("examples" in told) == capture
             if capture:
                 assert told["examples"][0]["answer"] == "call [redacted] now"
