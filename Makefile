@@ -1,13 +1,13 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos equality bench clean setup setup-dev tiers cases
+.PHONY: help serve test lint types chaos watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo
 	@echo '  make serve PORT=8000 HOST=127.0.0.1 MODEL=smollm2 ARGS="--max-loras 16"   LORADOCK_* variables pass through'
 	@echo '  make test  ARGS="-m \"not engine\" -k adapter"                               PYTHON=python3.12 picks a Python'
@@ -28,6 +28,14 @@ types: setup-dev ## mypy
 chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of its changes
 	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
 
+watch: setup-dev ## drift, damage and latency against the real engine, with ten times the traffic; what watching costs
+	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py
+	@$(BIN)/python -m tests.cost
+
+drift-proof: setup-dev ## the long proofs of drift: false alarms over thousands of streams, every delay of the table
+	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),1000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),1000) \
+	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/test_drift.py tests/serve/test_compare.py
+
 equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
 	@$(BIN)/python -m tests.equality $(ARGS)
 
@@ -41,8 +49,11 @@ cases: setup-dev ## 5,000 malformed archives, headers and configs against each c
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)
 
+monitoring: setup ## Prometheus and Alertmanager (Debian's) beside a running server
+	@exec docker/monitoring.sh
+
 clean: ## remove the virtual environment and everything else that was made here (not the model in the user's cache)
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .monitoring build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find serve optimize tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup:

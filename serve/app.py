@@ -6,6 +6,7 @@ an upload:   app > auth > upload > adapter > store > engine > registry
 
 import asyncio
 import dataclasses
+import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
@@ -23,31 +24,44 @@ from starlette.requests import ClientDisconnect
 from serve import __version__
 from serve.adapter import Adapter, check_name, shown
 from serve.adapter import Limits as AdapterLimits
+from serve.alerts import Alerts, Notification
 from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
 from serve.config import Config
+from serve.embedding import Embedding
 from serve.engine import Backend, Engine
-from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
+from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound, TooLarge
 from serve.export import gist
+from serve.feedback import GOOD, Feedback
 from serve.fleet import Fleet, Patience, Supervisor
 from serve.inference import PATHS, STORED, Inference
 from serve.keys import Keys
 from serve.lifecycle import Lifecycle
 from serve.limits import Limits, Meters
 from serve.monitor import Monitor
+from serve.page import pages
+from serve.policy import ROLLBACK
 from serve.probe import Probe
+from serve.prober import Prober
+from serve.recent import Recent
+from serve.referee import Referee
 from serve.registry import Registry, Share
+from serve.rehearsal import Rehearsal
 from serve.router import Router, manages, sees
 from serve.shadow import ShadowExchange, Shadows
 from serve.source import fetch, parse
 from serve.store import Store
 from serve.tenant import DEFAULT, full_name, short_name, spelled, tenant_of
+from serve.trial import Judgement, Trials
 from serve.upload import receive
+from serve.watcher import Alarm, Watcher
+from serve.wayback import Wayback
 
 log = logging.getLogger(__name__)
 
 LOG_STATS_SECONDS = 10.0
 MAX_JSON = 64 << 10
+MAX_BASELINE = 64 << 20
 
 
 class Fetch(BaseModel):
@@ -67,7 +81,34 @@ class Promote(BaseModel):
     model_config = ConfigDict(extra="forbid")
     version: PositiveInt
     expected_version: int | None = None
+    # Whatever the adapter's policy says of canaries.
+    at_once: bool = False
     why: str = ""
+
+
+class Rating(BaseModel):
+    """The body of feedback: a rating from 0 to 1, or the correct answer."""
+
+    model_config = ConfigDict(extra="forbid")
+    request_id: str
+    rating: float | None = None
+    answer: str | None = None
+
+
+class Rehearsed(BaseModel):
+    """The body of a baseline: prompts, each a text or the messages of a chat, for a version or whichever is live."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: PositiveInt | None = None
+    prompts: list[str | list[dict[str, Any]]] = Field(min_length=20, max_length=10_000)
+    max_tokens: PositiveInt = 64
+
+
+class Acknowledged(BaseModel):
+    """The body that says that a version's alarms have been dealt with."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: PositiveInt
 
 
 class Weight(BaseModel):
@@ -135,6 +176,9 @@ def build_app(
         return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
 
     async def restore(base: Supervisor, engine: Engine) -> None:
+        engine.on_load = monitor.loaded
+        if config.drift:
+            await asyncio.to_thread(_learn, watcher, base.name, Path(engine.backend.model))
         await lifecycle.restore(base, engine)
 
     patience = Patience(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Patience)})
@@ -143,15 +187,57 @@ def build_app(
     keys = Keys(registry)
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
-    monitor = Monitor(fleet, registry, audit, __version__)
+    monitor = Monitor(fleet, registry, audit, __version__, config.slos, limit=config.max_labelled_versions)
+    wayback = Wayback(lifecycle, registry, audit, monitor.rolled_back)
+    alerting = Alerts(wayback, registry, lambda adapter: referee.policy(adapter).worse == ROLLBACK)
+    feedback = Feedback()
+    trials = Trials(
+        lambda adapter: registry.canary(adapter) if adapter in registry else None,
+        lambda adapter: _live_version(registry, adapter),
+        lambda adapter: referee.policy(adapter).alpha,
+    )
+    referee = Referee(wayback, lifecycle, audit, trials, config.policies, monitor.swapped)
+
+    def alarmed(alarm: Alarm) -> None:
+        effects = {name: round(value, 3) for name, value in alarm.effects.items()}
+        log.warning("%s@%s: %s has drifted: %s", alarm.adapter, alarm.version, alarm.signal, effects)
+
+    def judged(judgement: Judgement) -> None:
+        asyncio.run_coroutine_threadsafe(referee.decide(judgement), loops[0])
+
+    loops: list[asyncio.AbstractEventLoop] = []
+    watcher = Watcher(
+        config.data_dir / "drift",
+        trials,
+        threshold=config.drift_threshold,
+        reference=config.drift_reference,
+        interval=config.drift_interval,
+        logprobs=config.drift_logprobs,
+        versions=config.drift_versions,
+        capture=config.capture,
+        redact=config.capture_redact,
+        keep_quotes=config.capture_hours * 3600,
+        base_of=lambda adapter: adapter if adapter in fleet else fleet.of(adapter).name,
+        label=monitor.label,
+        alarmed=alarmed,
+        judged=judged,
+    )
+    monitor.watch(watcher)
+    monitor.passed_on += [feedback.remember, watcher.offer]
+    rehearsal = Rehearsal(fleet, store)
+    prober = Prober(fleet, registry, store, watcher, alarmed, interval=config.drift_probe_interval)
     shadows = Shadows(fleet, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
-    inference = Inference(auth, Router(fleet, registry, store), Meters(), monitor.take, shadows)
+    router = Router(fleet, registry, store)
+    recent = Recent()
+    monitor.passed_on.append(recent.take)
+    inference = Inference(auth, router, Meters(), monitor.take, shadows, watcher.wants_logprobs)
 
     async def live() -> None:
         try:
             await lifecycle.sweep()
             await fleet.start()
             ready.set()
+            await prober.run()
         except LoradockError as error:
             (on_failure or log.error)(error)
 
@@ -166,6 +252,7 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loops[:] = [asyncio.get_running_loop()]
         tasks = [asyncio.create_task(live()), asyncio.create_task(log_stats())]
         try:
             yield
@@ -173,6 +260,7 @@ def build_app(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.to_thread(watcher.stop)
             await shadows.close()
             await lifecycle.settle()
             await fleet.stop()
@@ -186,6 +274,7 @@ def build_app(
         docs_url=None,
         redoc_url=None,
     )
+    app.include_router(pages())
     app.add_exception_handler(LoradockError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -208,6 +297,15 @@ def build_app(
         if full not in registry or not manages(caller, full):
             raise NotFound(f"The adapter `{shown(name)}` does not exist.", code="model_not_found", param="name")
         return full
+
+    def baselined(full: str, version: int | None) -> Adapter:
+        """The version that a baseline is about; without a number, the live one."""
+        number = version or _live_version(registry, full)
+        if number is None:
+            raise Conflict("no version of this adapter is live: say which one the baseline is for", param="version")
+        if not watcher.running:
+            raise Conflict("drift is not watched on this server, so there is nothing to build a baseline for")
+        return registry.get(full, number)
 
     def described(adapter: Adapter, caller: Caller) -> dict[str, Any]:
         return {**lifecycle.describe(adapter), "name": short_name(adapter.name, caller.tenant)}
@@ -245,9 +343,17 @@ def build_app(
         return {**said, "manifest": manifest} if manifest else said
 
     @app.get("/metrics")
-    async def metrics(caller: Operator) -> Response:
-        text = await asyncio.to_thread(monitor.render)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request, caller: Operator) -> Response:
+        """Ours, and the engine's."""
+        monitor.tidy()
+        text, kind = await asyncio.to_thread(monitor.render, request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind})
+
+    @app.get("/metrics/engine")
+    async def engine_metrics(request: Request, caller: Operator) -> Response:
+        """The engine's alone, with the series that grows."""
+        text, kind = await asyncio.to_thread(monitor.render_engine, request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind})
 
     @app.get("/v1/models")
     async def models(caller: Asker) -> dict[str, Any]:
@@ -285,16 +391,24 @@ def build_app(
                 asked = await _fetched(request, folder, config, caller)
             else:
                 asked = await _received(request, kind, folder, config)
+            full = full_name(caller.tenant, check_name(asked.name))
+            # By policy a version that follows another one gets a share of the traffic first.
+            weight = referee.policy(full).canary_weight
+            trying = asked.promote and weight > 0 and _live_version(registry, full) is not None
             adapter, created = await lifecycle.push(
-                full_name(caller.tenant, check_name(asked.name)),
+                full,
                 folder,
                 by=caller.name,
-                promote=asked.promote,
+                promote=asked.promote and not trying,
                 why=asked.why,
                 shared=None if asked.visibility is None else asked.visibility == "shared",
                 quota=caller.limits,
             )
         request.state.subject = adapter.tag
+        if trying and _live_version(registry, full) != adapter.version:
+            await lifecycle.share(full, "canary", adapter.version, weight, by=caller.name, why=asked.why)
+        elif asked.promote and created:
+            monitor.swapped(adapter.name, "promoted")
         return JSONResponse(described(adapter, caller), status_code=201 if created else 200)
 
     @app.get("/v1/adapters")
@@ -302,17 +416,98 @@ def build_app(
         rows = [summary(full, caller) for full in registry.names() if manages(caller, full)]
         return {"object": "list", "data": rows}
 
+    @app.get("/v1/drift")
+    async def drift(caller: Manager) -> dict[str, Any]:
+        """What has moved, of everything that the caller may change; the base is the operator's."""
+        found = await asyncio.to_thread(watcher.summary)
+        rows = [
+            {"name": short_name(full, caller.tenant), "versions": found[full]}
+            for full in sorted(found)
+            if (caller.operator if full in fleet else full in registry and manages(caller, full))
+        ]
+        return {"object": "list", "watching": watcher.running, "data": rows}
+
+    @app.get("/v1/adapters/{name:path}/drift")
+    async def adapter_drift(name: str, caller: Manager) -> dict[str, Any]:
+        """What moved, since when, how strongly; and how its canary does."""
+        full = name if name in fleet and caller.operator else owned(name, caller)
+        told = await asyncio.to_thread(watcher.report, full)
+        return {"object": "adapter.drift", "name": name, "watching": watcher.running, **told}
+
+    @app.post("/v1/adapters/{name:path}/drift/acknowledge")
+    async def acknowledge(name: str, body: Acknowledged, request: Request, caller: Manager) -> dict[str, Any]:
+        """Its alarms have been dealt with: evidence begins again at nothing."""
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+        full = owned(name, caller)
+        registry.get(full, body.version)
+        await asyncio.to_thread(watcher.acknowledge, full, f"v{body.version}")
+        return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(watcher.report, full)}
+
+    @app.post("/v1/adapters/{name:path}/baseline")
+    async def baseline(name: str, body: Rehearsed, request: Request, caller: Manager) -> dict[str, Any]:
+        """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
+        which = baselined(owned(name, caller), body.version)
+        exchanges = await rehearsal.run(which, body.prompts, max_tokens=body.max_tokens)
+        label = f"v{which.version}"
+        rows = await asyncio.to_thread(_asked, watcher.adopt, which.name, label, which.id, exchanges)
+        return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
+
+    @app.get("/v1/adapters/{name:path}/baseline")
+    async def saved_baseline(name: str, caller: Manager, version: PositiveInt | None = None) -> Response:
+        """A version's baseline, to ship with the adapter."""
+        which = baselined(owned(name, caller), version)
+        data = await asyncio.to_thread(_asked, watcher.packed, which.name, f"v{which.version}", which.id)
+        return Response(data, media_type="application/zip")
+
+    @app.put("/v1/adapters/{name:path}/baseline")
+    async def shipped_baseline(
+        name: str, request: Request, caller: Manager, version: PositiveInt | None = None
+    ) -> dict[str, Any]:
+        """The baseline that came with the adapter."""
+        request.state.subject = f"{spelled(name, caller.tenant)}@v{version or '(live)'}"
+        which = baselined(owned(name, caller), version)
+        data = b""
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BASELINE:
+                raise TooLarge(f"a baseline is at most {MAX_BASELINE >> 20} MiB")
+        label = f"v{which.version}"
+        rows = await asyncio.to_thread(_asked, watcher.unpack, which.name, label, which.id, data)
+        return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
+
+    @app.post("/v1/feedback")
+    async def rate(body: Rating, request: Request, caller: Asker) -> dict[str, Any]:
+        """A rating of an answer, by its id."""
+        request.state.unaudited = True
+        answered, rating = feedback.join(caller.tenant, body.request_id, body.rating, body.answer)
+        monitor.rated(answered.adapter, answered.version, "good" if rating >= GOOD else "bad")
+        if answered.dealt:
+            watcher.rated(answered.adapter, answered.version, rating, answered.asker)
+        return {"object": "feedback", "request_id": body.request_id, "rating": rating}
+
     @app.get("/v1/adapters/{name:path}")
     async def adapter(name: str, caller: Manager) -> dict[str, Any]:
         full = owned(name, caller)
-        return {**summary(full, caller), "history": registry.history(full)}
+        told = summary(full, caller)
+        for version in told["versions"]:
+            version["recent"] = recent.described(full, f"v{version['version']}")
+        return {**told, "history": registry.history(full)}
 
     @app.post("/v1/adapters/{name:path}/promote")
     async def promote(name: str, body: Promote, request: Request, caller: Manager) -> dict[str, Any]:
         request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
         full = owned(name, caller)
+        referee.check(full, body.version, body.at_once)
+        weight, canary, live = referee.policy(full).canary_weight, registry.canary(full), _live_version(registry, full)
+        known = live in (None, body.version) or (canary is not None and canary.adapter.version == body.version)
+        if weight > 0 and not body.at_once and not known:
+            if body.expected_version not in (None, live):
+                raise Conflict(f"version {live} is live, not {body.expected_version}: somebody was faster")
+            await lifecycle.share(full, "canary", body.version, weight, by=caller.name, why=body.why)
+            return described(registry.get(full, body.version), caller)
         done = await lifecycle.promote(full, body.version, by=caller.name, expected=body.expected_version, why=body.why)
-        monitor.swaps.labels(full, "promoted").inc()
+        monitor.swapped(full, "promoted")
         return described(done, caller)
 
     @app.post("/v1/adapters/{name:path}/rollback")
@@ -322,7 +517,7 @@ def build_app(
         full = owned(name, caller)
         done = await lifecycle.rollback(full, by=caller.name, expected=body.expected_version, why=body.why)
         request.state.subject = done.tag
-        monitor.swaps.labels(full, "rolled_back").inc()
+        monitor.swapped(full, "rolled_back")
         return described(done, caller)
 
     @app.post("/v1/adapters/{name:path}/canary")
@@ -360,13 +555,27 @@ def build_app(
     ) -> dict[str, Any]:
         request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
         gone = await lifecycle.remove(owned(name, caller), number, by=caller.name, force=force)
+        await asyncio.to_thread(_forget, watcher, gone)
         return {"name": name, "deleted": [one.version for one in gone]}
 
     @app.delete("/v1/adapters/{name:path}")
     async def remove(name: str, request: Request, caller: Manager) -> dict[str, Any]:
         request.state.subject = spelled(name, caller.tenant)
         gone = await lifecycle.remove(owned(name, caller), by=caller.name)
+        await asyncio.to_thread(_forget, watcher, gone)
         return {"name": name, "deleted": [one.version for one in gone]}
+
+    @app.post("/v1/alerts")
+    async def alerts(body: Notification, request: Request, caller: Manager) -> dict[str, Any]:
+        """Alertmanager's webhook."""
+        if not ready.is_set():
+            raise fleet.first.unavailable()
+        rows = [
+            await alerting.take(alert, may=manages(caller, alert.labels.get("adapter", "")), by=caller.name)
+            for alert in body.alerts
+        ]
+        request.state.subject = ", ".join(f"{row['alert']}: {row['outcome']}" for row in rows)
+        return {"object": "list", "data": rows}
 
     @app.post("/v1/keys", status_code=201)
     async def create_key(body: NewKey, request: Request, caller: Operator) -> dict[str, Any]:
@@ -393,6 +602,8 @@ def build_app(
         return key.described()
 
     app.state.fleet, app.state.engine, app.state.ready = fleet, fleet.first, ready
+    app.state.watcher, app.state.prober, app.state.inference = watcher, prober, inference
+    app.state.wayback = wayback
     return app
 
 
@@ -464,6 +675,39 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
         anonymous=not trusted,
     )
     return asked.model_copy(update={"why": asked.why or f"from {asked.source}"})
+
+
+def _learn(watcher: Watcher, base: str, model: Path) -> None:
+    """Have the versions over this model watched; without its embedding table there is nothing to watch with."""
+    try:
+        embedding = Embedding.of(model)
+    except LoradockError as error:
+        log.warning("drift is not watched for %s: %s", base, error)
+        return
+    tokenizer = model / "tokenizer.json"
+    watcher.learn(base, embedding, _digest(tokenizer) if tokenizer.exists() else "")
+
+
+def _asked(do: Callable[..., Any], *args: Any) -> Any:
+    """What a baseline's own error says is, here, about the request."""
+    try:
+        return do(*args)
+    except ConfigError as error:
+        raise BadRequest(error.message) from error
+
+
+def _forget(watcher: Watcher, gone: Sequence[Adapter]) -> None:
+    for adapter in gone:
+        watcher.forget(adapter.name, adapter.id)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _live_version(registry: Registry, full: str) -> int | None:
+    live = registry.live(full) if full in registry else None
+    return live.version if live else None
 
 
 def _share(share: Share | None) -> dict[str, Any] | None:

@@ -12,27 +12,25 @@ import asyncio
 import json
 import logging
 import os
-import re
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.adapter import shown
 from serve.limits import Bucket
+from serve.tap import identified
 
 log = logging.getLogger(__name__)
 
 # Whoever has no key can make this many lines a minute and no more: they must not be able to fill the disk.
 STRANGERS_PER_MINUTE = 60
 _READS = {"GET", "HEAD", "OPTIONS"}
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
 class Audit:
@@ -75,7 +73,8 @@ class Audit:
 class Audited:
     """Logs each request that is not a read and that a route took; the rest passes by.
 
-    The route says more through `request.state`: `caller` is who asks, `subject` is what about.
+    The route says more through `request.state`: `caller` is who asks, `subject` is what about; `unaudited` says that it
+    changed nothing.
     """
 
     def __init__(self, app: ASGIApp, audit: Audit) -> None:
@@ -86,8 +85,7 @@ class Audited:
         if scope["type"] != "http" or scope["method"] in _READS:
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope, request_id = identified(scope)
         status = 499
 
         async def watched(message: Message) -> None:
@@ -104,7 +102,7 @@ class Audited:
             status = 500
             raise
         finally:
-            if endpoint := scope.get("endpoint"):
+            if (endpoint := scope.get("endpoint")) and not state.get("unaudited"):
                 caller = state.get("caller")
                 line = {
                     "status": status,

@@ -10,8 +10,10 @@ import typer
 
 from serve import __version__
 from serve.cli_adapters import adapters_app
+from serve.cli_baseline import baseline_app
 from serve.cli_bench import bench_app
 from serve.cli_keys import keys_app
+from serve.cli_monitoring import monitoring_app
 from serve.config import load, settings_help
 from serve.errors import LoradockError
 
@@ -24,8 +26,10 @@ app = typer.Typer(
 )
 
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(baseline_app, name="baseline")
 app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
+app.add_typer(monitoring_app, name="monitoring")
 
 SERVE_HELP = """Serve MODEL with hot-swapped LoRA adapters behind an OpenAI-compatible endpoint.
 

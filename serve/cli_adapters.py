@@ -84,14 +84,22 @@ def promote(
     expect: Annotated[
         str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")
     ] = None,
+    at_once: Annotated[bool, typer.Option("--at-once", help="Whatever the adapter's policy says of canaries.")] = False,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Make a version the live one."""
+    """Make a version the live one; by the adapter's policy it may get a share of the traffic first."""
     with connected("adapters", url, key) as client:
-        answer = client.promote(name, _version(version), _version(expect) if expect is not None else None)
-    say(answer, as_json, lambda told: f"{name} v{_version(version)} is live")
+        expected = _version(expect) if expect is not None else None
+        answer = client.promote(name, _version(version), expected, at_once=at_once)
+    say(answer, as_json, lambda told: _promoted(told, f"{name} v{_version(version)}"))
+
+
+def _promoted(answer: dict[str, Any], which: str) -> str:
+    if answer.get("live") is False:
+        return f"{which} is a canary now, as this adapter's policy says; with --at-once it would be live"
+    return f"{which} is live"
 
 
 @adapters_app.command(epilog=example("loradock adapters rollback support"))

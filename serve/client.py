@@ -153,9 +153,13 @@ class AdapterClient:
         """The versions of one adapter, which is live, and its history."""
         return self._call("GET", _path(name))
 
-    def promote(self, name: str, version: int, expected_version: int | None = None) -> dict[str, Any]:
-        """Make `version` live; with `expected_version`, only if that one is live now."""
+    def promote(
+        self, name: str, version: int, expected_version: int | None = None, *, at_once: bool = False
+    ) -> dict[str, Any]:
+        """Make `version` live; with `expected_version`, only if that one is live now; `at_once` without a canary."""
         body = {"version": version}
+        if at_once:
+            body["at_once"] = True
         if expected_version is not None:
             body["expected_version"] = expected_version
         return self._call("POST", f"{_path(name)}/promote", json=body)
@@ -179,6 +183,25 @@ class AdapterClient:
     def unpin(self, name: str) -> dict[str, Any]:
         """Let the adapter's versions come and go again."""
         return self._call("DELETE", f"{_path(name)}/pin")
+
+    def build_baseline(
+        self, name: str, prompts: Sequence[Any], version: int | None = None, max_tokens: int = 64
+    ) -> dict[str, Any]:
+        """Have a version answer these prompts, and hold its later traffic against that."""
+        body = {"prompts": prompts, "max_tokens": max_tokens} | ({} if version is None else {"version": version})
+        return self._call("POST", f"{_path(name)}/baseline", json=body)
+
+    def save_baseline(self, name: str, version: int | None = None) -> bytes:
+        """A version's baseline, as it is shipped."""
+        with self._translated(repeatable=True):
+            response = self._http.get(f"{_path(name)}/baseline", params=_numbered(version))
+            if response.status_code != 200:
+                self._read(response)
+            return response.content
+
+    def ship_baseline(self, name: str, data: bytes, version: int | None = None) -> dict[str, Any]:
+        """Hold a version against a baseline that was saved."""
+        return self._call("PUT", f"{_path(name)}/baseline", params=_numbered(version), content=data)
 
     def remove(self, name: str, version: int | None = None, force: bool = False) -> dict[str, Any]:
         """Delete a version, or the adapter whole; what is live goes only with `force`."""
@@ -257,6 +280,10 @@ def adapter_files(path: str | Path) -> list[Path]:
     if missing:
         raise ConfigError(f"{path} is not a PEFT adapter: {' and '.join(missing)} not found in it")
     return [path / name for name in (*PEFT_FILES, CARD) if (path / name).is_file()]
+
+
+def _numbered(version: int | None) -> dict[str, int]:
+    return {} if version is None else {"version": version}
 
 
 def _visibility(shared: bool) -> str:

@@ -23,6 +23,10 @@ from typing import Any
 import yaml
 
 from serve.errors import ConfigError
+from serve.policy import DEFAULT_POLICIES, Policy
+from serve.policy import parse as parse_policies
+from serve.slo import DEFAULT_SLOS, Slo
+from serve.slo import parse as parse_slos
 
 PREFIX = "LORADOCK_"
 SIZES = {
@@ -86,6 +90,7 @@ class Config:
     allowed_target_modules: tuple[str, ...] = _setting(tuple, "modules that uploads may adapt, as q_proj,v_proj")
     allowed_licenses: tuple[str, ...] = _setting(tuple, "licenses of uploads, as apache-2.0,mit, from their README.md")
     allowed_digests: tuple[str, ...] = _setting(tuple, "digests of the uploads that were approved, and no others")
+    max_labelled_versions: int = _setting(100, "adapter versions that have metrics of their own; the rest are `other`")
     max_shadows: int = _setting(2, "shadow answers under way at a time; what comes beyond is dropped and counted")
     source_roots: tuple[str, ...] = _setting(tuple, "folders that a push by tenant default may name as file:///...")
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
@@ -96,6 +101,18 @@ class Config:
     drain_timeout: float = _setting(600.0, "seconds that answers of an engine that was replaced get to finish")
     ssl_certfile: str = _setting("", "TLS certificate file")
     ssl_keyfile: str = _setting("", "TLS key file")
+    drift: bool = _setting(True, "whether adapter versions are watched for drift")
+    drift_threshold: float = _setting(1e5, "requests until a false alarm of one signal, in the mean, at least")
+    drift_reference: int = _setting(1000, "first requests of a version that later ones are held against")
+    drift_interval: float = _setting(600.0, "seconds in which one conversation counts once")
+    drift_logprobs: float = _setting(0.05, "share of the requests whose log-probabilities are looked at, unseen")
+    drift_probe_interval: float = _setting(3600.0, "seconds between two probes of a version (0: only when it loads)")
+    drift_versions: int = _setting(200, "adapter versions that are watched at a time; others wait on the disk")
+    capture: bool = _setting(False, "whether drift reports may quote requests")
+    capture_redact: tuple[str, ...] = _setting(tuple, "regular expressions that are blacked out in quotes")
+    capture_hours: float = _setting(24.0, "hours until a quoted request is forgotten")
+    policies: tuple[Policy, ...] = _setting(lambda: DEFAULT_POLICIES, "what to do about canaries, by adapter (README)")
+    slos: tuple[Slo, ...] = _setting(lambda: DEFAULT_SLOS, "service level objectives, by adapter (see README)")
     log_level: str = _setting("info", "debug, info, warning or error")
     engine: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), metadata={"help": ""})
 
@@ -242,6 +259,9 @@ def _split(given: Mapping[str, Any]) -> dict[str, Any]:
 def _convert(name: str, value: Any) -> Any:
     kind = str(SETTINGS[name].type)
     try:
+        if name in ("slos", "policies"):
+            parse = parse_slos if name == "slos" else parse_policies
+            return parse(yaml.safe_load(value) if isinstance(value, str) else value)
         if kind == "Path":
             return Path(str(value)).expanduser().resolve()
         if kind.startswith("tuple"):
@@ -253,6 +273,8 @@ def _convert(name: str, value: Any) -> Any:
             return float(value)
         if kind == "bool":
             return _SWITCH[str(value).lower()]
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"{name} takes {_kinds(kind)}, not {value!r}") from error
     if not isinstance(value, (str, int, float)):
@@ -282,6 +304,15 @@ def _checked(config: Config) -> Config:
     for name in ("grace_period", "hang_timeout", "restart_wait", "restart_window", "drain_timeout"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"{name} takes seconds from 0 up, not {getattr(config, name)}")
+    if not 0 <= config.drift_logprobs <= 1:
+        raise ConfigError(f"drift_logprobs takes a share from 0 to 1, not {config.drift_logprobs}")
+    if not config.drift_threshold > 1 or config.drift_reference < 20 or config.drift_versions < 1:
+        raise ConfigError("drift_threshold takes more than 1, drift_reference 20 or more, drift_versions 1 or more")
+    for pattern in config.capture_redact:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"capture_redact takes regular expressions, not {pattern!r}: {error}") from error
     for digest in config.allowed_digests:
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise ConfigError(f"allowed_digests takes 64 lower-case hex digits each, not {digest!r}")

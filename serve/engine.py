@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Protocol
 from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp
 
-from serve.errors import EngineUnavailable
+from serve.errors import EngineUnavailable, LoradockError
 from serve.line import Line
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,10 @@ class Engine:
         self.line = Line(1, 1)
         # Ids that are never sent away to make room.
         self.pinned: frozenset[str] = frozenset()
+        # Ids whose last load failed; one that loads again is forgotten here.
+        self._failed: set[str] = set()
+        # Hears from where an adapter came and how long it took.
+        self.on_load: Callable[[str, float], None] = lambda tier, seconds: None
         self._failure: EngineUnavailable | None = None
         self._alarms: set[Callable[[EngineUnavailable], None]] = set()
 
@@ -147,6 +152,17 @@ class Engine:
     @property
     def residents(self) -> tuple[Residence, ...]:
         return tuple(self._residents.values())
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Where each adapter is that is not merely on disk: slot, host, or failed.
+
+        By this book: the engine computes with those in its slots, which the most recently used ones take.
+        """
+        loaded = [residence.id for residence in self.residents if residence.loaded]
+        slots = self.backend.slots
+        states = dict.fromkeys(self._failed, "failed")
+        return states | {id: "slot" if len(loaded) - place <= slots else "host" for place, id in enumerate(loaded)}
 
     async def start(self) -> None:
         """Bring the backend up; READY or FAILED afterwards."""
@@ -252,6 +268,7 @@ class Engine:
     async def gone(self, adapter_id: str) -> None:
         """Returns once the adapter's weights are out of the engine, so that its files may go too."""
         self.retire(adapter_id)
+        self._failed.discard(adapter_id)
         while adapter_id in self._residents and self.phase is Phase.READY:
             await asyncio.sleep(SETTLE)
 
@@ -289,6 +306,8 @@ class Engine:
         return resident.loading
 
     async def _load(self, resident: Residence) -> None:
+        began = time.perf_counter()
+        self._failed.discard(resident.id)
         try:
             leaving = await self._make_room(resident)
             if sum(one.taken for one in self._residents.values()) > self.backend.max_resident:
@@ -297,10 +316,13 @@ class Engine:
             await self.backend.add(resident.id, resident.number, resident.path)
         except BaseException as error:
             self._drop(resident)
+            if isinstance(error, LoradockError):
+                self._failed.add(resident.id)
             if isinstance(error, asyncio.CancelledError) and self._failure:
                 raise self._failure from None
             raise
         resident.loaded, resident.loading = True, None
+        self.on_load("disk", time.perf_counter() - began)
         await asyncio.gather(*leaving)
 
     def _has_room(self) -> bool:

@@ -100,6 +100,10 @@ class Supervisor:
         return self._engine.residents
 
     @property
+    def states(self) -> dict[str, str]:
+        return self._engine.states
+
+    @property
     def pinned(self) -> frozenset[str]:
         return self._engine.pinned
 

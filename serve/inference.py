@@ -30,7 +30,7 @@ from serve.errors import BadRequest, LoradockError, NotFound, TooLarge
 from serve.limits import Meter, Meters
 from serve.router import Route, Router
 from serve.shadow import Kept, Shadows
-from serve.tap import Exchange, Tap
+from serve.tap import Exchange, Tap, identified
 from serve.tenant import DEFAULT
 from serve.usage import Usage
 
@@ -62,18 +62,21 @@ class Inference:
         meters: Meters,
         take: Callable[[Exchange], None],
         shadows: Shadows | None = None,
+        wants_logprobs: Callable[[str], bool] = lambda adapter: False,
     ) -> None:
         self._auth = auth
         self._router = router
         self._meters = meters
         self._take = take
         self._shadows = shadows
+        self._wants_logprobs = wants_logprobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await _refuse_socket(receive, send)
             return
-        tap = Tap(send)
+        scope, request_id = identified(scope)
+        tap = Tap(send, request_id)
         try:
             await self._answer(scope, receive, tap)
         except LoradockError as error:
@@ -101,7 +104,8 @@ class Inference:
                     usage.asked = len(asked.body)
                 model, fields = (asked.model, asked.fields) if asked else (None, {})
                 async with self._router.lease(model, caller, fields) as route:
-                    tap.adapter, tap.version = route.adapter, route.version
+                    tap.routed(route, caller.tenant)
+                    tap.watch.logprobs = self._wants_logprobs(route.adapter)
                     if asked:
                         fields = asked.rewritten(scope["path"], route, caller)
                         scope, receive = asked.replayed(scope, receive, fields)
@@ -109,7 +113,7 @@ class Inference:
                         kept = Kept(sending)
                         sending = kept.send
                     call = Cutoff(receive, _Honest(sending).send, route.engine.failing)
-                    with route.engine.alarm(call.cut):
+                    with tap.watched(), route.engine.alarm(call.cut):
                         await call.run(route.app, scope)
             finally:
                 if meter and usage and not stored:

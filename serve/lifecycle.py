@@ -24,8 +24,9 @@ from serve.tenant import short_name, tenant_of
 
 log = logging.getLogger(__name__)
 
-# DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`.
-RESERVED = ("pin",)
+# DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`; so with
+# GET /v1/adapters/TENANT/drift and /baseline.
+RESERVED = ("pin", "drift", "baseline")
 
 
 class Lifecycle:
@@ -73,7 +74,7 @@ class Lifecycle:
             raise Conflict(f"{taken!r} is the base model's name: choose another for the adapter", param="name")
         if short in RESERVED:
             raise BadRequest(
-                f"{short!r} cannot be an adapter's name, because it ends the path that unpins one: choose another",
+                f"{short!r} cannot be an adapter's name, because it ends a path of this server: choose another",
                 param="name",
             )
         base = self.fleet.of(name)

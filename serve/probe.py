@@ -19,6 +19,38 @@ from serve.errors import AdapterRejected
 # Few and short: an upload waits for them (0.15 s on two cores for a 135M model; twice as many take twice as long). Of
 # many kinds, since an adapter that was trained on one kind moves the others too.
 PROMPTS = ("The capital of", "def add(a, b", "Dear customer,", "Once upon a")
+# What every live version is asked by the hour: of many kinds, one token each.
+FIXED = (
+    *PROMPTS,
+    "The largest planet is",
+    "Water boils at",
+    "import numpy as",
+    "SELECT name FROM",
+    "for i in range(",
+    '{"name": "',
+    "The patient was given",
+    "The court held that",
+    "Shares of the company",
+    "To whom it may",
+    "I am sorry, but",
+    "Thank you for your",
+    "Step 1:",
+    "Question: Why is the sky blue? Answer:",
+    "Translate to French: good morning ->",
+    "2 + 2 =",
+    "The opposite of hot is",
+    "Monday, Tuesday,",
+    "Es war einmal",
+    "Bonjour, je m'appelle",
+    "Roses are red,",
+    "In 1969, astronauts",
+    "The recipe needs flour,",
+    "He opened the door and",
+    "She said that she would",
+    "The results show that",
+    "# Introduction\n\n",
+    "User: hello\nAssistant:",
+)
 TEXT = (
     "The harbour was quiet that morning, and the boats lay still beside the wall while the baker carried bread up the"
     " hill. Water boils at one hundred degrees at sea level and at a lower temperature in the mountains, because the"
@@ -76,9 +108,14 @@ class Probe:
         self._base = Base(together, effect(together, alone), mean) if together else None
 
     @property
+    def noise(self) -> float:
+        """What the base's answers differ by from themselves, in nats."""
+        return self._base.noise if self._base else 0.0
+
+    @property
     def needed(self) -> float:
         """The effect that an adapter must pass."""
-        return max(self._min_effect, ABOVE_NOISE * (self._base.noise if self._base else 0.0))
+        return max(self._min_effect, ABOVE_NOISE * self.noise)
 
     async def judge(self, adapter_id: str, path: Path) -> dict[str, Any]:
         """What was measured, for the registry; AdapterRejected for an adapter without effect or with a ruinous one."""

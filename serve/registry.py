@@ -466,6 +466,13 @@ class Registry:
             raise _missing(name)
         return rows
 
+    def before(self, name: str) -> int | None:
+        """The version that a rollback would make live."""
+        query = select(names.c.trail).where(names.c.name == name)
+        with _translated(), self._writing, self._engine.connect() as connection:
+            trail = json.loads(connection.scalar(query) or "[]")
+        return trail[-1] if trail else None
+
     def refresh(self) -> bool:
         """Read again what another process may have changed; True if it had."""
         with self._writing, _translated():

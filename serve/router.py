@@ -22,13 +22,18 @@ from serve.traffic import Shares, sticky_key
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes: the engine, the name it knows the model by, and what that is for the metrics."""
+    """Where a request goes: the engine, the name it knows the model by, and what that is for the metrics.
+
+    `dealt` says that it asked for a name, and was given whichever version it has; `asker` who asked, if that is known.
+    """
 
     engine: Engine
     model: str
     adapter: str
     version: str
     shadow: Adapter | None = None
+    dealt: bool = False
+    asker: bytes | None = None
     # Its place in the engine's own queue.
     priority: int | None = None
 
@@ -54,14 +59,16 @@ class Router:
         # No await between the look-up and the lease, or a swap could come between.
         adapter = self.resolve(model, caller)
         shadow = None
-        if adapter and model and "@" not in model:  # a version that was asked for by number is never dealt away
-            adapter, shadow = self._dealt(adapter, caller, fields or {})
+        asker = sticky_key(fields or {}, caller.tenant, caller.key)
+        dealt = adapter is not None and model is not None and "@" not in model
+        if adapter and dealt:  # a version that was asked for by number is never dealt away
+            adapter, shadow = self._dealt(adapter, asker)
         path = self.store.path(adapter.digest) if adapter else None
         engine = supervisor.engine
         id = adapter.id if adapter else None
         labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
         async with engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields or {})) as lease:
-            yield Route(engine, lease.model, *labels, shadow, lease.priority)
+            yield Route(engine, lease.model, *labels, shadow, dealt, asker, lease.priority)
 
     def _supervisor(self, model: str | None, caller: Caller) -> Supervisor:
         """Whose engine answers for `model`."""
@@ -69,13 +76,11 @@ class Router:
             return self.fleet.of(adapter.name)
         return self.fleet.get(model)
 
-    def _dealt(self, live: Adapter, caller: Caller, fields: Mapping[str, Any]) -> tuple[Adapter, Adapter | None]:
+    def _dealt(self, live: Adapter, asker: bytes | None) -> tuple[Adapter, Adapter | None]:
         """Who answers a request for the live version, and who answers it again, unseen."""
         name = live.name
         canary, shadow = self.registry.canary(name), self.registry.shadow(name)
-        if canary and self._shares.takes(
-            name, canary.adapter.version, canary.weight, sticky_key(fields, caller.tenant, caller.key)
-        ):
+        if canary and self._shares.takes(name, canary.adapter.version, canary.weight, asker):
             return canary.adapter, None
         if shadow and self._shares.takes(name, shadow.adapter.version, shadow.weight, None, "shadow"):
             return live, shadow.adapter

@@ -29,12 +29,12 @@ def example(*lines: str) -> str:
 
 
 @contextmanager
-def connected(group: str, url: str, key: str | None) -> Iterator[AdapterClient]:
+def connected(group: str, url: str, key: str | None, timeout: float = 300.0) -> Iterator[AdapterClient]:
     """A client whose errors become a sentence of `loradock GROUP` and an exit code."""
     from serve.client import AdapterClient, Unreachable
 
     try:
-        with AdapterClient(url, key) as client:
+        with AdapterClient(url, key, timeout=timeout) as client:
             yield client
     except LoradockError as error:
         typer.echo(f"loradock {group}: {error.message}", err=True)

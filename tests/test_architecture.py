@@ -13,7 +13,8 @@ MODULES = [path for package in ("serve", "optimize") for path in (ROOT / package
 # In the order of imports: a module may use what stands on the shelves below its own.
 SHELVES = [
     {"errors", "lora_cpu"},
-    {"config", "machine", "drift", "plugin", "worker", "tenant", "limits"},
+    {"slo", "policy", "series"},
+    {"config", "machine", "drift", "thinning", "plugin", "worker", "tenant", "limits"},
     {
         "adapter",
         "auth",
@@ -25,18 +26,23 @@ SHELVES = [
         "usage",
         "probe",
         "traffic",
+        "embedding",
+        "monitoring",
+        "page",
+        "compare",
         "cutoff",
         "line",
         "export",
     },
-    {"store", "registry", "upload", "source", "audit"},
-    {"engine", "keys"},
-    {"fleet"},
+    {"store", "registry", "upload", "source", "audit", "signals", "recent"},
+    {"engine", "keys", "baseline", "feedback", "trial"},
+    {"watcher", "fleet"},
     {"router", "lifecycle", "monitor", "backend", "shadow"},
-    {"inference"},
+    {"inference", "wayback", "prober", "rehearsal"},
+    {"alerts", "referee"},
     {"app"},
     {"launch", "terminal"},
-    {"cli_adapters", "cli_bench", "cli_keys"},
+    {"cli_adapters", "cli_bench", "cli_keys", "cli_monitoring", "cli_baseline"},
     {"cli"},
 ]
 SHELF = {name: level for level, names in enumerate(SHELVES) for name in names}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import KEYS, MAX_UPLOAD, SMALL, Server, eventually, tail
+from tests.e2e.server import KEYS, MAX_UPLOAD, SMALL, WATCHED, Server, eventually, tail
 from tests.lora import WORDS, trained, variant
 
 
@@ -22,7 +22,8 @@ def adapters() -> dict[str, Path]:
 def server(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With keys, a small upload limit, and the real model."""
     folder = tmp_path_factory.mktemp("server")
-    with Server(folder / "data", folder / "log", "--max-upload-bytes", str(MAX_UPLOAD), *SMALL, **KEYS) as server:
+    arguments = ("--max-upload-bytes", str(MAX_UPLOAD), *WATCHED, *SMALL)
+    with Server(folder / "data", folder / "log", *arguments, **KEYS) as server:
         yield server
 
 

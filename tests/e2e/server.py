@@ -26,6 +26,8 @@ ADMIN, KEY = "an-admin-key-of-the-tests", "an-inference-key-of-the-tests"
 KEYS = {"LORADOCK_ADMIN_KEYS": ADMIN, "LORADOCK_API_KEYS": f"another-key,{KEY}"}
 MAX_UPLOAD = 16 << 20
 SMALL = ("--max-model-len", "4096", "--kv-cache-memory-bytes", "1G")
+# A reference that some seconds of traffic fill, and an alarm as soon.
+WATCHED = ("--drift-reference", "60", "--drift-threshold", "1e4")
 START_SECONDS = 300  # 40 on a quiet machine
 
 
@@ -116,8 +118,9 @@ class Server:
         return {one for one in self.engine()["resident"] if one.partition("@")[0] == name}
 
     def stored(self) -> set[Path]:
-        """Every file in the data directory but the registry's."""
-        return {path for path in self.data.rglob("*") if path.is_file() and not path.name.startswith("registry.sqlite")}
+        """Every file in the data directory but the registry's, and what is known of versions that answer."""
+        files = {path for path in self.data.rglob("*") if path.is_file()}
+        return {file for file in files if not file.name.startswith("registry.sqlite") and "drift" not in file.parts}
 
     def ask(self, model: str, question: str = "What is the capital of France?", **more: Any) -> Answer:
         """One greedy answer, streamed, read to its end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,17 @@ from starlette.types import Receive, Scope, Send
 from serve.app import build_app
 from serve.config import Config, keys_hashed, load
 from serve.errors import AdapterRejected, ConfigError
+from serve.tap import Generation, watching
 
 HIDDEN, LAYERS = 16, 2
+
+
+@dataclass
+class FakeSequence:
+    generation: Generation
+
+    def read(self) -> Generation:
+        return self.generation
 
 
 class FakeBackend:
@@ -63,6 +72,9 @@ class FakeBackend:
         self.probes: list[str | None] = []
         self.bodies: list[dict[str, Any]] = []
         self.usage: dict[str, int] | None = None
+        # What the engine made of each request.
+        self.generation = Generation([1, 2, 3], [4, 5], "stop", queue=0.01, gap=0.02, worst_gap=0.03)
+        self.generate: Callable[[dict[str, Any]], Generation] | None = None
         # Cleared, a stream stops after its first chunk until this is set.
         self.flow = asyncio.Event()
         self.flow.set()
@@ -135,6 +147,9 @@ class FakeBackend:
         await self._answer(body)(scope, receive, send)
 
     def _answer(self, body: dict[str, Any]) -> Response:
+        if watch := watching.get():
+            made = self.generate(body) if self.generate else self.generation
+            watch.sequences.append(FakeSequence(made))
         model = body.get("model")
         assert model in (None, self.name) or model in self.held, f"{model} is not in the engine"
         if body.get("fail"):

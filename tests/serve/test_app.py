@@ -204,9 +204,9 @@ async def test_metrics_hold_both_ours_and_the_engines_without_the_unbounded_seri
     await ask(client, "tone")
     await ask(client, "somebody's secret")
     text = (await client.get("/metrics")).text
-    assert 'loradock_requests_total{adapter="tone",code="200",version="v1"} 1.0' in text
-    assert 'loradock_requests_total{adapter="other",code="404",version=""} 1.0' in text
-    assert 'loradock_adapter_state{adapter="tone",state="host",version="v1"} 1.0' in text
+    assert 'loradock_requests_total{adapter="tone",code="200",finish_reason="stop",version="v1"} 1.0' in text
+    assert 'loradock_requests_total{adapter="other",code="404",finish_reason="",version=""} 1.0' in text
+    assert 'loradock_adapter_state{adapter="tone",state="slot",version="v1"} 1.0' in text
     assert "vllm:tokens_total" in text
     assert "secret" not in text
     assert "lora_requests_info" not in text

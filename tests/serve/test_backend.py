@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -15,14 +18,20 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+from vllm.v1.metrics.stats import IterationStats, RequestStateStats
+from vllm.v1.outputs import LogprobsLists
 
-from serve.backend import parse
+from serve.backend import _ask_logprobs, _Timed, _Watched, parse
 from serve.config import engine_options
 from serve.errors import ConfigError
 from serve.inference import salted
+from serve.tap import Watch, watching
 
 
 def test_the_engine_still_has_what_we_call():
@@ -39,6 +48,112 @@ def test_the_engine_still_has_what_we_call():
     assert {"lora_request", "priority"} <= set(taken)
     assert SamplingParams(temperature=0, max_tokens=1, logprobs=20, prompt_logprobs=0, detokenize=False).clone()
     assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
+
+
+def test_the_places_where_answers_are_watched_are_still_there():
+    """serve.backend subclasses these and reads what they leave."""
+    own = inspect.getsource(AsyncLLM.__init__)
+    assert "self.output_processor = OutputProcessor(" in own
+    add = inspect.getsource(AsyncLLM._add_request)
+    assert add.index("self.output_processor.add_request(") < add.index("self.engine_core.add_request_async(")
+    taken = list(inspect.signature(OutputProcessor.add_request).parameters)
+    assert taken[:3] == ["self", "request", "prompt"]
+    finished = list(inspect.signature(OutputProcessor._update_stats_from_finished).parameters)
+    assert finished[:3] == ["self", "req_state", "finish_reason"]
+    assert "req_state.logprobs_processor.update_from_output(engine_core_output)" in inspect.getsource(
+        OutputProcessor.process_outputs
+    )
+    for name in ("detokenizer", "logprobs_processor", "prompt_token_ids", "stats"):
+        assert f"self.{name} = " in inspect.getsource(RequestState.__init__)
+    assert {"queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts", "first_token_latency", "arrival_time"} <= {
+        field.name for field in dataclasses.fields(RequestStateStats)
+    }
+    assert LogprobsLists._fields[:2] == ("logprob_token_ids", "logprobs")
+
+
+def test_the_longest_wait_is_remembered_and_hidden_log_probabilities_stay_hidden():
+    timed = _Timed(**vars(RequestStateStats(arrival_time=5.0)))
+    for now in (1.0, 1.5, 3.5, 4.0):
+        timed.last_token_ts = now
+    assert (timed.worst, timed.last_token_ts, timed.arrival_time) == (2.0, 4.0, 5.0)
+
+    params = SamplingParams(max_tokens=4)
+    request = SimpleNamespace(sampling_params=params)
+    state = SimpleNamespace(logprobs_processor=LogprobsProcessor(None, None, None, None, None, None))
+    _ask_logprobs(request, state)
+    assert (params.logprobs, request.sampling_params.logprobs) == (None, 0), "others may share the params"
+    rows = LogprobsLists(np.array([[7], [8]]), np.array([[-0.5], [-1.5]]), np.array([1, 1]))
+    output = SimpleNamespace(new_logprobs=rows, new_prompt_logprobs_tensors=None, prompt_token_id_logprobs=None)
+    state.logprobs_processor.update_from_output(output)
+    assert state.logprobs_processor.kept == [-0.5, -1.5] and state.logprobs_processor.logprobs is None
+
+    asked = SimpleNamespace(sampling_params=SamplingParams(logprobs=2))
+    state = SimpleNamespace(logprobs_processor=None)
+    _ask_logprobs(asked, state)
+    assert asked.sampling_params.logprobs == 2, "what a client asked for stays as it is"
+
+
+def processed(*, stream, logprobs=None, watch=None, n=4):
+    """vLLM's own output processor over what an engine would send of one request; the answers that came of it."""
+    processor = OutputProcessor(None, log_stats=True)
+    processor.__class__ = _Watched
+    kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
+    params = SamplingParams(max_tokens=n, output_kind=kind, detokenize=False, logprobs=logprobs)
+    rest = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
+    request = EngineCoreRequest(
+        "r-1", [1, 2, 3], sampling_params=params, arrival_time=time.time(), external_req_id="r", **rest
+    )
+    queue = RequestOutputCollector(kind, "r-1")
+    token = watching.set(watch)
+    try:
+        processor.add_request(request, None, None, 0, queue)
+    finally:
+        watching.reset(token)
+    answers = []
+    for step, at in enumerate((10.2, 10.3, 10.7, 10.8)[:n]):
+        events = None
+        if step == 0:
+            times = ((EngineCoreEventType.QUEUED, 10.0), (EngineCoreEventType.SCHEDULED, 10.1))
+            events = [EngineCoreEvent(kind, when) for kind, when in times]
+        rows = None
+        if request.sampling_params.num_logprobs is not None:
+            rows = LogprobsLists(np.array([[7 + step]]), np.array([[-0.5 * step]]), np.array([1]))
+        output = EngineCoreOutput("r-1", [7 + step], new_logprobs=rows, events=events)
+        output.finish_reason = FinishReason.LENGTH if step == 3 else None
+        processor.process_outputs([output], at, IterationStats())
+        while (answer := queue.get_nowait()) is not None:
+            answers.append(answer)
+    return processor, answers
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_request_is_seen_token_by_token_by_vllm_s_own_processor(stream, hidden):
+    watch = Watch(logprobs=hidden)
+    _, answers = processed(stream=stream, watch=watch)
+    assert all(answer.outputs[0].logprobs is None for answer in answers) and len(answers) == (4 if stream else 1)
+    (seen,) = [sequence.read() for sequence in watch.sequences]
+    assert (list(seen.prompt), list(seen.output), seen.finish_reason) == ([1, 2, 3], [7, 8, 9, 10], "length")
+    assert (seen.queue, seen.gap, seen.worst_gap) == pytest.approx((0.1, 0.2, 0.4))
+    assert time.time() - 5 < seen.first <= time.time()
+    assert seen.logprobs == ([0.0, -0.5, -1.0, -1.5] if hidden else None)
+
+
+def test_what_the_client_asked_for_is_looked_at_and_given():
+    watch = Watch(logprobs=True)
+    _, answers = processed(stream=True, logprobs=0, watch=watch)
+    assert all(len(answer.outputs[0].logprobs) == 1 for answer in answers)
+    assert watch.sequences[0].read().logprobs == [0.0, -0.5, -1.0, -1.5]
+
+
+def test_a_client_that_left_is_an_abort_and_an_unwatched_request_is_nobodys():
+    watch = Watch()
+    processor, _ = processed(stream=True, watch=watch, n=2)
+    processor.abort_requests(["r-1"], internal=True)
+    seen = watch.sequences[0].read()
+    assert (seen.finish_reason, list(seen.output)) == ("abort", [7, 8])
+    _, answers = processed(stream=True)
+    assert len(answers) == 4
 
 
 def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():

@@ -81,7 +81,7 @@ async def test_a_server_that_has_issued_keys_does_not_open_when_its_config_forge
         run = {"authorization": "Bearer run"}
         made = (await client.post("/v1/keys", json={"name": "x"}, headers=run)).json()
         await client.delete(f"/v1/keys/{made['id']}", headers=run)
-    async with connect(config, FakeBackend()) as client:
+    async with connect(config, FakeBackend(config.model)) as client:
         assert (await ask(client, "base")).status_code == 401
 
 
@@ -106,7 +106,7 @@ def test_admin_stays_with_the_default_tenant():
 @pytest.fixture
 def served(config):
     """The real server on a real socket, with the key `run`; its address."""
-    app = build_app(replace(config, admin_keys=keys_hashed(["run"])), FakeBackend())
+    app = build_app(replace(config, admin_keys=keys_hashed(["run"])), FakeBackend(config.model))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

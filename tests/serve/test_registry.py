@@ -164,6 +164,16 @@ def test_rollback_walks_back_through_what_was_live(registry):
     assert registry.rollback("pirate", by="bo").version == 1
 
 
+def test_where_a_rollback_would_lead_is_known_before(registry):
+    assert registry.before("pirate") is None
+    for number in range(3):
+        push(registry, "pirate", number)
+    registry.promote("pirate", 1, by="bo")
+    assert registry.before("pirate") == registry.rollback("pirate", by="bo").version == 3
+    assert registry.before("pirate") == registry.rollback("pirate", by="bo").version == 2
+    assert registry.before("pirate") == 1
+
+
 def test_rollback_skips_what_was_never_live(registry):
     push(registry, "pirate", 1), push(registry, "pirate", 2, promote=False), push(registry, "pirate", 3)
     assert registry.rollback("pirate", by="bo").version == 1

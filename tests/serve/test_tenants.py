@@ -17,6 +17,8 @@ BODIES = {
     ("post", "/v1/adapters/{name}/canary"): {"json": {"version": 1, "weight": 0.5}},
     ("post", "/v1/adapters/{name}/shadow"): {"json": {"version": 1, "weight": 0.5}},
     ("post", "/v1/adapters/{name}/pin"): {"json": {"version": 1}},
+    ("post", "/v1/adapters/{name}/drift/acknowledge"): {"json": {"version": 1}},
+    ("post", "/v1/adapters/{name}/baseline"): {"json": {"prompts": ["x"] * 20}},
     ("post", "/v1/keys"): {"json": {"name": "more", "tenant": "acme"}},
 }
 
@@ -135,7 +137,7 @@ async def test_metrics_are_the_operators_and_name_the_tenant(globex, acme, opera
     await ask(acme, "secret")
     assert (await globex.get("/metrics")).status_code == 403
     text = (await operator.get("/metrics")).text
-    assert 'loradock_requests_total{adapter="acme/secret",code="200",version="v2"} 1.0' in text
+    assert 'loradock_requests_total{adapter="acme/secret",code="200",finish_reason="stop",version="v2"} 1.0' in text
     assert "loradock_audit_failures_total 0.0" in text
 
 
@@ -267,7 +269,7 @@ async def test_a_shared_adapters_canary_answers_other_tenants_askers_too(acme, g
     assert set(answers[0]) == set(answers[2]) == {live, candidate}
     assert answers[0] == answers[1] != answers[2], "two tenants' users of one name are one asker"
     text = (await operator.get("/metrics")).text
-    assert 'loradock_requests_total{adapter="acme/tone",code="200",version="v2"}' in text
+    assert 'loradock_requests_total{adapter="acme/tone",code="200",finish_reason="stop",version="v2"}' in text
 
 
 async def test_a_shadow_stays_in_its_tenant_and_is_on_nobodys_key(operator, issue, backend, config, make_adapter):

@@ -25,7 +25,7 @@ def main(data: Path, model: str, port: str) -> None:
         child = os.fork()
         if child == 0:
             config = load([model, "--name", "base", "--data-dir", str(data), "--port", port], {})
-            uvicorn.run(build_app(config, FakeBackend()), port=config.port, log_level="error")  # type: ignore[arg-type]
+            uvicorn.run(build_app(config, FakeBackend(config.model)), port=config.port, log_level="error")  # type: ignore[arg-type]
             os._exit(0)
         print(child, flush=True)
         os.waitpid(child, 0)

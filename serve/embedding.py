@@ -1,0 +1,157 @@
+"""A prompt as a short vector: the mean of its tokens' rows in the model's own embedding table, projected once.
+
+    embedding = Embedding.of(checkpoint)      # reads one tensor of the checkpoint, seconds at most, once an engine
+    embedding.vector(token_ids)               # (32,) float32 in about 10 us
+
+No second model, no GPU, and adapters of one base share it. Frequent tokens weigh less (smooth inverse frequency, Arora
+et al. 2017); their frequency is taken from their number, since tokenizers number merges in the order of frequency.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from serve.errors import ConfigError
+
+DIMENSIONS = 32
+# Arora's a: tokens rarer than this keep their weight, commoner ones lose it.
+SIF = 1e-3
+# What the input embedding is called in the checkpoints of the architectures that vLLM serves; the output's stands for
+# it where the two are tied and only that one was saved.
+NAMES = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embed_in.weight",
+    "embeddings.weight",
+    "embedding.weight",
+    "lm_head.weight",
+)
+_CHUNK = 8192
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """table: (vocabulary, dimensions) float32, projected; weights: (vocabulary,). `digest` names both, and the seed."""
+
+    table: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    digest: str
+
+    @classmethod
+    def of(cls, checkpoint: Path, *, dimensions: int = DIMENSIONS, seed: int = 0) -> Self:
+        """Of a checkpoint folder: one safetensors file or shards, BF16, F16 or F32, tied or not."""
+        return cls.project(rows(checkpoint), dimensions=dimensions, seed=seed)
+
+    @classmethod
+    def project(cls, source: Rows | NDArray[np.floating], *, dimensions: int = DIMENSIONS, seed: int = 0) -> Self:
+        """Of a table (vocabulary, width) that is in memory, or mapped."""
+        vocabulary, width = source.shape
+        lots = np.random.Generator(np.random.PCG64(seed))
+        onto = lots.standard_normal((width, min(dimensions, width)))
+        onto = np.linalg.qr(onto)[0].astype(np.float32)
+        table = np.empty((vocabulary, onto.shape[1]), np.float32)
+        for start in range(0, vocabulary, _CHUNK):
+            table[start : start + _CHUNK] = np.asarray(source[start : start + _CHUNK], np.float32) @ onto
+        scale = float(table.std()) or 1.0
+        table /= scale
+        # Zipf: the token of rank r comes with probability 1 / (r H).
+        frequency = 1 / (np.arange(1, vocabulary + 1) * (math.log(vocabulary) + 0.5772))
+        weights = (SIF / (SIF + frequency)).astype(np.float32)
+        # A bit of rounding in the product would be another digest on another machine: so over what went in.
+        digest = hashlib.sha256(f"{vocabulary} {width} {dimensions} {seed} {SIF}".encode())
+        for start in range(0, vocabulary, _CHUNK):
+            digest.update(np.ascontiguousarray(source[start : start + _CHUNK], np.float32).tobytes())
+        return cls(table, weights, digest.hexdigest())
+
+    def vector(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """(dimensions,): weighted mean of the tokens' rows; zeros of nothing. Numbers outside the table (added tokens)
+        are left out."""
+        ids = np.asarray(tokens, np.int64)
+        if ids.size and (ids.max() >= len(self.table) or ids.min() < 0):
+            ids = ids[(ids >= 0) & (ids < len(self.table))]
+        if not ids.size:
+            return np.zeros(self.table.shape[1], np.float32)
+        weights = self.weights[ids]
+        return (weights @ self.table[ids]) / weights.sum()
+
+
+class Rows:
+    """A matrix in a safetensors file, mapped: slices of it become float32, the rest stays on the disk."""
+
+    def __init__(self, path: Path, dtype: str, shape: tuple[int, int], offset: int) -> None:
+        self.shape = shape
+        self._bf16 = dtype == "BF16"
+        self._map = np.memmap(path, {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[dtype], "r", offset, shape)
+
+    def __getitem__(self, which: slice | NDArray[np.integer]) -> NDArray[np.float32]:
+        part = np.asarray(self._map[which])
+        if self._bf16:  # the upper half of a float32
+            return (part.astype(np.uint32) << 16).view(np.float32)
+        return part.astype(np.float32)
+
+
+def rows(checkpoint: Path) -> Rows:
+    """The input embedding of a checkpoint folder, or ConfigError with the reason."""
+    for name in NAMES:
+        for tensor, path in sorted(_where(checkpoint).items()):
+            if tensor == name or tensor.endswith("." + name):
+                return _open(path, tensor)
+    raise ConfigError(
+        f"{checkpoint.name} has no tensor that is called like an input embedding ({', '.join(NAMES[:3])}, ...), "
+        "so its prompts cannot be watched for drift; switch drift off for this model"
+    )
+
+
+def _where(checkpoint: Path) -> dict[str, Path]:
+    """Every tensor's file."""
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = dict(json.loads(index.read_bytes())["weight_map"])
+        except (ValueError, KeyError, TypeError) as damaged:
+            raise ConfigError(f"{index.name} cannot be read ({damaged}); fetch the checkpoint again") from damaged
+        return {tensor: checkpoint / str(shard) for tensor, shard in shards.items()}
+    found = {tensor: path for path in sorted(checkpoint.glob("*.safetensors")) for tensor in _header(path)[0]}
+    if not found:
+        raise ConfigError(f"{checkpoint.name} holds no safetensors file; drift needs the embedding table of the model")
+    return found
+
+
+def _header(path: Path) -> tuple[dict[str, dict], int]:
+    """The tensors of a safetensors file, and where their bytes begin."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 100 << 20:
+                raise ValueError("its header is larger than the format allows")
+            tensors = json.loads(file.read(length))
+    except (OSError, ValueError) as damaged:
+        raise ConfigError(f"{path.name} is not a safetensors file ({damaged}); fetch the checkpoint again") from damaged
+    tensors.pop("__metadata__", None)
+    return tensors, 8 + length
+
+
+def _open(path: Path, tensor: str) -> Rows:
+    tensors, begin = _header(path)
+    entry = tensors.get(tensor)
+    if entry is None:
+        raise ConfigError(f"the index names {path.name} for {tensor}, which is not in it; fetch the checkpoint again")
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if dtype not in ("BF16", "F16", "F32") or len(shape) != 2:
+        raise ConfigError(
+            f"{tensor} is {dtype} {list(shape)}; drift reads an embedding of two dimensions in BF16, F16 or F32"
+        )
+    start, end = entry["data_offsets"]
+    if path.stat().st_size < begin + end:
+        raise ConfigError(f"{path.name} was cut short; fetch the checkpoint again")
+    return Rows(path, dtype, shape, begin + start)

@@ -1,0 +1,85 @@
+"""What follows of a verdict on a canary, by policy; always told to the history, the audit log and a metric."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Sequence
+
+from serve.audit import Audit
+from serve.compare import Verdict
+from serve.errors import Conflict, LoradockError
+from serve.lifecycle import Lifecycle
+from serve.policy import HOLD, PROMOTE, ROLLBACK, Policy, policy_for
+from serve.tenant import tenant_of
+from serve.trial import Judgement, Trials
+from serve.wayback import Wayback
+
+log = logging.getLogger(__name__)
+
+WHO = "referee"
+
+
+class Referee:
+    """`swapped(adapter, result)` hears of a promotion, for the metric."""
+
+    def __init__(
+        self,
+        wayback: Wayback,
+        lifecycle: Lifecycle,
+        audit: Audit,
+        trials: Trials,
+        policies: Sequence[Policy],
+        swapped: Callable[[str, str], None] = lambda adapter, result: None,
+    ) -> None:
+        self._wayback = wayback
+        self._lifecycle = lifecycle
+        self._audit = audit
+        self._trials = trials
+        self._policies = policies
+        self._swapped = swapped
+
+    def policy(self, adapter: str) -> Policy:
+        """The policy of the adapter of this full name."""
+        return policy_for(self._policies, adapter)
+
+    async def decide(self, judgement: Judgement) -> None:
+        """Do what the policy says; whatever comes of it is logged."""
+        policy, adapter = self.policy(judgement.adapter), judgement.adapter
+        log.warning("%s@v%d is %s: %s", adapter, judgement.canary, judgement.verdict.value, judgement.reason)
+        if judgement.verdict is Verdict.WORSE and policy.worse == ROLLBACK:
+            await self._wayback.rollback(adapter, judgement.canary, judgement.reason, judgement.evidence)
+            return
+        status, what = 200, f"canary_{judgement.verdict.value}"
+        if judgement.verdict is Verdict.PROVED and policy.proved == PROMOTE:
+            what = "promote"
+            why = f"proved: {json.dumps(judgement.evidence)}"[:2048]
+            try:
+                await self._lifecycle.promote(adapter, judgement.canary, by=WHO, expected=judgement.live, why=why)
+                self._swapped(adapter, "promoted")
+            except LoradockError as error:
+                log.warning("%s@v%d was not promoted: %s", adapter, judgement.canary, error.message)
+                status = error.status
+        await asyncio.to_thread(
+            self._audit.write,
+            status=status,
+            who=WHO,
+            tenant=tenant_of(adapter),
+            key=None,
+            what=what,
+            subject=f"{adapter}@v{judgement.canary}",
+            reason=judgement.reason,
+            evidence=json.dumps(judgement.evidence)[:2048],
+        )
+
+    def check(self, adapter: str, version: int, at_once: bool) -> None:
+        """Conflict, if the policy holds this version back."""
+        trial = self._trials.running.get(adapter)
+        if at_once or trial is None or trial.canary != version or self.policy(adapter).worse != HOLD:
+            return
+        if trial.verdict is Verdict.WORSE:
+            raise Conflict(
+                f"version {version} did worse than version {trial.live} as its canary, and this adapter's policy holds "
+                'it back: see its /drift, and promote it with "at_once": true if you want it all the same'
+            )

@@ -1,0 +1,135 @@
+"""Which requests a detector may see: its guarantee needs them exchangeable, and repeats are not.
+
+    thinning = Thinning(interval=600, block=8, seed=7)
+    for row in thinning.offer(row, tokens=prompt_tokens, key=conversation_or_key, now=seconds):
+        signal.update(row)
+
+A prompt that was seen before, or nearly (MinHash over three-token runs, Broder 1997), is left out; so is a second
+request of one conversation or key within `interval` seconds. What is left is given out in shuffled blocks, so that
+what came close together carries no order. The reference must have gone through the same. Memory is bounded: the oldest
+are forgotten.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Item = TypeVar("Item")
+
+ACCEPTED, REPEATED, NEAR, CROWDED = COUNTS = ("accepted", "repeated", "near_duplicate", "same_conversation")
+RUN = 3
+# 4 bands of 3 minima: 94 of 100 prompts that share 80 % of their runs are found, 3 of 100 that share 20 %.
+BANDS, MINIMA = 4, 3
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_TURNS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, BANDS * MINIMA, np.uint64) * 2 + 1
+
+
+class Thinning(Generic[Item]):
+    """interval: seconds between two requests of one key (0: no limit). block: accepted requests shuffled together.
+
+    memory: prompts and keys that are remembered. ignore: runs that prompts share by template or system prompt, which
+    would make all of them near-duplicates (`common_runs`).
+    """
+
+    def __init__(
+        self,
+        *,
+        interval: float = 600.0,
+        block: int = 8,
+        memory: int = 20_000,
+        ignore: NDArray[np.uint64] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if block < 1 or memory < 1 or interval < 0:
+            raise ValueError(f"interval {interval}, block {block}, memory {memory}: at least 0, 1 and 1 are taken")
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self._interval, self._block, self._memory = interval, block, memory
+        self._ignore = ignore
+        self._prompts: OrderedDict[Hashable, None] = OrderedDict()
+        self._bands: OrderedDict[Hashable, None] = OrderedDict()
+        self._last: OrderedDict[Hashable, float] = OrderedDict()
+        self._waiting: list[Item] = []
+        self._lots = np.random.Generator(np.random.PCG64(seed))
+
+    def offer(self, item: Item, *, tokens: ArrayLike, now: float, key: Hashable | None = None) -> list[Item]:
+        """Judge one request; gives a shuffled block when this one filled it, else nothing."""
+        ids = np.ascontiguousarray(tokens, np.int64)
+        why = self._why(ids, now, key)
+        self.counts[why] += 1
+        if why != ACCEPTED:
+            return []
+        self._waiting.append(item)
+        return self.flush() if len(self._waiting) >= self._block else []
+
+    def flush(self) -> list[Item]:
+        """What waits for its block to fill, shuffled."""
+        block, self._waiting = self._waiting, []
+        return [block[i] for i in self._lots.permutation(len(block))]
+
+    def _why(self, ids: NDArray[np.int64], now: float, key: Hashable | None) -> str:
+        # All of it is learned from every request, also from one that is left out: a chain of near-duplicates stays out.
+        repeated = _remember(self._prompts, ids.tobytes(), self._memory)
+        near = False
+        if not repeated:
+            for band in self._signature(ids):
+                near = _remember(self._bands, band, self._memory * BANDS) or near
+        crowded = False
+        if key is not None and self._interval > 0:
+            last = self._last.get(key)
+            crowded = last is not None and now - last < self._interval
+            if not (repeated or near or crowded):
+                self._last[key] = now
+                self._last.move_to_end(key)
+                if len(self._last) > self._memory:
+                    self._last.popitem(last=False)
+        return REPEATED if repeated else NEAR if near else CROWDED if crowded else ACCEPTED
+
+    def _signature(self, ids: NDArray[np.int64]) -> list[tuple[int, bytes]]:
+        runs = _runs(ids)
+        if self._ignore is not None:
+            runs = runs[~np.isin(runs, self._ignore)]
+        if not len(runs):
+            return []
+        minima = _hashes(runs).min(axis=1)
+        return [(i, minima[i * MINIMA : (i + 1) * MINIMA].tobytes()) for i in range(BANDS)]
+
+
+def common_runs(prompts: Iterable[ArrayLike], share: float = 0.1) -> NDArray[np.uint64]:
+    """Runs of tokens that more than `share` of the prompts contain: the template's and the system prompt's."""
+    each = [np.unique(_runs(np.ascontiguousarray(tokens, np.int64))) for tokens in prompts]
+    if not each:
+        return np.zeros(0, np.uint64)
+    runs, counts = np.unique(np.concatenate(each), return_counts=True)
+    return runs[counts > max(1.0, share * len(each))]
+
+
+def _runs(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Every run of RUN tokens as one number; a shorter prompt is one run."""
+    words = ids.astype(np.uint64)
+    if len(words) < RUN:
+        return np.array([hash(ids.tobytes()) & ((1 << 64) - 1)], np.uint64) if len(words) else words
+    run = words[: len(words) - RUN + 1].copy()
+    for i in range(1, RUN):
+        run = (run ^ (run >> np.uint64(29))) * _MIX + words[i : len(words) - RUN + 1 + i]
+    return run
+
+
+def _hashes(runs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """(minima, runs): one order of all runs a row."""
+    mixed = runs ^ (runs >> np.uint64(31))
+    return (mixed * _TURNS[:, None]) >> np.uint64(16)
+
+
+def _remember(seen: OrderedDict, what: Hashable, most: int) -> bool:
+    """Whether it was there; it is now, as the newest."""
+    known = what in seen
+    seen[what] = None
+    seen.move_to_end(what)
+    if len(seen) > most:
+        seen.popitem(last=False)
+    return known

@@ -1,0 +1,111 @@
+"""What watching costs: one real server, whose watching goes on and off from round to round, under 16 streams.
+
+    python -m tests.cost [ROUNDS]
+
+Prints tokens a second with and without, their ratio round by round, and the worker's CPU time a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import httpx
+import uvicorn
+
+from serve import tap
+from serve.config import load
+from serve.launch import _model, _with_defaults
+from tests.e2e.server import SMALL, free_port
+from tests.e2e.test_watching import GARDEN
+
+STREAMS, TOKENS, EACH = 16, 64, 3
+
+
+async def main(rounds: int) -> None:
+    port = free_port()
+    with tempfile.TemporaryDirectory() as data:
+        arguments = ["--port", str(port), "--data-dir", data, "--drift-reference", "20", *SMALL]
+        config = load(arguments, {})
+        config = _with_defaults(replace(config, model=_model(config)))
+        from serve.app import build_app
+        from serve.backend import VLLMBackend
+
+        app = build_app(config, VLLMBackend(config.model, config.name, config.engine))
+        server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.1)
+        await app.state.ready.wait()
+        try:
+            await measure(app, f"http://127.0.0.1:{port}/v1/chat/completions", rounds)
+        finally:
+            server.should_exit = True
+            await serving
+
+
+async def measure(app, url: str, rounds: int) -> None:
+    watcher, inference = app.state.watcher, app.state.inference
+    takes, wants, watched = inference._take, inference._wants_logprobs, tap.Tap.watched
+    await load_of(url, 40)  # the reference, and the engine's first steps
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(rounds):
+        for on in (True, False) if number % 2 else (False, True):
+            tap.Tap.watched = watched if on else nothing
+            inference._take = takes if on else lambda exchange: None
+            inference._wants_logprobs = wants if on else lambda adapter: False
+            began = time.perf_counter()
+            tokens = await load_of(url, STREAMS * EACH)
+            found[on].append(tokens / (time.perf_counter() - began))
+            print(f"round {number} {'on ' if on else 'off'} {found[on][-1]:.1f} tokens/s", flush=True)
+    await asyncio.to_thread(watcher.settle)
+    ratios = [on / off for on, off in zip(found[True], found[False], strict=True)]
+    print(f"on/off {statistics.median(ratios):.4f} in the median, {min(ratios):.4f} to {max(ratios):.4f}")
+    print(f"worker: {1e6 * watcher._spent / watcher._taken:.0f} us of CPU a request, over {watcher._taken} requests")
+
+
+@contextmanager
+def nothing(self):
+    """In place of what lets the backend see the request's Watch."""
+    yield
+
+
+async def load_of(url: str, count: int) -> int:
+    """Tokens of so many answers, 16 at a time, asked by a process of its own."""
+    command = [sys.executable, "-m", "tests.cost", "client", url, str(count)]
+    client = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    out, _ = await client.communicate()
+    return int(out)
+
+
+async def client(url: str, count: int) -> None:
+    lots, tokens, left = random.Random(), 0, iter(range(count))
+
+    async with httpx.AsyncClient(timeout=300) as http:
+
+        async def stream() -> None:
+            nonlocal tokens
+            for _ in left:
+                said = " ".join(lots.choices(GARDEN, k=12))
+                body = {"model": "smollm2", "messages": [{"role": "user", "content": said}], "max_tokens": TOKENS}
+                body |= {"ignore_eos": True, "stream": True, "user": str(lots.random())}
+                async with http.stream("POST", url, json=body) as answer:
+                    async for line in answer.aiter_lines():
+                        tokens += line.startswith("data: {") and bool(json.loads(line[6:])["choices"][0]["delta"])
+
+        await asyncio.gather(*(stream() for _ in range(STREAMS)))
+    print(tokens)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["client"]:
+        asyncio.run(client(sys.argv[2], int(sys.argv[3])))
+    else:
+        asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 6))

@@ -1,0 +1,191 @@
+"""The rendered files at work: Prometheus scrapes a server under traffic, and Alertmanager calls it back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from serve.monitoring.dashboards import dashboards
+from serve.monitoring.panels import MAY_BE_ZERO
+from serve.monitoring.render import ALERT_KEY, SCRAPE_KEY, Places, write
+from serve.slo import DEFAULT_SLOS
+from tests.e2e.server import ADMIN, Server, eventually, free_port, tail
+
+PROGRAMS = ("prometheus", "prometheus-alertmanager")
+METRIC = re.compile(r"(?:loradock_|vllm:|adapter_slo:)[\w:]+|\bup\b|\bALERTS\b")
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason=f"Debian's {' and '.join(PROGRAMS)} are missing"),
+]
+
+
+@contextmanager
+def running(folder: Path, url: str, *command: str) -> Iterator[httpx.Client]:
+    """The program, and a client of it once it is ready."""
+    log = folder / "log"
+    with log.open("w") as out, httpx.Client(base_url=url, timeout=30) as client:
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
+        try:
+
+            def ready() -> bool:
+                with suppress(httpx.TransportError):
+                    return client.get("/-/ready").status_code == 200
+                assert process.poll() is None, tail(log)
+                return False
+
+            assert eventually(ready, 30), tail(log)
+            yield client
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def watchers(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+    """Prometheus and Alertmanager on the rendered files, in a hurry."""
+    folder, ports = tmp_path_factory.mktemp("watchers"), (free_port(), free_port())
+    prometheus, alertmanager = (f"127.0.0.1:{port}" for port in ports)
+    write(folder, DEFAULT_SLOS, Places(f"127.0.0.1:{server.port}", prometheus, alertmanager))
+    (folder / "prometheus" / SCRAPE_KEY).write_text(ADMIN)
+    (folder / "alertmanager" / ALERT_KEY).write_text(ADMIN)
+    for name in ("prometheus.yml", "rules.yml"):
+        file = folder / "prometheus" / name
+        read = yaml.safe_load(file.read_text())
+        if "global" in read:
+            read["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        for group in read.get("groups", []):
+            group["interval"] = "1s"
+        file.write_text(yaml.safe_dump(read))
+    with ExitStack() as stack:
+        first = ("prometheus", "--config.file=prometheus.yml", f"--web.listen-address={prometheus}")
+        second = ("prometheus-alertmanager", "--config.file=alertmanager.yml", f"--web.listen-address={alertmanager}")
+        yield (
+            stack.enter_context(
+                running(folder / "prometheus", f"http://{prometheus}", *first, "--enable-feature=exemplar-storage")
+            ),
+            stack.enter_context(
+                running(folder / "alertmanager", f"http://{alertmanager}", *second, "--cluster.listen-address=")
+            ),
+        )
+
+
+def ask(prometheus: httpx.Client, expr: str) -> list[dict[str, Any]]:
+    told = prometheus.post("/api/v1/query", data={"query": expr}).json()
+    assert told["status"] == "success", f"{told.get('error')}\n{expr}"
+    result: list[dict[str, Any]] = told["data"]["result"]
+    return result
+
+
+def says_something(prometheus: httpx.Client, expr: str) -> bool:
+    """A sample that is a number and not zero."""
+    values = [float(sample["value"][1]) for sample in ask(prometheus, expr)]
+    return any(value == value and value != 0 for value in values)
+
+
+def filled(expr: str, name: str) -> str:
+    """As Grafana fills in what stands for a choice."""
+    choices = {"__rate_interval": "30s", "adapter": name, "version": ".*", "old": "v1", "new": "v2", "model": ".*"}
+    return re.sub(r"\$(\w+)", lambda found: choices[found[1]], expr)
+
+
+def known(server: Server, prometheus: httpx.Client) -> set[str]:
+    """Every metric there is: what has samples, and what the server says there might be."""
+    names = set(prometheus.get("/api/v1/label/__name__/values").json()["data"])
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", server.http.get("/metrics").text, re.MULTILINE):
+        names |= {name} | ({f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else set())
+    rules = yaml.safe_load((Path(__file__).parents[2] / "grafana/prometheus/rules.yml").read_text())
+    return names | {rule["record"] for group in rules["groups"] for rule in group["rules"] if "record" in rule}
+
+
+@pytest.fixture
+def traffic(server: Server, name: str, adapters: dict[str, Path]) -> Iterator[None]:
+    """Two versions and the base are asked all the time; version 2 has been promoted and rolled back."""
+    server.upload(name, adapters["alpha"]).raise_for_status()
+    server.upload(name, adapters["bravo"], promote=False).raise_for_status()
+    server.promote(name, 2)
+    server.http.post(f"/v1/adapters/{name}/rollback").raise_for_status()
+    stop = threading.Event()
+
+    def go(model: str) -> None:
+        while not stop.is_set():
+            server.ask(model, tokens=6)
+
+    threads = [threading.Thread(target=go, args=(model,)) for model in (f"{name}@v1", f"{name}@v2", "smollm2")]
+    for thread in threads:
+        thread.start()
+    yield
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_every_panel_and_every_rule_speaks_to_a_live_prometheus(server, name, traffic, watchers):
+    prometheus, _ = watchers
+    assert eventually(lambda: says_something(prometheus, 'rate(loradock_requests_total{version="v2"}[30s])'), 60)
+    time.sleep(5)
+    there = known(server, prometheus)
+    wrong, silent = [], []
+    for board in dashboards(DEFAULT_SLOS):
+        annotations = [(one["name"], one["expr"], True) for one in board["annotations"]["list"]]
+        panels = [(panel["title"], target["expr"], panel["description"].endswith(MAY_BE_ZERO))
+                  for panel in board["panels"] for target in panel.get("targets", [])]  # fmt: skip
+        for title, expr, quiet in annotations + panels:
+            expr = filled(expr, name)
+            where = f"{board['uid']}: {title}: {expr}"
+            wrong += [f"{where}: there is no {metric}" for metric in METRIC.findall(expr) if metric not in there]
+            if not says_something(prometheus, expr) and not quiet:
+                silent.append(where)
+        for variable in board["templating"]["list"]:
+            if variable["type"] == "query":
+                found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+                selector = filled(found[1], name)
+                values = {sample["metric"].get(found[2]) for sample in ask(prometheus, selector)}
+                assert values - {None}, f"{board['uid']}: {variable['name']} offers nothing"
+    groups = prometheus.get("/api/v1/rules").json()["data"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert rules
+    for rule in rules:
+        assert rule["health"] == "ok", f"{rule['name']}: {rule.get('lastError')}"
+        wrong += [
+            f"{rule['name']}: there is no {metric}" for metric in METRIC.findall(rule["query"]) if metric not in there
+        ]
+    assert not wrong, "\n".join(sorted(set(wrong)))
+    assert not silent, "\n".join(silent)
+    firing = {rule["name"] for rule in rules if rule.get("state") == "firing"}
+    assert firing <= {"LoradockRolledBack"}, "a healthy server under traffic raises nothing"
+    burns = ask(prometheus, f'adapter_slo:loradock_burn:rate5m{{adapter="{name}"}}')
+    assert {sample["metric"]["slo"] for sample in burns} == {slo.objective.value for slo in DEFAULT_SLOS}
+
+
+def test_alertmanager_calls_the_server_and_the_version_goes_back(server, name, adapters, watchers):
+    _, alertmanager = watchers
+    server.upload(name, adapters["alpha"]).raise_for_status()
+    server.upload(name, adapters["bravo"]).raise_for_status()
+    assert server.adapter(name)["live"] == 2
+    alert = {
+        "labels": {"alertname": "LoradockNewVersionFails", "severity": "page", "action": "rollback",
+                   "adapter": name, "version": "v2"},
+        "annotations": {"summary": f"{name}@v2: 31 % of the answers fail"},
+    }  # fmt: skip
+    alertmanager.post("/api/v2/alerts", json=[alert]).raise_for_status()
+    assert eventually(lambda: server.adapter(name)["live"] == 1, 30)
+    last = server.adapter(name)["history"][-1]
+    assert (last["who"], last["what"]) == ("wayback", "rollback") and "31 %" in last["why"]
+    assert server.ask(name).word == "alpha"
+    counted = f'loradock_rollbacks_total{{adapter="{name}",reason="alert",version="v2"}} 1.0'
+    assert counted in server.http.get("/metrics").text
+    lines = [json.loads(line) for line in (server.data / "audit.jsonl").read_text().splitlines()]
+    assert [line["subject"] for line in lines if line["who"] == "wayback"][-1] == f"{name}@v2"

