@@ -1,4 +1,4 @@
-"""The real model made smaller, and the server on the result: what it is shows, and an adapter of the old base answers."""
+"""The real model made smaller, and the server on it: what it is shows, and adapters of the old base answer."""
 
 from __future__ import annotations
 
