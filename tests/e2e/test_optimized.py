@@ -27,7 +27,7 @@ GATE = (
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("optimized") / "smollm2-int8"
-    done = loradock("optimize", "int8-cpu", "--out", out, "--set", STEP, *QUICK, *GATE)
+    done = loradock("optimize", "int8-cpu", "--out", out, "--set", STEP, *QUICK, *GATE, timeout=420)
     assert done.returncode == 0, done.stderr
     return out
 
