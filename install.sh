@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv ready: `install.sh serve` for serving, `install.sh test` with the developers' tools as well.
-# `make serve` and `make test` call it. It may be stopped at any moment and run again; done once, it costs a second.
+# Makes .venv ready: `install.sh serve` for serving, `install.sh optimize` for `loradock optimize` as well, `install.sh test`
+# with the developers' tools too. `make serve` and `make test` call it. It may be stopped at any moment and run again; done once, it costs a second.
 #
 #   PYTHON=...   the Python to use (3.11 to 3.13)      DEVICE=cpu|gpu   instead of looking at the machine
 #   MODEL=...    anything but smollm2 leaves the embedded model out
@@ -19,8 +19,8 @@ unset PYTHONHOME PYTHONPATH
 
 profile=${1:-serve}
 case $profile in
-    serve | test) ;;
-    *) echo "install.sh: '$profile' is not a profile; there is serve and test" >&2; exit 2 ;;
+    serve | optimize | test) ;;
+    *) echo "install.sh: '$profile' is not a profile; there is serve, optimize and test" >&2; exit 2 ;;
 esac
 
 main() {
@@ -81,7 +81,8 @@ choose_python() {
 is_ready() {
     local stamp
     [ ! -e "$VENV/.busy" ] && [ "$(cat "$VENV/.house" 2>/dev/null)" = "$house" ] || return 1
-    for stamp in "$VENV/.ready-$profile" "$VENV/.ready-test"; do
+    for stamp in "$VENV/.ready-$profile" "$VENV/.ready-optimize" "$VENV/.ready-test"; do
+        [ "$profile" != test ] || stamp=$VENV/.ready-test
         [ "$(cat "$stamp" 2>/dev/null)" = "$key" ] && "$VENV/bin/python" -c '' 2>/dev/null && return 0
     done
     return 1
@@ -104,7 +105,8 @@ make_venv() {
 
 install_dependencies() {
     local extras=$device
-    [ "$profile" = test ] && extras=$device,dev
+    [ "$profile" = optimize ] && extras=$device,optimize
+    [ "$profile" = test ] && extras=$device,optimize,dev
     if [ "$device" = gpu ]; then
         say "installing vLLM for CUDA and everything else (several GB the first time)"
         pip_install -c constraints-gpu.txt -e ".[$extras]"

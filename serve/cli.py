@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
-from serve import __version__
+from serve import __version__, cli_operate
 from serve.cli_adapters import adapters_app
 from serve.cli_baseline import baseline_app
 from serve.cli_bench import bench_app
+from serve.cli_engines import engines_app
 from serve.cli_keys import keys_app
 from serve.cli_monitoring import monitoring_app
 from serve.config import load, settings_help
@@ -27,8 +29,11 @@ app = typer.Typer(
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(baseline_app, name="baseline")
 app.add_typer(bench_app, name="bench")
+app.add_typer(engines_app, name="engines")
 app.add_typer(keys_app, name="keys")
 app.add_typer(monitoring_app, name="monitoring")
+
+cli_operate.register(app)
 
 SERVE_HELP = """Serve MODEL with hot-swapped LoRA adapters behind an OpenAI-compatible endpoint.
 
@@ -62,6 +67,22 @@ def serve(context: typer.Context) -> None:
     # Everything is closed by now; torch's and vLLM's native modules take seconds to unload, and complain.
     sys.stderr.flush()
     os._exit(code)
+
+
+@app.command(
+    help="Turn a base model and its adapters into an optimized, measured export (`loradock optimize --help`).",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    options_metavar="RECIPE [OPTIONS]",
+)
+def optimize(context: typer.Context) -> None:
+    from optimize.cli import run as run_recipe
+    from serve.embedded import ensure
+
+    def embedded(name: str) -> Path:
+        return ensure(name, progress=lambda line: print(line, file=sys.stderr))
+
+    raise typer.Exit(run_recipe(context.args, embedded))
 
 
 @app.command(help="Print the versions.")

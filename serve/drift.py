@@ -45,6 +45,12 @@ State: TypeAlias = dict[str, NDArray]
 # Bins and half-life (in requests) of the histograms that bet.
 # Many bins: few foreign requests among many lie at the very ends of the ranks.
 BETS = ((30, 100.0), (15, 500.0), (15, 2000.0))
+_BINS = np.array([[bins] for bins, _ in BETS])
+_FADES = np.array([[0.5 ** (1 / half_life)] for _, half_life in BETS])
+_BINS_OF_A_STREAM = int(_BINS.sum())
+_FIRST_BINS = np.cumsum(_BINS, axis=0) - _BINS
+# Below it the histograms are written anew with a unit of 1.
+SMALLEST_UNIT = 1e-100
 # A histogram begins as this many requests spread evenly, and this much of each bet stays uniform.
 PRIOR = 10.0
 UNIFORM = 0.1
@@ -208,7 +214,7 @@ class Drift:
         for i, score in enumerate(scores.tolist()):
             bag = self._bags[i]
             less = bisect_left(bag, score)
-            upto = bisect_right(bag, score, less)
+            upto = bisect_right(bag, score, less) if less < m and bag[less] == score else less
             p[i] = (less + ties[i] * (upto - less + 1)) / (m + 1)
             bag.insert(less, score)
             if leave is not None:
@@ -219,8 +225,10 @@ class Drift:
         n = len(self._reference[0])
         ranks = np.empty(len(scores))
         for i, score in enumerate(scores.tolist()):
-            less = bisect_left(self._reference[i], score)
-            ranks[i] = (less + bisect_right(self._reference[i], score, less)) / (2 * n)
+            known = self._reference[i]
+            less = bisect_left(known, score)
+            upto = bisect_right(known, score, less) if less < n and known[less] == score else less
+            ranks[i] = (less + upto) / (2 * n)
         fade = 0.5 ** (1 / EFFECT_HALF_LIFE)
         self._shift = self._shift * fade + (ranks - 0.5)
         self._seen = self._seen * (fade, fade * fade) + 1
@@ -236,21 +244,25 @@ class _Bank:
         # Page's statistic of the same bets, which falls to 0 before a change and tells after which update it last did.
         self._page = np.zeros((len(BETS), n))
         self._start = np.zeros((len(BETS), n), np.int64)
-        self._histograms = [np.full((n, bins), PRIOR / bins) for bins, _ in BETS]
-        self._each = np.arange(n)
+        # All histograms in a row, without the prior: of each stream the bins of each bet. To fade them would touch every
+        # bin at every request; instead each request weighs more than the one before, and `_unit` is what 1 is now.
+        self._learned = np.zeros(n * _BINS_OF_A_STREAM)
+        self._unit = np.ones((len(BETS), 1))
+        self._weight = np.zeros((len(BETS), 1))
+        self._first_bin = np.arange(n) * _BINS_OF_A_STREAM + _FIRST_BINS
 
     def observe(self, p: Floats, now: int) -> None:
         """Bet on `p` (n,), each in [0, 1), then learn it."""
-        log_e = np.empty_like(self.log_r)
-        for i, ((bins, half_life), histogram) in enumerate(zip(BETS, self._histograms, strict=True)):
-            cell = np.minimum((p * bins).astype(np.intp), bins - 1)
-            density = histogram[self._each, cell] * (bins / histogram.sum(axis=1))
-            log_e[i] = np.log(UNIFORM + (1 - UNIFORM) * density)
-            # Towards the prior, which never fades: a bin that is never hit keeps a density.
-            fade = 0.5 ** (1 / half_life)
-            histogram *= fade
-            histogram += (1 - fade) * PRIOR / bins
-            histogram[self._each, cell] += 1
+        bins = np.minimum((p * _BINS).astype(np.intp), _BINS - 1) + self._first_bin
+        # Towards the prior, which never fades: a bin that is never hit keeps a density.
+        density = (PRIOR + _BINS * self._unit * self._learned[bins]) / (PRIOR + self._weight)
+        log_e = np.log(UNIFORM + (1 - UNIFORM) * density)
+        self._unit *= _FADES
+        self._weight = self._weight * _FADES + 1
+        self._learned[bins] += 1 / self._unit
+        if self._unit.min() < SMALLEST_UNIT:
+            self._learned.reshape(-1, _BINS_OF_A_STREAM)[:] *= np.repeat(self._unit, _BINS.ravel())
+            self._unit[:] = 1
         self.log_r = np.logaddexp(self.log_r, math.log(self.grant)) + log_e
         self._page = np.maximum(self._page, 0) + log_e
         self._start[self._page <= 0] = now
@@ -271,9 +283,9 @@ class _Bank:
         self._start[:] = now
 
     def state(self) -> State:
-        histograms = {f"histogram{i}": histogram.copy() for i, histogram in enumerate(self._histograms)}
-        mine = {"grant": np.array(self.grant), "log_r": self.log_r.copy(), "page": self._page.copy()}
-        return {**mine, "start": self._start.copy(), **histograms}
+        betting = {"log_r": self.log_r, "page": self._page, "start": self._start, "grant": np.array(self.grant)}
+        learning = {"learned": self._learned, "unit": self._unit, "weight": self._weight}
+        return {name: value.copy() for name, value in (betting | learning).items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, NDArray]) -> Self:
@@ -281,7 +293,9 @@ class _Bank:
         self.log_r = np.array(state["log_r"])
         self._page = np.array(state["page"])
         self._start = np.array(state["start"])
-        self._histograms = [np.array(state[f"histogram{i}"]) for i in range(len(BETS))]
+        self._learned = np.array(state["learned"])
+        self._unit = np.array(state["unit"])
+        self._weight = np.array(state["weight"])
         return self
 
 

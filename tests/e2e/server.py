@@ -48,14 +48,14 @@ def loradock(*arguments: str | Path, timeout: float = 120, **environ: str) -> su
 class Server:
     """`loradock serve smollm2` on a free port; a context that ends with the process."""
 
-    def __init__(self, data: Path, log: Path, *arguments: str, **environ: str) -> None:
+    def __init__(self, data: Path, log: Path, *arguments: str, model: str = BASE, **environ: str) -> None:
         self.data = data
         self.log = log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.seconds_to_ready = 0.0
         self._began = time.monotonic()
-        command = [sys.executable, "-m", "serve.cli", "serve", BASE, "--port", str(self.port), "--data-dir", str(data)]
+        command = [sys.executable, "-m", "serve.cli", "serve", model, "--port", str(self.port), "--data-dir", str(data)]
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*command, *arguments],
@@ -118,9 +118,10 @@ class Server:
         return {one for one in self.engine()["resident"] if one.partition("@")[0] == name}
 
     def stored(self) -> set[Path]:
-        """Every file in the data directory but the registry's, and what is known of versions that answer."""
-        files = {path for path in self.data.rglob("*") if path.is_file()}
-        return {file for file in files if not file.name.startswith("registry.sqlite") and "drift" not in file.parts}
+        """Every file in the data directory but the registry's, and what is noted of versions that answer."""
+        noted = ("registry.sqlite", "popular.")
+        files = {path for path in self.data.rglob("*") if path.is_file() and not path.name.startswith(noted)}
+        return {file for file in files if "drift" not in file.parts}
 
     def ask(self, model: str, question: str = "What is the capital of France?", **more: Any) -> Answer:
         """One greedy answer, streamed, read to its end."""

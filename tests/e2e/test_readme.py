@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from optimize.recipe import parse
 from serve.config import load
 from tests.e2e.server import ADMIN, ROOT, START_SECONDS, environment, free_port, loradock, tail
 
@@ -98,10 +99,16 @@ def test_the_readmes_make_targets_are_there():
 def test_the_readmes_config_file_is_one(tmp_path):
     file = tmp_path / "loradock.yaml"
     # Together they are one file.
-    file.write_text("\n".join(block for kind, block in BLOCKS if kind == "yaml"))
+    file.write_text("\n".join(block for kind, block in BLOCKS if kind == "yaml" and not block.startswith("# recipe")))
     config = load(["--config", str(file)], {})
     assert config.policies[1].adapter == "tone"
     assert (config.port, config.max_upload_bytes, config.engine["max_lora_rank"]) == (8000, 512 << 20, 32)
+    assert [base.name for base in config.bases] == ["my-model", "small"]
+
+
+def test_the_readmes_recipe_is_one(tmp_path):
+    (block,) = [block for kind, block in BLOCKS if block.startswith("# recipe.yaml")]
+    assert len(parse(block, tmp_path).steps) == 4
 
 
 def test_the_readmes_keys_are_made_listed_and_revoked(server, tmp_path):

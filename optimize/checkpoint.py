@@ -1,0 +1,173 @@
+"""A Hugging Face checkpoint on disk: its config, its tensors one at a time, and a writer that keeps shards small.
+
+Nothing here holds a whole model: tensors are mapped from their files, and a shard is written when it is full. What the
+plan needs (names, shapes, bytes) comes from the files' headers, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimize.errors import Refused
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as its file's header describes it."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class Checkpoint:
+    """A directory with config.json and safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise Refused(f"{folder} is no model: it has no config.json; name a Hugging Face checkpoint directory")
+        if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+            raise Refused(f"{folder} has no safetensors weights; save the model with safe_serialization and try again")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        try:
+            read: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        except ValueError as error:
+            raise Refused(f"{self.folder / 'config.json'} is not JSON: {error}") from error
+        return read
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """name -> where and what, over all shards."""
+        found: dict[str, Entry] = {}
+        for file in self.files:
+            found |= {name: entry for name, entry in header(self.folder / file).items()}
+        return found
+
+    @cached_property
+    def files(self) -> list[str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [SINGLE]
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self.config.get("quantization_config")
+        return found
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding itself."""
+        return bool(self.config.get("tie_word_embeddings")) and "lm_head.weight" not in self.entries
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(entry.elements for entry in self.entries.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor mapped from its file: its pages are read when they are touched."""
+        return self._opened(self.entries[name].file).get_tensor(name)
+
+    def _opened(self, file: str) -> Any:
+        from safetensors import safe_open
+
+        if not hasattr(self, "_handles"):
+            self._handles: dict[str, Any] = {}
+        if file not in self._handles:
+            self._handles[file] = safe_open(str(self.folder / file), "pt")
+        return self._handles[file]
+
+
+class Writer:
+    """A new checkpoint in `folder`: `add` tensors, then `close` with the config; side files come from `like`."""
+
+    def __init__(self, folder: Path, like: Path, shard_bytes: int = 4_000_000_000) -> None:
+        self.folder = folder
+        self.like = like
+        self.shard_bytes = shard_bytes
+        self._shard: dict[str, Any] = {}
+        self._bytes = 0
+        self._written: list[list[str]] = []
+        self._total = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._shard and self._bytes + size > self.shard_bytes:
+            self._flush()
+        self._shard[name] = tensor.contiguous()
+        self._bytes += size
+        self._total += size
+
+    def close(self, config: dict[str, Any]) -> None:
+        self._flush()
+        count = len(self._written)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._written, 1):
+            file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"shard-{number}").rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_side_files(self.like, self.folder)
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        if not self._shard:
+            return
+        save_file(self._shard, self.folder / f"shard-{len(self._written) + 1}", {"format": "pt"})
+        self._written.append(list(self._shard))
+        self._shard, self._bytes = {}, 0
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation config and whatever else lies beside the weights, but a model card."""
+    for file in sorted(source.iterdir()):
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".gguf") or file.name == INDEX
+        ours = file.name in ("config.json", "README.md", "manifest.json")
+        if file.is_file() and not weights and not ours and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def header(path: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, from its header alone."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= 100 << 20:
+                raise ValueError("its header has no sensible length")
+            read = json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} is no safetensors file: {error}") from error
+    read.pop("__metadata__", None)
+    return {
+        name: Entry(path.name, item["dtype"], tuple(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
+        for name, item in read.items()
+    }

@@ -1,0 +1,38 @@
+"""What can go wrong, and the exit code that it becomes.
+
+    OptimizeError             (exit 1)  a step could not be done
+    |- RecipeError            (exit 2)  the recipe does not say what can be understood
+    |- Refused                (exit 2)  the recipe is clear, and this cannot be done; said before any work
+    |- OutOfMemory            (exit 1)  a step used more memory than it was given
+    `- GateFailed             (exit 3)  everything was done, and the result is not good enough
+
+Every message is a sentence to whoever must act: what came, what is taken, what to do next.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OptimizeError(Exception):
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class RecipeError(OptimizeError):
+    exit_code = 2
+
+
+class Refused(OptimizeError):
+    exit_code = 2
+
+
+class OutOfMemory(OptimizeError):
+    pass
+
+
+class GateFailed(OptimizeError):
+    exit_code = 3

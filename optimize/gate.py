@@ -1,0 +1,61 @@
+"""What was measured against what the recipe asks: each bound, and whether it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+from optimize.recipe import Gate
+
+# bound -> (score, its meaning)
+BOUNDS: Mapping[str, tuple[str, str]] = {
+    "max_perplexity_increase": ("perplexity_increase", "perplexity above the original's"),
+    "max_kl": ("kl", "KL divergence from the original, nats a token"),
+    "min_top1": ("top1", "tokens on which the likeliest is the original's"),
+    "max_size": ("size_ratio", "weights' bytes against the original's"),
+    "max_adapter_kl": ("worst_adapter_kl", "KL of an adapter on the new base from it on the old"),
+    "min_adapter_effect": ("worst_adapter_effect", "cosine of an adapter's effect on the new base and on the old"),
+    "min_speed": ("speed_1", "tokens/s at 1 stream against the original"),
+    "min_speed_16": ("speed_16", "tokens/s at 16 streams against the original"),
+    "min_healed": ("healed", "share of the log-perplexity lost by pruning that healing brought back"),
+    "max_logit_difference": ("logit_difference", "largest difference of a logit from PyTorch's"),
+}
+TIMED = {"min_speed", "min_speed_16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One bound."""
+
+    bound: str
+    limit: float
+    measured: float | None
+    meaning: str
+
+    @property
+    def holds(self) -> bool:
+        if self.measured is None:
+            return False
+        return self.measured <= self.limit if self.bound.startswith("max_") else self.measured >= self.limit
+
+    @property
+    def sentence(self) -> str:
+        way = "at most" if self.bound.startswith("max_") else "at least"
+        said = "was not measured" if self.measured is None else f"is {self.measured:.4g}"
+        return f"{self.meaning} {said}, to be {way} {self.limit:g}"
+
+    def plain(self) -> dict[str, Any]:
+        return {**asdict(self), "holds": self.holds}
+
+
+def judged(gate: Gate, scores: Mapping[str, Any]) -> list[Verdict]:
+    """Every bound that the recipe gives. NaN holds no bound."""
+    found = []
+    for bound, limit in msgspec.to_builtins(gate).items():
+        if limit is not None:
+            score, meaning = BOUNDS[bound]
+            found.append(Verdict(bound, float(limit), scores.get(score), meaning))
+    return found

@@ -1,0 +1,200 @@
+"""A checkpoint as a torch model that computes what the engine computes.
+
+`opened` maps the weights from their files instead of reading them, so that a model larger than memory runs, slowly. A
+layer that was quantized gets its weights back as the numbers that the engine multiplies with, and where the engine
+rounds activations to 8 bits, so does it: per token, symmetric, as in vLLM's kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimize.checkpoint import Checkpoint
+from optimize.errors import OptimizeError, Refused
+
+
+def settle(seed: int) -> None:
+    """The same arithmetic each time: a fixed seed, kernels that are deterministic, as many threads as cores."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+
+
+def tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it, float32 elsewhere."""
+    with open("/proc/cpuinfo") as file:
+        flags = next((line for line in file if line.startswith("flags")), "")
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model's modules without weights; only its computed buffers are real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model
+
+
+def opened(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model in `folder`, ready to ask."""
+    checkpoint = Checkpoint(folder)
+    dtype = dtype or compute_dtype()
+    model = skeleton(folder, dtype)
+    weights: dict[str, torch.Tensor] = {}
+    scheme = Schemes(checkpoint.quantization)
+    for name in checkpoint.entries:
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("weight_packed", "weight_scale", "weight_shape"):
+            continue
+        tensor = checkpoint.tensor(name)
+        if leaf == "weight" and f"{module}.weight_scale" in checkpoint.entries:
+            tensor = dequantized(tensor, checkpoint.tensor(f"{module}.weight_scale"))
+        weights[name] = tensor.to(dtype)
+    for name in checkpoint.entries:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight_packed":
+            shape = checkpoint.tensor(f"{module}.weight_shape").tolist()
+            integers = unpacked(checkpoint.tensor(name), shape, scheme.bits(module))
+            weights[f"{module}.weight"] = dequantized(integers, checkpoint.tensor(f"{module}.weight_scale")).to(dtype)
+    _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left or unexpected:
+        raise Refused(
+            f"{folder} does not fit its config.json: {(left or unexpected)[0]} is {'missing' if left else 'extra'}"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and scheme.rounds_activations(name):
+            module.register_forward_pre_hook(_rounding(scheme.float8(name)))
+    model.requires_grad_(False)
+    return model.eval()
+
+
+class Schemes:
+    """What compressed-tensors' config says of each layer."""
+
+    def __init__(self, config: dict[str, Any] | None) -> None:
+        self._by_target: dict[str, dict[str, Any]] = {}
+        self._ignore: set[str] = set()
+        if config is None:
+            return
+        if config.get("quant_method") != "compressed-tensors":
+            raise Refused(
+                f"the model is quantized as {config.get('quant_method')!r}, which is not read here: "
+                "start from its original"
+            )
+        self._ignore = set(config.get("ignore") or [])
+        for group in config["config_groups"].values():
+            for target in group["targets"]:
+                self._by_target[target] = group
+
+    def of(self, name: str) -> dict[str, Any] | None:
+        if name in self._ignore:
+            return None
+        return self._by_target.get(name) or self._by_target.get("Linear")
+
+    def bits(self, name: str) -> int:
+        group = self.of(name)
+        assert group is not None
+        return int(group["weights"]["num_bits"])
+
+    def rounds_activations(self, name: str) -> bool:
+        group = self.of(name)
+        return bool(group and group.get("input_activations"))
+
+    def float8(self, name: str) -> bool:
+        group = self.of(name)
+        return bool(group and group["weights"]["type"] == "float")
+
+
+def dequantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Integers or float8 (out, in) times scales (out, groups), in float32."""
+    rows, columns = weight.shape
+    groups = scale.shape[1]
+    spread = weight.float().view(rows, groups, columns // groups) * scale.float()[:, :, None]
+    return spread.view(rows, columns)
+
+
+def unpacked(packed: torch.Tensor, shape: list[int], bits: int) -> torch.Tensor:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    integers: torch.Tensor = unpack_from_int32(packed, bits, torch.Size(shape))
+    return integers
+
+
+def round_activations(x: torch.Tensor, float8: bool = False) -> torch.Tensor:
+    """Per token, symmetric: what the engine's dynamic activation quantization does to a layer's input."""
+    wide = x.float()
+    limit = 448.0 if float8 else 127.0
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-8) / limit
+    steps = wide / scale
+    near = steps.to(torch.float8_e4m3fn).float() if float8 else steps.round().clamp(-128, 127)
+    return (near * scale).to(x.dtype)
+
+
+def _rounding(float8: bool) -> Any:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (round_activations(inputs[0], float8), *inputs[1:])
+
+    return hook
+
+
+@contextmanager
+def adapted(model: nn.Module, folder: Path) -> Iterator[nn.Module]:
+    """`model` with the adapter in `folder`, through PEFT; without it again afterwards."""
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise OptimizeError(
+            f"PEFT does not load the adapter in {folder}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    try:
+        yield wrapped.eval()
+    finally:
+        wrapped.unload()
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers: the longest list of modules in it."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise Refused("the model has no list of layers; only decoder models are taken")
+    return max(lists, key=len)
+
+
+def prefix(model: nn.Module) -> str:
+    """The name of the list of layers, such as `model.layers`."""
+    found = layers(model)
+    return next(name for name, module in model.named_modules() if module is found)
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, vocabulary) in float32."""
+    made: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return made.float()

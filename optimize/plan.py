@@ -1,0 +1,295 @@
+"""What a recipe would do, what it needs, and what stands in its way; said before any work, without torch.
+
+Estimates come from the checkpoint's headers: parameters, bytes, layers. Times were measured on two cores of a server
+CPU and scale with parameters and tokens; they are right within a factor of two there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimize import artifact
+from optimize.checkpoint import Checkpoint, Entry, header
+from optimize.errors import Refused
+from optimize.recipe import KIND, Combine, Heal, Merge, Prune, Quantize, Recipe, plain
+
+FLOPS = 1.2e11  # of a forward pass in bf16, two cores
+STARTING = 8.0  # seconds until a child has imported torch and transformers
+PROCESS = 700_000_000  # bytes of a child that has imported them
+SAME_RANK = {"linear"}  # methods that want adapters of one rank
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of the plan."""
+
+    kind: str
+    what: str
+    memory: int
+    disk: int
+    seconds: float
+    warning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The recipe against what is there. `key` is the digest of everything that decides the output's bytes."""
+
+    model: Path
+    adapters: dict[str, Path]
+    texts: dict[str, str]
+    steps: tuple[Step, ...]
+    inputs: dict[str, Any]
+    key: str
+
+    @property
+    def memory(self) -> int:
+        return max(step.memory for step in self.steps)
+
+    @property
+    def disk(self) -> int:
+        return sum(step.disk for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        return sum(step.seconds for step in self.steps)
+
+
+def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: int) -> Plan:
+    """The plan, or Refused with the first thing that cannot be done."""
+    base = Checkpoint(model)
+    adapters = {name: Path(folder) for name, folder in recipe.adapters.items()}
+    configs = {name: _adapter(name, folder, base) for name, folder in adapters.items()}
+    _possible(recipe, base, configs)
+    steps = tuple(_steps(recipe, base))
+    inputs = {
+        "model": artifact.contents(model),
+        "adapters": {name: artifact.contents(folder) for name, folder in adapters.items()},
+        "texts": texts,
+    }
+    settings = {name: value for name, value in plain(recipe).items() if name not in ("model", "adapters", "output")}
+    kinds = [KIND[type(step)] for step in recipe.steps]
+    plan = Plan(model, adapters, texts, steps, inputs, artifact.key([settings, kinds, inputs]))
+    _room(plan, out, memory)
+    return plan
+
+
+def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
+    size, parameters = base.bytes, base.parameters
+    calibrated = recipe.calibration.samples * recipe.calibration.tokens
+    measured = recipe.evaluate.samples * recipe.evaluate.tokens
+    pass_of = 2 * parameters / FLOPS  # seconds a token, forward
+    largest = max(entry.bytes for entry in base.entries.values())
+    widest = _widest(base)
+    steps: list[Step] = []
+    for step in recipe.steps:
+        if isinstance(step, Merge):
+            what = f"{', '.join(step.adapters)} into the base's weights, in fp32, shard by shard"
+            steps.append(Step("merge", what, PROCESS + 6 * largest + 4 * size, size, STARTING + size / 2e8 + 10))
+        elif isinstance(step, Combine):
+            what = f"{', '.join(step.adapters)} into one adapter, {step.name}, by {step.method}"
+            steps.append(Step("combine", what, PROCESS + size // 2, size // 10, STARTING + 10))
+        elif isinstance(step, Prune):
+            what = f"drop {step.layers} layers by block influence" if step.layers else f"MLP width to {step.mlp:.1%}"
+            steps.append(
+                Step("prune", what, PROCESS + size + 50_000_000, size, STARTING + 3 * calibrated * pass_of + size / 5e8)
+            )
+        elif isinstance(step, Heal):
+            seen = step.steps * step.batch * step.tokens
+            what = f"distil the original, LoRA of rank {step.rank}, {step.steps} x {step.batch} x {step.tokens} tokens"
+            acts = step.batch * step.tokens * (_vocabulary(base) * 16 + 40 * _hidden(base) * _layers(base))
+            steps.append(Step("heal", what, PROCESS + 2 * size + acts, size, STARTING + 5 * seen * pass_of))
+        elif isinstance(step, Quantize):
+            seconds = STARTING + 4 * calibrated * pass_of + parameters / 4e6 if step.method == "gptq" else STARTING + 5
+            what = f"{step.scheme}, {step.method}"
+            if step.budget:
+                what += f", most sensitive layers keep more bits until perplexity rises by at most {step.budget:.1%}"
+                probed = 4 * recipe.calibration.tokens * _vocabulary(base) * 4
+                seconds = 2 * seconds + 4 * _layers(base) * min(calibrated, 4096) * pass_of / 2
+            memory = PROCESS + size + calibrated * _hidden(base) * 4 + 12 * widest * widest
+            memory += probed if step.budget else 0
+            steps.append(Step("quantize", what, memory, int(size * 0.65), seconds, _slow(recipe, step)))
+    if recipe.export.format == "onnx":
+        what = f"ONNX {recipe.export.precision} with KV cache inputs, checked against PyTorch"
+        steps.append(Step("onnx", what, PROCESS + 12 * size, 4 * size, STARTING + 90))
+    living = len(recipe.adapters) - len(
+        {name for step in recipe.steps if isinstance(step, Merge | Combine) for name in step.adapters}
+    )
+    seconds = STARTING + measured * pass_of * (2 + 2 * max(0, living))
+    what = f"{measured} held-out tokens, KL, top-1, {len(recipe.evaluate.prompts)} answers" + (
+        f", {living} adapters" if living > 0 else ""
+    )
+    logits = recipe.evaluate.tokens * _vocabulary(base) * 16
+    steps.append(Step("evaluate", what, PROCESS + 2 * size + logits, 100_000, seconds))
+    if recipe.export.format == "vllm" and recipe.evaluate.engine:
+        what = "both models in vLLM: load, answers, tokens/s at 1 and 16 streams"
+        steps.append(Step("engine", what, 3 * PROCESS + 2 * size + (1 << 30), 100_000, 240))
+    steps.append(Step("export", f"{recipe.export.format} directory, manifest, report", 0, size, size / 3e8))
+    return steps
+
+
+def _slow(recipe: Recipe, step: Quantize) -> str:
+    if recipe.target == "cpu" and step.scheme == "w4a16":
+        return "4-bit weights are smaller, and on a CPU without AMX slower than bf16"
+    return ""
+
+
+def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, Any]]) -> None:
+    """Refusals that need the model's and the adapters' headers."""
+    kinds = {KIND[type(step)] for step in recipe.steps}
+    if base.quantization is not None:
+        changing = kinds & {"merge", "prune", "heal", "quantize"}
+        if changing:
+            raise Refused(
+                f"{base.folder.name} is quantized already and {sorted(changing)[0]} needs full weights: "
+                "adding to rounded numbers would round them twice; start from the original checkpoint"
+            )
+    for step in recipe.steps:
+        if isinstance(step, Prune):
+            if step.layers >= _layers(base):
+                raise Refused(f"the model has {_layers(base)} layers, so {step.layers} cannot be dropped; drop fewer")
+            if step.mlp < 1 and not any(".mlp.down_proj.weight" in name for name in base.entries):
+                raise Refused(
+                    "the MLP of this model is not made of gate_proj, up_proj and down_proj; narrow it another way"
+                )
+            living = set(adapters) - {
+                name for other in recipe.steps if isinstance(other, Merge) for name in other.adapters
+            }
+            if living:
+                raise Refused(
+                    f"pruning changes the layers that the adapter {sorted(living)[0]!r} was trained on: "
+                    "merge it first, or leave it out of `adapters:` and train it again on the result"
+                )
+        if isinstance(step, Quantize):
+            _runs(recipe, step, base)
+        if isinstance(step, Combine) and step.method in SAME_RANK:
+            known = [name for name in step.adapters if name in adapters]
+            ranks = {name: int(adapters[name]["r"]) for name in known}
+            if len(set(ranks.values())) > 1:
+                raise Refused(
+                    f"combine by {step.method} wants adapters of one rank, these have {ranks}: take method svd or cat"
+                )
+        if isinstance(step, Combine):
+            for name in step.adapters:
+                config = adapters.get(name, {})
+                if config.get("use_dora") or config.get("modules_to_save"):
+                    raise Refused(
+                        f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save) "
+                        "and cannot be combined: merge it into the base instead"
+                    )
+    if recipe.export.format == "onnx":
+        if "quantize" in kinds:
+            raise Refused(
+                "ONNX has its own int8 and int4: leave the quantize step out and say `export: {precision: int8}`"
+            )
+        if recipe.target == "gpu":
+            raise Refused("the onnx export is checked on a CPU here: say `target: cpu`")
+
+
+def _runs(recipe: Recipe, step: Quantize, base: Checkpoint) -> None:
+    """What the target's engine cannot run is refused before calibration."""
+    if recipe.target == "cpu" and step.scheme == "w8a16":
+        raise Refused("vLLM has no w8a16 kernel for CPUs: take w8a8, or `target: gpu`")
+    if recipe.target == "cpu" and step.scheme == "fp8":
+        raise Refused("vLLM only emulates fp8 on CPUs, too slowly to use: take w8a8, or `target: gpu`")
+    if step.scheme == "w4a16":
+        if step.group and step.group % 32:
+            raise Refused(
+                f"groups of {step.group} do not fit: vLLM takes multiples of 32; leave `group` out to have one chosen"
+            )
+        group(base, step.group)
+
+
+def group(base: Checkpoint, wished: int) -> int:
+    """The group size: the wished one when it divides every layer's width, else the largest of 128, 64 and 32."""
+    widths = {entry.shape[1] for name, entry in base.entries.items() if linear(name, entry)}
+    if wished and any(width % wished for width in widths):
+        raise Refused(
+            f"groups of {wished} do not divide layers of width {sorted(widths)}; leave `group` out to have one chosen"
+        )
+    for size in [wished] if wished else (128, 64, 32):
+        if not any(width % size for width in widths):
+            return size
+    raise Refused(f"layers of width {sorted(widths)} have no group size that vLLM takes (128, 64 or 32): take w8a8")
+
+
+def linear(name: str, entry: Entry) -> bool:
+    """Whether the tensor is the weight of a linear layer inside the decoder's layers."""
+    return len(entry.shape) == 2 and re.search(r"\.\d+\.", name) is not None and name.endswith("_proj.weight")
+
+
+def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
+    """The adapter's config, after its tensors were held against the base's."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"the adapter {name!r} in {folder} has no readable adapter_config.json: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise Refused(f"the adapter {name!r} is {config.get('peft_type')}, and LORA is taken")
+    if config.get("bias", "none") != "none":
+        raise Refused(
+            f"the adapter {name!r} trains biases ({config['bias']}), which cannot be merged faithfully: "
+            "train with bias none"
+        )
+    for tensor, entry in header(folder / "adapter_model.safetensors").items():
+        module, _, part = tensor.removeprefix("base_model.model.").partition(".lora_")
+        weight = f"{module}.weight"
+        if not part:
+            continue
+        if weight not in base.entries and not (module == "lm_head" and base.tied):
+            raise Refused(f"the adapter {name!r} is for another base: this one has no {module}")
+        shape = base.entries.get(weight, base.entries.get("model.embed_tokens.weight", entry)).shape
+        fits = {"A.weight": entry.shape[-1] in shape, "B.weight": entry.shape[0] in shape}.get(part, True)
+        if not fits:
+            raise Refused(
+                f"the adapter {name!r} is for another base: {tensor} is {list(entry.shape)}, {module} is {list(shape)}"
+            )
+    return config
+
+
+def _room(plan: Plan, out: Path, memory: int) -> None:
+    if plan.memory > memory:
+        need = max(plan.steps, key=lambda step: step.memory)
+        raise Refused(
+            f"{need.kind} needs about {need.memory / 1e9:.1f} GB of memory and has {memory / 1e9:.1f} GB; "
+            "free some, or say --memory if you know better"
+        )
+    where = out.parent
+    while not where.exists():
+        where = where.parent
+    free = shutil.disk_usage(where).free
+    if plan.disk > free:
+        raise Refused(
+            f"{where} has {free / 1e9:.1f} GB free and this takes {plan.disk / 1e9:.1f} GB; "
+            "free some, or name another --out"
+        )
+
+
+def available_memory() -> int:
+    """Four fifths of what the machine has left."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024 * 4 // 5
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _layers(base: Checkpoint) -> int:
+    return int(base.config.get("num_hidden_layers") or base.config.get("n_layer") or 1)
+
+
+def _hidden(base: Checkpoint) -> int:
+    return int(base.config.get("hidden_size") or base.config.get("n_embd") or 1)
+
+
+def _vocabulary(base: Checkpoint) -> int:
+    return int(base.config.get("vocab_size") or 1)
+
+
+def _widest(base: Checkpoint) -> int:
+    return max((entry.shape[1] for name, entry in base.entries.items() if linear(name, entry)), default=_hidden(base))

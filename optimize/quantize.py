@@ -1,0 +1,570 @@
+"""Calibrated quantization, layer by layer, into compressed-tensors' checkpoint format, which vLLM loads as it is.
+
+The weights are mapped, so memory holds one layer, the hidden states of the calibration text, and one Hessian. Layers
+are quantized in the engine's fused units (q, k and v are one matrix there, gate and up another), and each layer is
+calibrated on what the quantized layers before it give.
+
+Mixed precision (`budget`): every unit is measured by itself, at each level that it could have, by the KL divergence
+of the model's answer; bits are given back where a byte buys the most, until the perplexity on calibration text stays
+in the budget.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+from optimize import gptq, text
+from optimize.checkpoint import Checkpoint, Writer
+from optimize.errors import OptimizeError, Refused
+from optimize.model import compute_dtype, layers, opened, prefix, round_activations, settle, tokenizer
+from optimize.plan import group as group_of
+from optimize.worker import Job, Progress
+
+BATCH = 4
+SMOOTHING = 0.8  # SmoothQuant's alpha
+PROBED = 2  # windows that sensitivity is measured on
+SAFETY = 0.85  # of the budget, since the gate measures on other text
+ROUNDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How a unit's weights are kept, and whether its input is rounded."""
+
+    name: str
+    bits: int
+    activations: bool = False
+    float8: bool = False
+
+    def bytes(self, elements: int, group: int) -> float:
+        return elements * (self.bits / 8 + (2 / group if self.bits == 4 else 0))
+
+
+W4 = Level("w4a16", 4)
+W8A8 = Level("w8a8", 8, activations=True)
+W8A16 = Level("w8a16", 8)
+FP8 = Level("fp8", 8, activations=True, float8=True)
+FULL = Level("bf16", 16)
+LEVELS = {level.name: level for level in (W4, W8A8, W8A16, FP8, FULL)}
+
+# Linear layers that the engine fuses, so that they share a level; in the order in which a layer uses them.
+UNITS = (
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
+Rounded = tuple[torch.Tensor, torch.Tensor]  # integers (or float8), scale
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Linear layers with one input and one level, by their full names."""
+
+    layer: int
+    names: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.layer}.{'/'.join(name.rpartition('.')[2].removesuffix('_proj') for name in self.names)}"
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    settle(job.seed)
+    options = job.options
+    model_dir = Path(job.model)
+    checkpoint = Checkpoint(model_dir)
+    level = LEVELS[options["scheme"]]
+    group = group_of(checkpoint, options["group"]) if level is W4 else 0
+    smooth = options["smooth"] is True or (options["smooth"] == "auto" and not job.adapters and level is W8A8)
+    ids = _windows(job, model_dir)
+    progress(0, 1, "loading")
+    quantizer = Quantizer(model_dir, ids, group, options["method"], frozenset(options["ignore"]), progress)
+    notes: dict[str, Any] = {
+        "scheme": level.name,
+        "group": group or None,
+        "smooth": smooth,
+        "calibration": quantizer.about,
+    }
+    adapters: dict[str, Path] = {name: Path(path) for name, path in job.adapters.items()}
+    factors = quantizer.smoothing() if smooth else {}
+    chosen = {unit: level for unit in quantizer.units}
+    if options["budget"]:
+        partial = job.folder / "partial"
+        partial.mkdir(exist_ok=True)
+        chosen, told = _mixed(quantizer, level, job.target, options["budget"], factors, partial)
+        notes |= told
+    out = job.folder / "model"
+    quantizer.write(chosen, factors, out)
+    kept: dict[str, int] = {}
+    for unit, its in chosen.items():
+        kept[its.name] = kept.get(its.name, 0) + len(unit.names)
+    notes["layers"] = kept
+    notes["kept"] = {unit.label: its.name for unit, its in chosen.items() if its is not level}
+    notes["adapters"] = {name: "applies unchanged" for name in adapters}
+    if factors:
+        for name, folder in adapters.items():
+            _fold(folder, factors, job.folder / "adapters" / name)
+            notes["adapters"][name] = "rewritten: smoothing folded in"
+    return notes
+
+
+class Quantizer:
+    """One model, its calibration text, and what the steps of quantization need of them."""
+
+    def __init__(
+        self, folder: Path, ids: list[list[int]], group: int, method: str, ignore: frozenset[str], progress: Progress
+    ) -> None:
+        self.folder = folder
+        self.group = group
+        self.method = method
+        self.progress = progress
+        self.dtype = compute_dtype()
+        self.model = opened(folder, self.dtype)
+        self.layers = layers(self.model)
+        self.prefix = prefix(self.model)
+        self.ids = torch.tensor(ids)
+        self.about = {"samples": len(ids), "tokens": len(ids[0])}
+        self.units = list(self._units(ignore))
+        if not self.units:
+            raise Refused(
+                "the model has no q/k/v/o or gate/up/down projections; only Llama-like decoders are quantized"
+            )
+
+    def _units(self, ignore: frozenset[str]) -> Iterator[Unit]:
+        for at, layer in enumerate(self.layers):
+            linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+            for family in UNITS:
+                names = tuple(f"{self.prefix}.{at}.{name}" for name in linears if name.rpartition(".")[2] in family)
+                names = tuple(name for name in names if not ignore & {name, name.rpartition(".")[2]})
+                if names:
+                    yield Unit(at, names)
+
+    def inputs(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+        """Hidden states before the first layer, a batch each, and what else a layer is called with."""
+        states: list[torch.Tensor] = []
+        others: list[dict[str, Any]] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(args[0] if args else kwargs.pop("hidden_states"))
+            others.append(
+                {name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value")}
+            )
+            raise _Stop
+
+        handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            for batch in ids.split(BATCH):
+                try:
+                    with torch.inference_mode():
+                        self.model(input_ids=batch, use_cache=False)
+                except _Stop:
+                    pass
+        finally:
+            handle.remove()
+        return states, others
+
+    @torch.inference_mode()
+    def through(self, layer: nn.Module, states: list[torch.Tensor], others: list[dict[str, Any]]) -> list[torch.Tensor]:
+        made = []
+        for state, more in zip(states, others, strict=True):
+            out = layer(state, **more)
+            made.append(out[0] if isinstance(out, tuple) else out)
+        return made
+
+    def smoothing(self) -> dict[str, torch.Tensor]:
+        """unit input's producer -> factors (in,): what leaves an activation and goes into its weights.
+
+        SmoothQuant (Xiao et al., 2023, arXiv 2211.10438). The input of q, k, v and of gate, up is scaled in the norm
+        before them, the input of down in up's rows, so that the model computes what it did.
+        """
+        widest: dict[str, torch.Tensor] = {}
+
+        def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                seen = inputs[0].float().abs().flatten(0, -2).amax(0)
+                widest[name] = torch.maximum(widest[name], seen) if name in widest else seen
+
+            return hook
+
+        first = {unit.names[0]: unit for unit in self.units if not unit.names[0].endswith("o_proj")}
+        handles = [self._linear(name).register_forward_pre_hook(watch(name)) for name in first]
+        batches = self.ids.split(BATCH)
+        for done, batch in enumerate(batches):
+            with torch.inference_mode():
+                self.model(input_ids=batch, use_cache=False)
+            self.progress(done, len(batches), "smoothing")
+        for handle in handles:
+            handle.remove()
+        factors = {}
+        for name, unit in first.items():
+            heavy = torch.stack([self._linear(part).weight.float().abs().amax(0) for part in unit.names]).amax(0)
+            factor = widest[name].clamp(min=1e-5) ** SMOOTHING / heavy.clamp(min=1e-5) ** (1 - SMOOTHING)
+            # Powers of two: scaling by them loses no bit of bf16.
+            factors[name] = 2.0 ** factor.clamp(min=1e-5).log2().round()
+        return factors
+
+    def rounded(
+        self, chosen: Mapping[Unit, Level], factors: Mapping[str, torch.Tensor], say: str
+    ) -> Iterator[tuple[Unit, dict[str, Rounded]]]:
+        """Each unit's integers and scales, layer after layer; the model holds the rounded weights afterwards."""
+        states, others = self.inputs(self.ids)
+        for at, layer in enumerate(self.layers):
+            self.progress(at, len(self.layers), f"{say}, layer {at + 1} of {len(self.layers)}")
+            units = [unit for unit in chosen if unit.layer == at and chosen[unit] is not FULL]
+            self._smooth(at, factors)
+            hooks = [
+                self._linear(name).register_forward_pre_hook(_rounding(chosen[unit]))
+                for unit in units
+                if chosen[unit].activations
+                for name in unit.names
+            ]
+            hessians = self._hessians(layer, units, states, others) if self.method == "gptq" else {}
+            for unit in units:
+                made = self._round(unit, chosen[unit], hessians.get(unit))
+                for name, (integers, scale) in made.items():
+                    linear = self._linear(name)
+                    columns = integers.shape[1] // scale.shape[1]
+                    full = integers.float() * scale.repeat_interleave(columns, 1)
+                    linear.weight = nn.Parameter(full.to(self.dtype), requires_grad=False)
+                yield unit, made
+            states = self.through(layer, states, others)
+            if not all(bool(state.isfinite().all()) for state in states):
+                raise OptimizeError(f"layer {at} gives NaN or infinity on the calibration text: the weights are broken")
+            for hook in hooks:
+                hook.remove()
+
+    def _hessians(
+        self, layer: nn.Module, units: Sequence[Unit], states: list[torch.Tensor], others: list[dict[str, Any]]
+    ) -> dict[Unit, torch.Tensor]:
+        found: dict[Unit, torch.Tensor] = {}
+
+        def gather(unit: Unit) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                x = inputs[0].flatten(0, -2).float()
+                made = x.T @ x
+                found[unit] = found[unit].add_(made) if unit in found else made
+
+            return hook
+
+        hooks = [self._linear(unit.names[0]).register_forward_pre_hook(gather(unit)) for unit in units]
+        self.through(layer, states, others)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    @torch.inference_mode()
+    def _round(self, unit: Unit, level: Level, hessian: torch.Tensor | None) -> dict[str, Rounded]:
+        weights = [self._linear(name).weight.float() for name in unit.names]
+        stacked = torch.cat(weights)
+        if not bool(stacked.isfinite().all()):
+            raise OptimizeError(f"{unit.names[0]} holds NaN or infinity: the weights are broken")
+        rows = [weight.shape[0] for weight in weights]
+        if level.float8:
+            scale = (stacked.abs().amax(1, keepdim=True).clamp(min=1e-8) / 448.0).bfloat16().float()
+            integers = (stacked / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        else:
+            group = self.group if level.bits == 4 else stacked.shape[1]
+            importance = None if hessian is None else hessian.diagonal()
+            scale = gptq.scales(stacked, level.bits, group, importance)
+            if hessian is None:
+                integers = gptq.nearest(stacked, scale, level.bits)
+            else:
+                integers = gptq.gptq(stacked, hessian, scale, level.bits)
+        parts = zip(unit.names, integers.split(rows), scale.split(rows), strict=True)
+        return {name: (part, of) for name, part, of in parts}
+
+    @torch.inference_mode()
+    def _smooth(self, at: int, factors: Mapping[str, torch.Tensor]) -> None:
+        """Scale one layer's producers down and consumers up."""
+        for unit in self.units:
+            factor = factors.get(unit.names[0])
+            if unit.layer != at or factor is None:
+                continue
+            producer = self._linear(_producer(unit.names[0]))
+            rows = factor.view(-1, *[1] * (producer.weight.dim() - 1))
+            producer.weight = nn.Parameter((producer.weight.float() / rows).to(self.dtype), requires_grad=False)
+            for name in unit.names:
+                linear = self._linear(name)
+                linear.weight = nn.Parameter((linear.weight.float() * factor).to(self.dtype), requires_grad=False)
+
+    def write(self, chosen: Mapping[Unit, Level], factors: Mapping[str, torch.Tensor], out: Path) -> None:
+        """The quantized checkpoint."""
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        self.model = opened(self.folder, self.dtype)
+        self.layers = layers(self.model)
+        checkpoint = Checkpoint(self.folder)
+        writer = Writer(out, self.folder)
+        changed = {f"{name}.weight" for unit, level in chosen.items() if level is not FULL for name in unit.names}
+        moved = {f"{name}.weight" for unit in self.units if unit.names[0] in factors for name in unit.names}
+        moved |= {f"{_producer(name)}.weight" for name in factors}
+        for name in checkpoint.entries:
+            if name not in changed and name not in moved:
+                writer.add(name, checkpoint.tensor(name))
+        for unit, made in self.rounded(chosen, factors, "quantizing"):
+            level = chosen[unit]
+            for name, (integers, scale) in made.items():
+                if level.bits == 4 or level is W8A16:
+                    writer.add(f"{name}.weight_packed", pack_to_int32(integers, level.bits))
+                    writer.add(f"{name}.weight_shape", torch.tensor(integers.shape))
+                else:
+                    writer.add(f"{name}.weight", integers)
+                writer.add(f"{name}.weight_scale", scale.bfloat16())
+        state = dict(self.model.named_parameters())
+        for name in sorted(moved - changed):
+            writer.add(name, state[name].detach().to(checkpoint.tensor(name).dtype))
+        full = [name for unit, level in chosen.items() if level is FULL for name in unit.names]
+        others = {
+            name for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and not any(name in unit.names for unit in chosen)
+        }  # fmt: skip
+        writer.close({**checkpoint.config, "quantization_config": _config(chosen, sorted(others) + full, self.group)})
+
+    def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
+        """(windows, tokens, vocabulary) in float32, of the model as it is now."""
+        made = []
+        for row in ids.split(1):
+            with torch.inference_mode():
+                made.append(log_softmax(self.model(input_ids=row, use_cache=False).logits.float(), -1))
+        return torch.cat(made)
+
+    def loss(self, ids: torch.Tensor) -> float:
+        """Mean negative log-likelihood of the next token, nats."""
+        total = 0.0
+        for row in ids.split(1):
+            with torch.inference_mode():
+                said = log_softmax(self.model(input_ids=row, use_cache=False).logits.float()[:, :-1], -1)
+            total -= float(said.gather(-1, row[:, 1:, None]).mean())
+        return total / len(ids)
+
+    def _linear(self, name: str) -> Any:
+        return self.model.get_submodule(name)
+
+
+def _mixed(
+    quantizer: Quantizer, low: Level, target: str, budget: float, factors: dict[str, torch.Tensor], partial: Path
+) -> tuple[dict[Unit, Level], dict[str, Any]]:
+    """Which unit gets which level so that the perplexity rises by no more than `budget`."""
+    high = W8A8 if target == "cpu" else W8A16
+    ladder = [low, high, FULL] if low is W4 else [low, FULL]
+    whole = quantizer.ids
+    held = whole[: max(PROBED, len(whole) // 4)]
+    before = quantizer.loss(held)
+    measured = _sensitivity(quantizer, ladder[:-1], partial)
+    # Whatever changes at all changes bf16's rounding after it: that much every unit shows, and it is no effect.
+    floor = min(cost for found in measured.values() for cost in found.values())
+    costs = {label: {name: cost - 0.95 * floor for name, cost in found.items()} for label, found in measured.items()}
+    allowed = math.log1p(budget) * SAFETY
+    at_once = 1.0  # what effects come to together, by what they add up to
+    best = dict.fromkeys(quantizer.units, ladder[1])
+    tried: list[dict[str, Any]] = []
+    for round_ in range(ROUNDS):
+        chosen = _chosen(quantizer, ladder, costs, allowed / at_once)
+        spent = _tried(quantizer, chosen, factors, held, f"trying mix {round_ + 1}") - before
+        predicted = sum(costs[unit.label][level.name] for unit, level in chosen.items() if level is not FULL)
+        lowest = sum(level is low for level in chosen.values())
+        tried.append({low.name: lowest, "predicted": round(predicted, 5), "log_perplexity": round(spent, 5)})
+        if spent <= allowed:
+            best = chosen
+            if spent > 0.75 * allowed or lowest == len(chosen):
+                break
+        at_once = max(spent, 1e-6) / max(predicted, 1e-9)
+    sensitivity = {label: {name: round(value, 6) for name, value in found.items()} for label, found in measured.items()}
+    return best, {"sensitivity": sensitivity, "tried": tried, "budget": budget}
+
+
+def _tried(
+    quantizer: Quantizer, chosen: Mapping[Unit, Level], factors: Mapping[str, torch.Tensor], ids: torch.Tensor, say: str
+) -> float:
+    """The loss of the model quantized so; the quantizer has the full model again afterwards."""
+    for _ in quantizer.rounded(chosen, factors, say):
+        pass
+    for unit, level in chosen.items():
+        for name in unit.names if level.activations else ():
+            quantizer._linear(name).register_forward_pre_hook(_rounding(level))
+    loss = quantizer.loss(ids)
+    quantizer.model = opened(quantizer.folder, quantizer.dtype)
+    quantizer.layers = layers(quantizer.model)
+    return loss
+
+
+def _chosen(
+    quantizer: Quantizer, ladder: Sequence[Level], costs: Mapping[str, Mapping[str, float]], allowed: float
+) -> dict[Unit, Level]:
+    """Begin low and give back, one rung at a time, where a byte buys the most, until the sum is allowed."""
+    elements = {unit: sum(quantizer._linear(name).weight.numel() for name in unit.names) for unit in quantizer.units}
+    rung = dict.fromkeys(quantizer.units, 0)
+
+    def cost(unit: Unit, at: int) -> float:
+        return 0.0 if ladder[at] is FULL else costs[unit.label][ladder[at].name]
+
+    def gain(unit: Unit, to: int) -> float:
+        more = ladder[to].bytes(elements[unit], quantizer.group or 1) - ladder[rung[unit]].bytes(
+            elements[unit], quantizer.group or 1
+        )
+        return (cost(unit, rung[unit]) - cost(unit, to)) / more
+
+    total = sum(cost(unit, 0) for unit in quantizer.units)
+    while total > allowed:
+        steps = [
+            (gain(unit, to), -at, unit, to)
+            for at, unit in enumerate(quantizer.units)
+            for to in range(rung[unit] + 1, len(ladder))
+        ]
+        if not steps:
+            break
+        _, _, unit, to = max(steps, key=lambda step: step[:2])
+        total -= cost(unit, rung[unit]) - cost(unit, to)
+        rung[unit] = to
+    return {unit: ladder[at] for unit, at in rung.items()}
+
+
+def _sensitivity(quantizer: Quantizer, levels: Sequence[Level], partial: Path) -> dict[str, dict[str, float]]:
+    """unit -> level -> KL, nats a token, of the answer with that unit alone rounded to the nearest."""
+    file = partial / "sensitivity.json"
+    found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
+    probe = quantizer.ids[-PROBED:]
+    states, others = quantizer.inputs(probe)
+    wanted = quantizer.log_probabilities(probe)
+    count = len(quantizer.layers)
+    for at, layer in enumerate(quantizer.layers):
+        quantizer.progress(at, count, f"sensitivity, layer {at + 1} of {count}")
+        for unit in quantizer.units:
+            if unit.layer != at or unit.label in found:
+                continue
+            full = {name: quantizer._linear(name).weight for name in unit.names}
+            result = {}
+            for level in levels:
+                for name, (integers, scale) in quantizer._round(unit, level, None).items():
+                    wide = scale.repeat_interleave(integers.shape[1] // scale.shape[1], 1)
+                    quantizer._linear(name).weight = nn.Parameter(
+                        (integers.float() * wide).to(quantizer.dtype), requires_grad=False
+                    )
+                hooks = [
+                    quantizer._linear(name).register_forward_pre_hook(_rounding(level))
+                    for name in unit.names
+                    if level.activations
+                ]
+                result[level.name] = _divergence(quantizer, at, states, others, wanted)
+                for hook in hooks:
+                    hook.remove()
+                for name, weight in full.items():
+                    quantizer._linear(name).weight = weight
+            found[unit.label] = result
+        aside = file.with_suffix(".part")
+        aside.write_text(json.dumps(found))
+        aside.rename(file)
+        states = quantizer.through(layer, states, others)
+    return found
+
+
+@torch.inference_mode()
+def _divergence(
+    quantizer: Quantizer, at: int, states: list[torch.Tensor], others: list[dict[str, Any]], wanted: torch.Tensor
+) -> float:
+    """Mean KL(original || now) over the probe's tokens, running from layer `at` on."""
+    for layer in quantizer.layers[at:]:
+        states = quantizer.through(layer, states, others)
+    total = 0.0
+    hidden = torch.cat(states)
+    body = quantizer.model.get_submodule(quantizer.prefix.rpartition(".")[0])
+    for row, right in zip(hidden, wanted, strict=True):
+        said = log_softmax(quantizer.model.lm_head(body.norm(row)).float(), -1)
+        total += float((right.exp() * (right - said)).sum(-1).mean())
+    return max(total / len(hidden), 0.0)
+
+
+def _config(chosen: Mapping[Unit, Level], ignore: list[str], group: int) -> dict[str, Any]:
+    """compressed-tensors' `quantization_config`."""
+    levels = sorted({level for level in chosen.values() if level is not FULL}, key=lambda level: level.name)
+    groups = {}
+    for number, level in enumerate(levels):
+        names = [name for unit, its in chosen.items() if its is level for name in unit.names]
+        symmetric = {"symmetric": True, "type": "float" if level.float8 else "int", "num_bits": level.bits}
+        grouped = (
+            {"strategy": "group", "group_size": group}
+            if level.bits == 4
+            else {"strategy": "channel", "group_size": None}
+        )
+        groups[f"group_{number}"] = {
+            "targets": names if len(levels) > 1 else ["Linear"],
+            "weights": {**symmetric, **grouped, "dynamic": False},
+            "input_activations": {**symmetric, "strategy": "token", "dynamic": True} if level.activations else None,
+            "output_activations": None,
+            "format": _format(level),
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": _format(levels[0]) if len(levels) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }
+
+
+def _format(level: Level) -> str:
+    if level.float8:
+        return "float-quantized"
+    return "pack-quantized" if level.bits == 4 or level is W8A16 else "int-quantized"
+
+
+def _producer(name: str) -> str:
+    """The module whose output the unit reads, up to a product with something else."""
+    layer, _, _ = name.rpartition(".")
+    if name.endswith("down_proj"):
+        return f"{layer}.up_proj"
+    block = layer.rpartition(".")[0]
+    return f"{block}.{'input_layernorm' if '.self_attn.' in name else 'post_attention_layernorm'}"
+
+
+def _fold(folder: Path, factors: Mapping[str, torch.Tensor], out: Path) -> None:
+    """The adapter as it has to be on the smoothed base: columns of A times the factor, rows of up's B divided by it."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    of: dict[str, torch.Tensor] = {}
+    for name, factor in factors.items():
+        layer = name.rpartition(".")[0]
+        family = next(family for family in UNITS if name.rpartition(".")[2] in family)
+        of |= {f"{layer}.{leaf}": factor for leaf in family}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+        if part.startswith("A") and module in of:
+            tensors[name] = (tensor.float() * of[module]).to(tensor.dtype)
+        down = module.removesuffix("up_proj") + "down_proj"
+        if part.startswith("B") and module.endswith(".up_proj") and down in factors:
+            tensors[name] = (tensor.float().T / factors[down]).T.contiguous().to(tensor.dtype)
+    out.mkdir(parents=True)
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    for file in folder.iterdir():
+        if file.name != "adapter_model.safetensors" and file.is_file():
+            shutil.copyfile(file, out / file.name)
+
+
+def _windows(job: Job, folder: Path) -> list[list[int]]:
+    part = job.calibration
+    return text.windows(tokenizer(folder), text.documents(part, False), part.samples, part.tokens, job.seed)
+
+
+def _rounding(level: Level) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (round_activations(inputs[0], level.float8), *inputs[1:])
+
+    return hook
+
+
+class _Stop(Exception):
+    """The model has said what the first layer gets."""

