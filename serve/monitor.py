@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -15,6 +16,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, disable_created_metri
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_latest
 from prometheus_client.registry import Collector
 
 from serve.adapter import Adapter
@@ -198,6 +201,9 @@ class Monitor:
     ) -> tuple[bytes, str]:
         """What was rendered less than a second ago, or now: many scrapers cost what one does."""
         encode, content_type = choose_encoder(accept)
+        if "openmetrics" in content_type:
+            # Otherwise the colon of `vllm:` becomes an underscore, and nobody's dashboard finds it.
+            encode = partial(openmetrics_latest, escaping=ALLOWUTF8)
         with self._rendering:
             when, text = self._rendered.get((what, content_type), (0.0, b""))
             if not text or time.monotonic() - when > FRESH:

@@ -257,3 +257,9 @@ async def test_resident_says_what_is_there_to_stay(client, backend, make_adapter
         await client.post("/v1/adapters", **upload(make_adapter(seed)))
     told = (await client.get("/v1/adapters/tone")).json()["versions"]
     assert [version["resident"] for version in told] == [False, True], "a retired version still counts"
+
+
+async def test_openmetrics_keeps_the_engines_names(client):
+    told = await client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
+    assert 'vllm:tokens_total{model="base"} 1.0' in told.text
+    assert "vllm_" not in told.text
