@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -198,8 +199,18 @@ def build_app(
 
     async def meet(base: Supervisor, engine: Engine) -> None:
         engine.on_load = monitor.loaded
-        if config.drift:
-            await asyncio.to_thread(_learn, watcher, base.name, Path(engine.backend.model))
+        # While another engine serves, this one is on trial for its place, and the traffic is the other's.
+        if config.drift and not base.is_ready:
+            await asyncio.to_thread(_learn, watcher, learned, base.name, engine.backend.model)
+
+    def served(base: Supervisor, engine: Engine) -> None:
+        if config.drift and learned.get(base.name) != engine.backend.model:
+            learning.append(
+                asyncio.create_task(asyncio.to_thread(_learn, watcher, learned, base.name, engine.backend.model))
+            )
+
+    learned: dict[str, str] = {}
+    learning: list[asyncio.Task[None]] = []
 
     patience = Patience(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Patience)})
     backends = backend if isinstance(backend, Sequence) else [backend]
@@ -207,6 +218,8 @@ def build_app(
         [Supervisor(one, make_probe, patience, tolerance=config.swap_tolerance) for one in backends], registry.base
     )
     lifecycle = Lifecycle(fleet, registry, store, lambda base: _limits(config, base.backend))
+    for one in fleet:
+        one.on_serve = partial(served, one)
     lifecycle.meet = meet
     keys = Keys(registry)
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
@@ -728,14 +741,18 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
     return asked.model_copy(update={"why": asked.why or f"from {asked.source}"})
 
 
-def _learn(watcher: Watcher, base: str, model: Path) -> None:
+def _learn(watcher: Watcher, learned: dict[str, str], base: str, model: str) -> None:
     """Have the versions over this model watched; without its embedding table there is nothing to watch with."""
+    if learned.get(base) == model:
+        return
+    watcher.pause(base)
+    learned[base] = model
     try:
-        embedding = Embedding.of(model)
+        embedding = Embedding.of(Path(model))
     except LoradockError as error:
         log.warning("drift is not watched for %s: %s", base, error)
         return
-    tokenizer = model / "tokenizer.json"
+    tokenizer = Path(model) / "tokenizer.json"
     watcher.learn(base, embedding, _digest(tokenizer) if tokenizer.exists() else "")
 
 

@@ -108,6 +108,8 @@ class Supervisor:
         tolerance: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        # Hears of every engine that begins to serve.
+        self.on_serve: Callable[[Engine], None] = lambda engine: None
         self.name = backend.name
         self.phase = Phase.STARTING
         # Why it is not ready, when it is not.
@@ -434,6 +436,7 @@ class Supervisor:
         self._watching[ready.engine] = asyncio.create_task(self._watch(ready.engine))
         self.phase, self.reason, self._since = Phase.READY, "", self._clock()
         self._settled.set()
+        self.on_serve(ready.engine)
 
     async def _watch(self, engine: Engine) -> None:
         """Until the engine dies or hangs."""

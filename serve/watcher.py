@@ -190,6 +190,13 @@ class Watcher(Collector):
         if self._thread is None:
             self._start()
 
+    def pause(self, base: str) -> None:
+        """Another model is behind this base: nothing of it is looked at until it is learned."""
+        with self._lock:
+            if self._bases.pop(base, None):
+                for key in [key for key, one in self._versions.items() if self._base_of(one.adapter) == base]:
+                    self._write(self._versions.pop(key))
+
     def _start(self) -> None:
         self._restore_trials()
         self._thread = threading.Thread(target=self._work, name="watcher", daemon=True)

@@ -294,6 +294,33 @@ def test_a_file_of_prompts_is_read_line_by_line(tmp_path):
             prompts(file)
 
 
+async def test_over_another_base_model_a_version_begins_anew(connect, watched, backend, make_adapter, tmp_path):
+    engine = Engine(backend)
+    other = shutil.copytree(watched.model, tmp_path / "other")
+    table = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(1))
+    save_file({"model.embed_tokens.weight": table}, other / "model.safetensors")
+
+    async def gathered():
+        versions = (await drift(client))["versions"]
+        return versions[0]["signals"]["prompt"]["reference_requests"] if versions else 0
+
+    async with connect(watched) as client:
+        await push(client, make_adapter, 0)
+        await ask(client, 200)
+        assert await gathered() == 100
+        backend.prepare = lambda heir: (setattr(heir, "generate", engine.generate), heir.effects.update(tone=3.0))
+        refused = await client.post("/v1/engines/base/swap", json={"model": str(other)})
+        assert refused.status_code == 409, refused.text
+        await ask(client, 40)
+        assert await gathered() == 100, "the one that serves is the one that is watched"
+        backend.prepare = lambda heir: setattr(heir, "generate", engine.generate)
+        assert (await client.post("/v1/engines/base/swap", json={"model": str(other)})).status_code == 200
+        learned = client._transport.app.state.watcher._bases
+        assert await until(lambda: asyncio.sleep(0, "base" in learned))
+        await ask(client, 50)
+        assert 0 < await gathered() < 100
+
+
 async def test_a_version_that_is_removed_leaves_nothing_of_what_was_known(connect, watched, backend, make_adapter):
     Engine(backend)
     async with connect(watched) as client:
