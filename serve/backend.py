@@ -241,7 +241,8 @@ class VLLMBackend:
         # What vLLM leaves to the garbage collector, which looks at nothing that was there when the heap was frozen:
         # the context of its sockets with nine descriptors, and all that hangs on the app.
         await asyncio.sleep(SOCKETS_CLOSE)
-        await asyncio.to_thread(llm.engine_core.resources.ctx.destroy, 0)
+        # Nobody waits for it: were a socket still open, this would never return.
+        threading.Thread(target=llm.engine_core.resources.ctx.destroy, args=(0,), daemon=True).start()
         if app is not None:
             cast(Any, app).state._state.clear()
 
