@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.metrics_core import Metric
@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 # Seconds between two looks at whether a worker has read an adapter; each look waits for the end of a step anyway.
 LOAD_POLL = 0.005
+# vLLM closes its sockets in a callback of the event loop.
+SOCKETS_CLOSE = 0.1
 # vLLM registers its series process-wide, so that two engines can't be built at once.
 _BUILDING = threading.Lock()
 
@@ -222,7 +224,7 @@ class VLLMBackend:
 
     async def stop(self, *, kill: bool = False) -> None:
         """End the engine's processes; `kill` does not ask them, for one that is dead or does not answer."""
-        llm, self._llm, self._app = self._llm, None, None
+        llm, app, self._llm, self._app = self._llm, self._app, None, None
         for call in tuple(self._calls):
             call.cancel()
         if llm is None:
@@ -236,6 +238,13 @@ class VLLMBackend:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(llm.shutdown)
+        # What vLLM leaves to the garbage collector, which looks at nothing that was there when the heap was frozen:
+        # the context of its sockets with nine descriptors, and all that hangs on the app.
+        await asyncio.sleep(SOCKETS_CLOSE)
+        # Nobody waits for it: were a socket still open, this would never return.
+        threading.Thread(target=llm.engine_core.resources.ctx.destroy, args=(0,), daemon=True).start()
+        if app is not None:
+            cast(Any, app).state._state.clear()
 
     def _processes(self) -> list[Any]:
         return _processes(self._llm) if self._llm else []
