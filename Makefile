@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
+.PHONY: help serve test lint types chaos overload watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -25,8 +25,12 @@ lint: setup-dev ## ruff: style and format
 types: setup-dev ## mypy
 	@$(BIN)/mypy
 
-chaos: setup-dev ## the long proofs: 120 kills of the server in the middle of its changes
+chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30 minutes of faults under 16 streams
 	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
+	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+
+overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away
+	@$(BIN)/python -m tests.overload $(ARGS)
 
 watch: setup-dev ## drift, damage and latency against the real engine, with ten times the traffic; what watching costs
 	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py
@@ -42,9 +46,9 @@ equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLL
 tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, and 1,000 loads and unloads that leak nothing
 	@LORADOCK_TEST_ADAPTERS=$(or $(ADAPTERS),1000) $(BIN)/python -m pytest -s tests/e2e/test_tiers.py
 
-cases: setup-dev ## 5,000 malformed archives, headers and configs against each check of an upload
-	@HYPOTHESIS_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -s -m "not engine" --hypothesis-show-statistics \
-		tests/serve/test_upload.py tests/serve/test_adapter.py tests/serve/test_store.py
+cases: setup-dev ## 10,000 malformed archives, headers and configs thrown at the checks of an upload
+	@HYPOTHESIS_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -m "not engine" --hypothesis-show-statistics \
+		tests/serve/test_upload.py tests/serve/test_adapter.py
 
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from serve.adapter import Limits as AdapterLimits
 from serve.alerts import Alerts, Notification
 from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
+from serve.checkpoint import find
 from serve.config import Config
 from serve.embedding import Embedding
 from serve.engine import Backend, Engine
@@ -72,6 +74,7 @@ class Fetch(BaseModel):
     source: str
     promote: bool = True
     visibility: Literal["private", "shared"] | None = None
+    engine: str | None = None
     why: str = ""
 
 
@@ -128,6 +131,23 @@ class Pin(BaseModel):
     why: str = ""
 
 
+class Visibility(BaseModel):
+    """Who may ask an adapter beside its own tenant: nobody, or everybody."""
+
+    model_config = ConfigDict(extra="forbid")
+    visibility: Literal["private", "shared"]
+    why: str = ""
+
+
+class Swap(BaseModel):
+    """The body of a swap: the model that takes over, as `loradock serve` takes one."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    force: bool = False
+    drain_first: bool = False
+
+
 class Rollback(BaseModel):
     """The body of a rollback; may be left out."""
 
@@ -159,11 +179,13 @@ class NewKey(BaseModel):
 
 def build_app(
     config: Config,
-    backend: Backend,
+    backend: Backend | Sequence[Backend],
     on_failure: Callable[[LoradockError], None] | None = None,
     on_shadow: Callable[[ShadowExchange], None] | None = None,
 ) -> FastAPI:
-    """The whole server over `backend`; `on_failure` hears of an engine that cannot start.
+    """The whole server over `backend`, or several, one for each base model; the first answers who names none.
+
+    `on_failure` hears of an engine that cannot start.
 
     `on_shadow` gets every request that a shadow answered too, with both answers.
     """
@@ -175,15 +197,30 @@ def build_app(
             return None
         return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
 
-    async def restore(base: Supervisor, engine: Engine) -> None:
+    async def meet(base: Supervisor, engine: Engine) -> None:
         engine.on_load = monitor.loaded
-        if config.drift:
-            await asyncio.to_thread(_learn, watcher, base.name, Path(engine.backend.model))
-        await lifecycle.restore(base, engine)
+        # While another engine serves, this one is on trial for its place, and the traffic is the other's.
+        if config.drift and not base.is_ready:
+            await asyncio.to_thread(_learn, watcher, learned, base.name, engine.backend.model)
+
+    def served(base: Supervisor, engine: Engine) -> None:
+        if config.drift and learned.get(base.name) != engine.backend.model:
+            learning.append(
+                asyncio.create_task(asyncio.to_thread(_learn, watcher, learned, base.name, engine.backend.model))
+            )
+
+    learned: dict[str, str] = {}
+    learning: list[asyncio.Task[None]] = []
 
     patience = Patience(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Patience)})
-    fleet = Fleet([Supervisor(backend, restore, make_probe, patience)])
+    backends = backend if isinstance(backend, Sequence) else [backend]
+    fleet = Fleet(
+        [Supervisor(one, make_probe, patience, tolerance=config.swap_tolerance) for one in backends], registry.base
+    )
     lifecycle = Lifecycle(fleet, registry, store, lambda base: _limits(config, base.backend))
+    for one in fleet:
+        one.on_serve = partial(served, one)
+    lifecycle.meet = meet
     keys = Keys(registry)
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
@@ -227,15 +264,16 @@ def build_app(
     rehearsal = Rehearsal(fleet, store)
     prober = Prober(fleet, registry, store, watcher, alarmed, interval=config.drift_probe_interval)
     shadows = Shadows(fleet, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
-    router = Router(fleet, registry, store)
+    router = Router(fleet, registry, store, lifecycle.popularity.used)
     recent = Recent()
     monitor.passed_on.append(recent.take)
-    inference = Inference(auth, router, Meters(), monitor.take, shadows, watcher.wants_logprobs)
+    inference = Inference(auth, router, Meters(), monitor.take, shadows, watcher.wants_logprobs, config.client_timeout)
 
     async def live() -> None:
         try:
             await lifecycle.sweep()
-            await fleet.start()
+            lifecycle.popularity.load(popular)
+            await fleet.start(lifecycle)
             ready.set()
             await prober.run()
         except LoradockError as error:
@@ -249,11 +287,13 @@ def build_app(
                     await base.backend.log_stats()
 
     ready = asyncio.Event()
+    popular = config.data_dir / "popular.json"
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loops[:] = [asyncio.get_running_loop()]
-        tasks = [asyncio.create_task(live()), asyncio.create_task(log_stats())]
+        jobs = (live(), log_stats(), lifecycle.keep_warm(popular))
+        tasks = [asyncio.create_task(job) for job in jobs]
         try:
             yield
         finally:
@@ -375,7 +415,17 @@ def build_app(
             rows.append({**base.described(), "resident": resident})
         return {"object": "list", "data": rows}
 
-    @app.post("/v1/engines/{engine}/restart")
+    @app.post("/v1/engines/{engine:path}/swap")
+    async def swap(engine: str, body: Swap, request: Request, caller: Operator) -> dict[str, Any]:
+        request.state.subject = f"{engine} -> {body.model}"
+        base = fleet.get(engine)
+        try:
+            model = await asyncio.to_thread(find, body.model, config.cache_dir)
+        except ConfigError as error:
+            raise BadRequest(str(error), param="model") from error
+        return await base.swap(model, by=caller.name, force=body.force, drain_first=body.drain_first)
+
+    @app.post("/v1/engines/{engine:path}/restart")
     async def restart(engine: str, request: Request, caller: Operator) -> dict[str, Any]:
         request.state.subject = engine
         await fleet.get(engine).restart()
@@ -403,6 +453,7 @@ def build_app(
                 why=asked.why,
                 shared=None if asked.visibility is None else asked.visibility == "shared",
                 quota=caller.limits,
+                engine=asked.engine,
             )
         request.state.subject = adapter.tag
         if trying and _live_version(registry, full) != adapter.version:
@@ -534,6 +585,13 @@ def build_app(
         await lifecycle.share(full, "shadow", body.version, body.weight, by=caller.name, why=body.why)
         return summary(full, caller)
 
+    @app.post("/v1/adapters/{name:path}/visibility")
+    async def visibility(name: str, body: Visibility, request: Request, caller: Manager) -> dict[str, Any]:
+        request.state.subject = spelled(name, caller.tenant)
+        full = owned(name, caller)
+        await lifecycle.publish(full, body.visibility == "shared", by=caller.name, why=body.why)
+        return summary(full, caller)
+
     @app.post("/v1/adapters/{name:path}/pin")
     async def pin(name: str, request: Request, caller: Manager, body: Pin | None = None) -> dict[str, Any]:
         body = body or Pin()
@@ -644,8 +702,14 @@ async def _received(request: Request, kind: str, folder: Path, config: Config) -
     visibility = form.get("visibility")
     if visibility not in (None, "private", "shared"):
         raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
-    why = form.get("why", "")
-    return Fetch(name=form["name"], source="", promote=promote == "true", visibility=visibility, why=why)  # type: ignore[arg-type]
+    return Fetch(
+        name=form["name"],
+        source="",
+        promote=promote == "true",
+        visibility=visibility,  # type: ignore[arg-type]
+        engine=form.get("engine"),
+        why=form.get("why", ""),
+    )
 
 
 async def _fetched(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
@@ -677,14 +741,18 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
     return asked.model_copy(update={"why": asked.why or f"from {asked.source}"})
 
 
-def _learn(watcher: Watcher, base: str, model: Path) -> None:
+def _learn(watcher: Watcher, learned: dict[str, str], base: str, model: str) -> None:
     """Have the versions over this model watched; without its embedding table there is nothing to watch with."""
+    if learned.get(base) == model:
+        return
+    watcher.pause(base)
+    learned[base] = model
     try:
-        embedding = Embedding.of(model)
+        embedding = Embedding.of(Path(model))
     except LoradockError as error:
         log.warning("drift is not watched for %s: %s", base, error)
         return
-    tokenizer = model / "tokenizer.json"
+    tokenizer = Path(model) / "tokenizer.json"
     watcher.learn(base, embedding, _digest(tokenizer) if tokenizer.exists() else "")
 
 
@@ -736,7 +804,7 @@ def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[st
                     "created": int(adapter.created),
                     "owned_by": "loradock",
                     "root": adapter.id,
-                    "parent": fleet.of(full).name,
+                    "parent": registry.base(full) or fleet.first.name,
                 }
 
 

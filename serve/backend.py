@@ -47,8 +47,9 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import RequestStateStats
 from vllm.version import __version__ as VLLM_VERSION
 
+from serve import machine
 from serve.engine import LOW_PRIORITY, engine_priority
-from serve.errors import AdapterRejected, ConfigError, EngineUnavailable
+from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.tap import Generation, watching
 from serve.worker import LOADED, LOADING
 
@@ -172,6 +173,17 @@ class VLLMBackend:
         if not self.running and not self._calls:
             self._idle_until = now
         return now - max(self._pulse.last, self._idle_until)
+
+    def check_room(self) -> None:
+        """Conflict, if this machine has no room for one more engine like this."""
+        if not machine.on_cpu() or self.args.kv_cache_memory_bytes is None:
+            return
+        try:
+            machine.check_memory(machine.weights(Path(self.model)), int(self.args.kv_cache_memory_bytes))
+        except ConfigError as error:
+            raise Conflict(
+                f"there is no room for a second engine beside the first, only after it (drain_first): {error}"
+            ) from error
 
     def another(self, model: str | None = None) -> VLLMBackend:
         """One more with the same options, over the same model or another; not started."""

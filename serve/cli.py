@@ -8,10 +8,11 @@ from pathlib import Path
 
 import typer
 
-from serve import __version__
+from serve import __version__, cli_operate
 from serve.cli_adapters import adapters_app
 from serve.cli_baseline import baseline_app
 from serve.cli_bench import bench_app
+from serve.cli_engines import engines_app
 from serve.cli_keys import keys_app
 from serve.cli_monitoring import monitoring_app
 from serve.config import load, settings_help
@@ -28,8 +29,11 @@ app = typer.Typer(
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(baseline_app, name="baseline")
 app.add_typer(bench_app, name="bench")
+app.add_typer(engines_app, name="engines")
 app.add_typer(keys_app, name="keys")
 app.add_typer(monitoring_app, name="monitoring")
+
+cli_operate.register(app)
 
 SERVE_HELP = """Serve MODEL with hot-swapped LoRA adapters behind an OpenAI-compatible endpoint.
 

@@ -156,6 +156,22 @@ def unpin(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) ->
     say(answer, as_json, lambda told: f"{name} is pinned no more")
 
 
+@adapters_app.command(epilog=example("loradock adapters share support"))
+def share(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Let other tenants ask an adapter, as TENANT/NAME."""
+    with connected("adapters", url, key) as client:
+        answer = client.share(name, True)
+    say(answer, as_json, lambda told: f"{name} is shared")
+
+
+@adapters_app.command(epilog=example("loradock adapters unshare support"))
+def unshare(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Keep an adapter to its own tenant again."""
+    with connected("adapters", url, key) as client:
+        answer = client.share(name, False)
+    say(answer, as_json, lambda told: f"{name} is private")
+
+
 @adapters_app.command(epilog=example("loradock adapters rm support@v2", "loradock adapters rm support --force"))
 def rm(
     target: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="All versions, or that one.")],

@@ -203,6 +203,10 @@ class AdapterClient:
         """Hold a version against a baseline that was saved."""
         return self._call("PUT", f"{_path(name)}/baseline", params=_numbered(version), content=data)
 
+    def share(self, name: str, shared: bool = True) -> dict[str, Any]:
+        """Let other tenants ask the adapter, or its own alone."""
+        return self._call("POST", f"{_path(name)}/visibility", json={"visibility": _visibility(shared)})
+
     def remove(self, name: str, version: int | None = None, force: bool = False) -> dict[str, Any]:
         """Delete a version, or the adapter whole; what is live goes only with `force`."""
         path = _path(name) + (f"/versions/{version}" if version is not None else "")
@@ -220,6 +224,19 @@ class AdapterClient:
     def revoke_key(self, id: str) -> dict[str, Any]:
         """The key opens nothing from now on."""
         return self._call("DELETE", f"/v1/keys/{_segment(id)}")
+
+    def engines(self) -> dict[str, Any]:
+        """Every engine: phase, model, load, memory."""
+        return self._call("GET", "/v1/engines")
+
+    def swap(self, name: str, model: str, *, force: bool = False, drain_first: bool = False) -> dict[str, Any]:
+        """Put `model` under a base's name; answers when it serves, which takes as long as an engine's start."""
+        body = {"model": model, "force": force, "drain_first": drain_first}
+        return self._call("POST", f"/v1/engines/{_segment(name)}/swap", json=body, timeout=3600.0)
+
+    def restart(self, name: str) -> dict[str, Any]:
+        """Start an engine again that stayed down."""
+        return self._call("POST", f"/v1/engines/{_segment(name)}/restart")
 
     def _call(self, method: str, path: str, **parts: Any) -> dict[str, Any]:
         return self._ask(lambda: self._http.request(method, path, **parts), repeatable=method == "GET")

@@ -29,6 +29,10 @@ from serve.slo import DEFAULT_SLOS, Slo
 from serve.slo import parse as parse_slos
 
 PREFIX = "LORADOCK_"
+SECONDS = (
+    *("grace_period", "max_wait", "client_timeout"),
+    *("hang_timeout", "restart_wait", "restart_window", "drain_timeout"),
+)
 SIZES = {
     "": 1,
     "k": 1000,
@@ -69,6 +73,15 @@ def _setting(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """One base model of this server: what is loaded, under which name, with which of vLLM's options."""
+
+    name: str
+    model: str
+    engine: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """What this server was asked to be. `engine` holds vLLM's options as they were given, by vLLM's names."""
 
@@ -94,11 +107,14 @@ class Config:
     max_shadows: int = _setting(2, "shadow answers under way at a time; what comes beyond is dropped and counted")
     source_roots: tuple[str, ...] = _setting(tuple, "folders that a push by tenant default may name as file:///...")
     grace_period: float = _setting(30.0, "seconds that running answers get to finish when the server stops")
-    hang_timeout: float = _setting(60.0, "seconds without a step, while requests wait, after which an engine is dead")
+    max_wait: float = _setting(30.0, "seconds in line that a request is let in for; who would wait longer gets a 429")
+    client_timeout: float = _setting(60.0, "seconds that a client may let the server wait, while it sends or reads")
+    hang_timeout: float = _setting(300.0, "seconds without a step, while requests wait, after which an engine is dead")
     restart_wait: float = _setting(60.0, "seconds that a request waits for an engine that is coming back")
     max_restarts: int = _setting(5, "restarts of an engine within restart_window; after one more death it stays down")
     restart_window: float = _setting(600.0, "seconds that a death of an engine is remembered")
     drain_timeout: float = _setting(600.0, "seconds that answers of an engine that was replaced get to finish")
+    swap_tolerance: float = _setting(0.5, "part of an adapter's effect that a swap of its base may lose or change")
     ssl_certfile: str = _setting("", "TLS certificate file")
     ssl_keyfile: str = _setting("", "TLS key file")
     drift: bool = _setting(True, "whether adapter versions are watched for drift")
@@ -115,6 +131,7 @@ class Config:
     slos: tuple[Slo, ...] = _setting(lambda: DEFAULT_SLOS, "service level objectives, by adapter (see README)")
     log_level: str = _setting("info", "debug, info, warning or error")
     engine: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), metadata={"help": ""})
+    engines: tuple[Base, ...] = field(default=(), metadata={"help": ""})
 
     @property
     def open(self) -> bool:
@@ -122,11 +139,16 @@ class Config:
         return not (self.api_keys or self.admin_keys)
 
     @property
+    def bases(self) -> tuple[Base, ...]:
+        """Every base model, the one that answers requests without a model first."""
+        return (Base(self.name, self.model, self.engine), *self.engines)
+
+    @property
     def registry_url(self) -> str:
         return self.registry or f"sqlite:///{self.data_dir / 'registry.sqlite'}"
 
 
-SETTINGS = {f.name: f for f in fields(Config) if f.name != "engine"}
+SETTINGS = {f.name: f for f in fields(Config) if f.name not in ("engine", "engines")}
 
 
 def load(arguments: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
@@ -239,8 +261,29 @@ def _from_file(file: str) -> dict[str, Any]:
         raise ConfigError(f"the config file {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict):
         raise ConfigError(f"the config file {file} must hold `setting: value` lines")
+    more = [_base(entry, file) for entry in _entries(read.pop("engines", None) or [], file)]
     flat = {**read, **_section(read.pop("engine", None) or {}, file)}
-    return {_name(str(key), "the key"): value for key, value in flat.items() if key != "engine"}
+    given = {_name(str(key), "the key"): value for key, value in flat.items() if key != "engine"}
+    return {**given, "engines": tuple(more)} if more else given
+
+
+def _entries(engines: Any, file: str) -> list[dict[str, Any]]:
+    if not isinstance(engines, list) or not all(isinstance(entry, dict) for entry in engines):
+        raise ConfigError(f"`engines:` in {file} must be a list of entries with `model:`, `name:` and `engine:`")
+    return engines
+
+
+def _base(entry: dict[str, Any], file: str) -> Base:
+    """One further base model, with options of its own."""
+    unknown = sorted(set(map(str, entry)) - {"name", "model", "engine"})
+    if unknown or not isinstance(entry.get("model"), str):
+        odd = f"{unknown[0]!r} is not known there" if unknown else "it needs a `model:`"
+        raise ConfigError(f"an entry of `engines:` in {file} takes name, model and engine: {odd}")
+    options = {_name(str(key), "the key"): value for key, value in _section(entry.get("engine") or {}, file).items()}
+    if ours := sorted(set(options) & set(SETTINGS)):
+        raise ConfigError(f"{ours[0]!r} is the whole server's setting, not an engine's: move it to the top of {file}")
+    model = entry["model"]
+    return Base(str(entry.get("name") or Path(model.rstrip("/")).name), model, MappingProxyType(options))
 
 
 def _section(section: Any, file: str) -> dict[str, Any]:
@@ -252,8 +295,8 @@ def _section(section: Any, file: str) -> dict[str, Any]:
 def _split(given: Mapping[str, Any]) -> dict[str, Any]:
     """Our settings converted to their types; the rest is the engine's, as it came."""
     ours = {name: _convert(name, value) for name, value in given.items() if name in SETTINGS}
-    rest = {name: value for name, value in given.items() if name not in SETTINGS and name != "config"}
-    return {**ours, "engine": MappingProxyType(rest)}
+    rest = {name: value for name, value in given.items() if name not in SETTINGS and name not in ("config", "engines")}
+    return {**ours, "engine": MappingProxyType(rest), "engines": given.get("engines", ())}
 
 
 def _convert(name: str, value: Any) -> Any:
@@ -282,6 +325,14 @@ def _convert(name: str, value: Any) -> Any:
     return str(value)
 
 
+def size(text: str) -> int:
+    """Bytes, as 512MiB or in digits."""
+    try:
+        return _integer(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a size: give bytes, or as 512MiB or 4GiB") from error
+
+
 def _integer(value: Any) -> int:
     if isinstance(value, bool):
         raise ValueError(value)
@@ -301,7 +352,15 @@ def _checked(config: Config) -> Config:
     """The same Config with keys hashed and a name; what cannot be served is said here."""
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port takes 0 to 65535, not {config.port}")
-    for name in ("grace_period", "hang_timeout", "restart_wait", "restart_window", "drain_timeout"):
+    for name in (
+        "grace_period",
+        "max_wait",
+        "client_timeout",
+        "hang_timeout",
+        "restart_wait",
+        "restart_window",
+        "drain_timeout",
+    ):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"{name} takes seconds from 0 up, not {getattr(config, name)}")
     if not 0 <= config.drift_logprobs <= 1:
@@ -316,7 +375,7 @@ def _checked(config: Config) -> Config:
     for digest in config.allowed_digests:
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise ConfigError(f"allowed_digests takes 64 lower-case hex digits each, not {digest!r}")
-    for name in ("probe_min_effect", "probe_max_perplexity"):
+    for name in ("probe_min_effect", "probe_max_perplexity", "swap_tolerance"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"{name} takes a number from 0 up, not {getattr(config, name)}")
     if config.log_level not in ("debug", "info", "warning", "error"):
@@ -331,8 +390,12 @@ def _checked(config: Config) -> Config:
             "set LORADOCK_ADMIN_KEYS (and LORADOCK_API_KEYS), or listen on 127.0.0.1"
         )
     name = config.name or Path(config.model.rstrip("/")).name
-    if "@" in name or not name:
-        raise ConfigError(f"the base model's name {name!r} must not be empty nor hold @: set --name")
+    names = [name, *(base.name for base in config.engines)]
+    for one in names:
+        if "@" in one or not one:
+            raise ConfigError(f"the base model's name {one!r} must not be empty nor hold @: set --name")
+        if names.count(one) > 1:
+            raise ConfigError(f"two engines are called {one!r}: give each a `name:` of its own")
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     values |= {"name": name, "api_keys": keys_hashed(config.api_keys), "admin_keys": keys_hashed(config.admin_keys)}
     return Config(**values)

@@ -72,7 +72,10 @@ class Cutoff:
         if self._error is None and _is_error(message) and (error := self._failing()):
             self.cut(error)
         if self._error is None:
-            await self._send(message)
+            try:
+                await self._send(message)
+            except LoradockError as error:  # raised into the app, it would leave its generators open
+                self.cut(error)
 
 
 def _is_error(message: Message) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -21,6 +22,7 @@ from typing import Protocol
 from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp
 
+from serve.admission import Admission
 from serve.errors import EngineUnavailable, LoradockError
 from serve.line import Line
 
@@ -82,6 +84,7 @@ class Backend(Protocol):
     def cause(self) -> str: ...
     @property
     def stalled(self) -> float: ...
+    def check_room(self) -> None: ...
     def another(self, model: str | None = None) -> Backend: ...
     async def start(self) -> None: ...
     async def stop(self, *, kill: bool = False) -> None: ...
@@ -126,7 +129,8 @@ class Residence:
 class Engine:
     """A backend with a phase, and the book of who uses what in it."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, max_wait: float = math.inf) -> None:
+        self._max_wait = max_wait
         self.backend = backend
         self.phase = Phase.STARTING
         self.leases = 0
@@ -136,6 +140,7 @@ class Engine:
         self._leaving: set[asyncio.Task[None]] = set()
         # Of one seat until the backend, once it runs, says how many it has.
         self.line = Line(1, 1)
+        self._admission = Admission(self.line, max_wait)
         # Ids that are never sent away to make room.
         self.pinned: frozenset[str] = frozenset()
         # Ids whose last load failed; one that loads again is forgotten here.
@@ -172,6 +177,7 @@ class Engine:
             self.phase = Phase.FAILED
             raise
         self.line = Line(self.backend.seats, self.backend.slots)
+        self._admission = Admission(self.line, self._max_wait)
         self.phase = Phase.READY
 
     async def stop(self, *, kill: bool = False) -> None:
@@ -216,19 +222,26 @@ class Engine:
         Nothing is awaited before the lease is counted: whoever looks a version up and leases it in one breath cannot
         lose it to a swap in between.
         """
+        forecast = self._admission.check(tenant, priority)
+        clock = asyncio.get_running_loop().time
         with self._held(adapter_id, path) as resident:
+            came, sat = clock(), 0.0
             ticket = self.line.enter(tenant, resident.id if resident else None, priority=priority)
             try:
                 if resident and not resident.loaded and self._has_room():
                     self._begin_loading(resident)
                 with self.alarm(ticket.refuse):
                     await ticket.seated()
+                sat = clock()
+                self._admission.seated(forecast, sat - came)
                 if resident:
                     await self._loaded(resident)
                 place = engine_priority(priority, ticket.order) if self.backend.prioritizes else None
                 yield Lease(resident.id if resident else self.name, place)
             finally:
                 self.line.leave(ticket)
+                if sat:
+                    self._admission.left(clock() - sat)
 
     async def ensure(self, adapter_id: str, path: Path) -> None:
         """The adapter is resident when this returns; its own error when it cannot be. Takes no turn."""
@@ -283,9 +296,7 @@ class Engine:
         return [resident.id for resident in self._residents.values() if resident.number in numbers]
 
     def _require_ready(self) -> None:
-        if self.phase is Phase.READY and self.backend.dead:
-            self.phase = Phase.FAILED
-        if self.phase is not Phase.READY:
+        if self.phase is not Phase.READY or self.backend.dead:
             raise EngineUnavailable(f"the engine for {self.name} is {self.phase}; retry shortly")
 
     def _resident(self, adapter_id: str, path: Path) -> Residence:

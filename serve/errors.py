@@ -7,11 +7,13 @@
     |- Unauthorized            (401)     no key, or one that nobody issued
     |- Forbidden               (403)     the key is good, its scope is not
     |- NotFound                (404)     no such model, adapter, version or route
+    |- ClientTooSlow           (408)     it let the server wait, while it sent its request or read the answer
     |- Conflict                (409)     the change does not fit what is there now
     |- TooLarge                (413)     more bytes than this server takes
     |- RateLimited             (429)     this key has had its share; `retry_after` seconds from now there is more
     |- QuotaExceeded           (429)     this key's tenant keeps as many adapters as it may; waiting does not help
     |- OutOfSpace              (507)     the disk cannot hold it
+    |- ClientLeft              (499)     before it was its turn; nobody reads this
     |- DeadlineExceeded        (504)     the client's own X-Request-Timeout is over
     |- Overloaded              (429)     it would wait too long in line; `retry_after` seconds from now it would not
     `- EngineUnavailable       (503)     the engine is starting, draining or gone; `retry_after` seconds from now may do
@@ -87,6 +89,16 @@ class Forbidden(LoradockError):
 class NotFound(LoradockError):
     status = 404
     type = "not_found_error"
+
+
+class ClientTooSlow(LoradockError):
+    status = 408
+    type = "invalid_request_error"
+
+
+class ClientLeft(LoradockError):
+    status = 499
+    type = "invalid_request_error"
 
 
 class Conflict(LoradockError):

@@ -12,19 +12,27 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from serve.adapter import Adapter
 from serve.base import lora_modules
+from serve.checkpoint import verify
 from serve.engine import Backend, Engine, Phase, Residence
-from serve.errors import ConfigError, EngineUnavailable, LoradockError, NotFound
-from serve.probe import Probe
+from serve.errors import ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound
+from serve.probe import Logprobs, Probe
+from serve.transfer import Effects, Transfer, compared
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
+# An engine that computes answers between two steps; one that hangs does not.
+ASK_SECONDS = 5.0
+# Requests that wait for an engine that is coming back, each with its connection.
+MAX_WAITING = 512
 # The wait before the second restart in a row; each further one waits twice as long.
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
@@ -34,27 +42,74 @@ MAX_BACKOFF_SECONDS = 60.0
 class Patience:
     """How long, in seconds, and how often."""
 
-    hang_timeout: float = 60.0  # without a step while requests wait, then the engine counts as dead
+    hang_timeout: float = 300.0  # without a step while requests wait, then the engine counts as dead
     restart_wait: float = 60.0  # that a request waits for an engine that is coming back
     max_restarts: int = 5  # in `restart_window`; one more, and it stays down
     restart_window: float = 600.0
+    max_wait: float = 30.0  # that a request is let in for, if it has to wait for its turn
     drain_timeout: float = 600.0  # that answers of an engine that was replaced get to finish
 
 
-class Supervisor:
-    """One base model's place in the fleet.
+class Adapters(Protocol):
+    """What a supervisor asks of whoever keeps the adapters."""
 
-    `restore` brings the adapters that ought to be there into a fresh engine; `make_probe` gives it its effect probe.
-    """
+    def wanted(self, base: Supervisor) -> Sequence[Adapter]:
+        """Those that get traffic or are pinned, the most important first."""
+
+    def path(self, adapter: Adapter) -> Path: ...
+
+    def check(self, adapter: Adapter, backend: Backend, modules: Mapping[str, tuple[int, int]]) -> None:
+        """AdapterRejected, if a base with these modules cannot run it."""
+
+    async def restore(self, base: Supervisor, engine: Engine) -> None:
+        """Bring what is wanted into a fresh engine."""
+
+    def still(self) -> AbstractAsyncContextManager[Any]:
+        """While it lasts no adapter changes."""
+
+    def serves(self, base: Supervisor, model: str, by: str) -> None:
+        """Remember that this model is the base from now on, also after a restart of the server."""
+
+    def served(self, base: Supervisor) -> str | None:
+        """The model that was remembered, if another than the configured one."""
+
+
+class SwapRefused(Conflict):
+    """The new base would change what adapters do; `transfers` says which, and by how much."""
+
+    def __init__(self, message: str, transfers: Sequence[Transfer]) -> None:
+        super().__init__(message, code="swap_refused")
+        self.transfers = transfers
+
+    def body(self) -> dict[str, Any]:
+        body = super().body()
+        body["error"]["adapters"] = [one.described() for one in self.transfers]
+        return body
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """An engine that could serve, and what is known of its base."""
+
+    engine: Engine
+    modules: Mapping[str, tuple[int, int]]
+    probe: Probe | None
+
+
+class Supervisor:
+    """One base model's place in the fleet. `make_probe` gives an engine its effect probe."""
 
     def __init__(
         self,
         backend: Backend,
-        restore: Callable[[Supervisor, Engine], Awaitable[None]],
         make_probe: Callable[[Engine], Probe | None],
         patience: Patience,
+        *,
+        tolerance: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        # Hears of every engine that begins to serve.
+        self.on_serve: Callable[[Engine], None] = lambda engine: None
         self.name = backend.name
         self.phase = Phase.STARTING
         # Why it is not ready, when it is not.
@@ -62,9 +117,13 @@ class Supervisor:
         self.restarts = 0
         self.modules: Mapping[str, tuple[int, int]] = {}
         self.probe: Probe | None = None
-        self._engine = Engine(backend)
-        self._restore = restore
+        self._engine = Engine(backend, patience.max_wait)
+        self.configured = backend.model
+        # What a swap that is under way does now, and for which model.
+        self.swapping: dict[str, str] | None = None
+        self._adapters: Adapters | None = None
         self._make_probe = make_probe
+        self._tolerance = tolerance
         self._patience = patience
         self._clock = clock
         self._since: float | None = None
@@ -72,8 +131,10 @@ class Supervisor:
         self._due = 0.0
         self._deaths: deque[float] = deque()
         self._settled = asyncio.Event()
+        self._waiting = 0
         self._changing = asyncio.Lock()
         self._watching: dict[Engine, asyncio.Task[None]] = {}
+        self._draining: dict[Engine, asyncio.Task[None]] = {}
         self._recovering: asyncio.Task[None] | None = None
 
     # As the engine that serves now
@@ -137,23 +198,36 @@ class Supervisor:
         return self._engine.holds(adapter_id)
 
     async def resident_ids(self) -> list[str]:
-        return await self._engine.resident_ids()
+        """As the engine says itself; while it does not, as it is written in its book."""
+        try:
+            async with asyncio.timeout(ASK_SECONDS):
+                return await self._engine.resident_ids()
+        except (TimeoutError, EngineUnavailable):
+            return [one.id for one in self.residents if one.loaded]
 
     # Its own
 
-    async def start(self) -> None:
+    async def start(self, adapters: Adapters) -> None:
         """The first engine, watched from now on; its error when it cannot start."""
+        self._adapters = adapters
+        if remembered := adapters.served(self):
+            try:
+                swapped = self._fresh(remembered)
+                self._serve(await self._bring_up(swapped))
+                return
+            except ConfigError as error:
+                log.error("%s was swapped to %s, which does not start; back to %s: %s", self.name, remembered,
+                          self.configured, error)  # fmt: skip
         try:
-            await self._bring_up(self._engine)
+            self._serve(await self._bring_up(self._engine))
         except BaseException:
             self.phase = Phase.FAILED
             raise
-        self._serve(self._engine)
 
     async def stop(self) -> None:
         self.phase = Phase.STOPPED
         self._settled.set()
-        tasks = [*self._watching.values(), *([self._recovering] if self._recovering else [])]
+        tasks = [*self._watching.values(), *self._draining.values(), *([self._recovering] if self._recovering else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -163,6 +237,8 @@ class Supervisor:
     @property
     def is_available(self) -> bool:
         """A lease would not have to wait."""
+        if self.phase is Phase.READY and self.backend.dead:
+            self._lost(self._engine, self.backend.cause)
         return self.phase is Phase.READY
 
     async def available(self) -> None:
@@ -170,11 +246,17 @@ class Supervisor:
 
         While one serves, this returns without letting anything else run.
         """
-        if self.phase in (Phase.RESTARTING, Phase.DRAINING):
+        if not self.is_available and self.phase in (Phase.RESTARTING, Phase.DRAINING):
+            if self._waiting >= MAX_WAITING or self._due - self._clock() > self._patience.restart_wait:
+                raise self.unavailable()
+            self._waiting += 1
             try:
-                await asyncio.wait_for(self._settled.wait(), self._patience.restart_wait)
+                async with asyncio.timeout(self._patience.restart_wait):
+                    await self._settled.wait()
             except TimeoutError:
                 pass
+            finally:
+                self._waiting -= 1
         if self.phase is not Phase.READY:
             raise self.unavailable()
 
@@ -211,34 +293,161 @@ class Supervisor:
             "restarts": self.restarts,
             "uptime_seconds": round(self.uptime, 1),
             "draining": len([one for one in self._watching if one is not engine]),
+            "swapping": self.swapping,
         }
 
-    async def _bring_up(self, engine: Engine) -> None:
+    async def swap(self, model: str, *, by: str, force: bool = False, drain_first: bool = False) -> dict[str, Any]:
+        """Put an engine over another model in the place of the one that serves; what was found and how long it took.
+
+        The new one starts beside the old (or after it, with `drain_first`), takes the adapters over and is measured;
+        then requests go to it, and the old one ends with its last answer. Whatever fails, the old one goes on.
+        """
+        if self._changing.locked():
+            raise Conflict(f"the engine for {self.name} is being replaced already: wait until that is done")
+        async with self._changing:
+            if not self.is_available:
+                raise self.unavailable()
+            began = self._clock()
+            try:
+                verify(model)
+                transfers = await self._swap(self._fresh(model), by, force, drain_first)
+            except ConfigError as error:
+                raise Conflict(f"{model} cannot take over, {self.model} goes on: {error}") from error
+            finally:
+                self.swapping = None
+            seconds = round(self._clock() - began, 2)
+            log.info("%s is served by %s now, after %.1f s", self.name, model, seconds)
+            return {**self.described(), "seconds": seconds, "adapters": [one.described() for one in transfers]}
+
+    async def _swap(self, fresh: Engine, by: str, force: bool, drain_first: bool) -> list[Transfer]:
+        old = self._engine
+        self._step(fresh, "measuring the old")
+        before = await self._effects(old, self._keeper.wanted(self))
+        if drain_first:
+            await self._vacate(old)
+        else:
+            fresh.backend.check_room()
+        try:
+            self._step(fresh, "starting")
+            ready = await self._bring_up(fresh)
+            try:
+                self._step(fresh, "measuring the new")
+                transfers = await self._transfers(ready, before)
+                async with self._keeper.still():
+                    # What was pushed or promoted meanwhile.
+                    late = [one for one in self._keeper.wanted(self) if one.id not in before]
+                    if late and not drain_first:
+                        transfers += await self._transfers(ready, await self._effects(old, late))
+                    if (bad := [one for one in transfers if one.problem]) and not force:
+                        raise SwapRefused(_refusal(fresh.backend.model, bad), transfers)
+                    await self._keeper.restore(self, fresh)
+                    self._keeper.serves(self, fresh.backend.model, by)
+                    self._serve(ready)
+            except BaseException:
+                await fresh.stop(kill=True)
+                raise
+        except BaseException:
+            if drain_first:
+                self._bring_back(old)
+            raise
+        if not drain_first:
+            self._draining[old] = asyncio.create_task(self._see_off(old))
+        return transfers
+
+    def _fresh(self, model: str | None = None) -> Engine:
+        return Engine(self.backend.another(model), self._patience.max_wait)
+
+    @property
+    def _keeper(self) -> Adapters:
+        if self._adapters is None:
+            raise self.unavailable()
+        return self._adapters
+
+    def _step(self, fresh: Engine, step: str) -> None:
+        self.swapping = {"model": fresh.backend.model, "step": step}
+        log.info("swap of %s to %s: %s", self.name, fresh.backend.model, step)
+
+    async def _effects(self, engine: Engine, adapters: Iterable[Adapter]) -> dict[str, _Measured]:
+        effects = Effects(engine)
+        found = {}
+        for adapter in adapters:
+            found[adapter.id] = _Measured(adapter, await effects.of(adapter, self._keeper.path(adapter)))
+        return found
+
+    async def _transfers(self, ready: _Ready, before: Mapping[str, _Measured]) -> list[Transfer]:
+        """Every adapter that was measured on the old base, on the new one."""
+        effects = Effects(ready.engine)
+        found = []
+        for adapter, was in ((one.adapter, one.effect) for one in before.values()):
+            try:
+                await asyncio.to_thread(self._keeper.check, adapter, ready.engine.backend, ready.modules)
+                now = await effects.of(adapter, self._keeper.path(adapter))
+                found.append(compared(adapter.tag, was, now, self._tolerance))
+            except EngineUnavailable:
+                raise
+            except LoradockError as error:
+                found.append(Transfer(adapter.tag, problem=str(error)))
+        return found
+
+    async def _vacate(self, engine: Engine) -> None:
+        """Make room before the next engine starts: requests wait, those under way finish, then it ends."""
+        self.phase, self.reason = Phase.DRAINING, "its base model is being swapped"
+        self._settled.clear()
+        self._due = self._clock() + self._start_seconds
+        await self._see_off(engine)
+
+    def _bring_back(self, engine: Engine) -> None:
+        """The old model again, after a swap that had ended its engine first."""
+        self.phase, self.reason = Phase.RESTARTING, "a swap of its base model failed"
+        self._recovering = asyncio.create_task(self._recover(engine, self.reason))
+
+    async def _see_off(self, engine: Engine) -> None:
+        """End an engine with its last answer; after `drain_timeout` without waiting for that."""
+        end = self._clock() + self._patience.drain_timeout
+        while engine.leases and engine.phase is Phase.READY and self._clock() < end:
+            await asyncio.sleep(POLL_SECONDS)
+        # An answer that is cut off tells the engine so a moment after its lease is back.
+        await asyncio.sleep(POLL_SECONDS)
+        if watch := self._watching.pop(engine, None):
+            watch.cancel()
+        if engine.leases:
+            engine.fail(EngineUnavailable("the base model was replaced while this was answered; ask again"))
+        await engine.stop()
+        self._draining.pop(engine, None)
+
+    async def _bring_up(self, engine: Engine) -> _Ready:
         """A fresh engine with everything that it should hold; stopped again if that fails."""
         began = self._clock()
         try:
             await engine.start()
-            self.modules = await asyncio.to_thread(lora_modules, engine.backend.model)
-            self.probe = self._make_probe(engine)
-            if self.probe:
-                await self.probe.start()
-            await self._restore(self, engine)
+            modules = await asyncio.to_thread(lora_modules, engine.backend.model)
+            if probe := self._make_probe(engine):
+                await probe.start()
+            await self._keeper.restore(self, engine)
         except BaseException:
             await engine.stop(kill=True)
             raise
         self._start_seconds = self._clock() - began
+        return _Ready(engine, modules, probe)
 
-    def _serve(self, engine: Engine) -> None:
+    def _serve(self, ready: _Ready) -> None:
         """From now on this engine answers."""
-        self._engine = engine
-        self._watching[engine] = asyncio.create_task(self._watch(engine))
+        self._engine, self.modules, self.probe = ready.engine, ready.modules, ready.probe
+        self._watching[ready.engine] = asyncio.create_task(self._watch(ready.engine))
         self.phase, self.reason, self._since = Phase.READY, "", self._clock()
         self._settled.set()
+        self.on_serve(ready.engine)
 
     async def _watch(self, engine: Engine) -> None:
-        """Until the engine dies or hangs; then its requests end, and if it served, another takes its place."""
+        """Until the engine dies or hangs."""
         while not (cause := self._cause(engine)):
             await asyncio.sleep(POLL_SECONDS)
+        self._lost(engine, cause)
+
+    def _lost(self, engine: Engine, cause: str) -> None:
+        """The engine's requests end; and if it served, another takes its place. Once for each engine."""
+        if engine not in self._watching or engine.phase is Phase.FAILED:
+            return
         log.error("the engine for %s is gone: %s", self.name, cause)
         if engine is self._engine:
             self.phase, self.reason = Phase.RESTARTING, cause
@@ -266,14 +475,14 @@ class Supervisor:
                 self._due = self._clock() + delay + self._start_seconds
                 await asyncio.sleep(delay)
                 self.restarts += 1
-                fresh = Engine(engine.backend.another())
+                fresh = self._fresh()
                 try:
-                    await self._bring_up(fresh)
+                    ready = await self._bring_up(fresh)
                 except LoradockError as error:
                     cause = self.reason = str(error)
                     log.error("the engine for %s did not come back: %s", self.name, cause)
                     continue
-                self._serve(fresh)
+                self._serve(ready)
                 log.info("the engine for %s is back after %.1f s", self.name, self._start_seconds)
                 return
 
@@ -301,6 +510,20 @@ class Supervisor:
     def _retry_after(self) -> int:
         """Whole seconds until an engine ought to be there."""
         return min(max(math.ceil(self._due - self._clock()), 1), 60)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    adapter: Adapter
+    effect: Sequence[Logprobs]
+
+
+def _refusal(model: str, bad: Sequence[Transfer]) -> str:
+    named = "; ".join(f"{one.adapter}: {one.problem}" for one in bad[:5])
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return (
+        f"on {model} these adapters would not do what they do now: {named}{more}; train them for it, or force the swap"
+    )
 
 
 class Fleet:
@@ -343,10 +566,14 @@ class Fleet:
     def is_ready(self) -> bool:
         return all(one.is_ready for one in self)
 
-    async def start(self) -> None:
+    def owns(self, base: Supervisor, adapter: str) -> bool:
+        """The adapter runs on this base; of one whose base is not here any more, nobody's does."""
+        return self._all.get(self._base_of(adapter) or self.first.name) is base
+
+    async def start(self, adapters: Adapters) -> None:
         """Every engine, one after the other: two that start at once fight for the same memory and cores."""
         for one in self:
-            await one.start()
+            await one.start(adapters)
 
     async def stop(self) -> None:
         await asyncio.gather(*(one.stop() for one in self))

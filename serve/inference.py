@@ -7,14 +7,16 @@ the prefix cache that it may hit, and the stored responses that it may name.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
 import logging
+import math
 import re
 import secrets
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import msgspec
@@ -26,7 +28,7 @@ from serve.auth import Auth, Caller
 from serve.auth import Scope as KeyScope
 from serve.cutoff import Cutoff
 from serve.engine import LOW_PRIORITY
-from serve.errors import BadRequest, LoradockError, NotFound, TooLarge
+from serve.errors import BadRequest, ClientLeft, ClientTooSlow, DeadlineExceeded, LoradockError, NotFound, TooLarge
 from serve.limits import Meter, Meters
 from serve.router import Route, Router
 from serve.shadow import Kept, Shadows
@@ -47,6 +49,7 @@ UNSALTED = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
 # Those that know no priority.
 PLACELESS = re.compile(r"/(de)?tokenize|/v1/messages(/count_tokens)?")
 MAX_BODY = 64 << 20
+MAX_TIMEOUT = 86_400
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.Encoder().encode
@@ -63,7 +66,9 @@ class Inference:
         take: Callable[[Exchange], None],
         shadows: Shadows | None = None,
         wants_logprobs: Callable[[str], bool] = lambda adapter: False,
+        client_timeout: float = 60.0,
     ) -> None:
+        self._client_timeout = client_timeout
         self._auth = auth
         self._router = router
         self._meters = meters
@@ -76,15 +81,39 @@ class Inference:
             await _refuse_socket(receive, send)
             return
         scope, request_id = identified(scope)
-        tap = Tap(send, request_id)
+        pace = _Pace(receive, send, self._client_timeout)
+        tap = Tap(pace.send, request_id)
         try:
-            await self._answer(scope, receive, tap)
+            await self._in_time(scope, pace, tap)
+        except ClientTooSlow as error:
+            if tap.begun:
+                log.warning("%s broke off: %s", scope["path"], error)
+            else:
+                await answer_error(error, scope, receive, tap)
         except LoradockError as error:
             await answer_error(error, scope, receive, tap)
         finally:
             tap.offer(self._take)
 
-    async def _answer(self, scope: Scope, receive: Receive, tap: Tap) -> None:
+    async def _in_time(self, scope: Scope, pace: _Pace, tap: Tap) -> None:
+        """The answer, or DeadlineExceeded at the client's own deadline, which ends the work in the engine too."""
+        seconds = _timeout(Headers(scope=scope))
+        loop = asyncio.get_running_loop()
+        due = None if seconds is None else loop.time() + seconds
+        late = DeadlineExceeded(f"X-Request-Timeout: the answer was not whole after {seconds:g} s") if seconds else None
+        limit = asyncio.timeout_at(due)
+        try:
+            async with limit:
+                await self._answer(scope, pace, tap, limit, late)
+        except TimeoutError as error:
+            if late is None or not limit.expired():
+                raise
+            raise late from error
+
+    async def _answer(
+        self, scope: Scope, pace: _Pace, tap: Tap, limit: asyncio.Timeout, late: DeadlineExceeded | None
+    ) -> None:
+        receive: Receive = pace.receive
         path = scope["path"]
         stored = STORED.fullmatch(path)
         if not stored and not PATHS.fullmatch(path):
@@ -98,12 +127,14 @@ class Inference:
         kept: Kept | None = None
         with meter.request() if meter else nullcontext():
             try:
-                asked = await _Asked.read(scope, receive) if scope["method"] == "POST" and not stored else None
+                asked = await _Asked.read(scope, pace.read) if scope["method"] == "POST" and not stored else None
                 if asked and meter and usage:
                     _check_countable(asked, meter)
                     usage.asked = len(asked.body)
                 model, fields = (asked.model, asked.fields) if asked else (None, {})
-                async with self._router.lease(model, caller, fields) as route:
+                async with AsyncExitStack() as held:
+                    async with _staying(receive if asked else None):
+                        route = await held.enter_async_context(self._router.lease(model, caller, fields))
                     tap.routed(route, caller.tenant)
                     tap.watch.logprobs = self._wants_logprobs(route.adapter)
                     if asked:
@@ -113,7 +144,8 @@ class Inference:
                         kept = Kept(sending)
                         sending = kept.send
                     call = Cutoff(receive, _Honest(sending).send, route.engine.failing)
-                    with tap.watched(), route.engine.alarm(call.cut):
+                    with tap.watched(), route.engine.alarm(call.cut), _at(limit.when(), call, late):
+                        limit.reschedule(None)  # from here on the app is told, so that it ends what it began
                         await call.run(route.app, scope)
             finally:
                 if meter and usage and not stored:
@@ -121,6 +153,93 @@ class Inference:
         if kept and route.shadow and self._shadows:
             # As the engine got it, so within the caller's tenant; and on nobody's key.
             self._shadows.offer(route.shadow, int(route.version[1:]), scope, fields, kept)
+
+
+@asynccontextmanager
+async def _staying(receive: Receive | None) -> AsyncIterator[None]:
+    """ClientLeft, if the client leaves before the block ends: who waits for a turn holds a place in line."""
+    if receive is None:
+        yield
+        return
+    left = asyncio.timeout(None)
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        left.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with left:
+            listening = asyncio.create_task(listen())
+            try:
+                yield
+            finally:
+                listening.cancel()
+    except TimeoutError as error:
+        if not left.expired():
+            raise
+        raise ClientLeft("the client left before it was its turn") from error
+
+
+@contextmanager
+def _at(due: float | None, call: Cutoff, late: DeadlineExceeded | None) -> Iterator[None]:
+    """The call ends at the deadline, if there is one."""
+    if due is None or late is None:
+        yield
+        return
+    timer = asyncio.get_running_loop().call_at(due, call.cut, late)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _timeout(headers: Headers) -> float | None:
+    """The client's X-Request-Timeout in seconds."""
+    given = headers.get("x-request-timeout")
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT:
+        raise BadRequest(f"X-Request-Timeout takes seconds above 0 and up to {MAX_TIMEOUT}, not {given[:40]!r}")
+    return seconds
+
+
+class _Pace:
+    """A client that neither sends nor reads for so long is let go: it holds a connection, and a turn at the engine."""
+
+    __slots__ = ("_receive", "_seconds", "_send")
+
+    def __init__(self, receive: Receive, send: Send, seconds: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._seconds = seconds
+
+    @property
+    def receive(self) -> Receive:
+        """Whatever comes next, or its leave: it may take as long as it likes."""
+        return self._receive
+
+    async def read(self) -> Message:
+        """A piece of the request's body."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await self._receive()
+        except TimeoutError as error:
+            raise ClientTooSlow(f"no more of the request came for {self._seconds:g} s: send it again") from error
+
+    async def send(self, message: Message) -> None:
+        patience = asyncio.timeout(self._seconds)
+        try:
+            async with patience:
+                await self._send(message)
+        except TimeoutError as error:
+            if not patience.expired():
+                raise
+            raise ClientTooSlow(f"the client read nothing of its answer for {self._seconds:g} s") from error
 
 
 class _Asked:

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +21,15 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from serve import machine
-from serve.config import Config
+from serve import forkserver, machine
+from serve.checkpoint import EMBEDDED, find
+from serve.config import Base, Config
 from serve.errors import ConfigError, LoradockError
 
 log = logging.getLogger("loradock")
 
-EMBEDDED = "smollm2"
 # By its path: by its short name, `uni`, vLLM takes it for a mistake on a CPU.
 IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def serve(config: Config) -> int:
@@ -38,7 +37,7 @@ def serve(config: Config) -> int:
     _log_to_stderr(config.log_level)
     sock = machine.listen(config.host, config.port)
     try:
-        config = _with_defaults(replace(config, model=_model(config)))
+        config = _resolved(config)
         with _own(config.data_dir):
             return _run(config, sock)
     finally:
@@ -55,56 +54,41 @@ def _log_to_stderr(level: str) -> None:
         logger.setLevel(level.upper())
 
 
-def _model(config: Config) -> str:
-    """The model's directory or hub id, as vLLM takes it."""
-    given = config.model
-    if given == EMBEDDED:
-        from serve.embedded import ensure
-
-        return str(ensure(EMBEDDED, config.cache_dir, lambda line: print(line, file=sys.stderr, flush=True)))
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            raise ConfigError(
-                f"{given} is a LoRA adapter, not a model: serve its base model, "
-                f"then `loradock adapters push NAME {given}`"
-            )
-        if not (folder / "config.json").exists():
-            raise ConfigError(f"{given} is no model: a Hugging Face checkpoint directory holds a config.json")
-        return str(folder.resolve())
-    if folder.exists() or given.startswith((".", "/", "~")) or not HUB_ID.fullmatch(given):
-        raise ConfigError(
-            f"there is no model at {given}: MODEL is a checkpoint directory, a hub id like org/name, or {EMBEDDED}"
-        )
-    return given
+def _resolved(config: Config) -> Config:
+    """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
+    environ = dict(os.environ)
+    found = (replace(base, model=find(base.model, config.cache_dir)) for base in config.bases)
+    first, *more = (_with_defaults(config, base, environ) for base in found)
+    return replace(config, model=first.model, engine=first.engine, engines=tuple(more))
 
 
-def _with_defaults(config: Config) -> Config:
-    """The same Config with the engine options that this server prefers to vLLM's defaults."""
+def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Base:
     engine: dict[str, Any] = {"max_loras": 8, "max_cpu_loras": 32, "max_lora_rank": 16}
     # Among equals it serves who came first, as vLLM's default does; probes and shadows wait behind clients.
     engine["scheduling_policy"] = "priority"
-    if config.name == EMBEDDED:
+    if base.name == EMBEDDED:
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
-    engine |= config.engine
-    if "max_cpu_loras" not in config.engine:
+    engine |= base.engine
+    if "max_cpu_loras" not in base.engine:
         engine["max_cpu_loras"] = max(32, int(engine["max_loras"]))
     if machine.on_cpu():
-        weights = _weights(Path(config.model))
+        weights = machine.weights(Path(base.model))
         if "gpu_memory_utilization" not in engine:
             engine.setdefault("kv_cache_memory_bytes", machine.kv_space(weights))
             machine.check_memory(weights, _bytes(engine["kv_cache_memory_bytes"]))
         workers = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
-        together = "distributed_executor_backend" not in engine and machine.one_process(os.environ, workers)
+        together = "distributed_executor_backend" not in engine and machine.one_process(environ, workers)
         if together:
             engine["distributed_executor_backend"] = IN_PROCESS
-        os.environ.update(machine.cpu_environment(os.environ, together))
+            # More at once answer no more in all, and each of them slower: the rest waits in line, where it is fair.
+            engine.setdefault("max_num_seqs", 32)
+        os.environ.update(machine.cpu_environment(environ, together))
         # Read in vLLM's own processes, which know no Config: see serve/lora_cpu.
         os.environ["LORADOCK_LORA_KERNELS"] = config.lora_kernels
         os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
-    return replace(config, engine=MappingProxyType(engine))
+    return replace(base, engine=MappingProxyType(engine))
 
 
 def _bytes(value: Any) -> int:
@@ -115,11 +99,6 @@ def _bytes(value: Any) -> int:
         raise ConfigError(f"kv_cache_memory_bytes takes bytes or a size like 2G, not {value!r}")
     unit = match[2].lower() + ("i" if match[2].isupper() else "")
     return int(float(match[1]) * SIZES[unit])
-
-
-def _weights(folder: Path) -> int:
-    """Bytes of the checkpoint's weights; 0 when it is not on this disk yet."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 @contextmanager
@@ -141,6 +120,8 @@ def _own(folder: Path) -> Iterator[None]:
 def _run(config: Config, sock: socket) -> int:
     print("loading vLLM ...", file=sys.stderr, flush=True)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if machine.on_cpu():
+        forkserver.start()
     from serve.app import build_app
     from serve.backend import VLLMBackend
 
@@ -150,8 +131,8 @@ def _run(config: Config, sock: socket) -> int:
         failures.append(error)
         server.should_exit = True
 
-    backend = VLLMBackend(config.model, config.name, config.engine)
-    app = build_app(config, backend, fail)
+    backends = [VLLMBackend(base.model, base.name, base.engine) for base in config.bases]
+    app = build_app(config, backends, fail)
     server = _Server(
         uvicorn.Config(
             app,
@@ -159,6 +140,7 @@ def _run(config: Config, sock: socket) -> int:
             access_log=False,
             timeout_graceful_shutdown=max(1, round(config.grace_period)),
             timeout_keep_alive=30,
+            http=_impatient(config.client_timeout),
             ssl_certfile=config.ssl_certfile or None,
             ssl_keyfile=config.ssl_keyfile or None,
         )
@@ -169,6 +151,26 @@ def _run(config: Config, sock: socket) -> int:
     for error in failures:
         raise error
     return 0
+
+
+def _impatient(seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP that closes a connection whose first request does not begin in time: it costs a descriptor."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Impatient(AutoHTTPProtocol):  # type: ignore[valid-type,misc]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._begin = asyncio.get_running_loop().call_later(seconds, self._give_up)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._begin.cancel()
+            super().connection_lost(error)
+
+        def _give_up(self) -> None:
+            if self.cycle is None:
+                self.transport.close()
+
+    return Impatient
 
 
 def _told_briefly(record: logging.LogRecord) -> bool:

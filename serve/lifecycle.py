@@ -7,36 +7,55 @@ remove:    forget > wait for its last answer > free the engine > free the disk
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from serve.adapter import Adapter, Inspection, Limits, check_digest, check_full_name, inspect
-from serve.engine import Engine
+from serve.engine import Backend, Engine
 from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, QuotaExceeded
 from serve.fleet import Fleet, Supervisor
 from serve.limits import UNLIMITED
 from serve.limits import Limits as KeyLimits
+from serve.popularity import Popularity
 from serve.registry import Registry, Share
 from serve.store import Store
-from serve.tenant import short_name, tenant_of
+from serve.tenant import DEFAULT, short_name, tenant_of
 
 log = logging.getLogger(__name__)
 
 # DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`; so with
 # GET /v1/adapters/TENANT/drift and /baseline.
 RESERVED = ("pin", "drift", "baseline")
+# The places for pinned adapters that one tenant may take, as a part of all; `default` may take them all.
+PINS_OF_A_TENANT = 4
+# A version that takes over the traffic counts as used so often, at once.
+PROMOTED = 8.0
+# Seconds between two looks at what ought to be in an engine's memory, and between two notes of what is popular.
+PREFETCH_SECONDS, SAVE_SECONDS = 1.0, 60.0
 
 
 class Lifecycle:
     """Changes to adapters. `limits` says what an upload for a base may be."""
 
-    def __init__(self, fleet: Fleet, registry: Registry, store: Store, limits: Callable[[Supervisor], Limits]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        registry: Registry,
+        store: Store,
+        limits: Callable[[Supervisor], Limits],
+        popularity: Popularity | None = None,
+    ) -> None:
         self.fleet = fleet
         self.registry = registry
         self.store = store
+        self.popularity = popularity or Popularity()
         self._limits = limits
+        # Hears of a fresh engine before its adapters come.
+        self.meet: Callable[[Supervisor, Engine], Awaitable[None]] | None = None
         # One change at a time: reads and answers never take this lock.
         self._changing = asyncio.Lock()
         self._removing: set[asyncio.Task[None]] = set()
@@ -46,15 +65,61 @@ class Lifecycle:
         await asyncio.to_thread(self.store.sweep, self.registry.digests())
 
     async def restore(self, base: Supervisor, engine: Engine) -> None:
-        """Bring the pinned and the live versions of a base into a fresh engine."""
+        """Bring the pinned and the most popular live versions of a base into a fresh engine."""
+        if self.meet:
+            await self.meet(base, engine)
         engine.pinned = self._pinned(base)
-        for adapter in self._wanted(base)[: engine.backend.max_resident]:
+        for adapter in self.wanted(base)[: engine.backend.max_resident]:
             try:
                 await engine.ensure(adapter.id, self.store.path(adapter.digest))
             except EngineUnavailable:
                 raise
             except LoradockError as error:
                 log.warning("%s takes traffic and cannot be loaded: %s", adapter.tag, error)
+
+    async def keep_warm(self, notes: Path) -> None:
+        """Until cancelled: bring popular adapters back that were pushed out, and note in a file which are popular."""
+        turns = round(SAVE_SECONDS / PREFETCH_SECONDS)
+        try:
+            for turn in itertools.count(1):
+                await asyncio.sleep(PREFETCH_SECONDS)
+                for base in self.fleet:
+                    with suppress(LoradockError):  # whoever asks for that adapter hears of it
+                        await self.prefetch(base)
+                if turn % turns == 0:
+                    await asyncio.to_thread(self.popularity.save, notes)
+        finally:
+            self.popularity.save(notes)
+
+    async def prefetch(self, base: Supervisor) -> Adapter | None:
+        """Load the most popular adapter that takes traffic and was pushed out, if nobody waits for the engine.
+
+        As many places as a batch has slots are left to whoever comes.
+        """
+        if not base.is_ready or base.engine.line.waiting:
+            return None
+        for adapter in self.wanted(base)[: max(base.backend.max_resident - base.backend.slots, 1)]:
+            if self.popularity.uses(adapter.id) > 1 and not base.holds(adapter.id):
+                await base.ensure(adapter.id, self.store.path(adapter.digest))
+                return adapter
+        return None
+
+    def path(self, adapter: Adapter) -> Path:
+        return self.store.path(adapter.digest)
+
+    def check(self, adapter: Adapter, backend: Backend, modules: Mapping[str, tuple[int, int]]) -> None:
+        """AdapterRejected, if a base with these modules cannot run it."""
+        inspect(self.path(adapter), modules, Limits(max_rank=backend.max_lora_rank))
+
+    def still(self) -> AbstractAsyncContextManager[Any]:
+        """While it lasts no adapter changes."""
+        return self._changing
+
+    def serves(self, base: Supervisor, model: str, by: str) -> None:
+        self.registry.swap(base.name, base.configured, model, by=by)
+
+    def served(self, base: Supervisor) -> str | None:
+        return self.registry.swapped(base.name, base.configured)
 
     async def push(
         self,
@@ -66,6 +131,7 @@ class Lifecycle:
         why: str = "",
         shared: bool | None = None,
         quota: KeyLimits = UNLIMITED,
+        engine: str | None = None,
     ) -> tuple[Adapter, bool]:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
         check_full_name(name)
@@ -77,7 +143,7 @@ class Lifecycle:
                 f"{short!r} cannot be an adapter's name, because it ends a path of this server: choose another",
                 param="name",
             )
-        base = self.fleet.of(name)
+        base = self._base(name, engine)
         await base.available()
         limits = self._limits(base)
         inspection = await asyncio.to_thread(inspect, folder, base.modules, limits)
@@ -103,6 +169,7 @@ class Lifecycle:
                     why=why,
                     shared=shared,
                     checks=checks,
+                    base=None if base is self.fleet.first else base.name,
                 )
             except BaseException:
                 self._let_go(base, adapter_id, digest)
@@ -125,6 +192,7 @@ class Lifecycle:
 
     async def rollback(self, name: str, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make the version live that was live before this one."""
+        await self.fleet.of(name).available()  # or it would be done, and answered with a 503
         async with self._changing:
             before = self._serving(name)
             adapter = await asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why)
@@ -152,6 +220,11 @@ class Lifecycle:
                     f"{room} adapters are pinned, as many as this engine holds beside one that comes and goes: "
                     "unpin one, or raise max_cpu_loras"
                 )
+            tenant = tenant_of(name)
+            most = max(1, room // PINS_OF_A_TENANT)
+            pinned = {one for one in self.registry.pinned_names() if tenant_of(one) == tenant} | {name}
+            if tenant != DEFAULT and len(pinned) > most:
+                raise QuotaExceeded(f"tenant {tenant} may pin {most} of its adapters: unpin one that it needs less")
             wanted = self.registry.get(name, version) if version else self.registry.live(name)
             if wanted:
                 await self.fleet.of(name).ensure(wanted.id, self.store.path(wanted.digest))
@@ -165,6 +238,11 @@ class Lifecycle:
             before = self._serving(name)
             await asyncio.to_thread(self.registry.unpin, name, by=by, why=why)
             self._flipped(name, before)
+
+    async def publish(self, name: str, shared: bool, *, by: str, why: str = "") -> None:
+        """Let other tenants ask the adapter too, or its own alone."""
+        async with self._changing:
+            await asyncio.to_thread(self.registry.publish, name, shared, by=by, why=why)
 
     async def remove(
         self, name: str, version: int | None = None, *, by: str, force: bool = False, why: str = ""
@@ -193,9 +271,10 @@ class Lifecycle:
             "version": adapter.version,
             "id": adapter.id,
             "digest": adapter.digest,
+            "engine": self.registry.base(adapter.name) or self.fleet.first.name,
             "live": live == adapter,
             "pinned": self.registry.pinned(adapter.name) == adapter,
-            "resident": self.fleet.of(adapter.name).holds(adapter.id),
+            "resident": any(base.holds(adapter.id) for base in self.fleet),
             "base": adapter.base,
             "rank": adapter.rank,
             "target_modules": list(adapter.target_modules),
@@ -203,6 +282,17 @@ class Lifecycle:
             "created": int(adapter.created),
             "checks": dict(adapter.checks),
         }
+
+    def _base(self, name: str, engine: str | None) -> Supervisor:
+        """Whose adapter `name` is, or becomes by its first version."""
+        if name not in self.registry:
+            return self.fleet.get(engine)
+        base = self.fleet.of(name)
+        if engine not in (None, base.name):
+            raise Conflict(
+                f"the versions of this name run on {base.name}: choose another name for one on {engine}", param="engine"
+            )
+        return base
 
     def _check_quota(self, name: str, digest: str, inspection: Inspection, quota: KeyLimits) -> None:
         """QuotaExceeded, if the tenant would keep more than this key may let it."""
@@ -224,22 +314,26 @@ class Lifecycle:
         shares = [share.adapter for share in (reads.canary(name), reads.shadow(name)) if share]
         return {adapter.id: adapter for adapter in (reads.pinned(name), reads.live(name), *shares) if adapter}
 
-    def _wanted(self, base: Supervisor) -> list[Adapter]:
+    def wanted(self, base: Supervisor) -> list[Adapter]:
         """What a fresh engine should hold, the most important first."""
-        names = [name for name in self.registry.names() if self.fleet.of(name) is base]
+        names = [name for name in self.registry.names() if self.fleet.owns(base, name)]
         pinned = [adapter for name in self._pinned_names(base) if (adapter := self.registry.pinned(name))]
-        serving = [adapter for name in names for adapter in self._serving(name).values()]
-        return list({adapter.id: adapter for adapter in (*pinned, *serving)}.values())
+        serving = {adapter.id: adapter for name in names for adapter in self._serving(name).values()}
+        popular = [serving[one] for one in self.popularity.ranked(serving)]
+        return list({adapter.id: adapter for adapter in (*pinned, *popular)}.values())
 
     def _flipped(self, name: str, before: Mapping[str, Adapter], base: Supervisor | None = None) -> None:
         """What served and does not any more leaves; what is pinned now stays."""
         base = base or self.fleet.of(name)
         base.pinned = self._pinned(base)
-        for adapter_id in before.keys() - self._serving(name).keys():
+        serving = self._serving(name).keys()
+        for adapter_id in serving - before.keys():
+            self.popularity.used(adapter_id, PROMOTED)
+        for adapter_id in before.keys() - serving:
             base.retire(adapter_id)
 
     def _pinned_names(self, base: Supervisor) -> list[str]:
-        return [name for name in self.registry.pinned_names() if self.fleet.of(name) is base]
+        return [name for name in self.registry.pinned_names() if self.fleet.owns(base, name)]
 
     def _pinned(self, base: Supervisor) -> frozenset[str]:
         found = (self.registry.pinned(name) for name in self._pinned_names(base))

@@ -87,7 +87,8 @@ class Line:
       among tenants or adapters that are level, whose last turn is longest ago.
     - A ticket waits for a bounded number of others, whatever they do: a tenant without a seat gets the next that is
       free, and an adapter without a slot gets one that another has to give up after its answers under way (who has
-      held one longest gives up first; half of the slots at most are being given up at a time).
+      held one longest gives up first; half of the slots at most are being given up at a time). Every tenant that
+      waits for an adapter when it gets its slot has a turn before it has to give it up again.
     - `Ticket.order` carries the same fairness into the engine's own queue: as its priority there, smaller first.
 
     It knows no clock, bounds no queue and refuses nobody: whoever stands before it may count `waiting` and `busy`. All
@@ -114,6 +115,24 @@ class Line:
     def busy(self) -> int:
         """Tickets with the engine."""
         return len(self._seated)
+
+    def ahead(self, tenant: str, priority: int) -> int:
+        """Tickets in line that go before one more of this tenant: all of a smaller priority, and its own."""
+        return sum(
+            len(tickets)
+            for (theirs, who, _), tickets in self._waiting.items()
+            if theirs < priority or (theirs == priority and who == tenant)
+        )
+
+    def sits(self, tenant: str) -> bool:
+        """The tenant has a seat."""
+        share = self._tenants.get(tenant)
+        return share is not None and share.seats > 0
+
+    def tenants(self, tenant: str) -> int:
+        """How many share the seats, this one counted too."""
+        sitting = (who for who, share in self._tenants.items() if share.seats)
+        return len({tenant, *sitting, *(who for _, who, _ in self._waiting)})
 
     @property
     def active(self) -> frozenset[str]:

@@ -317,6 +317,7 @@ class LiveState(Collector):
         restarts = CounterMetricFamily(
             "loradock_engine_restarts", "Engines started anew after a death.", labels=("model",)
         )
+        line = GaugeMetricFamily("loradock_line_waiting", "Requests that wait for their turn.", labels=("model",))
         waiting = GaugeMetricFamily("loradock_engine_waiting", "Requests in the engine's own queue.", labels=("model",))
         memory = GaugeMetricFamily("loradock_engine_memory_bytes", "Of the engine's processes.", labels=("model",))
         for base in self._fleet:
@@ -324,8 +325,9 @@ class LiveState(Collector):
                 phase.add_metric((base.name, one.value), float(base.phase is one))
             restarts.add_metric((base.name,), base.restarts)
             waiting.add_metric((base.name,), base.backend.waiting)
+            line.add_metric((base.name,), base.engine.line.waiting)
             memory.add_metric((base.name,), base.backend.memory)
-        yield from (phase, restarts, waiting, memory)
+        yield from (phase, restarts, waiting, line, memory)
         yield GaugeMetricFamily("loradock_adapters", "Registered adapters.", value=len(self._registry.names()))
         yield CounterMetricFamily(
             "loradock_audit_failures", "Lines that the audit log lacks.", value=self._audit.failures

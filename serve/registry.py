@@ -5,6 +5,7 @@
     versions   one row a version: its digest, what `inspect` found and what the probe measured
     history    one row a change: who, what, why, when, from which version to which; only ever appended
     keys       one row an API key, as its digest; written by serve.keys
+    bases      one row a base model that was swapped: what serves in the place of what is configured
 
 Every change is one transaction that writes its history row. Readers never meet the database: they read a snapshot, an
 immutable dictionary that each change replaces. `Registry(url)` is SQLite in WAL mode or, by its URL, PostgreSQL.
@@ -56,7 +57,7 @@ from sqlalchemy.schema import CreateColumn
 from serve.adapter import Adapter, Inspection, check_full_name, shown
 from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, LoradockError, NotFound, OutOfSpace
 
-SCHEMA = 3
+SCHEMA = 4
 
 _PINNED = re.compile(r"(?P<name>[^@]+)@(?:v(?P<version>[1-9][0-9]{0,8})|(?P<digest>[0-9a-f]{12}))")
 _TRAIL = 64
@@ -80,6 +81,7 @@ names = Table(
     Column("shadow_version", Integer),
     Column("shadow_weight", Float(53)),
     Column("pinned", Integer),  # 0: whichever version is live
+    Column("base", String(256)),  # the name of the base model that it runs on; null: the server's first
 )
 
 versions = Table(
@@ -128,6 +130,17 @@ keys = Table(
 )
 
 
+bases = Table(
+    "bases",
+    metadata,
+    Column("name", String(256), primary_key=True),
+    Column("configured", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("when", Float(53), nullable=False),
+)
+
+
 def _to_tenants(connection: Connection) -> None:
     """Names get room for a tenant, and are private; the table `keys` is there already, made as every missing one."""
     connection.execute(text("ALTER TABLE names ADD COLUMN shared BOOLEAN NOT NULL DEFAULT FALSE"))
@@ -142,6 +155,11 @@ def _to_traffic(connection: Connection) -> None:
     _add_columns(connection, history, "weight")
 
 
+def _to_bases(connection: Connection) -> None:
+    """Names belong to a base model."""
+    _add_columns(connection, names, "base")
+
+
 def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
     for column in columns:
         spelled = CreateColumn(table.c[column]).compile(dialect=connection.dialect)
@@ -149,7 +167,7 @@ def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
 
 
 # MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants, 2: _to_traffic}
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants, 2: _to_traffic, 3: _to_bases}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +190,7 @@ class _Entry:
     shadow: Share | None = None
     pinned: Adapter | None = None
     is_pinned: bool = False
+    base: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,14 +244,20 @@ class Registry:
         expected: int | None = None,
         shared: bool | None = None,
         checks: Mapping[str, Any] | None = None,
+        base: str | None = None,
     ) -> tuple[Adapter, bool]:
         """A new version of `name`, or the one that already has these bytes; True if it is new.
 
-        `shared` opens the name to other tenants, or closes it; None leaves it as it is, and a new name private.
+        `shared` opens the name to other tenants, or closes it; None leaves it as it is, and a new name private. All
+        versions of a name run on one `base`, as long as it has any.
         """
         check_full_name(name)
         with self._change(name, create=True) as change:
             _expect(change, expected)
+            if not change.versions():
+                change.base = base
+            elif change.base != base:
+                raise Conflict(f"the versions of {shown(name)} run on {change.base or 'the first base'}: not on {base}")
             version = change.connection.scalar(
                 select(versions.c.version).where(versions.c.name_id == change.id, versions.c.digest == digest)
             )
@@ -355,6 +380,13 @@ class Registry:
                 change.log(kind, by, why, change.live, version, there[version].digest, weight)
         return Share(there[version], weight)
 
+    def publish(self, name: str, shared: bool, *, by: str, why: str = "") -> None:
+        """Open the name to other tenants, or close it."""
+        with self._change(name) as change:
+            if shared != change.shared:
+                change.shared = shared
+                change.log("share" if shared else "unshare", by, why, None, None)
+
     def pin(self, name: str, version: int | None = None, *, by: str, why: str = "") -> None:
         """Keep a version in the engine; without one, whichever is live."""
         with self._change(name) as change:
@@ -391,6 +423,11 @@ class Registry:
         """Other tenants may ask it too."""
         entry = self._snapshot.entries.get(name)
         return entry is not None and entry.shared
+
+    def base(self, name: str) -> str | None:
+        """The base model that the versions of `name` run on; None is the server's first."""
+        entry = self._snapshot.entries.get(name)
+        return entry.base if entry else None
 
     def canary(self, name: str) -> Share | None:
         """The version that takes a share of the requests for `name`, if any."""
@@ -483,6 +520,20 @@ class Registry:
             self._snapshot = self._read()
             return True
 
+    def swapped(self, base: str, configured: str) -> str | None:
+        """The model that was put in the place of the configured one; None also once another one is configured."""
+        with self.transaction() as connection:
+            query = select(bases.c.model).where(bases.c.name == base, bases.c.configured == configured)
+            return connection.scalar(query)
+
+    def swap(self, base: str, configured: str, model: str, *, by: str) -> None:
+        """From now on `model` serves in the place of the configured one."""
+        with self.transaction() as connection:
+            connection.execute(delete(bases).where(bases.c.name == base))
+            if model != configured:
+                row = {"name": base, "configured": configured, "model": model, "who": by, "when": self._clock()}
+                connection.execute(insert(bases).values(**row))
+
     # For neighbours that keep a table of their own here
 
     @contextmanager
@@ -518,7 +569,7 @@ class Registry:
                 change = _Change(
                     connection, row.id, row.name, row.live, json.loads(row.trail), row.next, self._clock, row.shared
                 )
-                change.shares, change.pinned = _shares(row), row.pinned
+                change.shares, change.pinned, change.base = _shares(row), row.pinned, row.base
                 if not create and not change.versions():
                     raise _missing(name)
                 yield change
@@ -532,10 +583,11 @@ class Registry:
                             next=change.next,
                             shared=change.shared,
                             pinned=change.pinned,
+                            base=change.base,
                             **_share_columns(change.shares),
                         )
                     )
-                entry = _entry(change.live, change.versions(), change.shared, change.shares, change.pinned)
+                entry = _entry(change.live, change.versions(), change.shared, change.shares, change.pinned, change.base)
                 generation = connection.scalar(select(func.max(history.c.id))) or 0
             entries = {key: value for key, value in self._snapshot.entries.items() if key != name}
             if entry is not None:
@@ -560,7 +612,7 @@ class Registry:
                 found.setdefault(row.name_id, {})[row.version] = _adapter(by_id[row.name_id].name, row)
             for key, there in found.items():
                 row = by_id[key]
-                entry = _entry(row.live, there, row.shared, _shares(row), row.pinned)
+                entry = _entry(row.live, there, row.shared, _shares(row), row.pinned, row.base)
                 if entry is not None:
                     entries[row.name] = entry
         return _Snapshot(generation, entries)
@@ -581,6 +633,7 @@ class _Change:
     logged: bool = False
     shares: dict[str, tuple[int, float]] = field(default_factory=dict)
     pinned: int | None = None
+    base: str | None = None
 
     def versions(self) -> dict[int, Adapter]:
         rows = self.connection.execute(select(versions).where(versions.c.name_id == self.id))
@@ -628,6 +681,7 @@ def _entry(
     shared: bool,
     shares: Mapping[str, tuple[int, float]],
     pinned: int | None,
+    base: str | None,
 ) -> _Entry | None:
     if not there:
         return None
@@ -638,6 +692,7 @@ def _entry(
         shared=shared,
         pinned=None if pinned is None else there.get(pinned or live or 0),
         is_pinned=pinned is not None,
+        base=base,
         **{kind: Share(there[version], weight) for kind, (version, weight) in shares.items()},
     )
 

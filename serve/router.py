@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -12,7 +13,7 @@ from starlette.types import ASGIApp
 from serve.adapter import Adapter
 from serve.auth import Caller
 from serve.engine import Engine
-from serve.errors import NotFound
+from serve.errors import EngineUnavailable, NotFound
 from serve.fleet import Fleet, Supervisor
 from serve.registry import Registry
 from serve.store import Store
@@ -43,10 +44,14 @@ class Route:
 
 
 class Router:
-    def __init__(self, fleet: Fleet, registry: Registry, store: Store) -> None:
+    def __init__(
+        self, fleet: Fleet, registry: Registry, store: Store, used: Callable[[str], None] = lambda adapter_id: None
+    ) -> None:
         self.fleet = fleet
         self.registry = registry
         self.store = store
+        # Hears of every request for an adapter.
+        self._used = used
         self._shares = Shares()
 
     @asynccontextmanager
@@ -54,21 +59,46 @@ class Router:
         self, model: str | None, caller: Caller, fields: Mapping[str, Any] | None = None
     ) -> AsyncIterator[Route]:
         """The route for `model` (None: the first base), held until the block ends. `fields` is the request."""
-        while not (supervisor := self._supervisor(model, caller)).is_available:
-            await supervisor.available()
-        # No await between the look-up and the lease, or a swap could come between.
-        adapter = self.resolve(model, caller)
-        shadow = None
-        asker = sticky_key(fields or {}, caller.tenant, caller.key)
-        dealt = adapter is not None and model is not None and "@" not in model
-        if adapter and dealt:  # a version that was asked for by number is never dealt away
-            adapter, shadow = self._dealt(adapter, asker)
-        path = self.store.path(adapter.digest) if adapter else None
-        engine = supervisor.engine
-        id = adapter.id if adapter else None
-        labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
-        async with engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields or {})) as lease:
-            yield Route(engine, lease.model, *labels, shadow, dealt, asker, lease.priority)
+        async with AsyncExitStack() as held:
+            yield await self._leased(model, caller, fields or {}, held)
+
+    async def _leased(
+        self, model: str | None, caller: Caller, fields: Mapping[str, Any], held: AsyncExitStack
+    ) -> Route:
+        """The route, its lease on `held`; from the next engine, if one dies before it is this request's turn."""
+        while True:
+            while not (supervisor := self._supervisor(model, caller)).is_available:
+                await supervisor.available()
+            # No await between the look-up and the lease, or a swap could come between.
+            adapter = self.resolve(model, caller)
+            shadow = None
+            asker = sticky_key(fields, caller.tenant, caller.key)
+            dealt = adapter is not None and model is not None and "@" not in model
+            if adapter and dealt:  # a version that was asked for by number is never dealt away
+                adapter, shadow = self._dealt(adapter, asker)
+            engine = supervisor.engine
+            path = self._path(engine, adapter) if adapter else None
+            id = adapter.id if adapter else None
+            labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
+            turn = engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields))
+            try:
+                lease = await held.enter_async_context(turn)
+            except EngineUnavailable:
+                if not engine.failing():
+                    raise
+                continue
+            if id:
+                self._used(id)
+            return Route(engine, lease.model, *labels, shadow, dealt, asker, lease.priority)
+
+    def _path(self, engine: Engine, adapter: Adapter) -> Path:
+        """Where its bytes are; what the engine holds answers also while they are out of reach."""
+        if engine.holds(adapter.id):
+            return self.store.place(adapter.digest)
+        try:
+            return self.store.path(adapter.digest)
+        except NotFound as lost:
+            raise EngineUnavailable(f"{adapter.tag} is registered and {lost}: an operator must see to it") from lost
 
     def _supervisor(self, model: str | None, caller: Caller) -> Supervisor:
         """Whose engine answers for `model`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from serve.adapter import FILES, open_plain
-from serve.errors import AdapterRejected, NotFound, OutOfSpace
+from serve.errors import AdapterRejected, EngineUnavailable, NotFound, OutOfSpace
+
+log = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
@@ -91,6 +94,10 @@ class Store:
         if not folder.is_dir():
             raise NotFound(f"no adapter bytes are kept under {digest}")
         return folder
+
+    def place(self, digest: str) -> Path:
+        """Where a blob lies, without a look at the disk: for one that an engine holds already."""
+        return self._folder(digest)
 
     def remove(self, digest: str, *, unless: Callable[[str], bool] | None = None) -> bool:
         """Forget a blob, and say whether it was there; `unless` is asked when nobody can be admitting it."""
@@ -232,7 +239,11 @@ def _erase(path: Path) -> None:
 def _space() -> Iterator[None]:
     try:
         yield
-    except OSError as full:
-        if full.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OutOfSpace("the disk is full; delete adapters or make room, then send it again") from full
+    except OSError as wrong:
+        if wrong.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace("the disk is full; delete adapters or make room, then send it again") from wrong
+        log.exception("the store failed")
+        reason = wrong.strerror or type(wrong).__name__
+        raise EngineUnavailable(
+            f"adapters cannot be kept or read now ({reason}): an operator must see to it"
+        ) from wrong

@@ -61,6 +61,8 @@ PROBE_NOISE = 0.04
 QUOTES = 20
 QUOTED = 400
 TIMES = 4096
+# Seconds for which it is decided at once whether log-probabilities are looked at.
+SLOT = 2.0
 _BASELINE_FILE = re.compile(r"baseline\.json|baseline-[0-9a-f]{64}\.npz")
 
 Labels = tuple[str, str]
@@ -144,6 +146,7 @@ class Watcher(Collector):
         self._versions: OrderedDict[str, Watched] = OrderedDict()
         self._closely: frozenset[str] = frozenset()
         self._lots = random.Random(seed)
+        self._slot, self._sampled = -1, False
         self.dropped = 0
         self._spent, self._taken = 0.0, 0
 
@@ -157,9 +160,16 @@ class Watcher(Collector):
     def wants_logprobs(self, adapter: str) -> bool:
         """Whether this request is one whose log-probabilities are looked at: all of a canary's trial, some of others.
 
-        Decided before anybody knows who answers, so that both sides of a trial are looked at alike.
+        Decided before anybody knows who answers, so that both sides of a trial are looked at alike; and for all that
+        come within the same two seconds together. A step of the engine costs more as soon as one request in its batch
+        has them: of 16 streams sampled one by one, 5 % would be in more than half of all steps.
         """
-        return self._thread is not None and (adapter in self._closely or self._lots.random() < self._share)
+        if self._thread is None:
+            return False
+        slot = int(self._clock() / SLOT)
+        if slot != self._slot:
+            self._slot, self._sampled = slot, self._lots.random() < self._share
+        return self._sampled or adapter in self._closely
 
     def rated(self, adapter: str, version: str, rating: float, asker: bytes | None) -> None:
         """Have feedback about a dealt request counted in the trial."""
@@ -179,6 +189,13 @@ class Watcher(Collector):
                 self._write(self._versions.pop(key))
         if self._thread is None:
             self._start()
+
+    def pause(self, base: str) -> None:
+        """Another model is behind this base: nothing of it is looked at until it is learned."""
+        with self._lock:
+            if self._bases.pop(base, None):
+                for key in [key for key, one in self._versions.items() if self._base_of(one.adapter) == base]:
+                    self._write(self._versions.pop(key))
 
     def _start(self) -> None:
         self._restore_trials()

@@ -15,14 +15,13 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 
 import httpx
 import uvicorn
 
 from serve import tap
 from serve.config import load
-from serve.launch import _model, _with_defaults
+from serve.launch import _resolved
 from tests.e2e.server import SMALL, free_port
 from tests.e2e.test_watching import GARDEN
 
@@ -33,12 +32,11 @@ async def main(rounds: int) -> None:
     port = free_port()
     with tempfile.TemporaryDirectory() as data:
         arguments = ["--port", str(port), "--data-dir", data, "--drift-reference", "20", *SMALL]
-        config = load(arguments, {})
-        config = _with_defaults(replace(config, model=_model(config)))
+        config = _resolved(load(arguments, {}))
         from serve.app import build_app
         from serve.backend import VLLMBackend
 
-        app = build_app(config, VLLMBackend(config.model, config.name, config.engine))
+        app = build_app(config, [VLLMBackend(one.model, one.name, one.engine) for one in config.bases])
         server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
         serving = asyncio.create_task(server.serve())
         while not server.started:

@@ -107,14 +107,16 @@ def run(kernels: str, model: Path, folder: Path, count: int, tokens: int) -> lis
 
 
 def answer(out: Path, model: Path, folder: Path, count: int, tokens: int) -> None:
+    from serve.launch import IN_PROCESS
     from serve.machine import cpu_environment
 
-    os.environ.update(cpu_environment(os.environ))
+    os.environ.update(cpu_environment(os.environ, together=True))
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     # One slot more than there are adapters: vLLM's own path gives the last one's adapter to rows without any.
     options = {"enable_lora": True, "max_loras": 5, "max_lora_rank": 8, "enable_prefix_caching": False}
+    options |= {"distributed_executor_backend": IN_PROCESS}
     llm = LLM(str(model), max_model_len=512, kv_cache_memory_bytes=1 << 29, max_num_seqs=32, **options)
     names = ("strong", "half", "faint", "slight")
     loras = [None, *(LoRARequest(name, number, str(folder / name)) for number, name in enumerate(names, 1))]

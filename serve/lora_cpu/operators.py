@@ -14,6 +14,9 @@ import torch
 
 from serve.lora_cpu.build import library
 
+# Without the kernels: with fewer rows than this for an adapter, a copy of its weights for each row is quicker than the
+# calls for a product of its own.
+GATHERED = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _operators = torch.library.Library("loradock", "DEF")
@@ -44,14 +47,16 @@ class Plan:
 
     def __init__(self) -> None:
         self.groups: list[tuple[int, torch.Tensor]] = []
+        self.rows = self.slots = torch.empty(0, dtype=torch.int64)
         self._kernels = library()
         self._number = self._kernels.loradock_plan() if self._kernels else 0
 
     def set(self, slots: torch.Tensor, slot_count: int) -> None:
         """`slots` holds the slot of each row, -1 where there is none; (rows,) of int64."""
         if self._kernels is None:
-            present = slots.unique().tolist()
-            self.groups = [(slot, (slots == slot).nonzero().flatten()) for slot in present if slot >= 0]
+            self.rows = (slots >= 0).nonzero().flatten()
+            self.slots = slots[self.rows]
+            self.groups = [(slot, (slots == slot).nonzero().flatten()) for slot in self.slots.unique().tolist()]
             return
         slots = slots.contiguous()
         self._kernels.loradock_set_plan(self._number, ctypes.c_void_p(slots.data_ptr()), slots.numel(), slot_count)
@@ -110,13 +115,17 @@ def load(layers: Sequence[Layer], slot: int) -> None:
 
 
 def _lora_linear(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:
-    it = _layers[layer]
-    for slot, rows in it.plan.groups:
-        mine, offset = x[rows], 0
-        for a, b, size in zip(it.a, it.b, it.sizes, strict=True):
-            added = (mine @ a[slot, 0].T) @ b[slot, 0].T
-            y[:, offset : offset + size].index_add_(0, rows, added)
-            offset += size
+    it, offset = _layers[layer], 0
+    for a, b, size in zip(it.a, it.b, it.sizes, strict=True):
+        mine = y[:, offset : offset + size]
+        if it.plan.rows.numel() < GATHERED * len(it.plan.groups):
+            slots, rows = it.plan.slots, it.plan.rows
+            shrunk = torch.einsum("ti,tri->tr", x[rows], a[slots, 0])
+            mine.index_add_(0, rows, torch.einsum("tr,tor->to", shrunk, b[slots, 0]))
+        else:
+            for slot, rows in it.plan.groups:
+                mine.index_add_(0, rows, (x[rows] @ a[slot, 0].T) @ b[slot, 0].T)
+        offset += size
 
 
 def _lora_embedding(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:

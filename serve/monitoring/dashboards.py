@@ -553,7 +553,7 @@ def _engine() -> Json:
             "KV cache",
             "The part that is in use. Above 90 % requests wait or are preempted: give it more memory, or shorten "
             "max_model_len.",
-            [Query("max by (engine) (vllm:kv_cache_usage_perc)", "engine {{engine}}")],
+            [Query("max by (model_name, engine) (vllm:kv_cache_usage_perc)", "{{model_name}} {{engine}}")],
             unit="percentunit",
             quiet=True,
             levels=((None, "green"), (0.9, "red")),

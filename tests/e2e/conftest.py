@@ -22,8 +22,15 @@ def adapters() -> dict[str, Path]:
 def server(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With keys, a small upload limit, and the real model."""
     folder = tmp_path_factory.mktemp("server")
-    arguments = ("--max-upload-bytes", str(MAX_UPLOAD), *WATCHED, *SMALL)
-    with Server(folder / "data", folder / "log", *arguments, **KEYS) as server:
+    settings = (
+        "--max-upload-bytes",
+        str(MAX_UPLOAD),
+        "--source-roots",
+        str(adapters["alpha"].parent),
+        *WATCHED,
+        *SMALL,
+    )
+    with Server(folder / "data", folder / "log", *settings, **KEYS) as server:
         yield server
 
 

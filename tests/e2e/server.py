@@ -118,9 +118,10 @@ class Server:
         return {one for one in self.engine()["resident"] if one.partition("@")[0] == name}
 
     def stored(self) -> set[Path]:
-        """Every file in the data directory but the registry's, and what is known of versions that answer."""
-        files = {path for path in self.data.rglob("*") if path.is_file()}
-        return {file for file in files if not file.name.startswith("registry.sqlite") and "drift" not in file.parts}
+        """Every file in the data directory but the registry's, and what is noted of versions that answer."""
+        noted = ("registry.sqlite", "popular.")
+        files = {path for path in self.data.rglob("*") if path.is_file() and not path.name.startswith(noted)}
+        return {file for file in files if "drift" not in file.parts}
 
     def ask(self, model: str, question: str = "What is the capital of France?", **more: Any) -> Answer:
         """One greedy answer, streamed, read to its end."""

@@ -103,6 +103,7 @@ def test_the_readmes_config_file_is_one(tmp_path):
     config = load(["--config", str(file)], {})
     assert config.policies[1].adapter == "tone"
     assert (config.port, config.max_upload_bytes, config.engine["max_lora_rank"]) == (8000, 512 << 20, 32)
+    assert [base.name for base in config.bases] == ["my-model", "small"]
 
 
 def test_the_readmes_recipe_is_one(tmp_path):

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve.app import build_app
 from serve.config import Config, keys_hashed, load
-from serve.errors import AdapterRejected, ConfigError
+from serve.errors import AdapterRejected, ConfigError, Conflict
 from serve.tap import Generation, watching
 
 HIDDEN, LAYERS = 16, 2
@@ -57,6 +57,7 @@ class FakeBackend:
         self.cause = "it was told to die"
         self.stalled = 0.0
         self.wont_start: str | None = None
+        self.no_room = False
         self.held: dict[str, int] = {}
         self.numbers: list[int] = []
         self.loads = 0
@@ -87,6 +88,10 @@ class FakeBackend:
     async def stop(self, *, kill: bool = False) -> None:
         self.stops += 1
         self.held.clear()
+
+    def check_room(self) -> None:
+        if self.no_room:
+            raise Conflict("there is no room")
 
     def another(self, model: str | None = None) -> FakeBackend:
         heir = FakeBackend(model or self.model)
@@ -262,6 +267,8 @@ def issue(operator: httpx.AsyncClient) -> Callable[..., Any]:
 
 class _Started:
     def __init__(self, config: Config, backend: FakeBackend) -> None:
+        if backend.model == FakeBackend.model:
+            backend.model = config.model
         self.app = build_app(config, backend)  # type: ignore[arg-type]
 
     async def __aenter__(self) -> httpx.AsyncClient:

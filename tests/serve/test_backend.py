@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import inspect
+import re
 import time
 from types import SimpleNamespace
 
@@ -12,24 +14,33 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import terminate_if_errored
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import BackgroundResources
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 from vllm.v1.outputs import LogprobsLists
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from serve.backend import _ask_logprobs, _Timed, _Watched, parse
+from serve.backend import Pulse, VLLMBackend, _ask_logprobs, _own_series, _Timed, _Watched, parse
 from serve.config import engine_options
-from serve.errors import ConfigError
+from serve.errors import ConfigError, EngineUnavailable
 from serve.inference import salted
 from serve.tap import Watch, watching
 
@@ -154,6 +165,75 @@ def test_a_client_that_left_is_an_abort_and_an_unwatched_request_is_nobodys():
     assert (seen.finish_reason, list(seen.output)) == ("abort", [7, 8])
     _, answers = processed(stream=True)
     assert len(answers) == 4
+
+
+def test_the_workers_still_have_what_we_call():
+    assert list(inspect.signature(AsyncLLM.collective_rpc).parameters)[1:] == ["method", "timeout", "args", "kwargs"]
+    assert list(inspect.signature(LRUCacheWorkerLoRAManager._load_adapter).parameters) == ["self", "lora_request"]
+    for name in ("add_adapter", "remove_oldest_adapter", "_create_merged_loras_inplace", "__len__"):
+        assert callable(getattr(LRUCacheLoRAModelManager, name))
+    assert isinstance(LRUCacheLoRAModelManager.capacity, property)
+    assert "self._is_moe = " in inspect.getsource(LRUCacheLoRAModelManager.__init__)
+    assert "self.lora_manager = " in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    # An adapter that is registered takes its slot in the step that needs it.
+    assert "self.add_adapter(lora)" in inspect.getsource(LRUCacheWorkerLoRAManager._apply_adapters)
+    assert "self._adapter_manager.activate_adapter" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    read = set(re.findall(r"lora_request\.(\w+)", inspect.getsource(LRUCacheWorkerLoRAManager._load_adapter)))
+    assert read <= {"lora_path", "lora_int_id", "lora_name", "is_3d_lora_weight"}, "serve.worker hands it only these"
+
+
+def test_the_engines_end_is_what_we_take_it_for():
+    """What supervision and a second engine in one process rest on."""
+    assert (
+        list(inspect.signature(StatLoggerBase.record).parameters)[1:]
+        == list(inspect.signature(Pulse.record).parameters)[1:]
+    )
+    assert "stat_loggers" in inspect.signature(AsyncLLM.from_engine_args).parameters
+    assert "engine_dead" in inspect.getsource(AsyncLLM.errored.fget)
+    assert callable(OutputProcessor.propagate_error)
+    assert "engine_manager" in BackgroundResources.__dataclass_fields__
+    assert "should_exit" in inspect.getsource(terminate_if_errored)
+    assert "app.state.server" in inspect.getsource(vllm_error)
+
+
+def test_each_engine_keeps_its_own_series():
+    """vLLM takes what another engine registered out of the process's registry when it builds one."""
+    first, second = CollectorRegistry(), CollectorRegistry()
+    for own in (first, second):
+        with _own_series(own):
+            unregister_vllm_metrics()
+            Counter("vllm:of_a_test", "One.").inc()
+    assert [len(list(own.collect())) for own in (first, second)] == [1, 1]
+    assert not [one for one in REGISTRY.collect() if one.name == "vllm:of_a_test"]
+
+
+async def test_a_call_that_a_stop_breaks_off_says_so():
+    backend = VLLMBackend("some/model", "m", {})
+    waiting = asyncio.create_task(backend._call(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    await backend.stop()
+    with pytest.raises(EngineUnavailable):
+        await waiting
+    cancelled = asyncio.create_task(backend._call(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+
+
+def test_an_engine_is_stalled_only_while_something_waits_for_it(monkeypatch):
+    backend = VLLMBackend("some/model", "m", {})
+    now = [100.0]
+    monkeypatch.setattr("serve.backend.time.monotonic", lambda: now[0])
+    assert backend.stalled == 0 or backend._pulse.last
+    now[0] = 200.0
+    assert backend.stalled == 0, "nobody waits"
+    backend._calls.add(None)
+    now[0] = 210.0
+    assert backend.stalled == 10
+    backend._pulse.record(None, None)
+    now[0] = 213.0
+    assert backend.stalled == 3, "it took a step"
 
 
 def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():

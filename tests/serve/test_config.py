@@ -89,3 +89,32 @@ def test_sizes_are_read_as_people_write_them(text, size):
 
 def test_the_client_commands_variables_are_not_the_servers():
     assert load([], {"LORADOCK_URL": "http://x", "LORADOCK_KEY": "k"}).port == 8000
+
+
+def test_further_bases_stand_in_the_file_each_with_its_options(tmp_path):
+    file = tmp_path / "loradock.yaml"
+    file.write_text("model: ./one\nengine: {max_loras: 2}\nengines:\n- model: ./two\n  engine: {max_loras: 3}\n")
+    config = load(["--config", str(file)], {})
+    assert [(base.name, dict(base.engine)) for base in config.bases] == [
+        ("one", {"max_loras": 2}),
+        ("two", {"max_loras": 3}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("engines: small", "list"),
+        ("engines: [{name: small}]", "model"),
+        ("engines: [{model: ./a, port: 3}]", "port"),
+        ("engines: [{model: ./a, engine: {port: 3}}]", "port"),
+        ("engines: [{model: ./a, engine: {max_lorass: 3}}]", "max_loras"),
+        ("model: ./a\nengines: [{model: ./b/a}]", "two engines"),
+        ("engines: [{model: ./a, name: x@y}]", "@"),
+    ],
+)
+def test_a_further_base_that_is_none_is_a_sentence(tmp_path, text, says):
+    file = tmp_path / "loradock.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load(["--config", str(file)], {})

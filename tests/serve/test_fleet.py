@@ -147,3 +147,11 @@ async def test_the_series_of_an_engine_that_died_go_and_its_restarts_are_counted
     text = (await served.get("/metrics")).text
     assert 'loradock_engine_restarts_total{model="base"} 1.0' in text
     assert text.count("# TYPE vllm:tokens_total") == 1
+
+
+async def test_an_engine_that_hangs_does_not_keep_the_operator_waiting(served, backend, monkeypatch):
+    monkeypatch.setattr("serve.fleet.ASK_SECONDS", 0.1)
+    (held,) = backend.held
+    backend.resident = asyncio.Event().wait
+    (row,) = (await asyncio.wait_for(served.get("/v1/engines"), 1)).json()["data"]
+    assert row["resident"] == [held]

@@ -32,6 +32,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
@@ -243,9 +244,10 @@ def test_a_compiled_graph_follows_the_step(model: Model):
             assert torch.equal(compiled(x), module(x)[0] * 2)
 
 
-def test_the_answers_are_the_same_without_a_compiler(model: Model, monkeypatch):
+@pytest.mark.parametrize("ids", [[1, 0, 4, 4, *[3] * 50], [4, 0, 1, 2, 3], [0, 0]], ids=["prompts", "decodes", "none"])
+def test_the_answers_are_the_same_without_a_compiler(model: Model, monkeypatch, ids: list[int]):
     monkeypatch.setattr(operators, "library", lambda: None)
-    module, ids = model.modules["qkv"], [1, 0, 4, 4, *[3] * 50]
+    module = model.modules["qkv"]
     plan = operators.Plan()
     layer = operators.Layer(plan, module.lora_a_stacked, module.lora_b_stacked, module.output_slices)
     plan.set(torch.tensor([model.lora_index_to_id.index(one) if one else -1 for one in ids]), SLOTS)
@@ -253,6 +255,54 @@ def test_the_answers_are_the_same_without_a_compiler(model: Model, monkeypatch):
     y = model.base("qkv", x)
     operators._lora_linear(y, x, layer.number)
     torch.testing.assert_close(y.double(), model.answer("qkv", x, ids), rtol=0.02, atol=0.05)
+
+
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+    "ignore": [],
+}
+
+
+def test_adapters_over_an_int8_base(monkeypatch):
+    """W8A8, through oneDNN, which packs the weight and leaves None in its place: vLLM alone crashes on that."""
+    monkeypatch.setattr("vllm.model_executor.kernels.linear.scaled_mm.cpu.check_cpu_sgl_kernel", lambda *_: False)
+    quantization = CompressedTensorsConfig.from_config(INT8)
+    kinds = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": quantization, "prefix": "layers.0.qkv_proj"}
+    base = QKVParallelLinear(128, 32, 4, 2, **kinds)
+    base.weight.data.random_(-127, 128)
+    base.weight_scale.data.fill_(0.001)
+    base.quant_method.process_weights_after_loading(base)
+    assert base.weight is None
+    module = MergedQKVParallelLinearWithLoRA(base)
+    module.create_lora_weights(2, LoRAConfig(max_lora_rank=8, max_loras=2, lora_dtype=torch.bfloat16))
+    ours = punica.Punica(64, 64, "cpu")
+    module.set_mapping(ours)
+    manager = SimpleNamespace(modules={"qkv": module}, lora_slots=2, model=torch.nn.Module())
+    punica._adopt(manager)
+    a = [torch.randn(8, 128).mul(0.1).bfloat16() for _ in range(3)]
+    b = [torch.randn(size, 8).bfloat16() for size in module.output_slices]
+    module.set_lora(1, a, b)
+    operators.load(manager.loradock_layers, 1)
+    ours.update_metadata(LoRAMapping((0, 7, 7), (0, 7, 7), is_prefill=True), [None, 7], 2, VOCAB)
+    x = torch.randn(3, 128).bfloat16()
+    plain, got = base(x)[0], module(x)[0]
+    added = torch.cat([x.double() @ one.double().T @ other.double().T for one, other in zip(a, b, strict=True)], dim=-1)
+    assert torch.equal(got[0], plain[0]) and added[1:].abs().max() > 1
+    torch.testing.assert_close(got[1:].double(), plain[1:].double() + added[1:], rtol=0.01, atol=0.03)
 
 
 def test_the_kernels_are_compiled_once_and_a_broken_compiler_is_said(tmp_path, monkeypatch, caplog):

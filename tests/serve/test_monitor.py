@@ -39,7 +39,7 @@ class Adapters:
 
 
 def monitored(count, **options):
-    fleet = Fleet([Supervisor(FakeBackend("."), None, None, Patience())])
+    fleet = Fleet([Supervisor(FakeBackend("."), None, Patience())])
     return Monitor(fleet, Adapters(count), SimpleNamespace(failures=0), "1", **options)
 
 

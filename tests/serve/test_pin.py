@@ -96,3 +96,39 @@ async def test_a_deleted_version_is_pinned_no_more(client, backend, make_adapter
 async def test_what_is_not_there_cannot_be_pinned(client, make_adapter, name, body, status):
     await push(client, make_adapter, "tone", 0)
     assert (await pin(client, name, **body)).status_code == status
+
+
+async def test_a_popular_adapter_that_was_pushed_out_comes_back(client, backend, make_adapter, monkeypatch):
+    monkeypatch.setattr("serve.lifecycle.PREFETCH_SECONDS", 0.02)
+    loved = await push(client, make_adapter, "loved", 0)
+    for _ in range(20):
+        await client.post("/v1/chat/completions", json={"model": "loved"})
+    for seed in range(4):
+        await push(client, make_adapter, f"guest-{seed}", 100 + seed)
+    for _ in range(200):
+        await asyncio.sleep(0.02)
+        if loved in backend.held:
+            break
+    assert loved in backend.held
+
+
+async def test_after_a_restart_the_popular_are_there_first(connect, config, backend, make_adapter):
+    async with connect(config) as client:
+        await crowd(client, make_adapter)
+        loved = await push(client, make_adapter, "zulu", 0)
+        for _ in range(20):
+            await client.post("/v1/chat/completions", json={"model": "zulu"})
+    backend.held.clear()
+    backend.numbers.clear()
+    async with connect(config):
+        assert loved in backend.held
+
+
+async def test_a_tenant_pins_only_its_part(operator, issue, backend, make_adapter):
+    acme = await issue("acme")
+    for seed in range(2):
+        await push(acme, make_adapter, f"tone-{seed}", seed)
+    assert (await pin(acme, "tone-0")).status_code == 200
+    refused = await pin(acme, "tone-1")
+    assert refused.status_code == 429 and "unpin one" in refused.json()["error"]["message"]
+    assert (await pin(acme, "tone-0")).status_code == 200

@@ -19,6 +19,7 @@ BODIES = {
     ("post", "/v1/adapters/{name}/pin"): {"json": {"version": 1}},
     ("post", "/v1/adapters/{name}/drift/acknowledge"): {"json": {"version": 1}},
     ("post", "/v1/adapters/{name}/baseline"): {"json": {"prompts": ["x"] * 20}},
+    ("post", "/v1/adapters/{name}/visibility"): {"json": {"visibility": "shared"}},
     ("post", "/v1/keys"): {"json": {"name": "more", "tenant": "acme"}},
 }
 
@@ -355,3 +356,16 @@ async def test_a_stored_response_answers_its_own_tenant_alone(operator, acme, gl
         assert follow.status_code == 404
     assert (await acme.get("/v1/responses/resp_guessed")).status_code == 404
     assert (await acme.post("/v1/responses", json={"model": "base", "previous_response_id": mine})).status_code == 200
+
+
+async def test_an_adapter_is_shared_and_kept_back_without_another_push(acme, globex, make_adapter):
+    await acme.post("/v1/adapters", **upload(make_adapter(), name="tone"))
+    assert (await globex.post("/v1/chat/completions", json={"model": "acme/tone"})).status_code == 404
+    shared = await acme.post("/v1/adapters/tone/visibility", json={"visibility": "shared", "why": "the demo"})
+    assert (shared.status_code, shared.json()["visibility"]) == (200, "shared")
+    assert (await globex.post("/v1/chat/completions", json={"model": "acme/tone"})).status_code == 200
+    private = await acme.post("/v1/adapters/tone/visibility", json={"visibility": "private"})
+    assert private.json()["visibility"] == "private"
+    assert (await globex.post("/v1/chat/completions", json={"model": "acme/tone"})).status_code == 404
+    history = (await acme.get("/v1/adapters/tone")).json()["history"]
+    assert [row["what"] for row in history][-2:] == ["share", "unshare"]

@@ -17,6 +17,8 @@ from serve.cli_baseline import prompts
 from serve.errors import ConfigError
 from serve.policy import DEFAULT_POLICIES, Policy, parse, policy_for
 from serve.tap import Exchange, Generation
+from serve.trial import Trials
+from serve.watcher import Watcher
 from tests.serve.conftest import HIDDEN, upload
 
 CHAT = "/v1/chat/completions"
@@ -292,6 +294,33 @@ def test_a_file_of_prompts_is_read_line_by_line(tmp_path):
             prompts(file)
 
 
+async def test_over_another_base_model_a_version_begins_anew(connect, watched, backend, make_adapter, tmp_path):
+    engine = Engine(backend)
+    other = shutil.copytree(watched.model, tmp_path / "other")
+    table = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(1))
+    save_file({"model.embed_tokens.weight": table}, other / "model.safetensors")
+
+    async def gathered():
+        versions = (await drift(client))["versions"]
+        return versions[0]["signals"]["prompt"]["reference_requests"] if versions else 0
+
+    async with connect(watched) as client:
+        await push(client, make_adapter, 0)
+        await ask(client, 200)
+        assert await gathered() == 100
+        backend.prepare = lambda heir: (setattr(heir, "generate", engine.generate), heir.effects.update(tone=3.0))
+        refused = await client.post("/v1/engines/base/swap", json={"model": str(other)})
+        assert refused.status_code == 409, refused.text
+        await ask(client, 40)
+        assert await gathered() == 100, "the one that serves is the one that is watched"
+        backend.prepare = lambda heir: setattr(heir, "generate", engine.generate)
+        assert (await client.post("/v1/engines/base/swap", json={"model": str(other)})).status_code == 200
+        learned = client._transport.app.state.watcher._bases
+        assert await until(lambda: asyncio.sleep(0, "base" in learned))
+        await ask(client, 50)
+        assert 0 < await gathered() < 100
+
+
 async def test_a_version_that_is_removed_leaves_nothing_of_what_was_known(connect, watched, backend, make_adapter):
     Engine(backend)
     async with connect(watched) as client:
@@ -346,6 +375,20 @@ async def test_another_tenant_cannot_rate_nor_see(operator, issue, make_adapter)
     assert (await globex.get("/v1/adapters/tone/drift")).status_code == 404
     assert (await globex.get("/v1/adapters/base/drift")).status_code == 404
     assert (await acme.post("/v1/feedback", json={"request_id": id, "rating": 0})).status_code == 200
+
+
+def test_log_probabilities_are_asked_for_in_short_runs_and_in_the_share_that_was_said(tmp_path):
+    now = [0.0]
+    watcher = Watcher(tmp_path, Trials(lambda _: None, lambda _: 1, lambda _: 0.01), logprobs=0.1, clock=lambda: now[0])
+    assert not watcher.wants_logprobs("tone"), "nobody looks yet"
+    watcher._thread = True
+    wanted = []
+    for _ in range(40_000):
+        now[0] += 0.1
+        wanted.append(watcher.wants_logprobs("tone"))
+    assert abs(sum(wanted) / len(wanted) - 0.1) < 0.03
+    turns = sum(a != b for a, b in itertools.pairwise(wanted))
+    assert turns < 0.02 * len(wanted), "not one by one"
 
 
 async def test_a_full_queue_drops_and_counts_and_the_answer_goes_out(connect, watched, backend, make_adapter):
