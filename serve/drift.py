@@ -244,8 +244,8 @@ class _Bank:
         # Page's statistic of the same bets, which falls to 0 before a change and tells after which update it last did.
         self._page = np.zeros((len(BETS), n))
         self._start = np.zeros((len(BETS), n), np.int64)
-        # All histograms in a row, without the prior: of each stream the bins of each bet. To fade them would touch every
-        # bin at every request; instead each request weighs more than the one before, and `_unit` is what 1 is now.
+        # All histograms in a row, without the prior: of each stream the bins of each bet. To fade them would touch
+        # every bin at every request; instead each request weighs more than the one before: `_unit` is what 1 is now.
         self._learned = np.zeros(n * _BINS_OF_A_STREAM)
         self._unit = np.ones((len(BETS), 1))
         self._weight = np.zeros((len(BETS), 1))
