@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,11 @@ def running(folder: Path, url: str, *command: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def watchers(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, httpx.Client]]:
-    """Prometheus and Alertmanager on the rendered files, in a hurry."""
-    folder, ports = tmp_path_factory.mktemp("watchers"), (free_port(), free_port())
-    prometheus, alertmanager = (f"127.0.0.1:{port}" for port in ports)
-    write(folder, DEFAULT_SLOS, Places(f"127.0.0.1:{server.port}", prometheus, alertmanager))
+def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Prometheus on the rendered files, in a hurry."""
+    folder, address = tmp_path_factory.mktemp("watchers"), f"127.0.0.1:{free_port()}"
+    write(folder, DEFAULT_SLOS, Places(f"127.0.0.1:{server.port}", address, f"127.0.0.1:{free_port()}"))
     (folder / "prometheus" / SCRAPE_KEY).write_text(ADMIN)
-    (folder / "alertmanager" / ALERT_KEY).write_text(ADMIN)
     for name in ("prometheus.yml", "rules.yml"):
         file = folder / "prometheus" / name
         read = yaml.safe_load(file.read_text())
@@ -69,17 +67,20 @@ def watchers(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         for group in read.get("groups", []):
             group["interval"] = "1s"
         file.write_text(yaml.safe_dump(read))
-    with ExitStack() as stack:
-        first = ("prometheus", "--config.file=prometheus.yml", f"--web.listen-address={prometheus}")
-        second = ("prometheus-alertmanager", "--config.file=alertmanager.yml", f"--web.listen-address={alertmanager}")
-        yield (
-            stack.enter_context(
-                running(folder / "prometheus", f"http://{prometheus}", *first, "--enable-feature=exemplar-storage")
-            ),
-            stack.enter_context(
-                running(folder / "alertmanager", f"http://{alertmanager}", *second, "--cluster.listen-address=")
-            ),
-        )
+    command = ("prometheus", "--config.file=prometheus.yml", f"--web.listen-address={address}")
+    with running(folder / "prometheus", f"http://{address}", *command, "--enable-feature=exemplar-storage") as client:
+        yield client
+
+
+@pytest.fixture
+def alertmanager(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
+    """Alertmanager on the rendered files."""
+    address = f"127.0.0.1:{free_port()}"
+    write(tmp_path, DEFAULT_SLOS, Places(f"127.0.0.1:{server.port}", f"127.0.0.1:{free_port()}", address))
+    (tmp_path / "alertmanager" / ALERT_KEY).write_text(ADMIN)
+    command = ("prometheus-alertmanager", "--config.file=alertmanager.yml", f"--web.listen-address={address}")
+    with running(tmp_path / "alertmanager", f"http://{address}", *command, "--cluster.listen-address=") as client:
+        yield client
 
 
 def ask(prometheus: httpx.Client, expr: str) -> list[dict[str, Any]]:
@@ -132,8 +133,7 @@ def traffic(server: Server, name: str, adapters: dict[str, Path]) -> Iterator[No
         thread.join()
 
 
-def test_every_panel_and_every_rule_speaks_to_a_live_prometheus(server, name, traffic, watchers):
-    prometheus, _ = watchers
+def test_every_panel_and_every_rule_speaks_to_a_live_prometheus(server, name, traffic, prometheus):
     assert eventually(lambda: says_something(prometheus, 'rate(loradock_requests_total{version="v2"}[30s])'), 60)
     time.sleep(5)
     there = known(server, prometheus)
@@ -170,8 +170,7 @@ def test_every_panel_and_every_rule_speaks_to_a_live_prometheus(server, name, tr
     assert {sample["metric"]["slo"] for sample in burns} == {slo.objective.value for slo in DEFAULT_SLOS}
 
 
-def test_alertmanager_calls_the_server_and_the_version_goes_back(server, name, adapters, watchers):
-    _, alertmanager = watchers
+def test_alertmanager_calls_the_server_and_the_version_goes_back(server, name, adapters, alertmanager):
     server.upload(name, adapters["alpha"]).raise_for_status()
     server.upload(name, adapters["bravo"]).raise_for_status()
     assert server.adapter(name)["live"] == 2
