@@ -93,7 +93,7 @@ def _alertmanager(places: Places) -> dict[str, Any]:
                     "receiver": "loradock",
                     "matchers": ['action="rollback"'],
                     "group_by": ["..."],
-                    "group_wait": "0s",
+                    "group_wait": "1s",
                     # While it fires it is sent again: a server that was down or held back gets another chance.
                     "repeat_interval": "10m",
                     "continue": True,

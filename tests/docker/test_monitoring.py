@@ -33,7 +33,7 @@ def test_it_starts_both_and_takes_both_with_it(tmp_path):
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "LORADOCK_KEY": "a-key", **told}
     script = subprocess.Popen([SCRIPT], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        assert eventually(lambda: ready(prometheus) and ready(alertmanager), 30)
+        assert eventually(lambda: ready(prometheus) and ready(alertmanager), 120)
         family = descendants(script.pid)
         loaded = httpx.get(f"http://{prometheus}/api/v1/status/config").json()["data"]["yaml"]
         assert server in loaded and alertmanager in loaded

@@ -96,11 +96,13 @@ def known(server: Server, names: dict) -> dict:
 
 
 def known_of(adapters: dict) -> dict:
-    """What must outlive a process: all but where the weights happen to be."""
+    """What must outlive a process: all but where the weights happen to be, and the last half hour's latencies."""
     return {
         name: {
             **shown,
-            "versions": [{key: one[key] for key in one if key != "resident"} for one in shown["versions"]],
+            "versions": [
+                {key: one[key] for key in one if key not in ("resident", "recent")} for one in shown["versions"]
+            ],
         }
         for name, shown in adapters.items()
     }

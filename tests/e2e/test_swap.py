@@ -174,6 +174,7 @@ def test_a_new_adapter_gives_its_first_token_within_a_second_of_its_upload(
 
 
 def cache_hits(server: Server) -> float:
+    time.sleep(1.1)  # one rendering of the metrics is good for a second
     metrics = server.http.get("/metrics").text
     lines = [line for line in metrics.splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
