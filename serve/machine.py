@@ -36,8 +36,8 @@ def on_cpu() -> bool:
 def one_process(environ: Mapping[str, str], workers: int) -> bool:
     """The engine may compute in the process that schedules: a small machine, whose cores nobody has dealt out yet.
 
-    vLLM puts a CPU worker into a process of its own, for its OpenMP settings. On two cores the two processes and their
-    shared queue cost a third of the throughput and 8 s of the start; here the settings are in the environment before.
+    vLLM puts a CPU worker into a process of its own, for its OpenMP settings; here they are in the environment before.
+    On two cores the two processes and their shared queue cost much of the throughput, and seconds of the start.
     """
     return workers == 1 and len(os.sched_getaffinity(0)) <= 4 and "VLLM_CPU_OMP_THREADS_BIND" not in environ
 
