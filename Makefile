@@ -26,7 +26,7 @@ types: setup-dev ## mypy
 	@$(BIN)/mypy
 
 chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30 minutes of faults under 16 streams
-	@LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py
+	@LORADOCK_TEST_FLEET=1 LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py tests/e2e/test_fleet.py
 	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
 
 overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away
