@@ -1,8 +1,8 @@
 """The result in the engine that it is meant for: it loads, it answers, and how fast; the original beside it, run the
 same way.
 
-Each model runs in a process of its own, one after the other in turns, so that neither warms up the machine for the
-other.
+Each model has a process of its own. Both are loaded and warm before anything is timed, and then take turns, original,
+result, result, original, so that whatever else the machine does falls on both; the ratio is the median over the pairs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,60 +22,113 @@ from optimize.errors import OptimizeError
 from optimize.worker import Job, Progress
 
 NEW_TOKENS = 64
-ROUNDS = 3
+ROUNDS = 5
 STREAMS = (1, 16)
 LENGTH = 1024
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    measured = {}
     prompts = list(job.evaluate.prompts)
-    runs: list[tuple[str, str, dict[str, str]]] = [("original", job.reference, {}), ("result", job.model, {})]
+    total = 3 + ROUNDS * len(STREAMS)
+    progress(0, total, "the original in vLLM")
+    with Engine("original", job.reference, {}) as original:
+        progress(1, total, "the result in vLLM")
+        with Engine("result", job.model, {}) as result:
+            measured = {engine.name: engine.ask({"answer": prompts}) for engine in (original, result)}
+            old, new = measured["original"], measured["result"]
+            for prompt in prompts:
+                if old["answers"][prompt].strip() and not new["answers"][prompt].strip():
+                    raise OptimizeError(
+                        f"the result answers {prompt!r} with nothing in vLLM, the original with something"
+                    )
+            scores: dict[str, Any] = {"engine": measured}
+            for done, streams in enumerate(STREAMS):
+                speeds = _raced(
+                    original, result, streams, lambda at, done=done: progress(2 + done * ROUNDS + at, total, "tokens/s")
+                )
+                ratios = [after / before for before, after in speeds]
+                for engine, found in zip((old, new), zip(*speeds, strict=True), strict=True):
+                    engine.setdefault("tokens_per_second", {})[str(streams)] = round(median(found), 2)
+                    engine.setdefault("spread", {})[str(streams)] = [round(min(found), 2), round(max(found), 2)]
+                scores[f"speed_{streams}"] = round(median(ratios), 3)
+                scores[f"speed_{streams}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
     if job.adapters:
-        runs.append(("adapters", job.model, job.adapters))
-    for done, (name, folder, adapters) in enumerate(runs):
-        progress(done, len(runs), f"the {name} in vLLM")
-        measured[name] = _measured(name, folder, adapters, prompts)
-    old, new = measured["original"], measured["result"]
-    for prompt in prompts:
-        if old["answers"][prompt].strip() and not new["answers"][prompt].strip():
-            raise OptimizeError(f"the result answers {prompt!r} with nothing in vLLM, the original with something")
-    scores: dict[str, Any] = {"engine": measured}
-    for streams in map(str, STREAMS):
-        scores[f"speed_{streams}"] = round(new["tokens_per_second"][streams] / old["tokens_per_second"][streams], 3)
+        progress(total - 1, total, "the adapters in vLLM")
+        with Engine("adapters", job.model, job.adapters) as adapted:
+            measured["adapters"] = adapted.ask({"answer": prompts})
     return {"scores": scores}
 
 
-def _measured(name: str, folder: str, adapters: dict[str, str], prompts: list[str]) -> dict[str, Any]:
-    """Figures and answers of one model in an engine of its own; with adapters, their answers alone."""
-    asked = json.dumps({"model": folder, "adapters": adapters, "prompts": prompts})
-    environ = {
-        **os.environ, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "optimize.engine"], input=asked, env=environ, capture_output=True, text=True, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        said = [line for line in done.stderr.splitlines() if "Error" in line][-1:] or done.stderr.splitlines()[-1:]
-        print(done.stderr, file=sys.stderr)
-        raise OptimizeError(f"the {name} does not run in vLLM: {''.join(said)[:400]}")
-    found: dict[str, Any] = json.loads(lines[-1])
+def _raced(
+    original: Engine, result: Engine, streams: int, progress: Callable[[int], None]
+) -> list[tuple[float, float]]:
+    """Tokens a second of both, ROUNDS times, in turns; the first round warms up and is not told."""
+    found = []
+    for round_ in range(ROUNDS + 1):
+        pair = {}
+        for engine in (original, result) if round_ % 2 else (result, original):
+            pair[engine.name] = engine.ask({"streams": streams, "round": round_})["tokens_per_second"]
+        if round_:
+            found.append((pair["original"], pair["result"]))
+        progress(round_)
     return found
 
 
+class Engine:
+    """One model in vLLM, in a process that answers a line with a line."""
+
+    def __init__(self, name: str, folder: str, adapters: dict[str, str]) -> None:
+        self.name = name
+        environ = {
+            **os.environ, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }  # fmt: skip
+        environ.pop("OMP_WAIT_POLICY", None)  # as it is served
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "optimize.engine", folder, json.dumps(adapters)], env=environ, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
+        )  # fmt: skip
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            if stream is not None:
+                stream.close()
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        self._process.wait()
+        self._said.seek(0)
+        said = self._said.read()
+        print(said, file=sys.stderr)
+        told = [line for line in said.splitlines() if "Error" in line][-1:] or said.splitlines()[-1:]
+        raise OptimizeError(f"the {self.name} does not run in vLLM: {''.join(told)[:400]}")
+
+
 def main() -> None:
-    """In the process of one engine: the question on stdin, the figures on stdout."""
-    asked = json.loads(sys.stdin.read())
+    """In the process of one engine: questions on stdin, answers on stdout."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    adapters = asked["adapters"]
+    folder, adapters = sys.argv[1], json.loads(sys.argv[2])
     lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": _rank(adapters)} if adapters else {}
     start = time.monotonic()
     llm = LLM(
-        asked["model"],
+        folder,
         max_model_len=LENGTH,
         max_num_seqs=max(STREAMS),
         max_num_batched_tokens=LENGTH,
@@ -83,6 +138,7 @@ def main() -> None:
     )
     loaded = round(time.monotonic() - start, 1)
     greedy = SamplingParams(temperature=0, max_tokens=32)
+    exactly = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True)
     chat = llm.get_tokenizer().chat_template is not None
 
     def answer(prompt: str, adapter: Any = None) -> str:
@@ -91,26 +147,24 @@ def main() -> None:
         text: str = ask(message if chat else [prompt], greedy, use_tqdm=False, lora_request=adapter)[0].outputs[0].text
         return text
 
-    if adapters:
-        spoken = {
-            name: {prompt: answer(prompt, LoRARequest(name, number, folder)) for prompt in asked["prompts"]}
-            for number, (name, folder) in enumerate(sorted(adapters.items()), 1)
-        }
-        print(json.dumps({"load_seconds": loaded, "answers": spoken}))
-        return
-    answers = {prompt: answer(prompt) for prompt in asked["prompts"]}
-    exactly = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True)
-    speed: dict[str, list[float]] = {}
-    for round_ in range(ROUNDS + 1):
-        for streams in STREAMS:
-            batch = [f"{round_} {at}. Write a story about a river and a town." for at in range(streams)]
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "answer" in asked and adapters:
+            answers: dict[str, Any] = {
+                name: {prompt: answer(prompt, LoRARequest(name, number, where)) for prompt in asked["answer"]}
+                for number, (name, where) in enumerate(sorted(adapters.items()), 1)
+            }
+        elif "answer" in asked:
+            answers = {prompt: answer(prompt) for prompt in asked["answer"]}
+        else:
+            number, streams = asked["round"], asked["streams"]
+            batch = [f"{number} {at}. Write a story about a river and a town." for at in range(streams)]
             begun = time.monotonic()
             llm.generate(batch, exactly, use_tqdm=False)
-            if round_:  # the first one compiles and warms up
-                speed.setdefault(str(streams), []).append(streams * NEW_TOKENS / (time.monotonic() - begun))
-    figures = {streams: round(median(found), 2) for streams, found in speed.items()}
-    spread = {streams: [round(min(found), 2), round(max(found), 2)] for streams, found in speed.items()}
-    print(json.dumps({"load_seconds": loaded, "answers": answers, "tokens_per_second": figures, "spread": spread}))
+            told = {"tokens_per_second": streams * NEW_TOKENS / (time.monotonic() - begun)}
+            print(json.dumps(told), flush=True)
+            continue
+        print(json.dumps({"load_seconds": loaded, "answers": answers}), flush=True)
 
 
 def _rank(adapters: dict[str, str]) -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "manifest.json"
 LIBRARIES = ("torch", "transformers", "peft", "compressed-tensors", "safetensors", "numpy", "onnx", "onnxruntime")
-TIMED_SCORES = ("engine", "speed_1", "speed_16")
+TIMED_SCORES = ("engine", "speed_1", "speed_16", "speed_1_spread", "speed_16_spread")
 
 
 @dataclass(frozen=True, slots=True)

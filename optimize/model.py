@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,54 @@ def prefix(model: nn.Module) -> str:
     """The name of the list of layers, such as `model.layers`."""
     found = layers(model)
     return next(name for name, module in model.named_modules() if module is found)
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """Hidden states (rows, tokens, hidden), a batch each, and what else a layer is called with."""
+
+    states: list[torch.Tensor]
+    others: list[dict[str, Any]]
+
+
+def entered(model: nn.Module, ids: torch.Tensor, batch: int) -> Entered:
+    """What the model's first layer is called with for `ids` (rows, tokens), `batch` rows at a time."""
+    states: list[torch.Tensor] = []
+    others: list[dict[str, Any]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs.pop("hidden_states"))
+        others.append(
+            {name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value")}
+        )
+        raise _Stop
+
+    handle = layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for rows in ids.split(batch):
+            try:
+                with torch.no_grad():
+                    model(input_ids=rows, use_cache=False)
+            except _Stop:
+                pass
+    finally:
+        handle.remove()
+    return Entered(states, others)
+
+
+def through(some: Sequence[nn.Module], begin: Entered) -> Entered:
+    """The hidden states after `some` layers, one after another."""
+    made = []
+    for state, more in zip(begin.states, begin.others, strict=True):
+        for layer in some:
+            out = layer(state, **more)
+            state = out[0] if isinstance(out, tuple) else out
+        made.append(state)
+    return Entered(made, begin.others)
+
+
+class _Stop(Exception):
+    """The model has said what the first layer gets."""
 
 
 @torch.inference_mode()

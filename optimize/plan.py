@@ -96,24 +96,28 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             what = f"{', '.join(step.adapters)} into one adapter, {step.name}, by {step.method}"
             steps.append(Step("combine", what, PROCESS + size // 2, size // 10, STARTING + 10))
         elif isinstance(step, Prune):
-            what = f"drop {step.layers} layers by block influence" if step.layers else f"MLP width to {step.mlp:.1%}"
+            what = f"drop {step.layers} layers by {step.choose}" if step.layers else f"MLP width to {step.mlp:.1%}"
             steps.append(
                 Step("prune", what, PROCESS + size + 50_000_000, size, STARTING + 3 * calibrated * pass_of + size / 5e8)
             )
         elif isinstance(step, Heal):
             seen = step.steps * step.batch * step.tokens
-            what = f"distil the original, LoRA of rank {step.rank}, {step.steps} x {step.batch} x {step.tokens} tokens"
-            acts = step.batch * step.tokens * (_vocabulary(base) * 16 + 40 * _hidden(base) * _layers(base))
-            steps.append(Step("heal", what, PROCESS + 2 * size + acts, size, STARTING + 5 * seen * pass_of))
+            what = "least squares, then " if step.repair else ""
+            what += f"distil the original, LoRA of rank {step.rank}, {step.steps} x {step.batch} x {step.tokens} tokens"
+            acts = step.batch * step.tokens * 160 * _hidden(base) * _layers(base) + 2048 * _vocabulary(base)
+            acts += 16384 * (4 * _hidden(base) + 2 * widest)
+            steps.append(Step("heal", what, PROCESS + 2 * size + acts, 2 * size, STARTING + 20 + 4 * seen * pass_of))
         elif isinstance(step, Quantize):
             seconds = STARTING + 4 * calibrated * pass_of + parameters / 4e6 if step.method == "gptq" else STARTING + 5
             what = f"{step.scheme}, {step.method}"
-            if step.budget:
-                what += f", most sensitive layers keep more bits until perplexity rises by at most {step.budget:.1%}"
-                probed = 4 * recipe.calibration.tokens * _vocabulary(base) * 4
+            if step.budget or step.agreement:
+                bounds = [f"perplexity rises by at most {step.budget:.1%}"] if step.budget else []
+                bounds += [f"{step.agreement:.0%} of tokens stay the likeliest"] if step.agreement else []
+                what += f", sensitive layers keep more bits until {' and '.join(bounds)}"
+                probed = 8 * recipe.calibration.tokens * _vocabulary(base) * 6
                 seconds = 2 * seconds + 4 * _layers(base) * min(calibrated, 4096) * pass_of / 2
             memory = PROCESS + size + calibrated * _hidden(base) * 4 + 12 * widest * widest
-            memory += probed if step.budget else 0
+            memory += probed if step.budget or step.agreement else 0
             steps.append(Step("quantize", what, memory, int(size * 0.65), seconds, _slow(recipe, step)))
     if recipe.export.format == "onnx":
         what = f"ONNX {recipe.export.precision} with KV cache inputs, checked against PyTorch"
@@ -129,7 +133,7 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
     steps.append(Step("evaluate", what, PROCESS + 2 * size + logits, 100_000, seconds))
     if recipe.export.format == "vllm" and recipe.evaluate.engine:
         what = "both models in vLLM: load, answers, tokens/s at 1 and 16 streams"
-        steps.append(Step("engine", what, 3 * PROCESS + 2 * size + (1 << 30), 100_000, 240))
+        steps.append(Step("engine", what, 6 * PROCESS + 3 * size + (2 << 30), 100_000, 240))
     steps.append(Step("export", f"{recipe.export.format} directory, manifest, report", 0, size, size / 3e8))
     return steps
 

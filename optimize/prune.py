@@ -1,9 +1,9 @@
 """Fewer layers or a narrower MLP: smaller and faster everywhere, and worse until it is healed.
 
-Layers leave by block influence (Men et al., 2024, arXiv 2403.03853): the one that turns its input least, one minus
-the mean cosine of a layer's input and output. With `greedy` measuring after each drop the choice takes account of
-those already gone. The MLP keeps the channels whose activations, times the size of their row of down_proj, are
-largest.
+Block influence (Men et al., 2024, arXiv 2403.03853) is how much a layer turns its input: one minus the mean cosine of
+input and output. `greedy` takes the layers of least influence as candidates and drops, one after another, the one
+without which calibration text is predicted best, so that the choice takes account of those already gone. The MLP keeps
+the channels whose activations, times the size of their row of down_proj, are largest.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from optimize import text
 from optimize.checkpoint import Checkpoint, Writer
-from optimize.model import layers, opened, prefix, settle, tokenizer
+from optimize.model import entered, layers, opened, prefix, settle, through, tokenizer
 from optimize.worker import Job, Progress
 
 BATCH = 4
+TRIED = 4  # windows that a choice is tried on
+SPARE = 3  # candidates beyond the layers to drop
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -40,7 +42,12 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     count = len(layers(model))
     if job.options["layers"]:
         influence = _influence(model, ids, progress)
-        dropped = sorted(sorted(range(count), key=lambda at: influence[at])[: job.options["layers"]])
+        least = sorted(range(count), key=lambda at: influence[at])
+        if job.options["choose"] == "greedy":
+            least, notes["losses_without"] = _greedy(
+                model, ids[:TRIED], least[: job.options["layers"] + SPARE], job.options["layers"], progress
+            )
+        dropped = sorted(least[: job.options["layers"]])
         notes |= {"influence": [round(value, 5) for value in influence], "dropped": dropped}
         config["num_hidden_layers"] = count - len(dropped)
         if "layer_types" in config:
@@ -91,6 +98,35 @@ def _influence(model: nn.Module, ids: torch.Tensor, progress: Progress) -> list[
     for hook in hooks:
         hook.remove()
     return found
+
+
+@torch.inference_mode()
+def _greedy(
+    model: nn.Module, ids: torch.Tensor, candidates: list[int], count: int, progress: Progress
+) -> tuple[list[int], list[float]]:
+    """The layers to drop, in that order, and the loss after each."""
+    whole = list(layers(model))
+    norm = model.get_submodule(prefix(model).rpartition(".")[0]).norm
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    first = entered(model, ids, 1)
+    gone: list[int] = []
+    losses: list[float] = []
+    tries = sum(len(candidates) - done for done in range(count))
+    while len(gone) < count:
+        before, at, found = first, 0, {}
+        for candidate in sorted(set(candidates) - set(gone)):
+            before = through([whole[other] for other in range(at, candidate) if other not in gone], before)
+            at = candidate
+            after = through([whole[other] for other in range(at + 1, len(whole)) if other not in gone], before)
+            found[candidate] = sum(
+                float(cross_entropy(head(norm(state)).float()[0, :-1], row[1:]))
+                for state, row in zip(after.states, ids, strict=True)
+            ) / len(ids)
+            progress(sum(len(candidates) - done for done in range(len(gone))) + len(found), tries, "greedy choice")
+        best = min(found, key=lambda candidate: found[candidate])
+        gone.append(best)
+        losses.append(round(found[best], 5))
+    return gone, losses
 
 
 @torch.inference_mode()

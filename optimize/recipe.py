@@ -48,15 +48,19 @@ class Combine(Part, frozen=True, kw_only=True, tag="combine"):
 
 
 class Prune(Part, frozen=True, kw_only=True, tag="prune"):
-    """Whole layers by block influence, or a share of the MLP's width by activation."""
+    """Whole layers, those that calibration text misses least (`greedy`, among those of least block influence) or those
+    of least block influence; or a share of the MLP's width by activation."""
 
     layers: int = 0
+    choose: Literal["greedy", "influence"] = "greedy"
     mlp: float = 1.0
 
 
 class Heal(Part, frozen=True, kw_only=True, tag="heal"):
-    """Distil the original into the pruned model through a LoRA that is then merged."""
+    """Put back what a linear map can (`repair`), then distil the original into the pruned model through a LoRA that is
+    merged."""
 
+    repair: bool = True
     steps: int = 200
     rank: int = 32
     learning_rate: float = 1e-3
@@ -66,13 +70,15 @@ class Heal(Part, frozen=True, kw_only=True, tag="heal"):
 
 
 class Quantize(Part, frozen=True, kw_only=True, tag="quantize"):
-    """Fewer bits. `budget` is what perplexity may rise by with mixed precision: sensitive layers keep more bits."""
+    """Fewer bits. With mixed precision sensitive layers keep more: `budget` is what perplexity may rise by, `agreement`
+    the least share of tokens that stay the likeliest."""
 
     scheme: Literal["w8a8", "w8a16", "w4a16", "fp8"] = "w8a8"
     method: Literal["gptq", "rtn"] = "gptq"
     smooth: bool | Literal["auto"] = "auto"
     group: int = 0
     budget: float = 0.0
+    agreement: float = 0.0
     ignore: tuple[str, ...] = ("lm_head",)
 
 
@@ -319,16 +325,20 @@ def _sensible(recipe: Recipe) -> None:
             if step.layers < 0 or not 0 < step.mlp <= 1:
                 raise RecipeError(f"{where}: layers is a count and mlp a share above 0 and at most 1")
         if isinstance(step, Heal):
-            if min(step.steps, step.rank, step.batch, step.tokens) < 1 or step.learning_rate <= 0:
-                raise RecipeError(f"{where}: steps, rank, batch, tokens and learning_rate are above 0")
+            if min(step.rank, step.batch, step.tokens) < 1 or step.learning_rate <= 0:
+                raise RecipeError(f"{where}: rank, batch, tokens and learning_rate are above 0")
+            if step.steps < 0 or not (step.steps or step.repair):
+                raise RecipeError(f"{where}: steps is above 0, or 0 with `repair: true`")
             if quantized:
                 raise RecipeError(f"{where}: heal before quantizing; a quantized model's weights cannot be trained")
             healed = True
         if isinstance(step, Quantize):
             if quantized:
                 raise RecipeError(f"{where}: the model is quantized already; one quantize step does all")
-            if step.budget and step.scheme not in ("w4a16", "w8a8"):
-                raise RecipeError(f"{where}: a budget goes with w4a16 or w8a8, not {step.scheme}")
+            if not (step.budget >= 0 and 0 <= step.agreement < 1):
+                raise RecipeError(f"{where}: budget is a share at least 0, agreement one from 0 to below 1")
+            if (step.budget or step.agreement) and step.scheme not in ("w4a16", "w8a8"):
+                raise RecipeError(f"{where}: a budget or agreement goes with w4a16 or w8a8, not {step.scheme}")
             quantized = True
         elif quantized and not isinstance(step, Combine):
             raise RecipeError(

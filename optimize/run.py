@@ -7,6 +7,7 @@ output directory appears by one rename at the very end.
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import json
 import os
@@ -30,7 +31,7 @@ from optimize.errors import GateFailed, OptimizeError, OutOfMemory, Refused
 from optimize.gate import judged
 from optimize.plan import Plan
 from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
-from optimize.worker import Job
+from optimize.worker import TASKS, Job
 
 NOTES = "notes.json"
 Tell = Callable[[str, float, float, str], None]  # step, done, total, what
@@ -166,7 +167,7 @@ class Run:
                 "seed": self.recipe.seed,
                 "target": self.recipe.target,
                 "versions": manifest.versions(),
-                "code": _code(),
+                "code": _code(TASKS[kind]),
             }
         )
         folder = self.work / f"{len(self.done) + 1:02d}-{kind}-{key}"
@@ -214,6 +215,8 @@ class Run:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "PYTHONHASHSEED": "0",
+            # Threads that spin while they wait for one another take the cores from whatever else runs.
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         }
         with log.open("w") as said:
             child = subprocess.Popen(
@@ -335,9 +338,23 @@ def _digested(folder: str, _: int) -> str:
 
 
 @cache
-def _code() -> str:
-    """Steps of an older loradock are not taken for this one's."""
-    return artifact.key({file.name: artifact.digest(file) for file in Path(__file__).parent.glob("*.py")})
+def _code(module: str) -> str:
+    """The digest of a step's module and of those of ours that it imports, so that a step of an older loradock is not
+    taken for this one's."""
+    found: dict[str, str] = {}
+    left = [module]
+    while left:
+        name = left.pop()
+        file = Path(__file__).parent / f"{name.rpartition('.')[2]}.py"
+        if name in found or not name.startswith("optimize.") or not file.is_file():
+            continue
+        found[name] = artifact.digest(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "optimize":
+                left += [f"optimize.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                left.append(node.module or "")
+    return artifact.key(found)
 
 
 def _resident(pid: int) -> int:

@@ -14,7 +14,7 @@ IDS = torch.arange(2, 34).view(2, 16)
 
 
 def test_the_layer_that_does_least_leaves_and_the_others_close_up(base, job):
-    made = job("prune", layers=1)
+    made = job("prune", layers=1, choose="influence")
     notes = prune.run(made, silent)
     (gone,) = notes["dropped"]
     assert notes["influence"][gone] == min(notes["influence"])

@@ -104,14 +104,15 @@ def test_a_budget_gives_bits_back_where_they_matter(base, job, monkeypatch):
     """With known effects: layer 0 cannot bear 4 bits, its down projection not 8 either, the others bear all."""
     from transformers import AutoModelForCausalLM
 
-    def known(quantizer, levels, partial):
+    def known(quantizer, levels, factors, partial):
         costs = {unit.label: {"w4a16": 0.001, "w8a8": 0.001} for unit in quantizer.units}
         for unit in quantizer.units[:4]:
             costs[unit.label] = {"w4a16": 0.5, "w8a8": 0.4 if unit.label == "0.down" else 0.002}
         return costs
 
     monkeypatch.setattr(quantize, "_sensitivity", known)
-    monkeypatch.setattr(quantize, "ROUNDS", 1)
+    losses = iter([3.0, 3.9, 3.015])  # of the original, with 4 bits everywhere, and of the mix
+    monkeypatch.setattr(quantize, "_spent", lambda said, ids: next(losses))
     made = job("quantize", scheme="w4a16", budget=0.02)
     notes = quantize.run(made, silent)
     assert notes["kept"] == {"0.q/k/v": "w8a8", "0.o": "w8a8", "0.gate/up": "w8a8", "0.down": "bf16"}
@@ -132,11 +133,11 @@ def test_the_sensitivity_of_a_unit_is_what_it_does_to_the_answer(base, job):
     quantizer.dtype = torch.float32
     quantizer.model = opened(base, torch.float32)
     quantizer.layers = quantize.layers(quantizer.model)
-    found = quantize._sensitivity(quantizer, [quantize.W4, quantize.W8A16], made.folder)
+    found = quantize._sensitivity(quantizer, [quantize.W4, quantize.W8A16], {}, made.folder)
     assert len(found) == 12
     assert sum(cost["w4a16"] for cost in found.values()) > 10 * sum(cost["w8a16"] for cost in found.values())
     (made.folder / "sensitivity.json").write_text(json.dumps({**found, "0.o": {"w4a16": 7.0, "w8a16": 7.0}}))
-    assert quantize._sensitivity(quantizer, [quantize.W4], made.folder)["0.o"]["w4a16"] == 7.0
+    assert quantize._sensitivity(quantizer, [quantize.W4], {}, made.folder)["0.o"]["w4a16"] == 7.0
 
 
 def test_the_layers_that_the_engine_fuses_share_a_level(base, job):
