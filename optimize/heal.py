@@ -31,7 +31,7 @@ from optimize.worker import Job, Progress
 
 SAVE_EVERY = 10
 HELD = 16  # windows of evaluation text, to say what was lost and what came back
-FITTED = 16384  # tokens for the least squares
+FITTED = 24576  # tokens for the least squares
 BLOCK = 128  # tokens whose logits are held at a time
 
 

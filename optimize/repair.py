@@ -20,7 +20,7 @@ from optimize.errors import Refused
 from optimize.model import Entered, through
 from optimize.worker import Progress
 
-RIDGE = 0.02  # of the mean diagonal of the activations' second moment
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean diagonal of the activations' second moment
 
 
 def origins(pruned: Checkpoint, original: Checkpoint, prefix: str) -> list[int]:
@@ -50,7 +50,7 @@ def first_changed(pairs: list[int], narrowed: bool) -> int:
 @torch.inference_mode()
 def repaired(
     student: list[nn.Module], teacher: list[nn.Module], pairs: list[int], first: int, begin: Entered, progress: Progress
-) -> list[float]:
+) -> list[tuple[float, float]]:
     """Change down_proj from layer `first` on; what the stream lacked before and lacks after, relative, at each layer.
 
     `begin` is what enters the first layer of both models.
@@ -67,25 +67,44 @@ def repaired(
     return told
 
 
-def _fitted(layer: Any, ours: Entered, theirs: Entered) -> float:
-    """Change one layer's down_proj so that what leaves the layer is nearest to `theirs`; how far off it was."""
+def _fitted(layer: Any, ours: Entered, theirs: Entered) -> tuple[float, float]:
+    """Change one layer's down_proj so that what leaves the layer is nearest to `theirs`. How much the stream lacked
+    there, relative to its size, before and after, on a quarter of the text that decides how far to go and is not
+    fitted."""
     read: list[torch.Tensor] = []
     down = layer.mlp.down_proj
     handle = down.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     made = through([layer], ours)
     handle.remove()
-    width = down.in_features
-    moment, product = torch.zeros(width, width), torch.zeros(width, down.out_features)
-    off = whole = 0.0
+    pairs = []
     for x, mine, right in zip(read, made.states, theirs.states, strict=True):
         x, mine, right = (each.flatten(0, -2).float() for each in (x, mine, right))
         # Each token counts the same: a few have a stream a hundred times as large, and would be all that is fitted.
         weight = right.norm(dim=1, keepdim=True).clamp(min=1e-6).reciprocal()
-        lacks, x = (right - mine) * weight, x * weight
+        pairs.append((x * weight, (right - mine) * weight))
+    kept = max(1, len(pairs) // 4)
+    moment, product = (
+        torch.zeros(down.in_features, down.in_features),
+        torch.zeros(down.in_features, down.out_features),
+    )
+    for x, lacks in pairs[kept:]:
         moment += x.T @ x
         product += x.T @ lacks
-        off, whole = off + float(lacks.square().sum()), whole + len(x)
-    moment.diagonal().add_(RIDGE * moment.diagonal().mean() + 1e-9)
-    change = torch.linalg.solve(moment, product, left=True)
-    down.weight = nn.Parameter((down.weight.float() + change.T).to(down.weight.dtype), requires_grad=False)
-    return round((off / whole) ** 0.5, 4)
+    mean = float(moment.diagonal().mean()) + 1e-12
+    unseen = torch.cat([x for x, _ in pairs[:kept]])
+    wanted = torch.cat([lacks for _, lacks in pairs[:kept]])
+    before = least = float(wanted.square().sum())
+    best: torch.Tensor | None = None
+    for ridge in RIDGES:
+        ridged = moment.clone()
+        ridged.diagonal().add_(ridge * mean)
+        lower, bad = torch.linalg.cholesky_ex(ridged)
+        if bad:
+            continue
+        change = torch.cholesky_solve(product, lower)
+        left = float((wanted - unseen @ change).square().sum())
+        if left < least:
+            best, least = change, left
+    if best is not None:
+        down.weight = nn.Parameter((down.weight.float() + best.T).to(down.weight.dtype), requires_grad=False)
+    return round((before / len(wanted)) ** 0.5, 4), round((least / len(wanted)) ** 0.5, 4)
