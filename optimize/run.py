@@ -161,9 +161,7 @@ class Run:
                 "model": _digest(state.model),
                 "reference": _digest(state.reference) if kind in ("evaluate", "engine", "heal", "onnx") else "",
                 "adapters": {name: _digest(path) for name, path in state.adapters.items()},
-                "text": [self.plan.texts, plain(self.recipe.calibration), plain(self.recipe.evaluate)]
-                if uses_text
-                else [],
+                "text": self._text(kind) if uses_text else {},
                 "seed": self.recipe.seed,
                 "target": self.recipe.target,
                 "versions": manifest.versions(),
@@ -199,6 +197,14 @@ class Run:
         self.done.append(done)
         self.tell(kind, 1, 1, "" if redone else "done before")
         return done
+
+    def _text(self, kind: str) -> dict[str, Any]:
+        """What a step reads of the recipe's texts and how they are used."""
+        measured = {name: value for name, value in plain(self.recipe.evaluate).items() if name != "engine"}
+        if kind in ("evaluate", "engine"):
+            return {"evaluation": self.plan.texts["evaluation"], **measured}
+        read = {"calibration": self.plan.texts["calibration"], **plain(self.recipe.calibration)}
+        return read | ({"evaluation": self.plan.texts["evaluation"]} if kind == "heal" else {})
 
     def _in_a_child(self, kind: str, job: Job) -> dict[str, Any]:
         """Run the job; a child that is killed, or grows above the bound, is an error that says so."""
