@@ -350,7 +350,7 @@ def _mixed(
     wanted = quantizer.log_probabilities(held).bfloat16()
     before = _spent(wanted, held)
     allowed = math.log1p(budget or math.inf) * SAFETY
-    differ = (1 - agreement) * (1 - 0.2 * (1 - SAFETY))
+    differ = (1 - agreement) * (1 - (1 - SAFETY) / 8)
     tried: list[dict[str, Any]] = []
     best, costs, bound = dict.fromkeys(quantizer.units, ladder[-1]), {}, 0.0
     chosen = dict.fromkeys(quantizer.units, low)
