@@ -66,7 +66,9 @@ def version(server, name, number):
 def series(server, metric, **labels):
     """The values of a metric's series with these labels."""
     found = []
-    for line in server.http.get("/metrics").text.splitlines():
+    scraped = server.http.get("/metrics")
+    assert scraped.status_code == 200, scraped.text
+    for line in scraped.text.splitlines():
         if line.startswith((f"{metric}{{", f"{metric} ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
             found.append(float(line.rsplit(" ", 1)[1]))
     return found
