@@ -153,7 +153,9 @@ def test_steady_traffic_raises_nothing_and_another_topic_does_and_rolls_nothing_
     assert eventually(lambda: version(server, name, 2)["signals"]["prompt"]["alarmed"])
     moved = version(server, name, 2)["signals"]["prompt"]
     assert moved["since"] and moved["moved"] and moved["log_evidence"] > 0
-    assert server.adapter(name)["live"] == 2
+    shown = server.adapter(name)
+    assert shown["live"] == 2
+    assert any((row["who"], row["what"]) == ("watcher", "drift") for row in shown["history"])
     labels = {"adapter": name, "version": "v2", "signal": "prompt"}
     assert series(server, "loradock_drift_alarms_total", **labels) == [1.0]
     assert not series(server, "loradock_rollbacks_total", adapter=name)
