@@ -22,6 +22,11 @@ from optimize.recipe import KIND, Combine, Heal, Merge, Prune, Quantize, Recipe,
 FLOPS = 1.2e11  # of a forward pass in bf16, two cores
 STARTING = 8.0  # seconds until a child has imported torch and transformers
 PROCESS = 700_000_000  # bytes of a child that has imported them
+ZEROS = (
+    "zeros buy neither size nor speed in today's vLLM: the checkpoint stays dense, and its kernels for 2:4 are gone; "
+    "`layers`, `mlp` and `vocabulary` make a model smaller and faster"
+)
+EMBEDDING = "model.embed_tokens.weight"
 SAME_RANK = {"linear"}  # methods that want adapters of one rank
 
 
@@ -96,10 +101,7 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             what = f"{', '.join(step.adapters)} into one adapter, {step.name}, by {step.method}"
             steps.append(Step("combine", what, PROCESS + size // 2, size // 10, STARTING + 10))
         elif isinstance(step, Prune):
-            what = f"drop {step.layers} layers by block influence" if step.layers else f"MLP width to {step.mlp:.1%}"
-            steps.append(
-                Step("prune", what, PROCESS + size + 50_000_000, size, STARTING + 3 * calibrated * pass_of + size / 5e8)
-            )
+            steps.append(_pruning(step, base, calibrated))
         elif isinstance(step, Heal):
             seen = step.steps * step.batch * step.tokens
             what = f"distil the original, LoRA of rank {step.rank}, {step.steps} x {step.batch} x {step.tokens} tokens"
@@ -134,6 +136,20 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
     return steps
 
 
+def _pruning(step: Prune, base: Checkpoint, calibrated: int) -> Step:
+    size, seconds, memory = base.bytes, STARTING + base.bytes / 5e8, PROCESS + base.bytes + 50_000_000
+    passes = 3 * calibrated * 2 * base.parameters / FLOPS
+    if step.vocabulary:
+        what = f"keep the {step.vocabulary} most used tokens" if step.vocabulary != "used" else "keep the used tokens"
+        return Step("prune", what, memory, size, seconds + 10)
+    if not step.zeros:
+        what = f"drop {step.layers} layers by block influence" if step.layers else f"MLP width to {step.mlp:.1%}"
+        return Step("prune", what, memory, size, seconds + passes)
+    what = f"{step.pattern or f'{step.sparsity:.0%}'} zeros by {step.method}"
+    memory += calibrated * _hidden(base) * 4 + 12 * _widest(base) ** 2 + size
+    return Step("prune", what, memory, size, seconds + passes + base.parameters / 4e6, ZEROS)
+
+
 def _slow(recipe: Recipe, step: Quantize) -> str:
     if recipe.target == "cpu" and step.scheme == "w4a16":
         return "4-bit weights are smaller, and on a CPU without AMX slower than bf16"
@@ -158,10 +174,16 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
                 raise Refused(
                     "the MLP of this model is not made of gate_proj, up_proj and down_proj; narrow it another way"
                 )
+            if step.pattern and (size := int(step.pattern.split(":")[1])) and _widths(base, size):
+                raise Refused(f"{step.pattern} does not divide layers of width {_widths(base, size)}; take another M")
+            if step.vocabulary != "used" and step.vocabulary >= _vocabulary(base):
+                raise Refused(
+                    f"the model has {_vocabulary(base)} tokens, so keeping {step.vocabulary} trims nothing; keep fewer"
+                )
             living = set(adapters) - {
                 name for other in recipe.steps if isinstance(other, Merge) for name in other.adapters
             }
-            if living:
+            if living and not step.zeros and not step.vocabulary:
                 raise Refused(
                     f"pruning changes the layers that the adapter {sorted(living)[0]!r} was trained on: "
                     "merge it first, or leave it out of `adapters:` and train it again on the result"
@@ -219,6 +241,12 @@ def group(base: Checkpoint, wished: int) -> int:
     raise Refused(f"layers of width {sorted(widths)} have no group size that vLLM takes (128, 64 or 32): take w8a8")
 
 
+def _widths(base: Checkpoint, size: int) -> list[int]:
+    """Input widths of linear layers that `size` does not divide."""
+    widths = {entry.shape[1] for name, entry in base.entries.items() if linear(name, entry)}
+    return sorted(width for width in widths if width % size)
+
+
 def linear(name: str, entry: Entry) -> bool:
     """Whether the tensor is the weight of a linear layer inside the decoder's layers."""
     return len(entry.shape) == 2 and re.search(r"\.\d+\.", name) is not None and name.endswith("_proj.weight")
@@ -241,10 +269,16 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
         module, _, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         weight = f"{module}.weight"
         if not part:
+            saved = base.entries.get(module) or base.entries.get(EMBEDDING if module.startswith("lm_head") else "")
+            if saved and entry.shape != saved.shape and ".base_layer." not in module:
+                raise Refused(
+                    f"the adapter {name!r} is for another base: it saves {module} as {list(entry.shape)}, this one has "
+                    f"{list(saved.shape)}"
+                )
             continue
         if weight not in base.entries and not (module == "lm_head" and base.tied):
             raise Refused(f"the adapter {name!r} is for another base: this one has no {module}")
-        shape = base.entries.get(weight, base.entries.get("model.embed_tokens.weight", entry)).shape
+        shape = base.entries.get(weight, base.entries.get(EMBEDDING, entry)).shape
         fits = {"A.weight": entry.shape[-1] in shape, "B.weight": entry.shape[0] in shape}.get(part, True)
         if not fits:
             raise Refused(

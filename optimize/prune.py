@@ -1,4 +1,5 @@
-"""Fewer layers or a narrower MLP: smaller and faster everywhere, and worse until it is healed.
+"""Fewer layers or a narrower MLP: smaller and faster everywhere, and worse until it is healed. Zeros are made in
+`sparse.py`, and `vocabulary.py` trims tokens.
 
 Layers leave by block influence (Men et al., 2024, arXiv 2403.03853): the one that turns its input least, one minus
 the mean cosine of a layer's input and output. With `greedy` measuring after each drop the choice takes account of
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from optimize import text
+from optimize import sparse, text, vocabulary
 from optimize.checkpoint import Checkpoint, Writer
 from optimize.model import layers, opened, prefix, settle, tokenizer
 from optimize.worker import Job, Progress
@@ -24,6 +25,10 @@ BATCH = 4
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
+    if job.options["sparsity"] or job.options["pattern"]:
+        return sparse.run(job, progress)
+    if job.options["vocabulary"]:
+        return vocabulary.run(job, progress)
     settle(job.seed)
     folder = Path(job.model)
     part = job.calibration
