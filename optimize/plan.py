@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,10 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             acts = step.batch * step.tokens * (_vocabulary(base) * 16 + 40 * _hidden(base) * _layers(base))
             steps.append(Step("heal", what, PROCESS + 2 * size + acts, size, STARTING + 5 * seen * pass_of))
         elif isinstance(step, Quantize):
-            seconds = STARTING + 4 * calibrated * pass_of + parameters / 4e6 if step.method == "gptq" else STARTING + 5
-            what = f"{step.scheme}, {step.method}"
+            seconds = STARTING + 4 * calibrated * pass_of + parameters / 4e6 if step.method != "rtn" else STARTING + 5
+            what = f"{step.scheme}, {step.method if step.scheme[0] == 'w' else 'to the nearest'}"
+            what += f", {step.format} format" if step.format != "compressed-tensors" else ""
+            what += ", KV cache in fp8" if step.kv_cache == "fp8" else ""
             if step.budget:
                 what += f", most sensitive layers keep more bits until perplexity rises by at most {step.budget:.1%}"
                 probed = 4 * recipe.calibration.tokens * _vocabulary(base) * 4
@@ -153,7 +156,7 @@ def _pruning(step: Prune, base: Checkpoint, calibrated: int) -> Step:
 def _slow(recipe: Recipe, step: Quantize) -> str:
     if recipe.target == "cpu" and step.scheme == "w4a16":
         return "4-bit weights are smaller, and on a CPU without AMX slower than bf16"
-    return ""
+    return WANTS.get(step.scheme, "")
 
 
 def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, Any]]) -> None:
@@ -214,18 +217,59 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
             raise Refused("the onnx export is checked on a CPU here: say `target: cpu`")
 
 
+# What vLLM 0.32 has no kernel for on a CPU; it emulates most of it, too slowly to use.
+NOT_ON_CPU = {
+    "w8a16": "has no w8a16 kernel for CPUs",
+    "fp8": "only emulates fp8 on CPUs, too slowly to use",
+    "fp8-block": "only emulates fp8 on CPUs, too slowly to use",
+    "nvfp4": "has NVFP4 for GPUs alone",
+    "nvfp4a16": "has NVFP4 for GPUs alone",
+    "mxfp4": "has MXFP4 for GPUs alone",
+    "mxfp4a16": "has MXFP4 for GPUs alone",
+}
+WANTS = {
+    "fp8": "wants a GPU with fp8: Ada, Hopper or later",
+    "fp8-block": "wants a GPU with fp8: Ada, Hopper or later",
+    "nvfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
+    "mxfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
+}
+WIDTHS = {"fp8-block": 128, "nvfp4": 16, "nvfp4a16": 16, "mxfp4": 32, "mxfp4a16": 32}
+
+
 def _runs(recipe: Recipe, step: Quantize, base: Checkpoint) -> None:
     """What the target's engine cannot run is refused before calibration."""
-    if recipe.target == "cpu" and step.scheme == "w8a16":
-        raise Refused("vLLM has no w8a16 kernel for CPUs: take w8a8, or `target: gpu`")
-    if recipe.target == "cpu" and step.scheme == "fp8":
-        raise Refused("vLLM only emulates fp8 on CPUs, too slowly to use: take w8a8, or `target: gpu`")
+    if recipe.target == "cpu" and step.scheme in NOT_ON_CPU:
+        raise Refused(f"vLLM {NOT_ON_CPU[step.scheme]}: take w8a8, or `target: gpu`")
+    if recipe.target == "cpu" and step.kv_cache == "fp8" and not _avx512():
+        raise Refused("vLLM's KV cache in fp8 wants AVX-512 on a CPU, and this one has none: leave `kv_cache` out")
     if step.scheme == "w4a16":
         if step.group and step.group % 32:
             raise Refused(
                 f"groups of {step.group} do not fit: vLLM takes multiples of 32; leave `group` out to have one chosen"
             )
         group(base, step.group)
+    size = WIDTHS.get(step.scheme, 1)
+    if wrong := _widths(base, size):
+        raise Refused(f"{step.scheme} rounds {size} numbers together, and the model has layers of width {wrong}")
+    linears = {name.removesuffix(".weight") for name, entry in base.entries.items() if linear(name, entry)}
+    for pattern in step.ignore:
+        if pattern != "lm_head" and not any(ignored(name, {pattern}) for name in linears):
+            leaves = sorted({name.rpartition(".")[2] for name in linears})
+            raise Refused(f"ignore {pattern!r} names no layer of the model; there is {', '.join(leaves)}")
+
+
+def ignored(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer is named in full, by its last word, or by a `re:` pattern, as compressed-tensors has them."""
+    return any(
+        re.match(pattern[3:], name) is not None
+        if pattern.startswith("re:")
+        else pattern in (name, name.rpartition(".")[2])
+        for pattern in patterns
+    )
+
+
+def _avx512() -> bool:
+    return "avx512f" in Path("/proc/cpuinfo").read_text()
 
 
 def group(base: Checkpoint, wished: int) -> int:

@@ -79,10 +79,16 @@ class Heal(Part, frozen=True, kw_only=True, tag="heal"):
 
 
 class Quantize(Part, frozen=True, kw_only=True, tag="quantize"):
-    """Fewer bits. `budget` is what perplexity may rise by with mixed precision: sensitive layers keep more bits."""
+    """Fewer bits. `budget` is what perplexity may rise by with mixed precision: sensitive layers keep more bits.
 
-    scheme: Literal["w8a8", "w8a16", "w4a16", "fp8"] = "w8a8"
-    method: Literal["gptq", "rtn"] = "gptq"
+    `format` gptq is for w4a16, and onnxruntime-genai's builder takes it too; `ignore` holds names of layers, their last
+    words, or `re:` patterns.
+    """
+
+    scheme: Literal["w8a8", "w8a16", "w4a16", "fp8", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"] = "w8a8"
+    method: Literal["gptq", "awq", "rtn"] = "gptq"
+    format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
+    kv_cache: Literal["auto", "fp8"] = "auto"
     smooth: bool | Literal["auto"] = "auto"
     group: int = 0
     budget: float = 0.0
@@ -332,6 +338,23 @@ def _prunes(step: Prune, where: str) -> None:
         raise RecipeError(f"{where}: vocabulary is how many tokens stay, or `used`")
 
 
+def _quantizes(step: Quantize, where: str) -> None:
+    if step.scheme != "w4a16" and (step.method == "awq" or step.format == "gptq"):
+        raise RecipeError(f"{where}: AWQ and the format gptq go with w4a16, not {step.scheme}")
+    if step.method == "awq" and step.smooth is True:
+        raise RecipeError(f"{where}: AWQ scales the channels itself; leave `smooth` out")
+    if step.format == "gptq" and (step.budget or step.kv_cache == "fp8"):
+        raise RecipeError(
+            f"{where}: the format gptq knows one precision and no KV cache; leave budget and kv_cache out"
+        )
+    for pattern in step.ignore:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise RecipeError(f"{where}: ignore {pattern!r} is no regular expression: {error}") from error
+
+
 def _path(value: str, folder: Path) -> str:
     return str((folder / Path(value).expanduser()).resolve())
 
@@ -379,6 +402,7 @@ def _sensible(recipe: Recipe) -> None:
         if isinstance(step, Quantize):
             if quantized:
                 raise RecipeError(f"{where}: the model is quantized already; one quantize step does all")
+            _quantizes(step, where)
             if step.budget and step.scheme not in ("w4a16", "w8a8"):
                 raise RecipeError(f"{where}: a budget goes with w4a16 or w8a8, not {step.scheme}")
             quantized = True
