@@ -53,8 +53,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         rows = list(ids.split(1))
         if kept is not None:
             rows = [torch.tensor([new_words(words.decode(row[0]), add_special_tokens=False).input_ids]) for row in rows]
-        before = _seen(partial(logits, old), kept)
-        scores |= compared(before, ask, rows, lambda done: progress(done, total, "held-out text"))
+        asked = _seen(partial(logits, old), kept)
+        scores |= compared(asked, ask, rows, lambda done: progress(done, total, "held-out text"))
         if kept is not None:
             scores |= _in_old_tokens(partial(logits, old), list(ids.split(1)), rows, scores["perplexity"])
         effects = {}

@@ -50,7 +50,7 @@ def _attend(model: nn.Module) -> None:
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
-    model.config._attn_implementation = NAME  # type: ignore[union-attr]
+    model.config._attn_implementation = NAME
 
 
 def _attention(
