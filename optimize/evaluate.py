@@ -19,6 +19,7 @@ from optimize import text
 from optimize.checkpoint import Checkpoint
 from optimize.errors import OptimizeError
 from optimize.model import adapted, logits, opened, settle, tokenizer
+from optimize.vocabulary import mapping
 from optimize.worker import Job, Progress
 
 ANSWER = 32  # tokens
@@ -47,11 +48,20 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             ask = partial(logits, new)
         living = sorted(job.adapters)
         total = len(ids) + 2 * len(living) * min(ADAPTED, len(ids))
-        scores |= compared(partial(logits, old), ask, ids, lambda done: progress(done, total, "held-out text"))
+        new_words = tokenizer(Path(job.model))
+        kept = mapping(words, new_words)
+        rows = list(ids.split(1))
+        if kept is not None:
+            rows = [torch.tensor([new_words(words.decode(row[0]), add_special_tokens=False).input_ids]) for row in rows]
+        asked = _seen(partial(logits, old), kept)
+        scores |= compared(asked, ask, rows, lambda done: progress(done, total, "held-out text"))
+        if kept is not None:
+            scores |= _in_old_tokens(partial(logits, old), list(ids.split(1)), rows, scores["perplexity"])
         effects = {}
         done = len(ids)
         for name in living:
-            effects[name] = _effect(old, new, Path(job.adapters[name]), ids[:ADAPTED])
+            places = Path(job.originals[name]), Path(job.adapters[name])
+            effects[name] = _effect(old, new, *places, rows[:ADAPTED], kept)
             done += 2 * min(ADAPTED, len(ids))
             progress(done, total, f"adapter {name}")
         if effects:
@@ -60,10 +70,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             scores["worst_adapter_effect"] = min(effect["cosine"] for effect in effects.values())
         for prompt in part.prompts:
             line = {"prompt": prompt, "original": _answer(partial(logits, old), words, prompt)}
-            line["result"] = _answer(ask, words, prompt)
+            line["result"] = _answer(ask, new_words, prompt)
             for name in living:
                 with adapted(new, Path(job.adapters[name])) as both:
-                    line[name] = _answer(partial(logits, both), words, prompt)
+                    line[name] = _answer(partial(logits, both), new_words, prompt)
             samples.append(line)
     if job.options["format"] != "onnx":
         before, after = Checkpoint(reference), Checkpoint(Path(job.model))
@@ -76,10 +86,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     return {"scores": scores}
 
 
-def compared(old: Ask, new: Ask, ids: torch.Tensor, progress: Callable[[int], None]) -> dict[str, Any]:
-    """Scores of `new` against `old` over windows of tokens, one window at a time."""
+def compared(old: Ask, new: Ask, rows: list[torch.Tensor], progress: Callable[[int], None]) -> dict[str, Any]:
+    """Scores of `new` against `old` over windows of tokens, (1, tokens) each, one window at a time."""
     loss_old = loss_new = divergence = same = 0.0
-    for done, row in enumerate(ids.split(1)):
+    for done, row in enumerate(rows):
         right = row[0, 1:, None]
         before = log_softmax(old(row)[0, :-1], -1)
         after = log_softmax(new(row)[0, :-1], -1)
@@ -88,7 +98,7 @@ def compared(old: Ask, new: Ask, ids: torch.Tensor, progress: Callable[[int], No
         divergence += float((before.exp() * (before - after)).sum(-1).mean())
         same += float((before.argmax(-1) == after.argmax(-1)).float().mean())
         progress(done + 1)
-    count = len(ids)
+    count = len(rows)
     if not math.isfinite(loss_new):
         raise OptimizeError("the result answers with NaN or infinity on the held-out text: it is broken")
     return {
@@ -100,14 +110,46 @@ def compared(old: Ask, new: Ask, ids: torch.Tensor, progress: Callable[[int], No
     }
 
 
-def _effect(old: Any, new: Any, folder: Path, ids: torch.Tensor) -> dict[str, float]:
-    """What the adapter does to the new base, against what it does to the old one."""
-    base_old = [logits(old, row)[0] for row in ids.split(1)] if old is not new else []
-    with adapted(old, folder) as model:
-        with_old = [logits(model, row)[0] for row in ids.split(1)]
-    base_new = [logits(new, row)[0] for row in ids.split(1)]
-    with adapted(new, folder) as model:
-        with_new = [logits(model, row)[0] for row in ids.split(1)]
+def _seen(ask: Ask, kept: torch.Tensor | None) -> Ask:
+    """`ask` in the tokens of a trimmed vocabulary: the same pieces go in, and the others' answers are left out."""
+    if kept is None:
+        return ask
+    return lambda row: ask(kept[row])[..., kept]
+
+
+def _in_old_tokens(
+    old: Ask, before: list[torch.Tensor], after: list[torch.Tensor], perplexity: float
+) -> dict[str, Any]:
+    """Perplexity of the same text per token of the original vocabulary: a smaller one needs more tokens for it.
+
+    KL and top-1 stay as they are, on the same pieces and the tokens that both have.
+    """
+    loss = 0.0
+    for row in before:
+        loss -= float(log_softmax(old(row)[0, :-1], -1).gather(-1, row[0, 1:, None]).mean())
+    original = loss / len(before)
+    ratio = sum(row.shape[1] for row in after) / sum(row.shape[1] for row in before)
+    now = math.log(perplexity) * ratio
+    return {
+        "perplexity_original": round(math.exp(original), 4),
+        "perplexity": round(math.exp(now), 4),
+        "perplexity_increase": round(math.expm1(now - original), 5),
+        "tokens_ratio": round(ratio, 4),
+    }
+
+
+def _effect(
+    old: Any, new: Any, original: Path, rewritten: Path, rows: list[torch.Tensor], kept: torch.Tensor | None
+) -> dict[str, float]:
+    """What the adapter does to the new base, as it is now, against what it did to the old one."""
+    ask = _seen(partial(logits, old), kept)
+    base_old = [ask(row)[0] for row in rows]
+    with adapted(old, original) as model:
+        ask = _seen(partial(logits, model), kept)
+        with_old = [ask(row)[0] for row in rows]
+    base_new = [logits(new, row)[0] for row in rows]
+    with adapted(new, rewritten) as model:
+        with_new = [logits(model, row)[0] for row in rows]
     divergence = moved = cosine = same = 0.0
     for a, b, c, d in zip(base_old, with_old, base_new, with_new, strict=True):
         la, lb, ld = log_softmax(a, -1), log_softmax(b, -1), log_softmax(d, -1)

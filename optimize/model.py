@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimize import formats, kvcache
 from optimize.checkpoint import Checkpoint
 from optimize.errors import OptimizeError, Refused
 
@@ -62,22 +63,8 @@ def opened(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     checkpoint = Checkpoint(folder)
     dtype = dtype or compute_dtype()
     model = skeleton(folder, dtype)
-    weights: dict[str, torch.Tensor] = {}
-    scheme = Schemes(checkpoint.quantization)
-    for name in checkpoint.entries:
-        module, _, leaf = name.rpartition(".")
-        if leaf in ("weight_packed", "weight_scale", "weight_shape"):
-            continue
-        tensor = checkpoint.tensor(name)
-        if leaf == "weight" and f"{module}.weight_scale" in checkpoint.entries:
-            tensor = dequantized(tensor, checkpoint.tensor(f"{module}.weight_scale"))
-        weights[name] = tensor.to(dtype)
-    for name in checkpoint.entries:
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
-            shape = checkpoint.tensor(f"{module}.weight_shape").tolist()
-            integers = unpacked(checkpoint.tensor(name), shape, scheme.bits(module))
-            weights[f"{module}.weight"] = dequantized(integers, checkpoint.tensor(f"{module}.weight_scale")).to(dtype)
+    scheme = formats.Schemes(checkpoint.quantization)
+    weights = {name: tensor.to(dtype) for name, tensor in formats.dense(checkpoint)}
     _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -87,61 +74,14 @@ def opened(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
         )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and scheme.rounds_activations(name):
-            module.register_forward_pre_hook(_rounding(scheme.float8(name)))
+            module.register_forward_pre_hook(rounding(scheme.of(name) or {}, _global_scale(checkpoint, name)))
+    if scheme.kv_cache is not None:
+        kvcache.rounded(
+            model,
+            {name: float(checkpoint.tensor(name)) for name in checkpoint.entries if name.endswith(kvcache.SCALES)},
+        )
     model.requires_grad_(False)
     return model.eval()
-
-
-class Schemes:
-    """What compressed-tensors' config says of each layer."""
-
-    def __init__(self, config: dict[str, Any] | None) -> None:
-        self._by_target: dict[str, dict[str, Any]] = {}
-        self._ignore: set[str] = set()
-        if config is None:
-            return
-        if config.get("quant_method") != "compressed-tensors":
-            raise Refused(
-                f"the model is quantized as {config.get('quant_method')!r}, which is not read here: "
-                "start from its original"
-            )
-        self._ignore = set(config.get("ignore") or [])
-        for group in config["config_groups"].values():
-            for target in group["targets"]:
-                self._by_target[target] = group
-
-    def of(self, name: str) -> dict[str, Any] | None:
-        if name in self._ignore:
-            return None
-        return self._by_target.get(name) or self._by_target.get("Linear")
-
-    def bits(self, name: str) -> int:
-        group = self.of(name)
-        assert group is not None
-        return int(group["weights"]["num_bits"])
-
-    def rounds_activations(self, name: str) -> bool:
-        group = self.of(name)
-        return bool(group and group.get("input_activations"))
-
-    def float8(self, name: str) -> bool:
-        group = self.of(name)
-        return bool(group and group["weights"]["type"] == "float")
-
-
-def dequantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Integers or float8 (out, in) times scales (out, groups), in float32."""
-    rows, columns = weight.shape
-    groups = scale.shape[1]
-    spread = weight.float().view(rows, groups, columns // groups) * scale.float()[:, :, None]
-    return spread.view(rows, columns)
-
-
-def unpacked(packed: torch.Tensor, shape: list[int], bits: int) -> torch.Tensor:
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    integers: torch.Tensor = unpack_from_int32(packed, bits, torch.Size(shape))
-    return integers
 
 
 def round_activations(x: torch.Tensor, float8: bool = False) -> torch.Tensor:
@@ -154,11 +94,29 @@ def round_activations(x: torch.Tensor, float8: bool = False) -> torch.Tensor:
     return (near * scale).to(x.dtype)
 
 
-def _rounding(float8: bool) -> Any:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (round_activations(inputs[0], float8), *inputs[1:])
+def rounding(group: dict[str, Any], global_scale: torch.Tensor | None = None) -> Any:
+    """A hook that rounds a layer's input as the config group says that the engine does."""
+    args = group["input_activations"]
+    if args["strategy"] == "token":
+        float8 = args["type"] == "float"
+        return lambda _, inputs: (round_activations(inputs[0], float8), *inputs[1:])
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    made = QuantizationArgs.model_validate(args)
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = inputs[0].float()
+        scale, zero = compute_dynamic_scales_and_zp(x, made, module, global_scale=global_scale)
+        return (fake_quantize(x, scale, zero, made, global_scale=global_scale).to(inputs[0].dtype), *inputs[1:])
 
     return hook
+
+
+def _global_scale(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
+    found = f"{name}.input_global_scale"
+    return checkpoint.tensor(found) if found in checkpoint.entries else None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ from optimize.recipe import KIND, Combine, Heal, Merge, Prune, Quantize, Recipe,
 FLOPS = 1.2e11  # of a forward pass in bf16, two cores
 STARTING = 8.0  # seconds until a child has imported torch and transformers
 PROCESS = 700_000_000  # bytes of a child that has imported them
+ZEROS = (
+    "zeros buy neither size nor speed in today's vLLM: the checkpoint stays dense, and its kernels for 2:4 are gone; "
+    "`layers`, `mlp` and `vocabulary` make a model smaller and faster"
+)
+EMBEDDING = "model.embed_tokens.weight"
 SAME_RANK = {"linear"}  # methods that want adapters of one rank
 
 
@@ -96,10 +102,7 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             what = f"{', '.join(step.adapters)} into one adapter, {step.name}, by {step.method}"
             steps.append(Step("combine", what, PROCESS + size // 2, size // 10, STARTING + 10))
         elif isinstance(step, Prune):
-            what = f"drop {step.layers} layers by {step.choose}" if step.layers else f"MLP width to {step.mlp:.1%}"
-            steps.append(
-                Step("prune", what, PROCESS + size + 50_000_000, size, STARTING + 3 * calibrated * pass_of + size / 5e8)
-            )
+            steps.append(_pruning(step, base, calibrated))
         elif isinstance(step, Heal):
             seen = step.steps * step.batch * step.tokens
             what = "least squares, then " if step.repair else ""
@@ -108,8 +111,10 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             acts += 24576 * (16 * _hidden(base) + 8 * widest) + 12 * widest * widest
             steps.append(Step("heal", what, PROCESS + 2 * size + acts, 2 * size, STARTING + 20 + 4 * seen * pass_of))
         elif isinstance(step, Quantize):
-            seconds = STARTING + 4 * calibrated * pass_of + parameters / 4e6 if step.method == "gptq" else STARTING + 5
-            what = f"{step.scheme}, {step.method}"
+            seconds = STARTING + 4 * calibrated * pass_of + parameters / 4e6 if step.method != "rtn" else STARTING + 5
+            what = f"{step.scheme}, {step.method if step.scheme[0] == 'w' else 'to the nearest'}"
+            what += f", {step.format} format" if step.format != "compressed-tensors" else ""
+            what += ", KV cache in fp8" if step.kv_cache == "fp8" else ""
             if step.budget or step.agreement:
                 bounds = [f"perplexity rises by at most {step.budget:.1%}"] if step.budget else []
                 bounds += [f"{step.agreement:.0%} of tokens stay the likeliest"] if step.agreement else []
@@ -138,10 +143,24 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
     return steps
 
 
+def _pruning(step: Prune, base: Checkpoint, calibrated: int) -> Step:
+    size, seconds, memory = base.bytes, STARTING + base.bytes / 5e8, PROCESS + base.bytes + 50_000_000
+    passes = 3 * calibrated * 2 * base.parameters / FLOPS
+    if step.vocabulary:
+        what = f"keep the {step.vocabulary} most used tokens" if step.vocabulary != "used" else "keep the used tokens"
+        return Step("prune", what, memory, size, seconds + 10)
+    if not step.zeros:
+        what = f"drop {step.layers} layers by block influence" if step.layers else f"MLP width to {step.mlp:.1%}"
+        return Step("prune", what, memory, size, seconds + passes)
+    what = f"{step.pattern or f'{step.sparsity:.0%}'} zeros by {step.method}"
+    memory += calibrated * _hidden(base) * 4 + 12 * _widest(base) ** 2 + size
+    return Step("prune", what, memory, size, seconds + passes + base.parameters / 4e6, ZEROS)
+
+
 def _slow(recipe: Recipe, step: Quantize) -> str:
     if recipe.target == "cpu" and step.scheme == "w4a16":
         return "4-bit weights are smaller, and on a CPU without AMX slower than bf16"
-    return ""
+    return WANTS.get(step.scheme, "")
 
 
 def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, Any]]) -> None:
@@ -162,10 +181,16 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
                 raise Refused(
                     "the MLP of this model is not made of gate_proj, up_proj and down_proj; narrow it another way"
                 )
+            if step.pattern and (size := int(step.pattern.split(":")[1])) and _widths(base, size):
+                raise Refused(f"{step.pattern} does not divide layers of width {_widths(base, size)}; take another M")
+            if step.vocabulary != "used" and step.vocabulary >= _vocabulary(base):
+                raise Refused(
+                    f"the model has {_vocabulary(base)} tokens, so keeping {step.vocabulary} trims nothing; keep fewer"
+                )
             living = set(adapters) - {
                 name for other in recipe.steps if isinstance(other, Merge) for name in other.adapters
             }
-            if living:
+            if living and not step.zeros and not step.vocabulary:
                 raise Refused(
                     f"pruning changes the layers that the adapter {sorted(living)[0]!r} was trained on: "
                     "merge it first, or leave it out of `adapters:` and train it again on the result"
@@ -196,18 +221,59 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
             raise Refused("the onnx export is checked on a CPU here: say `target: cpu`")
 
 
+# What vLLM 0.32 has no kernel for on a CPU; it emulates most of it, too slowly to use.
+NOT_ON_CPU = {
+    "w8a16": "has no w8a16 kernel for CPUs",
+    "fp8": "only emulates fp8 on CPUs, too slowly to use",
+    "fp8-block": "only emulates fp8 on CPUs, too slowly to use",
+    "nvfp4": "has NVFP4 for GPUs alone",
+    "nvfp4a16": "has NVFP4 for GPUs alone",
+    "mxfp4": "has MXFP4 for GPUs alone",
+    "mxfp4a16": "has MXFP4 for GPUs alone",
+}
+WANTS = {
+    "fp8": "wants a GPU with fp8: Ada, Hopper or later",
+    "fp8-block": "wants a GPU with fp8: Ada, Hopper or later",
+    "nvfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
+    "mxfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
+}
+WIDTHS = {"fp8-block": 128, "nvfp4": 16, "nvfp4a16": 16, "mxfp4": 32, "mxfp4a16": 32}
+
+
 def _runs(recipe: Recipe, step: Quantize, base: Checkpoint) -> None:
     """What the target's engine cannot run is refused before calibration."""
-    if recipe.target == "cpu" and step.scheme == "w8a16":
-        raise Refused("vLLM has no w8a16 kernel for CPUs: take w8a8, or `target: gpu`")
-    if recipe.target == "cpu" and step.scheme == "fp8":
-        raise Refused("vLLM only emulates fp8 on CPUs, too slowly to use: take w8a8, or `target: gpu`")
+    if recipe.target == "cpu" and step.scheme in NOT_ON_CPU:
+        raise Refused(f"vLLM {NOT_ON_CPU[step.scheme]}: take w8a8, or `target: gpu`")
+    if recipe.target == "cpu" and step.kv_cache == "fp8" and not _avx512():
+        raise Refused("vLLM's KV cache in fp8 wants AVX-512 on a CPU, and this one has none: leave `kv_cache` out")
     if step.scheme == "w4a16":
         if step.group and step.group % 32:
             raise Refused(
                 f"groups of {step.group} do not fit: vLLM takes multiples of 32; leave `group` out to have one chosen"
             )
         group(base, step.group)
+    size = WIDTHS.get(step.scheme, 1)
+    if wrong := _widths(base, size):
+        raise Refused(f"{step.scheme} rounds {size} numbers together, and the model has layers of width {wrong}")
+    linears = {name.removesuffix(".weight") for name, entry in base.entries.items() if linear(name, entry)}
+    for pattern in step.ignore:
+        if pattern != "lm_head" and not any(ignored(name, {pattern}) for name in linears):
+            leaves = sorted({name.rpartition(".")[2] for name in linears})
+            raise Refused(f"ignore {pattern!r} names no layer of the model; there is {', '.join(leaves)}")
+
+
+def ignored(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer is named in full, by its last word, or by a `re:` pattern, as compressed-tensors has them."""
+    return any(
+        re.match(pattern[3:], name) is not None
+        if pattern.startswith("re:")
+        else pattern in (name, name.rpartition(".")[2])
+        for pattern in patterns
+    )
+
+
+def _avx512() -> bool:
+    return "avx512f" in Path("/proc/cpuinfo").read_text()
 
 
 def group(base: Checkpoint, wished: int) -> int:
@@ -221,6 +287,12 @@ def group(base: Checkpoint, wished: int) -> int:
         if not any(width % size for width in widths):
             return size
     raise Refused(f"layers of width {sorted(widths)} have no group size that vLLM takes (128, 64 or 32): take w8a8")
+
+
+def _widths(base: Checkpoint, size: int) -> list[int]:
+    """Input widths of linear layers that `size` does not divide."""
+    widths = {entry.shape[1] for name, entry in base.entries.items() if linear(name, entry)}
+    return sorted(width for width in widths if width % size)
 
 
 def linear(name: str, entry: Entry) -> bool:
@@ -245,10 +317,16 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
         module, _, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         weight = f"{module}.weight"
         if not part:
+            saved = base.entries.get(module) or base.entries.get(EMBEDDING if module.startswith("lm_head") else "")
+            if saved and entry.shape != saved.shape and ".base_layer." not in module:
+                raise Refused(
+                    f"the adapter {name!r} is for another base: it saves {module} as {list(entry.shape)}, this one has "
+                    f"{list(saved.shape)}"
+                )
             continue
         if weight not in base.entries and not (module == "lm_head" and base.tied):
             raise Refused(f"the adapter {name!r} is for another base: this one has no {module}")
-        shape = base.entries.get(weight, base.entries.get("model.embed_tokens.weight", entry)).shape
+        shape = base.entries.get(weight, base.entries.get(EMBEDDING, entry)).shape
         fits = {"A.weight": entry.shape[-1] in shape, "B.weight": entry.shape[0] in shape}.get(part, True)
         if not fits:
             raise Refused(

@@ -1,4 +1,5 @@
-"""Fewer layers or a narrower MLP: smaller and faster everywhere, and worse until it is healed.
+"""Fewer layers or a narrower MLP: smaller and faster everywhere, and worse until it is healed. Zeros are made in
+`sparse.py`, and `vocabulary.py` trims tokens.
 
 Block influence (Men et al., 2024, arXiv 2403.03853) is how much a layer turns its input: one minus the mean cosine of
 input and output. `greedy` takes the layers of least influence as candidates and drops, one after another, the one
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from optimize import text
+from optimize import sparse, text, vocabulary
 from optimize.checkpoint import Checkpoint, Writer
 from optimize.model import entered, layers, opened, prefix, settle, through, tokenizer
 from optimize.worker import Job, Progress
@@ -26,6 +27,10 @@ SPARE = 3  # candidates beyond the layers to drop
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
+    if job.options["sparsity"] or job.options["pattern"]:
+        return sparse.run(job, progress)
+    if job.options["vocabulary"]:
+        return vocabulary.run(job, progress)
     settle(job.seed)
     folder = Path(job.model)
     part = job.calibration

@@ -22,22 +22,13 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from optimize import gptq, text
+from optimize import awq, formats, gptq, kvcache, text
 from optimize.checkpoint import Checkpoint, Writer
 from optimize.errors import OptimizeError, Refused
-from optimize.model import (
-    Entered,
-    compute_dtype,
-    entered,
-    layers,
-    opened,
-    prefix,
-    round_activations,
-    settle,
-    through,
-    tokenizer,
-)
+from optimize.formats import FULL, LEVELS, W4, W8A8, W8A16, Level, Rounded
+from optimize.model import Entered, compute_dtype, entered, layers, opened, prefix, rounding, settle, through, tokenizer
 from optimize.plan import group as group_of
+from optimize.plan import ignored
 from optimize.worker import Job, Progress
 
 BATCH = 4
@@ -48,26 +39,6 @@ TRIED = 8  # windows that a mix is tried on
 ROUNDS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
-    """How a unit's weights are kept, and whether its input is rounded."""
-
-    name: str
-    bits: int
-    activations: bool = False
-    float8: bool = False
-
-    def bytes(self, elements: int, group: int) -> float:
-        return elements * (self.bits / 8 + (2 / group if self.bits == 4 else 0))
-
-
-W4 = Level("w4a16", 4)
-W8A8 = Level("w8a8", 8, activations=True)
-W8A16 = Level("w8a16", 8)
-FP8 = Level("fp8", 8, activations=True, float8=True)
-FULL = Level("bf16", 16)
-LEVELS = {level.name: level for level in (W4, W8A8, W8A16, FP8, FULL)}
-
 # Linear layers that the engine fuses, so that they share a level; in the order in which a layer uses them.
 UNITS = (
     ("q_proj", "k_proj", "v_proj", "qkv_proj"),
@@ -75,7 +46,6 @@ UNITS = (
     ("gate_proj", "up_proj", "gate_up_proj"),
     ("down_proj",),
 )
-Rounded = tuple[torch.Tensor, torch.Tensor]  # integers (or float8), scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +73,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     ids = _windows(job, model_dir)
     progress(0, 1, "loading")
     quantizer = Quantizer(model_dir, ids, group, options["method"], frozenset(options["ignore"]), progress)
+    quantizer.form, quantizer.smooths = options["format"], smooth
+    if options["kv_cache"] == "fp8":
+        progress(0, 1, "keys and values")
+        quantizer.cache = kvcache.measured(quantizer.model, list(quantizer.ids.split(BATCH)))
     notes: dict[str, Any] = {
         "scheme": level.name,
         "group": group or None,
@@ -110,19 +84,14 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "calibration": quantizer.about,
     }
     adapters: dict[str, Path] = {name: Path(path) for name, path in job.adapters.items()}
-    factors = quantizer.smoothing() if smooth else {}
+    factors = quantizer.smoothing() if smooth else quantizer.protecting() if options["method"] == "awq" else {}
     chosen = {unit: level for unit in quantizer.units}
     if mixed:
         partial = job.folder / "partial"
         partial.mkdir(exist_ok=True)
         chosen, told = _mixed(quantizer, level, job.target, options["budget"], options["agreement"], factors, partial)
         notes |= told
-    # A layer whose input is not rounded gains nothing from smoothing, and its weights would be harder to round.
-    factors = {
-        unit.names[0]: factors[unit.names[0]]
-        for unit in chosen
-        if unit.names[0] in factors and chosen[unit].activations
-    }
+    factors = quantizer.active(chosen, factors)
     out = job.folder / "model"
     quantizer.write(chosen, factors, out)
     kept: dict[str, int] = {}
@@ -134,7 +103,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if factors:
         for name, folder in adapters.items():
             _fold(folder, factors, job.folder / "adapters" / name)
-            notes["adapters"][name] = "rewritten: smoothing folded in"
+            notes["adapters"][name] = f"rewritten: {'smoothing' if smooth else 'AWQ scales'} folded in"
     return notes
 
 
@@ -148,6 +117,9 @@ class Quantizer:
         self.group = group
         self.method = method
         self.progress = progress
+        self.form = "compressed-tensors"
+        self.smooths = True
+        self.cache: dict[str, torch.Tensor] = {}
         self.dtype = compute_dtype()
         self.model = opened(folder, self.dtype)
         self.layers = layers(self.model)
@@ -165,7 +137,7 @@ class Quantizer:
             linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
             for family in UNITS:
                 names = tuple(f"{self.prefix}.{at}.{name}" for name in linears if name.rpartition(".")[2] in family)
-                names = tuple(name for name in names if not ignore & {name, name.rpartition(".")[2]})
+                names = tuple(name for name in names if not ignored(name, ignore))
                 if names:
                     yield Unit(at, names)
 
@@ -201,6 +173,20 @@ class Quantizer:
             factors[name] = 2.0 ** factor.clamp(min=1e-5).log2().round()
         return factors
 
+    def protecting(self) -> dict[str, torch.Tensor]:
+        """AWQ's factors, under the same names as smoothing's, for the same producers."""
+        found: dict[str, torch.Tensor] = {}
+        begun = entered(self.model, self.ids, BATCH)
+        for at, layer in enumerate(self.layers):
+            self.progress(at, len(self.layers), f"AWQ scales, layer {at + 1} of {len(self.layers)}")
+            units = [unit for unit in self.units if unit.layer == at and not unit.names[0].endswith("o_proj")]
+            for unit, hessian in self._hessians(layer, units, begun).items():
+                weight = torch.cat([self._linear(name).weight.float() for name in unit.names])
+                found[unit.names[0]] = awq.factors(weight, hessian, W4.bits, self.group)
+            with torch.inference_mode():
+                begun = through([layer], begun)
+        return found
+
     @torch.inference_mode()
     def rounded(
         self, chosen: Mapping[Unit, Level], factors: Mapping[str, torch.Tensor], say: str, windows: int = 0
@@ -211,20 +197,19 @@ class Quantizer:
             self.progress(at, len(self.layers), f"{say}, layer {at + 1} of {len(self.layers)}")
             units = [unit for unit in chosen if unit.layer == at and chosen[unit] is not FULL]
             self._smooth(at, factors)
+            scaled = [unit for unit in units if chosen[unit].preset == "NVFP4"]
+            widest = self._widest(layer, scaled, begun) if scaled else {}
             hooks = [
-                self._linear(name).register_forward_pre_hook(_rounding(chosen[unit]))
+                self._linear(name).register_forward_pre_hook(_rounding(chosen[unit], widest.get(unit)))
                 for unit in units
                 if chosen[unit].activations
                 for name in unit.names
             ]
-            hessians = self._hessians(layer, units, begun) if self.method == "gptq" else {}
+            hessians = self._hessians(layer, units, begun) if self.method != "rtn" else {}
             for unit in units:
-                made = self._round(unit, chosen[unit], hessians.get(unit))
-                for name, (integers, scale) in made.items():
-                    linear = self._linear(name)
-                    columns = integers.shape[1] // scale.shape[1]
-                    full = integers.float() * scale.repeat_interleave(columns, 1)
-                    linear.weight = nn.Parameter(full.to(self.dtype), requires_grad=False)
+                made = self._round(unit, chosen[unit], hessians.get(unit), widest.get(unit))
+                for name, its in made.items():
+                    self._linear(name).weight = nn.Parameter(its.dense.to(self.dtype), requires_grad=False)
                 yield unit, made
             begun = through([layer], begun)
             if not all(bool(state.isfinite().all()) for state in begun.states):
@@ -249,13 +234,34 @@ class Quantizer:
             hook.remove()
         return found
 
+    def _widest(self, layer: nn.Module, units: Sequence[Unit], begun: Entered) -> dict[Unit, torch.Tensor]:
+        """The largest magnitude in each unit's input."""
+        found: dict[Unit, torch.Tensor] = {}
+
+        def watch(unit: Unit) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                seen = inputs[0].float().abs().amax()
+                found[unit] = torch.maximum(found[unit], seen) if unit in found else seen
+
+            return hook
+
+        hooks = [self._linear(unit.names[0]).register_forward_pre_hook(watch(unit)) for unit in units]
+        through([layer], begun)
+        for hook in hooks:
+            hook.remove()
+        return found
+
     @torch.inference_mode()
-    def _round(self, unit: Unit, level: Level, hessian: torch.Tensor | None) -> dict[str, Rounded]:
+    def _round(
+        self, unit: Unit, level: Level, hessian: torch.Tensor | None, widest: torch.Tensor | None = None
+    ) -> dict[str, Rounded]:
         weights = [self._linear(name).weight.float() for name in unit.names]
         stacked = torch.cat(weights)
         if not bool(stacked.isfinite().all()):
             raise OptimizeError(f"{unit.names[0]} holds NaN or infinity: the weights are broken")
         rows = [weight.shape[0] for weight in weights]
+        if level.preset:
+            return dict(zip(unit.names, formats.preset(weights, level, widest), strict=True))
         if level.float8:
             scale = (stacked.abs().amax(1, keepdim=True).clamp(min=1e-8) / 448.0).bfloat16().float()
             integers = (stacked / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -263,12 +269,12 @@ class Quantizer:
             group = self.group if level.bits == 4 else stacked.shape[1]
             importance = None if hessian is None else hessian.diagonal()
             scale = gptq.scales(stacked, level.bits, group, importance)
-            if hessian is None:
+            if hessian is None or self.method == "awq":
                 integers = gptq.nearest(stacked, scale, level.bits)
             else:
                 integers = gptq.gptq(stacked, hessian, scale, level.bits)
         parts = zip(unit.names, integers.split(rows), scale.split(rows), strict=True)
-        return {name: (part, of) for name, part, of in parts}
+        return {name: formats.whole(part.contiguous(), of.contiguous(), level, self.form) for name, part, of in parts}
 
     @torch.inference_mode()
     def _smooth(self, at: int, factors: Mapping[str, torch.Tensor]) -> None:
@@ -286,8 +292,6 @@ class Quantizer:
 
     def write(self, chosen: Mapping[Unit, Level], factors: Mapping[str, torch.Tensor], out: Path) -> None:
         """The quantized checkpoint."""
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
         self.reopen()
         checkpoint = Checkpoint(self.folder)
         writer = Writer(out, self.folder)
@@ -297,15 +301,12 @@ class Quantizer:
         for name in checkpoint.entries:
             if name not in changed and name not in moved:
                 writer.add(name, checkpoint.tensor(name))
-        for unit, made in self.rounded(chosen, factors, "quantizing"):
-            level = chosen[unit]
-            for name, (integers, scale) in made.items():
-                if level.bits == 4 or level is W8A16:
-                    writer.add(f"{name}.weight_packed", pack_to_int32(integers, level.bits))
-                    writer.add(f"{name}.weight_shape", torch.tensor(integers.shape))
-                else:
-                    writer.add(f"{name}.weight", integers)
-                writer.add(f"{name}.weight_scale", scale.bfloat16())
+        for _, made in self.rounded(chosen, factors, "quantizing"):
+            for name, its in made.items():
+                for part, tensor in its.tensors.items():
+                    writer.add(f"{name}.{part}", tensor)
+        for name, scale in self.cache.items():
+            writer.add(name, scale)
         state = dict(self.model.named_parameters())
         for name in sorted(moved - changed):
             writer.add(name, state[name].detach().to(checkpoint.tensor(name).dtype))
@@ -314,7 +315,13 @@ class Quantizer:
             name for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and not any(name in unit.names for unit in chosen)
         }  # fmt: skip
-        writer.close({**checkpoint.config, "quantization_config": _config(chosen, sorted(others) + full, self.group)})
+        if self.form == "gptq":
+            config = formats.gptq_config(self.group, full)
+        else:
+            config = _config(chosen, sorted(others) + full, self.group)
+        if self.cache:
+            config["kv_cache_scheme"] = kvcache.SCHEME
+        writer.close({**checkpoint.config, "quantization_config": config})
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
         """(windows, tokens, vocabulary) in float32, of the model as it is now."""
@@ -323,6 +330,15 @@ class Quantizer:
             with torch.inference_mode():
                 made.append(log_softmax(self.model(input_ids=row, use_cache=False).logits.float(), -1))
         return torch.cat(made)
+
+    def active(self, chosen: Mapping[Unit, Level], factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The factors that a choice of levels has a use for: smoothing where an input is rounded (elsewhere it would
+        only make the weights harder to round), AWQ's where weights have 4 bits."""
+        return {
+            unit.names[0]: factors[unit.names[0]]
+            for unit, level in chosen.items()
+            if unit.names[0] in factors and (level.activations if self.smooths else level.bits == 4)
+        }
 
     def reopen(self) -> None:
         """The full model again."""
@@ -394,11 +410,7 @@ def _tried(
 
     Eight bits are rounded to the nearest here, which is a little worse than GPTQ and takes a tenth of the time.
     """
-    method, active = quantizer.method, {
-        unit.names[0]: factors[unit.names[0]]
-        for unit, level in chosen.items()
-        if unit.names[0] in factors and level.activations
-    }  # fmt: skip
+    method, active = quantizer.method, quantizer.active(chosen, factors)
     few = all(level.bits >= 8 for level in chosen.values())
     quantizer.method = "rtn" if few else method
     try:
@@ -463,13 +475,9 @@ def _sensitivity(
             full = {name: quantizer._linear(name).weight for name in touched}
             result = {}
             for level in levels:
-                if level.activations:
-                    quantizer._smooth(at, {unit.names[0]: factors[unit.names[0]]} if unit.names[0] in factors else {})
-                for name, (integers, scale) in quantizer._round(unit, level, None).items():
-                    wide = scale.repeat_interleave(integers.shape[1] // scale.shape[1], 1)
-                    quantizer._linear(name).weight = nn.Parameter(
-                        (integers.float() * wide).to(quantizer.dtype), requires_grad=False
-                    )
+                quantizer._smooth(at, quantizer.active({unit: level}, factors))
+                for name, its in quantizer._round(unit, level, None).items():
+                    quantizer._linear(name).weight = nn.Parameter(its.dense.to(quantizer.dtype), requires_grad=False)
                 hooks = [
                     quantizer._linear(name).register_forward_pre_hook(_rounding(level))
                     for name in unit.names
@@ -507,33 +515,18 @@ def _config(chosen: Mapping[Unit, Level], ignore: list[str], group: int) -> dict
     groups = {}
     for number, level in enumerate(levels):
         names = [name for unit, its in chosen.items() if its is level for name in unit.names]
-        symmetric = {"symmetric": True, "type": "float" if level.float8 else "int", "num_bits": level.bits}
-        grouped = (
-            {"strategy": "group", "group_size": group}
-            if level.bits == 4
-            else {"strategy": "channel", "group_size": None}
-        )
         groups[f"group_{number}"] = {
             "targets": names if len(levels) > 1 else ["Linear"],
-            "weights": {**symmetric, **grouped, "dynamic": False},
-            "input_activations": {**symmetric, "strategy": "token", "dynamic": True} if level.activations else None,
-            "output_activations": None,
-            "format": _format(level),
+            **formats.group_config(level, group),
         }
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": _format(levels[0]) if len(levels) == 1 else "mixed-precision",
+        "format": formats.form_of(levels[0]) if len(levels) == 1 else "mixed-precision",
         "config_groups": groups,
         "ignore": ignore,
         "kv_cache_scheme": None,
     }
-
-
-def _format(level: Level) -> str:
-    if level.float8:
-        return "float-quantized"
-    return "pack-quantized" if level.bits == 4 or level is W8A16 else "int-quantized"
 
 
 def _producer(name: str) -> str:
@@ -576,8 +569,10 @@ def _windows(job: Job, folder: Path) -> list[list[int]]:
     return text.windows(tokenizer(folder), text.documents(part, False), part.samples, part.tokens, job.seed)
 
 
-def _rounding(level: Level) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (round_activations(inputs[0], level.float8), *inputs[1:])
+def _rounding(level: Level, widest: torch.Tensor | None = None) -> Any:
+    """A hook that rounds a unit's input as the engine does."""
+    if widest is None:
+        return rounding(formats.group_config(level, 0))
+    from compressed_tensors.quantization.utils import generate_gparam
 
-    return hook
+    return rounding(formats.group_config(level, 0), generate_gparam(-widest, widest))

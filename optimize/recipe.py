@@ -7,6 +7,7 @@ reach, and where it goes. `--list` shows the recipes that come along.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -48,12 +49,24 @@ class Combine(Part, frozen=True, kw_only=True, tag="combine"):
 
 
 class Prune(Part, frozen=True, kw_only=True, tag="prune"):
-    """Whole layers, those that calibration text misses least (`greedy`, among those of least block influence) or those
-    of least block influence; or a share of the MLP's width by activation."""
+    """Whole layers (`greedy`: those that calibration text misses least), a share of the MLP's width by activation,
+    zeros, or a smaller vocabulary.
+
+    `sparsity` is a share of zeros, `pattern` is N:M (2:4 keeps two of four); `vocabulary` is how many tokens stay, or
+    `used` for those of the calibration text.
+    """
 
     layers: int = 0
     choose: Literal["greedy", "influence"] = "greedy"
     mlp: float = 1.0
+    sparsity: float = 0.0
+    pattern: str = ""
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    vocabulary: int | Literal["used"] = 0
+
+    @property
+    def zeros(self) -> bool:
+        return bool(self.sparsity or self.pattern)
 
 
 class Heal(Part, frozen=True, kw_only=True, tag="heal"):
@@ -71,10 +84,16 @@ class Heal(Part, frozen=True, kw_only=True, tag="heal"):
 
 class Quantize(Part, frozen=True, kw_only=True, tag="quantize"):
     """Fewer bits. With mixed precision sensitive layers keep more: `budget` is what perplexity may rise by, `agreement`
-    the least share of tokens that stay the likeliest."""
+    the least share of tokens that stay the likeliest.
 
-    scheme: Literal["w8a8", "w8a16", "w4a16", "fp8"] = "w8a8"
-    method: Literal["gptq", "rtn"] = "gptq"
+    `format` gptq is for w4a16, and onnxruntime-genai's builder takes it too; `ignore` holds names of layers, their last
+    words, or `re:` patterns.
+    """
+
+    scheme: Literal["w8a8", "w8a16", "w4a16", "fp8", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"] = "w8a8"
+    method: Literal["gptq", "awq", "rtn"] = "gptq"
+    format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
+    kv_cache: Literal["auto", "fp8"] = "auto"
     smooth: bool | Literal["auto"] = "auto"
     group: int = 0
     budget: float = 0.0
@@ -228,7 +247,10 @@ def _step(step: Any, at: int) -> Part:
         raise RecipeError(
             f"{where} is {kind!r}, which is not a step{_nearest(str(kind), STEPS)}; there is {', '.join(STEPS)}"
         )
-    return _part(_mapping(options or {}, f"{where}, {kind}"), STEPS[kind], f"{where}, {kind}")
+    given = _mapping(options or {}, f"{where}, {kind}")
+    if isinstance(given.get("pattern"), int):  # YAML reads 2:4 as sixties, 124
+        given = {**given, "pattern": "{}:{}".format(*divmod(given["pattern"], 60))}
+    return _part(given, STEPS[kind], f"{where}, {kind}")
 
 
 def _part(options: dict[str, Any], made: type[Part], where: str) -> Part:
@@ -291,6 +313,54 @@ def _set(read: dict[str, Any], dotted: str, value: str) -> None:
     read[last] = yaml.safe_load(value)
 
 
+def pattern_of(pattern: str) -> tuple[int, int] | None:
+    """(2, 4) from "2:4": two of four stay."""
+    kept, colon, of = pattern.partition(":")
+    return (int(kept), int(of)) if colon else None
+
+
+def _prunes(step: Prune, where: str) -> None:
+    wishes = [bool(step.layers) or step.mlp != 1.0, step.zeros, bool(step.vocabulary)]
+    if sum(wishes) == 0:
+        raise RecipeError(
+            f"{where}: say `layers: N` to drop layers, `mlp: 0.875` to narrow the MLP, `vocabulary: N` to trim it, or "
+            "`sparsity: 0.5` or `pattern: 2:4` for zeros"
+        )
+    if sum(wishes) > 1:
+        raise RecipeError(
+            f"{where}: structure, zeros and vocabulary are three steps; give each a `- prune:` of its own"
+        )
+    if step.layers < 0 or not 0 < step.mlp <= 1:
+        raise RecipeError(f"{where}: layers is a count and mlp a share above 0 and at most 1")
+    if step.sparsity and step.pattern:
+        raise RecipeError(f"{where}: `sparsity` or `pattern`, not both; 2:4 is half of the weights")
+    if step.zeros and not step.pattern and not 0 < step.sparsity < 1:
+        raise RecipeError(f"{where}: sparsity is a share above 0 and below 1, not {step.sparsity}")
+    if step.pattern and not re.fullmatch(r"[1-9]\d?:(4|8|16|32)", step.pattern):
+        raise RecipeError(f"{where}: a pattern is N:M with M of 4, 8, 16 or 32, such as 2:4, not {step.pattern!r}")
+    if step.pattern and int(step.pattern.split(":")[0]) >= int(step.pattern.split(":")[1]):
+        raise RecipeError(f"{where}: {step.pattern} leaves no zeros; 2:4 keeps two of four")
+    if step.vocabulary != "used" and step.vocabulary < 0:
+        raise RecipeError(f"{where}: vocabulary is how many tokens stay, or `used`")
+
+
+def _quantizes(step: Quantize, where: str) -> None:
+    if step.scheme != "w4a16" and (step.method == "awq" or step.format == "gptq"):
+        raise RecipeError(f"{where}: AWQ and the format gptq go with w4a16, not {step.scheme}")
+    if step.method == "awq" and step.smooth is True:
+        raise RecipeError(f"{where}: AWQ scales the channels itself; leave `smooth` out")
+    if step.format == "gptq" and (step.budget or step.kv_cache == "fp8"):
+        raise RecipeError(
+            f"{where}: the format gptq knows one precision and no KV cache; leave budget and kv_cache out"
+        )
+    for pattern in step.ignore:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise RecipeError(f"{where}: ignore {pattern!r} is no regular expression: {error}") from error
+
+
 def _path(value: str, folder: Path) -> str:
     return str((folder / Path(value).expanduser()).resolve())
 
@@ -300,7 +370,7 @@ def _sensible(recipe: Recipe) -> None:
     names = set(recipe.adapters)
     if bad := [name for name in names if not name or "/" in name or name.startswith(".")]:
         raise RecipeError(f"an adapter's name is a plain word, not {bad[0]!r}")
-    healed = quantized = False
+    healed = quantized = trimmed = sparse = False
     for at, step in enumerate(recipe.steps, 1):
         where = f"step {at}, {KIND[type(step)]}"
         if isinstance(step, Merge | Combine):
@@ -320,10 +390,9 @@ def _sensible(recipe: Recipe) -> None:
                 raise RecipeError(f"{where}: the new adapter needs a plain name of its own, not {step.name!r}")
             names.add(step.name)
         if isinstance(step, Prune):
-            if not step.layers and step.mlp == 1.0:
-                raise RecipeError(f"{where}: say `layers: N` to drop layers or `mlp: 0.875` to narrow the MLP")
-            if step.layers < 0 or not 0 < step.mlp <= 1:
-                raise RecipeError(f"{where}: layers is a count and mlp a share above 0 and at most 1")
+            _prunes(step, where)
+            trimmed = trimmed or bool(step.vocabulary)
+            sparse = sparse or step.zeros
         if isinstance(step, Heal):
             if min(step.rank, step.batch, step.tokens) < 1 or step.learning_rate <= 0:
                 raise RecipeError(f"{where}: rank, batch, tokens and learning_rate are above 0")
@@ -331,10 +400,17 @@ def _sensible(recipe: Recipe) -> None:
                 raise RecipeError(f"{where}: steps is above 0, or 0 with `repair: true`")
             if quantized:
                 raise RecipeError(f"{where}: heal before quantizing; a quantized model's weights cannot be trained")
+            if trimmed:
+                raise RecipeError(
+                    f"{where}: heal before trimming the vocabulary; the original answers in its own tokens"
+                )
+            if sparse:
+                raise RecipeError(f"{where}: healing changes every weight and would fill the zeros; heal before")
             healed = True
         if isinstance(step, Quantize):
             if quantized:
                 raise RecipeError(f"{where}: the model is quantized already; one quantize step does all")
+            _quantizes(step, where)
             if not (step.budget >= 0 and 0 <= step.agreement < 1):
                 raise RecipeError(f"{where}: budget is a share at least 0, agreement one from 0 to below 1")
             if (step.budget or step.agreement) and step.scheme not in ("w4a16", "w8a8"):

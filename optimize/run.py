@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,14 @@ Tell = Callable[[str, float, float, str], None]  # step, done, total, what
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The model and the adapters between two steps; `reference` is what quality is measured against."""
+    """The model and the adapters between two steps; `reference` is what quality is measured against, and `originals`
+    are the adapters that fit it."""
 
     model: Path
     base: Path
     reference: Path
     adapters: dict[str, Path]
+    originals: dict[str, Path]
     merged: frozenset[str] = frozenset()
 
 
@@ -85,7 +87,8 @@ class Run:
                 return self.out
             raise Refused(f"{self.out} exists already; remove it, or name another place with --out")
         with self._working():
-            state = State(self.plan.model, self.plan.model, self.plan.model, dict(self.plan.adapters))
+            given = dict(self.plan.adapters)
+            state = State(self.plan.model, self.plan.model, self.plan.model, given, given)
             for step in self.recipe.steps:
                 state = self._step(step, state)
             return self._finish(state)
@@ -96,25 +99,27 @@ class Run:
         )
         made = done.folder / "model"
         model = made if made.is_dir() else state.model
-        adapters, merged = dict(state.adapters), state.merged
+        adapters, originals, merged = dict(state.adapters), dict(state.originals), state.merged
         for folder in sorted((done.folder / "adapters").glob("*")):
             adapters[folder.name] = folder
+            originals.setdefault(folder.name, folder)
         if isinstance(step, Merge):
             merged = merged | set(step.adapters)
         if isinstance(step, Combine):
             merged = merged | set(step.adapters)
-        reference = model if isinstance(step, Merge) else state.reference
-        return State(model, state.base, reference, adapters, merged)
+        if isinstance(step, Merge):
+            return State(model, state.base, model, adapters, dict(adapters), merged)
+        return State(model, state.base, state.reference, adapters, originals, merged)
 
     def _finish(self, state: State) -> Path:
         """Export, measure, judge, and let the directory appear."""
         # Adapters that were merged or combined are in the model by now; the others have to work on it.
         living = {name: path for name, path in state.adapters.items() if name not in state.merged}
-        state = State(state.model, state.base, state.reference, living, state.merged)
+        state = replace(state, adapters=living)
         form = self.recipe.export.format
         if form == "onnx":
             exported = self._do("onnx", plain(self.recipe.export), state, uses_text=False)
-            state = State(exported.folder / "model", state.base, state.reference, {}, state.merged)
+            state = replace(state, model=exported.folder / "model", adapters={})
         scores: dict[str, Any] = {}
         for done in self.done:
             scores |= done.notes.get("scores", {})
@@ -161,6 +166,7 @@ class Run:
                 "model": _digest(state.model),
                 "reference": _digest(state.reference) if kind in ("evaluate", "engine", "heal", "onnx") else "",
                 "adapters": {name: _digest(path) for name, path in state.adapters.items()},
+                "originals": {name: _digest(path) for name, path in state.originals.items() if kind == "evaluate"},
                 "text": self._text(kind) if uses_text else {},
                 "seed": self.recipe.seed,
                 "target": self.recipe.target,
@@ -181,6 +187,7 @@ class Run:
                 base=str(state.base),
                 reference=str(state.reference),
                 adapters={name: str(path) for name, path in state.adapters.items()},
+                originals={name: str(path) for name, path in state.originals.items()},
                 calibration=self.recipe.calibration,
                 evaluate=self.recipe.evaluate,
                 seed=self.recipe.seed,

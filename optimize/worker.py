@@ -37,7 +37,10 @@ TASKS = {
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step gets: the model and adapters as they are by now, and where its own go."""
+    """What a step gets: the model and adapters as they are by now, and where its own go.
+
+    `originals` are the adapters as they fit the reference, before any step rewrote them.
+    """
 
     kind: str
     options: dict[str, Any]
@@ -45,6 +48,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     base: str
     reference: str
     adapters: dict[str, str]
+    originals: dict[str, str]
     calibration: Text
     evaluate: Evaluate
     seed: int

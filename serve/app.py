@@ -56,7 +56,7 @@ from serve.store import Store
 from serve.tenant import DEFAULT, full_name, short_name, spelled, tenant_of
 from serve.trial import Judgement, Trials
 from serve.upload import receive
-from serve.watcher import Alarm, Watcher
+from serve.watcher import Watcher
 from serve.wayback import Wayback
 
 log = logging.getLogger(__name__)
@@ -233,11 +233,7 @@ def build_app(
         lambda adapter: _live_version(registry, adapter),
         lambda adapter: referee.policy(adapter).alpha,
     )
-    referee = Referee(wayback, lifecycle, audit, trials, config.policies, monitor.swapped)
-
-    def alarmed(alarm: Alarm) -> None:
-        effects = {name: round(value, 3) for name, value in alarm.effects.items()}
-        log.warning("%s@%s: %s has drifted: %s", alarm.adapter, alarm.version, alarm.signal, effects)
+    referee = Referee(wayback, lifecycle, registry, audit, trials, config.policies, monitor.swapped)
 
     def judged(judgement: Judgement) -> None:
         asyncio.run_coroutine_threadsafe(referee.decide(judgement), loops[0])
@@ -256,13 +252,13 @@ def build_app(
         keep_quotes=config.capture_hours * 3600,
         base_of=lambda adapter: adapter if adapter in fleet else fleet.of(adapter).name,
         label=monitor.label,
-        alarmed=alarmed,
+        alarmed=referee.alarmed,
         judged=judged,
     )
     monitor.watch(watcher)
     monitor.passed_on += [feedback.remember, watcher.offer]
     rehearsal = Rehearsal(fleet, store)
-    prober = Prober(fleet, registry, store, watcher, alarmed, interval=config.drift_probe_interval)
+    prober = Prober(fleet, registry, store, watcher, referee.alarmed, interval=config.drift_probe_interval)
     shadows = Shadows(fleet, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
     router = Router(fleet, registry, store, lifecycle.popularity.used)
     recent = Recent()

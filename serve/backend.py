@@ -124,8 +124,16 @@ class VLLMBackend:
 
     @property
     def running(self) -> int:
-        """Requests that the engine has not finished."""
-        return self._llm.get_num_unfinished_requests() if self._llm else 0
+        """Clients' requests that the engine has not finished."""
+        return len(self._unfinished()) - self.background
+
+    @property
+    def background(self) -> int:
+        """The server's own requests that the engine has not finished: probes, shadows, rehearsals."""
+        return sum(state.background for state in self._unfinished())
+
+    def _unfinished(self) -> list[Any]:
+        return list(self._llm.output_processor.request_states.values()) if self._llm else []
 
     @property
     def slots(self) -> int:
@@ -145,7 +153,7 @@ class VLLMBackend:
     @property
     def waiting(self) -> int:
         """Requests in the engine's own queue, as of its last step."""
-        return self._pulse.waiting if self.running else 0
+        return self._pulse.waiting if self._unfinished() else 0
 
     @property
     def memory(self) -> int:
@@ -172,7 +180,7 @@ class VLLMBackend:
     def stalled(self) -> float:
         """Seconds since the engine last moved, while something waits for it; to be asked every now and then."""
         now = time.monotonic()
-        if not self.running and not self._calls:
+        if not self._unfinished() and not self._calls:
             self._idle_until = now
         return now - max(self._pulse.last, self._idle_until)
 
@@ -362,8 +370,11 @@ class _Watched(OutputProcessor):
     def add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         super().add_request(request, *args, **kwargs)
         watch = watching.get()
-        state = self.request_states.get(request.request_id)
-        if watch is None or state is None or hasattr(state, "watched"):
+        state = cast(Any, self.request_states.get(request.request_id))
+        if state is None or hasattr(state, "background"):
+            return
+        state.background = watch is None or watch.background
+        if watch is None:
             return
         state.watched = _Sequence(state)
         watch.sequences.append(state.watched)

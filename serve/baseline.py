@@ -36,7 +36,7 @@ from serve.embedding import DIMENSIONS
 from serve.errors import ConfigError
 from serve.signals import FEATURES, LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
 
-FORMAT = 1
+FORMAT = 2
 # Requests that make a reference; logprobs come of a sample of the traffic only.
 NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300}
 MAX_BYTES = 256 << 20

@@ -45,10 +45,10 @@ State: TypeAlias = dict[str, NDArray]
 # Bins and half-life (in requests) of the histograms that bet.
 # Many bins: few foreign requests among many lie at the very ends of the ranks.
 BETS = ((30, 100.0), (15, 500.0), (15, 2000.0))
-_BINS = np.array([[bins] for bins, _ in BETS])
-_FADES = np.array([[0.5 ** (1 / half_life)] for _, half_life in BETS])
-_BINS_OF_A_STREAM = int(_BINS.sum())
-_FIRST_BINS = np.cumsum(_BINS, axis=0) - _BINS
+_BINS = np.array([bins for bins, _ in BETS])
+_FADES = np.array([0.5 ** (1 / half_life) for _, half_life in BETS])
+# R ends here: far above any threshold, and a bet on it overflows nothing.
+MOST = 1e290
 # Below it the histograms are written anew with a unit of 1.
 SMALLEST_UNIT = 1e-100
 # A histogram begins as this many requests spread evenly, and this much of each bet stays uniform.
@@ -56,8 +56,12 @@ PRIOR = 10.0
 UNIFORM = 0.1
 # Half-lives of the learned directions, in requests that teach.
 DIRECTIONS = (32.0, 256.0)
+_DIRECTION_FADES = np.array([[0.5 ** (1 / half_life)] for half_life in DIRECTIONS])
 # Half-life of the effect gauges, in requests.
 EFFECT_HALF_LIFE = 50.0
+_GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
+# Rows that the gauges take at a time: nobody reads them at every request.
+GAUGED = 64
 
 
 class Drift:
@@ -88,31 +92,38 @@ class Drift:
         self.updates = 0
         self.crossed_at: int | None = None
         self._lots = np.random.Generator(np.random.PCG64(seed))
-        self._reference = [array("f", column.tobytes()) for column in np.sort(rows, axis=0).T]
-        self._bags = [array("f", column) for column in self._reference]
-        self._scores = _Bank(k)
+        self._reference = np.ascontiguousarray(np.sort(rows, axis=0).T)  # (k, n)
+        self._bags = [array("f", column.tobytes()) for column in self._reference]
         self._directions = _Directions(rows, self.capacity) if k > 1 else None
+        self._bank = _Bank(k, len(DIRECTIONS) if k > 1 else 0)
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
         self._seen = np.zeros(2)  # weight of the gauges, and of its squares
+        self._ungauged: list[NDArray[np.float32]] = []
 
     def update(self, row: ArrayLike) -> bool:
         """Take the scores of one request, and say whether the evidence has reached the threshold."""
         scores = np.asarray(row, np.float32)
-        if scores.shape != (len(self._bags),):
+        if scores.shape != self._shift.shape:
             raise ValueError(
-                f"a row has the shape {scores.shape}; this detector's reference has {len(self._bags)} scores a row"
+                f"a row has the shape {scores.shape}; this detector's reference has {len(self._shift)} scores a row"
             )
         if not np.isfinite(scores).all():
             raise ValueError("a score is not a finite number; leave the request out")
         self.updates += 1
-        self._gauge(scores)
-        self._scores.observe(self._rank(scores), self.updates)
+        self._ungauged.append(scores.copy())
+        if len(self._ungauged) >= GAUGED:
+            self._gauge()
+        p = self._rank(scores)
         if self._directions is not None:
-            self._directions.observe(scores, self.updates, self._lots)
-        if self.crossed_at is None and self.log_evidence >= self.log_threshold:
+            if self.updates % 2:
+                self._directions.teach(scores)
+            else:
+                p = np.concatenate((p, self._directions.rank(scores, self._lots)))
+        self._bank.observe(p, self.updates)
+        if self.crossed_at is None and self._bank.evidence() >= self.threshold:
             self.crossed_at = self.updates
-            self._moved = self._scores.log_means()
+            self._moved = self._bank.log_means()
         return self.drifted
 
     @property
@@ -127,21 +138,18 @@ class Drift:
     @property
     def log_evidence(self) -> float:
         """ln of the weighted mean of all R: the last step's; it may fall again when the bag has learned the new."""
-        ours = self._scores.log_mean()
-        if self._directions is None:
-            return ours
-        return float(np.logaddexp(ours, self._directions.bank.log_mean()) - math.log(2))
+        evidence = self._bank.evidence()
+        return math.log(evidence) if evidence > 0 else -math.inf
 
     @property
     def evidence_by_score(self) -> Floats:
         """(k,): ln of the mean R of each score alone, to say what moved; after a crossing, as it was then."""
-        return self._moved if self.drifted else self._scores.log_means()
+        return self._moved if self.drifted else self._bank.log_means()
 
     @property
     def changed_at(self) -> int:
         """The update after which the change began, as the strongest bet sees it."""
-        banks = [self._scores] + ([self._directions.bank] if self._directions is not None else [])
-        return max(banks, key=lambda bank: bank.log_r.max()).began()
+        return self._bank.began()
 
     @property
     def rank_shift(self) -> Floats:
@@ -149,28 +157,29 @@ class Drift:
 
         0.5 says that all lie above the whole reference. A share q of foreign requests shifts it by at most q / 2.
         """
+        self._gauge()
         if self._seen[0] == 0:
-            return np.zeros(len(self._bags))
+            return np.zeros(len(self._shift))
         mean = self._shift / self._seen[0]
         return np.sign(mean) * np.maximum(np.abs(mean) - self.gauge_error / math.sqrt(12), 0)
 
     @property
     def gauge_error(self) -> float:
         """Standard error of a mean over recent requests, of something with a standard deviation of 1."""
+        self._gauge()
         weight, squares = self._seen
         return math.sqrt(squares) / float(weight) if weight else math.inf
 
     def reset(self) -> None:
         """Begin again at no evidence, after an alarm has been dealt with; what the bag and the bets learned stays."""
         self.crossed_at = None
-        self._scores.reset(self.updates)
-        if self._directions is not None:
-            self._directions.bank.reset(self.updates)
+        self._bank.reset(self.updates)
 
     def state(self) -> State:
         """All of it, as arrays for `numpy.savez`: no objects, nothing to unpickle."""
+        self._gauge()
         state = {
-            "reference": np.array([np.frombuffer(column, np.float32) for column in self._reference]),
+            "reference": self._reference.T.copy(),
             "bags": np.array([np.frombuffer(bag, np.float32) for bag in self._bags]),
             "threshold": np.float64(self.threshold),
             "counts": np.array([self.capacity, self.updates, -1 if self.crossed_at is None else self.crossed_at]),
@@ -179,7 +188,7 @@ class Drift:
             "shift": self._shift.copy(),
             "seen": self._seen.copy(),
         }
-        state |= {f"scores.{name}": value for name, value in self._scores.state().items()}
+        state |= {f"bank.{name}": value for name, value in self._bank.state().items()}
         if self._directions is not None:
             state |= {f"directions.{name}": value for name, value in self._directions.state().items()}
         return {name: np.asarray(value) for name, value in state.items()}
@@ -193,14 +202,16 @@ class Drift:
         self.capacity, self.updates = capacity, updates
         self.crossed_at = None if crossed_at < 0 else crossed_at
         self._lots = lots_from(state["lots"])
-        self._reference = [array("f", np.ascontiguousarray(column).tobytes()) for column in state["reference"]]
+        self._reference = np.ascontiguousarray(state["reference"].T)
         self._bags = [array("f", np.ascontiguousarray(bag).tobytes()) for bag in state["bags"]]
-        self._scores = _Bank.from_state(_below(state, "scores."))
         learned = _below(state, "directions.")
         self._directions = _Directions.from_state(learned, capacity) if learned else None
+        self._bank = _Bank(len(self._bags), len(DIRECTIONS) if learned else 0)
+        self._bank.restore(_below(state, "bank."))
         self._moved = np.array(state["moved"])
         self._shift = np.array(state["shift"])
         self._seen = np.array(state["seen"])
+        self._ungauged = []
         return self
 
     def _rank(self, scores: NDArray[np.float32]) -> Floats:
@@ -210,7 +221,7 @@ class Drift:
         full = m >= self.capacity
         # By lot among all m + 1, the new one included: a rule that looks at age would let ranks tell of later ranks.
         leave = self._lots.integers(m + 1, size=k).tolist() if full else None
-        p = np.empty(k)
+        p = [0.0] * k
         for i, score in enumerate(scores.tolist()):
             bag = self._bags[i]
             less = bisect_left(bag, score)
@@ -219,84 +230,109 @@ class Drift:
             bag.insert(less, score)
             if leave is not None:
                 del bag[leave[i]]
-        return p
+        return np.array(p)
 
-    def _gauge(self, scores: NDArray[np.float32]) -> None:
-        n = len(self._reference[0])
-        ranks = np.empty(len(scores))
-        for i, score in enumerate(scores.tolist()):
-            known = self._reference[i]
-            less = bisect_left(known, score)
-            upto = bisect_right(known, score, less) if less < n and known[less] == score else less
-            ranks[i] = (less + upto) / (2 * n)
-        fade = 0.5 ** (1 / EFFECT_HALF_LIFE)
-        self._shift = self._shift * fade + (ranks - 0.5)
-        self._seen = self._seen * (fade, fade * fade) + 1
+    def _gauge(self) -> None:
+        """Take in the rows that wait. One after another, so that it does not matter how many wait."""
+        if not self._ungauged:
+            return
+        rows = np.array(self._ungauged)
+        self._ungauged = []
+        ranks = np.empty(rows.shape)
+        for i, known in enumerate(self._reference):
+            ranks[:, i] = known.searchsorted(rows[:, i], "left") + known.searchsorted(rows[:, i], "right")
+        ranks /= 2 * self._reference.shape[1]
+        ranks -= 0.5
+        fades = np.array((_GAUGE_FADE, _GAUGE_FADE * _GAUGE_FADE))
+        for row in ranks:
+            self._shift *= _GAUGE_FADE
+            self._shift += row
+            self._seen *= fades
+            self._seen += 1
 
 
 class _Bank:
-    """n streams of p-values, each with every bet of BETS and its Shiryaev-Roberts evidence, in log space."""
+    """Streams of p-values, each with every bet of BETS and its Shiryaev-Roberts evidence: `scores` that come with every
+    request, and after them `directions` that come with every second one."""
 
-    def __init__(self, n: int, grant: float = 1.0) -> None:
+    def __init__(self, scores: int, directions: int) -> None:
+        n, bets = scores + directions, len(BETS)
+        self._scores = scores
+        # All arrays are flat, the bets of a stream side by side: the scores alone are the beginning of each.
+        self._bins, self._fades = np.tile(_BINS, n), np.tile(_FADES, n)
+        self._first_bin = np.cumsum(self._bins) - self._bins
         # What R may grow by in the mean at each p-value: 1, or 2 for streams that see every second request.
-        self.grant = grant
-        self.log_r = np.full((len(BETS), n), -np.inf)
-        # Page's statistic of the same bets, which falls to 0 before a change and tells after which update it last did.
-        self._page = np.zeros((len(BETS), n))
-        self._start = np.zeros((len(BETS), n), np.int64)
-        # All histograms in a row, without the prior: of each stream the bins of each bet. To fade them would touch
-        # every bin at every request; instead each request weighs more than the one before: `_unit` is what 1 is now.
-        self._learned = np.zeros(n * _BINS_OF_A_STREAM)
-        self._unit = np.ones((len(BETS), 1))
-        self._weight = np.zeros((len(BETS), 1))
-        self._first_bin = np.arange(n) * _BINS_OF_A_STREAM + _FIRST_BINS
+        self._grant = np.repeat((1.0, 2.0), (scores * bets, directions * bets))
+        # Half of the weight is the scores', if there are directions.
+        weight = (0.5 if directions else 1.0) / scores, 0.5 / max(directions, 1)
+        self._share = np.repeat(weight, (scores * bets, directions * bets)) / bets
+        self._r = np.zeros(n * bets)
+        # Page's statistic of the same bets, which falls to 1 before a change and tells after which update it last did.
+        self._page = np.ones(n * bets)
+        self._start = np.zeros(n * bets, np.int64)
+        # The histograms without the prior. To fade them would touch every bin at every request; instead each request
+        # weighs more than the one before: `_unit` is what 1 is now.
+        self._learned = np.zeros(self._bins.sum())
+        self._unit = np.ones(n * bets)
+        self._weight = np.zeros(n * bets)
 
     def observe(self, p: Floats, now: int) -> None:
-        """Bet on `p` (n,), each in [0, 1), then learn it."""
-        bins = np.minimum((p * _BINS).astype(np.intp), _BINS - 1) + self._first_bin
+        """Bet on `p`, each in [0, 1), of the scores or of all streams; then learn it."""
+        n = slice(len(p) * len(BETS))
+        r, page, unit, weight = self._r[n], self._page[n], self._unit[n], self._weight[n]
+        bins = (p.repeat(len(BETS)) * self._bins[n]).astype(np.intp)
+        np.minimum(bins, self._bins[n] - 1, out=bins)
+        bins += self._first_bin[n]
         # Towards the prior, which never fades: a bin that is never hit keeps a density.
-        density = (PRIOR + _BINS * self._unit * self._learned[bins]) / (PRIOR + self._weight)
-        log_e = np.log(UNIFORM + (1 - UNIFORM) * density)
-        self._unit *= _FADES
-        self._weight = self._weight * _FADES + 1
-        self._learned[bins] += 1 / self._unit
-        if self._unit.min() < SMALLEST_UNIT:
-            self._learned.reshape(-1, _BINS_OF_A_STREAM)[:] *= np.repeat(self._unit, _BINS.ravel())
+        e = self._learned[bins]
+        e *= self._bins[n]
+        e *= unit
+        e += PRIOR
+        e /= weight + PRIOR
+        e *= 1 - UNIFORM
+        e += UNIFORM
+        unit *= self._fades[n]
+        weight *= self._fades[n]
+        weight += 1
+        self._learned[bins] += 1 / unit
+        if unit[0] < SMALLEST_UNIT:  # which fades fastest
+            self._learned *= self._unit.repeat(self._bins)
             self._unit[:] = 1
-        self.log_r = np.logaddexp(self.log_r, math.log(self.grant)) + log_e
-        self._page = np.maximum(self._page, 0) + log_e
-        self._start[self._page <= 0] = now
+        r += self._grant[n]
+        r *= e
+        np.minimum(r, MOST, out=r)
+        np.maximum(page, 1, out=page)
+        page *= e
+        np.minimum(page, MOST, out=page)
+        self._start[n][page <= 1] = now
 
-    def log_mean(self) -> float:
-        return _log_mean(self.log_r.ravel())
+    def evidence(self) -> float:
+        """The weighted mean of all R."""
+        return float(self._r @ self._share)
 
     def log_means(self) -> Floats:
-        """(n,): of each stream over its bets."""
-        return np.logaddexp.reduce(self.log_r, axis=0) - math.log(len(BETS))
+        """(scores,): ln of the mean over the bets of each."""
+        means = self._r.reshape(-1, len(BETS))[: self._scores].mean(axis=1)
+        return np.log(means, out=np.full(means.shape, -np.inf), where=means > 0)
 
     def began(self) -> int:
-        return int(self._start.flat[self._page.argmax()])
+        """The update after which the strongest bet's run began."""
+        return int(self._start[self._page.argmax()])
 
     def reset(self, now: int) -> None:
-        self.log_r[:] = -np.inf
-        self._page[:] = 0
+        self._r[:] = 0
+        self._page[:] = 1
         self._start[:] = now
 
     def state(self) -> State:
-        betting = {"log_r": self.log_r, "page": self._page, "start": self._start, "grant": np.array(self.grant)}
-        learning = {"learned": self._learned, "unit": self._unit, "weight": self._weight}
-        return {name: value.copy() for name, value in (betting | learning).items()}
+        return {name: getattr(self, f"_{name}").copy() for name in _KEPT}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, NDArray]) -> Self:
-        self = cls(state["log_r"].shape[1], float(state["grant"]))
-        self.log_r = np.array(state["log_r"])
-        self._page = np.array(state["page"])
-        self._start = np.array(state["start"])
-        self._learned = np.array(state["learned"])
-        self._unit = np.array(state["unit"])
-        self._weight = np.array(state["weight"])
-        return self
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        for name in _KEPT:
+            getattr(self, f"_{name}")[:] = state[name]
+
+
+_KEPT = ("r", "page", "start", "learned", "unit", "weight")
 
 
 class _Directions:
@@ -311,47 +347,41 @@ class _Directions:
         self._sum = self._bag[:n].sum(axis=0)
         self._live = np.zeros((len(DIRECTIONS), k))
         self._weight = np.zeros((len(DIRECTIONS), 1))
-        self.bank = _Bank(len(DIRECTIONS), grant=2.0)
 
-    def observe(self, scores: NDArray[np.float32], now: int, lots: np.random.Generator) -> None:
-        row = scores.astype(np.float64)
-        if now % 2:
-            self._teach(row)
-        else:
-            self._test(row, now, lots)
+    def teach(self, row: NDArray[np.float32]) -> None:
+        self._live *= _DIRECTION_FADES
+        self._live += row
+        self._weight *= _DIRECTION_FADES
+        self._weight += 1
 
-    def _teach(self, row: Floats) -> None:
-        fade = np.array([[0.5 ** (1 / half_life)] for half_life in DIRECTIONS])
-        self._live = self._live * fade + row
-        self._weight = self._weight * fade + 1
-
-    def _test(self, row: Floats, now: int, lots: np.random.Generator) -> None:
-        m = self._size
+    def rank(self, scores: NDArray[np.float32], lots: np.random.Generator) -> Floats:
+        """(directions,) smoothed conformal p-values along each in the bag, which takes the row in."""
+        row, m = scores.astype(np.float64), self._size
         w = self._live / self._weight - (self._sum + row) / (m + 1)
         along = (w @ self._bag[:m].T).astype(np.float32)
-        mine = (w @ row).astype(np.float32)[:, None]
-        less = np.count_nonzero(along < mine, axis=1)
-        equal = np.count_nonzero(along == mine, axis=1)
-        self.bank.observe((less + lots.random(len(w)) * (equal + 1)) / (m + 1), now)
+        mine = (w @ row).astype(np.float32)
+        less = [np.count_nonzero(one < own) for one, own in zip(along, mine, strict=True)]
+        equal = [np.count_nonzero(one == own) for one, own in zip(along, mine, strict=True)]
+        p = (np.array(less) + lots.random(len(w)) * (np.array(equal) + 1)) / (m + 1)
         if m < len(self._bag):
             self._bag[m] = row
             self._size += 1
         else:
             leaves = int(lots.integers(m + 1))
             if leaves == m:
-                return
+                return p
             self._sum -= self._bag[leaves]
             self._bag[leaves] = row
         self._sum += row
+        return p
 
     def state(self) -> State:
-        mine = {
+        return {
             "bag": self._bag[: self._size].astype(np.float32),  # which it came from: nothing is lost
             "sum": self._sum.copy(),
             "live": self._live.copy(),
             "weight": self._weight.copy(),
         }
-        return mine | {f"bank.{name}": value for name, value in self.bank.state().items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, NDArray], capacity: int) -> Self:
@@ -359,15 +389,7 @@ class _Directions:
         self._sum = np.array(state["sum"])
         self._live = np.array(state["live"])
         self._weight = np.array(state["weight"])
-        self.bank = _Bank.from_state(_below(state, "bank."))
         return self
-
-
-def _log_mean(values: Floats) -> float:
-    top = values.max()
-    if top == -np.inf:
-        return -math.inf
-    return float(top + math.log(np.exp(values - top).mean()))
 
 
 def _below(state: Mapping[str, NDArray], prefix: str) -> State:

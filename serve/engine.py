@@ -75,6 +75,8 @@ class Backend(Protocol):
     @property
     def running(self) -> int: ...
     @property
+    def background(self) -> int: ...
+    @property
     def waiting(self) -> int: ...
     @property
     def memory(self) -> int: ...
@@ -134,6 +136,8 @@ class Engine:
         self.backend = backend
         self.phase = Phase.STARTING
         self.leases = 0
+        # Those of them that no client waits for.
+        self.background = 0
         # In order of last use, oldest first.
         self._residents: dict[str, Residence] = {}
         self._numbers = itertools.count(1)
@@ -224,7 +228,7 @@ class Engine:
         """
         forecast = self._admission.check(tenant, priority)
         clock = asyncio.get_running_loop().time
-        with self._held(adapter_id, path) as resident:
+        with self._held(adapter_id, path, background=priority >= LOW_PRIORITY) as resident:
             came, sat = clock(), 0.0
             ticket = self.line.enter(tenant, resident.id if resident else None, priority=priority)
             try:
@@ -250,10 +254,13 @@ class Engine:
                 await self._loaded(resident)
 
     @contextmanager
-    def _held(self, adapter_id: str | None, path: Path | None) -> Iterator[Residence | None]:
+    def _held(
+        self, adapter_id: str | None, path: Path | None, *, background: bool = False
+    ) -> Iterator[Residence | None]:
         """A lease counted, and the adapter in the book until it ends."""
         self._require_ready()
         self.leases += 1
+        self.background += background
         resident = self._resident(adapter_id, path) if adapter_id and path else None
         if resident:
             resident.leases += 1
@@ -261,6 +268,7 @@ class Engine:
             yield resident
         finally:
             self.leases -= 1
+            self.background -= background
             if resident:
                 resident.leases -= 1
                 resident.idle_since = asyncio.get_running_loop().time()

@@ -157,6 +157,11 @@ class Supervisor:
         return sum(engine.leases for engine in {self._engine, *self._watching})
 
     @property
+    def background(self) -> int:
+        """Those of the leases that no client waits for: of probes, shadows and rehearsals."""
+        return sum(engine.background for engine in {self._engine, *self._watching})
+
+    @property
     def residents(self) -> tuple[Residence, ...]:
         return self._engine.residents
 
@@ -283,8 +288,10 @@ class Supervisor:
             "phase": self.phase,
             "reason": self.reason,
             "model": backend.model,
-            "leases": self.leases,
+            # Of clients; what the server asks by itself is behind all of them, and apart.
+            "leases": self.leases - self.background,
             "running": backend.running,
+            "background": backend.background,
             "waiting": engine.line.waiting + backend.waiting,
             "seats": backend.seats,
             "slots": backend.slots,

@@ -42,6 +42,10 @@ TAP_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.005, 
 FINISH_REASONS = frozenset({"", "stop", "length", "abort", "error", "repetition"})
 # A render is good for so many seconds.
 FRESH = 1.0
+# What was removed is scraped once or twice more, and may be needed no longer.
+KEEP_REMOVED = 60.0
+# Seconds between two looks for a place while none is free.
+TIDY = 5.0
 
 # A third of the series, and nobody's dashboard reads them.
 disable_created_metrics()
@@ -72,6 +76,7 @@ class Monitor:
         self._series: dict[tuple[str, str], Series] = {}
         self._rendering = Lock()
         self._rendered: dict[Any, tuple[float, bytes]] = {}
+        self._tidied = -TIDY
         # Whoever else looks at an exchange; what they take of the event loop is the tap's too.
         self.passed_on: list[Callable[[Exchange], None]] = []
 
@@ -168,15 +173,18 @@ class Monitor:
         return (adapter, version) if room or (adapter, version) in self._series else OTHER
 
     def tidy(self) -> None:
-        """Drop the series of versions that nobody asks and the engine does not hold."""
-        now = self._clock()
+        """Drop the series of versions that nobody asks and the engine does not hold, removed ones sooner."""
+        now = self._tidied = self._clock()
         resident = {residence.id for base in self._fleet for residence in base.residents}
-        held = {(one.name, f"v{one.version}") for one in self._registry.adapters() if one.id in resident}
+        known = {(one.name, f"v{one.version}"): one.id in resident for one in self._registry.adapters()}
+        held = {labels for labels, is_resident in known.items() if is_resident}
         names = {adapter for adapter, _ in held} | set(self._registry.names())
         for labels, series in list(self._series.items()):
             if labels in held:
                 series.seen = now
-            elif labels != OTHER and labels[0] not in self._fleet and now - series.seen > self._keep:
+            elif labels == OTHER or labels[0] in self._fleet:
+                continue
+            elif now - series.seen > (self._keep if labels in known else KEEP_REMOVED):
                 del self._series[labels]
                 series.remove()
         for gone in [swapped for swapped in self._swaps.known() if swapped[0] not in names]:
@@ -204,12 +212,14 @@ class Monitor:
         if "openmetrics" in content_type:
             # Otherwise the colon of `vllm:` becomes an underscore, and nobody's dashboard finds it.
             encode = partial(openmetrics_latest, escaping=ALLOWUTF8)
+        asked = time.monotonic()
         with self._rendering:
             when, text = self._rendered.get((what, content_type), (0.0, b""))
-            if not text or time.monotonic() - when > FRESH:
+            if not text or asked - when > FRESH:
+                when = time.monotonic()  # before it: what is counted meanwhile may be in it or not
                 openmetrics = "openmetrics" in content_type
                 text = _joined([ours(openmetrics).encode(), *(encode(one) for one in collectors())])
-                self._rendered[what, content_type] = (time.monotonic(), text)
+                self._rendered[what, content_type] = (when, text)
             return text, content_type
 
     def _ours(self, openmetrics: bool) -> str:
@@ -219,11 +229,15 @@ class Monitor:
         """The series of a version; those of `other` when there are enough already."""
         series = self._series.get((adapter, version))
         if series is None:
-            owned = len(self._series) - (OTHER in self._series)
-            labels = (adapter, version) if owned < self._limit or adapter in self._fleet else OTHER
+            if self._full() and self._clock() - self._tidied >= TIDY:
+                self.tidy()
+            labels = OTHER if self._full() and adapter not in self._fleet else (adapter, version)
             series = self._series.get(labels) or self._series.setdefault(labels, Series(self, labels))
         series.seen = self._clock()
         return series
+
+    def _full(self) -> bool:
+        return len(self._series) - (OTHER in self._series) >= self._limit
 
     def _name(self, adapter: str) -> str:
         names = {labels[0] for labels in self._swaps.known()}

@@ -75,4 +75,4 @@ class Prober:
             version = f"v{live.version}"
             alarm = await asyncio.to_thread(self._watcher.probed, name, version, live.id, found, noise)
             if alarm:
-                self._alarmed(alarm)
+                await asyncio.to_thread(self._alarmed, alarm)

@@ -1,4 +1,4 @@
-"""What follows of a verdict on a canary, by policy; always told to the history, the audit log and a metric."""
+"""What follows of a verdict on a canary, by policy, and of an alarm; always told to history, audit log and a metric."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from serve.compare import Verdict
 from serve.errors import Conflict, LoradockError
 from serve.lifecycle import Lifecycle
 from serve.policy import HOLD, PROMOTE, ROLLBACK, Policy, policy_for
+from serve.registry import Registry
 from serve.tenant import tenant_of
 from serve.trial import Judgement, Trials
+from serve.watcher import Alarm
 from serve.wayback import Wayback
 
 log = logging.getLogger(__name__)
 
 WHO = "referee"
+# Who has seen that something moved.
+WATCHER = "watcher"
 
 
 class Referee:
@@ -28,6 +32,7 @@ class Referee:
         self,
         wayback: Wayback,
         lifecycle: Lifecycle,
+        registry: Registry,
         audit: Audit,
         trials: Trials,
         policies: Sequence[Policy],
@@ -35,6 +40,7 @@ class Referee:
     ) -> None:
         self._wayback = wayback
         self._lifecycle = lifecycle
+        self._registry = registry
         self._audit = audit
         self._trials = trials
         self._policies = policies
@@ -71,6 +77,29 @@ class Referee:
             subject=f"{adapter}@v{judgement.canary}",
             reason=judgement.reason,
             evidence=json.dumps(judgement.evidence)[:2048],
+        )
+
+    def alarmed(self, alarm: Alarm) -> None:
+        """Something has drifted: that is told, and nothing follows of it by itself. Writes; not for the event loop."""
+        adapter, version = alarm.adapter, alarm.version
+        effects = {name: round(value, 3) for name, value in alarm.effects.items()}
+        log.warning("%s@%s: %s has drifted: %s", adapter, version, alarm.signal, effects)
+        told = json.dumps({"signal": alarm.signal, **effects})
+        try:
+            if adapter in self._registry:  # else it is a base model, which has no history
+                why = f"{alarm.signal}: {told}"
+                self._registry.note(adapter, "drift", int(version.removeprefix("v")), by=WATCHER, why=why)
+        except LoradockError as error:
+            log.warning("%s: the history lacks that it drifted: %s", adapter, error.message)
+        self._audit.write(
+            status=200,
+            who=WATCHER,
+            tenant=tenant_of(adapter),
+            key=None,
+            what="drift",
+            subject=f"{adapter}@{version}",
+            reason=alarm.signal,
+            evidence=told,
         )
 
     def check(self, adapter: str, version: int, at_once: bool) -> None:

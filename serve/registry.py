@@ -403,6 +403,11 @@ class Registry:
                 change.log("unpin", by, why, change.pinned or None, None)
                 change.pinned = None
 
+    def note(self, name: str, what: str, version: int, *, by: str, why: str = "") -> None:
+        """Write something that happened to a version into the history; it changes nothing."""
+        with self._change(name) as change:
+            change.log(what, by, why, version, None)
+
     # Reads, from the snapshot
 
     @property

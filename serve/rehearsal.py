@@ -65,7 +65,7 @@ class Rehearsal:
         body = {"model": lease.model, "max_tokens": max_tokens, "stream": False, **said}
         if lease.priority is not None:
             body["priority"] = lease.priority
-        watch, answer = Watch(logprobs=True), _Kept()
+        watch, answer = Watch(logprobs=True, background=True), _Kept()
         async with room:
             began = time.time()
             watching.set(watch)  # this task's alone

@@ -83,6 +83,8 @@ class Watch:
     """What the backend is to leave of a request, and has left."""
 
     logprobs: bool = False
+    # The server's own: no client waits for it.
+    background: bool = False
     sequences: list[Generating] = field(default_factory=list)
 
 

@@ -49,7 +49,7 @@ class Thinning(Generic[Item]):
             raise ValueError(f"interval {interval}, block {block}, memory {memory}: at least 0, 1 and 1 are taken")
         self.counts = dict.fromkeys(COUNTS, 0)
         self._interval, self._block, self._memory = interval, block, memory
-        self._ignore = ignore
+        self._ignore = None if ignore is None or not len(ignore) else np.unique(ignore)
         self._prompts: OrderedDict[Hashable, None] = OrderedDict()
         self._bands: OrderedDict[Hashable, None] = OrderedDict()
         self._last: OrderedDict[Hashable, float] = OrderedDict()
@@ -92,7 +92,8 @@ class Thinning(Generic[Item]):
     def _signature(self, ids: NDArray[np.int64]) -> list[tuple[int, bytes]]:
         runs = _runs(ids)
         if self._ignore is not None:
-            runs = runs[~np.isin(runs, self._ignore)]
+            places = np.minimum(self._ignore.searchsorted(runs), len(self._ignore) - 1)
+            runs = runs[self._ignore[places] != runs]
         if not len(runs):
             return []
         minima = _hashes(runs).min(axis=1)

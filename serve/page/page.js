@@ -145,6 +145,7 @@ function card(adapter) {
 const WORDS = {
   add: "pushed", fallback: "fell back", unshare: "made private", promote: "promoted", rollback: "rolled back", canary: "canary", canary_end: "canary ended",
   shadow: "shadow", shadow_end: "shadow ended", delete: "deleted", pin: "pinned", unpin: "unpinned", share: "shared",
+  drift: "drifted",
 };
 
 // What the server did by itself it says as `reason: {evidence}`.
@@ -161,7 +162,7 @@ function reason(why) {
 function swap(row) {
   const way = row.from_version != null && row.to_version != null ? `v${row.from_version} → v${row.to_version}`
     : `v${row.to_version ?? row.from_version ?? "-"}`;
-  const bad = row.who === "wayback";
+  const bad = row.who === "wayback" || row.who === "watcher";
   return make("li", {}, make("span", { class: "muted" }, when(row.when)),
     make("span", {}, make("b", {}, row.adapter), ` ${way} `, pill(WORDS[row.what] ?? row.what, bad ? "bad" : "")),
     make("span", { class: "why muted" }, [row.who && `by ${bad ? "the server" : row.who}`, reason(row.why)].filter(Boolean).join(": ")));

@@ -27,6 +27,9 @@ def server(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         str(MAX_UPLOAD),
         "--source-roots",
         str(adapters["alpha"].parent),
+        # All tests' versions, none of them under `other`.
+        "--max-labelled-versions",
+        "1000",
         *WATCHED,
         *SMALL,
     )

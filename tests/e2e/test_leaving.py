@@ -30,17 +30,16 @@ def is_idle(server: Server) -> bool:
 
 def test_a_client_that_leaves_mid_stream_frees_its_request_and_its_lease(server, adapters, name):
     id = done(server.upload(name, adapters["alpha"]))["id"]
-    left = []
-    for _ in range(4):
-        answer = Answer()
-        pieces = server.answering(answer, name, "Tell me everything.", **ENDLESS)
-        next(pieces)
-        left.append(pieces)
-    engine = server.engine()
-    assert engine["leases"] == engine["running"] == 4
-    assert id in engine["resident"]
-    for pieces in left:
-        pieces.close()
+    left = [server.answering(Answer(), name, "Tell me everything.", **ENDLESS) for _ in range(4)]
+    try:
+        for pieces in left:
+            next(pieces)
+        engine = server.engine()
+        assert engine["leases"] == engine["running"] == 4, engine
+        assert id in engine["resident"]
+    finally:
+        for pieces in left:
+            pieces.close()
     assert eventually(lambda: is_idle(server), SOON), server.engine()
     # With the leases free, the version can leave as well.
     done(server.http.delete(f"/v1/adapters/{name}"))

@@ -66,7 +66,9 @@ def version(server, name, number):
 def series(server, metric, **labels):
     """The values of a metric's series with these labels."""
     found = []
-    for line in server.http.get("/metrics").text.splitlines():
+    scraped = server.http.get("/metrics")
+    assert scraped.status_code == 200, scraped.text
+    for line in scraped.text.splitlines():
         if line.startswith((f"{metric}{{", f"{metric} ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
             found.append(float(line.rsplit(" ", 1)[1]))
     return found
@@ -151,7 +153,9 @@ def test_steady_traffic_raises_nothing_and_another_topic_does_and_rolls_nothing_
     assert eventually(lambda: version(server, name, 2)["signals"]["prompt"]["alarmed"])
     moved = version(server, name, 2)["signals"]["prompt"]
     assert moved["since"] and moved["moved"] and moved["log_evidence"] > 0
-    assert server.adapter(name)["live"] == 2
+    shown = server.adapter(name)
+    assert shown["live"] == 2
+    assert any((row["who"], row["what"]) == ("watcher", "drift") for row in shown["history"])
     labels = {"adapter": name, "version": "v2", "signal": "prompt"}
     assert series(server, "loradock_drift_alarms_total", **labels) == [1.0]
     assert not series(server, "loradock_rollbacks_total", adapter=name)

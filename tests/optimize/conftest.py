@@ -207,6 +207,7 @@ def job(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[..., Any
         return Job(
             kind=kind, options=defaults, model=str(model), base=str(base), reference=str(base),
             adapters={name: str(path) for name, path in (adapters or {}).items()},
+            originals={name: str(path) for name, path in (adapters or {}).items()},
             calibration=Text(text=str(texts["calibration"]), samples=16, tokens=48),
             evaluate=Evaluate(text=str(texts["evaluation"]), samples=8, tokens=48, prompts=("the river",)),
             seed=0, target="cpu", out=str(folder),

@@ -63,7 +63,7 @@ class FakeBackend:
         self.loads = 0
         self.touched: list[str] = []
         self.dead = False
-        self.running = 0
+        self.running = self.background = 0
         self.refuse: str | None = None
         # Models whose answers crash, or never come.
         self.broken: str | None = None

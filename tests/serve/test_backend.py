@@ -48,7 +48,7 @@ from serve.tap import Watch, watching
 def test_the_engine_still_has_what_we_call():
     for name in ("from_engine_args", "shutdown", "add_lora", "remove_lora", "list_loras", "get_supported_tasks"):
         assert callable(getattr(AsyncLLM, name))
-    assert callable(AsyncLLM.get_num_unfinished_requests)
+    assert "self.request_states: dict[str, RequestState]" in inspect.getsource(OutputProcessor.__init__)
     assert isinstance(AsyncLLM.errored, property)
     assert "self.output_handler: asyncio.Task" in inspect.getsource(AsyncLLM.__init__)
     assert list(inspect.signature(build_app).parameters) == ["args", "supported_tasks", "model_config"]
@@ -135,6 +135,14 @@ def processed(*, stream, logprobs=None, watch=None, n=4):
         while (answer := queue.get_nowait()) is not None:
             answers.append(answer)
     return processor, answers
+
+
+@pytest.mark.parametrize(("watch", "clients"), [(Watch(), 1), (Watch(background=True), 0), (None, 0)])
+def test_what_the_server_asks_by_itself_is_counted_apart_from_what_clients_ask(watch, clients):
+    processor, _ = processed(stream=True, watch=watch, n=2)  # it is under way
+    backend = VLLMBackend.__new__(VLLMBackend)
+    backend._llm = SimpleNamespace(output_processor=processor)
+    assert (backend.running, backend.background) == (clients, 1 - clients)
 
 
 @pytest.mark.parametrize("stream", [True, False])

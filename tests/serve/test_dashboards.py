@@ -19,6 +19,7 @@ from serve.monitoring.panels import COLUMNS, MAY_BE_ZERO, TAG
 from serve.monitoring.render import Places, render
 from serve.monitoring.rules import groups
 from serve.slo import DEFAULT_SLOS
+from tests.e2e.server import environment
 
 ROOT = Path(__file__).parents[2]
 BOARDS = dashboards(DEFAULT_SLOS)
@@ -40,9 +41,9 @@ def test_rendering_needs_nothing_but_what_serving_needs(tmp_path):
     code = "import sys; from serve.cli import main; sys.argv[0] = 'loradock'\ntry: main()\nexcept SystemExit: pass\n"
     code += "print({'vllm', 'torch', 'grafana_foundation_sdk'} & set(sys.modules))"
     command = [sys.executable, "-c", code, "monitoring", "render", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert "is up to date" in again.stdout
 
 
@@ -50,7 +51,7 @@ def test_the_slos_of_the_configuration_come_through(tmp_path):
     (tmp_path / "loradock.yaml").write_text("slos: {tone: {time_to_first_token: {threshold: 1, target: 0.99}}}\n")
     command = [sys.executable, "-m", "serve.cli", "monitoring", "render", "--config", str(tmp_path / "loradock.yaml")]
     command += ["--out", str(tmp_path / "out"), "--server", "127.0.0.1:9000"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rules = (tmp_path / "out/prometheus/rules.yml").read_text()
     assert 'adapter="tone",le="1.0"' in " ".join(rules.split())

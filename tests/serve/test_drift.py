@@ -14,9 +14,7 @@ from serve.thinning import Thinning
 from tests.prompts import Unreachable, pool
 
 # `make drift-proof` runs many more streams at higher thresholds.
-STREAMS = int(os.environ.get("LORADOCK_TEST_DRIFT_STREAMS", 120))
-# How much of the threshold that many streams can show with confidence.
-SHOWN = 0.85 if STREAMS < 500 else 0.97
+STREAMS = int(os.environ.get("LORADOCK_TEST_DRIFT_STREAMS", 300))
 THRESHOLD = float(os.environ.get("LORADOCK_TEST_DRIFT_THRESHOLD", 100))
 
 
@@ -27,6 +25,11 @@ def heavy(rng, n):
 def discrete(rng, n):
     flag = rng.random((n, 1)) < 0.1
     return np.concatenate((rng.poisson(0.4, (n, 2)), flag, np.zeros((n, 1)), 1 - flag), axis=1)
+
+
+def single(rng, n):
+    """One score, for which the promise is a theorem."""
+    return heavy(rng, n)[:, :1]
 
 
 def correlated(rng, n):
@@ -42,24 +45,31 @@ def time_to_alarm(draw, size, seed, *, capacity=None, limit=8):
     """Requests until the alarm, or `limit` thresholds: cutting it short can only make the mean smaller."""
     rng = np.random.default_rng(seed)
     detector = Drift(draw(rng, size), threshold=THRESHOLD, capacity=capacity, seed=seed)
-    for row in draw(rng, int(limit * THRESHOLD)):
-        if detector.update(row):
+    while detector.updates < limit * THRESHOLD:
+        if any(detector.update(row) for row in draw(rng, 64)):
             break
     return detector.updates
 
 
 @pytest.mark.parametrize(
     ("draw", "size", "capacity"),
-    [(heavy, 40, None), (discrete, 30, None), (correlated, 5, None), (correlated, 60, 60), (mixed, 20, 20)],
-    ids=["heavy tails", "discrete", "five references", "full bag", "outliers, full bag"],
+    [
+        (single, 3, None),
+        (heavy, 40, None),
+        (discrete, 30, None),
+        (correlated, 5, None),
+        (correlated, 60, 60),
+        (mixed, 20, 20),
+    ],
+    ids=["one score", "heavy tails", "discrete", "five references", "full bag", "outliers, full bag"],
 )
 def test_a_false_alarm_takes_at_least_the_threshold_in_the_mean(draw, size, capacity):
+    """With 99.5 % confidence for each kind of stream: the times are skewed to the right, so that the bound is lower
+    than it need be."""
     times = np.array([time_to_alarm(draw, size, seed, capacity=capacity) for seed in range(STREAMS)])
-    lower = times.mean() - 2.58 * times.std() / np.sqrt(len(times))  # one-sided, 99.5 %
+    lower = times.mean() - 2.58 * times.std() / np.sqrt(len(times))
     print(f"{draw.__name__} {size}: mean {times.mean():.0f}, at least {lower:.0f} with 99.5 %; c = {THRESHOLD:.0f}")
-    # At a small threshold the bound is nearly reached, since the bets have hardly begun: few streams cannot show all
-    # of it.
-    assert times.mean() >= THRESHOLD and lower >= SHOWN * THRESHOLD
+    assert lower >= THRESHOLD
 
 
 def test_ranks_are_uniform_and_independent_also_when_the_bag_forgets():

@@ -96,6 +96,23 @@ def test_a_version_that_nobody_asks_gives_its_place_back():
     assert count(monitor, "loradock_requests_total", adapter="adapter-1") == 1
 
 
+def test_a_version_that_was_removed_gives_its_place_to_the_next_without_a_scrape():
+    now = [0.0]
+    monitor = monitored(1, limit=2, clock=lambda: now[0])
+    monitor.take(exchange("adapter-0"))
+    monitor.take(exchange("removed"))
+    now[0] = 59.0
+    monitor.take(exchange("new"))
+    assert count(monitor, "loradock_requests_total", adapter="new") == 0
+    now[0] = 65.0
+    monitor.take(exchange("new"))
+    assert [count(monitor, "loradock_requests_total", adapter=name) for name in ("new", "removed", "adapter-0")] == [
+        1,
+        0,
+        1,
+    ]
+
+
 def test_prometheus_reads_both_formats_and_finds_the_request_of_a_slow_answer():
     monitor = monitored(1)
     monitor.take(exchange("adapter-0", request_id="the-slow-one"))

@@ -120,7 +120,14 @@ async def test_another_topic_moves_the_prompts_and_rolls_nothing_back(connect, w
         signal = told["versions"][-1]["signals"]["prompt"]
         assert signal["alarmed"] and signal["since"] and signal["moved"]
         assert abs(signal["effects"]["rank_shift"]) > 0.1
-        assert (await client.get("/v1/adapters/tone")).json()["live"] == 2
+        shown = (await client.get("/v1/adapters/tone")).json()
+        assert shown["live"] == 2, "nothing follows of it but that it is told"
+        (row,) = [row for row in shown["history"] if row["why"].startswith("prompt: ")]
+        assert (row["who"], row["what"], row["from_version"]) == ("watcher", "drift", 2) and "rank_shift" in row["why"]
+        lines = [json.loads(line) for line in (watched.data_dir / "audit.jsonl").read_text().splitlines()]
+        assert ("watcher", "drift", "tone@v2", "prompt") in {
+            (line["who"], line["what"], line["subject"], line.get("reason")) for line in lines
+        }
         text = (await client.get("/metrics")).text
         assert 'loradock_drift_alarms_total{adapter="tone",signal="prompt",version="v2"} 1.0' in text
         again = await client.post("/v1/adapters/tone/drift/acknowledge", json={"version": 2})
@@ -438,6 +445,7 @@ async def test_the_probe_sees_weights_that_changed_without_any_traffic(connect, 
         assert told["noise_ratio"] == pytest.approx(0.4 / 0.04)
         text = (await client.get("/metrics")).text
         assert 'loradock_drift_alarms_total{adapter="tone",signal="probe",version="v1"} 1.0' in text
+        assert (await client.get("/v1/adapters/tone")).json()["history"][-1]["what"] == "drift"
 
 
 def test_a_policy_says_what_it_takes():
