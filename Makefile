@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos overload watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
+.PHONY: help serve test lint types chaos kills overload watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -39,6 +39,9 @@ watch: setup-dev ## drift, damage and latency against the real engine, with ten 
 drift-proof: setup-dev ## the long proofs of drift: false alarms over thousands of streams, every delay of the table
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),1000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),1000) \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/test_drift.py tests/serve/test_compare.py
+
+kills: setup-dev ## the long proof: an optimization killed 30 times and resumed ends in the same bytes
+	@$(BIN)/python -m tests.kills tests/optimize/kills.yaml --kills $(or $(KILLS),30)
 
 equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
 	@$(BIN)/python -m tests.equality $(ARGS)

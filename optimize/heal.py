@@ -31,7 +31,6 @@ from optimize.worker import Job, Progress
 
 SAVE_EVERY = 10
 HELD = 16  # windows of evaluation text, to say what was lost and what came back
-FITTED = 24576  # tokens for the least squares
 BLOCK = 128  # tokens whose logits are held at a time
 
 
@@ -80,7 +79,7 @@ def _repaired(
 ) -> dict[str, Any]:
     """The pruned checkpoint after the least squares, in `out`."""
     student = opened(Path(job.model))
-    rows = max(1, min(len(pool), FITTED // job.options["tokens"]))
+    rows = min(len(pool), max(4, job.calibration.samples * job.calibration.tokens // job.options["tokens"]))
     begin = entered(teacher, torch.tensor(pool[-rows:]), max(1, 1024 // job.options["tokens"]))
     lacked = repair.repaired(list(layers(student)), list(layers(teacher)), pairs, first, begin, progress)
     checkpoint = Checkpoint(Path(job.model))

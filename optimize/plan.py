@@ -108,7 +108,7 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             what = "least squares, then " if step.repair else ""
             what += f"distil the original, LoRA of rank {step.rank}, {step.steps} x {step.batch} x {step.tokens} tokens"
             acts = step.batch * step.tokens * 160 * _hidden(base) * _layers(base) + 2048 * _vocabulary(base)
-            acts += 24576 * (16 * _hidden(base) + 8 * widest) + 12 * widest * widest
+            acts += calibrated * (16 * _hidden(base) + 8 * widest) + 12 * widest * widest
             steps.append(Step("heal", what, PROCESS + 2 * size + acts, 2 * size, STARTING + 20 + 4 * seen * pass_of))
         elif isinstance(step, Quantize):
             seconds = STARTING + 4 * calibrated * pass_of + parameters / 4e6 if step.method != "rtn" else STARTING + 5

@@ -22,6 +22,7 @@ from optimize.model import entered, layers, opened, prefix, settle, through, tok
 from optimize.worker import Job, Progress
 
 BATCH = 4
+WATCHED = 16  # windows that influence is measured on
 TRIED = 4  # windows that a choice is tried on
 SPARE = 3  # candidates beyond the layers to drop
 
@@ -46,7 +47,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     kept: dict[int, torch.Tensor] = {}
     count = len(layers(model))
     if job.options["layers"]:
-        influence = _influence(model, ids, progress)
+        influence = _influence(model, ids[:WATCHED], progress)
         least = sorted(range(count), key=lambda at: influence[at])
         if job.options["choose"] == "greedy":
             least, notes["losses_without"] = _greedy(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +13,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from optimize import artifact, cli, manifest, worker
+from optimize import cli, manifest, worker
+from tests.kills import files, killed
 from tests.optimize.conftest import Adapter
 
-ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("LORADOCK_TEST_KILLS", "3"))
 STEPS = """
 steps:
@@ -35,15 +32,6 @@ def optimize(*arguments: str | Path, expect: int = 0) -> None:
         raise AssertionError(name)
 
     assert cli.run([str(argument) for argument in arguments], none_come_along) == expect
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "serve.cli", "optimize", *map(str, arguments)]
-
-
-def files(folder: Path) -> dict[str, str]:
-    """What has to be the same again: everything but the report, which holds times."""
-    return {name: digest for name, digest in artifact.contents(folder).items() if not name.startswith("report/")}
 
 
 @pytest.fixture(scope="module")
@@ -75,27 +63,8 @@ def test_an_export_is_complete_and_its_manifest_true(whole):
 
 
 def test_killed_at_any_moment_and_resumed_it_ends_in_the_same_bytes(whole, written, tmp_path):
-    recipe, out = written(STEPS), tmp_path / "killed"
-    dice, environ = random.Random(4), {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = 0
-    for _ in range(40 * KILLS):
-        run = subprocess.Popen(
-            command(recipe, "--out", out, "--resume"), env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        try:
-            run.wait(dice.uniform(0.5, 9) if killed < KILLS else 300)
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGKILL)
-            run.wait()
-            killed += 1
-            # What is there under its own name is whole, or is not there.
-            assert not out.exists() or files(out) == files(whole)
-            continue
-        assert run.returncode == 0, run.stdout and run.stdout.read().decode()
-        break
-    assert killed >= 1
-    assert files(out) == files(whole)
-    assert not out.with_name("killed.work").exists()
+    out = tmp_path / "out"
+    assert killed([written(STEPS)], out, files(whole), KILLS, 9.0, seed=4) >= 1
 
 
 def test_resume_does_nothing_twice(written, tmp_path, monkeypatch):
