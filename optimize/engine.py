@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,9 +44,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                     )
             scores: dict[str, Any] = {"engine": measured}
             for done, streams in enumerate(STREAMS):
-                speeds = _raced(
-                    original, result, streams, lambda at, done=done: progress(2 + done * ROUNDS + at, total, "tokens/s")
-                )
+                speeds = _raced(original, result, streams, partial(progress, total=total, what="tokens/s"), 2 + done * ROUNDS)
                 ratios = [after / before for before, after in speeds]
                 for engine, found in zip((old, new), zip(*speeds, strict=True), strict=True):
                     engine.setdefault("tokens_per_second", {})[str(streams)] = round(median(found), 2)
@@ -60,7 +59,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
 
 def _raced(
-    original: Engine, result: Engine, streams: int, progress: Callable[[int], None]
+    original: Engine, result: Engine, streams: int, progress: Callable[[float], None], begun: int
 ) -> list[tuple[float, float]]:
     """Tokens a second of both, ROUNDS times, in turns; the first round warms up and is not told."""
     found = []
@@ -70,7 +69,7 @@ def _raced(
             pair[engine.name] = engine.ask({"streams": streams, "round": round_})["tokens_per_second"]
         if round_:
             found.append((pair["original"], pair["result"]))
-        progress(round_)
+        progress(begun + round_)
     return found
 
 

@@ -113,7 +113,7 @@ def _greedy(
     """The layers to drop, in that order, and the loss after each."""
     whole = list(layers(model))
     norm = model.get_submodule(prefix(model).rpartition(".")[0]).norm
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()
     first = entered(model, ids, 1)
     gone: list[int] = []
     losses: list[float] = []

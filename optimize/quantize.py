@@ -368,9 +368,10 @@ def _mixed(
     allowed = math.log1p(budget or math.inf) * SAFETY
     differ = (1 - agreement) * (1 - (1 - SAFETY) / 8)
     tried: list[dict[str, Any]] = []
-    best, costs, bound = dict.fromkeys(quantizer.units, ladder[-1]), {}, 0.0
+    best, bound = dict.fromkeys(quantizer.units, ladder[-1]), 0.0
     chosen = dict.fromkeys(quantizer.units, low)
     measured: dict[str, dict[str, float]] = {}
+    costs: dict[str, dict[str, float]] = {}
     for round_ in range(ROUNDS):
         after = _tried(quantizer, chosen, factors, held, f"trying mix {round_ + 1}")
         spent = _spent(after, held) - before

@@ -19,8 +19,8 @@ from torch import nn
 from optimize import gptq, text
 from optimize.checkpoint import Checkpoint, Writer
 from optimize.errors import OptimizeError
-from optimize.model import settle, tokenizer
-from optimize.quantize import Quantizer
+from optimize.model import entered, settle, through, tokenizer
+from optimize.quantize import BATCH, Quantizer
 from optimize.recipe import pattern_of
 from optimize.worker import Job, Progress
 
@@ -33,11 +33,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     progress(0, 1, "loading")
     walk = Quantizer(folder, ids, 0, "rtn", frozenset(), progress)
     pruned: dict[str, torch.Tensor] = {}
-    states, others = walk.inputs(walk.ids)
+    begun = entered(walk.model, walk.ids, BATCH)
     for at, layer in enumerate(walk.layers):
         progress(at, len(walk.layers), f"{options['method']}, layer {at + 1} of {len(walk.layers)}")
         units = [unit for unit in walk.units if unit.layer == at]
-        sums = {} if options["method"] == "magnitude" else walk._hessians(layer, units, states, others)
+        sums = {} if options["method"] == "magnitude" else walk._hessians(layer, units, begun)
         for unit in units:
             for name in unit.names:
                 linear = walk.model.get_submodule(name)
@@ -46,7 +46,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                     raise OptimizeError(f"pruning {name} gives NaN or infinity: the weights or the text are broken")
                 pruned[f"{name}.weight"] = made.to(Checkpoint(folder).tensor(f"{name}.weight").dtype)
                 linear.weight = nn.Parameter(made.to(walk.dtype), requires_grad=False)
-        states = walk.through(layer, states, others)
+        begun = through([layer], begun)
     checkpoint = Checkpoint(folder)
     writer = Writer(job.folder / "model", folder)
     for name in checkpoint.entries:
