@@ -54,7 +54,8 @@ def write(folder: Path, facts: Facts) -> None:
     recipe["model"] = parent
     recipe["adapters"] = sorted(facts.recipe.adapters)
     for section in ("calibration", "evaluate"):
-        recipe[section]["text"] = Path(recipe[section]["text"]).name
+        said = recipe[section]["text"]
+        recipe[section]["text"] = said if said.startswith("hf:") else Path(said).name
     body = {
         "manifest_version": 1,
         "key": facts.plan.key,

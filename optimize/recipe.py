@@ -22,7 +22,8 @@ Part = msgspec.Struct
 
 
 class Text(Part, frozen=True, kw_only=True):
-    """Text for calibration or evaluation: `default`, or a .jsonl, .txt or .parquet file."""
+    """Text for calibration or evaluation: `default`, a .jsonl, .txt or .parquet file, or such files of a dataset on the
+    hub: `hf://datasets/ORG/NAME/PATTERN`, with `@REVISION` behind the name if need be."""
 
     text: str = "default"
     column: str = "text"
@@ -31,10 +32,11 @@ class Text(Part, frozen=True, kw_only=True):
 
 
 class Merge(Part, frozen=True, kw_only=True, tag="merge"):
-    """LoRA adapters into the base's weights, one after another."""
+    """LoRA adapters into the base's weights, one after another; into a quantized base only with `requantize`."""
 
     adapters: tuple[str, ...]
     weights: tuple[float, ...] = ()
+    requantize: bool = False
 
 
 class Combine(Part, frozen=True, kw_only=True, tag="combine"):
@@ -197,7 +199,7 @@ def parse(written: str, folder: Path, overrides: Mapping[str, str] | None = None
     fields["steps"] = tuple(_step(step, at) for at, step in enumerate(_list(read.get("steps") or []), 1))
     recipe = _convert(fields)
     texts = {
-        section: msgspec.structs.replace(part, text=part.text if part.text == "default" else _path(part.text, folder))
+        section: msgspec.structs.replace(part, text=_text(part.text, folder))
         for section, part in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate))
     }
     model = _path(recipe.model, folder) if recipe.model.startswith((".", "/", "~")) else recipe.model
@@ -355,6 +357,12 @@ def _quantizes(step: Quantize, where: str) -> None:
                 raise RecipeError(f"{where}: ignore {pattern!r} is no regular expression: {error}") from error
 
 
+def _text(value: str, folder: Path) -> str:
+    if value.startswith("hf:") and not re.fullmatch(r"hf://datasets/[^/@]+/[^/@]+(@[^/]+)?/.+", value):
+        raise RecipeError(f"{value!r} is no dataset's files: write hf://datasets/ORG/NAME/data/train-*.parquet")
+    return value if value == "default" or value.startswith("hf:") else _path(value, folder)
+
+
 def _path(value: str, folder: Path) -> str:
     return str((folder / Path(value).expanduser()).resolve())
 
@@ -375,6 +383,12 @@ def _sensible(recipe: Recipe) -> None:
                     raise RecipeError(
                         f"{where}: there is no adapter {name!r}{_nearest(name, names)}; add it to `adapters:`"
                     )
+            if (
+                isinstance(step, Merge)
+                and step.requantize
+                and not any(isinstance(later, Quantize) for later in recipe.steps[at:])
+            ):
+                raise RecipeError(f"{where}: requantize wants a quantize step after it")
             if step.weights and len(step.weights) != len(step.adapters):
                 raise RecipeError(f"{where}: {len(step.weights)} weights for {len(step.adapters)} adapters")
         if isinstance(step, Combine):
