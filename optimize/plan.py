@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,10 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
     )
     logits = recipe.evaluate.tokens * _vocabulary(base) * 16
     steps.append(Step("evaluate", what, PROCESS + 2 * size + logits, 100_000, seconds))
+    if recipe.evaluate.tasks:
+        what = f"lm-eval on both models: {', '.join(Path(name).stem for name in recipe.evaluate.tasks)}"
+        asked = (recipe.evaluate.task_limit or 1000) * len(recipe.evaluate.tasks) * 500 * pass_of
+        steps.append(Step("tasks", what, PROCESS + size + 8 * logits, 100_000, 2 * STARTING + 2 * asked))
     if recipe.export.format == "vllm" and recipe.evaluate.engine:
         what = "both models in vLLM: load, answers, tokens/s at 1 and 16 streams"
         steps.append(Step("engine", what, 3 * PROCESS + 2 * size + (1 << 30), 100_000, 240))
@@ -163,12 +168,17 @@ def _slow(recipe: Recipe, step: Quantize) -> str:
 def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, Any]]) -> None:
     """Refusals that need the model's and the adapters' headers."""
     kinds = {KIND[type(step)] for step in recipe.steps}
+    if recipe.evaluate.tasks and find_spec("lm_eval") is None:
+        raise Refused(
+            "evaluate: tasks are scored by lm-eval, which is not installed: pip install 'loradock[lm-eval]', or leave "
+            "`tasks` out"
+        )
     if base.quantization is not None:
         first = next((step for step in recipe.steps if not isinstance(step, Combine)), None)
         if isinstance(first, Merge) and not first.requantize:
             raise Refused(
                 f"{base.folder.name} is quantized already, and merging into rounded numbers rounds them twice: start "
-                "from the original checkpoint, or accept that with `requantize: true` and a quantize step after the merge"
+                "from the original checkpoint, or accept that with `requantize: true` and a quantize step after it"
             )
         if first and not isinstance(first, Merge):
             raise Refused(

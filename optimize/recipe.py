@@ -98,6 +98,8 @@ class Quantize(Part, frozen=True, kw_only=True, tag="quantize"):
 
 
 class Evaluate(Part, frozen=True, kw_only=True):
+    """What the result is measured on. `tasks` are lm-eval's, or files of its kind, of `task_limit` questions each."""
+
     text: str = "default"
     column: str = "text"
     samples: int = 32
@@ -108,6 +110,8 @@ class Evaluate(Part, frozen=True, kw_only=True):
         "Write one sentence about the sea.",
     )
     engine: bool = True
+    tasks: tuple[str, ...] = ()
+    task_limit: int = 0
 
 
 class Gate(Part, frozen=True, kw_only=True):
@@ -122,6 +126,7 @@ class Gate(Part, frozen=True, kw_only=True):
     min_speed: float | None = None
     min_speed_16: float | None = None
     min_healed: float | None = None
+    max_task_loss: float | None = None
     max_logit_difference: float | None = None
 
 
@@ -202,6 +207,8 @@ def parse(written: str, folder: Path, overrides: Mapping[str, str] | None = None
         section: msgspec.structs.replace(part, text=_text(part.text, folder))
         for section, part in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate))
     }
+    own = tuple(_path(name, folder) if name.endswith((".yaml", ".yml")) else name for name in recipe.evaluate.tasks)
+    texts["evaluate"] = msgspec.structs.replace(texts["evaluate"], tasks=own)
     model = _path(recipe.model, folder) if recipe.model.startswith((".", "/", "~")) else recipe.model
     output = _path(recipe.output, folder) if recipe.output else ""
     recipe = msgspec.structs.replace(recipe, model=model, output=output, **texts)
@@ -430,6 +437,10 @@ def _sensible(recipe: Recipe) -> None:
             raise RecipeError(f"{name}: samples is at least 1 and tokens at least 8")
     if recipe.gate.min_healed is not None and not healed:
         raise RecipeError("gate: min_healed needs a heal step")
+    if recipe.evaluate.tasks and recipe.export.format != "vllm":
+        raise RecipeError("evaluate: tasks are scored on a vllm export")
+    if recipe.gate.max_task_loss is not None and not recipe.evaluate.tasks:
+        raise RecipeError("gate: max_task_loss needs `evaluate: {tasks: [...]}`")
     engine = recipe.evaluate.engine and recipe.export.format == "vllm"
     if not engine and (recipe.gate.min_speed is not None or recipe.gate.min_speed_16 is not None):
         raise RecipeError("gate: min_speed is measured in the engine: `evaluate: {engine: true}` and a vllm export")
