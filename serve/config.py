@@ -92,6 +92,7 @@ class Config:
     data_dir: Path = _setting(lambda: _xdg("XDG_DATA_HOME", ".local/share"), "where adapters and the registry live")
     cache_dir: Path = _setting(lambda: _xdg("XDG_CACHE_HOME", ".cache"), "where the embedded model is kept")
     registry: str = _setting("", "database URL of the registry (default: SQLite in data_dir)")
+    blobs: str = _setting("", "folder by URL where all servers of one registry keep adapters, as s3://bucket/prefix")
     api_keys: tuple[str, ...] = _setting(tuple, "keys that may ask for answers (or their sha256:HEX)")
     admin_keys: tuple[str, ...] = _setting(tuple, "keys that may also change adapters (or their sha256:HEX)")
     max_upload_bytes: int = _setting(1 << 30, "largest adapter upload, as 512MiB or in bytes")
@@ -129,6 +130,12 @@ class Config:
     capture_hours: float = _setting(24.0, "hours until a quoted request is forgotten")
     policies: tuple[Policy, ...] = _setting(lambda: DEFAULT_POLICIES, "what to do about canaries, by adapter (README)")
     slos: tuple[Slo, ...] = _setting(lambda: DEFAULT_SLOS, "service level objectives, by adapter (see README)")
+    ray: bool = _setting(False, "serve with replicas on a Ray cluster, which is started here unless ray_address is set")
+    ray_address: str = _setting("", "a Ray cluster that runs already: auto, or HOST:PORT of its head")
+    replicas: int = _setting(1, "with ray: servers of the same models, each with engines of its own")
+    max_replicas: int = _setting(0, "with ray: replicas that load may make of them (0: no more than replicas)")
+    target_queue: float = _setting(16.0, "with ray: requests a replica, under way and waiting, that scaling aims at")
+    target_first_token: float = _setting(0.0, "with ray: seconds to the first token above which one is added (0: any)")
     log_level: str = _setting("info", "debug, info, warning or error")
     engine: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), metadata={"help": ""})
     engines: tuple[Base, ...] = field(default=(), metadata={"help": ""})
@@ -367,6 +374,10 @@ def _checked(config: Config) -> Config:
         raise ConfigError(f"drift_logprobs takes a share from 0 to 1, not {config.drift_logprobs}")
     if not config.drift_threshold > 1 or config.drift_reference < 20 or config.drift_versions < 1:
         raise ConfigError("drift_threshold takes more than 1, drift_reference 20 or more, drift_versions 1 or more")
+    if config.replicas < 1 or config.target_queue <= 0 or config.target_first_token < 0:
+        raise ConfigError("replicas takes 1 or more, target_queue more than 0, target_first_token seconds from 0 up")
+    if not config.ray and (config.replicas > 1 or config.max_replicas > 1):
+        raise ConfigError("replicas are Ray's to run: add --ray, or start one server for each machine yourself")
     for pattern in config.capture_redact:
         try:
             re.compile(pattern)

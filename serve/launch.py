@@ -34,17 +34,17 @@ IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 def serve(config: Config) -> int:
     """Serve until a signal; the exit code. Raises ConfigError for what cannot be served."""
-    _log_to_stderr(config.log_level)
+    log_to_stderr(config.log_level)
     sock = machine.listen(config.host, config.port)
     try:
-        config = _resolved(config)
-        with _own(config.data_dir):
+        config = resolved(config)
+        with own(config.data_dir):
             return _run(config, sock)
     finally:
         sock.close()
 
 
-def _log_to_stderr(level: str) -> None:
+def log_to_stderr(level: str) -> None:
     """Our own loggers alone: vLLM sets its own up, and the root's would say everything twice."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S"))
@@ -54,7 +54,7 @@ def _log_to_stderr(level: str) -> None:
         logger.setLevel(level.upper())
 
 
-def _resolved(config: Config) -> Config:
+def resolved(config: Config) -> Config:
     """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
     environ = dict(os.environ)
     found = (replace(base, model=find(base.model, config.cache_dir)) for base in config.bases)
@@ -102,7 +102,7 @@ def _bytes(value: Any) -> int:
 
 
 @contextmanager
-def _own(folder: Path) -> Iterator[None]:
+def own(folder: Path) -> Iterator[None]:
     """The data directory, made when absent, and ours alone: a second server would sweep away this one's uploads."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
