@@ -1,4 +1,4 @@
-"""`make cluster`: two replicas on a real Ray, over a real PostgreSQL and an S3 server, are one server to whoever asks."""
+"""`make cluster`: two replicas on a real Ray, with a real PostgreSQL and an S3 server, are one to whoever asks."""
 
 from __future__ import annotations
 
