@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,7 +29,7 @@ from serve import forkserver, machine
 from serve.config import Base, Config
 from serve.engine import Phase
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
-from serve.launch import log_to_stderr, own, resolved
+from serve.launch import Server, log_to_stderr, own, resolved
 from serve.tap import Exchange
 
 log = logging.getLogger("loradock")
@@ -233,7 +234,20 @@ class Replica:
             if self._failure:
                 return str(self._failure)
             await asyncio.sleep(0.1)
+        self._beside = asyncio.create_task(self._listen(self._app))
         return ""
+
+    async def _listen(self, app: FastAPI) -> None:
+        """Also answer on a port of this replica's own: what Prometheus reads there is its, and no other's."""
+        port = self._config.port + 1 + self._number
+        try:
+            sock = machine.listen(self._config.host, port)
+        except ConfigError as error:
+            log.warning("this replica has no address of its own: %s", error)
+            return
+        quiet = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+        secure = {"ssl_certfile": self._config.ssl_certfile or None, "ssl_keyfile": self._config.ssl_keyfile or None}
+        await Server(uvicorn.Config(app, **quiet, **secure)).serve(sockets=[sock])  # type: ignore[arg-type]
 
     def _placed(self, config: Config) -> tuple[Config, int]:
         """A data directory of this replica's own below the common one, the first that nobody has."""

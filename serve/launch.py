@@ -133,7 +133,7 @@ def _run(config: Config, sock: socket) -> int:
 
     backends = [VLLMBackend(base.model, base.name, base.engine) for base in config.bases]
     app = build_app(config, backends, fail)
-    server = _Server(
+    server = Server(
         uvicorn.Config(
             app,
             log_level="warning",
@@ -180,7 +180,7 @@ def _told_briefly(record: logging.LogRecord) -> bool:
     return True
 
 
-async def _serve(server: _Server, app: FastAPI, sock: socket, config: Config) -> None:
+async def _serve(server: Server, app: FastAPI, sock: socket, config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.ask_to_stop)
@@ -199,7 +199,7 @@ async def _announce(app: FastAPI, url: str) -> None:
     log.info("ready: %s/v1 answers as %s", url, app.state.engine.name)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn, with a stop that ends in exit code 0: the first signal drains, the second does not wait."""
 
     @contextmanager

@@ -2,8 +2,8 @@
 
     python -m tests.recovery [ROUNDS]
 
-Each round starts the server over a data directory that holds the adapters (warm: everything is in the page cache), waits
-until they are in the engine, kills the engine, and waits again; then once more with 16 streams that never stop asking.
+Each round starts the server over a data directory that holds the adapters (warm: all files are in the page cache),
+waits until they are in the engine, kills it, and waits again; then once more with 16 streams that never stop asking.
 """
 
 from __future__ import annotations

@@ -8,16 +8,17 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from serve.bench.swap import Plan, prove
 from serve.bench.wire import Address
 from tests.e2e.crowd import STREAMS, Crowd, stock, word
-from tests.e2e.server import SMALL, Server, done, eventually
+from tests.e2e.server import SMALL, Server, descendants, done, eventually
 from tests.serve import postgres
 
 pytestmark = [
@@ -98,3 +99,29 @@ def test_a_rolling_restart_fails_no_request(cluster):
         crowd.whole(2 * STREAMS)
     assert not crowd.broken, Counter(end.said[:200] for end in crowd.broken)
     assert cluster.ask("a1").word == word(1)
+
+
+def test_each_replica_also_answers_alone(cluster):
+    ids = set()
+    for number in (1, 2, 3):
+        url = f"http://127.0.0.1:{cluster.port + number}"
+        with suppress(httpx.ConnectError):
+            rows = done(httpx.get(f"{url}/v1/replicas"))["data"]
+            ids |= {row["id"] for row in rows if row["me"]}
+            assert "loradock_requests_total" in httpx.get(f"{url}/metrics").text
+    assert ids == {row["id"] for row in replicas(cluster)}
+
+
+def test_what_dies_with_a_replica_is_its_own_answers_and_another_takes_its_place(cluster):
+    before = {row["id"] for row in replicas(cluster)}
+    with Crowd(cluster) as crowd:
+        crowd.whole(STREAMS)
+        family = descendants(cluster.process.pid)
+        victim = next(pid for pid in family if "ServeReplica" in Path(f"/proc/{pid}/cmdline").read_text())
+        os.kill(victim, signal.SIGKILL)
+        began = time.monotonic()
+        assert eventually(lambda: len({row["id"] for row in replicas(cluster)} - before) == 1, 300), replicas(cluster)
+        print(f"replaced after {time.monotonic() - began:.0f} s; {Counter(end.said[:80] for end in crowd.broken)}")
+        crowd.whole(2 * STREAMS)
+    assert len(crowd.broken) <= STREAMS, Counter(end.said[:200] for end in crowd.broken)
+    assert not any("wrong" in end.said for end in crowd.broken)
