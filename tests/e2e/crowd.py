@@ -156,7 +156,9 @@ def engine_hung(server: Server) -> str:
 
 
 def _replaced(server: Server, number: int, notice: float) -> str:
-    victims, began = engines(server), time.monotonic()
+    # The kernel may leave children out of its list while others come and go.
+    victims, began = eventually(lambda: engines(server)), time.monotonic()
+    assert victims, "no engine was found"
     for pid in victims:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
