@@ -57,7 +57,8 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
     except ImportError as missing:
         raise ConfigError("--ray needs Ray: install loradock[ray] beside the engine's extra") from missing
     machine.listen(config.host, config.port).close()
-    config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    held = ExitStack()
+    held.enter_context(own(config.data_dir))
     ray.init(
         address=config.ray_address or None,
         namespace=NAME,
@@ -98,10 +99,14 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
     finally:
         ray_serve.shutdown()
         ray.shutdown()
+        held.close()
 
 
 def shared(config: Config, *, several: bool) -> Config:
-    """The same Config with a registry and a place for adapters that every replica sees, and fit to travel."""
+    """The same Config with a registry and a place for adapters that every replica sees, and fit to travel.
+
+    On one machine both lie where a server alone has them, so it can take over, and `loradock backup` finds them.
+    """
     if several and (not config.registry or config.registry.startswith("sqlite") or not config.blobs):
         raise ConfigError(
             "replicas on several machines need a registry and a place for adapters that all of them reach: set "
@@ -110,7 +115,7 @@ def shared(config: Config, *, several: bool) -> Config:
     return replace(
         config,
         registry=config.registry or f"sqlite:///{config.data_dir / 'registry.sqlite'}",
-        blobs=config.blobs or f"file://{config.data_dir / 'shared'}",
+        blobs=config.blobs or f"file://{config.data_dir / 'blobs'}",
         # A read-only view of a dictionary cannot be pickled.
         engine=dict(config.engine),
         engines=tuple(Base(one.name, one.model, dict(one.engine)) for one in config.engines),

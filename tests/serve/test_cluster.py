@@ -47,7 +47,7 @@ def test_what_replicas_share_travels_and_is_in_the_data_directory_unless_said_ot
     config = load(["--ray", "--replicas", "2", "--data-dir", str(tmp_path), "--max-loras", "4"], {})
     one = pickle.loads(pickle.dumps(shared(config, several=False)))
     assert one.registry == f"sqlite:///{tmp_path}/registry.sqlite"
-    assert one.blobs == f"file://{tmp_path}/shared"
+    assert one.blobs == f"file://{tmp_path}/blobs"
     assert one.bases[0].engine == {"max_loras": "4"}
 
 
