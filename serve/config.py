@@ -99,7 +99,12 @@ class Config:
     probe: bool = _setting(True, "whether an upload must change what the base says")
     probe_min_effect: float = _setting(0.08, "how far it must move the log-probabilities, in nats on average")
     probe_max_perplexity: float = _setting(0.0, "how many times the base's perplexity it may have (0: any)")
-    lora_kernels: str = _setting("auto", "on a CPU: auto, compile (torch.compile too), or off for vLLM's own LoRA path")
+    lora_kernels: str = _setting(
+        "auto", "on a CPU: auto, layers, compile (torch.compile too), or off for vLLM's own path"
+    )
+    cpu_weights: str = _setting(
+        "auto", "on a CPU: auto (as in the checkpoint), or int8 for bfloat16 ones: faster, rounded"
+    )
     max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
     allowed_target_modules: tuple[str, ...] = _setting(tuple, "modules that uploads may adapt, as q_proj,v_proj")
     allowed_licenses: tuple[str, ...] = _setting(tuple, "licenses of uploads, as apache-2.0,mit, from their README.md")
@@ -391,8 +396,12 @@ def _checked(config: Config) -> Config:
             raise ConfigError(f"{name} takes a number from 0 up, not {getattr(config, name)}")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"log_level takes debug, info, warning or error, not {config.log_level!r}")
-    if config.lora_kernels not in ("auto", "compile", "off"):
-        raise ConfigError(f"lora_kernels takes auto, compile or off, not {config.lora_kernels!r}")
+    if config.lora_kernels not in ("auto", "layers", "compile", "off"):
+        raise ConfigError(f"lora_kernels takes auto, layers, compile or off, not {config.lora_kernels!r}")
+    if config.cpu_weights not in ("auto", "int8"):
+        raise ConfigError(f"cpu_weights takes auto or int8, not {config.cpu_weights!r}")
+    if config.cpu_weights == "int8" and config.lora_kernels != "auto":
+        raise ConfigError("cpu_weights=int8 goes with lora_kernels=auto alone: only its kernels read such weights")
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
         raise ConfigError("ssl_certfile and ssl_keyfile go together: give both or none")
     if config.open and not _loopback(config.host):
