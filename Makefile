@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills overload watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -28,6 +28,13 @@ types: setup-dev ## mypy
 chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30 minutes of faults under 16 streams
 	@LORADOCK_TEST_FLEET=1 LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py tests/e2e/test_fleet.py
 	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+
+cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 server: the swap proof, a rolling restart
+	@$(BIN)/python -c 'import ray.serve' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
+	@LORADOCK_TEST_RAY=1 $(BIN)/python -m pytest -s tests/e2e/test_cluster.py
+
+recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start
+	@$(BIN)/python -m tests.recovery $(ARGS)
 
 overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away
 	@$(BIN)/python -m tests.overload $(ARGS)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale", "qweight",
+             "qzeros", "scales", "g_idx", "k_scale", "v_scale")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,25 @@ class Checkpoint:
         found: dict[str, Any] | None = self.config.get("quantization_config")
         return found
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """name -> shape of every weight, by the names and shapes that it has in a model that was never quantized."""
+        scheme = Schemes(self.quantization)
+        found: dict[str, tuple[int, ...]] = {}
+        for name, entry in self.entries.items():
+            module, _, leaf = name.rpartition(".")
+            if leaf == "qweight":
+                found[f"{module}.weight"] = (entry.shape[1], entry.shape[0] * 8)
+            elif leaf == "weight_packed":
+                bits = int((scheme.of(module) or {"weights": {"num_bits": 4}})["weights"]["num_bits"])
+                found[f"{module}.weight"] = (
+                    entry.shape[0],
+                    entry.shape[1] * 8 * (entry.bytes // entry.elements) // bits,
+                )
+            elif leaf not in QUANTIZED:
+                found[name] = entry.shape
+        return found
+
     @property
     def tied(self) -> bool:
         """Whether the output layer is the embedding itself."""
@@ -100,6 +121,40 @@ class Checkpoint:
         if file not in self._handles:
             self._handles[file] = safe_open(str(self.folder / file), "pt")
         return self._handles[file]
+
+
+class Schemes:
+    """What a checkpoint's `quantization_config` says of each layer."""
+
+    def __init__(self, config: dict[str, Any] | None) -> None:
+        self._by_target: dict[str, dict[str, Any]] = {}
+        self._ignore: set[str] = set()
+        self.gptq = False
+        self.kv_cache: dict[str, Any] | None = None
+        if config is None:
+            return
+        method = config.get("quant_method")
+        self.gptq = method == "gptq"
+        if self.gptq and (config.get("bits"), config.get("checkpoint_format", "gptq")) != (4, "gptq"):
+            raise Refused("GPTQ is read with 4 bits, in the format `gptq`: start from the original")
+        if self.gptq:
+            return
+        if method != "compressed-tensors":
+            raise Refused(f"the model is quantized as {method!r}, which is not read here: start from its original")
+        self._ignore = set(config.get("ignore") or [])
+        self.kv_cache = config.get("kv_cache_scheme")
+        for group in config["config_groups"].values():
+            for target in group["targets"]:
+                self._by_target[target] = group
+
+    def of(self, name: str) -> dict[str, Any] | None:
+        if name in self._ignore:
+            return None
+        return self._by_target.get(name) or self._by_target.get("Linear")
+
+    def rounds_activations(self, name: str) -> bool:
+        group = self.of(name)
+        return bool(group and group.get("input_activations"))
 
 
 class Writer:

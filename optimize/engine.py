@@ -44,7 +44,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                     )
             scores: dict[str, Any] = {"engine": measured}
             for done, streams in enumerate(STREAMS):
-                speeds = _raced(original, result, streams, partial(progress, total=total, what="tokens/s"), 2 + done * ROUNDS)
+                speeds = _raced(
+                    original, result, streams, partial(progress, total=total, what="tokens/s"), 2 + done * ROUNDS
+                )
                 ratios = [after / before for before, after in speeds]
                 for engine, found in zip((old, new), zip(*speeds, strict=True), strict=True):
                     engine.setdefault("tokens_per_second", {})[str(streams)] = round(median(found), 2)

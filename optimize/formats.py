@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from optimize.checkpoint import Checkpoint
+from optimize.checkpoint import QUANTIZED, Checkpoint, Schemes
 from optimize.errors import Refused
 
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale", "qweight",
-         "qzeros", "scales", "g_idx", "k_scale", "v_scale")  # fmt: skip
 BLOCK = 128  # rows and columns of one float8 scale
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -155,40 +153,6 @@ def gptq_config(group: int, full: list[str]) -> dict[str, Any]:
     return found
 
 
-class Schemes:
-    """What a checkpoint's `quantization_config` says of each layer."""
-
-    def __init__(self, config: dict[str, Any] | None) -> None:
-        self._by_target: dict[str, dict[str, Any]] = {}
-        self._ignore: set[str] = set()
-        self.gptq = False
-        self.kv_cache: dict[str, Any] | None = None
-        if config is None:
-            return
-        method = config.get("quant_method")
-        self.gptq = method == "gptq"
-        if self.gptq and (config.get("bits"), config.get("checkpoint_format", "gptq")) != (4, "gptq"):
-            raise Refused("GPTQ is read with 4 bits, in the format `gptq`: start from the original")
-        if self.gptq:
-            return
-        if method != "compressed-tensors":
-            raise Refused(f"the model is quantized as {method!r}, which is not read here: start from its original")
-        self._ignore = set(config.get("ignore") or [])
-        self.kv_cache = config.get("kv_cache_scheme")
-        for group in config["config_groups"].values():
-            for target in group["targets"]:
-                self._by_target[target] = group
-
-    def of(self, name: str) -> dict[str, Any] | None:
-        if name in self._ignore:
-            return None
-        return self._by_target.get(name) or self._by_target.get("Linear")
-
-    def rounds_activations(self, name: str) -> bool:
-        group = self.of(name)
-        return bool(group and group.get("input_activations"))
-
-
 def dense(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight by the name that it has in a model that was never quantized, one at a time."""
     scheme, names = Schemes(checkpoint.quantization), checkpoint.entries
@@ -198,13 +162,13 @@ def dense(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
             parts = {part: checkpoint.tensor(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
             yield f"{module}.weight", _from_gptq(parts)
         elif leaf == "weight_packed" or (leaf == "weight" and f"{module}.weight_scale" in names):
-            parts = {part: checkpoint.tensor(f"{module}.{part}") for part in PARTS if f"{module}.{part}" in names}
+            parts = {part: checkpoint.tensor(f"{module}.{part}") for part in QUANTIZED if f"{module}.{part}" in names}
             parts[leaf] = checkpoint.tensor(name)
             group = scheme.of(module)
             if group is None:
                 raise Refused(f"{checkpoint.folder.name}: its config does not say how {module} is quantized")
             yield f"{module}.weight", _dense(parts, group)
-        elif leaf not in PARTS:
+        elif leaf not in QUANTIZED:
             yield name, checkpoint.tensor(name)
 
 

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from optimize.run import Done
 
 NAME = "manifest.json"
-LIBRARIES = ("torch", "transformers", "peft", "compressed-tensors", "safetensors", "numpy", "onnx", "onnxruntime")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "compressed-tensors",
+    "safetensors",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "lm-eval",
+)
 TIMED_SCORES = ("engine", "speed_1", "speed_16", "speed_1_spread", "speed_16_spread")
 
 
@@ -53,8 +63,10 @@ def write(folder: Path, facts: Facts) -> None:
     recipe = {name: value for name, value in plain(facts.recipe).items() if name not in ("output", "adapters", "steps")}
     recipe["model"] = parent
     recipe["adapters"] = sorted(facts.recipe.adapters)
+    recipe["evaluate"]["tasks"] = [Path(name).name for name in recipe["evaluate"]["tasks"]]
     for section in ("calibration", "evaluate"):
-        recipe[section]["text"] = Path(recipe[section]["text"]).name
+        said = recipe[section]["text"]
+        recipe[section]["text"] = said if said.startswith("hf:") else Path(said).name
     body = {
         "manifest_version": 1,
         "key": facts.plan.key,
@@ -65,7 +77,7 @@ def write(folder: Path, facts: Facts) -> None:
         "steps": [
             {"step": done.kind, "options": done.options, "notes": _lasting(done.notes)}
             for done in facts.done
-            if done.kind not in ("evaluate", "engine")
+            if done.kind not in ("evaluate", "engine", "tasks")
         ],
         "versions": versions(),
         "scores": {name: value for name, value in facts.scores.items() if name not in TIMED_SCORES},
@@ -132,5 +144,5 @@ def _card(facts: Facts, parent: str) -> str:
 
 
 def _steps(facts: Facts) -> str:
-    shown = [done.kind for done in facts.done if done.kind not in ("evaluate", "engine")]
+    shown = [done.kind for done in facts.done if done.kind not in ("evaluate", "engine", "tasks")]
     return ", ".join(shown) or "no step"

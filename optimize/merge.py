@@ -13,14 +13,16 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from optimize import formats
 from optimize.checkpoint import Checkpoint, Writer
 from optimize.errors import OptimizeError, Refused
 from optimize.model import logits, opened, settle, tokenizer
@@ -94,24 +96,27 @@ def merged_into(
 ) -> None:
     """The checkpoint of base plus adapters, written to `out`."""
     checkpoint = Checkpoint(base)
-    config = dict(checkpoint.config)
-    names = list(checkpoint.entries)
+    config = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    names = list(checkpoint.shapes)
     touched = {f"{module}.weight" for adapter in adapters for module in adapter.lora}
     touched |= {name for adapter in adapters for name in adapter.saved}
+    weights: Iterable[tuple[str, torch.Tensor]] = formats.dense(checkpoint)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
     if checkpoint.tied and touched & {EMBEDDING, HEAD}:
         names.append(HEAD)
+        weights = chain(weights, [(HEAD, checkpoint.tensor(EMBEDDING))])
         config["tie_word_embeddings"] = False
     if unknown := touched - set(names):
         raise Refused(f"an adapter is for another base: this one has no {sorted(unknown)[0]}")
     writer = Writer(out, base, shard_bytes)
-    for done, name in enumerate(names):
-        tensor = checkpoint.tensor(name if name in checkpoint.entries else EMBEDDING)
-        writer.add(name, _merged(name, tensor, adapters) if name in touched else tensor.clone())
+    for done, (name, tensor) in enumerate(weights):
+        kind = tensor.dtype if checkpoint.quantization is None else dtype
+        writer.add(name, _merged(name, tensor, adapters, kind) if name in touched else tensor.to(kind).clone())
         progress(done, 2 * len(names), name)
     writer.close(config)
 
 
-def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
+def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> torch.Tensor:
     module = name.removesuffix(".weight")
     wide = tensor.float()
     for adapter in adapters:
@@ -132,7 +137,7 @@ def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter]) -> tor
             if "magnitude_vector" in adapter.lora[module]:
                 magnitude = adapter.lora[module]["magnitude_vector"].float().flatten()
                 wide = wide * (magnitude / wide.norm(dim=1))[:, None]
-    made = wide.to(tensor.dtype)
+    made = wide.to(dtype)
     if not bool(made.isfinite().all()):
         raise OptimizeError(
             f"merging gives NaN or infinity in {name}: look at the adapters {[a.name for a in adapters]}"
@@ -147,7 +152,7 @@ def checked(job: Job, names: Sequence[str], weights: Sequence[float]) -> dict[st
 
     words = tokenizer(Path(job.model))
     probes = [words(text, return_tensors="pt").input_ids for text in PROBE]
-    base = opened(Path(job.model), torch.float32)
+    base = opened(Path(job.model), torch.float32, rounds=False)
     before: list[torch.Tensor] = []
     right: list[torch.Tensor] = []
     for name, weight in zip(names, weights, strict=True):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from optimize import formats, kvcache
-from optimize.checkpoint import Checkpoint
+from optimize.checkpoint import Checkpoint, Schemes
 from optimize.errors import OptimizeError, Refused
 
 
@@ -58,12 +58,12 @@ def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def opened(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model in `folder`, ready to ask."""
+def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True) -> nn.Module:
+    """The model in `folder`, ready to ask; with `rounds` it rounds what the engine rounds beside the weights."""
     checkpoint = Checkpoint(folder)
     dtype = dtype or compute_dtype()
     model = skeleton(folder, dtype)
-    scheme = formats.Schemes(checkpoint.quantization)
+    scheme = Schemes(checkpoint.quantization)
     weights = {name: tensor.to(dtype) for name, tensor in formats.dense(checkpoint)}
     _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
@@ -73,9 +73,9 @@ def opened(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
             f"{folder} does not fit its config.json: {(left or unexpected)[0]} is {'missing' if left else 'extra'}"
         )
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and scheme.rounds_activations(name):
+        if rounds and isinstance(module, nn.Linear) and scheme.rounds_activations(name):
             module.register_forward_pre_hook(rounding(scheme.of(name) or {}, _global_scale(checkpoint, name)))
-    if scheme.kv_cache is not None:
+    if rounds and scheme.kv_cache is not None:
         kvcache.rounded(
             model,
             {name: float(checkpoint.tensor(name)) for name in checkpoint.entries if name.endswith(kvcache.SCALES)},

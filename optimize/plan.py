@@ -12,11 +12,12 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from optimize import artifact
-from optimize.checkpoint import Checkpoint, Entry, header
+from optimize.checkpoint import Checkpoint, header
 from optimize.errors import Refused
 from optimize.recipe import KIND, Combine, Heal, Merge, Prune, Quantize, Recipe, plain
 
@@ -97,6 +98,7 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
     for step in recipe.steps:
         if isinstance(step, Merge):
             what = f"{', '.join(step.adapters)} into the base's weights, in fp32, shard by shard"
+            what = f"take {base.folder.name} apart into full weights, then {what}" if base.quantization else what
             steps.append(Step("merge", what, PROCESS + 6 * largest + 4 * size, size, STARTING + size / 2e8 + 10))
         elif isinstance(step, Combine):
             what = f"{', '.join(step.adapters)} into one adapter, {step.name}, by {step.method}"
@@ -136,6 +138,10 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
     )
     logits = recipe.evaluate.tokens * _vocabulary(base) * 16
     steps.append(Step("evaluate", what, PROCESS + 2 * size + logits, 100_000, seconds))
+    if recipe.evaluate.tasks:
+        what = f"lm-eval on both models: {', '.join(Path(name).stem for name in recipe.evaluate.tasks)}"
+        asked = (recipe.evaluate.task_limit or 1000) * len(recipe.evaluate.tasks) * 500 * pass_of
+        steps.append(Step("tasks", what, PROCESS + size + 8 * logits, 100_000, 2 * STARTING + 2 * asked))
     if recipe.export.format == "vllm" and recipe.evaluate.engine:
         what = "both models in vLLM: load, answers, tokens/s at 1 and 16 streams"
         steps.append(Step("engine", what, 6 * PROCESS + 3 * size + (2 << 30), 100_000, 240))
@@ -166,18 +172,28 @@ def _slow(recipe: Recipe, step: Quantize) -> str:
 def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, Any]]) -> None:
     """Refusals that need the model's and the adapters' headers."""
     kinds = {KIND[type(step)] for step in recipe.steps}
+    if recipe.evaluate.tasks and find_spec("lm_eval") is None:
+        raise Refused(
+            "evaluate: tasks are scored by lm-eval, which is not installed: pip install 'loradock[lm-eval]', or leave "
+            "`tasks` out"
+        )
     if base.quantization is not None:
-        changing = kinds & {"merge", "prune", "heal", "quantize"}
-        if changing:
+        first = next((step for step in recipe.steps if not isinstance(step, Combine)), None)
+        if isinstance(first, Merge) and not first.requantize:
             raise Refused(
-                f"{base.folder.name} is quantized already and {sorted(changing)[0]} needs full weights: "
-                "adding to rounded numbers would round them twice; start from the original checkpoint"
+                f"{base.folder.name} is quantized already, and merging into rounded numbers rounds them twice: start "
+                "from the original checkpoint, or accept that with `requantize: true` and a quantize step after it"
+            )
+        if first and not isinstance(first, Merge):
+            raise Refused(
+                f"{base.folder.name} is quantized already and {KIND[type(first)]} needs full weights: "
+                "start from the original checkpoint"
             )
     for step in recipe.steps:
         if isinstance(step, Prune):
             if step.layers >= _layers(base):
                 raise Refused(f"the model has {_layers(base)} layers, so {step.layers} cannot be dropped; drop fewer")
-            if step.mlp < 1 and not any(".mlp.down_proj.weight" in name for name in base.entries):
+            if step.mlp < 1 and not any(".mlp.down_proj.weight" in name for name in base.shapes):
                 raise Refused(
                     "the MLP of this model is not made of gate_proj, up_proj and down_proj; narrow it another way"
                 )
@@ -255,7 +271,7 @@ def _runs(recipe: Recipe, step: Quantize, base: Checkpoint) -> None:
     size = WIDTHS.get(step.scheme, 1)
     if wrong := _widths(base, size):
         raise Refused(f"{step.scheme} rounds {size} numbers together, and the model has layers of width {wrong}")
-    linears = {name.removesuffix(".weight") for name, entry in base.entries.items() if linear(name, entry)}
+    linears = {name.removesuffix(".weight") for name, shape in base.shapes.items() if linear(name, shape)}
     for pattern in step.ignore:
         if pattern != "lm_head" and not any(ignored(name, {pattern}) for name in linears):
             leaves = sorted({name.rpartition(".")[2] for name in linears})
@@ -278,7 +294,7 @@ def _avx512() -> bool:
 
 def group(base: Checkpoint, wished: int) -> int:
     """The group size: the wished one when it divides every layer's width, else the largest of 128, 64 and 32."""
-    widths = {entry.shape[1] for name, entry in base.entries.items() if linear(name, entry)}
+    widths = _inputs(base)
     if wished and any(width % wished for width in widths):
         raise Refused(
             f"groups of {wished} do not divide layers of width {sorted(widths)}; leave `group` out to have one chosen"
@@ -291,13 +307,16 @@ def group(base: Checkpoint, wished: int) -> int:
 
 def _widths(base: Checkpoint, size: int) -> list[int]:
     """Input widths of linear layers that `size` does not divide."""
-    widths = {entry.shape[1] for name, entry in base.entries.items() if linear(name, entry)}
-    return sorted(width for width in widths if width % size)
+    return sorted(width for width in _inputs(base) if width % size)
 
 
-def linear(name: str, entry: Entry) -> bool:
+def _inputs(base: Checkpoint) -> set[int]:
+    return {shape[1] for name, shape in base.shapes.items() if linear(name, shape)}
+
+
+def linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether the tensor is the weight of a linear layer inside the decoder's layers."""
-    return len(entry.shape) == 2 and re.search(r"\.\d+\.", name) is not None and name.endswith("_proj.weight")
+    return len(shape) == 2 and re.search(r"\.\d+\.", name) is not None and name.endswith("_proj.weight")
 
 
 def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
@@ -317,16 +336,16 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
         module, _, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         weight = f"{module}.weight"
         if not part:
-            saved = base.entries.get(module) or base.entries.get(EMBEDDING if module.startswith("lm_head") else "")
-            if saved and entry.shape != saved.shape and ".base_layer." not in module:
+            saved = base.shapes.get(module) or base.shapes.get(EMBEDDING if module.startswith("lm_head") else "")
+            if saved and entry.shape != saved and ".base_layer." not in module:
                 raise Refused(
                     f"the adapter {name!r} is for another base: it saves {module} as {list(entry.shape)}, this one has "
-                    f"{list(saved.shape)}"
+                    f"{list(saved)}"
                 )
             continue
-        if weight not in base.entries and not (module == "lm_head" and base.tied):
+        if weight not in base.shapes and not (module == "lm_head" and base.tied):
             raise Refused(f"the adapter {name!r} is for another base: this one has no {module}")
-        shape = base.entries.get(weight, base.entries.get(EMBEDDING, entry)).shape
+        shape = base.shapes.get(weight, base.shapes.get(EMBEDDING, entry.shape))
         fits = {"A.weight": entry.shape[-1] in shape, "B.weight": entry.shape[0] in shape}.get(part, True)
         if not fits:
             raise Refused(
@@ -374,4 +393,4 @@ def _vocabulary(base: Checkpoint) -> int:
 
 
 def _widest(base: Checkpoint) -> int:
-    return max((entry.shape[1] for name, entry in base.entries.items() if linear(name, entry)), default=_hidden(base))
+    return max(_inputs(base), default=_hidden(base))

@@ -22,7 +22,8 @@ Part = msgspec.Struct
 
 
 class Text(Part, frozen=True, kw_only=True):
-    """Text for calibration or evaluation: `default`, or a .jsonl, .txt or .parquet file."""
+    """Text for calibration or evaluation: `default`, a .jsonl, .txt or .parquet file, or such files of a dataset on the
+    hub: `hf://datasets/ORG/NAME/PATTERN`, with `@REVISION` behind the name if need be."""
 
     text: str = "default"
     column: str = "text"
@@ -31,10 +32,11 @@ class Text(Part, frozen=True, kw_only=True):
 
 
 class Merge(Part, frozen=True, kw_only=True, tag="merge"):
-    """LoRA adapters into the base's weights, one after another."""
+    """LoRA adapters into the base's weights, one after another; into a quantized base only with `requantize`."""
 
     adapters: tuple[str, ...]
     weights: tuple[float, ...] = ()
+    requantize: bool = False
 
 
 class Combine(Part, frozen=True, kw_only=True, tag="combine"):
@@ -102,6 +104,8 @@ class Quantize(Part, frozen=True, kw_only=True, tag="quantize"):
 
 
 class Evaluate(Part, frozen=True, kw_only=True):
+    """What the result is measured on. `tasks` are lm-eval's, or files of its kind, of `task_limit` questions each."""
+
     text: str = "default"
     column: str = "text"
     samples: int = 32
@@ -112,6 +116,8 @@ class Evaluate(Part, frozen=True, kw_only=True):
         "Write one sentence about the sea.",
     )
     engine: bool = True
+    tasks: tuple[str, ...] = ()
+    task_limit: int = 0
 
 
 class Gate(Part, frozen=True, kw_only=True):
@@ -126,6 +132,7 @@ class Gate(Part, frozen=True, kw_only=True):
     min_speed: float | None = None
     min_speed_16: float | None = None
     min_healed: float | None = None
+    max_task_loss: float | None = None
     max_logit_difference: float | None = None
 
 
@@ -203,9 +210,11 @@ def parse(written: str, folder: Path, overrides: Mapping[str, str] | None = None
     fields["steps"] = tuple(_step(step, at) for at, step in enumerate(_list(read.get("steps") or []), 1))
     recipe = _convert(fields)
     texts = {
-        section: msgspec.structs.replace(part, text=part.text if part.text == "default" else _path(part.text, folder))
+        section: msgspec.structs.replace(part, text=_text(part.text, folder))
         for section, part in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate))
     }
+    own = tuple(_path(name, folder) if name.endswith((".yaml", ".yml")) else name for name in recipe.evaluate.tasks)
+    texts["evaluate"] = msgspec.structs.replace(texts["evaluate"], tasks=own)
     model = _path(recipe.model, folder) if recipe.model.startswith((".", "/", "~")) else recipe.model
     output = _path(recipe.output, folder) if recipe.output else ""
     recipe = msgspec.structs.replace(recipe, model=model, output=output, **texts)
@@ -361,6 +370,12 @@ def _quantizes(step: Quantize, where: str) -> None:
                 raise RecipeError(f"{where}: ignore {pattern!r} is no regular expression: {error}") from error
 
 
+def _text(value: str, folder: Path) -> str:
+    if value.startswith("hf:") and not re.fullmatch(r"hf://datasets/[^/@]+/[^/@]+(@[^/]+)?/.+", value):
+        raise RecipeError(f"{value!r} is no dataset's files: write hf://datasets/ORG/NAME/data/train-*.parquet")
+    return value if value == "default" or value.startswith("hf:") else _path(value, folder)
+
+
 def _path(value: str, folder: Path) -> str:
     return str((folder / Path(value).expanduser()).resolve())
 
@@ -381,6 +396,12 @@ def _sensible(recipe: Recipe) -> None:
                     raise RecipeError(
                         f"{where}: there is no adapter {name!r}{_nearest(name, names)}; add it to `adapters:`"
                     )
+            if (
+                isinstance(step, Merge)
+                and step.requantize
+                and not any(isinstance(later, Quantize) for later in recipe.steps[at:])
+            ):
+                raise RecipeError(f"{where}: requantize wants a quantize step after it")
             if step.weights and len(step.weights) != len(step.adapters):
                 raise RecipeError(f"{where}: {len(step.weights)} weights for {len(step.adapters)} adapters")
         if isinstance(step, Combine):
@@ -426,6 +447,10 @@ def _sensible(recipe: Recipe) -> None:
             raise RecipeError(f"{name}: samples is at least 1 and tokens at least 8")
     if recipe.gate.min_healed is not None and not healed:
         raise RecipeError("gate: min_healed needs a heal step")
+    if recipe.evaluate.tasks and recipe.export.format != "vllm":
+        raise RecipeError("evaluate: tasks are scored on a vllm export")
+    if recipe.gate.max_task_loss is not None and not recipe.evaluate.tasks:
+        raise RecipeError("gate: max_task_loss needs `evaluate: {tasks: [...]}`")
     engine = recipe.evaluate.engine and recipe.export.format == "vllm"
     if not engine and (recipe.gate.min_speed is not None or recipe.gate.min_speed_16 is not None):
         raise RecipeError("gate: min_speed is measured in the engine: `evaluate: {engine: true}` and a vllm export")

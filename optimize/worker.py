@@ -33,6 +33,7 @@ TASKS = {
     "onnx": "optimize.onnx",
     "evaluate": "optimize.evaluate",
     "engine": "optimize.engine",
+    "tasks": "optimize.tasks",
 }
 
 

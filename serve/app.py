@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
+import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -28,6 +29,7 @@ from serve.adapter import Limits as AdapterLimits
 from serve.alerts import Alerts, Notification
 from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
+from serve.blobs import Blobs
 from serve.checkpoint import find
 from serve.config import Config
 from serve.embedding import Embedding
@@ -36,10 +38,12 @@ from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, L
 from serve.export import gist
 from serve.feedback import GOOD, Feedback
 from serve.fleet import Fleet, Patience, Supervisor
+from serve.follower import Follower, Replica
 from serve.inference import PATHS, STORED, Inference
 from serve.keys import Keys
 from serve.lifecycle import Lifecycle
 from serve.limits import Limits, Meters
+from serve.machine import node
 from serve.monitor import Monitor
 from serve.page import pages
 from serve.policy import ROLLBACK
@@ -182,14 +186,17 @@ def build_app(
     backend: Backend | Sequence[Backend],
     on_failure: Callable[[LoradockError], None] | None = None,
     on_shadow: Callable[[ShadowExchange], None] | None = None,
+    replica: str = "",
 ) -> FastAPI:
     """The whole server over `backend`, or several, one for each base model; the first answers who names none.
 
     `on_failure` hears of an engine that cannot start.
 
     `on_shadow` gets every request that a shadow answered too, with both answers.
+
+    `replica` is this server's name among those that share its registry.
     """
-    store = Store(config.data_dir)
+    store = Store(config.data_dir, shared=Blobs(config.blobs) if config.blobs else None)
     registry = Registry(config.registry_url)
 
     def make_probe(engine: Engine) -> Probe | None:
@@ -222,6 +229,9 @@ def build_app(
         one.on_serve = partial(served, one)
     lifecycle.meet = meet
     keys = Keys(registry)
+    # A registry that has a URL of its own may have other servers too.
+    me = Replica(replica or f"{node()}-{secrets.token_hex(4)}", node())
+    follower = Follower(registry, keys, lifecycle, fleet, me) if config.registry else None
     auth = Auth(config.api_keys, config.admin_keys, keys.caller, lambda: keys.any)
     audit = Audit(config.data_dir / "audit.jsonl")
     monitor = Monitor(fleet, registry, audit, __version__, config.slos, limit=config.max_labelled_versions)
@@ -264,6 +274,8 @@ def build_app(
     recent = Recent()
     monitor.passed_on.append(recent.take)
     inference = Inference(auth, router, Meters(), monitor.take, shadows, watcher.wants_logprobs, config.client_timeout)
+    if follower:
+        inference.fresh = follower.fresh
 
     async def live() -> None:
         try:
@@ -288,7 +300,7 @@ def build_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loops[:] = [asyncio.get_running_loop()]
-        jobs = (live(), log_stats(), lifecycle.keep_warm(popular))
+        jobs = [live(), log_stats(), lifecycle.keep_warm(popular)] + ([follower.run()] if follower else [])
         tasks = [asyncio.create_task(job) for job in jobs]
         try:
             yield
@@ -318,6 +330,8 @@ def build_app(
 
     def holds(scope: Scope) -> Any:
         async def caller(request: Request) -> Caller:
+            if follower:
+                await follower.fresh()
             request.state.caller = known = auth.known(request.headers)
             return allowed(known, scope)
 
@@ -410,6 +424,11 @@ def build_app(
             resident = sorted(await base.resident_ids()) if base.is_ready else []
             rows.append({**base.described(), "resident": resident})
         return {"object": "list", "data": rows}
+
+    @app.get("/v1/replicas")
+    async def replicas(caller: Operator) -> dict[str, Any]:
+        """The servers that share this one's registry, and how far each has read it."""
+        return {"object": "list", "data": await asyncio.to_thread(follower.replicas) if follower else []}
 
     @app.post("/v1/engines/{engine:path}/swap")
     async def swap(engine: str, body: Swap, request: Request, caller: Operator) -> dict[str, Any]:
@@ -657,7 +676,7 @@ def build_app(
 
     app.state.fleet, app.state.engine, app.state.ready = fleet, fleet.first, ready
     app.state.watcher, app.state.prober, app.state.inference = watcher, prober, inference
-    app.state.wayback = wayback
+    app.state.wayback, app.state.monitor = wayback, monitor
     return app
 
 

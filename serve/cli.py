@@ -61,9 +61,14 @@ Settings:
 )
 def serve(context: typer.Context) -> None:
     config = load(context.args)
-    from serve.launch import serve as run
+    if config.ray:
+        from serve.cluster import serve as run_replicas
 
-    code = run(config)
+        code = run_replicas(config, lambda: load(context.args))
+    else:
+        from serve.launch import serve as run
+
+        code = run(config)
     # Everything is closed by now; torch's and vLLM's native modules take seconds to unload, and complain.
     sys.stderr.flush()
     os._exit(code)

@@ -92,13 +92,19 @@ class Config:
     data_dir: Path = _setting(lambda: _xdg("XDG_DATA_HOME", ".local/share"), "where adapters and the registry live")
     cache_dir: Path = _setting(lambda: _xdg("XDG_CACHE_HOME", ".cache"), "where the embedded model is kept")
     registry: str = _setting("", "database URL of the registry (default: SQLite in data_dir)")
+    blobs: str = _setting("", "folder by URL where all servers of one registry keep adapters, as s3://bucket/prefix")
     api_keys: tuple[str, ...] = _setting(tuple, "keys that may ask for answers (or their sha256:HEX)")
     admin_keys: tuple[str, ...] = _setting(tuple, "keys that may also change adapters (or their sha256:HEX)")
     max_upload_bytes: int = _setting(1 << 30, "largest adapter upload, as 512MiB or in bytes")
     probe: bool = _setting(True, "whether an upload must change what the base says")
     probe_min_effect: float = _setting(0.08, "how far it must move the log-probabilities, in nats on average")
     probe_max_perplexity: float = _setting(0.0, "how many times the base's perplexity it may have (0: any)")
-    lora_kernels: str = _setting("auto", "on a CPU: auto, compile (torch.compile too), or off for vLLM's own LoRA path")
+    lora_kernels: str = _setting(
+        "auto", "on a CPU: auto, layers, compile (torch.compile too), or off for vLLM's own path"
+    )
+    cpu_weights: str = _setting(
+        "auto", "on a CPU: auto (as in the checkpoint), or int8 for bfloat16 ones: faster, rounded"
+    )
     max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
     allowed_target_modules: tuple[str, ...] = _setting(tuple, "modules that uploads may adapt, as q_proj,v_proj")
     allowed_licenses: tuple[str, ...] = _setting(tuple, "licenses of uploads, as apache-2.0,mit, from their README.md")
@@ -129,6 +135,12 @@ class Config:
     capture_hours: float = _setting(24.0, "hours until a quoted request is forgotten")
     policies: tuple[Policy, ...] = _setting(lambda: DEFAULT_POLICIES, "what to do about canaries, by adapter (README)")
     slos: tuple[Slo, ...] = _setting(lambda: DEFAULT_SLOS, "service level objectives, by adapter (see README)")
+    ray: bool = _setting(False, "serve with replicas on a Ray cluster, which is started here unless ray_address is set")
+    ray_address: str = _setting("", "a Ray cluster that runs already: auto, or HOST:PORT of its head")
+    replicas: int = _setting(1, "with ray: servers of the same models, each with engines of its own")
+    max_replicas: int = _setting(0, "with ray: replicas that load may make of them (0: no more than replicas)")
+    target_queue: float = _setting(16.0, "with ray: requests a replica, under way and waiting, that scaling aims at")
+    target_first_token: float = _setting(0.0, "with ray: seconds to the first token above which one is added (0: any)")
     log_level: str = _setting("info", "debug, info, warning or error")
     engine: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), metadata={"help": ""})
     engines: tuple[Base, ...] = field(default=(), metadata={"help": ""})
@@ -367,6 +379,10 @@ def _checked(config: Config) -> Config:
         raise ConfigError(f"drift_logprobs takes a share from 0 to 1, not {config.drift_logprobs}")
     if not config.drift_threshold > 1 or config.drift_reference < 20 or config.drift_versions < 1:
         raise ConfigError("drift_threshold takes more than 1, drift_reference 20 or more, drift_versions 1 or more")
+    if config.replicas < 1 or config.target_queue <= 0 or config.target_first_token < 0:
+        raise ConfigError("replicas takes 1 or more, target_queue more than 0, target_first_token seconds from 0 up")
+    if not config.ray and (config.replicas > 1 or config.max_replicas > 1):
+        raise ConfigError("replicas are Ray's to run: add --ray, or start one server for each machine yourself")
     for pattern in config.capture_redact:
         try:
             re.compile(pattern)
@@ -380,8 +396,12 @@ def _checked(config: Config) -> Config:
             raise ConfigError(f"{name} takes a number from 0 up, not {getattr(config, name)}")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"log_level takes debug, info, warning or error, not {config.log_level!r}")
-    if config.lora_kernels not in ("auto", "compile", "off"):
-        raise ConfigError(f"lora_kernels takes auto, compile or off, not {config.lora_kernels!r}")
+    if config.lora_kernels not in ("auto", "layers", "compile", "off"):
+        raise ConfigError(f"lora_kernels takes auto, layers, compile or off, not {config.lora_kernels!r}")
+    if config.cpu_weights not in ("auto", "int8"):
+        raise ConfigError(f"cpu_weights takes auto or int8, not {config.cpu_weights!r}")
+    if config.cpu_weights == "int8" and config.lora_kernels != "auto":
+        raise ConfigError("cpu_weights=int8 goes with lora_kernels=auto alone: only its kernels read such weights")
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
         raise ConfigError("ssl_certfile and ssl_keyfile go together: give both or none")
     if config.open and not _loopback(config.host):

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,7 +56,8 @@ class Adapters(Protocol):
     def wanted(self, base: Supervisor) -> Sequence[Adapter]:
         """Those that get traffic or are pinned, the most important first."""
 
-    def path(self, adapter: Adapter) -> Path: ...
+    async def path(self, adapter: Adapter) -> Path:
+        """Where its bytes are, once they are on this machine."""
 
     def check(self, adapter: Adapter, backend: Backend, modules: Mapping[str, tuple[int, int]]) -> None:
         """AdapterRejected, if a base with these modules cannot run it."""
@@ -303,11 +304,14 @@ class Supervisor:
             "swapping": self.swapping,
         }
 
-    async def swap(self, model: str, *, by: str, force: bool = False, drain_first: bool = False) -> dict[str, Any]:
+    async def swap(
+        self, model: str, *, by: str, force: bool = False, drain_first: bool = False, following: bool = False
+    ) -> dict[str, Any]:
         """Put an engine over another model in the place of the one that serves; what was found and how long it took.
 
         The new one starts beside the old (or after it, with `drain_first`), takes the adapters over and is measured;
         then requests go to it, and the old one ends with its last answer. Whatever fails, the old one goes on.
+        `following`, another server has judged and recorded it.
         """
         if self._changing.locked():
             raise Conflict(f"the engine for {self.name} is being replaced already: wait until that is done")
@@ -317,7 +321,7 @@ class Supervisor:
             began = self._clock()
             try:
                 verify(model)
-                transfers = await self._swap(self._fresh(model), by, force, drain_first)
+                transfers = await self._swap(self._fresh(model), by, force or following, drain_first, not following)
             except ConfigError as error:
                 raise Conflict(f"{model} cannot take over, {self.model} goes on: {error}") from error
             finally:
@@ -326,7 +330,7 @@ class Supervisor:
             log.info("%s is served by %s now, after %.1f s", self.name, model, seconds)
             return {**self.described(), "seconds": seconds, "adapters": [one.described() for one in transfers]}
 
-    async def _swap(self, fresh: Engine, by: str, force: bool, drain_first: bool) -> list[Transfer]:
+    async def _swap(self, fresh: Engine, by: str, force: bool, drain_first: bool, record: bool) -> list[Transfer]:
         old = self._engine
         self._step(fresh, "measuring the old")
         before = await self._effects(old, self._keeper.wanted(self))
@@ -348,7 +352,8 @@ class Supervisor:
                     if (bad := [one for one in transfers if one.problem]) and not force:
                         raise SwapRefused(_refusal(fresh.backend.model, bad), transfers)
                     await self._keeper.restore(self, fresh)
-                    self._keeper.serves(self, fresh.backend.model, by)
+                    if record:
+                        self._keeper.serves(self, fresh.backend.model, by)
                     self._serve(ready)
             except BaseException:
                 await fresh.stop(kill=True)
@@ -378,7 +383,8 @@ class Supervisor:
         effects = Effects(engine)
         found = {}
         for adapter in adapters:
-            found[adapter.id] = _Measured(adapter, await effects.of(adapter, self._keeper.path(adapter)))
+            path = await self._keeper.path(adapter)
+            found[adapter.id] = _Measured(adapter, await effects.of(adapter, path))
         return found
 
     async def _transfers(self, ready: _Ready, before: Mapping[str, _Measured]) -> list[Transfer]:
@@ -387,9 +393,12 @@ class Supervisor:
         found = []
         for adapter, was in ((one.adapter, one.effect) for one in before.values()):
             try:
+                path = await self._keeper.path(adapter)
                 await asyncio.to_thread(self._keeper.check, adapter, ready.engine.backend, ready.modules)
-                now = await effects.of(adapter, self._keeper.path(adapter))
-                found.append(compared(adapter.tag, was, now, self._tolerance))
+                transfer = compared(adapter.tag, was, await effects.of(adapter, path), self._tolerance)
+                if adapter.checks.get("base_model", self.configured) == ready.engine.backend.model:
+                    transfer = replace(transfer, problem="")  # it was approved on this one
+                found.append(transfer)
             except EngineUnavailable:
                 raise
             except LoradockError as error:

@@ -15,7 +15,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
@@ -75,6 +75,8 @@ class Inference:
         self._take = take
         self._shadows = shadows
         self._wants_logprobs = wants_logprobs
+        # Returns once this server sees every change that others made before.
+        self.fresh: Callable[[], Awaitable[None]] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,6 +120,8 @@ class Inference:
         stored = STORED.fullmatch(path)
         if not stored and not PATHS.fullmatch(path):
             raise NotFound(f"there is nothing at {path}: see /v1/models and the README for what there is")
+        if self.fresh:
+            await self.fresh()
         caller = self._auth.caller(Headers(scope=scope), KeyScope.INFERENCE)
         if stored:
             _check_response(stored["id"], caller.tenant)

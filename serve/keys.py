@@ -101,6 +101,10 @@ class Keys:
                 return key
         raise NotFound(f"there is no key {shown(id)}: GET /v1/keys lists them", code="key_not_found")
 
+    def refresh(self) -> None:
+        """Read again what another process may have changed."""
+        self._read()
+
     def _read(self) -> None:
         with self._registry.transaction() as connection:
             rows = connection.execute(select(table).order_by(table.c.created, table.c.id))

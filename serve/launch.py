@@ -34,17 +34,17 @@ IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 def serve(config: Config) -> int:
     """Serve until a signal; the exit code. Raises ConfigError for what cannot be served."""
-    _log_to_stderr(config.log_level)
+    log_to_stderr(config.log_level)
     sock = machine.listen(config.host, config.port)
     try:
-        config = _resolved(config)
-        with _own(config.data_dir):
+        config = resolved(config)
+        with own(config.data_dir):
             return _run(config, sock)
     finally:
         sock.close()
 
 
-def _log_to_stderr(level: str) -> None:
+def log_to_stderr(level: str) -> None:
     """Our own loggers alone: vLLM sets its own up, and the root's would say everything twice."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S"))
@@ -54,7 +54,7 @@ def _log_to_stderr(level: str) -> None:
         logger.setLevel(level.upper())
 
 
-def _resolved(config: Config) -> Config:
+def resolved(config: Config) -> Config:
     """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
     environ = dict(os.environ)
     found = (replace(base, model=find(base.model, config.cache_dir)) for base in config.bases)
@@ -85,6 +85,7 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         os.environ.update(machine.cpu_environment(environ, together))
         # Read in vLLM's own processes, which know no Config: see serve/lora_cpu.
         os.environ["LORADOCK_LORA_KERNELS"] = config.lora_kernels
+        os.environ["LORADOCK_CPU_WEIGHTS"] = config.cpu_weights
         os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
@@ -102,7 +103,7 @@ def _bytes(value: Any) -> int:
 
 
 @contextmanager
-def _own(folder: Path) -> Iterator[None]:
+def own(folder: Path) -> Iterator[None]:
     """The data directory, made when absent, and ours alone: a second server would sweep away this one's uploads."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -133,7 +134,7 @@ def _run(config: Config, sock: socket) -> int:
 
     backends = [VLLMBackend(base.model, base.name, base.engine) for base in config.bases]
     app = build_app(config, backends, fail)
-    server = _Server(
+    server = Server(
         uvicorn.Config(
             app,
             log_level="warning",
@@ -180,7 +181,7 @@ def _told_briefly(record: logging.LogRecord) -> bool:
     return True
 
 
-async def _serve(server: _Server, app: FastAPI, sock: socket, config: Config) -> None:
+async def _serve(server: Server, app: FastAPI, sock: socket, config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.ask_to_stop)
@@ -199,7 +200,7 @@ async def _announce(app: FastAPI, url: str) -> None:
     log.info("ready: %s/v1 answers as %s", url, app.state.engine.name)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn, with a stop that ends in exit code 0: the first signal drains, the second does not wait."""
 
     @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,19 @@ class Lifecycle:
         # One change at a time: reads and answers never take this lock.
         self._changing = asyncio.Lock()
         self._removing: set[asyncio.Task[None]] = set()
+        # Which versions serve, by name, as of the last change that reached the engines; and all that there are.
+        self._adopted: dict[str, dict[str, Adapter]] = {name: self._serving(name) for name in registry.names()}
+        self._known = {adapter.id: adapter for adapter in registry.adapters()}
 
     async def sweep(self) -> None:
         """Before the first engine starts: remove what no version names."""
-        await asyncio.to_thread(self.store.sweep, self.registry.digests())
+        digests = self.registry.digests()
+        await asyncio.to_thread(self.store.sweep, digests)
+        if self.store.shared is not None:
+            try:
+                await asyncio.to_thread(self.store.shared.sweep, digests)
+            except LoradockError as error:
+                log.warning("what nobody names any more stays where all servers see it: %s", error)
 
     async def restore(self, base: Supervisor, engine: Engine) -> None:
         """Bring the pinned and the most popular live versions of a base into a fresh engine."""
@@ -71,7 +80,7 @@ class Lifecycle:
         engine.pinned = self._pinned(base)
         for adapter in self.wanted(base)[: engine.backend.max_resident]:
             try:
-                await engine.ensure(adapter.id, self.store.path(adapter.digest))
+                await engine.ensure(adapter.id, await self.path(adapter))
             except EngineUnavailable:
                 raise
             except LoradockError as error:
@@ -100,16 +109,16 @@ class Lifecycle:
             return None
         for adapter in self.wanted(base)[: max(base.backend.max_resident - base.backend.slots, 1)]:
             if self.popularity.uses(adapter.id) > 1 and not base.holds(adapter.id):
-                await base.ensure(adapter.id, self.store.path(adapter.digest))
+                await base.ensure(adapter.id, await self.path(adapter))
                 return adapter
         return None
 
-    def path(self, adapter: Adapter) -> Path:
-        return self.store.path(adapter.digest)
+    async def path(self, adapter: Adapter) -> Path:
+        return await self.store.bring(adapter.digest)
 
     def check(self, adapter: Adapter, backend: Backend, modules: Mapping[str, tuple[int, int]]) -> None:
         """AdapterRejected, if a base with these modules cannot run it."""
-        inspect(self.path(adapter), modules, Limits(max_rank=backend.max_lora_rank))
+        inspect(self.store.path(adapter.digest), modules, Limits(max_rank=backend.max_lora_rank))
 
     def still(self) -> AbstractAsyncContextManager[Any]:
         """While it lasts no adapter changes."""
@@ -159,6 +168,8 @@ class Lifecycle:
                 checks = await base.probe.judge(adapter_id, path) if base.probe else {}
                 if inspection.license:
                     checks["license"] = inspection.license
+                checks["base_model"] = base.model
+                await asyncio.to_thread(self.store.publish, digest)
                 adapter, created = await asyncio.to_thread(
                     self.registry.add,
                     name,
@@ -183,7 +194,7 @@ class Lifecycle:
         """Make a version live: requests from now on answer from it, those under way finish where they began."""
         async with self._changing:
             adapter = self.registry.get(name, version)
-            await self.fleet.of(name).ensure(adapter.id, self.store.path(adapter.digest))
+            await self.fleet.of(name).ensure(adapter.id, await self.path(adapter))
             before = self._serving(name)
             change = self.registry.promote
             adapter = await asyncio.to_thread(change, name, version, by=by, expected=expected, why=why)
@@ -197,7 +208,7 @@ class Lifecycle:
             before = self._serving(name)
             adapter = await asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why)
             self._flipped(name, before)
-            await self.fleet.of(name).ensure(adapter.id, self.store.path(adapter.digest))
+            await self.fleet.of(name).ensure(adapter.id, await self.path(adapter))
             return adapter
 
     async def share(self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "") -> Share | None:
@@ -206,7 +217,7 @@ class Lifecycle:
             adapter = self.registry.get(name, version)
             before = self._serving(name)
             if 0 < weight <= 1:
-                await self.fleet.of(name).ensure(adapter.id, self.store.path(adapter.digest))
+                await self.fleet.of(name).ensure(adapter.id, await self.path(adapter))
             share = await asyncio.to_thread(self.registry.share, name, kind, version, weight, by=by, why=why)
             self._flipped(name, before)
             return share
@@ -227,7 +238,7 @@ class Lifecycle:
                 raise QuotaExceeded(f"tenant {tenant} may pin {most} of its adapters: unpin one that it needs less")
             wanted = self.registry.get(name, version) if version else self.registry.live(name)
             if wanted:
-                await self.fleet.of(name).ensure(wanted.id, self.store.path(wanted.digest))
+                await self.fleet.of(name).ensure(wanted.id, await self.path(wanted))
             before = self._serving(name)
             await asyncio.to_thread(self.registry.pin, name, version, by=by, why=why)
             self._flipped(name, before)
@@ -255,6 +266,32 @@ class Lifecycle:
             for adapter in removed:
                 self._let_go(base, adapter.id, adapter.digest)
             return removed
+
+    def adopt(self) -> None:
+        """What another server has changed: old versions leave the engines here, and new ones come."""
+        there = {adapter.id: adapter for adapter in self.registry.adapters()}
+        for name in {*self._adopted, *self.registry.names()}:
+            before, now = self._adopted.get(name, {}), self._serving(name)
+            if before.keys() == now.keys():
+                continue
+            base = self.fleet.of(name)
+            self._flipped(name, before, base)
+            for adapter_id in now.keys() - before.keys():
+                self._aside(self._warm(base, now[adapter_id]))
+        for adapter_id, adapter in self._known.items():
+            if adapter_id not in there:
+                for base in self.fleet:
+                    self._let_go(base, adapter_id, adapter.digest)
+        for base in self.fleet:
+            base.pinned = self._pinned(base)
+        self._known = there
+
+    async def _warm(self, base: Supervisor, adapter: Adapter) -> None:
+        """Have an adapter in the engine before somebody asks for it."""
+        try:
+            await base.ensure(adapter.id, await self.path(adapter))
+        except LoradockError as error:
+            log.warning("%s takes traffic and cannot be loaded: %s", adapter.tag, error)
 
     async def settle(self) -> None:
         """Wait for the removals that have begun."""
@@ -326,7 +363,8 @@ class Lifecycle:
         """What served and does not any more leaves; what is pinned now stays."""
         base = base or self.fleet.of(name)
         base.pinned = self._pinned(base)
-        serving = self._serving(name).keys()
+        self._adopted[name] = self._serving(name)
+        serving = self._adopted[name].keys()
         for adapter_id in serving - before.keys():
             self.popularity.used(adapter_id, PROMOTED)
         for adapter_id in before.keys() - serving:
@@ -341,7 +379,10 @@ class Lifecycle:
 
     def _let_go(self, base: Supervisor, adapter_id: str, digest: str) -> None:
         """Once its last answer has ended, free an adapter that the registry does not name (any more)."""
-        task = asyncio.create_task(self._free(base, adapter_id, digest))
+        self._aside(self._free(base, adapter_id, digest))
+
+    def _aside(self, job: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(job)
         self._removing.add(task)
         task.add_done_callback(self._removing.discard)
 

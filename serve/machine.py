@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import platform
 import shutil
 import socket
 import sys
@@ -15,6 +16,11 @@ from serve.errors import ConfigError
 GIB = 1 << 30
 # Interpreter, torch, compiled graphs and activations of both processes, measured with SmolLM2-135M.
 OVERHEAD = 2 * GIB
+
+
+def node() -> str:
+    """This machine's name, as others see it."""
+    return platform.node() or "localhost"
 
 
 def has_gpu() -> bool:

@@ -66,7 +66,8 @@ class Prober:
             if last is not None and (not self._interval or now - last < self._interval):
                 continue
             self._probed[stays[live.id]] = now
-            engine, path = base.engine, self._store.path(live.digest)
+            path = await self._store.bring(live.digest)
+            engine = base.engine
             found: list[Logprobs] = []
             async with engine.lease(live.id, path, tenant=live.tenant, priority=LOW_PRIORITY):
                 for start in range(0, len(FIXED), BATCH):

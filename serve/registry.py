@@ -6,6 +6,7 @@
     history    one row a change: who, what, why, when, from which version to which; only ever appended
     keys       one row an API key, as its digest; written by serve.keys
     bases      one row a base model that was swapped: what serves in the place of what is configured
+    replicas   one row a server that shares this registry: how far it has read; written by serve.follower
 
 Every change is one transaction that writes its history row. Readers never meet the database: they read a snapshot, an
 immutable dictionary that each change replaces. `Registry(url)` is SQLite in WAL mode or, by its URL, PostgreSQL.
@@ -130,6 +131,16 @@ keys = Table(
 )
 
 
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("node", Text, nullable=False),
+    Column("phase", String(16), nullable=False),
+    Column("generation", BigInteger, nullable=False),  # of the snapshot that it answers from
+    Column("seen", Float(53), nullable=False),
+)
+
 bases = Table(
     "bases",
     metadata,
@@ -170,6 +181,18 @@ def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
 MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants, 2: _to_traffic, 3: _to_bases}
 
 
+_LATEST = select(func.max(history.c.id))
+_STAMP = select(
+    _LATEST.scalar_subquery(),
+    select(func.count(keys.c.id)).scalar_subquery(),
+    select(func.max(keys.c.revoked)).scalar_subquery(),
+    select(func.count(bases.c.name)).scalar_subquery(),
+    select(func.max(bases.c.when)).scalar_subquery(),
+)
+# How a read spares the database a lock or a transaction, by whether that is SQLite.
+_READING: dict[bool, dict[str, Any]] = {True: {"reads": True}, False: {"isolation_level": "AUTOCOMMIT"}}
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """A part of a name's traffic, from 0 to 1, for a version that is not live."""
@@ -206,6 +229,7 @@ class Registry:
         self._clock = clock
         self._writing = threading.RLock()
         self._engine = _engine(url)
+        self._reading = self._engine.execution_options(**_READING[self._engine.dialect.name == "sqlite"])
         try:
             _prepare(self._engine)
             self._snapshot = self._read()
@@ -518,12 +542,16 @@ class Registry:
     def refresh(self) -> bool:
         """Read again what another process may have changed; True if it had."""
         with self._writing, _translated():
-            with self._engine.connect() as connection:
-                latest = connection.scalar(select(func.max(history.c.id))) or 0
-            if latest == self._snapshot.generation:
-                return False
-            self._snapshot = self._read()
-            return True
+            before, self._snapshot = self._snapshot.generation, self._read()
+            return self._snapshot.generation != before
+
+    def stamp(self) -> tuple[Any, ...]:
+        """Another one after each change that another process may have made: of names, keys or bases.
+
+        One query, which waits for no change that is under way.
+        """
+        with _translated(), self._reading.connect() as connection:
+            return tuple(connection.execute(_STAMP).one())
 
     def swapped(self, base: str, configured: str) -> str | None:
         """The model that was put in the place of the configured one; None also once another one is configured."""
@@ -575,6 +603,7 @@ class Registry:
                     connection, row.id, row.name, row.live, json.loads(row.trail), row.next, self._clock, row.shared
                 )
                 change.shares, change.pinned, change.base = _shares(row), row.pinned, row.base
+                unread = (connection.scalar(_LATEST) or 0) != self._snapshot.generation
                 if not create and not change.versions():
                     raise _missing(name)
                 yield change
@@ -593,7 +622,10 @@ class Registry:
                         )
                     )
                 entry = _entry(change.live, change.versions(), change.shared, change.shares, change.pinned, change.base)
-                generation = connection.scalar(select(func.max(history.c.id))) or 0
+                generation = connection.scalar(_LATEST) or 0
+            if unread:  # another process has changed other names, which this generation holds too
+                self._snapshot = self._read()
+                return
             entries = {key: value for key, value in self._snapshot.entries.items() if key != name}
             if entry is not None:
                 entries[name] = entry
@@ -605,11 +637,11 @@ class Registry:
 
     def _read(self) -> _Snapshot:
         entries: dict[str, _Entry] = {}
-        engine = self._engine
+        engine = self._reading
         if engine.dialect.name == "postgresql":
             engine = engine.execution_options(isolation_level="REPEATABLE READ")  # three queries, one moment
         with engine.connect() as connection, connection.begin():
-            generation = connection.scalar(select(func.max(history.c.id))) or 0
+            generation = connection.scalar(_LATEST) or 0
             found: dict[int, dict[int, Adapter]] = {}
             rows = connection.execute(select(names)).all()
             by_id = {row.id: row for row in rows}
@@ -777,7 +809,8 @@ def _engine(url: str) -> Engine:
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         # Take the write lock before reading what the write depends on; a later upgrade could fail.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        reads = connection.get_execution_options().get("reads")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
     return engine
 

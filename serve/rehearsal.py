@@ -38,8 +38,9 @@ class Rehearsal:
         """Have `adapter` answer; BadRequest says which prompt it was that the engine did not take."""
         room = asyncio.Semaphore(AT_ONCE)
         base = self._fleet.of(adapter.name)
+        path = await self._store.bring(adapter.digest)
         await base.available()
-        engine, path = base.engine, self._store.path(adapter.digest)
+        engine = base.engine
         async with engine.lease(adapter.id, path, tenant=adapter.tenant, priority=LOW_PRIORITY) as lease:
             asking = [
                 asyncio.create_task(self._ask(engine, lease, room, number, adapter, prompt, max_tokens))

@@ -77,6 +77,9 @@ class Router:
             if adapter and dealt:  # a version that was asked for by number is never dealt away
                 adapter, shadow = self._dealt(adapter, asker)
             engine = supervisor.engine
+            if adapter and not engine.holds(adapter.id) and not self.store.has(adapter.digest):
+                await self._bring(adapter)
+                continue
             path = self._path(engine, adapter) if adapter else None
             id = adapter.id if adapter else None
             labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
@@ -95,8 +98,12 @@ class Router:
         """Where its bytes are; what the engine holds answers also while they are out of reach."""
         if engine.holds(adapter.id):
             return self.store.place(adapter.digest)
+        return self.store.path(adapter.digest)
+
+    async def _bring(self, adapter: Adapter) -> None:
+        """Get its bytes onto this machine."""
         try:
-            return self.store.path(adapter.digest)
+            await self.store.bring(adapter.digest)
         except NotFound as lost:
             raise EngineUnavailable(f"{adapter.tag} is registered and {lost}: an operator must see to it") from lost
 

@@ -146,9 +146,9 @@ class Shadows:
 
     async def _answer(self, candidate: Adapter, scope: Scope, fields: Mapping[str, Any]) -> Kept:
         supervisor = self._fleet.of(candidate.name)
+        path = await self._store.bring(candidate.digest)
         await supervisor.available()
         engine = supervisor.engine
-        path = self._store.path(candidate.digest)
         async with engine.lease(candidate.id, path, tenant=candidate.tenant, priority=LOW_PRIORITY) as lease:
             body = _encode(_unseen(fields, lease, scope["path"]))
             kept = Kept(_nowhere)

@@ -1,5 +1,8 @@
 """Adapter bytes under their sha256: written aside, fsynced, renamed. What has a digest is whole.
 
+A server that shares its registry with others also puts them where all see them (serve.blobs), and pulls from there
+what it lacks.
+
     root/quarantine/<random>/   what strangers sent, until it is judged; gone when its `with` ends
     root/blobs/<digest>/        exactly adapter_config.json and adapter_model.safetensors; never written again
 
@@ -9,6 +12,7 @@ removal cannot come between.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import logging
@@ -24,6 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from serve.adapter import FILES, open_plain
+from serve.blobs import Blobs
 from serve.errors import AdapterRejected, EngineUnavailable, NotFound, OutOfSpace
 
 log = logging.getLogger(__name__)
@@ -42,9 +47,16 @@ class Sweep:
 
 
 class Store:
-    """Blobs under `root`; `max_bytes` bounds them all together, `reserve` is what the disk must keep free."""
+    """Blobs under `root`; `max_bytes` bounds them all together, `reserve` is what the disk must keep free.
 
-    def __init__(self, root: Path, max_bytes: int | None = None, *, reserve: int = 256 << 20) -> None:
+    `shared` is where other servers find them too.
+    """
+
+    def __init__(
+        self, root: Path, max_bytes: int | None = None, *, reserve: int = 256 << 20, shared: Blobs | None = None
+    ) -> None:
+        self.shared = shared
+        self._pulling = threading.Lock()
         self.root = Path(root).absolute()
         self.max_bytes = max_bytes
         self.reserve = reserve
@@ -94,6 +106,31 @@ class Store:
         if not folder.is_dir():
             raise NotFound(f"no adapter bytes are kept under {digest}")
         return folder
+
+    def has(self, digest: str) -> bool:
+        """The bytes are on this machine."""
+        return self._folder(digest).is_dir()
+
+    async def bring(self, digest: str) -> Path:
+        """As `path`; pulled from where all servers share them first, if they are not here."""
+        if self.shared is None or self.has(digest):
+            return self.path(digest)
+        await asyncio.to_thread(self._pull, self.shared, digest)
+        return self.path(digest)
+
+    def publish(self, digest: str) -> None:
+        """Put the bytes where all servers see them, if there are others."""
+        if self.shared is not None:
+            self.shared.put(digest, self.path(digest))
+
+    def _pull(self, shared: Blobs, digest: str) -> None:
+        with self._pulling, self.quarantine() as folder:
+            if self.has(digest):
+                return
+            shared.get(digest, folder)
+            if (found := self.admit(folder)) != digest:
+                self.remove(found)
+                raise EngineUnavailable(f"the shared bytes of {digest[:12]} are damaged: push that version again")
 
     def place(self, digest: str) -> Path:
         """Where a blob lies, without a look at the disk: for one that an engine holds already."""

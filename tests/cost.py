@@ -21,7 +21,7 @@ import uvicorn
 
 from serve import tap
 from serve.config import load
-from serve.launch import _resolved
+from serve.launch import resolved
 from tests.e2e.server import SMALL, free_port
 from tests.e2e.test_watching import GARDEN
 
@@ -32,7 +32,7 @@ async def main(rounds: int) -> None:
     port = free_port()
     with tempfile.TemporaryDirectory() as data:
         arguments = ["--port", str(port), "--data-dir", data, "--drift-reference", "20", *SMALL]
-        config = _resolved(load(arguments, {}))
+        config = resolved(load(arguments, {}))
         from serve.app import build_app
         from serve.backend import VLLMBackend
 

@@ -1,7 +1,8 @@
-"""Many LoRA adapters on a CPU: what replaces vLLM's own LoRA path there, through vLLM's own extension points.
+"""Many LoRA adapters on a CPU: what replaces vLLM's own path there, through vLLM's own extension points.
 
 `install` is called in each of vLLM's processes. It changes which class the CPU platform names for the LoRA operations
-(`punica.Punica`) and, if asked, whether the model may be compiled although LoRA is on.
+(`punica.Punica`), lets a model that `step` knows compute a whole step in one call, and, if asked, keeps torch.compile
+on although LoRA is on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 log = logging.getLogger("loradock")
 
 VARIABLE = "LORADOCK_LORA_KERNELS"
+WEIGHTS = "LORADOCK_CPU_WEIGHTS"
 
 
 def install() -> None:
@@ -33,6 +35,13 @@ def install() -> None:
     CpuPlatform.get_punica_wrapper = classmethod(get_punica_wrapper)
     if wanted == "compile":
         _keep_compiling(CpuPlatform)
+    if wanted == "auto":
+        from serve.lora_cpu import step
+
+        if step.available():
+            step.install(int8=os.environ.get(WEIGHTS) == "int8")
+        elif os.environ.get(WEIGHTS) == "int8":
+            log.warning("cpu_weights=int8 needs AVX-512 BF16, VNNI and a C++ compiler: weights stay as they are")
 
 
 def _keep_compiling(platform: Any) -> None:

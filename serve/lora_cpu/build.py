@@ -15,7 +15,9 @@ from pathlib import Path
 
 log = logging.getLogger("loradock")
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / "kernels.cpp", FOLDER / "step.cpp"]
+HEADER = FOLDER / "kernels.h"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -58,21 +60,28 @@ def _compiled() -> Path | None:
     libraries = Path(torch.__file__).parent / "lib"
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         made = Path(aside, "kernels.so")
+        objects = [Path(aside, f"{source.stem}.o") for source in SOURCES]
         # OpenMP's functions come from whichever OpenMP torch runs on: a second one beside it would fight for the cores.
         link = [f"-L{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--unresolved-symbols=ignore-all"]
-        done = subprocess.run(
-            [command, *FLAGS, "-c", "-o", str(Path(aside, "kernels.o")), str(SOURCE)], capture_output=True, text=True
-        )
-        if done.returncode == 0:
-            done = subprocess.run(
-                [command, "-shared", "-o", str(made), str(Path(aside, "kernels.o")), *link],
-                capture_output=True,
-                text=True,
-            )
-        if done.returncode:
-            raise OSError(f"{command} fails: {done.stderr.strip()[:500]}")
+        compiling = [
+            _started([command, *FLAGS, "-c", "-o", str(out), str(source)])
+            for source, out in zip(SOURCES, objects, strict=True)
+        ]
+        for process in compiling:
+            _finished(process)
+        _finished(_started([command, "-shared", "-o", str(made), *map(str, objects), *link]))
         os.replace(made, target)
     return target
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _finished(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate()
+    if process.returncode:
+        raise OSError(f"the compiler fails: {said.strip()[:500]}")
 
 
 def _folder() -> Path:
@@ -88,5 +97,12 @@ def _digest(torch_version: str) -> str:
     except OSError:
         told = []
     flags = next((line for line in told if line.startswith(("flags", "Features"))), "")
-    facts = [SOURCE.read_text(), " ".join(FLAGS), torch_version, platform.machine(), flags, compiler() or ""]
+    facts = [
+        *(source.read_text() for source in (*SOURCES, HEADER)),
+        " ".join(FLAGS),
+        torch_version,
+        platform.machine(),
+        flags,
+        compiler() or "",
+    ]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]

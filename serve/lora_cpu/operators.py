@@ -72,6 +72,7 @@ class Layer:
     sizes: Sequence[int]
     looked_up: bool = False  # an embedding's A, which vLLM looks up itself
     number: int = field(init=False)
+    used: bool = field(default=False, init=False)  # any slot holds something here
 
     def __post_init__(self) -> None:
         kernels = library()
@@ -112,6 +113,8 @@ def load(layers: Sequence[Layer], slot: int) -> None:
     if (kernels := library()) is not None:
         numbers = (ctypes.c_int * len(layers))(*(layer.number for layer in layers))
         kernels.loradock_load(numbers, len(layers), slot)
+    for layer in layers:
+        layer.used = any(layer.rank(one) for one in range(layer.b[0].shape[0]))
 
 
 def _lora_linear(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:

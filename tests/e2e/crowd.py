@@ -137,7 +137,7 @@ def stock(server: Server, adapters: dict[str, Path], folder: Path) -> None:
 
 
 def engine_killed(server: Server) -> str:
-    return _replaced(server, signal.SIGKILL, 5)
+    return _replaced(server, signal.SIGKILL, 10)
 
 
 def all_but_the_server_killed(server: Server) -> str:
@@ -146,7 +146,7 @@ def all_but_the_server_killed(server: Server) -> str:
     for pid in descendants(server.process.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    assert eventually(lambda: server.http.get("/ready").status_code == 503, 5), "nobody noticed"
+    assert eventually(lambda: server.http.get("/ready").status_code == 503, 10), "nobody noticed"
     assert eventually(lambda: server.http.get("/ready").status_code == 200, 180)
     return f"ready after {time.monotonic() - began:.0f} s"
 
@@ -156,7 +156,9 @@ def engine_hung(server: Server) -> str:
 
 
 def _replaced(server: Server, number: int, notice: float) -> str:
-    victims, began = engines(server), time.monotonic()
+    # The kernel may leave children out of its list while others come and go.
+    victims, began = eventually(lambda: engines(server)), time.monotonic()
+    assert victims, "no engine was found"
     for pid in victims:
         with suppress(ProcessLookupError):
             os.kill(pid, number)

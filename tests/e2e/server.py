@@ -177,8 +177,9 @@ class Answer:
     @property
     def word(self) -> str | None:
         """The one word that all of the text repeats; None when there is another between."""
+        text = self.text.removeprefix(" ")  # a quantized base may begin with one
         for word in WORDS:
-            if self.text and (f"{word} " * len(self.text)).startswith(self.text):
+            if text and (f"{word} " * len(text)).startswith(text):
                 return word
         return None
 

@@ -22,7 +22,7 @@ import pytest
 
 from tests.e2e import crowd as faults
 from tests.e2e.crowd import Crowd, descriptors, row, stock, word
-from tests.e2e.server import SMALL, Server, done, eventually
+from tests.e2e.server import SMALL, Server, done, eventually, tail
 from tests.lora import WORDS, variant
 
 SECONDS = int(os.environ.get("LORADOCK_TEST_CHAOS_SECONDS", "0"))
@@ -107,7 +107,8 @@ def test_whatever_is_done_to_it_nothing_acknowledged_is_lost_and_no_answer_is_wr
                     server.process.kill()
                     server.process.wait()
                 else:
-                    table.setdefault(name, []).append(names[name](server))
+                    seen = names[name](server)
+                    table.setdefault(name, []).append(seen)
                     stated.change(server, loras, draw)
                     crowd.whole(4, 180)
             kinds = [_kind(end.said, name) for end in crowd.ends]
@@ -127,6 +128,9 @@ def test_whatever_is_done_to_it_nothing_acknowledged_is_lost_and_no_answer_is_wr
             print(f"{time.monotonic() - began:6.0f} s {name}: {table[name][-1]}; {now[0]} descriptors, "
                   f"{now[1] >> 20} MiB", flush=True)  # fmt: skip
         assert server.ask("a1").word == word(1)
+    except BaseException:
+        print(tail(server.log, 100))
+        raise
     finally:
         server.__exit__()
         for name, seen in table.items():

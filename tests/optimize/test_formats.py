@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from optimize import awq, formats, kvcache, plan, quantize, recipe
-from optimize.checkpoint import Checkpoint
+from optimize import awq, kvcache, merge, plan, quantize, recipe
+from optimize.checkpoint import Checkpoint, Schemes
 from optimize.errors import Refused
 from optimize.model import adapted, logits, opened
 from tests.optimize.conftest import silent
@@ -186,4 +186,30 @@ def test_ignored_layers_keep_their_bits(base, job):
     read = Checkpoint(made.folder / "model")
     assert read.entries["model.layers.2.self_attn.o_proj.weight"].dtype == "BF16"
     assert {"model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"} <= set(read.quantization["ignore"])
-    assert formats.Schemes(read.quantization).of("model.layers.1.mlp.up_proj")
+    assert Schemes(read.quantization).of("model.layers.1.mlp.up_proj")
+
+
+@pytest.mark.parametrize("options", [
+    {"scheme": "w8a8"}, {"scheme": "w4a16"}, {"scheme": "w4a16", "format": "gptq"}, {"scheme": "w8a16"}
+])  # fmt: skip
+def test_merging_into_a_quantized_base_is_refused_unless_it_may_be_rounded_again(options, base, job, adapter, written):
+    first = job("quantize", out="first", method="rtn", **options)
+    quantize.run(first, silent)
+    quantized, folder = first.folder / "model", adapter()
+    assert Checkpoint(quantized).shapes == {name: entry.shape for name, entry in Checkpoint(base).entries.items()}
+
+    def planned(steps: str) -> None:
+        file = written(f"adapters: {{one: {folder}}}\nsteps: [{steps}]")
+        read = recipe.load(file, {"model": str(quantized)})
+        plan.made(read, quantized, {}, file.parent / "out", 10**12)
+
+    with pytest.raises(Refused, match="rounds them twice: start from the original checkpoint, or accept that with"):
+        planned("{merge: {adapters: [one]}}")
+    planned("{merge: {adapters: [one], requantize: true}}, {quantize: {}}")
+    made = job("merge", model=quantized, adapters={"one": folder}, names=["one"], requantize=True)
+    assert merge.run(made, silent)["kl_to_base_plus_adapter"] < 1e-3
+    merged = Checkpoint(made.folder / "model")
+    assert merged.quantization is None and merged.entries["model.layers.0.mlp.up_proj.weight"].dtype == "BF16"
+    with adapted(opened(quantized, torch.float32, rounds=False), folder) as model:
+        right = logits(model, IDS)
+    assert torch.allclose(logits(opened(merged.folder, torch.float32), IDS), right, atol=0.1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -69,3 +72,80 @@ def test_the_embedded_text_is_split_by_title_and_shares_nothing():
     assert len(split["calibration"]) > 40 and len(split["evaluation"]) > 20
     text.apart(split["calibration"], split["evaluation"])
     assert not set(split["calibration"]) & set(split["evaluation"])
+
+
+HUB = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+LINES = "".join(json.dumps({"said": f"line {at} of the dataset"}) + "\\n" for at in range(3)).encode()
+SHA = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.do_GET(True)
+
+    def do_GET(self, head=False):
+        path = self.path.split("?")[0]
+        body, code, extra = b"", 200, {}
+        if path.startswith("/api/datasets/team/lines/revision/"):
+            files = [{"rfilename": "data/train-0.jsonl"}, {"rfilename": "README.md"}]
+            body = json.dumps({"id": "team/lines", "sha": SHA, "siblings": files}).encode()
+        elif path.startswith("/api/datasets/team/lines/tree/"):
+            files = [{"type": "file", "path": "data/train-0.jsonl", "size": len(LINES), "oid": "b" * 40}]
+            body = json.dumps(files).encode()
+        elif path == f"/datasets/team/lines/resolve/{SHA}/data/train-0.jsonl":
+            body, extra = LINES, {"ETag": '"%s"' % ("b" * 40), "X-Repo-Commit": SHA}
+        else:
+            body, code, extra = b'{"error": "none"}', 404, {"X-Error-Code": "RepoNotFound"}
+        self.send_response(code)
+        for key, value in {**extra, "Content-Length": str(len(body)), "Content-Type": "application/json"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if not head:
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+READ = """
+import sys
+from optimize import text
+from optimize.errors import OptimizeError
+from optimize.recipe import Text
+try:
+    print(text.documents(Text(text=sys.argv[1], column="said"), False))
+except OptimizeError as error:
+    print(error.message)
+"""
+
+
+def test_a_dataset_on_the_hub_is_fetched_once_and_read_without_it(tmp_path):
+    hub = subprocess.Popen([sys.executable, "-c", HUB], stdout=subprocess.PIPE, text=True)
+    environ = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environ.pop("HF_HUB_OFFLINE", None)
+
+    def read(address: str, **more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", READ, address], env={**environ, **more}, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        assert hub.stdout is not None
+        environ["HF_ENDPOINT"] = f"http://127.0.0.1:{int(hub.stdout.readline())}"
+        lines = [f"line {at} of the dataset" for at in range(3)]
+        assert read("hf://datasets/team/lines/data/*.jsonl") == str(lines)
+        assert "the dataset team/none could not be fetched" in read("hf://datasets/team/none/*.jsonl")
+        assert "has no file none-*.jsonl" in read("hf://datasets/team/lines/none-*.jsonl")
+    finally:
+        hub.kill()
+        hub.wait()
+    # The steps run without the hub, on what was fetched.
+    assert read("hf://datasets/team/lines/data/*.jsonl", HF_HUB_OFFLINE="1") == str(lines)

@@ -99,6 +99,22 @@ async def test_an_adapter_that_would_do_something_else_stops_the_swap_unless_it_
     assert base.model == str(export)
 
 
+async def test_going_back_to_the_model_that_an_adapter_was_approved_on_is_not_gated(
+    served, backend, base, export, tiny_model, make_adapter
+):
+    backend.prepare = lambda heir: setattr(heir, "effects", {"tone": 0.1} if heir.model == str(export) else {})
+    assert (await swap(served, export, force=True)).status_code == 200
+    back = await swap(served, tiny_model)
+    assert back.status_code == 200, back.text
+    (adapter,) = back.json()["adapters"]
+    assert (adapter["before"], adapter["after"], adapter["lost"], adapter["problem"]) == (0.1, 0.5, 4.0, "")
+    assert (await swap(served, export, force=True)).status_code == 200
+    await served.post("/v1/adapters", **upload(make_adapter(1)))
+    refused = await swap(served, tiny_model)
+    assert refused.status_code == 409, "that version was never seen on this model"
+    assert [one["adapter"] for one in refused.json()["error"]["adapters"] if one["problem"]] == ["tone@v2"]
+
+
 async def test_what_is_pushed_while_the_new_base_starts_is_there_when_it_serves(
     served, backend, base, export, make_adapter
 ):

@@ -17,7 +17,7 @@ from tests.serve.test_inference import http
 @pytest.fixture
 async def served(connect, config, make_adapter):
     """A client of a server with an adapter."""
-    async with connect(replace(config, restart_wait=5.0, hang_timeout=0.5, max_restarts=2)) as client:
+    async with connect(replace(config, restart_wait=20.0, hang_timeout=0.5, max_restarts=2)) as client:
         await client.post("/v1/adapters", **upload(make_adapter()))
         yield client
 

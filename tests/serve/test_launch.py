@@ -73,9 +73,9 @@ def test_a_public_address_without_keys(tiny_model, data):
 
 
 def test_a_data_directory_that_another_server_uses(tiny_model, tmp_path, data):
-    from serve.launch import _own
+    from serve.launch import own
 
-    with _own(tmp_path / "data"):
+    with own(tmp_path / "data"):
         assert_refused(run("serve", str(tiny_model), data, "--port", "0"), "another loradock")
 
 

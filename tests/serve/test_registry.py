@@ -52,7 +52,11 @@ def url(request, tmp_path: Path) -> str:
     """An empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/registry.db"
-    server = request.getfixturevalue("postgres")
+    return database(request.getfixturevalue("postgres"))
+
+
+def database(server: str) -> str:
+    """A fresh one on that server."""
     name = f"test_{next(DATABASES)}"
     with create_engine(server.format(name="postgres"), isolation_level="AUTOCOMMIT").connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))

@@ -1,0 +1,822 @@
+// A whole step of a dense decoder in one call: embedding, every layer with its adapters, attention over vLLM's paged cache.
+//
+// Weights are packed once into blocks of 32 outputs, as the processor's dot products want them: bfloat16 pairs, or four
+// int8 with 128 added. One parallel region spans the step; between its phases the threads meet at a barrier that spins.
+// The residual stays in float32; what vLLM rounds to bfloat16 before a product or into the cache is rounded here too.
+
+#include "kernels.h"
+
+#if defined(FAST_BF16) && defined(__AVX512VNNI__)
+
+#include <atomic>
+#include <cmath>
+#include <new>
+#include <sched.h>
+
+using namespace loradock;
+
+namespace {
+
+constexpr int WIDTH = 32;     // outputs of a block
+constexpr int TILE = 12;      // tokens that are multiplied with a block together
+constexpr int GROUP_TILE = 6; // the same, where every group of inputs has a scale
+constexpr int ROWS = 192;     // tokens whose inputs stay in the cache while all blocks pass
+constexpr int ALONE = 2;      // up to so many tokens, each thread does small things for itself: cheaper than to meet
+
+template <class T>
+struct Buffer {  // aligned to a cache line, not initialized
+  T* data = nullptr;
+  size_t size = 0;
+  void need(size_t n) {
+    if (n <= size) return;
+    if (data) ::operator delete[](data, std::align_val_t(64));
+    data = static_cast<T*>(::operator new[](n * sizeof(T), std::align_val_t(64)));
+    size = n;
+  }
+};
+
+enum Kind { BF16 = 0, CHANNEL8 = 1, GROUP8 = 2 };
+
+struct Matrix {
+  int n, k, blocks, kind, group;  // group: inputs that share a scale
+  Buffer<uint8_t> data;
+  Buffer<float> scale;  // [blocks][k / group][32]
+  Buffer<float> bias;   // [blocks][32], or nothing
+  size_t block_bytes() const { return kind == BF16 ? size_t(k) * WIDTH * 2 : size_t(k) * WIDTH; }
+};
+
+struct Block {
+  int qkv, o, gate_up, down;          // matrices
+  int lora_qkv, lora_o, lora_gate_up, lora_down;  // layers of kernels.cpp, or -1
+  const bf16 *norm_in, *norm_out, *norm_q, *norm_k;
+  bf16* cache;
+};
+
+struct Decoder {
+  int hidden, heads, kv_heads, head, inner, rotary, block_size, threads;
+  float eps, scale;
+  int64_t cache_block, cache_head;  // elements from one block, and one head of a block, to the next
+  const bf16 *embedding, *cos_sin, *norm;
+  std::vector<Block> layers;
+  Buffer<float> residual;
+  Buffer<bf16> x, qkv, y, act, t;
+  Buffer<int8_t> q;
+  Buffer<float> q_scale;
+  Buffer<int32_t> q_sum, request;
+};
+
+std::vector<std::unique_ptr<Matrix>> matrices;
+std::vector<std::unique_ptr<Decoder>> decoders;
+
+// Spins: between two phases of a step a thread waits for microseconds. On a machine that has other things to do as well, it
+// gives its core away after a while.
+struct Barrier {
+  std::atomic<int> came{0}, round{0};
+  void wait(int threads) {
+    if (threads == 1) return;
+    const int now = round.load(std::memory_order_relaxed);
+    if (came.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      came.store(0, std::memory_order_relaxed);
+      round.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+      if (spins < 20000)
+        _mm_pause();
+      else
+        sched_yield();
+    }
+  }
+};
+
+inline __m512 wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+inline __m512 wide(const bf16* at) { return wide(_mm256_loadu_si256((const __m256i*)at)); }
+inline __m256i narrow(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+inline __m512 rounded(__m512 v) { return wide(narrow(v)); }
+inline void store(bf16* at, __m512 v) { _mm256_storeu_si256((__m256i*)at, narrow(v)); }
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale for each row (and group)
+  const bf16* x;
+  int64_t stride;
+  const int8_t* q;
+  const float* scale;    // [rows][groups]
+  const int32_t* sum;    // 128 times the sum of the row's (and group's) int8
+};
+
+// sums[i] = the 32 outputs of row i
+template <int M>
+void tile_bf16(const Matrix& m, int block, const Input& in, int row, float* sums) {
+  const uint8_t* w = m.data.data + block * m.block_bytes();
+  __m512 a[M], b[M], a2, b2;
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_setzero_ps();
+  a2 = b2 = _mm512_setzero_ps();
+  const bf16* x = in.x + int64_t(row) * in.stride;
+  const int pairs = m.k / 2;
+  int p = 0;
+  if constexpr (M == 1) {
+    for (; p + 2 <= pairs; p += 2, w += 256) {
+      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2176, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2240, _MM_HINT_T0);
+      int u, v;
+      std::memcpy(&u, x + 2 * p, 4);
+      std::memcpy(&v, x + 2 * p + 2, 4);
+      const __m512bh xu = bits(_mm512_set1_epi32(u)), xv = bits(_mm512_set1_epi32(v));
+      a[0] = _mm512_dpbf16_ps(a[0], bits(_mm512_load_si512(w)), xu);
+      b[0] = _mm512_dpbf16_ps(b[0], bits(_mm512_load_si512(w + 64)), xu);
+      a2 = _mm512_dpbf16_ps(a2, bits(_mm512_load_si512(w + 128)), xv);
+      b2 = _mm512_dpbf16_ps(b2, bits(_mm512_load_si512(w + 192)), xv);
+    }
+    a[0] = _mm512_add_ps(a[0], a2);
+    b[0] = _mm512_add_ps(b[0], b2);
+  }
+  for (; p < pairs; p++, w += 128) {
+    if constexpr (M <= 4) {
+      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+    }
+    const __m512bh wa = bits(_mm512_load_si512(w)), wb = bits(_mm512_load_si512(w + 64));
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) {
+      int u;
+      std::memcpy(&u, x + i * in.stride + 2 * p, 4);
+      const __m512bh xu = bits(_mm512_set1_epi32(u));
+      a[i] = _mm512_dpbf16_ps(a[i], wa, xu);
+      b[i] = _mm512_dpbf16_ps(b[i], wb, xu);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    _mm512_store_ps(sums + i * WIDTH, a[i]);
+    _mm512_store_ps(sums + i * WIDTH + 16, b[i]);
+  }
+}
+
+template <int M>
+void tile_channel8(const Matrix& m, int block, const Input& in, int row, float* sums) {
+  const uint8_t* w = m.data.data + block * m.block_bytes();
+  __m512i a[M], b[M];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[row + i]);
+  const int8_t* q = in.q + int64_t(row) * m.k;
+  const int fours = m.k / 4;
+  int p = 0;
+  if constexpr (M == 1) {
+    __m512i a2 = _mm512_setzero_si512(), b2 = a2;
+    for (; p + 2 <= fours; p += 2, w += 256) {
+      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2176, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2240, _MM_HINT_T0);
+      int u, v;
+      std::memcpy(&u, q + 4 * p, 4);
+      std::memcpy(&v, q + 4 * p + 4, 4);
+      const __m512i xu = _mm512_set1_epi32(u), xv = _mm512_set1_epi32(v);
+      a[0] = _mm512_dpbusd_epi32(a[0], _mm512_load_si512(w), xu);
+      b[0] = _mm512_dpbusd_epi32(b[0], _mm512_load_si512(w + 64), xu);
+      a2 = _mm512_dpbusd_epi32(a2, _mm512_load_si512(w + 128), xv);
+      b2 = _mm512_dpbusd_epi32(b2, _mm512_load_si512(w + 192), xv);
+    }
+    a[0] = _mm512_add_epi32(a[0], a2);
+    b[0] = _mm512_add_epi32(b[0], b2);
+  }
+  for (; p < fours; p++, w += 128) {
+    if constexpr (M <= 4) {
+      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+    }
+    const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) {
+      int u;
+      std::memcpy(&u, q + int64_t(i) * m.k + 4 * p, 4);
+      const __m512i xu = _mm512_set1_epi32(u);
+      a[i] = _mm512_dpbusd_epi32(a[i], wa, xu);
+      b[i] = _mm512_dpbusd_epi32(b[i], wb, xu);
+    }
+  }
+  const __m512 sa = _mm512_load_ps(m.scale.data + block * WIDTH), sb = _mm512_load_ps(m.scale.data + block * WIDTH + 16);
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    const __m512 s = _mm512_set1_ps(in.scale[row + i]);
+    _mm512_store_ps(sums + i * WIDTH, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(a[i]), s), sa));
+    _mm512_store_ps(sums + i * WIDTH + 16, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(b[i]), s), sb));
+  }
+}
+
+template <int M>
+void tile_group8(const Matrix& m, int block, const Input& in, int row, float* sums) {
+  const uint8_t* w = m.data.data + block * m.block_bytes();
+  const int groups = m.k / m.group, fours = m.group / 4;
+  const float* scale = m.scale.data + size_t(block) * groups * WIDTH;
+  __m512 fa[M], fb[M];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) fa[i] = fb[i] = _mm512_setzero_ps();
+  const int8_t* q = in.q + int64_t(row) * m.k;
+  for (int g = 0; g < groups; g++, q += m.group, scale += WIDTH) {
+    __m512i a[M], b[M];
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[int64_t(row + i) * groups + g]);
+    for (int p = 0; p < fours; p++, w += 128) {
+      if constexpr (M <= 4) {
+        _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+        _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+      }
+      const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; i++) {
+        int u;
+        std::memcpy(&u, q + int64_t(i) * m.k + 4 * p, 4);
+        const __m512i xu = _mm512_set1_epi32(u);
+        a[i] = _mm512_dpbusd_epi32(a[i], wa, xu);
+        b[i] = _mm512_dpbusd_epi32(b[i], wb, xu);
+      }
+    }
+    const __m512 sa = _mm512_load_ps(scale), sb = _mm512_load_ps(scale + 16);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) {
+      const __m512 s = _mm512_set1_ps(in.scale[int64_t(row + i) * groups + g]);
+      fa[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[i]), _mm512_mul_ps(s, sa), fa[i]);
+      fb[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b[i]), _mm512_mul_ps(s, sb), fb[i]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    _mm512_store_ps(sums + i * WIDTH, fa[i]);
+    _mm512_store_ps(sums + i * WIDTH + 16, fb[i]);
+  }
+}
+
+typedef void (*Tile)(const Matrix&, int, const Input&, int, float*);
+const Tile BF16_TILES[] = {nullptr,       tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,  tile_bf16<5>, tile_bf16<6>,
+                           tile_bf16<7>, tile_bf16<8>, tile_bf16<9>, tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
+const Tile CHANNEL_TILES[] = {nullptr,           tile_channel8<1>, tile_channel8<2>,  tile_channel8<3>,  tile_channel8<4>,
+                              tile_channel8<5>, tile_channel8<6>, tile_channel8<7>,  tile_channel8<8>,  tile_channel8<9>,
+                              tile_channel8<10>, tile_channel8<11>, tile_channel8<12>};
+const Tile GROUP_TILES[] = {nullptr,         tile_group8<1>, tile_group8<2>, tile_group8<3>,
+                            tile_group8<4>, tile_group8<5>, tile_group8<6>};
+
+// out(row, block, sums) for every row and for the blocks of [first, last).
+template <class Out>
+void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out) {
+  const Tile* tiles = m.kind == BF16 ? BF16_TILES : m.kind == CHANNEL8 ? CHANNEL_TILES : GROUP_TILES;
+  const int most = m.kind == GROUP8 ? GROUP_TILE : TILE;
+  alignas(64) float sums[TILE * WIDTH];
+  for (int top = 0; top < rows; top += ROWS) {
+    const int bottom = std::min(rows, top + ROWS), parts = (bottom - top + most - 1) / most;
+    for (int b = first; b < last; b++) {
+      const float* bias = m.bias.data ? m.bias.data + b * WIDTH : nullptr;
+      for (int part = 0; part < parts; part++) {  // of as equal a size as they can be
+        const int from = top + (bottom - top) * part / parts, to = top + (bottom - top) * (part + 1) / parts;
+        tiles[to - from](m, b, in, from, sums);
+        for (int i = from; i < to; i++) {
+          float* s = sums + (i - from) * WIDTH;
+          if (bias)
+            for (int j = 0; j < WIDTH; j++) s[j] += bias[j];
+          out(i, b, s);
+        }
+      }
+    }
+  }
+}
+
+// int8 of x[0..k), each `group` of them with a scale of its own.
+void quantize(const bf16* x, int k, int group, int8_t* q, float* scale, int32_t* sum) {
+  for (int g = 0; g * group < k; g++, x += group, q += group) {
+    __m512 most = _mm512_setzero_ps();
+    for (int i = 0; i < group; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(wide(x + i)));
+    const float top = _mm512_reduce_max_ps(most);
+    const __m512 by = _mm512_set1_ps(top > 0 ? 127.f / top : 0.f);
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < group; i += 16) {
+      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(wide(x + i), by));
+      total = _mm512_add_epi32(total, v);
+      _mm_storeu_si128((__m128i*)(q + i), _mm512_cvtsepi32_epi8(v));
+    }
+    scale[g] = top / 127.f;
+    sum[g] = 128 * _mm512_reduce_add_epi32(total);
+  }
+}
+
+void normalize(const float* x, const bf16* weight, int n, float eps, bf16* out) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const __m512 by = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / n + eps));
+  for (int i = 0; i < n; i += 16)
+    store(out + i, _mm512_mul_ps(rounded(_mm512_mul_ps(_mm512_loadu_ps(x + i), by)), wide(weight + i)));
+}
+
+inline __m512 exponential(__m512 x) {
+  // 2^n times a polynomial for the rest; relative error below 2e-7.
+  x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.f)), _mm512_set1_ps(-87.f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 p = _mm512_set1_ps(1.9875691e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.f)));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline __m512 silu(__m512 v) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  return _mm512_div_ps(v, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), v))));
+}
+
+// ---- adapters --------------------------------------------------------------------------------------------------------
+
+// One module's adapters in this step: t = x A^T for the tokens that have one, and what to add to 16 outputs of a token.
+struct Delta {
+  const Layer* layer = nullptr;
+  const Plan* plan = nullptr;
+  bf16* t = nullptr;
+  int64_t stride = 0, width = 0;
+
+  Delta(int number, bf16* place) {
+    if (number < 0) return;
+    const Layer& it = *layers[number];
+    if (it.plan->chunks.empty()) return;
+    for (const Chunk& c : it.plan->chunks)
+      for (const Slice& s : it.slices)
+        if (s.slots[c.slot].rank) {
+          layer = &it, plan = it.plan, t = place;
+          width = (it.max_rank + 1) / 2 * 2, stride = width * int64_t(it.slices.size());
+          return;
+        }
+  }
+
+  explicit operator bool() const { return layer; }
+
+  void shrink(const bf16* x, int64_t x_stride, int thread, int threads) const {
+    int turn = 0;
+    for (const Chunk& c : plan->chunks)
+      for (size_t s = 0; s < layer->slices.size(); s++) {
+        const Weights& w = layer->slices[s].slots[c.slot];
+        if (w.rank && turn++ % threads == thread)
+          for (int r = 0; r < w.rank; r += ROW_BLOCK)
+            Fast::shrink(w, layer->slices[s].in, x, x_stride, plan->tokens.data() + c.begin, c.end - c.begin, r,
+                         std::min(ROW_BLOCK, w.rank - r), t + c.begin * stride + int64_t(s) * width, stride);
+      }
+  }
+
+  // The delta of outputs [first, first + 16) of slice s, on top of v.
+  inline __m512 add(__m512 v, int token, int s, int first) const {
+    const int place = plan->place[token];
+    if (place < 0) return v;
+    const Slice& slice = layer->slices[s];
+    const Weights& w = slice.slots[plan->slot[token]];
+    const char* b = w.b.data() + size_t(first) * 4;
+    const bf16* mine = t + place * stride + s * width;
+    for (int k = 0; k < depth(w.rank) / 2; k++) {
+      int pair;
+      std::memcpy(&pair, mine + 2 * k, 4);
+      v = _mm512_dpbf16_ps(v, bits(_mm512_loadu_si512(b + size_t(k) * slice.out * 4)), bits(_mm512_set1_epi32(pair)));
+    }
+    return v;
+  }
+};
+
+// ---- attention -------------------------------------------------------------------------------------------------------
+
+struct Step {
+  const int32_t *ids, *starts, *lengths, *table;
+  const int64_t *positions, *slots;
+  int64_t table_stride;
+  int rows, requests;
+  bool decode;  // one token for each request
+};
+
+// Norm, where the model has one for q and k, and rotation of one head, in place.
+void turn(const Decoder& d, bf16* v, const bf16* norm, int64_t position) {
+  alignas(64) float f[512];
+  if (norm) {
+    for (int i = 0; i < d.head; i += 16) _mm512_store_ps(f + i, wide(v + i));
+    normalize(f, norm, d.head, d.eps, v);
+  }
+  const int half = d.rotary / 2;
+  const bf16 *cos = d.cos_sin + position * d.rotary, *sin = cos + half;
+  for (int i = 0; i < half; i += 16) {
+    const __m512 a = wide(v + i), b = wide(v + half + i), c = wide(cos + i), s = wide(sin + i);
+    store(v + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+    store(v + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+  }
+}
+
+// The cache's block: K as [head, block_size], V as [block_size, head].
+void remember(const Decoder& d, const Block& l, bf16* k, const bf16* v, int h, int64_t position, int64_t slot) {
+  turn(d, k, l.norm_k, position);
+  if (slot < 0) return;
+  bf16* at = l.cache + slot / d.block_size * d.cache_block + h * d.cache_head;
+  const int64_t in = slot % d.block_size;
+  for (int i = 0; i < d.head; i++) at[int64_t(i) * d.block_size + in] = k[i];
+  std::memcpy(at + int64_t(d.head) * d.block_size + in * d.head, v, d.head * sizeof(bf16));
+}
+
+// Of 32 bfloat16: those at even and those at odd places.
+inline void split(const bf16* at, __m512& even, __m512& odd) {
+  const __m512i v = _mm512_loadu_si512(at);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)));
+}
+
+// G query heads of one token over `length` keys of their one key head: softmax online, 32 keys at a time.
+template <int G, int HEAD>
+void attend(const Decoder& d, const Block& l, const int32_t* table, int length, int h, bf16* const* query, bf16* const* out) {
+  alignas(64) float q[G][HEAD];
+  const __m512 scale = _mm512_set1_ps(d.scale);
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++)
+    for (int i = 0; i < HEAD; i += 16) _mm512_store_ps(q[g] + i, _mm512_mul_ps(wide(query[g] + i), scale));
+  constexpr int V = HEAD / 16;
+  __m512 sum[G][V];
+  float most[G], total[G];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++) {
+    most[g] = -INFINITY, total[g] = 0;
+    for (int i = 0; i < V; i++) sum[g][i] = _mm512_setzero_ps();
+  }
+  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  for (int from = 0; from < length; from += 32) {
+    const bf16* k = l.cache + int64_t(table[from / d.block_size]) * d.cache_block + h * d.cache_head;
+    const bf16* v = k + int64_t(HEAD) * d.block_size + int64_t(from % d.block_size) * HEAD;
+    k += from % d.block_size;
+    __m512 even[G], odd[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) even[g] = odd[g] = _mm512_setzero_ps();
+    for (int i = 0; i < HEAD; i++) {
+      __m512 ke, ko;
+      split(k + int64_t(i) * d.block_size, ke, ko);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        const __m512 qi = _mm512_set1_ps(q[g][i]);
+        even[g] = _mm512_fmadd_ps(qi, ke, even[g]);
+        odd[g] = _mm512_fmadd_ps(qi, ko, odd[g]);
+      }
+    }
+    const int count = std::min(32, length - from);
+    const __m512i place = _mm512_add_epi32(order, _mm512_setzero_si512());
+    const __mmask16 in_even = _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(count));
+    const __mmask16 in_odd = _mm512_cmplt_epi32_mask(_mm512_add_epi32(place, _mm512_set1_epi32(1)), _mm512_set1_epi32(count));
+    alignas(64) float p[G][32];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      float top = -INFINITY;
+      top = std::max(_mm512_mask_reduce_max_ps(in_even, even[g]), in_odd ? _mm512_mask_reduce_max_ps(in_odd, odd[g]) : top);
+      if (top > most[g]) {
+        const float by = std::exp(most[g] - top);
+        for (int i = 0; i < V; i++) sum[g][i] = _mm512_mul_ps(sum[g][i], _mm512_set1_ps(by));
+        total[g] *= by;
+        most[g] = top;
+      }
+      const __m512 m = _mm512_set1_ps(most[g]);
+      const __m512 pe = _mm512_maskz_mov_ps(in_even, exponential(_mm512_sub_ps(even[g], m)));
+      const __m512 po = _mm512_maskz_mov_ps(in_odd, exponential(_mm512_sub_ps(odd[g], m)));
+      total[g] += _mm512_reduce_add_ps(_mm512_add_ps(pe, po));
+      _mm512_store_ps(p[g], pe);
+      _mm512_store_ps(p[g] + 16, po);
+    }
+    for (int j = 0; j < count; j++) {
+      __m512 pj[G];
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) pj[g] = _mm512_set1_ps(p[g][(j & 1) * 16 + j / 2]);
+#pragma GCC unroll 8
+      for (int i = 0; i < V; i += 2) {
+        __m512 ve, vo;
+        split(v + int64_t(j) * HEAD + i * 16, ve, vo);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+          sum[g][i] = _mm512_fmadd_ps(pj[g], ve, sum[g][i]);
+          sum[g][i + 1] = _mm512_fmadd_ps(pj[g], vo, sum[g][i + 1]);
+        }
+      }
+    }
+  }
+  for (int g = 0; g < G; g++) {
+    const __m512 by = _mm512_set1_ps(1.f / total[g]);
+    for (int i = 0; i < V; i += 2) {  // even and odd places come together again
+      const __m512i even = _mm512_cvtepu16_epi32(narrow(_mm512_mul_ps(sum[g][i], by)));
+      const __m512i odd = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(_mm512_mul_ps(sum[g][i + 1], by))), 16);
+      _mm512_storeu_si512(out[g] + i * 16, _mm512_or_si512(even, odd));
+    }
+  }
+}
+
+template <int HEAD>
+void attend_head(const Decoder& d, const Block& l, const int32_t* table, int length, int h, bf16* q, bf16* out) {
+  const int each = d.heads / d.kv_heads;
+  constexpr int MOST = HEAD <= 64 ? 4 : 2;  // as many sums as there are registers for
+  for (int g = 0; g < each;) {
+    bf16 *qs[4], *outs[4];
+    const int now = std::min(MOST, each - g);
+    for (int i = 0; i < now; i++) qs[i] = q + (g + i) * HEAD, outs[i] = out + (g + i) * HEAD;
+    if (now == 4)
+      attend<4, HEAD>(d, l, table, length, h, qs, outs);
+    else if (now == 3)
+      attend<3, HEAD>(d, l, table, length, h, qs, outs);
+    else if (now == 2)
+      attend<2, HEAD>(d, l, table, length, h, qs, outs);
+    else
+      attend<1, HEAD>(d, l, table, length, h, qs, outs);
+    g += now;
+  }
+}
+
+void attend_token(const Decoder& d, const Block& l, const Step& s, int token, int h, bf16* qkv, bf16* out) {
+  const int each = d.heads / d.kv_heads;
+  bf16* q = qkv + h * each * d.head;
+  for (int g = 0; g < each; g++) turn(d, q + g * d.head, l.norm_q, s.positions[token]);
+  const int32_t* table = s.table + d.request.data[token] * s.table_stride;
+  const int length = int(s.positions[token]) + 1;
+  out += h * each * d.head;
+  if (d.head == 64)
+    attend_head<64>(d, l, table, length, h, q, out);
+  else if (d.head == 128)
+    attend_head<128>(d, l, table, length, h, q, out);
+  else if (d.head == 96)
+    attend_head<96>(d, l, table, length, h, q, out);
+  else
+    attend_head<32>(d, l, table, length, h, q, out);
+}
+
+// ---- the step ----------------------------------------------------------------------------------------------------------
+
+struct Team {
+  Decoder& d;
+  const Step& s;
+  Barrier& barrier;
+  int thread, threads;
+
+  void meet() { barrier.wait(threads); }
+  bool alone() const { return s.rows <= ALONE; }
+  int from(int n) const { return int(int64_t(n) * thread / threads); }
+  int to(int n) const { return int(int64_t(n) * (thread + 1) / threads); }
+
+  // Each thread's own copy where it works alone, and everybody's otherwise.
+  template <class T>
+  T* mine(Buffer<T>& buffer) const {
+    return buffer.data + (alone() ? buffer.size / threads * thread : 0);
+  }
+
+  void normalized(const bf16* weight) {
+    bf16* x = mine(d.x);
+    for (int i = alone() ? 0 : from(s.rows); i < (alone() ? s.rows : to(s.rows)); i++)
+      normalize(d.residual.data + int64_t(i) * d.hidden, weight, d.hidden, d.eps, x + int64_t(i) * d.hidden);
+    if (!alone()) meet();
+  }
+
+  // The adapters' part of the way in, and int8 if the matrix wants them.
+  Input prepare(const Matrix& m, const Delta& delta, const bf16* x, int64_t stride) {
+    Input in{x, stride, mine(d.q), mine(d.q_scale), mine(d.q_sum)};
+    const bool work = delta || m.kind != BF16;
+    if (delta) delta.shrink(x, stride, alone() ? 0 : thread, alone() ? 1 : threads);
+    if (m.kind != BF16) {
+      const int groups = m.k / m.group;
+      for (int i = alone() ? 0 : from(s.rows); i < (alone() ? s.rows : to(s.rows)); i++)
+        quantize(x + i * stride, m.k, m.group, const_cast<int8_t*>(in.q) + int64_t(i) * m.k,
+                 const_cast<float*>(in.scale) + int64_t(i) * groups, const_cast<int32_t*>(in.sum) + int64_t(i) * groups);
+    }
+    if (work && !alone()) meet();
+    return in;
+  }
+
+  void add_to_residual(int number, int lora, const bf16* x, int64_t stride) {
+    const Matrix& m = *matrices[number];
+    const Delta delta(lora, mine(d.t));
+    const Input in = prepare(m, delta, x, stride);
+    multiply(m, in, s.rows, from(m.blocks), to(m.blocks), [&](int row, int block, const float* sums) {
+      float* to = d.residual.data + int64_t(row) * d.hidden + block * WIDTH;
+      for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16) {
+        __m512 v = _mm512_load_ps(sums + i);
+        if (delta) v = delta.add(v, row, 0, block * WIDTH + i);
+        _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), rounded(v)));
+      }
+    });
+    meet();
+  }
+
+  void attention(const Block& l) {
+    const int each = d.heads / d.kv_heads, width = (d.heads + 2 * d.kv_heads) * d.head;
+    const int64_t out = int64_t(d.heads) * d.head;
+    {
+      const Matrix& m = *matrices[l.qkv];
+      const Delta delta(l.lora_qkv, mine(d.t));
+      const Input in = prepare(m, delta, mine(d.x), d.hidden);
+      const int ends[2] = {d.heads * d.head, (d.heads + d.kv_heads) * d.head};
+      multiply(m, in, s.rows, from(m.blocks), to(m.blocks), [&](int row, int block, const float* sums) {
+        for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16) {
+          const int o = block * WIDTH + i, slice = (o >= ends[0]) + (o >= ends[1]);
+          __m512 v = _mm512_load_ps(sums + i);
+          if (delta) v = delta.add(v, row, slice, o - (slice ? ends[slice - 1] : 0));
+          store(d.qkv.data + int64_t(row) * width + o, v);
+        }
+      });
+      meet();
+    }
+    const int items = s.rows * d.kv_heads;
+    auto keep = [&](int item) {
+      const int token = item / d.kv_heads, h = item % d.kv_heads;
+      bf16* row = d.qkv.data + int64_t(token) * width;
+      bf16* k = row + (d.heads + h) * d.head;
+      remember(d, l, k, k + d.kv_heads * d.head, h, s.positions[token], s.slots[token]);
+    };
+    if (!s.decode) {
+      for (int i = from(items); i < to(items); i++) keep(i);
+      meet();
+    }
+    // In turns: later tokens of a prompt look back further.
+    for (int i = thread; i < items; i += threads) {
+      if (s.decode) keep(i);
+      const int token = i / d.kv_heads;
+      attend_token(d, l, s, token, i % d.kv_heads, d.qkv.data + int64_t(token) * width, d.y.data + token * out);
+    }
+    (void)each;
+    meet();
+    add_to_residual(l.o, l.lora_o, d.y.data, out);
+  }
+
+  void feed_forward(const Block& l) {
+    {
+      const Matrix& m = *matrices[l.gate_up];  // a block: 16 of the gate, and the same 16 of the other
+      const Delta delta(l.lora_gate_up, mine(d.t));
+      const Input in = prepare(m, delta, mine(d.x), d.hidden);
+      multiply(m, in, s.rows, from(m.blocks), to(m.blocks), [&](int row, int block, const float* sums) {
+        __m512 gate = _mm512_load_ps(sums), up = _mm512_load_ps(sums + 16);
+        if (delta) gate = delta.add(gate, row, 0, block * 16), up = delta.add(up, row, 1, block * 16);
+        store(d.act.data + int64_t(row) * d.inner + block * 16,
+              _mm512_mul_ps(rounded(silu(rounded(gate))), rounded(up)));
+      });
+      meet();
+    }
+    add_to_residual(l.down, l.lora_down, d.act.data, d.inner);
+  }
+
+  void run(bf16* out) {
+    for (int i = from(s.rows); i < to(s.rows); i++) {
+      const bf16* row = d.embedding + int64_t(s.ids[i]) * d.hidden;
+      for (int k = 0; k < d.hidden; k += 16) _mm512_storeu_ps(d.residual.data + int64_t(i) * d.hidden + k, wide(row + k));
+    }
+    meet();
+    for (const Block& l : d.layers) {
+      normalized(l.norm_in);
+      attention(l);
+      normalized(l.norm_out);
+      feed_forward(l);
+    }
+    for (int i = from(s.rows); i < to(s.rows); i++)
+      normalize(d.residual.data + int64_t(i) * d.hidden, d.norm, d.hidden, d.eps, out + int64_t(i) * d.hidden);
+  }
+};
+
+template <class F>
+void together(int threads, F&& work) {
+  Barrier barrier;
+  if (threads == 1) return work(barrier, 0, 1);
+#pragma omp parallel num_threads(threads)
+  work(barrier, omp_get_thread_num(), omp_get_num_threads());
+}
+
+}  // namespace
+
+extern "C" {
+
+int loradock_step_available() { return 1; }
+
+// Rows of W [n, k], as bfloat16 (kind 0), as int8 with a scale for each row (1), or bfloat16 to be made int8 with a scale
+// for each group of inputs (2). `paired`: the first half of the rows is the gate of the second half. -1: it can't be.
+int loradock_matrix(const void* from, int n, int k, int kind, int group, const float* scale, const bf16* bias, int paired) {
+  if (k % 16 || n % 16 || (kind == GROUP8 && (group % 16 || k % group)) || (paired && n % 32)) return -1;
+  std::unique_ptr<Matrix> m(new Matrix{n, k, (n + WIDTH - 1) / WIDTH, kind, kind == GROUP8 ? group : k, {}, {}, {}});
+  const int groups = k / m->group;
+  m->data.need(m->block_bytes() * m->blocks + 4096);  // what is fetched ahead of the end
+  if (kind != BF16) m->scale.need(size_t(m->blocks) * groups * WIDTH);
+  if (bias) m->bias.need(size_t(m->blocks) * WIDTH);
+#pragma omp parallel for schedule(static)
+  for (int b = 0; b < m->blocks; b++) {
+    uint8_t* to = m->data.data + b * m->block_bytes();
+    for (int j = 0; j < WIDTH; j++) {
+      const int o = paired ? (j < 16 ? b * 16 + j : n / 2 + b * 16 + j - 16) : b * WIDTH + j;
+      const bool there = o < n;
+      if (bias) m->bias.data[b * WIDTH + j] = there ? to_float(bias[o]) : 0;
+      if (kind == BF16) {
+        const bf16* row = static_cast<const bf16*>(from) + size_t(o) * k;
+        bf16* at = reinterpret_cast<bf16*>(to);
+        for (int i = 0; i < k; i++) at[(size_t(i / 2) * WIDTH + j) * 2 + i % 2] = there ? row[i] : bf16{0};
+        continue;
+      }
+      auto put8 = [&](int i, int v) { to[(size_t(i / 4) * WIDTH + j) * 4 + i % 4] = uint8_t(v + 128); };
+      if (kind == CHANNEL8) {
+        const int8_t* row = static_cast<const int8_t*>(from) + size_t(o) * k;
+        for (int i = 0; i < k; i++) put8(i, there ? row[i] : 0);
+        m->scale.data[b * WIDTH + j] = there ? scale[o] : 0;
+        continue;
+      }
+      const bf16* row = static_cast<const bf16*>(from) + size_t(o) * k;
+      for (int g = 0; g < groups; g++) {
+        float top = 0;
+        for (int i = g * group; there && i < (g + 1) * group; i++) top = std::max(top, std::fabs(to_float(row[i])));
+        const float by = top > 0 ? 127.f / top : 0.f;
+        for (int i = g * group; i < (g + 1) * group; i++)
+          put8(i, there ? int(std::nearbyint(to_float(row[i]) * by)) : 0);
+        m->scale.data[(size_t(b) * groups + g) * WIDTH + j] = top / 127.f;
+      }
+    }
+  }
+  matrices.push_back(std::move(m));
+  return int(matrices.size()) - 1;
+}
+
+int loradock_decoder(int hidden, int heads, int kv_heads, int head, int inner, int rotary, float eps, float scale,
+                     const bf16* embedding, const bf16* cos_sin, const bf16* norm) {
+  if (hidden % 16 || inner % 16 || rotary % 32 || rotary > head || heads % kv_heads) return -1;
+  if (head != 32 && head != 64 && head != 96 && head != 128) return -1;
+  std::unique_ptr<Decoder> d(new Decoder{});
+  d->hidden = hidden, d->heads = heads, d->kv_heads = kv_heads, d->head = head, d->inner = inner, d->rotary = rotary;
+  d->eps = eps, d->scale = scale, d->embedding = embedding, d->cos_sin = cos_sin, d->norm = norm;
+  d->threads = omp_get_max_threads();
+  decoders.push_back(std::move(d));
+  return int(decoders.size()) - 1;
+}
+
+void loradock_decoder_layer(int number, const int* matrix, const int* lora, const bf16* norm_in, const bf16* norm_out,
+                            const bf16* norm_q, const bf16* norm_k) {
+  decoders[number]->layers.push_back({matrix[0], matrix[1], matrix[2], matrix[3], lora[0], lora[1], lora[2], lora[3],
+                                      norm_in, norm_out, norm_q, norm_k, nullptr});
+}
+
+void loradock_decoder_cache(int number, bf16* const* caches, int block_size, int64_t block, int64_t head) {
+  Decoder& d = *decoders[number];
+  for (size_t i = 0; i < d.layers.size(); i++) d.layers[i].cache = caches[i];
+  d.block_size = block_size, d.cache_block = block, d.cache_head = head;
+}
+
+// One step: ids, positions and cache slots of `rows` tokens, of which request r has those from starts[r] to starts[r + 1].
+// out: [rows, hidden], normalized.
+void loradock_step(int number, const int32_t* ids, const int64_t* positions, const int64_t* slots, int rows,
+                   const int32_t* starts, const int32_t* table, int64_t table_stride, int requests, bf16* out) {
+  Decoder& d = *decoders[number];
+  const Step s{ids, starts, nullptr, table, positions, slots, table_stride, rows, requests, rows == requests};
+  const size_t copies = rows <= ALONE ? d.threads : 1, n = rows;
+  size_t wide = std::max({d.hidden, d.inner, d.heads * d.head}), groups = 1, ranks = 0;
+  for (const Block& l : d.layers) {
+    for (int m : {l.qkv, l.o, l.gate_up, l.down})
+      groups = std::max(groups, size_t(matrices[m]->k / matrices[m]->group));
+    for (int a : {l.lora_qkv, l.lora_o, l.lora_gate_up, l.lora_down})
+      if (a >= 0) ranks = std::max(ranks, layers[a]->slices.size() * ((layers[a]->max_rank + 1) / 2 * 2));
+  }
+  d.residual.need(n * d.hidden);
+  d.x.need(std::max(n, size_t(ALONE)) * d.threads * d.hidden);
+  d.qkv.need(n * (d.heads + 2 * d.kv_heads) * d.head);
+  d.y.need(n * d.heads * d.head);
+  d.act.need(n * d.inner);
+  d.t.need(std::max(n, size_t(ALONE)) * d.threads * (ranks + 1));
+  d.q.need(std::max(n, size_t(ALONE)) * d.threads * wide);
+  d.q_scale.need(std::max(n, size_t(ALONE)) * d.threads * groups);
+  d.q_sum.need(std::max(n, size_t(ALONE)) * d.threads * groups);
+  d.request.need(n);
+  (void)copies;
+  for (int r = 0; r < requests; r++)
+    for (int i = starts[r]; i < starts[r + 1]; i++) d.request.data[i] = r;
+  together(d.threads, [&](Barrier& barrier, int thread, int threads) { Team{d, s, barrier, thread, threads}.run(out); });
+}
+
+// out[rows, n] = x W^T, rounded to bfloat16 as vLLM does, in float32 as its sampler wants it.
+void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride) {
+  const Matrix& m = *matrices[number];
+  static Buffer<int8_t> q;
+  static Buffer<float> scale;
+  static Buffer<int32_t> sum;
+  const int groups = m.k / m.group;
+  if (m.kind != BF16) {
+    q.need(size_t(rows) * m.k), scale.need(size_t(rows) * groups), sum.need(size_t(rows) * groups);
+    for (int i = 0; i < rows; i++)
+      quantize(x + i * stride, m.k, m.group, q.data + size_t(i) * m.k, scale.data + size_t(i) * groups,
+               sum.data + size_t(i) * groups);
+  }
+  const Input in{x, stride, q.data, scale.data, sum.data};
+  together(omp_get_max_threads(), [&](Barrier&, int thread, int threads) {
+    multiply(m, in, rows, int(int64_t(m.blocks) * thread / threads), int(int64_t(m.blocks) * (thread + 1) / threads),
+             [&](int row, int block, const float* sums) {
+               float* to = out + row * out_stride + block * WIDTH;
+               for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16)
+                 _mm512_storeu_ps(to + i, rounded(_mm512_load_ps(sums + i)));
+             });
+  });
+}
+}
+
+#else
+
+extern "C" int loradock_step_available() { return 0; }
+
+#endif
