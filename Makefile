@@ -44,7 +44,7 @@ watch: setup-dev ## drift, damage and latency against the real engine, with ten 
 	@$(BIN)/python -m tests.cost
 
 drift-proof: setup-dev ## the long proofs of drift: false alarms over thousands of streams, every delay of the table
-	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),1000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),1000) \
+	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/test_drift.py tests/serve/test_compare.py
 
 kills: setup-dev ## the long proof: an optimization killed 30 times and resumed ends in the same bytes

@@ -31,7 +31,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift import EFFECT_HALF_LIFE, Drift
+from serve.drift import EFFECT_HALF_LIFE, Drift, all_finite
 from serve.embedding import DIMENSIONS
 from serve.errors import ConfigError
 from serve.signals import FEATURES, LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
@@ -144,7 +144,7 @@ class Signal:
         raw = np.asarray(row, np.float32)
         if raw.shape != (self._columns,):
             raise ValueError(f"a row of {self.kind} has {self._columns} numbers; this one has the shape {raw.shape}")
-        if not np.isfinite(raw).all():
+        if not all_finite(raw):
             raise ValueError(f"a row of {self.kind} holds a number that is not finite; leave the request out")
         if self._detector is None or self._scale is None:
             self._gather(raw)

@@ -61,7 +61,7 @@ _DIRECTION_FADES = np.array([[0.5 ** (1 / half_life)] for half_life in DIRECTION
 EFFECT_HALF_LIFE = 50.0
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
 # Rows that the gauges take at a time: nobody reads them at every request.
-GAUGED = 64
+GAUGED = 32
 
 
 class Drift:
@@ -108,7 +108,7 @@ class Drift:
             raise ValueError(
                 f"a row has the shape {scores.shape}; this detector's reference has {len(self._shift)} scores a row"
             )
-        if not np.isfinite(scores).all():
+        if not all_finite(scores):
             raise ValueError("a score is not a finite number; leave the request out")
         self.updates += 1
         self._ungauged.append(scores.copy())
@@ -390,6 +390,11 @@ class _Directions:
         self._live = np.array(state["live"])
         self._weight = np.array(state["weight"])
         return self
+
+
+def all_finite(row: NDArray[np.float32]) -> bool:
+    """No number of a float32 row is infinite or none: in float64 their sum cannot overflow."""
+    return math.isfinite(np.add.reduce(row, dtype=np.float64))
 
 
 def _below(state: Mapping[str, NDArray], prefix: str) -> State:

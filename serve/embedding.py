@@ -77,12 +77,13 @@ class Embedding:
         """(dimensions,): weighted mean of the tokens' rows; zeros of nothing. Numbers outside the table (added tokens)
         are left out."""
         ids = np.asarray(tokens, np.int64)
-        if ids.size and (ids.max() >= len(self.table) or ids.min() < 0):
+        # As unsigned numbers the negative ones are the largest.
+        if ids.size and np.maximum.reduce(ids.view(np.uint64)) >= len(self.table):
             ids = ids[(ids >= 0) & (ids < len(self.table))]
         if not ids.size:
             return np.zeros(self.table.shape[1], np.float32)
         weights = self.weights[ids]
-        return (weights @ self.table[ids]) / weights.sum()
+        return (weights @ self.table[ids]) / np.add.reduce(weights)
 
 
 class Rows:

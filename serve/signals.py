@@ -139,7 +139,9 @@ class Scale:
 
     def __call__(self, rows: ArrayLike) -> Floats:
         """(scores,) of a raw row, or (n, scores) of many."""
-        return np.clip((np.asarray(rows, np.float32) - self.centre) @ self.matrix, -CLIP, CLIP)
+        scores = (np.asarray(rows, np.float32) - self.centre) @ self.matrix
+        np.minimum(scores, CLIP, out=scores)
+        return np.maximum(scores, -CLIP, out=scores)
 
     def arrays(self) -> dict[str, NDArray]:
         return {"centre": self.centre, "matrix": self.matrix}
