@@ -123,7 +123,11 @@ def versions() -> dict[str, str]:
 
 def _lasting(notes: dict[str, Any]) -> dict[str, Any]:
     """A step's notes without what differs from run to run."""
-    return {name: value for name, value in notes.items() if name not in ("seconds", "memory", "scores", "losses")}
+    return {
+        name: value
+        for name, value in notes.items()
+        if name not in ("seconds", "cpu_seconds", "memory", "scores", "losses")
+    }
 
 
 def _card(facts: Facts, parent: str) -> str:

@@ -79,7 +79,7 @@ def told_in_markdown(facts: Facts) -> str:
             for verdict in facts.verdicts
         ])  # fmt: skip
     lines += ["", "## Steps", ""]
-    steps = [("step", "options", "seconds", "memory, GB")]
+    steps = [("step", "options", "seconds", "of a processor", "memory, GB")]
     for done in facts.done:
         options = {name: value for name, value in done.options.items() if value not in (0, 0.0, [], ())}
         steps.append(
@@ -87,11 +87,14 @@ def told_in_markdown(facts: Facts) -> str:
                 done.kind,
                 ", ".join(f"{name} {value}" for name, value in options.items()),
                 f"{done.seconds:.0f}",
+                f"{done.notes.get('cpu_seconds', 0):.0f}",
                 f"{done.notes.get('memory', 0) / 1e9:.2f}",
             )
         )
     lines += _table(steps)
     for done in facts.done:
+        if found := _found(done.kind, done.options, done.notes):
+            lines += ["", found]
         if kept := done.notes.get("kept"):
             lines += [
                 "",
@@ -117,6 +120,35 @@ def told_in_markdown(facts: Facts) -> str:
                 f"- {name}: {' '.join(str(said).split())}" for name, said in sample.items() if name != "prompt"
             ] + [""]
     return "\n".join(lines) + "\n"
+
+
+def _found(kind: str, options: dict[str, Any], notes: dict[str, Any]) -> str:
+    """What a step has to say for itself, in a sentence."""
+    if kind == "combine":
+        return (
+            f"{options['name']}: {notes['means']}. Rank {notes['rank']}, "
+            f"{notes['error']:.2%} off the exact weighted sum of the updates."
+        )
+    if kind == "merge":
+        return (
+            f"Merged: logits at most {notes['logits_off']:g} from base + adapters in fp32, KL "
+            f"{notes['kl_to_base_plus_adapter']:g}; weights at most {notes['weights_off_in_last_places']:g} of bf16's "
+            "last place from the exact ones (rounding to the nearest is 0.5)."
+        )
+    if kind == "prune" and notes.get("dropped"):
+        return f"Dropped: layers {', '.join(map(str, notes['dropped']))}."
+    if kind == "heal":
+        squares = f", after least squares {notes['repair']['left']:.3f}" if "repair" in notes else ""
+        return (
+            f"Log-perplexity above the original's: {notes['lost']:.3f} after pruning{squares}, {notes['left']:.3f} "
+            f"in the end, after {notes['trained_tokens']:,} tokens of distillation."
+        )
+    if kind == "onnx":
+        return (
+            f"Logits at most {notes['logits_off']:g} from PyTorch's in fp32; the first {notes['greedy_same']} of 64 "
+            "greedy tokens, through the cache, are the same."
+        )
+    return ""
 
 
 def _judged(verdict: Verdict) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import errno
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -101,7 +102,8 @@ def main(file: str, fd: str) -> int:
         traceback.print_exc()
         tell({"error": _sentence(error), "class": "OptimizeError"})
         return 1
-    tell({"notes": notes})
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    tell({"notes": {**notes, "cpu_seconds": round(sum(used.ru_utime + used.ru_stime for used in spent), 1)}})
     return 0
 
 
