@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optimize import heal, prune
+from optimize import heal, prune, repair
 from optimize.checkpoint import Checkpoint
-from optimize.model import layers, logits, opened
+from optimize.model import entered, layers, logits, opened
 from tests.optimize.conftest import silent
 
 IDS = torch.arange(2, 34).view(2, 16)
@@ -77,3 +77,35 @@ def test_healing_that_was_killed_ends_in_the_same_bytes(base, job, monkeypatch):
     heal.run(broken, silent)
     first, second = (made.folder / "model/model.safetensors" for made in (whole, broken))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_least_squares_find_the_matrix_that_was_lost(base):
+    teacher, student = opened(base, torch.float32), opened(base, torch.float32)
+    part = layers(student)[0].mlp.down_proj
+    part.weight = torch.nn.Parameter(part.weight.roll(7, 0) / 3, requires_grad=False)
+    ids = torch.randint(2, 40, (64, 16), generator=torch.Generator().manual_seed(0))
+    before = (logits(student, IDS) - logits(teacher, IDS)).square().mean()
+    begin = entered(teacher, ids, 4)
+    told = repair.repaired(list(layers(student)), list(layers(teacher)), [0, 1, 2], 0, begin, silent)
+    assert told[0][1] < 0.2 * told[0][0]
+    assert (logits(student, IDS) - logits(teacher, IDS)).square().mean() < 0.05 * before
+
+
+def test_healing_without_a_step_of_training_is_least_squares_alone(base, job):
+    pruned = job("prune", layers=1)
+    prune.run(pruned, silent)
+    made = job("heal", model=pruned.folder / "model", out="healed", steps=0, tokens=24)
+    notes = heal.run(made, silent)
+    assert notes["repair"]["left"] == notes["left"] < notes["lost"] and "losses" not in notes
+
+
+def test_the_gradient_of_the_distance_is_the_one_that_autograd_finds():
+    torch.manual_seed(0)
+    head, theirs = torch.randn(50, 8), torch.randn(3, 100, 8)
+    ours = torch.randn(3, 100, 8, requires_grad=True)
+    loss, gradient = heal.distance(head, ours.detach(), theirs)
+    wanted, said = ((states @ head.T).log_softmax(-1) for states in (theirs, ours))
+    right = (wanted.exp() * (wanted - said)).sum(-1).mean()
+    right.backward()
+    assert abs(loss - right.item()) < 1e-5
+    assert torch.allclose(gradient, ours.grad, atol=1e-7)

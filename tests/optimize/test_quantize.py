@@ -126,6 +126,16 @@ def test_a_budget_gives_bits_back_where_they_matter(base, job, monkeypatch):
         assert torch.allclose(weight, theirs.state_dict()[name], rtol=1e-6, atol=1e-9), name
 
 
+def test_layers_keep_16_bits_until_the_likeliest_tokens_stay(base, job):
+    """An agreement that 8 bits everywhere do not reach."""
+    made = job("quantize", scheme="w8a8", method="rtn", smooth=False, agreement=0.999)
+    notes = quantize.run(made, silent)
+    first = notes["tried"][0]
+    assert first["w8a8"] == len(notes["sensitivity"]) and first["top1"] < 0.999
+    assert notes["kept"] and set(notes["kept"].values()) == {"bf16"}
+    assert len(notes["tried"]) > 1
+
+
 def test_the_sensitivity_of_a_unit_is_what_it_does_to_the_answer(base, job):
     """Four bits cost more than eight, and a killed measurement goes on with the next layer."""
     made = job("quantize")
