@@ -80,7 +80,8 @@ def _repaired(
     """The pruned checkpoint after the least squares, in `out`."""
     student = opened(Path(job.model))
     rows = min(len(pool), max(4, job.calibration.samples * job.calibration.tokens // job.options["tokens"]))
-    begin = entered(teacher, torch.tensor(pool[-rows:]), max(1, 1024 // job.options["tokens"]))
+    batch = max(1, min(1024 // job.options["tokens"], rows // 8))
+    begin = entered(teacher, torch.tensor(pool[-rows:]), batch)
     lacked = repair.repaired(list(layers(student)), list(layers(teacher)), pairs, first, begin, progress)
     checkpoint = Checkpoint(Path(job.model))
     shutil.rmtree(out, ignore_errors=True)
