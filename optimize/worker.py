@@ -31,6 +31,7 @@ TASKS = {
     "heal": "optimize.heal",
     "quantize": "optimize.quantize",
     "onnx": "optimize.onnx",
+    "genai": "optimize.genai",
     "evaluate": "optimize.evaluate",
     "engine": "optimize.engine",
     "tasks": "optimize.tasks",
