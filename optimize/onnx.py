@@ -44,6 +44,7 @@ class Session:
         self.session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=wanted)
         self.provider = self.session.get_providers()[0]
         names = [item.name for item in self.session.get_inputs()]
+        self.placed = "position_ids" in names
         self.cache = [name for name in names if "past_key_values" in name]
         config = json.loads((folder / "config.json").read_text())
         heads = config["num_key_value_heads"]
@@ -61,9 +62,10 @@ class Session:
         feed = {
             "input_ids": ids.astype(np.int64),
             "attention_mask": np.ones((1, past + now), np.int64),
-            "position_ids": np.arange(past, past + now, dtype=np.int64)[None],
             **dict(zip(self.cache, cache, strict=True)),
         }
+        if self.placed:
+            feed["position_ids"] = np.arange(past, past + now, dtype=np.int64)[None]
         first, *rest = self.session.run(None, feed)
         return first, rest
 
@@ -152,6 +154,13 @@ def _rounded(source: Path, out: Path, precision: str) -> None:
     if precision == "fp32":
         for file in source.iterdir():
             shutil.copyfile(file, out / file.name)
+        return
+    if precision == "fp16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        # What goes in and out stays fp32, so that whoever asks needs to know nothing of it.
+        half = convert_float_to_float16(onnx.load(source / GRAPH), keep_io_types=True, disable_shape_infer=True)
+        onnx.save(half, out / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data")
         return
     if precision == "int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -126,6 +126,9 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
             memory = PROCESS + size + calibrated * _hidden(base) * 4 + 12 * widest * widest
             memory += probed if step.budget or step.agreement else 0
             steps.append(Step("quantize", what, memory, int(size * 0.65), seconds, _slow(recipe, step)))
+    if recipe.export.format == "genai":
+        what = f"onnxruntime-genai's builder, {recipe.export.precision}, adapters beside it, checked against PyTorch"
+        steps.append(Step("genai", what, PROCESS + 8 * size, 3 * size, STARTING + 90))
     if recipe.export.format == "onnx":
         what = f"ONNX {recipe.export.precision} with KV cache inputs, checked against PyTorch"
         steps.append(Step("onnx", what, PROCESS + 12 * size, 4 * size, STARTING + 90))
@@ -228,6 +231,8 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
                         f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save) "
                         "and cannot be combined: merge it into the base instead"
                     )
+    if recipe.export.format == "genai":
+        _builds(recipe, adapters)
     if recipe.export.format == "onnx":
         if "quantize" in kinds:
             raise Refused(
@@ -235,6 +240,28 @@ def _possible(recipe: Recipe, base: Checkpoint, adapters: dict[str, dict[str, An
             )
         if recipe.target == "gpu":
             raise Refused("the onnx export is checked on a CPU here: say `target: cpu`")
+
+
+def _builds(recipe: Recipe, adapters: dict[str, dict[str, Any]]) -> None:
+    """What onnxruntime-genai's builder does not take."""
+    if find_spec("onnxruntime_genai") is None:
+        raise Refused("the genai export needs onnxruntime-genai: pip install 'loradock[genai]', or say `format: onnx`")
+    if recipe.target == "gpu":
+        raise Refused("the genai export is checked on a CPU here: say `target: cpu`")
+    gone = {name for step in recipe.steps if isinstance(step, Merge | Combine) for name in step.adapters}
+    living = {name: config for name, config in adapters.items() if name not in gone}
+    for step in recipe.steps:
+        if isinstance(step, Quantize) and (step.format != "gptq" or living or recipe.export.precision != "int4"):
+            raise Refused(
+                "onnxruntime-genai takes a quantized model in GPTQ's format without adapters, as int4: say `quantize: "
+                "{scheme: w4a16, format: gptq}` and `export: {precision: int4}`, or leave the quantize step out"
+            )
+    for name, config in living.items():
+        if config.get("use_dora") or config.get("modules_to_save"):
+            raise Refused(
+                f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save), which "
+                "onnxruntime-genai does not take: merge it into the base"
+            )
 
 
 # What vLLM 0.32 has no kernel for on a CPU; it emulates most of it, too slowly to use.

@@ -137,8 +137,8 @@ class Gate(Part, frozen=True, kw_only=True):
 
 
 class Export(Part, frozen=True, kw_only=True):
-    format: Literal["vllm", "onnx", "adapter"] = "vllm"
-    precision: Literal["fp32", "int8", "int4"] = "fp32"
+    format: Literal["vllm", "onnx", "genai", "adapter"] = "vllm"
+    precision: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
     shard_bytes: int = 4_000_000_000
 
 
@@ -454,5 +454,7 @@ def _sensible(recipe: Recipe) -> None:
     engine = recipe.evaluate.engine and recipe.export.format == "vllm"
     if not engine and (recipe.gate.min_speed is not None or recipe.gate.min_speed_16 is not None):
         raise RecipeError("gate: min_speed is measured in the engine: `evaluate: {engine: true}` and a vllm export")
+    if recipe.export.format == "genai" and recipe.export.precision not in ("fp32", "int4"):
+        raise RecipeError(f"export: genai is made in fp32 or int4, not {recipe.export.precision}")
     if recipe.export.format == "adapter" and not any(isinstance(step, Combine) for step in recipe.steps):
         raise RecipeError("export: format adapter needs a combine step that makes one")

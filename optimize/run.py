@@ -34,7 +34,7 @@ from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
 from optimize.worker import TASKS, Job
 
 NOTES = "notes.json"
-COMPARING = ("evaluate", "engine", "heal", "onnx", "tasks")  # steps that look at the reference
+COMPARING = ("evaluate", "engine", "heal", "onnx", "genai", "tasks")  # steps that look at the reference
 Tell = Callable[[str, float, float, str], None]  # step, done, total, what
 
 
@@ -118,13 +118,15 @@ class Run:
         living = {name: path for name, path in state.adapters.items() if name not in state.merged}
         state = replace(state, adapters=living)
         form = self.recipe.export.format
-        if form == "onnx":
-            exported = self._do("onnx", plain(self.recipe.export), state, uses_text=False)
+        if form in ("onnx", "genai"):
+            exported = self._do(form, plain(self.recipe.export), state, uses_text=False)
             state = replace(state, model=exported.folder / "model", adapters={})
         scores: dict[str, Any] = {}
         for done in self.done:
             scores |= done.notes.get("scores", {})
-        scores |= self._do("evaluate", {"format": form}, state, uses_text=True).notes["scores"]
+        scores |= self._do("evaluate", {"format": "onnx" if form == "genai" else form}, state, uses_text=True).notes[
+            "scores"
+        ]
         if self.recipe.evaluate.tasks:
             asked = {"tasks": list(self.recipe.evaluate.tasks), "task_limit": self.recipe.evaluate.task_limit}
             scores |= self._do("tasks", asked, state, uses_text=False).notes["scores"]

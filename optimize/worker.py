@@ -32,6 +32,7 @@ TASKS = {
     "heal": "optimize.heal",
     "quantize": "optimize.quantize",
     "onnx": "optimize.onnx",
+    "genai": "optimize.genai",
     "evaluate": "optimize.evaluate",
     "engine": "optimize.engine",
     "tasks": "optimize.tasks",

@@ -34,15 +34,15 @@ def test_fp32_is_pytorch_and_its_bytes_are_the_same_each_time(base, job):
     assert before == {file.name: file.read_bytes() for file in again.glob("model.onnx*")}
 
 
-@pytest.mark.parametrize(("precision", "shrinks"), [("int8", 0.5), ("int4", 0.4)])
+@pytest.mark.parametrize(("precision", "shrinks"), [("fp16", 0.55), ("int8", 0.5), ("int4", 0.4)])
 def test_fewer_bits_are_smaller_and_say_what_they_lost(precision, shrinks, base, job):
     folder, notes = exported(job, precision)
     assert 0 < notes["logits_off"] < 3
     session, plain = onnx.Session(folder), opened(base, torch.float32)
     scores = compared(lambda row: logits(plain, row), session.logits, list(IDS.split(1)), lambda _: None)
-    assert 0 < scores["kl"] < 0.5
+    assert (scores["kl"] > 0 or precision == "fp16") and scores["kl"] < 0.5
     weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-    assert weights < shrinks * 4 * sum(p.numel() for p in plain.parameters()) + 400_000  # the graph itself
+    assert weights < shrinks * 4 * sum(p.numel() for p in plain.parameters()) + 500_000  # the graph itself
 
 
 def test_run_onnx_answers_and_says_what_is_no_export(base, job, capsys, tmp_path):
