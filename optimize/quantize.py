@@ -3,16 +3,10 @@
 The weights are mapped, so memory holds one layer, the hidden states of the calibration text, and one Hessian. Layers
 are quantized in the engine's fused units (q, k and v are one matrix there, gate and up another), and each layer is
 calibrated on what the quantized layers before it give.
-
-Mixed precision (`budget` for perplexity, `agreement` for the likeliest token): where everything at the lowest level
-costs more, every unit is measured by itself, at each level that it could have, by the KL divergence of the model's
-answer, and bits are given back where a byte buys the most, until the calibration text is answered within both bounds.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +19,8 @@ from torch.nn.functional import log_softmax
 from optimize import awq, formats, gptq, kvcache, text
 from optimize.checkpoint import Checkpoint, Writer
 from optimize.errors import OptimizeError, Refused
-from optimize.formats import FULL, LEVELS, W4, W8A8, W8A16, Level, Rounded
+from optimize.formats import FULL, LEVELS, W4, W8A8, Level, Rounded
+from optimize.mixed import mixed
 from optimize.model import Entered, compute_dtype, entered, layers, opened, prefix, rounding, settle, through, tokenizer
 from optimize.plan import group as group_of
 from optimize.plan import ignored
@@ -33,10 +28,6 @@ from optimize.worker import Job, Progress
 
 BATCH = 4
 SMOOTHING = 0.8  # SmoothQuant's alpha
-PROBED = 2  # windows that sensitivity is measured on
-SAFETY = 0.85  # of the budget, since the gate measures on other text
-TRIED = 8  # windows that a mix is tried on
-ROUNDS = 5
 
 
 # Linear layers that the engine fuses, so that they share a level; in the order in which a layer uses them.
@@ -67,8 +58,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     checkpoint = Checkpoint(model_dir)
     level = LEVELS[options["scheme"]]
     group = group_of(checkpoint, options["group"]) if level is W4 else 0
-    mixed = bool(options["budget"] or options["agreement"])
-    rounds = level is W8A8 or (mixed and job.target == "cpu")  # whether a layer's input may be rounded
+    mixes = bool(options["budget"] or options["agreement"])
+    rounds = level is W8A8 or (mixes and job.target == "cpu")  # whether a layer's input may be rounded
     smooth = options["smooth"] is True or (options["smooth"] == "auto" and not job.adapters and rounds)
     ids = _windows(job, model_dir)
     progress(0, 1, "loading")
@@ -86,10 +77,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     adapters: dict[str, Path] = {name: Path(path) for name, path in job.adapters.items()}
     factors = quantizer.smoothing() if smooth else quantizer.protecting() if options["method"] == "awq" else {}
     chosen = {unit: level for unit in quantizer.units}
-    if mixed:
+    if mixes:
         partial = job.folder / "partial"
         partial.mkdir(exist_ok=True)
-        chosen, told = _mixed(quantizer, level, job.target, options["budget"], options["agreement"], factors, partial)
+        chosen, told = mixed(quantizer, level, job.target, options["budget"], options["agreement"], factors, partial)
         notes |= told
     factors = quantizer.active(chosen, factors)
     out = job.folder / "model"
@@ -157,7 +148,7 @@ class Quantizer:
             return hook
 
         first = {unit.names[0]: unit for unit in self.units if not unit.names[0].endswith("o_proj")}
-        handles = [self._linear(name).register_forward_pre_hook(watch(name)) for name in first]
+        handles = [self.linear(name).register_forward_pre_hook(watch(name)) for name in first]
         batches = self.ids.split(BATCH)
         for done, batch in enumerate(batches):
             with torch.inference_mode():
@@ -167,7 +158,7 @@ class Quantizer:
             handle.remove()
         factors = {}
         for name, unit in first.items():
-            heavy = torch.stack([self._linear(part).weight.float().abs().amax(0) for part in unit.names]).amax(0)
+            heavy = torch.stack([self.linear(part).weight.float().abs().amax(0) for part in unit.names]).amax(0)
             factor = widest[name].clamp(min=1e-5) ** SMOOTHING / heavy.clamp(min=1e-5) ** (1 - SMOOTHING)
             # Powers of two: scaling by them loses no bit of bf16.
             factors[name] = 2.0 ** factor.clamp(min=1e-5).log2().round()
@@ -181,7 +172,7 @@ class Quantizer:
             self.progress(at, len(self.layers), f"AWQ scales, layer {at + 1} of {len(self.layers)}")
             units = [unit for unit in self.units if unit.layer == at and not unit.names[0].endswith("o_proj")]
             for unit, hessian in self._hessians(layer, units, begun).items():
-                weight = torch.cat([self._linear(name).weight.float() for name in unit.names])
+                weight = torch.cat([self.linear(name).weight.float() for name in unit.names])
                 found[unit.names[0]] = awq.factors(weight, hessian, W4.bits, self.group)
             with torch.inference_mode():
                 begun = through([layer], begun)
@@ -196,20 +187,20 @@ class Quantizer:
         for at, layer in enumerate(self.layers):
             self.progress(at, len(self.layers), f"{say}, layer {at + 1} of {len(self.layers)}")
             units = [unit for unit in chosen if unit.layer == at and chosen[unit] is not FULL]
-            self._smooth(at, factors)
+            self.smooth(at, factors)
             scaled = [unit for unit in units if chosen[unit].preset == "NVFP4"]
             widest = self._widest(layer, scaled, begun) if scaled else {}
             hooks = [
-                self._linear(name).register_forward_pre_hook(_rounding(chosen[unit], widest.get(unit)))
+                self.linear(name).register_forward_pre_hook(_rounding(chosen[unit], widest.get(unit)))
                 for unit in units
                 if chosen[unit].activations
                 for name in unit.names
             ]
             hessians = self._hessians(layer, units, begun) if self.method != "rtn" else {}
             for unit in units:
-                made = self._round(unit, chosen[unit], hessians.get(unit), widest.get(unit))
+                made = self.round(unit, chosen[unit], hessians.get(unit), widest.get(unit))
                 for name, its in made.items():
-                    self._linear(name).weight = nn.Parameter(its.dense.to(self.dtype), requires_grad=False)
+                    self.linear(name).weight = nn.Parameter(its.dense.to(self.dtype), requires_grad=False)
                 yield unit, made
             begun = through([layer], begun)
             if not all(bool(state.isfinite().all()) for state in begun.states):
@@ -228,7 +219,7 @@ class Quantizer:
 
             return hook
 
-        hooks = [self._linear(unit.names[0]).register_forward_pre_hook(gather(unit)) for unit in units]
+        hooks = [self.linear(unit.names[0]).register_forward_pre_hook(gather(unit)) for unit in units]
         through([layer], begun)
         for hook in hooks:
             hook.remove()
@@ -245,17 +236,17 @@ class Quantizer:
 
             return hook
 
-        hooks = [self._linear(unit.names[0]).register_forward_pre_hook(watch(unit)) for unit in units]
+        hooks = [self.linear(unit.names[0]).register_forward_pre_hook(watch(unit)) for unit in units]
         through([layer], begun)
         for hook in hooks:
             hook.remove()
         return found
 
     @torch.inference_mode()
-    def _round(
+    def round(
         self, unit: Unit, level: Level, hessian: torch.Tensor | None, widest: torch.Tensor | None = None
     ) -> dict[str, Rounded]:
-        weights = [self._linear(name).weight.float() for name in unit.names]
+        weights = [self.linear(name).weight.float() for name in unit.names]
         stacked = torch.cat(weights)
         if not bool(stacked.isfinite().all()):
             raise OptimizeError(f"{unit.names[0]} holds NaN or infinity: the weights are broken")
@@ -277,17 +268,17 @@ class Quantizer:
         return {name: formats.whole(part.contiguous(), of.contiguous(), level, self.form) for name, part, of in parts}
 
     @torch.inference_mode()
-    def _smooth(self, at: int, factors: Mapping[str, torch.Tensor]) -> None:
+    def smooth(self, at: int, factors: Mapping[str, torch.Tensor]) -> None:
         """Scale one layer's producers down and consumers up."""
         for unit in self.units:
             factor = factors.get(unit.names[0])
             if unit.layer != at or factor is None:
                 continue
-            producer = self._linear(_producer(unit.names[0]))
+            producer = self.linear(self.producer(unit.names[0]))
             rows = factor.view(-1, *[1] * (producer.weight.dim() - 1))
             producer.weight = nn.Parameter((producer.weight.float() / rows).to(self.dtype), requires_grad=False)
             for name in unit.names:
-                linear = self._linear(name)
+                linear = self.linear(name)
                 linear.weight = nn.Parameter((linear.weight.float() * factor).to(self.dtype), requires_grad=False)
 
     def write(self, chosen: Mapping[Unit, Level], factors: Mapping[str, torch.Tensor], out: Path) -> None:
@@ -297,7 +288,7 @@ class Quantizer:
         writer = Writer(out, self.folder)
         changed = {f"{name}.weight" for unit, level in chosen.items() if level is not FULL for name in unit.names}
         moved = {f"{name}.weight" for unit in self.units if unit.names[0] in factors for name in unit.names}
-        moved |= {f"{_producer(name)}.weight" for name in factors}
+        moved |= {f"{self.producer(name)}.weight" for name in factors}
         for name in checkpoint.entries:
             if name not in changed and name not in moved:
                 writer.add(name, checkpoint.tensor(name))
@@ -345,169 +336,17 @@ class Quantizer:
         self.model = opened(self.folder, self.dtype)
         self.layers = layers(self.model)
 
-    def _linear(self, name: str) -> Any:
+    @staticmethod
+    def producer(name: str) -> str:
+        """The module whose output the unit reads, up to a product with something else."""
+        layer, _, _ = name.rpartition(".")
+        if name.endswith("down_proj"):
+            return f"{layer}.up_proj"
+        block = layer.rpartition(".")[0]
+        return f"{block}.{'input_layernorm' if '.self_attn.' in name else 'post_attention_layernorm'}"
+
+    def linear(self, name: str) -> Any:
         return self.model.get_submodule(name)
-
-
-def _mixed(
-    quantizer: Quantizer,
-    low: Level,
-    target: str,
-    budget: float,
-    agreement: float,
-    factors: dict[str, torch.Tensor],
-    partial: Path,
-) -> tuple[dict[Unit, Level], dict[str, Any]]:
-    """Which unit gets which level so that perplexity rises by no more than `budget` and the likeliest token stays in
-    at least `agreement` of the places."""
-    high = W8A8 if target == "cpu" else W8A16
-    ladder = [low, high, FULL] if low is W4 else [low, FULL]
-    held = quantizer.ids[:TRIED]
-    wanted = quantizer.log_probabilities(held).bfloat16()
-    before = _spent(wanted, held)
-    allowed = math.log1p(budget or math.inf) * SAFETY
-    differ = (1 - agreement) * (1 - (1 - SAFETY) / 8)
-    tried: list[dict[str, Any]] = []
-    best, bound = dict.fromkeys(quantizer.units, ladder[-1]), 0.0
-    chosen = dict.fromkeys(quantizer.units, low)
-    measured: dict[str, dict[str, float]] = {}
-    costs: dict[str, dict[str, float]] = {}
-    for round_ in range(ROUNDS):
-        after = _tried(quantizer, chosen, factors, held, f"trying mix {round_ + 1}")
-        spent = _spent(after, held) - before
-        apart = float((after.argmax(-1) != wanted.argmax(-1)).float().mean())
-        del after
-        lowest = sum(level is low for level in chosen.values())
-        tried.append({low.name: lowest, "log_perplexity": round(spent, 5), "top1": round(1 - apart, 5)})
-        # Log-perplexity grows with the KL divergence, differing tokens with its square root.
-        over = max(spent / allowed, (apart / differ) ** 2)
-        if over <= 1:
-            best = chosen
-            if over > 0.75 or lowest == len(chosen):
-                break
-        if not costs:
-            measured = _sensitivity(quantizer, ladder[:-1], factors, partial)
-            # Whatever changes at all changes bf16's rounding after it: every unit shows that much, and it is no effect.
-            floor = min(cost for found in measured.values() for cost in found.values())
-            costs = {
-                label: {name: cost - 0.95 * floor for name, cost in found.items()} for label, found in measured.items()
-            }
-            bound = sum(found[low.name] for found in costs.values())
-        bound /= max(over, 1e-3) * (1.05 if over > 1 else 1.0)
-        chosen = _chosen(quantizer, ladder, costs, bound)
-    sensitivity = {label: {name: round(value, 6) for name, value in found.items()} for label, found in measured.items()}
-    return best, {"sensitivity": sensitivity, "tried": tried, "budget": budget, "agreement": agreement}
-
-
-def _spent(said: torch.Tensor, ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood of the next token, nats; `said` is (rows, tokens, vocabulary)."""
-    return -float(said[:, :-1].gather(-1, ids[:, 1:, None]).float().mean())
-
-
-def _tried(
-    quantizer: Quantizer, chosen: Mapping[Unit, Level], factors: Mapping[str, torch.Tensor], ids: torch.Tensor, say: str
-) -> torch.Tensor:
-    """What the model answers, quantized so, (rows, tokens, vocabulary); afterwards the quantizer has the full model.
-
-    Eight bits are rounded to the nearest here, which is a little worse than GPTQ and takes a tenth of the time.
-    """
-    method, active = quantizer.method, quantizer.active(chosen, factors)
-    few = all(level.bits >= 8 for level in chosen.values())
-    quantizer.method = "rtn" if few else method
-    try:
-        for _ in quantizer.rounded(chosen, active, say, windows=1 if few else TRIED):
-            pass
-        for unit, level in chosen.items():
-            for name in unit.names if level.activations else ():
-                quantizer._linear(name).register_forward_pre_hook(_rounding(level))
-        return quantizer.log_probabilities(ids).bfloat16()
-    finally:
-        quantizer.method = method
-        quantizer.reopen()
-
-
-def _chosen(
-    quantizer: Quantizer, ladder: Sequence[Level], costs: Mapping[str, Mapping[str, float]], allowed: float
-) -> dict[Unit, Level]:
-    """Begin low and give back, one rung at a time, where a byte buys the most, until the sum is allowed."""
-    elements = {unit: sum(quantizer._linear(name).weight.numel() for name in unit.names) for unit in quantizer.units}
-    rung = dict.fromkeys(quantizer.units, 0)
-
-    def cost(unit: Unit, at: int) -> float:
-        return 0.0 if ladder[at] is FULL else costs[unit.label][ladder[at].name]
-
-    def gain(unit: Unit, to: int) -> float:
-        more = ladder[to].bytes(elements[unit], quantizer.group or 1) - ladder[rung[unit]].bytes(
-            elements[unit], quantizer.group or 1
-        )
-        return (cost(unit, rung[unit]) - cost(unit, to)) / more
-
-    total = sum(cost(unit, 0) for unit in quantizer.units)
-    while total > allowed:
-        steps = [
-            (gain(unit, to), -at, unit, to)
-            for at, unit in enumerate(quantizer.units)
-            for to in range(rung[unit] + 1, len(ladder))
-        ]
-        if not steps:
-            break
-        _, _, unit, to = max(steps, key=lambda step: step[:2])
-        total -= cost(unit, rung[unit]) - cost(unit, to)
-        rung[unit] = to
-    return {unit: ladder[at] for unit, at in rung.items()}
-
-
-def _sensitivity(
-    quantizer: Quantizer, levels: Sequence[Level], factors: Mapping[str, torch.Tensor], partial: Path
-) -> dict[str, dict[str, float]]:
-    """unit -> level -> KL, nats a token, of the answer with that unit alone rounded to the nearest."""
-    file = partial / "sensitivity.json"
-    found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
-    probe = quantizer.ids[-PROBED:]
-    begun = entered(quantizer.model, probe, BATCH)
-    wanted = quantizer.log_probabilities(probe)
-    count = len(quantizer.layers)
-    for at, layer in enumerate(quantizer.layers):
-        quantizer.progress(at, count, f"sensitivity, layer {at + 1} of {count}")
-        for unit in quantizer.units:
-            if unit.layer != at or unit.label in found:
-                continue
-            touched = [*unit.names, _producer(unit.names[0])] if unit.names[0] in factors else list(unit.names)
-            full = {name: quantizer._linear(name).weight for name in touched}
-            result = {}
-            for level in levels:
-                quantizer._smooth(at, quantizer.active({unit: level}, factors))
-                for name, its in quantizer._round(unit, level, None).items():
-                    quantizer._linear(name).weight = nn.Parameter(its.dense.to(quantizer.dtype), requires_grad=False)
-                hooks = [
-                    quantizer._linear(name).register_forward_pre_hook(_rounding(level))
-                    for name in unit.names
-                    if level.activations
-                ]
-                result[level.name] = _divergence(quantizer, at, begun, wanted)
-                for hook in hooks:
-                    hook.remove()
-                for name, weight in full.items():
-                    quantizer._linear(name).weight = weight
-            found[unit.label] = result
-        aside = file.with_suffix(".part")
-        aside.write_text(json.dumps(found))
-        aside.rename(file)
-        with torch.inference_mode():
-            begun = through([layer], begun)
-    return found
-
-
-@torch.inference_mode()
-def _divergence(quantizer: Quantizer, at: int, begun: Entered, wanted: torch.Tensor) -> float:
-    """Mean KL(original || now) over the probe's tokens, running from layer `at` on."""
-    total = 0.0
-    hidden = torch.cat(through(list(quantizer.layers[at:]), begun).states)
-    body = quantizer.model.get_submodule(quantizer.prefix.rpartition(".")[0])
-    for row, right in zip(hidden, wanted, strict=True):
-        said = log_softmax(quantizer.model.lm_head(body.norm(row)).float(), -1)
-        total += float(torch.sub(right, said).mul_(right.exp()).sum(-1).mean())
-    return max(total / len(hidden), 0.0)
 
 
 def _config(chosen: Mapping[Unit, Level], ignore: list[str], group: int) -> dict[str, Any]:
@@ -528,15 +367,6 @@ def _config(chosen: Mapping[Unit, Level], ignore: list[str], group: int) -> dict
         "ignore": ignore,
         "kv_cache_scheme": None,
     }
-
-
-def _producer(name: str) -> str:
-    """The module whose output the unit reads, up to a product with something else."""
-    layer, _, _ = name.rpartition(".")
-    if name.endswith("down_proj"):
-        return f"{layer}.up_proj"
-    block = layer.rpartition(".")[0]
-    return f"{block}.{'input_layernorm' if '.self_attn.' in name else 'post_attention_layernorm'}"
 
 
 def _fold(folder: Path, factors: Mapping[str, torch.Tensor], out: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimize import quantize
+from optimize import formats, mixed, quantize
 from optimize.checkpoint import Checkpoint
 from optimize.errors import OptimizeError
 from optimize.model import adapted, logits, opened
@@ -72,7 +72,7 @@ def test_smoothing_moves_scales_and_changes_no_answer(base, job):
     quantizer.model = opened(base, torch.float32)
     quantizer.dtype = torch.float32
     for at in range(3):
-        quantizer._smooth(at, factors)
+        quantizer.smooth(at, factors)
     assert torch.allclose(logits(quantizer.model, IDS), before, atol=1e-4)
 
 
@@ -110,9 +110,9 @@ def test_a_budget_gives_bits_back_where_they_matter(base, job, monkeypatch):
             costs[unit.label] = {"w4a16": 0.5, "w8a8": 0.4 if unit.label == "0.down" else 0.002}
         return costs
 
-    monkeypatch.setattr(quantize, "_sensitivity", known)
+    monkeypatch.setattr(mixed, "effects", known)
     losses = iter([3.0, 3.9, 3.015])  # of the original, with 4 bits everywhere, and of the mix
-    monkeypatch.setattr(quantize, "_spent", lambda said, ids: next(losses))
+    monkeypatch.setattr(mixed, "spent_on", lambda said, ids: next(losses))
     made = job("quantize", scheme="w4a16", budget=0.02)
     notes = quantize.run(made, silent)
     assert notes["kept"] == {"0.q/k/v": "w8a8", "0.o": "w8a8", "0.gate/up": "w8a8", "0.down": "bf16"}
@@ -143,11 +143,11 @@ def test_the_sensitivity_of_a_unit_is_what_it_does_to_the_answer(base, job):
     quantizer.dtype = torch.float32
     quantizer.model = opened(base, torch.float32)
     quantizer.layers = quantize.layers(quantizer.model)
-    found = quantize._sensitivity(quantizer, [quantize.W4, quantize.W8A16], {}, made.folder)
+    found = mixed.effects(quantizer, [formats.W4, formats.W8A16], {}, made.folder)
     assert len(found) == 12
     assert sum(cost["w4a16"] for cost in found.values()) > 10 * sum(cost["w8a16"] for cost in found.values())
     (made.folder / "sensitivity.json").write_text(json.dumps({**found, "0.o": {"w4a16": 7.0, "w8a16": 7.0}}))
-    assert quantize._sensitivity(quantizer, [quantize.W4], {}, made.folder)["0.o"]["w4a16"] == 7.0
+    assert mixed.effects(quantizer, [formats.W4], {}, made.folder)["0.o"]["w4a16"] == 7.0
 
 
 def test_the_layers_that_the_engine_fuses_share_a_level(base, job):
