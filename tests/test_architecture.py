@@ -34,6 +34,7 @@ SHELVES = [
         "cutoff",
         "line",
         "popularity",
+        "ranks",
     },
     {"blobs", "checkpoint", "registry", "upload", "source", "audit", "signals", "recent"},
     {"store"},
