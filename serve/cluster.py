@@ -46,6 +46,7 @@ OBJECT_STORE_BYTES = 128 << 20
 # What Ray sets for each of its processes, and would bind an engine to one thread.
 OMP = "OMP_NUM_THREADS"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0"}
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _HANGUP = threading.Event()
 
 
@@ -120,7 +121,7 @@ def _start(config: Config) -> None:
     """Ray Serve's proxies, one on each node that has a replica."""
     from ray import serve as ray_serve
 
-    ray_serve.start(http_options=_http(config), logging_config={"log_level": "WARNING", "enable_access_log": False})
+    ray_serve.start(http_options=_http(config), logging_config=LOGGING)
 
 
 def shared(config: Config, *, several: bool) -> Config:
@@ -155,6 +156,7 @@ def _deploy(config: Config, turn: int) -> None:
         "max_ongoing_requests": AT_ONCE,
         "graceful_shutdown_wait_loop_s": 0.5,
         "graceful_shutdown_timeout_s": config.grace_period + 10,
+        "logging_config": LOGGING,
         "health_check_period_s": 5,
         "health_check_timeout_s": 60,
         **_place(config),
