@@ -45,7 +45,8 @@ MAX_REPLICAS_A_NODE = 64
 OBJECT_STORE_BYTES = 128 << 20
 # What Ray sets for each of its processes, and would bind an engine to one thread.
 OMP = "OMP_NUM_THREADS"
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0"}
+# Ray would let an engine run at niceness 15, behind everything else on its machine.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_worker_niceness": "0"}
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _HANGUP = threading.Event()
 
@@ -82,7 +83,7 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
 @contextmanager
 def _joined(address: str) -> Iterator[bool]:
     """A Ray cluster until the block ends, one of our own without an address; whether it has more nodes than one."""
-    for name, value in QUIET.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
         import ray
