@@ -39,7 +39,7 @@ SHELVES = [
     {"blobs", "checkpoint", "registry", "upload", "source", "audit", "signals", "recent"},
     {"store"},
     {"admission", "backup", "plan", "batch"},
-    {"engine", "keys", "baseline", "feedback", "trial"},
+    {"engine", "keys", "baseline", "feedback", "trial", "capture"},
     {"transfer"},
     {"watcher", "fleet"},
     {"router", "lifecycle", "monitor", "backend", "shadow"},
