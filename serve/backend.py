@@ -143,7 +143,12 @@ class VLLMBackend:
     @property
     def seats(self) -> int:
         """Requests that it works on at a time; those beyond wait in its own queue."""
-        return int(self._engine().vllm_config.scheduler_config.max_num_seqs)
+        return self.ranks * int(self._engine().vllm_config.scheduler_config.max_num_seqs)
+
+    @property
+    def ranks(self) -> int:
+        """Data-parallel copies of the model, each with its own batch, slots and prefix cache."""
+        return int(self.args.data_parallel_size or 1)
 
     @property
     def prioritizes(self) -> bool:
@@ -296,9 +301,14 @@ class VLLMBackend:
                 await self._call(self._engine().add_lora(request))
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
-        """What each worker answers, between two steps."""
-        told: list[Any] = await self._call(self._engine().collective_rpc(method, args=args))
-        return told
+        """What each worker of each rank answers, between two steps."""
+        if self.ranks == 1:
+            told: list[Any] = await self._call(self._engine().collective_rpc(method, args=args))
+            return told
+        # vLLM's collective_rpc tells of the first rank alone.
+        core = cast(Any, self._engine().engine_core)
+        ranks = await self._call(core.call_utility_all_async("collective_rpc", method, None, args, None))
+        return [one for rank in ranks for one in rank]
 
     async def remove(self, adapter_id: str) -> None:
         """Free an adapter's weights in the engine; nobody may be using it."""

@@ -7,6 +7,7 @@ dies, routes to whoever has least to do, and adds replicas while requests wait o
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import os
@@ -16,8 +17,8 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -44,62 +45,84 @@ MAX_REPLICAS_A_NODE = 64
 OBJECT_STORE_BYTES = 128 << 20
 # What Ray sets for each of its processes, and would bind an engine to one thread.
 OMP = "OMP_NUM_THREADS"
+# Ray would let an engine run at niceness 15, behind everything else on its machine.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_worker_niceness": "0"}
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+_HANGUP = threading.Event()
+
+
+class _Stop(Exception):
+    """SIGTERM or Ctrl-C."""
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> int:
     """Serve until SIGTERM; the exit code. SIGHUP replaces the replicas one by one, with the settings of that moment."""
     log_to_stderr(config.log_level)
-    os.environ.setdefault("RAY_SERVE_ENABLE_TASK_EVENTS", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    machine.listen(config.host, config.port).close()
+    with own(config.data_dir), _joined(config.ray_address or os.environ.get("RAY_ADDRESS", "")) as several:
+        try:
+            config = shared(config, several=several)
+            _start(config)
+            _deploy(config, 0)
+            for turn in itertools.count(1):
+                log.info("ready: %s:%d/v1 answers as %s", config.host, config.port, config.name)
+                _until_hangup()
+                log.info("replacing the replicas, one after the other")
+                try:
+                    config = shared(reload(), several=several)
+                    _deploy(config, turn)
+                except ConfigError as error:
+                    log.error("the replicas are not replaced, those from before go on: %s", error)
+        except _Stop:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+            log.info("stopping: running answers may finish")
+    return 0
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[bool]:
+    """A Ray cluster until the block ends, one of our own without an address; whether it has more nodes than one."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         from ray import serve as ray_serve
     except ImportError as missing:
         raise ConfigError("--ray needs Ray: install loradock[ray] beside the engine's extra") from missing
-    machine.listen(config.host, config.port).close()
-    held = ExitStack()
-    held.enter_context(own(config.data_dir))
-    ray.init(
-        address=config.ray_address or None,
-        namespace=NAME,
-        include_dashboard=None if config.ray_address else False,
-        object_store_memory=None if config.ray_address else OBJECT_STORE_BYTES,
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-    )
-    told: deque[int] = deque()
-    woken = threading.Event()
-
-    def take(number: int, _: Any) -> None:
-        told.append(number)
-        woken.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, take)
+    alone: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        config = shared(config, several=len(nodes) > 1)
-        ray_serve.start(http_options=_http(config), logging_config={"log_level": "WARNING", "enable_access_log": False})
-        for turn in range(1 << 30):
-            _deploy(config, turn)
-            log.info("ready: http://%s:%d/v1 answers as %s", config.host, config.port, config.name)
-            while not told:
-                woken.wait(1.0)  # a signal's handler runs between two waits
-            woken.clear()
-            if any(number != signal.SIGHUP for number in told):
-                log.info("stopping: running answers may finish")
-                return 0
-            told.clear()
-            try:
-                config = shared(reload(), several=len(nodes) > 1)
-            except ConfigError as error:
-                log.error("the settings cannot be used, so the replicas restart with those from before: %s", error)
-            log.info("replacing the replicas, one after the other")
-        return 0
+        ray.init(address=address or None, namespace=NAME, logging_level=logging.WARNING, **({} if address else alone))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"there is no Ray cluster to join at {address or 'this machine'}: {error}") from error
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    def stop(*_: object) -> None:
+        raise _Stop
+
+    # After ray.init, which has handlers of its own.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    signal.signal(signal.SIGHUP, lambda *_: _HANGUP.set())
+    try:
+        yield sum(node["Alive"] for node in ray.nodes()) > 1
     finally:
         ray_serve.shutdown()
         ray.shutdown()
-        held.close()
+
+
+def _until_hangup() -> None:
+    while not _HANGUP.wait(1.0):  # handlers of signals run between two waits
+        continue
+    _HANGUP.clear()
+
+
+def _start(config: Config) -> None:
+    """Ray Serve's proxies, one on each node that has a replica."""
+    from ray import serve as ray_serve
+
+    ray_serve.start(http_options=_http(config), logging_config=LOGGING)
 
 
 def shared(config: Config, *, several: bool) -> Config:
@@ -134,6 +157,7 @@ def _deploy(config: Config, turn: int) -> None:
         "max_ongoing_requests": AT_ONCE,
         "graceful_shutdown_wait_loop_s": 0.5,
         "graceful_shutdown_timeout_s": config.grace_period + 10,
+        "logging_config": LOGGING,
         "health_check_period_s": 5,
         "health_check_timeout_s": 60,
         **_place(config),

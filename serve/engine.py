@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 from serve.admission import Admission
 from serve.errors import EngineUnavailable, LoradockError
 from serve.line import Line
+from serve.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class Backend(Protocol):
     @property
     def seats(self) -> int: ...
     @property
+    def ranks(self) -> int: ...
+    @property
     def prioritizes(self) -> bool: ...
     @property
     def max_model_len(self) -> int: ...
@@ -106,6 +109,7 @@ class Lease:
 
     model: str
     priority: int | None
+    rank: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -144,6 +148,7 @@ class Engine:
         self._leaving: set[asyncio.Task[None]] = set()
         # Of one seat until the backend, once it runs, says how many it has.
         self.line = Line(1, 1)
+        self.ranks = Ranks(1)
         self._admission = Admission(self.line, max_wait)
         # Ids that are never sent away to make room.
         self.pinned: frozenset[str] = frozenset()
@@ -181,6 +186,7 @@ class Engine:
             self.phase = Phase.FAILED
             raise
         self.line = Line(self.backend.seats, self.backend.slots)
+        self.ranks = Ranks(self.backend.ranks)
         self._admission = Admission(self.line, self._max_wait)
         self.phase = Phase.READY
 
@@ -219,9 +225,15 @@ class Engine:
 
     @asynccontextmanager
     async def lease(
-        self, adapter_id: str | None = None, path: Path | None = None, *, tenant: str = "", priority: int = 0
+        self,
+        adapter_id: str | None = None,
+        path: Path | None = None,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        opening: str = "",
     ) -> AsyncIterator[Lease]:
-        """A turn of the tenant's, with the adapter resident until the block ends.
+        """A turn of the tenant's, with the adapter resident until the block ends. `opening` is how its prompt begins.
 
         Nothing is awaited before the lease is counted: whoever looks a version up and leases it in one breath cannot
         lose it to a swap in between.
@@ -241,7 +253,8 @@ class Engine:
                 if resident:
                     await self._loaded(resident)
                 place = engine_priority(priority, ticket.order) if self.backend.prioritizes else None
-                yield Lease(resident.id if resident else self.name, place)
+                with self.ranks.taken(adapter_id, opening) as rank:
+                    yield Lease(resident.id if resident else self.name, place, rank)
             finally:
                 self.line.leave(ticket)
                 if sat:

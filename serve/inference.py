@@ -48,6 +48,8 @@ STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(/cancel)?")
 UNSALTED = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
 # Those that know no priority.
 PLACELESS = re.compile(r"/(de)?tokenize|/v1/messages(/count_tokens)?")
+# vLLM's header for the rank that is to answer.
+RANK = b"x-data-parallel-rank"
 MAX_BODY = 64 << 20
 MAX_TIMEOUT = 86_400
 
@@ -143,7 +145,7 @@ class Inference:
                     tap.watch.logprobs = self._wants_logprobs(route.adapter)
                     if asked:
                         fields = asked.rewritten(scope["path"], route, caller)
-                        scope, receive = asked.replayed(scope, receive, fields)
+                        scope, receive = asked.replayed(_ranked(scope, route.rank), receive, fields)
                     if route.shadow and self._shadows:
                         kept = Kept(sending)
                         sending = kept.send
@@ -320,6 +322,14 @@ class _Asked:
             if tenant != DEFAULT:
                 changes["request_id"] = _response_id(tenant)
         return changes
+
+
+def _ranked(scope: Scope, rank: int | None) -> Scope:
+    """The request for a data-parallel rank, which is ours to choose and no client's."""
+    headers = [header for header in scope["headers"] if header[0] != RANK]
+    if rank is not None:
+        headers.append((RANK, str(rank).encode()))
+    return {**scope, "headers": headers} if headers != scope["headers"] else scope
 
 
 def salted(salt: Any, tenant: str) -> str | None:

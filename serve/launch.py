@@ -72,10 +72,11 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
     if "max_cpu_loras" not in base.engine:
         engine["max_cpu_loras"] = max(32, int(engine["max_loras"]))
     if machine.on_cpu():
-        weights = machine.weights(Path(base.model))
+        ranks = int(engine.get("data_parallel_size", 1))
+        weights = ranks * machine.weights(Path(base.model))
         if "gpu_memory_utilization" not in engine:
-            engine.setdefault("kv_cache_memory_bytes", machine.kv_space(weights))
-            machine.check_memory(weights, _bytes(engine["kv_cache_memory_bytes"]))
+            engine.setdefault("kv_cache_memory_bytes", machine.kv_space(weights) // ranks)
+            machine.check_memory(weights, ranks * _bytes(engine["kv_cache_memory_bytes"]))
         workers = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
         together = "distributed_executor_backend" not in engine and machine.one_process(environ, workers)
         if together:

@@ -15,6 +15,7 @@ from serve.auth import Caller
 from serve.engine import Engine
 from serve.errors import EngineUnavailable, NotFound
 from serve.fleet import Fleet, Supervisor
+from serve.ranks import opening
 from serve.registry import Registry
 from serve.store import Store
 from serve.tenant import spelled, tenant_of
@@ -35,8 +36,9 @@ class Route:
     shadow: Adapter | None = None
     dealt: bool = False
     asker: bytes | None = None
-    # Its place in the engine's own queue.
+    # Its place in the engine's own queue, and the data-parallel rank that answers it.
     priority: int | None = None
+    rank: int | None = None
 
     @property
     def app(self) -> ASGIApp:
@@ -83,7 +85,8 @@ class Router:
             path = self._path(engine, adapter) if adapter else None
             id = adapter.id if adapter else None
             labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
-            turn = engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields))
+            begins = opening(fields) if engine.backend.ranks > 1 else ""
+            turn = engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields), opening=begins)
             try:
                 lease = await held.enter_async_context(turn)
             except EngineUnavailable:
@@ -92,7 +95,7 @@ class Router:
                 continue
             if id:
                 self._used(id)
-            return Route(engine, lease.model, *labels, shadow, dealt, asker, lease.priority)
+            return Route(engine, lease.model, *labels, shadow, dealt, asker, lease.priority, lease.rank)
 
     def _path(self, engine: Engine, adapter: Adapter) -> Path:
         """Where its bytes are; what the engine holds answers also while they are out of reach."""

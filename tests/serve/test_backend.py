@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import terminate_if_errored
@@ -29,7 +30,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core_client import BackgroundResources
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, DPLBAsyncMPClient
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -41,7 +42,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from serve.backend import Pulse, VLLMBackend, _ask_logprobs, _own_series, _Timed, _Watched, parse
 from serve.config import engine_options
 from serve.errors import ConfigError, EngineUnavailable
-from serve.inference import salted
+from serve.inference import RANK, salted
 from serve.tap import Watch, watching
 
 
@@ -59,6 +60,12 @@ def test_the_engine_still_has_what_we_call():
     assert {"lora_request", "priority"} <= set(taken)
     assert SamplingParams(temperature=0, max_tokens=1, logprobs=20, prompt_logprobs=0, detokenize=False).clone()
     assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
+
+
+def test_data_parallel_ranks_are_still_reached_as_we_do():
+    assert RANK in inspect.getsource(GenerateBaseServing._get_data_parallel_rank).lower().encode()
+    assert list(inspect.signature(DPLBAsyncMPClient.call_utility_all_async).parameters) == ["self", "method", "args"]
+    assert '"collective_rpc", method, timeout, args, kwargs' in inspect.getsource(AsyncMPClient.collective_rpc_async)
 
 
 def test_the_places_where_answers_are_watched_are_still_there():
