@@ -159,7 +159,7 @@ def _pruning(step: Prune, base: Checkpoint, calibrated: int) -> Step:
         what = f"keep the {step.vocabulary} most used tokens" if step.vocabulary != "used" else "keep the used tokens"
         return Step("prune", what, memory, size, seconds + 10)
     if not step.zeros:
-        what = f"drop {step.layers} layers by block influence" if step.layers else f"MLP width to {step.mlp:.1%}"
+        what = f"drop {step.layers} layers by {step.choose} choice" if step.layers else f"MLP width to {step.mlp:.1%}"
         return Step("prune", what, memory, size, seconds + passes)
     what = f"{step.pattern or f'{step.sparsity:.0%}'} zeros by {step.method}"
     memory += calibrated * _hidden(base) * 4 + 12 * _widest(base) ** 2 + size
