@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from optimize.quantize import Quantizer, Unit
 
 BATCH = 4
-PROBED = 2  # windows that sensitivity is measured on
+PROBED = 256  # tokens that sensitivity is measured on
 SAFETY = 0.85  # of the budget, since the gate measures on other text
 TRIED = 8  # windows that a mix is tried on
 ROUNDS = 5
@@ -145,7 +145,7 @@ def effects(
     """unit -> level -> KL, nats a token, of the answer with that unit alone rounded to the nearest."""
     file = partial / "sensitivity.json"
     found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
-    probe = quantizer.ids[-PROBED:]
+    probe = quantizer.ids[-1:, :PROBED]
     begun = entered(quantizer.model, probe, BATCH)
     wanted = quantizer.log_probabilities(probe)
     count = len(quantizer.layers)
