@@ -131,7 +131,8 @@ def _lasting(notes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _card(facts: Facts, parent: str) -> str:
-    said = [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
+    said = ["---", f"base_model: {parent}", "library_name: transformers", "tags: [loradock]", "---", ""]
+    said += [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
     said += ["", "| | original | this |", "|---|---|---|"]
     scores = facts.scores
     if "perplexity" in scores:

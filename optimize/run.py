@@ -31,7 +31,7 @@ from optimize.errors import GateFailed, OptimizeError, OutOfMemory, Refused
 from optimize.gate import judged
 from optimize.plan import Plan
 from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
-from optimize.worker import TASKS, Job
+from optimize.worker import TASKS, Job, sentence
 
 NOTES = "notes.json"
 COMPARING = ("evaluate", "engine", "heal", "onnx", "genai", "tasks")  # steps that look at the reference
@@ -313,7 +313,7 @@ class Run:
             try:
                 yield
             except OSError as error:
-                raise OptimizeError(f"{self.work}: {error.strerror or error}; go on with --resume") from error
+                raise OptimizeError(sentence(error)) from error
             finally:
                 lock.unlink(missing_ok=True)
 

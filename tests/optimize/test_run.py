@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from optimize import cli, manifest, worker
+from optimize import cli, manifest, plan, worker
 from tests.kills import files, killed
 from tests.optimize.conftest import Adapter
 
@@ -184,3 +185,24 @@ def test_adapters_become_one_adapter(written, tmp_path, adapter: Adapter):
     optimize(written(text), "--out", out)
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
     assert json.loads((out / "manifest.json").read_text())["steps"][0]["notes"]["error"] < 1e-5
+
+
+@pytest.mark.parametrize("size", ["100k", "250k"])  # full in the step, and in the export
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half(size, written, tmp_path, capsys, monkeypatch):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        recipe = written("steps: [{quantize: {method: rtn}}]")
+        optimize(recipe, "--out", small / "out", expect=2)
+        assert "GB free and this takes" in capsys.readouterr().err
+        roomy = plan.shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: roomy)
+        optimize(recipe, "--out", small / "out", expect=1)
+        assert "the disk is full; free some space and go on with --resume" in capsys.readouterr().err
+        assert not (small / "out").exists()
+        assert len([path for path in small.rglob("*-quantize-*") if path.suffix != ".part"]) == int(size == "250k")
+    finally:
+        subprocess.run(["umount", str(small)], check=False)
