@@ -100,6 +100,7 @@ class VLLMBackend:
         self._app: ASGIApp | None = None
         self._loras: dict[str, LoRARequest] = {}
         self._generates = False
+        self._seats = 0
         self._probes = itertools.count(1)
 
     @property
@@ -142,8 +143,8 @@ class VLLMBackend:
 
     @property
     def seats(self) -> int:
-        """Requests that it works on at a time; those beyond wait in its own queue."""
-        return self.ranks * int(self._engine().vllm_config.scheduler_config.max_num_seqs)
+        """Requests that it works on at a time, known once it has started; those beyond wait in its own queue."""
+        return self._seats
 
     @property
     def ranks(self) -> int:
@@ -211,6 +212,7 @@ class VLLMBackend:
             llm.output_processor.__class__ = _Watched
             tasks = await llm.get_supported_tasks()
             self._generates = "generate" in tasks
+            self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)
             app = build_app(self.args, tasks, llm.model_config)
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)

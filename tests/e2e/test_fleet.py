@@ -40,6 +40,7 @@ def test_a_killed_engine_comes_back_with_its_adapters_and_the_server_never_falte
         assert eventually(lambda: fleet.http.get("/ready").status_code == 503, 2), "nobody noticed"
         noticed = time.monotonic() - killed
         assert fleet.http.get("/health").status_code == 200
+        assert row(fleet)["phase"] in ("restarting", "ready"), "an operator wants to see it just then"
         assert eventually(lambda: fleet.http.get("/ready").status_code == 200, 120)
         back = time.monotonic() - killed
         after = row(fleet)
