@@ -98,9 +98,8 @@ async def measure(url: str, seconds: float) -> None:
             good[times].append(told(f"{times} x", await offered(http, times * rate, seconds), seconds))
             await closed(http, 2)  # until those that were still waiting have been answered
         peak = max(rate, *good[1])
-        print(
-            f"goodput at 4 x is {min(good[4]) / peak:.0%} and {max(good[4]) / peak:.0%} of its peak, {peak:.2f} a second"
-        )
+        worst, best = (one / peak for one in sorted(good[4]))
+        print(f"goodput at 4 x is {worst:.0%} and {best:.0%} of its peak, {peak:.2f} a second")
 
 
 def main(seconds: float = 60.0) -> None:
