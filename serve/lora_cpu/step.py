@@ -90,7 +90,6 @@ class Fused:
         )
         self.rows_of_head = head.weight.shape[0]
         self.kernels.loradock_decoder_head(self.number, self.head)
-        self.kernels.loradock_argmax.restype = ctypes.c_int64
         self.vocabulary = model.logits_processor.org_vocab_size
         self.ready: torch.Tensor | None = None  # the logits of the step that was just computed
         # Adapters of the embedding and the output layer are vLLM's: while one holds a slot, steps are vLLM's too.
@@ -346,6 +345,10 @@ def install(int8: bool) -> None:
                 return out
         return forward(self, *args, **kwargs)
 
+    found = library()
+    assert found is not None
+    kernels: ctypes.CDLL = found
+    kernels.loradock_argmax.restype = ctypes.c_int64
     slots, greedy = BlockTable.compute_slot_mapping, Sampler.greedy_sample
 
     def compute_slot_mapping(self: Any, requests: int, starts: torch.Tensor, positions: torch.Tensor) -> None:
@@ -373,8 +376,6 @@ def install(int8: bool) -> None:
         ]
         return torch.tensor(best, dtype=torch.int64)
 
-    kernels = library()
-    assert kernels is not None
     BlockTable.compute_slot_mapping = compute_slot_mapping
     Sampler.greedy_sample = staticmethod(greedy_sample)
     CPUModelRunner.load_model = load_model
