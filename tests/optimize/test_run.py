@@ -177,6 +177,15 @@ def test_adapters_are_judged_on_the_new_base(written, tmp_path, adapter: Adapter
     assert 0 < scores["adapters"]["tone"]["kl"] < scores["adapters"]["tone"]["kl_to_base"]
 
 
+def test_what_was_merged_is_nobodys_concern_afterwards(written, tmp_path, adapter: Adapter):
+    """Smoothing is left out for adapters that have to go on working; one that is in the model is not one of them."""
+    out = tmp_path / "out"
+    text = f"adapters: {{tone: {adapter()}}}\nsteps: [{{merge: {{adapters: [tone]}}}}, quantize]"
+    optimize(written(text), "--out", out)
+    notes = json.loads((out / "manifest.json").read_text())["steps"][1]["notes"]
+    assert (notes["smooth"], notes["adapters"]) == (True, {})
+
+
 def test_adapters_become_one_adapter(written, tmp_path, adapter: Adapter):
     out = tmp_path / "out"
     one, two = adapter(seed=1), adapter(seed=2)
