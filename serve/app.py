@@ -757,7 +757,7 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
     request.state.subject = check_name(asked.name)
     trusted = caller.tenant == DEFAULT
     source = parse(asked.source, map(Path, config.source_roots if trusted else ()))
-    await asyncio.to_thread(
+    came = await asyncio.to_thread(
         fetch,
         source,
         folder,
@@ -765,7 +765,8 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
         card=bool(config.allowed_licenses),
         anonymous=not trusted,
     )
-    return asked.model_copy(update={"why": asked.why or f"from {asked.source}"})
+    commit = f" (commit {came.commit})" if came.commit else ""
+    return asked.model_copy(update={"why": asked.why or f"from {asked.source}{commit}"})
 
 
 def _learn(watcher: Watcher, learned: dict[str, str], base: str, model: str) -> None:
