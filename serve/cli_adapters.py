@@ -25,6 +25,7 @@ adapters_app = typer.Typer(
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's public name.")]
 Version = Annotated[str, typer.Argument(metavar="VERSION", help="3 or v3.")]
+Expect = Annotated[str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")]
 Weight = Annotated[float, typer.Argument(metavar="WEIGHT", min=0, max=1, help="A share from 0 to 1; 0 ends it.")]
 
 
@@ -81,9 +82,7 @@ def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> 
 def promote(
     name: Name,
     version: Version,
-    expect: Annotated[
-        str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")
-    ] = None,
+    expect: Expect = None,
     at_once: Annotated[bool, typer.Option("--at-once", help="Whatever the adapter's policy says of canaries.")] = False,
     url: Url = URL,
     key: Key = None,
@@ -103,10 +102,10 @@ def _promoted(answer: dict[str, Any], which: str) -> str:
 
 
 @adapters_app.command(epilog=example("loradock adapters rollback support"))
-def rollback(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+def rollback(name: Name, expect: Expect = None, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
     """Make the version live again that was live before."""
     with connected("adapters", url, key) as client:
-        answer = client.rollback(name)
+        answer = client.rollback(name, _version(expect) if expect is not None else None)
     say(answer, as_json, lambda told: f"{name} {_v(_live(told))} is live again")
 
 

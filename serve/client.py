@@ -164,9 +164,10 @@ class AdapterClient:
             body["expected_version"] = expected_version
         return self._call("POST", f"{_path(name)}/promote", json=body)
 
-    def rollback(self, name: str) -> dict[str, Any]:
-        """Make the version live that was live before."""
-        return self._call("POST", f"{_path(name)}/rollback")
+    def rollback(self, name: str, expected_version: int | None = None) -> dict[str, Any]:
+        """Make the version live that was live before; with `expected_version`, only if that one is live now."""
+        body = {} if expected_version is None else {"expected_version": expected_version}
+        return self._call("POST", f"{_path(name)}/rollback", json=body)
 
     def canary(self, name: str, version: int, weight: float) -> dict[str, Any]:
         """Send a share of the name's requests, 0 to 1, to `version`; 0 ends it."""

@@ -82,9 +82,7 @@ async def test_a_branch_that_moves_meanwhile_gives_one_commit_and_the_next_push_
         assert bytes_of(config, done.json()["digest"]) == bytes_in(folder)
 
 
-async def test_a_download_that_breaks_off_is_tried_once_more_and_else_leaves_nothing(
-    client, config, hub, make_adapter
-):
+async def test_a_download_that_breaks_off_is_tried_once_more_and_else_leaves_nothing(client, config, hub, make_adapter):
     hub.repository(REPOSITORY).commit(make_adapter())
     hub.breaks = [500]
     done = await push(client, "hf://team/tone")
