@@ -468,7 +468,7 @@ def build_app(
         if not ready.is_set():
             raise fleet.first.unavailable()
         kind = request.headers.get("content-type", "")
-        with store.quarantine() as folder:
+        with store.quarantine(min(_stated(request), config.max_upload_bytes)) as folder:
             if kind.partition(";")[0].strip().lower() == "application/json":
                 asked = await _fetched(request, folder, config, caller)
             else:
@@ -656,17 +656,25 @@ def build_app(
 
     @app.delete("/v1/adapters/{name:path}/versions/{number}")
     async def remove_version(
-        name: str, number: int, request: Request, caller: Manager, expected: Expected, force: bool = False
+        name: str,
+        number: int,
+        request: Request,
+        caller: Manager,
+        expected: Expected,
+        force: bool = False,
+        why: str = "",
     ) -> dict[str, Any]:
         request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
-        gone = await lifecycle.remove(owned(name, caller), number, by=caller.name, force=force, expected=expected)
+        gone = await lifecycle.remove(
+            owned(name, caller), number, by=caller.name, force=force, expected=expected, why=why
+        )
         await asyncio.to_thread(_forget, watcher, gone)
         return {"name": name, "deleted": [one.version for one in gone]}
 
     @app.delete("/v1/adapters/{name:path}")
-    async def remove(name: str, request: Request, caller: Manager, expected: Expected) -> dict[str, Any]:
+    async def remove(name: str, request: Request, caller: Manager, expected: Expected, why: str = "") -> dict[str, Any]:
         request.state.subject = spelled(name, caller.tenant)
-        gone = await lifecycle.remove(owned(name, caller), by=caller.name, expected=expected)
+        gone = await lifecycle.remove(owned(name, caller), by=caller.name, expected=expected, why=why)
         await asyncio.to_thread(_forget, watcher, gone)
         return {"name": name, "deleted": [one.version for one in gone]}
 
@@ -723,6 +731,12 @@ class _Split:
         path = scope.get("path", "")
         inference = scope["type"] == "websocket" or PATHS.fullmatch(path) or STORED.fullmatch(path)
         await (self._inference if inference else self._app)(scope, receive, send)
+
+
+def _stated(request: Request) -> int:
+    """How many bytes the client says are coming; 0 if it does not."""
+    stated = request.headers.get("content-length", "")
+    return int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
 
 
 def _limits(config: Config, backend: Backend) -> AdapterLimits:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,6 +117,27 @@ async def test_if_match_holds_every_change_to_what_the_caller_has_seen(client, m
     both = {"version": 3, "expected_version": 3}
     odd = await client.post("/v1/adapters/tone/promote", json=both, headers={"if-match": '"4"'})
     assert odd.status_code == 400 and "send one" in odd.json()["error"]["message"]
+
+
+async def test_the_history_says_who_did_what_and_why(client, make_adapter):
+    for seed, why in ((0, "the first"), (1, "better data")):
+        await client.post("/v1/adapters", **upload(make_adapter(seed), why=why))
+    await client.post("/v1/adapters/tone/rollback", json={"why": "complaints"})
+    await client.delete("/v1/adapters/tone/versions/2", params={"why": "nobody needs it"})
+    history = (await client.get("/v1/adapters/tone")).json()["history"]
+    told = {(event["what"], event["why"]) for event in history}
+    assert {("add", "better data"), ("rollback", "complaints"), ("delete", "nobody needs it")} <= told
+
+
+async def test_an_upload_that_the_disk_has_no_room_for_is_refused_before_it_is_read(client, make_adapter, monkeypatch):
+    async def never():
+        raise AssertionError("it was read")
+        yield b""
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 << 20))
+    headers = {"content-type": "multipart/form-data; boundary=x", "content-length": str(100 << 20)}
+    full = await client.post("/v1/adapters", content=never(), headers=headers)
+    assert full.status_code == 507 and "100 MiB more" in full.json()["error"]["message"]
 
 
 async def test_bytes_that_come_again_while_a_refused_push_of_them_is_cleared_away_stay(connect, config, make_adapter):
