@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from time import perf_counter, sleep
+from time import perf_counter, sleep, thread_time
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,8 +89,14 @@ class Worker:
         loader: Loader | None = getattr(self, "_loradock_loader", None)
         if loader is None:
             runner = self.model_runner  # type: ignore[attr-defined]
-            loader = self._loradock_loader = Loader(runner.lora_manager, lambda: runner.input_batch.num_reqs > 0)
+            loader = self._loradock_loader = Loader(runner.lora_manager, lambda: _answering(runner))
         return loader
+
+
+def _answering(runner: Any) -> bool:
+    """Whether there are requests in a model runner, vLLM's first kind or its second."""
+    requests = runner.input_batch if hasattr(runner, "input_batch") else runner.req_states
+    return bool(requests.req_id_to_index)
 
 
 def _step_back() -> None:
@@ -101,13 +107,17 @@ def _step_back() -> None:
 @contextmanager
 def _resting(rest: Callable[[], None]) -> Iterator[None]:
     """`rest` is called after every SPELL of this thread's work, at one of the calls of functions in it."""
-    until = perf_counter() + SPELL
+    look, worked = perf_counter() + SPELL, thread_time() + SPELL
 
     def called(*_: Any) -> None:
-        nonlocal until
-        if perf_counter() >= until:
+        nonlocal look, worked
+        if perf_counter() < look:
+            return
+        # Work and not time: on a busy machine it would rest without having got anywhere.
+        if thread_time() >= worked:
             rest()
-            until = perf_counter() + SPELL
+            worked = thread_time() + SPELL
+        look = perf_counter() + SPELL
 
     # The one hook that reaches into vLLM's loops; Python calls it in this thread alone.
     sys.setprofile(called)

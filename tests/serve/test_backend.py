@@ -37,6 +37,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 from vllm.v1.outputs import LogprobsLists
+from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from serve.backend import Pulse, VLLMBackend, _ask_logprobs, _own_series, _Timed, _Watched, parse
@@ -190,6 +191,8 @@ def test_the_workers_still_have_what_we_call():
     assert isinstance(LRUCacheLoRAModelManager.capacity, property)
     assert "self._is_moe = " in inspect.getsource(LRUCacheLoRAModelManager.__init__)
     assert "self.lora_manager = " in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    assert "self.input_batch = " in inspect.getsource(gpu_model_runner.GPUModelRunner.__init__)
+    assert "self.req_id_to_index" in inspect.getsource(gpu_input_batch.InputBatch.__init__)
     # An adapter that is registered takes its slot in the step that needs it.
     assert "self.add_adapter(lora)" in inspect.getsource(LRUCacheWorkerLoRAManager._apply_adapters)
     assert "self._adapter_manager.activate_adapter" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)

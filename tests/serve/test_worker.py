@@ -66,7 +66,7 @@ class Manager:
 @pytest.fixture
 def worker():
     worker = Worker()
-    worker.model_runner = SimpleNamespace(lora_manager=Manager(), input_batch=SimpleNamespace(num_reqs=0))
+    worker.model_runner = SimpleNamespace(lora_manager=Manager(), input_batch=SimpleNamespace(req_id_to_index={}))
     return worker
 
 
@@ -102,8 +102,8 @@ def test_while_answers_are_computed_the_reading_rests_between_short_spells(worke
         return request.lora_int_id
 
     worker.model_runner.lora_manager._load_adapter = read
-    for number, answering in ((1, 0), (2, 5)):
-        worker.model_runner.input_batch.num_reqs = answering
+    for number, answering in ((1, {}), (2, {"a request": 0})):
+        worker.model_runner.input_batch.req_id_to_index |= answering
         worker.loradock_begin("tone@1", number, "/somewhere")
         assert finished(worker, number) == LOADED
         assert bool(rests) == bool(answering)
