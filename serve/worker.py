@@ -24,7 +24,7 @@ LOADING, LOADED = "loading", "loaded"
 NICE = 10
 # While answers are computed it reads for SPELL seconds, then leaves Python's lock and the core to them for REST: the
 # 10 ms that an adapter takes, at a stretch, made three steps a quarter longer each.
-SPELL, REST = 0.0004, 0.006
+SPELL, REST = 0.0008, 0.01
 
 
 class Loader:
