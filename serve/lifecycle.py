@@ -161,7 +161,7 @@ class Lifecycle:
         limits = self._limits(base)
         inspection = await asyncio.to_thread(inspect, folder, base.modules, limits)
         async with self._changing:
-            self.registry.expect(name, expected)
+            await self._expect(name, expected)
             digest = await asyncio.to_thread(self.store.admit, folder)
             adapter_id = f"{name}@{digest[:12]}"
             before = self._serving(name)
@@ -199,7 +199,7 @@ class Lifecycle:
     async def promote(self, name: str, version: int, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make a version live: requests from now on answer from it, those under way finish where they began."""
         async with self._changing:
-            self.registry.expect(name, expected)
+            await self._expect(name, expected)
             adapter = self.registry.get(name, version)
             await self.fleet.of(name).ensure(adapter.id, await self.path(adapter))
             before = self._serving(name)
@@ -223,7 +223,7 @@ class Lifecycle:
     ) -> Share | None:
         """Give a version a share of the name's traffic as its canary or shadow; it is resident before it gets any."""
         async with self._changing:
-            self.registry.expect(name, expected)
+            await self._expect(name, expected)
             adapter = self.registry.get(name, version)
             before = self._serving(name)
             if 0 < weight <= 1:
@@ -239,7 +239,7 @@ class Lifecycle:
     ) -> None:
         """Keep a version in the engine, or whichever is live; it is resident when this returns."""
         async with self._changing:
-            self.registry.expect(name, expected)
+            await self._expect(name, expected)
             room = self.fleet.of(name).backend.max_resident - 1
             if len({*self._pinned_names(self.fleet.of(name)), name}) > room:
                 raise Conflict(
@@ -343,6 +343,10 @@ class Lifecycle:
             "created": int(adapter.created),
             "checks": dict(adapter.checks),
         }
+
+    async def _expect(self, name: str, expected: int | None) -> None:
+        if expected is not None:
+            await asyncio.to_thread(self.registry.expect, name, expected)
 
     def _base(self, name: str, engine: str | None) -> Supervisor:
         """Whose adapter `name` is, or becomes by its first version."""

@@ -444,8 +444,9 @@ class Registry:
         entry = self._snapshot.entries.get(name)
         return entry.live if entry else None
 
-    def expect(self, name: str, expected: int | None) -> None:
-        """Conflict, if another version is live; 0 is none, and None leaves it open. A change looks again, for good."""
+    def expect(self, name: str, expected: int) -> None:
+        """Conflict, if another version is live, 0 being none. Before work that a change would do in vain: it looks again."""
+        self.refresh()
         live = self.live(name)
         _expect(name, live.version if live else None, expected)
 
