@@ -445,7 +445,7 @@ class Registry:
         return entry.live if entry else None
 
     def expect(self, name: str, expected: int) -> None:
-        """Conflict, if another version is live (0: none): before work that would be in vain, since a change looks too."""
+        """Conflict, if another version is live (0: none). Spares work in vain: the change itself looks again."""
         self.refresh()
         live = self.live(name)
         _expect(name, live.version if live else None, expected)
