@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import difflib
-import gc
 import itertools
 import json
 import logging
@@ -57,6 +56,8 @@ LOAD_POLL = 0.005
 SOCKETS_CLOSE = 0.1
 # vLLM registers its series process-wide, so that two engines can't be built at once.
 _BUILDING = threading.Lock()
+# The engine after whose start this process's heap was taken out of the garbage collector's sight.
+_FROZEN: list[str] = []
 
 
 class Pulse(StatLoggerBase):
@@ -221,7 +222,8 @@ class VLLMBackend:
             ) from error
         self._loras = app.state.openai_serving_models.lora_requests
         self._app = app
-        if not gc.get_freeze_count():  # later, answers are under way, and it takes a while
+        if not _FROZEN:  # later, answers are under way, and it takes a while
+            _FROZEN.append(self.name)
             freeze_gc_heap()
 
     def _tells_plainly(self) -> bool:

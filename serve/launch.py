@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import logging
 import os
 import re
@@ -125,8 +126,13 @@ def _run(config: Config, sock: socket) -> int:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if machine.on_cpu():
         forkserver.start()
+    # What is imported stays; to look for garbage in it again and again takes a third of the time.
+    gc.disable()
     from serve.app import build_app
     from serve.backend import VLLMBackend
+
+    gc.freeze()
+    gc.enable()
 
     failures: list[LoradockError] = []
 
