@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from serve.express import FLOW, Express, express
 from serve.launch import _impatient
@@ -53,7 +54,7 @@ async def test_a_chunk_is_the_first_one_with_another_text(path, first):
     for text in SAID:
         way.write(text)
     assert said(b"".join(sent[1:])) == [first, *SAID]
-    assert len({(one.split(b":", 4)[:4] and one[:40]) for one in sent[1:]}) == 1
+    assert len({one[:20] for one in sent[1:]}) == len({one[-20:] for one in sent[1:]}) == 1
 
 
 async def test_an_only_chunk_or_another_shape_teaches_nothing():
@@ -208,3 +209,144 @@ async def test_a_stream_whose_first_chunk_teaches_nothing_goes_vllms_way():
             texts.append(answer.outputs[0].text)
     assert "".join(texts) == "".join(f"w{number}" for number in range(1, PATIENCE + 20))
     assert len(texts) == 19
+
+
+STORY = 'Zürich: \'ä€\' 😀 "x" \\n\n\t<tool_call> {"text": 1} und weiter; then it goes on in plain words until its end.'
+
+
+class Scripted:
+    """An engine's core that says STORY to everybody, a token a step; the rest of vLLM is vLLM."""
+
+    engine_ranks_managed = (0,)
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.resources = SimpleNamespace(engine_dead=False)
+        self._tokens = tokens
+        self._said: dict[str, int] = {}
+        self._asked = asyncio.Event()
+
+    async def get_supported_tasks_async(self):
+        return ("generate",)
+
+    async def add_request_async(self, request) -> None:
+        self._said[request.request_id] = 0
+        self._asked.set()
+
+    async def abort_requests_async(self, ids) -> None:
+        for id in ids:
+            self._said.pop(id, None)
+
+    async def get_output_async(self):
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+        while not self._said:
+            self._asked.clear()
+            await self._asked.wait()
+        await asyncio.sleep(0.001)
+        outputs = []
+        for id, said in list(self._said.items()):
+            last = said + 1 == len(self._tokens)
+            outputs.append(
+                EngineCoreOutput(id, [self._tokens[said]], finish_reason=FinishReason.LENGTH if last else None)
+            )
+            self._said[id] = said + 1
+            if last:
+                del self._said[id]
+        return EngineCoreOutputs(outputs=outputs, timestamp=time.monotonic())
+
+    def shutdown(self, timeout=None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "Tell me."}]}),
+        (COMPLETIONS, {"prompt": "Once upon a time", "stop": ["never said", "xyz"]}),
+    ],
+)
+async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, monkeypatch):
+    """vLLM's whole server over a scripted engine, under uvicorn; a field that is not plain keeps the short way out."""
+    pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+    from serve.backend import _own_series, parse
+    from serve.embedded import ensure
+    from serve.outputs import Outputs
+    from serve.tap import Watch, watching
+
+    model = str(ensure("smollm2"))
+    options = {
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": "1G",
+        "enable_auto_tool_choice": True,
+        "tool_call_parser": "hermes",
+    }
+    args = parse(model, "base", options)
+    made = []
+
+    def core(*_args, **_more):
+        from transformers import AutoTokenizer
+
+        made.append(Scripted(AutoTokenizer.from_pretrained(model)(STORY, add_special_tokens=False)["input_ids"]))
+        return made[0]
+
+    monkeypatch.setattr(EngineCoreClient, "make_async_mp_client", core)
+    with _own_series(CollectorRegistry()):
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), stat_loggers=[])
+    llm.output_processor.__class__, llm.output_processor.plain = Outputs, True
+    app = build_app(args, ("generate",), llm.model_config)
+    await init_app_state(llm, app.state, args, ("generate",))
+    short = []
+
+    async def endpoint(scope, receive, send):
+        message = await receive()
+        way = express(scope, json.loads(message["body"]), send)
+        watch = Watch(express=way)
+        again = [message]
+
+        async def replay():
+            return again.pop() if again else await receive()
+
+        token = watching.set(watch)
+        try:
+            await app(scope, replay, way.send if way else send)
+        finally:
+            watching.reset(token)
+        short.append(bool(way and way.taken and way.learnt))
+
+    server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=_impatient(60), lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}{path}"
+    told = []
+    async with httpx.AsyncClient(timeout=60) as client:
+        for more in ({}, {"echo": False}):
+            ask = {"model": "base", "max_tokens": 200, "stream": True, "stream_options": {"include_usage": True}}
+            told.append((await client.post(url, json={**ask, **asked, **more})).raise_for_status().text)
+    server.should_exit = True
+    await serving
+    llm.shutdown()
+    assert short == [True, False]
+
+    def shape(text: str):
+        chunks = [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+        assert text.endswith("data: [DONE]\n\n")
+        holders = [one.get("delta", one) for chunk in chunks for one in chunk["choices"]]
+        words = [holder.get("content", holder.get("text")) for holder in holders]
+        shapes = []
+        for chunk in chunks:
+            for one in chunk["choices"]:
+                holder = one.get("delta", one)
+                holder.update({key: "" for key in ("content", "text") if key in holder})
+            bare = {**chunk, "id": "", "created": 0}
+            if bare not in shapes:
+                shapes.append(bare)
+        return "".join(words), shapes
+
+    assert shape(told[0]) == shape(told[1])
+    assert shape(told[0])[0] == STORY
