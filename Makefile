@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality drift-proof bench monitoring clean setup setup-dev tiers cases
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof bench monitoring clean setup setup-dev tiers cases
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -52,6 +52,9 @@ kills: setup-dev ## the long proof: an optimization killed 30 times and resumed 
 
 equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
 	@$(BIN)/python -m tests.equality $(ARGS)
+
+socket: setup-dev ## what is lost between an engine's step and the socket: the engine in one process against the server
+	@$(BIN)/python -m tests.socket_cost $(ROUNDS)
 
 tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, and 1,000 loads and unloads that leak nothing
 	@LORADOCK_TEST_ADAPTERS=$(or $(ADAPTERS),1000) $(BIN)/python -m pytest -s tests/e2e/test_tiers.py

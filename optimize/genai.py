@@ -153,12 +153,11 @@ def _compared(model: Any, runtime: Any, held: Any, name: str | None, ids: list[i
     import onnxruntime_genai
 
     with torch.no_grad():
-        whole, wanted = torch.tensor([ids]), []
-        right = model(whole, use_cache=False).logits[0, -1]
-        for _ in range(GREEDY):
-            token = model(whole, use_cache=False).logits[0, -1].argmax()
-            wanted.append(int(token))
-            whole = torch.cat([whole, token.view(1, 1)], 1)
+        made = model(torch.tensor([ids]), use_cache=True)
+        right, wanted = made.logits[0, -1], [int(made.logits[0, -1].argmax())]
+        while len(wanted) < GREEDY:
+            made = model(torch.tensor([wanted[-1:]]), past_key_values=made.past_key_values, use_cache=True)
+            wanted.append(int(made.logits[0, -1].argmax()))
     parameters = onnxruntime_genai.GeneratorParams(runtime)
     parameters.set_search_options(max_length=len(ids) + GREEDY, min_length=len(ids) + GREEDY, do_sample=False)
     generator = onnxruntime_genai.Generator(runtime, parameters)

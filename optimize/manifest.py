@@ -32,6 +32,7 @@ LIBRARIES = (
     "numpy",
     "onnx",
     "onnxruntime",
+    "onnxruntime-genai",
     "lm-eval",
 )
 TIMED_SCORES = ("engine", "speed_1", "speed_16", "speed_1_spread", "speed_16_spread")
@@ -131,7 +132,9 @@ def _lasting(notes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _card(facts: Facts, parent: str) -> str:
-    said = [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
+    library = {"vllm": "transformers", "adapter": "peft"}.get(facts.recipe.export.format, "onnx")
+    said = ["---", f"base_model: {parent}", f"library_name: {library}", "tags: [loradock]", "---", ""]
+    said += [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
     said += ["", "| | original | this |", "|---|---|---|"]
     scores = facts.scores
     if "perplexity" in scores:

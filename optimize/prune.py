@@ -9,6 +9,7 @@ the channels whose activations, times the size of their row of down_proj, are la
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from optimize import sparse, text, vocabulary
 from optimize.checkpoint import Checkpoint, Writer
+from optimize.errors import OptimizeError
 from optimize.model import entered, layers, opened, prefix, settle, through, tokenizer
 from optimize.worker import Job, Progress
 
@@ -48,6 +50,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     count = len(layers(model))
     if job.options["layers"]:
         influence = _influence(model, ids[:WATCHED], progress)
+        _finite(influence)
         least = sorted(range(count), key=lambda at: influence[at])
         if job.options["choose"] == "greedy":
             least, notes["losses_without"] = _greedy(
@@ -78,6 +81,14 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     writer.close(config)
     notes["parameters"] = Checkpoint(job.folder / "model").parameters
     return notes
+
+
+def _finite(measured: list[float]) -> None:
+    """Refuse to choose by numbers that are none."""
+    if bad := [at for at, value in enumerate(measured) if not math.isfinite(value)]:
+        raise OptimizeError(
+            f"layer {bad[0]} gives NaN or infinity on the calibration text: the weights are broken, or the text is none"
+        )
 
 
 def _narrowed(rest: str, value: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -157,6 +168,7 @@ def _channels(model: nn.Module, ids: torch.Tensor, width: int, progress: Progres
         hook.remove()
     kept = {}
     for at, layer in enumerate(found):
+        _finite([float(one.sum()) for one in sums.values()])
         heavy = sums[at].sqrt() * layer.mlp.down_proj.weight.float().norm(dim=0)
         kept[at] = heavy.topk(width).indices.sort().values
     return kept

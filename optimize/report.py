@@ -52,6 +52,8 @@ def told_in_markdown(facts: Facts) -> str:
         rows.append(("same likeliest token", "100 %", f"{scores['top1']:.1%}", ""))
         before, after = scores["bytes_original"], scores["bytes"]
         rows.append(("weights, MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{after / before:.2f}"))
+    if "tokens_ratio" in scores:
+        rows.append(("tokens for the same text", "1", f"{scores['tokens_ratio']:.3f}", ""))
     if "engine" in scores:
         old, new = scores["engine"]["original"], scores["engine"]["result"]
         for streams in ("1", "16"):
@@ -95,6 +97,17 @@ def told_in_markdown(facts: Facts) -> str:
     for done in facts.done:
         if found := _found(done.kind, done.options, done.notes):
             lines += ["", found]
+        if "vocabulary_before" in done.notes:
+            was, now = done.notes["vocabulary_before"], done.notes["vocabulary"]
+            covered = f"{done.notes['covered']:.2%} of the calibration text's tokens stay as they were"
+            lines += ["", f"Vocabulary: {now} tokens of {was}; {covered}."]
+        if "zeros" in done.notes:
+            lines += ["", f"{done.notes['zeros']:.1%} of the weights in {done.notes['layers']} matrices are zero."]
+        if checked := done.notes.get("checked"):
+            lines += ["", "## onnxruntime-genai against PyTorch", ""]
+            lines += _table([("", "largest difference of a logit", "greedy tokens the same")] + [
+                (name, f"{found['logits_off']:.2g}", str(found["greedy_same"])) for name, found in checked.items()
+            ])  # fmt: skip
         if kept := done.notes.get("kept"):
             lines += [
                 "",

@@ -31,7 +31,7 @@ from optimize.errors import GateFailed, OptimizeError, OutOfMemory, Refused
 from optimize.gate import judged
 from optimize.plan import Plan
 from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
-from optimize.worker import TASKS, Job
+from optimize.worker import TASKS, Job, sentence
 
 NOTES = "notes.json"
 COMPARING = ("evaluate", "engine", "heal", "onnx", "genai", "tasks")  # steps that look at the reference
@@ -95,9 +95,11 @@ class Run:
             return self._finish(state)
 
     def _step(self, step: Any, state: State) -> State:
-        done = self._do(
-            KIND[type(step)], plain(step), state, uses_text=isinstance(step, Heal | Quantize) or _prunes(step)
-        )
+        # What was merged is in the model by now, and no step has to look after it any more.
+        wanted = set(step.adapters) if isinstance(step, Merge | Combine) else set()
+        living = {name: path for name, path in state.adapters.items() if name not in state.merged or name in wanted}
+        uses_text = isinstance(step, Heal | Quantize) or _prunes(step)
+        done = self._do(KIND[type(step)], plain(step), replace(state, adapters=living), uses_text)
         made = done.folder / "model"
         model = made if made.is_dir() else state.model
         adapters, originals, merged = dict(state.adapters), dict(state.originals), state.merged
@@ -313,7 +315,7 @@ class Run:
             try:
                 yield
             except OSError as error:
-                raise OptimizeError(f"{self.work}: {error.strerror or error}; go on with --resume") from error
+                raise OptimizeError(sentence(error)) from error
             finally:
                 lock.unlink(missing_ok=True)
 

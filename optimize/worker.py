@@ -101,14 +101,15 @@ def main(file: str, fd: str) -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
-        tell({"error": _sentence(error), "class": "OptimizeError"})
+        tell({"error": sentence(error), "class": "OptimizeError"})
         return 1
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     tell({"notes": {**notes, "cpu_seconds": round(sum(used.ru_utime + used.ru_stime for used in spent), 1)}})
     return 0
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """What an error is to whoever must act."""
     if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error):
         return "the disk is full; free some space and go on with --resume"
     if isinstance(error, ModuleNotFoundError):

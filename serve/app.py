@@ -349,6 +349,11 @@ def build_app(
 
         return Depends(caller)
 
+    def matched(request: Request) -> int | None:
+        return live_expected(request.headers.get("if-match"))
+
+    # The version that must be live for a change to be made; every change to an adapter takes it.
+    Expected = Annotated[int | None, Depends(matched)]
     Asker = Annotated[Caller, holds(Scope.INFERENCE)]
     Manager = Annotated[Caller, holds(Scope.ADAPTERS)]
     Operator = Annotated[Caller, holds(Scope.ADMIN)]
@@ -459,11 +464,11 @@ def build_app(
         return fleet.get(engine).described()
 
     @app.post("/v1/adapters", status_code=201)
-    async def push(request: Request, caller: Manager) -> Response:
+    async def push(request: Request, caller: Manager, expected: Expected) -> Response:
         if not ready.is_set():
             raise fleet.first.unavailable()
         kind = request.headers.get("content-type", "")
-        with store.quarantine() as folder:
+        with store.quarantine(min(_stated(request), config.max_upload_bytes)) as folder:
             if kind.partition(";")[0].strip().lower() == "application/json":
                 asked = await _fetched(request, folder, config, caller)
             else:
@@ -481,6 +486,7 @@ def build_app(
                 shared=None if asked.visibility is None else asked.visibility == "shared",
                 quota=caller.limits,
                 engine=asked.engine,
+                expected=expected,
             )
         request.state.subject = adapter.tag
         if trying and _live_version(registry, full) != adapter.version:
@@ -565,88 +571,110 @@ def build_app(
         return {"object": "feedback", "request_id": body.request_id, "rating": rating}
 
     @app.get("/v1/adapters/{name:path}")
-    async def adapter(name: str, caller: Manager) -> dict[str, Any]:
+    async def adapter(name: str, caller: Manager, response: Response) -> dict[str, Any]:
         full = owned(name, caller)
         told = summary(full, caller)
+        # For a change's If-Match; of no use to a cache, since more changes here than what is live.
+        response.headers.update({"etag": f'"{told["live"] or 0}"', "cache-control": "no-store"})
         for version in told["versions"]:
             version["recent"] = recent.described(full, f"v{version['version']}")
         return {**told, "history": registry.history(full)}
 
     @app.post("/v1/adapters/{name:path}/promote")
-    async def promote(name: str, body: Promote, request: Request, caller: Manager) -> dict[str, Any]:
+    async def promote(
+        name: str, body: Promote, request: Request, caller: Manager, matching: Expected
+    ) -> dict[str, Any]:
         request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
-        full = owned(name, caller)
+        full, expected = owned(name, caller), _agreed(body.expected_version, matching)
         referee.check(full, body.version, body.at_once)
         weight, canary, live = referee.policy(full).canary_weight, registry.canary(full), _live_version(registry, full)
         known = live in (None, body.version) or (canary is not None and canary.adapter.version == body.version)
         if weight > 0 and not body.at_once and not known:
-            if body.expected_version not in (None, live):
-                raise Conflict(f"version {live} is live, not {body.expected_version}: somebody was faster")
-            await lifecycle.share(full, "canary", body.version, weight, by=caller.name, why=body.why)
+            await lifecycle.share(full, "canary", body.version, weight, by=caller.name, why=body.why, expected=expected)
             return described(registry.get(full, body.version), caller)
-        done = await lifecycle.promote(full, body.version, by=caller.name, expected=body.expected_version, why=body.why)
+        done = await lifecycle.promote(full, body.version, by=caller.name, expected=expected, why=body.why)
         monitor.swapped(full, "promoted")
         return described(done, caller)
 
     @app.post("/v1/adapters/{name:path}/rollback")
-    async def rollback(name: str, request: Request, caller: Manager, body: Rollback | None = None) -> dict[str, Any]:
+    async def rollback(
+        name: str, request: Request, caller: Manager, matching: Expected, body: Rollback | None = None
+    ) -> dict[str, Any]:
         body = body or Rollback()
+        expected = _agreed(body.expected_version, matching)
         request.state.subject = spelled(name, caller.tenant)
         full = owned(name, caller)
-        done = await lifecycle.rollback(full, by=caller.name, expected=body.expected_version, why=body.why)
+        done = await lifecycle.rollback(full, by=caller.name, expected=expected, why=body.why)
         request.state.subject = done.tag
         monitor.swapped(full, "rolled_back")
         return described(done, caller)
 
     @app.post("/v1/adapters/{name:path}/canary")
-    async def canary(name: str, body: Weight, request: Request, caller: Manager) -> dict[str, Any]:
+    async def canary(name: str, body: Weight, request: Request, caller: Manager, expected: Expected) -> dict[str, Any]:
         request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
         full = owned(name, caller)
-        await lifecycle.share(full, "canary", body.version, body.weight, by=caller.name, why=body.why)
+        await lifecycle.share(
+            full, "canary", body.version, body.weight, by=caller.name, why=body.why, expected=expected
+        )
         return summary(full, caller)
 
     @app.post("/v1/adapters/{name:path}/shadow")
-    async def shadow(name: str, body: Weight, request: Request, caller: Manager) -> dict[str, Any]:
+    async def shadow(name: str, body: Weight, request: Request, caller: Manager, expected: Expected) -> dict[str, Any]:
         request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
         full = owned(name, caller)
-        await lifecycle.share(full, "shadow", body.version, body.weight, by=caller.name, why=body.why)
+        await lifecycle.share(
+            full, "shadow", body.version, body.weight, by=caller.name, why=body.why, expected=expected
+        )
         return summary(full, caller)
 
     @app.post("/v1/adapters/{name:path}/visibility")
-    async def visibility(name: str, body: Visibility, request: Request, caller: Manager) -> dict[str, Any]:
+    async def visibility(
+        name: str, body: Visibility, request: Request, caller: Manager, expected: Expected
+    ) -> dict[str, Any]:
         request.state.subject = spelled(name, caller.tenant)
         full = owned(name, caller)
-        await lifecycle.publish(full, body.visibility == "shared", by=caller.name, why=body.why)
+        shared = body.visibility == "shared"
+        await lifecycle.publish(full, shared, by=caller.name, why=body.why, expected=expected)
         return summary(full, caller)
 
     @app.post("/v1/adapters/{name:path}/pin")
-    async def pin(name: str, request: Request, caller: Manager, body: Pin | None = None) -> dict[str, Any]:
+    async def pin(
+        name: str, request: Request, caller: Manager, expected: Expected, body: Pin | None = None
+    ) -> dict[str, Any]:
         body = body or Pin()
         request.state.subject = spelled(name, caller.tenant) + (f"@v{body.version}" if body.version else "")
         full = owned(name, caller)
-        await lifecycle.pin(full, body.version, by=caller.name, why=body.why)
+        await lifecycle.pin(full, body.version, by=caller.name, why=body.why, expected=expected)
         return summary(full, caller)
 
     @app.delete("/v1/adapters/{name:path}/pin")
-    async def unpin(name: str, request: Request, caller: Manager) -> dict[str, Any]:
+    async def unpin(name: str, request: Request, caller: Manager, expected: Expected) -> dict[str, Any]:
         request.state.subject = spelled(name, caller.tenant)
         full = owned(name, caller)
-        await lifecycle.unpin(full, by=caller.name)
+        await lifecycle.unpin(full, by=caller.name, expected=expected)
         return summary(full, caller)
 
     @app.delete("/v1/adapters/{name:path}/versions/{number}")
     async def remove_version(
-        name: str, number: int, request: Request, caller: Manager, force: bool = False
+        name: str,
+        number: int,
+        request: Request,
+        caller: Manager,
+        expected: Expected,
+        force: bool = False,
+        why: str = "",
     ) -> dict[str, Any]:
         request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
-        gone = await lifecycle.remove(owned(name, caller), number, by=caller.name, force=force)
+        gone = await lifecycle.remove(
+            owned(name, caller), number, by=caller.name, force=force, expected=expected, why=why
+        )
         await asyncio.to_thread(_forget, watcher, gone)
         return {"name": name, "deleted": [one.version for one in gone]}
 
     @app.delete("/v1/adapters/{name:path}")
-    async def remove(name: str, request: Request, caller: Manager) -> dict[str, Any]:
+    async def remove(name: str, request: Request, caller: Manager, expected: Expected, why: str = "") -> dict[str, Any]:
         request.state.subject = spelled(name, caller.tenant)
-        gone = await lifecycle.remove(owned(name, caller), by=caller.name)
+        gone = await lifecycle.remove(owned(name, caller), by=caller.name, expected=expected, why=why)
         await asyncio.to_thread(_forget, watcher, gone)
         return {"name": name, "deleted": [one.version for one in gone]}
 
@@ -688,7 +716,7 @@ def build_app(
 
     app.state.fleet, app.state.engine, app.state.ready = fleet, fleet.first, ready
     app.state.watcher, app.state.prober, app.state.inference = watcher, prober, inference
-    app.state.wayback, app.state.monitor = wayback, monitor
+    app.state.wayback, app.state.monitor, app.state.lifecycle = wayback, monitor, lifecycle
     return app
 
 
@@ -703,6 +731,12 @@ class _Split:
         path = scope.get("path", "")
         inference = scope["type"] == "websocket" or PATHS.fullmatch(path) or STORED.fullmatch(path)
         await (self._inference if inference else self._app)(scope, receive, send)
+
+
+def _stated(request: Request) -> int:
+    """How many bytes the client says are coming; 0 if it does not."""
+    stated = request.headers.get("content-length", "")
+    return int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
 
 
 def _limits(config: Config, backend: Backend) -> AdapterLimits:
@@ -757,7 +791,7 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
     request.state.subject = check_name(asked.name)
     trusted = caller.tenant == DEFAULT
     source = parse(asked.source, map(Path, config.source_roots if trusted else ()))
-    await asyncio.to_thread(
+    came = await asyncio.to_thread(
         fetch,
         source,
         folder,
@@ -765,7 +799,8 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
         card=bool(config.allowed_licenses),
         anonymous=not trusted,
     )
-    return asked.model_copy(update={"why": asked.why or f"from {asked.source}"})
+    commit = f" (commit {came.commit})" if came.commit else ""
+    return asked.model_copy(update={"why": asked.why or f"from {asked.source}{commit}"})
 
 
 def _learn(watcher: Watcher, learned: dict[str, str], base: str, model: str) -> None:
@@ -781,6 +816,26 @@ def _learn(watcher: Watcher, learned: dict[str, str], base: str, model: str) -> 
         return
     tokenizer = Path(model) / "tokenizer.json"
     watcher.learn(base, embedding, _digest(tokenizer) if tokenizer.exists() else "")
+
+
+def live_expected(header: str | None) -> int | None:
+    """The version that an If-Match names, as this server's ETags do; 0 for none; None if it leaves that open."""
+    if header is None or header.strip() == "*":
+        return None
+    number = header.strip().strip('"').removeprefix("v")
+    if not number.isascii() or not number.isdigit() or len(number) > 9:
+        raise BadRequest(
+            f'If-Match takes the version that is live now, for instance "3", or "0" for none; not {shown(header)}',
+            param="if-match",
+        )
+    return int(number)
+
+
+def _agreed(asked: int | None, matching: int | None) -> int | None:
+    """What the body expects to be live, or the header."""
+    if None not in (asked, matching) and asked != matching:
+        raise BadRequest(f"expected_version is {asked} and If-Match {matching}: send one", param="expected_version")
+    return matching if asked is None else asked
 
 
 def _asked(do: Callable[..., Any], *args: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import difflib
-import gc
 import itertools
 import json
 import logging
@@ -18,7 +17,6 @@ import threading
 import time
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, TypeVar, cast
@@ -38,19 +36,15 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.gc_utils import freeze_gc_heap
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.logprobs import LogprobsProcessor
-from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.loggers import StatLoggerBase
-from vllm.v1.metrics.stats import RequestStateStats
 from vllm.version import __version__ as VLLM_VERSION
 
 from serve import machine
 from serve.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
-from serve.tap import Generation, watching
+from serve.outputs import Outputs
 from serve.worker import LOADED, LOADING
 
 log = logging.getLogger(__name__)
@@ -62,6 +56,8 @@ LOAD_POLL = 0.005
 SOCKETS_CLOSE = 0.1
 # vLLM registers its series process-wide, so that two engines can't be built at once.
 _BUILDING = threading.Lock()
+# The engine after whose start this process's heap was taken out of the garbage collector's sight.
+_FROZEN: list[str] = []
 
 
 class Pulse(StatLoggerBase):
@@ -100,6 +96,7 @@ class VLLMBackend:
         self._app: ASGIApp | None = None
         self._loras: dict[str, LoRARequest] = {}
         self._generates = False
+        self._seats = 0
         self._probes = itertools.count(1)
 
     @property
@@ -142,8 +139,8 @@ class VLLMBackend:
 
     @property
     def seats(self) -> int:
-        """Requests that it works on at a time; those beyond wait in its own queue."""
-        return self.ranks * int(self._engine().vllm_config.scheduler_config.max_num_seqs)
+        """Requests that it works on at a time, known once it has started; those beyond wait in its own queue."""
+        return self._seats
 
     @property
     def ranks(self) -> int:
@@ -208,9 +205,11 @@ class VLLMBackend:
         """Load the base model; minutes for a large one. The event loop stays free meanwhile."""
         try:
             self._llm = llm = await asyncio.to_thread(self._build)
-            llm.output_processor.__class__ = _Watched
+            llm.output_processor.__class__ = Outputs
+            llm.output_processor.plain = self._tells_plainly()
             tasks = await llm.get_supported_tasks()
             self._generates = "generate" in tasks
+            self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)
             app = build_app(self.args, tasks, llm.model_config)
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)
@@ -223,8 +222,16 @@ class VLLMBackend:
             ) from error
         self._loras = app.state.openai_serving_models.lora_requests
         self._app = app
-        if not gc.get_freeze_count():  # later, answers are under way, and it takes a while
+        if not _FROZEN:  # later, answers are under way, and it takes a while
+            _FROZEN.append(self.name)
             freeze_gc_heap()
+
+    def _tells_plainly(self) -> bool:
+        """vLLM's server puts nothing between the tokens of a plain stream, and takes nothing out."""
+        args = self.args
+        parser = ToolParserManager.get_tool_parser(args.tool_call_parser) if args.tool_call_parser else None
+        rewrites = args.reasoning_parser or getattr(parser, "engine_based_streaming", False)
+        return not (rewrites or args.enable_log_outputs or args.sse_keep_alive_interval > 0)
 
     def _build(self) -> AsyncLLM:
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
@@ -372,117 +379,6 @@ class VLLMBackend:
         if self._llm.errored:
             raise EngineUnavailable("the engine has stopped; it is being replaced")
         return self._llm
-
-
-class _Watched(OutputProcessor):
-    """vLLM's, which every token passes in this process; leaves each sequence with the Watch of its request."""
-
-    def add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        super().add_request(request, *args, **kwargs)
-        watch = watching.get()
-        state = cast(Any, self.request_states.get(request.request_id))
-        if state is None or hasattr(state, "background"):
-            return
-        state.background = watch is None or watch.background
-        if watch is None:
-            return
-        state.watched = _Sequence(state)
-        watch.sequences.append(state.watched)
-        if watch.logprobs:
-            _ask_logprobs(request, state)
-
-    def _update_stats_from_finished(
-        self, req_state: RequestState, finish_reason: FinishReason | None, *args: Any
-    ) -> None:
-        if (watched := getattr(req_state, "watched", None)) and finish_reason is not None:
-            watched.finish_reason = str(finish_reason)
-        super()._update_stats_from_finished(req_state, finish_reason, *args)
-
-
-class _Sequence:
-    """What there is to know of a sequence, whether it has ended or its client has left."""
-
-    def __init__(self, state: RequestState) -> None:
-        self._state = state
-        self.finish_reason = "abort"
-        self.stats: _Timed | None = None
-        if state.stats is not None:
-            state.stats = self.stats = _Timed(**vars(state.stats))
-
-    def read(self) -> Generation:
-        state, stats = self._state, self.stats
-        output = state.detokenizer.output_token_ids if state.detokenizer else []
-        prompt = state.prompt_token_ids or []
-        text = getattr(state.detokenizer, "output_text", "")
-        if stats is None:
-            return Generation(prompt, output, self.finish_reason, text, logprobs=self._logprobs())
-        begun = stats.first_token_ts > 0
-        later = len(output) - 1
-        return Generation(
-            prompt,
-            output,
-            self.finish_reason,
-            text,
-            queue=max(stats.scheduled_ts - stats.queued_ts, 0.0) if stats.scheduled_ts else None,
-            first=stats.arrival_time + stats.first_token_latency if begun else None,
-            gap=(stats.last_token_ts - stats.first_token_ts) / later if begun and later > 0 else None,
-            worst_gap=stats.worst if begun and later > 0 else None,
-            logprobs=self._logprobs(),
-        )
-
-    def _logprobs(self) -> list[float] | None:
-        processor = self._state.logprobs_processor
-        if isinstance(processor, _Unseen):
-            return processor.kept
-        if processor is None or not processor.logprobs or self._state.detokenizer is None:
-            return None
-        ids = self._state.detokenizer.output_token_ids
-        return [
-            values[token].logprob for token, values in zip(ids, processor.logprobs, strict=False) if token in values
-        ]
-
-
-class _Timed(RequestStateStats):
-    """Remembers the longest wait between two tokens as well."""
-
-    worst = 0.0
-    _last = 0.0
-
-    @property
-    def last_token_ts(self) -> float:
-        return self._last
-
-    @last_token_ts.setter
-    def last_token_ts(self, now: float) -> None:
-        if self._last:
-            self.worst = max(self.worst, now - self._last)
-        self._last = now
-
-
-class _Unseen(LogprobsProcessor):
-    """Keeps the log-probabilities of the sampled tokens for the watcher; the answer has none."""
-
-    def update_from_output(self, output: EngineCoreOutput) -> None:
-        if output.new_logprobs is not None:
-            # The sampled token comes first in each row.
-            self.kept.extend(output.new_logprobs.logprobs[:, 0].tolist())
-            output.new_logprobs = None
-        super().update_from_output(output)
-
-
-def _ask_logprobs(request: EngineCoreRequest, state: RequestState) -> None:
-    """Have the engine tell the sampled tokens' log-probabilities, if the client did not ask for any.
-
-    The request goes to the engine after this; what becomes an answer was set up before.
-    """
-    params, processor = request.sampling_params, state.logprobs_processor
-    if params is None or processor is None or params.num_logprobs is not None:
-        return
-    unseen = _Unseen(**vars(processor))
-    unseen.kept = []
-    state.logprobs_processor = unseen
-    request.sampling_params = copy(params)
-    request.sampling_params.logprobs = 0
 
 
 @contextmanager

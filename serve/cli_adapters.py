@@ -25,6 +25,8 @@ adapters_app = typer.Typer(
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's public name.")]
 Version = Annotated[str, typer.Argument(metavar="VERSION", help="3 or v3.")]
+Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="A reason, for the adapter's history.")]
+Expect = Annotated[str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")]
 Weight = Annotated[float, typer.Argument(metavar="WEIGHT", min=0, max=1, help="A share from 0 to 1; 0 ends it.")]
 
 
@@ -48,6 +50,7 @@ def push(
     shared: Annotated[
         bool | None, typer.Option("--shared/--private", help="Let other tenants ask it too, or only your own (as new).")
     ] = None,
+    why: Why = "",
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
@@ -55,9 +58,9 @@ def push(
     """Upload an adapter; the same bytes twice are one version."""
     with connected("adapters", url, key) as client, _bar(name) as progress:
         if "://" in path:
-            answer = client.push_source(name, path, promote=promote, shared=shared)
+            answer = client.push_source(name, path, promote=promote, shared=shared, why=why)
         else:
-            answer = client.push(name, path, promote=promote, shared=shared, progress=progress)
+            answer = client.push(name, path, promote=promote, shared=shared, why=why, progress=progress)
     say(answer, as_json, _pushed)
 
 
@@ -81,10 +84,9 @@ def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> 
 def promote(
     name: Name,
     version: Version,
-    expect: Annotated[
-        str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")
-    ] = None,
+    expect: Expect = None,
     at_once: Annotated[bool, typer.Option("--at-once", help="Whatever the adapter's policy says of canaries.")] = False,
+    why: Why = "",
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
@@ -92,7 +94,7 @@ def promote(
     """Make a version the live one; by the adapter's policy it may get a share of the traffic first."""
     with connected("adapters", url, key) as client:
         expected = _version(expect) if expect is not None else None
-        answer = client.promote(name, _version(version), expected, at_once=at_once)
+        answer = client.promote(name, _version(version), expected, at_once=at_once, why=why)
     say(answer, as_json, lambda told: _promoted(told, f"{name} v{_version(version)}"))
 
 
@@ -103,10 +105,12 @@ def _promoted(answer: dict[str, Any], which: str) -> str:
 
 
 @adapters_app.command(epilog=example("loradock adapters rollback support"))
-def rollback(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+def rollback(
+    name: Name, expect: Expect = None, why: Why = "", url: Url = URL, key: Key = None, as_json: Json = False
+) -> None:
     """Make the version live again that was live before."""
     with connected("adapters", url, key) as client:
-        answer = client.rollback(name)
+        answer = client.rollback(name, _version(expect) if expect is not None else None, why=why)
     say(answer, as_json, lambda told: f"{name} {_v(_live(told))} is live again")
 
 
@@ -114,11 +118,17 @@ def rollback(name: Name, url: Url = URL, key: Key = None, as_json: Json = False)
     epilog=example("loradock adapters canary support 3 0.1", "loradock adapters canary support 3 0  # ends it")
 )
 def canary(
-    name: Name, version: Version, weight: Weight, url: Url = URL, key: Key = None, as_json: Json = False
+    name: Name,
+    version: Version,
+    weight: Weight,
+    why: Why = "",
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
 ) -> None:
     """Send a share of an adapter's requests to a version that is not live."""
     with connected("adapters", url, key) as client:
-        answer = client.canary(name, _version(version), weight)
+        answer = client.canary(name, _version(version), weight, why=why)
     say(answer, as_json, lambda told: _shared(told, "canary", "answers"))
 
 
@@ -126,11 +136,17 @@ def canary(
     epilog=example("loradock adapters shadow support 3 0.1", "loradock adapters shadow support 3 0  # ends it")
 )
 def shadow(
-    name: Name, version: Version, weight: Weight, url: Url = URL, key: Key = None, as_json: Json = False
+    name: Name,
+    version: Version,
+    weight: Weight,
+    why: Why = "",
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
 ) -> None:
     """Have a version answer a share of an adapter's requests too, unseen, for comparison."""
     with connected("adapters", url, key) as client:
-        answer = client.shadow(name, _version(version), weight)
+        answer = client.shadow(name, _version(version), weight, why=why)
     say(answer, as_json, lambda told: _shared(told, "shadow", "also answers, unseen,"))
 
 
@@ -176,6 +192,7 @@ def unshare(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) 
 def rm(
     target: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="All versions, or that one.")],
     force: Annotated[bool, typer.Option("--force", help="Also what is live.")] = False,
+    why: Why = "",
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
@@ -183,7 +200,7 @@ def rm(
     """Remove an adapter, or one version of it."""
     with connected("adapters", url, key) as client:
         name, at, version = target.partition("@")
-        answer = client.remove(name, _version(version) if at else None, force)
+        answer = client.remove(name, _version(version) if at else None, force, why=why)
     say(answer, as_json, lambda told: f"{target} is removed")
 
 

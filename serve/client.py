@@ -109,6 +109,7 @@ class AdapterClient:
         *,
         promote: bool = True,
         shared: bool | None = None,
+        why: str = "",
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Upload a PEFT folder or an archive of one; the files are read while they are sent.
@@ -130,15 +131,16 @@ class AdapterClient:
                 fields = {"name": name, "promote": "true" if promote else "false"}
                 if shared is not None:
                     fields["visibility"] = _visibility(shared)
+                fields |= _because(why)
                 return self._http.post("/v1/adapters", data=fields, files=parts)  # type: ignore[arg-type]
 
         return self._ask(send, repeatable=True)
 
     def push_source(
-        self, name: str, source: str, *, promote: bool = True, shared: bool | None = None
+        self, name: str, source: str, *, promote: bool = True, shared: bool | None = None, why: str = ""
     ) -> dict[str, Any]:
         """Have the server fetch an adapter from hf://, s3:// or a file:// that it allows; `shared` as in `push`."""
-        body = {"name": name, "source": source, "promote": promote}
+        body = {"name": name, "source": source, "promote": promote} | _because(why)
         if shared is not None:
             body["visibility"] = _visibility(shared)
         return self._ask(lambda: self._http.post("/v1/adapters", json=body), repeatable=True)
@@ -154,27 +156,30 @@ class AdapterClient:
         return self._call("GET", _path(name))
 
     def promote(
-        self, name: str, version: int, expected_version: int | None = None, *, at_once: bool = False
+        self, name: str, version: int, expected_version: int | None = None, *, at_once: bool = False, why: str = ""
     ) -> dict[str, Any]:
         """Make `version` live; with `expected_version`, only if that one is live now; `at_once` without a canary."""
-        body = {"version": version}
+        body: dict[str, Any] = {"version": version} | _because(why)
         if at_once:
             body["at_once"] = True
         if expected_version is not None:
             body["expected_version"] = expected_version
         return self._call("POST", f"{_path(name)}/promote", json=body)
 
-    def rollback(self, name: str) -> dict[str, Any]:
-        """Make the version live that was live before."""
-        return self._call("POST", f"{_path(name)}/rollback")
+    def rollback(self, name: str, expected_version: int | None = None, *, why: str = "") -> dict[str, Any]:
+        """Make the version live that was live before; with `expected_version`, only if that one is live now."""
+        body: dict[str, Any] = {} if expected_version is None else {"expected_version": expected_version}
+        return self._call("POST", f"{_path(name)}/rollback", json=body | _because(why))
 
-    def canary(self, name: str, version: int, weight: float) -> dict[str, Any]:
+    def canary(self, name: str, version: int, weight: float, *, why: str = "") -> dict[str, Any]:
         """Send a share of the name's requests, 0 to 1, to `version`; 0 ends it."""
-        return self._call("POST", f"{_path(name)}/canary", json={"version": version, "weight": weight})
+        body = {"version": version, "weight": weight} | _because(why)
+        return self._call("POST", f"{_path(name)}/canary", json=body)
 
-    def shadow(self, name: str, version: int, weight: float) -> dict[str, Any]:
+    def shadow(self, name: str, version: int, weight: float, *, why: str = "") -> dict[str, Any]:
         """Have `version` answer a share of the name's requests too, unseen; 0 ends it."""
-        return self._call("POST", f"{_path(name)}/shadow", json={"version": version, "weight": weight})
+        body = {"version": version, "weight": weight} | _because(why)
+        return self._call("POST", f"{_path(name)}/shadow", json=body)
 
     def pin(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Keep `version` in the engine; without one, whichever is live."""
@@ -207,10 +212,10 @@ class AdapterClient:
         """Let other tenants ask the adapter, or its own alone."""
         return self._call("POST", f"{_path(name)}/visibility", json={"visibility": _visibility(shared)})
 
-    def remove(self, name: str, version: int | None = None, force: bool = False) -> dict[str, Any]:
+    def remove(self, name: str, version: int | None = None, force: bool = False, *, why: str = "") -> dict[str, Any]:
         """Delete a version, or the adapter whole; what is live goes only with `force`."""
         path = _path(name) + (f"/versions/{version}" if version is not None else "")
-        return self._call("DELETE", path, params={"force": "true"} if force else None)
+        return self._call("DELETE", path, params=({"force": "true"} if force else {}) | _because(why))
 
     def create_key(self, name: str, tenant: str, scopes: Sequence[str], limits: Mapping[str, int]) -> dict[str, Any]:
         """A new API key; `secret` in the answer is told this once."""
@@ -297,6 +302,10 @@ def adapter_files(path: str | Path) -> list[Path]:
     if missing:
         raise ConfigError(f"{path} is not a PEFT adapter: {' and '.join(missing)} not found in it")
     return [path / name for name in (*PEFT_FILES, CARD) if (path / name).is_file()]
+
+
+def _because(why: str) -> dict[str, str]:
+    return {"why": why} if why else {}
 
 
 def _numbered(version: int | None) -> dict[str, int]:

@@ -40,13 +40,13 @@ class Cutoff:
             if self._running:
                 self._limit.reschedule(asyncio.get_running_loop().time() + PATIENCE)
 
-    async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """The app's answer, to its end or to the cut."""
+    async def run(self, app: ASGIApp, scope: Scope, send: Send | None = None) -> None:
+        """The app's answer, to its end or to the cut; `send` stands before ours."""
         if self._error is None:
             try:
                 async with self._limit:
                     self._running = True
-                    await app(scope, self.receive, self.send)
+                    await app(scope, self.receive, send or self.send)
             except Exception:
                 if self._error is None:
                     raise

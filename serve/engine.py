@@ -300,10 +300,10 @@ class Engine:
             self._see_off(resident)
 
     async def gone(self, adapter_id: str) -> None:
-        """Returns once the adapter's weights are out of the engine, so that its files may go too."""
+        """Returns once the adapter's weights are out of the engine, or somebody has called it back meanwhile."""
         self.retire(adapter_id)
         self._failed.discard(adapter_id)
-        while adapter_id in self._residents and self.phase is Phase.READY:
+        while self.phase is Phase.READY and (resident := self._residents.get(adapter_id)) and resident.retired:
             await asyncio.sleep(SETTLE)
 
     def holds(self, adapter_id: str) -> bool:

@@ -7,6 +7,7 @@ milliseconds. It has one thread and has computed nothing, so forking it is sound
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -56,4 +57,5 @@ def _born(kind: type[Process], environ: Mapping[str, str]) -> Process:
     # The first thing that is unpickled in the new process.
     os.environ.clear()
     os.environ.update(environ)
+    gc.freeze()  # what it was forked with stays, in memory that it shares
     return kind.__new__(kind)

@@ -29,6 +29,7 @@ from serve.auth import Scope as KeyScope
 from serve.cutoff import Cutoff
 from serve.engine import LOW_PRIORITY
 from serve.errors import BadRequest, ClientLeft, ClientTooSlow, DeadlineExceeded, LoradockError, NotFound, TooLarge
+from serve.express import FLOW, Flow, express
 from serve.limits import Meter, Meters
 from serve.router import Route, Router
 from serve.shadow import Kept, Shadows
@@ -85,7 +86,7 @@ class Inference:
             await _refuse_socket(receive, send)
             return
         scope, request_id = identified(scope)
-        pace = _Pace(receive, send, self._client_timeout)
+        pace = _Pace(receive, send, self._client_timeout, scope.get("extensions", {}).get(FLOW))
         tap = Tap(pace.send, request_id)
         try:
             await self._in_time(scope, pace, tap)
@@ -150,9 +151,10 @@ class Inference:
                         kept = Kept(sending)
                         sending = kept.send
                     call = Cutoff(receive, _Honest(sending).send, route.engine.failing)
+                    short = tap.watch.express = express(scope, fields, call.send)
                     with tap.watched(), route.engine.alarm(call.cut), _at(limit.when(), call, late):
                         limit.reschedule(None)  # from here on the app is told, so that it ends what it began
-                        await call.run(route.app, scope)
+                        await call.run(route.app, scope, short.send if short else None)
             finally:
                 if meter and usage and not stored:
                     meter.charge(usage.tokens)
@@ -217,9 +219,10 @@ def _timeout(headers: Headers) -> float | None:
 class _Pace:
     """A client that neither sends nor reads for so long is let go: it holds a connection, and a turn at the engine."""
 
-    __slots__ = ("_receive", "_seconds", "_send")
+    __slots__ = ("_flow", "_receive", "_seconds", "_send")
 
-    def __init__(self, receive: Receive, send: Send, seconds: float) -> None:
+    def __init__(self, receive: Receive, send: Send, seconds: float, flow: Flow | None = None) -> None:
+        self._flow = flow
         self._receive = receive
         self._send = send
         self._seconds = seconds
@@ -238,6 +241,9 @@ class _Pace:
             raise ClientTooSlow(f"no more of the request came for {self._seconds:g} s: send it again") from error
 
     async def send(self, message: Message) -> None:
+        if self._flow is not None and not self._flow.write_paused:  # then nothing waits in there
+            await self._send(message)
+            return
         patience = asyncio.timeout(self._seconds)
         try:
             async with patience:

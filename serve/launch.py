@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ from serve import forkserver, machine
 from serve.checkpoint import EMBEDDED, find
 from serve.config import Base, Config
 from serve.errors import ConfigError, LoradockError
+from serve.express import FLOW
 
 log = logging.getLogger("loradock")
 
@@ -124,8 +126,13 @@ def _run(config: Config, sock: socket) -> int:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if machine.on_cpu():
         forkserver.start()
+    # What is imported stays; to look for garbage in it again and again takes a third of the time.
+    gc.disable()
     from serve.app import build_app
     from serve.backend import VLLMBackend
+
+    gc.freeze()
+    gc.enable()
 
     failures: list[LoradockError] = []
 
@@ -156,13 +163,20 @@ def _run(config: Config, sock: socket) -> int:
 
 
 def _impatient(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP that closes a connection whose first request does not begin in time: it costs a descriptor."""
+    """uvicorn's HTTP that closes a connection whose first request does not begin in time: it costs a descriptor.
+
+    Each request's scope says whether its client reads.
+    """
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     class Impatient(AutoHTTPProtocol):  # type: ignore[valid-type,misc]
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._begin = asyncio.get_running_loop().call_later(seconds, self._give_up)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.scope.setdefault("extensions", {})[FLOW] = self.flow
 
         def connection_lost(self, error: Exception | None) -> None:
             self._begin.cancel()

@@ -39,7 +39,10 @@ PREFETCH_SECONDS, SAVE_SECONDS = 1.0, 60.0
 
 
 class Lifecycle:
-    """Changes to adapters. `limits` says what an upload for a base may be."""
+    """Changes to adapters. `limits` says what an upload for a base may be.
+
+    A change may say which version it `expected` to be live (0: none): Conflict, if another one is.
+    """
 
     def __init__(
         self,
@@ -141,6 +144,7 @@ class Lifecycle:
         shared: bool | None = None,
         quota: KeyLimits = UNLIMITED,
         engine: str | None = None,
+        expected: int | None = None,
     ) -> tuple[Adapter, bool]:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
         check_full_name(name)
@@ -157,6 +161,7 @@ class Lifecycle:
         limits = self._limits(base)
         inspection = await asyncio.to_thread(inspect, folder, base.modules, limits)
         async with self._changing:
+            await self._expect(name, expected)
             digest = await asyncio.to_thread(self.store.admit, folder)
             adapter_id = f"{name}@{digest[:12]}"
             before = self._serving(name)
@@ -181,6 +186,7 @@ class Lifecycle:
                     shared=shared,
                     checks=checks,
                     base=None if base is self.fleet.first else base.name,
+                    expected=expected,
                 )
             except BaseException:
                 self._let_go(base, adapter_id, digest)
@@ -193,6 +199,7 @@ class Lifecycle:
     async def promote(self, name: str, version: int, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make a version live: requests from now on answer from it, those under way finish where they began."""
         async with self._changing:
+            await self._expect(name, expected)
             adapter = self.registry.get(name, version)
             await self.fleet.of(name).ensure(adapter.id, await self.path(adapter))
             before = self._serving(name)
@@ -211,20 +218,28 @@ class Lifecycle:
             await self.fleet.of(name).ensure(adapter.id, await self.path(adapter))
             return adapter
 
-    async def share(self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "") -> Share | None:
+    async def share(
+        self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "", expected: int | None = None
+    ) -> Share | None:
         """Give a version a share of the name's traffic as its canary or shadow; it is resident before it gets any."""
         async with self._changing:
+            await self._expect(name, expected)
             adapter = self.registry.get(name, version)
             before = self._serving(name)
             if 0 < weight <= 1:
                 await self.fleet.of(name).ensure(adapter.id, await self.path(adapter))
-            share = await asyncio.to_thread(self.registry.share, name, kind, version, weight, by=by, why=why)
+            share = await asyncio.to_thread(
+                self.registry.share, name, kind, version, weight, by=by, why=why, expected=expected
+            )
             self._flipped(name, before)
             return share
 
-    async def pin(self, name: str, version: int | None = None, *, by: str, why: str = "") -> None:
+    async def pin(
+        self, name: str, version: int | None = None, *, by: str, why: str = "", expected: int | None = None
+    ) -> None:
         """Keep a version in the engine, or whichever is live; it is resident when this returns."""
         async with self._changing:
+            await self._expect(name, expected)
             room = self.fleet.of(name).backend.max_resident - 1
             if len({*self._pinned_names(self.fleet.of(name)), name}) > room:
                 raise Conflict(
@@ -240,28 +255,37 @@ class Lifecycle:
             if wanted:
                 await self.fleet.of(name).ensure(wanted.id, await self.path(wanted))
             before = self._serving(name)
-            await asyncio.to_thread(self.registry.pin, name, version, by=by, why=why)
+            await asyncio.to_thread(self.registry.pin, name, version, by=by, why=why, expected=expected)
             self._flipped(name, before)
 
-    async def unpin(self, name: str, *, by: str, why: str = "") -> None:
+    async def unpin(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> None:
         """Let the versions of `name` come and go again."""
         async with self._changing:
             before = self._serving(name)
-            await asyncio.to_thread(self.registry.unpin, name, by=by, why=why)
+            await asyncio.to_thread(self.registry.unpin, name, by=by, why=why, expected=expected)
             self._flipped(name, before)
 
-    async def publish(self, name: str, shared: bool, *, by: str, why: str = "") -> None:
+    async def publish(self, name: str, shared: bool, *, by: str, why: str = "", expected: int | None = None) -> None:
         """Let other tenants ask the adapter too, or its own alone."""
         async with self._changing:
-            await asyncio.to_thread(self.registry.publish, name, shared, by=by, why=why)
+            await asyncio.to_thread(self.registry.publish, name, shared, by=by, why=why, expected=expected)
 
     async def remove(
-        self, name: str, version: int | None = None, *, by: str, force: bool = False, why: str = ""
+        self,
+        name: str,
+        version: int | None = None,
+        *,
+        by: str,
+        force: bool = False,
+        why: str = "",
+        expected: int | None = None,
     ) -> list[Adapter]:
         """Forget a version, or all of `name`. Their answers under way finish; then the bytes go."""
         async with self._changing:
             base, before = self.fleet.of(name), self._serving(name)
-            removed = await asyncio.to_thread(self.registry.delete, name, version, by=by, force=force, why=why)
+            removed = await asyncio.to_thread(
+                self.registry.delete, name, version, by=by, force=force, why=why, expected=expected
+            )
             self._flipped(name, before, base)
             for adapter in removed:
                 self._let_go(base, adapter.id, adapter.digest)
@@ -319,6 +343,10 @@ class Lifecycle:
             "created": int(adapter.created),
             "checks": dict(adapter.checks),
         }
+
+    async def _expect(self, name: str, expected: int | None) -> None:
+        if expected is not None:
+            await asyncio.to_thread(self.registry.expect, name, expected)
 
     def _base(self, name: str, engine: str | None) -> Supervisor:
         """Whose adapter `name` is, or becomes by its first version."""

@@ -276,8 +276,7 @@ class Registry:
         versions of a name run on one `base`, as long as it has any.
         """
         check_full_name(name)
-        with self._change(name, create=True) as change:
-            _expect(change, expected)
+        with self._change(name, create=True, expected=expected) as change:
             if not change.versions():
                 change.base = base
             elif change.base != base:
@@ -313,9 +312,8 @@ class Registry:
         return adapter, created
 
     def promote(self, name: str, version: int, *, by: str, why: str = "", expected: int | None = None) -> Adapter:
-        """Make `version` the live one. `expected` is the version that must be live now (0: none), or Conflict."""
-        with self._change(name) as change:
-            _expect(change, expected)
+        """Make `version` the live one."""
+        with self._change(name, expected=expected) as change:
             there = change.versions()
             if version not in there:
                 raise _missing(f"{name}@v{version}")
@@ -324,8 +322,7 @@ class Registry:
 
     def rollback(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> Adapter:
         """Back to the version that was live before; again, to the one before that."""
-        with self._change(name) as change:
-            _expect(change, expected)
+        with self._change(name, expected=expected) as change:
             if not change.trail:
                 raise Conflict(f"no earlier version of {shown(name)} was live; promote the version you want")
             was, change.live = change.live, change.trail.pop()
@@ -348,8 +345,7 @@ class Registry:
 
         The live version, while others exist, goes by force only; then the one that was live before answers again.
         """
-        with self._change(name) as change:
-            _expect(change, expected)
+        with self._change(name, expected=expected) as change:
             there = change.versions()
             if version is not None and version not in there:
                 raise _missing(f"{name}@v{version}")
@@ -379,14 +375,16 @@ class Registry:
                 change.pinned = None
         return gone
 
-    def share(self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "") -> Share | None:
+    def share(
+        self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "", expected: int | None = None
+    ) -> Share | None:
         """Give a version a share of the name's traffic, as its `canary` or `shadow`; weight 0 ends it.
 
         It ends by itself when another version becomes live, or when its own is deleted.
         """
         if not 0 <= weight <= 1:
             raise BadRequest(f"weight takes a number from 0 to 1, not {weight}", param="weight")
-        with self._change(name) as change:
+        with self._change(name, expected=expected) as change:
             there = change.versions()
             if version not in there:
                 raise _missing(f"{name}@v{version}")
@@ -404,25 +402,27 @@ class Registry:
                 change.log(kind, by, why, change.live, version, there[version].digest, weight)
         return Share(there[version], weight)
 
-    def publish(self, name: str, shared: bool, *, by: str, why: str = "") -> None:
+    def publish(self, name: str, shared: bool, *, by: str, why: str = "", expected: int | None = None) -> None:
         """Open the name to other tenants, or close it."""
-        with self._change(name) as change:
+        with self._change(name, expected=expected) as change:
             if shared != change.shared:
                 change.shared = shared
                 change.log("share" if shared else "unshare", by, why, None, None)
 
-    def pin(self, name: str, version: int | None = None, *, by: str, why: str = "") -> None:
+    def pin(
+        self, name: str, version: int | None = None, *, by: str, why: str = "", expected: int | None = None
+    ) -> None:
         """Keep a version in the engine; without one, whichever is live."""
-        with self._change(name) as change:
+        with self._change(name, expected=expected) as change:
             if version is not None and version not in change.versions():
                 raise _missing(f"{name}@v{version}")
             if change.pinned != (version or 0):
                 change.log("pin", by, why, change.pinned or None, version)
                 change.pinned = version or 0
 
-    def unpin(self, name: str, *, by: str, why: str = "") -> None:
+    def unpin(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> None:
         """Let the name's versions come and go again."""
-        with self._change(name) as change:
+        with self._change(name, expected=expected) as change:
             if change.pinned is not None:
                 change.log("unpin", by, why, change.pinned or None, None)
                 change.pinned = None
@@ -443,6 +443,12 @@ class Registry:
         """The version that answers for `name`, if any."""
         entry = self._snapshot.entries.get(name)
         return entry.live if entry else None
+
+    def expect(self, name: str, expected: int) -> None:
+        """Conflict, if another version is live (0: none). Spares work in vain: the change itself looks again."""
+        self.refresh()
+        live = self.live(name)
+        _expect(name, live.version if live else None, expected)
 
     def __contains__(self, name: str) -> bool:
         """The name has a version."""
@@ -587,8 +593,11 @@ class Registry:
         change.end_shares(by)
 
     @contextmanager
-    def _change(self, name: str, *, create: bool = False) -> Iterator[_Change]:
-        """One transaction on one name; the snapshot follows once it is committed."""
+    def _change(self, name: str, *, create: bool = False, expected: int | None = None) -> Iterator[_Change]:
+        """One transaction on one name; the snapshot follows once it is committed.
+
+        `expected` is the version that must be live now (0: none), or Conflict.
+        """
         with self._writing:
             with self.transaction() as connection:
                 if connection.dialect.name == "postgresql":
@@ -606,6 +615,7 @@ class Registry:
                 unread = (connection.scalar(_LATEST) or 0) != self._snapshot.generation
                 if not create and not change.versions():
                     raise _missing(name)
+                _expect(change.name, change.live, expected)
                 yield change
                 if change.logged:
                     connection.execute(
@@ -766,12 +776,12 @@ def _walk(trail: list[int]) -> list[int]:
     return [number for at, number in enumerate(trail) if at == 0 or trail[at - 1] != number]
 
 
-def _expect(change: _Change, expected: int | None) -> None:
-    if expected is None or expected == (change.live or 0):
+def _expect(name: str, live: int | None, expected: int | None) -> None:
+    if expected is None or expected == (live or 0):
         return
-    now = f"v{change.live}" if change.live else "no version"
+    now = f"v{live}" if live else "no version"
     raise Conflict(
-        f"{now} of {change.name} is live and not v{expected}: somebody was faster; look again, then decide",
+        f"{now} of {name} is live and not v{expected}: somebody was faster; look again, then decide",
         code="version_mismatch",
     )
 

@@ -29,6 +29,11 @@ _CHUNK = 256 << 10
 _PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs"}
 # How each says that nobody asks: otherwise both look for credentials in this server's environment.
 _STRANGER: dict[str, dict[str, Any]] = {"hf": {"token": False}, "s3": {"anon": True}}
+# The hub streams a file; object storage is read in ranges.
+_READING: dict[str, dict[str, Any]] = {
+    "hf": {"block_size": 0, "cache_type": "none"},
+    "s3": {"block_size": 1 << 20, "cache_type": "readahead"},
+}
 _FORM = {
     "hf": re.compile(r"(?P<at>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(/[\w.-]+)*)/?", re.ASCII),
     "s3": re.compile(r"(?P<at>[a-z0-9][a-z0-9.-]{2,62}(/[\w.=+ -]+)*)/?", re.ASCII),
@@ -41,10 +46,11 @@ _TAKEN = "hf://org/repo[@revision][/folder], s3://bucket/prefix or file:///folde
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A place that was judged: its scheme and the path within it."""
+    """A place that was judged: its scheme and the path within it; of a hub, the commit that is read."""
 
     scheme: str
     path: str
+    commit: str = ""
 
 
 def parse(source: str, roots: Iterable[Path] = ()) -> Source:
@@ -68,15 +74,18 @@ def parse(source: str, roots: Iterable[Path] = ()) -> Source:
     return Source(scheme, str(real))
 
 
-def fetch(source: Source, folder: Path, *, max_bytes: int, card: bool = False, anonymous: bool = False) -> None:
+def fetch(source: Source, folder: Path, *, max_bytes: int, card: bool = False, anonymous: bool = False) -> Source:
     """Bring the adapter's two files (and its card, if asked) into `folder`. Blocks: for a thread of its own.
 
-    Where `anonymous`, without this server's credentials.
+    Where `anonymous`, without this server's credentials. The answer is where they came from: on a hub, whose branches
+    and tags move, the commit that was read.
     """
     left, until = max_bytes, time.monotonic() + SECONDS
     with _translated(source):
+        came = _pinned(source, anonymous) if source.scheme == "hf" else source
+        system = _system(source.scheme, anonymous)
         for name in FILES:
-            with _open(source, name, anonymous) as remote, open(folder / name, "xb") as local:
+            with _open(system, came, name) as remote, open(folder / name, "xb") as local:
                 while chunk := remote.read(_CHUNK):
                     left -= len(chunk)
                     if left < 0:
@@ -85,24 +94,41 @@ def fetch(source: Source, folder: Path, *, max_bytes: int, card: bool = False, a
                         raise BadRequest(f"the source took longer than {SECONDS:.0f} seconds; push the files instead")
                     local.write(chunk)
     if card:
-        _fetch_card(source, folder, anonymous)
+        _fetch_card(system, came, folder)
+    return came
 
 
-def _fetch_card(source: Source, folder: Path, anonymous: bool) -> None:
+def _fetch_card(system: Any, source: Source, folder: Path) -> None:
     try:
-        with _translated(source), _open(source, CARD, anonymous) as remote:
+        with _translated(source), _open(system, source, CARD) as remote:
             text = remote.read(CARD_BYTES)
     except AdapterRejected:
         return  # there is none
     (folder / CARD).write_bytes(text)
 
 
-def _open(source: Source, name: str, anonymous: bool) -> BinaryIO:
+def _system(scheme: str, anonymous: bool) -> Any:
+    """A file system that remembers nothing of earlier pushes: what is there may have changed since."""
+    if scheme == "file":
+        return None
+    stranger = _STRANGER[scheme] if anonymous else {}
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **stranger)
+
+
+def _pinned(source: Source, anonymous: bool) -> Source:
+    """The commit that a revision names now: a push to the hub in between would give config and weights of two."""
+    from huggingface_hub import HfApi
+
+    owner, repo, *folder = source.path.split("/")
+    repo, _, revision = repo.partition("@")
+    told = HfApi(**_STRANGER["hf"] if anonymous else {}).model_info(f"{owner}/{repo}", revision=revision or None)
+    return Source("hf", "/".join((owner, f"{repo}@{told.sha}", *folder)), told.sha or "")
+
+
+def _open(system: Any, source: Source, name: str) -> BinaryIO:
     if source.scheme == "file":
         return open_plain(Path(source.path) / name)
-    stranger = _STRANGER[source.scheme] if anonymous else {}
-    system: Any = fsspec.filesystem(source.scheme, use_listings_cache=False, **stranger)
-    return system.open(f"{source.path}/{name}", "rb", block_size=1 << 20, cache_type="readahead")
+    return system.open(f"{source.path}/{name}", "rb", **_READING[source.scheme])
 
 
 @contextmanager
@@ -118,17 +144,30 @@ def _translated(source: Source) -> Iterator[None]:
             f"this server cannot fetch {source.scheme}:// because {package} is not installed; install it, or push files"
         ) from missing
     except FileNotFoundError as missing:
-        raise AdapterRejected(
-            f"{place} has no {' and '.join(FILES)}, or cannot be seen from here; name the PEFT folder itself"
-        ) from missing
+        raise _absent(place) from missing
     except PermissionError as refused:
-        raise Forbidden(f"this server may not read {place}; give it the right, or push the files") from refused
+        raise _forbidden(place) from refused
     except OSError as failed:
+        # The hub answers a stranger 401 for what is private and for what is not there.
+        status = getattr(getattr(failed, "response", None), "status_code", None)
+        if status in (401, 404):
+            raise _absent(place) from failed
+        if status == 403:
+            raise _forbidden(place) from failed
         if failed.errno is not None:  # the local disk's own trouble, a full one for instance
             raise
         raise _unreachable(place, failed) from failed
     except Exception as failed:  # each filesystem has its own errors, and none of them is ours to know
         raise _unreachable(place, failed) from failed
+
+
+def _absent(place: str) -> AdapterRejected:
+    files = " and ".join(FILES)
+    return AdapterRejected(f"{place} has no {files}, or cannot be seen from here; name the PEFT folder itself")
+
+
+def _forbidden(place: str) -> Forbidden:
+    return Forbidden(f"this server may not read {place}; give it the right, or push the files")
 
 
 def _unreachable(place: str, error: Exception) -> BadRequest:

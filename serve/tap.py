@@ -19,6 +19,8 @@ from typing import Protocol
 
 from starlette.types import Message, Scope, Send
 
+from serve.express import Express
+
 log = logging.getLogger(__name__)
 
 # What is counted when the client left before anything was answered.
@@ -86,6 +88,8 @@ class Watch:
     # The server's own: no client waits for it.
     background: bool = False
     sequences: list[Generating] = field(default_factory=list)
+    # The short way that a sequence of it may take.
+    express: Express | None = None
 
 
 # The request that the current task answers. A ContextVar goes with it through vLLM's app into the engine.

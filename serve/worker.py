@@ -10,22 +10,32 @@ Mixed into vLLM's worker by its option `worker_extension_cls`; called through `c
 from __future__ import annotations
 
 import os
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from time import perf_counter, sleep, thread_time
 from types import SimpleNamespace
 from typing import Any
 
 LOADING, LOADED = "loading", "loaded"
 # The scheduler's niceness of a thread that reads, beside those that compute.
 NICE = 10
+# While answers are computed it reads for SPELL seconds, then leaves Python's lock and the core to them for REST: the
+# 10 ms that an adapter takes, at a stretch, made three steps a quarter longer each.
+SPELL, REST = 0.0008, 0.01
 
 
 class Loader:
-    """One worker's adapters on their way in. `manager` is vLLM's LRUCacheWorkerLoRAManager."""
+    """One worker's adapters on their way in. `manager` is vLLM's LRUCacheWorkerLoRAManager.
 
-    def __init__(self, manager: Any) -> None:
+    `busy` says whether answers are being computed.
+    """
+
+    def __init__(self, manager: Any, busy: Callable[[], bool] = lambda: False) -> None:
         self._manager = manager
+        self._busy = busy
         self._coming: dict[int, Future[Any]] = {}
         self._thread = ThreadPoolExecutor(1, "adapter-loader", initializer=_step_back)
         for module in manager._adapter_manager.modules.values():
@@ -54,10 +64,15 @@ class Loader:
 
     def _read(self, request: Any) -> Any:
         adapters = self._manager._adapter_manager
-        lora = self._manager._load_adapter(request)
-        if not adapters._is_moe:  # to pack experts twice, here and when it is added, would not be the same as once
-            adapters._create_merged_loras_inplace(lora)
+        with _resting(self._rest):
+            lora = self._manager._load_adapter(request)
+            if not adapters._is_moe:  # to pack experts twice, here and when it is added, would not be the same as once
+                adapters._create_merged_loras_inplace(lora)
         return lora
+
+    def _rest(self) -> None:
+        if self._busy():
+            sleep(REST / max(len(self._coming), 1))
 
 
 class Worker:
@@ -73,13 +88,43 @@ class Worker:
     def _loradock(self) -> Loader:
         loader: Loader | None = getattr(self, "_loradock_loader", None)
         if loader is None:
-            loader = self._loradock_loader = Loader(self.model_runner.lora_manager)  # type: ignore[attr-defined]
+            runner = self.model_runner  # type: ignore[attr-defined]
+            loader = self._loradock_loader = Loader(runner.lora_manager, lambda: _answering(runner))
         return loader
+
+
+def _answering(runner: Any) -> bool:
+    """Whether there are requests in a model runner, vLLM's first kind or its second."""
+    requests = runner.input_batch if hasattr(runner, "input_batch") else runner.req_states
+    return bool(requests.req_id_to_index)
 
 
 def _step_back() -> None:
     with suppress(OSError, AttributeError):  # a thread of its own on Linux
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+@contextmanager
+def _resting(rest: Callable[[], None]) -> Iterator[None]:
+    """`rest` is called after every SPELL of this thread's work, at one of the calls of functions in it."""
+    look, worked = perf_counter() + SPELL, thread_time() + SPELL
+
+    def called(*_: Any) -> None:
+        nonlocal look, worked
+        if perf_counter() < look:
+            return
+        # Work and not time: on a busy machine it would rest without having got anywhere.
+        if thread_time() >= worked:
+            rest()
+            worked = thread_time() + SPELL
+        look = perf_counter() + SPELL
+
+    # The one hook that reaches into vLLM's loops; Python calls it in this thread alone.
+    sys.setprofile(called)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
 
 
 def _reset_once(module: Any) -> None:

@@ -2,9 +2,10 @@
 
     python -m tests.overload [SECONDS]
 
-Starts the real server, finds the rate of answers that a closed crowd gets, then offers 1 and 4 times that rate for
-SECONDS each, by arrivals that wait for nobody (Poisson). Goodput is answers within the objective, a second: whole
-within `SLO` seconds. A request that gets 429 counts as turned away, and how long that took is told.
+Starts the real server, finds the rate of answers that a closed crowd gets (the best of three times, or a moment's
+disturbance would make every load look small), then offers 1, 4, 1 and 4 times that rate for SECONDS each, by arrivals
+that wait for nobody (Poisson). Goodput is answers within the objective, a second: whole within `SLO` seconds. A request
+that gets 429 counts as turned away, and how long that took is told.
 """
 
 from __future__ import annotations
@@ -88,11 +89,17 @@ async def measure(url: str, seconds: float) -> None:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
         await closed(http, seconds / 4)
-        rate = await closed(http, seconds / 2)
-        print(f"a crowd of {CROWD} gets {rate:.2f} answers of {TOKENS} tokens a second", flush=True)
-        once = told("1 x", await offered(http, rate, seconds), seconds)
-        four = told("4 x", await offered(http, 4 * rate, seconds), seconds)
-        print(f"goodput at 4 x is {four / max(once, rate):.0%} of its peak")
+        rates = [await closed(http, seconds / 4) for _ in range(3)]
+        rate = max(rates)
+        each = ", ".join(f"{one:.2f}" for one in rates)
+        print(f"a crowd of {CROWD} gets {rate:.2f} answers of {TOKENS} tokens a second ({each})", flush=True)
+        good: dict[int, list[float]] = {1: [], 4: []}
+        for times in (1, 4, 1, 4):
+            good[times].append(told(f"{times} x", await offered(http, times * rate, seconds), seconds))
+            await closed(http, 2)  # until those that were still waiting have been answered
+        peak = max(rate, *good[1])
+        worst, best = (one / peak for one in sorted(good[4]))
+        print(f"goodput at 4 x is {worst:.0%} and {best:.0%} of its peak, {peak:.2f} a second")
 
 
 def main(seconds: float = 60.0) -> None:

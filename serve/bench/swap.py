@@ -78,7 +78,10 @@ class Spoken:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was seen. Gaps are inter-token latencies in milliseconds, `ratio` is during swaps over without."""
+    """What was seen. Gaps are inter-token latencies in milliseconds, `ratio` is during swaps over without.
+
+    `promoting` is what of the swaps' phase lies between a promote's request and a second after its answer.
+    """
 
     swaps: int
     answers: int
@@ -94,7 +97,9 @@ class Proof:
     steady_p99_ms: float
     swapping_p50_ms: float
     swapping_p99_ms: float
+    promoting_p99_ms: float
     ratio_p99: float
+    gaps: tuple[int, int, int]
     errors: tuple[str, ...]
 
     @property
@@ -241,7 +246,10 @@ class _Run:
                 stale += 1
         gaps = [(at, gap) for one in self.spoken for at, gap in one.gaps if at >= warm]
         steady = [gap for at, gap in gaps if not began <= at <= ended]
-        swapping = [gap for at, gap in gaps if began <= at <= ended]
+        during = [(at, gap) for at, gap in gaps if began <= at <= ended]
+        windows = [(flip.asked, flip.acknowledged + 1) for flip in self.flips[1:]]
+        swapping = [gap for _, gap in during]
+        promoting = [gap for at, gap in during if any(asked <= at <= until for asked, until in windows)]
         calm, busy = percentile(steady, 99), percentile(swapping, 99)
         promotes = [flip.acknowledged - flip.asked for flip in self.flips[1:]] or [0.0]
         return Proof(
@@ -259,7 +267,9 @@ class _Run:
             steady_p99_ms=calm,
             swapping_p50_ms=percentile(swapping, 50),
             swapping_p99_ms=busy,
+            promoting_p99_ms=percentile(promoting, 99),
             ratio_p99=round(busy / calm, 3) if calm else 0.0,
+            gaps=(len(steady), len(swapping), len(promoting)),
             errors=tuple(dict.fromkeys(errors))[:10],
         )
 

@@ -55,7 +55,7 @@ int true_rank(const Layer& layer, const Slice& slice, int slot) {
   return rank;
 }
 
-// B as [rank, out]; for the bfloat16 dot products as [rank / 2, out, 2].
+// B as [rank, out]; for the bfloat16 dot products as [out / 16, rank / 2, 16, 2].
 template <class T>
 void pack(const Layer& layer, Slice& slice, int slot) {
   Weights& w = slice.slots[slot];
@@ -69,16 +69,16 @@ void pack(const Layer& layer, Slice& slice, int slot) {
 #ifdef FAST_BF16
   if (layer.dtype == 1) {
     const int pairs = depth(w.rank) / 2;
-    w.b.assign(size_t(pairs) * slice.out * 4, 0);
-    T* to = reinterpret_cast<T*>(w.b.data());
+    w.b.assign(size_t(pairs) * ((slice.out + 15) / 16) * 64 + 64, 0);
+    T* to = reinterpret_cast<T*>(const_cast<char*>(w.packed()));
     for (int o = 0; o < slice.out; o++)
       for (int k = 0; k < w.rank; k++)
-        to[(size_t(k / 2) * slice.out + o) * 2 + k % 2] = b[size_t(o) * layer.max_rank + k];
+        to[((size_t(o / 16) * pairs + k / 2) * 16 + o % 16) * 2 + k % 2] = b[size_t(o) * layer.max_rank + k];
     return;
   }
 #endif
-  w.b.resize(size_t(w.rank) * slice.out * sizeof(T));
-  T* to = reinterpret_cast<T*>(w.b.data());
+  w.b.resize(size_t(w.rank) * slice.out * sizeof(T) + 64);
+  T* to = reinterpret_cast<T*>(const_cast<char*>(w.packed()));
   for (int o = 0; o < slice.out; o++)
     for (int k = 0; k < w.rank; k++) to[size_t(k) * slice.out + o] = b[size_t(o) * layer.max_rank + k];
 }

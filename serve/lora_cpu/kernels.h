@@ -77,6 +77,8 @@ struct Weights {
   int rank = 0;
   const void* a = nullptr;  // [rank, in], in place
   std::vector<char> b;      // packed
+  // Where it begins: at a cache line.
+  const char* packed() const { return reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(b.data()) + 63) & ~uintptr_t(63)); }
 };
 
 struct Slice {
@@ -167,7 +169,7 @@ struct Plain {
 
   static void expand(const Weights& w, int out, const T* t, int64_t t_stride, const int32_t* rows_of_t, T* y,
                      int64_t stride, const int32_t* tokens, int n, int first, int count) {
-    const T* b = reinterpret_cast<const T*>(w.b.data()) + first;
+    const T* b = reinterpret_cast<const T*>(w.packed()) + first;
     float sum[OUT_BLOCK];
     for (int i = 0; i < n; i++) {
       const T* ti = t + (rows_of_t ? rows_of_t[i] : i) * t_stride;
@@ -255,7 +257,7 @@ struct Fast {
   }
 
   template <int T, int U>
-  static inline __attribute__((always_inline)) void expand_tile(const bf16* const* ts, int pairs, const char* b, int out,
+  static inline __attribute__((always_inline)) void expand_tile(const bf16* const* ts, int pairs, const char* b,
                                                                 bf16* const* ys, __mmask16 mask) {
     __m512 sum[T * U];
 #pragma GCC unroll 16
@@ -264,8 +266,7 @@ struct Fast {
       __m512i bv[U];
 #pragma GCC unroll 4
       for (int u = 0; u < U; u++)
-        bv[u] = U == 1 ? _mm512_maskz_loadu_epi32(mask, b + size_t(k) * out * 4)
-                       : _mm512_loadu_si512(b + (size_t(k) * out + 16 * u) * 4);
+        bv[u] = _mm512_load_si512(b + (size_t(u) * pairs + k) * 64);
 #pragma GCC unroll 4
       for (int i = 0; i < T; i++) {
         int pair;
@@ -291,25 +292,26 @@ struct Fast {
   }
 
   template <int T>
-  static void expand_some(const char* b, int out, int pairs, const bf16* const* ts, bf16* const* ys, int count) {
+  static void expand_some(const char* b, int pairs, const bf16* const* ts, bf16* const* ys, int count) {
     bf16* at[T];
     for (int i = 0; i < T; i++) at[i] = ys[i];
     int o = 0;
     for (; o + 64 <= count; o += 64) {
-      expand_tile<T, 4>(ts, pairs, b + size_t(o) * 4, out, at, 0xffff);
+      expand_tile<T, 4>(ts, pairs, b + size_t(o) * pairs * 4, at, 0xffff);
       for (int i = 0; i < T; i++) at[i] += 64;
     }
     for (; o < count; o += 16) {
       const __mmask16 mask = count - o >= 16 ? 0xffff : (__mmask16)((1u << (count - o)) - 1);
-      expand_tile<T, 1>(ts, pairs, b + size_t(o) * 4, out, at, mask);
+      expand_tile<T, 1>(ts, pairs, b + size_t(o) * pairs * 4, at, mask);
       for (int i = 0; i < T; i++) at[i] += 16;
     }
   }
 
-  static void expand(const Weights& w, int out, const bf16* t, int64_t t_stride, const int32_t* rows_of_t, bf16* y,
+  // `first` is a multiple of 16.
+  static void expand(const Weights& w, int, const bf16* t, int64_t t_stride, const int32_t* rows_of_t, bf16* y,
                      int64_t stride, const int32_t* tokens, int n, int first, int count) {
-    const char* b = w.b.data() + size_t(first) * 4;
     const int pairs = depth(w.rank) / 2;
+    const char* b = w.packed() + size_t(first) * pairs * 4;
     const bf16* ts[CHUNK];
     bf16* ys[CHUNK];
     for (int i = 0; i < n; i++) {
@@ -317,9 +319,9 @@ struct Fast {
       ys[i] = y + tokens[i] * stride + first;
     }
     int i = 0;
-    for (; i + 4 <= n; i += 4) expand_some<4>(b, out, pairs, ts + i, ys + i, count);
-    for (; i + 2 <= n; i += 2) expand_some<2>(b, out, pairs, ts + i, ys + i, count);
-    for (; i < n; i++) expand_some<1>(b, out, pairs, ts + i, ys + i, count);
+    for (; i + 4 <= n; i += 4) expand_some<4>(b, pairs, ts + i, ys + i, count);
+    for (; i + 2 <= n; i += 2) expand_some<2>(b, pairs, ts + i, ys + i, count);
+    for (; i < n; i++) expand_some<1>(b, pairs, ts + i, ys + i, count);
   }
 };
 #endif

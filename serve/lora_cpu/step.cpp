@@ -1,7 +1,8 @@
 // A whole step of a dense decoder in one call: embedding, every layer with its adapters, attention over vLLM's paged cache.
 //
 // Weights are packed once into blocks of 32 outputs, as the processor's dot products want them: bfloat16 pairs, or four
-// int8 with 128 added. One parallel region spans the step; between its phases the threads meet at a barrier that spins.
+// int8 with 128 added. One parallel region spans the step. Its phases are shared out piece by piece, and end with their last
+// piece and not with their last thread: on a small machine something else may have a thread's core for a while.
 // The residual stays in float32; what vLLM rounds to bfloat16 before a product or into the cache is rounded here too.
 
 #include "kernels.h"
@@ -35,6 +36,29 @@ struct Buffer {  // aligned to a cache line, not initialized
   }
 };
 
+// One phase of a step: which of its pieces are taken, in each thread's own part of them, and how many are done.
+struct Phase {
+  struct alignas(64) Count {
+    std::atomic<int> value{0};
+  };
+  Count done;
+  Count next[1];  // as many as there are threads
+};
+
+class Phases {
+ public:
+  void begin(int count, int threads) {
+    size_ = sizeof(Phase) + sizeof(Phase::Count) * (threads - 1);
+    place_.need(size_ * count);
+    std::memset(place_.data, 0, size_ * count);
+  }
+  Phase& operator[](int i) { return *reinterpret_cast<Phase*>(place_.data + size_ * i); }
+
+ private:
+  Buffer<char> place_;
+  size_t size_ = 0;
+};
+
 enum Kind { BF16 = 0, CHANNEL8 = 1, GROUP8 = 2 };
 
 struct Matrix {
@@ -58,6 +82,8 @@ struct Decoder {
   int64_t cache_block, cache_head;  // elements from one block, and one head of a block, to the next
   const bf16 *embedding, *cos_sin, *norm;
   std::vector<Block> layers;
+  int top = -1;  // the output layer's matrix
+  Phases phases;
   Buffer<float> residual;
   Buffer<bf16> x, qkv, y, act, t;
   Buffer<int8_t> q;
@@ -67,27 +93,6 @@ struct Decoder {
 
 std::vector<std::unique_ptr<Matrix>> matrices;
 std::vector<std::unique_ptr<Decoder>> decoders;
-
-// Spins: between two phases of a step a thread waits for microseconds. On a machine that has other things to do as well, it
-// gives its core away after a while.
-struct Barrier {
-  std::atomic<int> came{0}, round{0};
-  void wait(int threads) {
-    if (threads == 1) return;
-    const int now = round.load(std::memory_order_relaxed);
-    if (came.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-      came.store(0, std::memory_order_relaxed);
-      round.store(now + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-      if (spins < 20000)
-        _mm_pause();
-      else
-        sched_yield();
-    }
-  }
-};
 
 inline __m512 wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 inline __m512 wide(const bf16* at) { return wide(_mm256_loadu_si256((const __m256i*)at)); }
@@ -260,15 +265,17 @@ const Tile CHANNEL_TILES[] = {nullptr,           tile_channel8<1>, tile_channel8
 const Tile GROUP_TILES[] = {nullptr,         tile_group8<1>, tile_group8<2>, tile_group8<3>,
                             tile_group8<4>, tile_group8<5>, tile_group8<6>};
 
-// out(row, block, sums) for every row and for the blocks of [first, last).
-template <class Out>
-void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out) {
+// out(row, block, sums) for every row and for the blocks of [first, last); fetch(row, block) beforehand, where rows are few.
+template <class Out, class Fetch>
+void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out, Fetch&& fetch) {
   const Tile* tiles = m.kind == BF16 ? BF16_TILES : m.kind == CHANNEL8 ? CHANNEL_TILES : GROUP_TILES;
   const int most = m.kind == GROUP8 ? GROUP_TILE : TILE;
   alignas(64) float sums[TILE * WIDTH];
   for (int top = 0; top < rows; top += ROWS) {
     const int bottom = std::min(rows, top + ROWS), parts = (bottom - top + most - 1) / most;
     for (int b = first; b < last; b++) {
+      if (rows <= TILE * 4)
+        for (int i = top; i < bottom; i++) fetch(i, b);
       const float* bias = m.bias.data ? m.bias.data + b * WIDTH : nullptr;
       for (int part = 0; part < parts; part++) {  // of as equal a size as they can be
         const int from = top + (bottom - top) * part / parts, to = top + (bottom - top) * (part + 1) / parts;
@@ -358,43 +365,60 @@ struct Delta {
 
   explicit operator bool() const { return layer; }
 
-  void shrink(const bf16* x, int64_t x_stride, int thread, int threads) const {
-    int turn = 0;
-    for (const Chunk& c : plan->chunks)
-      for (size_t s = 0; s < layer->slices.size(); s++) {
-        const Weights& w = layer->slices[s].slots[c.slot];
-        if (w.rank && turn++ % threads == thread)
-          for (int r = 0; r < w.rank; r += ROW_BLOCK)
-            Fast::shrink(w, layer->slices[s].in, x, x_stride, plan->tokens.data() + c.begin, c.end - c.begin, r,
-                         std::min(ROW_BLOCK, w.rank - r), t + c.begin * stride + int64_t(s) * width, stride);
-      }
+  int pieces() const { return int(plan->chunks.size() * layer->slices.size()); }
+
+  void shrink(int piece, const bf16* x, int64_t x_stride) const {
+    const Chunk& c = plan->chunks[piece / layer->slices.size()];
+    const size_t s = piece % layer->slices.size();
+    const Weights& w = layer->slices[s].slots[c.slot];
+    if (piece + 1 < pieces()) {  // the next one's A, likely this thread's too
+      const int next = piece + 1;
+      const Weights& n = layer->slices[next % layer->slices.size()].slots[plan->chunks[next / layer->slices.size()].slot];
+      const size_t bytes = size_t(n.rank) * layer->slices[next % layer->slices.size()].in * sizeof(bf16);
+      for (size_t i = 0; i < std::min(bytes, size_t(16384)); i += 64)
+        _mm_prefetch(static_cast<const char*>(n.a) + i, _MM_HINT_T1);
+    }
+    for (int r = 0; r < w.rank; r += ROW_BLOCK)
+      Fast::shrink(w, layer->slices[s].in, x, x_stride, plan->tokens.data() + c.begin, c.end - c.begin, r,
+                   std::min(ROW_BLOCK, w.rank - r), t + c.begin * stride + int64_t(s) * width, stride);
   }
 
   // The delta of outputs [first, first + 16) of slice s, on top of v.
   inline __m512 add(__m512 v, int token, int s, int first) const {
     const int place = plan->place[token];
     if (place < 0) return v;
-    const Slice& slice = layer->slices[s];
-    const Weights& w = slice.slots[plan->slot[token]];
-    const char* b = w.b.data() + size_t(first) * 4;
+    const Weights& w = layer->slices[s].slots[plan->slot[token]];
+    const int pairs = depth(w.rank) / 2;
+    const char* b = w.packed() + size_t(first) * pairs * 4;
     const bf16* mine = t + place * stride + s * width;
-    for (int k = 0; k < depth(w.rank) / 2; k++) {
+    for (int k = 0; k < pairs; k++) {
       int pair;
       std::memcpy(&pair, mine + 2 * k, 4);
-      v = _mm512_dpbf16_ps(v, bits(_mm512_loadu_si512(b + size_t(k) * slice.out * 4)), bits(_mm512_set1_epi32(pair)));
+      v = _mm512_dpbf16_ps(v, bits(_mm512_load_si512(b + size_t(k) * 64)), bits(_mm512_set1_epi32(pair)));
     }
     return v;
+  }
+
+  // What `add` will read: many adapters' pieces are too short for the processor to see them coming.
+  inline void fetch(int token, int s, int first) const {
+    const int place = plan->place[token];
+    if (place < 0) return;
+    const Weights& w = layer->slices[s].slots[plan->slot[token]];
+    const int pairs = depth(w.rank) / 2;
+    const char* b = w.packed() + size_t(first) * pairs * 4;
+    for (int k = 0; k < pairs; k++) _mm_prefetch(b + size_t(k) * 64, _MM_HINT_T0);
   }
 };
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
 struct Step {
-  const int32_t *ids, *starts, *lengths, *table;
+  const int32_t *ids, *table;
   const int64_t *positions, *slots;
   int64_t table_stride;
   int rows, requests;
-  bool decode;  // one token for each request
+  bool decode;    // one token for each request
+  float* logits;  // [requests, vocabulary] of each one's only token, where the head is asked for as well
 };
 
 // Norm, where the model has one for q and k, and rotation of one head, in place.
@@ -551,16 +575,61 @@ void attend_token(const Decoder& d, const Block& l, const Step& s, int token, in
 
 // ---- the step ----------------------------------------------------------------------------------------------------------
 
-struct Team {
+struct Sharing {
+  Phases& phases;
+  int thread, threads;
+  int phase = 0;
+
+  // work(first, last) for all of [0, n), in pieces of up to `grain`: a thread's own part first, then what others have left.
+  // Returns when everything is done.
+  template <class F>
+  void share(int n, int grain, F&& work) {
+    if (threads == 1) return work(0, n);
+    Phase& p = phases[phase++];
+    int did = 0;
+    for (int turn = 0; turn < threads; turn++) {
+      const int whose = (thread + turn) % threads;
+      const int begin = int(int64_t(n) * whose / threads), end = int(int64_t(n) * (whose + 1) / threads);
+      std::atomic<int>& next = p.next[whose].value;
+      while (next.load(std::memory_order_relaxed) < end - begin) {
+        const int first = begin + next.fetch_add(grain, std::memory_order_relaxed);
+        if (first >= end) break;
+        const int last = std::min(first + grain, end);
+        work(first, last);
+        did += last - first;
+      }
+    }
+    if (did) p.done.value.fetch_add(did, std::memory_order_acq_rel);
+    for (int spins = 0; p.done.value.load(std::memory_order_acquire) < n; spins++) {
+      if (spins < 4000)
+        _mm_pause();
+      else
+        sched_yield();
+    }
+  }
+};
+
+// Blocks in one piece: with many rows several, so that the rows pass the cache less often.
+inline int grain(int rows) { return rows > ROWS ? 6 : rows > 4 ? 1 : 2; }
+
+// Logits, rounded to bfloat16 as vLLM's are, in float32 as its sampler wants them.
+void head(Sharing& all, const Matrix& m, const Input& in, int rows, float* out, int64_t stride) {
+  all.share(m.blocks, rows > ROWS ? 6 : 8, [&](int first, int last) {
+    multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
+      float* to = out + row * stride + block * WIDTH;
+      for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16)
+        _mm512_storeu_ps(to + i, rounded(_mm512_load_ps(sums + i)));
+    }, [](int, int) {});
+  });
+}
+
+struct Team : Sharing {
   Decoder& d;
   const Step& s;
-  Barrier& barrier;
-  int thread, threads;
 
-  void meet() { barrier.wait(threads); }
+  Team(Decoder& d, const Step& s, int thread, int threads) : Sharing{d.phases, thread, threads}, d(d), s(s) {}
+
   bool alone() const { return s.rows <= ALONE; }
-  int from(int n) const { return int(int64_t(n) * thread / threads); }
-  int to(int n) const { return int(int64_t(n) * (thread + 1) / threads); }
 
   // Each thread's own copy where it works alone, and everybody's otherwise.
   template <class T>
@@ -568,60 +637,87 @@ struct Team {
     return buffer.data + (alone() ? buffer.size / threads * thread : 0);
   }
 
+  // work(first, last) for the rows: each thread all of them, or all threads together.
+  template <class F>
+  void rows(F&& work) {
+    if (alone())
+      work(0, s.rows);
+    else
+      share(s.rows, std::max(1, s.rows / (8 * threads)), work);
+  }
+
   void normalized(const bf16* weight) {
     bf16* x = mine(d.x);
-    for (int i = alone() ? 0 : from(s.rows); i < (alone() ? s.rows : to(s.rows)); i++)
-      normalize(d.residual.data + int64_t(i) * d.hidden, weight, d.hidden, d.eps, x + int64_t(i) * d.hidden);
-    if (!alone()) meet();
+    rows([&](int first, int last) {
+      for (int i = first; i < last; i++)
+        normalize(d.residual.data + int64_t(i) * d.hidden, weight, d.hidden, d.eps, x + int64_t(i) * d.hidden);
+    });
   }
 
   // The adapters' part of the way in, and int8 if the matrix wants them.
   Input prepare(const Matrix& m, const Delta& delta, const bf16* x, int64_t stride) {
     Input in{x, stride, mine(d.q), mine(d.q_scale), mine(d.q_sum)};
-    const bool work = delta || m.kind != BF16;
-    if (delta) delta.shrink(x, stride, alone() ? 0 : thread, alone() ? 1 : threads);
-    if (m.kind != BF16) {
-      const int groups = m.k / m.group;
-      for (int i = alone() ? 0 : from(s.rows); i < (alone() ? s.rows : to(s.rows)); i++)
-        quantize(x + i * stride, m.k, m.group, const_cast<int8_t*>(in.q) + int64_t(i) * m.k,
-                 const_cast<float*>(in.scale) + int64_t(i) * groups, const_cast<int32_t*>(in.sum) + int64_t(i) * groups);
-    }
-    if (work && !alone()) meet();
+    const int shrinks = delta ? delta.pieces() : 0;
+    const int quantizes = m.kind != BF16 ? s.rows : 0, groups = m.k / m.group;
+    auto work = [&](int first, int last) {
+      for (int i = first; i < last; i++)
+        if (i < shrinks)
+          delta.shrink(i, x, stride);
+        else
+          quantize(x + (i - shrinks) * stride, m.k, m.group, const_cast<int8_t*>(in.q) + int64_t(i - shrinks) * m.k,
+                   const_cast<float*>(in.scale) + int64_t(i - shrinks) * groups,
+                   const_cast<int32_t*>(in.sum) + int64_t(i - shrinks) * groups);
+    };
+    const int all = shrinks + quantizes;
+    if (all && alone())
+      work(0, all);
+    else if (all)
+      share(all, std::max(1, all / (8 * threads)), work);
     return in;
+  }
+
+  template <class Out, class Fetch>
+  void product(const Matrix& m, const Input& in, Out&& out, Fetch&& fetch) {
+    share(m.blocks, grain(s.rows), [&](int first, int last) { multiply(m, in, s.rows, first, last, out, fetch); });
   }
 
   void add_to_residual(int number, int lora, const bf16* x, int64_t stride) {
     const Matrix& m = *matrices[number];
     const Delta delta(lora, mine(d.t));
     const Input in = prepare(m, delta, x, stride);
-    multiply(m, in, s.rows, from(m.blocks), to(m.blocks), [&](int row, int block, const float* sums) {
+    product(m, in, [&](int row, int block, const float* sums) {
       float* to = d.residual.data + int64_t(row) * d.hidden + block * WIDTH;
       for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16) {
         __m512 v = _mm512_load_ps(sums + i);
         if (delta) v = delta.add(v, row, 0, block * WIDTH + i);
         _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), rounded(v)));
       }
+    }, [&](int row, int block) {
+      for (int i = 0; delta && i < WIDTH && block * WIDTH + i < m.n; i += 16) delta.fetch(row, 0, block * WIDTH + i);
     });
-    meet();
   }
 
   void attention(const Block& l) {
-    const int each = d.heads / d.kv_heads, width = (d.heads + 2 * d.kv_heads) * d.head;
+    const int width = (d.heads + 2 * d.kv_heads) * d.head;
     const int64_t out = int64_t(d.heads) * d.head;
     {
       const Matrix& m = *matrices[l.qkv];
       const Delta delta(l.lora_qkv, mine(d.t));
       const Input in = prepare(m, delta, mine(d.x), d.hidden);
       const int ends[2] = {d.heads * d.head, (d.heads + d.kv_heads) * d.head};
-      multiply(m, in, s.rows, from(m.blocks), to(m.blocks), [&](int row, int block, const float* sums) {
+      product(m, in, [&](int row, int block, const float* sums) {
         for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16) {
           const int o = block * WIDTH + i, slice = (o >= ends[0]) + (o >= ends[1]);
           __m512 v = _mm512_load_ps(sums + i);
           if (delta) v = delta.add(v, row, slice, o - (slice ? ends[slice - 1] : 0));
           store(d.qkv.data + int64_t(row) * width + o, v);
         }
+      }, [&](int row, int block) {
+        for (int i = 0; delta && i < WIDTH && block * WIDTH + i < m.n; i += 16) {
+          const int o = block * WIDTH + i, slice = (o >= ends[0]) + (o >= ends[1]);
+          delta.fetch(row, slice, o - (slice ? ends[slice - 1] : 0));
+        }
       });
-      meet();
     }
     const int items = s.rows * d.kv_heads;
     auto keep = [&](int item) {
@@ -630,18 +726,17 @@ struct Team {
       bf16* k = row + (d.heads + h) * d.head;
       remember(d, l, k, k + d.kv_heads * d.head, h, s.positions[token], s.slots[token]);
     };
-    if (!s.decode) {
-      for (int i = from(items); i < to(items); i++) keep(i);
-      meet();
-    }
-    // In turns: later tokens of a prompt look back further.
-    for (int i = thread; i < items; i += threads) {
-      if (s.decode) keep(i);
-      const int token = i / d.kv_heads;
-      attend_token(d, l, s, token, i % d.kv_heads, d.qkv.data + int64_t(token) * width, d.y.data + token * out);
-    }
-    (void)each;
-    meet();
+    if (!s.decode)
+      share(items, std::max(1, items / (8 * threads)), [&](int first, int last) {
+        for (int i = first; i < last; i++) keep(i);
+      });
+    share(items, std::max(1, items / (32 * threads)), [&](int first, int last) {
+      for (int i = first; i < last; i++) {
+        if (s.decode) keep(i);
+        const int token = i / d.kv_heads;
+        attend_token(d, l, s, token, i % d.kv_heads, d.qkv.data + int64_t(token) * width, d.y.data + token * out);
+      }
+    });
     add_to_residual(l.o, l.lora_o, d.y.data, out);
   }
 
@@ -650,40 +745,49 @@ struct Team {
       const Matrix& m = *matrices[l.gate_up];  // a block: 16 of the gate, and the same 16 of the other
       const Delta delta(l.lora_gate_up, mine(d.t));
       const Input in = prepare(m, delta, mine(d.x), d.hidden);
-      multiply(m, in, s.rows, from(m.blocks), to(m.blocks), [&](int row, int block, const float* sums) {
+      product(m, in, [&](int row, int block, const float* sums) {
         __m512 gate = _mm512_load_ps(sums), up = _mm512_load_ps(sums + 16);
         if (delta) gate = delta.add(gate, row, 0, block * 16), up = delta.add(up, row, 1, block * 16);
         store(d.act.data + int64_t(row) * d.inner + block * 16,
               _mm512_mul_ps(rounded(silu(rounded(gate))), rounded(up)));
+      }, [&](int row, int block) {
+        if (delta) delta.fetch(row, 0, block * 16), delta.fetch(row, 1, block * 16);
       });
-      meet();
     }
     add_to_residual(l.down, l.lora_down, d.act.data, d.inner);
   }
 
   void run(bf16* out) {
-    for (int i = from(s.rows); i < to(s.rows); i++) {
-      const bf16* row = d.embedding + int64_t(s.ids[i]) * d.hidden;
-      for (int k = 0; k < d.hidden; k += 16) _mm512_storeu_ps(d.residual.data + int64_t(i) * d.hidden + k, wide(row + k));
-    }
-    meet();
+    share(s.rows, std::max(1, s.rows / (2 * threads)), [&](int first, int last) {
+      for (int i = first; i < last; i++) {
+        const bf16* row = d.embedding + int64_t(s.ids[i]) * d.hidden;
+        float* to = d.residual.data + int64_t(i) * d.hidden;
+        for (int k = 0; k < d.hidden; k += 16) _mm512_storeu_ps(to + k, wide(row + k));
+      }
+    });
     for (const Block& l : d.layers) {
       normalized(l.norm_in);
       attention(l);
       normalized(l.norm_out);
       feed_forward(l);
     }
-    for (int i = from(s.rows); i < to(s.rows); i++)
-      normalize(d.residual.data + int64_t(i) * d.hidden, d.norm, d.hidden, d.eps, out + int64_t(i) * d.hidden);
+    share(s.rows, std::max(1, s.rows / (2 * threads)), [&](int first, int last) {
+      for (int i = first; i < last; i++)
+        normalize(d.residual.data + int64_t(i) * d.hidden, d.norm, d.hidden, d.eps, out + int64_t(i) * d.hidden);
+    });
+    if (!s.logits) return;
+    const Matrix& m = *matrices[d.top];
+    head(*this, m, prepare(m, Delta(-1, nullptr), out, d.hidden), s.rows, s.logits, m.n);
   }
 };
 
+constexpr int PHASES = 16;  // of a layer, at most
+
 template <class F>
 void together(int threads, F&& work) {
-  Barrier barrier;
-  if (threads == 1) return work(barrier, 0, 1);
+  if (threads == 1) return work(0, 1);
 #pragma omp parallel num_threads(threads)
-  work(barrier, omp_get_thread_num(), omp_get_num_threads());
+  work(omp_get_thread_num(), omp_get_num_threads());
 }
 
 }  // namespace
@@ -736,6 +840,8 @@ int loradock_matrix(const void* from, int n, int k, int kind, int group, const f
   return int(matrices.size()) - 1;
 }
 
+void loradock_decoder_head(int number, int matrix) { decoders[number]->top = matrix; }
+
 int loradock_decoder(int hidden, int heads, int kv_heads, int head, int inner, int rotary, float eps, float scale,
                      const bf16* embedding, const bf16* cos_sin, const bf16* norm) {
   if (hidden % 16 || inner % 16 || rotary % 32 || rotary > head || heads % kv_heads) return -1;
@@ -761,13 +867,15 @@ void loradock_decoder_cache(int number, bf16* const* caches, int block_size, int
 }
 
 // One step: ids, positions and cache slots of `rows` tokens, of which request r has those from starts[r] to starts[r + 1].
-// out: [rows, hidden], normalized.
+// out: [rows, hidden], normalized. logits: null, or [rows, vocabulary].
 void loradock_step(int number, const int32_t* ids, const int64_t* positions, const int64_t* slots, int rows,
-                   const int32_t* starts, const int32_t* table, int64_t table_stride, int requests, bf16* out) {
+                   const int32_t* starts, const int32_t* table, int64_t table_stride, int requests, bf16* out,
+                   float* logits) {
   Decoder& d = *decoders[number];
-  const Step s{ids, starts, nullptr, table, positions, slots, table_stride, rows, requests, rows == requests};
-  const size_t copies = rows <= ALONE ? d.threads : 1, n = rows;
-  size_t wide = std::max({d.hidden, d.inner, d.heads * d.head}), groups = 1, ranks = 0;
+  const Step s{ids, table, positions, slots, table_stride, rows, requests, rows == requests, logits};
+  const size_t n = rows;
+  size_t wide = std::max({d.hidden, d.inner, d.heads * d.head}), ranks = 0;
+  size_t groups = d.top < 0 ? 1 : matrices[d.top]->k / matrices[d.top]->group;
   for (const Block& l : d.layers) {
     for (int m : {l.qkv, l.o, l.gate_up, l.down})
       groups = std::max(groups, size_t(matrices[m]->k / matrices[m]->group));
@@ -784,19 +892,20 @@ void loradock_step(int number, const int32_t* ids, const int64_t* positions, con
   d.q_scale.need(std::max(n, size_t(ALONE)) * d.threads * groups);
   d.q_sum.need(std::max(n, size_t(ALONE)) * d.threads * groups);
   d.request.need(n);
-  (void)copies;
   for (int r = 0; r < requests; r++)
     for (int i = starts[r]; i < starts[r + 1]; i++) d.request.data[i] = r;
-  together(d.threads, [&](Barrier& barrier, int thread, int threads) { Team{d, s, barrier, thread, threads}.run(out); });
+  d.phases.begin(PHASES * int(d.layers.size() + 1), d.threads);
+  together(d.threads, [&](int thread, int threads) { Team(d, s, thread, threads).run(out); });
 }
 
-// out[rows, n] = x W^T, rounded to bfloat16 as vLLM does, in float32 as its sampler wants it.
+// out[rows, n] = x W^T, rounded to bfloat16.
 void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride) {
   const Matrix& m = *matrices[number];
   static Buffer<int8_t> q;
   static Buffer<float> scale;
   static Buffer<int32_t> sum;
-  const int groups = m.k / m.group;
+  static Phases phases;
+  const int groups = m.k / m.group, most = omp_get_max_threads();
   if (m.kind != BF16) {
     q.need(size_t(rows) * m.k), scale.need(size_t(rows) * groups), sum.need(size_t(rows) * groups);
     for (int i = 0; i < rows; i++)
@@ -804,14 +913,34 @@ void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float*
                sum.data + size_t(i) * groups);
   }
   const Input in{x, stride, q.data, scale.data, sum.data};
-  together(omp_get_max_threads(), [&](Barrier&, int thread, int threads) {
-    multiply(m, in, rows, int(int64_t(m.blocks) * thread / threads), int(int64_t(m.blocks) * (thread + 1) / threads),
-             [&](int row, int block, const float* sums) {
-               float* to = out + row * out_stride + block * WIDTH;
-               for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16)
-                 _mm512_storeu_ps(to + i, rounded(_mm512_load_ps(sums + i)));
-             });
+  phases.begin(1, most);
+  together(most, [&](int thread, int threads) {
+    Sharing all{phases, thread, threads};
+    head(all, m, in, rows, out, out_stride);
   });
+}
+
+// What vLLM does in parallel regions of their own, which cost more than a few tokens' work: where each token's K and V go,
+void loradock_slots(const int32_t* starts, const int64_t* positions, const int32_t* table, int64_t stride, int64_t block,
+                    int64_t* slots, int requests) {
+  for (int r = 0; r < requests; r++)
+    for (int i = starts[r]; i < starts[r + 1]; i++)
+      slots[i] = table[r * stride + positions[i] / block] * block + positions[i] % block;
+}
+
+// and the first of a row's largest.
+int64_t loradock_argmax(const float* row, int64_t n) {
+  __m512 most = _mm512_set1_ps(-INFINITY);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(row + i));
+  float top = _mm512_reduce_max_ps(most);
+  for (; i < n; i++) top = std::max(top, row[i]);
+  const __m512 tops = _mm512_set1_ps(top);
+  for (i = 0; i + 16 <= n; i += 16)
+    if (const __mmask16 at = _mm512_cmp_ps_mask(_mm512_loadu_ps(row + i), tops, _CMP_EQ_OQ)) return i + __builtin_ctz(at);
+  for (; i < n; i++)
+    if (row[i] == top) return i;
+  return 0;
 }
 }
 

@@ -26,6 +26,8 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.block_table import BlockTable, SlotMappingMode
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from serve.lora_cpu.build import library
@@ -35,6 +37,7 @@ log = logging.getLogger("loradock")
 MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 BF16, CHANNEL8, GROUP8 = 0, 1, 2
 RESERVE = 1 << 30
+FEW = 64  # tokens whose slots are sooner computed here than other threads wake up
 GROUP = 64  # inputs that share a scale in weights that are made int8 here
 
 
@@ -85,7 +88,10 @@ class Fused:
         self.head = kernels.loradock_matrix(
             _at(head.weight), *head.weight.shape, GROUP8 if int8 else BF16, GROUP, None, None, 0
         )
+        self.rows_of_head = head.weight.shape[0]
+        self.kernels.loradock_decoder_head(self.number, self.head)
         self.vocabulary = model.logits_processor.org_vocab_size
+        self.ready: torch.Tensor | None = None  # the logits of the step that was just computed
         # Adapters of the embedding and the output layer are vLLM's: while one holds a slot, steps are vLLM's too.
         self.others = [
             module.punica_wrapper.layer
@@ -181,7 +187,10 @@ class Fused:
         if context.attn_metadata[self.attention[-1].layer_name] is not meta:
             return None
         out = torch.empty((rows, self.hidden), dtype=torch.bfloat16)
-        table = meta.block_table
+        table, requests = meta.block_table, meta.seq_lens.shape[0]
+        # Where each request has one token, vLLM asks for all of their logits next.
+        ahead = rows == requests and self.head >= 0 and self.vocabulary == self.rows_of_head
+        self.ready = torch.empty((rows, self.vocabulary), dtype=torch.float32) if ahead else None
         self.kernels.loradock_step(
             self.number,
             _at(ids),
@@ -191,8 +200,9 @@ class Fused:
             _at(meta.query_start_loc),
             _at(table),
             ctypes.c_int64(table.stride(0)),
-            meta.seq_lens.shape[0],
+            requests,
             _at(out),
+            _at(self.ready),
         )
         return out
 
@@ -318,18 +328,55 @@ def install(int8: bool) -> None:
         compute = model.compute_logits
 
         def compute_logits(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-            logits = fused.logits(hidden)
+            logits, fused.ready = fused.ready, None
+            if logits is None or logits.shape[0] != hidden.shape[0]:
+                logits = fused.logits(hidden)
             return compute(hidden, *args, **kwargs) if logits is None else logits
 
         model.compute_logits = compute_logits
 
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         fused, ids = self.loradock_fused, kwargs.get("input_ids")
+        if fused is not None:
+            fused.ready = None
         if fused is not None and ids is not None and kwargs.get("inputs_embeds") is None and not args:
             out = fused.step(ids, kwargs["positions"])
             if out is not None:
                 return out
         return forward(self, *args, **kwargs)
 
+    found = library()
+    assert found is not None
+    kernels: ctypes.CDLL = found
+    kernels.loradock_argmax.restype = ctypes.c_int64
+    slots, greedy = BlockTable.compute_slot_mapping, Sampler.greedy_sample
+
+    def compute_slot_mapping(self: Any, requests: int, starts: torch.Tensor, positions: torch.Tensor) -> None:
+        if positions.shape[0] > FEW or self.slot_mapping_mode != SlotMappingMode.TOKEN_TO_KV_SLOT:
+            slots(self, requests, starts, positions)
+            return
+        table = self.block_table.gpu
+        kernels.loradock_slots(
+            _at(starts),
+            _at(positions),
+            _at(table),
+            ctypes.c_int64(table.stride(0)),
+            ctypes.c_int64(self.block_size),
+            _at(self.slot_mapping.gpu),
+            requests,
+        )
+
+    def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
+        rows, size = logits.shape
+        if rows > 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
+            return greedy(logits)
+        first = logits.data_ptr()
+        best = [
+            kernels.loradock_argmax(ctypes.c_void_p(first + 4 * size * i), ctypes.c_int64(size)) for i in range(rows)
+        ]
+        return torch.tensor(best, dtype=torch.int64)
+
+    BlockTable.compute_slot_mapping = compute_slot_mapping
+    Sampler.greedy_sample = staticmethod(greedy_sample)
     CPUModelRunner.load_model = load_model
     CPUModelRunner._model_forward = _model_forward

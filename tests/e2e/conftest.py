@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.server import KEYS, MAX_UPLOAD, SMALL, WATCHED, Server, eventually, tail
 from tests.lora import WORDS, trained, variant
+from tests.serve.hub import Hub, running
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +20,14 @@ def adapters() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def server(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def hub() -> Iterator[Hub]:
+    """What the server takes for the hub."""
+    with running(Hub()) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def server(adapters: dict[str, Path], hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With keys, a small upload limit, and the real model."""
     folder = tmp_path_factory.mktemp("server")
     settings = (
@@ -33,7 +41,7 @@ def server(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         *WATCHED,
         *SMALL,
     )
-    with Server(folder / "data", folder / "log", *settings, **KEYS) as server:
+    with Server(folder / "data", folder / "log", *settings, **KEYS, HF_ENDPOINT=hub.url) as server:
         yield server
 
 

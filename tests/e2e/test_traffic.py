@@ -77,3 +77,10 @@ def test_an_adapter_that_changes_nothing_is_refused(server, name, adapters, tmp_
     mute = variant(adapters["alpha"], tmp_path / "mute", scale=1e-4)  # zeros would not come as far as the probe
     assert "does not change what the base says" in refused(server.upload(name, mute), 422)
     assert server.http.get(f"/v1/adapters/{name}").status_code == 404
+
+
+def test_an_adapter_comes_from_a_hub_and_answers(server, hub, adapters, name):
+    sha = hub.repository("team/bravo").commit(adapters["bravo"])
+    pushed = done(server.http.post("/v1/adapters", json={"name": name, "source": "hf://team/bravo@main"}))
+    assert (pushed["live"], server.ask(name).word) == (True, "bravo")
+    assert server.adapter(name)["history"][0]["why"] == f"from hf://team/bravo@main (commit {sha})"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from optimize import heal, prune, repair
 from optimize.checkpoint import Checkpoint
+from optimize.errors import OptimizeError
 from optimize.model import entered, layers, logits, opened
 from tests.optimize.conftest import silent
 
@@ -109,3 +112,17 @@ def test_the_gradient_of_the_distance_is_the_one_that_autograd_finds():
     right.backward()
     assert abs(loss - right.item()) < 1e-5
     assert torch.allclose(gradient, ours.grad, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"layers": 1}, {"mlp": 0.5}, {"sparsity": 0.5}])
+def test_broken_weights_are_said_before_anything_is_written(options, base, job, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(base, tmp_path / "broken")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    made = job("prune", model=broken, **options)
+    with pytest.raises(OptimizeError, match="NaN or infinity"):
+        prune.run(made, silent)
+    assert not (made.folder / "model/config.json").exists()

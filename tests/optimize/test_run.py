@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from optimize import cli, manifest, worker
+from optimize import cli, manifest, plan, worker
 from tests.kills import files, killed
 from tests.optimize.conftest import Adapter
 
@@ -176,6 +177,15 @@ def test_adapters_are_judged_on_the_new_base(written, tmp_path, adapter: Adapter
     assert 0 < scores["adapters"]["tone"]["kl"] < scores["adapters"]["tone"]["kl_to_base"]
 
 
+def test_what_was_merged_is_nobodys_concern_afterwards(written, tmp_path, adapter: Adapter):
+    """Smoothing is left out for adapters that have to go on working; one that is in the model is not one of them."""
+    out = tmp_path / "out"
+    text = f"adapters: {{tone: {adapter()}}}\nsteps: [{{merge: {{adapters: [tone]}}}}, quantize]"
+    optimize(written(text), "--out", out)
+    notes = json.loads((out / "manifest.json").read_text())["steps"][1]["notes"]
+    assert (notes["smooth"], notes["adapters"]) == (True, {})
+
+
 def test_adapters_become_one_adapter(written, tmp_path, adapter: Adapter):
     out = tmp_path / "out"
     one, two = adapter(seed=1), adapter(seed=2)
@@ -184,3 +194,24 @@ def test_adapters_become_one_adapter(written, tmp_path, adapter: Adapter):
     optimize(written(text), "--out", out)
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
     assert json.loads((out / "manifest.json").read_text())["steps"][0]["notes"]["error"] < 1e-5
+
+
+@pytest.mark.parametrize("size", ["100k", "250k"])  # full in the step, and in the export
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half(size, written, tmp_path, capsys, monkeypatch):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        recipe = written("steps: [{quantize: {method: rtn}}]")
+        optimize(recipe, "--out", small / "out", expect=2)
+        assert "GB free and this takes" in capsys.readouterr().err
+        roomy = plan.shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: roomy)
+        optimize(recipe, "--out", small / "out", expect=1)
+        assert "the disk is full; free some space and go on with --resume" in capsys.readouterr().err
+        assert not (small / "out").exists()
+        assert len([path for path in small.rglob("*-quantize-*") if path.suffix != ".part"]) == int(size == "250k")
+    finally:
+        subprocess.run(["umount", str(small)], check=False)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,74 @@ async def test_a_promote_that_expects_another_version_changes_nothing(client, ma
     late = await client.post("/v1/adapters/tone/promote", json={"version": 1, "expected_version": 1})
     assert late.status_code == 409
     assert (await client.get("/v1/adapters/tone")).json()["live"] == 2
+
+
+CHANGES = {
+    "canary": ("POST", "/canary", {"version": 1, "weight": 0.5}),
+    "shadow": ("POST", "/shadow", {"version": 1, "weight": 0.5}),
+    "pin": ("POST", "/pin", {}),
+    "unpin": ("DELETE", "/pin", None),
+    "visibility": ("POST", "/visibility", {"visibility": "shared"}),
+    "rollback": ("POST", "/rollback", None),
+    "promote": ("POST", "/promote", {"version": 2}),
+    "delete a version": ("DELETE", "/versions/1", None),
+    "delete": ("DELETE", "", None),
+}
+
+
+async def test_if_match_holds_every_change_to_what_the_caller_has_seen(client, make_adapter):
+    none = {"if-match": '"0"'}
+    for seed, seen, status in ((0, none, 201), (1, none, 409), (1, {"if-match": '"1"'}, 201)):
+        assert (await client.post("/v1/adapters", **upload(make_adapter(seed)), headers=seen)).status_code == status
+    for method, path, body in CHANGES.values():
+        before = await client.get("/v1/adapters/tone")
+        url = f"/v1/adapters/tone{path}"
+        for stale in ('"7"', '"0"', "v3"):
+            late = await client.request(method, url, json=body, headers={"if-match": stale})
+            assert (late.status_code, late.json()["error"]["code"]) == (409, "version_mismatch"), late.text
+        for odd in ('"one"', "", '"1", "2"', b"\xb2", "-1"):
+            assert (await client.request(method, url, json=body, headers={"if-match": odd})).status_code == 400
+        assert (await client.get("/v1/adapters/tone")).json() == before.json()
+        seen = {"if-match": before.headers["etag"]}
+        assert (await client.request(method, url, json=body, headers=seen)).is_success, url
+    for seed in (0, 1):
+        assert (await client.post("/v1/adapters", **upload(make_adapter(seed)), headers={"if-match": "*"})).is_success
+    both = {"version": 3, "expected_version": 3}
+    odd = await client.post("/v1/adapters/tone/promote", json=both, headers={"if-match": '"4"'})
+    assert odd.status_code == 400 and "send one" in odd.json()["error"]["message"]
+
+
+async def test_the_history_says_who_did_what_and_why(client, make_adapter):
+    for seed, why in ((0, "the first"), (1, "better data")):
+        await client.post("/v1/adapters", **upload(make_adapter(seed), why=why))
+    await client.post("/v1/adapters/tone/rollback", json={"why": "complaints"})
+    await client.delete("/v1/adapters/tone/versions/2", params={"why": "nobody needs it"})
+    history = (await client.get("/v1/adapters/tone")).json()["history"]
+    told = {(event["what"], event["why"]) for event in history}
+    assert {("add", "better data"), ("rollback", "complaints"), ("delete", "nobody needs it")} <= told
+
+
+async def test_an_upload_that_the_disk_has_no_room_for_is_refused_before_it_is_read(client, make_adapter, monkeypatch):
+    async def never():
+        raise AssertionError("it was read")
+        yield b""
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 << 20))
+    headers = {"content-type": "multipart/form-data; boundary=x", "content-length": str(100 << 20)}
+    full = await client.post("/v1/adapters", content=never(), headers=headers)
+    assert full.status_code == 507 and "100 MiB more" in full.json()["error"]["message"]
+
+
+async def test_bytes_that_come_again_while_a_refused_push_of_them_is_cleared_away_stay(connect, config, make_adapter):
+    async with connect(config) as client:
+        for _ in range(3):
+            refused = await client.post("/v1/adapters", **upload(make_adapter()), headers={"if-match": '"7"'})
+            assert refused.status_code == 409
+        assert (await client.post("/v1/adapters", **upload(make_adapter()))).status_code == 201
+        async with asyncio.timeout(10):
+            await client._transport.app.state.lifecycle.settle()
+        assert len(list((config.data_dir / "blobs").iterdir())) == 1
+        assert (await ask(client, "tone")).status_code == 200
 
 
 async def test_a_deleted_adapter_is_gone_from_the_engine_and_the_disk(client, backend, config, make_adapter):

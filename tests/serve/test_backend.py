@@ -37,12 +37,14 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 from vllm.v1.outputs import LogprobsLists
+from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from serve.backend import Pulse, VLLMBackend, _ask_logprobs, _own_series, _Timed, _Watched, parse
+from serve.backend import Pulse, VLLMBackend, _own_series, parse
 from serve.config import engine_options
 from serve.errors import ConfigError, EngineUnavailable
 from serve.inference import RANK, salted
+from serve.outputs import Outputs, Timed, ask_logprobs
 from serve.tap import Watch, watching
 
 
@@ -69,7 +71,7 @@ def test_data_parallel_ranks_are_still_reached_as_we_do():
 
 
 def test_the_places_where_answers_are_watched_are_still_there():
-    """serve.backend subclasses these and reads what they leave."""
+    """serve.outputs subclasses these and reads what they leave."""
     own = inspect.getsource(AsyncLLM.__init__)
     assert "self.output_processor = OutputProcessor(" in own
     add = inspect.getsource(AsyncLLM._add_request)
@@ -90,7 +92,7 @@ def test_the_places_where_answers_are_watched_are_still_there():
 
 
 def test_the_longest_wait_is_remembered_and_hidden_log_probabilities_stay_hidden():
-    timed = _Timed(**vars(RequestStateStats(arrival_time=5.0)))
+    timed = Timed(**vars(RequestStateStats(arrival_time=5.0)))
     for now in (1.0, 1.5, 3.5, 4.0):
         timed.last_token_ts = now
     assert (timed.worst, timed.last_token_ts, timed.arrival_time) == (2.0, 4.0, 5.0)
@@ -98,7 +100,7 @@ def test_the_longest_wait_is_remembered_and_hidden_log_probabilities_stay_hidden
     params = SamplingParams(max_tokens=4)
     request = SimpleNamespace(sampling_params=params)
     state = SimpleNamespace(logprobs_processor=LogprobsProcessor(None, None, None, None, None, None))
-    _ask_logprobs(request, state)
+    ask_logprobs(request, state)
     assert (params.logprobs, request.sampling_params.logprobs) == (None, 0), "others may share the params"
     rows = LogprobsLists(np.array([[7], [8]]), np.array([[-0.5], [-1.5]]), np.array([1, 1]))
     output = SimpleNamespace(new_logprobs=rows, new_prompt_logprobs_tensors=None, prompt_token_id_logprobs=None)
@@ -107,14 +109,14 @@ def test_the_longest_wait_is_remembered_and_hidden_log_probabilities_stay_hidden
 
     asked = SimpleNamespace(sampling_params=SamplingParams(logprobs=2))
     state = SimpleNamespace(logprobs_processor=None)
-    _ask_logprobs(asked, state)
+    ask_logprobs(asked, state)
     assert asked.sampling_params.logprobs == 2, "what a client asked for stays as it is"
 
 
 def processed(*, stream, logprobs=None, watch=None, n=4):
     """vLLM's own output processor over what an engine would send of one request; the answers that came of it."""
     processor = OutputProcessor(None, log_stats=True)
-    processor.__class__ = _Watched
+    processor.__class__ = Outputs
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
     params = SamplingParams(max_tokens=n, output_kind=kind, detokenize=False, logprobs=logprobs)
     rest = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
@@ -190,6 +192,8 @@ def test_the_workers_still_have_what_we_call():
     assert isinstance(LRUCacheLoRAModelManager.capacity, property)
     assert "self._is_moe = " in inspect.getsource(LRUCacheLoRAModelManager.__init__)
     assert "self.lora_manager = " in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    assert "self.input_batch = " in inspect.getsource(gpu_model_runner.GPUModelRunner.__init__)
+    assert "self.req_id_to_index" in inspect.getsource(gpu_input_batch.InputBatch.__init__)
     # An adapter that is registered takes its slot in the step that needs it.
     assert "self.add_adapter(lora)" in inspect.getsource(LRUCacheWorkerLoRAManager._apply_adapters)
     assert "self._adapter_manager.activate_adapter" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)

@@ -49,6 +49,7 @@ class Depot:
     shares: dict[str, Any] = field(default_factory=dict)
     pinned: int | None = None
     sources: list[Any] = field(default_factory=list)
+    said: list[Any] = field(default_factory=list)
     url: str = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,6 +129,7 @@ class Depot:
 
     async def rollback(self, request: Request) -> Response:
         name = request.path_params["name"]
+        self.said.append(await request.json())
         self.live[name].pop()
         version = self.live[name][-1]
         return JSONResponse({**self.described(name)["versions"][version - 1], "name": name, "live": True})
@@ -449,7 +451,10 @@ def test_the_commands_tell_a_whole_story(depot: Depot, folder: Path) -> None:
     assert shown.splitlines()[3].split()[3].startswith("2027-01-")
     assert "what=promote  to_version=2" in shown
     assert "when=2027-01-" in shown
-    assert cli(depot, "rollback", "support").stdout == "support v1 is live again\n"
+    assert (
+        cli(depot, "rollback", "support", "--expect", "2", "--why", "complaints").stdout == "support v1 is live again\n"
+    )
+    assert depot.said[-1] == {"expected_version": 2, "why": "complaints"}
     assert cli(depot, "rm", "support@v2").stdout == "support@v2 is removed\n"
     refused = cli(depot, "rm", "support")
     assert (refused.exit_code, "add force" in refused.stderr) == (1, True)

@@ -66,7 +66,7 @@ class Manager:
 @pytest.fixture
 def worker():
     worker = Worker()
-    worker.model_runner = SimpleNamespace(lora_manager=Manager())
+    worker.model_runner = SimpleNamespace(lora_manager=Manager(), input_batch=SimpleNamespace(req_id_to_index={}))
     return worker
 
 
@@ -88,6 +88,26 @@ def test_an_adapter_is_read_beside_the_computing_and_registered_when_it_is_asked
     assert worker.loradock_finish(7) == LOADED
     assert manager.list_adapters() == {7}
     assert worker.loradock_finish(7) == LOADED, "another worker was slower, and this one is asked again"
+
+
+def test_while_answers_are_computed_the_reading_rests_between_short_spells(worker, monkeypatch):
+    rests = []
+    monkeypatch.setattr("serve.worker.sleep", rests.append)
+
+    def read(request):
+        """10 ms of work, in many small calls."""
+        began = time.thread_time()
+        while time.thread_time() - began < 0.01:
+            pass
+        return request.lora_int_id
+
+    worker.model_runner.lora_manager._load_adapter = read
+    for number, answering in ((1, {}), (2, {"a request": 0})):
+        worker.model_runner.input_batch.req_id_to_index |= answering
+        worker.loradock_begin("tone@1", number, "/somewhere")
+        assert finished(worker, number) == LOADED
+        assert bool(rests) == bool(answering)
+    assert len(rests) >= 3
 
 
 def test_who_cannot_be_read_says_why_and_is_forgotten(worker):
