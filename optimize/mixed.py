@@ -50,7 +50,12 @@ def mixed(
     allowed = math.log1p(budget or math.inf) * SAFETY
     differ = (1 - agreement) * (1 - (1 - SAFETY) / 8)
     tried: list[dict[str, Any]] = []
-    best, bound = dict.fromkeys(quantizer.units, ladder[-1]), 0.0
+    elements = {unit: sum(quantizer.linear(name).weight.numel() for name in unit.names) for unit in quantizer.units}
+
+    def weighs(mix: dict[Unit, Level]) -> float:
+        return sum(level.bytes(elements[unit], quantizer.group or 1) for unit, level in mix.items())
+
+    best, bound, fits, fails = dict.fromkeys(quantizer.units, ladder[-1]), 0.0, 0.0, 0.0
     chosen = dict.fromkeys(quantizer.units, low)
     measured: dict[str, dict[str, float]] = {}
     costs: dict[str, dict[str, float]] = {}
@@ -64,9 +69,11 @@ def mixed(
         # Log-perplexity grows with the KL divergence, differing tokens with its square root.
         over = max(spent / allowed, (apart / differ) ** 2)
         if over <= 1:
-            best = chosen
+            best, fits = min(best, chosen, key=weighs), bound
             if over > 0.75 or lowest == len(chosen):
                 break
+        else:
+            fails = bound
         if not costs:
             measured = effects(quantizer, ladder[:-1], factors, partial)
             # Whatever changes at all changes bf16's rounding after it: every unit shows that much, and it is no effect.
@@ -74,8 +81,9 @@ def mixed(
             costs = {
                 label: {name: cost - 0.95 * floor for name, cost in found.items()} for label, found in measured.items()
             }
-            bound = sum(found[low.name] for found in costs.values())
-        bound /= max(over, 1e-3) * (1.05 if over > 1 else 1.0)
+            fails = bound = sum(found[low.name] for found in costs.values())
+        # Effects do not add up exactly: by proportion at first, in the middle once there is one on either side.
+        bound = (fits * fails) ** 0.5 if fits else bound / (1.05 * over)
         chosen = choice(quantizer, ladder, costs, bound)
     sensitivity = {label: {name: round(value, 6) for name, value in found.items()} for label, found in measured.items()}
     return best, {"sensitivity": sensitivity, "tried": tried, "budget": budget, "agreement": agreement}
