@@ -245,3 +245,11 @@ def test_vllm_recognizes_what_only_a_gpu_can_run(scheme, known, wide, job):
     if scheme == "mxfp4":
         assert ours == {"weight_packed", "weight_scale"}
         assert read.entries[f"{name}.weight_scale"].dtype == "U8"
+
+
+def test_awq_goes_with_a_budget(base, job):
+    """Four bits with AWQ's scales where they do, more bits elsewhere, and one checkpoint of it all."""
+    made = job("quantize", scheme="w4a16", method="awq", budget=0.02)
+    notes = quantize.run(made, silent)
+    assert sum(notes["layers"].values()) == 21 and notes["tried"]
+    assert logits(opened(made.folder / "model"), IDS).isfinite().all()
