@@ -110,9 +110,21 @@ struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale 
   const int32_t* sum;    // 128 times the sum of the row's (and group's) int8
 };
 
+// The weights of the next block, on their way into the cache while this one is multiplied: memory is read all the time,
+// and not only while a block is new. Each of a block's tiles fetches its part of them, `step` bytes of every 128.
+struct Ahead {
+  const uint8_t* at;  // null: the reading costs too little of the time to matter
+  int step;
+  inline void fetch(int p) const {
+    if (!at) return;
+    _mm_prefetch((const char*)at + size_t(p) * step, _MM_HINT_T1);
+    if (step > 64) _mm_prefetch((const char*)at + size_t(p) * step + 64, _MM_HINT_T1);
+  }
+};
+
 // sums[i] = the 32 outputs of row i
 template <int M>
-void tile_bf16(const Matrix& m, int block, const Input& in, int row, float* sums) {
+void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   const uint8_t* w = m.data.data + block * m.block_bytes();
   __m512 a[M], b[M], a2, b2;
 #pragma GCC unroll 12
@@ -143,6 +155,8 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, float* sums
     if constexpr (M <= 4) {
       _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
       _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+    } else {
+      ahead.fetch(p);
     }
     const __m512bh wa = bits(_mm512_load_si512(w)), wb = bits(_mm512_load_si512(w + 64));
 #pragma GCC unroll 12
@@ -162,7 +176,7 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, float* sums
 }
 
 template <int M>
-void tile_channel8(const Matrix& m, int block, const Input& in, int row, float* sums) {
+void tile_channel8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   const uint8_t* w = m.data.data + block * m.block_bytes();
   __m512i a[M], b[M];
 #pragma GCC unroll 12
@@ -193,6 +207,8 @@ void tile_channel8(const Matrix& m, int block, const Input& in, int row, float* 
     if constexpr (M <= 4) {
       _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
       _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+    } else {
+      ahead.fetch(p);
     }
     const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
 #pragma GCC unroll 12
@@ -214,7 +230,7 @@ void tile_channel8(const Matrix& m, int block, const Input& in, int row, float* 
 }
 
 template <int M>
-void tile_group8(const Matrix& m, int block, const Input& in, int row, float* sums) {
+void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   const uint8_t* w = m.data.data + block * m.block_bytes();
   const int groups = m.k / m.group, fours = m.group / 4;
   const float* scale = m.scale.data + size_t(block) * groups * WIDTH;
@@ -230,6 +246,8 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, float* su
       if constexpr (M <= 4) {
         _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
         _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+      } else {
+        ahead.fetch(g * fours + p);
       }
       const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
 #pragma GCC unroll 12
@@ -256,7 +274,7 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, float* su
   }
 }
 
-typedef void (*Tile)(const Matrix&, int, const Input&, int, float*);
+typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*);
 const Tile BF16_TILES[] = {nullptr,       tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,  tile_bf16<5>, tile_bf16<6>,
                            tile_bf16<7>, tile_bf16<8>, tile_bf16<9>, tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
 const Tile CHANNEL_TILES[] = {nullptr,           tile_channel8<1>, tile_channel8<2>,  tile_channel8<3>,  tile_channel8<4>,
@@ -279,7 +297,10 @@ void multiply(const Matrix& m, const Input& in, int rows, int first, int last, O
       const float* bias = m.bias.data ? m.bias.data + b * WIDTH : nullptr;
       for (int part = 0; part < parts; part++) {  // of as equal a size as they can be
         const int from = top + (bottom - top) * part / parts, to = top + (bottom - top) * (part + 1) / parts;
-        tiles[to - from](m, b, in, from, sums);
+        // Of this tile's part: where it begins, and how much of it for 128 bytes of this block.
+        const size_t bytes = m.block_bytes();
+        const Ahead ahead{parts <= 8 ? m.data.data + (b + 1) * bytes + bytes * part / parts : nullptr, 128 / parts};
+        tiles[to - from](m, b, in, from, ahead, sums);
         for (int i = from; i < to; i++) {
           float* s = sums + (i - from) * WIDTH;
           if (bias)
@@ -475,10 +496,17 @@ void attend(const Decoder& d, const Block& l, const int32_t* table, int length, 
     const bf16* k = l.cache + int64_t(table[from / d.block_size]) * d.cache_block + h * d.cache_head;
     const bf16* v = k + int64_t(HEAD) * d.block_size + int64_t(from % d.block_size) * HEAD;
     k += from % d.block_size;
+    // K lies by column: the processor does not see its next lines coming.
+    const int soon = std::min(from + 32, length - 1);
+    const bf16* next = l.cache + int64_t(table[soon / d.block_size]) * d.cache_block + h * d.cache_head;
+    const bf16* next_v = next + int64_t(HEAD) * d.block_size + int64_t(soon / 32 * 32 % d.block_size) * HEAD;
+    next += soon / 32 * 32 % d.block_size;
     __m512 even[G], odd[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) even[g] = odd[g] = _mm512_setzero_ps();
     for (int i = 0; i < HEAD; i++) {
+      _mm_prefetch((const char*)(next + int64_t(i) * d.block_size), _MM_HINT_T0);
+      _mm_prefetch((const char*)(next_v + i * 32), _MM_HINT_T0);
       __m512 ke, ko;
       split(k + int64_t(i) * d.block_size, ke, ko);
 #pragma GCC unroll 4
@@ -571,6 +599,17 @@ void attend_token(const Decoder& d, const Block& l, const Step& s, int token, in
     attend_head<96>(d, l, table, length, h, q, out);
   else
     attend_head<32>(d, l, table, length, h, q, out);
+}
+
+// The first keys and values of what is attended next.
+void fetch(const Decoder& d, const Block& l, const Step& s, int token, int h) {
+  const int32_t* table = s.table + d.request.data[token] * s.table_stride;
+  const bf16* k = l.cache + int64_t(table[0]) * d.cache_block + h * d.cache_head;
+  const bf16* v = k + int64_t(d.head) * d.block_size;
+  for (int i = 0; i < d.head; i++) {
+    _mm_prefetch((const char*)(k + int64_t(i) * d.block_size), _MM_HINT_T0);
+    _mm_prefetch((const char*)(v + i * 32), _MM_HINT_T0);
+  }
 }
 
 // ---- the step ----------------------------------------------------------------------------------------------------------
@@ -733,6 +772,7 @@ struct Team : Sharing {
     share(items, std::max(1, items / (32 * threads)), [&](int first, int last) {
       for (int i = first; i < last; i++) {
         if (s.decode) keep(i);
+        if (s.decode && i + 1 < items) fetch(d, l, s, (i + 1) / d.kv_heads, (i + 1) % d.kv_heads);
         const int token = i / d.kv_heads;
         attend_token(d, l, s, token, i % d.kv_heads, d.qkv.data + int64_t(token) * width, d.y.data + token * out);
       }

@@ -213,3 +213,43 @@ def test_merging_into_a_quantized_base_is_refused_unless_it_may_be_rounded_again
     with adapted(opened(quantized, torch.float32, rounds=False), folder) as model:
         right = logits(model, IDS)
     assert torch.allclose(logits(opened(merged.folder, torch.float32), IDS), right, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "known"),
+    [
+        ("fp8", "_is_fp8_w8a8"),
+        ("fp8-block", "_is_fp8_w8a8"),
+        ("nvfp4", "_is_nvfp4_format"),
+        ("nvfp4a16", "_is_nvfp4_format"),
+        ("mxfp4", "_is_mxfp4"),
+        ("mxfp4a16", "_is_mxfp4"),
+    ],
+)
+def test_vllm_recognizes_what_only_a_gpu_can_run(scheme, known, wide, job):
+    """Its own reading of the config; and the tensors have the names that its schemes register for a layer."""
+    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+
+    made = job("quantize", model=wide, scheme=scheme, method="rtn")
+    quantize.run(made, silent)
+    read = Checkpoint(made.folder / "model")
+    config = compressed_tensors.CompressedTensorsConfig.from_config(dict(read.quantization))
+    linear = config.target_scheme_map["Linear"]
+    weights, inputs = linear["weights"], linear["input_activations"]
+    assert getattr(config, known)(*([weights, inputs] if known == "_is_fp8_w8a8" else [weights]))
+    assert (inputs is None) == scheme.endswith("a16")
+    name = "model.layers.0.mlp.down_proj"
+    ours = {entry.removeprefix(f"{name}.") for entry in read.entries if entry.startswith(name)}
+    if scheme == "nvfp4":
+        assert ours == {"weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"}
+    if scheme == "mxfp4":
+        assert ours == {"weight_packed", "weight_scale"}
+        assert read.entries[f"{name}.weight_scale"].dtype == "U8"
+
+
+def test_awq_goes_with_a_budget(base, job):
+    """Four bits with AWQ's scales where they do, more bits elsewhere, and one checkpoint of it all."""
+    made = job("quantize", scheme="w4a16", method="awq", budget=0.02)
+    notes = quantize.run(made, silent)
+    assert sum(notes["layers"].values()) == 21 and notes["tried"]
+    assert logits(opened(made.folder / "model"), IDS).isfinite().all()
