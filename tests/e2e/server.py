@@ -48,14 +48,16 @@ def loradock(*arguments: str | Path, timeout: float = 120, **environ: str) -> su
 class Server:
     """`loradock serve smollm2` on a free port; a context that ends with the process."""
 
-    def __init__(self, data: Path, log: Path, *arguments: str, model: str = BASE, **environ: str) -> None:
+    def __init__(
+        self, data: Path, log: Path, *arguments: str, model: str = BASE, module: str = "serve.cli", **environ: str
+    ) -> None:
         self.data = data
         self.log = log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.seconds_to_ready = 0.0
         self._began = time.monotonic()
-        command = [sys.executable, "-m", "serve.cli", "serve", model, "--port", str(self.port), "--data-dir", str(data)]
+        command = [sys.executable, "-m", module, "serve", model, "--port", str(self.port), "--data-dir", str(data)]
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*command, *arguments],
