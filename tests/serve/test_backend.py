@@ -64,6 +64,12 @@ def test_the_engine_still_has_what_we_call():
     assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
 
 
+def test_what_an_operator_is_told_of_an_engine_needs_no_engine(tiny_model):
+    backend = VLLMBackend(str(tiny_model), "base", {"data_parallel_size": 2})
+    assert (backend.seats, backend.ranks, backend.running, backend.waiting, backend.memory) == (0, 2, 0, 0, 0)
+    assert not backend.dead
+
+
 def test_data_parallel_ranks_are_still_reached_as_we_do():
     assert RANK in inspect.getsource(GenerateBaseServing._get_data_parallel_rank).lower().encode()
     assert list(inspect.signature(DPLBAsyncMPClient.call_utility_all_async).parameters) == ["self", "method", "args"]
