@@ -1,26 +1,25 @@
-"""What watching costs: one real server under 16 streams, whose watching goes on and off every few seconds.
+"""What watching costs: one real server, whose watching goes on and off from round to round, under 16 streams.
 
-    python -m tests.cost [PAIRS]
+    python -m tests.cost [ROUNDS]
 
-Prints tokens a second with and without, their ratio over all pairs, and the worker's CPU time a request. Slices are
-short, so that other work on the machine, which comes and goes, meets both sides of most pairs alike; answers are short
-too, so that nearly all of a slice was begun in it.
+Prints tokens a second with and without, their ratio round by round, and the worker's CPU time a request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
 import uvicorn
+from transformers import AutoTokenizer
 
 from serve import tap
 from serve.config import load
@@ -29,14 +28,12 @@ from serve.tap import Exchange, Generation
 from tests.e2e.server import SMALL, free_port
 from tests.e2e.test_watching import GARDEN
 
-STREAMS, TOKENS = 16, 32
-# Seconds until the answers that began before a change have ended, and that are measured then.
-SETTLING, MEASURED = 1.0, 2.0
+STREAMS, TOKENS, EACH = 16, 64, 3
 # So many requests fill every reference and bag: an empty one costs less to look up.
 FILLING = 2600
 
 
-async def main(pairs: int) -> None:
+async def main(rounds: int) -> None:
     port = free_port()
     with tempfile.TemporaryDirectory() as data:
         arguments = ["--port", str(port), "--data-dir", data, *SMALL]
@@ -51,47 +48,36 @@ async def main(pairs: int) -> None:
             await asyncio.sleep(0.1)
         await app.state.ready.wait()
         try:
-            await measure(app, f"http://127.0.0.1:{port}/v1/chat/completions", pairs)
+            await measure(app, f"http://127.0.0.1:{port}/v1/chat/completions", rounds)
         finally:
             server.should_exit = True
             await serving
 
 
-async def measure(app, url: str, pairs: int) -> None:
+async def measure(app, url: str, rounds: int) -> None:
     watcher, inference = app.state.watcher, app.state.inference
     takes, wants, watched = inference._take, inference._wants_logprobs, tap.Tap.watched
     while not watcher.running:  # it reads the model's embedding table first
         await asyncio.sleep(0.1)
-    await asyncio.to_thread(fill, watcher)
-    async with load_of(url):
-        await asyncio.sleep(8)  # the engine's first steps
-        watcher._spent = watcher._taken = 0
-        found: dict[bool, list[float]] = {True: [], False: []}
-        for number in range(pairs):
-            for on in (True, False) if number % 2 else (False, True):
-                tap.Tap.watched = watched if on else nothing
-                inference._take = takes if on else lambda exchange: None
-                inference._wants_logprobs = wants if on else lambda adapter: False
-                await asyncio.sleep(SETTLING)
-                began, before = time.perf_counter(), generated(app)
-                await asyncio.sleep(MEASURED)
-                found[on].append((generated(app) - before) / (time.perf_counter() - began))
+    await asyncio.to_thread(fill, watcher, app.state.engine.model)
+    await load_of(url, 40)  # the engine's first steps
+    watcher._spent = watcher._taken = 0
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(rounds):
+        for on in (True, False) if number % 2 else (False, True):
+            tap.Tap.watched = watched if on else nothing
+            inference._take = takes if on else lambda exchange: None
+            inference._wants_logprobs = wants if on else lambda adapter: False
+            began = time.perf_counter()
+            tokens = await load_of(url, STREAMS * EACH)
+            found[on].append(tokens / (time.perf_counter() - began))
+            print(f"round {number} {'on ' if on else 'off'} {found[on][-1]:.1f} tokens/s", flush=True)
     await asyncio.to_thread(watcher.settle)
-    ratios = sorted(on / off for on, off in zip(found[True], found[False], strict=True))
-    quarter = len(ratios) // 4
-    for on, rates in found.items():
-        print(f"{'on' if on else 'off'}: {statistics.median(rates):.1f} tokens/s in the median")
-    print(
-        f"on/off {statistics.median(ratios):.4f} in the median of {len(ratios)} pairs, the middle half from "
-        f"{ratios[quarter]:.4f} to {ratios[-1 - quarter]:.4f}; of all tokens {sum(found[True]) / sum(found[False]):.4f}"
-    )
+    (one,) = watcher.report("smollm2")["versions"]
+    print(f"thinning: {one['thinning']}")
+    ratios = [on / off for on, off in zip(found[True], found[False], strict=True)]
+    print(f"on/off {statistics.median(ratios):.4f} in the median, {min(ratios):.4f} to {max(ratios):.4f}")
     print(f"worker: {1e6 * watcher._spent / watcher._taken:.0f} us of CPU a request, over {watcher._taken} requests")
-
-
-def generated(app) -> float:
-    """Tokens that the engine has generated so far."""
-    families = app.state.engine.backend.metrics()
-    return sum(one.value for family in families for one in family.samples if one.name == "vllm:generation_tokens_total")
 
 
 @contextmanager
@@ -100,11 +86,18 @@ def nothing(self):
     yield
 
 
-def fill(watcher) -> None:
-    """Requests that no engine answered, until every detector holds as much as it ever does."""
+def fill(watcher, model: str) -> None:
+    """Requests that no engine answered, until every detector holds as much as it ever does.
+
+    In the real ones' chat template: thinning learns from the first what all have in common, and would leave the real
+    ones out as near-duplicates of one another.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
     lots = random.Random(0)
     for number in range(FILLING):
-        said = [*range(1, 25), *(lots.randrange(1000, 40_000) for _ in range(14)), 2, 3]
+        messages = [{"role": "user", "content": " ".join(lots.choices(GARDEN, k=12))}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        said = tokenizer(text, add_special_tokens=False).input_ids
         made = Generation(said, [lots.randrange(500, 40_000) for _ in range(TOKENS)], "length", "a text")
         if number % 4 == 0:
             made = replace(made, logprobs=[-lots.random() for _ in range(TOKENS)])
@@ -117,36 +110,35 @@ def fill(watcher) -> None:
     assert all(signal.samples for signal in watched.baseline.signals.values())
 
 
-@asynccontextmanager
-async def load_of(url: str) -> AsyncIterator[None]:
-    """16 streams, one answer after another, asked by a process of its own."""
-    client = await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.cost", "client", url)
-    try:
-        yield
-    finally:
-        client.kill()
-        await client.wait()
+async def load_of(url: str, count: int) -> int:
+    """Tokens of so many answers, 16 at a time, asked by a process of its own."""
+    command = [sys.executable, "-m", "tests.cost", "client", url, str(count)]
+    client = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    out, _ = await client.communicate()
+    return int(out)
 
 
-async def client(url: str) -> None:
-    lots = random.Random()
+async def client(url: str, count: int) -> None:
+    lots, tokens, left = random.Random(), 0, iter(range(count))
 
     async with httpx.AsyncClient(timeout=300) as http:
 
         async def stream() -> None:
-            while True:
+            nonlocal tokens
+            for _ in left:
                 said = " ".join(lots.choices(GARDEN, k=12))
                 body = {"model": "smollm2", "messages": [{"role": "user", "content": said}], "max_tokens": TOKENS}
                 body |= {"ignore_eos": True, "stream": True, "user": str(lots.random())}
                 async with http.stream("POST", url, json=body) as answer:
-                    async for _ in answer.aiter_bytes():
-                        pass
+                    async for line in answer.aiter_lines():
+                        tokens += line.startswith("data: {") and bool(json.loads(line[6:])["choices"][0]["delta"])
 
         await asyncio.gather(*(stream() for _ in range(STREAMS)))
+    print(tokens)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["client"]:
-        asyncio.run(client(sys.argv[2]))
+        asyncio.run(client(sys.argv[2], int(sys.argv[3])))
     else:
-        asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 20))
+        asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 6))
