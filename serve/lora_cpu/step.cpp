@@ -651,13 +651,14 @@ struct Sharing {
 // Blocks in one piece: with many rows several, so that the rows pass the cache less often.
 inline int grain(int rows) { return rows > ROWS ? 6 : rows > 4 ? 1 : 2; }
 
-// Logits, rounded to bfloat16 as vLLM's are, in float32 as its sampler wants them.
+// Logits in float32, as vLLM's sampler wants them. vLLM's own are rounded to bfloat16 before: the two likeliest tokens are
+// then often equal, and which one greedy decoding takes is a matter of their numbers.
 void head(Sharing& all, const Matrix& m, const Input& in, int rows, float* out, int64_t stride) {
   all.share(m.blocks, rows > ROWS ? 6 : 8, [&](int first, int last) {
     multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
       float* to = out + row * stride + block * WIDTH;
       for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16)
-        _mm512_storeu_ps(to + i, rounded(_mm512_load_ps(sums + i)));
+        _mm512_storeu_ps(to + i, _mm512_load_ps(sums + i));
     }, [](int, int) {});
   });
 }
@@ -938,7 +939,7 @@ void loradock_step(int number, const int32_t* ids, const int64_t* positions, con
   together(d.threads, [&](int thread, int threads) { Team(d, s, thread, threads).run(out); });
 }
 
-// out[rows, n] = x W^T, rounded to bfloat16.
+// out[rows, n] = x W^T, in float32.
 void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride) {
   const Matrix& m = *matrices[number];
   static Buffer<int8_t> q;

@@ -207,7 +207,7 @@ class Fused:
         return out
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """(rows, vocabulary) in float32, rounded to bfloat16; None where vLLM has to compute them."""
+        """(rows, vocabulary) in float32, not rounded on the way; None where vLLM has to compute them."""
         if self.head < 0 or self._blocked():
             return None
         out = torch.empty((hidden.shape[0], self.vocabulary), dtype=torch.float32)

@@ -58,10 +58,12 @@ def test_int8_products_are_those_of_dynamic_quantization_exactly():
     scale = torch.rand(80) * 0.01
     x_scale = x.float().abs().amax(dim=1, keepdim=True) / 127
     x8 = (x.float() / x_scale).round()
-    exact = ((x8 @ weight.float().T) * x_scale * scale).bfloat16().float()
+    exact = (x8 @ weight.float().T) * x_scale * scale
     got = multiply(pack(weight, step.CHANNEL8, scale), x, 80)
-    assert (got - exact).abs().max() <= 2**-7 * exact.abs().max()
-    assert (got != exact).float().mean() < 0.05  # where a half is rounded
+    apart = (got - exact).abs()
+    assert apart.max() <= 2**-7 * exact.abs().max()
+    # Where a half of an input is rounded the other way, its row's products all move a little.
+    assert (apart > 2**-16 * exact.abs().max()).float().mean() < 0.1
 
 
 @needs_kernels
