@@ -64,7 +64,7 @@ def main() -> None:
     def build_app(*args: Any) -> Any:
         import serve.backend
 
-        serve.backend._Watched = slowed(serve.backend._Watched)  # type: ignore[misc]
+        serve.backend.Outputs = slowed(serve.backend.Outputs)  # type: ignore[misc]
         return build(*args)
 
     serve.app.build_app = build_app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from types import SimpleNamespace
 
@@ -257,6 +258,14 @@ class Scripted:
     def shutdown(self, timeout=None) -> None: ...
 
 
+@pytest.fixture
+def quiet_root():
+    """vLLM's app sets the level of everybody's logs; the next test has its own."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
+
+
 @pytest.mark.parametrize(
     ("path", "asked"),
     [
@@ -264,7 +273,7 @@ class Scripted:
         (COMPLETIONS, {"prompt": "Once upon a time", "stop": ["never said", "xyz"]}),
     ],
 )
-async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, monkeypatch):
+async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, monkeypatch, quiet_root):
     """vLLM's whole server over a scripted engine, under uvicorn; a field that is not plain keeps the short way out."""
     pytest.importorskip("vllm")
     from vllm.engine.arg_utils import AsyncEngineArgs

@@ -15,7 +15,7 @@ from tests.serve.conftest import upload
 
 async def test_what_an_upload_changes_is_measured_and_kept(client, backend, make_adapter):
     pushed = (await client.post("/v1/adapters", **upload(make_adapter()))).json()
-    assert pushed["checks"] == {"effect": 0.5, "effect_needed": 0.08}
+    assert pushed["checks"] == {"effect": 0.5, "effect_needed": 0.08, "base_model": backend.model}
     shown = (await client.get("/v1/adapters/tone")).json()
     assert shown["versions"][0]["checks"] == pushed["checks"]
 
