@@ -120,7 +120,8 @@ def test_an_answer_is_measured_token_by_token_also_when_it_does_not_stream(serve
     (first,) = series(server, "loradock_time_to_first_token_seconds_sum", **labels)
     (total,) = series(server, "loradock_request_duration_seconds_sum", **labels)
     # Means of 7 gaps each; together with the first tokens they fill the whole time, but for what HTTP takes.
-    assert 0 < gap <= worst and first > 0 and 0.5 * total < first + 7 * gap <= total
+    # The gaps are timed where the engine makes the tokens, the first one and the whole where they come in.
+    assert 0 < gap <= worst and first > 0 and 0.5 * total < first + 7 * gap < 1.1 * total
     # The id in the answer, in its header, and beside the numbers for whoever takes exemplars.
     id = answer.headers["x-request-id"]
     assert id in answer.json()["id"]
