@@ -45,7 +45,7 @@ def engine(folder: Path) -> None:
     scheduler: Any = llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
 
     def run(streams: int, requests: int, adapters: int) -> float:
-        scheduler.max_num_running_reqs = streams
+        scheduler.max_num_active_reqs = streams
         numbers = [index % adapters + 1 if adapters else 0 for index in range(requests)]
         loras = [LoRARequest(f"a{n}", n, str(folder / f"a{n}")) if n else None for n in numbers]
         texts = [prompts.text("offline", prompts.run, index, WORDS) for index in range(requests)]
