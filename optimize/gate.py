@@ -25,6 +25,7 @@ BOUNDS: Mapping[str, tuple[str, str]] = {
     "max_logit_difference": ("logit_difference", "largest difference of a logit from PyTorch's"),
 }
 TIMED = {"min_speed", "min_speed_16"}
+ADAPTED = {"max_adapter_kl", "min_adapter_effect"}  # nothing to hold where no adapter is left to work on the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,11 @@ class Verdict:
         return {**asdict(self), "holds": self.holds}
 
 
-def judged(gate: Gate, scores: Mapping[str, Any]) -> list[Verdict]:
-    """Every bound that the recipe gives. NaN holds no bound."""
+def judged(gate: Gate, scores: Mapping[str, Any], adapted: bool = True) -> list[Verdict]:
+    """Every bound that the recipe gives; those of adapters only if there are some. NaN holds no bound."""
     found = []
     for bound, limit in msgspec.to_builtins(gate).items():
-        if limit is not None:
+        if limit is not None and (adapted or bound not in ADAPTED):
             score, meaning = BOUNDS[bound]
             found.append(Verdict(bound, float(limit), scores.get(score), meaning))
     return found

@@ -134,7 +134,7 @@ class Run:
             scores |= self._do("tasks", asked, state, uses_text=False).notes["scores"]
         if form == "vllm" and self.recipe.evaluate.engine:
             scores |= self._do("engine", {}, state, uses_text=True).notes["scores"]
-        verdicts = judged(self.recipe.gate, scores)
+        verdicts = judged(self.recipe.gate, scores, adapted=bool(living))
         passed = all(verdict.holds for verdict in verdicts)
         facts = manifest.Facts(self.recipe, self.plan, self.done, scores, verdicts)
         aside = self.work / "export.part"

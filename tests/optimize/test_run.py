@@ -177,6 +177,13 @@ def test_adapters_are_judged_on_the_new_base(written, tmp_path, adapter: Adapter
     assert 0 < scores["adapters"]["tone"]["kl"] < scores["adapters"]["tone"]["kl_to_base"]
 
 
+def test_a_bound_on_adapters_holds_where_none_is_named(written, tmp_path):
+    out = tmp_path / "out"
+    optimize(written("steps: [{quantize: {method: rtn}}]\ngate: {max_adapter_kl: 0, max_kl: 20}"), "--out", out)
+    bounds = json.loads((out / "manifest.json").read_text())["gate"]["bounds"]
+    assert [bound["bound"] for bound in bounds] == ["max_kl"]
+
+
 def test_what_was_merged_is_nobodys_concern_afterwards(written, tmp_path, adapter: Adapter):
     """Smoothing is left out for adapters that have to go on working; one that is in the model is not one of them."""
     out = tmp_path / "out"
