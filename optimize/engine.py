@@ -25,6 +25,7 @@ from optimize.worker import Job, Progress
 NEW_TOKENS = 64
 ROUNDS = 5
 STREAMS = (1, 16)
+CALM = 0.5  # seconds until the threads of the engine that had its turn no longer spin
 LENGTH = 1024
 
 
@@ -68,6 +69,7 @@ def _raced(
     for round_ in range(ROUNDS + 1):
         pair = {}
         for engine in (original, result) if round_ % 2 else (result, original):
+            time.sleep(CALM)
             pair[engine.name] = engine.ask({"streams": streams, "round": round_})["tokens_per_second"]
         if round_:
             found.append((pair["original"], pair["result"]))

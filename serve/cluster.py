@@ -239,14 +239,14 @@ class Replica:
         self._app = build_app(
             config, backends, self._fail, replica=f"{machine.node()}-{self._number}-{secrets.token_hex(3)}"
         )
-        self._app.state.monitor.passed_on.append(self._first_tokens.take)
+        self._app.state.parts.monitor.passed_on.append(self._first_tokens.take)
         return Ready(self._app, self._wait)
 
     def check_health(self) -> None:
         """An engine that stays down is Ray's to replace."""
         if self._app is None:
             return
-        for base in self._app.state.fleet:
+        for base in self._app.state.parts.fleet:
             if base.phase is Phase.FAILED:
                 raise EngineUnavailable(f"the engine for {base.name} stays down: {base.reason}")
 
@@ -259,7 +259,7 @@ class Replica:
     async def _wait(self) -> str:
         """Until the engines answer; why they never will, if so."""
         assert self._app is not None
-        while not self._app.state.ready.is_set():
+        while not self._app.state.parts.ready.is_set():
             if self._failure:
                 return str(self._failure)
             await asyncio.sleep(0.1)

@@ -210,9 +210,9 @@ async def _serve(server: Server, app: FastAPI, sock: socket, config: Config) -> 
 
 
 async def _announce(app: FastAPI, url: str) -> None:
-    log.info("listening on %s, loading %s", url, app.state.engine.name)
-    await app.state.ready.wait()
-    log.info("ready: %s/v1 answers as %s", url, app.state.engine.name)
+    log.info("listening on %s, loading %s", url, app.state.parts.fleet.first.name)
+    await app.state.parts.ready.wait()
+    log.info("ready: %s/v1 answers as %s", url, app.state.parts.fleet.first.name)
 
 
 class Server(uvicorn.Server):

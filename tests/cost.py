@@ -46,7 +46,7 @@ async def main(rounds: int) -> None:
         serving = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.1)
-        await app.state.ready.wait()
+        await app.state.parts.ready.wait()
         try:
             await measure(app, f"http://127.0.0.1:{port}/v1/chat/completions", rounds)
         finally:
@@ -55,11 +55,11 @@ async def main(rounds: int) -> None:
 
 
 async def measure(app, url: str, rounds: int) -> None:
-    watcher, inference = app.state.watcher, app.state.inference
+    watcher, inference = app.state.parts.watcher, app.state.parts.inference
     takes, wants, watched = inference._take, inference._wants_logprobs, tap.Tap.watched
     while not watcher.running:  # it reads the model's embedding table first
         await asyncio.sleep(0.1)
-    await asyncio.to_thread(fill, watcher, app.state.engine.model)
+    await asyncio.to_thread(fill, watcher, app.state.parts.fleet.first.model)
     await load_of(url, 40)  # the engine's first steps
     watcher._spent = watcher._taken = 0
     found: dict[bool, list[float]] = {True: [], False: []}

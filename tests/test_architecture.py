@@ -45,6 +45,8 @@ SHELVES = [
     {"router", "lifecycle", "monitor", "backend", "shadow"},
     {"inference", "wayback", "prober", "rehearsal", "follower"},
     {"alerts", "referee"},
+    {"parts", "bodies"},
+    {"routes"},
     {"app"},
     {"launch", "terminal"},
     {"cluster"},

@@ -277,7 +277,7 @@ class _Started:
     async def __aenter__(self) -> httpx.AsyncClient:
         self._lifespan = self.app.router.lifespan_context(self.app)
         await self._lifespan.__aenter__()
-        await asyncio.wait_for(self.app.state.ready.wait(), 30)
+        await asyncio.wait_for(self.app.state.parts.ready.wait(), 30)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=True)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://loradock")
         return self._client

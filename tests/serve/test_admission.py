@@ -99,7 +99,7 @@ async def test_a_deadline_ends_the_work_in_the_engine(crowded, backend):
     error = json.loads(sent[-1]["body"].removeprefix(b"data: "))["error"]
     assert error["code"] == 504
     assert backend.running == 0
-    assert crowded._transport.app.state.engine.leases == 0
+    assert crowded._transport.app.state.parts.fleet.first.leases == 0
 
 
 async def test_a_deadline_that_passes_in_line_is_a_504(crowded, backend):
@@ -110,7 +110,7 @@ async def test_a_deadline_that_passes_in_line_is_a_504(crowded, backend):
     assert (told.status_code, told.json()["error"]["code"]) == (504, "deadline_exceeded")
     backend.flow.set()
     assert (await holding).status_code == 200
-    assert crowded._transport.app.state.engine.leases == 0
+    assert crowded._transport.app.state.parts.fleet.first.leases == 0
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e9"])
@@ -128,7 +128,7 @@ async def test_a_client_that_reads_nothing_gives_its_turn_back(crowded, backend)
             await asyncio.Event().wait()
 
     await asyncio.wait_for(crowded._transport.app(scope, receive, send), 2)
-    assert (crowded._transport.app.state.engine.leases, backend.running) == (0, 0)
+    assert (crowded._transport.app.state.parts.fleet.first.leases, backend.running) == (0, 0)
 
 
 async def test_a_client_that_never_ends_its_request_is_let_go(crowded):
@@ -145,7 +145,7 @@ async def test_a_client_that_leaves_its_place_in_line_leaves_it_at_once(crowded,
     backend.flow.clear()
     holding = asyncio.create_task(ask(crowded, "base", stream=True))
     assert await settled(lambda: backend.running == 1)
-    engine = crowded._transport.app.state.engine
+    engine = crowded._transport.app.state.parts.fleet.first
     scope, receive, send, _, left = http({"model": "base", "stream": True})
     waiting = asyncio.create_task(crowded._transport.app(scope, receive, send))
     assert await settled(lambda: engine.engine.line.waiting == 1)

@@ -147,7 +147,7 @@ async def test_bytes_that_come_again_while_a_refused_push_of_them_is_cleared_awa
             assert refused.status_code == 409
         assert (await client.post("/v1/adapters", **upload(make_adapter()))).status_code == 201
         async with asyncio.timeout(10):
-            await client._transport.app.state.lifecycle.settle()
+            await client._transport.app.state.parts.lifecycle.settle()
         assert len(list((config.data_dir / "blobs").iterdir())) == 1
         assert (await ask(client, "tone")).status_code == 200
 

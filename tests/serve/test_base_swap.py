@@ -29,7 +29,7 @@ async def served(client, make_adapter):
 
 @pytest.fixture
 async def base(served):
-    return served._transport.app.state.engine
+    return served._transport.app.state.parts.fleet.first
 
 
 async def swap(client, model, **more):
@@ -161,7 +161,7 @@ async def test_a_restart_of_the_server_begins_with_the_model_that_was_swapped_in
         assert (await swap(client, export)).status_code == 200
     again = FakeBackend(str(tiny_model))
     async with connect(config, again) as client:
-        assert client._transport.app.state.engine.model == str(export)
+        assert client._transport.app.state.parts.fleet.first.model == str(export)
         assert (await swap(client, tiny_model)).status_code == 200
     third = FakeBackend(str(tiny_model))
     async with connect(config, third):
@@ -174,7 +174,7 @@ async def test_a_model_that_is_gone_when_the_server_starts_gives_its_place_back(
     again = FakeBackend(backend.model)
     again.prepare = lambda heir: setattr(heir, "wont_start", "there is no such folder")
     async with connect(config, again) as client:
-        assert client._transport.app.state.engine.model == backend.model
+        assert client._transport.app.state.parts.fleet.first.model == backend.model
         assert (await ask(client, "base")).status_code == 200
 
 

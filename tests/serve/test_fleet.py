@@ -24,7 +24,7 @@ async def served(connect, config, make_adapter):
 
 @pytest.fixture
 async def base(served):
-    return served._transport.app.state.engine
+    return served._transport.app.state.parts.fleet.first
 
 
 def never_ready(heir):
@@ -88,7 +88,7 @@ async def test_a_request_that_waits_for_an_engine_waits_no_longer_than_it_is_tol
     async with connect(replace(config, restart_wait=0.2)) as client:
         backend.prepare = lambda heir: setattr(heir, "start", asyncio.Event().wait)
         backend.dead = True
-        assert await settled(lambda: client._transport.app.state.engine.phase is Phase.RESTARTING)
+        assert await settled(lambda: client._transport.app.state.parts.fleet.first.phase is Phase.RESTARTING)
         told = await asyncio.wait_for(ask(client, "base"), 1)
     assert told.status_code == 503
     assert int(told.headers["retry-after"]) >= 1

@@ -88,7 +88,7 @@ async def test_a_swap_of_the_base_is_followed(pair, make_adapter, tiny_model, tm
     await one.post("/v1/adapters", **upload(make_adapter()))
     export = shutil.copytree(tiny_model, tmp_path / "export")
     assert (await one.post("/v1/engines/base/swap", json={"model": str(export)})).status_code == 200
-    base = other._transport.app.state.engine
+    base = other._transport.app.state.parts.fleet.first
     assert await settled(lambda: base.model == str(export), 5)
     assert (await ask(other, "tone")).status_code == 200
 
@@ -97,7 +97,7 @@ async def test_answers_go_on_while_the_registry_does_not(pair, make_adapter):
     one, other, *_ = pair
     await one.post("/v1/adapters", **upload(make_adapter()))
     assert (await ask(other, "tone")).status_code == 200
-    registry = other._transport.app.state.fleet._base_of.__self__
+    registry = other._transport.app.state.parts.fleet._base_of.__self__
 
     def gone():
         raise EngineUnavailable("the registry is gone")

@@ -37,10 +37,10 @@ async def test_a_client_that_leaves_mid_stream_gives_its_lease_back(client, back
     answering = asyncio.create_task(app(scope, receive, send))
     while len(sent) < 2:
         await asyncio.sleep(0.01)
-    assert app.state.engine.leases == 1
+    assert app.state.parts.fleet.first.leases == 1
     left.set()
     await answering
-    assert (app.state.engine.leases, backend.running) == (0, 0)
+    assert (app.state.parts.fleet.first.leases, backend.running) == (0, 0)
 
 
 async def test_a_client_that_leaves_before_the_first_chunk_gives_its_lease_back(client, backend, make_adapter):
@@ -52,7 +52,7 @@ async def test_a_client_that_leaves_before_the_first_chunk_gives_its_lease_back(
     answering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await answering
-    assert app.state.engine.leases == 0
+    assert app.state.parts.fleet.first.leases == 0
 
 
 async def test_an_error_before_the_first_token_is_an_http_error_and_no_stream(client):

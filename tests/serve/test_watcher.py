@@ -69,7 +69,7 @@ async def ask(client, count, model="tone"):
 
 
 async def drift(client, name="tone"):
-    await asyncio.to_thread(client._transport.app.state.watcher.settle)
+    await asyncio.to_thread(client._transport.app.state.parts.watcher.settle)
     return (await client.get(f"/v1/adapters/{name}/drift")).json()
 
 
@@ -322,7 +322,7 @@ async def test_over_another_base_model_a_version_begins_anew(connect, watched, b
         assert await gathered() == 100, "the one that serves is the one that is watched"
         backend.prepare = lambda heir: setattr(heir, "generate", engine.generate)
         assert (await client.post("/v1/engines/base/swap", json={"model": str(other)})).status_code == 200
-        learned = client._transport.app.state.watcher._bases
+        learned = client._transport.app.state.parts.watcher._bases
         assert await until(lambda: asyncio.sleep(0, "base" in learned))
         await ask(client, 50)
         assert 0 < await gathered() < 100
@@ -334,7 +334,7 @@ async def test_a_version_that_is_removed_leaves_nothing_of_what_was_known(connec
         await push(client, make_adapter, 0)
         await ask(client, 60)
         await drift(client)
-        client._transport.app.state.watcher.save()
+        client._transport.app.state.parts.watcher.save()
         assert list((watched.data_dir / "drift").glob("*/*/baseline.json"))
         assert (await client.delete("/v1/adapters/tone")).status_code == 200
         assert not list((watched.data_dir / "drift").glob("*/*"))
@@ -401,7 +401,7 @@ def test_log_probabilities_are_asked_for_in_short_runs_and_in_the_share_that_was
 async def test_a_full_queue_drops_and_counts_and_the_answer_goes_out(connect, watched, backend, make_adapter):
     Engine(backend)
     async with connect(watched) as client:
-        watcher = client._transport.app.state.watcher
+        watcher = client._transport.app.state.parts.watcher
         await push(client, make_adapter, 0)
         with watcher._lock:  # the worker waits for it
             for _ in range(2100):
@@ -435,7 +435,7 @@ async def test_quotes_are_kept_only_when_asked_for_and_redacted(connect, watched
 async def test_the_probe_sees_weights_that_changed_without_any_traffic(connect, watched, backend, make_adapter):
     Engine(backend)
     async with connect(watched) as client:
-        prober = client._transport.app.state.prober
+        prober = client._transport.app.state.parts.prober
         await push(client, make_adapter, 0)
         await prober.round()
         backend.effects["tone"] = 0.9
