@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.server import ROOT, SMALL, Server, done
+from tests.e2e.server import ROOT, SMALL, Server, done, loradock
 from tests.lora import UNSEEN, trained
 
 WORDS = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel")
@@ -69,7 +69,8 @@ def main(folder: Path) -> None:
     flags = ("--max-lora-rank", "64", *SMALL)
     with Server(folder / "data", folder / "log", *flags) as server:
         for method in METHODS:
-            done(server.upload(method, folder / method))
+            pushed = loradock("adapters", "push", method, folder / method, LORADOCK_URL=server.url)
+            assert pushed.returncode == 0, pushed.stderr
             right, answer = said(server, method)
             print(f"{method} answers {right} of {len(UNSEEN)} as {WORDS[0]} does: {answer!r}", flush=True)
     with Server(folder / "data2", folder / "log2", *SMALL, model=str(folder / "merged")) as server:
