@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from optimize.recipe import Recipe
 
 Embedded = Callable[[str], Path]
+Served = Callable[[], dict[str, str]]
 EVERY = 15.0  # seconds between two lines when there is no terminal
 
 HELP = """Turn a base model and its LoRA adapters into an optimized, measured export.
@@ -38,8 +39,9 @@ Examples:
 """
 
 
-def run(arguments: Sequence[str], embedded: Embedded) -> int:
-    """The command with `arguments`; `embedded` gives the directory of a model that comes along. The exit code."""
+def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> int:
+    """The command with `arguments`; `embedded` gives the directory of a model that comes along, `served` the variables
+    that an engine has when it is served on this machine. The exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     if arguments and arguments[0] == "run-onnx":
         app.command("run-onnx", help=run_onnx.__doc__)(run_onnx)
@@ -90,7 +92,7 @@ def run(arguments: Sequence[str], embedded: Embedded) -> int:
             for word in adapter or []:
                 name, folder = _pair(word, "--adapter")
                 changes[f"adapters.{name}"] = str(Path(folder).expanduser().resolve())
-            carry_out(recipes.load(recipe, changes), out, embedded, resume, keep_rejected, plan, memory)
+            carry_out(recipes.load(recipe, changes), out, embedded, served, resume, keep_rejected, plan, memory)
 
         name = "loradock optimize"
     try:
@@ -115,6 +117,7 @@ def carry_out(
     recipe: Recipe,
     out: Path | None,
     embedded: Embedded,
+    served: Served,
     resume: bool,
     keep_rejected: bool,
     only_plan: bool,
@@ -132,7 +135,7 @@ def carry_out(
     if only_plan:
         return
     with Bars([step.kind for step in plan.steps if step.kind != "export"]) as bars:
-        result = Run(recipe, plan, where, memory, bars, resume, keep_rejected)()
+        result = Run(recipe, plan, where, memory, bars, resume, keep_rejected, served())()
     typer.echo(f"done: {result}")
     typer.echo(
         f"  loradock serve {result}"

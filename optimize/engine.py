@@ -1,5 +1,5 @@
 """The result in the engine that it is meant for: it loads, it answers, and how fast; the original beside it, run the
-same way.
+same way, as `loradock serve` runs a model: adapters possible, and on a CPU in one process, bound to its cores.
 
 Each model has a process of its own. Both are loaded and warm before anything is timed, and then take turns, original,
 result, result, original, so that whatever else the machine does falls on both; the ratio is the median over the pairs.
@@ -22,28 +22,31 @@ from typing import Any
 from optimize.errors import OptimizeError
 from optimize.worker import Job, Progress
 
-NEW_TOKENS = 64
-ROUNDS = 5
+NEW_TOKENS = 128
+ROUNDS = 9
 STREAMS = (1, 16)
 CALM = 0.5  # seconds until the threads of the engine that had its turn no longer spin
 LENGTH = 1024
+IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     prompts = list(job.evaluate.prompts)
-    total = 3 + ROUNDS * len(STREAMS)
+    total = 2 + ROUNDS * len(STREAMS)
     progress(0, total, "the original in vLLM")
-    with Engine("original", job.reference, {}) as original:
+    with Engine("original", job.reference, {}, job.target) as original:
+        old = original.ask({"answer": prompts})
         progress(1, total, "the result in vLLM")
-        with Engine("result", job.model, {}) as result:
-            measured = {engine.name: engine.ask({"answer": prompts}) for engine in (original, result)}
-            old, new = measured["original"], measured["result"]
+        with Engine("result", job.model, job.adapters, job.target) as result:
+            new = result.ask({"answer": prompts})
             for prompt in prompts:
                 if old["answers"][prompt].strip() and not new["answers"][prompt].strip():
                     raise OptimizeError(
                         f"the result answers {prompt!r} with nothing in vLLM, the original with something"
                     )
-            scores: dict[str, Any] = {"engine": measured}
+            scores: dict[str, Any] = {"engine": {"original": old, "result": new}}
+            if job.adapters:
+                scores["engine"]["adapters"] = {"answers": new.pop("adapters")}
             for done, streams in enumerate(STREAMS):
                 speeds = _raced(
                     original, result, streams, partial(progress, total=total, what="tokens/s"), 2 + done * ROUNDS
@@ -54,10 +57,6 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                     engine.setdefault("spread", {})[str(streams)] = [round(min(found), 2), round(max(found), 2)]
                 scores[f"speed_{streams}"] = round(median(ratios), 3)
                 scores[f"speed_{streams}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
-    if job.adapters:
-        progress(total - 1, total, "the adapters in vLLM")
-        with Engine("adapters", job.model, job.adapters) as adapted:
-            measured["adapters"] = adapted.ask({"answer": prompts})
     return {"scores": scores}
 
 
@@ -80,16 +79,15 @@ def _raced(
 class Engine:
     """One model in vLLM, in a process that answers a line with a line."""
 
-    def __init__(self, name: str, folder: str, adapters: dict[str, str]) -> None:
+    def __init__(self, name: str, folder: str, adapters: dict[str, str], target: str) -> None:
         self.name = name
         environ = {
             **os.environ, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }  # fmt: skip
-        environ.pop("OMP_WAIT_POLICY", None)  # as it is served
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "optimize.engine", folder, json.dumps(adapters)], env=environ, text=True,
+            [sys.executable, "-m", "optimize.engine", folder, json.dumps(adapters), target], env=environ, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
         )  # fmt: skip
 
@@ -127,8 +125,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    folder, adapters = sys.argv[1], json.loads(sys.argv[2])
-    lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": _rank(adapters)} if adapters else {}
+    folder, adapters, target = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
     start = time.monotonic()
     llm = LLM(
         folder,
@@ -137,7 +134,10 @@ def main() -> None:
         max_num_batched_tokens=LENGTH,
         seed=0,
         disable_log_stats=True,
-        **lora,
+        enable_lora=True,
+        max_loras=max(1, len(adapters)),
+        max_lora_rank=_rank(adapters),
+        distributed_executor_backend=IN_PROCESS if target == "cpu" else None,
     )
     loaded = round(time.monotonic() - start, 1)
     greedy = SamplingParams(temperature=0, max_tokens=32)
@@ -152,28 +152,27 @@ def main() -> None:
 
     for line in sys.stdin:
         asked = json.loads(line)
-        if "answer" in asked and adapters:
-            answers: dict[str, Any] = {
-                name: {prompt: answer(prompt, LoRARequest(name, number, where)) for prompt in asked["answer"]}
-                for number, (name, where) in enumerate(sorted(adapters.items()), 1)
-            }
-        elif "answer" in asked:
-            answers = {prompt: answer(prompt) for prompt in asked["answer"]}
+        if "answer" in asked:
+            told: dict[str, Any] = {"load_seconds": loaded}
+            told["answers"] = {prompt: answer(prompt) for prompt in asked["answer"]}
+            if adapters:
+                told["adapters"] = {
+                    name: {prompt: answer(prompt, LoRARequest(name, number, where)) for prompt in asked["answer"]}
+                    for number, (name, where) in enumerate(sorted(adapters.items()), 1)
+                }
         else:
             number, streams = asked["round"], asked["streams"]
             batch = [f"{number} {at}. Write a story about a river and a town." for at in range(streams)]
             begun = time.monotonic()
             llm.generate(batch, exactly, use_tqdm=False)
             told = {"tokens_per_second": streams * NEW_TOKENS / (time.monotonic() - begun)}
-            print(json.dumps(told), flush=True)
-            continue
-        print(json.dumps({"load_seconds": loaded, "answers": answers}), flush=True)
+        print(json.dumps(told), flush=True)
 
 
 def _rank(adapters: dict[str, str]) -> int:
     """The smallest rank that vLLM allows and that holds every adapter."""
     ranks = [json.loads((Path(folder) / "adapter_config.json").read_text())["r"] for folder in adapters.values()]
-    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks))
+    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max([8, *ranks]))
 
 
 if __name__ == "__main__":

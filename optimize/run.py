@@ -65,7 +65,7 @@ class Done:
 
 @dataclass(slots=True)
 class Run:
-    """One run of a recipe. `tell` hears how far each step is."""
+    """One run of a recipe. `tell` hears how far each step is; `served` are the variables of a served engine."""
 
     recipe: Recipe
     plan: Plan
@@ -74,6 +74,7 @@ class Run:
     tell: Tell
     resume: bool = False
     keep_rejected: bool = False
+    served: dict[str, str] = field(default_factory=dict)
     done: list[Done] = field(default_factory=list)
 
     @property
@@ -240,6 +241,9 @@ class Run:
             # Threads that spin while they wait for one another take the cores from whatever else runs.
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         }
+        if kind == "engine":
+            del environ["OMP_WAIT_POLICY"]
+            environ |= self.served
         with log.open("w") as said:
             child = subprocess.Popen(
                 [sys.executable, "-m", "optimize.worker", str(file), str(write)],

@@ -82,12 +82,16 @@ def serve(context: typer.Context) -> None:
 )
 def optimize(context: typer.Context) -> None:
     from optimize.cli import run as run_recipe
+    from serve import machine
     from serve.embedded import ensure
 
     def embedded(name: str) -> Path:
         return ensure(name, progress=lambda line: print(line, file=sys.stderr))
 
-    raise typer.Exit(run_recipe(context.args, embedded))
+    def served() -> dict[str, str]:
+        return machine.cpu_environment(os.environ, together=True) if machine.on_cpu() else {}
+
+    raise typer.Exit(run_recipe(context.args, embedded, served))
 
 
 @app.command(help="Print the versions.")
