@@ -22,10 +22,10 @@ from typing import Any
 from optimize.errors import OptimizeError
 from optimize.worker import Job, Progress
 
-NEW_TOKENS = 128
-ROUNDS = 9
+NEW_TOKENS = 64
+ROUNDS = 25
 STREAMS = (1, 16)
-CALM = 0.5  # seconds until the threads of the engine that had its turn no longer spin
+CALM = 0.05  # seconds until the threads of the engine that had its turn no longer spin
 LENGTH = 1024
 IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
