@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optimize import artifact
-from optimize.gate import TIMED, Verdict
-from optimize.recipe import Recipe, plain
-
-if TYPE_CHECKING:
-    from optimize.plan import Plan
-    from optimize.run import Done
+from optimize.facts import Facts
+from optimize.gate import TIMED
+from optimize.recipe import plain
 
 NAME = "manifest.json"
 LIBRARIES = (
@@ -36,25 +32,6 @@ LIBRARIES = (
     "lm-eval",
 )
 TIMED_SCORES = ("engine", "speed_1", "speed_16", "speed_1_spread", "speed_16_spread")
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """Everything that the manifest and the report tell."""
-
-    recipe: Recipe
-    plan: Plan
-    done: list[Done]
-    scores: dict[str, Any]
-    verdicts: list[Verdict]
-
-    @property
-    def passed(self) -> bool:
-        return all(verdict.holds for verdict in self.verdicts)
-
-    @property
-    def name(self) -> str:
-        return Path(self.recipe.output).name or "export"
 
 
 def write(folder: Path, facts: Facts) -> None:

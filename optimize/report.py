@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from optimize.facts import Facts
 from optimize.gate import Verdict
-from optimize.manifest import Facts
 
 
 def write(folder: Path, facts: Facts) -> None:

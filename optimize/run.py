@@ -28,6 +28,7 @@ import msgspec
 
 from optimize import artifact, manifest, report, text
 from optimize.errors import GateFailed, OptimizeError, OutOfMemory, Refused
+from optimize.facts import Done, Facts
 from optimize.gate import judged
 from optimize.plan import Plan
 from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
@@ -49,18 +50,6 @@ class State:
     adapters: dict[str, Path]
     originals: dict[str, Path]
     merged: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A step that is done: where it left its files, and what it has to say."""
-
-    kind: str
-    options: dict[str, Any]
-    folder: Path
-    notes: dict[str, Any]
-    seconds: float
-    redone: bool
 
 
 @dataclass(slots=True)
@@ -137,7 +126,7 @@ class Run:
             scores |= self._do("engine", {}, state, uses_text=True).notes["scores"]
         verdicts = judged(self.recipe.gate, scores, adapted=bool(living))
         passed = all(verdict.holds for verdict in verdicts)
-        facts = manifest.Facts(self.recipe, self.plan, self.done, scores, verdicts)
+        facts = Facts(self.recipe, self.plan, self.done, scores, verdicts)
         aside = self.work / "export.part"
         shutil.rmtree(aside, ignore_errors=True)
         if form == "adapter":

@@ -25,7 +25,7 @@ from serve.fleet import Fleet
 from serve.keys import Keys
 from serve.lifecycle import Lifecycle
 from serve.registry import Registry
-from serve.registry import replicas as table
+from serve.schema import replicas as table
 
 log = logging.getLogger(__name__)
 

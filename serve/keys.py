@@ -20,7 +20,7 @@ from serve.auth import Caller, Scope
 from serve.errors import BadRequest, NotFound
 from serve.limits import Limits
 from serve.registry import Registry
-from serve.registry import keys as table
+from serve.schema import keys as table
 from serve.tenant import DEFAULT
 
 PREFIX = "ld_"

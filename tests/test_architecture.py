@@ -36,6 +36,7 @@ SHELVES = [
         "popularity",
         "ranks",
     },
+    {"schema"},
     {"blobs", "checkpoint", "registry", "upload", "source", "audit", "signals", "recent"},
     {"store"},
     {"admission", "backup", "plan", "batch"},

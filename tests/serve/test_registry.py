@@ -26,7 +26,8 @@ from serve.adapter import Inspection
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound
 from serve.keys import Keys
 from serve.limits import Limits
-from serve.registry import SCHEMA, Registry
+from serve.registry import Registry
+from serve.schema import SCHEMA
 from tests.serve import postgres as postgres_server
 
 FOUND = Inspection(rank=8, base="toy", target_modules=("k_proj", "q_proj"), nbytes=1234, tensors=4)
