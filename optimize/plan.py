@@ -21,7 +21,7 @@ from optimize.checkpoint import Checkpoint, header
 from optimize.errors import Refused
 from optimize.recipe import KIND, Combine, Heal, Merge, Prune, Quantize, Recipe, plain
 
-FLOPS = 1.2e11  # of a forward pass in bf16, two cores
+FLOPS = 2e11  # of a forward pass in bf16, two cores
 STARTING = 8.0  # seconds until a child has imported torch and transformers
 PROCESS = 700_000_000  # bytes of a child that has imported them
 ZEROS = (
@@ -147,7 +147,7 @@ def _steps(recipe: Recipe, base: Checkpoint) -> list[Step]:
         steps.append(Step("tasks", what, PROCESS + size + 8 * logits, 100_000, 2 * STARTING + 2 * asked))
     if recipe.export.format == "vllm" and recipe.evaluate.engine:
         what = "both models in vLLM: load, answers, tokens/s at 1 and 16 streams"
-        steps.append(Step("engine", what, 6 * PROCESS + 3 * size + (2 << 30), 100_000, 240))
+        steps.append(Step("engine", what, 6 * PROCESS + 3 * size + (2 << 30), 100_000, 80))
     steps.append(Step("export", f"{recipe.export.format} directory, manifest, report", 0, size, size / 3e8))
     return steps
 
