@@ -54,7 +54,8 @@ async def closed(http: httpx.AsyncClient, seconds: float) -> float:
     async def one() -> None:
         nonlocal count
         while time.perf_counter() < end:
-            count += (await ask(http, random.randrange(1 << 30))).status == 200
+            answer = await ask(http, random.randrange(1 << 30))
+            count += answer.status == 200
 
     began = time.perf_counter()
     await asyncio.gather(*(one() for _ in range(CROWD)))
