@@ -26,29 +26,34 @@ class Admission:
         self._off = 1.0
 
     def forecast(self, tenant: str, priority: int) -> float:
-        """Seconds that one more request of the tenant would wait for a seat."""
+        """Seconds that one more request of the tenant would wait for a seat, by how long seats were held lately alone.
+
+        What such forecasts were off by is learned from this one: learned from the corrected one, whose truth comes out
+        a whole wait later, it would overshoot from one extreme to the other.
+        """
         line = self._line
         if line.busy < line.seats and not (line.waiting and line.sits(tenant)):
             return 0.0
         # The line is fair: a tenant waits behind its own requests, for its own part of the seats.
         part = max(1.0, line.seats / line.tenants(tenant))
-        return (line.ahead(tenant, priority) + 1) * self._held / part * self._off
+        return (line.ahead(tenant, priority) + 1) * self._held / part
 
     def check(self, tenant: str, priority: int) -> float:
-        """The forecast; Overloaded, if it is too long."""
-        wait = self.forecast(tenant, priority)
+        """The forecast; Overloaded, if the wait would be too long."""
+        forecast = self.forecast(tenant, priority)
+        wait = forecast * self._off
         if wait > self._max_wait:
             raise Overloaded(
                 f"this request would wait about {wait:.0f} s for its turn, and nobody is let in for more than "
                 f"{self._max_wait:g} s: come again later",
                 retry_after=max(1, math.ceil(wait - self._max_wait)),
             )
-        return wait
+        return forecast
 
     def seated(self, forecast: float, waited: float) -> None:
         """A request got its seat."""
         if forecast > 0.1:
-            off = min(max(self._off * waited / forecast, 1 / MOST), MOST)
+            off = min(max(waited / forecast, 1 / MOST), MOST)
             self._off += WEIGHT * (off - self._off)
 
     def left(self, held: float) -> None:
