@@ -1,8 +1,8 @@
 """An ONNX export with KV cache inputs, checked against PyTorch, and ONNX Runtime to ask it.
 
-The graph comes from transformers' own exporter, in fp32; int8 and int4 are ONNX Runtime's weight quantizers over it
-(int8 rounds activations too, for each matrix product). One file, model.onnx, with its weights beside it in
-model.onnx.data.
+The graph comes from transformers' own exporter, in fp32; int8 and int4 are ONNX Runtime's weight quantizer over it,
+a scale for every 32 weights; activations are rounded to 8 bits, 32 at a time, where they are multiplied. One file,
+model.onnx, with its weights beside it in model.onnx.data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ GRAPH = "model.onnx"
 GREEDY = 64  # tokens of the parity check
 TOLERANCE = 1e-4  # of fp32's logits
 PROBE = "The harbour was quiet that morning, and the boats lay still beside the wall while the baker carried bread."
-BLOCK = 32
+BITS = {"int8": 8, "int4": 4}
+BLOCK = 32  # weights that share a scale
 
 
 class Session:
@@ -162,18 +163,10 @@ def _rounded(source: Path, out: Path, precision: str) -> None:
         half = convert_float_to_float16(onnx.load(source / GRAPH), keep_io_types=True, disable_shape_infer=True)
         onnx.save(half, out / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data")
         return
-    if precision == "int8":
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        quantize_dynamic(
-            source / GRAPH, out / GRAPH, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8,
-            use_external_data_format=True, extra_options={"MatMulConstBOnly": True},
-        )  # fmt: skip
-        return
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
-        onnx.load(source / GRAPH), bits=4, block_size=BLOCK, is_symmetric=True, accuracy_level=4
+        onnx.load(source / GRAPH), bits=BITS[precision], block_size=BLOCK, is_symmetric=True, accuracy_level=4
     )
     quantizer.process()
     quantizer.model.save_model_to_file(str(out / GRAPH), use_external_data_format=True)
