@@ -41,7 +41,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.version import __version__ as VLLM_VERSION
 
-from serve import machine
+from serve import forkserver, machine
 from serve.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.outputs import Outputs
@@ -234,6 +234,7 @@ class VLLMBackend:
         return not (rewrites or args.enable_log_outputs or args.sse_keep_alive_interval > 0)
 
     def _build(self) -> AsyncLLM:
+        forkserver.renew()
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         with _own_series(self._collectors):
             return AsyncLLM.from_engine_args(
