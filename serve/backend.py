@@ -258,6 +258,8 @@ class VLLMBackend:
             for pid in _family(_processes(llm)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+        else:
+            forkserver.ended()
         await asyncio.to_thread(llm.shutdown)
         # What vLLM leaves to the garbage collector, which looks at nothing that was there when the heap was frozen:
         # the context of its sockets with nine descriptors, and all that hangs on the app.

@@ -5,31 +5,24 @@ process import vLLM while the server does, on another core; the engine and its w
 milliseconds. It has one thread and has computed nothing, so forking it is sound. `install` runs in vLLM's processes.
 
 It also waits for what it forked. There a Linux 6.18 guest was seen to keep it in the kernel for minutes, after an
-engine of 2 GB had ended while another one computed; `renew` begins with a fresh one then.
+engine of 2 GB had ended while another one computed; so after that the next engine comes from a fresh one.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Mapping
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from pathlib import Path
 from typing import Any
-
-log = logging.getLogger("loradock")
 
 VARIABLE = "LORADOCK_FORKSERVER"
 PRELOAD = "serve.preload"
-IMPORTS = 60.0  # seconds after its start in which it may be busy with nothing but imports
-STUCK = 1.0  # seconds without a pause, after which it counts as stuck
 
-_begun = 0.0
+_used = False
 
 
 def start() -> None:
@@ -38,43 +31,27 @@ def start() -> None:
         return  # vLLM finds an OpenMP itself, later, and preloads it by executing its processes anew
     os.environ[VARIABLE] = "1"
     multiprocessing.set_forkserver_preload([PRELOAD])
-    _begin()
-
-
-def _begin() -> None:
-    global _begun
-    _begun = time.monotonic()
     forkserver.ensure_running()
 
 
-def renew() -> bool:
-    """Begin with a fresh process if the old one is stuck; that one stays as long as what it forked."""
+def ended() -> None:
+    """A process that was forked from there has ended while others go on."""
+    global _used
+    _used = True
+
+
+def renew() -> None:
+    """Begin with a fresh process if one has ended; the old one stays as long as what else it forked."""
+    global _used
+    if not _used or os.environ.get(VARIABLE) != "1":
+        return
     server: Any = forkserver._forkserver
-    if os.environ.get(VARIABLE) != "1" or time.monotonic() - _begun < IMPORTS or server._forkserver_pid is None:
-        return False
-    seen = time.monotonic()
-    while _runs(server._forkserver_pid):
-        if time.monotonic() - seen > STUCK:
-            break
-        time.sleep(0.02)
-    else:
-        return False
-    log.warning(
-        "process %d, which engines are forked from, is stuck: the next come from another", server._forkserver_pid
-    )
     with server._lock:
-        os.close(server._forkserver_alive_fd)
-        server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
-    _begin()
-    return True
-
-
-def _runs(pid: int) -> bool:
-    """It has something to do, in its own code or in the kernel's."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "R"
-    except OSError:
-        return False
+        if server._forkserver_pid is not None:
+            os.close(server._forkserver_alive_fd)
+            server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
+    forkserver.ensure_running()
+    _used = False
 
 
 def install() -> None:

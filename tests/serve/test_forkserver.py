@@ -38,22 +38,20 @@ def test_without_an_openmp_to_preload_vllm_starts_its_processes_itself(monkeypat
     assert forkserver.VARIABLE not in os.environ
 
 
-def test_one_that_is_stuck_is_left_alone_and_another_forks(tmp_path, monkeypatch):
+def test_after_one_has_ended_the_next_comes_from_a_fresh_one(tmp_path, monkeypatch):
     multiprocessing.forkserver.ensure_running()
     server = multiprocessing.forkserver._forkserver
     old = server._forkserver_pid
     monkeypatch.setenv(forkserver.VARIABLE, "1")
-    monkeypatch.setattr(forkserver, "_begun", -1e9)
-    assert not forkserver.renew(), "it waits to be asked"
-    monkeypatch.setattr(forkserver, "STUCK", 0.05)
-    monkeypatch.setattr(forkserver, "_runs", lambda pid: pid == old)
-    assert forkserver.renew()
+    forkserver.renew()
+    assert server._forkserver_pid == old
+    forkserver.ended()
+    forkserver.renew()
     assert server._forkserver_pid not in (None, old)
     process = Context().Process(target=report, args=(tmp_path / "out",))
     process.start()
     process.join(30)
     assert process.exitcode == 0
-    assert not forkserver.renew(), "it has just begun"
 
 
 def test_a_process_follows_its_parent_and_not_what_its_parent_writes():
