@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof bench monitoring clean setup setup-dev tiers cases
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof bench monitoring clean setup setup-dev tiers cases eight
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -49,6 +49,9 @@ drift-proof: setup-dev ## the long proofs of drift: false alarms over thousands 
 
 kills: setup-dev ## the long proof: an optimization killed 30 times and resumed ends in the same bytes
 	@$(BIN)/python -m tests.kills tests/optimize/kills.yaml --kills $(or $(KILLS),30)
+
+eight: setup-dev ## eight trained adapters joined by every method, and merged into the base: what each then answers
+	@$(BIN)/python -m tests.eight $(ARGS)
 
 equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
 	@$(BIN)/python -m tests.equality $(ARGS)

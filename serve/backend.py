@@ -11,6 +11,7 @@ import difflib
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -234,7 +235,6 @@ class VLLMBackend:
         return not (rewrites or args.enable_log_outputs or args.sse_keep_alive_interval > 0)
 
     def _build(self) -> AsyncLLM:
-        forkserver.renew()
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         with _own_series(self._collectors):
             return AsyncLLM.from_engine_args(
@@ -258,8 +258,8 @@ class VLLMBackend:
             for pid in _family(_processes(llm)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        else:
-            forkserver.ended()
+        if set(multiprocessing.active_children()) - set(_processes(llm)):
+            forkserver.leave()
         await asyncio.to_thread(llm.shutdown)
         # What vLLM leaves to the garbage collector, which looks at nothing that was there when the heap was frozen:
         # the context of its sockets with nine descriptors, and all that hangs on the app.

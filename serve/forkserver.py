@@ -5,7 +5,7 @@ process import vLLM while the server does, on another core; the engine and its w
 milliseconds. It has one thread and has computed nothing, so forking it is sound. `install` runs in vLLM's processes.
 
 It also waits for what it forked. There a Linux 6.18 guest was seen to keep it in the kernel for minutes, after an
-engine of 2 GB had ended while another one computed; so after that the next engine comes from a fresh one.
+engine of 2 GB had ended while another one computed; so in that case the next engine comes from a fresh one: `leave`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gc
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -21,8 +22,6 @@ from typing import Any
 
 VARIABLE = "LORADOCK_FORKSERVER"
 PRELOAD = "serve.preload"
-
-_used = False
 
 
 def start() -> None:
@@ -34,24 +33,15 @@ def start() -> None:
     forkserver.ensure_running()
 
 
-def ended() -> None:
-    """A process that was forked from there has ended while others go on."""
-    global _used
-    _used = True
-
-
-def renew() -> None:
-    """Begin with a fresh process if one has ended; the old one stays as long as what else it forked."""
-    global _used
-    if not _used or os.environ.get(VARIABLE) != "1":
-        return
+def leave() -> None:
+    """Whoever starts a process next does so from a fresh one; the old one ends with the last that it forked."""
     server: Any = forkserver._forkserver
     with server._lock:
-        if server._forkserver_pid is not None:
-            os.close(server._forkserver_alive_fd)
-            server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
-    forkserver.ensure_running()
-    _used = False
+        if (left := server._forkserver_pid) is None:
+            return
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
+    threading.Thread(target=os.waitpid, args=(left, 0), daemon=True, name="left-forkserver").start()
 
 
 def install() -> None:

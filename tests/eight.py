@@ -59,11 +59,10 @@ def said(server: Server, model: str) -> tuple[int, str]:
 
 def main(folder: Path) -> None:
     adapters, given = trained(*WORDS), {"adapters": list(WORDS), "weights": WEIGHTS}
-    notes = {}
     for method, rank in METHODS.items():
         step = {"combine": {"name": method, "method": method, "rank": rank, **given}}
-        notes[method] = optimized(folder, method, adapters, step, "adapter")
-        print(f"{method}: rank {notes[method]['rank']}, off by {notes[method]['error']:.2%}", flush=True)
+        notes = optimized(folder, method, adapters, step, "adapter")
+        print(f"{method}: rank {notes['rank']}, off by {notes['error']:.2%}", flush=True)
     merged = optimized(folder, "merged", adapters, {"merge": given}, "vllm")
     print(f"merged into the base: {merged}", flush=True)
     flags = ("--max-lora-rank", "64", *SMALL)

@@ -14,6 +14,7 @@ from serve.auth import Caller
 from serve.bodies import Fetch, Pin, Promote, Rollback, Visibility, Weight
 from serve.config import Config
 from serve.errors import BadRequest, TooLarge, invalid
+from serve.parts import Parts
 from serve.router import manages
 from serve.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
 from serve.source import fetch, parse
@@ -83,11 +84,8 @@ async def promote(
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
     full, expected = owned(parts, name, caller), agreed(body.expected_version, matching)
     parts.referee.check(full, body.version, body.at_once)
-    weight, canary, live = (
-        parts.referee.policy(full).canary_weight,
-        parts.registry.canary(full),
-        parts.live_version(full),
-    )
+    weight = parts.referee.policy(full).canary_weight
+    canary, live = parts.registry.canary(full), parts.live_version(full)
     known = live in (None, body.version) or (canary is not None and canary.adapter.version == body.version)
     if weight > 0 and not body.at_once and not known:
         await parts.lifecycle.share(
@@ -117,24 +115,14 @@ async def rollback(
 async def canary(
     name: str, body: Weight, request: Request, caller: Manager, expected: Expected, parts: TheParts
 ) -> dict[str, Any]:
-    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
-    full = owned(parts, name, caller)
-    await parts.lifecycle.share(
-        full, "canary", body.version, body.weight, by=caller.name, why=body.why, expected=expected
-    )
-    return summary(parts, full, caller)
+    return await _dealt("canary", name, body, request, caller, expected, parts)
 
 
 @router.post("/v1/adapters/{name:path}/shadow")
 async def shadow(
     name: str, body: Weight, request: Request, caller: Manager, expected: Expected, parts: TheParts
 ) -> dict[str, Any]:
-    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
-    full = owned(parts, name, caller)
-    await parts.lifecycle.share(
-        full, "shadow", body.version, body.weight, by=caller.name, why=body.why, expected=expected
-    )
-    return summary(parts, full, caller)
+    return await _dealt("shadow", name, body, request, caller, expected, parts)
 
 
 @router.post("/v1/adapters/{name:path}/visibility")
@@ -196,6 +184,16 @@ async def remove(
     return {"name": name, "deleted": [one.version for one in gone]}
 
 
+async def _dealt(
+    kind: str, name: str, body: Weight, request: Request, caller: Caller, expected: int | None, parts: Parts
+) -> dict[str, Any]:
+    """A share of the name's traffic for a version."""
+    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+    full = owned(parts, name, caller)
+    await parts.lifecycle.share(full, kind, body.version, body.weight, by=caller.name, why=body.why, expected=expected)
+    return summary(parts, full, caller)
+
+
 def _stated(request: Request) -> int:
     """How many bytes the client says are coming; 0 if it does not."""
     stated = request.headers.get("content-length", "")
@@ -215,14 +213,8 @@ async def _received(request: Request, kind: str, folder: Path, config: Config) -
     visibility = form.get("visibility")
     if visibility not in (None, "private", "shared"):
         raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
-    return Fetch(
-        name=form["name"],
-        source="",
-        promote=promote == "true",
-        visibility=visibility,  # type: ignore[arg-type]
-        engine=form.get("engine"),
-        why=form.get("why", ""),
-    )
+    said = {name: form[name] for name in ("name", "visibility", "engine", "why") if name in form}
+    return Fetch.model_validate({**said, "source": "", "promote": promote == "true"})
 
 
 async def _fetched(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:

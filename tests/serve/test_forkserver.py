@@ -11,6 +11,7 @@ from pathlib import Path
 from serve import forkserver
 from serve.forkserver import Context
 from serve.plugin import _follow
+from tests.e2e.server import eventually
 
 
 def report(path: Path) -> None:
@@ -38,20 +39,23 @@ def test_without_an_openmp_to_preload_vllm_starts_its_processes_itself(monkeypat
     assert forkserver.VARIABLE not in os.environ
 
 
-def test_after_one_has_ended_the_next_comes_from_a_fresh_one(tmp_path, monkeypatch):
-    multiprocessing.forkserver.ensure_running()
+def test_the_next_comes_from_a_fresh_one_and_the_old_one_ends_with_its_last(tmp_path):
+    waits, ends = multiprocessing.Pipe()
+    last = Context().Process(target=waits.recv)
+    last.start()
     server = multiprocessing.forkserver._forkserver
     old = server._forkserver_pid
-    monkeypatch.setenv(forkserver.VARIABLE, "1")
-    forkserver.renew()
-    assert server._forkserver_pid == old
-    forkserver.ended()
-    forkserver.renew()
-    assert server._forkserver_pid not in (None, old)
+    forkserver.leave()
     process = Context().Process(target=report, args=(tmp_path / "out",))
     process.start()
     process.join(30)
     assert process.exitcode == 0
+    assert server._forkserver_pid not in (None, old)
+    assert last.is_alive() and Path(f"/proc/{old}").exists()
+    ends.send("end")
+    last.join(30)
+    assert last.exitcode == 255, "its end is heard of, its status went with the old one"
+    assert eventually(lambda: not Path(f"/proc/{old}").exists(), 10), "neither running nor a zombie"
 
 
 def test_a_process_follows_its_parent_and_not_what_its_parent_writes():
