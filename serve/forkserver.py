@@ -22,6 +22,7 @@ from typing import Any
 
 VARIABLE = "LORADOCK_FORKSERVER"
 PRELOAD = "serve.preload"
+UNKNOWN = 255  # multiprocessing's, where nobody is left to tell
 
 
 def start() -> None:
@@ -34,7 +35,7 @@ def start() -> None:
 
 
 def leave() -> None:
-    """Whoever starts a process next does so from a fresh one; the old one ends with the last that it forked."""
+    """Begin with a fresh one; the old one ends with the last that it forked, whose exit code is `UNKNOWN` then."""
     server: Any = forkserver._forkserver
     with server._lock:
         if (left := server._forkserver_pid) is None:
@@ -42,6 +43,7 @@ def leave() -> None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
     threading.Thread(target=os.waitpid, args=(left, 0), daemon=True, name="left-forkserver").start()
+    forkserver.ensure_running()
 
 
 def install() -> None:
