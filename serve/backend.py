@@ -178,7 +178,7 @@ class VLLMBackend:
         if codes[0] < 0:
             return f"its process ended by {signal.Signals(-codes[0]).name}"
         if codes[0] == forkserver.UNKNOWN:
-            return "its process ended: the log says why, unless it was killed (the kernel does that when memory is short)"
+            return "its process ended: the log says why, unless it was killed, as the kernel does when memory is short"
         return f"its process ended with code {codes[0]}: the log says why"
 
     @property
