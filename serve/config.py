@@ -23,10 +23,10 @@ from typing import Any
 import yaml
 
 from serve.errors import ConfigError
-from serve.policy import DEFAULT_POLICIES, Policy
-from serve.policy import parse as parse_policies
-from serve.slo import DEFAULT_SLOS, Slo
-from serve.slo import parse as parse_slos
+from serve.rollout.policy import DEFAULT_POLICIES, Policy
+from serve.rollout.policy import parse as parse_policies
+from serve.telemetry.slo import DEFAULT_SLOS, Slo
+from serve.telemetry.slo import parse as parse_slos
 
 PREFIX = "LORADOCK_"
 SECONDS = (

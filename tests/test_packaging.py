@@ -82,7 +82,7 @@ def test_help_loads_neither_torch_nor_vllm():
 def _is_light(arguments: list[str]) -> None:
     code = (
         f"import sys; sys.argv = ['loradock', *{arguments!r}]\n"
-        "from serve.cli import main\n"
+        "from serve.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'vllm', 'transformers'} & set(sys.modules); assert not heavy, heavy\n"

@@ -12,8 +12,8 @@ import yaml
 from dockerfile_parse import DockerfileParser
 from jsonschema import Draft7Validator
 
-from serve.monitoring.render import ALERT_KEY, SCRAPE_KEY, Places, render
-from serve.slo import DEFAULT_SLOS
+from serve.telemetry.rendered.render import ALERT_KEY, SCRAPE_KEY, Places, render
+from serve.telemetry.slo import DEFAULT_SLOS
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker/compose.yaml"

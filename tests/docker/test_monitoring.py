@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.server import alive, descendants, eventually, free_port
+from tests.support.server import alive, descendants, eventually, free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docker/monitoring.sh"

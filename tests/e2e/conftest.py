@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import KEYS, MAX_UPLOAD, SMALL, WATCHED, Server, eventually, tail
-from tests.lora import WORDS, trained, variant
-from tests.serve.hub import Hub, running
+from tests.support.hub import Hub, running
+from tests.support.lora import WORDS, trained, variant
+from tests.support.server import KEYS, MAX_UPLOAD, SMALL, WATCHED, Server, eventually, tail
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.e2e.server import BASE, MAX_UPLOAD, Answer, Server, done, eventually, refused
-from tests.lora import CONFIG, WEIGHTS, variant
+from tests.support.lora import CONFIG, WEIGHTS, variant
+from tests.support.server import BASE, MAX_UPLOAD, Answer, Server, done, eventually, refused
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e import crowd as faults
-from tests.e2e.crowd import Crowd, descriptors, row, stock, word
-from tests.e2e.server import SMALL, Server, done, eventually, tail
-from tests.lora import WORDS, variant
+from tests.support import crowd as faults
+from tests.support.crowd import Crowd, descriptors, row, stock, word
+from tests.support.lora import WORDS, variant
+from tests.support.server import SMALL, Server, done, eventually, tail
 
 SECONDS = int(os.environ.get("LORADOCK_TEST_CHAOS_SECONDS", "0"))
 pytestmark = [

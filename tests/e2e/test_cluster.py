@@ -15,11 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.bench.swap import Plan, prove
-from serve.bench.wire import Address
-from tests.e2e.crowd import STREAMS, Crowd, stock, word
-from tests.e2e.server import SMALL, Server, descendants, done, eventually
-from tests.serve import postgres
+from serve.client.bench.swap import Plan, prove
+from serve.client.bench.wire import Address
+from tests.support import postgres
+from tests.support.crowd import STREAMS, Crowd, stock, word
+from tests.support.server import SMALL, Server, descendants, done, eventually
 
 pytestmark = [
     pytest.mark.engine,

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from serve import __version__
-from tests.e2e.server import BASE, done
+from tests.support.server import BASE, done
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.crowd import ADAPTERS, STREAMS, Crowd, descriptors, engines, p99, row, stock, word
-from tests.e2e.server import BASE, SMALL, Server, alive, done, eventually
+from tests.support.crowd import ADAPTERS, STREAMS, Crowd, descriptors, engines, p99, row, stock, word
+from tests.support.server import BASE, SMALL, Server, alive, done, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 
-from tests.e2e.server import ADMIN, BASE, KEY, bearer, done, refused
+from tests.support.server import ADMIN, BASE, KEY, bearer, done, refused
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests.e2e.server import ADMIN, Answer, Server, done, eventually
-from tests.lora import STORY
+from tests.support.lora import STORY
+from tests.support.server import ADMIN, Answer, Server, done, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -6,8 +6,8 @@ from statistics import median
 
 import pytest
 
-from tests.e2e.server import BASE, Server, done
-from tests.equality import TOLERANCE, compare, prompts
+from tests.campaigns.equality import TOLERANCE, compare, prompts
+from tests.support.server import BASE, Server, done
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -21,8 +21,8 @@ def peft_models(adapters, tmp_path_factory):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from serve.embedded import ensure
-    from tests.lora import variant
+    from serve.models.embedded import ensure
+    from tests.support.lora import variant
 
     base = AutoModelForCausalLM.from_pretrained(ensure(BASE), dtype=torch.float32)
     faint = variant(adapters["bravo"], tmp_path_factory.mktemp("faint"), scale=0.05)

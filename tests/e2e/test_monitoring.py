@@ -17,11 +17,11 @@ import httpx
 import pytest
 import yaml
 
-from serve.monitoring.dashboards import dashboards
-from serve.monitoring.panels import MAY_BE_ZERO
-from serve.monitoring.render import ALERT_KEY, SCRAPE_KEY, Places, write
-from serve.slo import DEFAULT_SLOS
-from tests.e2e.server import ADMIN, Server, eventually, free_port, tail
+from serve.telemetry.rendered.dashboards import dashboards
+from serve.telemetry.rendered.panels import MAY_BE_ZERO
+from serve.telemetry.rendered.render import ALERT_KEY, SCRAPE_KEY, Places, write
+from serve.telemetry.slo import DEFAULT_SLOS
+from tests.support.server import ADMIN, Server, eventually, free_port, tail
 
 PROGRAMS = ("prometheus", "prometheus-alertmanager")
 METRIC = re.compile(r"(?:loradock_|vllm:|adapter_slo:)[\w:]+|\bup\b|\bALERTS\b")

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.server import BASE, Answer, Server, refused
+from tests.support.server import BASE, Answer, Server, refused
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import SMALL, Server, loradock
+from tests.support.server import SMALL, Server, loradock
 
 pytestmark = pytest.mark.engine
 

@@ -17,7 +17,7 @@ import pytest
 
 from optimize.recipe import parse
 from serve.config import load
-from tests.e2e.server import ADMIN, ROOT, START_SECONDS, environment, free_port, loradock, tail
+from tests.support.server import ADMIN, ROOT, START_SECONDS, environment, free_port, loradock, tail
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python|yaml)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 
-from tests.e2e.server import SMALL, Answer, Server, alive, done, eventually
+from tests.support.server import SMALL, Answer, Server, alive, done, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 

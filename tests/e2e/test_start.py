@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import loradock
+from tests.support.server import loradock
 
 pytestmark = pytest.mark.timeout(120)
 

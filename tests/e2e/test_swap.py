@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import BASE, Answer, Server, done, eventually
-from tests.lora import STORY, variant
+from tests.support.lora import STORY, variant
+from tests.support.server import BASE, Answer, Server, done, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.server import ADMIN, BASE, KEYS, SMALL, Server, descendants, done, loradock
-from tests.lora import CONFIG, WEIGHTS, write_tensors
+from tests.support.lora import CONFIG, WEIGHTS, write_tensors
+from tests.support.server import ADMIN, BASE, KEYS, SMALL, Server, descendants, done, loradock
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3000)]
 

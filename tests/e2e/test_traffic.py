@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import Server, done, eventually, refused
-from tests.lora import variant
+from tests.support.lora import variant
+from tests.support.server import Server, done, eventually, refused
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from tests.e2e.server import KEYS, SMALL, WATCHED, Server, done, eventually
-from tests.lora import WEIGHTS, read_tensors, variant
+from tests.support.lora import WEIGHTS, read_tensors, variant
+from tests.support.server import KEYS, SMALL, WATCHED, Server, done, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -198,10 +198,12 @@ def test_a_healthy_version_stays(server, adapters, name, tmp_path):
 
 
 def test_a_version_that_is_a_quarter_slower_is_sent_away(adapters, tmp_path):
-    """Its tokens are held back at the engine's edge (tests.slowed): in a shared batch every step is everybody's."""
+    """Its tokens are held back at the engine's edge (tests.support.slowed): in a batch every step is everybody's."""
     slow = tmp_path / "slow"
     environ = {"SLOWED": str(slow), **KEYS}
-    with Server(tmp_path / "data", tmp_path / "log", *WATCHED, *SMALL, module="tests.slowed", **environ) as server:
+    with Server(
+        tmp_path / "data", tmp_path / "log", *WATCHED, *SMALL, module="tests.support.slowed", **environ
+    ) as server:
         name = "tone"
         done(server.upload(name, adapters["alpha"]))
         weaker = variant(adapters["alpha"], tmp_path / "weaker", scale=0.99)

@@ -193,8 +193,8 @@ def job(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[..., Any
     """The job of a step over the pico model."""
     import msgspec
 
+    from optimize.job import Job
     from optimize.recipe import STEPS, Evaluate, Text
-    from optimize.worker import Job
 
     def make(
         kind: str, model: Path = base, adapters: dict[str, Path] | None = None, out: str = "out", **options: Any

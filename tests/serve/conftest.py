@@ -19,10 +19,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.app import build_app
+from serve.api.app import build_app
+from serve.asgi.exchange import Generation, watching
 from serve.config import Config, keys_hashed, load
 from serve.errors import AdapterRejected, ConfigError, Conflict
-from serve.tap import Generation, watching
 
 HIDDEN, LAYERS = 16, 2
 

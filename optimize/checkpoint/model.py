@@ -1,0 +1,207 @@
+"""A checkpoint as a torch model that computes what the engine computes.
+
+`opened` maps the weights from their files instead of reading them, so that a model larger than memory runs, slowly. A
+layer that was quantized gets its weights back as the numbers that the engine multiplies with, and where the engine
+rounds activations to 8 bits, so does it: per token, symmetric, as in vLLM's kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimize.checkpoint import formats, kv_cache
+from optimize.checkpoint.checkpoint import Checkpoint, Schemes
+from optimize.errors import OptimizeError, Refused
+
+
+def settle(seed: int) -> None:
+    """The same arithmetic each time: a fixed seed, kernels that are deterministic, as many threads as cores."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+
+
+def tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it, float32 elsewhere."""
+    with open("/proc/cpuinfo") as file:
+        flags = next((line for line in file if line.startswith("flags")), "")
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model's modules without weights; only its computed buffers are real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model
+
+
+def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True) -> nn.Module:
+    """The model in `folder`, ready to ask; with `rounds` it rounds what the engine rounds beside the weights."""
+    checkpoint = Checkpoint(folder)
+    dtype = dtype or compute_dtype()
+    model = skeleton(folder, dtype)
+    scheme = Schemes(checkpoint.quantization)
+    weights = {name: tensor.to(dtype) for name, tensor in formats.dense(checkpoint)}
+    _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left or unexpected:
+        raise Refused(
+            f"{folder} does not fit its config.json: {(left or unexpected)[0]} is {'missing' if left else 'extra'}"
+        )
+    for name, module in model.named_modules():
+        if rounds and isinstance(module, nn.Linear) and scheme.rounds_activations(name):
+            module.register_forward_pre_hook(rounding(scheme.of(name) or {}, _global_scale(checkpoint, name)))
+    if rounds and scheme.kv_cache is not None:
+        kv_cache.rounded(
+            model,
+            {name: float(checkpoint.tensor(name)) for name in checkpoint.entries if name.endswith(kv_cache.SCALES)},
+        )
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def round_activations(x: torch.Tensor, float8: bool = False) -> torch.Tensor:
+    """Per token, symmetric: what the engine's dynamic activation quantization does to a layer's input."""
+    wide = x.float()
+    limit = 448.0 if float8 else 127.0
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-8) / limit
+    steps = wide / scale
+    near = steps.to(torch.float8_e4m3fn).float() if float8 else steps.round().clamp(-128, 127)
+    return (near * scale).to(x.dtype)
+
+
+def rounding(group: dict[str, Any], global_scale: torch.Tensor | None = None) -> Any:
+    """A hook that rounds a layer's input as the config group says that the engine does."""
+    args = group["input_activations"]
+    if args["strategy"] == "token":
+        float8 = args["type"] == "float"
+        return lambda _, inputs: (round_activations(inputs[0], float8), *inputs[1:])
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    made = QuantizationArgs.model_validate(args)
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = inputs[0].float()
+        scale, zero = compute_dynamic_scales_and_zp(x, made, module, global_scale=global_scale)
+        return (fake_quantize(x, scale, zero, made, global_scale=global_scale).to(inputs[0].dtype), *inputs[1:])
+
+    return hook
+
+
+def _global_scale(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
+    found = f"{name}.input_global_scale"
+    return checkpoint.tensor(found) if found in checkpoint.entries else None
+
+
+@contextmanager
+def adapted(model: nn.Module, folder: Path) -> Iterator[nn.Module]:
+    """`model` with the adapter in `folder`, through PEFT; without it again afterwards."""
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise OptimizeError(
+            f"PEFT does not load the adapter in {folder}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    try:
+        yield wrapped.eval()
+    finally:
+        wrapped.unload()
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers: the longest list of modules in it."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise Refused("the model has no list of layers; only decoder models are taken")
+    return max(lists, key=len)
+
+
+def prefix(model: nn.Module) -> str:
+    """The name of the list of layers, such as `model.layers`."""
+    found = layers(model)
+    return next(name for name, module in model.named_modules() if module is found)
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """Hidden states (rows, tokens, hidden), a batch each, and what else a layer is called with."""
+
+    states: list[torch.Tensor]
+    others: list[dict[str, Any]]
+
+
+def entered(model: nn.Module, ids: torch.Tensor, batch: int) -> Entered:
+    """What the model's first layer is called with for `ids` (rows, tokens), `batch` rows at a time."""
+    states: list[torch.Tensor] = []
+    others: list[dict[str, Any]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs.pop("hidden_states"))
+        others.append(
+            {name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value")}
+        )
+        raise _Stop
+
+    handle = layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for rows in ids.split(batch):
+            try:
+                with torch.no_grad():
+                    model(input_ids=rows, use_cache=False)
+            except _Stop:
+                pass
+    finally:
+        handle.remove()
+    return Entered(states, others)
+
+
+def through(some: Sequence[nn.Module], begin: Entered) -> Entered:
+    """The hidden states after `some` layers, one after another."""
+    made = []
+    for state, more in zip(begin.states, begin.others, strict=True):
+        for layer in some:
+            out = layer(state, **more)
+            state = out[0] if isinstance(out, tuple) else out
+        made.append(state)
+    return Entered(made, begin.others)
+
+
+class _Stop(Exception):
+    """The model has said what the first layer gets."""
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, vocabulary) in float32."""
+    made: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return made.float()

@@ -1,0 +1,181 @@
+"""The result in the engine that it is meant for: it loads, it answers, and how fast; the original beside it, run the
+same way, as `loradock serve` runs a model: adapters possible, and on a CPU in one process, bound to its cores.
+
+Each model has a process of its own. Both are loaded and warm before anything is timed, and then take turns, original,
+result, result, original, so that whatever else the machine does falls on both; the ratio is the median over the pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from optimize.errors import OptimizeError
+from optimize.job import Job, Progress
+
+NEW_TOKENS = 64
+ROUNDS = 25
+STREAMS = (1, 16)
+CALM = 0.05  # seconds until the threads of the engine that had its turn no longer spin
+LENGTH = 1024
+IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    prompts = list(job.evaluate.prompts)
+    total = 2 + ROUNDS * len(STREAMS)
+    progress(0, total, "the original in vLLM")
+    with Engine("original", job.reference, {}, job.target) as original:
+        old = original.ask({"answer": prompts})
+        progress(1, total, "the result in vLLM")
+        with Engine("result", job.model, job.adapters, job.target) as result:
+            new = result.ask({"answer": prompts})
+            for prompt in prompts:
+                if old["answers"][prompt].strip() and not new["answers"][prompt].strip():
+                    raise OptimizeError(
+                        f"the result answers {prompt!r} with nothing in vLLM, the original with something"
+                    )
+            scores: dict[str, Any] = {"engine": {"original": old, "result": new}}
+            if job.adapters:
+                scores["engine"]["adapters"] = {"answers": new.pop("adapters")}
+            for done, streams in enumerate(STREAMS):
+                speeds = _raced(
+                    original, result, streams, partial(progress, total=total, what="tokens/s"), 2 + done * ROUNDS
+                )
+                ratios = [after / before for before, after in speeds]
+                for engine, found in zip((old, new), zip(*speeds, strict=True), strict=True):
+                    engine.setdefault("tokens_per_second", {})[str(streams)] = round(median(found), 2)
+                    engine.setdefault("spread", {})[str(streams)] = [round(min(found), 2), round(max(found), 2)]
+                scores[f"speed_{streams}"] = round(median(ratios), 3)
+                scores[f"speed_{streams}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    return {"scores": scores}
+
+
+def _raced(
+    original: Engine, result: Engine, streams: int, progress: Callable[[float], None], begun: int
+) -> list[tuple[float, float]]:
+    """Tokens a second of both, ROUNDS times, in turns; the first round warms up and is not told."""
+    found = []
+    for round_ in range(ROUNDS + 1):
+        pair = {}
+        for engine in (original, result) if round_ % 2 else (result, original):
+            time.sleep(CALM)
+            pair[engine.name] = engine.ask({"streams": streams, "round": round_})["tokens_per_second"]
+        if round_:
+            found.append((pair["original"], pair["result"]))
+        progress(begun + round_)
+    return found
+
+
+class Engine:
+    """One model in vLLM, in a process that answers a line with a line."""
+
+    def __init__(self, name: str, folder: str, adapters: dict[str, str], target: str) -> None:
+        self.name = name
+        environ = {
+            **os.environ, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }  # fmt: skip
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "optimize.evaluation.engine", folder, json.dumps(adapters), target],
+            env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
+        )  # fmt: skip
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            if stream is not None:
+                stream.close()
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        self._process.wait()
+        self._said.seek(0)
+        said = self._said.read()
+        print(said, file=sys.stderr)
+        told = [line for line in said.splitlines() if "Error" in line][-1:] or said.splitlines()[-1:]
+        raise OptimizeError(f"the {self.name} does not run in vLLM: {''.join(told)[:400]}")
+
+
+def main() -> None:
+    """In the process of one engine: questions on stdin, answers on stdout."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    folder, adapters, target = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    start = time.monotonic()
+    llm = LLM(
+        folder,
+        max_model_len=LENGTH,
+        max_num_seqs=max(STREAMS),
+        max_num_batched_tokens=LENGTH,
+        seed=0,
+        disable_log_stats=True,
+        enable_lora=True,
+        max_loras=max(1, len(adapters)),
+        max_lora_rank=_rank(adapters),
+        distributed_executor_backend=IN_PROCESS if target == "cpu" else None,
+    )
+    loaded = round(time.monotonic() - start, 1)
+    greedy = SamplingParams(temperature=0, max_tokens=32)
+    exactly = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True)
+    chat = llm.get_tokenizer().chat_template is not None
+
+    def answer(prompt: str, adapter: Any = None) -> str:
+        message: Any = [{"role": "user", "content": prompt}]
+        ask = llm.chat if chat else llm.generate
+        text: str = ask(message if chat else [prompt], greedy, use_tqdm=False, lora_request=adapter)[0].outputs[0].text
+        return text
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "answer" in asked:
+            told: dict[str, Any] = {"load_seconds": loaded}
+            told["answers"] = {prompt: answer(prompt) for prompt in asked["answer"]}
+            if adapters:
+                told["adapters"] = {
+                    name: {prompt: answer(prompt, LoRARequest(name, number, where)) for prompt in asked["answer"]}
+                    for number, (name, where) in enumerate(sorted(adapters.items()), 1)
+                }
+        else:
+            number, streams = asked["round"], asked["streams"]
+            batch = [f"{number} {at}. Write a story about a river and a town." for at in range(streams)]
+            begun = time.monotonic()
+            llm.generate(batch, exactly, use_tqdm=False)
+            told = {"tokens_per_second": streams * NEW_TOKENS / (time.monotonic() - begun)}
+        print(json.dumps(told), flush=True)
+
+
+def _rank(adapters: dict[str, str]) -> int:
+    """The smallest rank that vLLM allows and that holds every adapter."""
+    ranks = [json.loads((Path(folder) / "adapter_config.json").read_text())["r"] for folder in adapters.values()]
+    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max([8, *ranks]))
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,181 @@
+"""What the result is worth: on the same held-out tokens, against the model that it came from.
+
+Perplexity of both, the mean KL divergence and the share of tokens with the same likeliest successor, what each
+adapter still does on the new base, and some answers side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cosine_similarity, log_softmax
+
+from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.checkpoint.model import adapted, logits, opened, settle, tokenizer
+from optimize.data import text
+from optimize.errors import OptimizeError
+from optimize.job import Job, Progress
+from optimize.steps.prune.vocabulary import mapping
+
+ANSWER = 32  # tokens
+ADAPTED = 8  # windows that adapters are measured on
+Ask = Callable[[torch.Tensor], torch.Tensor]
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    settle(job.seed)
+    reference = Path(job.reference)
+    words = tokenizer(reference)
+    part = job.evaluate
+    ids = torch.tensor(text.windows(words, text.documents(part, True), part.samples, part.tokens, job.seed))
+    old = opened(reference)
+    scores: dict[str, Any] = {}
+    samples: list[dict[str, Any]] = []
+    if job.options["format"] == "onnx":
+        from optimize.export.onnx import Session
+
+        new: Any = None
+        session = Session(Path(job.model))
+        ask: Ask = session.logits
+    else:
+        new = opened(Path(job.model))
+        ask = partial(logits, new)
+    living = sorted(job.adapters)
+    total = len(ids) + 2 * len(living) * min(ADAPTED, len(ids))
+    new_words = tokenizer(Path(job.model))
+    kept = mapping(words, new_words)
+    rows = list(ids.split(1))
+    if kept is not None:
+        rows = [torch.tensor([new_words(words.decode(row[0]), add_special_tokens=False).input_ids]) for row in rows]
+    asked = _seen(partial(logits, old), kept)
+    scores |= compared(asked, ask, rows, lambda done: progress(done, total, "held-out text"))
+    if kept is not None:
+        scores |= _in_old_tokens(partial(logits, old), list(ids.split(1)), rows, scores["perplexity"])
+    effects = {}
+    done = len(ids)
+    for name in living:
+        places = Path(job.originals[name]), Path(job.adapters[name])
+        effects[name] = _effect(old, new, *places, rows[:ADAPTED], kept)
+        done += 2 * min(ADAPTED, len(ids))
+        progress(done, total, f"adapter {name}")
+    if effects:
+        scores["adapters"] = effects
+        scores["worst_adapter_kl"] = max(effect["kl"] for effect in effects.values())
+        scores["worst_adapter_effect"] = min(effect["cosine"] for effect in effects.values())
+    for prompt in part.prompts:
+        line = {"prompt": prompt, "original": _answer(partial(logits, old), words, prompt)}
+        line["result"] = _answer(ask, new_words, prompt)
+        for name in living:
+            with adapted(new, Path(job.adapters[name])) as both:
+                line[name] = _answer(partial(logits, both), new_words, prompt)
+        samples.append(line)
+    if job.options["format"] != "onnx":
+        before, after = Checkpoint(reference), Checkpoint(Path(job.model))
+        scores["bytes_original"], scores["bytes"] = before.bytes, after.bytes
+    else:
+        scores["bytes_original"] = Checkpoint(reference).bytes
+        scores["bytes"] = sum(file.stat().st_size for file in Path(job.model).glob("model.onnx*"))
+    scores["size_ratio"] = round(scores["bytes"] / scores["bytes_original"], 4)
+    scores["samples"] = samples
+    return {"scores": scores}
+
+
+def compared(old: Ask, new: Ask, rows: list[torch.Tensor], progress: Callable[[int], None]) -> dict[str, Any]:
+    """Scores of `new` against `old` over windows of tokens, (1, tokens) each, one window at a time."""
+    loss_old = loss_new = divergence = same = 0.0
+    for done, row in enumerate(rows):
+        right = row[0, 1:, None]
+        before = log_softmax(old(row)[0, :-1], -1)
+        after = log_softmax(new(row)[0, :-1], -1)
+        loss_old -= float(before.gather(-1, right).mean())
+        loss_new -= float(after.gather(-1, right).mean())
+        divergence += float((before.exp() * (before - after)).sum(-1).mean())
+        same += float((before.argmax(-1) == after.argmax(-1)).float().mean())
+        progress(done + 1)
+    count = len(rows)
+    if not math.isfinite(loss_new):
+        raise OptimizeError("the result answers with NaN or infinity on the held-out text: it is broken")
+    return {
+        "perplexity_original": round(math.exp(loss_old / count), 4),
+        "perplexity": round(math.exp(loss_new / count), 4),
+        "perplexity_increase": round(math.expm1((loss_new - loss_old) / count), 5),
+        "kl": round(divergence / count, 5),
+        "top1": round(same / count, 5),
+    }
+
+
+def _seen(ask: Ask, kept: torch.Tensor | None) -> Ask:
+    """`ask` in the tokens of a trimmed vocabulary: the same pieces go in, and the others' answers are left out."""
+    if kept is None:
+        return ask
+    return lambda row: ask(kept[row])[..., kept]
+
+
+def _in_old_tokens(
+    old: Ask, before: list[torch.Tensor], after: list[torch.Tensor], perplexity: float
+) -> dict[str, Any]:
+    """Perplexity of the same text per token of the original vocabulary: a smaller one needs more tokens for it.
+
+    KL and top-1 stay as they are, on the same pieces and the tokens that both have.
+    """
+    loss = 0.0
+    for row in before:
+        loss -= float(log_softmax(old(row)[0, :-1], -1).gather(-1, row[0, 1:, None]).mean())
+    original = loss / len(before)
+    ratio = sum(row.shape[1] for row in after) / sum(row.shape[1] for row in before)
+    now = math.log(perplexity) * ratio
+    return {
+        "perplexity_original": round(math.exp(original), 4),
+        "perplexity": round(math.exp(now), 4),
+        "perplexity_increase": round(math.expm1(now - original), 5),
+        "tokens_ratio": round(ratio, 4),
+    }
+
+
+def _effect(
+    old: Any, new: Any, original: Path, rewritten: Path, rows: list[torch.Tensor], kept: torch.Tensor | None
+) -> dict[str, float]:
+    """What the adapter does to the new base, as it is now, against what it did to the old one."""
+    divergence = moved = cosine = same = 0.0
+    with adapted(old, original) as before, adapted(new, rewritten) as after:
+        ask = _seen(partial(logits, before), kept)
+        for row in rows:
+            with before.disable_adapter(), after.disable_adapter():
+                a, c = ask(row)[0], logits(after, row)[0]
+            b, d = ask(row)[0], logits(after, row)[0]
+            la, lb, ld = log_softmax(a, -1), log_softmax(b, -1), log_softmax(d, -1)
+            divergence += float((lb.exp() * (lb - ld)).sum(-1).mean())
+            moved += float((la.exp() * (la - lb)).sum(-1).mean())
+            same += float((b.argmax(-1) == d.argmax(-1)).float().mean())
+            cosine += float(cosine_similarity((b - a).flatten(), (d - c).flatten(), dim=0))
+    count = len(rows)
+    return {
+        "kl": round(divergence / count, 5),
+        "kl_to_base": round(moved / count, 5),
+        "top1": round(same / count, 5),
+        "cosine": round(cosine / count, 5),
+    }
+
+
+def _answer(ask: Ask, words: Any, prompt: str) -> str:
+    """A greedy answer, in the chat template where there is one."""
+    if words.chat_template:
+        told = words.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    else:
+        told = prompt
+    ids = words(told, add_special_tokens=False, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    for _ in range(ANSWER):
+        token = ask(ids)[0, -1].argmax()
+        if int(token) == words.eos_token_id:
+            break
+        ids = torch.cat([ids, token.view(1, 1)], 1)
+    answer: str = words.decode(ids[0, start:], skip_special_tokens=True)
+    return answer.strip()

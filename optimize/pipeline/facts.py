@@ -1,0 +1,42 @@
+"""What a run knows in the end: each step that is done, the scores and the verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimize.pipeline.gate import Verdict
+from optimize.pipeline.plan import Plan
+from optimize.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that is done: where it left its files, and what it has to say."""
+
+    kind: str
+    options: dict[str, Any]
+    folder: Path
+    notes: dict[str, Any]
+    seconds: float
+    redone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that the manifest and the report tell."""
+
+    recipe: Recipe
+    plan: Plan
+    done: list[Done]
+    scores: dict[str, Any]
+    verdicts: list[Verdict]
+
+    @property
+    def passed(self) -> bool:
+        return all(verdict.holds for verdict in self.verdicts)
+
+    @property
+    def name(self) -> str:
+        return Path(self.recipe.output).name or "export"

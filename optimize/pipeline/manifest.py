@@ -1,0 +1,132 @@
+"""What was done, from what, and what came of it: `manifest.json`, which `loradock serve` shows.
+
+The manifest says nothing that another run of the same recipe would say otherwise: no times, no speeds, no places.
+Those are in report/measurements.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from optimize.checkpoint import artifact
+from optimize.pipeline.facts import Facts
+from optimize.pipeline.gate import TIMED
+from optimize.recipe import plain
+
+NAME = "manifest.json"
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "compressed-tensors",
+    "safetensors",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "lm-eval",
+)
+TIMED_SCORES = ("engine", "speed_1", "speed_16", "speed_1_spread", "speed_16_spread")
+
+
+def write(folder: Path, facts: Facts) -> None:
+    """manifest.json and a model card in `folder`, over what lies there by now."""
+    files = {name: digest for name, digest in artifact.contents(folder).items() if not name.startswith("report/")}
+    parent = Path(facts.plan.model).name
+    recipe = {name: value for name, value in plain(facts.recipe).items() if name not in ("output", "adapters", "steps")}
+    recipe["model"] = parent
+    recipe["adapters"] = sorted(facts.recipe.adapters)
+    recipe["evaluate"]["tasks"] = [Path(name).name for name in recipe["evaluate"]["tasks"]]
+    for section in ("calibration", "evaluate"):
+        said = recipe[section]["text"]
+        recipe[section]["text"] = said if said.startswith("hf:") else Path(said).name
+    body = {
+        "manifest_version": 1,
+        "key": facts.plan.key,
+        "parent": {"name": parent, "files": facts.plan.inputs["model"]},
+        "adapters": facts.plan.inputs["adapters"],
+        "texts": facts.plan.texts,
+        "recipe": recipe,
+        "steps": [
+            {"step": done.kind, "options": done.options, "notes": _lasting(done.notes)}
+            for done in facts.done
+            if done.kind not in ("evaluate", "engine", "tasks")
+        ],
+        "versions": versions(),
+        "scores": {name: value for name, value in facts.scores.items() if name not in TIMED_SCORES},
+        "gate": {
+            "passed": facts.passed,
+            "bounds": [
+                {**verdict.plain(), "measured": None if verdict.bound in TIMED else verdict.measured}
+                for verdict in facts.verdicts
+            ],
+        },
+        "files": files,
+    }
+    (folder / "README.md").write_text(_card(facts, parent))
+    body["files"]["README.md"] = artifact.digest(folder / "README.md")
+    (folder / NAME).write_text(json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def of(folder: Path) -> dict[str, Any]:
+    """The manifest of an export, or nothing."""
+    try:
+        read: dict[str, Any] = json.loads((folder / NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return read
+
+
+def schema() -> dict[str, Any]:
+    """The manifest's JSON schema."""
+    read: dict[str, Any] = json.loads((resources.files("optimize") / "manifest.schema.json").read_text())
+    return read
+
+
+@cache
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def _lasting(notes: dict[str, Any]) -> dict[str, Any]:
+    """A step's notes without what differs from run to run."""
+    return {
+        name: value
+        for name, value in notes.items()
+        if name not in ("seconds", "cpu_seconds", "memory", "scores", "losses")
+    }
+
+
+def _card(facts: Facts, parent: str) -> str:
+    library = {"vllm": "transformers", "adapter": "peft"}.get(facts.recipe.export.format, "onnx")
+    said = ["---", f"base_model: {parent}", f"library_name: {library}", "tags: [loradock]", "---", ""]
+    said += [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
+    said += ["", "| | original | this |", "|---|---|---|"]
+    scores = facts.scores
+    if "perplexity" in scores:
+        said.append(f"| perplexity, held-out text | {scores['perplexity_original']:.2f} | {scores['perplexity']:.2f} |")
+        said.append(f"| same likeliest token | | {scores['top1']:.1%} |")
+        said.append(f"| weights, MB | {scores['bytes_original'] / 1e6:.0f} | {scores['bytes'] / 1e6:.0f} |")
+    said += [
+        "",
+        "Gate: " + ("passed." if facts.passed else "**not passed**."),
+        "",
+        "Everything else is in manifest.json.",
+    ]
+    return "\n".join(said) + "\n"
+
+
+def _steps(facts: Facts) -> str:
+    shown = [done.kind for done in facts.done if done.kind not in ("evaluate", "engine", "tasks")]
+    return ", ".join(shown) or "no step"

@@ -1,0 +1,385 @@
+"""A recipe carried out, step after step, so that it can be killed at any moment and go on.
+
+Each step runs in a child process with a memory bound and fills a folder aside; when it is done the folder is renamed
+to a name that holds the digest of everything that the step depends on. `--resume` finds it under that name. The
+output directory appears by one rename at the very end.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from optimize.checkpoint import artifact
+from optimize.data import text
+from optimize.errors import GateFailed, OptimizeError, OutOfMemory, Refused
+from optimize.job import Job
+from optimize.pipeline import manifest, report
+from optimize.pipeline.facts import Done, Facts
+from optimize.pipeline.gate import judged
+from optimize.pipeline.plan import Plan
+from optimize.pipeline.worker import TASKS, sentence
+from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
+
+NOTES = "notes.json"
+ROOT = Path(__file__).resolve().parents[2]
+COMPARING = ("evaluate", "engine", "heal", "onnx", "genai", "tasks")  # steps that look at the reference
+Tell = Callable[[str, float, float, str], None]  # step, done, total, what
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The model and the adapters between two steps; `reference` is what quality is measured against, and `originals`
+    are the adapters that fit it."""
+
+    model: Path
+    base: Path
+    reference: Path
+    adapters: dict[str, Path]
+    originals: dict[str, Path]
+    merged: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of a recipe. `tell` hears how far each step is; `served` are the variables of a served engine."""
+
+    recipe: Recipe
+    plan: Plan
+    out: Path
+    memory: int
+    tell: Tell
+    resume: bool = False
+    keep_rejected: bool = False
+    served: dict[str, str] = field(default_factory=dict)
+    done: list[Done] = field(default_factory=list)
+
+    @property
+    def work(self) -> Path:
+        return self.out.with_name(self.out.name + ".work")
+
+    def __call__(self) -> Path:
+        """The output directory; GateFailed when the result is not good enough."""
+        if self.out.exists():
+            if self.resume and manifest.of(self.out).get("key") == self.plan.key:
+                shutil.rmtree(self.work, ignore_errors=True)
+                return self.out
+            raise Refused(f"{self.out} exists already; remove it, or name another place with --out")
+        with self._working():
+            given = dict(self.plan.adapters)
+            state = State(self.plan.model, self.plan.model, self.plan.model, given, given)
+            for step in self.recipe.steps:
+                state = self._step(step, state)
+            return self._finish(state)
+
+    def _step(self, step: Any, state: State) -> State:
+        # What was merged is in the model by now, and no step has to look after it any more.
+        wanted = set(step.adapters) if isinstance(step, Merge | Combine) else set()
+        living = {name: path for name, path in state.adapters.items() if name not in state.merged or name in wanted}
+        uses_text = isinstance(step, Heal | Quantize) or _prunes(step)
+        done = self._do(KIND[type(step)], plain(step), replace(state, adapters=living), uses_text)
+        made = done.folder / "model"
+        model = made if made.is_dir() else state.model
+        adapters, originals, merged = dict(state.adapters), dict(state.originals), state.merged
+        for folder in sorted((done.folder / "adapters").glob("*")):
+            adapters[folder.name] = folder
+            originals.setdefault(folder.name, folder)
+        if isinstance(step, Merge):
+            merged = merged | set(step.adapters)
+        if isinstance(step, Combine):
+            merged = merged | set(step.adapters)
+        if isinstance(step, Merge):
+            return State(model, state.base, model, adapters, dict(adapters), merged)
+        return State(model, state.base, state.reference, adapters, originals, merged)
+
+    def _finish(self, state: State) -> Path:
+        """Export, measure, judge, and let the directory appear."""
+        # Adapters that were merged or combined are in the model by now; the others have to work on it.
+        living = {name: path for name, path in state.adapters.items() if name not in state.merged}
+        state = replace(state, adapters=living)
+        form = self.recipe.export.format
+        if form in ("onnx", "genai"):
+            exported = self._do(form, plain(self.recipe.export), state, uses_text=False)
+            state = replace(state, model=exported.folder / "model", adapters={})
+        scores: dict[str, Any] = {}
+        for done in self.done:
+            scores |= done.notes.get("scores", {})
+        scores |= self._do("evaluate", {"format": "onnx" if form == "genai" else form}, state, uses_text=True).notes[
+            "scores"
+        ]
+        if self.recipe.evaluate.tasks:
+            asked = {"tasks": list(self.recipe.evaluate.tasks), "task_limit": self.recipe.evaluate.task_limit}
+            scores |= self._do("tasks", asked, state, uses_text=False).notes["scores"]
+        if form == "vllm" and self.recipe.evaluate.engine:
+            scores |= self._do("engine", {}, state, uses_text=True).notes["scores"]
+        verdicts = judged(self.recipe.gate, scores, adapted=bool(living))
+        passed = all(verdict.holds for verdict in verdicts)
+        facts = Facts(self.recipe, self.plan, self.done, scores, verdicts)
+        aside = self.work / "export.part"
+        shutil.rmtree(aside, ignore_errors=True)
+        if form == "adapter":
+            combined = [step.name for step in self.recipe.steps if isinstance(step, Combine)][-1]
+            shutil.copytree(state.adapters[combined], aside)
+        else:
+            shutil.copytree(state.model, aside)
+            self._copy_new_adapters(state, aside)
+        report.write(aside / "report", facts)
+        manifest.write(aside, facts)
+        if not passed and not self.keep_rejected:
+            shown = self.out.with_name(self.out.name + ".report")
+            artifact.publish(aside / "report", shown)
+            shutil.rmtree(aside)
+            raise GateFailed(_rejected(verdicts) + f"; nothing was exported, the report is in {shown}")
+        if not passed:
+            rejected = self.out.with_name(self.out.name + ".rejected")
+            artifact.publish(aside, rejected)
+            raise GateFailed(_rejected(verdicts) + f"; the rejected export is in {rejected}")
+        artifact.publish(aside, self.out)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return self.out
+
+    def _copy_new_adapters(self, state: State, aside: Path) -> None:
+        for name, folder in sorted(state.adapters.items()):
+            if folder != self.plan.adapters.get(name):
+                shutil.copytree(folder, aside / "adapters" / name)
+
+    def _do(self, kind: str, options: dict[str, Any], state: State, uses_text: bool) -> Done:
+        """The step's folder, from an earlier run or made now."""
+        key = artifact.key(
+            {
+                "kind": kind,
+                "options": options,
+                "model": _digest(state.model),
+                "reference": _digest(state.reference) if kind in COMPARING else "",
+                "adapters": {name: _digest(path) for name, path in state.adapters.items()},
+                "originals": {name: _digest(path) for name, path in state.originals.items() if kind == "evaluate"},
+                "text": self._text(kind) if uses_text else {},
+                "seed": self.recipe.seed,
+                "target": self.recipe.target,
+                "versions": manifest.versions(),
+                "code": _code(TASKS[kind]),
+            }
+        )
+        folder = self.work / f"{len(self.done) + 1:02d}-{kind}-{key}"
+        start = time.monotonic()
+        redone = not folder.is_dir()
+        if redone:
+            aside = folder.with_name(folder.name + ".part")
+            _keep_only_partial(aside)
+            job = Job(
+                kind=kind,
+                options=options,
+                model=str(state.model),
+                base=str(state.base),
+                reference=str(state.reference),
+                adapters={name: str(path) for name, path in state.adapters.items()},
+                originals={name: str(path) for name, path in state.originals.items()},
+                calibration=self.recipe.calibration,
+                evaluate=self.recipe.evaluate,
+                seed=self.recipe.seed,
+                target=self.recipe.target,
+                out=str(aside),
+            )
+            notes = self._in_a_child(kind, job)
+            shutil.rmtree(aside / "partial", ignore_errors=True)
+            notes["seconds"] = round(time.monotonic() - start, 1)
+            artifact.write_json(aside / NOTES, notes)
+            artifact.publish(aside, folder)
+        notes = json.loads((folder / NOTES).read_text())
+        done = Done(kind, options, folder, notes, notes["seconds"], redone)
+        self.done.append(done)
+        self.tell(kind, 1, 1, "" if redone else "done before")
+        return done
+
+    def _text(self, kind: str) -> dict[str, Any]:
+        """What a step reads of the recipe's texts and how they are used."""
+        measured = {name: value for name, value in plain(self.recipe.evaluate).items() if name != "engine"}
+        if kind in ("evaluate", "engine"):
+            return {"evaluation": self.plan.texts["evaluation"], **measured}
+        read = {"calibration": self.plan.texts["calibration"], **plain(self.recipe.calibration)}
+        return read | ({"evaluation": self.plan.texts["evaluation"]} if kind == "heal" else {})
+
+    def _in_a_child(self, kind: str, job: Job) -> dict[str, Any]:
+        """Run the job; a child that is killed, or grows above the bound, is an error that says so."""
+        file, log = self.work / "job.json", self.work / f"{kind}.log"
+        file.write_bytes(msgspec.json.encode(job))
+        read, write = os.pipe()
+        environ = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            # Everything is here by now, but for the data of lm-eval's tasks, which it fetches itself.
+            "HF_HUB_OFFLINE": "0" if kind == "tasks" else "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "PYTHONHASHSEED": "0",
+            # Threads that spin while they wait for one another take the cores from whatever else runs.
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+        }
+        if kind == "engine":
+            del environ["OMP_WAIT_POLICY"]
+            environ |= self.served
+        with log.open("w") as said:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "optimize.pipeline.worker", str(file), str(write)],
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environ, pass_fds=[write],
+                start_new_session=True,
+            )  # fmt: skip
+        os.close(write)
+        try:
+            last, peak = self._listen(kind, child, read)
+        finally:
+            os.close(read)
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        if "notes" in last:
+            return {**last["notes"], "memory": peak}
+        if "error" in last:
+            found = {"Refused": Refused, "OutOfMemory": OutOfMemory}.get(last["class"], OptimizeError)
+            raise found(f"{kind}: {last['error']}")
+        if child.returncode == -signal.SIGKILL:
+            raise OutOfMemory(
+                f"{kind}: the step was killed at {peak / 1e9:.1f} GB, most likely because the machine "
+                "ran out of memory; close other programs and go on with --resume"
+            )
+        tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        raise OptimizeError(
+            f"{kind}: the step ended with {child.returncode}: {''.join(tail)[:300]} (all of it in {log})"
+        )
+
+    def _listen(self, kind: str, child: subprocess.Popen[bytes], pipe: int) -> tuple[dict[str, Any], int]:
+        """The child's last word, and the most memory that it had."""
+        last: dict[str, Any] = {}
+        peak, held = 0, b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while True:
+                used = _resident(child.pid)
+                peak = max(peak, used)
+                if used > self.memory:
+                    raise OutOfMemory(
+                        f"{kind}: the step used {used / 1e9:.1f} GB and was stopped at the bound of "
+                        f"{self.memory / 1e9:.1f} GB; raise it with --memory and go on with --resume"
+                    )
+                if not selector.select(0.2):
+                    continue
+                got = os.read(pipe, 65536)
+                if not got:
+                    child.wait()
+                    return last, peak
+                *lines, held = (held + got).split(b"\n")
+                for line in lines:
+                    message = json.loads(line)
+                    if "done" in message:
+                        self.tell(kind, message["done"], message["total"], message["what"])
+                    else:
+                        last = message
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """The work folder, for one run at a time; what an earlier run left is kept for --resume and swept otherwise."""
+        self.work.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(
+                    f"another run is making {self.out}; wait for it, or name another place with --out"
+                ) from None
+            if not self.resume:
+                shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(exist_ok=True)
+            try:
+                yield
+            except OSError as error:
+                raise OptimizeError(sentence(error)) from error
+            finally:
+                lock.unlink(missing_ok=True)
+
+
+def _keep_only_partial(aside: Path) -> None:
+    """An empty folder for a step, but for what the step itself kept to go on from."""
+    aside.mkdir(exist_ok=True)
+    for path in aside.iterdir():
+        if path.is_dir() and path.name != "partial":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+
+
+def texts(recipe: Recipe) -> dict[str, str]:
+    """Digests of the calibration and evaluation text, which must not overlap."""
+    calibration, evaluation = text.documents(recipe.calibration, False), text.documents(recipe.evaluate, True)
+    if _calibrates(recipe):
+        text.apart(calibration, evaluation)
+    return {"calibration": text.digest(calibration), "evaluation": text.digest(evaluation)}
+
+
+def _calibrates(recipe: Recipe) -> bool:
+    return any(isinstance(step, Heal | Quantize) or _prunes(step) for step in recipe.steps)
+
+
+def _prunes(step: Any) -> bool:
+    return KIND[type(step)] == "prune"
+
+
+def _rejected(verdicts: list[Any]) -> str:
+    return "the gate is not passed: " + "; ".join(verdict.sentence for verdict in verdicts if not verdict.holds)
+
+
+def _digest(folder: Path) -> str:
+    return _digested(str(folder), folder.stat().st_mtime_ns)
+
+
+@cache
+def _digested(folder: str, _: int) -> str:
+    return artifact.key({name: found for name, found in artifact.contents(Path(folder)).items() if name != NOTES})
+
+
+@cache
+def _code(module: str) -> str:
+    """The digest of a step's module and of those of ours that it imports, so that a step of an older loradock is not
+    taken for this one's."""
+    digests: dict[str, str] = {}
+    left = [module]
+    while left:
+        name = left.pop()
+        file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+        if name in digests or not name.startswith("optimize.") or not file.is_file():
+            continue
+        digests[name] = artifact.digest(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                left += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return artifact.key(digests)
+
+
+def _resident(pid: int) -> int:
+    """Bytes of a process and its children that no file backs."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(("RssAnon", "RssShmem")):
+                total += int(line.split()[1]) * 1024
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return total
+    return total + sum(_resident(int(child)) for child in children)

@@ -1,0 +1,93 @@
+"""One step in a process of its own: `python -m optimize.pipeline.worker JOB.json FD`.
+
+The step writes below `job.out` and reports on the file descriptor, a JSON object a line: how far it is, what it
+found, or the sentence of its error. It ends with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from optimize.errors import OptimizeError
+from optimize.job import Job, Progress
+
+TASKS = {
+    "merge": "optimize.steps.merge.merge",
+    "combine": "optimize.steps.merge.combine",
+    "prune": "optimize.steps.prune.prune",
+    "heal": "optimize.steps.prune.heal",
+    "quantize": "optimize.steps.quantize.quantizer",
+    "onnx": "optimize.export.onnx",
+    "genai": "optimize.export.genai",
+    "evaluate": "optimize.evaluation.evaluate",
+    "engine": "optimize.evaluation.engine",
+    "tasks": "optimize.evaluation.tasks",
+}
+
+
+def main(file: str, fd: str) -> int:
+    _end_with_parent()
+    pipe = os.fdopen(int(fd), "w", buffering=1)
+
+    def tell(message: dict[str, Any]) -> None:
+        pipe.write(json.dumps(message) + "\n")
+
+    job = msgspec.json.decode(Path(file).read_bytes(), type=Job)
+    try:
+        task = importlib.import_module(TASKS[job.kind])
+        notes = task.run(job, Progress(tell))
+    except OptimizeError as error:
+        tell({"error": error.message, "class": type(error).__name__})
+        return 1
+    except MemoryError:
+        tell(
+            {
+                "error": "the step ran out of memory; close other programs, or give it a smaller model",
+                "class": "OutOfMemory",
+            }
+        )
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        tell({"error": sentence(error), "class": "OptimizeError"})
+        return 1
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    tell({"notes": {**notes, "cpu_seconds": round(sum(used.ru_utime + used.ru_stime for used in spent), 1)}})
+    return 0
+
+
+def sentence(error: Exception) -> str:
+    """What an error is to whoever must act."""
+    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error):
+        return "the disk is full; free some space and go on with --resume"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install 'loradock[optimize]' beside loradock[cpu] or loradock[gpu]"
+    said = " ".join(str(error).split())[:400]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _end_with_parent() -> None:
+    """A killed run leaves no step behind that goes on computing."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1], sys.argv[2])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # torch's and vLLM's native modules take seconds to unload

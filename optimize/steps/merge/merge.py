@@ -1,0 +1,200 @@
+"""LoRA adapters into the base's weights: tensor by tensor, in fp32, cast once at the end.
+
+    LoRA    W + s B A,   s = alpha / r, or alpha / sqrt(r) with rsLoRA
+    DoRA    m (W + s B A) / ||W + s B A||, a norm for each output row
+    modules_to_save replace their module
+
+A model whose output layer is its embedding is untied when an adapter changes one of the two alone. The result is held
+against base + adapter through PEFT on probe text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimize.checkpoint import formats
+from optimize.checkpoint.checkpoint import Checkpoint, Writer
+from optimize.checkpoint.model import logits, opened, settle, tokenizer
+from optimize.errors import OptimizeError, Refused
+from optimize.job import Job, Progress
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PROBE = (
+    "The harbour was quiet that morning, and the boats lay still beside the wall.",
+    "def add(a, b):\n    return a + b",
+    "What is the capital of France?",
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter's tensors by the base's modules, and how much of it is added."""
+
+    name: str
+    config: dict[str, Any]
+    lora: dict[str, dict[str, torch.Tensor]]
+    saved: dict[str, torch.Tensor]
+    weight: float = 1.0
+
+    def scale(self, module: str) -> float:
+        rank = _pattern(self.config.get("rank_pattern"), module, self.config["r"])
+        alpha = _pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        return float(self.weight * alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+
+    def update(self, module: str) -> torch.Tensor:
+        """s B A in fp32, in the shape of the module's weight."""
+        parts = self.lora[module]
+        if "embedding_A" in parts:
+            made = (parts["embedding_B"].float() @ parts["embedding_A"].float()).T
+        else:
+            made = parts["B"].float() @ parts["A"].float()
+        return self.scale(module) * (made.T if self.config.get("fan_in_fan_out") else made)
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    settle(job.seed)
+    names = job.options["adapters"]
+    weights = job.options["weights"] or [1.0] * len(names)
+    adapters = [read(name, Path(job.adapters[name]), weight) for name, weight in zip(names, weights, strict=True)]
+    merged_into(Path(job.model), adapters, job.folder / "model", progress)
+    progress(1, 2, "checking against base + adapter")
+    return {"adapters": names, "weights": weights, **checked(job, names, weights)}
+
+
+def read(name: str, folder: Path, weight: float = 1.0) -> Adapter:
+    """The adapter in a PEFT folder."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config.get("use_dora") and weight != 1.0:
+        raise Refused(f"the adapter {name!r} is DoRA, which replaces a norm: it cannot be weighted by {weight}")
+    lora: dict[str, dict[str, torch.Tensor]] = {}
+    saved: dict[str, torch.Tensor] = {}
+    for tensor, value in load_file(folder / "adapter_model.safetensors").items():
+        module, found, part = tensor.removeprefix("base_model.model.").partition(".lora_")
+        if module.endswith(".base_layer.weight"):
+            continue  # PEFT saves the embedding that an adapter lies over, as it was
+        if not found:
+            saved[module] = value
+        else:
+            lora.setdefault(module, {})[part.removesuffix(".weight").removesuffix(".default")] = value
+    return Adapter(name, config, lora, saved, weight)
+
+
+def merged_into(
+    base: Path, adapters: Sequence[Adapter], out: Path, progress: Progress, shard_bytes: int = 4_000_000_000
+) -> None:
+    """The checkpoint of base plus adapters, written to `out`."""
+    checkpoint = Checkpoint(base)
+    config = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    names = list(checkpoint.shapes)
+    touched = {f"{module}.weight" for adapter in adapters for module in adapter.lora}
+    touched |= {name for adapter in adapters for name in adapter.saved}
+    weights: Iterable[tuple[str, torch.Tensor]] = formats.dense(checkpoint)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    if checkpoint.tied and touched & {EMBEDDING, HEAD}:
+        names.append(HEAD)
+        weights = chain(weights, [(HEAD, checkpoint.tensor(EMBEDDING))])
+        config["tie_word_embeddings"] = False
+    if unknown := touched - set(names):
+        raise Refused(f"an adapter is for another base: this one has no {sorted(unknown)[0]}")
+    writer = Writer(out, base, shard_bytes)
+    for done, (name, tensor) in enumerate(weights):
+        kind = tensor.dtype if checkpoint.quantization is None else dtype
+        writer.add(name, _merged(name, tensor, adapters, kind) if name in touched else tensor.to(kind).clone())
+        progress(done, 2 * len(names), name)
+    writer.close(config)
+
+
+def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> torch.Tensor:
+    module = name.removesuffix(".weight")
+    wide = tensor.float()
+    for adapter in adapters:
+        if name in adapter.saved:
+            if adapter.saved[name].shape != wide.shape:
+                raise Refused(
+                    f"{adapter.name} saves {name} as {list(adapter.saved[name].shape)}, "
+                    f"the base has {list(wide.shape)}: another base"
+                )
+            wide = adapter.saved[name].float()
+        if module in adapter.lora:
+            update = adapter.update(module)
+            if update.shape != wide.shape:
+                raise Refused(
+                    f"{adapter.name} changes {name} in shape {list(update.shape)}, the base has {list(wide.shape)}"
+                )
+            wide = wide + update
+            if "magnitude_vector" in adapter.lora[module]:
+                magnitude = adapter.lora[module]["magnitude_vector"].float().flatten()
+                wide = wide * (magnitude / wide.norm(dim=1))[:, None]
+    made = wide.to(dtype)
+    if not bool(made.isfinite().all()):
+        raise OptimizeError(
+            f"merging gives NaN or infinity in {name}: look at the adapters {[a.name for a in adapters]}"
+        )
+    return made
+
+
+def checked(job: Job, names: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
+    """How far the merged model is from base + adapters through PEFT in fp32: its logits on probe text, and its weights
+    in units of bf16's last place, where rounding alone gives one half."""
+    from peft import PeftModel
+
+    words = tokenizer(Path(job.model))
+    probes = [words(text, return_tensors="pt").input_ids for text in PROBE]
+    base = opened(Path(job.model), torch.float32, rounds=False)
+    before: list[torch.Tensor] = []
+    right: list[torch.Tensor] = []
+    for name, weight in zip(names, weights, strict=True):
+        before = [logits(base, ids) for ids in probes]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            both = PeftModel.from_pretrained(base, job.adapters[name], autocast_adapter_dtype=False).eval()
+        for module in both.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("default", weight)
+        right = [logits(both, ids) for ids in probes]
+        base = both.merge_and_unload()
+    merged = opened(job.folder / "model", torch.float32)
+    now = [logits(merged, ids) for ids in probes]
+    kl = sum(
+        float((r.softmax(-1) * (r.log_softmax(-1) - n.log_softmax(-1))).sum(-1).mean()) for r, n in _zip(right, now)
+    )
+    return {
+        "logits_moved_by_last_adapter": round(max(float((r - b).abs().max()) for r, b in _zip(right, before)), 4),
+        "logits_off": round(max(float((n - r).abs().max()) for n, r in _zip(now, right)), 4),
+        "kl_to_base_plus_adapter": round(kl / len(PROBE), 6),
+        "weights_off_in_last_places": round(_last_places(base, merged), 3),
+    }
+
+
+def _last_places(base: torch.nn.Module, merged: torch.nn.Module) -> float:
+    exact, worst = dict(base.named_parameters()), 0.0
+    for name, made in merged.named_parameters():
+        if HEAD not in exact and name in (EMBEDDING, HEAD):
+            continue  # PEFT merges into both of a tied pair
+        # Beside numbers below 1e-4 fp32's own rounding would be counted.
+        place = 2.0 ** (torch.frexp(exact[name].abs().clamp(min=1e-4)).exponent - 8)
+        worst = max(worst, float(((made - exact[name]).abs() / place).max()))
+    return worst
+
+
+_zip = partial(zip, strict=True)
+
+
+def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rank_pattern and alpha_pattern: the first key that the module's name ends with."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,156 @@
+"""A data directory as one file, and back: the registry as it was at one moment, and the bytes that it names.
+
+    backup.tar    backup.json, registry.sqlite, audit.jsonl, blobs/DIGEST/...
+
+A server may run while it is made: the registry is copied in one transaction, and blobs never change. What is restored
+is held against its digests before it gets its place.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import sqlite3
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from serve.adapters.adapter import FILES
+from serve.adapters.store import Store
+from serve.errors import ConfigError, LoradockError
+
+FORMAT = 1
+REGISTRY, AUDIT, ABOUT = "registry.sqlite", "audit.jsonl", "backup.json"
+_MEMBER = re.compile(rf"{ABOUT}|{REGISTRY}|{AUDIT}|blobs/[0-9a-f]{{64}}/({'|'.join(map(re.escape, FILES))})")
+# A version that is deleted while its bytes are read: then the whole is begun again.
+ATTEMPTS = 5
+
+
+def backup(data_dir: Path, out: Path, registry: str = "") -> dict[str, Any]:
+    """Write the backup; what is in it. The file appears all at once."""
+    source = data_dir / REGISTRY
+    if registry and registry != f"sqlite:///{source}":
+        raise ConfigError(
+            "the registry is not in the data directory: back its database up with its own tools (pg_dump), and then "
+            f"{data_dir / 'blobs'}, whose files never change"
+        )
+    if not source.is_file():
+        raise ConfigError(f"{data_dir} is no data directory of loradock: it holds no {REGISTRY}")
+    for _ in range(ATTEMPTS):
+        try:
+            return _write(data_dir, source, out)
+        except FileNotFoundError:
+            continue
+    raise ConfigError(f"adapters are deleted faster than they can be read: try again, or stop the server ({data_dir})")
+
+
+def restore(file: Path, data_dir: Path) -> dict[str, Any]:
+    """Make `data_dir`, which must be empty or absent, from a backup; what was in it."""
+    if data_dir.exists() and any(one.name != "lock" for one in data_dir.iterdir()):
+        raise ConfigError(f"{data_dir} is not empty: restore into a new directory, then serve with --data-dir")
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    with _aside(data_dir) as staged:
+        about = _extract(file, staged)
+        wanted = _digests(staged / REGISTRY)
+        store = Store(staged)
+        if bad := sorted(digest for digest in wanted if not store.verify(digest)):
+            raise ConfigError(
+                f"{file} is damaged: the bytes of {bad[0][:12]} are not what its name says ({len(bad)} such)"
+            )
+        for folder, _, names in os.walk(staged):
+            for name in names:
+                _fsync(Path(folder) / name)
+            _fsync(Path(folder))
+        shutil.rmtree(data_dir, ignore_errors=True)
+        os.rename(staged, data_dir)
+        _fsync(data_dir.parent)
+    return about
+
+
+def _write(data_dir: Path, source: Path, out: Path) -> dict[str, Any]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".backup-") as folder:
+        registry = Path(folder) / REGISTRY
+        with (
+            closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as live,
+            closing(sqlite3.connect(registry)) as copy,
+        ):
+            live.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")
+        digests = _digests(registry)
+        about = {"format": FORMAT, "made": int(time.time()), "adapters": len(digests)}
+        made = Path(folder) / "backup.tar"
+        with tarfile.open(made, "w") as tar:
+            _add_bytes(tar, ABOUT, json.dumps(about).encode())
+            tar.add(registry, REGISTRY)
+            if (data_dir / AUDIT).is_file():
+                _add_bytes(tar, AUDIT, (data_dir / AUDIT).read_bytes())
+            for digest in sorted(digests):
+                for name in FILES:
+                    tar.add(data_dir / "blobs" / digest / name, f"blobs/{digest}/{name}")
+        os.chmod(made, 0o600)
+        _fsync(made)
+        os.replace(made, out)
+        _fsync(out.parent)
+    return {**about, "bytes": out.stat().st_size}
+
+
+def _extract(file: Path, staged: Path) -> dict[str, Any]:
+    """Every member, under a name that is one of ours."""
+    try:
+        with tarfile.open(file) as tar:
+            for member in tar:
+                if not member.isfile() or not _MEMBER.fullmatch(member.name):
+                    raise ConfigError(f"{file} is no backup of loradock: it holds {member.name[:100]!r}")
+                target = staged / member.name
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                found = tar.extractfile(member)
+                assert found is not None
+                with found, os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
+                    shutil.copyfileobj(found, copy)
+        about: dict[str, Any] = json.loads((staged / ABOUT).read_text())
+    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as a backup: {error}") from error
+    if about.get("format") != FORMAT:
+        raise ConfigError(f"{file} has format {about.get('format')} and this loradock knows {FORMAT}: use a newer one")
+    return about
+
+
+def _digests(registry: Path) -> set[str]:
+    try:
+        with closing(sqlite3.connect(registry)) as database:
+            return {row[0] for row in database.execute("SELECT DISTINCT digest FROM versions")}
+    except sqlite3.Error as error:
+        raise ConfigError(f"{registry.name} is no registry of loradock: {error}") from error
+
+
+def _add_bytes(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime = len(data), int(time.time())
+    tar.addfile(info, io.BytesIO(data))
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        yield folder
+    except (OSError, LoradockError):
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

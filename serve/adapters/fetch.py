@@ -1,0 +1,175 @@
+"""An adapter that the server fetches itself: hf://, s3:// and file:// through fsspec, two known files and no more.
+
+    hf://org/repo[@revision][/folder]     s3://bucket/prefix     file:///folder (below a configured root)
+
+Who may push decides the address, so it is taken apart here and never handed to fsspec whole: no other scheme, no
+chained URL, no query, no step upwards. Bytes are counted as they arrive.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+
+from serve.adapters.adapter import CARD, CARD_BYTES, FILES, open_plain
+from serve.errors import AdapterRejected, BadRequest, Forbidden, LoradockError, TooLarge
+from serve.names import shown
+
+SECONDS = 600.0
+SCHEMES = ("hf", "s3", "file")
+
+_CHUNK = 256 << 10
+_PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs"}
+# How each says that nobody asks: otherwise both look for credentials in this server's environment.
+_STRANGER: dict[str, dict[str, Any]] = {"hf": {"token": False}, "s3": {"anon": True}}
+# The hub streams a file; object storage is read in ranges.
+_READING: dict[str, dict[str, Any]] = {
+    "hf": {"block_size": 0, "cache_type": "none"},
+    "s3": {"block_size": 1 << 20, "cache_type": "readahead"},
+}
+_FORM = {
+    "hf": re.compile(r"(?P<at>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(/[\w.-]+)*)/?", re.ASCII),
+    "s3": re.compile(r"(?P<at>[a-z0-9][a-z0-9.-]{2,62}(/[\w.=+ -]+)*)/?", re.ASCII),
+    "file": re.compile(r"(?P<at>/[^\0]*)"),
+}
+# hf://datasets/... and hf://spaces/... are other kinds of repositories.
+_NOT_MODELS = ("datasets/", "spaces/", "buckets/", "kernels/")
+_TAKEN = "hf://org/repo[@revision][/folder], s3://bucket/prefix or file:///folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A place that was judged: its scheme and the path within it; of a hub, the commit that is read."""
+
+    scheme: str
+    path: str
+    commit: str = ""
+
+
+def parse(source: str, roots: Iterable[Path] = ()) -> Source:
+    """The place that `source` names; a folder of this machine must lie in one of `roots`."""
+    scheme, there, path = source.partition("://")
+    if not there or scheme not in SCHEMES:
+        raise BadRequest(f"source `{shown(source)}` is not taken; this server fetches {_TAKEN}", param="source")
+    form = _FORM[scheme].fullmatch(path)
+    steps = path.split("@")[0].split("/") + path.split("/")
+    if form is None or ".." in steps or "." in steps or (scheme == "hf" and path.startswith(_NOT_MODELS)):
+        raise BadRequest(f"source `{shown(source)}` cannot be read; this server fetches {_TAKEN}", param="source")
+    if scheme != "file":
+        return Source(scheme, form["at"])
+    # Judged where links lead, and opened there.
+    real = Path(os.path.realpath(form["at"]))
+    if not any(real.is_relative_to(Path(os.path.realpath(root))) for root in roots):
+        raise Forbidden(
+            f"source `{shown(source)}` lies in none of the source_roots that this key may name; "
+            "push the files, or have it added"
+        )
+    return Source(scheme, str(real))
+
+
+def fetch(source: Source, folder: Path, *, max_bytes: int, card: bool = False, anonymous: bool = False) -> Source:
+    """Bring the adapter's two files (and its card, if asked) into `folder`. Blocks: for a thread of its own.
+
+    Where `anonymous`, without this server's credentials. The answer is where they came from: on a hub, whose branches
+    and tags move, the commit that was read.
+    """
+    left, until = max_bytes, time.monotonic() + SECONDS
+    with _translated(source):
+        came = _pinned(source, anonymous) if source.scheme == "hf" else source
+        system = _system(source.scheme, anonymous)
+        for name in FILES:
+            with _open(system, came, name) as remote, open(folder / name, "xb") as local:
+                while chunk := remote.read(_CHUNK):
+                    left -= len(chunk)
+                    if left < 0:
+                        raise TooLarge(f"this adapter is above the {max_bytes} bytes that this server takes")
+                    if time.monotonic() > until:
+                        raise BadRequest(f"the source took longer than {SECONDS:.0f} seconds; push the files instead")
+                    local.write(chunk)
+    if card:
+        _fetch_card(system, came, folder)
+    return came
+
+
+def _fetch_card(system: Any, source: Source, folder: Path) -> None:
+    try:
+        with _translated(source), _open(system, source, CARD) as remote:
+            text = remote.read(CARD_BYTES)
+    except AdapterRejected:
+        return  # there is none
+    (folder / CARD).write_bytes(text)
+
+
+def _system(scheme: str, anonymous: bool) -> Any:
+    """A file system that remembers nothing of earlier pushes: what is there may have changed since."""
+    if scheme == "file":
+        return None
+    stranger = _STRANGER[scheme] if anonymous else {}
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **stranger)
+
+
+def _pinned(source: Source, anonymous: bool) -> Source:
+    """The commit that a revision names now: a push to the hub in between would give config and weights of two."""
+    from huggingface_hub import HfApi
+
+    owner, repo, *folder = source.path.split("/")
+    repo, _, revision = repo.partition("@")
+    told = HfApi(**_STRANGER["hf"] if anonymous else {}).model_info(f"{owner}/{repo}", revision=revision or None)
+    return Source("hf", "/".join((owner, f"{repo}@{told.sha}", *folder)), told.sha or "")
+
+
+def _open(system: Any, source: Source, name: str) -> BinaryIO:
+    if source.scheme == "file":
+        return open_plain(Path(source.path) / name)
+    return system.open(f"{source.path}/{name}", "rb", **_READING[source.scheme])
+
+
+@contextmanager
+def _translated(source: Source) -> Iterator[None]:
+    place = shown(f"{source.scheme}://{source.path}")
+    try:
+        yield
+    except LoradockError:
+        raise
+    except ImportError as missing:
+        package = _PACKAGES.get(source.scheme, source.scheme)
+        raise BadRequest(
+            f"this server cannot fetch {source.scheme}:// because {package} is not installed; install it, or push files"
+        ) from missing
+    except FileNotFoundError as missing:
+        raise _absent(place) from missing
+    except PermissionError as refused:
+        raise _forbidden(place) from refused
+    except OSError as failed:
+        # The hub answers a stranger 401 for what is private and for what is not there.
+        status = getattr(getattr(failed, "response", None), "status_code", None)
+        if status in (401, 404):
+            raise _absent(place) from failed
+        if status == 403:
+            raise _forbidden(place) from failed
+        if failed.errno is not None:  # the local disk's own trouble, a full one for instance
+            raise
+        raise _unreachable(place, failed) from failed
+    except Exception as failed:  # each filesystem has its own errors, and none of them is ours to know
+        raise _unreachable(place, failed) from failed
+
+
+def _absent(place: str) -> AdapterRejected:
+    files = " and ".join(FILES)
+    return AdapterRejected(f"{place} has no {files}, or cannot be seen from here; name the PEFT folder itself")
+
+
+def _forbidden(place: str) -> Forbidden:
+    return Forbidden(f"this server may not read {place}; give it the right, or push the files")
+
+
+def _unreachable(place: str, error: Exception) -> BadRequest:
+    return BadRequest(f"{place} could not be fetched ({shown(error)}); try again, or push the files", param="source")

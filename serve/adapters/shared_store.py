@@ -1,0 +1,90 @@
+"""Adapter bytes where several servers find them: a folder by URL, as s3://bucket/prefix or file:///shared, by fsspec.
+
+    URL/<digest>/adapter_config.json, adapter_model.safetensors
+
+A version is registered once both are there. What no version names any more stays for a day: another server may be
+about to register the same bytes again.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from serve.adapters.adapter import FILES
+from serve.errors import ConfigError, EngineUnavailable, LoradockError, NotFound
+from serve.names import shown
+
+GRACE_SECONDS = 86_400.0
+
+
+class SharedStore:
+    """Sync and thread-safe; every call meets the network."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self._system, self._root = fsspec.url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"blobs takes a folder by URL, as s3://bucket/prefix or file:///shared: {shown(url)} is not one that "
+                f"can be opened here ({shown(error)})"
+            ) from error
+
+    def put(self, digest: str, folder: Path) -> None:
+        """Both files of a blob, each whole or not at all; once more, if they are there already."""
+        with self._translated(digest):
+            self._system.makedirs(f"{self._root}/{digest}", exist_ok=True)
+            for name in FILES:
+                self._put_file(folder / name, f"{self._root}/{digest}/{name}")
+
+    def get(self, digest: str, folder: Path) -> None:
+        """Both files into `folder`; NotFound if there are none. Who asked looks whether they are the right ones."""
+        with self._translated(digest):
+            for name in FILES:
+                self._system.get_file(f"{self._root}/{digest}/{name}", str(folder / name))
+
+    def sweep(self, known: Collection[str], now: float | None = None) -> int:
+        """Remove what nobody has named for a day; how many that were."""
+        before = (time.time() if now is None else now) - GRACE_SECONDS
+        count = 0
+        with self._translated("the folder"):
+            if not self._system.exists(self._root):
+                return 0
+            for place in self._system.ls(self._root, detail=False):
+                if (digest := place.rstrip("/").rpartition("/")[2]) in known or len(digest) != 64:
+                    continue
+                files = self._system.ls(place, detail=False)
+                if all(self._system.modified(file).timestamp() < before for file in files):
+                    self._system.rm(place, recursive=True)
+                    count += 1
+        return count
+
+    def _put_file(self, source: Path, place: str) -> None:
+        if not isinstance(self._system, fsspec.get_filesystem_class("file")):
+            self._system.put_file(str(source), place)  # an object store shows an object once it is whole
+            return
+        staged = f"{place}.{secrets.token_hex(4)}"
+        self._system.put_file(str(source), staged)
+        os.replace(staged, place)
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except LoradockError:
+            raise
+        except FileNotFoundError as lost:
+            raise NotFound(f"no adapter bytes are kept under {what} in {shown(self.url)}") from lost
+        except Exception as failed:  # each filesystem has its own errors, and none of them is ours to know
+            reason: Any = failed.__cause__ or failed
+            raise EngineUnavailable(
+                f"the adapters' shared folder {shown(self.url)} did not answer ({shown(reason)}): retry shortly"
+            ) from failed

@@ -1,0 +1,286 @@
+"""Adapter bytes under their sha256: written aside, fsynced, renamed. What has a digest is whole.
+
+A server that shares its registry with others also puts them where all see them (serve.adapters.shared_store), and
+pulls from there what it lacks.
+
+    root/quarantine/<random>/   what strangers sent, until it is judged; gone when its `with` ends
+    root/blobs/<digest>/        exactly adapter_config.json and adapter_model.safetensors; never written again
+
+One process owns a root. `hold()` joins "the bytes are here" to "the registry says so": admit and add under it, and a
+removal cannot come between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from serve.adapters.adapter import FILES, open_plain
+from serve.adapters.shared_store import SharedStore
+from serve.errors import AdapterRejected, EngineUnavailable, NotFound, OutOfSpace
+
+log = logging.getLogger(__name__)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a start found: leftovers removed, unknown or damaged blobs removed, known digests whose bytes are gone."""
+
+    leftovers: int
+    removed: frozenset[str]
+    missing: frozenset[str]
+
+
+class Store:
+    """SharedStore under `root`; `max_bytes` bounds them all together, `reserve` is what the disk must keep free.
+
+    `shared` is where other servers find them too.
+    """
+
+    def __init__(
+        self, root: Path, max_bytes: int | None = None, *, reserve: int = 256 << 20, shared: SharedStore | None = None
+    ) -> None:
+        self.shared = shared
+        self._pulling = threading.Lock()
+        self.root = Path(root).absolute()
+        self.max_bytes = max_bytes
+        self.reserve = reserve
+        self._blobs = self.root / "blobs"
+        self._quarantine = self.root / "quarantine"
+        self._lock = threading.RLock()
+        with _space():
+            for folder in (self.root, self._blobs, self._quarantine):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @contextmanager
+    def quarantine(self, expect: int = 0) -> Iterator[Path]:
+        """A fresh private folder, removed at the end whatever happens; a full disk inside it is OutOfSpace."""
+        self.check_space(expect)
+        with _space():
+            folder = Path(tempfile.mkdtemp(dir=self._quarantine))
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """While it lasts no blob is removed by another thread."""
+        with self._lock:
+            yield
+
+    def admit(self, folder: Path) -> str:
+        """Keep the two files of `folder` and answer their digest; the same bytes twice are one blob.
+
+        A folder in quarantine gives its files away; any other is copied.
+        """
+        with _space():
+            staged = Path(tempfile.mkdtemp(dir=self._quarantine))
+            try:
+                give = self._quarantine in Path(folder).absolute().parents
+                digest = _stage(Path(folder), staged, give=give)
+                with self._lock:
+                    self._settle(staged, digest)
+                return digest
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+
+    def path(self, digest: str) -> Path:
+        """The folder of a blob, for an engine to read."""
+        folder = self._folder(digest)
+        if not folder.is_dir():
+            raise NotFound(f"no adapter bytes are kept under {digest}")
+        return folder
+
+    def has(self, digest: str) -> bool:
+        """The bytes are on this machine."""
+        return self._folder(digest).is_dir()
+
+    async def bring(self, digest: str) -> Path:
+        """As `path`; pulled from where all servers share them first, if they are not here."""
+        if self.shared is None or self.has(digest):
+            return self.path(digest)
+        await asyncio.to_thread(self._pull, self.shared, digest)
+        return self.path(digest)
+
+    def publish(self, digest: str) -> None:
+        """Put the bytes where all servers see them, if there are others."""
+        if self.shared is not None:
+            self.shared.put(digest, self.path(digest))
+
+    def _pull(self, shared: SharedStore, digest: str) -> None:
+        with self._pulling, self.quarantine() as folder:
+            if self.has(digest):
+                return
+            shared.get(digest, folder)
+            if (found := self.admit(folder)) != digest:
+                self.remove(found)
+                raise EngineUnavailable(f"the shared bytes of {digest[:12]} are damaged: push that version again")
+
+    def place(self, digest: str) -> Path:
+        """Where a blob lies, without a look at the disk: for one that an engine holds already."""
+        return self._folder(digest)
+
+    def remove(self, digest: str, *, unless: Callable[[str], bool] | None = None) -> bool:
+        """Forget a blob, and say whether it was there; `unless` is asked when nobody can be admitting it."""
+        with self._lock, _space():
+            folder = self._folder(digest)
+            if not folder.is_dir() or (unless is not None and unless(digest)):
+                return False
+            # Renamed away first: what lies under a digest is whole or absent, also after a kill in mid-removal.
+            doomed = Path(tempfile.mkdtemp(dir=self._quarantine))
+            os.rename(folder, doomed / digest)
+            _fsync(self._blobs)
+            shutil.rmtree(doomed, ignore_errors=True)
+            return True
+
+    def digests(self) -> set[str]:
+        """What is kept."""
+        return {entry.name for entry in os.scandir(self._blobs) if _DIGEST.fullmatch(entry.name)}
+
+    def nbytes(self) -> int:
+        """The size of all that is kept."""
+        total = 0
+        for digest in self.digests():
+            for name in FILES:
+                try:
+                    total += (self._blobs / digest / name).stat().st_size
+                except FileNotFoundError:
+                    continue
+        return total
+
+    def verify(self, digest: str) -> bool:
+        """Read a blob again: are these still the bytes that its name promises?"""
+        try:
+            return _digest(self.path(digest)) == digest
+        except (AdapterRejected, NotFound):
+            return False
+
+    def sweep(self, known: set[str]) -> Sweep:
+        """At start: quarantine leftovers go, and so do blobs that nobody knows or that lack a file."""
+        with self._lock:
+            leftovers = 0
+            for entry in os.scandir(self._quarantine):
+                leftovers += 1
+                _erase(Path(entry.path))
+            removed = set()
+            for entry in os.scandir(self._blobs):
+                whole = all((Path(entry.path) / name).is_file() for name in FILES)
+                if entry.name not in known or not whole:
+                    removed.add(entry.name)
+                    _erase(Path(entry.path))
+            _fsync(self._blobs)
+            return Sweep(leftovers, frozenset(removed), frozenset(known - self.digests()))
+
+    def check_space(self, nbytes: int = 0) -> None:
+        """OutOfSpace, if `nbytes` more would eat the reserve."""
+        free = shutil.disk_usage(self.root).free
+        if free - nbytes < self.reserve:
+            raise OutOfSpace(
+                f"the disk has {free >> 20} MiB free, and {nbytes >> 20} MiB more would leave less than the reserve of "
+                f"{self.reserve >> 20} MiB; delete adapters or make room, then send it again"
+            )
+
+    def _settle(self, staged: Path, digest: str) -> None:
+        target = self._blobs / digest
+        if target.is_dir():
+            _fsync(self._blobs)  # whoever renamed it may not have come this far yet
+            return
+        size = sum((staged / name).stat().st_size for name in FILES)
+        if self.max_bytes is not None and (kept := self.nbytes()) + size > self.max_bytes:
+            raise OutOfSpace(
+                f"{kept} bytes of adapters are kept and {size} more pass this server's {self.max_bytes}; "
+                "delete versions that nobody uses"
+            )
+        try:
+            os.rename(staged, target)
+        except OSError as taken:
+            # Another process was first with the same bytes.
+            if taken.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        _fsync(self._blobs)
+
+    def _folder(self, digest: str) -> Path:
+        # Also what keeps a digest from being a path.
+        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise NotFound("that is not a digest: 64 hexadecimal digits are")
+        return self._blobs / digest
+
+
+def _stage(folder: Path, staged: Path, *, give: bool) -> str:
+    """Bring the two files into `staged`, on the disk for good, and hash them."""
+    if not give:
+        for name in FILES:
+            with open_plain(folder / name) as source, _create(staged / name) as copy:
+                shutil.copyfileobj(source, copy, _CHUNK)
+    else:
+        for name in FILES:
+            with open_plain(folder / name):
+                os.rename(folder / name, staged / name)
+    for name in FILES:
+        os.chmod(staged / name, 0o600)
+        _fsync(staged / name)
+    digest = _digest(staged)
+    _fsync(staged)
+    return digest
+
+
+def _digest(folder: Path) -> str:
+    """sha256 over each file in name order: the length of its name, its name, its length, its bytes."""
+    total = hashlib.sha256()
+    for name in sorted(FILES):
+        with open_plain(folder / name) as file:
+            encoded = name.encode()
+            total.update(len(encoded).to_bytes(8, "little") + encoded)
+            total.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+            while chunk := file.read(_CHUNK):
+                total.update(chunk)
+    return total.hexdigest()
+
+
+def _create(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _erase(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _space() -> Iterator[None]:
+    try:
+        yield
+    except OSError as wrong:
+        if wrong.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace("the disk is full; delete adapters or make room, then send it again") from wrong
+        log.exception("the store failed")
+        reason = wrong.strerror or type(wrong).__name__
+        raise EngineUnavailable(
+            f"adapters cannot be kept or read now ({reason}): an operator must see to it"
+        ) from wrong

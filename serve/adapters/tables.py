@@ -1,0 +1,232 @@
+"""The registry's tables, the way from an older schema to this one, and the database that holds them.
+
+SQLite in WAL mode or, by its URL, PostgreSQL. What the tables mean: see serve.adapters.registry.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    false,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)  # fmt: skip
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.pool import StaticPool
+from sqlalchemy.schema import CreateColumn
+
+from serve.errors import ConfigError, EngineUnavailable, LoradockError, OutOfSpace
+from serve.names import shown
+
+SCHEMA = 4
+
+metadata = MetaData()
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
+
+names = Table(
+    "names",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("name", String(129), nullable=False, unique=True),  # NAME or TENANT/NAME
+    Column("live", Integer),
+    Column("trail", Text, nullable=False),  # JSON: versions that were live before, the latest last
+    Column("next", Integer, nullable=False),  # a number is never given twice, also after a deletion
+    Column("shared", Boolean, nullable=False, server_default=false()),  # other tenants may ask it too
+    Column("canary_version", Integer),
+    Column("canary_weight", Float(53)),
+    Column("shadow_version", Integer),
+    Column("shadow_weight", Float(53)),
+    Column("pinned", Integer),  # 0: whichever version is live
+    Column("base", String(256)),  # the name of the base model that it runs on; null: the server's first
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("name_id", _Id, ForeignKey("names.id"), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("digest", String(64), nullable=False, index=True),
+    Column("rank", Integer, nullable=False),
+    Column("base", Text),
+    Column("target_modules", Text, nullable=False),  # JSON
+    Column("nbytes", BigInteger, nullable=False),
+    Column("tensors", Integer, nullable=False),
+    Column("created", Float(53), nullable=False),
+    Column("checks", Text),  # JSON: what was measured when it was pushed
+    UniqueConstraint("name_id", "digest"),
+)
+
+history = Table(
+    "history",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("name_id", _Id, ForeignKey("names.id"), nullable=False, index=True),
+    Column("who", Text, nullable=False),
+    Column("what", String(16), nullable=False),
+    Column("why", Text, nullable=False),
+    Column("when", Float(53), nullable=False),
+    Column("from_version", Integer),
+    Column("to_version", Integer),
+    Column("digest", String(64)),
+    Column("weight", Float(53)),
+    sqlite_autoincrement=True,
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("digest", String(64), nullable=False, unique=True),  # sha256 of the secret, which is nowhere
+    Column("scopes", Text, nullable=False),  # JSON
+    Column("limits", Text, nullable=False),  # JSON
+    Column("created", Float(53), nullable=False),
+    Column("revoked", Float(53)),
+)
+
+
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("node", Text, nullable=False),
+    Column("phase", String(16), nullable=False),
+    Column("generation", BigInteger, nullable=False),  # of the snapshot that it answers from
+    Column("seen", Float(53), nullable=False),
+)
+
+bases = Table(
+    "bases",
+    metadata,
+    Column("name", String(256), primary_key=True),
+    Column("configured", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("when", Float(53), nullable=False),
+)
+
+
+def _to_tenants(connection: Connection) -> None:
+    """Names get room for a tenant, and are private; the table `keys` is there already, made as every missing one."""
+    connection.execute(text("ALTER TABLE names ADD COLUMN shared BOOLEAN NOT NULL DEFAULT FALSE"))
+    if connection.dialect.name != "sqlite":  # which does not mind a text's length
+        connection.execute(text("ALTER TABLE names ALTER COLUMN name TYPE VARCHAR(129)"))
+
+
+def _to_traffic(connection: Connection) -> None:
+    """Names get shares and pins, versions what was measured."""
+    _add_columns(connection, names, "canary_version", "canary_weight", "shadow_version", "shadow_weight", "pinned")
+    _add_columns(connection, versions, "checks")
+    _add_columns(connection, history, "weight")
+
+
+def _to_bases(connection: Connection) -> None:
+    """Names belong to a base model."""
+    _add_columns(connection, names, "base")
+
+
+def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
+    for column in columns:
+        spelled = CreateColumn(table.c[column]).compile(dialect=connection.dialect)
+        connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {spelled}"))
+
+
+# MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants, 2: _to_traffic, 3: _to_bases}
+
+
+def opened(url: str) -> Engine:
+    """The database behind SQLAlchemy's URL; ConfigError when there can be none."""
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() != "sqlite":
+            return create_engine(parsed, pool_pre_ping=True)
+        if not parsed.database or parsed.database == ":memory:":
+            engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
+        else:
+            # SQLite would create it readable by everybody; its -wal and -shm take the mode of the file.
+            os.close(os.open(parsed.database, os.O_RDWR | os.O_CREAT, 0o600))
+            engine = create_engine(parsed)
+    except (ArgumentError, NoSuchModuleError, ImportError, OSError) as unusable:
+        raise ConfigError(
+            f"the registry cannot be opened ({reason(unusable)}); give a URL such as sqlite:///registry.db or "
+            "postgresql+psycopg://user@host/loradock"
+        ) from unusable
+
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # the transactions are ours: see `_begin`
+        for pragma in ("busy_timeout=15000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # Take the write lock before reading what the write depends on; a later upgrade could fail.
+        reads = connection.get_execution_options().get("reads")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def prepare(engine: Engine) -> None:
+    """Tables that are missing are made, an older schema is brought up; ConfigError for a newer one."""
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        found = connection.scalar(select(func.max(schema_version.c.version)))
+        if found is None:
+            connection.execute(insert(schema_version).values(version=SCHEMA))
+            return
+        if found > SCHEMA:
+            raise ConfigError(
+                f"this registry has schema {found} and this loradock knows {SCHEMA}; "
+                "start the newer loradock that wrote it"
+            )
+        for step in range(found, SCHEMA):
+            MIGRATIONS[step](connection)
+            connection.execute(update(schema_version).values(version=step + 1))
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """The database's errors, under our names."""
+    try:
+        yield
+    except LoradockError:
+        raise
+    except DBAPIError as wrong:
+        why = reason(wrong)
+        if "full" in why:
+            raise OutOfSpace("the registry's disk is full; make room, then try again") from wrong
+        raise EngineUnavailable(f"the registry did not take the change ({why}); retry shortly") from wrong
+
+
+def reason(error: BaseException) -> str:
+    """What the database says of it, in a line."""
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return shown((str(cause).strip().splitlines() or [type(cause).__name__])[0], 200)

@@ -1,0 +1,106 @@
+"""`build_app()`: the parts, thin routes, and who answers for what went wrong. Read this first.
+
+a request:   app > auth > limits > router > engine > tap > monitor
+an upload:   app > auth > upload > adapter > store > engine > registry
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+
+from serve import __version__
+from serve.api.dashboard.pages import pages
+from serve.api.routes import routers
+from serve.api.services import Services
+from serve.auth.audit import Audited
+from serve.config import Config
+from serve.engine.engine import Backend
+from serve.errors import LoradockError, invalid
+from serve.gateway.inference import PATHS, STORED, Inference
+from serve.rollout.shadow import ShadowExchange
+
+
+def build_app(
+    config: Config,
+    backend: Backend | Sequence[Backend],
+    on_failure: Callable[[LoradockError], None] | None = None,
+    on_shadow: Callable[[ShadowExchange], None] | None = None,
+    replica: str = "",
+) -> FastAPI:
+    """The whole server over `backend`, or several, one for each base model; the first answers who names none.
+
+    `on_failure` hears of an engine that cannot start.
+
+    `on_shadow` gets every request that a shadow answered too, with both answers.
+
+    `replica` is this server's name among those that share its registry.
+    """
+    backends = backend if isinstance(backend, Sequence) else [backend]
+    parts = Services(config, backends, on_failure, on_shadow, replica)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with parts.running():
+            yield
+
+    app = FastAPI(
+        title="loradock",
+        version=__version__,
+        lifespan=lifespan,
+        middleware=[Middleware(_Split, inference=parts.inference), Middleware(Audited, audit=parts.audit)],
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.parts = parts
+    for router in [pages(), *routers()]:
+        app.include_router(router)
+    app.add_exception_handler(LoradockError, _answer)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    return app
+
+
+class _Split:
+    """Sends inference straight to its endpoint: no other middleware or route stands between a token and the socket."""
+
+    def __init__(self, app: Any, inference: Inference) -> None:
+        self._app = app
+        self._inference = inference
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path", "")
+        inference = scope["type"] == "websocket" or PATHS.fullmatch(path) or STORED.fullmatch(path)
+        await (self._inference if inference else self._app)(scope, receive, send)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LoradockError)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client left in the middle of its request: nobody reads this."""
+    return Response(status_code=499)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return JSONResponse(invalid(error.errors()).body(), status_code=400)

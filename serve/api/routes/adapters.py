@@ -1,0 +1,252 @@
+"""Adapters: push, look, and every change to what is live."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from serve.adapters.adapter import Adapter
+from serve.adapters.fetch import fetch, parse
+from serve.adapters.upload import receive
+from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
+from serve.api.schemas import Fetch, Pin, Promote, Rollback, Visibility, Weight
+from serve.api.services import Services
+from serve.auth.auth import Caller
+from serve.config import Config
+from serve.drift.monitor import Watcher
+from serve.errors import BadRequest, TooLarge, invalid
+from serve.gateway.router import manages
+from serve.names import DEFAULT, check_name, full_name, shown, spelled
+
+MAX_JSON = 64 << 10
+
+router = APIRouter()
+
+
+@router.post("/v1/adapters", status_code=201)
+async def push(request: Request, caller: Manager, expected: Expected, parts: TheParts) -> Response:
+    if not parts.ready.is_set():
+        raise parts.fleet.first.unavailable()
+    kind = request.headers.get("content-type", "")
+    with parts.store.quarantine(min(_stated(request), parts.config.max_upload_bytes)) as folder:
+        if kind.partition(";")[0].strip().lower() == "application/json":
+            asked = await _fetched(request, folder, parts.config, caller)
+        else:
+            asked = await _received(request, kind, folder, parts.config)
+        full = full_name(caller.tenant, check_name(asked.name))
+        # By policy a version that follows another one gets a share of the traffic first.
+        weight = parts.referee.policy(full).canary_weight
+        trying = asked.promote and weight > 0 and parts.live_version(full) is not None
+        adapter, created = await parts.lifecycle.push(
+            full,
+            folder,
+            by=caller.name,
+            promote=asked.promote and not trying,
+            why=asked.why,
+            shared=None if asked.visibility is None else asked.visibility == "shared",
+            quota=caller.limits,
+            engine=asked.engine,
+            expected=expected,
+        )
+    request.state.subject = adapter.tag
+    if trying and parts.live_version(full) != adapter.version:
+        await parts.lifecycle.share(full, "canary", adapter.version, weight, by=caller.name, why=asked.why)
+    elif asked.promote and created:
+        parts.monitor.swapped(adapter.name, "promoted")
+    return JSONResponse(described(parts, adapter, caller), status_code=201 if created else 200)
+
+
+@router.get("/v1/adapters")
+async def adapters(caller: Manager, parts: TheParts) -> dict[str, Any]:
+    rows = [summary(parts, full, caller) for full in parts.registry.names() if manages(caller, full)]
+    return {"object": "list", "data": rows}
+
+
+@router.get("/v1/adapters/{name:path}")
+async def adapter(name: str, caller: Manager, response: Response, parts: TheParts) -> dict[str, Any]:
+    full = owned(parts, name, caller)
+    told = summary(parts, full, caller)
+    # For a change's If-Match; of no use to a cache, since more changes here than what is live.
+    response.headers.update({"etag": f'"{told["live"] or 0}"', "cache-control": "no-store"})
+    for version in told["versions"]:
+        version["recent"] = parts.recent.described(full, f"v{version['version']}")
+    return {**told, "history": parts.registry.history(full)}
+
+
+@router.post("/v1/adapters/{name:path}/promote")
+async def promote(
+    name: str, body: Promote, request: Request, caller: Manager, matching: Expected, parts: TheParts
+) -> dict[str, Any]:
+    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+    full, expected = owned(parts, name, caller), agreed(body.expected_version, matching)
+    parts.referee.check(full, body.version, body.at_once)
+    weight = parts.referee.policy(full).canary_weight
+    canary, live = parts.registry.canary(full), parts.live_version(full)
+    known = live in (None, body.version) or (canary is not None and canary.adapter.version == body.version)
+    if weight > 0 and not body.at_once and not known:
+        await parts.lifecycle.share(
+            full, "canary", body.version, weight, by=caller.name, why=body.why, expected=expected
+        )
+        return described(parts, parts.registry.get(full, body.version), caller)
+    done = await parts.lifecycle.promote(full, body.version, by=caller.name, expected=expected, why=body.why)
+    parts.monitor.swapped(full, "promoted")
+    return described(parts, done, caller)
+
+
+@router.post("/v1/adapters/{name:path}/rollback")
+async def rollback(
+    name: str, request: Request, caller: Manager, matching: Expected, parts: TheParts, body: Rollback | None = None
+) -> dict[str, Any]:
+    body = body or Rollback()
+    expected = agreed(body.expected_version, matching)
+    request.state.subject = spelled(name, caller.tenant)
+    full = owned(parts, name, caller)
+    done = await parts.lifecycle.rollback(full, by=caller.name, expected=expected, why=body.why)
+    request.state.subject = done.tag
+    parts.monitor.swapped(full, "rolled_back")
+    return described(parts, done, caller)
+
+
+@router.post("/v1/adapters/{name:path}/canary")
+async def canary(
+    name: str, body: Weight, request: Request, caller: Manager, expected: Expected, parts: TheParts
+) -> dict[str, Any]:
+    return await _dealt("canary", name, body, request, caller, expected, parts)
+
+
+@router.post("/v1/adapters/{name:path}/shadow")
+async def shadow(
+    name: str, body: Weight, request: Request, caller: Manager, expected: Expected, parts: TheParts
+) -> dict[str, Any]:
+    return await _dealt("shadow", name, body, request, caller, expected, parts)
+
+
+@router.post("/v1/adapters/{name:path}/visibility")
+async def visibility(
+    name: str, body: Visibility, request: Request, caller: Manager, expected: Expected, parts: TheParts
+) -> dict[str, Any]:
+    request.state.subject = spelled(name, caller.tenant)
+    full = owned(parts, name, caller)
+    shared = body.visibility == "shared"
+    await parts.lifecycle.publish(full, shared, by=caller.name, why=body.why, expected=expected)
+    return summary(parts, full, caller)
+
+
+@router.post("/v1/adapters/{name:path}/pin")
+async def pin(
+    name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts, body: Pin | None = None
+) -> dict[str, Any]:
+    body = body or Pin()
+    request.state.subject = spelled(name, caller.tenant) + (f"@v{body.version}" if body.version else "")
+    full = owned(parts, name, caller)
+    await parts.lifecycle.pin(full, body.version, by=caller.name, why=body.why, expected=expected)
+    return summary(parts, full, caller)
+
+
+@router.delete("/v1/adapters/{name:path}/pin")
+async def unpin(name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts) -> dict[str, Any]:
+    request.state.subject = spelled(name, caller.tenant)
+    full = owned(parts, name, caller)
+    await parts.lifecycle.unpin(full, by=caller.name, expected=expected)
+    return summary(parts, full, caller)
+
+
+@router.delete("/v1/adapters/{name:path}/versions/{number}")
+async def remove_version(
+    name: str,
+    number: int,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    parts: TheParts,
+    force: bool = False,
+    why: str = "",
+) -> dict[str, Any]:
+    request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
+    gone = await parts.lifecycle.remove(
+        owned(parts, name, caller), number, by=caller.name, force=force, expected=expected, why=why
+    )
+    await asyncio.to_thread(_forget, parts.watcher, gone)
+    return {"name": name, "deleted": [one.version for one in gone]}
+
+
+@router.delete("/v1/adapters/{name:path}")
+async def remove(
+    name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts, why: str = ""
+) -> dict[str, Any]:
+    request.state.subject = spelled(name, caller.tenant)
+    gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
+    await asyncio.to_thread(_forget, parts.watcher, gone)
+    return {"name": name, "deleted": [one.version for one in gone]}
+
+
+async def _dealt(
+    kind: str, name: str, body: Weight, request: Request, caller: Caller, expected: int | None, parts: Services
+) -> dict[str, Any]:
+    """A share of the name's traffic for a version."""
+    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+    full = owned(parts, name, caller)
+    await parts.lifecycle.share(full, kind, body.version, body.weight, by=caller.name, why=body.why, expected=expected)
+    return summary(parts, full, caller)
+
+
+def _stated(request: Request) -> int:
+    """How many bytes the client says are coming; 0 if it does not."""
+    stated = request.headers.get("content-length", "")
+    return int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
+
+
+async def _received(request: Request, kind: str, folder: Path, config: Config) -> Fetch:
+    """A push whose files come with it."""
+    licensed = bool(config.allowed_licenses)
+    form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes, card=licensed)
+    request.state.subject = form.get("name")
+    if not form.get("name"):
+        raise BadRequest("the upload has no field `name`: say which adapter this is a version of", param="name")
+    promote = form.get("promote", "true").lower()
+    if promote not in ("true", "false"):
+        raise BadRequest(f"promote takes true or false, not {promote!r}", param="promote")
+    visibility = form.get("visibility")
+    if visibility not in (None, "private", "shared"):
+        raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
+    said = {name: form[name] for name in ("name", "visibility", "engine", "why") if name in form}
+    return Fetch.model_validate({**said, "source": "", "promote": promote == "true"})
+
+
+async def _fetched(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
+    """A push whose files the server goes and gets.
+
+    Its own credentials and folders are there for tenant `default` alone: through them another tenant could read what
+    is none of its business, so for that one the server sees only what is public.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_JSON:
+            raise TooLarge(f"a push as JSON takes up to {MAX_JSON} bytes; send files as multipart/form-data")
+    try:
+        asked = Fetch.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(error.errors()) from error
+    request.state.subject = check_name(asked.name)
+    trusted = caller.tenant == DEFAULT
+    source = parse(asked.source, map(Path, config.source_roots if trusted else ()))
+    came = await asyncio.to_thread(
+        fetch,
+        source,
+        folder,
+        max_bytes=config.max_upload_bytes,
+        card=bool(config.allowed_licenses),
+        anonymous=not trusted,
+    )
+    commit = f" (commit {came.commit})" if came.commit else ""
+    return asked.model_copy(update={"why": asked.why or f"from {asked.source}{commit}"})
+
+
+def _forget(watcher: Watcher, gone: Sequence[Adapter]) -> None:
+    for adapter in gone:
+        watcher.forget(adapter.name, adapter.id)

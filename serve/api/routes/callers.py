@@ -1,0 +1,92 @@
+"""What every route begins with: who asks, what for, and whether the adapter is theirs to change."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from serve.adapters.adapter import Adapter
+from serve.adapters.registry import Share
+from serve.api.services import Services
+from serve.auth.auth import Caller, Scope, allowed
+from serve.errors import BadRequest, NotFound
+from serve.gateway.router import manages
+from serve.names import short_name, shown, spelled, tenant_of
+
+
+async def _parts(request: Request) -> Services:
+    parts: Services = request.app.state.parts
+    return parts
+
+
+TheParts = Annotated[Services, Depends(_parts)]
+
+
+def _holds(scope: Scope) -> Any:
+    async def caller(request: Request, parts: TheParts) -> Caller:
+        if parts.follower:
+            await parts.follower.fresh()
+        request.state.caller = known = parts.auth.known(request.headers)
+        return allowed(known, scope)
+
+    return Depends(caller)
+
+
+async def _matched(request: Request) -> int | None:
+    return live_expected(request.headers.get("if-match"))
+
+
+Asker = Annotated[Caller, _holds(Scope.INFERENCE)]
+Manager = Annotated[Caller, _holds(Scope.ADAPTERS)]
+Operator = Annotated[Caller, _holds(Scope.ADMIN)]
+# The version that must be live for a change to be made; every change to an adapter takes it.
+Expected = Annotated[int | None, Depends(_matched)]
+
+
+def owned(parts: Services, name: str, caller: Caller) -> str:
+    """The full name of an adapter that the caller may change; of any other, whatever it is, the same 404."""
+    full = spelled(name, caller.tenant)
+    if full not in parts.registry or not manages(caller, full):
+        raise NotFound(f"The adapter `{shown(name)}` does not exist.", code="model_not_found", param="name")
+    return full
+
+
+def described(parts: Services, adapter: Adapter, caller: Caller) -> dict[str, Any]:
+    return {**parts.lifecycle.describe(adapter), "name": short_name(adapter.name, caller.tenant)}
+
+
+def summary(parts: Services, full: str, caller: Caller) -> dict[str, Any]:
+    live = parts.registry.live(full)
+    return {
+        "object": "adapter",
+        "name": short_name(full, caller.tenant),
+        "tenant": tenant_of(full),
+        "visibility": "shared" if parts.registry.shared(full) else "private",
+        "live": live.version if live else None,
+        "canary": _share(parts.registry.canary(full)),
+        "shadow": _share(parts.registry.shadow(full)),
+        "versions": [described(parts, version, caller) for version in parts.registry.versions(full)],
+    }
+
+
+def _share(share: Share | None) -> dict[str, Any] | None:
+    return {"version": share.adapter.version, "weight": share.weight} if share else None
+
+
+def live_expected(header: str | None) -> int | None:
+    """The version that an If-Match names, as this server's ETags do; 0 for none; None if it leaves that open."""
+    if header is None or header.strip() == "*":
+        return None
+    number = header.strip().strip('"').removeprefix("v")
+    if not number.isascii() or not number.isdigit() or len(number) > 9:
+        raise BadRequest(
+            f'If-Match takes the version that is live now, for instance "3", or "0" for none; not {shown(header)}',
+            param="if-match",
+        )
+    return int(number)
+
+
+def agreed(asked: int | None, matching: int | None) -> int | None:
+    """What the body expects to be live, or the header."""
+    if None not in (asked, matching) and asked != matching:
+        raise BadRequest(f"expected_version is {asked} and If-Match {matching}: send one", param="expected_version")
+    return matching if asked is None else asked

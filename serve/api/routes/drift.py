@@ -1,0 +1,118 @@
+"""What moved: drift, baselines to hold it against, and ratings of answers."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import PositiveInt
+
+from serve.adapters.adapter import Adapter
+from serve.api.routes.callers import Asker, Manager, TheParts, owned
+from serve.api.schemas import Acknowledged, Rating, Rehearsed
+from serve.api.services import Services
+from serve.errors import BadRequest, ConfigError, Conflict, TooLarge
+from serve.gateway.router import manages
+from serve.names import short_name, spelled
+from serve.telemetry.feedback import GOOD
+
+MAX_BASELINE = 64 << 20
+
+router = APIRouter()
+
+
+@router.get("/v1/drift")
+async def drift(caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """What has moved, of everything that the caller may change; the base is the operator's."""
+    found = await asyncio.to_thread(parts.watcher.summary)
+    rows = [
+        {"name": short_name(full, caller.tenant), "versions": found[full]}
+        for full in sorted(found)
+        if (caller.operator if full in parts.fleet else full in parts.registry and manages(caller, full))
+    ]
+    return {"object": "list", "watching": parts.watcher.running, "data": rows}
+
+
+@router.get("/v1/adapters/{name:path}/drift")
+async def adapter_drift(name: str, caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """What moved, since when, how strongly; and how its canary does."""
+    full = name if name in parts.fleet and caller.operator else owned(parts, name, caller)
+    told = await asyncio.to_thread(parts.watcher.report, full)
+    return {"object": "adapter.drift", "name": name, "watching": parts.watcher.running, **told}
+
+
+@router.post("/v1/adapters/{name:path}/drift/acknowledge")
+async def acknowledge(
+    name: str, body: Acknowledged, request: Request, caller: Manager, parts: TheParts
+) -> dict[str, Any]:
+    """Its alarms have been dealt with: evidence begins again at nothing."""
+    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+    full = owned(parts, name, caller)
+    parts.registry.get(full, body.version)
+    await asyncio.to_thread(parts.watcher.acknowledge, full, f"v{body.version}")
+    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(parts.watcher.report, full)}
+
+
+@router.post("/v1/adapters/{name:path}/baseline")
+async def baseline(name: str, body: Rehearsed, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
+    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
+    which = baselined(parts, owned(parts, name, caller), body.version)
+    exchanges = await parts.rehearsal.run(which, body.prompts, max_tokens=body.max_tokens)
+    label = f"v{which.version}"
+    rows = await asyncio.to_thread(_asked, parts.watcher.adopt, which.name, label, which.id, exchanges)
+    return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
+
+
+@router.get("/v1/adapters/{name:path}/baseline")
+async def saved_baseline(name: str, caller: Manager, parts: TheParts, version: PositiveInt | None = None) -> Response:
+    """A version's baseline, to ship with the adapter."""
+    which = baselined(parts, owned(parts, name, caller), version)
+    data = await asyncio.to_thread(_asked, parts.watcher.packed, which.name, f"v{which.version}", which.id)
+    return Response(data, media_type="application/zip")
+
+
+@router.put("/v1/adapters/{name:path}/baseline")
+async def shipped_baseline(
+    name: str, request: Request, caller: Manager, parts: TheParts, version: PositiveInt | None = None
+) -> dict[str, Any]:
+    """The baseline that came with the adapter."""
+    request.state.subject = f"{spelled(name, caller.tenant)}@v{version or '(live)'}"
+    which = baselined(parts, owned(parts, name, caller), version)
+    data = b""
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BASELINE:
+            raise TooLarge(f"a baseline is at most {MAX_BASELINE >> 20} MiB")
+    label = f"v{which.version}"
+    rows = await asyncio.to_thread(_asked, parts.watcher.unpack, which.name, label, which.id, data)
+    return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
+
+
+@router.post("/v1/feedback")
+async def rate(body: Rating, request: Request, caller: Asker, parts: TheParts) -> dict[str, Any]:
+    """A rating of an answer, by its id."""
+    request.state.unaudited = True
+    answered, rating = parts.feedback.join(caller.tenant, body.request_id, body.rating, body.answer)
+    parts.monitor.rated(answered.adapter, answered.version, "good" if rating >= GOOD else "bad")
+    if answered.dealt:
+        parts.watcher.rated(answered.adapter, answered.version, rating, answered.asker)
+    return {"object": "feedback", "request_id": body.request_id, "rating": rating}
+
+
+def baselined(parts: Services, full: str, version: int | None) -> Adapter:
+    """The version that a baseline is about; without a number, the live one."""
+    number = version or parts.live_version(full)
+    if number is None:
+        raise Conflict("no version of this adapter is live: say which one the baseline is for", param="version")
+    if not parts.watcher.running:
+        raise Conflict("drift is not watched on this server, so there is nothing to build a baseline for")
+    return parts.registry.get(full, number)
+
+
+def _asked(do: Callable[..., Any], *args: Any) -> Any:
+    """What a baseline's own error says is, here, about the request."""
+    try:
+        return do(*args)
+    except ConfigError as error:
+        raise BadRequest(error.message) from error

@@ -1,0 +1,40 @@
+"""Keys of tenants, by an operator."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from serve.api.routes.callers import Operator, TheParts
+from serve.api.schemas import NewKey
+from serve.auth.rate_limits import Limits
+from serve.errors import Conflict
+
+router = APIRouter()
+
+
+@router.post("/v1/keys", status_code=201)
+async def create_key(body: NewKey, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+    request.state.subject = f"{body.tenant}/{body.name}"
+    if parts.auth.open:
+        raise Conflict(
+            "this server has no key, so everybody may do everything: "
+            "start it with LORADOCK_ADMIN_KEYS, then create keys with that one"
+        )
+    limits = Limits(**body.limits.model_dump())
+    key, secret = await asyncio.to_thread(parts.keys.create, body.tenant, body.name, body.scopes, limits)
+    request.state.subject = f"{body.tenant}/{body.name} {key.id}"
+    return {**key.described(), "secret": secret}
+
+
+@router.get("/v1/keys")
+async def list_keys(caller: Operator, parts: TheParts, tenant: str | None = None) -> dict[str, Any]:
+    rows = [key.described() for key in parts.keys.all() if tenant in (None, key.tenant)]
+    return {"object": "list", "data": rows}
+
+
+@router.delete("/v1/keys/{id}")
+async def revoke_key(id: str, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+    key = await asyncio.to_thread(parts.keys.revoke, id)
+    request.state.subject = f"{key.tenant}/{key.name} {key.id}"
+    return key.described()

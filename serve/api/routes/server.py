@@ -1,0 +1,146 @@
+"""The server itself: is it well, what does it serve, its engines, its metrics, and alerts that come back to it."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from serve import __version__
+from serve.adapters.registry import Registry
+from serve.api.routes.callers import Asker, Manager, Operator, TheParts
+from serve.api.schemas import Swap
+from serve.auth.auth import Caller
+from serve.engine.supervisor import Fleet
+from serve.errors import BadRequest, ConfigError, NotFound
+from serve.gateway.router import manages, sees
+from serve.models.checkpoint import find
+from serve.models.manifest import gist
+from serve.names import DEFAULT, full_name, short_name, tenant_of
+from serve.rollout.alertmanager import Notification
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> Response:
+    """This process lives."""
+    return Response()
+
+
+@router.get("/ready")
+async def is_ready(parts: TheParts) -> Response:
+    """Every engine answers."""
+    for base in parts.fleet:
+        if not base.is_ready:
+            raise base.unavailable()
+    return JSONResponse({"status": "ready", "model": parts.fleet.first.name})
+
+
+@router.get("/version")
+async def version(parts: TheParts) -> dict[str, Any]:
+    said = {"version": __version__, "vllm": parts.fleet.first.backend.version, "model": parts.fleet.first.name}
+    manifest = gist(parts.fleet.first.model)
+    return {**said, "manifest": manifest} if manifest else said
+
+
+@router.get("/metrics")
+async def metrics(request: Request, caller: Operator, parts: TheParts) -> Response:
+    """Ours, and the engine's."""
+    parts.monitor.tidy()
+    text, kind = await asyncio.to_thread(parts.monitor.render, request.headers.get("accept", ""))
+    return Response(text, headers={"content-type": kind})
+
+
+@router.get("/metrics/engine")
+async def engine_metrics(request: Request, caller: Operator, parts: TheParts) -> Response:
+    """The engine's alone, with the series that grows."""
+    text, kind = await asyncio.to_thread(parts.monitor.render_engine, request.headers.get("accept", ""))
+    return Response(text, headers={"content-type": kind})
+
+
+@router.get("/v1/models")
+async def models(caller: Asker, parts: TheParts) -> dict[str, Any]:
+    return {"object": "list", "data": list(_cards(parts.fleet, parts.registry, caller))}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, caller: Asker, parts: TheParts) -> dict[str, Any]:
+    for card in _cards(parts.fleet, parts.registry, caller):
+        if name == card["id"]:
+            return card
+    raise NotFound(f"The model `{name}` does not exist", code="model_not_found", param="model")
+
+
+@router.get("/v1/engines")
+async def engines(caller: Operator, parts: TheParts) -> dict[str, Any]:
+    rows = []
+    for base in parts.fleet:
+        # The backend answers behind what it computes, so the other numbers are read afterwards.
+        resident = sorted(await base.resident_ids()) if base.is_ready else []
+        rows.append({**base.described(), "resident": resident})
+    return {"object": "list", "data": rows}
+
+
+@router.get("/v1/replicas")
+async def replicas(caller: Operator, parts: TheParts) -> dict[str, Any]:
+    """The servers that share this one's registry, and how far each has read it."""
+    return {"object": "list", "data": await asyncio.to_thread(parts.follower.replicas) if parts.follower else []}
+
+
+@router.post("/v1/engines/{engine:path}/swap")
+async def swap(engine: str, body: Swap, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+    request.state.subject = f"{engine} -> {body.model}"
+    base = parts.fleet.get(engine)
+    try:
+        model = await asyncio.to_thread(find, body.model, parts.config.cache_dir)
+    except ConfigError as error:
+        raise BadRequest(str(error), param="model") from error
+    return await base.swap(model, by=caller.name, force=body.force, drain_first=body.drain_first)
+
+
+@router.post("/v1/engines/{engine:path}/restart")
+async def restart(engine: str, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+    request.state.subject = engine
+    await parts.fleet.get(engine).restart()
+    return parts.fleet.get(engine).described()
+
+
+@router.post("/v1/alerts")
+async def alerts(body: Notification, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """Alertmanager's webhook."""
+    if not parts.ready.is_set():
+        raise parts.fleet.first.unavailable()
+    rows = [
+        await parts.alerting.take(alert, may=manages(caller, alert.labels.get("adapter", "")), by=caller.name)
+        for alert in body.alerts
+    ]
+    request.state.subject = ", ".join(f"{row['alert']}: {row['outcome']}" for row in rows)
+    return {"object": "list", "data": rows}
+
+
+def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[str, Any]]:
+    """OpenAI's model cards: the bases, then every adapter that the caller may ask, by name and by version."""
+    for base in fleet:
+        card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock", "root": base.model}
+        card |= {"parent": None, "max_model_len": base.backend.max_model_len} if base.is_ready else {"parent": None}
+        yield {**card, "manifest": manifest} if (manifest := gist(base.model)) else card
+    for full in registry.names():
+        if not sees(registry, caller, full):
+            continue
+        public = short_name(full, caller.tenant)
+        if tenant_of(full) == DEFAULT and full_name(caller.tenant, full) in registry and caller.tenant != DEFAULT:
+            public = f"{DEFAULT}/{full}"  # the caller's own adapter answers under the short name
+        live = registry.live(full)
+        for adapter in registry.versions(full):
+            pinned = f"{public}@v{adapter.version}"
+            for id in [public, pinned] if adapter == live else [pinned]:
+                yield {
+                    "id": id,
+                    "object": "model",
+                    "created": int(adapter.created),
+                    "owned_by": "loradock",
+                    "root": adapter.id,
+                    "parent": registry.base(full) or fleet.first.name,
+                }

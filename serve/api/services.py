@@ -1,0 +1,239 @@
+"""`Services`: everything that a server is made of, introduced to one another."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from serve import __version__
+from serve.adapters.adapter import Limits as AdapterLimits
+from serve.adapters.registry import Registry
+from serve.adapters.shared_store import SharedStore
+from serve.adapters.store import Store
+from serve.auth.audit import Audit
+from serve.auth.auth import Auth
+from serve.auth.keys import Keys
+from serve.auth.rate_limits import Meters
+from serve.config import Config
+from serve.drift.baseline_build import BaselineBuild
+from serve.drift.embedding import Embedding
+from serve.drift.monitor import Watcher
+from serve.drift.prober import Prober
+from serve.engine.effect_probe import Probe
+from serve.engine.engine import Backend, Engine
+from serve.engine.supervisor import Fleet, Patience, Supervisor
+from serve.errors import EngineUnavailable, LoradockError
+from serve.gateway.inference import Inference
+from serve.gateway.router import Router
+from serve.models.hardware import node
+from serve.rollout.alertmanager import Alerts
+from serve.rollout.canary import CanaryTrials, Judgement
+from serve.rollout.controller import RolloutController
+from serve.rollout.lifecycle import Lifecycle
+from serve.rollout.policy import ROLLBACK
+from serve.rollout.registry_sync import RegistrySync, Replica
+from serve.rollout.rollback import AutomaticRollback
+from serve.rollout.shadow import ShadowExchange, Shadows
+from serve.telemetry.capture import Capture
+from serve.telemetry.feedback import Feedback
+from serve.telemetry.metrics import Metrics
+from serve.telemetry.recent import Recent
+
+log = logging.getLogger(__name__)
+
+LOG_STATS_SECONDS = 10.0
+
+
+class Services:
+    """What `build_app` says of its arguments; `running` is the server's lifetime."""
+
+    def __init__(
+        self,
+        config: Config,
+        backends: Sequence[Backend],
+        on_failure: Callable[[LoradockError], None] | None = None,
+        on_shadow: Callable[[ShadowExchange], None] | None = None,
+        replica: str = "",
+    ) -> None:
+        self.config = config
+        self.ready = asyncio.Event()
+        self._on_failure = on_failure or log.error
+        self._popular = config.data_dir / "popular.json"
+        self._learned: dict[str, str] = {}
+        self._learning: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+        self.store = Store(config.data_dir, shared=SharedStore(config.blobs) if config.blobs else None)
+        self.registry = Registry(config.registry_url)
+        patience = Patience(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Patience)})
+        self.fleet = Fleet(
+            [Supervisor(one, self._probe, patience, tolerance=config.swap_tolerance) for one in backends],
+            self.registry.base,
+        )
+        self.lifecycle = Lifecycle(self.fleet, self.registry, self.store, lambda base: _limits(config, base.backend))
+        for one in self.fleet:
+            one.on_serve = partial(self._served, one)
+        self.lifecycle.meet = self._meet
+        self.keys = Keys(self.registry)
+        # A registry that has a URL of its own may have other servers too.
+        me = Replica(replica or f"{node()}-{secrets.token_hex(4)}", node())
+        self.follower = (
+            RegistrySync(self.registry, self.keys, self.lifecycle, self.fleet, me) if config.registry else None
+        )
+        self.auth = Auth(config.api_keys, config.admin_keys, self.keys.caller, lambda: self.keys.any)
+        self.audit = Audit(config.data_dir / "audit.jsonl")
+        self._introduce_those_who_watch()
+        self.recent = Recent()
+        self.monitor.passed_on.append(self.recent.take)
+        self.rehearsal = BaselineBuild(self.fleet, self.store)
+        shadows = Shadows(self.fleet, self.store, self.monitor.shadowed, on_shadow, limit=config.max_shadows)
+        self._shadows = shadows
+        router = Router(self.fleet, self.registry, self.store, self.lifecycle.popularity.used)
+        self.inference = Inference(
+            self.auth, router, Meters(), self.monitor.take, shadows, self.watcher.wants_logprobs, config.client_timeout
+        )
+        if self.follower:
+            self.inference.fresh = self.follower.fresh
+
+    def _introduce_those_who_watch(self) -> None:
+        """Whoever hears of an answer after it was given, and what follows from it."""
+        config, fleet, registry = self.config, self.fleet, self.registry
+        self.monitor = Metrics(
+            fleet, registry, self.audit, __version__, config.slos, limit=config.max_labelled_versions
+        )
+        self.wayback = AutomaticRollback(self.lifecycle, registry, self.audit, self.monitor.rolled_back)
+        self.alerting = Alerts(self.wayback, registry, lambda adapter: self.referee.policy(adapter).worse == ROLLBACK)
+        self.feedback = Feedback()
+        trials = CanaryTrials(
+            lambda adapter: registry.canary(adapter) if adapter in registry else None,
+            self.live_version,
+            lambda adapter: self.referee.policy(adapter).alpha,
+        )
+        self.referee = RolloutController(
+            self.wayback, self.lifecycle, registry, self.audit, trials, config.policies, self.monitor.swapped
+        )
+        self.watcher = Watcher(
+            config.data_dir / "drift",
+            trials,
+            threshold=config.drift_threshold,
+            reference=config.drift_reference,
+            interval=config.drift_interval,
+            logprobs=config.drift_logprobs,
+            versions=config.drift_versions,
+            capture=config.capture,
+            redact=config.capture_redact,
+            keep_quotes=config.capture_hours * 3600,
+            base_of=lambda adapter: adapter if adapter in fleet else fleet.of(adapter).name,
+            label=self.monitor.label,
+            alarmed=self.referee.alarmed,
+            judged=self._judged,
+        )
+        self.monitor.watch(self.watcher)
+        self.monitor.passed_on += [self.feedback.remember, self.watcher.offer]
+        self._capture = Capture(
+            config.data_dir / "captured",
+            lambda adapter: (fleet.get(adapter) if adapter in fleet else fleet.of(adapter)).model,
+            redact=config.capture_redact,
+            hours=config.capture_hours,
+        )
+        if config.capture_text:
+            self.monitor.passed_on.append(self._capture.offer)
+        self.prober = Prober(
+            fleet, registry, self.store, self.watcher, self.referee.alarmed, interval=config.drift_probe_interval
+        )
+
+    def live_version(self, full: str) -> int | None:
+        """The number of the version of this adapter that is live, if there is such an adapter and version."""
+        live = self.registry.live(full) if full in self.registry else None
+        return live.version if live else None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self._loop = asyncio.get_running_loop()
+        jobs = [self._live(), self._log_stats(), self.lifecycle.keep_warm(self._popular)]
+        tasks = [asyncio.create_task(job) for job in [*jobs, *([self.follower.run()] if self.follower else [])]]
+        if self.config.capture_text:
+            self._capture.start()
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.to_thread(self.watcher.stop)
+            await asyncio.to_thread(self._capture.stop)
+            await self._shadows.close()
+            await self.lifecycle.settle()
+            await self.fleet.stop()
+            self.registry.close()
+
+    async def _live(self) -> None:
+        try:
+            await self.lifecycle.sweep()
+            self.lifecycle.popularity.load(self._popular)
+            await self.fleet.start(self.lifecycle)
+            self.ready.set()
+            await self.prober.run()
+        except LoradockError as error:
+            self._on_failure(error)
+
+    async def _log_stats(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_STATS_SECONDS)
+            for base in self.fleet:
+                with suppress(EngineUnavailable):
+                    await base.backend.log_stats()
+
+    def _probe(self, engine: Engine) -> Probe | None:
+        if not self.config.probe:
+            return None
+        return Probe(engine, min_effect=self.config.probe_min_effect, max_perplexity=self.config.probe_max_perplexity)
+
+    async def _meet(self, base: Supervisor, engine: Engine) -> None:
+        engine.on_load = self.monitor.loaded
+        # While another engine serves, this one is on trial for its place, and the traffic is the other's.
+        if self.config.drift and not base.is_ready:
+            await asyncio.to_thread(self._learn, base.name, engine.backend.model)
+
+    def _served(self, base: Supervisor, engine: Engine) -> None:
+        if self.config.drift and self._learned.get(base.name) != engine.backend.model:
+            learning = asyncio.to_thread(self._learn, base.name, engine.backend.model)
+            self._learning.append(asyncio.create_task(learning))
+
+    def _learn(self, base: str, model: str) -> None:
+        """Have the versions over this model watched; without its embedding table there is nothing to watch with."""
+        if self._learned.get(base) == model:
+            return
+        self.watcher.pause(base)
+        self._learned[base] = model
+        try:
+            embedding = Embedding.of(Path(model))
+        except LoradockError as error:
+            log.warning("drift is not watched for %s: %s", base, error)
+            return
+        tokenizer = Path(model) / "tokenizer.json"
+        digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else ""
+        self.watcher.learn(base, embedding, digest)
+
+    def _judged(self, judgement: Judgement) -> None:
+        """From the watcher's thread."""
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(self.referee.decide(judgement), self._loop)
+
+
+def _limits(config: Config, backend: Backend) -> AdapterLimits:
+    """What an upload may be, here."""
+    rank = backend.max_lora_rank
+    return AdapterLimits(
+        max_rank=min(rank, config.max_adapter_rank or rank),
+        allowed_target_modules=frozenset(config.allowed_target_modules) or None,
+        allowed_licenses=frozenset(one.lower() for one in config.allowed_licenses) or None,
+        allowed_digests=frozenset(config.allowed_digests) or None,
+    )

@@ -1,0 +1,250 @@
+"""Watches an answer go by, and how the engine made it, and offers an Exchange; never waits, never raises.
+
+Two places are watched. `Tap` stands between vLLM's app and the socket: status, first byte, last byte. `Watch` is what
+the backend finds in `watching` when it begins a sequence for that very request: it leaves a `Sequence` there, which is
+read when the answer has ended. So a request that does not stream is seen token by token too, and nothing is parsed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from starlette.types import Message, Scope, Send
+
+from serve.asgi.fast_stream import FastStream
+
+log = logging.getLogger(__name__)
+
+# What is counted when the client left before anything was answered.
+LEFT = 499
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+
+
+def identified(scope: Scope) -> tuple[Scope, str]:
+    """The request with an id in its x-request-id header, and that id: the client's own, if it is one."""
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
+        return scope, given[0].decode()
+    made = uuid.uuid4().hex
+    rest = [header for header in scope["headers"] if header[0] != b"x-request-id"]
+    return {**scope, "headers": [*rest, (b"x-request-id", made.encode())]}, made
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One sequence as the engine made it. Times are seconds; None where the engine did not come that far.
+
+    `queue` ended when the prompt's turn came; `first` is the wall-clock time of the first token; `gap` and `worst_gap`
+    are the mean and the longest wait for a token after the first. `logprobs` are those of the tokens that were sampled,
+    if they were asked for. `text` is what was said, if the engine made text of it.
+    """
+
+    prompt: Sequence[int]
+    output: Sequence[int]
+    finish_reason: str
+    text: str = ""
+    queue: float | None = None
+    first: float | None = None
+    gap: float | None = None
+    worst_gap: float | None = None
+    logprobs: Sequence[float] | None = None
+
+
+class Generating(Protocol):
+    """A sequence that the engine works on, or has."""
+
+    def read(self) -> Generation: ...
+
+
+class Routed(Protocol):
+    """What the tap takes of a route."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def adapter(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def asker(self) -> bytes | None: ...
+    @property
+    def dealt(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class Watch:
+    """What the backend is to leave of a request, and has left."""
+
+    logprobs: bool = False
+    # The server's own: no client waits for it.
+    background: bool = False
+    sequences: list[Generating] = field(default_factory=list)
+    # The short way that a sequence of it may take.
+    express: FastStream | None = None
+
+
+# The request that the current task answers. A ContextVar goes with it through vLLM's app into the engine.
+watching: ContextVar[Watch | None] = ContextVar("watching", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One request as it went by. Times are seconds from its arrival; None where there was none.
+
+    `adapter` and `version` are its labels (`other` for what never reached a model), `id` the adapter as the engine
+    knows it ("" for the base), `asker` what stays the same from request to request of one user or conversation.
+    """
+
+    adapter: str
+    version: str
+    status: int
+    first: float | None
+    total: float
+    id: str = ""
+    request_id: str = ""
+    tenant: str = ""
+    asker: bytes | None = None
+    began: float = 0.0
+    generations: tuple[Generation, ...] = ()
+    # A canary or the live version took it because it is one: the request named neither by number.
+    dealt: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of several sequences of one prompt it counts once; the prompts of a batch count each."""
+        prompts = {id(one.prompt): len(one.prompt) for one in self.generations}
+        return sum(prompts.values())
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(len(one.output) for one in self.generations)
+
+    @property
+    def finish_reason(self) -> str:
+        """How the last sequence ended; "" when there was none."""
+        return self.generations[-1].finish_reason if self.generations else ""
+
+    @property
+    def queue(self) -> float | None:
+        return min((one.queue for one in self.generations if one.queue is not None), default=None)
+
+    @property
+    def gap(self) -> float | None:
+        """The mean wait between two tokens, over all of the request's sequences."""
+        waited = [(one.gap, len(one.output) - 1) for one in self.generations if one.gap is not None]
+        count = sum(tokens for _, tokens in waited)
+        return sum(gap * tokens for gap, tokens in waited) / count if count else None
+
+    @property
+    def worst_gap(self) -> float | None:
+        return max((one.worst_gap for one in self.generations if one.worst_gap is not None), default=None)
+
+
+class Tap:
+    """Stands in a response's way: `send` passes everything on as it came, and says the request's id in a header."""
+
+    __slots__ = (
+        "_first",
+        "_send",
+        "_started",
+        "adapter",
+        "asker",
+        "began",
+        "dealt",
+        "events",
+        "id",
+        "request_id",
+        "status",
+        "tenant",
+        "version",
+        "watch",
+    )
+
+    def __init__(self, send: Send, request_id: str = "") -> None:
+        self._send = send
+        self._started = time.perf_counter()
+        self._first: float | None = None
+        self.began = time.time()
+        self.request_id = request_id
+        self.adapter = "other"
+        self.version = ""
+        self.id = ""
+        self.tenant = ""
+        self.asker: bytes | None = None
+        self.dealt = False
+        self.status = LEFT
+        self.watch = Watch()
+        # The answer is a stream of server-sent events.
+        self.events = False
+
+    @property
+    def begun(self) -> bool:
+        """The client has been sent a status."""
+        return self.status != LEFT
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self.request_id and not any(name == b"x-request-id" for name, _ in message["headers"]):
+                header = (b"x-request-id", self.request_id.encode())
+                message = {**message, "headers": [*message["headers"], header]}
+            self.events = any(
+                name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
+            )
+        elif self._first is None:
+            self._first = time.perf_counter()
+        await self._send(message)
+
+    def routed(self, route: Routed, tenant: str) -> None:
+        """Say who answers, and whom."""
+        self.adapter, self.version = route.adapter, route.version
+        self.id = "" if route.version == "base" else route.model
+        self.tenant, self.asker, self.dealt = tenant, route.asker, route.dealt
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While this lasts, what the backend begins belongs to this request."""
+        token = watching.set(self.watch)
+        try:
+            yield
+        finally:
+            watching.reset(token)
+
+    def offer(self, take: Callable[[Exchange], None]) -> None:
+        """Hand what was seen to `take`."""
+        try:
+            take(self._exchange())
+        except Exception:  # whatever is wrong with the watchers, the answer is the client's
+            log.exception("a request was not counted")
+
+    def _exchange(self) -> Exchange:
+        total = time.perf_counter() - self._started
+        generations = tuple(sequence.read() for sequence in self.watch.sequences)
+        token = min((one.first for one in generations if one.first is not None), default=None)
+        if token is not None:
+            first: float | None = min(max(token - self.began, 0.0), total)
+        else:
+            first = None if self._first is None else self._first - self._started
+        return Exchange(
+            self.adapter,
+            self.version,
+            self.status,
+            first,
+            total,
+            self.id,
+            self.request_id,
+            self.tenant,
+            self.asker,
+            self.began,
+            generations,
+            self.dealt,
+        )

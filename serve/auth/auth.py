@@ -1,0 +1,98 @@
+"""An API key becomes a Caller: a tenant, scopes and limits.
+
+inference        asks, and lists the models that its tenant may ask
+adapters:write   pushes, promotes, rolls back and deletes its tenant's adapters
+admin            an operator: everything, in every tenant. Only keys of tenant `default` hold it
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from serve.auth.rate_limits import UNLIMITED, Limits
+from serve.errors import Forbidden, Unauthorized
+from serve.names import DEFAULT
+
+
+class Scope(StrEnum):
+    INFERENCE = "inference"
+    ADAPTERS = "adapters:write"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. `name` is fit for a history: never the key itself. `key` tells keys of one name apart."""
+
+    name: str
+    scopes: frozenset[Scope]
+    tenant: str = DEFAULT
+    key: str = ""
+    limits: Limits = UNLIMITED
+
+    @property
+    def operator(self) -> bool:
+        """May see and change what any tenant has."""
+        return Scope.ADMIN in self.scopes
+
+
+ANYBODY = Caller("anonymous", frozenset(Scope))
+
+
+class Auth:
+    """Knows keys by their sha256 alone: the config's, which are tenant `default`'s, and those that were `issued`.
+
+    Without any key everybody may do everything (loopback only, see config); `locked` says that keys were issued.
+    """
+
+    def __init__(
+        self,
+        api_keys: Iterable[str] = (),
+        admin_keys: Iterable[str] = (),
+        issued: Callable[[str], Caller | None] = lambda digest: None,
+        locked: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._callers = {key: Caller(f"key-{key[:8]}", frozenset({Scope.INFERENCE}), key=key[:8]) for key in api_keys}
+        self._callers |= {key: Caller(f"admin-{key[:8]}", frozenset(Scope), key=key[:8]) for key in admin_keys}
+        self._issued = issued
+        self._locked = locked
+
+    @property
+    def open(self) -> bool:
+        """Nobody has a key, so everybody may do everything."""
+        return not self._callers and not self._locked()
+
+    def caller(self, headers: Mapping[str, str], scope: Scope) -> Caller:
+        """The caller behind `Authorization: Bearer KEY` (or `X-API-Key`), who must hold `scope`."""
+        if self.open:
+            return ANYBODY
+        return allowed(self.known(headers), scope)
+
+    def known(self, headers: Mapping[str, str]) -> Caller:
+        """The caller, whatever may be asked of them; Unauthorized if nobody issued this key."""
+        if self.open:
+            return ANYBODY
+        key = _key(headers)
+        if not key:
+            raise Unauthorized("no API key came with the request: send `Authorization: Bearer KEY`")
+        # Looked up by its sha256: how long that takes tells nothing of a key that is nearly right.
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        caller = self._callers.get(digest) or self._issued(digest)
+        if caller is None:
+            raise Unauthorized("the API key is not one that this server issued", code="invalid_api_key")
+        return caller
+
+
+def allowed(caller: Caller, scope: Scope) -> Caller:
+    """The caller, if they hold `scope`."""
+    if scope not in caller.scopes and not caller.operator:
+        raise Forbidden(f"this key may not do that: it takes a key with the scope {scope}")
+    return caller
+
+
+def _key(headers: Mapping[str, str]) -> str:
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")

@@ -1,0 +1,108 @@
+"""`loradock baseline`: what a version of an adapter is held against, before its first traffic.
+
+Exit codes: 0 done, 1 the server refused, 2 the command is wrong, 3 no server answered.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from serve.cli.terminal import URL, Json, Key, Url, connected, example, say
+from serve.errors import ConfigError
+
+# Seconds: a thousand answers take their time.
+PATIENCE = 86_400.0
+
+baseline_app = typer.Typer(
+    name="baseline",
+    help="Say what an adapter's traffic and answers look like, before there is any.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@baseline_app.callback()
+def _group() -> None:
+    pass
+
+
+@baseline_app.command(epilog=example("loradock baseline build tone prompts.jsonl --version 3"))
+def build(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PROMPTS", help='JSON lines: a text, {"prompt": text}, or {"messages": [...]}; 1,000 are good.'
+        ),
+    ],
+    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 64,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Have the version answer these prompts, and hold later traffic against them. Takes as long as the answers do."""
+    asked = prompts(file)
+    with connected("baseline", url, key, timeout=PATIENCE) as client:
+        answer = client.build_baseline(name, asked, version, max_tokens)
+    say(answer, as_json, _built)
+
+
+@baseline_app.command(epilog=example("loradock baseline save tone baseline.zip --version 3"))
+def save(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to.")],
+    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    url: Url = URL,
+    key: Key = None,
+) -> None:
+    """Save a version's baseline, to ship it with the adapter to another server over the same model."""
+    with connected("baseline", url, key) as client:
+        file.write_bytes(client.save_baseline(name, version))
+    typer.echo(f"{file} holds the baseline of {name}")
+
+
+@baseline_app.command(epilog=example("loradock baseline ship tone baseline.zip"))
+def ship(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `save` wrote.", exists=True, dir_okay=False)],
+    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Hold a version against a baseline that was saved: of the same adapter's same bytes, over the same model."""
+    with connected("baseline", url, key) as client:
+        answer = client.ship_baseline(name, file.read_bytes(), version)
+    say(answer, as_json, _built)
+
+
+def prompts(file: Path) -> list[Any]:
+    """The prompts of a file of JSON lines; ConfigError says which line is none."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            said = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"line {number} of {file} is not JSON: {error}") from error
+        if isinstance(said, dict):
+            said = said.get("prompt") or said.get("messages")
+        if not isinstance(said, str | list) or not said:
+            raise ConfigError(f'line {number} of {file} is neither a text, {{"prompt": ...}} nor {{"messages": ...}}')
+        found.append(said)
+    return found
+
+
+def _built(answer: dict[str, Any]) -> str:
+    rows = ", ".join(f"{count} of {signal}" for signal, count in answer["requests"].items())
+    return f"{answer['name']}@v{answer['version']} is held against {rows}"

@@ -1,0 +1,90 @@
+"""`loradock engines`: the base models of a running server.
+
+Exit codes: 0 done, 1 the server refused, 2 the command is wrong, 3 no server answered.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, table
+
+engines_app = typer.Typer(
+    name="engines",
+    help="List the engines of a running server, swap the model under one, start one again.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The base's name, as `loradock engines list` shows it.")]
+
+
+@engines_app.command("list", epilog=example("loradock engines list"))
+def list_(url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """List the engines: phase, model, load, memory, restarts."""
+    with connected("engines", url, key) as client:
+        answer = client.engines()
+    say(answer, as_json, _listed)
+
+
+@engines_app.command(
+    epilog=example("loradock engines swap smollm2 ./smollm2-w8a8", "loradock engines swap smollm2 smollm2 --force")
+)
+def swap(
+    name: Name,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder on this machine or on the server's, or a hub id.")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Also if adapters do not do there what they do now.")] = False,
+    drain_first: Annotated[
+        bool, typer.Option("--drain-first", help="End the old engine before the new one starts: no room for both.")
+    ] = False,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Put another model under a base's name while requests flow; on any error the old one goes on."""
+    folder = Path(model).expanduser()
+    given = str(folder.resolve()) if folder.is_dir() else model
+    with connected("engines", url, key) as client:
+        answer = client.swap(name, given, force=force, drain_first=drain_first)
+    say(answer, as_json, _swapped)
+
+
+@engines_app.command(epilog=example("loradock engines restart smollm2"))
+def restart(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Start an engine again that stayed down after too many deaths."""
+    with connected("engines", url, key) as client:
+        answer = client.restart(name)
+    say(answer, as_json, lambda told: f"{told.get('name')} is {told.get('phase')}")
+
+
+def _listed(answer: dict[str, Any]) -> str:
+    rows = [("NAME", "PHASE", "MODEL", "RUNNING", "WAITING", "ADAPTERS", "MEMORY", "RESTARTS", "UP")]
+    for one in answer.get("data", []):
+        rows.append(
+            (
+                str(one.get("name")),
+                str(one.get("phase")) + (f" ({one['reason']})" if one.get("reason") else ""),
+                str(one.get("model")),
+                str(one.get("running")),
+                str(one.get("waiting")),
+                f"{len(one.get('resident', []))}/{one.get('max_resident')}",
+                f"{one.get('memory_bytes', 0) / (1 << 20):.0f} MiB",
+                str(one.get("restarts")),
+                f"{one.get('uptime_seconds', 0):.0f} s",
+            )
+        )
+    return table(rows)
+
+
+def _swapped(answer: dict[str, Any]) -> str:
+    lines = [f"{answer.get('name')} is served by {answer.get('model')} now, after {answer.get('seconds')} s"]
+    rows = [("ADAPTER", "EFFECT BEFORE", "AFTER", "CHANGED", "")]
+    for one in answer.get("adapters", []):
+        row = (str(one["adapter"]), f"{one['before']:.3f}", f"{one['after']:.3f}", f"{one['lost']:.1%}")
+        rows.append((*row, str(one["problem"])))
+    return "\n".join([*lines, table(rows)]) if len(rows) > 1 else lines[0]

@@ -1,0 +1,106 @@
+"""`loradock keys`: who may use a running server, and how much.
+
+Exit codes: 0 done, 1 the server refused, 2 the command is wrong, 3 no server answered.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, table
+
+keys_app = typer.Typer(
+    name="keys",
+    help="Create, list and revoke the API keys of a running server.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+def _limit(flag: str, help: str) -> Any:
+    return typer.Option(flag, min=1, metavar="N", help=f"{help} (default: no limit).", show_default=False)
+
+
+@keys_app.command(
+    epilog=example(
+        "loradock keys create batch-jobs --tenant acme --requests-per-minute 60 --tokens-per-minute 40000",
+        "loradock keys create ci --tenant acme --scope adapters:write --adapters 20 --json | jq -r .secret",
+    )
+)
+def create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is for, as histories and logs will say it.")],
+    tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is.")] = "default",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option("--scope", help="inference, adapters:write or admin; again for more (default: inference)."),
+    ] = None,
+    requests_per_minute: Annotated[int | None, _limit("--requests-per-minute", "Requests in a minute")] = None,
+    tokens_per_minute: Annotated[int | None, _limit("--tokens-per-minute", "Tokens in a minute, in and out")] = None,
+    concurrent: Annotated[int | None, _limit("--concurrent", "Requests at once")] = None,
+    adapters: Annotated[int | None, _limit("--adapters", "Adapters its tenant keeps")] = None,
+    adapter_bytes: Annotated[int | None, _limit("--adapter-bytes", "Bytes that they take")] = None,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Create a key and print its secret, once: the server keeps only its hash."""
+    asked = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "concurrent": concurrent,
+        "adapters": adapters,
+        "adapter_bytes": adapter_bytes,
+    }
+    limits = {limit: value for limit, value in asked.items() if value is not None}
+    with connected("keys", url, key) as client:
+        answer = client.create_key(name, tenant, scope or ["inference"], limits)
+    say(answer, as_json, _created)
+
+
+@keys_app.command("list", epilog=example("loradock keys list --tenant acme"))
+def list_(
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Of this tenant only.")] = None,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """List the keys, without their secrets."""
+    with connected("keys", url, key) as client:
+        answer = client.keys(tenant)
+    say(answer, as_json, _listed)
+
+
+@keys_app.command(epilog=example("loradock keys revoke key_0123456789abcdef"))
+def revoke(
+    id: Annotated[str, typer.Argument(metavar="ID", help="As `loradock keys list` shows it.")],
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Revoke a key; it opens nothing from now on, and its answers under way finish."""
+    with connected("keys", url, key) as client:
+        answer = client.revoke_key(id)
+    say(answer, as_json, lambda told: f"{told.get('tenant')}/{told.get('name')} ({id}) is revoked")
+
+
+def _created(answer: dict[str, Any]) -> str:
+    who = f"{answer.get('tenant')}/{answer.get('name')} ({answer.get('id')})"
+    return f"{who} may {', '.join(answer.get('scopes', []))}; keep its secret now, it is not shown again:\n" + str(
+        answer.get("secret")
+    )
+
+
+def _listed(answer: dict[str, Any]) -> str:
+    rows = [("ID", "TENANT", "NAME", "SCOPES", "LIMITS", "CREATED", "REVOKED")]
+    for key in answer.get("data", []):
+        limits = [f"{limit}={value}" for limit, value in key.get("limits", {}).items() if value is not None]
+        words = (str(key.get("id")), str(key.get("tenant")), str(key.get("name")), ",".join(key.get("scopes", [])))
+        rows.append((*words, ",".join(limits) or "-", _day(key.get("created")), _day(key.get("revoked"))))
+    return table(rows) if len(rows) > 1 else "no keys were issued yet; begin with: loradock keys create NAME"
+
+
+def _day(seconds: Any) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d") if isinstance(seconds, (int, float)) else "-"

@@ -1,0 +1,109 @@
+"""The `loradock` command. Nothing here imports torch or vLLM before it must: `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from serve import __version__
+from serve.cli import operate
+from serve.cli.adapters import adapters_app
+from serve.cli.baseline import baseline_app
+from serve.cli.bench import bench_app
+from serve.cli.engines import engines_app
+from serve.cli.keys import keys_app
+from serve.cli.monitoring import monitoring_app
+from serve.config import load, settings_help
+from serve.errors import LoradockError
+
+app = typer.Typer(
+    name="loradock",
+    help="Optimize language models, and serve them with many hot-swapped LoRA adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(baseline_app, name="baseline")
+app.add_typer(bench_app, name="bench")
+app.add_typer(engines_app, name="engines")
+app.add_typer(keys_app, name="keys")
+app.add_typer(monitoring_app, name="monitoring")
+
+operate.register(app)
+
+SERVE_HELP = """Serve MODEL with hot-swapped LoRA adapters behind an OpenAI-compatible endpoint.
+
+MODEL is a local directory, a hub id, an export of `loradock optimize`, or smollm2 (the default, 135M parameters).
+
+Every setting is a flag, a LORADOCK_* variable, and a line in the file that --config names; the flag wins. Every option
+of vLLM's engine and OpenAI server is a setting too, under vLLM's name: --max-model-len 4096, --max-loras 16,
+--quantization ..., --enforce-eager, --no-enable-prefix-caching.
+
+\b
+Examples:
+  loradock serve
+  loradock serve ./my-model --port 9000 --max-lora-rank 64
+  LORADOCK_ADMIN_KEYS=secret loradock serve org/name --host 0.0.0.0
+
+\b
+Settings:
+"""
+
+
+@app.command(
+    help=SERVE_HELP + settings_help(),
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[MODEL] [--config loradock.yaml] [--SETTING VALUE ...]",
+)
+def serve(context: typer.Context) -> None:
+    config = load(context.args)
+    if config.ray:
+        from serve.server.ray_serve import serve as run_replicas
+
+        code = run_replicas(config, lambda: load(context.args))
+    else:
+        from serve.server.launch import serve as run
+
+        code = run(config)
+    # Everything is closed by now; torch's and vLLM's native modules take seconds to unload, and complain.
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@app.command(
+    help="Turn a base model and its adapters into an optimized, measured export (`loradock optimize --help`).",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    options_metavar="RECIPE [OPTIONS]",
+)
+def optimize(context: typer.Context) -> None:
+    from optimize.cli import run as run_recipe
+    from serve.models import hardware
+    from serve.models.embedded import ensure
+
+    def embedded(name: str) -> Path:
+        return ensure(name, progress=lambda line: print(line, file=sys.stderr))
+
+    def served() -> dict[str, str]:
+        return hardware.cpu_environment(os.environ, together=True) if hardware.on_cpu() else {}
+
+    raise typer.Exit(run_recipe(context.args, embedded, served))
+
+
+@app.command(help="Print the versions.")
+def version() -> None:
+    print(f"loradock {__version__}")
+
+
+def main() -> None:
+    """The entry point: an error of ours is a sentence and exit code 2, never a traceback."""
+    try:
+        app()
+    except LoradockError as error:  # typer's own usage errors are sentences already
+        print(f"loradock: {error}", file=sys.stderr)
+        sys.exit(2)

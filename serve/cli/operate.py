@@ -1,0 +1,118 @@
+"""`loradock plan`, `backup`, `restore` and `batch`: what an operator does beside a server."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from serve.cli.terminal import URL, Key, Url, example, table
+from serve.config import load
+from serve.errors import ConfigError
+
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="As `loradock serve` takes it.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `loradock`."""
+    app.command(epilog=example("loradock plan ./my-model --max-loras 16 --max-lora-rank 32"))(plan)
+    app.command(epilog=example("loradock backup loradock.tar"))(backup)
+    app.command(epilog=example("loradock restore loradock.tar --data-dir ./restored"))(restore)
+    app.command(epilog=example("loradock batch questions.jsonl --out answers.jsonl"))(batch)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or smollm2.")],
+    max_loras: Annotated[int, typer.Option(min=1, help="Adapters in one batch.")] = 8,
+    max_cpu_loras: Annotated[int, typer.Option(min=1, help="Adapters in the engine's memory.")] = 32,
+    max_lora_rank: Annotated[int, typer.Option(min=1, help="Their rank.")] = 16,
+    kv_cache_memory_bytes: Annotated[
+        str | None, typer.Option(help="As 4GiB (default: what the server would take).", show_default=False)
+    ] = None,
+) -> None:
+    """Say how much memory a model takes with its adapters, and how much context fits."""
+    from serve.config import size
+    from serve.models.checkpoint import find
+    from serve.models.memory_plan import plan as planned
+
+    cache = None if kv_cache_memory_bytes is None else size(kv_cache_memory_bytes)
+    found = find(model, load([], {}).cache_dir)
+    told = planned(found, max_loras=max_loras, max_cpu_loras=max_cpu_loras, rank=max_lora_rank, kv_cache=cache)
+    rows = [
+        ("weights", _mib(told.weights)),
+        ("KV cache", f"{_mib(told.kv_cache)}, {told.tokens} tokens of context at {told.kv_token / 1024:.0f} KiB each"),
+        (f"{max_loras} slots", _mib(told.slots)),
+        (
+            f"{max_cpu_loras} adapters in memory",
+            f"{_mib(told.host)}, {_mib(told.adapter)} each at rank {max_lora_rank}",
+        ),
+        ("processes and graphs", _mib(told.overhead)),
+        ("together", f"{_mib(told.total)}; {_mib(told.free)} are free" + ("" if told.fits else ": it does not fit")),
+        ("beside it, to swap the base", _mib(told.total + told.weights + told.kv_cache + told.slots + told.overhead)),
+    ]
+    typer.echo(table([(name, value) for name, value in rows]))
+    raise typer.Exit(0 if told.fits else 1)
+
+
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The tar file to write.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Write registry and adapters of a data directory into one file; the server may run meanwhile."""
+    from serve.adapters.backup import backup as write
+
+    config = _config(data_dir)
+    told = write(config.data_dir, file.absolute(), config.registry)
+    typer.echo(f"{file}: {told['adapters']} adapters, {_mib(told['bytes'])}")
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `loradock backup` wrote.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Make a data directory from a backup; every adapter's bytes are checked."""
+    from serve.adapters.backup import restore as read
+
+    config = _config(data_dir)
+    told = read(file, config.data_dir)
+    typer.echo(f"{config.data_dir}: {told['adapters']} adapters")
+
+
+def batch(
+    file: Annotated[Path, typer.Argument(metavar="INPUT", help="OpenAI's batch format: a JSON object a line.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the answers go; what is there already is not asked again.")],
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    url: Url = URL,
+    key: Key = None,
+) -> None:
+    """Answer a file of requests behind everybody else; broken off, it goes on where it was."""
+    from rich.progress import Progress
+
+    from serve.client.batch import answered, read, run
+
+    jobs = read(file)
+    done = answered(out)
+    left = [job for job in jobs if job.id not in done]
+    with Progress(disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(file.name, total=len(jobs), completed=len(jobs) - len(left))
+        failed = asyncio.run(
+            run(left, out, url=url, key=key, concurrency=concurrency, progress=lambda _: bar.advance(task))
+        )
+    typer.echo(f"{out}: {len(left) - failed} answered, {failed} failed, {len(jobs) - len(left)} were there already")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _config(data_dir: Path | None) -> Any:
+    try:
+        return load(["--data-dir", str(data_dir)] if data_dir else [])
+    except ConfigError:
+        if data_dir is None:
+            raise
+        return load(["--data-dir", str(data_dir)], {})  # what else a server needs is none of a backup's business
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB" if size < 10 << 30 else f"{size / (1 << 30):.1f} GiB"

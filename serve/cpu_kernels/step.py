@@ -1,0 +1,382 @@
+"""A dense decoder's whole step in one call of `step.cpp`, in place of vLLM's layer by layer.
+
+vLLM schedules, keeps the paged cache and samples; only its forward pass is replaced, and its output layer. `install`
+makes vLLM pack a second copy of each linear layer's weights as they are loaded, and lets the model runner ask a `Fused`
+first. What that does not know goes vLLM's way: at the load, with a line in the log, for a kind of model; in a step,
+silently, for a kind of step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from typing import Any
+
+import psutil
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.lora.layers.base import BaseLayerWithLoRA
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.block_table import BlockTable, SlotMappingMode
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from serve.cpu_kernels.build import library
+
+log = logging.getLogger("loradock")
+
+MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+BF16, CHANNEL8, GROUP8 = 0, 1, 2
+RESERVE = 1 << 30
+FEW = 64  # tokens whose slots are sooner computed here than other threads wake up
+GROUP = 64  # inputs that share a scale in weights that are made int8 here
+
+
+class Unknown(Exception):
+    """Why this model goes vLLM's way, in words."""
+
+
+def available() -> bool:
+    kernels = library()
+    return kernels is not None and bool(kernels.loradock_step_available())
+
+
+class Fused:
+    """One loaded model, as the kernels know it."""
+
+    def __init__(self, runner: Any, int8: bool) -> None:
+        config, model = runner.vllm_config, runner.get_model()
+        self._check(config, model)
+        kernels = library()
+        assert kernels is not None
+        self.kernels = kernels
+        inner = model.model
+        embedding, head = _bare(inner.embed_tokens), _bare(model.lm_head)
+        first = inner.layers[0].self_attn
+        rope = first.rotary_emb
+        cos_sin = rope.cos_sin_cache = rope.cos_sin_cache.to(torch.bfloat16)
+        self.hidden = int(inner.config.hidden_size)
+        self.keep = [embedding.weight, cos_sin, inner.norm.weight]
+        self.number = kernels.loradock_decoder(
+            self.hidden,
+            first.num_heads,
+            first.num_kv_heads,
+            first.head_dim,
+            _bare(inner.layers[0].mlp.down_proj).input_size,
+            rope.rotary_dim,
+            ctypes.c_float(inner.norm.variance_epsilon),
+            ctypes.c_float(first.scaling),
+            *(_at(tensor) for tensor in self.keep),
+        )
+        if self.number < 0:
+            raise Unknown("its sizes are no multiples of 16, or its heads are not of 32, 64, 96 or 128")
+        for layer in inner.layers:
+            self._add(layer)
+        self.attention = [layer.self_attn.attn for layer in inner.layers]
+        self.bound = 0
+        # Prompts: with tile instructions vLLM's matrix products are several times faster than dot products.
+        self.most = 64 if torch.cpu._is_amx_tile_supported() else 1 << 30
+        self.head = kernels.loradock_matrix(
+            _at(head.weight), *head.weight.shape, GROUP8 if int8 else BF16, GROUP, None, None, 0
+        )
+        self.rows_of_head = head.weight.shape[0]
+        self.kernels.loradock_decoder_head(self.number, self.head)
+        self.vocabulary = model.logits_processor.org_vocab_size
+        self.ready: torch.Tensor | None = None  # the logits of the step that was just computed
+        # Adapters of the embedding and the output layer are vLLM's: while one holds a slot, steps are vLLM's too.
+        self.others = [
+            module.punica_wrapper.layer
+            for module in (inner.embed_tokens, model.logits_processor)
+            if hasattr(getattr(module, "punica_wrapper", None), "layer")
+        ]
+        self.punica = getattr(first.qkv_proj, "punica_wrapper", None)
+
+    @staticmethod
+    def _check(config: Any, model: Any) -> None:
+        parallel = config.parallel_config
+        if type(model) not in MODELS:
+            raise Unknown(f"{type(model).__name__} is none of {', '.join(kind.__name__ for kind in MODELS)}")
+        if config.model_config.dtype != torch.bfloat16 or config.cache_config.cache_dtype not in ("auto", "bfloat16"):
+            raise Unknown("weights or KV cache are not bfloat16")
+        if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
+            raise Unknown("it is spread over several workers")
+        if config.speculative_config is not None or config.model_config.runner_type != "generate":
+            raise Unknown("it speculates, or generates nothing")
+        inner = model.model
+        for layer in inner.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            rope = attention.rotary_emb
+            if type(rope).forward_cpu is not RotaryEmbedding.forward_cpu or not rope.is_neox_style:
+                raise Unknown(f"of {type(rope).__name__} only the plain form is known")
+            if rope is not inner.layers[0].self_attn.rotary_emb or type(mlp.act_fn) is not SiluAndMul:
+                raise Unknown("its layers differ, or its activation is not SiLU")
+            impl = attention.attn.impl
+            if (
+                impl.sliding_window != -1
+                or impl.alibi_slopes is not None
+                or impl.logits_soft_cap
+                or impl.sinks is not None
+            ):
+                raise Unknown("its attention is not plain")
+            if attention.attn.attn_type != "decoder" or attention.attn.kv_sharing_target_layer_name:
+                raise Unknown("its attention is not a decoder's")
+            norms = [layer.input_layernorm, layer.post_attention_layernorm]
+            norms += [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm]
+            for norm in norms:
+                if type(norm) is not RMSNorm or norm.variance_size_override or norm.weight.dtype != torch.bfloat16:
+                    raise Unknown("its norms are not plain")
+                if norm.variance_epsilon != inner.norm.variance_epsilon:
+                    raise Unknown("its norms differ")
+        processor, head = _bare(model.logits_processor), _bare(model.lm_head)
+        if processor.soft_cap or processor.scale != 1 or getattr(head, "bias", None) is not None:
+            raise Unknown("its logits are scaled or capped")
+        if head.weight.dtype != torch.bfloat16 or _bare(inner.embed_tokens).weight.dtype != torch.bfloat16:
+            raise Unknown("its embedding is not bfloat16")
+
+    def _add(self, layer: Any) -> None:
+        modules = [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
+        matrices, loras = [], []
+        for module in modules:
+            matrix = getattr(_bare(module), "loradock_matrix", -1)
+            if matrix < 0:
+                name = getattr(_bare(module), "prefix", "a layer")
+                raise Unknown(f"{name} has a format that is not known, or there is no memory for a second copy")
+            matrices.append(matrix)
+            if not isinstance(module, BaseLayerWithLoRA):
+                loras.append(-1)
+            elif hasattr(module.punica_wrapper, "layer") and module.lora_b_stacked[0].dtype == torch.bfloat16:
+                loras.append(module.punica_wrapper.number)
+            else:
+                raise Unknown("its adapters are vLLM's own path's, or not bfloat16")
+        if any(
+            size % 16 for module in modules if isinstance(module, BaseLayerWithLoRA) for size in module.output_slices
+        ):
+            raise Unknown("its sizes are no multiples of 16")
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+        weights = [norm.weight if norm is not None else None for norm in norms]
+        self.keep += [weight for weight in weights if weight is not None]
+        self.kernels.loradock_decoder_layer(
+            self.number, (ctypes.c_int * 4)(*matrices), (ctypes.c_int * 4)(*loras), *map(_at, weights)
+        )
+
+    def step(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """The model's output, (tokens, hidden) in bfloat16, normalized; None for a step that vLLM has to do."""
+        context = get_forward_context()
+        if not isinstance(context.attn_metadata, dict):
+            return None
+        meta = context.attn_metadata[self.attention[0].layer_name]
+        rows = ids.shape[0]
+        if (
+            rows > self.most
+            or rows != meta.num_actual_tokens
+            or meta.causal is not True
+            or self._blocked()
+            or not self._bind()
+        ):
+            return None
+        if context.attn_metadata[self.attention[-1].layer_name] is not meta:
+            return None
+        out = torch.empty((rows, self.hidden), dtype=torch.bfloat16)
+        table, requests = meta.block_table, meta.seq_lens.shape[0]
+        # Where each request has one token, vLLM asks for all of their logits next.
+        ahead = rows == requests and self.head >= 0 and self.vocabulary == self.rows_of_head
+        self.ready = torch.empty((rows, self.vocabulary), dtype=torch.float32) if ahead else None
+        self.kernels.loradock_step(
+            self.number,
+            _at(ids),
+            _at(positions),
+            _at(meta.slot_mapping),
+            rows,
+            _at(meta.query_start_loc),
+            _at(table),
+            ctypes.c_int64(table.stride(0)),
+            requests,
+            _at(out),
+            _at(self.ready),
+        )
+        return out
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """(rows, vocabulary) in float32, not rounded on the way; None where vLLM has to compute them."""
+        if self.head < 0 or self._blocked():
+            return None
+        out = torch.empty((hidden.shape[0], self.vocabulary), dtype=torch.float32)
+        self.kernels.loradock_logits(
+            self.head,
+            _at(hidden),
+            ctypes.c_int64(hidden.stride(0)),
+            hidden.shape[0],
+            _at(out),
+            ctypes.c_int64(out.stride(0)),
+        )
+        return out
+
+    def _blocked(self) -> bool:
+        return self.punica is not None and any(layer.used for layer in self.others)
+
+    def _bind(self) -> bool:
+        """Tell the kernels where the cache is, once it is there."""
+        cache = self.attention[0].kv_cache
+        if cache.data_ptr() == self.bound:
+            return True
+        caches = [attention.kv_cache for attention in self.attention]
+        if (
+            any(attention.isa != "vec" for attention in self.attention)
+            or cache.ndim != 4
+            or cache.dtype != torch.bfloat16
+        ):
+            return False
+        if any(one.shape != cache.shape or one.stride() != cache.stride() for one in caches):
+            return False
+        if cache.stride(2) != cache.shape[3] or cache.stride(3) != 1 or cache.shape[2] % 32:
+            return False
+        pointers = (ctypes.c_void_p * len(caches))(*(one.data_ptr() for one in caches))
+        self.kernels.loradock_decoder_cache(
+            self.number, pointers, cache.shape[2], ctypes.c_int64(cache.stride(0)), ctypes.c_int64(cache.stride(1))
+        )
+        self.bound = cache.data_ptr()
+        return True
+
+
+def _bare(module: Any) -> Any:
+    """vLLM's layer below the one that adds adapters to it."""
+    return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
+
+
+_attention = cpu_attn._get_attn_isa
+
+
+def _as_vectors(*args: Any, **kwargs: Any) -> str:
+    """The layout of the cache that the kernels know, also where vLLM would choose the one for tile instructions."""
+    chosen = _attention(*args, **kwargs)
+    return "vec" if chosen == "amx" else chosen
+
+
+def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _room(size: int) -> bool:
+    """Whether so much memory is free beside the KV cache, which vLLM takes later."""
+    cache = get_current_vllm_config().cache_config.kv_cache_memory_bytes or 0
+    return psutil.virtual_memory().available > size + cache + RESERVE
+
+
+def _pack(layer: Any, kind: int, scale: torch.Tensor | None = None) -> None:
+    """Pack a linear layer's weights, as long as vLLM has not taken them apart for its own kernels."""
+    weight, kernels = layer.weight, library()
+    bias = getattr(layer, "bias", None)
+    if kernels is None or weight.ndim != 2 or not weight.is_contiguous():
+        return
+    if not _room(weight.nbytes):
+        return
+    if weight.dtype != (torch.int8 if kind == CHANNEL8 else torch.bfloat16):
+        return
+    if bias is not None and bias.dtype != torch.bfloat16:
+        return
+    paired = isinstance(layer, MergedColumnParallelLinear) and len(layer.output_sizes) == 2
+    if paired and layer.output_sizes[0] != layer.output_sizes[1]:
+        return
+    layer.loradock_matrix = kernels.loradock_matrix(
+        _at(weight), *weight.shape, kind, GROUP, _at(scale), _at(bias), int(paired)
+    )
+
+
+def install(int8: bool) -> None:
+    """Patch vLLM's loading and its CPU model runner here. `int8`: bfloat16 weights become int8 for the step."""
+    process, process8 = (
+        kind.process_weights_after_loading for kind in (UnquantizedLinearMethod, CPUInt8ScaledMMLinearKernel)
+    )
+
+    def process_weights_after_loading(self: Any, layer: torch.nn.Module) -> None:
+        if isinstance(layer, LinearBase) and not layer.weight.is_meta:
+            _pack(layer, GROUP8 if int8 else BF16)
+        process(self, layer)
+
+    def process_int8_weights(self: Any, layer: torch.nn.Module) -> None:
+        scale = getattr(layer, self.layer_param_names[1])
+        dynamic = self.config.input_symmetric and not self.config.is_static_input_scheme
+        if isinstance(layer, LinearBase) and dynamic and scale.numel() == layer.weight.shape[0]:
+            _pack(layer, CHANNEL8, scale.detach().float().contiguous())
+        process8(self, layer)
+
+    UnquantizedLinearMethod.process_weights_after_loading = process_weights_after_loading
+    CPUInt8ScaledMMLinearKernel.process_weights_after_loading = process_int8_weights
+
+    load, forward = CPUModelRunner.load_model, CPUModelRunner._model_forward
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        load(self, *args, **kwargs)
+        self.loradock_fused = None
+        try:
+            fused = self.loradock_fused = Fused(self, int8)
+            cpu_attn._get_attn_isa = _as_vectors
+        except Unknown as reason:
+            log.warning("this model runs layer by layer, not in one call a step: %s", reason)
+            return
+        model = self.get_model()
+        compute = model.compute_logits
+
+        def compute_logits(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+            logits, fused.ready = fused.ready, None
+            if logits is None or logits.shape[0] != hidden.shape[0]:
+                logits = fused.logits(hidden)
+            return compute(hidden, *args, **kwargs) if logits is None else logits
+
+        model.compute_logits = compute_logits
+
+    def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fused, ids = self.loradock_fused, kwargs.get("input_ids")
+        if fused is not None:
+            fused.ready = None
+        if fused is not None and ids is not None and kwargs.get("inputs_embeds") is None and not args:
+            out = fused.step(ids, kwargs["positions"])
+            if out is not None:
+                return out
+        return forward(self, *args, **kwargs)
+
+    found = library()
+    assert found is not None
+    kernels: ctypes.CDLL = found
+    kernels.loradock_argmax.restype = ctypes.c_int64
+    slots, greedy = BlockTable.compute_slot_mapping, Sampler.greedy_sample
+
+    def compute_slot_mapping(self: Any, requests: int, starts: torch.Tensor, positions: torch.Tensor) -> None:
+        if positions.shape[0] > FEW or self.slot_mapping_mode != SlotMappingMode.TOKEN_TO_KV_SLOT:
+            slots(self, requests, starts, positions)
+            return
+        table = self.block_table.gpu
+        kernels.loradock_slots(
+            _at(starts),
+            _at(positions),
+            _at(table),
+            ctypes.c_int64(table.stride(0)),
+            ctypes.c_int64(self.block_size),
+            _at(self.slot_mapping.gpu),
+            requests,
+        )
+
+    def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
+        rows, size = logits.shape
+        if rows > 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
+            return greedy(logits)
+        first = logits.data_ptr()
+        best = [
+            kernels.loradock_argmax(ctypes.c_void_p(first + 4 * size * i), ctypes.c_int64(size)) for i in range(rows)
+        ]
+        return torch.tensor(best, dtype=torch.int64)
+
+    BlockTable.compute_slot_mapping = compute_slot_mapping
+    Sampler.greedy_sample = staticmethod(greedy_sample)
+    CPUModelRunner.load_model = load_model
+    CPUModelRunner._model_forward = _model_forward

@@ -1,0 +1,172 @@
+"""What one request says of itself, as rows of numbers for `serve.drift.detector`: about 100 us a request.
+
+    row = prompt_row(embedding, prompt_tokens)             # log length, then the prompt's vector
+    rows = answer_rows(embedding, row, answer)             # {"output": row}, and "logprob" where there are any
+
+    prompt    log length; the pooled vector of the prompt
+    output    log length; ended by length; refused; distinct-1, distinct-2; the pooled vector of the answer
+    logprob   mean, minimum and standard deviation of the sampled tokens' logprobs, and the prompt's row to regress on
+
+A `Scale` is fitted on one half of the reference and turns such raw rows into scores of unit scale: vectors are
+whitened, and the mean logprob becomes what is left of it after a regression on prompt and length. The other half is
+what new requests are ranked among: a row that the scale was fitted on lies nearer to its centre than any new one, so
+it may not be there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from serve.drift.embedding import Embedding
+
+Floats: TypeAlias = NDArray[np.floating]
+
+# Counts up when a row of the same request would come out otherwise: a baseline of another version does not fit.
+FEATURES = 1
+PROMPT, OUTPUT, LOGPROB = SIGNALS = ("prompt", "output", "logprob")
+# How far from the centre a score may lie: one odd request should not turn a learned direction.
+CLIP = 8.0
+# Share of the mean variance that is added to every direction before whitening; directions with next to none stay small.
+RIDGE = 0.02
+
+_LEADS = {
+    PROMPT: ("length",),
+    OUTPUT: ("length", "ended_by_length", "refusal", "distinct_1", "distinct_2"),
+    LOGPROB: ("mean_logprob", "min_logprob", "sd_logprob"),
+}
+
+_REFUSES = re.compile(
+    r"\W*(?:i(?:'|’)?m (?:very |really |so )?sorry|i am sorry|sorry,|my apologies|i apologi[sz]e|unfortunately,? i"
+    r"|as an ai\b|i(?:'|’)m (?:not able|unable)"
+    r"|i (?:can(?:'|’)?t|cannot|can not|won(?:'|’)?t|will not|am not able|am unable|must decline"
+    r"|don(?:'|’)?t feel comfortable)"
+    r"|(?:es )?tut mir leid|ich kann (?:ihnen |dir )?(?:das |dabei |hierbei )?(?:leider )?nicht"
+    r"|je (?:suis désolé|ne peux pas)|lo siento|no puedo)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What an engine gave: token numbers, and where they were asked for the sampled tokens' logprobs (nat)."""
+
+    tokens: ArrayLike
+    finish_reason: str | None = None
+    text: str | None = None
+    logprobs: ArrayLike | None = None
+
+
+def prompt_row(embedding: Embedding, tokens: ArrayLike) -> Floats:
+    """(1 + dimensions,) of a prompt."""
+    ids = np.asarray(tokens, np.int64)
+    return np.concatenate(([math.log1p(ids.size)], embedding.vector(ids)))
+
+
+def answer_rows(embedding: Embedding, prompt: Floats, answer: Answer) -> dict[str, Floats]:
+    """The rows that an answer has; `prompt` is its prompt's row. Nothing of an answer without a token."""
+    ids = np.asarray(answer.tokens, np.int64)
+    n = ids.size
+    if not n:
+        return {}
+    length = math.log1p(n)
+    pairs = ids[:-1] << 32 | ids[1:]
+    flags = (
+        float(answer.finish_reason == "length"),
+        float(answer.text is not None and refuses(answer.text)),
+        _distinct(ids),
+        _distinct(pairs) if n > 1 else 1.0,
+    )
+    rows = {OUTPUT: np.concatenate(([length, *flags], embedding.vector(ids)))}
+    if answer.logprobs is not None:
+        logprobs = np.asarray(answer.logprobs, np.float64)
+        if logprobs.size and np.isfinite(logprobs).all():
+            stats = (logprobs.mean(), logprobs.min(), logprobs.std())
+            rows[LOGPROB] = np.concatenate((stats, [length], prompt))
+    return rows
+
+
+def refuses(text: str) -> bool:
+    """Whether an answer begins as refusals do, in the words of common models."""
+    return _REFUSES.match(text) is not None
+
+
+def names(signal: str, dimensions: int) -> tuple[str, ...]:
+    """What each score of a signal is called, in order."""
+    if signal == LOGPROB:
+        return _LEADS[signal]
+    return _LEADS[signal] + tuple(f"vector_{i}" for i in range(dimensions))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scale:
+    """Raw rows of one signal -> scores of about unit scale: (row - centre) @ matrix, clipped.
+
+    Every step of it is linear: standard scores for the leading numbers, whitening for a vector, ridge regression for
+    the mean logprob. centre: (columns,), matrix: (columns, scores).
+    """
+
+    centre: Floats
+    matrix: Floats
+
+    @classmethod
+    def fit(cls, signal: str, rows: ArrayLike) -> Self:
+        """On raw rows (n, columns) of the fitting half."""
+        raw = np.asarray(rows, np.float64)
+        lead = len(_LEADS[signal])
+        centre = raw.mean(axis=0)
+        centred = raw - centre
+        columns = raw.shape[1]
+        if signal == LOGPROB:
+            matrix = np.zeros((columns, lead))
+            matrix[:lead, :lead] = np.eye(lead)
+            matrix[lead:, 0] = -_ridge(centred[:, lead:], centred[:, 0])
+        else:
+            matrix = np.eye(columns)
+            matrix[lead:, lead:] = _whitening(centred[:, lead:])
+        spread = (centred @ matrix).std(axis=0)
+        # A constant stays one: its ranks are ties, which say nothing.
+        floor = np.full(len(spread), 1e-3)
+        matrix[:, :lead] /= np.maximum(spread, floor)[:lead]
+        return cls(centre.astype(np.float32), matrix.astype(np.float32))
+
+    def __call__(self, rows: ArrayLike) -> Floats:
+        """(scores,) of a raw row, or (n, scores) of many."""
+        scores = (np.asarray(rows, np.float32) - self.centre) @ self.matrix
+        np.minimum(scores, CLIP, out=scores)
+        return np.maximum(scores, -CLIP, out=scores)
+
+    def arrays(self) -> dict[str, NDArray]:
+        return {"centre": self.centre, "matrix": self.matrix}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray]) -> Self:
+        return cls(np.asarray(arrays["centre"], np.float32), np.asarray(arrays["matrix"], np.float32))
+
+
+def _distinct(ids: NDArray[np.int64]) -> float:
+    return len(set(ids.tolist())) / ids.size
+
+
+def _whitening(centred: Floats) -> Floats:
+    """(d, d): symmetric, so that coordinates keep their meaning from one fit to the next."""
+    n, d = centred.shape
+    covariance = centred.T @ centred / max(n - 1, 1)
+    covariance += (RIDGE * np.trace(covariance) / d + 1e-9) * np.eye(d)
+    # With few rows the directions that they do not fill are guessed from the mean variance.
+    blend = d / (n + d)
+    covariance = (1 - blend) * covariance + blend * np.trace(covariance) / d * np.eye(d)
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors / np.sqrt(values)) @ vectors.T
+
+
+def _ridge(inputs: Floats, target: Floats) -> Floats:
+    gram = inputs.T @ inputs
+    gram += (1e-3 * np.trace(gram) / len(gram) + 1e-9) * np.eye(len(gram))
+    return np.linalg.solve(gram, inputs.T @ target)

@@ -1,0 +1,424 @@
+"""One engine: its phase, its leases, and which adapters are resident in it.
+
+The engine knows an adapter by its immutable id, NAME@DIGEST12. A lease is a turn in its line, and keeps an id resident
+for as long as an answer takes; a retired id leaves with its last lease. No more adapters are loaded than the backend's
+host memory holds: who was used longest ago goes, and comes back under another number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from prometheus_client.metrics_core import Metric
+from starlette.types import ASGIApp
+
+from serve.engine.admission import Admission
+from serve.engine.dp_ranks import DataParallelRanks
+from serve.engine.fair_queue import FairQueue
+from serve.errors import EngineUnavailable, LoradockError
+
+log = logging.getLogger(__name__)
+
+# An answer that is cut off tells the engine so a moment after its lease is back.
+SETTLE = 0.05
+# Behind every client: a smaller number goes first.
+LOW_PRIORITY = 1 << 30
+
+
+def engine_priority(priority: int, order: int = 0) -> int:
+    """What the backend's own queue goes by: a client's or LOW_PRIORITY, then the order in which the line wants them.
+
+    At most 1 << 62, where vLLM takes up to 1 << 63.
+    """
+    return (priority << 32) + min(order, (1 << 32) - 1)
+
+
+class Phase(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class Backend(Protocol):
+    """What an engine needs from whoever computes."""
+
+    name: str
+    version: str
+    model: str
+
+    @property
+    def max_lora_rank(self) -> int: ...
+    @property
+    def max_resident(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def seats(self) -> int: ...
+    @property
+    def ranks(self) -> int: ...
+    @property
+    def prioritizes(self) -> bool: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def app(self) -> ASGIApp: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def background(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def memory(self) -> int: ...
+    @property
+    def dead(self) -> bool: ...
+    @property
+    def cause(self) -> str: ...
+    @property
+    def stalled(self) -> float: ...
+    def check_room(self) -> None: ...
+    def another(self, model: str | None = None) -> Backend: ...
+    async def start(self) -> None: ...
+    async def stop(self, *, kill: bool = False) -> None: ...
+    async def add(self, adapter_id: str, number: int, path: Path) -> None: ...
+    async def touch(self, adapter_id: str) -> None: ...
+    async def remove(self, adapter_id: str) -> None: ...
+    async def resident(self) -> set[int]: ...
+    async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]: ...
+    async def score(self, adapter_id: str | None, text: str) -> float: ...
+    async def log_stats(self) -> None: ...
+    def metrics(self) -> Iterable[Metric]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The name under which the backend answers, and the request's place in its queue; None where it has no places."""
+
+    model: str
+    priority: int | None
+    rank: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Residence:
+    """An adapter's stay in the engine. Each time it is loaded it has a number of its own."""
+
+    id: str
+    path: Path
+    number: int = 0
+    leases: int = 0
+    retired: bool = False
+    loading: asyncio.Task[None] | None = field(default=None, repr=False)
+    loaded: bool = False
+    # When its last answer ended, by the event loop's clock.
+    idle_since: float = 0.0
+
+    @property
+    def taken(self) -> bool:
+        """It has a place in the backend's host memory, or is about to."""
+        return self.loaded or (self.loading is not None and not self.loading.done())
+
+
+class Engine:
+    """A backend with a phase, and the book of who uses what in it."""
+
+    def __init__(self, backend: Backend, max_wait: float = math.inf) -> None:
+        self._max_wait = max_wait
+        self.backend = backend
+        self.phase = Phase.STARTING
+        self.leases = 0
+        # Those of them that no client waits for.
+        self.background = 0
+        # In order of last use, oldest first.
+        self._residents: dict[str, Residence] = {}
+        self._numbers = itertools.count(1)
+        self._leaving: set[asyncio.Task[None]] = set()
+        # Of one seat until the backend, once it runs, says how many it has.
+        self.line = FairQueue(1, 1)
+        self.ranks = DataParallelRanks(1)
+        self._admission = Admission(self.line, max_wait)
+        # Ids that are never sent away to make room.
+        self.pinned: frozenset[str] = frozenset()
+        # Ids whose last load failed; one that loads again is forgotten here.
+        self._failed: set[str] = set()
+        # Hears from where an adapter came and how long it took.
+        self.on_load: Callable[[str, float], None] = lambda tier, seconds: None
+        self._failure: EngineUnavailable | None = None
+        self._alarms: set[Callable[[EngineUnavailable], None]] = set()
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+    @property
+    def residents(self) -> tuple[Residence, ...]:
+        return tuple(self._residents.values())
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Where each adapter is that is not merely on disk: slot, host, or failed.
+
+        By this book: the engine computes with those in its slots, which the most recently used ones take.
+        """
+        loaded = [residence.id for residence in self.residents if residence.loaded]
+        slots = self.backend.slots
+        states = dict.fromkeys(self._failed, "failed")
+        return states | {id: "slot" if len(loaded) - place <= slots else "host" for place, id in enumerate(loaded)}
+
+    async def start(self) -> None:
+        """Bring the backend up; READY or FAILED afterwards."""
+        try:
+            await self.backend.start()
+        except BaseException:
+            self.phase = Phase.FAILED
+            raise
+        self.line = FairQueue(self.backend.seats, self.backend.slots)
+        self.ranks = DataParallelRanks(self.backend.ranks)
+        self._admission = Admission(self.line, self._max_wait)
+        self.phase = Phase.READY
+
+    async def stop(self, *, kill: bool = False) -> None:
+        """End the backend; without waiting for it to agree, with `kill`."""
+        if self.phase is not Phase.FAILED:
+            self.phase = Phase.STOPPED
+        for task in self._leaving:
+            task.cancel()
+        await self.backend.stop(kill=kill)
+
+    def fail(self, error: EngineUnavailable) -> None:
+        """The backend is gone: whoever waits for it hears `error`, and this engine never touches it again."""
+        self.phase, self._failure = Phase.FAILED, error
+        for task in (*self._leaving, *(one.loading for one in self._residents.values() if one.loading)):
+            task.cancel()
+        for alarm in tuple(self._alarms):
+            alarm(error)
+
+    def failing(self) -> EngineUnavailable | None:
+        """What is wrong with the backend, also before `fail` was told."""
+        if self._failure is None and self.backend.dead:
+            return EngineUnavailable(f"the engine stopped while answering ({self.backend.cause}); retry shortly")
+        return self._failure
+
+    @contextmanager
+    def alarm(self, ring: Callable[[EngineUnavailable], None]) -> Iterator[None]:
+        """`ring` is called if the engine fails before the block ends; at once if it has failed already."""
+        if self._failure:
+            ring(self._failure)
+        self._alarms.add(ring)
+        try:
+            yield
+        finally:
+            self._alarms.discard(ring)
+
+    @asynccontextmanager
+    async def lease(
+        self,
+        adapter_id: str | None = None,
+        path: Path | None = None,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        opening: str = "",
+    ) -> AsyncIterator[Lease]:
+        """A turn of the tenant's, with the adapter resident until the block ends. `opening` is how its prompt begins.
+
+        Nothing is awaited before the lease is counted: whoever looks a version up and leases it in one breath cannot
+        lose it to a swap in between.
+        """
+        forecast = self._admission.check(tenant, priority)
+        clock = asyncio.get_running_loop().time
+        with self._held(adapter_id, path, background=priority >= LOW_PRIORITY) as resident:
+            came, sat = clock(), 0.0
+            ticket = self.line.enter(tenant, resident.id if resident else None, priority=priority)
+            try:
+                if resident and not resident.loaded and self._has_room():
+                    self._begin_loading(resident)
+                with self.alarm(ticket.refuse):
+                    await ticket.seated()
+                sat = clock()
+                self._admission.seated(forecast, sat - came)
+                if resident:
+                    await self._loaded(resident)
+                place = engine_priority(priority, ticket.order) if self.backend.prioritizes else None
+                with self.ranks.taken(adapter_id, opening) as rank:
+                    yield Lease(resident.id if resident else self.name, place, rank)
+            finally:
+                self.line.leave(ticket)
+                if sat:
+                    self._admission.left(clock() - sat)
+
+    async def ensure(self, adapter_id: str, path: Path) -> None:
+        """The adapter is resident when this returns; its own error when it cannot be. Takes no turn."""
+        with self._held(adapter_id, path) as resident:
+            if resident:
+                await self._loaded(resident)
+
+    @contextmanager
+    def _held(
+        self, adapter_id: str | None, path: Path | None, *, background: bool = False
+    ) -> Iterator[Residence | None]:
+        """A lease counted, and the adapter in the book until it ends."""
+        self._require_ready()
+        self.leases += 1
+        self.background += background
+        resident = self._resident(adapter_id, path) if adapter_id and path else None
+        if resident:
+            resident.leases += 1
+        try:
+            yield resident
+        finally:
+            self.leases -= 1
+            self.background -= background
+            if resident:
+                resident.leases -= 1
+                resident.idle_since = asyncio.get_running_loop().time()
+                if not resident.leases and not resident.taken:
+                    self._drop(resident)
+                elif resident.retired and not resident.leases:
+                    self._see_off(resident)
+
+    def retire(self, adapter_id: str) -> None:
+        """The adapter leaves the engine as soon as nobody uses it. A new lease calls it back."""
+        resident = self._residents.get(adapter_id)
+        if resident is None:
+            return
+        resident.retired = True
+        if not resident.leases:
+            self._see_off(resident)
+
+    async def gone(self, adapter_id: str) -> None:
+        """Returns once the adapter's weights are out of the engine, or somebody has called it back meanwhile."""
+        self.retire(adapter_id)
+        self._failed.discard(adapter_id)
+        while self.phase is Phase.READY and (resident := self._residents.get(adapter_id)) and resident.retired:
+            await asyncio.sleep(SETTLE)
+
+    def holds(self, adapter_id: str) -> bool:
+        """The adapter is loaded and stays, by this book: to ask the backend means to wait behind what it computes."""
+        resident = self._residents.get(adapter_id)
+        return self.phase is Phase.READY and resident is not None and resident.loaded and not resident.retired
+
+    async def resident_ids(self) -> list[str]:
+        """Ids whose weights the backend itself says it holds."""
+        numbers = await self.backend.resident()
+        return [resident.id for resident in self._residents.values() if resident.number in numbers]
+
+    def _require_ready(self) -> None:
+        if self.phase is not Phase.READY or self.backend.dead:
+            raise EngineUnavailable(f"the engine for {self.name} is {self.phase}; retry shortly")
+
+    def _resident(self, adapter_id: str, path: Path) -> Residence:
+        resident = self._residents.pop(adapter_id, None) or Residence(adapter_id, path)
+        resident.retired = False
+        self._residents[adapter_id] = resident
+        return resident
+
+    async def _loaded(self, resident: Residence) -> None:
+        """Wait for the one load that everybody who wants this adapter shares; whoever leaves does not stop it."""
+        while not resident.loaded:
+            await asyncio.shield(self._begin_loading(resident))
+
+    def _begin_loading(self, resident: Residence) -> asyncio.Task[None]:
+        if resident.loading is None:
+            resident.loading = asyncio.create_task(self._load(resident))
+            resident.loading.add_done_callback(_looked_at)
+        return resident.loading
+
+    async def _load(self, resident: Residence) -> None:
+        began = time.perf_counter()
+        self._failed.discard(resident.id)
+        try:
+            leaving = await self._make_room(resident)
+            if sum(one.taken for one in self._residents.values()) > self.backend.max_resident:
+                await self._refresh_pinned()
+            resident.number = next(self._numbers)
+            await self.backend.add(resident.id, resident.number, resident.path)
+        except BaseException as error:
+            self._drop(resident)
+            if isinstance(error, LoradockError):
+                self._failed.add(resident.id)
+            if isinstance(error, asyncio.CancelledError) and self._failure:
+                raise self._failure from None
+            raise
+        resident.loaded, resident.loading = True, None
+        self.on_load("disk", time.perf_counter() - began)
+        await asyncio.gather(*leaving)
+
+    def _has_room(self) -> bool:
+        """One more may be loaded before its turn without pushing out another that is waited for."""
+        wanted = sum(one.taken and one.leases > 0 for one in self._residents.values())
+        return wanted < self.backend.max_resident
+
+    async def _make_room(self, coming: Residence) -> list[asyncio.Task[None]]:
+        """Send away who was used longest ago, as far as one more would not fit the backend's host memory.
+
+        Those that answer now or are pinned stay; those that are waited for go last, and come back at their turn.
+        """
+        leaving = []
+        while sum(one.taken for one in self._residents.values() if one is not coming) >= self.backend.max_resident:
+            victim = self._victim()
+            if victim is None:
+                break
+            settle = victim.idle_since + SETTLE - asyncio.get_running_loop().time()
+            if settle > 0:
+                await asyncio.sleep(settle)
+                continue
+            victim.loaded = False
+            if not victim.leases:
+                self._drop(victim)
+            # Sent before the load, so that the backend does both between the same two steps.
+            leaving.append(asyncio.create_task(self._remove(victim.id)))
+        return leaving
+
+    def _victim(self) -> Residence | None:
+        active = self.line.active
+        idle = [one for one in self._residents.values() if one.loaded and one.id not in self.pinned | active]
+        return next((one for one in idle if not one.leases), next(iter(idle), None))
+
+    async def _refresh_pinned(self) -> None:
+        """More is coming than the backend holds, so it will push out what it used least: let that be none of these."""
+        pinned = [one.id for one in self._residents.values() if one.id in self.pinned and one.loaded]
+        await asyncio.gather(*(self.backend.touch(adapter_id) for adapter_id in pinned))
+
+    def _see_off(self, resident: Residence) -> None:
+        task = asyncio.create_task(self._leave(resident))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _leave(self, resident: Residence) -> None:
+        await asyncio.sleep(SETTLE)
+        if resident.loading:
+            await asyncio.wait([resident.loading])
+        if resident.leases or not resident.retired or self._residents.get(resident.id) is not resident:
+            return
+        self._drop(resident)
+        await self._remove(resident.id)
+
+    async def _remove(self, adapter_id: str) -> None:
+        try:
+            await self.backend.remove(adapter_id)
+        except EngineUnavailable as error:
+            log.warning("%s was not freed: %s", adapter_id, error)
+
+    def _drop(self, resident: Residence) -> None:
+        if self._residents.get(resident.id) is resident:
+            del self._residents[resident.id]
+
+
+def _looked_at(task: asyncio.Task[None]) -> None:
+    """Who began a load early may be gone when it fails; whoever still wants it hears of that."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,281 @@
+"""The line before an engine: who goes in next, so that nobody waits for ever behind somebody else's crowd.
+
+An engine has seats (requests that it works on) and slots (adapters that a batch may hold). Left to itself it serves who
+came first, and skips whoever's adapter finds no slot: a tenant's flood is everybody's wait, and as many busy adapters
+as there are slots keep all others out for good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+# Seats that only a tenant with none may take, as a part of all: one tenant's long answers cannot fill the engine.
+RESERVE = 8
+# How much later one more request of the same tenant goes first in the engine, in units that a weight divides.
+STEP = 16
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request's place: in line until `seated`, then with the engine until it is handed to `FairQueue.leave`."""
+
+    tenant: str
+    adapter: str | None
+    weight: float
+    priority: int
+    number: int
+    # Once seated: among those with the engine, a smaller one is to go first.
+    order: int = 0
+    is_seated: bool = False
+    _refusal: BaseException | None = field(default=None, repr=False)
+    _called: asyncio.Future[None] | None = field(default=None, repr=False)
+
+    async def seated(self) -> None:
+        """Wait for the seat. Whoever gives up waiting must still leave."""
+        if self._refusal:
+            raise self._refusal
+        if not self.is_seated:
+            self._called = asyncio.get_running_loop().create_future()
+            await self._called
+
+    def refuse(self, error: BaseException) -> None:
+        """Whoever waits for the seat, now or later, hears `error`."""
+        self._refusal = error
+        if self._called and not self._called.done():
+            self._called.set_exception(error)
+
+
+Flow = tuple[int, str, str | None]  # priority, tenant, adapter
+
+
+@dataclass(slots=True)
+class _Share:
+    """What a tenant, or one adapter of it, has of the engine now, and when it was last given a seat."""
+
+    seats: int = 0
+    served: int = 0
+    order: int = 0
+    granted: int = 0
+
+
+@dataclass(slots=True)
+class _Slot:
+    """An adapter's, given for the sake of a tenant; each flow that waited then is owed one turn before it goes."""
+
+    tenant: str
+    priority: int
+    owed: set[Flow]
+    seats: int = 0
+    # Takes nobody new: others want the slot, and they get it once this adapter's answers under way have ended.
+    leaving: bool = False
+
+
+_NOTHING = _Share()
+
+
+class FairQueue:
+    """Deals `seats` and `slots` out. It promises:
+
+    - No seat stays free while somebody waits who could use it, but for the eighth of them that is kept for tenants
+      that have none.
+    - A smaller `priority` goes before a larger one, always. All that follows is among equals.
+    - Next is the tenant with the fewest seats for its `weight`, then its adapter with the fewest, then who came first;
+      among tenants or adapters that are level, whose last turn is longest ago.
+    - A ticket waits for a bounded number of others, whatever they do: a tenant without a seat gets the next that is
+      free, and an adapter without a slot gets one that another has to give up after its answers under way (who has
+      held one longest gives up first; half of the slots at most are being given up at a time). Every tenant that
+      waits for an adapter when it gets its slot has a turn before it has to give it up again.
+    - `Ticket.order` carries the same fairness into the engine's own queue: as its priority there, smaller first.
+
+    It knows no clock, bounds no queue and refuses nobody: whoever stands before it may count `waiting` and `busy`. All
+    methods are for one event loop; `enter` and `leave` never wait.
+    """
+
+    def __init__(self, seats: int, slots: int) -> None:
+        self.seats = seats
+        self.slots = slots
+        self._reserve = max(1, seats // RESERVE) if seats > 1 else 0
+        self._numbers = itertools.count(1)
+        self._waiting: dict[Flow, dict[int, Ticket]] = {}
+        self._seated: dict[int, Ticket] = {}
+        self._tenants: dict[str, _Share] = {}
+        self._adapters: dict[tuple[str, str | None], _Share] = {}
+        self._slots: dict[str, _Slot] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Tickets in line."""
+        return sum(len(tickets) for tickets in self._waiting.values())
+
+    @property
+    def busy(self) -> int:
+        """Tickets with the engine."""
+        return len(self._seated)
+
+    def ahead(self, tenant: str, priority: int) -> int:
+        """Tickets in line that go before one more of this tenant: all of a smaller priority, and its own."""
+        return sum(
+            len(tickets)
+            for (theirs, who, _), tickets in self._waiting.items()
+            if theirs < priority or (theirs == priority and who == tenant)
+        )
+
+    def sits(self, tenant: str) -> bool:
+        """The tenant has a seat."""
+        share = self._tenants.get(tenant)
+        return share is not None and share.seats > 0
+
+    def tenants(self, tenant: str) -> int:
+        """How many share the seats, this one counted too."""
+        sitting = (who for who, share in self._tenants.items() if share.seats)
+        return len({tenant, *sitting, *(who for _, who, _ in self._waiting)})
+
+    @property
+    def active(self) -> frozenset[str]:
+        """The adapters that hold a slot."""
+        return frozenset(self._slots)
+
+    @asynccontextmanager
+    async def turn(
+        self, tenant: str, adapter: str | None = None, *, weight: float = 1.0, priority: int = 0
+    ) -> AsyncIterator[Ticket]:
+        """A seat (and a slot, for an adapter) from its turn until the block ends."""
+        ticket = self.enter(tenant, adapter, weight=weight, priority=priority)
+        try:
+            await ticket.seated()
+            yield ticket
+        finally:
+            self.leave(ticket)
+
+    def enter(self, tenant: str, adapter: str | None = None, *, weight: float = 1.0, priority: int = 0) -> Ticket:
+        """Stand in line; the ticket may be seated at once."""
+        ticket = Ticket(tenant, adapter, weight, priority, next(self._numbers))
+        self._waiting.setdefault((priority, tenant, adapter), {})[ticket.number] = ticket
+        self._call()
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give the seat back, or the place in line; once for each ticket, whatever became of it."""
+        if self._seated.pop(ticket.number, None):
+            self._unseat(ticket)
+        else:
+            self._drop(ticket)
+        self._call()
+
+    def _call(self) -> None:
+        """Deal out the slots that are free, then the seats, and have slots freed for who still lacks one."""
+        self._grant_slots()
+        self._free_slots()
+        while len(self._seated) < self.seats and (ticket := self._next()):
+            self._seat(ticket)
+        self._free_slots()
+
+    def _next(self) -> Ticket | None:
+        flow = min(filter(self._fits, self._waiting), key=self._rank, default=None)
+        return None if flow is None else next(iter(self._waiting[flow].values()))
+
+    def _rank(self, flow: Flow) -> tuple[float, ...]:
+        """A smaller one ought to be served first."""
+        priority, tenant, adapter = flow
+        whole = self._tenants.get(tenant, _NOTHING)
+        part = self._adapters.get((tenant, adapter), _NOTHING)
+        first = next(iter(self._waiting[flow].values()))
+        return (priority, whole.seats / first.weight, whole.served, part.seats, part.served, first.number)
+
+    def _fits(self, flow: Flow) -> bool:
+        _, tenant, adapter = flow
+        share = self._tenants.get(tenant)
+        if share and share.seats and len(self._seated) >= self.seats - self._reserve:
+            return False
+        if adapter is None:
+            return True
+        slot = self._slots.get(adapter)
+        return slot is not None and (not slot.leaving or flow in slot.owed)
+
+    def _seat(self, ticket: Ticket) -> None:
+        self._drop(ticket)
+        now = next(self._numbers)
+        whole = self._tenants.setdefault(ticket.tenant, _Share())
+        part = self._adapters.setdefault((ticket.tenant, ticket.adapter), _Share())
+        # A tenant's first request comes level with the oldest that the engine has, each further one a step behind.
+        first = min((one.order for one in self._seated.values()), default=0)
+        ticket.order = whole.order = max(first, whole.order + max(1, round(STEP / ticket.weight)) if whole.seats else 0)
+        for share in (whole, part):
+            share.seats += 1
+            share.served = now
+        if ticket.adapter is not None:
+            slot = self._slots[ticket.adapter]
+            slot.seats += 1
+            slot.owed.discard((ticket.priority, ticket.tenant, ticket.adapter))
+        self._seated[ticket.number] = ticket
+        ticket.is_seated = True
+        if ticket._called and not ticket._called.done():
+            ticket._called.set_result(None)
+
+    def _unseat(self, ticket: Ticket) -> None:
+        self._tenants[ticket.tenant].seats -= 1
+        self._adapters[ticket.tenant, ticket.adapter].seats -= 1
+        if ticket.adapter is not None:
+            self._slots[ticket.adapter].seats -= 1
+        self._forget()
+
+    def _drop(self, ticket: Ticket) -> None:
+        flow = (ticket.priority, ticket.tenant, ticket.adapter)
+        tickets = self._waiting.get(flow, {})
+        tickets.pop(ticket.number, None)
+        if not tickets:
+            self._waiting.pop(flow, None)
+
+    def _grant_slots(self) -> None:
+        """Give every free slot to an adapter that is waited for, whether or not a seat is free at this moment.
+
+        Who needs both, and had to find both free in one moment, might never do.
+        """
+        best = min((priority for priority, _, _ in self._waiting), default=0)
+        for held, slot in list(self._slots.items()):
+            slot.owed &= self._waiting.keys()
+            if not slot.seats and (not slot.owed or slot.priority > best):
+                del self._slots[held]
+        while len(self._slots) < self.slots and (lacking := self._lacking()):
+            priority, tenant, adapter = min(lacking, key=self._claim)
+            assert adapter is not None
+            self._slots[adapter] = _Slot(tenant, priority, {flow for flow in lacking if flow[2] == adapter})
+            self._tenants.setdefault(tenant, _Share()).granted = next(self._numbers)
+
+    def _lacking(self, priority: int | None = None) -> list[Flow]:
+        """The flows that wait for an adapter without a slot."""
+        return [
+            flow
+            for flow in self._waiting
+            if flow[2] is not None and flow[2] not in self._slots and priority in (None, flow[0])
+        ]
+
+    def _claim(self, flow: Flow) -> tuple[int, ...]:
+        """A smaller one ought to have a slot first: whose tenant has fewest, or had its last one longest ago."""
+        priority, tenant, _ = flow
+        held = sum(slot.tenant == tenant for slot in self._slots.values())
+        first = next(iter(self._waiting[flow]))
+        return (priority, held, self._tenants.get(tenant, _NOTHING).granted, first)
+
+    def _free_slots(self) -> None:
+        """Have as many adapters give their slot up as there are others that want one, half of the slots at most."""
+        best = min((priority for priority, _, _ in self._waiting), default=0)
+        wanted = {adapter for _, _, adapter in self._lacking(best)}
+        leaving = min(len(wanted), max(1, self.slots // 2))
+        # In the order of their coming: who has held one longest is first.
+        for slot in self._slots.values():
+            slot.leaving = leaving > 0 and slot.seats > 0
+            leaving -= slot.leaving
+
+    def _forget(self) -> None:
+        """Drop the shares of those who neither wait nor sit, once they are many: theirs is the oldest turn anyway."""
+        if len(self._adapters) <= 4 * (len(self._seated) + len(self._waiting)) + 64:
+            return
+        here = {(ticket.tenant, ticket.adapter) for ticket in self._seated.values()} | {f[1:] for f in self._waiting}
+        tenants = {tenant for tenant, _ in here}
+        self._adapters = {key: share for key, share in self._adapters.items() if key in here}
+        self._tenants = {key: share for key, share in self._tenants.items() if key in tenants}

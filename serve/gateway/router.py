@@ -1,0 +1,160 @@
+"""A public model name and a Caller become a lease on a ready engine with that adapter version resident, or a 404."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from serve.adapters.adapter import Adapter
+from serve.adapters.registry import Registry
+from serve.adapters.store import Store
+from serve.auth.auth import Caller
+from serve.engine.dp_ranks import opening
+from serve.engine.engine import Engine
+from serve.engine.supervisor import Fleet, Supervisor
+from serve.errors import EngineUnavailable, NotFound
+from serve.names import spelled, tenant_of
+from serve.rollout.traffic_split import Shares, sticky_key
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes: the engine, the name it knows the model by, and what that is for the metrics.
+
+    `dealt` says that it asked for a name, and was given whichever version it has; `asker` who asked, if that is known.
+    """
+
+    engine: Engine
+    model: str
+    adapter: str
+    version: str
+    shadow: Adapter | None = None
+    dealt: bool = False
+    asker: bytes | None = None
+    # Its place in the engine's own queue, and the data-parallel rank that answers it.
+    priority: int | None = None
+    rank: int | None = None
+
+    @property
+    def app(self) -> ASGIApp:
+        return self.engine.backend.app
+
+
+class Router:
+    def __init__(
+        self, fleet: Fleet, registry: Registry, store: Store, used: Callable[[str], None] = lambda adapter_id: None
+    ) -> None:
+        self.fleet = fleet
+        self.registry = registry
+        self.store = store
+        # Hears of every request for an adapter.
+        self._used = used
+        self._shares = Shares()
+
+    @asynccontextmanager
+    async def lease(
+        self, model: str | None, caller: Caller, fields: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[Route]:
+        """The route for `model` (None: the first base), held until the block ends. `fields` is the request."""
+        async with AsyncExitStack() as held:
+            yield await self._leased(model, caller, fields or {}, held)
+
+    async def _leased(
+        self, model: str | None, caller: Caller, fields: Mapping[str, Any], held: AsyncExitStack
+    ) -> Route:
+        """The route, its lease on `held`; from the next engine, if one dies before it is this request's turn."""
+        while True:
+            while not (supervisor := self._supervisor(model, caller)).is_available:
+                await supervisor.available()
+            # No await between the look-up and the lease, or a swap could come between.
+            adapter = self.resolve(model, caller)
+            shadow = None
+            asker = sticky_key(fields, caller.tenant, caller.key)
+            dealt = adapter is not None and model is not None and "@" not in model
+            if adapter and dealt:  # a version that was asked for by number is never dealt away
+                adapter, shadow = self._dealt(adapter, asker)
+            engine = supervisor.engine
+            if adapter and not engine.holds(adapter.id) and not self.store.has(adapter.digest):
+                await self._bring(adapter)
+                continue
+            path = self._path(engine, adapter) if adapter else None
+            id = adapter.id if adapter else None
+            labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
+            begins = opening(fields) if engine.backend.ranks > 1 else ""
+            turn = engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields), opening=begins)
+            try:
+                lease = await held.enter_async_context(turn)
+            except EngineUnavailable:
+                if not engine.failing():
+                    raise
+                continue
+            if id:
+                self._used(id)
+            return Route(engine, lease.model, *labels, shadow, dealt, asker, lease.priority, lease.rank)
+
+    def _path(self, engine: Engine, adapter: Adapter) -> Path:
+        """Where its bytes are; what the engine holds answers also while they are out of reach."""
+        if engine.holds(adapter.id):
+            return self.store.place(adapter.digest)
+        return self.store.path(adapter.digest)
+
+    async def _bring(self, adapter: Adapter) -> None:
+        """Get its bytes onto this machine."""
+        try:
+            await self.store.bring(adapter.digest)
+        except NotFound as lost:
+            raise EngineUnavailable(f"{adapter.tag} is registered and {lost}: an operator must see to it") from lost
+
+    def _supervisor(self, model: str | None, caller: Caller) -> Supervisor:
+        """Whose engine answers for `model`."""
+        if adapter := self.resolve(model, caller):
+            return self.fleet.of(adapter.name)
+        return self.fleet.get(model)
+
+    def _dealt(self, live: Adapter, asker: bytes | None) -> tuple[Adapter, Adapter | None]:
+        """Who answers a request for the live version, and who answers it again, unseen."""
+        name = live.name
+        canary, shadow = self.registry.canary(name), self.registry.shadow(name)
+        if canary and self._shares.takes(name, canary.adapter.version, canary.weight, asker):
+            return canary.adapter, None
+        if shadow and self._shares.takes(name, shadow.adapter.version, shadow.weight, None, "shadow"):
+            return live, shadow.adapter
+        return live, None
+
+    def resolve(self, model: str | None, caller: Caller) -> Adapter | None:
+        """The adapter version that a public name means to this caller now; None for the base model.
+
+        What the caller may not see does not exist.
+        """
+        if model is None or model in self.fleet:
+            return None
+        for full in dict.fromkeys((spelled(model, caller.tenant), model)):
+            try:
+                adapter = self.registry.resolve(full)
+            except NotFound:
+                continue
+            if sees(self.registry, caller, adapter.name):
+                return adapter
+        message = f"The model `{model}` does not exist: GET /v1/models lists those that do."
+        raise NotFound(message, code="model_not_found", param="model")
+
+
+def _priority(fields: Mapping[str, Any]) -> int:
+    """What the request asks for; vLLM says what is wrong with one that is no number."""
+    priority = fields.get("priority", 0)
+    return priority if isinstance(priority, int) else 0
+
+
+def sees(registry: Registry, caller: Caller, full: str) -> bool:
+    """The caller may ask the adapter of this full name."""
+    return manages(caller, full) or registry.shared(full)
+
+
+def manages(caller: Caller, full: str) -> bool:
+    """The adapter of this full name is the caller's to change, as far as the tenant goes."""
+    return caller.operator or tenant_of(full) == caller.tenant

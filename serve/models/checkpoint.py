@@ -1,0 +1,72 @@
+"""Where a model is, and whether it is whole: a directory, a hub id, or the embedded one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from serve.errors import ConfigError
+
+EMBEDDED = "smollm2"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MANIFEST = "manifest.json"
+
+
+def find(given: str, cache_dir: Path) -> str:
+    """The model's directory or hub id, as vLLM takes it."""
+    if given == EMBEDDED:
+        from serve.models.embedded import ensure
+
+        return str(ensure(EMBEDDED, cache_dir, lambda line: print(line, file=sys.stderr, flush=True)))
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise ConfigError(
+                f"{given} is a LoRA adapter, not a model: serve its base model, "
+                f"then `loradock adapters push NAME {given}`"
+            )
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"{given} is no model: a Hugging Face checkpoint directory holds a config.json")
+        return str(folder.resolve())
+    if folder.exists() or given.startswith((".", "/", "~")) or not HUB_ID.fullmatch(given):
+        raise ConfigError(
+            f"there is no model at {given}: MODEL is a checkpoint directory, a hub id like org/name, or {EMBEDDED}"
+        )
+    return given
+
+
+def verify(model: str) -> None:
+    """ConfigError, if the checkpoint's own manifest says that it is not what lies there."""
+    folder = Path(model)
+    if not (folder / MANIFEST).is_file():
+        return
+    try:
+        told = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the {MANIFEST} of {model} cannot be read ({error}): export the model again") from error
+    for name, wanted in _files(told):
+        file = folder / name
+        if not file.is_file():
+            raise ConfigError(f"{model} lacks {name}, which its {MANIFEST} names: copy or export it again")
+        size, digest = wanted.get("bytes", wanted.get("size")), wanted.get("sha256")
+        if size is not None and file.stat().st_size != size:
+            raise ConfigError(f"{name} in {model} has {file.stat().st_size} bytes and {MANIFEST} says {size}")
+        if digest is not None and _sha256(file) != digest:
+            raise ConfigError(f"{name} in {model} is not the file that its {MANIFEST} names: copy or export it again")
+
+
+def _files(manifest: Any) -> list[tuple[str, dict[str, Any]]]:
+    """What a manifest's `files` says of each file, in either of the forms {name: {...}} and {name: sha256}."""
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        return []
+    return [(name, one if isinstance(one, dict) else {"sha256": one}) for name, one in files.items()]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

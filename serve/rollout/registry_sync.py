@@ -1,0 +1,189 @@
+"""Several servers on one registry: each sees what another has changed before it answers the next request.
+
+A request waits for a look at the registry that began after it came: one small query, shared by all that wait. So
+whoever has been answered by a new version, by any server, is never answered by the old one again; and a change that
+was acknowledged by one server holds on all. Between requests the registry is looked at twice a second, and what is new
+is loaded before somebody asks for it.
+
+While the registry does not answer, requests are answered from what was read last: then nothing can be changed either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, insert, select, update
+
+from serve.adapters.registry import Registry
+from serve.adapters.tables import replicas as table
+from serve.auth.keys import Keys
+from serve.engine.supervisor import Fleet
+from serve.errors import LoradockError
+from serve.rollout.lifecycle import Lifecycle
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+# A look that takes longer is not waited for.
+LOOK_SECONDS = 2.0
+BEAT_SECONDS = 1.0
+# A replica that said nothing for so long is gone.
+GONE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """Who this server is among those that share its registry."""
+
+    id: str
+    node: str
+
+
+class RegistrySync:
+    """This server's view of a registry that others change too."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        keys: Keys,
+        lifecycle: Lifecycle,
+        fleet: Fleet,
+        me: Replica,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.me = me
+        self._registry = registry
+        self._keys = keys
+        self._lifecycle = lifecycle
+        self._fleet = fleet
+        self._clock = clock
+        # One query at a time, and not behind what other threads do.
+        self._thread = ThreadPoolExecutor(1, "follower")
+        self._stamp: tuple[Any, ...] = ()
+        self._looking: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None
+        # When the look that is under way began.
+        self._since: float | None = None
+        self._blind = False
+        self._failed_swaps: set[tuple[str, str]] = set()
+
+    async def fresh(self) -> None:
+        """Returns once every change is seen that was committed before this call."""
+        if self._since is not None and time.monotonic() - self._since > LOOK_SECONDS:
+            return
+        if self._next is None:
+            self._next = asyncio.create_task(self._look(self._looking))
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                await asyncio.shield(self._next)
+        except TimeoutError:
+            self._unseen("it did not answer in time")
+
+    async def run(self) -> None:
+        """Until cancelled: look at the registry also when nobody asks, and tell it that this server lives."""
+        beat = 0.0
+        try:
+            while True:
+                await self.fresh()
+                if time.monotonic() - beat >= BEAT_SECONDS:
+                    beat = time.monotonic()
+                    await self._in_thread(self._tell)
+                    for base in self._fleet:
+                        await self._follow_swap(base.name)
+                await asyncio.sleep(POLL_SECONDS)
+        finally:
+            await self._in_thread(self._leave)
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def replicas(self) -> list[dict[str, Any]]:
+        """Those that share the registry and were heard of lately. Blocks."""
+        with self._registry.transaction() as connection:
+            rows = connection.execute(select(table).order_by(table.c.id)).mappings().all()
+        latest = self._registry.generation
+        return [
+            {
+                "object": "replica",
+                "id": row["id"],
+                "node": row["node"],
+                "phase": row["phase"],
+                "generation": row["generation"],
+                "behind": max(0, latest - row["generation"]),
+                "seen_seconds_ago": round(max(0.0, self._clock() - row["seen"]), 1),
+                "me": row["id"] == self.me.id,
+            }
+            for row in rows
+            if self._clock() - row["seen"] < GONE_SECONDS
+        ]
+
+    async def _look(self, before: asyncio.Task[None] | None) -> None:
+        """One query, begun when the one before it has ended; and what follows, if it says something new."""
+        if before is not None:
+            await asyncio.wait([before])
+        # Who comes from now on needs a look that begins later.
+        self._looking, self._next = asyncio.current_task(), None
+        self._since = time.monotonic()
+        try:
+            loop = asyncio.get_running_loop()
+            stamp = await loop.run_in_executor(self._thread, self._registry.stamp)
+            if stamp != self._stamp:
+                await loop.run_in_executor(self._thread, self._read)
+                self._lifecycle.adopt()
+                self._stamp = stamp
+            self._blind = False
+        except LoradockError as error:
+            self._unseen(str(error))
+        finally:
+            self._since = None
+
+    def _read(self) -> None:
+        self._registry.refresh()
+        self._keys.refresh()
+
+    def _unseen(self, why: str) -> None:
+        if not self._blind:
+            log.error("the registry cannot be looked at, answers go on from what was read last: %s", why)
+        self._blind = True
+
+    async def _follow_swap(self, name: str) -> None:
+        """Another server has put another model in the place of a base: so does this one."""
+        base = self._fleet.get(name)
+        if not base.is_ready or base.swapping:
+            return
+        try:
+            model = await asyncio.to_thread(self._registry.swapped, base.name, base.configured) or base.configured
+            if model == base.model or (name, model) in self._failed_swaps:
+                return
+            log.info("another server swapped %s to %s: so does this one", name, model)
+            await base.swap(model, by="follower", following=True)
+        except LoradockError as error:
+            self._failed_swaps.add((name, model))
+            log.error("%s was swapped on another server, and is not here: %s", name, error)
+
+    async def _in_thread(self, job: Callable[[], None]) -> None:
+        try:
+            await asyncio.to_thread(job)
+        except LoradockError as error:
+            self._unseen(str(error))
+
+    def _tell(self) -> None:
+        now = self._clock()
+        row = {
+            "node": self.me.node,
+            "phase": str(self._fleet.first.phase),
+            "generation": self._registry.generation,
+            "seen": now,
+        }
+        with self._registry.transaction() as connection:
+            if not connection.execute(update(table).where(table.c.id == self.me.id).values(**row)).rowcount:
+                connection.execute(insert(table).values(id=self.me.id, **row))
+            connection.execute(delete(table).where(table.c.seen < now - 60 * GONE_SECONDS))
+
+    def _leave(self) -> None:
+        with self._registry.transaction() as connection:
+            connection.execute(delete(table).where(table.c.id == self.me.id))

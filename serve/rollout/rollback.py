@@ -1,0 +1,141 @@
+"""The way back: what the server does by itself about a version that turned out bad.
+
+A version that is live is rolled back to the one before it; a canary gets no more traffic. Whoever has found it out,
+the drift engine or an alert, comes through here, so that both together roll an adapter back at most once an hour.
+Nothing is ever promoted here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from serve.adapters.registry import Registry
+from serve.auth.audit import Audit
+from serve.errors import Conflict, LoradockError
+from serve.names import tenant_of
+from serve.rollout.lifecycle import Lifecycle
+
+log = logging.getLogger(__name__)
+
+# Who did it, as histories and the audit log say it.
+WHO = "wayback"
+SECONDS_BETWEEN = 3600.0
+MAX_EVIDENCE = 2048
+
+
+class Outcome(StrEnum):
+    """What became of a rollback that was asked for."""
+
+    ROLLED_BACK = "rolled_back"
+    CANARY_ENDED = "canary_ended"
+    NOT_SERVING = "not_serving"  # the version is neither live nor a canary (any more)
+    TOO_SOON = "too_soon"  # this adapter was rolled back less than an hour ago
+    NOWHERE = "nowhere"  # no earlier version was live
+    FAILED = "failed"  # the change itself did not go through
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome, and in a sentence why."""
+
+    outcome: Outcome
+    message: str
+
+    @property
+    def done(self) -> bool:
+        """The version gets no more traffic, and did before."""
+        return self.outcome in (Outcome.ROLLED_BACK, Outcome.CANARY_ENDED)
+
+
+class AutomaticRollback:
+    """`done(adapter, version, reason)` hears of every rollback and ended canary, for the metric."""
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        registry: Registry,
+        audit: Audit,
+        done: Callable[[str, int, str], None] = lambda adapter, version, reason: None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._registry = registry
+        self._audit = audit
+        self._done = done
+        self._clock = clock
+        self._one_at_a_time = asyncio.Lock()
+
+    async def rollback(self, adapter: str, version: int, reason: str, evidence: Mapping[str, Any]) -> Verdict:
+        """Take the traffic from `version` of the adapter of this full name. Never raises what a log line can say.
+
+        `reason` is one of a few words, and the metric's label; `evidence` goes to the history and the audit log.
+        """
+        async with self._one_at_a_time:
+            try:
+                verdict = await self._rollback(adapter, version, f"{reason}: {_written(evidence)}")
+            except LoradockError as error:
+                verdict = Verdict(Outcome.FAILED, error.message)
+        if verdict.outcome is Outcome.NOT_SERVING:
+            return verdict
+        log.warning("%s@v%d, %s: %s", adapter, version, reason, verdict.message)
+        if verdict.done:
+            self._done(adapter, version, reason)
+        await asyncio.to_thread(
+            self._audit.write,
+            status=200 if verdict.done else 500 if verdict.outcome is Outcome.FAILED else 409,
+            who=WHO,
+            tenant=tenant_of(adapter),
+            key=None,
+            what=verdict.outcome.value,
+            subject=f"{adapter}@v{version}",
+            reason=reason,
+            evidence=_written(evidence),
+            message=verdict.message,
+        )
+        return verdict
+
+    async def _rollback(self, adapter: str, version: int, why: str) -> Verdict:
+        canary = self._registry.canary(adapter) if adapter in self._registry else None
+        if canary and canary.adapter.version == version:
+            await self._lifecycle.share(adapter, "canary", version, 0, by=WHO, why=why)
+            return Verdict(Outcome.CANARY_ENDED, f"version {version} is no canary any more")
+        live = self._registry.live(adapter) if adapter in self._registry else None
+        if live is None or live.version != version:
+            return Verdict(Outcome.NOT_SERVING, f"version {version} is neither live nor a canary")
+        if minutes := await asyncio.to_thread(self._minutes_to_wait, adapter):
+            return Verdict(
+                Outcome.TOO_SOON,
+                f"version {version} stays live: the adapter was rolled back less than an hour ago, "
+                f"look at it yourself (the next rollback is possible in {minutes} minutes)",
+            )
+        before = await asyncio.to_thread(self._registry.before, adapter)
+        if before is None or before > version:
+            # A later number before this one: somebody went back by hand already, and returning there would be forward.
+            return Verdict(Outcome.NOWHERE, f"version {version} stays live: no earlier version was live before it")
+        try:
+            target = await self._lifecycle.rollback(adapter, by=WHO, expected=version, why=why)
+        except Conflict as moved:
+            return Verdict(Outcome.NOT_SERVING, moved.message)
+        return Verdict(Outcome.ROLLED_BACK, f"rolled back from version {version} to {target.version}")
+
+    def _minutes_to_wait(self, adapter: str) -> int:
+        """Read from the history, so that a restart does not forget it."""
+        since = self._clock() - SECONDS_BETWEEN
+        for row in reversed(self._registry.history(adapter)):
+            if row["when"] < since:
+                break
+            if row["who"] == WHO and row["what"] == "rollback":
+                return 1 + int((row["when"] - since) // 60)
+        return 0
+
+
+def _written(evidence: Mapping[str, Any]) -> str:
+    return json.dumps(evidence, default=str)[:MAX_EVIDENCE]

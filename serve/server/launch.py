@@ -1,0 +1,229 @@
+"""From a Config to a listening server: checks that cost nothing first, vLLM's import and the engine last."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import gc
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from socket import socket
+from types import MappingProxyType
+from typing import Any
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from serve.asgi.fast_stream import FLOW
+from serve.config import Base, Config
+from serve.errors import ConfigError, LoradockError
+from serve.models import hardware
+from serve.models.checkpoint import EMBEDDED, find
+from serve.vllm_backend import forkserver
+
+log = logging.getLogger("loradock")
+
+# By its path: by its short name, `uni`, vLLM takes it for a mistake on a CPU.
+IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+
+def serve(config: Config) -> int:
+    """Serve until a signal; the exit code. Raises ConfigError for what cannot be served."""
+    log_to_stderr(config.log_level)
+    sock = hardware.listen(config.host, config.port)
+    try:
+        config = resolved(config)
+        with own(config.data_dir):
+            return _run(config, sock)
+    finally:
+        sock.close()
+
+
+def log_to_stderr(level: str) -> None:
+    """Our own loggers alone: vLLM sets its own up, and the root's would say everything twice."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S"))
+    for name in ("serve", "loradock"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())
+
+
+def resolved(config: Config) -> Config:
+    """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
+    environ = dict(os.environ)
+    found = (replace(base, model=find(base.model, config.cache_dir)) for base in config.bases)
+    first, *more = (_with_defaults(config, base, environ) for base in found)
+    return replace(config, model=first.model, engine=first.engine, engines=tuple(more))
+
+
+def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Base:
+    engine: dict[str, Any] = {"max_loras": 8, "max_cpu_loras": 32, "max_lora_rank": 16}
+    # Among equals it serves who came first, as vLLM's default does; probes and shadows wait behind clients.
+    engine["scheduling_policy"] = "priority"
+    if base.name == EMBEDDED:
+        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    engine |= base.engine
+    if "max_cpu_loras" not in base.engine:
+        engine["max_cpu_loras"] = max(32, int(engine["max_loras"]))
+    if hardware.on_cpu():
+        ranks = int(engine.get("data_parallel_size", 1))
+        weights = ranks * hardware.weights(Path(base.model))
+        if "gpu_memory_utilization" not in engine:
+            engine.setdefault("kv_cache_memory_bytes", hardware.kv_space(weights) // ranks)
+            hardware.check_memory(weights, ranks * _bytes(engine["kv_cache_memory_bytes"]))
+        workers = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
+        together = "distributed_executor_backend" not in engine and hardware.one_process(environ, workers)
+        if together:
+            engine["distributed_executor_backend"] = IN_PROCESS
+            # More at once answer no more in all, and each of them slower: the rest waits in line, where it is fair.
+            engine.setdefault("max_num_seqs", 32)
+        os.environ.update(hardware.cpu_environment(environ, together))
+        # Read in vLLM's own processes, which know no Config: see serve/lora_cpu.
+        os.environ["LORADOCK_LORA_KERNELS"] = config.lora_kernels
+        os.environ["LORADOCK_CPU_WEIGHTS"] = config.cpu_weights
+        os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
+        # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
+    return replace(base, engine=MappingProxyType(engine))
+
+
+def _bytes(value: Any) -> int:
+    from serve.config import SIZES
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)", str(value))
+    if not match:
+        raise ConfigError(f"kv_cache_memory_bytes takes bytes or a size like 2G, not {value!r}")
+    unit = match[2].lower() + ("i" if match[2].isupper() else "")
+    return int(float(match[1]) * SIZES[unit])
+
+
+@contextmanager
+def own(folder: Path) -> Iterator[None]:
+    """The data directory, made when absent, and ours alone: a second server would sweep away this one's uploads."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"the data directory {folder} cannot be used ({error.strerror}): set --data-dir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another loradock serves from {folder}: stop it, or set another --data-dir") from error
+        yield
+
+
+def _run(config: Config, sock: socket) -> int:
+    print("loading vLLM ...", file=sys.stderr, flush=True)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if hardware.on_cpu():
+        forkserver.start()
+    # What is imported stays; to look for garbage in it again and again takes a third of the time.
+    gc.disable()
+    from serve.api.app import build_app
+    from serve.vllm_backend.backend import VLLMBackend
+
+    gc.freeze()
+    gc.enable()
+
+    failures: list[LoradockError] = []
+
+    def fail(error: LoradockError) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    backends = [VLLMBackend(base.model, base.name, base.engine) for base in config.bases]
+    app = build_app(config, backends, fail)
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=max(1, round(config.grace_period)),
+            timeout_keep_alive=30,
+            http=_impatient(config.client_timeout),
+            ssl_certfile=config.ssl_certfile or None,
+            ssl_keyfile=config.ssl_keyfile or None,
+        )
+    )
+    logging.getLogger("uvicorn.error").addFilter(_told_briefly)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(server, app, sock, config))
+    for error in failures:
+        raise error
+    return 0
+
+
+def _impatient(seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP that closes a connection whose first request does not begin in time: it costs a descriptor.
+
+    Each request's scope says whether its client reads.
+    """
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Impatient(AutoHTTPProtocol):  # type: ignore[valid-type,misc]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._begin = asyncio.get_running_loop().call_later(seconds, self._give_up)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.scope.setdefault("extensions", {})[FLOW] = self.flow
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._begin.cancel()
+            super().connection_lost(error)
+
+        def _give_up(self) -> None:
+            if self.cycle is None:
+                self.transport.close()
+
+    return Impatient
+
+
+def _told_briefly(record: logging.LogRecord) -> bool:
+    """An answer that the end of the grace period broke off is a line and no traceback."""
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        record.msg, record.args, record.exc_info = "an answer was broken off: the grace period is over", (), None
+    return True
+
+
+async def _serve(server: Server, app: FastAPI, sock: socket, config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.ask_to_stop)
+    scheme = "https" if config.ssl_certfile else "http"
+    host, port = sock.getsockname()[:2]
+    announce = asyncio.create_task(_announce(app, f"{scheme}://{host}:{port}"))
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        announce.cancel()
+
+
+async def _announce(app: FastAPI, url: str) -> None:
+    log.info("listening on %s, loading %s", url, app.state.parts.fleet.first.name)
+    await app.state.parts.ready.wait()
+    log.info("ready: %s/v1 answers as %s", url, app.state.parts.fleet.first.name)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with a stop that ends in exit code 0: the first signal drains, the second does not wait."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def ask_to_stop(self) -> None:
+        self.force_exit = self.should_exit
+        log.info("stopping now" if self.force_exit else "stopping: running answers may finish")
+        self.should_exit = True

@@ -1,0 +1,331 @@
+"""N servers behind one address, on one machine or many: Ray Serve runs replicas of the same app, each with its engine.
+
+They share a registry and the adapters' bytes, so that a change on one holds on all (serve.rollout.registry_sync). Ray
+restarts what dies, routes to whoever has least to do, and adds replicas while requests wait or their first token comes
+late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import os
+import secrets
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.asgi.exchange import Exchange
+from serve.config import Base, Config
+from serve.engine.engine import Phase
+from serve.errors import ConfigError, EngineUnavailable, LoradockError
+from serve.models import hardware
+from serve.server.launch import Server, log_to_stderr, own, resolved
+from serve.vllm_backend import forkserver
+
+log = logging.getLogger("loradock")
+
+NAME = "loradock"
+# Over how many seconds the times to first tokens are averaged.
+LOOK_BACK_SECONDS = 30.0
+# Each replica's own admission says who waits and who is turned away.
+AT_ONCE = 10_000
+MAX_REPLICAS_A_NODE = 64
+# Ray's store of shared objects, which nothing here uses, takes a third of the memory unless told otherwise.
+OBJECT_STORE_BYTES = 128 << 20
+# What Ray sets for each of its processes, and would bind an engine to one thread.
+OMP = "OMP_NUM_THREADS"
+# Ray would let an engine run at niceness 15, behind everything else on its machine.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_worker_niceness": "0"}
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+_HANGUP = threading.Event()
+
+
+class _Stop(Exception):
+    """SIGTERM or Ctrl-C."""
+
+
+def serve(config: Config, reload: Callable[[], Config]) -> int:
+    """Serve until SIGTERM; the exit code. SIGHUP replaces the replicas one by one, with the settings of that moment."""
+    log_to_stderr(config.log_level)
+    hardware.listen(config.host, config.port).close()
+    with own(config.data_dir), _joined(config.ray_address or os.environ.get("RAY_ADDRESS", "")) as several:
+        try:
+            config = shared(config, several=several)
+            _start(config)
+            _deploy(config, 0)
+            for turn in itertools.count(1):
+                log.info("ready: %s:%d/v1 answers as %s", config.host, config.port, config.name)
+                _until_hangup()
+                log.info("replacing the replicas, one after the other")
+                try:
+                    config = shared(reload(), several=several)
+                    _deploy(config, turn)
+                except ConfigError as error:
+                    log.error("the replicas are not replaced, those from before go on: %s", error)
+        except _Stop:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+            log.info("stopping: running answers may finish")
+    return 0
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[bool]:
+    """A Ray cluster until the block ends, one of our own without an address; whether it has more nodes than one."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        from ray import serve as ray_serve
+    except ImportError as missing:
+        raise ConfigError("--ray needs Ray: install loradock[ray] beside the engine's extra") from missing
+    alone: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(address=address or None, namespace=NAME, logging_level=logging.WARNING, **({} if address else alone))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"there is no Ray cluster to join at {address or 'this machine'}: {error}") from error
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    def stop(*_: object) -> None:
+        raise _Stop
+
+    # After ray.init, which has handlers of its own.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    signal.signal(signal.SIGHUP, lambda *_: _HANGUP.set())
+    try:
+        yield sum(node["Alive"] for node in ray.nodes()) > 1
+    finally:
+        ray_serve.shutdown()
+        ray.shutdown()
+
+
+def _until_hangup() -> None:
+    while not _HANGUP.wait(1.0):  # handlers of signals run between two waits
+        continue
+    _HANGUP.clear()
+
+
+def _start(config: Config) -> None:
+    """Ray Serve's proxies, one on each node that has a replica."""
+    from ray import serve as ray_serve
+
+    ray_serve.start(http_options=_http(config), logging_config=LOGGING)
+
+
+def shared(config: Config, *, several: bool) -> Config:
+    """The same Config with a registry and a place for adapters that every replica sees, and fit to travel.
+
+    On one machine both lie where a server alone has them, so it can take over, and `loradock backup` finds them.
+    """
+    if several and (not config.registry or config.registry.startswith("sqlite") or not config.blobs):
+        raise ConfigError(
+            "replicas on several machines need a registry and a place for adapters that all of them reach: set "
+            "registry to postgresql+psycopg://user@host/loradock and blobs to s3://bucket/prefix"
+        )
+    return replace(
+        config,
+        registry=config.registry or f"sqlite:///{config.data_dir / 'registry.sqlite'}",
+        blobs=config.blobs or f"file://{config.data_dir / 'blobs'}",
+        # A read-only view of a dictionary cannot be pickled.
+        engine=dict(config.engine),
+        engines=tuple(Base(one.name, one.model, dict(one.engine)) for one in config.engines),
+    )
+
+
+def _deploy(config: Config, turn: int) -> None:
+    """Start the replicas, or replace them one by one: those that answer stay until others do."""
+    from ray import serve as ray_serve
+
+    deployment = ray_serve.deployment(ray_serve.ingress()(Replica))
+    fixed = config.max_replicas <= config.replicas
+    options: dict[str, Any] = {
+        "num_replicas": config.replicas if fixed else None,
+        "autoscaling_config": None if fixed else _autoscaling(config),
+        "max_ongoing_requests": AT_ONCE,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": config.grace_period + 10,
+        "logging_config": LOGGING,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 60,
+        **_place(config),
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    app = deployment.options(name=NAME, **options).bind(config, os.environ.get(OMP), turn)
+    try:
+        ray_serve.run(app, name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise ConfigError(f"the replicas do not start, their log above says why: {error}") from error
+
+
+def _place(config: Config) -> dict[str, Any]:
+    """What one replica takes of a node: a GPU for each part of the model, or a processor."""
+    if hardware.on_cpu():
+        return {"ray_actor_options": {"num_cpus": 1}}
+    parts = int(config.engine.get("tensor_parallel_size", 1)) * int(config.engine.get("pipeline_parallel_size", 1))
+    if config.engine.get("distributed_executor_backend") == "ray":
+        # vLLM's own workers take the bundles, on one node or on many.
+        return {"placement_group_bundles": [{"CPU": 1, "GPU": 1}] * parts, "placement_group_strategy": "PACK"}
+    return {"ray_actor_options": {"num_cpus": 1, "num_gpus": parts}}
+
+
+def _http(config: Config) -> dict[str, Any]:
+    options: dict[str, Any] = {"host": config.host, "port": config.port, "keep_alive_timeout_s": 30}
+    if config.ssl_certfile:
+        options |= {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
+    return options
+
+
+def _autoscaling(config: Config) -> dict[str, Any]:
+    return {
+        "min_replicas": config.replicas,
+        "max_replicas": config.max_replicas,
+        "look_back_period_s": 10.0,
+        "upscale_delay_s": 10.0,
+        "downscale_delay_s": 300.0,
+        "policy": {"policy_function": by_load(config.target_queue, config.target_first_token)},
+    }
+
+
+def by_load(target_queue: float, target_first_token: float) -> Callable[[Any], tuple[int, dict[str, Any]]]:
+    """Ray's autoscaling policy: so many requests a replica, and one replica more while first tokens come late."""
+
+    def policy(context: Any) -> tuple[int, dict[str, Any]]:
+        wanted = math.ceil(context.total_num_requests / target_queue)
+        late = (context.aggregated_metrics or {}).get("first_token_seconds") or {}
+        if target_first_token and late and max(late.values()) > target_first_token:
+            wanted = max(wanted, context.current_num_replicas + 1)
+        least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+        return min(max(wanted, least), most), {}
+
+    return policy
+
+
+class Replica:
+    """One server of many, in a process that Ray started: the same app as alone, ready before Ray sends it anything."""
+
+    def __init__(self, config: Config, threads: str | None, turn: int) -> None:
+        os.environ.pop(OMP, None)
+        if threads:
+            os.environ[OMP] = threads
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        log_to_stderr(config.log_level)
+        self._held = ExitStack()
+        self._config, self._number = self._placed(config)
+        self._first_tokens = FirstTokens()
+        self._failure: LoradockError | None = None
+        self._app: FastAPI | None = None
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        config = resolved(self._config)
+        if hardware.on_cpu():
+            forkserver.start()
+        from serve.api.app import build_app
+        from serve.vllm_backend.backend import VLLMBackend
+
+        backends = [VLLMBackend(base.model, base.name, base.engine) for base in config.bases]
+        self._app = build_app(
+            config, backends, self._fail, replica=f"{hardware.node()}-{self._number}-{secrets.token_hex(3)}"
+        )
+        self._app.state.parts.monitor.passed_on.append(self._first_tokens.take)
+        return Ready(self._app, self._wait)
+
+    def check_health(self) -> None:
+        """An engine that stays down is Ray's to replace."""
+        if self._app is None:
+            return
+        for base in self._app.state.parts.fleet:
+            if base.phase is Phase.FAILED:
+                raise EngineUnavailable(f"the engine for {base.name} stays down: {base.reason}")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {"first_token_seconds": self._first_tokens.mean()}
+
+    def _fail(self, error: LoradockError) -> None:
+        self._failure = error
+
+    async def _wait(self) -> str:
+        """Until the engines answer; why they never will, if so."""
+        assert self._app is not None
+        while not self._app.state.parts.ready.is_set():
+            if self._failure:
+                return str(self._failure)
+            await asyncio.sleep(0.1)
+        self._beside = asyncio.create_task(self._listen(self._app))
+        return ""
+
+    async def _listen(self, app: FastAPI) -> None:
+        """Also answer on a port of this replica's own: what Prometheus reads there is its, and no other's."""
+        port = self._config.port + 1 + self._number
+        try:
+            sock = hardware.listen(self._config.host, port)
+        except ConfigError as error:
+            log.warning("this replica has no address of its own: %s", error)
+            return
+        quiet = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+        secure = {"ssl_certfile": self._config.ssl_certfile or None, "ssl_keyfile": self._config.ssl_keyfile or None}
+        await Server(uvicorn.Config(app, **quiet, **secure)).serve(sockets=[sock])  # type: ignore[arg-type]
+
+    def _placed(self, config: Config) -> tuple[Config, int]:
+        """A data directory of this replica's own below the common one, the first that nobody has."""
+        for number in range(MAX_REPLICAS_A_NODE):
+            folder = config.data_dir / f"replica-{number}"
+            try:
+                self._held.enter_context(own(folder))
+            except ConfigError:
+                continue
+            return replace(config, data_dir=folder), number
+        raise ConfigError(f"{MAX_REPLICAS_A_NODE} replicas serve from {config.data_dir}, or it cannot be written")
+
+
+class FirstTokens:
+    """The mean time to the first token of the answers that began lately."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: deque[tuple[float, float]] = deque(maxlen=4096)
+
+    def take(self, exchange: Exchange) -> None:
+        if exchange.first is not None and exchange.status == 200:
+            self._seen.append((self._clock(), exchange.first))
+
+    def mean(self) -> float:
+        """In seconds; 0 without answers."""
+        oldest = self._clock() - LOOK_BACK_SECONDS
+        while self._seen and self._seen[0][0] < oldest:
+            self._seen.popleft()
+        return statistics.fmean(first for _, first in self._seen) if self._seen else 0.0
+
+
+class Ready:
+    """An app whose start is over once `wait` says so, with what was wrong or nothing: nobody is sent to it before."""
+
+    def __init__(self, app: ASGIApp, wait: Callable[[], Awaitable[str]]) -> None:
+        self._app = app
+        self._wait = wait
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+
+        async def hold(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete" and (wrong := await self._wait()):
+                message = {"type": "lifespan.startup.failed", "message": wrong}
+            await send(message)
+
+        await self._app(scope, receive, hold)

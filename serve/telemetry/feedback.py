@@ -1,0 +1,77 @@
+"""Who said what about an answer: a rating, or what it should have been, is joined to the request by its id.
+
+Answers are not kept: of each recent one a digest of its text remains, for as many as `memory` holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from serve.asgi.exchange import Exchange
+from serve.errors import BadRequest, NotFound
+
+# The ids of answers have the request's in them.
+_PREFIXES = re.compile(r"^(chatcmpl|cmpl|resp|msg|embd|pool|classify|score|rerank)[-_]")
+_BARE = re.compile(r"\W+")
+# Of a longer text the beginning is compared: it is looked at on the event loop.
+COMPARED = 2000
+# What has this rating or more was a good answer.
+GOOD = 0.5
+
+
+@dataclass(slots=True)
+class Answered:
+    """What is remembered of a request."""
+
+    adapter: str
+    version: str
+    dealt: bool
+    asker: bytes | None
+    digest: bytes
+    rating: float | None = None
+
+
+class Feedback:
+    """The recent requests of all tenants, by tenant and id."""
+
+    def __init__(self, memory: int = 10_000) -> None:
+        self._memory = memory
+        self._recent: OrderedDict[tuple[str, str], Answered] = OrderedDict()
+
+    def remember(self, exchange: Exchange) -> None:
+        """Take note of an answer, and forget the oldest beyond the limit."""
+        if exchange.status != 200 or not exchange.generations:
+            return
+        key = (exchange.tenant, exchange.request_id)
+        digest = _digest(exchange.generations[0].text)
+        self._recent[key] = Answered(exchange.adapter, exchange.version, exchange.dealt, exchange.asker, digest)
+        self._recent.move_to_end(key)
+        if len(self._recent) > self._memory:
+            self._recent.popitem(last=False)
+
+    def join(self, tenant: str, request_id: str, rating: float | None, answer: str | None) -> tuple[Answered, float]:
+        """The request that the feedback is about, and its rating from 0 to 1; each request is rated once."""
+        if (rating is None) == (answer is None):
+            raise BadRequest("feedback takes a rating from 0 to 1, or the correct answer, and not both", param="rating")
+        if rating is not None and not 0 <= rating <= 1:
+            raise BadRequest(f"a rating lies between 0 (bad) and 1 (good), not {rating}", param="rating")
+        found = self._recent.get((tenant, request_id))
+        if found is None:
+            found = self._recent.get((tenant, _PREFIXES.sub("", request_id)))
+        if found is None or found.rating is not None:
+            raise NotFound(
+                "no recent request of this tenant has this id and no feedback yet: send an answer's id, or its "
+                f"x-request-id header, within {self._memory} requests",
+                param="request_id",
+            )
+        found.rating = rating if rating is not None else float(_digest(answer or "") == found.digest)
+        return found, found.rating
+
+
+def _digest(text: str) -> bytes:
+    """Equal for texts that differ in case, spaces and punctuation only."""
+    bare = _BARE.sub(" ", text[:COMPARED]).strip().casefold()
+    return hashlib.blake2b(bare.encode("utf-8", "surrogatepass"), digest_size=16).digest()

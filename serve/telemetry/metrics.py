@@ -1,0 +1,430 @@
+"""Counts Exchanges, owns our Prometheus series, and reads live state when it is scraped.
+
+Labels are registered names, nothing that clients send, and at most `limit` versions have series of their own: the rest
+are counted under `other`. A version that is out of the engine and unasked for some minutes gives its place back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from threading import Lock
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_latest
+from prometheus_client.registry import Collector
+
+from serve.adapters.adapter import Adapter
+from serve.adapters.registry import Registry
+from serve.asgi.exchange import Exchange
+from serve.auth.audit import Audit
+from serve.engine.engine import Phase
+from serve.engine.supervisor import Fleet
+from serve.telemetry.families import Counters, Family, Histograms, Tally
+from serve.telemetry.slo import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Slo
+
+LABELS = ("adapter", "version")
+OTHER = ("other", "")
+# vLLM grows a series for every combination of running adapters there and never removes one.
+UNBOUNDED = "vllm:lora_requests_info"
+WORST_GAP_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+TOTAL_SECONDS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+QUEUE_SECONDS = (0.005, 0.025, 0.1, 0.5, 1, 5, 30)
+LOAD_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+TAP_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.005, 0.025)
+# As the engine says it; whatever else it might say is `other`.
+FINISH_REASONS = frozenset({"", "stop", "length", "abort", "error", "repetition"})
+# A render is good for so many seconds.
+FRESH = 1.0
+# What was removed is scraped once or twice more, and may be needed no longer.
+KEEP_REMOVED = 60.0
+# Seconds between two looks for a place while none is free.
+TIDY = 5.0
+
+# A third of the series, and nobody's dashboard reads them.
+disable_created_metrics()
+
+
+class Metrics:
+    """The `loradock_*` series. `take` belongs to the event loop, `render` to a thread of its own."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        registry: Registry,
+        audit: Audit,
+        version: str,
+        slos: Sequence[Slo] = (),
+        *,
+        limit: int = 100,
+        keep: float = 300.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fleet = fleet
+        self._registry = registry
+        self._limit = limit
+        self._keep = keep
+        self._clock = clock
+        self._collectors = CollectorRegistry()
+        self._families: list[Family] = []
+        self._series: dict[tuple[str, str], Series] = {}
+        self._rendering = Lock()
+        self._rendered: dict[Any, tuple[float, bytes]] = {}
+        self._tidied = -TIDY
+        # Whoever else looks at an exchange; what they take of the event loop is the tap's too.
+        self.passed_on: list[Callable[[Exchange], None]] = []
+
+        self._requests = self._counter(
+            "requests",
+            "Requests by the version that answered, the HTTP status, and how the engine ended the text.",
+            *LABELS,
+            "code",
+            "finish_reason",
+        )
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts.", *LABELS)
+        self._generated = self._counter("generation_tokens", "Tokens generated.", *LABELS)
+        self._first = self._histogram(
+            "time_to_first_token", "From the request's arrival to its first token.", FIRST_TOKEN_SECONDS
+        )
+        self._gap = self._histogram(
+            "inter_token_latency", "A request's mean wait for a token after its first.", INTER_TOKEN_SECONDS
+        )
+        self._worst = self._histogram(
+            "max_inter_token_latency", "A request's longest wait for a token after its first.", WORST_GAP_SECONDS
+        )
+        self._total = self._histogram("request_duration", "From the request's arrival to its last byte.", TOTAL_SECONDS)
+        self._queue = self._histogram(
+            "queue_time", "From the engine's taking a request to its computing on it.", QUEUE_SECONDS
+        )
+        self._swaps = self._counter("adapter_swaps", "Changes of an adapter's live version.", "adapter", "result")
+        self._loads = self._histogram("adapter_load", "Bringing an adapter into the engine.", LOAD_SECONDS, ("tier",))
+        self._rollbacks = self._counter(
+            "rollbacks", "Versions that the server itself took the traffic from.", *LABELS, "reason"
+        )
+        self._shadows = self._counter(
+            "shadow_requests",
+            "Requests that a shadow was to answer too: answered, failed, or dropped because others were under way.",
+            *LABELS,
+            "result",
+        )
+        self._tap = self._histogram("tap", "What watching an answer took of the event loop.", TAP_SECONDS, ())
+        self._feedback = self._counter("feedback", "Answers that somebody rated.", *LABELS, "rating")
+        self._state = LiveState(fleet, registry, audit, version, limit, self._series)
+        self._collectors.register(self._state)
+        self._collectors.register(Objectives(slos))
+
+    def take(self, exchange: Exchange) -> None:
+        """Count one exchange."""
+        began = time.perf_counter()
+        series = self._of(exchange.adapter, exchange.version)
+        told = exchange.request_id
+        reason = exchange.finish_reason if exchange.finish_reason in FINISH_REASONS else "other"
+        series.requests(str(exchange.status), reason).inc()
+        if exchange.generations:
+            series.prompt.inc(exchange.prompt_tokens)
+            series.generated.inc(exchange.generated_tokens)
+            for histogram, seconds in (
+                (series.queue, exchange.queue),
+                (series.gap, exchange.gap),
+                (series.worst, exchange.worst_gap),
+            ):
+                if seconds is not None:
+                    histogram.observe(seconds, told)
+        if exchange.first is not None and exchange.status == 200:
+            series.first.observe(exchange.first, told)
+            series.total.observe(exchange.total, told)
+        for look in self.passed_on:
+            look(exchange)
+        self._tap.labels().observe(time.perf_counter() - began)
+
+    def rated(self, adapter: str, version: str, rating: str) -> None:
+        """Count one answer that somebody found good or bad."""
+        self._of(adapter, version).child(self._feedback, rating).inc()
+
+    def swapped(self, adapter: str, result: str) -> None:
+        """Count one change of an adapter's live version."""
+        self._swaps.labels(self._name(adapter), result).inc()
+
+    def loaded(self, tier: str, seconds: float) -> None:
+        """Count one adapter that was brought into the engine."""
+        self._loads.labels(tier).observe(seconds)
+
+    def shadowed(self, adapter: str, version: str, result: str) -> None:
+        """Count one request that a shadow was to answer."""
+        self._of(adapter, version).child(self._shadows, result).inc()
+
+    def rolled_back(self, adapter: str, version: int, reason: str) -> None:
+        """Count one version that the server itself took the traffic from."""
+        self._of(adapter, f"v{version}").child(self._rollbacks, reason).inc()
+
+    def watch(self, collector: Collector) -> None:
+        """Render this one's series too."""
+        self._collectors.register(collector)
+
+    def label(self, adapter: str, version: str) -> tuple[str, str]:
+        """The labels of a version: its own, or `other` when all places are taken."""
+        room = len(self._series) < self._limit
+        return (adapter, version) if room or (adapter, version) in self._series else OTHER
+
+    def tidy(self) -> None:
+        """Drop the series of versions that nobody asks and the engine does not hold, removed ones sooner."""
+        now = self._tidied = self._clock()
+        resident = {residence.id for base in self._fleet for residence in base.residents}
+        known = {(one.name, f"v{one.version}"): one.id in resident for one in self._registry.adapters()}
+        held = {labels for labels, is_resident in known.items() if is_resident}
+        names = {adapter for adapter, _ in held} | set(self._registry.names())
+        for labels, series in list(self._series.items()):
+            if labels in held:
+                series.seen = now
+            elif labels == OTHER or labels[0] in self._fleet:
+                continue
+            elif now - series.seen > (self._keep if labels in known else KEEP_REMOVED):
+                del self._series[labels]
+                series.remove()
+        for gone in [swapped for swapped in self._swaps.known() if swapped[0] not in names]:
+            self._swaps.remove(*gone)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Our series and the engine's for whoever accepts this, and the content type."""
+        return self._fresh(
+            "all", accept, self._ours, lambda: (self._collectors, REGISTRY, Theirs(self._fleet, UNBOUNDED))
+        )
+
+    def render_engine(self, accept: str = "") -> tuple[bytes, str]:
+        """The engine's own series, all of them."""
+        return self._fresh("engine", accept, lambda openmetrics: "", lambda: (Theirs(self._fleet),))
+
+    def _fresh(
+        self,
+        what: str,
+        accept: str,
+        ours: Callable[[bool], str],
+        collectors: Callable[[], Iterable[Any]],
+    ) -> tuple[bytes, str]:
+        """What was rendered less than a second ago, or now: many scrapers cost what one does."""
+        encode, content_type = choose_encoder(accept)
+        if "openmetrics" in content_type:
+            # Otherwise the colon of `vllm:` becomes an underscore, and nobody's dashboard finds it.
+            encode = partial(openmetrics_latest, escaping=ALLOWUTF8)
+        asked = time.monotonic()
+        with self._rendering:
+            when, text = self._rendered.get((what, content_type), (0.0, b""))
+            if not text or asked - when > FRESH:
+                when = time.monotonic()  # before it: what is counted meanwhile may be in it or not
+                openmetrics = "openmetrics" in content_type
+                text = _joined([ours(openmetrics).encode(), *(encode(one) for one in collectors())])
+                self._rendered[what, content_type] = (when, text)
+            return text, content_type
+
+    def _ours(self, openmetrics: bool) -> str:
+        return "".join(family.render(openmetrics) for family in self._families)
+
+    def _of(self, adapter: str, version: str) -> Series:
+        """The series of a version; those of `other` when there are enough already."""
+        series = self._series.get((adapter, version))
+        if series is None:
+            if self._full() and self._clock() - self._tidied >= TIDY:
+                self.tidy()
+            labels = OTHER if self._full() and adapter not in self._fleet else (adapter, version)
+            series = self._series.get(labels) or self._series.setdefault(labels, Series(self, labels))
+        series.seen = self._clock()
+        return series
+
+    def _full(self) -> bool:
+        return len(self._series) - (OTHER in self._series) >= self._limit
+
+    def _name(self, adapter: str) -> str:
+        names = {labels[0] for labels in self._swaps.known()}
+        return adapter if adapter in names or len(names) < self._limit else OTHER[0]
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counters:
+        made = Counters(f"loradock_{name}", help, labels)
+        self._families.append(made)
+        return made
+
+    def _histogram(self, name: str, help: str, bounds: Sequence[float], labels: Sequence[str] = LABELS) -> Histograms:
+        made = Histograms(f"loradock_{name}_seconds", help, labels, bounds)
+        self._families.append(made)
+        return made
+
+
+class Series:
+    """Everything that is counted of one version, looked up once."""
+
+    def __init__(self, monitor: Metrics, labels: tuple[str, str]) -> None:
+        self.seen = 0.0
+        self._labels = labels
+        self._owned: dict[tuple[Family, tuple[str, ...]], Any] = {}
+        self._counter = monitor._requests
+        self.prompt = self.child(monitor._prompt)
+        self.generated = self.child(monitor._generated)
+        self.first = self.child(monitor._first)
+        self.gap = self.child(monitor._gap)
+        self.worst = self.child(monitor._worst)
+        self.total = self.child(monitor._total)
+        self.queue = self.child(monitor._queue)
+
+    def requests(self, code: str, finish_reason: str) -> Tally:
+        counted: Tally = self.child(self._counter, code, finish_reason)
+        return counted
+
+    def child(self, metric: Family, *more: str) -> Any:
+        """This version's part of `metric`."""
+        found = self._owned.get((metric, more))
+        if found is None:
+            found = self._owned[metric, more] = metric.labels(*self._labels, *more)
+        return found
+
+    def remove(self) -> None:
+        """Out of the scrape, all of it."""
+        for metric, more in self._owned:
+            metric.remove(*self._labels, *more)
+
+
+class Theirs(CollectorRegistry):
+    """vLLM's series of every engine that serves, each series once, and one family left out."""
+
+    def __init__(self, fleet: Fleet, without: str = "") -> None:
+        super().__init__()
+        self._fleet = fleet
+        self._without = without
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for base in self._fleet:
+            if base.phase is not Phase.READY:
+                continue
+            for family in base.backend.metrics():
+                if family.name == self._without:
+                    continue
+                known = families.setdefault(family.name, family)
+                if known is not family:
+                    known.samples.extend(family.samples)
+        yield from families.values()
+
+
+class LiveState(Collector):
+    """What is true at the moment of the scrape."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        registry: Registry,
+        audit: Audit,
+        version: str,
+        limit: int,
+        labelled: dict[tuple[str, str], Series],
+    ) -> None:
+        self._fleet = fleet
+        self._audit = audit
+        self._registry = registry
+        self._version = version
+        self._limit = limit
+        self._labelled = labelled
+
+    def collect(self) -> Iterator[Metric]:
+        vllm = self._fleet.first.backend.version
+        yield InfoMetricFamily("loradock_build", "Versions.", {"version": self._version, "vllm": vllm})
+        phase = GaugeMetricFamily(
+            "loradock_engine_phase", "1 for the phase the engine is in.", labels=("model", "phase")
+        )
+        restarts = CounterMetricFamily(
+            "loradock_engine_restarts", "Engines started anew after a death.", labels=("model",)
+        )
+        line = GaugeMetricFamily("loradock_line_waiting", "Requests that wait for their turn.", labels=("model",))
+        waiting = GaugeMetricFamily("loradock_engine_waiting", "Requests in the engine's own queue.", labels=("model",))
+        memory = GaugeMetricFamily("loradock_engine_memory_bytes", "Of the engine's processes.", labels=("model",))
+        for base in self._fleet:
+            for one in Phase:
+                phase.add_metric((base.name, one.value), float(base.phase is one))
+            restarts.add_metric((base.name,), base.restarts)
+            waiting.add_metric((base.name,), base.backend.waiting)
+            line.add_metric((base.name,), base.engine.line.waiting)
+            memory.add_metric((base.name,), base.backend.memory)
+        yield from (phase, restarts, waiting, line, memory)
+        yield GaugeMetricFamily("loradock_adapters", "Registered adapters.", value=len(self._registry.names()))
+        yield CounterMetricFamily(
+            "loradock_audit_failures", "Lines that the audit log lacks.", value=self._audit.failures
+        )
+        yield from self._adapters()
+
+    def _adapters(self) -> Iterator[Metric]:
+        """State and leases of each version; beyond the limit, sums of them under `other`."""
+        running = GaugeMetricFamily("loradock_requests_in_progress", "Answers under way.", labels=LABELS)
+        state = GaugeMetricFamily(
+            "loradock_adapter_state",
+            "1 for where the version is: in a slot of the batch, in the engine's memory, on disk, or not loadable.",
+            labels=(*LABELS, "state"),
+        )
+        info = GaugeMetricFamily("loradock_adapter_info", "1.", labels=(*LABELS, "digest", "rank", "base"))
+        leases: dict[str, int] = {}
+        states: dict[str, str] = {}
+        for base in self._fleet:
+            mine = {residence.id: residence.leases for residence in base.residents}
+            running.add_metric((base.name, "base"), max(base.leases - sum(mine.values()), 0))
+            leases |= mine
+            states |= base.states
+        busy, beyond = 0, dict.fromkeys(("slot", "host", "disk", "failed"), 0)
+        shown = self._shown(states)
+        for adapter in self._registry.adapters():
+            where = states.get(adapter.id, "disk")
+            if adapter.id not in shown:
+                busy += leases.get(adapter.id, 0)
+                beyond[where] += 1
+                continue
+            labels = (adapter.name, f"v{adapter.version}")
+            running.add_metric(labels, leases.get(adapter.id, 0))
+            info.add_metric((*labels, adapter.digest[:12], str(adapter.rank), adapter.base or ""), 1)
+            for one in beyond:
+                state.add_metric((*labels, one), float(one == where))
+        if any(beyond.values()):
+            running.add_metric(OTHER, busy)
+            for one, count in beyond.items():
+                state.add_metric((*OTHER, one), count)
+        yield from (running, state, info)
+
+    def _shown(self, states: dict[str, str]) -> set[str]:
+        """Ids of the versions that are named: those that are counted by name, then the rest, what is loaded first."""
+        labelled = set(self._labelled)
+
+        def first(adapter: Adapter) -> tuple[bool, bool]:
+            return (adapter.name, f"v{adapter.version}") not in labelled, adapter.id not in states
+
+        return {adapter.id for adapter in sorted(self._registry.adapters(), key=first)[: self._limit]}
+
+
+class Objectives(Collector):
+    """The service level objectives that this server was given; rules rendered from others say so by comparing."""
+
+    def __init__(self, slos: Sequence[Slo]) -> None:
+        self._slos = slos
+
+    def collect(self) -> Iterator[Metric]:
+        threshold = GaugeMetricFamily(
+            "loradock_slo_threshold_seconds",
+            "What is slower is too slow; adapter * is every other.",
+            labels=("adapter", "slo"),
+        )
+        target = GaugeMetricFamily(
+            "loradock_slo_target", "The part that must be good, 0 to 1; 0 is no objective.", labels=("adapter", "slo")
+        )
+        for slo in self._slos:
+            target.add_metric((slo.adapter, slo.objective), slo.target)
+            if slo.threshold is not None:
+                threshold.add_metric((slo.adapter, slo.objective), slo.threshold)
+        yield threshold
+        yield target
+
+
+def _joined(parts: Sequence[bytes]) -> bytes:
+    """Expositions after one another: OpenMetrics ends with a line that may stand there once."""
+    end = b"# EOF\n"
+    if not parts or not parts[-1].endswith(end):
+        return b"".join(parts)
+    return b"".join(part.removesuffix(end) for part in parts) + end

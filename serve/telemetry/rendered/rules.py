@@ -1,0 +1,305 @@
+"""Recording and alerting rules for Prometheus.
+
+Burn rates follow Google's SRE workbook ("Alerting on SLOs", multi-window, multi-burn-rate): a burn rate of 1 uses up
+the error budget of 30 days in 30 days. A long window says that it matters, a short one that it still goes on, and a
+minimum of requests that it is no accident of two requests at night.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client.utils import floatToGoString
+
+from serve.telemetry.slo import EVERY, Objective, Slo, exempt
+
+Rule = dict[str, Any]
+
+PAGE, TICKET = "page", "ticket"
+# 499 is a client that left, and other 4xx are its own mistakes: neither counts for or against the server.
+COUNTED = 'code!~"4.."'
+FAILED = 'code=~"5.."'
+# A version may fail by itself, or with everything else; only the first is a reason to go back.
+FAILING, OTHERS_FAILING = 0.2, 0.05
+ENOUGH = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Burn:
+    """One alert: `rate` times too fast over both windows, with at least `requests` in the long one."""
+
+    name: str
+    rate: float
+    long: str
+    short: str
+    requests: int
+    severity: str
+    gone: str
+
+
+BURNS = (
+    Burn("LoradockBudgetBurnsFast", 14.4, "1h", "5m", 30, PAGE, "2 % of the budget of 30 days went in one hour"),
+    Burn("LoradockBudgetBurns", 6, "6h", "30m", 50, PAGE, "5 % of the budget of 30 days went in six hours"),
+    Burn("LoradockBudgetBurnsSlowly", 1, "3d", "6h", 100, TICKET, "the budget of 30 days will not last 30 days"),
+)
+WINDOWS = ("5m", "30m", "1h", "6h")
+LONG_WINDOW = "3d"
+
+
+def burn(window: str) -> str:
+    """The series that says how fast the budget burns."""
+    return f"adapter_slo:loradock_burn:rate{window}"
+
+
+def events(window: str) -> str:
+    """The series that counts what was judged."""
+    return f"adapter_slo:loradock_events:increase{window}"
+
+
+BUDGET_LEFT = "adapter_slo:loradock_budget_left:ratio30d"
+_EVENTS, _BAD = "adapter_slo:loradock_events:rate5m", "adapter_slo:loradock_bad:rate5m"
+
+
+def groups(slos: Sequence[Slo]) -> list[dict[str, Any]]:
+    """All rule groups, as Prometheus takes them."""
+    said = [slo for slo in slos if slo.target]
+    short = [rule for slo in said for window in WINDOWS for rule in _burns(slo, slos, window)]
+    long = [rule for slo in said for rule in (*_burns(slo, slos, LONG_WINDOW), *_left(slo, slos))]
+    return [
+        {"name": "loradock-slo", "interval": "30s", "rules": [*(r for slo in said for r in _rates(slo, slos)), *short]},
+        {"name": "loradock-slo-long", "interval": "2m", "rules": long},
+        {"name": "loradock-slo-alerts", "rules": [*map(_burning, BURNS), *_stale(slos)]},
+        {"name": "loradock-adapters", "rules": list(_adapters())},
+        {"name": "loradock-server", "rules": list(_server())},
+    ]
+
+
+def alert_names(slos: Sequence[Slo]) -> list[str]:
+    """Every alert that `groups` holds."""
+    return [rule["alert"] for group in groups(slos) for rule in group["rules"] if "alert" in rule]
+
+
+def of(slo: Slo, slos: Sequence[Slo]) -> str:
+    """The label matcher of the adapters that an SLO is about."""
+    if slo.adapter != EVERY:
+        return f'adapter="{slo.adapter}"'
+    others = exempt(slos, slo.objective)
+    return "adapter!~" + json.dumps("|".join(map(re.escape, others))) if others else 'adapter!=""'
+
+
+def _all(slo: Slo, slos: Sequence[Slo], function: str, window: str) -> str:
+    who = of(slo, slos)
+    if slo.objective is Objective.ERRORS:
+        return f"sum by (adapter) ({function}(loradock_requests_total{{{who},{COUNTED}}}[{window}]))"
+    return f"sum by (adapter) ({function}({_histogram(slo)}_count{{{who}}}[{window}]))"
+
+
+def _good(slo: Slo, slos: Sequence[Slo], window: str) -> str:
+    who = of(slo, slos)
+    if slo.threshold is None:
+        good = f'sum by (adapter) (rate(loradock_requests_total{{{who},code!~"4..|5.."}}[{window}]))'
+        # Where every request fails there is no series of good ones.
+        return f"({good} or 0 * {_all(slo, slos, 'rate', window)})"
+    le = floatToGoString(slo.threshold)
+    return f'sum by (adapter) (rate({_histogram(slo)}_bucket{{{who},le="{le}"}}[{window}]))'
+
+
+def _histogram(slo: Slo) -> str:
+    return f"loradock_{slo.objective}_seconds"
+
+
+def _rates(slo: Slo, slos: Sequence[Slo]) -> Iterator[Rule]:
+    every, good, labels = _all(slo, slos, "rate", "5m"), _good(slo, slos, "5m"), _labels(slo)
+    yield {"record": _EVENTS, "expr": every, "labels": labels}
+    yield {"record": _BAD, "expr": f"{every} - {good}", "labels": labels}
+
+
+def _burns(slo: Slo, slos: Sequence[Slo], window: str) -> Iterator[Rule]:
+    every, good, labels = _all(slo, slos, "rate", window), _good(slo, slos, window), _labels(slo)
+    yield {"record": burn(window), "expr": f"(1 - {good} / {every}) / {slo.budget:g}", "labels": labels}
+    if window in {one.long for one in BURNS}:
+        yield {"record": events(window), "expr": _all(slo, slos, "increase", window), "labels": labels}
+
+
+def _left(slo: Slo, slos: Sequence[Slo]) -> Iterator[Rule]:
+    which = f'{{{of(slo, slos)},slo="{slo.objective}"}}'
+    lost = f"sum_over_time({_BAD}{which}[30d]) / (sum_over_time({_EVENTS}{which}[30d]) > 0)"
+    yield {"record": BUDGET_LEFT, "expr": f"1 - {lost} / {slo.budget:g}", "labels": _labels(slo)}
+
+
+def _labels(slo: Slo) -> dict[str, str]:
+    return {"slo": slo.objective.value}
+
+
+def _burning(one: Burn) -> Rule:
+    return _alert(
+        one.name,
+        f"({burn(one.long)} > {one.rate:g} and {burn(one.short)} > {one.rate:g}) "
+        f"and {events(one.long)} >= {one.requests}",
+        one.severity,
+        '{{ $labels.adapter }}: {{ $labels.slo }} burns its budget {{ $value | printf "%.1f" }} times too fast',
+        f"{one.gone[0].upper()}{one.gone[1:]}. Look at the adapter's versions on the Adapters dashboard: if one of "
+        "them alone is slow or fails, roll it back (loradock adapters rollback NAME); if all are slow, look at the "
+        "Engine dashboard for a queue or a full KV cache, and give the engine less traffic or more room.",
+        dashboard="loradock-adapters",
+    )
+
+
+def _stale(slos: Sequence[Slo]) -> Iterator[Rule]:
+    """The server was given other objectives than these rules were written from."""
+    rendered = " or ".join(
+        f'label_replace(label_replace(vector({slo.target:g}), "slo", "{slo.objective}", "", ""), '
+        f'"adapter", "{slo.adapter}", "", "")'
+        for slo in slos
+    )
+    target = "max by (adapter, slo) (loradock_slo_target)"
+    yield _alert(
+        "LoradockRulesStale",
+        f"({target} != on (adapter, slo) ({rendered})) or ({target} unless on (adapter, slo) ({rendered}))",
+        TICKET,
+        "the objective {{ $labels.slo }} of {{ $labels.adapter }} is not the one that the rules were rendered from",
+        "The server's configuration says another objective than these rules. Render them again from the server's "
+        "own configuration: loradock monitoring render --config loradock.yaml --out DIR, and reload Prometheus.",
+        wait="10m",
+        dashboard="loradock-overview",
+    )
+
+
+def _adapters() -> Iterator[Rule]:
+    who = "sum by (adapter, version)"
+    failed = f'{who} (rate(loradock_requests_total{{{FAILED},version!=""}}[5m]))'
+    counted = f'{who} (rate(loradock_requests_total{{{COUNTED},version!=""}}[5m]))'
+    every_failed = f"scalar(sum(rate(loradock_requests_total{{{FAILED}}}[5m])))"
+    every = f"scalar(sum(rate(loradock_requests_total{{{COUNTED}}}[5m])))"
+    promoted = changed('sum by (adapter) (loradock_adapter_swaps_total{result="promoted"})', "1h")
+    yield _alert(
+        "LoradockNewVersionFails",
+        f"({failed} / {counted} > {FAILING}) and {counted} * 300 >= {ENOUGH} and on (adapter) ({promoted}) "
+        f"unless ({every_failed} - {failed}) / ({every} - {counted}) > {OTHERS_FAILING}",
+        PAGE,
+        "{{ $labels.adapter }}@{{ $labels.version }}: {{ $value | humanizePercentage }} of the answers fail",
+        "A version was promoted within the last hour and fails while everything else answers. The server was told to "
+        "roll it back; see in the adapter's history whether it has, and push a repaired version.",
+        action="rollback",
+        dashboard="loradock-swap",
+    )
+    yield _alert(
+        "LoradockRolledBack",
+        changed("sum by (adapter, version, reason) (loradock_rollbacks_total)", "1h"),
+        TICKET,
+        "{{ $labels.adapter }}@{{ $labels.version }} lost its traffic: {{ $labels.reason }}",
+        "The server took the traffic from this version by itself. The evidence is in the adapter's history "
+        "(loradock adapters show NAME) and in the audit log. Repair the version and push it again.",
+        dashboard="loradock-swap",
+    )
+    yield _alert(
+        "LoradockDrift",
+        changed("sum by (adapter, version, signal) (loradock_drift_alarms_total)", "1d"),
+        TICKET,
+        "{{ $labels.adapter }}@{{ $labels.version }}: the {{ $labels.signal }} signal has drifted",
+        "What comes in or goes out is not what the version was approved with. GET /v1/adapters/NAME/drift says what "
+        "moved, since when and how strongly. If the version has changed, roll it back; if the traffic has, and for "
+        "good, build a new baseline (loradock baseline build). Then acknowledge it (POST .../drift/acknowledge).",
+        dashboard="loradock-drift",
+    )
+    yield _alert(
+        "LoradockAdapterFailed",
+        'max by (adapter, version) (loradock_adapter_state{state="failed"}) == 1',
+        TICKET,
+        "{{ $labels.adapter }}@{{ $labels.version }} takes traffic and cannot be loaded",
+        "Requests for it are answered with an error. The server's log says why; promote another version, or push "
+        "this one again.",
+        wait="2m",
+        dashboard="loradock-adapters",
+    )
+
+
+def _server() -> Iterator[Rule]:
+    yield _alert(
+        "LoradockDown",
+        'up{job="loradock"} == 0 or absent(up{job="loradock"})',
+        PAGE,
+        "the server cannot be scraped",
+        "Nothing answers at its /metrics, or the scrape key is wrong (Prometheus: Status, Targets says which). See "
+        "whether the process lives: curl SERVER/health; its log says why it ended.",
+        wait="2m",
+        dashboard="loradock-overview",
+    )
+    yield _alert(
+        "LoradockEngineDown",
+        'max by (model) (loradock_engine_phase{phase="ready"}) == 0',
+        PAGE,
+        "the engine of {{ $labels.model }} does not answer",
+        "The server lives and its engine is not ready: GET /v1/engines says its phase, the log why. It starts within "
+        "two minutes; if it does not, restart the server.",
+        wait="5m",
+        dashboard="loradock-engine",
+    )
+    yield _alert(
+        "LoradockEngineRestarts",
+        "sum by (model) (increase(loradock_engine_restarts_total[1h])) > 2",
+        TICKET,
+        "the engine of {{ $labels.model }} dies again and again",
+        "It was started anew more than twice within an hour. The server's log says of what it died: out of memory is "
+        "the usual cause, so give it less KV cache or fewer adapters.",
+        dashboard="loradock-engine",
+    )
+    yield _alert(
+        "LoradockQueue",
+        "histogram_quantile(0.95, sum by (le) (rate(loradock_queue_time_seconds_bucket[5m]))) > 5 "
+        f"and sum(increase(loradock_queue_time_seconds_count[5m])) >= {ENOUGH}",
+        TICKET,
+        '5 % of the requests wait {{ $value | printf "%.0f" }} seconds or longer before the engine begins',
+        "More comes in than the engine computes. Look at the Engine dashboard: if the KV cache is full, give it more "
+        "memory or shorten max_model_len; else limit keys, or start another server.",
+        wait="10m",
+        dashboard="loradock-engine",
+    )
+    yield _alert(
+        "LoradockTapDrops",
+        changed("sum(loradock_tap_dropped_total)", "15m"),
+        TICKET,
+        "the monitoring loses exchanges",
+        "The worker that eats what the tap has seen is too slow, so drift and latency figures have gaps; answers are "
+        "not touched. See loradock_tap_seconds, and give the server a CPU more.",
+        wait="5m",
+        dashboard="loradock-overview",
+    )
+    yield _alert(
+        "LoradockAuditFails",
+        changed("sum(loradock_audit_failures_total)", "1h"),
+        PAGE,
+        "changes are not written to the audit log",
+        "The disk of the data directory is full, or audit.jsonl is not writable. The lines stand in the server's log.",
+        dashboard="loradock-overview",
+    )
+
+
+def changed(counter: str, window: str) -> str:
+    """The counter has grown within the window, also when it was born with its first event."""
+    ago = re.sub(r"(loradock_\w+(?:\{[^}]*\})?)", rf"\1 offset {window}", counter)
+    grown = re.sub(r"(loradock_\w+(?:\{[^}]*\})?)", rf"increase(\1[{window}])", counter)
+    return f"({grown} > 0 or ({counter} > 0 unless {ago}))"
+
+
+def _alert(
+    name: str,
+    expr: str,
+    severity: str,
+    summary: str,
+    description: str,
+    *,
+    dashboard: str,
+    wait: str | None = None,
+    action: str | None = None,
+) -> Rule:
+    labels = {"severity": severity} | ({"action": action} if action else {})
+    rule: Rule = {"alert": name, "expr": expr}
+    if wait:
+        rule["for"] = wait
+    annotations = {"summary": summary, "description": description, "dashboard": f"/d/{dashboard}"}
+    return {**rule, "labels": labels, "annotations": annotations}

@@ -1,0 +1,506 @@
+"""The one module that knows vLLM: its engine, its OpenAI server and its errors, under our names.
+
+vLLM is pinned exactly; tests/serve/vllm_backend/test_backend.py names each internal that is used here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import difflib
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn, TypeVar, cast
+
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.tool_parsers import ToolParserManager
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.gc_utils import freeze_gc_heap
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.version import __version__ as VLLM_VERSION
+
+from serve.engine.engine import LOW_PRIORITY, engine_priority
+from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
+from serve.models import hardware
+from serve.vllm_backend import forkserver
+from serve.vllm_backend.output_processor import Outputs
+from serve.vllm_backend.worker_extension import LOADED, LOADING
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# Seconds between two looks at whether a worker has read an adapter; each look waits for the end of a step anyway.
+LOAD_POLL = 0.005
+# vLLM closes its sockets in a callback of the event loop.
+SOCKETS_CLOSE = 0.1
+# vLLM registers its series process-wide, so that two engines can't be built at once.
+_BUILDING = threading.Lock()
+# The engine after whose start this process's heap was taken out of the garbage collector's sight.
+_FROZEN: list[str] = []
+
+
+class Pulse(StatLoggerBase):
+    """Notes when the engine last took a step, and how many requests it had then."""
+
+    def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+        self.last = 0.0
+        self.waiting = 0
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        self.last = time.monotonic()
+        if scheduler_stats is not None:
+            self.waiting = scheduler_stats.num_waiting_reqs
+
+    def log_engine_initialized(self) -> None: ...
+
+
+class VLLMBackend:
+    """One AsyncLLM and vLLM's own OpenAI app over it. Built from options that are checked at once, started later."""
+
+    version = VLLM_VERSION
+
+    def __init__(self, model: str, name: str, options: Mapping[str, Any]) -> None:
+        self.name = name
+        self.model = model
+        self._options = options
+        self.args = parse(model, name, options)
+        self._collectors = CollectorRegistry()
+        self._pulse = Pulse()
+        # What is awaited of the engine beside answers, and since when there is anything to wait for.
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._idle_until = time.monotonic()
+        self._llm: AsyncLLM | None = None
+        self._app: ASGIApp | None = None
+        self._loras: dict[str, LoRARequest] = {}
+        self._generates = False
+        self._seats = 0
+        self._probes = itertools.count(1)
+
+    @property
+    def max_lora_rank(self) -> int:
+        return int(self.args.max_lora_rank)
+
+    @property
+    def max_resident(self) -> int:
+        """Adapters that the engine keeps in host memory, slots included."""
+        return int(self.args.max_cpu_loras or self.args.max_loras)
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self._engine().model_config.max_model_len)
+
+    @property
+    def app(self) -> ASGIApp:
+        """vLLM's OpenAI surface; knows the base by its name and adapters by the ids that `add` was given."""
+        if self._app is None:
+            raise EngineUnavailable("the engine is starting; retry shortly")
+        return self._app
+
+    @property
+    def running(self) -> int:
+        """Clients' requests that the engine has not finished."""
+        return len(self._unfinished()) - self.background
+
+    @property
+    def background(self) -> int:
+        """The server's own requests that the engine has not finished: probes, shadows, rehearsals."""
+        return sum(state.background for state in self._unfinished())
+
+    def _unfinished(self) -> list[Any]:
+        return list(self._llm.output_processor.request_states.values()) if self._llm else []
+
+    @property
+    def slots(self) -> int:
+        """Adapters that one batch may hold."""
+        return int(self.args.max_loras)
+
+    @property
+    def seats(self) -> int:
+        """Requests that it works on at a time, known once it has started; those beyond wait in its own queue."""
+        return self._seats
+
+    @property
+    def ranks(self) -> int:
+        """Data-parallel copies of the model, each with its own batch, slots and prefix cache."""
+        return int(self.args.data_parallel_size or 1)
+
+    @property
+    def prioritizes(self) -> bool:
+        """Its own queue goes by priority."""
+        return bool(self.args.scheduling_policy == "priority")
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the engine's own queue, as of its last step."""
+        return self._pulse.waiting if self._unfinished() else 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory of the engine's processes, what they share counted once for each."""
+        return sum(_resident_bytes(pid) for pid in self._pids())
+
+    @property
+    def dead(self) -> bool:
+        return self._llm is not None and self._llm.errored
+
+    @property
+    def cause(self) -> str:
+        """Why it is dead."""
+        codes = [process.exitcode for process in self._processes() if process.exitcode]
+        if not codes:
+            return "it stopped after an error: the log says which"
+        if codes[0] == -signal.SIGKILL:
+            return "its process was killed (SIGKILL; the kernel does that when memory is short)"
+        if codes[0] < 0:
+            return f"its process ended by {signal.Signals(-codes[0]).name}"
+        if codes[0] == forkserver.UNKNOWN:
+            return "its process ended: the log says why, unless it was killed, as the kernel does when memory is short"
+        return f"its process ended with code {codes[0]}: the log says why"
+
+    @property
+    def stalled(self) -> float:
+        """Seconds since the engine last moved, while something waits for it; to be asked every now and then."""
+        now = time.monotonic()
+        if not self._unfinished() and not self._calls:
+            self._idle_until = now
+        return now - max(self._pulse.last, self._idle_until)
+
+    def check_room(self) -> None:
+        """Conflict, if this machine has no room for one more engine like this."""
+        if not hardware.on_cpu() or self.args.kv_cache_memory_bytes is None:
+            return
+        try:
+            hardware.check_memory(hardware.weights(Path(self.model)), int(self.args.kv_cache_memory_bytes))
+        except ConfigError as error:
+            raise Conflict(
+                f"there is no room for a second engine beside the first, only after it (drain_first): {error}"
+            ) from error
+
+    def another(self, model: str | None = None) -> VLLMBackend:
+        """One more with the same options, over the same model or another; not started."""
+        return VLLMBackend(model or self.model, self.name, self._options)
+
+    async def start(self) -> None:
+        """Load the base model; minutes for a large one. The event loop stays free meanwhile."""
+        try:
+            self._llm = llm = await asyncio.to_thread(self._build)
+            llm.output_processor.__class__ = Outputs
+            llm.output_processor.plain = self._tells_plainly()
+            tasks = await llm.get_supported_tasks()
+            self._generates = "generate" in tasks
+            self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)
+            app = build_app(self.args, tasks, llm.model_config)
+            # Where vLLM's error handler would ask for the server's end once the engine is dead.
+            app.state.server = SimpleNamespace(should_exit=False)
+            await init_app_state(llm, app.state, self.args, tasks)
+        except EngineDeadError as error:
+            raise ConfigError("the engine died while it started: its log above says why") from error
+        except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"the engine cannot start with this model and these options: {_sentence(error)}"
+            ) from error
+        self._loras = app.state.openai_serving_models.lora_requests
+        self._app = app
+        if not _FROZEN:  # later, answers are under way, and it takes a while
+            _FROZEN.append(self.name)
+            freeze_gc_heap()
+
+    def _tells_plainly(self) -> bool:
+        """vLLM's server puts nothing between the tokens of a plain stream, and takes nothing out."""
+        args = self.args
+        parser = ToolParserManager.get_tool_parser(args.tool_call_parser) if args.tool_call_parser else None
+        rewrites = args.reasoning_parser or getattr(parser, "engine_based_streaming", False)
+        return not (rewrites or args.enable_log_outputs or args.sse_keep_alive_interval > 0)
+
+    def _build(self) -> AsyncLLM:
+        engine_args = AsyncEngineArgs.from_cli_args(self.args)
+        with _own_series(self._collectors):
+            return AsyncLLM.from_engine_args(
+                engine_args,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[lambda config, index: self._pulse],
+            )
+
+    async def stop(self, *, kill: bool = False) -> None:
+        """End the engine's processes; `kill` does not ask them, for one that is dead or does not answer."""
+        llm, app, self._llm, self._app = self._llm, self._app, None, None
+        for call in tuple(self._calls):
+            call.cancel()
+        if llm is None:
+            return
+        if llm.output_handler is not None:
+            # It would take the end of the engine that it listens to for an accident, and say so at length.
+            llm.output_handler.cancel()
+        llm.output_processor.propagate_error(EngineDeadError())
+        if kill:
+            for pid in _family(_processes(llm)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if set(multiprocessing.active_children()) - set(_processes(llm)):
+            forkserver.leave()
+        await asyncio.to_thread(llm.shutdown)
+        # What vLLM leaves to the garbage collector, which looks at nothing that was there when the heap was frozen:
+        # the context of its sockets with nine descriptors, and all that hangs on the app.
+        await asyncio.sleep(SOCKETS_CLOSE)
+        # Nobody waits for it: were a socket still open, this would never return.
+        threading.Thread(target=llm.engine_core.resources.ctx.destroy, args=(0,), daemon=True).start()
+        if app is not None:
+            cast(Any, app).state._state.clear()
+
+    def _processes(self) -> list[Any]:
+        return _processes(self._llm) if self._llm else []
+
+    def _pids(self) -> set[int]:
+        return _family(self._processes())
+
+    async def _call(self, asked: Awaitable[T]) -> T:
+        """An answer of the engine beside those to requests. vLLM leaves who waits for one of a dead engine waiting."""
+        call = asyncio.ensure_future(asked)
+        self._calls.add(call)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if self._llm is None and not _cancelling():
+                raise EngineUnavailable("the engine stopped; retry shortly") from None
+            raise
+        finally:
+            call.cancel()
+            self._calls.discard(call)
+
+    async def add(self, adapter_id: str, number: int, path: Path) -> None:
+        """Bring an adapter into the engine under a name and number that were never used before."""
+        request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
+        with _rejecting():
+            await self._rpc("loradock_begin", adapter_id, number, str(path))
+            while LOADING in (told := await self._rpc("loradock_finish", number)):
+                await asyncio.sleep(LOAD_POLL)
+        if wrong := next((one for one in told if one != LOADED), None):
+            raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(ValueError(wrong))}")
+        self._loras[adapter_id] = request
+
+    async def touch(self, adapter_id: str) -> None:
+        """Count an adapter as just used; vLLM loads it again if it let it go.
+
+        vLLM's own `pin_lora` is not for this: it takes a slot of the batch away, which the scheduler does not know of.
+        With as many other adapters in a batch as there are slots, the engine dies of a KeyError.
+        """
+        if request := self._loras.get(adapter_id):
+            with _rejecting():
+                await self._call(self._engine().add_lora(request))
+
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        """What each worker of each rank answers, between two steps."""
+        if self.ranks == 1:
+            told: list[Any] = await self._call(self._engine().collective_rpc(method, args=args))
+            return told
+        # vLLM's collective_rpc tells of the first rank alone.
+        core = cast(Any, self._engine().engine_core)
+        ranks = await self._call(core.call_utility_all_async("collective_rpc", method, None, args, None))
+        return [one for rank in ranks for one in rank]
+
+    async def remove(self, adapter_id: str) -> None:
+        """Free an adapter's weights in the engine; nobody may be using it."""
+        request = self._loras.pop(adapter_id, None)
+        if request is None or self._llm is None:
+            return
+        try:
+            await self._call(self._llm.remove_lora(request.lora_int_id))
+        except EngineDeadError as error:
+            raise EngineUnavailable("the engine stopped while it freed an adapter") from error
+
+    async def resident(self) -> set[int]:
+        """Numbers of the adapters whose weights the engine holds, as it says itself."""
+        return set(await self._call(self._engine().list_loras()))
+
+    async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
+        """The likeliest next tokens of each prompt, with their log-probabilities; nothing from a pooling model."""
+        if not self._generates:
+            return []
+        count = min(20, int(self._engine().model_config.max_logprobs))
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=count, detokenize=False)
+        answers = await asyncio.gather(*(self._ask(adapter_id, prompt, params) for prompt in prompts))
+        return [
+            {token: value.logprob for token, value in (answer.outputs[0].logprobs or [{}])[0].items()}
+            for answer in answers
+        ]
+
+    async def score(self, adapter_id: str | None, text: str) -> float:
+        """The mean log-probability of the tokens of a text."""
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        answer = await self._ask(adapter_id, text, params)
+        ids = answer.prompt_token_ids or []
+        found = [
+            values[token].logprob for token, values in zip(ids, answer.prompt_logprobs or [], strict=True) if values
+        ]
+        return sum(found) / max(len(found), 1)
+
+    async def _ask(self, adapter_id: str | None, prompt: str, params: SamplingParams) -> RequestOutput:
+        lora = self._loras[adapter_id] if adapter_id else None
+        name = f"probe-{next(self._probes)}"
+        priority = engine_priority(LOW_PRIORITY) if self.prioritizes else 0
+        asked = self._engine().generate({"prompt": prompt}, params.clone(), name, lora_request=lora, priority=priority)
+        try:
+            answers = [answer async for answer in asked]
+        except EngineDeadError as error:
+            raise EngineUnavailable("the engine stopped while it measured an adapter; retry shortly") from error
+        if not answers:
+            raise EngineUnavailable("the engine did not answer while it measured an adapter; retry shortly")
+        return answers[-1]
+
+    async def log_stats(self) -> None:
+        await self._engine().do_log_stats()
+
+    def metrics(self) -> Iterable[Metric]:
+        """vLLM's own series of this engine."""
+        return self._collectors.collect()
+
+    def _engine(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineUnavailable("the engine is starting; retry shortly")
+        if self._llm.errored:
+            raise EngineUnavailable("the engine has stopped; it is being replaced")
+        return self._llm
+
+
+@contextmanager
+def _rejecting() -> Iterator[None]:
+    """vLLM's errors while it loads an adapter, as ours."""
+    try:
+        yield
+    except EngineUnavailable:
+        raise
+    except EngineDeadError as error:
+        raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
+    except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
+        raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(error)}") from error
+
+
+@contextmanager
+def _own_series(own: CollectorRegistry) -> Iterator[None]:
+    """What is registered as `vllm:*` inside the block goes to `own`, and what others had registered stays theirs.
+
+    vLLM takes every such series out of the process's registry when it builds an engine, also those of another engine.
+    """
+    with _BUILDING:
+        kept = _vllm_series()
+        for collector in kept:
+            REGISTRY.unregister(collector)
+        try:
+            yield
+        finally:
+            for collector in _vllm_series():
+                REGISTRY.unregister(collector)
+                own.register(collector)
+            for collector in kept:
+                REGISTRY.register(collector)
+
+
+def _vllm_series() -> list[Collector]:
+    return [one for one in list(REGISTRY._collector_to_names) if getattr(one, "_name", "").startswith("vllm:")]
+
+
+def _processes(llm: AsyncLLM) -> list[Any]:
+    """The engine's own processes; none where Ray holds them."""
+    manager = llm.engine_core.resources.engine_manager
+    return list(getattr(manager, "processes", []))
+
+
+def _family(processes: Iterable[Any]) -> set[int]:
+    """Ids of these processes and all that came from them."""
+    found: set[int] = set()
+    ahead = [process.pid for process in processes if process.pid and process.exitcode is None]
+    while ahead:
+        pid = ahead.pop()
+        found.add(pid)
+        with suppress(OSError):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                ahead += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+class _Parser(FlexibleArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"vLLM does not take these options: {message}")
+
+
+def parse(model: str, name: str, options: Mapping[str, Any]) -> argparse.Namespace:
+    """vLLM's own namespace for these options, checked by vLLM's own parser."""
+    parser = make_arg_parser(_Parser(prog="loradock serve"))
+    actions = {action.dest: action for action in parser._actions}
+    words = ["--model", model, "--served-model-name", name, "--enable-lora"]
+    words += ["--worker-extension-cls", "serve.vllm_backend.worker_extension.Worker"]
+    for option, value in options.items():
+        if option not in actions:
+            near = difflib.get_close_matches(option, actions, n=1)
+            raise ConfigError(f"{option} is not an option of vLLM {VLLM_VERSION}" + (f"; {near[0]} is" if near else ""))
+        words += _words(actions[option], value)
+    try:
+        args = parser.parse_args(words)
+        validate_parsed_serve_args(args)
+        if args.tool_call_parser and not args.tool_parser_plugin:
+            ToolParserManager.get_tool_parser(args.tool_call_parser)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"vLLM does not take these options: {_sentence(error)}") from error
+    return args
+
+
+def _words(action: argparse.Action, value: Any) -> list[str]:
+    """An option and its value as the command line would spell them."""
+    flag = action.option_strings[0]
+    if action.nargs == 0:  # a switch: argparse's BooleanOptionalAction or store_true
+        on = str(value).lower()
+        if on not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+            raise ConfigError(f"{action.dest} takes true or false, not {value!r}")
+        if on in ("true", "1", "yes", "on"):
+            return [flag]
+        return [no[0]] if (no := [o for o in action.option_strings if o.startswith("--no-")]) else []
+    if isinstance(value, (dict, list)) and action.nargs not in ("+", "*"):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag, *str(value).split(",")] if action.nargs in ("+", "*") else [f"{flag}={value}"]
+
+
+def _sentence(error: BaseException) -> str:
+    """The first paragraph of a foreign error on one line: the rest is addressed to vLLM's developers."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:
+        lines = lines[1:2] if "Value error" in lines[1] else lines[2:3] or lines[1:2]
+    return lines[0].split(" [type=")[0].removeprefix("Value error, ")[:500]

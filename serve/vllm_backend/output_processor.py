@@ -1,0 +1,192 @@
+"""What vLLM's engine sends of each sequence, as it comes into this process: watched, and sent on by the short way.
+
+Every token passes vLLM's output processor, which is subclassed here.
+"""
+
+from __future__ import annotations
+
+import logging
+from copy import copy
+from typing import Any, cast
+
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
+from vllm.v1.metrics.stats import RequestStateStats
+
+from serve.asgi.exchange import Generation, watching
+from serve.asgi.fast_stream import FastStream
+
+log = logging.getLogger(__name__)
+
+# vLLM's own way gets the first token and the last; see serve.asgi.fast_stream.
+NEVER = 1 << 30
+# So many tokens may wait for vLLM's first chunk. Then it makes none that the short way could be learnt from.
+PATIENCE = 64
+
+
+class Outputs(OutputProcessor):
+    """vLLM's, which every token passes in this process; leaves each sequence with the Watch of its request."""
+
+    # Whether vLLM's way adds nothing to a plain stream; its backend knows.
+    plain = False
+
+    def add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        super().add_request(request, *args, **kwargs)
+        watch = watching.get()
+        state = cast(Any, self.request_states.get(request.request_id))
+        if state is None or hasattr(state, "background"):
+            return
+        state.background = watch is None or watch.background
+        if watch is None:
+            return
+        state.watched = _Sequence(state)
+        watch.sequences.append(state.watched)
+        if watch.logprobs:
+            ask_logprobs(request, state)
+        express = watch.express
+        if self.plain and express is not None and not express.taken and _alone(state):
+            express.taken = True
+            state.express = express
+            state.stream_interval = NEVER
+
+    def process_outputs(
+        self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
+    ) -> OutputProcessorOutput:
+        done = super().process_outputs(engine_core_outputs, *args, **kwargs)
+        for output in engine_core_outputs:
+            state = self.request_states.get(output.request_id)
+            if state is not None and (express := getattr(state, "express", None)) is not None:
+                _forward(state, express)
+        return done
+
+    def _update_stats_from_finished(
+        self, req_state: RequestState, finish_reason: FinishReason | None, *args: Any
+    ) -> None:
+        if (watched := getattr(req_state, "watched", None)) and finish_reason is not None:
+            watched.finish_reason = str(finish_reason)
+        super()._update_stats_from_finished(req_state, finish_reason, *args)
+
+
+def _alone(state: RequestState) -> bool:
+    """A sequence that streams, is the only one of its request, and is told as it comes."""
+    streams = state.queue is not None and state.output_kind is RequestOutputKind.DELTA
+    return streams and state.parent_req is None and not state.streaming_input and state.stream_interval == 1
+
+
+def _forward(state: RequestState, express: FastStream) -> None:
+    """Send on what this sequence said since, if it has its turn; what has not, goes with what comes next."""
+    if state.queue.output is not None:
+        express.clear = False
+        return
+    if not express.clear:
+        waiting = state.detokenizer.num_output_tokens() - state.sent_tokens_offset
+        if waiting > PATIENCE and not express.learnt:
+            del state.express
+            _go_round(state)
+    elif express.blocked:
+        express.clear = False
+        _go_round(state)
+        state.stream_interval = NEVER
+    elif text := state.detokenizer.get_next_output_text(finished=False, delta=True):
+        try:
+            express.write(text)
+        except Exception:  # of one stream; all others pass here too
+            log.exception("a stream left the short way")
+            del state.express
+            _go_round(state)
+
+
+def _go_round(state: RequestState) -> None:
+    """Let vLLM's way have all that it was not given yet; only what was not sent is in its text."""
+    told = state.sent_tokens_offset
+    state.sent_tokens_offset = state.detokenizer.num_output_tokens()
+    state.stream_interval = 1
+    state.queue.put(state.make_request_output(state.detokenizer.output_token_ids[told:], None, None, None))
+
+
+class _Sequence:
+    """What there is to know of a sequence, whether it has ended or its client has left."""
+
+    def __init__(self, state: RequestState) -> None:
+        self._state = state
+        self.finish_reason = "abort"
+        self.stats: Timed | None = None
+        if state.stats is not None:
+            state.stats = self.stats = Timed(**vars(state.stats))
+
+    def read(self) -> Generation:
+        state, stats = self._state, self.stats
+        output = state.detokenizer.output_token_ids if state.detokenizer else []
+        prompt = state.prompt_token_ids or []
+        text = getattr(state.detokenizer, "output_text", "")
+        if stats is None:
+            return Generation(prompt, output, self.finish_reason, text, logprobs=self._logprobs())
+        begun = stats.first_token_ts > 0
+        later = len(output) - 1
+        return Generation(
+            prompt,
+            output,
+            self.finish_reason,
+            text,
+            queue=max(stats.scheduled_ts - stats.queued_ts, 0.0) if stats.scheduled_ts else None,
+            first=stats.arrival_time + stats.first_token_latency if begun else None,
+            gap=(stats.last_token_ts - stats.first_token_ts) / later if begun and later > 0 else None,
+            worst_gap=stats.worst if begun and later > 0 else None,
+            logprobs=self._logprobs(),
+        )
+
+    def _logprobs(self) -> list[float] | None:
+        processor = self._state.logprobs_processor
+        if isinstance(processor, _Unseen):
+            return processor.kept
+        if processor is None or not processor.logprobs or self._state.detokenizer is None:
+            return None
+        ids = self._state.detokenizer.output_token_ids
+        return [
+            values[token].logprob for token, values in zip(ids, processor.logprobs, strict=False) if token in values
+        ]
+
+
+class Timed(RequestStateStats):
+    """Remembers the longest wait between two tokens as well."""
+
+    worst = 0.0
+    _last = 0.0
+
+    @property
+    def last_token_ts(self) -> float:
+        return self._last
+
+    @last_token_ts.setter
+    def last_token_ts(self, now: float) -> None:
+        if self._last:
+            self.worst = max(self.worst, now - self._last)
+        self._last = now
+
+
+class _Unseen(LogprobsProcessor):
+    """Keeps the log-probabilities of the sampled tokens for the watcher; the answer has none."""
+
+    def update_from_output(self, output: EngineCoreOutput) -> None:
+        if output.new_logprobs is not None:
+            # The sampled token comes first in each row.
+            self.kept.extend(output.new_logprobs.logprobs[:, 0].tolist())
+            output.new_logprobs = None
+        super().update_from_output(output)
+
+
+def ask_logprobs(request: EngineCoreRequest, state: RequestState) -> None:
+    """Have the engine tell the sampled tokens' log-probabilities, if the client did not ask for any.
+
+    The request goes to the engine after this; what becomes an answer was set up before.
+    """
+    params, processor = request.sampling_params, state.logprobs_processor
+    if params is None or processor is None or params.num_logprobs is not None:
+        return
+    unseen = _Unseen(**vars(processor))
+    unseen.kept = []
+    state.logprobs_processor = unseen
+    request.sampling_params = copy(params)
+    request.sampling_params.logprobs = 0

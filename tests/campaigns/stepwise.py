@@ -1,0 +1,157 @@
+"""Every step of small random models computed twice, by `serve/cpu_kernels/step.cpp` and by vLLM layer by layer.
+
+    python -m tests.campaigns.stepwise OUT.json FOLDER
+
+Runs one engine after another in this process: Llama, Qwen2 (biases) and Qwen3 (norms of q and k), with adapters of
+mixed ranks, and writes for each model what each step's tokens were and how far the two outputs lie apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+VOCABULARY, LAYERS = 320, 2
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 208,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+}
+RANKS = {"wide": 16, "odd": 5, "one": 1}
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def models(folder: Path) -> dict[str, Path]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    made = {}
+    for name, config, kind in (
+        ("llama", LlamaConfig(**SMALL, head_dim=64, tie_word_embeddings=True), LlamaForCausalLM),
+        ("qwen2", Qwen2Config(**{**SMALL, "hidden_size": 192}, tie_word_embeddings=False), Qwen2ForCausalLM),
+        ("qwen3", Qwen3Config(**{**SMALL, "num_attention_heads": 10}, head_dim=128), Qwen3ForCausalLM),
+    ):
+        model = kind(config)
+        for key, weight in model.named_parameters():
+            if "norm" in key or "bias" in key:
+                weight.data.add_(torch.randn_like(weight) * 0.2)
+        model.to(torch.bfloat16).save_pretrained(folder / name)
+        made[name] = folder / name
+    return made
+
+
+def adapters(model: Path, folder: Path) -> list[Path]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    made = []
+    for name, rank in RANKS.items():
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        tuned = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=MODULES))
+        for key, weight in tuned.named_parameters():
+            if "lora_" in key:
+                weight.data.normal_(std=0.08)
+        tuned.save_pretrained(folder / name)
+        made.append(folder / name)
+    return made
+
+
+def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
+    import torch
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    from serve.server.launch import IN_PROCESS
+
+    ours, seen = CPUModelRunner._model_forward, []
+
+    def both(self: Any, **kwargs: Any) -> Any:
+        fused = self.loradock_fused
+        out = fused and fused.step(kwargs["input_ids"], kwargs["positions"])
+        if out is None:
+            seen.append({"rows": kwargs["input_ids"].shape[0], "fused": False})
+            return ours(self, **kwargs)
+        exact = self.model(**kwargs)
+        apart = (out.float() - exact.float()).norm(dim=-1) / exact.float().norm(dim=-1)
+        logits = fused.logits(exact)
+        head = type(self.model).compute_logits(self.model, exact).float()
+        seen.append(
+            {
+                "rows": out.shape[0],
+                "fused": True,
+                "worst": apart.max().item(),
+                "middle": apart.median().item(),
+                "logits": (logits - head).abs().max().item() / head.abs().max().item(),
+            }
+        )
+        return exact
+
+    CPUModelRunner._model_forward = both
+    llm: Any = None
+    try:
+        llm = LLM(
+            str(model),
+            skip_tokenizer_init=True,
+            max_model_len=256,
+            max_num_batched_tokens=96,
+            max_num_seqs=16,
+            kv_cache_memory_bytes=1 << 26,
+            enable_lora=True,
+            max_loras=4,
+            max_lora_rank=16,
+            distributed_executor_backend=IN_PROCESS,
+        )
+        dice = random.Random(0)
+        asked = [[dice.randrange(VOCABULARY) for _ in range(length)] for length in (1, 3, 40, 140, 17, 64, 200, 9)]
+        requests = [None, *(LoRARequest(path.name, number, str(path)) for number, path in enumerate(loras, 1))]
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+
+        def ask(count: int, shift: int) -> None:
+            prompts = [TokensPrompt(prompt_token_ids=one) for one in asked[:count]]
+            chosen = [requests[(number + shift) % len(requests)] for number in range(count)]
+            llm.generate(prompts, params, lora_request=chosen, use_tqdm=False)
+
+        ask(1, 0)  # alone, without an adapter and with each
+        ask(1, 1)
+        ask(1, 2)
+        ask(len(asked), 0)  # mixed, and longer than a step takes
+    finally:
+        llm = None
+        CPUModelRunner._model_forward = ours
+        cleanup_dist_env_and_memory()
+        torch.set_default_dtype(torch.float32)
+    return seen
+
+
+def main(out: Path, folder: Path) -> None:
+    from serve.models.hardware import cpu_environment
+
+    os.environ.update(cpu_environment(os.environ, together=True))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from serve.cpu_kernels import install, step
+
+    install.install()  # vLLM would do so itself, after `run` has put its own forward pass in place
+    if not step.available():
+        out.write_text("null")
+        return
+    found = {}
+    for name, model in models(folder).items():
+        found[name] = run(model, adapters(model, folder / f"{name}-adapters"))
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

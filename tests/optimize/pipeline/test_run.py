@@ -1,0 +1,225 @@
+"""A run can be killed at any moment, ends in the same bytes, and shows nothing before it is good."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from optimize import cli
+from optimize.pipeline import manifest, plan, worker
+from tests.campaigns.kills import files, killed
+from tests.optimize.conftest import Adapter
+
+KILLS = int(os.environ.get("LORADOCK_TEST_KILLS", "3"))
+STEPS = """
+steps:
+- prune: {layers: 1}
+- heal: {steps: 30, rank: 4, batch: 2, tokens: 24}
+- quantize: {scheme: w4a16}
+gate: {max_kl: 20}
+"""
+
+
+def optimize(*arguments: str | Path, expect: int = 0) -> None:
+    def none_come_along(name: str) -> Path:
+        raise AssertionError(name)
+
+    assert cli.run([str(argument) for argument in arguments], none_come_along) == expect
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"folder": tmp_path_factory.mktemp("whole") / "out"}
+
+
+@pytest.fixture
+def whole(undisturbed: dict[str, Any], written: Callable[[str], Path]) -> Path:
+    """The export of an undisturbed run."""
+    folder: Path = undisturbed["folder"]
+    if not folder.exists():
+        optimize(written(STEPS), "--out", folder)
+    return folder
+
+
+def test_an_export_is_complete_and_its_manifest_true(whole):
+    read = json.loads((whole / "manifest.json").read_text())
+    jsonschema.validate(read, manifest.schema())
+    assert read["gate"]["passed"] and [step["step"] for step in read["steps"]] == ["prune", "heal", "quantize"]
+    found = {name: digest for name, digest in files(whole).items() if name != "manifest.json"}
+    assert read["files"] == found
+    assert {"config.json", "tokenizer.json", "model.safetensors", "README.md"} <= set(found)
+    report = whole / "report"
+    assert "| perplexity |" in (report / "report.md").read_text()
+    assert (report / "report.html").read_text().count("<svg") >= 2
+    assert str(whole.parent) not in (whole / "manifest.json").read_text()
+    assert not whole.with_name("out.work").exists()
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_in_the_same_bytes(whole, written, tmp_path):
+    out = tmp_path / "out"
+    assert killed([written(STEPS)], out, files(whole), KILLS, 9.0, seed=4) >= 1
+
+
+def test_resume_does_nothing_twice(written, tmp_path, monkeypatch):
+    recipe, out = written(STEPS.replace("max_kl: 20", "max_kl: 0")), tmp_path / "out"
+    optimize(recipe, "--out", out, expect=3)
+    work = out.with_name("out.work")
+    stamps = {path.name: path.stat().st_mtime_ns for path in work.glob("[0-9]*")}
+    assert len(stamps) == 4
+    # The gate alone is another: nothing is computed again.
+    start = time.monotonic()
+    optimize(recipe, "--out", out, "--resume", "--set", "gate.max_kl=20")
+    assert time.monotonic() - start < 6
+    told = json.loads((out / "report/measurements.json").read_text())
+    assert [step["done_before"] for step in told["steps"]] == [True] * 4
+
+
+def test_what_fails_the_gate_leaves_a_report_and_no_export(written, tmp_path, capsys):
+    recipe, out = written("steps: [{quantize: {method: rtn}}]\ngate: {max_kl: 0, min_top1: 1.01}"), tmp_path / "out"
+    optimize(recipe, "--out", out, expect=3)
+    said = capsys.readouterr().err
+    assert "KL divergence" in said and "to be at most 0" in said
+    assert not out.exists()
+    assert "**not passed**" in (tmp_path / "out.report/report.md").read_text()
+    optimize(recipe, "--out", out, "--resume", "--keep-rejected", expect=3)
+    assert not out.exists()
+    assert json.loads((tmp_path / "out.rejected/manifest.json").read_text())["gate"]["passed"] is False
+
+
+def test_a_step_that_grows_above_its_memory_is_stopped_and_says_so(written, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("optimize.pipeline.plan.PROCESS", 0)
+    optimize(written("steps: [quantize]"), "--out", tmp_path / "out", "--memory", "0.15", expect=1)
+    said = capsys.readouterr().err
+    assert "was stopped at the bound of 0.1 GB" in said and "--memory" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_step_says_so(written, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(worker.TASKS, "quantize", "optimize.steps.quantize.quantizer")
+    from optimize.pipeline import run
+
+    listen = run.Run._listen
+
+    def kill(self: Any, kind: str, child: Any, pipe: int) -> Any:
+        os.killpg(child.pid, signal.SIGKILL)
+        return listen(self, kind, child, pipe)
+
+    monkeypatch.setattr(run.Run, "_listen", kill)
+    optimize(written("steps: [quantize]"), "--out", tmp_path / "out", expect=1)
+    assert "was killed at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ("steps: [{quantize: {scheme: w8a16}}]", "no w8a16 kernel for CPUs"),
+        ("steps: [{quantize: {scheme: fp8}}]", "only emulates fp8"),
+        ("steps: [{quantize: {scheme: w4a16, group: 96}}]", "do not divide layers of width [64, 128]"),
+        ("steps: [{quantize: {scheme: w4a16, group: 40}}]", "vLLM takes multiples of 32"),
+        ("steps: [{prune: {layers: 3}}]", "the model has 3 layers"),
+        ("steps: [quantize]\nexport: {format: onnx}", "ONNX has its own int8 and int4"),
+        ("adapters: {a: ./nowhere}", "no readable adapter_config.json"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(steps, says, written, tmp_path, capsys):
+    optimize(written(steps), "--out", tmp_path / "out", expect=2)
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_an_adapter_for_another_base_is_refused(written, tmp_path, capsys, adapter: Adapter):
+    from safetensors.torch import load_file, save_file
+
+    folder = adapter()
+    file = folder / "adapter_model.safetensors"
+    tensors = {name.replace("layers.1", "layers.7"): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    optimize(written(f"adapters: {{a: {folder}}}"), "--out", tmp_path / "out", expect=2)
+    assert "'a' is for another base: this one has no model.layers.7" in capsys.readouterr().err
+
+
+def test_calibration_never_sees_the_evaluation_text(written, texts, tmp_path, capsys):
+    recipe = written("steps: [quantize]")
+    optimize(recipe, "--out", tmp_path / "out", "--set", f"evaluate.text={texts['calibration']}", expect=2)
+    assert "calibration and evaluation share" in capsys.readouterr().err
+
+
+def test_an_output_that_is_there_is_not_touched(written, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("precious")
+    optimize(written("steps: [quantize]"), "--out", tmp_path / "out", expect=2)
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "out/mine").read_text() == "precious"
+
+
+def test_the_plan_says_what_would_be_done_and_does_nothing(written, tmp_path, capsys):
+    optimize(written(STEPS), "--plan", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "1. prune" in said and "GB memory" in said and "about" in said
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_adapters_are_judged_on_the_new_base(written, tmp_path, adapter: Adapter):
+    folder, out = adapter(), tmp_path / "out"
+    optimize(
+        written(f"adapters: {{tone: {folder}}}\nsteps: [quantize]\ngate: {{min_adapter_effect: 0.8}}"), "--out", out
+    )
+    scores = json.loads((out / "manifest.json").read_text())["scores"]
+    assert scores["adapters"]["tone"]["cosine"] > 0.8
+    assert 0 < scores["adapters"]["tone"]["kl"] < scores["adapters"]["tone"]["kl_to_base"]
+
+
+def test_a_bound_on_adapters_holds_where_none_is_named(written, tmp_path):
+    out = tmp_path / "out"
+    optimize(written("steps: [{quantize: {method: rtn}}]\ngate: {max_adapter_kl: 0, max_kl: 20}"), "--out", out)
+    bounds = json.loads((out / "manifest.json").read_text())["gate"]["bounds"]
+    assert [bound["bound"] for bound in bounds] == ["max_kl"]
+
+
+def test_what_was_merged_is_nobodys_concern_afterwards(written, tmp_path, adapter: Adapter):
+    """Smoothing is left out for adapters that have to go on working; one that is in the model is not one of them."""
+    out = tmp_path / "out"
+    text = f"adapters: {{tone: {adapter()}}}\nsteps: [{{merge: {{adapters: [tone]}}}}, quantize]"
+    optimize(written(text), "--out", out)
+    notes = json.loads((out / "manifest.json").read_text())["steps"][1]["notes"]
+    assert (notes["smooth"], notes["adapters"]) == (True, {})
+
+
+def test_adapters_become_one_adapter(written, tmp_path, adapter: Adapter):
+    out = tmp_path / "out"
+    one, two = adapter(seed=1), adapter(seed=2)
+    steps = "steps: [{combine: {name: both, adapters: [a, b], method: cat}}]\nexport: {format: adapter}"
+    text = f"adapters: {{a: {one}, b: {two}}}\n{steps}"
+    optimize(written(text), "--out", out)
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
+    assert json.loads((out / "manifest.json").read_text())["steps"][0]["notes"]["error"] < 1e-5
+
+
+@pytest.mark.parametrize("size", ["100k", "250k"])  # full in the step, and in the export
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half(size, written, tmp_path, capsys, monkeypatch):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        recipe = written("steps: [{quantize: {method: rtn}}]")
+        optimize(recipe, "--out", small / "out", expect=2)
+        assert "GB free and this takes" in capsys.readouterr().err
+        roomy = plan.shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: roomy)
+        optimize(recipe, "--out", small / "out", expect=1)
+        assert "the disk is full; free some space and go on with --resume" in capsys.readouterr().err
+        assert not (small / "out").exists()
+        assert len([path for path in small.rglob("*-quantize-*") if path.suffix != ".part"]) == int(size == "250k")
+    finally:
+        subprocess.run(["umount", str(small)], check=False)

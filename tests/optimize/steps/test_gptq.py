@@ -1,0 +1,63 @@
+"""Rounding to few bits: what GPTQ is for is a smaller error of the output, and that is what is measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optimize.steps.quantize.gptq import gptq, nearest, scales
+
+
+@pytest.fixture
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (96, 128) and correlated inputs (1024, 128)."""
+    torch.manual_seed(1)
+    mix = torch.randn(128, 128) * torch.linspace(0.1, 2, 128)
+    return torch.randn(96, 128), torch.randn(1024, 128) @ mix
+
+
+def error(weight: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> float:
+    wide = integers.float() * scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+    return float(((wide - weight) @ x.T).square().mean() / (weight @ x.T).square().mean())
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 128)])
+def test_gptq_leaves_less_error_in_the_output_than_rounding_to_the_nearest(problem, bits, group):
+    weight, x = problem
+    hessian = x.T @ x
+    scale = scales(weight, bits, group, hessian.diagonal())
+    near, better = nearest(weight, scale, bits), gptq(weight, hessian, scale, bits)
+    assert error(weight, better, scale, x) < 0.75 * error(weight, near, scale, x)
+    limit = 2 ** (bits - 1)
+    assert int(better.min()) >= -limit and int(better.max()) < limit
+
+
+def test_without_correlation_gptq_is_rounding_to_the_nearest(problem):
+    weight, _ = problem
+    scale = scales(weight, 8, 128)
+    same = gptq(weight, torch.eye(128) * 7, scale, 8) == nearest(weight, scale, 8)
+    assert bool(same.all())
+
+
+def test_a_channel_that_was_never_active_does_no_harm(problem):
+    weight, x = problem
+    x[:, 5] = 0
+    scale = scales(weight, 4, 32)
+    made = gptq(weight, x.T @ x, scale, 4)
+    assert error(weight, made, scale, x) < error(weight, nearest(weight, scale, 4), scale, x)
+
+
+def test_clipping_by_error_beats_the_full_range_at_four_bits():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    weight[:, 0] *= 8  # an outlier in each row
+    full = (weight.view(64, 2, 32).abs().amax(-1) / 7).bfloat16().float()
+    eye = torch.eye(64)
+    ours = scales(weight, 4, 32)
+    assert error(weight, nearest(weight, ours, 4), ours, eye) < error(weight, nearest(weight, full, 4), full, eye)
+
+
+def test_eight_bits_keep_the_largest_number_of_each_row():
+    weight = torch.tensor([[0.5, -2.54], [1.27, 0.0]])
+    scale = scales(weight, 8, 2)
+    assert nearest(weight, scale, 8).abs().amax(1).tolist() == [127, 127]

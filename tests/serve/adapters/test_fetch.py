@@ -1,0 +1,253 @@
+"""A push that names a place: two files come from it, and nothing else from anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from serve.adapters.fetch import Source, parse
+from serve.config import keys_hashed
+from serve.errors import BadRequest, Forbidden
+
+
+class Bucket(MemoryFileSystem):
+    """Object storage at the edge; remembers what was opened."""
+
+    protocol = ("s3",)
+    opened: list[str] = []  # noqa: RUF012
+    cachable = False
+
+    def open(self, path, mode="rb", **options):
+        if mode == "rb":
+            self.opened.append(path)
+        return super().open(path, mode, **options)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    from fsspec.registry import _registry
+
+    monkeypatch.setitem(_registry, "s3", Bucket)
+    Bucket.opened.clear()
+    yield Bucket()
+    Bucket.store.clear()
+
+
+@pytest.fixture
+def rooted(config, tmp_path):
+    return replace(config, source_roots=(str(tmp_path),))
+
+
+def put(bucket, folder, prefix):
+    for file in Path(folder).iterdir():
+        bucket.pipe_file(f"{prefix}/{file.name}", file.read_bytes())
+
+
+async def push(client, source, **more):
+    return await client.post("/v1/adapters", json={"name": "tone", "source": source, **more})
+
+
+async def test_a_folder_below_a_root_is_fetched_and_judged_like_any_upload(connect, rooted, make_adapter):
+    async with connect(rooted) as client:
+        done = await push(client, f"file://{make_adapter()}")
+        assert (done.status_code, done.json()["live"]) == (201, True)
+        assert (await push(client, f"file://{make_adapter()}")).status_code == 200
+        refused = await push(client, f"file://{make_adapter(rank=32)}")
+        assert refused.status_code == 422 and "rank" in refused.json()["error"]["message"]
+        history = (await client.get("/v1/adapters/tone")).json()["history"]
+        assert history[0]["why"] == f"from file://{make_adapter()}"
+    assert not list((rooted.data_dir / "quarantine").iterdir())
+
+
+async def test_a_folder_outside_every_root_is_forbidden_also_through_a_link(connect, config, make_adapter, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(make_adapter())
+    async with connect(replace(config, source_roots=(str(root),))) as client:
+        for folder in (make_adapter(), root / "link", f"{root}x", "/"):
+            assert (await push(client, f"file://{folder}")).status_code == 403
+        assert (await push(client, f"file://{root}/../adapter-0-2")).status_code == 400
+    async with connect(config) as client:
+        assert (await push(client, f"file://{make_adapter()}")).status_code == 403
+
+
+async def test_a_link_in_the_folder_and_a_pipe_are_not_followed(connect, rooted, make_adapter, tmp_path):
+    folder, secret = make_adapter(), tmp_path / "secret"
+    secret.write_text("{}")
+    for put_there in (lambda path: path.symlink_to(secret), os.mkfifo):
+        (folder / "adapter_config.json").unlink()
+        put_there(folder / "adapter_config.json")
+        async with connect(rooted) as client:
+            assert (await push(client, f"file://{folder}")).status_code == 422
+
+
+async def test_two_files_and_no_more_come_from_object_storage(client, bucket, make_adapter):
+    put(bucket, make_adapter(), "models/team/tone")
+    bucket.pipe_file("models/team/tone/README.md", b"---\nlicense: mit\n---")
+    assert (await push(client, "s3://models/team/tone")).status_code == 201
+    assert {Path(path).name for path in bucket.opened} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+async def test_the_card_is_fetched_where_licenses_are_checked(connect, config, bucket, make_adapter):
+    put(bucket, make_adapter(), "models/tone")
+    async with connect(replace(config, allowed_licenses=("mit",))) as client:
+        assert (await push(client, "s3://models/tone")).status_code == 422
+        bucket.pipe_file("models/tone/README.md", b"---\nlicense: mit\n---")
+        done = await push(client, "s3://models/tone")
+    assert (done.status_code, done.json()["checks"]["license"]) == (201, "mit")
+
+
+async def test_the_size_limit_holds_while_bytes_arrive(connect, config, bucket, make_adapter):
+    put(bucket, make_adapter(), "models/tone")
+    bucket.pipe_file("models/tone/adapter_model.safetensors", b"\0" * (1 << 20))
+    async with connect(replace(config, max_upload_bytes=100_000)) as client:
+        assert (await push(client, "s3://models/tone")).status_code == 413
+    assert not list((config.data_dir / "quarantine").iterdir())
+
+
+async def test_a_place_without_an_adapter_or_without_an_answer_is_a_sentence(client, bucket, monkeypatch):
+    empty = await push(client, "s3://models/nothing")
+    assert empty.status_code == 422 and "s3://models/nothing has no" in empty.json()["error"]["message"]
+
+    def fail(*_, **__):
+        raise RuntimeError("the endpoint is gone")
+
+    monkeypatch.setattr(Bucket, "open", fail)
+    gone = await push(client, "s3://models/nothing")
+    assert gone.status_code == 400 and "the endpoint is gone" in gone.json()["error"]["message"]
+
+
+async def test_a_scheme_whose_package_is_missing_says_which(client, monkeypatch):
+    def absent(*_, **__):
+        raise ImportError("no s3fs")
+
+    monkeypatch.setattr(fsspec, "filesystem", absent)
+    answer = await push(client, "s3://models/tone")
+    assert answer.status_code == 400 and "s3fs is not installed" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "", "tone", "http://169.254.169.254/latest", "https://x/y", "ftp://x/y", "memory://x", "FILE:///x", "s3:/x/y",
+        "s3://", "s3://b/../x", "s3://bucket/x?versionId=1", "s3://user:pw@bucket/x", "s3://bucket::file:///etc",
+        "file://host/x", "file://relative", "file:///a/../b", "hf://team", "hf://datasets/team/tone", "hf://a/b/../c",
+        "hf://a/..", "hf://a/b@../../x", "hf://a/b::file:///etc/passwd", "simplecache::s3://bucket/x", "s3://b\nx/y",
+    ],
+)  # fmt: skip
+def test_any_other_address_is_refused_before_anything_is_opened(source):
+    with pytest.raises(BadRequest):
+        parse(source, [Path("/")])
+
+
+def test_an_address_becomes_a_place(tmp_path):
+    assert parse("s3://bucket/a/b/") == Source("s3", "bucket/a/b")
+    assert parse("hf://team/tone@main/best") == Source("hf", "team/tone@main/best")
+    assert parse(f"file://{tmp_path}/x/", [tmp_path]) == Source("file", str(Path(os.path.realpath(tmp_path)) / "x"))
+    with pytest.raises(Forbidden):
+        parse("file:///etc", [tmp_path])
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"name": "tone"}', b'{"name": "tone", "source": 3}'])
+async def test_a_body_that_asks_for_nothing_is_a_sentence(client, body):
+    answer = await client.post("/v1/adapters", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+async def test_a_giant_body_and_a_bad_name_are_refused_before_anything_is_fetched(client, bucket):
+    assert (await push(client, "s3://models/" + "x" * 100_000)).status_code == 413
+    assert (await client.post("/v1/adapters", json={"name": "../x", "source": "s3://models/x"})).status_code == 400
+    assert bucket.opened == []
+
+
+# Whose the server's own means are
+
+
+@pytest.fixture
+def filled(bucket, make_adapter):
+    put(bucket, make_adapter(), "models/tone")
+
+
+async def test_a_push_by_address_goes_into_the_callers_tenant_and_counts_for_its_quota(issue, filled, config):
+    acme = await issue("acme", adapters=1)
+    done = await push(acme, "s3://models/tone", visibility="shared")
+    assert (done.status_code, done.json()["tenant"], done.json()["visibility"]) == (201, "acme", "shared")
+    assert done.json()["id"].startswith("acme/tone@")
+    over = await acme.post("/v1/adapters", json={"name": "more", "source": "s3://models/tone"})
+    assert over.status_code == 429 and "1 adapters" in over.json()["error"]["message"]
+    assert (await push(acme, "s3://models/tone", visibility="public")).status_code == 400
+    for name in ("globex/tone", "default/tone"):
+        assert (await acme.post("/v1/adapters", json={"name": name, "source": "s3://models/tone"})).status_code == 400
+    lines = [json.loads(line) for line in (config.data_dir / "audit.jsonl").read_text().splitlines()]
+    assert [(row["subject"], row["status"]) for row in lines if row["what"] == "push"][:2] == [
+        ("acme/tone@v1", 201),
+        ("more", 429),
+    ]
+
+
+async def test_the_servers_credentials_are_not_lent_to_other_tenants(operator, issue, filled, monkeypatch):
+    used, really = [], fsspec.filesystem
+
+    def filesystem(name, **options):
+        used.append(options)
+        return really(name, **options)
+
+    monkeypatch.setattr(fsspec, "filesystem", filesystem)
+    for client in (operator, await issue("default"), await issue("acme")):
+        assert (await push(client, "s3://models/tone")).is_success
+    assert [options.get("anon") for options in used] == [None, None, True]
+
+
+async def test_the_servers_folders_are_not_shown_to_other_tenants(connect, rooted, make_adapter, tmp_path):
+    guarded = replace(rooted, admin_keys=keys_hashed(["run"]))
+    async with connect(guarded) as client:
+        client.headers["authorization"] = "Bearer run"
+        assert (await push(client, f"file://{make_adapter()}")).status_code == 201
+        body = {"tenant": "acme", "name": "key", "scopes": ["adapters:write"]}
+        secret = (await client.post("/v1/keys", json=body)).json()["secret"]
+        client.headers["authorization"] = f"Bearer {secret}"
+        there, absent = [await push(client, f"file://{tmp_path}/{name}") for name in (make_adapter().name, "absent")]
+        assert there.status_code == absent.status_code == 403
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server that speaks the real protocol, and a client of it."""
+    moto = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    boto3 = pytest.importorskip("boto3")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": address, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "mine",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    client = boto3.client("s3", endpoint_url=address)
+    client.create_bucket(Bucket="models")
+    yield client
+    server.stop()
+
+
+async def test_a_real_s3_service_is_read_with_the_server_s_own_credentials(client, s3, make_adapter):
+    for file in make_adapter().iterdir():
+        s3.upload_file(str(file), "models", f"team/tone/{file.name}")
+    done = await push(client, "s3://models/team/tone")
+    assert (done.status_code, done.json()["live"]) == (201, True), done.text
+    again = await push(client, "s3://models/team/tone")
+    assert (again.status_code, again.json()["digest"]) == (200, done.json()["digest"])
+
+
+async def test_a_real_s3_service_without_the_adapter_is_a_sentence(client, s3):
+    missing = await push(client, "s3://models/nothing/here")
+    assert missing.status_code == 422 and "adapter_config.json" in missing.json()["error"]["message"]
+    nowhere = await push(client, "s3://no-such-bucket/tone")
+    assert 400 <= nowhere.status_code < 500 and "Traceback" not in nowhere.text

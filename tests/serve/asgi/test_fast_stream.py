@@ -1,0 +1,361 @@
+"""The short way, under a real uvicorn and vLLM's own output processor."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from serve.asgi.fast_stream import FLOW, FastStream, express
+from serve.server.launch import _impatient
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+FIRST = {
+    CHAT: '{"id":"c-1","created":1,"model":"m","choices":[{"index":0,"delta":{"content":%s},"finish_reason":null}]}',
+    COMPLETIONS: '{"id":"c-1","model":"\\"text\\":","choices":[{"index":0,"text":%s,"finish_reason":null}]}',
+}
+SAID = ["Hi", ' "there"', "\\", "\n", "ä", "€\u2028", "\U0001f600", "\x1f", '"text":"', ""]
+
+
+def chunk(path: str, text: str) -> bytes:
+    return f"data: {FIRST[path] % json.dumps(text, ensure_ascii=False)}\n\n".encode()
+
+
+def body(of: bytes) -> dict:
+    return {"type": "http.response.body", "body": of, "more_body": True}
+
+
+def said(stream: bytes) -> list[str]:
+    chunks = [json.loads(line[6:])["choices"][0] for line in stream.splitlines() if line.startswith(b"data: {")]
+    return [one["text"] if "text" in one else one["delta"]["content"] for one in chunks]
+
+
+@pytest.mark.parametrize("path", FIRST)
+@pytest.mark.parametrize("first", SAID)
+async def test_a_chunk_is_the_first_one_with_another_text(path, first):
+    sent = []
+
+    async def send(message):
+        sent.append(message["body"])
+
+    way = FastStream(
+        send, SimpleNamespace(write_paused=False), {CHAT: b'"delta":{"content":', COMPLETIONS: b'"text":'}[path]
+    )
+    await way.send(body(b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'))
+    assert not way.clear
+    await way.send(body(chunk(path, first)))
+    assert way.clear
+    for text in SAID:
+        way.write(text)
+    assert said(b"".join(sent[1:])) == [first, *SAID]
+    assert len({one[:20] for one in sent[1:]}) == len({one[-20:] for one in sent[1:]}) == 1
+
+
+async def test_an_only_chunk_or_another_shape_teaches_nothing():
+    async def send(message): ...
+
+    way = FastStream(send, SimpleNamespace(write_paused=False), b'"text":')
+    for only in (
+        b'data: {"choices":[{"text":"x","finish_reason":"stop"}]}\n\n',
+        b'data: {"text":3}\n\n',
+        b'"text":\n\n',
+    ):
+        await way.send(body(only))
+        assert not way.clear and not way.learnt
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": False},
+        {"stream": True, "tools": []},
+        {"stream": True, "logprobs": True},
+        {"stream": True, "n": 2},
+        {"stream": True, "prompt": ["a", "b"]},
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"stream": True, "return_token_ids": True},
+        {"stream": True, "something_new": 1},
+    ],
+)
+def test_what_is_not_plain_goes_vllms_way(fields):
+    scope = {"path": CHAT, "extensions": {FLOW: SimpleNamespace(write_paused=False)}}
+    assert express(scope, fields, None) is None
+    assert express(scope, {"stream": True, "messages": [], "stream_options": {"include_usage": True}}, None)
+    assert express({"path": CHAT}, {"stream": True}, None) is None, "nobody says whether the client reads"
+
+
+async def test_uvicorn_says_whether_the_client_reads_and_sends_without_waiting():
+    """A client who stops reading is seen; until then every write goes out at once, in order."""
+    seen = SimpleNamespace(blocked=False, ways=[])
+
+    async def app(scope, receive, send):
+        way = express(scope, {"stream": True}, send)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await way.send(body(chunk(CHAT, "first")))
+        for number in range(200_000):
+            if way.blocked:
+                seen.blocked = True
+                break
+            way.write(f" {number}")
+        seen.count = number
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    config = uvicorn.Config(app, port=0, log_level="error", http=_impatient(60), lifespan="off")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    async with httpx.AsyncClient() as client, client.stream("POST", f"http://127.0.0.1:{port}{CHAT}") as answer:
+        got = await answer.aread()
+    server.should_exit = True
+    await serving
+    assert seen.blocked, "nothing was read while the app wrote"
+    assert said(got) == ["first", *(f" {number}" for number in range(seen.count))]
+
+
+def started(watch):
+    """vLLM's own output processor with one request that streams and may go the short way."""
+    pytest.importorskip("vllm")
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    from serve.asgi.exchange import watching
+    from serve.vllm_backend.output_processor import Outputs
+
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(300)}, unk_token="w0"))
+    words.decoder = decoders.Fuse()
+    processor = OutputProcessor(PreTrainedTokenizerFast(tokenizer_object=words), log_stats=True)
+    processor.__class__, processor.plain = Outputs, True
+    params = SamplingParams(max_tokens=300, output_kind=RequestOutputKind.DELTA)
+    rest = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
+    request = EngineCoreRequest(
+        "r-1", [1, 2], sampling_params=params, arrival_time=time.time(), external_req_id="r", **rest
+    )
+    queue = RequestOutputCollector(params.output_kind, "r-1")
+    token = watching.set(watch)
+    try:
+        processor.add_request(request, None, None, 0, queue)
+    finally:
+        watching.reset(token)
+
+    def step(word, last=False):
+        from vllm.v1.engine import EngineCoreOutput, FinishReason
+        from vllm.v1.metrics.stats import IterationStats
+
+        output = EngineCoreOutput("r-1", [word], finish_reason=FinishReason.LENGTH if last else None)
+        processor.process_outputs([output], time.monotonic(), IterationStats())
+
+    return step, queue
+
+
+async def test_vllm_gets_the_first_and_the_last_token_and_counts_them_all():
+    from serve.asgi.exchange import Watch
+
+    sent, flow = [], SimpleNamespace(write_paused=False)
+
+    async def send(message):
+        sent.append(message["body"])
+
+    way = FastStream(send, flow, b'"text":')
+    step, queue = started(Watch(express=way))
+    step(5)
+    first = queue.get_nowait()
+    step(6)  # before the first chunk is out: it waits
+    assert sent == [] and queue.get_nowait() is None
+    await way.send(body(chunk(COMPLETIONS, first.outputs[0].text)))
+    step(7)
+    step(8)
+    assert said(b"".join(sent)) == ["w5", "w6w7", "w8"] and queue.get_nowait() is None
+
+    flow.write_paused = True  # the client does not read: vLLM's way waits for it, under the client's timeout
+    step(9)
+    late = queue.get_nowait()
+    assert (late.outputs[0].text, list(late.outputs[0].token_ids)) == ("w9", [6, 7, 8, 9])
+    step(10)
+    assert queue.get_nowait() is None
+    flow.write_paused = False
+    await way.send(body(chunk(COMPLETIONS, late.outputs[0].text)))
+    step(11)
+    assert said(b"".join(sent))[-2:] == ["w9", "w10w11"]
+
+    step(12, last=True)
+    final = queue.get_nowait()
+    assert (final.finished, final.outputs[0].text, list(final.outputs[0].token_ids)) == (True, "w12", [10, 11, 12])
+
+
+async def test_a_stream_whose_first_chunk_teaches_nothing_goes_vllms_way():
+    from serve.asgi.exchange import Watch
+    from serve.vllm_backend.output_processor import PATIENCE
+
+    async def send(message):
+        raise AssertionError("nothing is to be sent the short way")
+
+    step, queue = started(Watch(express=FastStream(send, SimpleNamespace(write_paused=False), b'"text":')))
+    step(1)
+    texts = [queue.get_nowait().outputs[0].text]
+    for number in range(2, PATIENCE + 20):
+        step(number)
+        if (answer := queue.get_nowait()) is not None:
+            texts.append(answer.outputs[0].text)
+    assert "".join(texts) == "".join(f"w{number}" for number in range(1, PATIENCE + 20))
+    assert len(texts) == 19
+
+
+STORY = 'Zürich: \'ä€\' 😀 "x" \\n\n\t<tool_call> {"text": 1} und weiter; then it goes on in plain words until its end.'
+
+
+class Scripted:
+    """An engine's core that says STORY to everybody, a token a step; the rest of vLLM is vLLM."""
+
+    engine_ranks_managed = (0,)
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.resources = SimpleNamespace(engine_dead=False)
+        self._tokens = tokens
+        self._said: dict[str, int] = {}
+        self._asked = asyncio.Event()
+
+    async def get_supported_tasks_async(self):
+        return ("generate",)
+
+    async def add_request_async(self, request) -> None:
+        self._said[request.request_id] = 0
+        self._asked.set()
+
+    async def abort_requests_async(self, ids) -> None:
+        for id in ids:
+            self._said.pop(id, None)
+
+    async def get_output_async(self):
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+        while not self._said:
+            self._asked.clear()
+            await self._asked.wait()
+        await asyncio.sleep(0.001)
+        outputs = []
+        for id, said in list(self._said.items()):
+            last = said + 1 == len(self._tokens)
+            outputs.append(
+                EngineCoreOutput(id, [self._tokens[said]], finish_reason=FinishReason.LENGTH if last else None)
+            )
+            self._said[id] = said + 1
+            if last:
+                del self._said[id]
+        return EngineCoreOutputs(outputs=outputs, timestamp=time.monotonic())
+
+    def shutdown(self, timeout=None) -> None: ...
+
+
+@pytest.fixture
+def quiet_root():
+    """vLLM's app sets the level of everybody's logs; the next test has its own."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "Tell me."}]}),
+        (COMPLETIONS, {"prompt": "Once upon a time", "stop": ["never said", "xyz"]}),
+    ],
+)
+async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, monkeypatch, quiet_root):
+    """vLLM's whole server over a scripted engine, under uvicorn; a field that is not plain keeps the short way out."""
+    pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+    from serve.asgi.exchange import Watch, watching
+    from serve.models.embedded import ensure
+    from serve.vllm_backend.backend import _own_series, parse
+    from serve.vllm_backend.output_processor import Outputs
+
+    model = str(ensure("smollm2"))
+    options = {
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": "1G",
+        "enable_auto_tool_choice": True,
+        "tool_call_parser": "hermes",
+    }
+    args = parse(model, "base", options)
+    made = []
+
+    def core(*_args, **_more):
+        from transformers import AutoTokenizer
+
+        made.append(Scripted(AutoTokenizer.from_pretrained(model)(STORY, add_special_tokens=False)["input_ids"]))
+        return made[0]
+
+    monkeypatch.setattr(EngineCoreClient, "make_async_mp_client", core)
+    with _own_series(CollectorRegistry()):
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), stat_loggers=[])
+    llm.output_processor.__class__, llm.output_processor.plain = Outputs, True
+    app = build_app(args, ("generate",), llm.model_config)
+    await init_app_state(llm, app.state, args, ("generate",))
+    short = []
+
+    async def endpoint(scope, receive, send):
+        message = await receive()
+        way = express(scope, json.loads(message["body"]), send)
+        watch = Watch(express=way)
+        again = [message]
+
+        async def replay():
+            return again.pop() if again else await receive()
+
+        token = watching.set(watch)
+        try:
+            await app(scope, replay, way.send if way else send)
+        finally:
+            watching.reset(token)
+        short.append(bool(way and way.taken and way.learnt))
+
+    server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=_impatient(60), lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}{path}"
+    told = []
+    async with httpx.AsyncClient(timeout=60) as client:
+        for more in ({}, {"echo": False}):
+            ask = {"model": "base", "max_tokens": 200, "stream": True, "stream_options": {"include_usage": True}}
+            told.append((await client.post(url, json={**ask, **asked, **more})).raise_for_status().text)
+    server.should_exit = True
+    await serving
+    llm.shutdown()
+    assert short == [True, False]
+
+    def shape(text: str):
+        chunks = [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+        assert text.endswith("data: [DONE]\n\n")
+        holders = [one.get("delta", one) for chunk in chunks for one in chunk["choices"]]
+        words = [holder.get("content", holder.get("text")) for holder in holders]
+        shapes = []
+        for chunk in chunks:
+            for one in chunk["choices"]:
+                holder = one.get("delta", one)
+                holder.update({key: "" for key in ("content", "text") if key in holder})
+            bare = {**chunk, "id": "", "created": 0}
+            if bare not in shapes:
+                shapes.append(bare)
+        return "".join(words), shapes
+
+    assert shape(told[0]) == shape(told[1])
+    assert shape(told[0])[0] == STORY

@@ -1,0 +1,170 @@
+"""A version's baseline survives restarts, fits what it was made for, and alarms on evidence and effect together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from serve.drift.baseline import Baseline, Phase, Provenance, Signal, Tolerance
+from serve.drift.features import LOGPROB, OUTPUT, PROMPT
+from serve.errors import ConfigError
+
+MINE = Provenance("acme/tone", "1a7b88586afe", embedding="e" * 64, tokenizer="t" * 64, seed=5)
+
+
+def rows(rng, *, topic=0.0, refusals=0.02, logprob=-1.0):
+    prompt = rng.standard_normal(33) + topic * (np.arange(33) == 4)
+    output = rng.standard_normal(37)
+    output[2] = rng.random() < refusals
+    stats = [logprob + 0.3 * rng.standard_normal(), -5 + rng.standard_normal(), 1 + 0.1 * rng.standard_normal()]
+    return {PROMPT: prompt, OUTPUT: output, LOGPROB: np.concatenate((stats, [output[0]], prompt))}
+
+
+def feed(baseline, rng, n, **how):
+    alarms = []
+    for _ in range(n):
+        alarms += [kind for kind, row in rows(rng, **how).items() if baseline.signals[kind].update(row)]
+    return alarms
+
+
+def small(provenance=MINE):
+    baseline = Baseline(provenance)
+    baseline.configure(threshold=1e4, tolerance=Tolerance(), needed=dict.fromkeys((PROMPT, OUTPUT, LOGPROB), 200))
+    return baseline
+
+
+def test_the_first_requests_become_the_reference():
+    baseline, rng = small(), np.random.default_rng(1)
+    feed(baseline, rng, 199)
+    assert {signal.phase for signal in baseline.signals.values()} == {Phase.GATHERING}
+    assert baseline.signals[PROMPT].gathered == 199 and baseline.signals[PROMPT].effects() == {}
+    feed(baseline, rng, 1)
+    assert {signal.phase for signal in baseline.signals.values()} == {Phase.WATCHING}
+    assert feed(baseline, rng, 500) == []
+    assert baseline.signals[OUTPUT].samples == 500
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "effect"),
+    [
+        (PROMPT, {"topic": 2.0}, "rank_shift"),
+        (OUTPUT, {"refusals": 0.5}, "refusal"),
+        (LOGPROB, {"logprob": -1.5}, "logprob"),
+    ],
+)
+def test_what_moves_far_alarms_on_its_own_signal(kind, how, effect):
+    baseline, rng = small(), np.random.default_rng(2)
+    feed(baseline, rng, 500)
+    assert feed(baseline, rng, 250, **how) == [kind]
+    signal = baseline.signals[kind]
+    assert signal.alarmed and signal.alarms == 1 and effect in signal.beyond()
+    assert abs(signal.changed_at - 300) <= 40
+    if effect == "logprob":
+        assert signal.effects()[effect] == pytest.approx(-0.5, abs=0.15)
+    signal.acknowledge()
+    assert not signal.alarmed and not signal.drifted and signal.log_evidence == -np.inf
+
+
+def test_what_moves_a_little_is_evidence_and_no_alarm():
+    rng = np.random.default_rng(3)
+    signal = Signal(LOGPROB, needed=2000, threshold=1e4, tolerance=Tolerance(rank_shift=0.5))
+    for _ in range(2000):
+        signal.update(rows(rng)[LOGPROB])
+    for _ in range(3000):
+        signal.update(rows(rng, logprob=-1.08)[LOGPROB])
+    assert signal.drifted and not signal.alarmed
+    assert signal.movers(1)[0][0] == "mean_logprob"
+
+
+@pytest.mark.parametrize("n", [0, 77, 200, 431])
+def test_a_restart_keeps_everything_to_the_bit(tmp_path, n):
+    baseline, rng = small(), np.random.default_rng(4)
+    feed(baseline, rng, n)
+    baseline.probe = {"logprobs": rng.standard_normal((32, 20)), "noise": np.array(0.04)}
+    baseline.save(tmp_path / "tone")
+    twin = Baseline.load(tmp_path / "tone", MINE)
+    twin.configure(threshold=1e4, tolerance=Tolerance())
+    seed = np.random.default_rng(9)
+    more = [rows(seed, topic=1.5) for _ in range(300)]
+    for each in more:
+        for kind, row in each.items():
+            assert baseline.signals[kind].update(row) == twin.signals[kind].update(row)
+    for kind, signal in baseline.signals.items():
+        ours, theirs = signal.state(), twin.signals[kind].state()
+        assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert np.array_equal(baseline.probe["logprobs"], twin.probe["logprobs"])
+
+
+def test_saving_again_leaves_one_pair_of_files(tmp_path):
+    baseline, rng = small(), np.random.default_rng(5)
+    for _ in range(3):
+        feed(baseline, rng, 100)
+        baseline.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    # A kill between the two renames leaves arrays that nobody names, and the pair from before.
+    (tmp_path / f"baseline-{'0' * 64}.npz").write_bytes(b"torn")
+    assert Baseline.load(tmp_path, MINE).signals[PROMPT].samples == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"embedding": "f" * 64}, "another embedding table"),
+        ({"tokenizer": "f" * 64}, "another tokenizer"),
+        ({"version": "0" * 12}, "another version"),
+        ({"adapter": "tone"}, "another adapter"),
+        ({"features": 99}, "another release"),
+    ],
+)
+def test_a_baseline_of_something_else_is_refused(tmp_path, change, said):
+    small().save(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        Baseline.load(tmp_path, replace(MINE, **change))
+
+
+def test_a_damaged_baseline_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match="build it again"):
+        Baseline.load(tmp_path, MINE)
+    baseline = small()
+    feed(baseline, np.random.default_rng(6), 250)
+    said = baseline.save(tmp_path)
+    (arrays,) = tmp_path.glob("*.npz")
+    whole = arrays.read_bytes()
+    arrays.write_bytes(whole[:-100])
+    with pytest.raises(ConfigError, match="not the ones that were written"):
+        Baseline.load(tmp_path, MINE)
+    arrays.write_bytes(whole)
+    for broken in ('{"format": 99}', "[]", "{", json.dumps(json.loads(said.read_text()) | {"arrays": "../x.npz"})):
+        said.write_text(broken)
+        with pytest.raises(ConfigError, match="build it again"):
+            Baseline.load(tmp_path, MINE)
+
+
+def test_the_next_version_inherits_the_prompts_and_not_the_answers():
+    baseline, rng = small(), np.random.default_rng(7)
+    feed(baseline, rng, 400)
+    heir = baseline.successor(replace(MINE, version="2" * 12))
+    assert heir.signals[PROMPT].phase is Phase.WATCHING and heir.signals[PROMPT].samples == 200
+    assert heir.signals[OUTPUT].phase is Phase.GATHERING and heir.signals[OUTPUT].gathered == 0
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        baseline.successor(replace(MINE, tokenizer="x"))
+
+
+def test_a_shipped_baseline_watches_from_the_first_request():
+    rng = np.random.default_rng(8)
+    prompts = [rows(rng)[PROMPT] for _ in range(100)]
+    baseline = Baseline.build(MINE, {PROMPT: prompts})
+    assert baseline.provenance.origin == "shipped" and baseline.signals[PROMPT].phase is Phase.WATCHING
+    assert baseline.signals[OUTPUT].phase is Phase.GATHERING
+    with pytest.raises(ConfigError, match="at least 20"):
+        Baseline.build(MINE, {PROMPT: prompts[:5]})
+
+
+def test_a_row_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="33 numbers"):
+        Signal(PROMPT).update([1.0])
+    with pytest.raises(ValueError, match="not finite"):
+        Signal(PROMPT).update(np.full(33, np.nan))

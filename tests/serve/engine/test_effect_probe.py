@@ -1,0 +1,95 @@
+"""Loaded means that it changes the output."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from serve.config import load
+from serve.engine.effect_probe import effect
+from serve.errors import ConfigError
+from tests.serve.conftest import upload
+
+
+async def test_what_an_upload_changes_is_measured_and_kept(client, backend, make_adapter):
+    pushed = (await client.post("/v1/adapters", **upload(make_adapter()))).json()
+    assert pushed["checks"] == {"effect": 0.5, "effect_needed": 0.08, "base_model": backend.model}
+    shown = (await client.get("/v1/adapters/tone")).json()
+    assert shown["versions"][0]["checks"] == pushed["checks"]
+
+
+async def test_an_adapter_that_loads_and_changes_nothing_is_refused_and_leaves_nothing(
+    client, backend, config, make_adapter
+):
+    backend.effects["tone"] = 0.01
+    refused = await client.post("/v1/adapters", **upload(make_adapter()))
+    assert refused.status_code == 422
+    error = refused.json()["error"]
+    assert error["code"] == "no_effect"
+    assert "0.0100" in error["message"] and "0.0800" in error["message"]
+    assert (await client.get("/v1/adapters")).json()["data"] == []
+
+
+async def test_an_adapter_that_overflows_is_refused(client, backend, make_adapter):
+    backend.effects["tone"] = math.nan
+    refused = await client.post("/v1/adapters", **upload(make_adapter()))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "not_finite")
+
+
+async def test_an_adapter_that_ruins_a_plain_text_is_refused_where_a_bound_is_set(
+    connect, config, backend, make_adapter
+):
+    async with connect(replace(config, probe_max_perplexity=4.0)) as client:
+        backend.effects |= {"wild": 2.0, "mild": 1.0}
+        wild = await client.post("/v1/adapters", **upload(make_adapter(0), name="wild"))
+        mild = await client.post("/v1/adapters", **upload(make_adapter(1), name="mild"))
+    assert (wild.status_code, wild.json()["error"]["code"]) == (422, "perplexity")
+    assert "7.39 times" in wild.json()["error"]["message"]
+    assert mild.json()["checks"]["perplexity_ratio"] == pytest.approx(math.e, abs=1e-3)
+
+
+async def test_without_the_probe_an_upload_is_only_inspected(connect, config, backend, make_adapter):
+    backend.effects["tone"] = 0.0
+    async with connect(replace(config, probe=False)) as client:
+        assert (await client.post("/v1/adapters", **upload(make_adapter()))).status_code == 201
+    assert backend.probes == []
+
+
+async def test_the_base_is_measured_once_and_not_for_each_upload(client, backend, make_adapter):
+    measured = backend.probes.count(None)
+    for seed in range(3):
+        await client.post("/v1/adapters", **upload(make_adapter(seed)))
+    assert backend.probes.count(None) == measured
+
+
+async def test_a_base_that_differs_from_itself_asks_for_more(connect, config, backend, make_adapter, monkeypatch):
+    probe, calls = backend.probe, 0
+
+    async def noisy(adapter_id, prompts):
+        nonlocal calls
+        calls += adapter_id is None
+        noise = 0.4 if adapter_id is None and len(prompts) == 1 else 0.0
+        return [{token: value + noise for token, value in one.items()} for one in await probe(adapter_id, prompts)]
+
+    monkeypatch.setattr(backend, "probe", noisy)
+    async with connect(config) as client:
+        refused = await client.post("/v1/adapters", **upload(make_adapter()))
+    assert refused.status_code == 422
+    assert "0.8000 is needed" in refused.json()["error"]["message"]
+
+
+def test_the_effect_is_a_mean_and_a_token_that_fell_out_of_the_list_counts_as_its_end():
+    assert effect([{1: -1.0, 2: -2.0}], [{1: -1.5, 2: -2.0}]) == pytest.approx(0.25)
+    assert effect([{1: -1.0, 2: -2.0}], [{1: -1.0, 3: -1.8}]) == pytest.approx(0.0)
+    assert effect([{1: -1.0, 2: -2.0}], [{3: -4.0, 4: -5.0}]) == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize(
+    "words", [["--probe-min-effect", "-1"], ["--probe=perhaps"], ["--probe-max-perplexity", "nan"]]
+)
+def test_a_probe_setting_that_makes_no_sense_is_a_sentence(words):
+
+    with pytest.raises(ConfigError, match="probe"):
+        load(words, {})

@@ -1,0 +1,35 @@
+"""The server shows the manifest of the export that it serves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from serve.models.manifest import gist
+
+MANIFEST = {
+    "key": "abc",
+    "parent": {"name": "smollm2", "files": {}},
+    "steps": [{"step": "quantize", "options": {"scheme": "w8a8"}, "notes": {"kept": {}}}],
+    "scores": {"perplexity": 18.0, "top1": 0.93, "samples": ["long"]},
+    "gate": {"passed": True, "bounds": []},
+}
+
+
+def test_an_export_is_gist_by_its_manifest(tmp_path: Path):
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    assert gist(str(tmp_path)) == {
+        "key": "abc",
+        "parent": "smollm2",
+        "steps": [{"step": "quantize", "scheme": "w8a8"}],
+        "scores": {"perplexity": 18.0, "top1": 0.93},
+        "gate_passed": True,
+    }
+
+
+def test_any_other_model_is_not(tmp_path: Path):
+    assert gist(str(tmp_path)) is None
+    for broken in ("{", "[]", '{"key": 1}'):
+        (tmp_path / "manifest.json").write_text(broken)
+        assert gist(str(tmp_path)) is None
+    assert gist("org/name") is None

@@ -1,0 +1,27 @@
+"""The sizes that a plan names are those that the files and vLLM's shapes have."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve.errors import ConfigError
+from serve.models.memory_plan import plan
+from tests.serve.conftest import HIDDEN, LAYERS
+
+
+def test_the_sizes_follow_from_the_configuration(tiny_model):
+    told = plan(str(tiny_model), max_loras=3, max_cpu_loras=5, rank=4, kv_cache=1 << 20)
+    # q, k, v, o are square; gate and up double the width, down halves it. Two bytes a number, A and B.
+    sides = LAYERS * (4 * 2 * HIDDEN + 3 * 3 * HIDDEN)
+    assert told.adapter == 2 * 4 * sides
+    assert told.host == 5 * told.adapter
+    assert told.slots == 3 * 2 * 4 * (sides + 2 * (HIDDEN + 32))
+    assert told.kv_token == 2 * LAYERS * HIDDEN * 2  # keys and values of two heads of half the width
+    assert told.tokens == (1 << 20) // told.kv_token
+    assert told.total == told.weights + told.kv_cache + told.slots + told.host + told.overhead
+    assert told.fits == (told.total <= told.free)
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        plan(str(tmp_path), max_loras=1, max_cpu_loras=1, rank=1, kv_cache=None)

@@ -1,0 +1,152 @@
+"""Two servers on one registry and one place for adapters: what one changes holds on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+import pytest
+
+from serve.config import keys_hashed
+from serve.errors import EngineUnavailable
+from tests.serve.adapters.test_fetch import s3  # noqa: F401
+from tests.serve.adapters.test_registry import database, postgres, url  # noqa: F401
+from tests.serve.api.test_app import ask, settled
+from tests.serve.conftest import FakeBackend, upload
+
+
+@pytest.fixture(params=["sqlite, files", "postgresql, s3"])
+def places(request, tmp_path):
+    """A database, and a folder by URL, that both see."""
+    if request.param == "sqlite, files":
+        return f"sqlite:///{tmp_path}/registry.db", f"file://{tmp_path}/shared"
+    request.getfixturevalue("s3")
+    return database(request.getfixturevalue("postgres")), "s3://models/adapters"
+
+
+@pytest.fixture
+async def pair(connect, config, tiny_model, tmp_path, places):
+    """Clients of two servers that have keys, and their backends."""
+    both = replace(config, registry=places[0], blobs=places[1], admin_keys=keys_hashed(["run"]))
+    backends = [FakeBackend(str(tiny_model)) for _ in range(2)]
+    async with AsyncExitStack() as stack:
+        clients = []
+        for number, backend in enumerate(backends):
+            one = replace(both, data_dir=tmp_path / f"data-{number}")
+            clients.append(await stack.enter_async_context(connect(one, backend)))
+            clients[-1].headers["authorization"] = "Bearer run"
+        yield *clients, *backends
+
+
+async def test_what_one_was_told_the_other_answers_from_at_once(pair, make_adapter):
+    one, other, mine, _ = pair
+    for seed in (0, 1):
+        told = await one.post("/v1/adapters", **upload(make_adapter(seed)))
+        assert told.status_code == 201, told.text
+        assert (await ask(other, "tone")).json() == {"model": told.json()["id"]}
+    first, second = (version["id"] for version in (await other.get("/v1/adapters/tone")).json()["versions"])
+    for number in (1, 2, 1, 2, 1):
+        asked, told = (one, other) if number == 1 else (other, one)
+        assert (await asked.post("/v1/adapters/tone/promote", json={"version": number})).status_code == 200
+        live = [first, second][number - 1]
+        assert [(await ask(client, "tone")).json()["model"] for client in (told, asked, told)] == [live] * 3
+    assert (await ask(other, "tone@v2")).json() == {"model": second}
+    assert await settled(lambda: second not in mine.held), "the version that does not serve any more stays loaded"
+
+
+async def test_a_promote_is_loaded_by_the_other_though_nobody_asks(pair, make_adapter):
+    one, other, _, theirs = pair
+    told = (await one.post("/v1/adapters", **upload(make_adapter()))).json()
+    assert await settled(lambda: told["id"] in theirs.held, 10)
+    rows = (await other.get("/v1/replicas")).json()["data"]
+    assert len(rows) == 2 and len({row["id"] for row in rows}) == 2
+    assert [row["me"] for row in rows].count(True) == 1
+
+
+async def test_a_key_that_one_issued_opens_the_other_until_it_is_revoked(pair):
+    one, other, *_ = pair
+    made = (await one.post("/v1/keys", json={"name": "ci"})).json()
+    bearer = {"authorization": f"Bearer {made['secret']}"}
+    assert (await other.get("/v1/models", headers=bearer)).status_code == 200
+    assert (await one.delete(f"/v1/keys/{made['id']}")).status_code == 200
+    assert (await other.get("/v1/models", headers=bearer)).status_code == 401
+
+
+async def test_what_one_deletes_the_other_forgets(pair, make_adapter):
+    one, other, _, theirs = pair
+    told = (await one.post("/v1/adapters", **upload(make_adapter()))).json()
+    assert (await ask(other, "tone")).status_code == 200
+    assert (await one.delete("/v1/adapters/tone")).status_code == 200
+    assert (await ask(other, "tone")).status_code == 404
+    assert await settled(lambda: told["id"] not in theirs.held)
+
+
+async def test_a_swap_of_the_base_is_followed(pair, make_adapter, tiny_model, tmp_path):
+    one, other, *_ = pair
+    await one.post("/v1/adapters", **upload(make_adapter()))
+    export = shutil.copytree(tiny_model, tmp_path / "export")
+    assert (await one.post("/v1/engines/base/swap", json={"model": str(export)})).status_code == 200
+    base = other._transport.app.state.parts.fleet.first
+    assert await settled(lambda: base.model == str(export), 5)
+    assert (await ask(other, "tone")).status_code == 200
+
+
+async def test_answers_go_on_while_the_registry_does_not(pair, make_adapter):
+    one, other, *_ = pair
+    await one.post("/v1/adapters", **upload(make_adapter()))
+    assert (await ask(other, "tone")).status_code == 200
+    registry = other._transport.app.state.parts.fleet._base_of.__self__
+
+    def gone():
+        raise EngineUnavailable("the registry is gone")
+
+    registry.stamp = gone
+    assert (await ask(other, "tone")).status_code == 200
+
+
+async def test_a_change_after_another_server_s_loses_neither(url):  # noqa: F811
+    from serve.adapters.adapter import Inspection
+    from serve.adapters.registry import Registry
+
+    found = Inspection(rank=8, base="toy", target_modules=("q_proj",), nbytes=1, tensors=2)
+    with Registry(url) as one, Registry(url) as other:
+        one.add("a", found, "a" * 64, by="one")
+        other.add("b", found, "b" * 64, by="other")
+        assert other.live("a") and other.live("b")
+        before = one.stamp()
+        one.refresh()
+        assert one.live("b") and one.stamp() == before == other.stamp()
+
+
+async def test_the_swap_proof_holds_with_two_servers_in_turn(pair, make_adapter):
+    """A hundred promotes, each by one of the two, under clients that go from one to the other."""
+    one, other, *_ = pair
+    ids = [(await one.post("/v1/adapters", **upload(make_adapter(seed)))).json()["id"] for seed in (0, 1)]
+    acknowledged, seen, stale, stop = [2], {}, [], False
+
+    async def client(number):
+        turn = number
+        while not stop:
+            turn += 1
+            floor = acknowledged[0]
+            told = (await ask((one, other)[turn % 2], "tone")).json()["model"]
+            # Promotes are numbered; the live version is that number's parity.
+            if floor == acknowledged[0] == begun[0] and told != ids[1 - floor % 2]:
+                stale.append((floor, told))
+            seen[told] = seen.get(told, 0) + 1
+
+    begun = [2]
+    crowd = [asyncio.create_task(client(number)) for number in range(8)]
+    for number in range(3, 43):
+        begun[0] = number
+        server = (one, other)[number // 2 % 2]
+        told = await server.post("/v1/adapters/tone/promote", json={"version": 2 - number % 2})
+        assert told.status_code == 200
+        acknowledged[0] = number
+        await asyncio.sleep(0.02)
+    stop = True
+    await asyncio.gather(*crowd)
+    assert not stale
+    assert len(seen) == 2

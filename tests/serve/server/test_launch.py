@@ -1,0 +1,153 @@
+"""`loradock serve` that cannot serve says so in one sentence, quickly, and exits non-zero."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+import uvicorn
+
+from serve.errors import ConfigError
+from serve.models import hardware
+from serve.server.launch import _impatient, _told_briefly
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("LORADOCK_")}
+    command = [sys.executable, "-m", "serve.cli", *arguments]
+    return subprocess.run(command, env=kept | environ, capture_output=True, text=True, timeout=120)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr + done.stdout
+    for words in says:
+        assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.fixture
+def data(tmp_path):
+    return f"--data-dir={tmp_path / 'data'}"
+
+
+def test_a_wrong_flag_names_the_nearest(data):
+    assert_refused(run("serve", data, "--max-lorass", "3"), "--max-lorass", "--max-loras")
+
+
+def test_a_missing_model(data):
+    assert_refused(run("serve", "./nowhere", data, "--port", "0"), "./nowhere", "checkpoint directory")
+
+
+def test_a_folder_that_is_no_model(tmp_path, data):
+    assert_refused(run("serve", str(tmp_path), data, "--port", "0"), "config.json")
+
+
+def test_an_adapter_is_not_a_model(make_adapter, data):
+    assert_refused(run("serve", str(make_adapter()), data, "--port", "0"), "LoRA adapter", "loradock adapters push")
+
+
+def test_a_port_in_use(tiny_model, data):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert_refused(run("serve", str(tiny_model), data, "--port", str(port)), str(port), "--port")
+
+
+def test_too_little_memory(tiny_model, data):
+    if not hardware.on_cpu():
+        pytest.skip("the engine's memory is the GPU's")
+    done = run("serve", str(tiny_model), data, "--port", "0", "--kv-cache-memory-bytes", "9000G")
+    assert_refused(done, "9000.0 GiB of KV cache", "lower kv_cache_memory_bytes")
+
+
+def test_a_public_address_without_keys(tiny_model, data):
+    assert_refused(run("serve", str(tiny_model), data, "--host", "0.0.0.0"), "0.0.0.0", "LORADOCK_ADMIN_KEYS")
+
+
+def test_a_data_directory_that_another_server_uses(tiny_model, tmp_path, data):
+    from serve.server.launch import own
+
+    with own(tmp_path / "data"):
+        assert_refused(run("serve", str(tiny_model), data, "--port", "0"), "another loradock")
+
+
+def test_a_data_directory_that_cannot_be(tiny_model):
+    assert_refused(run("serve", str(tiny_model), "--data-dir=/proc/nowhere", "--port", "0"), "--data-dir")
+
+
+def test_help_is_quick_and_loads_no_engine():
+    code = "import sys; sys.argv=['loradock','serve','--help']\n"
+    code += "try:\n from serve.cli.main import main; main()\nfinally: "
+    code += "assert not {'torch','vllm','transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Examples" in done.stdout
+
+
+def test_the_cores_and_libraries_that_somebody_chose_are_left_alone():
+    given = {"VLLM_CPU_OMP_THREADS_BIND": "0", "LD_PRELOAD": "/x/libgomp.so:/x/libjemalloc.so"}
+    assert not hardware.one_process(given, workers=1)
+    assert hardware.cpu_environment(given, together=False) == {"LD_PRELOAD": given["LD_PRELOAD"]}
+    given = {"OMP_NUM_THREADS": "1", "KMP_AFFINITY": "none", "KMP_BLOCKTIME": "0", "KMP_TPAUSE": "1"}
+    assert not given.keys() & hardware.cpu_environment(given, together=True).keys()
+
+
+def test_on_a_small_machine_every_core_computes_in_the_engine_process(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {1, 0})
+    assert hardware.one_process({}, workers=1)
+    assert not hardware.one_process({}, workers=2)
+    assert "proclist=[0,1]" in hardware.cpu_environment({}, together=True)["KMP_AFFINITY"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    assert not hardware.one_process({}, workers=1)
+
+
+def test_memory_that_does_not_suffice_is_a_sentence():
+    with pytest.raises(ConfigError, match="do not fit"):
+        hardware.check_memory(1 << 50, 0)
+
+
+def test_an_answer_that_outlasts_the_grace_period_is_a_line_and_no_traceback(caplog, monkeypatch):
+    logger = logging.getLogger("uvicorn.error")
+    monkeypatch.setattr(logger, "disabled", False)  # a server that ran in this process has set up logging its way
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.addFilter(_told_briefly)
+    try:
+        for error in (asyncio.CancelledError("timeout"), RuntimeError("a real one")):
+            logger.error("Exception in ASGI application\n", exc_info=error)
+    finally:
+        logger.removeFilter(_told_briefly)
+    cut, broken = caplog.records
+    assert cut.exc_info is None and "the grace period is over" in cut.getMessage()
+    assert broken.exc_info and "a real one" in caplog.text
+
+
+async def test_a_connection_that_never_asks_is_closed_and_one_that_asks_is_kept():
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.4)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, http=_impatient(0.2), lifespan="off", log_level="error"))
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = sock.getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost:")
+        assert await asyncio.wait_for(reader.read(), 2) == b""
+        writer.close()
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            for _ in range(2):  # each takes longer than a silent connection has
+                assert (await client.get("/")).text == "ok"
+        server.should_exit = True
+        await serving

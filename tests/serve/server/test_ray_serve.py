@@ -1,0 +1,93 @@
+"""What a cluster of replicas decides without Ray: how many there are, when one is ready, and what they share."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+
+from serve.config import load
+from serve.errors import ConfigError
+from serve.server.ray_serve import FirstTokens, Ready, by_load, shared
+
+
+def context(requests=0.0, replicas=1, first_tokens=None, least=1, most=8):
+    late = {"first_token_seconds": first_tokens} if first_tokens is not None else None
+    return SimpleNamespace(
+        total_num_requests=requests,
+        current_num_replicas=replicas,
+        aggregated_metrics=late,
+        capacity_adjusted_min_replicas=least,
+        capacity_adjusted_max_replicas=most,
+    )
+
+
+@pytest.mark.parametrize(
+    "there, wanted",
+    [
+        (context(requests=0), 1),
+        (context(requests=40), 3),
+        (context(requests=4000), 8),
+        (context(requests=1, replicas=2, least=2), 2),
+        (context(requests=1, replicas=3, first_tokens={"a": 0.5, "b": 3.0}), 4),
+        (context(requests=1, replicas=3, first_tokens={"a": 0.5, "b": 0.0}), 1),
+        (context(requests=1, replicas=8, first_tokens={"a": 9.0}), 8),
+    ],
+)
+def test_replicas_follow_the_queue_and_the_first_token(there, wanted):
+    assert by_load(16, 2.0)(there) == (wanted, {})
+
+
+def test_without_a_bound_first_tokens_may_come_when_they_like():
+    assert by_load(16, 0.0)(context(requests=1, first_tokens={"a": 99.0})) == (1, {})
+
+
+def test_what_replicas_share_travels_and_is_in_the_data_directory_unless_said_otherwise(tmp_path):
+    config = load(["--ray", "--replicas", "2", "--data-dir", str(tmp_path), "--max-loras", "4"], {})
+    one = pickle.loads(pickle.dumps(shared(config, several=False)))
+    assert one.registry == f"sqlite:///{tmp_path}/registry.sqlite"
+    assert one.blobs == f"file://{tmp_path}/blobs"
+    assert one.bases[0].engine == {"max_loras": "4"}
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--registry", "postgresql://x"), ("--blobs", "s3://x", "--registry", "sqlite:///x")]
+)
+def test_several_machines_need_a_registry_and_blobs_that_all_of_them_reach(more):
+    with pytest.raises(ConfigError, match="all of them reach"):
+        shared(load(["--ray", *more], {}), several=True)
+
+
+def test_replicas_without_ray_are_a_sentence():
+    with pytest.raises(ConfigError, match="add --ray"):
+        load(["--replicas", "2"], {})
+
+
+def test_first_tokens_are_those_of_the_last_half_minute():
+    now = [0.0]
+    tokens = FirstTokens(lambda: now[0])
+    assert tokens.mean() == 0.0
+    for first in (1.0, 3.0, None):
+        tokens.take(SimpleNamespace(first=first, status=200))
+    assert tokens.mean() == 2.0
+    now[0] = 31.0
+    assert tokens.mean() == 0.0
+
+
+@pytest.mark.parametrize("wrong, said", [("", "complete"), ("no memory", "failed")])
+async def test_a_replica_is_ready_when_its_engine_is(wrong, said):
+    order = []
+
+    async def app(scope, receive, send):
+        await send({"type": "lifespan.startup.complete"})
+
+    async def wait():
+        order.append("engine")
+        return wrong
+
+    async def send(message):
+        order.append(message["type"])
+
+    await Ready(app, wait)({"type": "lifespan"}, None, send)
+    assert order == ["engine", f"lifespan.startup.{said}"]

@@ -1,0 +1,81 @@
+"""What is captured is the text as the model saw it, redacted, and forgotten again; optimize calibrates on it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from optimize.data import text
+from optimize.recipe import Text
+from serve.asgi.exchange import Exchange, Generation
+from serve.telemetry.capture import HOUR, Capture
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A checkpoint folder with a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = ["<user>", "<end>", "call", "555-1234", "now", "the", "river", "bread"]
+    inner = Tokenizer(models.WordLevel({word: at for at, word in enumerate(names)}, "<end>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["<user>", "<end>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def exchange(prompt: list[int], output: list[int], status: int = 200) -> Exchange:
+    made = (Generation(prompt, output, "stop"),)
+    return Exchange("tone", "v1", status, 0.1, 0.2, generations=made)
+
+
+def test_requests_are_lines_that_calibration_reads(words):
+    capture = Capture(words / "captured", lambda adapter: str(words), redact=[r"\d{3}-\d{4}"])
+    capture.start()
+    capture.offer(exchange([0, 2, 3, 4], [5, 6]))
+    capture.offer(exchange([0, 7], [5]))
+    capture.offer(exchange([0, 2], [4], status=500))
+    capture.stop()
+    (file,) = (words / "captured").iterdir()
+    assert (words / "captured").stat().st_mode & 0o077 == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["text"] for line in lines] == ["<user> call [redacted] now the river", "<user> bread the"]
+    assert text.documents(Text(text=str(words / "captured")), False) == [line["text"] for line in lines]
+
+
+def test_an_hour_has_a_bound_and_is_forgotten(words):
+    now = [HOUR * 1000.0]
+    capture = Capture(words / "captured", lambda adapter: str(words), hours=2, limit=100, clock=lambda: now[0])
+    (words / "captured").mkdir()
+    for _ in range(5):
+        capture._keep(exchange([0, 2, 4], [5, 6]))
+    assert (words / "captured/1000.jsonl").stat().st_size <= 100 and capture.dropped > 0
+    now[0] += 3 * HOUR
+    capture._keep(exchange([0, 2], [5]))
+    assert [file.name for file in (words / "captured").iterdir()] == ["1003.jsonl"]
+
+
+def test_a_tokenizer_that_is_not_there_stops_nothing(words, caplog):
+    capture = Capture(words / "captured", lambda adapter: str(words / "none"))
+    capture.start()
+    capture.offer(exchange([0], [5]))
+    capture.stop()
+    assert "was not captured" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_a_server_captures_only_when_it_is_told_to(asked, connect, config, backend, words, tmp_path):
+    model = shutil.copytree(config.model, tmp_path / "model")
+    shutil.copyfile(words / "tokenizer.json", model / "tokenizer.json")
+    config, backend.model = replace(config, model=str(model)), str(model)
+    backend.generation = replace(backend.generation, prompt=[0, 2, 4], output=[5, 6])
+    async with connect(replace(config, capture_text=asked)) as client:
+        body = {"model": (await client.get("/v1/models")).json()["data"][0]["id"], "prompt": "call now"}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+    found = list((config.data_dir / "captured").glob("*.jsonl"))
+    assert len(found) == int(asked)
+    if asked:
+        assert json.loads(found[0].read_text())["text"] == "<user> call now the river"

@@ -1,0 +1,320 @@
+"""What we use of vLLM, by name: when the pin moves, this says first what moved with it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import re
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import terminate_if_errored
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, DPLBAsyncMPClient
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.stats import IterationStats, RequestStateStats
+from vllm.v1.outputs import LogprobsLists
+from vllm.v1.worker import gpu_input_batch, gpu_model_runner
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+from serve.asgi.exchange import Watch, watching
+from serve.config import engine_options
+from serve.errors import ConfigError, EngineUnavailable
+from serve.gateway.inference import RANK, salted
+from serve.vllm_backend.backend import Pulse, VLLMBackend, _own_series, parse
+from serve.vllm_backend.output_processor import Outputs, Timed, ask_logprobs
+
+
+def test_the_engine_still_has_what_we_call():
+    for name in ("from_engine_args", "shutdown", "add_lora", "remove_lora", "list_loras", "get_supported_tasks"):
+        assert callable(getattr(AsyncLLM, name))
+    assert "self.request_states: dict[str, RequestState]" in inspect.getsource(OutputProcessor.__init__)
+    assert isinstance(AsyncLLM.errored, property)
+    assert "self.output_handler: asyncio.Task" in inspect.getsource(AsyncLLM.__init__)
+    assert list(inspect.signature(build_app).parameters) == ["args", "supported_tasks", "model_config"]
+    assert list(inspect.signature(init_app_state).parameters) == ["engine_client", "state", "args", "supported_tasks"]
+    assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
+    taken = inspect.signature(AsyncLLM.generate).parameters
+    assert list(taken)[1:4] == ["prompt", "sampling_params", "request_id"]
+    assert {"lora_request", "priority"} <= set(taken)
+    assert SamplingParams(temperature=0, max_tokens=1, logprobs=20, prompt_logprobs=0, detokenize=False).clone()
+    assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
+
+
+def test_what_an_operator_is_told_of_an_engine_needs_no_engine(tiny_model):
+    backend = VLLMBackend(str(tiny_model), "base", {"data_parallel_size": 2})
+    assert (backend.seats, backend.ranks, backend.running, backend.waiting, backend.memory) == (0, 2, 0, 0, 0)
+    assert not backend.dead
+
+
+def test_data_parallel_ranks_are_still_reached_as_we_do():
+    assert RANK in inspect.getsource(GenerateBaseServing._get_data_parallel_rank).lower().encode()
+    assert list(inspect.signature(DPLBAsyncMPClient.call_utility_all_async).parameters) == ["self", "method", "args"]
+    assert '"collective_rpc", method, timeout, args, kwargs' in inspect.getsource(AsyncMPClient.collective_rpc_async)
+
+
+def test_the_places_where_answers_are_watched_are_still_there():
+    """serve.vllm_backend.output_processor subclasses these and reads what they leave."""
+    own = inspect.getsource(AsyncLLM.__init__)
+    assert "self.output_processor = OutputProcessor(" in own
+    add = inspect.getsource(AsyncLLM._add_request)
+    assert add.index("self.output_processor.add_request(") < add.index("self.engine_core.add_request_async(")
+    taken = list(inspect.signature(OutputProcessor.add_request).parameters)
+    assert taken[:3] == ["self", "request", "prompt"]
+    finished = list(inspect.signature(OutputProcessor._update_stats_from_finished).parameters)
+    assert finished[:3] == ["self", "req_state", "finish_reason"]
+    assert "req_state.logprobs_processor.update_from_output(engine_core_output)" in inspect.getsource(
+        OutputProcessor.process_outputs
+    )
+    for name in ("detokenizer", "logprobs_processor", "prompt_token_ids", "stats"):
+        assert f"self.{name} = " in inspect.getsource(RequestState.__init__)
+    assert {"queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts", "first_token_latency", "arrival_time"} <= {
+        field.name for field in dataclasses.fields(RequestStateStats)
+    }
+    assert LogprobsLists._fields[:2] == ("logprob_token_ids", "logprobs")
+
+
+def test_the_longest_wait_is_remembered_and_hidden_log_probabilities_stay_hidden():
+    timed = Timed(**vars(RequestStateStats(arrival_time=5.0)))
+    for now in (1.0, 1.5, 3.5, 4.0):
+        timed.last_token_ts = now
+    assert (timed.worst, timed.last_token_ts, timed.arrival_time) == (2.0, 4.0, 5.0)
+
+    params = SamplingParams(max_tokens=4)
+    request = SimpleNamespace(sampling_params=params)
+    state = SimpleNamespace(logprobs_processor=LogprobsProcessor(None, None, None, None, None, None))
+    ask_logprobs(request, state)
+    assert (params.logprobs, request.sampling_params.logprobs) == (None, 0), "others may share the params"
+    rows = LogprobsLists(np.array([[7], [8]]), np.array([[-0.5], [-1.5]]), np.array([1, 1]))
+    output = SimpleNamespace(new_logprobs=rows, new_prompt_logprobs_tensors=None, prompt_token_id_logprobs=None)
+    state.logprobs_processor.update_from_output(output)
+    assert state.logprobs_processor.kept == [-0.5, -1.5] and state.logprobs_processor.logprobs is None
+
+    asked = SimpleNamespace(sampling_params=SamplingParams(logprobs=2))
+    state = SimpleNamespace(logprobs_processor=None)
+    ask_logprobs(asked, state)
+    assert asked.sampling_params.logprobs == 2, "what a client asked for stays as it is"
+
+
+def processed(*, stream, logprobs=None, watch=None, n=4):
+    """vLLM's own output processor over what an engine would send of one request; the answers that came of it."""
+    processor = OutputProcessor(None, log_stats=True)
+    processor.__class__ = Outputs
+    kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
+    params = SamplingParams(max_tokens=n, output_kind=kind, detokenize=False, logprobs=logprobs)
+    rest = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
+    request = EngineCoreRequest(
+        "r-1", [1, 2, 3], sampling_params=params, arrival_time=time.time(), external_req_id="r", **rest
+    )
+    queue = RequestOutputCollector(kind, "r-1")
+    token = watching.set(watch)
+    try:
+        processor.add_request(request, None, None, 0, queue)
+    finally:
+        watching.reset(token)
+    answers = []
+    for step, at in enumerate((10.2, 10.3, 10.7, 10.8)[:n]):
+        events = None
+        if step == 0:
+            times = ((EngineCoreEventType.QUEUED, 10.0), (EngineCoreEventType.SCHEDULED, 10.1))
+            events = [EngineCoreEvent(kind, when) for kind, when in times]
+        rows = None
+        if request.sampling_params.num_logprobs is not None:
+            rows = LogprobsLists(np.array([[7 + step]]), np.array([[-0.5 * step]]), np.array([1]))
+        output = EngineCoreOutput("r-1", [7 + step], new_logprobs=rows, events=events)
+        output.finish_reason = FinishReason.LENGTH if step == 3 else None
+        processor.process_outputs([output], at, IterationStats())
+        while (answer := queue.get_nowait()) is not None:
+            answers.append(answer)
+    return processor, answers
+
+
+@pytest.mark.parametrize(("watch", "clients"), [(Watch(), 1), (Watch(background=True), 0), (None, 0)])
+def test_what_the_server_asks_by_itself_is_counted_apart_from_what_clients_ask(watch, clients):
+    processor, _ = processed(stream=True, watch=watch, n=2)  # it is under way
+    backend = VLLMBackend.__new__(VLLMBackend)
+    backend._llm = SimpleNamespace(output_processor=processor)
+    assert (backend.running, backend.background) == (clients, 1 - clients)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_request_is_seen_token_by_token_by_vllm_s_own_processor(stream, hidden):
+    watch = Watch(logprobs=hidden)
+    _, answers = processed(stream=stream, watch=watch)
+    assert all(answer.outputs[0].logprobs is None for answer in answers) and len(answers) == (4 if stream else 1)
+    (seen,) = [sequence.read() for sequence in watch.sequences]
+    assert (list(seen.prompt), list(seen.output), seen.finish_reason) == ([1, 2, 3], [7, 8, 9, 10], "length")
+    assert (seen.queue, seen.gap, seen.worst_gap) == pytest.approx((0.1, 0.2, 0.4))
+    assert time.time() - 5 < seen.first <= time.time()
+    assert seen.logprobs == ([0.0, -0.5, -1.0, -1.5] if hidden else None)
+
+
+def test_what_the_client_asked_for_is_looked_at_and_given():
+    watch = Watch(logprobs=True)
+    _, answers = processed(stream=True, logprobs=0, watch=watch)
+    assert all(len(answer.outputs[0].logprobs) == 1 for answer in answers)
+    assert watch.sequences[0].read().logprobs == [0.0, -0.5, -1.0, -1.5]
+
+
+def test_a_client_that_left_is_an_abort_and_an_unwatched_request_is_nobodys():
+    watch = Watch()
+    processor, _ = processed(stream=True, watch=watch, n=2)
+    processor.abort_requests(["r-1"], internal=True)
+    seen = watch.sequences[0].read()
+    assert (seen.finish_reason, list(seen.output)) == ("abort", [7, 8])
+    _, answers = processed(stream=True)
+    assert len(answers) == 4
+
+
+def test_the_workers_still_have_what_we_call():
+    assert list(inspect.signature(AsyncLLM.collective_rpc).parameters)[1:] == ["method", "timeout", "args", "kwargs"]
+    assert list(inspect.signature(LRUCacheWorkerLoRAManager._load_adapter).parameters) == ["self", "lora_request"]
+    for name in ("add_adapter", "remove_oldest_adapter", "_create_merged_loras_inplace", "__len__"):
+        assert callable(getattr(LRUCacheLoRAModelManager, name))
+    assert isinstance(LRUCacheLoRAModelManager.capacity, property)
+    assert "self._is_moe = " in inspect.getsource(LRUCacheLoRAModelManager.__init__)
+    assert "self.lora_manager = " in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    assert "self.input_batch = " in inspect.getsource(gpu_model_runner.GPUModelRunner.__init__)
+    assert "self.req_id_to_index" in inspect.getsource(gpu_input_batch.InputBatch.__init__)
+    # An adapter that is registered takes its slot in the step that needs it.
+    assert "self.add_adapter(lora)" in inspect.getsource(LRUCacheWorkerLoRAManager._apply_adapters)
+    assert "self._adapter_manager.activate_adapter" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    read = set(re.findall(r"lora_request\.(\w+)", inspect.getsource(LRUCacheWorkerLoRAManager._load_adapter)))
+    assert read <= {"lora_path", "lora_int_id", "lora_name", "is_3d_lora_weight"}, (
+        "the worker extension hands it only these"
+    )
+
+
+def test_the_engines_end_is_what_we_take_it_for():
+    """What supervision and a second engine in one process rest on."""
+    assert (
+        list(inspect.signature(StatLoggerBase.record).parameters)[1:]
+        == list(inspect.signature(Pulse.record).parameters)[1:]
+    )
+    assert "stat_loggers" in inspect.signature(AsyncLLM.from_engine_args).parameters
+    assert "engine_dead" in inspect.getsource(AsyncLLM.errored.fget)
+    assert callable(OutputProcessor.propagate_error)
+    assert "engine_manager" in BackgroundResources.__dataclass_fields__
+    assert "should_exit" in inspect.getsource(terminate_if_errored)
+    assert "app.state.server" in inspect.getsource(vllm_error)
+
+
+def test_each_engine_keeps_its_own_series():
+    """vLLM takes what another engine registered out of the process's registry when it builds one."""
+    first, second = CollectorRegistry(), CollectorRegistry()
+    for own in (first, second):
+        with _own_series(own):
+            unregister_vllm_metrics()
+            Counter("vllm:of_a_test", "One.").inc()
+    assert [len(list(own.collect())) for own in (first, second)] == [1, 1]
+    assert not [one for one in REGISTRY.collect() if one.name == "vllm:of_a_test"]
+
+
+async def test_a_call_that_a_stop_breaks_off_says_so():
+    backend = VLLMBackend("some/model", "m", {})
+    waiting = asyncio.create_task(backend._call(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    await backend.stop()
+    with pytest.raises(EngineUnavailable):
+        await waiting
+    cancelled = asyncio.create_task(backend._call(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+
+
+def test_an_engine_is_stalled_only_while_something_waits_for_it(monkeypatch):
+    backend = VLLMBackend("some/model", "m", {})
+    now = [100.0]
+    monkeypatch.setattr("serve.vllm_backend.backend.time.monotonic", lambda: now[0])
+    assert backend.stalled == 0 or backend._pulse.last
+    now[0] = 200.0
+    assert backend.stalled == 0, "nobody waits"
+    backend._calls.add(None)
+    now[0] = 210.0
+    assert backend.stalled == 10
+    backend._pulse.record(None, None)
+    now[0] = 213.0
+    assert backend.stalled == 3, "it took a step"
+
+
+def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():
+    adapter = LoRARequest(lora_name="acme/tone@0123456789ab", lora_int_id=1, lora_path="/blobs/0123")
+    base = {"mm_features": [], "prompt_embeds": None}
+    own = SimpleNamespace(**base, lora_request=adapter, cache_salt=None)
+    with_adapter, _ = kv_cache_utils.generate_block_hash_extra_keys(own, 0, 16, 0)
+    for tenant, salt in (("default", adapter.lora_name), ("a" * 64, "x" * 128), ("acme", None)):
+        made = salted(salt, tenant)
+        validate_cache_salt(made)
+        asked = SimpleNamespace(**base, lora_request=None, cache_salt=made)
+        keys, _ = kv_cache_utils.generate_block_hash_extra_keys(asked, 0, 16, 0)
+        assert keys and not {adapter.lora_name, with_adapter} & {keys, made, *keys}
+
+
+def test_the_options_read_as_text_are_the_ones_that_vllm_takes():
+    taken = set(vars(parse("some/model", "m", {})))
+    fields = {name for name in AsyncEngineArgs.__dataclass_fields__ if not name.startswith("_")}
+    assert fields <= set(engine_options())
+    unknown = {name for name in engine_options() if name not in taken}
+    assert unknown <= fields, "an option that we offer and vLLM's command line does not take"
+
+
+def test_options_arrive_as_vllm_types():
+    given = {
+        "max_loras": "3",
+        "enforce_eager": "true",
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
+    given |= {
+        "hf_overrides": {"a": 1},
+        "max_model_len": "2k",
+        "enable_auto_tool_choice": "1",
+        "tool_call_parser": "hermes",
+    }
+    args = parse("some/model", "m", given)
+    assert (args.max_loras, args.enforce_eager, args.enable_prefix_caching) == (3, True, False)
+    assert (args.kv_cache_memory_bytes, args.hf_overrides, args.max_model_len) == (1 << 30, {"a": 1}, 2000)
+    assert (args.enable_lora, args.served_model_name) == (True, ["m"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_loras": "many"}, "max-loras"),
+        ({"enforce_eager": "perhaps"}, "true or false"),
+        ({"max_lorass": 3}, "max_loras is"),
+        ({"tool_call_parser": "none-such", "enable_auto_tool_choice": True}, "none-such"),
+        ({"enable_auto_tool_choice": True}, "tool-call-parser"),
+        ({"max_lora_rank": 7}, "max-lora-rank"),
+    ],
+)
+def test_what_vllm_does_not_take_is_a_sentence(options, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        parse("some/model", "m", options)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,26 @@
+"""`python -m tests.support.lone MODEL DATA PORT`: the server in a process of its own, without an engine."""
+
+from __future__ import annotations
+
+import sys
+
+import uvicorn
+
+from serve.api.app import build_app
+from serve.config import load
+from serve.server.launch import _impatient
+from tests.serve.conftest import FakeBackend
+
+CLIENT_TIMEOUT = 2.0
+
+
+def main(model: str, data: str, port: str) -> None:
+    timeout = str(CLIENT_TIMEOUT)
+    config = load([model, "--name", "base", "--data-dir", data, "--port", port, "--client-timeout", timeout], {})
+    backend = FakeBackend(model)
+    app = build_app(config, backend)  # type: ignore[arg-type]
+    uvicorn.run(app, port=config.port, log_level="error", http=_impatient(CLIENT_TIMEOUT))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
