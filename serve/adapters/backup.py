@@ -25,6 +25,7 @@ from typing import Any
 from serve.adapters.adapter import FILES
 from serve.adapters.store import Store
 from serve.errors import ConfigError, LoradockError
+from serve.files import fsync, fsync_tree, rename
 
 FORMAT = 1
 REGISTRY, AUDIT, ABOUT = "registry.sqlite", "audit.jsonl", "backup.json"
@@ -64,13 +65,9 @@ def restore(file: Path, data_dir: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{file} is damaged: the bytes of {bad[0][:12]} are not what its name says ({len(bad)} such)"
             )
-        for folder, _, names in os.walk(staged):
-            for name in names:
-                _fsync(Path(folder) / name)
-            _fsync(Path(folder))
+        fsync_tree(staged)
         shutil.rmtree(data_dir, ignore_errors=True)
-        os.rename(staged, data_dir)
-        _fsync(data_dir.parent)
+        rename(staged, data_dir)
     return about
 
 
@@ -96,9 +93,8 @@ def _write(data_dir: Path, source: Path, out: Path) -> dict[str, Any]:
                 for name in FILES:
                     tar.add(data_dir / "blobs" / digest / name, f"blobs/{digest}/{name}")
         os.chmod(made, 0o600)
-        _fsync(made)
-        os.replace(made, out)
-        _fsync(out.parent)
+        fsync(made)
+        rename(made, out)
     return {**about, "bytes": out.stat().st_size}
 
 
@@ -146,11 +142,3 @@ def _aside(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

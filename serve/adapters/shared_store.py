@@ -8,7 +8,6 @@ about to register the same bytes again.
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Collection, Iterator
@@ -20,6 +19,7 @@ import fsspec
 
 from serve.adapters.adapter import FILES
 from serve.errors import ConfigError, EngineUnavailable, LoradockError, NotFound
+from serve.files import fsync, rename
 from serve.names import shown
 
 GRACE_SECONDS = 86_400.0
@@ -73,7 +73,8 @@ class SharedStore:
             return
         staged = f"{place}.{secrets.token_hex(4)}"
         self._system.put_file(str(source), staged)
-        os.replace(staged, place)
+        fsync(Path(staged))
+        rename(Path(staged), Path(place))
 
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:

@@ -30,6 +30,7 @@ from typing import BinaryIO
 from serve.adapters.adapter import FILES, open_plain
 from serve.adapters.shared_store import SharedStore
 from serve.errors import AdapterRejected, EngineUnavailable, NotFound, OutOfSpace
+from serve.files import fsync, rename
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +145,7 @@ class Store:
                 return False
             # Renamed away first: what lies under a digest is whole or absent, also after a kill in mid-removal.
             doomed = Path(tempfile.mkdtemp(dir=self._quarantine))
-            os.rename(folder, doomed / digest)
-            _fsync(self._blobs)
+            rename(folder, doomed / digest)
             shutil.rmtree(doomed, ignore_errors=True)
             return True
 
@@ -184,7 +184,7 @@ class Store:
                 if entry.name not in known or not whole:
                     removed.add(entry.name)
                     _erase(Path(entry.path))
-            _fsync(self._blobs)
+            fsync(self._blobs)
             return Sweep(leftovers, frozenset(removed), frozenset(known - self.digests()))
 
     def check_space(self, nbytes: int = 0) -> None:
@@ -199,7 +199,7 @@ class Store:
     def _settle(self, staged: Path, digest: str) -> None:
         target = self._blobs / digest
         if target.is_dir():
-            _fsync(self._blobs)  # whoever renamed it may not have come this far yet
+            fsync(self._blobs)  # whoever renamed it may not have come this far yet
             return
         size = sum((staged / name).stat().st_size for name in FILES)
         if self.max_bytes is not None and (kept := self.nbytes()) + size > self.max_bytes:
@@ -208,12 +208,12 @@ class Store:
                 "delete versions that nobody uses"
             )
         try:
-            os.rename(staged, target)
+            rename(staged, target)
         except OSError as taken:
             # Another process was first with the same bytes.
             if taken.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _fsync(self._blobs)
+            fsync(self._blobs)
 
     def _folder(self, digest: str) -> Path:
         # Also what keeps a digest from being a path.
@@ -234,9 +234,9 @@ def _stage(folder: Path, staged: Path, *, give: bool) -> str:
                 os.rename(folder / name, staged / name)
     for name in FILES:
         os.chmod(staged / name, 0o600)
-        _fsync(staged / name)
+        fsync(staged / name)
     digest = _digest(staged)
-    _fsync(staged)
+    fsync(staged)
     return digest
 
 
@@ -255,14 +255,6 @@ def _digest(folder: Path) -> str:
 
 def _create(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _erase(path: Path) -> None:

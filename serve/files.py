@@ -1,0 +1,48 @@
+"""Files and folders that are whole or absent: written under another name, fsynced, renamed, the rename fsynced.
+
+After a kill or a power failure a reader finds the old content or the new one. Imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace the content of `path`; whoever reads meanwhile gets the old content or the new one."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with staged.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename for good: both folders are fsynced. `source` itself must be on the disk already (`fsync`)."""
+    os.replace(source, target)
+    fsync(target.parent)
+    if source.parent != target.parent:
+        fsync(source.parent)
+
+
+def fsync(path: Path) -> None:
+    """Bring the bytes of a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Bring a folder, and all that is below it, to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            fsync(Path(place) / name)
+        fsync(Path(place))
