@@ -88,8 +88,8 @@ class Watch:
     # The server's own: no client waits for it.
     background: bool = False
     sequences: list[Generating] = field(default_factory=list)
-    # The short way that a sequence of it may take.
-    express: FastStream | None = None
+    # What sends the tokens of its one sequence, if it is a plain stream.
+    fast_stream: FastStream | None = None
 
 
 # The request that the current task answers. A ContextVar goes with it through vLLM's app into the engine.

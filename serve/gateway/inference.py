@@ -26,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.asgi.cancellation import CancellableCall
 from serve.asgi.exchange import Exchange, Tap, identified
-from serve.asgi.fast_stream import FLOW, Flow, express
+from serve.asgi.fast_stream import FLOW, FastStream, Flow
 from serve.auth.auth import Auth, Caller
 from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters
@@ -151,10 +151,10 @@ class Inference:
                         kept = Kept(sending)
                         sending = kept.send
                     call = CancellableCall(receive, _Honest(sending).send, route.engine.failing)
-                    short = tap.watch.express = express(scope, fields, call.send)
+                    fast_stream = tap.watch.fast_stream = FastStream.of(scope, fields, call.send)
                     with tap.watched(), route.engine.alarm(call.cut), _at(limit.when(), call, late):
                         limit.reschedule(None)  # from here on the app is told, so that it ends what it began
-                        await call.run(route.app, scope, short.send if short else None)
+                        await call.run(route.app, scope, fast_stream.send if fast_stream else None)
             finally:
                 if meter and usage and not stored:
                     meter.charge(usage.tokens)

@@ -1,4 +1,4 @@
-"""What vLLM's engine sends of each sequence, as it comes into this process: watched, and sent on by the short way.
+"""What vLLM's engine sends of each sequence, as it comes into this process: watched, and sent on by the fast stream.
 
 Every token passes vLLM's output processor, which is subclassed here.
 """
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # vLLM's own way gets the first token and the last; see serve.asgi.fast_stream.
 NEVER = 1 << 30
-# So many tokens may wait for vLLM's first chunk. Then it makes none that the short way could be learnt from.
+# So many tokens may wait for vLLM's first chunk. Then it makes none that the fast stream could learn from.
 PATIENCE = 64
 
 
@@ -45,10 +45,10 @@ class Outputs(OutputProcessor):
         watch.sequences.append(state.watched)
         if watch.logprobs:
             ask_logprobs(request, state)
-        express = watch.express
-        if self.plain and express is not None and not express.taken and _alone(state):
-            express.taken = True
-            state.express = express
+        fast_stream = watch.fast_stream
+        if self.plain and fast_stream is not None and not fast_stream.taken and _alone(state):
+            fast_stream.taken = True
+            state.fast_stream = fast_stream
             state.stream_interval = NEVER
 
     def process_outputs(
@@ -57,8 +57,8 @@ class Outputs(OutputProcessor):
         done = super().process_outputs(engine_core_outputs, *args, **kwargs)
         for output in engine_core_outputs:
             state = self.request_states.get(output.request_id)
-            if state is not None and (express := getattr(state, "express", None)) is not None:
-                _forward(state, express)
+            if state is not None and (fast_stream := getattr(state, "fast_stream", None)) is not None:
+                _forward(state, fast_stream)
         return done
 
     def _update_stats_from_finished(
@@ -75,26 +75,26 @@ def _alone(state: RequestState) -> bool:
     return streams and state.parent_req is None and not state.streaming_input and state.stream_interval == 1
 
 
-def _forward(state: RequestState, express: FastStream) -> None:
+def _forward(state: RequestState, fast_stream: FastStream) -> None:
     """Send on what this sequence said since, if it has its turn; what has not, goes with what comes next."""
     if state.queue.output is not None:
-        express.clear = False
+        fast_stream.in_order = False
         return
-    if not express.clear:
+    if not fast_stream.in_order:
         waiting = state.detokenizer.num_output_tokens() - state.sent_tokens_offset
-        if waiting > PATIENCE and not express.learnt:
-            del state.express
+        if waiting > PATIENCE and not fast_stream.learned:
+            del state.fast_stream
             _go_round(state)
-    elif express.blocked:
-        express.clear = False
+    elif fast_stream.blocked:
+        fast_stream.in_order = False
         _go_round(state)
         state.stream_interval = NEVER
     elif text := state.detokenizer.get_next_output_text(finished=False, delta=True):
         try:
-            express.write(text)
+            fast_stream.write(text)
         except Exception:  # of one stream; all others pass here too
-            log.exception("a stream left the short way")
-            del state.express
+            log.exception("a stream goes on without its fast stream")
+            del state.fast_stream
             _go_round(state)
 
 

@@ -1,4 +1,4 @@
-"""The short way, under a real uvicorn and vLLM's own output processor."""
+"""The fast stream, under a real uvicorn and vLLM's own output processor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from serve.asgi.fast_stream import FLOW, FastStream, express
+from serve.asgi.fast_stream import FLOW, FastStream
 from serve.server.launch import _impatient
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -49,9 +49,9 @@ async def test_a_chunk_is_the_first_one_with_another_text(path, first):
         send, SimpleNamespace(write_paused=False), {CHAT: b'"delta":{"content":', COMPLETIONS: b'"text":'}[path]
     )
     await way.send(body(b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'))
-    assert not way.clear
+    assert not way.in_order
     await way.send(body(chunk(path, first)))
-    assert way.clear
+    assert way.in_order
     for text in SAID:
         way.write(text)
     assert said(b"".join(sent[1:])) == [first, *SAID]
@@ -68,7 +68,7 @@ async def test_an_only_chunk_or_another_shape_teaches_nothing():
         b'"text":\n\n',
     ):
         await way.send(body(only))
-        assert not way.clear and not way.learnt
+        assert not way.in_order and not way.learned
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ async def test_an_only_chunk_or_another_shape_teaches_nothing():
 )
 def test_what_is_not_plain_goes_vllms_way(fields):
     scope = {"path": CHAT, "extensions": {FLOW: SimpleNamespace(write_paused=False)}}
-    assert express(scope, fields, None) is None
-    assert express(scope, {"stream": True, "messages": [], "stream_options": {"include_usage": True}}, None)
-    assert express({"path": CHAT}, {"stream": True}, None) is None, "nobody says whether the client reads"
+    assert FastStream.of(scope, fields, None) is None
+    assert FastStream.of(scope, {"stream": True, "messages": [], "stream_options": {"include_usage": True}}, None)
+    assert FastStream.of({"path": CHAT}, {"stream": True}, None) is None, "nobody says whether the client reads"
 
 
 async def test_uvicorn_says_whether_the_client_reads_and_sends_without_waiting():
@@ -96,7 +96,7 @@ async def test_uvicorn_says_whether_the_client_reads_and_sends_without_waiting()
     seen = SimpleNamespace(blocked=False, ways=[])
 
     async def app(scope, receive, send):
-        way = express(scope, {"stream": True}, send)
+        way = FastStream.of(scope, {"stream": True}, send)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await way.send(body(chunk(CHAT, "first")))
         for number in range(200_000):
@@ -122,7 +122,7 @@ async def test_uvicorn_says_whether_the_client_reads_and_sends_without_waiting()
 
 
 def started(watch):
-    """vLLM's own output processor with one request that streams and may go the short way."""
+    """vLLM's own output processor with one request that streams and may use its fast stream."""
     pytest.importorskip("vllm")
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -168,7 +168,7 @@ async def test_vllm_gets_the_first_and_the_last_token_and_counts_them_all():
         sent.append(message["body"])
 
     way = FastStream(send, flow, b'"text":')
-    step, queue = started(Watch(express=way))
+    step, queue = started(Watch(fast_stream=way))
     step(5)
     first = queue.get_nowait()
     step(6)  # before the first chunk is out: it waits
@@ -199,9 +199,9 @@ async def test_a_stream_whose_first_chunk_teaches_nothing_goes_vllms_way():
     from serve.vllm_backend.output_processor import PATIENCE
 
     async def send(message):
-        raise AssertionError("nothing is to be sent the short way")
+        raise AssertionError("nothing is to be sent by the fast stream")
 
-    step, queue = started(Watch(express=FastStream(send, SimpleNamespace(write_paused=False), b'"text":')))
+    step, queue = started(Watch(fast_stream=FastStream(send, SimpleNamespace(write_paused=False), b'"text":')))
     step(1)
     texts = [queue.get_nowait().outputs[0].text]
     for number in range(2, PATIENCE + 20):
@@ -274,7 +274,7 @@ def quiet_root():
     ],
 )
 async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, monkeypatch, quiet_root):
-    """vLLM's whole server over a scripted engine, under uvicorn; a field that is not plain keeps the short way out."""
+    """vLLM's whole server over a scripted engine, under uvicorn; one odd field keeps the fast stream out."""
     pytest.importorskip("vllm")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -313,8 +313,8 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
 
     async def endpoint(scope, receive, send):
         message = await receive()
-        way = express(scope, json.loads(message["body"]), send)
-        watch = Watch(express=way)
+        way = FastStream.of(scope, json.loads(message["body"]), send)
+        watch = Watch(fast_stream=way)
         again = [message]
 
         async def replay():
@@ -325,7 +325,7 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
             await app(scope, replay, way.send if way else send)
         finally:
             watching.reset(token)
-        short.append(bool(way and way.taken and way.learnt))
+        short.append(bool(way and way.taken and way.learned))
 
     server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=_impatient(60), lifespan="off"))
     serving = asyncio.create_task(server.serve())
