@@ -19,7 +19,7 @@ from serve.adapters.store import Store
 from serve.asgi.cancellation import CancellableCall
 from serve.asgi.exchange import Exchange, Watch, watching
 from serve.engine.engine import LOW_PRIORITY, Engine, Lease
-from serve.engine.supervisor import Fleet
+from serve.engine.fleet import Fleet
 from serve.errors import BadRequest
 
 AT_ONCE = 8

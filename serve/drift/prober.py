@@ -12,7 +12,7 @@ from serve.adapters.store import Store
 from serve.drift.monitor import Alarm, Watcher
 from serve.engine.effect_probe import FIXED, Logprobs
 from serve.engine.engine import LOW_PRIORITY
-from serve.engine.supervisor import Fleet
+from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
 
 log = logging.getLogger(__name__)

@@ -147,9 +147,9 @@ class Engine:
         self._numbers = itertools.count(1)
         self._leaving: set[asyncio.Task[None]] = set()
         # Of one seat until the backend, once it runs, says how many it has.
-        self.line = FairQueue(1, 1)
+        self.queue = FairQueue(1, 1)
         self.ranks = DataParallelRanks(1)
-        self._admission = Admission(self.line, max_wait)
+        self._admission = Admission(self.queue, max_wait)
         # Ids that are never sent away to make room.
         self.pinned: frozenset[str] = frozenset()
         # Ids whose last load failed; one that loads again is forgotten here.
@@ -185,9 +185,9 @@ class Engine:
         except BaseException:
             self.phase = Phase.FAILED
             raise
-        self.line = FairQueue(self.backend.seats, self.backend.slots)
+        self.queue = FairQueue(self.backend.seats, self.backend.slots)
         self.ranks = DataParallelRanks(self.backend.ranks)
-        self._admission = Admission(self.line, self._max_wait)
+        self._admission = Admission(self.queue, self._max_wait)
         self.phase = Phase.READY
 
     async def stop(self, *, kill: bool = False) -> None:
@@ -242,7 +242,7 @@ class Engine:
         clock = asyncio.get_running_loop().time
         with self._held(adapter_id, path, background=priority >= LOW_PRIORITY) as resident:
             came, sat = clock(), 0.0
-            ticket = self.line.enter(tenant, resident.id if resident else None, priority=priority)
+            ticket = self.queue.enter(tenant, resident.id if resident else None, priority=priority)
             try:
                 if resident and not resident.loaded and self._has_room():
                     self._begin_loading(resident)
@@ -256,7 +256,7 @@ class Engine:
                 with self.ranks.taken(adapter_id, opening) as rank:
                     yield Lease(resident.id if resident else self.name, place, rank)
             finally:
-                self.line.leave(ticket)
+                self.queue.leave(ticket)
                 if sat:
                     self._admission.left(clock() - sat)
 
@@ -384,7 +384,7 @@ class Engine:
         return leaving
 
     def _victim(self) -> Residence | None:
-        active = self.line.active
+        active = self.queue.active
         idle = [one for one in self._residents.values() if one.loaded and one.id not in self.pinned | active]
         return next((one for one in idle if not one.leases), next(iter(idle), None))
 

@@ -16,7 +16,8 @@ from serve.adapters.store import Store
 from serve.auth.auth import Caller
 from serve.engine.dp_ranks import opening
 from serve.engine.engine import Engine
-from serve.engine.supervisor import Fleet, Supervisor
+from serve.engine.fleet import Fleet
+from serve.engine.supervisor import Supervisor
 from serve.errors import EngineUnavailable, NotFound
 from serve.names import spelled, tenant_of
 from serve.rollout.traffic_split import Shares, sticky_key

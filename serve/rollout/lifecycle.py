@@ -20,7 +20,8 @@ from serve.adapters.store import Store
 from serve.auth.rate_limits import UNLIMITED
 from serve.auth.rate_limits import Limits as KeyLimits
 from serve.engine.engine import Backend, Engine
-from serve.engine.supervisor import Fleet, Supervisor
+from serve.engine.fleet import Fleet
+from serve.engine.supervisor import Supervisor
 from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, QuotaExceeded
 from serve.names import DEFAULT, check_full_name, short_name, tenant_of
 from serve.rollout.prefetch import Popularity
@@ -108,7 +109,7 @@ class Lifecycle:
 
         As many places as a batch has slots are left to whoever comes.
         """
-        if not base.is_ready or base.engine.line.waiting:
+        if not base.is_ready or base.engine.queue.waiting:
             return None
         for adapter in self.wanted(base)[: max(base.backend.max_resident - base.backend.slots, 1)]:
             if self.popularity.uses(adapter.id) > 1 and not base.holds(adapter.id):

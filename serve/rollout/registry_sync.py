@@ -23,7 +23,7 @@ from sqlalchemy import delete, insert, select, update
 from serve.adapters.registry import Registry
 from serve.adapters.tables import replicas as table
 from serve.auth.keys import Keys
-from serve.engine.supervisor import Fleet
+from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
 from serve.rollout.lifecycle import Lifecycle
 

@@ -21,7 +21,7 @@ from serve.adapters.adapter import Adapter
 from serve.adapters.store import Store
 from serve.asgi.cancellation import CancellableCall
 from serve.engine.engine import LOW_PRIORITY, Lease
-from serve.engine.supervisor import Fleet
+from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from serve.adapters.registry import Registry
 from serve.asgi.exchange import Exchange
 from serve.auth.audit import Audit
 from serve.engine.engine import Phase
-from serve.engine.supervisor import Fleet
+from serve.engine.fleet import Fleet
 from serve.telemetry.families import Counters, Family, Histograms, Tally
 from serve.telemetry.slo import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Slo
 
@@ -345,7 +345,7 @@ class LiveState(Collector):
                 phase.add_metric((base.name, one.value), float(base.phase is one))
             restarts.add_metric((base.name,), base.restarts)
             waiting.add_metric((base.name,), base.backend.waiting)
-            line.add_metric((base.name,), base.engine.line.waiting)
+            line.add_metric((base.name,), base.engine.queue.waiting)
             memory.add_metric((base.name,), base.backend.memory)
         yield from (phase, restarts, waiting, line, memory)
         yield GaugeMetricFamily("loradock_adapters", "Registered adapters.", value=len(self._registry.names()))

@@ -12,7 +12,7 @@ from serve.adapters.registry import Registry
 from serve.api.routes.callers import Asker, Manager, Operator, TheParts
 from serve.api.schemas import Swap
 from serve.auth.auth import Caller
-from serve.engine.supervisor import Fleet
+from serve.engine.fleet import Fleet
 from serve.errors import BadRequest, ConfigError, NotFound
 from serve.gateway.router import manages, sees
 from serve.models.checkpoint import find

@@ -153,10 +153,10 @@ async def test_a_client_that_leaves_its_place_in_line_leaves_it_at_once(crowded,
     engine = crowded._transport.app.state.parts.fleet.first
     scope, receive, send, _, left = http({"model": "base", "stream": True})
     waiting = asyncio.create_task(crowded._transport.app(scope, receive, send))
-    assert await settled(lambda: engine.engine.line.waiting == 1)
+    assert await settled(lambda: engine.engine.queue.waiting == 1)
     left.set()
     await asyncio.wait_for(waiting, 1)
-    assert (engine.engine.line.waiting, engine.leases) == (0, 1)
+    assert (engine.engine.queue.waiting, engine.leases) == (0, 1)
     backend.flow.set()
     assert (await holding).status_code == 200
     assert engine.leases == 0

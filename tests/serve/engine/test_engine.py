@@ -111,7 +111,7 @@ async def test_never_more_is_loaded_than_fits_and_who_is_pushed_out_while_waitin
 
     await asyncio.gather(*(ask(number % 10) for number in range(40)))
     assert most <= backend.max_resident
-    assert (engine.leases, engine.line.waiting, engine.line.busy) == (0, 0, 0)
+    assert (engine.leases, engine.queue.waiting, engine.queue.busy) == (0, 0, 0)
 
 
 async def test_what_waits_in_line_is_loaded_before_its_turn_if_there_is_room(engine, backend, path):

@@ -12,7 +12,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain
 
 from serve.asgi.exchange import Exchange, Generation
-from serve.engine.supervisor import Fleet, Patience, Supervisor
+from serve.engine.fleet import Fleet
+from serve.engine.supervisor import Patience, Supervisor
 from serve.telemetry.metrics import Metrics
 from tests.serve.conftest import FakeBackend
 

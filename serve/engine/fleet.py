@@ -1,0 +1,62 @@
+"""All supervised engines of a server, by the name of their base model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+
+from serve.engine.supervisor import Adapters, Supervisor
+from serve.errors import ConfigError, NotFound
+
+
+class Fleet:
+    """The supervisors by their base model's name; the first one is who answers a request that names none.
+
+    `base_of` says which base an adapter belongs to, by its full name; None is the first.
+    """
+
+    def __init__(
+        self, supervisors: Iterable[Supervisor], base_of: Callable[[str], str | None] = lambda name: None
+    ) -> None:
+        self._all = {one.name: one for one in supervisors}
+        self._base_of = base_of
+        if not self._all:
+            raise ConfigError("a server needs a model: give one as MODEL")
+
+    @property
+    def first(self) -> Supervisor:
+        return next(iter(self._all.values()))
+
+    def __iter__(self) -> Iterator[Supervisor]:
+        return iter(self._all.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._all
+
+    def get(self, name: str | None) -> Supervisor:
+        """The base of that name; the first for None."""
+        if name is None:
+            return self.first
+        if name not in self._all:
+            raise NotFound(f"there is no engine {name!r} here: GET /v1/engines lists them", param="engine")
+        return self._all[name]
+
+    def of(self, adapter: str) -> Supervisor:
+        """Whose engine answers for an adapter."""
+        return self.get(self._base_of(adapter))
+
+    @property
+    def is_ready(self) -> bool:
+        return all(one.is_ready for one in self)
+
+    def owns(self, base: Supervisor, adapter: str) -> bool:
+        """The adapter runs on this base; of one whose base is not here any more, nobody's does."""
+        return self._all.get(self._base_of(adapter) or self.first.name) is base
+
+    async def start(self, adapters: Adapters) -> None:
+        """Every engine, one after the other: two that start at once fight for the same memory and cores."""
+        for one in self:
+            await one.start(adapters)
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(one.stop() for one in self))
