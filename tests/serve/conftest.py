@@ -2,226 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx
 import pytest
-import torch
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from safetensors.torch import save_file
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
 
-from serve.api.app import build_app
-from serve.asgi.exchange import Generation, watching
 from serve.config import Config, keys_hashed, load
-from serve.errors import AdapterRejected, ConfigError, Conflict
-
-HIDDEN, LAYERS = 16, 2
-
-
-@dataclass
-class FakeSequence:
-    generation: Generation
-
-    def read(self) -> Generation:
-        return self.generation
-
-
-class FakeBackend:
-    """Stands at the edge for vLLM: answers with the model's name, holds what it is told to hold."""
-
-    name = "base"
-    version = "fake"
-    model = "model"
-    max_lora_rank = 16
-    max_resident = 4
-    slots = 2
-    seats = 64
-    ranks = 1
-    prioritizes = True
-    max_model_len = 128
-
-    def __init__(self, model: str | None = None) -> None:
-        self.model = model or self.model
-        # Those that came after this one, and what is to be done to each before it starts.
-        self.heirs: list[FakeBackend] = []
-        self.prepare: Callable[[FakeBackend], None] = lambda heir: None
-        self.starts = self.stops = self.waiting = self.memory = 0
-        self.cause = "it was told to die"
-        self.stalled = 0.0
-        self.wont_start: str | None = None
-        self.no_room = False
-        self.held: dict[str, int] = {}
-        self.numbers: list[int] = []
-        self.loads = 0
-        self.touched: list[str] = []
-        self.dead = False
-        self.running = self.background = 0
-        self.refuse: str | None = None
-        # Models whose answers crash, or never come.
-        self.broken: str | None = None
-        self.slow: str | None = None
-        # How far an adapter moves the log-probabilities, by the name in its id; the first match.
-        self.effects: dict[str, float] = {}
-        self.probes: list[str | None] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.asked_of: list[str | None] = []
-        self.usage: dict[str, int] | None = None
-        # What the engine made of each request.
-        self.generation = Generation([1, 2, 3], [4, 5], "stop", queue=0.01, gap=0.02, worst_gap=0.03)
-        self.generate: Callable[[dict[str, Any]], Generation] | None = None
-        # Cleared, a stream stops after its first chunk until this is set.
-        self.flow = asyncio.Event()
-        self.flow.set()
-
-    async def start(self) -> None:
-        self.starts += 1
-        if self.wont_start:
-            raise ConfigError(self.wont_start)
-
-    async def stop(self, *, kill: bool = False) -> None:
-        self.stops += 1
-        self.held.clear()
-
-    def check_room(self) -> None:
-        if self.no_room:
-            raise Conflict("there is no room")
-
-    def another(self, model: str | None = None) -> FakeBackend:
-        heir = FakeBackend(model or self.model)
-        heir.name, heir.prepare = self.name, self.prepare
-        self.heirs.append(heir)
-        self.prepare(heir)
-        return heir
-
-    async def log_stats(self) -> None: ...
-
-    async def add(self, adapter_id: str, number: int, path: Path) -> None:
-        self.loads += 1
-        await asyncio.sleep(0.01)
-        if self.refuse:
-            raise AdapterRejected(self.refuse)
-        assert (path / "adapter_model.safetensors").exists()
-        assert number not in self.numbers, "a number was used twice"
-        self.numbers.append(number)
-        self.held[adapter_id] = number
-
-    async def touch(self, adapter_id: str) -> None:
-        self.touched.append(adapter_id)
-
-    async def remove(self, adapter_id: str) -> None:
-        self.held.pop(adapter_id, None)
-
-    async def resident(self) -> set[int]:
-        return set(self.held.values())
-
-    async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
-        assert adapter_id is None or adapter_id in self.held
-        self.probes.append(adapter_id)
-        return [{token: self._effect(adapter_id) - token for token in range(20)} for _ in prompts]
-
-    async def score(self, adapter_id: str | None, text: str) -> float:
-        return -2.0 - self._effect(adapter_id)
-
-    def _effect(self, adapter_id: str | None) -> float:
-        if adapter_id is None:
-            return 0.0
-        return self.effects.get(adapter_id.partition("@")[0], 0.5)
-
-    def metrics(self) -> list[Metric]:
-        tokens = CounterMetricFamily("vllm:tokens", "Tokens.", labels=("model",))
-        tokens.add_metric((self.name,), 1)
-        running = GaugeMetricFamily("vllm:lora_requests_info", "Running.", labels=("running",))
-        running.add_metric(("a,b",), 1)
-        return [tokens, running]
-
-    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        body = await request.json() if scope["method"] == "POST" else {}
-        self.bodies.append(body)
-        self.asked_of.append(request.headers.get("x-data-parallel-rank"))
-        if body.get("model") and body["model"] == self.broken:
-            raise RuntimeError("broken")
-        if body.get("model") and body["model"] == self.slow:
-            await asyncio.Event().wait()
-        await self._answer(body)(scope, receive, send)
-
-    def _answer(self, body: dict[str, Any]) -> Response:
-        if watch := watching.get():
-            made = self.generate(body) if self.generate else self.generation
-            watch.sequences.append(FakeSequence(made))
-        model = body.get("model")
-        assert model in (None, self.name) or model in self.held, f"{model} is not in the engine"
-        if body.get("fail"):
-            return StreamingResponse(self._failing(), media_type="text/event-stream")
-        if body.get("stream"):
-            counted = (body.get("stream_options") or {}).get("include_usage", False)
-            return StreamingResponse(self._stream(model, counted), media_type="text/event-stream")
-        return JSONResponse({"model": model} if self.usage is None else {"model": model, "usage": self.usage})
-
-    async def _stream(self, model: str | None, counted: bool) -> AsyncIterator[str]:
-        self.running += 1
-        try:
-            yield f"data: {json.dumps({'model': model})}\n\n"
-            await self.flow.wait()
-            yield f"data: {json.dumps({'model': model})}\n\n"
-            if counted:
-                yield f"data: {json.dumps({'model': model, 'usage': self.usage})}\n\n"
-            yield "data: [DONE]\n\n"
-        finally:
-            self.running -= 1
-
-    async def _failing(self) -> AsyncIterator[str]:
-        error = {"message": "too long", "type": "BadRequestError", "param": None, "code": 400}
-        yield f"data: {json.dumps({'error': error})}\n\n"
-        yield "data: [DONE]\n\n"
+from tests.support import postgres as postgresql
+from tests.support import tiny
+from tests.support.app import Started
+from tests.support.backend import FakeBackend
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with a configuration and no weights: enough to know the modules."""
-    folder = tmp_path_factory.mktemp("tiny-model")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": LAYERS,
-        "vocab_size": 32,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return tiny.model(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture
 def make_adapter(tmp_path: Path) -> Callable[..., Path]:
     """A factory of PEFT folders for `tiny_model`; another seed gives other bytes."""
-
-    def make(seed: int = 0, rank: int = 2) -> Path:
-        folder = tmp_path / f"adapter-{seed}-{rank}"
-        folder.mkdir(exist_ok=True)
-        settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"]}
-        (folder / "adapter_config.json").write_text(json.dumps(settings))
-        draw = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for layer in range(LAYERS):
-            name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, HIDDEN, generator=draw)
-            tensors[f"{name}.lora_B.weight"] = torch.randn(HIDDEN, rank, generator=draw)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        return folder
-
-    return make
+    return lambda seed=0, rank=2: tiny.adapter(tmp_path / f"adapter-{seed}-{rank}", seed, rank)
 
 
 @pytest.fixture
@@ -237,7 +44,7 @@ def config(tmp_path: Path, tiny_model: Path) -> Config:
 @pytest.fixture
 def connect(backend: FakeBackend) -> Callable[..., Any]:
     """`async with connect(config) as client`: a client of a started server."""
-    return lambda config, backend=backend: _Started(config, backend)
+    return lambda config, backend=backend: Started(config, backend)
 
 
 @pytest.fixture
@@ -268,26 +75,42 @@ def issue(operator: httpx.AsyncClient) -> Callable[..., Any]:
     return issue
 
 
-class _Started:
-    def __init__(self, config: Config, backend: FakeBackend) -> None:
-        if backend.model == FakeBackend.model:
-            backend.model = config.model
-        self.app = build_app(config, backend)  # type: ignore[arg-type]
-
-    async def __aenter__(self) -> httpx.AsyncClient:
-        self._lifespan = self.app.router.lifespan_context(self.app)
-        await self._lifespan.__aenter__()
-        await asyncio.wait_for(self.app.state.parts.ready.wait(), 30)
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=True)
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://loradock")
-        return self._client
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._client.aclose()
-        await self._lifespan.__aexit__(None, None, None)
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server; SQLAlchemy's URL up to the database's name."""
+    bin = postgresql.programs()
+    if bin is None:
+        if os.environ.get("LORADOCK_TEST_POSTGRES"):
+            pytest.fail("LORADOCK_TEST_POSTGRES is set, and PostgreSQL or psycopg is not installed")
+        pytest.skip("PostgreSQL is not installed")
+    with postgresql.running(bin) as url:
+        yield url
 
 
-def upload(folder: Path, name: str = "tone", **fields: str) -> dict[str, Any]:
-    """httpx arguments of a push."""
-    files = [("files", (file.name, file.read_bytes())) for file in sorted(folder.iterdir())]
-    return {"data": {"name": name, **fields}, "files": files}
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database's URL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/registry.db"
+    return postgresql.database(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 server that speaks the real protocol, and a client of it."""
+    moto = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    boto3 = pytest.importorskip("boto3")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": address, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "mine",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    client = boto3.client("s3", endpoint_url=address)
+    client.create_bucket(Bucket="models")
+    yield client
+    server.stop()

@@ -9,7 +9,7 @@ import uvicorn
 from serve.api.app import build_app
 from serve.config import load
 from serve.server.launch import _impatient
-from tests.serve.conftest import FakeBackend
+from tests.support.backend import FakeBackend
 
 CLIENT_TIMEOUT = 2.0
 

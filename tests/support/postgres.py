@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -11,6 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
+
+from sqlalchemy import create_engine, text
+
+_numbers = itertools.count(1)
 
 
 def programs() -> Path | None:
@@ -46,3 +51,11 @@ def running(bin: Path) -> Iterator[str]:
             call("pg_ctl", "stop", "-m", "immediate")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def database(server: str) -> str:
+    """A fresh database on that server; its URL."""
+    name = f"test_{next(_numbers)}"
+    with create_engine(server.format(name="postgres"), isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    return server.format(name=name)

@@ -16,7 +16,7 @@ import uvicorn
 from serve.api.app import build_app
 from serve.config import load
 from serve.models.lora_modules import lora_modules
-from tests.serve.conftest import FakeBackend
+from tests.support.backend import FakeBackend
 
 
 def main(data: Path, model: str, port: str) -> None:

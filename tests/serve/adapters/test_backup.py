@@ -10,8 +10,8 @@ import pytest
 
 from serve.adapters.backup import backup, restore
 from serve.errors import ConfigError
-from tests.serve.api.test_app import ask
-from tests.serve.conftest import FakeBackend, upload
+from tests.support.app import ask, upload
+from tests.support.backend import FakeBackend
 
 
 async def test_a_server_over_a_restored_backup_answers_as_the_one_that_was_backed_up(

@@ -11,7 +11,7 @@ import pytest
 from serve.adapters.adapter import CARD_BYTES, read_license
 from serve.config import load
 from serve.errors import ConfigError
-from tests.serve.conftest import upload
+from tests.support.app import upload
 
 CARD = "---\nbase_model: base\nlicense: Apache-2.0\ntags: [lora]\n---\n# Tone\n"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.conftest import upload
 from tests.support import crowd as faults
+from tests.support.app import upload
 from tests.support.lone import CLIENT_TIMEOUT
 from tests.support.server import environment, eventually, free_port
 

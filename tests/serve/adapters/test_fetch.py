@@ -216,27 +216,6 @@ async def test_the_servers_folders_are_not_shown_to_other_tenants(connect, roote
         assert there.status_code == absent.status_code == 403
 
 
-@pytest.fixture
-def s3(monkeypatch):
-    """An S3 server that speaks the real protocol, and a client of it."""
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    boto3 = pytest.importorskip("boto3")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    for name, value in {
-        "AWS_ENDPOINT_URL_S3": address, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "mine",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    client = boto3.client("s3", endpoint_url=address)
-    client.create_bucket(Bucket="models")
-    yield client
-    server.stop()
-
-
 async def test_a_real_s3_service_is_read_with_the_server_s_own_credentials(client, s3, make_adapter):
     for file in make_adapter().iterdir():
         s3.upload_file(str(file), "models", f"team/tone/{file.name}")

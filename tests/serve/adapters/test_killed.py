@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.conftest import upload
+from tests.support.app import upload
 
 # `make chaos` asks for 100.
 KILLS = int(os.environ.get("LORADOCK_TEST_KILLS", "8"))

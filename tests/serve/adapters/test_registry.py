@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import signal
@@ -14,13 +13,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from sqlalchemy import create_engine, text
 
 from serve.adapters.adapter import Inspection
 from serve.adapters.registry import Registry
@@ -28,7 +25,6 @@ from serve.adapters.tables import SCHEMA
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Limits
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound
-from tests.support import postgres as postgres_server
 
 FOUND = Inspection(rank=8, base="toy", target_modules=("k_proj", "q_proj"), nbytes=1234, tensors=4)
 
@@ -37,36 +33,8 @@ def digest(number: int) -> str:
     return f"{number:064x}"[::-1]
 
 
-@pytest.fixture(scope="session")
-def postgres():
-    bin = postgres_server.programs()
-    if bin is None:
-        if os.environ.get("LORADOCK_TEST_POSTGRES"):
-            pytest.fail("LORADOCK_TEST_POSTGRES is set, and PostgreSQL or psycopg is not installed")
-        pytest.skip("PostgreSQL is not installed")
-    with postgres_server.running(bin) as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path: Path) -> str:
-    """An empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/registry.db"
-    return database(request.getfixturevalue("postgres"))
-
-
-def database(server: str) -> str:
-    """A fresh one on that server."""
-    name = f"test_{next(DATABASES)}"
-    with create_engine(server.format(name="postgres"), isolation_level="AUTOCOMMIT").connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    return server.format(name=name)
-
-
 # What looks into SQLite's file.
 on_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-DATABASES = itertools.count(1)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from serve.adapters.adapter import FILES
 from serve.adapters.shared_store import GRACE_SECONDS, SharedStore
 from serve.adapters.store import Store
 from serve.errors import ConfigError, EngineUnavailable, NotFound
-from tests.serve.adapters.test_fetch import s3  # noqa: F401
 
 
 @pytest.fixture(params=["file", "s3"])

@@ -8,20 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve.config import keys_hashed
-from tests.serve.conftest import upload
-
-
-async def settled(condition, seconds=2.0):
-    """Wait until `condition()`; the last answer either way."""
-    for _ in range(int(seconds / 0.01)):
-        if condition():
-            return True
-        await asyncio.sleep(0.01)
-    return condition()
-
-
-async def ask(client, model, **more):
-    return await client.post("/v1/chat/completions", json={"model": model, "messages": [], **more})
+from tests.support.app import ask, settled, upload
 
 
 async def test_an_upload_answers_under_its_name_and_says_which_version_answered(client, make_adapter):

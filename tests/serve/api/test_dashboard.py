@@ -19,7 +19,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from serve.api.app import build_app
 from serve.config import Config, keys_hashed, load
-from tests.serve.conftest import FakeBackend, upload
+from tests.support.app import upload
+from tests.support.backend import FakeBackend
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 ADMIN = "an-admin-key"

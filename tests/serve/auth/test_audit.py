@@ -8,8 +8,7 @@ import stat
 import pytest
 
 from serve.auth.audit import STRANGERS_PER_MINUTE, Audit
-from tests.serve.api.test_app import ask
-from tests.serve.conftest import upload
+from tests.support.app import ask, upload
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from serve.auth.rate_limits import Limits
 from serve.cli.main import app as commands
 from serve.config import keys_hashed
 from serve.errors import BadRequest
-from tests.serve.api.test_app import ask
-from tests.serve.conftest import FakeBackend
+from tests.support.app import ask
+from tests.support.backend import FakeBackend
 
 
 async def test_a_secret_is_shown_once_and_only_its_hash_is_kept(operator, config):

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from serve.auth.rate_limits import Bucket, Limits, Meter, Meters
 from serve.errors import RateLimited
-from tests.serve.api.test_app import ask, settled
-from tests.serve.conftest import upload
+from tests.support.app import ask, settled, upload
 
 
 class Clock:

@@ -19,7 +19,8 @@ from serve.drift.monitor import Watcher
 from serve.errors import ConfigError
 from serve.rollout.canary import CanaryTrials
 from serve.rollout.policy import DEFAULT_POLICIES, Policy, parse, policy_for
-from tests.serve.conftest import HIDDEN, upload
+from tests.support.app import upload
+from tests.support.tiny import HIDDEN
 
 CHAT = "/v1/chat/completions"
 VOCABULARY = 32

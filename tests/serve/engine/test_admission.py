@@ -12,8 +12,7 @@ import pytest
 from serve.engine.admission import Admission
 from serve.engine.fair_queue import FairQueue
 from serve.errors import Overloaded
-from tests.serve.api.test_app import ask, settled
-from tests.serve.gateway.test_inference import CHAT, http
+from tests.support.app import CHAT, ask, http, settled
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 
 from serve.api.app import build_app
 from serve.engine.engine import Phase
-from tests.serve.api.test_app import ask, settled
-from tests.serve.conftest import FakeBackend, upload
+from tests.support.app import ask, settled, upload
+from tests.support.backend import FakeBackend
 
 
 @pytest.fixture

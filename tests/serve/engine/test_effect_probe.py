@@ -10,7 +10,7 @@ import pytest
 from serve.config import load
 from serve.engine.effect_probe import effect
 from serve.errors import ConfigError
-from tests.serve.conftest import upload
+from tests.support.app import upload
 
 
 async def test_what_an_upload_changes_is_measured_and_kept(client, backend, make_adapter):

@@ -9,9 +9,7 @@ from dataclasses import replace
 import pytest
 
 from serve.engine.engine import Phase
-from tests.serve.api.test_app import ask, settled
-from tests.serve.conftest import upload
-from tests.serve.gateway.test_inference import http
+from tests.support.app import ask, http, settled, upload
 
 
 @pytest.fixture

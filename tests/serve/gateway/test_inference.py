@@ -5,29 +5,7 @@ import json
 
 import pytest
 
-from tests.serve.conftest import upload
-
-CHAT = "/v1/chat/completions"
-
-
-def http(body, path=CHAT, method="POST"):
-    """An ASGI request of our own making, with a client that can leave."""
-    sent, left = [], asyncio.Event()
-    chunks = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-    async def receive():
-        if chunks:
-            return chunks.pop()
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"content-type", b"application/json"), (b"host", b"x")]
-    scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b"", "root_path": ""}
-    scope |= {"asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http"}
-    return scope, receive, send, sent, left
+from tests.support.app import CHAT, http, upload
 
 
 async def test_a_client_that_leaves_mid_stream_gives_its_lease_back(client, backend):

@@ -9,8 +9,7 @@ import re._parser as sre
 import pytest
 
 from serve.gateway.inference import PATHS, STORED, salted
-from tests.serve.api.test_app import ask, settled
-from tests.serve.conftest import upload
+from tests.support.app import ask, settled, upload
 
 BODIES = {
     ("post", "/v1/adapters/{name}/promote"): {"json": {"version": 1}},

@@ -6,7 +6,7 @@ import pytest
 
 from serve.errors import ConfigError
 from serve.models.memory_plan import plan
-from tests.serve.conftest import HIDDEN, LAYERS
+from tests.support.tiny import HIDDEN, LAYERS
 
 
 def test_the_sizes_follow_from_the_configuration(tiny_model):

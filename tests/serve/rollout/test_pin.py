@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.serve.conftest import upload
+from tests.support.app import upload
 
 
 async def push(client, make_adapter, name, seed, **fields):

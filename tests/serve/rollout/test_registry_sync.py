@@ -11,10 +11,9 @@ import pytest
 
 from serve.config import keys_hashed
 from serve.errors import EngineUnavailable
-from tests.serve.adapters.test_fetch import s3  # noqa: F401
-from tests.serve.adapters.test_registry import database, postgres, url  # noqa: F401
-from tests.serve.api.test_app import ask, settled
-from tests.serve.conftest import FakeBackend, upload
+from tests.support.app import ask, settled, upload
+from tests.support.backend import FakeBackend
+from tests.support.postgres import database
 
 
 @pytest.fixture(params=["sqlite, files", "postgresql, s3"])
@@ -106,7 +105,7 @@ async def test_answers_go_on_while_the_registry_does_not(pair, make_adapter):
     assert (await ask(other, "tone")).status_code == 200
 
 
-async def test_a_change_after_another_server_s_loses_neither(url):  # noqa: F811
+async def test_a_change_after_another_server_s_loses_neither(url):
     from serve.adapters.adapter import Inspection
     from serve.adapters.registry import Registry
 

@@ -11,8 +11,8 @@ import pytest
 
 from serve.rollout.alertmanager import Notification
 from serve.rollout.policy import parse
-from tests.serve.conftest import FakeBackend, upload
-from tests.serve.rollout.test_traffic_split import canary, push_two, said
+from tests.support.app import canary, push_two, said, upload
+from tests.support.backend import FakeBackend
 
 STARTED = "2026-11-24T12:00:00.000Z"
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from serve.api.app import build_app
-from tests.serve.rollout.test_traffic_split import push_two, said
+from tests.support.app import push_two, said
 
 
 @pytest.fixture

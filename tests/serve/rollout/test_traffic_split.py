@@ -7,26 +7,7 @@ import asyncio
 import pytest
 
 from serve.rollout.traffic_split import Shares, point, sticky_key
-from tests.serve.conftest import upload
-
-CHAT = "/v1/chat/completions"
-
-
-async def push_two(client, make_adapter):
-    """Version 1 is live, version 2 waits."""
-    ids = []
-    for seed in (0, 1):
-        pushed = await client.post("/v1/adapters", **upload(make_adapter(seed), promote=str(not seed).lower()))
-        ids.append(pushed.json()["id"])
-    return ids
-
-
-async def canary(client, weight, version=2):
-    return await client.post("/v1/adapters/tone/canary", json={"version": version, "weight": weight})
-
-
-async def said(client, model="tone", path=CHAT, **fields):
-    return (await client.post(path, json={"model": model, **fields})).json()["model"]
+from tests.support.app import canary, push_two, said, upload
 
 
 def talk(text):

@@ -15,7 +15,7 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Patience, Supervisor
 from serve.telemetry.metrics import Metrics
-from tests.serve.conftest import FakeBackend
+from tests.support.backend import FakeBackend
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 

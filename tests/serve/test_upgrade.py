@@ -1,0 +1,140 @@
+"""A data directory and a PostgreSQL registry that an earlier version made open in this one, with all that they hold."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy import make_url
+
+from serve.config import keys_hashed, load
+from tests.support import postgres as postgresql
+from tests.support import tiny
+from tests.support.app import ask, upload
+from tests.support.backend import FakeBackend
+
+MADE_BY_3143CCA = Path(__file__).parents[1] / "fixtures" / "data-3143cca.tar.xz"
+ADMIN = "made-up-admin-key"
+ANNA, GUS, REVOKED = (f"ld_made-up-secret-of-the-fixtures-{number}" for number in (1, 3, 5))
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    with tarfile.open(MADE_BY_3143CCA) as archive:
+        archive.extractall(tmp_path / "kept", filter="data")
+    return tmp_path / "kept"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def opened(request, kept, connect):
+    """`async with opened() as client` is an operator's client of a server over what was kept; what its API answered."""
+    flags = [str(kept / "model"), "--name", "base", "--data-dir", str(kept / "data")]
+    answers = kept / "answers.json"
+    if request.param == "postgresql":
+        url = postgresql.database(request.getfixturevalue("postgres"))
+        restored(url, kept / "registry.sql")
+        (kept / "data" / "registry.sqlite").unlink()
+        flags += ["--registry", url]
+        answers = kept / "answers-postgresql.json"
+    config = replace(load(flags, {}), admin_keys=keys_hashed([ADMIN]), drift_reference=100, drift_threshold=1e4)
+    return lambda: connect(config, FakeBackend(config.model)), json.loads(answers.read_text())
+
+
+def restored(url: str, dump: Path) -> None:
+    place = make_url(url)
+    psql = [postgresql.programs() / "psql", "-q", "-U", place.username, "-h", place.query["host"], "-d", place.database]
+    subprocess.run([*psql, "-v", "ON_ERROR_STOP=1", "-f", dump], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+def of(client: httpx.AsyncClient, secret: str) -> httpx.AsyncClient:
+    """The same server, with another key."""
+    headers = {"authorization": f"Bearer {secret}"}
+    return httpx.AsyncClient(transport=client._transport, base_url="http://loradock", headers=headers)
+
+
+def lasting(adapter: dict) -> dict:
+    """An adapter as the API describes it, but for what only a running server knows."""
+    passing = ("resident", "recent", "checks")
+    versions = [{key: value for key, value in version.items() if key not in passing} for version in adapter["versions"]]
+    return {**adapter, "versions": versions}
+
+
+def listed(models: dict) -> list:
+    return [(card["id"], card["parent"], card["created"]) for card in models["data"]]
+
+
+async def watched(client: httpx.AsyncClient, name: str) -> list[dict]:
+    """What is known of its versions' drift, once one of them was asked and looked at."""
+    async with asyncio.timeout(10):
+        while not (versions := (await client.get(f"/v1/adapters/{name}/drift")).json()["versions"]):
+            await asyncio.sleep(0.01)
+    return versions
+
+
+async def test_versions_live_pointers_history_and_keys_are_all_there(opened):
+    serve, before = opened
+    async with serve() as client:
+        client.headers["authorization"] = f"Bearer {ADMIN}"
+        callers = {"operator": client, "anna": of(client, ANNA), "gus": of(client, GUS)}
+        for asked, answer in before.items():
+            who, path = asked.split()
+            now = (await callers[who].get(path)).json()
+            if path == "/v1/models":
+                assert listed(now) == listed(answer)
+            elif path == "/v1/keys":
+                assert now == answer
+            elif not path.endswith("/drift"):
+                assert lasting(now) == lasting(answer), path
+        assert before["operator /v1/adapters/tone"]["canary"] == {"version": 3, "weight": 0.5}
+        assert (await of(client, REVOKED).get("/v1/models")).status_code == 401
+
+
+async def test_baselines_and_the_canary_on_trial_go_on_where_they_were(opened, kept):
+    serve, _ = opened
+    # What is known of drift is in the data directory, whichever database the registry is in.
+    before = json.loads((kept / "answers.json").read_text())
+    async with serve() as client:
+        client.headers["authorization"] = f"Bearer {ADMIN}"
+        was = before["operator /v1/adapters/tone/drift"]
+        assert (await client.get("/v1/adapters/tone/drift")).json()["canary"] == was["canary"]
+        for name in ("tone", "plain"):
+            was = before[f"operator /v1/adapters/{name}/drift"]["versions"]
+            assert (await ask(client, f"{name}@{was[0]['version']}")).status_code == 200
+            now = await watched(client, name)
+            assert now[0]["baseline"] == was[0]["baseline"]
+            assert now[0]["signals"] == was[0]["signals"]
+
+
+async def test_a_push_and_a_rollback_work_afterwards(opened, tmp_path):
+    serve, _ = opened
+    async with serve() as client:
+        client.headers["authorization"] = f"Bearer {ADMIN}"
+        anna = of(client, ANNA)
+        assert (await anna.post("/v1/adapters/voice/rollback")).json()["version"] == 1
+        pushed = await anna.post("/v1/adapters", **upload(tiny.adapter(tmp_path / "new", seed=99), name="voice"))
+        assert (pushed.status_code, pushed.json()["version"], pushed.json()["live"]) == (201, 3, True), pushed.text
+        assert (await ask(of(client, GUS), "acme/voice")).json()["model"] == pushed.json()["id"]
+        assert (await anna.post("/v1/adapters/voice/rollback")).json()["version"] == 1
+        # What was deleted keeps its number.
+        again = await client.post("/v1/adapters", **upload(tiny.adapter(tmp_path / "other", seed=98), name="short"))
+        assert (again.status_code, again.json()["version"]) == (201, 2)
+
+
+async def test_what_was_popular_is_loaded_first_and_the_audit_log_goes_on(opened, kept):
+    serve, _ = opened
+    lines = (kept / "data" / "audit.jsonl").read_text().splitlines()
+    popular = json.loads((kept / "data" / "popular.json").read_text())
+    async with serve() as client:
+        client.headers["authorization"] = f"Bearer {ADMIN}"
+        assert client._transport.app.state.parts.lifecycle.popularity.ranked(popular)[0] == max(
+            popular, key=popular.get
+        )
+        assert (await client.post("/v1/adapters/tone/promote", json={"version": 2})).status_code == 200
+    after = (kept / "data" / "audit.jsonl").read_text().splitlines()
+    assert after[: len(lines)] == lines and json.loads(after[-1])["subject"] == "tone@v2"
