@@ -29,7 +29,8 @@ from serve.drift.prober import Prober
 from serve.engine.effect_probe import Probe
 from serve.engine.engine import Backend, Engine
 from serve.engine.fleet import Fleet
-from serve.engine.supervisor import Patience, Supervisor
+from serve.engine.restarts import Patience
+from serve.engine.supervisor import Supervisor
 from serve.errors import EngineUnavailable, LoradockError
 from serve.gateway.inference import Inference
 from serve.gateway.router import Router

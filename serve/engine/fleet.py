@@ -10,7 +10,7 @@ from serve.errors import ConfigError, NotFound
 
 
 class Fleet:
-    """The supervisors by their base model's name; the first one is who answers a request that names none.
+    """The first supervisor answers a request that names no base.
 
     `base_of` says which base an adapter belongs to, by its full name; None is the first.
     """
@@ -18,45 +18,41 @@ class Fleet:
     def __init__(
         self, supervisors: Iterable[Supervisor], base_of: Callable[[str], str | None] = lambda name: None
     ) -> None:
-        self._all = {one.name: one for one in supervisors}
+        self._supervisors = {supervisor.name: supervisor for supervisor in supervisors}
         self._base_of = base_of
-        if not self._all:
+        if not self._supervisors:
             raise ConfigError("a server needs a model: give one as MODEL")
 
     @property
     def first(self) -> Supervisor:
-        return next(iter(self._all.values()))
+        return next(iter(self._supervisors.values()))
 
     def __iter__(self) -> Iterator[Supervisor]:
-        return iter(self._all.values())
+        return iter(self._supervisors.values())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._all
+        return name in self._supervisors
 
     def get(self, name: str | None) -> Supervisor:
         """The base of that name; the first for None."""
         if name is None:
             return self.first
-        if name not in self._all:
+        if name not in self._supervisors:
             raise NotFound(f"there is no engine {name!r} here: GET /v1/engines lists them", param="engine")
-        return self._all[name]
+        return self._supervisors[name]
 
     def of(self, adapter: str) -> Supervisor:
         """Whose engine answers for an adapter."""
         return self.get(self._base_of(adapter))
 
-    @property
-    def is_ready(self) -> bool:
-        return all(one.is_ready for one in self)
-
     def owns(self, base: Supervisor, adapter: str) -> bool:
         """The adapter runs on this base; of one whose base is not here any more, nobody's does."""
-        return self._all.get(self._base_of(adapter) or self.first.name) is base
+        return self._supervisors.get(self._base_of(adapter) or self.first.name) is base
 
     async def start(self, adapters: Adapters) -> None:
         """Every engine, one after the other: two that start at once fight for the same memory and cores."""
-        for one in self:
-            await one.start(adapters)
+        for supervisor in self:
+            await supervisor.start(adapters)
 
     async def stop(self) -> None:
-        await asyncio.gather(*(one.stop() for one in self))
+        await asyncio.gather(*(supervisor.stop() for supervisor in self))

@@ -124,15 +124,15 @@ class Lifecycle:
         """AdapterRejected, if a base with these modules cannot run it."""
         inspect(self.store.path(adapter.digest), modules, Limits(max_rank=backend.max_lora_rank))
 
-    def still(self) -> AbstractAsyncContextManager[Any]:
+    def unchanged(self) -> AbstractAsyncContextManager[Any]:
         """While it lasts no adapter changes."""
         return self._changing
 
-    def serves(self, base: Supervisor, model: str, by: str) -> None:
-        self.registry.swap(base.name, base.configured, model, by=by)
+    async def record_swap(self, base: Supervisor, model: str, by: str) -> None:
+        await asyncio.to_thread(self.registry.swap, base.name, base.configured, model, by=by)
 
-    def served(self, base: Supervisor) -> str | None:
-        return self.registry.swapped(base.name, base.configured)
+    async def swapped_model(self, base: Supervisor) -> str | None:
+        return await asyncio.to_thread(self.registry.swapped, base.name, base.configured)
 
     async def push(
         self,

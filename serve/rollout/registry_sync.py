@@ -23,6 +23,7 @@ from sqlalchemy import delete, insert, select, update
 from serve.adapters.registry import Registry
 from serve.adapters.tables import replicas as table
 from serve.auth.keys import Keys
+from serve.engine.base_swap import Approval, swap
 from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
 from serve.rollout.lifecycle import Lifecycle
@@ -160,7 +161,7 @@ class RegistrySync:
             if model == base.model or (name, model) in self._failed_swaps:
                 return
             log.info("another server swapped %s to %s: so does this one", name, model)
-            await base.swap(model, by="follower", following=True)
+            await swap(base, model, by="follower", approval=Approval.FOLLOWED)
         except LoradockError as error:
             self._failed_swaps.add((name, model))
             log.error("%s was swapped on another server, and is not here: %s", name, error)

@@ -12,6 +12,8 @@ from serve.adapters.registry import Registry
 from serve.api.routes.callers import Asker, Manager, Operator, TheParts
 from serve.api.schemas import Swap
 from serve.auth.auth import Caller
+from serve.engine import base_swap
+from serve.engine.base_swap import Approval, Handover
 from serve.engine.fleet import Fleet
 from serve.errors import BadRequest, ConfigError, NotFound
 from serve.gateway.router import manages, sees
@@ -97,7 +99,9 @@ async def swap(engine: str, body: Swap, request: Request, caller: Operator, part
         model = await asyncio.to_thread(find, body.model, parts.config.cache_dir)
     except ConfigError as error:
         raise BadRequest(str(error), param="model") from error
-    return await base.swap(model, by=caller.name, force=body.force, drain_first=body.drain_first)
+    approval = Approval.FORCED if body.force else Approval.MEASURED
+    handover = Handover.DRAIN_FIRST if body.drain_first else Handover.BESIDE
+    return await base_swap.swap(base, model, by=caller.name, approval=approval, handover=handover)
 
 
 @router.post("/v1/engines/{engine:path}/restart")

@@ -95,7 +95,7 @@ async def test_a_request_that_waits_for_an_engine_waits_no_longer_than_it_is_tol
 async def test_after_too_many_deaths_it_stays_down_says_why_and_starts_again_by_hand(
     served, backend, base, monkeypatch
 ):
-    monkeypatch.setattr("serve.engine.supervisor.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("serve.engine.restarts.BACKOFF_SECONDS", 0.01)
     backend.prepare = never_ready
     backend.dead = True
     assert await settled(lambda: base.phase is Phase.FAILED)

@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families as plain
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.engine.fleet import Fleet
-from serve.engine.supervisor import Patience, Supervisor
+from serve.engine.restarts import Patience
+from serve.engine.supervisor import Supervisor
 from serve.telemetry.metrics import Metrics
 from tests.support.backend import FakeBackend
 

@@ -1,0 +1,55 @@
+"""How patient a supervisor is, and how often it starts an engine again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# The wait before the second restart in a row; each further one waits twice as long.
+BACKOFF_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long, in seconds, and how often."""
+
+    hang_timeout: float = 300.0  # without a step while requests wait, then the engine counts as dead
+    restart_wait: float = 60.0  # that a request waits for an engine that is coming back
+    max_restarts: int = 5  # in `restart_window`; one more, and it stays down
+    restart_window: float = 600.0
+    max_wait: float = 30.0  # a request that would wait longer for its turn is refused
+    drain_timeout: float = 600.0  # that answers of an engine that was replaced get to finish
+
+
+class RestartBudget:
+    """How many restarts are left, and how long to wait before the next one."""
+
+    def __init__(self, patience: Patience, clock: Callable[[], float]) -> None:
+        self._patience = patience
+        self._clock = clock
+        self._deaths: deque[float] = deque()
+
+    @property
+    def deaths(self) -> int:
+        """Within the window."""
+        return len(self._deaths)
+
+    @property
+    def delay(self) -> float:
+        """Seconds to wait before the next restart; none before the first."""
+        if self.deaths < 2:
+            return 0.0
+        return min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (self.deaths - 2))
+
+    def count_death(self) -> bool:
+        """Whether another restart is allowed after this death."""
+        now = self._clock()
+        self._deaths.append(now)
+        while self._deaths[0] < now - self._patience.restart_window:
+            self._deaths.popleft()
+        return self.deaths <= self._patience.max_restarts
+
+    def reset(self) -> None:
+        self._deaths.clear()
