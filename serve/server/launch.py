@@ -22,11 +22,11 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from serve.asgi.fast_stream import FLOW
 from serve.config import Base, Config
 from serve.errors import ConfigError, LoradockError
 from serve.models import hardware
 from serve.models.checkpoint import EMBEDDED, find
+from serve.server.connection import guarded, raise_descriptor_limit
 from serve.vllm_backend import forkserver
 
 log = logging.getLogger("loradock")
@@ -125,6 +125,7 @@ def own(folder: Path) -> Iterator[None]:
 def _run(config: Config, sock: socket) -> int:
     print("loading vLLM ...", file=sys.stderr, flush=True)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    raise_descriptor_limit()
     if hardware.on_cpu():
         forkserver.start()
     # What is imported stays; to look for garbage in it again and again takes a third of the time.
@@ -150,7 +151,7 @@ def _run(config: Config, sock: socket) -> int:
             access_log=False,
             timeout_graceful_shutdown=max(1, round(config.grace_period)),
             timeout_keep_alive=30,
-            http=_impatient(config.client_timeout),
+            http=guarded(config.client_timeout),
             ssl_certfile=config.ssl_certfile or None,
             ssl_keyfile=config.ssl_keyfile or None,
         )
@@ -161,33 +162,6 @@ def _run(config: Config, sock: socket) -> int:
     for error in failures:
         raise error
     return 0
-
-
-def _impatient(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP that closes a connection whose first request does not begin in time: it costs a descriptor.
-
-    Each request's scope says whether its client reads.
-    """
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
-    class Impatient(AutoHTTPProtocol):  # type: ignore[valid-type,misc]
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._begin = asyncio.get_running_loop().call_later(seconds, self._give_up)
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self.scope.setdefault("extensions", {})[FLOW] = self.flow
-
-        def connection_lost(self, error: Exception | None) -> None:
-            self._begin.cancel()
-            super().connection_lost(error)
-
-        def _give_up(self) -> None:
-            if self.cycle is None:
-                self.transport.close()
-
-    return Impatient
 
 
 def _told_briefly(record: logging.LogRecord) -> bool:

@@ -8,7 +8,7 @@ import uvicorn
 
 from serve.api.app import build_app
 from serve.config import load
-from serve.server.launch import _impatient
+from serve.server.connection import guarded
 from tests.support.backend import FakeBackend
 
 CLIENT_TIMEOUT = 2.0
@@ -19,7 +19,7 @@ def main(model: str, data: str, port: str) -> None:
     config = load([model, "--name", "base", "--data-dir", data, "--port", port, "--client-timeout", timeout], {})
     backend = FakeBackend(model)
     app = build_app(config, backend)  # type: ignore[arg-type]
-    uvicorn.run(app, port=config.port, log_level="error", http=_impatient(CLIENT_TIMEOUT))
+    uvicorn.run(app, port=config.port, log_level="error", http=guarded(CLIENT_TIMEOUT))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from serve.asgi.fast_stream import FLOW, FastStream
-from serve.server.launch import _impatient
+from serve.server.connection import guarded
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FIRST = {
@@ -107,7 +107,7 @@ async def test_uvicorn_says_whether_the_client_reads_and_sends_without_waiting()
         seen.count = number
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    config = uvicorn.Config(app, port=0, log_level="error", http=_impatient(60), lifespan="off")
+    config = uvicorn.Config(app, port=0, log_level="error", http=guarded(60), lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:
@@ -327,7 +327,7 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
             watching.reset(token)
         short.append(bool(way and way.taken and way.learned))
 
-    server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=_impatient(60), lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=guarded(60), lifespan="off"))
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)

@@ -9,13 +9,11 @@ import socket
 import subprocess
 import sys
 
-import httpx
 import pytest
-import uvicorn
 
 from serve.errors import ConfigError
 from serve.models import hardware
-from serve.server.launch import _impatient, _told_briefly
+from serve.server.launch import _told_briefly
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -127,27 +125,3 @@ def test_an_answer_that_outlasts_the_grace_period_is_a_line_and_no_traceback(cap
     cut, broken = caplog.records
     assert cut.exc_info is None and "the grace period is over" in cut.getMessage()
     assert broken.exc_info and "a real one" in caplog.text
-
-
-async def test_a_connection_that_never_asks_is_closed_and_one_that_asks_is_kept():
-    async def app(scope, receive, send):
-        await asyncio.sleep(0.4)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, http=_impatient(0.2), lifespan="off", log_level="error"))
-        serving = asyncio.create_task(server.serve(sockets=[sock]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        port = sock.getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET / HTTP/1.1\r\nHost:")
-        assert await asyncio.wait_for(reader.read(), 2) == b""
-        writer.close()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            for _ in range(2):  # each takes longer than a silent connection has
-                assert (await client.get("/")).text == "ok"
-        server.should_exit = True
-        await serving

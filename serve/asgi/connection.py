@@ -1,0 +1,22 @@
+"""What an app may say of the connection that a request came on, if the server has one that listens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from starlette.types import Scope
+
+# Where the server leaves its connection in the scope of a request.
+CONNECTION = "loradock.connection"
+
+
+class Connection(Protocol):
+    def recognise(self) -> None:
+        """Whoever sends on this connection showed a key that the server takes, or needs none."""
+
+
+def recognise(scope: Scope) -> None:
+    """Say that the caller of this request is known: the connection is not among the first that are closed."""
+    connection: Connection | None = scope.get("extensions", {}).get(CONNECTION)
+    if connection is not None:
+        connection.recognise()

@@ -1,0 +1,176 @@
+"""Connections that cannot be held for nothing: each phase of a request has an end, and newcomers find room."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from contextlib import asynccontextmanager
+
+import httpx
+import uvicorn
+
+from serve.asgi.connection import recognise
+from serve.server.connection import HEAD_BYTES, URL_BYTES, ConnectionLimits, guarded
+
+TIMEOUT = 0.3
+ROOM = ConnectionLimits(total=1000, anonymous=500, per_address=500)
+
+
+async def echo(scope, receive, send):
+    """Answers with the length of the body; `/slow` after longer than a silent connection has, `/big` with much."""
+    if scope["path"] == "/known":
+        recognise(scope)
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size, more = size + len(message["body"]), message["more_body"]
+    if scope["path"] == "/slow":
+        await asyncio.sleep(2 * TIMEOUT)
+    body = bytes(64 << 20) if scope["path"] == "/big" else str(size).encode()
+    length = str(len(body)).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def serving(limits=ROOM):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        kind = guarded(TIMEOUT, limits)
+        server = uvicorn.Server(uvicorn.Config(echo, http=kind, lifespan="off", log_level="error"))
+        task = asyncio.create_task(server.serve(sockets=[sock]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield sock.getsockname()[1], kind.peers
+        finally:
+            server.should_exit = server.force_exit = True
+            await task
+
+
+async def exchanged(port, *pieces, gap=0.0):
+    """What comes back for these pieces until the server closes, which it must."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = asyncio.create_task(reader.read())
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(gap)
+            if answer.done():
+                break
+    except ConnectionError:
+        pass
+    try:
+        return await asyncio.wait_for(answer, 5)
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+
+
+async def test_a_connection_that_never_asks_is_closed():
+    async with serving() as (port, _):
+        assert await exchanged(port) == b""
+
+
+async def test_half_a_head_is_a_408_whether_it_stops_or_drips():
+    async with serving() as (port, _):
+        assert (await exchanged(port, b"GET / HTTP/1.1\r\nHost:")).startswith(b"HTTP/1.1 408")
+        dripping = [b"GET / HTTP/1.1\r\n", *[b"a: b\r\n"] * 100]
+        start = time.monotonic()
+        assert b" 200 " not in await exchanged(port, *dripping, gap=0.05)
+        assert time.monotonic() - start < 4, "a hundred pieces take five seconds: it was let drip on"
+
+
+async def test_the_second_request_of_a_connection_has_the_same_deadline():
+    async with serving() as (port, _):
+        for half in (b"GET / HT", b"\r\n", b"GET / HTTP/1.1\r\nHost:"):
+            answer = await exchanged(port, GET, half, gap=0.1)
+            assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") <= 2
+
+
+async def test_half_a_body_is_a_408_whether_it_stops_or_drips():
+    async with serving() as (port, _):
+        stopped = await exchanged(port, POST + b"half")
+        assert stopped.startswith(b"HTTP/1.1 408")
+        assert "body" in json.loads(stopped.partition(b"\r\n\r\n")[2])["error"]["message"]
+        start = time.monotonic()
+        assert b" 200 " not in await exchanged(port, POST, *[b"x"] * 99, gap=0.05)
+        assert time.monotonic() - start < 4
+
+
+async def test_a_slow_but_steady_body_arrives():
+    async with serving() as (port, _):
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2000\r\n\r\n"
+        answer = await exchanged(port, head, *[bytes(100)] * 20, gap=0.05)
+        assert answer.endswith(b"2000")
+
+
+async def test_an_answer_that_takes_longer_than_a_silent_client_may_comes():
+    async with serving() as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        for _ in range(2):
+            assert (await client.get("/slow")).text == "0"
+
+
+async def test_half_a_request_behind_one_that_is_answered_does_not_cut_the_answer():
+    async with serving() as (port, _):
+        slow = GET.replace(b"GET /", b"GET /slow")
+        answer = await exchanged(port, slow + b"GET / HT")
+        assert answer.startswith(b"HTTP/1.1 200") and b"\r\n\r\n0" in answer
+
+
+async def test_a_client_that_reads_nothing_is_let_go():
+    async with serving() as (port, peers):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.transport.pause_reading()
+        writer.write(GET.replace(b"GET /", b"GET /big"))
+        await asyncio.sleep(0.1)
+        assert len(peers) == 1
+        for _ in range(50):
+            await asyncio.sleep(0.1)
+            if not len(peers):
+                break
+        assert not len(peers)
+        writer.transport.abort()
+
+
+async def test_heads_and_urls_are_bounded():
+    async with serving() as (port, _):
+        many = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (HEAD_BYTES // 5) + b"\r\n"
+        assert (await exchanged(port, many)).startswith(b"HTTP/1.1 431")
+        endless = [b"GET / HTTP/1.1\r\na: ", *[b"b" * 65536] * 8]
+        assert b" 200 " not in await exchanged(port, *endless, gap=0.01)
+        long = b"GET /" + b"a" * URL_BYTES + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+        assert (await exchanged(port, long)).startswith(b"HTTP/1.1 414")
+        fits = b"GET /" + b"a" * (URL_BYTES - 100) + b" HTTP/1.1\r\nConnection: close\r\n\r\n"
+        assert (await exchanged(port, fits)).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_crowd_without_keys_does_not_keep_others_out_nor_close_those_who_are_known():
+    limits = ConnectionLimits(total=30, anonymous=10, per_address=10)
+    async with serving(limits) as (port, peers):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as known:
+            assert (await known.get("/known")).text == "0"
+            crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
+            assert len(peers) <= 11
+            assert (await exchanged(port, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))).endswith(b"0")
+            assert (await known.get("/known")).text == "0"
+            assert peers.closed_for_room >= 30
+        for _, writer in crowd:
+            writer.close()
+
+
+async def test_a_full_server_says_so():
+    limits = ConnectionLimits(total=-31, anonymous=10, per_address=10)  # 32 more from this machine
+    async with serving(limits) as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        assert (await client.get("/known")).status_code == 200
+        assert (await exchanged(port)).startswith(b"HTTP/1.1 503")
