@@ -7,7 +7,6 @@ output directory appears by one rename at the very end.
 
 from __future__ import annotations
 
-import ast
 import fcntl
 import json
 import os
@@ -30,15 +29,15 @@ from optimize.checkpoint import artifact
 from optimize.data import text
 from optimize.errors import GateFailed, OptimizeError, OutOfMemory, Refused
 from optimize.job import Job
-from optimize.pipeline import manifest, report
+from optimize.pipeline import manifest, report, step_code
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import judged
 from optimize.pipeline.plan import Plan
-from optimize.pipeline.worker import TASKS, sentence
+from optimize.pipeline.step_code import ROOT
+from optimize.pipeline.worker import sentence
 from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
 
 NOTES = "notes.json"
-ROOT = Path(__file__).resolve().parents[2]
 COMPARING = ("evaluate", "engine", "heal", "onnx", "genai", "tasks")  # steps that look at the reference
 Tell = Callable[[str, float, float, str], None]  # step, done, total, what
 
@@ -161,22 +160,19 @@ class Run:
 
     def _do(self, kind: str, options: dict[str, Any], state: State, uses_text: bool) -> Done:
         """The step's folder, from an earlier run or made now."""
-        key = artifact.key(
-            {
-                "kind": kind,
-                "options": options,
-                "model": _digest(state.model),
-                "reference": _digest(state.reference) if kind in COMPARING else "",
-                "adapters": {name: _digest(path) for name, path in state.adapters.items()},
-                "originals": {name: _digest(path) for name, path in state.originals.items() if kind == "evaluate"},
-                "text": self._text(kind) if uses_text else {},
-                "seed": self.recipe.seed,
-                "target": self.recipe.target,
-                "versions": manifest.versions(),
-                "code": _code(TASKS[kind]),
-            }
-        )
-        folder = self.work / f"{len(self.done) + 1:02d}-{kind}-{key}"
+        inputs = {
+            "kind": kind,
+            "options": options,
+            "model": _digest(state.model),
+            "reference": _digest(state.reference) if kind in COMPARING else "",
+            "adapters": {name: _digest(path) for name, path in state.adapters.items()},
+            "originals": {name: _digest(path) for name, path in state.originals.items() if kind == "evaluate"},
+            "text": self._text(kind) if uses_text else {},
+            "seed": self.recipe.seed,
+            "target": self.recipe.target,
+            "versions": manifest.versions(),
+        }
+        folder = self._folder(kind, inputs)
         start = time.monotonic()
         redone = not folder.is_dir()
         if redone:
@@ -206,6 +202,14 @@ class Run:
         self.done.append(done)
         self.tell(kind, 1, 1, "" if redone else "done before")
         return done
+
+    def _folder(self, kind: str, inputs: dict[str, Any]) -> Path:
+        """Where the step belongs: where an accepted version of its code finished it or began it, or under today's."""
+        keys = [artifact.key({**inputs, "code": code}) for code in step_code.accepted(kind)]
+        folders = [self.work / f"{len(self.done) + 1:02d}-{kind}-{key}" for key in keys]
+        finished = [folder for folder in folders if folder.is_dir()]
+        begun = [folder for folder in folders if folder.with_name(folder.name + ".part").is_dir()]
+        return [*finished, *begun, folders[0]][0]
 
     def _text(self, kind: str) -> dict[str, Any]:
         """What a step reads of the recipe's texts and how they are used."""
@@ -352,24 +356,6 @@ def _digest(folder: Path) -> str:
 @cache
 def _digested(folder: str, _: int) -> str:
     return artifact.key({name: found for name, found in artifact.contents(Path(folder)).items() if name != NOTES})
-
-
-@cache
-def _code(module: str) -> str:
-    """The digest of a step's module and of those of ours that it imports, so that a step of an older loradock is not
-    taken for this one's."""
-    digests: dict[str, str] = {}
-    left = [module]
-    while left:
-        name = left.pop()
-        file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
-        if name in digests or not name.startswith("optimize.") or not file.is_file():
-            continue
-        digests[name] = artifact.digest(file)
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                left += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return artifact.key(digests)
 
 
 def _resident(pid: int) -> int:
