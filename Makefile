@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof bench monitoring clean setup setup-dev tiers cases eight
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof bench monitoring clean setup setup-dev tiers cases eight docs
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -24,6 +24,10 @@ lint: setup-dev ## ruff: style and format
 
 types: setup-dev ## mypy
 	@$(BIN)/mypy
+
+docs: setup-dev ## the documentation as a site in docs/_build/html; a warning, or a link that leads nowhere, is an error
+	@$(BIN)/python -m sphinx -b html -nWq --keep-going docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30 minutes of faults under 16 streams
 	@LORADOCK_TEST_FLEET=1 LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/adapters/test_killed.py tests/e2e/test_fleet.py

@@ -29,6 +29,12 @@ router = APIRouter()
 
 @router.post("/v1/adapters", status_code=201)
 async def push(request: Request, caller: Manager, expected: Expected, parts: TheParts) -> Response:
+    """Push a version of an adapter: multipart with `name`, `promote`, `visibility`, `engine`, `why` and `files` (each file,
+    or one .zip or .tar.gz), or JSON with a `source` that the server fetches.
+
+    201 with the version; 200 when these bytes are a version already. 422 lists the tensors that do not fit the base, or
+    says that the adapter changes nothing. By the adapter's policy a new version may get a share of the traffic first.
+    """
     if not parts.ready.is_set():
         raise parts.fleet.first.unavailable()
     kind = request.headers.get("content-type", "")
@@ -62,12 +68,14 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
 
 @router.get("/v1/adapters")
 async def adapters(caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """The adapters that the caller may change, with their versions."""
     rows = [summary(parts, full, caller) for full in parts.registry.names() if manages(caller, full)]
     return {"object": "list", "data": rows}
 
 
 @router.get("/v1/adapters/{name:path}")
 async def adapter(name: str, caller: Manager, response: Response, parts: TheParts) -> dict[str, Any]:
+    """One adapter: its versions, which is live, its recent latency, its history. The ETag is the live version."""
     full = owned(parts, name, caller)
     told = summary(parts, full, caller)
     # For a change's If-Match; of no use to a cache, since more changes here than what is live.
@@ -81,6 +89,7 @@ async def adapter(name: str, caller: Manager, response: Response, parts: ThePart
 async def promote(
     name: str, body: Promote, request: Request, caller: Manager, matching: Expected, parts: TheParts
 ) -> dict[str, Any]:
+    """Make a version live. With `expected_version` (or `If-Match`), 409 when another version is live by then."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
     full, expected = owned(parts, name, caller), agreed(body.expected_version, matching)
     parts.referee.check(full, body.version, body.at_once)
@@ -101,6 +110,7 @@ async def promote(
 async def rollback(
     name: str, request: Request, caller: Manager, matching: Expected, parts: TheParts, body: Rollback | None = None
 ) -> dict[str, Any]:
+    """Make the version live that was live before this one. The body may be left out."""
     body = body or Rollback()
     expected = agreed(body.expected_version, matching)
     request.state.subject = spelled(name, caller.tenant)
@@ -115,6 +125,7 @@ async def rollback(
 async def canary(
     name: str, body: Weight, request: Request, caller: Manager, expected: Expected, parts: TheParts
 ) -> dict[str, Any]:
+    """Give a version a share of the name's traffic, for the same askers each time; a weight of 0 ends it."""
     return await _dealt("canary", name, body, request, caller, expected, parts)
 
 
@@ -122,6 +133,7 @@ async def canary(
 async def shadow(
     name: str, body: Weight, request: Request, caller: Manager, expected: Expected, parts: TheParts
 ) -> dict[str, Any]:
+    """Let a version answer a share of the requests without showing its answers; a weight of 0 ends it."""
     return await _dealt("shadow", name, body, request, caller, expected, parts)
 
 
@@ -129,6 +141,7 @@ async def shadow(
 async def visibility(
     name: str, body: Visibility, request: Request, caller: Manager, expected: Expected, parts: TheParts
 ) -> dict[str, Any]:
+    """Let every tenant ask this adapter (`shared`), or its own tenant alone (`private`)."""
     request.state.subject = spelled(name, caller.tenant)
     full = owned(parts, name, caller)
     shared = body.visibility == "shared"
@@ -140,6 +153,7 @@ async def visibility(
 async def pin(
     name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts, body: Pin | None = None
 ) -> dict[str, Any]:
+    """Keep a version in the engine's memory. The body may be left out: the live version is pinned then."""
     body = body or Pin()
     request.state.subject = spelled(name, caller.tenant) + (f"@v{body.version}" if body.version else "")
     full = owned(parts, name, caller)
@@ -149,6 +163,7 @@ async def pin(
 
 @router.delete("/v1/adapters/{name:path}/pin")
 async def unpin(name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts) -> dict[str, Any]:
+    """End the pin."""
     request.state.subject = spelled(name, caller.tenant)
     full = owned(parts, name, caller)
     await parts.lifecycle.unpin(full, by=caller.name, expected=expected)
@@ -166,6 +181,7 @@ async def remove_version(
     force: bool = False,
     why: str = "",
 ) -> dict[str, Any]:
+    """Remove a version; its last answers end first. A live version goes only with `force=true`."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
     gone = await parts.lifecycle.remove(
         owned(parts, name, caller), number, by=caller.name, force=force, expected=expected, why=why
@@ -178,6 +194,7 @@ async def remove_version(
 async def remove(
     name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts, why: str = ""
 ) -> dict[str, Any]:
+    """Remove an adapter with all its versions."""
     request.state.subject = spelled(name, caller.tenant)
     gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
     await asyncio.to_thread(_forget, parts.watcher, gone)

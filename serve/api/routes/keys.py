@@ -15,6 +15,7 @@ router = APIRouter()
 
 @router.post("/v1/keys", status_code=201)
 async def create_key(body: NewKey, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+    """Create a key of a tenant. The answer holds its secret, which is not shown again."""
     request.state.subject = f"{body.tenant}/{body.name}"
     if parts.auth.open:
         raise Conflict(
@@ -29,12 +30,14 @@ async def create_key(body: NewKey, request: Request, caller: Operator, parts: Th
 
 @router.get("/v1/keys")
 async def list_keys(caller: Operator, parts: TheParts, tenant: str | None = None) -> dict[str, Any]:
+    """The keys, without their secrets."""
     rows = [key.described() for key in parts.keys.all() if tenant in (None, key.tenant)]
     return {"object": "list", "data": rows}
 
 
 @router.delete("/v1/keys/{id}")
 async def revoke_key(id: str, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+    """Revoke a key; the next request with it gets 401."""
     key = await asyncio.to_thread(parts.keys.revoke, id)
     request.state.subject = f"{key.tenant}/{key.name} {key.id}"
     return key.described()

@@ -42,6 +42,7 @@ async def is_ready(parts: TheParts) -> Response:
 
 @router.get("/version")
 async def version(parts: TheParts) -> dict[str, Any]:
+    """Versions of loradock and vLLM, the first base's name, and the manifest of an optimized export."""
     said = {"version": __version__, "vllm": parts.fleet.first.backend.version, "model": parts.fleet.first.name}
     manifest = gist(parts.fleet.first.model)
     return {**said, "manifest": manifest} if manifest else said
@@ -64,11 +65,13 @@ async def engine_metrics(request: Request, caller: Operator, parts: TheParts) ->
 
 @router.get("/v1/models")
 async def models(caller: Asker, parts: TheParts) -> dict[str, Any]:
+    """OpenAI's list of models: the bases, and each adapter by name and by version with its parent."""
     return {"object": "list", "data": list(_cards(parts.fleet, parts.registry, caller))}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, caller: Asker, parts: TheParts) -> dict[str, Any]:
+    """One model of that list."""
     for card in _cards(parts.fleet, parts.registry, caller):
         if name == card["id"]:
             return card
@@ -77,6 +80,7 @@ async def model(name: str, caller: Asker, parts: TheParts) -> dict[str, Any]:
 
 @router.get("/v1/engines")
 async def engines(caller: Operator, parts: TheParts) -> dict[str, Any]:
+    """Each base's engine: phase and why, model, memory, slots, queue, restarts, uptime, adapters in memory."""
     rows = []
     for base in parts.fleet:
         # The backend answers behind what it computes, so the other numbers are read afterwards.
@@ -93,6 +97,7 @@ async def replicas(caller: Operator, parts: TheParts) -> dict[str, Any]:
 
 @router.post("/v1/engines/{engine:path}/swap")
 async def swap(engine: str, body: Swap, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+    """Replace the model under a base while requests go on; `drain_first` when both do not fit in memory."""
     request.state.subject = f"{engine} -> {body.model}"
     base = parts.fleet.get(engine)
     try:
@@ -106,6 +111,7 @@ async def swap(engine: str, body: Swap, request: Request, caller: Operator, part
 
 @router.post("/v1/engines/{engine:path}/restart")
 async def restart(engine: str, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+    """Start an engine again that is down."""
     request.state.subject = engine
     await parts.fleet.get(engine).restart()
     return parts.fleet.get(engine).described()

@@ -1,0 +1,280 @@
+"""Writes the parts of the site that are read from the code: command line, HTTP API, settings, packages.
+
+`make docs` calls this. Nothing that it writes is committed, so nothing can be out of date.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import io
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+os.environ["TYPER_USE_RICH"] = "0"  # typer reads it when it is imported; help is plain text then
+os.environ["COLUMNS"] = "100"
+
+import typer
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from serve import config
+from serve.api.routes import callers, routers
+from serve.cli.main import app as command_line
+
+ROOT = Path(__file__).parent.parent
+VLLM_DOCS = "https://docs.vllm.ai/en/stable/configuration/engine_args/"
+
+
+def write(folder: Path) -> None:
+    """Every generated part as a file of `folder`."""
+    folder.mkdir(exist_ok=True)
+    parts = {"cli": cli, "http-api": http_api, "settings": settings, "vllm-options": vllm_options, "packages": packages}
+    for name, made in parts.items():
+        (folder / f"{name}.md").write_text(made())
+
+
+# ---- command line
+
+
+def cli() -> str:
+    """A heading and the help text of every command."""
+    lines: list[str] = []
+    for words, command in commands():
+        if words == ["loradock", "serve"]:
+            text = _help(words, command).partition("\n  Settings:")[0] + "\n\n  Settings: see the page Configuration."
+        elif words[:2] == ["loradock", "optimize"]:
+            text = _optimize_help(words[2:])
+        else:
+            text = _help(words, command)
+        lines += [f"## {' '.join(words)}", "", "```text", text.rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def commands() -> Iterator[tuple[list[str], Any]]:
+    """Each command that does something, as its words, with typer's object of it."""
+
+    def below(words: list[str], command: Any) -> Iterator[tuple[list[str], Any]]:
+        children = getattr(command, "commands", {})
+        # `bench` is a command and a group.
+        if not children or getattr(command, "invoke_without_command", False):
+            yield words, command
+        for name, child in children.items():
+            yield from below([*words, name], child)
+
+    yield from below(["loradock"], typer.main.get_command(command_line))
+    yield ["loradock", "optimize", "run-onnx"], None
+
+
+def _help(words: list[str], command: Any) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        command.main(args=["--help"], prog_name=" ".join(words))
+    return printed.getvalue()
+
+
+def _optimize_help(words: list[str]) -> str:
+    from optimize.cli import run
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run([*words, "--help"], Path)
+    return printed.getvalue()
+
+
+# ---- HTTP
+
+SECTIONS = {
+    "Adapters": "/v1/adapters",
+    "Drift and feedback": "/v1/drift /v1/feedback",
+    "Keys": "/v1/keys",
+    "Models, engines, replicas": "/v1/models /v1/engines /v1/replicas",
+    "The server": "/",
+}
+
+
+def http_api() -> str:
+    """Every route of our own, from the OpenAPI document that the server gives at /openapi.json."""
+    app = FastAPI()
+    for router in routers():
+        app.include_router(router)
+    document = app.openapi()
+    scopes = {
+        (route.path_format, method): _scope(route)
+        for router in routers()
+        for route in router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    left = [(path, method.upper(), said) for path, ways in document["paths"].items() for method, said in ways.items()]
+    lines: list[str] = []
+    for title, prefixes in SECTIONS.items():
+        here = [row for row in left if row[0].startswith(tuple(prefixes.split()))]
+        left = [row for row in left if row not in here]
+        lines += [f"## {title}", ""]
+        for path, method, said in here:
+            lines += _route(path, method, said, scopes[path, method], document)
+    return "\n".join(lines)
+
+
+def _route(path: str, method: str, said: dict[str, Any], scope: str, document: dict[str, Any]) -> list[str]:
+    lines = [f"### {method} {path}", ""]
+    if text := said.get("description"):
+        lines += [text, ""]
+    lines += [f"Scope: {f'`{scope}`' if scope else 'none, no key is needed'}.", ""]
+    rows = [
+        (f"`{given['name']}` (query)", _kind(given["schema"]), _default(given["schema"], given["required"]))
+        for given in said.get("parameters", [])
+        if given["in"] == "query"
+    ]
+    for content in said.get("requestBody", {}).get("content", {}).values():
+        body = _resolved(content["schema"], document)
+        required = body.get("required", [])
+        for name, schema in body.get("properties", {}).items():
+            resolved = _resolved(schema, document)
+            rows.append((f"`{name}`", _kind(resolved), _default(schema, name in required)))
+    if rows:
+        lines += _table(("Field", "Type", "Default"), rows)
+    return lines
+
+
+def _scope(route: APIRoute) -> str:
+    asks = {callers.Asker: "inference", callers.Manager: "adapters:write", callers.Operator: "admin"}
+    return asks.get(get_type_hints(route.endpoint, include_extras=True).get("caller"), "")
+
+
+def _resolved(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    """What a schema says where it refers to another, or to another or null."""
+    for option in [schema, *schema.get("anyOf", [])]:
+        if "$ref" in option:
+            named: dict[str, Any] = document["components"]["schemas"][option["$ref"].rpartition("/")[2]]
+            return named
+    return schema
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_kind(option) for option in schema["anyOf"]))
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {_kind(schema.get('items', {}))}"
+    return str(schema.get("type", "object"))
+
+
+def _default(schema: dict[str, Any], required: bool) -> str:
+    if required:
+        return "required"
+    default = schema.get("default")
+    return "" if default in (None, "", {}) else f"`{default}`"
+
+
+# ---- settings
+
+
+def settings() -> str:
+    """Every setting of ours: name, type, default, meaning."""
+    rows = []
+    for name, item in config.SETTINGS.items():
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        rows.append((f"`{name}`", _setting_type(item.type), _setting_default(name, default), item.metadata["help"]))
+    return "\n".join(_table(("Setting", "Type", "Default", "Meaning"), rows))
+
+
+def _setting_type(annotation: Any) -> str:
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Path": "path"}
+    text = str(annotation)
+    return names.get(text, "list" if text.startswith("tuple[str") else "mapping, see below")
+
+
+def _setting_default(name: str, default: Any) -> str:
+    if isinstance(default, Path):
+        return f"`{default}`".replace(str(Path.home()), "~")
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if default in ("", ()):
+        return ""
+    return "see below" if isinstance(default, tuple) else f"`{default}`"
+
+
+def vllm_options() -> str:
+    """Every option of vLLM's engine and OpenAI server that is a setting here, with vLLM's own default."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    defaults: Mapping[str, str] = {
+        item.name: _vllm_default(item) for args in (AsyncEngineArgs, FrontendArgs) for item in dataclasses.fields(args)
+    }
+    ours = {*config.OURS, *config.SETTINGS}
+    rows = [
+        (f"`{name}`", f"`{' '.join(kind.split())}`".replace("|", "\\|"), defaults.get(name, ""))
+        for name, kind in sorted(config.engine_options().items())
+        if name not in ours
+    ]
+    refused = [(f"`{name}`", why) for name, why in sorted(config.OURS.items())]
+    return "\n".join(
+        [
+            f"What each does is on [vLLM's page]({VLLM_DOCS}).",
+            "",
+            *_table(("Option", "Type", "Default"), rows),
+            "These options of vLLM are not taken:",
+            "",
+            *_table(("Option", "Instead"), refused),
+        ]
+    )
+
+
+def _vllm_default(item: dataclasses.Field[Any]) -> str:
+    made = item.default_factory is not dataclasses.MISSING
+    default = item.default_factory() if made else item.default  # type: ignore[misc]
+    if default is None or default is dataclasses.MISSING or default == "" or dataclasses.is_dataclass(default):
+        return ""
+    value = getattr(default, "value", default)  # an enum's
+    return f"`{value}`" if isinstance(value, str | int | float | list | dict | set) and value not in ([], {}) else ""
+
+
+# ---- packages
+
+
+def packages() -> str:
+    """The layers of both packages, the highest first, as import-linter holds them; what lives in each."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    lines: list[str] = []
+    for contract in contracts:
+        if contract["type"] != "layers":
+            continue
+        (root,) = contract["containers"]
+        rows = [
+            (
+                str(depth),
+                f"`{root}/{name}{'/' if (ROOT / root / name).is_dir() else '.py'}`",
+                _lives(ROOT / root / name),
+            )
+            for depth, layer in enumerate(contract["layers"], 1)
+            for name in map(str.strip, layer.split("|"))
+        ]
+        lines += [f"### {root}", "", *_table(("Layer", "Package", "What lives there"), rows)]
+    return "\n".join(lines)
+
+
+def _lives(package: Path) -> str:
+    file = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
+    said = ast.get_docstring(ast.parse(file.read_text())) or ""
+    if not package.is_dir():
+        said = said.partition("\n\n")[0]
+    return " ".join(said.split())
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    def line(cells: tuple[str, ...]) -> str:
+        return f"| {' | '.join(' '.join(cell.split()) for cell in cells)} |"
+
+    return [line(head), f"|{'---|' * len(head)}", *map(line, rows), ""]
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent / "generated")
