@@ -19,8 +19,10 @@ from starlette.requests import ClientDisconnect
 
 from serve import __version__
 from serve.api.dashboard.pages import pages
+from serve.api.entrance import Entrance
 from serve.api.routes import routers
 from serve.api.services import Services
+from serve.asgi.origin import OriginCheck, origins
 from serve.auth.audit import Audited
 from serve.config import Config
 from serve.engine.engine import Backend
@@ -56,7 +58,17 @@ def build_app(
         title="loradock",
         version=__version__,
         lifespan=lifespan,
-        middleware=[Middleware(_Split, inference=parts.inference), Middleware(Audited, audit=parts.audit)],
+        middleware=[
+            Middleware(
+                OriginCheck,
+                allowed=origins(config.engine.get("allowed_origins")),
+                is_open=lambda: parts.auth.open,
+                answers=_is_inference,
+            ),
+            Middleware(_Split, inference=parts.inference),
+            Middleware(Audited, audit=parts.audit),
+            Middleware(Entrance, auth=parts.auth, fresh=parts.follower.fresh if parts.follower else None),
+        ],
         docs_url=None,
         redoc_url=None,
     )
@@ -79,8 +91,12 @@ class _Split:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "")
-        inference = scope["type"] == "websocket" or PATHS.fullmatch(path) or STORED.fullmatch(path)
+        inference = scope["type"] == "websocket" or _is_inference(path)
         await (self._inference if inference else self._app)(scope, receive, send)
+
+
+def _is_inference(path: str) -> bool:
+    return bool(PATHS.fullmatch(path) or STORED.fullmatch(path))
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -70,7 +70,7 @@ def issue(operator: httpx.AsyncClient) -> Callable[..., Any]:
         told = await operator.post("/v1/keys", json=body)
         assert told.status_code == 201, told.text
         headers = {"authorization": f"Bearer {told.json()['secret']}"}
-        return httpx.AsyncClient(transport=operator._transport, base_url="http://loradock", headers=headers)
+        return httpx.AsyncClient(transport=operator._transport, base_url="http://localhost", headers=headers)
 
     return issue
 

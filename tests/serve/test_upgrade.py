@@ -55,7 +55,7 @@ def restored(url: str, dump: Path) -> None:
 def of(client: httpx.AsyncClient, secret: str) -> httpx.AsyncClient:
     """The same server, with another key."""
     headers = {"authorization": f"Bearer {secret}"}
-    return httpx.AsyncClient(transport=client._transport, base_url="http://loradock", headers=headers)
+    return httpx.AsyncClient(transport=client._transport, base_url="http://localhost", headers=headers)
 
 
 def lasting(adapter: dict) -> dict:

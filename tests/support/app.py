@@ -29,7 +29,7 @@ class Started:
         await self._lifespan.__aenter__()
         await asyncio.wait_for(self.app.state.parts.ready.wait(), 30)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=True)
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://loradock")
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
         return self._client
 
     async def __aexit__(self, *_: object) -> None:

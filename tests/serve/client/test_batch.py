@@ -26,7 +26,7 @@ def jobs(tmp_path):
 
 async def test_a_real_server_answers_them_at_low_priority(client, backend, jobs, tmp_path):
     out = tmp_path / "out.jsonl"
-    assert await run(jobs, out, url="http://loradock", key=None, concurrency=3, transport=client._transport) == 0
+    assert await run(jobs, out, url="http://localhost", key=None, concurrency=3, transport=client._transport) == 0
     told = [json.loads(one) for one in out.read_text().splitlines()]
     assert {one["custom_id"] for one in told} == {job.id for job in jobs}
     assert all(one["response"]["body"] == {"model": "base"} and one["error"] is None for one in told)
@@ -35,12 +35,12 @@ async def test_a_real_server_answers_them_at_low_priority(client, backend, jobs,
 
 async def test_a_run_that_was_broken_off_asks_only_what_is_missing(client, backend, jobs, tmp_path):
     out = tmp_path / "out.jsonl"
-    await run(jobs[:4], out, url="http://loradock", key=None, concurrency=2, transport=client._transport)
+    await run(jobs[:4], out, url="http://localhost", key=None, concurrency=2, transport=client._transport)
     out.write_text(out.read_text() + '{"custom_id": "q5", "respon')
     assert answered(out) == {"q0", "q1", "q2", "q3"}
     left = [job for job in jobs if job.id not in answered(out)]
     count = len(backend.bodies)
-    await run(left, out, url="http://loradock", key=None, concurrency=2, transport=client._transport)
+    await run(left, out, url="http://localhost", key=None, concurrency=2, transport=client._transport)
     assert len(backend.bodies) - count == 6
     assert answered(out) == {job.id for job in jobs}
 
@@ -66,7 +66,7 @@ async def test_a_server_that_is_busy_or_away_is_waited_for(jobs, tmp_path):
 async def test_an_error_of_one_is_its_line_and_nobody_elses(client, backend, jobs, tmp_path):
     out = tmp_path / "out.jsonl"
     wrong = [*jobs[:2], *read_lines(tmp_path, line("bad", body={"model": "nobody"}))]
-    assert await run(wrong, out, url="http://loradock", key=None, concurrency=2, transport=client._transport) == 1
+    assert await run(wrong, out, url="http://localhost", key=None, concurrency=2, transport=client._transport) == 1
     told = {one["custom_id"]: one for one in map(json.loads, out.read_text().splitlines())}
     assert told["bad"]["response"]["status_code"] == 404
     assert told["bad"]["response"]["body"]["error"]["code"] == "model_not_found"
