@@ -12,8 +12,8 @@ from optimize.pipeline.worker import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The steps' code before the modules moved into packages (commit 3143cca). Every step still writes the same bytes, so what
-# that code finished is taken over. Remove a step's line in the change that makes it write other bytes on purpose.
+# The steps' code before the modules moved into packages (commit 3143cca). Every step still writes the same bytes, so
+# what that code finished is taken over. Remove a step's line in the change that makes it write other bytes on purpose.
 SAME_BYTES: Mapping[str, tuple[str, ...]] = {
     "merge": ("8434cfd1555dd4cb54ffd93c",),
     "combine": ("5d3b3f99f10cf3427df49b21",),

@@ -29,8 +29,10 @@ router = APIRouter()
 
 @router.post("/v1/adapters", status_code=201)
 async def push(request: Request, caller: Manager, expected: Expected, parts: TheParts) -> Response:
-    """Push a version of an adapter: multipart with `name`, `promote`, `visibility`, `engine`, `why` and `files` (each file,
-    or one .zip or .tar.gz), or JSON with a `source` that the server fetches.
+    """Push a version of an adapter, as multipart or JSON.
+
+    Multipart: `name`, `promote`, `visibility`, `engine`, `why` and `files` (each file, or one .zip or .tar.gz).
+    JSON: the same with a `source` that the server fetches.
 
     201 with the version; 200 when these bytes are a version already. 422 lists the tensors that do not fit the base, or
     says that the adapter changes nothing. By the adapter's policy a new version may get a share of the traffic first.
