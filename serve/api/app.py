@@ -27,7 +27,8 @@ from serve.auth.audit import Audited
 from serve.config import Config
 from serve.engine.engine import Backend
 from serve.errors import LoradockError, invalid
-from serve.gateway.inference import PATHS, STORED, Inference
+from serve.gateway.inference import Inference
+from serve.gateway.request import PATHS, STORED
 from serve.rollout.shadow import ShadowExchange
 
 

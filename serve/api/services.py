@@ -99,10 +99,15 @@ class Services:
         self._shadows = shadows
         router = Router(self.fleet, self.registry, self.store, self.lifecycle.popularity.used)
         self.inference = Inference(
-            self.auth, router, Meters(), self.monitor.take, shadows, self.watcher.wants_logprobs, config.client_timeout
+            self.auth,
+            router,
+            Meters(),
+            self.monitor.take,
+            shadows,
+            self.watcher.wants_logprobs,
+            config.client_timeout,
+            self.follower.fresh if self.follower else None,
         )
-        if self.follower:
-            self.inference.fresh = self.follower.fresh
 
     def _introduce_those_who_watch(self) -> None:
         """Whoever hears of an answer after it was given, and what follows from it."""

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import msgspec
-from starlette.types import Message, Scope
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.store import Store
-from serve.asgi.cancellation import CancellableCall
-from serve.asgi.exchange import Exchange, Watch, watching
+from serve.asgi.exchange import Exchange, Watch
+from serve.asgi.internal_client import post
 from serve.engine.engine import LOW_PRIORITY, Engine, Lease
 from serve.engine.fleet import Fleet
 from serve.errors import BadRequest
 
 AT_ONCE = 8
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-_encode = msgspec.json.Encoder().encode
+# What of an answer is kept: its errors are quoted; the rest is read at the engine.
+MAX_ANSWER = 1 << 20
 
 
 class BaselineBuild:
@@ -62,48 +59,17 @@ class BaselineBuild:
         prompt: Any,
         max_tokens: int,
     ) -> Exchange:
-        said = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-        body = {"model": lease.model, "max_tokens": max_tokens, "stream": False, **said}
+        question = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+        body = {"model": lease.model, "max_tokens": max_tokens, "stream": False, **question}
         if lease.priority is not None:
             body["priority"] = lease.priority
-        watch, answer = Watch(logprobs=True, background=True), _Kept()
+        watch = Watch(logprobs=True, background=True)
         async with room:
             began = time.time()
-            watching.set(watch)  # this task's alone
-            receive, send = answer.ends(body)
-            call = CancellableCall(receive, send, engine.failing)
-            with engine.alarm(call.cut):
-                await call.run(engine.backend.app, _scope(TEXT if isinstance(prompt, str) else CHAT, body))
+            path = TEXT if isinstance(prompt, str) else CHAT
+            answer = await post(engine, path, body, limit=MAX_ANSWER, watch=watch)
         if answer.status != 200:
-            raise BadRequest(f"prompt {number} was answered with {answer.status}: {answer.body[:300]!r}")
+            raise BadRequest(f"prompt {number} was answered with {answer.status}: {(answer.body or b'')[:300]!r}")
         generations = tuple(sequence.read() for sequence in watch.sequences)
         version = f"v{adapter.version}"
         return Exchange(adapter.name, version, 200, None, 0.0, id=adapter.id, began=began, generations=generations)
-
-
-class _Kept:
-    def __init__(self) -> None:
-        self.status = 0
-        self.body = b""
-
-    def ends(self, body: Mapping[str, Any]) -> tuple[Any, Any]:
-        """What the app receives and where it sends to."""
-        messages: list[Message] = [{"type": "http.request", "body": _encode(body), "more_body": False}]
-
-        async def receive() -> Message:
-            return messages.pop() if messages else await asyncio.Future()
-
-        async def send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self.status = message["status"]
-            else:
-                self.body += message.get("body", b"")
-
-        return receive, send
-
-
-def _scope(path: str, body: Mapping[str, Any]) -> Scope:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(_encode(body))).encode())]
-    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
-    rest = {"root_path": "", "scheme": "http", "http_version": "1.1", "client": None, "server": ("loradock", 80)}
-    return {**scope, **rest, "headers": headers, "asgi": {"version": "3.0", "spec_version": "2.3"}, "state": {}}

@@ -8,7 +8,8 @@ import re._parser as sre
 
 import pytest
 
-from serve.gateway.inference import PATHS, STORED, salted
+from serve.gateway.request import PATHS, STORED
+from serve.gateway.tenant_isolation import tenant_salt
 from tests.support.app import ask, settled, upload
 
 BODIES = {
@@ -336,7 +337,7 @@ def test_no_salt_is_an_adapters_namespace_and_vllm_takes_them_all():
     for tenant, salt in itertools.product(
         ("default", "a" * 64), ("x", "tone@0123456789ab", "a/b@v1", "\ud800", "ä" * 5000)
     ):
-        made = salted(salt, tenant)
+        made = tenant_salt(salt, tenant)
         assert made is not None and made.startswith(f"{tenant}:")
         assert len(made) <= 128 and not set(made) & set("@/\\\x00")
 

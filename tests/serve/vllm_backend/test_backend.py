@@ -43,7 +43,8 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from serve.asgi.exchange import Watch, watching
 from serve.config import engine_options
 from serve.errors import ConfigError, EngineUnavailable
-from serve.gateway.inference import RANK, salted
+from serve.gateway.request import RANK
+from serve.gateway.tenant_isolation import tenant_salt
 from serve.vllm_backend.backend import Pulse, VLLMBackend, _own_series, parse
 from serve.vllm_backend.output_processor import Outputs, Timed, ask_logprobs
 
@@ -269,7 +270,7 @@ def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():
     own = SimpleNamespace(**base, lora_request=adapter, cache_salt=None)
     with_adapter, _ = kv_cache_utils.generate_block_hash_extra_keys(own, 0, 16, 0)
     for tenant, salt in (("default", adapter.lora_name), ("a" * 64, "x" * 128), ("acme", None)):
-        made = salted(salt, tenant)
+        made = tenant_salt(salt, tenant)
         validate_cache_salt(made)
         asked = SimpleNamespace(**base, lora_request=None, cache_salt=made)
         keys, _ = kv_cache_utils.generate_block_hash_extra_keys(asked, 0, 16, 0)
