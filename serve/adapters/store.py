@@ -21,6 +21,7 @@ import re
 import shutil
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ class Store:
     ) -> None:
         self.shared = shared
         self._pulling = threading.Lock()
+        # How many are about to register each digest: its bytes stay meanwhile.
+        self._kept: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self.root = Path(root).absolute()
         self.max_bytes = max_bytes
         self.reserve = reserve
@@ -85,10 +89,11 @@ class Store:
         with self._lock:
             yield
 
-    def admit(self, folder: Path) -> str:
+    def admit(self, folder: Path, *, keep: bool = False) -> str:
         """Keep the two files of `folder` and answer their digest; the same bytes twice are one blob.
 
-        A folder in quarantine gives its files away; any other is copied.
+        A folder in quarantine gives its files away; any other is copied. With `keep` nobody removes them before
+        `release` is called.
         """
         with _space():
             staged = Path(tempfile.mkdtemp(dir=self._quarantine))
@@ -97,9 +102,18 @@ class Store:
                 digest = _stage(Path(folder), staged, give=give)
                 with self._lock:
                     self._settle(staged, digest)
+                    if keep:
+                        with self._counting:
+                            self._kept[digest] += 1
                 return digest
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
+
+    def release(self, digest: str) -> None:
+        """The bytes are registered, or not wanted: once for each `admit` with `keep`."""
+        with self._counting:
+            self._kept[digest] -= 1
+            self._kept += Counter()  # forgets those at zero
 
     def path(self, digest: str) -> Path:
         """The folder of a blob, for an engine to read."""
@@ -141,7 +155,7 @@ class Store:
         """Forget a blob, and say whether it was there; `unless` is asked when nobody can be admitting it."""
         with self._lock, _space():
             folder = self._folder(digest)
-            if not folder.is_dir() or (unless is not None and unless(digest)):
+            if not folder.is_dir() or self._kept[digest] or (unless is not None and unless(digest)):
                 return False
             # Renamed away first: what lies under a digest is whole or absent, also after a kill in mid-removal.
             doomed = Path(tempfile.mkdtemp(dir=self._quarantine))

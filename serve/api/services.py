@@ -40,6 +40,7 @@ from serve.rollout.canary import CanaryTrials, Judgement
 from serve.rollout.controller import RolloutController
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import ROLLBACK
+from serve.rollout.prefetch import Prefetcher
 from serve.rollout.registry_sync import RegistrySync, Replica
 from serve.rollout.rollback import AutomaticRollback
 from serve.rollout.shadow import ShadowExchange, Shadows
@@ -67,7 +68,6 @@ class Services:
         self.config = config
         self.ready = asyncio.Event()
         self._on_failure = on_failure or log.error
-        self._popular = config.data_dir / "popular.json"
         self._learned: dict[str, str] = {}
         self._learning: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -80,6 +80,9 @@ class Services:
             self.registry.base,
         )
         self.lifecycle = Lifecycle(self.fleet, self.registry, self.store, lambda base: _limits(config, base.backend))
+        self._prefetcher = Prefetcher(
+            self.fleet, self.lifecycle, self.lifecycle.popularity, config.data_dir / "popular.json"
+        )
         for one in self.fleet:
             one.on_serve = partial(self._served, one)
         self.lifecycle.meet = self._meet
@@ -164,7 +167,7 @@ class Services:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
-        jobs = [self._live(), self._log_stats(), self.lifecycle.keep_warm(self._popular)]
+        jobs = [self._live(), self._log_stats(), self._prefetcher.run()]
         tasks = [asyncio.create_task(job) for job in [*jobs, *([self.follower.run()] if self.follower else [])]]
         if self.config.capture_text:
             self._capture.start()
@@ -177,6 +180,7 @@ class Services:
             await asyncio.to_thread(self.watcher.stop)
             await asyncio.to_thread(self._capture.stop)
             await self._shadows.close()
+            await self._prefetcher.save()
             await self.lifecycle.settle()
             await self.fleet.stop()
             self.registry.close()
@@ -184,7 +188,7 @@ class Services:
     async def _live(self) -> None:
         try:
             await self.lifecycle.sweep()
-            self.lifecycle.popularity.load(self._popular)
+            await self._prefetcher.load()
             await self.fleet.start(self.lifecycle)
             self.ready.set()
             await self.prober.run()

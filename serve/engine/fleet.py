@@ -45,9 +45,9 @@ class Fleet:
         """Whose engine answers for an adapter."""
         return self.get(self._base_of(adapter))
 
-    def owns(self, base: Supervisor, adapter: str) -> bool:
-        """The adapter runs on this base; of one whose base is not here any more, nobody's does."""
-        return self._supervisors.get(self._base_of(adapter) or self.first.name) is base
+    def owner(self, adapter: str) -> Supervisor | None:
+        """As `of`; None for an adapter whose base is not served here (any more)."""
+        return self._supervisors.get(self._base_of(adapter) or self.first.name)
 
     async def start(self, adapters: Adapters) -> None:
         """Every engine, one after the other: two that start at once fight for the same memory and cores."""

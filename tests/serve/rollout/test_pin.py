@@ -99,7 +99,7 @@ async def test_what_is_not_there_cannot_be_pinned(client, make_adapter, name, bo
 
 
 async def test_a_popular_adapter_that_was_pushed_out_comes_back(client, backend, make_adapter, monkeypatch):
-    monkeypatch.setattr("serve.rollout.lifecycle.PREFETCH_SECONDS", 0.02)
+    monkeypatch.setattr("serve.rollout.prefetch.PREFETCH_SECONDS", 0.02)
     loved = await push(client, make_adapter, "loved", 0)
     for _ in range(20):
         await client.post("/v1/chat/completions", json={"model": "loved"})
