@@ -181,12 +181,14 @@ template <class T, class K>
 void run(Layer& layer, Tensor& y, Tensor& x, bool looked_up) {
   T *to = reinterpret_cast<T*>(y.data), *from = reinterpret_cast<T*>(x.data);
   int64_t stride = x.stride;
+  // B is multiplied in pairs of ranks: of an odd number of them the last needs a zero beside it.
+  const int64_t width = x.columns + (looked_up ? x.columns % 2 : 0);
   std::vector<T> straight;
-  if (x.step != 1) {
-    straight.resize(size_t(x.rows) * x.columns);
+  if (x.step != 1 || width != x.columns) {
+    straight.resize(size_t(x.rows) * width);
     for (int64_t i = 0; i < x.rows; i++)
-      for (int64_t k = 0; k < x.columns; k++) straight[i * x.columns + k] = from[i * stride + k * x.step];
-    from = straight.data(), stride = x.columns;
+      for (int64_t k = 0; k < x.columns; k++) straight[i * width + k] = from[i * stride + k * x.step];
+    from = straight.data(), stride = width;
   }
   if (looked_up)
     embedding<T, K>(layer, to, y.stride, from, stride);

@@ -125,9 +125,13 @@ inline void add_to(T* y, const float* sum, int n) {
   for (int o = 0; o < n; o++) put(y[o], to_float(y[o]) + sum[o]);
 }
 
+#ifdef WIDE
+// The lanes of a vector of 16 that hold one of the `left` values that remain.
+inline __mmask16 lanes(int left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+#endif
+
 #if defined(WIDE) && defined(__FLT16_MANT_DIG__)
 // float16 by hand: compilers of today convert it one by one.
-inline __mmask16 lanes(int left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
 inline __m512 wide(const half* at, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at)); }
 
 template <>
@@ -301,8 +305,7 @@ struct Fast {
       for (int i = 0; i < T; i++) at[i] += 64;
     }
     for (; o < count; o += 16) {
-      const __mmask16 mask = count - o >= 16 ? 0xffff : (__mmask16)((1u << (count - o)) - 1);
-      expand_tile<T, 1>(ts, pairs, b + size_t(o) * pairs * 4, at, mask);
+      expand_tile<T, 1>(ts, pairs, b + size_t(o) * pairs * 4, at, lanes(count - o));
       for (int i = 0; i < T; i++) at[i] += 16;
     }
   }

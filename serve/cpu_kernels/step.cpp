@@ -82,7 +82,8 @@ struct Decoder {
   int64_t cache_block, cache_head;  // elements from one block, and one head of a block, to the next
   const bf16 *embedding, *cos_sin, *norm;
   std::vector<Block> layers;
-  int top = -1;  // the output layer's matrix
+  int top = -1;        // the output layer's matrix
+  int vocabulary = 0;  // its first outputs; the rest is padding
   Phases phases;
   Buffer<float> residual;
   Buffer<bf16> x, qkv, y, act, t;
@@ -660,12 +661,13 @@ inline int grain(int rows) { return rows > ROWS ? 6 : rows > 4 ? 1 : 2; }
 
 // Logits in float32, as vLLM's sampler wants them. vLLM's own are rounded to bfloat16 before: the two likeliest tokens are
 // then often equal, and which one greedy decoding takes is a matter of their numbers.
-void head(Sharing& all, const Matrix& m, const Input& in, int rows, float* out, int64_t stride) {
-  all.share(m.blocks, rows > ROWS ? 6 : 8, [&](int first, int last) {
+// vLLM pads the vocabulary to a multiple of 64: only the first `columns` outputs are stored, there is no room for more.
+void head(Sharing& all, const Matrix& m, const Input& in, int rows, float* out, int64_t stride, int columns) {
+  all.share((columns + WIDTH - 1) / WIDTH, rows > ROWS ? 6 : 8, [&](int first, int last) {
     multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
       float* to = out + row * stride + block * WIDTH;
-      for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16)
-        _mm512_storeu_ps(to + i, _mm512_load_ps(sums + i));
+      for (int i = 0, left = columns - block * WIDTH; i < WIDTH && left > 0; i += 16, left -= 16)
+        _mm512_mask_storeu_ps(to + i, lanes(left), _mm512_load_ps(sums + i));
     }, [](int, int) {});
   });
 }
@@ -825,7 +827,7 @@ struct Team : Sharing {
     });
     if (!s.logits) return;
     const Matrix& m = *matrices[d.top];
-    head(*this, m, prepare(m, Delta(-1, nullptr), out, d.hidden), s.rows, s.logits, m.n);
+    head(*this, m, prepare(m, Delta(-1, nullptr), out, d.hidden), s.rows, s.logits, d.vocabulary, d.vocabulary);
   }
 };
 
@@ -888,7 +890,9 @@ int loradock_matrix(const void* from, int n, int k, int kind, int group, const f
   return int(matrices.size()) - 1;
 }
 
-void loradock_decoder_head(int number, int matrix) { decoders[number]->top = matrix; }
+void loradock_decoder_head(int number, int matrix, int vocabulary) {
+  decoders[number]->top = matrix, decoders[number]->vocabulary = vocabulary;
+}
 
 int loradock_decoder(int hidden, int heads, int kv_heads, int head, int inner, int rotary, float eps, float scale,
                      const bf16* embedding, const bf16* cos_sin, const bf16* norm) {
@@ -915,10 +919,10 @@ void loradock_decoder_cache(int number, bf16* const* caches, int block_size, int
 }
 
 // One step: ids, positions and cache slots of `rows` tokens, of which request r has those from starts[r] to starts[r + 1].
-// out: [rows, hidden], normalized. logits: null, or [rows, vocabulary].
-void loradock_step(int number, const int32_t* ids, const int64_t* positions, const int64_t* slots, int rows,
-                   const int32_t* starts, const int32_t* table, int64_t table_stride, int requests, bf16* out,
-                   float* logits) {
+// out: [rows, hidden], normalized. logits: null, or [rows, vocabulary]. Not 0: the adapters' plan is not this step's.
+int loradock_step(int number, const int32_t* ids, const int64_t* positions, const int64_t* slots, int rows,
+                  const int32_t* starts, const int32_t* table, int64_t table_stride, int requests, bf16* out,
+                  float* logits) {
   Decoder& d = *decoders[number];
   const Step s{ids, table, positions, slots, table_stride, rows, requests, rows == requests, logits};
   const size_t n = rows;
@@ -927,8 +931,11 @@ void loradock_step(int number, const int32_t* ids, const int64_t* positions, con
   for (const Block& l : d.layers) {
     for (int m : {l.qkv, l.o, l.gate_up, l.down})
       groups = std::max(groups, size_t(matrices[m]->k / matrices[m]->group));
-    for (int a : {l.lora_qkv, l.lora_o, l.lora_gate_up, l.lora_down})
-      if (a >= 0) ranks = std::max(ranks, layers[a]->slices.size() * ((layers[a]->max_rank + 1) / 2 * 2));
+    for (int a : {l.lora_qkv, l.lora_o, l.lora_gate_up, l.lora_down}) {
+      if (a < 0) continue;
+      if (!layers[a]->plan->chunks.empty() && layers[a]->plan->rows != rows) return 1;
+      ranks = std::max(ranks, layers[a]->slices.size() * ((layers[a]->max_rank + 1) / 2 * 2));
+    }
   }
   d.residual.need(n * d.hidden);
   d.x.need(std::max(n, size_t(ALONE)) * d.threads * d.hidden);
@@ -944,10 +951,11 @@ void loradock_step(int number, const int32_t* ids, const int64_t* positions, con
     for (int i = starts[r]; i < starts[r + 1]; i++) d.request.data[i] = r;
   d.phases.begin(PHASES * int(d.layers.size() + 1), d.threads);
   together(d.threads, [&](int thread, int threads) { Team(d, s, thread, threads).run(out); });
+  return 0;
 }
 
-// out[rows, n] = x W^T, in float32.
-void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride) {
+// out[rows, columns] = x W^T, in float32, of W's first rows.
+void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride, int columns) {
   const Matrix& m = *matrices[number];
   static Buffer<int8_t> q;
   static Buffer<float> scale;
@@ -964,7 +972,7 @@ void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float*
   phases.begin(1, most);
   together(most, [&](int thread, int threads) {
     Sharing all{phases, thread, threads};
-    head(all, m, in, rows, out, out_stride);
+    head(all, m, in, rows, out, out_stride, columns);
   });
 }
 

@@ -88,9 +88,11 @@ class Fused:
         self.head = kernels.loradock_matrix(
             _at(head.weight), *head.weight.shape, GROUP8 if int8 else BF16, GROUP, None, None, 0
         )
-        self.rows_of_head = head.weight.shape[0]
-        self.kernels.loradock_decoder_head(self.number, self.head)
-        self.vocabulary = model.logits_processor.org_vocab_size
+        # The head's further rows are padding.
+        self.vocabulary = int(model.logits_processor.org_vocab_size)
+        if self.vocabulary > head.weight.shape[0]:
+            raise Unknown("its output layer has fewer rows than its vocabulary")
+        self.kernels.loradock_decoder_head(self.number, self.head, self.vocabulary)
         self.ready: torch.Tensor | None = None  # the logits of the step that was just computed
         # Adapters of the embedding and the output layer are vLLM's: while one holds a slot, steps are vLLM's too.
         self.others = [
@@ -189,9 +191,9 @@ class Fused:
         out = torch.empty((rows, self.hidden), dtype=torch.bfloat16)
         table, requests = meta.block_table, meta.seq_lens.shape[0]
         # Where each request has one token, vLLM asks for all of their logits next.
-        ahead = rows == requests and self.head >= 0 and self.vocabulary == self.rows_of_head
+        ahead = rows == requests and self.head >= 0
         self.ready = torch.empty((rows, self.vocabulary), dtype=torch.float32) if ahead else None
-        self.kernels.loradock_step(
+        refused = self.kernels.loradock_step(
             self.number,
             _at(ids),
             _at(positions),
@@ -204,6 +206,9 @@ class Fused:
             _at(out),
             _at(self.ready),
         )
+        if refused:
+            self.ready = None
+            return None
         return out
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -218,6 +223,7 @@ class Fused:
             hidden.shape[0],
             _at(out),
             ctypes.c_int64(out.stride(0)),
+            self.vocabulary,
         )
         return out
 
