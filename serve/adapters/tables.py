@@ -110,6 +110,7 @@ keys = Table(
     Column("revoked", Float(53)),
 )
 
+
 replicas = Table(
     "replicas",
     metadata,
@@ -129,9 +130,6 @@ bases = Table(
     Column("who", Text, nullable=False),
     Column("when", Float(53), nullable=False),
 )
-
-
-LATEST = select(func.max(history.c.id))  # the generation
 
 
 def _to_tenants(connection: Connection) -> None:

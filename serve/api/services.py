@@ -34,6 +34,7 @@ from serve.engine.supervisor import Supervisor
 from serve.errors import EngineUnavailable, LoradockError
 from serve.gateway.inference import Inference
 from serve.gateway.router import Router
+from serve.models.checkpoint import takes_media
 from serve.models.hardware import node
 from serve.rollout.alertmanager import Alerts
 from serve.rollout.canary import CanaryTrials, Judgement
@@ -110,6 +111,7 @@ class Services:
             self.watcher.wants_logprobs,
             config.client_timeout,
             self.follower.fresh if self.follower else None,
+            media=any(takes_media(base.model) for base in config.bases),
         )
 
     def _introduce_those_who_watch(self) -> None:

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from serve.asgi.cancellation import CancellableCall, Deadline, cancelled_on_disconnect
+from serve.asgi.connection import recognise
 from serve.asgi.error_response import HonestStatus, send_error
 from serve.asgi.exchange import Exchange, Tap, identified
 from serve.asgi.fast_stream import FastStream
@@ -26,7 +27,7 @@ from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters
 from serve.auth.token_usage import Usage
 from serve.errors import BadRequest, ClientTooSlow, LoradockError
-from serve.gateway.request import InferenceRequest, requested_timeout, stored_response
+from serve.gateway.request import InferenceRequest, body_limit, requested_timeout, stored_response
 from serve.gateway.router import Route, Router
 from serve.gateway.tenant_isolation import check_response_owner
 from serve.rollout.shadow import MAX_ANSWER, Shadows
@@ -50,7 +51,7 @@ class Inference:
     """Every inference route.
 
     `take` gets an Exchange of each request when it has ended. `fresh` returns once this server sees every change that
-    other servers of its registry made before.
+    other servers of its registry made before. `media` says that images or sound may come with a request.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Inference:
         wants_logprobs: Callable[[str], bool] = lambda adapter: False,
         client_timeout: float = 60.0,
         fresh: Callable[[], Awaitable[None]] | None = None,
+        media: bool = False,
     ) -> None:
+        self._media = media
         self._client_timeout = client_timeout
         self._auth = auth
         self._router = router
@@ -98,14 +101,16 @@ class Inference:
         stored = stored_response(scope["path"])
         if self._fresh:
             await self._fresh()
-        caller = self._auth.caller(Headers(scope=scope), KeyScope.INFERENCE)
+        headers = Headers(scope=scope)
+        caller = self._auth.caller(headers, KeyScope.INFERENCE)
+        recognise(scope)
         if stored is not None:
             check_response_owner(stored, caller.tenant)
         meter = self._meters.of(caller.key, caller.limits)
         with _metered(meter, tap.send, charged=stored is None) as usage:
             request = None
             if scope["method"] == "POST" and stored is None:
-                request = await InferenceRequest.read(connection.read)
+                request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
                 if meter and usage:
                     _check_countable(request, meter)
                     usage.asked = len(request.body)

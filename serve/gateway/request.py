@@ -25,11 +25,16 @@ PATHS = re.compile(
 STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(/cancel)?")
 # Those that know no cache_salt, and fill no cache.
 _WITHOUT_SALT = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
+_TOKENIZES = re.compile(r"/(de)?tokenize")
 # Those whose body knows no priority.
 _WITHOUT_PRIORITY = re.compile(r"/(de)?tokenize|/v1/messages(/count_tokens)?")
 # vLLM's header for the rank that is to answer.
 RANK = b"x-data-parallel-rank"
-MAX_BODY = 64 << 20
+# Longer than any prompt that a text model has room for; images and sound come inside the body too.
+TEXT_BYTES = 4 << 20
+MEDIA_BYTES = 64 << 20
+# These compute nothing, and take time and memory for each byte.
+TOKENIZE_BYTES = 1 << 20
 MAX_TIMEOUT = 86_400
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -58,7 +63,7 @@ class InferenceRequest:
         self.model = model or None
 
     @classmethod
-    async def read(cls, receive: Callable[[], Awaitable[Message]]) -> InferenceRequest:
+    async def read(cls, receive: Callable[[], Awaitable[Message]], limit: int) -> InferenceRequest:
         chunks, size, more = [], 0, True
         while more:
             message = await receive()
@@ -66,8 +71,8 @@ class InferenceRequest:
                 raise BadRequest("the client left before its request was whole")
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
-            if size > MAX_BODY:
-                raise TooLarge(f"the request body is above {MAX_BODY >> 20} MiB")
+            if size > limit:
+                raise TooLarge(f"the request body is above {limit >> 20} MiB, the most that is taken here")
             more = message.get("more_body", False)
         return cls(b"".join(chunks))
 
@@ -112,6 +117,15 @@ class InferenceRequest:
             return await receive()
 
         return {**scope, "headers": [*headers, *added]}, replayed
+
+
+def body_limit(path: str, headers: Headers, media: bool) -> int:
+    """Bytes that the body of this request may have; TooLarge if it states more."""
+    limit = TOKENIZE_BYTES if _TOKENIZES.fullmatch(path) else MEDIA_BYTES if media else TEXT_BYTES
+    stated = headers.get("content-length", "")
+    if stated.isdecimal() and int(stated) > limit:
+        raise TooLarge(f"the request body has {stated[:20]} bytes; {path} takes up to {limit >> 20} MiB")
+    return limit
 
 
 def stored_response(path: str) -> str | None:

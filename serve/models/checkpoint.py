@@ -70,3 +70,12 @@ def _files(manifest: Any) -> list[tuple[str, dict[str, Any]]]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def takes_media(model: str) -> bool:
+    """Whether images, sound or video may come with a request to this checkpoint, as its config.json says."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())
+    except (OSError, ValueError):
+        return True  # what cannot be read is not refused for it
+    return any(name.startswith(("vision", "audio", "image", "video", "mm_")) for name in config)

@@ -87,7 +87,7 @@ def http(body, path=CHAT, method="POST"):
     async def send(message):
         sent.append(message)
 
-    headers = [(b"content-type", b"application/json"), (b"host", b"x")]
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
     scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b"", "root_path": ""}
     scope |= {"asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http"}
     return scope, receive, send, sent, left

@@ -1,4 +1,4 @@
-"""Fewer layers, neurons, weights or tokens, and healing the damage.
+"""Fewer layers, neurons, weights or tokens, and healing what that cost.
 
-Rounding weights lives in `optimize.steps.quantize`.
+What is rounded lives in `optimize.steps.quantize`.
 """

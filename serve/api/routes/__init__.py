@@ -1,7 +1,4 @@
-"""The routes of the adapter API and of operation, one module per subject.
-
-Inference routes are vLLM's and are not here.
-"""
+"""The routes of the adapter API and of operation; inference is not among them."""
 
 from fastapi import APIRouter
 
@@ -9,5 +6,5 @@ from serve.api.routes import adapters, drift, keys, server
 
 
 def routers() -> list[APIRouter]:
-    """In this order: a path that ends in an adapter's name, which may hold slashes, comes after the longer ones."""
+    """In this order: a path that ends in an adapter's name, slashes and all, stands behind those that say more."""
     return [server.router, drift.router, adapters.router, keys.router]

@@ -68,3 +68,12 @@ async def test_deep_nesting_is_a_400(app):
 async def test_a_refused_key_is_in_the_audit_log_all_the_same(app, config):
     await sent(app, "/v1/alerts", {"authorization": "Bearer wrong"}, 10)
     assert '"what": "alerts"' in (config.data_dir / "audit.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("path", "limit"), [("/tokenize", 1 << 20), ("/v1/chat/completions", 4 << 20)])
+async def test_a_question_is_bounded_and_read_only_from_those_with_a_key(app, path, limit):
+    assert await sent(app, path, {"authorization": "Bearer wrong"}, 64 << 20) == (401, 0)
+    key = {"authorization": "Bearer a-key"}
+    assert await sent(app, path, {**key, "content-length": str(64 << 20)}, 64 << 20) == (413, 0)
+    status, taken = await sent(app, path, key, 64 << 20)
+    assert status == 413 and taken <= limit + (1 << 16)
