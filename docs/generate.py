@@ -14,9 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
-
-os.environ["TYPER_USE_RICH"] = "0"  # typer reads it when it is imported; help is plain text then
-os.environ["COLUMNS"] = "100"
+from unittest import mock
 
 import typer
 from fastapi import FastAPI
@@ -71,8 +69,7 @@ def commands() -> Iterator[tuple[list[str], Any]]:
 
 
 def _help(words: list[str], command: Any) -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+    with _printed() as printed, contextlib.suppress(SystemExit):
         command.main(args=["--help"], prog_name=" ".join(words))
     return printed.getvalue()
 
@@ -80,10 +77,20 @@ def _help(words: list[str], command: Any) -> str:
 def _optimize_help(words: list[str]) -> str:
     from optimize.cli import run
 
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with _printed() as printed:
         run([*words, "--help"], Path)
     return printed.getvalue()
+
+
+@contextlib.contextmanager
+def _printed() -> Iterator[io.StringIO]:
+    """What is printed, by typer as plain text without boxes and colours."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        mock.patch("typer.core.HAS_RICH", False),
+        mock.patch.dict(os.environ, COLUMNS="100"),
+    ):
+        yield printed
 
 
 # ---- HTTP

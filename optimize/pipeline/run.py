@@ -7,39 +7,30 @@ output directory appears by one rename at the very end.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import selectors
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from optimize.checkpoint import artifact
 from optimize.data import text
-from optimize.errors import GateFailed, OptimizeError, OutOfMemory, Refused
+from optimize.errors import GateFailed, OptimizeError, Refused
 from optimize.job import Job
-from optimize.pipeline import manifest, report, step_code
+from optimize.pipeline import lock, manifest, report, step_code
+from optimize.pipeline.child import Child, Tell
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import judged
 from optimize.pipeline.plan import Plan
-from optimize.pipeline.step_code import ROOT
 from optimize.pipeline.worker import sentence
 from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
 
 NOTES = "notes.json"
 COMPARING = ("evaluate", "engine", "heal", "onnx", "genai", "tasks")  # steps that look at the reference
-Tell = Callable[[str, float, float, str], None]  # step, done, total, what
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +183,7 @@ class Run:
                 target=self.recipe.target,
                 out=str(aside),
             )
-            notes = self._in_a_child(kind, job)
+            notes = Child(self.work, self.memory, self.tell, self.served).run(job)
             shutil.rmtree(aside / "partial", ignore_errors=True)
             notes["seconds"] = round(time.monotonic() - start, 1)
             artifact.write_json(aside / NOTES, notes)
@@ -219,95 +210,11 @@ class Run:
         read = {"calibration": self.plan.texts["calibration"], **plain(self.recipe.calibration)}
         return read | ({"evaluation": self.plan.texts["evaluation"]} if kind == "heal" else {})
 
-    def _in_a_child(self, kind: str, job: Job) -> dict[str, Any]:
-        """Run the job; a child that is killed, or grows above the bound, is an error that says so."""
-        file, log = self.work / "job.json", self.work / f"{kind}.log"
-        file.write_bytes(msgspec.json.encode(job))
-        read, write = os.pipe()
-        environ = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            # Everything is here by now, but for the data of lm-eval's tasks, which it fetches itself.
-            "HF_HUB_OFFLINE": "0" if kind == "tasks" else "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "PYTHONHASHSEED": "0",
-            # Threads that spin while they wait for one another take the cores from whatever else runs.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
-        }
-        if kind == "engine":
-            del environ["OMP_WAIT_POLICY"]
-            environ |= self.served
-        with log.open("w") as said:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "optimize.pipeline.worker", str(file), str(write)],
-                stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environ, pass_fds=[write],
-                start_new_session=True,
-            )  # fmt: skip
-        os.close(write)
-        try:
-            last, peak = self._listen(kind, child, read)
-        finally:
-            os.close(read)
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        if "notes" in last:
-            return {**last["notes"], "memory": peak}
-        if "error" in last:
-            found = {"Refused": Refused, "OutOfMemory": OutOfMemory}.get(last["class"], OptimizeError)
-            raise found(f"{kind}: {last['error']}")
-        if child.returncode == -signal.SIGKILL:
-            raise OutOfMemory(
-                f"{kind}: the step was killed at {peak / 1e9:.1f} GB, most likely because the machine "
-                "ran out of memory; close other programs and go on with --resume"
-            )
-        tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise OptimizeError(
-            f"{kind}: the step ended with {child.returncode}: {''.join(tail)[:300]} (all of it in {log})"
-        )
-
-    def _listen(self, kind: str, child: subprocess.Popen[bytes], pipe: int) -> tuple[dict[str, Any], int]:
-        """The child's last word, and the most memory that it had."""
-        last: dict[str, Any] = {}
-        peak, held = 0, b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            while True:
-                used = _resident(child.pid)
-                peak = max(peak, used)
-                if used > self.memory:
-                    raise OutOfMemory(
-                        f"{kind}: the step used {used / 1e9:.1f} GB and was stopped at the bound of "
-                        f"{self.memory / 1e9:.1f} GB; raise it with --memory and go on with --resume"
-                    )
-                if not selector.select(0.2):
-                    continue
-                got = os.read(pipe, 65536)
-                if not got:
-                    child.wait()
-                    return last, peak
-                *lines, held = (held + got).split(b"\n")
-                for line in lines:
-                    message = json.loads(line)
-                    if "done" in message:
-                        self.tell(kind, message["done"], message["total"], message["what"])
-                    else:
-                        last = message
-
     @contextmanager
     def _working(self) -> Iterator[None]:
         """The work folder, for one run at a time; what an earlier run left is kept for --resume and swept otherwise."""
         self.work.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.out.with_name(f".{self.out.name}.lock")
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Refused(
-                    f"another run is making {self.out}; wait for it, or name another place with --out"
-                ) from None
+        with lock.held(self.out):
             if not self.resume:
                 shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir(exist_ok=True)
@@ -315,8 +222,6 @@ class Run:
                 yield
             except OSError as error:
                 raise OptimizeError(sentence(error)) from error
-            finally:
-                lock.unlink(missing_ok=True)
 
 
 def _keep_only_partial(aside: Path) -> None:
@@ -356,16 +261,3 @@ def _digest(folder: Path) -> str:
 @cache
 def _digested(folder: str, _: int) -> str:
     return artifact.key({name: found for name, found in artifact.contents(Path(folder)).items() if name != NOTES})
-
-
-def _resident(pid: int) -> int:
-    """Bytes of a process and its children that no file backs."""
-    total = 0
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith(("RssAnon", "RssShmem")):
-                total += int(line.split()[1]) * 1024
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (FileNotFoundError, ProcessLookupError):
-        return total
-    return total + sum(_resident(int(child)) for child in children)

@@ -1,18 +1,16 @@
 """One step in a process of its own: `python -m optimize.pipeline.worker JOB.json FD`.
 
 The step writes below `job.out` and reports on the file descriptor, a JSON object a line: how far it is, what it
-found, or the sentence of its error. It ends with its parent.
+found, or the sentence of its error.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import importlib
 import json
 import os
 import resource
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -38,7 +36,6 @@ TASKS = {
 
 
 def main(file: str, fd: str) -> int:
-    _end_with_parent()
     pipe = os.fdopen(int(fd), "w", buffering=1)
 
     def tell(message: dict[str, Any]) -> None:
@@ -76,14 +73,6 @@ def sentence(error: Exception) -> str:
         return f"{error.name} is not installed: pip install 'loradock[optimize]' beside loradock[cpu] or loradock[gpu]"
     said = " ".join(str(error).split())[:400]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-def _end_with_parent() -> None:
-    """A killed run leaves no step behind that goes on computing."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What changes a model: merge, prune, quantize. A package a kind, a module a method.
+"""What changes a model: merge, prune, quantize. One package per kind, one module per method.
 
-A step reads one folder and writes another; it knows neither the plan nor the other steps' order.
+A step reads one folder and writes another; it knows neither the plan nor the order of the steps.
 """

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from serve.adapters.adapter import CARD, CARD_BYTES, FILES, open_plain
+from serve.adapters.adapter import CARD, CARD_BYTES, FILES
+from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected, BadRequest, Forbidden, LoradockError, TooLarge
 from serve.names import shown
 

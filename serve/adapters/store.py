@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from serve.adapters.adapter import FILES, open_plain
+from serve.adapters.adapter import FILES
 from serve.adapters.shared_store import SharedStore
+from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected, EngineUnavailable, NotFound, OutOfSpace
 from serve.files import fsync, rename
 

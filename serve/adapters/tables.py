@@ -110,7 +110,6 @@ keys = Table(
     Column("revoked", Float(53)),
 )
 
-
 replicas = Table(
     "replicas",
     metadata,
@@ -130,6 +129,9 @@ bases = Table(
     Column("who", Text, nullable=False),
     Column("when", Float(53), nullable=False),
 )
+
+
+LATEST = select(func.max(history.c.id))  # the generation
 
 
 def _to_tenants(connection: Connection) -> None:

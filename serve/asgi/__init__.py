@@ -1,4 +1,4 @@
-"""What passes between an answer and its socket: the exchange that is observed, the fast stream, cancellation.
+"""ASGI pieces between an answer and its socket: the observed exchange, pacing, the fast stream, cancellation.
 
-Pieces of ASGI alone: no tenants, no adapters, no engine.
+They know no tenants, no adapters and no engine.
 """

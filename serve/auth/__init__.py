@@ -1,4 +1,4 @@
-"""Who asks, and how much they may: API keys, tenants' scopes, rate limits, token usage, the audit log.
+"""Who is asking, and what they may use: API keys, scopes, rate limits, token usage, the audit log.
 
-It judges a caller; it knows no engine and no version.
+It judges callers; it knows no engine and no version.
 """

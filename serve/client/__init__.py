@@ -1,4 +1,4 @@
-"""Speaks to a running server from outside: the adapter API and OpenAI batch files.
+"""Speaks to a running server from outside: the adapter API, OpenAI batch files, the load harness (`bench`).
 
-It imports nothing of the server but its errors; `bench` is a load client.
+It imports nothing of the server but its errors.
 """

@@ -1,7 +1,7 @@
 """Which of an engine's data-parallel ranks answers a request: each has its own batch, adapter slots and prefix cache.
 
-A request goes where its beginning was computed before, else where its adapter was used last, as long as nobody else has
-much less to do there; else to whoever has least.
+A request goes to the rank that computed its beginning before, else to the one that used its adapter last, unless that
+rank is much busier than the least busy one, which gets it then.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REMEMBERED = 16_384
 
 
 class DataParallelRanks:
-    """Counts what each of `count` ranks has to do. For one event loop."""
+    """Counts the requests of each of `count` ranks. For one event loop."""
 
     def __init__(self, count: int) -> None:
         self.busy = [0] * count
@@ -41,7 +41,6 @@ class DataParallelRanks:
     def _choose(self, adapter: str | None, opening: str) -> int:
         least = min(self.busy)
         most = least + max(SLACK, least * SLACK_PART)
-        # Without an adapter and a beginning that was seen there is nothing to prefer.
         keys: list[Hashable] = [(adapter, hash(opening[:size])) for size in LENGTHS if len(opening) >= size]
         keys += [adapter] if adapter else []
         known = (self._last[key] for key in keys if key in self._last)
@@ -58,6 +57,6 @@ def opening(fields: Mapping[str, Any]) -> str:
     """How a request's prompt begins, as far as that tells one from another."""
     prompt = fields.get("messages") or fields.get("prompt") or fields.get("input") or ""
     if isinstance(prompt, list):
-        said = (one.get("content") if isinstance(one, Mapping) else one for one in prompt)
-        prompt = "\n".join(one if isinstance(one, str) else repr(one) for one in said)
+        parts = (part.get("content") if isinstance(part, Mapping) else part for part in prompt)
+        prompt = "\n".join(part if isinstance(part, str) else repr(part) for part in parts)
     return str(prompt)[: LENGTHS[0]]

@@ -19,7 +19,7 @@ from serve.errors import AdapterRejected
 # Few and short: an upload waits for them (0.15 s on two cores for a 135M model; twice as many take twice as long). Of
 # many kinds, since an adapter that was trained on one kind moves the others too.
 PROMPTS = ("The capital of", "def add(a, b", "Dear customer,", "Once upon a")
-# What every live version is asked by the hour: of many kinds, one token each.
+# What every live version is asked every hour: prompts of many kinds, one token each.
 FIXED = (
     *PROMPTS,
     "The largest planet is",
@@ -102,7 +102,7 @@ class Probe:
         """Measure the base: all prompts at once, and again one by one, which is another batch for each."""
         backend = self._engine.backend
         together = await backend.probe(None, PROMPTS)
-        alone = [one for prompt in PROMPTS for one in await backend.probe(None, [prompt])]
+        alone = [logprobs for prompt in PROMPTS for logprobs in await backend.probe(None, [prompt])]
         mean = await backend.score(None, TEXT) if self._max_perplexity and together else None
         # A model that generates nothing has nothing to probe.
         self._base = Base(together, effect(together, alone), mean) if together else None
@@ -118,21 +118,21 @@ class Probe:
         return max(self._min_effect, ABOVE_NOISE * self.noise)
 
     async def judge(self, adapter_id: str, path: Path) -> dict[str, Any]:
-        """What was measured, for the registry; AdapterRejected for an adapter without effect or with a ruinous one."""
+        """What was measured, for the registry; AdapterRejected for an adapter with no effect or a ruinous one."""
         if self._base is None:
             return {}
         text = bool(self._max_perplexity)
         async with self._engine.lease(adapter_id, path):
             probing = self._engine.backend.probe(adapter_id, PROMPTS)
             scoring = self._engine.backend.score(adapter_id, TEXT) if text else _nothing()
-            found, mean = await asyncio.gather(probing, scoring)
-        if not all(math.isfinite(value) for values in found for value in values.values()) or not all(found):
+            answers, mean = await asyncio.gather(probing, scoring)
+        if not all(math.isfinite(value) for logprobs in answers for value in logprobs.values()) or not all(answers):
             raise AdapterRejected(
                 "with this adapter the model's probabilities are not finite numbers: its weights overflow "
                 "(is lora_alpha right?); train it again with a smaller scale",
                 code="not_finite",
             )
-        moved = effect(self._base.logprobs, found)
+        moved = effect(self._base.logprobs, answers)
         checks: dict[str, Any] = {"effect": round(moved, 4), "effect_needed": round(self.needed, 4)}
         if moved <= self.needed:
             raise AdapterRejected(
@@ -161,10 +161,10 @@ def effect(base: Sequence[Logprobs], other: Sequence[Logprobs]) -> float:
     A token that the other one does not list is at most as likely there as the last that it lists: a lower bound.
     """
     moved: list[float] = []
-    for mine, theirs in zip(base, other, strict=True):
-        floor = min(theirs.values())
-        for token, value in mine.items():
-            moved.append(abs(value - theirs[token]) if token in theirs else max(0.0, value - floor))
+    for before, after in zip(base, other, strict=True):
+        floor = min(after.values())
+        for token, value in before.items():
+            moved.append(abs(value - after[token]) if token in after else max(0.0, value - floor))
     return sum(moved) / len(moved) if moved else 0.0
 
 

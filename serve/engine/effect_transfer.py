@@ -52,8 +52,8 @@ class Effects:
         if self._base is None:
             self._base = await backend.probe(None, PROMPTS)
         async with self._engine.lease(subject.id, path):
-            found = await backend.probe(subject.id, PROMPTS)
-        return [moved(base, other) for base, other in zip(self._base, found, strict=True)]
+            answers = await backend.probe(subject.id, PROMPTS)
+        return [moved(base, other) for base, other in zip(self._base, answers, strict=True)]
 
 
 def moved(base: Logprobs, other: Logprobs) -> Logprobs:
@@ -63,16 +63,16 @@ def moved(base: Logprobs, other: Logprobs) -> Logprobs:
 
 
 def compared(adapter: str, before: Sequence[Logprobs], after: Sequence[Logprobs], tolerance: float) -> Transfer:
-    """The two effects of an adapter held against each other."""
-    was, now, off, count = 0.0, 0.0, 0.0, 0
-    for mine, theirs in zip(before, after, strict=True):
-        for token in mine.keys() & theirs.keys():
-            was += abs(mine[token])
-            now += abs(theirs[token])
-            off += abs(theirs[token] - mine[token])
+    """The two effects of an adapter compared."""
+    effect_before, effect_after, difference, count = 0.0, 0.0, 0.0, 0
+    for old, new in zip(before, after, strict=True):
+        for token in old.keys() & new.keys():
+            effect_before += abs(old[token])
+            effect_after += abs(new[token])
+            difference += abs(new[token] - old[token])
             count += 1
-    if not count or not was:
+    if not count or not effect_before:
         return Transfer(adapter, problem="" if not before else "nothing to compare: the bases share no likely token")
-    lost = off / was
+    lost = difference / effect_before
     problem = "" if lost <= tolerance else f"{lost:.2f} of its effect is lost or changed, and {tolerance:g} is allowed"
-    return Transfer(adapter, round(was / count, 4), round(now / count, 4), round(lost, 4), problem)
+    return Transfer(adapter, round(effect_before / count, 4), round(effect_after / count, 4), round(lost, 4), problem)

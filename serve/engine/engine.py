@@ -1,8 +1,8 @@
 """One engine: its phase, its leases, and which adapters are resident in it.
 
-The engine knows an adapter by its immutable id, NAME@DIGEST12. A lease is a turn in its line, and keeps an id resident
-for as long as an answer takes; a retired id leaves with its last lease. No more adapters are loaded than the backend's
-host memory holds: who was used longest ago goes, and comes back under another number.
+The engine knows an adapter by its immutable id, NAME@DIGEST12. A lease is a seat from its fair queue, and keeps an
+id resident for as long as an answer takes; a retired id leaves with its last lease. No more adapters are loaded than
+the backend's host memory holds: the least recently used one goes, and comes back under another number.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOW_PRIORITY = 1 << 30
 
 
 def engine_priority(priority: int, order: int = 0) -> int:
-    """What the backend's own queue goes by: a client's or LOW_PRIORITY, then the order in which the line wants them.
+    """What the backend's own queue goes by: a client's priority or LOW_PRIORITY, then the fair queue's order.
 
     At most 1 << 62, where vLLM takes up to 1 << 63.
     """
@@ -133,7 +133,7 @@ class Residence:
 
 
 class Engine:
-    """A backend with a phase, and the book of who uses what in it."""
+    """A backend with a phase, and the record of which request uses which adapter in it."""
 
     def __init__(self, backend: Backend, max_wait: float = math.inf) -> None:
         self._max_wait = max_wait
@@ -154,7 +154,7 @@ class Engine:
         self.pinned: frozenset[str] = frozenset()
         # Ids whose last load failed; one that loads again is forgotten here.
         self._failed: set[str] = set()
-        # Hears from where an adapter came and how long it took.
+        # Called after a load: from where the adapter came, and how many seconds it took.
         self.on_load: Callable[[str, float], None] = lambda tier, seconds: None
         self._failure: EngineUnavailable | None = None
         self._alarms: set[Callable[[EngineUnavailable], None]] = set()
@@ -171,7 +171,7 @@ class Engine:
     def states(self) -> dict[str, str]:
         """Where each adapter is that is not merely on disk: slot, host, or failed.
 
-        By this book: the engine computes with those in its slots, which the most recently used ones take.
+        As recorded here: the engine computes with those in its slots, which the most recently used ones take.
         """
         loaded = [residence.id for residence in self.residents if residence.loaded]
         slots = self.backend.slots
@@ -199,29 +199,29 @@ class Engine:
         await self.backend.stop(kill=kill)
 
     def fail(self, error: EngineUnavailable) -> None:
-        """The backend is gone: whoever waits for it hears `error`, and this engine never touches it again."""
+        """The backend is gone: whoever waits for it gets `error`, and this engine never touches it again."""
         self.phase, self._failure = Phase.FAILED, error
-        for task in (*self._leaving, *(one.loading for one in self._residents.values() if one.loading)):
+        for task in (*self._leaving, *(resident.loading for resident in self._residents.values() if resident.loading)):
             task.cancel()
         for alarm in tuple(self._alarms):
             alarm(error)
 
     def failing(self) -> EngineUnavailable | None:
-        """What is wrong with the backend, also before `fail` was told."""
+        """What is wrong with the backend, also before `fail` was called."""
         if self._failure is None and self.backend.dead:
             return EngineUnavailable(f"the engine stopped while answering ({self.backend.cause}); retry shortly")
         return self._failure
 
     @contextmanager
-    def alarm(self, ring: Callable[[EngineUnavailable], None]) -> Iterator[None]:
-        """`ring` is called if the engine fails before the block ends; at once if it has failed already."""
+    def alarm(self, notify: Callable[[EngineUnavailable], None]) -> Iterator[None]:
+        """`notify` is called if the engine fails before the block ends; at once if it has failed already."""
         if self._failure:
-            ring(self._failure)
-        self._alarms.add(ring)
+            notify(self._failure)
+        self._alarms.add(notify)
         try:
             yield
         finally:
-            self._alarms.discard(ring)
+            self._alarms.discard(notify)
 
     @asynccontextmanager
     async def lease(
@@ -233,23 +233,22 @@ class Engine:
         priority: int = 0,
         opening: str = "",
     ) -> AsyncIterator[Lease]:
-        """A turn of the tenant's, with the adapter resident until the block ends. `opening` is how its prompt begins.
+        """A seat for the tenant, with the adapter resident until the block ends. `opening` is how its prompt begins.
 
-        Nothing is awaited before the lease is counted: whoever looks a version up and leases it in one breath cannot
-        lose it to a swap in between.
+        Nothing is awaited before the lease is counted: between the look-up of a version and its lease no swap can come.
         """
         forecast = self._admission.check(tenant, priority)
         clock = asyncio.get_running_loop().time
-        with self._held(adapter_id, path, background=priority >= LOW_PRIORITY) as resident:
-            came, sat = clock(), 0.0
+        with self._counted(adapter_id, path, background=priority >= LOW_PRIORITY) as resident:
+            entered, seated = clock(), 0.0
             ticket = self.queue.enter(tenant, resident.id if resident else None, priority=priority)
             try:
                 if resident and not resident.loaded and self._has_room():
                     self._begin_loading(resident)
                 with self.alarm(ticket.refuse):
-                    await ticket.seated()
-                sat = clock()
-                self._admission.seated(forecast, sat - came)
+                    await ticket.wait()
+                seated = clock()
+                self._admission.seated(forecast, seated - entered)
                 if resident:
                     await self._loaded(resident)
                 place = engine_priority(priority, ticket.order) if self.backend.prioritizes else None
@@ -257,20 +256,20 @@ class Engine:
                     yield Lease(resident.id if resident else self.name, place, rank)
             finally:
                 self.queue.leave(ticket)
-                if sat:
-                    self._admission.left(clock() - sat)
+                if seated:
+                    self._admission.left(clock() - seated)
 
     async def ensure(self, adapter_id: str, path: Path) -> None:
-        """The adapter is resident when this returns; its own error when it cannot be. Takes no turn."""
-        with self._held(adapter_id, path) as resident:
+        """The adapter is resident when this returns; its own error when it cannot be. Takes no seat."""
+        with self._counted(adapter_id, path) as resident:
             if resident:
                 await self._loaded(resident)
 
     @contextmanager
-    def _held(
+    def _counted(
         self, adapter_id: str | None, path: Path | None, *, background: bool = False
     ) -> Iterator[Residence | None]:
-        """A lease counted, and the adapter in the book until it ends."""
+        """A lease is counted, and its adapter stays among the residents until the block ends."""
         self._require_ready()
         self.leases += 1
         self.background += background
@@ -288,7 +287,7 @@ class Engine:
                 if not resident.leases and not resident.taken:
                     self._drop(resident)
                 elif resident.retired and not resident.leases:
-                    self._see_off(resident)
+                    self._remove_later(resident)
 
     def retire(self, adapter_id: str) -> None:
         """The adapter leaves the engine as soon as nobody uses it. A new lease calls it back."""
@@ -297,7 +296,7 @@ class Engine:
             return
         resident.retired = True
         if not resident.leases:
-            self._see_off(resident)
+            self._remove_later(resident)
 
     async def gone(self, adapter_id: str) -> None:
         """Returns once the adapter's weights are out of the engine, or somebody has called it back meanwhile."""
@@ -307,7 +306,7 @@ class Engine:
             await asyncio.sleep(SETTLE)
 
     def holds(self, adapter_id: str) -> bool:
-        """The adapter is loaded and stays, by this book: to ask the backend means to wait behind what it computes."""
+        """The adapter is loaded and stays, as recorded here: the backend would answer behind what it computes."""
         resident = self._residents.get(adapter_id)
         return self.phase is Phase.READY and resident is not None and resident.loaded and not resident.retired
 
@@ -334,7 +333,7 @@ class Engine:
     def _begin_loading(self, resident: Residence) -> asyncio.Task[None]:
         if resident.loading is None:
             resident.loading = asyncio.create_task(self._load(resident))
-            resident.loading.add_done_callback(_looked_at)
+            resident.loading.add_done_callback(_retrieve_error)
         return resident.loading
 
     async def _load(self, resident: Residence) -> None:
@@ -342,7 +341,7 @@ class Engine:
         self._failed.discard(resident.id)
         try:
             leaving = await self._make_room(resident)
-            if sum(one.taken for one in self._residents.values()) > self.backend.max_resident:
+            if sum(resident.taken for resident in self._residents.values()) > self.backend.max_resident:
                 await self._refresh_pinned()
             resident.number = next(self._numbers)
             await self.backend.add(resident.id, resident.number, resident.path)
@@ -358,17 +357,17 @@ class Engine:
         await asyncio.gather(*leaving)
 
     def _has_room(self) -> bool:
-        """One more may be loaded before its turn without pushing out another that is waited for."""
-        wanted = sum(one.taken and one.leases > 0 for one in self._residents.values())
+        """One more may be loaded before it has a seat without pushing out another that is waited for."""
+        wanted = sum(resident.taken and resident.leases > 0 for resident in self._residents.values())
         return wanted < self.backend.max_resident
 
     async def _make_room(self, coming: Residence) -> list[asyncio.Task[None]]:
-        """Send away who was used longest ago, as far as one more would not fit the backend's host memory.
+        """Evict the least recently used, as far as one more would not fit the backend's host memory.
 
-        Those that answer now or are pinned stay; those that are waited for go last, and come back at their turn.
+        Those that answer now or are pinned stay; those that are waited for go last, and are loaded again.
         """
         leaving = []
-        while sum(one.taken for one in self._residents.values() if one is not coming) >= self.backend.max_resident:
+        while self._count_taken(without=coming) >= self.backend.max_resident:
             victim = self._victim()
             if victim is None:
                 break
@@ -385,15 +384,21 @@ class Engine:
 
     def _victim(self) -> Residence | None:
         active = self.queue.active
-        idle = [one for one in self._residents.values() if one.loaded and one.id not in self.pinned | active]
-        return next((one for one in idle if not one.leases), next(iter(idle), None))
+        keep = self.pinned | active
+        idle = [resident for resident in self._residents.values() if resident.loaded and resident.id not in keep]
+        return next((resident for resident in idle if not resident.leases), next(iter(idle), None))
+
+    def _count_taken(self, without: Residence) -> int:
+        return sum(resident.taken for resident in self._residents.values() if resident is not without)
 
     async def _refresh_pinned(self) -> None:
-        """More is coming than the backend holds, so it will push out what it used least: let that be none of these."""
-        pinned = [one.id for one in self._residents.values() if one.id in self.pinned and one.loaded]
+        """More is coming than the backend holds, so it will evict what it used least recently: not these."""
+        pinned = [
+            resident.id for resident in self._residents.values() if resident.id in self.pinned and resident.loaded
+        ]
         await asyncio.gather(*(self.backend.touch(adapter_id) for adapter_id in pinned))
 
-    def _see_off(self, resident: Residence) -> None:
+    def _remove_later(self, resident: Residence) -> None:
         task = asyncio.create_task(self._leave(resident))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
@@ -418,7 +423,7 @@ class Engine:
             del self._residents[resident.id]
 
 
-def _looked_at(task: asyncio.Task[None]) -> None:
-    """Who began a load early may be gone when it fails; whoever still wants it hears of that."""
+def _retrieve_error(task: asyncio.Task[None]) -> None:
+    """Whoever began a load may be gone when it fails; whoever still waits for it gets the error."""
     if not task.cancelled():
         task.exception()

@@ -1,8 +1,8 @@
-"""The line before an engine: who goes in next, so that nobody waits for ever behind somebody else's crowd.
+"""The fair queue before an engine: which request it gets next, so that no tenant waits for ever behind another's flood.
 
-An engine has seats (requests that it works on) and slots (adapters that a batch may hold). Left to itself it serves who
-came first, and skips whoever's adapter finds no slot: a tenant's flood is everybody's wait, and as many busy adapters
-as there are slots keep all others out for good.
+An engine has seats (requests that it works on) and slots (adapters that a batch may hold). By itself it takes requests
+in the order of their arrival and skips one whose adapter finds no slot: a tenant's flood would delay everybody, and as
+many busy adapters as there are slots would keep all others out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEP = 16
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request's place: in line until `seated`, then with the engine until it is handed to `FairQueue.leave`."""
+    """One request's place: in the queue until it is seated, then with the engine until `FairQueue.leave` gets it."""
 
     tenant: str
     adapter: str | None
@@ -32,21 +32,21 @@ class Ticket:
     order: int = 0
     is_seated: bool = False
     _refusal: BaseException | None = field(default=None, repr=False)
-    _called: asyncio.Future[None] | None = field(default=None, repr=False)
+    _turn: asyncio.Future[None] | None = field(default=None, repr=False)
 
-    async def seated(self) -> None:
-        """Wait for the seat. Whoever gives up waiting must still leave."""
+    async def wait(self) -> None:
+        """Until the seat is given. Whoever gives up waiting must still leave."""
         if self._refusal:
             raise self._refusal
         if not self.is_seated:
-            self._called = asyncio.get_running_loop().create_future()
-            await self._called
+            self._turn = asyncio.get_running_loop().create_future()
+            await self._turn
 
     def refuse(self, error: BaseException) -> None:
-        """Whoever waits for the seat, now or later, hears `error`."""
+        """Whoever waits for the seat, now or later, gets `error` instead."""
         self._refusal = error
-        if self._called and not self._called.done():
-            self._called.set_exception(error)
+        if self._turn and not self._turn.done():
+            self._turn.set_exception(error)
 
 
 Flow = tuple[int, str, str | None]  # priority, tenant, adapter
@@ -74,11 +74,11 @@ class _Slot:
     leaving: bool = False
 
 
-_NOTHING = _Share()
+_NO_SHARE = _Share()
 
 
 class FairQueue:
-    """Deals `seats` and `slots` out. It promises:
+    """Gives out `seats` and `slots`. It promises:
 
     - No seat stays free while somebody waits who could use it, but for the eighth of them that is kept for tenants
       that have none.
@@ -91,8 +91,8 @@ class FairQueue:
       waits for an adapter when it gets its slot has a turn before it has to give it up again.
     - `Ticket.order` carries the same fairness into the engine's own queue: as its priority there, smaller first.
 
-    It knows no clock, bounds no queue and refuses nobody: whoever stands before it may count `waiting` and `busy`. All
-    methods are for one event loop; `enter` and `leave` never wait.
+    It knows no clock, has no bound and refuses nobody: `Admission` does, by `waiting` and `busy`. All methods are for
+    one event loop; `enter` and `leave` never wait.
     """
 
     def __init__(self, seats: int, slots: int) -> None:
@@ -101,6 +101,8 @@ class FairQueue:
         self._reserve = max(1, seats // RESERVE) if seats > 1 else 0
         self._numbers = itertools.count(1)
         self._waiting: dict[Flow, dict[int, Ticket]] = {}
+        # Of all flows: a plain number, because metrics are read by another thread.
+        self._waiting_count = 0
         self._seated: dict[int, Ticket] = {}
         self._tenants: dict[str, _Share] = {}
         self._adapters: dict[tuple[str, str | None], _Share] = {}
@@ -108,8 +110,8 @@ class FairQueue:
 
     @property
     def waiting(self) -> int:
-        """Tickets in line."""
-        return sum(len(tickets) for tickets in self._waiting.values())
+        """Tickets in the queue."""
+        return self._waiting_count
 
     @property
     def busy(self) -> int:
@@ -117,22 +119,22 @@ class FairQueue:
         return len(self._seated)
 
     def ahead(self, tenant: str, priority: int) -> int:
-        """Tickets in line that go before one more of this tenant: all of a smaller priority, and its own."""
+        """Tickets in the queue that go before one more of this tenant: all of a smaller priority, and its own."""
         return sum(
             len(tickets)
-            for (theirs, who, _), tickets in self._waiting.items()
-            if theirs < priority or (theirs == priority and who == tenant)
+            for (other, name, _), tickets in self._waiting.items()
+            if other < priority or (other == priority and name == tenant)
         )
 
-    def sits(self, tenant: str) -> bool:
+    def has_seat(self, tenant: str) -> bool:
         """The tenant has a seat."""
         share = self._tenants.get(tenant)
         return share is not None and share.seats > 0
 
-    def tenants(self, tenant: str) -> int:
+    def count_tenants(self, tenant: str) -> int:
         """How many share the seats, this one counted too."""
-        sitting = (who for who, share in self._tenants.items() if share.seats)
-        return len({tenant, *sitting, *(who for _, who, _ in self._waiting)})
+        seated = (name for name, share in self._tenants.items() if share.seats)
+        return len({tenant, *seated, *(name for _, name, _ in self._waiting)})
 
     @property
     def active(self) -> frozenset[str]:
@@ -146,28 +148,29 @@ class FairQueue:
         """A seat (and a slot, for an adapter) from its turn until the block ends."""
         ticket = self.enter(tenant, adapter, weight=weight, priority=priority)
         try:
-            await ticket.seated()
+            await ticket.wait()
             yield ticket
         finally:
             self.leave(ticket)
 
     def enter(self, tenant: str, adapter: str | None = None, *, weight: float = 1.0, priority: int = 0) -> Ticket:
-        """Stand in line; the ticket may be seated at once."""
+        """Join the queue; the ticket may be seated at once."""
         ticket = Ticket(tenant, adapter, weight, priority, next(self._numbers))
         self._waiting.setdefault((priority, tenant, adapter), {})[ticket.number] = ticket
-        self._call()
+        self._waiting_count += 1
+        self._assign()
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
-        """Give the seat back, or the place in line; once for each ticket, whatever became of it."""
+        """Give the seat back, or the place in the queue; once for each ticket, whatever became of it."""
         if self._seated.pop(ticket.number, None):
             self._unseat(ticket)
         else:
             self._drop(ticket)
-        self._call()
+        self._assign()
 
-    def _call(self) -> None:
-        """Deal out the slots that are free, then the seats, and have slots freed for who still lacks one."""
+    def _assign(self) -> None:
+        """Give out the slots that are free, then the seats; then free slots for adapters that still lack one."""
         self._grant_slots()
         self._free_slots()
         while len(self._seated) < self.seats and (ticket := self._next()):
@@ -179,12 +182,13 @@ class FairQueue:
         return None if flow is None else next(iter(self._waiting[flow].values()))
 
     def _rank(self, flow: Flow) -> tuple[float, ...]:
-        """A smaller one ought to be served first."""
+        """The flow with the smallest rank is served first."""
         priority, tenant, adapter = flow
-        whole = self._tenants.get(tenant, _NOTHING)
-        part = self._adapters.get((tenant, adapter), _NOTHING)
+        of_tenant = self._tenants.get(tenant, _NO_SHARE)
+        of_adapter = self._adapters.get((tenant, adapter), _NO_SHARE)
         first = next(iter(self._waiting[flow].values()))
-        return (priority, whole.seats / first.weight, whole.served, part.seats, part.served, first.number)
+        seats = of_tenant.seats / first.weight
+        return (priority, seats, of_tenant.served, of_adapter.seats, of_adapter.served, first.number)
 
     def _fits(self, flow: Flow) -> bool:
         _, tenant, adapter = flow
@@ -199,12 +203,13 @@ class FairQueue:
     def _seat(self, ticket: Ticket) -> None:
         self._drop(ticket)
         now = next(self._numbers)
-        whole = self._tenants.setdefault(ticket.tenant, _Share())
-        part = self._adapters.setdefault((ticket.tenant, ticket.adapter), _Share())
+        of_tenant = self._tenants.setdefault(ticket.tenant, _Share())
+        of_adapter = self._adapters.setdefault((ticket.tenant, ticket.adapter), _Share())
         # A tenant's first request comes level with the oldest that the engine has, each further one a step behind.
-        first = min((one.order for one in self._seated.values()), default=0)
-        ticket.order = whole.order = max(first, whole.order + max(1, round(STEP / ticket.weight)) if whole.seats else 0)
-        for share in (whole, part):
+        first = min((seated.order for seated in self._seated.values()), default=0)
+        step = max(1, round(STEP / ticket.weight))
+        ticket.order = of_tenant.order = max(first, of_tenant.order + step if of_tenant.seats else 0)
+        for share in (of_tenant, of_adapter):
             share.seats += 1
             share.served = now
         if ticket.adapter is not None:
@@ -213,8 +218,8 @@ class FairQueue:
             slot.owed.discard((ticket.priority, ticket.tenant, ticket.adapter))
         self._seated[ticket.number] = ticket
         ticket.is_seated = True
-        if ticket._called and not ticket._called.done():
-            ticket._called.set_result(None)
+        if ticket._turn and not ticket._turn.done():
+            ticket._turn.set_result(None)
 
     def _unseat(self, ticket: Ticket) -> None:
         self._tenants[ticket.tenant].seats -= 1
@@ -226,14 +231,15 @@ class FairQueue:
     def _drop(self, ticket: Ticket) -> None:
         flow = (ticket.priority, ticket.tenant, ticket.adapter)
         tickets = self._waiting.get(flow, {})
-        tickets.pop(ticket.number, None)
+        if tickets.pop(ticket.number, None):
+            self._waiting_count -= 1
         if not tickets:
             self._waiting.pop(flow, None)
 
     def _grant_slots(self) -> None:
         """Give every free slot to an adapter that is waited for, whether or not a seat is free at this moment.
 
-        Who needs both, and had to find both free in one moment, might never do.
+        A request that had to find both free in one moment might never do.
         """
         best = min((priority for priority, _, _ in self._waiting), default=0)
         for held, slot in list(self._slots.items()):
@@ -255,14 +261,14 @@ class FairQueue:
         ]
 
     def _claim(self, flow: Flow) -> tuple[int, ...]:
-        """A smaller one ought to have a slot first: whose tenant has fewest, or had its last one longest ago."""
+        """The smallest claim gets a slot first: whose tenant has fewest, or had its last one longest ago."""
         priority, tenant, _ = flow
         held = sum(slot.tenant == tenant for slot in self._slots.values())
         first = next(iter(self._waiting[flow]))
-        return (priority, held, self._tenants.get(tenant, _NOTHING).granted, first)
+        return (priority, held, self._tenants.get(tenant, _NO_SHARE).granted, first)
 
     def _free_slots(self) -> None:
-        """Have as many adapters give their slot up as there are others that want one, half of the slots at most."""
+        """Make as many adapters give their slot up as there are others that want one, half of the slots at most."""
         best = min((priority for priority, _, _ in self._waiting), default=0)
         wanted = {adapter for _, _, adapter in self._lacking(best)}
         leaving = min(len(wanted), max(1, self.slots // 2))
@@ -272,10 +278,11 @@ class FairQueue:
             leaving -= slot.leaving
 
     def _forget(self) -> None:
-        """Drop the shares of those who neither wait nor sit, once they are many: theirs is the oldest turn anyway."""
+        """Drop the shares of those with no ticket, once they are many: their last turn is the oldest anyway."""
         if len(self._adapters) <= 4 * (len(self._seated) + len(self._waiting)) + 64:
             return
-        here = {(ticket.tenant, ticket.adapter) for ticket in self._seated.values()} | {f[1:] for f in self._waiting}
-        tenants = {tenant for tenant, _ in here}
-        self._adapters = {key: share for key, share in self._adapters.items() if key in here}
+        seated = {(ticket.tenant, ticket.adapter) for ticket in self._seated.values()}
+        present = seated | {flow[1:] for flow in self._waiting}
+        tenants = {tenant for tenant, _ in present}
+        self._adapters = {key: share for key, share in self._adapters.items() if key in present}
         self._tenants = {key: share for key, share in self._tenants.items() if key in tenants}

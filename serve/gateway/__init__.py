@@ -1,4 +1,4 @@
-"""What an inference request passes before an engine sees it: whose it is, what it may ask, which version answers.
+"""What an inference request passes before an engine: authentication, limits, rewriting, routing to a version.
 
 It reads and rewrites requests; it decides nothing about versions (`serve.rollout`) and knows no vLLM.
 """

@@ -1,4 +1,4 @@
-"""The base model on this machine: where it is, what it holds, what it needs, and what the machine has.
+"""The base model and the machine: where the model is, what it holds, what memory it needs, what the machine has.
 
 Nothing here starts an engine or knows an adapter.
 """

@@ -1,4 +1,4 @@
-"""A version on its way: upload to removal, canary, shadow, traffic split, promotion, rollback, registry sync.
+"""The life of a version: push, canary, shadow, traffic split, promotion, rollback, removal, registry sync.
 
 Every change to what is live is made here. No HTTP lives here.
 """

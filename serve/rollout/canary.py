@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.adapters.registry import Share
+from serve.adapters.snapshot import Share
 from serve.asgi.exchange import Exchange
 from serve.drift.features import refuses
 from serve.rollout.sequential_test import CHECKS, GROUPS, Comparison, Finding, Verdict

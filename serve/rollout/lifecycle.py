@@ -15,8 +15,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from serve.adapters.adapter import Adapter, Inspection, Limits, check_digest, inspect
-from serve.adapters.registry import Registry, Share
+from serve.adapters.adapter import Adapter, Inspection, Limits, check_digest
+from serve.adapters.inspection import inspect
+from serve.adapters.registry import Registry
+from serve.adapters.snapshot import Share
 from serve.adapters.store import Store
 from serve.auth.rate_limits import UNLIMITED
 from serve.auth.rate_limits import Limits as KeyLimits

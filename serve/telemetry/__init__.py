@@ -1,4 +1,4 @@
-"""What is counted and kept of answers: Prometheus metrics, SLOs, feedback, captured text, dashboards and rules.
+"""What is counted and kept about answers: Prometheus metrics, SLOs, feedback, captured text, dashboards, rules.
 
-It only listens; it uses neither `serve.drift` nor `serve.vllm_backend`.
+It only observes; it uses neither `serve.drift` nor `serve.vllm_backend`.
 """

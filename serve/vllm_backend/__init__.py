@@ -1,4 +1,4 @@
-"""All that knows vLLM: its engine, its OpenAI server, its worker, its processes, under our names.
+"""Everything that knows vLLM: its engine, its OpenAI server, its worker, its processes, under our names.
 
-Nobody else imports vllm (the kernels of `serve.cpu_kernels` run inside it).
+Nothing else imports vllm, except the kernels of `serve.cpu_kernels`, which run inside it.
 """

@@ -1,4 +1,4 @@
-"""Every command of the README is run, in the README's order, against what `make serve` starts."""
+"""Every command of README and docs is run, page by page, against what `make serve` starts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from optimize.recipe import parse
-from serve.config import load
+from tests.support.pages import pages
 from tests.support.server import ADMIN, ROOT, START_SECONDS, environment, free_port, loradock, tail
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(bash|python|yaml)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {page.name: page for page in pages()}
 PORT = "8000"
 
 pytestmark = pytest.mark.engine
@@ -61,34 +59,53 @@ def _wait(make: subprocess.Popen[bytes], port: int, log: Path) -> None:
     raise RuntimeError(f"`make serve` is not ready:\n{tail(log)}")
 
 
-def _run(command: list[str], newcomer: tuple[Path, int]) -> str:
+def typed(page: str, newcomer: tuple[Path, int]) -> str:
+    """What a page's commands print when they are typed one after another; each must succeed."""
     folder, port = newcomer
+    # Its first line on the page is `source .venv/bin/activate`; a reader of the other pages has done that.
+    script = "source .venv/bin/activate\n" + PAGES[page].script.replace(f":{PORT}", f":{port}")
     environ = environment(LORADOCK_URL=f"http://127.0.0.1:{port}")
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    assert '"error"' not in done.stdout
+    command = ["bash", "-xeuo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{page}\n{done.stdout}\n{done.stderr}"
+    assert '"error"' not in done.stdout, f"{page}\n{done.stdout}"
     return done.stdout
 
 
-def test_the_readmes_commands_do_what_it_says(newcomer):
-    folder, port = newcomer
-    said = []
-    for kind, block in BLOCKS:
-        block = block.replace(f":{PORT}", f":{port}")
-        if kind == "python":
-            said.append(_run([str(folder / ".venv/bin/python"), "-c", block], newcomer))
-        elif kind == "bash" and not block.startswith(("make ", "export ")):
-            said.append(_run(["bash", "-euo", "pipefail", "-c", block], newcomer))
-    told = "\n".join(said)
-    assert told.count("Paris") >= 2, told
-    assert "alpha alpha" in told
-    assert "tokens/s" in told
+def versions(port: int) -> tuple[int, list[int]]:
+    """The live version of `tone`, and all of them."""
     answer = httpx.get(f"http://127.0.0.1:{port}/v1/adapters/tone").json()
-    assert (answer["live"], [version["version"] for version in answer["versions"]]) == (1, [1])
+    return answer["live"], [version["version"] for version in answer["versions"]]
 
 
-def test_the_readmes_make_targets_are_there():
-    (block,) = [block for kind, block in BLOCKS if block.startswith("make ")]
+@pytest.fixture(scope="module")
+def readme(newcomer: tuple[Path, int]) -> str:
+    """What the README's commands print."""
+    return typed("README.md", newcomer)
+
+
+def test_the_readmes_commands_chat_push_promote_and_roll_back(readme, newcomer):
+    assert "Paris" in readme
+    assert "alpha alpha" in readme
+    assert versions(newcomer[1]) == (1, [1, 2])
+
+
+def test_the_quickstarts_and_the_adapters_pages_commands_do_what_they_say(readme, newcomer):
+    printed = typed("docs/quickstart.md", newcomer)
+    assert printed.count("Paris") >= 2, printed
+    assert "alpha alpha" in printed and "tokens/s" in printed
+    assert "bravo" in typed("docs/adapters.md", newcomer)
+    assert versions(newcomer[1]) == (1, [1])
+
+
+@pytest.mark.parametrize("page", [page for page in list(PAGES)[3:] if PAGES[page].script])
+def test_the_commands_of_the_other_pages_succeed(readme, newcomer, page):
+    typed(page, newcomer)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_make_targets_are_there(page):
+    (block,) = [block for block in PAGES[page].of("bash") if block.startswith("make ")]
     targets = re.findall(r"^make (\w+)", block, re.MULTILINE)
     assert targets == ["serve", "test"]
     for target in targets:
@@ -96,30 +113,15 @@ def test_the_readmes_make_targets_are_there():
         assert done.returncode == 0, done.stderr
 
 
-def test_the_readmes_config_file_is_one(tmp_path):
-    file = tmp_path / "loradock.yaml"
-    # Together they are one file.
-    file.write_text("\n".join(block for kind, block in BLOCKS if kind == "yaml" and not block.startswith("# recipe")))
-    config = load(["--config", str(file)], {})
-    assert config.policies[1].adapter == "tone"
-    assert (config.port, config.max_upload_bytes, config.engine["max_lora_rank"]) == (8000, 512 << 20, 32)
-    assert [base.name for base in config.bases] == ["my-model", "small"]
-
-
-def test_the_readmes_recipe_is_one(tmp_path):
-    (block,) = [block for kind, block in BLOCKS if block.startswith("# recipe.yaml")]
-    assert len(parse(block, tmp_path).steps) == 4
-
-
-def test_the_readmes_keys_are_made_listed_and_revoked(server, tmp_path):
-    (block,) = [block for kind, block in BLOCKS if kind == "bash" and block.startswith("export ")]
-    said = ""
+def test_keys_are_made_listed_and_revoked_as_the_page_on_tenants_says(server, tmp_path):
+    (block,) = [block for block in PAGES["docs/tenants.md"].of("sh") if block.startswith("export ")]
+    printed = ""
     for line in block.splitlines()[1:]:
         (key,) = [key for key in server.http.get("/v1/keys").json()["data"] if key["name"] == "acme-ci"] or [{"id": ""}]
         words = line.replace(" ID", f" {key['id']}").split()
         done = loradock(*words[1:], LORADOCK_URL=server.url, LORADOCK_KEY=ADMIN)
         assert done.returncode == 0, done.stderr
-        said += done.stdout
-    assert "ld_" in said and "acme" in said
+        printed += done.stdout
+    assert "ld_" in printed and "acme" in printed
     (key,) = [key for key in server.http.get("/v1/keys").json()["data"] if key["name"] == "acme-ci"]
     assert key["revoked"]

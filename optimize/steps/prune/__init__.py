@@ -1,4 +1,4 @@
-"""Fewer layers, neurons, weights or tokens, and healing what that cost.
+"""Fewer layers, neurons, weights or tokens, and healing the damage.
 
-What is rounded lives in `optimize.steps.quantize`.
+Rounding weights lives in `optimize.steps.quantize`.
 """

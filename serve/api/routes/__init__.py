@@ -1,4 +1,7 @@
-"""The routes of the adapter API and of operation; inference is not among them."""
+"""The routes of the adapter API and of operation, one module per subject.
+
+Inference routes are vLLM's and are not here.
+"""
 
 from fastapi import APIRouter
 
@@ -6,5 +9,5 @@ from serve.api.routes import adapters, drift, keys, server
 
 
 def routers() -> list[APIRouter]:
-    """In this order: a path that ends in an adapter's name, slashes and all, stands behind those that say more."""
+    """In this order: a path that ends in an adapter's name, which may hold slashes, comes after the longer ones."""
     return [server.router, drift.router, adapters.router, keys.router]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry import Share
+from serve.adapters.snapshot import Share
 from serve.api.services import Services
 from serve.auth.auth import Caller, Scope, allowed
 from serve.errors import BadRequest, NotFound

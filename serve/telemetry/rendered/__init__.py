@@ -1,1 +1,4 @@
-"""Everything that watches the server from outside, written from one source: names, rules, alerts and dashboards."""
+"""Prometheus rules, Alertmanager routes and Grafana dashboards, rendered from the server's configuration.
+
+Nothing here runs in the server; `loradock monitoring render` writes it.
+"""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import jsonschema
 import pytest
 
 from optimize import cli
-from optimize.pipeline import manifest, plan, worker
+from optimize.pipeline import child, manifest, plan
 from tests.campaigns.kills import files, killed
 from tests.optimize.conftest import Adapter
 
@@ -104,16 +103,13 @@ def test_a_step_that_grows_above_its_memory_is_stopped_and_says_so(written, tmp_
 
 
 def test_a_killed_step_says_so(written, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(worker.TASKS, "quantize", "optimize.steps.quantize.quantizer")
-    from optimize.pipeline import run
+    listen = child.Child._listen
 
-    listen = run.Run._listen
+    def kill(self: Any, kind: str, process: Any, pipe: int) -> Any:
+        process.kill()
+        return listen(self, kind, process, pipe)
 
-    def kill(self: Any, kind: str, child: Any, pipe: int) -> Any:
-        os.killpg(child.pid, signal.SIGKILL)
-        return listen(self, kind, child, pipe)
-
-    monkeypatch.setattr(run.Run, "_listen", kill)
+    monkeypatch.setattr(child.Child, "_listen", kill)
     optimize(written("steps: [quantize]"), "--out", tmp_path / "out", expect=1)
     assert "was killed at" in capsys.readouterr().err
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from serve.adapters.adapter import CARD_BYTES, read_license
+from serve.adapters.adapter import CARD_BYTES
+from serve.adapters.inspection import read_license
 from serve.config import load
 from serve.errors import ConfigError
 from tests.support.app import upload

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, Inspection, Limits, check_digest, inspect
+from serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, Inspection, Limits, check_digest
+from serve.adapters.inspection import inspect
 from serve.errors import AdapterRejected, BadRequest
 from serve.names import check_name, shown
 
@@ -475,7 +476,7 @@ def test_whatever_is_shown_is_short_and_printable(value):
 
 
 def test_the_scan_reads_bits_as_numpy_reads_floats(tmp_path):
-    from serve.adapters.adapter import Tensor, _scan
+    from serve.adapters.tensors import Tensor, scan
 
     rng = np.random.default_rng(7)
     bits = rng.integers(0, 1 << 16, 4096, dtype=np.uint16)
@@ -484,6 +485,6 @@ def test_the_scan_reads_bits_as_numpy_reads_floats(tmp_path):
         chunk = bits[at : at + 64]
         path.write_bytes(chunk.tobytes())
         with path.open("rb") as file:
-            finite, zero = _scan(file, Tensor("t", "F16", (64,), 0, 128))
+            finite, zero = scan(file, Tensor("t", "F16", (64,), 0, 128))
         assert finite == bool(np.isfinite(chunk.view(np.float16)).all())
         assert zero == bool((chunk.view(np.float16) == 0).all())

@@ -319,6 +319,15 @@ def test_a_registry_in_memory_works_from_every_thread():
         assert sorted(versions) == list(range(1, 13))
 
 
+def test_history_is_read_while_a_change_is_under_way(registry):
+    push(registry, "pirate", 1)
+    push(registry, "pirate", 2)
+    with ThreadPoolExecutor(1) as pool, registry.transaction():
+        assert pool.submit(registry.history, "pirate").result(10)[0]["what"] == "add"
+        assert pool.submit(registry.before, "pirate").result(10) == 1
+        assert pool.submit(registry.stamp).result(10)
+
+
 @on_sqlite
 def test_the_file_is_private_durable_and_in_wal_mode(registry, url):
     path = url.removeprefix("sqlite:///")

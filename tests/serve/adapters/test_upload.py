@@ -323,7 +323,7 @@ async def test_a_full_disk_is_said_in_a_sentence(folder, monkeypatch):
         def write(self, data) -> int:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(upload, "_create", lambda path: Full())
+    monkeypatch.setattr(upload, "create", lambda path: Full())
     with pytest.raises(OutOfSpace):
         await send(folder, form(*loose()))
 

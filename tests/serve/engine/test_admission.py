@@ -16,53 +16,53 @@ from tests.support.app import CHAT, ask, http, settled
 
 
 @pytest.fixture
-async def line():
+async def queue():
     return FairQueue(4, 4)
 
 
-def test_a_free_seat_means_no_wait(line):
-    door = Admission(line, 1.0)
-    door.left(100.0)
-    assert door.check("a", 0) == 0.0
+def test_a_free_seat_means_no_wait(queue):
+    admission = Admission(queue, 1.0)
+    admission.left(100.0)
+    assert admission.check("a", 0) == 0.0
 
 
-def test_the_forecast_is_what_is_ahead_times_how_long_seats_are_held(line):
-    door = Admission(line, 10.0)
-    door.left(2.0)
+def test_the_forecast_is_what_is_ahead_times_how_long_seats_are_held(queue):
+    admission = Admission(queue, 10.0)
+    admission.left(2.0)
     for _ in range(3 + 7):
-        line.enter("a")
-    assert door.forecast("a", 0) == pytest.approx((7 + 1) * 2.0 / 4)
-    assert door.forecast("a", 1) == door.forecast("a", 0), "what is more urgent goes first"
-    assert door.forecast("b", 0) == 0.0, "one seat is kept for tenants that have none"
-    line.enter("b")
-    assert door.forecast("b", 0) == pytest.approx(2.0 / 2), "two tenants have half of the seats each"
+        queue.enter("a")
+    assert admission.forecast("a", 0) == pytest.approx((7 + 1) * 2.0 / 4)
+    assert admission.forecast("a", 1) == admission.forecast("a", 0), "what is more urgent goes first"
+    assert admission.forecast("b", 0) == 0.0, "one seat is kept for tenants that have none"
+    queue.enter("b")
+    assert admission.forecast("b", 0) == pytest.approx(2.0 / 2), "two tenants have half of the seats each"
 
 
-def test_who_would_wait_too_long_is_told_when_to_come_again(line):
-    door = Admission(line, 10.0)
-    door.left(2.0)
+def test_who_would_wait_too_long_is_told_when_to_come_again(queue):
+    admission = Admission(queue, 10.0)
+    admission.left(2.0)
     for _ in range(3 + 40):
-        line.enter("a")
+        queue.enter("a")
     with pytest.raises(Overloaded) as refused:
-        door.check("a", 0)
+        admission.check("a", 0)
     assert refused.value.retry_after == 11  # 41 * 2 / 4 = 20.5 less 10
-    assert door.check("b", 0) < 10
+    assert admission.check("b", 0) < 10
 
 
-def test_what_forecasts_were_off_by_is_learned_though_it_comes_out_late(line):
-    door = Admission(line, 9.0)
-    door.left(2.0)
+def test_what_forecasts_were_off_by_is_learned_though_it_comes_out_late(queue):
+    admission = Admission(queue, 9.0)
+    admission.left(2.0)
     for _ in range(3 + 7):
-        line.enter("a")
-    asked = [door.forecast("a", 0) for _ in range(100)]
+        queue.enter("a")
+    asked = [admission.forecast("a", 0) for _ in range(100)]
     assert asked[0] == 4.0
     for forecast in asked:  # all of them were made before the first came true
-        door.seated(forecast, 6.0)
-    assert door.check("a", 0) == 4.0, "the wait would be 6 s"
+        admission.seated(forecast, 6.0)
+    assert admission.check("a", 0) == 4.0, "the wait would be 6 s"
     for _ in range(6):
-        line.enter("a")
+        queue.enter("a")
     with pytest.raises(Overloaded, match="about 10 s"):
-        door.check("a", 0)
+        admission.check("a", 0)
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+"""One transaction on one name of the registry: what it reads of the name, changes, and writes back with its history."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import Any, Self
+
+from sqlalchemy import Connection, insert, select, update
+
+from serve.adapters.adapter import Adapter
+from serve.adapters.snapshot import Entry, adapter_of, entry_of, missing, shares_of
+from serve.adapters.tables import history, names, versions
+from serve.errors import Conflict
+from serve.names import shown
+
+_TRAIL = 64
+
+
+@dataclass(slots=True)
+class Change:
+    """A name's row, locked; `save` writes it back if anything was logged."""
+
+    connection: Connection
+    clock: Callable[[], float]
+    id: int
+    name: str
+    live: int | None
+    trail: list[int]
+    next: int
+    shared: bool
+    pinned: int | None
+    base: str | None
+    shares: dict[str, tuple[int, float]]
+    logged: bool = False
+
+    @classmethod
+    def of(cls, connection: Connection, name: str, clock: Callable[[], float], *, create: bool) -> Self:
+        """The name's row; where `create`, made if it is missing, else NotFound unless it has a version."""
+        if create and connection.scalar(select(names.c.id).where(names.c.name == name)) is None:
+            connection.execute(insert(names).values(name=name, live=None, trail="[]", next=1))
+        row = connection.execute(select(names).where(names.c.name == name).with_for_update()).first()
+        if row is None:
+            raise missing(name)
+        change = cls(
+            connection, clock, row.id, row.name, row.live, json.loads(row.trail), row.next, row.shared, row.pinned,
+            row.base, shares_of(row),
+        )  # fmt: skip
+        if not create and not change.versions():
+            raise missing(name)
+        return change
+
+    def save(self) -> None:
+        """Write the row back."""
+        if not self.logged:
+            return
+        columns: dict[str, Any] = {}
+        for kind in ("canary", "shadow"):
+            columns[f"{kind}_version"], columns[f"{kind}_weight"] = self.shares.get(kind, (None, None))
+        self.connection.execute(
+            update(names)
+            .where(names.c.id == self.id)
+            .values(
+                live=self.live,
+                trail=json.dumps(self.trail),
+                next=self.next,
+                shared=self.shared,
+                pinned=self.pinned,
+                base=self.base,
+                **columns,
+            )
+        )
+
+    def entry(self) -> Entry | None:
+        """The name as the snapshot will have it; None when it has no version left."""
+        there = self.versions()
+        return entry_of(self, there, self.shares) if there else None
+
+    def version(self, number: int) -> Adapter:
+        """That version, or NotFound."""
+        there = self.versions()
+        if number not in there:
+            raise missing(f"{self.name}@v{number}")
+        return there[number]
+
+    def point(self, version: int, what: str, by: str, why: str) -> None:
+        """Make `version` the live one."""
+        if self.live == version:
+            return
+        was, self.live = self.live, version
+        if was is not None:
+            self.trail = without_repeats([*self.trail, was])[-_TRAIL:]
+        self.log(what, by, why, was, version)
+        self.end_shares(by)
+
+    def versions(self) -> dict[int, Adapter]:
+        rows = self.connection.execute(select(versions).where(versions.c.name_id == self.id))
+        return {row.version: adapter_of(self.name, row) for row in rows}
+
+    def end_shares(self, by: str, only: Container[int] | None = None) -> None:
+        """The canary and the shadow stop; or those whose version is among `only`."""
+        for kind in list(self.shares):
+            if only is None or self.shares[kind][0] in only:
+                self.end_share(kind, by, "")
+
+    def end_share(self, kind: str, by: str, why: str) -> None:
+        version, _ = self.shares.pop(kind)
+        self.log(f"{kind}_end", by, why, version, None)
+
+    def log(
+        self,
+        what: str,
+        by: str,
+        why: str,
+        before: int | None,
+        after: int | None,
+        digest: str | None = None,
+        weight: float | None = None,
+    ) -> None:
+        self.logged = True
+        self.connection.execute(
+            insert(history).values(
+                name_id=self.id,
+                who=shown(by, 256),
+                what=what,
+                why=shown(why, 2000),
+                when=self.clock(),
+                from_version=before,
+                to_version=after,
+                digest=digest,
+                weight=weight,
+            )
+        )
+
+
+def without_repeats(trail: list[int]) -> list[int]:
+    """The trail without steps that go nowhere, which a deletion can leave: 1, 2, 1 without 2 is 1."""
+    return [number for at, number in enumerate(trail) if at == 0 or trail[at - 1] != number]
+
+
+def check_expected(name: str, live: int | None, expected: int | None) -> None:
+    """Conflict, unless the `expected` version is live (0: none); None expects nothing."""
+    if expected is None or expected == (live or 0):
+        return
+    now = f"v{live}" if live else "no version"
+    raise Conflict(
+        f"{now} of {name} is live and not v{expected}: somebody was faster; look again, then decide",
+        code="version_mismatch",
+    )

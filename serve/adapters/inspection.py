@@ -1,0 +1,203 @@
+"""`inspect` says whether the base model can run an adapter.
+
+It reads a PEFT folder as untrusted bytes. It answers with an Inspection, or with one AdapterRejected that names
+everything that does not fit, so that whoever trained the adapter has to come back once and not eleven times. What the
+engine would refuse at load is refused here, and so is what it would accept and then ignore.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from serve.adapters.adapter import CARD, CARD_BYTES, CONFIG, WEIGHTS, Inspection, Limits
+from serve.adapters.peft_config import MERGE, Patterns, PeftConfig, config_problems, read_config
+from serve.adapters.tensors import FLOATS, Tensor, read_header, scan
+from serve.adapters.untrusted import open_plain, rejected
+from serve.names import shown
+
+_HALVES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+}
+# PEFT saves the base's own embedding beside its LoRA; the engine passes over these two names.
+_BASE_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+
+
+def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits) -> Inspection:
+    """Judge the PEFT folder against the base's `modules`, name -> (out_features, in_features).
+
+    An embedding counts as (embedding_dim, vocabulary), which is how its LoRA multiplies.
+    """
+    config = read_config(folder / CONFIG)
+    license = read_license(folder / CARD)
+    with open_plain(folder / WEIGHTS) as file:
+        tensors = read_header(file)
+        problems = [*config_problems(config, limits), *_license_problems(license, limits)]
+        _raise(problems, config)  # a rank that is no number, or a DoRA, makes everything below it wrong too
+
+        pairs: dict[str, dict[str, Tensor]] = {}
+        problems += _match(tensors, modules, pairs)
+        problems += _shape_problems(pairs, modules, config, limits)
+        problems += _target_problems(pairs, modules, config, limits)
+        if len(tensors) > limits.max_tensors:
+            problems.append(f"{len(tensors)} tensors are more than the {limits.max_tensors} that this server takes")
+        if not pairs:
+            problems.append(f"{WEIGHTS} has no LoRA tensor for any module of the base, so it would change nothing")
+        _raise(problems, config)
+        _raise(list(_value_problems(file, pairs)), config)
+        nbytes = (folder / CONFIG).stat().st_size + os.fstat(file.fileno()).st_size
+
+    return Inspection(
+        rank=max(pair["A"].shape[0] for pair in pairs.values()),
+        base=config.base,
+        target_modules=tuple(sorted({module.rpartition(".")[2] for module in pairs})),
+        nbytes=nbytes,
+        tensors=len(tensors),
+        license=license,
+    )
+
+
+# The card
+
+
+def read_license(card: Path) -> str | None:
+    """`license:` in the front matter of a README.md, if there is one: Hugging Face's identifier, in lower case."""
+    if not card.exists():
+        return None
+    with open_plain(card) as file:
+        text = file.read(CARD_BYTES).decode("utf-8", "replace")
+    front = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---", text, re.S)
+    if front is None:
+        return None
+    # Searched as text: a YAML document can be built to eat the memory.
+    found = re.search(r"^license:[ \t]*([\"']?)([A-Za-z0-9._+-]{1,64})\1[ \t]*(#.*)?\r?$", front[1], re.M)
+    return found[2].lower() if found else None
+
+
+def _license_problems(license: str | None, limits: Limits) -> Iterator[str]:
+    if limits.allowed_licenses is None or license in limits.allowed_licenses:
+        return
+    allowed = ", ".join(sorted(limits.allowed_licenses))
+    if license is None:
+        yield f"its {CARD} states no license; this server takes {allowed}: send the {CARD} with `license:` at its top"
+    else:
+        yield f"its license is {license}; this server takes {allowed}"
+
+
+# The tensors
+
+
+def _match(
+    tensors: Iterable[Tensor], modules: Mapping[str, tuple[int, int]], pairs: dict[str, dict[str, Tensor]]
+) -> Iterator[str]:
+    """Fill `pairs`, module -> its A and B."""
+    for tensor in tensors:
+        name = tensor.name
+        if name.endswith(_BASE_COPIES):
+            yield from _base_copy_problems(tensor, modules)
+            continue
+        ending = next((ending for ending in _HALVES if name.endswith(ending)), None)
+        if ending is None:
+            yield f"`{shown(name)}` is not a LoRA tensor (lora_A or lora_B); {MERGE}"
+            continue
+        module = name.removeprefix("base_model.model.").removesuffix(ending)
+        if module not in modules:
+            yield f"`{shown(name)}` fits no module of the base"
+            continue
+        if tensor.dtype not in FLOATS:
+            yield f"`{shown(name)}` is {tensor.dtype}; save the adapter as BF16, F16 or F32"
+        half = _HALVES[ending]
+        if half in pairs.setdefault(module, {}):
+            yield f"`{shown(name)}` is the second lora_{half} for one module"
+            continue
+        pairs[module][half] = tensor
+
+
+def _base_copy_problems(tensor: Tensor, modules: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    module = tensor.name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
+    if module not in modules:
+        yield f"`{shown(tensor.name)}` fits no module of the base"
+    elif tensor.shape not in (modules[module], modules[module][::-1]):
+        yield f"`{shown(tensor.name)}` is {list(tensor.shape)}: it was trained on another vocabulary than this base's"
+
+
+def _shape_problems(
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    modules: Mapping[str, tuple[int, int]],
+    config: PeftConfig,
+    limits: Limits,
+) -> Iterator[str]:
+    patterns = Patterns()
+    for module, pair in pairs.items():
+        out, into = modules[module]
+        rank = _rank_of(module, config, patterns)
+        for key in config.raw.get("alpha_pattern") or {}:
+            patterns.match("alpha_pattern", rf"(.*\.)?({key})$", module)
+        for half, wanted in (("A", (rank, into)), ("B", (out, rank))):
+            if half not in pair:
+                other = "B" if half == "A" else "A"
+                yield f"`{module}` has lora_{other} and no lora_{half}"
+            elif pair[half].shape != wanted:
+                shape = list(pair[half].shape)
+                yield f"`{shown(pair[half].name)}` is {shape}; the base and rank {rank} want {list(wanted)}"
+
+
+def _rank_of(module: str, config: PeftConfig, patterns: Patterns) -> int:
+    for key, rank in config.rank_pattern.items():
+        if patterns.match("rank_pattern", rf"(.*\.)?({key})$", module):
+            return rank
+    return config.rank
+
+
+def _target_problems(
+    pairs: Mapping[str, Any], modules: Mapping[str, tuple[int, int]], config: PeftConfig, limits: Limits
+) -> Iterator[str]:
+    targets = config.targets
+    if isinstance(targets, tuple):
+        found, known = _suffixes(pairs), _suffixes(modules)
+        for target in sorted(set(targets)):
+            if target in found or (target in known and config.raw.get("exclude_modules")):
+                continue
+            where = "no tensor of the file" if target in known else "no module of the base"
+            yield f"target_modules names `{shown(target)}`, and that matches {where}"
+    elif targets != "all-linear":
+        patterns = Patterns()
+        strays = [module for module in pairs if not patterns.match("target_modules", f"(?:{targets})\\Z", module)]
+        if len(strays) == len(pairs) and pairs:
+            yield f"target_modules `{shown(targets)}` matches no module that the file has tensors for"
+    if limits.allowed_target_modules is not None:
+        for name in sorted({module.rpartition(".")[2] for module in pairs} - limits.allowed_target_modules):
+            allowed = ", ".join(sorted(limits.allowed_target_modules))
+            yield f"it adapts `{name}`; this server allows {allowed}"
+
+
+def _suffixes(modules: Iterable[str]) -> set[str]:
+    """Every way to name a module from the right: a.b.c, b.c, c."""
+    return {module.split(".", cut)[-1] for module in modules for cut in range(module.count(".") + 1)}
+
+
+def _value_problems(file: BinaryIO, pairs: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
+    """NaN, infinity, and an adapter whose every product is zero."""
+    effect = False
+    for pair in pairs.values():
+        moves = True
+        for half in ("A", "B"):
+            finite, zero = scan(file, pair[half])
+            if not finite:
+                yield f"`{shown(pair[half].name)}` holds NaN or infinity"
+            moves = moves and not zero
+        effect = effect or moves
+    if not effect:
+        yield "every lora_B (or its lora_A) is zero, so the adapter would change nothing: was it saved before training?"
+
+
+def _raise(problems: list[str], config: PeftConfig) -> None:
+    if problems:
+        trained = f" (it says it was trained on {shown(config.base)})" if config.base else ""
+        raise rejected(problems, f"this adapter does not fit the base model{trained}")

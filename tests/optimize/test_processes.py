@@ -1,0 +1,112 @@
+"""Whatever a run has started ends with it, however the run ends; counted by a variable that descendants inherit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from optimize.processes import ProcessGroup
+from tests.campaigns.kills import ROOT, command
+
+MARK = "LORADOCK_TEST_RUN"
+# A step that starts a process which hears no signal, in a process of its own, and never ends.
+LONG_STEP = """
+import subprocess, sys, time, types
+
+def run(job, progress):
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
+    subprocess.Popen([sys.executable, "-S", "-c", stubborn])
+    progress(1, 2, "the step runs")
+    time.sleep(1000)
+
+module = types.ModuleType("optimize.steps.quantize.quantizer")
+module.run = run
+sys.modules[module.__name__] = module
+"""
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    value = uuid.uuid4().hex
+    yield value
+    for pid in running(value):
+        os.kill(pid, signal.SIGKILL)
+
+
+def running(mark: str, word: str = "") -> list[int]:
+    """The processes alive that inherited the mark and have the word in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            marked = f"{MARK}={mark}".encode() in (folder / "environ").read_bytes()
+            if marked and word.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            pass  # gone meanwhile, or not ours
+    return found
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come true"
+        time.sleep(0.05)
+
+
+def optimizing(mark: str, recipe: Path, out: Path, path: Path | None = None) -> subprocess.Popen[bytes]:
+    environ = {**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(path or "")]))}
+    return subprocess.Popen(command(recipe, "--out", out), env=environ, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_no_process(how, mark, written, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(LONG_STEP)
+    run = optimizing(mark, written("steps: [quantize]"), tmp_path / "out", tmp_path)
+    until(lambda: bool(running(mark, "SIG_IGN")))
+    run.send_signal(how)
+    run.wait()
+    until(lambda: not running(mark))
+
+
+def test_a_step_that_is_killed_takes_along_what_it_started(mark, written, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(LONG_STEP)
+    run = optimizing(mark, written("steps: [quantize]"), tmp_path / "out", tmp_path)
+    until(lambda: bool(running(mark, "SIG_IGN")))
+    (worker,) = running(mark, "optimize.pipeline.worker")
+    os.kill(worker, signal.SIGKILL)
+    assert run.wait() == 1
+    until(lambda: not running(mark))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_no_engine(how, mark, written, tmp_path):
+    recipe = written("")
+    recipe.write_text(recipe.read_text().replace("engine: false", "engine: true"))
+    run = optimizing(mark, recipe, tmp_path / "out")
+    until(lambda: bool(running(mark, "optimize.evaluation.engine")))
+    run.send_signal(how)
+    run.wait()
+    until(lambda: not running(mark))
+
+
+def test_a_group_ends_with_its_block():
+    with ProcessGroup() as group:
+        process = group.start(["sleep", "1000"])
+        assert process.poll() is None
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_process_that_ends_by_itself_keeps_its_exit_code():
+    with ProcessGroup() as group:
+        process = group.start([sys.executable, "-S", "-c", "raise SystemExit(3)"])
+        assert process.wait() == 3
+    assert process.returncode == 3
