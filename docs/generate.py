@@ -11,9 +11,10 @@ import dataclasses
 import io
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import typer
@@ -213,13 +214,11 @@ def vllm_options() -> str:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
-    defaults: Mapping[str, str] = {
-        item.name: _vllm_default(item) for args in (AsyncEngineArgs, FrontendArgs) for item in dataclasses.fields(args)
-    }
+    known = {item.name: item for args in (AsyncEngineArgs, FrontendArgs) for item in dataclasses.fields(args)}
     ours = {*config.OURS, *config.SETTINGS}
     rows = [
-        (f"`{name}`", f"`{' '.join(kind.split())}`".replace("|", "\\|"), defaults.get(name, ""))
-        for name, kind in sorted(config.engine_options().items())
+        (f"`{name}`", _vllm_type(known[name].type), _vllm_default(known[name]))
+        for name in sorted(config.engine_options())
         if name not in ours
     ]
     refused = [(f"`{name}`", why) for name, why in sorted(config.OURS.items())]
@@ -233,6 +232,17 @@ def vllm_options() -> str:
             *_table(("Option", "Instead"), refused),
         ]
     )
+
+
+def _vllm_type(annotation: Any) -> str:
+    """The values that an option takes, or its type."""
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_vllm_type(option) for option in get_args(annotation) if option is not NoneType)
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation.__name__
+    return str(annotation).replace("typing.", "").rpartition("collections.abc.")[2]
 
 
 def _vllm_default(item: dataclasses.Field[Any]) -> str:
@@ -278,7 +288,8 @@ def _lives(package: Path) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     def line(cells: tuple[str, ...]) -> str:
-        return f"| {' | '.join(' '.join(cell.split()) for cell in cells)} |"
+        spaced = (" ".join(cell.replace("|", "\\|").split()) for cell in cells)
+        return f"| {' | '.join(spaced)} |"
 
     return [line(head), f"|{'---|' * len(head)}", *map(line, rows), ""]
 
