@@ -38,7 +38,8 @@ from serve.names import check_full_name, shown
 _STAMP = select(
     tables.LATEST.scalar_subquery(),
     select(func.count(keys.c.id)).scalar_subquery(),
-    select(func.max(keys.c.revoked)).scalar_subquery(),
+    # Counted: the clock of the server that revoked a key may be behind the others'.
+    select(func.count(keys.c.revoked)).scalar_subquery(),
     select(func.count(bases.c.name)).scalar_subquery(),
     select(func.max(bases.c.when)).scalar_subquery(),
 )
@@ -292,8 +293,8 @@ class Registry(SnapshotReader):
 
     def swapped(self, base: str, configured: str) -> str | None:
         """The model that was put in the place of the configured one; None also once another one is configured."""
-        with self.transaction() as connection:
-            query = select(bases.c.model).where(bases.c.name == base, bases.c.configured == configured)
+        query = select(bases.c.model).where(bases.c.name == base, bases.c.configured == configured)
+        with self.reading() as connection:
             return connection.scalar(query)
 
     def swap(self, base: str, configured: str, model: str, *, by: str) -> None:
@@ -305,6 +306,12 @@ class Registry(SnapshotReader):
                 connection.execute(insert(bases).values(**row))
 
     # For neighbours that keep a table of their own here
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection for one query, whose errors are ours; it waits for no change that is under way."""
+        with tables.translated(), self._shared_memory, self._reading.connect() as connection:
+            yield connection
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:

@@ -35,6 +35,7 @@ from sqlalchemy import (
 )  # fmt: skip
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import CreateColumn
 
@@ -42,6 +43,16 @@ from serve.errors import ConfigError, EngineUnavailable, LoradockError, OutOfSpa
 from serve.names import shown
 
 SCHEMA = 4
+# A database that does not answer is an error after seconds, not after the kernel's quarter of an hour.
+LIBPQ_PATIENCE = {
+    "connect_timeout": "5",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
+# Whoever prepares a PostgreSQL database holds this lock: any number that is the same in every loradock.
+PREPARING = 0x10AD0C4
 
 metadata = MetaData()
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -168,7 +179,9 @@ def opened(url: str) -> Engine:
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() != "sqlite":
-            return create_engine(parsed, pool_pre_ping=True)
+            patience = LIBPQ_PATIENCE if parsed.get_driver_name() in ("psycopg", "psycopg2") else {}
+            defaults = {key: value for key, value in patience.items() if key not in parsed.query}
+            return create_engine(parsed, pool_pre_ping=True, connect_args=defaults)
         if not parsed.database or parsed.database == ":memory:":
             engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
         else:
@@ -199,6 +212,9 @@ def opened(url: str) -> Engine:
 def prepare(engine: Engine) -> None:
     """Tables that are missing are made, an older schema is brought up; ConfigError for a newer one."""
     with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            # Two servers that start at once over an empty database would both make the tables.
+            connection.execute(select(func.pg_advisory_xact_lock(PREPARING)))
         metadata.create_all(connection)
         found = connection.scalar(select(func.max(schema_version.c.version)))
         if found is None:
@@ -221,7 +237,7 @@ def translated() -> Iterator[None]:
         yield
     except LoradockError:
         raise
-    except DBAPIError as wrong:
+    except (DBAPIError, PoolTimeout) as wrong:
         why = reason(wrong)
         if "full" in why:
             raise OutOfSpace("the registry's disk is full; make room, then try again") from wrong

@@ -17,6 +17,7 @@ from serve.adapters.adapter import Limits as AdapterLimits
 from serve.adapters.registry import Registry
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
+from serve.api.background_tasks import BackgroundTasks
 from serve.auth.audit import Audit
 from serve.auth.auth import Auth
 from serve.auth.keys import Keys
@@ -31,7 +32,7 @@ from serve.engine.engine import Backend, Engine
 from serve.engine.fleet import Fleet
 from serve.engine.restarts import Patience
 from serve.engine.supervisor import Supervisor
-from serve.errors import EngineUnavailable, LoradockError
+from serve.errors import ConfigError, EngineUnavailable, LoradockError
 from serve.gateway.inference import Inference
 from serve.gateway.router import Router
 from serve.models.checkpoint import takes_media
@@ -45,6 +46,7 @@ from serve.rollout.prefetch import Prefetcher
 from serve.rollout.registry_sync import RegistrySync, Replica
 from serve.rollout.rollback import AutomaticRollback
 from serve.rollout.shadow import ShadowExchange, Shadows
+from serve.rollout.swap_follower import SwapFollower
 from serve.telemetry.capture import Capture
 from serve.telemetry.feedback import Feedback
 from serve.telemetry.metrics import Metrics
@@ -96,6 +98,9 @@ class Services:
         self.auth = Auth(config.api_keys, config.admin_keys, self.keys.caller, lambda: self.keys.any)
         self.audit = Audit(config.data_dir / "audit.jsonl")
         self._introduce_those_who_watch()
+        self.background = BackgroundTasks()
+        self.monitor.watch(self.background)
+        self._swap_follower = SwapFollower(self.registry, self.fleet) if self.follower else None
         self.recent = Recent()
         self.monitor.passed_on.append(self.recent.take)
         self.rehearsal = BaselineBuild(self.fleet, self.store)
@@ -169,16 +174,23 @@ class Services:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
-        jobs = [self._live(), self._log_stats(), self._prefetcher.run()]
-        tasks = [asyncio.create_task(job) for job in [*jobs, *([self.follower.run()] if self.follower else [])]]
+        starting = asyncio.create_task(self._bring_up())
+        self.background.start("log_stats", self._log_stats)
+        self.background.start("prefetch", self._prefetcher.run)
+        if self.follower and self._swap_follower:
+            self.background.start("registry_poll", self.follower.poll)
+            self.background.start("registry_heartbeat", self.follower.heartbeat)
+            self.background.start("swap_follower", self._swap_follower.run)
         if self.config.capture_text:
             self._capture.start()
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await self.background.stop()
+            if self.follower:
+                await self.follower.close()
             await asyncio.to_thread(self.watcher.stop)
             await asyncio.to_thread(self._capture.stop)
             await self._shadows.close()
@@ -187,15 +199,31 @@ class Services:
             await self.fleet.stop()
             self.registry.close()
 
-    async def _live(self) -> None:
+    async def _bring_up(self) -> None:
+        """Start the engines; `on_failure` gets the error if one cannot."""
         try:
             await self.lifecycle.sweep()
             await self._prefetcher.load()
             await self.fleet.start(self.lifecycle)
-            self.ready.set()
-            await self.prober.run()
         except LoradockError as error:
             self._on_failure(error)
+            return
+        except Exception as error:
+            log.exception("the server cannot start")
+            self._on_failure(ConfigError(f"the server cannot start ({type(error).__name__}: {error}): see the log"))
+            return
+        self.ready.set()
+        self.background.start("prober", self.prober.run)
+
+    @property
+    def degraded(self) -> dict[str, str]:
+        """What does not work, though requests are answered, by name."""
+        problems = self.background.problems
+        if self.follower and self.follower.problem:
+            problems["registry"] = self.follower.problem
+        if self._swap_follower and self._swap_follower.problem:
+            problems["base_swap"] = self._swap_follower.problem
+        return problems
 
     async def _log_stats(self) -> None:
         while True:

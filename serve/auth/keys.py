@@ -105,7 +105,7 @@ class Keys:
         self._read()
 
     def _read(self) -> None:
-        with self._registry.transaction() as connection:
+        with self._registry.reading() as connection:
             rows = connection.execute(select(table).order_by(table.c.created, table.c.id))
             self._keys = tuple(_key(row) for row in rows)
             self._callers = {key.digest: key.caller for key in self._keys if key.revoked is None}

@@ -23,7 +23,6 @@ from sqlalchemy import delete, insert, select, update
 from serve.adapters.registry import Registry
 from serve.adapters.tables import replicas as table
 from serve.auth.keys import Keys
-from serve.engine.base_swap import Approval, swap
 from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
 from serve.rollout.lifecycle import Lifecycle
@@ -47,7 +46,7 @@ class Replica:
 
 
 class RegistrySync:
-    """This server's view of a registry that others change too."""
+    """This server's view of a registry that others change too. `poll` and `heartbeat` run until they are cancelled."""
 
     def __init__(
         self,
@@ -59,23 +58,24 @@ class RegistrySync:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.me = me
+        # Why the registry cannot be looked at, while it cannot.
+        self.problem = ""
         self._registry = registry
         self._keys = keys
         self._lifecycle = lifecycle
         self._fleet = fleet
         self._clock = clock
-        # One query at a time, and not behind what other threads do.
-        self._thread = ThreadPoolExecutor(1, "follower")
+        # One query at a time each, and not behind what other threads do: a database that hangs takes these two alone.
+        self._look_thread = ThreadPoolExecutor(1, "registry-look")
+        self._beat_thread = ThreadPoolExecutor(1, "registry-heartbeat")
         self._stamp: tuple[Any, ...] = ()
         self._looking: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
         # When the look that is under way began.
         self._since: float | None = None
-        self._blind = False
-        self._failed_swaps: set[tuple[str, str]] = set()
 
     async def fresh(self) -> None:
-        """Returns once every change is seen that was committed before this call."""
+        """Returns once every change is seen that was committed before this call; it raises nothing."""
         if self._since is not None and time.monotonic() - self._since > LOOK_SECONDS:
             return
         if self._next is None:
@@ -86,25 +86,38 @@ class RegistrySync:
         except TimeoutError:
             self._unseen("it did not answer in time")
 
-    async def run(self) -> None:
-        """Until cancelled: look at the registry also when nobody asks, and tell it that this server lives."""
-        beat = 0.0
-        try:
-            while True:
-                await self.fresh()
-                if time.monotonic() - beat >= BEAT_SECONDS:
-                    beat = time.monotonic()
-                    await self._in_thread(self._tell)
-                    for base in self._fleet:
-                        await self._follow_swap(base.name)
-                await asyncio.sleep(POLL_SECONDS)
-        finally:
-            await self._in_thread(self._leave)
-            self._thread.shutdown(wait=False, cancel_futures=True)
+    async def poll(self) -> None:
+        """Look at the registry also when nobody asks."""
+        while True:
+            await self.fresh()
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def heartbeat(self) -> None:
+        """Tell the registry that this server lives."""
+        silent = False
+        while True:
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._beat_thread, self._beat)
+                silent = False
+            except LoradockError as error:
+                if not silent:
+                    log.warning("the registry cannot be told that this server lives: %s", error)
+                silent = True
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def close(self) -> None:
+        """Leave the replicas' table; a registry that does not answer is not waited for."""
+        leaving = asyncio.get_running_loop().run_in_executor(self._beat_thread, self._leave)
+        done, _ = await asyncio.wait([leaving], timeout=LOOK_SECONDS)
+        if not done or leaving.exception():
+            log.warning("the registry was not told that this server stops: %s",
+                        leaving.exception() if done else "it did not answer in time")  # fmt: skip
+        for thread in (self._look_thread, self._beat_thread):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def replicas(self) -> list[dict[str, Any]]:
         """Those that share the registry and were heard of lately. Blocks."""
-        with self._registry.transaction() as connection:
+        with self._registry.reading() as connection:
             rows = connection.execute(select(table).order_by(table.c.id)).mappings().all()
         latest = self._registry.generation
         return [
@@ -131,14 +144,20 @@ class RegistrySync:
         self._since = time.monotonic()
         try:
             loop = asyncio.get_running_loop()
-            stamp = await loop.run_in_executor(self._thread, self._registry.stamp)
+            stamp = await loop.run_in_executor(self._look_thread, self._registry.stamp)
             if stamp != self._stamp:
-                await loop.run_in_executor(self._thread, self._read)
+                await loop.run_in_executor(self._look_thread, self._read)
                 self._lifecycle.adopt()
                 self._stamp = stamp
-            self._blind = False
+            if self.problem:
+                log.info("the registry is looked at again")
+            self.problem = ""
         except LoradockError as error:
             self._unseen(str(error))
+        except Exception as error:  # requests wait for this look: they are answered from what was read last
+            if not self.problem:
+                log.exception("a look at the registry failed")
+            self._unseen(f"{type(error).__name__}: {error}")
         finally:
             self._since = None
 
@@ -147,32 +166,11 @@ class RegistrySync:
         self._keys.refresh()
 
     def _unseen(self, why: str) -> None:
-        if not self._blind:
+        if not self.problem:
             log.error("the registry cannot be looked at, answers go on from what was read last: %s", why)
-        self._blind = True
+        self.problem = why
 
-    async def _follow_swap(self, name: str) -> None:
-        """Another server has put another model in the place of a base: so does this one."""
-        base = self._fleet.get(name)
-        if not base.is_ready or base.swapping:
-            return
-        try:
-            model = await asyncio.to_thread(self._registry.swapped, base.name, base.configured) or base.configured
-            if model == base.model or (name, model) in self._failed_swaps:
-                return
-            log.info("another server swapped %s to %s: so does this one", name, model)
-            await swap(base, model, by="follower", approval=Approval.FOLLOWED)
-        except LoradockError as error:
-            self._failed_swaps.add((name, model))
-            log.error("%s was swapped on another server, and is not here: %s", name, error)
-
-    async def _in_thread(self, job: Callable[[], None]) -> None:
-        try:
-            await asyncio.to_thread(job)
-        except LoradockError as error:
-            self._unseen(str(error))
-
-    def _tell(self) -> None:
+    def _beat(self) -> None:
         now = self._clock()
         row = {
             "node": self.me.node,

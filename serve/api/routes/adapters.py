@@ -84,7 +84,7 @@ async def adapter(name: str, caller: Manager, response: Response, parts: ThePart
     response.headers.update({"etag": f'"{told["live"] or 0}"', "cache-control": "no-store"})
     for version in told["versions"]:
         version["recent"] = parts.recent.described(full, f"v{version['version']}")
-    return {**told, "history": parts.registry.history(full)}
+    return {**told, "history": await asyncio.to_thread(parts.registry.history, full)}
 
 
 @router.post("/v1/adapters/{name:path}/promote")

@@ -33,11 +33,12 @@ async def health() -> Response:
 
 @router.get("/ready")
 async def is_ready(parts: TheParts) -> Response:
-    """Every engine answers."""
+    """Every engine answers. `degraded` names what else does not work, if anything."""
     for base in parts.fleet:
         if not base.is_ready:
             raise base.unavailable()
-    return JSONResponse({"status": "ready", "model": parts.fleet.first.name})
+    body: dict[str, Any] = {"status": "ready", "model": parts.fleet.first.name}
+    return JSONResponse(body | {"degraded": degraded} if (degraded := parts.degraded) else body)
 
 
 @router.get("/version")

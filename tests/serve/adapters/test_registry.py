@@ -25,6 +25,7 @@ from serve.adapters.tables import SCHEMA
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Limits
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound
+from tests.support.postgres import database
 
 FOUND = Inspection(rank=8, base="toy", target_modules=("k_proj", "q_proj"), nbytes=1234, tensors=4)
 
@@ -635,3 +636,16 @@ Pointers.TestCase.settings = settings(
     max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "25")), stateful_step_count=20, deadline=None
 )
 test_pointers_mean_what_they_say = Pointers.TestCase
+
+
+def test_servers_that_start_at_once_over_an_empty_database_all_find_their_tables(postgres):
+    for _ in range(5):
+        url, start = database(postgres), threading.Barrier(4)
+
+        def opened(url=url, start=start):
+            start.wait(10)
+            with Registry(url) as registry:
+                return registry.generation
+
+        with ThreadPoolExecutor(4) as pool:
+            assert [future.result() for future in [pool.submit(opened) for _ in range(4)]] == [0] * 4

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,3 +150,76 @@ async def test_the_swap_proof_holds_with_two_servers_in_turn(pair, make_adapter)
     await asyncio.gather(*crowd)
     assert not stale
     assert len(seen) == 2
+
+
+@pytest.fixture
+def outage(pair, monkeypatch):
+    """The registry of the second server answers nothing, until it does again."""
+    registry = pair[1]._transport.app.state.parts.registry
+    broken = pytest.MonkeyPatch()
+
+    def gone(*_, **__):
+        raise EngineUnavailable("the registry is gone")
+
+    def begin():
+        for name in ("stamp", "refresh", "swapped", "transaction", "reading"):
+            broken.setattr(registry, name, gone)
+
+    yield SimpleNamespace(begin=begin, end=broken.undo)
+    broken.undo()
+
+
+async def test_an_outage_of_the_registry_is_seen_and_gets_over_without_a_restart(pair, make_adapter, outage):
+    one, other, *_ = pair
+    first = (await one.post("/v1/adapters", **upload(make_adapter(0)))).json()["id"]
+    assert (await ask(other, "tone")).json() == {"model": first}
+    outage.begin()
+    parts = other._transport.app.state.parts
+    assert await settled(lambda: "registry" in parts.degraded)
+    await asyncio.sleep(1.5)  # heartbeats and looks at swaps fail meanwhile too
+    assert (await ask(other, "tone")).json() == {"model": first}
+    ready = await other.get("/ready")
+    assert ready.status_code == 200 and "the registry is gone" in ready.json()["degraded"]["registry"]
+    outage.end()
+    second = (await one.post("/v1/adapters", **upload(make_adapter(1)))).json()["id"]
+    assert (await ask(other, "tone")).json() == {"model": second}
+    assert "registry" not in parts.degraded
+    assert len((await other.get("/v1/replicas")).json()["data"]) == 2
+
+
+async def test_an_error_that_nobody_foresaw_in_a_look_is_no_requests_error(pair, make_adapter, monkeypatch):
+    one, other, *_ = pair
+    await one.post("/v1/adapters", **upload(make_adapter()))
+    parts = other._transport.app.state.parts
+
+    def wrong():
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.registry, "stamp", wrong)
+        assert (await ask(other, "base")).status_code == 200
+        assert "RuntimeError" in parts.degraded["registry"]
+    assert (await ask(other, "tone")).status_code == 200
+
+
+async def test_a_base_that_is_not_served_here_keeps_no_other_change_away(pair, make_adapter):
+    one, other, *_ = pair
+    told = (await one.post("/v1/adapters", **upload(make_adapter(0), "elsewhere"))).json()
+    registry = one._transport.app.state.parts.registry
+    with registry.transaction() as connection:
+        connection.exec_driver_sql("UPDATE names SET base = 'a-base-of-others' WHERE name = 'elsewhere'")
+    registry.note("elsewhere", "drift", told["version"], by="test")
+    pushed = (await one.post("/v1/adapters", **upload(make_adapter(1)))).json()
+    assert (await ask(other, "tone")).json() == {"model": pushed["id"]}
+    assert not other._transport.app.state.parts.degraded
+
+
+async def test_a_key_that_a_server_with_a_slow_clock_revoked_opens_nothing_elsewhere(pair):
+    one, other, *_ = pair
+    made = [(await one.post("/v1/keys", json={"name": f"ci-{number}"})).json() for number in range(2)]
+    bearers = [{"authorization": f"Bearer {key['secret']}"} for key in made]
+    assert (await one.delete(f"/v1/keys/{made[0]['id']}")).status_code == 200
+    assert (await other.get("/v1/models", headers=bearers[0])).status_code == 401
+    one._transport.app.state.parts.keys._clock = lambda: 1e9
+    assert (await one.delete(f"/v1/keys/{made[1]['id']}")).status_code == 200
+    assert (await other.get("/v1/models", headers=bearers[1])).status_code == 401
