@@ -186,20 +186,14 @@ def _default(schema: dict[str, Any], required: bool) -> str:
 
 def settings() -> str:
     """Every setting of ours: name, type, default, meaning."""
-    rows = []
-    for name, item in config.SETTINGS.items():
-        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
-        rows.append((f"`{name}`", _setting_type(item.type), _setting_default(name, default), item.metadata["help"]))
+    rows = [
+        (f"`{setting.name}`", setting.type, _setting_default(setting.default), setting.help)
+        for setting in config.settings()
+    ]
     return "\n".join(_table(("Setting", "Type", "Default", "Meaning"), rows))
 
 
-def _setting_type(annotation: Any) -> str:
-    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Path": "path"}
-    text = str(annotation)
-    return names.get(text, "list" if text.startswith("tuple[str") else "mapping, see below")
-
-
-def _setting_default(name: str, default: Any) -> str:
+def _setting_default(default: Any) -> str:
     if isinstance(default, Path):
         return f"`{default}`".replace(str(Path.home()), "~")
     if isinstance(default, bool):
@@ -215,13 +209,13 @@ def vllm_options() -> str:
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
     known = {item.name: item for args in (AsyncEngineArgs, FrontendArgs) for item in dataclasses.fields(args)}
-    ours = {*config.OURS, *config.SETTINGS}
+    ours = {*config.REFUSED, *config.SETTINGS}
     rows = [
         (f"`{name}`", _vllm_type(known[name].type), _vllm_default(known[name]))
         for name in sorted(config.engine_options())
         if name not in ours
     ]
-    refused = [(f"`{name}`", why) for name, why in sorted(config.OURS.items())]
+    refused = [(f"`{name}`", why) for name, why in sorted(config.REFUSED.items())]
     return "\n".join(
         [
             f"What each does is on [vLLM's page]({VLLM_DOCS}).",

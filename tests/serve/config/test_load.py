@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
-from serve.config import engine_options, keys_hashed, load
+from serve.config import Config, engine_options, keys_hashed, load, settings
 from serve.errors import ConfigError
 
 
@@ -49,7 +51,16 @@ def test_a_switch_does_not_swallow_the_model_behind_it():
         (["--host", "example.org"], {}, "LORADOCK_ADMIN_KEYS"),
         (["--name", "a@b"], {}, "--name"),
         (["--admin-keys", "sha256:xyz"], {}, "64"),
-        (["--log-level", "loud"], {}, "log_level takes"),
+        (["--log-level", "loud"], {}, "log_level takes debug, info, warning or error, not 'loud'"),
+        (["--grace-period", "-1"], {}, "grace_period takes seconds from 0 up, not -1.0"),
+        (["--max-wait", "inf"], {}, "max_wait takes seconds from 0 up, not inf"),
+        (["--swap-tolerance", "nan"], {}, "swap_tolerance takes a number from 0 up, not nan"),
+        (["--drift-logprobs", "2"], {}, "drift_logprobs takes a share from 0 to 1, not 2.0"),
+        (["--drift-reference", "1"], {}, "drift_reference 20 or more"),
+        (["--probe=perhaps"], {}, "probe takes true or false, not 'perhaps'"),
+        (["--capture-redact", "("], {}, "capture_redact takes regular expressions"),
+        (["--allowed-digests", "12"], {}, "allowed_digests takes 64 lower-case hex digits"),
+        (["--replicas", "2"], {}, "add --ray"),
         (["--lora-kernels", "on"], {}, "lora_kernels takes auto, layers, compile or off"),
         (["--cpu-weights", "int2"], {}, "cpu_weights takes auto or int8"),
         (["--cpu-weights", "int8", "--lora-kernels", "off"], {}, "goes with lora_kernels=auto"),
@@ -61,6 +72,22 @@ def test_a_switch_does_not_swallow_the_model_behind_it():
 def test_what_cannot_be_served_is_a_sentence(arguments, environ, says):
     with pytest.raises(ConfigError, match=says):
         load(arguments, environ)
+
+
+def test_every_setting_explains_itself():
+    listed = {setting.name: setting for setting in settings()}
+    ours = {field.name for field in fields(Config)} - {"engine", "engines"}
+    assert set(listed) == ours
+    assert all(setting.help and setting.type for setting in settings())
+    assert (listed["port"].type, listed["port"].default) == ("0 to 65535", 8000)
+    assert listed["lora_kernels"].type == "auto, layers, compile or off"
+    assert [listed[name].type for name in ("model", "probe", "data_dir", "api_keys", "max_upload_bytes")] == [
+        "text",
+        "true or false",
+        "a path",
+        "a list",
+        "a whole number",
+    ]
 
 
 @pytest.mark.parametrize("text", ["- 1", "port: [1", "prot: 3", "engine: 3", "port: {a: 1}", "host: [1]"])

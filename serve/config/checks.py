@@ -1,0 +1,92 @@
+"""What cannot be served is said here, before anything starts: settings that do not go together, keys, names."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from serve.config.settings import Config
+from serve.errors import ConfigError
+
+
+def checked(config: Config) -> Config:
+    """The same Config with a name and with keys hashed, or ConfigError."""
+    config = replace(
+        config,
+        name=config.name or Path(config.model.rstrip("/")).name,
+        api_keys=keys_hashed(config.api_keys),
+        admin_keys=keys_hashed(config.admin_keys),
+    )
+    for check in (_check_numbers, _check_patterns, _check_combinations, _check_access, _check_names):
+        check(config)
+    return config
+
+
+def keys_hashed(keys: Iterable[str]) -> tuple[str, ...]:
+    """API keys as the sha256 hex digests that are kept; `sha256:HEX` passes as it is."""
+    out = []
+    for key in keys:
+        if not key.startswith("sha256:"):
+            out.append(hashlib.sha256(key.encode()).hexdigest())
+        elif re.fullmatch(r"sha256:[0-9a-f]{64}", key):
+            out.append(key[7:])
+        else:
+            raise ConfigError("a key that begins with sha256: needs 64 lower-case hex digits behind it")
+    return tuple(out)
+
+
+def _check_numbers(config: Config) -> None:
+    if not config.drift_threshold > 1 or config.drift_reference < 20 or config.drift_versions < 1:
+        raise ConfigError("drift_threshold takes more than 1, drift_reference 20 or more, drift_versions 1 or more")
+    if config.replicas < 1 or config.target_queue <= 0 or config.target_first_token < 0:
+        raise ConfigError("replicas takes 1 or more, target_queue more than 0, target_first_token seconds from 0 up")
+
+
+def _check_patterns(config: Config) -> None:
+    for pattern in config.capture_redact:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"capture_redact takes regular expressions, not {pattern!r}: {error}") from error
+    for digest in config.allowed_digests:
+        if not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise ConfigError(f"allowed_digests takes 64 lower-case hex digits each, not {digest!r}")
+
+
+def _check_combinations(config: Config) -> None:
+    if not config.ray and (config.replicas > 1 or config.max_replicas > 1):
+        raise ConfigError("replicas are Ray's to run: add --ray, or start one server for each machine yourself")
+    if config.cpu_weights == "int8" and config.lora_kernels != "auto":
+        raise ConfigError("cpu_weights=int8 goes with lora_kernels=auto alone: only its kernels read such weights")
+    if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
+        raise ConfigError("ssl_certfile and ssl_keyfile go together: give both or none")
+
+
+def _check_access(config: Config) -> None:
+    if config.open and not _loopback(config.host):
+        raise ConfigError(
+            f"{config.host} is reachable from other machines and no key is set: "
+            "set LORADOCK_ADMIN_KEYS (and LORADOCK_API_KEYS), or listen on 127.0.0.1"
+        )
+
+
+def _check_names(config: Config) -> None:
+    names = [base.name for base in config.bases]
+    for name in names:
+        if "@" in name or not name:
+            raise ConfigError(f"the base model's name {name!r} must not be empty nor hold @: set --name")
+        if names.count(name) > 1:
+            raise ConfigError(f"two engines are called {name!r}: give each a `name:` of its own")
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

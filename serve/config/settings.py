@@ -1,0 +1,167 @@
+"""The settings: name, type with its bounds, default and help of each."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from serve.config.values import takes
+from serve.rollout.policy import DEFAULT_POLICIES, Policy
+from serve.telemetry.slo import DEFAULT_SLOS, Slo
+
+Port = Annotated[int, Meta(ge=0, le=65535, description="0 to 65535")]
+Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="seconds from 0 up")]
+FromZero = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="a number from 0 up")]
+Portion = Annotated[float, Meta(ge=0, le=1, description="a share from 0 to 1")]
+Texts = tuple[str, ...]
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def _folder(variable: str, fallback: str, help: str) -> Any:
+    def default() -> Path:
+        return Path(os.environ.get(variable) or Path.home() / fallback) / "loradock"
+
+    return field(default_factory=default, metadata={"help": help})
+
+
+def _engine() -> Any:
+    return field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """One base model of this server: what is loaded, under which name, with which of vLLM's options."""
+
+    name: str
+    model: str
+    engine: Mapping[str, Any] = _engine()
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What this server was asked to be. `engine` holds vLLM's options as they were given, by vLLM's names."""
+
+    model: str = _setting("smollm2", "a local directory, a hub id, an export of `loradock optimize`, or smollm2")
+    name: str = _setting("", "the base model's public name (default: the last part of MODEL)")
+    host: str = _setting("127.0.0.1", "address to listen on; any but loopback needs keys")
+    port: Port = _setting(8000, "port to listen on")
+    data_dir: Path = _folder("XDG_DATA_HOME", ".local/share", "where adapters and the registry live")
+    cache_dir: Path = _folder("XDG_CACHE_HOME", ".cache", "where the embedded model is kept")
+    registry: str = _setting("", "database URL of the registry (default: SQLite in data_dir)")
+    blobs: str = _setting("", "folder by URL where all servers of one registry keep adapters, as s3://bucket/prefix")
+    api_keys: Texts = _setting((), "keys that may ask for answers (or their sha256:HEX)")
+    admin_keys: Texts = _setting((), "keys that may also change adapters (or their sha256:HEX)")
+    max_upload_bytes: int = _setting(1 << 30, "largest adapter upload, as 512MiB or in bytes")
+    probe: bool = _setting(True, "whether an upload must change what the base says")
+    probe_min_effect: FromZero = _setting(0.08, "how far it must move the log-probabilities, in nats on average")
+    probe_max_perplexity: FromZero = _setting(0.0, "how many times the base's perplexity it may have (0: any)")
+    lora_kernels: Literal["auto", "layers", "compile", "off"] = _setting(
+        "auto", "on a CPU: auto, layers, compile (torch.compile too), or off for vLLM's own path"
+    )
+    cpu_weights: Literal["auto", "int8"] = _setting(
+        "auto", "on a CPU: auto (as in the checkpoint), or int8 for bfloat16 ones: faster, rounded"
+    )
+    max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
+    allowed_target_modules: Texts = _setting((), "modules that uploads may adapt, as q_proj,v_proj")
+    allowed_licenses: Texts = _setting((), "licenses of uploads, as apache-2.0,mit, from their README.md")
+    allowed_digests: Texts = _setting((), "digests of the uploads that were approved, and no others")
+    max_labelled_versions: int = _setting(100, "adapter versions that have metrics of their own; the rest are `other`")
+    max_shadows: int = _setting(2, "shadow answers under way at a time; what comes beyond is dropped and counted")
+    source_roots: Texts = _setting((), "folders that a push by tenant default may name as file:///...")
+    grace_period: Seconds = _setting(30.0, "seconds that running answers get to finish when the server stops")
+    max_wait: Seconds = _setting(30.0, "seconds in line that a request is let in for; who would wait longer gets a 429")
+    client_timeout: Seconds = _setting(60.0, "seconds that a client may let the server wait, while it sends or reads")
+    hang_timeout: Seconds = _setting(
+        300.0, "seconds without a step, while requests wait, after which an engine is dead"
+    )
+    restart_wait: Seconds = _setting(60.0, "seconds that a request waits for an engine that is coming back")
+    max_restarts: int = _setting(5, "restarts of an engine within restart_window; after one more death it stays down")
+    restart_window: Seconds = _setting(600.0, "seconds that a death of an engine is remembered")
+    drain_timeout: Seconds = _setting(600.0, "seconds that answers of an engine that was replaced get to finish")
+    swap_tolerance: FromZero = _setting(0.5, "part of an adapter's effect that a swap of its base may lose or change")
+    ssl_certfile: str = _setting("", "TLS certificate file")
+    ssl_keyfile: str = _setting("", "TLS key file")
+    drift: bool = _setting(True, "whether adapter versions are watched for drift")
+    drift_threshold: float = _setting(1e5, "requests until a false alarm of one signal, in the mean, at least")
+    drift_reference: int = _setting(1000, "first requests of a version that later ones are held against")
+    drift_interval: float = _setting(600.0, "seconds in which one conversation counts once")
+    drift_logprobs: Portion = _setting(0.05, "share of the requests whose log-probabilities are looked at, unseen")
+    drift_probe_interval: float = _setting(3600.0, "seconds between two probes of a version (0: only when it loads)")
+    drift_versions: int = _setting(200, "adapter versions that are watched at a time; others wait on the disk")
+    capture: bool = _setting(False, "whether drift reports may quote requests")
+    capture_text: bool = _setting(False, "whether requests are kept as text in the data directory, to calibrate on")
+    capture_redact: Texts = _setting((), "regular expressions that are blacked out in what is captured")
+    capture_hours: float = _setting(24.0, "hours until a captured request is forgotten")
+    policies: tuple[Policy, ...] = _setting(DEFAULT_POLICIES, "what to do about canaries, by adapter (README)")
+    slos: tuple[Slo, ...] = _setting(DEFAULT_SLOS, "service level objectives, by adapter (see README)")
+    ray: bool = _setting(False, "serve with replicas on a Ray cluster, which is started here unless ray_address is set")
+    ray_address: str = _setting("", "a Ray cluster that runs already: auto, or HOST:PORT of its head")
+    replicas: int = _setting(1, "with ray: servers of the same models, each with engines of its own")
+    max_replicas: int = _setting(0, "with ray: replicas that load may make of them (0: no more than replicas)")
+    target_queue: float = _setting(16.0, "with ray: requests a replica, under way and waiting, that scaling aims at")
+    target_first_token: float = _setting(0.0, "with ray: seconds to the first token above which one is added (0: any)")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "debug, info, warning or error")
+    engine: Mapping[str, Any] = _engine()
+    engines: tuple[Base, ...] = ()
+
+    @property
+    def open(self) -> bool:
+        """Nobody was given a key, so everybody on this machine may do everything."""
+        return not (self.api_keys or self.admin_keys)
+
+    @property
+    def bases(self) -> tuple[Base, ...]:
+        """Every base model, the one that answers requests without a model first."""
+        return (Base(self.name, self.model, self.engine), *self.engines)
+
+    @property
+    def registry_url(self) -> str:
+        return self.registry or f"sqlite:///{self.data_dir / 'registry.sqlite'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting as it is explained to people: `type` says what it takes, in words."""
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+
+    @property
+    def type(self) -> str:
+        return takes(self.kind)
+
+
+def settings() -> list[Setting]:
+    """Every setting of ours, in the order in which they are explained."""
+    return list(SETTINGS.values())
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+SETTINGS = {
+    item.name: Setting(item.name, item.type, _default(item), item.metadata["help"])
+    for item in fields(Config)
+    if "help" in item.metadata
+}
+
+
+def settings_help() -> str:
+    """Every setting of ours on a line, for `--help`."""
+    rows = []
+    for setting in settings():
+        plain = isinstance(setting.default, bool | int | float | str) and setting.default != ""
+        default = f" [{setting.default}]" if plain else ""
+        rows.append(f"--{setting.name.replace('_', '-'):<24} {setting.help}{default}")
+    return "\n".join(rows)
