@@ -27,7 +27,7 @@ from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters
 from serve.auth.token_usage import Usage
 from serve.errors import BadRequest, ClientTooSlow, LoradockError
-from serve.gateway.request import InferenceRequest, body_limit, requested_timeout, stored_response
+from serve.gateway.request import InferenceRequest, body_limit, for_engine, requested_timeout, stored_response
 from serve.gateway.router import Route, Router
 from serve.gateway.tenant_isolation import check_response_owner
 from serve.rollout.shadow import MAX_ANSWER, Shadows
@@ -125,9 +125,10 @@ class Inference:
             tap.watch.logprobs = self._wants_logprobs(route.adapter)
             fields: Mapping[str, Any] = {}
             receive, send = answering.receive, answering.send
+            scope = for_engine(scope, route)
             if request:
                 fields = request.rewritten(scope["path"], route, caller.tenant)
-                scope, receive = request.replay(scope, receive, fields, route.rank)
+                scope, receive = request.replay(scope, receive, fields)
             recorded = RecordedAnswer(MAX_ANSWER, send) if route.shadow and self._shadows else None
             if recorded:
                 send = recorded.send

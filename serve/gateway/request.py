@@ -15,7 +15,7 @@ from serve.engine.engine import LOW_PRIORITY
 from serve.errors import BadRequest, NotFound, TooLarge
 from serve.gateway.router import Route
 from serve.gateway.tenant_isolation import check_response_owner, new_response_id, tenant_salt
-from serve.names import DEFAULT
+from serve.names import shown
 
 # What a client may reach of vLLM's app; its admin, lora and debugging routes stay unreachable.
 PATHS = re.compile(
@@ -28,8 +28,17 @@ _WITHOUT_SALT = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
 _TOKENIZES = re.compile(r"/(de)?tokenize")
 # Those whose body knows no priority.
 _WITHOUT_PRIORITY = re.compile(r"/(de)?tokenize|/v1/messages(/count_tokens)?")
-# vLLM's header for the rank that is to answer.
+# vLLM's headers for the data-parallel rank that is to answer, and for the place in the engine's queue. They are this
+# server's to set; a client's are dropped.
 RANK = b"x-data-parallel-rank"
+PRIORITY = b"x-vllm-priority"
+# What other servers read as "answer with this adapter". Nothing here does: without a word the base would answer.
+FOREIGN_MODEL_FIELDS = (
+    *("adapter", "adapter_id", "adapter_name", "adapter_source", "adapters", "merged_adapters"),  # LoRAX, mistral.rs
+    *("lora", "lora_id", "lora_name", "lora_path", "lora_request", "loras"),  # llama.cpp, SGLang, TensorRT-LLM
+    *("engine", "models"),  # OpenAI's older API, OpenRouter
+)
+_FRAMING = (b"content-length", b"transfer-encoding")
 # Longer than any prompt that a text model has room for; images and sound come inside the body too.
 TEXT_BYTES = 4 << 20
 MEDIA_BYTES = 64 << 20
@@ -52,15 +61,8 @@ class InferenceRequest:
             self.fields = _decode(body)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"the request body is not a JSON object: {error}") from error
-        priority = self.fields.get("priority", 0)
-        if isinstance(priority, int) and not 0 <= priority < LOW_PRIORITY:
-            raise BadRequest(
-                f"priority takes 0 to {LOW_PRIORITY - 1}: 0 is a client's turn, more waits longer", param="priority"
-            )
-        model = self.fields.get("model")
-        if model is not None and not isinstance(model, str):
-            raise BadRequest("model takes a string: GET /v1/models lists the names", param="model")
-        self.model = model or None
+        _check_priority(self.fields.get("priority"))
+        self.model = _model_name(self.fields)
 
     @classmethod
     async def read(cls, receive: Callable[[], Awaitable[Message]], limit: int) -> InferenceRequest:
@@ -78,13 +80,8 @@ class InferenceRequest:
 
     def rewritten(self, path: str, route: Route, tenant: str) -> dict[str, Any]:
         """The fields, asking for the route's model by the backend's name for it, within the caller's tenant."""
-        changes: dict[str, Any] = {} if route.model == self.model else {"model": route.model}
-        priority = self.fields.get("priority", 0)
-        if (
-            isinstance(priority, int)
-            and route.priority not in (None, priority)
-            and not _WITHOUT_PRIORITY.fullmatch(path)
-        ):
+        changes: dict[str, Any] = {"model": route.model}
+        if route.priority and not _WITHOUT_PRIORITY.fullmatch(path):
             changes["priority"] = route.priority
         salt = None if _WITHOUT_SALT.fullmatch(path) else tenant_salt(self.fields.get("cache_salt"), tenant)
         if salt is not None:
@@ -93,20 +90,18 @@ class InferenceRequest:
             previous = self.fields.get("previous_response_id")
             if isinstance(previous, str):
                 check_response_owner(previous, tenant)
-            if tenant != DEFAULT:
-                changes["request_id"] = new_response_id(tenant)
-        return {**self.fields, **changes} if changes else self.fields
+            changes["request_id"] = new_response_id(tenant)
+        own = {name: value for name, value in self.fields.items() if name != "priority"}
+        fields = {**own, **changes}
+        return self.fields if fields == self.fields else fields
 
-    def replay(self, scope: Scope, receive: Receive, fields: dict[str, Any], rank: int | None) -> tuple[Scope, Receive]:
-        """The same request with these fields, for a data-parallel rank that the router chose."""
+    def replay(self, scope: Scope, receive: Receive, fields: dict[str, Any]) -> tuple[Scope, Receive]:
+        """The same request with these fields."""
         body = self.body
-        dropped = {RANK}
-        added = [] if rank is None else [(RANK, str(rank).encode())]
         if fields is not self.fields:
             body = _encode(fields)
-            dropped |= {b"content-length", b"transfer-encoding"}
-            added.append((b"content-length", str(len(body)).encode()))
-        headers = [header for header in scope["headers"] if header[0] not in dropped]
+            headers = [header for header in scope["headers"] if header[0] not in _FRAMING]
+            scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
         unread = True
 
         async def replayed() -> Message:
@@ -116,7 +111,43 @@ class InferenceRequest:
                 return {"type": "http.request", "body": body, "more_body": False}
             return await receive()
 
-        return {**scope, "headers": [*headers, *added]}, replayed
+        return scope, replayed
+
+
+def for_engine(scope: Scope, route: Route) -> Scope:
+    """The request with the route's headers for vLLM, and none of the client's own."""
+    headers = [header for header in scope["headers"] if header[0] not in (RANK, PRIORITY)]
+    if route.rank is not None:
+        headers.append((RANK, str(route.rank).encode()))
+    if route.priority and scope["path"] == "/v1/messages":
+        headers.append((PRIORITY, str(route.priority).encode()))
+    return {**scope, "headers": headers}
+
+
+def _check_priority(priority: Any) -> None:
+    """BadRequest, if it is neither absent nor a whole number in range; vLLM would take "-5" and -9.0 for numbers."""
+    if priority is None or (type(priority) is int and 0 <= priority < LOW_PRIORITY):
+        return
+    raise BadRequest(
+        f"priority takes a whole number from 0 to {LOW_PRIORITY - 1}, not {shown(priority, 40)}: "
+        "0 is a client's turn, more waits longer",
+        param="priority",
+    )
+
+
+def _model_name(fields: dict[str, Any]) -> str | None:
+    """The model that the request names; BadRequest, if it names one in a way that nobody here reads."""
+    for field in FOREIGN_MODEL_FIELDS:
+        if fields.get(field) is not None:
+            raise BadRequest(
+                f"`{field}` chooses no model here, so the answer would be another model's than you asked for: "
+                "send the adapter's name as `model` (GET /v1/models lists the names)",
+                param=field,
+            )
+    model = fields.get("model")
+    if model is not None and not isinstance(model, str):
+        raise BadRequest("model takes a string: GET /v1/models lists the names", param="model")
+    return model or None
 
 
 def body_limit(path: str, headers: Headers, media: bool) -> int:

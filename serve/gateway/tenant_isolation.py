@@ -37,11 +37,7 @@ def new_response_id(tenant: str) -> str:
 def check_response_owner(id: str, tenant: str) -> None:
     """NotFound, if the stored response is not this tenant's."""
     signed = _SIGNED.fullmatch(id)
-    if tenant == DEFAULT:
-        owned = not signed
-    else:
-        owned = signed is not None and hmac.compare_digest(id, _response_id(tenant, signed["nonce"]))
-    if not owned:
+    if signed is None or not hmac.compare_digest(id, _response_id(tenant, signed["nonce"])):
         raise NotFound(f"Response with id '{id}' not found.", param="response_id")
 
 

@@ -65,7 +65,8 @@ class FakeBackend:
         self.effects: dict[str, float] = {}
         self.probes: list[str | None] = []
         self.bodies: list[dict[str, Any]] = []
-        self.asked_of: list[str | None] = []
+        # The headers that came with each of them.
+        self.headers: list[dict[str, str]] = []
         self.usage: dict[str, int] | None = None
         # What the engine made of each request.
         self.generation = Generation([1, 2, 3], [4, 5], "stop", queue=0.01, gap=0.02, worst_gap=0.03)
@@ -139,7 +140,7 @@ class FakeBackend:
         request = Request(scope, receive)
         body = await request.json() if scope["method"] == "POST" else {}
         self.bodies.append(body)
-        self.asked_of.append(request.headers.get("x-data-parallel-rank"))
+        self.headers.append(dict(request.headers))
         if body.get("model") and body["model"] == self.broken:
             raise RuntimeError("broken")
         if body.get("model") and body["model"] == self.slow:

@@ -358,6 +358,16 @@ async def test_a_stored_response_answers_its_own_tenant_alone(operator, acme, gl
     assert (await acme.post("/v1/responses", json={"model": "base", "previous_response_id": mine})).status_code == 200
 
 
+async def test_no_tenant_writes_over_another_ones_stored_response(operator, acme, globex, backend):
+    await acme.post("/v1/responses", json={"model": "base", "input": "x"})
+    theirs = backend.bodies[-1]["request_id"]
+    for other in (operator, globex):
+        await other.post("/v1/responses", json={"model": "base", "input": "y", "request_id": theirs})
+        own = backend.bodies[-1]["request_id"]
+        assert own != theirs
+        assert (await other.get(f"/v1/responses/{own}")).status_code == 200
+
+
 async def test_an_adapter_is_shared_and_kept_back_without_another_push(acme, globex, make_adapter):
     await acme.post("/v1/adapters", **upload(make_adapter(), name="tone"))
     assert (await globex.post("/v1/chat/completions", json={"model": "acme/tone"})).status_code == 404

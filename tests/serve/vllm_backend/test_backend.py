@@ -15,13 +15,18 @@ import pytest
 pytest.importorskip("vllm")
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from starlette.datastructures import Headers
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
-from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.generate.base.serving import PRIORITY_HEADER, GenerateBaseServing
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import terminate_if_errored
+from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
@@ -43,7 +48,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from serve.asgi.exchange import Watch, watching
 from serve.config import engine_options
 from serve.errors import ConfigError, EngineUnavailable
-from serve.gateway.request import RANK
+from serve.gateway.request import FOREIGN_MODEL_FIELDS, PRIORITY, RANK
 from serve.gateway.tenant_isolation import tenant_salt
 from serve.vllm_backend.backend import Pulse, VLLMBackend, _own_series, parse
 from serve.vllm_backend.output_processor import Outputs, Timed, ask_logprobs
@@ -275,6 +280,21 @@ def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():
         asked = SimpleNamespace(**base, lora_request=None, cache_salt=made)
         keys, _ = kv_cache_utils.generate_block_hash_extra_keys(asked, 0, 16, 0)
         assert keys and not {adapter.lora_name, with_adapter} & {keys, made, *keys}
+
+
+def test_the_headers_that_are_ours_to_set_are_those_that_vllm_reads():
+    assert PRIORITY.decode() == PRIORITY_HEADER.lower()
+    raw = SimpleNamespace(headers=Headers(raw=[(PRIORITY, b"7"), (RANK, b"3")]))
+    assert GenerateBaseServing._get_priority(SimpleNamespace(priority=0), raw) == 7
+    assert GenerateBaseServing._get_data_parallel_rank(raw) == 3
+
+
+@pytest.mark.parametrize(
+    "request_model",
+    [ChatCompletionRequest, BatchChatCompletionRequest, CompletionRequest, ResponsesRequest, AnthropicMessagesRequest],
+)
+def test_vllm_reads_none_of_the_fields_that_other_servers_choose_an_adapter_by(request_model):
+    assert not set(FOREIGN_MODEL_FIELDS) & set(request_model.model_fields)
 
 
 def test_the_options_read_as_text_are_the_ones_that_vllm_takes():

@@ -1,0 +1,91 @@
+"""What of a request reaches the engine, and what is refused before."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from serve.asgi.connection import CONNECTION
+from serve.engine.engine import LOW_PRIORITY
+from serve.gateway.request import FOREIGN_MODEL_FIELDS
+from tests.support.app import CHAT, http, push_two, said, settled
+
+ASKING = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"]
+FIRST = "-9223372036854775808"
+
+
+@pytest.mark.parametrize("path", ASKING)
+async def test_no_client_takes_a_place_in_the_engines_queue_by_a_header(client, backend, path):
+    await client.post(path, json={"model": "base"}, headers={"X-Vllm-Priority": FIRST})
+    assert backend.headers[-1].get("x-vllm-priority") != FIRST
+
+
+async def test_no_shadow_goes_first_because_its_request_had_a_header(client, backend, make_adapter):
+    await push_two(client, make_adapter)
+    await client.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 1})
+    await client.post(CHAT, json={"model": "tone"}, headers={"X-Vllm-Priority": FIRST})
+    assert await settled(lambda: len(backend.headers) == 2)
+    assert [headers.get("x-vllm-priority") for headers in backend.headers] == [None, None]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_every_request_has_the_place_that_the_queue_gave_it(client, backend, path):
+    await client.post(path, json={"model": "base", "priority": 5}, headers={"X-Vllm-Priority": FIRST})
+    places = (backend.bodies[-1].get("priority"), backend.headers[-1].get("x-vllm-priority"))
+    assert places == ((None, str(5 << 32)) if path == "/v1/messages" else (5 << 32, None))
+
+
+async def test_an_engine_without_priorities_is_told_none(client, backend):
+    backend.prioritizes = False
+    await client.post(CHAT, json={"model": "base", "priority": 5})
+    assert "priority" not in backend.bodies[-1]
+
+
+@pytest.mark.parametrize("path", ASKING)
+@pytest.mark.parametrize("priority", ["-5", "5", -9.0, 1.0, 1e300, True, [1], {}, -1, LOW_PRIORITY, 1 << 70])
+async def test_a_priority_is_a_whole_number_in_range(client, backend, path, priority):
+    answer = await client.post(path, json={"model": "base", "priority": priority})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority")
+    assert str(LOW_PRIORITY - 1) in answer.json()["error"]["message"]
+    assert not backend.bodies
+
+
+async def test_a_priority_of_null_is_none(client, backend):
+    assert (await client.post(CHAT, json={"model": "base", "priority": None})).status_code == 200
+    assert "priority" not in backend.bodies[-1]
+
+
+@pytest.mark.parametrize("field", FOREIGN_MODEL_FIELDS)
+async def test_a_field_that_chooses_the_model_elsewhere_is_refused_and_not_passed_over(
+    client, backend, make_adapter, field
+):
+    await push_two(client, make_adapter)
+    for body in ({field: "tone"}, {"model": "tone", field: ["tone"]}):
+        answer = await client.post(CHAT, json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+        assert "`model`" in answer.json()["error"]["message"]
+    assert not backend.bodies
+    assert await said(client, **{field: None}) in backend.held
+
+
+async def test_a_connection_whose_caller_has_a_key_is_known_to_the_server(operator):
+    told = []
+    scope, receive, send, _, _ = http({"model": "base"})
+    scope["extensions"] = {CONNECTION: SimpleNamespace(recognise=lambda: told.append("known"))}
+    await operator._transport.app(scope, receive, send)
+    assert not told
+    key = (b"authorization", operator.headers["authorization"].encode())
+    scope, receive, send, _, _ = http({"model": "base"})
+    scope |= {"extensions": {CONNECTION: SimpleNamespace(recognise=lambda: told.append("known"))}}
+    scope["headers"] = [*scope["headers"], key]
+    await operator._transport.app(scope, receive, send)
+    assert told == ["known"]
+
+
+async def test_a_body_that_needs_no_change_passes_byte_for_byte(client, backend):
+    body = b'{"model": "base",   "seed": 1, "x": "\\u00e4"}'
+    await client.post(CHAT, content=body)
+    assert int(backend.headers[-1]["content-length"]) == len(body)
+    assert backend.bodies[-1] == json.loads(body)
