@@ -26,7 +26,7 @@ class Promote(BaseModel):
     model_config = ConfigDict(extra="forbid")
     version: PositiveInt
     expected_version: int | None = None
-    # Whatever the adapter's policy says of canaries.
+    # Skip the canary that the adapter's policy asks for.
     at_once: bool = False
     why: str = ""
 

@@ -48,7 +48,10 @@ def push(
     ],
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it the live version.")] = True,
     shared: Annotated[
-        bool | None, typer.Option("--shared/--private", help="Let other tenants ask it too, or only your own (as new).")
+        bool | None,
+        typer.Option(
+            "--shared/--private", help="Let other tenants ask it, or only your own (the default for a new adapter)."
+        ),
     ] = None,
     why: Why = "",
     url: Url = URL,
@@ -85,13 +88,15 @@ def promote(
     name: Name,
     version: Version,
     expect: Expect = None,
-    at_once: Annotated[bool, typer.Option("--at-once", help="Whatever the adapter's policy says of canaries.")] = False,
+    at_once: Annotated[
+        bool, typer.Option("--at-once", help="Skip the canary that the adapter's policy asks for.")
+    ] = False,
     why: Why = "",
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Make a version the live one; by the adapter's policy it may get a share of the traffic first."""
+    """Make a version live; the adapter's policy may give it a share of the traffic first."""
     with connected("adapters", url, key) as client:
         expected = _version(expect) if expect is not None else None
         answer = client.promote(name, _version(version), expected, at_once=at_once, why=why)
@@ -108,7 +113,7 @@ def _promoted(answer: dict[str, Any], which: str) -> str:
 def rollback(
     name: Name, expect: Expect = None, why: Why = "", url: Url = URL, key: Key = None, as_json: Json = False
 ) -> None:
-    """Make the version live again that was live before."""
+    """Make the previous version live again."""
     with connected("adapters", url, key) as client:
         answer = client.rollback(name, _version(expect) if expect is not None else None, why=why)
     say(answer, as_json, lambda told: f"{name} {_v(_live(told))} is live again")
@@ -144,7 +149,7 @@ def shadow(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Have a version answer a share of an adapter's requests too, unseen, for comparison."""
+    """Let a version answer a share of an adapter's requests too, for comparison; clients do not see its answers."""
     with connected("adapters", url, key) as client:
         answer = client.shadow(name, _version(version), weight, why=why)
     say(answer, as_json, lambda told: _shared(told, "shadow", "also answers, unseen,"))
@@ -153,12 +158,14 @@ def shadow(
 @adapters_app.command(epilog=example("loradock adapters pin support", "loradock adapters pin support 3"))
 def pin(
     name: Name,
-    version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help="3 or v3; else whichever is live.")] = None,
+    version: Annotated[
+        str | None, typer.Argument(metavar="[VERSION]", help="3 or v3 (default: the live version).")
+    ] = None,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Keep an adapter in the engine, whoever else comes."""
+    """Keep an adapter in the engine's memory, whatever else is asked."""
     with connected("adapters", url, key) as client:
         answer = client.pin(name, _version(version) if version is not None else None)
     say(answer, as_json, lambda told: f"{name} is pinned")
@@ -166,7 +173,7 @@ def pin(
 
 @adapters_app.command(epilog=example("loradock adapters unpin support"))
 def unpin(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Let an adapter leave the engine again when others need the room."""
+    """End the pin: the engine may drop the adapter when others need the room."""
     with connected("adapters", url, key) as client:
         answer = client.unpin(name)
     say(answer, as_json, lambda told: f"{name} is pinned no more")
@@ -182,7 +189,7 @@ def share(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) ->
 
 @adapters_app.command(epilog=example("loradock adapters unshare support"))
 def unshare(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Keep an adapter to its own tenant again."""
+    """Let only the adapter's own tenant ask it again."""
     with connected("adapters", url, key) as client:
         answer = client.share(name, False)
     say(answer, as_json, lambda told: f"{name} is private")

@@ -45,7 +45,7 @@ def build(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Have the version answer these prompts, and hold later traffic against them. Takes as long as the answers do."""
+    """Let a version answer these prompts; later traffic is compared with them. Takes as long as the answers do."""
     asked = prompts(file)
     with connected("baseline", url, key, timeout=PATIENCE) as client:
         answer = client.build_baseline(name, asked, version, max_tokens)
@@ -75,7 +75,7 @@ def ship(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Hold a version against a baseline that was saved: of the same adapter's same bytes, over the same model."""
+    """Give a version a saved baseline, made by the same adapter bytes over the same model."""
     with connected("baseline", url, key) as client:
         answer = client.ship_baseline(name, file.read_bytes(), version)
     say(answer, as_json, _built)

@@ -60,7 +60,7 @@ def bench(
     ] = "1,16",
     rate: Annotated[
         str | None,
-        typer.Option(metavar="R[,R]", help="Open loop instead: R requests/s as a Poisson process, whoever waits."),
+        typer.Option(metavar="R[,R]", help="Open loop instead: R requests/s as a Poisson process."),
     ] = None,
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests per round. Default: 4 per stream, at least 8.")

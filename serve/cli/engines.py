@@ -38,15 +38,17 @@ def swap(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A folder on this machine or on the server's, or a hub id.")
     ],
-    force: Annotated[bool, typer.Option("--force", help="Also if adapters do not do there what they do now.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Swap even if adapters act differently on the new model.")
+    ] = False,
     drain_first: Annotated[
-        bool, typer.Option("--drain-first", help="End the old engine before the new one starts: no room for both.")
+        bool, typer.Option("--drain-first", help="End the old engine before the new one starts, if both do not fit.")
     ] = False,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Put another model under a base's name while requests flow; on any error the old one goes on."""
+    """Replace the model under a base's name while requests run; on any error the old one continues."""
     folder = Path(model).expanduser()
     given = str(folder.resolve()) if folder.is_dir() else model
     with connected("engines", url, key) as client:

@@ -31,7 +31,7 @@ def _limit(flag: str, help: str) -> Any:
     )
 )
 def create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is for, as histories and logs will say it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is for; histories and logs show it.")],
     tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is.")] = "default",
     scope: Annotated[
         list[str] | None,
@@ -80,7 +80,7 @@ def revoke(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Revoke a key; it opens nothing from now on, and its answers under way finish."""
+    """Revoke a key; later requests with it are refused, answers that have begun finish."""
     with connected("keys", url, key) as client:
         answer = client.revoke_key(id)
     say(answer, as_json, lambda told: f"{told.get('tenant')}/{told.get('name')} ({id}) is revoked")

@@ -32,7 +32,7 @@ def _group() -> None:
 def render(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")],
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="The server's own, for its SLOs.")
+        Path | None, typer.Option("--config", metavar="FILE", help="The server's configuration, for its SLOs.")
     ] = None,
     server: Annotated[
         str, typer.Option("--server", metavar="HOST:PORT", help="Where loradock serves.")

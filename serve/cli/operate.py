@@ -83,12 +83,12 @@ def restore(
 
 def batch(
     file: Annotated[Path, typer.Argument(metavar="INPUT", help="OpenAI's batch format: a JSON object a line.")],
-    out: Annotated[Path, typer.Option("--out", help="Where the answers go; what is there already is not asked again.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the answers go; requests answered there are skipped.")],
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
     url: Url = URL,
     key: Key = None,
 ) -> None:
-    """Answer a file of requests behind everybody else; broken off, it goes on where it was."""
+    """Answer a file of requests after all other requests; run again, it continues where it stopped."""
     from rich.progress import Progress
 
     from serve.client.batch import answered, read, run

@@ -65,7 +65,7 @@ GAUGED = 32
 
 
 class Drift:
-    """One detector over rows of k scores. Not thread-safe; `update` costs tens of microseconds (see the README).
+    """One detector over rows of k scores. Not thread-safe; `update` costs tens of microseconds.
 
     reference: (n, k), n >= 1; to D only its ranks matter, F also uses distances: unit scale serves it best.
     threshold: c, the mean number of requests between false alarms. capacity: rows that the bag holds, by default as
