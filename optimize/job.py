@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from optimize.recipe import Evaluate, Text
+from optimize.options import Evaluate, Text
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

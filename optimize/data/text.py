@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from optimize.errors import OptimizeError, Refused
+from optimize.options import Evaluate, Text
 from optimize.processes import ProcessGroup
-from optimize.recipe import Evaluate, Text
 
 PACKAGE = "gensim==4.4.0"
 MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from optimize.recipe import Gate
+from optimize.options import Gate
 
 # bound -> (score, its meaning)
 BOUNDS: Mapping[str, tuple[str, str]] = {

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from optimize.checkpoint import artifact
+from optimize.options import plain
 from optimize.pipeline.facts import Facts
 from optimize.pipeline.gate import TIMED
-from optimize.recipe import plain
 
 NAME = "manifest.json"
 LIBRARIES = (

@@ -21,13 +21,14 @@ from optimize.checkpoint import artifact
 from optimize.data import text
 from optimize.errors import GateFailed, OptimizeError, Refused
 from optimize.job import Job
+from optimize.options import KIND, Combine, Merge, Step, plain
 from optimize.pipeline import lock, manifest, report, step_code
 from optimize.pipeline.child import Child, Tell
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import judged
 from optimize.pipeline.plan import Plan
 from optimize.pipeline.worker import sentence
-from optimize.recipe import KIND, Combine, Heal, Merge, Quantize, Recipe, plain
+from optimize.recipe import Recipe
 
 NOTES = "notes.json"
 COMPARING = ("evaluate", "engine", "heal", "onnx", "genai", "tasks")  # steps that look at the reference
@@ -78,23 +79,19 @@ class Run:
                 state = self._step(step, state)
             return self._finish(state)
 
-    def _step(self, step: Any, state: State) -> State:
+    def _step(self, step: Step, state: State) -> State:
         # What was merged is in the model by now, and no step has to look after it any more.
-        wanted = set(step.adapters) if isinstance(step, Merge | Combine) else set()
+        wanted = set(step.consumed)
         living = {name: path for name, path in state.adapters.items() if name not in state.merged or name in wanted}
-        uses_text = isinstance(step, Heal | Quantize) or _prunes(step)
-        done = self._do(KIND[type(step)], plain(step), replace(state, adapters=living), uses_text)
+        done = self._do(KIND[type(step)], plain(step), replace(state, adapters=living), step.reads_text)
         made = done.folder / "model"
         model = made if made.is_dir() else state.model
-        adapters, originals, merged = dict(state.adapters), dict(state.originals), state.merged
+        adapters, originals = dict(state.adapters), dict(state.originals)
         for folder in sorted((done.folder / "adapters").glob("*")):
             adapters[folder.name] = folder
             originals.setdefault(folder.name, folder)
-        if isinstance(step, Merge):
-            merged = merged | set(step.adapters)
-        if isinstance(step, Combine):
-            merged = merged | set(step.adapters)
-        if isinstance(step, Merge):
+        merged = state.merged | wanted
+        if isinstance(step, Merge):  # quality is measured against base and adapters from here on
             return State(model, state.base, model, adapters, dict(adapters), merged)
         return State(model, state.base, state.reference, adapters, originals, merged)
 
@@ -237,17 +234,9 @@ def _keep_only_partial(aside: Path) -> None:
 def texts(recipe: Recipe) -> dict[str, str]:
     """Digests of the calibration and evaluation text, which must not overlap."""
     calibration, evaluation = text.documents(recipe.calibration, False), text.documents(recipe.evaluate, True)
-    if _calibrates(recipe):
+    if any(step.reads_text for step in recipe.steps):
         text.apart(calibration, evaluation)
     return {"calibration": text.digest(calibration), "evaluation": text.digest(evaluation)}
-
-
-def _calibrates(recipe: Recipe) -> bool:
-    return any(isinstance(step, Heal | Quantize) or _prunes(step) for step in recipe.steps)
-
-
-def _prunes(step: Any) -> bool:
-    return KIND[type(step)] == "prune"
 
 
 def _rejected(verdicts: list[Any]) -> str:

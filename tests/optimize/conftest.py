@@ -194,7 +194,7 @@ def job(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[..., Any
     import msgspec
 
     from optimize.job import Job
-    from optimize.recipe import STEPS, Evaluate, Text
+    from optimize.options import STEPS, Evaluate, Text
 
     def make(
         kind: str, model: Path = base, adapters: dict[str, Path] | None = None, out: str = "out", **options: Any

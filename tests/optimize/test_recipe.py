@@ -8,7 +8,8 @@ import pytest
 
 from optimize import recipe
 from optimize.errors import RecipeError
-from optimize.recipe import Heal, Prune, Quantize, load, parse, shipped
+from optimize.options import Heal, Prune, Quantize
+from optimize.recipe import load, parse, shipped
 
 
 def test_the_recipes_that_come_along_are_recipes():

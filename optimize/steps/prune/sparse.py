@@ -21,7 +21,7 @@ from optimize.checkpoint.model import entered, settle, through, tokenizer
 from optimize.data import text
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
-from optimize.recipe import pattern_of
+from optimize.options import pattern_of
 from optimize.steps.quantize import gptq
 from optimize.steps.quantize.quantizer import BATCH, Quantizer
 

@@ -11,7 +11,7 @@ import pytest
 
 from optimize.data import text
 from optimize.errors import Refused
-from optimize.recipe import Text
+from optimize.options import Text
 
 LONG = "This paragraph is long enough that two texts that hold it have it from one another: {}."
 
@@ -118,7 +118,7 @@ READ = """
 import sys
 from optimize.data import text
 from optimize.errors import OptimizeError
-from optimize.recipe import Text
+from optimize.options import Text
 try:
     print(text.documents(Text(text=sys.argv[1], column="said"), False))
 except OptimizeError as error:

@@ -29,7 +29,7 @@ metric_list: [{{metric: acc}}]
 
 
 def test_tasks_without_lm_eval_are_refused_before_any_work(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr("optimize.evaluation.rules.find_spec", lambda name: None)
     read = recipe.load(written("steps: [quantize]"), {"evaluate.tasks": "[arc_easy]"})
     with pytest.raises(Refused, match="scored by lm-eval, which is not installed: pip install"):
         plan.made(read, plan.Path(read.model), {}, tmp_path / "out", 10**12)

@@ -72,10 +72,10 @@ def test_int4_leaves_the_adapters_whole(base, job, adapters):
     ],
 )
 def test_what_the_builder_does_not_take_is_refused_before_any_work(more, says, written, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "find_spec", lambda name: object())
+    monkeypatch.setattr("optimize.export.rules.find_spec", lambda name: object())
     read = recipe.load(written(more + "\nexport: {format: genai}"))
     with pytest.raises(Refused, match=says):
         plan.made(read, plan.Path(read.model), {}, tmp_path / "out", 10**12)
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr("optimize.export.rules.find_spec", lambda name: None)
     with pytest.raises(Refused, match="the genai export needs onnxruntime-genai: pip install"):
         plan.made(read, plan.Path(read.model), {}, tmp_path / "out", 10**12)

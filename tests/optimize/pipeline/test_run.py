@@ -95,7 +95,8 @@ def test_what_fails_the_gate_leaves_a_report_and_no_export(written, tmp_path, ca
 
 
 def test_a_step_that_grows_above_its_memory_is_stopped_and_says_so(written, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("optimize.pipeline.plan.PROCESS", 0)
+    monkeypatch.setattr("optimize.steps.quantize.rules.PROCESS", 0)
+    monkeypatch.setattr("optimize.evaluation.rules.PROCESS", 0)
     optimize(written("steps: [quantize]"), "--out", tmp_path / "out", "--memory", "0.15", expect=1)
     said = capsys.readouterr().err
     assert "was stopped at the bound of 0.1 GB" in said and "--memory" in said

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from optimize.data import text
-from optimize.recipe import Text
+from optimize.options import Text
 from serve.asgi.exchange import Exchange, Generation
 from serve.telemetry.capture import HOUR, Capture
 

@@ -1,0 +1,36 @@
+"""What measuring needs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from optimize.errors import Refused
+from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
+
+
+def estimates(context: Context) -> list[Estimate]:
+    """The steps that measure, in their order."""
+    recipe, size = context.recipe, context.base.bytes
+    tokens, living = recipe.evaluate.samples * recipe.evaluate.tokens, len(context.living)
+    what = f"{tokens} held-out tokens, KL, top-1, {len(recipe.evaluate.prompts)} answers"
+    what += f", {living} adapters" if living else ""
+    logits = recipe.evaluate.tokens * context.vocabulary * 16
+    seconds = STARTING + tokens * context.token_seconds * (2 + 2 * living)
+    estimates = [Estimate("evaluate", what, PROCESS + 2 * size + logits, 100_000, seconds)]
+    if recipe.evaluate.tasks:
+        what = f"lm-eval on both models: {', '.join(Path(name).stem for name in recipe.evaluate.tasks)}"
+        answers = (recipe.evaluate.task_limit or 1000) * len(recipe.evaluate.tasks) * 500 * context.token_seconds
+        estimates.append(Estimate("tasks", what, PROCESS + size + 8 * logits, 100_000, 2 * STARTING + 2 * answers))
+    if recipe.export.format == "vllm" and recipe.evaluate.engine:
+        what = "both models in vLLM: load, answers, tokens/s at 1 and 16 streams"
+        estimates.append(Estimate("engine", what, 6 * PROCESS + 3 * size + (2 << 30), 100_000, 80))
+    return estimates
+
+
+def refuse(context: Context) -> None:
+    if context.recipe.evaluate.tasks and find_spec("lm_eval") is None:
+        raise Refused(
+            "evaluate: tasks are scored by lm-eval, which is not installed: pip install 'loradock[lm-eval]', or leave "
+            "`tasks` out"
+        )

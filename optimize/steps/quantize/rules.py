@@ -1,0 +1,83 @@
+"""What quantizing needs, and what the target's engine cannot run: refused before calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optimize.checkpoint.linears import group, ignored, linear, undivided
+from optimize.errors import Refused
+from optimize.options import Quantize
+from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
+
+# What vLLM 0.32 has no kernel for on a CPU; it emulates most of it, too slowly to use.
+NOT_ON_CPU = {
+    "w8a16": "has no w8a16 kernel for CPUs",
+    "fp8": "only emulates fp8 on CPUs, too slowly to use",
+    "fp8-block": "only emulates fp8 on CPUs, too slowly to use",
+    "nvfp4": "has NVFP4 for GPUs alone",
+    "nvfp4a16": "has NVFP4 for GPUs alone",
+    "mxfp4": "has MXFP4 for GPUs alone",
+    "mxfp4a16": "has MXFP4 for GPUs alone",
+}
+WANTS = {
+    "fp8": "wants a GPU with fp8: Ada, Hopper or later",
+    "fp8-block": "wants a GPU with fp8: Ada, Hopper or later",
+    "nvfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
+    "mxfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
+}
+WIDTHS = {"fp8-block": 128, "nvfp4": 16, "nvfp4a16": 16, "mxfp4": 32, "mxfp4a16": 32}
+
+
+def estimate(step: Quantize, context: Context) -> Estimate:
+    base, calibrated = context.base, context.calibration_tokens
+    seconds = STARTING + 5
+    if step.method != "rtn":
+        seconds = STARTING + 4 * calibrated * context.token_seconds + base.parameters / 4e6
+    memory = PROCESS + base.bytes + calibrated * context.hidden * 4 + 12 * context.widest**2
+    if step.mixed:
+        seconds = 2 * seconds + 4 * context.layers * min(calibrated, 4096) * context.token_seconds / 2
+        memory += 8 * context.recipe.calibration.tokens * context.vocabulary * 6
+    return Estimate("quantize", _what(step), memory, int(base.bytes * 0.65), seconds, _warning(step, context))
+
+
+def _what(step: Quantize) -> str:
+    what = f"{step.scheme}, {step.method if step.scheme[0] == 'w' else 'to the nearest'}"
+    what += f", {step.format} format" if step.format != "compressed-tensors" else ""
+    what += ", KV cache in fp8" if step.kv_cache == "fp8" else ""
+    if step.mixed:
+        bounds = [f"perplexity rises by at most {step.budget:.1%}"] if step.budget else []
+        bounds += [f"{step.agreement:.0%} of tokens stay the likeliest"] if step.agreement else []
+        what += f", sensitive layers keep more bits until {' and '.join(bounds)}"
+    return what
+
+
+def _warning(step: Quantize, context: Context) -> str:
+    if context.recipe.target == "cpu" and step.scheme == "w4a16":
+        return "4-bit weights are smaller, and on a CPU without AMX slower than bf16"
+    return WANTS.get(step.scheme, "")
+
+
+def refuse(step: Quantize, context: Context) -> None:
+    base, target = context.base, context.recipe.target
+    if target == "cpu" and step.scheme in NOT_ON_CPU:
+        raise Refused(f"vLLM {NOT_ON_CPU[step.scheme]}: take w8a8, or `target: gpu`")
+    if target == "cpu" and step.kv_cache == "fp8" and not _avx512():
+        raise Refused("vLLM's KV cache in fp8 wants AVX-512 on a CPU, and this one has none: leave `kv_cache` out")
+    if step.scheme == "w4a16":
+        if step.group and step.group % 32:
+            raise Refused(
+                f"groups of {step.group} do not fit: vLLM takes multiples of 32; leave `group` out to have one chosen"
+            )
+        group(base, step.group)
+    size = WIDTHS.get(step.scheme, 1)
+    if widths := undivided(base, size):
+        raise Refused(f"{step.scheme} rounds {size} numbers together, and the model has layers of width {widths}")
+    linears = {name.removesuffix(".weight") for name, shape in base.shapes.items() if linear(name, shape)}
+    for pattern in step.ignore:
+        if pattern != "lm_head" and not any(ignored(name, {pattern}) for name in linears):
+            leaves = sorted({name.rpartition(".")[2] for name in linears})
+            raise Refused(f"ignore {pattern!r} names no layer of the model; there is {', '.join(leaves)}")
+
+
+def _avx512() -> bool:
+    return "avx512f" in Path("/proc/cpuinfo").read_text()
