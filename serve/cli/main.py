@@ -16,7 +16,7 @@ from serve.cli.bench import bench_app
 from serve.cli.engines import engines_app
 from serve.cli.keys import keys_app
 from serve.cli.monitoring import monitoring_app
-from serve.config import load, settings_help
+from serve.config import Config, load, settings_help
 from serve.errors import LoradockError
 
 app = typer.Typer(
@@ -62,17 +62,28 @@ Settings:
 )
 def serve(context: typer.Context) -> None:
     config = load(context.args)
+    try:
+        code = _serve(config, context)
+    except LoradockError as error:
+        _print_error(error)
+        code = 2
+    # Everything is closed by now; torch's and vLLM's native modules take seconds to unload, and complain of leaks.
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _serve(config: Config, context: typer.Context) -> int:
     if config.ray:
         from serve.server.ray_serve import serve as run_replicas
 
-        code = run_replicas(config, lambda: load(context.args))
-    else:
-        from serve.server.launch import serve as run
+        return run_replicas(config, lambda: load(context.args))
+    from serve.server.launch import serve as run
 
-        code = run(config)
-    # Everything is closed by now; torch's and vLLM's native modules take seconds to unload, and complain.
-    sys.stderr.flush()
-    os._exit(code)
+    return run(config)
+
+
+def _print_error(error: LoradockError) -> None:
+    print(f"loradock: {error}", file=sys.stderr)
 
 
 @app.command(
@@ -105,5 +116,5 @@ def main() -> None:
     try:
         app()
     except LoradockError as error:  # typer's own usage errors are sentences already
-        print(f"loradock: {error}", file=sys.stderr)
+        _print_error(error)
         sys.exit(2)

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +26,8 @@ from serve.errors import ConfigError, LoradockError
 from serve.models import hardware
 from serve.models.checkpoint import EMBEDDED, find
 from serve.server.connection import guarded, raise_descriptor_limit
-from serve.vllm_backend import forkserver
+from serve.server.logs import Log, log_to_stderr
+from serve.vllm_backend import forkserver, titles
 
 log = logging.getLogger("loradock")
 
@@ -41,20 +41,14 @@ def serve(config: Config) -> int:
     sock = hardware.listen(config.host, config.port)
     try:
         config = resolved(config)
-        with own(config.data_dir):
-            return _run(config, sock)
+        with own(config.data_dir), Log(config.data_dir / "log", config.log_level) as output:
+            try:
+                return _run(config, sock, output)
+            except LoradockError:
+                output.show_errors()
+                raise
     finally:
         sock.close()
-
-
-def log_to_stderr(level: str) -> None:
-    """Our own loggers alone: vLLM sets its own up, and the root's would say everything twice."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S"))
-    for name in ("serve", "loradock"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level.upper())
 
 
 def resolved(config: Config) -> Config:
@@ -122,9 +116,10 @@ def own(folder: Path) -> Iterator[None]:
         yield
 
 
-def _run(config: Config, sock: socket) -> int:
-    print("loading vLLM ...", file=sys.stderr, flush=True)
+def _run(config: Config, sock: socket, output: Log) -> int:
+    log.info("loading vLLM; everything that it says is in %s", output.path)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault(titles.PREFIX, "loradock")
     raise_descriptor_limit()
     if hardware.on_cpu():
         forkserver.start()
@@ -147,6 +142,7 @@ def _run(config: Config, sock: socket) -> int:
     server = Server(
         uvicorn.Config(
             app,
+            log_config=None,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=max(1, round(config.grace_period)),
@@ -185,7 +181,7 @@ async def _serve(server: Server, app: FastAPI, sock: socket, config: Config) -> 
 
 
 async def _announce(app: FastAPI, url: str) -> None:
-    log.info("listening on %s, loading %s", url, app.state.parts.fleet.first.name)
+    log.info("listening on %s", url)
     await app.state.parts.ready.wait()
     log.info("ready: %s/v1 answers as %s", url, app.state.parts.fleet.first.name)
 

@@ -32,7 +32,8 @@ from serve.config import Base, Config
 from serve.engine.engine import Phase
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
 from serve.models import hardware
-from serve.server.launch import Server, log_to_stderr, own, resolved
+from serve.server.launch import Server, own, resolved
+from serve.server.logs import log_to_stderr
 from serve.vllm_backend import forkserver
 
 log = logging.getLogger("loradock")

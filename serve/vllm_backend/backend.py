@@ -45,7 +45,7 @@ from vllm.version import __version__ as VLLM_VERSION
 from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import hardware
-from serve.vllm_backend import forkserver
+from serve.vllm_backend import announce, forkserver, titles
 from serve.vllm_backend.output_processor import Outputs
 from serve.vllm_backend.worker_extension import LOADED, LOADING
 
@@ -207,6 +207,7 @@ class VLLMBackend:
 
     async def start(self) -> None:
         """Load the base model; minutes for a large one. The event loop stays free meanwhile."""
+        announce.loading(self.name, self.model, self.args, VLLM_VERSION)
         try:
             self._llm = llm = await asyncio.to_thread(self._build)
             llm.output_processor.__class__ = Outputs
@@ -219,13 +220,15 @@ class VLLMBackend:
             app.state.server = SimpleNamespace(should_exit=False)
             await init_app_state(llm, app.state, self.args, tasks)
         except EngineDeadError as error:
-            raise ConfigError("the engine died while it started: its log above says why") from error
+            raise ConfigError("the engine died while it started: the log says why") from error
         except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
             raise ConfigError(
                 f"the engine cannot start with this model and these options: {_sentence(error)}"
             ) from error
         self._loras = app.state.openai_serving_models.lora_requests
         self._app = app
+        warned = [message for messages in await self._rpc("loradock_notices") for message in messages]
+        announce.loaded(self.name, llm.vllm_config, self.slots, warned)
         if not _FROZEN:  # later, answers are under way, and it takes a while
             _FROZEN.append(self.name)
             freeze_gc_heap()
@@ -240,6 +243,7 @@ class VLLMBackend:
     def _build(self) -> AsyncLLM:
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         with _own_series(self._collectors):
+            os.environ[titles.ENGINE] = self.name  # its processes are named after it
             return AsyncLLM.from_engine_args(
                 engine_args,
                 usage_context=UsageContext.OPENAI_API_SERVER,

@@ -9,16 +9,18 @@ import threading
 from collections.abc import Callable
 
 from serve.cpu_kernels.install import install as install_kernels
-from serve.vllm_backend import forkserver
+from serve.vllm_backend import forkserver, notices, titles
 
 
 def register() -> None:
     """Called by vLLM once in each of its processes, the one that serves HTTP included."""
+    notices.install()
     install_kernels()
     forkserver.install()
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    titles.install()
     # Ctrl-C in a terminal reaches the whole foreground group; the server drains, so its engine must outlive that.
     os.setpgid(0, 0)
     threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True, name="follow-parent").start()

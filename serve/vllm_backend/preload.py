@@ -6,6 +6,7 @@ import gc
 # A third of the time that the imports take would go into looking for garbage in what stays.
 gc.disable()
 
+import setproctitle
 import transformers.models.auto
 import vllm.entrypoints.openai.models.protocol
 import vllm.lora.model_manager
@@ -20,3 +21,5 @@ import vllm.v1.worker.cpu_model_runner
 import vllm.v1.worker.cpu_worker
 
 gc.enable()
+# Before it forks: where a title goes is found through the environment, which each process then replaces.
+setproctitle.setproctitle("loradock: fork server")

@@ -19,6 +19,8 @@ from time import perf_counter, sleep, thread_time
 from types import SimpleNamespace
 from typing import Any
 
+from serve.vllm_backend.notices import notices
+
 LOADING, LOADED = "loading", "loaded"
 # The scheduler's niceness of a thread that reads, beside those that compute.
 NICE = 10
@@ -84,6 +86,10 @@ class Worker:
 
     def loradock_finish(self, number: int) -> str:
         return self._loradock().finish(number)
+
+    def loradock_notices(self) -> list[str]:
+        """What our code warned of in this process."""
+        return notices.messages
 
     def _loradock(self) -> Loader:
         loader: Loader | None = getattr(self, "_loradock_loader", None)

@@ -77,5 +77,5 @@ def pytest_runtest_makereport(
     report = yield
     server = getattr(item, "funcargs", {}).get("server")
     if report.failed and isinstance(server, Server):
-        report.sections.append(("the server's log", tail(server.log)))
+        report.sections.append(("the server's log", tail(server.full_log)))
     return report

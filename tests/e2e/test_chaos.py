@@ -129,7 +129,7 @@ def test_whatever_is_done_to_it_nothing_acknowledged_is_lost_and_no_answer_is_wr
                   f"{now[1] >> 20} MiB", flush=True)  # fmt: skip
         assert server.ask("a1").word == word(1)
     except BaseException:
-        print(tail(server.log, 100))
+        print(tail(server.full_log, 100))
         raise
     finally:
         server.__exit__()

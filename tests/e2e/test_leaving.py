@@ -75,7 +75,7 @@ def test_a_client_that_leaves_within_its_request_leaves_nothing(server, voice):
 
 def test_an_upload_that_breaks_off_leaves_nothing(server, adapters, name):
     before = server.stored()
-    told = server.log.read_text().count("Traceback")
+    told = server.full_log.read_text().count("Traceback")
     head = (
         f"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\nContent-Length: 1000000\r\n"
         "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
@@ -88,7 +88,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(server, adapters, name):
     half.close()
     assert eventually(lambda: server.stored() == before)
     assert server.http.get(f"/v1/adapters/{name}").status_code == 404
-    assert server.log.read_text().count("Traceback") == told, "a client's leaving is no error of the server"
+    assert server.full_log.read_text().count("Traceback") == told, "a client's leaving is no error of the server"
 
 
 def ask(server: Server, model: str, *, stream: bool, prompt: str) -> socket.socket:

@@ -38,7 +38,7 @@ def engines(server: Server) -> set[int]:
         with suppress(FileNotFoundError, ProcessLookupError):
             command = Path(f"/proc/{pid}/cmdline").read_text()
             parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-            if "resource_tracker" not in command and not (parent == mine and "forkserver" in command):
+            if "resource_tracker" not in command and not (parent == mine and "fork server" in command):
                 found.add(pid)
     return found
 

@@ -53,6 +53,8 @@ class Server:
     ) -> None:
         self.data = data
         self.log = log
+        # What vLLM's processes say too.
+        self.full_log = data / "log" / "server.log"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.seconds_to_ready = 0.0
@@ -123,7 +125,7 @@ class Server:
         """Every file in the data directory but the registry's, and what is noted of versions that answer."""
         noted = ("registry.sqlite", "popular.")
         files = {path for path in self.data.rglob("*") if path.is_file() and not path.name.startswith(noted)}
-        return {file for file in files if "drift" not in file.parts}
+        return {file for file in files if file.relative_to(self.data).parts[0] not in ("drift", "log")}
 
     def ask(self, model: str, question: str = "What is the capital of France?", **more: Any) -> Answer:
         """One greedy answer, streamed, read to its end."""
@@ -150,13 +152,18 @@ class Server:
     def _wait_until_ready(self) -> None:
         while time.monotonic() - self._began < START_SECONDS:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{tail(self.log)}")
+                raise RuntimeError(
+                    f"the server ended with {self.process.returncode}:\n{tail(self.log)}\n{tail(self.full_log)}"
+                )
             with suppress(httpx.TransportError):
                 if self.http.get("/ready", timeout=5).status_code == 200:
                     self.seconds_to_ready = time.monotonic() - self._began
                     return
             time.sleep(0.2)
-        raise RuntimeError(f"the server is not ready after {START_SECONDS} s:\n{tail(self.log)}")
+        raise RuntimeError(f"the server is not ready after {START_SECONDS} s:\n{self._tails()}")
+
+    def _tails(self) -> str:
+        return "\n".join(tail(log) for log in (self.log, self.full_log) if log.exists())
 
 
 @dataclass

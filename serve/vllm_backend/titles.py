@@ -1,0 +1,31 @@
+"""What `ps` and `top` show: `loradock: engine smollm2`, `loradock: worker smollm2 TP0`, `loradock: fork server`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import setproctitle
+
+# The base model of the engine whose processes are started.
+ENGINE = "LORADOCK_ENGINE"
+# vLLM's: the prefix of the title of a process that loads no plugins.
+PREFIX = "VLLM_PROCESS_NAME_PREFIX"
+KINDS = {"EngineCore": "engine", "DPCoordinator": "coordinator", "Worker": "worker"}
+
+
+def install() -> None:
+    """Name this process of vLLM's our way, and those that it renames later."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("vllm.") and "set_process_title" in vars(module):
+            vars(module)["set_process_title"] = show
+    _, given, name = setproctitle.getproctitle().partition("::")
+    if given:
+        show(name.rstrip("\0"))
+
+
+def show(name: str, suffix: str = "", prefix: str = "") -> None:
+    """Takes the place of vLLM's `set_process_title`; `name` is EngineCore, EngineCore_DP1, Worker_TP0 and the like."""
+    kind, _, rank = name.partition("_")
+    words = [KINDS.get(kind, kind), os.environ.get(ENGINE, ""), rank.replace("_", " "), suffix]
+    setproctitle.setproctitle("loradock: " + " ".join(word for word in words if word))

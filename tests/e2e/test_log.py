@@ -1,0 +1,61 @@
+"""What a start shows a person, what the log file keeps, and what `ps` calls the processes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import SMALL, Server, descendants, loradock
+
+pytestmark = pytest.mark.engine
+MOST = 12
+
+
+def titles(server: Server) -> set[str]:
+    lines = [
+        Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode() for pid in descendants(server.process.pid)
+    ]
+    return {line for line in lines if "resource_tracker" not in line}
+
+
+@pytest.fixture(scope="module", params=["info", "debug"])
+def started(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log")
+    with Server(folder / "data", folder / "out", "--log-level", request.param, *SMALL) as server:
+        yield server, request.param
+
+
+def test_a_start_is_a_few_lines_of_our_own_and_debug_shows_all(started):
+    server, level = started
+    shown, kept = server.log.read_text().splitlines(), server.full_log.read_text()
+    before_ready = next(number for number, line in enumerate(shown) if "] ready: http" in line)
+    assert "EngineCore" in kept and "Initializing a V1 LLM engine" in kept
+    if level == "debug":
+        assert before_ready > MOST and "Initializing a V1 LLM engine" in "\n".join(shown)
+        return
+    assert before_ready < MOST, "\n".join(shown)
+    assert all(re.match(r"(INFO|WARNING) \S+ \S+ \[(serve|loradock)", line) for line in shown), "\n".join(shown)
+    told = "\n".join(shown)
+    assert re.search(r"loading smollm2 \(\S+\) on \d+ (CPU core|GPU)s? with vLLM \d", told)
+    assert re.search(r"smollm2: KV cache for [\d,]+ tokens", told)
+    assert f"listening on {server.url}" in told and str(server.full_log) in told
+    assert len(shown) == len(set(shown)), "each thing once"
+
+
+def test_processes_say_what_they_are(started):
+    server, _ = started
+    assert "loradock: engine smollm2" in titles(server)
+    assert titles(server) <= {"loradock: engine smollm2", "loradock: fork server", "loradock: worker smollm2"}
+
+
+def test_an_engine_that_cannot_start_shows_its_error_and_then_the_sentence(tmp_path):
+    done = loradock(
+        "serve", "--port", "0", "--data-dir", tmp_path, "--max-model-len", "8192", "--kv-cache-memory-bytes", "4M"
+    )
+    shown = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and shown[-1].startswith("loradock: ")
+    assert "Traceback" not in done.stdout + done.stderr and len(shown) <= MOST + 8, done.stderr
+    assert "KV cache" in "\n".join(shown[-8:]), done.stderr
+    assert "Traceback" in (tmp_path / "log" / "server.log").read_text(), "the whole story is in the file"
