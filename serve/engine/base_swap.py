@@ -103,7 +103,8 @@ class _Swap:
     async def run(self) -> list[Transfer]:
         drain_first = self._handover is Handover.DRAIN_FIRST
         self._step(SwapStep.MEASURING_OLD)
-        before = await self._effects(self._base.adapters.wanted(self._base))
+        wanted = self._base.adapters.wanted(self._base)
+        before = await self._effects(wanted)
         if not drain_first:
             self._fresh.backend.check_room()
         try:
@@ -113,7 +114,8 @@ class _Swap:
             started = await self._base.bring_up(self._fresh)
             try:
                 self._step(SwapStep.MEASURING_NEW)
-                await self._take_over(started, before)
+                await self._compare(started, before)
+                await self._take_over(started, {adapter.id for adapter in wanted})
             except BaseException:
                 await self._fresh.stop(kill=True)
                 raise
@@ -130,24 +132,23 @@ class _Swap:
         self._base.swapping = {"model": model, "step": step}
         log.info("swap of %s to %s: %s", self._base.name, model, step)
 
-    async def _take_over(self, started: StartedEngine, before: Mapping[str, _Measured]) -> None:
-        """Compare and load until no adapter has changed meanwhile; then the new engine serves.
+    async def _take_over(self, started: StartedEngine, judged: set[str]) -> None:
+        """Load, and compare what came meanwhile, until no adapter has changed; then the new engine serves.
 
         Adapters go on changing while others are measured: no rollback waits for a swap.
         """
-        base, known = self._base, set(before)
-        await self._compare(started, before)
+        base = self._base
         while True:
             self._check()
             await base.adapters.restore(base, self._fresh)
             async with base.adapters.unchanged():
-                late = [adapter for adapter in base.adapters.wanted(base) if adapter.id not in known]
+                late = [adapter for adapter in base.adapters.wanted(base) if adapter.id not in judged]
                 if not late:
                     if self._approval is not Approval.FOLLOWED:
                         await base.adapters.record_swap(base, self._fresh.backend.model, self._by)
                     base.serve(started)
                     return
-            known |= {adapter.id for adapter in late}
+            judged |= {adapter.id for adapter in late}
             if self._handover is Handover.BESIDE:
                 await self._compare(started, await self._effects(late))
 

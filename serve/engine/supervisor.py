@@ -84,8 +84,7 @@ class Supervisor:
         self.configured = backend.model
         self.tolerance = tolerance
         self.phase = Phase.STARTING
-        # Why it is not ready, when it is not.
-        self.reason = ""
+        self.reason = ""  # why it is not ready
         self.restarts = 0
         self.modules: Mapping[str, tuple[int, int]] = {}
         self.probe: Probe | None = None
@@ -250,10 +249,11 @@ class Supervisor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for engine in self._engines:
-            await engine.stop()
-        for engine in tuple(self._starting):
-            await engine.stop(kill=True)
+        stops = [engine.stop() for engine in self._engines - self._starting]
+        stops += [engine.stop(kill=True) for engine in self._starting]
+        for error in await asyncio.gather(*stops, return_exceptions=True):
+            if error:
+                log.error("an engine for %s did not end", self.name, exc_info=error)
 
     async def restart(self) -> None:
         """Try again after the supervisor gave up."""

@@ -6,12 +6,14 @@ import asyncio
 import hashlib
 import json
 import shutil
+import threading
+from dataclasses import replace
 
 import pytest
 
 from serve.api.app import build_app
 from serve.engine.engine import Phase
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, push_two, settled, upload
 from tests.support.backend import FakeBackend
 
 
@@ -257,3 +259,81 @@ async def test_one_base_that_dies_leaves_the_others_alone(two, make_adapter):
     assert await settled(lambda: len(small.heirs) == 1)
     rows = (await client.get("/v1/engines")).json()["data"]
     assert [row["phase"] for row in rows] == ["ready", "restarting"]
+
+
+async def test_changes_that_arrive_while_it_drains_first_hold_no_request_up(
+    connect, config, backend, export, make_adapter
+):
+    async with connect(replace(config, restart_wait=30.0)) as client:
+        await push_two(client, make_adapter)
+        base, go = client._transport.app.state.parts.fleet.first, asyncio.Event()
+        backend.prepare = lambda heir: setattr(heir, "start", go.wait)
+        swapping = asyncio.create_task(swap(client, export, drain_first=True))
+        assert await settled(lambda: base.phase is Phase.DRAINING and backend.stops == 1)
+        changes = [
+            asyncio.create_task(client.post("/v1/adapters/tone/promote", json={"version": 2})),
+            asyncio.create_task(client.post("/v1/adapters", **upload(make_adapter(7), "late"))),
+        ]
+        asking = asyncio.create_task(ask(client, "tone"))
+        await asyncio.sleep(0.1)
+        go.set()
+        assert (await asyncio.wait_for(swapping, 10)).status_code == 200
+        assert (await asyncio.wait_for(asking, 10)).status_code == 200
+        assert [(await asyncio.wait_for(change, 10)).status_code for change in changes] == [200, 201]
+
+
+async def test_an_adapter_whose_bytes_are_lost_stops_a_swap_unless_it_is_forced(served, backend, base, export):
+    parts = served._transport.app.state.parts
+    (digest,) = parts.registry.digests()
+    shutil.rmtree(parts.store.path(digest))
+    refused = await swap(served, export)
+    assert refused.status_code == 409 and "tone@v1" in refused.json()["error"]["message"]
+    forced = await swap(served, export, force=True)
+    assert forced.status_code == 200, forced.text
+    assert [adapter["adapter"] for adapter in forced.json()["adapters"] if adapter["problem"]] == ["tone@v1"]
+    assert base.model == str(export)
+
+
+@pytest.mark.parametrize("drain_first", [False, True])
+async def test_an_error_that_nobody_foresaw_is_a_conflict_and_the_old_base_goes_on(
+    served, backend, base, export, tiny_model, drain_first
+):
+    async def wrong():
+        raise TypeError("an unexpected keyword argument")
+
+    def first_alone(heir):
+        if len(backend.heirs) == 1:
+            heir.start = wrong
+
+    backend.prepare = first_alone
+    told = await swap(served, export, drain_first=drain_first)
+    assert told.status_code == 409 and "TypeError" in told.json()["error"]["message"]
+    assert (await ask(served, "tone")).status_code == 200
+    assert base.model == str(tiny_model)
+
+
+async def test_an_engine_that_a_swap_was_starting_ends_with_the_server(connect, config, backend, export):
+    async with connect(config) as client:
+        backend.prepare = lambda heir: setattr(heir, "start", asyncio.Event().wait)
+        swapping = asyncio.create_task(swap(client, export))
+        assert await settled(lambda: len(backend.heirs) == 1)
+    assert backend.heirs[0].stops
+    swapping.cancel()
+
+
+async def test_an_export_is_hashed_and_its_swap_recorded_off_the_event_loop(served, export, monkeypatch):
+    parts, threads = served._transport.app.state.parts, {}
+    record = parts.registry.swap
+
+    def note(what, then=lambda *args, **more: None):
+        def noted(*args, **more):
+            threads[what] = threading.current_thread()
+            return then(*args, **more)
+
+        return noted
+
+    monkeypatch.setattr("serve.engine.base_swap.verify", note("hashed"))
+    monkeypatch.setattr(parts.registry, "swap", note("recorded", record))
+    assert (await swap(served, export)).status_code == 200
+    assert threads.keys() == {"hashed", "recorded"}
+    assert threading.main_thread() not in threads.values()

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from serve.api.app import build_app
 from serve.engine.engine import Phase
+from serve.errors import LoradockError
 from tests.support.app import ask, http, settled, upload
 
 
@@ -153,3 +155,43 @@ async def test_an_engine_that_hangs_does_not_keep_the_operator_waiting(served, b
     backend.resident = asyncio.Event().wait
     (row,) = (await asyncio.wait_for(served.get("/v1/engines"), 1)).json()["data"]
     assert row["resident"] == [held]
+
+
+async def wrong():
+    raise TypeError("an unexpected keyword argument")
+
+
+async def test_an_error_that_nobody_foresaw_at_a_restart_is_tried_again_and_then_said(
+    served, backend, base, monkeypatch
+):
+    monkeypatch.setattr("serve.engine.restarts.BACKOFF_SECONDS", 0.01)
+    backend.prepare = lambda heir: setattr(heir, "start", wrong)
+    backend.dead = True
+    assert await settled(lambda: base.phase is Phase.FAILED)
+    assert len(backend.heirs) == 2 and "TypeError" in base.reason
+    assert "TypeError" in (await ask(served, "base")).json()["error"]["message"]
+
+
+async def test_an_engine_that_does_not_even_end_leaves_the_supervisor_failed_with_the_reason(served, backend, base):
+    async def stop(**_):
+        raise OSError("no such process group")
+
+    backend.stop = stop
+    backend.dead = True
+    assert await settled(lambda: base.phase is Phase.FAILED)
+    assert "no such process group" in base.reason
+
+
+async def test_an_engine_that_cannot_be_watched_is_replaced(served, backend, base):
+    backend.stalled = None
+    assert await settled(lambda: base.restarts == 1 and base.is_ready, 5)
+
+
+async def test_an_error_that_nobody_foresaw_at_the_start_is_told(config, backend):
+    failures = []
+    backend.start = wrong
+    app = build_app(config, backend, failures.append)
+    async with app.router.lifespan_context(app):
+        assert await settled(lambda: failures)
+        assert app.state.parts.fleet.first.phase is Phase.FAILED
+    assert isinstance(failures[0], LoradockError) and "TypeError" in str(failures[0])
