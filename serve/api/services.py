@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +19,7 @@ from serve.adapters.registry import Registry
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
 from serve.api.background_tasks import BackgroundTasks
+from serve.asgi.exchange_worker import ExchangeWorker
 from serve.auth.audit import Audit
 from serve.auth.auth import Auth
 from serve.auth.keys import Keys
@@ -25,8 +27,10 @@ from serve.auth.rate_limits import Meters
 from serve.config import Config
 from serve.drift.baseline_build import BaselineBuild
 from serve.drift.embedding import Embedding
-from serve.drift.monitor import Watcher
+from serve.drift.logprob_sampling import LogprobSampling
+from serve.drift.monitor import DriftMonitor
 from serve.drift.prober import Prober
+from serve.drift.watched_version import DriftSettings
 from serve.engine.effect_probe import Probe
 from serve.engine.engine import Backend, Engine
 from serve.engine.fleet import Fleet
@@ -38,10 +42,11 @@ from serve.gateway.router import Router
 from serve.models.checkpoint import takes_media
 from serve.models.hardware import node
 from serve.rollout.alertmanager import Alerts
-from serve.rollout.canary import CanaryTrials, Judgement
+from serve.rollout.canary import CanaryVerdict
+from serve.rollout.canary_monitor import CanaryMonitor
 from serve.rollout.controller import RolloutController
 from serve.rollout.lifecycle import Lifecycle
-from serve.rollout.policy import ROLLBACK
+from serve.rollout.policy import ROLLBACK, policy_for
 from serve.rollout.prefetch import Prefetcher
 from serve.rollout.registry_sync import RegistrySync, Replica
 from serve.rollout.rollback import AutomaticRollback
@@ -103,7 +108,7 @@ class Services:
         self._swap_follower = SwapFollower(self.registry, self.fleet) if self.follower else None
         self.recent = Recent()
         self.monitor.passed_on.append(self.recent.take)
-        self.rehearsal = BaselineBuild(self.fleet, self.store)
+        self.baseline_build = BaselineBuild(self.fleet, self.store)
         shadows = Shadows(self.fleet, self.store, self.monitor.shadowed, on_shadow, limit=config.max_shadows)
         self._shadows = shadows
         router = Router(self.fleet, self.registry, self.store, self.lifecycle.popularity.used)
@@ -113,7 +118,7 @@ class Services:
             Meters(),
             self.monitor.take,
             shadows,
-            self.watcher.wants_logprobs,
+            self.wants_logprobs,
             config.client_timeout,
             self.follower.fresh if self.follower else None,
             media=any(takes_media(base.model) for base in config.bases),
@@ -125,35 +130,42 @@ class Services:
         self.monitor = Metrics(
             fleet, registry, self.audit, __version__, config.slos, limit=config.max_labelled_versions
         )
-        self.wayback = AutomaticRollback(self.lifecycle, registry, self.audit, self.monitor.rolled_back)
-        self.alerting = Alerts(self.wayback, registry, lambda adapter: self.referee.policy(adapter).worse == ROLLBACK)
+        self.automatic_rollback = AutomaticRollback(self.lifecycle, registry, self.audit, self.monitor.rolled_back)
+        self.alerting = Alerts(
+            self.automatic_rollback,
+            registry,
+            lambda adapter: policy_for(config.policies, adapter).worse == ROLLBACK,
+        )
         self.feedback = Feedback()
-        trials = CanaryTrials(
-            lambda adapter: registry.canary(adapter) if adapter in registry else None,
-            self.live_version,
-            lambda adapter: self.referee.policy(adapter).alpha,
-        )
-        self.referee = RolloutController(
-            self.wayback, self.lifecycle, registry, self.audit, trials, config.policies, self.monitor.swapped
-        )
-        self.watcher = Watcher(
+        self.canary_monitor = CanaryMonitor(
             config.data_dir / "drift",
-            trials,
-            threshold=config.drift_threshold,
-            reference=config.drift_reference,
-            interval=config.drift_interval,
-            logprobs=config.drift_logprobs,
-            versions=config.drift_versions,
-            capture=config.capture,
-            redact=config.capture_redact,
-            keep_quotes=config.capture_hours * 3600,
-            base_of=lambda adapter: adapter if adapter in fleet else fleet.of(adapter).name,
+            share=lambda adapter: registry.canary(adapter) if adapter in registry else None,
+            live=self.live_version,
+            alpha=lambda adapter: policy_for(config.policies, adapter).alpha,
+            on_verdict=self._act_on,
             label=self.monitor.label,
-            alarmed=self.referee.alarmed,
-            judged=self._judged,
         )
-        self.monitor.watch(self.watcher)
-        self.monitor.passed_on += [self.feedback.remember, self.watcher.offer]
+        self.rollout_controller = RolloutController(
+            self.automatic_rollback,
+            self.lifecycle,
+            registry,
+            self.audit,
+            self.canary_monitor,
+            config.policies,
+            self.monitor.swapped,
+        )
+        self.drift_monitor = DriftMonitor(
+            config.data_dir / "drift",
+            _drift_settings(config),
+            base_of=lambda adapter: adapter if adapter in fleet else fleet.of(adapter).name,
+            on_alarm=self.rollout_controller.alarmed,
+            label=self.monitor.label,
+        )
+        self.exchange_worker = ExchangeWorker([self.canary_monitor, self.drift_monitor])
+        self._logprob_sampling = LogprobSampling(config.drift_logprobs)
+        for collector in (self.drift_monitor, self.canary_monitor, self.exchange_worker):
+            self.monitor.watch(collector)
+        self.monitor.passed_on += [self.feedback.remember, self.exchange_worker.offer]
         self._capture = Capture(
             config.data_dir / "captured",
             lambda adapter: (fleet.get(adapter) if adapter in fleet else fleet.of(adapter)).model,
@@ -163,8 +175,23 @@ class Services:
         if config.capture_text:
             self.monitor.passed_on.append(self._capture.offer)
         self.prober = Prober(
-            fleet, registry, self.store, self.watcher, self.referee.alarmed, interval=config.drift_probe_interval
+            fleet,
+            registry,
+            self.store,
+            self.drift_monitor,
+            self.rollout_controller.alarmed,
+            interval=config.drift_probe_interval,
         )
+
+    def wants_logprobs(self, adapter: str) -> bool:
+        """Whether a request to this adapter is answered with log-probabilities, unseen by the client.
+
+        Decided before anybody knows which version answers, so that both sides of a canary are sampled alike.
+        """
+        if not self.exchange_worker.running:
+            return False
+        sampled = self._logprob_sampling.sampled()
+        return sampled or self.canary_monitor.wants_logprobs(adapter)
 
     def live_version(self, full: str) -> int | None:
         """The number of the version of this adapter that is live, if there is such an adapter and version."""
@@ -191,7 +218,7 @@ class Services:
             await self.background.stop()
             if self.follower:
                 await self.follower.close()
-            await asyncio.to_thread(self.watcher.stop)
+            await asyncio.to_thread(self.exchange_worker.stop)
             await asyncio.to_thread(self._capture.stop)
             await self._shadows.close()
             await self._prefetcher.save()
@@ -252,7 +279,7 @@ class Services:
         """Have the versions over this model watched; without its embedding table there is nothing to watch with."""
         if self._learned.get(base) == model:
             return
-        self.watcher.pause(base)
+        self.drift_monitor.pause(base)
         self._learned[base] = model
         try:
             embedding = Embedding.of(Path(model))
@@ -261,12 +288,25 @@ class Services:
             return
         tokenizer = Path(model) / "tokenizer.json"
         digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else ""
-        self.watcher.learn(base, embedding, digest)
+        self.drift_monitor.learn(base, embedding, digest)
+        self.exchange_worker.start()
 
-    def _judged(self, judgement: Judgement) -> None:
-        """From the watcher's thread."""
+    def _act_on(self, verdict: CanaryVerdict) -> None:
+        """Called in the exchange worker's thread."""
         assert self._loop is not None
-        asyncio.run_coroutine_threadsafe(self.referee.decide(judgement), self._loop)
+        asyncio.run_coroutine_threadsafe(self.rollout_controller.decide(verdict), self._loop)
+
+
+def _drift_settings(config: Config) -> DriftSettings:
+    return DriftSettings(
+        threshold=config.drift_threshold,
+        reference=config.drift_reference,
+        interval=config.drift_interval,
+        versions=config.drift_versions,
+        capture=config.capture,
+        redact=tuple(re.compile(pattern) for pattern in config.capture_redact),
+        quote_seconds=config.capture_hours * 3600,
+    )
 
 
 def _limits(config: Config, backend: Backend) -> AdapterLimits:

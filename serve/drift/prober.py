@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from serve.adapters.registry import Registry
 from serve.adapters.store import Store
-from serve.drift.monitor import Alarm, Watcher
+from serve.drift.monitor import DriftMonitor
+from serve.drift.watched_version import Alarm
 from serve.engine.effect_probe import FIXED, Logprobs
 from serve.engine.engine import LOW_PRIORITY
 from serve.engine.fleet import Fleet
@@ -30,14 +31,14 @@ class Prober:
         fleet: Fleet,
         registry: Registry,
         store: Store,
-        watcher: Watcher,
+        monitor: DriftMonitor,
         alarmed: Callable[[Alarm], None],
         *,
         interval: float = 3600.0,
         look: float = LOOK_SECONDS,
     ) -> None:
         self._fleet, self._registry, self._store = fleet, registry, store
-        self._watcher, self._alarmed = watcher, alarmed
+        self._monitor, self._alarmed = monitor, alarmed
         self._interval, self._look = interval, look
         # When each was probed last, by its engine and the number of its stay there.
         self._probed: dict[tuple[int, int], float] = {}
@@ -80,6 +81,6 @@ class Prober:
                 continue
             noise = base.probe.noise if base.probe else 0.0
             version = f"v{live.version}"
-            alarm = await asyncio.to_thread(self._watcher.probed, name, version, live.id, found, noise)
+            alarm = await asyncio.to_thread(self._monitor.compare_probe, name, version, live.id, found, noise)
             if alarm:
                 await asyncio.to_thread(self._alarmed, alarm)

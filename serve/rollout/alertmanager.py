@@ -51,8 +51,8 @@ class Notification(BaseModel):
 class Alerts:
     """`take` says what was done about an alert; `by_itself(adapter)` says that the adapter's policy is to roll back."""
 
-    def __init__(self, wayback: AutomaticRollback, registry: Registry, by_itself: Callable[[str], bool]) -> None:
-        self._wayback = wayback
+    def __init__(self, rollback: AutomaticRollback, registry: Registry, by_itself: Callable[[str], bool]) -> None:
+        self._rollback = rollback
         self._by_itself = by_itself
         self._registry = registry
 
@@ -77,8 +77,8 @@ class Alerts:
             return "ignored", "this adapter's policy leaves the rollback to people"
         if await asyncio.to_thread(self._acted, adapter, alert.key):
             return "repeated", "it was acted on before"
-        verdict = await self._wayback.rollback(adapter, int(version[1]), REASON, _evidence(alert, by))
-        return verdict.outcome.value, verdict.message
+        result = await self._rollback.rollback(adapter, int(version[1]), REASON, _evidence(alert, by))
+        return result.outcome.value, result.message
 
     def _acted(self, adapter: str, key: str) -> bool:
         rows = reversed(self._registry.history(adapter))

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 from serve.adapters.registry import Registry
 from serve.auth.audit import Audit
-from serve.drift.monitor import Alarm
+from serve.drift.watched_version import Alarm
 from serve.errors import Conflict, LoradockError
 from serve.names import tenant_of
-from serve.rollout.canary import CanaryTrials, Judgement
+from serve.rollout.canary import CanaryVerdict
+from serve.rollout.canary_monitor import CanaryMonitor
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import HOLD, PROMOTE, ROLLBACK, Policy, policy_for
 from serve.rollout.rollback import AutomaticRollback
@@ -30,19 +31,19 @@ class RolloutController:
 
     def __init__(
         self,
-        wayback: AutomaticRollback,
+        rollback: AutomaticRollback,
         lifecycle: Lifecycle,
         registry: Registry,
         audit: Audit,
-        trials: CanaryTrials,
+        canaries: CanaryMonitor,
         policies: Sequence[Policy],
         swapped: Callable[[str, str], None] = lambda adapter, result: None,
     ) -> None:
-        self._wayback = wayback
+        self._rollback = rollback
         self._lifecycle = lifecycle
         self._registry = registry
         self._audit = audit
-        self._trials = trials
+        self._canaries = canaries
         self._policies = policies
         self._swapped = swapped
 
@@ -50,22 +51,22 @@ class RolloutController:
         """The policy of the adapter of this full name."""
         return policy_for(self._policies, adapter)
 
-    async def decide(self, judgement: Judgement) -> None:
+    async def decide(self, verdict: CanaryVerdict) -> None:
         """Do what the policy says; whatever comes of it is logged."""
-        policy, adapter = self.policy(judgement.adapter), judgement.adapter
-        log.warning("%s@v%d is %s: %s", adapter, judgement.canary, judgement.verdict.value, judgement.reason)
-        if judgement.verdict is Verdict.WORSE and policy.worse == ROLLBACK:
-            await self._wayback.rollback(adapter, judgement.canary, judgement.reason, judgement.evidence)
+        policy, adapter = self.policy(verdict.adapter), verdict.adapter
+        log.warning("%s@v%d is %s: %s", adapter, verdict.canary, verdict.verdict.value, verdict.reason)
+        if verdict.verdict is Verdict.WORSE and policy.worse == ROLLBACK:
+            await self._rollback.rollback(adapter, verdict.canary, verdict.reason, verdict.evidence)
             return
-        status, what = 200, f"canary_{judgement.verdict.value}"
-        if judgement.verdict is Verdict.PROVED and policy.proved == PROMOTE:
+        status, what = 200, f"canary_{verdict.verdict.value}"
+        if verdict.verdict is Verdict.PROVED and policy.proved == PROMOTE:
             what = "promote"
-            why = f"proved: {json.dumps(judgement.evidence)}"[:2048]
+            why = f"proved: {json.dumps(verdict.evidence)}"[:2048]
             try:
-                await self._lifecycle.promote(adapter, judgement.canary, by=WHO, expected=judgement.live, why=why)
+                await self._lifecycle.promote(adapter, verdict.canary, by=WHO, expected=verdict.live, why=why)
                 self._swapped(adapter, "promoted")
             except LoradockError as error:
-                log.warning("%s@v%d was not promoted: %s", adapter, judgement.canary, error.message)
+                log.warning("%s@v%d was not promoted: %s", adapter, verdict.canary, error.message)
                 status = error.status
         await asyncio.to_thread(
             self._audit.write,
@@ -74,9 +75,9 @@ class RolloutController:
             tenant=tenant_of(adapter),
             key=None,
             what=what,
-            subject=f"{adapter}@v{judgement.canary}",
-            reason=judgement.reason,
-            evidence=json.dumps(judgement.evidence)[:2048],
+            subject=f"{adapter}@v{verdict.canary}",
+            reason=verdict.reason,
+            evidence=json.dumps(verdict.evidence)[:2048],
         )
 
     def alarmed(self, alarm: Alarm) -> None:
@@ -104,11 +105,11 @@ class RolloutController:
 
     def check(self, adapter: str, version: int, at_once: bool) -> None:
         """Conflict, if the policy holds this version back."""
-        trial = self._trials.running.get(adapter)
-        if at_once or trial is None or trial.canary != version or self.policy(adapter).worse != HOLD:
+        analysis = self._canaries.analysis(adapter)
+        if at_once or analysis is None or analysis.canary != version or self.policy(adapter).worse != HOLD:
             return
-        if trial.verdict is Verdict.WORSE:
+        if analysis.verdict is Verdict.WORSE:
             raise Conflict(
-                f"version {version} did worse than version {trial.live} as its canary, and this adapter's policy holds "
-                'it back: see its /drift, and promote it with "at_once": true if you want it all the same'
+                f"version {version} did worse than version {analysis.live} as its canary, and this adapter's policy "
+                'holds it back: see its /drift, and promote it with "at_once": true if you want it all the same'
             )

@@ -42,7 +42,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class RollbackResult:
     """The outcome, and in a sentence why."""
 
     outcome: Outcome
@@ -73,7 +73,7 @@ class AutomaticRollback:
         self._clock = clock
         self._one_at_a_time = asyncio.Lock()
 
-    async def rollback(self, adapter: str, version: int, reason: str, evidence: Mapping[str, Any]) -> Verdict:
+    async def rollback(self, adapter: str, version: int, reason: str, evidence: Mapping[str, Any]) -> RollbackResult:
         """Take the traffic from `version` of the adapter of this full name. Never raises what a log line can say.
 
         `reason` is one of a few words, and the metric's label; `evidence` goes to the history and the audit log.
@@ -82,7 +82,7 @@ class AutomaticRollback:
             try:
                 verdict = await self._rollback(adapter, version, f"{reason}: {_written(evidence)}")
             except LoradockError as error:
-                verdict = Verdict(Outcome.FAILED, error.message)
+                verdict = RollbackResult(Outcome.FAILED, error.message)
         if verdict.outcome is Outcome.NOT_SERVING:
             return verdict
         log.warning("%s@v%d, %s: %s", adapter, version, reason, verdict.message)
@@ -102,16 +102,16 @@ class AutomaticRollback:
         )
         return verdict
 
-    async def _rollback(self, adapter: str, version: int, why: str) -> Verdict:
+    async def _rollback(self, adapter: str, version: int, why: str) -> RollbackResult:
         canary = self._registry.canary(adapter) if adapter in self._registry else None
         if canary and canary.adapter.version == version:
             await self._lifecycle.share(adapter, "canary", version, 0, by=WHO, why=why)
-            return Verdict(Outcome.CANARY_ENDED, f"version {version} is no canary any more")
+            return RollbackResult(Outcome.CANARY_ENDED, f"version {version} is no canary any more")
         live = self._registry.live(adapter) if adapter in self._registry else None
         if live is None or live.version != version:
-            return Verdict(Outcome.NOT_SERVING, f"version {version} is neither live nor a canary")
+            return RollbackResult(Outcome.NOT_SERVING, f"version {version} is neither live nor a canary")
         if minutes := await asyncio.to_thread(self._minutes_to_wait, adapter):
-            return Verdict(
+            return RollbackResult(
                 Outcome.TOO_SOON,
                 f"version {version} stays live: the adapter was rolled back less than an hour ago, "
                 f"look at it yourself (the next rollback is possible in {minutes} minutes)",
@@ -119,12 +119,14 @@ class AutomaticRollback:
         before = await asyncio.to_thread(self._registry.before, adapter)
         if before is None or before > version:
             # A later number before this one: somebody went back by hand already, and returning there would be forward.
-            return Verdict(Outcome.NOWHERE, f"version {version} stays live: no earlier version was live before it")
+            return RollbackResult(
+                Outcome.NOWHERE, f"version {version} stays live: no earlier version was live before it"
+            )
         try:
             target = await self._lifecycle.rollback(adapter, by=WHO, expected=version, why=why)
         except Conflict as moved:
-            return Verdict(Outcome.NOT_SERVING, moved.message)
-        return Verdict(Outcome.ROLLED_BACK, f"rolled back from version {version} to {target.version}")
+            return RollbackResult(Outcome.NOT_SERVING, moved.message)
+        return RollbackResult(Outcome.ROLLED_BACK, f"rolled back from version {version} to {target.version}")
 
     def _minutes_to_wait(self, adapter: str) -> int:
         """Read from the history, so that a restart does not forget it."""

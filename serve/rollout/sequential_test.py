@@ -102,7 +102,7 @@ CHECKS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """One check so far. Evidence is ln, and is held against `Comparison.log_threshold`; alpha's share is in it
     already."""
 
@@ -133,22 +133,22 @@ class Comparison:
         self.weight, self.alpha, self.checks = weight, alpha, tuple(checks)
         self.skipped = 0
         whole = sum(check.share for check in checks)
-        self._trials = [_Trial(check, _block(weight), check.share / whole) for check in checks]
+        self._tests = [_CheckTest(check, _block(weight), check.share / whole) for check in checks]
         self._lots = np.random.Generator(np.random.PCG64(seed))
         self._askers: OrderedDict[int, None] = OrderedDict()
         self._verdict = Verdict.UNDECIDED
 
     def observe(self, canary: bool, values: Mapping[str, float | None], *, asker: Hashable | None = None) -> Verdict:
         """One finished request and what it gave to the checks; what is missing, None or not finite is left out."""
-        if asker is not None and self._met(asker):
+        if asker is not None and self._counted(asker):
             self.skipped += 1
             return self.verdict
         closed = False
-        for trial in self._trials:
-            value = values.get(trial.check.name)
+        for test in self._tests:
+            value = values.get(test.check.name)
             if value is not None and math.isfinite(value):
-                closed = trial.observe(canary, float(value), self._lots) or closed
-        return self._judge() if closed else self.verdict
+                closed = test.observe(canary, float(value), self._lots) or closed
+        return self._decide() if closed else self.verdict
 
     @property
     def verdict(self) -> Verdict:
@@ -161,30 +161,30 @@ class Comparison:
 
     def log_evidence(self, group: str | None = None) -> float:
         """The strongest evidence for WORSE in a group, or in all; >= log_threshold at some time means WORSE."""
-        mine = [trial.log_evidence() for trial in self._trials if group in (None, trial.check.group)]
-        return max(mine, default=-math.inf)
+        evidence = [test.log_evidence() for test in self._tests if group in (None, test.check.group)]
+        return max(evidence, default=-math.inf)
 
-    def findings(self) -> list[Finding]:
+    def results(self) -> list[CheckResult]:
         """Every check, in order."""
-        return [trial.finding(self.log_threshold) for trial in self._trials]
+        return [test.result(self.log_threshold) for test in self._tests]
 
-    def reasons(self) -> list[Finding]:
+    def reasons(self) -> list[CheckResult]:
         """What made it WORSE."""
-        return [finding for finding in self.findings() if finding.worse]
+        return [result for result in self.results() if result.worse]
 
     def set_weight(self, weight: float) -> None:
         """The share has changed: open blocks are thrown away, since their lots were drawn at two odds."""
         if not 0 < weight < 1:
             raise ValueError(f"weight {weight} leaves one version without requests; it lies between 0 and 1")
         self.weight = weight
-        for trial in self._trials:
-            trial.restart(_block(weight))
+        for test in self._tests:
+            test.restart(_block(weight))
 
     def state(self) -> State:
-        trials = [trial.state().items() for trial in self._trials]
-        state = {f"{i}.{name}": value for i, items in enumerate(trials) for name, value in items}
+        states = [test.state().items() for test in self._tests]
+        state = {f"{i}.{name}": value for i, items in enumerate(states) for name, value in items}
         return state | {
-            "checks": np.array([trial.check.name for trial in self._trials]),
+            "checks": np.array([test.check.name for test in self._tests]),
             "odds": np.array([self.weight, self.alpha]),
             "skipped": np.array(self.skipped),
             "askers": np.array(list(self._askers), np.int64),
@@ -199,15 +199,15 @@ class Comparison:
             raise ValueError("the saved comparison was over other checks; begin a new one")
         weight, alpha = (float(odds) for odds in state["odds"])
         self = cls(weight, checks=checks, alpha=alpha)
-        for i, trial in enumerate(self._trials):
-            trial.restore({name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{i}.")})
+        for i, test in enumerate(self._tests):
+            test.restore({name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{i}.")})
         self.skipped = int(state["skipped"])
         self._askers = OrderedDict.fromkeys(int(asker) for asker in state["askers"])
         self._verdict = Verdict(str(state["verdict"]))
         self._lots = lots_from(state["lots"])
         return self
 
-    def _met(self, asker: Hashable) -> bool:
+    def _counted(self, asker: Hashable) -> bool:
         key = _key(asker)
         known = key in self._askers
         self._askers[key] = None
@@ -216,18 +216,18 @@ class Comparison:
             self._askers.popitem(last=False)
         return known
 
-    def _judge(self) -> Verdict:
+    def _decide(self) -> Verdict:
         if self._verdict is Verdict.UNDECIDED:
-            found = self.findings()
-            required = [mine.proved for check, mine in zip(self.checks, found, strict=True) if check.required]
-            if any(mine.worse for mine in found):
+            results = self.results()
+            required = [result.proved for check, result in zip(self.checks, results, strict=True) if check.required]
+            if any(result.worse for result in results):
                 self._verdict = Verdict.WORSE
             elif required and all(required):
                 self._verdict = Verdict.PROVED
         return self._verdict
 
 
-class _Trial:
+class _CheckTest:
     """One check's blocks and wealth. Sides: 0, is the canary too high; 1, is it too low."""
 
     def __init__(self, check: Check, block: int, share: float) -> None:
@@ -263,14 +263,14 @@ class _Trial:
         """Of "within the tolerance" on every side; no share, since all required checks must be proved together."""
         return min(_log_mean(self._good[side]) for side in self._sides)
 
-    def finding(self, log_threshold: float) -> Finding:
+    def result(self, log_threshold: float) -> CheckResult:
         live, canary = (int(count) for count in self._counts)
         effect = math.nan
         if live and canary:
             effect = float(self._sums[1] / canary - self._sums[0] / live)
             if self.check.unit is Unit.RATIO:
                 effect = math.exp(effect)
-        return Finding(
+        return CheckResult(
             self.check.name,
             self.check.group,
             self.log_evidence(),
@@ -343,7 +343,7 @@ def _block(weight: float) -> int:
 
 
 def _ranks(values: NDArray[np.float64], lots: np.random.Generator) -> NDArray[np.float64]:
-    """DataParallelRanks of n values from -(n-1)/2n to (n-1)/2n, ties broken by lot."""
+    """Ranks of n values from -(n-1)/2n to (n-1)/2n, ties broken by lot."""
     n = len(values)
     order = np.lexsort((lots.random(n), values))
     ranks = np.empty(n)

@@ -55,13 +55,17 @@ async def main(rounds: int) -> None:
 
 
 async def measure(app, url: str, rounds: int) -> None:
-    watcher, inference = app.state.parts.watcher, app.state.parts.inference
+    worker, monitor, inference = (
+        app.state.parts.exchange_worker,
+        app.state.parts.drift_monitor,
+        app.state.parts.inference,
+    )
     takes, wants, watched = inference._take, inference._wants_logprobs, exchange.Tap.watched
-    while not watcher.running:  # it reads the model's embedding table first
+    while not worker.running:  # it reads the model's embedding table first
         await asyncio.sleep(0.1)
-    await asyncio.to_thread(fill, watcher, app.state.parts.fleet.first.model)
+    await asyncio.to_thread(fill, worker, monitor, app.state.parts.fleet.first.model)
     await load_of(url, 40)  # the engine's first steps
-    watcher._spent = watcher._taken = 0
+    worker.cpu_seconds = worker.handled = 0
     found: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds):
         for on in (True, False) if number % 2 else (False, True):
@@ -72,12 +76,14 @@ async def measure(app, url: str, rounds: int) -> None:
             tokens = await load_of(url, STREAMS * EACH)
             found[on].append(tokens / (time.perf_counter() - began))
             print(f"round {number} {'on ' if on else 'off'} {found[on][-1]:.1f} tokens/s", flush=True)
-    await asyncio.to_thread(watcher.settle)
-    (one,) = watcher.report("smollm2")["versions"]
+    await asyncio.to_thread(worker.settle)
+    (one,) = monitor.report("smollm2")
     print(f"thinning: {one['thinning']}")
     ratios = [on / off for on, off in zip(found[True], found[False], strict=True)]
     print(f"on/off {statistics.median(ratios):.4f} in the median, {min(ratios):.4f} to {max(ratios):.4f}")
-    print(f"worker: {1e6 * watcher._spent / watcher._taken:.0f} us of CPU a request, over {watcher._taken} requests")
+    print(
+        f"worker: {1e6 * worker.cpu_seconds / worker.handled:.0f} us of CPU a request, over {worker.handled} requests"
+    )
 
 
 @contextmanager
@@ -86,7 +92,7 @@ def nothing(self):
     yield
 
 
-def fill(watcher, model: str) -> None:
+def fill(worker, monitor, model: str) -> None:
     """Requests that no engine answered, until every detector holds as much as it ever does.
 
     In the real ones' chat template: thinning learns from the first what all have in common, and would leave the real
@@ -102,11 +108,11 @@ def fill(watcher, model: str) -> None:
         if number % 4 == 0:
             made = replace(made, logprobs=[-lots.random() for _ in range(TOKENS)])
         asker = f"filling {number}".encode()
-        watcher.offer(Exchange("smollm2", "base", 200, 0.1, 1.0, asker=asker, generations=(made,)))
+        worker.offer(Exchange("smollm2", "base", 200, 0.1, 1.0, asker=asker, generations=(made,)))
         if number % 500 == 0:
-            watcher.settle()
-    watcher.settle()
-    (watched,) = watcher._versions.values()
+            worker.settle()
+    worker.settle()
+    (watched,) = monitor._versions.values()
     assert all(signal.samples for signal in watched.baseline.signals.values())
 
 

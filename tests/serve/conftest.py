@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import fsspec
 import httpx
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from serve.config import Config, keys_hashed, load
 from tests.support import postgres as postgresql
@@ -114,3 +117,14 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     client.create_bucket(Bucket="models")
     yield client
     server.stop()
+
+
+@pytest.fixture
+def watched(config, backend, tiny_model, tmp_path):
+    """A configuration of a model that has an embedding table, with short baselines."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    table = torch.randn(32, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
+    save_file({"model.embed_tokens.weight": table}, folder / "model.safetensors")
+    backend.model = str(folder)
+    return replace(config, model=str(folder), drift_reference=100, drift_threshold=1e4)

@@ -17,7 +17,7 @@ from serve.api.schemas import Fetch, Pin, Promote, Rollback, Visibility, Weight
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.config import Config
-from serve.drift.monitor import Watcher
+from serve.drift.monitor import DriftMonitor
 from serve.errors import BadRequest, TooLarge, invalid
 from serve.gateway.router import manages
 from serve.names import DEFAULT, check_name, full_name, shown, spelled
@@ -47,7 +47,7 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
             asked = await _received(request, kind, folder, parts.config)
         full = full_name(caller.tenant, check_name(asked.name))
         # By policy a version that follows another one gets a share of the traffic first.
-        weight = parts.referee.policy(full).canary_weight
+        weight = parts.rollout_controller.policy(full).canary_weight
         trying = asked.promote and weight > 0 and parts.live_version(full) is not None
         adapter, created = await parts.lifecycle.push(
             full,
@@ -94,8 +94,8 @@ async def promote(
     """Make a version live. With `expected_version` (or `If-Match`), 409 when another version is live by then."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
     full, expected = owned(parts, name, caller), agreed(body.expected_version, matching)
-    parts.referee.check(full, body.version, body.at_once)
-    weight = parts.referee.policy(full).canary_weight
+    parts.rollout_controller.check(full, body.version, body.at_once)
+    weight = parts.rollout_controller.policy(full).canary_weight
     canary, live = parts.registry.canary(full), parts.live_version(full)
     known = live in (None, body.version) or (canary is not None and canary.adapter.version == body.version)
     if weight > 0 and not body.at_once and not known:
@@ -188,7 +188,7 @@ async def remove_version(
     gone = await parts.lifecycle.remove(
         owned(parts, name, caller), number, by=caller.name, force=force, expected=expected, why=why
     )
-    await asyncio.to_thread(_forget, parts.watcher, gone)
+    await asyncio.to_thread(_forget, parts.drift_monitor, gone)
     return {"name": name, "deleted": [one.version for one in gone]}
 
 
@@ -199,7 +199,7 @@ async def remove(
     """Remove an adapter with all its versions."""
     request.state.subject = spelled(name, caller.tenant)
     gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
-    await asyncio.to_thread(_forget, parts.watcher, gone)
+    await asyncio.to_thread(_forget, parts.drift_monitor, gone)
     return {"name": name, "deleted": [one.version for one in gone]}
 
 
@@ -266,6 +266,6 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
     return asked.model_copy(update={"why": asked.why or f"from {asked.source}{commit}"})
 
 
-def _forget(watcher: Watcher, gone: Sequence[Adapter]) -> None:
+def _forget(monitor: DriftMonitor, gone: Sequence[Adapter]) -> None:
     for adapter in gone:
-        watcher.forget(adapter.name, adapter.id)
+        monitor.forget(adapter.name, adapter.id)

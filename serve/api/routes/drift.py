@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -24,21 +25,21 @@ router = APIRouter()
 @router.get("/v1/drift")
 async def drift(caller: Manager, parts: TheParts) -> dict[str, Any]:
     """What has moved, of everything that the caller may change; the base is the operator's."""
-    found = await asyncio.to_thread(parts.watcher.summary)
+    found = await asyncio.to_thread(parts.drift_monitor.summary)
     rows = [
         {"name": short_name(full, caller.tenant), "versions": found[full]}
         for full in sorted(found)
         if (caller.operator if full in parts.fleet else full in parts.registry and manages(caller, full))
     ]
-    return {"object": "list", "watching": parts.watcher.running, "data": rows}
+    return {"object": "list", "watching": parts.exchange_worker.running, "data": rows}
 
 
 @router.get("/v1/adapters/{name:path}/drift")
 async def adapter_drift(name: str, caller: Manager, parts: TheParts) -> dict[str, Any]:
     """What moved, since when, how strongly; and how its canary does."""
     full = name if name in parts.fleet and caller.operator else owned(parts, name, caller)
-    told = await asyncio.to_thread(parts.watcher.report, full)
-    return {"object": "adapter.drift", "name": name, "watching": parts.watcher.running, **told}
+    report = await asyncio.to_thread(_report, parts, full)
+    return {"object": "adapter.drift", "name": name, "watching": parts.exchange_worker.running, **report}
 
 
 @router.post("/v1/adapters/{name:path}/drift/acknowledge")
@@ -49,8 +50,8 @@ async def acknowledge(
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
     full = owned(parts, name, caller)
     parts.registry.get(full, body.version)
-    await asyncio.to_thread(parts.watcher.acknowledge, full, f"v{body.version}")
-    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(parts.watcher.report, full)}
+    await asyncio.to_thread(parts.drift_monitor.acknowledge, full, f"v{body.version}")
+    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, full)}
 
 
 @router.post("/v1/adapters/{name:path}/baseline")
@@ -58,9 +59,9 @@ async def baseline(name: str, body: Rehearsed, request: Request, caller: Manager
     """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
     which = baselined(parts, owned(parts, name, caller), body.version)
-    exchanges = await parts.rehearsal.run(which, body.prompts, max_tokens=body.max_tokens)
+    exchanges = await parts.baseline_build.run(which, body.prompts, max_tokens=body.max_tokens)
     label = f"v{which.version}"
-    rows = await asyncio.to_thread(_asked, parts.watcher.adopt, which.name, label, which.id, exchanges)
+    rows = await asyncio.to_thread(_asked, parts.drift_monitor.build_baseline, which.name, label, which.id, exchanges)
     return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
 
 
@@ -68,7 +69,9 @@ async def baseline(name: str, body: Rehearsed, request: Request, caller: Manager
 async def saved_baseline(name: str, caller: Manager, parts: TheParts, version: PositiveInt | None = None) -> Response:
     """A version's baseline, to ship with the adapter."""
     which = baselined(parts, owned(parts, name, caller), version)
-    data = await asyncio.to_thread(_asked, parts.watcher.packed, which.name, f"v{which.version}", which.id)
+    data = await asyncio.to_thread(
+        _asked, parts.drift_monitor.export_baseline, which.name, f"v{which.version}", which.id
+    )
     return Response(data, media_type="application/zip")
 
 
@@ -85,7 +88,7 @@ async def shipped_baseline(
         if len(data) > MAX_BASELINE:
             raise TooLarge(f"a baseline is at most {MAX_BASELINE >> 20} MiB")
     label = f"v{which.version}"
-    rows = await asyncio.to_thread(_asked, parts.watcher.unpack, which.name, label, which.id, data)
+    rows = await asyncio.to_thread(_asked, parts.drift_monitor.import_baseline, which.name, label, which.id, data)
     return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
 
 
@@ -96,7 +99,8 @@ async def rate(body: Rating, request: Request, caller: Asker, parts: TheParts) -
     answered, rating = parts.feedback.join(caller.tenant, body.request_id, body.rating, body.answer)
     parts.monitor.rated(answered.adapter, answered.version, "good" if rating >= GOOD else "bad")
     if answered.dealt:
-        parts.watcher.rated(answered.adapter, answered.version, rating, answered.asker)
+        count = partial(parts.canary_monitor.rate, answered.adapter, answered.version, rating, answered.asker)
+        parts.exchange_worker.submit(count)
     return {"object": "feedback", "request_id": body.request_id, "rating": rating}
 
 
@@ -105,9 +109,13 @@ def baselined(parts: Services, full: str, version: int | None) -> Adapter:
     number = version or parts.live_version(full)
     if number is None:
         raise Conflict("no version of this adapter is live: say which one the baseline is for", param="version")
-    if not parts.watcher.running:
+    if not parts.exchange_worker.running:
         raise Conflict("drift is not watched on this server, so there is nothing to build a baseline for")
     return parts.registry.get(full, number)
+
+
+def _report(parts: Services, full: str) -> dict[str, Any]:
+    return {"versions": parts.drift_monitor.report(full), "canary": parts.canary_monitor.report(full)}
 
 
 def _asked(do: Callable[..., Any], *args: Any) -> Any:

@@ -182,4 +182,4 @@ def test_alertmanagers_own_fields_are_all_taken():
 
 @pytest.fixture
 def wayback(client):
-    return client._transport.app.state.parts.wayback
+    return client._transport.app.state.parts.automatic_rollback

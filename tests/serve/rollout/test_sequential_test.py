@@ -175,7 +175,7 @@ def test_a_restored_comparison_goes_on_bit_for_bit():
         given = {name: float(column[i]) for name, column in values.items()}
         for one in (comparison, twin) if i >= 333 else (comparison,):
             one.observe(bool(labels[i]), given, asker=i)
-    assert comparison.findings() == twin.findings()
+    assert comparison.results() == twin.results()
     assert comparison.verdict is twin.verdict
     with pytest.raises(ValueError, match="over other checks"):
         Comparison.from_state(comparison.state(), checks=[latency(0.0)])

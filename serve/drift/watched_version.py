@@ -1,0 +1,171 @@
+"""One version that is watched: its baseline, the thinning of its traffic, its alarms and quotes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from serve.asgi.exchange import Exchange, Generation
+from serve.drift.baseline import Baseline, Phase, Tolerance
+from serve.drift.embedding import Embedding
+from serve.drift.features import PROMPT, Answer, Floats, answer_rows, prompt_row
+from serve.drift.probe_comparison import has_reference, noise_ratio, probe_arrays
+from serve.drift.thinning import Thinning, common_runs
+from serve.engine.effect_probe import Logprobs
+
+# The first prompts of a version say which runs of tokens all prompts share: template and system prompt.
+EARLY = 32
+# Prompts and askers that a version's thinning remembers.
+REMEMBERED = 5_000
+PROBE = "probe"
+QUOTES = 20
+QUOTED_CHARACTERS = 400
+SAMPLE_TIMES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class DriftSettings:
+    """What an operator sets. `interval` and `quote_seconds` in seconds, `reference` in requests of the prompt signal.
+
+    `capture`: quote answers in reports, with what `redact` matches blacked out. `versions`: kept in memory.
+    """
+
+    threshold: float = 1e5
+    reference: int = 1000
+    interval: float = 600.0
+    versions: int = 200
+    tolerance: Tolerance = Tolerance()
+    capture: bool = False
+    redact: tuple[re.Pattern[str], ...] = ()
+    quote_seconds: float = 86_400.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something moved, by so much that it matters."""
+
+    adapter: str
+    version: str
+    signal: str
+    effects: Mapping[str, float]
+    log_evidence: float
+
+
+@dataclass(slots=True, eq=False)
+class WatchedVersion:
+    """`base` is the name of the base model that the version runs on, `id` the version as the engine knows it."""
+
+    adapter: str
+    version: str
+    id: str
+    base: str
+    baseline: Baseline
+    settings: DriftSettings
+    unsaved: bool = False
+    thinning: Thinning[Exchange] | None = None
+    # When each signal alarmed last, until it is acknowledged.
+    alarmed: dict[str, float] = field(default_factory=dict)
+    probe_ratio: float | None = None
+    probe_alarms: int = 0
+    # When the last samples of each signal came.
+    _times: dict[str, deque[float]] = field(init=False, default_factory=dict)
+    _early: list[tuple[Exchange, Generation]] = field(init=False, default_factory=list)
+    _quotes: deque[tuple[float, dict[str, Any]]] = field(init=False, default_factory=lambda: deque(maxlen=QUOTES))
+
+    def observe(self, exchange: Exchange, embedding: Embedding) -> list[Alarm]:
+        """Take in one exchange, unless thinning leaves it out; the alarms that it raised."""
+        generation = exchange.generations[0]
+        if self.thinning is None:
+            self._early.append((exchange, generation))
+            if len(self._early) < EARLY:
+                return []
+            template = common_runs([early.prompt for _, early in self._early])
+            self.thinning = Thinning(
+                interval=self.settings.interval, memory=REMEMBERED, ignore=template, seed=self.settings.seed
+            )
+            waiting, self._early = self._early, []
+        else:
+            waiting = [(exchange, generation)]
+        alarms: list[Alarm] = []
+        for candidate, made in waiting:
+            key = None if candidate.asker is None else hash(candidate.asker)
+            for accepted in self.thinning.offer(candidate, tokens=made.prompt, key=key, now=candidate.began):
+                alarms += self._sample(accepted, embedding)
+        return alarms
+
+    def compare_probe(self, answers: Sequence[Logprobs], noise: float, now: float) -> Alarm | None:
+        """Compare the answers to the probe prompts with the first ones, which are kept; an alarm when they moved."""
+        kept = self.baseline.probe
+        if not has_reference(kept, answers):
+            self.baseline.probe = probe_arrays(answers, noise)
+            self.probe_ratio, self.unsaved = 0.0, True
+            return None
+        before, self.probe_ratio = self.probe_ratio, noise_ratio(kept, answers)
+        tolerated = self.settings.tolerance.probe
+        if self.probe_ratio <= tolerated or (before is not None and before > tolerated):
+            return None
+        self.probe_alarms += 1
+        self.alarmed[PROBE] = now
+        return Alarm(self.adapter, self.version, PROBE, {"noise_ratio": self.probe_ratio}, math.inf)
+
+    def acknowledge(self) -> None:
+        """The alarms have been dealt with: evidence begins again at nothing."""
+        self.alarmed.clear()
+        self.unsaved = True
+        for signal in self.baseline.signals.values():
+            signal.acknowledge()
+
+    def replace_baseline(self, baseline: Baseline) -> None:
+        """Compare with this baseline from now on."""
+        self.baseline, self.unsaved = baseline, True
+        self.alarmed.clear()
+        self._times.clear()
+
+    def since(self, kind: str) -> str | None:
+        """When the change of a signal began, if it drifted and that is known."""
+        signal, times = self.baseline.signals[kind], self._times.get(kind)
+        if signal.changed_at is None or not times:
+            return None
+        back = signal.samples - signal.changed_at
+        return _iso(times[-back] if 0 < back <= len(times) else times[0])
+
+    def quotes(self, now: float) -> list[dict[str, Any]]:
+        """The answers that may be quoted still."""
+        return [quote for when, quote in self._quotes if when > now - self.settings.quote_seconds]
+
+    def _sample(self, exchange: Exchange, embedding: Embedding) -> Iterator[Alarm]:
+        """Update every signal with one accepted exchange."""
+        generation = exchange.generations[0]
+        self.unsaved = True
+        if self.settings.capture:
+            self._quotes.append((exchange.began, self._quote(exchange, generation)))
+        for kind, row in signal_rows(generation, embedding).items():
+            signal = self.baseline.signals[kind]
+            if signal.phase is Phase.WATCHING:
+                self._times.setdefault(kind, deque(maxlen=SAMPLE_TIMES)).append(exchange.began)
+            if signal.update(row):
+                self.alarmed[kind] = exchange.began
+                yield Alarm(self.adapter, self.version, kind, signal.beyond(), signal.log_evidence)
+
+    def _quote(self, exchange: Exchange, generation: Generation) -> dict[str, Any]:
+        text = generation.text[:QUOTED_CHARACTERS]
+        for pattern in self.settings.redact:
+            text = pattern.sub("[redacted]", text)
+        return {"request_id": exchange.request_id, "when": _iso(exchange.began), "answer": text}
+
+
+def signal_rows(generation: Generation, embedding: Embedding) -> dict[str, Floats]:
+    """The row of each signal that one generation gives."""
+    row = prompt_row(embedding, generation.prompt)
+    answer = Answer(generation.output, generation.finish_reason, generation.text, generation.logprobs)
+    return {PROMPT: row, **answer_rows(embedding, row, answer)}
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
