@@ -51,7 +51,11 @@ def owned(parts: Services, name: str, caller: Caller) -> str:
 
 
 def described(parts: Services, adapter: Adapter, caller: Caller) -> dict[str, Any]:
-    return {**parts.lifecycle.describe(adapter), "name": short_name(adapter.name, caller.tenant)}
+    """An adapter version as the caller may see it: where a base model's files are is the operators' to know."""
+    version = {**parts.lifecycle.describe(adapter), "name": short_name(adapter.name, caller.tenant)}
+    if "base_model" in version["checks"] and not caller.operator:
+        version["checks"] |= {"base_model": version["engine"]}
+    return version
 
 
 def summary(parts: Services, full: str, caller: Caller) -> dict[str, Any]:

@@ -134,7 +134,9 @@ async def alerts(body: Notification, request: Request, caller: Manager, parts: T
 def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[str, Any]]:
     """OpenAI's model cards: the bases, then every adapter that the caller may ask, by name and by version."""
     for base in fleet:
-        card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock", "root": base.model}
+        card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock"}
+        # Its directory is the operators' to know.
+        card["root"] = base.model if caller.operator else base.name
         card |= {"parent": None, "max_model_len": base.backend.max_model_len} if base.is_ready else {"parent": None}
         yield {**card, "manifest": manifest} if (manifest := gist(base.model)) else card
     for full in registry.names():

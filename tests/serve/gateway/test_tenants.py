@@ -134,6 +134,18 @@ async def test_the_lists_of_one_tenant_hold_nothing_of_another(globex, acme, ope
     assert [row["name"] for row in (await operator.get("/v1/adapters")).json()["data"]] == ["acme/secret"]
 
 
+async def test_no_client_is_told_where_the_servers_files_are(operator, acme, secret, tiny_model):
+    folder = str(tiny_model)
+    for path in ("/v1/models", "/v1/models/base", "/v1/adapters", "/v1/adapters/secret", "/version", "/ready"):
+        assert folder not in (await acme.get(path)).text, path
+    assert folder not in json.dumps(secret)
+    base = (await acme.get("/v1/models/base")).json()
+    assert base["root"] == "base"
+    versions = (await acme.get("/v1/adapters/secret")).json()["versions"]
+    assert [version["checks"]["base_model"] for version in versions] == ["base", "base"]
+    assert (await operator.get("/v1/models/base")).json()["root"] == folder
+
+
 async def test_metrics_are_the_operators_and_name_the_tenant(globex, acme, operator, secret):
     await ask(acme, "secret")
     assert (await globex.get("/metrics")).status_code == 403
