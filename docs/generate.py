@@ -18,10 +18,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import typer
-from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from serve import config
+from serve.api.json_body import DocumentedApi
 from serve.api.routes import callers, routers
 from serve.cli.main import app as command_line
 
@@ -107,7 +107,7 @@ SECTIONS = {
 
 def http_api() -> str:
     """Every route of our own, from the OpenAPI document that the server gives at /openapi.json."""
-    app = FastAPI()
+    app = DocumentedApi()
     for router in routers():
         app.include_router(router)
     document = app.openapi()

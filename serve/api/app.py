@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from serve import __version__
 from serve.api.dashboard.pages import pages
 from serve.api.entrance import Entrance
+from serve.api.json_body import DocumentedApi
 from serve.api.routes import routers
 from serve.api.services import Services
 from serve.asgi.origin import OriginCheck, origins
@@ -55,7 +56,7 @@ def build_app(
         async with parts.running():
             yield
 
-    app = FastAPI(
+    app = DocumentedApi(
         title="loradock",
         version=__version__,
         lifespan=lifespan,

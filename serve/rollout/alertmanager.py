@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from msgspec import Meta, Struct
 
 from serve.adapters.registry import Registry
 from serve.names import shown
@@ -25,15 +25,14 @@ MAX_ALERTS = 1000
 _VERSION = re.compile(r"v?([1-9][0-9]{0,8})")
 
 
-class Alert(BaseModel):
+class Alert(Struct, frozen=True):
     """One alert, as Alertmanager's webhook (version 4) says it; what else it says is not needed here."""
 
-    model_config = ConfigDict(extra="ignore")
     status: str
     labels: dict[str, str]
+    startsAt: Annotated[str, Meta(pattern="^[0-9TZ:.+-]{1,40}$")]
+    fingerprint: Annotated[str, Meta(pattern="^[0-9a-f]{1,64}$")]
     annotations: dict[str, str] = {}
-    startsAt: str = Field(pattern="^[0-9TZ:.+-]{1,40}$")
-    fingerprint: str = Field(pattern="^[0-9a-f]{1,64}$")
 
     @property
     def key(self) -> str:
@@ -41,11 +40,10 @@ class Alert(BaseModel):
         return f"{self.fingerprint}@{self.startsAt}"
 
 
-class Notification(BaseModel):
+class Notification(Struct, frozen=True):
     """The body of `POST /v1/alerts`."""
 
-    model_config = ConfigDict(extra="ignore")
-    alerts: list[Alert] = Field(max_length=MAX_ALERTS)
+    alerts: Annotated[list[Alert], Meta(max_length=MAX_ALERTS)]
 
 
 class Alerts:

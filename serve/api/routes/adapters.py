@@ -3,22 +3,23 @@
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.fetch import fetch, parse
 from serve.adapters.upload import receive
+from serve.api.json_body import JsonBody, decoded
 from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
 from serve.api.schemas import Fetch, Pin, Promote, Rollback, Visibility, Weight
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.config import Config
 from serve.drift.monitor import DriftMonitor
-from serve.errors import BadRequest, TooLarge, invalid
+from serve.errors import BadRequest, TooLarge
 from serve.gateway.router import manages
 from serve.names import DEFAULT, check_name, full_name, shown, spelled
 
@@ -89,7 +90,12 @@ async def adapter(name: str, caller: Manager, response: Response, parts: ThePart
 
 @router.post("/v1/adapters/{name:path}/promote")
 async def promote(
-    name: str, body: Promote, request: Request, caller: Manager, matching: Expected, parts: TheParts
+    name: str,
+    request: Request,
+    caller: Manager,
+    matching: Expected,
+    parts: TheParts,
+    body: Annotated[Promote, JsonBody(Promote)],
 ) -> dict[str, Any]:
     """Make a version live. With `expected_version` (or `If-Match`), 409 when another version is live by then."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
@@ -110,10 +116,14 @@ async def promote(
 
 @router.post("/v1/adapters/{name:path}/rollback")
 async def rollback(
-    name: str, request: Request, caller: Manager, matching: Expected, parts: TheParts, body: Rollback | None = None
+    name: str,
+    request: Request,
+    caller: Manager,
+    matching: Expected,
+    parts: TheParts,
+    body: Annotated[Rollback, JsonBody(Rollback, required=False)],
 ) -> dict[str, Any]:
     """Make the version live that was live before this one. The body may be left out."""
-    body = body or Rollback()
     expected = agreed(body.expected_version, matching)
     request.state.subject = spelled(name, caller.tenant)
     full = owned(parts, name, caller)
@@ -125,7 +135,12 @@ async def rollback(
 
 @router.post("/v1/adapters/{name:path}/canary")
 async def canary(
-    name: str, body: Weight, request: Request, caller: Manager, expected: Expected, parts: TheParts
+    name: str,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    parts: TheParts,
+    body: Annotated[Weight, JsonBody(Weight)],
 ) -> dict[str, Any]:
     """Give a version a share of the name's traffic, for the same askers each time; a weight of 0 ends it."""
     return await _dealt("canary", name, body, request, caller, expected, parts)
@@ -133,7 +148,12 @@ async def canary(
 
 @router.post("/v1/adapters/{name:path}/shadow")
 async def shadow(
-    name: str, body: Weight, request: Request, caller: Manager, expected: Expected, parts: TheParts
+    name: str,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    parts: TheParts,
+    body: Annotated[Weight, JsonBody(Weight)],
 ) -> dict[str, Any]:
     """Let a version answer a share of the requests without showing its answers; a weight of 0 ends it."""
     return await _dealt("shadow", name, body, request, caller, expected, parts)
@@ -141,7 +161,12 @@ async def shadow(
 
 @router.post("/v1/adapters/{name:path}/visibility")
 async def visibility(
-    name: str, body: Visibility, request: Request, caller: Manager, expected: Expected, parts: TheParts
+    name: str,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    parts: TheParts,
+    body: Annotated[Visibility, JsonBody(Visibility)],
 ) -> dict[str, Any]:
     """Let every tenant ask this adapter (`shared`), or its own tenant alone (`private`)."""
     request.state.subject = spelled(name, caller.tenant)
@@ -153,10 +178,14 @@ async def visibility(
 
 @router.post("/v1/adapters/{name:path}/pin")
 async def pin(
-    name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts, body: Pin | None = None
+    name: str,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    parts: TheParts,
+    body: Annotated[Pin, JsonBody(Pin, required=False)],
 ) -> dict[str, Any]:
     """Keep a version in the engine's memory. The body may be left out: the live version is pinned then."""
-    body = body or Pin()
     request.state.subject = spelled(name, caller.tenant) + (f"@v{body.version}" if body.version else "")
     full = owned(parts, name, caller)
     await parts.lifecycle.pin(full, body.version, by=caller.name, why=body.why, expected=expected)
@@ -232,8 +261,8 @@ async def _received(request: Request, kind: str, folder: Path, config: Config) -
     visibility = form.get("visibility")
     if visibility not in (None, "private", "shared"):
         raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
-    said = {name: form[name] for name in ("name", "visibility", "engine", "why") if name in form}
-    return Fetch.model_validate({**said, "source": "", "promote": promote == "true"})
+    fields: dict[str, Any] = {name: form[name] for name in ("name", "visibility", "engine", "why") if name in form}
+    return msgspec.convert({**fields, "source": "", "promote": promote == "true"}, Fetch)
 
 
 async def _fetched(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
@@ -247,10 +276,7 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
         body += chunk
         if len(body) > MAX_JSON:
             raise TooLarge(f"a push as JSON takes up to {MAX_JSON} bytes; send files as multipart/form-data")
-    try:
-        asked = Fetch.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid(error.errors()) from error
+    asked = decoded(body, Fetch)
     request.state.subject = check_name(asked.name)
     trusted = caller.tenant == DEFAULT
     source = parse(asked.source, map(Path, config.source_roots if trusted else ()))
@@ -263,7 +289,7 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
         anonymous=not trusted,
     )
     commit = f" (commit {came.commit})" if came.commit else ""
-    return asked.model_copy(update={"why": asked.why or f"from {asked.source}{commit}"})
+    return msgspec.structs.replace(asked, why=asked.why or f"from {asked.source}{commit}")
 
 
 def _forget(monitor: DriftMonitor, gone: Sequence[Adapter]) -> None:

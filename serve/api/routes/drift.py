@@ -3,14 +3,15 @@
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import PositiveInt
 
 from serve.adapters.adapter import Adapter
+from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Asker, Manager, TheParts, owned
-from serve.api.schemas import Acknowledged, Rating, Rehearsed
+from serve.api.schemas import Acknowledged, BaselinePrompts, Rating
 from serve.api.services import Services
 from serve.errors import BadRequest, ConfigError, Conflict, TooLarge
 from serve.gateway.router import manages
@@ -44,7 +45,11 @@ async def adapter_drift(name: str, caller: Manager, parts: TheParts) -> dict[str
 
 @router.post("/v1/adapters/{name:path}/drift/acknowledge")
 async def acknowledge(
-    name: str, body: Acknowledged, request: Request, caller: Manager, parts: TheParts
+    name: str,
+    request: Request,
+    caller: Manager,
+    parts: TheParts,
+    body: Annotated[Acknowledged, JsonBody(Acknowledged)],
 ) -> dict[str, Any]:
     """Its alarms have been dealt with: evidence begins again at nothing."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
@@ -55,7 +60,13 @@ async def acknowledge(
 
 
 @router.post("/v1/adapters/{name:path}/baseline")
-async def baseline(name: str, body: Rehearsed, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
+async def baseline(
+    name: str,
+    request: Request,
+    caller: Manager,
+    parts: TheParts,
+    body: Annotated[BaselinePrompts, JsonBody(BaselinePrompts)],
+) -> dict[str, Any]:
     """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
     which = baselined(parts, owned(parts, name, caller), body.version)
@@ -93,7 +104,9 @@ async def shipped_baseline(
 
 
 @router.post("/v1/feedback")
-async def rate(body: Rating, request: Request, caller: Asker, parts: TheParts) -> dict[str, Any]:
+async def rate(
+    request: Request, caller: Asker, parts: TheParts, body: Annotated[Rating, JsonBody(Rating)]
+) -> dict[str, Any]:
     """A rating of an answer, by its id."""
     request.state.unaudited = True
     answered, rating = parts.feedback.join(caller.tenant, body.request_id, body.rating, body.answer)

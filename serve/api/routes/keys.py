@@ -1,10 +1,12 @@
 """Keys of tenants, by an operator."""
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request
 
+from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Operator, TheParts
 from serve.api.schemas import NewKey
 from serve.auth.rate_limits import Limits
@@ -14,7 +16,9 @@ router = APIRouter()
 
 
 @router.post("/v1/keys", status_code=201)
-async def create_key(body: NewKey, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+async def create_key(
+    request: Request, caller: Operator, parts: TheParts, body: Annotated[NewKey, JsonBody(NewKey, strict=True)]
+) -> dict[str, Any]:
     """Create a key of a tenant. The answer holds its secret, which is not shown again."""
     request.state.subject = f"{body.tenant}/{body.name}"
     if parts.auth.open:
@@ -22,7 +26,7 @@ async def create_key(body: NewKey, request: Request, caller: Operator, parts: Th
             "this server has no key, so everybody may do everything: "
             "start it with LORADOCK_ADMIN_KEYS, then create keys with that one"
         )
-    limits = Limits(**body.limits.model_dump())
+    limits = Limits(**msgspec.structs.asdict(body.limits))
     key, secret = await asyncio.to_thread(parts.keys.create, body.tenant, body.name, body.scopes, limits)
     request.state.subject = f"{body.tenant}/{body.name} {key.id}"
     return {**key.described(), "secret": secret}

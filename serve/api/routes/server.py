@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve import __version__
 from serve.adapters.registry import Registry
+from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Asker, Manager, Operator, TheParts
 from serve.api.schemas import Swap
 from serve.auth.auth import Caller
@@ -97,7 +98,9 @@ async def replicas(caller: Operator, parts: TheParts) -> dict[str, Any]:
 
 
 @router.post("/v1/engines/{engine:path}/swap")
-async def swap(engine: str, body: Swap, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+async def swap(
+    engine: str, request: Request, caller: Operator, parts: TheParts, body: Annotated[Swap, JsonBody(Swap)]
+) -> dict[str, Any]:
     """Replace the model under a base while requests go on; `drain_first` when both do not fit in memory."""
     request.state.subject = f"{engine} -> {body.model}"
     base = parts.fleet.get(engine)
@@ -119,7 +122,9 @@ async def restart(engine: str, request: Request, caller: Operator, parts: ThePar
 
 
 @router.post("/v1/alerts")
-async def alerts(body: Notification, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
+async def alerts(
+    request: Request, caller: Manager, parts: TheParts, body: Annotated[Notification, JsonBody(Notification)]
+) -> dict[str, Any]:
     """Alertmanager's webhook."""
     if not parts.ready.is_set():
         raise parts.fleet.first.unavailable()

@@ -1,0 +1,99 @@
+"""The JSON body of a request: decoded into a struct of serve.api.schemas by one dependency, documented from the same.
+
+    async def promote(name: str, caller: Manager, body: Annotated[Promote, JsonBody(Promote)]) -> ...
+
+Write it behind the caller, whose key is looked at first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.params import Depends
+from fastapi.routing import APIRoute
+
+from serve.errors import BadRequest
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?", re.S)
+_FIELD = re.compile(r"Object (?P<wrong>missing required|contains unknown) field `(?P<name>.*)`", re.S)
+_WRONG = {"missing required": "Field required", "contains unknown": "Extra inputs are not permitted"}
+_REFERENCE = "#/components/schemas/{name}"
+
+
+class _Reader:
+    """The dependency itself; a body that may be left out is the struct's defaults then."""
+
+    def __init__(self, kind: type[msgspec.Struct], *, required: bool, strict: bool) -> None:
+        self.kind, self.required, self.strict = kind, required, strict
+
+    async def __call__(self, request: Request) -> Any:
+        data = await request.body()
+        if not data and not self.required:
+            return self.kind()
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if data and media != "application/json" and not media.endswith("+json"):
+            raise BadRequest(
+                "the body: send it as JSON, with the header Content-Type: application/json", param="the body"
+            )
+        return decoded(data, self.kind, strict=self.strict)
+
+
+def JsonBody(kind: type[msgspec.Struct], *, required: bool = True, strict: bool = False) -> Any:
+    """A parameter's annotation; where `strict`, a number may not come as text."""
+    return Depends(_Reader(kind, required=required, strict=strict))
+
+
+def decoded(data: bytes, kind: type[T], *, strict: bool = False) -> T:
+    """The struct that the JSON says, or BadRequest that names the field."""
+    try:
+        return msgspec.json.decode(data or b"null", type=kind, strict=strict)
+    except msgspec.ValidationError as error:
+        where, message = _located(str(error)) if data else ("the body", "Field required")
+        raise BadRequest(f"{where}: {message}", param=where) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the body: it is not JSON ({error})", param="the body") from error
+
+
+def _located(text: str) -> tuple[str, str]:
+    """(field by its path, what is wrong with it) from msgspec's message."""
+    match = _AT.fullmatch(text)
+    assert match is not None
+    message, path = match["message"], (match["path"] or "").replace("[...]", "").replace("[", ".").replace("]", "")
+    if field := _FIELD.fullmatch(message):
+        message, path = _WRONG[field["wrong"]], f"{path}.{field['name']}"
+    return path.strip(".") or "the body", message
+
+
+class DocumentedApi(FastAPI):
+    """FastAPI, whose OpenAPI document also has the bodies that are read here."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            _add_bodies(super().openapi(), list(_bodies(self)))
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+
+def _bodies(app: FastAPI) -> Iterator[tuple[APIRoute, _Reader]]:
+    for route in app.routes:
+        if isinstance(route, APIRoute):
+            for dependency in route.dependant.dependencies:
+                if isinstance(dependency.call, _Reader):
+                    yield route, dependency.call
+
+
+def _add_bodies(document: dict[str, Any], bodies: list[tuple[APIRoute, _Reader]]) -> None:
+    schemas, components = msgspec.json.schema_components([reader.kind for _, reader in bodies], ref_template=_REFERENCE)
+    document.setdefault("components", {}).setdefault("schemas", {}).update(components)
+    for (route, reader), schema in zip(bodies, schemas, strict=True):
+        for method in route.methods:
+            document["paths"][route.path_format][method.lower()]["requestBody"] = {
+                "required": reader.required,
+                "content": {"application/json": {"schema": schema}},
+            }
