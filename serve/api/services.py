@@ -163,7 +163,7 @@ class Services:
         )
         self.exchange_worker = ExchangeWorker([self.canary_monitor, self.drift_monitor])
         self._logprob_sampling = LogprobSampling(config.drift_logprobs)
-        for collector in (self.drift_monitor, self.canary_monitor, self.exchange_worker):
+        for collector in (self.drift_monitor, self.canary_monitor, self.rollout_controller, self.exchange_worker):
             self.monitor.watch(collector)
         self.monitor.passed_on += [self.feedback.remember, self.exchange_worker.offer]
         self._capture = Capture(
@@ -219,6 +219,7 @@ class Services:
             if self.follower:
                 await self.follower.close()
             await asyncio.to_thread(self.exchange_worker.stop)
+            await self.rollout_controller.close()
             await asyncio.to_thread(self._capture.stop)
             await self._shadows.close()
             await self._prefetcher.save()
@@ -294,7 +295,7 @@ class Services:
     def _act_on(self, verdict: CanaryVerdict) -> None:
         """Called in the exchange worker's thread."""
         assert self._loop is not None
-        asyncio.run_coroutine_threadsafe(self.rollout_controller.decide(verdict), self._loop)
+        self._loop.call_soon_threadsafe(self.rollout_controller.act_on, verdict)
 
 
 def _drift_settings(config: Config) -> DriftSettings:

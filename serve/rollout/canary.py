@@ -21,7 +21,7 @@ ANSWERS_WITH_LOGPROBS = 300
 
 @dataclass(frozen=True, slots=True)
 class CanaryVerdict:
-    """What a canary's analysis came to; each verdict is given once."""
+    """What a canary's analysis came to; each verdict is given once, and again (`repeated`) after a restart."""
 
     adapter: str
     live: int
@@ -29,6 +29,7 @@ class CanaryVerdict:
     verdict: Verdict
     reason: str
     results: tuple[CheckResult, ...]
+    repeated: bool = False
 
     @property
     def evidence(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import io
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,6 +21,7 @@ from serve.adapters.snapshot import Share
 from serve.asgi.exchange import Exchange
 from serve.files import write_whole
 from serve.rollout.canary import CanaryAnalysis, CanaryVerdict
+from serve.rollout.sequential_test import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,8 @@ LOWEST_LOG_EVIDENCE = -20.0
 class CanaryMonitor(Collector):
     """`share(adapter)` is the canary in the registry, `live(adapter)` the live version, `alpha(adapter)` by policy.
 
-    `on_verdict` is called in the worker's thread, once for each verdict. `label` gives a version's metric labels.
+    `on_verdict` is called once for each verdict, in the worker's thread, and by `start` for earlier verdicts whose
+    canary still has traffic. `label` gives a version's metric labels.
     """
 
     def __init__(
@@ -58,8 +61,14 @@ class CanaryMonitor(Collector):
     def start(self) -> None:
         """Go on with the analyses that were saved."""
         with self._lock:
-            self._analyses |= {analysis.adapter: analysis for analysis in self._read()}
+            saved = self._read()
+            self._analyses |= {analysis.adapter: analysis for analysis in saved}
             self._refresh_wanting()
+            verdicts = [analysis.current_verdict() for analysis in saved if self._unsettled(analysis)]
+        # The server may have stopped before it could act on them.
+        for verdict in verdicts:
+            if verdict is not None:
+                self._on_verdict(replace(verdict, repeated=True))
 
     def observe(self, exchange: Exchange) -> None:
         """Count a request that was dealt out by a traffic split; one that asked for a version by number is not."""
@@ -78,6 +87,14 @@ class CanaryMonitor(Collector):
 
     def stop(self) -> None:
         self.save()
+
+    def end(self, adapter: str, canary: int) -> None:
+        """The canary has been ended: forget its analysis."""
+        with self._lock:
+            analysis = self._analyses.get(adapter)
+            if analysis is not None and analysis.canary == canary:
+                del self._analyses[adapter]
+                self._refresh_wanting()
 
     # For others
 
@@ -116,6 +133,13 @@ class CanaryMonitor(Collector):
             self._refresh_wanting()
         if verdict is not None:
             self._on_verdict(verdict)
+
+    def _unsettled(self, analysis: CanaryAnalysis) -> bool:
+        """A verdict was given, and the canary still has its share of the traffic."""
+        share, live = self._share(analysis.adapter), self._live(analysis.adapter)
+        if analysis.given is Verdict.UNDECIDED or share is None or live is None:
+            return False
+        return analysis.compares(live, share)
 
     def _refresh_wanting(self) -> None:
         self._wanting_logprobs = frozenset(

@@ -73,34 +73,45 @@ class AutomaticRollback:
         self._clock = clock
         self._one_at_a_time = asyncio.Lock()
 
-    async def rollback(self, adapter: str, version: int, reason: str, evidence: Mapping[str, Any]) -> RollbackResult:
-        """Take the traffic from `version` of the adapter of this full name. Never raises what a log line can say.
+    async def rollback(
+        self,
+        adapter: str,
+        version: int,
+        reason: str,
+        evidence: Mapping[str, Any],
+        *,
+        audit_failure: bool = True,
+    ) -> RollbackResult:
+        """Take the traffic from `version` of the adapter of this full name; a LoradockError becomes a FAILED result.
 
         `reason` is one of a few words, and the metric's label; `evidence` goes to the history and the audit log.
+        Whoever tries again and again leaves failures out of the audit log with `audit_failure`.
         """
         async with self._one_at_a_time:
             try:
-                verdict = await self._rollback(adapter, version, f"{reason}: {_written(evidence)}")
+                result = await self._rollback(adapter, version, f"{reason}: {_written(evidence)}")
             except LoradockError as error:
-                verdict = RollbackResult(Outcome.FAILED, error.message)
-        if verdict.outcome is Outcome.NOT_SERVING:
-            return verdict
-        log.warning("%s@v%d, %s: %s", adapter, version, reason, verdict.message)
-        if verdict.done:
+                result = RollbackResult(Outcome.FAILED, error.message)
+        if result.outcome is Outcome.NOT_SERVING:
+            return result
+        log.warning("%s@v%d, %s: %s", adapter, version, reason, result.message)
+        if result.done:
             self._done(adapter, version, reason)
+        if result.outcome is Outcome.FAILED and not audit_failure:
+            return result
         await asyncio.to_thread(
             self._audit.write,
-            status=200 if verdict.done else 500 if verdict.outcome is Outcome.FAILED else 409,
+            status=200 if result.done else 500 if result.outcome is Outcome.FAILED else 409,
             who=WHO,
             tenant=tenant_of(adapter),
             key=None,
-            what=verdict.outcome.value,
+            what=result.outcome.value,
             subject=f"{adapter}@v{version}",
             reason=reason,
             evidence=_written(evidence),
-            message=verdict.message,
+            message=result.message,
         )
-        return verdict
+        return result
 
     async def _rollback(self, adapter: str, version: int, why: str) -> RollbackResult:
         canary = self._registry.canary(adapter) if adapter in self._registry else None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 
+from serve.errors import EngineUnavailable
+from serve.rollout import controller
 from serve.rollout.policy import DEFAULT_POLICIES
 from tests.support.app import upload
 from tests.support.watched_traffic import CHAT, Engine, ask, askers, canary_ended, drift, push, until
@@ -109,3 +112,104 @@ async def test_bad_ratings_alone_end_a_canary(connect, watched, backend, make_ad
         await drift(client)
         assert await until(lambda: canary_ended(client))
         assert "rating" in (await client.get("/v1/adapters/tone")).json()["history"][-1]["why"]
+
+
+async def bad_canary(client, make_adapter, engine):
+    """Version 2 is a canary that does worse, and enough traffic has shown it."""
+    _, canary = await push(client, make_adapter, 0, 1)
+    engine.odd.add(canary)
+    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.5})
+    await ask(client, 150)
+    assert (await drift(client))["canary"]["verdict"] == "worse"
+
+
+def locked_database(client, monkeypatch):
+    """Every change of a traffic split fails, until the list that this returns is emptied."""
+    registry = client._transport.app.state.parts.registry
+    share, locked = registry.share, ["database is locked"]
+
+    def fail(*args, **options):
+        if locked and args[3] == 0:
+            locked.append("again")
+            raise EngineUnavailable("the registry did not take the change (database is locked); retry shortly")
+        return share(*args, **options)
+
+    monkeypatch.setattr(registry, "share", fail)
+    return locked
+
+
+async def test_a_rollback_that_failed_is_tried_again_until_it_is_done(
+    connect, watched, backend, make_adapter, monkeypatch
+):
+    monkeypatch.setattr(controller, "RETRY_SECONDS", 0.01)
+    engine = Engine(backend)
+    async with connect(watched) as client:
+        locked = locked_database(client, monkeypatch)
+        await bad_canary(client, make_adapter, engine)
+        assert await until(lambda: asyncio.sleep(0, len(locked) > 3)), "it is tried again and again"
+        assert not await canary_ended(client)
+        assert 'loradock_canary_verdicts_pending{verdict="worse"} 1.0' in (await client.get("/metrics")).text
+        locked.clear()
+        assert await until(lambda: canary_ended(client))
+
+        async def settled():
+            metrics = (await client.get("/metrics")).text
+            return 'loradock_canary_verdicts_pending{verdict="worse"} 0.0' in metrics
+
+        assert await until(settled)
+        lines = [json.loads(line) for line in (watched.data_dir / "audit.jsonl").read_text().splitlines()]
+        outcomes = [line["what"] for line in lines if line["who"] == "wayback"]
+        assert outcomes == ["failed", "canary_ended"], "each attempt in the log, the first failure in the audit log"
+
+
+async def test_a_rollback_that_failed_is_tried_again_after_a_restart_without_any_traffic(
+    connect, watched, backend, make_adapter, monkeypatch
+):
+    engine = Engine(backend)
+    async with connect(watched) as client:
+        locked = locked_database(client, monkeypatch)
+        await bad_canary(client, make_adapter, engine)
+        assert await until(lambda: asyncio.sleep(0, len(locked) > 1))
+    backend.held.clear()
+    backend.numbers.clear()
+    async with connect(watched) as client:
+        assert await until(lambda: canary_ended(client))
+        # Whoever makes it a canary again begins again.
+        await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.5})
+        assert (await drift(client))["canary"] is None
+    backend.held.clear()
+    backend.numbers.clear()
+    async with connect(watched) as client:
+        await ask(client, 1)
+        assert (await drift(client))["canary"]["verdict"] == "undecided"
+        assert not await canary_ended(client)
+
+
+async def test_a_rollback_is_not_tried_again_once_somebody_has_promoted_the_canary(
+    connect, watched, backend, make_adapter, monkeypatch
+):
+    monkeypatch.setattr(controller, "RETRY_SECONDS", 0.2)
+    engine = Engine(backend)
+    async with connect(watched) as client:
+        locked = locked_database(client, monkeypatch)
+        await bad_canary(client, make_adapter, engine)
+        assert await until(lambda: asyncio.sleep(0, len(locked) > 1))
+        promoted = await client.post("/v1/adapters/tone/promote", json={"version": 2, "at_once": True})
+        assert promoted.status_code == 200
+        locked.clear()
+        actions = client._transport.app.state.parts.rollout_controller._actions
+        assert await until(lambda: asyncio.sleep(0, not actions))
+        assert (await client.get("/v1/adapters/tone")).json()["live"] == 2
+
+
+async def test_a_verdict_that_people_are_told_of_is_told_once(connect, watched, backend, make_adapter):
+    engine = Engine(backend)
+    config = replace(watched, policies=(replace(DEFAULT_POLICIES[0], worse="notify"),))
+    for _ in range(2):
+        async with connect(config) as client:
+            if not (config.data_dir / "drift/trials.npz").exists():
+                await bad_canary(client, make_adapter, engine)
+        backend.held.clear()
+        backend.numbers.clear()
+    lines = [json.loads(line) for line in (config.data_dir / "audit.jsonl").read_text().splitlines()]
+    assert [line["what"] for line in lines if line["who"] == "referee"] == ["canary_worse"]
