@@ -32,7 +32,14 @@ VLLM_DOCS = "https://docs.vllm.ai/en/stable/configuration/engine_args/"
 def write(folder: Path) -> None:
     """Every generated part as a file of `folder`."""
     folder.mkdir(exist_ok=True)
-    parts = {"cli": cli, "http-api": http_api, "settings": settings, "vllm-options": vllm_options, "packages": packages}
+    parts = {
+        "cli": cli,
+        "http-api": http_api,
+        "settings": settings,
+        "vllm-options": vllm_options,
+        "packages": packages,
+        "modules": modules,
+    }
     for name, made in parts.items():
         (folder / f"{name}.md").write_text(made())
 
@@ -272,12 +279,30 @@ def packages() -> str:
     return "\n".join(lines)
 
 
+def modules() -> str:
+    """Every module and the first sentence of its docstring, package by package."""
+    lines: list[str] = []
+    for file in sorted([*ROOT.glob("serve/**/__init__.py"), *ROOT.glob("optimize/**/__init__.py")]):
+        rows = [
+            (f"`{module.relative_to(ROOT)}`", _docstring(module).partition("\n\n")[0])
+            for module in sorted(file.parent.glob("*.py"))
+            if module.name not in ("__init__.py", "__main__.py")
+        ]
+        if rows:
+            lines += [f"### {file.parent.relative_to(ROOT)}/", "", *_table(("Module", "What it holds"), rows)]
+    return "\n".join(lines)
+
+
 def _lives(package: Path) -> str:
     file = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
-    said = ast.get_docstring(ast.parse(file.read_text())) or ""
+    said = _docstring(file)
     if not package.is_dir():
         said = said.partition("\n\n")[0]
     return " ".join(said.split())
+
+
+def _docstring(module: Path) -> str:
+    return ast.get_docstring(ast.parse(module.read_text())) or ""
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
