@@ -52,6 +52,7 @@ from serve.rollout.registry_sync import RegistrySync, Replica
 from serve.rollout.rollback import AutomaticRollback
 from serve.rollout.shadow import ShadowExchange, Shadows
 from serve.rollout.swap_follower import SwapFollower
+from serve.telemetry.capture import QUEUE_SIZE as CAPTURE_QUEUE_SIZE
 from serve.telemetry.capture import Capture
 from serve.telemetry.feedback import Feedback
 from serve.telemetry.metrics import Metrics
@@ -166,14 +167,16 @@ class Services:
         for collector in (self.drift_monitor, self.canary_monitor, self.rollout_controller, self.exchange_worker):
             self.monitor.watch(collector)
         self.monitor.passed_on += [self.feedback.remember, self.exchange_worker.offer]
-        self._capture = Capture(
+        capture = Capture(
             config.data_dir / "captured",
             lambda adapter: (fleet.get(adapter) if adapter in fleet else fleet.of(adapter)).model,
+            enabled=config.capture_text,
             redact=config.capture_redact,
             hours=config.capture_hours,
         )
+        self._capture_worker = ExchangeWorker([capture], name="capture", queue_size=CAPTURE_QUEUE_SIZE)
         if config.capture_text:
-            self.monitor.passed_on.append(self._capture.offer)
+            self.monitor.passed_on.append(self._capture_worker.offer)
         self.prober = Prober(
             fleet,
             registry,
@@ -208,8 +211,8 @@ class Services:
             self.background.start("registry_poll", self.follower.poll)
             self.background.start("registry_heartbeat", self.follower.heartbeat)
             self.background.start("swap_follower", self._swap_follower.run)
-        if self.config.capture_text:
-            self._capture.start()
+        # It deletes old files also where nothing is captured any more.
+        await asyncio.to_thread(self._capture_worker.start)
         try:
             yield
         finally:
@@ -220,7 +223,7 @@ class Services:
                 await self.follower.close()
             await asyncio.to_thread(self.exchange_worker.stop)
             await self.rollout_controller.close()
-            await asyncio.to_thread(self._capture.stop)
+            await asyncio.to_thread(self._capture_worker.stop)
             await self._shadows.close()
             await self._prefetcher.save()
             await self.lifecycle.settle()

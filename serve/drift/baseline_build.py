@@ -38,7 +38,9 @@ class BaselineBuild:
         path = await self._store.bring(adapter.digest)
         await base.available()
         engine = base.engine
-        async with engine.lease(adapter.id, path, tenant=adapter.tenant, priority=LOW_PRIORITY) as lease:
+        async with engine.lease(
+            adapter.id, path, tenant=adapter.tenant, priority=LOW_PRIORITY, for_client=False
+        ) as lease:
             asking = [
                 asyncio.create_task(self._ask(engine, lease, room, number, adapter, prompt, max_tokens))
                 for number, prompt in enumerate(prompts, 1)

@@ -73,7 +73,7 @@ class Prober:
             for prompt in FIXED:
                 if not engine.holds(live.id):
                     break  # it was swapped meanwhile
-                async with engine.lease(live.id, path, tenant=live.tenant, priority=LOW_PRIORITY):
+                async with engine.lease(live.id, path, tenant=live.tenant, priority=LOW_PRIORITY, for_client=False):
                     found += await engine.backend.probe(live.id, [prompt])
                 if engine.leases:
                     await asyncio.sleep(PAUSE_SECONDS)

@@ -1,17 +1,19 @@
 """Which requests a detector may see: its guarantee needs them exchangeable, and repeats are not.
 
     thinning = Thinning(interval=600, block=8, seed=7)
-    for row in thinning.offer(row, tokens=prompt_tokens, key=conversation_or_key, now=seconds):
-        signal.update(row)
+    if thinning.accepts(tokens=prompt_tokens, key=conversation_or_key, now=seconds):
+        for row in thinning.shuffled(row):
+            signal.update(row)
 
 A prompt that was seen before, or nearly (MinHash over three-token runs, Broder 1997), is left out; so is a second
 request of one conversation or key within `interval` seconds. What is left is given out in shuffled blocks, so that
 what came close together carries no order. The reference must have gone through the same. Memory is bounded: the oldest
-are forgotten.
+are forgotten. Of a prompt only hashes are kept, neither its tokens nor its text.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
@@ -50,30 +52,35 @@ class Thinning(Generic[Item]):
         self.counts = dict.fromkeys(COUNTS, 0)
         self._interval, self._block, self._memory = interval, block, memory
         self._ignore = None if ignore is None or not len(ignore) else np.unique(ignore)
-        self._prompts: OrderedDict[Hashable, None] = OrderedDict()
-        self._bands: OrderedDict[Hashable, None] = OrderedDict()
+        self._prompts: OrderedDict[bytes, None] = OrderedDict()
+        self._bands: OrderedDict[bytes, None] = OrderedDict()
         self._last: OrderedDict[Hashable, float] = OrderedDict()
         self._waiting: list[Item] = []
         self._lots = np.random.Generator(np.random.PCG64(seed))
 
-    def offer(self, item: Item, *, tokens: ArrayLike, now: float, key: Hashable | None = None) -> list[Item]:
-        """Judge one request; gives a shuffled block when this one filled it, else nothing."""
-        ids = np.ascontiguousarray(tokens, np.int64)
-        why = self._why(ids, now, key)
-        self.counts[why] += 1
-        if why != ACCEPTED:
-            return []
+    def accepts(self, *, tokens: ArrayLike, now: float, key: Hashable | None = None) -> bool:
+        """Whether a request with this prompt may be seen; it is remembered either way."""
+        reason = self._reason(np.ascontiguousarray(tokens, np.int64), now, key)
+        self.counts[reason] += 1
+        return reason == ACCEPTED
+
+    def shuffled(self, item: Item) -> list[Item]:
+        """Keep an accepted item until its block is full; the whole block, shuffled, when this one filled it."""
         self._waiting.append(item)
         return self.flush() if len(self._waiting) >= self._block else []
 
+    def offer(self, item: Item, *, tokens: ArrayLike, now: float, key: Hashable | None = None) -> list[Item]:
+        """Both in one: a shuffled block when this item was accepted and filled it, else nothing."""
+        return self.shuffled(item) if self.accepts(tokens=tokens, now=now, key=key) else []
+
     def flush(self) -> list[Item]:
-        """What waits for its block to fill, shuffled."""
+        """The items that wait for their block to fill, shuffled."""
         block, self._waiting = self._waiting, []
         return [block[i] for i in self._lots.permutation(len(block))]
 
-    def _why(self, ids: NDArray[np.int64], now: float, key: Hashable | None) -> str:
+    def _reason(self, ids: NDArray[np.int64], now: float, key: Hashable | None) -> str:
         # All of it is learned from every request, also from one that is left out: a chain of near-duplicates stays out.
-        repeated = _remember(self._prompts, ids.tobytes(), self._memory)
+        repeated = _remember(self._prompts, _digest(ids.tobytes()), self._memory)
         near = False
         if not repeated:
             for band in self._signature(ids):
@@ -89,7 +96,7 @@ class Thinning(Generic[Item]):
                     self._last.popitem(last=False)
         return REPEATED if repeated else NEAR if near else CROWDED if crowded else ACCEPTED
 
-    def _signature(self, ids: NDArray[np.int64]) -> list[tuple[int, bytes]]:
+    def _signature(self, ids: NDArray[np.int64]) -> list[bytes]:
         runs = _runs(ids)
         if self._ignore is not None:
             places = np.minimum(self._ignore.searchsorted(runs), len(self._ignore) - 1)
@@ -97,7 +104,8 @@ class Thinning(Generic[Item]):
         if not len(runs):
             return []
         minima = _hashes(runs).min(axis=1)
-        return [(i, minima[i * MINIMA : (i + 1) * MINIMA].tobytes()) for i in range(BANDS)]
+        bands = minima.reshape(BANDS, MINIMA)
+        return [_digest(bytes([i]) + band.tobytes()) for i, band in enumerate(bands)]
 
 
 def common_runs(prompts: Iterable[ArrayLike], share: float = 0.1) -> NDArray[np.uint64]:
@@ -126,11 +134,15 @@ def _hashes(runs: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return (mixed * _TURNS[:, None]) >> np.uint64(16)
 
 
-def _remember(seen: OrderedDict, what: Hashable, most: int) -> bool:
-    """Whether it was there; it is now, as the newest."""
-    known = what in seen
-    seen[what] = None
-    seen.move_to_end(what)
-    if len(seen) > most:
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _remember(seen: OrderedDict[bytes, None], digest: bytes, at_most: int) -> bool:
+    """Whether it was known; it is now, as the newest."""
+    known = digest in seen
+    seen[digest] = None
+    seen.move_to_end(digest)
+    if len(seen) > at_most:
         seen.popitem(last=False)
     return known

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from serve.asgi.exchange import Exchange, Generation
 from serve.drift.baseline import Baseline, Phase, Tolerance
 from serve.drift.embedding import Embedding
@@ -57,6 +60,16 @@ class Alarm:
     log_evidence: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sample:
+    """What is kept of an exchange: numbers, and a quote if quotes were asked for."""
+
+    began: float
+    asker: int | None
+    rows: dict[str, Floats]
+    quote: dict[str, Any] | None
+
+
 @dataclass(slots=True, eq=False)
 class WatchedVersion:
     """`base` is the name of the base model that the version runs on, `id` the version as the engine knows it."""
@@ -68,35 +81,36 @@ class WatchedVersion:
     baseline: Baseline
     settings: DriftSettings
     unsaved: bool = False
-    thinning: Thinning[Exchange] | None = None
+    thinning: Thinning[_Sample] | None = None
     # When each signal alarmed last, until it is acknowledged.
     alarmed: dict[str, float] = field(default_factory=dict)
     probe_ratio: float | None = None
     probe_alarms: int = 0
     # When the last samples of each signal came.
     _times: dict[str, deque[float]] = field(init=False, default_factory=dict)
-    _early: list[tuple[Exchange, Generation]] = field(init=False, default_factory=list)
+    # The first samples, each with the tokens of its prompt.
+    _early: list[tuple[_Sample, NDArray[np.int32]]] = field(init=False, default_factory=list)
     _quotes: deque[tuple[float, dict[str, Any]]] = field(init=False, default_factory=lambda: deque(maxlen=QUOTES))
 
     def observe(self, exchange: Exchange, embedding: Embedding) -> list[Alarm]:
         """Take in one exchange, unless thinning leaves it out; the alarms that it raised."""
-        generation = exchange.generations[0]
-        if self.thinning is None:
-            self._early.append((exchange, generation))
-            if len(self._early) < EARLY:
+        prompt, asker = exchange.generations[0].prompt, _asker(exchange)
+        if self.thinning is not None:
+            if not self.thinning.accepts(tokens=prompt, key=asker, now=exchange.began):
                 return []
-            template = common_runs([early.prompt for _, early in self._early])
-            self.thinning = Thinning(
-                interval=self.settings.interval, memory=REMEMBERED, ignore=template, seed=self.settings.seed
-            )
-            waiting, self._early = self._early, []
-        else:
-            waiting = [(exchange, generation)]
+            block = self.thinning.shuffled(self._sample(exchange, embedding))
+            return [alarm for sample in block for alarm in self._count(sample)]
+        self._early.append((self._sample(exchange, embedding), np.array(prompt, np.int32)))
+        if len(self._early) < EARLY:
+            return []
+        template = common_runs([tokens for _, tokens in self._early])
+        settings = self.settings
+        self.thinning = Thinning(interval=settings.interval, memory=REMEMBERED, ignore=template, seed=settings.seed)
+        early, self._early = self._early, []
         alarms: list[Alarm] = []
-        for candidate, made in waiting:
-            key = None if candidate.asker is None else hash(candidate.asker)
-            for accepted in self.thinning.offer(candidate, tokens=made.prompt, key=key, now=candidate.began):
-                alarms += self._sample(accepted, embedding)
+        for first, tokens in early:
+            for sample in self.thinning.offer(first, tokens=tokens, key=first.asker, now=first.began):
+                alarms += self._count(sample)
         return alarms
 
     def compare_probe(self, answers: Sequence[Logprobs], noise: float, now: float) -> Alarm | None:
@@ -139,18 +153,22 @@ class WatchedVersion:
         """The answers that may be quoted still."""
         return [quote for when, quote in self._quotes if when > now - self.settings.quote_seconds]
 
-    def _sample(self, exchange: Exchange, embedding: Embedding) -> Iterator[Alarm]:
-        """Update every signal with one accepted exchange."""
+    def _sample(self, exchange: Exchange, embedding: Embedding) -> _Sample:
         generation = exchange.generations[0]
+        quote = self._quote(exchange, generation) if self.settings.capture else None
+        return _Sample(exchange.began, _asker(exchange), signal_rows(generation, embedding), quote)
+
+    def _count(self, sample: _Sample) -> Iterator[Alarm]:
+        """Update every signal with one accepted sample."""
         self.unsaved = True
-        if self.settings.capture:
-            self._quotes.append((exchange.began, self._quote(exchange, generation)))
-        for kind, row in signal_rows(generation, embedding).items():
+        if sample.quote is not None:
+            self._quotes.append((sample.began, sample.quote))
+        for kind, row in sample.rows.items():
             signal = self.baseline.signals[kind]
             if signal.phase is Phase.WATCHING:
-                self._times.setdefault(kind, deque(maxlen=SAMPLE_TIMES)).append(exchange.began)
+                self._times.setdefault(kind, deque(maxlen=SAMPLE_TIMES)).append(sample.began)
             if signal.update(row):
-                self.alarmed[kind] = exchange.began
+                self.alarmed[kind] = sample.began
                 yield Alarm(self.adapter, self.version, kind, signal.beyond(), signal.log_evidence)
 
     def _quote(self, exchange: Exchange, generation: Generation) -> dict[str, Any]:
@@ -165,6 +183,10 @@ def signal_rows(generation: Generation, embedding: Embedding) -> dict[str, Float
     row = prompt_row(embedding, generation.prompt)
     answer = Answer(generation.output, generation.finish_reason, generation.text, generation.logprobs)
     return {PROMPT: row, **answer_rows(embedding, row, answer)}
+
+
+def _asker(exchange: Exchange) -> int | None:
+    return None if exchange.asker is None else hash(exchange.asker)
 
 
 def _iso(seconds: float) -> str:

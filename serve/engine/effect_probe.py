@@ -77,7 +77,7 @@ class Leaser(Protocol):
 
     @property
     def backend(self) -> Scorer: ...
-    def lease(self, adapter_id: str | None = None, path: Path | None = None) -> Any: ...
+    def lease(self, adapter_id: str | None = None, path: Path | None = None, *, for_client: bool = True) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Probe:
         if self._base is None:
             return {}
         text = bool(self._max_perplexity)
-        async with self._engine.lease(adapter_id, path):
+        async with self._engine.lease(adapter_id, path, for_client=False):
             probing = self._engine.backend.probe(adapter_id, PROMPTS)
             scoring = self._engine.backend.score(adapter_id, TEXT) if text else _nothing()
             answers, mean = await asyncio.gather(probing, scoring)

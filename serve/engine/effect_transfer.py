@@ -51,7 +51,7 @@ class Effects:
         backend = self._engine.backend
         if self._base is None:
             self._base = await backend.probe(None, PROMPTS)
-        async with self._engine.lease(subject.id, path):
+        async with self._engine.lease(subject.id, path, for_client=False):
             answers = await backend.probe(subject.id, PROMPTS)
         return [moved(base, other) for base, other in zip(self._base, answers, strict=True)]
 

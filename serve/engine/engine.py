@@ -232,8 +232,12 @@ class Engine:
         tenant: str = "",
         priority: int = 0,
         opening: str = "",
+        for_client: bool = True,
     ) -> AsyncIterator[Lease]:
         """A seat for the tenant, with the adapter resident until the block ends. `opening` is how its prompt begins.
+
+        Admission learns its forecasts from leases `for_client` alone: a probe holds its seat for a moment, the build of
+        a baseline for minutes.
 
         Nothing is awaited before the lease is counted: between the look-up of a version and its lease no swap can come.
         """
@@ -248,7 +252,8 @@ class Engine:
                 with self.alarm(ticket.refuse):
                     await ticket.wait()
                 seated = clock()
-                self._admission.seated(forecast, seated - entered)
+                if for_client:
+                    self._admission.seated(forecast, seated - entered)
                 if resident:
                     await self._loaded(resident)
                 place = engine_priority(priority, ticket.order) if self.backend.prioritizes else None
@@ -256,7 +261,7 @@ class Engine:
                     yield Lease(resident.id if resident else self.name, place, rank)
             finally:
                 self.queue.leave(ticket)
-                if seated:
+                if seated and for_client:
                     self._admission.left(clock() - seated)
 
     async def ensure(self, adapter_id: str, path: Path) -> None:

@@ -120,7 +120,9 @@ class Shadows:
         place = await self._store.bring(candidate.digest)
         await supervisor.available()
         engine = supervisor.engine
-        async with engine.lease(candidate.id, place, tenant=candidate.tenant, priority=LOW_PRIORITY) as lease:
+        async with engine.lease(
+            candidate.id, place, tenant=candidate.tenant, priority=LOW_PRIORITY, for_client=False
+        ) as lease:
             return await post(engine, path, _unseen(fields, lease, path), limit=MAX_ANSWER)
 
 

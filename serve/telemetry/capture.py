@@ -1,17 +1,15 @@
 """What was asked and answered, as text on the disk, for `loradock optimize` to calibrate on; only when it is asked for.
 
 One file of JSON lines an hour, `{"adapter": ..., "text": ...}`, the prompt as the model saw it (chat template and all)
-and its answer, with what `redact` matches blacked out. A file is gone `hours` later, and takes no more than `limit`
-bytes. Requests offer and go on; a thread writes, and what it cannot keep up with is dropped.
+and its answer, with what `redact` matches blacked out. A file takes no more than `limit` bytes, and is deleted `hours`
+after its hour has ended, with or without traffic.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import queue
 import re
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,20 +17,25 @@ from typing import Any
 
 from serve.asgi.exchange import Exchange
 
-QUEUE = 256
+# Exchanges that wait to be written: whole prompts, so not many.
+QUEUE_SIZE = 256
 HOUR = 3600
 
 log = logging.getLogger(__name__)
 
 
 class Capture:
-    """The folder, and the thread that writes into it. `model_of` gives an adapter's or base's checkpoint folder."""
+    """An observer of an exchange worker. `model_of` gives an adapter's or base's checkpoint folder.
+
+    `enabled`: without it nothing is written, but what was captured before is still deleted in time.
+    """
 
     def __init__(
         self,
         folder: Path,
         model_of: Callable[[str], str],
         *,
+        enabled: bool = True,
         redact: Sequence[str] = (),
         hours: float = 24.0,
         limit: int = 16 << 20,
@@ -40,52 +43,50 @@ class Capture:
     ) -> None:
         self._folder, self._model_of, self._limit = folder, model_of, limit
         self._redact = [re.compile(pattern) for pattern in redact]
-        self._hours, self._clock = hours, clock
-        self._queue: queue.Queue[Exchange | None] = queue.Queue(QUEUE)
+        self._enabled, self._hours, self._clock = enabled, hours, clock
         self._tokenizers: dict[str, Any] = {}
-        self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
+        # Exchanges that were left out because their hour's file is full.
         self.dropped = 0
 
     def start(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._folder.chmod(0o700)
-        self._thread.start()
+        """Make the folder, readable by its owner alone, and delete old files."""
+        if self._enabled:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.chmod(0o700)
+        self.save()
 
-    def offer(self, exchange: Exchange) -> None:
-        if exchange.status != 200 or not exchange.generations:
+    def observe(self, exchange: Exchange) -> None:
+        """Write one answered request."""
+        if not self._enabled or exchange.status != 200 or not exchange.generations:
             return
         try:
-            self._queue.put_nowait(exchange)
-        except queue.Full:
-            self.dropped += 1
+            self._write(exchange)
+        except Exception as error:  # a full disk, a tokenizer that is not there: traffic goes on
+            log.warning("a request was not captured: %s", error)
+
+    def save(self) -> None:
+        """Delete the files whose time is over."""
+        for file in self._folder.glob("*.jsonl"):
+            if file.stem.isdigit() and int(file.stem) < self._hour - self._hours:
+                file.unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Write what was offered, and end."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join(5)
+        """Every line is on the disk already."""
 
-    def _run(self) -> None:
-        while (exchange := self._queue.get()) is not None:
-            try:
-                self._keep(exchange)
-            except Exception as error:  # a full disk, a tokenizer that is not there: traffic goes on
-                log.warning("a request was not captured: %s", error)
+    @property
+    def _hour(self) -> int:
+        return int(self._clock() // HOUR)
 
-    def _keep(self, exchange: Exchange) -> None:
-        hour = int(self._clock() // HOUR)
-        for old in self._folder.glob("*.jsonl"):
-            if old.stem.isdigit() and int(old.stem) < hour - self._hours:
-                old.unlink(missing_ok=True)
+    def _write(self, exchange: Exchange) -> None:
         tokenizer = self._tokenizer(self._model_of(exchange.adapter))
-        one = exchange.generations[0]
-        text = tokenizer.decode([*one.prompt, *one.output], skip_special_tokens=False)
+        generation = exchange.generations[0]
+        text = tokenizer.decode([*generation.prompt, *generation.output], skip_special_tokens=False)
         for pattern in self._redact:
             text = pattern.sub("[redacted]", text)
         line = json.dumps({"adapter": exchange.adapter, "text": text}, ensure_ascii=False) + "\n"
-        path = self._folder / f"{hour}.jsonl"
-        held = path.stat().st_size if path.exists() else 0
-        if held + len(line.encode()) > self._limit:
+        path = self._folder / f"{self._hour}.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        if size + len(line.encode()) > self._limit:
             self.dropped += 1
             return
         with path.open("a") as file:

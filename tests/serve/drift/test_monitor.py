@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -216,3 +218,30 @@ async def test_the_probe_sees_weights_that_changed_without_any_traffic(connect, 
         text = (await client.get("/metrics")).text
         assert 'loradock_drift_alarms_total{adapter="tone",signal="probe",version="v1"} 1.0' in text
         assert (await client.get("/v1/adapters/tone")).json()["history"][-1]["what"] == "drift"
+
+
+class Prompt(list):
+    """Tokens that can be looked for once everybody should have let go of them."""
+
+
+async def test_of_what_was_asked_numbers_are_kept_and_neither_tokens_nor_text(connect, watched, backend, make_adapter):
+    engine, prompts = Engine(backend), []
+
+    def generate(body):
+        made = engine.generate(body)
+        prompt = Prompt(made.prompt)
+        prompts.append(weakref.ref(prompt))
+        return replace(made, prompt=prompt, text="a text " * 100)
+
+    backend.generate = generate
+    async with connect(watched) as client:
+        parts = client._transport.app.state.parts
+        await push(client, make_adapter, 0)
+        await ask(client, 100)
+        await drift(client)
+        backend.bodies.clear()
+        gc.collect()
+        kept = [prompt for prompt in prompts if prompt() is not None]
+        assert len(kept) <= 1, "the last one may be at hand still"
+        (version,) = parts.drift_monitor._versions.values()
+        assert {len(digest) for digest in (*version.thinning._prompts, *version.thinning._bands)} == {16}

@@ -13,6 +13,7 @@ from serve.engine.admission import Admission
 from serve.engine.fair_queue import FairQueue
 from serve.errors import Overloaded
 from tests.support.app import CHAT, ask, http, settled
+from tests.support.watched_traffic import Engine, push
 
 
 @pytest.fixture
@@ -159,3 +160,17 @@ async def test_a_client_that_leaves_its_place_in_line_leaves_it_at_once(crowded,
     backend.flow.set()
     assert (await holding).status_code == 200
     assert engine.leases == 0
+
+
+async def test_probes_and_baseline_builds_teach_the_clients_forecast_nothing(connect, watched, backend, make_adapter):
+    Engine(backend)
+    async with connect(watched) as client:
+        parts = client._transport.app.state.parts
+        await push(client, make_adapter, 0)
+        await parts.prober.round()
+        built = await client.post("/v1/adapters/tone/baseline", json={"prompts": ["a prompt"] * 20})
+        assert built.status_code == 200
+        engine = parts.fleet.first.engine
+        for _ in range(engine.queue.seats + 10):
+            engine.queue.enter("a")
+        assert engine._admission.forecast("a", 0) == 0.0, "no client has held a seat yet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from optimize.data import text
 from optimize.options import Text
 from serve.asgi.exchange import Exchange, Generation
+from serve.asgi.exchange_worker import ExchangeWorker
 from serve.telemetry.capture import HOUR, Capture
 
 
@@ -33,12 +35,12 @@ def exchange(prompt: list[int], output: list[int], status: int = 200) -> Exchang
 
 
 def test_requests_are_lines_that_calibration_reads(words):
-    capture = Capture(words / "captured", lambda adapter: str(words), redact=[r"\d{3}-\d{4}"])
-    capture.start()
-    capture.offer(exchange([0, 2, 3, 4], [5, 6]))
-    capture.offer(exchange([0, 7], [5]))
-    capture.offer(exchange([0, 2], [4], status=500))
-    capture.stop()
+    worker = ExchangeWorker([Capture(words / "captured", lambda adapter: str(words), redact=[r"\d{3}-\d{4}"])])
+    worker.start()
+    worker.offer(exchange([0, 2, 3, 4], [5, 6]))
+    worker.offer(exchange([0, 7], [5]))
+    worker.offer(exchange([0, 2], [4], status=500))
+    worker.stop()
     (file,) = (words / "captured").iterdir()
     assert (words / "captured").stat().st_mode & 0o077 == 0
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -49,20 +51,40 @@ def test_requests_are_lines_that_calibration_reads(words):
 def test_an_hour_has_a_bound_and_is_forgotten(words):
     now = [HOUR * 1000.0]
     capture = Capture(words / "captured", lambda adapter: str(words), hours=2, limit=100, clock=lambda: now[0])
-    (words / "captured").mkdir()
+    capture.start()
     for _ in range(5):
-        capture._keep(exchange([0, 2, 4], [5, 6]))
+        capture.observe(exchange([0, 2, 4], [5, 6]))
     assert (words / "captured/1000.jsonl").stat().st_size <= 100 and capture.dropped > 0
     now[0] += 3 * HOUR
-    capture._keep(exchange([0, 2], [5]))
+    capture.observe(exchange([0, 2], [5]))
+    capture.save()
     assert [file.name for file in (words / "captured").iterdir()] == ["1003.jsonl"]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_captured_text_is_forgotten_though_no_traffic_comes_any_more(words, enabled):
+    now = [HOUR * 1000.0]
+    folder = words / "captured"
+    before = Capture(folder, lambda adapter: str(words), hours=2, clock=lambda: now[0])
+    before.start()
+    before.observe(exchange([0, 2], [5]))
+    assert list(folder.iterdir())
+    after = Capture(folder, lambda adapter: str(words), enabled=enabled, hours=2, clock=lambda: now[0])
+    worker = ExchangeWorker([after], save_seconds=0.01)
+    worker.start()
+    now[0] += 3 * HOUR
+    waited = 0
+    while list(folder.iterdir()) and waited < 1000:
+        time.sleep(0.01)
+        waited += 1
+    assert not list(folder.iterdir())
+    worker.stop()
 
 
 def test_a_tokenizer_that_is_not_there_stops_nothing(words, caplog):
     capture = Capture(words / "captured", lambda adapter: str(words / "none"))
     capture.start()
-    capture.offer(exchange([0], [5]))
-    capture.stop()
+    capture.observe(exchange([0], [5]))
     assert "was not captured" in caplog.text
 
 
