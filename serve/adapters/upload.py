@@ -31,7 +31,8 @@ MAX_FIELD_BYTES = 64 << 10
 
 _ARCHIVE = "upload.archive"
 _ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
-_FLUSH = 1 << 20
+# Bytes that are parsed and written at a time, on another thread than the event loop's.
+_STEP = 64 << 10
 
 
 async def receive(
@@ -45,30 +46,40 @@ async def receive(
     with ExitStack() as files:
         form = _Form(folder, files)
         parser = MultipartParser(_boundary(content_type), form.callbacks())  # type: ignore[arg-type]
+        waiting = bytearray()
         async for chunk in stream:
             received += len(chunk)
             if received > max_bytes:
                 raise TooLarge(f"this upload is above the {max_bytes} bytes that this server takes")
-            try:
-                parser.write(chunk)
-            except FormParserError as malformed:
-                raise BadRequest(f"the body is not well-formed multipart/form-data: {shown(malformed)}") from malformed
-            if form.pending_bytes >= _FLUSH:
-                await asyncio.to_thread(form.flush)
+            waiting += chunk
+            if len(waiting) >= _STEP:
+                await asyncio.to_thread(_parse, parser, bytes(waiting))
+                waiting.clear()
+        await asyncio.to_thread(_parse, parser, bytes(waiting))
         if not form.ended:
             raise BadRequest(
                 "the body is empty; " + BOTH_FILES
                 if not received
                 else "the body ended before its closing boundary; send it again"
             )
-        await asyncio.to_thread(form.flush)
+    await asyncio.to_thread(_finish, folder, form, max_bytes, card)
+    return form.fields
+
+
+def _parse(parser: MultipartParser, data: bytes) -> None:
+    try:
+        parser.write(data)
+    except FormParserError as malformed:
+        raise BadRequest(f"the body is not well-formed multipart/form-data: {shown(malformed)}") from malformed
+
+
+def _finish(folder: Path, form: _Form, max_bytes: int, card: bool) -> None:
     if form.archive:
-        await asyncio.to_thread(unpack, folder / _ARCHIVE, max_bytes=max_bytes, card=card)
+        unpack(folder / _ARCHIVE, max_bytes=max_bytes, card=card)
     if card and form.card and not (folder / CARD).exists():
         with create(folder / CARD) as sink:
             write(sink, bytes(form.card))
     _both_there(folder, form)
-    return form.fields
 
 
 def _boundary(content_type: str) -> bytes:
@@ -110,7 +121,7 @@ class _Part:
 
 
 class _Form:
-    """What the parser's callbacks tell becomes fields, and writes that `flush` carries out."""
+    """What the parser's callbacks tell becomes fields and files."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
@@ -120,8 +131,6 @@ class _Form:
         self.archive = False
         self.card = bytearray()
         self.ended = False
-        self.pending: list[tuple[IO[bytes], bytes]] = []
-        self.pending_bytes = 0
         self._kept: set[str] = set()
         self._parts = 0
         self._part = _Part()
@@ -139,11 +148,6 @@ class _Form:
             "on_part_end": self._part_end,
             "on_end": self._end,
         }
-
-    def flush(self) -> None:
-        pending, self.pending, self.pending_bytes = self.pending, [], 0
-        for sink, data in pending:
-            write(sink, data)
 
     def _part_begin(self) -> None:
         self._parts += 1
@@ -191,7 +195,7 @@ class _Form:
             if len(part.text) > MAX_FIELD_BYTES:
                 raise TooLarge(f"the field `{shown(part.name)}` is above {MAX_FIELD_BYTES} bytes; send files as files")
         elif part.sink is not None:
-            self._queue(part.sink, data[start:end])
+            write(part.sink, data[start:end])
         elif part.card:
             self.card += data[start:end][: CARD_BYTES - len(self.card)]
         elif part.head is not None:
@@ -218,7 +222,7 @@ class _Form:
                 raise BadRequest(f"the form has two archives; {BOTH_FILES}", param="files")
             self.archive = True
             part.sink = self._keep(_ARCHIVE)
-            self._queue(part.sink, head)
+            write(part.sink, head)
         elif (part.filename or "").lower().endswith(_ARCHIVE_ENDINGS):
             raise AdapterRejected(f"{shown(part.filename)} is neither a zip nor a tar archive; {BOTH_FILES}")
         elif sniff(head) == "a Python pickle":
@@ -231,10 +235,6 @@ class _Form:
         if _ARCHIVE in self._kept and len(self._kept) > 1:
             raise BadRequest(f"the form has an archive and loose files; {BOTH_FILES}", param="files")
         return self.stack.enter_context(create(self.folder / name))
-
-    def _queue(self, sink: IO[bytes], data: bytes) -> None:
-        self.pending.append((sink, data))
-        self.pending_bytes += len(data)
 
 
 def _basename(filename: str) -> str:

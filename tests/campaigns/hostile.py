@@ -332,6 +332,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=10, help="how long each kind is sent")
     parser.add_argument("--settle", type=float, default=120, help="how long memory and descriptors have to come back")
+    parser.add_argument("--clients", type=int, default=CLIENTS, help="how many send it at a time")
     parser.add_argument("--only", default="", help="kinds whose name has this text")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     words = parser.parse_args()
@@ -340,9 +341,11 @@ def main() -> int:
         rows = []
         for number, kind in enumerate(kinds):
             print(f"[{number + 1}/{len(kinds)}] {kind}", file=sys.stderr, flush=True)
-            rows.append(measure(stage, kind, words.seconds, words.settle))
-            for line in rows[-1].wrong[:3]:
-                print(f"    {line}", file=sys.stderr, flush=True)
+            rows.append(measure(stage, kind, words.seconds, words.settle, words.clients))
+            row = rows[-1]
+            print(f"    {row.outcome}, /health {row.health * 1000:.0f} ms, memory {row.memory:+.1%}", file=sys.stderr)
+            for line in [*["the engine restarted"] * bool(row.restarts), *row.wrong[:3]]:
+                print(f"    !! {line}", file=sys.stderr, flush=True)
     print(table(rows))
     if words.json:
         words.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

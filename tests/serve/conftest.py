@@ -16,10 +16,19 @@ import torch
 from safetensors.torch import save_file
 
 from serve.config import Config, keys_hashed, load
+from tests.support import loop_guard, tiny
 from tests.support import postgres as postgresql
-from tests.support import tiny
 from tests.support.app import Started
 from tests.support.backend import FakeBackend
+
+loop_guard.install()
+
+
+@pytest.fixture(autouse=True)
+def loop_never_waits() -> Iterator[None]:
+    """No request makes the event loop wait for a disk, a database or the network."""
+    with loop_guard.guarded():
+        yield
 
 
 @pytest.fixture(scope="session")

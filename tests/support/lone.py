@@ -1,7 +1,8 @@
-"""`python -m tests.support.lone MODEL DATA PORT`: the server in a process of its own, without an engine."""
+"""`python -m tests.support.lone MODEL DATA PORT [FLAG ...]`: the server in a process of its own, without an engine."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import uvicorn
@@ -14,9 +15,10 @@ from tests.support.backend import FakeBackend
 CLIENT_TIMEOUT = 2.0
 
 
-def main(model: str, data: str, port: str) -> None:
+def main(model: str, data: str, port: str, *flags: str) -> None:
     timeout = str(CLIENT_TIMEOUT)
-    config = load([model, "--name", "base", "--data-dir", data, "--port", port, "--client-timeout", timeout], {})
+    words = ["--name", "base", "--data-dir", data, "--port", port, "--client-timeout", timeout, *flags]
+    config = load([model, *words], os.environ if flags else {})
     backend = FakeBackend(model)
     app = build_app(config, backend)  # type: ignore[arg-type]
     uvicorn.run(app, port=config.port, log_level="error", http=guarded(CLIENT_TIMEOUT))

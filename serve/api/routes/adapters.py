@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import JSONResponse
 
 from serve.adapters.adapter import Adapter
@@ -41,7 +42,8 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
     if not parts.ready.is_set():
         raise parts.fleet.first.unavailable()
     kind = request.headers.get("content-type", "")
-    with parts.store.quarantine(min(_stated(request), parts.config.max_upload_bytes)) as folder:
+    quarantine = parts.store.quarantine(min(_stated(request), parts.config.max_upload_bytes))
+    async with contextmanager_in_threadpool(quarantine) as folder:
         if kind.partition(";")[0].strip().lower() == "application/json":
             asked = await _fetched(request, folder, parts.config, caller)
         else:

@@ -46,7 +46,7 @@ async def is_ready(parts: TheParts) -> Response:
 async def version(parts: TheParts) -> dict[str, Any]:
     """Versions of loradock and vLLM, the first base's name, and the manifest of an optimized export."""
     said = {"version": __version__, "vllm": parts.fleet.first.backend.version, "model": parts.fleet.first.name}
-    manifest = gist(parts.fleet.first.model)
+    manifest = await asyncio.to_thread(gist, parts.fleet.first.model)
     return {**said, "manifest": manifest} if manifest else said
 
 
@@ -68,13 +68,13 @@ async def engine_metrics(request: Request, caller: Operator, parts: TheParts) ->
 @router.get("/v1/models")
 async def models(caller: Asker, parts: TheParts) -> dict[str, Any]:
     """OpenAI's list of models: the bases, and each adapter by name and by version with its parent."""
-    return {"object": "list", "data": list(_cards(parts.fleet, parts.registry, caller))}
+    return {"object": "list", "data": await asyncio.to_thread(_cards, parts.fleet, parts.registry, caller)}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, caller: Asker, parts: TheParts) -> dict[str, Any]:
     """One model of that list."""
-    for card in _cards(parts.fleet, parts.registry, caller):
+    for card in await asyncio.to_thread(_cards, parts.fleet, parts.registry, caller):
         if name == card["id"]:
             return card
     raise NotFound(f"The model `{name}` does not exist", code="model_not_found", param="model")
@@ -136,7 +136,11 @@ async def alerts(
     return {"object": "list", "data": rows}
 
 
-def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[str, Any]]:
+def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> list[dict[str, Any]]:
+    return list(_model_cards(fleet, registry, caller))
+
+
+def _model_cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[str, Any]]:
     """OpenAI's model cards: the bases, then every adapter that the caller may ask, by name and by version."""
     for base in fleet:
         card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock"}
