@@ -41,10 +41,18 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(path))
         if loaded.loradock_register():
             raise OSError("torch does not take the operators")
+        if loaded.loradock_step_available():
+            loaded.loradock_argmax.restype = ctypes.c_int64
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the CPU LoRA kernels cannot be had (%s): plain torch operations take their place", error)
         return None
     return loaded
+
+
+def step_available() -> bool:
+    """Whether a whole step can be computed on this processor."""
+    kernels = library()
+    return kernels is not None and bool(kernels.loradock_step_available())
 
 
 def _compiled() -> Path | None:
@@ -82,24 +90,24 @@ def _started(command: list[str]) -> subprocess.Popen[str]:
 
 
 def _finished(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate()
+    _, errors = process.communicate()
     if process.returncode:
-        raise OSError(f"the compiler fails: {said.strip()[:500]}")
+        raise OSError(f"the compiler fails: {errors.strip()[:500]}")
 
 
 def _folder() -> Path:
-    if given := os.environ.get("LORADOCK_CACHE_DIR"):
-        return Path(given, "kernels")
+    if cache_dir := os.environ.get("LORADOCK_CACHE_DIR"):
+        return Path(cache_dir, "kernels")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loradock" / "kernels"
 
 
 def _digest(torch_version: str) -> str:
     """Another processor, compiler, torch or source makes another file."""
     try:
-        told = Path("/proc/cpuinfo").read_text().splitlines()
+        cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        told = []
-    flags = next((line for line in told if line.startswith(("flags", "Features"))), "")
+        cpuinfo = []
+    flags = next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "")
     facts = [
         *(source.read_text() for source in (*SOURCES, HEADER)),
         " ".join(FLAGS),

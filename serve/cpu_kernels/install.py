@@ -11,6 +11,9 @@ import logging
 import os
 from typing import Any
 
+from serve.cpu_kernels import patches
+from serve.cpu_kernels.build import step_available
+
 log = logging.getLogger("loradock")
 
 VARIABLE = "LORADOCK_LORA_KERNELS"
@@ -18,50 +21,53 @@ WEIGHTS = "LORADOCK_CPU_WEIGHTS"
 
 
 def install() -> None:
-    """Take over the CPU's LoRA path in this process; nothing on another platform, or with LORADOCK_LORA_KERNELS=off."""
+    """Take over the CPU's LoRA path in this process; nothing on another platform.
+
+    With LORADOCK_LORA_KERNELS=off that path stays vLLM's own, but for its answers to rows without an adapter.
+    """
     from vllm.platforms import current_platform
 
     wanted = os.environ.get(VARIABLE, "auto")
-    if wanted == "off" or not current_platform.is_cpu():
+    if not current_platform.is_cpu():
         return
-    from vllm.platforms.cpu import CpuPlatform
-
-    if getattr(CpuPlatform.get_punica_wrapper, "__module__", "") == __name__:
+    patches.apply(patches.ROWS)
+    if wanted == "off":
         return
-
-    def get_punica_wrapper(cls: type) -> str:
-        return "serve.cpu_kernels.punica.Punica"
-
-    CpuPlatform.get_punica_wrapper = classmethod(get_punica_wrapper)
+    patches.apply(patches.WRAPPER)
     if wanted == "compile":
-        _keep_compiling(CpuPlatform)
+        patches.apply(patches.COMPILE)
     if wanted == "auto":
-        from serve.cpu_kernels import step
-
-        if step.available():
-            step.install(int8=os.environ.get(WEIGHTS) == "int8")
-        elif os.environ.get(WEIGHTS) == "int8":
+        int8 = os.environ.get(WEIGHTS) == "int8"
+        if step_available():
+            patches.apply(patches.STEP)
+        elif int8:
             log.warning("cpu_weights=int8 needs AVX-512 BF16, VNNI and a C++ compiler: weights stay as they are")
 
 
-def _keep_compiling(platform: Any) -> None:
+def with_an_adapter(
+    original: Any, inputs: Any, weights: Any, outputs: Any, slots: Any, *others: Any, **named: Any
+) -> None:
+    """vLLM's product, which adds nothing to a row without an adapter."""
+    original(inputs.masked_fill((slots < 0).unsqueeze(-1), 0), weights, outputs, slots, *others, **named)
+
+
+def get_punica_wrapper(original: Any, platform: Any) -> str:
+    return "serve.cpu_kernels.punica.Punica"
+
+
+def check_and_update_config(original: Any, platform: Any, vllm_config: Any) -> None:
     """vLLM turns torch.compile off when it sees a LoRA config: its own LoRA path on a CPU cannot be compiled."""
-    stock = platform.check_and_update_config.__func__
-
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        lora = vllm_config.lora_config
-        if lora is None or (reason := _why_eager(vllm_config)):
-            if lora is not None:
-                log.warning("torch.compile stays off with adapters: %s", reason)
-            stock(cls, vllm_config)
-            return
-        vllm_config.lora_config = None
-        try:
-            stock(cls, vllm_config)
-        finally:
-            vllm_config.lora_config = lora
-
-    platform.check_and_update_config = classmethod(check_and_update_config)
+    lora = vllm_config.lora_config
+    if lora is None or (reason := _why_eager(vllm_config)):
+        if lora is not None:
+            log.warning("torch.compile stays off with adapters: %s", reason)
+        original(platform, vllm_config)
+        return
+    vllm_config.lora_config = None
+    try:
+        original(platform, vllm_config)
+    finally:
+        vllm_config.lora_config = lora
 
 
 def _why_eager(vllm_config: Any) -> str | None:

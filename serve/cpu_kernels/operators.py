@@ -114,7 +114,7 @@ def load(layers: Sequence[Layer], slot: int) -> None:
         numbers = (ctypes.c_int * len(layers))(*(layer.number for layer in layers))
         kernels.loradock_load(numbers, len(layers), slot)
     for layer in layers:
-        layer.used = any(layer.rank(one) for one in range(layer.b[0].shape[0]))
+        layer.used = any(layer.rank(slot) for slot in range(layer.b[0].shape[0]))
 
 
 def _lora_linear(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from serve.cpu_kernels.operators import Layer, Plan, load, lora_embedding, lora_linear, takes
+from serve.cpu_kernels.patches import ADAPTERS, apply
 
 log = logging.getLogger("loradock")
 
@@ -108,39 +109,26 @@ def _checked(plan: Plan, a: Any, b: Any, sizes: tuple[int, ...], **kwargs: Any) 
     tensors = (*a, *b)
     if not takes(b[0].dtype) or any(t.dtype != b[0].dtype or not t.is_contiguous() for t in tensors):
         return None
-    if any(one.shape[-2] != size for one, size in zip(b, sizes, strict=True)):
+    if any(stacked.shape[-2] != size for stacked, size in zip(b, sizes, strict=True)):
         return None
     return Layer(plan, a, b, sizes, **kwargs)
 
 
-def _patch() -> None:
-    """vLLM has no hook for "the layers are made" and "a slot was filled"."""
-    create, activate = LoRAModelManager._create_lora_modules, LoRAModelManager.activate_adapter
-
-    def _create_lora_modules(self: LoRAModelManager) -> None:
-        create(self)
-        _adopt(self)
-
-    def activate_adapter(self: LoRAModelManager, lora_id: int) -> bool:
-        changed = activate(self, lora_id)
-        if changed and self.loradock_layers:
-            load(self.loradock_layers, self.lora_index_to_id.index(lora_id))
-        return changed
-
-    LoRAModelManager._create_lora_modules = _create_lora_modules
-    LoRAModelManager.activate_adapter = activate_adapter
-
-    import vllm.lora.layers.utils as utils
-
-    find = utils._get_lora_device
-
-    def _get_lora_device(base_layer: torch.nn.Module) -> torch.device:
-        # The int8 kernel has packed the weight and left None in its place.
-        return torch.device("cpu") if getattr(base_layer, "weight", 0) is None else find(base_layer)
-
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("vllm.lora") and hasattr(module, "_get_lora_device"):
-            vars(module)[_get_lora_device.__name__] = _get_lora_device
+def create_lora_modules(original: Callable[..., None], manager: Any) -> None:
+    original(manager)
+    _adopt(manager)
 
 
-_patch()
+def activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int) -> bool:
+    changed = original(manager, lora_id)
+    if changed and manager.loradock_layers:
+        load(manager.loradock_layers, manager.lora_index_to_id.index(lora_id))
+    return changed
+
+
+def get_lora_device(original: Callable[..., torch.device], base_layer: torch.nn.Module) -> torch.device:
+    # The int8 kernel has packed the weight and left None in its place.
+    return torch.device("cpu") if getattr(base_layer, "weight", 0) is None else original(base_layer)
+
+
+apply(ADAPTERS)

@@ -1,15 +1,18 @@
 """A dense decoder's whole step in one call of `step.cpp`, in place of vLLM's layer by layer.
 
-vLLM schedules, keeps the paged cache and samples; only its forward pass is replaced, and its output layer. `install`
-makes vLLM pack a second copy of each linear layer's weights as they are loaded, and lets the model runner ask a `Fused`
-first. What that does not know goes vLLM's way: at the load, with a line in the log, for a kind of model; in a step,
-silently, for a kind of step.
+vLLM schedules, keeps the paged cache and samples; only its forward pass is replaced, and its output layer. The
+functions at the end take the place of vLLM's (`patches.STEP`): a second copy of each linear layer's weights is packed
+as they are loaded, and the model runner asks a `Fused` first. What that does not know goes vLLM's way: at the load,
+with a line in the log, for a kind of model; in a step, silently, for a kind of step.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psutil
@@ -17,20 +20,18 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base import BaseLayerWithLoRA
-from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.attention.backends import cpu_attn
-from vllm.v1.sample.sampler import Sampler
-from vllm.v1.worker.block_table import BlockTable, SlotMappingMode
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.block_table import SlotMappingMode
 
 from serve.cpu_kernels.build import library
+from serve.cpu_kernels.install import WEIGHTS
 
 log = logging.getLogger("loradock")
 
@@ -45,17 +46,14 @@ class Unknown(Exception):
     """Why this model goes vLLM's way, in words."""
 
 
-def available() -> bool:
-    kernels = library()
-    return kernels is not None and bool(kernels.loradock_step_available())
-
-
 class Fused:
     """One loaded model, as the kernels know it."""
 
     def __init__(self, runner: Any, int8: bool) -> None:
         config, model = runner.vllm_config, runner.get_model()
-        self._check(config, model)
+        _check_engine(config, model)
+        _check_layers(model.model)
+        _check_output(model)
         kernels = library()
         assert kernels is not None
         self.kernels = kernels
@@ -90,8 +88,6 @@ class Fused:
         )
         # The head's further rows are padding.
         self.vocabulary = int(model.logits_processor.org_vocab_size)
-        if self.vocabulary > head.weight.shape[0]:
-            raise Unknown("its output layer has fewer rows than its vocabulary")
         self.kernels.loradock_decoder_head(self.number, self.head, self.vocabulary)
         self.ready: torch.Tensor | None = None  # the logits of the step that was just computed
         # Adapters of the embedding and the output layer are vLLM's: while one holds a slot, steps are vLLM's too.
@@ -101,48 +97,6 @@ class Fused:
             if hasattr(getattr(module, "punica_wrapper", None), "layer")
         ]
         self.punica = getattr(first.qkv_proj, "punica_wrapper", None)
-
-    @staticmethod
-    def _check(config: Any, model: Any) -> None:
-        parallel = config.parallel_config
-        if type(model) not in MODELS:
-            raise Unknown(f"{type(model).__name__} is none of {', '.join(kind.__name__ for kind in MODELS)}")
-        if config.model_config.dtype != torch.bfloat16 or config.cache_config.cache_dtype not in ("auto", "bfloat16"):
-            raise Unknown("weights or KV cache are not bfloat16")
-        if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
-            raise Unknown("it is spread over several workers")
-        if config.speculative_config is not None or config.model_config.runner_type != "generate":
-            raise Unknown("it speculates, or generates nothing")
-        inner = model.model
-        for layer in inner.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            rope = attention.rotary_emb
-            if type(rope).forward_cpu is not RotaryEmbedding.forward_cpu or not rope.is_neox_style:
-                raise Unknown(f"of {type(rope).__name__} only the plain form is known")
-            if rope is not inner.layers[0].self_attn.rotary_emb or type(mlp.act_fn) is not SiluAndMul:
-                raise Unknown("its layers differ, or its activation is not SiLU")
-            impl = attention.attn.impl
-            if (
-                impl.sliding_window != -1
-                or impl.alibi_slopes is not None
-                or impl.logits_soft_cap
-                or impl.sinks is not None
-            ):
-                raise Unknown("its attention is not plain")
-            if attention.attn.attn_type != "decoder" or attention.attn.kv_sharing_target_layer_name:
-                raise Unknown("its attention is not a decoder's")
-            norms = [layer.input_layernorm, layer.post_attention_layernorm]
-            norms += [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm]
-            for norm in norms:
-                if type(norm) is not RMSNorm or norm.variance_size_override or norm.weight.dtype != torch.bfloat16:
-                    raise Unknown("its norms are not plain")
-                if norm.variance_epsilon != inner.norm.variance_epsilon:
-                    raise Unknown("its norms differ")
-        processor, head = _bare(model.logits_processor), _bare(model.lm_head)
-        if processor.soft_cap or processor.scale != 1 or getattr(head, "bias", None) is not None:
-            raise Unknown("its logits are scaled or capped")
-        if head.weight.dtype != torch.bfloat16 or _bare(inner.embed_tokens).weight.dtype != torch.bfloat16:
-            raise Unknown("its embedding is not bfloat16")
 
     def _add(self, layer: Any) -> None:
         modules = [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
@@ -163,9 +117,7 @@ class Fused:
             size % 16 for module in modules if isinstance(module, BaseLayerWithLoRA) for size in module.output_slices
         ):
             raise Unknown("its sizes are no multiples of 16")
-        norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        norms += [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
-        weights = [norm.weight if norm is not None else None for norm in norms]
+        weights = [norm.weight if norm is not None else None for norm in _norms(layer)]
         self.keep += [weight for weight in weights if weight is not None]
         self.kernels.loradock_decoder_layer(
             self.number, (ctypes.c_int * 4)(*matrices), (ctypes.c_int * 4)(*loras), *map(_at, weights)
@@ -242,16 +194,73 @@ class Fused:
             or cache.dtype != torch.bfloat16
         ):
             return False
-        if any(one.shape != cache.shape or one.stride() != cache.stride() for one in caches):
+        if any(other.shape != cache.shape or other.stride() != cache.stride() for other in caches):
             return False
         if cache.stride(2) != cache.shape[3] or cache.stride(3) != 1 or cache.shape[2] % 32:
             return False
-        pointers = (ctypes.c_void_p * len(caches))(*(one.data_ptr() for one in caches))
+        pointers = (ctypes.c_void_p * len(caches))(*(other.data_ptr() for other in caches))
         self.kernels.loradock_decoder_cache(
             self.number, pointers, cache.shape[2], ctypes.c_int64(cache.stride(0)), ctypes.c_int64(cache.stride(1))
         )
         self.bound = cache.data_ptr()
         return True
+
+
+def _check_engine(config: Any, model: Any) -> None:
+    parallel = config.parallel_config
+    if type(model) not in MODELS:
+        raise Unknown(f"{type(model).__name__} is none of {', '.join(kind.__name__ for kind in MODELS)}")
+    if config.model_config.dtype != torch.bfloat16 or config.cache_config.cache_dtype not in ("auto", "bfloat16"):
+        raise Unknown("weights or KV cache are not bfloat16")
+    if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
+        raise Unknown("it is spread over several workers")
+    if config.speculative_config is not None or config.model_config.runner_type != "generate":
+        raise Unknown("it speculates, or generates nothing")
+
+
+def _check_layers(inner: Any) -> None:
+    for layer in inner.layers:
+        rope = layer.self_attn.rotary_emb
+        if type(rope).forward_cpu is not RotaryEmbedding.forward_cpu or not rope.is_neox_style:
+            raise Unknown(f"of {type(rope).__name__} only the plain form is known")
+        if rope is not inner.layers[0].self_attn.rotary_emb or type(layer.mlp.act_fn) is not SiluAndMul:
+            raise Unknown("its layers differ, or its activation is not SiLU")
+        _check_attention(layer.self_attn.attn)
+        for norm in _norms(layer):
+            if norm is not None:
+                _check_norm(norm, inner.norm)
+
+
+def _check_attention(attention: Any) -> None:
+    impl = attention.impl
+    plain = impl.sliding_window == -1 and impl.alibi_slopes is None and impl.sinks is None
+    if not plain or impl.logits_soft_cap:
+        raise Unknown("its attention is not plain")
+    if attention.attn_type != "decoder" or attention.kv_sharing_target_layer_name:
+        raise Unknown("its attention is not a decoder's")
+
+
+def _norms(layer: Any) -> list[Any]:
+    """A layer's norms, None where a model has none of its queries and keys."""
+    of_heads = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    return [layer.input_layernorm, layer.post_attention_layernorm, *of_heads]
+
+
+def _check_norm(norm: Any, last: Any) -> None:
+    if type(norm) is not RMSNorm or norm.variance_size_override or norm.weight.dtype != torch.bfloat16:
+        raise Unknown("its norms are not plain")
+    if norm.variance_epsilon != last.variance_epsilon:
+        raise Unknown("its norms differ")
+
+
+def _check_output(model: Any) -> None:
+    processor, head = _bare(model.logits_processor), _bare(model.lm_head)
+    if processor.soft_cap or processor.scale != 1 or getattr(head, "bias", None) is not None:
+        raise Unknown("its logits are scaled or capped")
+    if head.weight.dtype != torch.bfloat16 or _bare(model.model.embed_tokens).weight.dtype != torch.bfloat16:
+        raise Unknown("its embedding is not bfloat16")
+    if processor.org_vocab_size > head.weight.shape[0]:
+        raise Unknown("its output layer has fewer rows than its vocabulary")
 
 
 def _bare(module: Any) -> Any:
@@ -298,91 +307,82 @@ def _pack(layer: Any, kind: int, scale: torch.Tensor | None = None) -> None:
     )
 
 
-def install(int8: bool) -> None:
-    """Patch vLLM's loading and its CPU model runner here. `int8`: bfloat16 weights become int8 for the step."""
-    process, process8 = (
-        kind.process_weights_after_loading for kind in (UnquantizedLinearMethod, CPUInt8ScaledMMLinearKernel)
+def _int8() -> bool:
+    """Whether bfloat16 weights become int8 for the step."""
+    return os.environ.get(WEIGHTS) == "int8"
+
+
+def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
+    if isinstance(layer, LinearBase) and not layer.weight.is_meta:
+        _pack(layer, GROUP8 if _int8() else BF16)
+    original(method, layer)
+
+
+def process_int8_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
+    scale = getattr(layer, method.layer_param_names[1])
+    dynamic = method.config.input_symmetric and not method.config.is_static_input_scheme
+    if isinstance(layer, LinearBase) and dynamic and scale.numel() == layer.weight.shape[0]:
+        _pack(layer, CHANNEL8, scale.detach().float().contiguous())
+    original(method, layer)
+
+
+def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
+    original(runner, *args, **kwargs)
+    runner.loradock_fused = None
+    try:
+        fused = runner.loradock_fused = Fused(runner, _int8())
+    except Unknown as reason:
+        log.warning("this model runs layer by layer, not in one call a step: %s", reason)
+        return
+    cpu_attn._get_attn_isa = _as_vectors
+    model = runner.get_model()
+    model.compute_logits = partial(_compute_logits, fused, model.compute_logits)
+
+
+def _compute_logits(
+    fused: Fused, original: Callable[..., torch.Tensor | None], hidden: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor | None:
+    logits, fused.ready = fused.ready, None
+    if logits is None or logits.shape[0] != hidden.shape[0]:
+        logits = fused.logits(hidden)
+    return original(hidden, *args, **kwargs) if logits is None else logits
+
+
+def model_forward(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    fused, ids = runner.loradock_fused, kwargs.get("input_ids")
+    if fused is not None:
+        fused.ready = None
+    if fused is not None and ids is not None and kwargs.get("inputs_embeds") is None and not args:
+        out = fused.step(ids, kwargs["positions"])
+        if out is not None:
+            return out
+    return original(runner, *args, **kwargs)
+
+
+def compute_slot_mapping(
+    original: Callable[..., None], table: Any, requests: int, starts: torch.Tensor, positions: torch.Tensor
+) -> None:
+    kernels = library()
+    if kernels is None or positions.shape[0] > FEW or table.slot_mapping_mode != SlotMappingMode.TOKEN_TO_KV_SLOT:
+        original(table, requests, starts, positions)
+        return
+    blocks = table.block_table.gpu
+    kernels.loradock_slots(
+        _at(starts),
+        _at(positions),
+        _at(blocks),
+        ctypes.c_int64(blocks.stride(0)),
+        ctypes.c_int64(table.block_size),
+        _at(table.slot_mapping.gpu),
+        requests,
     )
 
-    def process_weights_after_loading(self: Any, layer: torch.nn.Module) -> None:
-        if isinstance(layer, LinearBase) and not layer.weight.is_meta:
-            _pack(layer, GROUP8 if int8 else BF16)
-        process(self, layer)
 
-    def process_int8_weights(self: Any, layer: torch.nn.Module) -> None:
-        scale = getattr(layer, self.layer_param_names[1])
-        dynamic = self.config.input_symmetric and not self.config.is_static_input_scheme
-        if isinstance(layer, LinearBase) and dynamic and scale.numel() == layer.weight.shape[0]:
-            _pack(layer, CHANNEL8, scale.detach().float().contiguous())
-        process8(self, layer)
-
-    UnquantizedLinearMethod.process_weights_after_loading = process_weights_after_loading
-    CPUInt8ScaledMMLinearKernel.process_weights_after_loading = process_int8_weights
-
-    load, forward = CPUModelRunner.load_model, CPUModelRunner._model_forward
-
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        load(self, *args, **kwargs)
-        self.loradock_fused = None
-        try:
-            fused = self.loradock_fused = Fused(self, int8)
-            cpu_attn._get_attn_isa = _as_vectors
-        except Unknown as reason:
-            log.warning("this model runs layer by layer, not in one call a step: %s", reason)
-            return
-        model = self.get_model()
-        compute = model.compute_logits
-
-        def compute_logits(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-            logits, fused.ready = fused.ready, None
-            if logits is None or logits.shape[0] != hidden.shape[0]:
-                logits = fused.logits(hidden)
-            return compute(hidden, *args, **kwargs) if logits is None else logits
-
-        model.compute_logits = compute_logits
-
-    def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        fused, ids = self.loradock_fused, kwargs.get("input_ids")
-        if fused is not None:
-            fused.ready = None
-        if fused is not None and ids is not None and kwargs.get("inputs_embeds") is None and not args:
-            out = fused.step(ids, kwargs["positions"])
-            if out is not None:
-                return out
-        return forward(self, *args, **kwargs)
-
-    found = library()
-    assert found is not None
-    kernels: ctypes.CDLL = found
-    kernels.loradock_argmax.restype = ctypes.c_int64
-    slots, greedy = BlockTable.compute_slot_mapping, Sampler.greedy_sample
-
-    def compute_slot_mapping(self: Any, requests: int, starts: torch.Tensor, positions: torch.Tensor) -> None:
-        if positions.shape[0] > FEW or self.slot_mapping_mode != SlotMappingMode.TOKEN_TO_KV_SLOT:
-            slots(self, requests, starts, positions)
-            return
-        table = self.block_table.gpu
-        kernels.loradock_slots(
-            _at(starts),
-            _at(positions),
-            _at(table),
-            ctypes.c_int64(table.stride(0)),
-            ctypes.c_int64(self.block_size),
-            _at(self.slot_mapping.gpu),
-            requests,
-        )
-
-    def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
-        rows, size = logits.shape
-        if rows > 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
-            return greedy(logits)
-        first = logits.data_ptr()
-        best = [
-            kernels.loradock_argmax(ctypes.c_void_p(first + 4 * size * i), ctypes.c_int64(size)) for i in range(rows)
-        ]
-        return torch.tensor(best, dtype=torch.int64)
-
-    BlockTable.compute_slot_mapping = compute_slot_mapping
-    Sampler.greedy_sample = staticmethod(greedy_sample)
-    CPUModelRunner.load_model = load_model
-    CPUModelRunner._model_forward = _model_forward
+def greedy_sample(original: Callable[..., torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    rows, size = logits.shape
+    kernels = library()
+    if kernels is None or rows > 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
+        return original(logits)
+    first = logits.data_ptr()
+    best = [kernels.loradock_argmax(ctypes.c_void_p(first + 4 * size * i), ctypes.c_int64(size)) for i in range(rows)]
+    return torch.tensor(best, dtype=torch.int64)

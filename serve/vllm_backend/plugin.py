@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable
 
 from serve.cpu_kernels.install import install as install_kernels
-from serve.vllm_backend import forkserver, notices, titles
+from serve.vllm_backend import forkserver, notices, prompt_logprobs, titles
 
 
 def register() -> None:
     """Called by vLLM once in each of its processes, the one that serves HTTP included."""
     notices.install()
     install_kernels()
+    prompt_logprobs.install()
     forkserver.install()
     parent = multiprocessing.parent_process()
     if parent is None:

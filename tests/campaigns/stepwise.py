@@ -13,6 +13,7 @@ import json
 import os
 import random
 import sys
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
 
     ours, seen = CPUModelRunner._model_forward, []
 
+    @wraps(ours)  # so that it is taken for ours when vLLM loads its plugins
     def both(self: Any, **kwargs: Any) -> Any:
         fused = self.loradock_fused
         out = fused and fused.step(kwargs["input_ids"], kwargs["positions"])
@@ -150,10 +152,10 @@ def main(out: Path, folder: Path) -> None:
 
     os.environ.update(cpu_environment(os.environ, together=True))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from serve.cpu_kernels import install, step
+    from serve.cpu_kernels import build, install
 
     install.install()  # vLLM would do so itself, after `run` has put its own forward pass in place
-    if not step.available():
+    if not build.step_available():
         out.write_text("null")
         return
     found = {}

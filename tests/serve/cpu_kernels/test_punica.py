@@ -39,7 +39,7 @@ from vllm.platforms import current_platform
 if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
-from serve.cpu_kernels import build, install, operators, punica
+from serve.cpu_kernels import build, install, operators, patches, punica
 
 HIDDEN, INNER, VOCAB = 100, 250, 203  # none of them a multiple of a vector's width
 MAX_RANK = 64
@@ -52,6 +52,7 @@ LINEARS = ["qkv", "o", "gate_up", "down", "other"]
 @pytest.fixture(scope="module", autouse=True)
 def one_worker(tmp_path_factory):
     """vLLM's layers want to know their place among parallel workers."""
+    patches.apply(patches.ROWS)
     place = tmp_path_factory.mktemp("init") / "file"
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(1, 0, f"file://{place}", 0, backend="gloo")
@@ -179,8 +180,9 @@ def test_no_further_from_the_exact_answer_than_vllm(model: Model, name: str, ids
     exact, base = model.answer(name, x, ids), model.base(name, x)
     ours, stock = model.run(name, x, "ours"), model.run(name, x, "stock")
     with_adapter = torch.tensor(ids) > 0
-    # What has no adapter is the base's, to the bit. (vLLM's own path gives it the last slot's adapter.)
+    # What has no adapter is the base's, to the bit; vLLM's own path gave it the last slot's adapter.
     assert torch.equal(ours[~with_adapter], base[~with_adapter])
+    assert torch.equal(stock[~with_adapter], base[~with_adapter])
     moved = (exact - base)[with_adapter].abs().max()
     missed, their = ((y.double() - exact)[with_adapter].abs().max() for y in (ours, stock))
     rounding = torch.finfo(model.dtype).eps * exact[with_adapter].abs().max() / 2
@@ -326,8 +328,8 @@ class TestInstalling:
 
         stock = SimpleNamespace(modes=[])
 
-        def check_and_update_config(cls, config):
-            stock.modes.append("eager" if config.lora_config else "compiled")
+        def check_and_update_config(cls, vllm_config):
+            stock.modes.append("eager" if vllm_config.lora_config else "compiled")
 
         monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
         monkeypatch.setattr(CpuPlatform, "get_punica_wrapper", classmethod(lambda cls: "vllm's"))
@@ -379,6 +381,8 @@ class TestInstalling:
 def test_vllm_still_has_what_the_plugin_holds_on_to():
     assert LoRAModelManager._create_lora_modules.__module__ == punica.__name__
     assert LoRAModelManager.activate_adapter.__module__ == punica.__name__
+    every = [*patches.ROWS, *patches.WRAPPER, *patches.COMPILE, *patches.ADAPTERS, *patches.STEP]
+    assert [patch.misfit() for patch in every] == [None] * len(every)
     import vllm.lora.layers.base_linear as base_linear
 
     # The int8 kernel packs a weight and leaves None behind.

@@ -22,9 +22,9 @@ from vllm.platforms import current_platform
 if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
-from serve.cpu_kernels import step
+from serve.cpu_kernels import build, step
 
-needs_kernels = pytest.mark.skipif(not step.available(), reason="no AVX-512 BF16 and VNNI, or no compiler")
+needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no AVX-512 BF16 and VNNI, or no compiler")
 
 
 def pack(weight: torch.Tensor, kind: int, scale: torch.Tensor | None = None, paired: int = 0) -> int:

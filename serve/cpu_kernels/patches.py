@@ -1,0 +1,232 @@
+"""What loradock replaces in vLLM: tables of single functions, all checked before one of them is changed.
+
+A replacement is a function of ours that gets vLLM's own as its first argument. vLLM may move: a function that is gone,
+or that takes other arguments than it did when the patch was written, ends the start with a sentence that names it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+
+class PatchError(RuntimeError):
+    """Which patches do not fit the installed vLLM, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One function of vLLM's and what takes its place."""
+
+    owner: str  # "module:Class", or "module" for a function
+    name: str
+    parameters: str  # the names of its arguments, by which it is recognized
+    replacement: str  # "module:function"
+    why: str
+    checked: str = "0.32.0"  # the version of vLLM whose source this was written for
+    copies: str = ""  # the package whose modules have imported the function by its name
+
+    def __str__(self) -> str:
+        return f"{self.owner.partition(':')[2] or self.owner}.{self.name}"
+
+    def misfit(self) -> str | None:
+        """Why it cannot be applied, in words."""
+        try:
+            function = _bare(self._stock())
+        except (ImportError, AttributeError):
+            return f"{self} is gone"
+        if _patched(function):
+            return None
+        taken = " ".join(inspect.signature(function).parameters)
+        return None if taken == self.parameters else f"{self} takes ({taken}) and not ({self.parameters})"
+
+    def apply(self) -> None:
+        """Put the replacement in place, once."""
+        stock = self._stock()
+        original = _bare(stock)
+        if _patched(original):
+            return
+        replaced: Any = _bound(_resolved(self.replacement), original)
+        if isinstance(stock, (staticmethod, classmethod)):
+            replaced = type(stock)(replaced)
+        setattr(_resolved(self.owner), self.name, replaced)
+        for name, module in list(sys.modules.items()) if self.copies else ():
+            if name.startswith(self.copies) and vars(module).get(self.name) is original:
+                setattr(module, self.name, replaced)
+
+    def _stock(self) -> Any:
+        return inspect.getattr_static(_resolved(self.owner), self.name)
+
+
+def apply(patches: Sequence[Patch]) -> None:
+    """Apply all of them, or none and PatchError."""
+    misfits = [(patch, misfit) for patch in patches if (misfit := patch.misfit())]
+    if misfits:
+        from vllm.version import __version__
+
+        checked = " and ".join(sorted({patch.checked for patch, _ in misfits}))
+        raise PatchError(
+            f"loradock changes vLLM {__version__} in ways that were checked against {checked} and no longer fit: "
+            f"{'; '.join(misfit for _, misfit in misfits)}. Install the vLLM that loradock pins"
+        )
+    for patch in patches:
+        patch.apply()
+
+
+def _resolved(place: str) -> Any:
+    module, _, name = place.partition(":")
+    found = import_module(module)
+    return getattr(found, name) if name else found
+
+
+def _bare(stock: Any) -> Callable[..., Any]:
+    function: Callable[..., Any] = stock.__func__ if isinstance(stock, (staticmethod, classmethod)) else stock
+    return function
+
+
+def _patched(function: Any) -> bool:
+    return hasattr(function, "loradock_original")
+
+
+def _bound(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(replacement)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    replaced.loradock_original = original  # type: ignore[attr-defined]
+    return replaced
+
+
+_HERE = "serve.cpu_kernels"
+_OPS = "vllm.lora.ops.torch_ops.lora_ops"
+_NOBODYS = "a row without an adapter has the number -1, which is the last slot's: another request's adapter"
+_RUNNER = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
+_MANAGER = "vllm.lora.model_manager:LoRAModelManager"
+_PLATFORM = "vllm.platforms.cpu:CpuPlatform"
+
+# On every CPU.
+ROWS = [
+    Patch(
+        _OPS,
+        "bgmv_shrink",
+        "inputs lora_b_weights output_tensor lora_indices_tensor scaling",
+        f"{_HERE}.install:with_an_adapter",
+        _NOBODYS,
+        copies="vllm.lora",
+    ),
+    Patch(
+        _OPS,
+        "bgmv_expand",
+        "inputs lora_b_weights output_tensor lora_indices_tensor add_inputs",
+        f"{_HERE}.install:with_an_adapter",
+        _NOBODYS,
+        copies="vllm.lora",
+    ),
+    Patch(
+        _OPS,
+        "bgmv_expand_slice",
+        "inputs lora_b_weights output_tensor lora_indices_tensor slice_offset slice_size add_inputs",
+        f"{_HERE}.install:with_an_adapter",
+        _NOBODYS,
+        copies="vllm.lora",
+    ),
+]
+
+# LORADOCK_LORA_KERNELS=auto or compile.
+WRAPPER = [
+    Patch(
+        _PLATFORM,
+        "get_punica_wrapper",
+        "cls",
+        f"{_HERE}.install:get_punica_wrapper",
+        "the platform names the class that computes adapters",
+    ),
+]
+
+# LORADOCK_LORA_KERNELS=compile.
+COMPILE = [
+    Patch(
+        _PLATFORM,
+        "check_and_update_config",
+        "cls vllm_config",
+        f"{_HERE}.install:check_and_update_config",
+        "it turns torch.compile off where there are adapters, which its own LoRA path needs and ours does not",
+    ),
+]
+
+# Once vLLM has asked for our wrapper.
+ADAPTERS = [
+    Patch(
+        _MANAGER,
+        "_create_lora_modules",
+        "self",
+        f"{_HERE}.punica:create_lora_modules",
+        "no hook tells that the layers with adapters are made",
+    ),
+    Patch(
+        _MANAGER,
+        "activate_adapter",
+        "self lora_id",
+        f"{_HERE}.punica:activate_adapter",
+        "no hook tells that an adapter was copied into a slot",
+    ),
+    Patch(
+        "vllm.lora.layers.utils",
+        "_get_lora_device",
+        "base_layer",
+        f"{_HERE}.punica:get_lora_device",
+        "the int8 kernel packs a weight and leaves None in its place, of which vLLM asks the device",
+        copies="vllm.lora",
+    ),
+]
+
+# LORADOCK_LORA_KERNELS=auto, on a processor that the step is written for.
+STEP = [
+    Patch(
+        "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+        "process_weights_after_loading",
+        "self layer",
+        f"{_HERE}.step:process_weights_after_loading",
+        "weights are packed for the step before vLLM takes them apart for its own kernels",
+    ),
+    Patch(
+        "vllm.model_executor.kernels.linear.scaled_mm.cpu:CPUInt8ScaledMMLinearKernel",
+        "process_weights_after_loading",
+        "self layer",
+        f"{_HERE}.step:process_int8_weights_after_loading",
+        "the same for weights that are int8",
+    ),
+    Patch(
+        _RUNNER,
+        "load_model",
+        "self load_dummy_weights",
+        f"{_HERE}.step:load_model",
+        "a model that the step knows is taken in once it is loaded, its output layer too",
+    ),
+    Patch(
+        _RUNNER,
+        "_model_forward",
+        "self input_ids positions intermediate_tensors inputs_embeds model_kwargs",
+        f"{_HERE}.step:model_forward",
+        "a whole step is computed in one call",
+    ),
+    Patch(
+        "vllm.v1.worker.block_table:BlockTable",
+        "compute_slot_mapping",
+        "self num_reqs query_start_loc positions",
+        f"{_HERE}.step:compute_slot_mapping",
+        "for a few tokens other threads wake up later than it is done",
+    ),
+    Patch(
+        "vllm.v1.sample.sampler:Sampler",
+        "greedy_sample",
+        "logits",
+        f"{_HERE}.step:greedy_sample",
+        "of one or two rows the largest is found sooner in one thread",
+    ),
+]
