@@ -1,4 +1,4 @@
-"""What a version is compared with, and how far it has gone from it: kept across restarts.
+"""What a version is compared with, and how far it has moved from that: kept across restarts.
 
     baseline = Baseline(Provenance("acme/tone", "1a7b88586afe", embedding=..., tokenizer=...))
     baseline.signals["prompt"].update(row)          # the first `needed` rows become the reference, then it watches
@@ -69,8 +69,8 @@ class Provenance:
     origin: str = "traffic"  # or shipped
 
     def check(self, expected: Provenance) -> None:
-        """ConfigError, if rows of one cannot be held against rows of the other."""
-        said = {
+        """ConfigError, if rows of the two cannot be compared."""
+        reasons = {
             "adapter": "it belongs to another adapter",
             "version": "it belongs to another version",
             "embedding": "it was made with another embedding table, so its vectors mean something else",
@@ -78,11 +78,11 @@ class Provenance:
             "dimensions": "its vectors have another number of dimensions",
             "features": "its features were computed by another release",
         }
-        for name, reason in said.items():
-            mine, wanted = getattr(self, name), getattr(expected, name)
-            if mine != wanted:
+        for name, reason in reasons.items():
+            actual, wanted = getattr(self, name), getattr(expected, name)
+            if actual != wanted:
                 raise ConfigError(
-                    f"the baseline does not fit: {reason} ({name} {mine}, expected {wanted}); "
+                    f"the baseline does not fit: {reason} ({name} {actual}, expected {wanted}); "
                     "build it again with `loradock baseline build`, or remove it and let traffic make one"
                 )
 
@@ -140,7 +140,7 @@ class Signal:
         return self.needed if self._detector is not None else len(self._gathered)
 
     def update(self, row: ArrayLike) -> bool:
-        """Take one raw row; True when this one raised the alarm."""
+        """Take one raw row; True when it raised the alarm."""
         raw = np.asarray(row, np.float32)
         if raw.shape != (self._columns,):
             raise ValueError(f"a row of {self.kind} has {self._columns} numbers; this one has the shape {raw.shape}")
@@ -189,25 +189,25 @@ class Signal:
         if self._detector is None or self._scale is None:
             return {}
         shifts = self._detector.rank_shift
-        found = {"rank_shift": float(np.abs(shifts).max())}
+        effects = {"rank_shift": float(np.abs(shifts).max())}
         if not self._weight:
-            return found
+            return effects
         recent = self._recent / self._weight
         if self.kind == OUTPUT:
             error = self._detector.gauge_error / float(self._scale.matrix[_REFUSAL, _REFUSAL])
-            found["refusal"] = _beyond_error(float(recent[_REFUSAL]), error)
+            effects["refusal"] = _beyond_error(float(recent[_REFUSAL]), error)
         if self.kind == LOGPROB:
             onto = self._scale.matrix[:, 0]
             error = self._detector.gauge_error / float(onto[0])
-            found["logprob"] = _beyond_error(float(recent @ onto / onto[0]), error)
-        return found
+            effects["logprob"] = _beyond_error(float(recent @ onto / onto[0]), error)
+        return effects
 
     def beyond(self) -> dict[str, float]:
         """The effects above tolerance: a rise of refusals, a change of logprob in either direction, a shift of
         ranks."""
-        found = self.effects()
-        sizes = {name: value if name == "refusal" else abs(value) for name, value in found.items()}
-        return {name: found[name] for name, size in sizes.items() if size > getattr(self.tolerance, name)}
+        effects = self.effects()
+        sizes = {name: value if name == "refusal" else abs(value) for name, value in effects.items()}
+        return {name: effects[name] for name, size in sizes.items() if size > getattr(self.tolerance, name)}
 
     def movers(self, most: int = 5) -> list[tuple[str, float, float]]:
         """(score, ln evidence, rank shift) of the scores with the most evidence of their own, the strongest first."""
@@ -288,8 +288,8 @@ class Baseline:
         """From raw rows by signal, all of them reference: what a CLI ships. A signal without rows gathers from
         traffic."""
         self = cls(replace(provenance, origin="shipped"))
-        for kind, those in rows.items():
-            raw = list(those)
+        for kind, signal_rows in rows.items():
+            raw = list(signal_rows)
             if len(raw) < 20:
                 raise ConfigError(
                     f"{len(raw)} requests are too few for a reference of {kind}; give at least 20, better 1,000"
@@ -328,8 +328,8 @@ class Baseline:
         file = folder / f"baseline-{digest}.npz"
         if not file.exists():
             write_whole(file, data)
-        said = {"format": FORMAT, "arrays": file.name, **asdict(self.provenance)}
-        write_whole(folder / _JSON, (json.dumps(said, indent=1) + "\n").encode())
+        header = {"format": FORMAT, "arrays": file.name, **asdict(self.provenance)}
+        write_whole(folder / _JSON, (json.dumps(header, indent=1) + "\n").encode())
         for other in folder.glob("baseline-*.npz"):
             if other != file:
                 other.unlink(missing_ok=True)
@@ -353,7 +353,7 @@ class Baseline:
         return self
 
     def _signal(self, kind: str, **options: Any) -> Signal:
-        # Each signal draws its own lots.
+        # Each signal has random numbers of its own.
         seed = self.provenance.seed * len(SIGNALS) + SIGNALS.index(kind)
         return Signal(kind, seed=seed, dimensions=self.provenance.dimensions, **options)
 
@@ -361,13 +361,13 @@ class Baseline:
 def _read(folder: Path) -> tuple[Provenance, dict[str, NDArray]]:
     again = "build it again with `loradock baseline build`, or remove it and let traffic make one"
     try:
-        said = json.loads((folder / _JSON).read_bytes())
-        if said.pop("format") != FORMAT:
+        header = json.loads((folder / _JSON).read_bytes())
+        if header.pop("format") != FORMAT:
             raise ConfigError(f"the baseline is of a format that this release does not read; {again}")
-        name = said.pop("arrays")
-        provenance = Provenance(**said)
+        name = header.pop("arrays")
+        provenance = Provenance(**header)
         if not _ARRAYS.fullmatch(name):
-            raise ValueError("its arrays' name is not one")
+            raise ValueError("the name of its arrays is not the name of such a file")
         data = (folder / name).read_bytes()
         if len(data) > MAX_BYTES or name != f"baseline-{hashlib.sha256(data).hexdigest()}.npz":
             raise ValueError("its arrays are not the ones that were written")

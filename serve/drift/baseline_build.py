@@ -1,7 +1,7 @@
-"""A version answers prompts that no client sent, so that its baseline is there before its first traffic.
+"""Builds a version's baseline from prompts that no client sent, before its first traffic.
 
-It answers as the shadow does: through vLLM's own app, on a lease, behind every client in the engine's queue; no key is
-charged and no series counts it.
+It answers them as a shadow does: through vLLM's own app, with a lease, behind every client in the engine's queue. No
+key is charged and no metric counts it.
 """
 
 from __future__ import annotations

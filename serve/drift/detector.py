@@ -69,7 +69,8 @@ class Drift:
 
     reference: (n, k), n >= 1; to D only its ranks matter, F also uses distances: unit scale serves it best.
     threshold: c, the mean number of requests between false alarms. capacity: rows that the bag holds, by default as
-    many as the reference and at least 1,000; never fewer than the reference. seed: of the ties' and the bag's lots.
+    many as the reference and at least 1,000; never fewer than the reference. seed: of the random numbers that
+    break ties and choose what leaves the bag.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Drift:
         self.capacity = max(n, 1000 if capacity is None else capacity)
         self.updates = 0
         self.crossed_at: int | None = None
-        self._lots = np.random.Generator(np.random.PCG64(seed))
+        self._rng = np.random.Generator(np.random.PCG64(seed))
         self._reference = np.ascontiguousarray(np.sort(rows, axis=0).T)  # (k, n)
         self._bags = [array("f", column.tobytes()) for column in self._reference]
         self._directions = _Directions(rows, self.capacity) if k > 1 else None
@@ -119,7 +120,7 @@ class Drift:
             if self.updates % 2:
                 self._directions.teach(scores)
             else:
-                p = np.concatenate((p, self._directions.rank(scores, self._lots)))
+                p = np.concatenate((p, self._directions.rank(scores, self._rng)))
         self._bank.observe(p, self.updates)
         if self.crossed_at is None and self._bank.evidence() >= self.threshold:
             self.crossed_at = self.updates
@@ -183,7 +184,7 @@ class Drift:
             "bags": np.array([np.frombuffer(bag, np.float32) for bag in self._bags]),
             "threshold": np.float64(self.threshold),
             "counts": np.array([self.capacity, self.updates, -1 if self.crossed_at is None else self.crossed_at]),
-            "lots": lots_state(self._lots),
+            "lots": rng_state(self._rng),
             "moved": self._moved.copy(),
             "shift": self._shift.copy(),
             "seen": self._seen.copy(),
@@ -201,7 +202,7 @@ class Drift:
         capacity, updates, crossed_at = (int(count) for count in state["counts"])
         self.capacity, self.updates = capacity, updates
         self.crossed_at = None if crossed_at < 0 else crossed_at
-        self._lots = lots_from(state["lots"])
+        self._rng = rng_from(state["lots"])
         self._reference = np.ascontiguousarray(state["reference"].T)
         self._bags = [array("f", np.ascontiguousarray(bag).tobytes()) for bag in state["bags"]]
         learned = _below(state, "directions.")
@@ -217,10 +218,10 @@ class Drift:
     def _rank(self, scores: NDArray[np.float32]) -> Floats:
         """(k,) smoothed conformal p-values of `scores` among the bags, which take them in."""
         k, m = len(self._bags), len(self._bags[0])
-        ties = self._lots.random(k).tolist()
+        ties = self._rng.random(k).tolist()
         full = m >= self.capacity
-        # By lot among all m + 1, the new one included: a rule that looks at age would let ranks tell of later ranks.
-        leave = self._lots.integers(m + 1, size=k).tolist() if full else None
+        # At random among all m + 1, the new one included: if age decided, ranks would say something about later ones.
+        leave = self._rng.integers(m + 1, size=k).tolist() if full else None
         p = [0.0] * k
         for i, score in enumerate(scores.tolist()):
             bag = self._bags[i]
@@ -354,20 +355,20 @@ class _Directions:
         self._weight *= _DIRECTION_FADES
         self._weight += 1
 
-    def rank(self, scores: NDArray[np.float32], lots: np.random.Generator) -> Floats:
+    def rank(self, scores: NDArray[np.float32], rng: np.random.Generator) -> Floats:
         """(directions,) smoothed conformal p-values along each in the bag, which takes the row in."""
         row, m = scores.astype(np.float64), self._size
         w = self._live / self._weight - (self._sum + row) / (m + 1)
         along = (w @ self._bag[:m].T).astype(np.float32)
-        mine = (w @ row).astype(np.float32)
-        less = [np.count_nonzero(one < own) for one, own in zip(along, mine, strict=True)]
-        equal = [np.count_nonzero(one == own) for one, own in zip(along, mine, strict=True)]
-        p = (np.array(less) + lots.random(len(w)) * (np.array(equal) + 1)) / (m + 1)
+        projected = (w @ row).astype(np.float32)
+        less = [np.count_nonzero(known < new) for known, new in zip(along, projected, strict=True)]
+        equal = [np.count_nonzero(known == new) for known, new in zip(along, projected, strict=True)]
+        p = (np.array(less) + rng.random(len(w)) * (np.array(equal) + 1)) / (m + 1)
         if m < len(self._bag):
             self._bag[m] = row
             self._size += 1
         else:
-            leaves = int(lots.integers(m + 1))
+            leaves = int(rng.integers(m + 1))
             if leaves == m:
                 return p
             self._sum -= self._bag[leaves]
@@ -404,16 +405,16 @@ def _below(state: Mapping[str, NDArray], prefix: str) -> State:
 _WORD = (1 << 64) - 1
 
 
-def lots_state(lots: np.random.Generator) -> NDArray[np.uint64]:
+def rng_state(rng: np.random.Generator) -> NDArray[np.uint64]:
     """PCG64's two 128-bit numbers and its half-used word, as six 64-bit ones."""
-    inner = lots.bit_generator.state
+    inner = rng.bit_generator.state
     numbers: Sequence[int] = (inner["state"]["state"], inner["state"]["inc"])
     words = [part for number in numbers for part in (number >> 64, number & _WORD)]
     return np.array([*words, inner["has_uint32"], inner["uinteger"]], np.uint64)
 
 
-def lots_from(words: NDArray[np.uint64]) -> np.random.Generator:
-    """The generator whose `lots_state` this was."""
+def rng_from(words: NDArray[np.uint64]) -> np.random.Generator:
+    """The generator whose `rng_state` this was."""
     a, b, c, d, has, half = (int(word) for word in words)
     inner = np.random.PCG64()
     inner.state = {

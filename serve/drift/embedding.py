@@ -56,8 +56,8 @@ class Embedding:
     def project(cls, source: Rows | NDArray[np.floating], *, dimensions: int = DIMENSIONS, seed: int = 0) -> Self:
         """Of a table (vocabulary, width) that is in memory, or mapped."""
         vocabulary, width = source.shape
-        lots = np.random.Generator(np.random.PCG64(seed))
-        onto = lots.standard_normal((width, min(dimensions, width)))
+        rng = np.random.Generator(np.random.PCG64(seed))
+        onto = rng.standard_normal((width, min(dimensions, width)))
         onto = np.linalg.qr(onto)[0].astype(np.float32)
         table = np.empty((vocabulary, onto.shape[1]), np.float32)
         for start in range(0, vocabulary, _CHUNK):
@@ -122,10 +122,10 @@ def _where(checkpoint: Path) -> dict[str, Path]:
         except (ValueError, KeyError, TypeError) as damaged:
             raise ConfigError(f"{index.name} cannot be read ({damaged}); fetch the checkpoint again") from damaged
         return {tensor: checkpoint / str(shard) for tensor, shard in shards.items()}
-    found = {tensor: path for path in sorted(checkpoint.glob("*.safetensors")) for tensor in _header(path)[0]}
-    if not found:
+    tensors = {tensor: path for path in sorted(checkpoint.glob("*.safetensors")) for tensor in _header(path)[0]}
+    if not tensors:
         raise ConfigError(f"{checkpoint.name} holds no safetensors file; drift needs the embedding table of the model")
-    return found
+    return tensors
 
 
 def _header(path: Path) -> tuple[dict[str, dict], int]:

@@ -1,4 +1,4 @@
-"""What one request says of itself, as rows of numbers for `serve.drift.detector`: about 100 us a request.
+"""The features of one request, as rows of numbers for `serve.drift.detector`: about 100 us a request.
 
     row = prompt_row(embedding, prompt_tokens)             # log length, then the prompt's vector
     rows = answer_rows(embedding, row, answer)             # {"output": row}, and "logprob" where there are any

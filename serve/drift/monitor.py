@@ -24,7 +24,7 @@ from serve.drift.baseline_files import BaselineFiles, from_zip, to_zip, version_
 from serve.drift.drift_report import drift_metrics, version_report
 from serve.drift.embedding import Embedding
 from serve.drift.features import PROMPT
-from serve.drift.watched_version import Alarm, DriftSettings, WatchedVersion, signal_rows
+from serve.drift.watched_version import Alarm, DriftSettings, ProbeResult, WatchedVersion, signal_rows
 from serve.engine.effect_probe import Logprobs
 from serve.errors import ConfigError
 
@@ -128,14 +128,21 @@ class DriftMonitor(Collector):
     # One version
 
     def compare_probe(
-        self, adapter: str, version: str, id: str, answers: Sequence[Logprobs], noise: float
-    ) -> Alarm | None:
+        self,
+        adapter: str,
+        version: str,
+        id: str,
+        answers: Sequence[Logprobs],
+        noise: float,
+        suspected: Sequence[Logprobs] | None = None,
+    ) -> ProbeResult:
         """Compare what a version answered to the probe prompts with its first answers to them."""
         base = self._base_of(adapter)
         with self._lock:
             if base not in self._models or not answers:
-                return None
-            return self._watched(adapter, version, id, base).compare_probe(answers, noise, self._clock())
+                return ProbeResult()
+            watched = self._watched(adapter, version, id, base)
+            return watched.compare_probe(answers, noise, self._clock(), suspected)
 
     def acknowledge(self, adapter: str, version: str) -> None:
         """The alarms of a version have been dealt with: its evidence begins again."""

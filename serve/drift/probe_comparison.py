@@ -29,8 +29,8 @@ def has_reference(kept: Mapping[str, NDArray], answers: Sequence[Logprobs]) -> b
     return "logprobs" in kept and len(kept["logprobs"]) == len(answers)
 
 
-def noise_ratio(kept: Mapping[str, NDArray], answers: Sequence[Logprobs]) -> float:
-    """How far the answers moved from the kept ones, in multiples of the noise."""
+def noise_ratio(kept: Mapping[str, NDArray], answers: Sequence[Logprobs], noise: float) -> float:
+    """How far the answers moved from the kept ones, in multiples of the larger noise: the kept one, or today's."""
     pairs = zip(kept["tokens"].tolist(), kept["logprobs"].tolist(), strict=True)
     reference = [dict(zip(tokens, logprobs, strict=True)) for tokens, logprobs in pairs]
-    return effect(reference, answers) / float(kept["noise"])
+    return effect(reference, answers) / max(float(kept["noise"]), noise)

@@ -1,4 +1,4 @@
-"""Asks every live version the same fixed prompts, when it came and every hour: a change shows without traffic."""
+"""Asks every live version the same fixed prompts, once it is loaded and every hour: a change shows without traffic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from serve.adapters.adapter import Adapter
 from serve.adapters.registry import Registry
 from serve.adapters.store import Store
 from serve.drift.monitor import DriftMonitor
@@ -14,13 +16,27 @@ from serve.drift.watched_version import Alarm
 from serve.engine.effect_probe import FIXED, Logprobs
 from serve.engine.engine import LOW_PRIORITY
 from serve.engine.fleet import Fleet
+from serve.engine.supervisor import Supervisor
 from serve.errors import LoradockError
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 5.0
-# Each prompt shares a step with whoever is answered meanwhile: eight at once made it twice as long.
+# Each prompt shares a step with clients' requests: eight at once made that step twice as long.
 PAUSE_SECONDS = 0.2
+# Answers that moved are asked for again when the engine is idle, or after so long at the latest.
+CONFIRM_SECONDS = 300.0
+
+# A version's stay in an engine: which engine, and the number of the adapter in it.
+Stay = tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Probed:
+    """When a stay was probed last, and the answers that have to be confirmed."""
+
+    when: float
+    suspected: list[Logprobs] | None = field(default=None, repr=False)
 
 
 class Prober:
@@ -40,47 +56,72 @@ class Prober:
         self._fleet, self._registry, self._store = fleet, registry, store
         self._monitor, self._alarmed = monitor, alarmed
         self._interval, self._look = interval, look
-        # When each was probed last, by its engine and the number of its stay there.
-        self._probed: dict[tuple[int, int], float] = {}
+        self._probed: dict[Stay, _Probed] = {}
 
     async def run(self) -> None:
         """Probe what is due, for ever."""
         while True:
             await asyncio.sleep(self._look)
-            try:
-                await self.round()
-            except LoradockError as error:
-                log.warning("the probe of the live versions broke off: %s", error)
+            await self.round()
 
     async def round(self) -> None:
-        """Probe every live version that is in the engine and due."""
-        now = time.monotonic()
+        """Probe every live version that is in the engine and due; one that cannot be probed stops no other."""
         stays = {
-            stay.id: (id(base.engine), stay.number) for base in self._fleet for stay in base.residents if stay.loaded
+            residence.id: (id(base.engine), residence.number)
+            for base in self._fleet
+            for residence in base.residents
+            if residence.loaded
         }
-        self._probed = {stay: when for stay, when in self._probed.items() if stay in stays.values()}
+        self._probed = {stay: probed for stay, probed in self._probed.items() if stay in stays.values()}
         for name in self._registry.names():
-            live, base = self._registry.live(name), self._fleet.of(name)
-            if live is None or live.id not in stays or not base.is_available:
+            live, base = self._registry.live(name), self._fleet.owner(name)
+            if live is None or base is None or live.id not in stays or not base.is_available:
                 continue
-            last = self._probed.get(stays[live.id])
-            if last is not None and (not self._interval or now - last < self._interval):
+            stay = stays[live.id]
+            if not self._is_due(stay, base):
                 continue
-            self._probed[stays[live.id]] = now
-            path = await self._store.bring(live.digest)
-            engine = base.engine
-            found: list[Logprobs] = []
-            for prompt in FIXED:
-                if not engine.holds(live.id):
-                    break  # it was swapped meanwhile
-                async with engine.lease(live.id, path, tenant=live.tenant, priority=LOW_PRIORITY, for_client=False):
-                    found += await engine.backend.probe(live.id, [prompt])
-                if engine.leases:
-                    await asyncio.sleep(PAUSE_SECONDS)
-            if len(found) < len(FIXED):
-                continue
+            try:
+                await self._probe(live, base, stay)
+            except LoradockError as error:
+                log.warning("%s was not probed: %s", live.tag, error)
+
+    def _is_due(self, stay: Stay, base: Supervisor) -> bool:
+        probed = self._probed.get(stay)
+        if probed is None:
+            return True
+        waited = time.monotonic() - probed.when
+        if probed.suspected is not None:
+            return not base.engine.leases or waited >= CONFIRM_SECONDS
+        return bool(self._interval) and waited >= self._interval
+
+    async def _probe(self, live: Adapter, base: Supervisor, stay: Stay) -> None:
+        before = self._probed.get(stay)
+        probed = self._probed[stay] = _Probed(time.monotonic(), before.suspected if before else None)
+        while answers := await self._ask(live, base):
             noise = base.probe.noise if base.probe else 0.0
-            version = f"v{live.version}"
-            alarm = await asyncio.to_thread(self._monitor.compare_probe, name, version, live.id, found, noise)
-            if alarm:
-                await asyncio.to_thread(self._alarmed, alarm)
+            names = (live.name, f"v{live.version}", live.id)
+            result = await asyncio.to_thread(
+                self._monitor.compare_probe, *names, answers, noise, suspected=probed.suspected
+            )
+            probed.suspected = answers if result.suspected else None
+            if result.alarm:
+                await asyncio.to_thread(self._alarmed, result.alarm)
+            if not result.suspected:
+                return
+            log.info("%s: the answers to the probe moved; they are asked for again", live.tag)
+            if base.engine.leases:
+                return  # until the engine is idle, see `_is_due`
+
+    async def _ask(self, live: Adapter, base: Supervisor) -> list[Logprobs] | None:
+        """The version's answers; None if it leaves the engine meanwhile, or does not answer."""
+        path = await self._store.bring(live.digest)
+        engine = base.engine
+        answers: list[Logprobs] = []
+        for prompt in FIXED:
+            if not engine.holds(live.id):
+                return None
+            async with engine.lease(live.id, path, tenant=live.tenant, priority=LOW_PRIORITY, for_client=False):
+                answers += await engine.backend.probe(live.id, [prompt])
+            if engine.leases:
+                await asyncio.sleep(PAUSE_SECONDS)
+        return answers if len(answers) == len(FIXED) and all(answers) else None

@@ -56,7 +56,7 @@ class Thinning(Generic[Item]):
         self._bands: OrderedDict[bytes, None] = OrderedDict()
         self._last: OrderedDict[Hashable, float] = OrderedDict()
         self._waiting: list[Item] = []
-        self._lots = np.random.Generator(np.random.PCG64(seed))
+        self._rng = np.random.Generator(np.random.PCG64(seed))
 
     def accepts(self, *, tokens: ArrayLike, now: float, key: Hashable | None = None) -> bool:
         """Whether a request with this prompt may be seen; it is remembered either way."""
@@ -76,7 +76,7 @@ class Thinning(Generic[Item]):
     def flush(self) -> list[Item]:
         """The items that wait for their block to fill, shuffled."""
         block, self._waiting = self._waiting, []
-        return [block[i] for i in self._lots.permutation(len(block))]
+        return [block[i] for i in self._rng.permutation(len(block))]
 
     def _reason(self, ids: NDArray[np.int64], now: float, key: Hashable | None) -> str:
         # All of it is learned from every request, also from one that is left out: a chain of near-duplicates stays out.

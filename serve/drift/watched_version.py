@@ -19,7 +19,7 @@ from serve.drift.embedding import Embedding
 from serve.drift.features import PROMPT, Answer, Floats, answer_rows, prompt_row
 from serve.drift.probe_comparison import has_reference, noise_ratio, probe_arrays
 from serve.drift.thinning import Thinning, common_runs
-from serve.engine.effect_probe import Logprobs
+from serve.engine.effect_probe import Logprobs, effect
 
 # The first prompts of a version say which runs of tokens all prompts share: template and system prompt.
 EARLY = 32
@@ -58,6 +58,14 @@ class Alarm:
     signal: str
     effects: Mapping[str, float]
     log_evidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """`suspected`: the answers moved, but that may be the noise of a busy engine: ask again."""
+
+    alarm: Alarm | None = None
+    suspected: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,20 +121,31 @@ class WatchedVersion:
                 alarms += self._count(sample)
         return alarms
 
-    def compare_probe(self, answers: Sequence[Logprobs], noise: float, now: float) -> Alarm | None:
-        """Compare the answers to the probe prompts with the first ones, which are kept; an alarm when they moved."""
-        kept = self.baseline.probe
+    def compare_probe(
+        self, answers: Sequence[Logprobs], noise: float, now: float, suspected: Sequence[Logprobs] | None = None
+    ) -> ProbeResult:
+        """Compare the answers to the probe prompts with the first ones, which are kept.
+
+        Answers that moved are suspected and asked for again; only then, with the `suspected` ones, they are an alarm.
+        By as much as the two differ from one another, rounding changes from batch to batch: that is noise.
+        """
+        kept, tolerated = self.baseline.probe, self.settings.tolerance.probe
         if not has_reference(kept, answers):
             self.baseline.probe = probe_arrays(answers, noise)
             self.probe_ratio, self.unsaved = 0.0, True
-            return None
-        before, self.probe_ratio = self.probe_ratio, noise_ratio(kept, answers)
-        tolerated = self.settings.tolerance.probe
-        if self.probe_ratio <= tolerated or (before is not None and before > tolerated):
-            return None
+            return ProbeResult()
+        if suspected is not None:
+            noise = max(noise, effect(suspected, answers))
+        ratio = noise_ratio(kept, answers, noise)
+        alarmed = self.probe_ratio is not None and self.probe_ratio > tolerated
+        if ratio > tolerated and not alarmed and suspected is None:
+            return ProbeResult(suspected=True)
+        self.probe_ratio = ratio
+        if ratio <= tolerated or alarmed:
+            return ProbeResult()
         self.probe_alarms += 1
         self.alarmed[PROBE] = now
-        return Alarm(self.adapter, self.version, PROBE, {"noise_ratio": self.probe_ratio}, math.inf)
+        return ProbeResult(Alarm(self.adapter, self.version, PROBE, {"noise_ratio": ratio}, math.inf))
 
     def acknowledge(self) -> None:
         """The alarms have been dealt with: evidence begins again at nothing."""

@@ -1,4 +1,4 @@
-"""Alertmanager's webhook: the second way into the way back.
+"""Alertmanager's webhook: an alert may roll a version back.
 
 Only an alert that fires and is labelled `action="rollback"`, `adapter` and `version` does anything; the version that it
 names loses its traffic, and no other. Alertmanager sends an alert again and again: one that was acted on, known by its
@@ -26,7 +26,7 @@ _VERSION = re.compile(r"v?([1-9][0-9]{0,8})")
 
 
 class Alert(Struct, frozen=True):
-    """One alert, as Alertmanager's webhook (version 4) says it; what else it says is not needed here."""
+    """One alert in Alertmanager's webhook (version 4); the fields that are not used here are left out."""
 
     status: str
     labels: dict[str, str]
@@ -36,7 +36,7 @@ class Alert(Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """The same for every time that one outbreak of one alert is sent."""
+        """The same each time that Alertmanager sends this outbreak of the alert."""
         return f"{self.fingerprint}@{self.startsAt}"
 
 
@@ -47,7 +47,7 @@ class Notification(Struct, frozen=True):
 
 
 class Alerts:
-    """`take` says what was done about an alert; `by_itself(adapter)` says that the adapter's policy is to roll back."""
+    """Acts on alerts. `by_itself(adapter)`: whether the adapter's policy is to roll back without asking people."""
 
     def __init__(self, rollback: AutomaticRollback, registry: Registry, by_itself: Callable[[str], bool]) -> None:
         self._rollback = rollback
@@ -55,7 +55,7 @@ class Alerts:
         self._registry = registry
 
     async def take(self, alert: Alert, *, may: bool, by: str) -> dict[str, Any]:
-        """Act on one alert; `may` says that the sender's key manages the adapter, `by` is who sent it."""
+        """Act on one alert, and say what was done. `may`: the sender's key manages the adapter; `by`: who sent it."""
         outcome, message = await self._take(alert, may, by)
         name = alert.labels.get("alertname", "")
         return {"fingerprint": alert.fingerprint, "alert": shown(name, 128), "outcome": outcome, "message": message}
@@ -85,6 +85,6 @@ class Alerts:
 
 def _evidence(alert: Alert, by: str) -> Mapping[str, Any]:
     """The key comes first: what is long is cut at its end."""
-    said = {name: shown(text, 256) for name, text in alert.annotations.items() if name in ("summary", "value")}
+    annotations = {name: shown(text, 256) for name, text in alert.annotations.items() if name in ("summary", "value")}
     name = shown(alert.labels.get("alertname", ""), 128)
-    return {"alert": name, "at": alert.key, "from": by, **said}
+    return {"alert": name, "at": alert.key, "from": by, **annotations}

@@ -1,6 +1,6 @@
-"""What the server does by itself about a version that does worse, or has proved itself, by adapter.
+"""What the server does about a canary that does worse, or has proved itself: a policy for each adapter.
 
-`policies` in the configuration says it for every adapter (`"*"`) and, where one needs another, for that one:
+`policies` in the configuration has one for every adapter (`"*"`), and one for each adapter that needs another:
 
     policies:
       "*":
@@ -13,8 +13,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.errors import ConfigError
@@ -26,7 +27,7 @@ _CHOICES = {"worse": (ROLLBACK, HOLD, NOTIFY), "proved": (NOTIFY, PROMOTE)}
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Of one adapter, or of every other (`*`)."""
+    """The policy of one adapter, or of all that have none of their own (`*`)."""
 
     adapter: str = EVERY
     worse: str = ROLLBACK
@@ -36,15 +37,15 @@ class Policy:
 
 
 DEFAULT_POLICIES = (Policy(),)
-_NAMES = tuple(field.name for field in fields(Policy) if field.name != "adapter")
+_NAMES = tuple(field.name for field in dataclasses.fields(Policy) if field.name != "adapter")
 
 
-def parse(given: Any) -> tuple[Policy, ...]:
-    """The policies that the configuration says; what one does not say is as it is for every adapter."""
-    if not isinstance(given, Mapping):
-        raise ConfigError(f'policies takes adapters with their policy, as {{"*": {{worse: notify}}}}, not {given!r}')
-    every = _policy(Policy(), EVERY, given.get(EVERY, {}))
-    rest = [_policy(every, adapter, said) for adapter, said in given.items() if adapter != EVERY]
+def parse(policies: Any) -> tuple[Policy, ...]:
+    """The policies in the configuration; fields that an adapter's policy leaves out are those of `*`."""
+    if not isinstance(policies, Mapping):
+        raise ConfigError(f'policies takes adapters with their policy, as {{"*": {{worse: notify}}}}, not {policies!r}')
+    every = _policy(Policy(), EVERY, policies.get(EVERY, {}))
+    rest = [_policy(every, adapter, fields) for adapter, fields in policies.items() if adapter != EVERY]
     return (every, *rest)
 
 
@@ -54,20 +55,20 @@ def policy_for(policies: Sequence[Policy], adapter: str) -> Policy:
     return by_name.get(adapter) or by_name[EVERY]
 
 
-def _policy(base: Policy, adapter: Any, said: Any) -> Policy:
+def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
     if not isinstance(adapter, str):
         raise ConfigError(f'policies takes an adapter\'s name, TENANT/NAME or "*", not {adapter!r}')
-    if not isinstance(said, Mapping) or not set(said) <= set(_NAMES):
-        raise ConfigError(f"the policy of {adapter} takes {', '.join(_NAMES)}, not {said!r}")
+    if not isinstance(fields, Mapping) or not set(fields) <= set(_NAMES):
+        raise ConfigError(f"the policy of {adapter} takes {', '.join(_NAMES)}, not {fields!r}")
     for name, choices in _CHOICES.items():
-        if name in said and said[name] not in choices:
-            raise ConfigError(f"the policy of {adapter}: {name} takes {' or '.join(choices)}, not {said[name]!r}")
-    numbers = {name: _number(adapter, name, said[name]) for name in ("canary_weight", "alpha") if name in said}
+        if name in fields and fields[name] not in choices:
+            raise ConfigError(f"the policy of {adapter}: {name} takes {' or '.join(choices)}, not {fields[name]!r}")
+    numbers = {name: _number(adapter, name, fields[name]) for name in ("canary_weight", "alpha") if name in fields}
     if not 0 <= numbers.get("canary_weight", 0) < 1:
-        raise ConfigError(f"the policy of {adapter}: canary_weight takes 0 up to 1, not {said['canary_weight']!r}")
+        raise ConfigError(f"the policy of {adapter}: canary_weight takes 0 up to 1, not {fields['canary_weight']!r}")
     if not 0 < numbers.get("alpha", 0.01) < 1:
-        raise ConfigError(f"the policy of {adapter}: alpha takes a probability, as 0.01, not {said['alpha']!r}")
-    return replace(base, adapter=adapter, **{**said, **numbers})
+        raise ConfigError(f"the policy of {adapter}: alpha takes a probability, as 0.01, not {fields['alpha']!r}")
+    return replace(base, adapter=adapter, **{**fields, **numbers})
 
 
 def _number(adapter: str, name: str, value: Any) -> float:

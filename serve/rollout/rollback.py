@@ -1,8 +1,7 @@
-"""The way back: what the server does by itself about a version that turned out bad.
+"""Automatic rollback: takes the traffic from a version that turned out bad.
 
-A version that is live is rolled back to the one before it; a canary gets no more traffic. Whoever has found it out,
-the drift engine or an alert, comes through here, so that both together roll an adapter back at most once an hour.
-Nothing is ever promoted here.
+A live version is rolled back to the version that was live before it; a canary is ended. The verdict on a canary and an
+alert both come through here, so that together they roll an adapter back at most once an hour. Nothing is promoted here.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from serve.rollout.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
-# Who did it, as histories and the audit log say it.
+# Who rolled back, in histories and the audit log.
 WHO = "wayback"
 SECONDS_BETWEEN = 3600.0
 MAX_EVIDENCE = 2048
@@ -71,7 +70,7 @@ class AutomaticRollback:
         self._audit = audit
         self._done = done
         self._clock = clock
-        self._one_at_a_time = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def rollback(
         self,
@@ -87,9 +86,9 @@ class AutomaticRollback:
         `reason` is one of a few words, and the metric's label; `evidence` goes to the history and the audit log.
         Whoever tries again and again leaves failures out of the audit log with `audit_failure`.
         """
-        async with self._one_at_a_time:
+        async with self._lock:
             try:
-                result = await self._rollback(adapter, version, f"{reason}: {_written(evidence)}")
+                result = await self._rollback(adapter, version, f"{reason}: {_as_json(evidence)}")
             except LoradockError as error:
                 result = RollbackResult(Outcome.FAILED, error.message)
         if result.outcome is Outcome.NOT_SERVING:
@@ -108,7 +107,7 @@ class AutomaticRollback:
             what=result.outcome.value,
             subject=f"{adapter}@v{version}",
             reason=reason,
-            evidence=_written(evidence),
+            evidence=_as_json(evidence),
             message=result.message,
         )
         return result
@@ -129,7 +128,7 @@ class AutomaticRollback:
             )
         before = await asyncio.to_thread(self._registry.before, adapter)
         if before is None or before > version:
-            # A later number before this one: somebody went back by hand already, and returning there would be forward.
+            # The version before has a later number: somebody went back by hand, and a rollback would undo that.
             return RollbackResult(
                 Outcome.NOWHERE, f"version {version} stays live: no earlier version was live before it"
             )
@@ -150,5 +149,5 @@ class AutomaticRollback:
         return 0
 
 
-def _written(evidence: Mapping[str, Any]) -> str:
+def _as_json(evidence: Mapping[str, Any]) -> str:
     return json.dumps(evidence, default=str)[:MAX_EVIDENCE]

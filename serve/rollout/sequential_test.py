@@ -1,4 +1,4 @@
-"""Is the new version worse than the old one? Both answer at the same time, and each block of requests is a small trial.
+"""Is the new version worse than the old one? Both answer at the same time; each block of requests is an experiment.
 
     comparison = Comparison(weight=0.1, alpha=0.01, seed=7)
     comparison.observe(True, {"inter_token": 0.021, "error": 0.0}, asker=key)      # one finished request of the canary
@@ -6,7 +6,7 @@
 
 Load and users wander through the day, so before is never held against after. Requests are cut into disjoint blocks in
 the order in which they end. Under "the version makes no difference" which of a block's requests went to the canary is a
-matter of lots, whatever the load did meanwhile: so the ranks of the canary's requests within the block are a random
+matter of chance, whatever the load did meanwhile: so the ranks of the canary's requests within the block are a random
 draw, and exp(l * sum of their ranks) over its mean over all draws is a bet with mean 1; of errors and the like, the
 sum of ones. The products over blocks are martingales; their mean W over strengths l is one too, and by Ville's
 inequality P(W >= 1 / a, ever) <= a.
@@ -17,7 +17,7 @@ more than each check's tolerance. A tolerance is taken off the canary's values b
 PROVED turns the question round: for every required check, the hypothesis "worse by more than the tolerance" was
 refuted at alpha. If any of them is true, P(PROVED, ever) <= alpha. It does not say that the new version is better.
 
-The lots are the router's: a canary is chosen by asker, so each asker may be counted once only; pass `asker`.
+The router draws: a canary is chosen by asker, so each asker may be counted once only; pass `asker`.
 Neither clock nor files; a comparison restored from its state goes on bit for bit.
 """
 
@@ -35,7 +35,7 @@ from typing import Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.detector import lots_from, lots_state
+from serve.drift.detector import rng_from, rng_state
 
 State: TypeAlias = dict[str, NDArray]
 
@@ -134,7 +134,7 @@ class Comparison:
         self.skipped = 0
         whole = sum(check.share for check in checks)
         self._tests = [_CheckTest(check, _block(weight), check.share / whole) for check in checks]
-        self._lots = np.random.Generator(np.random.PCG64(seed))
+        self._rng = np.random.Generator(np.random.PCG64(seed))
         self._askers: OrderedDict[int, None] = OrderedDict()
         self._verdict = Verdict.UNDECIDED
 
@@ -147,7 +147,7 @@ class Comparison:
         for test in self._tests:
             value = values.get(test.check.name)
             if value is not None and math.isfinite(value):
-                closed = test.observe(canary, float(value), self._lots) or closed
+                closed = test.observe(canary, float(value), self._rng) or closed
         return self._decide() if closed else self.verdict
 
     @property
@@ -173,7 +173,7 @@ class Comparison:
         return [result for result in self.results() if result.worse]
 
     def set_weight(self, weight: float) -> None:
-        """The share has changed: open blocks are thrown away, since their lots were drawn at two odds."""
+        """The share has changed: open blocks are thrown away, since their requests were drawn at two different odds."""
         if not 0 < weight < 1:
             raise ValueError(f"weight {weight} leaves one version without requests; it lies between 0 and 1")
         self.weight = weight
@@ -189,7 +189,7 @@ class Comparison:
             "skipped": np.array(self.skipped),
             "askers": np.array(list(self._askers), np.int64),
             "verdict": np.array(self._verdict.value),
-            "lots": lots_state(self._lots),
+            "lots": rng_state(self._rng),
         }
 
     @classmethod
@@ -204,7 +204,7 @@ class Comparison:
         self.skipped = int(state["skipped"])
         self._askers = OrderedDict.fromkeys(int(asker) for asker in state["askers"])
         self._verdict = Verdict(str(state["verdict"]))
-        self._lots = lots_from(state["lots"])
+        self._rng = rng_from(state["lots"])
         return self
 
     def _counted(self, asker: Hashable) -> bool:
@@ -242,7 +242,7 @@ class _CheckTest:
         self._counts = np.zeros(2, np.int64)  # live, canary
         self._sums = np.zeros(2)
 
-    def observe(self, canary: bool, value: float, lots: np.random.Generator) -> bool:
+    def observe(self, canary: bool, value: float, rng: np.random.Generator) -> bool:
         """Whether this request filled its block."""
         if self.check.unit is Unit.RATIO and value <= 0:
             return False
@@ -251,7 +251,7 @@ class _CheckTest:
         self._open.append((canary, value))
         if len(self._open) < self._block:
             return False
-        self._close(lots)
+        self._close(rng)
         return True
 
     def log_evidence(self) -> float:
@@ -303,7 +303,7 @@ class _CheckTest:
         self._bad, self._good = np.array(state["bad"]), np.array(state["good"])
         self._most, self._counts, self._sums = (np.array(state[name]) for name in ("most", "counts", "sums"))
 
-    def _close(self, lots: np.random.Generator) -> None:
+    def _close(self, rng: np.random.Generator) -> None:
         labels = np.array([canary for canary, _ in self._open])
         values = np.array([value for _, value in self._open])
         self._open = []
@@ -311,10 +311,10 @@ class _CheckTest:
         if k in (0, n):
             return
         for side in self._sides:
-            shifted = self._shifted(labels, values, side, lots)
-            # Of 0 and 1 the values are as good as ranks, which would only add the lots of all their ties.
+            shifted = self._shifted(labels, values, side, rng)
+            # Values of 0 and 1 are as good as ranks, which would only add the noise of breaking all their ties.
             rate = self.check.unit is Unit.RATE
-            ranks = shifted if rate else _ranks(shifted, lots)
+            ranks = shifted if rate else _ranks(shifted, rng)
             ones = int(shifted.sum()) if rate else None
             score = float(ranks[labels].sum())
             for i, strength in enumerate(STRENGTHS if not rate else ODDS):
@@ -324,7 +324,7 @@ class _CheckTest:
             self._most[1, side] = max(self._most[1, side], _log_mean(self._good[side]))
         self._most[0, 0] = max(self._most[0, 0], self.log_evidence())
 
-    def _shifted(self, labels: NDArray, values: NDArray, side: int, lots: np.random.Generator) -> NDArray[np.float64]:
+    def _shifted(self, labels: NDArray, values: NDArray, side: int, rng: np.random.Generator) -> NDArray[np.float64]:
         """The values as if the canary were the whole tolerance better than it is."""
         tolerance = self.check.tolerance
         if self.check.unit is Unit.RATIO:
@@ -334,7 +334,7 @@ class _CheckTest:
             return np.where(labels, values + (-tolerance if side == 0 else tolerance), values)
         # Of a rate: each 0 of the side that should be lower becomes a 1 with the tolerance's probability.
         lifted = ~labels if side == 0 else labels
-        return np.where(lifted & (lots.random(len(values)) < tolerance), 1.0, values)
+        return np.where(lifted & (rng.random(len(values)) < tolerance), 1.0, values)
 
 
 def _block(weight: float) -> int:
@@ -342,10 +342,10 @@ def _block(weight: float) -> int:
     return min(max(round(2 / min(weight, 1 - weight)), 8), 200)
 
 
-def _ranks(values: NDArray[np.float64], lots: np.random.Generator) -> NDArray[np.float64]:
+def _ranks(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
     """Ranks of n values from -(n-1)/2n to (n-1)/2n, ties broken by lot."""
     n = len(values)
-    order = np.lexsort((lots.random(n), values))
+    order = np.lexsort((rng.random(n), values))
     ranks = np.empty(n)
     ranks[order] = (np.arange(n) - (n - 1) / 2) / n
     return ranks

@@ -1,7 +1,7 @@
-"""A candidate answers what the live version was asked, unseen by the client, for comparison only.
+"""A shadow answers the requests of the live version too, unseen by clients, for comparison only.
 
-It begins when the real answer has ended, on its own lease, behind every client in the engine's queue, and few at a
-time: what comes while all are busy is dropped and counted. Whatever happens to it happens to nobody else.
+It begins when the client's answer has ended, with a lease of its own and behind every client in the engine's queue.
+Few run at a time: requests that come while all are busy are dropped and counted. Its errors reach no client.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Shadows:
 
 
 def _unseen(fields: Mapping[str, Any], lease: Lease, path: str) -> dict[str, Any]:
-    """The same request for the candidate: in one piece, remembered nowhere, behind everybody."""
+    """The same request for the candidate: not streamed, not stored, behind every client."""
     asked = {key: value for key, value in fields.items() if key not in ("stream", "stream_options", "request_id")}
     asked |= {"model": lease.model, "stream": False}
     if path != "/v1/messages" and lease.priority is not None:

@@ -1,7 +1,7 @@
-"""Who answers a share of a name's requests: an asker always meets the same version, and the shares come out exact.
+"""Which version answers a request while a name's traffic is split: the same asker always gets the same version.
 
-Pure arithmetic. A point in [0, 1) below the weight goes to the candidate, so that a growing weight only ever adds
-askers to it and never sends one back.
+Pure arithmetic: an asker is a point in [0, 1), and points below the weight go to the candidate. A growing weight only
+adds askers to it and never takes one away. Requests without an asker are dealt in turn, so that shares come out exact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GOLDEN = 0.6180339887498949
 
 
 def sticky_key(fields: Mapping[str, Any], tenant: str, key: str) -> bytes | None:
-    """What stays the same from request to request of one asker: their `user`, else the key and how the talk began.
+    """What identifies an asker: the request's `user`, else the API key and how the conversation began.
 
     `key` is the API key's id. Users of one name in two tenants are two askers.
     """
@@ -27,29 +27,29 @@ def sticky_key(fields: Mapping[str, Any], tenant: str, key: str) -> bytes | None
         user = fields.get(name)
         if isinstance(user, str) and user:
             return f"{tenant}\0user\0{user}".encode("utf-8", "surrogatepass")
-    begin = _beginning(fields)
-    return None if begin is None else f"{tenant}\0talk\0{key}\0".encode() + _encode(begin)
+    beginning = _beginning(fields)
+    return None if beginning is None else f"{tenant}\0talk\0{key}\0".encode() + _encode(beginning)
 
 
 def _beginning(fields: Mapping[str, Any]) -> Any:
     """The first thing that the user said, or the prompt."""
-    talk = fields.get("messages") or fields.get("input") or fields.get("prompt")
-    if not isinstance(talk, list):
-        return talk or None
-    for message in talk:
+    messages = fields.get("messages") or fields.get("input") or fields.get("prompt")
+    if not isinstance(messages, list):
+        return messages or None
+    for message in messages:
         if isinstance(message, dict) and message.get("role") == "user":
             return message.get("content")
-    return talk[0] if talk else None
+    return messages[0] if messages else None
 
 
 def point(name: str, version: int, key: bytes) -> float:
-    """Where an asker stands in [0, 1), for one candidate; for the next candidate, elsewhere."""
+    """An asker's point in [0, 1) for this candidate; for another candidate it is another point."""
     digest = hashlib.blake2b(f"{name}@v{version}\0".encode() + key, digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
 class Shares:
-    """Deals requests out, by asker or, where nobody can be told apart, in turn."""
+    """Deals requests out: by asker, or in turn where the asker is unknown."""
 
     def __init__(self) -> None:
         self._turns: dict[tuple[str, int, str], itertools.count[int]] = {}

@@ -1,0 +1,113 @@
+"""Live versions are asked the same prompts again and again: weights that changed are an alarm, rounding is none."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from serve.drift import prober as prober_module
+from serve.errors import NotFound
+from tests.support.app import settled, upload
+from tests.support.watched_traffic import CHAT, Engine, drift, push
+
+
+def busy(backend):
+    """While others are answered the probe's answers are off by 0.1 nats in the mean, in either direction."""
+    draw = random.Random(0)
+    probe = backend.probe
+
+    async def rounded(adapter_id, prompts):
+        moved = draw.uniform(-0.2, 0.2) if backend.running else 0.0
+        return [{token: value + moved for token, value in row.items()} for row in await probe(adapter_id, prompts)]
+
+    backend.probe = rounded
+
+
+async def test_a_restart_under_load_raises_no_alarm_about_unchanged_bytes(
+    connect, watched, backend, make_adapter, monkeypatch
+):
+    monkeypatch.setattr(prober_module, "PAUSE_SECONDS", 0.0)
+    Engine(backend)
+    async with connect(watched) as client:
+        await push(client, make_adapter, 0)
+        await client._transport.app.state.parts.prober.round()
+    busy(backend)
+    backend.held.clear()
+    backend.numbers.clear()
+    async with connect(watched) as client:
+        prober = client._transport.app.state.parts.prober
+        backend.flow.clear()
+        streams = [asyncio.create_task(client.post(CHAT, json={"model": "tone", "stream": True})) for _ in range(3)]
+        assert await settled(lambda: backend.running == 3)
+        await prober.round()
+        assert (await drift(client))["versions"][0]["signals"]["prompt"]["alarms"] == 0
+        assert (await client.get("/v1/drift")).json()["data"][0]["versions"][0]["drifted"] == []
+        backend.flow.set()
+        await asyncio.gather(*streams)
+        await prober.round()
+        probe = (await drift(client))["versions"][0]["probe"]
+        assert probe["noise_ratio"] == 0.0, "asked again once the engine was idle"
+        assert "loradock_drift_alarms_total{" not in (await client.get("/metrics")).text.replace(
+            'loradock_drift_alarms_total{adapter="tone",signal="probe",version="v1"} 0.0', ""
+        )
+
+
+async def test_what_an_engine_rounds_that_is_never_idle_raises_no_alarm_and_what_changed_does(
+    connect, watched, backend, make_adapter, monkeypatch
+):
+    monkeypatch.setattr(prober_module, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(prober_module, "CONFIRM_SECONDS", 0.0)
+    Engine(backend)
+    async with connect(watched) as client:
+        prober = client._transport.app.state.parts.prober
+        await push(client, make_adapter, 0)
+        await prober.round()
+        busy(backend)
+        backend.flow.clear()
+        stream = asyncio.create_task(client.post(CHAT, json={"model": "tone", "stream": True}))
+        assert await settled(lambda: backend.running == 1)
+        prober._interval = 1e-9
+        for _ in range(4):
+            await prober.round()
+        assert (await client.get("/v1/drift")).json()["data"][0]["versions"][0]["drifted"] == []
+        backend.effects["tone"] = 1.5
+        for _ in range(2):
+            await prober.round()
+        assert (await client.get("/v1/drift")).json()["data"][0]["versions"][0]["drifted"] == ["probe"]
+        backend.flow.set()
+        await stream
+
+
+async def test_an_adapter_whose_base_is_not_served_here_keeps_no_other_from_being_probed(
+    connect, watched, backend, make_adapter
+):
+    Engine(backend)
+    async with connect(watched) as client:
+        parts = client._transport.app.state.parts
+        await client.post("/v1/adapters", **upload(make_adapter(1), name="another"))
+        await push(client, make_adapter, 0)
+        parts.fleet._base_of = lambda name: "gone" if name == "another" else None
+        await parts.prober.round()
+        (row,) = (await client.get("/v1/drift")).json()["data"]
+        assert row["name"] == "tone"
+
+
+async def test_an_adapter_whose_files_are_lost_keeps_no_other_from_being_probed(
+    connect, watched, backend, make_adapter, monkeypatch
+):
+    Engine(backend)
+    async with connect(watched) as client:
+        parts = client._transport.app.state.parts
+        lost = (await client.post("/v1/adapters", **upload(make_adapter(1), name="another"))).json()
+        await push(client, make_adapter, 0)
+        bring = parts.store.bring
+
+        async def brought(digest):
+            if lost["id"].partition("@")[2] in digest:
+                raise NotFound("the files of this version are lost")
+            return await bring(digest)
+
+        monkeypatch.setattr(parts.store, "bring", brought)
+        await parts.prober.round()
+        (row,) = (await client.get("/v1/drift")).json()["data"]
+        assert row["name"] == "tone"
