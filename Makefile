@@ -77,7 +77,7 @@ monitoring: setup ## Prometheus and Alertmanager (Debian's) beside a running ser
 	@exec docker/monitoring.sh
 
 clean: ## remove the virtual environment and everything else that was made here (not the model in the user's cache)
-	rm -rf .venv .monitoring build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .monitoring build dist docs/_build docs/generated *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find serve optimize tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup:
