@@ -17,10 +17,12 @@ A name here is a full name, which holds its tenant (see serve.names). It is priv
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, text
@@ -31,9 +33,12 @@ from serve.adapters import tables
 from serve.adapters.adapter import Adapter, Inspection
 from serve.adapters.change import Change, check_expected, without_repeats
 from serve.adapters.snapshot import Share, Snapshot, SnapshotReader, missing, read_snapshot
+from serve.adapters.standing_rollbacks import StandingRollback, StandingRollbacks
 from serve.adapters.tables import bases, history, keys, names, versions
-from serve.errors import BadRequest, ConfigError, Conflict
+from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, NotFound
 from serve.names import check_full_name, shown
+
+log = logging.getLogger(__name__)
 
 _STAMP = select(
     tables.LATEST.scalar_subquery(),
@@ -50,16 +55,18 @@ _READING: dict[bool, dict[str, Any]] = {True: {"reads": True}, False: {"isolatio
 class Registry(SnapshotReader):
     """Sync and thread-safe. `url` is SQLAlchemy's: sqlite:///path/to/registry.db, postgresql+psycopg://..."""
 
-    def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str, *, standing: Path | None = None, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
+        self.standing = StandingRollbacks(standing)
         self._writing = threading.RLock()
+        self._publishing = threading.Lock()
         self._engine = tables.opened(url)
         self._reading = self._engine.execution_options(**_READING[self._engine.dialect.name == "sqlite"])
         # A database in memory has one connection for all threads.
         self._shared_memory = self._writing if isinstance(self._engine.pool, StaticPool) else nullcontext()
         try:
             tables.prepare(self._engine)
-            self._snapshot = self._read()
+            self._publish(self._read())
         except SQLAlchemyError as unusable:
             self._engine.dispose()
             raise ConfigError(
@@ -155,6 +162,33 @@ class Registry(SnapshotReader):
             change.end_shares(by)
             target = change.version(change.live)
         return target
+
+    def roll_back_here(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> Adapter:
+        """As `rollback`, on this server alone and without the database, until `write_down`. It waits for nothing."""
+        entry = self._snapshot.entries.get(name)
+        if entry is None:
+            raise missing(name)
+        check_expected(name, entry.live.version if entry.live else None, expected)
+        if name in self.standing:
+            raise EngineUnavailable(
+                f"the registry is out of reach, and a rollback of {shown(name)} waits for it already"
+            )
+        if entry.live is None or not entry.trail:
+            raise Conflict(f"no earlier version of {shown(name)} was live; promote the version you want")
+        with self._publishing:
+            self.standing.note(StandingRollback(name, entry.live.version, entry.trail[-1], by, why))
+            self._snapshot = self.standing.over(self._snapshot)
+        return entry.versions[entry.trail[-1]]
+
+    def write_down(self) -> None:
+        """Bring rollbacks that hold here alone into the database; where another change came first, that one holds."""
+        for rollback in self.standing.all():
+            try:
+                self.rollback(rollback.name, by=rollback.by, why=rollback.why, expected=rollback.version)
+            except (Conflict, NotFound) as moved:
+                log.info("a rollback of %s is not written down: %s", rollback.name, moved.message)
+            self.standing.drop(rollback)
+            self.standing.keep()
 
     def delete(
         self,
@@ -273,17 +307,11 @@ class Registry(SnapshotReader):
             raise missing(name)
         return rows
 
-    def before(self, name: str) -> int | None:
-        """The version that a rollback would make live."""
-        query = select(names.c.trail).where(names.c.name == name)
-        with tables.translated(), self._shared_memory, self._reading.connect() as connection:
-            trail = json.loads(connection.scalar(query) or "[]")
-        return trail[-1] if trail else None
-
     def refresh(self) -> bool:
         """Read again what another process may have changed; True if it had."""
         with self._writing, tables.translated():
-            before, self._snapshot = self._snapshot.generation, self._read()
+            before = self._snapshot.generation
+            self._publish(self._read())
             return self._snapshot.generation != before
 
     def stamp(self) -> tuple[Any, ...]:
@@ -340,12 +368,16 @@ class Registry(SnapshotReader):
                 entry = change.entry()
                 generation = connection.scalar(tables.LATEST) or 0
             if unread:  # another process has changed other names, which this generation holds too
-                self._snapshot = self._read()
+                self._publish(self._read())
                 return
             entries = {key: value for key, value in self._snapshot.entries.items() if key != name}
             if entry is not None:
                 entries[name] = entry
-            self._snapshot = Snapshot(generation, entries)
+            self._publish(Snapshot(generation, entries))
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        with self._publishing:
+            self._snapshot = self.standing.over(snapshot)
 
     def _read(self) -> Snapshot:
         engine = self._reading

@@ -39,6 +39,7 @@ class Entry:
     pinned: Adapter | None = None
     is_pinned: bool = False
     base: str | None = None
+    trail: tuple[int, ...] = ()  # which versions were live before, the last one last
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,11 @@ class SnapshotReader:
     def pinned_names(self) -> list[str]:
         """The names that are pinned, also while none of their versions is live."""
         return sorted(name for name, entry in self._snapshot.entries.items() if entry.is_pinned)
+
+    def before(self, name: str) -> int | None:
+        """The version that a rollback would make live."""
+        entry = self._snapshot.entries.get(name)
+        return entry.trail[-1] if entry and entry.trail else None
 
     def get(self, name: str, version: int) -> Adapter:
         """That very version."""
@@ -160,6 +166,7 @@ def entry_of(row: Any, there: Mapping[int, Adapter], shares: Mapping[str, tuple[
         pinned=None if row.pinned is None else there.get(row.pinned or row.live or 0),
         is_pinned=row.pinned is not None,
         base=row.base,
+        trail=tuple(json.loads(row.trail) if isinstance(row.trail, str) else row.trail),
         **{kind: Share(there[version], weight) for kind, (version, weight) in shares.items()},
     )
 

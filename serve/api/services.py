@@ -82,7 +82,7 @@ class Services:
         self._loop: asyncio.AbstractEventLoop | None = None
 
         self.store = Store(config.data_dir, shared=SharedStore(config.blobs) if config.blobs else None)
-        self.registry = Registry(config.registry_url)
+        self.registry = Registry(config.registry_url, standing=config.data_dir / "rollbacks.json")
         patience = Patience(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Patience)})
         self.fleet = Fleet(
             [Supervisor(one, self._probe, patience, tolerance=config.swap_tolerance) for one in backends],
@@ -206,6 +206,7 @@ class Services:
         self._loop = asyncio.get_running_loop()
         starting = asyncio.create_task(self._bring_up())
         self.background.start("log_stats", self._log_stats)
+        self.background.start("write_down_rollbacks", self.lifecycle.write_down)
         self.background.start("prefetch", self._prefetcher.run)
         if self.follower and self._swap_follower:
             self.background.start("registry_poll", self.follower.poll)
@@ -250,6 +251,8 @@ class Services:
     def degraded(self) -> dict[str, str]:
         """What does not work, though requests are answered, by name."""
         problems = self.background.problems
+        if self.registry.standing:
+            problems["rollback"] = "a rollback holds on this server and waits for the registry"
         if self.follower and self.follower.problem:
             problems["registry"] = self.follower.problem
         if self._swap_follower and self._swap_follower.problem:

@@ -40,6 +40,9 @@ RESERVED = ("pin", "drift", "baseline")
 PROMOTED = 8.0
 # A rollback is done once the registry has it; so long it waits for the version to be loaded too.
 WARM_SECONDS = 2.0
+# So long a rollback waits for the registry before it holds on this server alone; and how often it is tried to write
+# such a one down.
+REGISTRY_SECONDS, WRITE_DOWN_SECONDS = 2.0, 0.5
 # At the end of the server.
 SETTLE_SECONDS = 5.0
 
@@ -191,9 +194,46 @@ class Lifecycle:
     async def rollback(self, name: str, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make the version live that was live before this one; it waits for no engine and for nobody's push."""
         async with self._change(name):
-            adapter = await asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why)
+            adapter = await self._roll_back(name, by=by, expected=expected, why=why)
         await asyncio.wait([self._start(self._warm(adapter))], timeout=WARM_SECONDS)
         return adapter
+
+    async def _roll_back(self, name: str, *, by: str, expected: int | None, why: str) -> Adapter:
+        """In the registry; if that does not answer soon, on this server first (see `write_down`)."""
+        change = asyncio.create_task(
+            asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why), name=f"rollback {name}"
+        )
+        try:
+            return await asyncio.wait_for(asyncio.shield(change), REGISTRY_SECONDS)
+        except (TimeoutError, EngineUnavailable) as error:
+            change.add_done_callback(lambda done: done.cancelled() or done.exception())
+            adapter = self.registry.roll_back_here(name, by=by, expected=expected, why=why)
+            log.warning(
+                "%s is rolled back to v%d on this server alone until the registry answers (%s)",
+                name, adapter.version, error or f"nothing for {REGISTRY_SECONDS:g} s",
+            )  # fmt: skip
+        keeping = asyncio.to_thread(self.registry.standing.keep)
+        self._start(self._kept(keeping))
+        return adapter
+
+    async def _kept(self, keeping: Awaitable[None]) -> None:
+        try:
+            await keeping
+        except OSError as error:
+            log.error("a rollback that the registry does not have yet would not outlive a restart: %s", error)
+
+    async def write_down(self) -> None:
+        """Bring rollbacks that hold on this server alone into the registry, as soon as it answers again."""
+        while True:
+            await asyncio.sleep(WRITE_DOWN_SECONDS)
+            if not self.registry.standing:
+                continue
+            try:
+                await asyncio.to_thread(self.registry.write_down)
+                await asyncio.to_thread(self.registry.refresh)
+            except EngineUnavailable:
+                continue
+            self.adopt()
 
     async def share(
         self, name: str, kind: str, version: int, weight: float, *, by: str, why: str = "", expected: int | None = None

@@ -17,7 +17,7 @@ from typing import Any
 
 from serve.adapters.registry import Registry
 from serve.auth.audit import Audit
-from serve.errors import Conflict, LoradockError
+from serve.errors import Conflict, EngineUnavailable, LoradockError
 from serve.names import tenant_of
 from serve.rollout.lifecycle import Lifecycle
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # Who rolled back, in histories and the audit log.
 WHO = "wayback"
 SECONDS_BETWEEN = 3600.0
+# So long it waits for the history; a version that does harm does not stay for a database that is slow.
+HISTORY_SECONDS = 2.0
 MAX_EVIDENCE = 2048
 
 
@@ -120,13 +122,13 @@ class AutomaticRollback:
         live = self._registry.live(adapter) if adapter in self._registry else None
         if live is None or live.version != version:
             return RollbackResult(Outcome.NOT_SERVING, f"version {version} is neither live nor a canary")
-        if minutes := await asyncio.to_thread(self._minutes_to_wait, adapter):
+        if minutes := await self._minutes_to_wait(adapter):
             return RollbackResult(
                 Outcome.TOO_SOON,
                 f"version {version} stays live: the adapter was rolled back less than an hour ago, "
                 f"look at it yourself (the next rollback is possible in {minutes} minutes)",
             )
-        before = await asyncio.to_thread(self._registry.before, adapter)
+        before = self._registry.before(adapter)
         if before is None or before > version:
             # The version before has a later number: somebody went back by hand, and a rollback would undo that.
             return RollbackResult(
@@ -138,8 +140,15 @@ class AutomaticRollback:
             return RollbackResult(Outcome.NOT_SERVING, moved.message)
         return RollbackResult(Outcome.ROLLED_BACK, f"rolled back from version {version} to {target.version}")
 
-    def _minutes_to_wait(self, adapter: str) -> int:
-        """Read from the history, so that a restart does not forget it."""
+    async def _minutes_to_wait(self, adapter: str) -> int:
+        """Read from the history, so that a restart does not forget it; 0 where that does not answer soon."""
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(self._minutes_in_history, adapter), HISTORY_SECONDS)
+        except (TimeoutError, EngineUnavailable) as error:
+            log.warning("whether %s was rolled back lately cannot be read: %s", adapter, error or "no answer")
+            return 0
+
+    def _minutes_in_history(self, adapter: str) -> int:
         since = self._clock() - SECONDS_BETWEEN
         for row in reversed(self._registry.history(adapter)):
             if row["when"] < since:
