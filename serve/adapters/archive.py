@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gzip
 import io
+import math
+import re
 import stat
 import struct
 import tarfile
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from serve.adapters.adapter import CARD, CARD_BYTES, CONFIG, FILES, WEIGHTS
+from serve.adapters.shards import is_shard
 from serve.adapters.untrusted import BOTH_FILES, NO_PICKLES, create, is_pickle, write
 from serve.errors import AdapterRejected, TooLarge
 from serve.names import shown
@@ -24,6 +27,7 @@ HEAD_BYTES = 512  # what `archive_kind` wants to see
 
 _CHUNK = 256 << 10
 _TAR_HEADER_BYTES = 64 << 10
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,9})")
 
 
 class _Readable(Protocol):
@@ -177,7 +181,7 @@ class _Counted:
 
 
 class _Unpacked:
-    """Where the members of an archive go: two names, once each, and so many bytes together; the card's if asked."""
+    """Where the members of an archive go: known names, once each, and so many bytes together; the card if asked."""
 
     def __init__(self, folder: Path, max_bytes: int, card: bool) -> None:
         self._folder = folder
@@ -185,6 +189,7 @@ class _Unpacked:
         self._left = self._limit = max_bytes
         self._entries = 0
         self._seen: set[str] = set()
+        self._rank = -1.0
 
     def name(self, stated: str, *, plain: bool, folder: bool) -> str | None:
         """The name to keep an entry under, or None to pass over it."""
@@ -201,22 +206,38 @@ class _Unpacked:
             raise AdapterRejected(f"the archive has a link or a device: `{shown(stated)}`; pack plain files only")
         if folder or not steps:
             return None
-        base = steps[-1]
-        if self._card and base == CARD and len(steps) <= 2 and CARD not in self._seen:
+        *folders, base = steps
+        checkpoint, below = _checkpoint(folders)
+        if self._card and base == CARD and len(folders) <= 1 + (checkpoint is not None) and CARD not in self._seen:
             self._seen.add(CARD)
             return CARD
-        if base not in FILES:
+        if below:
+            return None  # what a trainer keeps beside a checkpoint's adapter
+        if base not in FILES and not is_shard(base):
             if is_pickle(base):
                 raise AdapterRejected(f"{shown(base)} {NO_PICKLES}")
             return None
-        if len(steps) > 2:
+        if len(folders) > 1 + (checkpoint is not None):
             raise AdapterRejected(
                 f"`{shown(stated)}` lies too deep; pack {CONFIG} and {WEIGHTS} at the top or in one folder"
             )
+        if not self._prefers(math.inf if checkpoint is None else checkpoint):
+            return None
         if base in self._seen:
             raise AdapterRejected(f"the archive has {base} twice; pack one adapter at a time")
         self._seen.add(base)
         return base
+
+    def _prefers(self, rank: float) -> bool:
+        """Whether files of this rank are kept: the final adapter before checkpoints, a later checkpoint before others.
+
+        An archive is read once, so that files of a lower rank may be here already: they go.
+        """
+        if rank > self._rank:
+            for name in self._seen - {CARD}:
+                (self._folder / name).unlink(missing_ok=True)
+            self._rank, self._left, self._seen = rank, self._limit, self._seen & {CARD}
+        return rank == self._rank
 
     def write(self, name: str, content: Iterator[bytes]) -> None:
         room = CARD_BYTES if name == CARD else self._limit
@@ -227,6 +248,14 @@ class _Unpacked:
                     raise _expanded(self._limit)
                 write(sink, chunk[:room])
                 room -= len(chunk[:room])
+
+
+def _checkpoint(folders: list[str]) -> tuple[int | None, list[str]]:
+    """The number of the training checkpoint that a folder belongs to, and the folders below that checkpoint's."""
+    for at, folder in enumerate(folders):
+        if match := _CHECKPOINT.fullmatch(folder):
+            return int(match[1]), folders[at + 1 :]
+    return None, []
 
 
 def archive_kind(head: bytes) -> str | None:

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from serve.adapters.adapter import CARD, CARD_BYTES, FILES
+from serve.adapters.adapter import CARD, CARD_BYTES, CONFIG, FILES, WEIGHTS
+from serve.adapters.shards import INDEX, join, names_in
 from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected, BadRequest, Forbidden, LoradockError, TooLarge
 from serve.names import shown
@@ -28,6 +29,7 @@ SECONDS = 600.0
 SCHEMES = ("hf", "s3", "file")
 
 _CHUNK = 256 << 10
+_INDEX_BYTES = 1 << 20
 _PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs"}
 # How each says that nobody asks: otherwise both look for credentials in this server's environment.
 _STRANGER: dict[str, dict[str, Any]] = {"hf": {"token": False}, "s3": {"anon": True}}
@@ -82,22 +84,50 @@ def fetch(source: Source, folder: Path, *, max_bytes: int, card: bool = False, a
     Where `anonymous`, without this server's credentials. The answer is where they came from: on a hub, whose branches
     and tags move, the commit that was read.
     """
-    left, until = max_bytes, time.monotonic() + SECONDS
     with _translated(source):
         came = _pinned(source, anonymous) if source.scheme == "hf" else source
         system = _system(source.scheme, anonymous)
-        for name in FILES:
-            with _open(system, came, name) as remote, open(folder / name, "xb") as local:
-                while chunk := remote.read(_CHUNK):
-                    left -= len(chunk)
-                    if left < 0:
-                        raise TooLarge(f"this adapter is above the {max_bytes} bytes that this server takes")
-                    if time.monotonic() > until:
-                        raise BadRequest(f"the source took longer than {SECONDS:.0f} seconds; push the files instead")
-                    local.write(chunk)
+    download = _Download(system, source, came, folder, max_bytes)
+    download.file(CONFIG)
+    try:
+        download.file(WEIGHTS)
+    except AdapterRejected as absent:
+        for name in download.shards(absent):
+            download.file(name)
+    join(folder)
     if card:
         _fetch_card(system, came, folder)
     return came
+
+
+class _Download:
+    """Files of one source into a folder, so many bytes and seconds in all."""
+
+    def __init__(self, system: Any, asked: Source, source: Source, folder: Path, max_bytes: int) -> None:
+        self._system, self._asked, self._source, self._folder = system, asked, source, folder
+        self._left = self._max_bytes = max_bytes
+        self._until = time.monotonic() + SECONDS
+
+    def file(self, name: str) -> None:
+        local = self._folder / name
+        with _translated(self._asked), _open(self._system, self._source, name) as remote, open(local, "xb") as file:
+            while chunk := remote.read(_CHUNK):
+                self._left -= len(chunk)
+                if self._left < 0:
+                    raise TooLarge(f"this adapter is above the {self._max_bytes} bytes that this server takes")
+                if time.monotonic() > self._until:
+                    raise BadRequest(f"the source took longer than {SECONDS:.0f} seconds; push the files instead")
+                file.write(chunk)
+
+    def shards(self, absent: AdapterRejected) -> list[str]:
+        """The files of weights that an index names; `absent`, which says that there is no single file, without one."""
+        try:
+            with _translated(self._asked), _open(self._system, self._source, INDEX) as remote:
+                index = remote.read(_INDEX_BYTES)
+        except AdapterRejected:
+            raise absent from None
+        (self._folder / WEIGHTS).unlink(missing_ok=True)
+        return names_in(index)
 
 
 def _fetch_card(system: Any, source: Source, folder: Path) -> None:

@@ -18,14 +18,16 @@ from serve.errors import AdapterRejected
 from serve.names import shown
 
 MERGE = "merge it into its base with `loradock optimize` and serve the result"
+RETRAIN = "train it again as a plain LoRA, without that"
 
 _CONFIG_BYTES = 1 << 20
 _PATTERN_CHARS = 4096
 _PATTERN_SECONDS = 1.0
 
 # Initializations that leave the base alone: the saved adapter is a plain LoRA. The others (PiSSA, OLoRA, CorDA,
-# LoftQ) change the base's weights too, and their saved half means nothing over the original base.
+# LoftQ) change the base's weights too, and their saved half means nothing over the original base, merged or not.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +105,12 @@ def config_problems(config: PeftConfig, limits: Limits) -> Iterator[str]:
     if raw.get("modules_to_save"):
         yield f"it replaces whole modules (modules_to_save: {shown(raw['modules_to_save'])}); {MERGE}"
     if raw.get("bias", "none") != "none":
-        yield f"it trains biases (bias: {shown(raw['bias'])}; only none is served); {MERGE}"
-    if raw.get("lora_bias"):
-        yield f"its LoRA layers have a bias (lora_bias), which the engine does not apply; {MERGE}"
+        yield f"it trains biases (bias: {shown(raw['bias'])}; only none is served); train it again with bias none"
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        yield (
-            f"init_lora_weights is {shown(init)}, which also changes the base's weights; save it again with PEFT's "
-            f"path_initial_model_for_weight_conversion, or {MERGE}"
-        )
+        yield f"init_lora_weights is {shown(init)}, which also changes the base's weights; {_init_remedy(init)}"
     for key, what in (
+        ("lora_bias", "has a bias in its LoRA layers"),
         ("trainable_token_indices", "trains single tokens"),
         ("layer_replication", "repeats layers of the base"),
         ("alora_invocation_tokens", "is an activated LoRA that begins at a token"),
@@ -123,7 +121,7 @@ def config_problems(config: PeftConfig, limits: Limits) -> Iterator[str]:
         ("monteclora_config", "samples its weights"),
     ):
         if raw.get(key):
-            yield f"it {what} ({key}), which cannot be served beside other adapters; {MERGE}"
+            yield f"it {what} ({key}), which the engine does not apply and `loradock optimize` cannot merge; {RETRAIN}"
     # The engine compares the default r too, even when rank_pattern overrides it everywhere.
     for rank in sorted({config.rank, *config.rank_pattern.values()}):
         if rank > limits.max_rank:
@@ -131,6 +129,12 @@ def config_problems(config: PeftConfig, limits: Limits) -> Iterator[str]:
                 f"rank {rank} is above the {limits.max_rank} that this server takes; retrain, or raise max_lora_rank "
                 "(and max_adapter_rank, where it is set)"
             )
+
+
+def _init_remedy(init: str) -> str:
+    if init.lower().startswith(_CONVERTIBLE_INITS):
+        return "save it again with PEFT's path_initial_model_for_weight_conversion"
+    return "train it again with init_lora_weights true"
 
 
 def _pattern_problems(field: str, pattern: Any, good: Callable[[Any], bool], kind: str) -> Iterator[str]:

@@ -37,42 +37,42 @@ class Tensor:
     end: int
 
 
-def read_header(file: BinaryIO) -> list[Tensor]:
+def read_header(file: BinaryIO, filename: str = WEIGHTS) -> list[Tensor]:
     """The tensors of a safetensors file, in the order of their bytes, which must fill it without gap or overlap."""
     file.seek(0)
     head = file.read(9)
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(head[:8], "little")
     if len(head) < 9 or head[8:] != b"{" or length > size - 8:
-        _not_safetensors(file)
+        _not_safetensors(file, filename)
     if length > _HEADER_BYTES:
-        raise AdapterRejected(f"the header of {WEIGHTS} is {length} bytes; this server reads up to {_HEADER_BYTES}")
+        raise AdapterRejected(f"the header of {filename} is {length} bytes; this server reads up to {_HEADER_BYTES}")
     file.seek(8)
-    header = parse_json(file.read(length), f"the header of {WEIGHTS}")
+    header = parse_json(file.read(length), f"the header of {filename}")
     if not isinstance(header, dict):
-        raise AdapterRejected(f"the header of {WEIGHTS} is not a JSON object; save the adapter again")
+        raise AdapterRejected(f"the header of {filename} is not a JSON object; save the adapter again")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterRejected(f"the __metadata__ of {WEIGHTS} may only map strings to strings; save the adapter again")
+        raise AdapterRejected(f"the __metadata__ of {filename} may only map strings to strings; save the adapter again")
 
     tensors = sorted(
-        (_tensor(name, entry, 8 + length) for name, entry in header.items()),
+        (_tensor(name, entry, 8 + length, filename) for name, entry in header.items()),
         key=lambda tensor: (tensor.start, tensor.end),
     )
     at = 8 + length
     for tensor in tensors:
         if tensor.start != at:
             raise AdapterRejected(
-                f"`{shown(tensor.name)}` begins at byte {tensor.start} of {WEIGHTS} and not at {at}; save it again"
+                f"`{shown(tensor.name)}` begins at byte {tensor.start} of {filename} and not at {at}; save it again"
             )
         at = tensor.end
     if at != size:
         short = "it was cut short" if at > size else "there are bytes that belong to no tensor"
-        raise AdapterRejected(f"{WEIGHTS} should end at byte {at} and is {size} long: {short}; send it again")
+        raise AdapterRejected(f"{filename} should end at byte {at} and is {size} long: {short}; send it again")
     return tensors
 
 
-def _tensor(name: str, entry: Any, base: int) -> Tensor:
+def _tensor(name: str, entry: Any, base: int, filename: str) -> Tensor:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]} if (
             len(entry) == 3
@@ -92,7 +92,7 @@ def _tensor(name: str, entry: Any, base: int) -> Tensor:
                 )
             return Tensor(name, dtype, tuple(shape), base + start, base + end)
     raise AdapterRejected(
-        f"the header of {WEIGHTS} describes `{shown(name)}` wrongly: {shown(entry)}; save the adapter again"
+        f"the header of {filename} describes `{shown(name)}` wrongly: {shown(entry)}; save the adapter again"
     )
 
 
@@ -116,11 +116,11 @@ def scan(file: BinaryIO, tensor: Tensor) -> tuple[bool, bool]:
     return finite, zero
 
 
-def _not_safetensors(file: BinaryIO) -> NoReturn:
+def _not_safetensors(file: BinaryIO, filename: str) -> NoReturn:
     file.seek(0)
     head = file.read(64)
     what = sniff(head) or ("empty" if not head else "damaged, or something else under that name")
     raise AdapterRejected(
-        f"{WEIGHTS} is not a safetensors file: it is {what}; save the adapter with save_pretrained(..., "
+        f"{filename} is not a safetensors file: it is {what}; save the adapter with save_pretrained(..., "
         "safe_serialization=True) and send that"
     )

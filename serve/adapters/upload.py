@@ -22,6 +22,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from serve.adapters.adapter import CARD, CARD_BYTES, FILES
 from serve.adapters.archive import HEAD_BYTES, archive_kind, unpack
+from serve.adapters.shards import is_shard, join
 from serve.adapters.untrusted import BOTH_FILES, NO_PICKLES, create, is_left_over, is_pickle, sniff, write
 from serve.errors import AdapterRejected, BadRequest, TooLarge
 from serve.names import shown
@@ -79,6 +80,7 @@ def _finish(folder: Path, form: _Form, max_bytes: int, card: bool) -> None:
     if card and form.card and not (folder / CARD).exists():
         with create(folder / CARD) as sink:
             write(sink, bytes(form.card))
+    join(folder)
     _both_there(folder, form)
 
 
@@ -179,7 +181,7 @@ class _Form:
             return
         self.files += 1
         part.filename = _basename(options[b"filename"].decode("utf-8", "replace"))
-        if part.filename in FILES:
+        if part.filename in FILES or is_shard(part.filename):
             part.sink = self._keep(part.filename)
         elif part.filename == CARD:
             part.card = True

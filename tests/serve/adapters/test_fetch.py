@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.torch import load_file, save
 
 from serve.adapters.fetch import Source, parse
 from serve.config import keys_hashed
@@ -92,6 +93,23 @@ async def test_two_files_and_no_more_come_from_object_storage(client, bucket, ma
     bucket.pipe_file("models/team/tone/README.md", b"---\nlicense: mit\n---")
     assert (await push(client, "s3://models/team/tone")).status_code == 201
     assert {Path(path).name for path in bucket.opened} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+async def test_weights_in_several_files_come_by_their_index(client, bucket, make_adapter):
+    tensors = load_file(make_adapter() / "adapter_model.safetensors")
+    index: dict[str, str] = {}
+    for number, half in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
+        file = f"adapter_model-{number:05}-of-00002.safetensors"
+        bucket.pipe_file(f"models/tone/{file}", save({name: tensors[name] for name in half}))
+        index |= dict.fromkeys(half, file)
+    bucket.pipe_file("models/tone/adapter_config.json", (make_adapter() / "adapter_config.json").read_bytes())
+    assert (await push(client, "s3://models/tone")).status_code == 422
+    bucket.pipe_file("models/tone/adapter_model.safetensors.index.json", json.dumps({"weight_map": index}).encode())
+    done = await push(client, "s3://models/tone")
+    assert done.status_code == 201, done.text
+    for odd in (b"{", b'{"weight_map": {"a": "/etc/passwd"}}', b'{"weight_map": {}}'):
+        bucket.pipe_file("models/tone/adapter_model.safetensors.index.json", odd)
+        assert (await push(client, "s3://models/tone")).status_code == 422
 
 
 async def test_the_card_is_fetched_where_licenses_are_checked(connect, config, bucket, make_adapter):

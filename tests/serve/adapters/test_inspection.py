@@ -149,11 +149,23 @@ def test_an_initialization_that_leaves_the_base_alone_is_taken(pack, init):
     [
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_what_can_be_merged_is_refused_with_that_way_out(pack, change, reason):
+    refusal = refused(pack(config(**change)))
+    assert reason in refusal
+    assert "merge it into its base with `loradock optimize`" in refusal
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
         ({"bias": "all"}, "biases"),
         ({"bias": None}, "biases"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "pissa_niter_16"}, "base's weights"),
+        ({"init_lora_weights": "loftq"}, "train it again with init_lora_weights true"),
         ({"trainable_token_indices": [1, 2]}, "single tokens"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers"),
         ({"alora_invocation_tokens": [5]}, "activated LoRA"),
@@ -162,10 +174,11 @@ def test_an_initialization_that_leaves_the_base_alone_is_taken(pack, init):
         ({"target_parameters": ["experts.down_proj"]}, "fused experts"),
     ],
 )
-def test_what_the_engine_cannot_apply_is_refused_with_the_way_out(pack, change, reason):
+def test_what_cannot_be_merged_either_is_refused_without_that_advice(pack, change, reason):
     refusal = refused(pack(config(**change)))
     assert reason in refusal
-    assert "loradock optimize" in refusal
+    assert "merge it" not in refusal
+    assert "train it again" in refusal or "save it again" in refusal
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save
 
 from serve.adapters import upload
 from serve.adapters.adapter import CONFIG, FILES, WEIGHTS
@@ -316,6 +318,65 @@ async def test_a_bomb_in_an_extended_header_never_reaches_memory(folder, kind):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20
+
+
+# Shards and checkpoints
+
+
+def shards(count: int = 2) -> dict[str, bytes]:
+    """`count` files of one tensor each."""
+    return {
+        f"adapter_model-{number:05}-of-{count:05}.safetensors": save({f"t{number}": torch.full((2,), number)})
+        for number in range(1, count + 1)
+    }
+
+
+@pytest.mark.parametrize("packed", [None, zipped, tarred])
+async def test_weights_in_several_files_become_one(folder, packed):
+    files = {"out/" * (packed is not None) + name: data for name, data in {CONFIG: b"{}", **shards()}.items()}
+    parts = [part("files", data, name) for name, data in files.items()]
+    await send(folder, form(*parts) if packed is None else form(part("files", packed(files), "a.zip")))
+    assert set(arrived(folder)) == set(FILES)
+    assert {name: tensor.tolist() for name, tensor in load_file(folder / WEIGHTS).items()} == {
+        "t1": [1, 1],
+        "t2": [2, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (dict(list(shards(3).items())[:2]), "adapter_model-00003-of-00003.safetensors is missing"),
+        ({**shards(1), **shards(2)}, "belongs to another set of files"),
+        ({**shards(), WEIGHTS: b"x"}, "send one of the two"),
+        ({"adapter_model-00001-of-00065.safetensors": b"x"}, "up to 64"),
+        ({"adapter_model-00001-of-00001.safetensors": b"x"}, "adapter_model-00001-of-00001.safetensors is not"),
+    ],
+)
+async def test_a_set_of_files_that_is_not_whole_is_a_sentence(folder, files, says):
+    with pytest.raises(AdapterRejected, match=says):
+        await send(folder, form(*(part("files", data, name) for name, data in {CONFIG: b"{}", **files}.items())))
+
+
+@pytest.mark.parametrize("packed", [zipped, tarred])
+@pytest.mark.parametrize(
+    ("folders", "kept"),
+    [
+        (["checkpoint-9", "checkpoint-100", "checkpoint-20"], "checkpoint-100"),
+        (["out/checkpoint-9", "out", "out/checkpoint-100"], "out"),
+        (["", "checkpoint-9"], ""),
+        (["out/checkpoint-5"], "out/checkpoint-5"),
+    ],
+)
+async def test_the_final_adapter_of_a_training_run_is_taken_else_its_last_checkpoint(folder, packed, folders, kept):
+    files = {
+        f"{place}/{name}".lstrip("/"): place.encode()
+        for place in folders
+        for name in (*FILES, "optimizer.pt", "global_step9/mp_rank_00_model_states.pt")
+        if "checkpoint" in place or name in FILES
+    }
+    await send(folder, form(part("files", packed(files), "a.zip")))
+    assert arrived(folder) == dict.fromkeys(FILES, kept.encode())
 
 
 async def test_a_full_disk_is_said_in_a_sentence(folder, monkeypatch):
