@@ -8,6 +8,8 @@ from serve.auth.auth import Scope
 from serve.names import DEFAULT
 
 Number = Annotated[int, Meta(ge=1)]  # of a version
+# What building one baseline may generate.
+MAX_BASELINE_TOKENS = 1_000_000
 
 
 class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,6 +46,13 @@ class BaselinePrompts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     version: Number | None = None
     prompts: Annotated[list[str | list[dict[str, Any]]], Meta(min_length=20, max_length=10_000)]
     max_tokens: Annotated[int, Meta(ge=1)] = 64
+
+    def __post_init__(self) -> None:
+        if (tokens := len(self.prompts) * self.max_tokens) > MAX_BASELINE_TOKENS:
+            raise ValueError(
+                f"{len(self.prompts)} prompts with up to {self.max_tokens} tokens each are {tokens} tokens, and a "
+                f"baseline takes up to {MAX_BASELINE_TOKENS}: send fewer prompts, or a smaller max_tokens"
+            )
 
 
 class Acknowledged(Struct, frozen=True, forbid_unknown_fields=True):

@@ -112,11 +112,12 @@ class Services:
         self.baseline_build = BaselineBuild(self.fleet, self.store)
         shadows = Shadows(self.fleet, self.store, self.monitor.shadowed, on_shadow, limit=config.max_shadows)
         self._shadows = shadows
+        self.meters = Meters()
         router = Router(self.fleet, self.registry, self.store, self.lifecycle.popularity.used)
         self.inference = Inference(
             self.auth,
             router,
-            Meters(),
+            self.meters,
             self.monitor.take,
             shadows,
             self.wants_logprobs,

@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -59,6 +59,16 @@ class Generation:
     logprobs: Sequence[float] | None = None
 
 
+def count_prompt_tokens(generations: Iterable[Generation]) -> int:
+    """Of several sequences of one prompt it counts once; the prompts of a batch count each."""
+    prompts = {id(generation.prompt): len(generation.prompt) for generation in generations}
+    return sum(prompts.values())
+
+
+def count_generated_tokens(generations: Iterable[Generation]) -> int:
+    return sum(len(generation.output) for generation in generations)
+
+
 class Generating(Protocol):
     """A sequence that the engine works on, or has."""
 
@@ -91,6 +101,12 @@ class Watch:
     # What sends the tokens of its one sequence, if it is a plain stream.
     fast_stream: FastStream | None = None
 
+    @property
+    def tokens(self) -> int:
+        """What the engine has read and generated until now, whether or not anybody got it."""
+        generations = [sequence.read() for sequence in self.sequences]
+        return count_prompt_tokens(generations) + count_generated_tokens(generations)
+
 
 # The request that the current task answers. A ContextVar goes with it through vLLM's app into the engine.
 watching: ContextVar[Watch | None] = ContextVar("watching", default=None)
@@ -120,13 +136,11 @@ class Exchange:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of several sequences of one prompt it counts once; the prompts of a batch count each."""
-        prompts = {id(one.prompt): len(one.prompt) for one in self.generations}
-        return sum(prompts.values())
+        return count_prompt_tokens(self.generations)
 
     @property
     def generated_tokens(self) -> int:
-        return sum(len(one.output) for one in self.generations)
+        return count_generated_tokens(self.generations)
 
     @property
     def finish_reason(self) -> str:
@@ -135,18 +149,20 @@ class Exchange:
 
     @property
     def queue(self) -> float | None:
-        return min((one.queue for one in self.generations if one.queue is not None), default=None)
+        queued = (generation.queue for generation in self.generations)
+        return min((seconds for seconds in queued if seconds is not None), default=None)
 
     @property
     def gap(self) -> float | None:
         """The mean wait between two tokens, over all of the request's sequences."""
-        waited = [(one.gap, len(one.output) - 1) for one in self.generations if one.gap is not None]
+        waited = [(made.gap, len(made.output) - 1) for made in self.generations if made.gap is not None]
         count = sum(tokens for _, tokens in waited)
         return sum(gap * tokens for gap, tokens in waited) / count if count else None
 
     @property
     def worst_gap(self) -> float | None:
-        return max((one.worst_gap for one in self.generations if one.worst_gap is not None), default=None)
+        gaps = (generation.worst_gap for generation in self.generations)
+        return max((seconds for seconds in gaps if seconds is not None), default=None)
 
 
 class Tap:
@@ -229,7 +245,7 @@ class Tap:
     def _exchange(self) -> Exchange:
         total = time.perf_counter() - self._started
         generations = tuple(sequence.read() for sequence in self.watch.sequences)
-        token = min((one.first for one in generations if one.first is not None), default=None)
+        token = min((made.first for made in generations if made.first is not None), default=None)
         if token is not None:
             first: float | None = min(max(token - self.began, 0.0), total)
         else:

@@ -97,9 +97,12 @@ class FastStream:
         """Cut vLLM's first chunk at its text."""
         head, place, rest = body.partition(self._place)
         try:
-            choice = msgspec.json.decode(body.removeprefix(b"data: "))["choices"][0]
+            chunk = msgspec.json.decode(body.removeprefix(b"data: "))
+            if chunk.get("usage") is not None:  # it counts on from chunk to chunk
+                return
+            choice = chunk["choices"][0]
             first_text = choice["text"] if "text" in choice else choice["delta"]["content"]
-        except (msgspec.DecodeError, KeyError, IndexError, TypeError):
+        except (msgspec.DecodeError, AttributeError, KeyError, IndexError, TypeError):
             return
         text = to_json(first_text)
         if rest.startswith(text) and b'"finish_reason":null' in rest:

@@ -1,7 +1,8 @@
 """How much a key may ask: token buckets with a clock that is handed in.
 
 A bucket holds a minute's worth and fills evenly. A request takes one from the requests' bucket when it comes. What it
-costs in tokens is known when it ends, so it may come while that bucket is not in debt, and pays afterwards.
+costs in tokens is known when it ends, so it may come while that bucket is not in debt, and pays afterwards: for every
+token that the engine read and generated, however the answer ended.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from time import monotonic
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import Message, Send
 
 from serve.errors import RateLimited
 
@@ -114,17 +118,34 @@ class Meter:
     def headers(self) -> dict[str, str]:
         """OpenAI's x-ratelimit-* headers, as it stands now."""
         now = self._now()
-        told: dict[str, str] = {}
+        headers: dict[str, str] = {}
         for kind, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket:
-                told[f"x-ratelimit-limit-{kind}"] = str(bucket.capacity)
-                told[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.level(now))))
-                told[f"x-ratelimit-reset-{kind}"] = _duration(bucket.wait(bucket.capacity, now))
-        return told
+                headers[f"x-ratelimit-limit-{kind}"] = str(bucket.capacity)
+                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.level(now))))
+                headers[f"x-ratelimit-reset-{kind}"] = _duration(bucket.wait(bucket.capacity, now))
+        return headers
 
     def _refusal(self, reason: str, wait: float) -> RateLimited:
         after = max(1, math.ceil(wait))
         return RateLimited(f"{reason}; retry in {after} s", retry_after=after, headers=self.headers())
+
+
+class RateLimitHeaders:
+    """Puts the x-ratelimit-* headers on an answer that passes through `send`."""
+
+    __slots__ = ("_meter", "_send")
+
+    def __init__(self, send: Send, meter: Meter) -> None:
+        self._send = send
+        self._meter = meter
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(raw=list(message["headers"]))
+            headers.update(self._meter.headers())
+            message = {**message, "headers": headers.raw}
+        await self._send(message)
 
 
 class Meters:

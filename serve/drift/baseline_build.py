@@ -1,14 +1,14 @@
 """Builds a version's baseline from prompts that no client sent, before its first traffic.
 
 It answers them as a shadow does: through vLLM's own app, with a lease, behind every client in the engine's queue. No
-key is charged and no metric counts it.
+metric counts it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from serve.adapters.adapter import Adapter
@@ -31,8 +31,18 @@ class BaselineBuild:
     def __init__(self, fleet: Fleet, store: Store) -> None:
         self._fleet, self._store = fleet, store
 
-    async def run(self, adapter: Adapter, prompts: Sequence[Any], *, max_tokens: int = 64) -> list[Exchange]:
-        """Have `adapter` answer; BadRequest says which prompt it was that the engine did not take."""
+    async def run(
+        self,
+        adapter: Adapter,
+        prompts: Sequence[Any],
+        *,
+        max_tokens: int = 64,
+        charge: Callable[[int], None] = lambda tokens: None,
+    ) -> list[Exchange]:
+        """Have `adapter` answer; BadRequest says which prompt it was that the engine did not take.
+
+        `charge` gets what the engine read and generated for each prompt, also where it was in vain.
+        """
         room = asyncio.Semaphore(AT_ONCE)
         base = self._fleet.of(adapter.name)
         path = await self._store.bring(adapter.digest)
@@ -42,7 +52,7 @@ class BaselineBuild:
             adapter.id, path, tenant=adapter.tenant, priority=LOW_PRIORITY, for_client=False
         ) as lease:
             asking = [
-                asyncio.create_task(self._ask(engine, lease, room, number, adapter, prompt, max_tokens))
+                asyncio.create_task(self._ask(engine, lease, room, number, adapter, prompt, max_tokens, charge))
                 for number, prompt in enumerate(prompts, 1)
             ]
             try:
@@ -60,6 +70,7 @@ class BaselineBuild:
         adapter: Adapter,
         prompt: Any,
         max_tokens: int,
+        charge: Callable[[int], None],
     ) -> Exchange:
         question = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
         body = {"model": lease.model, "max_tokens": max_tokens, "stream": False, **question}
@@ -69,9 +80,21 @@ class BaselineBuild:
         async with room:
             began = time.time()
             path = TEXT if isinstance(prompt, str) else CHAT
-            answer = await post(engine, path, body, limit=MAX_ANSWER, watch=watch)
+            try:
+                answer = await post(engine, path, body, limit=MAX_ANSWER, watch=watch)
+            finally:
+                charge(watch.tokens)
         if answer.status != 200:
             raise BadRequest(f"prompt {number} was answered with {answer.status}: {(answer.body or b'')[:300]!r}")
         generations = tuple(sequence.read() for sequence in watch.sequences)
-        version = f"v{adapter.version}"
-        return Exchange(adapter.name, version, 200, None, 0.0, id=adapter.id, began=began, generations=generations)
+        return Exchange(
+            adapter.name,
+            f"v{adapter.version}",
+            200,
+            None,
+            0.0,
+            id=adapter.id,
+            tenant=adapter.tenant,
+            began=began,
+            generations=generations,
+        )

@@ -20,6 +20,7 @@ from serve.drift.features import PROMPT, Answer, Floats, answer_rows, prompt_row
 from serve.drift.probe_comparison import has_reference, noise_ratio, probe_arrays
 from serve.drift.thinning import Thinning, common_runs
 from serve.engine.effect_probe import Logprobs, effect
+from serve.names import tenant_of
 
 # The first prompts of a version say which runs of tokens all prompts share: template and system prompt.
 EARLY = 32
@@ -174,7 +175,7 @@ class WatchedVersion:
 
     def _sample(self, exchange: Exchange, embedding: Embedding) -> _Sample:
         generation = exchange.generations[0]
-        quote = self._quote(exchange, generation) if self.settings.capture else None
+        quote = self._quote(exchange, generation) if self.settings.capture and self._may_quote(exchange) else None
         return _Sample(exchange.began, _asker(exchange), signal_rows(generation, embedding), quote)
 
     def _count(self, sample: _Sample) -> Iterator[Alarm]:
@@ -189,6 +190,10 @@ class WatchedVersion:
             if signal.update(row):
                 self.alarmed[kind] = sample.began
                 yield Alarm(self.adapter, self.version, kind, signal.beyond(), signal.log_evidence)
+
+    def _may_quote(self, exchange: Exchange) -> bool:
+        """Reports on an adapter are its tenant's to read, on a base model the operators'."""
+        return self.version == "base" or exchange.tenant == tenant_of(self.adapter)
 
     def _quote(self, exchange: Exchange, generation: Generation) -> dict[str, Any]:
         text = generation.text[:QUOTED_CHARACTERS]

@@ -18,14 +18,13 @@ from starlette.types import Receive, Scope, Send
 from serve.asgi.cancellation import CancellableCall, Deadline, cancelled_on_disconnect
 from serve.asgi.connection import recognise
 from serve.asgi.error_response import HonestStatus, send_error
-from serve.asgi.exchange import Exchange, Tap, identified
+from serve.asgi.exchange import Exchange, Tap, Watch, identified
 from serve.asgi.fast_stream import FastStream
 from serve.asgi.internal_client import RecordedAnswer
 from serve.asgi.pacing import PacedConnection
 from serve.auth.auth import Auth, Caller
 from serve.auth.auth import Scope as KeyScope
-from serve.auth.rate_limits import Meter, Meters
-from serve.auth.token_usage import Usage
+from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
 from serve.errors import BadRequest, ClientTooSlow, LoradockError
 from serve.gateway.request import InferenceRequest, body_limit, for_engine, requested_timeout, stored_response
 from serve.gateway.router import Route, Router
@@ -107,14 +106,13 @@ class Inference:
         if stored is not None:
             check_response_owner(stored, caller.tenant)
         meter = self._meters.of(caller.key, caller.limits)
-        with _metered(meter, tap.send, charged=stored is None) as usage:
+        with _metered(meter, tap.watch):
             request = None
             if scope["method"] == "POST" and stored is None:
                 request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
-                if meter and usage:
+                if meter:
                     _check_countable(request, meter)
-                    usage.asked = len(request.body)
-            send = usage.send if usage else tap.send
+            send = RateLimitHeaders(tap.send, meter).send if meter else tap.send
             await self._answer_leased(scope, _Answering(caller, request, connection.receive, send, tap, deadline))
 
     async def _answer_leased(self, scope: Scope, answering: _Answering) -> None:
@@ -154,18 +152,16 @@ class Inference:
 
 
 @contextmanager
-def _metered(meter: Meter | None, send: Send, *, charged: bool) -> Iterator[Usage | None]:
+def _metered(meter: Meter | None, watch: Watch) -> Iterator[None]:
     """A request that counts against the key's limits, if it has any, and is charged for its tokens when it ends."""
     if meter is None:
-        yield None
+        yield
         return
-    usage = Usage(send, meter)
     with meter.request():
         try:
-            yield usage
+            yield
         finally:
-            if charged:
-                meter.charge(usage.tokens)
+            meter.charge(watch.tokens)
 
 
 def _check_countable(request: InferenceRequest, meter: Meter) -> None:

@@ -238,6 +238,7 @@ class VLLMBackend:
         args = self.args
         parser = ToolParserManager.get_tool_parser(args.tool_call_parser) if args.tool_call_parser else None
         rewrites = args.reasoning_parser or getattr(parser, "engine_based_streaming", False)
+        rewrites = rewrites or args.enable_force_include_usage
         return not (rewrites or args.enable_log_outputs or args.sse_keep_alive_interval > 0)
 
     def _build(self) -> AsyncLLM:

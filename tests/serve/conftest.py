@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from serve.config import Config, keys_hashed, load
 from tests.support import loop_guard, tiny
 from tests.support import postgres as postgresql
-from tests.support.app import Started
+from tests.support.app import Started, issued
 from tests.support.backend import FakeBackend
 
 loop_guard.install()
@@ -77,14 +78,7 @@ async def operator(connect: Callable[..., Any], config: Config) -> AsyncIterator
 def issue(operator: httpx.AsyncClient) -> Callable[..., Any]:
     """`await issue("acme", "inference", concurrent=1)`: a client of that tenant, with a key that was just issued."""
 
-    async def issue(tenant: str, *scopes: str, name: str = "key", **limits: int) -> httpx.AsyncClient:
-        body = {"tenant": tenant, "name": name, "scopes": scopes or ["inference", "adapters:write"], "limits": limits}
-        told = await operator.post("/v1/keys", json=body)
-        assert told.status_code == 201, told.text
-        headers = {"authorization": f"Bearer {told.json()['secret']}"}
-        return httpx.AsyncClient(transport=operator._transport, base_url="http://localhost", headers=headers)
-
-    return issue
+    return partial(issued, operator)
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,15 @@ def upload(folder: Path, name: str = "tone", **fields: str) -> dict[str, Any]:
     return {"data": {"name": name, **fields}, "files": files}
 
 
+async def issued(operator, tenant: str, *scopes: str, name: str = "key", **limits: int) -> httpx.AsyncClient:
+    """A client of that tenant, with a key that was just issued."""
+    body = {"tenant": tenant, "name": name, "scopes": scopes or ["inference", "adapters:write"], "limits": limits}
+    created = await operator.post("/v1/keys", json=body)
+    assert created.status_code == 201, created.text
+    headers = {"authorization": f"Bearer {created.json()['secret']}"}
+    return httpx.AsyncClient(transport=operator._transport, base_url="http://localhost", headers=headers)
+
+
 async def settled(condition, seconds=2.0):
     """Wait until `condition()`; the last answer either way."""
     for _ in range(int(seconds / 0.01)):

@@ -141,6 +141,9 @@ class FakeBackend:
         body = await request.json() if scope["method"] == "POST" else {}
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
+        if watch := watching.get():
+            made = self.generate(body) if self.generate else self.generation
+            watch.sequences.append(FakeSequence(made))
         if body.get("model") and body["model"] == self.broken:
             raise RuntimeError("broken")
         if body.get("model") and body["model"] == self.slow:
@@ -148,9 +151,6 @@ class FakeBackend:
         await self._answer(body)(scope, receive, send)
 
     def _answer(self, body: dict[str, Any]) -> Response:
-        if watch := watching.get():
-            made = self.generate(body) if self.generate else self.generation
-            watch.sequences.append(FakeSequence(made))
         model = body.get("model")
         assert model in (None, self.name) or model in self.held, f"{model} is not in the engine"
         if body.get("fail"):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Any
 
@@ -70,7 +71,10 @@ async def baseline(
     """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
     which = baselined(parts, owned(parts, name, caller), body.version)
-    exchanges = await parts.baseline_build.run(which, body.prompts, max_tokens=body.max_tokens)
+    meter = parts.meters.of(caller.key, caller.limits)
+    with meter.request() if meter else nullcontext():
+        charge = meter.charge if meter else lambda tokens: None
+        exchanges = await parts.baseline_build.run(which, body.prompts, max_tokens=body.max_tokens, charge=charge)
     label = f"v{which.version}"
     rows = await asyncio.to_thread(_asked, parts.drift_monitor.build_baseline, which.name, label, which.id, exchanges)
     return {"object": "baseline", "name": name, "version": which.version, "requests": rows}

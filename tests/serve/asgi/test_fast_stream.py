@@ -65,6 +65,7 @@ async def test_an_only_chunk_or_another_shape_teaches_nothing():
     for only in (
         b'data: {"choices":[{"text":"x","finish_reason":"stop"}]}\n\n',
         b'data: {"text":3}\n\n',
+        b'data: {"choices":[{"text":"x","finish_reason":null}],"usage":{"completion_tokens":1}}\n\n',
         b'"text":\n\n',
     ):
         await way.send(body(only))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve.asgi.exchange import Generation
 from serve.auth.rate_limits import Bucket, Limits, Meter, Meters
 from serve.errors import RateLimited
 from tests.support.app import ask, settled, upload
@@ -121,7 +122,8 @@ async def test_a_key_without_limits_gets_no_headers(issue):
 
 
 async def test_what_an_answer_used_is_charged(issue, backend):
-    backend.usage = {"prompt_tokens": 40, "completion_tokens": 20, "total_tokens": 60}
+    backend.generation = Generation(range(40), range(20), "stop")
+    backend.usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
     client = await issue("acme", "inference", tokens_per_minute=100)
     plain = await ask(client, "base")
     assert plain.json() == {"model": "base", "usage": backend.usage}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import re._parser as sre
+from dataclasses import replace
 
 import pytest
 
+from serve.config import keys_hashed
 from serve.gateway.request import PATHS, STORED
 from serve.gateway.tenant_isolation import tenant_salt
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, issued, settled, upload
+from tests.support.watched_traffic import Engine
 
 BODIES = {
     ("post", "/v1/adapters/{name}/promote"): {"json": {"version": 1}},
@@ -378,6 +382,23 @@ async def test_no_tenant_writes_over_another_ones_stored_response(operator, acme
         own = backend.bodies[-1]["request_id"]
         assert own != theirs
         assert (await other.get(f"/v1/responses/{own}")).status_code == 200
+
+
+async def test_a_drift_report_quotes_its_own_tenants_answers_alone(connect, watched, backend, make_adapter):
+    generate = Engine(backend).generate
+    backend.generate = lambda body: replace(generate(body), text=f"for {body.get('user')}")
+    config = replace(watched, capture=True, admin_keys=keys_hashed(["run"]))
+    async with connect(config) as operator:
+        operator.headers["authorization"] = "Bearer run"
+        acme, globex = [await issued(operator, tenant) for tenant in ("acme", "globex")]
+        assert (await acme.post("/v1/adapters", **upload(make_adapter(), visibility="shared"))).status_code == 201
+        for client, user in ((globex, "globex"), (acme, "acme")):
+            for number in range(40):
+                await ask(client, "acme/tone", user=f"{user} {number}")
+        await asyncio.to_thread(operator._transport.app.state.parts.exchange_worker.settle)
+        for reader, path in ((acme, "tone"), (operator, "acme/tone")):
+            report = (await reader.get(f"/v1/adapters/{path}/drift")).json()["versions"][0]
+            assert {quote["answer"].split()[1] for quote in report["examples"]} == {"acme"}
 
 
 async def test_an_adapter_is_shared_and_kept_back_without_another_push(acme, globex, make_adapter):

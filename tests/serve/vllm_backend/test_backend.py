@@ -282,6 +282,14 @@ def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():
         assert keys and not {adapter.lora_name, with_adapter} & {keys, made, *keys}
 
 
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [({}, True), ({"enable_force_include_usage": True}, False), ({"reasoning_parser": "deepseek_r1"}, False)],
+)
+def test_a_server_that_adds_to_each_chunk_has_no_fast_streams(options, plain):
+    assert VLLMBackend("some/model", "m", options)._tells_plainly() is plain
+
+
 def test_the_headers_that_are_ours_to_set_are_those_that_vllm_reads():
     assert PRIORITY.decode() == PRIORITY_HEADER.lower()
     raw = SimpleNamespace(headers=Headers(raw=[(PRIORITY, b"7"), (RANK, b"3")]))
