@@ -45,7 +45,7 @@ from vllm.version import __version__ as VLLM_VERSION
 from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import hardware
-from serve.vllm_backend import announce, forkserver, titles
+from serve.vllm_backend import announce, building, forkserver, titles
 from serve.vllm_backend.output_processor import Outputs
 from serve.vllm_backend.worker_extension import LOADED, LOADING
 
@@ -209,7 +209,7 @@ class VLLMBackend:
         """Load the base model; minutes for a large one. The event loop stays free meanwhile."""
         announce.loading(self.name, self.model, self.args, VLLM_VERSION)
         try:
-            self._llm = llm = await asyncio.to_thread(self._build)
+            self._llm = llm = await building.built(self._build, _discard)
             llm.output_processor.__class__ = Outputs
             llm.output_processor.plain = self._tells_plainly()
             tasks = await llm.get_supported_tasks()
@@ -263,9 +263,7 @@ class VLLMBackend:
             llm.output_handler.cancel()
         llm.output_processor.propagate_error(EngineDeadError())
         if kill:
-            for pid in _family(_processes(llm)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            building.kill(_processes(llm))
         if set(multiprocessing.active_children()) - set(_processes(llm)):
             forkserver.leave()
         await asyncio.to_thread(llm.shutdown)
@@ -281,7 +279,7 @@ class VLLMBackend:
         return _processes(self._llm) if self._llm else []
 
     def _pids(self) -> set[int]:
-        return _family(self._processes())
+        return building.family(self._processes())
 
     async def _call(self, asked: Awaitable[T]) -> T:
         """An answer of the engine beside those to requests. vLLM leaves who waits for one of a dead engine waiting."""
@@ -435,17 +433,10 @@ def _processes(llm: AsyncLLM) -> list[Any]:
     return list(getattr(manager, "processes", []))
 
 
-def _family(processes: Iterable[Any]) -> set[int]:
-    """Ids of these processes and all that came from them."""
-    found: set[int] = set()
-    ahead = [process.pid for process in processes if process.pid and process.exitcode is None]
-    while ahead:
-        pid = ahead.pop()
-        found.add(pid)
-        with suppress(OSError):
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                ahead += map(int, (task / "children").read_text().split())
-    return found
+def _discard(llm: AsyncLLM) -> None:
+    """Built for nobody any more."""
+    building.kill(_processes(llm))
+    llm.shutdown()
 
 
 def _resident_bytes(pid: int) -> int:

@@ -8,7 +8,8 @@ import time
 import httpx
 import pytest
 
-from tests.support.server import SMALL, Answer, Server, alive, done, eventually
+from tests.support.crowd import engines
+from tests.support.server import SMALL, Answer, Server, alive, descendants, done, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -106,3 +107,21 @@ def known_of(adapters: dict) -> dict:
         }
         for name, shown in adapters.items()
     }
+
+
+def test_a_stop_in_the_middle_of_a_start_waits_for_no_engine(tmp_path):
+    server = Server(tmp_path / "data", tmp_path / "log", *SMALL)
+    try:
+        assert eventually(lambda: engine_is_starting(server), 120), "it never began"
+        server.family = descendants(server.process.pid)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        assert eventually(lambda: not alive(server.family)), "the engine outlived its server"
+    finally:
+        server.__exit__()
+
+
+def engine_is_starting(server: Server) -> bool:
+    """There is a process beside the server and those that Python runs for it."""
+    assert server.process.poll() is None
+    return "loading " in server.log.read_text() and bool(engines(server))
