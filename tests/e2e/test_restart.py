@@ -124,4 +124,4 @@ def test_a_stop_in_the_middle_of_a_start_waits_for_no_engine(tmp_path):
 def engine_is_starting(server: Server) -> bool:
     """There is a process beside the server and those that Python runs for it."""
     assert server.process.poll() is None
-    return "loading " in server.log.read_text() and bool(engines(server))
+    return "listening on" in server.log.read_text() and bool(engines(server))
