@@ -23,6 +23,7 @@ from serve.api.entrance import Entrance
 from serve.api.json_body import DocumentedApi
 from serve.api.routes import routers
 from serve.api.services import Services
+from serve.asgi.exchange import Exchange
 from serve.asgi.origin import OriginCheck, origins
 from serve.auth.audit import Audited
 from serve.config import Config
@@ -39,6 +40,7 @@ def build_app(
     on_failure: Callable[[LoradockError], None] | None = None,
     on_shadow: Callable[[ShadowExchange], None] | None = None,
     replica: str = "",
+    observers: Sequence[Callable[[Exchange], None]] = (),
 ) -> FastAPI:
     """The whole server over `backend`, or several, one for each base model; the first answers who names none.
 
@@ -47,9 +49,11 @@ def build_app(
     `on_shadow` gets every request that a shadow answered too, with both answers.
 
     `replica` is this server's name among those that share its registry.
+
+    `observers` get each exchange when it has ended, on the event loop.
     """
     backends = backend if isinstance(backend, Sequence) else [backend]
-    parts = Services(config, backends, on_failure, on_shadow, replica)
+    parts = Services(config, backends, on_failure, on_shadow, replica, observers)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

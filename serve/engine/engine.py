@@ -135,7 +135,12 @@ class Residence:
 class Engine:
     """A backend with a phase, and the record of which request uses which adapter in it."""
 
-    def __init__(self, backend: Backend, max_wait: float = math.inf) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        max_wait: float = math.inf,
+        on_load: Callable[[str, float], None] = lambda tier, seconds: None,
+    ) -> None:
         self._max_wait = max_wait
         self.backend = backend
         self.phase = Phase.STARTING
@@ -155,7 +160,7 @@ class Engine:
         # Ids whose last load failed; one that loads again is forgotten here.
         self._failed: set[str] = set()
         # Called after a load: from where the adapter came, and how many seconds it took.
-        self.on_load: Callable[[str, float], None] = lambda tier, seconds: None
+        self._on_load = on_load
         self._failure: EngineUnavailable | None = None
         self._alarms: set[Callable[[EngineUnavailable], None]] = set()
 
@@ -196,6 +201,8 @@ class Engine:
             self.phase = Phase.STOPPED
         for task in self._leaving:
             task.cancel()
+        if self._leaving:
+            await asyncio.wait(self._leaving, timeout=1)
         await self.backend.stop(kill=kill)
 
     def fail(self, error: EngineUnavailable) -> None:
@@ -358,7 +365,7 @@ class Engine:
                 raise self._failure from None
             raise
         resident.loaded, resident.loading = True, None
-        self.on_load("disk", time.perf_counter() - began)
+        self._on_load("disk", time.perf_counter() - began)
         await asyncio.gather(*leaving)
 
     def _has_room(self) -> bool:

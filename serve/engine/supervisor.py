@@ -76,10 +76,9 @@ class Supervisor:
         patience: Patience,
         *,
         tolerance: float = 0.5,
+        on_load: Callable[[str, float], None] = lambda tier, seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        # Hears of every engine that begins to serve.
-        self.on_serve: Callable[[Engine], None] = lambda engine: None
         self.name = backend.name
         self.configured = backend.model
         self.tolerance = tolerance
@@ -90,7 +89,8 @@ class Supervisor:
         self.probe: Probe | None = None
         # What a swap that is under way does now, and for which model.
         self.swapping: dict[str, str] | None = None
-        self._engine = Engine(backend, patience.max_wait)
+        self._on_load = on_load
+        self._engine = Engine(backend, patience.max_wait, on_load)
         self._adapters: Adapters | None = None
         self._make_probe = make_probe
         self._patience = patience
@@ -101,6 +101,7 @@ class Supervisor:
         # When an engine that is coming back ought to be there, and who waits for it.
         self._due = 0.0
         self._settled = asyncio.Event()
+        self._served = asyncio.Event()
         self._waiting = 0
         # Held while an engine is replaced: by a restart or by a swap, never by both.
         self._replacing = asyncio.Lock()
@@ -138,10 +139,6 @@ class Supervisor:
         return self._engine.residents
 
     @property
-    def states(self) -> dict[str, str]:
-        return self._engine.states
-
-    @property
     def pinned(self) -> frozenset[str]:
         return self._engine.pinned
 
@@ -153,9 +150,6 @@ class Supervisor:
         """As Engine.ensure, once there is an engine."""
         await self.available()
         await self._engine.ensure(adapter_id, path)
-
-    def retire(self, adapter_id: str) -> None:
-        self._engine.retire(adapter_id)
 
     async def gone(self, adapter_id: str) -> None:
         """Returns once the adapter's weights are out of every engine here, so that its files may go too."""
@@ -281,6 +275,11 @@ class Supervisor:
         if self.phase is not Phase.READY:
             raise self.unavailable()
 
+    async def replaced(self, engine: Engine) -> None:
+        """Returns once another engine than this one serves."""
+        while self._engine is engine:
+            await self._served.wait()
+
     def unavailable(self) -> EngineUnavailable:
         why = f" ({self.reason})" if self.reason else ""
         message = f"the engine for {self.name} is {self.phase}{why}"
@@ -305,7 +304,7 @@ class Supervisor:
 
     def fresh(self, model: str | None = None) -> Engine:
         """An engine with the same options, over the same model or another; not started."""
-        return Engine(self.backend.another(model), self._patience.max_wait)
+        return Engine(self.backend.another(model), self._patience.max_wait, self._on_load)
 
     async def bring_up(self, engine: Engine) -> StartedEngine:
         """Start a fresh engine and load what it should hold; stopped again if that fails. Raises LoradockErrors."""
@@ -340,7 +339,8 @@ class Supervisor:
         self._watching[engine] = asyncio.create_task(self._watch(engine))
         self.phase, self.reason, self._since = Phase.READY, "", self._clock()
         self._settled.set()
-        self.on_serve(engine)
+        self._served.set()
+        self._served = asyncio.Event()
 
     async def vacate(self, engine: Engine) -> None:
         """Make room for the next engine: new requests wait, those under way finish, then this engine ends."""

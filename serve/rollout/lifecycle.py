@@ -59,15 +59,13 @@ class Lifecycle:
         registry: Registry,
         store: Store,
         limits: Callable[[Supervisor], Limits],
-        popularity: Popularity | None = None,
+        popularity: Popularity,
     ) -> None:
         self.fleet = fleet
         self.registry = registry
         self.store = store
-        self.popularity = popularity or Popularity()
+        self.popularity = popularity
         self._limits = limits
-        # Hears of a fresh engine before its adapters come.
-        self.meet: Callable[[Supervisor, Engine], Awaitable[None]] | None = None
         # Reads and answers take none of these.
         self._locks = ChangeLocks()
         self._aside: set[asyncio.Task[None]] = set()
@@ -87,8 +85,6 @@ class Lifecycle:
 
     async def restore(self, base: Supervisor, engine: Engine) -> None:
         """Bring the pinned and the most popular live versions of a base into a fresh engine."""
-        if self.meet:
-            await self.meet(base, engine)
         engine.pinned = self._pinned(base)
         for adapter in self.wanted(base)[: engine.backend.max_resident]:
             try:
@@ -171,7 +167,7 @@ class Lifecycle:
         finally:
             self.store.release(digest)
         if adapter.id not in self._serving(name):
-            base.retire(adapter.id)
+            base.engine.retire(adapter.id)
         return adapter, created
 
     async def _judge(self, base: Supervisor, adapter_id: str, path: Path, inspection: Inspection) -> dict[str, Any]:
@@ -409,7 +405,7 @@ class Lifecycle:
         if base := base or self.fleet.owner(name):
             base.pinned = self._pinned(base)
             for adapter_id in before.keys() - serving:
-                base.retire(adapter_id)
+                base.engine.retire(adapter_id)
 
     def _pinned_names(self, base: Supervisor) -> list[str]:
         return [name for name in self.registry.pinned_names() if self.fleet.owner(name) is base]

@@ -240,9 +240,12 @@ class Replica:
 
         backends = [VLLMBackend(base.model, base.name, base.engine) for base in config.bases]
         self._app = build_app(
-            config, backends, self._fail, replica=f"{hardware.node()}-{self._number}-{secrets.token_hex(3)}"
+            config,
+            backends,
+            self._fail,
+            replica=f"{hardware.node()}-{self._number}-{secrets.token_hex(3)}",
+            observers=[self._first_tokens.take],
         )
-        self._app.state.parts.monitor.passed_on.append(self._first_tokens.take)
         return Ready(self._app, self._wait)
 
     def check_health(self) -> None:

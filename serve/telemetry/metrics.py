@@ -60,6 +60,7 @@ class Metrics:
         registry: Registry,
         audit: Audit,
         version: str,
+        loads: AdapterLoads,
         slos: Sequence[Slo] = (),
         *,
         limit: int = 100,
@@ -77,8 +78,6 @@ class Metrics:
         self._rendering = Lock()
         self._rendered: dict[Any, tuple[float, bytes]] = {}
         self._tidied = -TIDY
-        # Whoever else looks at an exchange; what they take of the event loop is the tap's too.
-        self.passed_on: list[Callable[[Exchange], None]] = []
 
         self._requests = self._counter(
             "requests",
@@ -103,7 +102,7 @@ class Metrics:
             "queue_time", "From the engine's taking a request to its computing on it.", QUEUE_SECONDS
         )
         self._swaps = self._counter("adapter_swaps", "Changes of an adapter's live version.", "adapter", "result")
-        self._loads = self._histogram("adapter_load", "Bringing an adapter into the engine.", LOAD_SECONDS, ("tier",))
+        self._families.append(loads)
         self._rollbacks = self._counter(
             "rollbacks", "Versions that the server itself took the traffic from.", *LABELS, "reason"
         )
@@ -121,7 +120,6 @@ class Metrics:
 
     def take(self, exchange: Exchange) -> None:
         """Count one exchange."""
-        began = time.perf_counter()
         series = self._of(exchange.adapter, exchange.version)
         told = exchange.request_id
         reason = exchange.finish_reason if exchange.finish_reason in FINISH_REASONS else "other"
@@ -139,9 +137,10 @@ class Metrics:
         if exchange.first is not None and exchange.status == 200:
             series.first.observe(exchange.first, told)
             series.total.observe(exchange.total, told)
-        for look in self.passed_on:
-            look(exchange)
-        self._tap.labels().observe(time.perf_counter() - began)
+
+    def tap_took(self, seconds: float) -> None:
+        """Count what looking at one exchange took of the event loop."""
+        self._tap.labels().observe(seconds)
 
     def rated(self, adapter: str, version: str, rating: str) -> None:
         """Count one answer that somebody found good or bad."""
@@ -150,10 +149,6 @@ class Metrics:
     def swapped(self, adapter: str, result: str) -> None:
         """Count one change of an adapter's live version."""
         self._swaps.labels(self._name(adapter), result).inc()
-
-    def loaded(self, tier: str, seconds: float) -> None:
-        """Count one adapter that was brought into the engine."""
-        self._loads.labels(tier).observe(seconds)
 
     def shadowed(self, adapter: str, version: str, result: str) -> None:
         """Count one request that a shadow was to answer."""
@@ -252,6 +247,17 @@ class Metrics:
         made = Histograms(f"loradock_{name}_seconds", help, labels, bounds)
         self._families.append(made)
         return made
+
+
+class AdapterLoads(Histograms):
+    """How long it took to bring adapters into an engine, by where they came from."""
+
+    def __init__(self) -> None:
+        help = "Bringing an adapter into the engine."
+        super().__init__("loradock_adapter_load_seconds", help, ("tier",), LOAD_SECONDS)
+
+    def observe(self, tier: str, seconds: float) -> None:
+        self.labels(tier).observe(seconds)
 
 
 class Series:
@@ -369,7 +375,7 @@ class LiveState(Collector):
             mine = {residence.id: residence.leases for residence in base.residents}
             running.add_metric((base.name, "base"), max(base.leases - sum(mine.values()), 0))
             leases |= mine
-            states |= base.states
+            states |= base.engine.states
         busy, beyond = 0, dict.fromkeys(("slot", "host", "disk", "failed"), 0)
         shown = self._shown(states)
         for adapter in self._registry.adapters():

@@ -57,7 +57,7 @@ async def test_an_automatic_rollback_waits_for_nobodys_push(shared, backend, mak
     go = hang(monkeypatch, shared, backend, where, name)
     pushing = asyncio.create_task(shared.post("/v1/adapters", **upload(make_adapter(7), name)))
     await asyncio.sleep(0.3)
-    verdict = await asyncio.wait_for(parts_of(shared).wayback.rollback("tone", 2, "errors", {}), 5)
+    verdict = await asyncio.wait_for(parts_of(shared).automatic_rollback.rollback("tone", 2, "errors", {}), 5)
     assert verdict.done, verdict.message
     assert not pushing.done()
     assert (await shared.get("/v1/adapters/tone")).json()["live"] == 1

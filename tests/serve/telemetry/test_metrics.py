@@ -15,7 +15,7 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.engine.fleet import Fleet
 from serve.engine.restarts import Patience
 from serve.engine.supervisor import Supervisor
-from serve.telemetry.metrics import Metrics
+from serve.telemetry.metrics import AdapterLoads, Metrics
 from tests.support.backend import FakeBackend
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -42,7 +42,7 @@ class Adapters:
 
 def monitored(count, **options):
     fleet = Fleet([Supervisor(FakeBackend("."), None, Patience())])
-    return Metrics(fleet, Adapters(count), SimpleNamespace(failures=0), "1", **options)
+    return Metrics(fleet, Adapters(count), SimpleNamespace(failures=0), "1", AdapterLoads(), **options)
 
 
 def exchange(adapter, version="v1", status=200, reason="stop", request_id="an-id", lots=random.Random(0)):
