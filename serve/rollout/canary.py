@@ -21,7 +21,7 @@ ANSWERS_WITH_LOGPROBS = 300
 
 @dataclass(frozen=True, slots=True)
 class CanaryVerdict:
-    """What a canary's analysis came to; each verdict is given once, and again (`repeated`) after a restart."""
+    """What a canary's analysis came to; each verdict is announced once, and again (`repeated`) after a restart."""
 
     adapter: str
     live: int
@@ -46,8 +46,8 @@ class CanaryAnalysis:
     def __init__(self, adapter: str, live: int, share: Share, alpha: float, seed: int) -> None:
         self.adapter, self.live, self.canary = adapter, live, share.adapter.version
         self.comparison = Comparison(min(share.weight, 0.99), checks=CHECKS, alpha=alpha, seed=seed)
-        # The verdict that was given last.
-        self.given = Verdict.UNDECIDED
+        # The verdict that was announced last.
+        self.announced = Verdict.UNDECIDED
         self._with_logprobs = 0
 
     def compares(self, live: int, share: Share) -> bool:
@@ -57,7 +57,7 @@ class CanaryAnalysis:
     @property
     def wants_logprobs(self) -> bool:
         """All requests of the adapter should come with log-probabilities."""
-        return self.given is not Verdict.WORSE and self._with_logprobs < ANSWERS_WITH_LOGPROBS
+        return self.announced is not Verdict.WORSE and self._with_logprobs < ANSWERS_WITH_LOGPROBS
 
     def observe(self, exchange: Exchange) -> CanaryVerdict | None:
         """Count one request that was dealt to one of the two; the verdict, if it led to one."""
@@ -91,7 +91,7 @@ class CanaryAnalysis:
 
     def state(self) -> dict[str, NDArray]:
         versions = np.array([self.live, self.canary, self._with_logprobs])
-        names = {"name": np.array(self.adapter), "told": np.array(self.given.value)}
+        names = {"name": np.array(self.adapter), "told": np.array(self.announced.value)}
         return {"versions": versions, **names, **self.comparison.state()}
 
     @classmethod
@@ -100,7 +100,7 @@ class CanaryAnalysis:
         self = cls.__new__(cls)
         self.adapter = str(state["name"])
         self.live, self.canary, self._with_logprobs = (int(number) for number in state["versions"])
-        self.given = Verdict(str(state["told"]))
+        self.announced = Verdict(str(state["told"]))
         self.comparison = Comparison.from_state(state, CHECKS)
         return self
 
@@ -124,9 +124,9 @@ class CanaryAnalysis:
 
     def _new_verdict(self) -> CanaryVerdict | None:
         verdict = self.verdict
-        if verdict in (Verdict.UNDECIDED, self.given):
+        if verdict in (Verdict.UNDECIDED, self.announced):
             return None
-        self.given = verdict
+        self.announced = verdict
         return self.current_verdict()
 
 

@@ -135,9 +135,9 @@ class CanaryMonitor(Collector):
             self._on_verdict(verdict)
 
     def _unsettled(self, analysis: CanaryAnalysis) -> bool:
-        """A verdict was given, and the canary still has its share of the traffic."""
+        """A verdict was announced, and the canary still has its share of the traffic."""
         share, live = self._share(analysis.adapter), self._live(analysis.adapter)
-        if analysis.given is Verdict.UNDECIDED or share is None or live is None:
+        if analysis.announced is Verdict.UNDECIDED or share is None or live is None:
             return False
         return analysis.compares(live, share)
 

@@ -1,4 +1,4 @@
-"""The way back is taken once, by whoever finds out first, and never forward."""
+"""A bad version is rolled back once, whoever finds out first, and never to a later version."""
 
 from __future__ import annotations
 
@@ -85,19 +85,19 @@ async def test_an_alert_that_was_acted_on_is_not_acted_on_again_not_even_by_the_
         assert await live(client) == 2
 
 
-async def test_an_adapter_is_rolled_back_once_an_hour_whoever_asks(client, bad, wayback):
+async def test_an_adapter_is_rolled_back_once_an_hour_whoever_asks(client, bad, rollback):
     await bad()
     evidence = {"log_evidence": 5.1}
-    both = [wayback.rollback("tone", 2, "latency", evidence), wayback.rollback("tone", 2, "quality", evidence)]
+    both = [rollback.rollback("tone", 2, "latency", evidence), rollback.rollback("tone", 2, "quality", evidence)]
     assert [verdict.outcome for verdict in await asyncio.gather(*both)] == ["rolled_back", "not_serving"]
     await client.post("/v1/adapters/tone/promote", json={"version": 2})
     assert await alert(client) == "too_soon"
     assert await live(client) == 2
-    wayback._clock = lambda: time.time() + 3601
+    rollback._clock = lambda: time.time() + 3601
     assert await alert(client) == "rolled_back"
 
 
-async def test_a_canary_ends_without_waiting_and_the_live_version_stays(client, make_adapter, wayback):
+async def test_a_canary_ends_without_waiting_and_the_live_version_stays(client, make_adapter, rollback):
     await push_two(client, make_adapter)
     for fingerprint in ("aa", "bb"):  # started again by somebody, bad again
         await canary(client, 1.0)
@@ -182,5 +182,5 @@ def test_alertmanagers_own_fields_are_all_taken():
 
 
 @pytest.fixture
-def wayback(client):
+def rollback(client):
     return client._transport.app.state.parts.automatic_rollback
