@@ -27,10 +27,10 @@ router = APIRouter()
 @router.get("/v1/drift")
 async def drift(caller: Manager, parts: TheParts) -> dict[str, Any]:
     """What has moved, of everything that the caller may change; the base is the operator's."""
-    found = await asyncio.to_thread(parts.drift_monitor.summary)
+    by_adapter = await asyncio.to_thread(parts.drift_monitor.summary)
     rows = [
-        {"name": short_name(full, caller.tenant), "versions": found[full]}
-        for full in sorted(found)
+        {"name": short_name(full, caller.tenant), "versions": by_adapter[full]}
+        for full in sorted(by_adapter)
         if (caller.operator if full in parts.fleet else full in parts.registry and manages(caller, full))
     ]
     return {"object": "list", "watching": parts.exchange_worker.running, "data": rows}
