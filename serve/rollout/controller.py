@@ -139,7 +139,7 @@ class RolloutController(Collector):
         if result.outcome is Outcome.FAILED:
             return False
         # If somebody makes it a canary again, it is compared from the beginning.
-        self._canaries.end(verdict.adapter, verdict.canary)
+        await asyncio.to_thread(self._canaries.end, verdict.adapter, verdict.canary)
         return True
 
     async def _promote(self, verdict: CanaryVerdict, *, first: bool) -> bool:
