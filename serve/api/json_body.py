@@ -8,7 +8,7 @@ Write it behind the caller, whose key is looked at first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -54,10 +54,22 @@ def decoded(data: bytes, kind: type[T], *, strict: bool = False) -> T:
     try:
         return msgspec.json.decode(data or b"null", type=kind, strict=strict)
     except msgspec.ValidationError as error:
-        where, message = _located(str(error)) if data else ("the body", "Field required")
-        raise BadRequest(f"{where}: {message}", param=where) from error
+        raise _refused(str(error) if data else "Field required") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body: it is not JSON ({error})", param="the body") from error
+
+
+def converted(fields: Mapping[str, Any], kind: type[T]) -> T:
+    """The struct that a form's fields say, numbers as text, or BadRequest that names the field."""
+    try:
+        return msgspec.convert(fields, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _refused(str(error)) from error
+
+
+def _refused(message: str) -> BadRequest:
+    where, what = _located(message)
+    return BadRequest(f"{where}: {what}", param=where)
 
 
 def _located(text: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from serve.names import DEFAULT
 Number = Annotated[int, Meta(ge=1)]  # of a version
 # What building one baseline may generate.
 MAX_BASELINE_TOKENS = 1_000_000
+Effect = Annotated[float, Meta(ge=0, le=100)]  # in nats
 
 
 class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
@@ -21,6 +22,7 @@ class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
     visibility: Literal["private", "shared"] | None = None
     engine: str | None = None
     why: str = ""
+    probe_min_effect: Effect | None = None  # in the place of the setting
 
 
 class Promote(Struct, frozen=True, forbid_unknown_fields=True):

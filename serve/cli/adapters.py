@@ -54,16 +54,21 @@ def push(
         ),
     ] = None,
     why: Why = "",
+    probe_min_effect: Annotated[
+        float | None,
+        typer.Option(min=0, help="Take a version that changes less than the server's limit, in nats on average."),
+    ] = None,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Upload an adapter; the same bytes twice are one version."""
+    options: dict[str, Any] = {"promote": promote, "shared": shared, "why": why, "probe_min_effect": probe_min_effect}
     with connected("adapters", url, key) as client, _bar(name) as progress:
         if "://" in path:
-            answer = client.push_source(name, path, promote=promote, shared=shared, why=why)
+            answer = client.push_source(name, path, **options)
         else:
-            answer = client.push(name, path, promote=promote, shared=shared, why=why, progress=progress)
+            answer = client.push(name, path, **options, progress=progress)
     say(answer, as_json, _pushed)
 
 
@@ -234,11 +239,11 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
 
 def _pushed(answer: dict[str, Any]) -> str:
     name = f"{answer.get('name')} {_v(answer.get('version'))} ({answer.get('id')})"
+    warning = f"\nwarning: {text}" if (text := (answer.get("checks") or {}).get("warning")) else ""
     if _live(answer) == answer.get("version"):
-        return f"{name} is live"
-    return (
-        f"{name} is stored; make it live with: loradock adapters promote {answer.get('name')} {answer.get('version')}"
-    )
+        return f"{name} is live{warning}"
+    promote = f"loradock adapters promote {answer.get('name')} {answer.get('version')}"
+    return f"{name} is stored; make it live with: {promote}{warning}"
 
 
 def _listed(answer: dict[str, Any]) -> str:

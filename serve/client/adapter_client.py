@@ -31,6 +31,7 @@ from serve.errors import AdapterRejected, ConfigError, EngineUnavailable, Lorado
 Progress = Callable[[int, int], None]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SHARDS = "adapter_model-*-of-*.safetensors"
 CARD = "README.md"
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 _BY_STATUS: dict[int, type[LoradockError]] = {
@@ -110,11 +111,14 @@ class AdapterClient:
         promote: bool = True,
         shared: bool | None = None,
         why: str = "",
+        probe_min_effect: float | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Upload a PEFT folder or an archive of one; the files are read while they are sent.
 
         `shared` lets other tenants ask the adapter or stops them; None leaves that as it is, and a new one private.
+
+        `probe_min_effect` is what the probe asks of this version, in the place of the server's setting.
 
         `progress(sent, total)` counts bytes of the files, and starts again at 0 when the upload does.
         """
@@ -132,15 +136,26 @@ class AdapterClient:
                 if shared is not None:
                     fields["visibility"] = _visibility(shared)
                 fields |= _because(why)
+                if probe_min_effect is not None:
+                    fields["probe_min_effect"] = str(probe_min_effect)
                 return self._http.post("/v1/adapters", data=fields, files=parts)  # type: ignore[arg-type]
 
         return self._ask(send, repeatable=True)
 
     def push_source(
-        self, name: str, source: str, *, promote: bool = True, shared: bool | None = None, why: str = ""
+        self,
+        name: str,
+        source: str,
+        *,
+        promote: bool = True,
+        shared: bool | None = None,
+        why: str = "",
+        probe_min_effect: float | None = None,
     ) -> dict[str, Any]:
         """Have the server fetch an adapter from hf://, s3:// or a file:// that it allows; `shared` as in `push`."""
-        body = {"name": name, "source": source, "promote": promote} | _because(why)
+        body: dict[str, Any] = {"name": name, "source": source, "promote": promote} | _because(why)
+        if probe_min_effect is not None:
+            body["probe_min_effect"] = probe_min_effect
         if shared is not None:
             body["visibility"] = _visibility(shared)
         return self._ask(lambda: self._http.post("/v1/adapters", json=body), repeatable=True)
@@ -296,12 +311,15 @@ def adapter_files(path: str | Path) -> list[Path]:
         raise ConfigError(f"{path} is a file; push the PEFT folder, or a {', '.join(ARCHIVES)} archive of it")
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist; push a PEFT folder, or a {', '.join(ARCHIVES)} archive of it")
-    missing = [name for name in PEFT_FILES if not (path / name).is_file()]
+    weights = [path / PEFT_FILES[1]]
+    if not weights[0].is_file():
+        weights = sorted(path.glob(SHARDS)) or weights
+    missing = [file.name for file in (path / PEFT_FILES[0], *weights) if not file.is_file()]
     if PEFT_FILES[1] in missing and (path / "adapter_model.bin").is_file():
         raise ConfigError(f"{path} holds a pickle (adapter_model.bin); save it again with safe_serialization=True")
     if missing:
         raise ConfigError(f"{path} is not a PEFT adapter: {' and '.join(missing)} not found in it")
-    return [path / name for name in (*PEFT_FILES, CARD) if (path / name).is_file()]
+    return [file for file in (path / PEFT_FILES[0], *weights, path / CARD) if file.is_file()]
 
 
 def _because(why: str) -> dict[str, str]:

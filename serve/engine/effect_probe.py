@@ -112,12 +112,11 @@ class Probe:
         """What the base's answers differ by from themselves, in nats."""
         return self._base.noise if self._base else 0.0
 
-    @property
-    def needed(self) -> float:
-        """The effect that an adapter must pass."""
-        return max(self._min_effect, ABOVE_NOISE * self.noise)
+    def needed(self, min_effect: float | None = None) -> float:
+        """The effect that an adapter must pass; `min_effect` in the place of the configured one."""
+        return max(self._min_effect if min_effect is None else min_effect, ABOVE_NOISE * self.noise)
 
-    async def judge(self, adapter_id: str, path: Path) -> dict[str, Any]:
+    async def judge(self, adapter_id: str, path: Path, min_effect: float | None = None) -> dict[str, Any]:
         """What was measured, for the registry; AdapterRejected for an adapter with no effect or a ruinous one."""
         if self._base is None:
             return {}
@@ -133,16 +132,27 @@ class Probe:
                 code="not_finite",
             )
         moved = effect(self._base.logprobs, answers)
-        checks: dict[str, Any] = {"effect": round(moved, 4), "effect_needed": round(self.needed, 4)}
-        if moved <= self.needed:
+        needed = self.needed(min_effect)
+        checks: dict[str, Any] = {"effect": round(moved, 4), "effect_needed": round(needed, 4)}
+        if moved <= needed:
             raise AdapterRejected(
                 f"this adapter does not change what the base says: it moves the log-probabilities by {moved:.4f} on "
-                f"average, and {self.needed:.4f} is needed to tell it from noise; was it trained, and for this base?",
+                f"average, and {needed:.4f} is needed to tell it from noise; was it trained, and for this base?"
+                + self._way_out(moved),
                 code="no_effect",
             )
         if self._base.mean is not None and mean is not None:
             checks["perplexity_ratio"] = round(self._ratio(self._base.mean - mean), 4)
         return checks
+
+    def _way_out(self, moved: float) -> str:
+        """Where the limit is set, and not what the base differs by from itself, one push may set another."""
+        if moved <= self.needed(0.0):
+            return ""
+        return (
+            f" If it is meant to change so little, push it with probe_min_effect below {moved:.4f} "
+            "(`loradock adapters push --probe-min-effect`)"
+        )
 
     def _ratio(self, nats: float) -> float:
         ratio = math.exp(min(nats, 700.0))

@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from serve.errors import ConfigError
 
 EMBEDDED = "smollm2"
+EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MANIFEST = "manifest.json"
 
@@ -37,6 +39,34 @@ def find(given: str, cache_dir: Path) -> str:
             f"there is no model at {given}: MODEL is a checkpoint directory, a hub id like org/name, or {EMBEDDED}"
         )
     return given
+
+
+def is_another_model(stated: str, model: str, name: str) -> bool:
+    """Whether a hub id, as an adapter states its base, is none of the names by which `model` may be known.
+
+    A folder on somebody's disk says nothing; organizations differ for copies of one model, so they do not count.
+    """
+    return bool(HUB_ID.fullmatch(stated)) and _bare(stated) not in {_bare(known) for known in _names(model, name)}
+
+
+def _names(model: str, name: str) -> Iterator[str]:
+    yield from (model, name)
+    if Path(model).name.startswith(f"{EMBEDDED}-"):
+        yield EMBEDDED_ORIGINAL
+    for file, keys in (("config.json", ("_name_or_path",)), (MANIFEST, ("parent", "name"))):
+        try:
+            value: Any = json.loads((Path(model) / file).read_text())
+            for key in keys:
+                value = value[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(value, str):
+            yield value
+
+
+def _bare(name: str) -> str:
+    """The last part of a path or hub id, without case and punctuation."""
+    return re.sub(r"[^a-z0-9]", "", name.rstrip("/").rpartition("/")[2].lower())
 
 
 def verify(model: str) -> None:

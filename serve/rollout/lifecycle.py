@@ -26,7 +26,8 @@ from serve.engine.engine import Backend, Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError
-from serve.names import check_full_name, short_name, tenant_of
+from serve.models.checkpoint import is_another_model
+from serve.names import check_full_name, short_name, shown, tenant_of
 from serve.rollout.change_locks import ChangeLocks
 from serve.rollout.prefetch import Popularity
 from serve.rollout.quotas import check_pin, check_push
@@ -123,8 +124,12 @@ class Lifecycle:
         quota: KeyLimits = UNLIMITED,
         engine: str | None = None,
         expected: int | None = None,
+        min_effect: float | None = None,
     ) -> tuple[Adapter, bool]:
-        """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing."""
+        """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing.
+
+        `min_effect` is what the probe asks of it, in the place of the configured one.
+        """
         self._check_name(name)
         base = self._base(name, engine)
         await base.available()
@@ -139,7 +144,7 @@ class Lifecycle:
             check_digest(digest, limits)
             path = self.store.path(digest)
             while True:
-                checks = await self._judge(base, adapter_id, path, inspection)
+                checks = await self._judge(base, adapter_id, path, inspection, min_effect)
                 await asyncio.to_thread(self.store.publish, digest)
                 async with self._change(name, base), self._locks.quota(tenant_of(name)):
                     if base.model == judged:
@@ -170,13 +175,21 @@ class Lifecycle:
             base.engine.retire(adapter.id)
         return adapter, created
 
-    async def _judge(self, base: Supervisor, adapter_id: str, path: Path, inspection: Inspection) -> dict[str, Any]:
+    async def _judge(
+        self, base: Supervisor, adapter_id: str, path: Path, inspection: Inspection, min_effect: float | None
+    ) -> dict[str, Any]:
         """Load an adapter and see what it does; the checks that the registry keeps."""
         model = base.model
         await base.ensure(adapter_id, path)
-        checks = await base.probe.judge(adapter_id, path) if base.probe else {}
+        checks = await base.probe.judge(adapter_id, path, min_effect) if base.probe else {}
         if inspection.license:
             checks["license"] = inspection.license
+        stated = inspection.base or ""
+        if await asyncio.to_thread(is_another_model, stated, model, base.name):
+            checks["warning"] = (
+                f"it says that it was trained on {shown(stated)}; its shapes fit {base.name}, which seems to "
+                "be another model: is it the right base?"
+            )
         return {**checks, "base_model": model}
 
     async def promote(self, name: str, version: int, *, by: str, expected: int | None = None, why: str = "") -> Adapter:

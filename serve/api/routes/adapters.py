@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from serve.adapters.adapter import Adapter
 from serve.adapters.fetch import fetch, parse
 from serve.adapters.upload import receive
-from serve.api.json_body import JsonBody, decoded
+from serve.api.json_body import JsonBody, converted, decoded
 from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
 from serve.api.schemas import Fetch, Pin, Promote, Rollback, Visibility, Weight
 from serve.api.services import Services
@@ -33,7 +33,8 @@ router = APIRouter()
 async def push(request: Request, caller: Manager, expected: Expected, parts: TheParts) -> Response:
     """Push a version of an adapter, as multipart or JSON.
 
-    Multipart: `name`, `promote`, `visibility`, `engine`, `why` and `files` (each file, or one .zip or .tar.gz).
+    Multipart: `name`, `promote`, `visibility`, `engine`, `why`, `probe_min_effect` (what the probe asks of this
+    version, in the place of the setting) and `files` (each file, or one .zip or .tar.gz).
     JSON: the same with a `source` that the server fetches.
 
     201 with the version; 200 when these bytes are a version already. 422 lists the tensors that do not fit the base, or
@@ -62,6 +63,7 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
             quota=caller.limits,
             engine=asked.engine,
             expected=expected,
+            min_effect=asked.probe_min_effect,
         )
     request.state.subject = adapter.tag
     if trying and parts.live_version(full) != adapter.version:
@@ -263,8 +265,9 @@ async def _received(request: Request, kind: str, folder: Path, config: Config) -
     visibility = form.get("visibility")
     if visibility not in (None, "private", "shared"):
         raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
-    fields: dict[str, Any] = {name: form[name] for name in ("name", "visibility", "engine", "why") if name in form}
-    return msgspec.convert({**fields, "source": "", "promote": promote == "true"}, Fetch)
+    taken = ("name", "visibility", "engine", "why", "probe_min_effect")
+    fields: dict[str, Any] = {name: form[name] for name in taken if name in form}
+    return converted({**fields, "source": "", "promote": promote == "true"}, Fetch)
 
 
 async def _fetched(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -30,6 +31,33 @@ async def test_an_adapter_that_loads_and_changes_nothing_is_refused_and_leaves_n
     assert error["code"] == "no_effect"
     assert "0.0100" in error["message"] and "0.0800" in error["message"]
     assert (await client.get("/v1/adapters")).json()["data"] == []
+
+
+async def test_one_push_may_ask_for_less_effect_and_the_refusal_says_how(client, backend, make_adapter):
+    backend.effects["tone"] = 0.01
+    message = (await client.post("/v1/adapters", **upload(make_adapter()))).json()["error"]["message"]
+    assert "probe_min_effect below 0.0100 (`loradock adapters push --probe-min-effect`)" in message
+    for odd in ("-1", "much", "nan"):
+        refused = await client.post("/v1/adapters", **upload(make_adapter(), probe_min_effect=odd))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "probe_min_effect")
+    taken = await client.post("/v1/adapters", **upload(make_adapter(), probe_min_effect="0.005"))
+    assert (taken.status_code, taken.json()["checks"]["effect_needed"]) == (201, 0.005)
+    backend.effects["other"] = 0.0
+    none = await client.post("/v1/adapters", **upload(make_adapter(1), name="other", probe_min_effect="0"))
+    assert none.status_code == 422 and "push it with" not in none.json()["error"]["message"]
+
+
+async def test_an_adapter_that_names_another_base_is_taken_with_a_warning(client, make_adapter):
+    warnings = []
+    for seed, base in enumerate(["toy", "./base", "team/Base", "meta-llama/Llama-3.1-8B"]):
+        folder = make_adapter(seed)
+        config = folder / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+        pushed = await client.post("/v1/adapters", **upload(folder))
+        assert pushed.status_code == 201, pushed.text
+        warnings.append(pushed.json()["checks"].get("warning"))
+    assert warnings[:3] == [None, None, None]
+    assert warnings[3].startswith("it says that it was trained on meta-llama/Llama-3.1-8B; its shapes fit base")
 
 
 async def test_an_adapter_that_overflows_is_refused(client, backend, make_adapter):
