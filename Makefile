@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof bench monitoring clean setup setup-dev tiers cases eight docs
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -36,6 +36,12 @@ chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30
 cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 server: the swap proof, a rolling restart
 	@$(BIN)/python -c 'import ray.serve' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
 	@LORADOCK_TEST_RAY=1 $(BIN)/python -m pytest -s tests/e2e/test_cluster.py
+
+hostile: setup-dev ## 90 kinds of hostile requests, 10 s each, beside a victim and an operator: nobody else is disturbed; 25 minutes
+	@$(BIN)/python -m tests.campaigns.hostile $(ARGS)
+
+neighbours: setup-dev ## database, object store, hub and disk slow, refusing, cut in half, one and two servers: rollback in seconds; 6 minutes
+	@$(BIN)/python -m tests.campaigns.neighbours $(ARGS)
 
 recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start
 	@$(BIN)/python -m tests.campaigns.recovery $(ARGS)
