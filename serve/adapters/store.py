@@ -22,11 +22,13 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from serve.adapters.adapter import FILES
 from serve.adapters.shared_store import SharedStore
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
+SHARED_THREADS = 4
+# So long a request waits for bytes from the shared folder (they go on coming), and a push for it to take them.
+DOWNLOAD_SECONDS, UPLOAD_SECONDS = 30.0, 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,11 @@ class Store:
         self, root: Path, max_bytes: int | None = None, *, reserve: int = 256 << 20, shared: SharedStore | None = None
     ) -> None:
         self.shared = shared
-        self._pulling = threading.Lock()
+        # A shared folder that is slow takes these threads and nobody else's.
+        self._downloads = ThreadPoolExecutor(SHARED_THREADS, "shared-download")
+        self._uploads = ThreadPoolExecutor(SHARED_THREADS, "shared-upload")
+        # By digest: whoever lacks the same bytes waits for the same download.
+        self._downloading: dict[str, asyncio.Task[None]] = {}
         # How many are about to register each digest: its bytes stay meanwhile.
         self._kept: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -131,16 +140,43 @@ class Store:
         """As `path`; pulled from where all servers share them first, if they are not here."""
         if self.shared is None or self.has(digest):
             return self.path(digest)
-        await asyncio.to_thread(self._pull, self.shared, digest)
+        if digest not in self._downloading:
+            task = asyncio.create_task(_in(self._downloads, self._pull, self.shared, digest))
+            self._downloading[digest] = task
+            task.add_done_callback(lambda task: self._downloaded(digest, task))
+        await _within(
+            DOWNLOAD_SECONDS, asyncio.shield(self._downloading[digest]), f"adapter {digest[:12]} has not come"
+        )
         return self.path(digest)
+
+    async def upload(self, digest: str) -> None:
+        """`publish`, off the event loop and not for ever."""
+        if self.shared is not None:
+            uploading = _in(self._uploads, self.publish, digest)
+            await _within(UPLOAD_SECONDS, uploading, f"the shared folder did not take {digest[:12]}")
+
+    async def sweep_shared(self, known: Collection[str]) -> None:
+        """Remove what no version names from where all servers see it."""
+        if self.shared is not None:
+            await _in(self._uploads, self.shared.sweep, known)
+
+    def close(self) -> None:
+        """Wait for no download or upload."""
+        for threads in (self._downloads, self._uploads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def publish(self, digest: str) -> None:
         """Put the bytes where all servers see them, if there are others."""
         if self.shared is not None:
             self.shared.put(digest, self.path(digest))
 
+    def _downloaded(self, digest: str, task: asyncio.Task[None]) -> None:
+        self._downloading.pop(digest, None)
+        if not task.cancelled():
+            task.exception()  # whoever still waits has it
+
     def _pull(self, shared: SharedStore, digest: str) -> None:
-        with self._pulling, self.quarantine() as folder:
+        with self.quarantine() as folder:
             if self.has(digest):
                 return
             shared.get(digest, folder)
@@ -235,6 +271,22 @@ class Store:
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
             raise NotFound("that is not a digest: 64 hexadecimal digits are")
         return self._blobs / digest
+
+
+async def _in(threads: ThreadPoolExecutor, call: Callable[..., Any], *args: Any) -> None:
+    await asyncio.get_running_loop().run_in_executor(threads, partial(call, *args))
+
+
+async def _within(seconds: float, job: Awaitable[None], problem: str) -> None:
+    """EngineUnavailable, if the job takes longer."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            await job
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise EngineUnavailable(f"{problem} within {seconds:g} s: retry shortly") from error
 
 
 def _stage(folder: Path, staged: Path, *, give: bool) -> str:

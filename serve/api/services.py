@@ -180,6 +180,7 @@ class Services:
         """What opens is closed in reverse; what fails to close keeps nothing else from it."""
         async with AsyncExitStack() as closing:
             closing.push_async_callback(asyncio.to_thread, self.registry.close)
+            closing.callback(self.store.close)
             closing.push_async_callback(self.fleet.stop)
             closing.push_async_callback(self.lifecycle.settle)
             closing.push_async_callback(self._prefetcher.save)

@@ -44,8 +44,8 @@ WARM_SECONDS = 2.0
 # So long a rollback waits for the registry before it holds on this server alone; and how often it is tried to write
 # such a one down.
 REGISTRY_SECONDS, WRITE_DOWN_SECONDS = 2.0, 0.5
-# At the end of the server.
-SETTLE_SECONDS = 5.0
+# So long the first engine waits for the shared folder's sweep, and the end of the server for what is not done yet.
+SWEEP_SECONDS, SETTLE_SECONDS = 5.0, 5.0
 
 
 class Lifecycle:
@@ -78,11 +78,13 @@ class Lifecycle:
         """Before the first engine starts: remove what no version names."""
         digests = self.registry.digests()
         await asyncio.to_thread(self.store.sweep, digests)
-        if self.store.shared is not None:
-            try:
-                await asyncio.to_thread(self.store.shared.sweep, digests)
-            except LoradockError as error:
-                log.warning("what nobody names any more stays where all servers see it: %s", error)
+        await asyncio.wait([self._start(self._sweep_shared(digests))], timeout=SWEEP_SECONDS)
+
+    async def _sweep_shared(self, digests: set[str]) -> None:
+        try:
+            await self.store.sweep_shared(digests)
+        except LoradockError as error:
+            log.warning("what nobody names any more stays where all servers see it: %s", error)
 
     async def restore(self, base: Supervisor, engine: Engine) -> None:
         """Bring the pinned and the most popular live versions of a base into a fresh engine."""
@@ -145,7 +147,7 @@ class Lifecycle:
             path = self.store.path(digest)
             while True:
                 checks = await self._judge(base, adapter_id, path, inspection, min_effect)
-                await asyncio.to_thread(self.store.publish, digest)
+                await self.store.upload(digest)
                 async with self._change(name, base), self._locks.quota(tenant_of(name)):
                     if base.model == judged:
                         check_push(self.registry, name, digest, inspection, quota)
