@@ -87,7 +87,9 @@ class Services:
         self.store = Store(config.data_dir, shared=SharedStore(config.blobs) if config.blobs else None)
         self.registry = Registry(config.registry_url, standing=config.data_dir / "rollbacks.json")
         self.keys = Keys(self.registry)
-        self.auth = Auth(config.api_keys, config.admin_keys, self.keys.caller, lambda: self.keys.any)
+        self.auth = Auth(
+            config.api_keys, config.admin_keys, self.keys.caller, lambda: self.keys.any, config.metrics_keys
+        )
         self.audit = Audit(config.data_dir / "audit.jsonl")
 
         # What answers

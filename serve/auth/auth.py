@@ -2,7 +2,10 @@
 
 inference        asks, and lists the models that its tenant may ask
 adapters:write   pushes, promotes, rolls back and deletes its tenant's adapters
-admin            an operator: everything, in every tenant. Only keys of tenant `default` hold it
+metrics          reads /metrics and /metrics/engine, for Prometheus. They name every tenant's adapters
+admin            an operator: everything, in every tenant
+
+Only keys of tenant `default` hold the last two.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from serve.names import DEFAULT
 class Scope(StrEnum):
     INFERENCE = "inference"
     ADAPTERS = "adapters:write"
+    METRICS = "metrics"
     ADMIN = "admin"
 
 
@@ -54,9 +58,16 @@ class Auth:
         admin_keys: Iterable[str] = (),
         issued: Callable[[str], Caller | None] = lambda digest: None,
         locked: Callable[[], bool] = lambda: False,
+        metrics_keys: Iterable[str] = (),
     ) -> None:
-        self._callers = {key: Caller(f"key-{key[:8]}", frozenset({Scope.INFERENCE}), key=key[:8]) for key in api_keys}
-        self._callers |= {key: Caller(f"admin-{key[:8]}", frozenset(Scope), key=key[:8]) for key in admin_keys}
+        self._callers: dict[str, Caller] = {}
+        for digests, name, scopes in (
+            (metrics_keys, "metrics", {Scope.METRICS}),
+            (api_keys, "key", {Scope.INFERENCE}),
+            (admin_keys, "admin", Scope),
+        ):
+            for digest in digests:
+                self._callers[digest] = Caller(f"{name}-{digest[:8]}", frozenset(scopes), key=digest[:8])
         self._issued = issued
         self._locked = locked
 

@@ -123,8 +123,12 @@ def _made(tenant: str, name: str, scopes: Iterable[str], limits: Limits, now: fl
         raise BadRequest(f"scopes takes {', '.join(Scope)}: {unknown}", param="scopes") from unknown
     if not held:
         raise BadRequest(f"a key needs a scope: {', '.join(Scope)}", param="scopes")
-    if Scope.ADMIN in held and tenant != DEFAULT:
-        raise BadRequest(f"admin is for operators, whose tenant is {DEFAULT}; give it adapters:write", param="scopes")
+    if tenant != DEFAULT and (operators := held & {Scope.ADMIN, Scope.METRICS}):
+        raise BadRequest(
+            f"{' and '.join(sorted(operators))}: for operators, whose tenant is {DEFAULT}, because that shows every "
+            f"tenant's adapters; a tenant's own key takes {Scope.INFERENCE} and {Scope.ADAPTERS}",
+            param="scopes",
+        )
     for limit, value in asdict(limits).items():
         if value is not None and not 1 <= value < 1 << 53:
             raise BadRequest(f"{limit} takes a number from 1 up, or null for no limit", param=f"limits.{limit}")

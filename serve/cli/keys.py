@@ -35,7 +35,9 @@ def create(
     tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is.")] = "default",
     scope: Annotated[
         list[str] | None,
-        typer.Option("--scope", help="inference, adapters:write or admin; again for more (default: inference)."),
+        typer.Option(
+            "--scope", help="inference, adapters:write, metrics or admin; again for more (default: inference)."
+        ),
     ] = None,
     requests_per_minute: Annotated[int | None, _limit("--requests-per-minute", "Requests in a minute")] = None,
     tokens_per_minute: Annotated[int | None, _limit("--tokens-per-minute", "Tokens in a minute, in and out")] = None,

@@ -12,18 +12,36 @@ from pathlib import Path
 from serve.config.settings import Config
 from serve.errors import ConfigError
 
+# Of a key that is not on loopback alone, at least.
+KEY_CHARACTERS = 16
+
 
 def checked(config: Config) -> Config:
     """The same Config with a name and with keys hashed, or ConfigError."""
+    _check_key_lengths(config)
     config = replace(
         config,
         name=config.name or Path(config.model.rstrip("/")).name,
         api_keys=keys_hashed(config.api_keys),
         admin_keys=keys_hashed(config.admin_keys),
+        metrics_keys=keys_hashed(config.metrics_keys),
     )
     for check in (_check_numbers, _check_patterns, _check_combinations, _check_access, _check_names):
         check(config)
     return config
+
+
+def _check_key_lengths(config: Config) -> None:
+    """Where others can reach the server, a key must be too long to be guessed."""
+    if _loopback(config.host):
+        return
+    for setting in ("api_keys", "admin_keys", "metrics_keys"):
+        for key in getattr(config, setting):
+            if len(key) < KEY_CHARACTERS:  # a sha256:HEX is longer
+                raise ConfigError(
+                    f"a key in {setting} has {len(key)} characters and {config.host} is reachable from other machines: "
+                    f"take {KEY_CHARACTERS} or more, as `openssl rand -hex 32` makes them"
+                )
 
 
 def keys_hashed(keys: Iterable[str]) -> tuple[str, ...]:

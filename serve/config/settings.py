@@ -59,6 +59,7 @@ class Config:
     blobs: str = _setting("", "folder by URL where all servers of one registry keep adapters, as s3://bucket/prefix")
     api_keys: Texts = _setting((), "keys that may ask for answers (or their sha256:HEX)")
     admin_keys: Texts = _setting((), "keys that may also change adapters (or their sha256:HEX)")
+    metrics_keys: Texts = _setting((), "keys that may read /metrics and nothing else (or their sha256:HEX)")
     max_upload_bytes: int = _setting(1 << 30, "largest adapter upload, as 512MiB or in bytes")
     probe: bool = _setting(True, "whether an upload must change what the base says")
     probe_min_effect: FromZero = _setting(0.08, "how far it must move the log-probabilities, in nats on average")
@@ -119,7 +120,7 @@ class Config:
     @property
     def open(self) -> bool:
         """Nobody was given a key, so everybody on this machine may do everything."""
-        return not (self.api_keys or self.admin_keys)
+        return not (self.api_keys or self.admin_keys or self.metrics_keys)
 
     @property
     def bases(self) -> tuple[Base, ...]:

@@ -37,6 +37,7 @@ async def _matched(request: Request) -> int | None:
 
 Asker = Annotated[Caller, _holds(Scope.INFERENCE)]
 Manager = Annotated[Caller, _holds(Scope.ADAPTERS)]
+Scraper = Annotated[Caller, _holds(Scope.METRICS)]
 Operator = Annotated[Caller, _holds(Scope.ADMIN)]
 # The version that must be live for a change to be made; every change to an adapter takes it.
 Expected = Annotated[int | None, Depends(_matched)]

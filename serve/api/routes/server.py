@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from serve import __version__
 from serve.adapters.registry import Registry
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Asker, Manager, Operator, TheParts
+from serve.api.routes.callers import Asker, Manager, Operator, Scraper, TheParts
 from serve.api.schemas import Swap
 from serve.auth.auth import Caller
 from serve.engine import base_swap
@@ -51,7 +51,7 @@ async def version(parts: TheParts) -> dict[str, Any]:
 
 
 @router.get("/metrics")
-async def metrics(request: Request, caller: Operator, parts: TheParts) -> Response:
+async def metrics(request: Request, caller: Scraper, parts: TheParts) -> Response:
     """Ours, and the engine's."""
     parts.monitor.tidy()
     text, kind = await asyncio.to_thread(parts.monitor.render, request.headers.get("accept", ""))
@@ -59,7 +59,7 @@ async def metrics(request: Request, caller: Operator, parts: TheParts) -> Respon
 
 
 @router.get("/metrics/engine")
-async def engine_metrics(request: Request, caller: Operator, parts: TheParts) -> Response:
+async def engine_metrics(request: Request, caller: Scraper, parts: TheParts) -> Response:
     """The engine's alone, with the series that grows."""
     text, kind = await asyncio.to_thread(parts.monitor.render_engine, request.headers.get("accept", ""))
     return Response(text, headers={"content-type": kind})

@@ -19,7 +19,7 @@ from serve.auth.rate_limits import Limits
 from serve.cli.main import app as commands
 from serve.config import keys_hashed
 from serve.errors import BadRequest
-from tests.support.app import ask
+from tests.support.app import ask, issued
 from tests.support.backend import FakeBackend
 
 
@@ -50,6 +50,24 @@ async def test_an_issued_admin_key_is_an_operator(issue):
     assert (await (await issue("default", "admin")).get("/v1/keys")).status_code == 200
 
 
+async def test_a_key_for_metrics_reads_them_and_nothing_else(connect, config):
+    config = replace(config, admin_keys=keys_hashed(["run"]), metrics_keys=keys_hashed(["scrape"]))
+    async with connect(config) as operator:
+        operator.headers["authorization"] = "Bearer run"
+        made = await issued(operator, "default", "metrics")
+        configured = httpx.AsyncClient(
+            transport=operator._transport, base_url="http://localhost", headers={"authorization": "Bearer scrape"}
+        )
+        for client in (made, configured):
+            assert "loradock_" in (await client.get("/metrics")).text
+            assert (await client.get("/metrics/engine")).status_code == 200
+            for path in ("/v1/models", "/v1/adapters", "/v1/engines", "/v1/keys", "/v1/drift"):
+                assert (await client.get(path)).status_code == 403, path
+            assert (await ask(client, "base")).status_code == 403
+        asks = await issued(operator, "default", "inference", "adapters:write")
+        assert (await asks.get("/metrics")).status_code == 403
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -59,6 +77,7 @@ async def test_an_issued_admin_key_is_an_operator(issue):
         ({"scopes": []}, "scopes"),
         ({"scopes": ["root"]}, "scopes"),
         ({"tenant": "acme", "scopes": ["admin"]}, "scopes"),
+        ({"tenant": "acme", "scopes": ["inference", "metrics"]}, "scopes"),
         ({"limits": {"concurrent": 0}}, "limits.concurrent"),
         ({"limits": {"concurrent": "3"}}, "limits.concurrent"),
         ({"limits": {"concurent": 3}}, "limits.concurent"),

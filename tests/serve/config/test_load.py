@@ -34,6 +34,9 @@ def test_a_switch_does_not_swallow_the_model_behind_it():
     assert load(["--enforce-eager", "my-model"], {}).model == "my-model"
 
 
+A, B, C = (letter * 16 for letter in "abc")
+
+
 @pytest.mark.parametrize(
     ("arguments", "environ", "says"),
     [
@@ -98,10 +101,20 @@ def test_a_file_that_is_none_is_a_sentence(tmp_path, text):
         load(["--config", str(file)], {})
 
 
+@pytest.mark.parametrize("setting", ["API_KEYS", "ADMIN_KEYS", "METRICS_KEYS"])
+def test_a_key_that_can_be_guessed_is_not_taken_where_others_can_reach_the_server(setting):
+    environ = {"LORADOCK_ADMIN_KEYS": A} | {f"LORADOCK_{setting}": f"{B},secret"}
+    with pytest.raises(ConfigError, match=f"{setting.lower()} has 6 characters and 0.0.0.0 .* 16 or more"):
+        load(["--host", "0.0.0.0"], environ)
+    assert load([], environ).port == 8000, "on this machine alone it goes on"
+    hashed = {f"LORADOCK_{setting}": f"sha256:{keys_hashed(['secret'])[0]}"}
+    assert load(["--host", "0.0.0.0"], environ | hashed).host == "0.0.0.0"
+
+
 def test_a_public_address_is_fine_with_keys():
-    config = load(["--host", "0.0.0.0"], {"LORADOCK_ADMIN_KEYS": "a,b", "LORADOCK_API_KEYS": "c"})
-    assert config.admin_keys == keys_hashed(["a", "b"])
-    assert "a" not in config.admin_keys
+    config = load(["--host", "0.0.0.0"], {"LORADOCK_ADMIN_KEYS": f"{A},{B}", "LORADOCK_API_KEYS": C})
+    assert config.admin_keys == keys_hashed([A, B])
+    assert A not in config.admin_keys
 
 
 def test_a_hashed_key_stays_as_it_is():
