@@ -108,6 +108,9 @@ class LimitsOfKey(Struct, frozen=True, forbid_unknown_fields=True):
     concurrent: int | None = None
     adapters: int | None = None
     adapter_bytes: int | None = None
+    sequences: int | None = None
+    prompt_logprobs: int | None = None
+    batch: int | None = None
 
 
 class NewKey(Struct, frozen=True, forbid_unknown_fields=True):

@@ -36,6 +36,7 @@ from serve.engine.fleet import Fleet
 from serve.engine.restarts import Patience
 from serve.engine.supervisor import Supervisor
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
+from serve.gateway.fan_out import RequestBounds
 from serve.gateway.inference import Inference
 from serve.gateway.router import Router
 from serve.models.checkpoint import takes_media
@@ -175,6 +176,7 @@ class Services:
             config.client_timeout,
             self.follower.fresh if self.follower else None,
             media=any(takes_media(base.model) for base in config.bases),
+            bounds=RequestBounds(config.max_sequences, config.max_prompt_logprobs, config.max_batch),
         )
 
     @asynccontextmanager

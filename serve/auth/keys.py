@@ -83,7 +83,9 @@ class Keys:
     def create(self, tenant: str, name: str, scopes: Iterable[str], limits: Limits) -> tuple[Key, str]:
         """A new key, and its secret, which nobody can tell again."""
         key, secret = _made(tenant, name, scopes, limits, self._clock())
-        row = {**asdict(key), "scopes": json.dumps(sorted(key.scopes)), "limits": json.dumps(asdict(limits))}
+        # Without those that are not set: a server of another version may not know them.
+        given = {limit: value for limit, value in asdict(limits).items() if value is not None}
+        row = {**asdict(key), "scopes": json.dumps(sorted(key.scopes)), "limits": json.dumps(given)}
         with self._registry.transaction() as connection:
             connection.execute(insert(table).values(**row))
         self._read()
@@ -125,8 +127,8 @@ def _made(tenant: str, name: str, scopes: Iterable[str], limits: Limits, now: fl
         raise BadRequest(f"a key needs a scope: {', '.join(Scope)}", param="scopes")
     if tenant != DEFAULT and (operators := held & {Scope.ADMIN, Scope.METRICS}):
         raise BadRequest(
-            f"{' and '.join(sorted(operators))}: for operators, whose tenant is {DEFAULT}, because that shows every "
-            f"tenant's adapters; a tenant's own key takes {Scope.INFERENCE} and {Scope.ADAPTERS}",
+            f"{sorted(operators)[0]} is for operators, whose tenant is {DEFAULT}: it shows every tenant's adapters; "
+            f"give it {Scope.INFERENCE} or {Scope.ADAPTERS}",
             param="scopes",
         )
     for limit, value in asdict(limits).items():

@@ -24,13 +24,20 @@ _MANY = 1024
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A key's limits; None is unlimited. The last two bound what the key's tenant keeps in all when the key pushes."""
+    """A key's limits; None is unlimited.
+
+    `adapters` and `adapter_bytes` bound what the key's tenant keeps in all when the key pushes. `sequences` (`n` times
+    prompts), `prompt_logprobs` and `batch` (inputs) bound one request; None leaves them to the server's settings.
+    """
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrent: int | None = None
     adapters: int | None = None
     adapter_bytes: int | None = None
+    sequences: int | None = None
+    prompt_logprobs: int | None = None
+    batch: int | None = None
 
     @property
     def meters(self) -> bool:

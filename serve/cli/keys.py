@@ -24,6 +24,10 @@ def _limit(flag: str, help: str) -> Any:
     return typer.Option(flag, min=1, metavar="N", help=f"{help} (default: no limit).", show_default=False)
 
 
+def _bound(flag: str, help: str) -> Any:
+    return typer.Option(flag, min=1, metavar="N", help=f"{help} (default: the server's limit).", show_default=False)
+
+
 @keys_app.command(
     epilog=example(
         "loradock keys create batch-jobs --tenant acme --requests-per-minute 60 --tokens-per-minute 40000",
@@ -44,6 +48,9 @@ def create(
     concurrent: Annotated[int | None, _limit("--concurrent", "Requests at once")] = None,
     adapters: Annotated[int | None, _limit("--adapters", "Adapters its tenant keeps")] = None,
     adapter_bytes: Annotated[int | None, _limit("--adapter-bytes", "Bytes that they take")] = None,
+    sequences: Annotated[int | None, _bound("--sequences", "Answers in one request, n times its prompts")] = None,
+    prompt_logprobs: Annotated[int | None, _bound("--prompt-logprobs", "Alternatives for each prompt token")] = None,
+    batch: Annotated[int | None, _bound("--batch", "Inputs in one request for embeddings or scores")] = None,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
@@ -55,6 +62,9 @@ def create(
         "concurrent": concurrent,
         "adapters": adapters,
         "adapter_bytes": adapter_bytes,
+        "sequences": sequences,
+        "prompt_logprobs": prompt_logprobs,
+        "batch": batch,
     }
     limits = {limit: value for limit, value in asked.items() if value is not None}
     with connected("keys", url, key) as client:

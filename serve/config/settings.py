@@ -17,6 +17,7 @@ from serve.telemetry.slo import DEFAULT_SLOS, Slo
 Port = Annotated[int, Meta(ge=0, le=65535, description="0 to 65535")]
 Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="seconds from 0 up")]
 FromZero = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="a number from 0 up")]
+FromOne = Annotated[int, Meta(ge=1, description="a whole number from 1 up")]
 Portion = Annotated[float, Meta(ge=0, le=1, description="a share from 0 to 1")]
 Texts = tuple[str, ...]
 
@@ -81,6 +82,9 @@ class Config:
     max_wait: Seconds = _setting(
         30.0, "seconds that a request may wait in the queue; one that would wait longer gets a 429"
     )
+    max_sequences: FromOne = _setting(256, "answers in one request: n times its prompts; a key may have its own limit")
+    max_prompt_logprobs: FromOne = _setting(20, "alternatives for each prompt token; a key may have its own limit")
+    max_batch: FromOne = _setting(2048, "inputs in one request for embeddings or scores; a key may have its own limit")
     client_timeout: Seconds = _setting(60.0, "seconds that the server waits for a client that neither sends nor reads")
     hang_timeout: Seconds = _setting(
         300.0, "seconds without a step, while requests wait, after which an engine is dead"

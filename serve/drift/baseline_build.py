@@ -49,7 +49,12 @@ class BaselineBuild:
         await base.available()
         engine = base.engine
         async with engine.lease(
-            adapter.id, path, tenant=adapter.tenant, priority=LOW_PRIORITY, for_client=False
+            adapter.id,
+            path,
+            tenant=adapter.tenant,
+            priority=LOW_PRIORITY,
+            sequences=min(AT_ONCE, len(prompts)),
+            for_client=False,
         ) as lease:
             asking = [
                 asyncio.create_task(self._ask(engine, lease, room, number, adapter, prompt, max_tokens, charge))

@@ -26,22 +26,22 @@ class Admission:
         self._hold_seconds = 0.0
         self._correction = 1.0
 
-    def forecast(self, tenant: str, priority: int) -> float:
+    def forecast(self, tenant: str, priority: int, size: int = 1) -> float:
         """Seconds that one more request of the tenant would wait for a seat, by how long seats were held lately alone.
 
         The correction is learned from these: learned from corrected forecasts, which come true a whole wait later, it
         would swing from one extreme to the other.
         """
         queue = self._queue
-        if queue.busy < queue.seats and not (queue.waiting and queue.has_seat(tenant)):
+        if queue.busy + size <= queue.seats and not (queue.waiting and queue.has_seat(tenant)):
             return 0.0
         # The queue is fair: a tenant waits behind its own requests, for its own part of the seats.
         seats = max(1.0, queue.seats / queue.count_tenants(tenant))
-        return (queue.ahead(tenant, priority) + 1) * self._hold_seconds / seats
+        return (queue.ahead(tenant, priority) + size) * self._hold_seconds / seats
 
-    def check(self, tenant: str, priority: int) -> float:
-        """The forecast; Overloaded, if the wait would be too long."""
-        forecast = self.forecast(tenant, priority)
+    def check(self, tenant: str, priority: int, size: int = 1) -> float:
+        """The forecast for a request of `size` seats; Overloaded, if the wait would be too long."""
+        forecast = self.forecast(tenant, priority, size)
         wait = forecast * self._correction
         if wait > self._max_wait:
             raise Overloaded(

@@ -239,20 +239,23 @@ class Engine:
         tenant: str = "",
         priority: int = 0,
         opening: str = "",
+        sequences: int = 1,
         for_client: bool = True,
     ) -> AsyncIterator[Lease]:
-        """A seat for the tenant, with the adapter resident until the block ends. `opening` is how its prompt begins.
+        """A seat for the tenant, with the adapter resident until the block ends; one for each of so many `sequences`.
+
+        `opening` is how its prompt begins.
 
         Admission learns its forecasts from leases `for_client` alone: a probe holds its seat for a moment, the build of
         a baseline for minutes.
 
         Nothing is awaited before the lease is counted: between the look-up of a version and its lease no swap can come.
         """
-        forecast = self._admission.check(tenant, priority)
+        forecast = self._admission.check(tenant, priority, self.queue.seats_for(sequences))
         clock = asyncio.get_running_loop().time
         with self._counted(adapter_id, path, background=priority >= LOW_PRIORITY) as resident:
             entered, seated = clock(), 0.0
-            ticket = self.queue.enter(tenant, resident.id if resident else None, priority=priority)
+            ticket = self.queue.enter(tenant, resident.id if resident else None, priority=priority, size=sequences)
             try:
                 if resident and not resident.loaded and self._has_room():
                     self._begin_loading(resident)

@@ -1,6 +1,6 @@
 """The fair queue before an engine: which request it gets next, so that no tenant waits for ever behind another's flood.
 
-An engine has seats (requests that it works on) and slots (adapters that a batch may hold). By itself it takes requests
+An engine has seats (sequences that it works on) and slots (adapters that a batch may hold). By itself it takes requests
 in the order of their arrival and skips one whose adapter finds no slot: a tenant's flood would delay everybody, and as
 many busy adapters as there are slots would keep all others out.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,8 +29,13 @@ class Ticket:
     weight: float
     priority: int
     number: int
+    # Seats that it takes: a request that fans out takes one for each of its sequences.
+    size: int = 1
+    # Seated before a larger ticket whose turn it was.
+    has_passed: bool = False
     # Once seated: among those with the engine, a smaller one is to go first.
     order: int = 0
+    start: int = 0
     is_seated: bool = False
     _refusal: BaseException | None = field(default=None, repr=False)
     _turn: asyncio.Future[None] | None = field(default=None, repr=False)
@@ -81,7 +87,8 @@ class FairQueue:
     """Gives out `seats` and `slots`. It promises:
 
     - No seat stays free while somebody waits who could use it, but for the eighth of them that is kept for tenants
-      that have none.
+      that have none, and for those that a ticket of several seats waits for when it is next. Meanwhile only tenants
+      without a seat pass it, in that eighth, which no such ticket needs: so neither waits for ever.
     - A smaller `priority` goes before a larger one, always. All that follows is among equals.
     - Next is the tenant with the fewest seats for its `weight`, then its adapter with the fewest, then who came first;
       among tenants or adapters that are level, whose last turn is longest ago.
@@ -104,6 +111,9 @@ class FairQueue:
         # Of all flows: a plain number, because metrics are read by another thread.
         self._waiting_count = 0
         self._seated: dict[int, Ticket] = {}
+        # Seats that are taken; those of tickets that passed a larger one; those that are waited for.
+        self._busy = self._passed = 0
+        self._wanted: Counter[Flow] = Counter()
         self._tenants: dict[str, _Share] = {}
         self._adapters: dict[tuple[str, str | None], _Share] = {}
         self._slots: dict[str, _Slot] = {}
@@ -115,14 +125,18 @@ class FairQueue:
 
     @property
     def busy(self) -> int:
-        """Tickets with the engine."""
-        return len(self._seated)
+        """Seats that are taken."""
+        return self._busy
+
+    def seats_for(self, sequences: int) -> int:
+        """Seats that a request of so many sequences takes: all but the reserve at most."""
+        return max(1, min(sequences, self.seats - self._reserve))
 
     def ahead(self, tenant: str, priority: int) -> int:
-        """Tickets in the queue that go before one more of this tenant: all of a smaller priority, and its own."""
+        """Seats wanted by tickets that go before one more of this tenant: all of a smaller priority, and its own."""
         return sum(
-            len(tickets)
-            for (other, name, _), tickets in self._waiting.items()
+            seats
+            for (other, name, _), seats in self._wanted.items()
             if other < priority or (other == priority and name == tenant)
         )
 
@@ -143,20 +157,24 @@ class FairQueue:
 
     @asynccontextmanager
     async def turn(
-        self, tenant: str, adapter: str | None = None, *, weight: float = 1.0, priority: int = 0
+        self, tenant: str, adapter: str | None = None, *, weight: float = 1.0, priority: int = 0, size: int = 1
     ) -> AsyncIterator[Ticket]:
         """A seat (and a slot, for an adapter) from its turn until the block ends."""
-        ticket = self.enter(tenant, adapter, weight=weight, priority=priority)
+        ticket = self.enter(tenant, adapter, weight=weight, priority=priority, size=size)
         try:
             await ticket.wait()
             yield ticket
         finally:
             self.leave(ticket)
 
-    def enter(self, tenant: str, adapter: str | None = None, *, weight: float = 1.0, priority: int = 0) -> Ticket:
-        """Join the queue; the ticket may be seated at once."""
-        ticket = Ticket(tenant, adapter, weight, priority, next(self._numbers))
-        self._waiting.setdefault((priority, tenant, adapter), {})[ticket.number] = ticket
+    def enter(
+        self, tenant: str, adapter: str | None = None, *, weight: float = 1.0, priority: int = 0, size: int = 1
+    ) -> Ticket:
+        """Join the queue; the ticket may be seated at once. `size` is how many sequences it has."""
+        ticket = Ticket(tenant, adapter, weight, priority, next(self._numbers), self.seats_for(size))
+        flow = (priority, tenant, adapter)
+        self._waiting.setdefault(flow, {})[ticket.number] = ticket
+        self._wanted[flow] += ticket.size
         self._waiting_count += 1
         self._assign()
         return ticket
@@ -173,27 +191,53 @@ class FairQueue:
         """Give out the slots that are free, then the seats; then free slots for adapters that still lack one."""
         self._grant_slots()
         self._free_slots()
-        while len(self._seated) < self.seats and (ticket := self._next()):
+        while self._busy < self.seats and (ticket := self._next()):
             self._seat(ticket)
         self._free_slots()
 
     def _next(self) -> Ticket | None:
+        """Who is seated now; nobody, while the next ticket's seats are not free yet."""
         flow = min(filter(self._fits, self._waiting), key=self._rank, default=None)
-        return None if flow is None else next(iter(self._waiting[flow].values()))
+        if flow is None:
+            return None
+        ticket = self._first(flow)
+        reserve = self._reserve if self.has_seat(ticket.tenant) else 0
+        return ticket if self._busy + ticket.size <= self.seats - reserve else self._passing(ticket)
+
+    def _passing(self, larger: Ticket) -> Ticket | None:
+        """Who is seated while a larger ticket waits for its seats."""
+        room = min(self.seats - self._busy, self._reserve - self._passed)
+        flow = min(
+            (
+                flow
+                for flow in filter(self._fits, self._waiting)
+                if flow[0] == larger.priority and not self.has_seat(flow[1]) and self._first(flow).size <= room
+            ),
+            key=self._rank,
+            default=None,
+        )
+        if flow is None:
+            return None
+        ticket = self._first(flow)
+        ticket.has_passed = True
+        return ticket
+
+    def _first(self, flow: Flow) -> Ticket:
+        return next(iter(self._waiting[flow].values()))
 
     def _rank(self, flow: Flow) -> tuple[float, ...]:
         """The flow with the smallest rank is served first."""
         priority, tenant, adapter = flow
         of_tenant = self._tenants.get(tenant, _NO_SHARE)
         of_adapter = self._adapters.get((tenant, adapter), _NO_SHARE)
-        first = next(iter(self._waiting[flow].values()))
+        first = self._first(flow)
         seats = of_tenant.seats / first.weight
         return (priority, seats, of_tenant.served, of_adapter.seats, of_adapter.served, first.number)
 
     def _fits(self, flow: Flow) -> bool:
         _, tenant, adapter = flow
         share = self._tenants.get(tenant)
-        if share and share.seats and len(self._seated) >= self.seats - self._reserve:
+        if share and share.seats and self._busy >= self.seats - self._reserve:
             return False
         if adapter is None:
             return True
@@ -205,16 +249,20 @@ class FairQueue:
         now = next(self._numbers)
         of_tenant = self._tenants.setdefault(ticket.tenant, _Share())
         of_adapter = self._adapters.setdefault((ticket.tenant, ticket.adapter), _Share())
-        # A tenant's first request comes level with the oldest that the engine has, each further one a step behind.
-        first = min((seated.order for seated in self._seated.values()), default=0)
+        # A tenant's first request comes level with the oldest that the engine has, each further one a step behind; and
+        # so does each further sequence of one request, which all have one order: that of the last.
+        first = min((seated.start for seated in self._seated.values()), default=0)
         step = max(1, round(STEP / ticket.weight))
-        ticket.order = of_tenant.order = max(first, of_tenant.order + step if of_tenant.seats else 0)
+        ticket.start = max(first, of_tenant.order + step if of_tenant.seats else 0)
+        ticket.order = of_tenant.order = ticket.start + (ticket.size - 1) * step
+        self._busy += ticket.size
+        self._passed += ticket.size if ticket.has_passed else 0
         for share in (of_tenant, of_adapter):
-            share.seats += 1
+            share.seats += ticket.size
             share.served = now
         if ticket.adapter is not None:
             slot = self._slots[ticket.adapter]
-            slot.seats += 1
+            slot.seats += ticket.size
             slot.owed.discard((ticket.priority, ticket.tenant, ticket.adapter))
         self._seated[ticket.number] = ticket
         ticket.is_seated = True
@@ -222,10 +270,12 @@ class FairQueue:
             ticket._turn.set_result(None)
 
     def _unseat(self, ticket: Ticket) -> None:
-        self._tenants[ticket.tenant].seats -= 1
-        self._adapters[ticket.tenant, ticket.adapter].seats -= 1
+        self._busy -= ticket.size
+        self._passed -= ticket.size if ticket.has_passed else 0
+        self._tenants[ticket.tenant].seats -= ticket.size
+        self._adapters[ticket.tenant, ticket.adapter].seats -= ticket.size
         if ticket.adapter is not None:
-            self._slots[ticket.adapter].seats -= 1
+            self._slots[ticket.adapter].seats -= ticket.size
         self._forget()
 
     def _drop(self, ticket: Ticket) -> None:
@@ -233,8 +283,10 @@ class FairQueue:
         tickets = self._waiting.get(flow, {})
         if tickets.pop(ticket.number, None):
             self._waiting_count -= 1
+            self._wanted[flow] -= ticket.size
         if not tickets:
             self._waiting.pop(flow, None)
+            self._wanted.pop(flow, None)
 
     def _grant_slots(self) -> None:
         """Give every free slot to an adapter that is waited for, whether or not a seat is free at this moment.

@@ -26,6 +26,7 @@ from serve.auth.auth import Auth, Caller
 from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
 from serve.errors import BadRequest, ClientTooSlow, LoradockError
+from serve.gateway.fan_out import FanOut, RequestBounds
 from serve.gateway.request import InferenceRequest, body_limit, for_engine, requested_timeout, stored_response
 from serve.gateway.router import Route, Router
 from serve.gateway.tenant_isolation import check_response_owner
@@ -40,6 +41,7 @@ class _Answering:
 
     caller: Caller
     request: InferenceRequest | None
+    seats: int
     receive: Receive
     send: Send
     tap: Tap
@@ -50,7 +52,8 @@ class Inference:
     """Every inference route.
 
     `take` gets an Exchange of each request when it has ended. `fresh` returns once this server sees every change that
-    other servers of its registry made before. `media` says that images or sound may come with a request.
+    other servers of its registry made before. `media` says that images or sound may come with a request,
+    `bounds` how much one request may ask for.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class Inference:
         client_timeout: float = 60.0,
         fresh: Callable[[], Awaitable[None]] | None = None,
         media: bool = False,
+        bounds: RequestBounds | None = None,
     ) -> None:
+        self._bounds = bounds or RequestBounds()
         self._media = media
         self._client_timeout = client_timeout
         self._auth = auth
@@ -107,13 +112,17 @@ class Inference:
             check_response_owner(stored, caller.tenant)
         meter = self._meters.of(caller.key, caller.limits)
         with _metered(meter, tap.watch):
-            request = None
+            request, fan_out = None, FanOut()
             if scope["method"] == "POST" and stored is None:
                 request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
+                fan_out = FanOut.of(scope["path"], request.fields, len(request.body))
+                fan_out.check(self._bounds.of(caller.limits))
                 if meter:
                     _check_countable(request, meter)
             send = RateLimitHeaders(tap.send, meter).send if meter else tap.send
-            await self._answer_leased(scope, _Answering(caller, request, connection.receive, send, tap, deadline))
+            await self._answer_leased(
+                scope, _Answering(caller, request, fan_out.seats, connection.receive, send, tap, deadline)
+            )
 
     async def _answer_leased(self, scope: Scope, answering: _Answering) -> None:
         """The answer of whichever engine and version the request is routed to; and a shadow's, if it has one."""
@@ -136,7 +145,7 @@ class Inference:
                 await call.run(route.app, scope, fast_stream.send if fast_stream else None)
         if recorded and route.shadow and self._shadows:
             # As the engine got it, so within the caller's tenant; and on nobody's key.
-            self._shadows.offer(route.shadow, int(route.version[1:]), scope["path"], fields, recorded)
+            self._shadows.offer(route.shadow, int(route.version[1:]), scope["path"], fields, recorded, answering.seats)
 
     @asynccontextmanager
     async def _leased(self, answering: _Answering) -> AsyncIterator[Route]:
@@ -147,7 +156,9 @@ class Inference:
                 yield await held.enter_async_context(self._router.lease(None, caller, {}))
                 return
             async with cancelled_on_disconnect(answering.receive):
-                route = await held.enter_async_context(self._router.lease(request.model, caller, request.fields))
+                route = await held.enter_async_context(
+                    self._router.lease(request.model, caller, request.fields, answering.seats)
+                )
             yield route
 
 

@@ -59,14 +59,14 @@ class Router:
 
     @asynccontextmanager
     async def lease(
-        self, model: str | None, caller: Caller, fields: Mapping[str, Any] | None = None
+        self, model: str | None, caller: Caller, fields: Mapping[str, Any] | None = None, seats: int = 1
     ) -> AsyncIterator[Route]:
         """The route for `model` (None: the first base), held until the block ends. `fields` is the request."""
         async with AsyncExitStack() as held:
-            yield await self._leased(model, caller, fields or {}, held)
+            yield await self._leased(model, caller, fields or {}, seats, held)
 
     async def _leased(
-        self, model: str | None, caller: Caller, fields: Mapping[str, Any], held: AsyncExitStack
+        self, model: str | None, caller: Caller, fields: Mapping[str, Any], seats: int, held: AsyncExitStack
     ) -> Route:
         """The route, its lease on `held`; from the next engine, if one dies before it is this request's turn."""
         while True:
@@ -87,7 +87,8 @@ class Router:
             id = adapter.id if adapter else None
             labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
             begins = opening(fields) if engine.backend.ranks > 1 else ""
-            turn = engine.lease(id, path, tenant=caller.tenant, priority=_priority(fields), opening=begins)
+            priority = fields.get("priority") or 0
+            turn = engine.lease(id, path, tenant=caller.tenant, priority=priority, opening=begins, sequences=seats)
             try:
                 lease = await held.enter_async_context(turn)
             except EngineUnavailable:
@@ -143,12 +144,6 @@ class Router:
                 return adapter
         message = f"The model `{model}` does not exist: GET /v1/models lists those that do."
         raise NotFound(message, code="model_not_found", param="model")
-
-
-def _priority(fields: Mapping[str, Any]) -> int:
-    """What the request asks for; vLLM says what is wrong with one that is no number."""
-    priority = fields.get("priority", 0)
-    return priority if isinstance(priority, int) else 0
 
 
 def sees(registry: Registry, caller: Caller, full: str) -> bool:

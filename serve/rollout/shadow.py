@@ -68,7 +68,13 @@ class Shadows:
         self._running: set[asyncio.Task[None]] = set()
 
     def offer(
-        self, candidate: Adapter, live: int, path: str, fields: Mapping[str, Any], answer: RecordedAnswer
+        self,
+        candidate: Adapter,
+        live: int,
+        path: str,
+        fields: Mapping[str, Any],
+        answer: RecordedAnswer,
+        sequences: int = 1,
     ) -> None:
         """Have `candidate` answer too, if the real answer is whole and there is room; never waits, never raises."""
         if answer.status != 200 or answer.body is None or not PATHS.fullmatch(path) or fields.get("background"):
@@ -76,7 +82,7 @@ class Shadows:
         if len(self._running) >= self._limit:
             self._count(candidate.name, f"v{candidate.version}", "dropped")
             return
-        task = asyncio.create_task(self._run(candidate, live, path, fields, answer.body))
+        task = asyncio.create_task(self._run(candidate, live, path, fields, answer.body, sequences))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -86,12 +92,14 @@ class Shadows:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    async def _run(self, candidate: Adapter, live: int, path: str, fields: Mapping[str, Any], answer: bytes) -> None:
+    async def _run(
+        self, candidate: Adapter, live: int, path: str, fields: Mapping[str, Any], answer: bytes, sequences: int
+    ) -> None:
         result = "failed"
         try:
             began = time.perf_counter()
             async with asyncio.timeout(SECONDS):
-                unseen = await self._answer(candidate, path, fields)
+                unseen = await self._answer(candidate, path, fields, sequences)
             seconds = time.perf_counter() - began
             result = "answered" if unseen.status == 200 else "failed"
             if self._on_shadow:
@@ -115,13 +123,18 @@ class Shadows:
         finally:
             self._count(candidate.name, f"v{candidate.version}", result)
 
-    async def _answer(self, candidate: Adapter, path: str, fields: Mapping[str, Any]) -> RecordedAnswer:
+    async def _answer(self, candidate: Adapter, path: str, fields: Mapping[str, Any], sequences: int) -> RecordedAnswer:
         supervisor = self._fleet.of(candidate.name)
         place = await self._store.bring(candidate.digest)
         await supervisor.available()
         engine = supervisor.engine
         async with engine.lease(
-            candidate.id, place, tenant=candidate.tenant, priority=LOW_PRIORITY, for_client=False
+            candidate.id,
+            place,
+            tenant=candidate.tenant,
+            priority=LOW_PRIORITY,
+            sequences=sequences,
+            for_client=False,
         ) as lease:
             return await post(engine, path, _unseen(fields, lease, path), limit=MAX_ANSWER)
 

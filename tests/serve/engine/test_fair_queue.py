@@ -42,6 +42,75 @@ def test_a_tenant_without_a_seat_gets_the_next_that_is_free():
     assert not second.is_seated and not flood[3].is_seated, "the last seat is for somebody who has none"
 
 
+def test_a_request_takes_a_seat_for_each_of_its_sequences():
+    queue = FairQueue(16, 4)
+    many = queue.enter("flood", "a", size=10)
+    assert many.is_seated and queue.busy == 10
+    again = queue.enter("flood", "a", size=10)
+    assert not again.is_seated
+    assert queue.enter("other", "b").is_seated, "the reserve is for who has none"
+    queue.leave(many)
+    assert again.is_seated and queue.busy == 11
+
+
+def test_a_request_of_more_sequences_than_seats_leaves_the_reserve():
+    queue = FairQueue(16, 4)
+    assert queue.enter("flood", "a", size=400).is_seated
+    assert (queue.busy, queue.enter("other", "b").is_seated) == (14, True)
+
+
+def test_a_request_of_many_sequences_gets_its_seats_while_small_ones_keep_coming():
+    queue = FairQueue(16, 16)
+    small = [queue.enter(f"tenant {number}") for number in range(16)]
+    large = queue.enter("large", size=14)
+    for number in range(200):
+        if large.is_seated:
+            break
+        queue.leave(small.pop(0))
+        small.append(queue.enter(f"newcomer {number}"))
+        small = [*seated(small), *(ticket for ticket in small if not ticket.is_seated)]
+    assert large.is_seated and number < 40
+    assert queue.busy <= 16
+
+
+def test_who_has_no_seat_passes_a_large_request_that_waits_for_its_seats():
+    queue = FairQueue(16, 16)
+    first = [queue.enter("first") for _ in range(14)]
+    large = queue.enter("large", size=14)
+    assert not large.is_seated and queue.enter("victim").is_seated
+    assert not queue.enter("victim").is_seated, "it has one"
+    for ticket in first:
+        queue.leave(ticket)
+    assert large.is_seated
+
+
+def test_the_sequences_of_a_large_request_go_behind_another_tenants_in_the_engine_too():
+    queue = FairQueue(16, 4)
+    large = queue.enter("flood", "a", size=14)
+    other = queue.enter("other", "b")
+    assert other.is_seated and other.order < large.order
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 40), st.integers(0, 1)), max_size=60), st.randoms())
+def test_seats_add_up_and_everybody_is_seated_in_the_end(arrivals, lots):
+    queue = FairQueue(12, 4)
+    tickets = []
+    for tenant, size, priority in arrivals:
+        tickets.append(queue.enter(tenant, size=size, priority=priority))
+        assert queue.busy == sum(ticket.size for ticket in seated(tickets)) <= 12
+        if lots.random() < 0.5 and seated(tickets):
+            leaving = lots.choice(seated(tickets))
+            tickets.remove(leaving)
+            queue.leave(leaving)
+    while tickets:
+        assert seated(tickets), "somebody waits and nobody has a seat"
+        leaving = lots.choice(seated(tickets))
+        tickets.remove(leaving)
+        queue.leave(leaving)
+    assert (queue.busy, queue.waiting, queue.ahead("a", 9)) == (0, 0, 0)
+
+
 def test_seats_are_shared_by_weight():
     queue = FairQueue(13, 8)
     tickets = [queue.enter(tenant, tenant, weight=weight) for _ in range(64) for tenant, weight in (("a", 1), ("b", 3))]
