@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
 QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale", "qweight",
              "qzeros", "scales", "g_idx", "k_scale", "v_scale")  # fmt: skip
 

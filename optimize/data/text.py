@@ -54,7 +54,7 @@ def windows(tokenizer: Any, texts: Sequence[Any], samples: int, tokens: int, see
     whole: list[list[int]] = []
     joined: list[int] = []
     for text in texts:
-        ids = _tokens(tokenizer, text)
+        ids = tokens_of(tokenizer, text)
         if len(ids) < tokens:
             joined += ids
             ids, joined = (joined, []) if len(joined) >= tokens else ([], joined)
@@ -126,7 +126,7 @@ def _hub(address: str) -> list[Path]:
     return files
 
 
-def _tokens(tokenizer: Any, text: Any) -> list[int]:
+def tokens_of(tokenizer: Any, text: Any) -> list[int]:
     if isinstance(text, list):
         if not tokenizer.chat_template:
             raise Refused("the text holds chat messages and the model has no chat template: give plain text")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optimize.checkpoint import artifact
-from optimize.checkpoint.checkpoint import Checkpoint, header
+from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, header
 from optimize.errors import Refused
 from optimize.evaluation import rules as evaluation
 from optimize.export import rules as export
@@ -139,7 +139,7 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
             f"the adapter {name!r} trains biases ({config['bias']}), which cannot be merged faithfully: "
             "train with bias none"
         )
-    for tensor, entry in header(folder / "adapter_model.safetensors").items():
+    for tensor, entry in header(folder / ADAPTER).items():
         module, _, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         weight = f"{module}.weight"
         if not part:

@@ -26,7 +26,7 @@ TASKS = {
     "combine": "optimize.steps.merge.combine",
     "prune": "optimize.steps.prune.prune",
     "heal": "optimize.steps.prune.heal",
-    "quantize": "optimize.steps.quantize.quantizer",
+    "quantize": "optimize.steps.quantize.quantize",
     "onnx": "optimize.export.onnx",
     "genai": "optimize.export.genai",
     "evaluate": "optimize.evaluation.evaluate",

@@ -27,7 +27,7 @@ def run(job, progress):
     progress(1, 2, "the step runs")
     time.sleep(1000)
 
-module = types.ModuleType("optimize.steps.quantize.quantizer")
+module = types.ModuleType("optimize.steps.quantize.quantize")
 module.run = run
 sys.modules[module.__name__] = module
 """

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimize.checkpoint.checkpoint import ADAPTER
 from optimize.checkpoint.model import settle
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
@@ -125,6 +126,6 @@ def _write(
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
     }  # fmt: skip
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    save_file(tensors, out / ADAPTER, {"format": "pt"})
     for file in source.glob("*token*"):
         shutil.copyfile(file, out / file.name)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from optimize.checkpoint import formats
-from optimize.checkpoint.checkpoint import Checkpoint, Writer
+from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, Writer
 from optimize.checkpoint.model import logits, opened, settle, tokenizer
 from optimize.errors import OptimizeError, Refused
 from optimize.job import Job, Progress
@@ -80,7 +80,7 @@ def read(name: str, folder: Path, weight: float = 1.0) -> Adapter:
         raise Refused(f"the adapter {name!r} is DoRA, which replaces a norm: it cannot be weighted by {weight}")
     lora: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
-    for tensor, value in load_file(folder / "adapter_model.safetensors").items():
+    for tensor, value in load_file(folder / ADAPTER).items():
         module, found, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         if module.endswith(".base_layer.weight"):
             continue  # PEFT saves the embedding that an adapter lies over, as it was

@@ -197,7 +197,7 @@ def _batch(pool: list[list[int]], step: int, size: int, seed: int) -> list[list[
 
 def _all_windows(words: Any, texts: list[Any], tokens: int, seed: int, samples: int) -> list[list[int]]:
     """Every window that the text gives, or `samples` of them, in an order that the seed decides."""
-    ids = [text._tokens(words, one) for one in texts]
+    ids = [text.tokens_of(words, one) for one in texts]
     whole = [one[at : at + tokens] for one in ids for at in range(0, len(one) - tokens + 1, tokens)]
     if len(whole) < HELD:
         raise OptimizeError(f"the text gives {len(whole)} windows of {tokens} tokens; healing needs at least {HELD}")

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from optimize.checkpoint.checkpoint import Checkpoint, Writer
-from optimize.checkpoint.model import entered, layers, opened, prefix, settle, through, tokenizer
-from optimize.data import text
+from optimize.checkpoint.model import entered, layers, opened, prefix, settle, through
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
+from optimize.steps.calibrated import windows
 from optimize.steps.prune import sparse, vocabulary
 
 BATCH = 4
@@ -37,10 +37,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         return vocabulary.run(job, progress)
     settle(job.seed)
     folder = Path(job.model)
-    part = job.calibration
-    ids = torch.tensor(
-        text.windows(tokenizer(folder), text.documents(part, False), part.samples, part.tokens, job.seed)
-    )
+    ids = torch.tensor(windows(job))
     checkpoint = Checkpoint(folder)
     model = opened(folder)
     name = prefix(model)

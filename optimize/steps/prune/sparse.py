@@ -14,41 +14,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from optimize.checkpoint.checkpoint import Checkpoint, Writer
-from optimize.checkpoint.model import entered, settle, through, tokenizer
-from optimize.data import text
+from optimize.checkpoint.model import settle, through
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 from optimize.options import pattern_of
+from optimize.steps.calibrated import CalibratedModel, windows
 from optimize.steps.quantize import gptq
-from optimize.steps.quantize.quantizer import BATCH, Quantizer
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     settle(job.seed)
-    options, folder, part = job.options, Path(job.model), job.calibration
-    pattern = pattern_of(options["pattern"])
-    ids = text.windows(tokenizer(folder), text.documents(part, False), part.samples, part.tokens, job.seed)
+    options, folder = job.options, Path(job.model)
+    pattern, method = pattern_of(options["pattern"]), options["method"]
+    ids = windows(job)
     progress(0, 1, "loading")
-    walk = Quantizer(folder, ids, 0, "rtn", frozenset(), progress)
+    model, checkpoint = CalibratedModel(folder, ids), Checkpoint(folder)
     pruned: dict[str, torch.Tensor] = {}
-    begun = entered(walk.model, walk.ids, BATCH)
-    for at, layer in enumerate(walk.layers):
-        progress(at, len(walk.layers), f"{options['method']}, layer {at + 1} of {len(walk.layers)}")
-        units = [unit for unit in walk.units if unit.layer == at]
-        sums = {} if options["method"] == "magnitude" else walk._hessians(layer, units, begun)
+    begun = model.entered()
+    for at, layer in enumerate(model.layers):
+        progress(at, len(model.layers), f"{method}, layer {at + 1} of {len(model.layers)}")
+        units = model.units_of(at)
+        sums = {} if method == "magnitude" else model.hessians(at, units, begun)
         for unit in units:
             for name in unit.names:
-                linear = walk.model.get_submodule(name)
-                made = sparse(linear.weight.float(), options["method"], options["sparsity"], pattern, sums.get(unit))
+                weight = model.linear(name).weight.float()
+                made = sparse(weight, method, options["sparsity"], pattern, sums.get(unit))
                 if not bool(made.isfinite().all()):
                     raise OptimizeError(f"pruning {name} gives NaN or infinity: the weights or the text are broken")
-                pruned[f"{name}.weight"] = made.to(Checkpoint(folder).tensor(f"{name}.weight").dtype)
-                linear.weight = nn.Parameter(made.to(walk.dtype), requires_grad=False)
+                pruned[f"{name}.weight"] = made.to(checkpoint.tensor(f"{name}.weight").dtype)
+                model.set_weight(name, made)
         begun = through([layer], begun)
-    checkpoint = Checkpoint(folder)
     writer = Writer(job.folder / "model", folder)
     for name in checkpoint.entries:
         writer.add(name, pruned[name] if name in pruned else checkpoint.tensor(name))
@@ -88,7 +85,7 @@ def _sparsegpt(
     dead = sums.diagonal() == 0
     sums.diagonal()[dead] = 1
     weight[:, dead] = 0
-    upper = gptq._inverse_factor(sums)
+    upper = gptq.inverse_factor(sums)
     for start in range(0, columns, gptq.BLOCK):
         end = min(start + gptq.BLOCK, columns)
         block, factor = weight[:, start:end].clone(), upper[start:end, start:end]

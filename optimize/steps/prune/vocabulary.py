@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from optimize.checkpoint.checkpoint import Checkpoint, Writer
+from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, Writer
 from optimize.checkpoint.model import settle, tokenizer
 from optimize.data import text
 from optimize.errors import Refused
@@ -146,7 +146,7 @@ def mapping(old: Any, new: Any) -> torch.Tensor | None:
 def _counted(words: Any, texts: list[Any], progress: Progress) -> Counter[int]:
     found: Counter[int] = Counter()
     for done, one in enumerate(texts):
-        found.update(text._tokens(words, one))
+        found.update(text.tokens_of(words, one))
         if done % 50 == 0:
             progress(done, len(texts), "counting tokens")
     return found
@@ -248,7 +248,7 @@ def _adapter(folder: Path, keep: torch.Tensor, rows: int, out: Path) -> str:
 
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / ADAPTER)
     touching = [name for name in tensors if "embed_tokens" in name or "lm_head" in name]
     if not touching:
         return "applies unchanged"
@@ -264,6 +264,6 @@ def _adapter(folder: Path, keep: torch.Tensor, rows: int, out: Path) -> str:
                 tensors[name] = tensors[name].index_select(axis, keep).contiguous()
                 break
     out.mkdir(parents=True)
-    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    save_file(tensors, out / ADAPTER, {"format": "pt"})
     shutil.copyfile(folder / "adapter_config.json", out / "adapter_config.json")
     return "rewritten: its rows follow the vocabulary"

@@ -53,7 +53,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits:
     weight = weight[:, order].clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
-    upper = _inverse_factor(hessian)
+    upper = inverse_factor(hessian)
     integers = torch.empty(weight.shape, dtype=torch.int8)
     of_column = (order // group).tolist()
     for start in range(0, columns, BLOCK):
@@ -75,7 +75,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits:
     return integers[:, back].contiguous()
 
 
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of the inverse, damped until there is one."""
     mean = hessian.diagonal().mean()
     damp = DAMP

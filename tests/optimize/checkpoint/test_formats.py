@@ -13,8 +13,9 @@ from optimize.checkpoint.checkpoint import Checkpoint, Schemes
 from optimize.checkpoint.model import adapted, logits, opened
 from optimize.errors import Refused
 from optimize.pipeline import plan
+from optimize.steps import calibrated
 from optimize.steps.merge import merge
-from optimize.steps.quantize import awq, quantizer
+from optimize.steps.quantize import awq, quantize
 from tests.optimize.conftest import silent
 
 IDS = torch.arange(2, 34).view(2, 16)
@@ -47,7 +48,7 @@ def test_transformers_reads_the_checkpoint_as_we_do(scheme, wide, job):
     from transformers import AutoModelForCausalLM
 
     made = job("quantize", model=wide, scheme=scheme)
-    assert quantizer.run(made, silent)["layers"] == {scheme: 14}
+    assert quantize.run(made, silent)["layers"] == {scheme: 14}
     folder = made.folder / "model"
     ours, plain = opened(folder, torch.float32), opened(wide, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -69,7 +70,7 @@ def test_float_4_takes_the_bytes_that_it_promises(wide, job):
     before = sum(e.bytes for n, e in Checkpoint(wide).entries.items() if n.endswith("_proj.weight"))
     for scheme, bits in (("nvfp4a16", 4.5), ("mxfp4a16", 4.25)):
         made = job("quantize", model=wide, scheme=scheme, out=scheme)
-        quantizer.run(made, silent)
+        quantize.run(made, silent)
         entries = Checkpoint(made.folder / "model").entries
         after = sum(e.bytes for n, e in entries.items() if n.endswith(("weight_packed", "weight_scale")))
         assert after == pytest.approx(before * bits / 16)
@@ -77,7 +78,7 @@ def test_float_4_takes_the_bytes_that_it_promises(wide, job):
 
 def test_the_layers_that_the_engine_fuses_share_their_global_scale(wide, job):
     made = job("quantize", model=wide, scheme="nvfp4")
-    quantizer.run(made, silent)
+    quantize.run(made, silent)
     read = Checkpoint(made.folder / "model")
     for kind in ("weight_global_scale", "input_global_scale"):
         scales = {float(read.tensor(f"model.layers.1.self_attn.{name}_proj.{kind}")) for name in "qkv"}
@@ -95,7 +96,7 @@ def test_a_gptq_checkpoint_unpacks_in_vllm_to_our_integers(base, job):
     models = {}
     for form in ("gptq", "compressed-tensors"):
         made = job("quantize", scheme="w4a16", format=form, out=form)
-        quantizer.run(made, silent)
+        quantize.run(made, silent)
         models[form] = made.folder / "model"
     read, name = Checkpoint(models["gptq"]), "model.layers.1.mlp.up_proj"
     words = read.tensor(f"{name}.qweight")
@@ -130,12 +131,12 @@ def test_awq_answers_closer_than_rounding_and_rewrites_the_adapters(wide, job, a
     plain, found = opened(wide, torch.float32), {}
     for method in ("rtn", "awq"):
         made = job("quantize", model=wide, scheme="w4a16", method=method, out=method)
-        quantizer.run(made, silent)
+        quantize.run(made, silent)
         off = logits(opened(made.folder / "model", torch.float32), IDS) - logits(plain, IDS)
         found[method] = float(off.square().mean())
     assert found["awq"] < found["rtn"]
     made = job("quantize", scheme="w4a16", method="awq", adapters={"one": (folder := adapter())}, out="adapted")
-    assert quantizer.run(made, silent)["adapters"] == {"one": "rewritten: AWQ scales folded in"}
+    assert quantize.run(made, silent)["adapters"] == {"one": "rewritten: AWQ scales folded in"}
     with adapted(opened(base, torch.float32), folder) as model:
         right = logits(model, IDS)
     new = opened(made.folder / "model", torch.float32)
@@ -148,20 +149,20 @@ def test_awq_answers_closer_than_rounding_and_rewrites_the_adapters(wide, job, a
 
 def test_keys_and_values_fit_float8_and_are_rounded_as_in_the_cache(base, job):
     made = job("quantize", kv_cache="fp8")
-    quantizer.run(made, silent)
+    quantize.run(made, silent)
     read = Checkpoint(made.folder / "model")
     assert read.quantization["kv_cache_scheme"] == kv_cache.SCHEME
     names = [name for name in read.entries if name.endswith(kv_cache.SCALES)]
     assert len(names) == 6 and all(read.entries[name].shape == (1,) for name in names)
     plain = job("quantize", out="plain")
-    quantizer.run(plain, silent)
+    quantize.run(plain, silent)
     eight, sixteen = (opened(m.folder / "model", torch.float32) for m in (made, plain))
     off = (logits(eight, IDS) - logits(sixteen, IDS)).square().mean()
     assert 0 < off < 0.01 * logits(sixteen, IDS).square().mean()
     layer = sixteen.model.layers[1].self_attn
     values = []
     layer.v_proj.register_forward_hook(lambda *args: values.append(args[2]))
-    windows = torch.tensor(quantizer._windows(made, base))
+    windows = torch.tensor(calibrated.windows(made))
     logits(opened(base), windows[:1])
     logits(sixteen, windows[:1])
     widest = float(read.tensor("model.layers.1.self_attn.v_scale")) * kv_cache.LARGEST
@@ -186,7 +187,7 @@ def test_what_the_target_cannot_run_is_refused_before_calibration(step, target, 
 
 def test_ignored_layers_keep_their_bits(base, job):
     made = job("quantize", ignore=("lm_head", "o_proj", "re:model\\.layers\\.0\\."))
-    assert quantizer.run(made, silent)["layers"] == {"w8a8": 12}
+    assert quantize.run(made, silent)["layers"] == {"w8a8": 12}
     read = Checkpoint(made.folder / "model")
     assert read.entries["model.layers.2.self_attn.o_proj.weight"].dtype == "BF16"
     assert {"model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"} <= set(read.quantization["ignore"])
@@ -198,7 +199,7 @@ def test_ignored_layers_keep_their_bits(base, job):
 ])  # fmt: skip
 def test_merging_into_a_quantized_base_is_refused_unless_it_may_be_rounded_again(options, base, job, adapter, written):
     first = job("quantize", out="first", method="rtn", **options)
-    quantizer.run(first, silent)
+    quantize.run(first, silent)
     quantized, folder = first.folder / "model", adapter()
     assert Checkpoint(quantized).shapes == {name: entry.shape for name, entry in Checkpoint(base).entries.items()}
 
@@ -235,7 +236,7 @@ def test_vllm_recognizes_what_only_a_gpu_can_run(scheme, known, wide, job):
     from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
 
     made = job("quantize", model=wide, scheme=scheme, method="rtn")
-    quantizer.run(made, silent)
+    quantize.run(made, silent)
     read = Checkpoint(made.folder / "model")
     config = compressed_tensors.CompressedTensorsConfig.from_config(dict(read.quantization))
     linear = config.target_scheme_map["Linear"]
@@ -254,6 +255,6 @@ def test_vllm_recognizes_what_only_a_gpu_can_run(scheme, known, wide, job):
 def test_awq_goes_with_a_budget(base, job):
     """Four bits with AWQ's scales where they do, more bits elsewhere, and one checkpoint of it all."""
     made = job("quantize", scheme="w4a16", method="awq", budget=0.02)
-    notes = quantizer.run(made, silent)
+    notes = quantize.run(made, silent)
     assert sum(notes["layers"].values()) == 21 and notes["tried"]
     assert logits(opened(made.folder / "model"), IDS).isfinite().all()

@@ -12,7 +12,7 @@ from optimize import recipe
 from optimize.errors import Refused
 from optimize.evaluation import tasks
 from optimize.pipeline import plan
-from optimize.steps.quantize import quantizer
+from optimize.steps.quantize import quantize
 from tests.optimize.conftest import sentences, silent
 
 TASK = """
@@ -54,7 +54,7 @@ def test_both_models_are_scored_on_a_task_of_ones_own(base, job, tmp_path, monke
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "pico.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
     made = job("quantize")
-    quantizer.run(made, silent)
+    quantize.run(made, silent)
     asked = job("tasks", model=made.folder / "model", out="tasks", tasks=[str(tmp_path / "pico.yaml")], task_limit=30)
     scores = tasks.run(asked, silent)["scores"]
     found = scores["tasks"]

@@ -12,8 +12,10 @@ from optimize.checkpoint import formats
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import adapted, logits, opened
 from optimize.errors import OptimizeError
-from optimize.steps.quantize import mixed, quantizer
-from optimize.steps.quantize.quantizer import Quantizer, _windows
+from optimize.steps.calibrated import CalibratedModel, windows
+from optimize.steps.quantize import channel_scales, mixed, quantize
+from optimize.steps.quantize.channel_scales import ChannelScales
+from optimize.steps.quantize.quantizer import Quantizer
 from tests.optimize.conftest import silent
 
 IDS = torch.arange(2, 34).view(2, 16)
@@ -25,7 +27,7 @@ def test_transformers_reads_the_checkpoint_as_we_do(scheme, base, job):
     from transformers import AutoModelForCausalLM
 
     made = job("quantize", scheme=scheme)
-    notes = quantizer.run(made, silent)
+    notes = quantize.run(made, silent)
     assert notes["layers"] == {scheme: 21}
     folder = made.folder / "model"
     ours, theirs = opened(folder, torch.float32), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -42,7 +44,7 @@ def test_transformers_reads_the_checkpoint_as_we_do(scheme, base, job):
 
 def test_a_w8a8_layer_computes_what_an_int8_kernel_computes(base, job):
     made = job("quantize")
-    quantizer.run(made, silent)
+    quantize.run(made, silent)
     folder, name = made.folder / "model", "model.layers.1.mlp.up_proj"
     x = torch.randn(5, 64) * 3
     scale = x.abs().amax(1, keepdim=True) / 127
@@ -57,7 +59,7 @@ def test_each_scheme_takes_the_bytes_that_it_promises(base, job):
     whole = sum(e.bytes for n, e in Checkpoint(base).entries.items() if n.endswith("_proj.weight"))
     for scheme, share in (("w8a8", 0.5), ("w4a16", 0.25)):
         made = job("quantize", scheme=scheme, method="rtn", out=scheme)
-        quantizer.run(made, silent)
+        quantize.run(made, silent)
         entries = Checkpoint(made.folder / "model").entries
         packed = sum(e.bytes for n, e in entries.items() if n.endswith(("_proj.weight", "weight_packed")))
         assert packed == pytest.approx(whole * share)
@@ -65,16 +67,13 @@ def test_each_scheme_takes_the_bytes_that_it_promises(base, job):
 
 def test_smoothing_moves_scales_and_changes_no_answer(base, job):
     made = job("quantize")
-    windows = _windows(made, base)
-    subject = Quantizer(base, windows, 0, "rtn", frozenset(), silent)
-    factors = subject.smoothing()
+    factors = channel_scales.smoothing(CalibratedModel(base, windows(made)), silent).factors
     assert {float(factor.log2().frac().abs().max()) for factor in factors.values()} == {0.0}
     assert max(float(factor.max() / factor.min()) for factor in factors.values()) > 2
     before = logits(opened(base, torch.float32), IDS)
-    subject.model = opened(base, torch.float32)
-    subject.dtype = torch.float32
+    subject = CalibratedModel(base, windows(made), dtype=torch.float32)
     for at in range(3):
-        subject.smooth(at, factors)
+        channel_scales.apply(subject, at, factors)
     assert torch.allclose(logits(subject.model, IDS), before, atol=1e-4)
 
 
@@ -82,7 +81,7 @@ def test_an_adapter_is_rewritten_for_the_smoothed_base(base, job, adapter):
     """The smoothed base with the rewritten adapter answers as the base with the adapter did."""
     folder = adapter(target_modules=["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     made = job("quantize", adapters={"one": folder}, smooth=True)
-    notes = quantizer.run(made, silent)
+    notes = quantize.run(made, silent)
     assert notes["adapters"] == {"one": "rewritten: smoothing folded in"}
     with adapted(opened(base, torch.float32), folder) as model:
         right = logits(model, IDS)
@@ -96,7 +95,7 @@ def test_an_adapter_is_rewritten_for_the_smoothed_base(base, job, adapter):
 
 def test_adapters_that_are_named_keep_smoothing_out(base, job, adapter):
     made = job("quantize", adapters={"one": adapter()})
-    notes = quantizer.run(made, silent)
+    notes = quantize.run(made, silent)
     assert (notes["smooth"], notes["adapters"]) == (False, {"one": "applies unchanged"})
     norm = "model.layers.0.input_layernorm.weight"
     assert torch.equal(Checkpoint(made.folder / "model").tensor(norm), Checkpoint(base).tensor(norm))
@@ -106,17 +105,17 @@ def test_a_budget_gives_bits_back_where_they_matter(base, job, monkeypatch):
     """With known effects: layer 0 cannot bear 4 bits, its down projection not 8 either, the others bear all."""
     from transformers import AutoModelForCausalLM
 
-    def known(quantizer, levels, factors, partial):
-        costs = {unit.label: {"w4a16": 0.001, "w8a8": 0.001} for unit in quantizer.units}
-        for unit in quantizer.units[:4]:
+    def known(quantizer, levels, scales, partial):
+        costs = {unit.label: {"w4a16": 0.001, "w8a8": 0.001} for unit in quantizer.model.units}
+        for unit in quantizer.model.units[:4]:
             costs[unit.label] = {"w4a16": 0.5, "w8a8": 0.4 if unit.label == "0.down" else 0.002}
         return costs
 
     monkeypatch.setattr(mixed, "effects", known)
     losses = iter([3.0, 3.9, 3.015])  # of the original, with 4 bits everywhere, and of the mix
-    monkeypatch.setattr(mixed, "spent_on", lambda said, ids: next(losses))
+    monkeypatch.setattr(mixed, "mean_loss", lambda log_probabilities, ids: next(losses))
     made = job("quantize", scheme="w4a16", budget=0.02)
-    notes = quantizer.run(made, silent)
+    notes = quantize.run(made, silent)
     assert notes["kept"] == {"0.q/k/v": "w8a8", "0.o": "w8a8", "0.gate/up": "w8a8", "0.down": "bf16"}
     folder = made.folder / "model"
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -131,7 +130,7 @@ def test_a_budget_gives_bits_back_where_they_matter(base, job, monkeypatch):
 def test_layers_keep_16_bits_until_the_likeliest_tokens_stay(base, job):
     """An agreement that 8 bits everywhere do not reach."""
     made = job("quantize", scheme="w8a8", method="rtn", smooth=False, agreement=0.999)
-    notes = quantizer.run(made, silent)
+    notes = quantize.run(made, silent)
     first = notes["tried"][0]
     assert first["w8a8"] == len(notes["sensitivity"]) and first["top1"] < 0.999
     assert notes["kept"] and set(notes["kept"].values()) == {"bf16"}
@@ -141,20 +140,19 @@ def test_layers_keep_16_bits_until_the_likeliest_tokens_stay(base, job):
 def test_the_sensitivity_of_a_unit_is_what_it_does_to_the_answer(base, job):
     """Four bits cost more than eight, and a killed measurement goes on with the next layer."""
     made = job("quantize")
-    subject = Quantizer(base, _windows(made, base), 32, "rtn", frozenset(), silent)
-    subject.dtype = torch.float32
-    subject.model = opened(base, torch.float32)
-    subject.layers = quantizer.layers(subject.model)
-    found = mixed.effects(subject, [formats.W4, formats.W8A16], {}, made.folder)
+    model = CalibratedModel(base, windows(made), dtype=torch.float32)
+    subject = Quantizer(model, 32, "rtn", "compressed-tensors", silent)
+    none = ChannelScales({}, smoothing=False)
+    found = mixed.effects(subject, [formats.W4, formats.W8A16], none, made.folder)
     assert len(found) == 12
     assert sum(cost["w4a16"] for cost in found.values()) > 10 * sum(cost["w8a16"] for cost in found.values())
     (made.folder / "sensitivity.json").write_text(json.dumps({**found, "0.o": {"w4a16": 7.0, "w8a16": 7.0}}))
-    assert mixed.effects(subject, [formats.W4], {}, made.folder)["0.o"]["w4a16"] == 7.0
+    assert mixed.effects(subject, [formats.W4], none, made.folder)["0.o"]["w4a16"] == 7.0
 
 
 def test_the_layers_that_the_engine_fuses_share_a_level(base, job):
     made = job("quantize")
-    subject = Quantizer(base, _windows(made, base), 0, "rtn", frozenset(), silent)
+    subject = CalibratedModel(base, windows(made))
     assert [unit.label for unit in subject.units[:4]] == ["0.q/k/v", "0.o", "0.gate/up", "0.down"]
 
 
@@ -162,7 +160,7 @@ def test_the_same_seed_gives_the_same_bytes(base, job):
     digests = []
     for out in ("one", "two"):
         made = job("quantize", scheme="w4a16", out=out)
-        quantizer.run(made, silent)
+        quantize.run(made, silent)
         digests.append((made.folder / "model/model.safetensors").read_bytes())
     assert digests[0] == digests[1]
 
@@ -179,7 +177,7 @@ def test_broken_weights_are_said_before_anything_is_written(base, job, tmp_path)
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     made = job("quantize", model=broken)
     with pytest.raises(OptimizeError, match="NaN"):
-        quantizer.run(made, silent)
+        quantize.run(made, silent)
     assert not (made.folder / "model/config.json").exists()
 
 

@@ -1,0 +1,149 @@
+"""A model opened layer by layer beside the text that it is calibrated on, for every step that looks at layer inputs.
+
+The weights are mapped, so memory holds one layer, the hidden states of the calibration text, and one Hessian. Linear
+layers come in the engine's fused units: q, k and v are one matrix there, gate and up another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+from optimize.checkpoint.linears import ignored
+from optimize.checkpoint.model import Entered, compute_dtype, entered, layers, opened, prefix, through, tokenizer
+from optimize.data import text
+from optimize.errors import Refused
+from optimize.job import Job
+
+BATCH = 4
+
+# Linear layers that the engine fuses, so that they share a level; in the order in which a layer uses them.
+UNITS = (
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Linear layers with one input and one level, by their full names."""
+
+    layer: int
+    names: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.layer}.{'/'.join(name.rpartition('.')[2].removesuffix('_proj') for name in self.names)}"
+
+
+def windows(job: Job) -> list[list[int]]:
+    """The calibration text in the model's tokens."""
+    part = job.calibration
+    return text.windows(tokenizer(Path(job.model)), text.documents(part, False), part.samples, part.tokens, job.seed)
+
+
+class CalibratedModel:
+    """One model, its calibration text, and its linear layers in units, but those that are ignored."""
+
+    def __init__(
+        self, folder: Path, ids: list[list[int]], ignore: frozenset[str] = frozenset(), dtype: torch.dtype | None = None
+    ) -> None:
+        self.folder = folder
+        self.dtype = dtype or compute_dtype()
+        self.ids = torch.tensor(ids)
+        self.reopen()
+        self.prefix = prefix(self.model)
+        self.units = tuple(self._find_units(ignore))
+        if not self.units:
+            raise Refused(
+                "the model has no q/k/v/o or gate/up/down projections; only Llama-like decoders are quantized"
+            )
+
+    def reopen(self) -> None:
+        """The model as it is on disk again."""
+        self.model = opened(self.folder, self.dtype)
+        self.layers = layers(self.model)
+
+    def _find_units(self, ignore: frozenset[str]) -> Iterator[Unit]:
+        for at, layer in enumerate(self.layers):
+            linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+            for family in UNITS:
+                names = tuple(f"{self.prefix}.{at}.{name}" for name in linears if name.rpartition(".")[2] in family)
+                names = tuple(name for name in names if not ignored(name, ignore))
+                if names:
+                    yield Unit(at, names)
+
+    def units_of(self, layer: int) -> list[Unit]:
+        return [unit for unit in self.units if unit.layer == layer]
+
+    def elements(self, unit: Unit) -> int:
+        return sum(self.linear(name).weight.numel() for name in unit.names)
+
+    def linear(self, name: str) -> Any:
+        return self.model.get_submodule(name)
+
+    def set_weight(self, name: str, weight: torch.Tensor) -> None:
+        self.linear(name).weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+
+    def entered(self, windows: int = 0) -> Entered:
+        """What the first layer is called with: for the last `windows` of the calibration text, or for all of it."""
+        return entered(self.model, self.ids[-windows:], BATCH)
+
+    @contextmanager
+    def observed(
+        self,
+        units: Sequence[Unit],
+        measure: Callable[[torch.Tensor], torch.Tensor],
+        combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> Iterator[dict[Unit, torch.Tensor]]:
+        """What `measure` makes of each unit's input, over all the text that runs through the model meanwhile."""
+        measured: dict[Unit, torch.Tensor] = {}
+
+        def watch(unit: Unit) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                value = measure(inputs[0].float())
+                measured[unit] = combine(measured[unit], value) if unit in measured else value
+
+            return hook
+
+        hooks = [self.linear(unit.names[0]).register_forward_pre_hook(watch(unit)) for unit in units]
+        try:
+            yield measured
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def hessians(self, layer: int, units: Sequence[Unit], begun: Entered) -> dict[Unit, torch.Tensor]:
+        """unit -> the sum of x xT over its inputs x, (in, in)."""
+
+        def products(x: torch.Tensor) -> torch.Tensor:
+            rows = x.flatten(0, -2)
+            return rows.T @ rows
+
+        with self.observed(units, products, lambda total, more: total.add_(more)) as sums:
+            through([self.layers[layer]], begun)
+        return sums
+
+    def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
+        """(windows, tokens, vocabulary) in float32, of the model as it is now."""
+        rows = []
+        for row in ids.split(1):
+            with torch.inference_mode():
+                rows.append(log_softmax(self.model(input_ids=row, use_cache=False).logits.float(), -1))
+        return torch.cat(rows)
+
+    @torch.inference_mode()
+    def log_probabilities_from(self, layer: int, begun: Entered) -> Iterator[torch.Tensor]:
+        """The same from what enters `layer` on, window after window."""
+        body = self.model.get_submodule(self.prefix.rpartition(".")[0])
+        for row in torch.cat(through(list(self.layers[layer:]), begun).states):
+            yield log_softmax(self.model.lm_head(body.norm(row)).float(), -1)
