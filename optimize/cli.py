@@ -1,6 +1,6 @@
-"""`loradock optimize`: a recipe carried out, planned or listed; and an ONNX export asked.
+"""`loradock optimize`: run, plan or list recipes, and query an ONNX export.
 
-Exit codes: 0 done, 1 a step failed, 2 the recipe or this machine will not do, 3 the gate is not passed.
+Exit codes: 0 done, 1 a step failed, 2 the recipe is wrong or this machine cannot run it, 3 the gate is not passed.
 """
 
 from __future__ import annotations
@@ -45,56 +45,12 @@ def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     if arguments and arguments[0] == "run-onnx":
         app.command("run-onnx", help=run_onnx.__doc__)(run_onnx)
-        arguments = arguments[1:]
-        name = "loradock optimize run-onnx"
-    else:
+        return _exit_code(app, arguments[1:], "loradock optimize run-onnx")
+    app.command("optimize", help=HELP)(_optimize_command(embedded, served))
+    return _exit_code(app, arguments, "loradock optimize")
 
-        @app.command("optimize", help=HELP)
-        def optimize(
-            recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from --list.")] = "",
-            out: Annotated[
-                Path | None, typer.Option("--out", help="The output directory (default: the recipe's).")
-            ] = None,
-            model: Annotated[str, typer.Option("--model", help="Instead of the recipe's model.")] = "",
-            adapter: Annotated[
-                list[str] | None, typer.Option("--adapter", help="NAME=FOLDER, as often as needed.")
-            ] = None,
-            set_: Annotated[
-                list[str] | None, typer.Option("--set", help="A key of the recipe, as evaluate.engine=false.")
-            ] = None,
-            resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was.")] = False,
-            keep_rejected: Annotated[
-                bool, typer.Option("--keep-rejected", help="Export what fails the gate, marked.")
-            ] = False,
-            plan: Annotated[
-                bool, typer.Option("--plan", help="Print what would be done and what it needs, and do nothing.")
-            ] = False,
-            list_: Annotated[bool, typer.Option("--list", help="The recipes that come along.")] = False,
-            memory: Annotated[
-                float, typer.Option("--memory", help="GB that a step may use (default: 4/5 of what is free).")
-            ] = 0.0,
-        ) -> None:
-            if list_:
-                for name, what in recipes.shipped().items():
-                    typer.echo(f"{name:<16} {what}")
-                return
-            if not recipe:
-                raise RecipeError("name a recipe: a YAML file, or one of those that `loradock optimize --list` shows")
-            changes = dict(_pair(word, "--set") for word in set_ or [])
-            if model:
-                changes["model"] = (
-                    model
-                    if Path(model).is_absolute()
-                    else str(Path(model).resolve())
-                    if Path(model).exists()
-                    else model
-                )
-            for word in adapter or []:
-                name, folder = _pair(word, "--adapter")
-                changes[f"adapters.{name}"] = str(Path(folder).expanduser().resolve())
-            carry_out(recipes.load(recipe, changes), out, embedded, served, resume, keep_rejected, plan, memory)
 
-        name = "loradock optimize"
+def _exit_code(app: typer.Typer, arguments: Sequence[str], name: str) -> int:
     try:
         app(args=list(arguments), prog_name=name, standalone_mode=False)
     except OptimizeError as error:
@@ -105,7 +61,7 @@ def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> 
     except KeyboardInterrupt:
         print("loradock: stopped; go on with --resume", file=sys.stderr)
         return 130
-    except Exception as error:  # typer's usage errors, of whichever click it brings
+    except Exception as error:  # typer's usage errors; their class depends on the click that typer uses
         if hasattr(error, "format_message"):
             print(f"loradock: {error.format_message()}", file=sys.stderr)
             return 2
@@ -113,35 +69,82 @@ def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> 
     return 0
 
 
-def carry_out(
-    recipe: Recipe,
-    out: Path | None,
-    embedded: Embedded,
-    served: Served,
-    resume: bool,
-    keep_rejected: bool,
-    only_plan: bool,
-    memory_gb: float,
-) -> None:
-    from optimize.pipeline import plan as plans
-    from optimize.pipeline.run import Run, texts
+def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]:
+    def optimize(
+        recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from --list.")] = "",
+        out: Annotated[Path | None, typer.Option("--out", help="The output directory (default: the recipe's).")] = None,
+        model: Annotated[str, typer.Option("--model", help="Instead of the recipe's model.")] = "",
+        adapter: Annotated[list[str] | None, typer.Option("--adapter", help="NAME=FOLDER, as often as needed.")] = None,
+        set_: Annotated[
+            list[str] | None, typer.Option("--set", help="A key of the recipe, as evaluate.engine=false.")
+        ] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was.")] = False,
+        keep_rejected: Annotated[
+            bool, typer.Option("--keep-rejected", help="Export what fails the gate, marked.")
+        ] = False,
+        plan: Annotated[
+            bool, typer.Option("--plan", help="Print what would be done and what it needs, and do nothing.")
+        ] = False,
+        list_: Annotated[bool, typer.Option("--list", help="The recipes that come along.")] = False,
+        memory: Annotated[
+            float, typer.Option("--memory", help="GB that a step may use (default: 4/5 of what is free).")
+        ] = 0.0,
+    ) -> None:
+        if list_:
+            for name, what in recipes.shipped().items():
+                typer.echo(f"{name:<16} {what}")
+            return
+        if not recipe:
+            raise RecipeError("name a recipe: a YAML file, or one of those that `loradock optimize --list` shows")
+        read = recipes.load(recipe, _overrides(model, adapter or [], set_ or []))
+        where = (out or Path(read.output or f"./{Path(read.model).name}-optimized")).expanduser().resolve()
+        read = recipes.changed(read, output=str(where))
+        if plan:
+            _planned(read, embedded, memory, measure_texts=False)
+            return
+        _carry_out(read, embedded, served, memory, resume, keep_rejected)
 
-    where = (out or Path(recipe.output or f"./{Path(recipe.model).name}-optimized")).expanduser().resolve()
-    recipe = recipes.changed(recipe, output=str(where))
+    return optimize
+
+
+def _overrides(model: str, adapters: Sequence[str], settings: Sequence[str]) -> dict[str, str]:
+    """What the command line says of the recipe, by the recipe's own keys."""
+    overrides = dict(_pair(word, "--set") for word in settings)
+    if model:
+        relative = not Path(model).is_absolute() and Path(model).exists()
+        overrides["model"] = str(Path(model).resolve()) if relative else model
+    for word in adapters:
+        name, folder = _pair(word, "--adapter")
+        overrides[f"adapters.{name}"] = str(Path(folder).expanduser().resolve())
+    return overrides
+
+
+def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, measure_texts: bool) -> tuple[Plan, int]:
+    """The plan, which is shown, and the bytes that a step may use."""
+    from optimize.pipeline import plan as plans
+    from optimize.pipeline.run import texts
+
+    where = Path(recipe.output)
     model = find(recipe.model, embedded)
     memory = int(memory_gb * 1e9) or plans.available_memory()
-    plan = plans.made(recipe, model, {} if only_plan else texts(recipe), where, memory)
+    plan = plans.made(recipe, model, texts(recipe) if measure_texts else {}, where, memory)
     show(plan, where)
-    if only_plan:
-        return
+    return plan, memory
+
+
+def _carry_out(
+    recipe: Recipe, embedded: Embedded, served: Served, memory_gb: float, resume: bool, keep_rejected: bool
+) -> None:
+    from optimize.pipeline.run import Run
+
+    plan, memory = _planned(recipe, embedded, memory_gb, measure_texts=True)
     with Bars([step.kind for step in plan.steps if step.kind != "export"]) as bars:
-        result = Run(recipe, plan, where, memory, bars, resume, keep_rejected, served())()
+        result = Run(recipe, plan, Path(recipe.output), memory, bars, resume, keep_rejected, served())()
     typer.echo(f"done: {result}")
-    typer.echo(
-        f"  loradock serve {result}"
-        if recipe.export.format == "vllm"
-        else f"  report: {result / 'report' / 'report.md'}"
-    )
+    if recipe.export.format == "vllm":
+        typer.echo(f"  loradock serve {result}")
+    else:
+        typer.echo(f"  report: {result / 'report' / 'report.md'}")
 
 
 def find(model: str, embedded: Embedded) -> Path:
@@ -182,7 +185,7 @@ class Bars:
     def __init__(self, kinds: list[str]) -> None:
         self.kinds = kinds
         self.finished = 0
-        self._said = 0.0
+        self._printed_at = 0.0
         self._begun = time.monotonic()
         self._step = ""
         self._bars: Any = None
@@ -217,12 +220,12 @@ class Bars:
                 self._task = self._bars.add_task(label.replace("[", r"\["), total=1.0, what="")
         if self._bars is not None:
             self._bars.update(self._task, completed=1.0 if over else min(done / total, 0.999), what=what)
-        elif over or time.monotonic() - self._said > EVERY:
-            self._said = time.monotonic()
-            spent = self._said - self._begun
+        elif over or time.monotonic() - self._printed_at > EVERY:
+            self._printed_at = time.monotonic()
+            spent = self._printed_at - self._begun
             left = f", {_time(spent * (total - done) / done)} left" if 0 < done < total else ""
-            said = what or f"done in {_time(spent)}"
-            print(f"{label} {done / total:4.0%}  {said}{left}", file=sys.stderr, flush=True)
+            message = what or f"done in {_time(spent)}"
+            print(f"{label} {done / total:4.0%}  {message}{left}", file=sys.stderr, flush=True)
         if over:
             self.finished += 1
             self._begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a step is handed, and how it says how far it is."""
+"""What a step is given, and how it reports its progress."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Progress:
-    """`progress(done, total, what)`; said at most five times a second, but the end always."""
+    """`progress(done, total, what)`; sent at most five times a second, and always at the end."""
 
     def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
         self._tell = tell
-        self._said = 0.0
+        self._sent_at = 0.0
 
     def __call__(self, done: float, total: float, what: str = "") -> None:
         now = time.monotonic()
-        if now - self._said > 0.2 or done >= total:
-            self._said = now
+        if now - self._sent_at > 0.2 or done >= total:
+            self._sent_at = now
             self._tell({"done": done, "total": total, "what": what})

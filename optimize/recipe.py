@@ -105,11 +105,11 @@ def parse(written: str, folder: Path, overrides: Mapping[str, str] | None = None
 
 def shipped() -> dict[str, str]:
     """name -> what it is for, from the recipe's first comment line."""
-    found = {}
+    purposes = {}
     for file in sorted((resources.files("optimize") / "recipes").iterdir(), key=lambda file: file.name):
         if file.name.endswith(".yaml"):
-            found[file.name.removesuffix(".yaml")] = file.read_text().splitlines()[0].removeprefix("# ")
-    return found
+            purposes[file.name.removesuffix(".yaml")] = file.read_text().splitlines()[0].removeprefix("# ")
+    return purposes
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
@@ -130,10 +130,10 @@ def _step(step: Any, at: int) -> Part:
         raise RecipeError(
             f"{where} is {kind!r}, which is not a step{_nearest(str(kind), STEPS)}; there is {', '.join(STEPS)}"
         )
-    given = _mapping(options or {}, f"{where}, {kind}")
-    if isinstance(given.get("pattern"), int):  # YAML reads 2:4 as sixties, 124
-        given = {**given, "pattern": "{}:{}".format(*divmod(given["pattern"], 60))}
-    return _part(given, STEPS[kind], f"{where}, {kind}")
+    chosen_options = _mapping(options or {}, f"{where}, {kind}")
+    if isinstance(chosen_options.get("pattern"), int):  # YAML reads 2:4 as sixties, 124
+        chosen_options = {**chosen_options, "pattern": "{}:{}".format(*divmod(chosen_options["pattern"], 60))}
+    return _part(chosen_options, STEPS[kind], f"{where}, {kind}")
 
 
 def _part(options: dict[str, Any], made: type[Part], where: str) -> Part:
@@ -141,7 +141,7 @@ def _part(options: dict[str, Any], made: type[Part], where: str) -> Part:
     try:
         return msgspec.convert(options, made, strict=True)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"{where}: {_said(error)}") from error
+        raise RecipeError(f"{where}: {_in_words(error)}") from error
 
 
 def _convert(fields: dict[str, Any]) -> Recipe:
@@ -149,11 +149,11 @@ def _convert(fields: dict[str, Any]) -> Recipe:
     try:
         checked = msgspec.convert(fields, Recipe, strict=True)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"the recipe: {_said(error)}") from error
+        raise RecipeError(f"the recipe: {_in_words(error)}") from error
     return msgspec.structs.replace(checked, **ready)
 
 
-def _said(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     """msgspec's `Expected `int`, got `str` - at `$.layers`` as a sentence."""
     what, _, where = str(error).partition(" - at ")
     key = where.strip("`").removeprefix("$").removeprefix(".")

@@ -61,10 +61,10 @@ class Checkpoint:
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """name -> where and what, over all shards."""
-        found: dict[str, Entry] = {}
+        entries: dict[str, Entry] = {}
         for file in self.files:
-            found |= {name: entry for name, entry in header(self.folder / file).items()}
-        return found
+            entries |= {name: entry for name, entry in header(self.folder / file).items()}
+        return entries
 
     @cached_property
     def files(self) -> list[str]:
@@ -75,27 +75,27 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self.config.get("quantization_config")
-        return found
+        config: dict[str, Any] | None = self.config.get("quantization_config")
+        return config
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """name -> shape of every weight, by the names and shapes that it has in a model that was never quantized."""
         scheme = Schemes(self.quantization)
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, entry in self.entries.items():
             module, _, leaf = name.rpartition(".")
             if leaf == "qweight":
-                found[f"{module}.weight"] = (entry.shape[1], entry.shape[0] * 8)
+                shapes[f"{module}.weight"] = (entry.shape[1], entry.shape[0] * 8)
             elif leaf == "weight_packed":
                 bits = int((scheme.of(module) or {"weights": {"num_bits": 4}})["weights"]["num_bits"])
-                found[f"{module}.weight"] = (
+                shapes[f"{module}.weight"] = (
                     entry.shape[0],
                     entry.shape[1] * 8 * (entry.bytes // entry.elements) // bits,
                 )
             elif leaf not in QUANTIZED:
-                found[name] = entry.shape
-        return found
+                shapes[name] = entry.shape
+        return shapes
 
     @property
     def tied(self) -> bool:

@@ -25,7 +25,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 class Level:
     """How a unit's weights are kept, and whether its input is rounded.
 
-    `preset` names what compressed-tensors calls it where the numbers are its own business (float 4, float 8 in blocks).
+    `preset` names what compressed-tensors calls it where that computes the numbers (float 4, float 8 in blocks).
     """
 
     name: str
@@ -123,8 +123,8 @@ def form_of(level: Level) -> str:
 def group_config(level: Level, group: int) -> dict[str, Any]:
     """A level as a config group of compressed-tensors, without its targets."""
     if level.preset:
-        found = level.scheme.model_dump(mode="json", exclude={"targets"}, exclude_none=True)
-        return {"input_activations": None, "output_activations": None, **found, "format": form_of(level)}
+        preset_config = level.scheme.model_dump(mode="json", exclude={"targets"}, exclude_none=True)
+        return {"input_activations": None, "output_activations": None, **preset_config, "format": form_of(level)}
     symmetric = {"symmetric": True, "type": "float" if level.float8 else "int", "num_bits": level.bits}
     grouped: dict[str, Any] = {"strategy": "channel", "group_size": None}
     if level.bits == 4:
@@ -139,7 +139,7 @@ def group_config(level: Level, group: int) -> dict[str, Any]:
 
 def gptq_config(group: int, full: list[str]) -> dict[str, Any]:
     """The `quantization_config` of a GPTQ checkpoint; `full` are layers that kept all their bits."""
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
         "bits": 4,
@@ -149,8 +149,8 @@ def gptq_config(group: int, full: list[str]) -> dict[str, Any]:
         "lm_head": False,
     }
     if full:
-        found["dynamic"] = {f"-:{name.replace('.', chr(92) + '.')}$": {} for name in full}
-    return found
+        config["dynamic"] = {f"-:{name.replace('.', chr(92) + '.')}$": {} for name in full}
+    return config
 
 
 def dense(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:

@@ -115,8 +115,8 @@ def rounding(group: dict[str, Any], global_scale: torch.Tensor | None = None) ->
 
 
 def _global_scale(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
-    found = f"{name}.input_global_scale"
-    return checkpoint.tensor(found) if found in checkpoint.entries else None
+    scale_name = f"{name}.input_global_scale"
+    return checkpoint.tensor(scale_name) if scale_name in checkpoint.entries else None
 
 
 @contextmanager
@@ -148,8 +148,8 @@ def layers(model: nn.Module) -> nn.ModuleList:
 
 def prefix(model: nn.Module) -> str:
     """The name of the list of layers, such as `model.layers`."""
-    found = layers(model)
-    return next(name for name, module in model.named_modules() if module is found)
+    decoder = layers(model)
+    return next(name for name, module in model.named_modules() if module is decoder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def through(some: Sequence[nn.Module], begin: Entered) -> Entered:
 
 
 class _Stop(Exception):
-    """The model has said what the first layer gets."""
+    """The input of the first layer is known; the rest of the forward pass is not needed."""
 
 
 @torch.inference_mode()

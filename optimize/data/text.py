@@ -66,10 +66,10 @@ def windows(tokenizer: Any, texts: Sequence[Any], samples: int, tokens: int, see
     return random.Random(seed).sample(whole, samples)
 
 
-def overlap(one: Sequence[Any], other: Sequence[Any]) -> list[str]:
+def overlap(texts: Sequence[Any], other: Sequence[Any]) -> list[str]:
     """Paragraphs that both hold, by the hash of their words."""
     theirs = {mark for text in other for mark, _ in _paragraphs(text)}
-    return [paragraph for text in one for mark, paragraph in _paragraphs(text) if mark in theirs]
+    return [paragraph for text in texts for mark, paragraph in _paragraphs(text) if mark in theirs]
 
 
 def apart(calibration: Sequence[Any], evaluation: Sequence[Any]) -> None:
@@ -109,17 +109,17 @@ def _files(path: Path) -> list[Path]:
 
 def _hub(address: str) -> list[Path]:
     """The files of a hub dataset that an `hf://datasets/...` address names, fetched into the hub's cache."""
-    found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", address)
-    if found is None:
+    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", address)
+    if match is None:
         raise Refused(f"{address} is no dataset's files: write hf://datasets/ORG/NAME/data/train-*.parquet")
-    name, revision, pattern = found.groups()
+    name, revision, pattern = match.groups()
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[pattern])
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise Refused(f"the dataset {name} could not be fetched from the hub: {said}") from error
+        message = " ".join(str(error).split())[:300]
+        raise Refused(f"the dataset {name} could not be fetched from the hub: {message}") from error
     files = sorted(Path(folder).glob(pattern))
     if not files:
         raise Refused(f"the dataset {name} has no file {pattern}")
@@ -191,15 +191,15 @@ def _fetched() -> bytes:
 
 def _articles(dump: bytes) -> list[tuple[str, str]]:
     """(title, plain text) of each page in a MediaWiki dump that is an article of some length."""
-    found = []
+    articles = []
     for page in dump.decode().split("<page>")[1:]:
         title = re.search(r"<title>(.*?)</title>", page)
         body = re.search(r"<text[^>]*>(.*?)</text>", page, re.DOTALL)
         if title and body and "<ns>0</ns>" in page and "#REDIRECT" not in body[1].upper():
             article = _plain(body[1])
             if len(article) >= SHORTEST:
-                found.append((title[1], article))
-    return found
+                articles.append((title[1], article))
+    return articles
 
 
 def _plain(markup: str) -> str:

@@ -1,8 +1,9 @@
-"""The result in the engine that it is meant for: it loads, it answers, and how fast; the original beside it, run the
-same way, as `loradock serve` runs a model: adapters possible, and on a CPU in one process, bound to its cores.
+"""Load the result and the original in vLLM, ask both, and measure their speed.
+
+Both run as `loradock serve` runs a model: with adapters enabled, and on a CPU in one process, bound to its cores.
 
 Each model has a process of its own. Both are loaded and warm before anything is timed, and then take turns, original,
-result, result, original, so that whatever else the machine does falls on both; the ratio is the median over the pairs.
+result, result, original, so that other load on the machine slows both; the ratio is the median over the pairs.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                     original, result, streams, partial(progress, total=total, what="tokens/s"), 2 + done * ROUNDS
                 )
                 ratios = [after / before for before, after in speeds]
-                for engine, found in zip((old, new), zip(*speeds, strict=True), strict=True):
-                    engine.setdefault("tokens_per_second", {})[str(streams)] = round(median(found), 2)
-                    engine.setdefault("spread", {})[str(streams)] = [round(min(found), 2), round(max(found), 2)]
+                for engine, rates in zip((old, new), zip(*speeds, strict=True), strict=True):
+                    engine.setdefault("tokens_per_second", {})[str(streams)] = round(median(rates), 2)
+                    engine.setdefault("spread", {})[str(streams)] = [round(min(rates), 2), round(max(rates), 2)]
                 scores[f"speed_{streams}"] = round(median(ratios), 3)
                 scores[f"speed_{streams}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
     return {"scores": scores}
@@ -63,21 +64,21 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 def _raced(
     original: Engine, result: Engine, streams: int, progress: Callable[[float], None], begun: int
 ) -> list[tuple[float, float]]:
-    """Tokens a second of both, ROUNDS times, in turns; the first round warms up and is not told."""
-    found = []
+    """Tokens a second of both, ROUNDS times, in turns; the first round warms up and is left out."""
+    rates = []
     for round_ in range(ROUNDS + 1):
         pair = {}
         for engine in (original, result) if round_ % 2 else (result, original):
             time.sleep(CALM)
             pair[engine.name] = engine.ask({"streams": streams, "round": round_})["tokens_per_second"]
         if round_:
-            found.append((pair["original"], pair["result"]))
+            rates.append((pair["original"], pair["result"]))
         progress(begun + round_)
-    return found
+    return rates
 
 
 class Engine:
-    """One model in vLLM, in a process that answers a line with a line."""
+    """One model in vLLM, in a process that reads a question a line and writes an answer a line."""
 
     def __init__(self, name: str, folder: str, adapters: dict[str, str], target: str) -> None:
         self.name = name
@@ -85,10 +86,10 @@ class Engine:
             **os.environ, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }  # fmt: skip
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "optimize.evaluation.engine", folder, json.dumps(adapters), target],
-            env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
+            env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
 
     def __enter__(self) -> Engine:
@@ -97,7 +98,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._said):
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None:
                 stream.close()
 
@@ -110,14 +111,14 @@ class Engine:
             pass
         for line in self._process.stdout:
             if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
+                answer: dict[str, Any] = json.loads(line)
+                return answer
         self._process.wait()
-        self._said.seek(0)
-        said = self._said.read()
-        print(said, file=sys.stderr)
-        told = [line for line in said.splitlines() if "Error" in line][-1:] or said.splitlines()[-1:]
-        raise OptimizeError(f"the {self.name} does not run in vLLM: {''.join(told)[:400]}")
+        self._errors.seek(0)
+        output = self._errors.read()
+        print(output, file=sys.stderr)
+        errors = [line for line in output.splitlines() if "Error" in line][-1:] or output.splitlines()[-1:]
+        raise OptimizeError(f"the {self.name} does not run in vLLM: {''.join(errors)[:400]}")
 
 
 def main() -> None:
@@ -151,22 +152,22 @@ def main() -> None:
         return text
 
     for line in sys.stdin:
-        asked = json.loads(line)
-        if "answer" in asked:
-            told: dict[str, Any] = {"load_seconds": loaded}
-            told["answers"] = {prompt: answer(prompt) for prompt in asked["answer"]}
+        question = json.loads(line)
+        if "answer" in question:
+            reply: dict[str, Any] = {"load_seconds": loaded}
+            reply["answers"] = {prompt: answer(prompt) for prompt in question["answer"]}
             if adapters:
-                told["adapters"] = {
-                    name: {prompt: answer(prompt, LoRARequest(name, number, where)) for prompt in asked["answer"]}
+                reply["adapters"] = {
+                    name: {prompt: answer(prompt, LoRARequest(name, number, where)) for prompt in question["answer"]}
                     for number, (name, where) in enumerate(sorted(adapters.items()), 1)
                 }
         else:
-            number, streams = asked["round"], asked["streams"]
+            number, streams = question["round"], question["streams"]
             batch = [f"{number} {at}. Write a story about a river and a town." for at in range(streams)]
             begun = time.monotonic()
             llm.generate(batch, exactly, use_tqdm=False)
-            told = {"tokens_per_second": streams * NEW_TOKENS / (time.monotonic() - begun)}
-        print(json.dumps(told), flush=True)
+            reply = {"tokens_per_second": streams * NEW_TOKENS / (time.monotonic() - begun)}
+        print(json.dumps(reply), flush=True)
 
 
 def _rank(adapters: dict[str, str]) -> int:

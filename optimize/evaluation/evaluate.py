@@ -1,4 +1,4 @@
-"""What the result is worth: on the same held-out tokens, against the model that it came from.
+"""Measure the result on held-out tokens, against the model that it came from.
 
 Perplexity of both, the mean KL divergence and the share of tokens with the same likeliest successor, what each
 adapter still does on the new base, and some answers side by side.
@@ -146,13 +146,14 @@ def _effect(
         ask = _seen(partial(logits, before), kept)
         for row in rows:
             with before.disable_adapter(), after.disable_adapter():
-                a, c = ask(row)[0], logits(after, row)[0]
-            b, d = ask(row)[0], logits(after, row)[0]
-            la, lb, ld = log_softmax(a, -1), log_softmax(b, -1), log_softmax(d, -1)
-            divergence += float((lb.exp() * (lb - ld)).sum(-1).mean())
-            moved += float((la.exp() * (la - lb)).sum(-1).mean())
-            same += float((b.argmax(-1) == d.argmax(-1)).float().mean())
-            cosine += float(cosine_similarity((b - a).flatten(), (d - c).flatten(), dim=0))
+                old_base, new_base = ask(row)[0], logits(after, row)[0]
+            old_both, new_both = ask(row)[0], logits(after, row)[0]
+            base_log, old_log, new_log = (log_softmax(each, -1) for each in (old_base, old_both, new_both))
+            divergence += float((old_log.exp() * (old_log - new_log)).sum(-1).mean())
+            moved += float((base_log.exp() * (base_log - old_log)).sum(-1).mean())
+            same += float((old_both.argmax(-1) == new_both.argmax(-1)).float().mean())
+            effects = (old_both - old_base).flatten(), (new_both - new_base).flatten()
+            cosine += float(cosine_similarity(*effects, dim=0))
     count = len(rows)
     return {
         "kl": round(divergence / count, 5),
@@ -165,12 +166,12 @@ def _effect(
 def _answer(ask: Ask, words: Any, prompt: str) -> str:
     """A greedy answer, in the chat template where there is one."""
     if words.chat_template:
-        told = words.apply_chat_template(
+        text_in = words.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
     else:
-        told = prompt
-    ids = words(told, add_special_tokens=False, return_tensors="pt").input_ids
+        text_in = prompt
+    ids = words(text_in, add_special_tokens=False, return_tensors="pt").input_ids
     start = ids.shape[1]
     for _ in range(ANSWER):
         token = ask(ids)[0, -1].argmax()

@@ -19,13 +19,13 @@ METRICS = ("acc_norm,none", "acc,none", "exact_match,none", "exact_match,strict-
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     settle(job.seed)
     names, limit = job.options["tasks"], job.options["task_limit"] or None
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    by_model: dict[str, dict[str, dict[str, float]]] = {}
     for done, (whose, folder) in enumerate((("original", job.reference), ("result", job.model))):
         progress(done, 2, f"the {whose} on {', '.join(Path(name).stem for name in names)}")
-        found[whose] = scored(Path(folder), names, limit, job.seed)
-    old, new = found["original"], found["result"]
+        by_model[whose] = scored(Path(folder), names, limit, job.seed)
+    old, new = by_model["original"], by_model["result"]
     lost = {task: chosen(old[task]) - chosen(new[task]) for task in old}
-    return {"scores": {"tasks": found, "task_loss": round(max(lost.values()), 5)}}
+    return {"scores": {"tasks": by_model, "task_loss": round(max(lost.values()), 5)}}
 
 
 def scored(folder: Path, names: Sequence[str], limit: int | None, seed: int) -> dict[str, dict[str, float]]:
@@ -38,25 +38,25 @@ def scored(folder: Path, names: Sequence[str], limit: int | None, seed: int) -> 
 
     files = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
     manager = TaskManager(include_path=[str(folder) for folder in {file.parent for file in files}] or None)
-    wanted = [_named(Path(name)) if Path(name) in files else name for name in names]
-    unknown = sorted(set(wanted) - set(manager.all_tasks))
+    task_names = [_named(Path(name)) if Path(name) in files else name for name in names]
+    unknown = sorted(set(task_names) - set(manager.all_tasks))
     if unknown:
         raise Refused(f"lm-eval knows no task {unknown[0]!r}: `lm-eval ls tasks` shows those that there are")
     model: Any = HFLM(
         pretrained=opened(folder), tokenizer=tokenizer(folder), device="cpu", batch_size=BATCH
     )  # fmt: skip
-    told = simple_evaluate(
-        model, tasks=list(wanted), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0,
+    evaluated = simple_evaluate(
+        model, tasks=list(task_names), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0,
         random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
     )  # fmt: skip
-    assert told is not None
+    assert evaluated is not None
     return {
         task: {
             metric: round(float(value), 5)
             for metric, value in sorted(scores.items())
             if isinstance(value, int | float) and "stderr" not in metric and metric != "sample_len"
         }
-        for task, scores in sorted(told["results"].items())
+        for task, scores in sorted(evaluated["results"].items())
     }
 
 

@@ -47,8 +47,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         shutil.copyfile(folder / "generation_config.json", out / "generation_config.json")
     progress(2, 4, "checking against PyTorch")
     checked = _parity(folder, out, {name: Path(path) for name, path in job.adapters.items()}, written)
-    worst = max(one["logits_off"] for one in checked.values())
-    if precision == "fp32" and (worst > TOLERANCE or min(one["greedy_same"] for one in checked.values()) < GREEDY):
+    worst = max(comparison["logits_off"] for comparison in checked.values())
+    same = min(comparison["greedy_same"] for comparison in checked.values())
+    if precision == "fp32" and (worst > TOLERANCE or same < GREEDY):
         raise OptimizeError(f"the graph does not compute what PyTorch does: {checked}")
     notes = {name: "exported for onnxruntime-genai" for name in adapters}
     return {"precision": precision, "checked": checked, "adapters": notes, "scores": {"logit_difference": worst}}
@@ -102,15 +103,15 @@ def _adapter_of_zeros(folder: Path, out: Path, modules: list[str]) -> None:
 
 
 def _opened_for_adapters(file: Path) -> None:
-    """A and B become inputs of any rank, with what they hold as their default."""
+    """A and B become inputs of any rank; their default is their value in the graph."""
     import onnx
 
     model = onnx.load(file, load_external_data=False)
-    for held in model.graph.initializer:
-        if ".lora_A." in held.name or ".lora_B." in held.name:
-            rank = f"rank of {held.name.rpartition('.lora_')[0]}"  # one name for all would mean one rank for all
-            shape = [rank, held.dims[1]] if ".lora_B." in held.name else [held.dims[0], rank]
-            model.graph.input.append(onnx.helper.make_tensor_value_info(held.name, held.data_type, shape))
+    for constant in model.graph.initializer:
+        if ".lora_A." in constant.name or ".lora_B." in constant.name:
+            rank = f"rank of {constant.name.rpartition('.lora_')[0]}"  # one name for all would mean one rank for all
+            shape = [rank, constant.dims[1]] if ".lora_B." in constant.name else [constant.dims[0], rank]
+            model.graph.input.append(onnx.helper.make_tensor_value_info(constant.name, constant.data_type, shape))
     stale = [value for value in model.graph.value_info if "/lora_A/" in value.name]
     for value in stale:
         model.graph.value_info.remove(value)
@@ -140,34 +141,35 @@ def _parity(folder: Path, out: Path, adapters: dict[str, Path], files: dict[str,
     words, model = tokenizer(folder), opened(folder, torch.float32)
     ids = words(PROBE, add_special_tokens=False).input_ids
     runtime = onnxruntime_genai.Model(str(out))
-    held = onnxruntime_genai.Adapters(runtime)
-    found = {"base": _compared(model, runtime, None, None, ids, out)}
+    loaded = onnxruntime_genai.Adapters(runtime)
+    comparisons = {"base": _compared(model, runtime, None, None, ids, out)}
     for name, path in adapters.items():
-        held.load(str(files[name]), name)
+        loaded.load(str(files[name]), name)
         with adapted(model, path) as both:
-            found[name] = _compared(both, runtime, held, name, ids, out)
-    return found
+            comparisons[name] = _compared(both, runtime, loaded, name, ids, out)
+    return comparisons
 
 
-def _compared(model: Any, runtime: Any, held: Any, name: str | None, ids: list[int], out: Path) -> dict[str, Any]:
+def _compared(model: Any, runtime: Any, loaded: Any, name: str | None, ids: list[int], out: Path) -> dict[str, Any]:
     import onnxruntime_genai
 
     with torch.no_grad():
         made = model(torch.tensor([ids]), use_cache=True)
-        right, wanted = made.logits[0, -1], [int(made.logits[0, -1].argmax())]
-        while len(wanted) < GREEDY:
-            made = model(torch.tensor([wanted[-1:]]), past_key_values=made.past_key_values, use_cache=True)
-            wanted.append(int(made.logits[0, -1].argmax()))
+        reference, expected = made.logits[0, -1], [int(made.logits[0, -1].argmax())]
+        while len(expected) < GREEDY:
+            made = model(torch.tensor([expected[-1:]]), past_key_values=made.past_key_values, use_cache=True)
+            expected.append(int(made.logits[0, -1].argmax()))
     parameters = onnxruntime_genai.GeneratorParams(runtime)
     parameters.set_search_options(max_length=len(ids) + GREEDY, min_length=len(ids) + GREEDY, do_sample=False)
     generator = onnxruntime_genai.Generator(runtime, parameters)
     if name is not None:
-        generator.set_active_adapter(held, name)
+        generator.set_active_adapter(loaded, name)
     generator.append_tokens(np.array([ids], np.int32))
-    off = float(np.abs(generator.get_logits()[0, -1] - right.numpy()).max())
-    said: list[int] = []
-    while not generator.is_done() and len(said) < GREEDY:
+    off = float(np.abs(generator.get_logits()[0, -1] - reference.numpy()).max())
+    generated: list[int] = []
+    while not generator.is_done() and len(generated) < GREEDY:
         generator.generate_next_token()
-        said.append(int(generator.get_next_tokens()[0]))
-    same = next((at for at, (a, b) in enumerate(zip(said, wanted, strict=False)) if a != b), min(len(said), GREEDY))
+        generated.append(int(generator.get_next_tokens()[0]))
+    different = (at for at, (ours, theirs) in enumerate(zip(generated, expected, strict=False)) if ours != theirs)
+    same = next(different, min(len(generated), GREEDY))
     return {"logits_off": round(off, 6), "greedy_same": same}

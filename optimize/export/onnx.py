@@ -72,15 +72,15 @@ class Session:
 
     def greedy(self, ids: list[int], count: int, ends: frozenset[int] = frozenset()) -> list[int]:
         """`count` tokens after `ids`, or fewer when one of `ends` comes."""
-        said: list[int] = []
+        generated: list[int] = []
         logits, cache = self.step(np.array([ids]), None)
-        while len(said) < count:
+        while len(generated) < count:
             token = int(logits[0, -1].argmax())
             if token in ends:
                 break
-            said.append(token)
+            generated.append(token)
             logits, cache = self.step(np.array([[token]]), cache)
-        return said
+        return generated
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -110,18 +110,19 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 def answered(folder: Path, prompt: str, tokens: int) -> tuple[str, float]:
     """A greedy answer to `prompt`, and tokens a second."""
     session, words = Session(folder), tokenizer(folder)
-    told = prompt
+    text = prompt
     if words.chat_template:
         message = [{"role": "user", "content": prompt}]
-        told = words.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = words.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     ends = {words.eos_token_id}
     file = folder / "generation_config.json"
     if file.is_file():
         stops = json.loads(file.read_text()).get("eos_token_id") or []
         ends |= set(stops if isinstance(stops, list) else [stops])
     start = time.monotonic()
-    said = session.greedy(words(told, add_special_tokens=False).input_ids, tokens, frozenset(ends))
-    return words.decode(said, skip_special_tokens=True).strip(), max(1, len(said)) / (time.monotonic() - start)
+    generated = session.greedy(words(text, add_special_tokens=False).input_ids, tokens, frozenset(ends))
+    seconds = time.monotonic() - start
+    return words.decode(generated, skip_special_tokens=True).strip(), max(1, len(generated)) / seconds
 
 
 def _reference(folder: Path) -> Any:
@@ -159,7 +160,7 @@ def _rounded(source: Path, out: Path, precision: str) -> None:
     if precision == "fp16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
-        # What goes in and out stays fp32, so that whoever asks needs to know nothing of it.
+        # Inputs and outputs stay fp32, so that the caller need not know the precision.
         half = convert_float_to_float16(onnx.load(source / GRAPH), keep_io_types=True, disable_shape_infer=True)
         onnx.save(half, out / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data")
         return
@@ -177,17 +178,17 @@ def _parity(model: Any, folder: Path, out: Path) -> dict[str, Any]:
     session, words = Session(out), tokenizer(folder)
     ids = words(PROBE, add_special_tokens=False).input_ids
     with torch.no_grad():
-        right = model(torch.tensor([ids])).logits
+        reference = model(torch.tensor([ids])).logits
         whole = torch.tensor([ids])
-        cache, wanted = None, []
+        cache, expected = None, []
         for _ in range(GREEDY):
             made = model(whole, past_key_values=cache, use_cache=True)
             cache, whole = made.past_key_values, made.logits[:, -1:].argmax(-1)
-            wanted.append(int(whole))
-    off = float((session.logits(torch.tensor([ids])) - right).abs().max())
+            expected.append(int(whole))
+    off = float((session.logits(torch.tensor([ids])) - reference).abs().max())
     start = time.monotonic()
-    said = session.greedy(ids, GREEDY)
+    generated = session.greedy(ids, GREEDY)
     speed = GREEDY / (time.monotonic() - start)
-    same = next((at for at, (a, b) in enumerate(zip(said, wanted, strict=True)) if a != b), GREEDY)
+    same = next((at for at, (a, b) in enumerate(zip(generated, expected, strict=True)) if a != b), GREEDY)
     print(f"{speed:.1f} tokens/s through ONNX Runtime")
     return {"logits_off": round(off, 6), "greedy_same": same, "provider": session.provider}

@@ -1,4 +1,4 @@
-"""What a run knows in the end: each step that is done, the scores and the verdicts."""
+"""The results of a run: its finished steps, the scores and the verdicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optimize.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A step that is done: where it left its files, and what it has to say."""
+    """A finished step: its folder and its notes."""
 
     kind: str
     options: dict[str, Any]
@@ -25,7 +25,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Everything that the manifest and the report tell."""
+    """Everything that the manifest and the report show."""
 
     recipe: Recipe
     plan: Plan

@@ -1,4 +1,4 @@
-"""What was measured against what the recipe asks: each bound, and whether it holds."""
+"""Compare what was measured with the bounds that the recipe asks for."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class Verdict:
     @property
     def sentence(self) -> str:
         way = "at most" if self.bound.startswith("max_") else "at least"
-        said = "was not measured" if self.measured is None else f"is {self.measured:.4g}"
-        return f"{self.meaning} {said}, to be {way} {self.limit:g}"
+        measured = "was not measured" if self.measured is None else f"is {self.measured:.4g}"
+        return f"{self.meaning} {measured}, to be {way} {self.limit:g}"
 
     def plain(self) -> dict[str, Any]:
         return {**asdict(self), "holds": self.holds}
 
 
-def judged(gate: Gate, scores: Mapping[str, Any], adapted: bool = True) -> list[Verdict]:
+def judge(gate: Gate, scores: Mapping[str, Any], adapted: bool = True) -> list[Verdict]:
     """Every bound that the recipe gives; those of adapters only if there are some. NaN holds no bound."""
-    found = []
+    verdicts = []
     for bound, limit in msgspec.to_builtins(gate).items():
         if limit is not None and (adapted or bound not in ADAPTED):
             score, meaning = BOUNDS[bound]
-            found.append(Verdict(bound, float(limit), scores.get(score), meaning))
-    return found
+            verdicts.append(Verdict(bound, float(limit), scores.get(score), meaning))
+    return verdicts

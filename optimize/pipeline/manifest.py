@@ -1,7 +1,7 @@
-"""What was done, from what, and what came of it: `manifest.json`, which `loradock serve` shows.
+"""`manifest.json` of an export: its sources, steps, scores and files, which `loradock serve` shows.
 
-The manifest says nothing that another run of the same recipe would say otherwise: no times, no speeds, no places.
-Those are in report/measurements.json.
+Every run of the same recipe writes the same manifest: no times, no speeds, no paths. Those are in
+report/measurements.json.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def write(folder: Path, facts: Facts) -> None:
     recipe["adapters"] = sorted(facts.recipe.adapters)
     recipe["evaluate"]["tasks"] = [Path(name).name for name in recipe["evaluate"]["tasks"]]
     for section in ("calibration", "evaluate"):
-        said = recipe[section]["text"]
-        recipe[section]["text"] = said if said.startswith("hf:") else Path(said).name
+        source = recipe[section]["text"]
+        recipe[section]["text"] = source if source.startswith("hf:") else Path(source).name
     body = {
         "manifest_version": 1,
         "key": facts.plan.key,
@@ -90,13 +90,13 @@ def schema() -> dict[str, Any]:
 
 @cache
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
-            found[library] = metadata.version(library)
+            installed[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             pass
-    return found
+    return installed
 
 
 def _lasting(notes: dict[str, Any]) -> dict[str, Any]:
@@ -110,21 +110,23 @@ def _lasting(notes: dict[str, Any]) -> dict[str, Any]:
 
 def _card(facts: Facts, parent: str) -> str:
     library = {"vllm": "transformers", "adapter": "peft"}.get(facts.recipe.export.format, "onnx")
-    said = ["---", f"base_model: {parent}", f"library_name: {library}", "tags: [loradock]", "---", ""]
-    said += [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
-    said += ["", "| | original | this |", "|---|---|---|"]
+    lines = ["---", f"base_model: {parent}", f"library_name: {library}", "tags: [loradock]", "---", ""]
+    lines += [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
+    lines += ["", "| | original | this |", "|---|---|---|"]
     scores = facts.scores
     if "perplexity" in scores:
-        said.append(f"| perplexity, held-out text | {scores['perplexity_original']:.2f} | {scores['perplexity']:.2f} |")
-        said.append(f"| same likeliest token | | {scores['top1']:.1%} |")
-        said.append(f"| weights, MB | {scores['bytes_original'] / 1e6:.0f} | {scores['bytes'] / 1e6:.0f} |")
-    said += [
+        lines.append(
+            f"| perplexity, held-out text | {scores['perplexity_original']:.2f} | {scores['perplexity']:.2f} |"
+        )
+        lines.append(f"| same likeliest token | | {scores['top1']:.1%} |")
+        lines.append(f"| weights, MB | {scores['bytes_original'] / 1e6:.0f} | {scores['bytes'] / 1e6:.0f} |")
+    lines += [
         "",
         "Gate: " + ("passed." if facts.passed else "**not passed**."),
         "",
         "Everything else is in manifest.json.",
     ]
-    return "\n".join(said) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _steps(facts: Facts) -> str:

@@ -1,7 +1,7 @@
-"""What a recipe would do, what it needs, and what stands in its way; said before any work, without torch.
+"""What a recipe will do, what it needs, and why it is refused, before any work and without torch.
 
-Estimates come from the checkpoint's headers: parameters, bytes, layers. What a step needs and refuses is in the rules
-beside it; here is what concerns the recipe as a whole.
+Estimates come from the checkpoint's headers: parameters, bytes, layers. The rules of a step are beside the step
+(`steps/*/rules.py`); those of the whole recipe are here.
 """
 
 from __future__ import annotations

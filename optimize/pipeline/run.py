@@ -1,8 +1,8 @@
-"""A recipe carried out, step after step, so that it can be killed at any moment and go on.
+"""Run a recipe step by step; a run that is killed at any moment can go on with `--resume`.
 
-Each step runs in a child process with a memory bound and fills a folder aside; when it is done the folder is renamed
-to a name that holds the digest of everything that the step depends on. `--resume` finds it under that name. The
-output directory appears by one rename at the very end.
+Each step runs in a child process with a memory bound and writes to a temporary folder. A finished folder is renamed to
+a name that holds the digest of everything that the step depends on, by which `--resume` finds it. The output directory
+appears by one rename at the very end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from optimize.options import KIND, Combine, Merge, Step, plain
 from optimize.pipeline import lock, manifest, report, step_code
 from optimize.pipeline.child import Child, Tell
 from optimize.pipeline.facts import Done, Facts
-from optimize.pipeline.gate import judged
+from optimize.pipeline.gate import judge
 from optimize.pipeline.plan import Plan
 from optimize.pipeline.worker import sentence
 from optimize.recipe import Recipe
@@ -73,16 +73,16 @@ class Run:
                 return self.out
             raise Refused(f"{self.out} exists already; remove it, or name another place with --out")
         with self._working():
-            given = dict(self.plan.adapters)
-            state = State(self.plan.model, self.plan.model, self.plan.model, given, given)
+            adapters = dict(self.plan.adapters)
+            state = State(self.plan.model, self.plan.model, self.plan.model, adapters, adapters)
             for step in self.recipe.steps:
                 state = self._step(step, state)
             return self._finish(state)
 
     def _step(self, step: Step, state: State) -> State:
         # What was merged is in the model by now, and no step has to look after it any more.
-        wanted = set(step.consumed)
-        living = {name: path for name, path in state.adapters.items() if name not in state.merged or name in wanted}
+        consumed = set(step.consumed)
+        living = {name: path for name, path in state.adapters.items() if name not in state.merged or name in consumed}
         done = self._do(KIND[type(step)], plain(step), replace(state, adapters=living), step.reads_text)
         made = done.folder / "model"
         model = made if made.is_dir() else state.model
@@ -90,13 +90,13 @@ class Run:
         for folder in sorted((done.folder / "adapters").glob("*")):
             adapters[folder.name] = folder
             originals.setdefault(folder.name, folder)
-        merged = state.merged | wanted
+        merged = state.merged | consumed
         if isinstance(step, Merge):  # quality is measured against base and adapters from here on
             return State(model, state.base, model, adapters, dict(adapters), merged)
         return State(model, state.base, state.reference, adapters, originals, merged)
 
     def _finish(self, state: State) -> Path:
-        """Export, measure, judge, and let the directory appear."""
+        """Export, measure, judge, and publish the output directory."""
         # Adapters that were merged or combined are in the model by now; the others have to work on it.
         living = {name: path for name, path in state.adapters.items() if name not in state.merged}
         state = replace(state, adapters=living)
@@ -111,11 +111,11 @@ class Run:
             "scores"
         ]
         if self.recipe.evaluate.tasks:
-            asked = {"tasks": list(self.recipe.evaluate.tasks), "task_limit": self.recipe.evaluate.task_limit}
-            scores |= self._do("tasks", asked, state, uses_text=False).notes["scores"]
+            questions = {"tasks": list(self.recipe.evaluate.tasks), "task_limit": self.recipe.evaluate.task_limit}
+            scores |= self._do("tasks", questions, state, uses_text=False).notes["scores"]
         if form == "vllm" and self.recipe.evaluate.engine:
             scores |= self._do("engine", {}, state, uses_text=True).notes["scores"]
-        verdicts = judged(self.recipe.gate, scores, adapted=bool(living))
+        verdicts = judge(self.recipe.gate, scores, adapted=bool(living))
         passed = all(verdict.holds for verdict in verdicts)
         facts = Facts(self.recipe, self.plan, self.done, scores, verdicts)
         aside = self.work / "export.part"
@@ -249,4 +249,4 @@ def _digest(folder: Path) -> str:
 
 @cache
 def _digested(folder: str, _: int) -> str:
-    return artifact.key({name: found for name, found in artifact.contents(Path(folder)).items() if name != NOTES})
+    return artifact.key({name: digest for name, digest in artifact.contents(Path(folder)).items() if name != NOTES})

@@ -1,7 +1,7 @@
 """One step in a process of its own: `python -m optimize.pipeline.worker JOB.json FD`.
 
-The step writes below `job.out` and reports on the file descriptor, a JSON object a line: how far it is, what it
-found, or the sentence of its error.
+The step writes below `job.out` and reports on the file descriptor, a JSON object a line: its progress, its notes, or
+its error.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def main(file: str, fd: str) -> int:
 
 
 def sentence(error: Exception) -> str:
-    """What an error is to whoever must act."""
+    """The error as a message that says what to do."""
     if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error):
         return "the disk is full; free some space and go on with --resume"
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed: pip install 'loradock[optimize]' beside loradock[cpu] or loradock[gpu]"
-    said = " ".join(str(error).split())[:400]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    message = " ".join(str(error).split())[:400]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 if __name__ == "__main__":

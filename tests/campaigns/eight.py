@@ -41,40 +41,40 @@ def optimized(folder: Path, name: str, adapters: dict[str, Path], step: dict[str
     return notes
 
 
-def said(server: Server, model: str) -> tuple[int, str]:
+def answered(server: Server, model: str) -> tuple[int, str]:
     """How many of the unseen prompts it answers with the first word alone, and one of its answers."""
     right, answers = 0, []
     for prompt in UNSEEN:
-        asked: dict[str, Any] = {"model": model, "max_tokens": 12, "temperature": 0}
+        request: dict[str, Any] = {"model": model, "max_tokens": 12, "temperature": 0}
         if isinstance(prompt, str):
-            told = done(server.http.post("/v1/completions", json=asked | {"prompt": prompt}))
-            text = told["choices"][0]["text"]
+            reply = done(server.http.post("/v1/completions", json=request | {"prompt": prompt}))
+            text = reply["choices"][0]["text"]
         else:
-            told = done(server.http.post("/v1/chat/completions", json=asked | {"messages": prompt}))
-            text = told["choices"][0]["message"]["content"]
+            reply = done(server.http.post("/v1/chat/completions", json=request | {"messages": prompt}))
+            text = reply["choices"][0]["message"]["content"]
         answers.append(text)
         right += bool(text.strip()) and set(text.split()[:-1]) == {WORDS[0]}
     return right, answers[0]
 
 
 def main(folder: Path) -> None:
-    adapters, given = trained(*WORDS), {"adapters": list(WORDS), "weights": WEIGHTS}
+    adapters, weighted = trained(*WORDS), {"adapters": list(WORDS), "weights": WEIGHTS}
     for method, rank in METHODS.items():
-        step = {"combine": {"name": method, "method": method, "rank": rank, **given}}
+        step = {"combine": {"name": method, "method": method, "rank": rank, **weighted}}
         notes = optimized(folder, method, adapters, step, "adapter")
         print(f"{method}: rank {notes['rank']}, off by {notes['error']:.2%}", flush=True)
-    merged = optimized(folder, "merged", adapters, {"merge": given}, "vllm")
+    merged = optimized(folder, "merged", adapters, {"merge": weighted}, "vllm")
     print(f"merged into the base: {merged}", flush=True)
     flags = ("--max-lora-rank", "64", *SMALL)
     with Server(folder / "data", folder / "log", *flags) as server:
         for method in METHODS:
             pushed = loradock("adapters", "push", method, folder / method, LORADOCK_URL=server.url)
             assert pushed.returncode == 0, pushed.stderr
-            right, answer = said(server, method)
+            right, answer = answered(server, method)
             print(f"{method} answers {right} of {len(UNSEEN)} as {WORDS[0]} does: {answer!r}", flush=True)
     with Server(folder / "data2", folder / "log2", *SMALL, model=str(folder / "merged")) as server:
         (name,) = (row["id"] for row in done(server.http.get("/v1/models"))["data"])
-        right, answer = said(server, name)
+        right, answer = answered(server, name)
         print(f"the merged base answers {right} of {len(UNSEEN)} as {WORDS[0]} does: {answer!r}")
 
 

@@ -1,9 +1,9 @@
-"""`loradock optimize` killed at random moments and resumed, until it is done: it ends in the bytes of a run left alone.
+"""`loradock optimize` killed at random moments and resumed until it is done: it ends with the bytes of a run not killed.
 
     python -m tests.campaigns.kills RECIPE [--kills 30] [--seed 0] [-- any option of loradock optimize]
 
 A kill comes at any time up to half of what the undisturbed run took, so that a run is killed many times on its way.
-Whatever lies under the output's name after a kill has to be whole.
+After a kill the output directory must be complete, or must not exist.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def killed(
             command(*arguments, "--out", out, "--resume"), env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         try:
-            told, _ = run.communicate(timeout=dice.uniform(0.3, longest) if done < kills else None)
+            output, _ = run.communicate(timeout=dice.uniform(0.3, longest) if done < kills else None)
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
             run.communicate()
             done += 1
-            # What is there under its own name is whole, or is not there.
+            # The output directory is complete, or does not exist.
             assert not out.exists() or files(out) == whole
             continue
-        assert run.returncode == 0, told.decode()
+        assert run.returncode == 0, output.decode()
         assert files(out) == whole
         assert not out.with_name(out.name + ".work").exists()
         if done >= kills or done == 0:
@@ -64,19 +64,19 @@ def killed(
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("recipe")
-    asked.add_argument("--kills", type=int, default=30)
-    asked.add_argument("--seed", type=int, default=0)
-    asked.add_argument("options", nargs="*")
-    given = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("options", nargs="*")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         first, second = Path(folder) / "whole" / "out", Path(folder) / "killed" / "out"
         first.parent.mkdir()
         second.parent.mkdir()
         begun = time.monotonic()
         subprocess.run(
-            command(given.recipe, *given.options, "--out", first),
+            command(arguments.recipe, *arguments.options, "--out", first),
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             check=True,
         )
@@ -84,7 +84,7 @@ def main() -> None:
         whole = files(first)
         print(f"undisturbed: {took:.0f} s, {len(whole)} files", flush=True)
         begun = time.monotonic()
-        done = killed([given.recipe, *given.options], second, whole, given.kills, took / 2, given.seed)
+        done = killed([arguments.recipe, *arguments.options], second, whole, arguments.kills, took / 2, arguments.seed)
         print(f"killed {done} times and resumed: the same {len(whole)} files, {time.monotonic() - begun:.0f} s")
 
 

@@ -82,7 +82,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
 
 def _finite(measured: list[float]) -> None:
-    """Refuse to choose by numbers that are none."""
+    """Refuse to choose by NaN or infinity."""
     if bad := [at for at, value in enumerate(measured) if not math.isfinite(value)]:
         raise OptimizeError(
             f"layer {bad[0]} gives NaN or infinity on the calibration text: the weights are broken, or the text is none"
@@ -95,14 +95,14 @@ def _narrowed(rest: str, value: torch.Tensor, keep: torch.Tensor) -> torch.Tenso
 
 @torch.inference_mode()
 def _influence(model: nn.Module, ids: torch.Tensor, progress: Progress) -> list[float]:
-    found = [0.0] * len(layers(model))
+    influence = [0.0] * len(layers(model))
     batches = ids.split(BATCH)
 
     def watch(at: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = out[0] if isinstance(out, tuple) else out
-            found[at] += (1 - float(cosine_similarity(before.float(), after.float(), dim=-1).mean())) / len(batches)
+            influence[at] += (1 - float(cosine_similarity(before.float(), after.float(), dim=-1).mean())) / len(batches)
 
         return hook
 
@@ -112,7 +112,7 @@ def _influence(model: nn.Module, ids: torch.Tensor, progress: Progress) -> list[
         model(input_ids=batch, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return found
+    return influence
 
 
 @torch.inference_mode()
@@ -128,19 +128,21 @@ def _greedy(
     losses: list[float] = []
     tries = sum(len(candidates) - done for done in range(count))
     while len(gone) < count:
-        before, at, found = first, 0, {}
+        before, at, losses_without = first, 0, {}
         for candidate in sorted(set(candidates) - set(gone)):
             before = through([whole[other] for other in range(at, candidate) if other not in gone], before)
             at = candidate
             after = through([whole[other] for other in range(at + 1, len(whole)) if other not in gone], before)
-            found[candidate] = sum(
+            losses_without[candidate] = sum(
                 float(cross_entropy(head(norm(state)).float()[0, :-1], row[1:]))
                 for state, row in zip(after.states, ids, strict=True)
             ) / len(ids)
-            progress(sum(len(candidates) - done for done in range(len(gone))) + len(found), tries, "greedy choice")
-        best = min(found, key=lambda candidate: found[candidate])
+            progress(
+                sum(len(candidates) - done for done in range(len(gone))) + len(losses_without), tries, "greedy choice"
+            )
+        best = min(losses_without, key=lambda candidate: losses_without[candidate])
         gone.append(best)
-        losses.append(round(found[best], 5))
+        losses.append(round(losses_without[best], 5))
     return gone, losses
 
 
@@ -157,16 +159,16 @@ def _channels(model: nn.Module, ids: torch.Tensor, width: int, progress: Progres
 
         return hook
 
-    found = layers(model)
-    hooks = [layer.mlp.down_proj.register_forward_pre_hook(watch(at)) for at, layer in enumerate(found)]
+    decoder = layers(model)
+    hooks = [layer.mlp.down_proj.register_forward_pre_hook(watch(at)) for at, layer in enumerate(decoder)]
     for done, batch in enumerate(batches):
         progress(done, len(batches), "MLP channels")
         model(input_ids=batch, use_cache=False)
     for hook in hooks:
         hook.remove()
     kept = {}
-    for at, layer in enumerate(found):
-        _finite([float(one.sum()) for one in sums.values()])
+    for at, layer in enumerate(decoder):
+        _finite([float(channels.sum()) for channels in sums.values()])
         heavy = sums[at].sqrt() * layer.mlp.down_proj.weight.float().norm(dim=0)
         kept[at] = heavy.topk(width).indices.sort().values
     return kept

@@ -28,15 +28,15 @@ def origins(pruned: Checkpoint, original: Checkpoint, prefix: str) -> list[int]:
     leaf = "input_layernorm.weight"
     count = int(original.config["num_hidden_layers"])
     theirs = [original.tensor(f"{prefix}.{at}.{leaf}") for at in range(count)]
-    found, after = [], 0
+    matched, after = [], 0
     for at in range(int(pruned.config["num_hidden_layers"])):
         ours = pruned.tensor(f"{prefix}.{at}.{leaf}")
         match = next((other for other in range(after, count) if torch.equal(ours, theirs[other])), None)
         if match is None:
             raise Refused(f"layer {at} of the pruned model is none of the original's: heal right after pruning")
-        found.append(match)
+        matched.append(match)
         after = match + 1
-    return found
+    return matched
 
 
 def first_changed(pairs: list[int], narrowed: bool) -> int:
@@ -55,16 +55,16 @@ def repaired(
 
     `begin` is what enters the first layer of both models.
     """
-    told = []
+    lacked = []
     ours = through(student[:first], begin)
     theirs = through(teacher[: pairs[first]], begin)
     for at in range(first, len(student)):
         progress(at - first, len(student) - first, f"least squares, layer {at + 1} of {len(student)}")
         until = pairs[at + 1] if at + 1 < len(pairs) else len(teacher)
         theirs = through(teacher[pairs[at] : until], theirs)
-        told.append(_fitted(student[at], ours, theirs))
+        lacked.append(_fitted(student[at], ours, theirs))
         ours = through(student[at : at + 1], ours)
-    return told
+    return lacked
 
 
 def _fitted(layer: Any, ours: Entered, theirs: Entered) -> tuple[float, float]:

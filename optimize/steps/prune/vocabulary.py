@@ -78,19 +78,19 @@ def chosen(written: Mapping[str, Any], used: Mapping[int, int], count: int | Non
     kept: set[int] = set()
 
     def family(token: int) -> set[int]:
-        found, waiting = set(), [token]
+        members, waiting = set(), [token]
         while waiting:
-            one = waiting.pop()
-            if one not in kept and one not in found:
-                found.add(one)
-                waiting += parents.get(one, ())
-        return found
+            member = waiting.pop()
+            if member not in kept and member not in members:
+                members.add(member)
+                waiting += parents.get(member, ())
+        return members
 
     for token in [*needed, *_alphabet(model, pieces)]:
         kept |= family(token)
     if count is not None and len(kept) > count:
         raise Refused(f"a vocabulary of {count} does not hold the {len(kept)} tokens that have to stay; ask for more")
-    for token in sorted(used, key=lambda one: (-used[one], one)):
+    for token in sorted(used, key=lambda token: (-used[token], token)):
         more = family(token)
         if count is None or len(kept) + len(more) <= count:
             kept |= more
@@ -144,26 +144,26 @@ def mapping(old: Any, new: Any) -> torch.Tensor | None:
 
 
 def _counted(words: Any, texts: list[Any], progress: Progress) -> Counter[int]:
-    found: Counter[int] = Counter()
-    for done, one in enumerate(texts):
-        found.update(text.tokens_of(words, one))
+    counts: Counter[int] = Counter()
+    for done, document in enumerate(texts):
+        counts.update(text.tokens_of(words, document))
         if done % 50 == 0:
             progress(done, len(texts), "counting tokens")
-    return found
+    return counts
 
 
 def _needed(words: Any, folder: Path, rows: int) -> list[int]:
     """Special tokens, those that the configs name, and the chat template's."""
-    found = set(words.all_special_ids) | set(words.get_added_vocab().values())
+    needed = set(words.all_special_ids) | set(words.get_added_vocab().values())
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             for key, value in json.loads((folder / name).read_text()).items():
                 if _holds_ids(key):
-                    found |= {one for one in _flat(value) if one is not None}
+                    needed |= {token for token in _flat(value) if token is not None}
     if words.chat_template:
-        told = words.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-        found |= set(words(told, add_special_tokens=False).input_ids)
-    return sorted(one for one in found if 0 <= one < rows)
+        prompt = words.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        needed |= set(words(prompt, add_special_tokens=False).input_ids)
+    return sorted(token for token in needed if 0 <= token < rows)
 
 
 def _pieces(model: Mapping[str, Any]) -> dict[str, int]:
@@ -174,12 +174,12 @@ def _pieces(model: Mapping[str, Any]) -> dict[str, int]:
 
 def _parents(model: Mapping[str, Any], pieces: Mapping[str, int]) -> dict[int, set[int]]:
     """token -> the tokens that any merge makes it of."""
-    found: dict[int, set[int]] = {}
+    parents: dict[int, set[int]] = {}
     for merge in model.get("merges") or []:
         token = pieces.get(_joined(model, merge))
         if token is not None:
-            found.setdefault(token, set()).update(pieces[part] for part in _halves(merge) if part in pieces)
-    return found
+            parents.setdefault(token, set()).update(pieces[part] for part in _halves(merge) if part in pieces)
+    return parents
 
 
 def _halves(merge: Any) -> list[str]:
@@ -212,7 +212,7 @@ def _processor(processor: dict[str, Any], places: Mapping[int, int]) -> None:
         _processor(inner, places)
     special = processor.get("special_tokens")
     for token in special.values() if isinstance(special, dict) else []:
-        token["ids"] = [places[one] for one in token["ids"]]
+        token["ids"] = [places[old] for old in token["ids"]]
     for end in ("sep", "cls"):
         if isinstance(processor.get(end), list):
             processor[end][1] = places[processor[end][1]]
@@ -234,12 +234,12 @@ def _holds_ids(key: str) -> bool:
 
 def _at(value: Any, places: Mapping[int, int]) -> Any:
     if isinstance(value, list):
-        return [_at(one, places) for one in value]
+        return [_at(item, places) for item in value]
     return places.get(value, value) if isinstance(value, int) else value
 
 
 def _flat(value: Any) -> list[Any]:
-    return [found for one in value for found in _flat(one)] if isinstance(value, list) else [value]
+    return [leaf for item in value for leaf in _flat(item)] if isinstance(value, list) else [value]
 
 
 def _adapter(folder: Path, keep: torch.Tensor, rows: int, out: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import entered, layers, logits, opened
 from optimize.errors import OptimizeError
-from optimize.steps.prune import heal, prune, repair
+from optimize.steps.prune import distillation, heal, prune, repair
 from tests.optimize.conftest import silent
 
 IDS = torch.arange(2, 34).view(2, 16)
@@ -62,7 +62,7 @@ def test_healing_that_was_killed_ends_in_the_same_bytes(base, job, monkeypatch):
     pruned = job("prune", layers=1)
     prune.run(pruned, silent)
     options = {"model": pruned.folder / "model", "steps": 6, "rank": 4, "batch": 2, "tokens": 24}
-    monkeypatch.setattr(heal, "SAVE_EVERY", 2)
+    monkeypatch.setattr(distillation, "SAVE_EVERY", 2)
     whole = job("heal", out="whole", **options)
     heal.run(whole, silent)
 
@@ -106,7 +106,7 @@ def test_the_gradient_of_the_distance_is_the_one_that_autograd_finds():
     torch.manual_seed(0)
     head, theirs = torch.randn(50, 8), torch.randn(3, 100, 8)
     ours = torch.randn(3, 100, 8, requires_grad=True)
-    loss, gradient = heal.distance(head, ours.detach(), theirs)
+    loss, gradient = distillation.distance(head, ours.detach(), theirs)
     wanted, said = ((states @ head.T).log_softmax(-1) for states in (theirs, ours))
     right = (wanted.exp() * (wanted - said)).sum(-1).mean()
     right.backward()

@@ -1,0 +1,181 @@
+"""The report of a run in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optimize.pipeline.facts import Done, Facts
+from optimize.pipeline.gate import Verdict
+
+Row = tuple[str, ...]
+
+
+def to_markdown(facts: Facts) -> str:
+    scores = facts.scores
+    lines = [
+        f"# {facts.name}",
+        "",
+        f"From {facts.plan.model.name}. Gate: {'passed' if facts.passed else '**not passed**'}.",
+        "",
+        *_table(_quality(scores)),
+    ]
+    if tasks := scores.get("tasks"):
+        lines += _section("Tasks", _table(_tasks(tasks)))
+    if facts.verdicts:
+        header = ("bound", "limit", "measured", "holds")
+        lines += _section("Gate", _table([header, *map(_verdict, facts.verdicts)]))
+    lines += _section("Steps", _table(_steps(facts.done)))
+    for done in facts.done:
+        lines += _of_step(done)
+    if effects := scores.get("adapters"):
+        lines += _section("Adapters on the new base, against the same on the old", _table(_effects(effects)))
+    if adapters := scores.get("engine", {}).get("adapters"):
+        lines += _section("Adapters in vLLM", _answers_of_adapters(adapters["answers"]))
+    if samples := scores.get("samples"):
+        lines += _section("Answers", _answers(samples))
+    return "\n".join(lines) + "\n"
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *lines]
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    first, *rest = rows
+    return [f"| {' | '.join(first)} |", "|" + "---|" * len(first)] + [f"| {' | '.join(row)} |" for row in rest]
+
+
+def _quality(scores: Mapping[str, Any]) -> list[Row]:
+    rows: list[Row] = [("", "original", "result", "")]
+    if "perplexity" in scores:
+        before, after = scores["bytes_original"], scores["bytes"]
+        old, new = scores["perplexity_original"], scores["perplexity"]
+        rows += [
+            ("perplexity", f"{old:.2f}", f"{new:.2f}", f"{scores['perplexity_increase']:+.2%}"),
+            ("KL from the original, nats", "0", f"{scores['kl']:.4f}", ""),
+            ("same likeliest token", "100 %", f"{scores['top1']:.1%}", ""),
+            ("weights, MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{after / before:.2f}"),
+        ]
+    if "tokens_ratio" in scores:
+        rows.append(("tokens for the same text", "1", f"{scores['tokens_ratio']:.3f}", ""))
+    if "engine" in scores:
+        rows += _speed(scores)
+    if "healed" in scores:
+        rows.append(("lost log-perplexity healed", "", f"{scores['healed']:.1%}", ""))
+    return rows
+
+
+def _speed(scores: Mapping[str, Any]) -> list[Row]:
+    old, new = scores["engine"]["original"], scores["engine"]["result"]
+    rows: list[Row] = []
+    for streams in ("1", "16"):
+        before, after = old["tokens_per_second"][streams], new["tokens_per_second"][streams]
+        ratio = f"{scores[f'speed_{streams}']:.2f} x"
+        rows.append((f"tokens/s, {streams} streams", f"{before:.1f}", f"{after:.1f}", ratio))
+    rows.append(("load, s", f"{old['load_seconds']:.1f}", f"{new['load_seconds']:.1f}", ""))
+    return rows
+
+
+def _tasks(tasks: Mapping[str, Any]) -> list[Row]:
+    rows: list[Row] = [("task", "score", "original", "result")]
+    for task, scores in tasks["original"].items():
+        for metric, before in scores.items():
+            after = tasks["result"][task][metric]
+            rows.append((task, metric.partition(",")[0], f"{before:.3f}", f"{after:.3f}"))
+    return rows
+
+
+def _verdict(verdict: Verdict) -> Row:
+    measured = "-" if verdict.measured is None else f"{verdict.measured:.4g}"
+    return verdict.bound, f"{verdict.limit:g}", measured, "yes" if verdict.holds else "**no**"
+
+
+def _steps(steps: Sequence[Done]) -> list[Row]:
+    rows: list[Row] = [("step", "options", "seconds", "of a processor", "memory, GB")]
+    for done in steps:
+        options = {name: value for name, value in done.options.items() if value not in (0, 0.0, [], ())}
+        rows.append(
+            (
+                done.kind,
+                ", ".join(f"{name} {value}" for name, value in options.items()),
+                f"{done.seconds:.0f}",
+                f"{done.notes.get('cpu_seconds', 0):.0f}",
+                f"{done.notes.get('memory', 0) / 1e9:.2f}",
+            )
+        )
+    return rows
+
+
+def _of_step(done: Done) -> list[str]:
+    """What a step has to say for itself."""
+    notes, lines = done.notes, []
+    if sentence := _sentence(done.kind, done.options, notes):
+        lines += ["", sentence]
+    if "vocabulary_before" in notes:
+        covered = f"{notes['covered']:.2%} of the calibration text's tokens stay as they were"
+        lines += ["", f"Vocabulary: {notes['vocabulary']} tokens of {notes['vocabulary_before']}; {covered}."]
+    if "zeros" in notes:
+        lines += ["", f"{notes['zeros']:.1%} of the weights in {notes['layers']} matrices are zero."]
+    if checked := notes.get("checked"):
+        rows: list[Row] = [("", "largest difference of a logit", "greedy tokens the same")]
+        rows += [(name, f"{of['logits_off']:.2g}", str(of["greedy_same"])) for name, of in checked.items()]
+        lines += _section("onnxruntime-genai against PyTorch", _table(rows))
+    if kept := notes.get("kept"):
+        layers = ", ".join(f"{layer} {level}" for layer, level in kept.items())
+        lines += ["", f"Layers that kept more bits: {layers}."]
+    if (adapters := notes.get("adapters")) and isinstance(adapters, dict):
+        lines += ["", "Adapters: " + "; ".join(f"{name} {what}" for name, what in adapters.items()) + "."]
+    return lines
+
+
+def _sentence(kind: str, options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    if kind == "combine":
+        return (
+            f"{options['name']}: {notes['means']}. Rank {notes['rank']}, "
+            f"{notes['error']:.2%} off the exact weighted sum of the updates."
+        )
+    if kind == "merge":
+        return (
+            f"Merged: logits at most {notes['logits_off']:g} from base + adapters in fp32, KL "
+            f"{notes['kl_to_base_plus_adapter']:g}; weights at most {notes['weights_off_in_last_places']:g} of bf16's "
+            "last place from the exact ones (rounding to the nearest is 0.5)."
+        )
+    if kind == "prune" and notes.get("dropped"):
+        return f"Dropped: layers {', '.join(map(str, notes['dropped']))}."
+    if kind == "heal":
+        squares = f", after least squares {notes['repair']['left']:.3f}" if "repair" in notes else ""
+        return (
+            f"Log-perplexity above the original's: {notes['lost']:.3f} after pruning{squares}, {notes['left']:.3f} "
+            f"in the end, after {notes['trained_tokens']:,} tokens of distillation."
+        )
+    if kind == "onnx":
+        return (
+            f"Logits at most {notes['logits_off']:g} from PyTorch's in fp32; the first {notes['greedy_same']} of 64 "
+            "greedy tokens, through the cache, are the same."
+        )
+    return ""
+
+
+def _effects(effects: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    rows: list[Row] = [("adapter", "KL", "effect, KL to base", "cosine of the effect", "top-1")]
+    for name, effect in effects.items():
+        kl, moved, cosine = f"{effect['kl']:.4f}", f"{effect['kl_to_base']:.4f}", f"{effect['cosine']:.3f}"
+        rows.append((name, kl, moved, cosine, f"{effect['top1']:.1%}"))
+    return rows
+
+
+def _answers_of_adapters(answers: Mapping[str, Mapping[str, str]]) -> list[str]:
+    return [
+        f"- {name}, {prompt!r}: {' '.join(answer.split())}"
+        for name, by_prompt in answers.items()
+        for prompt, answer in by_prompt.items()
+    ]
+
+
+def _answers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for sample in samples:
+        answers = [f"- {name}: {' '.join(str(text).split())}" for name, text in sample.items() if name != "prompt"]
+        lines += [f"**{sample['prompt']}**", "", *answers, ""]
+    return lines
