@@ -1,4 +1,4 @@
-"""`loradock optimize` killed at random moments and resumed until it is done: it ends with the bytes of a run not killed.
+"""Kill `loradock optimize` at random moments and resume it until it is done: it ends with an undisturbed run's bytes.
 
     python -m tests.campaigns.kills RECIPE [--kills 30] [--seed 0] [-- any option of loradock optimize]
 
