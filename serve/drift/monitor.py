@@ -134,7 +134,7 @@ class DriftMonitor(Collector):
         id: str,
         answers: Sequence[Logprobs],
         noise: float,
-        suspected: Sequence[Logprobs] | None = None,
+        earlier: Sequence[Logprobs] | None = None,
     ) -> ProbeResult:
         """Compare what a version answered to the probe prompts with its first answers to them."""
         base = self._base_of(adapter)
@@ -142,7 +142,7 @@ class DriftMonitor(Collector):
             if base not in self._models or not answers:
                 return ProbeResult()
             watched = self._watched(adapter, version, id, base)
-            return watched.compare_probe(answers, noise, self._clock(), suspected)
+            return watched.compare_probe(answers, noise, self._clock(), earlier)
 
     def acknowledge(self, adapter: str, version: str) -> None:
         """The alarms of a version have been dealt with: its evidence begins again."""

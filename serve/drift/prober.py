@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 # Each prompt shares a step with clients' requests: eight at once made that step twice as long.
 PAUSE_SECONDS = 0.2
-# Answers that moved are asked for again when the engine is idle, or after so long at the latest.
+# First answers, and answers that moved, are asked for again when the engine is idle, or after so long at the latest.
 CONFIRM_SECONDS = 300.0
 
 # A version's stay in an engine: which engine, and the number of the adapter in it.
@@ -33,10 +33,10 @@ Stay = tuple[int, int]
 
 @dataclass(slots=True)
 class _Probed:
-    """When a stay was probed last, and the answers that have to be confirmed."""
+    """When a stay was probed last, and its answers if they are asked for again."""
 
     when: float
-    suspected: list[Logprobs] | None = field(default=None, repr=False)
+    to_confirm: list[Logprobs] | None = field(default=None, repr=False)
 
 
 class Prober:
@@ -90,27 +90,24 @@ class Prober:
         if probed is None:
             return True
         waited = time.monotonic() - probed.when
-        if probed.suspected is not None:
+        if probed.to_confirm is not None:
             return not base.engine.leases or waited >= CONFIRM_SECONDS
         return bool(self._interval) and waited >= self._interval
 
     async def _probe(self, live: Adapter, base: Supervisor, stay: Stay) -> None:
         before = self._probed.get(stay)
-        probed = self._probed[stay] = _Probed(time.monotonic(), before.suspected if before else None)
+        probed = self._probed[stay] = _Probed(time.monotonic(), before.to_confirm if before else None)
         while answers := await self._ask(live, base):
             noise = base.probe.noise if base.probe else 0.0
             names = (live.name, f"v{live.version}", live.id)
             result = await asyncio.to_thread(
-                self._monitor.compare_probe, *names, answers, noise, suspected=probed.suspected
+                self._monitor.compare_probe, *names, answers, noise, earlier=probed.to_confirm
             )
-            probed.suspected = answers if result.suspected else None
+            probed.to_confirm = answers if result.ask_again else None
             if result.alarm:
                 await asyncio.to_thread(self._alarmed, result.alarm)
-            if not result.suspected:
+            if not result.ask_again or base.engine.leases:  # then `_is_due` says when
                 return
-            log.info("%s: the answers to the probe moved; they are asked for again", live.tag)
-            if base.engine.leases:
-                return  # until the engine is idle, see `_is_due`
 
     async def _ask(self, live: Adapter, base: Supervisor) -> list[Logprobs] | None:
         """The version's answers; None if it leaves the engine meanwhile, or does not answer."""

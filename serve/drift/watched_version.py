@@ -63,10 +63,10 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """`suspected`: the answers moved, but that may be the noise of a busy engine: ask again."""
+    """`ask_again`: what these answers say may be the noise of a busy engine."""
 
     alarm: Alarm | None = None
-    suspected: bool = False
+    ask_again: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,24 +123,26 @@ class WatchedVersion:
         return alarms
 
     def compare_probe(
-        self, answers: Sequence[Logprobs], noise: float, now: float, suspected: Sequence[Logprobs] | None = None
+        self, answers: Sequence[Logprobs], noise: float, now: float, earlier: Sequence[Logprobs] | None = None
     ) -> ProbeResult:
         """Compare the answers to the probe prompts with the first ones, which are kept.
 
-        Answers that moved are suspected and asked for again; only then, with the `suspected` ones, they are an alarm.
-        By as much as the two differ from one another, rounding changes from batch to batch: that is noise.
+        First answers, and answers that moved, are asked for again and come with the `earlier` ones then. By as much as
+        the two differ from one another, rounding differs from batch to batch: that is noise.
         """
         kept, tolerated = self.baseline.probe, self.settings.tolerance.probe
+        if earlier is not None:
+            noise = max(noise, effect(earlier, answers))
         if not has_reference(kept, answers):
+            if earlier is None:
+                return ProbeResult(ask_again=True)
             self.baseline.probe = probe_arrays(answers, noise)
             self.probe_ratio, self.unsaved = 0.0, True
             return ProbeResult()
-        if suspected is not None:
-            noise = max(noise, effect(suspected, answers))
         ratio = noise_ratio(kept, answers, noise)
         alarmed = self.probe_ratio is not None and self.probe_ratio > tolerated
-        if ratio > tolerated and not alarmed and suspected is None:
-            return ProbeResult(suspected=True)
+        if ratio > tolerated and not alarmed and earlier is None:
+            return ProbeResult(ask_again=True)
         self.probe_ratio = ratio
         if ratio <= tolerated or alarmed:
             return ProbeResult()

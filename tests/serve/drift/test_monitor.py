@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import random
 import shutil
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from serve.asgi.exchange import Generation
+from serve.asgi.exchange import Exchange, Generation
 from serve.cli.baseline import prompts
+from serve.drift.embedding import Embedding
+from serve.drift.monitor import DriftMonitor
+from serve.drift.watched_version import DriftSettings
 from serve.errors import ConfigError
 from tests.support.tiny import HIDDEN
 from tests.support.watched_traffic import CHAT, Engine, ask, drift, push, until
@@ -224,24 +229,21 @@ class Prompt(list):
     """Tokens that can be looked for once everybody should have let go of them."""
 
 
-async def test_of_what_was_asked_numbers_are_kept_and_neither_tokens_nor_text(connect, watched, backend, make_adapter):
-    engine, prompts = Engine(backend), []
-
-    def generate(body):
-        made = engine.generate(body)
-        prompt = Prompt(made.prompt)
+def test_of_what_was_asked_numbers_are_kept_and_neither_tokens_nor_text(tmp_path):
+    monitor = DriftMonitor(tmp_path, DriftSettings(reference=100))
+    monitor.learn("", Embedding.project(np.random.default_rng(0).standard_normal((VOCABULARY, HIDDEN))))
+    draw, prompts = random.Random(0), []
+    for number in range(100):
+        prompt = Prompt([1, 2, 3, *draw.choices(range(8, 20), k=draw.randint(8, 20)), 4, 5])
         prompts.append(weakref.ref(prompt))
-        return replace(made, prompt=prompt, text="a text " * 100)
-
-    backend.generate = generate
-    async with connect(watched) as client:
-        parts = client._transport.app.state.parts
-        await push(client, make_adapter, 0)
-        await ask(client, 100)
-        await drift(client)
-        backend.bodies.clear()
-        gc.collect()
-        kept = [prompt for prompt in prompts if prompt() is not None]
-        assert len(kept) <= 1, "the last one may be at hand still"
-        (version,) = parts.drift_monitor._versions.values()
-        assert {len(digest) for digest in (*version.thinning._prompts, *version.thinning._bands)} == {16}
+        generation = Generation(prompt, draw.choices(range(8, 32), k=10), "stop", "a text")
+        asker = f"user {number}".encode()
+        monitor.observe(
+            Exchange("tone", "v1", 200, 0.1, 0.2, id="tone@1", asker=asker, began=number, generations=(generation,))
+        )
+    del prompt, generation
+    gc.collect()
+    assert not [prompt for prompt in prompts if prompt() is not None]
+    (version,) = monitor._versions.values()
+    assert version.thinning.counts["accepted"] > 60
+    assert {len(digest) for digest in (*version.thinning._prompts, *version.thinning._bands)} == {16}

@@ -78,6 +78,30 @@ async def test_what_an_engine_rounds_that_is_never_idle_raises_no_alarm_and_what
         await stream
 
 
+async def test_first_answers_of_a_busy_engine_raise_no_alarm_once_it_is_idle(
+    connect, watched, backend, make_adapter, monkeypatch
+):
+    monkeypatch.setattr(prober_module, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(prober_module, "CONFIRM_SECONDS", 0.0)
+    Engine(backend)
+    async with connect(watched) as client:
+        prober = client._transport.app.state.parts.prober
+        await push(client, make_adapter, 0)
+        busy(backend)
+        backend.flow.clear()
+        stream = asyncio.create_task(client.post(CHAT, json={"model": "tone", "stream": True}))
+        assert await settled(lambda: backend.running == 1)
+        prober._interval = 1e-9
+        for _ in range(2):
+            await prober.round()
+        backend.flow.set()
+        await stream
+        for _ in range(2):
+            await prober.round()
+        assert (await drift(client))["versions"][0]["probe"]["noise_ratio"] > 0, "the first answers were kept"
+        assert (await client.get("/v1/drift")).json()["data"][0]["versions"][0]["drifted"] == []
+
+
 async def test_an_adapter_whose_base_is_not_served_here_keeps_no_other_from_being_probed(
     connect, watched, backend, make_adapter
 ):
