@@ -9,19 +9,40 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-# What to use instead.
+_PROXY = "put a proxy in front"
+_ONE_PROCESS = "one server is one process here"
+_NO_ACCESS_LOG = "this server writes no access log"
+_NO_DOCS = "this server has no such pages; its OpenAPI document is /openapi.json"
+
+# Options that would have no effect here, and what to use instead.
 REFUSED = {
     "api_key": "use api_keys and admin_keys",
     "lora_modules": "push adapters with `loradock adapters push`",
     "enable_lora": "adapters are always on here",
-    "headless": "one server is one process here",
-    "api_server_count": "one server is one process here",
+    "headless": _ONE_PROCESS,
+    "api_server_count": _ONE_PROCESS,
     "grpc": "this server speaks HTTP",
     "grpc_port": "this server speaks HTTP",
     "uds": "use host and port",
-    "middleware": "put a proxy in front",
+    "middleware": _PROXY,
     "uvicorn_log_level": "use log_level",
     "worker_extension_cls": "it is taken by this server",
+    "served_model_name": "use name, or `name:` of an entry of `engines:`",
+    "ssl_ca_certs": _PROXY,
+    "ssl_cert_reqs": _PROXY,
+    "ssl_ciphers": _PROXY,
+    "enable_ssl_refresh": _PROXY,
+    "root_path": _PROXY,
+    "disable_uvicorn_access_log": _NO_ACCESS_LOG,
+    "disable_access_log_for_endpoints": _NO_ACCESS_LOG,
+    "disable_fastapi_docs": _NO_DOCS,
+    "enable_offline_docs": _NO_DOCS,
+    "enable_server_load_tracking": "see loradock_* in /metrics, and /v1/engines",
+    "enable_tokenizer_info_endpoint": "/tokenizer_info is not served here",
+    "data_parallel_supervisor_port": _ONE_PROCESS,
+    "dp_supervisor_probe_interval_s": _ONE_PROCESS,
+    "dp_supervisor_probe_timeout_s": _ONE_PROCESS,
+    "dp_supervisor_probe_failure_threshold": _ONE_PROCESS,
 }
 
 

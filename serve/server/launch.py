@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -67,14 +68,14 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     engine |= base.engine
     if "max_cpu_loras" not in base.engine:
-        engine["max_cpu_loras"] = max(32, int(engine["max_loras"]))
+        engine["max_cpu_loras"] = max(32, _whole(engine, "max_loras"))
     if hardware.on_cpu():
-        ranks = int(engine.get("data_parallel_size", 1))
+        ranks = _whole(engine, "data_parallel_size")
         weights = ranks * hardware.weights(Path(base.model))
         if "gpu_memory_utilization" not in engine:
             engine.setdefault("kv_cache_memory_bytes", hardware.kv_space(weights) // ranks)
             hardware.check_memory(weights, ranks * _bytes(engine["kv_cache_memory_bytes"]))
-        workers = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
+        workers = _whole(engine, "tensor_parallel_size") * _whole(engine, "pipeline_parallel_size")
         together = "distributed_executor_backend" not in engine and hardware.one_process(environ, workers)
         if together:
             engine["distributed_executor_backend"] = IN_PROCESS
@@ -88,6 +89,14 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
     return replace(base, engine=MappingProxyType(engine))
+
+
+def _whole(engine: Mapping[str, Any], option: str) -> int:
+    """A whole number above 0 of an engine's option; 1 where it is not given."""
+    text = str(engine.get(option, 1)).strip()
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ConfigError(f"{option} takes a whole number above 0, not {engine[option]!r}")
+    return int(text)
 
 
 def _bytes(value: Any) -> int:
@@ -105,6 +114,7 @@ def own(folder: Path) -> Iterator[None]:
     """The data directory, made when absent, and ours alone: a second server would sweep away this one's uploads."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _tighten(folder)
         lock = (folder / "lock").open("w")
     except OSError as error:
         raise ConfigError(f"the data directory {folder} cannot be used ({error.strerror}): set --data-dir") from error
@@ -114,6 +124,14 @@ def own(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ConfigError(f"another loradock serves from {folder}: stop it, or set another --data-dir") from error
         yield
+
+
+def _tighten(folder: Path) -> None:
+    """Prompts, keys' digests and tenants' adapters lie there: other accounts of this machine may not read them."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & 0o077:
+        folder.chmod(0o700)
+        log.warning("%s could be read by other accounts (mode %04o): it is 0700 now", folder, mode)
 
 
 def _run(config: Config, sock: socket, output: Log) -> int:

@@ -50,6 +50,8 @@ A, B, C = (letter * 16 for letter in "abc")
         (["one", "two"], {}, "one too many"),
         (["-x"], {}, "one too many"),
         (["--lora-modules", "a=b"], {}, "loradock adapters push"),
+        (["--served-model-name", "a"], {}, "is not taken: use name"),
+        (["--root-path", "/llm"], {}, "is not taken: put a proxy in front"),
         (["--host", "0.0.0.0"], {}, "LORADOCK_ADMIN_KEYS"),
         (["--host", "example.org"], {}, "LORADOCK_ADMIN_KEYS"),
         (["--name", "a@b"], {}, "--name"),

@@ -77,6 +77,26 @@ def test_a_data_directory_that_another_server_uses(tiny_model, tmp_path, data):
         assert_refused(run("serve", str(tiny_model), data, "--port", "0"), "another loradock")
 
 
+def test_an_existing_data_directory_is_closed_to_other_accounts(tmp_path, caplog):
+    from serve.server.launch import own
+
+    folder = tmp_path / "data"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    for _ in range(2):
+        with own(folder):
+            assert folder.stat().st_mode & 0o777 == 0o700
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder} could be read by other accounts (mode 0755): it is 0700 now"
+    ]
+
+
+@pytest.mark.parametrize("option", ["max_loras", "tensor_parallel_size"])
+def test_an_engine_option_that_is_no_number_is_a_sentence(tiny_model, data, option):
+    said = run("serve", str(tiny_model), data, "--port", "0", f"--{option.replace('_', '-')}", "x")
+    assert_refused(said, f"{option} takes a whole number above 0, not 'x'")
+
+
 def test_a_data_directory_that_cannot_be(tiny_model):
     assert_refused(run("serve", str(tiny_model), "--data-dir=/proc/nowhere", "--port", "0"), "--data-dir")
 
