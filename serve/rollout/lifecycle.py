@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,10 @@ class Lifecycle:
         await self._expect(name, expected)
         digest = await asyncio.to_thread(self.store.admit, folder, keep=True)
         adapter_id = f"{name}@{digest[:12]}"
+        own = None if base is self.fleet.first else base.name
+        add = partial(
+            self.registry.add, name, by=by, promote=promote, why=why, shared=shared, base=own, expected=expected
+        )
         try:
             check_push(self.registry, name, digest, inspection, quota)
             check_digest(digest, limits)
@@ -151,19 +156,7 @@ class Lifecycle:
                 async with self._change(name, base), self._locks.quota(tenant_of(name)):
                     if base.model == judged:
                         check_push(self.registry, name, digest, inspection, quota)
-                        adapter, created = await asyncio.to_thread(
-                            self.registry.add,
-                            name,
-                            inspection,
-                            digest,
-                            by=by,
-                            promote=promote,
-                            why=why,
-                            shared=shared,
-                            checks=checks,
-                            base=None if base is self.fleet.first else base.name,
-                            expected=expected,
-                        )
+                        adapter, created = await asyncio.to_thread(add, inspection, digest, checks=checks)
                         break
                 # The base was swapped meanwhile: what counts is what the adapter does on the one that serves now.
                 judged = base.model
@@ -408,7 +401,7 @@ class Lifecycle:
         names = [name for name in self.registry.names() if self.fleet.owner(name) is base]
         pinned = [adapter for name in self._pinned_names(base) if (adapter := self.registry.pinned(name))]
         serving = {adapter.id: adapter for name in names for adapter in self._serving(name).values()}
-        popular = [serving[one] for one in self.popularity.ranked(serving)]
+        popular = [serving[adapter_id] for adapter_id in self.popularity.ranked(serving)]
         return list({adapter.id: adapter for adapter in (*pinned, *popular)}.values())
 
     def _flipped(self, name: str, before: Mapping[str, Adapter], base: Supervisor | None = None) -> None:
@@ -426,8 +419,8 @@ class Lifecycle:
         return [name for name in self.registry.pinned_names() if self.fleet.owner(name) is base]
 
     def _pinned(self, base: Supervisor) -> frozenset[str]:
-        found = (self.registry.pinned(name) for name in self._pinned_names(base))
-        return frozenset(adapter.id for adapter in found if adapter)
+        pinned = (self.registry.pinned(name) for name in self._pinned_names(base))
+        return frozenset(adapter.id for adapter in pinned if adapter)
 
     def _let_go(self, base: Supervisor, adapter_id: str, digest: str) -> None:
         """Once its last answer has ended, free an adapter that the registry does not name (any more)."""

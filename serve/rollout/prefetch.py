@@ -64,8 +64,8 @@ class Popularity:
     def load(self, path: Path) -> None:
         """What `save` wrote, if it did; anything else is as good as nothing."""
         try:
-            found = json.loads(path.read_text())
-            self._scores = {str(key): float(score) for key, score in found.items() if math.isfinite(score)}
+            saved = json.loads(path.read_text())
+            self._scores = {str(key): float(score) for key, score in saved.items() if math.isfinite(score)}
         except (OSError, ValueError, TypeError, AttributeError):
             return
 
