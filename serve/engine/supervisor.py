@@ -232,7 +232,7 @@ class Supervisor:
                     log.error("%s was swapped to %s, which does not start; back to %s: %s", self.name, swapped,
                               self.configured, error)  # fmt: skip
             self.serve(await self.bring_up(self._engine))
-        except BaseException as error:
+        except Exception as error:
             self._give_up(str(error) or type(error).__name__)
             raise
 
