@@ -1,0 +1,198 @@
+"""Each version's latency, errors and residency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serve.telemetry.rendered.dashboards.queries import (
+    ADAPTER,
+    CHOSEN,
+    VERSION,
+    Levels,
+    error_ratio,
+    limit,
+    marks,
+    quantile,
+    rate,
+)
+from serve.telemetry.rendered.panels import Json, Panel, Query, Row, dashboard
+from serve.telemetry.slo import Objective, Slo
+
+EACH = "{{adapter}}@{{version}}"
+BY = "adapter, version"
+
+
+def board(slos: Sequence[Slo]) -> Json:
+    first, between, errors = (limit(slos, objective) for objective in Objective)
+    content: list[Panel | Row] = [
+        *_versions(),
+        *_latency_and_errors(first, between, errors),
+        *_waiting(),
+        *_tokens(),
+        *_swaps(),
+    ]
+    says = "Each version's latency, errors and residency."
+    return dashboard("adapters", "Adapters", says, content, [ADAPTER, VERSION], marks("$adapter"))
+
+
+def _versions() -> list[Panel | Row]:
+    return [
+        Row("Versions"),
+        Panel(
+            "Where the weights are",
+            "slot: in the batch; host: in the engine's memory; disk: loaded when it is asked for; failed: it cannot be "
+            "loaded, and its requests fail.",
+            [
+                Query(
+                    f"max by (adapter, version) (loradock_adapter_state{{{CHOSEN},state='{state}'}} * {code} > 0)",
+                    f"{EACH} {state}",
+                )
+                for code, state in enumerate(("disk", "host", "slot", "failed"), 1)
+            ],
+            kind="state-timeline",
+            width=24,
+            quiet=True,
+            levels=((None, "text"), (1, "semi-dark-yellow"), (2, "semi-dark-blue"), (3, "green"), (4, "red")),
+            mappings={
+                "1": ("disk", "semi-dark-yellow"),
+                "2": ("host", "semi-dark-blue"),
+                "3": ("slot", "green"),
+                "4": ("failed", "red"),
+            },
+            least=None,
+        ),
+        Panel(
+            "Versions that are there",
+            "Digest, rank and base of each version.",
+            [Query(f"max by (adapter, version, digest, rank, base) (loradock_adapter_info{{{CHOSEN}}})", now=True)],
+            kind="table",
+            width=24,
+            height=6,
+        ),
+    ]
+
+
+def _latency_and_errors(first: Levels, between: Levels, errors: Levels) -> list[Panel | Row]:
+    return [
+        Row("Latency and errors"),
+        Panel(
+            "Requests",
+            "Requests a second, by the version that answered.",
+            [Query(rate("loradock_requests_total", CHOSEN, BY), EACH)],
+            unit="reqps",
+        ),
+        Panel(
+            "Errors",
+            "The part that failed (5xx). A version that fails while others answer should be rolled back.",
+            [Query(error_ratio(CHOSEN, BY), EACH)],
+            unit="percentunit",
+            quiet=True,
+            levels=errors,
+            line=True,
+        ),
+        Panel(
+            "First token, p95",
+            "From the request's arrival to its first bytes. High for one adapter: is it loaded from disk again and "
+            "again? Pin it. High for all: the engine has a queue.",
+            [Query(quantile(0.95, "time_to_first_token_seconds", CHOSEN, BY), EACH, exemplars=True)],
+            unit="s",
+            levels=first,
+            line=True,
+        ),
+        Panel(
+            "Between tokens, p95",
+            "The mean distance of an answer's tokens. A higher rank costs here.",
+            [Query(quantile(0.95, "inter_token_latency_seconds", CHOSEN, BY), EACH)],
+            unit="s",
+            levels=between,
+            line=True,
+        ),
+    ]
+
+
+def _waiting() -> list[Panel]:
+    return [
+        Panel(
+            "Worst gap between tokens, p95",
+            "The longest wait inside an answer: prefills of others, or an adapter being loaded.",
+            [Query(quantile(0.95, "max_inter_token_latency_seconds", CHOSEN, BY), EACH)],
+            unit="s",
+        ),
+        Panel(
+            "Whole answer, p95",
+            "From the request's arrival to its last byte.",
+            [Query(quantile(0.95, "request_duration_seconds", CHOSEN, BY), EACH)],
+            unit="s",
+        ),
+        Panel(
+            "In the queue, p95",
+            "How long a request waits before the engine begins with it.",
+            [Query(quantile(0.95, "queue_time_seconds", CHOSEN, BY), EACH)],
+            unit="s",
+        ),
+        Panel(
+            "Under way",
+            "Answers that have begun and not ended.",
+            [Query(f"sum by ({BY}) (loradock_requests_in_progress{{{CHOSEN}}})", EACH)],
+            quiet=True,
+        ),
+    ]
+
+
+def _tokens() -> list[Panel | Row]:
+    return [
+        Row("Tokens and endings"),
+        Panel(
+            "Generated tokens",
+            "Tokens a second, by the version that said them.",
+            [Query(rate("loradock_generation_tokens_total", CHOSEN, BY), EACH)],
+        ),
+        Panel(
+            "How answers end",
+            "stop: as the model wanted; length: at max_tokens. More `length` after a swap: the version has forgotten "
+            "to stop.",
+            [
+                Query(
+                    rate("loradock_requests_total", CHOSEN, "adapter, version, finish_reason"),
+                    EACH + " {{finish_reason}}",
+                )
+            ],
+            unit="reqps",
+        ),
+    ]
+
+
+def _swaps() -> list[Panel | Row]:
+    return [
+        Row("Swaps and slots"),
+        Panel(
+            "Swaps",
+            "Changes of a live version, by what became of them.",
+            [
+                Query(
+                    'sum by (adapter, result) (increase(loradock_adapter_swaps_total{adapter=~"$adapter"}[1h]))',
+                    "{{adapter}} {{result}}",
+                )
+            ],
+            quiet=True,
+        ),
+        Panel(
+            "Loading an adapter, p95",
+            "From the call to a resident adapter, by where the weights came from.",
+            [
+                Query(
+                    "histogram_quantile(0.95, sum by (le, tier) (rate(loradock_adapter_load_seconds_bucket[5m])))",
+                    "{{tier}}",
+                )
+            ],
+            unit="s",
+            quiet=True,
+        ),
+        Panel(
+            "Adapters in the engine",
+            "How many versions are in a slot, in the engine's memory, or on disk alone. All slots taken and loads "
+            "rising: raise max_loras or max_cpu_loras.",
+            [Query("sum by (state) (loradock_adapter_state)", "{{state}}")],
+            width=24,
+        ),
+    ]

@@ -1,0 +1,118 @@
+"""Does the engine have room?"""
+
+from __future__ import annotations
+
+from serve.telemetry.rendered.dashboards.queries import (
+    ENGINE,
+    INTERVAL,
+    marks,
+    quantile,
+    ratio,
+)
+from serve.telemetry.rendered.panels import Json, Panel, Query, Row, dashboard
+
+
+def board() -> Json:
+    content: list[Panel | Row] = [
+        *_room(),
+        *_work(),
+    ]
+    return dashboard("engine", "Engine", "Whether the engine has room.", content, [ENGINE], marks(".*"))
+
+
+def _room() -> list[Panel]:
+    return [
+        Panel(
+            "KV cache",
+            "The part that is in use. Above 90 % requests wait or are preempted: give it more memory, or shorten "
+            "max_model_len.",
+            [Query("max by (model_name, engine) (vllm:kv_cache_usage_perc)", "{{model_name}} {{engine}}")],
+            unit="percentunit",
+            quiet=True,
+            levels=((None, "green"), (0.9, "red")),
+            line=True,
+            most=1,
+        ),
+        Panel(
+            "Batch and queue",
+            "Requests that are computed, and those that wait. Waiting for long: more comes in than one engine does.",
+            [
+                Query("sum(vllm:num_requests_running)", "running"),
+                Query("sum(vllm:num_requests_waiting)", "waiting"),
+            ],
+            quiet=True,
+        ),
+        Panel(
+            "Time in the queue",
+            "Before the engine begins with a request.",
+            [Query(quantile(q, "queue_time_seconds"), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)],
+            unit="s",
+            levels=((None, "green"), (5, "red")),
+        ),
+        Panel(
+            "Prefix cache",
+            "The part of prompt tokens that were there already. Each adapter version and each tenant has its own part, "
+            "so a swap begins at zero.",
+            [
+                Query(
+                    ratio("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"),
+                    "hits",
+                )
+            ],
+            unit="percentunit",
+            quiet=True,
+            most=1,
+        ),
+        Panel(
+            "Preemptions",
+            "Requests thrown out of the batch for want of KV cache, and computed again.",
+            [Query(f"sum(rate(vllm:num_preemptions_total{INTERVAL}))", "preemptions")],
+            unit="reqps",
+            quiet=True,
+        ),
+    ]
+
+
+def _work() -> list[Panel]:
+    return [
+        Panel(
+            "Tokens",
+            "Tokens a second through the engine.",
+            [
+                Query(f"sum(rate(vllm:prompt_tokens_total{INTERVAL}))", "prompt"),
+                Query(f"sum(rate(vllm:generation_tokens_total{INTERVAL}))", "generated"),
+            ],
+        ),
+        Panel(
+            "Tokens of a step",
+            "How full the batch is: tokens that one step of the engine computes.",
+            [
+                Query(
+                    ratio("vllm:iteration_tokens_total_sum", "vllm:iteration_tokens_total_count"),
+                    "mean",
+                )
+            ],
+        ),
+        Panel(
+            "Memory",
+            "Of the engine's processes. Rising for hours: restart it before the machine does.",
+            [Query('max by (model) (loradock_engine_memory_bytes{model=~"$model"})', "{{model}}")],
+            unit="bytes",
+        ),
+        Panel(
+            "Restarts",
+            "Engines started anew after a death, in the last hour. Once may happen; the log says why.",
+            [Query('sum by (model) (increase(loradock_engine_restarts_total{model=~"$model"}[1h]))', "{{model}}")],
+            quiet=True,
+            levels=((None, "green"), (1, "red")),
+        ),
+        Panel(
+            "Phase",
+            "What the engine is doing, if not answering.",
+            [Query('max by (model, phase) (loradock_engine_phase{model=~"$model"}) > 0', "{{model}} {{phase}}")],
+            kind="state-timeline",
+            width=24,
+            mappings={"1": ("here", "green")},
+            least=None,
+        ),
+    ]

@@ -1,0 +1,212 @@
+"""Is it healthy, and how much of the error budget is left?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serve.telemetry.rendered.dashboards.queries import (
+    ADAPTER,
+    BUDGET,
+    INTERVAL,
+    Levels,
+    error_ratio,
+    figure,
+    limit,
+    marks,
+    quantile,
+    rate,
+    ratio,
+)
+from serve.telemetry.rendered.panels import Json, Panel, Query, Row, dashboard
+from serve.telemetry.rendered.rules import BUDGET_LEFT, burn
+from serve.telemetry.slo import Objective, Slo
+
+
+def board(slos: Sequence[Slo]) -> Json:
+    first, between, errors = (limit(slos, objective) for objective in Objective)
+    content: list[Panel | Row] = [
+        *_figures(first, errors),
+        *_objectives(),
+        *_traffic(errors),
+        *_answers(first, between),
+        *_watching(),
+    ]
+    says = "Is it healthy, and how much of the error budget is left."
+    return dashboard("overview", "Overview", says, content, [ADAPTER], marks("$adapter"))
+
+
+def _figures(first: Levels, errors: Levels) -> list[Panel]:
+    return [
+        figure(
+            "Server",
+            "Whether Prometheus can scrape it. If not: does the process live, is the scrape key right?",
+            [Query('min(up{job="loradock"})', now=True)],
+            levels=((None, "red"), (1, "green")),
+            mappings={"0": ("down", "red"), "1": ("up", "green")},
+        ),
+        figure(
+            "Engine",
+            "Whether the engine answers. If not for over two minutes: the server's log says why.",
+            [Query('min(max by (model) (loradock_engine_phase{phase="ready"}))', now=True)],
+            levels=((None, "red"), (1, "green")),
+            mappings={"0": ("not ready", "red"), "1": ("ready", "green")},
+        ),
+        figure(
+            "Alerts",
+            "Alerts that fire now; the table below says which, and each what to do.",
+            [Query('count(ALERTS{alertstate="firing"}) or vector(0)', now=True)],
+            levels=((None, "green"), (1, "red")),
+            quiet=True,
+        ),
+        figure(
+            "Requests",
+            "Requests a second, all adapters and the base.",
+            [Query(rate("loradock_requests_total", ""))],
+            unit="reqps",
+        ),
+        figure(
+            "Errors",
+            "The part of requests that failed by the server's fault (5xx). Red: above the error budget.",
+            [Query(error_ratio())],
+            unit="percentunit",
+            levels=errors,
+            quiet=True,
+            decimals=2,
+        ),
+        figure(
+            "First token, p95",
+            "95 % of the answers begin within this time. Red: above the SLO.",
+            [Query(quantile(0.95, "time_to_first_token_seconds"))],
+            unit="s",
+            levels=first,
+        ),
+    ]
+
+
+def _objectives() -> list[Panel | Row]:
+    return [
+        Row("Service level objectives"),
+        Panel(
+            "Error budget left, 30 days",
+            "What is left of each adapter's budget. Below half: look at what burns it. At zero: change nothing else "
+            "until it recovers.",
+            [Query(f"sort({BUDGET_LEFT})", "{{adapter}} {{slo}}", now=True)],
+            unit="percentunit",
+            kind="bargauge",
+            levels=BUDGET,
+            most=1,
+        ),
+        Panel(
+            "Burn rate, 1 hour",
+            "How many times faster than sustainable the budget burns. At 14.4 somebody is paged, at 6 too if it lasts.",
+            [Query(burn("1h"), "{{adapter}} {{slo}}")],
+            quiet=True,
+            levels=((None, "green"), (1, "orange"), (14.4, "red")),
+            line=True,
+        ),
+    ]
+
+
+def _traffic(errors: Levels) -> list[Panel | Row]:
+    return [
+        Row("Traffic"),
+        Panel(
+            "Requests by adapter",
+            "Requests a second. `base` is the model without an adapter, `other` what matched none.",
+            [Query(rate("loradock_requests_total", 'adapter=~"$adapter"', "adapter"), "{{adapter}}")],
+            unit="reqps",
+        ),
+        Panel(
+            "Errors by adapter",
+            "The part that failed (5xx). One adapter alone: look at its versions. All of them: look at the engine.",
+            [Query(error_ratio('adapter=~"$adapter"', "adapter"), "{{adapter}}")],
+            unit="percentunit",
+            quiet=True,
+            levels=errors,
+            line=True,
+        ),
+    ]
+
+
+def _answers(first: Levels, between: Levels) -> list[Panel]:
+    return [
+        Panel(
+            "First token",
+            "From a request's arrival to its first bytes. The red line is the SLO of every adapter.",
+            [
+                Query(
+                    quantile(q, "time_to_first_token_seconds", 'adapter=~"$adapter"'),
+                    f"p{q * 100:g}",
+                    exemplars=q == 0.95,
+                )
+                for q in (0.5, 0.95, 0.99)
+            ],
+            unit="s",
+            levels=first,
+            line=True,
+        ),
+        Panel(
+            "Between tokens",
+            "From one token of an answer to the next, on average over the answer. The red line is the SLO.",
+            [
+                Query(quantile(q, "inter_token_latency_seconds", 'adapter=~"$adapter"'), f"p{q * 100:g}")
+                for q in (0.5, 0.95, 0.99)
+            ],
+            unit="s",
+            levels=between,
+            line=True,
+        ),
+        Panel(
+            "Tokens",
+            "Tokens a second, in and out.",
+            [
+                Query(rate("loradock_prompt_tokens_total", 'adapter=~"$adapter"'), "prompt"),
+                Query(rate("loradock_generation_tokens_total", 'adapter=~"$adapter"'), "generated"),
+            ],
+            unit="short",
+        ),
+        Panel(
+            "Firing alerts",
+            "What to do stands in each alert's description (Prometheus, Alerts).",
+            [
+                Query(
+                    'sum by (alertname, severity, adapter, version, slo) (ALERTS{alertstate="firing"})',
+                    now=True,
+                )
+            ],
+            kind="table",
+            quiet=True,
+        ),
+    ]
+
+
+def _watching() -> list[Panel | Row]:
+    return [
+        Row("The watching itself"),
+        Panel(
+            "Cost of watching",
+            "Time that one request costs: on the event loop (tap), and in the worker (watcher). Above 300 us the "
+            "watcher takes more than it may.",
+            [
+                Query(
+                    ratio("loradock_tap_seconds_sum", "loradock_tap_seconds_count"),
+                    "tap",
+                ),
+                Query(quantile(0.99, "tap_seconds"), "tap, p99"),
+                Query(
+                    ratio("loradock_watcher_seconds_total", "loradock_watcher_requests_total"),
+                    "watcher",
+                ),
+            ],
+            unit="s",
+            levels=((None, "green"), (0.0003, "red")),
+            line=True,
+        ),
+        Panel(
+            "Exchanges that were not looked at",
+            "Dropped because the worker was behind. Answers are not touched; drift and latency have gaps.",
+            [Query(f"sum(rate(loradock_tap_dropped_total{INTERVAL}))", "dropped")],
+            unit="reqps",
+            quiet=True,
+        ),
+    ]

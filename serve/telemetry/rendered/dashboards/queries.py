@@ -1,0 +1,67 @@
+"""What several dashboards share: variables, limits, annotations, and PromQL expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from serve.telemetry.rendered.panels import Annotation, Panel, Query, Variable
+from serve.telemetry.rendered.rules import COUNTED, FAILED, changed
+from serve.telemetry.slo import EVERY, Objective, Slo
+
+INTERVAL = "[$__rate_interval]"
+CHOSEN = 'adapter=~"$adapter",version=~"$version"'
+ADAPTER = Variable("adapter", "Adapter", "label_values(loradock_requests_total, adapter)")
+VERSION = Variable("version", "Version", 'label_values(loradock_requests_total{adapter=~"$adapter"}, version)')
+ENGINE = Variable("model", "Base model", "label_values(loradock_engine_phase, model)")
+
+Levels = Sequence[tuple[float | None, str]]
+
+LATE: Levels = ((None, "green"), (0.5, "orange"), (1, "red"))
+BUDGET: Levels = ((None, "red"), (0.1, "orange"), (0.5, "green"))
+
+
+def marks(adapter: str) -> list[Annotation]:
+    which = f'adapter=~"{adapter}"'
+    swaps = f"sum by (adapter, result) (loradock_adapter_swaps_total{{{which}}})"
+    rollbacks = f"sum by (adapter, version, reason) (loradock_rollbacks_total{{{which}}})"
+    return [
+        Annotation("Swaps", changed(swaps, "2m"), "{{adapter}} {{result}}", "blue"),
+        Annotation("Rollbacks", changed(rollbacks, "2m"), "{{adapter}}@{{version}} rolled back: {{reason}}", "red"),
+    ]
+
+
+def rate(metric: str, labels: str, by: str = "") -> str:
+    summed = f"sum by ({by})" if by else "sum"
+    return f"{summed} (rate({metric}{{{labels}}}{INTERVAL}))"
+
+
+def ratio(part: str, whole: str) -> str:
+    """How much of one counter there is to one of another."""
+    return f"sum(rate({part}{INTERVAL})) / sum(rate({whole}{INTERVAL}))"
+
+
+def quantile(q: float, metric: str, labels: str = "", by: str = "") -> str:
+    le = f"le, {by}" if by else "le"
+    return f"histogram_quantile({q:g}, sum by ({le}) (rate(loradock_{metric}_bucket{{{labels}}}{INTERVAL})))"
+
+
+def error_ratio(labels: str = "", by: str = "") -> str:
+    """0 where nothing failed and no series says so."""
+    more = f",{labels}" if labels else ""
+    failed = rate("loradock_requests_total", FAILED + more, by)
+    counted = rate("loradock_requests_total", COUNTED + more, by)
+    return f"({failed} or 0 * {counted}) / {counted}"
+
+
+def figure(title: str, says: str, queries: Sequence[Query], **more: Any) -> Panel:
+    """One large number."""
+    return Panel(title, says, queries, kind="stat", width=4, height=4, **more)
+
+
+def limit(slos: Sequence[Slo], objective: Objective) -> Levels:
+    """Green below what the SLO of every adapter allows, red above."""
+    for slo in slos:
+        if slo.adapter == EVERY and slo.objective is objective and slo.target:
+            return ((None, "green"), (slo.threshold or slo.budget, "red"))
+    return ((None, "green"),)

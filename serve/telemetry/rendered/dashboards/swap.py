@@ -1,0 +1,146 @@
+"""The new version beside the old one, at the same time."""
+
+from __future__ import annotations
+
+from serve.telemetry.rendered.dashboards.queries import (
+    error_ratio,
+    marks,
+    quantile,
+    rate,
+)
+from serve.telemetry.rendered.panels import Json, Panel, Query, Row, Variable, dashboard
+
+_ADAPTER = Variable("adapter", "Adapter", 'label_values(loradock_requests_total{version!=""}, adapter)', many=False)
+_VERSIONS = 'label_values(loradock_requests_total{adapter="$adapter"}, version)'
+_OLD, _NEW = (
+    Variable("old", "Old version", _VERSIONS, many=False),
+    Variable("new", "New version", _VERSIONS, many=False),
+)
+_SIDES = (("old", "$old"), ("new", "$new"))
+_ANSWERED, _CUT = rate("loradock_requests_total", '%,code=~"2.."'), '%,finish_reason="length"'
+
+
+def _both(expr: str) -> list[Query]:
+    """`expr` for each side; % stands for its labels."""
+    return [
+        Query(
+            expr.replace("%", f'adapter="$adapter",version="{version}"'),
+            f"{side} ({version})" + (" {{rating}}" if "rating" in expr else ""),
+        )
+        for side, version in _SIDES
+    ]
+
+
+def board() -> Json:
+    content: list[Panel | Row] = [
+        *_verdict(),
+        *_requests(),
+        *_latency(),
+        *_answers(),
+    ]
+    says = "The new version beside the old one, at the same time."
+    return dashboard("swap", "Swap", says, content, [_ADAPTER, _OLD, _NEW], marks("$adapter"))
+
+
+def _verdict() -> list[Panel]:
+    return [
+        Panel(
+            "Verdict: evidence against the new version",
+            "The logarithm of the evidence in each check of the running comparison. The comparison ends at "
+            "log(1/alpha), 4.6 for 1 %: then the new version is worse, and the policy says what happens.",
+            [
+                Query(
+                    'max by (version, check) (loradock_swap_log_evidence{adapter="$adapter"})',
+                    "{{version}} {{check}}",
+                )
+            ],
+            quiet=True,
+            least=None,
+            levels=((None, "green"), (4.6, "red")),
+            line=True,
+        ),
+        Panel(
+            "Rolled back",
+            "Versions that the server took the traffic from in the last day, and why; the evidence is in the history.",
+            [
+                Query(
+                    'sum by (version, reason) (increase(loradock_rollbacks_total{adapter="$adapter"}[1d]))',
+                    "{{version}} {{reason}}",
+                )
+            ],
+            quiet=True,
+        ),
+    ]
+
+
+def _requests() -> list[Panel | Row]:
+    return [
+        Row("Side by side"),
+        Panel(
+            "Requests",
+            "How the traffic is shared. The new version needs some 200 requests for a clear answer.",
+            _both(rate("loradock_requests_total", "%")),
+            unit="reqps",
+            quiet=True,
+        ),
+        Panel(
+            "Errors",
+            "The part that failed (5xx).",
+            _both(error_ratio("%")),
+            unit="percentunit",
+            quiet=True,
+        ),
+    ]
+
+
+def _latency() -> list[Panel]:
+    return [
+        Panel(
+            "First token, p50",
+            "Compare at the same time only: before and after differ by the hour already.",
+            _both(quantile(0.5, "time_to_first_token_seconds", "%")),
+            unit="s",
+        ),
+        Panel(
+            "First token, p95",
+            "Compare at the same time only.",
+            _both(quantile(0.95, "time_to_first_token_seconds", "%")),
+            unit="s",
+        ),
+        Panel(
+            "Between tokens, p50",
+            "A larger rank shows here first.",
+            _both(quantile(0.5, "inter_token_latency_seconds", "%")),
+            unit="s",
+        ),
+        Panel(
+            "Between tokens, p95",
+            "A larger rank shows here first.",
+            _both(quantile(0.95, "inter_token_latency_seconds", "%")),
+            unit="s",
+        ),
+    ]
+
+
+def _answers() -> list[Panel]:
+    return [
+        Panel(
+            "Tokens of an answer",
+            "Mean length. A version that talks twice as long costs twice as much, and may have forgotten to stop.",
+            _both(f"{rate('loradock_generation_tokens_total', '%')} / {_ANSWERED}"),
+        ),
+        Panel(
+            "Answers cut at max_tokens",
+            "The part that ended with finish_reason=length.",
+            _both(f"({rate('loradock_requests_total', _CUT)} or 0 * {_ANSWERED}) / {_ANSWERED}"),
+            unit="percentunit",
+            quiet=True,
+        ),
+        Panel(
+            "Feedback",
+            "Ratings a second, good and bad. They are a check of their own in the comparison.",
+            _both("sum by (rating) (rate(loradock_feedback_total{%}[$__rate_interval]))"),
+            unit="reqps",
+            quiet=True,
+        ),
+    ]
