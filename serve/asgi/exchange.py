@@ -143,6 +143,15 @@ class Exchange:
         return count_generated_tokens(self.generations)
 
     @property
+    def nbytes(self) -> int:
+        """About how much memory it holds: 8 bytes a token and log-probability, and the text."""
+        held = sum(
+            8 * (len(made.prompt) + len(made.output) + len(made.logprobs or ())) + len(made.text)
+            for made in self.generations
+        )
+        return held + len(self.asker or b"")
+
+    @property
     def finish_reason(self) -> str:
         """How the last sequence ended; "" when there was none."""
         return self.generations[-1].finish_reason if self.generations else ""

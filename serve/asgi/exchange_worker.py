@@ -1,6 +1,7 @@
 """Shows finished exchanges to observers, in one thread behind a bounded queue.
 
-The event loop offers an exchange and never waits: while the queue is full, exchanges are dropped and counted.
+The event loop offers an exchange and never waits: while the queue is full, exchanges are dropped and counted. An
+exchange holds the tokens of its prompt, so the queue is bounded in bytes too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from serve.asgi.exchange import Exchange
 log = logging.getLogger(__name__)
 
 QUEUE_SIZE = 2000
+QUEUE_BYTES = 32 << 20
 SAVE_SECONDS = 60.0
 
 
@@ -49,11 +51,13 @@ class ExchangeWorker(Collector):
         *,
         name: str = "exchange-worker",
         queue_size: int = QUEUE_SIZE,
+        queue_bytes: int = QUEUE_BYTES,
         save_seconds: float = SAVE_SECONDS,
     ) -> None:
         self._observers = tuple(observers)
         self._name, self._save_seconds = name, save_seconds
         self._queue: queue.Queue[Exchange | Callable[[], None] | None] = queue.Queue(queue_size)
+        self._queue_bytes, self._queued_bytes, self._counting = queue_bytes, 0, threading.Lock()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self.dropped = 0
@@ -107,10 +111,17 @@ class ExchangeWorker(Collector):
     def _put(self, item: Exchange | Callable[[], None]) -> None:
         if self._thread is None:
             return
-        try:
-            self._queue.put_nowait(item)
-        except queue.Full:
-            self.dropped += 1
+        size = item.nbytes if isinstance(item, Exchange) else 0
+        with self._counting:
+            # One that is larger than the whole queue may come alone.
+            if self._queued_bytes and self._queued_bytes + size > self._queue_bytes:
+                self.dropped += 1
+                return
+            try:
+                self._queue.put_nowait(item)
+                self._queued_bytes += size
+            except queue.Full:
+                self.dropped += 1
 
     def _run(self) -> None:
         due = time.monotonic() + self._save_seconds
@@ -128,6 +139,9 @@ class ExchangeWorker(Collector):
                     return
                 self._handle(item)
             finally:
+                if isinstance(item, Exchange):
+                    with self._counting:
+                        self._queued_bytes -= item.nbytes
                 self._queue.task_done()
 
     def _handle(self, item: Exchange | Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """Who said what about an answer: a rating, or what it should have been, is joined to the request by its id.
 
-Answers are not kept: of each recent one a digest of its text remains, for as many as `memory` holds.
+No text is kept, neither of a question nor of an answer: 16-byte digests of both, of the last `memory` requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GOOD = 0.5
 
 @dataclass(slots=True)
 class Answered:
-    """What is remembered of a request."""
+    """What is remembered of a request; `asker` and `digest` are digests."""
 
     adapter: str
     version: str
@@ -46,8 +46,10 @@ class Feedback:
         if exchange.status != 200 or not exchange.generations:
             return
         key = (exchange.tenant, exchange.request_id)
-        digest = _digest(exchange.generations[0].text)
-        self._recent[key] = Answered(exchange.adapter, exchange.version, exchange.dealt, exchange.asker, digest)
+        # Who asked may be known by the whole of the first message.
+        asker = None if exchange.asker is None else _hashed(exchange.asker)
+        answer = _digest(exchange.generations[0].text)
+        self._recent[key] = Answered(exchange.adapter, exchange.version, exchange.dealt, asker, answer)
         self._recent.move_to_end(key)
         if len(self._recent) > self._memory:
             self._recent.popitem(last=False)
@@ -58,20 +60,24 @@ class Feedback:
             raise BadRequest("feedback takes a rating from 0 to 1, or the correct answer, and not both", param="rating")
         if rating is not None and not 0 <= rating <= 1:
             raise BadRequest(f"a rating lies between 0 (bad) and 1 (good), not {rating}", param="rating")
-        found = self._recent.get((tenant, request_id))
-        if found is None:
-            found = self._recent.get((tenant, _PREFIXES.sub("", request_id)))
-        if found is None or found.rating is not None:
+        answered = self._recent.get((tenant, request_id))
+        if answered is None:
+            answered = self._recent.get((tenant, _PREFIXES.sub("", request_id)))
+        if answered is None or answered.rating is not None:
             raise NotFound(
                 "no recent request of this tenant has this id and no feedback yet: send an answer's id, or its "
                 f"x-request-id header, within {self._memory} requests",
                 param="request_id",
             )
-        found.rating = rating if rating is not None else float(_digest(answer or "") == found.digest)
-        return found, found.rating
+        answered.rating = rating if rating is not None else float(_digest(answer or "") == answered.digest)
+        return answered, answered.rating
 
 
 def _digest(text: str) -> bytes:
     """Equal for texts that differ in case, spaces and punctuation only."""
     bare = _BARE.sub(" ", text[:COMPARED]).strip().casefold()
-    return hashlib.blake2b(bare.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return _hashed(bare.encode("utf-8", "surrogatepass"))
+
+
+def _hashed(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
-from serve.asgi.exchange import Exchange
+from serve.asgi.exchange import Exchange, Generation
 from serve.asgi.exchange_worker import QUEUE_SIZE, ExchangeWorker
 from tests.support.watched_traffic import Engine, ask, push
 
@@ -58,6 +59,22 @@ def test_what_was_offered_is_looked_at_in_order_before_the_worker_stops(notes):
     assert worker.handled == 3 and not worker.running
     worker.stop()
     assert notes.calls[-1] == "stop" and notes.calls.count("stop") == 1
+
+
+def test_the_queue_is_bounded_in_bytes_and_takes_one_exchange_however_large(notes):
+    worker = ExchangeWorker([notes], queue_bytes=10_000)
+    large = Exchange("tone", "v1", 200, 0.1, 0.2, generations=(Generation([1] * 1000, [2], "stop"),))
+    worker.start()
+    notes.wait.clear()
+    for _ in range(10):
+        worker.offer(large)
+    assert worker.dropped == 9
+    notes.wait.set()
+    worker.settle()
+    assert notes.calls.count(large) == 1
+    worker.offer(replace(large, generations=(Generation([1] * 100_000, [2], "stop"),)))
+    worker.stop()
+    assert worker.handled == 2 and worker.dropped == 9
 
 
 def test_while_the_queue_is_full_exchanges_are_dropped_and_counted(notes):

@@ -1,37 +1,46 @@
-"""Ratings of answers, by the id of the request."""
+"""Ratings find their request, and nothing of what was asked or answered is kept for it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import tracemalloc
 
-from tests.support.app import upload
-from tests.support.watched_traffic import CHAT, push
+import pytest
 
-
-async def test_a_rating_is_joined_to_an_answer_by_its_id_once(client, backend, make_adapter):
-    await push(client, make_adapter, 0)
-    backend.generation = replace(backend.generation, text="Paris.")
-    ids = [(await client.post(CHAT, json={"model": "tone"})).headers["x-request-id"] for _ in range(3)]
-    said = [
-        {"request_id": ids[0], "rating": 1},
-        {"request_id": f"chatcmpl-{ids[1]}", "answer": " paris "},
-        {"request_id": ids[2], "answer": "London"},
-    ]
-    ratings = [(await client.post("/v1/feedback", json=body)).json()["rating"] for body in said]
-    assert ratings == [1, 1, 0]
-    assert (await client.post("/v1/feedback", json=said[0])).status_code == 404
-    for bad in ({"rating": 1}, {"request_id": ids[0]}, {"request_id": ids[0], "rating": 2}):
-        assert (await client.post("/v1/feedback", json=bad)).status_code == 400
-    text = (await client.get("/metrics")).text
-    assert 'loradock_feedback_total{adapter="tone",rating="good",version="v1"} 2.0' in text
-    assert 'loradock_feedback_total{adapter="tone",rating="bad",version="v1"} 1.0' in text
+from serve.asgi.exchange import Exchange, Generation
+from serve.errors import NotFound
+from serve.telemetry.feedback import Feedback
 
 
-async def test_another_tenant_cannot_rate_nor_see(operator, issue, make_adapter):
-    acme, globex = await issue("acme"), await issue("globex")
-    await acme.post("/v1/adapters", **upload(make_adapter()))
-    id = (await acme.post(CHAT, json={"model": "tone"})).headers["x-request-id"]
-    assert (await globex.post("/v1/feedback", json={"request_id": id, "rating": 0})).status_code == 404
-    assert (await globex.get("/v1/adapters/tone/drift")).status_code == 404
-    assert (await globex.get("/v1/adapters/base/drift")).status_code == 404
-    assert (await acme.post("/v1/feedback", json={"request_id": id, "rating": 0})).status_code == 200
+def exchange(number: int, asker: bytes, text: str = "Paris.") -> Exchange:
+    made = Generation([1, 2], [3], "stop", text)
+    return Exchange("tone", "v1", 200, 0.1, 0.2, "", f"r-{number}", "acme", asker, 0.0, (made,), True)
+
+
+def test_two_thousand_large_prompts_leave_a_few_hundred_bytes_each():
+    feedback, size = Feedback(), 100_000
+    tracemalloc.start()
+    try:
+        for number in range(2000):
+            feedback.remember(exchange(number, number.to_bytes(4, "big") * (size // 4), "an answer " * 1000))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2000 * 2000, f"{held >> 10} KiB"
+    assert {len(one.asker) for one in feedback._recent.values()} == {16}
+
+
+def test_one_asker_is_the_same_one_in_every_rating():
+    feedback = Feedback()
+    for number, asker in enumerate((b"anna", b"bo", b"anna")):
+        feedback.remember(exchange(number, asker))
+    anna, bo, again = (feedback.join("acme", f"r-{number}", 1.0, None)[0].asker for number in range(3))
+    assert anna == again != bo
+
+
+def test_the_oldest_is_forgotten():
+    feedback = Feedback(memory=2)
+    for number in range(3):
+        feedback.remember(exchange(number, b"anna"))
+    with pytest.raises(NotFound):
+        feedback.join("acme", "r-0", 1.0, None)
+    assert feedback.join("acme", "r-2", None, "paris")[1] == 1.0
