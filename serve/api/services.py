@@ -55,9 +55,10 @@ from serve.rollout.swap_follower import SwapFollower
 from serve.telemetry.capture import QUEUE_SIZE as CAPTURE_QUEUE_SIZE
 from serve.telemetry.capture import Capture
 from serve.telemetry.feedback import Feedback
-from serve.telemetry.metrics import AdapterLoads, Metrics
+from serve.telemetry.metrics import Metrics
 from serve.telemetry.observers import ExchangeObservers
 from serve.telemetry.recent import Recent
+from serve.telemetry.series import AdapterLoads
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import typer
 
@@ -36,7 +37,7 @@ Examples:
 
 
 @bench_app.callback(invoke_without_command=True, epilog=_EPILOG)
-def bench(
+def bench(  # long: typer makes an option of each parameter
     context: typer.Context,
     url: Annotated[str, typer.Option(envvar="LORADOCK_URL", help="The server to measure (A).")] = (
         "http://127.0.0.1:8000"
@@ -131,21 +132,13 @@ def bench(
         )
         levels = _levels(streams, rate)
         settings = _length(settings, levels)
-        names, extra = _names(adapters), _json("--extra-body", extra_body)
-        sides = [("A", _address(url, api_key), model or [], names, dialect, extra)]
+        names = _names(adapters)
+        sides = [_Side("A", _address(url, api_key), model or [], names, dialect, _json("--extra-body", extra_body))]
         if vs is not None:
-            vs_names = _names(vs_adapters) or names
-            if len(vs_names) != len(names):
-                raise ConfigError(f"--adapters names {len(names)} and --vs-adapters {len(vs_names)}; name equally many")
             vs_extra = _json("--vs-extra-body", vs_extra_body)
-            theirs = vs_model or model or []
-            if model and vs_model and len(model) != len(vs_model):
-                raise ConfigError(
-                    f"--model is given {len(model)} times and --vs-model {len(vs_model)}; make them equal"
-                )
-            sides.append(("B", _address(vs, vs_api_key), theirs, vs_names, vs_dialect, vs_extra))
-        for side in sides:
-            _choice("--dialect", side[4], ("auto", "openai", "llama.cpp"))
+            vs_names = _names(vs_adapters) or names
+            sides.append(_Side("B", _address(vs, vs_api_key), vs_model or model or [], vs_names, vs_dialect, vs_extra))
+        _comparable(sides)
         _writable(json_out)
     except ConfigError as wrong:
         _leave(wrong.message, 2)
@@ -203,7 +196,33 @@ def swap(
         raise typer.Exit(1)
 
 
-def _run(sides: list[Any], levels: list[Level], settings: Settings, json_out: str | None) -> None:
+class _Side(NamedTuple):
+    """One server to measure, as `rounds.find` takes it."""
+
+    label: str
+    address: Any
+    models: list[str]
+    adapters: list[str]
+    dialect: Any
+    extra: dict[str, Any]
+
+
+def _comparable(sides: Sequence[_Side]) -> None:
+    """Both servers must be asked for equally many names, in a dialect that is known."""
+    first, last = sides[0], sides[-1]
+    if len(first.adapters) != len(last.adapters):
+        raise ConfigError(
+            f"--adapters names {len(first.adapters)} and --vs-adapters {len(last.adapters)}; name equally many"
+        )
+    if first.models and len(first.models) != len(last.models):
+        raise ConfigError(
+            f"--model is given {len(first.models)} times and --vs-model {len(last.models)}; make them equal"
+        )
+    for side in sides:
+        _choice("--dialect", side.dialect, ("auto", "openai", "llama.cpp"))
+
+
+def _run(sides: list[_Side], levels: list[Level], settings: Settings, json_out: str | None) -> None:
     from rich.console import Console
 
     from serve.client.bench import report

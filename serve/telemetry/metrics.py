@@ -26,18 +26,12 @@ from serve.asgi.exchange import Exchange
 from serve.auth.audit import Audit
 from serve.engine.engine import Phase
 from serve.engine.fleet import Fleet
-from serve.telemetry.families import Counters, Family, Histograms, Tally
-from serve.telemetry.slo import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Slo
+from serve.telemetry.series import LABELS, AdapterLoads, OwnFamilies, Series
+from serve.telemetry.slo import Slo
 
-LABELS = ("adapter", "version")
 OTHER = ("other", "")
 # vLLM grows a series for every combination of running adapters there and never removes one.
 UNBOUNDED = "vllm:lora_requests_info"
-WORST_GAP_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
-TOTAL_SECONDS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-QUEUE_SECONDS = (0.005, 0.025, 0.1, 0.5, 1, 5, 30)
-LOAD_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-TAP_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.005, 0.025)
 # As the engine says it; whatever else it might say is `other`.
 FINISH_REASONS = frozenset({"", "stop", "length", "abort", "error", "repetition"})
 # A render is good for so many seconds.
@@ -73,47 +67,12 @@ class Metrics:
         self._keep = keep
         self._clock = clock
         self._collectors = CollectorRegistry()
-        self._families: list[Family] = []
+        self._families = OwnFamilies(loads)
         self._series: dict[tuple[str, str], Series] = {}
         self._rendering = Lock()
         self._rendered: dict[Any, tuple[float, bytes]] = {}
         self._tidied = -TIDY
 
-        self._requests = self._counter(
-            "requests",
-            "Requests by the version that answered, the HTTP status, and how the engine ended the text.",
-            *LABELS,
-            "code",
-            "finish_reason",
-        )
-        self._prompt = self._counter("prompt_tokens", "Tokens of prompts.", *LABELS)
-        self._generated = self._counter("generation_tokens", "Tokens generated.", *LABELS)
-        self._first = self._histogram(
-            "time_to_first_token", "From the request's arrival to its first token.", FIRST_TOKEN_SECONDS
-        )
-        self._gap = self._histogram(
-            "inter_token_latency", "A request's mean wait for a token after its first.", INTER_TOKEN_SECONDS
-        )
-        self._worst = self._histogram(
-            "max_inter_token_latency", "A request's longest wait for a token after its first.", WORST_GAP_SECONDS
-        )
-        self._total = self._histogram("request_duration", "From the request's arrival to its last byte.", TOTAL_SECONDS)
-        self._queue = self._histogram(
-            "queue_time", "From the engine's taking a request to its computing on it.", QUEUE_SECONDS
-        )
-        self._swaps = self._counter("adapter_swaps", "Changes of an adapter's live version.", "adapter", "result")
-        self._families.append(loads)
-        self._rollbacks = self._counter(
-            "rollbacks", "Versions that the server itself took the traffic from.", *LABELS, "reason"
-        )
-        self._shadows = self._counter(
-            "shadow_requests",
-            "Requests that a shadow was to answer too: answered, failed, or dropped because others were under way.",
-            *LABELS,
-            "result",
-        )
-        self._tap = self._histogram("tap", "What watching an answer took of the event loop.", TAP_SECONDS, ())
-        self._feedback = self._counter("feedback", "Answers that somebody rated.", *LABELS, "rating")
         self._state = LiveState(fleet, registry, audit, version, limit, self._series)
         self._collectors.register(self._state)
         self._collectors.register(Objectives(slos))
@@ -121,7 +80,6 @@ class Metrics:
     def take(self, exchange: Exchange) -> None:
         """Count one exchange."""
         series = self._of(exchange.adapter, exchange.version)
-        told = exchange.request_id
         reason = exchange.finish_reason if exchange.finish_reason in FINISH_REASONS else "other"
         series.requests(str(exchange.status), reason).inc()
         if exchange.generations:
@@ -133,30 +91,30 @@ class Metrics:
                 (series.worst, exchange.worst_gap),
             ):
                 if seconds is not None:
-                    histogram.observe(seconds, told)
+                    histogram.observe(seconds, exchange.request_id)
         if exchange.first is not None and exchange.status == 200:
-            series.first.observe(exchange.first, told)
-            series.total.observe(exchange.total, told)
+            series.first.observe(exchange.first, exchange.request_id)
+            series.total.observe(exchange.total, exchange.request_id)
 
     def tap_took(self, seconds: float) -> None:
         """Count what looking at one exchange took of the event loop."""
-        self._tap.labels().observe(seconds)
+        self._families.tap.labels().observe(seconds)
 
     def rated(self, adapter: str, version: str, rating: str) -> None:
         """Count one answer that somebody found good or bad."""
-        self._of(adapter, version).child(self._feedback, rating).inc()
+        self._of(adapter, version).child(self._families.feedback, rating).inc()
 
     def swapped(self, adapter: str, result: str) -> None:
         """Count one change of an adapter's live version."""
-        self._swaps.labels(self._name(adapter), result).inc()
+        self._families.swaps.labels(self._name(adapter), result).inc()
 
     def shadowed(self, adapter: str, version: str, result: str) -> None:
         """Count one request that a shadow was to answer."""
-        self._of(adapter, version).child(self._shadows, result).inc()
+        self._of(adapter, version).child(self._families.shadows, result).inc()
 
     def rolled_back(self, adapter: str, version: int, reason: str) -> None:
         """Count one version that the server itself took the traffic from."""
-        self._of(adapter, f"v{version}").child(self._rollbacks, reason).inc()
+        self._of(adapter, f"v{version}").child(self._families.rollbacks, reason).inc()
 
     def watch(self, collector: Collector) -> None:
         """Render this one's series too."""
@@ -182,8 +140,8 @@ class Metrics:
             elif now - series.seen > (self._keep if labels in known else KEEP_REMOVED):
                 del self._series[labels]
                 series.remove()
-        for gone in [swapped for swapped in self._swaps.known() if swapped[0] not in names]:
-            self._swaps.remove(*gone)
+        for gone in [swapped for swapped in self._families.swaps.known() if swapped[0] not in names]:
+            self._families.swaps.remove(*gone)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Our series and the engine's for whoever accepts this, and the content type."""
@@ -218,7 +176,7 @@ class Metrics:
             return text, content_type
 
     def _ours(self, openmetrics: bool) -> str:
-        return "".join(family.render(openmetrics) for family in self._families)
+        return self._families.render(openmetrics)
 
     def _of(self, adapter: str, version: str) -> Series:
         """The series of a version; those of `other` when there are enough already."""
@@ -227,7 +185,7 @@ class Metrics:
             if self._full() and self._clock() - self._tidied >= TIDY:
                 self.tidy()
             labels = OTHER if self._full() and adapter not in self._fleet else (adapter, version)
-            series = self._series.get(labels) or self._series.setdefault(labels, Series(self, labels))
+            series = self._series.get(labels) or self._series.setdefault(labels, Series(self._families, labels))
         series.seen = self._clock()
         return series
 
@@ -235,62 +193,8 @@ class Metrics:
         return len(self._series) - (OTHER in self._series) >= self._limit
 
     def _name(self, adapter: str) -> str:
-        names = {labels[0] for labels in self._swaps.known()}
+        names = {labels[0] for labels in self._families.swaps.known()}
         return adapter if adapter in names or len(names) < self._limit else OTHER[0]
-
-    def _counter(self, name: str, help: str, *labels: str) -> Counters:
-        made = Counters(f"loradock_{name}", help, labels)
-        self._families.append(made)
-        return made
-
-    def _histogram(self, name: str, help: str, bounds: Sequence[float], labels: Sequence[str] = LABELS) -> Histograms:
-        made = Histograms(f"loradock_{name}_seconds", help, labels, bounds)
-        self._families.append(made)
-        return made
-
-
-class AdapterLoads(Histograms):
-    """How long it took to bring adapters into an engine, by where they came from."""
-
-    def __init__(self) -> None:
-        help = "Bringing an adapter into the engine."
-        super().__init__("loradock_adapter_load_seconds", help, ("tier",), LOAD_SECONDS)
-
-    def observe(self, tier: str, seconds: float) -> None:
-        self.labels(tier).observe(seconds)
-
-
-class Series:
-    """Everything that is counted of one version, looked up once."""
-
-    def __init__(self, monitor: Metrics, labels: tuple[str, str]) -> None:
-        self.seen = 0.0
-        self._labels = labels
-        self._owned: dict[tuple[Family, tuple[str, ...]], Any] = {}
-        self._counter = monitor._requests
-        self.prompt = self.child(monitor._prompt)
-        self.generated = self.child(monitor._generated)
-        self.first = self.child(monitor._first)
-        self.gap = self.child(monitor._gap)
-        self.worst = self.child(monitor._worst)
-        self.total = self.child(monitor._total)
-        self.queue = self.child(monitor._queue)
-
-    def requests(self, code: str, finish_reason: str) -> Tally:
-        counted: Tally = self.child(self._counter, code, finish_reason)
-        return counted
-
-    def child(self, metric: Family, *more: str) -> Any:
-        """This version's part of `metric`."""
-        found = self._owned.get((metric, more))
-        if found is None:
-            found = self._owned[metric, more] = metric.labels(*self._labels, *more)
-        return found
-
-    def remove(self) -> None:
-        """Out of the scrape, all of it."""
-        for metric, more in self._owned:
-            metric.remove(*self._labels, *more)
 
 
 class Theirs(CollectorRegistry):

@@ -56,87 +56,108 @@ class Refusal(Exception):
         self.status, self.code = status, code
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Answers as huggingface.co does; `server.hub` has the repositories."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        self.hub.asked.append(path)
+        self.hub.keys.add(self.headers.get("Authorization"))
+        self.hub.before(path)
+        try:
+            for pattern, answer in ROUTES:
+                if route := re.fullmatch(pattern, path):
+                    answer(self, *route.groups())
+                    return
+            raise Refusal(404, "NotFound")
+        except Refusal as refusal:
+            body = json.dumps({"error": refusal.code}).encode()
+            self.reply(refusal.status, body, {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code})
+
+    do_HEAD = do_GET
+
+    @property
+    def hub(self) -> Hub:
+        return self.server.hub  # type: ignore[attr-defined]
+
+    def model(self, name: str, revision: str | None) -> None:
+        name, sha, files = self.find(name, revision or "main")
+        self.json({"id": name, "sha": sha, "siblings": [{"rfilename": file} for file in files]})
+
+    def tree(self, name: str, revision: str, folder: str) -> None:
+        _, _, files = self.find(name, revision)
+        below = f"{folder}/" if folder else ""
+        entries = [file for file in files if file.startswith(below) and "/" not in file[len(below) :]]
+        if below and not entries:
+            raise Refusal(404, "EntryNotFound")
+        self.json([{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in entries])
+
+    def resolve(self, name: str, revision: str, file: str) -> None:
+        _, sha, files = self.find(name, revision)
+        if file not in files:
+            raise Refusal(404, "EntryNotFound")
+        if file.endswith(".safetensors"):  # large files lie elsewhere
+            location = f"{self.hub.url}/lfs/{name}/{sha}/{file}"
+            self.reply(302, b"", {"X-Repo-Commit": sha, "Location": location})
+        else:
+            self.file(files[file])
+
+    def large(self, name: str, sha: str, file: str) -> None:
+        self.file(self.hub.repositories[name].commits[sha][file])
+
+    def find(self, name: str, revision: str) -> tuple[str, str, Files]:
+        repository = self.hub.repositories.get(name)
+        key = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if repository is None or repository.token not in (None, key):
+            raise Refusal(404, "RepoNotFound") if key else Refusal(401, "RepoNotFound")
+        if repository.gated:
+            raise Refusal(403, "GatedRepo")
+        sha = repository.names.get(revision, revision)
+        if sha not in repository.commits:
+            raise Refusal(404, "RevisionNotFound")
+        return name, sha, repository.commits[sha]
+
+    def file(self, data: bytes) -> None:
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        status, body = 200, data
+        if wanted:
+            first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+            status, body = 206, data[first : last + 1]
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        breaks = self.hub.breaks
+        self.reply(status, body, headers, breaks.pop(0) if breaks and "/lfs/" in self.path else None)
+
+    def json(self, answer: Any) -> None:
+        self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str], stop: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:stop])
+        if stop is not None:
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None: ...
+
+
+ROUTES: list[tuple[str, Callable[..., None]]] = [
+    (r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", Handler.model),
+    (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", Handler.tree),
+    (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Handler.resolve),
+    (r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)", Handler.large),
+]
+
+
 @contextmanager
 def running(hub: Hub) -> Iterator[Hub]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            path = unquote(self.path.partition("?")[0])
-            hub.asked.append(path)
-            hub.keys.add(self.headers.get("Authorization"))
-            hub.before(path)
-            try:
-                self.answer(path)
-            except Refusal as refusal:
-                body = json.dumps({"error": refusal.code}).encode()
-                self.reply(refusal.status, body, {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code})
-
-        do_HEAD = do_GET
-
-        def answer(self, path: str) -> None:
-            if asked := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", path):
-                name, sha, files = self.find(asked[1], asked[2] or "main")
-                self.json({"id": name, "sha": sha, "siblings": [{"rfilename": one} for one in files]})
-            elif asked := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
-                _, _, files = self.find(asked[1], asked[2])
-                below = f"{asked[3]}/" if asked[3] else ""
-                found = [one for one in files if one.startswith(below) and "/" not in one[len(below) :]]
-                if below and not found:
-                    raise Refusal(404, "EntryNotFound")
-                self.json([{"type": "file", "path": one, "size": len(files[one]), "oid": "0" * 40} for one in found])
-            elif asked := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                _, sha, files = self.find(asked[1], asked[2])
-                if asked[3] not in files:
-                    raise Refusal(404, "EntryNotFound")
-                if asked[3].endswith(".safetensors"):  # large files lie elsewhere
-                    where = {"Location": f"{hub.url}/lfs/{asked[1]}/{sha}/{asked[3]}"}
-                    self.reply(302, b"", {"X-Repo-Commit": sha, **where})
-                else:
-                    self.file(files[asked[3]])
-            elif asked := re.fullmatch(r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)", path):
-                self.file(hub.repositories[asked[1]].commits[asked[2]][asked[3]])
-            else:
-                raise Refusal(404, "NotFound")
-
-        def find(self, name: str, revision: str) -> tuple[str, str, Files]:
-            repository = hub.repositories.get(name)
-            key = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-            if repository is None or repository.token not in (None, key):
-                raise Refusal(404, "RepoNotFound") if key else Refusal(401, "RepoNotFound")
-            if repository.gated:
-                raise Refusal(403, "GatedRepo")
-            sha = repository.names.get(revision, revision)
-            if sha not in repository.commits:
-                raise Refusal(404, "RevisionNotFound")
-            return name, sha, repository.commits[sha]
-
-        def file(self, data: bytes) -> None:
-            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            more: dict[str, str] = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
-            status, whole = 200, data
-            if asked:
-                first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
-                status, whole = 206, data[first : last + 1]
-                more["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-            self.reply(status, whole, more, hub.breaks.pop(0) if hub.breaks and "/lfs/" in self.path else None)
-
-        def json(self, told: Any) -> None:
-            self.reply(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
-
-        def reply(self, status: int, body: bytes, headers: dict[str, str], stop: int | None = None) -> None:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body[:stop])
-            if stop is not None:
-                self.close_connection = True
-
-        def log_message(self, *_: object) -> None: ...
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.hub = hub  # type: ignore[attr-defined]
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

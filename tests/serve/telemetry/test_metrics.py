@@ -15,7 +15,8 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.engine.fleet import Fleet
 from serve.engine.restarts import Patience
 from serve.engine.supervisor import Supervisor
-from serve.telemetry.metrics import AdapterLoads, Metrics
+from serve.telemetry.metrics import Metrics
+from serve.telemetry.series import AdapterLoads
 from tests.support.backend import FakeBackend
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
