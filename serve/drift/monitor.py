@@ -24,8 +24,8 @@ from serve.drift.baseline_files import BaselineFiles, from_zip, to_zip, version_
 from serve.drift.drift_report import drift_metrics, version_report
 from serve.drift.embedding import Embedding
 from serve.drift.features import PROMPT
+from serve.drift.probe_comparison import ProbeAnswers
 from serve.drift.watched_version import Alarm, DriftSettings, ProbeResult, WatchedVersion, signal_rows
-from serve.engine.effect_probe import Logprobs
 from serve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -132,17 +132,16 @@ class DriftMonitor(Collector):
         adapter: str,
         version: str,
         id: str,
-        answers: Sequence[Logprobs],
-        noise: float,
-        earlier: Sequence[Logprobs] | None = None,
+        answers: ProbeAnswers,
+        earlier: ProbeAnswers | None = None,
     ) -> ProbeResult:
         """Compare what a version answered to the probe prompts with its first answers to them."""
         base = self._base_of(adapter)
         with self._lock:
-            if base not in self._models or not answers:
+            if base not in self._models:
                 return ProbeResult()
             watched = self._watched(adapter, version, id, base)
-            return watched.compare_probe(answers, noise, self._clock(), earlier)
+            return watched.compare_probe(answers, self._clock(), earlier)
 
     def acknowledge(self, adapter: str, version: str) -> None:
         """The alarms of a version have been dealt with: its evidence begins again."""

@@ -7,14 +7,17 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.registry import Registry
 from serve.adapters.store import Store
 from serve.drift.monitor import DriftMonitor
+from serve.drift.probe_comparison import ProbeAnswers
 from serve.drift.watched_version import Alarm
 from serve.engine.effect_probe import FIXED, Logprobs
-from serve.engine.engine import LOW_PRIORITY
+from serve.engine.engine import LOW_PRIORITY, Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import LoradockError
@@ -36,7 +39,7 @@ class _Probed:
     """When a stay was probed last, and its answers if they are asked for again."""
 
     when: float
-    to_confirm: list[Logprobs] | None = field(default=None, repr=False)
+    to_confirm: ProbeAnswers | None = field(default=None, repr=False)
 
 
 class Prober:
@@ -57,6 +60,8 @@ class Prober:
         self._monitor, self._alarmed = monitor, alarmed
         self._interval, self._look = interval, look
         self._probed: dict[Stay, _Probed] = {}
+        # What each engine's base answered.
+        self._base_answers: WeakKeyDictionary[Engine, list[Logprobs]] = WeakKeyDictionary()
 
     async def run(self) -> None:
         """Probe what is due, for ever."""
@@ -98,27 +103,34 @@ class Prober:
         before = self._probed.get(stay)
         probed = self._probed[stay] = _Probed(time.monotonic(), before.to_confirm if before else None)
         while answers := await self._ask(live, base):
-            noise = base.probe.noise if base.probe else 0.0
             names = (live.name, f"v{live.version}", live.id)
-            result = await asyncio.to_thread(
-                self._monitor.compare_probe, *names, answers, noise, earlier=probed.to_confirm
-            )
+            result = await asyncio.to_thread(self._monitor.compare_probe, *names, answers, earlier=probed.to_confirm)
             probed.to_confirm = answers if result.ask_again else None
             if result.alarm:
                 await asyncio.to_thread(self._alarmed, result.alarm)
             if not result.ask_again or base.engine.leases:  # then `_is_due` says when
                 return
 
-    async def _ask(self, live: Adapter, base: Supervisor) -> list[Logprobs] | None:
-        """The version's answers; None if it leaves the engine meanwhile, or does not answer."""
+    async def _ask(self, live: Adapter, base: Supervisor) -> ProbeAnswers | None:
+        """The answers; None if the version leaves the engine meanwhile, or does not answer."""
         path = await self._store.bring(live.digest)
-        engine = base.engine
+        engine, noise = base.engine, base.probe.noise if base.probe else 0.0
+        if engine not in self._base_answers and (answers := await self._ask_engine(engine, None, None, "")):
+            self._base_answers[engine] = answers
+        version = await self._ask_engine(engine, live.id, path, live.tenant)
+        if version is None or engine not in self._base_answers:
+            return None
+        return ProbeAnswers(version, self._base_answers[engine], noise)
+
+    async def _ask_engine(
+        self, engine: Engine, adapter_id: str | None, path: Path | None, tenant: str
+    ) -> list[Logprobs] | None:
         answers: list[Logprobs] = []
         for prompt in FIXED:
-            if not engine.holds(live.id):
+            if adapter_id is not None and not engine.holds(adapter_id):
                 return None
-            async with engine.lease(live.id, path, tenant=live.tenant, priority=LOW_PRIORITY, for_client=False):
-                answers += await engine.backend.probe(live.id, [prompt])
+            async with engine.lease(adapter_id, path, tenant=tenant, priority=LOW_PRIORITY, for_client=False):
+                answers += await engine.backend.probe(adapter_id, [prompt])
             if engine.leases:
                 await asyncio.sleep(PAUSE_SECONDS)
         return answers if len(answers) == len(FIXED) and all(answers) else None

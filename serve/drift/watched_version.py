@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -17,9 +17,9 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.drift.baseline import Baseline, Phase, Tolerance
 from serve.drift.embedding import Embedding
 from serve.drift.features import PROMPT, Answer, Floats, answer_rows, prompt_row
-from serve.drift.probe_comparison import has_reference, noise_ratio, probe_arrays
+from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
 from serve.drift.thinning import Thinning, common_runs
-from serve.engine.effect_probe import Logprobs, effect
+from serve.engine.effect_probe import effect
 from serve.names import tenant_of
 
 # The first prompts of a version say which runs of tokens all prompts share: template and system prompt.
@@ -122,17 +122,15 @@ class WatchedVersion:
                 alarms += self._count(sample)
         return alarms
 
-    def compare_probe(
-        self, answers: Sequence[Logprobs], noise: float, now: float, earlier: Sequence[Logprobs] | None = None
-    ) -> ProbeResult:
+    def compare_probe(self, answers: ProbeAnswers, now: float, earlier: ProbeAnswers | None = None) -> ProbeResult:
         """Compare the answers to the probe prompts with the first ones, which are kept.
 
         First answers, and answers that moved, are asked for again and come with the `earlier` ones then. By as much as
         the two differ from one another, rounding differs from batch to batch: that is noise.
         """
-        kept, tolerated = self.baseline.probe, self.settings.tolerance.probe
+        kept, tolerated, noise = self.baseline.probe, self.settings.tolerance.probe, answers.noise
         if earlier is not None:
-            noise = max(noise, effect(earlier, answers))
+            noise = max(noise, effect(earlier.version, answers.version))
         if not has_reference(kept, answers):
             if earlier is None:
                 return ProbeResult(ask_again=True)
