@@ -41,25 +41,25 @@ class Audit:
         self.failures = 0
         self._clock = clock
         self._strangers = Bucket(STRANGERS_PER_MINUTE, clock())
-        self._untold = 0
+        self._omitted = 0
         self._lock = threading.Lock()
 
-    def write(self, *, status: int, who: str | None, **told: Any) -> None:
-        """One line. How many strangers' lines were left out since the last one is told as `omitted`."""
+    def write(self, *, status: int, who: str | None, **fields: Any) -> None:
+        """One line. `omitted` is how many lines of strangers were left out since the last one."""
         now = self._clock()
         with self._lock:
             if who is None:
                 if self._strangers.wait(1, now):
-                    self._untold += 1
+                    self._omitted += 1
                     return
                 self._strangers.take(1, now)
             when = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
-            row = {"when": when, "who": who, **told, "outcome": _outcome(status), "status": status}
-            if self._untold:
-                row["omitted"] = self._untold
+            row = {"when": when, "who": who, **fields, "outcome": _outcome(status), "status": status}
+            if self._omitted:
+                row["omitted"] = self._omitted
             try:
                 self._append(json.dumps(row) + "\n")
-                self._untold = 0
+                self._omitted = 0
             except OSError as error:
                 self.failures += 1
                 log.error("%s was not written (%s): %s", self.path, error.strerror, json.dumps(row))

@@ -78,7 +78,7 @@ class Router:
             asker = sticky_key(fields, caller.tenant, caller.key)
             dealt = adapter is not None and model is not None and "@" not in model
             if adapter and dealt:  # a version that was asked for by number is never dealt away
-                adapter, shadow = self._dealt(adapter, asker)
+                adapter, shadow = self._split_traffic(adapter, asker)
             engine = supervisor.engine
             if adapter and not engine.holds(adapter.id) and not self.store.has(adapter.digest):
                 await self._bring(adapter)
@@ -118,7 +118,7 @@ class Router:
             return self.fleet.of(adapter.name)
         return self.fleet.get(model)
 
-    def _dealt(self, live: Adapter, asker: bytes | None) -> tuple[Adapter, Adapter | None]:
+    def _split_traffic(self, live: Adapter, asker: bytes | None) -> tuple[Adapter, Adapter | None]:
         """Who answers a request for the live version, and who answers it again, unseen."""
         name = live.name
         canary, shadow = self.registry.canary(name), self.registry.shadow(name)

@@ -392,7 +392,7 @@ async def test_a_drift_report_quotes_its_own_tenants_answers_alone(connect, watc
         operator.headers["authorization"] = "Bearer run"
         acme, globex = [await issued(operator, tenant) for tenant in ("acme", "globex")]
         assert (await acme.post("/v1/adapters", **upload(make_adapter(), visibility="shared"))).status_code == 201
-        for client, user in ((globex, "globex"), (acme, "acme")):
+        for client, user in ((acme, "acme"), (globex, "globex")):
             for number in range(40):
                 await ask(client, "acme/tone", user=f"{user} {number}")
         await asyncio.to_thread(operator._transport.app.state.parts.exchange_worker.settle)
