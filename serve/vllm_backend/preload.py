@@ -3,6 +3,9 @@
 # ruff: noqa: E402, F401
 import gc
 
+from serve.vllm_backend.forkserver import die_with_parent
+
+die_with_parent()
 # A third of the time that the imports take would go into looking for garbage in what stays.
 gc.disable()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 from serve.vllm_backend import forkserver
-from serve.vllm_backend.forkserver import Context
-from serve.vllm_backend.plugin import _follow
+from serve.vllm_backend.forkserver import Context, follow
 from tests.support.server import eventually
 
 
@@ -61,7 +64,7 @@ def test_the_next_comes_from_a_fresh_one_and_the_old_one_ends_with_its_last(tmp_
 def test_a_process_follows_its_parent_and_not_what_its_parent_writes():
     ours, parents = os.pipe()
     left: list[int] = []
-    following = threading.Thread(target=_follow, args=(ours, left.append))
+    following = threading.Thread(target=follow, args=(ours, left.append))
     following.start()
     os.write(parents, b"what to do")
     following.join(0.2)
@@ -70,3 +73,51 @@ def test_a_process_follows_its_parent_and_not_what_its_parent_writes():
     following.join(5)
     assert left == [1]
     os.close(ours)
+
+
+SERVER = """
+import multiprocessing, os, sys, time
+from serve.vllm_backend import forkserver
+from tests.serve.vllm_backend.test_forkserver import stuck
+
+multiprocessing.set_forkserver_preload(["tests.serve.vllm_backend.dying"])
+multiprocessing.forkserver.ensure_running()
+engines = [forkserver.Context().Process(target=stuck, args=(sys.argv[1],)) for _ in range(2)]
+for engine in engines:
+    engine.start()
+print(multiprocessing.forkserver._forkserver._forkserver_pid, *(engine.pid for engine in engines), flush=True)
+time.sleep(600)
+"""
+
+
+def stuck(folder: str) -> None:
+    """Holds Python's lock, as a library may for minutes: no thread of this process can look whether anybody is left."""
+    Path(folder, str(os.getpid())).touch()
+    ctypes.PyDLL(None).sleep(600)
+
+
+def test_a_stuck_engine_ends_with_its_server_too(tmp_path):
+    root = Path(__file__).parents[3]
+    environ = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", SERVER, str(tmp_path)]
+    with subprocess.Popen(command, env=environ, cwd=root, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            pids = [int(pid) for pid in server.stdout.readline().split()]
+            assert len(pids) == 3
+            assert eventually(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+            assert all(running(pid) for pid in pids)
+        finally:
+            server.kill()
+    try:
+        assert eventually(lambda: not any(running(pid) for pid in pids), 10), "a process outlived its server"
+    finally:
+        for pid in filter(running, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def running(pid: int) -> bool:
+    """Neither gone nor a zombie whom nobody collects."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
