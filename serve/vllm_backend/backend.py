@@ -1,52 +1,47 @@
-"""The one module that knows vLLM: its engine, its OpenAI server and its errors, under our names.
+"""One engine of vLLM's with its OpenAI server, under our names: start, stop, adapters, probes.
 
 vLLM is pinned exactly; tests/serve/vllm_backend/test_backend.py names each internal that is used here.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import difflib
 import itertools
-import json
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 import time
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 from starlette.types import ASGIApp
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.version import __version__ as VLLM_VERSION
 
 from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import hardware
 from serve.vllm_backend import announce, building, forkserver, titles
+from serve.vllm_backend.engine_arguments import parse
+from serve.vllm_backend.engine_processes import cause_of_death, processes_of, resident_bytes
+from serve.vllm_backend.error_translation import rejecting, sentence
 from serve.vllm_backend.output_processor import Outputs
+from serve.vllm_backend.vllm_metrics import Pulse, own_series
 from serve.vllm_backend.worker_extension import LOADED, LOADING
 
 log = logging.getLogger(__name__)
@@ -56,27 +51,8 @@ T = TypeVar("T")
 LOAD_POLL = 0.005
 # vLLM closes its sockets in a callback of the event loop.
 SOCKETS_CLOSE = 0.1
-# vLLM registers its series process-wide, so that two engines can't be built at once.
-_BUILDING = threading.Lock()
 # The engine after whose start this process's heap was taken out of the garbage collector's sight.
 _FROZEN: list[str] = []
-
-
-class Pulse(StatLoggerBase):
-    """Notes when the engine last took a step, and how many requests it had then."""
-
-    def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
-        self.last = 0.0
-        self.waiting = 0
-
-    def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-    ) -> None:
-        self.last = time.monotonic()
-        if scheduler_stats is not None:
-            self.waiting = scheduler_stats.num_waiting_reqs
-
-    def log_engine_initialized(self) -> None: ...
 
 
 class VLLMBackend:
@@ -162,7 +138,7 @@ class VLLMBackend:
     @property
     def memory(self) -> int:
         """Bytes of memory of the engine's processes, what they share counted once for each."""
-        return sum(_resident_bytes(pid) for pid in self._pids())
+        return sum(resident_bytes(pid) for pid in self._pids())
 
     @property
     def dead(self) -> bool:
@@ -171,16 +147,7 @@ class VLLMBackend:
     @property
     def cause(self) -> str:
         """Why it is dead."""
-        codes = [process.exitcode for process in self._processes() if process.exitcode]
-        if not codes:
-            return "it stopped after an error: the log says which"
-        if codes[0] == -signal.SIGKILL:
-            return "its process was killed (SIGKILL; the kernel does that when memory is short)"
-        if codes[0] < 0:
-            return f"its process ended by {signal.Signals(-codes[0]).name}"
-        if codes[0] == forkserver.UNKNOWN:
-            return "its process ended: the log says why, unless it was killed, as the kernel does when memory is short"
-        return f"its process ended with code {codes[0]}: the log says why"
+        return cause_of_death(self._processes())
 
     @property
     def stalled(self) -> float:
@@ -208,6 +175,7 @@ class VLLMBackend:
     async def start(self) -> None:
         """Load the base model; minutes for a large one. The event loop stays free meanwhile."""
         announce.loading(self.name, self.model, self.args, VLLM_VERSION)
+        forkserver.ensure()
         try:
             self._llm = llm = await building.built(self._build, _discard)
             llm.output_processor.__class__ = Outputs
@@ -223,7 +191,7 @@ class VLLMBackend:
             raise ConfigError("the engine died while it started: the log says why") from error
         except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
             raise ConfigError(
-                f"the engine cannot start with this model and these options: {_sentence(error)}"
+                f"the engine cannot start with this model and these options: {sentence(error)}"
             ) from error
         self._loras = app.state.openai_serving_models.lora_requests
         self._app = app
@@ -243,7 +211,7 @@ class VLLMBackend:
 
     def _build(self) -> AsyncLLM:
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
-        with _own_series(self._collectors):
+        with own_series(self._collectors):
             os.environ[titles.ENGINE] = self.name  # its processes are named after it
             return AsyncLLM.from_engine_args(
                 engine_args,
@@ -263,8 +231,8 @@ class VLLMBackend:
             llm.output_handler.cancel()
         llm.output_processor.propagate_error(EngineDeadError())
         if kill:
-            building.kill(_processes(llm))
-        if set(multiprocessing.active_children()) - set(_processes(llm)):
+            building.kill(processes_of(llm))
+        if set(multiprocessing.active_children()) - set(processes_of(llm)):
             forkserver.leave()
         await asyncio.to_thread(llm.shutdown)
         # What vLLM leaves to the garbage collector, which looks at nothing that was there when the heap was frozen:
@@ -276,7 +244,7 @@ class VLLMBackend:
             cast(Any, app).state._state.clear()
 
     def _processes(self) -> list[Any]:
-        return _processes(self._llm) if self._llm else []
+        return processes_of(self._llm) if self._llm else []
 
     def _pids(self) -> set[int]:
         return building.family(self._processes())
@@ -298,12 +266,12 @@ class VLLMBackend:
     async def add(self, adapter_id: str, number: int, path: Path) -> None:
         """Bring an adapter into the engine under a name and number that were never used before."""
         request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
-        with _rejecting():
+        with rejecting():
             await self._rpc("loradock_begin", adapter_id, number, str(path))
-            while LOADING in (told := await self._rpc("loradock_finish", number)):
+            while LOADING in (states := await self._rpc("loradock_finish", number)):
                 await asyncio.sleep(LOAD_POLL)
-        if wrong := next((one for one in told if one != LOADED), None):
-            raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(ValueError(wrong))}")
+        if reason := next((state for state in states if state != LOADED), None):
+            raise AdapterRejected(f"the engine cannot load this adapter: {sentence(ValueError(reason))}")
         self._loras[adapter_id] = request
 
     async def touch(self, adapter_id: str) -> None:
@@ -313,18 +281,18 @@ class VLLMBackend:
         With as many other adapters in a batch as there are slots, the engine dies of a KeyError.
         """
         if request := self._loras.get(adapter_id):
-            with _rejecting():
+            with rejecting():
                 await self._call(self._engine().add_lora(request))
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
         """What each worker of each rank answers, between two steps."""
         if self.ranks == 1:
-            told: list[Any] = await self._call(self._engine().collective_rpc(method, args=args))
-            return told
+            answers: list[Any] = await self._call(self._engine().collective_rpc(method, args=args))
+            return answers
         # vLLM's collective_rpc tells of the first rank alone.
         core = cast(Any, self._engine().engine_core)
         ranks = await self._call(core.call_utility_all_async("collective_rpc", method, None, args, None))
-        return [one for rank in ranks for one in rank]
+        return [answer for rank in ranks for answer in rank]
 
     async def remove(self, adapter_id: str) -> None:
         """Free an adapter's weights in the engine; nobody may be using it."""
@@ -357,10 +325,10 @@ class VLLMBackend:
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         answer = await self._ask(adapter_id, text, params)
         ids = answer.prompt_token_ids or []
-        found = [
+        logprobs = [
             values[token].logprob for token, values in zip(ids, answer.prompt_logprobs or [], strict=True) if values
         ]
-        return sum(found) / max(len(found), 1)
+        return sum(logprobs) / max(len(logprobs), 1)
 
     async def _ask(self, adapter_id: str | None, prompt: str, params: SamplingParams) -> RequestOutput:
         lora = self._loras[adapter_id] if adapter_id else None
@@ -390,113 +358,12 @@ class VLLMBackend:
         return self._llm
 
 
-@contextmanager
-def _rejecting() -> Iterator[None]:
-    """vLLM's errors while it loads an adapter, as ours."""
-    try:
-        yield
-    except EngineUnavailable:
-        raise
-    except EngineDeadError as error:
-        raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
-    except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
-        raise AdapterRejected(f"the engine cannot load this adapter: {_sentence(error)}") from error
-
-
-@contextmanager
-def _own_series(own: CollectorRegistry) -> Iterator[None]:
-    """What is registered as `vllm:*` inside the block goes to `own`, and what others had registered stays theirs.
-
-    vLLM takes every such series out of the process's registry when it builds an engine, also those of another engine.
-    """
-    with _BUILDING:
-        kept = _vllm_series()
-        for collector in kept:
-            REGISTRY.unregister(collector)
-        try:
-            yield
-        finally:
-            for collector in _vllm_series():
-                REGISTRY.unregister(collector)
-                own.register(collector)
-            for collector in kept:
-                REGISTRY.register(collector)
-
-
-def _vllm_series() -> list[Collector]:
-    return [one for one in list(REGISTRY._collector_to_names) if getattr(one, "_name", "").startswith("vllm:")]
-
-
-def _processes(llm: AsyncLLM) -> list[Any]:
-    """The engine's own processes; none where Ray holds them."""
-    manager = llm.engine_core.resources.engine_manager
-    return list(getattr(manager, "processes", []))
-
-
 def _discard(llm: AsyncLLM) -> None:
     """Built for nobody any more."""
-    building.kill(_processes(llm))
+    building.kill(processes_of(llm))
     llm.shutdown()
-
-
-def _resident_bytes(pid: int) -> int:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 def _cancelling() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-class _Parser(FlexibleArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"vLLM does not take these options: {message}")
-
-
-def parse(model: str, name: str, options: Mapping[str, Any]) -> argparse.Namespace:
-    """vLLM's own namespace for these options, checked by vLLM's own parser."""
-    parser = make_arg_parser(_Parser(prog="loradock serve"))
-    actions = {action.dest: action for action in parser._actions}
-    words = ["--model", model, "--served-model-name", name, "--enable-lora"]
-    words += ["--worker-extension-cls", "serve.vllm_backend.worker_extension.Worker"]
-    for option, value in options.items():
-        if option not in actions:
-            near = difflib.get_close_matches(option, actions, n=1)
-            raise ConfigError(f"{option} is not an option of vLLM {VLLM_VERSION}" + (f"; {near[0]} is" if near else ""))
-        words += _words(actions[option], value)
-    try:
-        args = parser.parse_args(words)
-        validate_parsed_serve_args(args)
-        if args.tool_call_parser and not args.tool_parser_plugin:
-            ToolParserManager.get_tool_parser(args.tool_call_parser)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"vLLM does not take these options: {_sentence(error)}") from error
-    return args
-
-
-def _words(action: argparse.Action, value: Any) -> list[str]:
-    """An option and its value as the command line would spell them."""
-    flag = action.option_strings[0]
-    if action.nargs == 0:  # a switch: argparse's BooleanOptionalAction or store_true
-        on = str(value).lower()
-        if on not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
-            raise ConfigError(f"{action.dest} takes true or false, not {value!r}")
-        if on in ("true", "1", "yes", "on"):
-            return [flag]
-        return [no[0]] if (no := [o for o in action.option_strings if o.startswith("--no-")]) else []
-    if isinstance(value, (dict, list)) and action.nargs not in ("+", "*"):
-        return [flag, json.dumps(value)]
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [flag, *str(value).split(",")] if action.nargs in ("+", "*") else [f"{flag}={value}"]
-
-
-def _sentence(error: BaseException) -> str:
-    """The first paragraph of a foreign error on one line: the rest is addressed to vLLM's developers."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip() or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(lines) > 1 and "validation error" in lines[0]:
-        lines = lines[1:2] if "Value error" in lines[1] else lines[2:3] or lines[1:2]
-    return lines[0].split(" [type=")[0].removeprefix("Value error, ")[:500]

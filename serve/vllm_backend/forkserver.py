@@ -41,6 +41,12 @@ def start() -> None:
     forkserver.ensure_running()
 
 
+def ensure() -> None:
+    """Have it running, if it is wanted: it ends with the thread that starts it, so that must be one that stays."""
+    if os.environ.get(VARIABLE) == "1":
+        forkserver.ensure_running()
+
+
 def leave() -> None:
     """Begin with a fresh one; the old one ends with the last that it forked, whose exit code is `UNKNOWN` then."""
     server: Any = forkserver._forkserver

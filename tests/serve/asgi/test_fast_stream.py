@@ -285,8 +285,9 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
 
     from serve.asgi.exchange import Watch, watching
     from serve.models.embedded import ensure
-    from serve.vllm_backend.backend import _own_series, parse
+    from serve.vllm_backend.engine_arguments import parse
     from serve.vllm_backend.output_processor import Outputs
+    from serve.vllm_backend.vllm_metrics import own_series
 
     model = str(ensure("smollm2"))
     options = {
@@ -305,7 +306,7 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
         return made[0]
 
     monkeypatch.setattr(EngineCoreClient, "make_async_mp_client", core)
-    with _own_series(CollectorRegistry()):
+    with own_series(CollectorRegistry()):
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), stat_loggers=[])
     llm.output_processor.__class__, llm.output_processor.plain = Outputs, True
     app = build_app(args, ("generate",), llm.model_config)

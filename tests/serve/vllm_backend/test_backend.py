@@ -50,8 +50,10 @@ from serve.config import engine_options
 from serve.errors import ConfigError, EngineUnavailable
 from serve.gateway.request import FOREIGN_MODEL_FIELDS, PRIORITY, RANK
 from serve.gateway.tenant_isolation import tenant_salt
-from serve.vllm_backend.backend import Pulse, VLLMBackend, _own_series, parse
+from serve.vllm_backend.backend import VLLMBackend
+from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.output_processor import Outputs, Timed, ask_logprobs
+from serve.vllm_backend.vllm_metrics import Pulse, own_series
 
 
 def test_the_engine_still_has_what_we_call():
@@ -229,11 +231,11 @@ def test_the_engines_end_is_what_we_take_it_for():
     assert "app.state.server" in inspect.getsource(vllm_error)
 
 
-def test_each_engine_keeps_its_own_series():
+def test_each_engine_keeps_itsown_series():
     """vLLM takes what another engine registered out of the process's registry when it builds one."""
     first, second = CollectorRegistry(), CollectorRegistry()
     for own in (first, second):
-        with _own_series(own):
+        with own_series(own):
             unregister_vllm_metrics()
             Counter("vllm:of_a_test", "One.").inc()
     assert [len(list(own.collect())) for own in (first, second)] == [1, 1]

@@ -1,0 +1,78 @@
+"""One tenant's requests against a real server: what another one is answered, and whether the engine lives."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.support.lora import CONFIG, WEIGHTS, write_tensors
+from tests.support.server import BASE, SMALL, Server, descendants, done
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
+HIDDEN, VOCABULARY = 576, 49152
+PROMPTS = [
+    "Once upon a time there was a fox",
+    "The capital of France is Paris, and",
+    "One two",
+    "Water boils at a hundred",
+]
+
+
+def head_adapter(folder: Path, seed: int) -> Path:
+    """An adapter of the output layer alone, which moves every token."""
+    dice = np.random.default_rng(seed)
+    tensors = {
+        "base_model.model.lm_head.lora_A.weight": dice.standard_normal((4, HIDDEN), np.float32) / 24,
+        "base_model.model.lm_head.lora_B.weight": dice.standard_normal((VOCABULARY, 4), np.float32),
+    }
+    folder.mkdir(parents=True)
+    write_tensors(folder / WEIGHTS, tensors)
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["lm_head"]}
+    (folder / CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": BASE}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["auto", "off"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("served")
+    settings = ["--lora-kernels", request.param, "--max-loras", "2", "--no-enable-prefix-caching", *SMALL]
+    with Server(folder / "data", folder / "log", *settings) as server:
+        for number in (1, 2):
+            done(server.upload(f"head{number}", head_adapter(folder / str(number), number)))
+        yield server
+
+
+def scores(server: Server, model: str, prompt: str) -> list[float]:
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0}
+    return done(server.http.post("/v1/completions", json=body))["choices"][0]["logprobs"]["token_logprobs"][1:-1]
+
+
+def test_a_prompts_logprobs_are_its_own_models_beside_streams_of_others(server: Server):
+    asked = [(model, prompt) for prompt in PROMPTS for model in (BASE, "head1", "head2")]
+    quiet = [scores(server, *one) for one in asked]
+    assert max(abs(one - other) for one, other in zip(quiet[0], quiet[1], strict=True)) > 0.5
+
+    def stream(model: str) -> None:
+        assert server.ask(model, tokens=60, ignore_eos=True).done
+
+    with ThreadPoolExecutor(12) as pool:
+        streams = [pool.submit(stream, model) for model in ("head1", "head2", BASE, "head1")]
+        time.sleep(0.3)
+        busy = list(pool.map(lambda one: scores(server, *one), asked * 3))
+        for one in streams:
+            one.result()
+    apart = [
+        abs(one - other)
+        for before, after in zip(quiet * 3, busy, strict=True)
+        for one, other in zip(before, after, strict=True)
+    ]
+    assert max(apart) < 0.3, "logits near 20 in bfloat16 lie 0.125 apart"
+    assert descendants(server.process.pid) >= server.family, "nothing was restarted"
