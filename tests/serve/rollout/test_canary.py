@@ -152,11 +152,13 @@ async def test_a_rollback_that_failed_is_tried_again_until_it_is_done(
         locked.clear()
         assert await until(lambda: canary_ended(client))
 
-        async def settled():
-            metrics = (await client.get("/metrics")).text
-            return 'loradock_canary_verdicts_pending{verdict="worse"} 0.0' in metrics
+        rollouts = client._transport.app.state.parts.rollout_controller
 
-        assert await until(settled)
+        async def none_pending():
+            (pending,) = rollouts.collect()
+            return {sample.value for sample in pending.samples} == {0}
+
+        assert await until(none_pending)
         lines = [json.loads(line) for line in (watched.data_dir / "audit.jsonl").read_text().splitlines()]
         outcomes = [line["what"] for line in lines if line["who"] == "wayback"]
         assert outcomes == ["failed", "canary_ended"], "each attempt in the log, the first failure in the audit log"
