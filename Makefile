@@ -9,6 +9,8 @@ export PYTHON DEVICE MODEL
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo
+	@echo '  Times are rough, on 2 cores.'
+	@echo
 	@echo '  make serve PORT=8000 HOST=127.0.0.1 MODEL=smollm2 ARGS="--max-loras 16"   LORADOCK_* variables pass through'
 	@echo '  make test  ARGS="-m \"not engine\" -k adapter"                               PYTHON=python3.12 picks a Python'
 
@@ -18,9 +20,10 @@ serve: setup ## a model and its adapters behind an OpenAI endpoint on port 8000
 test: setup-dev ## every test, those with the real engine too
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: setup-dev ## ruff: style and format
+lint: setup-dev ## ruff (style, format), and who may import whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
 
 types: setup-dev ## mypy
 	@$(BIN)/mypy
@@ -29,11 +32,11 @@ docs: setup-dev ## the documentation as a site in docs/_build/html; a warning, o
 	@$(BIN)/python -m sphinx -b html -nWq --keep-going docs docs/_build/html
 	@echo docs/_build/html/index.html
 
-chaos: setup-dev ## the long proofs: 120 kills in the middle of changes, then 30 minutes of faults under 16 streams
+chaos: setup-dev ## a server killed 120 times within changes, then 30 minutes of faults under 16 streams: nothing lost; 45 minutes
 	@LORADOCK_TEST_FLEET=1 LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/adapters/test_killed.py tests/e2e/test_fleet.py
 	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
 
-cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 server: the swap proof, a rolling restart
+cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 server: the swap proof, a rolling restart; some minutes
 	@$(BIN)/python -c 'import ray.serve' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
 	@LORADOCK_TEST_RAY=1 $(BIN)/python -m pytest -s tests/e2e/test_cluster.py
 
@@ -43,36 +46,36 @@ hostile: setup-dev ## 90 kinds of hostile requests, 10 s each, beside a victim a
 neighbours: setup-dev ## database, object store, hub and disk slow, refusing, cut in half, one and two servers: rollback in seconds; 6 minutes
 	@$(BIN)/python -m tests.campaigns.neighbours $(ARGS)
 
-recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start
+recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start; some minutes
 	@$(BIN)/python -m tests.campaigns.recovery $(ARGS)
 
-overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away
+overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away; some minutes
 	@$(BIN)/python -m tests.campaigns.overload $(ARGS)
 
-watch: setup-dev ## drift, damage and latency against the real engine, with ten times the traffic; what watching costs
+watch: setup-dev ## drift, damage and latency are found on the real engine, and what watching costs; up to an hour
 	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py
 	@$(BIN)/python -m tests.campaigns.cost
 
-drift-proof: setup-dev ## the long proofs of drift: false alarms over thousands of streams, every delay of the table
+drift-proof: setup-dev ## false alarms of drift over thousands of streams, every delay of the table; an hour or more
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/drift/test_detector.py tests/serve/rollout/test_sequential_test.py
 
-kills: setup-dev ## the long proof: an optimization killed 30 times and resumed ends in the same bytes
+kills: setup-dev ## an optimization killed 30 times and resumed ends in the same bytes; up to an hour
 	@$(BIN)/python -m tests.campaigns.kills tests/campaigns/kills.yaml --kills $(or $(KILLS),30)
 
-eight: setup-dev ## eight trained adapters joined by every method, and merged into the base: what each then answers
+eight: setup-dev ## eight trained adapters joined by every method, and merged into the base: what each then answers; some minutes
 	@$(BIN)/python -m tests.campaigns.eight $(ARGS)
 
-equality: setup-dev ## the long proof: 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU)
+equality: setup-dev ## 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU); some minutes
 	@$(BIN)/python -m tests.campaigns.equality $(ARGS)
 
-socket: setup-dev ## what is lost between an engine's step and the socket: the engine in one process against the server
+socket: setup-dev ## what is lost between an engine's step and the socket: the engine in one process against the server; some minutes
 	@$(BIN)/python -m tests.campaigns.socket_cost $(ROUNDS)
 
-tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, and 1,000 loads and unloads that leak nothing
+tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, 1,000 loads and unloads that leak nothing; 10 minutes
 	@LORADOCK_TEST_ADAPTERS=$(or $(ADAPTERS),1000) $(BIN)/python -m pytest -s tests/e2e/test_tiers.py
 
-cases: setup-dev ## 10,000 malformed archives, headers and configs thrown at the checks of an upload
+cases: setup-dev ## 10,000 malformed archives, headers and configs thrown at the checks of an upload; some minutes
 	@HYPOTHESIS_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -m "not engine" --hypothesis-show-statistics \
 		tests/serve/adapters/test_upload.py tests/serve/adapters/test_inspection.py
 

@@ -98,6 +98,16 @@ def test_make_alone_lists_every_target():
         assert f"make {target} " in shown.stdout
 
 
+def test_every_long_proof_says_what_it_proves_and_roughly_how_long_it_takes():
+    lines = dict(re.findall(r"^([a-z-]+): setup-dev ## (.*)$", (ROOT / "Makefile").read_text(), re.M))
+    proofs = lines.keys() - {"test", "lint", "types", "docs", "picture"}
+    assert {"chaos", "cluster", "tiers", "watch", "drift-proof", "kills", "hostile"} <= proofs
+    for proof in proofs:
+        assert re.search(r"; (some|\d+|up to an|an) (minutes|hour|hour or more)$", lines[proof]), (
+            f"{proof}: {lines[proof]}"
+        )
+
+
 def test_an_unknown_profile_and_a_python_that_does_not_do_are_sentences(tmp_path):
     script = tmp_path / "install.sh"  # a copy: nothing may happen to this folder's own environment
     script.write_bytes((ROOT / "install.sh").read_bytes())
