@@ -14,6 +14,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.version import __version__ as VLLM_VERSION
 
 from serve.errors import ConfigError
+from serve.vllm_backend import media
 from serve.vllm_backend.error_translation import sentence
 
 
@@ -40,6 +41,7 @@ def parse(model: str, name: str, options: Mapping[str, Any]) -> argparse.Namespa
             ToolParserManager.get_tool_parser(args.tool_call_parser)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"vLLM does not take these options: {sentence(error)}") from error
+    args.allowed_media_domains = media.allowed_hosts(args.allowed_media_domains)
     return args
 
 
