@@ -101,7 +101,7 @@ class Lone:
 class Stage:
     """The servers, what stands between them and their neighbours, and what was acknowledged."""
 
-    def __init__(self, servers: list[Lone], proxies: dict[str, Proxy], disk: Path | None, adapters: list[Path]) -> None:
+    def __init__(self, servers: list[Lone], proxies: dict[str, Proxy], disk: Path | None, adapters: Path) -> None:
         self.servers = servers
         self.proxies = proxies
         self.disk = disk
@@ -117,7 +117,7 @@ class Stage:
         """A version that did not exist; it is live once this returns."""
         self.pushed += 1
         version = done(
-            client.post("/v1/adapters", **upload(tiny.adapter(self.adapters[0] / f"n{self.pushed}", self.pushed, 2)))
+            client.post("/v1/adapters", **upload(tiny.adapter(self.adapters / f"n{self.pushed}", self.pushed, 2)))
         )
         self.ids[version["version"]] = version["id"]
         self.live = version["version"]
@@ -152,87 +152,117 @@ def _fill(filler: Path, leave: int) -> None:
     os.truncate(filler, max(0, filler.stat().st_size - leave))
 
 
-def measure(stage: Stage, neighbour: str, fault: Mode, seconds: float) -> Seen:
-    seen = Seen(neighbour, fault, len(stage.servers))
-    stop = threading.Event()
-    answers: Counter[str] = Counter()
-    earlier = stage.live
-    with stage.servers[0].client() as client:
-        stage.push(client)
-    before = stage.live
-    possible = {stage.ids[before], stage.ids[earlier]}
+class Traffic:
+    """Who asks, looks after health and pushes while a neighbour fails."""
 
-    def traffic(server: Lone) -> None:
+    def __init__(self, stage: Stage, seen: Seen, possible: set[str]) -> None:
+        self.stage = stage
+        self.seen = seen
+        self.possible = possible
+        self.answers: Counter[str] = Counter()
+        self.acknowledged: list[int] = []
+        self._stop = threading.Event()
+        jobs = [(job, server) for server in stage.servers for job in (self._ask, self._health)]
+        self._threads = [threading.Thread(target=job, args=(server,)) for job, server in jobs]
+        self._threads.append(threading.Thread(target=self._push))
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(90)
+        self.seen.answers = dict(self.answers)
+
+    def _ask(self, server: Lone) -> None:
         with server.client(10) as client:
-            while not stop.wait(0.05):
+            while not self._stop.wait(0.05):
                 try:
                     answer = client.post("/v1/chat/completions", json={"model": "tone", "messages": []})
-                    answers[str(answer.status_code)] += 1
-                    if answer.is_success and answer.json()["model"] not in possible:
-                        seen.wrong.append(f"{answer.json()['model']} answered, {sorted(possible)} may")
                 except httpx.TransportError as error:
-                    answers[type(error).__name__] += 1
+                    self.answers[type(error).__name__] += 1
+                    continue
+                self.answers[str(answer.status_code)] += 1
+                if answer.is_success and answer.json()["model"] not in self.possible:
+                    self.seen.wrong.append(f"{answer.json()['model']} answered, {sorted(self.possible)} may")
 
-    def health(server: Lone) -> None:
+    def _health(self, server: Lone) -> None:
         with server.client(30) as client:
-            while not stop.wait(0.1):
+            while not self._stop.wait(0.1):
                 began = time.monotonic()
                 with suppress(httpx.TransportError):
                     client.get("/health")
-                seen.health = max(seen.health, time.monotonic() - began)
+                self.seen.health = max(self.seen.health, time.monotonic() - began)
 
-    def push() -> None:
+    def _push(self) -> None:
         began = time.monotonic()
-        folder = tiny.adapter(stage.adapters[0] / f"p{random.getrandbits(32)}", random.getrandbits(20), 2)
-        with stage.servers[-1].client(60) as client:
+        folder = tiny.adapter(self.stage.adapters / f"p{random.getrandbits(32)}", random.getrandbits(20), 2)
+        with self.stage.servers[-1].client(60) as client:
             try:
                 answer = client.post("/v1/adapters", **upload(folder, "other"))
-                seen.push = f"{answer.status_code} after {time.monotonic() - began:.1f} s"
-                if answer.is_success:
-                    acknowledged.append(answer.json()["version"])
             except httpx.TransportError as error:
-                seen.push = f"{type(error).__name__} after {time.monotonic() - began:.1f} s"
+                self.seen.push = f"{type(error).__name__} after {time.monotonic() - began:.1f} s"
+                return
+        self.seen.push = f"{answer.status_code} after {time.monotonic() - began:.1f} s"
+        if answer.is_success:
+            self.acknowledged.append(answer.json()["version"])
 
-    acknowledged: list[int] = []
-    threads = [threading.Thread(target=job, args=(server,)) for server in stage.servers for job in (traffic, health)]
-    threads.append(threading.Thread(target=push))
+
+def measure(stage: Stage, neighbour: str, fault: Mode, seconds: float) -> Seen:
+    """One fault of one neighbour, for so long, and what it did."""
+    seen = Seen(neighbour, fault, len(stage.servers))
+    earlier = stage.live
+    with stage.servers[0].client() as client:
+        stage.push(client)
+    traffic = Traffic(stage, seen, {stage.ids[stage.live], stage.ids[earlier]})
     stage.become(neighbour, fault)
-    for thread in threads:
-        thread.start()
+    traffic.start()
     time.sleep(0.5)
+    _roll_back(stage, seen, seconds)
+    stage.become(neighbour, "pass")
+    lifted = time.monotonic()
+    while seen.back is None and time.monotonic() - lifted < 60:
+        if all(_works(server) for server in stage.servers):
+            seen.back = time.monotonic() - lifted
+        else:
+            time.sleep(0.1)
+    traffic.stop()
+    for server in stage.servers:
+        with server.client() as client:
+            seen.lost += _lost(stage, seen, client, traffic.acknowledged)
+    return seen
+
+
+def _roll_back(stage: Stage, seen: Seen, seconds: float) -> None:
+    """Roll back, again until it is done; `seconds` are over when this returns."""
     began = time.monotonic()
+    expected = stage.live
     with stage.servers[0].client(60) as client, suppress(httpx.TransportError):
-        while time.monotonic() - began < seconds:
-            answer = client.post("/v1/adapters/tone/rollback", json={"expected_version": before})
+        while seen.rollback is None and time.monotonic() - began < seconds:
+            answer = client.post("/v1/adapters/tone/rollback", json={"expected_version": expected})
             if answer.is_success:
                 seen.rollback = time.monotonic() - began
                 stage.live = answer.json()["version"]
-                break
-            time.sleep(0.2)
+            else:
+                time.sleep(0.2)
     time.sleep(max(0.0, seconds - (time.monotonic() - began)))
-    stage.become(neighbour, "pass")
-    lifted = time.monotonic()
-    while time.monotonic() - lifted < 60:
-        if all(_works(server) for server in stage.servers):
-            seen.back = time.monotonic() - lifted
-            break
-        time.sleep(0.1)
-    stop.set()
-    for thread in threads:
-        thread.join(90)
-    seen.answers = dict(answers)
-    for server in stage.servers:
-        with server.client() as client:
-            tone = done(client.get("/v1/adapters/tone"))
-            if seen.rollback is not None and tone["live"] != stage.live:
-                seen.lost.append(f"{server.port}: v{tone['live']} is live, v{stage.live} was acknowledged")
-            if missing := set(stage.ids) - {version["version"] for version in tone["versions"]}:
-                seen.lost.append(f"{server.port}: versions {sorted(missing)} are gone")
-            if acknowledged:
-                other = {version["version"] for version in done(client.get("/v1/adapters/other"))["versions"]}
-                if not set(acknowledged) <= other:
-                    seen.lost.append(f"{server.port}: a push that was acknowledged is gone")
-    return seen
+
+
+def _lost(stage: Stage, seen: Seen, client: httpx.Client, acknowledged: list[int]) -> list[str]:
+    """What this server does not have though it was acknowledged."""
+    lost = []
+    tone = done(client.get("/v1/adapters/tone"))
+    if seen.rollback is not None and tone["live"] != stage.live:
+        lost.append(f"v{tone['live']} is live, v{stage.live} was acknowledged")
+    if missing := set(stage.ids) - {version["version"] for version in tone["versions"]}:
+        lost.append(f"versions {sorted(missing)} are gone")
+    if acknowledged:
+        there = {version["version"] for version in done(client.get("/v1/adapters/other"))["versions"]}
+        if not set(acknowledged) <= there:
+            lost.append("a push that was acknowledged is gone")
+    return lost
 
 
 def _works(server: Lone) -> bool:
@@ -287,7 +317,7 @@ def staged(folder: Path, servers: int) -> Iterator[Stage]:
             server.wait()
             started.append(server)
         (folder / "adapters").mkdir()
-        yield Stage(started, proxies, disk, [folder / "adapters"])
+        yield Stage(started, proxies, disk, folder / "adapters")
 
 
 @contextmanager
