@@ -54,7 +54,7 @@ def backup(data_dir: Path, out: Path, registry: str = "") -> dict[str, Any]:
 
 def restore(file: Path, data_dir: Path) -> dict[str, Any]:
     """Make `data_dir`, which must be empty or absent, from a backup; what was in it."""
-    if data_dir.exists() and any(one.name != "lock" for one in data_dir.iterdir()):
+    if data_dir.exists() and any(entry.name != "lock" for entry in data_dir.iterdir()):
         raise ConfigError(f"{data_dir} is not empty: restore into a new directory, then serve with --data-dir")
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     with _aside(data_dir) as staged:
@@ -107,10 +107,10 @@ def _extract(file: Path, staged: Path) -> dict[str, Any]:
                     raise ConfigError(f"{file} is no backup of loradock: it holds {member.name[:100]!r}")
                 target = staged / member.name
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                found = tar.extractfile(member)
-                assert found is not None
-                with found, os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
-                    shutil.copyfileobj(found, copy)
+                source = tar.extractfile(member)
+                assert source is not None
+                with source, os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
+                    shutil.copyfileobj(source, copy)
         about: dict[str, Any] = json.loads((staged / ABOUT).read_text())
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as a backup: {error}") from error

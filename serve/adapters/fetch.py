@@ -153,8 +153,8 @@ def _pinned(source: Source, anonymous: bool) -> Source:
 
     owner, repo, *folder = source.path.split("/")
     repo, _, revision = repo.partition("@")
-    told = HfApi(**_STRANGER["hf"] if anonymous else {}).model_info(f"{owner}/{repo}", revision=revision or None)
-    return Source("hf", "/".join((owner, f"{repo}@{told.sha}", *folder)), told.sha or "")
+    model = HfApi(**_STRANGER["hf"] if anonymous else {}).model_info(f"{owner}/{repo}", revision=revision or None)
+    return Source("hf", "/".join((owner, f"{repo}@{model.sha}", *folder)), model.sha or "")
 
 
 def _open(system: Any, source: Source, name: str) -> BinaryIO:

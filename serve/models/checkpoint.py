@@ -75,10 +75,10 @@ def verify(model: str) -> None:
     if not (folder / MANIFEST).is_file():
         return
     try:
-        told = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"the {MANIFEST} of {model} cannot be read ({error}): export the model again") from error
-    for name, wanted in _files(told):
+    for name, wanted in _files(manifest):
         file = folder / name
         if not file.is_file():
             raise ConfigError(f"{model} lacks {name}, which its {MANIFEST} names: copy or export it again")
@@ -94,7 +94,7 @@ def _files(manifest: Any) -> list[tuple[str, dict[str, Any]]]:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict):
         return []
-    return [(name, one if isinstance(one, dict) else {"sha256": one}) for name, one in files.items()]
+    return [(name, entry if isinstance(entry, dict) else {"sha256": entry}) for name, entry in files.items()]
 
 
 def _sha256(file: Path) -> str:

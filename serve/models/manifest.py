@@ -9,8 +9,8 @@ from typing import Any
 SHOWN = ("perplexity_original", "perplexity", "perplexity_increase", "kl", "top1", "size_ratio", "healed")
 
 
-def gist(model: str) -> dict[str, Any] | None:
-    """The gist of MODEL's manifest.json: its key, parent, steps, scores and verdict; None when it is no export."""
+def summary_of(model: str) -> dict[str, Any] | None:
+    """A summary of MODEL's manifest.json: its key, parent, steps, scores and verdict; None when it is no export."""
     try:
         read = json.loads((Path(model) / "manifest.json").read_text())
         scores = {name: read["scores"][name] for name in SHOWN if name in read["scores"]}

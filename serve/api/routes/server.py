@@ -19,7 +19,7 @@ from serve.engine.fleet import Fleet
 from serve.errors import BadRequest, ConfigError, NotFound
 from serve.gateway.router import manages, sees
 from serve.models.checkpoint import find
-from serve.models.manifest import gist
+from serve.models.manifest import summary_of
 from serve.names import DEFAULT, full_name, short_name, tenant_of
 from serve.rollout.alertmanager import Notification
 
@@ -46,7 +46,7 @@ async def is_ready(parts: TheParts) -> Response:
 async def version(parts: TheParts) -> dict[str, Any]:
     """Versions of loradock and vLLM, the first base's name, and the manifest of an optimized export."""
     said = {"version": __version__, "vllm": parts.fleet.first.backend.version, "model": parts.fleet.first.name}
-    manifest = await asyncio.to_thread(gist, parts.fleet.first.model)
+    manifest = await asyncio.to_thread(summary_of, parts.fleet.first.model)
     return {**said, "manifest": manifest} if manifest else said
 
 
@@ -147,7 +147,7 @@ def _model_cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[d
         # Its directory is the operators' to know.
         card["root"] = base.model if caller.operator else base.name
         card |= {"parent": None, "max_model_len": base.backend.max_model_len} if base.is_ready else {"parent": None}
-        yield {**card, "manifest": manifest} if (manifest := gist(base.model)) else card
+        yield {**card, "manifest": manifest} if (manifest := summary_of(base.model)) else card
     for full in registry.names():
         if not sees(registry, caller, full):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from serve.models.manifest import gist
+from serve.models.manifest import summary_of
 
 MANIFEST = {
     "key": "abc",
@@ -18,7 +18,7 @@ MANIFEST = {
 
 def test_an_export_is_gist_by_its_manifest(tmp_path: Path):
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
-    assert gist(str(tmp_path)) == {
+    assert summary_of(str(tmp_path)) == {
         "key": "abc",
         "parent": "smollm2",
         "steps": [{"step": "quantize", "scheme": "w8a8"}],
@@ -28,8 +28,8 @@ def test_an_export_is_gist_by_its_manifest(tmp_path: Path):
 
 
 def test_any_other_model_is_not(tmp_path: Path):
-    assert gist(str(tmp_path)) is None
+    assert summary_of(str(tmp_path)) is None
     for broken in ("{", "[]", '{"key": 1}'):
         (tmp_path / "manifest.json").write_text(broken)
-        assert gist(str(tmp_path)) is None
-    assert gist("org/name") is None
+        assert summary_of(str(tmp_path)) is None
+    assert summary_of("org/name") is None
