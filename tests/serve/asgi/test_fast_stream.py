@@ -311,7 +311,7 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
     llm.output_processor.__class__, llm.output_processor.plain = Outputs, True
     app = build_app(args, ("generate",), llm.model_config)
     await init_app_state(llm, app.state, args, ("generate",))
-    short = []
+    short, counted = [], []
 
     async def endpoint(scope, receive, send):
         message = await receive()
@@ -328,6 +328,7 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
         finally:
             watching.reset(token)
         short.append(bool(way and way.taken and way.learned))
+        counted.append(watch.tokens)
 
     server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=guarded(60), lifespan="off"))
     serving = asyncio.create_task(server.serve())
@@ -359,5 +360,7 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
                 shapes.append(bare)
         return "".join(words), shapes
 
+    usage = [json.loads(text.split("\n\n")[-3][6:])["usage"]["total_tokens"] for text in told]
+    assert counted == usage, "what the watch counts at the engine is what vLLM says"
     assert shape(told[0]) == shape(told[1])
     assert shape(told[0])[0] == STORY
