@@ -211,7 +211,10 @@ async def test_a_base_that_is_not_served_here_keeps_no_other_change_away(pair, m
     registry.note("elsewhere", "drift", told["version"], by="test")
     pushed = (await one.post("/v1/adapters", **upload(make_adapter(1)))).json()
     assert (await ask(other, "tone")).json() == {"model": pushed["id"]}
-    assert not other._transport.app.state.parts.degraded
+    store = other._transport.app.state.parts.lifecycle.store
+    assert store.has(pushed["digest"])
+    await one.delete("/v1/adapters/tone")
+    assert await settled(lambda: not store.has(pushed["digest"]), 5)
 
 
 async def test_a_key_that_a_server_with_a_slow_clock_revoked_opens_nothing_elsewhere(pair):
