@@ -29,18 +29,18 @@ from vllm.sampling_params import SamplingParams
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.version import __version__ as VLLM_VERSION
 
 from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import hardware
-from serve.vllm_backend import announce, building, forkserver, titles
+from serve.vllm_backend import announce, building, forkserver, structured_outputs, titles
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.engine_processes import cause_of_death, processes_of, resident_bytes
 from serve.vllm_backend.error_translation import rejecting, sentence
 from serve.vllm_backend.output_processor import Outputs
+from serve.vllm_backend.structured_outputs import Engine
 from serve.vllm_backend.vllm_metrics import Pulse, own_series
 from serve.vllm_backend.worker_extension import LOADED, LOADING
 
@@ -70,7 +70,7 @@ class VLLMBackend:
         # What is awaited of the engine beside answers, and since when there is anything to wait for.
         self._calls: set[asyncio.Future[Any]] = set()
         self._idle_until = time.monotonic()
-        self._llm: AsyncLLM | None = None
+        self._llm: Engine | None = None
         self._app: ASGIApp | None = None
         self._loras: dict[str, LoRARequest] = {}
         self._generates = False
@@ -209,15 +209,17 @@ class VLLMBackend:
         rewrites = rewrites or args.enable_force_include_usage
         return not (rewrites or args.enable_log_outputs or args.sse_keep_alive_interval > 0)
 
-    def _build(self) -> AsyncLLM:
+    def _build(self) -> Engine:
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
+        structured_outputs.install()
         with own_series(self._collectors):
             os.environ[titles.ENGINE] = self.name  # its processes are named after it
-            return AsyncLLM.from_engine_args(
+            engine = Engine.from_engine_args(
                 engine_args,
                 usage_context=UsageContext.OPENAI_API_SERVER,
                 stat_loggers=[lambda config, index: self._pulse],
             )
+            return cast(Engine, engine)
 
     async def stop(self, *, kill: bool = False) -> None:
         """End the engine's processes; `kill` does not ask them, for one that is dead or does not answer."""
@@ -230,6 +232,7 @@ class VLLMBackend:
             # It would take the end of the engine that it listens to for an accident, and say so at length.
             llm.output_handler.cancel()
         llm.output_processor.propagate_error(EngineDeadError())
+        llm.grammars.close()
         if kill:
             building.kill(processes_of(llm))
         if set(multiprocessing.active_children()) - set(processes_of(llm)):
@@ -350,7 +353,7 @@ class VLLMBackend:
         """vLLM's own series of this engine."""
         return self._collectors.collect()
 
-    def _engine(self) -> AsyncLLM:
+    def _engine(self) -> Engine:
         if self._llm is None:
             raise EngineUnavailable("the engine is starting; retry shortly")
         if self._llm.errored:
@@ -358,7 +361,7 @@ class VLLMBackend:
         return self._llm
 
 
-def _discard(llm: AsyncLLM) -> None:
+def _discard(llm: Engine) -> None:
     """Built for nobody any more."""
     building.kill(processes_of(llm))
     llm.shutdown()

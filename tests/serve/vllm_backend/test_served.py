@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.serve.vllm_backend.test_structured_outputs import PERSON, nested
 from tests.support.lora import CONFIG, WEIGHTS, write_tensors
 from tests.support.server import BASE, SMALL, Server, descendants, done
 
@@ -76,3 +77,36 @@ def test_a_prompts_logprobs_are_its_own_models_beside_streams_of_others(server: 
     ]
     assert max(apart) < 0.3, "logits near 20 in bfloat16 lie 0.125 apart"
     assert descendants(server.process.pid) >= server.family, "nothing was restarted"
+
+
+def test_no_grammar_stops_the_house(server: Server):
+    def ask(**outputs: object) -> tuple[int, str]:
+        body = {"model": BASE, "prompt": "Name:", "max_tokens": 8, "structured_outputs": outputs}
+        answer = server.http.post("/v1/completions", json=body)
+        return answer.status_code, answer.text
+
+    assert ask(json=PERSON)[0] == 200
+    with ThreadPoolExecutor(8) as pool:
+        hard = [pool.submit(ask, json=nested(11, 2)), pool.submit(ask, regex="((a{1,99}){1,99}){1,99}")]
+        waits = []
+        while not all(one.done() for one in hard):
+            began = time.monotonic()
+            done(server.http.get("/health"))
+            waits.append(time.monotonic() - began)
+            time.sleep(0.05)
+    print(f"\n{[one.result()[0] for one in hard]}; /health waited {max(waits):.3f} s at most")
+    assert {one.result()[0] for one in hard} <= {200, 400}
+    for outputs in (
+        {"json": nested(16, 2)},
+        {"choice": ["x"] * 100_000},
+        {"choice": [1]},
+        {"grammar": "root ::= ("},
+        {"regex": "(["},
+        {"json": {"type": "nonsense"}},
+        {"json": "{"},
+        {"structural_tag": "{}"},
+        {"json": {"$ref": "#/nowhere"}},
+    ):
+        status, text = ask(**outputs)
+        assert status == 400 and "error" in json.loads(text), (outputs, text[:300])
+    assert ask(choice=["yes", "no"])[0] == 200

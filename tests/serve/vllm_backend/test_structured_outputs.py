@@ -1,0 +1,186 @@
+"""What an answer has to follow: bounded, compiled where it can be ended, and a 400 where it cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from serve.vllm_backend import structured_outputs
+from serve.vllm_backend.structured_outputs import MAX_BYTES, MAX_CHOICES, MAX_NODES, Grammars, check, compile_grammars
+from tests.serve.vllm_backend.pretended import pretend
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array", "items": {}}},
+    "required": ["name"],
+}
+
+
+def nested(levels: int, width: int) -> dict:
+    """A schema of objects in objects: the number of its leaves is `width` to the power of `levels`."""
+    if levels == 0:
+        return {"type": "string"}
+    inner = nested(levels - 1, width)
+    return {"type": "object", "properties": {f"p{number}": inner for number in range(width)}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"json": PERSON},
+        {"json": json.dumps(PERSON)},
+        {"json": nested(5, 4)},
+        {"json": {"type": "object", "properties": {f"field_{n}": PERSON for n in range(300)}}},
+        {"choice": ["yes", "no"]},
+        {"choice": [f"item {n}" for n in range(1000)]},
+        {"regex": r"\d{4}-\d{2}-\d{2}"},
+        {"grammar": 'root ::= "a" | "b"'},
+        {"json_object": True},
+    ],
+)
+def test_what_people_ask_for_passes(given):
+    check(StructuredOutputsParams(**given))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"json": nested(16, 2)}, f"more than {MAX_NODES} values"),
+        ({"json": {"enum": list(range(MAX_NODES))}}, f"more than {MAX_NODES} values"),
+        ({"json": json.dumps({"const": "x" * MAX_BYTES})}, f"at most {MAX_BYTES} are taken"),
+        ({"json": {"const": "x" * MAX_BYTES}}, f"at most {MAX_BYTES} are taken"),
+        ({"json": nested(40, 1)}, "more than 64 levels deep"),
+        ({"json": "[" * 100_000}, "is no JSON"),
+        ({"json": "{"}, "is no JSON"),
+        ({"json": "[1]"}, "is a JSON object, not list"),
+        ({"structural_tag": "no JSON"}, "is no JSON"),
+        ({"choice": ["x"] * 100_000}, f"has 100000 entries; at most {MAX_CHOICES} are taken"),
+        ({"choice": ["\ud800"]}, "no Unicode"),
+        ({"regex": "a" * (MAX_BYTES + 1)}, f"has {MAX_BYTES + 1} bytes"),
+        ({"grammar": "x" * (MAX_BYTES + 1)}, f"has {MAX_BYTES + 1} bytes"),
+    ],
+)
+def test_what_nobody_means_is_refused_with_its_number_and_the_limit(given, says):
+    with pytest.raises(VLLMValidationError, match=says) as caught:
+        check(StructuredOutputsParams(**given))
+    assert str(caught.value).startswith(f"structured_outputs.{next(iter(given))} ")
+
+
+def test_what_has_another_type_is_refused_too():
+    nothing = dict.fromkeys(("json", "regex", "grammar", "choice", "structural_tag"))
+    for given, says in (
+        ({"choice": [1, 2]}, "list of texts"),
+        ({"choice": "ab"}, "list of texts"),
+        ({"regex": 5}, "text"),
+    ):
+        with pytest.raises(VLLMValidationError, match=says):
+            check(SimpleNamespace(**{**nothing, **given}))
+
+
+def regex(pattern: str) -> SimpleNamespace:
+    return SimpleNamespace(json=None, regex=pattern, grammar=None, choice=None, structural_tag=None)
+
+
+@pytest.fixture
+async def grammars():
+    made = Grammars(pretend, seconds=1.0)
+    yield made
+    made.close()
+
+
+async def test_one_that_takes_too_long_is_ended_and_the_next_one_is_compiled(grammars):
+    with pytest.raises(VLLMValidationError, match="longer than 1 s to compile"):
+        await grammars.compiled(regex("slow"))
+    with pytest.raises(VLLMValidationError, match="ended"):
+        await grammars.compiled(regex("crash"))
+    with pytest.raises(VLLMValidationError, match="it is wrong"):
+        await grammars.compiled(regex("wrong"))
+    assert (await grammars.compiled(regex("a"))).regex == "a"
+
+
+async def test_the_loop_goes_on_and_a_client_that_left_is_waited_for_by_nobody():
+    grammars = Grammars(pretend, seconds=600.0)
+    try:
+        await grammars.compiled(regex("first"))
+        process = grammars._worker.process
+        left = asyncio.create_task(grammars.compiled(regex("slow")))
+        waiting = asyncio.create_task(grammars.compiled(regex("next")))
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert not left.done() and not waiting.done()
+        left.cancel()
+        assert (await asyncio.wait_for(waiting, 60)).regex == "next"
+        assert not process.is_alive(), "the one that compiled for nobody has ended"
+    finally:
+        grammars.close()
+
+
+async def test_what_was_compiled_is_not_compiled_again(grammars):
+    first = await grammars.compiled(regex("a"))
+    grammars.close()
+    assert await grammars.compiled(regex("a")) is first
+    assert grammars._worker is None
+
+
+def test_vllm_does_not_validate_again_what_was_compiled():
+    structured_outputs.install()
+    outputs = StructuredOutputsParams(regex="a")
+    calls = []
+
+    def original(params, *config):
+        calls.append(params.structured_outputs)
+
+    validate = structured_outputs.validate_structured_outputs
+    validate(original, SamplingParams(structured_outputs=outputs), None, None, None)
+    assert calls == [outputs]
+    token = structured_outputs._compiled.set(outputs)
+    try:
+        validate(original, SimpleNamespace(structured_outputs=outputs), None, None, None)
+        assert len(calls) == 1
+        validate(original, SimpleNamespace(structured_outputs=StructuredOutputsParams(regex="b")), None, None, None)
+        assert len(calls) == 2, "another one is"
+    finally:
+        structured_outputs._compiled.reset(token)
+    assert [patch.misfit() for patch in structured_outputs.PATCHES] == [None]
+
+
+def test_every_request_passes_the_engine_that_compiles():
+    taken = list(AsyncLLM.add_request.__code__.co_varnames)
+    assert taken[:4] == ["self", "request_id", "prompt", "params"]
+
+
+@pytest.mark.engine
+async def test_vllms_own_compiler_in_the_process(tmp_path):
+    from serve.models.embedded import ensure
+
+    config = AsyncEngineArgs(model=str(ensure("smollm2")), enforce_eager=True).create_engine_config()
+    grammars = Grammars(compile_grammars, config)
+    try:
+        for given in ({"json": PERSON}, {"regex": "[a-z]+"}, {"choice": ["yes", "no"]}, {"grammar": 'root ::= "a"'}):
+            compiled = await grammars.compiled(StructuredOutputsParams(**given))
+            assert compiled._backend
+        malformed = [
+            {"grammar": "root ::= ("},
+            {"grammar": "no grammar"},
+            {"regex": "(["},
+            {"json": {"type": "nonsense"}},
+            {"json": {"$ref": "#/nowhere"}},
+            {"structural_tag": "{}"},
+            {"structural_tag": json.dumps({"structures": 3, "triggers": []})},
+            {"json": {"type": "string", "pattern": "(["}},
+        ]
+        for given in malformed:
+            with pytest.raises(VLLMValidationError):
+                await grammars.compiled(StructuredOutputsParams(**given))
+    finally:
+        grammars.close()
