@@ -75,6 +75,28 @@ def test_the_client_is_told_in_its_own_exceptions(server):
             server.client(key).chat.completions.create(**CHAT, stream=True)
 
 
+def test_a_key_pays_for_what_the_engine_did_however_the_answer_is_told(ask):
+    limits = {"tokens_per_minute": 1000}
+    created = ask(ADMIN, "POST", "/v1/keys", {"name": "metered", "limits": limits}).json()
+    body = {"model": BASE, "prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True}
+    cost = done(ask(ADMIN, "POST", "/v1/completions", body))["usage"]["total_tokens"]
+
+    def left() -> int:
+        answer = ask(created["secret"], "POST", "/tokenize", {"model": BASE, "prompt": "x"})
+        return int(answer.headers["x-ratelimit-remaining-tokens"])
+
+    before = left()
+    for told in ({"stream": True, "stream_interval": 32}, {"n": 2}):
+        assert ask(created["secret"], "POST", "/v1/completions", {**body, **told}).status_code == 200
+        paid = cost if "n" not in told else cost + 64
+        # The bucket fills meanwhile: 1000 in a minute.
+        assert before - paid <= left() <= min(1000, before - paid + 250), told
+        before = left()
+    cut = ask(created["secret"], "POST", "/v1/completions", {**body, "max_tokens": 1000}, **{"X-Request-Timeout": "2"})
+    assert cut.status_code == 504 and left() < before
+    ask(ADMIN, "DELETE", f"/v1/keys/{created['id']}")
+
+
 def test_whether_the_server_lives_needs_no_key(ask):
     for path in ("/health", "/ready", "/version"):
         assert ask(None, "GET", path).status_code == 200
