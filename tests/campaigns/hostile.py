@@ -5,7 +5,7 @@ process of their own, a victim of another tenant streams answers with log-probab
 scrapes, and somebody asks /health fifty times a second. Afterwards: did the engine restart, was anything of the
 victim's lost or wrong, how long did he wait (against as many honest clients), are memory and descriptors back?
 
-    python -m tests.campaigns.hostile [--seconds 10] [--settle 120] [--only TEXT] [--json FILE]
+    python -m tests.campaigns.hostile [--seconds 10] [--settle 120] [--only TEXT ...] [--json FILE]
 """
 
 from __future__ import annotations
@@ -333,11 +333,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10, help="how long each kind is sent")
     parser.add_argument("--settle", type=float, default=120, help="how long memory and descriptors have to come back")
     parser.add_argument("--clients", type=int, default=CLIENTS, help="how many send it at a time")
-    parser.add_argument("--only", default="", help="kinds whose name has this text")
+    parser.add_argument("--only", nargs="*", default=[""], help="kinds whose name has one of these texts")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     words = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, staged(Path(folder)) as stage:
-        kinds = [HONEST, *(kind for kind in KINDS if words.only in kind), HONEST]
+        kinds = [HONEST, *(kind for kind in KINDS if any(text in kind for text in words.only)), HONEST]
         rows = []
         for number, kind in enumerate(kinds):
             print(f"[{number + 1}/{len(kinds)}] {kind}", file=sys.stderr, flush=True)
