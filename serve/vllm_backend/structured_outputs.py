@@ -139,12 +139,20 @@ def compile_grammars(connection: Connection, vllm_config: Any) -> None:
                 vllm_config.model_config, vllm_config.structured_outputs_config, manager.tokenizer
             )
             manager.grammar_init(request)
-            request.structured_output_request._grammar.result()
+            _check_answerable(manager.backend, request.structured_output_request._grammar.result())
         except Exception as error:  # whatever a grammar brings about is a sentence to who sent it
             words = " ".join(str(error).split())[:500] or type(error).__name__
             connection.send(f"the structured output cannot be compiled: {words}")
         else:
             connection.send(params.structured_outputs)
+
+
+def _check_answerable(backend: Any, grammar: Any) -> None:
+    """ValueError for a grammar that no answer can follow: at its first token the engine would end the request."""
+    bitmask = backend.allocate_token_bitmask(1)
+    grammar.fill_bitmask(bitmask, 0)
+    if not bitmask.any():
+        raise ValueError("no answer can follow it")
 
 
 class _Request:

@@ -172,6 +172,8 @@ async def test_vllms_own_compiler_in_the_process(tmp_path):
         malformed = [
             {"grammar": "root ::= ("},
             {"grammar": "no grammar"},
+            {"grammar": "root ::= root root root"},
+            {"json": {"$ref": "#"}},
             {"regex": "(["},
             {"json": {"type": "nonsense"}},
             {"json": {"$ref": "#/nowhere"}},
