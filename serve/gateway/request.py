@@ -62,6 +62,7 @@ class InferenceRequest:
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"the request body is not a JSON object: {error}") from error
         _check_priority(self.fields.get("priority"))
+        _check_objects(self.fields)
         self.model = _model_name(self.fields)
 
     @classmethod
@@ -133,6 +134,16 @@ def _check_priority(priority: Any) -> None:
         "0 is a client's turn, more waits longer",
         param="priority",
     )
+
+
+def _check_objects(fields: dict[str, Any]) -> None:
+    """BadRequest for what vLLM looks into before it asks whether it is an object, which was a 500."""
+    value = fields.get("structured_outputs")
+    if value is not None and not isinstance(value, dict):
+        raise BadRequest(
+            f"structured_outputs takes an object such as {{'regex': '...'}}, not {shown(value, 40)}",
+            param="structured_outputs",
+        )
 
 
 def _model_name(fields: dict[str, Any]) -> str | None:

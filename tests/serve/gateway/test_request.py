@@ -89,3 +89,12 @@ async def test_a_body_that_needs_no_change_passes_byte_for_byte(client, backend)
     await client.post(CHAT, content=body)
     assert int(backend.headers[-1]["content-length"]) == len(body)
     assert backend.bodies[-1] == json.loads(body)
+
+
+@pytest.mark.parametrize("value", [1.5, [[]], "x", True])
+async def test_structured_outputs_that_are_no_object_are_a_400(client, backend, value):
+    """vLLM looks into them before it asks what they are: a 500."""
+    before = len(backend.bodies)
+    answer = await client.post(CHAT, json={"model": "base", "messages": [], "structured_outputs": value})
+    assert answer.status_code == 400 and "takes an object" in answer.json()["error"]["message"]
+    assert len(backend.bodies) == before
