@@ -56,13 +56,13 @@ def slowed(processor: type) -> type:
 
 
 def main() -> None:
-    import serve.app
+    import serve.api.app
     from serve.cli.main import app
 
     build = serve.api.app.build_app
 
     def build_app(*args: Any) -> Any:
-        import serve.backend
+        import serve.vllm_backend.backend
 
         serve.vllm_backend.backend.Outputs = slowed(serve.vllm_backend.backend.Outputs)  # type: ignore[misc]
         return build(*args)
