@@ -63,7 +63,13 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def optimizing(mark: str, recipe: Path, out: Path, path: Path | None = None) -> subprocess.Popen[bytes]:
     environ = {**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(path or "")]))}
-    return subprocess.Popen(command(recipe, "--out", out), env=environ, stderr=subprocess.DEVNULL)
+    # Whoever runs these tests in the background may have had SIGINT ignored, which children inherit.
+    return subprocess.Popen(
+        command(recipe, "--out", out),
+        env=environ,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
