@@ -304,9 +304,9 @@ def staged(folder: Path, servers: int) -> Iterator[Stage]:
         }
         direct = "http://{}:{}".format(*s3.get_host_and_port())
         keys = {"aws_access_key_id": "me", "aws_secret_access_key": "mine", "region_name": "us-east-1"}
-        boto3.client("s3", endpoint_url=direct, **keys).create_bucket(Bucket="models")
+        boto3.client("s3", endpoint_url=direct, **keys).create_bucket(Bucket="neighbours")
         url = f"postgresql+psycopg://loradock@127.0.0.1:{proxies['database'].port}/{name}"
-        flags = ["--registry", url, "--blobs", "s3://models/adapters"]
+        flags = ["--registry", url, "--blobs", "s3://neighbours/adapters"]
         (folder / "model").mkdir()
         model = tiny.model(folder / "model")
         disk = stack.enter_context(_own_disk(folder / "disk"))

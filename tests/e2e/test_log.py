@@ -29,6 +29,7 @@ def started(request, tmp_path_factory):
 
 def test_a_start_is_a_few_lines_of_our_own_and_debug_shows_all(started):
     server, level = started
+    assert eventually(lambda: "] ready: http" in server.log.read_text()), "what goes through a pipe may come late"
     shown, kept = server.log.read_text().splitlines(), server.full_log.read_text()
     before_ready = next(number for number, line in enumerate(shown) if "] ready: http" in line)
     assert "EngineCore" in kept and "Initializing a V1 LLM engine" in kept

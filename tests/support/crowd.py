@@ -174,7 +174,8 @@ def _replaced(server: Server, number: int, notice: float) -> str:
 def slow_readers(server: Server) -> str:
     """Clients that ask for a long stream and read nothing of it."""
     body = b'{"model": "a1", "prompt": "x", "max_tokens": 400, "stream": true, "ignore_eos": true}'
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n"
     with _sockets(server, 8) as socks:
         for sock in socks:
             sock.send(head % len(body) + body)

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from serve.asgi.origin import OriginCheck
 
 # Of the processor's time, not the clock's: another process that has the core is not the server's fault.
-STEP_SECONDS = 0.2
+STEP_SECONDS = 2.0
 WAITING = {
     "open",
     "os.rename",
