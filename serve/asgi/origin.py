@@ -85,7 +85,10 @@ class OriginCheck:
             await self._app(scope, receive, send)
 
     def _is_own(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname or ""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False  # "[::1" is no host
         if not host or name == "localhost" or name.endswith(".localhost") or name in self._hosts:
             return True
         try:
@@ -95,7 +98,7 @@ class OriginCheck:
 
     def _may(self, scope: Scope, origin: str, host: str) -> bool:
         """A page of this server's own; or one that asks for an answer with a key, or from this same machine."""
-        place = urlsplit(origin).netloc
+        place = origin.partition("://")[2]
         if place == host.lower():
             return True
         return self._answers(scope["path"]) and (not self._is_open() or self._is_own(place))

@@ -41,7 +41,12 @@ async def status(http, method, path, **headers):
 async def test_another_site_changes_nothing_with_or_without_keys(config, method, path, keys):
     async with client(config, **keys) as http:
         key = {"authorization": "Bearer an-admin"}
-        for foreign in ({"origin": EVIL}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+        for foreign in (
+            {"origin": EVIL},
+            {"origin": "null"},
+            {"origin": "http://[::1"},
+            {"sec-fetch-site": "cross-site"},
+        ):
             assert await status(http, method, path, **key, **foreign) == 403, foreign
         for own in ({"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}, {}):
             assert await status(http, method, path, **key, **own) != 403, own
@@ -49,7 +54,7 @@ async def test_another_site_changes_nothing_with_or_without_keys(config, method,
 
 async def test_without_keys_only_names_of_this_machine_are_answered_to(config):
     async with client(config) as http:
-        for host in ("evil.example", "evil.example:8000", "169.254.169.254", "localhost.evil.example"):
+        for host in ("evil.example", "evil.example:8000", "169.254.169.254", "localhost.evil.example", "[::1"):
             assert await status(http, "GET", "/v1/models", host=host) == 403, host
         for host in ("localhost", "127.0.0.1:9", "[::1]:8000", "a.localhost"):
             assert await status(http, "GET", "/v1/models", host=host) == 200, host
