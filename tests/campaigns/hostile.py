@@ -204,6 +204,38 @@ def ask_health(port: int, pipe: Any) -> None:
     pipe.send(times)
 
 
+def attack_once(port: int, key: str, manager: str, pipe: Any) -> None:
+    """In a process of its own: every kind, once, one after the other."""
+    prepare()
+
+    async def run() -> dict[str, dict[str, int]]:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            target = Target(port, key, manager, client)
+            return {kind: dict(await send(target)) for kind, send in KINDS.items()}
+
+    pipe.send(asyncio.run(run()))
+
+
+def sweep(stage: Stage, seconds: float = 400) -> tuple[dict[str, dict[str, int]], Seen]:
+    """Every kind once: what came back of each, and what all of them together did to the others."""
+    seen = Seen("all")
+    restarts, open_files = stage.restarts(), descriptors(stage.server)
+    parent, child = multiprocessing.Pipe()
+    words = (stage.server.port, stage.hostile, stage.manager, child)
+    attacker = multiprocessing.get_context("spawn").Process(target=attack_once, args=words)
+    outcomes: dict[str, dict[str, int]] = {}
+    with watched(stage, seen):
+        attacker.start()
+        if parent.poll(seconds):
+            outcomes = parent.recv()
+        attacker.join(10)
+        if attacker.is_alive():
+            attacker.kill()
+    seen.restarts = stage.restarts() - restarts
+    seen.descriptors = descriptors(stage.server) - open_files
+    return outcomes, seen
+
+
 def attack(port: int, key: str, manager: str, kind: str, seconds: float, clients: int, pipe: Any) -> None:
     """In a process of its own: this kind, over and over, for so long; at least once."""
     prepare()
