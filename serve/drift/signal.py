@@ -1,0 +1,228 @@
+"""One signal of a version: it gathers its reference, then watches for drift.
+
+    signal = Signal("prompt", needed=1000, threshold=1e5)
+    signal.update(row)          # the first `needed` rows become the reference; then True when it raised the alarm
+
+A signal alarms on evidence and effect together: evidence says that something moved (`serve.drift.detector`: at least
+`threshold` requests in the mean until a false alarm), effect says that it moved far enough to matter (`Tolerance`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from serve.drift.detector import EFFECT_HALF_LIFE, Drift, all_finite
+from serve.drift.embedding import DIMENSIONS
+from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
+
+# Requests that make a reference; logprobs come of a sample of the traffic only.
+NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300}
+_REFUSAL = names(OUTPUT, 0).index("refusal")
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Effects that are too small to matter. A share q of foreign requests shifts a rank by q / 2 at most."""
+
+    rank_shift: float = 0.1
+    logprob: float = 0.15  # nat, of the mean logprob that prompt and length do not explain
+    refusal: float = 0.02  # of all answers
+    probe: float = 1.5  # times the probe's noise
+
+
+class Phase(Enum):
+    GATHERING = "gathering"
+    WATCHING = "watching"
+
+
+class Signal:
+    """One signal of one version: gathers its reference, then watches. `update` takes rows of `serve.drift.features`."""
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        needed: int | None = None,
+        threshold: float = 1e5,
+        tolerance: Tolerance = Tolerance(),
+        seed: int = 0,
+        dimensions: int = DIMENSIONS,
+    ) -> None:
+        if kind not in SIGNALS:
+            raise ValueError(f"{kind} is no signal; {', '.join(SIGNALS)} are")
+        self.kind = kind
+        self.needed = max(2, NEEDED[kind] if needed is None else needed)
+        self.threshold = threshold
+        self.tolerance = tolerance
+        self.names = names(kind, dimensions)
+        # Beside its three scores, a logprob row carries length and the prompt's row, which are regressed on.
+        self._columns = len(self.names) + (dimensions + 2 if kind == LOGPROB else 0)
+        self.samples = 0  # rows watched, the reference not among them
+        self.alarms = 0
+        self.alarmed_at: int | None = None  # in samples
+        self._seed = seed
+        self._gathered: list[NDArray] = []
+        self._detector: Drift | None = None
+        self._scale: Scale | None = None
+        self._recent = np.zeros(0)
+        self._weight = 0.0
+
+    def set_threshold(self, threshold: float) -> None:
+        """The evidence so far stays: it does not depend on the threshold."""
+        self.threshold = threshold
+        if self._detector is not None:
+            self._detector.threshold = threshold
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.GATHERING if self._detector is None else Phase.WATCHING
+
+    @property
+    def gathered(self) -> int:
+        """Requests in the reference so far."""
+        return self.needed if self._detector is not None else len(self._gathered)
+
+    def update(self, row: ArrayLike) -> bool:
+        """Take one raw row; True when it raised the alarm."""
+        raw = np.asarray(row, np.float32)
+        if raw.shape != (self._columns,):
+            raise ValueError(f"a row of {self.kind} has {self._columns} numbers; this one has the shape {raw.shape}")
+        if not all_finite(raw):
+            raise ValueError(f"a row of {self.kind} holds a number that is not finite; leave the request out")
+        if self._detector is None or self._scale is None:
+            self._gather(raw)
+            return False
+        self.samples += 1
+        fade = 0.5 ** (1 / EFFECT_HALF_LIFE)
+        self._recent = self._recent * fade + (raw - self._scale.centre)
+        self._weight = self._weight * fade + 1
+        self._detector.update(self._scale(raw))
+        if self.alarmed_at is None and self._detector.drifted and self.beyond():
+            self.alarmed_at = self.samples
+            self.alarms += 1
+            return True
+        return False
+
+    @property
+    def drifted(self) -> bool:
+        """Evidence has reached the threshold since `acknowledge`, whether or not the effect matters."""
+        return self._detector is not None and self._detector.drifted
+
+    @property
+    def alarmed(self) -> bool:
+        """Evidence and effect have, since `acknowledge`."""
+        return self.alarmed_at is not None
+
+    @property
+    def log_evidence(self) -> float:
+        return -math.inf if self._detector is None else self._detector.log_evidence
+
+    @property
+    def log_threshold(self) -> float:
+        return math.log(self.threshold)
+
+    @property
+    def changed_at(self) -> int | None:
+        """After which sample the change began, by the strongest bet; None before any drift."""
+        return self._detector.changed_at if self._detector is not None and self.drifted else None
+
+    def effects(self) -> dict[str, float]:
+        """How far things moved, in the units of `Tolerance`; empty while gathering. Signed, where a sign means
+        something."""
+        if self._detector is None or self._scale is None:
+            return {}
+        shifts = self._detector.rank_shift
+        effects = {"rank_shift": float(np.abs(shifts).max())}
+        if not self._weight:
+            return effects
+        recent = self._recent / self._weight
+        if self.kind == OUTPUT:
+            error = self._detector.gauge_error / float(self._scale.matrix[_REFUSAL, _REFUSAL])
+            effects["refusal"] = _beyond_error(float(recent[_REFUSAL]), error)
+        if self.kind == LOGPROB:
+            onto = self._scale.matrix[:, 0]
+            error = self._detector.gauge_error / float(onto[0])
+            effects["logprob"] = _beyond_error(float(recent @ onto / onto[0]), error)
+        return effects
+
+    def beyond(self) -> dict[str, float]:
+        """The effects above tolerance: a rise of refusals, a change of logprob in either direction, a shift of
+        ranks."""
+        effects = self.effects()
+        sizes = {name: value if name == "refusal" else abs(value) for name, value in effects.items()}
+        return {name: effects[name] for name, size in sizes.items() if size > getattr(self.tolerance, name)}
+
+    def movers(self, most: int = 5) -> list[tuple[str, float, float]]:
+        """(score, ln evidence, rank shift) of the scores with the most evidence of their own, the strongest first."""
+        if self._detector is None:
+            return []
+        evidence, shifts = self._detector.evidence_by_score, self._detector.rank_shift
+        order = np.argsort(-evidence, kind="stable")[:most]
+        return [(self.names[i], float(evidence[i]), float(shifts[i])) for i in order]
+
+    def acknowledge(self) -> None:
+        """An alarm has been dealt with: the evidence begins again at nothing, the reference stays."""
+        self.alarmed_at = None
+        if self._detector is not None:
+            self._detector.reset()
+
+    def state(self) -> dict[str, NDArray]:
+        if self._detector is None or self._scale is None:
+            rows = np.array(self._gathered, np.float32) if self._gathered else np.zeros((0, 0), np.float32)
+            arrays = {"gathered": rows}
+        else:
+            arrays = {"recent": self._recent.copy(), "weight": np.array(self._weight)}
+            arrays |= {f"scale.{name}": value for name, value in self._scale.arrays().items()}
+            arrays |= {f"detector.{name}": value for name, value in self._detector.state().items()}
+        alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
+        return arrays | {"counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed])}
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Become the signal whose `state()` this was; this one's tolerance stays."""
+        needed, samples, alarms, alarmed_at, seed = (int(count) for count in state["counts"])
+        self.needed, self.samples, self.alarms, self._seed = needed, samples, alarms, seed
+        self.alarmed_at = None if alarmed_at < 0 else alarmed_at
+        if "gathered" in state:
+            rows = np.asarray(state["gathered"], np.float32)
+            if len(rows) and rows.shape[1] != self._columns:
+                raise ValueError(f"{self.kind} has rows of {rows.shape[1]} numbers, not {self._columns}")
+            self._gathered = list(rows)
+            return
+        scale = Scale.from_arrays(_below(state, "scale."))
+        detector = Drift.from_state(_below(state, "detector."))
+        shape = (self._columns, len(self.names))
+        if scale.matrix.shape != shape or len(detector.rank_shift) != len(self.names):
+            raise ValueError(f"{self.kind} has a scale of {scale.matrix.shape}, not {shape}")
+        self._scale, self._detector, self._gathered = scale, detector, []
+        self.threshold = detector.threshold
+        self._recent, self._weight = np.array(state["recent"]), float(state["weight"])
+
+    def _gather(self, raw: NDArray) -> None:
+        self._gathered.append(raw)
+        if len(self._gathered) >= self.needed:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        # One half fits the scale and the other is ranked: see serve.drift.features. Alternating, so that both span
+        # all the time.
+        scale = Scale.fit(self.kind, self._gathered[::2])
+        # One by one, as live rows will be: a product of many rows may round otherwise, and equal rows must stay ties.
+        reference = np.array([scale(raw) for raw in self._gathered[1::2]])
+        self._detector = Drift(reference, threshold=self.threshold, seed=self._seed)
+        self._scale, self._gathered = scale, []
+        self._recent = np.zeros(len(scale.centre))
+
+
+def _below(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _beyond_error(value: float, error: float) -> float:
+    """What is left of `value` when its standard error is taken off."""
+    return math.copysign(max(abs(value) - error, 0.0), value)
