@@ -76,8 +76,8 @@ def read_license(card: Path) -> str | None:
     if front is None:
         return None
     # Searched as text: a YAML document can be built to eat the memory.
-    found = re.search(r"^license:[ \t]*([\"']?)([A-Za-z0-9._+-]{1,64})\1[ \t]*(#.*)?\r?$", front[1], re.M)
-    return found[2].lower() if found else None
+    license = re.search(r"^license:[ \t]*([\"']?)([A-Za-z0-9._+-]{1,64})\1[ \t]*(#.*)?\r?$", front[1], re.M)
+    return license[2].lower() if license else None
 
 
 def _license_problems(license: str | None, limits: Limits) -> Iterator[str]:
@@ -160,9 +160,9 @@ def _target_problems(
 ) -> Iterator[str]:
     targets = config.targets
     if isinstance(targets, tuple):
-        found, known = _suffixes(pairs), _suffixes(modules)
+        present, known = _suffixes(pairs), _suffixes(modules)
         for target in sorted(set(targets)):
-            if target in found or (target in known and config.raw.get("exclude_modules")):
+            if target in present or (target in known and config.raw.get("exclude_modules")):
                 continue
             where = "no tensor of the file" if target in known else "no module of the base"
             yield f"target_modules names `{shown(target)}`, and that matches {where}"

@@ -180,8 +180,8 @@ class Store:
             if self.has(digest):
                 return
             shared.get(digest, folder)
-            if (found := self.admit(folder)) != digest:
-                self.remove(found)
+            if (admitted := self.admit(folder)) != digest:
+                self.remove(admitted)
                 raise EngineUnavailable(f"the shared bytes of {digest[:12]} are damaged: push that version again")
 
     def place(self, digest: str) -> Path:

@@ -216,16 +216,16 @@ def prepare(engine: Engine) -> None:
             # Two servers that start at once over an empty database would both make the tables.
             connection.execute(select(func.pg_advisory_xact_lock(PREPARING)))
         metadata.create_all(connection)
-        found = connection.scalar(select(func.max(schema_version.c.version)))
-        if found is None:
+        schema = connection.scalar(select(func.max(schema_version.c.version)))
+        if schema is None:
             connection.execute(insert(schema_version).values(version=SCHEMA))
             return
-        if found > SCHEMA:
+        if schema > SCHEMA:
             raise ConfigError(
-                f"this registry has schema {found} and this loradock knows {SCHEMA}; "
+                f"this registry has schema {schema} and this loradock knows {SCHEMA}; "
                 "start the newer loradock that wrote it"
             )
-        for step in range(found, SCHEMA):
+        for step in range(schema, SCHEMA):
             MIGRATIONS[step](connection)
             connection.execute(update(schema_version).values(version=step + 1))
 

@@ -333,6 +333,6 @@ def _limits(config: Config, backend: Backend) -> AdapterLimits:
     return AdapterLimits(
         max_rank=min(rank, config.max_adapter_rank or rank),
         allowed_target_modules=frozenset(config.allowed_target_modules) or None,
-        allowed_licenses=frozenset(one.lower() for one in config.allowed_licenses) or None,
+        allowed_licenses=frozenset(license.lower() for license in config.allowed_licenses) or None,
         allowed_digests=frozenset(config.allowed_digests) or None,
     )

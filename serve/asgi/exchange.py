@@ -31,9 +31,9 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 
 def identified(scope: Scope) -> tuple[Scope, str]:
     """The request with an id in its x-request-id header, and that id: the client's own, if it is one."""
-    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
-    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
-        return scope, given[0].decode()
+    ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]):
+        return scope, ids[0].decode()
     made = uuid.uuid4().hex
     rest = [header for header in scope["headers"] if header[0] != b"x-request-id"]
     return {**scope, "headers": [*rest, (b"x-request-id", made.encode())]}, made

@@ -84,8 +84,8 @@ class Keys:
         """A new key, and its secret, which nobody can tell again."""
         key, secret = _made(tenant, name, scopes, limits, self._clock())
         # Without those that are not set: a server of another version may not know them.
-        given = {limit: value for limit, value in asdict(limits).items() if value is not None}
-        row = {**asdict(key), "scopes": json.dumps(sorted(key.scopes)), "limits": json.dumps(given)}
+        set_limits = {limit: value for limit, value in asdict(limits).items() if value is not None}
+        row = {**asdict(key), "scopes": json.dumps(sorted(key.scopes)), "limits": json.dumps(set_limits)}
         with self._registry.transaction() as connection:
             connection.execute(insert(table).values(**row))
         self._read()

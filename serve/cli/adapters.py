@@ -76,8 +76,8 @@ def push(
 def list_(url: Url = URL, key: Key = None, as_json: Json = False) -> None:
     """List the adapters, with the live version of each."""
     with connected("adapters", url, key) as client:
-        found = client.list()
-    say({"object": "list", "data": found}, as_json, _listed)
+        adapters = client.list()
+    say({"object": "list", "data": adapters}, as_json, _listed)
 
 
 @adapters_app.command(epilog=example("loradock adapters show support"))
@@ -105,7 +105,7 @@ def promote(
     with connected("adapters", url, key) as client:
         expected = _version(expect) if expect is not None else None
         answer = client.promote(name, _version(version), expected, at_once=at_once, why=why)
-    say(answer, as_json, lambda told: _promoted(told, f"{name} v{_version(version)}"))
+    say(answer, as_json, lambda body: _promoted(body, f"{name} v{_version(version)}"))
 
 
 def _promoted(answer: dict[str, Any], which: str) -> str:
@@ -121,7 +121,7 @@ def rollback(
     """Make the previous version live again."""
     with connected("adapters", url, key) as client:
         answer = client.rollback(name, _version(expect) if expect is not None else None, why=why)
-    say(answer, as_json, lambda told: f"{name} {_v(_live(told))} is live again")
+    say(answer, as_json, lambda body: f"{name} {_v(_live(body))} is live again")
 
 
 @adapters_app.command(
@@ -139,7 +139,7 @@ def canary(
     """Send a share of an adapter's requests to a version that is not live."""
     with connected("adapters", url, key) as client:
         answer = client.canary(name, _version(version), weight, why=why)
-    say(answer, as_json, lambda told: _shared(told, "canary", "answers"))
+    say(answer, as_json, lambda body: _shared(body, "canary", "answers"))
 
 
 @adapters_app.command(
@@ -157,7 +157,7 @@ def shadow(
     """Let a version answer a share of an adapter's requests too, for comparison; clients do not see its answers."""
     with connected("adapters", url, key) as client:
         answer = client.shadow(name, _version(version), weight, why=why)
-    say(answer, as_json, lambda told: _shared(told, "shadow", "also answers, unseen,"))
+    say(answer, as_json, lambda body: _shared(body, "shadow", "also answers, unseen,"))
 
 
 @adapters_app.command(epilog=example("loradock adapters pin support", "loradock adapters pin support 3"))
@@ -173,7 +173,7 @@ def pin(
     """Keep an adapter in the engine's memory, whatever else is asked."""
     with connected("adapters", url, key) as client:
         answer = client.pin(name, _version(version) if version is not None else None)
-    say(answer, as_json, lambda told: f"{name} is pinned")
+    say(answer, as_json, lambda _: f"{name} is pinned")
 
 
 @adapters_app.command(epilog=example("loradock adapters unpin support"))
@@ -181,7 +181,7 @@ def unpin(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) ->
     """End the pin: the engine may drop the adapter when others need the room."""
     with connected("adapters", url, key) as client:
         answer = client.unpin(name)
-    say(answer, as_json, lambda told: f"{name} is pinned no more")
+    say(answer, as_json, lambda _: f"{name} is pinned no more")
 
 
 @adapters_app.command(epilog=example("loradock adapters share support"))
@@ -189,7 +189,7 @@ def share(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) ->
     """Let other tenants ask an adapter, as TENANT/NAME."""
     with connected("adapters", url, key) as client:
         answer = client.share(name, True)
-    say(answer, as_json, lambda told: f"{name} is shared")
+    say(answer, as_json, lambda _: f"{name} is shared")
 
 
 @adapters_app.command(epilog=example("loradock adapters unshare support"))
@@ -197,7 +197,7 @@ def unshare(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) 
     """Let only the adapter's own tenant ask it again."""
     with connected("adapters", url, key) as client:
         answer = client.share(name, False)
-    say(answer, as_json, lambda told: f"{name} is private")
+    say(answer, as_json, lambda _: f"{name} is private")
 
 
 @adapters_app.command(epilog=example("loradock adapters rm support@v2", "loradock adapters rm support --force"))
@@ -213,7 +213,7 @@ def rm(
     with connected("adapters", url, key) as client:
         name, at, version = target.partition("@")
         answer = client.remove(name, _version(version) if at else None, force, why=why)
-    say(answer, as_json, lambda told: f"{target} is removed")
+    say(answer, as_json, lambda _: f"{target} is removed")
 
 
 @contextmanager
@@ -231,8 +231,8 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
         task = progress.add_task(f"pushing {escape(name)}", total=None)
 
         def update(sent: int, total: int) -> None:
-            said = "the server checks it" if sent == total else f"pushing {escape(name)}"
-            progress.update(task, completed=sent, total=total, description=said)
+            description = "the server checks it" if sent == total else f"pushing {escape(name)}"
+            progress.update(task, completed=sent, total=total, description=description)
 
         yield update
 
@@ -287,8 +287,8 @@ def _shared(answer: dict[str, Any], kind: str, does: str) -> str:
 def _event(event: Any) -> str:
     if not isinstance(event, dict):
         return str(event)
-    said = {key: _when(value) if key == "when" else value for key, value in event.items()}
-    return "  ".join(f"{key}={value}" for key, value in said.items() if value not in (None, ""))
+    fields = {key: _when(value) if key == "when" else value for key, value in event.items()}
+    return "  ".join(f"{key}={value}" for key, value in fields.items() if value not in (None, ""))
 
 
 def _live(answer: dict[str, Any]) -> int | None:

@@ -87,20 +87,20 @@ def prompts(file: Path) -> list[Any]:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    found = []
+    texts_or_messages = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            said = json.loads(line)
+            prompt = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"line {number} of {file} is not JSON: {error}") from error
-        if isinstance(said, dict):
-            said = said.get("prompt") or said.get("messages")
-        if not isinstance(said, str | list) or not said:
+        if isinstance(prompt, dict):
+            prompt = prompt.get("prompt") or prompt.get("messages")
+        if not isinstance(prompt, str | list) or not prompt:
             raise ConfigError(f'line {number} of {file} is neither a text, {{"prompt": ...}} nor {{"messages": ...}}')
-        found.append(said)
-    return found
+        texts_or_messages.append(prompt)
+    return texts_or_messages
 
 
 def _built(answer: dict[str, Any]) -> str:

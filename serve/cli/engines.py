@@ -50,9 +50,9 @@ def swap(
 ) -> None:
     """Replace the model under a base's name while requests run; on any error the old one continues."""
     folder = Path(model).expanduser()
-    given = str(folder.resolve()) if folder.is_dir() else model
+    checkpoint = str(folder.resolve()) if folder.is_dir() else model
     with connected("engines", url, key) as client:
-        answer = client.swap(name, given, force=force, drain_first=drain_first)
+        answer = client.swap(name, checkpoint, force=force, drain_first=drain_first)
     say(answer, as_json, _swapped)
 
 
@@ -61,23 +61,23 @@ def restart(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) 
     """Start an engine again that stayed down after too many deaths."""
     with connected("engines", url, key) as client:
         answer = client.restart(name)
-    say(answer, as_json, lambda told: f"{told.get('name')} is {told.get('phase')}")
+    say(answer, as_json, lambda body: f"{body.get('name')} is {body.get('phase')}")
 
 
 def _listed(answer: dict[str, Any]) -> str:
     rows = [("NAME", "PHASE", "MODEL", "RUNNING", "WAITING", "ADAPTERS", "MEMORY", "RESTARTS", "UP")]
-    for one in answer.get("data", []):
+    for engine in answer.get("data", []):
         rows.append(
             (
-                str(one.get("name")),
-                str(one.get("phase")) + (f" ({one['reason']})" if one.get("reason") else ""),
-                str(one.get("model")),
-                str(one.get("running")),
-                str(one.get("waiting")),
-                f"{len(one.get('resident', []))}/{one.get('max_resident')}",
-                f"{one.get('memory_bytes', 0) / (1 << 20):.0f} MiB",
-                str(one.get("restarts")),
-                f"{one.get('uptime_seconds', 0):.0f} s",
+                str(engine.get("name")),
+                str(engine.get("phase")) + (f" ({engine['reason']})" if engine.get("reason") else ""),
+                str(engine.get("model")),
+                str(engine.get("running")),
+                str(engine.get("waiting")),
+                f"{len(engine.get('resident', []))}/{engine.get('max_resident')}",
+                f"{engine.get('memory_bytes', 0) / (1 << 20):.0f} MiB",
+                str(engine.get("restarts")),
+                f"{engine.get('uptime_seconds', 0):.0f} s",
             )
         )
     return table(rows)
@@ -86,7 +86,7 @@ def _listed(answer: dict[str, Any]) -> str:
 def _swapped(answer: dict[str, Any]) -> str:
     lines = [f"{answer.get('name')} is served by {answer.get('model')} now, after {answer.get('seconds')} s"]
     rows = [("ADAPTER", "EFFECT BEFORE", "AFTER", "CHANGED", "")]
-    for one in answer.get("adapters", []):
-        row = (str(one["adapter"]), f"{one['before']:.3f}", f"{one['after']:.3f}", f"{one['lost']:.1%}")
-        rows.append((*row, str(one["problem"])))
+    for adapter in answer.get("adapters", []):
+        row = (str(adapter["adapter"]), f"{adapter['before']:.3f}", f"{adapter['after']:.3f}", f"{adapter['lost']:.1%}")
+        rows.append((*row, str(adapter["problem"])))
     return "\n".join([*lines, table(rows)]) if len(rows) > 1 else lines[0]

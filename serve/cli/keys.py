@@ -95,7 +95,7 @@ def revoke(
     """Revoke a key; later requests with it are refused, answers that have begun finish."""
     with connected("keys", url, key) as client:
         answer = client.revoke_key(id)
-    say(answer, as_json, lambda told: f"{told.get('tenant')}/{told.get('name')} ({id}) is revoked")
+    say(answer, as_json, lambda body: f"{body.get('tenant')}/{body.get('name')} ({id}) is revoked")
 
 
 def _created(answer: dict[str, Any]) -> str:

@@ -39,22 +39,31 @@ def plan(
     from serve.models.memory_plan import plan as planned
 
     cache = None if kv_cache_memory_bytes is None else size(kv_cache_memory_bytes)
-    found = find(model, load([], {}).cache_dir)
-    told = planned(found, max_loras=max_loras, max_cpu_loras=max_cpu_loras, rank=max_lora_rank, kv_cache=cache)
+    checkpoint = find(model, load([], {}).cache_dir)
+    memory = planned(checkpoint, max_loras=max_loras, max_cpu_loras=max_cpu_loras, rank=max_lora_rank, kv_cache=cache)
     rows = [
-        ("weights", _mib(told.weights)),
-        ("KV cache", f"{_mib(told.kv_cache)}, {told.tokens} tokens of context at {told.kv_token / 1024:.0f} KiB each"),
-        (f"{max_loras} slots", _mib(told.slots)),
+        ("weights", _mib(memory.weights)),
+        (
+            "KV cache",
+            f"{_mib(memory.kv_cache)}, {memory.tokens} tokens of context at {memory.kv_token / 1024:.0f} KiB each",
+        ),
+        (f"{max_loras} slots", _mib(memory.slots)),
         (
             f"{max_cpu_loras} adapters in memory",
-            f"{_mib(told.host)}, {_mib(told.adapter)} each at rank {max_lora_rank}",
+            f"{_mib(memory.host)}, {_mib(memory.adapter)} each at rank {max_lora_rank}",
         ),
-        ("processes and graphs", _mib(told.overhead)),
-        ("together", f"{_mib(told.total)}; {_mib(told.free)} are free" + ("" if told.fits else ": it does not fit")),
-        ("beside it, to swap the base", _mib(told.total + told.weights + told.kv_cache + told.slots + told.overhead)),
+        ("processes and graphs", _mib(memory.overhead)),
+        (
+            "together",
+            f"{_mib(memory.total)}; {_mib(memory.free)} are free" + ("" if memory.fits else ": it does not fit"),
+        ),
+        (
+            "beside it, to swap the base",
+            _mib(memory.total + memory.weights + memory.kv_cache + memory.slots + memory.overhead),
+        ),
     ]
     typer.echo(table([(name, value) for name, value in rows]))
-    raise typer.Exit(0 if told.fits else 1)
+    raise typer.Exit(0 if memory.fits else 1)
 
 
 def backup(
@@ -65,8 +74,8 @@ def backup(
     from serve.adapters.backup import backup as write
 
     config = _config(data_dir)
-    told = write(config.data_dir, file.absolute(), config.registry)
-    typer.echo(f"{file}: {told['adapters']} adapters, {_mib(told['bytes'])}")
+    written = write(config.data_dir, file.absolute(), config.registry)
+    typer.echo(f"{file}: {written['adapters']} adapters, {_mib(written['bytes'])}")
 
 
 def restore(
@@ -77,8 +86,8 @@ def restore(
     from serve.adapters.backup import restore as read
 
     config = _config(data_dir)
-    told = read(file, config.data_dir)
-    typer.echo(f"{config.data_dir}: {told['adapters']} adapters")
+    restored = read(file, config.data_dir)
+    typer.echo(f"{config.data_dir}: {restored['adapters']} adapters")
 
 
 def batch(

@@ -163,8 +163,8 @@ class AdapterClient:
     def list(self) -> list[dict[str, Any]]:
         """All adapters that this key may see."""
         answer = self._call("GET", "/v1/adapters")
-        found: list[dict[str, Any]] = answer.get("data", [])
-        return found
+        adapters: list[dict[str, Any]] = answer.get("data", [])
+        return adapters
 
     def show(self, name: str) -> dict[str, Any]:
         """The versions of one adapter, which is live, and its history."""
@@ -383,19 +383,19 @@ class _Counted:
 
 def _error(response: httpx.Response, body: dict[str, Any] | None, url: str) -> LoradockError:
     status = response.status_code
-    told = body.get("error") if body is not None else None
-    if not isinstance(told, dict) or not isinstance(told.get("message"), str):
+    error = body.get("error") if body is not None else None
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
         if status == EngineUnavailable.status:
             return EngineUnavailable(f"{url} answered 503: the server is not ready")
         begin = response.text[:200].strip()
         return Refused(f"{url} answered {status} in a form that is not loradock's; is it a loradock server? {begin}")
-    message, code = told["message"], told.get("code")
+    message, code = error["message"], error.get("code")
     if status == AdapterRejected.status:
-        problems = told.get("problems")
+        problems = error.get("problems")
         return AdapterRejected(message, problems=problems if isinstance(problems, list) else None, code=code)
     if status == EngineUnavailable.status:
         return EngineUnavailable(message)
-    return _BY_STATUS.get(status, Refused)(message, code=code, param=told.get("param"))
+    return _BY_STATUS.get(status, Refused)(message, code=code, param=error.get("param"))
 
 
 def _json(response: httpx.Response) -> dict[str, Any] | None:

@@ -36,10 +36,10 @@ def read(file: Path) -> list[Job]:
     seen: set[str] = set()
     for number, line in enumerate(_lines(file), 1):
         try:
-            told = json.loads(line)
+            fields = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"line {number} of {file} is not JSON: {error}") from error
-        job = _job(told, f"line {number} of {file}")
+        job = _job(fields, f"line {number} of {file}")
         if job.id in seen:
             raise ConfigError(f"line {number} of {file} has the custom_id {job.id!r}, which an earlier line has too")
         seen.add(job.id)
@@ -52,9 +52,9 @@ def answered(file: Path) -> set[str]:
     done = set()
     for line in _lines(file) if file.exists() else ():
         try:
-            told = json.loads(line)
-            if told["response"]["status_code"] == 200:
-                done.add(told["custom_id"])
+            answer = json.loads(line)
+            if answer["response"]["status_code"] == 200:
+                done.add(answer["custom_id"])
         except (ValueError, KeyError, TypeError):
             continue
     return done
@@ -83,34 +83,34 @@ async def run(
             if not whole:
                 file.write("\n")
 
-            async def one(job: Job) -> None:
+            async def answer(job: Job) -> None:
                 nonlocal failed
                 async with turns:
-                    told = await _ask(http, job)
-                well = told["response"] is not None and told["response"]["status_code"] == 200
+                    result = await _ask(http, job)
+                well = result["response"] is not None and result["response"]["status_code"] == 200
                 failed += not well
-                file.write(json.dumps(told) + "\n")
+                file.write(json.dumps(result) + "\n")
                 file.flush()
                 progress(well)
 
             async with asyncio.TaskGroup() as tasks:
                 for job in jobs:
-                    tasks.create_task(one(job))
+                    tasks.create_task(answer(job))
     return failed
 
 
 async def _ask(http: httpx.AsyncClient, job: Job) -> dict[str, Any]:
     """One line of output; the server's 429 and 503 are waited out."""
-    told: dict[str, Any] = {"id": f"batch_req_{job.id}", "custom_id": job.id, "response": None, "error": None}
+    result: dict[str, Any] = {"id": f"batch_req_{job.id}", "custom_id": job.id, "response": None, "error": None}
     for attempt in range(ATTEMPTS):
         try:
             response = await http.post(job.url, json={"priority": PRIORITY, **job.body})
         except httpx.TransportError as error:
-            told["error"] = {"code": "connection", "message": str(error) or type(error).__name__}
+            result["error"] = {"code": "connection", "message": str(error) or type(error).__name__}
             await asyncio.sleep(min(2.0**attempt, 30))
             continue
-        told["error"] = None
-        told["response"] = {
+        result["error"] = None
+        result["response"] = {
             "status_code": response.status_code,
             "request_id": response.headers.get("x-request-id", ""),
             "body": _body(response),
@@ -119,7 +119,7 @@ async def _ask(http: httpx.AsyncClient, job: Job) -> dict[str, Any]:
         if not again:
             break
         await asyncio.sleep(float(response.headers.get("retry-after", 5)))
-    return told
+    return result
 
 
 def _body(response: httpx.Response) -> Any:
@@ -129,20 +129,20 @@ def _body(response: httpx.Response) -> Any:
         return response.text
 
 
-def _job(told: Any, where: str) -> Job:
+def _job(fields: Any, where: str) -> Job:
     if (
-        not isinstance(told, dict)
-        or not isinstance(told.get("custom_id"), str)
-        or not isinstance(told.get("body"), dict)
+        not isinstance(fields, dict)
+        or not isinstance(fields.get("custom_id"), str)
+        or not isinstance(fields.get("body"), dict)
     ):
         raise ConfigError(f'{where} needs "custom_id" (text), "url" and "body" (an object)')
-    if told.get("method", "POST") != "POST" or told.get("url") not in URLS:
+    if fields.get("method", "POST") != "POST" or fields.get("url") not in URLS:
         raise ConfigError(
-            f"{where} asks {told.get('method')} {told.get('url')}: it takes POST and one of {', '.join(URLS)}"
+            f"{where} asks {fields.get('method')} {fields.get('url')}: it takes POST and one of {', '.join(URLS)}"
         )
-    if told["body"].get("stream"):
+    if fields["body"].get("stream"):
         raise ConfigError(f"{where} asks for a stream: a batch has whole answers")
-    return Job(told["custom_id"], told["url"], told["body"])
+    return Job(fields["custom_id"], fields["url"], fields["body"])
 
 
 def _lines(file: Path) -> Iterator[str]:

@@ -105,8 +105,8 @@ def _from_file(file: str) -> dict[str, Any]:
         raise ConfigError(f"the config file {file} must hold `setting: value` lines")
     more = [_base(entry, file) for entry in _entries(read.pop("engines", None) or [], file)]
     flat = {**read, **_section(read.pop("engine", None) or {}, file)}
-    given = {_name(str(key), "the key"): value for key, value in flat.items() if key != "engine"}
-    return {**given, "engines": tuple(more)} if more else given
+    settings = {_name(str(key), "the key"): value for key, value in flat.items() if key != "engine"}
+    return {**settings, "engines": tuple(more)} if more else settings
 
 
 def _entries(engines: Any, file: str) -> list[dict[str, Any]]:

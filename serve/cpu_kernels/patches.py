@@ -80,8 +80,8 @@ def apply(patches: Sequence[Patch]) -> None:
 
 def _resolved(place: str) -> Any:
     module, _, name = place.partition(":")
-    found = import_module(module)
-    return getattr(found, name) if name else found
+    imported = import_module(module)
+    return getattr(imported, name) if name else imported
 
 
 def _bare(stock: Any) -> Callable[..., Any]:

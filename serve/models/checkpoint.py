@@ -18,27 +18,27 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MANIFEST = "manifest.json"
 
 
-def find(given: str, cache_dir: Path) -> str:
+def find(model: str, cache_dir: Path) -> str:
     """The model's directory or hub id, as vLLM takes it."""
-    if given == EMBEDDED:
+    if model == EMBEDDED:
         from serve.models.embedded import ensure
 
         return str(ensure(EMBEDDED, cache_dir, lambda line: print(line, file=sys.stderr, flush=True)))
-    folder = Path(given).expanduser()
+    folder = Path(model).expanduser()
     if folder.is_dir():
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise ConfigError(
-                f"{given} is a LoRA adapter, not a model: serve its base model, "
-                f"then `loradock adapters push NAME {given}`"
+                f"{model} is a LoRA adapter, not a model: serve its base model, "
+                f"then `loradock adapters push NAME {model}`"
             )
         if not (folder / "config.json").exists():
-            raise ConfigError(f"{given} is no model: a Hugging Face checkpoint directory holds a config.json")
+            raise ConfigError(f"{model} is no model: a Hugging Face checkpoint directory holds a config.json")
         return str(folder.resolve())
-    if folder.exists() or given.startswith((".", "/", "~")) or not HUB_ID.fullmatch(given):
+    if folder.exists() or model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
         raise ConfigError(
-            f"there is no model at {given}: MODEL is a checkpoint directory, a hub id like org/name, or {EMBEDDED}"
+            f"there is no model at {model}: MODEL is a checkpoint directory, a hub id like org/name, or {EMBEDDED}"
         )
-    return given
+    return model
 
 
 def is_another_model(stated: str, model: str, name: str) -> bool:

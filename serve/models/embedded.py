@@ -329,9 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, help="the cache folder (default: loradock in the user's cache)")
     parser.add_argument("--fetch", action="store_true", help="only fetch the weights; needs no dependency installed")
     parser.add_argument("--convert", nargs=2, type=Path, metavar=("GGUF", "OUT"), help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.convert:
-        _convert(*given.convert)
+    options = parser.parse_args(arguments)
+    if options.convert:
+        _convert(*options.convert)
         return 0
     start = time.monotonic()
 
@@ -339,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"    {line} ({time.monotonic() - start:.0f} s)", flush=True)
 
     try:
-        (fetch if given.fetch else ensure)(given.name, given.cache, say)
+        (fetch if options.fetch else ensure)(options.name, options.cache, say)
     except ConfigError as problem:
         print(f"loradock: {problem.message}", file=sys.stderr)
         return 2

@@ -55,8 +55,8 @@ def serve(config: Config) -> int:
 def resolved(config: Config) -> Config:
     """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
     environ = dict(os.environ)
-    found = (replace(base, model=find(base.model, config.cache_dir)) for base in config.bases)
-    first, *more = (_with_defaults(config, base, environ) for base in found)
+    bases = (replace(base, model=find(base.model, config.cache_dir)) for base in config.bases)
+    first, *more = (_with_defaults(config, base, environ) for base in bases)
     return replace(config, model=first.model, engine=first.engine, engines=tuple(more))
 
 

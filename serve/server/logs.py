@@ -97,8 +97,8 @@ class Log:
         with self.path.open("rb") as file:
             file.seek(min(self._began, os.fstat(file.fileno()).st_size))
             lines = file.read().decode(errors="replace").splitlines()
-        found = [match[1].rstrip() for line in lines if (match := _VLLM_ERROR.match(line))]
-        messages = list(dict.fromkeys(line for line in found if not _FRAME.match(line)))
+        errors = [match[1].rstrip() for line in lines if (match := _VLLM_ERROR.match(line))]
+        messages = list(dict.fromkeys(line for line in errors if not _FRAME.match(line)))
         return (messages or [line for line in lines if line.strip()])[-ERRORS:]
 
     def _keep(self) -> None:

@@ -144,7 +144,7 @@ def shared(config: Config, *, several: bool) -> Config:
         blobs=config.blobs or f"file://{config.data_dir / 'blobs'}",
         # A read-only view of a dictionary cannot be pickled.
         engine=dict(config.engine),
-        engines=tuple(Base(one.name, one.model, dict(one.engine)) for one in config.engines),
+        engines=tuple(Base(base.name, base.model, dict(base.engine)) for base in config.engines),
     )
 
 

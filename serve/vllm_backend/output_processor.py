@@ -100,10 +100,10 @@ def _forward(state: RequestState, fast_stream: FastStream) -> None:
 
 def _go_round(state: RequestState) -> None:
     """Let vLLM's way have all that it was not given yet; only what was not sent is in its text."""
-    told = state.sent_tokens_offset
+    sent = state.sent_tokens_offset
     state.sent_tokens_offset = state.detokenizer.num_output_tokens()
     state.stream_interval = 1
-    state.queue.put(state.make_request_output(state.detokenizer.output_token_ids[told:], None, None, None))
+    state.queue.put(state.make_request_output(state.detokenizer.output_token_ids[sent:], None, None, None))
 
 
 class _Sequence:

@@ -19,8 +19,8 @@ def install() -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("vllm.") and "set_process_title" in vars(module):
             vars(module)["set_process_title"] = show
-    _, given, name = setproctitle.getproctitle().partition("::")
-    if given:
+    _, separator, name = setproctitle.getproctitle().partition("::")
+    if separator:
         show(name.rstrip("\0"))
 
 

@@ -81,10 +81,10 @@ def read(name: str, folder: Path, weight: float = 1.0) -> Adapter:
     lora: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
     for tensor, value in load_file(folder / ADAPTER).items():
-        module, found, part = tensor.removeprefix("base_model.model.").partition(".lora_")
+        module, separator, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         if module.endswith(".base_layer.weight"):
             continue  # PEFT saves the embedding that an adapter lies over, as it was
-        if not found:
+        if not separator:
             saved[module] = value
         else:
             lora.setdefault(module, {})[part.removesuffix(".weight").removesuffix(".default")] = value

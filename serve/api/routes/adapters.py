@@ -84,12 +84,12 @@ async def adapters(caller: Manager, parts: TheParts) -> dict[str, Any]:
 async def adapter(name: str, caller: Manager, response: Response, parts: TheParts) -> dict[str, Any]:
     """One adapter: its versions, which is live, its recent latency, its history. The ETag is the live version."""
     full = owned(parts, name, caller)
-    told = summary(parts, full, caller)
+    described = summary(parts, full, caller)
     # For a change's If-Match; of no use to a cache, since more changes here than what is live.
-    response.headers.update({"etag": f'"{told["live"] or 0}"', "cache-control": "no-store"})
-    for version in told["versions"]:
+    response.headers.update({"etag": f'"{described["live"] or 0}"', "cache-control": "no-store"})
+    for version in described["versions"]:
         version["recent"] = parts.recent.described(full, f"v{version['version']}")
-    return {**told, "history": await asyncio.to_thread(parts.registry.history, full)}
+    return {**described, "history": await asyncio.to_thread(parts.registry.history, full)}
 
 
 @router.post("/v1/adapters/{name:path}/promote")
@@ -222,7 +222,7 @@ async def remove_version(
         owned(parts, name, caller), number, by=caller.name, force=force, expected=expected, why=why
     )
     await asyncio.to_thread(_forget, parts.drift_monitor, gone)
-    return {"name": name, "deleted": [one.version for one in gone]}
+    return {"name": name, "deleted": [version.version for version in gone]}
 
 
 @router.delete("/v1/adapters/{name:path}")
@@ -233,7 +233,7 @@ async def remove(
     request.state.subject = spelled(name, caller.tenant)
     gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
     await asyncio.to_thread(_forget, parts.drift_monitor, gone)
-    return {"name": name, "deleted": [one.version for one in gone]}
+    return {"name": name, "deleted": [version.version for version in gone]}
 
 
 async def _dealt(

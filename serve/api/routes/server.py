@@ -45,9 +45,9 @@ async def is_ready(parts: TheParts) -> Response:
 @router.get("/version")
 async def version(parts: TheParts) -> dict[str, Any]:
     """Versions of loradock and vLLM, the first base's name, and the manifest of an optimized export."""
-    said = {"version": __version__, "vllm": parts.fleet.first.backend.version, "model": parts.fleet.first.name}
+    versions = {"version": __version__, "vllm": parts.fleet.first.backend.version, "model": parts.fleet.first.name}
     manifest = await asyncio.to_thread(summary_of, parts.fleet.first.model)
-    return {**said, "manifest": manifest} if manifest else said
+    return {**versions, "manifest": manifest} if manifest else versions
 
 
 @router.get("/metrics")

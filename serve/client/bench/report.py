@@ -185,8 +185,8 @@ def _ratios(
     key: str, ours: Sequence[dict[str, float | None]], theirs: Sequence[dict[str, float | None]]
 ) -> dict[str, Any] | None:
     """A over B, pair by pair; the median and the spread are of these ratios, not of the averages."""
-    pairs = [(one[key], other[key]) for one, other in zip(ours, theirs, strict=True)]
-    ratios = [one / other for one, other in pairs if one is not None and other]
+    pairs = [(our[key], their[key]) for our, their in zip(ours, theirs, strict=True)]
+    ratios = [our / their for our, their in pairs if our is not None and their]
     spread = _spread(ratios)
     return None if spread is None else {**spread, "pairs": [round(ratio, 4) for ratio in ratios]}
 
@@ -206,12 +206,12 @@ def _last_attempts(result: Result, level: Level) -> dict[int, dict[str, Round]]:
 
 def _examples(rounds: Iterable[Round]) -> dict[str, str]:
     """The first message of each kind of error."""
-    found: dict[str, str] = {}
+    examples: dict[str, str] = {}
     for round_ in rounds:
         for answer in round_.answers:
             if answer.error is not None:
-                found.setdefault(answer.error, f"{answer.model}: {answer.message}")
-    return found
+                examples.setdefault(answer.error, f"{answer.model}: {answer.message}")
+    return examples
 
 
 def _tpot(answer: Answer) -> float | None:
@@ -248,29 +248,35 @@ def show(result: Result, console: Console) -> None:
 
 def notes(result: Result, summary: dict[str, Any]) -> list[str]:
     """What stands behind the figures, in sentences: errors first."""
-    found: list[str] = []
+    sentences: list[str] = []
     for where, kinds in result.warmup_errors.items():
-        found.append(f"{where}: warm-up requests failed: {_kinds(kinds)}")
+        sentences.append(f"{where}: warm-up requests failed: {_kinds(kinds)}")
     for level in summary["levels"]:
         for label, server in level["servers"].items():
             figures = server["figures"]
             for kind, count in server["errors"].items():
                 example = server["error_examples"][kind]
-                found.append(f"{label}, {level['level']}: {count} of {server['requests']} failed: {kind} ({example})")
+                sentences.append(
+                    f"{label}, {level['level']}: {count} of {server['requests']} failed: {kind} ({example})"
+                )
             if "chunks" in server["counted_by"] and figures["output_tok_s"]:
-                found.append(f"{label}, {level['level']}: no usage in some answers, their tokens are counted by chunks")
+                sentences.append(
+                    f"{label}, {level['level']}: no usage in some answers, their tokens are counted by chunks"
+                )
             if (figures["client_cores"] or 0) > 0.25:
-                found.append(f"{label}, {level['level']}: this client took {figures['client_cores']:.0%} of a core")
+                sentences.append(f"{label}, {level['level']}: this client took {figures['client_cores']:.0%} of a core")
             wanted, length = result.settings.max_tokens, figures["output_tokens_mean"]
             if length and length < 0.98 * wanted:
-                found.append(
+                sentences.append(
                     f"{label}, {level['level']}: answers end after {length:.1f} tokens on average, not {wanted};"
                     " --ignore-eos makes lengths equal where the server knows it"
                 )
         if level["disturbed"]:
             used = "the figures are from the others" if level["clean"] else "ALL FIGURES ARE FROM DISTURBED ROUNDS"
-            found.append(f"{level['level']}: {level['disturbed']} of {level['rounds_run']} rounds disturbed; {used}")
-    return found + _machine_notes(result)
+            sentences.append(
+                f"{level['level']}: {level['disturbed']} of {level['rounds_run']} rounds disturbed; {used}"
+            )
+    return sentences + _machine_notes(result)
 
 
 def _machine_notes(result: Result) -> list[str]:
@@ -278,12 +284,12 @@ def _machine_notes(result: Result) -> list[str]:
     if not uses:
         return ["/proc is not readable here: what other processes did meanwhile is unknown"]
     others = [use.disturbance for use in uses]
-    found = [f"other processes used {median(others):.0%} of a core (median of rounds; worst {max(others):.0%})"]
+    sentences = [f"other processes used {median(others):.0%} of a core (median of rounds; worst {max(others):.0%})"]
     idle = max(use.idle_servers_cpu_s / use.wall_s for use in uses)
     if idle > 0.02:
-        found.append(f"the server that was not asked used up to {idle:.0%} of a core meanwhile")
+        sentences.append(f"the server that was not asked used up to {idle:.0%} of a core meanwhile")
     client = [round_.client_cpu_s / round_.wall_s for round_ in result.rounds if round_.wall_s]
-    return [*found, f"this client used {median(client):.1%} of a core (worst {max(client):.1%})"]
+    return [*sentences, f"this client used {median(client):.1%} of a core (worst {max(client):.1%})"]
 
 
 def _kinds(kinds: dict[str, int]) -> str:
@@ -299,20 +305,22 @@ def _title(result: Result, level: dict[str, Any]) -> str:
 def _duel(result: Result, level: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    one, two = (server["label"] for server in result.servers)
+    first, second = (server["label"] for server in result.servers)
     table = Table(title=f"{_title(result, level)} · {level['rounds_used']} paired rounds", title_justify="left")
     table.add_column("")
-    for label in (one, two):
+    for label in (first, second):
         table.add_column(label, justify="right")
-    table.add_column(f"{one} / {two}, median of pairs", justify="right")
+    table.add_column(f"{first} / {second}, median of pairs", justify="right")
     table.add_column("min .. max", justify="right")
     for metric in METRICS:
-        values = [level["servers"][label]["figures"][metric.key] for label in (one, two)]
+        values = [level["servers"][label]["figures"][metric.key] for label in (first, second)]
         ratio = level["ratios"][metric.key]
         cells = [metric.show(value) if value is not None else "-" for value in values]
         tail = [f"{ratio['median']:.3f}", f"{ratio['min']:.3f} .. {ratio['max']:.3f}"] if ratio else ["-", "-"]
         table.add_row(metric.title, *cells, *tail)
-    table.add_row("errors", *[str(sum(level["servers"][label]["errors"].values())) for label in (one, two)], "", "")
+    table.add_row(
+        "errors", *[str(sum(level["servers"][label]["errors"].values())) for label in (first, second)], "", ""
+    )
     return table
 
 

@@ -244,7 +244,7 @@ class _Run:
                 errors.append(f"v{version} said {spoken.text[:60]!r} to {PROMPTS[spoken.prompt]!r}")
             elif version not in self._allowed(spoken):
                 stale += 1
-        gaps = [(at, gap) for one in self.spoken for at, gap in one.gaps if at >= warm]
+        gaps = [(at, gap) for answer in self.spoken for at, gap in answer.gaps if at >= warm]
         steady = [gap for at, gap in gaps if not began <= at <= ended]
         during = [(at, gap) for at, gap in gaps if began <= at <= ended]
         windows = [(flip.asked, flip.acknowledged + 1) for flip in self.flips[1:]]

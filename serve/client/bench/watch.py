@@ -43,14 +43,14 @@ class Snapshot:
         children = defaultdict(list)
         for pid, process in self.processes.items():
             children[process.parent].append(pid)
-        found: set[int] = set()
+        tree: set[int] = set()
         waiting = [pid for pid in roots if pid in self.processes]
         while waiting:
             pid = waiting.pop()
-            if pid not in found:
-                found.add(pid)
+            if pid not in tree:
+                tree.add(pid)
                 waiting.extend(children[pid])
-        return found
+        return tree
 
     def cpu_s(self, pids: Iterable[int]) -> float:
         known = (self.processes[pid] for pid in pids if pid in self.processes)
@@ -152,10 +152,10 @@ def listeners(port: int, proc: Path = Path("/proc")) -> frozenset[int]:
 def is_local(host: str) -> bool:
     """Whether `host` is this machine: only its own addresses can be bound."""
     try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+        addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
     except OSError:
         return False
-    for family, kind, protocol, _, address in found:
+    for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind(address)
