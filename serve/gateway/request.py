@@ -45,6 +45,9 @@ MEDIA_BYTES = 64 << 20
 # These compute nothing, and take time and memory for each byte.
 TOKENIZE_BYTES = 1 << 20
 MAX_TIMEOUT = 86_400
+# The engine is told numbers in 64 bits. A body without so many digits in a row has none that are longer.
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_INTEGERS = range(-(1 << 63), 1 << 63)
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.Encoder().encode
@@ -62,6 +65,8 @@ class InferenceRequest:
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"the request body is not a JSON object: {error}") from error
         _check_priority(self.fields.get("priority"))
+        if _LONG_NUMBER.search(body):
+            _check_integers(self.fields)
         _check_objects(self.fields)
         self.model = _model_name(self.fields)
 
@@ -134,6 +139,22 @@ def _check_priority(priority: Any) -> None:
         "0 is a client's turn, more waits longer",
         param="priority",
     )
+
+
+def _check_integers(fields: dict[str, Any]) -> None:
+    """BadRequest for an integer, at any depth, that does not fit into 64 bits: it could not be sent to the engine."""
+    for field, value in fields.items():
+        pending = [value]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, dict):
+                pending.extend(item.values())
+            elif isinstance(item, list):
+                pending.extend(item)
+            elif type(item) is int and item not in _INTEGERS:
+                raise BadRequest(
+                    f"{field} holds the number {shown(item, 40)}; numbers here have at most 64 bits", param=field
+                )
 
 
 def _check_objects(fields: dict[str, Any]) -> None:

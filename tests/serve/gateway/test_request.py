@@ -98,3 +98,21 @@ async def test_structured_outputs_that_are_no_object_are_a_400(client, backend, 
     answer = await client.post(CHAT, json={"model": "base", "messages": [], "structured_outputs": value})
     assert answer.status_code == 400 and "takes an object" in answer.json()["error"]["message"]
     assert len(backend.bodies) == before
+
+
+@pytest.mark.parametrize(
+    "fields", [{"top_k": 2**70}, {"stream_interval": -(2**63) - 1}, {"vllm_xargs": {"depth": [1, {"deeper": 2**63}]}}]
+)
+async def test_a_number_that_the_engine_cannot_be_told_is_a_400(client, backend, fields):
+    before = len(backend.bodies)
+    answer = await client.post(CHAT, json={"model": "base", "messages": [], **fields})
+    assert answer.status_code == 400, answer.text
+    assert "64 bits" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == next(iter(fields))
+    assert len(backend.bodies) == before
+
+
+async def test_long_numbers_in_text_and_the_largest_integer_pass(client):
+    messages = [{"role": "user", "content": "pi: 31415926535897932384626433"}]
+    answer = await client.post(CHAT, json={"model": "base", "messages": messages, "seed": 2**63 - 1})
+    assert answer.status_code == 200
