@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import regex
 
 from serve.adapters.adapter import CONFIG, Limits
+from serve.adapters.patterns import pattern_problem
 from serve.adapters.untrusted import open_plain, parse_json, rejected
 from serve.errors import AdapterRejected
 from serve.names import shown
@@ -153,15 +152,8 @@ def _regex_problems(field: str, pattern: str) -> Iterator[str]:
     if len(pattern) > _PATTERN_CHARS:
         yield f"{field} holds a pattern of {len(pattern)} characters; {_PATTERN_CHARS} are enough for module names"
         return
-    # Counted repeats are compiled by unrolling: three nested ones of 999 ask for the whole memory.
-    counts = re.findall(r"\d+", "".join(re.findall(r"\{[^}]*\}", pattern)))
-    if any(len(count) > 4 for count in counts) or math.prod(max(int(count), 1) for count in counts) > 10_000:
-        yield f"{field} holds a pattern with too many counted repeats: `{shown(pattern)}`"
-        return
-    try:
-        regex.compile(pattern)
-    except (regex.error, RecursionError, OverflowError, MemoryError, ValueError, TypeError, IndexError) as wrong:
-        yield f"{field} holds `{shown(pattern)}`, which is no regular expression: {shown(wrong)}"
+    if problem := pattern_problem(pattern):
+        yield f"{field} holds {problem}"
 
 
 class Patterns:

@@ -7,6 +7,7 @@
     keys       one row an API key, as its digest; written by serve.auth.keys
     bases      one row a base model that was swapped: what serves in the place of what is configured
     replicas   one row a server that shares this registry: how far it has read; written by serve.rollout.registry_sync
+    golden_*   golden sets and what versions answered to them; written by serve.rollout.golden_store
 
 Every change is one transaction that writes its history row. Readers never meet the database: they read a snapshot, an
 immutable dictionary that each change replaces. `Registry(url)` is SQLite in WAL mode or, by its URL, PostgreSQL.

@@ -141,6 +141,64 @@ bases = Table(
     Column("when", Float(53), nullable=False),
 )
 
+golden_sets = Table(
+    "golden_sets",
+    metadata,
+    Column("name_id", _Id, ForeignKey("names.id"), primary_key=True),
+    Column("digest", String(32), nullable=False),  # of the cases
+    Column("document", Text, nullable=False),  # JSON: the set as it was put
+    Column("who", Text, nullable=False),
+    Column("when", Float(53), nullable=False),
+    Column("stamp", BigInteger, nullable=False),  # counts changes of its outcomes
+    Column("claimed_by", String(64)),  # the server that runs it
+    Column("claimed_until", Float(53)),
+    Column("verdict", String(64)),  # the last one that was announced: LIVE:CANARY
+)
+
+golden_outcomes = Table(
+    "golden_outcomes",
+    metadata,
+    Column("name_id", _Id, ForeignKey("names.id"), primary_key=True),
+    Column("digest", String(64), primary_key=True),  # of the version's bytes
+    Column("case", String(32), primary_key=True),
+    Column("basis", Text, nullable=False),  # the base model, and who judged
+    Column("result", String(8), nullable=False),
+    Column("score", Float(53)),
+    Column("first_score", Float(53)),
+    Column("runs", Integer, nullable=False),
+    Column("changed", Integer, nullable=False),  # runs whose answer was another than the one before
+    Column("answer", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("when", Float(53), nullable=False),
+)
+
+golden_runs = Table(
+    "golden_runs",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("name_id", _Id, ForeignKey("names.id"), nullable=False, index=True),
+    Column("version", Integer, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("set", String(32), nullable=False),
+    Column("reason", String(16), nullable=False),
+    Column("began", Float(53), nullable=False),
+    Column("ended", Float(53), nullable=False),
+    Column("asked", Integer, nullable=False),
+    Column("cases", Integer, nullable=False),  # with a score
+    Column("score", Float(53)),
+    Column("low", Float(53)),
+    Column("high", Float(53)),
+)
+
+golden_promotions = Table(
+    "golden_promotions",  # versions that become live once their score is good enough
+    metadata,
+    Column("name_id", _Id, ForeignKey("names.id"), primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("when", Float(53), nullable=False),
+)
 
 LATEST = select(func.max(history.c.id))  # the generation
 

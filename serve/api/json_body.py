@@ -23,20 +23,23 @@ T = TypeVar("T", bound=msgspec.Struct)
 _AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?", re.S)
 _FIELD = re.compile(r"Object (?P<wrong>missing required|contains unknown) field `(?P<name>.*)`", re.S)
 _WRONG = {"missing required": "Field required", "contains unknown": "Extra inputs are not permitted"}
+JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/jsonlines")
 _REFERENCE = "#/components/schemas/{name}"
 
 
 class _Reader:
     """The dependency itself; a body that may be left out is the struct's defaults then."""
 
-    def __init__(self, kind: type[msgspec.Struct], *, required: bool, strict: bool) -> None:
-        self.kind, self.required, self.strict = kind, required, strict
+    def __init__(self, kind: type[msgspec.Struct], *, required: bool, strict: bool, lines: str) -> None:
+        self.kind, self.required, self.strict, self.lines = kind, required, strict, lines
 
     async def __call__(self, request: Request) -> Any:
         data = await request.body()
         if not data and not self.required:
             return self.kind()
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if self.lines and media in JSON_LINES:
+            return decoded_lines(data, self.kind, self.lines)
         if data and media != "application/json" and not media.endswith("+json"):
             raise BadRequest(
                 "the body: send it as JSON, with the header Content-Type: application/json", param="the body"
@@ -44,9 +47,12 @@ class _Reader:
         return decoded(data, self.kind, strict=self.strict)
 
 
-def JsonBody(kind: type[msgspec.Struct], *, required: bool = True, strict: bool = False) -> Any:
-    """A parameter's annotation; where `strict`, a number may not come as text."""
-    return Depends(_Reader(kind, required=required, strict=strict))
+def JsonBody(kind: type[msgspec.Struct], *, required: bool = True, strict: bool = False, lines: str = "") -> Any:
+    """A parameter's annotation; where `strict`, a number may not come as text.
+
+    `lines` names the struct's list that may come as JSON lines instead, one entry a line.
+    """
+    return Depends(_Reader(kind, required=required, strict=strict, lines=lines))
 
 
 def decoded(data: bytes, kind: type[T], *, strict: bool = False) -> T:
@@ -57,6 +63,21 @@ def decoded(data: bytes, kind: type[T], *, strict: bool = False) -> T:
         raise _refused(str(error) if data else "Field required") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body: it is not JSON ({error})", param="the body") from error
+
+
+def decoded_lines(data: bytes, kind: type[T], name: str) -> T:
+    """The struct whose list `name` has an entry a line, or BadRequest that names the line or the field."""
+    entries = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            try:
+                entries.append(msgspec.json.decode(line))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise BadRequest(f"line {number}: it is not JSON ({error})", param="the body") from error
+    try:
+        return msgspec.convert({name: entries}, kind)
+    except msgspec.ValidationError as error:
+        raise _refused(str(error)) from error
 
 
 def converted(fields: Mapping[str, Any], kind: type[T]) -> T:

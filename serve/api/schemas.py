@@ -57,6 +57,12 @@ class BaselinePrompts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             )
 
 
+class GoldenRun(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a golden run; without a version, whichever is live."""
+
+    version: Number | None = None
+
+
 class Acknowledged(Struct, frozen=True, forbid_unknown_fields=True):
     """The body that says that a version's alarms have been dealt with."""
 

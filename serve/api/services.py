@@ -20,7 +20,7 @@ from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.asgi.inbox import Inbox
 from serve.auth.audit import Audit
-from serve.auth.auth import Auth
+from serve.auth.auth import Auth, Caller
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Meters
 from serve.config import Config
@@ -45,12 +45,14 @@ from serve.rollout.alertmanager import Alerts
 from serve.rollout.canary import CanaryVerdict
 from serve.rollout.canary_monitor import CanaryMonitor
 from serve.rollout.controller import RolloutController
+from serve.rollout.golden import Golden
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import ROLLBACK, policy_for
 from serve.rollout.prefetch import Popularity, Prefetcher
 from serve.rollout.registry_sync import RegistrySync, Replica
 from serve.rollout.rollback import AutomaticRollback
 from serve.rollout.shadow import ShadowExchange, Shadows
+from serve.rollout.shadow_agreement import ShadowAgreement
 from serve.rollout.swap_follower import SwapFollower
 from serve.telemetry.capture import QUEUE_SIZE as CAPTURE_QUEUE_SIZE
 from serve.telemetry.capture import Capture
@@ -119,7 +121,23 @@ class Services:
             rollback, self.registry, lambda adapter: policy_for(config.policies, adapter).worse == ROLLBACK
         )
         self._verdicts: Inbox[CanaryVerdict] = Inbox()
-        self.canary_monitor = _canary_monitor(config, self.registry, self._verdicts.put, self.monitor.label)
+        self._router = Router(self.fleet, self.registry, self.store, popularity.used)
+        self.golden = Golden(
+            self.registry,
+            self.fleet,
+            self.store,
+            self.lifecycle,
+            resolve=lambda model, tenant: self._router.resolve(model, Caller("golden", frozenset(), tenant)),
+            policy=lambda adapter: policy_for(config.policies, adapter),
+            on_verdict=self._verdicts.put,
+            swapped=self.monitor.swapped,
+            label=self.monitor.label,
+            me=me.id,
+            interval=config.golden_interval,
+        )
+        self.canary_monitor = _canary_monitor(
+            config, self.registry, self.golden.verdicts.alpha, self._verdicts.put, self.monitor.label
+        )
         self.rollout_controller = RolloutController(
             rollback,
             self.lifecycle,
@@ -152,10 +170,13 @@ class Services:
         )
         self._capture_worker = ExchangeWorker([capture], name="capture", queue_size=CAPTURE_QUEUE_SIZE)
         self.baseline_build = BaselineBuild(self.fleet, self.store)
+        self.shadow_agreement = ShadowAgreement(self.monitor.label)
         for collector in (
             self.drift_monitor,
             self.canary_monitor,
             self.rollout_controller,
+            self.golden.results,
+            self.shadow_agreement,
             self.exchange_worker,
             self.background,
         ):
@@ -166,10 +187,18 @@ class Services:
         looks = [self.monitor.take, self.feedback.remember, self.exchange_worker.offer, *captured, self.recent.take]
         exchanges = ExchangeObservers([*looks, *observers], self.monitor.tap_took)
         self.meters = Meters()
-        self._shadows = Shadows(self.fleet, self.store, self.monitor.shadowed, on_shadow, limit=config.max_shadows)
+        self._shadows = Shadows(
+            self.fleet,
+            self.store,
+            self.monitor.shadowed,
+            on_shadow,
+            limit=config.max_shadows,
+            agreement=self.shadow_agreement,
+            grade=self.golden.grade_shadow,
+        )
         self.inference = Inference(
             self.auth,
-            Router(self.fleet, self.registry, self.store, popularity.used),
+            self._router,
             self.meters,
             exchanges.take,
             self._shadows,
@@ -218,6 +247,7 @@ class Services:
         try:
             await self.lifecycle.sweep()
             await self._prefetcher.load()
+            await asyncio.to_thread(self.golden.results.refresh)
             if self.config.drift:  # the first answers are watched already
                 swapped = {base.name: await self.lifecycle.swapped_model(base) for base in self.fleet}
                 await self._watched_bases.learn({base.name: swapped[base.name] or base.model for base in self.fleet})
@@ -231,6 +261,7 @@ class Services:
             return
         self.ready.set()
         self.background.start("prober", self.prober.run)
+        self.background.start("golden", self.golden.runs.run)
         if self.config.drift:
             self.background.start("watched_bases", self._watched_bases.run)
 
@@ -269,7 +300,8 @@ class Services:
 
     async def _act_on_verdicts(self) -> None:
         while True:
-            self.rollout_controller.act_on(await self._verdicts.take())
+            if verdict := await self.golden.verdicts.admitted(await self._verdicts.take()):
+                self.rollout_controller.act_on(verdict)
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
@@ -292,6 +324,7 @@ def _supervisors(config: Config, backends: Sequence[Backend], loads: AdapterLoad
 def _canary_monitor(
     config: Config,
     registry: Registry,
+    alpha: Callable[[str], float],
     on_verdict: Callable[[CanaryVerdict], None],
     label: Callable[[str, str], tuple[str, str]],
 ) -> CanaryMonitor:
@@ -299,7 +332,7 @@ def _canary_monitor(
         config.data_dir / "drift",
         share=lambda adapter: registry.canary(adapter) if adapter in registry else None,
         live=lambda adapter: _live_version(registry, adapter),
-        alpha=lambda adapter: policy_for(config.policies, adapter).alpha,
+        alpha=alpha,
         on_verdict=on_verdict,
         label=label,
     )

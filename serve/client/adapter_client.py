@@ -223,6 +223,26 @@ class AdapterClient:
         """Hold a version against a baseline that was saved."""
         return self._call("PUT", f"{_path(name)}/baseline", params=_numbered(version), content=data)
 
+    def put_golden(self, name: str, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep a golden set, `{"cases": [...]}`, in the place of an earlier one."""
+        return self._call("PUT", f"{_path(name)}/golden", json=dict(document))
+
+    def golden(self, name: str) -> dict[str, Any]:
+        """The adapter's golden set."""
+        return self._call("GET", f"{_path(name)}/golden")
+
+    def golden_results(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Scores by version, and each case of `version` (default: the live one)."""
+        return self._call("GET", f"{_path(name)}/golden/results", params=_numbered(version))
+
+    def run_golden(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Have a version answer the golden set again, in the gaps of traffic."""
+        return self._call("POST", f"{_path(name)}/golden/run", json=_numbered(version))
+
+    def remove_golden(self, name: str) -> dict[str, Any]:
+        """Forget the golden set with all outcomes."""
+        return self._call("DELETE", f"{_path(name)}/golden")
+
     def share(self, name: str, shared: bool = True) -> dict[str, Any]:
         """Let other tenants ask the adapter, or its own alone."""
         return self._call("POST", f"{_path(name)}/visibility", json={"visibility": _visibility(shared)})

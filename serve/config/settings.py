@@ -105,6 +105,9 @@ class Config:
     )
     drift_probe_interval: float = _setting(3600.0, "seconds between two probes of a version (0: only when it loads)")
     drift_versions: int = _setting(200, "adapter versions that are watched at a time; others wait on the disk")
+    golden_interval: Seconds = _setting(
+        86_400.0, "seconds between two runs of an adapter's golden set (0: only for a version that is new)"
+    )
     capture: bool = _setting(False, "whether drift reports may quote requests")
     capture_text: bool = _setting(False, "whether requests are kept as text in the data directory, to calibrate on")
     capture_redact: Texts = _setting((), "regular expressions that are blacked out in what is captured")

@@ -145,7 +145,8 @@ class Inference:
                 await call.run(route.app, scope, fast_stream.send if fast_stream else None)
         if recorded and route.shadow and self._shadows:
             # As the engine got it, so within the caller's tenant; and on nobody's key.
-            self._shadows.offer(route.shadow, int(route.version[1:]), scope["path"], fields, recorded, answering.seats)
+            live, path = int(route.version[1:]), scope["path"]
+            self._shadows.offer(route.shadow, live, path, fields, recorded, answering.seats, tap.watch)
 
     @asynccontextmanager
     async def _leased(self, answering: _Answering) -> AsyncIterator[Route]:

@@ -36,8 +36,8 @@ from serve.rollout.quotas import check_pin, check_push
 log = logging.getLogger(__name__)
 
 # DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`; so with
-# GET /v1/adapters/TENANT/drift and /baseline.
-RESERVED = ("pin", "drift", "baseline")
+# GET /v1/adapters/TENANT/drift, /baseline and /golden.
+RESERVED = ("pin", "drift", "baseline", "golden")
 # A version that takes over the traffic counts as used so often, at once.
 PROMOTED = 8.0
 # A rollback is done once the registry has it; so long it waits for the version to be loaded too.

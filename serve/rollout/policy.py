@@ -8,6 +8,7 @@
         proved: notify        # or promote
         canary_weight: 0      # 0.1: a promote gives the version a tenth of the traffic first
         alpha: 0.01           # probability of a false verdict, ever, of one canary
+        golden_min: 0         # 0.9: a version with a lower score on its golden set gets no traffic; 0 only reports
       tone: {proved: promote, canary_weight: 0.1}
 """
 
@@ -22,6 +23,7 @@ from serve.errors import ConfigError
 
 EVERY = "*"
 NOTIFY, HOLD, ROLLBACK, PROMOTE = "notify", "hold", "rollback", "promote"
+_NUMBERS = ("canary_weight", "alpha", "golden_min")
 _CHOICES = {"worse": (ROLLBACK, HOLD, NOTIFY), "proved": (NOTIFY, PROMOTE)}
 
 
@@ -34,6 +36,7 @@ class Policy:
     proved: str = NOTIFY
     canary_weight: float = 0.0
     alpha: float = 0.01
+    golden_min: float = 0.0
 
 
 DEFAULT_POLICIES = (Policy(),)
@@ -63,11 +66,15 @@ def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
     for name, choices in _CHOICES.items():
         if name in fields and fields[name] not in choices:
             raise ConfigError(f"the policy of {adapter}: {name} takes {' or '.join(choices)}, not {fields[name]!r}")
-    numbers = {name: _number(adapter, name, fields[name]) for name in ("canary_weight", "alpha") if name in fields}
+    numbers = {name: _number(adapter, name, fields[name]) for name in _NUMBERS if name in fields}
     if not 0 <= numbers.get("canary_weight", 0) < 1:
         raise ConfigError(f"the policy of {adapter}: canary_weight takes 0 up to 1, not {fields['canary_weight']!r}")
     if not 0 < numbers.get("alpha", 0.01) < 1:
         raise ConfigError(f"the policy of {adapter}: alpha takes a probability, as 0.01, not {fields['alpha']!r}")
+    if not 0 <= numbers.get("golden_min", 0) <= 1:
+        raise ConfigError(
+            f"the policy of {adapter}: golden_min takes a score from 0 to 1, not {fields['golden_min']!r}"
+        )
     return replace(base, adapter=adapter, **{**fields, **numbers})
 
 

@@ -10,16 +10,18 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.store import Store
+from serve.asgi.exchange import Watch
 from serve.asgi.internal_client import RecordedAnswer, post
 from serve.engine.engine import LOW_PRIORITY, Lease
 from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
+from serve.rollout.shadow_agreement import ShadowAgreement
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 PATHS = re.compile(r"/v1/(chat/completions|completions|responses|messages)")
 MAX_ANSWER = 1 << 20
 SECONDS = 300.0
+
+# The grades of a client's answer and a shadow's, if somebody judges them.
+Grade: TypeAlias = Callable[[Adapter, Mapping[str, Any], tuple[str, str]], Awaitable[tuple[float, float] | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,10 @@ class ShadowExchange:
 
 
 class Shadows:
-    """At most `limit` answers at a time. `count(name, version, result)` counts; `on_shadow` gets the pairs."""
+    """At most `limit` answers at a time. `count(name, version, result)` counts; `on_shadow` gets the pairs.
+
+    `agreement` compares the two answers, in a thread; `grade` has a sample of them judged.
+    """
 
     def __init__(
         self,
@@ -59,12 +67,16 @@ class Shadows:
         on_shadow: Callable[[ShadowExchange], None] | None = None,
         *,
         limit: int = 2,
+        agreement: ShadowAgreement | None = None,
+        grade: Grade | None = None,
     ) -> None:
         self._fleet = fleet
         self._store = store
         self._count = count
         self._on_shadow = on_shadow
         self._limit = limit
+        self._agreement = agreement
+        self._grade = grade
         self._running: set[asyncio.Task[None]] = set()
 
     def offer(
@@ -75,14 +87,18 @@ class Shadows:
         fields: Mapping[str, Any],
         answer: RecordedAnswer,
         sequences: int = 1,
+        watch: Watch | None = None,
     ) -> None:
-        """Have `candidate` answer too, if the real answer is whole and there is room; never waits, never raises."""
+        """Have `candidate` answer too, if the real answer is whole and there is room; never waits, never raises.
+
+        `watch` has what the engine generated for the client.
+        """
         if answer.status != 200 or answer.body is None or not PATHS.fullmatch(path) or fields.get("background"):
             return
         if len(self._running) >= self._limit:
             self._count(candidate.name, f"v{candidate.version}", "dropped")
             return
-        task = asyncio.create_task(self._run(candidate, live, path, fields, answer.body, sequences))
+        task = asyncio.create_task(self._run(candidate, live, path, fields, answer.body, sequences, watch))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -93,15 +109,24 @@ class Shadows:
         await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _run(
-        self, candidate: Adapter, live: int, path: str, fields: Mapping[str, Any], answer: bytes, sequences: int
+        self,
+        candidate: Adapter,
+        live: int,
+        path: str,
+        fields: Mapping[str, Any],
+        answer: bytes,
+        sequences: int,
+        watch: Watch | None,
     ) -> None:
-        result = "failed"
+        result, own = "failed", Watch(background=True)
         try:
             began = time.perf_counter()
             async with asyncio.timeout(SECONDS):
-                unseen = await self._answer(candidate, path, fields, sequences)
+                unseen = await self._answer(candidate, path, fields, sequences, own)
             seconds = time.perf_counter() - began
             result = "answered" if unseen.status == 200 else "failed"
+            if unseen.status == 200 and watch:
+                await self._compare(candidate, live, fields, watch, own)
             if self._on_shadow:
                 self._on_shadow(
                     ShadowExchange(
@@ -123,7 +148,23 @@ class Shadows:
         finally:
             self._count(candidate.name, f"v{candidate.version}", result)
 
-    async def _answer(self, candidate: Adapter, path: str, fields: Mapping[str, Any], sequences: int) -> RecordedAnswer:
+    async def _compare(
+        self, candidate: Adapter, live: int, fields: Mapping[str, Any], watch: Watch, own: Watch
+    ) -> None:
+        if self._agreement is None or not watch.sequences or not own.sequences:
+            return
+        ours, theirs = watch.sequences[0].read(), own.sequences[0].read()
+        grades, versions = None, (live, candidate.version)
+        try:
+            if self._grade:
+                grades = await self._grade(candidate, fields, (ours.text, theirs.text))
+        except LoradockError as error:
+            log.warning("the answers of %s were not judged: %s", candidate.tag, error)
+        await asyncio.to_thread(self._agreement.compare, candidate.name, versions, fields, ours, theirs, grades)
+
+    async def _answer(
+        self, candidate: Adapter, path: str, fields: Mapping[str, Any], sequences: int, watch: Watch
+    ) -> RecordedAnswer:
         supervisor = self._fleet.of(candidate.name)
         place = await self._store.bring(candidate.digest)
         await supervisor.available()
@@ -136,7 +177,7 @@ class Shadows:
             sequences=sequences,
             for_client=False,
         ) as lease:
-            return await post(engine, path, _unseen(fields, lease, path), limit=MAX_ANSWER)
+            return await post(engine, path, _unseen(fields, lease, path), limit=MAX_ANSWER, watch=watch)
 
 
 def _unseen(fields: Mapping[str, Any], lease: Lease, path: str) -> dict[str, Any]:

@@ -147,3 +147,17 @@ async def test_what_was_popular_is_loaded_first_and_the_audit_log_goes_on(opened
         assert (await client.post("/v1/adapters/tone/promote", json={"version": 2})).status_code == 200
     after = (kept / "data" / "audit.jsonl").read_text().splitlines()
     assert after[: len(lines)] == lines and json.loads(after[-1])["subject"] == "tone@v2"
+
+
+async def test_an_adapter_of_then_gets_a_golden_set(opened):
+    serve, _ = opened
+    async with serve() as client:
+        client.headers["authorization"] = f"Bearer {ADMIN}"
+        golden = "/v1/adapters/tone/golden"
+        assert (await client.get(golden)).status_code == 404
+        kept = await client.put(golden, json={"cases": [{"prompt": "x", "equals": "y"}]})
+        assert kept.status_code == 200 and kept.json()["count"] == 1, kept.text
+        async with asyncio.timeout(20):
+            while not (versions := (await client.get(f"{golden}/results")).json()["versions"]):
+                await asyncio.sleep(0.05)
+        assert versions[0]["errors"] == 1, "this engine says nothing"

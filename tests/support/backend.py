@@ -71,6 +71,8 @@ class FakeBackend:
         # What the engine made of each request.
         self.generation = Generation([1, 2, 3], [4, 5], "stop", queue=0.01, gap=0.02, worst_gap=0.03)
         self.generate: Callable[[dict[str, Any]], Generation] | None = None
+        # What an answer that is no stream says; without it an answer has no choices.
+        self.say: Callable[[dict[str, Any]], str] | None = None
         # Cleared, a stream stops after its first chunk until this is set.
         self.flow = asyncio.Event()
         self.flow.set()
@@ -158,7 +160,11 @@ class FakeBackend:
         if body.get("stream"):
             counted = (body.get("stream_options") or {}).get("include_usage", False)
             return StreamingResponse(self._stream(model, counted), media_type="text/event-stream")
-        return JSONResponse({"model": model} if self.usage is None else {"model": model, "usage": self.usage})
+        answer = {"model": model} if self.usage is None else {"model": model, "usage": self.usage}
+        if self.say:
+            text = self.say(body)
+            answer["choices"] = [{"text": text} if "prompt" in body else {"message": {"content": text}}]
+        return JSONResponse(answer)
 
     async def _stream(self, model: str | None, counted: bool) -> AsyncIterator[str]:
         self.running += 1

@@ -19,7 +19,6 @@ from serve.api.schemas import Fetch, Pin, Promote, Rollback, Visibility, Weight
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.config import Config
-from serve.drift.monitor import DriftMonitor
 from serve.errors import BadRequest, TooLarge
 from serve.gateway.router import manages
 from serve.names import DEFAULT, check_name, full_name, shown, spelled
@@ -38,7 +37,8 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
     JSON: the same with a `source` that the server fetches.
 
     201 with the version; 200 when these bytes are a version already. 422 lists the tensors that do not fit the base, or
-    says that the adapter changes nothing. By the adapter's policy a new version may get a share of the traffic first.
+    says that the adapter changes nothing. By the adapter's policy a new version may get a share of the traffic first,
+    or wait for its score on the golden set.
     """
     if not parts.ready.is_set():
         raise parts.fleet.first.unavailable()
@@ -52,12 +52,13 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
         full = full_name(caller.tenant, check_name(asked.name))
         # By policy a version that follows another one gets a share of the traffic first.
         weight = parts.rollout_controller.policy(full).canary_weight
-        trying = asked.promote and weight > 0 and parts.live_version(full) is not None
+        held = asked.promote and parts.golden.verdicts.holds(full)
+        trying = asked.promote and not held and weight > 0 and parts.live_version(full) is not None
         adapter, created = await parts.lifecycle.push(
             full,
             folder,
             by=caller.name,
-            promote=asked.promote and not trying,
+            promote=asked.promote and not trying and not held,
             why=asked.why,
             shared=None if asked.visibility is None else asked.visibility == "shared",
             quota=caller.limits,
@@ -68,8 +69,11 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
     request.state.subject = adapter.tag
     if trying and parts.live_version(full) != adapter.version:
         await parts.lifecycle.share(full, "canary", adapter.version, weight, by=caller.name, why=asked.why)
+    elif held and parts.live_version(full) != adapter.version:
+        await parts.golden.verdicts.hold(adapter, caller.name, asked.why)
     elif asked.promote and created:
         parts.monitor.swapped(adapter.name, "promoted")
+    parts.golden.runs.wake()
     return JSONResponse(described(parts, adapter, caller), status_code=201 if created else 200)
 
 
@@ -105,6 +109,7 @@ async def promote(
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
     full, expected = owned(parts, name, caller), agreed(body.expected_version, matching)
     parts.rollout_controller.check(full, body.version, body.at_once)
+    await parts.golden.verdicts.check(full, body.version, body.at_once)
     weight = parts.rollout_controller.policy(full).canary_weight
     canary, live = parts.registry.canary(full), parts.live_version(full)
     known = live in (None, body.version) or (canary is not None and canary.adapter.version == body.version)
@@ -221,7 +226,7 @@ async def remove_version(
     gone = await parts.lifecycle.remove(
         owned(parts, name, caller), number, by=caller.name, force=force, expected=expected, why=why
     )
-    await asyncio.to_thread(_forget, parts.drift_monitor, gone)
+    await asyncio.to_thread(_forget, parts, gone)
     return {"name": name, "deleted": [version.version for version in gone]}
 
 
@@ -232,7 +237,7 @@ async def remove(
     """Remove an adapter with all its versions."""
     request.state.subject = spelled(name, caller.tenant)
     gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
-    await asyncio.to_thread(_forget, parts.drift_monitor, gone)
+    await asyncio.to_thread(_forget, parts, gone)
     return {"name": name, "deleted": [version.version for version in gone]}
 
 
@@ -297,6 +302,7 @@ async def _fetched(request: Request, folder: Path, config: Config, caller: Calle
     return msgspec.structs.replace(asked, why=asked.why or f"from {asked.source}{commit}")
 
 
-def _forget(monitor: DriftMonitor, gone: Sequence[Adapter]) -> None:
+def _forget(parts: Services, gone: Sequence[Adapter]) -> None:
     for adapter in gone:
-        monitor.forget(adapter.name, adapter.id)
+        parts.drift_monitor.forget(adapter.name, adapter.id)
+        parts.golden.forget(adapter, last=adapter.name not in parts.registry)

@@ -41,7 +41,8 @@ async def adapter_drift(name: str, caller: Manager, parts: TheParts) -> dict[str
     """What moved, since when, how strongly; and how its canary does."""
     full = name if name in parts.fleet and caller.operator else owned(parts, name, caller)
     report = await asyncio.to_thread(_report, parts, full)
-    return {"object": "adapter.drift", "name": name, "watching": parts.exchange_worker.running, **report}
+    more = {"golden": parts.golden.verdicts.report(full), "shadow": parts.shadow_agreement.report(full)}
+    return {"object": "adapter.drift", "name": name, "watching": parts.exchange_worker.running, **report, **more}
 
 
 @router.post("/v1/adapters/{name:path}/drift/acknowledge")

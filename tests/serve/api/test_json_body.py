@@ -65,6 +65,8 @@ async def test_the_openapi_document_describes_every_body(client):
         "post /v1/alerts": "Notification",
         "post /v1/adapters/{name}/drift/acknowledge": "Acknowledged",
         "post /v1/adapters/{name}/baseline": "BaselinePrompts",
+        "put /v1/adapters/{name}/golden": "GoldenSet",
+        "post /v1/adapters/{name}/golden/run": "GoldenRun",
         "post /v1/feedback": "Rating",
         "post /v1/adapters/{name}/promote": "Promote",
         "post /v1/adapters/{name}/rollback": "Rollback",
@@ -77,6 +79,7 @@ async def test_the_openapi_document_describes_every_body(client):
     assert {key for key, body in bodies.items() if not body["required"]} == {
         "post /v1/adapters/{name}/rollback",
         "post /v1/adapters/{name}/pin",
+        "post /v1/adapters/{name}/golden/run",
     }
     components = document["components"]["schemas"]
     assert components["Promote"]["required"] == ["version"]

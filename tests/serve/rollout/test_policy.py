@@ -18,6 +18,7 @@ def test_a_policy_says_what_it_takes():
         {"*": {"weight": 1}},
         {"a": {"alpha": 2}},
         {"a": {"canary_weight": 1}},
+        {"a": {"golden_min": 1.5}},
     ):
         with pytest.raises(ConfigError, match="takes"):
             parse(wrong)

@@ -1,0 +1,142 @@
+"""Golden sets: what good answers of an adapter are, and how its versions did."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import PositiveInt
+
+from serve.adapters.adapter import Adapter
+from serve.api.json_body import JsonBody
+from serve.api.routes.callers import Manager, TheParts, owned
+from serve.api.schemas import GoldenRun
+from serve.api.services import Services
+from serve.auth.auth import Caller
+from serve.errors import BadRequest, Conflict, NotFound
+from serve.names import spelled, tenant_of
+from serve.rollout.golden_runner import Charge
+from serve.rollout.golden_set import GoldenSet, check
+
+router = APIRouter()
+
+
+@router.put("/v1/adapters/{name:path}/golden")
+async def put_golden(
+    name: str,
+    request: Request,
+    caller: Manager,
+    parts: TheParts,
+    body: Annotated[GoldenSet, JsonBody(GoldenSet, lines="cases")],
+) -> dict[str, Any]:
+    """Keep a golden set for an adapter, and run it on the live version: prompts with what a good answer is.
+
+    Each of `cases` has a `prompt` or `messages`, `max_tokens`, `temperature` (0 by default), and one of `equals`,
+    `contains`, `regex`, `json_schema` or `judge`. It may come as JSON lines too (`application/jsonl`), a case a line.
+    `shadow` has a judge grade a `share` of a shadow's answers, beside those that clients got.
+    """
+    request.state.subject = spelled(name, caller.tenant)
+    full = owned(parts, name, caller)
+    await asyncio.to_thread(check, body)
+    for model, where in body.judges.items():
+        try:
+            parts.golden.resolve(model, tenant_of(full))
+        except NotFound as missing:
+            raise BadRequest(f"{where} has a judge that is not there: {missing.message}") from missing
+    live = parts.registry.live(full)
+    with _charged(parts, caller) as charge:
+        unanswered = await asyncio.to_thread(parts.golden.put, full, body, caller.name, live)
+        if live is not None:
+            parts.golden.runs.request(live, unanswered, "put", charge)
+    return await _described(parts, name, full)
+
+
+@router.get("/v1/adapters/{name:path}/golden")
+async def golden(name: str, caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """The golden set of an adapter, with its cases."""
+    full = owned(parts, name, caller)
+    described = await _described(parts, name, full)
+    document = await asyncio.to_thread(parts.golden.results.golden, full)
+    return {**described, **(document.described() if document else {})}
+
+
+@router.delete("/v1/adapters/{name:path}/golden")
+async def remove_golden(name: str, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """Remove the golden set of an adapter, with all outcomes."""
+    request.state.subject = spelled(name, caller.tenant)
+    full = owned(parts, name, caller)
+    if not await asyncio.to_thread(parts.golden.remove, full):
+        raise _missing(name)
+    parts.golden.runs.wake()
+    return {"object": "golden.set", "name": name, "deleted": True}
+
+
+@router.post("/v1/adapters/{name:path}/golden/run", status_code=202)
+async def run_golden(
+    name: str,
+    request: Request,
+    caller: Manager,
+    parts: TheParts,
+    body: Annotated[GoldenRun, JsonBody(GoldenRun, required=False)],
+) -> dict[str, Any]:
+    """Have a version answer its golden set again, in the gaps of traffic. The body may be left out."""
+    full = owned(parts, name, caller)
+    version = _version(parts, full, body.version)
+    request.state.subject = version.tag
+    document = await asyncio.to_thread(parts.golden.results.golden, full)
+    if document is None:
+        raise _missing(name)
+    with _charged(parts, caller) as charge:
+        parts.golden.runs.request(version, document.by_key, "asked", charge)
+    return {"object": "golden.run", "name": name, "version": version.version, "cases": len(document.cases)}
+
+
+@router.get("/v1/adapters/{name:path}/golden/results")
+async def golden_results(
+    name: str, caller: Manager, parts: TheParts, version: PositiveInt | None = None
+) -> dict[str, Any]:
+    """Scores by version, how a canary does, and each case of one `version` (default: the live one).
+
+    What was answered is shown to the adapter's own tenant alone.
+    """
+    full = owned(parts, name, caller)
+    described = await _described(parts, name, full)
+    report = await asyncio.to_thread(parts.golden.results.report, full)
+    answer = {"object": "golden.results", "name": name, "set": described["digest"], **report}
+    answer["canary"] = parts.golden.verdicts.report(full)
+    if version is None and parts.live_version(full) is None:
+        return answer
+    shown = _version(parts, full, version)
+    own = caller.tenant == tenant_of(full)
+    cases = await asyncio.to_thread(parts.golden.results.cases, shown, answers=own)
+    return {**answer, "version": shown.version, "running": parts.golden.runs.waiting(shown), "cases": cases}
+
+
+async def _described(parts: Services, name: str, full: str) -> dict[str, Any]:
+    described = await asyncio.to_thread(parts.golden.results.described, full)
+    if described is None:
+        raise _missing(name)
+    return {"object": "golden.set", "name": name, **described}
+
+
+def _missing(name: str) -> NotFound:
+    return NotFound(f"{name} has no golden set: PUT one to /v1/adapters/{name}/golden", param="name")
+
+
+def _version(parts: Services, full: str, number: int | None) -> Adapter:
+    number = number or parts.live_version(full)
+    if number is None:
+        raise Conflict("no version of this adapter is live: say which one you mean", param="version")
+    return parts.registry.get(full, number)
+
+
+@contextmanager
+def _charged(parts: Services, caller: Caller) -> Iterator[Charge]:
+    """A run on the caller's key: it counts as one request, and its tokens are charged as they come."""
+    meter = parts.meters.of(caller.key, caller.limits)
+    if meter is None:
+        yield lambda tokens: None
+        return
+    with meter.request():
+        yield meter.charge

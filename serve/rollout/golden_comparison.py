@@ -1,0 +1,124 @@
+"""Is the canary worse than the live version on the same golden cases? A sequential test on pairs, valid at any time.
+
+Each case gives a pair: the live version's score minus the canary's, d, from -1 to 1. If the cases are a random sample
+of what the adapter is for, and the canary is worse by no more than the tolerance, then E[d] <= tolerance, and
+W = product of 1 + l * (d - tolerance) is a supermartingale for each l in [0, 1 / (1 + tolerance)): the capital of one
+who bets on the discordant pairs. The mean over several l is one too, so by Ville's inequality P(W >= 1 / alpha, ever)
+<= alpha, looked at after every case (Waudby-Smith and Ramdas, Estimating means of bounded random variables by
+betting, 2024). PROVED turns the question round, as serve.rollout.sequential_test does: "worse by the margin or more"
+is refuted.
+
+A case counts once a version, by its first outcome: answers at temperature 0 repeat, and the same case again is no new
+draw from the population of cases, whatever the temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Points of the score, from 0 to 1. A version worse by less than the tolerance is not called worse.
+TOLERANCE = 0.02
+# What has to be refuted for PROVED, and what a set should be able to find.
+MARGIN = 0.10
+# The part of a canary's alpha that its golden set gets, from the other checks, if there is a set.
+ALPHA_SHARE = 0.25
+# Bets, as parts of the largest that cannot lose everything.
+BETS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenComparison:
+    """Two versions on the cases that both have answered. Evidence is ln, and the highest that it has been."""
+
+    cases: int
+    live_score: float
+    canary_score: float
+    live_better: int
+    canary_better: int
+    log_evidence: float
+    log_proof: float
+    log_threshold: float
+    log_proof_threshold: float
+    needed: int
+    needed_for_proof: int
+
+    @property
+    def gap(self) -> float:
+        """How much worse the canary is, in points of the score."""
+        return self.live_score - self.canary_score
+
+    @property
+    def worse(self) -> bool:
+        return self.log_evidence >= self.log_threshold
+
+    @property
+    def proved(self) -> bool:
+        return not self.worse and self.log_proof >= self.log_proof_threshold
+
+    def described(self) -> dict[str, Any]:
+        """For history and API."""
+        return {
+            "cases": self.cases,
+            "live_score": round(self.live_score, 4),
+            "canary_score": round(self.canary_score, 4),
+            "worse_by": round(self.gap, 4),
+            "live_better": self.live_better,
+            "canary_better": self.canary_better,
+            "log_evidence": round(self.log_evidence, 4),
+            "log_threshold": round(self.log_threshold, 4),
+            "log_proof": round(self.log_proof, 4),
+            "tolerance": TOLERANCE,
+        }
+
+
+def compare(pairs: Sequence[tuple[float, float]], alpha: float) -> GoldenComparison:
+    """Pairs of scores (live, canary), one a case, in an order that depends on no answer; alpha: of the whole canary."""
+    differences = [live - canary for live, canary in pairs]
+    count = max(len(pairs), 1)
+    own = alpha * ALPHA_SHARE
+    return GoldenComparison(
+        cases=len(pairs),
+        live_score=math.fsum(live for live, _ in pairs) / count,
+        canary_score=math.fsum(canary for _, canary in pairs) / count,
+        live_better=sum(difference > 0 for difference in differences),
+        canary_better=sum(difference < 0 for difference in differences),
+        log_evidence=_highest([difference - TOLERANCE for difference in differences], 1 + TOLERANCE),
+        log_proof=_highest([MARGIN - difference for difference in differences], 1 - MARGIN),
+        log_threshold=-math.log(own),
+        log_proof_threshold=-math.log(alpha),
+        needed=cases_needed(MARGIN, own),
+        needed_for_proof=_count(math.log1p(BETS[-1] * MARGIN / (1 - MARGIN)), alpha),
+    )
+
+
+def cases_needed(gap: float, alpha: float) -> int:
+    """Cases after which a canary that fails `gap` of those that the live version passes is typically called worse."""
+    return _count(
+        max(
+            gap * math.log1p(bet / (1 + TOLERANCE) * (1 - TOLERANCE))
+            + (1 - gap) * math.log1p(-bet / (1 + TOLERANCE) * TOLERANCE)
+            for bet in BETS
+        ),
+        alpha,
+    )
+
+
+def _count(growth: float, alpha: float) -> int:
+    """Cases until evidence that grows so much a case outweighs alpha and the mean over the bets."""
+    return math.ceil((math.log(len(BETS)) - math.log(alpha)) / growth) if growth > 0 else 1 << 30
+
+
+def _highest(stakes: Sequence[float], most_lost: float) -> float:
+    """The highest ln of the mean capital, over all times; a stake is at least -most_lost."""
+    capitals = [0.0] * len(BETS)
+    highest = 0.0
+    for stake in stakes:
+        for number, bet in enumerate(BETS):
+            capitals[number] += math.log1p(bet / most_lost * stake)
+        top = max(capitals)
+        mean = top + math.log(math.fsum(math.exp(capital - top) for capital in capitals) / len(BETS))
+        highest = max(highest, mean)
+    return highest

@@ -1,0 +1,413 @@
+"""Golden sets: kept for an adapter, run in the gaps of traffic, and what their scores lead to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+import pytest
+
+from serve.rollout.canary import CanaryVerdict
+from serve.rollout.golden_schedule import RETRY_SECONDS, due_cases
+from serve.rollout.golden_scoring import Result
+from serve.rollout.golden_store import Outcome
+from serve.rollout.policy import DEFAULT_POLICIES
+from serve.rollout.sequential_test import Verdict
+from tests.support.app import push_two, upload
+
+GOLDEN = "/v1/adapters/tone/golden"
+
+
+def cases(count, **more):
+    return [{"prompt": f"Question {number}", "contains": "yes", "max_tokens": 4, **more} for number in range(count)]
+
+
+class Skill:
+    """What part of the questions each version answers rightly: those with the lowest numbers of a hundred."""
+
+    def __init__(self, backend, usual=1.0):
+        self.usual, self.of, self.asked = usual, {}, []
+        backend.say = self.say
+
+    def say(self, body):
+        prompt = body.get("prompt") or body["messages"][-1]["content"]
+        self.asked.append(body)
+        if not prompt.startswith("Question"):
+            return prompt
+        return "yes" if int(prompt.split()[1]) % 100 < 100 * self.of.get(body["model"], self.usual) else "no"
+
+
+async def put(client, entries):
+    answer = await client.put(GOLDEN, json={"cases": entries})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def results(client, version=None):
+    answer = await client.get(f"{GOLDEN}/results", params={} if version is None else {"version": version})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def until(condition, seconds=10.0):
+    for _ in range(int(seconds / 0.05)):
+        if value := await condition():
+            return value
+        await asyncio.sleep(0.05)
+    return await condition()
+
+
+async def ran(client, version):
+    """The results once each case of the version was asked."""
+
+    async def complete():
+        answer = await results(client, version)
+        known = {row["version"]: row for row in answer["versions"]}
+        return answer if not answer["running"] and version in known and not known[version]["missing"] else None
+
+    client._transport.app.state.parts.golden.runs.wake()
+    answer = await until(complete)
+    assert answer, await results(client, version)
+    return next(row for row in answer["versions"] if row["version"] == version), answer
+
+
+async def test_a_set_is_run_on_the_live_version_and_on_each_that_is_pushed(client, backend, make_adapter):
+    skill = Skill(backend)
+    first = (await client.post("/v1/adapters", **upload(make_adapter(0)))).json()["id"]
+    skill.of[first] = 0.5
+    kept = await put(client, [*cases(20, name="a question"), {"prompt": "Repeat", "equals": "Repeat"}])
+    assert kept["count"] == 21
+    row, answer = await ran(client, 1)
+    assert (row["cases"], row["passed"], row["errors"]) == (21, 21, 0)
+    skill.of.clear()
+    skill.usual = 0.1
+    await client.post("/v1/adapters", **upload(make_adapter(1), promote="false"))
+    row, answer = await ran(client, 2)
+    assert row["score"] == round(11 / 21, 4) and row["low"] < row["score"] < row["high"] and row["interval"] == "wilson"
+    failed = [case for case in answer["cases"] if case["result"] == "fail"]
+    assert len(failed) == 10 and failed[0]["answer"] == "no" and "does not contain" in failed[0]["detail"]
+    assert [(run["version"], run["reason"], run["asked"]) for run in answer["runs"]] == [(2, "new", 21), (1, "put", 21)]
+    assert "counts once a version" in answer["note"]
+
+
+async def test_it_is_asked_behind_every_client_and_neither_metrics_of_traffic_nor_drift_see_it(
+    client, backend, make_adapter
+):
+    Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    await put(client, cases(5))
+    await ran(client, 1)
+    assert {body["priority"] > 1 << 60 for body in backend.bodies} == {True}
+    assert {body["temperature"] for body in backend.bodies} == {0.0}
+    metrics = (await client.get("/metrics")).text
+    assert 'loradock_golden_score{adapter="tone",version="v1"} 1.0' in metrics
+    assert 'loradock_golden_cases_total{adapter="tone",result="pass",version="v1"} 5.0' in metrics
+    assert 'loradock_golden_cases_total{adapter="tone",result="error",version="v1"} 0.0' in metrics
+    assert 'loradock_golden_last_run_timestamp_seconds{adapter="tone",version="v1"}' in metrics
+    assert "loradock_requests_total{" not in metrics
+    assert client._transport.app.state.parts.exchange_worker.handled == 0
+
+
+async def test_while_clients_are_answered_it_waits_for_a_gap(client, backend, make_adapter):
+    skill = Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    backend.flow.clear()
+    stream = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "tone", "stream": True}))
+    await until(lambda: asyncio.sleep(0, backend.running == 1))
+    await put(client, cases(3))
+    await asyncio.sleep(0.3)
+    assert not skill.asked
+    backend.flow.set()
+    await stream
+    await ran(client, 1)
+    assert len(skill.asked) == 3
+
+
+async def test_a_case_that_stays_keeps_its_outcome_when_the_set_changes(client, backend, make_adapter):
+    skill = Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    await put(client, cases(4))
+    await ran(client, 1)
+    await put(client, cases(6))
+    await ran(client, 1)
+    assert len(skill.asked) == 6
+
+
+async def test_asked_again_a_case_has_the_same_outcome_and_counts_once(client, backend, make_adapter):
+    skill = Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    await put(client, cases(4))
+    await ran(client, 1)
+    parts = client._transport.app.state.parts
+    golden = await asyncio.to_thread(parts.golden.results.golden, "tone")
+    live = parts.registry.live("tone")
+    before = await asyncio.to_thread(parts.golden.results.outcomes, live, golden)
+    await client.post(f"{GOLDEN}/run")
+    await ran(client, 1)
+    after = await asyncio.to_thread(parts.golden.results.outcomes, live, golden)
+    assert before.keys() == after.keys() and {outcome.runs for outcome in after.values()} == {2}
+    assert {outcome.changed for outcome in after.values()} == {0}, "at temperature 0 the answers repeat"
+    assert len(skill.asked) == 8
+
+
+async def test_what_is_sent_is_bounded_and_refused_in_words(client, backend, make_adapter):
+    Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    for entries, words in (
+        ([], "cases"),
+        ([{"prompt": "x"}], "one of equals"),
+        ([{"prompt": "x", "regex": "("}], "no regular expression"),
+        ([{"prompt": "x", "judge": {"model": "nobody", "template": "{answer}"}}], "not there"),
+    ):
+        refused = await client.put(GOLDEN, json={"cases": entries})
+        assert refused.status_code == 400 and words in refused.json()["error"]["message"], refused.text
+    lines = b'{"prompt": "x", "equals": "x"}\n{"prompt": "y", "equals": "y"}\n'
+    kept = await client.put(GOLDEN, content=lines, headers={"content-type": "application/jsonl"})
+    assert kept.json()["count"] == 2
+    assert [case["prompt"] for case in (await client.get(GOLDEN)).json()["cases"]] == ["x", "y"]
+    assert (await client.delete(GOLDEN)).json()["deleted"]
+    for answer in (await client.get(GOLDEN), await client.delete(GOLDEN), await client.get(f"{GOLDEN}/results")):
+        assert answer.status_code == 404
+    named = await client.post("/v1/adapters", **upload(make_adapter(1), name="golden"))
+    assert named.status_code == 400 and "ends a path" in named.json()["error"]["message"]
+
+
+async def test_a_judge_grades_and_one_that_cannot_be_read_is_an_error_that_counts_against_nobody(
+    client, backend, make_adapter
+):
+    Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    judge = {"model": "base", "template": "0.7 for {answer}"}
+    await put(
+        client,
+        [
+            {"prompt": "hello", "judge": judge},
+            {"prompt": "goodbye", "judge": {"model": "base", "template": "what of {answer}?"}},
+            *({"prompt": f"say {number}", "equals": f"say {number}"} for number in range(4)),
+        ],
+    )
+    row, answer = await ran(client, 1)
+    graded, unread = answer["cases"][:2]
+    assert graded["score"] == 0.7 and "the judge said 0.7 for hello" in graded["detail"]
+    assert unread["result"] == "error" and "neither a number from 0 to 1 nor yes or no" in unread["detail"]
+    assert (row["errors"], row["cases"], row["interval"]) == (1, 5, "t") and row["score"] == round(4.7 / 5, 4)
+
+
+async def test_another_tenant_sees_nothing_and_an_operator_no_answers(operator, issue, backend, make_adapter):
+    Skill(backend)
+    acme, globex = await issue("acme", name="anna"), await issue("globex", name="gus")
+    await acme.post("/v1/adapters", **upload(make_adapter(0)))
+    await put(acme, cases(3))
+    _, own = await ran(acme, 1)
+    assert {case["answer"] for case in own["cases"]} == {"yes"}
+    for path in (GOLDEN, f"{GOLDEN}/results", "/v1/adapters/acme/tone/golden"):
+        assert (await globex.get(path)).status_code == 404
+    assert (await globex.put("/v1/adapters/acme/tone/golden", json={"cases": cases(1)})).status_code == 404
+    assert (await globex.delete("/v1/adapters/acme/tone/golden")).status_code == 404
+    seen = (await operator.get("/v1/adapters/acme/tone/golden/results")).json()
+    assert seen["versions"][0]["score"] == 1.0 and all("answer" not in case for case in seen["cases"])
+
+
+async def test_a_judge_must_be_one_that_the_adapters_tenant_may_ask(operator, issue, backend, make_adapter):
+    Skill(backend)
+    acme, globex = await issue("acme", name="anna"), await issue("globex", name="gus")
+    await globex.post("/v1/adapters", **upload(make_adapter(1), name="secret"))
+    await acme.post("/v1/adapters", **upload(make_adapter(0)))
+    judged = [{"prompt": "x", "judge": {"model": "globex/secret", "template": "{answer}"}}]
+    refused = await acme.put(GOLDEN, json={"cases": judged})
+    assert refused.status_code == 400 and "not there" in refused.json()["error"]["message"]
+    # An operator puts it for the tenant, who may not ask it either.
+    assert (await operator.put("/v1/adapters/acme/tone/golden", json={"cases": judged})).status_code == 400
+
+
+async def test_a_canary_that_is_worse_by_ten_points_is_taken_back_with_the_number_of_cases(
+    client, backend, make_adapter
+):
+    skill = Skill(backend, usual=0.95)
+    _, canary = await push_two(client, make_adapter)
+    skill.of[canary] = 0.85
+    await put(client, cases(400))
+    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
+    client._transport.app.state.parts.golden.runs.wake()
+
+    async def ended():
+        return (await client.get("/v1/adapters/tone")).json()["canary"] is None
+
+    assert await until(ended, seconds=60), (await results(client))["canary"]
+    entry = (await client.get("/v1/adapters/tone")).json()["history"][-1]
+    assert (entry["who"], entry["what"]) == ("wayback", "canary_end") and entry["why"].startswith("golden: ")
+    evidence = json.loads(entry["why"].partition(": ")[2])["golden"]
+    assert evidence["cases"] <= 400 and 0.05 < evidence["worse_by"] < 0.2
+    assert evidence["log_evidence"] >= evidence["log_threshold"]
+
+    async def counted():
+        return (
+            'loradock_rollbacks_total{adapter="tone",reason="golden",version="v2"} 1.0'
+            in (await client.get("/metrics")).text
+        )
+
+    assert await until(counted)
+
+
+async def test_a_canary_that_answers_as_well_stays_and_proves_itself(client, backend, make_adapter):
+    Skill(backend, usual=0.9)
+    await push_two(client, make_adapter)
+    await put(client, cases(100))
+    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
+    await ran(client, 1)
+    await ran(client, 2)
+    stands = (await until(lambda: proved(client)))["canary"]
+    assert (stands["verdict"], stands["cases"], stands["worse_by"], stands["agrees"]) == ("proved", 100, 0.0, True)
+    assert "too few to decide a difference of 10 points" in stands["note"]
+    assert (await client.get("/v1/adapters/tone/drift")).json()["golden"] == stands
+    assert (await client.get("/v1/adapters/tone")).json()["canary"], "it is as good: nothing is done about it"
+
+
+async def proved(client):
+    answer = await results(client)
+    return answer if (answer["canary"] or {}).get("verdict") == "proved" else None
+
+
+async def test_proved_by_traffic_waits_until_the_golden_set_agrees(client, backend, make_adapter, monkeypatch):
+    Skill(backend)
+    await push_two(client, make_adapter)
+    parts = client._transport.app.state.parts
+    acted = []
+    monkeypatch.setattr(parts.rollout_controller, "act_on", acted.append)
+    verdict = CanaryVerdict("tone", 1, 2, Verdict.PROVED, "proved", ())
+    assert await parts.golden.verdicts.admitted(verdict) is verdict, "without a set nothing waits"
+    backend.flow.clear()
+    stream = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "tone", "stream": True}))
+    await put(client, cases(80))
+    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
+    assert await parts.golden.verdicts.admitted(verdict) is None
+    assert not acted
+    backend.flow.set()
+    await stream
+    parts.golden.runs.wake()
+    assert await until(lambda: asyncio.sleep(0, acted == [verdict]), seconds=20)
+
+
+async def test_a_push_below_the_policys_score_gets_no_traffic_and_one_above_it_does(
+    connect, config, backend, make_adapter
+):
+    skill = Skill(backend)
+    policy = replace(DEFAULT_POLICIES[0], golden_min=0.8)
+    async with connect(replace(config, policies=(policy,))) as client:
+        await client.post("/v1/adapters", **upload(make_adapter(0)))
+        await put(client, cases(10))
+        await ran(client, 1)
+        skill.usual = 0.05
+        pushed = (await client.post("/v1/adapters", **upload(make_adapter(1)))).json()
+        assert not pushed["live"]
+        assert (await ran(client, 2))[0]["score"] == 0.5
+        await until(lambda: noted(client))
+        entry = (await client.get("/v1/adapters/tone")).json()["history"][-1]
+        assert entry["what"] == "golden_hold" and "0.500 on 10 cases" in entry["why"]
+        held = await client.post("/v1/adapters/tone/promote", json={"version": 2})
+        assert held.status_code == 409 and "scores 0.500 on 10 cases" in held.json()["error"]["message"]
+        skill.usual = 1.0
+        assert not (await client.post("/v1/adapters", **upload(make_adapter(2)))).json()["live"]
+        await ran(client, 3)
+
+        async def live():
+            return (await client.get("/v1/adapters/tone")).json()["live"] == 3
+
+        assert await until(live)
+        entry = (await client.get("/v1/adapters/tone")).json()["history"][-1]
+        assert (entry["what"], entry["who"]) == ("promote", "anonymous") and "golden score 1.000" in entry["why"]
+        insisted = await client.post("/v1/adapters/tone/promote", json={"version": 2, "at_once": True})
+        assert insisted.status_code == 200 and insisted.json()["live"]
+
+
+async def noted(client):
+    history = (await client.get("/v1/adapters/tone")).json()["history"]
+    return history[-1]["what"] == "golden_hold"
+
+
+async def test_outcomes_outlive_a_restart_and_go_with_their_version(connect, config, backend, make_adapter):
+    skill = Skill(backend)
+    async with connect(config) as client:
+        await push_two(client, make_adapter)
+        await put(client, cases(6))
+        await ran(client, 1)
+    count = len(skill.asked)
+    backend.held.clear()
+    backend.numbers.clear()
+    async with connect(config) as client:
+        row, _ = await ran(client, 1)
+        assert row["score"] == 1.0 and len(skill.asked) == count, "what was answered is not asked again"
+        assert 'loradock_golden_score{adapter="tone",version="v1"} 1.0' in (await client.get("/metrics")).text
+        await client.delete("/v1/adapters/tone")
+        await client.post("/v1/adapters", **upload(make_adapter(0)))
+        assert (await client.get(GOLDEN)).status_code == 404, "the set went with the adapter"
+
+
+async def test_the_shadows_answers_are_compared_with_the_clients(client, backend, make_adapter):
+    live, _ = await push_two(client, make_adapter)
+    backend.generate = lambda body: replace(backend.generation, output=[4, 5] if body["model"] == live else [4, 6])
+    await client.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 1})
+    for _ in range(3):
+        await client.post("/v1/chat/completions", json={"model": "tone", "temperature": 0, "messages": []})
+        await asyncio.sleep(0.05)
+
+    async def compared():
+        return (await client.get("/v1/adapters/tone/drift")).json()["shadow"]
+
+    (row,) = await until(compared)
+    assert (row["live"], row["shadow"], row["sampling"]) == (1, 2, "greedy")
+    assert (row["exact_agreement"], row["prefix_agreement"], row["edit_agreement"], row["length_ratio"]) == (
+        0,
+        0.5,
+        0.5,
+        1,
+    )
+    metrics = (await client.get("/metrics")).text
+    assert (
+        'loradock_shadow_agreement{adapter="tone",measure="prefix",sampling="greedy",version="v2"} 0.5' in metrics
+        and 'loradock_shadow_length_ratio{adapter="tone",sampling="greedy",version="v2"} 1.0' in metrics
+    )
+
+
+async def test_a_share_of_the_shadows_answers_is_judged_beside_the_clients(client, backend, make_adapter):
+    skill = Skill(backend)
+    live, _ = await push_two(client, make_adapter)
+    backend.generate = lambda body: replace(backend.generation, text="0.9" if body["model"] == live else "0.4")
+    judge = {"model": "base", "template": "{answer} for {prompt}"}
+    document = {"cases": cases(1), "shadow": {"judge": judge, "share": 1}}
+    assert (await client.put(GOLDEN, json=document)).status_code == 200
+    assert (await client.get(GOLDEN)).json()["shadow"]["judge"]["model"] == "base"
+    await ran(client, 1)
+    await client.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 1})
+    messages = [{"role": "user", "content": "hello"}]
+    await client.post("/v1/chat/completions", json={"model": "tone", "messages": messages})
+
+    async def compared():
+        return (await client.get("/v1/adapters/tone/drift")).json()["shadow"]
+
+    (row,) = await until(compared)
+    assert (row["judged"], row["live_grade"], row["shadow_grade"]) == (1, 0.9, 0.4)
+    assert skill.asked[-1]["messages"][0]["content"] == "0.4 for hello"
+    assert (
+        'loradock_shadow_grade{adapter="tone",answer="shadow",sampling="sampled",version="v2"} 0.4'
+        in (await client.get("/metrics")).text
+    )
+
+
+@pytest.mark.parametrize("interval", [0.0, 1000.0])
+def test_what_is_due_follows_from_what_was_answered(interval):
+    def outcome(case, when, score=1.0, basis="m"):
+        return Outcome(case, basis, Result.PASS, score, when=when)
+
+    bases = {"a": "m", "b": "m", "c": "m", "d": "m", "e": "m"}
+    outcomes = {
+        "a": outcome("a", 0.0),
+        "b": outcome("b", 50.0),
+        "c": outcome("c", 900.0, basis="another model"),
+        "d": outcome("d", 900.0, score=None),
+    }
+    due, again = due_cases(bases, outcomes, 1001.0, interval)
+    assert due == (["a", "b", "c", "e"] if interval else ["c", "e"])
+    assert again == 900.0 + RETRY_SECONDS
+    assert due_cases(bases, outcomes, 900.0 + RETRY_SECONDS, 0.0)[0] == ["c", "d", "e"]
