@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 LEFT = 499
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+# W3C Trace Context: version, trace id, parent id, flags; a trace id of zeros is none.
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
 def identified(scope: Scope) -> tuple[Scope, str]:
@@ -37,6 +39,15 @@ def identified(scope: Scope) -> tuple[Scope, str]:
     made = uuid.uuid4().hex
     rest = [header for header in scope["headers"] if header[0] != b"x-request-id"]
     return {**scope, "headers": [*rest, (b"x-request-id", made.encode())]}, made
+
+
+def trace_of(scope: Scope) -> str:
+    """The trace that the client's `traceparent` header says it belongs to (https://www.w3.org/TR/trace-context), or
+    ""."""
+    for name, value in scope["headers"]:
+        if name == b"traceparent" and (match := _TRACEPARENT.fullmatch(value)):
+            return match[1].decode()
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +144,8 @@ class Exchange:
     generations: tuple[Generation, ...] = ()
     # A canary or the live version took it because it is one: the request named neither by number.
     dealt: bool = False
+    # Of the client's trace, if it said one.
+    trace_id: str = ""
 
     @property
     def prompt_tokens(self) -> int:
@@ -190,16 +203,18 @@ class Tap:
         "request_id",
         "status",
         "tenant",
+        "trace_id",
         "version",
         "watch",
     )
 
-    def __init__(self, send: Send, request_id: str = "") -> None:
+    def __init__(self, send: Send, request_id: str = "", trace_id: str = "") -> None:
         self._send = send
         self._started = time.perf_counter()
         self._first: float | None = None
         self.began = time.time()
         self.request_id = request_id
+        self.trace_id = trace_id
         self.adapter = "other"
         self.version = ""
         self.id = ""
@@ -272,4 +287,5 @@ class Tap:
             self.began,
             generations,
             self.dealt,
+            self.trace_id,
         )

@@ -10,6 +10,9 @@ import typer
 from serve.cli.terminal import example
 from serve.config import load
 
+# The defaults of `serve.telemetry.rendered`, which is imported when it is needed.
+SENDER, SMTP, TRACES = "loradock@localhost", "localhost:587", "http://localhost:16686/trace/{trace_id}"
+
 monitoring_app = typer.Typer(
     name="monitoring",
     help="Render the configuration of Prometheus, Alertmanager and Grafana.",
@@ -44,17 +47,28 @@ def render(
         str, typer.Option("--alertmanager", metavar="HOST:PORT", help="Where Alertmanager listens.")
     ] = "alertmanager:9093",
     tls: Annotated[bool, typer.Option("--tls", help="loradock serves https.")] = False,
+    mail: Annotated[str, typer.Option("--mail", metavar="ADDRESSES", help="Who gets alerts by mail.")] = "",
+    sender: Annotated[str, typer.Option("--from", metavar="ADDRESS", help="Who the mail is from.")] = SENDER,
+    smtp: Annotated[str, typer.Option("--smtp", metavar="HOST:PORT", help="The mail server.")] = SMTP,
+    slack: Annotated[str, typer.Option("--slack", metavar="CHANNEL", help="A Slack channel that gets alerts.")] = "",
+    pagerduty: Annotated[bool, typer.Option("--pagerduty", help="Alerts that page go to PagerDuty too.")] = False,
+    traces: Annotated[
+        str, typer.Option("--traces", metavar="URL", help="Where a trace is looked at, with {trace_id} in it.")
+    ] = TRACES,
 ) -> None:
     """Write rules, alerts, dashboards and their wiring to DIR, all from the server's configuration.
 
     Beside prometheus.yml put `scrape-key`, a file with a key that may read /metrics; beside alertmanager.yml
-    `alert-key`, one with a key that may roll back. LORADOCK_* variables count as they do for `loradock serve`.
+    `alert-key`, one with a key that may roll back, and what the receivers need: `smtp-password`, `slack-url`,
+    `pagerduty-key`. LORADOCK_* variables count as they do for `loradock serve`.
     """
+    from serve.telemetry.rendered.receivers import Receivers
     from serve.telemetry.rendered.render import Places, write
 
     slos = load(["--config", str(config)] if config else []).slos
-    places = Places(server=server, prometheus=prometheus, alertmanager=alertmanager, tls=tls)
-    written = write(out, slos, places)
+    places = Places(server=server, prometheus=prometheus, alertmanager=alertmanager, tls=tls, traces=traces)
+    receivers = Receivers(mail=mail, sender=sender, smtp=smtp, slack=slack, pagerduty=pagerduty)
+    written = write(out, slos, places, receivers)
     for file in written:
         typer.echo(file)
     if not written:

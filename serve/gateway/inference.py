@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from serve.asgi.cancellation import CancellableCall, Deadline, cancelled_on_disconnect
 from serve.asgi.connection import recognise
 from serve.asgi.error_response import HonestStatus, send_error
-from serve.asgi.exchange import Exchange, Tap, Watch, identified
+from serve.asgi.exchange import Exchange, Tap, Watch, identified, trace_of
 from serve.asgi.fast_stream import FastStream
 from serve.asgi.internal_client import RecordedAnswer
 from serve.asgi.pacing import PacedConnection
@@ -86,7 +86,7 @@ class Inference:
             return
         scope, request_id = identified(scope)
         connection = PacedConnection(scope, receive, send, self._client_timeout)
-        tap = Tap(connection.send, request_id)
+        tap = Tap(connection.send, request_id, trace_of(scope))
         try:
             async with Deadline(requested_timeout(Headers(scope=scope))) as deadline:
                 await self._answer(scope, connection, tap, deadline)

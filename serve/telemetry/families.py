@@ -44,12 +44,14 @@ class Buckets:
         self._exemplars: list[str] = [""] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float, request_id: str = "") -> None:
+    def observe(self, value: float, request_id: str = "", trace_id: str = "") -> None:
+        """The ids become an exemplar: of the request, and of the trace that its client began, if it did."""
         bucket = bisect_left(self._bounds, value)
         self._counts[bucket] += 1
         self._sum += value
         if request_id:
-            self._exemplars[bucket] = f' # {{request_id="{request_id}"}} {value:.6g} {time.time():.3f}'
+            labels = f'request_id="{request_id}"' + (f',trace_id="{trace_id}"' if trace_id else "")
+            self._exemplars[bucket] = f" # {{{labels}}} {value:.6g} {time.time():.3f}"
 
     def lines(self, openmetrics: bool) -> Iterator[str]:
         total = 0

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from serve.telemetry.rendered.dashboards import dashboards
+from serve.telemetry.rendered.receivers import EXAMPLE, Receivers
 from serve.telemetry.rendered.rules import BURNS, groups
 from serve.telemetry.slo import Slo
 
@@ -28,18 +29,21 @@ class Places:
     alertmanager: str = "alertmanager:9093"
     grafana: str = "localhost:3000"
     tls: bool = False
+    # Where a trace is looked at, by its id; Jaeger's own page by default.
+    traces: str = "http://localhost:16686/trace/{trace_id}"
 
     @property
     def scheme(self) -> str:
         return "https" if self.tls else "http"
 
 
-def render(slos: Sequence[Slo], places: Places) -> Mapping[str, str]:
+def render(slos: Sequence[Slo], places: Places, receivers: Receivers = Receivers()) -> Mapping[str, str]:
     """Path -> content of every file."""
     files = {
         "prometheus/prometheus.yml": _yaml(_prometheus(places)),
         "prometheus/rules.yml": _yaml({"groups": groups(slos)}),
-        "alertmanager/alertmanager.yml": _yaml(_alertmanager(places)),
+        "alertmanager/alertmanager.yml": _yaml(_alertmanager(places, receivers)),
+        "alertmanager/receivers-example.yml": _yaml(_alertmanager(places, EXAMPLE)),
         "provisioning/datasources/prometheus.yml": _yaml(_datasource(places)),
         "provisioning/dashboards/loradock.yml": _yaml(_provider()),
     }
@@ -47,10 +51,10 @@ def render(slos: Sequence[Slo], places: Places) -> Mapping[str, str]:
     return files | boards
 
 
-def write(folder: Path, slos: Sequence[Slo], places: Places) -> list[Path]:
+def write(folder: Path, slos: Sequence[Slo], places: Places, receivers: Receivers = Receivers()) -> list[Path]:
     """Write the files below `folder`; what nobody changed is not touched."""
     written = []
-    for name, text in render(slos, places).items():
+    for name, text in render(slos, places, receivers).items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists() or file.read_text() != text:
@@ -77,8 +81,8 @@ def _prometheus(places: Places) -> dict[str, Any]:
     }
 
 
-def _alertmanager(places: Places) -> dict[str, Any]:
-    """Who is told: people by the receiver `people`, which waits for an address, and the server by its webhook."""
+def _alertmanager(places: Places, receivers: Receivers) -> dict[str, Any]:
+    """Who is told: people by `receivers`, and the server by its webhook."""
     fast, slow, slowest = (burn.name for burn in BURNS)
     down = ["LoradockDown", "LoradockEngineDown"]
     return {
@@ -98,7 +102,7 @@ def _alertmanager(places: Places) -> dict[str, Any]:
                     "repeat_interval": "10m",
                     "continue": True,
                 },
-                {"receiver": "people", "matchers": ['severity="page"'], "repeat_interval": "1h"},
+                {"receiver": receivers.of_pages, "matchers": ['severity="page"'], "repeat_interval": "1h"},
             ],
         },
         "inhibit_rules": [
@@ -118,7 +122,7 @@ def _alertmanager(places: Places) -> dict[str, Any]:
             },
         ],
         "receivers": [
-            {"name": "people"},
+            *receivers.people(),
             {
                 "name": "loradock",
                 "webhook_configs": [
@@ -145,7 +149,18 @@ def _datasource(places: Places) -> dict[str, Any]:
                 "access": "proxy",
                 "url": f"http://{places.prometheus}",
                 "isDefault": True,
-                "jsonData": {"timeInterval": "15s", "httpMethod": "POST"},
+                "jsonData": {
+                    "timeInterval": "15s",
+                    "httpMethod": "POST",
+                    "exemplarTraceIdDestinations": [
+                        {
+                            "name": "trace_id",
+                            # Grafana reads $NAME in these files from its environment: $$ is a dollar.
+                            "url": places.traces.replace("{trace_id}", "$${__value.raw}"),
+                            "urlDisplayLabel": "Trace",
+                        }
+                    ],
+                },
             }
         ],
     }

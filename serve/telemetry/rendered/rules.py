@@ -198,12 +198,16 @@ def _adapters() -> Iterator[Rule]:
     )
     yield _alert(
         "LoradockDrift",
-        changed("sum by (adapter, version, signal) (loradock_drift_alarms_total)", "1d"),
+        # Until somebody acknowledges it; a server that does not say so is believed for a day.
+        f"({changed('sum by (adapter, version, signal) (loradock_drift_alarms_total)', '1d')} "
+        "unless on (adapter, version, signal) loradock_drift_alarmed == 0) "
+        "or max by (adapter, version, signal) (loradock_drift_alarmed) == 1",
         TICKET,
         "{{ $labels.adapter }}@{{ $labels.version }}: the {{ $labels.signal }} signal has drifted",
         "What comes in or goes out is not what the version was approved with. GET /v1/adapters/NAME/drift says what "
-        "moved, since when and how strongly. If the version has changed, roll it back; if the traffic has, and for "
-        "good, build a new baseline (loradock baseline build). Then acknowledge it (POST .../drift/acknowledge).",
+        "moved, since when and how strongly (loradock drift show NAME). If the version has changed, roll it back; if "
+        "the traffic has, and for good, make it the reference (loradock drift accept NAME --version N); else "
+        "acknowledge the alarm (loradock drift acknowledge NAME --version N).",
         dashboard="loradock-drift",
     )
     yield _alert(

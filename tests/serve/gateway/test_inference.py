@@ -47,6 +47,23 @@ async def test_an_unknown_model_is_a_404_also_when_it_was_to_stream(client):
         assert response.json()["error"]["code"] == "model_not_found"
 
 
+@pytest.mark.parametrize(
+    ("header", "trace"),
+    [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "4bf92f3577b34da6a3ce929d0e0e4736"),
+        ("00-00000000000000000000000000000000-00f067aa0ba902b7-01", None),
+        ("ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", None),
+        ('00-"} 1-x', None),
+    ],
+)
+async def test_the_clients_trace_stands_beside_the_latency_of_its_request(client, header, trace):
+    headers = {"traceparent": header, "x-request-id": "r-1"}
+    assert (await client.post(CHAT, json={"model": "base"}, headers=headers)).status_code == 200
+    text = (await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})).text
+    expected = 'request_id="r-1"' + (f',trace_id="{trace}"' if trace else "")
+    assert f"# {{{expected}}} " in text
+
+
 async def test_without_a_model_the_base_answers(client):
     assert (await client.post(CHAT, json={"messages": []})).status_code == 200
 

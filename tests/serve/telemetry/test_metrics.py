@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,14 @@ def test_prometheus_reads_both_formats_and_finds_the_request_of_a_slow_answer():
     buckets = found["loradock_time_to_first_token_seconds"].samples
     assert [one.exemplar.labels for one in buckets if one.exemplar] == [{"request_id": "the-slow-one"}]
     assert set(families(monitor)) >= {"loradock_inter_token_latency_seconds", "loradock_queue_time_seconds"}
+
+
+def test_an_exemplar_carries_the_trace_that_the_client_began():
+    monitor = monitored(1)
+    monitor.take(replace(exchange("adapter-0", request_id="r" * 64), trace_id="4bf92f3577b34da6a3ce929d0e0e4736"))
+    buckets = families(monitor, openmetrics, OPENMETRICS)["loradock_time_to_first_token_seconds"].samples
+    (exemplar,) = [bucket.exemplar.labels for bucket in buckets if bucket.exemplar]
+    assert exemplar == {"request_id": "r" * 64, "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736"}
 
 
 def test_an_odd_finish_reason_is_no_label_of_its_own():

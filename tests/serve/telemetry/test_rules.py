@@ -52,6 +52,7 @@ PROMOTED = {'loradock_adapter_swaps_total{adapter="tone",result="promoted"}': "_
 OTHERS = requests("0+60x90", "0x90", 'adapter="base",version="v1"')
 FAILING = requests("0x60 0+5x10", "0x60 0+5x10")
 ALARMS = f'loradock_drift_alarms_total{{{TONE},signal="prompt"}}'
+ALARMED = f'loradock_drift_alarmed{{{TONE},signal="prompt"}}'
 DRIFTED = f'{{{TONE},signal="prompt",severity="ticket"}}'
 QUEUE = "loradock_queue_time_seconds"
 
@@ -92,6 +93,8 @@ STORIES = [
     Story("drifted", "LoradockDrift", {ALARMS: "0x30 1x30"}, "50m", DRIFTED),
     Story("born with its first alarm", "LoradockDrift", {ALARMS: "_x30 1x30"}, "50m", DRIFTED),
     Story("nothing moved", "LoradockDrift", {ALARMS: "0x60"}, "50m"),
+    Story("nobody acknowledged it", "LoradockDrift", {ALARMS: "1x160", ALARMED: "1x1600"}, "26h", DRIFTED),
+    Story("acknowledged", "LoradockDrift", {ALARMS: "0x30 1x60", ALARMED: "0x30 1x20 0x40"}, "70m"),
     Story("drifted days ago", "LoradockDrift", {ALARMS: "1x160"}, "25h"),
     Story("cannot be loaded", BROKEN, {f'loradock_adapter_state{{{TONE},state="failed"}}': "1x20"}, "10m",
           f'{{{TONE},severity="ticket"}}'),
