@@ -69,6 +69,14 @@ class Acknowledged(Struct, frozen=True, forbid_unknown_fields=True):
     version: Number
 
 
+class Accepted(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body that makes a version's recent traffic its reference: of its prompts, its answers, or both."""
+
+    version: Number
+    signals: Literal["prompt", "output", "both"] = "both"
+    note: Annotated[str, Meta(max_length=500)] = ""  # why, for the history
+
+
 class Weight(Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a canary or a shadow: a version's share of the name's traffic; 0 ends it."""
 

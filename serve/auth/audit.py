@@ -73,8 +73,8 @@ class Audit:
 class Audited:
     """Logs each request that is not a read and that a route took; the rest passes by.
 
-    The route says more through `request.state`: `caller` is who asks, `subject` is what about; `unaudited` says that it
-    changed nothing.
+    The route says more through `request.state`: `caller` is who asks, `subject` is what about, `reason` is why if they
+    said so; `unaudited` says that it changed nothing.
     """
 
     def __init__(self, app: ASGIApp, audit: Audit) -> None:
@@ -114,6 +114,8 @@ class Audited:
                     "request_id": request_id,
                     "remote": (scope.get("client") or (None,))[0],
                 }
+                if reason := state.get("reason"):
+                    line["reason"] = shown(reason, 500)
                 await asyncio.shield(asyncio.to_thread(self._audit.write, **line))
 
 

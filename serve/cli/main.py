@@ -13,6 +13,7 @@ from serve.cli import operate
 from serve.cli.adapters import adapters_app
 from serve.cli.baseline import baseline_app
 from serve.cli.bench import bench_app
+from serve.cli.drift import drift_app
 from serve.cli.engines import engines_app
 from serve.cli.golden import golden_app
 from serve.cli.keys import keys_app
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(baseline_app, name="baseline")
 app.add_typer(bench_app, name="bench")
+app.add_typer(drift_app, name="drift")
 app.add_typer(engines_app, name="engines")
 app.add_typer(golden_app, name="golden")
 app.add_typer(keys_app, name="keys")

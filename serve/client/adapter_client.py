@@ -213,11 +213,7 @@ class AdapterClient:
 
     def save_baseline(self, name: str, version: int | None = None) -> bytes:
         """A version's baseline, as it is shipped."""
-        with self._translated(repeatable=True):
-            response = self._http.get(f"{_path(name)}/baseline", params=_numbered(version))
-            if response.status_code != 200:
-                self._read(response)
-            return response.content
+        return self._bytes(f"{_path(name)}/baseline", _numbered(version))
 
     def ship_baseline(self, name: str, data: bytes, version: int | None = None) -> dict[str, Any]:
         """Hold a version against a baseline that was saved."""
@@ -242,6 +238,23 @@ class AdapterClient:
     def remove_golden(self, name: str) -> dict[str, Any]:
         """Forget the golden set with all outcomes."""
         return self._call("DELETE", f"{_path(name)}/golden")
+
+    def drift(self, name: str) -> dict[str, Any]:
+        """What moved of an adapter, by version and signal."""
+        return self._call("GET", f"{_path(name)}/drift")
+
+    def acknowledge_drift(self, name: str, version: int) -> dict[str, Any]:
+        """A version's alarms have been dealt with: its evidence begins again."""
+        return self._call("POST", f"{_path(name)}/drift/acknowledge", json={"version": version})
+
+    def accept_drift(self, name: str, version: int, signals: str = "both", note: str = "") -> dict[str, Any]:
+        """Make a version's recent traffic its reference: of its prompts (`prompt`), its answers (`output`), or both."""
+        body = {"version": version, "signals": signals, "note": note}
+        return self._call("POST", f"{_path(name)}/drift/accept", json=body)
+
+    def moved_requests(self, name: str, version: int | None = None, format: str = "jsonl") -> bytes:
+        """The captured requests since a version's change, as JSON lines or parquet."""
+        return self._bytes(f"{_path(name)}/drift/requests", {"format": format, **_numbered(version)})
 
     def share(self, name: str, shared: bool = True) -> dict[str, Any]:
         """Let other tenants ask the adapter, or its own alone."""
@@ -277,6 +290,13 @@ class AdapterClient:
     def restart(self, name: str) -> dict[str, Any]:
         """Start an engine again that stayed down."""
         return self._call("POST", f"/v1/engines/{_segment(name)}/restart")
+
+    def _bytes(self, path: str, params: Mapping[str, Any]) -> bytes:
+        with self._translated(repeatable=True):
+            response = self._http.get(path, params=params)
+            if response.status_code != 200:
+                self._read(response)
+            return response.content
 
     def _call(self, method: str, path: str, **parts: Any) -> dict[str, Any]:
         return self._ask(lambda: self._http.request(method, path, **parts), repeatable=method == "GET")

@@ -3,7 +3,7 @@
     baseline = Baseline(Provenance("acme/tone", "1a7b88586afe", embedding=..., tokenizer=...))
     baseline.signals["prompt"].update(row)          # the first `needed` rows become the reference, then it watches
     baseline.save(folder); Baseline.load(folder, expected)
-    baseline.successor(provenance)                  # the next version: prompts go on, answers begin anew
+    baseline.successor(provenance)                  # the next version: the prompts' reference, and no evidence
 
 On the disk: baseline-<sha256>.npz with plain arrays, and baseline.json which names it. The arrays are written and
 fsynced first and the JSON is renamed into place last, so that a kill leaves the old pair or the new one. Nothing is
@@ -109,10 +109,11 @@ class Baseline:
                 signal.needed = max(2, needed.get(kind, signal.needed))
 
     def successor(self, provenance: Provenance) -> Baseline:
-        """For the adapter's next version: the prompts' signal goes on with all it knows, the answers' begin anew."""
+        """For the adapter's next version: the prompts' signal keeps its reference, the answers' begin anew."""
         replace(self.provenance, version=provenance.version).check(provenance)
         prompts = self._signal(PROMPT, tolerance=self.signals[PROMPT].tolerance)
         prompts.restore(self.signals[PROMPT].state())
+        prompts.begin_anew()
         return Baseline(provenance, {PROMPT: prompts})
 
     def save(self, folder: Path) -> Path:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 import re
 import shutil
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from serve.drift.baseline import MAX_BYTES, Baseline, Provenance, Tolerance
 from serve.errors import ConfigError
+from serve.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,10 @@ class BaselineFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    def has(self, adapter: str, id: str) -> bool:
+        """Whether anything is kept of the version."""
+        return (self._version_folder(adapter, id) / "baseline.json").exists()
 
     def load(self, provenance: Provenance, id: str, tolerance: Tolerance) -> Baseline | None:
         """The version's baseline; None if there is none, or none that fits."""
@@ -45,6 +53,27 @@ class BaselineFiles:
         except OSError as error:
             log.error("the baseline of %s was not written: %s", id or adapter, error.strerror)
 
+    def save_notes(self, adapter: str, id: str, name: str, notes: Mapping[str, Any] | None) -> None:
+        """Write a JSON file beside a version's baseline, or delete it; a full disk is logged."""
+        file = self._version_folder(adapter, id) / name
+        try:
+            if notes is None:
+                file.unlink(missing_ok=True)
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, json.dumps(notes).encode())
+        except OSError as error:
+            log.error("%s of %s was not written: %s", name, id or adapter, error.strerror)
+
+    def notes(self, adapter: str, id: str, name: str) -> dict[str, Any] | None:
+        """Such a file; None if there is none that can be read."""
+        return _notes(self._version_folder(adapter, id) / name)
+
+    def every(self, name: str) -> list[dict[str, Any]]:
+        """The files of this name of all versions."""
+        notes = [_notes(file) for file in sorted(self._folder.glob(f"*/*/{name}"))]
+        return [each for each in notes if each is not None]
+
     def remove(self, adapter: str, id: str) -> None:
         """Delete what is kept of a version."""
         folder = self._version_folder(adapter, id)
@@ -56,6 +85,17 @@ class BaselineFiles:
         # An adapter's name may hold a slash, and a base may be called anything: neither becomes a path as it is.
         name = base64.urlsafe_b64encode(adapter.encode()).decode().rstrip("=")
         return self._folder / name / version_of(id)
+
+
+def _notes(file: Path) -> dict[str, Any] | None:
+    try:
+        notes = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read: %s", file, error)
+        return None
+    return notes if isinstance(notes, dict) else None
 
 
 def version_of(id: str) -> str:

@@ -171,10 +171,17 @@ class Drift:
         weight, squares = self._seen
         return math.sqrt(squares) / float(weight) if weight else math.inf
 
-    def reset(self) -> None:
-        """Begin again at no evidence, after an alarm has been dealt with; what the bag and the bets learned stays."""
+    def reset(self, *, effects: bool = False) -> None:
+        """Begin again at no evidence, after an alarm has been dealt with; what the bag and the bets learned stays.
+
+        effects: also forget how far recent requests lie from the reference.
+        """
         self.crossed_at = None
         self._bank.reset(self.updates)
+        if effects:
+            self._ungauged.clear()
+            self._shift[:] = 0
+            self._seen[:] = 0
 
     def state(self) -> State:
         """All of it, as arrays for `numpy.savez`: no objects, nothing to unpickle."""

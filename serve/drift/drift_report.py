@@ -1,15 +1,16 @@
-"""What is known about a watched version, for the API and as metrics."""
+"""What is known about watched versions, for the API and as metrics."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from serve.drift.watched_version import PROBE, WatchedVersion
+from serve.drift.open_alarms import OpenAlarms
+from serve.drift.watched_version import PROBE, QUOTES, WatchedVersion
 
 _LABELS = ("adapter", "version", "signal")
 
@@ -20,15 +21,24 @@ def version_report(watched: WatchedVersion, now: float) -> dict[str, Any]:
         "version": watched.version,
         "id": watched.id,
         "baseline": watched.baseline.provenance.origin,
+        "in_memory": True,
         "thinning": dict(watched.thinning.counts) if watched.thinning else {},
         "signals": {kind: _signal_report(watched, kind) for kind in watched.baseline.signals},
+        "alarms": {kind: watched.what_moved(kind) or {} for kind in sorted(watched.alarmed)},
     }
     if watched.probe_ratio is not None:
         tolerated = watched.settings.tolerance.probe
         report["probe"] = {"noise_ratio": _rounded(watched.probe_ratio), "tolerance": tolerated}
+        report["probe"]["alarms"] = watched.probe_alarms
     if watched.settings.capture:
-        report["examples"] = watched.quotes(now)
+        report["examples"] = watched.quotes(now)[-QUOTES:]
     return report
+
+
+def summary_row(version: str, alarmed: Mapping[str, float], moved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One version among many: which signals alarmed, and what moved in a sentence each."""
+    texts = {kind: moved[kind]["text"] for kind in sorted(alarmed) if "text" in moved.get(kind, {})}
+    return {"version": version, "drifted": sorted(alarmed), "moved": texts}
 
 
 def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
@@ -53,41 +63,135 @@ def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
     }
 
 
+def _numbers(watched: WatchedVersion) -> dict[str, Any]:
+    """What a version's series show, unrounded, under the names of its report."""
+    numbers: dict[str, Any] = {"signals": {}, "probe": {"alarms": watched.probe_alarms}}
+    for kind, signal in watched.baseline.signals.items():
+        numbers["signals"][kind] = {
+            "reference_requests": signal.gathered,
+            "samples": signal.samples,
+            "alarms": signal.alarms,
+            "log_threshold": signal.log_threshold,
+            "log_evidence": max(0.0, signal.log_evidence),
+            "effects": signal.effects() or {"rank_shift": 0.0},
+        }
+    if watched.probe_ratio is not None:
+        numbers["probe"]["noise_ratio"] = watched.probe_ratio
+    return numbers
+
+
+class FalseAlarms:
+    """How many false alarms all signals of all versions together are expected to raise, at most.
+
+    While nothing changes, a signal's evidence R less the rows that it has seen is a martingale, which an alarm lowers
+    by R >= threshold: so of n rows the mean number of alarms is at most n / threshold, however many versions they
+    belong to, whatever the versions have to do with one another, and looked at after every request (Shin, Ramdas and
+    Rinaldo, E-detectors, 2022; e-d-Bonferroni of Dandapanthula and Ramdas, Multiple testing in multi-stream
+    sequential change detection, 2025). A request is a row of up to three signals.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self.requests = 0
+        self.rows = 0
+
+    def count(self, requests: int, rows: int) -> None:
+        """So many requests were compared with a reference, as so many rows of signals."""
+        self.requests += requests
+        self.rows += rows
+
+    @property
+    def expected(self) -> float:
+        """At most so many since the server started."""
+        return self.rows / self._threshold
+
+    @property
+    def requests_each(self) -> float:
+        """Requests, over all versions, for each expected false alarm, at least. Before the first: three rows each."""
+        return self._threshold * self.requests / self.rows if self.rows else self._threshold / 3
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "expected_at_most": round(self.expected, 6),
+            "requests_watched": self.requests,
+            "requests_each_at_least": round(self.requests_each),
+            "text": f"expected false alarms: at most 1 in {self.requests_each:,.0f} requests over all versions, "
+            "as long as requests are exchangeable with their reference",
+        }
+
+    def metrics(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "loradock_drift_expected_false_alarms",
+            "False alarms that all signals of all versions together are expected to have raised, at most.",
+            value=self.expected,
+        )
+        yield GaugeMetricFamily(
+            "loradock_drift_requests_per_false_alarm",
+            "Requests over all versions for each expected false alarm, at least.",
+            value=self.requests_each,
+        )
+
+
+class _Families:
+    """The series of all versions."""
+
+    def __init__(self) -> None:
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        self.evidence = gauge("loradock_drift_log_evidence", "ln of the evidence that it moved.", labels=_LABELS)
+        self.threshold = gauge(
+            "loradock_drift_threshold_log_evidence", "From here on the evidence is an alarm.", labels=_LABELS
+        )
+        self.effect = gauge(
+            "loradock_drift_effect", "How far it moved, in the statistic's unit.", labels=(*_LABELS, "stat")
+        )
+        self.samples = counter("loradock_drift_samples", "Requests looked at, after thinning.", labels=_LABELS)
+        self.alarms = counter("loradock_drift_alarms", "Alarms.", labels=_LABELS)
+        self.alarmed = gauge(
+            "loradock_drift_alarmed", "1 from an alarm until somebody acknowledges or accepts it.", labels=_LABELS
+        )
+        self.reference = gauge(
+            "loradock_drift_reference_requests", "Requests that later ones are held against.", labels=_LABELS
+        )
+
+    def add(self, labels: tuple[str, str], report: Mapping[str, Any], alarmed: Mapping[str, float]) -> None:
+        """One version, from its report."""
+        for kind, signal in report["signals"].items():
+            named = (*labels, kind)
+            self.reference.add_metric(named, signal["reference_requests"])
+            self.samples.add_metric(named, signal["samples"])
+            self.alarms.add_metric(named, signal["alarms"])
+            self.threshold.add_metric(named, signal["log_threshold"])
+            # Evidence below 1 is none, and ln 0 could not be drawn.
+            self.evidence.add_metric(named, signal["log_evidence"] or 0.0)
+            for stat, value in signal["effects"].items():
+                self.effect.add_metric((*named, stat), value or 0.0)
+        probe = report.get("probe", {})
+        self.alarms.add_metric((*labels, PROBE), probe.get("alarms", 0))
+        if (ratio := probe.get("noise_ratio")) is not None:
+            self.effect.add_metric((*labels, PROBE, "noise_ratio"), ratio)
+        for kind in {*report["signals"], PROBE, *alarmed}:
+            self.alarmed.add_metric((*labels, kind), float(kind in alarmed))
+
+    def __iter__(self) -> Iterator[Metric]:
+        return iter(vars(self).values())
+
+
 def drift_metrics(
-    versions: Iterable[WatchedVersion], label: Callable[[str, str], tuple[str, str]]
+    versions: Iterable[WatchedVersion],
+    unloaded: Iterable[OpenAlarms],
+    label: Callable[[str, str], tuple[str, str]],
 ) -> tuple[Metric, ...]:
-    """The series of all versions that have labels of their own."""
-    evidence = GaugeMetricFamily("loradock_drift_log_evidence", "ln of the evidence that it moved.", labels=_LABELS)
-    threshold = GaugeMetricFamily(
-        "loradock_drift_threshold_log_evidence", "From here on the evidence is an alarm.", labels=_LABELS
-    )
-    moved = GaugeMetricFamily(
-        "loradock_drift_effect", "How far it moved, in the statistic's unit.", labels=(*_LABELS, "stat")
-    )
-    samples = CounterMetricFamily("loradock_drift_samples", "Requests looked at, after thinning.", labels=_LABELS)
-    alarms = CounterMetricFamily("loradock_drift_alarms", "Alarms.", labels=_LABELS)
-    reference = GaugeMetricFamily(
-        "loradock_drift_reference_requests", "Requests that later ones are held against.", labels=_LABELS
-    )
+    """The series of all versions that have labels of their own, from their first request on."""
+    families = _Families()
     for watched in versions:
         labels = (watched.adapter, watched.version)
-        if label(*labels) != labels:
-            continue
-        for kind, signal in watched.baseline.signals.items():
-            if not signal.gathered:
-                continue
-            reference.add_metric((*labels, kind), signal.gathered)
-            samples.add_metric((*labels, kind), signal.samples)
-            alarms.add_metric((*labels, kind), signal.alarms)
-            threshold.add_metric((*labels, kind), signal.log_threshold)
-            # Evidence below 1 is none, and ln 0 could not be drawn.
-            evidence.add_metric((*labels, kind), max(0.0, signal.log_evidence))
-            for stat, value in signal.effects().items():
-                moved.add_metric((*labels, kind, stat), value)
-        if watched.probe_ratio is not None:
-            moved.add_metric((*labels, PROBE, "noise_ratio"), watched.probe_ratio)
-            alarms.add_metric((*labels, PROBE), watched.probe_alarms)
-    return evidence, threshold, moved, samples, alarms, reference
+        if label(*labels) == labels:
+            families.add(labels, _numbers(watched), watched.alarmed)
+    for alarms in unloaded:
+        labels = (alarms.adapter, alarms.version)
+        if label(*labels) == labels:
+            families.add(labels, alarms.report, alarms.alarmed)
+    return tuple(families)
 
 
 def _rounded(value: float) -> float | None:

@@ -21,23 +21,29 @@ from prometheus_client.registry import Collector
 from serve.asgi.exchange import Exchange
 from serve.drift.baseline import NEEDED, Baseline, Provenance
 from serve.drift.baseline_files import BaselineFiles, from_zip, to_zip, version_of
-from serve.drift.drift_report import drift_metrics, version_report
+from serve.drift.drift_report import FalseAlarms, drift_metrics, summary_row, version_report
 from serve.drift.embedding import Embedding
 from serve.drift.features import PROMPT
+from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
 from serve.drift.probe_comparison import ProbeAnswers
-from serve.drift.watched_version import Alarm, DriftSettings, ProbeResult, WatchedVersion, signal_rows
+from serve.drift.request_text import RequestText
+from serve.drift.traffic_profile import TrafficProfile
+from serve.drift.watched_version import PROBE, Alarm, DriftSettings, ProbeResult, WatchedVersion, signal_rows
 from serve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 # Baselines written at a time: a thousand at once would keep the disk busy for long.
 SAVED_AT_ONCE = 50
+# What a version's requests were about, beside its baseline.
+PROFILE = "profile.json"
 
 
 class DriftMonitor(Collector):
     """May be called from any thread but the event loop's. `on_alarm` is called in the worker's thread.
 
     `base_of` says which base an adapter runs on. `label` gives a version's metric labels, which may be `other`.
+    `exists(adapter, id)`: whether there still is this version.
     """
 
     def __init__(
@@ -48,15 +54,19 @@ class DriftMonitor(Collector):
         base_of: Callable[[str], str] = lambda adapter: "",
         on_alarm: Callable[[Alarm], None] = lambda alarm: None,
         label: Callable[[str, str], tuple[str, str]] = lambda adapter, version: (adapter, version),
+        exists: Callable[[str, str], bool] = lambda adapter, id: True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._files = BaselineFiles(folder)
+        self._unloaded = UnloadedAlarms(self._files, exists)
+        self._false_alarms = FalseAlarms(settings.threshold)
         self._settings = settings
         self._base_of, self._on_alarm, self._label, self._clock = base_of, on_alarm, label, clock
         scale = settings.reference / NEEDED[PROMPT]
         self._needed = {kind: max(20, round(count * scale)) for kind, count in NEEDED.items()}
         # Embedding and tokenizer digest by the base's name.
         self._models: dict[str, tuple[Embedding, str]] = {}
+        self._texts: dict[str, RequestText] = {}
         # Held for one exchange by the worker, for one look by a scrape or a report; never by the event loop.
         self._lock = threading.Lock()
         # In order of last use, oldest first.
@@ -65,7 +75,8 @@ class DriftMonitor(Collector):
     # Observer of the exchange worker
 
     def start(self) -> None:
-        """Nothing is read ahead: a baseline is read with its version's first request."""
+        """Read which alarms are open. A baseline is read with its version's first request."""
+        self._unloaded.read()
 
     def observe(self, exchange: Exchange) -> None:
         """Take in an exchange that was answered by a version of a watched base."""
@@ -79,7 +90,11 @@ class DriftMonitor(Collector):
             if base not in self._models:
                 return
             watched = self._watched(exchange.adapter, exchange.version, exchange.id, base)
+            requests, rows = watched.requests_watched, watched.rows_watched
             alarms = watched.observe(exchange, self._models[base][0])
+            self._false_alarms.count(watched.requests_watched - requests, watched.rows_watched - rows)
+            if alarms:  # also a kill does not lose them
+                self._store(watched)
         for alarm in alarms:
             self._on_alarm(alarm)
 
@@ -96,19 +111,34 @@ class DriftMonitor(Collector):
             unsaved = [watched for watched in self._versions.values() if watched.unsaved][:at_most]
         for watched in unsaved:
             with self._lock:
-                watched.unsaved = False
-                self._files.save(watched.baseline, watched.id)
+                self._store(watched)
+
+    def _store(self, watched: WatchedVersion) -> OpenAlarms:
+        """Write all that is kept of a version."""
+        watched.unsaved = False
+        self._files.save(watched.baseline, watched.id)
+        profile = {"reference": watched.reference.state(), "recent": watched.recent.state()}
+        self._files.save_notes(watched.adapter, watched.id, PROFILE, profile)
+        report = {**version_report(watched, self._clock()), "in_memory": False}
+        report.pop("examples", None)  # quotes are not written to the disk
+        names = (watched.adapter, watched.version, watched.id, watched.base)
+        alarms = OpenAlarms(*names, dict(watched.alarmed), dict(watched.moved), report)
+        self._unloaded.write(alarms)
+        return alarms
 
     # Bases
 
-    def learn(self, base: str, embedding: Embedding, tokenizer: str = "") -> None:
-        """Watch the versions of a base from now on; `tokenizer` is a digest."""
+    def learn(self, base: str, embedding: Embedding, tokenizer: str = "", text: RequestText | None = None) -> None:
+        """Watch the versions of a base from now on; `tokenizer` is a digest, `text` decodes prompts."""
         with self._lock:
             known = self._models.get(base)
             if known and (known[0].digest, known[1]) == (embedding.digest, tokenizer):
                 return
             self._models[base] = embedding, tokenizer
             self._unload(base)
+            self._texts.pop(base, None)
+            if text is not None:
+                self._texts[base] = text
 
     def pause(self, base: str) -> None:
         """Another model is behind this base: its versions are not watched until it is learned."""
@@ -122,8 +152,7 @@ class DriftMonitor(Collector):
 
     def _unload(self, base: str) -> None:
         for key in [key for key, watched in self._versions.items() if watched.base == base]:
-            watched = self._versions.pop(key)
-            self._files.save(watched.baseline, watched.id)
+            self._unloaded.unloaded(self._store(self._versions.pop(key)))
 
     # One version
 
@@ -141,19 +170,45 @@ class DriftMonitor(Collector):
             if base not in self._models:
                 return ProbeResult()
             watched = self._watched(adapter, version, id, base)
-            return watched.compare_probe(answers, self._clock(), earlier)
+            result = watched.compare_probe(answers, self._clock(), earlier)
+            if result.alarm:
+                self._store(watched)
+            return result
 
-    def acknowledge(self, adapter: str, version: str) -> None:
+    def acknowledge(self, adapter: str, version: str, id: str) -> None:
         """The alarms of a version have been dealt with: its evidence begins again."""
         with self._lock:
-            for watched in self._versions.values():
-                if (watched.adapter, watched.version) == (adapter, version):
-                    watched.acknowledge()
+            if watched := self._known(adapter, version, id):
+                watched.acknowledge()
+                self._store(watched)
+
+    def accept(self, adapter: str, version: str, id: str, *, prompts: bool, answers: bool) -> None:
+        """Make a version's recent traffic the reference of its prompts, its answers, or both."""
+        with self._lock:
+            watched = self._known(adapter, version, id)
+            if watched is None:
+                raise ConfigError(f"nothing is known of the traffic of {adapter}@{version} yet, so there is no change")
+            watched.accept(prompts=prompts, answers=answers)
+            self._store(watched)
+
+    def moved_requests(self, adapter: str, id: str) -> list[dict[str, Any]]:
+        """The captured requests of a version since its oldest open change began, the most moved first."""
+        with self._lock:
+            watched = self._versions.get(id or adapter)
+            return watched.moved_requests(self._clock()) if watched else []
+
+    def _known(self, adapter: str, version: str, id: str) -> WatchedVersion | None:
+        """The watched version if it is in memory or on the disk."""
+        base = self._base_of(adapter)
+        if (id or adapter) not in self._versions and not self._files.has(adapter, id):
+            return None
+        return self._watched(adapter, version, id, base)
 
     def forget(self, adapter: str, id: str) -> None:
         """A version was removed: remove all that is known about it."""
         with self._lock:
             self._versions.pop(id, None)
+            self._unloaded.forget(adapter, id)
             self._files.remove(adapter, id)
 
     def build_baseline(self, adapter: str, version: str, id: str, exchanges: Sequence[Exchange]) -> dict[str, int]:
@@ -195,24 +250,34 @@ class DriftMonitor(Collector):
     # Reports
 
     def report(self, adapter: str) -> list[dict[str, Any]]:
-        """Everything about each watched version of an adapter, for the API."""
+        """Everything about each watched version of an adapter, for the API, and of others with open alarms."""
+        unloaded = [alarms.report for alarms in self._unloaded if alarms.adapter == adapter]
         with self._lock:
             versions = [watched for watched in self._versions.values() if watched.adapter == adapter]
-            return [version_report(watched, self._clock()) for watched in versions]
+            return unloaded + [version_report(watched, self._clock()) for watched in versions]
 
     def summary(self) -> dict[str, list[dict[str, Any]]]:
         """By adapter, each version's signals with alarms."""
         by_adapter: dict[str, list[dict[str, Any]]] = {}
+        for alarms in self._unloaded:
+            row = summary_row(alarms.version, alarms.alarmed, alarms.moved)
+            by_adapter.setdefault(alarms.adapter, []).append(row)
         with self._lock:
             for watched in self._versions.values():
-                row = {"version": watched.version, "drifted": sorted(watched.alarmed)}
+                row = summary_row(watched.version, watched.alarmed, watched.moved)
                 by_adapter.setdefault(watched.adapter, []).append(row)
         return by_adapter
 
+    def false_alarms(self) -> dict[str, Any]:
+        """How many false alarms all versions together are expected to raise, at most."""
+        return self._false_alarms.report()
+
     def collect(self) -> Iterator[Metric]:
+        unloaded = list(self._unloaded)
         with self._lock:
-            families = drift_metrics(self._versions.values(), self._label)
+            families = drift_metrics(self._versions.values(), unloaded, self._label)
         yield from families
+        yield from self._false_alarms.metrics()
 
     # Baselines in memory
 
@@ -221,29 +286,54 @@ class DriftMonitor(Collector):
         key = id or adapter
         watched = self._versions.get(key)
         if watched is None:
-            baseline = self._baseline(adapter, id, base)
-            self._configure(baseline)
-            watched = WatchedVersion(adapter, version, id, base, baseline, self._settings)
+            watched = self._loaded(adapter, version, id, base)
+            self._configure(watched.baseline)
             self._versions[key] = watched
         watched.version = version
         self._versions.move_to_end(key)
         if len(self._versions) > self._settings.versions:
             _, oldest = self._versions.popitem(last=False)
-            self._files.save(oldest.baseline, oldest.id)
+            self._unloaded.unloaded(self._store(oldest))
         return watched
 
-    def _baseline(self, adapter: str, id: str, base: str) -> Baseline:
+    def _loaded(self, adapter: str, version: str, id: str, base: str) -> WatchedVersion:
+        """A version as it was saved, or one that begins now."""
         provenance = self._provenance(adapter, id, base)
+        text = self._texts.get(base)
         if saved := self._files.load(provenance, id, self._settings.tolerance):
-            return saved
+            watched = WatchedVersion(adapter, version, id, base, saved, self._settings, text=text)
+            self._restore(watched)
+            return watched
         # The prompts are the same, whichever version answers them.
         siblings = [other for other in self._versions.values() if other.adapter == adapter and other.id != id]
         for sibling in reversed(siblings):
             try:
-                return sibling.baseline.successor(provenance)
+                baseline = sibling.baseline.successor(provenance)
             except ConfigError as error:
                 log.warning("%s does not inherit the prompts of %s: %s", id, sibling.id, error.message)
-        return Baseline(provenance)
+                continue
+            watched = WatchedVersion(adapter, version, id, base, baseline, self._settings, text=text)
+            watched.reference = TrafficProfile.from_state(sibling.reference.state())
+            return watched
+        return WatchedVersion(adapter, version, id, base, Baseline(provenance), self._settings, text=text)
+
+    def _restore(self, watched: WatchedVersion) -> None:
+        """What lies beside a version's baseline: open alarms, and what its requests were about."""
+        if alarms := self._unloaded.loaded(watched.adapter, watched.id):
+            watched.alarmed, watched.moved = dict(alarms.alarmed), dict(alarms.moved)
+            if PROBE in alarms.alarmed:
+                probe = alarms.report.get("probe", {})
+                watched.probe_ratio, watched.probe_alarms = probe.get("noise_ratio"), probe.get("alarms", 0)
+        for kind, signal in watched.baseline.signals.items():
+            if signal.alarmed:  # before this was kept
+                watched.alarmed.setdefault(kind, self._clock())
+        profile = self._files.notes(watched.adapter, watched.id, PROFILE)
+        try:
+            if profile:
+                watched.reference = TrafficProfile.from_state(profile["reference"])
+                watched.recent = TrafficProfile.from_state(profile["recent"])
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("what %s was asked before is not known any more: %s", watched.id or watched.adapter, error)
 
     def _configure(self, baseline: Baseline) -> None:
         settings = self._settings

@@ -20,9 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 from serve.drift.detector import EFFECT_HALF_LIFE, Drift, all_finite
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
+from serve.drift.recent_rows import RecentRows
 
 # Requests that make a reference; logprobs come of a sample of the traffic only.
 NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300}
+# Requests at the beginning of a change that may be older than it.
+UNCERTAIN = 50
 _REFUSAL = names(OUTPUT, 0).index("refusal")
 
 
@@ -66,12 +69,14 @@ class Signal:
         self.samples = 0  # rows watched, the reference not among them
         self.alarms = 0
         self.alarmed_at: int | None = None  # in samples
+        self._began_at = 0  # in samples: where the change began, as it was seen at the alarm
         self._seed = seed
         self._gathered: list[NDArray] = []
         self._detector: Drift | None = None
         self._scale: Scale | None = None
         self._recent = np.zeros(0)
         self._weight = 0.0
+        self._rows = RecentRows(self._columns)
 
     def set_threshold(self, threshold: float) -> None:
         """The evidence so far stays: it does not depend on the threshold."""
@@ -99,11 +104,13 @@ class Signal:
             self._gather(raw)
             return False
         self.samples += 1
+        self._rows.append(raw, self.needed)
         fade = 0.5 ** (1 / EFFECT_HALF_LIFE)
         self._recent = self._recent * fade + (raw - self._scale.centre)
         self._weight = self._weight * fade + 1
         self._detector.update(self._scale(raw))
         if self.alarmed_at is None and self._detector.drifted and self.beyond():
+            self._began_at = self.changed_at or 0
             self.alarmed_at = self.samples
             self.alarms += 1
             return True
@@ -129,8 +136,23 @@ class Signal:
 
     @property
     def changed_at(self) -> int | None:
-        """After which sample the change began, by the strongest bet; None before any drift."""
-        return self._detector.changed_at if self._detector is not None and self.drifted else None
+        """After which sample the change began, by the strongest bet (at the alarm); None before any drift."""
+        if self._detector is None or not self.drifted:
+            return None
+        if self.alarmed_at is not None:
+            return self._began_at
+        # A detector that was inherited or begun anew has seen more or fewer rows than this signal.
+        return max(self._detector.changed_at - self._detector.updates + self.samples, 0)
+
+    def changed_rows(self) -> NDArray[np.float32]:
+        """(n, columns): the raw rows since the change began, or all recent ones before any drift; `needed` at most."""
+        changed_at = self.changed_at
+        return self._rows.last(self.samples if changed_at is None else self.samples - changed_at)
+
+    @property
+    def reference_row(self) -> NDArray | None:
+        """(columns,): the mean raw row of the reference; None while gathering."""
+        return None if self._scale is None else self._scale.centre
 
     def effects(self) -> dict[str, float]:
         """How far things moved, in the units of `Tolerance`; empty while gathering. Signed, where a sign means
@@ -172,21 +194,49 @@ class Signal:
         if self._detector is not None:
             self._detector.reset()
 
+    def accept(self) -> None:
+        """The change is here to stay: the requests since it began are the reference now. What is missing of `needed`
+        rows is gathered; counts go on."""
+        rows = self.changed_rows()
+        if self.drifted:
+            # When it began is an estimate: of the first rows some may be older.
+            rows = rows[min(len(rows) // 4, UNCERTAIN) :]
+        self.alarmed_at, self._detector, self._scale = None, None, None
+        self._recent, self._weight = np.zeros(0), 0.0
+        self._rows.clear()
+        # What was gathered so far stays, where there is no reference yet.
+        self._gathered += list(rows)
+        if len(self._gathered) >= self.needed:
+            self._freeze()
+
+    def begin_anew(self) -> None:
+        """For the next version: the reference and what the bets learned stay; evidence, effects, counts and alarms are
+        its own."""
+        self.samples, self.alarms, self.alarmed_at = 0, 0, None
+        self._rows.clear()
+        self._recent, self._weight = np.zeros_like(self._recent), 0.0
+        if self._detector is not None:
+            self._detector.reset(effects=True)
+
     def state(self) -> dict[str, NDArray]:
         if self._detector is None or self._scale is None:
             rows = np.array(self._gathered, np.float32) if self._gathered else np.zeros((0, 0), np.float32)
             arrays = {"gathered": rows}
         else:
-            arrays = {"recent": self._recent.copy(), "weight": np.array(self._weight)}
+            arrays = {"recent": self._recent.copy(), "weight": np.array(self._weight), "rows": self._rows.last()}
             arrays |= {f"scale.{name}": value for name, value in self._scale.arrays().items()}
             arrays |= {f"detector.{name}": value for name, value in self._detector.state().items()}
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
-        return arrays | {"counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed])}
+        return arrays | {
+            "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at])
+        }
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Become the signal whose `state()` this was; this one's tolerance stays."""
-        needed, samples, alarms, alarmed_at, seed = (int(count) for count in state["counts"])
+        # Earlier releases kept neither the sixth count nor the rows.
+        needed, samples, alarms, alarmed_at, seed, *began_at = (int(count) for count in state["counts"])
         self.needed, self.samples, self.alarms, self._seed = needed, samples, alarms, seed
+        self._began_at = began_at[0] if began_at else 0
         self.alarmed_at = None if alarmed_at < 0 else alarmed_at
         if "gathered" in state:
             rows = np.asarray(state["gathered"], np.float32)
@@ -202,6 +252,7 @@ class Signal:
         self._scale, self._detector, self._gathered = scale, detector, []
         self.threshold = detector.threshold
         self._recent, self._weight = np.array(state["recent"]), float(state["weight"])
+        self._rows = RecentRows(self._columns, state.get("rows"))
 
     def _gather(self, raw: NDArray) -> None:
         self._gathered.append(raw)

@@ -11,6 +11,7 @@ from pathlib import Path
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.drift.embedding import Embedding
 from serve.drift.monitor import DriftMonitor
+from serve.drift.request_text import RequestText
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import LoradockError
@@ -56,5 +57,5 @@ class WatchedBases:
         except (LoradockError, OSError) as error:
             log.warning("drift is not watched for %s: %s", base, error)
             return
-        self._drift_monitor.learn(base, embedding, digest)
+        self._drift_monitor.learn(base, embedding, digest, RequestText(Path(model)))
         self._worker.start()

@@ -1,10 +1,12 @@
 """What moved: drift, baselines to hold it against, and ratings of answers."""
 
 import asyncio
+import io
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import PositiveInt
@@ -12,8 +14,10 @@ from pydantic import PositiveInt
 from serve.adapters.adapter import Adapter
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Asker, Manager, TheParts, owned
-from serve.api.schemas import Acknowledged, BaselinePrompts, Rating
+from serve.api.schemas import Accepted, Acknowledged, BaselinePrompts, Rating
 from serve.api.services import Services
+from serve.auth.auth import Caller
+from serve.drift.change_description import for_tenant
 from serve.errors import BadRequest, ConfigError, Conflict, TooLarge
 from serve.gateway.router import manages
 from serve.names import short_name, spelled
@@ -33,14 +37,22 @@ async def drift(caller: Manager, parts: TheParts) -> dict[str, Any]:
         for full in sorted(by_adapter)
         if (caller.operator if full in parts.fleet else full in parts.registry and manages(caller, full))
     ]
-    return {"object": "list", "watching": parts.exchange_worker.running, "data": rows}
+    false_alarms = parts.drift_monitor.false_alarms()
+    if not caller.operator:  # how much all tenants ask is the operators' to know
+        false_alarms = {name: false_alarms[name] for name in ("requests_each_at_least", "text")}
+    return {
+        "object": "list",
+        "watching": parts.exchange_worker.running,
+        "false_alarms": false_alarms,
+        "data": rows,
+    }
 
 
 @router.get("/v1/adapters/{name:path}/drift")
 async def adapter_drift(name: str, caller: Manager, parts: TheParts) -> dict[str, Any]:
     """What moved, since when, how strongly; and how its canary does."""
     full = name if name in parts.fleet and caller.operator else owned(parts, name, caller)
-    report = await asyncio.to_thread(_report, parts, full)
+    report = await asyncio.to_thread(_report, parts, full, caller)
     more = {"golden": parts.golden.verdicts.report(full), "shadow": parts.shadow_agreement.report(full)}
     return {"object": "adapter.drift", "name": name, "watching": parts.exchange_worker.running, **report, **more}
 
@@ -56,9 +68,50 @@ async def acknowledge(
     """Its alarms have been dealt with: evidence begins again at nothing."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
     full = owned(parts, name, caller)
-    parts.registry.get(full, body.version)
-    await asyncio.to_thread(parts.drift_monitor.acknowledge, full, f"v{body.version}")
-    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, full)}
+    adapter = parts.registry.get(full, body.version)
+    label = f"v{body.version}"
+    await asyncio.to_thread(_asked, parts.drift_monitor.acknowledge, full, label, adapter.id)
+    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, full, caller)}
+
+
+@router.post("/v1/adapters/{name:path}/drift/accept")
+async def accept(
+    name: str, request: Request, caller: Manager, parts: TheParts, body: Annotated[Accepted, JsonBody(Accepted)]
+) -> dict[str, Any]:
+    """What moved is here to stay: recent traffic becomes the reference, and what is missing of it is gathered."""
+    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+    request.state.reason = f"{body.signals}: {body.note}" if body.note else body.signals
+    full = owned(parts, name, caller)
+    adapter = parts.registry.get(full, body.version)
+    prompts, answers = body.signals != "output", body.signals != "prompt"
+    accept = partial(parts.drift_monitor.accept, prompts=prompts, answers=answers)
+    await asyncio.to_thread(_asked, accept, full, f"v{body.version}", adapter.id)
+    note = partial(parts.registry.note, by=caller.name, why=request.state.reason)
+    await asyncio.to_thread(note, full, "drift_accepted", body.version)
+    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, full, caller)}
+
+
+@router.get("/v1/adapters/{name:path}/drift/requests")
+async def moved_requests(
+    name: str,
+    caller: Manager,
+    parts: TheParts,
+    version: PositiveInt | None = None,
+    format: Literal["jsonl", "parquet"] = "jsonl",
+) -> Response:
+    """The requests since the change, the most moved first, as JSON lines or parquet; only with `capture`."""
+    full = owned(parts, name, caller)
+    if not parts.config.capture:
+        raise Conflict("this server keeps no requests: start it with `capture: true` to export those that moved")
+    number = version or parts.live_version(full)
+    if number is None:
+        raise Conflict("no version of this adapter is live: say whose requests are asked for", param="version")
+    adapter = parts.registry.get(full, number)
+    rows = await asyncio.to_thread(parts.drift_monitor.moved_requests, full, adapter.id)
+    if format == "parquet":
+        return Response(await asyncio.to_thread(_parquet, rows), media_type="application/vnd.apache.parquet")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return Response(lines, media_type="application/jsonl")
 
 
 @router.post("/v1/adapters/{name:path}/baseline")
@@ -132,8 +185,30 @@ def baselined(parts: Services, full: str, version: int | None) -> Adapter:
     return parts.registry.get(full, number)
 
 
-def _report(parts: Services, full: str) -> dict[str, Any]:
-    return {"versions": parts.drift_monitor.report(full), "canary": parts.canary_monitor.report(full)}
+def _report(parts: Services, full: str, caller: Caller) -> dict[str, Any]:
+    """Which tenants ask an adapter is the operators' to know; others see themselves."""
+    versions = parts.drift_monitor.report(full)
+    if not caller.operator:
+        versions = [
+            {**each, "alarms": {kind: for_tenant(moved, caller.tenant) for kind, moved in each["alarms"].items()}}
+            for each in versions
+        ]
+    return {"versions": versions, "canary": parts.canary_monitor.report(full)}
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise BadRequest(
+            "this server cannot write parquet: pyarrow is not installed (`pip install pyarrow`); take format=jsonl",
+            param="format",
+        ) from error
+    out = io.BytesIO()
+    columns = {name: [row.get(name) for row in rows] for name in ("request_id", "when", "moved", "prompt", "answer")}
+    pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
 
 
 def _asked(do: Callable[..., Any], *args: Any) -> Any:

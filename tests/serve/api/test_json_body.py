@@ -64,6 +64,7 @@ async def test_the_openapi_document_describes_every_body(client):
         "post /v1/engines/{engine}/swap": "Swap",
         "post /v1/alerts": "Notification",
         "post /v1/adapters/{name}/drift/acknowledge": "Acknowledged",
+        "post /v1/adapters/{name}/drift/accept": "Accepted",
         "post /v1/adapters/{name}/baseline": "BaselinePrompts",
         "put /v1/adapters/{name}/golden": "GoldenSet",
         "post /v1/adapters/{name}/golden/run": "GoldenRun",

@@ -147,7 +147,7 @@ def test_the_next_version_inherits_the_prompts_and_not_the_answers():
     baseline, rng = small(), np.random.default_rng(7)
     feed(baseline, rng, 400)
     heir = baseline.successor(replace(MINE, version="2" * 12))
-    assert heir.signals[PROMPT].phase is Phase.WATCHING and heir.signals[PROMPT].samples == 200
+    assert heir.signals[PROMPT].phase is Phase.WATCHING and heir.signals[PROMPT].samples == 0
     assert heir.signals[OUTPUT].phase is Phase.GATHERING and heir.signals[OUTPUT].gathered == 0
     with pytest.raises(ConfigError, match="another tokenizer"):
         baseline.successor(replace(MINE, tokenizer="x"))
@@ -168,3 +168,79 @@ def test_a_row_of_another_shape_is_refused():
         Signal(PROMPT).update([1.0])
     with pytest.raises(ValueError, match="not finite"):
         Signal(PROMPT).update(np.full(33, np.nan))
+
+
+def test_the_next_version_begins_without_the_alarms_of_the_one_before():
+    baseline, rng = small(), np.random.default_rng(10)
+    feed(baseline, rng, 300)
+    assert feed(baseline, rng, 100, topic=2.0) == [PROMPT]
+    heir = baseline.successor(replace(MINE, version="2" * 12))
+    signal = heir.signals[PROMPT]
+    assert (signal.samples, signal.alarms, signal.alarmed, signal.drifted) == (0, 0, False, False)
+    assert signal.log_evidence == -np.inf and signal.effects() == {"rank_shift": 0.0}
+    assert feed(heir, rng, 500) == [], "its own traffic is like the reference"
+    assert feed(heir, rng, 250, topic=2.0) == [PROMPT], "an alarm of the version before hides none of its own"
+    assert signal.alarms == 1 and abs(signal.changed_at - 500) <= 40
+
+
+def test_an_acknowledged_alarm_hides_no_later_one():
+    baseline, rng = small(), np.random.default_rng(11)
+    feed(baseline, rng, 300)
+    assert feed(baseline, rng, 100, topic=2.0) == [PROMPT]
+    signal = baseline.signals[PROMPT]
+    signal.acknowledge()
+    assert not signal.alarmed and signal.log_evidence == -np.inf
+    assert feed(baseline, rng, 400, topic=-4.0) == [PROMPT]
+    assert signal.alarms == 2
+
+
+def test_an_accepted_change_raises_no_further_alarm():
+    baseline, rng = small(), np.random.default_rng(12)
+    feed(baseline, rng, 400)
+    assert feed(baseline, rng, 100, topic=2.0) == [PROMPT]
+    signal = baseline.signals[PROMPT]
+    samples, alarms = signal.samples, signal.alarms
+    signal.accept()
+    # About a hundred requests came since the change: they are the beginning of the new reference, the older ones not.
+    assert signal.phase is Phase.GATHERING and 30 <= signal.gathered <= 100
+    assert feed(baseline, rng, 200, topic=2.0) == []
+    assert signal.phase is Phase.WATCHING and signal.effects()["rank_shift"] < 0.1
+    assert PROMPT not in feed(baseline, rng, 3000, topic=2.0)
+    assert signal.samples > samples and signal.alarms == alarms, "counters never fall"
+    assert feed(baseline, rng, 200) == [PROMPT], "what was the reference before is a change now"
+
+
+def test_accepting_steady_traffic_takes_the_latest_rows():
+    baseline, rng = small(), np.random.default_rng(13)
+    feed(baseline, rng, 1000)
+    signal = baseline.signals[PROMPT]
+    before = signal.reference_row.copy()
+    signal.accept()
+    assert signal.phase is Phase.WATCHING and not np.array_equal(signal.reference_row, before)
+    assert feed(baseline, rng, 500) == []
+
+
+def test_a_change_can_be_accepted_after_a_restart(tmp_path):
+    baseline, rng = small(), np.random.default_rng(14)
+    feed(baseline, rng, 400)
+    feed(baseline, rng, 150, topic=2.0)
+    baseline.save(tmp_path)
+    twin = Baseline.load(tmp_path, MINE)
+    ours, theirs = baseline.signals[PROMPT], twin.signals[PROMPT]
+    assert theirs.changed_at == ours.changed_at
+    assert np.array_equal(theirs.changed_rows(), ours.changed_rows()) and len(ours.changed_rows()) >= 100
+    theirs.accept()
+    assert theirs.gathered >= 60
+
+
+def test_a_baseline_of_an_earlier_release_has_no_recent_rows_and_works(tmp_path):
+    baseline, rng = small(), np.random.default_rng(15)
+    feed(baseline, rng, 400)
+    state = baseline.signals[PROMPT].state()
+    del state["rows"]
+    state["counts"] = state["counts"][:5]
+    older = Signal(PROMPT)
+    older.restore(state)
+    assert older.samples == 200 and len(older.changed_rows()) == 0
+    older.accept()
+    assert older.phase is Phase.GATHERING and older.gathered == 0

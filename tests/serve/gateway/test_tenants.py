@@ -22,6 +22,7 @@ BODIES = {
     ("post", "/v1/adapters/{name}/shadow"): {"json": {"version": 1, "weight": 0.5}},
     ("post", "/v1/adapters/{name}/pin"): {"json": {"version": 1}},
     ("post", "/v1/adapters/{name}/drift/acknowledge"): {"json": {"version": 1}},
+    ("post", "/v1/adapters/{name}/drift/accept"): {"json": {"version": 1}},
     ("post", "/v1/adapters/{name}/baseline"): {"json": {"prompts": ["x"] * 20}},
     ("put", "/v1/adapters/{name}/golden"): {"json": {"cases": [{"prompt": "x", "equals": "y"}]}},
     ("post", "/v1/adapters/{name}/visibility"): {"json": {"visibility": "shared"}},

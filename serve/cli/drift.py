@@ -1,0 +1,92 @@
+"""`loradock drift`: what moved, and what to do about it.
+
+Exit codes: 0 done, 1 the server refused, 2 the command is wrong, 3 no server answered.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from serve.cli.terminal import URL, Json, Key, Url, connected, example, say
+
+drift_app = typer.Typer(
+    name="drift",
+    help="See what has changed about an adapter's traffic and answers, and deal with it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
+Version = Annotated[int, typer.Option("--version", min=1, help="Which version.")]
+
+
+@drift_app.callback()
+def _group() -> None:
+    pass
+
+
+@drift_app.command(epilog=example("loradock drift show tone"))
+def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Say of each watched version what moved, since when, and how strongly."""
+    with connected("drift", url, key) as client:
+        answer = client.drift(name)
+    say(answer, as_json, _shown)
+
+
+@drift_app.command(epilog=example("loradock drift acknowledge tone --version 3"))
+def acknowledge(name: Name, version: Version, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Close a version's alarms: the evidence begins again, the reference stays."""
+    with connected("drift", url, key) as client:
+        answer = client.acknowledge_drift(name, version)
+    say(answer, as_json, _shown)
+
+
+@drift_app.command(epilog=example('loradock drift accept tone --version 3 --signals prompt --note "the German shop"'))
+def accept(
+    name: Name,
+    version: Version,
+    signals: Annotated[str, typer.Option("--signals", help="prompt, output or both.")] = "both",
+    note: Annotated[str, typer.Option("--note", help="Why, for the history.")] = "",
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Make a version's traffic since the change its reference; what is missing of it is gathered."""
+    with connected("drift", url, key) as client:
+        answer = client.accept_drift(name, version, signals, note)
+    say(answer, as_json, _shown)
+
+
+@drift_app.command(epilog=example("loradock drift requests tone moved.jsonl --version 3"))
+def requests(
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to: .jsonl, or .parquet.")],
+    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    url: Url = URL,
+    key: Key = None,
+) -> None:
+    """Save the requests since the change, the most moved first; the server must run with `capture`."""
+    with connected("drift", url, key) as client:
+        file.write_bytes(client.moved_requests(name, version, "parquet" if file.suffix == ".parquet" else "jsonl"))
+    typer.echo(f"{file} holds the moved requests of {name}")
+
+
+def _shown(answer: dict[str, Any]) -> str:
+    lines = [line for version in answer["versions"] for line in _version(answer["name"], version)]
+    return "\n".join(lines) or f"nothing is known of the traffic of {answer['name']} yet"
+
+
+def _version(name: str, version: dict[str, Any]) -> list[str]:
+    alarms = {kind: moved.get("text", "an alarm") for kind, moved in version["alarms"].items()}
+    states = {kind: alarms.get(kind) or _quiet(signal) for kind, signal in version["signals"].items()}
+    return [f"{name}@{version['version']} {kind}: {text}" for kind, text in (states | alarms).items()]
+
+
+def _quiet(signal: dict[str, Any]) -> str:
+    if signal["phase"] == "gathering":
+        return f"gathers its reference, {signal['reference_requests']} of {signal['reference_needed']} requests"
+    evidence = f"evidence {signal['log_evidence']:.1f} of {signal['log_threshold']:.1f}"
+    return f"no alarm in {signal['samples']} requests ({evidence})"

@@ -1,0 +1,187 @@
+"""What moved, in words that a person can act on, and as fields: language, length, topic, share, since when.
+
+    describe_prompts(signal, before, recent, since)["text"]
+    "since 2026-11-25T10:00:00+00:00, in at least 60 % of the prompts: probably German (1 % before, 62 % now), ..."
+
+Words and languages are named where they are frequent among different askers (`serve.drift.word_counts`). No sentence
+names a tenant: it stands in histories that tenants read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.drift.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.signal import Signal
+from serve.drift.traffic_profile import (
+    TrafficProfile,
+    language_shares,
+    median_tokens,
+    tenant_shares,
+    topic_shares,
+)
+from serve.models.language import NAMES
+
+# Changes that are named: of a language's or topic's share, of a length by a factor, of shares of answers.
+SHARE, FACTOR, REFUSAL, CUT, REPETITION = 0.05, 1.25, 0.02, 0.05, 0.1
+TOPICS, WORDS = 2, 6
+# A smaller share of the requests is "some".
+LEAST = 0.01
+
+
+def describe(signal: Signal, before: TrafficProfile, recent: TrafficProfile, since: str | None) -> dict[str, Any]:
+    """What moved of one signal since it began to. `text` is a sentence, the rest depends on the signal."""
+    if signal.kind == PROMPT:
+        fields, parts = _prompts(signal, before, recent)
+    elif signal.kind == OUTPUT:
+        fields, parts = _answers(signal)
+    elif signal.kind == LOGPROB:
+        fields, parts = _logprobs(signal)
+    else:
+        fields, parts = {}, []
+    noun = "prompts" if signal.kind == PROMPT else "answers"
+    share = _share(signal, fields)
+    when = f"since {since}, " if since else ""
+    unnamed = "other wording, of which neither language, length nor words stand out"
+    part = f"at least {_percent(share)}" if share >= LEAST else "some"
+    text = f"{when}in {part} of the {noun}: {', '.join(parts) or unnamed}"
+    return {"text": text, "since": since, "requests": _changed(signal), "share_at_least": share, **fields}
+
+
+def describe_probe(ratio: float) -> dict[str, Any]:
+    """What a probe's alarm says."""
+    return {
+        "text": f"fixed prompts are answered otherwise than at first, by {ratio:.1f} times the noise: "
+        "the weights, the base model or the engine have changed",
+        "noise_ratio": round(ratio, 3),
+    }
+
+
+def movement(signal: Signal, row: NDArray[np.floating]) -> float:
+    """How far a raw row lies along the change: 0 where the reference does, 1 where the mean row since it began does."""
+    reference, rows = signal.reference_row, signal.changed_rows()
+    if reference is None or not len(rows):
+        return 0.0
+    change = rows.mean(axis=0) - reference
+    return float((row - reference) @ change / max(float(change @ change), 1e-12))
+
+
+def for_tenant(moved: Mapping[str, Any], tenant: str) -> dict[str, Any]:
+    """What one tenant may see: of the tenants only itself."""
+    tenants = moved.get("tenants")
+    if tenants is None:
+        return dict(moved)
+    own = {when: {name: share for name, share in shares.items() if name == tenant} for when, shares in tenants.items()}
+    return {**moved, "tenants": own}
+
+
+def _prompts(signal: Signal, before: TrafficProfile, recent: TrafficProfile) -> tuple[dict[str, Any], list[str]]:
+    reference, moved = before.last(len(before.seen)), recent.last(_changed(signal))
+    languages = {"before": language_shares(reference), "now": language_shares(moved)}
+    length_before, length_now = median_tokens(reference), median_tokens(moved)
+    topics = _topics(before, recent, topic_shares(moved))
+    fields = {
+        "language": languages,
+        "length": {"unit": "tokens", "before": length_before, "now": length_now},
+        "topics": topics,
+        "tenants": {"before": tenant_shares(reference), "now": tenant_shares(moved)},
+    }
+    parts = [*_language_parts(languages), *_length_parts("median", length_before, length_now)]
+    named = [topic for topic in topics if topic["words"] and topic["share"] >= SHARE]
+    if named:
+        parts.append(f"about {', '.join(named[0]['words'])}")
+        if named[0]["nearest_before"]:
+            parts[-1] += f" (the nearest topic before: {', '.join(named[0]['nearest_before'])})"
+    return fields, parts
+
+
+def _topics(before: TrafficProfile, recent: TrafficProfile, shares: Mapping[int, float]) -> list[dict[str, Any]]:
+    """The largest topics of the moved requests, each with the reference's topic that lies nearest."""
+    rows = []
+    every = [topic.words for topic in before.topics]
+    for number, share in list(shares.items())[:TOPICS]:
+        topic = recent.topics[number]
+        nearest: list[str] = []
+        if before.topics:
+            near = before.topics[before.nearest(topic.centre)]
+            others = [words for words in every if words is not near.words]
+            nearest = near.words.typical(others, WORDS)
+        words = topic.words.typical(every, WORDS)
+        rows.append({"share": share, "words": words, "nearest_before": nearest})
+    return rows
+
+
+def _language_parts(shares: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    rise = {language: now - shares["before"].get(language, 0.0) for language, now in shares["now"].items()}
+    if not rise:
+        return
+    language = max(rise, key=lambda name: rise[name])
+    if rise[language] >= SHARE:
+        was, now = shares["before"].get(language, 0.0), shares["now"][language]
+        yield f"probably {NAMES.get(language, language)} ({_percent(was)} before, {_percent(now)} now)"
+
+
+def _length_parts(what: str, before: float | None, now: float | None) -> Iterator[str]:
+    if before is None or now is None:
+        return
+    factor = (now + 1) / (before + 1)
+    if not 1 / FACTOR < factor < FACTOR:
+        yield f"{'longer' if factor > 1 else 'shorter'} ({what} {before:.0f} tokens before, {now:.0f} now)"
+
+
+def _answers(signal: Signal) -> tuple[dict[str, Any], list[str]]:
+    rows, reference = signal.changed_rows(), signal.reference_row
+    if reference is None or not len(rows):
+        return {}, []
+    where = {name: number for number, name in enumerate(signal.names)}
+    before = {name: float(reference[where[name]]) for name in where}
+    now = {name: float(rows[:, where[name]].mean()) for name in where}
+    # Lengths are logarithms there: these are geometric means.
+    length_before, length_now = round(math.expm1(before["length"])), round(math.expm1(now["length"]))
+    fields: dict[str, Any] = {"length": {"unit": "tokens", "before": length_before, "now": length_now}}
+    parts = list(_length_parts("typically", length_before, length_now))
+    for name, least, said in (
+        ("ended_by_length", CUT, "cut off by the limit of tokens"),
+        ("refusal", REFUSAL, "refusals"),
+    ):
+        fields[name] = {"before": round(max(before[name], 0.0), 3), "now": round(now[name], 3)}
+        if abs(now[name] - before[name]) >= least:
+            change = "more" if now[name] > before[name] else "fewer"
+            parts.append(f"{change} {said} ({_percent(before[name])} before, {_percent(now[name])} now)")
+    fields["repetition"] = {"before": round(1 - before["distinct_2"], 3), "now": round(1 - now["distinct_2"], 3)}
+    if before["distinct_2"] - now["distinct_2"] >= REPETITION:
+        parts.append("more repetition")
+    return fields, parts
+
+
+def _logprobs(signal: Signal) -> tuple[dict[str, Any], list[str]]:
+    change = signal.effects().get("logprob", 0.0)
+    fields = {"logprob_change": round(change, 3)}
+    if not change:
+        return fields, []
+    sure = "surer" if change > 0 else "less sure"
+    return fields, [f"the version is {sure} of its answers by {abs(change):.2f} nat a token, at equal prompts"]
+
+
+def _share(signal: Signal, fields: Mapping[str, Any]) -> float:
+    """A share q of other requests moves a rank by q / 2 at most, and a language's share by q at most."""
+    shares = [2 * abs(signal.effects().get("rank_shift", 0.0))]
+    languages: Mapping[str, Mapping[str, float]] = fields.get("language", {})
+    for language, now in languages.get("now", {}).items():
+        error = math.sqrt(now * (1 - now) / max(_changed(signal), 1))
+        shares.append(now - languages["before"].get(language, 0.0) - error)
+    return round(min(max(shares), 1.0), 2)
+
+
+def _changed(signal: Signal) -> int:
+    """Requests since the change began."""
+    return signal.samples - (signal.changed_at or 0)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * np.clip(share, 0, 1):.0f} %"

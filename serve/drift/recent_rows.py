@@ -1,0 +1,47 @@
+"""The last raw rows of a signal, so that they can become its reference: a ring, numbers only."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows: TypeAlias = NDArray[np.float32]
+
+
+class RecentRows:
+    """rows: (n, columns) to begin with, oldest first. The memory is taken with the first row."""
+
+    def __init__(self, columns: int, rows: Rows | None = None) -> None:
+        self._columns = columns
+        self._ring = np.zeros((0, columns), np.float32)
+        self._count = 0  # of rows that came
+        if rows is not None and len(rows):
+            self._ring, self._count = np.array(rows, np.float32), len(rows)
+            if self._ring.shape[1] != columns:
+                raise ValueError(f"recent rows have {self._ring.shape[1]} numbers, not {columns}")
+
+    def append(self, row: Rows, most: int) -> None:
+        """Keep `row` as the newest of at most `most`."""
+        if len(self._ring) != most:
+            self._resize(most)
+        self._ring[self._count % most] = row
+        self._count += 1
+
+    def last(self, count: int | None = None) -> Rows:
+        """(n, columns): a copy of the newest `count` rows, or of all, oldest first."""
+        kept = min(self._count, len(self._ring))
+        n = kept if count is None else max(0, min(count, kept))
+        places = np.arange(self._count - n, self._count) % max(len(self._ring), 1)
+        return self._ring[places]
+
+    def clear(self) -> None:
+        """Forget all of them, and give the memory back."""
+        self._ring, self._count = np.zeros((0, self._columns), np.float32), 0
+
+    def _resize(self, most: int) -> None:
+        rows = self.last(most)
+        self._ring = np.zeros((most, self._columns), np.float32)
+        self._ring[: len(rows)] = rows
+        self._count = len(rows)

@@ -1,0 +1,139 @@
+"""What a version is asked, in terms that people use: language, length, tenant and topics of its requests.
+
+    profile = TrafficProfile()
+    profile.add(Prompt(tokens=120, language="de", tenant="acme", words=..., asker=7, vector=...))
+    profile.languages(profile.last(100)), profile.topics
+
+Two of them, of the reference and of recent requests, say what moved (`serve.drift.change_description`). Kept are
+numbers and counts of words (`serve.drift.word_counts`), neither texts nor tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.drift.word_counts import WordCounts
+
+Value = TypeVar("Value", int, str)
+
+# Requests that are remembered one by one, in four values each.
+REMEMBERED = 512
+# Centres of what was asked before, and of what is asked now.
+REFERENCE_TOPICS, RECENT_TOPICS = 6, 3
+# Half-life of recent topics, in requests.
+HALF_LIFE = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request. words: by their hashes, empty where they may not be counted; vector: (dimensions,)."""
+
+    tokens: int
+    language: str
+    tenant: str
+    words: Mapping[int, str]
+    asker: int
+    vector: NDArray[np.floating]
+
+
+# Tokens, language, tenant and number of the topic of one request.
+Seen = tuple[int, str, str, int]
+
+
+@dataclass(slots=True, eq=False)
+class Topic:
+    """A centre of prompts that are alike: where it lies, and the words of its requests."""
+
+    centre: NDArray[np.floating]
+    words: WordCounts
+
+    def add(self, prompt: Prompt) -> None:
+        self.words.add(prompt.words, prompt.asker)
+        self.centre += (prompt.vector - self.centre) / self.words.requests
+
+
+@dataclass(slots=True, eq=False)
+class TrafficProfile:
+    """most_topics: centres; half_life: of their requests, 0 for never."""
+
+    most_topics: int = REFERENCE_TOPICS
+    half_life: float = 0.0
+    topics: list[Topic] = field(default_factory=list)
+    seen: deque[Seen] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    @classmethod
+    def of_recent(cls) -> Self:
+        """Of the latest requests: older ones count for less and less."""
+        return cls(RECENT_TOPICS, HALF_LIFE)
+
+    def add(self, prompt: Prompt) -> None:
+        """Take in one request."""
+        if len(self.topics) < self.most_topics:
+            self.topics.append(Topic(np.array(prompt.vector, np.float64), WordCounts(self.half_life)))
+            number = len(self.topics) - 1
+        else:
+            number = self.nearest(prompt.vector)
+        self.topics[number].add(prompt)
+        self.seen.append((prompt.tokens, prompt.language, prompt.tenant, number))
+
+    def nearest(self, vector: NDArray[np.floating]) -> int:
+        """The number of the topic whose centre lies nearest."""
+        return int(np.argmin([np.square(topic.centre - vector).sum() for topic in self.topics]))
+
+    def last(self, count: int) -> list[Seen]:
+        """The latest `count` requests, or as many as are remembered."""
+        return list(self.seen)[max(0, len(self.seen) - count) :]
+
+    def accepted(self, count: int) -> TrafficProfile:
+        """A reference that begins with the latest `count` requests and the topics here."""
+        made = TrafficProfile(len(self.topics) or REFERENCE_TOPICS)
+        made.topics = [Topic(topic.centre.copy(), topic.words.unfading()) for topic in self.topics]
+        made.seen.extend(self.last(count))
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """For JSON."""
+        topics = [{"centre": topic.centre.tolist(), **topic.words.state()} for topic in self.topics]
+        return {"most": self.most_topics, "half_life": self.half_life, "topics": topics, "seen": list(self.seen)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        self = cls(int(state["most"]), float(state["half_life"]))
+        self.topics = [
+            Topic(np.array(topic["centre"], np.float64), WordCounts.from_state(topic)) for topic in state["topics"]
+        ]
+        self.seen.extend(
+            (int(tokens), language, tenant, int(topic)) for tokens, language, tenant, topic in state["seen"]
+        )
+        return self
+
+
+def median_tokens(requests: Sequence[Seen]) -> int | None:
+    """The median length of the prompts; None of nothing."""
+    return int(np.median([tokens for tokens, *_ in requests])) if requests else None
+
+
+def language_shares(requests: Sequence[Seen]) -> dict[str, float]:
+    """Of the requests whose language could be told, the most frequent first."""
+    return _shares(language for _, language, *_ in requests if language)
+
+
+def tenant_shares(requests: Sequence[Seen]) -> dict[str, float]:
+    """By tenant, the one with most requests first."""
+    return _shares(tenant for _, _, tenant, _ in requests)
+
+
+def topic_shares(requests: Sequence[Seen]) -> dict[int, float]:
+    """By the topic's number, the one with most requests first."""
+    return _shares(topic for *_, topic in requests)
+
+
+def _shares(values: Iterable[Value]) -> dict[Value, float]:
+    counts = Counter(values)
+    return {value: round(count / counts.total(), 3) for value, count in counts.most_common()}

@@ -1,0 +1,128 @@
+"""In how many requests each word was, and which words are typical of some requests among others.
+
+Privacy: of a word that fewer than `ASKERS` different askers used only a hash is kept, in memory; such words are not
+written to the disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+# Different askers who used a word before it may be shown.
+ASKERS = 5
+# Words that are kept; as many again may come before the rarest are forgotten.
+MOST = 250
+# Letters, at least, of a word that says what a text is about, where words have spaces between them.
+LETTERS = 4
+# Standard deviations by which a typical word is more frequent.
+TYPICAL = 3.0
+_LARGE = 1e12
+
+
+@dataclass(slots=True)
+class _Count:
+    count: float = 0.0
+    askers: tuple[int, ...] = ()
+    text: str = ""
+
+
+class WordCounts:
+    """half_life: in requests, after which one counts half; 0 for never."""
+
+    def __init__(self, half_life: float = 0.0) -> None:
+        self._growth = 2 ** (1 / half_life) if half_life else 1.0
+        # Instead of all counts fading, each request weighs more than the one before.
+        self._unit = 1.0
+        self._requests = 0.0
+        self._counts: dict[int, _Count] = {}
+
+    @property
+    def requests(self) -> float:
+        """How many requests were counted, the older ones for less."""
+        return self._requests / self._unit
+
+    def add(self, words: Mapping[int, str], asker: int) -> None:
+        """Count one request: its words by their hashes (`hashed`), and a number for who asked."""
+        self._unit *= self._growth
+        self._requests += self._unit
+        for key, word in words.items():
+            known = self._counts.get(key)
+            if known is None:
+                known = self._counts[key] = _Count()
+            known.count += self._unit
+            if not known.text and asker not in known.askers:
+                known.askers = (*known.askers, asker)
+                if len(known.askers) >= ASKERS:
+                    known.text, known.askers = word, ()
+        if len(self._counts) > 2 * MOST:
+            kept = sorted(self._counts.items(), key=lambda item: -item[1].count)[:MOST]
+            self._counts = dict(kept)
+        if self._unit > _LARGE:
+            self._rescale()
+
+    def count(self, key: int) -> float:
+        """In how many requests the word of this hash was."""
+        known = self._counts.get(key)
+        return known.count / self._unit if known else 0.0
+
+    def typical(self, others: Iterable[WordCounts], most: int = 6) -> list[str]:
+        """The words that may be shown and are more frequent here than in `others`, the clearest first.
+
+        By the log-odds of a request having the word, in standard errors (Monroe, Colaresi and Quinn, Fightin' Words,
+        2008, with a half added to each count).
+        """
+        rest = list(others)
+        n, m = self.requests, sum(other.requests for other in rest)
+        scored = []
+        for key, known in self._counts.items():
+            a = known.count / self._unit
+            if not known.text or a < ASKERS / 2:
+                continue
+            b = sum(other.count(key) for other in rest)
+            odds = math.log((a + 0.5) / (max(n - a, 0) + 0.5)) - math.log((b + 0.5) / (max(m - b, 0) + 0.5))
+            error = math.sqrt(1 / (a + 0.5) + 1 / (max(n - a, 0) + 0.5) + 1 / (b + 0.5) + 1 / (max(m - b, 0) + 0.5))
+            if odds / error > TYPICAL:
+                scored.append((odds / error, known.text))
+        return [text for _, text in sorted(scored, reverse=True)[:most]]
+
+    def unfading(self) -> WordCounts:
+        """The same counts, which fade no more."""
+        self._rescale()
+        made = WordCounts()
+        made._requests = self._requests
+        made._counts = {key: replace(known) for key, known in self._counts.items()}
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """For JSON: the words that may be shown."""
+        self._rescale()
+        words = {known.text: round(known.count, 3) for known in self._counts.values() if known.text}
+        return {"growth": self._growth, "requests": self._requests, "words": words}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        self = cls()
+        self._growth, self._requests = float(state["growth"]), float(state["requests"])
+        self._counts = {hash(word): _Count(float(count), text=word) for word, count in state["words"].items()}
+        return self
+
+    def _rescale(self) -> None:
+        for known in self._counts.values():
+            known.count /= self._unit
+        self._requests /= self._unit
+        self._unit = 1.0
+
+
+def hashed(words: Iterable[str], leave_out: frozenset[str], most: int = 80) -> dict[int, str]:
+    """By hash, up to `most` different words of a request that may say what it is about."""
+    kept: dict[int, str] = {}
+    for word in words:
+        if word in leave_out or (len(word) < LETTERS and word[0] < "\u0370"):
+            continue
+        kept[hash(word)] = word
+        if len(kept) >= most:
+            break
+    return kept

@@ -1,0 +1,123 @@
+"""The sentence about a change names what stands out, and nothing that does not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from serve.drift.change_description import describe, describe_probe, for_tenant, movement
+from serve.drift.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.signal import Signal
+from serve.drift.traffic_profile import Prompt, TrafficProfile
+from serve.drift.word_counts import hashed
+
+NO_WORDS: frozenset[str] = frozenset()
+
+
+def prompt(rng, number, *, tokens=100, language="en", tenant="acme", words=(), centre=0.0):
+    vector = rng.standard_normal(32) + centre
+    return Prompt(int(tokens + rng.integers(-9, 9)), language, tenant, hashed(words, NO_WORDS), number, vector)
+
+
+def profiles(rng, before, now, n=200, m=60):
+    reference, recent = TrafficProfile(), TrafficProfile.of_recent()
+    for number in range(n):
+        reference.add(prompt(rng, number, **before))
+    for number in range(m):
+        recent.add(prompt(rng, number, **now))
+    return reference, recent
+
+
+def moved_signal(rng, kind, before, now, n=200, m=60):
+    signal = Signal(kind, needed=n, threshold=1e4)
+    for _ in range(n):
+        signal.update(before(rng))
+    for _ in range(m):
+        signal.update(now(rng))
+    assert signal.alarmed
+    return signal
+
+
+def prompt_row(shift):
+    return lambda rng: rng.standard_normal(33) + shift * (np.arange(33) == 4)
+
+
+def test_a_language_a_length_and_a_topic_are_named():
+    rng = np.random.default_rng(1)
+    signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
+    reference, recent = profiles(
+        rng, {"words": ["invoice", "payment"]}, {"language": "de", "tokens": 30, "words": ["rezept", "backofen"]}
+    )
+    said = describe(signal, reference, recent, "2026-11-25T10:00:00+00:00")
+    assert said["text"].startswith("since 2026-11-25T10:00:00+00:00, in at least ")
+    assert "of the prompts: probably German (0 % before, 100 % now), shorter (median " in said["text"]
+    assert "rezept" in said["text"] and "backofen" in said["text"] and "invoice" not in said["topics"][0]["words"]
+    assert said["length"]["before"] > 90 > 40 > said["length"]["now"] and said["requests"] >= 30
+
+
+def test_what_stands_out_nowhere_is_not_made_up():
+    rng = np.random.default_rng(2)
+    signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
+    reference, recent = profiles(rng, {"words": ["invoice"]}, {"words": ["invoice"]})
+    said = describe(signal, reference, recent, None)
+    assert said["text"].endswith("other wording, of which neither language, length nor words stand out")
+    assert 0.2 < said["share_at_least"] <= 1
+
+
+def output_row(tokens=50.0, cut=0.0, refusal=0.02, repeats=0.0):
+    def row(rng):
+        values = rng.standard_normal(37)
+        flags = (float(rng.random() < cut), float(rng.random() < refusal), 0.9, 0.95 - repeats)
+        values[:5] = (np.log1p(tokens) + 0.1 * rng.standard_normal(), *flags)
+        return values
+
+    return row
+
+
+def test_answers_that_are_cut_off_refuse_or_repeat_are_said_to():
+    rng = np.random.default_rng(3)
+    signal = moved_signal(rng, OUTPUT, output_row(), output_row(8.0, cut=0.9, refusal=0.4, repeats=0.5))
+    said = describe(signal, TrafficProfile(), TrafficProfile(), None)
+    for part in ("shorter (typically ", "more cut off by the limit of tokens", "more refusals", "more repetition"):
+        assert part in said["text"], said["text"]
+    assert "of the answers" in said["text"]
+    assert said["refusal"]["now"] > 0.2 > 0.1 > said["refusal"]["before"]
+
+
+def test_a_version_that_is_less_sure_is_said_to_be():
+    def row(mean):
+        def made(rng):
+            stats = (mean + 0.3 * rng.standard_normal(), -5 + rng.standard_normal(), 1 + 0.1 * rng.standard_normal())
+            return np.concatenate((stats, rng.standard_normal(34)))
+
+        return made
+
+    rng = np.random.default_rng(4)
+    said = describe(moved_signal(rng, LOGPROB, row(-1.0), row(-2.0)), TrafficProfile(), TrafficProfile(), None)
+    assert "less sure of its answers by " in said["text"] and said["logprob_change"] < -0.5
+
+
+def test_the_most_moved_request_is_known():
+    rng = np.random.default_rng(5)
+    signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
+    old = np.mean([movement(signal, prompt_row(0.0)(rng)) for _ in range(50)])
+    new = np.mean([movement(signal, prompt_row(3.0)(rng)) for _ in range(50)])
+    assert abs(old) < 0.4 and new > 0.7
+    assert movement(Signal(PROMPT), np.zeros(33)) == 0.0
+
+
+def test_a_tenant_is_told_of_itself_alone():
+    said = {"text": "x", "tenants": {"before": {"acme": 0.9, "globex": 0.1}, "now": {"globex": 1.0}}}
+    assert for_tenant(said, "acme")["tenants"] == {"before": {"acme": 0.9}, "now": {}}
+    assert for_tenant(describe_probe(2.0), "acme") == describe_probe(2.0)
+    assert "2.0 times the noise" in describe_probe(2.0)["text"]
+
+
+def test_a_profile_survives_a_restart_and_becomes_the_reference():
+    rng = np.random.default_rng(6)
+    reference, recent = profiles(rng, {"words": ["invoice"]}, {"words": ["rezept"], "language": "de"}, m=1500)
+    again = TrafficProfile.from_state(recent.state())
+    assert again.state() == recent.state() and len(again.seen) == 512 and len(again.topics) == 3
+    accepted = recent.accepted(40)
+    assert len(accepted.seen) == 40 and accepted.topics[0].words.typical([t.words for t in reference.topics])
+    accepted.add(prompt(rng, 1))
+    assert len(accepted.topics) == 3 and len(recent.seen) == 512
