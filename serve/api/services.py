@@ -54,6 +54,7 @@ from serve.rollout.rollback import AutomaticRollback
 from serve.rollout.shadow import ShadowExchange, Shadows
 from serve.rollout.shadow_agreement import ShadowAgreement
 from serve.rollout.swap_follower import SwapFollower
+from serve.rollout.webhook import Webhooks
 from serve.telemetry.capture import QUEUE_SIZE as CAPTURE_QUEUE_SIZE
 from serve.telemetry.capture import Capture
 from serve.telemetry.feedback import Feedback
@@ -115,7 +116,12 @@ class Services:
         self.monitor = Metrics(
             self.fleet, self.registry, self.audit, __version__, loads, config.slos, limit=config.max_labelled_versions
         )
-        rollback = AutomaticRollback(self.lifecycle, self.registry, self.audit, self.monitor.rolled_back)
+        self._webhooks = Webhooks(
+            config.data_dir / "webhooks", config.webhooks, config.webhook_secret, private=config.webhook_private
+        )
+        rollback = AutomaticRollback(
+            self.lifecycle, self.registry, self.audit, self.monitor.rolled_back, self._webhooks.send
+        )
         self.automatic_rollback = rollback
         self.alerting = Alerts(
             rollback, self.registry, lambda adapter: policy_for(config.policies, adapter).worse == ROLLBACK
@@ -146,6 +152,7 @@ class Services:
             self.canary_monitor,
             config.policies,
             self.monitor.swapped,
+            self._webhooks.send,
         )
         alarmed = self.rollout_controller.alarmed
         self.drift_monitor = DriftMonitor(
@@ -154,6 +161,7 @@ class Services:
             base_of=lambda adapter: _base_of(self.fleet, adapter).name,
             on_alarm=alarmed,
             label=self.monitor.label,
+            exists=lambda adapter, id: _exists(self.fleet, self.registry, adapter, id),
         )
         self.exchange_worker = ExchangeWorker([self.canary_monitor, self.drift_monitor])
         self._watched_bases = WatchedBases(self.fleet, self.drift_monitor, self.exchange_worker)
@@ -179,6 +187,7 @@ class Services:
             self.shadow_agreement,
             self.exchange_worker,
             self.background,
+            self._webhooks,
         ):
             self.monitor.watch(collector)
 
@@ -237,6 +246,8 @@ class Services:
         self.background.start("write_down_rollbacks", self.lifecycle.write_down)
         self.background.start("prefetch", self._prefetcher.run)
         self.background.start("canary_verdicts", self._act_on_verdicts)
+        if self.config.webhooks:
+            self.background.start("webhooks", self._webhooks.run)
         if self.follower:
             self.background.start("registry_poll", self.follower.poll)
             self.background.start("registry_heartbeat", self.follower.heartbeat)
@@ -341,6 +352,13 @@ def _canary_monitor(
 def _base_of(fleet: Fleet, name: str) -> Supervisor:
     """Of an adapter; or of a base, by its own name."""
     return fleet.get(name) if name in fleet else fleet.of(name)
+
+
+def _exists(fleet: Fleet, registry: Registry, name: str, id: str) -> bool:
+    """Whether there is such a version of an adapter, or such a base."""
+    if not id:
+        return name in fleet
+    return name in registry and any(adapter.id == id for adapter in registry.versions(name))
 
 
 def _live_version(registry: Registry, name: str) -> int | None:

@@ -188,8 +188,7 @@ class AdapterClient:
 
     def canary(self, name: str, version: int, weight: float, *, why: str = "") -> dict[str, Any]:
         """Send a share of the name's requests, 0 to 1, to `version`; 0 ends it."""
-        body = {"version": version, "weight": weight} | _because(why)
-        return self._call("POST", f"{_path(name)}/canary", json=body)
+        return self._call("POST", f"{_path(name)}/canary", json={"version": version, "weight": weight} | _because(why))
 
     def shadow(self, name: str, version: int, weight: float, *, why: str = "") -> dict[str, Any]:
         """Have `version` answer a share of the name's requests too, unseen; 0 ends it."""
@@ -249,8 +248,8 @@ class AdapterClient:
 
     def accept_drift(self, name: str, version: int, signals: str = "both", note: str = "") -> dict[str, Any]:
         """Make a version's recent traffic its reference: of its prompts (`prompt`), its answers (`output`), or both."""
-        body = {"version": version, "signals": signals, "note": note}
-        return self._call("POST", f"{_path(name)}/drift/accept", json=body)
+        asked = {"version": version, "signals": signals, "note": note}
+        return self._call("POST", f"{_path(name)}/drift/accept", json=asked)
 
     def moved_requests(self, name: str, version: int | None = None, format: str = "jsonl") -> bytes:
         """The captured requests since a version's change, as JSON lines or parquet."""

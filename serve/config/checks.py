@@ -11,6 +11,7 @@ from pathlib import Path
 
 from serve.config.settings import Config
 from serve.errors import ConfigError
+from serve.rollout.webhook import checked_url, signing_key
 
 # Of a key that is not on loopback alone, at least.
 KEY_CHARACTERS = 16
@@ -25,6 +26,7 @@ def checked(config: Config) -> Config:
         api_keys=keys_hashed(config.api_keys),
         admin_keys=keys_hashed(config.admin_keys),
         metrics_keys=keys_hashed(config.metrics_keys),
+        webhook_secret=_webhook_secret(config),
     )
     for check in (_check_numbers, _check_patterns, _check_combinations, _check_access, _check_names):
         check(config)
@@ -55,6 +57,26 @@ def keys_hashed(keys: Iterable[str]) -> tuple[str, ...]:
         else:
             raise ConfigError("a key that begins with sha256: needs 64 lower-case hex digits behind it")
     return tuple(out)
+
+
+def _webhook_secret(config: Config) -> str:
+    """What signs webhooks, read from its file if there is one."""
+    secret = config.webhook_secret
+    if config.webhook_secret_file:
+        if secret:
+            raise ConfigError("webhook_secret and webhook_secret_file are two secrets: give one of them")
+        try:
+            secret = Path(config.webhook_secret_file).expanduser().read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"webhook_secret_file {config.webhook_secret_file} cannot be read: {error}") from error
+    for url in config.webhooks:
+        checked_url(url)
+    if config.webhooks and len(signing_key(secret)) < KEY_CHARACTERS:
+        raise ConfigError(
+            f"webhooks are signed: set webhook_secret, or webhook_secret_file, to {KEY_CHARACTERS} characters or more, "
+            "as `openssl rand -hex 32` makes them"
+        )
+    return secret
 
 
 def _check_numbers(config: Config) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -46,7 +48,10 @@ class _Action:
 
 
 class RolloutController(Collector):
-    """`act_on` and `close` belong to the event loop. `swapped(adapter, result)` counts a promotion."""
+    """`act_on` and `close` belong to the event loop. `swapped(adapter, result)` counts a promotion.
+
+    `notify(type, data)` hears of verdicts and alarms, in a thread.
+    """
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class RolloutController(Collector):
         canaries: CanaryMonitor,
         policies: Sequence[Policy],
         swapped: Callable[[str, str], None] = lambda adapter, result: None,
+        notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
     ) -> None:
         self._rollback = rollback
         self._lifecycle = lifecycle
@@ -65,6 +71,7 @@ class RolloutController(Collector):
         self._canaries = canaries
         self._policies = policies
         self._swapped = swapped
+        self._notify = notify
         # The latest action of each adapter that is not done yet.
         self._actions: dict[str, _Action] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,6 +130,13 @@ class RolloutController(Collector):
         return done
 
     async def _act(self, verdict: CanaryVerdict, *, first: bool) -> bool:
+        done = await self._follow(verdict, first=first)
+        if first and not verdict.repeated:
+            await asyncio.to_thread(self._notify, f"canary.{verdict.verdict.value}", _as_data(verdict))
+        return done
+
+    async def _follow(self, verdict: CanaryVerdict, *, first: bool) -> bool:
+        """What the policy says about a verdict; whether nothing is left to do."""
         policy = self.policy(verdict.adapter)
         if verdict.verdict is Verdict.WORSE and policy.worse == ROLLBACK:
             return await self._roll_back(verdict, first=first)
@@ -181,8 +195,9 @@ class RolloutController(Collector):
         """Write down that something has drifted; nothing else follows. Writes to disk; not for the event loop."""
         adapter, version = alarm.adapter, alarm.version
         effects = {name: round(value, 3) for name, value in alarm.effects.items()}
-        log.warning("%s@%s: %s has drifted: %s", adapter, version, alarm.signal, effects)
-        evidence = json.dumps({"signal": alarm.signal, **effects})
+        text = alarm.moved.get("text", "")
+        log.warning("%s@%s: %s has drifted: %s %s", adapter, version, alarm.signal, text, effects)
+        evidence = json.dumps({"signal": alarm.signal, **effects, "text": text}, ensure_ascii=False)
         try:
             if adapter in self._registry:  # else it is a base model, which has no history
                 why = f"{alarm.signal}: {evidence}"
@@ -199,6 +214,17 @@ class RolloutController(Collector):
             reason=alarm.signal,
             evidence=evidence,
         )
+        data = {
+            "adapter": adapter,
+            "version": version,
+            "tenant": tenant_of(adapter),
+            "signal": alarm.signal,
+            "text": text,
+            "effects": effects,
+            "log_evidence": round(alarm.log_evidence, 3) if math.isfinite(alarm.log_evidence) else None,
+            "moved": dict(alarm.moved),
+        }
+        self._notify("drift.alarm", data)
 
     def check(self, adapter: str, version: int, at_once: bool) -> None:
         """Conflict, if the policy holds this version back."""
@@ -210,3 +236,16 @@ class RolloutController(Collector):
                 f"version {version} did worse than version {analysis.live} as its canary, and this adapter's policy "
                 'holds it back: see its /drift, and promote it with "at_once": true if you want it all the same'
             )
+
+
+def _as_data(verdict: CanaryVerdict) -> dict[str, Any]:
+    """A verdict as webhooks have it."""
+    return {
+        "adapter": verdict.adapter,
+        "version": verdict.canary,
+        "live": verdict.live,
+        "tenant": tenant_of(verdict.adapter),
+        "verdict": verdict.verdict.value,
+        "text": verdict.reason,
+        "evidence": verdict.evidence,
+    }

@@ -56,7 +56,10 @@ class RollbackResult:
 
 
 class AutomaticRollback:
-    """`done(adapter, version, reason)` hears of every rollback and ended canary, for the metric."""
+    """`done(adapter, version, reason)` hears of every rollback and ended canary, for the metric.
+
+    `notify(type, data)` hears of them too, and of those that failed, in a thread.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class AutomaticRollback:
         registry: Registry,
         audit: Audit,
         done: Callable[[str, int, str], None] = lambda adapter, version, reason: None,
+        notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -71,6 +75,7 @@ class AutomaticRollback:
         self._registry = registry
         self._audit = audit
         self._done = done
+        self._notify = notify
         self._clock = clock
         self._lock = asyncio.Lock()
 
@@ -112,6 +117,16 @@ class AutomaticRollback:
             evidence=_as_json(evidence),
             message=result.message,
         )
+        data = {
+            "adapter": adapter,
+            "version": version,
+            "tenant": tenant_of(adapter),
+            "reason": reason,
+            "outcome": result.outcome.value,
+            "text": result.message,
+            "evidence": dict(evidence),
+        }
+        await asyncio.to_thread(self._notify, "rollback", data)
         return result
 
     async def _rollback(self, adapter: str, version: int, why: str) -> RollbackResult:

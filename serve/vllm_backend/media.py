@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 
+from serve.asgi.public_address import is_public
 from serve.cpu_kernels.patches import Patch, apply
 from serve.errors import ConfigError
 
@@ -48,13 +49,6 @@ def allowed_hosts(hosts: Sequence[str] | None) -> list[str] | None:
         if host == "localhost" or (_is_address(host) and not is_public(host)):
             raise ConfigError(f"allowed_media_domains takes public hosts, or * for all of them, not {host!r}")
     return None if ANY_HOST in hosts else list(hosts)
-
-
-def is_public(address: str) -> bool:
-    """Neither private, loopback, link-local nor otherwise reserved; an IPv4 address within an IPv6 one counts."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = parsed.ipv4_mapped or parsed.sixtofour if isinstance(parsed, ipaddress.IPv6Address) else None
-    return (mapped or parsed).is_global and not parsed.is_multicast
 
 
 def public_socket(address: tuple[Any, ...]) -> socket.socket:
