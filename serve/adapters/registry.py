@@ -8,6 +8,7 @@
     bases      one row a base model that was swapped: what serves in the place of what is configured
     replicas   one row a server that shares this registry: how far it has read; written by serve.rollout.registry_sync
     golden_*   golden sets and what versions answered to them; written by serve.rollout.golden_store
+    usage      one row a day, tenant and adapter: what was used; written by serve.telemetry.usage_ledger
 
 Every change is one transaction that writes its history row. Readers never meet the database: they read a snapshot, an
 immutable dictionary that each change replaces. `Registry(url)` is SQLite in WAL mode or, by its URL, PostgreSQL.
@@ -346,6 +347,12 @@ class Registry(SnapshotReader):
     def transaction(self) -> Iterator[Connection]:
         """One transaction on the database, whose errors are ours."""
         with self._writing, tables.translated(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def adding(self) -> Iterator[Connection]:
+        """A transaction on a table that no snapshot holds: changes in this process do not wait for its lock."""
+        with tables.translated(), self._shared_memory, self._engine.begin() as connection:
             yield connection
 
     # Inside

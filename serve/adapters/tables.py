@@ -199,6 +199,20 @@ golden_promotions = Table(
     Column("why", Text, nullable=False),
     Column("when", Float(53), nullable=False),
 )
+usage = Table(
+    "usage",
+    metadata,
+    Column("day", String(10), primary_key=True),  # YYYY-MM-DD, by UTC
+    Column("tenant", String(64), primary_key=True),  # who asked
+    Column("adapter", String(256), primary_key=True),  # NAME or TENANT/NAME, or a base's name
+    Column("requests", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("generated_tokens", BigInteger, nullable=False),
+    Column("engine_seconds", Float(53), nullable=False),
+    Column("cost", Float(53), nullable=False),
+)
+
 
 LATEST = select(func.max(history.c.id))  # the generation
 

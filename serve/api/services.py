@@ -62,6 +62,8 @@ from serve.telemetry.metrics import Metrics
 from serve.telemetry.observers import ExchangeObservers
 from serve.telemetry.recent import Recent
 from serve.telemetry.series import AdapterLoads
+from serve.telemetry.usage_ledger import Usage, UsageLedger
+from serve.telemetry.usage_metrics import EngineBusy, UsageMetrics
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +115,16 @@ class Services:
 
         # What looks at answers, and what follows from it
         self.recent, self.feedback = Recent(), Feedback()
+        self._usage_metrics = UsageMetrics(config.currency, self._exists, limit=config.max_labelled_versions)
         self.monitor = Metrics(
-            self.fleet, self.registry, self.audit, __version__, loads, config.slos, limit=config.max_labelled_versions
+            self.fleet,
+            self.registry,
+            self.audit,
+            __version__,
+            loads,
+            config.slos,
+            limit=config.max_labelled_versions,
+            more=self._usage_metrics.families,
         )
         self._webhooks = Webhooks(
             config.data_dir / "webhooks", config.webhooks, config.webhook_secret, private=config.webhook_private
@@ -122,6 +132,7 @@ class Services:
         rollback = AutomaticRollback(
             self.lifecycle, self.registry, self.audit, self.monitor.rolled_back, self._webhooks.send
         )
+        self.usage_ledger = UsageLedger(self.registry, keep_days=config.usage_days)
         self.automatic_rollback = rollback
         self.alerting = Alerts(
             rollback, self.registry, lambda adapter: policy_for(config.policies, adapter).worse == ROLLBACK
@@ -188,12 +199,14 @@ class Services:
             self.exchange_worker,
             self.background,
             self._webhooks,
+            EngineBusy(self.fleet),
         ):
             self.monitor.watch(collector)
 
         # What clients ask
         captured = [self._capture_worker.offer] if config.capture_text else []
-        looks = [self.monitor.take, self.feedback.remember, self.exchange_worker.offer, *captured, self.recent.take]
+        looks = [self.monitor.take, self._count_usage, self.feedback.remember, self.exchange_worker.offer]
+        looks += [*captured, self.recent.take]
         exchanges = ExchangeObservers([*looks, *observers], self.monitor.tap_took)
         self.meters = Meters()
         self._shadows = Shadows(
@@ -224,6 +237,7 @@ class Services:
         async with AsyncExitStack() as closing:
             closing.push_async_callback(asyncio.to_thread, self.registry.close)
             closing.callback(self.store.close)
+            closing.push_async_callback(asyncio.to_thread, self.usage_ledger.close)
             closing.push_async_callback(self.fleet.stop)
             closing.push_async_callback(self.lifecycle.settle)
             closing.push_async_callback(self._prefetcher.save)
@@ -245,6 +259,7 @@ class Services:
         self.background.start("log_stats", self._log_stats)
         self.background.start("write_down_rollbacks", self.lifecycle.write_down)
         self.background.start("prefetch", self._prefetcher.run)
+        self.background.start("usage", self.usage_ledger.run)
         self.background.start("canary_verdicts", self._act_on_verdicts)
         if self.config.webhooks:
             self.background.start("webhooks", self._webhooks.run)
@@ -301,6 +316,16 @@ class Services:
             return False
         sampled = self._logprob_sampling.sampled()
         return sampled or self.canary_monitor.wants_logprobs(adapter)
+
+    def _exists(self, name: str) -> bool:
+        """It is an adapter's full name, or a base's."""
+        return name in self.registry or name in self.fleet
+
+    def _count_usage(self, exchange: Exchange) -> None:
+        if exchange.generations:
+            used = Usage.of(exchange, self.config.prices)
+            self.usage_ledger.take(exchange, used)
+            self._usage_metrics.take(exchange.adapter, exchange.tenant, used)
 
     async def _log_stats(self) -> None:
         while True:

@@ -11,11 +11,11 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import Message, Scope, Send
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # What is counted when the client left before anything was answered.
 LEFT = 499
 
+# vLLM's words where a prompt is longer than the model's context.
+_OVER_CONTEXT = re.compile(rb"maximum (context|model) length")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 # W3C Trace Context: version, trace id, parent id, flags; a trace id of zeros is none.
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
@@ -51,12 +53,29 @@ def trace_of(scope: Scope) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Parameters:
+    """What a request asked of the sampler.
+
+    `max_tokens` is what the engine took: never more than the context had room for. `constrained`: the answer is held
+    to a schema, a grammar or choices. `tools`: the request names tools. `others` is a digest of what else shapes an
+    answer (top_p, penalties, stop and the like); "" where all of it is vLLM's default.
+    """
+
+    max_tokens: int
+    temperature: float
+    constrained: bool = False
+    tools: bool = False
+    others: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One sequence as the engine made it. Times are seconds; None where the engine did not come that far.
 
     `queue` ended when the prompt's turn came; `first` is the wall-clock time of the first token; `gap` and `worst_gap`
     are the mean and the longest wait for a token after the first. `logprobs` are those of the tokens that were sampled,
-    if they were asked for. `text` is what was said, if the engine made text of it.
+    if they were asked for. `text` is what was said, if the engine made text of it. `cached` of the prompt's tokens came
+    from the prefix cache. `engine_seconds` is its part of the time that the engine's steps took.
     """
 
     prompt: Sequence[int]
@@ -68,6 +87,9 @@ class Generation:
     gap: float | None = None
     worst_gap: float | None = None
     logprobs: Sequence[float] | None = None
+    cached: int = 0
+    engine_seconds: float = 0.0
+    parameters: Parameters | None = None
 
 
 def count_prompt_tokens(generations: Iterable[Generation]) -> int:
@@ -108,6 +130,8 @@ class Watch:
     logprobs: bool = False
     # The server's own: no client waits for it.
     background: bool = False
+    # The request names tools: their definitions are in the prompt, and an answer may be a call.
+    tools: bool = False
     sequences: list[Generating] = field(default_factory=list)
     # What sends the tokens of its one sequence, if it is a plain stream.
     fast_stream: FastStream | None = None
@@ -146,6 +170,10 @@ class Exchange:
     dealt: bool = False
     # Of the client's trace, if it said one.
     trace_id: str = ""
+    # The request's body, its bytes, and whether it was refused because the context has no room for its prompt.
+    question: Mapping[str, Any] | None = None
+    question_bytes: int = 0
+    over_context: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -156,13 +184,27 @@ class Exchange:
         return count_generated_tokens(self.generations)
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of prompts that came from the prefix cache; of several sequences of one prompt, the first computes."""
+        cached: dict[int, int] = {}
+        for made in self.generations:
+            prompt = id(made.prompt)
+            cached[prompt] = min(made.cached, cached.get(prompt, made.cached))
+        return sum(cached.values())
+
+    @property
+    def engine_seconds(self) -> float:
+        """Its part of the time that the engine's steps took."""
+        return sum(made.engine_seconds for made in self.generations)
+
+    @property
     def nbytes(self) -> int:
-        """About how much memory it holds: 8 bytes a token and log-probability, and the text."""
+        """About how much memory it holds: 8 bytes a token and log-probability, the text, and the request's body."""
         held = sum(
             8 * (len(made.prompt) + len(made.output) + len(made.logprobs or ())) + len(made.text)
             for made in self.generations
         )
-        return held + len(self.asker or b"")
+        return held + len(self.asker or b"") + self.question_bytes
 
     @property
     def finish_reason(self) -> str:
@@ -200,6 +242,9 @@ class Tap:
         "dealt",
         "events",
         "id",
+        "over_context",
+        "question",
+        "question_bytes",
         "request_id",
         "status",
         "tenant",
@@ -225,6 +270,9 @@ class Tap:
         self.watch = Watch()
         # The answer is a stream of server-sent events.
         self.events = False
+        self.question: Mapping[str, Any] | None = None
+        self.question_bytes = 0
+        self.over_context = False
 
     @property
     def begun(self) -> bool:
@@ -242,7 +290,13 @@ class Tap:
             )
         elif self._first is None:
             self._first = time.perf_counter()
+            self.over_context = self.status == 400 and bool(_OVER_CONTEXT.search(message.get("body", b"")))
         await self._send(message)
+
+    def asked(self, question: Mapping[str, Any], nbytes: int) -> None:
+        """Say what the request's body holds, and how long it is."""
+        self.question, self.question_bytes = question, nbytes
+        self.watch.tools = bool(question.get("tools"))
 
     def routed(self, route: Routed, tenant: str) -> None:
         """Say who answers, and whom."""
@@ -288,4 +342,7 @@ class Tap:
             generations,
             self.dealt,
             self.trace_id,
+            self.question,
+            self.question_bytes,
+            self.over_context,
         )

@@ -18,6 +18,8 @@ from serve.cli.engines import engines_app
 from serve.cli.golden import golden_app
 from serve.cli.keys import keys_app
 from serve.cli.monitoring import monitoring_app
+from serve.cli.terminal import example
+from serve.cli.usage import usage
 from serve.config import Config, load, settings_help
 from serve.errors import LoradockError
 
@@ -39,6 +41,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(monitoring_app, name="monitoring")
 
 operate.register(app)
+app.command(epilog=example("loradock usage --month 2026-11", "loradock usage --tenant acme --csv > acme.csv"))(usage)
 
 SERVE_HELP = """Serve MODEL with hot-swapped LoRA adapters behind an OpenAI-compatible endpoint.
 

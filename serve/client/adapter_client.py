@@ -297,6 +297,11 @@ class AdapterClient:
                 self._read(response)
             return response.content
 
+    def usage(self, month: str | None = None, tenant: str | None = None) -> dict[str, Any]:
+        """What was used in a month (YYYY-MM; by default this one), by tenant and adapter."""
+        params = {name: value for name, value in (("month", month), ("tenant", tenant)) if value is not None}
+        return self._call("GET", "/v1/usage", params=params)
+
     def _call(self, method: str, path: str, **parts: Any) -> dict[str, Any]:
         return self._ask(lambda: self._http.request(method, path, **parts), repeatable=method == "GET")
 

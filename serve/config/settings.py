@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from serve.config.values import takes
 from serve.rollout.policy import DEFAULT_POLICIES, Policy
+from serve.telemetry.prices import Price
 from serve.telemetry.slo import DEFAULT_SLOS, Slo
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="0 to 65535")]
@@ -117,6 +118,9 @@ class Config:
     webhook_secret_file: str = _setting("", "a file that holds webhook_secret")
     webhook_private: bool = _setting(False, "whether webhooks may lead to private addresses")
     policies: tuple[Policy, ...] = _setting(DEFAULT_POLICIES, "what to do about canaries, by adapter (docs/drift.md)")
+    prices: tuple[Price, ...] = _setting((), "prices of tokens and engine time, by adapter (docs/monitoring.md)")
+    currency: str = _setting("EUR", "the currency of the prices")
+    usage_days: FromOne = _setting(400, "days for which usage by tenant and adapter is kept")
     slos: tuple[Slo, ...] = _setting(DEFAULT_SLOS, "service level objectives, by adapter (docs/monitoring.md)")
     ray: bool = _setting(False, "serve with replicas on a Ray cluster, which is started here unless ray_address is set")
     ray_address: str = _setting("", "a Ray cluster that runs already: auto, or HOST:PORT of its head")

@@ -13,6 +13,8 @@ import yaml
 from serve.errors import ConfigError
 from serve.rollout.policy import Policy
 from serve.rollout.policy import parse as parse_policies
+from serve.telemetry.prices import Price
+from serve.telemetry.prices import parse as parse_prices
 from serve.telemetry.slo import Slo
 from serve.telemetry.slo import parse as parse_slos
 
@@ -126,6 +128,7 @@ _READ: dict[Any, Callable[[Any], Any]] = {
     tuple[str, ...]: _texts,
     tuple[Policy, ...]: _mapping(parse_policies),
     tuple[Slo, ...]: _mapping(parse_slos),
+    tuple[Price, ...]: _mapping(parse_prices),
 }
 _TAKES = {
     str: "text",
@@ -136,4 +139,5 @@ _TAKES = {
     tuple[str, ...]: "a list",
     tuple[Policy, ...]: "a mapping",
     tuple[Slo, ...]: "a mapping",
+    tuple[Price, ...]: "a mapping",
 }

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -101,6 +101,7 @@ class Backend(Protocol):
     async def score(self, adapter_id: str | None, text: str) -> float: ...
     async def log_stats(self) -> None: ...
     def metrics(self) -> Iterable[Metric]: ...
+    def busy_seconds(self) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,7 @@ class Inference:
             request, fan_out = None, FanOut()
             if scope["method"] == "POST" and stored is None:
                 request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
+                tap.asked(request.fields, len(request.body))
                 fan_out = FanOut.of(scope["path"], request.fields, len(request.body))
                 fan_out.check(self._bounds.of(caller.limits))
                 if meter:

@@ -26,6 +26,7 @@ from serve.asgi.exchange import Exchange
 from serve.auth.audit import Audit
 from serve.engine.engine import Phase
 from serve.engine.fleet import Fleet
+from serve.telemetry.families import Family
 from serve.telemetry.series import LABELS, AdapterLoads, OwnFamilies, Series
 from serve.telemetry.slo import Slo
 
@@ -57,6 +58,7 @@ class Metrics:
         loads: AdapterLoads,
         slos: Sequence[Slo] = (),
         *,
+        more: Sequence[Family] = (),
         limit: int = 100,
         keep: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
@@ -67,7 +69,7 @@ class Metrics:
         self._keep = keep
         self._clock = clock
         self._collectors = CollectorRegistry()
-        self._families = OwnFamilies(loads)
+        self._families = OwnFamilies(loads, more)
         self._series: dict[tuple[str, str], Series] = {}
         self._rendering = Lock()
         self._rendered: dict[Any, tuple[float, bytes]] = {}

@@ -19,8 +19,8 @@ TAP_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.005, 
 class OwnFamilies:
     """Every `loradock_*` family that is counted as it happens; what is read at a scrape is in `metrics`."""
 
-    def __init__(self, loads: AdapterLoads) -> None:
-        self._all: list[Family] = []
+    def __init__(self, loads: AdapterLoads, more: Sequence[Family] = ()) -> None:
+        self._all: list[Family] = [*more]
         self.requests = self._counter(
             "requests",
             "Requests by the version that answered, the HTTP status, and how the engine ended the text.",

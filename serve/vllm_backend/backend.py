@@ -180,6 +180,7 @@ class VLLMBackend:
             self._llm = llm = await building.built(self._build, _discard)
             llm.output_processor.__class__ = Outputs
             llm.output_processor.plain = self._tells_plainly()
+            llm.output_processor.step_times = self._pulse.step_times
             tasks = await llm.get_supported_tasks()
             self._generates = "generate" in tasks
             self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)
@@ -352,6 +353,11 @@ class VLLMBackend:
     def metrics(self) -> Iterable[Metric]:
         """vLLM's own series of this engine."""
         return self._collectors.collect()
+
+    def busy_seconds(self) -> Mapping[str, float]:
+        """How long its steps took, all ranks together: for clients, and for requests of the server's own."""
+        times = self._pulse.step_times
+        return {"clients": times.busy - times.background, "background": times.background}
 
     def _engine(self) -> Engine:
         if self._llm is None:

@@ -15,8 +15,10 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 from vllm.v1.metrics.stats import RequestStateStats
 
-from serve.asgi.exchange import Generation, watching
+from serve.asgi.exchange import Generation, Parameters, watching
 from serve.asgi.fast_stream import FastStream
+from serve.vllm_backend.sampling_parameters import parameters_of
+from serve.vllm_backend.step_times import StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ class Outputs(OutputProcessor):
 
     # Whether vLLM's way adds nothing to a plain stream; its backend knows.
     plain = False
+    # Who is charged for the engine's time; its backend hands it in.
+    step_times: StepTimes | None = None
 
     def add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         super().add_request(request, *args, **kwargs)
@@ -39,10 +43,12 @@ class Outputs(OutputProcessor):
         if state is None or hasattr(state, "background"):
             return
         state.background = watch is None or watch.background
+        state.watched = None
         if watch is None:
             return
-        state.watched = _Sequence(state)
-        watch.sequences.append(state.watched)
+        sequence = _Sequence(state, parameters_of(request.sampling_params, watch.tools))
+        watch.sequences.append(sequence)
+        state.watched = sequence
         if watch.logprobs:
             ask_logprobs(request, state)
         fast_stream = watch.fast_stream
@@ -52,9 +58,23 @@ class Outputs(OutputProcessor):
             state.stream_interval = NEVER
 
     def process_outputs(
-        self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
+        self,
+        engine_core_outputs: list[EngineCoreOutput],
+        engine_core_timestamp: float | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> OutputProcessorOutput:
-        done = super().process_outputs(engine_core_outputs, *args, **kwargs)
+        # Before: those that end here are forgotten by then.
+        states = [(self.request_states.get(output.request_id), output) for output in engine_core_outputs]
+        began = {output.request_id for state, output in states if state is not None and state.is_prefilling}
+        done = super().process_outputs(engine_core_outputs, engine_core_timestamp, *args, **kwargs)
+        if self.step_times is not None and engine_core_timestamp is not None:
+            computed = [
+                (state, _tokens(state, output, output.request_id in began))
+                for state, output in states
+                if state is not None
+            ]
+            self.step_times.computed(computed, engine_core_timestamp)
         for output in engine_core_outputs:
             state = self.request_states.get(output.request_id)
             if state is not None and (fast_stream := getattr(state, "fast_stream", None)) is not None:
@@ -64,9 +84,15 @@ class Outputs(OutputProcessor):
     def _update_stats_from_finished(
         self, req_state: RequestState, finish_reason: FinishReason | None, *args: Any
     ) -> None:
-        if (watched := getattr(req_state, "watched", None)) and finish_reason is not None:
+        if (watched := getattr(req_state, "watched", None)) is not None and finish_reason is not None:
             watched.finish_reason = str(finish_reason)
         super()._update_stats_from_finished(req_state, finish_reason, *args)
+
+
+def _tokens(state: RequestState, output: EngineCoreOutput, began: bool) -> int:
+    """What a step computed for a sequence: of one that begins, the prompt as far as it was not cached."""
+    prompt = state.prompt_len - state.num_cached_tokens if began else 0
+    return max(1, prompt, len(output.new_token_ids))
 
 
 def _alone(state: RequestState) -> bool:
@@ -109,8 +135,10 @@ def _go_round(state: RequestState) -> None:
 class _Sequence:
     """What there is to know of a sequence, whether it has ended or its client has left."""
 
-    def __init__(self, state: RequestState) -> None:
+    def __init__(self, state: RequestState, parameters: Parameters | None = None) -> None:
         self._state = state
+        self._parameters = parameters
+        self.engine_seconds = 0.0
         self.finish_reason = "abort"
         self.stats: Timed | None = None
         if state.stats is not None:
@@ -121,8 +149,18 @@ class _Sequence:
         output = state.detokenizer.output_token_ids if state.detokenizer else []
         prompt = state.prompt_token_ids or []
         text = getattr(state.detokenizer, "output_text", "")
+        cached, parameters = state.num_cached_tokens, self._parameters
         if stats is None:
-            return Generation(prompt, output, self.finish_reason, text, logprobs=self._logprobs())
+            return Generation(
+                prompt,
+                output,
+                self.finish_reason,
+                text,
+                logprobs=self._logprobs(),
+                cached=cached,
+                engine_seconds=self.engine_seconds,
+                parameters=parameters,
+            )
         begun = stats.first_token_ts > 0
         later = len(output) - 1
         return Generation(
@@ -135,6 +173,9 @@ class _Sequence:
             gap=(stats.last_token_ts - stats.first_token_ts) / later if begun and later > 0 else None,
             worst_gap=stats.worst if begun and later > 0 else None,
             logprobs=self._logprobs(),
+            cached=cached,
+            engine_seconds=self.engine_seconds,
+            parameters=parameters,
         )
 
     def _logprobs(self) -> list[float] | None:

@@ -12,21 +12,25 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from serve.vllm_backend.step_times import StepTimes
+
 # vLLM registers its series process-wide, so that two engines can't be built at once.
 _BUILDING = threading.Lock()
 
 
 class Pulse(StatLoggerBase):
-    """Notes when the engine last took a step, and how many requests it had then."""
+    """Notes when the engine last took a step, how many requests it had then, and how long its steps take."""
 
     def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
         self.last = 0.0
         self.waiting = 0
+        self.step_times = StepTimes()
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
         self.last = time.monotonic()
+        self.step_times.ended(engine_idx)
         if scheduler_stats is not None:
             self.waiting = scheduler_stats.num_waiting_reqs
 

@@ -138,6 +138,9 @@ class FakeBackend:
         running.add_metric(("a,b",), 1)
         return [tokens, running]
 
+    def busy_seconds(self) -> dict[str, float]:
+        return {"clients": 2.0, "background": 0.5}
+
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         body = await request.json() if scope["method"] == "POST" else {}

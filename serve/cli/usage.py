@@ -1,0 +1,60 @@
+"""`loradock usage`: what each tenant used in a month, and what it cost.
+
+Exit codes: 0 done, 1 the server refused, 2 the command is wrong, 3 no server answered.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Annotated, Any
+
+import typer
+
+from serve.cli.terminal import URL, Json, Key, Url, connected, say, table
+
+COLUMNS = (
+    *("tenant", "adapter", "requests", "prompt_tokens", "cached_tokens", "generated_tokens"),
+    *("engine_seconds", "cost"),
+)
+
+
+def usage(
+    month: Annotated[
+        str | None, typer.Option("--month", metavar="YYYY-MM", help="The month, by UTC (default: this one).")
+    ] = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Of one tenant alone.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Show requests, tokens, engine time and cost of a month, by tenant and adapter."""
+    with connected("usage", url, key) as client:
+        answer = client.usage(month, tenant)
+    say(answer, as_json, _as_csv if as_csv else _as_table)
+
+
+def _as_csv(answer: dict[str, Any]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("month", *COLUMNS, "currency"))
+    for row in answer.get("data", []):
+        writer.writerow((answer.get("month"), *(row.get(column) for column in COLUMNS), answer.get("currency")))
+    return text.getvalue().rstrip("\n")
+
+
+def _as_table(answer: dict[str, Any]) -> str:
+    rows = answer.get("data", [])
+    if not rows:
+        return f"nothing was used in {answer.get('month')}"
+    currency = answer.get("currency") or ""
+    titles = [column.replace("_", " ").upper() for column in COLUMNS]
+    titles[-1] = f"COST {currency}".strip()
+    total = {**answer.get("total", {}), "tenant": "total", "adapter": ""}
+    return table([tuple(titles), *(_cells(row) for row in [*rows, total])])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    words = [str(row.get(column, "")) for column in COLUMNS[:6]]
+    return (*words, f"{row.get('engine_seconds', 0):.1f}", f"{row.get('cost', 0):.4f}")

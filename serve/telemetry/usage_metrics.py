@@ -1,0 +1,94 @@
+"""Use and cost as series, by adapter and tenant, and how long each engine has computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from serve.engine.fleet import Fleet
+from serve.telemetry.families import Counters, Family
+from serve.telemetry.usage_ledger import Usage
+
+LABELS = ("adapter", "tenant")
+OTHERS = ("other", "other")
+
+
+class UsageMetrics:
+    """At most `limit` pairs of adapter and tenant have series of their own; the rest are `other`.
+
+    `known` says whether an adapter or base of this name exists: what is gone gives its place back.
+    """
+
+    def __init__(self, currency: str, known: Callable[[str], bool], *, limit: int = 100) -> None:
+        self._currency, self._known, self._limit = currency, known, limit
+        self._pairs: set[tuple[str, str]] = set()
+        self._requests = Counters(
+            "loradock_usage_requests", "Requests that the engine worked on, by adapter and by who asked.", LABELS
+        )
+        self._tokens = Counters(
+            "loradock_usage_tokens",
+            "Tokens by kind: of prompts as far as they were computed, of prompts from the prefix cache, generated.",
+            (*LABELS, "kind"),
+        )
+        self._seconds = Counters(
+            "loradock_usage_engine_seconds",
+            "Seconds of the engine's steps, divided among their sequences by the tokens computed.",
+            LABELS,
+        )
+        self._cost = Counters(
+            "loradock_usage_cost", "Money, by the prices in the configuration.", (*LABELS, "currency")
+        )
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        return self._requests, self._tokens, self._seconds, self._cost
+
+    def take(self, adapter: str, tenant: str, used: Usage) -> None:
+        """Count a request that has ended; the event loop's alone."""
+        pair = self._pair(adapter, tenant)
+        self._requests.labels(*pair).inc(used.requests)
+        self._tokens.labels(*pair, "prompt").inc(used.prompt_tokens - used.cached_tokens)
+        self._tokens.labels(*pair, "cached").inc(used.cached_tokens)
+        self._tokens.labels(*pair, "generated").inc(used.generated_tokens)
+        self._seconds.labels(*pair).inc(used.engine_seconds)
+        self._cost.labels(*pair, self._currency).inc(used.cost)
+
+    def _pair(self, adapter: str, tenant: str) -> tuple[str, str]:
+        pair = (adapter, tenant)
+        if pair in self._pairs:
+            return pair
+        if len(self._pairs) >= self._limit:
+            self._tidy()
+        if len(self._pairs) >= self._limit:
+            return OTHERS
+        self._pairs.add(pair)
+        return pair
+
+    def _tidy(self) -> None:
+        for pair in [pair for pair in self._pairs if not self._known(pair[0])]:
+            self._pairs.discard(pair)
+            for family in self.families:
+                for labels in family.known():
+                    if labels[:2] == pair:
+                        family.remove(*labels)
+
+
+class EngineBusy(Collector):
+    """How long each base's engine has computed: for clients, whose shares add up to it, and for the server itself."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[Metric]:
+        busy = CounterMetricFamily(
+            "loradock_engine_busy_seconds",
+            "Seconds of the engine's steps, for clients and for requests of the server's own (background).",
+            labels=("model", "use"),
+        )
+        for base in self._fleet:
+            for use, seconds in base.backend.busy_seconds().items():
+                busy.add_metric((base.name, use), seconds)
+        yield busy

@@ -1,0 +1,24 @@
+"""Series of usage are bounded, whoever asks."""
+
+from __future__ import annotations
+
+from serve.telemetry.usage_ledger import Usage
+from serve.telemetry.usage_metrics import UsageMetrics
+
+USED = Usage(1, 30, 10, 5, 0.5, 0.25)
+
+
+def text(metrics: UsageMetrics) -> str:
+    return "".join(family.render(False) for family in metrics.families)
+
+
+def test_beyond_the_limit_pairs_are_counted_together_and_what_is_gone_gives_its_place():
+    known = {"a", "b", "c"}
+    metrics = UsageMetrics("EUR", known.__contains__, limit=2)
+    for adapter in ("a", "b", "c", "c"):
+        metrics.take(adapter, "acme", USED)
+    assert 'loradock_usage_requests_total{adapter="other",tenant="other"} 2.0' in text(metrics)
+    known.remove("a")
+    metrics.take("c", "acme", USED)
+    assert 'adapter="a"' not in text(metrics)
+    assert 'loradock_usage_tokens_total{adapter="c",kind="prompt",tenant="acme"} 20.0' in text(metrics)
