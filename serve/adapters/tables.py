@@ -199,6 +199,7 @@ golden_promotions = Table(
     Column("why", Text, nullable=False),
     Column("when", Float(53), nullable=False),
 )
+
 usage = Table(
     "usage",
     metadata,

@@ -25,6 +25,7 @@ from serve.auth.keys import Keys
 from serve.auth.rate_limits import Meters
 from serve.config import Config
 from serve.drift.baseline_build import BaselineBuild
+from serve.drift.data_quality import DataQuality
 from serve.drift.logprob_sampling import LogprobSampling
 from serve.drift.monitor import DriftMonitor
 from serve.drift.prober import Prober
@@ -41,6 +42,7 @@ from serve.gateway.inference import Inference
 from serve.gateway.router import Router
 from serve.models.checkpoint import takes_media
 from serve.models.hardware import node
+from serve.models.language import language_of
 from serve.rollout.alertmanager import Alerts
 from serve.rollout.canary import CanaryVerdict
 from serve.rollout.canary_monitor import CanaryMonitor
@@ -174,6 +176,15 @@ class Services:
             label=self.monitor.label,
             exists=lambda adapter, id: _exists(self.fleet, self.registry, adapter, id),
         )
+        self._data_quality = DataQuality(
+            language_of,
+            lambda adapter: _context_of(_base_of(self.fleet, adapter)),
+            self._exists,
+            kinds=config.personal_data,
+            limit=config.max_labelled_versions,
+        )
+        # Beside the watcher: it looks at every request, of models too that are not watched for drift.
+        self.quality_worker = ExchangeWorker([self._data_quality], name="data-quality")
         self.exchange_worker = ExchangeWorker([self.canary_monitor, self.drift_monitor])
         self._watched_bases = WatchedBases(self.fleet, self.drift_monitor, self.exchange_worker)
         self._logprob_sampling = LogprobSampling(config.drift_logprobs)
@@ -199,6 +210,7 @@ class Services:
             self.exchange_worker,
             self.background,
             self._webhooks,
+            self._data_quality,
             EngineBusy(self.fleet),
         ):
             self.monitor.watch(collector)
@@ -206,6 +218,7 @@ class Services:
         # What clients ask
         captured = [self._capture_worker.offer] if config.capture_text else []
         looks = [self.monitor.take, self._count_usage, self.feedback.remember, self.exchange_worker.offer]
+        looks += [self.quality_worker.offer] if config.data_quality else []
         looks += [*captured, self.recent.take]
         exchanges = ExchangeObservers([*looks, *observers], self.monitor.tap_took)
         self.meters = Meters()
@@ -249,6 +262,9 @@ class Services:
                 closing.push_async_callback(self.follower.close)
             # It deletes old files also where nothing is captured any more.
             await asyncio.to_thread(self._capture_worker.start)
+            if self.config.data_quality:
+                closing.push_async_callback(asyncio.to_thread, self.quality_worker.stop)
+                await asyncio.to_thread(self.quality_worker.start)
             closing.push_async_callback(self.background.stop)
             self._start_background_tasks()
             starting = asyncio.create_task(self._bring_up())
@@ -372,6 +388,14 @@ def _canary_monitor(
         on_verdict=on_verdict,
         label=label,
     )
+
+
+def _context_of(base: Supervisor) -> int:
+    """The tokens that a base's context has room for; 0 while its engine is not there."""
+    try:
+        return base.backend.max_model_len
+    except EngineUnavailable:
+        return 0
 
 
 def _base_of(fleet: Fleet, name: str) -> Supervisor:

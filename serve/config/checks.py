@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from serve.config.settings import Config
+from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.errors import ConfigError
 from serve.rollout.webhook import checked_url, signing_key
 
@@ -87,6 +88,9 @@ def _check_numbers(config: Config) -> None:
 
 
 def _check_patterns(config: Config) -> None:
+    for kind in config.personal_data:
+        if kind not in PERSONAL_DATA:
+            raise ConfigError(f"personal_data takes {', '.join(PERSONAL_DATA)}, not {kind!r}")
     for pattern in config.capture_redact:
         try:
             re.compile(pattern)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from serve.config.values import takes
+from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.rollout.policy import DEFAULT_POLICIES, Policy
 from serve.telemetry.prices import Price
 from serve.telemetry.slo import DEFAULT_SLOS, Slo
@@ -118,6 +119,10 @@ class Config:
     webhook_secret_file: str = _setting("", "a file that holds webhook_secret")
     webhook_private: bool = _setting(False, "whether webhooks may lead to private addresses")
     policies: tuple[Policy, ...] = _setting(DEFAULT_POLICIES, "what to do about canaries, by adapter (docs/drift.md)")
+    data_quality: bool = _setting(True, "whether languages, empty prompts and refusals are counted by adapter")
+    personal_data: Texts = _setting(
+        PERSONAL_DATA, "personal data counted in requests: email, phone, iban, credit_card (none: empty)"
+    )
     prices: tuple[Price, ...] = _setting((), "prices of tokens and engine time, by adapter (docs/monitoring.md)")
     currency: str = _setting("EUR", "the currency of the prices")
     usage_days: FromOne = _setting(400, "days for which usage by tenant and adapter is kept")

@@ -1,4 +1,4 @@
-"""Who asks for how much, and what it costs."""
+"""Who asks for how much, what it costs, and what the requests are like."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from serve.telemetry.rendered.panels import Json, Panel, Query, Row, Variable, d
 
 _TENANT = Variable("tenant", "Tenant", "label_values(loradock_usage_requests_total, tenant)")
 _CHOSEN = 'adapter=~"$adapter",tenant=~"$tenant"'
+_INPUT = 'adapter=~"$adapter"'
+_EACH = "{{adapter}}"
 
 
 def board() -> Json:
-    content: list[Panel | Row] = [*_usage()]
-    says = "Tokens, engine time and cost by adapter and tenant."
+    content: list[Panel | Row] = [Row("Usage"), *_usage(), Row("What comes in"), *_input()]
+    says = "Tokens, engine time and cost by adapter and tenant; languages, problems and personal data of requests."
     return dashboard("usage", "Usage", says, content, [ADAPTER, _TENANT, ENGINE])
 
 
@@ -50,5 +52,48 @@ def _usage() -> list[Panel]:
             "Of each second, how much the engine computed, for clients and for the server itself (probes, shadows).",
             [Query(rate("loradock_engine_busy_seconds_total", 'model=~"$model"', "model, use"), "{{model}} {{use}}")],
             unit="percentunit",
+        ),
+    ]
+
+
+def _input() -> list[Panel]:
+    looked_at = rate("loradock_input_requests_total", _INPUT, "adapter")
+    return [
+        Panel(
+            "Languages",
+            "Share of the requests by the language that the user's last message is probably in.",
+            [
+                Query(
+                    f"{rate('loradock_input_language_total', _INPUT, 'adapter, language')} / on (adapter) group_left() "
+                    f"{looked_at}",
+                    "{{adapter}} {{language}}",
+                )
+            ],
+            unit="percentunit",
+            quiet=True,
+            most=1,
+        ),
+        Panel(
+            "Problems of prompts",
+            "Requests per second whose prompt was empty, was refused because the context has no room for it "
+            "(over_context), or whose answer ended because the context was full (context_full).",
+            [Query(rate("loradock_input_problems_total", _INPUT, "adapter, problem"), "{{adapter}} {{problem}}")],
+            unit="reqps",
+            quiet=True,
+        ),
+        Panel(
+            "Personal data",
+            "Requests per second that hold personal data of a kind, by pattern: an estimate.",
+            [Query(rate("loradock_input_personal_data_total", _INPUT, "adapter, kind"), "{{adapter}} {{kind}}")],
+            unit="reqps",
+            quiet=True,
+        ),
+        Panel(
+            "Refused answers",
+            "Share of the answers that begin as refusals do.",
+            [Query(f"{rate('loradock_answers_refused_total', _INPUT, 'adapter')} / {looked_at}", _EACH)],
+            unit="percentunit",
+            quiet=True,
+            most=1,
         ),
     ]
