@@ -178,7 +178,7 @@ class Services:
         )
         self._data_quality = DataQuality(
             language_of,
-            lambda adapter: _context_of(_base_of(self.fleet, adapter)),
+            lambda adapter: _context_of(_base_of(self.fleet, adapter)) if self._exists(adapter) else 0,
             self._exists,
             kinds=config.personal_data,
             limit=config.max_labelled_versions,

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # What is counted when the client left before anything was answered.
 LEFT = 499
 
+# Of a longer body only the tokens of its prompt are looked at.
+QUESTION_BYTES = 256 << 10
 # vLLM's words where a prompt is longer than the model's context.
 _OVER_CONTEXT = re.compile(rb"maximum (context|model) length")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
@@ -170,7 +172,10 @@ class Exchange:
     dealt: bool = False
     # Of the client's trace, if it said one.
     trace_id: str = ""
-    # The request's body, its bytes, and whether it was refused because the context has no room for its prompt.
+    # The request's body, if it is short, its bytes, and whether the context has no room for the request's prompt.
+    question: Mapping[str, Any] | None = None
+    question_bytes: int = 0
+    over_context: bool = False
     question: Mapping[str, Any] | None = None
     question_bytes: int = 0
     over_context: bool = False
@@ -294,8 +299,9 @@ class Tap:
         await self._send(message)
 
     def asked(self, question: Mapping[str, Any], nbytes: int) -> None:
-        """Say what the request's body holds, and how long it is."""
-        self.question, self.question_bytes = question, nbytes
+        """Say what the request's body holds, and how long it is; a long one, as with pictures, is not kept."""
+        if nbytes <= QUESTION_BYTES:
+            self.question, self.question_bytes = question, nbytes
         self.watch.tools = bool(question.get("tools"))
 
     def routed(self, route: Routed, tenant: str) -> None:

@@ -20,15 +20,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
 
 from serve import errors
+from serve.client.upload_progress import CountedFile, Progress, UploadProgress
 from serve.errors import AdapterRejected, ConfigError, EngineUnavailable, LoradockError
-
-Progress = Callable[[int, int], None]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARDS = "adapter_model-*-of-*.safetensors"
@@ -127,9 +126,9 @@ class AdapterClient:
 
         def send() -> httpx.Response:
             with ExitStack() as open_files:
-                counter = _Counter(total, progress)
+                counter = UploadProgress(total, progress)
                 parts = [
-                    ("files", (file.name, _Counted(open_files.enter_context(file.open("rb")), counter)))
+                    ("files", (file.name, CountedFile(open_files.enter_context(file.open("rb")), counter)))
                     for file in files
                 ]
                 fields = {"name": name, "promote": "true" if promote else "false"}
@@ -394,35 +393,6 @@ class _TryAgain(Exception):
         super().__init__(str(error))
         self.error = error
         self.after = after
-
-
-class _Counter:
-    """Bytes of all files of one attempt."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._total = total
-        self._progress = progress
-        self._sent = 0
-        self.add(0)
-
-    def add(self, count: int) -> None:
-        self._sent += count
-        if self._progress is not None:
-            self._progress(self._sent, self._total)
-
-
-class _Counted:
-    """A file that tells how much of it was read; without `fileno`, so that httpx measures it by seeking."""
-
-    def __init__(self, file: BinaryIO, counter: _Counter) -> None:
-        self._file = file
-        self._counter = counter
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._counter.add(len(data))
-        return data
 
 
 def _error(response: httpx.Response, body: dict[str, Any] | None, url: str) -> LoradockError:
