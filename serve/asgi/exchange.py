@@ -176,9 +176,6 @@ class Exchange:
     question: Mapping[str, Any] | None = None
     question_bytes: int = 0
     over_context: bool = False
-    question: Mapping[str, Any] | None = None
-    question_bytes: int = 0
-    over_context: bool = False
 
     @property
     def prompt_tokens(self) -> int:
