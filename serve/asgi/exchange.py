@@ -77,7 +77,8 @@ class Generation:
     `queue` ended when the prompt's turn came; `first` is the wall-clock time of the first token; `gap` and `worst_gap`
     are the mean and the longest wait for a token after the first. `logprobs` are those of the tokens that were sampled,
     if they were asked for. `text` is what was said, if the engine made text of it. `cached` of the prompt's tokens came
-    from the prefix cache. `engine_seconds` is its part of the time that the engine's steps took.
+    from the prefix cache. `engine_seconds` is its part of the time that the engine's steps took. `prefill` is the time
+    from the prompt's turn in the engine to the first token.
     """
 
     prompt: Sequence[int]
@@ -92,6 +93,7 @@ class Generation:
     cached: int = 0
     engine_seconds: float = 0.0
     parameters: Parameters | None = None
+    prefill: float | None = None
 
 
 def count_prompt_tokens(generations: Iterable[Generation]) -> int:
@@ -123,6 +125,8 @@ class Routed(Protocol):
     def asker(self) -> bytes | None: ...
     @property
     def dealt(self) -> bool: ...
+    @property
+    def draw(self) -> bytes | None: ...
 
 
 @dataclass(slots=True)
@@ -155,6 +159,7 @@ class Exchange:
 
     `adapter` and `version` are its labels (`other` for what never reached a model), `id` the adapter as the engine
     knows it ("" for the base), `asker` what stays the same from request to request of one user or conversation.
+    `seated` is when it had its seat and its adapter was loaded.
     """
 
     adapter: str
@@ -176,6 +181,9 @@ class Exchange:
     question: Mapping[str, Any] | None = None
     question_bytes: int = 0
     over_context: bool = False
+    seated: float | None = None
+    # What names the random draw that chose its version; requests with the same one share their luck.
+    draw: bytes | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -206,7 +214,7 @@ class Exchange:
             8 * (len(made.prompt) + len(made.output) + len(made.logprobs or ())) + len(made.text)
             for made in self.generations
         )
-        return held + len(self.asker or b"") + self.question_bytes
+        return held + len(self.asker or b"") + len(self.draw or b"") + self.question_bytes
 
     @property
     def finish_reason(self) -> str:
@@ -217,6 +225,25 @@ class Exchange:
     def queue(self) -> float | None:
         queued = (generation.queue for generation in self.generations)
         return min((seconds for seconds in queued if seconds is not None), default=None)
+
+    @property
+    def prefill(self) -> tuple[float, int] | None:
+        """Seconds to the first token without any queue and without loading an adapter, and the tokens computed for it.
+
+        As the engine timed it; else from the seat to the first byte, less the time in the engine's own queue.
+        """
+        timed = [made for made in self.generations if made.prefill is not None]
+        if timed:
+            made = min(timed, key=lambda made: made.prefill or 0.0)
+            return made.prefill or 0.0, len(made.prompt) - made.cached
+        if self.first is None or self.seated is None:
+            return None
+        return self.first - self.seated - (self.queue or 0.0), self.prompt_tokens
+
+    @property
+    def counted_as(self) -> bytes | None:
+        """Of requests with the same one, only the first counts in a comparison of versions; None counts each."""
+        return self.asker if self.draw is None else self.draw
 
     @property
     def gap(self) -> float | None:
@@ -236,12 +263,14 @@ class Tap:
 
     __slots__ = (
         "_first",
+        "_seated",
         "_send",
         "_started",
         "adapter",
         "asker",
         "began",
         "dealt",
+        "draw",
         "events",
         "id",
         "over_context",
@@ -259,6 +288,7 @@ class Tap:
         self._send = send
         self._started = time.perf_counter()
         self._first: float | None = None
+        self._seated: float | None = None
         self.began = time.time()
         self.request_id = request_id
         self.trace_id = trace_id
@@ -268,6 +298,7 @@ class Tap:
         self.tenant = ""
         self.asker: bytes | None = None
         self.dealt = False
+        self.draw: bytes | None = None
         self.status = LEFT
         self.watch = Watch()
         # The answer is a stream of server-sent events.
@@ -302,10 +333,11 @@ class Tap:
         self.watch.tools = bool(question.get("tools"))
 
     def routed(self, route: Routed, tenant: str) -> None:
-        """Say who answers, and whom."""
+        """Say who answers, and whom; from now on it has its seat, and the adapter is loaded."""
+        self._seated = time.perf_counter()
         self.adapter, self.version = route.adapter, route.version
         self.id = "" if route.version == "base" else route.model
-        self.tenant, self.asker, self.dealt = tenant, route.asker, route.dealt
+        self.tenant, self.asker, self.dealt, self.draw = tenant, route.asker, route.dealt, route.draw
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -348,4 +380,6 @@ class Tap:
             self.question,
             self.question_bytes,
             self.over_context,
+            None if self._seated is None else self._seated - self._started,
+            self.draw,
         )

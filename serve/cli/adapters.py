@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, table
-from serve.errors import ConfigError
+from serve.errors import ConfigError, LoradockError
+
+if TYPE_CHECKING:
+    from serve.client.adapter_client import AdapterClient
 
 adapters_app = typer.Typer(
     name="adapters",
@@ -85,7 +88,8 @@ def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> 
     """Show the versions of an adapter, which is live, and its history."""
     with connected("adapters", url, key) as client:
         answer = client.show(name)
-    say(answer, as_json, _shown)
+        analysis = _analysis(client, name) if answer.get("canary") and not as_json else None
+    say(answer, as_json, lambda answer: _shown(answer, analysis))
 
 
 @adapters_app.command(epilog=example("loradock adapters promote support 3", "loradock adapters promote support v3"))
@@ -255,7 +259,15 @@ def _listed(answer: dict[str, Any]) -> str:
     return table(rows) if len(rows) > 1 else "no adapters yet; begin with: loradock adapters push NAME PATH"
 
 
-def _shown(answer: dict[str, Any]) -> str:
+def _analysis(client: AdapterClient, name: str) -> dict[str, Any] | None:
+    """How the canary does; None where the server does not say: the rest is shown all the same."""
+    try:
+        return client.drift(name).get("canary")
+    except LoradockError:
+        return None
+
+
+def _shown(answer: dict[str, Any], analysis: dict[str, Any] | None = None) -> str:
     live = _live(answer)
     rows = [("VERSION", "LIVE", "ID", "CREATED")]
     for version in answer.get("versions", []):
@@ -269,6 +281,8 @@ def _shown(answer: dict[str, Any]) -> str:
         for kind, does in (("canary", "answers"), ("shadow", "also answers, unseen,"))
         if answer.get(kind)
     ]
+    if analysis:
+        lines += _compared(analysis)
     lines += [
         f"{_v(version.get('version'))} is pinned" for version in answer.get("versions", []) if version.get("pinned")
     ]
@@ -282,6 +296,33 @@ def _shared(answer: dict[str, Any], kind: str, does: str) -> str:
     if not share:
         return f"{answer.get('name')} has no {kind} any more"
     return f"{answer.get('name')} {_v(share['version'])} {does} {share['weight']:.4g} of the requests"
+
+
+def _compared(analysis: dict[str, Any]) -> list[str]:
+    """How the canary does, and what it takes until it has proved itself."""
+    requests, askers = analysis.get("requests", 0), analysis.get("askers", 0)
+    line = f"{_v(analysis['canary'])} against {_v(analysis['live'])}: {analysis['verdict']} after {requests} requests"
+    line += f" of {askers} askers"
+    if analysis.get("dealt_by") == "request":
+        line += ", dealt by request: few askers"
+    rows = [("CHECK", "EFFECT", "MORE REQUESTS UNTIL PROVED")]
+    for check in analysis.get("checks", []):
+        if check.get("worse"):
+            rows.append((check["check"], f"{check['effect']}", "worse"))
+        elif check.get("requests_to_proof"):
+            rows.append((check["check"], f"{check['effect']}", _expected(check["requests_to_proof"])))
+    if len(rows) == 1:
+        return [line, "  too early to say how many requests it takes until it is proved"]
+    return [line, *(f"  {row}" for row in table(rows).splitlines())]
+
+
+def _expected(requests: dict[str, int | None]) -> str:
+    if requests["high"] == 0:
+        return "proved"
+    low, expected, high = (requests[bound] for bound in ("low", "expected", "high"))
+    if low is None:
+        return "not in sight"
+    return f"{'not in sight' if expected is None else expected} ({low} to {'no end' if high is None else high})"
 
 
 def _event(event: Any) -> str:

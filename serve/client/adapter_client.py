@@ -169,6 +169,10 @@ class AdapterClient:
         """The versions of one adapter, which is live, and its history."""
         return self._call("GET", _path(name))
 
+    def drift(self, name: str) -> dict[str, Any]:
+        """What moved in its traffic, and how its canary does."""
+        return self._call("GET", f"{_path(name)}/drift")
+
     def promote(
         self, name: str, version: int, expected_version: int | None = None, *, at_once: bool = False, why: str = ""
     ) -> dict[str, Any]:

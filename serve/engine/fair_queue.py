@@ -91,7 +91,8 @@ class FairQueue:
       without a seat pass it, in that eighth, which no such ticket needs: so neither waits for ever.
     - A smaller `priority` goes before a larger one, always. All that follows is among equals.
     - Next is the tenant with the fewest seats for its `weight`, then its adapter with the fewest, then who came first;
-      among tenants or adapters that are level, whose last turn is longest ago.
+      among tenants or adapters that are level, whose last turn is longest ago. The versions of an adapter (NAME@DIGEST)
+      have their seats together: a canary and the live version wait alike, however the traffic is split.
     - A ticket waits for a bounded number of others, whatever they do: a tenant without a seat gets the next that is
       free, and an adapter without a slot gets one that another has to give up after its answers under way (who has
       held one longest gives up first; half of the slots at most are being given up at a time). Every tenant that
@@ -229,7 +230,7 @@ class FairQueue:
         """The flow with the smallest rank is served first."""
         priority, tenant, adapter = flow
         of_tenant = self._tenants.get(tenant, _NO_SHARE)
-        of_adapter = self._adapters.get((tenant, adapter), _NO_SHARE)
+        of_adapter = self._adapters.get((tenant, _name(adapter)), _NO_SHARE)
         first = self._first(flow)
         seats = of_tenant.seats / first.weight
         return (priority, seats, of_tenant.served, of_adapter.seats, of_adapter.served, first.number)
@@ -248,7 +249,7 @@ class FairQueue:
         self._drop(ticket)
         now = next(self._numbers)
         of_tenant = self._tenants.setdefault(ticket.tenant, _Share())
-        of_adapter = self._adapters.setdefault((ticket.tenant, ticket.adapter), _Share())
+        of_adapter = self._adapters.setdefault((ticket.tenant, _name(ticket.adapter)), _Share())
         # A tenant's first request comes level with the oldest that the engine has, each further one a step behind; and
         # so does each further sequence of one request, which all have one order: that of the last.
         first = min((seated.start for seated in self._seated.values()), default=0)
@@ -273,7 +274,7 @@ class FairQueue:
         self._busy -= ticket.size
         self._passed -= ticket.size if ticket.has_passed else 0
         self._tenants[ticket.tenant].seats -= ticket.size
-        self._adapters[ticket.tenant, ticket.adapter].seats -= ticket.size
+        self._adapters[ticket.tenant, _name(ticket.adapter)].seats -= ticket.size
         if ticket.adapter is not None:
             self._slots[ticket.adapter].seats -= ticket.size
         self._forget()
@@ -333,8 +334,13 @@ class FairQueue:
         """Drop the shares of those with no ticket, once they are many: their last turn is the oldest anyway."""
         if len(self._adapters) <= 4 * (len(self._seated) + len(self._waiting)) + 64:
             return
-        seated = {(ticket.tenant, ticket.adapter) for ticket in self._seated.values()}
-        present = seated | {flow[1:] for flow in self._waiting}
+        seated = {(ticket.tenant, _name(ticket.adapter)) for ticket in self._seated.values()}
+        present = seated | {(tenant, _name(adapter)) for _, tenant, adapter in self._waiting}
         tenants = {tenant for tenant, _ in present}
         self._adapters = {key: share for key, share in self._adapters.items() if key in present}
         self._tenants = {key: share for key, share in self._tenants.items() if key in tenants}
+
+
+def _name(adapter: str | None) -> str | None:
+    """The adapter that this is a version of."""
+    return None if adapter is None else adapter.partition("@")[0]

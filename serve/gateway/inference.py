@@ -27,7 +27,14 @@ from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
 from serve.errors import BadRequest, ClientTooSlow, LoradockError
 from serve.gateway.fan_out import FanOut, RequestBounds
-from serve.gateway.request import InferenceRequest, body_limit, for_engine, requested_timeout, stored_response
+from serve.gateway.request import (
+    RESPONSES,
+    InferenceRequest,
+    body_limit,
+    for_engine,
+    requested_timeout,
+    stored_response,
+)
 from serve.gateway.router import Route, Router
 from serve.gateway.tenant_isolation import check_response_owner
 from serve.rollout.shadow import MAX_ANSWER, Shadows
@@ -136,6 +143,8 @@ class Inference:
             scope = for_engine(scope, route)
             if request:
                 fields = request.rewritten(scope["path"], route, caller.tenant)
+                if scope["path"] == RESPONSES:
+                    self._router.answered(fields["request_id"], route)
                 scope, receive = request.replay(scope, receive, fields)
             recorded = RecordedAnswer(MAX_ANSWER, send) if route.shadow and self._shadows else None
             if recorded:

@@ -22,6 +22,7 @@ PATHS = re.compile(
     r"/v1/(chat/completions(/batch)?|completions|responses|messages(/count_tokens)?|embeddings|score|rerank)"
     r"|/(tokenize|detokenize|pooling|classify|score|rerank|v2/rerank)"
 )
+RESPONSES = "/v1/responses"
 STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(/cancel)?")
 # Those that know no cache_salt, and fill no cache.
 _WITHOUT_SALT = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
@@ -92,7 +93,7 @@ class InferenceRequest:
         salt = None if _WITHOUT_SALT.fullmatch(path) else tenant_salt(self.fields.get("cache_salt"), tenant)
         if salt is not None:
             changes["cache_salt"] = salt
-        if path == "/v1/responses":
+        if path == RESPONSES:
             previous = self.fields.get("previous_response_id")
             if isinstance(previous, str):
                 check_response_owner(previous, tenant)

@@ -20,14 +20,16 @@ from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import EngineUnavailable, NotFound
 from serve.names import spelled, tenant_of
-from serve.rollout.traffic_split import Shares, sticky_key
+from serve.rollout.askers import Asker, Askers
+from serve.rollout.traffic_split import Draw, Shares
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where a request goes: the engine, the name it knows the model by, and what that is for the metrics.
 
-    `dealt` says that it asked for a name, and was given whichever version it has; `asker` who asked, if that is known.
+    `dealt` says that it asked for a name, and was given whichever version it has; `asker` who asked, if that is known,
+    and `draw` names the draw that chose between the versions, if that is anything else.
     """
 
     engine: Engine
@@ -40,6 +42,9 @@ class Route:
     # Its place in the engine's own queue, and the data-parallel rank that answers it.
     priority: int | None = None
     rank: int | None = None
+    draw: bytes | None = None
+    # The asker with its conversation.
+    who: Asker = Asker(None)
 
     @property
     def app(self) -> ASGIApp:
@@ -56,6 +61,7 @@ class Router:
         # Hears of every request for an adapter.
         self._used = used
         self._shares = Shares()
+        self._askers = Askers()
 
     @asynccontextmanager
     async def lease(
@@ -65,20 +71,25 @@ class Router:
         async with AsyncExitStack() as held:
             yield await self._leased(model, caller, fields or {}, seats, held)
 
+    def answered(self, response_id: str, route: Route) -> None:
+        """A request that names this stored response as the one before goes on with the same conversation."""
+        self._askers.remember(response_id, route.who)
+
     async def _leased(
         self, model: str | None, caller: Caller, fields: Mapping[str, Any], seats: int, held: AsyncExitStack
     ) -> Route:
         """The route, its lease on `held`; from the next engine, if one dies before it is this request's turn."""
+        asker = self._askers.of(fields, caller.tenant, caller.key)
+        draws: dict[int, Draw] = {}
         while True:
             while not (supervisor := self._supervisor(model, caller)).is_available:
                 await supervisor.available()
             # No await between the look-up and the lease, or a swap could come between.
             adapter = self.resolve(model, caller)
-            shadow = None
-            asker = sticky_key(fields, caller.tenant, caller.key)
+            shadow, draw = None, None
             dealt = adapter is not None and model is not None and "@" not in model
             if adapter and dealt:  # a version that was asked for by number is never dealt away
-                adapter, shadow = self._split_traffic(adapter, asker)
+                adapter, shadow, draw = self._split_traffic(adapter, asker, draws)
             engine = supervisor.engine
             if adapter and not engine.holds(adapter.id) and not self.store.has(adapter.digest):
                 await self._bring(adapter)
@@ -97,7 +108,9 @@ class Router:
                 continue
             if id:
                 self._used(id)
-            return Route(engine, lease.model, *labels, shadow, dealt, asker, lease.priority, lease.rank)
+            return Route(
+                engine, lease.model, *labels, shadow, dealt, asker.key, lease.priority, lease.rank, draw, asker
+            )
 
     def _path(self, engine: Engine, adapter: Adapter) -> Path:
         """Where its bytes are; what the engine holds answers also while they are out of reach."""
@@ -118,15 +131,25 @@ class Router:
             return self.fleet.of(adapter.name)
         return self.fleet.get(model)
 
-    def _split_traffic(self, live: Adapter, asker: bytes | None) -> tuple[Adapter, Adapter | None]:
-        """Who answers a request for the live version, and who answers it again, unseen."""
-        name = live.name
+    def _split_traffic(
+        self, live: Adapter, asker: Asker, draws: dict[int, Draw]
+    ) -> tuple[Adapter, Adapter | None, bytes | None]:
+        """Who answers a request for the live version, who answers it again, unseen, and the draw that chose.
+
+        `draws` has those of this request until now, by the candidate's version: it is drawn once.
+        """
+        name, draw = live.name, None
         canary, shadow = self.registry.canary(name), self.registry.shadow(name)
-        if canary and self._shares.takes(name, canary.adapter.version, canary.weight, asker):
-            return canary.adapter, None
+        if canary:
+            version = canary.adapter.version
+            dealt = draws.get(version) or self._shares.deal(name, version, canary.weight, asker)
+            draws[version] = dealt
+            draw = dealt.name
+            if dealt.taken:
+                return canary.adapter, None, draw
         if shadow and self._shares.takes(name, shadow.adapter.version, shadow.weight, None, "shadow"):
-            return live, shadow.adapter
-        return live, None
+            return live, shadow.adapter, draw
+        return live, None, draw
 
     def resolve(self, model: str | None, caller: Caller) -> Adapter | None:
         """The adapter version that a public name means to this caller now; None for the base model.

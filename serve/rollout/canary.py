@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from serve.adapters.snapshot import Share
 from serve.asgi.exchange import Exchange
 from serve.drift.features import refuses
+from serve.rollout.askers_seen import AskersSeen
+from serve.rollout.prefill_times import PrefillTimes
+from serve.rollout.proof_forecast import Forecast
 from serve.rollout.sequential_test import CHECKS, GROUPS, CheckResult, Comparison, Verdict
 
 # The first answers of a canary all come with log-probabilities; later ones are sampled as everybody's are.
@@ -49,6 +52,8 @@ class CanaryAnalysis:
         # The verdict that was announced last.
         self.announced = Verdict.UNDECIDED
         self._with_logprobs = 0
+        self._prefill = PrefillTimes()
+        self._askers = AskersSeen()
 
     def compares(self, live: int, share: Share) -> bool:
         """Whether this is the analysis of these two versions."""
@@ -62,15 +67,16 @@ class CanaryAnalysis:
     def observe(self, exchange: Exchange) -> CanaryVerdict | None:
         """Count one request that was dealt to one of the two; the verdict, if it led to one."""
         canary = exchange.version == f"v{self.canary}"
-        values = _values(exchange)
+        values = self._values(exchange, canary)
+        self._askers.observe(exchange)
         if canary and values.get("mean_logprob") is not None:
             self._with_logprobs += 1
-        self.comparison.observe(canary, values, asker=exchange.asker)
+        self.comparison.observe(canary, values, asker=exchange.counted_as)
         return self._new_verdict()
 
-    def rate(self, version: str, rating: float, asker: bytes | None) -> CanaryVerdict | None:
+    def rate(self, version: str, rating: float, counted_as: bytes | None) -> CanaryVerdict | None:
         """Count feedback about a request that was dealt to one of the two; the verdict, if it led to one."""
-        key = None if asker is None else asker + b"\0rating"
+        key = None if counted_as is None else counted_as + b"\0rating"
         self.comparison.observe(version == f"v{self.canary}", {"rating": rating}, asker=key)
         return self._new_verdict()
 
@@ -82,6 +88,10 @@ class CanaryAnalysis:
             "verdict": self.verdict.value,
             "alpha": self.comparison.alpha,
             "log_threshold": round(self.comparison.log_threshold, 3),
+            "requests": self.comparison.requests,
+            "skipped": self.comparison.skipped,
+            **self._askers.report(),
+            "requests_to_proof": _range(self.comparison.to_proof()),
             "checks": [described(result) for result in self.comparison.results()],
         }
 
@@ -92,7 +102,8 @@ class CanaryAnalysis:
     def state(self) -> dict[str, NDArray]:
         versions = np.array([self.live, self.canary, self._with_logprobs])
         names = {"name": np.array(self.adapter), "told": np.array(self.announced.value)}
-        return {"versions": versions, **names, **self.comparison.state()}
+        seen = {**self._prefill.state(), **self._askers.state()}
+        return {"versions": versions, **names, **seen, **self.comparison.state()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, NDArray]) -> CanaryAnalysis:
@@ -102,6 +113,13 @@ class CanaryAnalysis:
         self.live, self.canary, self._with_logprobs = (int(number) for number in state["versions"])
         self.announced = Verdict(str(state["told"]))
         self.comparison = Comparison.from_state(state, CHECKS)
+        self._prefill, self._askers = PrefillTimes(), AskersSeen()
+        if "bins" in state:
+            self._prefill.restore(state)
+            self._askers.restore(state)
+        else:
+            # Earlier releases counted the time in the queue, which says nothing about a version.
+            self.comparison.begin_again("first_token")
         return self
 
     @property
@@ -121,6 +139,31 @@ class CanaryAnalysis:
         reason = max(reasons, key=lambda result: result.log_evidence).group if reasons else "proved"
         results = tuple(self.comparison.results())
         return CanaryVerdict(self.adapter, self.live, self.canary, verdict, reason, results)
+
+    def _values(self, exchange: Exchange, canary: bool) -> dict[str, float | None]:
+        """What a request gives to the checks. What the client did wrong, or left, is nobody's error."""
+        if exchange.status >= 500:
+            return {"error": 1.0}
+        if exchange.status != 200 or not exchange.generations:
+            return {}
+        generation = exchange.generations[0]
+        if generation.finish_reason == "abort":
+            return {}
+        logprobs = generation.logprobs
+        return {
+            "error": float(generation.finish_reason == "error"),
+            "inter_token": exchange.gap,
+            "first_token": self._first_token(exchange, canary),
+            "length": float(len(generation.output)) if generation.output else None,
+            "ended_by_length": float(generation.finish_reason == "length"),
+            "refusal": float(refuses(generation.text)),
+            "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
+        }
+
+    def _first_token(self, exchange: Exchange, canary: bool) -> float | None:
+        """The time to the first token without any queue, for as many computed tokens as it had."""
+        prefill = exchange.prefill
+        return None if prefill is None else self._prefill.relative(*prefill, canary=canary)
 
     def _new_verdict(self) -> CanaryVerdict | None:
         verdict = self.verdict
@@ -142,29 +185,17 @@ def described(result: CheckResult) -> dict[str, Any]:
         "live_requests": result.live,
         "worse": result.worse,
         "proved": result.proved,
-    }
-
-
-def _values(exchange: Exchange) -> dict[str, float | None]:
-    """What a request gives to the checks. What the client did wrong, or left, is nobody's error."""
-    if exchange.status >= 500:
-        return {"error": 1.0}
-    if exchange.status != 200 or not exchange.generations:
-        return {}
-    generation = exchange.generations[0]
-    if generation.finish_reason == "abort":
-        return {}
-    logprobs = generation.logprobs
-    return {
-        "error": float(generation.finish_reason == "error"),
-        "inter_token": exchange.gap,
-        "first_token": exchange.first,
-        "length": float(len(generation.output)) if generation.output else None,
-        "ended_by_length": float(generation.finish_reason == "length"),
-        "refusal": float(refuses(generation.text)),
-        "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
+        "requests_to_proof": _range(result.to_proof),
     }
 
 
 def _finite(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
+
+
+def _range(forecast: Forecast | None) -> dict[str, int | None] | None:
+    """Whole requests; None for a bound that is not in sight."""
+    if forecast is None:
+        return None
+    bounds = {"low": forecast.low, "expected": forecast.expected, "high": forecast.high}
+    return {name: math.ceil(bound) if math.isfinite(bound) else None for name, bound in bounds.items()}

@@ -21,6 +21,7 @@ from serve.adapters.snapshot import Share
 from serve.asgi.exchange import Exchange
 from serve.files import write_whole
 from serve.rollout.canary import CanaryAnalysis, CanaryVerdict
+from serve.rollout.proof_forecast import UNKNOWN
 from serve.rollout.sequential_test import Verdict
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,9 @@ class CanaryMonitor(Collector):
         if exchange.dealt:
             self._update(exchange.adapter, exchange.version, lambda analysis: analysis.observe(exchange))
 
-    def rate(self, adapter: str, version: str, rating: float, asker: bytes | None) -> None:
+    def rate(self, adapter: str, version: str, rating: float, counted_as: bytes | None) -> None:
         """Count feedback about a request that was dealt out."""
-        self._update(adapter, version, lambda analysis: analysis.rate(version, rating, asker))
+        self._update(adapter, version, lambda analysis: analysis.rate(version, rating, counted_as))
 
     def save(self) -> None:
         """Write all analyses to the file."""
@@ -118,12 +119,27 @@ class CanaryMonitor(Collector):
             "ln of the evidence that the canary does worse than the live version.",
             labels=("adapter", "version", "check"),
         )
+        threshold = GaugeMetricFamily(
+            "loradock_swap_threshold_log_evidence",
+            "ln of the evidence at which the canary is called worse: 1 / alpha of the adapter's policy.",
+            labels=("adapter", "version"),
+        )
+        proof = GaugeMetricFamily(
+            "loradock_canary_requests_to_proof",
+            "Further requests, of both versions, until the canary has proved itself, from the noise seen so far, and "
+            "its bounds for four of five cases; +Inf while that is not in sight.",
+            labels=("adapter", "version", "bound"),
+        )
         with self._lock:
             for adapter, analysis in self._analyses.items():
                 labels = self._label(adapter, f"v{analysis.canary}")
                 for group, evidence in analysis.evidence().items():
                     checks.add_metric((*labels, group), max(evidence, LOWEST_LOG_EVIDENCE))
-        yield checks
+                threshold.add_metric(labels, analysis.comparison.log_threshold)
+                forecast = analysis.comparison.to_proof() or UNKNOWN
+                for bound in ("low", "expected", "high"):
+                    proof.add_metric((*labels, bound), getattr(forecast, bound))
+        yield from (checks, threshold, proof)
 
     def _update(self, adapter: str, version: str, count: Callable[[CanaryAnalysis], CanaryVerdict | None]) -> None:
         with self._lock:

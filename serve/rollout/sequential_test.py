@@ -17,7 +17,8 @@ more than each check's tolerance. A tolerance is taken off the canary's values b
 PROVED turns the question round: for every required check, the hypothesis "worse by more than the tolerance" was
 refuted at alpha. If any of them is true, P(PROVED, ever) <= alpha. It does not say that the new version is better.
 
-The router draws: a canary is chosen by asker, so each asker may be counted once only; pass `asker`.
+The router draws: a canary is chosen by asker, so each asker may be counted once only; pass `asker`. Where it draws for
+each request, each has a name of its own there, or none.
 Neither clock nor files; a comparison restored from its state goes on bit for bit.
 """
 
@@ -36,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.drift.detector import rng_from, rng_state
+from serve.rollout.proof_forecast import PROVED, Forecast, ProofGrowth, latest
 
 State: TypeAlias = dict[str, NDArray]
 
@@ -115,6 +117,8 @@ class CheckResult:
     effect: float  # canary against live: ratio of geometric means, or difference of means; nan while one has none
     worse: bool
     proved: bool
+    # Requests of both versions until it is proved; None for a check that is not required, and at the beginning.
+    to_proof: Forecast | None = None
 
 
 class Comparison:
@@ -131,7 +135,8 @@ class Comparison:
         if not checks or len({check.name for check in checks}) != len(checks):
             raise ValueError("checks need a name each that no other has, and there is at least one")
         self.weight, self.alpha, self.checks = weight, alpha, tuple(checks)
-        self.skipped = 0
+        # Requests that a verdict may rest on, and what was left out because its asker had been counted already.
+        self.requests = self.skipped = 0
         whole = sum(check.share for check in checks)
         self._tests = [_CheckTest(check, _block(weight), check.share / whole) for check in checks]
         self._rng = np.random.Generator(np.random.PCG64(seed))
@@ -139,7 +144,13 @@ class Comparison:
         self._verdict = Verdict.UNDECIDED
 
     def observe(self, canary: bool, values: Mapping[str, float | None], *, asker: Hashable | None = None) -> Verdict:
-        """One finished request and what it gave to the checks; what is missing, None or not finite is left out."""
+        """One finished request and what it gave to the checks; what is missing, None or not finite is left out.
+
+        One that gave nothing does not count as its asker's.
+        """
+        if not values:
+            return self.verdict
+        self.requests += any(check.required and check.name in values for check in self.checks)
         if asker is not None and self._counted(asker):
             self.skipped += 1
             return self.verdict
@@ -166,11 +177,25 @@ class Comparison:
 
     def results(self) -> list[CheckResult]:
         """Every check, in order."""
-        return [test.result(self.log_threshold) for test in self._tests]
+        return [test.result(self.log_threshold, self.requests) for test in self._tests]
+
+    def to_proof(self) -> Forecast | None:
+        """Further requests of both versions until PROVED; None while that cannot be told yet."""
+        if self._verdict is Verdict.PROVED:
+            return PROVED
+        return latest(
+            result.to_proof for check, result in zip(self.checks, self.results(), strict=True) if check.required
+        )
 
     def reasons(self) -> list[CheckResult]:
         """What made it WORSE."""
         return [result for result in self.results() if result.worse]
+
+    def begin_again(self, name: str) -> None:
+        """Forget what one check has seen."""
+        for i, test in enumerate(self._tests):
+            if test.check.name == name:
+                self._tests[i] = test.anew()
 
     def set_weight(self, weight: float) -> None:
         """The share has changed: open blocks are thrown away, since their requests were drawn at two different odds."""
@@ -187,6 +212,7 @@ class Comparison:
             "checks": np.array([test.check.name for test in self._tests]),
             "odds": np.array([self.weight, self.alpha]),
             "skipped": np.array(self.skipped),
+            "requests": np.array(self.requests),
             "askers": np.array(list(self._askers), np.int64),
             "verdict": np.array(self._verdict.value),
             "lots": rng_state(self._rng),
@@ -202,6 +228,9 @@ class Comparison:
         for i, test in enumerate(self._tests):
             test.restore({name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{i}.")})
         self.skipped = int(state["skipped"])
+        # Earlier releases did not count them.
+        counted = max(int(test.counts.sum()) for test in self._tests)
+        self.requests = int(state.get("requests", self.skipped + counted))
         self._askers = OrderedDict.fromkeys(int(asker) for asker in state["askers"])
         self._verdict = Verdict(str(state["verdict"]))
         self._rng = rng_from(state["lots"])
@@ -239,14 +268,16 @@ class _CheckTest:
         self._bad = np.zeros((2, len(STRENGTHS)))
         self._good = np.zeros((2, len(STRENGTHS)))
         self._most = np.zeros((2, 2))  # the highest that either has been, by side
-        self._counts = np.zeros(2, np.int64)  # live, canary
+        self.counts = np.zeros(2, np.int64)  # live, canary
         self._sums = np.zeros(2)
+        # Of the proofs, in order of `_sides`.
+        self._growth = [ProofGrowth(len(STRENGTHS)) for _ in self._sides]
 
     def observe(self, canary: bool, value: float, rng: np.random.Generator) -> bool:
         """Whether this request filled its block."""
         if self.check.unit is Unit.RATIO and value <= 0:
             return False
-        self._counts[int(canary)] += 1
+        self.counts[int(canary)] += 1
         self._sums[int(canary)] += math.log(value) if self.check.unit is Unit.RATIO else value
         self._open.append((canary, value))
         if len(self._open) < self._block:
@@ -263,13 +294,15 @@ class _CheckTest:
         """Of "within the tolerance" on every side; no share, since all required checks must be proved together."""
         return min(_log_mean(self._good[side]) for side in self._sides)
 
-    def result(self, log_threshold: float) -> CheckResult:
-        live, canary = (int(count) for count in self._counts)
+    def result(self, log_threshold: float, requests: int) -> CheckResult:
+        """As of now, after so many requests in all."""
+        live, canary = (int(count) for count in self.counts)
         effect = math.nan
         if live and canary:
             effect = float(self._sums[1] / canary - self._sums[0] / live)
             if self.check.unit is Unit.RATIO:
                 effect = math.exp(effect)
+        proved = min(float(self._most[1, side]) for side in self._sides) >= log_threshold
         return CheckResult(
             self.check.name,
             self.check.group,
@@ -279,11 +312,25 @@ class _CheckTest:
             live,
             effect,
             worse=float(self._most[0, 0]) >= log_threshold,
-            proved=min(float(self._most[1, side]) for side in self._sides) >= log_threshold,
+            proved=proved,
+            to_proof=PROVED if proved else self._to_proof(log_threshold, requests),
         )
+
+    def _to_proof(self, log_threshold: float, requests: int) -> Forecast | None:
+        """Further requests; every one counts that the comparison has seen, also if it gave nothing to this check."""
+        sides = zip(self._sides, self._growth, strict=True)
+        blocks = latest(growth.forecast(self._good[side], log_threshold) for side, growth in sides)
+        if blocks is None or not self.check.required:
+            return None
+        return blocks.scaled(self._block * requests / int(self.counts.sum()))
+
+    def anew(self) -> _CheckTest:
+        """The same test before its first request."""
+        return _CheckTest(self.check, self._block, self._share)
 
     def restart(self, block: int) -> None:
         self._block, self._open = block, []
+        self._growth = [ProofGrowth(len(STRENGTHS)) for _ in self._sides]
 
     def state(self) -> State:
         return {
@@ -293,36 +340,45 @@ class _CheckTest:
             "bad": self._bad.copy(),
             "good": self._good.copy(),
             "most": self._most.copy(),
-            "counts": self._counts.copy(),
+            "counts": self.counts.copy(),
             "sums": self._sums.copy(),
+            "growth": np.array([growth.state() for growth in self._growth]),
         }
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         self._block = int(state["block"])
         self._open = list(zip(state["labels"].tolist(), state["values"].tolist(), strict=True))
         self._bad, self._good = np.array(state["bad"]), np.array(state["good"])
-        self._most, self._counts, self._sums = (np.array(state[name]) for name in ("most", "counts", "sums"))
+        self._most, self.counts, self._sums = (np.array(state[name]) for name in ("most", "counts", "sums"))
+        for growth, saved in zip(self._growth, state.get("growth", ()), strict=False):
+            growth.restore(saved)
 
     def _close(self, rng: np.random.Generator) -> None:
         labels = np.array([canary for canary, _ in self._open])
         values = np.array([value for _, value in self._open])
         self._open = []
         k, n = int(labels.sum()), len(labels)
-        if k in (0, n):
-            return
-        for side in self._sides:
-            shifted = self._shifted(labels, values, side, rng)
-            # Values of 0 and 1 are as good as ranks, which would only add the noise of breaking all their ties.
-            rate = self.check.unit is Unit.RATE
-            ranks = shifted if rate else _ranks(shifted, rng)
-            ones = int(shifted.sum()) if rate else None
-            score = float(ranks[labels].sum())
-            for i, strength in enumerate(STRENGTHS if not rate else ODDS):
-                bad = strength if side == 0 else -strength
-                self._bad[side, i] += bad * score - _log_mean_of_draws(n, k, bad, ones)
-                self._good[side, i] += -bad * score - _log_mean_of_draws(n, k, -bad, ones)
-            self._most[1, side] = max(self._most[1, side], _log_mean(self._good[side]))
+        for side, growth in zip(self._sides, self._growth, strict=True):
+            before = self._good[side].copy()
+            if 0 < k < n:
+                self._bet(side, labels, values, rng)
+            growth.add(self._good[side] - before)
         self._most[0, 0] = max(self._most[0, 0], self.log_evidence())
+
+    def _bet(self, side: int, labels: NDArray, values: NDArray, rng: np.random.Generator) -> None:
+        """On one block's draw."""
+        k, n = int(labels.sum()), len(labels)
+        shifted = self._shifted(labels, values, side, rng)
+        # Values of 0 and 1 are as good as ranks, which would only add the noise of breaking all their ties.
+        rate = self.check.unit is Unit.RATE
+        ranks = shifted if rate else _ranks(shifted, rng)
+        ones = int(shifted.sum()) if rate else None
+        score = float(ranks[labels].sum())
+        for i, strength in enumerate(STRENGTHS if not rate else ODDS):
+            bad = strength if side == 0 else -strength
+            self._bad[side, i] += bad * score - _log_mean_of_draws(n, k, bad, ones)
+            self._good[side, i] += -bad * score - _log_mean_of_draws(n, k, -bad, ones)
+        self._most[1, side] = max(self._most[1, side], _log_mean(self._good[side]))
 
     def _shifted(self, labels: NDArray, values: NDArray, side: int, rng: np.random.Generator) -> NDArray[np.float64]:
         """The values as if the canary were the whole tolerance better than it is."""

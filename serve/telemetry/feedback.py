@@ -46,8 +46,8 @@ class Feedback:
         if exchange.status != 200 or not exchange.generations:
             return
         key = (exchange.tenant, exchange.request_id)
-        # Who asked may be known by the whole of the first message.
-        asker = None if exchange.asker is None else _hashed(exchange.asker)
+        # Only one rating of those who share a draw counts.
+        asker = None if exchange.counted_as is None else _hashed(exchange.counted_as)
         answer = _digest(exchange.generations[0].text)
         self._recent[key] = Answered(exchange.adapter, exchange.version, exchange.dealt, asker, answer)
         self._recent.move_to_end(key)

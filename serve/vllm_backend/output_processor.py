@@ -176,6 +176,7 @@ class _Sequence:
             cached=cached,
             engine_seconds=self.engine_seconds,
             parameters=parameters,
+            prefill=max(stats.first_token_ts - stats.scheduled_ts, 0.0) if begun and stats.scheduled_ts else None,
         )
 
     def _logprobs(self) -> list[float] | None:

@@ -49,6 +49,7 @@ class Depot:
     shares: dict[str, Any] = field(default_factory=dict)
     pinned: int | None = None
     sources: list[Any] = field(default_factory=list)
+    analysis: dict[str, Any] | None = None
     said: list[Any] = field(default_factory=list)
     url: str = ""
 
@@ -66,6 +67,7 @@ class Depot:
                     Route("/v1/adapters", self.push, methods=["POST"]),
                     Route("/v1/adapters", self.list),
                     Route("/v1/adapters/{name}", self.show),
+                    Route("/v1/adapters/{name}/drift", self.drift),
                     Route("/v1/adapters/{name}/promote", self.promote, methods=["POST"]),
                     Route("/v1/adapters/{name}/rollback", self.rollback, methods=["POST"]),
                     Route("/v1/adapters/{name}/{kind:str}", self.share, methods=["POST"]),
@@ -119,6 +121,11 @@ class Depot:
         if name not in self.versions:
             return refusal(404, f"no adapter is called {name!r}")
         return JSONResponse(self.described(name))
+
+    async def drift(self, request: Request) -> Response:
+        if self.analysis is None:
+            return refusal(404, "this server is an older one")
+        return JSONResponse({"object": "adapter.drift", "versions": [], "canary": self.analysis})
 
     async def promote(self, request: Request) -> Response:
         name, body = request.path_params["name"], await request.json()
@@ -470,6 +477,28 @@ def test_a_candidate_is_tried_out_from_a_terminal(depot: Depot, folder: Path) ->
     assert cli(depot, "canary", "support", "2", "0").stdout == "support has no canary any more\n"
     assert json.loads(cli(depot, "shadow", "support", "2", "0", "--json").stdout)["shadow"] is None
     assert cli(depot, "canary", "support", "2", "1.5").exit_code == 2
+
+
+def test_a_terminal_shows_how_a_canary_does_and_what_its_proof_will_take(depot: Depot, folder: Path) -> None:
+    cli(depot, "push", "support", str(folder))
+    cli(depot, "canary", "support", "2", "0.1")
+    assert "against" not in cli(depot, "show", "support").stdout, "an older server does not say"
+    analysis = {"canary": 2, "live": 1, "verdict": "undecided", "requests": 480, "askers": 3, "dealt_by": "request"}
+    depot.analysis = analysis | {"checks": [{"check": "error", "requests_to_proof": None}]}
+    assert "too early to say" in cli(depot, "show", "support").stdout
+    checks = [
+        {"check": "inter_token", "effect": 1.02, "requests_to_proof": {"low": 900, "expected": 1500, "high": None}},
+        {"check": "error", "effect": 0.0, "requests_to_proof": {"low": 0, "expected": 0, "high": 0}},
+        {"check": "refusal", "effect": 0.1, "requests_to_proof": {"low": None, "expected": None, "high": None}},
+    ]
+    depot.analysis = analysis | {"checks": checks}
+    shown = cli(depot, "show", "support").stdout
+    assert "v2 against v1: undecided after 480 requests of 3 askers, dealt by request: few askers" in shown
+    assert [line.split() for line in shown.splitlines() if line.split()[0] in ("inter_token", "error", "refusal")] == [
+        ["inter_token", "1.02", "1500", "(900", "to", "no", "end)"],
+        ["error", "0.0", "proved"],
+        ["refusal", "0.1", "not", "in", "sight"],
+    ]
 
 
 def test_an_adapter_is_pinned_and_unpinned_from_a_terminal(depot: Depot, folder: Path) -> None:

@@ -42,6 +42,28 @@ def test_a_tenant_without_a_seat_gets_the_next_that_is_free():
     assert not second.is_seated and not flood[3].is_seated, "the last seat is for somebody who has none"
 
 
+def test_the_versions_of_an_adapter_are_seated_in_the_order_of_their_coming():
+    queue = FairQueue(4, 4)
+    busy = [queue.enter("acme", "tone@live") for _ in range(3)]
+    waiting = [queue.enter("acme", f"tone@{version}") for version in ("live", "live", "canary", "live", "canary")]
+    order = []
+    for ticket in busy + waiting[:2]:
+        queue.leave(ticket)
+        order += [number for number, other in enumerate(waiting) if other.is_seated and number not in order]
+    assert order == [0, 1, 2, 3, 4]
+
+
+def test_an_adapter_with_a_canary_has_no_more_seats_than_one_without():
+    queue = FairQueue(13, 4)
+    tickets = [
+        queue.enter("acme", adapter) for _ in range(20) for adapter in ("tone@live", "tone@canary", "other@live")
+    ]
+    for ticket in tickets[:8]:
+        queue.leave(ticket)
+    seats = [ticket.adapter for ticket in tickets[8:] if ticket.is_seated]
+    assert seats.count("other@live") == len(seats) / 2
+
+
 def test_a_request_takes_a_seat_for_each_of_its_sequences():
     queue = FairQueue(16, 4)
     many = queue.enter("flood", "a", size=10)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+
+from serve.adapters.snapshot import Share
+from serve.asgi.exchange import Exchange, Generation
 from serve.errors import EngineUnavailable
 from serve.rollout import controller
+from serve.rollout.canary import CanaryAnalysis
+from serve.rollout.canary_monitor import FILE, CanaryMonitor
 from serve.rollout.policy import DEFAULT_POLICIES
 from tests.support.app import upload
 from tests.support.watched_traffic import CHAT, Engine, ask, askers, canary_ended, drift, push, until
@@ -215,3 +224,95 @@ async def test_a_verdict_that_people_are_told_of_is_told_once(connect, watched, 
         backend.numbers.clear()
     lines = [json.loads(line) for line in (config.data_dir / "audit.jsonl").read_text().splitlines()]
     assert [line["what"] for line in lines if line["who"] == "referee"] == ["canary_worse"]
+
+
+# What is compared
+
+SHARE = Share(SimpleNamespace(version=2), 0.5)
+TRIALS_OF_A74E6CF = Path(__file__).parents[2] / "fixtures" / "trials-a74e6cf.npz"
+
+
+def exchange(canary, asker, prefill, waited=0.0, status=200, draw=None):
+    made = Generation([1] * 8, [1, 2], "stop", gap=0.02)
+    generations = (made,) if status == 200 else ()
+    version = "v2" if canary else "v1"
+    return Exchange(
+        "tone", version, status, waited + prefill, 9.0, asker=asker, generations=generations, dealt=True,
+        seated=waited, draw=draw,
+    )  # fmt: skip
+
+
+def checks(analysis):
+    return {check["check"]: check for check in analysis.report()["checks"]}
+
+
+def test_the_wait_for_a_seat_and_the_loading_of_an_adapter_are_not_the_versions_latency():
+    analysis, rng = CanaryAnalysis("tone", 1, SHARE, 0.01, 0), np.random.default_rng(0)
+    for number in range(1000):
+        canary = bool(rng.random() < 0.5)
+        took = 0.05 * rng.lognormal(0, 0.2) * (3 if canary else 1)
+        analysis.observe(exchange(canary, f"{number}".encode(), took, waited=0.0 if canary else 5.0))
+    first = checks(analysis)["first_token"]
+    assert 2.7 < first["effect"] < 3.3 and first["worse"] and not first["proved"]
+
+
+def test_a_request_that_came_to_nothing_does_not_use_up_its_asker():
+    analysis = CanaryAnalysis("tone", 1, SHARE, 0.01, 0)
+    for status in (400, 200, 200):
+        analysis.observe(exchange(True, b"ana", 0.1, status=status))
+    report = analysis.report()
+    assert (report["requests"], report["skipped"], report["askers"]) == (2, 1, 1)
+
+
+def test_requests_that_are_dealt_one_by_one_count_each():
+    analysis = CanaryAnalysis("tone", 1, SHARE, 0.01, 0)
+    for number in range(40):
+        analysis.observe(exchange(number % 2 == 0, b"app", 0.1, draw=b"%d" % number))
+    report = analysis.report()
+    assert (report["skipped"], report["askers"], report["dealt_by"]) == (0, 1, "request")
+    analysis.observe(exchange(False, b"app", 0.1, draw=b"39"))
+    assert analysis.report()["skipped"] == 1, "but for the turns of one conversation"
+
+
+def test_an_analysis_that_an_earlier_release_saved_goes_on(tmp_path):
+    shutil.copy(TRIALS_OF_A74E6CF, tmp_path / FILE)
+    monitor = CanaryMonitor(tmp_path, share=lambda name: SHARE, live=lambda name: 1, alpha=lambda name: 0.01)
+    monitor.start()
+    analysis = monitor.analysis("tone")
+    before = checks(analysis)
+    assert before["inter_token"]["live_requests"] + before["inter_token"]["canary_requests"] == 400
+    assert before["first_token"]["live_requests"] == 0, "it had the time in the queue in it"
+    rng = np.random.default_rng(1)
+    for number in range(400):
+        monitor.observe(exchange(bool(rng.random() < 0.5), b"new %d" % number, 0.1 * rng.lognormal(0, 0.1)))
+    after = checks(analysis)
+    assert after["inter_token"]["live_requests"] + after["inter_token"]["canary_requests"] == 800
+    assert analysis.report()["requests_to_proof"] is not None
+    monitor.save()
+    again = CanaryMonitor(tmp_path, share=lambda name: SHARE, live=lambda name: 1, alpha=lambda name: 0.01)
+    again.start()
+    assert again.report("tone") == monitor.report("tone")
+
+
+async def test_the_report_and_the_metrics_say_what_a_proof_takes_and_where_the_limit_is(
+    connect, watched, backend, make_adapter
+):
+    Engine(backend)
+    policy = replace(DEFAULT_POLICIES[0], alpha=0.001)
+    async with connect(replace(watched, policies=(policy,))) as client:
+        await push(client, make_adapter, 0, 1)
+        await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.5})
+        await ask(client, 30)
+
+        async def shown(line):
+            return line in (await client.get("/metrics")).text
+
+        assert await until(lambda: shown('loradock_swap_threshold_log_evidence{adapter="tone",version="v2"} 6.9077'))
+        unknown = 'loradock_canary_requests_to_proof{adapter="tone",bound="expected",version="v2"} +Inf'
+        assert await until(lambda: shown(unknown))
+        await ask(client, 200)
+        report = (await drift(client))["canary"]
+        assert (report["requests"], report["askers"], report["skipped"], report["dealt_by"]) == (230, 230, 0, "asker")
+        assert set(report["requests_to_proof"]) == {"low", "expected", "high"}
+        required = {check["check"] for check in report["checks"] if check["requests_to_proof"]}
+        assert required == {"inter_token", "first_token", "error", "ended_by_length", "refusal"}

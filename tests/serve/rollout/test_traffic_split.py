@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
-from serve.rollout.traffic_split import Shares, point, sticky_key
+from serve.rollout.askers import Asker, sticky_key
+from serve.rollout.traffic_split import Shares, point
 from tests.support.app import canary, push_two, said, upload
 
 
@@ -67,6 +69,53 @@ def test_an_odd_request_is_dealt_out_all_the_same(odd):
     assert sticky_key(odd, "acme", "k") is not None
 
 
+def dealt(shares, weight, users, count, rng):
+    """Each request begins a conversation of its own."""
+    askers = [Asker(f"user {rng.randrange(users)}".encode(), f"talk {number}".encode()) for number in range(count)]
+    return [shares.deal("tone", 2, weight, asker) for asker in askers]
+
+
+@pytest.mark.parametrize(("users", "weight"), [(1, 0.1), (1, 0.5), (3, 0.3), (50, 0.1), (50, 0.9)])
+def test_of_few_askers_the_candidate_gets_its_share_of_requests_and_each_counts(users, weight):
+    draws = dealt(Shares(), weight, users, 4000, random.Random(users))[1000:]
+    assert abs(sum(draw.taken for draw in draws) / 3000 - weight) < 0.01
+    assert len({draw.name for draw in draws}) == 3000
+
+
+def test_many_askers_keep_their_version():
+    shares, rng = Shares(), random.Random(0)
+    by_name = {}
+    for draw in dealt(shares, 0.3, 5000, 3000, rng):
+        assert by_name.setdefault(draw.name, draw.taken) == draw.taken
+    assert len(by_name) < 3000
+
+
+def test_when_askers_are_many_again_they_keep_their_version_again():
+    shares, rng = Shares(), random.Random(0)
+    assert len({draw.name for draw in dealt(shares, 0.5, 1, 100, rng)[10:]}) == 90
+    dealt(shares, 0.5, 100_000, 600, rng)
+    assert {draw.name for draw in dealt(shares, 0.5, 1, 10, rng)} == {b"user 0"}
+
+
+def test_of_few_askers_a_conversation_keeps_its_version():
+    shares, asker = Shares(), b"app"
+    versions = set()
+    for number in range(200):
+        talk = f"talk {number}".encode()
+        draws = [shares.deal("tone", 2, 0.5, Asker(asker, talk, begins=turn == 0)) for turn in range(5)]
+        assert len(set(draws)) == 1, "also while it was not known yet that they are few"
+        versions.add(draws[0].taken)
+    assert versions == {True, False}
+
+
+def test_lots_fall_on_every_place_of_what_repeats():
+    """A load with a period, as ten lines of a batch, meets each version in proportion."""
+    shares = Shares()
+    taken = [shares.takes("tone", 2, 0.1, None) for _ in range(50_000)]
+    for place in range(10):
+        assert abs(sum(taken[place::10]) / 5000 - 0.1) < 5 * (0.09 / 5000) ** 0.5
+
+
 # The canary
 
 
@@ -88,6 +137,36 @@ async def test_a_conversation_stays_with_the_version_it_began_with(client, make_
         first = await said(client, messages=messages)
         messages += [{"role": "assistant", "content": "..."}, {"role": "user", "content": "go on"}]
         assert await said(client, messages=messages) == first
+
+
+async def test_chats_with_the_same_examples_are_shared_out(client, make_adapter):
+    live, candidate = await push_two(client, make_adapter)
+    await canary(client, 0.3)
+    examples = [*talk("2 + 2"), {"role": "assistant", "content": "a sum"}]
+    answers = [
+        await said(client, messages=[*examples, {"role": "user", "content": f"{number} - 1"}]) for number in range(60)
+    ]
+    assert set(answers) == {live, candidate} and 8 <= answers.count(candidate) <= 30
+
+
+async def test_prompts_of_token_ids_are_shared_out(client, make_adapter):
+    live, candidate = await push_two(client, make_adapter)
+    await canary(client, 0.3)
+    answers = [await said(client, path="/v1/completions", prompt=[1, 2, number]) for number in range(60)]
+    assert set(answers) == {live, candidate} and 8 <= answers.count(candidate) <= 30
+
+
+async def test_a_constant_user_is_shared_out_and_its_conversations_stay(client, make_adapter):
+    _, candidate = await push_two(client, make_adapter)
+    await canary(client, 0.3)
+    first, later = [], []
+    for number in range(40):
+        messages = talk(f"question {number}")
+        first.append(await said(client, messages=messages, user="app"))
+        messages += [{"role": "assistant", "content": "..."}, {"role": "user", "content": "go on"}]
+        later.append(await said(client, messages=messages, user="app"))
+    assert first == later
+    assert 8 <= first[4:].count(candidate) <= 13
 
 
 async def test_without_anything_to_know_the_asker_by_the_share_is_exact(client, make_adapter):

@@ -97,7 +97,7 @@ def test_the_places_where_answers_are_watched_are_still_there():
     assert "req_state.logprobs_processor.update_from_output(engine_core_output)" in inspect.getsource(
         OutputProcessor.process_outputs
     )
-    for name in ("detokenizer", "logprobs_processor", "prompt_token_ids", "stats"):
+    for name in ("detokenizer", "logprobs_processor", "prompt_token_ids", "stats", "num_cached_tokens"):
         assert f"self.{name} = " in inspect.getsource(RequestState.__init__)
     assert {"queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts", "first_token_latency", "arrival_time"} <= {
         field.name for field in dataclasses.fields(RequestStateStats)
@@ -176,7 +176,8 @@ def test_a_request_is_seen_token_by_token_by_vllm_s_own_processor(stream, hidden
     assert all(answer.outputs[0].logprobs is None for answer in answers) and len(answers) == (4 if stream else 1)
     (seen,) = [sequence.read() for sequence in watch.sequences]
     assert (list(seen.prompt), list(seen.output), seen.finish_reason) == ([1, 2, 3], [7, 8, 9, 10], "length")
-    assert (seen.queue, seen.gap, seen.worst_gap) == pytest.approx((0.1, 0.2, 0.4))
+    assert (seen.queue, seen.prefill, seen.gap, seen.worst_gap) == pytest.approx((0.1, 0.1, 0.2, 0.4))
+    assert seen.cached == 0
     assert time.time() - 5 < seen.first <= time.time()
     assert seen.logprobs == ([0.0, -0.5, -1.0, -1.5] if hidden else None)
 

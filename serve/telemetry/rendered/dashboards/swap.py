@@ -46,18 +46,33 @@ def _verdict() -> list[Panel]:
     return [
         Panel(
             "Verdict: evidence against the new version",
-            "The logarithm of the evidence in each check of the running comparison. The comparison ends at "
-            "log(1/alpha), 4.6 for 1 %: then the new version is worse, and the policy says what happens.",
+            "The logarithm of the evidence in each check of the running comparison. At the limit, log(1/alpha) of the "
+            "policy, the new version is worse, and the policy says what happens.",
             [
                 Query(
                     'max by (version, check) (loradock_swap_log_evidence{adapter="$adapter"})',
                     "{{version}} {{check}}",
-                )
+                ),
+                Query(
+                    'max by (version) (loradock_swap_threshold_log_evidence{adapter="$adapter"})',
+                    "{{version}} limit",
+                ),
             ],
             quiet=True,
             least=None,
-            levels=((None, "green"), (4.6, "red")),
-            line=True,
+        ),
+        Panel(
+            "Requests until it is proved",
+            "Further requests, of both versions together, until the new version has proved itself, from the noise seen "
+            "so far: the estimate, and the range that it lies in four times of five. Nothing is drawn while the proof "
+            "is not in sight.",
+            [
+                Query(
+                    'max by (version, bound) (loradock_canary_requests_to_proof{adapter="$adapter"} < Inf)',
+                    "{{version}} {{bound}}",
+                )
+            ],
+            quiet=True,
         ),
         Panel(
             "Rolled back",
@@ -78,7 +93,7 @@ def _requests() -> list[Panel | Row]:
         Row("Side by side"),
         Panel(
             "Requests",
-            "How the traffic is shared. The new version needs some 200 requests for a clear answer.",
+            "How the traffic is shared. What it takes until the new version is proved depends on the noise: see above.",
             _both(rate("loradock_requests_total", "%")),
             unit="reqps",
             quiet=True,
