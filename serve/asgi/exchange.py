@@ -230,7 +230,7 @@ class Exchange:
     def prefill(self) -> tuple[float, int] | None:
         """Seconds to the first token without any queue and without loading an adapter, and the tokens computed for it.
 
-        As the engine timed it; else from the seat to the first byte, less the time in the engine's own queue.
+        As the engine timed it; from the seat on, if it did not.
         """
         timed = [made for made in self.generations if made.prefill is not None]
         if timed:
@@ -238,7 +238,7 @@ class Exchange:
             return made.prefill or 0.0, len(made.prompt) - made.cached
         if self.first is None or self.seated is None:
             return None
-        return self.first - self.seated - (self.queue or 0.0), self.prompt_tokens
+        return self.first - self.seated, self.prompt_tokens
 
     @property
     def counted_as(self) -> bytes | None:

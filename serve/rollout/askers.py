@@ -170,8 +170,7 @@ def _parts(value: Any, depth: int = 0) -> Iterator[bytes]:
         yield f"l{len(value)}:".encode()
         of_numbers = bool(value) and type(value[0]) is int
         end = LIST_END if not of_numbers else IDS_END if depth == 0 else IDS_END // 8
-        ends = value if len(value) <= 2 * end else value[:end] + value[-end:]
-        for element in ends:
+        for element in value if len(value) <= 2 * end else value[:end] + value[-end:]:
             yield from _parts(element, depth + 1)
     elif isinstance(value, Mapping) and depth < DEPTH:
         yield f"m{len(value)}:".encode()

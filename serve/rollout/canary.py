@@ -114,12 +114,10 @@ class CanaryAnalysis:
         self.announced = Verdict(str(state["told"]))
         self.comparison = Comparison.from_state(state, CHECKS)
         self._prefill, self._askers = PrefillTimes(), AskersSeen()
-        if "bins" in state:
+        # Files of earlier releases have neither.
+        if "knots" in state:
             self._prefill.restore(state)
             self._askers.restore(state)
-        else:
-            # Earlier releases counted the time in the queue, which says nothing about a version.
-            self.comparison.begin_again("first_token")
         return self
 
     @property

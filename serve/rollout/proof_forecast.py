@@ -1,8 +1,8 @@
 """How many more requests a proof will take, from how it has grown so far: a random walk that has to reach a height.
 
-After n blocks with increments of mean m and standard deviation s, a walk that is d short takes about d / m blocks more,
-and the number varies by s * sqrt(d) / m^1.5 (the first passage of a Wiener process with drift); m itself is known to
-within s / sqrt(n).
+After n blocks with increments of mean m and standard deviation s, a walk that is d short takes about d / m blocks more.
+The number varies by s * sqrt(d) / m^1.5 (the first passage of a Wiener process with drift), and m itself is known to
+within s / sqrt(n); its logarithm is taken for normal.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 LEAST_BLOCKS = 6
 # Standard normal deviates on both sides: four of five.
 DEVIATES = 1.2816
+# A walk that is there is as far away as this; an estimate that may be off by more than e^5 says no more.
+LEAST_SHORT, MOST_ERROR = 0.1, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +70,18 @@ class ProofGrowth:
             return None
         mean = self._sum / self._blocks
         spread = np.sqrt(np.maximum(self._squares / self._blocks - mean**2, 0.0))
+        rises = mean > 0
+        if not rises.any():
+            return UNKNOWN
         # One bet alone must make up for all others.
-        short = np.maximum(threshold + math.log(len(wealth)) - wealth, 0.0)
-        error = DEVIATES * spread / math.sqrt(self._blocks)
-        low = _blocks(short, mean + error, spread, -1)
-        return Forecast(low, _blocks(short, mean, spread, 0), _blocks(short, mean - error, spread, 1))
+        short = np.maximum(threshold + math.log(len(wealth)) - wealth, LEAST_SHORT)
+        mean, spread, short = mean[rises], spread[rises], short[rises]
+        first = int(np.argmin(short / mean))
+        expected = float(short[first] / mean[first])
+        # The relative deviations of the walk and of its mean, together.
+        error = float(spread[first] * np.sqrt(1 / (mean * short) + 1 / (self._blocks * mean**2))[first])
+        factor = math.exp(DEVIATES * min(error, MOST_ERROR))
+        return Forecast(expected / factor, expected, expected * factor)
 
     def state(self) -> NDArray[np.float64]:
         """(3, bets): blocks, sums and sums of squares."""
@@ -82,13 +91,3 @@ class ProofGrowth:
         """Go on where `state()` was."""
         blocks, self._sum, self._squares = (np.array(row) for row in state)
         self._blocks = int(blocks[0])
-
-
-def _blocks(short: NDArray, mean: NDArray, spread: NDArray, side: int) -> float:
-    """Of the bet that gets there first."""
-    rises = mean > 0
-    if not rises.any():
-        return math.inf
-    short, mean, spread = short[rises], mean[rises], spread[rises]
-    blocks = short / mean + side * DEVIATES * spread * np.sqrt(short) / mean**1.5
-    return max(float(blocks.min()), 1.0)

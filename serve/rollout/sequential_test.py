@@ -191,12 +191,6 @@ class Comparison:
         """What made it WORSE."""
         return [result for result in self.results() if result.worse]
 
-    def begin_again(self, name: str) -> None:
-        """Forget what one check has seen."""
-        for i, test in enumerate(self._tests):
-            if test.check.name == name:
-                self._tests[i] = test.anew()
-
     def set_weight(self, weight: float) -> None:
         """The share has changed: open blocks are thrown away, since their requests were drawn at two different odds."""
         if not 0 < weight < 1:
@@ -313,20 +307,18 @@ class _CheckTest:
             effect,
             worse=float(self._most[0, 0]) >= log_threshold,
             proved=proved,
-            to_proof=PROVED if proved else self._to_proof(log_threshold, requests),
+            to_proof=self._to_proof(log_threshold, requests, proved) if self.check.required else None,
         )
 
-    def _to_proof(self, log_threshold: float, requests: int) -> Forecast | None:
+    def _to_proof(self, log_threshold: float, requests: int, proved: bool) -> Forecast | None:
         """Further requests; every one counts that the comparison has seen, also if it gave nothing to this check."""
+        if proved:
+            return PROVED
         sides = zip(self._sides, self._growth, strict=True)
         blocks = latest(growth.forecast(self._good[side], log_threshold) for side, growth in sides)
-        if blocks is None or not self.check.required:
+        if blocks is None:
             return None
         return blocks.scaled(self._block * requests / int(self.counts.sum()))
-
-    def anew(self) -> _CheckTest:
-        """The same test before its first request."""
-        return _CheckTest(self.check, self._block, self._share)
 
     def restart(self, block: int) -> None:
         self._block, self._open = block, []

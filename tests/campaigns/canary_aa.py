@@ -63,6 +63,7 @@ class Outcome:
     requests: int
     canary: int
     refused: int
+    waited: float  # seconds in the queue, on average
     report: dict[str, Any]
 
 
@@ -113,7 +114,7 @@ class Server:
     """One adapter with a live version and a canary, on one engine."""
 
     def __init__(self, case: Case, seed: int, requests: int, end: bool = True) -> None:
-        self._case, self._end = case, end
+        self._case, self._end, self._seed = case, end, seed
         rng = np.random.default_rng(seed)
         self._traffic = Traffic(case, rng, requests)
         self._queue = Seats(SEATS, 4)
@@ -128,6 +129,7 @@ class Server:
         self._events: list[tuple[float, int, bool, Ticket, Request]] = []
         self._cache: OrderedDict[tuple[bool, int], None] = OrderedDict()
         self.refused = self.ended = self.canary = 0
+        self.waited = 0.0
 
     def run(self) -> Outcome:
         """Until the verdict, or the last request."""
@@ -138,9 +140,17 @@ class Server:
             self._arrive(number)
         else:
             self._work_until(math.inf)
-        verdict = self.analysis.current_verdict()
+        verdict, waited = self.analysis.current_verdict(), self.waited / max(self.ended, 1)
         name = "" if verdict is None else ",".join(r.name for r in verdict.results if r.worse)
-        return Outcome(self.analysis.verdict, name, self.ended, self.canary, self.refused, self.analysis.report())
+        return Outcome(
+            self.analysis.verdict,
+            name,
+            self.ended,
+            self.canary,
+            self.refused,
+            waited,
+            self.analysis.report(),
+        )
 
     def _work_until(self, end: float) -> None:
         while self._events:
@@ -158,8 +168,7 @@ class Server:
         self._now = max(self._now, end) if math.isfinite(end) else self._now
 
     def _arrive(self, number: int) -> None:
-        user = f"user {self._traffic.user[number]}".encode()
-        draw = self._shares.deal("tone", 2, self._case.weight, Asker(user, f"{number}".encode()))
+        draw = self._shares.deal("tone", 2, self._case.weight, Asker(self._user(number), f"{number}".encode()))
         request = Request(number, draw.taken, draw.name, self._now)
         try:
             forecast = self._admission.check("acme", 0)
@@ -169,6 +178,9 @@ class Server:
         ticket = self._queue.enter("acme", "tone@canary" if draw.taken else "tone@live")
         self._waiting[ticket.number] = ticket, request, forecast
         self._begin()
+
+    def _user(self, number: int) -> bytes:
+        return f"user {self._traffic.user[number]} of {self._seed}".encode()
 
     def _begin(self) -> None:
         """Have the engine begin with whoever was just seated."""
@@ -203,6 +215,7 @@ class Server:
         self._admission.left(self._now - request.seated)
         self.ended += 1
         self.canary += request.canary
+        self.waited += request.seated - request.arrived
         if not self._end or self.analysis.verdict is Verdict.UNDECIDED:
             self.analysis.observe(self._exchange(request))
         self._begin()
@@ -227,7 +240,7 @@ class Server:
             200,
             request.first - request.arrived,
             self._now - request.arrived,
-            asker=f"user {traffic.user[at]}".encode(),
+            asker=self._user(at),
             generations=(made,),
             dealt=True,
             seated=request.seated - request.arrived,
@@ -273,9 +286,9 @@ def main(count: int, requests: int) -> None:
         worse = [outcome for outcome in outcomes if outcome.verdict is Verdict.WORSE]
         false, total = false + len(worse), total + len(outcomes)
         reasons = " ".join(outcome.reason for outcome in worse)
-        refused = sum(outcome.refused for outcome in outcomes) / len(outcomes)
+        waited = np.mean([outcome.waited for outcome in outcomes])
         print(
-            f"same  {weight:4.0%} load {load}: worse {len(worse)} of {count} {reasons}; {refused:.0f} refused",
+            f"same  {weight:4.0%} load {load}: worse {len(worse)} of {count} {reasons}; {waited:.1f} s in the queue",
             flush=True,
         )
     print(f"same: called worse {false} of {total}, alpha 10 %", flush=True)

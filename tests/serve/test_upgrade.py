@@ -77,6 +77,15 @@ async def watched(client: httpx.AsyncClient, name: str) -> list[dict]:
     return versions
 
 
+def known(now, was):
+    """`now` without the fields that `was` does not have, at any depth."""
+    if isinstance(was, dict):
+        return {key: known(now[key], value) for key, value in was.items()}
+    if isinstance(was, list):
+        return [known(*rows) for rows in zip(now, was, strict=True)]
+    return now
+
+
 def before_limits(key, old):
     """The key with the limits that there were then; those that came later are open."""
     later = key["limits"].keys() - old["limits"].keys()
@@ -111,7 +120,8 @@ async def test_baselines_and_the_canary_on_trial_go_on_where_they_were(opened, k
     async with serve() as client:
         client.headers["authorization"] = f"Bearer {ADMIN}"
         was = before["operator /v1/adapters/tone/drift"]
-        assert (await client.get("/v1/adapters/tone/drift")).json()["canary"] == was["canary"]
+        canary = (await client.get("/v1/adapters/tone/drift")).json()["canary"]
+        assert known(canary, was["canary"]) == was["canary"]
         for name in ("tone", "plain"):
             was = before[f"operator /v1/adapters/{name}/drift"]["versions"]
             assert (await ask(client, f"{name}@{was[0]['version']}")).status_code == 200

@@ -144,9 +144,9 @@ async def test_chats_with_the_same_examples_are_shared_out(client, make_adapter)
     await canary(client, 0.3)
     examples = [*talk("2 + 2"), {"role": "assistant", "content": "a sum"}]
     answers = [
-        await said(client, messages=[*examples, {"role": "user", "content": f"{number} - 1"}]) for number in range(60)
+        await said(client, messages=[*examples, {"role": "user", "content": f"{number} - 1"}]) for number in range(200)
     ]
-    assert set(answers) == {live, candidate} and 8 <= answers.count(candidate) <= 30
+    assert set(answers) == {live, candidate} and 40 <= answers.count(candidate) <= 80
 
 
 async def test_prompts_of_token_ids_are_shared_out(client, make_adapter):
