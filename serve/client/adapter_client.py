@@ -169,10 +169,6 @@ class AdapterClient:
         """The versions of one adapter, which is live, and its history."""
         return self._call("GET", _path(name))
 
-    def drift(self, name: str) -> dict[str, Any]:
-        """What moved in its traffic, and how its canary does."""
-        return self._call("GET", f"{_path(name)}/drift")
-
     def promote(
         self, name: str, version: int, expected_version: int | None = None, *, at_once: bool = False, why: str = ""
     ) -> dict[str, Any]:
@@ -242,7 +238,7 @@ class AdapterClient:
         return self._call("DELETE", f"{_path(name)}/golden")
 
     def drift(self, name: str) -> dict[str, Any]:
-        """What moved of an adapter, by version and signal."""
+        """What moved of an adapter, by version and signal, and how its canary does."""
         return self._call("GET", f"{_path(name)}/drift")
 
     def acknowledge_drift(self, name: str, version: int) -> dict[str, Any]:
