@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -62,6 +62,11 @@ drift-proof: setup-dev ## false alarms of drift over thousands of streams, every
 
 canary-aa: setup-dev ## canaries that are no different, slower, and much slower, on a simulated engine behind the real queue; an hour
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns.canary_aa $(ARGS)
+
+drift-streams: setup-dev ## popular prompts, sessions, bursts and new system prompts raise no false alarm; an hour or more
+	@$(BIN)/python -m tests.campaigns.drift_streams --streams $(or $(STREAMS),10)
+	@$(BIN)/python -m tests.campaigns.drift_streams --changes --streams $(or $(CHANGES),24)
+	@$(BIN)/python -m tests.campaigns.drift_streams --cost
 
 kills: setup-dev ## an optimization killed 30 times and resumed ends in the same bytes; up to an hour
 	@$(BIN)/python -m tests.campaigns.kills tests/campaigns/kills.yaml --kills $(or $(KILLS),30)

@@ -17,7 +17,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.embedding import DIMENSIONS
-from serve.drift.features import FEATURES, PROMPT, SIGNALS
+from serve.drift.features import EARLIER_FEATURES, FEATURES, PROMPT, SIGNALS
 from serve.drift.signal import NEEDED, Phase, Signal, Tolerance
+from serve.drift.thinning import Thinning, inherited
 from serve.errors import ConfigError
 from serve.files import write_whole
 
@@ -73,12 +74,13 @@ class Provenance:
 
 @dataclass(slots=True, eq=False)
 class Baseline:
-    """All signals of one version, and what belongs to them. `probe` holds what the probe prompts answered, as
-    arrays."""
+    """All signals of one version, and what belongs to them, as arrays: `probe` holds what the probe prompts answered,
+    `sampling` gives what the thinning of the version's traffic remembers."""
 
     provenance: Provenance
     signals: dict[str, Signal] = field(default_factory=dict)
     probe: dict[str, NDArray] = field(default_factory=dict)
+    sampling: Callable[[], dict[str, NDArray]] = dict
 
     def __post_init__(self) -> None:
         for kind in SIGNALS:
@@ -114,7 +116,8 @@ class Baseline:
         prompts = self._signal(PROMPT, tolerance=self.signals[PROMPT].tolerance)
         prompts.restore(self.signals[PROMPT].state())
         prompts.begin_anew()
-        return Baseline(provenance, {PROMPT: prompts})
+        remembered = inherited(self.sampling())
+        return Baseline(provenance, {PROMPT: prompts}, sampling=lambda: remembered)
 
     def save(self, folder: Path) -> Path:
         """Write both files, the JSON last; returns it. `folder` is made if need be."""
@@ -122,6 +125,7 @@ class Baseline:
             f"{kind}/{name}": value for kind, signal in self.signals.items() for name, value in signal.state().items()
         }
         arrays |= {f"probe/{name}": np.asarray(value) for name, value in self.probe.items()}
+        arrays |= {f"sampling/{name}": value for name, value in self.sampling().items()}
         packed = io.BytesIO()
         np.savez(packed, allow_pickle=False, **arrays)
         data = packed.getvalue()
@@ -141,17 +145,21 @@ class Baseline:
     def load(cls, folder: Path, expected: Provenance, *, tolerance: Tolerance = Tolerance()) -> Self:
         """What `save` wrote there, or ConfigError: damaged, of another format, or not what is `expected`."""
         provenance, arrays = _read(folder)
-        provenance.check(expected)
+        older = provenance.features in EARLIER_FEATURES
+        provenance.check(replace(expected, features=provenance.features) if older else expected)
         self = cls(provenance)
         try:
             for kind, signal in self.signals.items():
                 signal.tolerance = tolerance
                 signal.restore(_below(arrays, f"{kind}/"))
+            if remembered := _below(arrays, "sampling/"):
+                Thinning().restore(remembered)
         except (KeyError, ValueError, IndexError, TypeError) as damaged:
             raise ConfigError(
                 f"the baseline's arrays are not what they should be ({damaged}); build it again"
             ) from damaged
         self.probe = _below(arrays, "probe/")
+        self.sampling = lambda: remembered
         return self
 
     def _signal(self, kind: str, **options: Any) -> Signal:

@@ -10,7 +10,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from serve.drift.open_alarms import OpenAlarms
-from serve.drift.watched_version import PROBE, QUOTES, WatchedVersion
+from serve.drift.share_watch import ShareWatch
+from serve.drift.thinning import ACCEPTED
+from serve.drift.watched_version import PROBE, QUOTES, SHARES, WatchedVersion, iso
 
 _LABELS = ("adapter", "version", "signal")
 
@@ -22,7 +24,8 @@ def version_report(watched: WatchedVersion, now: float) -> dict[str, Any]:
         "id": watched.id,
         "baseline": watched.baseline.provenance.origin,
         "in_memory": True,
-        "thinning": dict(watched.thinning.counts) if watched.thinning else {},
+        "thinning": dict(watched.thinning.counts),
+        **{kind: _share_report(share) for kind, share in watched.shares().items()},
         "signals": {kind: _signal_report(watched, kind) for kind in watched.baseline.signals},
         "alarms": {kind: watched.what_moved(kind) or {} for kind in sorted(watched.alarmed)},
     }
@@ -39,6 +42,18 @@ def summary_row(version: str, alarmed: Mapping[str, float], moved: Mapping[str, 
     """One version among many: which signals alarmed, and what moved in a sentence each."""
     texts = {kind: moved[kind]["text"] for kind in sorted(alarmed) if "text" in moved.get(kind, {})}
     return {"version": version, "drifted": sorted(alarmed), "moved": texts}
+
+
+def _share_report(watch: ShareWatch) -> dict[str, Any]:
+    """The share of requests that thinning accepts, or of accepted ones that carry the opening they used to."""
+    return {
+        "share": None if watch.share is None else _rounded(watch.share),
+        "share_before": None if watch.before is None else _rounded(watch.before),
+        "log_evidence": _rounded(watch.log_evidence),
+        "alarms": watch.alarms,
+        "alarmed": watch.alarmed_at is not None,
+        "since": None if watch.alarmed_at is None else iso(watch.alarmed_at),
+    }
 
 
 def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
@@ -66,6 +81,8 @@ def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
 def _numbers(watched: WatchedVersion) -> dict[str, Any]:
     """What a version's series show, unrounded, under the names of its report."""
     numbers: dict[str, Any] = {"signals": {}, "probe": {"alarms": watched.probe_alarms}}
+    numbers["thinning"] = watched.thinning.counts
+    numbers |= {kind: {"alarms": share.alarms} for kind, share in watched.shares().items()}
     for kind, signal in watched.baseline.signals.items():
         numbers["signals"][kind] = {
             "reference_requests": signal.gathered,
@@ -149,6 +166,9 @@ class _Families:
         self.alarmed = gauge(
             "loradock_drift_alarmed", "1 from an alarm until somebody acknowledges or accepts it.", labels=_LABELS
         )
+        self.thinned = counter(
+            "loradock_drift_thinned", "Requests that are not compared.", labels=("adapter", "version", "reason")
+        )
         self.reference = gauge(
             "loradock_drift_reference_requests", "Requests that later ones are held against.", labels=_LABELS
         )
@@ -169,7 +189,12 @@ class _Families:
         self.alarms.add_metric((*labels, PROBE), probe.get("alarms", 0))
         if (ratio := probe.get("noise_ratio")) is not None:
             self.effect.add_metric((*labels, PROBE, "noise_ratio"), ratio)
-        for kind in {*report["signals"], PROBE, *alarmed}:
+        for kind in SHARES:
+            self.alarms.add_metric((*labels, kind), report.get(kind, {}).get("alarms", 0))
+        for reason, count in report.get("thinning", {}).items():
+            if reason != ACCEPTED:
+                self.thinned.add_metric((*labels, reason), count)
+        for kind in {*report["signals"], PROBE, *SHARES, *alarmed}:
             self.alarmed.add_metric((*labels, kind), float(kind in alarmed))
 
     def __iter__(self) -> Iterator[Metric]:

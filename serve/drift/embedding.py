@@ -3,7 +3,8 @@
     embedding = Embedding.of(checkpoint)      # reads one tensor of the checkpoint, seconds at most, once an engine
     embedding.vector(token_ids)               # (32,) float32 in about 10 us
 
-No second model, no GPU, and adapters of one base share it. Frequent tokens weigh less (smooth inverse frequency, Arora
+No second model, no GPU, and adapters of one base share it. `numbers` says which tokens are made of digits, where the
+checkpoint has a tokenizer.json or vocab.json. Frequent tokens weigh less (smooth inverse frequency, Arora
 et al. 2017); their frequency is taken from their number, since tokenizers number merges in the order of frequency.
 """
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +23,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 DIMENSIONS = 32
 # Arora's a: tokens rarer than this keep their weight, commoner ones lose it.
@@ -37,20 +42,27 @@ NAMES = (
     "lm_head.weight",
 )
 _CHUNK = 8192
+# A token of digits, with what tokenizers write for a space before it or for the inside of a word.
+_NUMBER = re.compile(r"[ \u0120\u2581]*(?:##)?\d+")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedding:
-    """table: (vocabulary, dimensions) float32, projected; weights: (vocabulary,). `digest` names both, and the seed."""
+    """table: (vocabulary, dimensions) float32, projected; weights: (vocabulary,). `digest` names both, and the seed.
+
+    numbers: (vocabulary + 1,) whether a token is made of digits, the last one standing for tokens outside the table.
+    """
 
     table: NDArray[np.float32]
     weights: NDArray[np.float32]
     digest: str
+    numbers: NDArray[np.bool_] | None = None
 
     @classmethod
     def of(cls, checkpoint: Path, *, dimensions: int = DIMENSIONS, seed: int = 0) -> Self:
         """Of a checkpoint folder: one safetensors file or shards, BF16, F16 or F32, tied or not."""
-        return cls.project(rows(checkpoint), dimensions=dimensions, seed=seed)
+        projected = cls.project(rows(checkpoint), dimensions=dimensions, seed=seed)
+        return replace(projected, numbers=number_tokens(checkpoint, len(projected.table)))
 
     @classmethod
     def project(cls, source: Rows | NDArray[np.floating], *, dimensions: int = DIMENSIONS, seed: int = 0) -> Self:
@@ -111,6 +123,27 @@ def rows(checkpoint: Path) -> Rows:
         f"{checkpoint.name} has no tensor that is called like an input embedding ({', '.join(NAMES[:3])}, ...), "
         "so its prompts cannot be watched for drift; switch drift off for this model"
     )
+
+
+def number_tokens(checkpoint: Path, vocabulary: int) -> NDArray[np.bool_] | None:
+    """(vocabulary + 1,) which tokens of a checkpoint folder are made of digits; None where its files do not say."""
+    numbers = np.zeros(vocabulary + 1, np.bool_)
+    try:
+        if (file := checkpoint / "tokenizer.json").is_file():
+            tokens = json.loads(file.read_bytes())["model"]["vocab"]
+        elif (file := checkpoint / "vocab.json").is_file():
+            tokens = json.loads(file.read_bytes())
+        else:
+            return None
+        # Unigram tokenizers list (token, score) in the order of their numbers.
+        pairs = tokens.items() if isinstance(tokens, dict) else ((entry[0], i) for i, entry in enumerate(tokens))
+        for token, number in pairs:
+            if 0 <= number < vocabulary and _NUMBER.fullmatch(token):
+                numbers[number] = True
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as damaged:
+        log.warning("%s: which tokens are numbers is not known: %s", file, damaged)
+        return None
+    return numbers
 
 
 def _where(checkpoint: Path) -> dict[str, Path]:

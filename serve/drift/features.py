@@ -1,9 +1,10 @@
 """The features of one request, as rows of numbers for `serve.drift.detector`: about 100 us a request.
 
-    row = prompt_row(embedding, prompt_tokens)             # log length, then the prompt's vector
+    row = prompt_row(embedding, own_tokens)                # log length, then the prompt's vector
     rows = answer_rows(embedding, row, answer)             # {"output": row}, and "logprob" where there are any
 
-    prompt    log length; the pooled vector of the prompt
+    prompt    log length; the pooled vector of the prompt; of the tokens that it does not share with the prompts around
+              it (`serve.drift.token_runs`), so that another system prompt moves nothing
     output    log length; ended by length; refused; distinct-1, distinct-2; the pooled vector of the answer
     logprob   mean, minimum and standard deviation of the sampled tokens' logprobs, and the prompt's row to regress on
 
@@ -29,7 +30,9 @@ from serve.drift.embedding import Embedding
 Floats: TypeAlias = NDArray[np.floating]
 
 # Counts up when a row of the same request would come out otherwise: a baseline of another version does not fit.
-FEATURES = 1
+FEATURES = 2
+# With 1 a prompt's row is of all its tokens. Such a baseline goes on as it began; the next version gets one of its own.
+EARLIER_FEATURES = (ALL_TOKENS := 1,)
 PROMPT, OUTPUT, LOGPROB = SIGNALS = ("prompt", "output", "logprob")
 # How far from the centre a score may lie: one odd request should not turn a learned direction.
 CLIP = 8.0
@@ -63,10 +66,10 @@ class Answer:
     logprobs: ArrayLike | None = None
 
 
-def prompt_row(embedding: Embedding, tokens: ArrayLike) -> Floats:
-    """(1 + dimensions,) of a prompt."""
+def prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Floats:
+    """(1 + dimensions,) of a prompt's own tokens; `skipped` more are in its middle that were not looked at."""
     ids = np.asarray(tokens, np.int64)
-    return np.concatenate(([math.log1p(ids.size)], embedding.vector(ids)))
+    return np.concatenate(([math.log1p(ids.size + skipped)], embedding.vector(ids)))
 
 
 def answer_rows(embedding: Embedding, prompt: Floats, answer: Answer) -> dict[str, Floats]:

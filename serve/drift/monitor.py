@@ -28,7 +28,7 @@ from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
 from serve.drift.probe_comparison import ProbeAnswers
 from serve.drift.request_text import RequestText
 from serve.drift.traffic_profile import TrafficProfile
-from serve.drift.watched_version import PROBE, Alarm, DriftSettings, ProbeResult, WatchedVersion, signal_rows
+from serve.drift.watched_version import PROBE, Alarm, DriftSettings, ProbeResult, WatchedVersion, reference_rows
 from serve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -217,11 +217,7 @@ class DriftMonitor(Collector):
         with self._lock:
             provenance = self._provenance(adapter, id, base)
             embedding, _ = self._models[base]
-        rows: dict[str, list[Any]] = {}
-        for exchange in exchanges:
-            for generation in exchange.generations[:1]:
-                for kind, row in signal_rows(generation, embedding).items():
-                    rows.setdefault(kind, []).append(row)
+        rows = reference_rows([exchange.generations[0] for exchange in exchanges if exchange.generations], embedding)
         baseline = Baseline.build(provenance, rows)
         baseline.configure(threshold=self._settings.threshold, tolerance=self._settings.tolerance)
         with self._lock:
@@ -299,9 +295,9 @@ class DriftMonitor(Collector):
     def _loaded(self, adapter: str, version: str, id: str, base: str) -> WatchedVersion:
         """A version as it was saved, or one that begins now."""
         provenance = self._provenance(adapter, id, base)
-        text = self._texts.get(base)
+        known: dict[str, Any] = {"text": self._texts.get(base), "numbers": self._models[base][0].numbers}
         if saved := self._files.load(provenance, id, self._settings.tolerance):
-            watched = WatchedVersion(adapter, version, id, base, saved, self._settings, text=text)
+            watched = WatchedVersion(adapter, version, id, base, saved, self._settings, **known)
             self._restore(watched)
             return watched
         # The prompts are the same, whichever version answers them.
@@ -312,10 +308,10 @@ class DriftMonitor(Collector):
             except ConfigError as error:
                 log.warning("%s does not inherit the prompts of %s: %s", id, sibling.id, error.message)
                 continue
-            watched = WatchedVersion(adapter, version, id, base, baseline, self._settings, text=text)
+            watched = WatchedVersion(adapter, version, id, base, baseline, self._settings, **known)
             watched.reference = TrafficProfile.from_state(sibling.reference.state())
             return watched
-        return WatchedVersion(adapter, version, id, base, Baseline(provenance), self._settings, text=text)
+        return WatchedVersion(adapter, version, id, base, Baseline(provenance), self._settings, **known)
 
     def _restore(self, watched: WatchedVersion) -> None:
         """What lies beside a version's baseline: open alarms, and what its requests were about."""

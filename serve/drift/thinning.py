@@ -1,131 +1,255 @@
 """Which requests a detector may see: its guarantee needs them exchangeable, and repeats are not.
 
-    thinning = Thinning(interval=600, block=8, seed=7)
-    if thinning.accepts(tokens=prompt_tokens, key=conversation_or_key, now=seconds):
-        for row in thinning.shuffled(row):
-            signal.update(row)
+    thinning = Thinning(interval=600)
+    taken = thinning.offer(item, tokens=prompt_tokens, key=conversation_or_key, now=seconds)
+    if taken is not None:                           # a request some places before, which may be seen
+        taken.item, taken.own                       # its own tokens, those that prompts do not share
 
-A prompt that was seen before, or nearly (MinHash over three-token runs, Broder 1997), is left out; so is a second
-request of one conversation or key within `interval` seconds. What is left is given out in shuffled blocks, so that
-what came close together carries no order. The reference must have gone through the same. Memory is bounded: the oldest
-are forgotten. Of a prompt only hashes are kept, neither its tokens nor its text.
+Left out is a prompt that came within the last `window` requests already, or nearly (MinHash over three-token runs,
+Broder 1997; numbers count as equal), or that is nothing but what recent prompts share; and a second request of one
+conversation or key within `window` requests or `interval` seconds. All requests are counted for the window, those left
+out too, so that what is accepted depends on a fixed span of the stream: were repeats dropped for ever, popular prompts
+would come first and rare ones later, and that would be a drift that the sampling makes itself. Until the first window
+is full nothing is accepted.
+
+What recent prompts share (`serve.drift.token_runs`) is learned all the time, a few requests ahead, and is no part of
+what is compared. Memory is bounded, and is passed on as arrays. Of a prompt hashes are kept; its tokens only until the
+few requests after it have come.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from serve.drift.share_watch import OpeningWatch, ShareWatch
+from serve.drift.token_runs import AHEAD, NUMBER, SharedRuns, Words, hashed_runs
+
 Item = TypeVar("Item")
 
-ACCEPTED, REPEATED, NEAR, CROWDED = COUNTS = ("accepted", "repeated", "near_duplicate", "same_conversation")
-RUN = 3
+ACCEPTED, *REASONS = COUNTS = ("accepted", "repeated", "near_duplicate", "same_conversation", "warming_up")
+_, REPEATED, NEAR, CROWDED, WARMING_UP = COUNTS
+# Raw requests after which a prompt, or nearly it, may be seen again.
+WINDOW = 64
+# Raw requests after which an asker may be seen again, though the interval is not over.
+MOST_BETWEEN = 1000
+# From this share of requests on, askers come back so often that their rule has to come to its steady state too.
+RETURNING = 0.05
+SHORT_RUN = 3
 # 4 bands of 3 minima: 94 of 100 prompts that share 80 % of their runs are found, 3 of 100 that share 20 %.
 BANDS, MINIMA = 4, 3
-_MIX = np.uint64(0x9E3779B97F4A7C15)
+# The share of requests that is accepted, over so many raw ones, is an alarm below a third of what it was.
+SAMPLING_WINDOW, SAMPLING_FALL = 512, 1 / 3
 _TURNS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, BANDS * MINIMA, np.uint64) * 2 + 1
 
 
-class Thinning(Generic[Item]):
-    """interval: seconds between two requests of one key (0: no limit). block: accepted requests shuffled together.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting(Generic[Item]):
+    """A request whose followers are not all there yet."""
 
-    memory: prompts and keys that are remembered. ignore: runs that prompts share by template or system prompt, which
-    would make all of them near-duplicates (`common_runs`).
+    item: Item
+    words: Words
+    runs: NDArray[np.uint64]
+    digest: bytes
+    key: int | None
+    now: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Taken(Generic[Item]):
+    """An accepted request: its prompt's tokens, and those of them that it does not share with others."""
+
+    item: Item
+    own: NDArray[np.int32]
+    tokens: NDArray[np.int32]
+
+
+class Thinning(Generic[Item]):
+    """interval: seconds between two requests of one key (0: no limit). window, warm_up: in raw requests.
+
+    numbers: which tokens are made of digits (`Embedding.numbers`).
     """
 
     def __init__(
         self,
         *,
         interval: float = 600.0,
-        block: int = 8,
-        memory: int = 20_000,
-        ignore: NDArray[np.uint64] | None = None,
-        seed: int = 0,
+        window: int = WINDOW,
+        warm_up: int = 0,
+        ahead: int = AHEAD,
+        numbers: NDArray[np.bool_] | None = None,
     ) -> None:
-        if block < 1 or memory < 1 or interval < 0:
-            raise ValueError(f"interval {interval}, block {block}, memory {memory}: at least 0, 1 and 1 are taken")
+        if window < 1 or warm_up < 0 or ahead < 0 or interval < 0:
+            raise ValueError(
+                f"window {window}, interval {interval}, warm_up {warm_up}, ahead {ahead}: 1, 0, 0, 0 at least"
+            )
         self.counts = dict.fromkeys(COUNTS, 0)
-        self._interval, self._block, self._memory = interval, block, memory
-        self._ignore = None if ignore is None or not len(ignore) else np.unique(ignore)
-        self._prompts: OrderedDict[bytes, None] = OrderedDict()
-        self._bands: OrderedDict[bytes, None] = OrderedDict()
-        self._last: OrderedDict[Hashable, float] = OrderedDict()
-        self._waiting: list[Item] = []
+        self.acceptance = ShareWatch(needed=SAMPLING_WINDOW, window=SAMPLING_WINDOW, fall=SAMPLING_FALL)
+        self.opening = OpeningWatch()
+        self._interval, self._window, self._warm_up = interval, window, warm_up
+        self._ahead, self._numbers = ahead, numbers
+        self._shared = SharedRuns()
+        self._waiting: deque[_Waiting[Item]] = deque()
+        # When each was last seen (prompts, bands) or accepted (askers), in raw requests; the oldest first.
+        self._raw = 0
+        self._prompts: OrderedDict[bytes, int] = OrderedDict()
+        self._bands: OrderedDict[bytes, int] = OrderedDict()
+        self._askers: OrderedDict[int, tuple[int, float]] = OrderedDict()
+        self._began: float | None = None
+        self._steady = warm_up == 0
+
+    def offer(self, item: Item, *, tokens: ArrayLike, now: float, key: int | None = None) -> Taken[Item] | None:
+        """Take in a request. Returns the one that came `ahead` requests before, if it is accepted."""
+        ids = np.array(tokens, np.int64)
+        words = Words.of(ids, self._numbers)
+        waiting = _Waiting(item, words, words.runs(), _digest(ids.tobytes()), key, now)
+        self._shared.learn(waiting.runs)
+        self._waiting.append(waiting)
+        return self._decide(self._waiting.popleft()) if len(self._waiting) > self._ahead else None
+
+    def flush(self) -> list[Taken[Item]]:
+        """Decide on those that wait, though nothing follows them."""
+        decided = [self._decide(self._waiting.popleft()) for _ in range(len(self._waiting))]
+        return [taken for taken in decided if taken is not None]
+
+    def _decide(self, request: _Waiting[Item]) -> Taken[Item] | None:
+        shared = self._shared.among(request.runs)
+        own = request.words.own(shared)
+        reason = self._reason(request, request.words.symbols[own], own.all())
+        if not self._steady:
+            self._steady = self._is_steady(request.now)
+            reason = WARMING_UP if reason == ACCEPTED else reason
+        else:
+            self.acceptance.update(reason == ACCEPTED, request.now)
+        self.counts[reason] += 1
+        if reason != ACCEPTED:
+            return None
+        self.opening.update(request.runs[shared], request.now)
+        return Taken(request.item, request.words.kept(own), request.words.tokens)
+
+    def _reason(self, request: _Waiting[Item], rest: NDArray[np.int64], alone: bool) -> str:
+        # All of it is learned from every request, also from one that is left out: a chain of near-duplicates stays out.
+        self._raw += 1
+        repeated = self._seen(self._prompts, request.digest)
+        near = False
+        if not repeated:
+            near = not alone and not (rest != NUMBER).any()
+            for band in _signature(rest):
+                near = self._seen(self._bands, band) or near
+        crowded = request.key is not None and self._crowded(request.key, request.now)
+        if not (repeated or near or crowded) and request.key is not None:
+            self._askers[request.key] = self._raw, request.now
+            self._askers.move_to_end(request.key)
+        return REPEATED if repeated else NEAR if near else CROWDED if crowded else ACCEPTED
+
+    def _seen(self, memory: OrderedDict[bytes, int], digest: bytes) -> bool:
+        """Whether it came within the window; it is remembered as the newest."""
+        while memory and next(iter(memory.values())) < self._raw - self._window:
+            memory.popitem(last=False)
+        known = digest in memory
+        memory[digest] = self._raw
+        memory.move_to_end(digest)
+        return known
+
+    def _crowded(self, key: int, now: float) -> bool:
+        """Whether this asker's last accepted request is too close."""
+        longest = max(self._window, MOST_BETWEEN)
+        while self._askers and next(iter(self._askers.values()))[0] < self._raw - longest:
+            self._askers.popitem(last=False)
+        if self._interval <= 0 or key not in self._askers:
+            return False
+        raw, then = self._askers[key]
+        return self._raw - raw <= self._window or now - then < self._interval
+
+    def _is_steady(self, now: float) -> bool:
+        """Whether what is accepted no longer depends on where the stream began."""
+        self._began = now if self._began is None else self._began
+        if self._raw < self._warm_up:
+            return False
+        few = self.counts[CROWDED] <= RETURNING * self._raw
+        return few or now - self._began >= self._interval or self._raw >= MOST_BETWEEN
+
+    def acknowledge(self) -> None:
+        """The alarms about the sampling itself have been dealt with."""
+        self.acceptance.acknowledge()
+        self.opening.acknowledge()
+
+    def state(self) -> dict[str, NDArray]:
+        """What is remembered, as arrays; not the requests that wait."""
+        state = {f"shared.{name}": value for name, value in self._shared.state().items()}
+        for name, memory in (("prompts", self._prompts), ("bands", self._bands)):
+            state[name] = np.frombuffer(b"".join(memory), np.uint8).reshape(-1, _DIGEST).copy()
+            state[f"{name}.raw"] = np.array(list(memory.values()), np.int64)
+        state["askers"] = np.array(list(self._askers), np.uint64)
+        state["askers.raw"] = np.array([raw for raw, _ in self._askers.values()], np.int64)
+        state["askers.seconds"] = np.array([seconds for _, seconds in self._askers.values()], np.float64)
+        state["raw"] = np.array([self._raw, self._steady])
+        state |= {f"acceptance.{name}": value for name, value in self.acceptance.state().items()}
+        state |= {f"opening.{name}": value for name, value in self.opening.state().items()}
+        state["counts"] = np.array([self.counts[name] for name in COUNTS])
+        return state
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Go on where the thinning was whose `state()` this is, or what an heir takes over of it (`inherited`)."""
+        self._shared = SharedRuns.from_state(_below(state, "shared."))
+        for name, memory in (("prompts", self._prompts), ("bands", self._bands)):
+            digests = (bytes(row) for row in state[name])
+            memory.update(zip(digests, state[f"{name}.raw"].tolist(), strict=True))
+        seen = zip(state["askers.raw"].tolist(), state["askers.seconds"].tolist(), strict=True)
+        self._askers.update(zip(state["askers"].tolist(), seen, strict=True))
+        raw, steady = state["raw"].tolist()
+        self._raw, self._steady = raw, bool(steady)
+        self.acceptance.restore(_below(state, "acceptance."))
+        self.opening.restore(_below(state, "opening."))
+        if "counts" in state:
+            self.counts = dict(zip(COUNTS, state["counts"].tolist(), strict=True))
+
+
+def inherited(state: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """What an adapter's next version takes over of a thinning's `state()`: what it remembers, neither what it counted
+    nor its alarms."""
+    if not state:
+        return {}
+    heir: Thinning[None] = Thinning()
+    heir.restore(state)
+    heir.acknowledge()
+    return {name: value for name, value in heir.state().items() if name != "counts" and not name.endswith(".alarms")}
+
+
+class Shuffle(Generic[Item]):
+    """Gives items out in shuffled blocks, so that what came close together carries no order."""
+
+    def __init__(self, block: int = 8, seed: int = 0) -> None:
+        if block < 1:
+            raise ValueError(f"block {block}: at least 1 is taken")
+        self._block, self._waiting = block, list[Item]()
         self._rng = np.random.Generator(np.random.PCG64(seed))
 
-    def accepts(self, *, tokens: ArrayLike, now: float, key: Hashable | None = None) -> bool:
-        """Whether a request with this prompt may be seen; it is remembered either way."""
-        reason = self._reason(np.ascontiguousarray(tokens, np.int64), now, key)
-        self.counts[reason] += 1
-        return reason == ACCEPTED
-
-    def shuffled(self, item: Item) -> list[Item]:
-        """Keep an accepted item until its block is full; the whole block, shuffled, when this one filled it."""
+    def add(self, item: Item) -> list[Item]:
+        """The whole block, shuffled, when this one filled it; else nothing."""
         self._waiting.append(item)
         return self.flush() if len(self._waiting) >= self._block else []
-
-    def offer(self, item: Item, *, tokens: ArrayLike, now: float, key: Hashable | None = None) -> list[Item]:
-        """Both in one: a shuffled block when this item was accepted and filled it, else nothing."""
-        return self.shuffled(item) if self.accepts(tokens=tokens, now=now, key=key) else []
 
     def flush(self) -> list[Item]:
         """The items that wait for their block to fill, shuffled."""
         block, self._waiting = self._waiting, []
         return [block[i] for i in self._rng.permutation(len(block))]
 
-    def _reason(self, ids: NDArray[np.int64], now: float, key: Hashable | None) -> str:
-        # All of it is learned from every request, also from one that is left out: a chain of near-duplicates stays out.
-        repeated = _remember(self._prompts, _digest(ids.tobytes()), self._memory)
-        near = False
-        if not repeated:
-            for band in self._signature(ids):
-                near = _remember(self._bands, band, self._memory * BANDS) or near
-        crowded = False
-        if key is not None and self._interval > 0:
-            last = self._last.get(key)
-            crowded = last is not None and now - last < self._interval
-            if not (repeated or near or crowded):
-                self._last[key] = now
-                self._last.move_to_end(key)
-                if len(self._last) > self._memory:
-                    self._last.popitem(last=False)
-        return REPEATED if repeated else NEAR if near else CROWDED if crowded else ACCEPTED
 
-    def _signature(self, ids: NDArray[np.int64]) -> list[bytes]:
-        runs = _runs(ids)
-        if self._ignore is not None:
-            places = np.minimum(self._ignore.searchsorted(runs), len(self._ignore) - 1)
-            runs = runs[self._ignore[places] != runs]
-        if not len(runs):
-            return []
-        minima = _hashes(runs).min(axis=1)
-        bands = minima.reshape(BANDS, MINIMA)
-        return [_digest(bytes([i]) + band.tobytes()) for i, band in enumerate(bands)]
-
-
-def common_runs(prompts: Iterable[ArrayLike], share: float = 0.1) -> NDArray[np.uint64]:
-    """Runs of tokens that more than `share` of the prompts contain: the template's and the system prompt's."""
-    each = [np.unique(_runs(np.ascontiguousarray(tokens, np.int64))) for tokens in prompts]
-    if not each:
-        return np.zeros(0, np.uint64)
-    runs, counts = np.unique(np.concatenate(each), return_counts=True)
-    return runs[counts > max(1.0, share * len(each))]
-
-
-def _runs(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Every run of RUN tokens as one number; a shorter prompt is one run."""
-    words = ids.astype(np.uint64)
-    if len(words) < RUN:
-        return np.array([hash(ids.tobytes()) & ((1 << 64) - 1)], np.uint64) if len(words) else words
-    run = words[: len(words) - RUN + 1].copy()
-    for i in range(1, RUN):
-        run = (run ^ (run >> np.uint64(29))) * _MIX + words[i : len(words) - RUN + 1 + i]
-    return run
+def _signature(symbols: NDArray[np.int64]) -> list[bytes]:
+    """The bands of a prompt; a short one is a run of its own."""
+    if not len(symbols):
+        return []
+    runs = hashed_runs(symbols, min(SHORT_RUN, len(symbols)))
+    minima = _hashes(runs).min(axis=1)
+    bands = minima.reshape(BANDS, MINIMA)
+    return [_digest(bytes([i]) + band.tobytes()) for i, band in enumerate(bands)]
 
 
 def _hashes(runs: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -134,15 +258,12 @@ def _hashes(runs: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return (mixed * _TURNS[:, None]) >> np.uint64(16)
 
 
+_DIGEST = 16
+
+
 def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(data, digest_size=_DIGEST).digest()
 
 
-def _remember(seen: OrderedDict[bytes, None], digest: bytes, at_most: int) -> bool:
-    """Whether it was known; it is now, as the newest."""
-    known = digest in seen
-    seen[digest] = None
-    seen.move_to_end(digest)
-    if len(seen) > at_most:
-        seen.popitem(last=False)
-    return known
+def _below(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -18,21 +18,21 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.drift.baseline import Baseline, Phase, Tolerance
 from serve.drift.change_description import describe, describe_probe, movement
 from serve.drift.embedding import Embedding
-from serve.drift.features import LOGPROB, OUTPUT, PROMPT, Answer, Floats, answer_rows, prompt_row
+from serve.drift.features import ALL_TOKENS, LOGPROB, OUTPUT, PROMPT, Answer, Floats, answer_rows, prompt_row
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
 from serve.drift.request_text import RequestText
-from serve.drift.thinning import Thinning, common_runs
+from serve.drift.share_watch import ShareWatch
+from serve.drift.thinning import WINDOW, Shuffle, Taken, Thinning
+from serve.drift.token_runs import own_tokens, skipped
 from serve.drift.traffic_profile import Prompt, TrafficProfile
 from serve.drift.word_counts import hashed
 from serve.engine.effect_probe import effect
 from serve.models.language import STOP_WORDS, language_of, words
 from serve.names import tenant_of
 
-# The first prompts of a version say which runs of tokens all prompts share: template and system prompt.
-EARLY = 32
-# Prompts and askers that a version's thinning remembers.
-REMEMBERED = 5_000
 PROBE = "probe"
+# What is said of the sampling itself: much less is accepted than before, and prompts open otherwise than before.
+SAMPLING, OPENING = SHARES = ("sampling", "opening")
 # Signals and alarms of the answers' side; every other one is about what is asked.
 ANSWERS = frozenset({OUTPUT, LOGPROB, PROBE})
 # Requests that may be exported, those of them that a report quotes, and characters of an answer and of a prompt.
@@ -81,13 +81,19 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sample:
-    """What is kept of an exchange: numbers, and a quote if quotes were asked for."""
+    """What is kept of an exchange: numbers, and a quote if quotes were asked for. `skipped`: tokens of its prompt that
+    are not looked at."""
 
     began: float
-    asker: int | None
     rows: dict[str, Floats]
     quote: dict[str, Any] | None
-    prompt: Prompt
+    skipped: int
+    tenant: str
+    asker: int | None
+    # Whether words of its prompt may be counted.
+    words: bool
+    # Once it is accepted.
+    prompt: Prompt | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -101,9 +107,11 @@ class WatchedVersion:
     baseline: Baseline
     settings: DriftSettings
     unsaved: bool = False
-    thinning: Thinning[_Sample] | None = None
+    # Which tokens are made of digits (`Embedding.numbers`).
+    numbers: NDArray[np.bool_] | None = None
     # The tokenizer of its base, to say what moved in words.
     text: RequestText | None = None
+    thinning: Thinning[_Sample] = field(init=False)
     # When each signal alarmed last, and what had moved, until it is acknowledged.
     alarmed: dict[str, float] = field(default_factory=dict)
     moved: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -117,32 +125,31 @@ class WatchedVersion:
     probe_alarms: int = 0
     # When the last samples of each signal came.
     _times: dict[str, deque[float]] = field(init=False, default_factory=dict)
-    # The first samples, each with the tokens of its prompt.
-    _early: list[tuple[_Sample, NDArray[np.int32]]] = field(init=False, default_factory=list)
+    _shuffle: Shuffle[_Sample] = field(init=False)
     # When, the prompt's row, and what is quoted.
     _quotes: deque[tuple[float, Floats, dict[str, Any]]] = field(
         init=False, default_factory=lambda: deque(maxlen=EXPORTED)
     )
 
+    def __post_init__(self) -> None:
+        self._shuffle = Shuffle(seed=self.settings.seed)
+        self.thinning = Thinning(interval=self.settings.interval, warm_up=WINDOW, numbers=self.numbers)
+        if remembered := self.baseline.sampling():
+            self.thinning.restore(remembered)
+        self.baseline.sampling = self.thinning.state
+        self.alarmed |= {
+            kind: share.alarmed_at for kind, share in self.shares().items() if share.alarmed_at is not None
+        }
+
     def observe(self, exchange: Exchange, embedding: Embedding) -> list[Alarm]:
-        """Take in one exchange, unless thinning leaves it out; the alarms that it raised."""
-        prompt, asker = exchange.generations[0].prompt, _asker(exchange)
-        if self.thinning is not None:
-            if not self.thinning.accepts(tokens=prompt, key=asker, now=exchange.began):
-                return []
-            block = self.thinning.shuffled(self._sample(exchange, embedding))
-            return [alarm for sample in block for alarm in self._count(sample)]
-        self._early.append((self._sample(exchange, embedding), np.array(prompt, np.int32)))
-        if len(self._early) < EARLY:
-            return []
-        template = common_runs([tokens for _, tokens in self._early])
-        settings = self.settings
-        self.thinning = Thinning(interval=settings.interval, memory=REMEMBERED, ignore=template, seed=settings.seed)
-        early, self._early = self._early, []
-        alarms: list[Alarm] = []
-        for first, tokens in early:
-            for sample in self.thinning.offer(first, tokens=tokens, key=first.asker, now=first.began):
-                alarms += self._count(sample)
+        """Take in one exchange; the alarms that it raised. It counts with those before it, if thinning accepts it."""
+        self.unsaved = True
+        sample, prompt = self._sample(exchange, embedding), exchange.generations[0].prompt
+        taken = self.thinning.offer(sample, tokens=prompt, key=_asker(exchange), now=exchange.began)
+        alarms = list(self._sampling_alarms())
+        if taken is not None:
+            block = self._shuffle.add(self._accepted(taken, embedding))
+            alarms += [alarm for earlier in block for alarm in self._count(earlier)]
         return alarms
 
     def compare_probe(self, answers: ProbeAnswers, now: float, earlier: ProbeAnswers | None = None) -> ProbeResult:
@@ -181,11 +188,13 @@ class WatchedVersion:
         self.unsaved = True
         for signal in self.baseline.signals.values():
             signal.acknowledge()
+        self.thinning.acknowledge()
 
     def accept(self, *, prompts: bool, answers: bool) -> None:
         """What moved is here to stay: recent traffic becomes the reference of the prompts, of the answers, or both."""
         signals, self.unsaved = self.baseline.signals, True
         if prompts:
+            self.thinning.acknowledge()
             changed_at = signals[PROMPT].changed_at
             since = len(self.recent.seen) if changed_at is None else signals[PROMPT].samples - changed_at
             if signals[PROMPT].phase is Phase.WATCHING:
@@ -201,7 +210,9 @@ class WatchedVersion:
         self.baseline.provenance = replace(self.baseline.provenance, origin="accepted")
 
     def replace_baseline(self, baseline: Baseline) -> None:
-        """Compare with this baseline from now on."""
+        """Compare with this baseline from now on. The traffic is the same: what its thinning remembers stays."""
+        self.thinning.acknowledge()
+        baseline.sampling = self.thinning.state
         self.baseline, self.unsaved = baseline, True
         self.alarmed.clear()
         self.moved.clear()
@@ -217,7 +228,7 @@ class WatchedVersion:
         if signal.changed_at is None or not times:
             return None
         back = signal.samples - signal.changed_at
-        return _iso(times[-back] if 0 < back <= len(times) else times[0])
+        return iso(times[-back] if 0 < back <= len(times) else times[0])
 
     def what_moved(self, kind: str) -> dict[str, Any] | None:
         """What has moved of a signal that alarmed: as it is now while it is beyond tolerance, else as it was then."""
@@ -236,32 +247,56 @@ class WatchedVersion:
         `moved` is 0 for a prompt like the reference's, 1 for one like the typical prompt since.
         """
         since = min((when for kind in self.alarmed if (when := self.since(kind))), default="")
-        kept = [each for each in self._quotes if each[0] > now - self.settings.quote_seconds and _iso(each[0]) >= since]
+        kept = [each for each in self._quotes if each[0] > now - self.settings.quote_seconds and iso(each[0]) >= since]
         signal = self.baseline.signals[PROMPT]
         rows = [{**quote, "moved": round(movement(signal, row), 3)} for _, row, quote in kept]
         return sorted(rows, key=lambda each: -each["moved"])
 
+    def shares(self) -> dict[str, ShareWatch]:
+        """What is watched of the sampling itself, by the name of its alarm."""
+        return {SAMPLING: self.thinning.acceptance, OPENING: self.thinning.opening.share}
+
+    def _sampling_alarms(self) -> Iterator[Alarm]:
+        for kind, share in self.shares().items():
+            if share.alarmed_at is not None and kind not in self.alarmed:
+                self.alarmed[kind] = share.alarmed_at
+                effects = {"share": share.share or 0.0, "share_before": share.before or 0.0}
+                said = f"{effects['share']:.0%} now, {effects['share_before']:.0%} before"
+                text = {
+                    SAMPLING: f"most requests repeat one another and are not compared: {said} are accepted",
+                    OPENING: f"the opening that prompts share changed: {said} carry the one from before",
+                }[kind]
+                since = iso(share.alarmed_at)
+                self.moved[kind] = {"text": f"at {since}, {text}", "since": since, **effects}
+                yield Alarm(self.adapter, self.version, kind, effects, share.log_evidence, self.moved[kind])
+
     def _sample(self, exchange: Exchange, embedding: Embedding) -> _Sample:
         generation = exchange.generations[0]
         quote = self._quote(exchange, generation) if self.settings.capture and self._may_quote(exchange) else None
-        rows = signal_rows(generation, embedding)
-        return _Sample(exchange.began, _asker(exchange), rows, quote, self._prompt(exchange, rows[PROMPT][1:]))
+        rows = _answer_rows(generation, embedding)
+        beyond, owned = skipped(generation.prompt), self._may_quote(exchange)
+        return _Sample(exchange.began, rows, quote, beyond, exchange.tenant, _asker(exchange), owned)
 
-    def _prompt(self, exchange: Exchange, vector: Floats) -> Prompt:
-        """What a profile takes of a request. Words are the owner's to read, so only the owner's are counted."""
-        tokens = exchange.generations[0].prompt
-        text = self.text.last(tokens) if self.text is not None else ""
-        counted = hashed(words(text), STOP_WORDS) if text and self._may_quote(exchange) else {}
-        asker = 0 if exchange.asker is None else zlib.crc32(exchange.asker)
-        return Prompt(len(tokens), language_of(text), exchange.tenant, counted, asker, vector)
+    def _accepted(self, taken: Taken[_Sample], embedding: Embedding) -> _Sample:
+        """The sample of an accepted request, with all that is made of its prompt."""
+        whole = self.baseline.provenance.features == ALL_TOKENS
+        sample, tokens = taken.item, taken.tokens if whole else taken.own
+        row = prompt_row(embedding, tokens, sample.skipped)
+        _complete(sample.rows, row)
+        # Words are the owner's to read, so only the owner's are counted.
+        text = self.text.last(tokens.tolist()) if self.text is not None else ""
+        counted = hashed(words(text), STOP_WORDS) if text and sample.words else {}
+        length = len(tokens) + sample.skipped
+        prompt = Prompt(length, language_of(text), sample.tenant, counted, sample.asker or 0, row[1:])
+        return replace(sample, prompt=prompt)
 
     def _count(self, sample: _Sample) -> Iterator[Alarm]:
         """Update every signal with one accepted sample."""
-        self.unsaved = True
         if sample.quote is not None:
             self._quotes.append((sample.began, sample.rows[PROMPT], sample.quote))
         gathering = self.baseline.signals[PROMPT].phase is Phase.GATHERING
-        (self.reference if gathering else self.recent).add(sample.prompt)
+        if sample.prompt is not None:
+            (self.reference if gathering else self.recent).add(sample.prompt)
         self.requests_watched += any(self.baseline.signals[kind].phase is Phase.WATCHING for kind in sample.rows)
         for kind, row in sample.rows.items():
             signal = self.baseline.signals[kind]
@@ -281,7 +316,7 @@ class WatchedVersion:
     def _quote(self, exchange: Exchange, generation: Generation) -> dict[str, Any]:
         # Redacted before it is cut: half a number would match no pattern.
         answer = self._redacted(generation.text[: 2 * QUOTED_CHARACTERS])[:QUOTED_CHARACTERS]
-        quote: dict[str, Any] = {"request_id": exchange.request_id, "when": _iso(exchange.began), "answer": answer}
+        quote: dict[str, Any] = {"request_id": exchange.request_id, "when": iso(exchange.began), "answer": answer}
         if self.text is not None:
             prompt = self.text.last(generation.prompt, PROMPT_CHARACTERS)
             quote["prompt"] = self._redacted(prompt)[-PROMPT_CHARACTERS:]
@@ -293,16 +328,38 @@ class WatchedVersion:
         return text
 
 
-def signal_rows(generation: Generation, embedding: Embedding) -> dict[str, Floats]:
-    """The row of each signal that one generation gives."""
-    row = prompt_row(embedding, generation.prompt)
+def reference_rows(generations: Sequence[Generation], embedding: Embedding) -> dict[str, list[Floats]]:
+    """The rows of each signal that a reference is made of; what prompts share is left out of them as it is live."""
+    rows: dict[str, list[Floats]] = {}
+    prompts = own_tokens((generation.prompt for generation in generations), embedding.numbers)
+    for generation, own in zip(generations, prompts, strict=True):
+        each = _answer_rows(generation, embedding)
+        _complete(each, prompt_row(embedding, own, skipped(generation.prompt)))
+        for kind, row in each.items():
+            rows.setdefault(kind, []).append(row)
+    return rows
+
+
+def _answer_rows(generation: Generation, embedding: Embedding) -> dict[str, Floats]:
+    """The rows that one answer gives, without its prompt's numbers."""
     answer = Answer(generation.output, generation.finish_reason, generation.text, generation.logprobs)
-    return {PROMPT: row, **answer_rows(embedding, row, answer)}
+    return answer_rows(embedding, np.zeros(0), answer)
+
+
+def _complete(rows: dict[str, Floats], prompt: Floats) -> None:
+    """Enter a prompt's row, also where an answer's row goes on with it."""
+    rows[PROMPT] = prompt
+    if LOGPROB in rows:
+        rows[LOGPROB] = np.concatenate((rows[LOGPROB], prompt))
 
 
 def _asker(exchange: Exchange) -> int | None:
-    return None if exchange.asker is None else hash(exchange.asker)
+    """A number that stays the same over restarts."""
+    if exchange.asker is None:
+        return None
+    return int.from_bytes(hashlib.blake2b(exchange.asker, digest_size=8).digest(), "big")
 
 
-def _iso(seconds: float) -> str:
+def iso(seconds: float) -> str:
+    """A time as in reports."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

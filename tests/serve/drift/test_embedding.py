@@ -61,6 +61,23 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
         rows(tmp_path)
 
 
+def test_which_tokens_are_numbers_is_read_from_the_tokenizer(tmp_path):
+    save_file({"embed_tokens.weight": TABLE}, tmp_path / "model.safetensors")
+    assert Embedding.of(tmp_path).numbers is None
+    pairs = [("a", 0), ("7", 3), ("\u0120" + "42", 9), ("##5", 11), ("x2", 12), ("\u2581" + "1", 20), ("8", 999)]
+    listed = [["a", 0.0]] * 300
+    for token, number in pairs[:-1]:
+        listed[number] = [token, -1.0]
+    bpe, unigram = {"model": {"vocab": dict(pairs)}}, {"model": {"vocab": listed}}
+    for name, content in (("vocab.json", dict(pairs)), ("tokenizer.json", bpe), ("tokenizer.json", unigram)):
+        (tmp_path / name).write_text(json.dumps(content))
+        numbers = Embedding.of(tmp_path).numbers
+        assert len(numbers) == 301 and np.flatnonzero(numbers).tolist() == [3, 9, 11, 20]
+    for damaged in ("{", "[]", '{"model": {"vocab": 3}}'):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        assert Embedding.of(tmp_path).numbers is None
+
+
 def test_common_tokens_weigh_less():
     embedding = Embedding.project(TABLE.numpy())
     assert embedding.weights[0] < 0.02 < embedding.weights[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import random
 import shutil
@@ -19,7 +20,7 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.cli.baseline import prompts
 from serve.drift.embedding import Embedding
 from serve.drift.monitor import DriftMonitor
-from serve.drift.watched_version import DriftSettings
+from serve.drift.watched_version import DriftSettings, WatchedVersion
 from serve.errors import ConfigError
 from tests.support.tiny import HIDDEN
 from tests.support.watched_traffic import CHAT, Engine, ask, drift, push, until
@@ -33,7 +34,7 @@ async def test_the_first_requests_are_the_reference_and_steady_traffic_raises_no
     Engine(backend)
     async with connect(watched) as client:
         await push(client, make_adapter, 0)
-        await ask(client, 400)
+        await ask(client, 500)
         told = (await drift(client))["versions"][0]
         for kind in ("prompt", "output"):
             signal = told["signals"][kind]
@@ -47,7 +48,7 @@ async def test_another_topic_moves_the_prompts_and_rolls_nothing_back(connect, w
     async with connect(watched) as client:
         await push(client, make_adapter, 0, 1)
         await client.post("/v1/adapters/tone/promote", json={"version": 2})
-        await ask(client, 200)
+        await ask(client, 270)
         engine.topic = range(14, 30)
         await ask(client, 150)
         told = await drift(client)
@@ -80,6 +81,10 @@ async def test_repeated_prompts_and_one_asker_again_and_again_are_left_out(conne
             await client.post(CHAT, json={"model": "tone", "user": "the same"})
         counts = (await drift(client))["versions"][0]["thinning"]
         assert counts["repeated"] >= 29 and counts["same_conversation"] >= 20
+        text = (await client.get("/metrics")).text
+        for reason in ("repeated", "near_duplicate", "same_conversation", "warming_up"):
+            series = f'loradock_drift_thinned_total{{adapter="tone",reason="{reason}",version="v1"}} {counts[reason]}.0'
+            assert series in text
 
 
 async def test_a_restart_keeps_the_reference_and_the_evidence(connect, watched, backend, make_adapter):
@@ -94,7 +99,7 @@ async def test_a_restart_keeps_the_reference_and_the_evidence(connect, watched, 
         await ask(client, 1)
         engine.topic = range(14, 30)
         after = (await drift(client))["versions"][0]["signals"]
-        # One more request waits for the others that say what all prompts share.
+        # One more request waits for those that follow it.
         assert after == before
         await ask(client, 200)
         assert (await drift(client))["versions"][0]["signals"]["prompt"]["alarmed"]
@@ -112,7 +117,7 @@ async def test_a_baseline_of_prompts_is_there_before_any_traffic(connect, watche
         assert told["baseline"] == "shipped" and told["signals"]["prompt"]["phase"] == "watching"
         assert "loradock_requests_total{" not in (await client.get("/metrics")).text, "nobody's requests"
         engine.topic = range(14, 30)
-        await ask(client, 150)
+        await ask(client, 220)
         assert (await drift(client))["versions"][0]["signals"]["prompt"]["alarmed"]
         few = await client.post("/v1/adapters/tone/baseline", json={"prompts": ["x"]})
         assert few.status_code == 400
@@ -161,7 +166,7 @@ async def test_over_another_base_model_a_version_begins_anew(connect, watched, b
 
     async with connect(watched) as client:
         await push(client, make_adapter, 0)
-        await ask(client, 200)
+        await ask(client, 270)
         assert await gathered() == 100
         backend.prepare = lambda heir: (setattr(heir, "generate", engine.generate), heir.effects.update(tone=3.0))
         refused = await client.post("/v1/engines/base/swap", json={"model": str(other)})
@@ -172,7 +177,7 @@ async def test_over_another_base_model_a_version_begins_anew(connect, watched, b
         assert (await client.post("/v1/engines/base/swap", json={"model": str(other)})).status_code == 200
         monitor = client._transport.app.state.parts.drift_monitor
         assert await until(lambda: asyncio.sleep(0, monitor.watches("base")))
-        await ask(client, 50)
+        await ask(client, 120)
         assert 0 < await gathered() < 100
 
 
@@ -201,7 +206,7 @@ async def test_quotes_are_kept_only_when_asked_for_and_redacted(connect, watched
             )
         ) as client:
             await push(client, make_adapter, 0)
-            await ask(client, 60)
+            await ask(client, 120)
             told = (await drift(client))["versions"][0]
             assert "555-1234" not in json.dumps(told)
             assert ("examples" in told) == capture
@@ -225,6 +230,92 @@ async def test_the_probe_sees_weights_that_changed_without_any_traffic(connect, 
         assert (await client.get("/v1/adapters/tone")).json()["history"][-1]["what"] == "drift"
 
 
+WORDS = np.random.default_rng(2)
+WIDE = Embedding.project(WORDS.standard_normal((5000, 16)))
+
+
+def version_of(monitor):
+    """The report of the one version that it watches, and what is known of it."""
+    (watched,) = monitor._versions.values()
+    return monitor.report("tone")[0], watched
+
+
+def sent(monitor, count, *, system=(), topic=(0, 4000), number=itertools.count()):
+    """Prompts of one topic behind a system prompt, through the monitor."""
+    for _ in range(count):
+        prompt = [*system, *WORDS.integers(*topic, WORDS.integers(8, 30)).tolist()]
+        generation = Generation(prompt, [1, 2], "stop")
+        began = float(next(number))
+        monitor.observe(Exchange("tone", "v1", 200, 0.1, 0.2, id="tone@1", began=began, generations=(generation,)))
+
+
+def monitored(folder, alarms):
+    monitor = DriftMonitor(folder, DriftSettings(reference=300), on_alarm=alarms.append)
+    monitor.learn("", WIDE)
+    return monitor
+
+
+def test_a_new_system_prompt_is_said_as_what_it_is_and_moves_no_prompts(tmp_path):
+    alarms = []
+    monitor = monitored(tmp_path, alarms)
+    first, second = (WORDS.integers(0, 5000, length).tolist() for length in (454, 555))
+    sent(monitor, 600, system=first)
+    sent(monitor, 60, system=second)
+    assert [alarm.signal for alarm in alarms] == ["opening"]
+    assert alarms[0].effects["share"] < 0.5 < 0.9 < alarms[0].effects["share_before"]
+    sent(monitor, 2000, system=second)
+    report, watched = version_of(monitor)
+    assert [alarm.signal for alarm in alarms] == ["opening"], "once"
+    assert report["opening"]["alarmed"] and report["opening"]["since"] and not report["signals"]["prompt"]["alarmed"]
+    assert report["signals"]["prompt"]["samples"] > 2000
+    monitor.acknowledge("tone", "v1", "tone@1")
+    sent(monitor, 500, system=second)
+    report, watched = version_of(monitor)
+    assert not report["opening"]["alarmed"] and report["opening"]["share"] == 1 and watched.alarmed == {}
+
+
+def test_a_new_system_prompt_hides_no_other_language(tmp_path):
+    alarms = []
+    monitor = monitored(tmp_path, alarms)
+    first, second = (WORDS.integers(0, 5000, length).tolist() for length in (454, 555))
+    sent(monitor, 600, system=first)
+    sent(monitor, 60, system=second, topic=(4000, 4030))
+    assert {alarm.signal for alarm in alarms} == {"opening", "prompt"}
+
+
+def test_traffic_that_is_all_left_out_is_an_alarm_and_not_silence(tmp_path):
+    alarms = []
+    monitor = monitored(tmp_path, alarms)
+    sent(monitor, 1200)
+    sent(monitor, 600, topic=(7, 8))
+    assert [alarm.signal for alarm in alarms] == ["sampling"]
+    report, _ = version_of(monitor)
+    assert (
+        report["sampling"]["share"] < 0.4
+        and report["thinning"]["near_duplicate"] + report["thinning"]["repeated"] > 500
+    )
+
+
+def test_what_thinning_remembers_outlives_a_restart_and_goes_to_the_next_version(tmp_path):
+    alarms = []
+    monitor = monitored(tmp_path, alarms)
+    first, second = (WORDS.integers(0, 5000, length).tolist() for length in (454, 555))
+    sent(monitor, 600, system=first)
+    sent(monitor, 60, system=second)
+    before, _ = version_of(monitor)
+    monitor.stop()
+    again = monitored(tmp_path, alarms)
+    sent(again, 9, system=second)
+    report, watched = version_of(again)
+    assert report["opening"]["alarmed"] and report["opening"]["since"] == before["opening"]["since"]
+    assert sum(report["thinning"].values()) == sum(before["thinning"].values()) + 1
+    assert len(alarms) == 1, "an alarm is not raised twice"
+    heir = watched.baseline.successor(replace(watched.baseline.provenance, version="2"))
+    remembered = WatchedVersion("tone", "v2", "tone@2", "", heir, watched.settings)
+    assert remembered.alarmed == {} and sum(remembered.thinning.counts.values()) == 0
+    assert len(remembered.thinning._prompts) == len(watched.thinning._prompts) > 60
+
+
 class Prompt(list):
     """Tokens that can be looked for once everybody should have let go of them."""
 
@@ -233,7 +324,7 @@ def test_of_what_was_asked_numbers_are_kept_and_neither_tokens_nor_text(tmp_path
     monitor = DriftMonitor(tmp_path, DriftSettings(reference=100))
     monitor.learn("", Embedding.project(np.random.default_rng(0).standard_normal((VOCABULARY, HIDDEN))))
     draw, prompts = random.Random(0), []
-    for number in range(100):
+    for number in range(200):
         prompt = Prompt([1, 2, 3, *draw.choices(range(8, 20), k=draw.randint(8, 20)), 4, 5])
         prompts.append(weakref.ref(prompt))
         generation = Generation(prompt, draw.choices(range(8, 32), k=10), "stop", "a text")
@@ -247,3 +338,25 @@ def test_of_what_was_asked_numbers_are_kept_and_neither_tokens_nor_text(tmp_path
     (version,) = monitor._versions.values()
     assert version.thinning.counts["accepted"] > 60
     assert {len(digest) for digest in (*version.thinning._prompts, *version.thinning._bands)} == {16}
+
+
+def test_a_baseline_of_whole_prompts_goes_on_and_the_next_version_has_its_own(tmp_path):
+    monitor = monitored(tmp_path, alarms := [])
+    system = WORDS.integers(0, 5000, 200).tolist()
+    sent(monitor, 1, system=system)
+    _, watched = version_of(monitor)
+    watched.baseline.provenance = replace(watched.baseline.provenance, features=1)
+    sent(monitor, 600, system=system)
+    assert np.exp(watched.baseline.signals["prompt"]._scale.centre[0]) > 200, "of all its tokens"
+    before, _ = version_of(monitor)
+    monitor.stop()
+    again = monitored(tmp_path, alarms)
+    sent(again, 8, system=system)
+    report, watched = version_of(again)
+    assert report["signals"]["prompt"] == before["signals"]["prompt"] and watched.baseline.provenance.features == 1
+    sent(again, 500, system=system)
+    assert alarms == []
+    generation = Generation([1, 2, 3], [1, 2], "stop")
+    again.observe(Exchange("tone", "v2", 200, 0.1, 0.2, id="tone@2", generations=(generation,)))
+    assert again._versions["tone@2"].baseline.provenance.features == 2
+    assert again._versions["tone@2"].baseline.signals["prompt"].gathered == 0

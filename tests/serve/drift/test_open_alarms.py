@@ -143,7 +143,7 @@ async def test_a_new_version_raises_alarms_of_its_own_alone(connect, spoken, bac
         signal = second["signals"]["prompt"]
         assert signal["phase"] == "watching" and not signal["alarmed"] and signal["alarms"] == 0
         text = (await client.get("/metrics")).text
-        assert series(text, "loradock_drift_alarms_total", version="v2") == [0.0] * 4
+        assert series(text, "loradock_drift_alarms_total", version="v2") == [0.0] * 6
         engine.topic = NOW
         await ask(client, 150)
         _, second = (await drift(client))["versions"]

@@ -1,34 +1,41 @@
-"""A detector sees neither repeats, nor near-repeats, nor one asker twice in an interval."""
+"""A detector sees neither repeats, nor near-repeats, nor one asker twice in an interval; and how much of the traffic it
+sees depends on the last requests only."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from serve.drift.thinning import Thinning, common_runs
+from serve.drift.thinning import COUNTS, MOST_BETWEEN, Shuffle, Thinning, inherited
 
 RNG = np.random.default_rng(0)
+DIGITS = np.zeros(30_001, np.bool_)
+DIGITS[100:110] = True
 
 
-def prompt(length=40):
-    return RNG.integers(0, 30_000, length)
+def prompt(length=40, rng=RNG):
+    return rng.integers(200, 30_000, length)
 
 
-def offered(thinning, prompts, *, step=1000.0, key=None):
-    return [
-        item for i, tokens in enumerate(prompts) for item in thinning.offer(i, tokens=tokens, now=i * step, key=key)
-    ]
+def offered(thinning, prompts, *, step=1000.0, key=None, start=0):
+    """Numbers of the prompts that are accepted."""
+    taken = [thinning.offer(i, tokens=tokens, now=i * step, key=key) for i, tokens in enumerate(prompts, start)]
+    return [request.item for request in filter(None, taken + thinning.flush())]
+
+
+def counts(**some):
+    return dict.fromkeys(COUNTS, 0) | some
 
 
 def test_a_prompt_is_taken_once():
-    thinning: Thinning = Thinning(block=1)
+    thinning: Thinning = Thinning()
     a, b = prompt(), prompt()
     assert offered(thinning, [a, b, a, a.tolist(), b]) == [0, 1]
-    assert thinning.counts == {"accepted": 2, "repeated": 3, "near_duplicate": 0, "same_conversation": 0}
+    assert thinning.counts == counts(accepted=2, repeated=3)
 
 
 def test_a_prompt_with_a_few_other_words_is_taken_once():
-    thinning: Thinning = Thinning(block=1)
+    thinning: Thinning = Thinning()
     found = 0
     for _ in range(100):
         first = prompt(60)
@@ -41,42 +48,155 @@ def test_a_prompt_with_a_few_other_words_is_taken_once():
 
 
 def test_different_prompts_are_all_taken():
-    thinning: Thinning = Thinning(block=1)
+    thinning: Thinning = Thinning()
     assert len(offered(thinning, [prompt() for _ in range(1000)])) == 1000
-    short: Thinning = Thinning(block=1)
+    short: Thinning = Thinning()
     assert len(offered(short, [[i] for i in range(50)] + [[i, 1] for i in range(50)] + [[]])) == 101
 
 
-def test_a_shared_system_prompt_makes_no_duplicates_once_it_is_known():
-    system = prompt(300)
-    prompts = [np.concatenate((system, prompt(30))) for _ in range(200)]
-    assert len(offered(Thinning(block=1), prompts)) < 20
-    assert len(offered(Thinning(block=1, ignore=common_runs(prompts[:100])), prompts)) > 195
+def test_a_prompt_is_taken_again_after_a_fixed_number_of_requests():
+    thinning: Thinning = Thinning(window=10)
+    again = prompt()
+    spaced = [again, *(prompt() for _ in range(10)), again, *(prompt() for _ in range(9)), again]
+    assert offered(thinning, spaced) == list(range(21))
+    # Those that are left out count too: of a prompt that never pauses nothing is seen.
+    assert offered(thinning, [again] * 50) == []
+
+
+def test_what_popular_prompts_are_taken_does_not_change_with_time():
+    rng = np.random.default_rng(3)
+    pool = [prompt(20, rng) for _ in range(300)]
+    weights = 1 / np.arange(1, 301)
+    thinning: Thinning = Thinning(warm_up=64)
+    ranks = rng.choice(300, 6000, p=weights / weights.sum())
+    taken = np.array(offered(thinning, [pool[rank] for rank in ranks]))
+    early, late = ranks[taken[taken < 3000]], ranks[taken[taken >= 3000]]
+    assert abs(np.log1p(early).mean() - np.log1p(late).mean()) < 0.1
+    assert abs(len(early) - len(late)) < 0.1 * len(taken)
+
+
+def test_nothing_is_taken_before_the_first_window_is_full():
+    thinning: Thinning = Thinning(warm_up=64)
+    assert offered(thinning, [prompt() for _ in range(100)]) == list(range(64, 100))
+    assert thinning.counts == counts(accepted=36, warming_up=64)
+
+
+def test_where_askers_come_back_their_interval_passes_first():
+    for interval, begins in ((300, 300), (1e9, MOST_BETWEEN)):
+        thinning: Thinning = Thinning(warm_up=64, interval=interval)
+        taken = []
+        for i in range(1200):
+            if result := thinning.offer(i, tokens=prompt(), now=float(i), key=i % 40):
+                taken.append(result.item)
+        assert begins - 1 <= taken[0] <= begins + 70
+
+
+def test_a_new_system_prompt_makes_no_duplicates_and_is_no_part_of_what_is_compared():
+    thinning: Thinning = Thinning(warm_up=64)
+    own = [prompt(30) for _ in range(600)]
+    systems = [prompt(454), prompt(555)]
+    accepted, kept = [], []
+    for i, words in enumerate(own):
+        result = thinning.offer(i, tokens=np.concatenate((systems[i // 300], words)), now=0.0)
+        if result:
+            accepted.append(result.item)
+            kept.append(len(result.own))
+    assert len(accepted) >= 0.97 * (600 - 64 - 8)
+    assert kept == [30] * len(kept)
+    assert thinning.acceptance.alarms == 0 and thinning.opening.share.alarms == 1
+
+
+def test_a_system_prompt_with_the_time_in_it_is_shared_too():
+    thinning: Thinning = Thinning(numbers=DIGITS)
+    head, middle = prompt(100), prompt(100)
+    kept = []
+    for i in range(100):
+        time = RNG.integers(100, 110, RNG.integers(1, 5))
+        words = np.concatenate((head, time, middle, prompt(30)))
+        if result := thinning.offer(i, tokens=words, now=0.0):
+            kept.append(len(result.own))
+    assert kept == [30] * len(kept) and len(kept) > 80
+
+
+def test_near_duplicates_with_other_numbers_are_left_out():
+    thinning: Thinning = Thinning(numbers=DIGITS)
+    before = [prompt() for _ in range(100)]
+    head, tail = prompt(12), prompt(8)
+    burst = [np.concatenate((head, RNG.integers(100, 110, RNG.integers(1, 7)), tail)) for _ in range(300)]
+    taken = offered(thinning, [*before, *burst])
+    assert len([i for i in taken if i >= 100]) <= 1 and len(taken) >= 100
+
+
+def test_prompts_of_numbers_alone_are_prompts_too():
+    thinning: Thinning = Thinning(numbers=DIGITS, window=5)
+    taken = offered(thinning, [[100 + i % 10] for i in range(3)] + [prompt() for _ in range(10)] + [[107, 108]])
+    assert taken == [0, *range(3, 14)]
 
 
 def test_an_asker_is_taken_once_in_an_interval():
-    thinning: Thinning = Thinning(interval=60, block=1)
-    taken = [now for now in range(0, 200, 10) if thinning.offer(now, tokens=prompt(), now=float(now), key="ada")]
+    thinning: Thinning = Thinning(interval=60, window=1, ahead=0)
+    taken = [now for now in range(0, 200, 10) if thinning.offer(now, tokens=prompt(), now=float(now), key=7)]
     assert taken == [0, 60, 120, 180]
-    assert thinning.offer("other", tokens=prompt(), now=181.0, key="bob") == ["other"]
+    assert thinning.offer("other", tokens=prompt(), now=181.0, key=8).item == "other"
     assert thinning.counts["same_conversation"] == 16
+    rare: Thinning = Thinning(interval=60, window=10, ahead=0)
+    taken = [now for now in range(0, 3000, 100) if rare.offer(now, tokens=prompt(), now=float(now), key=7)]
+    assert taken == [0, 1100, 2200], "however slow the traffic is, others come between"
 
 
-def test_blocks_come_shuffled_and_whole():
-    thinning: Thinning = Thinning(block=8, seed=1)
-    out = offered(thinning, [prompt() for _ in range(84)])
-    assert len(out) == 80 and out != sorted(out)
-    assert all(sorted(out[i : i + 8]) == list(range(i, i + 8)) for i in range(0, 80, 8))
-    assert sorted(thinning.flush()) == [80, 81, 82, 83] and thinning.flush() == []
+def test_what_is_accepted_collapses_with_an_alarm():
+    thinning: Thinning = Thinning()
+    offered(thinning, [prompt() for _ in range(700)])
+    assert thinning.acceptance.before > 0.99
+    again = prompt()
+    offered(thinning, [again] * 300)
+    assert thinning.acceptance.alarms == 0, "a burst passes"
+    offered(thinning, [again] * 300)
+    assert thinning.acceptance.alarms == 1 and thinning.acceptance.share < 1 / 3
+
+
+def test_it_goes_on_where_it_was_from_its_arrays():
+    rng = np.random.default_rng(5)
+    system, pool = prompt(100, rng), [prompt(15, rng) for _ in range(150)]
+    stream = [np.concatenate((system, pool[rng.integers(150)])) for _ in range(900)]
+    keys = rng.integers(0, 200, 900).tolist()
+    whole: Thinning = Thinning(warm_up=64, interval=50, ahead=0)
+    first: Thinning = Thinning(warm_up=64, interval=50, ahead=0)
+    expected = [whole.offer(i, tokens=t, now=float(i), key=keys[i]) for i, t in enumerate(stream)]
+    for i in range(450):
+        first.offer(i, tokens=stream[i], now=float(i), key=keys[i])
+    state = {name: value.copy() for name, value in first.state().items()}
+    assert sum(value.nbytes for value in state.values()) < 400_000
+    second: Thinning = Thinning(warm_up=64, interval=50, ahead=0)
+    second.restore(state)
+    after = [second.offer(i, tokens=stream[i], now=float(i), key=keys[i]) for i in range(450, 900)]
+    assert [result and result.item for result in after] == [result and result.item for result in expected[450:]]
+    assert second.counts == whole.counts
+    heir: Thinning = Thinning(warm_up=64)
+    heir.restore(inherited(state))
+    assert heir.counts == counts(), "an heir has counted nothing"
+    assert heir.offer(0, tokens=stream[449], now=450.0) is None
+    assert heir.flush() == [] and heir.counts == counts(repeated=1), "and remembers what came"
 
 
 def test_memory_is_bounded():
-    thinning: Thinning = Thinning(block=1, memory=100)
-    for i in range(1000):
+    thinning: Thinning = Thinning(window=100)
+    for i in range(3000):
         thinning.offer(i, tokens=prompt(), now=float(i), key=i)
-    assert len(thinning._prompts) == 100 and len(thinning._last) == 100 and len(thinning._bands) == 400
+    assert len(thinning._prompts) <= 101 and len(thinning._bands) <= 404 and len(thinning._askers) <= MOST_BETWEEN + 1
+    assert sum(value.nbytes for value in thinning.state().values()) < 450_000
 
 
 def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="window 0"):
+        Thinning(window=0)
     with pytest.raises(ValueError, match="block 0"):
-        Thinning(block=0)
+        Shuffle(0)
+
+
+def test_blocks_come_shuffled_and_whole():
+    shuffle = Shuffle(8, seed=1)
+    out = [item for i in range(84) for item in shuffle.add(i)]
+    assert len(out) == 80 and out != sorted(out)
+    assert all(sorted(out[i : i + 8]) == list(range(i, i + 8)) for i in range(0, 80, 8))
+    assert sorted(shuffle.flush()) == [80, 81, 82, 83] and shuffle.flush() == []

@@ -1,0 +1,156 @@
+"""Has a share of the requests fallen? Of those that thinning accepts, or of those that carry the opening they used to.
+
+    watch = ShareWatch(needed=512, window=512, fall=1 / 3)
+    watch.update(True, now)          # the first `needed` are the reference, then it watches
+    watch.share, watch.before, watch.alarmed_at
+
+An alarm is a share over the last `window` requests below `fall` times what it was, that a binomial of the old share
+reaches with a probability of at most one in a million (Chernoff's bound). It stays until it is acknowledged; then the
+reference is taken anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.drift.token_runs import RUN
+
+# -ln of the probability at which a fall is no accident.
+LEAST_EVIDENCE = math.log(1e6)
+# Accepted requests that say which openings there are, and as many that say how many carry them.
+OPENING_NEEDED = 100
+# The share of the last so many accepted requests that carry a known opening is an alarm below half of what it was.
+OPENING_WINDOW, OPENING_FALL = 48, 0.5
+# Runs of openings that are known at most.
+MOST_RUNS = 8192
+
+
+class ShareWatch:
+    """needed, window: in requests; fall: the part of the old share below which the new one is an alarm."""
+
+    def __init__(self, *, needed: int, window: int, fall: float) -> None:
+        self.alarms = 0
+        # Seconds, of the request that raised the alarm.
+        self.alarmed_at: float | None = None
+        self._needed, self._fall = needed, fall
+        self._recent: deque[bool] = deque(maxlen=window)
+        self._hits = 0  # among the recent
+        self._reference, self._reference_hits = 0, 0
+
+    def update(self, outcome: bool, now: float) -> None:
+        """Take in whether the next request belongs to the share."""
+        if self._reference < self._needed:
+            self._reference += 1
+            self._reference_hits += outcome
+            return
+        if len(self._recent) == self._recent.maxlen:
+            self._hits -= self._recent[0]
+        self._recent.append(outcome)
+        self._hits += outcome
+        if self.alarmed_at is None and self.fallen:
+            self.alarmed_at = now
+            self.alarms += 1
+
+    @property
+    def before(self) -> float | None:
+        """The share in the reference; None until that is complete. Never quite 0 or 1, as Laplace's estimate."""
+        return (self._reference_hits + 1) / (self._reference + 2) if self._reference >= self._needed else None
+
+    @property
+    def share(self) -> float | None:
+        """The share of the recent requests; None before there are any."""
+        return self._hits / len(self._recent) if self._recent else None
+
+    @property
+    def log_evidence(self) -> float:
+        """-ln of the bound on the probability of so low a share if nothing had changed; 0 if it is no lower."""
+        before, share = self.before, self.share
+        if before is None or share is None or share >= before:
+            return 0.0
+        hit = share * math.log(share / before) if share else 0.0
+        miss = (1 - share) * math.log((1 - share) / (1 - before))
+        return len(self._recent) * (hit + miss)
+
+    @property
+    def fallen(self) -> bool:
+        """Whether the share is too low now."""
+        before, full = self.before, len(self._recent) == self._recent.maxlen
+        if before is None or not full or self._hits >= self._fall * before * len(self._recent):
+            return False
+        return self.log_evidence >= LEAST_EVIDENCE
+
+    def acknowledge(self) -> None:
+        """The alarm has been dealt with: how it is from now on is usual."""
+        if self.alarmed_at is not None:
+            self.alarmed_at = None
+            self._reference, self._reference_hits, self._hits = 0, 0, 0
+            self._recent.clear()
+
+    def state(self) -> dict[str, NDArray]:
+        """All of it as arrays; what a version counted is in `alarms`."""
+        at = math.nan if self.alarmed_at is None else self.alarmed_at
+        return {
+            "recent": np.array(self._recent, np.bool_),
+            "reference": np.array([self._reference, self._reference_hits]),
+            "alarms": np.array([self.alarms, at]),
+        }
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Go on where the one was whose `state()` this is; without "alarms" there were none."""
+        self._reference, self._reference_hits = state["reference"].tolist()
+        self._recent.extend(state["recent"].tolist())
+        self._hits = sum(self._recent)
+        if "alarms" in state:
+            alarms, at = state["alarms"].tolist()
+            self.alarms, self.alarmed_at = int(alarms), None if math.isnan(at) else at
+
+
+class OpeningWatch:
+    """Do prompts still carry the openings that they shared? `share` is of the accepted requests.
+
+    A request carries a known opening if most of what it shares with others is known, and is as long as usual.
+    """
+
+    def __init__(self) -> None:
+        self.share = ShareWatch(needed=OPENING_NEEDED, window=OPENING_WINDOW, fall=OPENING_FALL)
+        self._known = np.zeros(0, np.uint64)
+        # How many shared runs each of the first requests had, and their median once they are all there.
+        self._lengths: list[int] = []
+        self._usual = 0.0
+
+    def update(self, runs: NDArray[np.uint64], now: float) -> None:
+        """Take in the shared runs of an accepted request."""
+        known = np.zeros(len(runs), np.bool_)
+        if len(self._known):
+            places = np.minimum(self._known.searchsorted(runs), len(self._known) - 1)
+            known = self._known[places] == runs
+        both = int(np.count_nonzero(known))
+        if len(self._lengths) < OPENING_NEEDED:
+            if both < len(runs) and len(self._known) < MOST_RUNS:
+                self._known = np.union1d(self._known, runs[~known])
+            self._lengths.append(len(runs))
+            self._usual = float(np.median(self._lengths)) if len(self._lengths) == OPENING_NEEDED else 0.0
+            return
+        carried = len(runs) - both <= max(RUN, len(runs) / 10) and both >= (self._usual - RUN) / 2
+        self.share.update(carried, now)
+
+    def acknowledge(self) -> None:
+        """The alarm has been dealt with: the openings are learned anew."""
+        if self.share.alarmed_at is not None:
+            self.share.acknowledge()
+            self._known, self._lengths = np.zeros(0, np.uint64), []
+
+    def state(self) -> dict[str, NDArray]:
+        """All of it as arrays."""
+        return self.share.state() | {"known": self._known.copy(), "lengths": np.array(self._lengths, np.int64)}
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Go on where the one was whose `state()` this is."""
+        self.share.restore(state)
+        self._known, self._lengths = np.array(state["known"]), state["lengths"].tolist()
+        self._usual = float(np.median(self._lengths)) if len(self._lengths) >= OPENING_NEEDED else 0.0

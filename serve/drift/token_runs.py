@@ -1,0 +1,167 @@
+"""Runs of tokens as numbers, and which runs many recent prompts share: chat template, system prompt, few-shot head.
+
+    words = Words.of(prompt_tokens, numbers)       # a whole number is one symbol, whatever its digits
+    runs = words.runs(RUN)
+    shared.learn(runs)                             # each prompt once
+    words.without(shared.among(runs))              # the tokens that are the prompt's own
+
+Counts halve every HALF_LIFE prompts, so the table always knows the recent prompts and nothing else. It is a hash table
+of fixed size (256 KiB) that keeps what comes again, as Misra and Gries' does: a run that was seen once gives its place
+to the next that needs it. Runs are kept as hashes, not as tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Tokens of a run that says what is shared: long enough that prompts do not share it by grammar.
+RUN = 6
+# Prompts after which a count is worth half: what is counted is the last 185 or so.
+HALF_LIFE = 128.0
+# A run that so many recent prompts hold is shared. It is few: of a prompt below it, no detector sees much either way.
+SHARED = 4.0
+# Prompts after a prompt that help to say what it shares: what is new is shared from its first appearance on.
+AHEAD = 8
+# Tokens of a prompt that are looked at: as many at its beginning as at its end.
+MOST_TOKENS = 8192
+NUMBER = -1
+_EDGE = -2
+_PLACES = 15
+_LARGEST = 1e30
+_GROWTH = 2 ** (1 / HALF_LIFE)
+_FACTORS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, RUN, np.uint64) * 2 + 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Words:
+    """A prompt: its tokens, and the symbols that are compared, a number being one symbol.
+
+    symbol_of: (tokens,) the place of each token's symbol, or None where each token is its own.
+    """
+
+    tokens: NDArray[np.int32]
+    symbols: NDArray[np.int64]
+    symbol_of: NDArray[np.intp] | None
+
+    @classmethod
+    def of(cls, tokens: ArrayLike, numbers: NDArray[np.bool_] | None = None) -> Self:
+        """numbers: whether each token of the vocabulary is made of digits, with a False at the end for all others."""
+        ids = np.array(tokens, np.int64)
+        if skipped(ids):
+            ids = np.concatenate((ids[: MOST_TOKENS // 2], ids[-MOST_TOKENS // 2 :]))
+        symbols, symbol_of = ids, None
+        if numbers is not None and len(ids):
+            digits = numbers[np.minimum(ids.view(np.uint64), np.uint64(len(numbers) - 1))]
+            if digits.any():
+                begins = ~digits
+                begins[1:] |= begins[:-1]
+                begins[0] = True
+                symbols = np.where(digits, NUMBER, ids)[begins]
+                symbol_of = np.cumsum(begins) - 1
+        return cls(ids.astype(np.int32), symbols, symbol_of)
+
+    def runs(self) -> NDArray[np.uint64]:
+        """(symbols + 2 - RUN + 1,): the runs of RUN symbols, where the two edges of the prompt are symbols too."""
+        return hashed_runs(np.concatenate(([_EDGE], self.symbols, [_EDGE])), RUN)
+
+    def own(self, shared: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """(symbols,): which lie in no run of `shared`, a mask over `runs`."""
+        if not shared.any():
+            return np.ones(len(self.symbols), np.bool_)
+        change = np.zeros(len(self.symbols) + 3, np.int32)
+        change[: len(shared)] = shared
+        change[RUN : RUN + len(shared)] -= shared
+        return np.cumsum(change)[1:-2] == 0
+
+    def kept(self, own: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """The tokens of these symbols."""
+        return self.tokens[own if self.symbol_of is None else own[self.symbol_of]]
+
+
+def skipped(tokens: Sized) -> int:
+    """How many tokens in the middle of a prompt are not looked at."""
+    return max(0, len(tokens) - MOST_TOKENS)
+
+
+def hashed_runs(symbols: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
+    """Every run of `length` symbols as one number; none, if there are fewer symbols (multilinear hashing)."""
+    words = symbols.astype(np.uint64)
+    count = len(words) - length + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64)
+    runs = words[:count] * _FACTORS[0]
+    for i in range(1, length):
+        runs += words[i : i + count] * _FACTORS[i]
+    return runs
+
+
+class SharedRuns:
+    """How many recent prompts hold each run, as far as it comes again."""
+
+    def __init__(self) -> None:
+        self._tags = np.zeros(1 << _PLACES, np.uint32)
+        # In units that grow with every prompt, so that older ones count less.
+        self._counts = np.zeros(1 << _PLACES, np.float32)
+        self._unit = 1.0
+
+    def learn(self, runs: NDArray[np.uint64]) -> None:
+        """Count the runs of one prompt; a run that it holds twice counts once."""
+        self._unit *= _GROWTH
+        if self._unit > _LARGEST:
+            self._counts /= np.float32(self._unit)
+            self._unit = 1.0
+        places, tags = _where(runs)
+        counts = self._counts[places]
+        same = self._tags[places] == tags
+        unit = np.float32(self._unit)
+        free = counts < unit
+        np.multiply(counts, same, out=counts)
+        counts += unit
+        free |= same
+        if not free.all():
+            places, tags, counts = places[free], tags[free], counts[free]
+        self._tags[places] = tags
+        self._counts[places] = counts
+
+    def among(self, runs: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(runs,): which of them are shared now."""
+        places, tags = _where(runs)
+        return (self._tags[places] == tags) & (self._counts[places] >= SHARED * self._unit)
+
+    def state(self) -> dict[str, NDArray]:
+        """All of it as arrays."""
+        places = np.flatnonzero(self._counts)
+        counts = self._counts[places] / np.float32(self._unit)
+        return {"places": places.astype(np.uint16), "tags": self._tags[places], "counts": counts}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, NDArray]) -> Self:
+        """The table whose `state()` this was."""
+        self = cls()
+        places = state["places"].astype(np.intp)
+        self._tags[places], self._counts[places] = state["tags"], state["counts"]
+        return self
+
+
+def own_tokens(prompts: Iterable[ArrayLike], numbers: NDArray[np.bool_] | None = None) -> Iterator[NDArray[np.int32]]:
+    """Of each prompt the tokens that it does not share with those around it, in order."""
+    shared, ahead = SharedRuns(), []
+    for prompt in prompts:
+        words = Words.of(prompt, numbers)
+        ahead.append((words, words.runs()))
+        shared.learn(ahead[-1][1])
+        if len(ahead) > AHEAD:
+            words, runs = ahead.pop(0)
+            yield words.kept(words.own(shared.among(runs)))
+    for words, runs in ahead:
+        yield words.kept(words.own(shared.among(runs)))
+
+
+def _where(runs: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.uint32]]:
+    """The place of each run in the table, and what it is known by there."""
+    return (runs >> np.uint64(64 - _PLACES)).astype(np.intp), (runs >> np.uint64(16)).astype(np.uint32)

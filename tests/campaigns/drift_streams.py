@@ -1,0 +1,332 @@
+"""Streams of prompts in which nothing changed but how they come: how many of them raise an alarm, and which.
+
+    python -m tests.campaigns.drift_streams [--streams 10] [--requests 20000] [--kinds sessions bursts] [--seed 0]
+    python -m tests.campaigns.drift_streams --changes | --cost
+
+Every request goes through `DriftMonitor.observe`, behind a chat template, with a second between two of them. The kinds:
+
+popular   independent draws of 3,000 questions by Zipf's law, where the longest, the shortest or any are asked most
+users     the same of 300 users, who are as unequal and have favourites of their own
+sessions  six questions on one topic by one user, one session after the other or five at a time
+bursts    300 near-duplicates in a row, with other numbers and nobody's, three times in the stream
+openings  the system prompt changes from 454 to 555 tokens and back, three times, and the questions stay
+tenants   four system prompts at once, of 55, 25, 10 and 5 % of the requests, and none
+
+`--changes` counts the requests until a new system prompt together with another language, or another topic, is a drift
+of prompts. `--cost` shows the CPU time of the prompt's side of a request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from serve.asgi.exchange import Exchange, Generation
+from serve.drift.embedding import Embedding
+from serve.drift.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.monitor import DriftMonitor
+from serve.drift.watched_version import DriftSettings
+from serve.models.embedded import ensure
+from tests.support.prompts import pool
+
+POPULAR, SYSTEM = 3000, (454, 555)
+BURST = 300
+# What a machine sends again and again with other numbers.
+FORMS = (
+    "Where is order {}? It was shipped on {} with {} items.",
+    "Summarize ticket {} of customer {}: priority {}, opened {} days ago, last answer {} hours ago.",
+    "Convert {} euros and {} cents to dollars at a rate of {}.",
+    "Sensor {} reported {} degrees at {}. Is that too hot for hall {}?",
+)
+MODULES = ("argparse", "decimal", "difflib", "doctest", "enum", "heapq", "inspect", "pickle", "random", "statistics")
+MODULES += ("string", "subprocess", "textwrap", "threading", "typing", "unittest", "zipfile", "logging", "datetime")
+
+Request = tuple[list[int], bytes | None]
+
+
+@cache
+def tokenizer():
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(ensure("smollm2") / "tokenizer.json"))
+
+
+@cache
+def embedding() -> Embedding:
+    return Embedding.of(ensure("smollm2"))
+
+
+def tokens(text: str) -> list[int]:
+    return tokenizer().encode(text, add_special_tokens=False).ids
+
+
+@cache
+def questions(kind: str) -> tuple[list[int], ...]:
+    """The tokens of every text of a pool."""
+    return tuple(text.ids for text in tokenizer().encode_batch(list(pool(kind)[:12_000]), add_special_tokens=False))
+
+
+@cache
+def vectors(kind: str) -> np.ndarray:
+    """(texts, dimensions) of unit length."""
+    rows = np.array([embedding().vector(ids) for ids in questions(kind)])
+    rows -= rows.mean(axis=0)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@cache
+def prose() -> list[int]:
+    """English of which system prompts are cut."""
+    return tokens("\n".join(inspect.getdoc(importlib.import_module(name)) or "" for name in MODULES))
+
+
+def system(rng: np.random.Generator, length: int) -> list[int]:
+    begin = rng.integers(len(prose()) - length)
+    return prose()[begin : begin + length]
+
+
+def chat(question: Sequence[int], opening: Sequence[int] = ()) -> list[int]:
+    """A question in the chat template, behind a system prompt if there is one."""
+    before, user, end = _template()
+    head = [*before, *opening, *end] if opening else []
+    return [*head, *user, *question, *end, *_template_end()]
+
+
+@cache
+def _template() -> tuple[list[int], list[int], list[int]]:
+    return tokens("<|im_start|>system\n"), tokens("<|im_start|>user\n"), tokens("<|im_end|>\n")
+
+
+@cache
+def _template_end() -> list[int]:
+    return tokens("<|im_start|>assistant\n")
+
+
+def popular(rng: np.random.Generator, *, exponent: float, order: str, named: bool = False) -> Iterator[Request]:
+    """named: whoever asks the same again is one asker, as the server has it of requests without a user."""
+    chosen = [questions("general")[i] for i in rng.choice(len(questions("general")), POPULAR, replace=False)]
+    if order != "any":
+        chosen.sort(key=len, reverse=order == "longest")
+    weights = np.arange(1, POPULAR + 1) ** -exponent
+    weights /= weights.sum()
+    while True:
+        for i in rng.choice(POPULAR, 1000, p=weights):
+            yield chat(chosen[i]), b"asker %d" % i if named else None
+
+
+def users(rng: np.random.Generator, *, exponent: float, count: int = 300) -> Iterator[Request]:
+    texts = questions("general")
+    weights = np.arange(1, count + 1) ** -exponent
+    weights /= weights.sum()
+    favourites = rng.choice(len(texts), (count, 50))
+    # Whoever asks most asks the longest questions.
+    favourites = favourites.ravel()[np.argsort([-len(texts[i]) for i in favourites.ravel()])].reshape(favourites.shape)
+    while True:
+        user = rng.choice(count, p=weights)
+        yield chat(texts[rng.choice(favourites[user])]), b"user %d" % user
+
+
+def sessions(rng: np.random.Generator, *, at_a_time: int, length: int = 6) -> Iterator[Request]:
+    texts, rows = questions("general"), vectors("general")
+    running: list[tuple[bytes, list[int]]] = []
+    number = 0
+    while True:
+        while len(running) < at_a_time:
+            nearby = rng.choice(len(texts), 400, replace=False)
+            near = nearby[np.argsort(-(rows[nearby] @ rows[nearby[0]]))[:length]]
+            running.append((b"user %d" % number, near.tolist()))
+            number += 1
+        which = int(rng.integers(len(running)))
+        user, rest = running[which]
+        yield chat(texts[rest.pop()]), user
+        if not rest:
+            running.pop(which)
+
+
+def bursts(rng: np.random.Generator, *, requests: int) -> Iterator[Request]:
+    texts = questions("general")
+    begins = set((np.array([0.3, 0.55, 0.8]) * requests).astype(int).tolist())
+    at = 0
+    while True:
+        if at in begins:
+            form = FORMS[rng.integers(len(FORMS))]
+            for _ in range(BURST):
+                numbers = (int(10 ** rng.uniform(0, 5)) for _ in range(form.count("{}")))
+                yield chat(tokens(form.format(*numbers))), None
+            at += BURST
+        yield chat(texts[rng.integers(len(texts))]), None
+        at += 1
+
+
+def openings(rng: np.random.Generator, *, requests: int) -> Iterator[Request]:
+    texts, both = questions("general"), [system(rng, length) for length in SYSTEM]
+    at = 0
+    while True:
+        yield chat(texts[rng.integers(len(texts))], both[4 * at // requests % 2]), None
+        at += 1
+
+
+def tenants(rng: np.random.Generator) -> Iterator[Request]:
+    texts, each = questions("general"), [system(rng, length) for length in (300, 120, 700, 450)]
+    while True:
+        tenant = rng.choice(5, p=(0.55, 0.25, 0.1, 0.05, 0.05))
+        opening = each[tenant] if tenant < 4 else []
+        yield chat(texts[rng.integers(len(texts))], opening), None
+
+
+def streams(requests: int) -> dict[str, Callable[[np.random.Generator], Iterator[Request]]]:
+    made: dict[str, Callable[[np.random.Generator], Iterator[Request]]] = {}
+    for exponent in (0.6, 0.8, 1.0, 1.2):
+        for order in ("longest", "shortest", "any"):
+            name = f"popular, Zipf {exponent}, {order} first".replace("any first", "any order")
+            made[name] = lambda rng, s=exponent, order=order: popular(rng, exponent=s, order=order)
+    made["popular, Zipf 1.0, each an asker"] = lambda rng: popular(rng, exponent=1.0, order="longest", named=True)
+    made["users, Zipf 1.0"] = lambda rng: users(rng, exponent=1.0)
+    for at_a_time in (1, 5):
+        made[f"sessions of six, {at_a_time} at a time"] = lambda rng, n=at_a_time: sessions(rng, at_a_time=n)
+    made["bursts of 300"] = lambda rng: bursts(rng, requests=requests)
+    made["openings 454 - 555"] = lambda rng: openings(rng, requests=requests)
+    made["tenants, five openings"] = tenants
+    return made
+
+
+@dataclass(slots=True)
+class Watching:
+    """A monitor of one version, whose answers do not count."""
+
+    folder: Path
+    reference: int = 1000
+    alarms: list[tuple[int, str]] = field(default_factory=list)
+    sent: int = 0
+    monitor: DriftMonitor = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = DriftSettings(reference=self.reference)
+        self.monitor = DriftMonitor(self.folder, settings, on_alarm=self._alarm)
+        # The answers are all the same here: to rank them too would take twice as long.
+        self.monitor._needed |= {OUTPUT: 10**9, LOGPROB: 10**9}
+        self.monitor.learn("", embedding())
+
+    def _alarm(self, alarm) -> None:
+        self.alarms.append((self.sent, alarm.signal))
+
+    def send(self, request: Request) -> None:
+        self.sent += 1
+        prompt, asker = request
+        generation = Generation(prompt, [1, 2], "stop")
+        self.monitor.observe(
+            Exchange(
+                "tone",
+                "v1",
+                200,
+                0.1,
+                0.2,
+                id="tone@1",
+                asker=asker,
+                began=float(self.sent),
+                generations=(generation,),
+            )
+        )
+
+    def report(self) -> dict:
+        return self.monitor.report("tone")[0]
+
+
+def run(name: str, count: int, requests: int, seed: int, reference: int = 1000) -> tuple[Counter, str]:
+    """How many streams of a kind raise an alarm of each signal, and a line about them."""
+    alarmed: Counter = Counter()
+    evidence, accepted, samples = 0, [], []
+    began = time.process_time()
+    for number in range(seed, seed + count):
+        with tempfile.TemporaryDirectory() as folder:
+            watching = Watching(Path(folder), reference)
+            source = streams(requests)[name](np.random.default_rng(number))
+            for _ in range(requests):
+                watching.send(next(source))
+            alarmed.update({signal for _, signal in watching.alarms})
+            report = watching.report()
+            prompts = report["signals"][PROMPT]
+            evidence += prompts["log_evidence"] >= prompts["log_threshold"] or prompts["alarmed"]
+            accepted.append(report["thinning"]["accepted"] / sum(report["thinning"].values()))
+            samples.append(prompts["samples"])
+    said = ", ".join(f"{signal} {times}" for signal, times in sorted(alarmed.items())) or "none"
+    seconds = (time.process_time() - began) / count
+    shares = f"{np.mean(accepted):.0%} | {np.median(samples):.0f} | {seconds:.0f} s"
+    return alarmed, f"| {name} | {count} | {said} | {evidence} | {shares} |"
+
+
+def changes(count: int, seed: int) -> Iterator[str]:
+    """Requests from a new system prompt with other prompts behind it to each alarm."""
+    for kind in ("german", "medical"):
+        delays: dict[str, list[float]] = {PROMPT: [], "opening": []}
+        for number in range(seed, seed + count):
+            rng = np.random.default_rng(number)
+            first, second = (system(rng, length) for length in SYSTEM)
+            with tempfile.TemporaryDirectory() as folder:
+                watching = Watching(Path(folder))
+                for _ in range(1500 + rng.integers(500)):
+                    watching.send((chat(questions("general")[rng.integers(len(questions("general")))], first), None))
+                before = watching.sent
+                while watching.sent < before + 400:
+                    watching.send((chat(questions(kind)[rng.integers(len(questions(kind)))], second), None))
+                for signal, values in delays.items():
+                    later = [at - before for at, alarmed in watching.alarms if alarmed == signal and at > before]
+                    values.append(later[0] if later else np.inf)
+        for signal, values in delays.items():
+            within = sum(value <= 60 for value in values)
+            delay = f"{np.median(values):.0f} | {max(values):.0f} | {within} of {count}"
+            yield f"| {kind} and a new system prompt: {signal} | {delay} |"
+
+
+def cost(rounds: int = 400) -> Iterator[str]:
+    """CPU time a request of the prompt's side: thinning, what prompts share, and the row."""
+    from serve.drift.features import prompt_row
+    from serve.drift.thinning import WINDOW, Thinning
+
+    for length in (20, 100, 500, 2000, 8000):
+        rng = np.random.default_rng(length)
+        head = rng.integers(0, 49_000, length // 2).tolist()
+        prompts = [[*head, *rng.integers(0, 49_000, length - length // 2).tolist()] for _ in range(rounds)]
+        thinning: Thinning = Thinning(warm_up=WINDOW, numbers=embedding().numbers)
+        times = []
+        for i, prompt in enumerate(prompts):
+            start = time.process_time_ns()
+            taken = thinning.offer(i, tokens=prompt, now=float(i), key=i)
+            if taken is not None:
+                prompt_row(embedding(), taken.own)
+            times.append(time.process_time_ns() - start)
+        held = sum(value.nbytes for value in thinning.state().values())
+        yield f"{length} tokens: {np.median(times[100:]) / 1000:.0f} us a request; remembers {held >> 10} KiB"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="streams in which nothing changed")
+    options.add_argument("--streams", type=int, default=10)
+    options.add_argument("--requests", type=int, default=20_000)
+    options.add_argument("--kinds", nargs="*", default=[], help="beginnings of names; all by default")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--changes", action="store_true")
+    options.add_argument("--cost", action="store_true")
+    chosen = options.parse_args()
+    if chosen.cost or chosen.changes:
+        for line in cost() if chosen.cost else changes(chosen.streams, chosen.seed):
+            print(line, flush=True)
+        return
+    print("| stream | streams | with an alarm of | evidence | accepted | watched | CPU a stream |\n" + "|---" * 7 + "|")
+    for name in streams(chosen.requests):
+        if not chosen.kinds or name.startswith(tuple(chosen.kinds)):
+            print(run(name, chosen.streams, chosen.requests, chosen.seed)[1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Streams in which only the way requests come is unusual raise no alarm about their prompts: `make drift-streams`."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve.errors import LoradockError
+from tests.campaigns import drift_streams
+from tests.support.prompts import Unreachable
+
+ALLOWED = {"bursts of 300": {"sampling"}, "openings 454 - 555": {"opening"}}
+
+
+@pytest.fixture(autouse=True)
+def texts():
+    try:
+        drift_streams.embedding(), drift_streams.questions("general")
+    except (Unreachable, LoradockError) as missing:
+        pytest.skip(str(missing))
+
+
+STREAMS = (
+    "popular, Zipf 1.0, longest first",
+    "users, Zipf 1.0",
+    "sessions of six, 1 at a time",
+    "bursts of 300",
+    "openings 454 - 555",
+    "tenants, five openings",
+)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_nothing_is_said_that_is_not_so(name):
+    alarmed, line = drift_streams.run(name, 1, 3000, seed=1, reference=400)
+    assert set(alarmed) <= ALLOWED.get(name, set()), line
+    if name.startswith("openings"):
+        assert alarmed["opening"] == 1, "it is said as what it is"
+
+
+def test_another_language_behind_a_new_system_prompt_is_seen_within_sixty_requests():
+    try:
+        drift_streams.questions("german")
+    except Unreachable as missing:
+        pytest.skip(str(missing))
+    line = next(drift_streams.changes(1, 3))
+    assert line.endswith("1 of 1 |") and "german" in line, line
