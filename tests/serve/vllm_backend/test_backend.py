@@ -45,7 +45,7 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from serve.asgi.exchange import Watch, watching
+from serve.asgi.exchange import Parameters, Watch, watching
 from serve.config import engine_options
 from serve.errors import ConfigError, EngineUnavailable
 from serve.gateway.request import FOREIGN_MODEL_FIELDS, PRIORITY, RANK
@@ -53,6 +53,7 @@ from serve.gateway.tenant_isolation import tenant_salt
 from serve.vllm_backend.backend import VLLMBackend
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.output_processor import Outputs, Timed, ask_logprobs
+from serve.vllm_backend.step_times import StepTimes
 from serve.vllm_backend.vllm_metrics import Pulse, own_series
 
 
@@ -127,10 +128,11 @@ def test_the_longest_wait_is_remembered_and_hidden_log_probabilities_stay_hidden
     assert asked.sampling_params.logprobs == 2, "what a client asked for stays as it is"
 
 
-def processed(*, stream, logprobs=None, watch=None, n=4):
+def processed(*, stream, logprobs=None, watch=None, n=4, step_times=None):
     """vLLM's own output processor over what an engine would send of one request; the answers that came of it."""
     processor = OutputProcessor(None, log_stats=True)
     processor.__class__ = Outputs
+    processor.step_times = step_times
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
     params = SamplingParams(max_tokens=n, output_kind=kind, detokenize=False, logprobs=logprobs)
     rest = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
@@ -155,6 +157,8 @@ def processed(*, stream, logprobs=None, watch=None, n=4):
         output = EngineCoreOutput("r-1", [7 + step], new_logprobs=rows, events=events)
         output.finish_reason = FinishReason.LENGTH if step == 3 else None
         processor.process_outputs([output], at, IterationStats())
+        if step_times is not None:
+            step_times.ended()
         while (answer := queue.get_nowait()) is not None:
             answers.append(answer)
     return processor, answers
@@ -180,6 +184,17 @@ def test_a_request_is_seen_token_by_token_by_vllm_s_own_processor(stream, hidden
     assert seen.cached == 0
     assert time.time() - 5 < seen.first <= time.time()
     assert seen.logprobs == ([0.0, -0.5, -1.0, -1.5] if hidden else None)
+
+
+def test_a_request_is_charged_for_its_steps_and_says_what_it_asked_for():
+    watch, times = Watch(tools=True), StepTimes()
+    processed(stream=True, watch=watch, step_times=times)
+    seen = watch.sequences[0].read()
+    # From its turn at 10.1 to its last token at 10.8.
+    assert (seen.engine_seconds, times.busy, times.background) == pytest.approx((0.7, 0.7, 0))
+    assert (seen.parameters, seen.cached) == (Parameters(4, 1.0, tools=True), 0)
+    processed(stream=True, step_times=(alone := StepTimes()))
+    assert (alone.busy, alone.background) == pytest.approx((0.7, 0.7)), "nobody's"
 
 
 def test_what_the_client_asked_for_is_looked_at_and_given():
