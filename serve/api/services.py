@@ -330,7 +330,7 @@ class Services:
         """
         if not self.exchange_worker.running:
             return False
-        sampled = self._logprob_sampling.sampled()
+        sampled = self._logprob_sampling.sampled(gathering=self.drift_monitor.lacks_logprobs(adapter))
         return sampled or self.canary_monitor.wants_logprobs(adapter)
 
     def _exists(self, name: str) -> bool:

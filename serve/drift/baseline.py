@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.embedding import DIMENSIONS
-from serve.drift.features import EARLIER_FEATURES, FEATURES, PROMPT, SIGNALS
+from serve.drift.features import EARLIER_FEATURES, FEATURES, LOGPROB, OUTPUT, PROMPT, SIGNALS
+from serve.drift.parameter_strata import ParameterStrata
 from serve.drift.signal import NEEDED, Phase, Signal, Tolerance
 from serve.drift.thinning import Thinning, inherited
 from serve.errors import ConfigError
@@ -81,10 +82,17 @@ class Baseline:
     signals: dict[str, Signal] = field(default_factory=dict)
     probe: dict[str, NDArray] = field(default_factory=dict)
     sampling: Callable[[], dict[str, NDArray]] = dict
+    strata: dict[str, ParameterStrata[Signal]] = field(init=False)
 
     def __post_init__(self) -> None:
         for kind in SIGNALS:
             self.signals.setdefault(kind, self._signal(kind))
+        self.strata = {kind: self._strata(kind) for kind in (OUTPUT, LOGPROB)}
+
+    def every(self, kind: str) -> list[Signal]:
+        """The signals of a kind: of each set of parameters, the one of `signals` first."""
+        others = self.strata[kind].others.values() if kind in self.strata else ()
+        return [self.signals[kind], *others]
 
     @classmethod
     def build(cls, provenance: Provenance, rows: Mapping[str, Iterable[ArrayLike]], **options: Any) -> Self:
@@ -104,11 +112,14 @@ class Baseline:
 
     def configure(self, *, threshold: float, tolerance: Tolerance, needed: Mapping[str, int] | None = None) -> None:
         """Settings, which are no part of what is kept; `needed` counts for the signals that still gather."""
-        for kind, signal in self.signals.items():
-            signal.tolerance = tolerance
-            signal.set_threshold(threshold)
-            if signal.phase is Phase.GATHERING and needed is not None:
-                signal.needed = max(2, needed.get(kind, signal.needed))
+        for kind in SIGNALS:
+            for signal in self.every(kind):
+                signal.tolerance = tolerance
+                signal.set_threshold(threshold)
+                if signal.phase is Phase.GATHERING and needed is not None:
+                    signal.needed = max(2, needed.get(kind, signal.needed))
+        for kind, strata in self.strata.items():
+            strata.reference = self.signals[kind].needed
 
     def successor(self, provenance: Provenance) -> Baseline:
         """For the adapter's next version: the prompts' signal keeps its reference, the answers' begin anew."""
@@ -124,6 +135,10 @@ class Baseline:
         arrays = {
             f"{kind}/{name}": value for kind, signal in self.signals.items() for name, value in signal.state().items()
         }
+        for kind, strata in self.strata.items():
+            arrays |= {f"{kind}.strata/{name}": value for name, value in strata.state().items()}
+            for i, signal in enumerate(strata.others.values()):
+                arrays |= {f"{kind}.{i}/{name}": value for name, value in signal.state().items()}
         arrays |= {f"probe/{name}": np.asarray(value) for name, value in self.probe.items()}
         arrays |= {f"sampling/{name}": value for name, value in self.sampling().items()}
         packed = io.BytesIO()
@@ -152,6 +167,9 @@ class Baseline:
             for kind, signal in self.signals.items():
                 signal.tolerance = tolerance
                 signal.restore(_below(arrays, f"{kind}/"))
+            for kind, strata in self.strata.items():
+                for i, signal in enumerate(strata.restore(_below(arrays, f"{kind}.strata/"))):
+                    signal.restore(_below(arrays, f"{kind}.{i}/"))
             if remembered := _below(arrays, "sampling/"):
                 Thinning().restore(remembered)
         except (KeyError, ValueError, IndexError, TypeError) as damaged:
@@ -161,6 +179,13 @@ class Baseline:
         self.probe = _below(arrays, "probe/")
         self.sampling = lambda: remembered
         return self
+
+    def _strata(self, kind: str) -> ParameterStrata[Signal]:
+        def made() -> Signal:
+            shown = self.signals[kind]
+            return self._signal(kind, needed=shown.needed, threshold=shown.threshold, tolerance=shown.tolerance)
+
+        return ParameterStrata(kind, self.signals, made, self.signals[kind].needed)
 
     def _signal(self, kind: str, **options: Any) -> Signal:
         # Each signal has random numbers of its own.

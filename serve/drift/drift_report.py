@@ -9,12 +9,19 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from serve.drift.features import OUTPUT
 from serve.drift.open_alarms import OpenAlarms
+from serve.drift.parameter_strata import ParameterStrata
 from serve.drift.share_watch import ShareWatch
+from serve.drift.signal import Signal
 from serve.drift.thinning import ACCEPTED
 from serve.drift.watched_version import PROBE, QUOTES, SHARES, WatchedVersion, iso
 
 _LABELS = ("adapter", "version", "signal")
+# What is said of requests that ask for something else; it is no signal, and never an alarm.
+PARAMETERS = "parameters"
+# Above it the mix of parameters is another one.
+PARAMETERS_MOVED = 0.2
 
 
 def version_report(watched: WatchedVersion, now: float) -> dict[str, Any]:
@@ -28,6 +35,7 @@ def version_report(watched: WatchedVersion, now: float) -> dict[str, Any]:
         **{kind: _share_report(share) for kind, share in watched.shares().items()},
         "signals": {kind: _signal_report(watched, kind) for kind in watched.baseline.signals},
         "alarms": {kind: watched.what_moved(kind) or {} for kind in sorted(watched.alarmed)},
+        "parameters": _parameters_report(watched),
     }
     if watched.probe_ratio is not None:
         tolerated = watched.settings.tolerance.probe
@@ -56,6 +64,32 @@ def _share_report(watch: ShareWatch) -> dict[str, Any]:
     }
 
 
+def _parameters_report(watched: WatchedVersion) -> dict[str, Any]:
+    """What requests ask of the sampler, and whether that changed: no drift of the version, whatever its answers do."""
+    strata = watched.baseline.strata[OUTPUT]
+    moved = strata.moved()
+    report: dict[str, Any] = {"moved": _rounded(moved), "shares": strata.shares()}
+    report["strata"] = {kind: _strata_report(kind_strata) for kind, kind_strata in watched.baseline.strata.items()}
+    if moved > PARAMETERS_MOVED:
+        report["note"] = "requests ask for other parameters than the first ones did"
+    return report
+
+
+def _strata_report(strata: ParameterStrata[Signal]) -> list[dict[str, Any]]:
+    """Of each set of parameters: how far its signal is. The first one is what `signals` shows."""
+    return [
+        {
+            **stratum.described(),
+            "phase": signal.phase.value,
+            "reference_requests": signal.gathered,
+            "samples": signal.samples,
+            "log_evidence": _rounded(max(signal.log_evidence, 0.0)),
+            "alarmed": signal.alarmed,
+        }
+        for stratum, signal in strata.every()
+    ]
+
+
 def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
     signal = watched.baseline.signals[kind]
     movers = signal.movers() if signal.drifted else []
@@ -68,8 +102,8 @@ def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
         "log_threshold": _rounded(signal.log_threshold),
         "effects": {name: _rounded(value) for name, value in signal.effects().items()},
         "beyond_tolerance": sorted(signal.beyond()),
-        "alarms": signal.alarms,
-        "alarmed": signal.alarmed,
+        "alarms": sum(each.alarms for each in watched.baseline.every(kind)),
+        "alarmed": any(each.alarmed for each in watched.baseline.every(kind)),
         "since": watched.since(kind) if signal.drifted else None,
         "moved": [
             {"score": name, "log_evidence": _rounded(evidence), "rank_shift": _rounded(shift)}
@@ -83,13 +117,15 @@ def _numbers(watched: WatchedVersion) -> dict[str, Any]:
     numbers: dict[str, Any] = {"signals": {}, "probe": {"alarms": watched.probe_alarms}}
     numbers["thinning"] = watched.thinning.counts
     numbers |= {kind: {"alarms": share.alarms} for kind, share in watched.shares().items()}
+    numbers["parameters"] = {"moved": watched.baseline.strata[OUTPUT].moved()}
     for kind, signal in watched.baseline.signals.items():
+        each = watched.baseline.every(kind)
         numbers["signals"][kind] = {
             "reference_requests": signal.gathered,
-            "samples": signal.samples,
-            "alarms": signal.alarms,
+            "samples": sum(stratum.samples for stratum in each),
+            "alarms": sum(stratum.alarms for stratum in each),
             "log_threshold": signal.log_threshold,
-            "log_evidence": max(0.0, signal.log_evidence),
+            "log_evidence": max(0.0, *(stratum.log_evidence for stratum in each)),
             "effects": signal.effects() or {"rank_shift": 0.0},
         }
     if watched.probe_ratio is not None:
@@ -185,6 +221,7 @@ class _Families:
             self.evidence.add_metric(named, signal["log_evidence"] or 0.0)
             for stat, value in signal["effects"].items():
                 self.effect.add_metric((*named, stat), value or 0.0)
+        self.effect.add_metric((*labels, PARAMETERS, "mix"), report.get("parameters", {}).get("moved") or 0.0)
         probe = report.get("probe", {})
         self.alarms.add_metric((*labels, PROBE), probe.get("alarms", 0))
         if (ratio := probe.get("noise_ratio")) is not None:

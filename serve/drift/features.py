@@ -72,6 +72,16 @@ def prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Flo
     return np.concatenate(([math.log1p(ids.size + skipped)], embedding.vector(ids)))
 
 
+def beginning(answer: Answer, tokens: int) -> Answer:
+    """The answer as it would have been with `max_tokens` of `tokens`; all of it where that is 0."""
+    size = len(np.asarray(answer.tokens))
+    if not tokens or size <= tokens:
+        return answer
+    text = answer.text and answer.text[: round(len(answer.text) * tokens / size)]
+    logprobs = None if answer.logprobs is None else np.asarray(answer.logprobs)[:tokens]
+    return Answer(np.asarray(answer.tokens)[:tokens], "length", text, logprobs)
+
+
 def answer_rows(embedding: Embedding, prompt: Floats, answer: Answer) -> dict[str, Floats]:
     """The rows that an answer has; `prompt` is its prompt's row. Nothing of an answer without a token."""
     ids = np.asarray(answer.tokens, np.int64)

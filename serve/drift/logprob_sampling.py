@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 # Seconds that share one draw.
 SLOT_SECONDS = 2.0
+# Of the requests to an adapter that has no reference yet: its 300 rows come with the first 1,000 requests.
+GATHERING_SHARE = 0.3
 
 
 class LogprobSampling:
@@ -20,12 +22,14 @@ class LogprobSampling:
 
     def __init__(self, share: float, *, seed: int = 0, clock: Callable[[], float] = time.time) -> None:
         self._share, self._clock = share, clock
+        # Who configures none gets none.
+        self._gathering_share = max(share, GATHERING_SHARE) if share else 0.0
         self._random = random.Random(seed)
-        self._slot, self._sampled = -1, False
+        self._slot, self._drawn = -1, 1.0
 
-    def sampled(self) -> bool:
-        """Whether a request that arrives now is sampled."""
+    def sampled(self, gathering: bool = False) -> bool:
+        """Whether a request that arrives now is sampled; `gathering`: its adapter has no reference yet."""
         slot = int(self._clock() / SLOT_SECONDS)
         if slot != self._slot:
-            self._slot, self._sampled = slot, self._random.random() < self._share
-        return self._sampled
+            self._slot, self._drawn = slot, self._random.random()
+        return self._drawn < (self._gathering_share if gathering else self._share)

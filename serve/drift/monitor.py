@@ -23,8 +23,9 @@ from serve.drift.baseline import NEEDED, Baseline, Provenance
 from serve.drift.baseline_files import BaselineFiles, from_zip, to_zip, version_of
 from serve.drift.drift_report import FalseAlarms, drift_metrics, summary_row, version_report
 from serve.drift.embedding import Embedding
-from serve.drift.features import PROMPT
+from serve.drift.features import LOGPROB, PROMPT
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
+from serve.drift.parameter_strata import most_common
 from serve.drift.probe_comparison import ProbeAnswers
 from serve.drift.request_text import RequestText
 from serve.drift.traffic_profile import TrafficProfile
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 SAVED_AT_ONCE = 50
 # What a version's requests were about, beside its baseline.
 PROFILE = "profile.json"
+# Seconds without a request after which nobody waits for a version's log-probabilities.
+LATELY = 600.0
 
 
 class DriftMonitor(Collector):
@@ -69,6 +72,9 @@ class DriftMonitor(Collector):
         self._texts: dict[str, RequestText] = {}
         # Held for one exchange by the worker, for one look by a scrape or a report; never by the event loop.
         self._lock = threading.Lock()
+        # Adapters by the id of a version that has no reference of log-probabilities yet, and when it was last asked.
+        self._lacking_ids: dict[str, tuple[str, float]] = {}
+        self._lacking: frozenset[str] = frozenset()
         # In order of last use, oldest first.
         self._versions: OrderedDict[str, WatchedVersion] = OrderedDict()
 
@@ -92,11 +98,27 @@ class DriftMonitor(Collector):
             watched = self._watched(exchange.adapter, exchange.version, exchange.id, base)
             requests, rows = watched.requests_watched, watched.rows_watched
             alarms = watched.observe(exchange, self._models[base][0])
+            self._note_logprobs(watched, exchange.began)
             self._false_alarms.count(watched.requests_watched - requests, watched.rows_watched - rows)
             if alarms:  # also a kill does not lose them
                 self._store(watched)
         for alarm in alarms:
             self._on_alarm(alarm)
+
+    def lacks_logprobs(self, adapter: str) -> bool:
+        """Whether a version of this adapter still gathers its reference of log-probabilities; for any thread."""
+        return adapter in self._lacking
+
+    def _note_logprobs(self, watched: WatchedVersion, now: float) -> None:
+        """Keep in mind which adapters need log-probabilities: those with a version that has been asked lately and has
+        no reference yet. The set is replaced, so that other threads read it whole."""
+        key = watched.id or watched.adapter
+        self._lacking_ids.pop(key, None)
+        if not watched.baseline.signals[LOGPROB].watching:
+            self._lacking_ids[key] = watched.adapter, now
+        lately = {key: entry for key, entry in self._lacking_ids.items() if now - entry[1] < LATELY}
+        self._lacking_ids = lately
+        self._lacking = frozenset(adapter for adapter, _ in lately.values())
 
     def save(self) -> None:
         """Write some of the baselines that changed."""
@@ -209,6 +231,7 @@ class DriftMonitor(Collector):
         with self._lock:
             self._versions.pop(id, None)
             self._unloaded.forget(adapter, id)
+            self._lacking_ids.pop(id, None)
             self._files.remove(adapter, id)
 
     def build_baseline(self, adapter: str, version: str, id: str, exchanges: Sequence[Exchange]) -> dict[str, int]:
@@ -217,8 +240,13 @@ class DriftMonitor(Collector):
         with self._lock:
             provenance = self._provenance(adapter, id, base)
             embedding, _ = self._models[base]
-        rows = reference_rows([exchange.generations[0] for exchange in exchanges if exchange.generations], embedding)
+        generations = [exchange.generations[0] for exchange in exchanges if exchange.generations]
+        stratum = most_common(generation.parameters for generation in generations)
+        rows = reference_rows(generations, embedding, stratum)
         baseline = Baseline.build(provenance, rows)
+        for kind, strata in baseline.strata.items():
+            if kind in rows:
+                strata.built(stratum)
         baseline.configure(threshold=self._settings.threshold, tolerance=self._settings.tolerance)
         with self._lock:
             self._watched(adapter, version, id, base).replace_baseline(baseline)
@@ -288,7 +316,8 @@ class DriftMonitor(Collector):
         watched.version = version
         self._versions.move_to_end(key)
         if len(self._versions) > self._settings.versions:
-            _, oldest = self._versions.popitem(last=False)
+            key, oldest = self._versions.popitem(last=False)
+            self._lacking_ids.pop(key, None)
             self._unloaded.unloaded(self._store(oldest))
         return watched
 

@@ -89,6 +89,10 @@ class Signal:
         return Phase.GATHERING if self._detector is None else Phase.WATCHING
 
     @property
+    def watching(self) -> bool:
+        return self._detector is not None
+
+    @property
     def gathered(self) -> int:
         """Requests in the reference so far."""
         return self.needed if self._detector is not None else len(self._gathered)

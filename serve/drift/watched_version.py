@@ -18,10 +18,23 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.drift.baseline import Baseline, Phase, Tolerance
 from serve.drift.change_description import describe, describe_probe, movement
 from serve.drift.embedding import Embedding
-from serve.drift.features import ALL_TOKENS, LOGPROB, OUTPUT, PROMPT, Answer, Floats, answer_rows, prompt_row
+from serve.drift.features import (
+    ALL_TOKENS,
+    LOGPROB,
+    OUTPUT,
+    PROMPT,
+    SIGNALS,
+    Answer,
+    Floats,
+    answer_rows,
+    beginning,
+    prompt_row,
+)
+from serve.drift.parameter_strata import LEGACY, Stratum
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
 from serve.drift.request_text import RequestText
 from serve.drift.share_watch import ShareWatch
+from serve.drift.signal import Signal
 from serve.drift.thinning import WINDOW, Shuffle, Taken, Thinning
 from serve.drift.token_runs import own_tokens, skipped
 from serve.drift.traffic_profile import Prompt, TrafficProfile
@@ -39,6 +52,8 @@ ANSWERS = frozenset({OUTPUT, LOGPROB, PROBE})
 EXPORTED, QUOTES = 100, 20
 QUOTED_CHARACTERS, PROMPT_CHARACTERS = 400, 2000
 SAMPLE_TIMES = 4096
+# Signals whose times are kept until those that are gone are forgotten.
+MOST_SIGNALS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +97,8 @@ class ProbeResult:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sample:
     """What is kept of an exchange: numbers, and a quote if quotes were asked for. `skipped`: tokens of its prompt that
-    are not looked at."""
+    are not looked at. `rows` are of as much of the answer as its `stratum` looks at, `lower_rows` of the beginning that
+    `lower` looks at."""
 
     began: float
     rows: dict[str, Floats]
@@ -94,6 +110,9 @@ class _Sample:
     words: bool
     # Once it is accepted.
     prompt: Prompt | None = None
+    stratum: Stratum = LEGACY
+    lower: Stratum = LEGACY
+    lower_rows: dict[str, Floats] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -124,7 +143,7 @@ class WatchedVersion:
     probe_ratio: float | None = None
     probe_alarms: int = 0
     # When the last samples of each signal came.
-    _times: dict[str, deque[float]] = field(init=False, default_factory=dict)
+    _times: dict[Signal, deque[float]] = field(init=False, default_factory=dict)
     _shuffle: Shuffle[_Sample] = field(init=False)
     # When, the prompt's row, and what is quoted.
     _quotes: deque[tuple[float, Floats, dict[str, Any]]] = field(
@@ -186,8 +205,9 @@ class WatchedVersion:
         self.alarmed.clear()
         self.moved.clear()
         self.unsaved = True
-        for signal in self.baseline.signals.values():
-            signal.acknowledge()
+        for kind in self.baseline.signals:
+            for signal in self.baseline.every(kind):
+                signal.acknowledge()
         self.thinning.acknowledge()
 
     def accept(self, *, prompts: bool, answers: bool) -> None:
@@ -201,9 +221,10 @@ class WatchedVersion:
                 self.reference, self.recent = self.recent.accepted(since), TrafficProfile.of_recent()
         if answers:
             self.baseline.probe, self.probe_ratio = {}, None
-        for kind, signal in signals.items():
+        for kind in signals:
             if answers if kind in ANSWERS else prompts:
-                signal.accept()
+                for signal in self.baseline.every(kind):
+                    signal.accept()
         for kind in [kind for kind in self.alarmed if (answers if kind in ANSWERS else prompts)]:
             del self.alarmed[kind]
             self.moved.pop(kind, None)
@@ -224,7 +245,10 @@ class WatchedVersion:
         if kind in self.moved:
             since: str | None = self.moved[kind].get("since")
             return since
-        signal, times = self.baseline.signals[kind], self._times.get(kind)
+        return self._since(self.baseline.signals[kind])
+
+    def _since(self, signal: Signal) -> str | None:
+        times = self._times.get(signal)
         if signal.changed_at is None or not times:
             return None
         back = signal.samples - signal.changed_at
@@ -273,9 +297,15 @@ class WatchedVersion:
     def _sample(self, exchange: Exchange, embedding: Embedding) -> _Sample:
         generation = exchange.generations[0]
         quote = self._quote(exchange, generation) if self.settings.capture and self._may_quote(exchange) else None
-        rows = _answer_rows(generation, embedding)
+        stratum, *below = self.baseline.strata[OUTPUT].levels(Stratum.of(generation.parameters))
+        rows = _answer_rows(generation, embedding, stratum)
+        lower = below[0] if below else LEGACY
+        lower_rows = _answer_rows(generation, embedding, lower) if below else {}
         beyond, owned = skipped(generation.prompt), self._may_quote(exchange)
-        return _Sample(exchange.began, rows, quote, beyond, exchange.tenant, _asker(exchange), owned)
+        asker = _asker(exchange)
+        return _Sample(
+            exchange.began, rows, quote, beyond, exchange.tenant, asker, owned, None, stratum, lower, lower_rows
+        )
 
     def _accepted(self, taken: Taken[_Sample], embedding: Embedding) -> _Sample:
         """The sample of an accepted request, with all that is made of its prompt."""
@@ -283,6 +313,8 @@ class WatchedVersion:
         sample, tokens = taken.item, taken.tokens if whole else taken.own
         row = prompt_row(embedding, tokens, sample.skipped)
         _complete(sample.rows, row)
+        _complete(sample.lower_rows, row)
+        sample.lower_rows.pop(PROMPT)  # which counts once
         # Words are the owner's to read, so only the owner's are counted.
         text = self.text.last(tokens.tolist()) if self.text is not None else ""
         counted = hashed(words(text), STOP_WORDS) if text and sample.words else {}
@@ -297,17 +329,32 @@ class WatchedVersion:
         gathering = self.baseline.signals[PROMPT].phase is Phase.GATHERING
         if sample.prompt is not None:
             (self.reference if gathering else self.recent).add(sample.prompt)
-        self.requests_watched += any(self.baseline.signals[kind].phase is Phase.WATCHING for kind in sample.rows)
-        for kind, row in sample.rows.items():
-            signal = self.baseline.signals[kind]
+        taken = list(self._taken(sample))
+        self.requests_watched += any(signal.phase is Phase.WATCHING for _, signal, _ in taken)
+        for kind, signal, row in taken:
             if signal.phase is Phase.WATCHING:
-                self._times.setdefault(kind, deque(maxlen=SAMPLE_TIMES)).append(sample.began)
+                self._times.setdefault(signal, deque(maxlen=SAMPLE_TIMES)).append(sample.began)
                 self.rows_watched += 1
             if signal.update(row):
-                self.moved[kind] = describe(signal, self.reference, self.recent, self.since(kind))
+                self.moved[kind] = describe(signal, self.reference, self.recent, self._since(signal))
                 self.alarmed[kind] = sample.began
                 effects, moved = signal.beyond(), self.moved[kind]
                 yield Alarm(self.adapter, self.version, kind, effects, signal.log_evidence, moved)
+
+    def _taken(self, sample: _Sample) -> Iterator[tuple[str, Signal, Floats]]:
+        """The signals that take a sample: of its own parameters, and of the lower stratum that it is compared with."""
+        for kind, strata in self.baseline.strata.items():
+            if kind in sample.rows:
+                strata.count(sample.stratum)
+        for stratum, rows in ((sample.stratum, sample.rows), (sample.lower, sample.lower_rows)):
+            for kind, row in rows.items():
+                by_parameters = self.baseline.strata.get(kind)
+                signal = by_parameters.signal(stratum) if by_parameters else self.baseline.signals[kind]
+                if signal is not None:
+                    yield kind, signal, row
+        if len(self._times) > MOST_SIGNALS:
+            kept = {signal for kind in SIGNALS for signal in self.baseline.every(kind)}
+            self._times = {signal: times for signal, times in self._times.items() if signal in kept}
 
     def _may_quote(self, exchange: Exchange) -> bool:
         """Reports on an adapter are its tenant's to read, on a base model the operators'."""
@@ -328,22 +375,24 @@ class WatchedVersion:
         return text
 
 
-def reference_rows(generations: Sequence[Generation], embedding: Embedding) -> dict[str, list[Floats]]:
+def reference_rows(
+    generations: Sequence[Generation], embedding: Embedding, stratum: Stratum
+) -> dict[str, list[Floats]]:
     """The rows of each signal that a reference is made of; what prompts share is left out of them as it is live."""
     rows: dict[str, list[Floats]] = {}
     prompts = own_tokens((generation.prompt for generation in generations), embedding.numbers)
     for generation, own in zip(generations, prompts, strict=True):
-        each = _answer_rows(generation, embedding)
+        each = _answer_rows(generation, embedding, stratum)
         _complete(each, prompt_row(embedding, own, skipped(generation.prompt)))
         for kind, row in each.items():
             rows.setdefault(kind, []).append(row)
     return rows
 
 
-def _answer_rows(generation: Generation, embedding: Embedding) -> dict[str, Floats]:
-    """The rows that one answer gives, without its prompt's numbers."""
+def _answer_rows(generation: Generation, embedding: Embedding, stratum: Stratum) -> dict[str, Floats]:
+    """The rows that as much of an answer gives as the stratum looks at, without its prompt's numbers."""
     answer = Answer(generation.output, generation.finish_reason, generation.text, generation.logprobs)
-    return answer_rows(embedding, np.zeros(0), answer)
+    return answer_rows(embedding, np.zeros(0), beginning(answer, stratum.tokens))
 
 
 def _complete(rows: dict[str, Floats], prompt: Floats) -> None:
