@@ -110,8 +110,8 @@ def test_what_an_earlier_release_kept_watches_until_there_is_a_reference_of_the_
     version.baseline.strata = {kind: version.baseline._strata(kind) for kind in version.baseline.strata}
     for strata in version.baseline.strata.values():
         assert strata.restore({}) == []
-    assert not ask(version, answers, 100, EIGHT)
-    assert "output" in ask(version, answers, 60, EIGHT, broken=True)
+    assert not ask(version, answers, 40, EIGHT)
+    assert "output" in ask(version, answers, 140, EIGHT, broken=True)
 
 
 def test_an_acknowledged_alarm_is_gone_in_every_stratum():
