@@ -140,6 +140,12 @@ class SnapshotReader:
         entries = self._snapshot.entries
         return [entries[name].versions[number] for name in sorted(entries) for number in sorted(entries[name].versions)]
 
+    def serving(self) -> list[Adapter]:
+        """The versions that get traffic: each name's live version, its canary, and its shadow."""
+        entries = self._snapshot.entries.values()
+        shares = [share for entry in entries for share in (entry.canary, entry.shadow) if share]
+        return [entry.live for entry in entries if entry.live] + [share.adapter for share in shares]
+
     def digests(self) -> set[str]:
         """Whose bytes must stay."""
         return {adapter.digest for adapter in self.adapters()}

@@ -59,7 +59,7 @@ class BackgroundTasks(Collector):
     def collect(self) -> Iterator[Metric]:
         failures = CounterMetricFamily(
             "loradock_background_task_failures",
-            "Times that a task which runs as long as the server does ended and was started again.",
+            "Times that a background task ended by an error and was started again, since the server started.",
             labels=("task",),
         )
         for name, state in list(self._states.items()):

@@ -132,7 +132,12 @@ class Services:
             config.data_dir / "webhooks", config.webhooks, config.webhook_secret, private=config.webhook_private
         )
         rollback = AutomaticRollback(
-            self.lifecycle, self.registry, self.audit, self.monitor.rolled_back, self._webhooks.send
+            self.lifecycle,
+            self.registry,
+            self.audit,
+            self.monitor.rolled_back,
+            self._webhooks.send,
+            swapped=self.monitor.swapped,
         )
         self.usage_ledger = UsageLedger(self.registry, keep_days=config.usage_days)
         self.automatic_rollback = rollback

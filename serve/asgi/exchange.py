@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol
 
 from starlette.types import Message, Scope, Send
 
 from serve.asgi.fast_stream import FastStream
+from serve.errors import ClientLeft, DeadlineExceeded, EngineUnavailable, LoradockError, Overloaded
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +108,16 @@ def count_generated_tokens(generations: Iterable[Generation]) -> int:
     return sum(len(generation.output) for generation in generations)
 
 
+class Failure(StrEnum):
+    """Why the server did not answer a request, or not to its end."""
+
+    OVERLOADED = "overloaded"  # 429: it would have waited too long for a seat
+    UNAVAILABLE = "unavailable"  # 503: the engine was not there, and the request never began
+    QUEUE_DEADLINE = "queue_deadline"  # the client's deadline passed before the request began
+    DEADLINE = "deadline"  # the client's deadline passed while it was answered, also in the middle of a stream
+    ERROR = "error"  # any other 5xx, and an answer that broke off
+
+
 class Generating(Protocol):
     """A sequence that the engine works on, or has."""
 
@@ -127,6 +139,8 @@ class Routed(Protocol):
     def dealt(self) -> bool: ...
     @property
     def draw(self) -> bytes | None: ...
+    @property
+    def load_seconds(self) -> float: ...
 
 
 @dataclass(slots=True)
@@ -157,9 +171,10 @@ watching: ContextVar[Watch | None] = ContextVar("watching", default=None)
 class Exchange:
     """One request as it went by. Times are seconds from its arrival; None where there was none.
 
-    `adapter` and `version` are its labels (`other` for what never reached a model), `id` the adapter as the engine
+    `adapter` and `version` are its labels (`other` where no model was found for it), `id` the adapter as the engine
     knows it ("" for the base), `asker` what stays the same from request to request of one user or conversation.
-    `seated` is when it had its seat and its adapter was loaded.
+    `seat_wait` is how long it waited for a seat once it had been read, or until it gave up; `seated` when it had its
+    seat and its adapter, and went to the engine. `failure` says why it was not answered, or not to the end.
     """
 
     adapter: str
@@ -184,6 +199,8 @@ class Exchange:
     seated: float | None = None
     # What names the random draw that chose its version; requests with the same one share their luck.
     draw: bytes | None = None
+    seat_wait: float | None = None
+    failure: Failure | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -262,7 +279,10 @@ class Tap:
     """Stands in a response's way: `send` passes everything on as it came, and says the request's id in a header."""
 
     __slots__ = (
+        "_error",
         "_first",
+        "_load_seconds",
+        "_queued",
         "_seated",
         "_send",
         "_started",
@@ -288,7 +308,10 @@ class Tap:
         self._send = send
         self._started = time.perf_counter()
         self._first: float | None = None
+        self._queued: float | None = None
         self._seated: float | None = None
+        self._load_seconds = 0.0
+        self._error: LoradockError | None = None
         self.began = time.time()
         self.request_id = request_id
         self.trace_id = trace_id
@@ -332,12 +355,24 @@ class Tap:
             self.question, self.question_bytes = question, nbytes
         self.watch.tools = bool(question.get("tools"))
 
+    def queued(self, tenant: str) -> None:
+        """The request has been read, and waits for its turn."""
+        self.tenant, self._queued = tenant, time.perf_counter()
+
+    def addressed(self, adapter: str, version: str) -> None:
+        """Say who is to answer, also if it never gets that far."""
+        self.adapter, self.version = adapter, version
+
     def routed(self, route: Routed, tenant: str) -> None:
         """Say who answers, and whom; from now on it has its seat, and the adapter is loaded."""
-        self._seated = time.perf_counter()
+        self._seated, self._load_seconds = time.perf_counter(), route.load_seconds
         self.adapter, self.version = route.adapter, route.version
         self.id = "" if route.version == "base" else route.model
         self.tenant, self.asker, self.dealt, self.draw = tenant, route.asker, route.dealt, route.draw
+
+    def failed(self, error: LoradockError) -> None:
+        """Say why there is no answer, or no more of it."""
+        self._error = error
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -382,4 +417,26 @@ class Tap:
             self.over_context,
             None if self._seated is None else self._seated - self._started,
             self.draw,
+            self._seat_wait(total),
+            self._failure(generations),
         )
+
+    def _seat_wait(self, total: float) -> float | None:
+        """None for what did not wait for a seat: it was refused at once, or nobody knew the model."""
+        if self._queued is None or not self.version:
+            return None
+        if self._seated is not None:
+            return max(0.0, self._seated - self._queued - self._load_seconds)
+        gave_up = self._error is None or isinstance(self._error, ClientLeft | DeadlineExceeded)
+        return self._started + total - self._queued if gave_up else None
+
+    def _failure(self, generations: Sequence[Generation]) -> Failure | None:
+        if isinstance(self._error, Overloaded):
+            return Failure.OVERLOADED
+        if isinstance(self._error, DeadlineExceeded):
+            return Failure.QUEUE_DEADLINE if self._seated is None else Failure.DEADLINE
+        if isinstance(self._error, EngineUnavailable):
+            return Failure.UNAVAILABLE if self._seated is None else Failure.ERROR
+        if self.status >= 500 or any(made.finish_reason == "error" for made in generations):
+            return Failure.ERROR
+        return None

@@ -101,12 +101,20 @@ class ExchangeWorker(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield CounterMetricFamily(
-            "loradock_tap_dropped", "Exchanges that the watcher was too busy to look at.", value=self.dropped
+            "loradock_tap_dropped",
+            "Answered requests that the watcher was too busy to look at, since the server started.",
+            value=self.dropped,
         )
         yield CounterMetricFamily(
-            "loradock_watcher_seconds", "CPU time of the watcher's thread.", value=self.cpu_seconds
+            "loradock_watcher_seconds",
+            "Seconds of CPU that the watcher's thread has used, since the server started.",
+            value=self.cpu_seconds,
         )
-        yield CounterMetricFamily("loradock_watcher_requests", "Requests the watcher looked at.", value=self.handled)
+        yield CounterMetricFamily(
+            "loradock_watcher_requests",
+            "Requests that the watcher has looked at, since the server started.",
+            value=self.handled,
+        )
 
     def _put(self, item: Exchange | Callable[[], None]) -> None:
         if self._thread is None:

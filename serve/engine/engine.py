@@ -111,6 +111,8 @@ class Lease:
     model: str
     priority: int | None
     rank: int | None = None
+    # From its seat until the adapter was there.
+    load_seconds: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -269,7 +271,7 @@ class Engine:
                     await self._loaded(resident)
                 place = engine_priority(priority, ticket.order) if self.backend.prioritizes else None
                 with self.ranks.taken(adapter_id, opening) as rank:
-                    yield Lease(resident.id if resident else self.name, place, rank)
+                    yield Lease(resident.id if resident else self.name, place, rank, clock() - seated)
             finally:
                 self.queue.leave(ticket)
                 if seated and for_client:

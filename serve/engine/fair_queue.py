@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ class Ticket:
     order: int = 0
     start: int = 0
     is_seated: bool = False
+    # By the monotonic clock, for those who watch: no decision depends on it.
+    entered: float = field(default_factory=time.monotonic)
     _refusal: BaseException | None = field(default=None, repr=False)
     _turn: asyncio.Future[None] | None = field(default=None, repr=False)
 
@@ -53,6 +56,14 @@ class Ticket:
         self._refusal = error
         if self._turn and not self._turn.done():
             self._turn.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Tickets that wait, and when the oldest of them came, by the monotonic clock."""
+
+    tickets: int
+    oldest: float
 
 
 Flow = tuple[int, str, str | None]  # priority, tenant, adapter
@@ -99,8 +110,8 @@ class FairQueue:
       waits for an adapter when it gets its slot has a turn before it has to give it up again.
     - `Ticket.order` carries the same fairness into the engine's own queue: as its priority there, smaller first.
 
-    It knows no clock, has no bound and refuses nobody: `Admission` does, by `waiting` and `busy`. All methods are for
-    one event loop; `enter` and `leave` never wait.
+    Its decisions know no clock; it has no bound and refuses nobody: `Admission` does, by `waiting` and `busy`. All
+    methods but `backlog` are for one event loop; `enter` and `leave` never wait.
     """
 
     def __init__(self, seats: int, slots: int) -> None:
@@ -150,6 +161,17 @@ class FairQueue:
         """How many share the seats, this one counted too."""
         seated = (name for name, share in self._tenants.items() if share.seats)
         return len({tenant, *seated, *(name for _, name, _ in self._waiting)})
+
+    def backlog(self, below: int) -> Mapping[tuple[str, str | None], Backlog]:
+        """What waits with a priority smaller than `below`, by tenant and adapter; may be called from any thread."""
+        backlogs: dict[tuple[str, str | None], Backlog] = {}
+        for (priority, *owner), tickets in list(self._waiting.items()):
+            waiting = list(tickets.values())
+            if priority < below and waiting:
+                key = (owner[0], owner[1])
+                known = backlogs.get(key, Backlog(0, waiting[0].entered))
+                backlogs[key] = Backlog(known.tickets + len(waiting), min(known.oldest, waiting[0].entered))
+        return backlogs
 
     @property
     def active(self) -> frozenset[str]:

@@ -98,11 +98,13 @@ class Inference:
             async with Deadline(requested_timeout(Headers(scope=scope))) as deadline:
                 await self._answer(scope, connection, tap, deadline)
         except ClientTooSlow as error:
+            tap.failed(error)
             if tap.begun:
                 log.warning("%s broke off: %s", scope["path"], error)
             else:
                 await send_error(error, scope, receive, tap)
         except LoradockError as error:
+            tap.failed(error)
             await send_error(error, scope, receive, tap)
         finally:
             tap.offer(self._take)
@@ -161,15 +163,16 @@ class Inference:
     @asynccontextmanager
     async def _leased(self, answering: _Answering) -> AsyncIterator[Route]:
         """The request's route, held until the block ends. A client that leaves before it is there loses its place."""
-        request, caller = answering.request, answering.caller
+        request, caller, tap = answering.request, answering.caller, answering.tap
+        tap.queued(caller.tenant)
         async with AsyncExitStack() as held:
             if request is None:
-                yield await held.enter_async_context(self._router.lease(None, caller, {}))
+                lease = self._router.lease(None, caller, {}, addressed=tap.addressed)
+                yield await held.enter_async_context(lease)
                 return
             async with cancelled_on_disconnect(answering.receive):
-                route = await held.enter_async_context(
-                    self._router.lease(request.model, caller, request.fields, answering.seats)
-                )
+                lease = self._router.lease(request.model, caller, request.fields, answering.seats, tap.addressed)
+                route = await held.enter_async_context(lease)
             yield route
 
 

@@ -45,10 +45,16 @@ class Route:
     draw: bytes | None = None
     # The asker with its conversation.
     who: Asker = Asker(None)
+    # From its seat until its adapter was in the engine.
+    load_seconds: float = 0.0
 
     @property
     def app(self) -> ASGIApp:
         return self.engine.backend.app
+
+
+def _nobody(adapter: str, version: str) -> None:
+    """Nobody wants to know who is addressed."""
 
 
 class Router:
@@ -65,24 +71,39 @@ class Router:
 
     @asynccontextmanager
     async def lease(
-        self, model: str | None, caller: Caller, fields: Mapping[str, Any] | None = None, seats: int = 1
+        self,
+        model: str | None,
+        caller: Caller,
+        fields: Mapping[str, Any] | None = None,
+        seats: int = 1,
+        addressed: Callable[[str, str], None] = _nobody,
     ) -> AsyncIterator[Route]:
-        """The route for `model` (None: the first base), held until the block ends. `fields` is the request."""
+        """The route for `model` (None: the first base), held until the block ends. `fields` is the request.
+
+        `addressed(adapter, version)` hears who is to answer before the request waits for anything.
+        """
         async with AsyncExitStack() as held:
-            yield await self._leased(model, caller, fields or {}, seats, held)
+            yield await self._leased(model, caller, fields or {}, seats, held, addressed)
 
     def answered(self, response_id: str, route: Route) -> None:
         """A request that names this stored response as the one before goes on with the same conversation."""
         self._askers.remember(response_id, route.who)
 
     async def _leased(
-        self, model: str | None, caller: Caller, fields: Mapping[str, Any], seats: int, held: AsyncExitStack
+        self,
+        model: str | None,
+        caller: Caller,
+        fields: Mapping[str, Any],
+        seats: int,
+        held: AsyncExitStack,
+        addressed: Callable[[str, str], None],
     ) -> Route:
         """The route, its lease on `held`; from the next engine, if one dies before it is this request's turn."""
         asker = self._askers.of(fields, caller.tenant, caller.key)
         draws: dict[int, Draw] = {}
         while True:
             while not (supervisor := self._supervisor(model, caller)).is_available:
+                addressed(*_labels(self.resolve(model, caller), supervisor))
                 await supervisor.available()
             # No await between the look-up and the lease, or a swap could come between.
             adapter = self.resolve(model, caller)
@@ -90,13 +111,14 @@ class Router:
             dealt = adapter is not None and model is not None and "@" not in model
             if adapter and dealt:  # a version that was asked for by number is never dealt away
                 adapter, shadow, draw = self._split_traffic(adapter, asker, draws)
+            labels = _labels(adapter, supervisor)
+            addressed(*labels)
             engine = supervisor.engine
             if adapter and not engine.holds(adapter.id) and not self.store.has(adapter.digest):
                 await self._bring(adapter)
                 continue
             path = self._path(engine, adapter) if adapter else None
             id = adapter.id if adapter else None
-            labels = (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
             begins = opening(fields) if engine.backend.ranks > 1 else ""
             priority = fields.get("priority") or 0
             turn = engine.lease(id, path, tenant=caller.tenant, priority=priority, opening=begins, sequences=seats)
@@ -109,7 +131,17 @@ class Router:
             if id:
                 self._used(id)
             return Route(
-                engine, lease.model, *labels, shadow, dealt, asker.key, lease.priority, lease.rank, draw, asker
+                engine,
+                lease.model,
+                *labels,
+                shadow,
+                dealt,
+                asker.key,
+                lease.priority,
+                lease.rank,
+                draw,
+                asker,
+                lease.load_seconds,
             )
 
     def _path(self, engine: Engine, adapter: Adapter) -> Path:
@@ -167,6 +199,11 @@ class Router:
                 return adapter
         message = f"The model `{model}` does not exist: GET /v1/models lists those that do."
         raise NotFound(message, code="model_not_found", param="model")
+
+
+def _labels(adapter: Adapter | None, supervisor: Supervisor) -> tuple[str, str]:
+    """How metrics name who answers."""
+    return (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
 
 
 def sees(registry: Registry, caller: Caller, full: str) -> bool:

@@ -116,7 +116,7 @@ class CanaryMonitor(Collector):
     def collect(self) -> Iterator[Metric]:
         checks = GaugeMetricFamily(
             "loradock_swap_log_evidence",
-            "ln of the evidence that the canary does worse than the live version.",
+            "Natural logarithm of the evidence that the canary does worse than the live version, by check.",
             labels=("adapter", "version", "check"),
         )
         threshold = GaugeMetricFamily(

@@ -97,7 +97,7 @@ class RolloutController(Collector):
     def collect(self) -> Iterator[Metric]:
         pending = GaugeMetricFamily(
             "loradock_canary_verdicts_pending",
-            "Verdicts on canaries that could not be acted on yet; each is tried again.",
+            "Verdicts on canaries that could not be acted on yet when it is scraped; each is tried again.",
             labels=("verdict",),
         )
         failed = [action.verdict.verdict for action in list(self._actions.values()) if action.attempts > 0]

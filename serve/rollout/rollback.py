@@ -56,7 +56,8 @@ class RollbackResult:
 
 
 class AutomaticRollback:
-    """`done(adapter, version, reason)` hears of every rollback and ended canary, for the metric.
+    """For the metrics, `done(adapter, version, reason)` hears of every rollback and ended canary, and
+    `swapped(adapter, result)` of every live version that was rolled back.
 
     `notify(type, data)` hears of them too, and of those that failed, in a thread.
     """
@@ -68,6 +69,7 @@ class AutomaticRollback:
         audit: Audit,
         done: Callable[[str, int, str], None] = lambda adapter, version, reason: None,
         notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
+        swapped: Callable[[str, str], None] = lambda adapter, result: None,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -76,6 +78,7 @@ class AutomaticRollback:
         self._audit = audit
         self._done = done
         self._notify = notify
+        self._swapped = swapped
         self._clock = clock
         self._lock = asyncio.Lock()
 
@@ -103,6 +106,8 @@ class AutomaticRollback:
         log.warning("%s@v%d, %s: %s", adapter, version, reason, result.message)
         if result.done:
             self._done(adapter, version, reason)
+        if result.outcome is Outcome.ROLLED_BACK:
+            self._swapped(adapter, "rolled_back")
         if result.outcome is Outcome.FAILED and not audit_failure:
             return result
         await asyncio.to_thread(

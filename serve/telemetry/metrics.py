@@ -1,40 +1,44 @@
 """Counts Exchanges, owns our Prometheus series, and reads live state when it is scraped.
 
 Labels are registered names, nothing that clients send, and at most `limit` versions have series of their own: the rest
-are counted under `other`. A version that is out of the engine and unasked for some minutes gives its place back.
+are counted under `other`. Versions that may be asked have their series before they are, at 0, as long as there is room:
+Prometheus does not see the growth of a counter that is born with its first event. A version that is out of the engine
+and unasked for some minutes gives its place back.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from threading import Lock
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_latest
 from prometheus_client.registry import Collector
 
-from serve.adapters.adapter import Adapter
 from serve.adapters.registry import Registry
-from serve.asgi.exchange import Exchange
+from serve.asgi.exchange import Exchange, Failure
 from serve.auth.audit import Audit
 from serve.engine.engine import Phase
 from serve.engine.fleet import Fleet
 from serve.telemetry.families import Family
-from serve.telemetry.series import LABELS, AdapterLoads, OwnFamilies, Series
+from serve.telemetry.live_state import LiveState, Objectives
+from serve.telemetry.places import Places
+from serve.telemetry.queue_series import QueueSeries
+from serve.telemetry.series import OTHER, AdapterLoads, OwnFamilies, Series
 from serve.telemetry.slo import Slo
 
-OTHER = ("other", "")
 # vLLM grows a series for every combination of running adapters there and never removes one.
 UNBOUNDED = "vllm:lora_requests_info"
 # As the engine says it; whatever else it might say is `other`.
 FINISH_REASONS = frozenset({"", "stop", "length", "abort", "error", "repetition"})
+# What becomes of an adapter's live version.
+SWAPS = ("promoted", "rolled_back")
 # A render is good for so many seconds.
 FRESH = 1.0
 # What was removed is scraped once or twice more, and may be needed no longer.
@@ -71,29 +75,40 @@ class Metrics:
         self._collectors = CollectorRegistry()
         self._families = OwnFamilies(loads, more)
         self._series: dict[tuple[str, str], Series] = {}
+        self._versions = Places[tuple[str, str]](limit, self._forget_version)
+        self._adapters = Places[str](limit, self._forget_adapter)
         self._rendering = Lock()
         self._rendered: dict[Any, tuple[float, bytes]] = {}
         self._tidied = -TIDY
 
-        self._state = LiveState(fleet, registry, audit, version, limit, self._series)
-        self._collectors.register(self._state)
-        self._collectors.register(Objectives(slos))
+        self._queue = QueueSeries(fleet, limit, clock=clock)
+        for collector in (
+            LiveState(fleet, registry, audit, version, limit, self._series),
+            Objectives(slos),
+            self._queue,
+        ):
+            self._collectors.register(collector)
 
     def take(self, exchange: Exchange) -> None:
         """Count one exchange."""
         series = self._of(exchange.adapter, exchange.version)
         reason = exchange.finish_reason if exchange.finish_reason in FINISH_REASONS else "other"
         series.requests(str(exchange.status), reason).inc()
+        if exchange.failure:
+            series.failures(exchange.failure).inc()
+        if exchange.version:
+            self._queue.take(exchange.adapter, exchange.tenant, refused=exchange.failure is Failure.OVERLOADED)
         if exchange.generations:
             series.prompt.inc(exchange.prompt_tokens)
             series.generated.inc(exchange.generated_tokens)
-            for histogram, seconds in (
-                (series.queue, exchange.queue),
-                (series.gap, exchange.gap),
-                (series.worst, exchange.worst_gap),
-            ):
-                if seconds is not None:
-                    histogram.observe(seconds, exchange.request_id, exchange.trace_id)
+        for histogram, seconds in (
+            (series.queue, exchange.seat_wait),
+            (series.engine_queue, exchange.queue),
+            (series.gap, exchange.gap),
+            (series.worst, exchange.worst_gap),
+        ):
+            if seconds is not None:
+                histogram.observe(seconds, exchange.request_id, exchange.trace_id)
         if exchange.first is not None and exchange.status == 200:
             series.first.observe(exchange.first, exchange.request_id, exchange.trace_id)
             series.total.observe(exchange.total, exchange.request_id, exchange.trace_id)
@@ -108,7 +123,7 @@ class Metrics:
 
     def swapped(self, adapter: str, result: str) -> None:
         """Count one change of an adapter's live version."""
-        self._families.swaps.labels(self._name(adapter), result).inc()
+        self._families.swaps.labels(self._of_adapter(adapter), result).inc()
 
     def shadowed(self, adapter: str, version: str, result: str) -> None:
         """Count one request that a shadow was to answer."""
@@ -116,7 +131,11 @@ class Metrics:
 
     def rolled_back(self, adapter: str, version: int, reason: str) -> None:
         """Count one version that the server itself took the traffic from."""
-        self._of(adapter, f"v{version}").child(self._families.rollbacks, reason).inc()
+        name, rollbacks = self._of_adapter(adapter), self._families.rollbacks
+        self._families.adapter_rollbacks.labels(name).inc()
+        rollbacks.labels(*((name, f"v{version}") if name == adapter else OTHER), reason).inc()
+        for oldest in rollbacks.known()[: -self._limit]:
+            rollbacks.remove(*oldest)
 
     def watch(self, collector: Collector) -> None:
         """Render this one's series too."""
@@ -124,26 +143,41 @@ class Metrics:
 
     def label(self, adapter: str, version: str) -> tuple[str, str]:
         """The labels of a version: its own, or `other` when all places are taken."""
-        room = len(self._series) < self._limit
-        return (adapter, version) if room or (adapter, version) in self._series else OTHER
+        labels = (adapter, version)
+        return labels if labels in self._series or self._versions.has_room else OTHER
 
     def tidy(self) -> None:
-        """Drop the series of versions that nobody asks and the engine does not hold, removed ones sooner."""
+        """Begin the series of what may be asked; drop those of what nobody asks and the engine does not hold."""
+        serving = [(adapter.name, f"v{adapter.version}") for adapter in self._registry.serving()]
+        self._drop_unasked(frozenset(serving))
+        for labels in serving:
+            if self._versions.expect(labels):
+                self._begin(labels)
+        names = dict.fromkeys(self._registry.names())
+        for gone in self._adapters.keys() - names.keys():
+            self._adapters.drop(gone)
+        for name in names:
+            if self._adapters.expect(name):
+                self._begin_adapter(name)
+        bases = [base.name for base in self._fleet]
+        for labels in (OTHER, *((base, "base") for base in bases)):
+            self._begin(labels)
+        self._queue.tidy(names.keys() | set(bases))
+
+    def _drop_unasked(self, serving: Collection[tuple[str, str]]) -> None:
+        """Versions that were removed go sooner; those that still serve keep their place until somebody needs it."""
         now = self._tidied = self._clock()
         resident = {residence.id for base in self._fleet for residence in base.residents}
         known = {(one.name, f"v{one.version}"): one.id in resident for one in self._registry.adapters()}
-        held = {labels for labels, is_resident in known.items() if is_resident}
-        names = {adapter for adapter, _ in held} | set(self._registry.names())
-        for labels, series in list(self._series.items()):
-            if labels in held:
+        for labels in list(self._versions.keys()):
+            series = self._series[labels]
+            if known.get(labels):
                 series.seen = now
-            elif labels == OTHER or labels[0] in self._fleet:
-                continue
             elif now - series.seen > (self._keep if labels in known else KEEP_REMOVED):
-                del self._series[labels]
-                series.remove()
-        for gone in [swapped for swapped in self._families.swaps.known() if swapped[0] not in names]:
-            self._families.swaps.remove(*gone)
+                if labels in serving:
+                    self._versions.release(labels)
+                else:
+                    self._versions.drop(labels)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Our series and the engine's for whoever accepts this, and the content type."""
@@ -182,21 +216,42 @@ class Metrics:
 
     def _of(self, adapter: str, version: str) -> Series:
         """The series of a version; those of `other` when there are enough already."""
-        series = self._series.get((adapter, version))
-        if series is None:
-            if self._full() and self._clock() - self._tidied >= TIDY:
+        labels = (adapter, version)
+        if labels != OTHER and adapter not in self._fleet:
+            if labels not in self._versions and not self._versions.has_room and self._clock() - self._tidied >= TIDY:
                 self.tidy()
-            labels = OTHER if self._full() and adapter not in self._fleet else (adapter, version)
-            series = self._series.get(labels) or self._series.setdefault(labels, Series(self._families, labels))
+            labels = labels if self._versions.take(labels) else OTHER
+        series = self._begin(labels)
         series.seen = self._clock()
         return series
 
-    def _full(self) -> bool:
-        return len(self._series) - (OTHER in self._series) >= self._limit
+    def _begin(self, labels: tuple[str, str]) -> Series:
+        """The series with these labels, at 0 if they are new."""
+        series = self._series.get(labels)
+        if series is None:
+            series = self._series[labels] = Series(self._families, labels)
+        return series
 
-    def _name(self, adapter: str) -> str:
-        names = {labels[0] for labels in self._families.swaps.known()}
-        return adapter if adapter in names or len(names) < self._limit else OTHER[0]
+    def _forget_version(self, labels: tuple[str, str]) -> None:
+        self._series.pop(labels).remove()
+
+    def _of_adapter(self, adapter: str) -> str:
+        """The label of what is counted by adapter alone; `other` when all places are taken."""
+        name = adapter if self._adapters.take(adapter) else OTHER[0]
+        self._begin_adapter(name)
+        return name
+
+    def _begin_adapter(self, name: str) -> None:
+        self._families.adapter_rollbacks.labels(name)
+        for result in SWAPS:
+            self._families.swaps.labels(name, result)
+
+    def _forget_adapter(self, name: str) -> None:
+        families = self._families
+        for family in (families.adapter_rollbacks, families.swaps, families.rollbacks):
+            for labels in family.known():
+                if labels[0] == name:
+                    family.remove(*labels)
 
 
 class Theirs(CollectorRegistry):
@@ -219,119 +274,6 @@ class Theirs(CollectorRegistry):
                 if known is not family:
                     known.samples.extend(family.samples)
         yield from families.values()
-
-
-class LiveState(Collector):
-    """What is true at the moment of the scrape."""
-
-    def __init__(
-        self,
-        fleet: Fleet,
-        registry: Registry,
-        audit: Audit,
-        version: str,
-        limit: int,
-        labelled: dict[tuple[str, str], Series],
-    ) -> None:
-        self._fleet = fleet
-        self._audit = audit
-        self._registry = registry
-        self._version = version
-        self._limit = limit
-        self._labelled = labelled
-
-    def collect(self) -> Iterator[Metric]:
-        vllm = self._fleet.first.backend.version
-        yield InfoMetricFamily("loradock_build", "Versions.", {"version": self._version, "vllm": vllm})
-        phase = GaugeMetricFamily(
-            "loradock_engine_phase", "1 for the phase the engine is in.", labels=("model", "phase")
-        )
-        restarts = CounterMetricFamily(
-            "loradock_engine_restarts", "Engines started anew after a death.", labels=("model",)
-        )
-        line = GaugeMetricFamily("loradock_line_waiting", "Requests that wait for their turn.", labels=("model",))
-        waiting = GaugeMetricFamily("loradock_engine_waiting", "Requests in the engine's own queue.", labels=("model",))
-        memory = GaugeMetricFamily("loradock_engine_memory_bytes", "Of the engine's processes.", labels=("model",))
-        for base in self._fleet:
-            for one in Phase:
-                phase.add_metric((base.name, one.value), float(base.phase is one))
-            restarts.add_metric((base.name,), base.restarts)
-            waiting.add_metric((base.name,), base.backend.waiting)
-            line.add_metric((base.name,), base.engine.queue.waiting)
-            memory.add_metric((base.name,), base.backend.memory)
-        yield from (phase, restarts, waiting, line, memory)
-        yield GaugeMetricFamily("loradock_adapters", "Registered adapters.", value=len(self._registry.names()))
-        yield CounterMetricFamily(
-            "loradock_audit_failures", "Lines that the audit log lacks.", value=self._audit.failures
-        )
-        yield from self._adapters()
-
-    def _adapters(self) -> Iterator[Metric]:
-        """State and leases of each version; beyond the limit, sums of them under `other`."""
-        running = GaugeMetricFamily("loradock_requests_in_progress", "Answers under way.", labels=LABELS)
-        state = GaugeMetricFamily(
-            "loradock_adapter_state",
-            "1 for where the version is: in a slot of the batch, in the engine's memory, on disk, or not loadable.",
-            labels=(*LABELS, "state"),
-        )
-        info = GaugeMetricFamily("loradock_adapter_info", "1.", labels=(*LABELS, "digest", "rank", "base"))
-        leases: dict[str, int] = {}
-        states: dict[str, str] = {}
-        for base in self._fleet:
-            mine = {residence.id: residence.leases for residence in base.residents}
-            running.add_metric((base.name, "base"), max(base.leases - sum(mine.values()), 0))
-            leases |= mine
-            states |= base.engine.states
-        busy, beyond = 0, dict.fromkeys(("slot", "host", "disk", "failed"), 0)
-        shown = self._shown(states)
-        for adapter in self._registry.adapters():
-            where = states.get(adapter.id, "disk")
-            if adapter.id not in shown:
-                busy += leases.get(adapter.id, 0)
-                beyond[where] += 1
-                continue
-            labels = (adapter.name, f"v{adapter.version}")
-            running.add_metric(labels, leases.get(adapter.id, 0))
-            info.add_metric((*labels, adapter.digest[:12], str(adapter.rank), adapter.base or ""), 1)
-            for one in beyond:
-                state.add_metric((*labels, one), float(one == where))
-        if any(beyond.values()):
-            running.add_metric(OTHER, busy)
-            for one, count in beyond.items():
-                state.add_metric((*OTHER, one), count)
-        yield from (running, state, info)
-
-    def _shown(self, states: dict[str, str]) -> set[str]:
-        """Ids of the versions that are named: those that are counted by name, then the rest, what is loaded first."""
-        labelled = set(self._labelled)
-
-        def first(adapter: Adapter) -> tuple[bool, bool]:
-            return (adapter.name, f"v{adapter.version}") not in labelled, adapter.id not in states
-
-        return {adapter.id for adapter in sorted(self._registry.adapters(), key=first)[: self._limit]}
-
-
-class Objectives(Collector):
-    """The service level objectives that this server was given; rules rendered from others say so by comparing."""
-
-    def __init__(self, slos: Sequence[Slo]) -> None:
-        self._slos = slos
-
-    def collect(self) -> Iterator[Metric]:
-        threshold = GaugeMetricFamily(
-            "loradock_slo_threshold_seconds",
-            "What is slower is too slow; adapter * is every other.",
-            labels=("adapter", "slo"),
-        )
-        target = GaugeMetricFamily(
-            "loradock_slo_target", "The part that must be good, 0 to 1; 0 is no objective.", labels=("adapter", "slo")
-        )
-        for slo in self._slos:
-            target.add_metric((slo.adapter, slo.objective), slo.target)
-            if slo.threshold is not None:
-                threshold.add_metric((slo.adapter, slo.objective), slo.threshold)
-        yield threshold
-        yield target
 
 
 def _joined(parts: Sequence[bytes]) -> bytes:

@@ -54,7 +54,7 @@ class Recent:
             return
         minute = self._minute(exchange.adapter, exchange.version)
         minute.requests += 1
-        minute.errors += exchange.status >= 500
+        minute.errors += exchange.status >= 500 or exchange.failure is not None
         if exchange.first is not None and exchange.status == 200:
             minute.first[bisect_left(FIRST_TOKEN_SECONDS, exchange.first)] += 1
         if (gap := exchange.gap) is not None:

@@ -17,6 +17,8 @@ TAG = "loradock"
 COLUMNS = 24
 # The end of a description whose panel has nothing to show on a good day.
 MAY_BE_ZERO = "Empty or zero while nothing of the kind happens."
+# Units that Grafana has no name for.
+TOKENS, TOKENS_PER_SECOND = "suffix: tokens", "suffix: tokens/s"
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ def _alertmanager(places: Places, receivers: Receivers) -> dict[str, Any]:
         "inhibit_rules": [
             {
                 "source_matchers": [f'alertname=~"{"|".join(down)}"'],
-                "target_matchers": [f'alertname=~"{fast}|{slow}|{slowest}|LoradockQueue"'],
+                "target_matchers": [f'alertname=~"{fast}|{slow}|{slowest}|LoradockQueue|LoradockEngineQueue"'],
             },
             {
                 "source_matchers": [f'alertname="{fast}"'],

@@ -3,6 +3,9 @@
 Burn rates follow Google's SRE workbook ("Alerting on SLOs", multi-window, multi-burn-rate): a burn rate of 1 uses up
 the error budget of 30 days in 30 days. A long window says that it matters, a short one that it still goes on, and a
 minimum of requests that it is no accident of two requests at night.
+
+What the server refuses because it is overloaded (429), cannot begin (503) or answers too late for the client's deadline
+counts as failed, by the adapter that was asked.
 """
 
 from __future__ import annotations
@@ -15,14 +18,19 @@ from typing import Any
 
 from prometheus_client.utils import floatToGoString
 
-from serve.telemetry.slo import EVERY, Objective, Slo, exempt
+from serve.telemetry.slo import EVERY, Slo, exempt
 
 Rule = dict[str, Any]
 
 PAGE, TICKET = "page", "ticket"
-# 499 is a client that left, and other 4xx are its own mistakes: neither counts for or against the server.
+# 499 is a client that left, and other 4xx are its own mistakes: neither counts for or against the server. The 429 of an
+# overloaded server does, but not that of a key which asks more than it may; so it comes from another counter.
 COUNTED = 'code!~"4.."'
-FAILED = 'code=~"5.."'
+OVERLOADED = 'reason="overloaded"'
+# What may be the version's own fault: what failed before the engine began is not.
+OWN_FAILURES = 'reason=~"deadline|error"'
+# Seconds in the queue, or refused requests in a minute, from which on somebody is told.
+QUEUE_SECONDS, REFUSED = 5, 5
 # A version may fail by itself, or with everything else; only the first is a reason to go back.
 FAILING, OTHERS_FAILING = 0.2, 0.05
 ENOUGH = 20
@@ -74,6 +82,8 @@ def groups(slos: Sequence[Slo]) -> list[dict[str, Any]]:
         {"name": "loradock-slo-long", "interval": "2m", "rules": long},
         {"name": "loradock-slo-alerts", "rules": [*map(_burning, BURNS), *_stale(slos)]},
         {"name": "loradock-adapters", "rules": list(_adapters())},
+        # Often enough that an overload is told within a minute.
+        {"name": "loradock-queue", "interval": "5s", "rules": [_queue()]},
         {"name": "loradock-server", "rules": list(_server())},
     ]
 
@@ -91,21 +101,35 @@ def of(slo: Slo, slos: Sequence[Slo]) -> str:
     return "adapter!~" + json.dumps("|".join(map(re.escape, others))) if others else 'adapter!=""'
 
 
+def judged(function: str, window: str, labels: str = "", by: str = "") -> str:
+    """What was answered or failed: a function of a counter, as rate, by labels."""
+    summed = f"sum by ({by})" if by else "sum"
+    more = f"{labels}," if labels else ""
+    answered = f"{summed} ({function}(loradock_requests_total{{{more}{COUNTED}}}{window}))"
+    refused = f"{summed} ({function}(loradock_requests_failed_total{{{more}{OVERLOADED}}}{window}))"
+    return f"({answered} + {refused})"
+
+
+def failed(function: str, window: str, labels: str = "", by: str = "") -> str:
+    """The part of `judged` that failed."""
+    summed = f"sum by ({by})" if by else "sum"
+    return f"{summed} ({function}(loradock_requests_failed_total{{{labels}}}{window}))"
+
+
 def _all(slo: Slo, slos: Sequence[Slo], function: str, window: str) -> str:
     who = of(slo, slos)
-    if slo.objective is Objective.ERRORS:
-        return f"sum by (adapter) ({function}(loradock_requests_total{{{who},{COUNTED}}}[{window}]))"
+    if slo.threshold is None:
+        return judged(function, f"[{window}]", who, "adapter")
     return f"sum by (adapter) ({function}({_histogram(slo)}_count{{{who}}}[{window}]))"
 
 
-def _good(slo: Slo, slos: Sequence[Slo], window: str) -> str:
+def _bad(slo: Slo, slos: Sequence[Slo], window: str) -> str:
     who = of(slo, slos)
     if slo.threshold is None:
-        good = f'sum by (adapter) (rate(loradock_requests_total{{{who},code!~"4..|5.."}}[{window}]))'
-        # Where every request fails there is no series of good ones.
-        return f"({good} or 0 * {_all(slo, slos, 'rate', window)})"
+        return failed("rate", f"[{window}]", who, "adapter")
     le = floatToGoString(slo.threshold)
-    return f'sum by (adapter) (rate({_histogram(slo)}_bucket{{{who},le="{le}"}}[{window}]))'
+    good = f'sum by (adapter) (rate({_histogram(slo)}_bucket{{{who},le="{le}"}}[{window}]))'
+    return f"({_all(slo, slos, 'rate', window)} - {good})"
 
 
 def _histogram(slo: Slo) -> str:
@@ -113,14 +137,14 @@ def _histogram(slo: Slo) -> str:
 
 
 def _rates(slo: Slo, slos: Sequence[Slo]) -> Iterator[Rule]:
-    every, good, labels = _all(slo, slos, "rate", "5m"), _good(slo, slos, "5m"), _labels(slo)
-    yield {"record": _EVENTS, "expr": every, "labels": labels}
-    yield {"record": _BAD, "expr": f"{every} - {good}", "labels": labels}
+    labels = _labels(slo)
+    yield {"record": _EVENTS, "expr": _all(slo, slos, "rate", "5m"), "labels": labels}
+    yield {"record": _BAD, "expr": _bad(slo, slos, "5m"), "labels": labels}
 
 
 def _burns(slo: Slo, slos: Sequence[Slo], window: str) -> Iterator[Rule]:
-    every, good, labels = _all(slo, slos, "rate", window), _good(slo, slos, window), _labels(slo)
-    yield {"record": burn(window), "expr": f"(1 - {good} / {every}) / {slo.budget:g}", "labels": labels}
+    every, bad, labels = _all(slo, slos, "rate", window), _bad(slo, slos, window), _labels(slo)
+    yield {"record": burn(window), "expr": f"{bad} / {every} / {slo.budget:g}", "labels": labels}
     if window in {one.long for one in BURNS}:
         yield {"record": events(window), "expr": _all(slo, slos, "increase", window), "labels": labels}
 
@@ -171,15 +195,15 @@ def _stale(slos: Sequence[Slo]) -> Iterator[Rule]:
 
 def _adapters() -> Iterator[Rule]:
     who = "sum by (adapter, version)"
-    failed = f'{who} (rate(loradock_requests_total{{{FAILED},version!=""}}[5m]))'
+    fails = f'{who} (rate(loradock_requests_failed_total{{{OWN_FAILURES},version!=""}}[5m]))'
     counted = f'{who} (rate(loradock_requests_total{{{COUNTED},version!=""}}[5m]))'
-    every_failed = f"scalar(sum(rate(loradock_requests_total{{{FAILED}}}[5m])))"
+    every_fails = f"scalar(sum(rate(loradock_requests_failed_total{{{OWN_FAILURES}}}[5m])))"
     every = f"scalar(sum(rate(loradock_requests_total{{{COUNTED}}}[5m])))"
     promoted = changed('sum by (adapter) (loradock_adapter_swaps_total{result="promoted"})', "1h")
     yield _alert(
         "LoradockNewVersionFails",
-        f"({failed} / {counted} > {FAILING}) and {counted} * 300 >= {ENOUGH} and on (adapter) ({promoted}) "
-        f"unless ({every_failed} - {failed}) / ({every} - {counted}) > {OTHERS_FAILING}",
+        f"({fails} / {counted} > {FAILING}) and {counted} * 300 >= {ENOUGH} and on (adapter) ({promoted}) "
+        f"unless ({every_fails} - {fails}) / ({every} - {counted}) > {OTHERS_FAILING}",
         PAGE,
         "{{ $labels.adapter }}@{{ $labels.version }}: {{ $value | humanizePercentage }} of the answers fail",
         "A version was promoted within the last hour and fails while everything else answers. The server was told to "
@@ -222,6 +246,26 @@ def _adapters() -> Iterator[Rule]:
     )
 
 
+def _queue() -> Rule:
+    """Whoever waits in the server's own queue, or is refused there, by adapter and tenant."""
+    waits = f"max by (adapter, tenant) (loradock_queue_oldest_seconds) > {QUEUE_SECONDS}"
+    counter = "sum by (adapter, tenant) (loradock_queue_refused_total)"
+    refused = f"{grown(counter, '1m')} >= {REFUSED}"
+    return _alert(
+        "LoradockQueue",
+        f'label_replace({waits}, "cause", "waiting", "", "") or label_replace({refused}, "cause", "refused", "", "")',
+        TICKET,
+        "{{ $labels.adapter }}, tenant {{ $labels.tenant }}: "
+        '{{ if eq $labels.cause "waiting" }}requests wait {{ $value | printf "%.0f" }} s for their turn'
+        '{{ else }}{{ $value | printf "%.0f" }} requests were refused within a minute{{ end }}',
+        "More comes in than the engine computes. The Engine dashboard shows who waits, by adapter and tenant. If one "
+        "tenant sends too much, limit its keys (requests_per_minute); if all wait, shorten answers, raise max_num_seqs "
+        "if the KV cache has room, or start another server.",
+        wait="20s",
+        dashboard="loradock-engine",
+    )
+
+
 def _server() -> Iterator[Rule]:
     yield _alert(
         "LoradockDown",
@@ -253,13 +297,13 @@ def _server() -> Iterator[Rule]:
         dashboard="loradock-engine",
     )
     yield _alert(
-        "LoradockQueue",
-        "histogram_quantile(0.95, sum by (le) (rate(loradock_queue_time_seconds_bucket[5m]))) > 5 "
-        f"and sum(increase(loradock_queue_time_seconds_count[5m])) >= {ENOUGH}",
+        "LoradockEngineQueue",
+        f"histogram_quantile(0.95, sum by (le) (rate(loradock_engine_queue_seconds_bucket[5m]))) > {QUEUE_SECONDS} "
+        f"and sum(increase(loradock_engine_queue_seconds_count[5m])) >= {ENOUGH}",
         TICKET,
-        '5 % of the requests wait {{ $value | printf "%.0f" }} seconds or longer before the engine begins',
-        "More comes in than the engine computes. Look at the Engine dashboard: if the KV cache is full, give it more "
-        "memory or shorten max_model_len; else limit keys, or start another server.",
+        '5 % of the requests wait {{ $value | printf "%.0f" }} seconds or longer inside the engine',
+        "The engine has taken more requests than it computes at once. Look at the Engine dashboard: if the KV cache is "
+        "full, give it more memory or shorten max_model_len; else lower max_num_seqs.",
         wait="10m",
         dashboard="loradock-engine",
     )
@@ -286,8 +330,14 @@ def _server() -> Iterator[Rule]:
 def changed(counter: str, window: str) -> str:
     """The counter has grown within the window, also when it was born with its first event."""
     ago = re.sub(r"(loradock_\w+(?:\{[^}]*\})?)", rf"\1 offset {window}", counter)
-    grown = re.sub(r"(loradock_\w+(?:\{[^}]*\})?)", rf"increase(\1[{window}])", counter)
-    return f"({grown} > 0 or ({counter} > 0 unless {ago}))"
+    increase = re.sub(r"(loradock_\w+(?:\{[^}]*\})?)", rf"increase(\1[{window}])", counter)
+    return f"({increase} > 0 or ({counter} > 0 unless {ago}))"
+
+
+def grown(counter: str, window: str) -> str:
+    """By how much the counter has grown within the window; all of it, if it is younger."""
+    ago = re.sub(r"(loradock_\w+(?:\{[^}]*\})?)", rf"\1 offset {window}", counter)
+    return f"({counter} - {ago} or {counter})"
 
 
 def _alert(

@@ -9,13 +9,15 @@ from serve.telemetry.rendered.dashboards.queries import (
     CHOSEN,
     VERSION,
     Levels,
+    counted,
     error_ratio,
+    failures,
     limit,
     marks,
     quantile,
     rate,
 )
-from serve.telemetry.rendered.panels import Json, Panel, Query, Row, dashboard
+from serve.telemetry.rendered.panels import TOKENS_PER_SECOND, Json, Panel, Query, Row, dashboard
 from serve.telemetry.slo import Objective, Slo
 
 EACH = "{{adapter}}@{{version}}"
@@ -83,7 +85,8 @@ def _latency_and_errors(first: Levels, between: Levels, errors: Levels) -> list[
         ),
         Panel(
             "Errors",
-            "The part that failed (5xx). A version that fails while others answer should be rolled back.",
+            "The part that failed (5xx, overloaded, too late). A version that fails while others answer should be "
+            "rolled back.",
             [Query(error_ratio(CHOSEN, BY), EACH)],
             unit="percentunit",
             quiet=True,
@@ -126,13 +129,28 @@ def _waiting() -> list[Panel]:
         ),
         Panel(
             "In the queue, p95",
-            "How long a request waits before the engine begins with it.",
+            "How long a request waits in the server's own queue for its seat. Seconds: more comes in than the engine "
+            "computes.",
             [Query(quantile(0.95, "queue_time_seconds", CHOSEN, BY), EACH)],
             unit="s",
         ),
         Panel(
+            "In the engine's queue, p95",
+            "How long a request that has its seat waits until the engine computes on it.",
+            [Query(quantile(0.95, "engine_queue_seconds", CHOSEN, BY), EACH)],
+            unit="s",
+        ),
+        Panel(
+            "Failures by reason",
+            "Requests a second that failed. overloaded, unavailable, queue_deadline: before the engine began; "
+            "deadline, error: while it answered.",
+            [Query(failures(CHOSEN, BY), EACH + " {{reason}}")],
+            unit="reqps",
+            quiet=True,
+        ),
+        Panel(
             "Under way",
-            "Answers that have begun and not ended.",
+            "Requests that wait for their seat or are being answered.",
             [Query(f"sum by ({BY}) (loradock_requests_in_progress{{{CHOSEN}}})", EACH)],
             quiet=True,
         ),
@@ -146,6 +164,7 @@ def _tokens() -> list[Panel | Row]:
             "Generated tokens",
             "Tokens a second, by the version that said them.",
             [Query(rate("loradock_generation_tokens_total", CHOSEN, BY), EACH)],
+            unit=TOKENS_PER_SECOND,
         ),
         Panel(
             "How answers end",
@@ -167,14 +186,15 @@ def _swaps() -> list[Panel | Row]:
         Row("Swaps and slots"),
         Panel(
             "Swaps",
-            "Changes of a live version, by what became of them.",
+            "Changes of a live version in the last hour, by what became of them.",
             [
                 Query(
-                    'sum by (adapter, result) (increase(loradock_adapter_swaps_total{adapter=~"$adapter"}[1h]))',
+                    counted("loradock_adapter_swaps_total", 'adapter=~"$adapter"', "1h", "adapter, result"),
                     "{{adapter}} {{result}}",
                 )
             ],
             quiet=True,
+            decimals=0,
         ),
         Panel(
             "Loading an adapter, p95",

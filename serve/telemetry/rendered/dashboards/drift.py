@@ -8,6 +8,7 @@ from serve.telemetry.rendered.dashboards.queries import (
     INTERVAL,
     LATE,
     VERSION,
+    counted,
     marks,
 )
 from serve.telemetry.rendered.panels import Json, Panel, Query, Row, dashboard
@@ -86,8 +87,9 @@ def _effects() -> list[Panel]:
             "Alarms",
             "Alarms in the last day. Prompt: the users ask other things. Output or probe: the version answers "
             "differently; roll it back, or build a new baseline if that was intended.",
-            [Query(f"sum by ({BY}) (increase(loradock_drift_alarms_total{{{CHOSEN}}}[1d]))", EACH)],
+            [Query(counted("loradock_drift_alarms_total", CHOSEN, "1d", BY), EACH)],
             quiet=True,
+            decimals=0,
             levels=((None, "green"), (1, "red")),
         ),
     ]

@@ -5,19 +5,63 @@ from __future__ import annotations
 from serve.telemetry.rendered.dashboards.queries import (
     ENGINE,
     INTERVAL,
+    counted,
     marks,
     quantile,
+    rate,
     ratio,
 )
-from serve.telemetry.rendered.panels import Json, Panel, Query, Row, dashboard
+from serve.telemetry.rendered.panels import TOKENS, TOKENS_PER_SECOND, Json, Panel, Query, Row, dashboard
+from serve.telemetry.rendered.rules import QUEUE_SECONDS
 
 
 def board() -> Json:
     content: list[Panel | Row] = [
+        Row("The server's own queue"),
+        *_queue(),
+        Row("The engine"),
         *_room(),
         *_work(),
     ]
     return dashboard("engine", "Engine", "Whether the engine has room.", content, [ENGINE], marks(".*"))
+
+
+def _queue() -> list[Panel]:
+    """What waits before the engine: it takes no more requests than it has seats, so that it stays fair."""
+    return [
+        Panel(
+            "Waiting for a seat",
+            "Requests of clients in the server's own queue, by adapter and tenant; all: also what no client waits for.",
+            [
+                Query("sum(loradock_line_waiting)", "all"),
+                Query("sum by (adapter, tenant) (loradock_queue_waiting)", "{{adapter}} {{tenant}}"),
+            ],
+        ),
+        Panel(
+            "Longest wait now",
+            "How long the request at the front has waited already, by adapter and tenant. At 5 s an alert says so.",
+            [Query("max by (adapter, tenant) (loradock_queue_oldest_seconds)", "{{adapter}} {{tenant}}")],
+            unit="s",
+            quiet=True,
+            levels=((None, "green"), (QUEUE_SECONDS, "red")),
+            line=True,
+        ),
+        Panel(
+            "Time in the queue",
+            "From the moment that a request has been read to its seat, or until its client gave up.",
+            [Query(quantile(q, "queue_time_seconds"), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)],
+            unit="s",
+            levels=((None, "green"), (QUEUE_SECONDS, "red")),
+        ),
+        Panel(
+            "Refused",
+            "Requests a second that got 429 because they would have waited longer than max_wait, by adapter and "
+            "tenant. One tenant alone: limit its keys. All: start another server.",
+            [Query(rate("loradock_queue_refused_total", "", "adapter, tenant"), "{{adapter}} {{tenant}}")],
+            unit="reqps",
+            quiet=True,
+        ),
+    ]
 
 
 def _room() -> list[Panel]:
@@ -34,8 +78,8 @@ def _room() -> list[Panel]:
             most=1,
         ),
         Panel(
-            "Batch and queue",
-            "Requests that are computed, and those that wait. Waiting for long: more comes in than one engine does.",
+            "Batch and its queue",
+            "Requests that are computed, and those that wait inside the engine, for KV cache or a slot.",
             [
                 Query("sum(vllm:num_requests_running)", "running"),
                 Query("sum(vllm:num_requests_waiting)", "waiting"),
@@ -43,11 +87,11 @@ def _room() -> list[Panel]:
             quiet=True,
         ),
         Panel(
-            "Time in the queue",
-            "Before the engine begins with a request.",
-            [Query(quantile(q, "queue_time_seconds"), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)],
+            "Time in the engine's queue",
+            "From the moment that the engine takes a request until it computes on it.",
+            [Query(quantile(q, "engine_queue_seconds"), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)],
             unit="s",
-            levels=((None, "green"), (5, "red")),
+            levels=((None, "green"), (QUEUE_SECONDS, "red")),
         ),
         Panel(
             "Prefix cache",
@@ -82,6 +126,7 @@ def _work() -> list[Panel]:
                 Query(f"sum(rate(vllm:prompt_tokens_total{INTERVAL}))", "prompt"),
                 Query(f"sum(rate(vllm:generation_tokens_total{INTERVAL}))", "generated"),
             ],
+            unit=TOKENS_PER_SECOND,
         ),
         Panel(
             "Tokens of a step",
@@ -92,6 +137,7 @@ def _work() -> list[Panel]:
                     "mean",
                 )
             ],
+            unit=TOKENS,
         ),
         Panel(
             "Memory",
@@ -102,8 +148,9 @@ def _work() -> list[Panel]:
         Panel(
             "Restarts",
             "Engines started anew after a death, in the last hour. Once may happen; the log says why.",
-            [Query('sum by (model) (increase(loradock_engine_restarts_total{model=~"$model"}[1h]))', "{{model}}")],
+            [Query(counted("loradock_engine_restarts_total", 'model=~"$model"', "1h", "model"), "{{model}}")],
             quiet=True,
+            decimals=0,
             levels=((None, "green"), (1, "red")),
         ),
         Panel(

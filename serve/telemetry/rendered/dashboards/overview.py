@@ -10,6 +10,7 @@ from serve.telemetry.rendered.dashboards.queries import (
     INTERVAL,
     Levels,
     error_ratio,
+    failures,
     figure,
     limit,
     marks,
@@ -17,7 +18,7 @@ from serve.telemetry.rendered.dashboards.queries import (
     rate,
     ratio,
 )
-from serve.telemetry.rendered.panels import Json, Panel, Query, Row, dashboard
+from serve.telemetry.rendered.panels import TOKENS_PER_SECOND, Json, Panel, Query, Row, dashboard
 from serve.telemetry.rendered.rules import BUDGET_LEFT, burn
 from serve.telemetry.slo import Objective, Slo
 
@@ -28,6 +29,7 @@ def board(slos: Sequence[Slo]) -> Json:
         *_figures(first, errors),
         *_objectives(),
         *_traffic(errors),
+        *_overload(),
         *_answers(first, between),
         *_watching(),
     ]
@@ -66,7 +68,8 @@ def _figures(first: Levels, errors: Levels) -> list[Panel]:
         ),
         figure(
             "Errors",
-            "The part of requests that failed by the server's fault (5xx). Red: above the error budget.",
+            "The part of requests that the server failed: 5xx, refused because it is overloaded (429), or too late for "
+            "the client's deadline. Red: above the error budget.",
             [Query(error_ratio())],
             unit="percentunit",
             levels=errors,
@@ -88,12 +91,13 @@ def _objectives() -> list[Panel | Row]:
         Row("Service level objectives"),
         Panel(
             "Error budget left, 30 days",
-            "What is left of each adapter's budget. Below half: look at what burns it. At zero: change nothing else "
-            "until it recovers.",
+            "What is left of each adapter's budget. Below half: look at what burns it. Below zero: more than the "
+            "budget is gone (-100 %: twice of it); change nothing else until it recovers.",
             [Query(f"sort({BUDGET_LEFT})", "{{adapter}} {{slo}}", now=True)],
             unit="percentunit",
             kind="bargauge",
             levels=BUDGET,
+            least=None,
             most=1,
         ),
         Panel(
@@ -112,13 +116,14 @@ def _traffic(errors: Levels) -> list[Panel | Row]:
         Row("Traffic"),
         Panel(
             "Requests by adapter",
-            "Requests a second. `base` is the model without an adapter, `other` what matched none.",
+            "Requests a second. `other`: what named no model, was over its key's limits, or has no series of its own.",
             [Query(rate("loradock_requests_total", 'adapter=~"$adapter"', "adapter"), "{{adapter}}")],
             unit="reqps",
         ),
         Panel(
             "Errors by adapter",
-            "The part that failed (5xx). One adapter alone: look at its versions. All of them: look at the engine.",
+            "The part that failed (5xx, overloaded, too late). One adapter alone: look at its versions. All of them: "
+            "look at the engine.",
             [Query(error_ratio('adapter=~"$adapter"', "adapter"), "{{adapter}}")],
             unit="percentunit",
             quiet=True,
@@ -128,11 +133,31 @@ def _traffic(errors: Levels) -> list[Panel | Row]:
     ]
 
 
+def _overload() -> list[Panel]:
+    return [
+        Panel(
+            "Waiting for a seat",
+            "Requests in the server's own queue, by adapter. More than a few for minutes: more comes in than the "
+            "engine computes; the Engine dashboard says whose they are.",
+            [Query('sum by (adapter) (loradock_queue_waiting{adapter=~"$adapter|other"})', "{{adapter}}")],
+        ),
+        Panel(
+            "Failures by reason",
+            "Requests a second that the server failed. overloaded: refused (429); queue_deadline, deadline: too late "
+            "for the client, before and after the engine began; unavailable: no engine (503); error: any other 5xx.",
+            [Query(failures('adapter=~"$adapter"', "adapter"), "{{adapter}} {{reason}}")],
+            unit="reqps",
+            quiet=True,
+        ),
+    ]
+
+
 def _answers(first: Levels, between: Levels) -> list[Panel]:
     return [
         Panel(
             "First token",
-            "From a request's arrival to its first bytes. The red line is the SLO of every adapter.",
+            "From a request's arrival to its first token, with the time in the queue. The red line is the SLO of every "
+            "adapter.",
             [
                 Query(
                     quantile(q, "time_to_first_token_seconds", 'adapter=~"$adapter"'),
@@ -163,14 +188,14 @@ def _answers(first: Levels, between: Levels) -> list[Panel]:
                 Query(rate("loradock_prompt_tokens_total", 'adapter=~"$adapter"'), "prompt"),
                 Query(rate("loradock_generation_tokens_total", 'adapter=~"$adapter"'), "generated"),
             ],
-            unit="short",
+            unit=TOKENS_PER_SECOND,
         ),
         Panel(
             "Firing alerts",
             "What to do stands in each alert's description (Prometheus, Alerts).",
             [
                 Query(
-                    'sum by (alertname, severity, adapter, version, slo) (ALERTS{alertstate="firing"})',
+                    'sum by (alertname, severity, adapter, version, tenant, cause, slo) (ALERTS{alertstate="firing"})',
                     now=True,
                 )
             ],

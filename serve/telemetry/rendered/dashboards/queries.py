@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.telemetry.rendered.panels import Annotation, Panel, Query, Variable
-from serve.telemetry.rendered.rules import COUNTED, FAILED, changed
+from serve.telemetry.rendered.rules import changed, failed, judged
 from serve.telemetry.slo import EVERY, Objective, Slo
 
 INTERVAL = "[$__rate_interval]"
@@ -47,11 +47,18 @@ def quantile(q: float, metric: str, labels: str = "", by: str = "") -> str:
 
 
 def error_ratio(labels: str = "", by: str = "") -> str:
-    """0 where nothing failed and no series says so."""
-    more = f",{labels}" if labels else ""
-    failed = rate("loradock_requests_total", FAILED + more, by)
-    counted = rate("loradock_requests_total", COUNTED + more, by)
-    return f"({failed} or 0 * {counted}) / {counted}"
+    """The part of the requests that the server failed."""
+    return f"{failed('rate', INTERVAL, labels, by)} / {judged('rate', INTERVAL, labels, by)}"
+
+
+def counted(metric: str, labels: str, window: str, by: str) -> str:
+    """How often within the window, as a whole number: Prometheus extrapolates what it counts."""
+    return f"round(sum by ({by}) (increase({metric}{{{labels}}}[{window}])))"
+
+
+def failures(labels: str, by: str) -> str:
+    """Requests a second that the server failed, by reason."""
+    return rate("loradock_requests_failed_total", labels, f"{by}, reason")
 
 
 def figure(title: str, says: str, queries: Sequence[Query], **more: Any) -> Panel:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from serve.telemetry.rendered.dashboards.queries import (
+    counted,
     error_ratio,
     marks,
     quantile,
     rate,
 )
-from serve.telemetry.rendered.panels import Json, Panel, Query, Row, Variable, dashboard
+from serve.telemetry.rendered.panels import TOKENS, Json, Panel, Query, Row, Variable, dashboard
+from serve.telemetry.rendered.rules import grown
 
 _ADAPTER = Variable("adapter", "Adapter", 'label_values(loradock_requests_total{version!=""}, adapter)', many=False)
 _VERSIONS = 'label_values(loradock_requests_total{adapter="$adapter"}, version)'
@@ -76,14 +78,17 @@ def _verdict() -> list[Panel]:
         ),
         Panel(
             "Rolled back",
-            "Versions that the server took the traffic from in the last day, and why; the evidence is in the history.",
+            "How often the server took the traffic from a version in the last day, and from which and why; the "
+            "evidence is in the history.",
             [
+                Query(counted("loradock_adapter_rollbacks_total", 'adapter="$adapter"', "1d", "adapter"), "all"),
                 Query(
-                    'sum by (version, reason) (increase(loradock_rollbacks_total{adapter="$adapter"}[1d]))',
+                    grown('sum by (version, reason) (loradock_rollbacks_total{adapter="$adapter"})', "1d"),
                     "{{version}} {{reason}}",
-                )
+                ),
             ],
             quiet=True,
+            decimals=0,
         ),
     ]
 
@@ -100,7 +105,7 @@ def _requests() -> list[Panel | Row]:
         ),
         Panel(
             "Errors",
-            "The part that failed (5xx).",
+            "The part that failed (5xx, overloaded, too late).",
             _both(error_ratio("%")),
             unit="percentunit",
             quiet=True,
@@ -143,6 +148,7 @@ def _answers() -> list[Panel]:
             "Tokens of an answer",
             "Mean length. A version that talks twice as long costs twice as much, and may have forgotten to stop.",
             _both(f"{rate('loradock_generation_tokens_total', '%')} / {_ANSWERED}"),
+            unit=TOKENS,
         ),
         Panel(
             "Answers cut at max_tokens",
