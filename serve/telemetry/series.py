@@ -11,10 +11,13 @@ from serve.telemetry.slo import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS
 
 LABELS = ("adapter", "version")
 OTHER = ("other", "")
+# How requests end, by status and finish reason: counted from 0 for every version, and for what reached none.
+ENDS = (("200", "stop"), ("200", "length"), ("429", ""), ("500", ""), ("503", ""), ("504", ""))
+UNROUTED_ENDS = (("400", ""), ("401", ""), ("404", ""), ("429", ""))
 WORST_GAP_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 TOTAL_SECONDS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-QUEUE_SECONDS = (0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60)
-ENGINE_QUEUE_SECONDS = (0.005, 0.025, 0.1, 0.5, 1, 5, 30)
+QUEUE_SECONDS = (0.005, 0.025, 0.1, 0.5, 1, 5, 10, 30, 60)
+ENGINE_QUEUE_SECONDS = (0.005, 0.05, 0.5, 5, 30)
 LOAD_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TAP_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.005, 0.025)
 
@@ -166,8 +169,8 @@ class Series:
         self.total = self.child(families.total)
         self.queue = self.child(families.queue)
         self.engine_queue = self.child(families.engine_queue)
-        for reason in ("stop", "length"):
-            self.requests("200", reason)
+        for code, finish_reason in UNROUTED_ENDS if labels == OTHER else ENDS:
+            self.requests(code, finish_reason)
         for failure in Failure:
             self.failures(failure)
         for rating in ("good", "bad"):

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -19,9 +16,11 @@ import yaml
 
 from serve.telemetry.rendered.dashboards import dashboards
 from serve.telemetry.rendered.panels import MAY_BE_ZERO
-from serve.telemetry.rendered.render import ALERT_KEY, SCRAPE_KEY, Places, write
+from serve.telemetry.rendered.render import ALERT_KEY, Places, write
 from serve.telemetry.slo import DEFAULT_SLOS
-from tests.support.server import ADMIN, Server, eventually, free_port, tail
+from tests.support.prometheus import ask, filled, running, says_something
+from tests.support.prometheus import prometheus as in_a_hurry
+from tests.support.server import ADMIN, Server, eventually, free_port
 
 PROGRAMS = ("prometheus", "prometheus-alertmanager")
 METRIC = re.compile(r"(?:loradock_|vllm:|adapter_slo:)[\w:]+|\bup\b|\bALERTS\b")
@@ -32,43 +31,10 @@ pytestmark = [
 ]
 
 
-@contextmanager
-def running(folder: Path, url: str, *command: str) -> Iterator[httpx.Client]:
-    """The program, and a client of it once it is ready."""
-    log = folder / "log"
-    with log.open("w") as out, httpx.Client(base_url=url, timeout=30) as client:
-        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
-        try:
-
-            def ready() -> bool:
-                with suppress(httpx.TransportError):
-                    return client.get("/-/ready").status_code == 200
-                assert process.poll() is None, tail(log)
-                return False
-
-            assert eventually(ready, 30), tail(log)
-            yield client
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
 @pytest.fixture(scope="module")
 def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Prometheus on the rendered files, in a hurry."""
-    folder, address = tmp_path_factory.mktemp("watchers"), f"127.0.0.1:{free_port()}"
-    write(folder, DEFAULT_SLOS, Places(f"127.0.0.1:{server.port}", address, f"127.0.0.1:{free_port()}"))
-    (folder / "prometheus" / SCRAPE_KEY).write_text(ADMIN)
-    for name in ("prometheus.yml", "rules.yml"):
-        file = folder / "prometheus" / name
-        read = yaml.safe_load(file.read_text())
-        if "global" in read:
-            read["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        for group in read.get("groups", []):
-            group["interval"] = "1s"
-        file.write_text(yaml.safe_dump(read))
-    command = ("prometheus", "--config.file=prometheus.yml", f"--web.listen-address={address}")
-    with running(folder / "prometheus", f"http://{address}", *command, "--enable-feature=exemplar-storage") as client:
+    with in_a_hurry(tmp_path_factory.mktemp("watchers"), server.port, ADMIN, every="1s") as client:
         yield client
 
 
@@ -81,25 +47,6 @@ def alertmanager(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
     command = ("prometheus-alertmanager", "--config.file=alertmanager.yml", f"--web.listen-address={address}")
     with running(tmp_path / "alertmanager", f"http://{address}", *command, "--cluster.listen-address=") as client:
         yield client
-
-
-def ask(prometheus: httpx.Client, expr: str) -> list[dict[str, Any]]:
-    told = prometheus.post("/api/v1/query", data={"query": expr}).json()
-    assert told["status"] == "success", f"{told.get('error')}\n{expr}"
-    result: list[dict[str, Any]] = told["data"]["result"]
-    return result
-
-
-def says_something(prometheus: httpx.Client, expr: str) -> bool:
-    """A sample that is a number and not zero."""
-    values = [float(sample["value"][1]) for sample in ask(prometheus, expr)]
-    return any(value == value and value != 0 for value in values)
-
-
-def filled(expr: str, name: str) -> str:
-    """As Grafana fills in what stands for a choice."""
-    choices = {"__rate_interval": "30s", "adapter": name, "version": ".*", "old": "v1", "new": "v2", "model": ".*"}
-    return re.sub(r"\$(\w+)", lambda found: choices[found[1]], expr)
 
 
 def known(server: Server, prometheus: httpx.Client) -> set[str]:
@@ -138,12 +85,13 @@ def test_every_panel_and_every_rule_speaks_to_a_live_prometheus(server, name, tr
     time.sleep(5)
     there = known(server, prometheus)
     wrong, silent = [], []
+    choices = {"__rate_interval": "30s", "adapter": name, "version": ".*", "old": "v1", "new": "v2", "model": ".*"}
     for board in dashboards(DEFAULT_SLOS):
         annotations = [(one["name"], one["expr"], True) for one in board["annotations"]["list"]]
         panels = [(panel["title"], target["expr"], panel["description"].endswith(MAY_BE_ZERO))
                   for panel in board["panels"] for target in panel.get("targets", [])]  # fmt: skip
         for title, expr, quiet in annotations + panels:
-            expr = filled(expr, name)
+            expr = filled(expr, choices)
             where = f"{board['uid']}: {title}: {expr}"
             wrong += [f"{where}: there is no {metric}" for metric in METRIC.findall(expr) if metric not in there]
             if not says_something(prometheus, expr) and not quiet:
@@ -151,7 +99,7 @@ def test_every_panel_and_every_rule_speaks_to_a_live_prometheus(server, name, tr
         for variable in board["templating"]["list"]:
             if variable["type"] == "query":
                 found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
-                selector = filled(found[1], name)
+                selector = filled(found[1], choices)
                 values = {sample["metric"].get(found[2]) for sample in ask(prometheus, selector)}
                 assert values - {None}, f"{board['uid']}: {variable['name']} offers nothing"
     groups = prometheus.get("/api/v1/rules").json()["data"]["groups"]

@@ -325,3 +325,16 @@ def test_how_many_wait_is_read_by_another_thread_while_they_come_and_go():
         thread.join()
         sys.setswitchinterval(interval)
     assert not errors
+
+
+def test_the_backlog_says_how_many_wait_and_when_the_first_came_by_tenant_and_adapter():
+    queue = FairQueue(1, 4)
+    queue.enter("acme")
+    first, second = queue.enter("acme", "tone"), queue.enter("acme", "tone", priority=3)
+    queue.enter("acme", "tone", priority=100)
+    queue.enter("zeta", "calm")
+    backlog = queue.backlog(below=100)
+    assert {owner: of.tickets for owner, of in backlog.items()} == {("acme", "tone"): 2, ("zeta", "calm"): 1}
+    assert backlog["acme", "tone"].oldest == min(first.entered, second.entered)
+    queue.leave(first)
+    assert queue.backlog(below=100)["acme", "tone"].oldest == second.entered

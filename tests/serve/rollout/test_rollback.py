@@ -54,6 +54,24 @@ def bad(client, make_adapter):
     return promote
 
 
+async def test_a_rollback_by_the_server_is_a_change_of_the_live_version_and_an_ended_canary_is_none(
+    client, bad, make_adapter
+):
+    await bad()
+    parts = client._transport.app.state.parts
+    await client.post("/v1/adapters", **upload(make_adapter(7), "calm"))
+    await client.post("/v1/adapters", **upload(make_adapter(8), "calm", promote="false"))
+    await client.post("/v1/adapters/calm/canary", json={"version": 2, "weight": 0.5})
+    assert await alert(client) == "rolled_back"
+    assert await alert(client, adapter="calm", fingerprint="abc124") == "canary_ended"
+    text = parts.monitor.render()[0].decode()
+    assert 'loradock_adapter_swaps_total{adapter="tone",result="rolled_back"} 1.0' in text
+    assert 'loradock_adapter_swaps_total{adapter="calm",result="rolled_back"} 0.0' in text
+    for adapter in ("tone", "calm"):
+        assert f'loradock_adapter_rollbacks_total{{adapter="{adapter}"}} 1.0' in text
+        assert f'loradock_rollbacks_total{{adapter="{adapter}",reason="alert",version="v2"}} 1.0' in text
+
+
 async def test_a_firing_alert_rolls_its_version_back_with_the_evidence_in_history_audit_and_metric(client, bad, config):
     await bad()
     assert await alert(client) == "rolled_back"

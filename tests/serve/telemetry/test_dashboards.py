@@ -15,7 +15,7 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from serve.telemetry.rendered.dashboards import dashboards
-from serve.telemetry.rendered.panels import COLUMNS, MAY_BE_ZERO, TAG
+from serve.telemetry.rendered.panels import COLUMNS, MAY_BE_ZERO, TAG, TOKENS, TOKENS_PER_SECOND
 from serve.telemetry.rendered.render import Places, render
 from serve.telemetry.rendered.rules import groups
 from serve.telemetry.slo import DEFAULT_SLOS
@@ -95,6 +95,20 @@ def test_every_panel_says_what_it_shows_in_which_unit_and_what_to_do(board, pane
     assert panel["title"] and len(panel["description"].removesuffix(MAY_BE_ZERO)) > 20
     assert panel["fieldConfig"]["defaults"]["unit"]
     assert all(target["expr"] and target["legendFormat"] for target in panel["targets"])
+
+
+@pytest.mark.parametrize(("board", "panel"), PANELS)
+def test_what_counts_tokens_says_so_in_its_unit(board, panel):
+    asked = " ".join(target["expr"] for target in panel["targets"])
+    unit = panel["fieldConfig"]["defaults"]["unit"]
+    if "tokens_total" not in asked:
+        return
+    assert unit == (TOKENS if " / " in asked else TOKENS_PER_SECOND)
+
+
+def test_a_budget_that_is_overspent_is_drawn_below_zero():
+    (panel,) = (panel for board in BOARDS for panel in board["panels"] if panel["title"].startswith("Error budget"))
+    assert "min" not in panel["fieldConfig"]["defaults"]
 
 
 @pytest.mark.parametrize("board", BOARDS, ids=lambda board: board["uid"])

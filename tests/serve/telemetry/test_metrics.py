@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
-from serve.asgi.exchange import Exchange, Generation
+from serve.asgi.exchange import Exchange, Failure, Generation
 from serve.engine.fleet import Fleet
 from serve.engine.restarts import Patience
 from serve.engine.supervisor import Supervisor
@@ -40,6 +40,9 @@ class Adapters:
 
     def names(self):
         return [one.name for one in self.all]
+
+    def serving(self):
+        return self.all
 
 
 def monitored(count, **options):
@@ -95,7 +98,7 @@ def test_a_version_that_nobody_asks_gives_its_place_back():
     monitor.take(exchange("adapter-1"))
     monitor._rendered.clear()
     lines = monitor.render()[0].decode().splitlines()
-    live = ("loradock_adapter_", "loradock_requests_in_progress")
+    live = ("loradock_adapter_", "loradock_requests_in_progress", "loradock_rollbacks_total", "loradock_queue_")
     assert not [line for line in lines if "adapter-0" in line and not line.startswith(live)]
     assert count(monitor, "loradock_requests_total", adapter="adapter-1") == 1
 
@@ -188,3 +191,90 @@ def test_an_exchange_of_nothing_is_counted_too(odd):
     monitor = monitored(0)
     monitor.take(odd)
     assert count(monitor, "loradock_requests_total") == 1
+
+
+def sample(monitor, name, **labels):
+    """The one sample with exactly these labels; None if there is none."""
+    monitor._rendered.clear()
+    text, _ = monitor.render()
+    samples = [sample for family in plain(text.decode()) for sample in family.samples]
+    (value,) = [one.value for one in samples if (one.name, one.labels) == (name, labels)] or [None]
+    return value
+
+
+def test_what_matters_is_counted_from_0_before_anybody_asks():
+    monitor = monitored(1)
+    monitor.tidy()
+    of_adapter, of_version = {"adapter": "adapter-0"}, {"adapter": "adapter-0", "version": "v1"}
+    assert sample(monitor, "loradock_adapter_rollbacks_total", **of_adapter) == 0
+    assert sample(monitor, "loradock_adapter_swaps_total", **of_adapter, result="rolled_back") == 0
+    for code, reason in (("200", "stop"), ("429", ""), ("504", "")):
+        assert sample(monitor, "loradock_requests_total", **of_version, code=code, finish_reason=reason) == 0
+    for failure in Failure:
+        assert sample(monitor, "loradock_requests_failed_total", **of_version, reason=failure) == 0
+    assert sample(monitor, "loradock_queue_time_seconds_count", **of_version) == 0
+    assert sample(monitor, "loradock_generation_tokens_total", adapter="base", version="base") == 0
+    assert sample(monitor, "loradock_requests_total", adapter="other", version="", code="404", finish_reason="") == 0
+    assert sample(monitor, "loradock_adapter_load_seconds_count", tier="disk") == 0
+
+
+def test_a_version_that_is_only_expected_takes_no_place_from_one_that_is_asked():
+    monitor = monitored(5, limit=2)
+    monitor.tidy()
+    for number in (4, 3, 3):
+        monitor.take(exchange(f"adapter-{number}"))
+    monitor.swapped("adapter-4", "promoted")
+    monitor.tidy()
+    name = "loradock_requests_total"
+    assert [count(monitor, name, adapter=f"adapter-{number}") for number in (3, 4)] == [2, 1]
+    assert count(monitor, name, adapter="other") == 0
+    assert sample(monitor, "loradock_adapter_swaps_total", adapter="adapter-4", result="promoted") == 1
+    assert sample(monitor, name, adapter="adapter-0", version="v1", code="200", finish_reason="stop") is None
+
+
+def test_a_live_version_that_nobody_asks_keeps_its_counts_while_there_is_room():
+    now = [0.0]
+    monitor = monitored(2, limit=2, clock=lambda: now[0])
+    monitor.take(exchange("adapter-0"))
+    now[0] = 10_000.0
+    monitor.tidy()
+    assert count(monitor, "loradock_requests_total", adapter="adapter-0") == 1
+    monitor.take(exchange("adapter-1"))
+    monitor.take(exchange("adapter-0"))
+    assert count(monitor, "loradock_requests_total", adapter="adapter-0") == 2
+
+
+def test_a_rollback_is_counted_as_long_as_its_adapter_is_registered():
+    now = [0.0]
+    monitor = monitored(1, clock=lambda: now[0])
+    monitor.tidy()
+    monitor.rolled_back("adapter-0", 2, "latency")
+    now[0] = 10_000.0
+    monitor.tidy()
+    counted = {"adapter": "adapter-0", "version": "v2", "reason": "latency"}
+    assert sample(monitor, "loradock_rollbacks_total", **counted) == 1
+    assert sample(monitor, "loradock_adapter_rollbacks_total", adapter="adapter-0") == 1
+    monitor._registry.all.clear()
+    monitor.tidy()
+    assert sample(monitor, "loradock_rollbacks_total", **counted) is None
+
+
+def test_rolled_back_versions_have_no_more_series_than_there_are_places():
+    monitor = monitored(1, limit=3)
+    for version in range(10):
+        monitor.rolled_back("adapter-0", version, "latency")
+    assert count(monitor, "loradock_rollbacks_total") == 3
+    assert sample(monitor, "loradock_adapter_rollbacks_total", adapter="adapter-0") == 10
+
+
+def test_a_failure_is_counted_by_reason_and_a_refusal_by_tenant_too():
+    monitor = monitored(1)
+    refused = Exchange("adapter-0", "v1", 429, None, 0.1, tenant="acme", failure=Failure.OVERLOADED)
+    late = Exchange("adapter-0", "v1", 504, None, 3.0, tenant="acme", seat_wait=2.9, failure=Failure.QUEUE_DEADLINE)
+    for odd in (refused, refused, late):
+        monitor.take(odd)
+    failed = "loradock_requests_failed_total"
+    assert count(monitor, failed, reason="overloaded") == 2 and count(monitor, failed, reason="queue_deadline") == 1
+    assert sample(monitor, "loradock_queue_refused_total", adapter="adapter-0", tenant="acme") == 2
+    assert count(monitor, "loradock_queue_time_seconds_count") == 1
+    assert count(monitor, "loradock_queue_time_seconds_sum") == 2.9

@@ -33,7 +33,16 @@ class Story:
 
 def requests(good: str, bad: str = "", who: str = TONE) -> dict[str, str]:
     told = {f'loradock_requests_total{{{who},code="200"}}': good}
-    return told | ({f'loradock_requests_total{{{who},code="500"}}': bad} if bad else {})
+    if bad:
+        told[f'loradock_requests_total{{{who},code="500"}}'] = bad
+    return told | failed(error=bad or "0x500", who=who)
+
+
+def failed(who: str = TONE, **reasons: str) -> dict[str, str]:
+    """Every reason has its series from the start."""
+    name = "loradock_requests_failed_total"
+    every = dict.fromkeys(("overloaded", "unavailable", "queue_deadline", "deadline", "error"), "0x500") | reasons
+    return {f'{name}{{{who},reason="{reason}"}}': values for reason, values in every.items()}
 
 
 def answers(every: str, quick: str, who: str = TONE) -> dict[str, str]:
@@ -54,13 +63,26 @@ FAILING = requests("0x60 0+5x10", "0x60 0+5x10")
 ALARMS = f'loradock_drift_alarms_total{{{TONE},signal="prompt"}}'
 ALARMED = f'loradock_drift_alarmed{{{TONE},signal="prompt"}}'
 DRIFTED = f'{{{TONE},signal="prompt",severity="ticket"}}'
-QUEUE = "loradock_queue_time_seconds"
+ENGINE_QUEUE = "loradock_engine_queue_seconds"
+OLDEST, REFUSED = "loradock_queue_oldest_seconds", "loradock_queue_refused_total"
+ACME, ZETA = 'adapter="tone",tenant="acme"', 'adapter="tone",tenant="zeta"'
+CALLS = "loradock_requests_total"
 
 STORIES = [
     # 20 % errors burn a budget of 0.5 % forty times too fast.
     Story("a fifth fails", FAST, requests("0+8x70", "0+2x70"), "65m", burning(FAST, "errors")),
-    Story("everything fails", FAST, {k: v for k, v in requests("0", "0+5x70").items() if "500" in k}, "65m",
+    Story("everything fails", FAST, {k: v for k, v in requests("0", "0+5x70").items() if "200" not in k}, "65m",
           burning(FAST, "errors")),
+    Story("a fifth is refused by an overloaded server", FAST,
+          {**requests("0+8x70"), **failed(overloaded="0+2x70"), f'{CALLS}{{{TONE},code="429"}}': "0+2x70"}, "65m",
+          burning(FAST, "errors")),
+    Story("a fifth comes too late", FAST,
+          {**requests("0+8x70"), **failed(queue_deadline="0+2x70"), f'{CALLS}{{{TONE},code="504"}}': "0+2x70"}, "65m",
+          burning(FAST, "errors")),
+    Story("a fifth breaks off in the middle", FAST, {**requests("0+10x70"), **failed(deadline="0+2x70")}, "65m",
+          burning(FAST, "errors")),
+    Story("a key asks more than it may", FAST, {**requests("0+8x70"), f'{CALLS}{{{TONE},code="429"}}': "0+9x70"},
+          "65m"),
     Story("clients' own mistakes", FAST, {'loradock_requests_total{adapter="tone",version="v2",code="404"}': "0+9x70"},
           "65m"),
     Story("it has stopped", FAST, requests("0+8x100", "0+2x70 140x30"), "90m"),
@@ -82,6 +104,8 @@ STORIES = [
     Story("an old version fails", "LoradockNewVersionFails", {**OTHERS, **FAILING}, "68m"),
     Story("too few to tell", "LoradockNewVersionFails",
           {**OTHERS, **requests("0x60 0+1x10", "0x60 0+1x10"), **PROMOTED}, "68m"),
+    Story("a new version is asked by too many", "LoradockNewVersionFails",
+          {**OTHERS, **FAILING, **failed(queue_deadline="0x60 0+5x10"), **PROMOTED}, "68m"),
     Story("everything fails at once", "LoradockNewVersionFails",
           {**requests("0+30x90", "0+30x90", 'adapter="base",version="v1"'), **FAILING, **PROMOTED}, "68m"),
     Story("rolled back", BACK, {f'loradock_rollbacks_total{{{TONE},reason="alert"}}': "_x70 1x20"}, "80m",
@@ -112,12 +136,22 @@ STORIES = [
           {'loradock_engine_restarts_total{model="m"}': "0x10 1x10 2x10 3x10 4x10"}, "50m",
           '{model="m",severity="ticket"}'),
     Story("died once", "LoradockEngineRestarts", {'loradock_engine_restarts_total{model="m"}': "0x10 1x60"}, "50m"),
-    Story("a queue", "LoradockQueue",
-          {f"{QUEUE}_count": "0+30x30", f'{QUEUE}_bucket{{le="5"}}': "0+15x30", f'{QUEUE}_bucket{{le="10"}}': "0+30x30",
-           f'{QUEUE}_bucket{{le="+Inf"}}': "0+30x30"}, "25m", '{severity="ticket"}'),
-    Story("no queue", "LoradockQueue",
-          {f"{QUEUE}_count": "0+30x30", f'{QUEUE}_bucket{{le="5"}}': "0+30x30", f'{QUEUE}_bucket{{le="10"}}': "0+30x30",
-           f'{QUEUE}_bucket{{le="+Inf"}}': "0+30x30"}, "25m"),
+    Story("a tenant waits", "LoradockQueue", {f"{OLDEST}{{{ACME}}}": "0x5 20x5", f"{OLDEST}{{{ZETA}}}": "0x5 2x5"},
+          "8m", f'{{{ACME},cause="waiting",severity="ticket"}}'),
+    Story("a tenant is refused", "LoradockQueue",
+          {f"{REFUSED}{{{ACME}}}": "0x5 0+30x5", f"{REFUSED}{{{ZETA}}}": "0x5 0+1x5"}, "8m",
+          f'{{{ACME},cause="refused",severity="ticket"}}'),
+    Story("refused since it was born", "LoradockQueue", {f"{REFUSED}{{{ACME}}}": "_x5 30+30x5"}, "7m",
+          f'{{{ACME},cause="refused",severity="ticket"}}'),
+    Story("it has waited", "LoradockQueue", {f"{OLDEST}{{{ACME}}}": "20x5 0x5"}, "8m"),
+    Story("it was refused", "LoradockQueue", {f"{REFUSED}{{{ACME}}}": "0x2 0+30x3 120x9"}, "12m"),
+    Story("a queue inside", "LoradockEngineQueue",
+          {f"{ENGINE_QUEUE}_count": "0+30x30", f'{ENGINE_QUEUE}_bucket{{le="5"}}': "0+15x30",
+           f'{ENGINE_QUEUE}_bucket{{le="30"}}': "0+30x30", f'{ENGINE_QUEUE}_bucket{{le="+Inf"}}': "0+30x30"}, "25m",
+          '{severity="ticket"}'),
+    Story("no queue inside", "LoradockEngineQueue",
+          {f"{ENGINE_QUEUE}_count": "0+30x30", f'{ENGINE_QUEUE}_bucket{{le="5"}}': "0+30x30",
+           f'{ENGINE_QUEUE}_bucket{{le="30"}}': "0+30x30", f'{ENGINE_QUEUE}_bucket{{le="+Inf"}}': "0+30x30"}, "25m"),
     Story("drops", "LoradockTapDrops", {"loradock_tap_dropped_total": "0x10 0+5x20"}, "25m", '{severity="ticket"}'),
     Story("dropped once at the start", "LoradockTapDrops", {"loradock_tap_dropped_total": "7x60"}, "25m"),
     Story("no line", "LoradockAuditFails", {"loradock_audit_failures_total": "0x70 1x10"}, "75m", '{severity="page"}'),

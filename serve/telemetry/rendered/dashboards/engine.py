@@ -36,6 +36,7 @@ def _queue() -> list[Panel]:
                 Query("sum(loradock_line_waiting)", "all"),
                 Query("sum by (adapter, tenant) (loradock_queue_waiting)", "{{adapter}} {{tenant}}"),
             ],
+            quiet=True,
         ),
         Panel(
             "Longest wait now",

@@ -140,6 +140,7 @@ def _overload() -> list[Panel]:
             "Requests in the server's own queue, by adapter. More than a few for minutes: more comes in than the "
             "engine computes; the Engine dashboard says whose they are.",
             [Query('sum by (adapter) (loradock_queue_waiting{adapter=~"$adapter|other"})', "{{adapter}}")],
+            quiet=True,
         ),
         Panel(
             "Failures by reason",

@@ -52,8 +52,14 @@ def error_ratio(labels: str = "", by: str = "") -> str:
 
 
 def counted(metric: str, labels: str, window: str, by: str) -> str:
-    """How often within the window, as a whole number: Prometheus extrapolates what it counts."""
-    return f"round(sum by ({by}) (increase({metric}{{{labels}}}[{window}])))"
+    """How often within the window, as a whole number, with what a series that is younger was born with.
+
+    Prometheus takes the first sample of a series for no growth, and extrapolates the rest.
+    """
+    which, summed = f"{metric}{{{labels}}}", f"sum by ({by})"
+    growth = f"{summed} (increase({which}[{window}]))"
+    born = f"{summed} (min_over_time({which}[{window}])) unless {summed} ({which} offset {window})"
+    return f"round({growth} + ({born} or 0 * {growth}))"
 
 
 def failures(labels: str, by: str) -> str:

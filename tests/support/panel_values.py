@@ -1,0 +1,409 @@
+"""What every panel of every dashboard must show after known traffic, by dashboard and title.
+
+A panel without an entry here fails the test that reads this: say what it shows, in terms of what was sent.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from serve.telemetry.series import ENGINE_QUEUE_SECONDS, QUEUE_SECONDS, TOTAL_SECONDS, WORST_GAP_SECONDS
+from serve.telemetry.slo import DEFAULT_SLOS, FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Objective
+from tests.support import known_backend
+from tests.support.mixed_traffic import MixedTraffic, Sent
+
+Key = tuple[str, ...]
+Values = Mapping[Key, float]
+Choices = dict[str, str]
+ONE: Key = ()
+VERSION = ("adapter", "version")
+REASONS = ("overloaded", "unavailable", "queue_deadline", "deadline", "error")
+ERROR_BUDGET = next(slo.budget for slo in DEFAULT_SLOS if slo.objective is Objective.ERRORS)
+
+
+@dataclass(frozen=True)
+class Shows:
+    """What one query returns: by the values of the labels `by`, each between two numbers.
+
+    Samples that are not named here must be 0; with `some`, not all that are named must be there. `held`: asked of the
+    time at which the queue stood. `choices` are the dashboard's variables.
+    """
+
+    by: Key
+    ranges: Mapping[Key, tuple[float, float]]
+    held: bool = False
+    some: bool = False
+    choices: Choices = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class World:
+    """What was sent, and what the server says of itself afterwards; `window` is what Grafana's rates go over."""
+
+    traffic: MixedTraffic
+    waiting: Mapping[tuple[str, str], int]
+    held_up: float  # seconds that the queue stood, at least
+    window: float
+    firing: Sequence[Mapping[str, str]]
+    drift: Mapping[Key, Mapping[str, float]]  # by adapter, version and signal
+    effects: Values
+    canary: Values
+    states: Mapping[tuple[str, str], str]
+    scrape: str
+
+    def total(self, number: Callable[[Sent], float] = lambda sent: 1) -> float:
+        return sum(map(number, self.traffic.sent))
+
+    def count(self, key: Callable[[Sent], Key | None], number: Callable[[Sent], float] = lambda sent: 1) -> Values:
+        """Numbers of what was sent, summed by key; what has none is left out."""
+        counts: Counter[Key] = Counter()
+        for sent in self.traffic.sent:
+            if (of := key(sent)) is not None:
+                counts[of] += number(sent)  # type: ignore[assignment]
+        return counts
+
+    def rate(self, values: Values) -> Values:
+        return {key: value / self.window for key, value in values.items()}
+
+    def rates(self, key: Callable[[Sent], Key | None], number: Callable[[Sent], float] = lambda sent: 1) -> Values:
+        return self.rate(self.count(key, number))
+
+    def scraped(self, metric: str) -> float:
+        """A series without labels, as the server shows it now."""
+        (line,) = (line for line in self.scrape.splitlines() if line.startswith(f"{metric} "))
+        return float(line.split()[1])
+
+
+def exactly(by: Key, values: Values, *, held: bool = False, **choices: str) -> Shows:
+    slack = {key: (value - abs(value) * 1e-6 - 1e-9, value + abs(value) * 1e-6 + 1e-9) for key, value in values.items()}
+    return Shows(by, slack, held, choices=choices)
+
+
+def one(value: float, *, held: bool = False) -> Shows:
+    return exactly((), {ONE: value}, held=held)
+
+
+def of_adapter(sent: Sent) -> Key:
+    return (sent.adapter,)
+
+
+def of_version(sent: Sent) -> Key:
+    return sent.labels
+
+
+def answered(key: Callable[[Sent], Key]) -> Callable[[Sent], Key | None]:
+    return lambda sent: key(sent) if sent.status == 200 else None
+
+
+def judged(sent: Sent) -> bool:
+    """It counts for or against the server."""
+    return sent.status // 100 != 4 or sent.failure == "overloaded"
+
+
+def share_failed(world: World, key: Callable[[Sent], Key]) -> Values:
+    failed = world.count(lambda sent: key(sent) if sent.failure else None)
+    every = world.count(lambda sent: key(sent) if judged(sent) else None)
+    return {of: failed.get(of, 0) / count for of, count in every.items()}
+
+
+def failures(world: World, key: Callable[[Sent], Key]) -> Values:
+    return world.rates(lambda sent: (*key(sent), sent.failure) if sent.failure else None)
+
+
+def interpolated(q: float, value: float, bounds: Sequence[float]) -> float:
+    """histogram_quantile of observations that all have this value: it takes them for even within their bucket."""
+    bucket = bisect_left(bounds, value)
+    low = bounds[bucket - 1] if bucket else 0.0
+    return low + q * (bounds[bucket] - low)
+
+
+def same(by: Key, keys: Iterable[Key], q: float, value: float, bounds: Sequence[float]) -> Shows:
+    return exactly(by, dict.fromkeys(keys, interpolated(q, value, bounds)))
+
+
+def between(
+    world: World,
+    by: Key,
+    key: Callable[[Sent], Key | None],
+    bounds: Sequence[float],
+    least: float = known_backend.ANSWER_SECONDS,
+) -> Shows:
+    """A quantile of what a clock says: at least what the engine took, at most what clients saw, by buckets."""
+    slowest: dict[Key, float] = {}
+    for sent in world.traffic.sent:
+        if (of := key(sent)) is not None:
+            slowest[of] = max(slowest.get(of, 0.0), sent.seconds)
+    below = bisect_left(bounds, least)
+    low = bounds[below - 1] if below else 0.0
+    ranges = {of: (low, bounds[min(bisect_left(bounds, most), len(bounds) - 1)]) for of, most in slowest.items()}
+    return Shows(by, ranges)
+
+
+def firing(world: World) -> Shows:
+    by = ("alertname", "severity", "adapter", "version", "tenant", "cause", "slo")
+    rows = Counter(tuple(labels.get(name, "") for name in by) for labels in world.firing)
+    return exactly(by, rows)
+
+
+def budgets(world: World) -> Shows:
+    """Exact where everything or nothing failed; in between it depends on the order, too."""
+    ranges: dict[Key, tuple[float, float]] = {}
+    for (adapter,), share in share_failed(world, of_adapter).items():
+        worst = 1 - 1 / ERROR_BUDGET
+        low, high = (1.0, 1.0) if share == 0 else (worst, worst) if share == 1 else (worst, 1.0)
+        ranges[adapter, "errors"] = (low - 1e-6 * abs(low), high + 1e-6)
+    for (adapter,) in world.count(answered(of_adapter)):
+        ranges |= {(adapter, str(slo)): (-20.0, 1.000001) for slo in Objective if slo is not Objective.ERRORS}
+    return Shows(("adapter", "slo"), ranges)
+
+
+def burns(world: World) -> Shows:
+    shares = share_failed(world, of_adapter)
+    ranges = exactly((), {(*of, "errors"): share / ERROR_BUDGET for of, share in shares.items()}).ranges
+    rest = {
+        (adapter, str(slo)): (0.0, 20.000001)
+        for (adapter,) in world.count(answered(of_adapter))
+        for slo in Objective
+        if slo is not Objective.ERRORS
+    }
+    return Shows(("adapter", "slo"), {**ranges, **rest})
+
+
+def in_states(world: World) -> list[Shows]:
+    codes = ("disk", "host", "slot", "failed")
+    return [
+        exactly(VERSION, {labels: code for labels, state in world.states.items() if state == name})
+        for code, name in enumerate(codes, 1)
+    ]
+
+
+def of_drift(world: World, number: str) -> Values:
+    return {key: numbers[number] for key, numbers in world.drift.items()}
+
+
+def sides(world: World, number: Callable[[str], Shows]) -> list[Shows]:
+    """For the two versions of `calm`, which the Swap dashboard compares."""
+    return [number(version) for version in ("v1", "v2")]
+
+
+def of_side(version: str) -> Callable[[Sent], Key | None]:
+    return lambda sent: ONE if sent.labels == ("calm", version) else None
+
+
+def side_answered(version: str) -> Callable[[Sent], Key | None]:
+    return lambda sent: ONE if sent.labels == ("calm", version) and sent.status == 200 else None
+
+
+def side_share(world: World, version: str, part: Callable[[Sent], float]) -> Shows:
+    """Of what was answered."""
+    every = world.count(side_answered(version))[ONE]
+    return one(world.count(of_side(version), part)[ONE] / every)
+
+
+def rolled_back(world: World) -> list[Shows]:
+    count = world.traffic.rollbacks["tone"]
+    return [
+        exactly(("adapter",), {("tone",): count}, adapter="tone"),
+        exactly(("version", "reason"), {("v2", "alert"): count}, adapter="tone"),
+    ]
+
+
+QUANTILES = (0.5, 0.95, 0.99)
+
+
+def answers_everywhere(bounds: Sequence[float]) -> Callable[[World], list[Shows]]:
+    return lambda world: [between(world, (), answered(lambda sent: ONE), bounds) for _ in QUANTILES]
+
+
+def gaps_everywhere(value: float, bounds: Sequence[float]) -> Callable[[World], list[Shows]]:
+    return lambda world: [same((), [ONE], q, value, bounds) for q in QUANTILES]
+
+
+def reached(world: World) -> Values:
+    return world.count(lambda sent: sent.labels if sent.reached else None)
+
+
+def tokens(world: World) -> list[Shows]:
+    prompt, generated = world.total(lambda sent: sent.prompt), world.total(lambda sent: sent.generated)
+    return [one(prompt / world.window), one(generated / world.window)]
+
+
+def waited(world: World, by: Key, key: Callable[[Sent], Key | None]) -> Shows:
+    """Time in the server's own queue: no longer than the whole request took."""
+    return between(world, by, lambda sent: key(sent) if sent.version and sent.failure != "overloaded" else None,
+                   QUEUE_SECONDS, 0.0)  # fmt: skip
+
+
+OVERVIEW: dict[str, Callable[[World], list[Shows]]] = {
+    "Server": lambda world: [one(1)],
+    "Engine": lambda world: [one(1)],
+    "Alerts": lambda world: [one(len(world.firing))],
+    "Requests": lambda world: [one(world.total() / world.window)],
+    "Errors": lambda world: [exactly((), share_failed(world, lambda sent: ONE))],
+    "First token, p95": lambda world: answers_everywhere(FIRST_TOKEN_SECONDS)(world)[:1],
+    "Error budget left, 30 days": lambda world: [budgets(world)],
+    "Burn rate, 1 hour": lambda world: [burns(world)],
+    "Requests by adapter": lambda world: [exactly(("adapter",), world.rates(of_adapter))],
+    "Errors by adapter": lambda world: [exactly(("adapter",), share_failed(world, of_adapter))],
+    "Waiting for a seat": lambda world: [
+        exactly(("adapter",), {(adapter,): count for (adapter, _), count in world.waiting.items()}, held=True)
+    ],
+    "Failures by reason": lambda world: [exactly(("adapter", "reason"), failures(world, of_adapter))],
+    "First token": answers_everywhere(FIRST_TOKEN_SECONDS),
+    "Between tokens": gaps_everywhere(known_backend.GAP, INTER_TOKEN_SECONDS),
+    "Tokens": tokens,
+    "Firing alerts": lambda world: [firing(world)],
+    "Cost of watching": lambda world: [
+        one(world.scraped("loradock_tap_seconds_sum") / world.scraped("loradock_tap_seconds_count")),
+        Shows((), {ONE: (0.0, 0.025)}),
+        one(world.scraped("loradock_watcher_seconds_total") / world.scraped("loradock_watcher_requests_total")),
+    ],
+    "Exchanges that were not looked at": lambda world: [one(0)],
+}
+ADAPTERS: dict[str, Callable[[World], list[Shows]]] = {
+    "Where the weights are": in_states,
+    "Versions that are there": lambda world: [exactly(VERSION, dict.fromkeys(world.states, 1))],
+    "Requests": lambda world: [exactly(VERSION, world.rates(of_version))],
+    "Errors": lambda world: [exactly(VERSION, share_failed(world, of_version))],
+    "First token, p95": lambda world: [between(world, VERSION, answered(of_version), FIRST_TOKEN_SECONDS)],
+    "Between tokens, p95": lambda world: [same(VERSION, reached(world), 0.95, known_backend.GAP, INTER_TOKEN_SECONDS)],
+    "Worst gap between tokens, p95": lambda world: [
+        same(VERSION, reached(world), 0.95, known_backend.WORST_GAP, WORST_GAP_SECONDS)
+    ],
+    "Whole answer, p95": lambda world: [between(world, VERSION, answered(of_version), TOTAL_SECONDS)],
+    "In the queue, p95": lambda world: [waited(world, VERSION, of_version)],
+    "In the engine's queue, p95": lambda world: [
+        same(VERSION, reached(world), 0.95, known_backend.QUEUE, ENGINE_QUEUE_SECONDS)
+    ],
+    "Failures by reason": lambda world: [exactly((*VERSION, "reason"), failures(world, of_version))],
+    "Under way": lambda world: [
+        exactly(
+            VERSION,
+            {
+                (adapter, "v1"): count + (1 if adapter == "zeta/slow" else SEATS - 1)
+                for (adapter, _), count in world.waiting.items()
+            },
+            held=True,
+        )
+    ],
+    "Generated tokens": lambda world: [exactly(VERSION, world.rates(of_version, lambda sent: sent.generated))],
+    "How answers end": lambda world: [
+        exactly((*VERSION, "finish_reason"), world.rates(lambda sent: (*sent.labels, sent.finish)))
+    ],
+    "Swaps": lambda world: [exactly(("adapter", "result"), world.traffic.swaps)],
+    "Loading an adapter, p95": lambda world: [Shows(("tier",), {("disk",): (0.01, 30.0)})],
+    "Adapters in the engine": lambda world: [exactly(("state",), Counter((state,) for state in world.states.values()))],
+}
+DRIFT: dict[str, Callable[[World], list[Shows]]] = {
+    "Evidence, as a part of the threshold": lambda world: [
+        close((*VERSION, "signal"), {
+            key: numbers["log_evidence"] / numbers["log_threshold"] for key, numbers in world.drift.items()
+        })
+    ],
+    "Evidence over time": lambda world: [
+        close((*VERSION, "signal"), of_drift(world, "log_evidence")),
+        close((), {ONE: max(of_drift(world, "log_threshold").values())}),
+    ],
+    "Effect": lambda world: [close((*VERSION, "signal", "stat"), world.effects)],
+    "What moved most": lambda world: [
+        close((*VERSION, "signal", "stat"), {key: abs(value) for key, value in world.effects.items()}, some=True)
+    ],
+    "Samples": lambda world: [
+        exactly((*VERSION, "signal"), world.rate(of_drift(world, "samples")))
+    ],
+    "Reference": lambda world: [exactly((*VERSION, "signal"), of_drift(world, "reference_requests"))],
+    "Alarms": lambda world: [exactly((*VERSION, "signal"), of_drift(world, "alarms"))],
+}  # fmt: skip
+SWAP: dict[str, Callable[[World], list[Shows]]] = {
+    "Verdict: evidence against the new version": lambda world: [close(("version", "check"), world.canary)],
+    "Rolled back": rolled_back,
+    "Requests": lambda world: sides(
+        world, lambda version: one(world.count(of_side(version))[ONE] / world.window)
+    ),
+    "Errors": lambda world: sides(world, lambda version: one(share_failed(world, of_version)["calm", version])),
+    **{
+        f"First token, p{q}": lambda world: sides(
+            world, lambda version: between(world, (), side_answered(version), FIRST_TOKEN_SECONDS)
+        )
+        for q in (50, 95)
+    },
+    "Between tokens, p50": lambda world: [same((), [ONE], 0.5, known_backend.GAP, INTER_TOKEN_SECONDS)] * 2,
+    "Between tokens, p95": lambda world: [same((), [ONE], 0.95, known_backend.GAP, INTER_TOKEN_SECONDS)] * 2,
+    "Tokens of an answer": lambda world: sides(
+        world, lambda version: side_share(world, version, lambda sent: sent.generated)
+    ),
+    "Answers cut at max_tokens": lambda world: sides(
+        world, lambda version: side_share(world, version, lambda sent: sent.finish == "length")
+    ),
+    "Feedback": lambda world: sides(
+        world,
+        lambda version: exactly(
+            ("rating",),
+            world.rate({
+                (rating,): count for (_, rated, rating), count in world.traffic.ratings.items() if rated == version
+            }),
+        ),
+    ),
+}  # fmt: skip
+ENGINE: dict[str, Callable[[World], list[Shows]]] = {
+    "Waiting for a seat": lambda world: [
+        one(sum(world.waiting.values()), held=True),
+        exactly(("adapter", "tenant"), world.waiting, held=True),
+    ],
+    "Longest wait now": lambda world: [
+        Shows(("adapter", "tenant"), dict.fromkeys(world.waiting, (world.held_up, 600.0)), held=True)
+    ],
+    "Time in the queue": lambda world: [waited(world, (), lambda sent: ONE) for _ in QUANTILES],
+    "Refused": lambda world: [
+        exactly(
+            ("adapter", "tenant"),
+            world.rates(lambda sent: (sent.adapter, sent.tenant) if sent.failure == "overloaded" else None),
+        )
+    ],
+    "KV cache": lambda world: [exactly(("model_name", "engine"), {("base", "0"): known_backend.KV_CACHE})],
+    "Batch and its queue": lambda world: [one(SEATS, held=True), one(known_backend.WAITING_INSIDE)],
+    "Time in the engine's queue": gaps_everywhere(known_backend.QUEUE, ENGINE_QUEUE_SECONDS),
+    "Prefix cache": lambda world: [one(known_backend.HITS / known_backend.QUERIES)],
+    "Preemptions": lambda world: [one(known_backend.PREEMPTIONS / world.window)],
+    "Tokens": tokens,
+    "Tokens of a step": lambda world: [
+        one(world.total(lambda sent: sent.prompt + sent.generated) / world.total(lambda sent: sent.reached))
+    ],
+    "Memory": lambda world: [exactly(("model",), {("base",): known_backend.MEMORY})],
+    "Restarts": lambda world: [exactly(("model",), {("base",): world.traffic.restarts})],
+    "Phase": lambda world: [exactly(("model", "phase"), {("base", "ready"): 1})],
+}
+SEATS = known_backend.KnownBackend.seats
+PANELS = {
+    "loradock-overview": OVERVIEW,
+    "loradock-adapters": ADAPTERS,
+    "loradock-drift": DRIFT,
+    "loradock-swap": SWAP,
+    "loradock-engine": ENGINE,
+}
+
+
+def close(by: Key, values: Values, *, some: bool = False) -> Shows:
+    """What the API rounds to four digits."""
+    return Shows(by, {key: (value - 1e-4, value + 1e-4) for key, value in values.items()}, some=some)
+
+
+def wrong(shows: Shows, samples: Sequence[Mapping[str, object]]) -> list[str]:
+    """In what the samples of a query are not what they should be."""
+    values: dict[Key, float] = {}
+    for sample in samples:
+        labels, value = sample["metric"], float(sample["value"][1])  # type: ignore[index]
+        if value == value:
+            values[tuple(labels.get(name, "") for name in shows.by)] = value  # type: ignore[attr-defined]
+    lines = []
+    for key, (low, high) in shows.ranges.items():
+        if key not in values:
+            if not (shows.some or low <= 0 <= high):
+                lines.append(f"{key} is missing, not {low:g} to {high:g}")
+        elif not low <= values[key] <= high:
+            lines.append(f"{key} is {values[key]:.9g}, not {low:.9g} to {high:.9g}")
+    strangers = {key: value for key, value in values.items() if key not in shows.ranges and value}
+    return lines + [f"nobody sent {key}, which is {value:g}" for key, value in strangers.items()]
