@@ -417,8 +417,8 @@ class Tap:
             self.over_context,
             None if self._seated is None else self._seated - self._started,
             self.draw,
-            self._seat_wait(total),
-            self._failure(generations),
+            seat_wait=self._seat_wait(total),
+            failure=self._failure(generations),
         )
 
     def _seat_wait(self, total: float) -> float | None:

@@ -7,6 +7,9 @@ disturbance would make every load look small), then offers 1, 4, 1.5, 4 and 1 ti
 arrivals that wait for nobody (Poisson). Goodput is answers within the objective, a second: whole within `SLO` seconds
 of the request; its peak is the best of all these loads. It is counted once a load has lasted `RISE` seconds. A request
 that gets 429 counts as turned away, and how long that took is told. Client and server share the machine.
+
+Where Debian's Prometheus is installed, it runs beside the server on the shipped rules: how soon after the beginning of
+a load the alert for the queue fires, whom it names, and how soon it ends is told too.
 """
 
 from __future__ import annotations
@@ -18,10 +21,14 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 from serve.client.bench.wire import Address, Connection, WireError
+from tests.support.prometheus import HAS_PROMETHEUS, ask, prometheus
 from tests.support.server import BASE, SMALL, Server
 
 TOKENS = 32
@@ -31,6 +38,7 @@ CROWD = 24
 MAX_WAIT = "4"
 LOADS = (1, 4, 1.5, 4, 1)
 RISE = 5.0
+ALERT = 'ALERTS{alertname="LoradockQueue",alertstate="firing"}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,20 @@ def told(name: str, outcomes: list[Outcome], seconds: float) -> float:
     return good
 
 
-async def measure(url: str, seconds: float) -> None:
+async def alerted(watching: httpx.Client | None, load: str, firing: bool = True, seconds: float = 300.0) -> None:
+    """Tell when the alert for the queue fires, or no longer does."""
+    began = time.monotonic()
+    while watching and time.monotonic() - began < seconds:
+        alerts = await asyncio.to_thread(ask, watching, ALERT)
+        if bool(alerts) is firing:
+            names = sorted({f"{one['metric']['adapter']} of {one['metric']['tenant']}" for one in alerts})
+            print(f"{load}: the alert {'fires, for ' + ', '.join(names) if firing else 'has ended'}, "
+                  f"after {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
+            return
+        await asyncio.sleep(1)
+
+
+async def measure(url: str, seconds: float, watching: httpx.Client | None) -> None:
     client = Client(url)
     try:
         await closed(client, seconds / 4)
@@ -117,9 +138,12 @@ async def measure(url: str, seconds: float) -> None:
         print(f"a crowd of {CROWD} gets {rate:.2f} answers of {TOKENS} tokens a second ({each})", flush=True)
         good: dict[float, list[float]] = {times: [] for times in LOADS}
         for times in LOADS:
+            alert = asyncio.create_task(alerted(watching, f"{times} x"))
             found = await offered(client, times * rate, RISE + seconds)
+            alert.cancel()
             good[times].append(told(f"{times} x", found, seconds))
             await closed(client, 2)  # until those that were still waiting have been answered
+        await alerted(watching, "no load", firing=False)
         peak = max(max(each) for each in good.values())
         worst, best = sorted(good[4])
         print(
@@ -132,8 +156,11 @@ async def measure(url: str, seconds: float) -> None:
 
 def main(seconds: float = 60.0) -> None:
     folder = Path(tempfile.mkdtemp())
+    (folder / "monitoring").mkdir()
     with Server(folder / "data", folder / "log", "--max-wait", MAX_WAIT, *SMALL) as server:
-        asyncio.run(measure(server.url, seconds))
+        beside = prometheus(folder / "monitoring", server.port, "none") if HAS_PROMETHEUS else nullcontext()
+        with beside as watching:
+            asyncio.run(measure(server.url, seconds, watching))
 
 
 if __name__ == "__main__":
