@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from serve.config import keys_hashed, load
+from serve.rollout.canary_monitor import LOWEST_LOG_EVIDENCE as LOWEST
 from serve.telemetry.rendered.dashboards import dashboards
 from serve.telemetry.slo import DEFAULT_SLOS
 from tests.support import tiny
@@ -46,7 +47,7 @@ class LivePanels:
         self.traffic.restart_engine()
         end = time.monotonic() + seconds
         while True:
-            self.traffic.play()
+            self.traffic.play(lambda: await_scrapes(self._client, 2))
             self._swapped_at = await_scrapes(self._client, 2)
             if time.monotonic() >= end:
                 break
@@ -123,7 +124,7 @@ class LivePanels:
         states = parts.fleet.first.engine.states
         where = {(a.name, f"v{a.version}"): states.get(a.id, "disk") for a in parts.registry.adapters()}
         analysis = parts.canary_monitor.analysis("calm")
-        canary = {("v2", group): evidence for group, evidence in analysis.evidence().items()}
+        canary = {("v2", group): max(evidence, LOWEST) for group, evidence in analysis.evidence().items()}
         return World(
             self.traffic, self._waiting, self._held_up, self._window, firing, drift, effects, canary, where,
             http.get("/metrics").text,
@@ -138,7 +139,7 @@ def live_panels(folder: Path, window: float = 600.0, *, every: str | None = "1s"
     save_file({"model.embed_tokens.weight": table}, model / "model.safetensors")
     config = load([str(model), "--name", "base", "--data-dir", str(folder / "data")], {})
     config = replace(
-        config, admin_keys=keys_hashed([ADMIN]), max_wait=MAX_WAIT, drift_reference=100, drift_threshold=1e4
+        config, admin_keys=keys_hashed([ADMIN]), max_wait=MAX_WAIT, drift_reference=30, drift_threshold=1e4
     )
     backend = KnownBackend(str(model))
     with ExitStack() as open:

@@ -97,9 +97,14 @@ class MixedTraffic:
 
         assert eventually(is_back, 30)
 
-    def play(self) -> None:
-        """Answers, mistakes, failures of each kind, ratings, and two changes of a live version."""
-        self._answers()
+    def play(self, pause: Callable[[], object]) -> None:
+        """Answers, mistakes, failures of each kind, ratings, and two changes of a live version.
+
+        `pause` lets the server be scraped after the first few answers: from then on, drift has its series too.
+        """
+        self._answers(3)
+        pause()
+        self._answers(10)
         self._failures()
         self._rate()
         self._swap()
@@ -137,16 +142,16 @@ class MixedTraffic:
         time.sleep(0.5)
         return bool(base.leases == before)
 
-    def _answers(self) -> None:
-        self._many(20, self.admin, "tone@v1", ("tone", "v1"))
-        self._many(10, self.admin, "tone@v1", ("tone", "v1"), finish="length", tokens=9)
-        self._many(6, self.admin, "tone@v2", ("tone", "v2"), tokens=7)
-        self._many(12, self.admin, "base", ("base", "base"))
-        self._many(60, self.admin, "calm", None)
+    def _answers(self, count: int) -> None:
+        self._many(2 * count, self.admin, "tone@v1", ("tone", "v1"))
+        self._many(count, self.admin, "tone@v1", ("tone", "v1"), finish="length", tokens=9)
+        self._many(count, self.admin, "tone@v2", ("tone", "v2"), tokens=7)
+        self._many(4 * count, self.admin, "base", ("base", "base"))
+        self._many(6 * count, self.admin, "calm", None)
         for version in (1, 2):
-            self._many(5, self.admin, f"calm@v{version}", ("calm", f"v{version}"), finish="length", tokens=8)
-        self._many(3, self.acme, "flood", ("acme/flood", "v1"), "acme")
-        self._many(3, self.zeta, "slow", ("zeta/slow", "v1"), "zeta")
+            self._many(count, self.admin, f"calm@v{version}", ("calm", f"v{version}"), finish="length", tokens=8)
+        self._many(count, self.acme, "flood", ("acme/flood", "v1"), "acme")
+        self._many(count, self.zeta, "slow", ("zeta/slow", "v1"), "zeta")
 
     def _failures(self) -> None:
         for _ in range(4):
