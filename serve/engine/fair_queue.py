@@ -165,12 +165,12 @@ class FairQueue:
     def backlog(self, below: int) -> Mapping[tuple[str, str | None], Backlog]:
         """What waits with a priority smaller than `below`, by tenant and adapter; may be called from any thread."""
         backlogs: dict[tuple[str, str | None], Backlog] = {}
-        for (priority, *owner), tickets in list(self._waiting.items()):
+        for (priority, tenant, adapter), tickets in list(self._waiting.items()):
             waiting = list(tickets.values())
             if priority < below and waiting:
-                key = (owner[0], owner[1])
-                known = backlogs.get(key, Backlog(0, waiting[0].entered))
-                backlogs[key] = Backlog(known.tickets + len(waiting), min(known.oldest, waiting[0].entered))
+                known = backlogs.get((tenant, adapter), Backlog(0, waiting[0].entered))
+                oldest = min(known.oldest, waiting[0].entered)
+                backlogs[tenant, adapter] = Backlog(known.tickets + len(waiting), oldest)
         return backlogs
 
     @property
