@@ -18,6 +18,8 @@ from serve.asgi.exchange import Generation, watching
 from tests.support.backend import FakeBackend, FakeSequence
 
 PROMPT_TOKENS = 6
+# What an answer takes in the engine, if nothing else is asked for.
+ANSWER_SECONDS = 0.02
 QUEUE, GAP, WORST_GAP = 0.01, 0.02, 0.03
 MEMORY = 7 << 20
 KV_CACHE, WAITING_INSIDE, PREEMPTIONS, HITS, QUERIES = 0.25, 3, 2, 30, 120
@@ -27,7 +29,7 @@ VOCABULARY = 32
 class KnownBackend(FakeBackend):
     """`known` of a request: `tokens` and `finish` of its answer, `status`, and the `seconds` that it takes.
 
-    While `held` is set no answer ends.
+    While `standstill` is set no answer ends.
     """
 
     max_resident = 8
@@ -38,14 +40,14 @@ class KnownBackend(FakeBackend):
         super().__init__(model)
         self.seats = seats
         self.memory = MEMORY
-        self.held = threading.Event()
+        self.standstill = threading.Event()
         # Of vLLM's own series, over all engines that came after one another.
         self.counts: Counter[str] = Counter()
         self._random = random.Random(0)
 
     def another(self, model: str | None = None) -> KnownBackend:
         heir = KnownBackend(model or self.model, self.seats)
-        heir.name, heir.held, heir.counts = self.name, self.held, self.counts
+        heir.name, heir.standstill, heir.counts = self.name, self.standstill, self.counts
         self.heirs.append(heir)
         return heir
 
@@ -57,8 +59,8 @@ class KnownBackend(FakeBackend):
             self._generate(known)
         self.running += 1
         try:
-            await asyncio.sleep(known.get("seconds", 0.02))
-            while self.held.is_set():
+            await asyncio.sleep(known.get("seconds", ANSWER_SECONDS))
+            while self.standstill.is_set():
                 await asyncio.sleep(0.01)
         finally:
             self.running -= 1

@@ -20,7 +20,7 @@ from serve.telemetry.slo import DEFAULT_SLOS
 from tests.support import tiny
 from tests.support.known_backend import KnownBackend
 from tests.support.mixed_traffic import MixedTraffic
-from tests.support.panel_values import PANELS, Shows, World, wrong
+from tests.support.panel_values import PANELS, World, wrong
 from tests.support.prometheus import ask, await_scrapes, filled, prometheus
 from tests.support.served import Served
 from tests.support.server import done, eventually
@@ -62,9 +62,12 @@ class LivePanels:
             uid, panels = board["uid"], [panel for panel in board["panels"] if panel["type"] != "row"]
             lines += [f"{uid}: {title} is no panel" for title in PANELS[uid].keys() - {p["title"] for p in panels}]
             for panel in panels:
-                lines += [f"{uid}: {panel['title']}: {line}" for line in self._panel(panel, PANELS[uid], world, at)]
+                # The Swap dashboard shows one adapter.
+                choices = self._choices(adapter="calm") if uid == "loradock-swap" else self._choices()
+                problems = self._panel(panel, PANELS[uid], world, at, choices)
+                lines += [f"{uid}: {panel['title']}: {line}" for line in problems]
             for annotation in board["annotations"]["list"]:
-                expr = filled(annotation["expr"], self._choices(Shows((), {})))
+                expr = filled(annotation["expr"], self._choices())
                 if not ask(self._client, expr, self._swapped_at):
                     lines.append(f"{uid}: the annotation {annotation['name']} marks nothing")
         return lines
@@ -75,7 +78,9 @@ class LivePanels:
         # A scrape may get what was rendered a second before.
         self._held_up = max(0.0, self._held_at - began - 1)
 
-    def _panel(self, panel: dict[str, Any], expected: dict[str, Any], world: World, at: float) -> Iterator[str]:
+    def _panel(
+        self, panel: dict[str, Any], expected: dict[str, Any], world: World, at: float, choices: dict[str, str]
+    ) -> Iterator[str]:
         if panel["title"] not in expected:
             yield "has no entry in tests/support/panel_values.py"
             return
@@ -85,16 +90,16 @@ class LivePanels:
             return
         empty = True
         for target, shows in zip(panel["targets"], shown, strict=True):
-            expr = filled(target["expr"], self._choices(shows))
+            expr = filled(target["expr"], choices | shows.choices)
             samples = ask(self._client, expr, self._held_at if shows.held else at)
             empty = empty and not samples
             yield from (f"{line} ({expr})" for line in wrong(shows, samples))
         if empty:
             yield "returns nothing"
 
-    def _choices(self, shows: Shows) -> dict[str, str]:
+    def _choices(self, **choices: str) -> dict[str, str]:
         every = {"adapter": ".*", "version": ".*", "model": ".*", "__rate_interval": f"{self._window:g}s"}
-        return every | {"old": "v1", "new": "v2"} | shows.choices
+        return every | {"old": "v1", "new": "v2"} | choices
 
     def _settled(self) -> tuple[float, list[dict[str, str]]]:
         """A time after all traffic at which no alert changes, and those that fire then."""

@@ -18,14 +18,12 @@ from typing import Any
 import httpx
 
 from tests.support.app import CHAT, upload
-from tests.support.known_backend import PROMPT_TOKENS, KnownBackend
+from tests.support.known_backend import ANSWER_SECONDS, PROMPT_TOKENS, KnownBackend
 from tests.support.served import Served
 from tests.support.server import done, eventually
 
 OTHER = ("other", "")
 ALL_AT_ONCE = 3
-# What an answer takes in the engine, if nothing else is asked for.
-ANSWER_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,7 @@ class MixedTraffic:
 
         It gets how many requests wait by adapter and tenant. All seats but one are acme's.
         """
-        self._backend.held.set()
+        self._backend.standstill.set()
         flood = [self._later(self.acme, "flood", ("acme/flood", "v1"), "acme") for _ in range(40)]
         polite = [self._later(self.zeta, "slow", ("zeta/slow", "v1"), "zeta") for _ in range(2)]
         assert eventually(lambda: self._standing(flood) and self._standing(polite), 30)
@@ -126,7 +124,7 @@ class MixedTraffic:
             ("zeta/slow", "zeta"): sum(not answer.done() for answer in polite) - 1,
         }
         look(waiting)
-        self._backend.held.clear()
+        self._backend.standstill.clear()
         for answer in flood + polite:
             answer.result()
 

@@ -56,7 +56,13 @@ def prometheus(folder: Path, port: int, key: str, *, every: str | None = None) -
         for group in read.get("groups", []):
             group["interval"] = every
         file.write_text(yaml.safe_dump(read))
-    command = ("prometheus", "--config.file=prometheus.yml", f"--web.listen-address={address}")
+    # Debian keeps the data of all in one place, unless it is told otherwise.
+    command = (
+        "prometheus",
+        "--config.file=prometheus.yml",
+        f"--web.listen-address={address}",
+        "--storage.tsdb.path=data",
+    )
     with running(folder / "prometheus", f"http://{address}", *command, "--enable-feature=exemplar-storage") as client:
         yield client
 
@@ -78,7 +84,9 @@ def says_something(client: httpx.Client, expr: str) -> bool:
 
 def scraped_at(client: httpx.Client) -> float:
     """The time of the latest scrape of the server."""
-    (sample,) = ask(client, 'timestamp(up{job="loradock"})')
+    samples = ask(client, 'timestamp(up{job="loradock"})')
+    assert len(samples) == 1, samples
+    (sample,) = samples
     return float(sample["value"][1])
 
 
