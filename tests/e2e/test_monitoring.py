@@ -85,7 +85,8 @@ def test_every_panel_and_every_rule_speaks_to_a_live_prometheus(server, name, tr
     time.sleep(5)
     there = known(server, prometheus)
     wrong, silent = [], []
-    choices = {"__rate_interval": "30s", "adapter": name, "version": ".*", "old": "v1", "new": "v2", "model": ".*"}
+    choices = {"__rate_interval": "30s", "adapter": name, "version": ".*", "old": "v1", "new": "v2"}
+    choices |= {"model": ".*", "tenant": ".*"}
     for board in dashboards(DEFAULT_SLOS):
         annotations = [(one["name"], one["expr"], True) for one in board["annotations"]["list"]]
         panels = [(panel["title"], target["expr"], panel["description"].endswith(MAY_BE_ZERO))

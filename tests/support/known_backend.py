@@ -21,6 +21,8 @@ PROMPT_TOKENS = 6
 # What an answer takes in the engine, if nothing else is asked for.
 ANSWER_SECONDS = 0.02
 QUEUE, GAP, WORST_GAP = 0.01, 0.02, 0.03
+# Of the engine's own time, for each answer.
+ENGINE_SECONDS = 0.004
 MEMORY = 7 << 20
 KV_CACHE, WAITING_INSIDE, PREEMPTIONS, HITS, QUERIES = 0.25, 3, 2, 30, 120
 VOCABULARY = 32
@@ -71,10 +73,16 @@ class KnownBackend(FakeBackend):
     def _generate(self, known: dict[str, Any]) -> None:
         prompt = [self._random.randrange(VOCABULARY) for _ in range(PROMPT_TOKENS)]
         output = [self._random.randrange(VOCABULARY) for _ in range(known.get("tokens", 5))]
-        made = Generation(prompt, output, known.get("finish", "stop"), queue=QUEUE, gap=GAP, worst_gap=WORST_GAP)
+        finish = known.get("finish", "stop")
+        made = Generation(
+            prompt, output, finish, queue=QUEUE, gap=GAP, worst_gap=WORST_GAP, engine_seconds=ENGINE_SECONDS
+        )
         if watch := watching.get():
             watch.sequences.append(FakeSequence(made))
         self.counts.update(prompt=len(prompt), generated=len(output), steps=1)
+
+    def busy_seconds(self) -> dict[str, float]:
+        return {"clients": ENGINE_SECONDS * self.counts["steps"], "background": 0.0}
 
     def metrics(self) -> list[Metric]:
         """vLLM's own series that the dashboards show."""

@@ -20,7 +20,7 @@ from serve.telemetry.slo import DEFAULT_SLOS
 from tests.support import tiny
 from tests.support.known_backend import KnownBackend
 from tests.support.mixed_traffic import MixedTraffic
-from tests.support.panel_values import PANELS, World, wrong
+from tests.support.panel_values import PANELS, PRICE, World, wrong
 from tests.support.prometheus import ask, await_scrapes, filled, prometheus
 from tests.support.served import Served
 from tests.support.server import done, eventually
@@ -98,7 +98,13 @@ class LivePanels:
             yield "returns nothing"
 
     def _choices(self, **choices: str) -> dict[str, str]:
-        every = {"adapter": ".*", "version": ".*", "model": ".*", "__rate_interval": f"{self._window:g}s"}
+        every = {
+            "adapter": ".*",
+            "version": ".*",
+            "tenant": ".*",
+            "model": ".*",
+            "__rate_interval": f"{self._window:g}s",
+        }
         return every | {"old": "v1", "new": "v2"} | choices
 
     def _settled(self) -> tuple[float, list[dict[str, str]]]:
@@ -143,8 +149,9 @@ def live_panels(folder: Path, window: float = 600.0, *, every: str | None = "1s"
     table = torch.randn(tiny.VOCABULARY, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
     save_file({"model.embed_tokens.weight": table}, model / "model.safetensors")
     config = load([str(model), "--name", "base", "--data-dir", str(folder / "data")], {})
+    keys = keys_hashed([ADMIN])
     config = replace(
-        config, admin_keys=keys_hashed([ADMIN]), max_wait=MAX_WAIT, drift_reference=30, drift_threshold=1e4
+        config, admin_keys=keys, max_wait=MAX_WAIT, drift_reference=30, drift_threshold=1e4, prices=(PRICE,)
     )
     backend = KnownBackend(str(model))
     with ExitStack() as open:

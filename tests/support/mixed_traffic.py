@@ -58,6 +58,8 @@ class MixedTraffic:
         self._pool = ThreadPoolExecutor(100)
         self._recording = threading.Lock()
         self.sent: list[Sent] = []
+        # How many of them were sent before the first pause.
+        self.early = 0
         self.swaps: Counter[tuple[str, str]] = Counter()
         self.rollbacks: Counter[str] = Counter()
         self.ratings: Counter[tuple[str, str, str]] = Counter()
@@ -101,6 +103,7 @@ class MixedTraffic:
         `pause` lets the server be scraped after the first few answers: from then on, drift has its series too.
         """
         self._answers(3)
+        self.early = self.early or len(self.sent)
         pause()
         self._answers(10)
         self._failures()
@@ -216,7 +219,8 @@ class MixedTraffic:
     ) -> httpx.Response:
         """One request; `failure` is what becomes of it if its time is over."""
         known = {"tokens": tokens, "finish": finish, "status": status, "seconds": seconds}
-        message = {"role": "user", "content": f"question {next(self._numbers)}"}
+        text = f"What is the capital of France, and how many people live there in the summer? ({next(self._numbers)})"
+        message = {"role": "user", "content": text + (" Write to ada@example.com." if tenant == "zeta" else "")}
         headers = {} if timeout is None else {"x-request-timeout": str(timeout)}
         began = time.perf_counter()
         body = {"model": model, "messages": [message], "known": known}

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from serve.telemetry.prices import Price
 from serve.telemetry.series import ENGINE_QUEUE_SECONDS, QUEUE_SECONDS, TOTAL_SECONDS, WORST_GAP_SECONDS
 from serve.telemetry.slo import DEFAULT_SLOS, FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Objective
 from tests.support import known_backend
@@ -376,14 +377,60 @@ ENGINE: dict[str, Callable[[World], list[Shows]]] = {
     "Restarts": lambda world: [exactly(("model",), {("base",): world.traffic.restarts})],
     "Phase": lambda world: [exactly(("model", "phase"), {("base", "ready"): 1})],
 }
+USAGE: dict[str, Callable[[World], list[Shows]]] = {
+    "Tokens by kind": lambda world: [
+        Shows(("kind",), {
+            ("prompt",): born(world, lambda sent: ONE, lambda sent: sent.prompt).ranges[ONE],
+            ("generated",): born(world, lambda sent: ONE, lambda sent: sent.generated).ranges[ONE],
+        })
+    ],
+    "Engine time by tenant": lambda world: [born(world, lambda sent: (sent.tenant,), engine_seconds, by=("tenant",))],
+    "Cost an hour": lambda world: [
+        born(world, lambda sent: (sent.adapter, sent.tenant), lambda sent: 3600 * cost(sent), by=("adapter", "tenant"))
+    ],
+    "Is the engine busy": lambda world: [
+        exactly(("model", "use"), {("base", "clients"): world.total(engine_seconds) / world.window})
+    ],
+    "Languages": lambda world: [exactly(("adapter", "language"), {
+        (adapter, "en"): 1 for (adapter,) in world.count(lambda sent: (sent.adapter,) if sent.reached else None)
+    })],
+    "Problems of prompts": lambda world: [exactly(("adapter", "problem"), {})],
+    "Personal data": lambda world: [
+        born(world, lambda sent: ("zeta/slow", "email") if sent.tenant == "zeta" else None,
+             lambda sent: sent.reached, by=("adapter", "kind"))
+    ],
+    "Refused answers": lambda world: [exactly(("adapter",), {})],
+}  # fmt: skip
 SEATS = known_backend.KnownBackend.seats
+PRICE = Price(prompt=1.0, generated=2.0, engine_hour=3600.0)
 PANELS = {
     "loradock-overview": OVERVIEW,
     "loradock-adapters": ADAPTERS,
     "loradock-drift": DRIFT,
     "loradock-swap": SWAP,
     "loradock-engine": ENGINE,
+    "loradock-usage": USAGE,
 }
+
+
+def engine_seconds(sent: Sent) -> float:
+    return known_backend.ENGINE_SECONDS * sent.reached
+
+
+def cost(sent: Sent) -> float:
+    return PRICE.cost(sent.prompt, 0, sent.generated, engine_seconds(sent))
+
+
+def born(world: World, key: Callable[[Sent], Key | None], number: Callable[[Sent], float], *, by: Key = ()) -> Shows:
+    """A rate of what has no series before its first event: Prometheus misses what came before its first scrape."""
+    every, early = Counter[Key](), Counter[Key]()
+    for at, sent in enumerate(world.traffic.sent):
+        if (of := key(sent)) is not None:
+            every[of] += number(sent)  # type: ignore[assignment]
+            early[of] += number(sent) * (at < world.traffic.early)  # type: ignore[assignment]
+    slack, window = 1e-6, world.window
+    ranges = {of: ((every[of] - early[of]) / window - slack, every[of] / window + slack) for of in every if every[of]}
+    return Shows(by, ranges)
 
 
 def close(by: Key, values: Values, *, some: bool = False) -> Shows:
