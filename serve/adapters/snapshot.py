@@ -140,11 +140,13 @@ class SnapshotReader:
         entries = self._snapshot.entries
         return [entries[name].versions[number] for name in sorted(entries) for number in sorted(entries[name].versions)]
 
-    def serving(self) -> list[Adapter]:
-        """The versions that get traffic: each name's live version, its canary, and its shadow."""
+    def current(self) -> list[Adapter]:
+        """Each name's live version, its canary, its shadow, and its newest version, which is tried by its number."""
         entries = self._snapshot.entries.values()
-        shares = [share for entry in entries for share in (entry.canary, entry.shadow) if share]
-        return [entry.live for entry in entries if entry.live] + [share.adapter for share in shares]
+        shares = [share.adapter for entry in entries for share in (entry.canary, entry.shadow) if share]
+        newest = [entry.versions[max(entry.versions)] for entry in entries if entry.versions]
+        live = [entry.live for entry in entries if entry.live]
+        return list({adapter.id: adapter for adapter in (*live, *shares, *newest)}.values())
 
     def digests(self) -> set[str]:
         """Whose bytes must stay."""

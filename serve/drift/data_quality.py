@@ -93,7 +93,9 @@ class DataQuality(Collector):
 
     def collect(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
-            "loradock_input_requests", "Requests whose prompts were looked at.", labels=("adapter",)
+            "loradock_input_requests",
+            "Requests whose prompts were looked at, since the server started.",
+            labels=("adapter",),
         )
         problems = CounterMetricFamily(
             "loradock_input_problems",
@@ -112,7 +114,9 @@ class DataQuality(Collector):
             labels=("adapter", "kind"),
         )
         refused = CounterMetricFamily(
-            "loradock_answers_refused", "Answers that begin as refusals do.", labels=("adapter",)
+            "loradock_answers_refused",
+            "Answers that begin as refusals do, of the requests that were looked at.",
+            labels=("adapter",),
         )
         with self._lock:
             for adapter, counts in self._adapters.items():

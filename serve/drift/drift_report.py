@@ -190,15 +190,32 @@ class _Families:
 
     def __init__(self) -> None:
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
-        self.evidence = gauge("loradock_drift_log_evidence", "ln of the evidence that it moved.", labels=_LABELS)
+        self.evidence = gauge(
+            "loradock_drift_log_evidence",
+            "Natural logarithm of the evidence that the signal has left its reference; 0 while there is none.",
+            labels=_LABELS,
+        )
         self.threshold = gauge(
-            "loradock_drift_threshold_log_evidence", "From here on the evidence is an alarm.", labels=_LABELS
+            "loradock_drift_threshold_log_evidence",
+            "Natural logarithm of the evidence from which on there is an alarm, if an effect goes with it.",
+            labels=_LABELS,
         )
         self.effect = gauge(
-            "loradock_drift_effect", "How far it moved, in the statistic's unit.", labels=(*_LABELS, "stat")
+            "loradock_drift_effect",
+            "How far a statistic has moved from the reference: nats for log-probabilities, parts of 1 for ranks and "
+            "rates, multiples of its noise for the probe.",
+            labels=(*_LABELS, "stat"),
         )
-        self.samples = counter("loradock_drift_samples", "Requests looked at, after thinning.", labels=_LABELS)
-        self.alarms = counter("loradock_drift_alarms", "Alarms.", labels=_LABELS)
+        self.samples = counter(
+            "loradock_drift_samples",
+            "Requests that were compared with the reference, after thinning; 0 while the reference is gathered.",
+            labels=_LABELS,
+        )
+        self.alarms = counter(
+            "loradock_drift_alarms",
+            "Alarms of the signal since the version is watched; 0 from its first request on.",
+            labels=_LABELS,
+        )
         self.alarmed = gauge(
             "loradock_drift_alarmed", "1 from an alarm until somebody acknowledges or accepts it.", labels=_LABELS
         )
@@ -206,7 +223,9 @@ class _Families:
             "loradock_drift_thinned", "Requests that are not compared.", labels=("adapter", "version", "reason")
         )
         self.reference = gauge(
-            "loradock_drift_reference_requests", "Requests that later ones are held against.", labels=_LABELS
+            "loradock_drift_reference_requests",
+            "Requests in the reference that later ones are compared with; it grows while the reference is gathered.",
+            labels=_LABELS,
         )
 
     def add(self, labels: tuple[str, str], report: Mapping[str, Any], alarmed: Mapping[str, float]) -> None:

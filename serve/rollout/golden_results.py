@@ -175,7 +175,9 @@ class GoldenResults(Collector):
             labels=_LABELS,
         )
         cases = CounterMetricFamily(
-            "loradock_golden_cases", "Golden cases that were asked, by result.", labels=(*_LABELS, "result")
+            "loradock_golden_cases",
+            "Cases of golden sets that a version was asked, by result, since the server started.",
+            labels=(*_LABELS, "result"),
         )
         with self._lock:
             summaries, counts = dict(self._summaries), {key: dict(results) for key, results in self._counts.items()}

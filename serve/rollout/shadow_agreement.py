@@ -152,7 +152,7 @@ class ShadowAgreement(Collector):
             "loradock_shadow_length_ratio", "Mean of tokens of a shadow's answer over the client's.", labels=_LABELS
         )
         compared = CounterMetricFamily(
-            "loradock_shadow_compared", "Answers of a shadow that were compared.", labels=_LABELS
+            "loradock_shadow_compared", "Answers of a shadow that were compared with what clients got.", labels=_LABELS
         )
         graded = GaugeMetricFamily(
             "loradock_shadow_grade",

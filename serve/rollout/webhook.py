@@ -155,7 +155,9 @@ class Webhooks(Collector):
         for result in RESULTS:
             deliveries.add_metric((result,), self._results[result])
         yield deliveries
-        yield GaugeMetricFamily("loradock_webhook_pending", "Events that wait to be delivered.", value=self._pending)
+        yield GaugeMetricFamily(
+            "loradock_webhook_pending", "Events that wait to be delivered when it is scraped.", value=self._pending
+        )
 
     def _attempt(self, file: Path, delivery: Delivery) -> bool:
         """Whether other events for the same URL may follow at once."""

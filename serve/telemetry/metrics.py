@@ -148,9 +148,9 @@ class Metrics:
 
     def tidy(self) -> None:
         """Begin the series of what may be asked; drop those of what nobody asks and the engine does not hold."""
-        serving = [(adapter.name, f"v{adapter.version}") for adapter in self._registry.serving()]
-        self._drop_unasked(frozenset(serving))
-        for labels in serving:
+        current = [(adapter.name, f"v{adapter.version}") for adapter in self._registry.current()]
+        self._drop_unasked(frozenset(current))
+        for labels in current:
             if self._versions.expect(labels):
                 self._begin(labels)
         names = dict.fromkeys(self._registry.names())
@@ -164,7 +164,7 @@ class Metrics:
             self._begin(labels)
         self._queue.tidy(names.keys() | set(bases))
 
-    def _drop_unasked(self, serving: Collection[tuple[str, str]]) -> None:
+    def _drop_unasked(self, current: Collection[tuple[str, str]]) -> None:
         """Versions that were removed go sooner; those that still serve keep their place until somebody needs it."""
         now = self._tidied = self._clock()
         resident = {residence.id for base in self._fleet for residence in base.residents}
@@ -174,7 +174,7 @@ class Metrics:
             if known.get(labels):
                 series.seen = now
             elif now - series.seen > (self._keep if labels in known else KEEP_REMOVED):
-                if labels in serving:
+                if labels in current:
                     self._versions.release(labels)
                 else:
                     self._versions.drop(labels)

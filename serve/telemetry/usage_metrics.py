@@ -26,7 +26,9 @@ class UsageMetrics:
         self._currency, self._known, self._limit = currency, known, limit
         self._pairs: set[tuple[str, str]] = set()
         self._requests = Counters(
-            "loradock_usage_requests", "Requests that the engine worked on, by adapter and by who asked.", LABELS
+            "loradock_usage_requests",
+            "Requests that the engine worked on, counted when they end, by adapter and tenant.",
+            LABELS,
         )
         self._tokens = Counters(
             "loradock_usage_tokens",
@@ -39,7 +41,9 @@ class UsageMetrics:
             LABELS,
         )
         self._cost = Counters(
-            "loradock_usage_cost", "Money, by the prices in the configuration.", (*LABELS, "currency")
+            "loradock_usage_cost",
+            "Money that requests cost by the prices in the configuration, in the currency of the label.",
+            (*LABELS, "currency"),
         )
 
     @property

@@ -649,3 +649,13 @@ def test_servers_that_start_at_once_over_an_empty_database_all_find_their_tables
 
         with ThreadPoolExecutor(4) as pool:
             assert [future.result() for future in [pool.submit(opened) for _ in range(4)]] == [0] * 4
+
+
+def test_current_versions_are_those_that_get_traffic_and_the_newest(registry):
+    for number in range(1, 6):
+        push(registry, "pirate", number, promote=number == 1)
+    registry.share("pirate", "canary", 2, 0.5, by="me")
+    registry.share("pirate", "shadow", 3, 0.5, by="me")
+    push(registry, "poet", 9)
+    current = {(adapter.name, adapter.version) for adapter in registry.current()}
+    assert current == {("pirate", 1), ("pirate", 2), ("pirate", 3), ("pirate", 5), ("poet", 1)}

@@ -41,7 +41,7 @@ class Adapters:
     def names(self):
         return [one.name for one in self.all]
 
-    def serving(self):
+    def current(self):
         return self.all
 
 

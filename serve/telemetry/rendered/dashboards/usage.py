@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve.telemetry.rendered.dashboards.queries import ADAPTER, ENGINE, rate
-from serve.telemetry.rendered.panels import Json, Panel, Query, Row, Variable, dashboard
+from serve.telemetry.rendered.panels import TOKENS_PER_SECOND, Json, Panel, Query, Row, Variable, dashboard
 
 _TENANT = Variable("tenant", "Tenant", "label_values(loradock_usage_requests_total, tenant)")
 _CHOSEN = 'adapter=~"$adapter",tenant=~"$tenant"'
@@ -27,7 +27,7 @@ def _usage() -> list[Panel]:
             "Tokens by kind",
             "Tokens per second: of prompts as far as they were computed, of prompts from the prefix cache, generated.",
             [Query(rate("loradock_usage_tokens_total", _CHOSEN, "kind"), "{{kind}}")],
-            unit="cps",
+            unit=TOKENS_PER_SECOND,
         ),
         Panel(
             "Engine time by tenant",
