@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -92,7 +93,7 @@ class LivePanels:
         for target, shows in zip(panel["targets"], shown, strict=True):
             expr = filled(target["expr"], choices | shows.choices)
             samples = ask(self._client, expr, self._held_at if shows.held else at)
-            empty = empty and not samples
+            empty = empty and not samples and not shows.absent
             yield from (f"{line} ({expr})" for line in wrong(shows, samples))
         if empty:
             yield "returns nothing"
@@ -136,8 +137,12 @@ class LivePanels:
         where = {(a.name, f"v{a.version}"): states.get(a.id, "disk") for a in parts.registry.adapters()}
         analysis = parts.canary_monitor.analysis("calm")
         canary = {("v2", group): max(evidence, LOWEST) for group, evidence in analysis.evidence().items()}
+        forecast = analysis.comparison.to_proof()
+        bounds = {bound: getattr(forecast, bound) for bound in ("low", "expected", "high")} if forecast else {}
+        to_proof = {("v2", bound): value for bound, value in bounds.items() if value < math.inf}
         return World(
-            self.traffic, self._waiting, self._held_up, self._window, firing, drift, effects, canary, where,
+            self.traffic, self._waiting, self._held_up, self._window, firing, drift, effects, canary,
+            analysis.comparison.log_threshold, to_proof, where,
             http.get("/metrics").text,
         )  # fmt: skip
 

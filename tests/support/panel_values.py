@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from serve.telemetry.prices import Price
 from serve.telemetry.series import ENGINE_QUEUE_SECONDS, QUEUE_SECONDS, TOTAL_SECONDS, WORST_GAP_SECONDS
@@ -30,13 +30,14 @@ class Shows:
     """What one query returns: by the values of the labels `by`, each between two numbers.
 
     Samples that are not named here must be 0; with `some`, not all that are named must be there. `held`: asked of the
-    time at which the queue stood. `choices` are the dashboard's variables.
+    time at which the queue stood. `choices` are the dashboard's variables. `absent`: nothing is to be shown yet.
     """
 
     by: Key
     ranges: Mapping[Key, tuple[float, float]]
     held: bool = False
     some: bool = False
+    absent: bool = False
     choices: Choices = field(default_factory=dict)
 
 
@@ -52,6 +53,8 @@ class World:
     drift: Mapping[Key, Mapping[str, float]]  # by adapter, version and signal
     effects: Values
     canary: Values
+    limit: float
+    to_proof: Values  # what is in sight of it
     states: Mapping[tuple[str, str], str]
     scrape: str
 
@@ -319,7 +322,12 @@ DRIFT: dict[str, Callable[[World], list[Shows]]] = {
     "Alarms": lambda world: [exactly((*VERSION, "signal"), of_drift(world, "alarms"))],
 }  # fmt: skip
 SWAP: dict[str, Callable[[World], list[Shows]]] = {
-    "Verdict: evidence against the new version": lambda world: [close(("version", "check"), world.canary)],
+    "Verdict: evidence against the new version": lambda world: [
+        close(("version", "check"), world.canary), close(("version",), {("v2",): world.limit}),
+    ],
+    "Requests until it is proved": lambda world: [
+        replace(exactly(("version", "bound"), world.to_proof), absent=not world.to_proof)
+    ],
     "Rolled back": rolled_back,
     "Requests": lambda world: sides(
         world, lambda version: one(world.count(of_side(version))[ONE] / world.window)
