@@ -22,7 +22,7 @@ from serve.drift.personal_data import personal_data
 OTHER, UNKNOWN = "other", "unknown"
 EMPTY, OVER_CONTEXT, CONTEXT_FULL = PROBLEMS = ("empty", "over_context", "context_full")
 # Of a longer message the end is looked at: the question mostly stands there.
-CHARACTERS, LANGUAGE_CHARACTERS = 4000, 400
+CHARACTERS, LANGUAGE_CHARACTERS = 2000, 400
 # Languages of an adapter that have a series of their own; rarer ones are `other`.
 LANGUAGES = 12
 

@@ -12,7 +12,10 @@ from collections.abc import Collection
 
 KINDS = ("email", "phone", "iban", "credit_card")
 
-_DIGIT = re.compile(r"\d")
+# Seven characters or more of digits and what stands between them: everything but an address is looked for there alone.
+_NUMBER = re.compile(r"\d[\d ()./-]{5,}\d")
+# What may stand before its first digit, and behind its last one: `(+`, a country, letters of an IBAN.
+_BEFORE, _BEHIND = 8, 34
 # Around an @: no more than the longest name and domain, so that a text of letters costs nothing.
 _NAME = re.compile(r"[\w.%+-]{1,64}$", re.ASCII)
 _DOMAIN = re.compile(r"(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}\b", re.ASCII | re.IGNORECASE)
@@ -33,14 +36,25 @@ _CARD = re.compile(r"(?<![\d-])(?<!\d )[2-6]\d{3}(?:[ -]?\d){9,15}(?![\d-])(?! \
 
 def personal_data(text: str, kinds: Collection[str] = KINDS) -> list[str]:
     """Those of `kinds` that the text holds at least once."""
-    has_digit = _DIGIT.search(text) is not None
+    numbers = _places(text)
     held = {
         "email": "@" in text and _holds_email(text),
-        "phone": has_digit and _holds_phone(text),
-        "iban": has_digit and any(_is_iban(match[0], match[1]) for match in _IBAN.finditer(text)),
-        "credit_card": has_digit and any(_is_card(match[0]) for match in _CARD.finditer(text)),
+        "phone": any(_holds_phone(text, *place) for place in numbers),
+        "iban": any(_is_iban(match[0], match[1]) for place in numbers for match in _IBAN.finditer(text, *place)),
+        "credit_card": any(_is_card(match[0]) for place in numbers for match in _CARD.finditer(text, *place)),
     }
     return [kind for kind in KINDS if kind in kinds and held[kind]]
+
+
+def _places(text: str) -> list[tuple[int, int]]:
+    """Where numbers are, with what may belong to them; places that overlap are one."""
+    places: list[tuple[int, int]] = []
+    for match in _NUMBER.finditer(text):
+        start, end = max(0, match.start() - _BEFORE), match.end() + _BEHIND
+        if places and start < places[-1][1]:
+            start = places.pop()[0]
+        places.append((start, end))
+    return places
 
 
 def _holds_email(text: str) -> bool:
@@ -50,9 +64,9 @@ def _holds_email(text: str) -> bool:
     )
 
 
-def _holds_phone(text: str) -> bool:
+def _holds_phone(text: str, start: int, end: int) -> bool:
     """A phone number that is not a card's."""
-    return any(not _CARD.fullmatch(match[0]) for match in _PHONE.finditer(text))
+    return any(not _CARD.fullmatch(match[0]) for match in _PHONE.finditer(text, start, end))
 
 
 def _is_iban(text: str, country: str) -> bool:

@@ -60,5 +60,10 @@ def test_the_shares_of_all_tenants_add_up_to_the_time_in_which_the_engine_was_bu
         assert 0.5 * wall < clients <= 1.02 * wall
         assert all(any(f'tenant="{tenant}"' in labels for labels in charged) for tenant in keys)
         assert any('kind="cached"' in labels and value > 0 for labels, value in tokens.items())
+        too_long = {"model": BASE, "prompt": "one two three " * 3000, "max_tokens": 1}
+        assert server.http.post("/v1/completions", json=too_long).status_code == 400
+        time.sleep(1.2)
+        problems = series(server, "loradock_input_problems_total")
+        assert sum(value for labels, value in problems.items() if 'problem="over_context"' in labels) == 1, problems
         answer = done(server.http.get("/v1/usage"))
         assert answer["total"]["engine_seconds"] == pytest.approx(sum(charged.values()), rel=1e-3)
