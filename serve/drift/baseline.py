@@ -89,6 +89,12 @@ class Baseline:
             self.signals.setdefault(kind, self._signal(kind))
         self.strata = {kind: self._strata(kind) for kind in (OUTPUT, LOGPROB)}
 
+    def counts(self, kind: str) -> tuple[int, int]:
+        """Samples and alarms of a kind, whatever the parameters."""
+        if kind in self.strata:
+            return self.strata[kind].counts()
+        return self.signals[kind].samples, self.signals[kind].alarms
+
     def every(self, kind: str) -> list[Signal]:
         """The signals of a kind: of each set of parameters, the one of `signals` first."""
         others = self.strata[kind].others.values() if kind in self.strata else ()

@@ -102,7 +102,7 @@ def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
         "log_threshold": _rounded(signal.log_threshold),
         "effects": {name: _rounded(value) for name, value in signal.effects().items()},
         "beyond_tolerance": sorted(signal.beyond()),
-        "alarms": sum(each.alarms for each in watched.baseline.every(kind)),
+        "alarms": watched.baseline.counts(kind)[1],
         "alarmed": any(each.alarmed for each in watched.baseline.every(kind)),
         "since": watched.since(kind) if signal.drifted else None,
         "moved": [
@@ -120,10 +120,11 @@ def _numbers(watched: WatchedVersion) -> dict[str, Any]:
     numbers["parameters"] = {"moved": watched.baseline.strata[OUTPUT].moved()}
     for kind, signal in watched.baseline.signals.items():
         each = watched.baseline.every(kind)
+        samples, alarms = watched.baseline.counts(kind)
         numbers["signals"][kind] = {
             "reference_requests": signal.gathered,
-            "samples": sum(stratum.samples for stratum in each),
-            "alarms": sum(stratum.alarms for stratum in each),
+            "samples": samples,
+            "alarms": alarms,
             "log_threshold": signal.log_threshold,
             "log_evidence": max(0.0, *(stratum.log_evidence for stratum in each)),
             "effects": signal.effects() or {"rank_shift": 0.0},

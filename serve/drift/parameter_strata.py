@@ -88,7 +88,10 @@ def most_common(parameters: Iterable[Parameters | None]) -> Stratum:
 
 
 class Gathers(Protocol):
-    """What is kept of a stratum."""
+    """What is kept of a stratum; `samples` and `alarms` are counts."""
+
+    samples: int
+    alarms: int
 
     @property
     def watching(self) -> bool: ...
@@ -110,12 +113,20 @@ class ParameterStrata(Generic[Kept]):
         # Requests of each stratum: recent ones by their weight, and the first `reference` ones.
         self.recent: dict[Stratum, float] = {}
         self.first: dict[Stratum, int] = {}
+        # Samples and alarms of strata that are kept no more: counters do not fall.
+        self._gone = (0, 0)
         self.reference = reference
 
     def every(self) -> Iterator[tuple[Stratum, Kept]]:
         """The current stratum, then the others."""
         yield self.current or LEGACY, self._signals[self._kind]
         yield from self.others.items()
+
+    def counts(self) -> tuple[int, int]:
+        """Samples and alarms of all strata, also of those that gave their place to others."""
+        kept = [signal for _, signal in self.every()]
+        samples = self._gone[0] + sum(signal.samples for signal in kept)
+        return samples, self._gone[1] + sum(signal.alarms for signal in kept)
 
     def signal(self, stratum: Stratum) -> Kept | None:
         """What watches this stratum, if it is kept."""
@@ -183,6 +194,7 @@ class ParameterStrata(Generic[Kept]):
             "counted": np.array([str(stratum) for stratum in counted], "U80"),
             "first": np.array([self.first.get(stratum, 0) for stratum in counted], np.int64),
             "recent": np.array([self.recent.get(stratum, 0.0) for stratum in counted]),
+            "gone": np.array(self._gone, np.int64),
         }
 
     def restore(self, state: Mapping[str, NDArray]) -> list[Kept]:
@@ -194,6 +206,7 @@ class ParameterStrata(Generic[Kept]):
         counted = [Stratum.parse(text) for text in state["counted"].tolist()]
         self.first = {key: int(n) for key, n in zip(counted, state["first"], strict=True) if n}
         self.recent = {key: float(n) for key, n in zip(counted, state["recent"], strict=True) if n}
+        self._gone = int(state["gone"][0]), int(state["gone"][1])
         self.current = kept[0] if kept else None
         self.others = {stratum: self._made() for stratum in kept[1:]}
         return list(self.others.values())
@@ -217,5 +230,6 @@ class ParameterStrata(Generic[Kept]):
             weakest = min(self.others, key=lambda key: self.recent.get(key, 0.0))
             if self.recent.get(stratum, 0.0) <= 2 * self.recent.get(weakest, 0.0):
                 return
-            del self.others[weakest]
+            gone = self.others.pop(weakest)
+            self._gone = self._gone[0] + gone.samples, self._gone[1] + gone.alarms
         self.others[stratum] = self._made()

@@ -125,7 +125,7 @@ def test_an_acknowledged_alarm_is_gone_in_every_stratum():
 
 def test_memory_is_bounded_whatever_is_asked():
     class Kept:
-        watching = False
+        watching, samples, alarms = False, 0, 0
 
     signals = {"output": Kept()}
     strata = ParameterStrata("output", signals, Kept)
@@ -136,7 +136,7 @@ def test_memory_is_bounded_whatever_is_asked():
 
 def test_what_is_asked_most_is_shown_and_what_is_rare_gives_its_place():
     class Kept:
-        watching = True
+        watching, samples, alarms = True, 100, 1
 
     signals = {"output": (first := Kept())}
     strata = ParameterStrata("output", signals, Kept)
@@ -149,6 +149,7 @@ def test_what_is_asked_most_is_shown_and_what_is_rare_gives_its_place():
         for _ in range(10):
             strata.count(Stratum.of(Parameters(8, 1 + number / 10)))
     assert few not in strata.others and strata.signal(few) is None
+    assert strata.counts() == (100 * (STRATA + 1), STRATA + 1), "what is gone has been counted"
 
 
 def test_a_stratum_is_read_as_it_is_written():
