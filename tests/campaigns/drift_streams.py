@@ -5,6 +5,7 @@
 
 Every request goes through `DriftMonitor.observe`, behind a chat template, with a second between two of them. The kinds:
 
+uniform   independent draws of all questions, for comparison
 popular   independent draws of 3,000 questions by Zipf's law, where the longest, the shortest or any are asked most
 users     the same of 300 users, who are as unequal and have favourites of their own
 sessions  six questions on one topic by one user, one session after the other or five at a time
@@ -112,6 +113,12 @@ def _template_end() -> list[int]:
     return tokens("<|im_start|>assistant\n")
 
 
+def uniform(rng: np.random.Generator) -> Iterator[Request]:
+    texts = questions("general")
+    while True:
+        yield chat(texts[rng.integers(len(texts))]), None
+
+
 def popular(rng: np.random.Generator, *, exponent: float, order: str, named: bool = False) -> Iterator[Request]:
     """named: whoever asks the same again is one asker, as the server has it of requests without a user."""
     chosen = [questions("general")[i] for i in rng.choice(len(questions("general")), POPULAR, replace=False)]
@@ -185,7 +192,7 @@ def tenants(rng: np.random.Generator) -> Iterator[Request]:
 
 
 def streams(requests: int) -> dict[str, Callable[[np.random.Generator], Iterator[Request]]]:
-    made: dict[str, Callable[[np.random.Generator], Iterator[Request]]] = {}
+    made: dict[str, Callable[[np.random.Generator], Iterator[Request]]] = {"uniform": uniform}
     for exponent in (0.6, 0.8, 1.0, 1.2):
         for order in ("longest", "shortest", "any"):
             name = f"popular, Zipf {exponent}, {order} first".replace("any first", "any order")
