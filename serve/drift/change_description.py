@@ -103,15 +103,12 @@ def _prompts(signal: Signal, before: TrafficProfile, recent: TrafficProfile) -> 
 def _topics(before: TrafficProfile, recent: TrafficProfile, shares: Mapping[int, float]) -> list[dict[str, Any]]:
     """The largest topics of the moved requests, each with the reference's topic that lies nearest."""
     rows = []
-    every = [topic.words for topic in before.topics]
     for number, share in list(shares.items())[:TOPICS]:
-        topic = recent.topics[number]
         nearest: list[str] = []
         if before.topics:
-            near = before.topics[before.nearest(topic.centre)]
-            others = [words for words in every if words is not near.words]
-            nearest = near.words.typical(others, WORDS)
-        words = topic.words.typical(every, WORDS)
+            near = before.topics[before.nearest(recent.centres[number])]
+            nearest = near.typical([words for words in before.topics if words is not near], WORDS)
+        words = recent.topics[number].typical(before.topics, WORDS)
         rows.append({"share": share, "words": words, "nearest_before": nearest})
     return rows
 

@@ -10,7 +10,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # Tokens at the end of a prompt that are read: the question stands there, behind system prompt and examples.
-TAIL = 256
+TAIL = 128
 
 
 class RequestText:

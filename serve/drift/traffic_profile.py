@@ -47,24 +47,16 @@ Seen = tuple[int, str, str, int]
 
 
 @dataclass(slots=True, eq=False)
-class Topic:
-    """A centre of prompts that are alike: where it lies, and the words of its requests."""
-
-    centre: NDArray[np.floating]
-    words: WordCounts
-
-    def add(self, prompt: Prompt) -> None:
-        self.words.add(prompt.words, prompt.asker)
-        self.centre += (prompt.vector - self.centre) / self.words.requests
-
-
-@dataclass(slots=True, eq=False)
 class TrafficProfile:
-    """most_topics: centres; half_life: of their requests, 0 for never."""
+    """most_topics: groups of prompts that are alike; half_life: of their requests, 0 for never.
+
+    topics: the words of each group; centres: (topics, dimensions), where each lies.
+    """
 
     most_topics: int = REFERENCE_TOPICS
     half_life: float = 0.0
-    topics: list[Topic] = field(default_factory=list)
+    topics: list[WordCounts] = field(default_factory=list)
+    centres: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     seen: deque[Seen] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     @classmethod
@@ -73,18 +65,22 @@ class TrafficProfile:
         return cls(RECENT_TOPICS, HALF_LIFE)
 
     def add(self, prompt: Prompt) -> None:
-        """Take in one request."""
+        """Take in one request: into the topic whose centre lies nearest, which moves towards it."""
         if len(self.topics) < self.most_topics:
-            self.topics.append(Topic(np.array(prompt.vector, np.float64), WordCounts(self.half_life)))
-            number = len(self.topics) - 1
+            number = len(self.topics)
+            self.topics.append(WordCounts(self.half_life))
+            self.centres = np.vstack((*self.centres, prompt.vector)).astype(np.float64)
         else:
             number = self.nearest(prompt.vector)
-        self.topics[number].add(prompt)
+        words = self.topics[number]
+        words.add(prompt.words, prompt.asker)
+        self.centres[number] += (prompt.vector - self.centres[number]) / words.requests
         self.seen.append((prompt.tokens, prompt.language, prompt.tenant, number))
 
     def nearest(self, vector: NDArray[np.floating]) -> int:
         """The number of the topic whose centre lies nearest."""
-        return int(np.argmin([np.square(topic.centre - vector).sum() for topic in self.topics]))
+        away = self.centres - vector
+        return int(np.einsum("ij,ij->i", away, away).argmin())
 
     def last(self, count: int) -> list[Seen]:
         """The latest `count` requests, or as many as are remembered."""
@@ -93,21 +89,25 @@ class TrafficProfile:
     def accepted(self, count: int) -> TrafficProfile:
         """A reference that begins with the latest `count` requests and the topics here."""
         made = TrafficProfile(len(self.topics) or REFERENCE_TOPICS)
-        made.topics = [Topic(topic.centre.copy(), topic.words.unfading()) for topic in self.topics]
+        made.topics = [words.unfading() for words in self.topics]
+        made.centres = self.centres.copy()
         made.seen.extend(self.last(count))
         return made
 
     def state(self) -> dict[str, Any]:
         """For JSON."""
-        topics = [{"centre": topic.centre.tolist(), **topic.words.state()} for topic in self.topics]
+        topics = [
+            {"centre": centre.tolist(), **words.state()}
+            for centre, words in zip(self.centres, self.topics, strict=True)
+        ]
         return {"most": self.most_topics, "half_life": self.half_life, "topics": topics, "seen": list(self.seen)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         self = cls(int(state["most"]), float(state["half_life"]))
-        self.topics = [
-            Topic(np.array(topic["centre"], np.float64), WordCounts.from_state(topic)) for topic in state["topics"]
-        ]
+        self.topics = [WordCounts.from_state(topic) for topic in state["topics"]]
+        if self.topics:
+            self.centres = np.array([topic["centre"] for topic in state["topics"]], np.float64)
         self.seen.extend(
             (int(tokens), language, tenant, int(topic)) for tokens, language, tenant, topic in state["seen"]
         )

@@ -40,7 +40,7 @@ from serve.drift.token_runs import own_tokens, skipped
 from serve.drift.traffic_profile import Prompt, TrafficProfile
 from serve.drift.word_counts import hashed
 from serve.engine.effect_probe import effect
-from serve.models.language import STOP_WORDS, language_of, words
+from serve.models.language import STOP_WORDS, read
 from serve.names import tenant_of
 
 PROBE = "probe"
@@ -317,9 +317,10 @@ class WatchedVersion:
         sample.lower_rows.pop(PROMPT)  # which counts once
         # Words are the owner's to read, so only the owner's are counted.
         text = self.text.last(tokens.tolist()) if self.text is not None else ""
-        counted = hashed(words(text), STOP_WORDS) if text and sample.words else {}
+        language, words = read(text)
+        counted = hashed(words, STOP_WORDS) if words and sample.words else {}
         length = len(tokens) + sample.skipped
-        prompt = Prompt(length, language_of(text), sample.tenant, counted, sample.asker or 0, row[1:])
+        prompt = Prompt(length, language, sample.tenant, counted, sample.asker or 0, row[1:])
         return replace(sample, prompt=prompt)
 
     def _count(self, sample: _Sample) -> Iterator[Alarm]:

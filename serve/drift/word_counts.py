@@ -25,6 +25,8 @@ _LARGE = 1e12
 @dataclass(slots=True)
 class _Count:
     count: float = 0.0
+    # What it had at most, when it was forgotten before.
+    missed: float = 0.0
     askers: tuple[int, ...] = ()
     text: str = ""
 
@@ -37,6 +39,8 @@ class WordCounts:
         # Instead of all counts fading, each request weighs more than the one before.
         self._unit = 1.0
         self._requests = 0.0
+        # The largest count that was forgotten.
+        self._forgotten = 0.0
         self._counts: dict[int, _Count] = {}
 
     @property
@@ -51,22 +55,28 @@ class WordCounts:
         for key, word in words.items():
             known = self._counts.get(key)
             if known is None:
-                known = self._counts[key] = _Count()
+                known = self._counts[key] = _Count(missed=self._forgotten)
             known.count += self._unit
             if not known.text and asker not in known.askers:
                 known.askers = (*known.askers, asker)
                 if len(known.askers) >= ASKERS:
                     known.text, known.askers = word, ()
         if len(self._counts) > 2 * MOST:
-            kept = sorted(self._counts.items(), key=lambda item: -item[1].count)[:MOST]
-            self._counts = dict(kept)
+            ranked = sorted(self._counts.items(), key=lambda item: -item[1].count)
+            self._forgotten = max(self._forgotten, ranked[MOST][1].count + ranked[MOST][1].missed)
+            self._counts = dict(ranked[:MOST])
         if self._unit > _LARGE:
             self._rescale()
 
     def count(self, key: int) -> float:
-        """In how many requests the word of this hash was."""
+        """In how many requests the word of this hash was, at least."""
         known = self._counts.get(key)
         return known.count / self._unit if known else 0.0
+
+    def count_at_most(self, key: int) -> float:
+        """Rare words are forgotten to make room: in how many requests the word was at most."""
+        known = self._counts.get(key)
+        return (known.count + known.missed if known else self._forgotten) / self._unit
 
     def typical(self, others: Iterable[WordCounts], most: int = 6) -> list[str]:
         """The words that may be shown and are more frequent here than in `others`, the clearest first.
@@ -81,7 +91,7 @@ class WordCounts:
             a = known.count / self._unit
             if not known.text or a < ASKERS / 2:
                 continue
-            b = sum(other.count(key) for other in rest)
+            b = sum(other.count_at_most(key) for other in rest)
             odds = math.log((a + 0.5) / (max(n - a, 0) + 0.5)) - math.log((b + 0.5) / (max(m - b, 0) + 0.5))
             error = math.sqrt(1 / (a + 0.5) + 1 / (max(n - a, 0) + 0.5) + 1 / (b + 0.5) + 1 / (max(m - b, 0) + 0.5))
             if odds / error > TYPICAL:
@@ -92,7 +102,7 @@ class WordCounts:
         """The same counts, which fade no more."""
         self._rescale()
         made = WordCounts()
-        made._requests = self._requests
+        made._requests, made._forgotten = self._requests, self._forgotten
         made._counts = {key: replace(known) for key, known in self._counts.items()}
         return made
 
@@ -100,19 +110,24 @@ class WordCounts:
         """For JSON: the words that may be shown."""
         self._rescale()
         words = {known.text: round(known.count, 3) for known in self._counts.values() if known.text}
-        return {"growth": self._growth, "requests": self._requests, "words": words}
+        unwritten = [known.count + known.missed for known in self._counts.values() if not known.text]
+        forgotten = max([self._forgotten, *unwritten])
+        return {"growth": self._growth, "requests": self._requests, "forgotten": forgotten, "words": words}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         self = cls()
         self._growth, self._requests = float(state["growth"]), float(state["requests"])
+        self._forgotten = float(state["forgotten"])
         self._counts = {hash(word): _Count(float(count), text=word) for word, count in state["words"].items()}
         return self
 
     def _rescale(self) -> None:
         for known in self._counts.values():
             known.count /= self._unit
+            known.missed /= self._unit
         self._requests /= self._unit
+        self._forgotten /= self._unit
         self._unit = 1.0
 
 

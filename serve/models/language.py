@@ -23,12 +23,18 @@ NAMES = {
 }  # fmt: skip
 
 _COMMON = {
-    "en": "the of and to in is that it was for on are with as his they at be this have from or had by but what some "
-    "we can out other were all there when your how said an each she which do their will about if my you has "
-    "would me please does not could should who why where i'm don't it's",
-    "de": "der die das und ist nicht ein eine einen einem einer zu den dem des mit sich auf für von im wie ich sie er "
-    "es wir ihr auch als an nach bei aus wenn nur noch werden wird hat haben sind war kann können mein meine "
-    "was warum bitte oder aber über durch zum zur dass wo wer welche soll mir mich",
+    "en": "also only then than them been being did during between before after first many most such these those "
+    "through under where while within without into over just because both any same other another every much "
+    "more following used use using make made give tell know need want like one two new time way may might would "
+    "us our its here except seen very even still the of and to in is that it was for on are with as his they at "
+    "be this have from or had by but what some we can out other were all there when your how said an each she "
+    "which do their will about if my you has would me please does not could should who why where i'm don't it's",
+    "de": "sein seine seiner ihre ihren immer mehr kein keine alle alles dann doch man muss will hier jetzt ganz viel "
+    "etwas nichts damit weil also diese dieser dieses jede jeder ohne unter zwischen gegen wieder schon denn so "
+    "um am haben hatte wäre würde gibt machen macht der die das und ist nicht ein eine einen einem einer zu den "
+    "dem des mit sich auf für von im wie ich sie er es wir ihr auch als an nach bei aus wenn nur noch werden "
+    "wird hat haben sind war kann können mein meine was warum bitte oder aber über durch zum zur dass wo wer "
+    "welche soll mir mich",
     "fr": "le la les des et est une un du en que qui dans pour pas sur plus par avec ce cette il elle nous vous je ne "
     "se sont au aux mais ou son sa ses leur été être avoir comme fait tout quel quelle comment pourquoi puis "
     "c'est d'un d'une qu'il peut où mon ma mes",
@@ -71,10 +77,12 @@ _COMMON = {
     "vào cũng nhưng thì sẽ tại sao gì",
 }  # fmt: skip
 
-_WORDS: dict[str, tuple[str, ...]] = {}
+# By word: the languages that it is common in, and what it says for each, less where there are many.
+_LANGUAGES: dict[str, tuple[str, ...]] = {}
 for _language, _text in _COMMON.items():
     for _word in set(_text.split()):
-        _WORDS[_word] = (*_WORDS.get(_word, ()), _language)
+        _LANGUAGES[_word] = (*_LANGUAGES.get(_word, ()), _language)
+_WORDS = {word: (languages, len(languages) ** -0.5) for word, languages in _LANGUAGES.items()}
 # Every common word of every language here: none of them says what a text is about.
 STOP_WORDS = frozenset(_WORDS)
 
@@ -86,7 +94,7 @@ _SCRIPTS = (
 )  # fmt: skip
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _BEYOND_LATIN = re.compile(r"[\u0370-\u1cff\u3040-\ud7af]")
-_SYMBOLS = re.compile(r"[{}();=<>\[\]_\\|&]")
+_WITHOUT_SYMBOLS = str.maketrans("", "", "{}();=<>[]_\\|&")
 # Of a text's characters; of its words; and how far ahead of the next language the best must be.
 CODE_SHARE, COMMON_SHARE, AHEAD = 0.07, 0.12, 1.15
 _CHARACTERS = 2000
@@ -94,32 +102,44 @@ _CHARACTERS = 2000
 
 def words(text: str) -> list[str]:
     """The words of a text in lower case; what is written without spaces comes as pairs of characters."""
-    found: list[str] = []
-    for word in _WORD.findall(text.lower()):
-        if "\u3040" <= word[0] <= "\u9fff":
-            found += [word[i : i + 2] for i in range(len(word) - 1)] or [word]
-        else:
-            found.append(word)
-    return found
+    return _pairs(_WORD.findall(text.lower()))
 
 
 def language_of(text: str) -> str:
     """Its ISO 639-1 code, `code` for program code, or "" where that cannot be told."""
-    text = text[-_CHARACTERS:]
-    if script := _by_script(text):
-        return script
-    if len(text) >= 20 and len(_SYMBOLS.findall(text)) > CODE_SHARE * len(text):
-        return CODE
-    listed = [word.replace("’", "'") for word in _WORD.findall(text.lower())]
-    scores: Counter[str] = Counter()
-    for word in listed:
-        languages = _WORDS.get(word, ())
-        for language in languages:
-            scores[language] += 1 / len(languages) ** 0.5
-    ranked = scores.most_common(2)
-    if not ranked or ranked[0][1] < max(1.0, COMMON_SHARE * len(listed)):
-        return UNKNOWN
-    return ranked[0][0] if len(ranked) == 1 or ranked[0][1] >= AHEAD * ranked[1][1] else UNKNOWN
+    return read(text)[0]
+
+
+def read(text: str) -> tuple[str, list[str]]:
+    """Both in one: the language of a text, and its words."""
+    found = _WORD.findall(text.lower())
+    if not text.isascii():
+        if script := _by_script(text[-_CHARACTERS:]):
+            return script, _pairs(found)
+        found = [word.replace("’", "'") for word in found]
+    if len(text) >= 20 and len(text) - len(text.translate(_WITHOUT_SYMBOLS)) > CODE_SHARE * len(text):
+        return CODE, found
+    scores = dict.fromkeys(_COMMON, 0.0)
+    for word in found:
+        if known := _WORDS.get(word):
+            languages, weight = known
+            for language in languages:
+                scores[language] += weight
+    best = max(scores, key=scores.__getitem__)
+    score = scores.pop(best)
+    if score < max(1.0, COMMON_SHARE * len(found)) or score < AHEAD * max(scores.values()):
+        return UNKNOWN, found
+    return best, found
+
+
+def _pairs(found: list[str]) -> list[str]:
+    every: list[str] = []
+    for word in found:
+        if "\u3040" <= word[0] <= "\u9fff":
+            every += [word[i : i + 2] for i in range(len(word) - 1)] or [word]
+        else:
+            every.append(word)
+    return every
 
 
 def _by_script(text: str) -> str:

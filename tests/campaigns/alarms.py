@@ -120,7 +120,6 @@ def cost(model: Path, embedding: Embedding, prompts: Sequence) -> None:
             nonlocal spent, added
             began = time.thread_time()
             made = taken(self, *args)
-            (self.recent if self.thinning else self.reference).add(made)
             spent, added = spent + time.thread_time() - began, added + 1
             return made
 

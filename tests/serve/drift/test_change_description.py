@@ -118,6 +118,6 @@ def test_a_profile_survives_a_restart_and_becomes_the_reference():
     again = TrafficProfile.from_state(recent.state())
     assert again.state() == recent.state() and len(again.seen) == 512 and len(again.topics) == 3
     accepted = recent.accepted(40)
-    assert len(accepted.seen) == 40 and accepted.topics[0].words.typical([t.words for t in reference.topics])
+    assert len(accepted.seen) == 40 and accepted.topics[0].typical(reference.topics)
     accepted.add(prompt(rng, 1))
     assert len(accepted.topics) == 3 and len(recent.seen) == 512
