@@ -245,7 +245,8 @@ class WatchedVersion:
         if kind in self.moved:
             since: str | None = self.moved[kind].get("since")
             return since
-        return self._since(self.baseline.signals[kind])
+        signal = self.baseline.signals.get(kind)
+        return None if signal is None else self._since(signal)
 
     def _since(self, signal: Signal) -> str | None:
         times = self._times.get(signal)
