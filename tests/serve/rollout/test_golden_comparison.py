@@ -6,23 +6,16 @@ import numpy as np
 import pytest
 
 from serve.rollout.golden_comparison import ALPHA_SHARE, MARGIN, TOLERANCE, cases_needed, compare
+from tests.campaigns.golden_cases import drawn
 
 ALPHA = 0.2
-
-
-def pairs(lots, count, live, worse, better):
-    """Passes and fails: the canary fails `worse` of what the live version passes, and passes `better` of the rest."""
-    draws = lots.random((count, 2))
-    ours = draws[:, 0] < live
-    theirs = np.where(ours, draws[:, 1] >= worse / live, draws[:, 1] < better / (1 - live))
-    return list(zip(ours.astype(float), theirs.astype(float), strict=True))
 
 
 @pytest.mark.parametrize(("worse", "better"), [(0.10, 0.10), (0.02, 0.02), (TOLERANCE, 0.0), (0.3, 0.28)])
 def test_a_canary_that_is_no_worse_than_the_tolerance_is_rarely_called_worse(worse, better):
     """Looked at after each of 500 cases."""
     lots = np.random.default_rng(1)
-    called = sum(compare(pairs(lots, 500, 0.6, worse, better), ALPHA).worse for _ in range(400))
+    called = sum(compare(drawn(lots, 500, 0.6, worse, better), ALPHA).worse for _ in range(400))
     allowed = ALPHA * ALPHA_SHARE * 400
     assert called <= allowed + 3 * np.sqrt(allowed), called
 
@@ -30,15 +23,15 @@ def test_a_canary_that_is_no_worse_than_the_tolerance_is_rarely_called_worse(wor
 @pytest.mark.parametrize(("worse", "better"), [(MARGIN, 0.0), (0.3, 0.2)])
 def test_a_canary_that_is_worse_by_the_margin_is_rarely_proved(worse, better):
     lots = np.random.default_rng(2)
-    proved = sum(compare(pairs(lots, 500, 0.6, worse, better), ALPHA).proved for _ in range(400))
+    proved = sum(compare(drawn(lots, 500, 0.6, worse, better), ALPHA).proved for _ in range(400))
     assert proved <= ALPHA * 400 + 3 * np.sqrt(ALPHA * 400), proved
 
 
 def test_ten_points_are_found_with_the_number_of_cases_that_is_said():
     lots, alpha = np.random.default_rng(3), 0.01
     needed = cases_needed(0.10, alpha * ALPHA_SHARE)
-    found = [compare(pairs(lots, 2 * needed, 0.9, 0.10, 0.0), alpha).worse for _ in range(100)]
-    half = [compare(pairs(lots, needed, 0.9, 0.10, 0.0), alpha).worse for _ in range(100)]
+    found = [compare(drawn(lots, 2 * needed, 0.9, 0.10, 0.0), alpha).worse for _ in range(100)]
+    half = [compare(drawn(lots, needed, 0.9, 0.10, 0.0), alpha).worse for _ in range(100)]
     assert np.mean(half) > 0.3 and np.mean(found) > 0.9, (needed, np.mean(half), np.mean(found))
 
 
