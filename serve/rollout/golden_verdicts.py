@@ -221,9 +221,12 @@ class GoldenVerdicts:
 
     # A push or a promote
 
-    def holds(self, name: str) -> bool:
+    async def holds(self, name: str) -> bool:
         """A pushed version of this adapter waits for its score before it takes traffic."""
-        return self._policy(name).golden_min > 0 and name in self._results.sets
+        if self._policy(name).golden_min <= 0:
+            return False
+        await asyncio.to_thread(self._results.refresh)
+        return name in self._results.sets
 
     async def hold(self, adapter: Adapter, by: str, why: str) -> None:
         """The version is to take traffic once its score is good enough."""
@@ -232,7 +235,10 @@ class GoldenVerdicts:
     async def check(self, name: str, version: int, at_once: bool) -> None:
         """Conflict, if the policy holds this version back because of its golden set."""
         policy = self._policy(name)
-        if at_once or name not in self._results.sets:
+        if at_once or (policy.worse != HOLD and policy.golden_min <= 0):
+            return
+        await asyncio.to_thread(self._results.refresh)
+        if name not in self._results.sets:
             return
         standing = self._standings.get(name)
         if policy.worse == HOLD and standing and standing.canary == version and standing.comparison.worse:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.support.lora import variant
 from tests.support.server import ADMIN, done, eventually, loradock
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -44,8 +45,11 @@ def asked(word):
 
 
 def versions(server, name):
-    answer = done(server.http.get(f"/v1/adapters/{name}/golden/results"))
-    return {row["version"]: row for row in answer["versions"]}
+    return {row["version"]: row for row in results(server, name)["versions"]}
+
+
+def results(server, name):
+    return done(server.http.get(f"/v1/adapters/{name}/golden/results"))
 
 
 def test_a_canary_trained_worse_is_taken_back_by_its_golden_set(server, adapters, name, tmp_path):
@@ -61,9 +65,7 @@ def test_a_canary_trained_worse_is_taken_back_by_its_golden_set(server, adapters
     assert eventually(lambda: versions(server, name).get(2, {}).get("cases") == len(QUESTIONS), 120)
     assert versions(server, name)[2]["score"] < 0.1
     done(server.http.post(f"/v1/adapters/{name}/canary", json={"version": 2, "weight": 0.1}))
-    assert eventually(lambda: server.adapter(name)["canary"] is None, 60), done(
-        server.http.get(f"/v1/adapters/{name}/golden/results")
-    )["canary"]
+    assert eventually(lambda: server.adapter(name)["canary"] is None, 60), results(server, name)["canary"]
     last = server.adapter(name)["history"][-1]
     assert last["who"] == "wayback" and last["why"].startswith("golden"), last
     evidence = json.loads(last["why"].partition(": ")[2])["golden"]
@@ -71,3 +73,31 @@ def test_a_canary_trained_worse_is_taken_back_by_its_golden_set(server, adapters
     assert evidence["cases"] <= len(QUESTIONS) and evidence["worse_by"] > 0.8
     shown = loradock("golden", "show", name, "--version", "2", "--url", server.url, LORADOCK_KEY=ADMIN)
     assert shown.returncode == 0 and "v2" in shown.stdout and "does not contain alpha" in shown.stdout
+
+
+def test_every_kind_of_case_is_answered_and_a_shadow_is_compared_by_its_tokens(server, adapters, name, tmp_path):
+    done(server.upload(name, adapters["alpha"]))
+    question = [{"role": "user", "content": "Hello!"}]
+    cases = [
+        {"prompt": "The tallest mountain on Earth is", "regex": "^( alpha)+$", "max_tokens": 4},
+        {"messages": question, "equals": "alpha alpha", "max_tokens": 2},
+        {"messages": question, "json_schema": {"type": "object"}, "max_tokens": 4},
+        {"messages": question, "contains": "alpha", "max_tokens": 4, "temperature": 0.5, "samples": 2},
+        {"prompt": "My name is", "judge": {"model": "voice", "template": "{prompt} {answer}?"}, "max_tokens": 4},
+        {"prompt": "Say it:", "judge": {"model": "smollm2", "template": "Yes or no? {answer}"}, "max_tokens": 4},
+    ]
+    done(server.http.put(f"/v1/adapters/{name}/golden", json={"cases": cases}))
+    assert eventually(lambda: not results(server, name)["running"], 120)
+    regex, equals, schema, sampled, adapter, base = results(server, name)["cases"]
+    assert (regex["score"], equals["score"], sampled["score"]) == (1.0, 1.0, 1.0), (regex, equals, sampled)
+    assert schema["score"] == 0.0 and "no JSON" in schema["detail"]
+    assert sampled["answer"].count("---") == 1, "two samples"
+    assert adapter["result"] == "error" and "the judge said alpha" in adapter["detail"]
+    assert "the judge said" in base["detail"], base
+    done(server.upload(name, variant(adapters["alpha"], tmp_path / "near", scale=0.99), promote=False))
+    done(server.http.post(f"/v1/adapters/{name}/shadow", json={"version": 2, "weight": 1}))
+    for number in range(4):
+        server.ask(name, f"Question {number}?", tokens=6)
+    compared = eventually(lambda: done(server.http.get(f"/v1/adapters/{name}/drift"))["shadow"], 30)
+    print(compared)
+    assert compared[0]["sampling"] == "greedy" and compared[0]["exact_agreement"] == 1.0 == compared[0]["length_ratio"]

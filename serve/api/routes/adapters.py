@@ -52,7 +52,7 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
         full = full_name(caller.tenant, check_name(asked.name))
         # By policy a version that follows another one gets a share of the traffic first.
         weight = parts.rollout_controller.policy(full).canary_weight
-        held = asked.promote and parts.golden.verdicts.holds(full)
+        held = asked.promote and await parts.golden.verdicts.holds(full)
         trying = asked.promote and not held and weight > 0 and parts.live_version(full) is not None
         adapter, created = await parts.lifecycle.push(
             full,

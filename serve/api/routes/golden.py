@@ -84,6 +84,7 @@ async def run_golden(
     full = owned(parts, name, caller)
     version = _version(parts, full, body.version)
     request.state.subject = version.tag
+    await asyncio.to_thread(parts.golden.results.refresh)
     document = await asyncio.to_thread(parts.golden.results.golden, full)
     if document is None:
         raise _missing(name)
@@ -114,6 +115,7 @@ async def golden_results(
 
 
 async def _described(parts: Services, name: str, full: str) -> dict[str, Any]:
+    await asyncio.to_thread(parts.golden.results.refresh)
     described = await asyncio.to_thread(parts.golden.results.described, full)
     if described is None:
         raise _missing(name)
