@@ -221,7 +221,9 @@ class _Families:
             "loradock_drift_alarmed", "1 from an alarm until somebody acknowledges or accepts it.", labels=_LABELS
         )
         self.thinned = counter(
-            "loradock_drift_thinned", "Requests that are not compared.", labels=("adapter", "version", "reason")
+            "loradock_drift_thinned",
+            "Requests that are not compared with the reference, by reason.",
+            labels=("adapter", "version", "reason"),
         )
         self.reference = gauge(
             "loradock_drift_reference_requests",

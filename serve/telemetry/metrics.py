@@ -43,6 +43,8 @@ SWAPS = ("promoted", "rolled_back")
 FRESH = 1.0
 # What was removed is scraped once or twice more, and may be needed no longer.
 KEEP_REMOVED = 60.0
+# Versions whose series begin with one scrape: a hundred at once would hold the event loop up.
+BEGUN_AT_ONCE = 20
 # Seconds between two looks for a place while none is free.
 TIDY = 5.0
 
@@ -150,7 +152,7 @@ class Metrics:
         """Begin the series of what may be asked; drop those of what nobody asks and the engine does not hold."""
         current = [(adapter.name, f"v{adapter.version}") for adapter in self._registry.current()]
         self._drop_unasked(frozenset(current))
-        for labels in current:
+        for labels in [labels for labels in current if labels not in self._versions][:BEGUN_AT_ONCE]:
             if self._versions.expect(labels):
                 self._begin(labels)
         names = dict.fromkeys(self._registry.names())
