@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -67,6 +67,9 @@ drift-streams: setup-dev ## popular prompts, sessions, bursts and new system pro
 	@$(BIN)/python -m tests.campaigns.drift_streams --streams $(or $(STREAMS),10)
 	@$(BIN)/python -m tests.campaigns.drift_streams --changes --streams $(or $(CHANGES),24)
 	@$(BIN)/python -m tests.campaigns.drift_streams --cost
+
+drift-delays: setup-dev ## requests until drift is seen on texts it was not tuned on, and by MEWMA and MMD at equal false alarms; 20 minutes
+	@$(BIN)/python -m tests.campaigns.drift_delays $(ARGS)
 
 kills: setup-dev ## an optimization killed 30 times and resumed ends in the same bytes; up to an hour
 	@$(BIN)/python -m tests.campaigns.kills tests/campaigns/kills.yaml --kills $(or $(KILLS),30)

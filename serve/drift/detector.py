@@ -12,17 +12,15 @@ heavy tails, ties and constants too. Three steps lead there.
    Algorithmic Learning in a Random World, 2022), independent and uniform while nothing changes. A full bag forgets one
    entry drawn by lot from all, the new one included: what remains tells nothing about the ranks that were given, so
    they stay independent.
-2. Histograms of the p-values so far bet against the next one; a bet multiplies by e, E[e] = 1.
+2. Histograms of the p-values so far and fixed bets bet against the next one (`serve.drift.bets`); a bet multiplies by
+   e, E[e] = 1.
 3. Shiryaev-Roberts: R <- (R + 1) e. R - t is a martingale, so the mean time until R >= c is at least c (Shin, Ramdas
    and Rinaldo, E-detectors, 2022). The evidence is a weighted mean of R over bets and scores.
 
-Half of the weight lies on D, the k scores one by one, and half on F, learned directions: odd requests only teach
-w = EWMA(live) - mean(bag and the one to be ranked), even ones are ranked along w among the reference and earlier even
-ones. The mean in w is symmetric in all that is ranked. A mean over the reference alone would not be: its rows would
-lie a little behind every new one, which with a small reference is a false alarm.
+Half of the weight lies on the k scores, by `weights`, and half on learned directions (`serve.drift.directions`).
 
-The mean over scores is exact as far as their p-values share one history; ranks of different scores in one bag can tell
-of one another in theory. `make drift-proof` measures what that amounts to.
+The promise is a theorem for one score. The mean over scores is exact as far as their p-values share one history; ranks
+of different scores in one bag can tell of one another in theory. `make drift-proof` measures what that amounts to.
 
 Neither clock nor files: arrays in, arrays out. The state is a dictionary of numpy arrays, and a detector restored from
 it goes on bit for bit. Memory is bounded by `capacity`.
@@ -34,34 +32,26 @@ import math
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Self, TypeAlias
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Floats: TypeAlias = NDArray[np.floating]
-State: TypeAlias = dict[str, NDArray]
+from serve.drift.bets import CELLS, Bank, Floats, State, cells
+from serve.drift.directions import HALF_LIVES, Directions
 
-# Bins and half-life (in requests) of the histograms that bet.
-# Many bins: few foreign requests among many lie at the very ends of the ranks.
-BETS = ((30, 100.0), (15, 500.0), (15, 2000.0))
-_BINS = np.array([bins for bins, _ in BETS])
-_FADES = np.array([0.5 ** (1 / half_life) for _, half_life in BETS])
-# R ends here: far above any threshold, and a bet on it overflows nothing.
-MOST = 1e290
-# Below it the histograms are written anew with a unit of 1.
-SMALLEST_UNIT = 1e-100
-# A histogram begins as this many requests spread evenly, and this much of each bet stays uniform.
-PRIOR = 10.0
-UNIFORM = 0.1
-# Half-lives of the learned directions, in requests that teach.
-DIRECTIONS = (32.0, 256.0)
-_DIRECTION_FADES = np.array([[0.5 ** (1 / half_life)] for half_life in DIRECTIONS])
 # Half-life of the effect gauges, in requests.
 EFFECT_HALF_LIFE = 50.0
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
 # Rows that the gauges take at a time: nobody reads them at every request.
 GAUGED = 32
+# Ranks of so many requests are kept, to say which share of those since a change does not fit.
+RECENT = 1024
+_STEP = 4  # cells of `bets` that count as one there
+# The ends of the ranks in which foreign requests are looked for, as shares of [0, 1).
+TAILS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+# Standard errors that are taken off that share.
+SURE = 2.0
 
 
 class Drift:
@@ -69,12 +59,18 @@ class Drift:
 
     reference: (n, k), n >= 1; to D only its ranks matter, F also uses distances: unit scale serves it best.
     threshold: c, the mean number of requests between false alarms. capacity: rows that the bag holds, by default as
-    many as the reference and at least 1,000; never fewer than the reference. seed: of the random numbers that
-    break ties and choose what leaves the bag.
+    many as the reference and at least 1,000; never fewer than the reference. weights: (k,) what each score weighs in
+    the evidence, by default the same. seed: of the random numbers that break ties and choose what leaves the bag.
     """
 
     def __init__(
-        self, reference: ArrayLike, *, threshold: float = 1e5, capacity: int | None = None, seed: int = 0
+        self,
+        reference: ArrayLike,
+        *,
+        threshold: float = 1e5,
+        capacity: int | None = None,
+        weights: ArrayLike | None = None,
+        seed: int = 0,
     ) -> None:
         rows = np.asarray(reference, np.float32)
         if rows.ndim != 2 or 0 in rows.shape:
@@ -95,8 +91,10 @@ class Drift:
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self._reference = np.ascontiguousarray(np.sort(rows, axis=0).T)  # (k, n)
         self._bags = [array("f", column.tobytes()) for column in self._reference]
-        self._directions = _Directions(rows, self.capacity) if k > 1 else None
-        self._bank = _Bank(k, len(DIRECTIONS) if k > 1 else 0)
+        self._directions = Directions(rows, self.capacity) if k > 1 else None
+        self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
+        self._bank = Bank(self._weights, len(HALF_LIVES) if k > 1 else 0)
+        self._ranks = _RecentRanks(k + (len(HALF_LIVES) if k > 1 else 0))
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
         self._seen = np.zeros(2)  # weight of the gauges, and of its squares
@@ -115,13 +113,13 @@ class Drift:
         self._ungauged.append(scores.copy())
         if len(self._ungauged) >= GAUGED:
             self._gauge()
-        p = self._rank(scores)
+        p = streams = self._rank(scores)
         if self._directions is not None:
-            if self.updates % 2:
-                self._directions.teach(scores)
-            else:
-                p = np.concatenate((p, self._directions.rank(scores, self._rng)))
-        self._bank.observe(p, self.updates)
+            streams = np.concatenate((p, self._directions.rank(scores, self._rng)))
+        multiple = self._bank.observe(streams, self.updates)
+        self._ranks.append(streams)
+        if self._directions is not None:
+            self._directions.teach(p, multiple)
         if self.crossed_at is None and self._bank.evidence() >= self.threshold:
             self.crossed_at = self.updates
             self._moved = self._bank.log_means()
@@ -150,7 +148,25 @@ class Drift:
     @property
     def changed_at(self) -> int:
         """The update after which the change began, as the strongest bet sees it."""
-        return self._bank.began()
+        return self._bank.strongest()[1]
+
+    @property
+    def foreign_share(self) -> float | None:
+        """At least this share of the requests since the change began does not fit the reference: 0 without a change,
+        None before any request.
+
+        It is the excess of ranks at an end of the strongest stream, less SURE standard errors. The ranks cannot tell a
+        few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
+        """
+        stream, start = self._bank.strongest()
+        n = min(self.updates - start, self._ranks.count)
+        if not self.drifted or n <= 0:
+            return None if self._ranks.count == 0 else 0.0
+        excess = _excess(self._ranks.last(n)[:, stream])
+        # The requests since the change are in the bag too, where they hide those that follow.
+        m = len(self._bags[0])
+        learned = 1 - (1 - 1 / m) ** n if m >= self.capacity else n / m
+        return excess / (1 - learned + excess * learned)
 
     @property
     def rank_shift(self) -> Floats:
@@ -159,10 +175,14 @@ class Drift:
         0.5 says that all lie above the whole reference. A share q of foreign requests shifts it by at most q / 2.
         """
         self._gauge()
+        k = len(self._shift)
         if self._seen[0] == 0:
-            return np.zeros(len(self._shift))
-        mean = self._shift / self._seen[0]
-        return np.sign(mean) * np.maximum(np.abs(mean) - self.gauge_error / math.sqrt(12), 0)
+            return np.zeros(k)
+        mean, error = self._shift / self._seen[0], self.gauge_error
+        n = min(self.updates - self.changed_at, self._ranks.count)
+        if self.drifted and 0 < n < 1 / error**2:  # the gauges still hold more of what was before the change
+            mean, error = self._ranks.last(n)[:, :k].mean(axis=0) - 0.5, 1 / math.sqrt(n)
+        return np.sign(mean) * np.maximum(np.abs(mean) - error / math.sqrt(12), 0)
 
     @property
     def gauge_error(self) -> float:
@@ -180,6 +200,7 @@ class Drift:
         self._bank.reset(self.updates)
         if effects:
             self._ungauged.clear()
+            self._ranks.count = 0
             self._shift[:] = 0
             self._seen[:] = 0
 
@@ -195,6 +216,8 @@ class Drift:
             "moved": self._moved.copy(),
             "shift": self._shift.copy(),
             "seen": self._seen.copy(),
+            "weights": self._weights.copy(),
+            "ranks": self._ranks.state(),
         }
         state |= {f"bank.{name}": value for name, value in self._bank.state().items()}
         if self._directions is not None:
@@ -213,9 +236,13 @@ class Drift:
         self._reference = np.ascontiguousarray(state["reference"].T)
         self._bags = [array("f", np.ascontiguousarray(bag).tobytes()) for bag in state["bags"]]
         learned = _below(state, "directions.")
-        self._directions = _Directions.from_state(learned, capacity) if learned else None
-        self._bank = _Bank(len(self._bags), len(DIRECTIONS) if learned else 0)
+        self._directions = Directions.from_state(learned, capacity) if learned else None
+        # Earlier releases had neither weights nor recent ranks.
+        k, directions = len(self._bags), len(HALF_LIVES) if learned else 0
+        self._weights = np.array(state.get("weights", np.ones(k)))
+        self._bank = Bank(self._weights, directions)
         self._bank.restore(_below(state, "bank."))
+        self._ranks = _RecentRanks(k + directions, state.get("ranks"))
         self._moved = np.array(state["moved"])
         self._shift = np.array(state["shift"])
         self._seen = np.array(state["seen"])
@@ -259,145 +286,48 @@ class Drift:
             self._seen += 1
 
 
-class _Bank:
-    """Streams of p-values, each with every bet of BETS and its Shiryaev-Roberts evidence: `scores` that come with every
-    request, and after them `directions` that come with every second one."""
+class _RecentRanks:
+    """p-values of the last RECENT requests, in bytes."""
 
-    def __init__(self, scores: int, directions: int) -> None:
-        n, bets = scores + directions, len(BETS)
-        self._scores = scores
-        # All arrays are flat, the bets of a stream side by side: the scores alone are the beginning of each.
-        self._bins, self._fades = np.tile(_BINS, n), np.tile(_FADES, n)
-        self._first_bin = np.cumsum(self._bins) - self._bins
-        # What R may grow by in the mean at each p-value: 1, or 2 for streams that see every second request.
-        self._grant = np.repeat((1.0, 2.0), (scores * bets, directions * bets))
-        # Half of the weight is the scores', if there are directions.
-        weight = (0.5 if directions else 1.0) / scores, 0.5 / max(directions, 1)
-        self._share = np.repeat(weight, (scores * bets, directions * bets)) / bets
-        self._r = np.zeros(n * bets)
-        # Page's statistic of the same bets, which falls to 1 before a change and tells after which update it last did.
-        self._page = np.ones(n * bets)
-        self._start = np.zeros(n * bets, np.int64)
-        # The histograms without the prior. To fade them would touch every bin at every request; instead each request
-        # weighs more than the one before: `_unit` is what 1 is now.
-        self._learned = np.zeros(self._bins.sum())
-        self._unit = np.ones(n * bets)
-        self._weight = np.zeros(n * bets)
+    def __init__(self, streams: int, rows: NDArray[np.uint8] | None = None) -> None:
+        self._rows = np.zeros((RECENT, streams), np.uint8)
+        self.count = 0
+        if rows is not None:
+            self.count = self._next = len(rows)
+            self._rows[: self.count] = rows
+        self._next = self.count % RECENT
 
-    def observe(self, p: Floats, now: int) -> None:
-        """Bet on `p`, each in [0, 1), of the scores or of all streams; then learn it."""
-        n = slice(len(p) * len(BETS))
-        r, page, unit, weight = self._r[n], self._page[n], self._unit[n], self._weight[n]
-        bins = (p.repeat(len(BETS)) * self._bins[n]).astype(np.intp)
-        np.minimum(bins, self._bins[n] - 1, out=bins)
-        bins += self._first_bin[n]
-        # Towards the prior, which never fades: a bin that is never hit keeps a density.
-        e = self._learned[bins]
-        e *= self._bins[n]
-        e *= unit
-        e += PRIOR
-        e /= weight + PRIOR
-        e *= 1 - UNIFORM
-        e += UNIFORM
-        unit *= self._fades[n]
-        weight *= self._fades[n]
-        weight += 1
-        self._learned[bins] += 1 / unit
-        if unit[0] < SMALLEST_UNIT:  # which fades fastest
-            self._learned *= self._unit.repeat(self._bins)
-            self._unit[:] = 1
-        r += self._grant[n]
-        r *= e
-        np.minimum(r, MOST, out=r)
-        np.maximum(page, 1, out=page)
-        page *= e
-        np.minimum(page, MOST, out=page)
-        self._start[n][page <= 1] = now
+    def append(self, p: Floats) -> None:
+        self._rows[self._next] = cells(p) // _STEP
+        self._next = (self._next + 1) % RECENT
+        self.count = min(self.count + 1, RECENT)
 
-    def evidence(self) -> float:
-        """The weighted mean of all R."""
-        return float(self._r @ self._share)
+    def last(self, n: int) -> Floats:
+        """(n, streams): the last `n`, oldest first, each the middle of its part of [0, 1)."""
+        rows = self._rows[np.arange(self._next - n, self._next)]
+        return (rows + 0.5) * (_STEP / CELLS)
 
-    def log_means(self) -> Floats:
-        """(scores,): ln of the mean over the bets of each."""
-        means = self._r.reshape(-1, len(BETS))[: self._scores].mean(axis=1)
-        return np.log(means, out=np.full(means.shape, -np.inf), where=means > 0)
-
-    def began(self) -> int:
-        """The update after which the strongest bet's run began."""
-        return int(self._start[self._page.argmax()])
-
-    def reset(self, now: int) -> None:
-        self._r[:] = 0
-        self._page[:] = 1
-        self._start[:] = now
-
-    def state(self) -> State:
-        return {name: getattr(self, f"_{name}").copy() for name in _KEPT}
-
-    def restore(self, state: Mapping[str, NDArray]) -> None:
-        for name in _KEPT:
-            getattr(self, f"_{name}")[:] = state[name]
+    def state(self) -> NDArray[np.uint8]:
+        return self._rows[np.arange(self._next - self.count, self._next)]
 
 
-_KEPT = ("r", "page", "start", "learned", "unit", "weight")
+def _excess(p: Floats) -> float:
+    """By how much more ranks lie at one end, or in the middle, than uniform ones would; SURE standard errors less.
+
+    Of a share q of foreign requests it is at most q, whatever part of [0, 1) is looked at.
+    """
+    n, most = len(p), 0.0
+    for width in TAILS:
+        for inside in (p < width, p >= 1 - width, np.abs(p - 0.5) < width / 2):
+            least = _wilson(float(np.count_nonzero(inside)) / n, n)
+            most = max(most, (least - width) / (1 - width))
+    return most
 
 
-class _Directions:
-    """F: directions in which live requests leave the reference, learned on odd requests and tested on even ones."""
-
-    def __init__(self, reference: NDArray[np.float32], capacity: int) -> None:
-        n, k = reference.shape
-        # float64, though scores are float32: equal rows must have equal projections after rounding, or ties break.
-        self._bag = np.empty((capacity, k))
-        self._bag[:n] = reference
-        self._size = n
-        self._sum = self._bag[:n].sum(axis=0)
-        self._live = np.zeros((len(DIRECTIONS), k))
-        self._weight = np.zeros((len(DIRECTIONS), 1))
-
-    def teach(self, row: NDArray[np.float32]) -> None:
-        self._live *= _DIRECTION_FADES
-        self._live += row
-        self._weight *= _DIRECTION_FADES
-        self._weight += 1
-
-    def rank(self, scores: NDArray[np.float32], rng: np.random.Generator) -> Floats:
-        """(directions,) smoothed conformal p-values along each in the bag, which takes the row in."""
-        row, m = scores.astype(np.float64), self._size
-        w = self._live / self._weight - (self._sum + row) / (m + 1)
-        along = (w @ self._bag[:m].T).astype(np.float32)
-        projected = (w @ row).astype(np.float32)
-        less = [np.count_nonzero(known < new) for known, new in zip(along, projected, strict=True)]
-        equal = [np.count_nonzero(known == new) for known, new in zip(along, projected, strict=True)]
-        p = (np.array(less) + rng.random(len(w)) * (np.array(equal) + 1)) / (m + 1)
-        if m < len(self._bag):
-            self._bag[m] = row
-            self._size += 1
-        else:
-            leaves = int(rng.integers(m + 1))
-            if leaves == m:
-                return p
-            self._sum -= self._bag[leaves]
-            self._bag[leaves] = row
-        self._sum += row
-        return p
-
-    def state(self) -> State:
-        return {
-            "bag": self._bag[: self._size].astype(np.float32),  # which it came from: nothing is lost
-            "sum": self._sum.copy(),
-            "live": self._live.copy(),
-            "weight": self._weight.copy(),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, NDArray], capacity: int) -> Self:
-        self = cls(state["bag"], capacity)
-        self._sum = np.array(state["sum"])
-        self._live = np.array(state["live"])
-        self._weight = np.array(state["weight"])
-        return self
+def _wilson(share: float, n: int) -> float:
+    """The lower end of Wilson's interval for a share seen in n draws."""
+    z = SURE * SURE / n
+    return (share + z / 2 - math.sqrt(z * (share * (1 - share) + z / 4))) / (1 + z)
 
 
 def all_finite(row: NDArray[np.float32]) -> bool:

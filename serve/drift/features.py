@@ -8,6 +8,9 @@
     output    log length; ended by length; refused; distinct-1, distinct-2; the pooled vector of the answer
     logprob   mean, minimum and standard deviation of the sampled tokens' logprobs, and the prompt's row to regress on
 
+Behind a prompt's and an output's row comes the sketch of their tokens (`serve.drift.token_surprise`), of which two more
+scores are made once there is a reference.
+
 A `Scale` is fitted on one half of the reference and turns such raw rows into scores of unit scale: vectors are
 whitened, and the mean logprob becomes what is left of it after a regression on prompt and length. The other half is
 what new requests are ranked among: a row that the scale was fitted on lies nearer to its centre than any new one, so
@@ -25,6 +28,7 @@ from typing import Self, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from serve.drift import token_surprise
 from serve.drift.embedding import Embedding
 
 Floats: TypeAlias = NDArray[np.floating]
@@ -117,6 +121,11 @@ def names(signal: str, dimensions: int) -> tuple[str, ...]:
     return _LEADS[signal] + tuple(f"vector_{i}" for i in range(dimensions))
 
 
+def with_sketch(row: Floats, tokens: ArrayLike) -> Floats:
+    """A prompt's or an output's row, and behind it the sketch of its tokens."""
+    return np.concatenate((row, token_surprise.sketch(tokens)))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scale:
     """Raw rows of one signal -> scores of about unit scale: (row - centre) @ matrix, clipped.
@@ -129,20 +138,22 @@ class Scale:
     matrix: Floats
 
     @classmethod
-    def fit(cls, signal: str, rows: ArrayLike) -> Self:
-        """On raw rows (n, columns) of the fitting half."""
+    def fit(cls, signal: str, rows: ArrayLike, *, surprises: int = 0) -> Self:
+        """On raw rows (n, columns) of the fitting half; the last `surprises` columns are scores of tokens already."""
         raw = np.asarray(rows, np.float64)
         lead = len(_LEADS[signal])
         centre = raw.mean(axis=0)
         centred = raw - centre
         columns = raw.shape[1]
+        vector = slice(lead, columns - surprises)
         if signal == LOGPROB:
             matrix = np.zeros((columns, lead))
             matrix[:lead, :lead] = np.eye(lead)
             matrix[lead:, 0] = -_ridge(centred[:, lead:], centred[:, 0])
         else:
             matrix = np.eye(columns)
-            matrix[lead:, lead:] = _whitening(centred[:, lead:])
+            matrix[vector, vector] = _whitening(centred[:, vector])
+        centre[vector.stop :] = 0
         spread = (centred @ matrix).std(axis=0)
         # A constant stays one: its ranks are ties, which say nothing.
         floor = np.full(len(spread), 1e-3)

@@ -10,7 +10,7 @@ A signal alarms on evidence and effect together: evidence says that something mo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -21,12 +21,15 @@ from serve.drift.detector import EFFECT_HALF_LIFE, Drift, all_finite
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
 from serve.drift.recent_rows import RecentRows
+from serve.drift.token_surprise import NAMES, SKETCH, TokenSurprise
 
 # Requests that make a reference; logprobs come of a sample of the traffic only.
 NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300}
 # Requests at the beginning of a change that may be older than it.
 UNCERTAIN = 50
 _REFUSAL = names(OUTPUT, 0).index("refusal")
+# What a score of tokens weighs in the evidence; every other score weighs 1.
+SURPRISE_WEIGHT = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Tolerance:
     """Effects that are too small to matter. A share q of foreign requests shifts a rank by q / 2 at most."""
 
     rank_shift: float = 0.1
+    foreign_share: float = 0.03  # of the requests, at least; of prompts and outputs
     logprob: float = 0.15  # nat, of the mean logprob that prompt and length do not explain
     refusal: float = 0.02  # of all answers
     probe: float = 1.5  # times the probe's noise
@@ -66,12 +70,15 @@ class Signal:
         self.names = names(kind, dimensions)
         # Beside its three scores, a logprob row carries length and the prompt's row, which are regressed on.
         self._columns = len(self.names) + (dimensions + 2 if kind == LOGPROB else 0)
+        self._surprise: TokenSurprise | None = None
         self.samples = 0  # rows watched, the reference not among them
         self.alarms = 0
         self.alarmed_at: int | None = None  # in samples
         self._began_at = 0  # in samples: where the change began, as it was seen at the alarm
         self._seed = seed
         self._gathered: list[NDArray] = []
+        # Of gathered rows by number, until the reference is complete.
+        self._sketches: dict[int, NDArray[np.int32]] = {}
         self._detector: Drift | None = None
         self._scale: Scale | None = None
         self._recent = np.zeros(0)
@@ -99,13 +106,9 @@ class Signal:
 
     def update(self, row: ArrayLike) -> bool:
         """Take one raw row; True when it raised the alarm."""
-        raw = np.asarray(row, np.float32)
-        if raw.shape != (self._columns,):
-            raise ValueError(f"a row of {self.kind} has {self._columns} numbers; this one has the shape {raw.shape}")
-        if not all_finite(raw):
-            raise ValueError(f"a row of {self.kind} holds a number that is not finite; leave the request out")
+        raw, part = self._parts(np.asarray(row, np.float32))
         if self._detector is None or self._scale is None:
-            self._gather(raw)
+            self._gather(raw, part)
             return False
         self.samples += 1
         self._rows.append(raw, self.needed)
@@ -165,6 +168,9 @@ class Signal:
             return {}
         shifts = self._detector.rank_shift
         effects = {"rank_shift": float(np.abs(shifts).max())}
+        share = self._detector.foreign_share
+        if self.kind != LOGPROB and share is not None:
+            effects["foreign_share"] = share
         if not self._weight:
             return effects
         recent = self._recent / self._weight
@@ -225,11 +231,13 @@ class Signal:
     def state(self) -> dict[str, NDArray]:
         if self._detector is None or self._scale is None:
             rows = np.array(self._gathered, np.float32) if self._gathered else np.zeros((0, 0), np.float32)
-            arrays = {"gathered": rows}
+            arrays = {"gathered": rows}  # never with sketches of their tokens
         else:
             arrays = {"recent": self._recent.copy(), "weight": np.array(self._weight), "rows": self._rows.last()}
             arrays |= {f"scale.{name}": value for name, value in self._scale.arrays().items()}
             arrays |= {f"detector.{name}": value for name, value in self._detector.state().items()}
+        if self._surprise is not None:
+            arrays |= {f"surprise.{name}": value for name, value in self._surprise.arrays().items()}
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
         return arrays | {
             "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at])
@@ -242,6 +250,8 @@ class Signal:
         self.needed, self.samples, self.alarms, self._seed = needed, samples, alarms, seed
         self._began_at = began_at[0] if began_at else 0
         self.alarmed_at = None if alarmed_at < 0 else alarmed_at
+        if "surprise.spread" in state:
+            self._score_tokens(TokenSurprise.from_arrays(_below(state, "surprise.")))
         if "gathered" in state:
             rows = np.asarray(state["gathered"], np.float32)
             if len(rows) and rows.shape[1] != self._columns:
@@ -258,20 +268,64 @@ class Signal:
         self._recent, self._weight = np.array(state["recent"]), float(state["weight"])
         self._rows = RecentRows(self._columns, state.get("rows"))
 
-    def _gather(self, raw: NDArray) -> None:
+    def _parts(self, row: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """A row as the scale takes it, and the sketch of its tokens where that is still needed."""
+        columns = self._columns if self._surprise is None else self._columns - len(NAMES)
+        carried = row[columns:] if row.shape == (columns + SKETCH,) else None
+        if carried is None and (row.shape != (columns,) or self._surprise is not None):
+            raise ValueError(f"a row of {self.kind} has {columns} numbers; this one has the shape {row.shape}")
+        raw = row[:columns]
+        if self._surprise is not None and carried is not None:
+            raw, carried = np.concatenate((raw, self._surprise(carried))), None
+        if not all_finite(raw):
+            raise ValueError(f"a row of {self.kind} holds a number that is not finite; leave the request out")
+        return raw, carried
+
+    def _gather(self, raw: NDArray[np.float32], part: NDArray[np.float32] | None) -> None:
+        if part is not None:
+            self._sketches[len(self._gathered)] = part.astype(np.int32)
         self._gathered.append(raw)
-        if len(self._gathered) >= self.needed:
+        # After a restart half of the reference has to come anew, with its tokens; it does not wait for that for ever.
+        complete = not self._sketches or 2 * len(self._sketches) >= min(self.needed, len(self._gathered))
+        if len(self._gathered) >= self.needed * (1 if complete else 2):
             self._freeze()
 
     def _freeze(self) -> None:
         # One half fits the scale and the other is ranked: see serve.drift.features. Alternating, so that both span
         # all the time.
-        scale = Scale.fit(self.kind, self._gathered[::2])
+        rows = self._gathered
+        if 2 * len(self._sketches) >= self.needed:
+            rows = self._scored(sorted(self._sketches))
+        fitting, ranked = rows[::2], rows[1::2]
+        surprises = len(NAMES) if self._surprise is not None else 0
+        scale = Scale.fit(self.kind, fitting, surprises=surprises)
         # One by one, as live rows will be: a product of many rows may round otherwise, and equal rows must stay ties.
-        reference = np.array([scale(raw) for raw in self._gathered[1::2]])
-        self._detector = Drift(reference, threshold=self.threshold, seed=self._seed)
-        self._scale, self._gathered = scale, []
+        reference = np.array([scale(raw) for raw in ranked])
+        weights = np.repeat((1.0, SURPRISE_WEIGHT), (len(self.names) - surprises, surprises))
+        self._detector = Drift(reference, threshold=self.threshold, weights=weights, seed=self._seed)
+        self._scale, self._gathered, self._sketches = scale, [], {}
         self._recent = np.zeros(len(scale.centre))
+
+    def _scored(self, numbers: Sequence[int]) -> list[NDArray[np.float32]]:
+        """The gathered rows of these numbers, with the scores of their tokens, which every other one of them fits.
+
+        Rows from before a restart have no tokens: those since then are the reference.
+        """
+        surprise, scores = TokenSurprise.fit([self._sketches[number] for number in numbers[::2]])
+        self._score_tokens(surprise)
+        rows = []
+        for i, number in enumerate(numbers):
+            tokens = surprise(self._sketches[number]) if i % 2 else scores[i // 2]
+            rows.append(np.concatenate((self._gathered[number], tokens)))
+        return rows
+
+    def _score_tokens(self, surprise: TokenSurprise) -> None:
+        """From now on rows carry a sketch of their tokens, which becomes their last columns."""
+        if self._surprise is None:
+            self.names += NAMES
+            self._columns += len(NAMES)
+            self._rows = RecentRows(self._columns)
+        self._surprise = surprise
 
 
 def _below(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray]:

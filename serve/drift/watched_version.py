@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.drift.baseline import Baseline, Phase, Tolerance
@@ -29,6 +29,7 @@ from serve.drift.features import (
     answer_rows,
     beginning,
     prompt_row,
+    with_sketch,
 )
 from serve.drift.parameter_strata import LEGACY, Stratum
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
@@ -313,8 +314,8 @@ class WatchedVersion:
         whole = self.baseline.provenance.features == ALL_TOKENS
         sample, tokens = taken.item, taken.tokens if whole else taken.own
         row = prompt_row(embedding, tokens, sample.skipped)
-        _complete(sample.rows, row)
-        _complete(sample.lower_rows, row)
+        _complete(sample.rows, row, tokens)
+        _complete(sample.lower_rows, row, tokens)
         sample.lower_rows.pop(PROMPT)  # which counts once
         # Words are the owner's to read, so only the owner's are counted.
         text = self.text.last(tokens.tolist()) if self.text is not None else ""
@@ -385,7 +386,7 @@ def reference_rows(
     prompts = own_tokens((generation.prompt for generation in generations), embedding.numbers)
     for generation, own in zip(generations, prompts, strict=True):
         each = _answer_rows(generation, embedding, stratum)
-        _complete(each, prompt_row(embedding, own, skipped(generation.prompt)))
+        _complete(each, prompt_row(embedding, own, skipped(generation.prompt)), own)
         for kind, row in each.items():
             rows.setdefault(kind, []).append(row)
     return rows
@@ -394,12 +395,16 @@ def reference_rows(
 def _answer_rows(generation: Generation, embedding: Embedding, stratum: Stratum) -> dict[str, Floats]:
     """The rows that as much of an answer gives as the stratum looks at, without its prompt's numbers."""
     answer = Answer(generation.output, generation.finish_reason, generation.text, generation.logprobs)
-    return answer_rows(embedding, np.zeros(0), beginning(answer, stratum.tokens))
+    counted = beginning(answer, stratum.tokens)
+    rows = answer_rows(embedding, np.zeros(0), counted)
+    if OUTPUT in rows:
+        rows[OUTPUT] = with_sketch(rows[OUTPUT], counted.tokens)
+    return rows
 
 
-def _complete(rows: dict[str, Floats], prompt: Floats) -> None:
+def _complete(rows: dict[str, Floats], prompt: Floats, tokens: ArrayLike) -> None:
     """Enter a prompt's row, also where an answer's row goes on with it."""
-    rows[PROMPT] = prompt
+    rows[PROMPT] = with_sketch(prompt, tokens)
     if LOGPROB in rows:
         rows[LOGPROB] = np.concatenate((rows[LOGPROB], prompt))
 

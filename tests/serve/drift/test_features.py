@@ -66,6 +66,14 @@ def test_a_scale_whitens_its_vector_and_explains_the_mean_logprob_away():
     assert abs(np.corrcoef(residual, mean[1::2])[0, 1]) < 0.2
 
 
+def test_scores_of_tokens_are_left_as_they_are():
+    raw = np.random.default_rng(3).standard_normal((400, 12)) * 3 + 1
+    scale = Scale.fit(PROMPT, raw, surprises=2)
+    assert np.allclose(scale(raw[7])[-2:], np.clip(raw[7, -2:], -CLIP, CLIP), atol=1e-6)
+    alone = Scale.fit(PROMPT, raw[:, :-2])
+    assert np.allclose(scale(raw[7])[:-2], alone(raw[7, :-2]))
+
+
 def test_a_constant_stays_one_and_an_odd_row_is_clipped():
     raw = np.random.default_rng(2).standard_normal((100, 37))
     raw[:, 1] = 1

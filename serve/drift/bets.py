@@ -1,0 +1,188 @@
+"""Bets on streams of p-values, and their evidence.
+
+While nothing changes a p-value is uniform on [0, 1), and a bet on it multiplies by e with E[e] = 1. Each stream carries
+
+- three histograms of its p-values so far, which find any other distribution once they have learned it;
+- eight fixed bets, which need not learn: likelihood ratios of a normal score that moved by `shift` standard deviations
+  in a share of the requests, up or (scores only) down.
+
+Shiryaev-Roberts: R <- (R + 1) e. R - t is a martingale, so the mean time until R >= c is at least c, and also for a
+weighted mean of many R (Shin, Ramdas and Rinaldo, E-detectors, 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats: TypeAlias = NDArray[np.floating]
+State: TypeAlias = dict[str, NDArray]
+
+# Bins and half-life (in requests) of the histograms that bet.
+# Many bins: few foreign requests among many lie at the very ends of the ranks.
+BETS = ((30, 100.0), (15, 500.0), (15, 2000.0))
+_BINS = np.array([bins for bins, _ in BETS])
+_FADES = np.array([0.5 ** (1 / half_life) for _, half_life in BETS])
+# A histogram begins as this many requests spread evenly, and this much of each bet stays uniform.
+PRIOR = 10.0
+UNIFORM = 0.1
+# The fixed bets: a shift in standard deviations, and the share of the requests that have it.
+SHIFTS = ((0.8, 1.0), (3.0, 0.9), (3.0, 0.2), (3.5, 0.08))  # of a score, each up and down
+ALONG = ((0.4, 1.0), (0.8, 1.0), (1.5, 0.9), (3.0, 0.9), (2.0, 0.25), (3.5, 0.25), (2.5, 0.1), (3.5, 0.1))
+FIXED = 8
+# What the histograms weigh among the bets of a stream.
+LEARNED_WEIGHT = 0.3
+# A fixed bet is constant over so many equal parts of [0, 1).
+CELLS = 1024
+# R ends here: far above any threshold, and a bet on it overflows nothing.
+MOST = 1e290
+# Below it the histograms are written anew with a unit of 1.
+SMALLEST_UNIT = 1e-100
+
+
+def cells(p: Floats) -> NDArray[np.intp]:
+    """Which of the CELLS parts of [0, 1) each p-value lies in."""
+    return np.minimum((p * CELLS).astype(np.intp), CELLS - 1)
+
+
+def _shifted(shift: float, share: float) -> Floats:
+    """(CELLS,) density of the p-values, if `share` of the scores are normal with mean `shift`; its mean is 1."""
+    normal = NormalDist()
+    edges = [normal.inv_cdf(i / CELLS) for i in range(1, CELLS)]
+    below = np.array([0.0, *(normal.cdf(edge - shift) for edge in edges), 1.0])
+    return 1 - share + share * np.diff(below) * CELLS
+
+
+_UP = np.array([_shifted(shift, share) for shift, share in SHIFTS])
+_SCORE_BETS = np.ascontiguousarray(np.concatenate((_UP, _UP[:, ::-1])).T)  # (CELLS, FIXED)
+_DIRECTION_BETS = np.ascontiguousarray(np.array([_shifted(shift, share) for shift, share in ALONG]).T)
+
+
+class Bank:
+    """Streams of p-values with their bets: first the scores', then those of the directions, which move up only.
+
+    weights: (scores,) what each score weighs among them. Half of all weight is the directions', if there are any.
+    """
+
+    def __init__(self, weights: ArrayLike, directions: int) -> None:
+        share = np.asarray(weights, np.float64)
+        self._scores, self._streams = len(share), len(share) + directions
+        n, learned = self._streams, self._streams * len(BETS)
+        if directions:
+            share = np.concatenate((share / share.sum(), np.full(directions, 1 / directions))) / 2
+        else:
+            share = share / share.sum()
+        # Flat arrays: the histograms stream by stream, then the fixed bets stream by stream.
+        self._bins, self._fades = np.tile(_BINS, n), np.tile(_FADES, n)
+        self._first_bin = np.cumsum(self._bins) - self._bins
+        self._share = np.concatenate(
+            (
+                np.repeat(share * LEARNED_WEIGHT / len(BETS), len(BETS)),
+                np.repeat(share * (1 - LEARNED_WEIGHT) / FIXED, FIXED),
+            )
+        )
+        self._e = np.ones(learned + n * FIXED)
+        self._learned_e, self._fixed_e = self._e[:learned], self._e[learned:].reshape(n, FIXED)
+        self._r = np.zeros(len(self._e))
+        # Page's statistic of the same bets, which falls to 1 before a change and tells after which update it last did.
+        self._page = np.ones(len(self._e))
+        self._start = np.zeros(len(self._e), np.int64)
+        # The histograms without the prior. To fade them would touch every bin at every request; instead each request
+        # weighs more than the one before: `_unit` is what 1 is now.
+        self._learned = np.zeros(self._bins.sum())
+        self._unit = np.ones(learned)
+        self._weight = np.zeros(learned)
+
+    def observe(self, p: Floats, now: int) -> float:
+        """Bet on `p`, (streams,), then learn it; by how much it multiplied the evidence."""
+        before = self.evidence()
+        self._bet_learned(p)
+        places = cells(p)
+        self._fixed_e[: self._scores] = _SCORE_BETS[places[: self._scores]]
+        self._fixed_e[self._scores :] = _DIRECTION_BETS[places[self._scores :]]
+        r, page = self._r, self._page
+        r += 1
+        r *= self._e
+        np.minimum(r, MOST, out=r)
+        np.maximum(page, 1, out=page)
+        page *= self._e
+        np.minimum(page, MOST, out=page)
+        self._start[page <= 1] = now
+        return self.evidence() / (before + 1)
+
+    def _bet_learned(self, p: Floats) -> None:
+        """What the histograms bet, into `_learned_e`."""
+        e, unit, weight = self._learned_e, self._unit, self._weight
+        bins = (p.repeat(len(BETS)) * self._bins).astype(np.intp)
+        np.minimum(bins, self._bins - 1, out=bins)
+        bins += self._first_bin
+        # Towards the prior, which never fades: a bin that is never hit keeps a density.
+        e[:] = self._learned[bins]
+        e *= self._bins
+        e *= unit
+        e += PRIOR
+        e /= weight + PRIOR
+        e *= 1 - UNIFORM
+        e += UNIFORM
+        unit *= self._fades
+        weight *= self._fades
+        weight += 1
+        self._learned[bins] += 1 / unit
+        if unit[0] < SMALLEST_UNIT:  # which fades fastest
+            self._learned *= unit.repeat(self._bins)
+            unit[:] = 1
+
+    def evidence(self) -> float:
+        """The weighted mean of all R."""
+        return float(self._r @ self._share)
+
+    def log_means(self) -> Floats:
+        """(scores,): ln of the weighted mean over the bets of each."""
+        weighted, learned = self._r * self._share, len(self._learned_e)
+        total = weighted[:learned].reshape(-1, len(BETS)).sum(axis=1)
+        total += weighted[learned:].reshape(-1, FIXED).sum(axis=1)
+        share = self._share[:learned:3] * len(BETS) / LEARNED_WEIGHT
+        means = (total / share)[: self._scores]
+        return np.log(means, out=np.full(means.shape, -np.inf), where=means > 0)
+
+    def strongest(self) -> tuple[int, int]:
+        """The stream with the strongest bet, and the update after which that bet's run began."""
+        bet, learned = int(self._page.argmax()), len(self._learned_e)
+        stream = bet // len(BETS) if bet < learned else (bet - learned) // FIXED
+        return stream, int(self._start[bet])
+
+    def reset(self, now: int) -> None:
+        """Begin again at no evidence; what the histograms learned stays."""
+        self._r[:] = 0
+        self._page[:] = 1
+        self._start[:] = now
+
+    def state(self) -> State:
+        return {name: getattr(self, f"_{name}").copy() for name in _KEPT}
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Go on where this `state()` was. One of a release without fixed bets has fewer streams and bets: those begin
+        empty, and the evidence stays what it was."""
+        if len(state["r"]) == len(self._r):
+            for name in _KEPT:
+                getattr(self, f"_{name}")[:] = state[name]
+            return
+        bets = min(len(state["r"]), len(self._learned_e))
+        for name in ("r", "page", "start", "unit", "weight"):
+            getattr(self, f"_{name}")[:bets] = state[name][:bets]
+        bins = self._bins[:bets].sum()
+        self._learned[:bins] = state["learned"][:bins]
+        # There half of the weight was the directions', and within a half all bets weighed the same.
+        old, scores = state["r"], self._scores * len(BETS)
+        directions = old[scores:]
+        was = (old[:scores].mean() + directions.mean()) / 2 if len(directions) else old.mean()
+        now = self.evidence()
+        if now > 0:
+            self._r *= was / now
+
+
+_KEPT = ("r", "page", "start", "learned", "unit", "weight")

@@ -1,0 +1,204 @@
+"""How many requests a change takes until it is seen, here and with two usual methods, at equal false alarms.
+
+    python -m tests.campaigns.drift_delays [--texts tuned] [--streams 24] [--null 100]
+
+The detector was tuned on the texts `tuned`; docs/benchmarks.md shows the `reported` ones. A stream is a reference of
+1,000 prompts, 300 more of the same kind, and then the change. The first table has what an operator meets: the requests
+until the evidence reaches 100,000, and until the alarm (evidence and effect). In the second every method looks at the
+same scores and has the threshold that 1 in 20 streams of 2,000 unchanged requests reach.
+
+MEWMA: multivariate exponentially weighted moving average (Lowry et al., Technometrics, 1992), with the mean and the
+covariance of the reference. MMD: maximum mean discrepancy between the reference and the last 100 requests (Gretton et
+al., JMLR, 2012), over 256 random Fourier features (Rahimi and Recht, 2007) with the median distance as bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.drift.signal import Signal
+from serve.drift.embedding import Embedding
+from serve.drift.features import prompt_row, with_sketch
+from serve.models.embedded import ensure
+from tests.support.prompts import pool
+
+NEEDED, BEFORE, NULL = 1000, 300, 2000
+LAMBDAS = (0.01, 0.03, 0.1)
+WINDOW, FEATURES = 100, 256
+METHODS = ("evidence", *(f"MEWMA {fade}" for fade in LAMBDAS), "MMD")
+MOST = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """`share` of the requests are `foreign`, the others `usual` as before."""
+
+    name: str
+    usual: str
+    foreign: str
+    share: float
+
+
+def changes(name: str, usual: str, foreign: str, *percent: int) -> list[Change]:
+    return [Change(f"{name}, {each} %", usual, foreign, each / 100) for each in percent]
+
+
+CHANGES = {
+    "tuned": [
+        *changes("German among questions", "general", "german", 100, 20, 10),
+        *changes("medical exams among questions", "general", "medical", 100, 20),
+        *changes("finance among questions", "general", "finance", 100, 20),
+        *changes("code among questions", "general", "code", 100),
+    ],
+    "reported": [],
+}
+
+
+@cache
+def _model() -> tuple:
+    from tokenizers import Tokenizer
+
+    checkpoint = ensure("smollm2")
+    return Tokenizer.from_file(str(checkpoint / "tokenizer.json")), Embedding.of(checkpoint)
+
+
+@cache
+def rows(kind: str) -> list[NDArray]:
+    """A prompt's raw row for each text of the pool."""
+    tokenizer, embedding = _model()
+    encoded = tokenizer.encode_batch(list(pool(kind)[:12_000]))
+    return [with_sketch(prompt_row(embedding, text.ids), text.ids) for text in encoded]
+
+
+@dataclass(slots=True)
+class Stream:
+    """What every method says after each request that is not in the reference. alarm: the request that raised it."""
+
+    said: dict[str, NDArray]
+    alarm: int | None
+
+
+def stream(usual: str, foreign: str, share: float, after: int, seed: int) -> Stream:
+    """A reference, BEFORE usual requests, and `after` of which `share` are foreign."""
+    rng = np.random.default_rng(seed)
+    ours = iter(rng.permutation(len(rows(usual))))
+    theirs = iter(np.resize(rng.permutation(len(rows(foreign))), after))
+    signal = Signal("prompt", needed=NEEDED, threshold=1e5, seed=seed)
+    for _ in range(NEEDED):
+        signal.update(rows(usual)[next(ours)])
+    reference = signal._detector._directions._bag[: signal._detector._directions._size].astype(np.float64)
+    evidence, scores, alarm = [], [], None
+    for request in range(BEFORE + after):
+        strange = request >= BEFORE and rng.random() < share
+        row = rows(foreign)[next(theirs)] if strange else rows(usual)[next(ours)]
+        if signal.update(row):
+            alarm = request + 1
+        evidence.append(signal.log_evidence)
+        scores.append(signal._scale(signal._parts(row)[0]))
+    live = np.array(scores, np.float64)
+    said = {"evidence": np.array(evidence), "MMD": mmd(reference, live, seed)}
+    said |= {f"MEWMA {fade}": mewma(reference, live, fade) for fade in LAMBDAS}
+    return Stream(said, alarm)
+
+
+def mewma(reference: NDArray, live: NDArray, fade: float) -> NDArray:
+    """(n,): the statistic after each row of `live`, (n, k)."""
+    centred = live - reference.mean(axis=0)
+    covariance = np.cov(reference.T) + 1e-6 * np.eye(live.shape[1])
+    whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T
+    average, out = np.zeros(live.shape[1]), np.empty(len(live))
+    for i, row in enumerate(centred @ whiten):
+        average += fade * (row - average)
+        out[i] = average @ average / (fade / (2 - fade) * (1 - (1 - fade) ** (2 * i + 2)))
+    return out
+
+
+def mmd(reference: NDArray, live: NDArray, seed: int) -> NDArray:
+    """(n,): the squared distance of the last WINDOW rows' mean feature from the reference's."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.integers(len(reference), size=(2, 2000))
+    width = np.median(np.linalg.norm(reference[pairs[0]] - reference[pairs[1]], axis=1))
+    onto = rng.standard_normal((reference.shape[1], FEATURES)) / width
+    shift = rng.uniform(0, 2 * math.pi, FEATURES)
+
+    def features(of: NDArray) -> NDArray:
+        return np.cos(of @ onto + shift) * math.sqrt(2 / FEATURES)
+
+    known = features(reference)
+    # The window begins with rows of the reference, so that it is always full.
+    window = np.concatenate((known[:WINDOW], features(live))) - known.mean(axis=0)
+    total = window.cumsum(axis=0)
+    return (((total[WINDOW:] - total[:-WINDOW]) / WINDOW) ** 2).sum(axis=1)
+
+
+def thresholds(usual: str, count: int) -> dict[str, float]:
+    """What 1 in 20 unchanged streams reach with each method."""
+    highest: dict[str, list[float]] = {method: [] for method in METHODS}
+    alarms = 0
+    for seed in range(count):
+        unchanged = stream(usual, usual, 0.0, NULL - BEFORE, 10_000 + seed)
+        alarms += unchanged.alarm is not None
+        for method in METHODS:
+            highest[method].append(float(unchanged.said[method].max()))
+    found = {method: float(np.quantile(values, 0.95)) for method, values in highest.items()}
+    reached = sum(value >= math.log(1e5) for value in highest["evidence"])
+    print(f"{usual}: {count} unchanged streams of {NULL}: {reached} reach 100,000, {alarms} alarm; thresholds {found}")
+    return found
+
+
+def delays(change: Change, streams: int, limits: dict[str, float]) -> dict[str, list[float]]:
+    """Requests after the change until each method sees it, and until the evidence is 100,000 and the alarm is there."""
+    out: dict[str, list[float]] = {name: [] for name in ("c = 1e5", "alarm", *METHODS)}
+    for seed in range(streams):
+        after = min(MOST, 150 if change.share == 1 else MOST)
+        changed = stream(change.usual, change.foreign, change.share, after, seed)
+        for method in METHODS:
+            out[method].append(_first(changed.said[method][BEFORE:], limits[method]))
+        out["c = 1e5"].append(_first(changed.said["evidence"][BEFORE:], math.log(1e5)))
+        out["alarm"].append(math.inf if changed.alarm is None else changed.alarm - BEFORE)
+    return out
+
+
+def _first(values: NDArray, limit: float) -> float:
+    reached = np.flatnonzero(values >= limit)
+    return float(reached[0] + 1) if len(reached) else math.inf
+
+
+def _median(values: list[float]) -> str:
+    median, seen = float(np.median(values)), sum(map(math.isfinite, values))
+    return f"{median:.0f}" if math.isfinite(median) else f"{seen} of {len(values)}"
+
+
+def table(chosen: list[Change], streams: int, null: int) -> Iterator[str]:
+    """The lines of both tables."""
+    limits = {usual: thresholds(usual, null) for usual in dict.fromkeys(change.usual for change in chosen)}
+    yield "| change | c = 1e5 | alarm | " + " | ".join(METHODS) + " | ratio to the best other |"
+    yield "|---" * (len(METHODS) + 4) + "|"
+    for change in chosen:
+        seen = delays(change, streams, limits[change.usual])
+        medians = {method: float(np.median(seen[method])) for method in METHODS}
+        best = min(medians[method] for method in METHODS[1:])
+        ratio = medians["evidence"] / best if math.isfinite(best) else 0.0
+        cells = [_median(values) for values in seen.values()]
+        yield f"| {change.name} | " + " | ".join(cells) + f" | {ratio:.2f} |"
+
+
+def main(show: Callable[[str], None] = print) -> None:
+    options = argparse.ArgumentParser(description="requests until a change is seen")
+    options.add_argument("--texts", choices=sorted(CHANGES), default="reported")
+    options.add_argument("--streams", type=int, default=24)
+    options.add_argument("--null", type=int, default=100)
+    chosen = options.parse_args()
+    for line in table(CHANGES[chosen.texts], chosen.streams, chosen.null):
+        show(line)
+
+
+if __name__ == "__main__":
+    main()

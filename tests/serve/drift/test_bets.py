@@ -1,0 +1,72 @@
+"""Bets are fair, whatever they have learned, and those of an earlier release go on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from serve.drift import bets
+from serve.drift.bets import CELLS, FIXED, Bank
+
+
+@pytest.mark.parametrize("table", [bets._SCORE_BETS, bets._DIRECTION_BETS], ids=["scores", "directions"])
+def test_a_fixed_bet_wins_nothing_in_the_mean(table):
+    assert table.shape == (CELLS, FIXED) and (table > 0).all()
+    assert np.allclose(table.mean(axis=0), 1, rtol=1e-12)
+
+
+def test_scores_are_bet_on_to_both_sides_and_directions_to_one():
+    assert np.allclose(bets._SCORE_BETS[::-1, : FIXED // 2], bets._SCORE_BETS[:, FIXED // 2 :])
+    assert (np.diff(bets._DIRECTION_BETS, axis=0) >= 0).all()
+
+
+def test_a_bank_is_fair_after_it_has_learned():
+    rng = np.random.default_rng(1)
+    bank = Bank(np.ones(3), 2)
+    for now in range(1, 200):
+        bank.observe(rng.beta(2, 1, 5), now)
+    kept = bank.state()
+    multiples = []
+    for p in np.random.default_rng(2).random((4000, 5)):
+        bank.restore(kept)
+        multiples.append(bank.observe(p, 200))
+    assert np.mean(multiples) == pytest.approx(1, abs=4 * np.std(multiples) / np.sqrt(len(multiples)))
+
+
+@pytest.mark.parametrize(("shift", "requests"), [(4.0, 4), (2.0, 12)])
+def test_what_moves_far_needs_no_learning(shift, requests):
+    """Half of the weight is this score's, so that little is lost to the others."""
+    rng = np.random.default_rng(3)
+    bank = Bank([10.0, 1.0], 0)
+    normal = np.sort(rng.standard_normal(20_000))
+    for now in range(1, 100):
+        where = normal.searchsorted(rng.standard_normal() + shift) / len(normal)
+        bank.observe(np.array([min(where, 0.9999), rng.random()]), now)
+        if bank.evidence() >= 1e4:
+            break
+    assert now <= requests
+    assert bank.strongest() == (0, 0)
+
+
+def test_the_bets_of_an_earlier_release_go_on_with_the_same_evidence():
+    scores, directions = 4, 2
+    rng = np.random.default_rng(4)
+    n = (scores + directions) * len(bets.BETS)
+    bins = np.tile([count for count, _ in bets.BETS], scores + directions)
+    state = {
+        "r": rng.exponential(5, n),
+        "page": 1 + rng.exponential(1, n),
+        "start": np.arange(n),
+        "learned": rng.random(bins.sum()),
+        "unit": rng.random(n),
+        "weight": rng.random(n),
+    }
+    bank = Bank(np.ones(scores), 4)
+    bank.restore(state)
+    half = scores * len(bets.BETS)
+    assert bank.evidence() == pytest.approx((state["r"][:half].mean() + state["r"][half:].mean()) / 2)
+    assert bank.strongest()[1] == state["start"][state["page"].argmax()]
+    again = Bank(np.ones(scores), 4)
+    again.restore(bank.state())
+    p = rng.random(scores + 4)
+    assert bank.observe(p, 99) == again.observe(p, 99)
