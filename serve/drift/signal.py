@@ -77,7 +77,7 @@ class Signal:
         self._began_at = 0  # in samples: where the change began, as it was seen at the alarm
         self._seed = seed
         self._gathered: list[NDArray] = []
-        # Of gathered rows by number, until the reference is complete.
+        # By the number of the gathered row, until the reference is complete.
         self._sketches: dict[int, NDArray[np.int32]] = {}
         self._detector: Drift | None = None
         self._scale: Scale | None = None
@@ -286,7 +286,7 @@ class Signal:
             self._sketches[len(self._gathered)] = part.astype(np.int32)
         self._gathered.append(raw)
         # After a restart half of the reference has to come anew, with its tokens; it does not wait for that for ever.
-        complete = not self._sketches or 2 * len(self._sketches) >= min(self.needed, len(self._gathered))
+        complete = not self._sketches or 2 * len(self._sketches) >= self.needed
         if len(self._gathered) >= self.needed * (1 if complete else 2):
             self._freeze()
 

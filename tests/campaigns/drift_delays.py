@@ -23,9 +23,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.signal import Signal
 from serve.drift.embedding import Embedding
 from serve.drift.features import prompt_row, with_sketch
+from serve.drift.signal import Signal
 from serve.models.embedded import ensure
 from tests.support.prompts import pool
 
