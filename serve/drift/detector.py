@@ -217,7 +217,7 @@ class Drift:
             "shift": self._shift.copy(),
             "seen": self._seen.copy(),
             "weights": self._weights.copy(),
-            "ranks": self._ranks.state(),
+            **self._ranks.state(),
         }
         state |= {f"bank.{name}": value for name, value in self._bank.state().items()}
         if self._directions is not None:
@@ -242,7 +242,9 @@ class Drift:
         self._weights = np.array(state.get("weights", np.ones(k)))
         self._bank = Bank(self._weights, directions)
         self._bank.restore(_below(state, "bank."))
-        self._ranks = _RecentRanks(k + directions, state.get("ranks"))
+        self._ranks = _RecentRanks(k + directions)
+        if "ranks" in state:
+            self._ranks.restore(state["ranks"], int(state["ranked"]))
         self._moved = np.array(state["moved"])
         self._shift = np.array(state["shift"])
         self._seen = np.array(state["seen"])
@@ -289,13 +291,9 @@ class Drift:
 class _RecentRanks:
     """p-values of the last RECENT requests, in bytes."""
 
-    def __init__(self, streams: int, rows: NDArray[np.uint8] | None = None) -> None:
+    def __init__(self, streams: int) -> None:
         self._rows = np.zeros((RECENT, streams), np.uint8)
-        self.count = 0
-        if rows is not None:
-            self.count = self._next = len(rows)
-            self._rows[: self.count] = rows
-        self._next = self.count % RECENT
+        self._next = self.count = 0
 
     def append(self, p: Floats) -> None:
         self._rows[self._next] = cells(p) // _STEP
@@ -307,8 +305,12 @@ class _RecentRanks:
         rows = self._rows[np.arange(self._next - n, self._next)]
         return (rows + 0.5) * (_STEP / CELLS)
 
-    def state(self) -> NDArray[np.uint8]:
-        return self._rows[np.arange(self._next - self.count, self._next)]
+    def state(self) -> State:
+        return {"ranks": np.roll(self._rows, -self._next, axis=0), "ranked": np.array(self.count)}
+
+    def restore(self, rows: NDArray[np.uint8], count: int) -> None:
+        self._rows[:] = rows  # the oldest first, the newest last
+        self._next, self.count = 0, count
 
 
 def _excess(p: Floats) -> float:

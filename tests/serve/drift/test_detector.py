@@ -142,8 +142,8 @@ def test_the_share_of_foreign_requests_is_estimated_from_below(share, shift):
         shares.append(detector.foreign_share)
     print(f"{share:.0%}: {np.median(shares):.1%}, at most {max(shares):.1%}")
     assert share / 6 < np.median(shares) <= share
-    # What begins to differ by chance just before the change counts too.
-    assert max(shares) <= 1.5 * share
+    # The evidence comes early where chance brought more of them.
+    assert max(shares) <= 2.5 * share
 
 
 @pytest.mark.parametrize("updates", [0, 1, 1203])
