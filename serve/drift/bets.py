@@ -149,11 +149,18 @@ class Bank:
         means = (total / share)[: self._scores]
         return np.log(means, out=np.full(means.shape, -np.inf), where=means > 0)
 
-    def strongest(self) -> tuple[int, int]:
-        """The stream with the strongest bet, and the update after which that bet's run began."""
-        bet, learned = int(self._page.argmax()), len(self._learned_e)
-        stream = bet // len(BETS) if bet < learned else (bet - learned) // FIXED
-        return stream, int(self._start[bet])
+    def weights(self) -> Floats:
+        """(streams,) with the sum 1: half by the evidence of each stream, half as from the beginning."""
+        learned = len(self._learned_e)
+        shares = []
+        for each in (self._r * self._share, self._share):
+            total = each[:learned].reshape(-1, len(BETS)).sum(axis=1) + each[learned:].reshape(-1, FIXED).sum(axis=1)
+            shares.append(total / max(total.sum(), 1e-300))
+        return (shares[0] + shares[1]) / 2
+
+    def began(self) -> int:
+        """The update after which the strongest bet's run began."""
+        return int(self._start[self._page.argmax()])
 
     def reset(self, now: int) -> None:
         """Begin again at no evidence; what the histograms learned stays."""

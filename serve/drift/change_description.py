@@ -68,7 +68,7 @@ def movement(signal: Signal, row: NDArray[np.floating]) -> float:
     if reference is None or not len(rows):
         return 0.0
     change = rows.mean(axis=0) - reference
-    return float((row - reference) @ change / max(float(change @ change), 1e-12))
+    return float((signal.raw(row) - reference) @ change / max(float(change @ change), 1e-12))
 
 
 def for_tenant(moved: Mapping[str, Any], tenant: str) -> dict[str, Any]:
@@ -167,7 +167,8 @@ def _logprobs(signal: Signal) -> tuple[dict[str, Any], list[str]]:
 
 def _share(signal: Signal, fields: Mapping[str, Any]) -> float:
     """A share q of other requests moves a rank by q / 2 at most, and a language's share by q at most."""
-    shares = [2 * abs(signal.effects().get("rank_shift", 0.0))]
+    effects = signal.effects()
+    shares = [2 * abs(effects.get("rank_shift", 0.0)), effects.get("foreign_share", 0.0)]
     languages: Mapping[str, Mapping[str, float]] = fields.get("language", {})
     for language, now in languages.get("now", {}).items():
         error = math.sqrt(now * (1 - now) / max(_changed(signal), 1))

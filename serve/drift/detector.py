@@ -31,27 +31,24 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.bets import CELLS, Bank, Floats, State, cells
+from serve.drift.bets import Bank, Floats, State
 from serve.drift.directions import HALF_LIVES, Directions
+from serve.drift.effect_size import EffectSize
 
 # Half-life of the effect gauges, in requests.
 EFFECT_HALF_LIFE = 50.0
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
 # Rows that the gauges take at a time: nobody reads them at every request.
 GAUGED = 32
-# Ranks of so many requests are kept, to say which share of those since a change does not fit.
-RECENT = 1024
-_STEP = 4  # cells of `bets` that count as one there
-# The ends of the ranks in which foreign requests are looked for, as shares of [0, 1).
-TAILS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-# Standard errors that are taken off that share.
-SURE = 2.0
+# Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
+RECENT = 64
 
 
 class Drift:
@@ -94,11 +91,13 @@ class Drift:
         self._directions = Directions(rows, self.capacity) if k > 1 else None
         self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
         self._bank = Bank(self._weights, len(HALF_LIVES) if k > 1 else 0)
-        self._ranks = _RecentRanks(k + (len(HALF_LIVES) if k > 1 else 0))
+        self._effect = EffectSize(k + (len(HALF_LIVES) if k > 1 else 0))
+        self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
         self._seen = np.zeros(2)  # weight of the gauges, and of its squares
         self._ungauged: list[NDArray[np.float32]] = []
+        self._rows: deque[NDArray[np.float32]] = deque(maxlen=RECENT)
 
     def update(self, row: ArrayLike) -> bool:
         """Take the scores of one request, and say whether the evidence has reached the threshold."""
@@ -110,19 +109,23 @@ class Drift:
         if not all_finite(scores):
             raise ValueError("a score is not a finite number; leave the request out")
         self.updates += 1
-        self._ungauged.append(scores.copy())
+        scores = scores.copy()
+        self._ungauged.append(scores)
+        self._rows.append(scores)
         if len(self._ungauged) >= GAUGED:
             self._gauge()
+        if self.drifted:
+            self._effect.observe(self._reference_ranks(scores), self.tolerated_share)
         p = streams = self._rank(scores)
         if self._directions is not None:
             streams = np.concatenate((p, self._directions.rank(scores, self._rng)))
         multiple = self._bank.observe(streams, self.updates)
-        self._ranks.append(streams)
         if self._directions is not None:
             self._directions.teach(p, multiple)
         if self.crossed_at is None and self._bank.evidence() >= self.threshold:
             self.crossed_at = self.updates
             self._moved = self._bank.log_means()
+            self._effect.begin(self._bank.weights())
         return self.drifted
 
     @property
@@ -148,41 +151,42 @@ class Drift:
     @property
     def changed_at(self) -> int:
         """The update after which the change began, as the strongest bet sees it."""
-        return self._bank.strongest()[1]
+        return self._bank.began()
 
     @property
     def foreign_share(self) -> float | None:
-        """At least this share of the requests since the change began does not fit the reference: 0 without a change,
-        None before any request.
+        """At least this share of the requests since the evidence does not fit the reference; None without evidence.
 
-        It is the excess of ranks at an end of the strongest stream, less SURE standard errors. The ranks cannot tell a
-        few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
+        Ranks cannot tell a few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
         """
-        stream, start = self._bank.strongest()
-        n = min(self.updates - start, self._ranks.count)
-        if not self.drifted or n <= 0:
-            return None if self._ranks.count == 0 else 0.0
-        excess = _excess(self._ranks.last(n)[:, stream])
-        # The requests since the change are in the bag too, where they hide those that follow.
-        m = len(self._bags[0])
-        learned = 1 - (1 - 1 / m) ** n if m >= self.capacity else n / m
-        return excess / (1 - learned + excess * learned)
+        return self._effect.foreign_share if self.drifted else None
+
+    @property
+    def beyond_tolerated_share(self) -> bool:
+        """More than `tolerated_share` of them does not, with a confidence of 90 %."""
+        return self.drifted and self._effect.beyond
 
     @property
     def rank_shift(self) -> Floats:
         """(k,) in [-0.5, 0.5]: mean rank of recent requests in the reference, less a half, less its standard error.
 
         0.5 says that all lie above the whole reference. A share q of foreign requests shifts it by at most q / 2.
+        Recent ones are those since the change began, or fade with EFFECT_HALF_LIFE.
         """
+        n = min(self.updates - self.changed_at, len(self._rows))
+        if not self.drifted or not 0 < n < RECENT:
+            return self.faded_rank_shift
+        ranks = np.array([self._score_ranks(row) for row in list(self._rows)[-n:]])
+        return _less_error(ranks.mean(axis=0) - 0.5, n**-0.5)
+
+    @property
+    def faded_rank_shift(self) -> Floats:
+        """(k,): the same with what was before the change, and less the reference's standard error too."""
         self._gauge()
-        k = len(self._shift)
         if self._seen[0] == 0:
-            return np.zeros(k)
-        mean, error = self._shift / self._seen[0], self.gauge_error
-        n = min(self.updates - self.changed_at, self._ranks.count)
-        if self.drifted and 0 < n < 1 / error**2:  # the gauges still hold more of what was before the change
-            mean, error = self._ranks.last(n)[:, :k].mean(axis=0) - 0.5, 1 / math.sqrt(n)
-        return np.sign(mean) * np.maximum(np.abs(mean) - error / math.sqrt(12), 0)
+            return np.zeros(len(self._shift))
+        error = math.hypot(self.gauge_error, self._reference.shape[1] ** -0.5)
+        return _less_error(self._shift / self._seen[0], error)
 
     @property
     def gauge_error(self) -> float:
@@ -200,7 +204,7 @@ class Drift:
         self._bank.reset(self.updates)
         if effects:
             self._ungauged.clear()
-            self._ranks.count = 0
+            self._rows.clear()
             self._shift[:] = 0
             self._seen[:] = 0
 
@@ -217,8 +221,9 @@ class Drift:
             "shift": self._shift.copy(),
             "seen": self._seen.copy(),
             "weights": self._weights.copy(),
-            **self._ranks.state(),
+            "rows": np.array(self._rows).reshape(-1, len(self._shift)),
         }
+        state |= {f"effect.{name}": value for name, value in self._effect.state().items()}
         state |= {f"bank.{name}": value for name, value in self._bank.state().items()}
         if self._directions is not None:
             state |= {f"directions.{name}": value for name, value in self._directions.state().items()}
@@ -237,18 +242,19 @@ class Drift:
         self._bags = [array("f", np.ascontiguousarray(bag).tobytes()) for bag in state["bags"]]
         learned = _below(state, "directions.")
         self._directions = Directions.from_state(learned, capacity) if learned else None
-        # Earlier releases had neither weights nor recent ranks.
+        # Earlier releases had neither weights nor what comes after the evidence.
         k, directions = len(self._bags), len(HALF_LIVES) if learned else 0
         self._weights = np.array(state.get("weights", np.ones(k)))
         self._bank = Bank(self._weights, directions)
         self._bank.restore(_below(state, "bank."))
-        self._ranks = _RecentRanks(k + directions)
-        if "ranks" in state:
-            self._ranks.restore(state["ranks"], int(state["ranked"]))
+        self._effect, self.tolerated_share = EffectSize(k + directions), 1.0
+        if "effect.seen" in state:
+            self._effect.restore(_below(state, "effect."))
         self._moved = np.array(state["moved"])
         self._shift = np.array(state["shift"])
         self._seen = np.array(state["seen"])
         self._ungauged = []
+        self._rows = deque(state.get("rows", ()), maxlen=RECENT)
         return self
 
     def _rank(self, scores: NDArray[np.float32]) -> Floats:
@@ -269,6 +275,17 @@ class Drift:
                 del bag[leave[i]]
         return np.array(p)
 
+    def _reference_ranks(self, scores: NDArray[np.float32]) -> Floats:
+        """(streams,) where the scores lie in the reference alone, ties in their middle."""
+        ranks = self._score_ranks(scores)
+        if self._directions is None:
+            return ranks
+        return np.concatenate((ranks, self._directions.reference_ranks(scores)))
+
+    def _score_ranks(self, scores: NDArray[np.float32]) -> Floats:
+        known, row = self._reference, scores[:, None]
+        return ((known < row).mean(axis=1) + (known <= row).mean(axis=1)) / 2
+
     def _gauge(self) -> None:
         """Take in the rows that wait. One after another, so that it does not matter how many wait."""
         if not self._ungauged:
@@ -288,48 +305,9 @@ class Drift:
             self._seen += 1
 
 
-class _RecentRanks:
-    """p-values of the last RECENT requests, in bytes."""
-
-    def __init__(self, streams: int) -> None:
-        self._rows = np.zeros((RECENT, streams), np.uint8)
-        self._next = self.count = 0
-
-    def append(self, p: Floats) -> None:
-        self._rows[self._next] = cells(p) // _STEP
-        self._next = (self._next + 1) % RECENT
-        self.count = min(self.count + 1, RECENT)
-
-    def last(self, n: int) -> Floats:
-        """(n, streams): the last `n`, oldest first, each the middle of its part of [0, 1)."""
-        rows = self._rows[np.arange(self._next - n, self._next)]
-        return (rows + 0.5) * (_STEP / CELLS)
-
-    def state(self) -> State:
-        return {"ranks": np.roll(self._rows, -self._next, axis=0), "ranked": np.array(self.count)}
-
-    def restore(self, rows: NDArray[np.uint8], count: int) -> None:
-        self._rows[:] = rows  # the oldest first, the newest last
-        self._next, self.count = 0, count
-
-
-def _excess(p: Floats) -> float:
-    """By how much more ranks lie at one end, or in the middle, than uniform ones would; SURE standard errors less.
-
-    Of a share q of foreign requests it is at most q, whatever part of [0, 1) is looked at.
-    """
-    n, most = len(p), 0.0
-    for width in TAILS:
-        for inside in (p < width, p >= 1 - width, np.abs(p - 0.5) < width / 2):
-            least = _wilson(float(np.count_nonzero(inside)) / n, n)
-            most = max(most, (least - width) / (1 - width))
-    return most
-
-
-def _wilson(share: float, n: int) -> float:
-    """The lower end of Wilson's interval for a share seen in n draws."""
-    z = SURE * SURE / n
-    return (share + z / 2 - math.sqrt(z * (share * (1 - share) + z / 4))) / (1 + z)
+def _less_error(shift: Floats, error: float) -> Floats:
+    """What is left of a mean rank when its standard error is taken off; `error` for a standard deviation of 1."""
+    return np.sign(shift) * np.maximum(np.abs(shift) - error / math.sqrt(12), 0)
 
 
 def all_finite(row: NDArray[np.float32]) -> bool:

@@ -41,6 +41,7 @@ class Directions:
         self._bag = np.empty((capacity + 1, k), np.float32)
         self._bag[:n] = reference
         self._size = n
+        self._reference = reference
         self._learned = np.zeros((len(HALF_LIVES), k))
         self._squares = np.zeros((len(HALF_LIVES), 1))
         self._point()
@@ -60,6 +61,12 @@ class Directions:
             # At random among all m + 1, the new one included, as in the scores' bags.
             self._bag[rng.integers(m + 1)] = scores
         return p
+
+    def reference_ranks(self, scores: NDArray[np.float32]) -> Floats:
+        """(directions,) where the row lies along each in the reference alone, ties in their middle."""
+        along = self._towards @ np.concatenate((self._reference, scores[None])).T
+        own = along[:, -1:]
+        return ((along < own - SAME).mean(axis=1) + (along <= own + SAME).mean(axis=1)) / 2
 
     def teach(self, p: Floats, multiple: float) -> None:
         """Learn from a request's p-values, (k,), which multiplied the evidence by `multiple`."""
@@ -83,6 +90,7 @@ class Directions:
     def state(self) -> State:
         return {
             "bag": self._bag[: self._size].copy(),
+            "reference": self._reference.copy(),
             "learned": self._learned.copy(),
             "squares": self._squares.copy(),
         }
@@ -92,6 +100,7 @@ class Directions:
         """Earlier releases taught with half of the requests; their bag goes on, and directions are learned anew."""
         self = cls(state["bag"], capacity)
         if "learned" in state:
+            self._reference = np.array(state["reference"])
             self._learned, self._squares = np.array(state["learned"]), np.array(state["squares"])
             self._point()
         return self

@@ -115,8 +115,9 @@ class Signal:
         fade = 0.5 ** (1 / EFFECT_HALF_LIFE)
         self._recent = self._recent * fade + (raw - self._scale.centre)
         self._weight = self._weight * fade + 1
+        self._detector.tolerated_share = self.tolerance.foreign_share
         self._detector.update(self._scale(raw))
-        if self.alarmed_at is None and self._detector.drifted and self.beyond():
+        if self.alarmed_at is None and self._detector.drifted and self._matters(self._detector):
             self._began_at = self.changed_at or 0
             self.alarmed_at = self.samples
             self.alarms += 1
@@ -156,6 +157,10 @@ class Signal:
         changed_at = self.changed_at
         return self._rows.last(self.samples if changed_at is None else self.samples - changed_at)
 
+    def raw(self, row: NDArray[np.floating]) -> NDArray[np.float32]:
+        """A request's row as `changed_rows` has it: with the scores of its tokens in place of their sketch."""
+        return self._parts(np.asarray(row, np.float32))[0]
+
     @property
     def reference_row(self) -> NDArray | None:
         """(columns,): the mean raw row of the reference; None while gathering."""
@@ -166,8 +171,7 @@ class Signal:
         something."""
         if self._detector is None or self._scale is None:
             return {}
-        shifts = self._detector.rank_shift
-        effects = {"rank_shift": float(np.abs(shifts).max())}
+        effects = {"rank_shift": float(np.abs(self._detector.rank_shift).max())}
         share = self._detector.foreign_share
         if self.kind != LOGPROB and share is not None:
             effects["foreign_share"] = share
@@ -189,6 +193,14 @@ class Signal:
         effects = self.effects()
         sizes = {name: value if name == "refusal" else abs(value) for name, value in effects.items()}
         return {name: effects[name] for name, size in sizes.items() if size > getattr(self.tolerance, name)}
+
+    def _matters(self, detector: Drift) -> bool:
+        """Whether an effect is above its tolerance for sure: a rank shift of a few requests is not."""
+        if self.kind != LOGPROB and detector.beyond_tolerated_share:
+            return True
+        if np.abs(detector.faded_rank_shift).max() > self.tolerance.rank_shift:
+            return True
+        return bool(self.beyond().keys() - {"rank_shift", "foreign_share"})
 
     def movers(self, most: int = 5) -> list[tuple[str, float, float]]:
         """(score, ln evidence, rank shift) of the scores with the most evidence of their own, the strongest first."""

