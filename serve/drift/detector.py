@@ -91,7 +91,7 @@ class Drift:
         self._directions = Directions(rows, self.capacity) if k > 1 else None
         self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
         self._bank = Bank(self._weights, len(HALF_LIVES) if k > 1 else 0)
-        self._effect = EffectSize(k + (len(HALF_LIVES) if k > 1 else 0))
+        self._effect = EffectSize(k + (len(HALF_LIVES) if k > 1 else 0), n)
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
@@ -175,18 +175,14 @@ class Drift:
         """
         n = min(self.updates - self.changed_at, len(self._rows))
         if not self.drifted or not 0 < n < RECENT:
-            return self.faded_rank_shift
+            return self._faded_rank_shift(self.gauge_error)
         ranks = np.array([self._score_ranks(row) for row in list(self._rows)[-n:]])
         return _less_error(ranks.mean(axis=0) - 0.5, n**-0.5)
 
     @property
-    def faded_rank_shift(self) -> Floats:
-        """(k,): the same with what was before the change, and less the reference's standard error too."""
-        self._gauge()
-        if self._seen[0] == 0:
-            return np.zeros(len(self._shift))
-        error = math.hypot(self.gauge_error, self._reference.shape[1] ** -0.5)
-        return _less_error(self._shift / self._seen[0], error)
+    def sure_rank_shift(self) -> Floats:
+        """(k,): of recent requests, whenever the change began, less two standard errors of the reference too."""
+        return self._faded_rank_shift(math.hypot(self.gauge_error, 2 * self._reference.shape[1] ** -0.5))
 
     @property
     def gauge_error(self) -> float:
@@ -247,7 +243,7 @@ class Drift:
         self._weights = np.array(state.get("weights", np.ones(k)))
         self._bank = Bank(self._weights, directions)
         self._bank.restore(_below(state, "bank."))
-        self._effect, self.tolerated_share = EffectSize(k + directions), 1.0
+        self._effect, self.tolerated_share = EffectSize(k + directions, self._reference.shape[1]), 1.0
         if "effect.seen" in state:
             self._effect.restore(_below(state, "effect."))
         self._moved = np.array(state["moved"])
@@ -274,6 +270,12 @@ class Drift:
             if leave is not None:
                 del bag[leave[i]]
         return np.array(p)
+
+    def _faded_rank_shift(self, error: float) -> Floats:
+        self._gauge()
+        if self._seen[0] == 0:
+            return np.zeros(len(self._shift))
+        return _less_error(self._shift / self._seen[0], error)
 
     def _reference_ranks(self, scores: NDArray[np.float32]) -> Floats:
         """(streams,) where the scores lie in the reference alone, ties in their middle."""

@@ -2,7 +2,8 @@
 
 Which part of [0, 1) foreign requests fill is not known, so that many are tried: ends of the ranks of every score and
 direction. If at most a share `tolerated` of the requests is foreign, a rank in the reference lies in a part of width w
-with a probability of at most tolerated + (1 - tolerated) w, and a bet on more wins nothing in the mean. A mean of such
+with a probability of at most tolerated + (1 - tolerated) w, and a bet on more wins nothing in the mean. (w is widened
+by two standard errors of a reference of that size: in a small one the ranks of its own kind are uneven.) A mean of such
 bets, weighted by the evidence of each score so far, exceeds 1 / ALPHA with a probability of at most ALPHA, whenever one
 looks (Ville's inequality; Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, 2024).
 """
@@ -29,9 +30,13 @@ _MOST = 300.0  # ln of a bet that is won
 
 
 class EffectSize:
-    """Of `streams` of ranks. `begin` when the evidence has reached the threshold, then `observe` each request."""
+    """Of `streams` of ranks in a reference of `size` requests.
 
-    def __init__(self, streams: int) -> None:
+    `begin` when the evidence has reached the threshold, then `observe` each request.
+    """
+
+    def __init__(self, streams: int, size: int) -> None:
+        self._usual = np.minimum(WIDTHS + 2 * np.sqrt(WIDTHS * (1 - WIDTHS) / size), 1)
         self._weights = np.full(streams, 1 / streams)
         self._logs = np.zeros((streams, 2 * len(WIDTHS), len(SHARES)))
         self._hits = np.zeros((streams, 2 * len(WIDTHS)))
@@ -46,11 +51,11 @@ class EffectSize:
     def observe(self, ranks: Floats, tolerated: float) -> None:
         """`ranks`: (streams,) of one request in the reference, in [0, 1]."""
         inside = np.concatenate((ranks[:, None] >= 1 - WIDTHS, ranks[:, None] <= WIDTHS), axis=1)
-        usual = np.tile(tolerated + (1 - tolerated) * WIDTHS, 2)[:, None]
+        usual = np.tile(tolerated + (1 - tolerated) * self._usual, 2)[:, None]
         larger = usual + (1 - usual) * SHARES
         with np.errstate(divide="ignore", invalid="ignore"):  # all may be foreign: no bet is won then
             won = np.log(larger / usual)
-            lost = np.log((1 - larger) / (1 - usual)) if tolerated < 1 else won
+            lost = np.where(usual < 1, np.log((1 - larger) / (1 - usual)), 0.0)
         self._logs += np.where(inside[:, :, None], won, lost)
         np.minimum(self._logs, _MOST, out=self._logs)
         self._hits *= _FADE

@@ -198,7 +198,7 @@ class Signal:
         """Whether an effect is above its tolerance for sure: a rank shift of a few requests is not."""
         if self.kind != LOGPROB and detector.beyond_tolerated_share:
             return True
-        if np.abs(detector.faded_rank_shift).max() > self.tolerance.rank_shift:
+        if np.abs(detector.sure_rank_shift).max() > self.tolerance.rank_shift:
             return True
         return bool(self.beyond().keys() - {"rank_shift", "foreign_share"})
 
