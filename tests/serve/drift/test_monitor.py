@@ -115,7 +115,9 @@ async def test_a_baseline_of_prompts_is_there_before_any_traffic(connect, watche
         assert {body["model"] for body in backend.bodies} == {id} and len(backend.bodies) == 60
         told = (await drift(client))["versions"][0]
         assert told["baseline"] == "shipped" and told["signals"]["prompt"]["phase"] == "watching"
-        assert "loradock_requests_total{" not in (await client.get("/metrics")).text, "nobody's requests"
+        lines = (await client.get("/metrics")).text.splitlines()
+        asked = [line for line in lines if line.startswith("loradock_requests_total{")]
+        assert all(line.endswith(" 0.0") for line in asked), "nobody's requests"
         engine.topic = range(14, 30)
         await ask(client, 220)
         assert (await drift(client))["versions"][0]["signals"]["prompt"]["alarmed"]
