@@ -220,9 +220,6 @@ class GoldenRuns:
         return outcomes
 
     async def _end(self, adapter: Adapter, golden: GoldenSet, run: _Run) -> None:
-        key = (adapter.name, adapter.version)
-        self._runs.pop(key, None)
-        self._requests.pop(key, None)
         summary = await asyncio.to_thread(self._results.summary, adapter, golden)
         await asyncio.to_thread(
             self._store.add_run, adapter, golden.digest, run.reason, run.began, run.asked, summary.estimate
@@ -230,6 +227,10 @@ class GoldenRuns:
         live, share = self._registry.live(adapter.name), self._registry.canary(adapter.name)
         serving = [version.digest for version in (adapter, live, share.adapter if share else None) if version]
         await asyncio.to_thread(self._store.prune, adapter.name, serving)
+        # Whoever waits for the end of the run reads it in the database then.
+        key = (adapter.name, adapter.version)
+        self._runs.pop(key, None)
+        self._requests.pop(key, None)
         if summary.errors:
             self._next[adapter.name] = min(self._next[adapter.name], self._clock() + RETRY_SECONDS)
 

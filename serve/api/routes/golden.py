@@ -103,15 +103,17 @@ async def golden_results(
     """
     full = owned(parts, name, caller)
     described = await _described(parts, name, full)
+    number = version or parts.live_version(full)
+    asked = parts.registry.get(full, number) if number else None
+    running = asked is not None and parts.golden.runs.waiting(asked)  # before the report: what it lacks, runs
     report = await asyncio.to_thread(parts.golden.results.report, full)
     answer = {"object": "golden.results", "name": name, "set": described["digest"], **report}
     answer["canary"] = parts.golden.verdicts.report(full)
-    if version is None and parts.live_version(full) is None:
+    if asked is None:
         return answer
-    shown = _version(parts, full, version)
     own = caller.tenant == tenant_of(full)
-    cases = await asyncio.to_thread(parts.golden.results.cases, shown, answers=own)
-    return {**answer, "version": shown.version, "running": parts.golden.runs.waiting(shown), "cases": cases}
+    cases = await asyncio.to_thread(parts.golden.results.cases, asked, answers=own)
+    return {**answer, "version": asked.version, "running": running, "cases": cases}
 
 
 async def _described(parts: Services, name: str, full: str) -> dict[str, Any]:
