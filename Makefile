@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -59,6 +59,9 @@ watch: setup-dev ## drift, damage and latency are found on the real engine, and 
 drift-proof: setup-dev ## false alarms of drift over thousands of streams, every delay of the table; an hour or more
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/drift/test_detector.py tests/serve/rollout/test_sequential_test.py
+
+drift-time: setup-dev ## alarms about nothing under daily waves, autoregression and sessions, and delays there; some hours
+	@$(BIN)/python -m tests.campaigns.drift_time $(ARGS)
 
 canary-aa: setup-dev ## canaries that are no different, slower, and much slower, on a simulated engine behind the real queue; an hour
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns.canary_aa $(ARGS)

@@ -111,7 +111,8 @@ class Baseline:
                 raise ConfigError(
                     f"{len(raw)} requests are too few for a reference of {kind}; give at least 20, better 1,000"
                 )
-            self.signals[kind] = self._signal(kind, needed=len(raw), **options)
+            # The order of a list of prompts says nothing about time.
+            self.signals[kind] = self._signal(kind, needed=len(raw), ordered=False, **options)
             for row in raw:
                 self.signals[kind].update(row)
         return self

@@ -66,9 +66,11 @@ class Bank:
     """Streams of p-values with their bets: first the scores', then those of the directions, which move up only.
 
     weights: (scores,) what each score weighs among them. Half of all weight is the directions', if there are any.
+    bounded: (streams,) of which of them only bounds of the p-values are known. Their histograms do not bet: only what
+    grows with p may bet on a lower bound, and what falls on an upper one.
     """
 
-    def __init__(self, weights: ArrayLike, directions: int) -> None:
+    def __init__(self, weights: ArrayLike, directions: int, bounded: ArrayLike | None = None) -> None:
         share = np.asarray(weights, np.float64)
         self._scores, self._streams = len(share), len(share) + directions
         n, learned = self._streams, self._streams * len(BETS)
@@ -79,12 +81,16 @@ class Bank:
         # Flat arrays: the histograms stream by stream, then the fixed bets stream by stream.
         self._bins, self._fades = np.tile(_BINS, n), np.tile(_FADES, n)
         self._first_bin = np.cumsum(self._bins) - self._bins
+        is_bounded = np.zeros(n, np.bool_) if bounded is None else np.asarray(bounded, np.bool_)
+        by_histograms = np.where(is_bounded, 0, LEARNED_WEIGHT)
+        self._stream_share = share
         self._share = np.concatenate(
             (
-                np.repeat(share * LEARNED_WEIGHT / len(BETS), len(BETS)),
-                np.repeat(share * (1 - LEARNED_WEIGHT) / FIXED, FIXED),
+                np.repeat(share * by_histograms / len(BETS), len(BETS)),
+                np.repeat(share * (1 - by_histograms) / FIXED, FIXED),
             )
         )
+        self._idle = np.flatnonzero(is_bounded.repeat(len(BETS)))
         self._e = np.ones(learned + n * FIXED)
         self._learned_e, self._fixed_e = self._e[:learned], self._e[learned:].reshape(n, FIXED)
         self._r = np.zeros(len(self._e))
@@ -97,12 +103,20 @@ class Bank:
         self._unit = np.ones(learned)
         self._weight = np.zeros(learned)
 
-    def observe(self, p: Floats, now: int) -> float:
-        """Bet on `p`, (streams,), then learn it; by how much it multiplied the evidence."""
+    def observe(self, p: Floats, now: int, bounds: tuple[Floats, Floats] | None = None) -> float:
+        """Bet on `p`, (streams,), then learn it; by how much it multiplied the evidence.
+
+        bounds: the least and the most that the scores' p-values may be, (scores,) each.
+        """
         before = self.evidence()
         self._bet_learned(p)
+        self._learned_e[self._idle] = 1
         places = cells(p)
-        self._fixed_e[: self._scores] = _SCORE_BETS[places[: self._scores]]
+        if bounds is None:
+            self._fixed_e[: self._scores] = _SCORE_BETS[places[: self._scores]]
+        else:
+            self._fixed_e[: self._scores, : len(_UP)] = _SCORE_BETS[cells(bounds[0]), : len(_UP)]
+            self._fixed_e[: self._scores, len(_UP) :] = _SCORE_BETS[cells(bounds[1]), len(_UP) :]
         self._fixed_e[self._scores :] = _DIRECTION_BETS[places[self._scores :]]
         r, page = self._r, self._page
         r += 1
@@ -145,8 +159,7 @@ class Bank:
         weighted, learned = self._r * self._share, len(self._learned_e)
         total = weighted[:learned].reshape(-1, len(BETS)).sum(axis=1)
         total += weighted[learned:].reshape(-1, FIXED).sum(axis=1)
-        share = self._share[:learned:3] * len(BETS) / LEARNED_WEIGHT
-        means = (total / share)[: self._scores]
+        means = total[: self._scores] / self._stream_share[: self._scores]
         return np.log(means, out=np.full(means.shape, -np.inf), where=means > 0)
 
     def weights(self) -> Floats:

@@ -57,7 +57,8 @@ class Drift:
     reference: (n, k), n >= 1; to D only its ranks matter, F also uses distances: unit scale serves it best.
     threshold: c, the mean number of requests between false alarms. capacity: rows that the bag holds, by default as
     many as the reference and at least 1,000; never fewer than the reference. weights: (k,) what each score weighs in
-    the evidence, by default the same. seed: of the random numbers that break ties and choose what leaves the bag.
+    the evidence, by default the same. margin: (k,) by how much each may move unseen, in its unit; 0 by default. seed:
+    of the random numbers that break ties and choose what leaves the bag.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Drift:
         threshold: float = 1e5,
         capacity: int | None = None,
         weights: ArrayLike | None = None,
+        margin: ArrayLike | None = None,
         seed: int = 0,
     ) -> None:
         rows = np.asarray(reference, np.float32)
@@ -88,9 +90,11 @@ class Drift:
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self._reference = np.ascontiguousarray(np.sort(rows, axis=0).T)  # (k, n)
         self._bags = [array("f", column.tobytes()) for column in self._reference]
-        self._directions = Directions(rows, self.capacity) if k > 1 else None
+        self._margin = np.zeros(k, np.float32) if margin is None else np.array(margin, np.float32)
+        self._bound = np.flatnonzero(self._margin)
+        self._directions = Directions(rows, self.capacity, self._margin) if k > 1 else None
         self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
-        self._bank = Bank(self._weights, len(HALF_LIVES) if k > 1 else 0)
+        self._bank = Bank(self._weights, len(HALF_LIVES) if k > 1 else 0, self._bounded())
         self._effect = EffectSize(k + (len(HALF_LIVES) if k > 1 else 0), n)
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
@@ -116,10 +120,15 @@ class Drift:
             self._gauge()
         if self.drifted:
             self._effect.observe(self._reference_ranks(scores), self.tolerated_share)
+        moved = self._moved_by_margin(scores)
         p = streams = self._rank(scores)
+        bounds = None
+        if moved is not None:
+            bounds = p.copy(), p.copy()
+            bounds[0][self._bound], bounds[1][self._bound] = moved
         if self._directions is not None:
             streams = np.concatenate((p, self._directions.rank(scores, self._rng)))
-        multiple = self._bank.observe(streams, self.updates)
+        multiple = self._bank.observe(streams, self.updates, bounds)
         if self._directions is not None:
             self._directions.teach(p, multiple)
         if self.crossed_at is None and self._bank.evidence() >= self.threshold:
@@ -217,6 +226,7 @@ class Drift:
             "shift": self._shift.copy(),
             "seen": self._seen.copy(),
             "weights": self._weights.copy(),
+            "margin": self._margin.copy(),
             "rows": np.array(self._rows).reshape(-1, len(self._shift)),
         }
         state |= {f"effect.{name}": value for name, value in self._effect.state().items()}
@@ -237,11 +247,13 @@ class Drift:
         self._reference = np.ascontiguousarray(state["reference"].T)
         self._bags = [array("f", np.ascontiguousarray(bag).tobytes()) for bag in state["bags"]]
         learned = _below(state, "directions.")
-        self._directions = Directions.from_state(learned, capacity) if learned else None
-        # Earlier releases had neither weights nor what comes after the evidence.
+        # Earlier releases had neither margins nor weights nor what comes after the evidence.
+        self._margin = np.array(state.get("margin", np.zeros(len(self._bags), np.float32)))
+        self._bound = np.flatnonzero(self._margin)
+        self._directions = Directions.from_state(learned, capacity, self._margin) if learned else None
         k, directions = len(self._bags), len(HALF_LIVES) if learned else 0
         self._weights = np.array(state.get("weights", np.ones(k)))
-        self._bank = Bank(self._weights, directions)
+        self._bank = Bank(self._weights, directions, self._bounded())
         self._bank.restore(_below(state, "bank."))
         self._effect, self.tolerated_share = EffectSize(k + directions, self._reference.shape[1]), 1.0
         if "effect.seen" in state:
@@ -252,6 +264,22 @@ class Drift:
         self._ungauged = []
         self._rows = deque(state.get("rows", ()), maxlen=RECENT)
         return self
+
+    def _bounded(self) -> NDArray[np.bool_]:
+        """(streams,): the scores with a margin, and all directions if there is one."""
+        directions = 0 if self._directions is None else len(HALF_LIVES)
+        return np.concatenate((self._margin > 0, np.full(directions, self._margin.any())))
+
+    def _moved_by_margin(self, scores: NDArray[np.float32]) -> tuple[Floats, Floats] | None:
+        """The least and the most that the p-values of the scores with a margin can be; None if there are none."""
+        if not len(self._bound):
+            return None
+        m, margin = len(self._bags[0]), self._margin[self._bound]
+        values = scores[self._bound]
+        bags = [self._bags[i] for i in self._bound]
+        low = [bisect_left(bag, score) for bag, score in zip(bags, (values - margin).tolist(), strict=True)]
+        high = [bisect_right(bag, score) + 1 for bag, score in zip(bags, (values + margin).tolist(), strict=True)]
+        return np.array(low) / (m + 1), np.array(high) / (m + 1)
 
     def _rank(self, scores: NDArray[np.float32]) -> Floats:
         """(k,) smoothed conformal p-values of `scores` among the bags, which take them in."""

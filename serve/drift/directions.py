@@ -17,7 +17,7 @@ from statistics import NormalDist
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.bets import CELLS, Floats, State, cells
 
@@ -34,10 +34,12 @@ _NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / CELLS) for i in range(CELLS
 
 
 class Directions:
-    """reference: (n, k). capacity: rows that the bag holds, at least n."""
+    """reference: (n, k). capacity: rows that the bag holds, at least n. margin: (k,) by how much each score may move
+    unseen, 0 by default: of a row that is ranked, the most that this allows along a direction is taken off."""
 
-    def __init__(self, reference: NDArray[np.float32], capacity: int) -> None:
+    def __init__(self, reference: NDArray[np.float32], capacity: int, margin: ArrayLike | None = None) -> None:
         n, k = reference.shape
+        self._margin = np.zeros(k, np.float32) if margin is None else np.array(margin, np.float32)
         self._bag = np.empty((capacity + 1, k), np.float32)
         self._bag[:n] = reference
         self._size = n
@@ -51,7 +53,7 @@ class Directions:
         m = self._size
         self._bag[m] = scores
         along = self._towards @ self._bag[: m + 1].T
-        own = along[:, m:]
+        own = along[:, m:] - (np.abs(self._towards) @ self._margin)[:, None]
         less = np.array([np.count_nonzero(row) for row in along < own - SAME])
         upto = np.array([np.count_nonzero(row) for row in along <= own + SAME])
         p = (less + rng.random(len(less)) * (upto - less)) / (m + 1)
@@ -96,9 +98,9 @@ class Directions:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, NDArray], capacity: int) -> Self:
+    def from_state(cls, state: Mapping[str, NDArray], capacity: int, margin: ArrayLike | None = None) -> Self:
         """Earlier releases taught with half of the requests; their bag goes on, and directions are learned anew."""
-        self = cls(state["bag"], capacity)
+        self = cls(state["bag"], capacity, margin)
         if "learned" in state:
             self._reference = np.array(state["reference"])
             self._learned, self._squares = np.array(state["learned"]), np.array(state["squares"])

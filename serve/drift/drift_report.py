@@ -102,6 +102,7 @@ def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
         "log_threshold": _rounded(signal.log_threshold),
         "effects": {name: _rounded(value) for name, value in signal.effects().items()},
         "beyond_tolerance": sorted(signal.beyond()),
+        "structure": signal.structure(),
         "alarms": watched.baseline.counts(kind)[1],
         "alarmed": any(each.alarmed for each in watched.baseline.every(kind)),
         "since": watched.since(kind) if signal.drifted else None,

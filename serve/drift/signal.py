@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +22,7 @@ from serve.drift.detector import EFFECT_HALF_LIFE, Drift, all_finite
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
 from serve.drift.recent_rows import RecentRows
+from serve.drift.reference_structure import ReferenceStructure, fit, gauge_range
 from serve.drift.token_surprise import NAMES, SKETCH, TokenSurprise
 
 # Requests that make a reference; logprobs come of a sample of the traffic only.
@@ -60,7 +62,9 @@ class Signal:
         tolerance: Tolerance = Tolerance(),
         seed: int = 0,
         dimensions: int = DIMENSIONS,
+        ordered: bool = True,
     ) -> None:
+        """ordered: the reference comes in the order of time."""
         if kind not in SIGNALS:
             raise ValueError(f"{kind} is no signal; {', '.join(SIGNALS)} are")
         self.kind = kind
@@ -76,14 +80,18 @@ class Signal:
         self.alarmed_at: int | None = None  # in samples
         self._began_at = 0  # in samples: where the change began, as it was seen at the alarm
         self._seed = seed
+        self._ordered = ordered
         self._gathered: list[NDArray] = []
         # By the number of the gathered row, until the reference is complete.
         self._sketches: dict[int, NDArray[np.int32]] = {}
         self._detector: Drift | None = None
         self._scale: Scale | None = None
+        self._structure = ReferenceStructure(len(self.names))
         self._recent = np.zeros(0)
         self._weight = 0.0
         self._rows = RecentRows(self._columns)
+        # Between these the gauge of refusals or of logprobs moved over a reference with a structure in time.
+        self._usual = np.zeros(2)
 
     def set_threshold(self, threshold: float) -> None:
         """The evidence so far stays: it does not depend on the threshold."""
@@ -116,7 +124,9 @@ class Signal:
         self._recent = self._recent * fade + (raw - self._scale.centre)
         self._weight = self._weight * fade + 1
         self._detector.tolerated_share = self.tolerance.foreign_share
-        self._detector.update(self._scale(raw))
+        unit = self._structure.unit(self._scale(raw))
+        if unit is not None:
+            self._detector.update(unit)
         if self.alarmed_at is None and self._detector.drifted and self._matters(self._detector):
             self._began_at = self.changed_at or 0
             self.alarmed_at = self.samples
@@ -150,7 +160,8 @@ class Signal:
         if self.alarmed_at is not None:
             return self._began_at
         # A detector that was inherited or begun anew has seen more or fewer rows than this signal.
-        return max(self._detector.changed_at - self._detector.updates + self.samples, 0)
+        since = self._structure.requests_of(self._detector.updates - self._detector.changed_at)
+        return max(self.samples - since, 0)
 
     def changed_rows(self) -> NDArray[np.float32]:
         """(n, columns): the raw rows since the change began, or all recent ones before any drift; `needed` at most."""
@@ -166,6 +177,10 @@ class Signal:
         """(columns,): the mean raw row of the reference; None while gathering."""
         return None if self._scale is None else self._scale.centre
 
+    def structure(self) -> dict[str, Any]:
+        """How far requests were exchangeable in the reference, and what follows; empty while gathering."""
+        return {} if self._detector is None else self._structure.report(self.names)
+
     def effects(self) -> dict[str, float]:
         """How far things moved, in the units of `Tolerance`; empty while gathering. Signed, where a sign means
         something."""
@@ -177,14 +192,12 @@ class Signal:
             effects["foreign_share"] = share
         if not self._weight:
             return effects
-        recent = self._recent / self._weight
-        if self.kind == OUTPUT:
-            error = self._detector.gauge_error / float(self._scale.matrix[_REFUSAL, _REFUSAL])
-            effects["refusal"] = _beyond_error(float(recent[_REFUSAL]), error)
-        if self.kind == LOGPROB:
-            onto = self._scale.matrix[:, 0]
-            error = self._detector.gauge_error / float(onto[0])
-            effects["logprob"] = _beyond_error(float(recent @ onto / onto[0]), error)
+        gauge = self._gauge()
+        if gauge is not None:
+            name, direction, spread = gauge
+            value = float(self._recent @ direction / self._weight)
+            error = self._detector.gauge_error * spread * math.sqrt(self._structure.autocorrelation)
+            effects[name] = _beyond_error(value - float(np.clip(value, *self._usual)), error)
         return effects
 
     def beyond(self) -> dict[str, float]:
@@ -224,7 +237,7 @@ class Signal:
             # When it began is an estimate: of the first rows some may be older.
             rows = rows[min(len(rows) // 4, UNCERTAIN) :]
         self.alarmed_at, self._detector, self._scale = None, None, None
-        self._recent, self._weight = np.zeros(0), 0.0
+        self._recent, self._weight, self._ordered = np.zeros(0), 0.0, True
         self._rows.clear()
         # What was gathered so far stays, where there is no reference yet.
         self._gathered += list(rows)
@@ -246,6 +259,8 @@ class Signal:
             arrays = {"gathered": rows}  # never with sketches of their tokens
         else:
             arrays = {"recent": self._recent.copy(), "weight": np.array(self._weight), "rows": self._rows.last()}
+            arrays["usual"] = self._usual.copy()
+            arrays |= {f"structure.{name}": value for name, value in self._structure.state().items()}
             arrays |= {f"scale.{name}": value for name, value in self._scale.arrays().items()}
             arrays |= {f"detector.{name}": value for name, value in self._detector.state().items()}
         if self._surprise is not None:
@@ -279,6 +294,9 @@ class Signal:
         self.threshold = detector.threshold
         self._recent, self._weight = np.array(state["recent"]), float(state["weight"])
         self._rows = RecentRows(self._columns, state.get("rows"))
+        # Earlier releases wrote neither.
+        self._structure = ReferenceStructure.from_state(_below(state, "structure."), len(self.names))
+        self._usual = np.array(state["usual"] if "usual" in state else np.zeros(2))
 
     def _parts(self, row: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """A row as the scale takes it, and the sketch of its tokens where that is still needed."""
@@ -303,20 +321,31 @@ class Signal:
             self._freeze()
 
     def _freeze(self) -> None:
-        # One half fits the scale and the other is ranked: see serve.drift.features. Alternating, so that both span
-        # all the time.
         rows = self._gathered
         if 2 * len(self._sketches) >= self.needed:
             rows = self._scored(sorted(self._sketches))
-        fitting, ranked = rows[::2], rows[1::2]
         surprises = len(NAMES) if self._surprise is not None else 0
-        scale = Scale.fit(self.kind, fitting, surprises=surprises)
-        # One by one, as live rows will be: a product of many rows may round otherwise, and equal rows must stay ties.
-        reference = np.array([scale(raw) for raw in ranked])
+        self._scale, self._structure, reference = fit(
+            self.kind, rows, surprises=surprises, seed=self._seed, ordered=self._ordered
+        )
         weights = np.repeat((1.0, SURPRISE_WEIGHT), (len(self.names) - surprises, surprises))
-        self._detector = Drift(reference, threshold=self.threshold, weights=weights, seed=self._seed)
-        self._scale, self._gathered, self._sketches = scale, [], {}
-        self._recent = np.zeros(len(scale.centre))
+        self._detector = Drift(
+            reference, threshold=self.threshold, weights=weights, margin=self._structure.margin, seed=self._seed
+        )
+        self._recent = np.zeros(len(self._scale.centre))
+        self._usual = np.zeros(2)
+        gauge = self._gauge()
+        if gauge is not None and not self._structure.exchangeable:
+            self._usual = gauge_range((np.array(rows) - self._scale.centre) @ gauge[1])
+        self._gathered, self._sketches = [], {}
+
+    def _gauge(self) -> tuple[str, NDArray, float] | None:
+        """What is measured besides ranks: its name, its direction in raw rows, and the standard deviation along it."""
+        if self._scale is None or self.kind not in (OUTPUT, LOGPROB):
+            return None
+        score = _REFUSAL if self.kind == OUTPUT else 0
+        onto = self._scale.matrix[:, score]
+        return ("refusal" if self.kind == OUTPUT else "logprob"), onto / onto[score], 1 / float(onto[score])
 
     def _scored(self, numbers: Sequence[int]) -> list[NDArray[np.float32]]:
         """The gathered rows of these numbers, with the scores of their tokens, which every other one of them fits.

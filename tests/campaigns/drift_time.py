@@ -1,0 +1,179 @@
+"""Alarms about nothing in streams that time makes unlike, and how soon a change is an alarm there.
+
+    python -m tests.campaigns.drift_time [--streams 100] [--rows 20000] [--only TEXT] [--no-prompts] [--delays]
+
+For each kind of stream: how many streams alarmed within `--rows` requests after a reference of 1,000, in how many the
+evidence reached the threshold (1e5), and what the references showed in the median. Two hours in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from serve.drift.baseline import Signal
+from serve.drift.features import PROMPT
+from tests.support.time_streams import (
+    REFERENCE,
+    SCORES,
+    Draw,
+    Rows,
+    autoregression,
+    mixed,
+    noise,
+    sessions,
+    synthetic,
+    wave,
+)
+
+# Requests between the reference and a change.
+BEFORE = 500
+Change: TypeAlias = Callable[[Rows, np.random.Generator], Rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one stream did. alarm: the request after the reference that raised it."""
+
+    alarm: int | None
+    evidence: bool
+    structure: dict
+    seconds: float
+
+
+def watch(rows: Rows, seed: int) -> Outcome:
+    """A signal over `rows` up to its first alarm."""
+    signal = Signal(PROMPT, needed=REFERENCE, threshold=1e5, seed=seed)
+    for row in rows[:REFERENCE]:
+        signal.update(row)
+    began = time.process_time()
+    alarm = next((i for i, row in enumerate(rows[REFERENCE:], 1) if signal.update(row)), None)
+    seconds = (time.process_time() - began) / (alarm or len(rows) - REFERENCE)
+    return Outcome(alarm, signal.drifted, signal.structure(), seconds)
+
+
+def false_alarms(kinds: dict[str, Draw], streams: int, rows: int) -> None:
+    print("\n| stream | alarms | evidence | tau | block | scores that wander | tolerance, sd | us a request |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, draw in kinds.items():
+        outcomes = [watch(draw(np.random.default_rng(seed), REFERENCE + rows), seed) for seed in range(streams)]
+        print(f"| {name} | {_counts(outcomes)} | {_medians(outcomes)} |", flush=True)
+
+
+def delays(kinds: dict[str, tuple[Draw, Change]], streams: int) -> None:
+    """`kinds`: the stream, and what a change makes of its rows."""
+    print("\n| stream and change | alarms | median delay | tau | block | scores that wander | tolerance, sd | us |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (draw, change) in kinds.items():
+        outcomes = []
+        for seed in range(streams):
+            rng = np.random.default_rng(seed)
+            rows = draw(rng, REFERENCE + BEFORE + 3000)
+            rows[REFERENCE + BEFORE :] = change(rows[REFERENCE + BEFORE :], rng)
+            outcomes.append(watch(rows, seed))
+        after = [outcome.alarm - BEFORE if outcome.alarm else 3000 for outcome in outcomes]
+        seen = f"{sum(outcome.alarm is not None for outcome in outcomes)} of {streams} | {np.median(after):.0f}"
+        print(f"| {name} | {seen} | {_medians(outcomes)} |", flush=True)
+
+
+def synthetic_changes() -> dict[str, tuple[Draw, Change]]:
+    direction = np.where(np.arange(SCORES) % 3 == 0, 1.0, 0.0)  # 11 of 33 scores
+
+    def whole(rows: Rows, rng: np.random.Generator) -> Rows:
+        return rows + direction
+
+    def fifth(rows: Rows, rng: np.random.Generator) -> Rows:
+        return rows + 2 * direction * (rng.random((len(rows), 1)) < 0.2)
+
+    streams: dict[str, Draw] = {
+        "i.i.d.": noise,
+        "wave 1 sd, 1 cycle": lambda rng, n: noise(rng, n) + wave(rng, n, 1.0, 1.0),
+        "AR(1) 0.3": lambda rng, n: autoregression(rng, n, 0.3),
+        "sessions 1 sd": lambda rng, n: sessions(rng, n, 1.0),
+        "sessions 1 sd and wave 1 sd": lambda rng, n: sessions(rng, n, 1.0) + wave(rng, n, 1.0, 1.0),
+    }
+    changes = {"11 of 33 scores by 1 sd": whole, "a fifth of the requests by 2 sd there": fifth}
+    return {f"{s}; {c}": (draw, change) for s, draw in streams.items() for c, change in changes.items()}
+
+
+def prompt_changes(general: Rows, foreign: dict[str, Rows]) -> dict[str, tuple[Draw, Change]]:
+    """Short questions, without and with a wave of 1 sd in their length; then other prompts, on the same wave."""
+    spread = general[:, 0].std()
+
+    def plain(rng: np.random.Generator, n: int) -> Rows:
+        return general[rng.integers(len(general), size=n)]
+
+    def waved(rng: np.random.Generator, n: int) -> Rows:
+        rows = plain(rng, n)
+        rows[:, 0] += spread * np.sin(2 * np.pi * (np.arange(n) / REFERENCE + rng.random()))
+        return rows
+
+    def to(kind: str, share: float) -> Change:
+        def change(rows: Rows, rng: np.random.Generator) -> Rows:
+            moved = foreign[kind][rng.integers(len(foreign[kind]), size=len(rows))]
+            return np.where(rng.random((len(rows), 1)) < share, moved, rows)
+
+        return change
+
+    return {
+        f"prompts, {stream}; {share:.0%} {kind}": (draw, to(kind, share))
+        for kind in foreign
+        for share in (1.0, 0.2)
+        for stream, draw in (("i.i.d.", plain), ("length on a wave of 1 sd", waved))
+    }
+
+
+def prompt_rows(kind: str, most: int = 4000) -> Rows:
+    """Raw rows of a pool of real prompts, from the embedded model's tokenizer and embedding table."""
+    from tokenizers import Tokenizer
+
+    from serve.drift.embedding import Embedding
+    from serve.drift.features import prompt_row, with_sketch
+    from serve.models.embedded import ensure
+    from tests.support.prompts import pool
+
+    checkpoint = ensure("smollm2")
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    embedding = Embedding.of(checkpoint)
+    texts = tokenizer.encode_batch(list(pool(kind)[:most]))
+    return np.array([with_sketch(prompt_row(embedding, text.ids), text.ids) for text in texts], np.float32)
+
+
+def _counts(outcomes: list[Outcome]) -> str:
+    alarms = sum(outcome.alarm is not None for outcome in outcomes)
+    return f"{alarms} of {len(outcomes)} | {sum(outcome.evidence for outcome in outcomes)}"
+
+
+def _medians(outcomes: list[Outcome]) -> str:
+    shown = {"autocorrelation": ".2f", "block": ".0f", "wandering_scores": ".0f", "wander": ".2f"}
+    medians = [f"{np.median([o.structure[key] for o in outcomes]):{form}}" for key, form in shown.items()]
+    return " | ".join([*medians, f"{1e6 * np.median([o.seconds for o in outcomes]):.0f}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--only", default="", help="kinds whose name contains this")
+    parser.add_argument("--no-prompts", action="store_true", help="no real prompts, which need a network once")
+    parser.add_argument("--delays", action="store_true", help="only how soon changes are seen")
+    options = parser.parse_args()
+    kinds, changes = synthetic(), synthetic_changes()
+    if not options.no_prompts:
+        general, medical, german = map(prompt_rows, ("general", "medical", "german"))
+        kinds |= mixed(general, medical)
+        changes |= prompt_changes(general, {"german": german, "medical": medical})
+    if not options.delays:
+        false_alarms(
+            {name: draw for name, draw in kinds.items() if options.only in name}, options.streams, options.rows
+        )
+    delays({name: both for name, both in changes.items() if options.only in name}, min(options.streams, 24))
+
+
+if __name__ == "__main__":
+    main()
