@@ -266,9 +266,9 @@ class Drift:
         return self
 
     def _bounded(self) -> NDArray[np.bool_]:
-        """(streams,): the scores with a margin, and all directions if there is one."""
+        """(streams,): the scores with a margin, and all directions: see there."""
         directions = 0 if self._directions is None else len(HALF_LIVES)
-        return np.concatenate((self._margin > 0, np.full(directions, self._margin.any())))
+        return np.concatenate((self._margin > 0, np.ones(directions, np.bool_)))
 
     def _moved_by_margin(self, scores: NDArray[np.float32]) -> tuple[Floats, Floats] | None:
         """The least and the most that the p-values of the scores with a margin can be; None if there are none."""

@@ -66,6 +66,8 @@ def test_what_is_mounted_is_there_and_is_what_is_rendered(compose):
             else:
                 assert source in compose["volumes"], source
     for name in render(DEFAULT_SLOS, Places()):
+        if name.endswith("receivers-example.yml"):  # shows what may be written into the other one
+            continue
         assert any(name == one or name.startswith(one + "/") for one in mounted), f"nobody reads {name}"
 
 
