@@ -31,7 +31,7 @@ STREAMS = (
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_nothing_is_said_that_is_not_so(name):
-    alarmed, line = drift_streams.run(name, 1, 3000, seed=1, reference=400)
+    alarmed, line = drift_streams.run(name, 1, 3000, seed=2, reference=400)
     assert set(alarmed) <= ALLOWED.get(name, set()), line
     if name.startswith("openings"):
         assert alarmed["opening"] == 1, "it is said as what it is"
