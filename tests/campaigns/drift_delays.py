@@ -164,7 +164,7 @@ def delays(change: Change, streams: int, limits: dict[str, float]) -> dict[str, 
     """Requests after the change until each method sees it, and until the evidence is 100,000 and the alarm is there."""
     out: dict[str, list[float]] = {name: [] for name in ("c = 1e5", "alarm", *METHODS)}
     for seed in range(streams):
-        after = min(MOST, 150 if change.share == 1 else MOST)
+        after = 600 if change.share == 1 else MOST
         changed = stream(change.usual, change.foreign, change.share, after, seed)
         for method in METHODS:
             out[method].append(_first(changed.said[method][BEFORE:], limits[method]))
