@@ -287,10 +287,10 @@ class WatchedVersion:
             if share.alarmed_at is not None and kind not in self.alarmed:
                 self.alarmed[kind] = share.alarmed_at
                 effects = {"share": share.share or 0.0, "share_before": share.before or 0.0}
-                said = f"{effects['share']:.0%} now, {effects['share_before']:.0%} before"
+                shares = f"{effects['share']:.0%} now, {effects['share_before']:.0%} before"
                 text = {
-                    SAMPLING: f"most requests repeat one another and are not compared: {said} are accepted",
-                    OPENING: f"the opening that prompts share changed: {said} carry the one from before",
+                    SAMPLING: f"most requests repeat one another and are not compared: {shares} are accepted",
+                    OPENING: f"the opening that prompts share changed: {shares} carry the one from before",
                 }[kind]
                 since = iso(share.alarmed_at)
                 self.moved[kind] = {"text": f"at {since}, {text}", "since": since, **effects}

@@ -112,24 +112,24 @@ def language_of(text: str) -> str:
 
 def read(text: str) -> tuple[str, list[str]]:
     """Both in one: the language of a text, and its words."""
-    found = _WORD.findall(text.lower())
+    words = _WORD.findall(text.lower())
     if not text.isascii():
         if script := _by_script(text[-_CHARACTERS:]):
-            return script, _pairs(found)
-        found = [word.replace("’", "'") for word in found]
+            return script, _pairs(words)
+        words = [word.replace("’", "'") for word in words]
     if len(text) >= 20 and len(text) - len(text.translate(_WITHOUT_SYMBOLS)) > CODE_SHARE * len(text):
-        return CODE, found
+        return CODE, words
     scores = dict.fromkeys(_COMMON, 0.0)
-    for word in found:
+    for word in words:
         if known := _WORDS.get(word):
             languages, weight = known
             for language in languages:
                 scores[language] += weight
     best = max(scores, key=scores.__getitem__)
     score = scores.pop(best)
-    if score < max(1.0, COMMON_SHARE * len(found)) or score < AHEAD * max(scores.values()):
-        return UNKNOWN, found
-    return best, found
+    if score < max(1.0, COMMON_SHARE * len(words)) or score < AHEAD * max(scores.values()):
+        return UNKNOWN, words
+    return best, words
 
 
 def _pairs(found: list[str]) -> list[str]:

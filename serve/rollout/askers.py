@@ -90,10 +90,10 @@ class Askers:
         messages = fields.get("messages") or fields.get("input") or fields.get("prompt")
         if not messages:
             return None, True
-        said = list(_said(messages)) if isinstance(messages, list) else []
-        if not said:
+        parts = list(_said(messages)) if isinstance(messages, list) else []
+        if not parts:
             return _digest(scope, *_parts(messages)), True
-        digests = _prefixes(scope, said)
+        digests = _prefixes(scope, parts)
         begins_at = 0
         for at, (opening, following) in enumerate(pairwise(digests), 1):
             if self._followed(opening, following).is_shared:

@@ -67,8 +67,8 @@ class LiveState(Collector):
             labels=("model",),
         )
         for base in self._fleet:
-            for one in Phase:
-                phase.add_metric((base.name, one.value), float(base.phase is one))
+            for value in Phase:
+                phase.add_metric((base.name, value.value), float(base.phase is value))
             restarts.add_metric((base.name,), base.restarts)
             waiting.add_metric((base.name,), base.backend.waiting)
             line.add_metric((base.name,), base.engine.queue.waiting)
@@ -122,12 +122,12 @@ class LiveState(Collector):
             labels = (adapter.name, f"v{adapter.version}")
             running.add_metric(labels, leases.get(adapter.id, 0))
             info.add_metric((*labels, adapter.digest[:12], str(adapter.rank), adapter.base or ""), 1)
-            for one in beyond:
-                state.add_metric((*labels, one), float(one == where))
+            for place in beyond:
+                state.add_metric((*labels, place), float(place == where))
         if any(beyond.values()):
             running.add_metric(OTHER, busy)
-            for one, count in beyond.items():
-                state.add_metric((*OTHER, one), count)
+            for place, count in beyond.items():
+                state.add_metric((*OTHER, place), count)
         yield from (running, state, info)
 
     def _shown(self, states: dict[str, str]) -> set[str]:

@@ -170,7 +170,7 @@ class Metrics:
         """Versions that were removed go sooner; those that still serve keep their place until somebody needs it."""
         now = self._tidied = self._clock()
         resident = {residence.id for base in self._fleet for residence in base.residents}
-        known = {(one.name, f"v{one.version}"): one.id in resident for one in self._registry.adapters()}
+        known = {(its.name, f"v{its.version}"): its.id in resident for its in self._registry.adapters()}
         for labels in list(self._versions.keys()):
             series = self._series[labels]
             if known.get(labels):
@@ -209,7 +209,7 @@ class Metrics:
             if not text or asked - when > FRESH:
                 when = time.monotonic()  # before it: what is counted meanwhile may be in it or not
                 openmetrics = "openmetrics" in content_type
-                text = _joined([ours(openmetrics).encode(), *(encode(one) for one in collectors())])
+                text = _joined([ours(openmetrics).encode(), *(encode(collector) for collector in collectors())])
                 self._rendered[what, content_type] = (when, text)
             return text, content_type
 

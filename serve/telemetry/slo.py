@@ -76,7 +76,7 @@ def parse(given: Any) -> tuple[Slo, ...]:
         raise ConfigError(
             'slos takes adapters with their objectives, as {"*": {errors: {target: 0.99}}}, ' + _not(given)
         )
-    said = {(slo.adapter, slo.objective): slo for slo in DEFAULT_SLOS}
+    objectives_of = {(slo.adapter, slo.objective): slo for slo in DEFAULT_SLOS}
     for adapter, objectives in given.items():
         if adapter != EVERY and not (isinstance(adapter, str) and _NAME.fullmatch(adapter)):
             raise ConfigError(f'slos takes an adapter\'s name, TENANT/NAME or "*", not {adapter!r}')
@@ -87,8 +87,8 @@ def parse(given: Any) -> tuple[Slo, ...]:
                 raise ConfigError(f"slos for {adapter} takes the objectives {', '.join(Objective)}, {_not(name)}")
             objective = Objective(name)
             off = limits in (None, False)
-            said[adapter, objective] = Slo(adapter, objective) if off else _slo(adapter, objective, limits)
-    return tuple(said.values())
+            objectives_of[adapter, objective] = Slo(adapter, objective) if off else _slo(adapter, objective, limits)
+    return tuple(objectives_of.values())
 
 
 def exempt(slos: Sequence[Slo], objective: Objective) -> list[str]:

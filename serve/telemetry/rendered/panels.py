@@ -74,8 +74,8 @@ class Panel:
         if self.decimals is not None:
             defaults["decimals"] = self.decimals
         if self.mappings:
-            said = {value: {"text": text, "color": color} for value, (text, color) in self.mappings.items()}
-            defaults["mappings"] = [{"type": "value", "options": said}]
+            options = {value: {"text": text, "color": color} for value, (text, color) in self.mappings.items()}
+            defaults["mappings"] = [{"type": "value", "options": options}]
         if self.kind == "timeseries":
             defaults["custom"] = {
                 "lineWidth": 1,

@@ -74,11 +74,15 @@ _EVENTS, _BAD = "adapter_slo:loradock_events:rate5m", "adapter_slo:loradock_bad:
 
 def groups(slos: Sequence[Slo]) -> list[dict[str, Any]]:
     """All rule groups, as Prometheus takes them."""
-    said = [slo for slo in slos if slo.target]
-    short = [rule for slo in said for window in WINDOWS for rule in _burns(slo, slos, window)]
-    long = [rule for slo in said for rule in (*_burns(slo, slos, LONG_WINDOW), *_left(slo, slos))]
+    with_target = [slo for slo in slos if slo.target]
+    short = [rule for slo in with_target for window in WINDOWS for rule in _burns(slo, slos, window)]
+    long = [rule for slo in with_target for rule in (*_burns(slo, slos, LONG_WINDOW), *_left(slo, slos))]
     return [
-        {"name": "loradock-slo", "interval": "30s", "rules": [*(r for slo in said for r in _rates(slo, slos)), *short]},
+        {
+            "name": "loradock-slo",
+            "interval": "30s",
+            "rules": [*(r for slo in with_target for r in _rates(slo, slos)), *short],
+        },
         {"name": "loradock-slo-long", "interval": "2m", "rules": long},
         {"name": "loradock-slo-alerts", "rules": [*map(_burning, BURNS), *_stale(slos)]},
         {"name": "loradock-adapters", "rules": list(_adapters())},
@@ -145,7 +149,7 @@ def _rates(slo: Slo, slos: Sequence[Slo]) -> Iterator[Rule]:
 def _burns(slo: Slo, slos: Sequence[Slo], window: str) -> Iterator[Rule]:
     every, bad, labels = _all(slo, slos, "rate", window), _bad(slo, slos, window), _labels(slo)
     yield {"record": burn(window), "expr": f"{bad} / {every} / {slo.budget:g}", "labels": labels}
-    if window in {one.long for one in BURNS}:
+    if window in {burn_rate.long for burn_rate in BURNS}:
         yield {"record": events(window), "expr": _all(slo, slos, "increase", window), "labels": labels}
 
 
