@@ -102,7 +102,7 @@ def test_an_answer_is_measured_token_by_token_also_when_it_does_not_stream(serve
     labels = {"adapter": name, "version": "v1"}
     text = "loradock_{}"
     counted = {
-        metric: series(server, text.format(metric), **labels)[0]
+        metric: sum(series(server, text.format(metric), **labels))
         for metric in (
             "requests_total",
             "time_to_first_token_seconds_count",
