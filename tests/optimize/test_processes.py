@@ -63,12 +63,12 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def optimizing(mark: str, recipe: Path, out: Path, path: Path | None = None) -> subprocess.Popen[bytes]:
     environ = {**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(path or "")]))}
-    # Whoever runs these tests in the background may have had SIGINT ignored, which children inherit.
+    # Whoever runs these tests in the background or with nohup has signals ignored, which children inherit.
     return subprocess.Popen(
         command(recipe, "--out", out),
         env=environ,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
     )
 
 
