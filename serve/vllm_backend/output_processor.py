@@ -65,19 +65,18 @@ class Outputs(OutputProcessor):
         **kwargs: Any,
     ) -> OutputProcessorOutput:
         # Before: those that end here are forgotten by then.
-        states = [(self.request_states.get(output.request_id), output) for output in engine_core_outputs]
-        began = {output.request_id for state, output in states if state is not None and state.is_prefilling}
+        sequences = [
+            (state, output, state.is_prefilling)
+            for output in engine_core_outputs
+            if (state := self.request_states.get(output.request_id)) is not None
+        ]
         done = super().process_outputs(engine_core_outputs, engine_core_timestamp, *args, **kwargs)
         if self.step_times is not None and engine_core_timestamp is not None:
-            computed = [
-                (state, _tokens(state, output, output.request_id in began))
-                for state, output in states
-                if state is not None
-            ]
+            computed = [(state, _tokens(state, output, began)) for state, output, began in sequences]
             self.step_times.computed(computed, engine_core_timestamp)
-        for output in engine_core_outputs:
-            state = self.request_states.get(output.request_id)
-            if state is not None and (fast_stream := getattr(state, "fast_stream", None)) is not None:
+        for state, output, _ in sequences:
+            fast_stream = getattr(state, "fast_stream", None)
+            if fast_stream is not None and output.request_id in self.request_states:
                 _forward(state, fast_stream)
         return done
 
