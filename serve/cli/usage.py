@@ -52,7 +52,9 @@ def _as_table(answer: dict[str, Any]) -> str:
     titles = [column.replace("_", " ").upper() for column in COLUMNS]
     titles[-1] = f"COST {currency}".strip()
     total = {**answer.get("total", {}), "tenant": "total", "adapter": ""}
-    return table([tuple(titles), *(_cells(row) for row in [*rows, total])])
+    lines = [tuple(titles), *(_cells(row) for row in [*rows, total])]
+    # Without prices everything would be said to cost nothing.
+    return table(lines if total.get("cost") else [line[:-1] for line in lines])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

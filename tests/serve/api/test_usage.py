@@ -111,6 +111,7 @@ def run(monkeypatch):
     class Server:
         def __init__(self):
             self.asked = []
+            self.answer = ANSWER
 
         def __enter__(self):
             return self
@@ -120,7 +121,7 @@ def run(monkeypatch):
 
         def usage(self, month, tenant):
             self.asked.append((month, tenant))
-            return ANSWER
+            return self.answer
 
     server = Server()
     monkeypatch.setattr(command, "connected", lambda *_, **__: server)
@@ -130,8 +131,16 @@ def run(monkeypatch):
         assert done.exit_code == 0, done.output
         return done.output
 
-    invoke.asked = server.asked
+    invoke.asked, invoke.server = server.asked, server
     return invoke
+
+
+def test_without_prices_the_table_says_nothing_of_cost(run):
+    free = {"cost": 0.0}
+    rows = [{**row, **free} for row in ANSWER["data"]]
+    run.server.answer = {**ANSWER, "data": rows, "total": {**ANSWER["total"], **free}}
+    table = run("--month", "2026-11").splitlines()
+    assert "COST" not in table[0] and table[-1].split()[-1] == "1.5"
 
 
 def test_the_command_prints_a_table_json_or_csv(run):
