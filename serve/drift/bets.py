@@ -2,9 +2,9 @@
 
 While nothing changes a p-value is uniform on [0, 1), and a bet on it multiplies by e with E[e] = 1. Each stream carries
 
-- three histograms of its p-values so far, which find any other distribution once they have learned it;
 - eight fixed bets, which need not learn: likelihood ratios of a normal score that moved by `shift` standard deviations
-  in a share of the requests, up or (scores only) down.
+  in a share of the requests, up or (scores only) down;
+- scores only: three histograms of its p-values so far, which find any other distribution once they have learned it.
 
 Shiryaev-Roberts: R <- (R + 1) e. R - t is a martingale, so the mean time until R >= c is at least c, and also for a
 weighted mean of many R (Shin, Ramdas and Rinaldo, E-detectors, 2022).
@@ -34,7 +34,7 @@ UNIFORM = 0.1
 SHIFTS = ((0.8, 1.0), (3.0, 0.9), (3.0, 0.2), (3.5, 0.08))  # of a score, each up and down
 ALONG = ((0.4, 1.0), (0.8, 1.0), (1.5, 0.9), (3.0, 0.9), (2.0, 0.25), (3.5, 0.25), (2.5, 0.1), (3.5, 0.1))
 FIXED = 8
-# What the histograms weigh among the bets of a stream.
+# What the histograms weigh among the bets of a score.
 LEARNED_WEIGHT = 0.3
 # A fixed bet is constant over so many equal parts of [0, 1).
 CELLS = 1024
@@ -66,31 +66,31 @@ class Bank:
     """Streams of p-values with their bets: first the scores', then those of the directions, which move up only.
 
     weights: (scores,) what each score weighs among them. Half of all weight is the directions', if there are any.
-    bounded: (streams,) of which of them only bounds of the p-values are known. Their histograms do not bet: only what
+    bounded: (scores,) of which of them only bounds of the p-values are known. Their histograms do not bet: only what
     grows with p may bet on a lower bound, and what falls on an upper one.
     """
 
     def __init__(self, weights: ArrayLike, directions: int, bounded: ArrayLike | None = None) -> None:
         share = np.asarray(weights, np.float64)
-        self._scores, self._streams = len(share), len(share) + directions
-        n, learned = self._streams, self._streams * len(BETS)
+        share = share / share.sum()
+        k, n = len(share), len(share) + directions
         if directions:
-            share = np.concatenate((share / share.sum(), np.full(directions, 1 / directions))) / 2
-        else:
-            share = share / share.sum()
-        # Flat arrays: the histograms stream by stream, then the fixed bets stream by stream.
-        self._bins, self._fades = np.tile(_BINS, n), np.tile(_FADES, n)
+            share = np.concatenate((share, np.full(directions, 1 / directions))) / 2
+        self._scores, self._stream_share = k, share
+        # Flat arrays: the histograms score by score, then the fixed bets stream by stream.
+        self._bins, self._fades = np.tile(_BINS, k), np.tile(_FADES, k)
         self._first_bin = np.cumsum(self._bins) - self._bins
-        is_bounded = np.zeros(n, np.bool_) if bounded is None else np.asarray(bounded, np.bool_)
-        by_histograms = np.where(is_bounded, 0, LEARNED_WEIGHT)
-        self._stream_share = share
+        is_bounded = np.zeros(k, np.bool_) if bounded is None else np.asarray(bounded, np.bool_)
+        by_histograms = np.zeros(n)
+        by_histograms[:k] = np.where(is_bounded, 0, LEARNED_WEIGHT)
         self._share = np.concatenate(
             (
-                np.repeat(share * by_histograms / len(BETS), len(BETS)),
+                np.repeat((share * by_histograms)[:k] / len(BETS), len(BETS)),
                 np.repeat(share * (1 - by_histograms) / FIXED, FIXED),
             )
         )
         self._idle = np.flatnonzero(is_bounded.repeat(len(BETS)))
+        learned = k * len(BETS)
         self._e = np.ones(learned + n * FIXED)
         self._learned_e, self._fixed_e = self._e[:learned], self._e[learned:].reshape(n, FIXED)
         self._r = np.zeros(len(self._e))
@@ -109,7 +109,7 @@ class Bank:
         bounds: the least and the most that the scores' p-values may be, (scores,) each.
         """
         before = self.evidence()
-        self._bet_learned(p)
+        self._bet_learned(p[: self._scores])
         self._learned_e[self._idle] = 1
         places = cells(p)
         if bounds is None:
@@ -129,7 +129,7 @@ class Bank:
         return self.evidence() / (before + 1)
 
     def _bet_learned(self, p: Floats) -> None:
-        """What the histograms bet, into `_learned_e`."""
+        """What the histograms bet on the scores' p-values, into `_learned_e`."""
         e, unit, weight = self._learned_e, self._unit, self._weight
         bins = (p.repeat(len(BETS)) * self._bins).astype(np.intp)
         np.minimum(bins, self._bins - 1, out=bins)
@@ -156,20 +156,20 @@ class Bank:
 
     def log_means(self) -> Floats:
         """(scores,): ln of the weighted mean over the bets of each."""
-        weighted, learned = self._r * self._share, len(self._learned_e)
-        total = weighted[:learned].reshape(-1, len(BETS)).sum(axis=1)
-        total += weighted[learned:].reshape(-1, FIXED).sum(axis=1)
-        means = total[: self._scores] / self._stream_share[: self._scores]
+        means = (self._by_stream(self._r * self._share) / self._stream_share)[: self._scores]
         return np.log(means, out=np.full(means.shape, -np.inf), where=means > 0)
 
     def weights(self) -> Floats:
         """(streams,) with the sum 1: half by the evidence of each stream, half as from the beginning."""
+        total = self._by_stream(self._r * self._share)
+        return (total / max(total.sum(), 1e-300) + self._stream_share) / 2
+
+    def _by_stream(self, values: Floats) -> Floats:
+        """(streams,): the sum over the bets of each."""
         learned = len(self._learned_e)
-        shares = []
-        for each in (self._r * self._share, self._share):
-            total = each[:learned].reshape(-1, len(BETS)).sum(axis=1) + each[learned:].reshape(-1, FIXED).sum(axis=1)
-            shares.append(total / max(total.sum(), 1e-300))
-        return (shares[0] + shares[1]) / 2
+        total = values[learned:].reshape(-1, FIXED).sum(axis=1)
+        total[: self._scores] += values[:learned].reshape(-1, len(BETS)).sum(axis=1)
+        return total
 
     def began(self) -> int:
         """The update after which the strongest bet's run began."""
@@ -185,17 +185,19 @@ class Bank:
         return {name: getattr(self, f"_{name}").copy() for name in _KEPT}
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
-        """Go on where this `state()` was. One of a release without fixed bets has fewer streams and bets: those begin
-        empty, and the evidence stays what it was."""
-        if len(state["r"]) == len(self._r):
-            for name in _KEPT:
-                getattr(self, f"_{name}")[:] = state[name]
+        """Go on where this `state()` was. Earlier releases had histograms of the directions too, which are left out.
+        Still earlier ones had no fixed bets: those begin empty, and the evidence stays what it was."""
+        learned, saved = len(self._learned_e), len(state["unit"])
+        for name in ("unit", "weight", "learned"):
+            kept = getattr(self, f"_{name}")
+            kept[:] = state[name][: len(kept)]
+        for name in ("r", "page", "start"):
+            kept, values = getattr(self, f"_{name}"), state[name]
+            kept[:learned] = values[:learned]
+            if len(values) > saved:
+                kept[learned:] = values[saved:]
+        if len(state["r"]) > saved:
             return
-        bets = min(len(state["r"]), len(self._learned_e))
-        for name in ("r", "page", "start", "unit", "weight"):
-            getattr(self, f"_{name}")[:bets] = state[name][:bets]
-        bins = self._bins[:bets].sum()
-        self._learned[:bins] = state["learned"][:bins]
         # There half of the weight was the directions', and within a half all bets weighed the same.
         old, scores = state["r"], self._scores * len(BETS)
         directions = old[scores:]

@@ -94,7 +94,7 @@ class Drift:
         self._bound = np.flatnonzero(self._margin)
         self._directions = Directions(rows, self.capacity, self._margin) if k > 1 else None
         self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
-        self._bank = Bank(self._weights, len(HALF_LIVES) if k > 1 else 0, self._bounded())
+        self._bank = Bank(self._weights, len(HALF_LIVES) if k > 1 else 0, self._margin > 0)
         self._effect = EffectSize(k + (len(HALF_LIVES) if k > 1 else 0), n)
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
@@ -253,7 +253,7 @@ class Drift:
         self._directions = Directions.from_state(learned, capacity, self._margin) if learned else None
         k, directions = len(self._bags), len(HALF_LIVES) if learned else 0
         self._weights = np.array(state.get("weights", np.ones(k)))
-        self._bank = Bank(self._weights, directions, self._bounded())
+        self._bank = Bank(self._weights, directions, self._margin > 0)
         self._bank.restore(_below(state, "bank."))
         self._effect, self.tolerated_share = EffectSize(k + directions, self._reference.shape[1]), 1.0
         if "effect.seen" in state:
@@ -264,11 +264,6 @@ class Drift:
         self._ungauged = []
         self._rows = deque(state.get("rows", ()), maxlen=RECENT)
         return self
-
-    def _bounded(self) -> NDArray[np.bool_]:
-        """(streams,): the scores with a margin, and all directions: see there."""
-        directions = 0 if self._directions is None else len(HALF_LIVES)
-        return np.concatenate((self._margin > 0, np.ones(directions, np.bool_)))
 
     def _moved_by_margin(self, scores: NDArray[np.float32]) -> tuple[Floats, Floats] | None:
         """The least and the most that the p-values of the scores with a margin can be; None if there are none."""

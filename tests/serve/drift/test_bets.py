@@ -65,8 +65,29 @@ def test_the_bets_of_an_earlier_release_go_on_with_the_same_evidence():
     bank.restore(state)
     half = scores * len(bets.BETS)
     assert bank.evidence() == pytest.approx((state["r"][:half].mean() + state["r"][half:].mean()) / 2)
-    assert bank.began() == state["start"][state["page"].argmax()]
+    assert bank.began() == state["start"][state["page"][:half].argmax()]
     again = Bank(np.ones(scores), 4)
     again.restore(bank.state())
     p = rng.random(scores + 4)
     assert bank.observe(p, 99) == again.observe(p, 99)
+
+
+def test_histograms_of_directions_in_a_state_are_left_out():
+    """Releases that kept them: a run of theirs that was the strongest would date every later change."""
+    scores, directions, rng = 4, 4, np.random.default_rng(6)
+    bank = Bank(np.ones(scores), directions)
+    for now in range(1, 60):
+        bank.observe(rng.beta(2, 1, scores + directions), now)
+    state, more = bank.state(), directions * len(bets.BETS)
+    earlier = dict(state)
+    for name, value in (("r", 9.0), ("page", 1e200), ("start", 7)):
+        earlier[name] = np.insert(state[name], scores * len(bets.BETS), np.full(more, value))
+    for name in ("unit", "weight"):
+        earlier[name] = np.append(state[name], np.ones(more))
+    earlier["learned"] = np.append(state["learned"], np.ones(directions * sum(bins for bins, _ in bets.BETS)))
+    again = Bank(np.ones(scores), directions)
+    again.restore(earlier)
+    assert all(np.array_equal(again.state()[name], state[name]) for name in state)
+    assert again.began() == bank.began() != 7
+    p = rng.random(scores + directions)
+    assert again.observe(p, 60) == bank.observe(p, 60)
