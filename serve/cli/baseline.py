@@ -84,7 +84,7 @@ def ship(
 def prompts(file: Path) -> list[Any]:
     """The prompts of a file of JSON lines; ConfigError says which line is none."""
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     texts_or_messages = []

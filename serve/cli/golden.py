@@ -106,7 +106,7 @@ def read_document(file: Path) -> dict[str, Any]:
 
 def _lines(file: Path, text: str) -> list[Any]:
     cases = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 cases.append(json.loads(line))

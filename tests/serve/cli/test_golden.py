@@ -26,6 +26,14 @@ def test_a_document_a_list_and_a_case_a_line_are_the_same(tmp_path, text):
     assert read_document(file) == {"cases": [CASE, CASE]}
 
 
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029"])
+def test_a_line_ends_where_json_lines_do(tmp_path, character):
+    file = tmp_path / "golden"
+    case = {"prompt": f"x{character}y", "equals": "y"}
+    file.write_text(f"{json.dumps(case, ensure_ascii=False)}\r\n{json.dumps(CASE)}\n")
+    assert read_document(file) == {"cases": [case, CASE]}
+
+
 def test_one_case_is_a_set_and_what_stands_beside_the_cases_stays(tmp_path):
     file = tmp_path / "golden"
     file.write_text(json.dumps(CASE))

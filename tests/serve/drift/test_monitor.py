@@ -150,6 +150,8 @@ def test_a_file_of_prompts_is_read_line_by_line(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('"one"\n{"prompt": "two"}\n\n{"messages": [{"role": "user", "content": "three"}]}\n')
     assert prompts(file) == ["one", "two", [{"role": "user", "content": "three"}]]
+    file.write_text('"one\u2028more"\r\n"two"')
+    assert prompts(file) == ["one\u2028more", "two"], "a line ends where JSON lines end"
     for wrong in ("{", "3", '{"text": "x"}'):
         file.write_text('"one"\n' + wrong)
         with pytest.raises(ConfigError, match="line 2"):
