@@ -120,6 +120,8 @@ class GoldenResults(Collector):
             self._counts.setdefault(key, dict.fromkeys(Result, 0))
             if outcomes:
                 self._summaries[key] = summarized(golden, outcomes)
+            else:
+                self._summaries.pop(key, None)  # of the set before
         return outcomes
 
     def summary(self, adapter: Adapter, golden: GoldenSet) -> Summary:

@@ -88,7 +88,7 @@ class GoldenRuns:
     def request(self, adapter: Adapter, cases: Iterable[str], reason: str, charge: Charge) -> None:
         """Ask a version these cases, as soon as there is a gap."""
         self._requests[adapter.name, adapter.version] = _Request(reason, list(cases), charge)
-        self._next.pop(adapter.name, None)
+        self._next[adapter.name] = 0.0
         self.wake()
 
     def wake(self) -> None:
@@ -169,14 +169,15 @@ class GoldenRuns:
         if request := self._requests.get(key):
             request.keys = [case for case in request.keys if case in golden.by_key]
             due, reason, charge = request.keys, request.reason, request.charge
-        claimed = bool(due) and await asyncio.to_thread(self._store.claim, adapter.name, self._me, CLAIM_SECONDS)
-        if claimed:
+        if not due:
+            # Another server asked the rest, or the set has changed.
+            self._requests.pop(key, None)
+            self._runs.pop(key, None)
+        elif await asyncio.to_thread(self._store.claim, adapter.name, self._me, CLAIM_SECONDS):
             run = self._runs.setdefault(key, _Run(reason, now))
             await self._ask(adapter, golden, list(due), run, charge)
-        elif due:
+        else:
             self._next[adapter.name] = 0.0  # another server runs it
-        elif request:
-            del self._requests[key]
 
     async def _ask(self, adapter: Adapter, golden: GoldenSet, due: list[str], run: _Run, charge: Charge) -> None:
         """A slice of a run; what is left is due at the next look."""
@@ -230,7 +231,9 @@ class GoldenRuns:
         # Whoever waits for the end of the run reads it in the database then.
         key = (adapter.name, adapter.version)
         self._runs.pop(key, None)
-        self._requests.pop(key, None)
+        # What was asked for during the run has cases left.
+        if (request := self._requests.get(key)) and not request.keys:
+            del self._requests[key]
         if summary.errors:
             self._next[adapter.name] = min(self._next[adapter.name], self._clock() + RETRY_SECONDS)
 

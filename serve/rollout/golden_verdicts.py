@@ -204,8 +204,8 @@ class GoldenVerdicts:
             return
         row = self._results.sets.get(name)
         repeated = row is not None and row.verdict == pair
-        self._announced[name] = pair
         await asyncio.to_thread(self._store.announce, name, pair)
+        self._announced[name] = pair
         self._on_verdict(
             GoldenVerdict(
                 name,

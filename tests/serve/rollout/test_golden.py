@@ -9,10 +9,13 @@ from dataclasses import replace
 
 import pytest
 
+from serve.errors import EngineUnavailable
+from serve.rollout import golden_schedule
 from serve.rollout.canary import CanaryVerdict
-from serve.rollout.golden_schedule import RETRY_SECONDS, due_cases
+from serve.rollout.golden_schedule import RETRY_SECONDS, charge_nobody, due_cases
 from serve.rollout.golden_scoring import Result
-from serve.rollout.golden_store import Outcome
+from serve.rollout.golden_set import GoldenSet
+from serve.rollout.golden_store import GoldenStore, Outcome
 from serve.rollout.policy import DEFAULT_POLICIES
 from serve.rollout.sequential_test import Verdict
 from tests.support.app import push_two, upload
@@ -137,6 +140,21 @@ async def test_a_case_that_stays_keeps_its_outcome_when_the_set_changes(client, 
     assert len(skill.asked) == 6
 
 
+async def test_a_set_of_new_cases_has_no_score_of_the_one_before(client, backend, make_adapter):
+    skill = Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    await put(client, cases(4))
+    await ran(client, 1)
+    backend.flow.clear()
+    stream = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "tone", "stream": True}))
+    await until(lambda: asyncio.sleep(0, backend.running == 1))
+    await put(client, cases(2, name="another question", max_tokens=5))
+    assert len(skill.asked) == 4
+    assert 'loradock_golden_score{adapter="tone"' not in (await client.get("/metrics")).text
+    backend.flow.set()
+    await stream
+
+
 async def test_asked_again_a_case_has_the_same_outcome_and_counts_once(client, backend, make_adapter):
     skill = Skill(backend)
     await client.post("/v1/adapters", **upload(make_adapter(0)))
@@ -152,6 +170,58 @@ async def test_asked_again_a_case_has_the_same_outcome_and_counts_once(client, b
     assert before.keys() == after.keys() and {outcome.runs for outcome in after.values()} == {2}
     assert {outcome.changed for outcome in after.values()} == {0}, "at temperature 0 the answers repeat"
     assert len(skill.asked) == 8
+
+
+def when_asked(skill, count, act):
+    """Have `act()` happen when so many more cases have been asked."""
+    usual, at = skill.say, len(skill.asked) + count
+
+    def say(body):
+        answer = usual(body)
+        if len(skill.asked) == at:
+            act()
+        return answer
+
+    return say
+
+
+async def test_a_run_that_is_asked_for_during_another_asks_every_case_after_that(client, backend, make_adapter):
+    skill = Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    parts = client._transport.app.state.parts
+    golden = GoldenSet.decoded(json.dumps({"cases": cases(12)}))
+    live = parts.registry.live("tone")
+    backend.say = when_asked(skill, 9, lambda: parts.golden.runs.request(live, golden.by_key, "asked", charge_nobody))
+    await put(client, cases(12))
+    assert await until(lambda: asyncio.sleep(0, len(skill.asked) == 20)), len(skill.asked)
+    _, answer = await ran(client, 1)
+    assert [(run["reason"], run["asked"]) for run in answer["runs"]] == [("asked", 8), ("put", 12)]
+
+
+async def test_a_run_that_is_asked_for_during_another_breaks_off_nothing(client, backend, make_adapter, caplog):
+    skill = Skill(backend)
+    await push_two(client, make_adapter)
+    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
+    parts = client._transport.app.state.parts
+    live = parts.registry.live("tone")
+    backend.say = when_asked(skill, 1, lambda: parts.golden.runs.request(live, [], "asked", charge_nobody))
+    await put(client, cases(4))
+    row, _ = await ran(client, 2)
+    assert row["cases"] == 4
+    assert "is not run now" not in caplog.text
+
+
+async def test_a_run_ends_when_the_set_is_replaced_by_one_that_was_answered_already(client, backend, make_adapter):
+    skill = Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    await put(client, cases(200))
+    await ran(client, 1)
+    tasks = []
+    backend.say = when_asked(skill, 5, lambda: tasks.append(asyncio.create_task(put(client, cases(3)))))
+    await client.post(f"{GOLDEN}/run")
+    assert await until(lambda: asyncio.sleep(0, tasks and tasks[0].done()))
+    assert len(skill.asked) < 400
+    await ran(client, 1)
 
 
 async def test_what_is_sent_is_bounded_and_refused_in_words(client, backend, make_adapter):
@@ -251,6 +321,32 @@ async def test_a_canary_that_is_worse_by_ten_points_is_taken_back_with_the_numbe
         )
 
     assert await until(counted)
+
+
+async def test_a_verdict_that_could_not_be_noted_at_first_is_acted_on_later(client, backend, make_adapter, monkeypatch):
+    skill = Skill(backend)
+    _, canary = await push_two(client, make_adapter)
+    skill.of[canary] = 0.0
+    announce, failures = GoldenStore.announce, []
+
+    def fail_once(store, name, verdict):
+        if not failures:
+            failures.append(verdict)
+            raise EngineUnavailable("the registry did not take the change")
+        announce(store, name, verdict)
+
+    monkeypatch.setattr(GoldenStore, "announce", fail_once)
+    monkeypatch.setattr(golden_schedule, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(golden_schedule, "LOOK_SECONDS", 0.1)
+    await put(client, cases(80))
+    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
+    client._transport.app.state.parts.golden.runs.wake()
+
+    async def ended():
+        return (await client.get("/v1/adapters/tone")).json()["canary"] is None
+
+    assert await until(ended, seconds=20)
+    assert failures == ["1:2"]
 
 
 async def test_a_canary_that_answers_as_well_stays_and_proves_itself(client, backend, make_adapter):
