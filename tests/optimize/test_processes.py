@@ -6,17 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from optimize.processes import ProcessGroup
 from tests.campaigns.kills import ROOT, command
+from tests.support.server import eventually
 
 MARK = "LORADOCK_TEST_RUN"
+# Seconds until a step runs, or until all processes of a run are gone.
+PATIENCE = 120
 # A step that starts a process which hears no signal, in a process of its own, and never ends.
 LONG_STEP = """
 import subprocess, sys, time, types
@@ -54,13 +56,6 @@ def running(mark: str, word: str = "") -> list[int]:
     return found
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come true"
-        time.sleep(0.05)
-
-
 def optimizing(mark: str, recipe: Path, out: Path, path: Path | None = None) -> subprocess.Popen[bytes]:
     environ = {**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(path or "")]))}
     # Whoever runs these tests in the background or with nohup has signals ignored, which children inherit.
@@ -76,20 +71,20 @@ def optimizing(mark: str, recipe: Path, out: Path, path: Path | None = None) -> 
 def test_a_run_that_is_stopped_leaves_no_process(how, mark, written, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(LONG_STEP)
     run = optimizing(mark, written("steps: [quantize]"), tmp_path / "out", tmp_path)
-    until(lambda: bool(running(mark, "SIG_IGN")))
+    assert eventually(lambda: running(mark, "SIG_IGN"), PATIENCE)
     run.send_signal(how)
     run.wait()
-    until(lambda: not running(mark))
+    assert eventually(lambda: not running(mark), PATIENCE)
 
 
 def test_a_step_that_is_killed_takes_along_what_it_started(mark, written, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(LONG_STEP)
     run = optimizing(mark, written("steps: [quantize]"), tmp_path / "out", tmp_path)
-    until(lambda: bool(running(mark, "SIG_IGN")))
+    assert eventually(lambda: running(mark, "SIG_IGN"), PATIENCE)
     (worker,) = running(mark, "optimize.pipeline.worker")
     os.kill(worker, signal.SIGKILL)
     assert run.wait() == 1
-    until(lambda: not running(mark))
+    assert eventually(lambda: not running(mark), PATIENCE)
 
 
 @pytest.mark.engine
@@ -98,10 +93,10 @@ def test_a_run_that_is_stopped_leaves_no_engine(how, mark, written, tmp_path):
     recipe = written("")
     recipe.write_text(recipe.read_text().replace("engine: false", "engine: true"))
     run = optimizing(mark, recipe, tmp_path / "out")
-    until(lambda: bool(running(mark, "optimize.evaluation.engine")))
+    assert eventually(lambda: running(mark, "optimize.evaluation.engine"), PATIENCE)
     run.send_signal(how)
     run.wait()
-    until(lambda: not running(mark))
+    assert eventually(lambda: not running(mark), PATIENCE)
 
 
 def test_a_group_ends_with_its_block():

@@ -6,22 +6,27 @@ A panel without an entry here fails the test that reads this: say what it shows,
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from serve.telemetry.prices import Price
 from serve.telemetry.series import ENGINE_QUEUE_SECONDS, QUEUE_SECONDS, TOTAL_SECONDS, WORST_GAP_SECONDS
 from serve.telemetry.slo import DEFAULT_SLOS, FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Objective
 from tests.support import known_backend
 from tests.support.mixed_traffic import MixedTraffic, Sent
+from tests.support.prometheus import Sample
 
 Key = tuple[str, ...]
-Values = Mapping[Key, float]
+# By Key. A mapping is invariant in its keys: Mapping[Key, float] would take no dict by pairs.
+Values = Mapping[Any, float]
 Choices = dict[str, str]
 ONE: Key = ()
 VERSION = ("adapter", "version")
 REASONS = ("overloaded", "unavailable", "queue_deadline", "deadline", "error")
+SEATS = known_backend.KnownBackend.seats
+PRICE = Price(prompt=1.0, generated=2.0, engine_hour=3600.0)
 ERROR_BUDGET = next(slo.budget for slo in DEFAULT_SLOS if slo.objective is Objective.ERRORS)
 
 
@@ -63,10 +68,10 @@ class World:
 
     def count(self, key: Callable[[Sent], Key | None], number: Callable[[Sent], float] = lambda sent: 1) -> Values:
         """Numbers of what was sent, summed by key; what has none is left out."""
-        counts: Counter[Key] = Counter()
+        counts: defaultdict[Key, float] = defaultdict(float)
         for sent in self.traffic.sent:
             if (of := key(sent)) is not None:
-                counts[of] += number(sent)  # type: ignore[assignment]
+                counts[of] += number(sent)
         return counts
 
     def rate(self, values: Values) -> Values:
@@ -167,7 +172,7 @@ def budgets(world: World) -> Shows:
 def burns(world: World) -> Shows:
     shares = share_failed(world, of_adapter)
     ranges = exactly((), {(*of, "errors"): share / ERROR_BUDGET for of, share in shares.items()}).ranges
-    rest = {
+    rest: dict[Key, tuple[float, float]] = {
         (adapter, str(slo)): (0.0, 20.000001)
         for (adapter,) in world.count(answered(of_adapter))
         for slo in Objective
@@ -409,8 +414,6 @@ USAGE: dict[str, Callable[[World], list[Shows]]] = {
     ],
     "Refused answers": lambda world: [exactly(("adapter",), {})],
 }  # fmt: skip
-SEATS = known_backend.KnownBackend.seats
-PRICE = Price(prompt=1.0, generated=2.0, engine_hour=3600.0)
 PANELS = {
     "loradock-overview": OVERVIEW,
     "loradock-adapters": ADAPTERS,
@@ -431,11 +434,11 @@ def cost(sent: Sent) -> float:
 
 def born(world: World, key: Callable[[Sent], Key | None], number: Callable[[Sent], float], *, by: Key = ()) -> Shows:
     """A rate of what has no series before its first event: Prometheus misses what came before its first scrape."""
-    every, early = Counter[Key](), Counter[Key]()
+    every, early = defaultdict[Key, float](float), defaultdict[Key, float](float)
     for at, sent in enumerate(world.traffic.sent):
         if (of := key(sent)) is not None:
-            every[of] += number(sent)  # type: ignore[assignment]
-            early[of] += number(sent) * (at < world.traffic.early)  # type: ignore[assignment]
+            every[of] += number(sent)
+            early[of] += number(sent) * (at < world.traffic.early)
     slack, window = 1e-6, world.window
     ranges = {of: ((every[of] - early[of]) / window - slack, every[of] / window + slack) for of in every if every[of]}
     return Shows(by, ranges)
@@ -446,13 +449,13 @@ def close(by: Key, values: Values, *, some: bool = False) -> Shows:
     return Shows(by, {key: (value - 1e-4, value + 1e-4) for key, value in values.items()}, some=some)
 
 
-def wrong(shows: Shows, samples: Sequence[Mapping[str, object]]) -> list[str]:
+def wrong(shows: Shows, samples: Sequence[Sample]) -> list[str]:
     """In what the samples of a query are not what they should be."""
     values: dict[Key, float] = {}
     for sample in samples:
-        labels, value = sample["metric"], float(sample["value"][1])  # type: ignore[index]
+        labels, value = sample["metric"], float(sample["value"][1])
         if value == value:
-            values[tuple(labels.get(name, "") for name in shows.by)] = value  # type: ignore[attr-defined]
+            values[tuple(labels.get(name, "") for name in shows.by)] = value
     lines = []
     for key, (low, high) in shows.ranges.items():
         if key not in values:

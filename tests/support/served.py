@@ -22,7 +22,7 @@ class Served:
         sock.bind(("127.0.0.1", 0))
         self.port: int = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.app = build_app(config, backend)  # type: ignore[arg-type]
+        self.app = build_app(config, backend)
         self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning"))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([sock])))
         self.http = self.client(key)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from serve.api.app import build_app
-from serve.config import Config, keys_hashed, load
+from serve.config import keys_hashed, load
 from tests.support.app import upload
 from tests.support.backend import FakeBackend
+from tests.support.served import Served
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 ADMIN = "an-admin-key"
@@ -40,38 +35,6 @@ async def test_the_page_holds_nothing_and_lets_the_browser_go_nowhere_else(opera
         assert not re.search(r"innerHTML|localStorage|sessionStorage|cookie|eval\(|\sstyle=|\son\w+=\"", told.text)
 
 
-class Served:
-    """The whole app over the fake engine, on a port, in a thread."""
-
-    def __init__(self, config: Config) -> None:
-        self.backend = FakeBackend(config.model)
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(build_app(config, self.backend), log_level="warning"))
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([sock])))
-        self.http = httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {ADMIN}"})
-
-    def __enter__(self) -> Served:
-        self._thread.start()
-        for _ in range(200):
-            try:
-                if self.http.get("/ready").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
-            threading.Event().wait(0.05)
-        raise RuntimeError("the server is not ready")
-
-    def __exit__(self, *_: object) -> None:
-        self.http.close()
-        self._server.should_exit = True
-        self._thread.join(20)
-
-    def live(self, name: str = "tone") -> int:
-        return self.http.get(f"/v1/adapters/{name}").json()["live"]
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
@@ -83,7 +46,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def served(tmp_path: Path, tiny_model: Path, make_adapter: Any) -> Iterator[Served]:
     config = load([str(tiny_model), "--name", "base", "--data-dir", str(tmp_path / "data")], {})
-    with Served(replace(config, admin_keys=keys_hashed([ADMIN]))) as served:
+    config = replace(config, admin_keys=keys_hashed([ADMIN]))
+    with Served(config, FakeBackend(config.model), ADMIN) as served:
         for seed in (0, 1):
             served.http.post("/v1/adapters", **upload(make_adapter(seed), promote=str(not seed).lower()))
         for _ in range(5):
@@ -103,6 +67,11 @@ def page(browser: Browser, served: Served) -> Iterator[Page]:
     yield page
     assert page.wrong == []  # type: ignore[attr-defined]
     context.close()
+
+
+def live(served: Served) -> int:
+    version: int = served.http.get("/v1/adapters/tone").json()["live"]
+    return version
 
 
 def use(page: Page, key: str) -> None:
@@ -143,17 +112,17 @@ def test_canary_promote_and_rollback_from_the_page(page, served):
 
     tone.get_by_role("button", name="Promote tone v2").click()
     page.get_by_role("button", name="Cancel").click()
-    assert served.live() == 1
+    assert live(served) == 1
     tone.get_by_role("button", name="Promote tone v2").click()
     confirm(page, "Promote", "<b>it is better</b>")
     expect(tone.get_by_text("live: v2")).to_be_visible()
     expect(page.locator("#swaps")).to_contain_text("<b>it is better</b>")
-    assert served.live() == 2
+    assert live(served) == 2
 
     tone.get_by_role("button", name="Roll back tone v2").click()
     confirm(page, "Roll back")
     expect(tone.get_by_text("live: v1")).to_be_visible()
-    assert served.live() == 1
+    assert live(served) == 1
     expect(page.locator("#swaps li").first).to_contain_text("rolled back")
 
 
@@ -164,7 +133,7 @@ def test_what_somebody_else_changed_meanwhile_is_a_sentence_and_no_second_change
     served.http.post("/v1/adapters/tone/promote", json={"version": 2})
     confirm(page, "Roll back")
     expect(page.get_by_role("alert")).to_contain_text("v2 of tone is live and not v1")
-    assert served.live() == 2
+    assert live(served) == 2
 
 
 @browsing

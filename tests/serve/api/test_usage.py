@@ -159,7 +159,8 @@ async def test_the_ledger_is_written_while_nobody_looks(client, monkeypatch):
     writing = asyncio.create_task(parts.usage_ledger.run())
     try:
         async with asyncio.timeout(5):
-            while not await asyncio.to_thread(parts.usage_ledger.rows, MONTH):
+            while not (rows := await asyncio.to_thread(parts.usage_ledger.rows, MONTH)):
                 await asyncio.sleep(0.01)
     finally:
         writing.cancel()
+    assert [(row["adapter"], row["requests"]) for row in rows] == [("base", 1)]
