@@ -28,7 +28,7 @@ from serve.engine.engine import Phase
 from serve.engine.fleet import Fleet
 from serve.telemetry.families import Family
 from serve.telemetry.live_state import LiveState, Objectives
-from serve.telemetry.places import Places
+from serve.telemetry.places import TIDY, Places
 from serve.telemetry.queue_series import QueueSeries
 from serve.telemetry.series import OTHER, AdapterLoads, OwnFamilies, Series
 from serve.telemetry.slo import Slo
@@ -45,8 +45,6 @@ FRESH = 1.0
 KEEP_REMOVED = 60.0
 # Versions whose series begin with one scrape: a hundred at once would hold the event loop up.
 BEGUN_AT_ONCE = 20
-# Seconds between two looks for a place while none is free.
-TIDY = 5.0
 
 # A third of the series, and nobody's dashboard reads them.
 disable_created_metrics()

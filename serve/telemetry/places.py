@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable, KeysView
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+# Seconds between two looks for a place while none is free.
+TIDY = 5.0
 
 
 class Places(Generic[Key]):

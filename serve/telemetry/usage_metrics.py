@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from prometheus_client.core import CounterMetricFamily
@@ -10,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from serve.engine.fleet import Fleet
 from serve.telemetry.families import Counters, Family
+from serve.telemetry.places import TIDY, Places
 from serve.telemetry.usage_ledger import Usage
 
 LABELS = ("adapter", "tenant")
@@ -22,9 +24,17 @@ class UsageMetrics:
     `known` says whether an adapter or base of this name exists: what is gone gives its place back.
     """
 
-    def __init__(self, currency: str, known: Callable[[str], bool], *, limit: int = 100) -> None:
-        self._currency, self._known, self._limit = currency, known, limit
-        self._pairs: set[tuple[str, str]] = set()
+    def __init__(
+        self,
+        currency: str,
+        known: Callable[[str], bool],
+        *,
+        limit: int = 100,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._currency, self._known, self._clock = currency, known, clock
+        self._places = Places[tuple[str, str]](limit, self._forget)
+        self._tidied = -TIDY
         self._requests = Counters(
             "loradock_usage_requests",
             "Requests that the engine worked on, counted when they end, by adapter and tenant.",
@@ -62,22 +72,20 @@ class UsageMetrics:
 
     def _pair(self, adapter: str, tenant: str) -> tuple[str, str]:
         pair = (adapter, tenant)
-        if pair in self._pairs:
-            return pair
-        if len(self._pairs) >= self._limit:
+        if pair not in self._places and self._places.is_full and self._clock() - self._tidied >= TIDY:
             self._tidy()
-        if len(self._pairs) >= self._limit:
-            return OTHERS
-        self._pairs.add(pair)
-        return pair
+        return pair if self._places.take(pair) else OTHERS
 
     def _tidy(self) -> None:
-        for pair in [pair for pair in self._pairs if not self._known(pair[0])]:
-            self._pairs.discard(pair)
-            for family in self.families:
-                for labels in family.known():
-                    if labels[:2] == pair:
-                        family.remove(*labels)
+        self._tidied = self._clock()
+        for pair in [pair for pair in self._places.keys() if not self._known(pair[0])]:
+            self._places.drop(pair)
+
+    def _forget(self, pair: tuple[str, str]) -> None:
+        for family in self.families:
+            for labels in family.known():
+                if labels[:2] == pair:
+                    family.remove(*labels)
 
 
 class EngineBusy(Collector):
