@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from serve.telemetry.rendered.dashboards import dashboards
-from serve.telemetry.rendered.receivers import EXAMPLE, Receivers
+from serve.telemetry.rendered.receivers import EXAMPLE, PEOPLE, Receivers
 from serve.telemetry.rendered.rules import BURNS, groups
 from serve.telemetry.slo import Slo
 
@@ -87,7 +87,7 @@ def _alertmanager(places: Places, receivers: Receivers) -> dict[str, Any]:
     down = ["LoradockDown", "LoradockEngineDown"]
     return {
         "route": {
-            "receiver": "people",
+            "receiver": PEOPLE,
             "group_by": ["alertname", "adapter"],
             "group_wait": "10s",
             "group_interval": "1m",

@@ -22,6 +22,9 @@ from serve.telemetry.slo import EVERY, Slo, exempt
 
 Rule = dict[str, Any]
 
+# A counter with its labels, within an expression.
+_COUNTER = re.compile(r"loradock_\w+(?:\{[^}]*\})?")
+
 PAGE, TICKET = "page", "ticket"
 # 499 is a client that left, and other 4xx are its own mistakes: neither counts for or against the server. The 429 of an
 # overloaded server does, but not that of a key which asks more than it may; so it comes from another counter.
@@ -333,15 +336,17 @@ def _server() -> Iterator[Rule]:
 
 def changed(counter: str, window: str) -> str:
     """The counter has grown within the window, also when it was born with its first event."""
-    ago = re.sub(r"(loradock_\w+(?:\{[^}]*\})?)", rf"\1 offset {window}", counter)
-    increase = re.sub(r"(loradock_\w+(?:\{[^}]*\})?)", rf"increase(\1[{window}])", counter)
-    return f"({increase} > 0 or ({counter} > 0 unless {ago}))"
+    increase = _COUNTER.sub(rf"increase(\g<0>[{window}])", counter)
+    return f"({increase} > 0 or ({counter} > 0 unless {_ago(counter, window)}))"
 
 
 def grown(counter: str, window: str) -> str:
     """By how much the counter has grown within the window; all of it, if it is younger."""
-    ago = re.sub(r"(loradock_\w+(?:\{[^}]*\})?)", rf"\1 offset {window}", counter)
-    return f"({counter} - {ago} or {counter})"
+    return f"({counter} - {_ago(counter, window)} or {counter})"
+
+
+def _ago(counter: str, window: str) -> str:
+    return _COUNTER.sub(rf"\g<0> offset {window}", counter)
 
 
 def _alert(

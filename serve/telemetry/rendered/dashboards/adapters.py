@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from serve.telemetry.rendered.dashboards.queries import (
     ADAPTER,
@@ -35,6 +36,11 @@ def board(slos: Sequence[Slo]) -> Json:
     ]
     says = "Each version's latency, errors and residency."
     return dashboard("adapters", "Adapters", says, content, [ADAPTER, VERSION], marks("$adapter"))
+
+
+def _p95(title: str, says: str, metric: str, *, exemplars: bool = False, **more: Any) -> Panel:
+    """The 95 % quantile of each version, in seconds."""
+    return Panel(title, says, [Query(quantile(0.95, metric, CHOSEN, BY), EACH, exemplars=exemplars)], unit="s", **more)
 
 
 def _versions() -> list[Panel | Row]:
@@ -93,20 +99,19 @@ def _latency_and_errors(first: Levels, between: Levels, errors: Levels) -> list[
             levels=errors,
             line=True,
         ),
-        Panel(
+        _p95(
             "First token, p95",
             "From the request's arrival to its first bytes. High for one adapter: is it loaded from disk again and "
             "again? Pin it. High for all: the engine has a queue.",
-            [Query(quantile(0.95, "time_to_first_token_seconds", CHOSEN, BY), EACH, exemplars=True)],
-            unit="s",
+            "time_to_first_token_seconds",
+            exemplars=True,
             levels=first,
             line=True,
         ),
-        Panel(
+        _p95(
             "Between tokens, p95",
             "The mean distance of an answer's tokens. A higher rank costs here.",
-            [Query(quantile(0.95, "inter_token_latency_seconds", CHOSEN, BY), EACH)],
-            unit="s",
+            "inter_token_latency_seconds",
             levels=between,
             line=True,
         ),
@@ -115,30 +120,26 @@ def _latency_and_errors(first: Levels, between: Levels, errors: Levels) -> list[
 
 def _waiting() -> list[Panel]:
     return [
-        Panel(
+        _p95(
             "Worst gap between tokens, p95",
             "The longest wait inside an answer: prefills of others, or an adapter being loaded.",
-            [Query(quantile(0.95, "max_inter_token_latency_seconds", CHOSEN, BY), EACH)],
-            unit="s",
+            "max_inter_token_latency_seconds",
         ),
-        Panel(
+        _p95(
             "Whole answer, p95",
             "From the request's arrival to its last byte.",
-            [Query(quantile(0.95, "request_duration_seconds", CHOSEN, BY), EACH)],
-            unit="s",
+            "request_duration_seconds",
         ),
-        Panel(
+        _p95(
             "In the queue, p95",
             "How long a request waits in the server's own queue for its seat. Seconds: more comes in than the engine "
             "computes.",
-            [Query(quantile(0.95, "queue_time_seconds", CHOSEN, BY), EACH)],
-            unit="s",
+            "queue_time_seconds",
         ),
-        Panel(
+        _p95(
             "In the engine's queue, p95",
             "How long a request that has its seat waits until the engine computes on it.",
-            [Query(quantile(0.95, "engine_queue_seconds", CHOSEN, BY), EACH)],
-            unit="s",
+            "engine_queue_seconds",
         ),
         Panel(
             "Failures by reason",

@@ -7,7 +7,7 @@ from serve.telemetry.rendered.dashboards.queries import (
     INTERVAL,
     counted,
     marks,
-    quantile,
+    quantiles,
     rate,
     ratio,
 )
@@ -50,7 +50,7 @@ def _queue() -> list[Panel]:
         Panel(
             "Time in the queue",
             "From the moment that a request has been read to its seat, or until its client gave up.",
-            [Query(quantile(q, "queue_time_seconds"), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)],
+            quantiles("queue_time_seconds"),
             unit="s",
             levels=((None, "green"), (QUEUE_SECONDS, "red")),
         ),
@@ -90,7 +90,7 @@ def _room() -> list[Panel]:
         Panel(
             "Time in the engine's queue",
             "From the moment that the engine takes a request until it computes on it.",
-            [Query(quantile(q, "engine_queue_seconds"), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)],
+            quantiles("engine_queue_seconds"),
             unit="s",
             levels=((None, "green"), (QUEUE_SECONDS, "red")),
         ),

@@ -15,6 +15,7 @@ from serve.telemetry.rendered.dashboards.queries import (
     limit,
     marks,
     quantile,
+    quantiles,
     rate,
     ratio,
 )
@@ -159,14 +160,7 @@ def _answers(first: Levels, between: Levels) -> list[Panel]:
             "First token",
             "From a request's arrival to its first token, with the time in the queue. The red line is the SLO of every "
             "adapter.",
-            [
-                Query(
-                    quantile(q, "time_to_first_token_seconds", 'adapter=~"$adapter"'),
-                    f"p{q * 100:g}",
-                    exemplars=q == 0.95,
-                )
-                for q in (0.5, 0.95, 0.99)
-            ],
+            quantiles("time_to_first_token_seconds", 'adapter=~"$adapter"', exemplars=True),
             unit="s",
             levels=first,
             line=True,
@@ -174,10 +168,7 @@ def _answers(first: Levels, between: Levels) -> list[Panel]:
         Panel(
             "Between tokens",
             "From one token of an answer to the next, on average over the answer. The red line is the SLO.",
-            [
-                Query(quantile(q, "inter_token_latency_seconds", 'adapter=~"$adapter"'), f"p{q * 100:g}")
-                for q in (0.5, 0.95, 0.99)
-            ],
+            quantiles("inter_token_latency_seconds", 'adapter=~"$adapter"'),
             unit="s",
             levels=between,
             line=True,

@@ -46,6 +46,14 @@ def quantile(q: float, metric: str, labels: str = "", by: str = "") -> str:
     return f"histogram_quantile({q:g}, sum by ({le}) (rate(loradock_{metric}_bucket{{{labels}}}{INTERVAL})))"
 
 
+def quantiles(metric: str, labels: str = "", *, exemplars: bool = False) -> list[Query]:
+    """The median and the tail; `exemplars` stand on the 95 % line."""
+    return [
+        Query(quantile(q, metric, labels), f"p{q * 100:g}", exemplars=exemplars and q == 0.95)
+        for q in (0.5, 0.95, 0.99)
+    ]
+
+
 def error_ratio(labels: str = "", by: str = "") -> str:
     """The part of the requests that the server failed."""
     return f"{failed('rate', INTERVAL, labels, by)} / {judged('rate', INTERVAL, labels, by)}"
