@@ -112,8 +112,9 @@ class LiveState(Collector):
             leases |= mine
             states |= base.engine.states
         busy, beyond = 0, dict.fromkeys(("slot", "host", "disk", "failed"), 0)
-        shown = self._shown(states)
-        for adapter in self._registry.adapters():
+        adapters = self._registry.adapters()
+        shown = self._shown(adapters, states)
+        for adapter in adapters:
             where = states.get(adapter.id, "disk")
             if adapter.id not in shown:
                 busy += leases.get(adapter.id, 0)
@@ -130,14 +131,14 @@ class LiveState(Collector):
                 state.add_metric((*OTHER, place), count)
         yield from (running, state, info)
 
-    def _shown(self, states: dict[str, str]) -> set[str]:
+    def _shown(self, adapters: Sequence[Adapter], states: dict[str, str]) -> set[str]:
         """Ids of the versions that are named: those that are counted by name, then the rest, what is loaded first."""
         labelled = set(self._labelled)
 
         def first(adapter: Adapter) -> tuple[bool, bool]:
             return (adapter.name, f"v{adapter.version}") not in labelled, adapter.id not in states
 
-        return {adapter.id for adapter in sorted(self._registry.adapters(), key=first)[: self._limit]}
+        return {adapter.id for adapter in sorted(adapters, key=first)[: self._limit]}
 
 
 class Objectives(Collector):

@@ -78,8 +78,9 @@ class UsageMetrics:
 
     def _tidy(self) -> None:
         self._tidied = self._clock()
-        for pair in [pair for pair in self._places.keys() if not self._known(pair[0])]:
-            self._places.drop(pair)
+        for pair in list(self._places.keys()):
+            if not self._known(pair[0]):
+                self._places.drop(pair)
 
     def _forget(self, pair: tuple[str, str]) -> None:
         for family in self.families:

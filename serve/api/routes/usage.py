@@ -10,11 +10,11 @@ from fastapi import APIRouter
 from serve.api.routes.callers import Manager, TheParts
 from serve.errors import BadRequest, Forbidden
 from serve.names import shown
+from serve.telemetry.usage_ledger import COUNTS
 
 router = APIRouter()
 
 _MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")
-_SUMS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "engine_seconds", "cost")
 
 
 @router.get("/v1/usage")
@@ -32,5 +32,5 @@ async def usage(
         tenant = caller.tenant
     await asyncio.to_thread(parts.usage_ledger.write)
     rows = await asyncio.to_thread(parts.usage_ledger.rows, month, tenant)
-    total = {name: sum(row[name] for row in rows) for name in _SUMS}
+    total = {name: sum(row[name] for row in rows) for name in COUNTS}
     return {"object": "list", "month": month, "currency": parts.config.currency, "data": rows, "total": total}
