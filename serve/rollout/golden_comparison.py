@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 # Points of the score, from 0 to 1. A version worse by less than the tolerance is not called worse.
 TOLERANCE = 0.02
 # What has to be refuted for PROVED, and what a set should be able to find.
@@ -76,17 +79,18 @@ class GoldenComparison:
 
 def compare(pairs: Sequence[tuple[float, float]], alpha: float) -> GoldenComparison:
     """Pairs of scores (live, canary), one a case, in an order that depends on no answer; alpha: of the whole canary."""
-    differences = [live - canary for live, canary in pairs]
+    live, canary = np.array(pairs, np.float64).reshape(-1, 2).T
+    differences = live - canary
     count = max(len(pairs), 1)
     own = alpha * ALPHA_SHARE
     return GoldenComparison(
         cases=len(pairs),
-        live_score=math.fsum(live for live, _ in pairs) / count,
-        canary_score=math.fsum(canary for _, canary in pairs) / count,
-        live_better=sum(difference > 0 for difference in differences),
-        canary_better=sum(difference < 0 for difference in differences),
-        log_evidence=_highest([difference - TOLERANCE for difference in differences], 1 + TOLERANCE),
-        log_proof=_highest([MARGIN - difference for difference in differences], 1 - MARGIN),
+        live_score=float(live.sum()) / count,
+        canary_score=float(canary.sum()) / count,
+        live_better=int((differences > 0).sum()),
+        canary_better=int((differences < 0).sum()),
+        log_evidence=_highest(differences - TOLERANCE, 1 + TOLERANCE),
+        log_proof=_highest(MARGIN - differences, 1 - MARGIN),
         log_threshold=-math.log(own),
         log_proof_threshold=-math.log(alpha),
         needed=cases_needed(MARGIN, own),
@@ -111,14 +115,8 @@ def _count(growth: float, alpha: float) -> int:
     return math.ceil((math.log(len(BETS)) - math.log(alpha)) / growth) if growth > 0 else 1 << 30
 
 
-def _highest(stakes: Sequence[float], most_lost: float) -> float:
+def _highest(stakes: NDArray[np.float64], most_lost: float) -> float:
     """The highest ln of the mean capital, over all times; a stake is at least -most_lost."""
-    capitals = [0.0] * len(BETS)
-    highest = 0.0
-    for stake in stakes:
-        for number, bet in enumerate(BETS):
-            capitals[number] += math.log1p(bet / most_lost * stake)
-        top = max(capitals)
-        mean = top + math.log(math.fsum(math.exp(capital - top) for capital in capitals) / len(BETS))
-        highest = max(highest, mean)
-    return highest
+    capitals = np.log1p(np.outer(BETS, stakes) / most_lost).cumsum(axis=1)
+    means = np.logaddexp.reduce(capitals, axis=0) - math.log(len(BETS))
+    return float(means.max(initial=0.0))
