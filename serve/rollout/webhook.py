@@ -125,7 +125,11 @@ class Webhooks(Collector):
         files = self._files()
         failed: set[str] = set()
         for file in files:
-            delivery = _read(file)
+            try:
+                delivery = _read(file)
+            except OSError as error:  # dropped meanwhile, or it can be read later
+                log.warning("%s cannot be read now: %s", file.name, error.strerror)
+                continue
             if delivery is None or delivery.url not in self._urls:
                 file.unlink(missing_ok=True)  # damaged, or its URL was taken out of the configuration
             elif delivery.url not in failed and not self._attempt(file, delivery):
@@ -222,9 +226,10 @@ def checked_url(url: str) -> str:
 
 
 def _read(file: Path) -> Delivery | None:
+    """The event in a file; None if it is damaged."""
     try:
         return Delivery(**json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         log.warning("%s is no event for a webhook: %s", file.name, error)
         return None
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hmac
 import itertools
 import json
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +124,22 @@ def test_what_fails_is_sent_again_later_and_later_with_the_same_id_also_after_a_
     stamps = [headers["webhook-timestamp"] for _, headers, _ in receiver.requests]
     assert len(ids) == 1 and stamps == sorted(set(stamps)), "signed anew each time"
     assert list(tmp_path.iterdir()) == [] and all(valid(headers, body) for _, headers, body in receiver.requests)
+
+
+def test_an_event_that_cannot_be_read_now_is_sent_later_and_a_damaged_one_is_deleted(tmp_path, receiver, monkeypatch):
+    hooks = Webhooks(tmp_path, [receiver.url], SECRET, private=True)
+    hooks.send("rollback", {})
+    (tmp_path / "000.json").write_text("{")
+
+    def fail(file):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail)
+        hooks.deliver_due()
+    assert not receiver.requests and metrics(hooks)["loradock_webhook_pending",] == 2
+    hooks.deliver_due()
+    assert len(receiver.requests) == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_what_nobody_takes_for_a_day_is_given_up_and_counted(tmp_path, receiver):
