@@ -134,11 +134,10 @@ class GoldenResults(Collector):
             counts[result] += 1
 
     def described(self, name: str) -> dict[str, Any] | None:
-        """The set itself, for the API."""
-        stored = self._store.get(name)
-        if stored is None:
+        """The set itself as of the last look, for the API."""
+        row, golden = self.sets.get(name), self.golden(name)
+        if row is None or golden is None:
             return None
-        row, golden = stored
         tokens = sum(case.tokens for case in golden.cases)
         return {"digest": row.digest, "by": row.who, "updated": row.when, "count": len(golden.cases), "tokens": tokens}
 
