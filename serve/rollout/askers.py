@@ -116,11 +116,6 @@ class Askers:
         return opening
 
 
-def sticky_key(fields: Mapping[str, Any], tenant: str, key: str) -> bytes | None:
-    """What identifies an asker whose like was not seen before: see `Askers.of`."""
-    return Askers().of(fields, tenant, key).key
-
-
 def _user(fields: Mapping[str, Any]) -> str | None:
     """The user's name, by any field of the APIs that are spoken here."""
     metadata = fields.get("metadata")

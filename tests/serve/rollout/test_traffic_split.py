@@ -7,13 +7,18 @@ import random
 
 import pytest
 
-from serve.rollout.askers import Asker, sticky_key
+from serve.rollout.askers import Asker, Askers
 from serve.rollout.traffic_split import Shares, point
 from tests.support.app import canary, push_two, said, upload
 
 
 def talk(text):
     return [{"role": "system", "content": "Be kind."}, {"role": "user", "content": text}]
+
+
+def asker_of(fields, tenant, key):
+    """The key of an asker whose like was not seen before."""
+    return Askers().of(fields, tenant, key).key
 
 
 # The arithmetic
@@ -54,19 +59,19 @@ def test_the_next_candidate_meets_other_askers():
 def test_an_asker_is_known_by_user_and_else_by_key_and_beginning():
     begun = {"messages": talk("hello")}
     longer = {"messages": [*talk("hello"), {"role": "assistant", "content": "hi"}, {"role": "user", "content": "so?"}]}
-    assert sticky_key(begun, "acme", "a") == sticky_key(longer, "acme", "a") != sticky_key(begun, "acme", "b")
-    assert sticky_key({"messages": talk("bye")}, "acme", "a") != sticky_key(begun, "acme", "a")
-    assert sticky_key({"user": "ana", **begun}, "acme", "a") == sticky_key({"user": "ana"}, "acme", "b")
-    assert sticky_key({"user": "ana"}, "acme", "") != sticky_key({"user": "ana"}, "globex", "")
-    assert sticky_key({"safety_identifier": "ana"}, "acme", "") == sticky_key({"user": "ana"}, "acme", "")
-    assert sticky_key({"prompt": "Once"}, "acme", "k") and sticky_key({"input": talk("hello")}, "acme", "k")
+    assert asker_of(begun, "acme", "a") == asker_of(longer, "acme", "a") != asker_of(begun, "acme", "b")
+    assert asker_of({"messages": talk("bye")}, "acme", "a") != asker_of(begun, "acme", "a")
+    assert asker_of({"user": "ana", **begun}, "acme", "a") == asker_of({"user": "ana"}, "acme", "b")
+    assert asker_of({"user": "ana"}, "acme", "") != asker_of({"user": "ana"}, "globex", "")
+    assert asker_of({"safety_identifier": "ana"}, "acme", "") == asker_of({"user": "ana"}, "acme", "")
+    assert asker_of({"prompt": "Once"}, "acme", "k") and asker_of({"input": talk("hello")}, "acme", "k")
     for nothing in ({}, {"messages": []}, {"user": ""}, {"user": 3}, {"prompt": ""}):
-        assert sticky_key(nothing, "acme", "a") is None
+        assert asker_of(nothing, "acme", "a") is None
 
 
 @pytest.mark.parametrize("odd", [{"messages": 3}, {"messages": [[]]}, {"prompt": [1, 2]}, {"input": {"a": 1e400}}])
 def test_an_odd_request_is_dealt_out_all_the_same(odd):
-    assert sticky_key(odd, "acme", "k") is not None
+    assert asker_of(odd, "acme", "k") is not None
 
 
 def dealt(shares, weight, users, count, rng):
