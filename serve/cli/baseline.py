@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from serve.cli.terminal import URL, Json, Key, Url, connected, example, say
+from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, write_answer
 from serve.errors import ConfigError
 
 # Seconds: a thousand answers take their time.
@@ -62,7 +62,7 @@ def save(
 ) -> None:
     """Save a version's baseline, to ship it with the adapter to another server over the same model."""
     with connected("baseline", url, key) as client:
-        file.write_bytes(client.save_baseline(name, version))
+        write_answer(file, client.save_baseline(name, version))
     typer.echo(f"{file} holds the baseline of {name}")
 
 

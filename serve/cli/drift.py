@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from serve.cli.terminal import URL, Json, Key, Url, connected, example, say
+from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, write_answer
 
 drift_app = typer.Typer(
     name="drift",
@@ -70,7 +70,7 @@ def requests(
 ) -> None:
     """Save the requests since the change, the most moved first; the server must run with `capture`."""
     with connected("drift", url, key) as client:
-        file.write_bytes(client.moved_requests(name, version, "parquet" if file.suffix == ".parquet" else "jsonl"))
+        write_answer(file, client.moved_requests(name, version, "parquet" if file.suffix == ".parquet" else "jsonl"))
     typer.echo(f"{file} holds the moved requests of {name}")
 
 

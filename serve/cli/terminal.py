@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,6 +47,14 @@ def connected(group: str, url: str, key: str | None, timeout: float = 300.0) -> 
 def say(answer: dict[str, Any], as_json: bool, sentence: Callable[[dict[str, Any]], str]) -> None:
     """The server's answer as it came, or what `sentence` makes of it."""
     typer.echo(json.dumps(answer, indent=2) if as_json else sentence(answer))
+
+
+def write_answer(file: Path, content: bytes) -> None:
+    """Write what the server sent; ConfigError says why it cannot be."""
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error}") from error
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

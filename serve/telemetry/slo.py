@@ -29,7 +29,6 @@ FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 
 INTER_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 EVERY = "*"
-DAYS = 30
 # The fastest alert fires when the budget of 30 days burns this many times too fast; with a larger budget than its
 # inverse even a total failure would not burn so fast, and the alert could never fire.
 FASTEST_BURN = 14.4
