@@ -25,11 +25,6 @@ baseline_app = typer.Typer(
 )
 
 
-@baseline_app.callback()
-def _group() -> None:
-    pass
-
-
 @baseline_app.command(epilog=example("loradock baseline build tone prompts.jsonl --version 3"))
 def build(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],

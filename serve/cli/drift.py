@@ -23,11 +23,6 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
 Version = Annotated[int, typer.Option("--version", min=1, help="Which version.")]
 
 
-@drift_app.callback()
-def _group() -> None:
-    pass
-
-
 @drift_app.command(epilog=example("loradock drift show tone"))
 def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
     """Say of each watched version what moved, since when, and how strongly."""
