@@ -174,14 +174,15 @@ class GoldenStore:
         here = golden_outcomes
         with self._registry.transaction() as connection:
             id = _id(connection, name)
+            stamped = update(golden_sets).where(golden_sets.c.name_id == id).values(stamp=golden_sets.c.stamp + 1)
+            if not connection.execute(stamped).rowcount:
+                return  # the set was removed meanwhile
             for outcome in outcomes:
                 where = (here.c.name_id == id) & (here.c.digest == digest) & (here.c.case == outcome.case)
                 row = connection.execute(select(here).where(where)).mappings().first()
                 values = _merged(outcome, _outcome(row) if row else None, outcome.case in sampled)
                 connection.execute(delete(here).where(where))
                 connection.execute(insert(here).values(name_id=id, digest=digest, when=self._clock(), **values))
-            stamp = golden_sets.c.stamp + 1
-            connection.execute(update(golden_sets).where(golden_sets.c.name_id == id).values(stamp=stamp))
 
     # Runs
 

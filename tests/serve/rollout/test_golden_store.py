@@ -60,6 +60,14 @@ def test_a_set_is_put_read_and_replaced_and_outcomes_of_cases_that_stay_are_kept
     assert store.get("tone") is None and store.outcomes("tone", adapter.digest) == {}
 
 
+def test_an_answer_that_comes_after_its_set_was_removed_is_not_kept(registry, store):
+    adapter = push(registry)
+    store.put("tone", golden("a"), "ana")
+    store.remove("tone")
+    store.record("tone", adapter.digest, [outcome("k")])
+    assert store.outcomes("tone", adapter.digest) == {}
+
+
 def test_the_first_score_stays_and_a_changed_answer_is_counted(registry, store):
     adapter = push(registry)
     store.put("tone", golden("a"), "ana")
