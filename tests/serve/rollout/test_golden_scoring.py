@@ -33,6 +33,19 @@ def case(**expected):
         ({"json_schema": CITY}, '{"town": "Rome"}', 0.0),
         ({"json_schema": CITY}, "Rome", 0.0),
         ({"json_schema": CITY}, "[" * 100_000, 0.0),
+        ({"json_schema": {"multipleOf": 1.5}}, "3.0", 1.0),
+        ({"json_schema": {"multipleOf": 1.5}}, "Infinity", 0.0),
+        ({"json_schema": {"multipleOf": 1.5}}, "NaN", 0.0),
+        ({"json_schema": {"multipleOf": 0.1}}, "1" + "0" * 4000, 0.0),
+        ({"json_schema": {"uniqueItems": True}}, '[1, true, "1", null, [1], {"a": 1}, [[true]], {"a": true}]', 1.0),
+        ({"json_schema": {"uniqueItems": True}}, '[1, "a", 1.0]', 0.0),
+        ({"json_schema": {"uniqueItems": True}}, '[{"a": [1], "b": 2}, {"b": 2.0, "a": [1]}]', 0.0),
+        ({"json_schema": {"uniqueItems": False}}, "[1, 1]", 1.0),
+        (
+            {"json_schema": {"uniqueItems": True, "type": "array"}},
+            str([[n % 7, {"a": n}] for n in range(3000)]).replace("'", '"'),
+            1.0,
+        ),
     ],
 )
 def test_an_answer_passes_or_fails(expected, answer, value):
