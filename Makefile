@@ -60,7 +60,7 @@ drift-proof: setup-dev ## false alarms of drift over thousands of streams, every
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/drift/test_detector.py tests/serve/rollout/test_sequential_test.py
 
-drift-time: setup-dev ## alarms about nothing under daily waves, autoregression and sessions, and delays there; some hours
+drift-time: setup-dev ## alarms about nothing under daily waves, autoregression and sessions, and delays there; an hour or more
 	@$(BIN)/python -m tests.campaigns.drift_time $(ARGS)
 
 canary-aa: setup-dev ## canaries that are no different, slower, and much slower, on a simulated engine behind the real queue; an hour
