@@ -44,7 +44,7 @@ class Directions:
         self._bag = np.empty((capacity + 1, k), np.float32)
         self._bag[:n] = reference
         self._size = n
-        self._reference = reference
+        self._reference = reference.copy()  # not a view that keeps a larger array
         self._learned = np.zeros((len(HALF_LIVES), k))
         self._squares = np.zeros((len(HALF_LIVES), 1))
         self._point()

@@ -190,22 +190,26 @@ class Signal:
         share = self._detector.foreign_share
         if self.kind != LOGPROB and share is not None:
             effects["foreign_share"] = share
-        if not self._weight:
-            return effects
-        gauge = self._gauge()
-        if gauge is not None:
-            name, direction, spread = gauge
-            value = float(self._recent @ direction / self._weight)
-            error = self._detector.gauge_error * spread * math.sqrt(self._structure.autocorrelation)
-            effects[name] = _beyond_error(value - float(np.clip(value, *self._usual)), error)
-        return effects
+        return effects | self._gauged(self._detector)
 
     def beyond(self) -> dict[str, float]:
         """The effects above tolerance: a rise of refusals, a change of logprob in either direction, a shift of
         ranks."""
-        effects = self.effects()
+        return self._beyond_tolerance(self.effects())
+
+    def _beyond_tolerance(self, effects: Mapping[str, float]) -> dict[str, float]:
         sizes = {name: value if name == "refusal" else abs(value) for name, value in effects.items()}
         return {name: effects[name] for name, size in sizes.items() if size > getattr(self.tolerance, name)}
+
+    def _gauged(self, detector: Drift) -> dict[str, float]:
+        """How far refusals or log-probabilities moved, less a standard error; empty where neither is measured."""
+        gauge = self._gauge()
+        if gauge is None or not self._weight:
+            return {}
+        name, direction, spread = gauge
+        value = float(self._recent @ direction / self._weight)
+        error = detector.gauge_error * spread * math.sqrt(self._structure.autocorrelation)
+        return {name: _beyond_error(value - float(np.clip(value, *self._usual)), error)}
 
     def _matters(self, detector: Drift) -> bool:
         """Whether an effect is above its tolerance for sure: a rank shift of a few requests is not."""
@@ -213,7 +217,7 @@ class Signal:
             return True
         if np.abs(detector.sure_rank_shift).max() > self.tolerance.rank_shift:
             return True
-        return bool(self.beyond().keys() - {"rank_shift", "foreign_share"})
+        return bool(self._beyond_tolerance(self._gauged(detector)))
 
     def movers(self, most: int = 5) -> list[tuple[str, float, float]]:
         """(score, ln evidence, rank shift) of the scores with the most evidence of their own, the strongest first."""

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.drift.baseline import Baseline, Phase, Tolerance
@@ -33,7 +33,7 @@ from serve.drift.features import (
 )
 from serve.drift.parameter_strata import LEGACY, Stratum
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
-from serve.drift.request_text import RequestText
+from serve.drift.request_text import TAIL, RequestText
 from serve.drift.share_watch import ShareWatch
 from serve.drift.signal import Signal
 from serve.drift.thinning import WINDOW, Shuffle, Taken, Thinning
@@ -165,7 +165,7 @@ class WatchedVersion:
         """Take in one exchange; the alarms that it raised. It counts with those before it, if thinning accepts it."""
         self.unsaved = True
         sample, prompt = self._sample(exchange, embedding), exchange.generations[0].prompt
-        taken = self.thinning.offer(sample, tokens=prompt, key=_asker(exchange), now=exchange.began)
+        taken = self.thinning.offer(sample, tokens=prompt, key=sample.asker, now=exchange.began)
         alarms = list(self._sampling_alarms())
         if taken is not None:
             block = self._shuffle.add(self._accepted(taken, embedding))
@@ -297,14 +297,13 @@ class WatchedVersion:
                 yield Alarm(self.adapter, self.version, kind, effects, share.log_evidence, self.moved[kind])
 
     def _sample(self, exchange: Exchange, embedding: Embedding) -> _Sample:
-        generation = exchange.generations[0]
-        quote = self._quote(exchange, generation) if self.settings.capture and self._may_quote(exchange) else None
+        generation, owned = exchange.generations[0], self._may_quote(exchange)
+        quote = self._quote(exchange, generation) if self.settings.capture and owned else None
         stratum, *below = self.baseline.strata[OUTPUT].levels(Stratum.of(generation.parameters))
         rows = _answer_rows(generation, embedding, stratum)
         lower = below[0] if below else LEGACY
         lower_rows = _answer_rows(generation, embedding, lower) if below else {}
-        beyond, owned = skipped(generation.prompt), self._may_quote(exchange)
-        asker = _asker(exchange)
+        beyond, asker = skipped(generation.prompt), _asker(exchange)
         return _Sample(
             exchange.began, rows, quote, beyond, exchange.tenant, asker, owned, None, stratum, lower, lower_rows
         )
@@ -314,11 +313,11 @@ class WatchedVersion:
         whole = self.baseline.provenance.features == ALL_TOKENS
         sample, tokens = taken.item, taken.tokens if whole else taken.own
         row = prompt_row(embedding, tokens, sample.skipped)
-        _complete(sample.rows, row, tokens)
-        _complete(sample.lower_rows, row, tokens)
-        sample.lower_rows.pop(PROMPT)  # which counts once
+        sample.rows[PROMPT] = with_sketch(row, tokens)
+        for rows in (sample.rows, sample.lower_rows):
+            _regress_on(row, rows)
         # Words are the owner's to read, so only the owner's are counted.
-        text = self.text.last(tokens.tolist()) if self.text is not None else ""
+        text = self.text.last(tokens[-TAIL:].tolist()) if self.text is not None else ""
         language, words = read(text)
         counted = hashed(words, STOP_WORDS) if words and sample.words else {}
         length = len(tokens) + sample.skipped
@@ -386,7 +385,9 @@ def reference_rows(
     prompts = own_tokens((generation.prompt for generation in generations), embedding.numbers)
     for generation, own in zip(generations, prompts, strict=True):
         each = _answer_rows(generation, embedding, stratum)
-        _complete(each, prompt_row(embedding, own, skipped(generation.prompt)), own)
+        prompt = prompt_row(embedding, own, skipped(generation.prompt))
+        each[PROMPT] = with_sketch(prompt, own)
+        _regress_on(prompt, each)
         for kind, row in each.items():
             rows.setdefault(kind, []).append(row)
     return rows
@@ -394,7 +395,8 @@ def reference_rows(
 
 def _answer_rows(generation: Generation, embedding: Embedding, stratum: Stratum) -> dict[str, Floats]:
     """The rows that as much of an answer gives as the stratum looks at, without its prompt's numbers."""
-    answer = Answer(generation.output, generation.finish_reason, generation.text, generation.logprobs)
+    tokens = np.asarray(generation.output, np.int64)
+    answer = Answer(tokens, generation.finish_reason, generation.text, generation.logprobs)
     counted = beginning(answer, stratum.tokens)
     rows = answer_rows(embedding, np.zeros(0), counted)
     if OUTPUT in rows:
@@ -402,9 +404,8 @@ def _answer_rows(generation: Generation, embedding: Embedding, stratum: Stratum)
     return rows
 
 
-def _complete(rows: dict[str, Floats], prompt: Floats, tokens: ArrayLike) -> None:
-    """Enter a prompt's row, also where an answer's row goes on with it."""
-    rows[PROMPT] = with_sketch(prompt, tokens)
+def _regress_on(prompt: Floats, rows: dict[str, Floats]) -> None:
+    """A row of log-probabilities goes on with its prompt's row."""
     if LOGPROB in rows:
         rows[LOGPROB] = np.concatenate((rows[LOGPROB], prompt))
 
