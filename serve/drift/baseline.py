@@ -29,6 +29,7 @@ from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import EARLIER_FEATURES, FEATURES, LOGPROB, OUTPUT, PROMPT, SIGNALS
 from serve.drift.parameter_strata import ParameterStrata
 from serve.drift.signal import NEEDED, Phase, Signal, Tolerance
+from serve.drift.state_arrays import below, prefixed
 from serve.drift.thinning import Thinning, inherited
 from serve.errors import ConfigError
 from serve.files import write_whole
@@ -143,11 +144,11 @@ class Baseline:
             f"{kind}/{name}": value for kind, signal in self.signals.items() for name, value in signal.state().items()
         }
         for kind, strata in self.strata.items():
-            arrays |= {f"{kind}.strata/{name}": value for name, value in strata.state().items()}
+            arrays |= prefixed(strata.state(), f"{kind}.strata/")
             for i, signal in enumerate(strata.others.values()):
-                arrays |= {f"{kind}.{i}/{name}": value for name, value in signal.state().items()}
+                arrays |= prefixed(signal.state(), f"{kind}.{i}/")
         arrays |= {f"probe/{name}": np.asarray(value) for name, value in self.probe.items()}
-        arrays |= {f"sampling/{name}": value for name, value in self.sampling().items()}
+        arrays |= prefixed(self.sampling(), "sampling/")
         packed = io.BytesIO()
         np.savez(packed, allow_pickle=False, **arrays)
         data = packed.getvalue()
@@ -173,17 +174,17 @@ class Baseline:
         try:
             for kind, signal in self.signals.items():
                 signal.tolerance = tolerance
-                signal.restore(_below(arrays, f"{kind}/"))
+                signal.restore(below(arrays, f"{kind}/"))
             for kind, strata in self.strata.items():
-                for i, signal in enumerate(strata.restore(_below(arrays, f"{kind}.strata/"))):
-                    signal.restore(_below(arrays, f"{kind}.{i}/"))
-            if remembered := _below(arrays, "sampling/"):
+                for i, signal in enumerate(strata.restore(below(arrays, f"{kind}.strata/"))):
+                    signal.restore(below(arrays, f"{kind}.{i}/"))
+            if remembered := below(arrays, "sampling/"):
                 Thinning().restore(remembered)
         except (KeyError, ValueError, IndexError, TypeError) as damaged:
             raise ConfigError(
                 f"the baseline's arrays are not what they should be ({damaged}); build it again"
             ) from damaged
-        self.probe = _below(arrays, "probe/")
+        self.probe = below(arrays, "probe/")
         self.sampling = lambda: remembered
         return self
 
@@ -220,7 +221,3 @@ def _read(folder: Path) -> tuple[Provenance, dict[str, NDArray]]:
             return provenance, {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as damaged:
         raise ConfigError(f"the baseline cannot be read ({damaged}); {again}") from damaged
-
-
-def _below(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray]:
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

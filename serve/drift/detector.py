@@ -41,6 +41,7 @@ from numpy.typing import ArrayLike, NDArray
 from serve.drift.bets import Bank, Floats, State
 from serve.drift.directions import HALF_LIVES, Directions
 from serve.drift.effect_size import EffectSize
+from serve.drift.state_arrays import below, prefixed
 
 # Half-life of the effect gauges, in requests.
 EFFECT_HALF_LIFE = 50.0
@@ -229,10 +230,10 @@ class Drift:
             "margin": self._margin.copy(),
             "rows": np.array(self._rows).reshape(-1, len(self._shift)),
         }
-        state |= {f"effect.{name}": value for name, value in self._effect.state().items()}
-        state |= {f"bank.{name}": value for name, value in self._bank.state().items()}
+        state |= prefixed(self._effect.state(), "effect.")
+        state |= prefixed(self._bank.state(), "bank.")
         if self._directions is not None:
-            state |= {f"directions.{name}": value for name, value in self._directions.state().items()}
+            state |= prefixed(self._directions.state(), "directions.")
         return {name: np.asarray(value) for name, value in state.items()}
 
     @classmethod
@@ -246,7 +247,7 @@ class Drift:
         self._rng = rng_from(state["lots"])
         self._reference = np.ascontiguousarray(state["reference"].T)
         self._bags = [array("f", np.ascontiguousarray(bag).tobytes()) for bag in state["bags"]]
-        learned = _below(state, "directions.")
+        learned = below(state, "directions.")
         # Earlier releases had neither margins nor weights nor what comes after the evidence.
         self._margin = np.array(state.get("margin", np.zeros(len(self._bags), np.float32)))
         self._bound = np.flatnonzero(self._margin)
@@ -254,10 +255,10 @@ class Drift:
         k, directions = len(self._bags), len(HALF_LIVES) if learned else 0
         self._weights = np.array(state.get("weights", np.ones(k)))
         self._bank = Bank(self._weights, directions, self._margin > 0)
-        self._bank.restore(_below(state, "bank."))
+        self._bank.restore(below(state, "bank."))
         self._effect, self.tolerated_share = EffectSize(k + directions, self._reference.shape[1]), 1.0
         if "effect.seen" in state:
-            self._effect.restore(_below(state, "effect."))
+            self._effect.restore(below(state, "effect."))
         self._moved = np.array(state["moved"])
         self._shift = np.array(state["shift"])
         self._seen = np.array(state["seen"])
@@ -339,10 +340,6 @@ def _less_error(shift: Floats, error: float) -> Floats:
 def all_finite(row: NDArray[np.float32]) -> bool:
     """No number of a float32 row is infinite or none: in float64 their sum cannot overflow."""
     return math.isfinite(np.add.reduce(row, dtype=np.float64))
-
-
-def _below(state: Mapping[str, NDArray], prefix: str) -> State:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 _WORD = (1 << 64) - 1

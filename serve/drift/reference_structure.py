@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 
 from serve.drift.detector import EFFECT_HALF_LIFE
 from serve.drift.features import Scale
+from serve.drift.state_arrays import below, prefixed
 
 Floats: TypeAlias = NDArray[np.floating]
 
@@ -132,7 +133,7 @@ class ReferenceStructure:
         numbers = [self.autocorrelation, self.block, self.requests, self._waiting]
         state = {"numbers": np.array(numbers, np.float64), "sum": self._sum.copy()}
         if self._wander is not None:
-            state |= {f"wander.{name}": value for name, value in self._wander.state().items()}
+            state |= prefixed(self._wander.state(), "wander.")
         return state
 
     @classmethod
@@ -145,10 +146,7 @@ class ReferenceStructure:
         self.autocorrelation, self.block = autocorrelation, int(block)
         self.requests, self._waiting = int(requests), int(waiting)
         self._sum[:] = state["sum"]
-        prefix = "wander."
-        wander = {
-            name.removeprefix(prefix): np.array(value) for name, value in state.items() if name.startswith(prefix)
-        }
+        wander = {name: np.array(value) for name, value in below(state, "wander.").items()}
         if wander:
             self._wander = Wander(**wander)
         return self

@@ -23,6 +23,7 @@ from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
 from serve.drift.recent_rows import RecentRows
 from serve.drift.reference_structure import ReferenceStructure, fit, gauge_range
+from serve.drift.state_arrays import below, prefixed
 from serve.drift.token_surprise import NAMES, SKETCH, TokenSurprise
 
 # Requests that make a reference; logprobs come of a sample of the traffic only.
@@ -264,11 +265,11 @@ class Signal:
         else:
             arrays = {"recent": self._recent.copy(), "weight": np.array(self._weight), "rows": self._rows.last()}
             arrays["usual"] = self._usual.copy()
-            arrays |= {f"structure.{name}": value for name, value in self._structure.state().items()}
-            arrays |= {f"scale.{name}": value for name, value in self._scale.arrays().items()}
-            arrays |= {f"detector.{name}": value for name, value in self._detector.state().items()}
+            arrays |= prefixed(self._structure.state(), "structure.")
+            arrays |= prefixed(self._scale.arrays(), "scale.")
+            arrays |= prefixed(self._detector.state(), "detector.")
         if self._surprise is not None:
-            arrays |= {f"surprise.{name}": value for name, value in self._surprise.arrays().items()}
+            arrays |= prefixed(self._surprise.arrays(), "surprise.")
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
         return arrays | {
             "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at])
@@ -282,15 +283,15 @@ class Signal:
         self._began_at = began_at[0] if began_at else 0
         self.alarmed_at = None if alarmed_at < 0 else alarmed_at
         if "surprise.spread" in state:
-            self._score_tokens(TokenSurprise.from_arrays(_below(state, "surprise.")))
+            self._score_tokens(TokenSurprise.from_arrays(below(state, "surprise.")))
         if "gathered" in state:
             rows = np.asarray(state["gathered"], np.float32)
             if len(rows) and rows.shape[1] != self._columns:
                 raise ValueError(f"{self.kind} has rows of {rows.shape[1]} numbers, not {self._columns}")
             self._gathered = list(rows)
             return
-        scale = Scale.from_arrays(_below(state, "scale."))
-        detector = Drift.from_state(_below(state, "detector."))
+        scale = Scale.from_arrays(below(state, "scale."))
+        detector = Drift.from_state(below(state, "detector."))
         shape = (self._columns, len(self.names))
         if scale.matrix.shape != shape or len(detector.rank_shift) != len(self.names):
             raise ValueError(f"{self.kind} has a scale of {scale.matrix.shape}, not {shape}")
@@ -299,7 +300,7 @@ class Signal:
         self._recent, self._weight = np.array(state["recent"]), float(state["weight"])
         self._rows = RecentRows(self._columns, state.get("rows"))
         # Earlier releases wrote neither.
-        self._structure = ReferenceStructure.from_state(_below(state, "structure."), len(self.names))
+        self._structure = ReferenceStructure.from_state(below(state, "structure."), len(self.names))
         self._usual = np.array(state["usual"] if "usual" in state else np.zeros(2))
 
     def _parts(self, row: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
@@ -371,10 +372,6 @@ class Signal:
             self._columns += len(NAMES)
             self._rows = RecentRows(self._columns)
         self._surprise = surprise
-
-
-def _below(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray]:
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 def _beyond_error(value: float, error: float) -> float:

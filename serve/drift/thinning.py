@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.share_watch import OpeningWatch, ShareWatch
+from serve.drift.state_arrays import below, prefixed
 from serve.drift.token_runs import AHEAD, NUMBER, SharedRuns, Words, hashed_runs
 
 Item = TypeVar("Item")
@@ -182,7 +183,7 @@ class Thinning(Generic[Item]):
 
     def state(self) -> dict[str, NDArray]:
         """What is remembered, as arrays; not the requests that wait."""
-        state = {f"shared.{name}": value for name, value in self._shared.state().items()}
+        state = prefixed(self._shared.state(), "shared.")
         for name, memory in (("prompts", self._prompts), ("bands", self._bands)):
             state[name] = np.frombuffer(b"".join(memory), np.uint8).reshape(-1, _DIGEST).copy()
             state[f"{name}.raw"] = np.array(list(memory.values()), np.int64)
@@ -190,14 +191,14 @@ class Thinning(Generic[Item]):
         state["askers.raw"] = np.array([raw for raw, _ in self._askers.values()], np.int64)
         state["askers.seconds"] = np.array([seconds for _, seconds in self._askers.values()], np.float64)
         state["raw"] = np.array([self._raw, self._steady])
-        state |= {f"acceptance.{name}": value for name, value in self.acceptance.state().items()}
-        state |= {f"opening.{name}": value for name, value in self.opening.state().items()}
+        state |= prefixed(self.acceptance.state(), "acceptance.")
+        state |= prefixed(self.opening.state(), "opening.")
         state["counts"] = np.array([self.counts[name] for name in COUNTS])
         return state
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the thinning was whose `state()` this is, or what an heir takes over of it (`inherited`)."""
-        self._shared = SharedRuns.from_state(_below(state, "shared."))
+        self._shared = SharedRuns.from_state(below(state, "shared."))
         for name, memory in (("prompts", self._prompts), ("bands", self._bands)):
             digests = (bytes(row) for row in state[name])
             memory.update(zip(digests, state[f"{name}.raw"].tolist(), strict=True))
@@ -205,8 +206,8 @@ class Thinning(Generic[Item]):
         self._askers.update(zip(state["askers"].tolist(), seen, strict=True))
         raw, steady = state["raw"].tolist()
         self._raw, self._steady = raw, bool(steady)
-        self.acceptance.restore(_below(state, "acceptance."))
-        self.opening.restore(_below(state, "opening."))
+        self.acceptance.restore(below(state, "acceptance."))
+        self.opening.restore(below(state, "opening."))
         if "counts" in state:
             self.counts = dict(zip(COUNTS, state["counts"].tolist(), strict=True))
 
@@ -263,7 +264,3 @@ _DIGEST = 16
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=_DIGEST).digest()
-
-
-def _below(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray]:
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
