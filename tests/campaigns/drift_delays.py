@@ -23,10 +23,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.embedding import Embedding
 from serve.drift.features import prompt_row, with_sketch
 from serve.drift.signal import Signal
-from serve.models.embedded import ensure
+from tests.campaigns.drift_streams import embedding, tokenizer
 from tests.support.prompts import pool
 
 NEEDED, BEFORE, NULL = 1000, 300, 2000
@@ -69,19 +68,10 @@ CHANGES = {
 
 
 @cache
-def _model() -> tuple:
-    from tokenizers import Tokenizer
-
-    checkpoint = ensure("smollm2")
-    return Tokenizer.from_file(str(checkpoint / "tokenizer.json")), Embedding.of(checkpoint)
-
-
-@cache
-def rows(kind: str) -> list[NDArray]:
+def prompt_rows(kind: str) -> list[NDArray]:
     """A prompt's raw row for each text of the pool."""
-    tokenizer, embedding = _model()
-    encoded = tokenizer.encode_batch(list(pool(kind)[:12_000]))
-    return [with_sketch(prompt_row(embedding, text.ids), text.ids) for text in encoded]
+    encoded = tokenizer().encode_batch(list(pool(kind)[:12_000]))
+    return [with_sketch(prompt_row(embedding(), text.ids), text.ids) for text in encoded]
 
 
 @dataclass(slots=True)
@@ -95,16 +85,16 @@ class Stream:
 def stream(usual: str, foreign: str, share: float, after: int, seed: int) -> Stream:
     """A reference, BEFORE usual requests, and `after` of which `share` are foreign."""
     rng = np.random.default_rng(seed)
-    ours = iter(rng.permutation(len(rows(usual))))
-    theirs = iter(np.resize(rng.permutation(len(rows(foreign))), after))
+    ours = iter(rng.permutation(len(prompt_rows(usual))))
+    theirs = iter(np.resize(rng.permutation(len(prompt_rows(foreign))), after))
     signal = Signal("prompt", needed=NEEDED, threshold=1e5, seed=seed)
     for _ in range(NEEDED):
-        signal.update(rows(usual)[next(ours)])
+        signal.update(prompt_rows(usual)[next(ours)])
     reference = signal._detector._directions._bag[: signal._detector._directions._size].astype(np.float64)
     evidence, scores, alarm = [], [], None
     for request in range(BEFORE + after):
         strange = request >= BEFORE and rng.random() < share
-        row = rows(foreign)[next(theirs)] if strange else rows(usual)[next(ours)]
+        row = prompt_rows(foreign)[next(theirs)] if strange else prompt_rows(usual)[next(ours)]
         if signal.update(row):
             alarm = request + 1
         evidence.append(signal.log_evidence)

@@ -18,6 +18,7 @@ import numpy as np
 
 from serve.drift.baseline import Signal
 from serve.drift.features import PROMPT
+from tests.campaigns.drift_delays import prompt_rows
 from tests.support.time_streams import (
     REFERENCE,
     SCORES,
@@ -128,22 +129,6 @@ def prompt_changes(general: Rows, foreign: dict[str, Rows]) -> dict[str, tuple[D
     }
 
 
-def prompt_rows(kind: str, most: int = 4000) -> Rows:
-    """Raw rows of a pool of real prompts, from the embedded model's tokenizer and embedding table."""
-    from tokenizers import Tokenizer
-
-    from serve.drift.embedding import Embedding
-    from serve.drift.features import prompt_row, with_sketch
-    from serve.models.embedded import ensure
-    from tests.support.prompts import pool
-
-    checkpoint = ensure("smollm2")
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    embedding = Embedding.of(checkpoint)
-    texts = tokenizer.encode_batch(list(pool(kind)[:most]))
-    return np.array([with_sketch(prompt_row(embedding, text.ids), text.ids) for text in texts], np.float32)
-
-
 def _counts(outcomes: list[Outcome]) -> str:
     alarms = sum(outcome.alarm is not None for outcome in outcomes)
     return f"{alarms} of {len(outcomes)} | {sum(outcome.evidence for outcome in outcomes)}"
@@ -165,7 +150,9 @@ def main() -> None:
     options = parser.parse_args()
     kinds, changes = synthetic(), synthetic_changes()
     if not options.no_prompts:
-        general, medical, german = map(prompt_rows, ("general", "medical", "german"))
+        general, medical, german = (
+            np.array(prompt_rows(kind)[:4000], np.float32) for kind in ("general", "medical", "german")
+        )
         kinds |= mixed(general, medical)
         changes |= prompt_changes(general, {"german": german, "medical": medical})
     if not options.delays:
