@@ -218,9 +218,9 @@ class ParameterStrata(Generic[Kept]):
     def _remember(self, stratum: Stratum) -> None:
         for key in self.recent:
             self.recent[key] *= _FADE
-        self.recent[stratum] = self.recent.get(stratum, 0.0) + 1
-        if len(self.recent) > COUNTED:
+        if stratum not in self.recent and len(self.recent) >= COUNTED:
             del self.recent[min(self.recent, key=self.recent.__getitem__)]
+        self.recent[stratum] = self.recent.get(stratum, 0.0) + 1
         if sum(self.first.values()) < self.reference and (stratum in self.first or len(self.first) < COUNTED):
             self.first[stratum] = self.first.get(stratum, 0) + 1
 

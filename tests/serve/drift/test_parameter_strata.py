@@ -134,6 +134,22 @@ def test_memory_is_bounded_whatever_is_asked():
     assert len(list(strata.every())) <= STRATA and len(strata.recent) <= COUNTED and len(strata.first) <= COUNTED
 
 
+def test_a_stratum_that_comes_again_among_many_frequent_ones_is_counted():
+    """Its earlier requests were forgotten to make room for more frequent ones; its place was not given away yet."""
+
+    class Kept:
+        watching, samples, alarms = True, 0, 0
+
+    strata = ParameterStrata("output", {"output": Kept()}, Kept)
+    shown, rare = Stratum.of(EIGHT), Stratum.of(Parameters(64, 0.7))
+    for stratum in (shown, rare):
+        strata.count(stratum)
+    strata.recent = {Stratum.of(Parameters(8, 0.7, others=str(number))): 2.0 for number in range(COUNTED)}
+    strata.count(rare)
+    assert strata.recent[rare] == 1 and len(strata.recent) == COUNTED
+    assert strata.current == rare and shown in strata.others
+
+
 def test_what_is_asked_most_is_shown_and_what_is_rare_gives_its_place():
     class Kept:
         watching, samples, alarms = True, 100, 1
