@@ -14,9 +14,19 @@ class Connection(Protocol):
     def recognise(self) -> None:
         """Whoever sends on this connection showed a key that the server takes, or needs none."""
 
+    @property
+    def has_left(self) -> bool:
+        """The client closed its side: nobody reads the answer."""
+
 
 def recognise(scope: Scope) -> None:
     """Say that the caller of this request is known: the connection is not among the first that are closed."""
     connection: Connection | None = scope.get("extensions", {}).get(CONNECTION)
     if connection is not None:
         connection.recognise()
+
+
+def has_left(scope: Scope) -> bool:
+    """Whether the client of this request closed the connection, also where the event loop has not been told yet."""
+    connection: Connection | None = scope.get("extensions", {}).get(CONNECTION)
+    return connection is not None and connection.has_left

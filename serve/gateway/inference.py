@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from serve.asgi.cancellation import CancellableCall, Deadline, cancelled_on_disconnect
-from serve.asgi.connection import recognise
+from serve.asgi.connection import has_left, recognise
 from serve.asgi.error_response import HonestStatus, send_error
 from serve.asgi.exchange import Exchange, Tap, Watch, identified, trace_of
 from serve.asgi.fast_stream import FastStream
@@ -25,7 +25,7 @@ from serve.asgi.pacing import PacedConnection
 from serve.auth.auth import Auth, Caller
 from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
-from serve.errors import BadRequest, ClientTooSlow, LoradockError
+from serve.errors import BadRequest, ClientLeft, ClientTooSlow, LoradockError
 from serve.gateway.fan_out import FanOut, RequestBounds
 from serve.gateway.request import (
     RESPONSES,
@@ -137,6 +137,8 @@ class Inference:
     async def _answer_leased(self, scope: Scope, answering: _Answering) -> None:
         """The answer of whichever engine and version the request is routed to; and a shadow's, if it has one."""
         request, caller, tap = answering.request, answering.caller, answering.tap
+        if has_left(scope):
+            raise ClientLeft("the client left before its request was looked at")
         async with self._leased(answering) as route:
             tap.routed(route, caller.tenant)
             tap.watch.logprobs = self._wants_logprobs(route.adapter)

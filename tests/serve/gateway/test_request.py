@@ -73,15 +73,22 @@ async def test_a_field_that_chooses_the_model_elsewhere_is_refused_and_not_passe
 async def test_a_connection_whose_caller_has_a_key_is_known_to_the_server(operator):
     told = []
     scope, receive, send, _, _ = http({"model": "base"})
-    scope["extensions"] = {CONNECTION: SimpleNamespace(recognise=lambda: told.append("known"))}
+    scope["extensions"] = {CONNECTION: SimpleNamespace(recognise=lambda: told.append("known"), has_left=False)}
     await operator._transport.app(scope, receive, send)
     assert not told
     key = (b"authorization", operator.headers["authorization"].encode())
     scope, receive, send, _, _ = http({"model": "base"})
-    scope |= {"extensions": {CONNECTION: SimpleNamespace(recognise=lambda: told.append("known"))}}
+    scope |= {"extensions": {CONNECTION: SimpleNamespace(recognise=lambda: told.append("known"), has_left=False)}}
     scope["headers"] = [*scope["headers"], key]
     await operator._transport.app(scope, receive, send)
     assert told == ["known"]
+
+
+async def test_a_request_whose_client_has_left_when_it_was_read_costs_the_engine_nothing(client, backend):
+    scope, receive, send, _sent, _ = http({"model": "base"})
+    scope["extensions"] = {CONNECTION: SimpleNamespace(recognise=lambda: None, has_left=True)}
+    await client._transport.app(scope, receive, send)
+    assert not backend.bodies
 
 
 async def test_a_body_that_needs_no_change_passes_byte_for_byte(client, backend):

@@ -18,10 +18,15 @@ TIMEOUT = 0.3
 ROOM = ConnectionLimits(total=1000, anonymous=500, per_address=500)
 
 
+# The paths of all requests that the app below has begun.
+begun: list[str] = []
+
+
 async def echo(scope, receive, send):
     """Answers with the length of the body; `/slow` after longer than a silent connection has, `/big` with much."""
     if scope["path"] == "/known":
         recognise(scope)
+    begun.append(scope["path"])
     size, more = 0, True
     while more:
         message = await receive()
@@ -174,3 +179,21 @@ async def test_a_full_server_says_so():
     async with serving(limits) as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         assert (await client.get("/known")).status_code == 200
         assert (await exchanged(port)).startswith(b"HTTP/1.1 503")
+
+
+async def test_a_request_whose_client_has_left_by_its_turn_is_not_begun():
+    async with serving() as (port, peers):
+        # Nothing is awaited here: the event loop hears of the request and of the end of its connection at once.
+        for path in (b"/left", b"/left", b"/stays"):
+            client = socket.create_connection(("127.0.0.1", port))
+            client.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+            if path == b"/left":
+                client.close()
+        client.setblocking(False)
+        answer = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(client, 1000), 5)
+        client.close()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert "/stays" in begun and "/left" not in begun
+        async with asyncio.timeout(5):
+            while len(peers):
+                await asyncio.sleep(0.01)
