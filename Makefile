@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -48,6 +48,9 @@ neighbours: setup-dev ## database, object store, hub and disk slow, refusing, cu
 
 recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start; some minutes
 	@$(BIN)/python -m tests.campaigns.recovery $(ARGS)
+
+long-prompts: setup-dev ## how long running answers wait beside long prompts, by --target-inter-token; some minutes
+	@$(BIN)/python -m tests.campaigns.long_prompts $(ARGS)
 
 overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away; some minutes
 	@$(BIN)/python -m tests.campaigns.overload $(ARGS)

@@ -73,6 +73,9 @@ class Config:
     cpu_weights: Literal["auto", "int8"] = _setting(
         "auto", "on a CPU: auto (as in the checkpoint), or int8 for bfloat16 ones: faster, rounded"
     )
+    target_inter_token: FromZero = _setting(
+        0.25, "on a CPU: seconds a step may take for prompts while answers wait for their next token (0: any)"
+    )
     max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
     allowed_target_modules: Texts = _setting((), "modules that uploads may adapt, as q_proj,v_proj")
     allowed_licenses: Texts = _setting((), "licenses of uploads, as apache-2.0,mit, from their README.md")

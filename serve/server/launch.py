@@ -82,9 +82,10 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
             # More at once answer no more in all, and each of them slower: the rest waits in line, where it is fair.
             engine.setdefault("max_num_seqs", 32)
         os.environ.update(hardware.cpu_environment(environ, together))
-        # Read in vLLM's own processes, which know no Config: see serve/cpu_kernels.
+        # Read in vLLM's own processes, which know no Config.
         os.environ["LORADOCK_LORA_KERNELS"] = config.lora_kernels
         os.environ["LORADOCK_CPU_WEIGHTS"] = config.cpu_weights
+        os.environ["LORADOCK_TARGET_INTER_TOKEN"] = str(config.target_inter_token)
         os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))

@@ -7,7 +7,7 @@ import os
 import threading
 
 from serve.cpu_kernels.install import install as install_kernels
-from serve.vllm_backend import forkserver, media, notices, prompt_logprobs, titles
+from serve.vllm_backend import forkserver, media, notices, prompt_budget, prompt_logprobs, titles
 
 
 def register() -> None:
@@ -15,6 +15,7 @@ def register() -> None:
     notices.install()
     install_kernels()
     prompt_logprobs.install()
+    prompt_budget.install()
     media.install()
     forkserver.install()
     parent = multiprocessing.parent_process()

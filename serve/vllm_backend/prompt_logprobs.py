@@ -4,9 +4,6 @@ vLLM computes them after the step's sampling, by the output layer, whose adapter
 With an adapter on `lm_head` a CPU engine dies of the different number of rows, or answers with another request's
 adapter where the numbers agree, or where the kernels do not compare them. Here the adapters are arranged anew for the
 rows that are computed, whoever computes the adapters' part, and put back afterwards.
-
-Each such row is compared with the whole vocabulary. On a CPU a prompt of 2,000 tokens in one step keeps everybody's
-next token back for seconds, so a step takes fewer tokens of prompts while one of them wants log-probabilities.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from serve.cpu_kernels.patches import Patch, apply
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _SECOND = "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker"
-_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _WHY = "the rows of a prompt are computed with the adapters of other requests"
 
 PATCHES = [
@@ -43,16 +39,7 @@ PATCHES = [
         f"{__name__}:compute_prompt_logprobs",
         _WHY,
     ),
-    Patch(
-        _SCHEDULER,
-        "schedule",
-        "self throttle_prefills",
-        f"{__name__}:schedule",
-        "log-probabilities of a long prompt take seconds of a CPU, in one step that everybody waits for",
-    ),
 ]
-# Tokens of prompts in a step of a CPU, while one of the prompts wants log-probabilities: some 0.3 s of two cores.
-ROWS = 256
 
 
 def install() -> None:
@@ -123,27 +110,3 @@ def compute_prompt_logprobs(
         return original(worker, logits_fn, hidden_states, *others)
     with RowsWithTheirAdapters(logits_fn, manager, hidden_states) as compute:
         return original(worker, compute, hidden_states, *others)
-
-
-def schedule(original: Callable[..., Any], scheduler: Any, throttle_prefills: bool = False) -> Any:
-    """vLLM's choice of what the next step computes, with less of prompts where that would take long."""
-    from vllm.platforms import current_platform
-
-    most = scheduler.max_num_scheduled_tokens
-    if current_platform.is_cpu() and _prompt_logprobs_wanted(scheduler):
-        scheduler.max_num_scheduled_tokens = min(most, ROWS + len(scheduler.running))
-    try:
-        return original(scheduler, throttle_prefills)
-    finally:
-        scheduler.max_num_scheduled_tokens = most
-
-
-def _prompt_logprobs_wanted(scheduler: Any) -> bool:
-    """Whether a request that is not computed to the end of its prompt wants log-probabilities of it."""
-    return any(
-        request.sampling_params is not None
-        and request.sampling_params.prompt_logprobs is not None
-        and request.num_computed_tokens < request.num_prompt_tokens
-        for queue in (scheduler.running, scheduler.waiting)
-        for request in queue
-    )

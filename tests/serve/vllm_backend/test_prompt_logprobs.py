@@ -176,24 +176,6 @@ def test_vllms_second_model_runner_gets_the_same():
         prompt_logprobs.compute_prompt_logprobs(original, None, model.compute_logits, torch.randn(9, HIDDEN), 1)
 
 
-@pytest.mark.parametrize(
-    ("wants", "computed", "expected"),
-    [(20, 0, prompt_logprobs.ROWS + 2), (20, 900, prompt_logprobs.ROWS + 2), (20, 1000, 2048), (None, 0, 2048)],
-)
-def test_a_step_takes_less_of_prompts_while_a_prompt_wants_logprobs(wants, computed, expected):
-    def request(prompt_logprobs, computed):
-        params = SimpleNamespace(prompt_logprobs=prompt_logprobs)
-        return SimpleNamespace(sampling_params=params, num_computed_tokens=computed, num_prompt_tokens=1000)
-
-    budgets = []
-    scheduler = SimpleNamespace(
-        max_num_scheduled_tokens=2048, running=[request(None, 10), request(wants, computed)], waiting=[]
-    )
-    prompt_logprobs.schedule(lambda self, throttle: budgets.append(self.max_num_scheduled_tokens), scheduler)
-    assert budgets == [expected]
-    assert scheduler.max_num_scheduled_tokens == 2048
-
-
 @pytest.mark.engine
 @pytest.mark.parametrize("kernels", ["auto", "off"])
 def test_a_busy_engine_tells_of_prompts_what_a_quiet_one_does(kernels, tmp_path):

@@ -1,0 +1,134 @@
+"""How much of prompts a step computes on a CPU, where everybody who is answered waits for the step.
+
+vLLM fills a step with up to `max_num_batched_tokens` tokens of prompts. On a GPU that takes milliseconds. On two cores
+2,048 tokens take more than a second, and as long no running answer gets its next token. So while answers are running,
+a step takes as many tokens of prompts as were computed in `target_inter_token` seconds of the steps before. While
+nothing but prompts is computed, a step is as large as vLLM makes it.
+
+Log-probabilities of a prompt compare each of its rows with the whole vocabulary: then a step takes `ROWS` at most.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve.cpu_kernels.patches import Patch, apply
+
+VARIABLE = "LORADOCK_TARGET_INTER_TOKEN"
+# Tokens of prompts in a step, while one of the prompts wants log-probabilities: some 0.3 s of two cores.
+ROWS = 256
+# The least that a step takes of prompts: a step reads all weights, whatever it computes.
+LEAST = 32
+# Before anything was measured.
+FIRST = 256
+# What a new measurement counts for.
+_FADE = 0.3
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_WHY = "prompts of some thousand tokens take seconds of a CPU, in one step that everybody waits for"
+PATCHES = [
+    Patch(_SCHEDULER, "schedule", "self throttle_prefills", f"{__name__}:schedule", _WHY),
+    Patch(
+        _SCHEDULER,
+        "update_from_output",
+        "self scheduler_output model_runner_output",
+        f"{__name__}:update_from_output",
+        _WHY,
+    ),
+]
+
+
+def install() -> None:
+    """In each of vLLM's processes, where it computes on a CPU."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        apply(PATCHES)
+
+
+@dataclass(slots=True)
+class PromptBudget:
+    """How many tokens of prompts were computed in `target` seconds, by the steps that had `LEAST` of them or more."""
+
+    target: float
+    clock: Callable[[], float] = time.monotonic
+    # Seconds for a token of a prompt, and for a step without one.
+    seconds: float | None = None
+    others: float = 0.0
+    # Of the steps that are computed now: when they began, and how many tokens of prompts are in them.
+    _steps: deque[tuple[float, int]] = field(default_factory=deque)
+    _ended: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        if self.seconds is None:
+            return FIRST
+        return max(LEAST, int(self.target / self.seconds))
+
+    def began(self, tokens: int) -> None:
+        """A step with so many tokens of prompts is computed from now on, or after those that began before it."""
+        self._steps.append((self.clock(), tokens))
+
+    def ended(self) -> None:
+        """The oldest of the steps is over."""
+        if not self._steps:
+            return
+        began, tokens = self._steps.popleft()
+        now = self.clock()
+        seconds, self._ended = now - max(began, self._ended), now
+        if tokens >= LEAST:
+            each = max(seconds - self.others, 0.0) / tokens
+            self.seconds = each if self.seconds is None else self.seconds + _FADE * (each - self.seconds)
+        elif not tokens:
+            self.others += _FADE * (seconds - self.others)
+
+
+def schedule(original: Callable[..., Any], scheduler: Any, throttle_prefills: bool = False) -> Any:
+    """vLLM's choice of what the next step computes, with less of prompts where that would take long."""
+    budget, most = _budget(scheduler), scheduler.max_num_scheduled_tokens
+    running = len(scheduler.running)
+    if budget.target and any(not _in_prompt(request) for request in scheduler.running):
+        scheduler.max_num_scheduled_tokens = min(most, budget.tokens + running)
+    if _prompt_logprobs_wanted(scheduler):
+        scheduler.max_num_scheduled_tokens = min(scheduler.max_num_scheduled_tokens, ROWS + running)
+    try:
+        output = original(scheduler, throttle_prefills)
+    finally:
+        scheduler.max_num_scheduled_tokens = most
+    budget.began(sum(tokens for tokens in output.num_scheduled_tokens.values() if tokens > 1))
+    return output
+
+
+def update_from_output(
+    original: Callable[..., Any], scheduler: Any, scheduler_output: Any, model_runner_output: Any
+) -> Any:
+    """vLLM's end of a step."""
+    _budget(scheduler).ended()
+    return original(scheduler, scheduler_output, model_runner_output)
+
+
+def _budget(scheduler: Any) -> PromptBudget:
+    budget: PromptBudget | None = getattr(scheduler, "loradock_prompt_budget", None)
+    if budget is None:
+        budget = scheduler.loradock_prompt_budget = PromptBudget(float(os.environ.get(VARIABLE) or 0))
+    return budget
+
+
+def _in_prompt(request: Any) -> bool:
+    return bool(request.num_computed_tokens < request.num_prompt_tokens)
+
+
+def _prompt_logprobs_wanted(scheduler: Any) -> bool:
+    """Whether a request that is not computed to the end of its prompt wants log-probabilities of it."""
+    return any(
+        request.sampling_params is not None
+        and request.sampling_params.prompt_logprobs is not None
+        and _in_prompt(request)
+        for queue in (scheduler.running, scheduler.waiting)
+        for request in queue
+    )

@@ -1,0 +1,110 @@
+"""Prompts of others take no more of a step than a running answer can wait for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from serve.vllm_backend import prompt_budget
+from serve.vllm_backend.prompt_budget import FIRST, LEAST, ROWS, VARIABLE, PromptBudget
+
+MOST = 2048
+
+
+def request(computed, prompt=1000, prompt_logprobs=None):
+    params = SimpleNamespace(prompt_logprobs=prompt_logprobs)
+    return SimpleNamespace(sampling_params=params, num_computed_tokens=computed, num_prompt_tokens=prompt)
+
+
+class Machine:
+    """A scheduler whose steps take a second for each 1,000 tokens of prompts, and 10 ms for the rest."""
+
+    def __init__(self, monkeypatch, running, waiting=(), target=0.25):
+        monkeypatch.setenv(VARIABLE, str(target))
+        self.scheduler = SimpleNamespace(max_num_scheduled_tokens=MOST, running=list(running), waiting=list(waiting))
+        self.now, self.budgets = 0.0, []
+
+    def step(self, prompts=None):
+        """One step, with as many tokens of prompts as it may take, or so many."""
+
+        def original(scheduler, throttle):
+            self.budgets.append(scheduler.max_num_scheduled_tokens)
+            tokens = min(self.budgets[-1] - len(scheduler.running), MOST) if prompts is None else prompts
+            return SimpleNamespace(num_scheduled_tokens={"prompt": tokens, "answer": 1})
+
+        if budget := getattr(self.scheduler, "loradock_prompt_budget", None):
+            budget.clock = lambda: self.now
+        output = prompt_budget.schedule(original, self.scheduler)
+        self.now += 0.01 + sum(tokens for tokens in output.num_scheduled_tokens.values() if tokens > 1) / 1000
+        prompt_budget.update_from_output(lambda scheduler, output, result: None, self.scheduler, output, None)
+        assert self.scheduler.max_num_scheduled_tokens == MOST
+        return self.budgets[-1]
+
+
+def test_beside_a_running_answer_a_step_takes_as_many_tokens_of_prompts_as_the_machine_reads_in_that_time(monkeypatch):
+    machine = Machine(monkeypatch, [request(1000), request(0)])
+    prompt_budget._budget(machine.scheduler).clock = lambda: machine.now
+    assert machine.step() == FIRST + 2
+    for _ in range(30):
+        machine.step()
+    assert machine.step() - 2 == pytest.approx(250, rel=0.05)
+
+
+def test_a_step_of_answers_alone_is_no_cost_of_prompts(monkeypatch):
+    machine = Machine(monkeypatch, [request(1000)])
+    budget = prompt_budget._budget(machine.scheduler)
+    budget.clock = lambda: machine.now
+    for _ in range(40):
+        machine.step(prompts=0)
+    assert budget.seconds is None and budget.others == pytest.approx(0.01, rel=0.01)
+    for _ in range(40):
+        machine.step(prompts=LEAST)
+    assert budget.seconds == pytest.approx(0.001, rel=0.01)
+
+
+def test_a_machine_that_is_too_slow_for_the_target_still_goes_on(monkeypatch):
+    machine = Machine(monkeypatch, [request(1000)], target=0.001)
+    prompt_budget._budget(machine.scheduler).clock = lambda: machine.now
+    for _ in range(5):
+        machine.step()
+    assert machine.step() == LEAST + 1
+
+
+@pytest.mark.parametrize(("running", "target"), [([request(0), request(512)], 0.25), ([], 0.25), ([request(1000)], 0)])
+def test_where_no_answer_waits_and_where_nobody_asked_for_it_a_step_is_vllms(monkeypatch, running, target):
+    machine = Machine(monkeypatch, running, target=target)
+    machine.step()
+    assert machine.step() == MOST
+
+
+def test_the_pause_between_two_steps_is_no_part_of_them():
+    times = iter([0.0, 0.1, 50.0, 50.1])
+    budget = PromptBudget(0.25, clock=lambda: next(times))
+    for _ in range(2):
+        budget.began(100)
+        budget.ended()
+    assert budget.seconds == pytest.approx(0.001)
+
+
+def test_steps_that_begin_before_the_last_one_has_ended_are_timed_one_after_another():
+    times = iter([0.0, 0.01, 0.1, 0.2])
+    budget = PromptBudget(0.25, clock=lambda: next(times))
+    budget.began(100)
+    budget.began(100)
+    budget.ended()
+    budget.ended()
+    assert budget.seconds == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    ("wants", "computed", "expected"),
+    [(20, 0, ROWS + 1), (20, 900, ROWS + 1), (20, 1000, MOST), (None, 0, MOST)],
+)
+@pytest.mark.parametrize("where", ["running", "waiting"])
+def test_a_step_takes_less_of_prompts_while_a_prompt_wants_logprobs(monkeypatch, wants, computed, expected, where):
+    queues = {"running": [request(10)], "waiting": []}
+    queues[where].append(request(computed, prompt_logprobs=wants))
+    machine = Machine(monkeypatch, queues["running"], queues["waiting"], target=0)
+    rest = where == "running" and expected != MOST
+    assert machine.step() == expected + rest
