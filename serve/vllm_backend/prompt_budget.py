@@ -5,6 +5,10 @@ vLLM fills a step with up to `max_num_batched_tokens` tokens of prompts. On a GP
 a step takes as many tokens of prompts as were computed in `target_inter_token` seconds of the steps before. While
 nothing but prompts is computed, a step is as large as vLLM makes it.
 
+A short prompt does not wait for long ones before it. Prompts wait in the order of their arrival plus the time that they
+take, so that a short one is before a long one that came a little earlier, and none is passed for ever. A long prompt
+that is being computed leaves `SHORT` of a step to a short one that waits.
+
 Log-probabilities of a prompt compare each of its rows with the whole vocabulary: then a step takes `ROWS` at most.
 """
 
@@ -13,7 +17,8 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +31,8 @@ ROWS = 256
 LEAST = 32
 # Before anything was measured.
 FIRST = 256
+# A prompt is short up to this part of a step's tokens of prompts.
+SHORT = 0.25
 # What a new measurement counts for.
 _FADE = 0.3
 
@@ -40,6 +47,7 @@ PATCHES = [
         f"{__name__}:update_from_output",
         _WHY,
     ),
+    Patch(_SCHEDULER, "add_request", "self request", f"{__name__}:add_request", _WHY),
 ]
 
 
@@ -88,18 +96,22 @@ class PromptBudget:
             self.others += _FADE * (seconds - self.others)
 
 
+def add_request(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """vLLM's taking of a request into its queue, which is ordered by arrival where priorities are the same."""
+    if seconds := _budget(scheduler).seconds:
+        request.arrival_time += seconds * request.num_prompt_tokens
+    return original(scheduler, request)
+
+
 def schedule(original: Callable[..., Any], scheduler: Any, throttle_prefills: bool = False) -> Any:
     """vLLM's choice of what the next step computes, with less of prompts where that would take long."""
-    budget, most = _budget(scheduler), scheduler.max_num_scheduled_tokens
-    running = len(scheduler.running)
-    if budget.target and any(not _in_prompt(request) for request in scheduler.running):
-        scheduler.max_num_scheduled_tokens = min(most, budget.tokens + running)
-    if _prompt_logprobs_wanted(scheduler):
-        scheduler.max_num_scheduled_tokens = min(scheduler.max_num_scheduled_tokens, ROWS + running)
-    try:
+    budget = _budget(scheduler)
+    tokens = _prompt_tokens(scheduler, budget)
+    if tokens is None:
         output = original(scheduler, throttle_prefills)
-    finally:
-        scheduler.max_num_scheduled_tokens = most
+    else:
+        with _limited(scheduler, tokens):
+            output = original(scheduler, throttle_prefills)
     budget.began(sum(tokens for tokens in output.num_scheduled_tokens.values() if tokens > 1))
     return output
 
@@ -110,6 +122,36 @@ def update_from_output(
     """vLLM's end of a step."""
     _budget(scheduler).ended()
     return original(scheduler, scheduler_output, model_runner_output)
+
+
+def _prompt_tokens(scheduler: Any, budget: PromptBudget) -> int | None:
+    """How many tokens of prompts the next step may take; None for as many as vLLM takes."""
+    if budget.target and any(not _in_prompt(request) for request in scheduler.running):
+        tokens = budget.tokens
+        return min(tokens, ROWS) if _prompt_logprobs_wanted(scheduler) else tokens
+    return ROWS if _prompt_logprobs_wanted(scheduler) else None
+
+
+@contextmanager
+def _limited(scheduler: Any, tokens: int) -> Iterator[None]:
+    """Within the block a step takes so many tokens of prompts at most, and leaves some of them to a short one."""
+    config = scheduler.scheduler_config
+    before = (
+        scheduler.max_num_scheduled_tokens,
+        config.long_prefill_token_threshold,
+        scheduler.adaptive_long_prefill_threshold,
+    )
+    scheduler.max_num_scheduled_tokens = min(before[0], tokens + len(scheduler.running))
+    if not before[1] and scheduler.waiting:
+        short = int(SHORT * tokens)
+        if scheduler.waiting.peek_request().num_prompt_tokens <= short:
+            config.long_prefill_token_threshold = tokens - short
+            scheduler.adaptive_long_prefill_threshold = False
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = before[0]
+        config.long_prefill_token_threshold, scheduler.adaptive_long_prefill_threshold = before[1:]
 
 
 def _budget(scheduler: Any) -> PromptBudget:

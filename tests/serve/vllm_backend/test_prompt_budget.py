@@ -6,6 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("vllm")
+
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+
 from serve.vllm_backend import prompt_budget
 from serve.vllm_backend.prompt_budget import FIRST, LEAST, ROWS, VARIABLE, PromptBudget
 
@@ -22,14 +26,21 @@ class Machine:
 
     def __init__(self, monkeypatch, running, waiting=(), target=0.25):
         monkeypatch.setenv(VARIABLE, str(target))
-        self.scheduler = SimpleNamespace(max_num_scheduled_tokens=MOST, running=list(running), waiting=list(waiting))
-        self.now, self.budgets = 0.0, []
+        self.scheduler = SimpleNamespace(
+            max_num_scheduled_tokens=MOST,
+            running=list(running),
+            waiting=FCFSRequestQueue(waiting),
+            scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
+            adaptive_long_prefill_threshold=True,
+        )
+        self.now, self.budgets, self.thresholds = 0.0, [], []
 
     def step(self, prompts=None):
         """One step, with as many tokens of prompts as it may take, or so many."""
 
         def original(scheduler, throttle):
             self.budgets.append(scheduler.max_num_scheduled_tokens)
+            self.thresholds.append(scheduler.scheduler_config.long_prefill_token_threshold)
             tokens = min(self.budgets[-1] - len(scheduler.running), MOST) if prompts is None else prompts
             return SimpleNamespace(num_scheduled_tokens={"prompt": tokens, "answer": 1})
 
@@ -39,6 +50,8 @@ class Machine:
         self.now += 0.01 + sum(tokens for tokens in output.num_scheduled_tokens.values() if tokens > 1) / 1000
         prompt_budget.update_from_output(lambda scheduler, output, result: None, self.scheduler, output, None)
         assert self.scheduler.max_num_scheduled_tokens == MOST
+        assert self.scheduler.scheduler_config.long_prefill_token_threshold == 0
+        assert self.scheduler.adaptive_long_prefill_threshold
         return self.budgets[-1]
 
 
@@ -108,3 +121,21 @@ def test_a_step_takes_less_of_prompts_while_a_prompt_wants_logprobs(monkeypatch,
     machine = Machine(monkeypatch, queues["running"], queues["waiting"], target=0)
     rest = where == "running" and expected != MOST
     assert machine.step() == expected + rest
+
+
+@pytest.mark.parametrize(("length", "left"), [(60, FIRST - 64), (65, 0)])
+def test_a_long_prompt_leaves_a_part_of_the_step_to_a_short_one_that_waits(monkeypatch, length, left):
+    machine = Machine(monkeypatch, [request(1000), request(300)], [request(0, prompt=length)])
+    machine.step()
+    assert machine.thresholds == [left]
+
+
+def test_a_short_prompt_is_before_a_long_one_that_came_a_little_earlier_and_no_prompt_waits_for_ever(monkeypatch):
+    machine = Machine(monkeypatch, [request(1000)])
+    prompt_budget._budget(machine.scheduler).seconds = 0.001
+    arrivals = {}
+    for name, arrived, length in (("long", 0.0, 2000), ("short", 1.0, 50), ("late", 3.0, 50)):
+        coming = SimpleNamespace(arrival_time=arrived, num_prompt_tokens=length)
+        prompt_budget.add_request(lambda scheduler, taken: None, machine.scheduler, coming)
+        arrivals[name] = coming.arrival_time
+    assert sorted(arrivals, key=arrivals.__getitem__) == ["short", "long", "late"]
