@@ -64,15 +64,18 @@ class GoldenRun(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Acknowledged(Struct, frozen=True, forbid_unknown_fields=True):
-    """The body that says that a version's alarms have been dealt with."""
+    """The body that says that a version's alarms have been dealt with; by default the live one's. A base has none."""
 
-    version: Number
+    version: Number | None = None
 
 
 class Accepted(Struct, frozen=True, forbid_unknown_fields=True):
-    """The body that makes a version's recent traffic its reference: of its prompts, its answers, or both."""
+    """The body that makes a version's recent traffic its reference: of its prompts, its answers, or both.
 
-    version: Number
+    By default the live version's; a base has none.
+    """
+
+    version: Number | None = None
     signals: Literal["prompt", "output", "both"] = "both"
     note: Annotated[str, Meta(max_length=500)] = ""  # why, for the history
 

@@ -19,8 +19,8 @@ drift_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
-Version = Annotated[int, typer.Option("--version", min=1, help="Which version.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter, or a base model.")]
+Version = Annotated[int | None, typer.Option("--version", min=1, help="Which version (default: the live one).")]
 
 
 @drift_app.command(epilog=example("loradock drift show tone"))
@@ -32,7 +32,7 @@ def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> 
 
 
 @drift_app.command(epilog=example("loradock drift acknowledge tone --version 3"))
-def acknowledge(name: Name, version: Version, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+def acknowledge(name: Name, version: Version = None, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
     """Close a version's alarms: the evidence begins again, the reference stays."""
     with connected("drift", url, key) as client:
         answer = client.acknowledge_drift(name, version)
@@ -42,7 +42,7 @@ def acknowledge(name: Name, version: Version, url: Url = URL, key: Key = None, a
 @drift_app.command(epilog=example('loradock drift accept tone --version 3 --signals prompt --note "the German shop"'))
 def accept(
     name: Name,
-    version: Version,
+    version: Version = None,
     signals: Annotated[str, typer.Option("--signals", help="prompt, output or both.")] = "both",
     note: Annotated[str, typer.Option("--note", help="Why, for the history.")] = "",
     url: Url = URL,
@@ -59,7 +59,7 @@ def accept(
 def requests(
     name: Name,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to: .jsonl, or .parquet.")],
-    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    version: Version = None,
     url: Url = URL,
     key: Key = None,
 ) -> None:

@@ -241,13 +241,15 @@ class AdapterClient:
         """What moved of an adapter, by version and signal, and how its canary does."""
         return self._call("GET", f"{_path(name)}/drift")
 
-    def acknowledge_drift(self, name: str, version: int) -> dict[str, Any]:
-        """A version's alarms have been dealt with: its evidence begins again."""
-        return self._call("POST", f"{_path(name)}/drift/acknowledge", json={"version": version})
+    def acknowledge_drift(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """The alarms of a version (the live one), or of a base, have been dealt with: the evidence begins again."""
+        return self._call("POST", f"{_path(name)}/drift/acknowledge", json=_numbered(version))
 
-    def accept_drift(self, name: str, version: int, signals: str = "both", note: str = "") -> dict[str, Any]:
+    def accept_drift(
+        self, name: str, version: int | None = None, signals: str = "both", note: str = ""
+    ) -> dict[str, Any]:
         """Make a version's recent traffic its reference: of its prompts (`prompt`), its answers (`output`), or both."""
-        asked = {"version": version, "signals": signals, "note": note}
+        asked = {**_numbered(version), "signals": signals, "note": note}
         return self._call("POST", f"{_path(name)}/drift/accept", json=asked)
 
     def moved_requests(self, name: str, version: int | None = None, format: str = "jsonl") -> bytes:

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,8 @@ from serve.names import short_name, spelled
 from serve.telemetry.feedback import GOOD
 
 MAX_BASELINE = 64 << 20
+# What stands for a base where an adapter has its version.
+BASE_LABEL = "base"
 
 router = APIRouter()
 
@@ -66,12 +69,10 @@ async def acknowledge(
     body: Annotated[Acknowledged, JsonBody(Acknowledged)],
 ) -> dict[str, Any]:
     """Its alarms have been dealt with: evidence begins again at nothing."""
-    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
-    full = owned(parts, name, caller)
-    adapter = parts.registry.get(full, body.version)
-    label = f"v{body.version}"
-    await asyncio.to_thread(_asked, parts.drift_monitor.acknowledge, full, label, adapter.id)
-    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, full, caller)}
+    request.state.subject = _subject(name, caller, body.version)
+    which = watched(parts, name, caller, body.version)
+    await asyncio.to_thread(_asked, parts.drift_monitor.acknowledge, *which.key)
+    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, which.name, caller)}
 
 
 @router.post("/v1/adapters/{name:path}/drift/accept")
@@ -79,16 +80,16 @@ async def accept(
     name: str, request: Request, caller: Manager, parts: TheParts, body: Annotated[Accepted, JsonBody(Accepted)]
 ) -> dict[str, Any]:
     """What moved is here to stay: recent traffic becomes the reference, and what is missing of it is gathered."""
-    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
+    request.state.subject = _subject(name, caller, body.version)
+    which = watched(parts, name, caller, body.version)
     request.state.reason = f"{body.signals}: {body.note}" if body.note else body.signals
-    full = owned(parts, name, caller)
-    adapter = parts.registry.get(full, body.version)
     prompts, answers = body.signals != "output", body.signals != "prompt"
     accept = partial(parts.drift_monitor.accept, prompts=prompts, answers=answers)
-    await asyncio.to_thread(_asked, accept, full, f"v{body.version}", adapter.id)
-    note = partial(parts.registry.note, by=caller.name, why=request.state.reason)
-    await asyncio.to_thread(note, full, "drift_accepted", body.version)
-    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, full, caller)}
+    await asyncio.to_thread(_asked, accept, *which.key)
+    if which.version:  # a base has no history but the audit log
+        note = partial(parts.registry.note, by=caller.name, why=request.state.reason)
+        await asyncio.to_thread(note, which.name, "drift_accepted", which.version)
+    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, which.name, caller)}
 
 
 @router.get("/v1/adapters/{name:path}/drift/requests")
@@ -100,14 +101,10 @@ async def moved_requests(
     format: Literal["jsonl", "parquet"] = "jsonl",
 ) -> Response:
     """The requests since the change, the most moved first, as JSON lines or parquet; only with `capture`."""
-    full = owned(parts, name, caller)
+    which = watched(parts, name, caller, version)
     if not parts.config.capture:
         raise Conflict("this server keeps no requests: start it with `capture: true` to export those that moved")
-    number = version or parts.live_version(full)
-    if number is None:
-        raise Conflict("no version of this adapter is live: say whose requests are asked for", param="version")
-    adapter = parts.registry.get(full, number)
-    rows = await asyncio.to_thread(parts.drift_monitor.moved_requests, full, adapter.id)
+    rows = await asyncio.to_thread(parts.drift_monitor.moved_requests, which.name, which.id)
     if format == "parquet":
         return Response(await asyncio.to_thread(_parquet, rows), media_type="application/vnd.apache.parquet")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -175,6 +172,33 @@ async def rate(
     return {"object": "feedback", "request_id": body.request_id, "rating": rating}
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """An adapter's version, or a base (version 0), as the monitor knows it."""
+
+    name: str
+    version: int = 0
+    id: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.name, f"v{self.version}" if self.version else BASE_LABEL, self.id
+
+
+def watched(parts: Services, name: str, caller: Caller, version: int | None) -> Watched:
+    """Whose drift is meant: of an adapter that the caller may change, without a number the live version; of a base,
+    which is the operator's."""
+    if name in parts.fleet and caller.operator:
+        if version is not None:
+            raise BadRequest(f"{name} is a base model and has no versions: leave the version out", param="version")
+        return Watched(name)
+    full = owned(parts, name, caller)
+    number = version or parts.live_version(full)
+    if number is None:
+        raise Conflict("no version of this adapter is live: say which one is meant", param="version")
+    return Watched(full, number, parts.registry.get(full, number).id)
+
+
 def baselined(parts: Services, full: str, version: int | None) -> Adapter:
     """The version that a baseline is about; without a number, the live one."""
     number = version or parts.live_version(full)
@@ -183,6 +207,11 @@ def baselined(parts: Services, full: str, version: int | None) -> Adapter:
     if not parts.exchange_worker.running:
         raise Conflict("drift is not watched on this server, so there is nothing to build a baseline for")
     return parts.registry.get(full, number)
+
+
+def _subject(name: str, caller: Caller, version: int | None) -> str:
+    """What the audit log says was changed, also where it is refused."""
+    return spelled(name, caller.tenant) + (f"@v{version}" if version else "")
 
 
 def _report(parts: Services, full: str, caller: Caller) -> dict[str, Any]:

@@ -106,6 +106,34 @@ async def test_an_open_alarm_survives_a_restart_without_any_request(connect, spo
         assert (await drift(client))["versions"] == []
 
 
+async def test_the_operator_deals_with_the_alarms_of_a_base_which_has_no_versions(connect, spoken, backend):
+    engine = Engine(backend)
+    engine.topic = BEFORE
+    async with connect(spoken) as client:
+        await ask(client, 250, "base")
+        engine.topic = NOW
+        await ask(client, 150, "base")
+        assert "prompt" in (await drift(client, "base"))["versions"][0]["alarms"]
+        closed = await client.post("/v1/adapters/base/drift/acknowledge", json={})
+        assert closed.status_code == 200 and closed.json()["versions"][0]["alarms"] == {}
+        await ask(client, 100, "base")
+        assert "prompt" in (await drift(client, "base"))["versions"][0]["alarms"], "the reference stayed"
+        accepted = await client.post("/v1/adapters/base/drift/accept", json={"signals": "prompt", "note": "as planned"})
+        assert accepted.status_code == 200 and "prompt" not in accepted.json()["versions"][0]["alarms"]
+        refused = await client.post("/v1/adapters/base/drift/acknowledge", json={"version": 1})
+        assert refused.status_code == 400 and "has no versions" in refused.json()["error"]["message"]
+        lines = [json.loads(line) for line in (spoken.data_dir / "audit.jsonl").read_text().splitlines()]
+        done = [line for line in lines if line["subject"] == "base" and line["status"] == 200]
+        assert len(done) == 2 and done[1]["reason"] == "prompt: as planned"
+
+
+async def test_without_a_number_the_live_versions_alarms_are_meant(connect, spoken, backend, make_adapter):
+    async with connect(spoken) as client:
+        await alarmed(client, make_adapter, backend)
+        closed = await client.post("/v1/adapters/tone/drift/acknowledge", json={})
+        assert closed.status_code == 200 and closed.json()["versions"][0]["alarms"] == {}
+
+
 async def test_an_alarm_is_on_the_disk_before_the_next_minute(connect, spoken, backend, make_adapter):
     async with connect(spoken) as client:
         await alarmed(client, make_adapter, backend)
