@@ -107,6 +107,7 @@ def _is_inference(path: str) -> bool:
 
 async def _answer(request: Request, error: Exception) -> Response:
     assert isinstance(error, LoradockError)
+    error = request.app.state.parts.doubted(error)
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
 
 

@@ -247,7 +247,12 @@ class Services:
             self.follower.fresh if self.follower else None,
             media=any(takes_media(base.model) for base in config.bases),
             bounds=RequestBounds(config.max_sequences, config.max_prompt_logprobs, config.max_batch),
+            doubted=self.doubted,
         )
+
+    def doubted(self, error: LoradockError) -> LoradockError:
+        """What to answer instead of this error, while what other servers did cannot be seen."""
+        return self.follower.doubted(error) if self.follower else error
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -59,8 +59,8 @@ class Inference:
     """Every inference route.
 
     `take` gets an Exchange of each request when it has ended. `fresh` returns once this server sees every change that
-    other servers of its registry made before. `media` says that images or sound may come with a request,
-    `bounds` how much one request may ask for.
+    other servers of its registry made before; while it cannot, `doubted` gives what to answer in place of an error.
+    `media` says that images or sound may come with a request, `bounds` how much one request may ask for.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Inference:
         fresh: Callable[[], Awaitable[None]] | None = None,
         media: bool = False,
         bounds: RequestBounds | None = None,
+        doubted: Callable[[LoradockError], LoradockError] = lambda error: error,
     ) -> None:
         self._bounds = bounds or RequestBounds()
         self._media = media
@@ -86,6 +87,7 @@ class Inference:
         self._shadows = shadows
         self._wants_logprobs = wants_logprobs
         self._fresh = fresh
+        self._doubted = doubted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -104,8 +106,9 @@ class Inference:
             else:
                 await send_error(error, scope, receive, tap)
         except LoradockError as error:
-            tap.failed(error)
-            await send_error(error, scope, receive, tap)
+            answer = self._doubted(error)
+            tap.failed(answer)
+            await send_error(answer, scope, receive, tap)
         finally:
             tap.offer(self._take)
 

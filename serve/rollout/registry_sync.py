@@ -6,6 +6,7 @@ was acknowledged by one server holds on all. Between requests the registry is lo
 is loaded before somebody asks for it.
 
 While the registry does not answer, requests are answered from what was read last: then nothing can be changed either.
+A name that was not read by then may have been pushed on another server, so it is a 503 and not a 404.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from serve.adapters.registry import Registry
 from serve.adapters.tables import replicas as table
 from serve.auth.keys import Keys
 from serve.engine.fleet import Fleet
-from serve.errors import LoradockError
+from serve.errors import EngineUnavailable, LoradockError
 from serve.rollout.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,14 @@ class RegistrySync:
                 await asyncio.shield(self._next)
         except TimeoutError:
             self._unseen("it did not answer in time")
+
+    def doubted(self, error: LoradockError) -> LoradockError:
+        """The error that says so, if it is about a name that is unknown here while the registry cannot be looked at."""
+        if not self.problem or error.code != "model_not_found":
+            return error
+        return EngineUnavailable(
+            f"{error.message} This server knows no such name, but cannot look at the registry now: retry shortly"
+        )
 
     async def poll(self) -> None:
         """Look at the registry also when nobody asks."""

@@ -74,10 +74,13 @@ class UsageLedger:
             self._pending.setdefault((day, exchange.tenant, exchange.adapter), Usage()).add(used)
 
     async def run(self) -> None:
-        """Write again and again, for as long as the server runs."""
+        """Write again and again, for as long as the server runs; what the database does not take is written later."""
         while True:
             await asyncio.sleep(WRITE_SECONDS)
-            await asyncio.to_thread(self.write)
+            try:
+                await asyncio.to_thread(self.write)
+            except LoradockError as error:
+                log.warning("the usage of the last %.0f s is written later: %s", WRITE_SECONDS, error.message)
 
     def close(self) -> None:
         """Write the rest."""

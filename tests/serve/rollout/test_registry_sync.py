@@ -187,6 +187,26 @@ async def test_an_outage_of_the_registry_is_seen_and_gets_over_without_a_restart
     assert len((await other.get("/v1/replicas")).json()["data"]) == 2
 
 
+async def test_a_name_that_only_others_can_know_is_no_404_while_the_registry_cannot_be_looked_at(
+    pair, make_adapter, outage
+):
+    one, other, *_ = pair
+    assert (await ask(other, "tone")).status_code == 404
+    outage.begin()
+    assert await settled(lambda: "registry" in other._transport.app.state.parts.degraded)
+    for answer in (
+        await ask(other, "tone"),
+        await other.get("/v1/adapters/tone"),
+        await other.get("/v1/models/tone"),
+    ):
+        assert answer.status_code == 503 and answer.headers["retry-after"]
+        assert "cannot look at the registry now" in answer.json()["error"]["message"]
+    outage.end()
+    await one.post("/v1/adapters", **upload(make_adapter(0)))
+    assert (await ask(other, "tone")).status_code == 200
+    assert (await ask(other, "nobody")).status_code == 404
+
+
 async def test_an_error_that_nobody_foresaw_in_a_look_is_no_requests_error(pair, make_adapter, monkeypatch):
     one, other, *_ = pair
     await one.post("/v1/adapters", **upload(make_adapter()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from datetime import UTC, datetime
 
@@ -10,6 +11,7 @@ import pytest
 from serve.adapters.registry import Registry
 from serve.asgi.exchange import Exchange, Generation
 from serve.errors import EngineUnavailable
+from serve.telemetry import usage_ledger
 from serve.telemetry.prices import Price
 from serve.telemetry.usage_ledger import Usage, UsageLedger
 
@@ -83,6 +85,25 @@ def test_what_the_database_does_not_take_is_written_later_and_once(registry, mon
     ledger.write()
     ledger.write()
     assert ledger.rows("2026-11")[0]["requests"] == 5
+
+
+async def test_an_outage_of_the_database_ends_no_writing(registry, monkeypatch):
+    monkeypatch.setattr(usage_ledger, "WRITE_SECONDS", 0.02)
+    ledger = opened(registry)
+    asked(ledger, 3)
+    with monkeypatch.context() as patched:
+        refused = threading.Event()
+        patched.setattr(registry, "adding", lambda: (refused.set(), _refusing()))
+        writing = asyncio.create_task(ledger.run())
+        assert await asyncio.to_thread(refused.wait, 5)
+    try:
+        async with asyncio.timeout(5):
+            while not ledger.rows("2026-11"):
+                assert not writing.done(), writing.exception()
+                await asyncio.sleep(0.02)
+    finally:
+        writing.cancel()
+    assert ledger.rows("2026-11")[0]["requests"] == 3
 
 
 def _refusing():
