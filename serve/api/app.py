@@ -107,8 +107,8 @@ def _is_inference(path: str) -> bool:
 
 async def _answer(request: Request, error: Exception) -> Response:
     assert isinstance(error, LoradockError)
-    error = request.app.state.parts.doubted(error)
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+    answer: LoradockError = request.app.state.parts.doubted(error)
+    return JSONResponse(answer.body(), status_code=answer.status, headers=answer.headers())
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
