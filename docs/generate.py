@@ -159,6 +159,7 @@ def _route(path: str, method: str, said: dict[str, Any], scope: str, document: d
 
 def _scope(route: APIRoute) -> str:
     asks = {callers.Asker: "inference", callers.Manager: "adapters:write", callers.Operator: "admin"}
+    asks |= {callers.Scraper: "metrics", callers.Gateway: "metrics"}
     return asks.get(get_type_hints(route.endpoint, include_extras=True).get("caller"), "")
 
 

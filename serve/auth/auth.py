@@ -2,7 +2,7 @@
 
 inference        asks, and lists the models that its tenant may ask
 adapters:write   pushes, promotes, rolls back and deletes its tenant's adapters
-metrics          reads /metrics and /metrics/engine, for Prometheus. They name every tenant's adapters
+metrics          reads /metrics and what is below it, for Prometheus. They name every tenant's adapters
 admin            an operator: everything, in every tenant
 
 Only keys of tenant `default` hold the last two.

@@ -63,6 +63,9 @@ class Config:
     api_keys: Texts = _setting((), "keys that may ask for answers (or their sha256:HEX)")
     admin_keys: Texts = _setting((), "keys that may also change adapters (or their sha256:HEX)")
     metrics_keys: Texts = _setting((), "keys that may read /metrics and nothing else (or their sha256:HEX)")
+    open_gateway_metrics: bool = _setting(
+        False, "whether /metrics/gateway needs no key: endpoint pickers send none. It names every tenant's adapters"
+    )
     max_upload_bytes: int = _setting(1 << 30, "largest adapter upload, as 512MiB or in bytes")
     probe: bool = _setting(True, "whether an upload must change what the base says")
     probe_min_effect: FromZero = _setting(0.08, "how far it must move the log-probabilities, in nats on average")

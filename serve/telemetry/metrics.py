@@ -9,14 +9,13 @@ and unasked for some minutes gives its place back.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from threading import Lock
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_latest
 from prometheus_client.registry import Collector
@@ -24,23 +23,22 @@ from prometheus_client.registry import Collector
 from serve.adapters.registry import Registry
 from serve.asgi.exchange import Exchange, Failure
 from serve.auth.audit import Audit
-from serve.engine.engine import Phase
 from serve.engine.fleet import Fleet
 from serve.telemetry.families import Family
+from serve.telemetry.gateway_series import READ, AdapterSeries, EngineSeries, GatewaySeries
 from serve.telemetry.live_state import LiveState, Objectives
 from serve.telemetry.places import TIDY, Places
 from serve.telemetry.queue_series import QueueSeries
 from serve.telemetry.series import OTHER, AdapterLoads, OwnFamilies, Series
 from serve.telemetry.slo import Slo
 
-# vLLM grows a series for every combination of running adapters there and never removes one.
-UNBOUNDED = "vllm:lora_requests_info"
 # As the engine says it; whatever else it might say is `other`.
 FINISH_REASONS = frozenset({"", "stop", "length", "abort", "error", "repetition"})
 # What becomes of an adapter's live version.
 SWAPS = ("promoted", "rolled_back")
 # A render is good for so many seconds.
 FRESH = 1.0
+FRESH_FOR_GATEWAYS = 0.05
 # What was removed is scraped once or twice more, and may be needed no longer.
 KEEP_REMOVED = 60.0
 # Versions whose series begin with one scrape: a hundred at once would hold the event loop up.
@@ -88,6 +86,8 @@ class Metrics:
             self._queue,
         ):
             self._collectors.register(collector)
+        self._gateway = CollectorRegistry()
+        self._gateway.register(AdapterSeries(fleet, registry, limit))
 
     def take(self, exchange: Exchange) -> None:
         """Count one exchange."""
@@ -182,12 +182,22 @@ class Metrics:
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Our series and the engine's for whoever accepts this, and the content type."""
         return self._fresh(
-            "all", accept, self._ours, lambda: (self._collectors, REGISTRY, Theirs(self._fleet, UNBOUNDED))
+            "all", accept, self._ours, lambda: (self._collectors, self._gateway, REGISTRY, GatewaySeries(self._fleet))
         )
 
     def render_engine(self, accept: str = "") -> tuple[bytes, str]:
         """The engine's own series, all of them."""
-        return self._fresh("engine", accept, lambda openmetrics: "", lambda: (Theirs(self._fleet),))
+        return self._fresh("engine", accept, lambda openmetrics: "", lambda: (EngineSeries(self._fleet),))
+
+    def render_gateway(self, accept: str = "") -> tuple[bytes, str]:
+        """What an endpoint picker reads and no more: it asks several times a second."""
+        return self._fresh(
+            "gateway",
+            accept,
+            lambda openmetrics: "",
+            lambda: (self._gateway, GatewaySeries(self._fleet, READ)),
+            seconds=FRESH_FOR_GATEWAYS,
+        )
 
     def _fresh(
         self,
@@ -195,8 +205,9 @@ class Metrics:
         accept: str,
         ours: Callable[[bool], str],
         collectors: Callable[[], Iterable[Any]],
+        seconds: float | None = None,
     ) -> tuple[bytes, str]:
-        """What was rendered less than a second ago, or now: many scrapers cost what one does."""
+        """What was rendered less than a second ago (or so many `seconds`), or now: many scrapers cost what one does."""
         encode, content_type = choose_encoder(accept)
         if "openmetrics" in content_type:
             # Otherwise the colon of `vllm:` becomes an underscore, and nobody's dashboard finds it.
@@ -204,7 +215,7 @@ class Metrics:
         asked = time.monotonic()
         with self._rendering:
             when, text = self._rendered.get((what, content_type), (0.0, b""))
-            if not text or asked - when > FRESH:
+            if not text or asked - when > (FRESH if seconds is None else seconds):
                 when = time.monotonic()  # before it: what is counted meanwhile may be in it or not
                 openmetrics = "openmetrics" in content_type
                 text = _joined([ours(openmetrics).encode(), *(encode(collector) for collector in collectors())])
@@ -252,28 +263,6 @@ class Metrics:
             for labels in family.known():
                 if labels[0] == name:
                     family.remove(*labels)
-
-
-class Theirs(CollectorRegistry):
-    """vLLM's series of every engine that serves, each series once, and one family left out."""
-
-    def __init__(self, fleet: Fleet, without: str = "") -> None:
-        super().__init__()
-        self._fleet = fleet
-        self._without = without
-
-    def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for base in self._fleet:
-            if base.phase is not Phase.READY:
-                continue
-            for family in base.backend.metrics():
-                if family.name == self._without:
-                    continue
-                known = families.setdefault(family.name, family)
-                if known is not family:
-                    known.samples.extend(family.samples)
-        yield from families.values()
 
 
 def _joined(parts: Sequence[bytes]) -> bytes:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -350,9 +350,9 @@ class VLLMBackend:
     async def log_stats(self) -> None:
         await self._engine().do_log_stats()
 
-    def metrics(self) -> Iterable[Metric]:
-        """vLLM's own series of this engine."""
-        return self._collectors.collect()
+    def metrics(self, names: Collection[str] = ()) -> Iterable[Metric]:
+        """vLLM's own series of this engine; of these `names` alone, if there are any."""
+        return self._collectors.restricted_registry(names).collect() if names else self._collectors.collect()
 
     def busy_seconds(self) -> Mapping[str, float]:
         """How long its steps took, all ranks together: for clients, and for requests of the server's own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,10 @@ class FakeBackend:
             return 0.0
         return self.effects.get(adapter_id.partition("@")[0], 0.5)
 
-    def metrics(self) -> list[Metric]:
+    def metrics(self, names: Collection[str] = ()) -> list[Metric]:
+        return [family for family in self._metrics() if not names or family.name in names]
+
+    def _metrics(self) -> list[Metric]:
         tokens = CounterMetricFamily("vllm:tokens", "Tokens.", labels=("model",))
         tokens.add_metric((self.name,), 1)
         running = GaugeMetricFamily("vllm:lora_requests_info", "Running.", labels=("running",))

@@ -41,7 +41,7 @@ class KnownBackend(FakeBackend):
     def __init__(self, model: str | None = None, seats: int = 4) -> None:
         super().__init__(model)
         self.seats = seats
-        self.memory = MEMORY
+        self.memory, self.waiting = MEMORY, WAITING_INSIDE
         self.standstill = threading.Event()
         # Of vLLM's own series, over all engines that came after one another.
         self.counts: Counter[str] = Counter()
@@ -84,7 +84,7 @@ class KnownBackend(FakeBackend):
     def busy_seconds(self) -> dict[str, float]:
         return {"clients": ENGINE_SECONDS * self.counts["steps"], "background": 0.0}
 
-    def metrics(self) -> list[Metric]:
+    def _metrics(self) -> list[Metric]:
         """vLLM's own series that the dashboards show."""
         labels = {"model_name": self.name, "engine": "0"}
         counts = self.counts

@@ -23,12 +23,22 @@ TheParts = Annotated[Services, Depends(_parts)]
 
 def _holds(scope: Scope) -> Any:
     async def caller(request: Request, parts: TheParts) -> Caller:
-        if parts.follower:
-            await parts.follower.fresh()
-        request.state.caller = known = parts.auth.known(request.headers)
-        return allowed(known, scope)
+        return await _known(request, parts, scope)
 
     return Depends(caller)
+
+
+async def _known(request: Request, parts: Services, scope: Scope) -> Caller:
+    if parts.follower:
+        await parts.follower.fresh()
+    request.state.caller = known = parts.auth.known(request.headers)
+    return allowed(known, scope)
+
+
+async def _gateway(request: Request, parts: TheParts) -> Caller:
+    if parts.config.open_gateway_metrics:
+        return Caller("gateway", frozenset({Scope.METRICS}))
+    return await _known(request, parts, Scope.METRICS)
 
 
 async def _matched(request: Request) -> int | None:
@@ -39,6 +49,8 @@ Asker = Annotated[Caller, _holds(Scope.INFERENCE)]
 Manager = Annotated[Caller, _holds(Scope.ADAPTERS)]
 Scraper = Annotated[Caller, _holds(Scope.METRICS)]
 Operator = Annotated[Caller, _holds(Scope.ADMIN)]
+# As Scraper; or anybody, where the configuration says so.
+Gateway = Annotated[Caller, Depends(_gateway)]
 # The version that must be live for a change to be made; every change to an adapter takes it.
 Expected = Annotated[int | None, Depends(_matched)]
 

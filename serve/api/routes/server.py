@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from serve import __version__
 from serve.adapters.registry import Registry
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Asker, Manager, Operator, Scraper, TheParts
+from serve.api.routes.callers import Asker, Gateway, Manager, Operator, Scraper, TheParts
 from serve.api.schemas import Swap
 from serve.auth.auth import Caller
 from serve.engine import base_swap
@@ -60,8 +60,15 @@ async def metrics(request: Request, caller: Scraper, parts: TheParts) -> Respons
 
 @router.get("/metrics/engine")
 async def engine_metrics(request: Request, caller: Scraper, parts: TheParts) -> Response:
-    """The engine's alone, with the series that grows."""
+    """The engine's alone, as it has them, with the series that grows."""
     text, kind = await asyncio.to_thread(parts.monitor.render_engine, request.headers.get("accept", ""))
+    return Response(text, headers={"content-type": kind})
+
+
+@router.get("/metrics/gateway")
+async def gateway_metrics(request: Request, caller: Gateway, parts: TheParts) -> Response:
+    """What a gateway's endpoint picker reads of `/metrics`, and no more; without a key if `open_gateway_metrics` is."""
+    text, kind = await asyncio.to_thread(parts.monitor.render_gateway, request.headers.get("accept", ""))
     return Response(text, headers={"content-type": kind})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from serve.telemetry.gateway_series import REQUESTS
 from serve.telemetry.rendered.dashboards import dashboards
 from serve.telemetry.rendered.receivers import EXAMPLE, PEOPLE, Receivers
 from serve.telemetry.rendered.rules import BURNS, groups
@@ -18,6 +19,8 @@ from serve.telemetry.slo import Slo
 HEADER = "# Rendered by `loradock monitoring render`; change the configuration and render again.\n"
 # Files with an API key each, beside the configuration that names them.
 SCRAPE_KEY, ALERT_KEY = "scrape-key", "alert-key"
+# For gateways: stored, each set of adapters would be one more series.
+UNSTORED = [{"source_labels": ["__name__"], "regex": REQUESTS, "action": "drop"}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ def _prometheus(places: Places) -> dict[str, Any]:
                 "scheme": places.scheme,
                 "authorization": {"credentials_file": SCRAPE_KEY},
                 "static_configs": [{"targets": [places.server]}],
+                "metric_relabel_configs": UNSTORED,
             },
             {"job_name": "prometheus", "static_configs": [{"targets": [places.prometheus]}]},
             {"job_name": "alertmanager", "static_configs": [{"targets": [places.alertmanager]}]},

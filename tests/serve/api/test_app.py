@@ -265,7 +265,9 @@ async def test_metrics_hold_both_ours_and_the_engines_without_the_unbounded_seri
     assert 'loradock_adapter_state{adapter="tone",state="slot",version="v1"} 1.0' in text
     assert "vllm:tokens_total" in text
     assert "secret" not in text
-    assert "lora_requests_info" not in text
+    (requests,) = [line for line in text.splitlines() if line.startswith("vllm:lora_requests_info{")]
+    assert "a,b" not in requests, "that one is ours: it does not grow"
+    assert "a,b" in (await client.get("/metrics/engine")).text
 
 
 async def test_ready_turns_false_when_the_engine_dies(client, backend):

@@ -83,7 +83,7 @@ def _room() -> list[Panel]:
             "Requests that are computed, and those that wait inside the engine, for KV cache or a slot.",
             [
                 Query("sum(vllm:num_requests_running)", "running"),
-                Query("sum(vllm:num_requests_waiting)", "waiting"),
+                Query("sum(loradock_engine_waiting)", "waiting"),
             ],
             quiet=True,
         ),
