@@ -18,7 +18,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.asgi.exchange import Exchange
-from serve.config import Base, Config
+from serve.config import Base, Config, load
 from serve.engine.engine import Phase
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
 from serve.models import hardware
@@ -152,6 +152,25 @@ def _deploy(config: Config, turn: int) -> None:
     """Start the replicas, or replace them one by one: those that answer stay until others do."""
     from ray import serve as ray_serve
 
+    try:
+        ray_serve.run(_application(config, turn), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise ConfigError(f"the replicas do not start, their log above says why: {error}") from error
+
+
+def application(settings: Mapping[str, Any]) -> Any:
+    """For a configuration file of Ray Serve's, as KubeRay's RayService has one: `import_path` names this function.
+
+    `settings` are its `args`: settings by name, before those of LORADOCK_* variables. Where it listens, Ray Serve's
+    own `http_options` say, so `host` and `port` there must be the same.
+    """
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    return _application(shared(load(["--ray", *flags]), several=True), 0)
+
+
+def _application(config: Config, turn: int) -> Any:
+    from ray import serve as ray_serve
+
     deployment = ray_serve.deployment(ray_serve.ingress()(Replica))
     fixed = config.max_replicas <= config.replicas
     options: dict[str, Any] = {
@@ -166,11 +185,7 @@ def _deploy(config: Config, turn: int) -> None:
         **_place(config),
     }
     options = {name: value for name, value in options.items() if value is not None}
-    app = deployment.options(name=NAME, **options).bind(config, os.environ.get(OMP), turn)
-    try:
-        ray_serve.run(app, name=NAME, route_prefix="/")
-    except RuntimeError as error:
-        raise ConfigError(f"the replicas do not start, their log above says why: {error}") from error
+    return deployment.options(name=NAME, **options).bind(config, os.environ.get(OMP), turn)
 
 
 def _place(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from serve.config import load
 from serve.errors import ConfigError
-from serve.server.ray_serve import FirstTokens, Ready, by_load, shared
+from serve.server.ray_serve import FirstTokens, Ready, application, by_load, shared
 
 
 def context(requests=0.0, replicas=1, first_tokens=None, least=1, most=8):
@@ -57,6 +57,27 @@ def test_what_replicas_share_travels_and_is_in_the_data_directory_unless_said_ot
 def test_several_machines_need_a_registry_and_blobs_that_all_of_them_reach(more):
     with pytest.raises(ConfigError, match="all of them reach"):
         shared(load(["--ray", *more], {}), several=True)
+
+
+def test_a_configuration_file_of_rays_names_settings_as_the_command_line_does(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    file = tmp_path / "loradock.yaml"
+    file.write_text("max_loras: 4\nreplicas: 3\n")
+    monkeypatch.setenv("LORADOCK_REGISTRY", "postgresql+psycopg://x/y")
+    app = application({"config": str(file), "blobs": "s3://bucket/x", "replicas": 2})
+    (deployment,) = [app._bound_deployment]
+    config, _, turn = deployment.init_args
+    assert (deployment.num_replicas, turn) == (2, 0)
+    assert (config.registry, config.blobs, config.engine) == (
+        "postgresql+psycopg://x/y",
+        "s3://bucket/x",
+        {"max_loras": 4},
+    )
+
+
+def test_a_configuration_file_of_rays_without_a_common_registry_is_refused():
+    with pytest.raises(ConfigError, match="all of them reach"):
+        application({"blobs": "s3://bucket/x"})
 
 
 def test_replicas_without_ray_are_a_sentence():
