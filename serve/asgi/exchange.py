@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from starlette.types import Message, Scope, Send
 
+from serve.asgi.answer_headers import labelled, version_tag
 from serve.asgi.fast_stream import FastStream
 from serve.errors import ClientLeft, DeadlineExceeded, EngineUnavailable, LoradockError, Overloaded
 
@@ -276,7 +277,7 @@ class Exchange:
 
 
 class Tap:
-    """Stands in a response's way: `send` passes everything on as it came, and says the request's id in a header."""
+    """Stands in a response's way: `send` passes everything on as it came, with the request's id and who answers."""
 
     __slots__ = (
         "_error",
@@ -338,9 +339,8 @@ class Tap:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self.request_id and not any(name == b"x-request-id" for name, _ in message["headers"]):
-                header = (b"x-request-id", self.request_id.encode())
-                message = {**message, "headers": [*message["headers"], header]}
+            version = version_tag(self.adapter, self.version, self.tenant) if self.id else ""
+            message = labelled(message, self.request_id, version)
             self.events = any(
                 name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
             )

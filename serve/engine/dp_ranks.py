@@ -16,6 +16,7 @@ LENGTHS = (8192, 2048, 512, 128)
 # Of requests more than the least busy rank that a rank may have and still be preferred, at least and as a part.
 SLACK, SLACK_PART = 2, 0.25
 REMEMBERED = 16_384
+_PROMPTS = ("messages", "prompt", "input", "token_ids")
 
 
 class DataParallelRanks:
@@ -55,7 +56,7 @@ class DataParallelRanks:
 
 def opening(fields: Mapping[str, Any]) -> str:
     """How a request's prompt begins, as far as that tells one from another."""
-    prompt = fields.get("messages") or fields.get("prompt") or fields.get("input") or ""
+    prompt = next((fields[name] for name in _PROMPTS if fields.get(name)), "")
     if isinstance(prompt, list):
         parts = (part.get("content") if isinstance(part, Mapping) else part for part in prompt)
         prompt = "\n".join(part if isinstance(part, str) else repr(part) for part in parts)

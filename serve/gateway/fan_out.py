@@ -15,6 +15,8 @@ from serve.auth.rate_limits import Limits
 from serve.errors import BadRequest
 from serve.names import shown
 
+# vLLM's token-in-token-out route: what others ask at the top of a body is in `sampling_params` there.
+GENERATE = "/inference/v1/generate"
 TOKENS_PER_SEAT = 64
 BYTES_PER_TOKEN = 4
 # Those that generate nothing, and take a batch of inputs.
@@ -57,6 +59,8 @@ class FanOut:
         """What a request of `size` bytes asks for; BadRequest, where a number is none."""
         if _POOLING.fullmatch(path):
             return cls(inputs=_batch(fields), pooling=True)
+        if path == GENERATE:
+            fields = _sampling(fields)
         logprobs = _prompt_logprobs(path, fields)
         scored = size // BYTES_PER_TOKEN if logprobs else 0
         return cls(_prompts(path, fields), max(1, _whole(fields, "n", 1)), logprobs, scored)
@@ -83,6 +87,14 @@ class FanOut:
                 f"and a request takes up to {bounds.prompt_logprobs}",
                 param="prompt_logprobs",
             )
+
+
+def _sampling(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`sampling_params`, as the other routes have them; the scores of chosen tokens cost what one alternative does."""
+    sampling = fields.get("sampling_params") or {}
+    if sampling.get("prompt_logprob_token_ids") is None:
+        return sampling
+    return {**sampling, "prompt_logprobs": sampling.get("prompt_logprobs") or 1}
 
 
 def _prompts(path: str, fields: Mapping[str, Any]) -> int:

@@ -128,6 +128,7 @@ class Inference:
             if scope["method"] == "POST" and stored is None:
                 request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
                 tap.asked(request.fields, len(request.body))
+                request.check(scope["path"])
                 fan_out = FanOut.of(scope["path"], request.fields, len(request.body))
                 fan_out.check(self._bounds.of(caller.limits))
                 if meter:

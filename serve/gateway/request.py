@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope
 
 from serve.engine.engine import LOW_PRIORITY
 from serve.errors import BadRequest, NotFound, TooLarge
+from serve.gateway.fan_out import GENERATE
 from serve.gateway.router import Route
 from serve.gateway.tenant_isolation import check_response_owner, new_response_id, tenant_salt
 from serve.names import shown
@@ -21,6 +22,7 @@ from serve.names import shown
 PATHS = re.compile(
     r"/v1/(chat/completions(/batch)?|completions|responses|messages(/count_tokens)?|embeddings|score|rerank)"
     r"|/(tokenize|detokenize|pooling|classify|score|rerank|v2/rerank)"
+    r"|/inference/v1/generate"
 )
 RESPONSES = "/v1/responses"
 STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(/cancel)?")
@@ -39,6 +41,9 @@ FOREIGN_MODEL_FIELDS = (
     *("lora", "lora_id", "lora_name", "lora_path", "lora_request", "loras"),  # llama.cpp, SGLang, TensorRT-LLM
     *("engine", "models"),  # OpenAI's older API, OpenRouter
 )
+# What comes with token ids elsewhere. The first two would fill caches under hashes that the client chooses, the others
+# belong to deployments whose prompts are computed on another machine.
+_NOT_TOKENS = ("features", "content_parts", "kv_transfer_params", "ec_transfer_params")
 _FRAMING = (b"content-length", b"transfer-encoding")
 # Longer than any prompt that a text model has room for; images and sound come inside the body too.
 TEXT_BYTES = 4 << 20
@@ -84,6 +89,22 @@ class InferenceRequest:
                 raise TooLarge(f"the request body is above {limit >> 20} MiB, the most that is taken here")
             more = message.get("more_body", False)
         return cls(b"".join(chunks))
+
+    def check(self, path: str) -> None:
+        """BadRequest, if it holds what this route does not take."""
+        if path != GENERATE:
+            return
+        sampling = self.fields.get("sampling_params")
+        if sampling is not None and not isinstance(sampling, dict):
+            raise BadRequest(
+                f"sampling_params takes an object such as {{'max_tokens': 16}}, not {shown(sampling, 40)}",
+                param="sampling_params",
+            )
+        held = [name for name in _NOT_TOKENS if self.fields.get(name) is not None]
+        if sampling and sampling.get("extra_args") is not None:
+            held.append("extra_args")
+        if held:
+            raise BadRequest(f"{held[0]} is not taken: {path} takes token_ids and sampling_params", param=held[0])
 
     def rewritten(self, path: str, route: Route, tenant: str) -> dict[str, Any]:
         """The fields, asking for the route's model by the backend's name for it, within the caller's tenant."""

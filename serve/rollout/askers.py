@@ -25,6 +25,7 @@ MESSAGES = 64
 OPENINGS, RESPONSES = 20_000, 10_000
 # Of a user's name as it stands; a longer one by its digest.
 NAME_BYTES = 200
+_PROMPTS = ("messages", "input", "prompt", "token_ids")
 DEPTH = 6
 
 
@@ -87,7 +88,7 @@ class Askers:
 
     def _conversation(self, scope: bytes, fields: Mapping[str, Any]) -> tuple[bytes | None, bool]:
         """Its digest, and whether it begins with this request."""
-        messages = fields.get("messages") or fields.get("input") or fields.get("prompt")
+        messages = next((fields[name] for name in _PROMPTS if fields.get(name)), None)
         if not messages:
             return None, True
         parts = list(_said(messages)) if isinstance(messages, list) else []

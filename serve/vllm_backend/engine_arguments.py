@@ -41,6 +41,7 @@ def parse(model: str, name: str, options: Mapping[str, Any]) -> argparse.Namespa
             ToolParserManager.get_tool_parser(args.tool_call_parser)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"vLLM does not take these options: {sentence(error)}") from error
+    args.enable_scale_out = True  # /inference/v1/generate; the gateway lets nothing else of it through
     args.allowed_media_domains = media.allowed_hosts(args.allowed_media_domains)
     return args
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from serve.config import keys_hashed
-from serve.gateway.fan_out import TOKENS_PER_SEAT, FanOut
+from serve.gateway.fan_out import GENERATE, TOKENS_PER_SEAT, FanOut
 from tests.support.app import CHAT, issued, push_two, settled
 
 TEXT = "/v1/completions"
@@ -34,6 +34,9 @@ EMBED = "/v1/embeddings"
         ("/v1/score", {"queries": "a", "documents": ["b", "c"]}, 2),
         ("/v1/rerank", {"query": "a", "documents": ["b", "c", "d"]}, 3),
         ("/tokenize", {"prompt": "x"}, 1),
+        (GENERATE, {"token_ids": [1, 2, 3]}, 1),
+        (GENERATE, {"token_ids": [1], "sampling_params": {"n": 4}}, 4),
+        (GENERATE, {"token_ids": [1], "sampling_params": None, "n": 4}, 1),
     ],
 )
 def test_a_request_is_worth_as_many_seats_as_it_has_sequences(path, fields, seats):

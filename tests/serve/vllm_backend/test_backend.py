@@ -27,6 +27,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.scale_out.factories import register_scale_out_api_routers
+from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
@@ -71,6 +73,30 @@ def test_the_engine_still_has_what_we_call():
     assert {"lora_request", "priority"} <= set(taken)
     assert SamplingParams(temperature=0, max_tokens=1, logprobs=20, prompt_logprobs=0, detokenize=False).clone()
     assert {"lora_name", "lora_int_id", "lora_path", "base_model_name"} <= set(LoRARequest.__struct_fields__)
+
+
+def test_tokens_in_and_out_are_still_asked_for_as_the_gateway_reads_them(tiny_model):
+    assert parse(str(tiny_model), "base", {}).enable_scale_out is True
+    assert 'getattr(args, "enable_scale_out", False)' in inspect.getsource(register_scale_out_api_routers)
+    ours = {"model", "token_ids", "sampling_params", "cache_salt", "priority", "features", "content_parts"}
+    assert ours | {"kv_transfer_params", "ec_transfer_params"} <= set(GenerateRequest.model_fields)
+    # What is not read there would reach the engine unseen.
+    known = ours | {"kv_transfer_params", "ec_transfer_params", "request_id", "stream", "stream_options", "output_mode"}
+    known |= {"token_offsets", "reasoning_ended", "reasoning_parser_kwargs", "return_token_ids"}
+    assert set(GenerateRequest.model_fields) == known
+    assert {"n", "prompt_logprobs", "prompt_logprob_token_ids", "extra_args"} <= set(SamplingParams.__struct_fields__)
+
+
+def test_the_runtime_lora_api_still_has_the_words_that_we_answer_with():
+    source = inspect.getsource(OpenAIServingModels)
+    for words in (
+        "added successfully.",
+        "removed successfully.",
+        "conflicts with a",
+        "cannot be found.",
+        "must be provided.",
+    ):
+        assert words in source, words
 
 
 def test_what_an_operator_is_told_of_an_engine_needs_no_engine(tiny_model):

@@ -1,0 +1,26 @@
+"""Headers of ours on every answer: the request's id, and which version of an adapter gave it."""
+
+from __future__ import annotations
+
+from starlette.types import Message
+
+from serve.names import short_name
+
+REQUEST_ID = b"x-request-id"
+# NAME@vN: what a trainer needs to know of an answer, and a model's name for the next request.
+VERSION = "x-loradock-version"
+
+
+def version_tag(full: str, version: int | str, tenant: str) -> str:
+    """A version of an adapter as its caller may name it; the version 3 is also v3."""
+    return f"{short_name(full, tenant)}@v{str(version).removeprefix('v')}"
+
+
+def labelled(start: Message, request_id: str, version: str) -> Message:
+    """The start of an answer with these two, if they are not empty; an id that it has already stays."""
+    own = []
+    if request_id and not any(name == REQUEST_ID for name, _ in start["headers"]):
+        own.append((REQUEST_ID, request_id.encode()))
+    if version:
+        own.append((VERSION.encode(), version.encode()))
+    return {**start, "headers": [*start["headers"], *own]} if own else start
