@@ -14,6 +14,8 @@ WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 CARD = "README.md"
 CARD_BYTES = 64 << 10
+# The `code` of an error that says that a source has no adapter.
+ABSENT = "adapter_files_missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ class Limits:
     allowed_target_modules: frozenset[str] | None = None
     allowed_digests: frozenset[str] | None = None
     max_tensors: int = 200_000
+    # Take one whose every product is zero, as before the first step of its training.
+    may_change_nothing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
-"""An adapter that the server fetches itself: hf://, s3:// and file:// through fsspec, two known files and no more.
+"""An adapter that the server fetches itself, two known files and no more: hf:// and s3:// through fsspec, https://, file://.
 
-    hf://org/repo[@revision][/folder]     s3://bucket/prefix     file:///folder (below a configured root)
+    hf://org/repo[@revision][/folder]     s3://bucket/prefix
+    https://host/folder (a configured host)     file:///folder (below a configured root)
 
 Who may push decides the address, so it is taken apart here and never handed to fsspec whole: no other scheme, no
 chained URL, no query, no step upwards. Bytes are counted as they arrive.
@@ -12,24 +13,26 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
+import httpx
 
-from serve.adapters.adapter import CARD, CARD_BYTES, CONFIG, FILES, WEIGHTS
+from serve.adapters.adapter import ABSENT, CARD, CARD_BYTES, CONFIG, FILES, WEIGHTS
 from serve.adapters.shards import INDEX, join, names_in
 from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected, BadRequest, Forbidden, LoradockError, TooLarge
 from serve.names import shown
 
 SECONDS = 600.0
-SCHEMES = ("hf", "s3", "file")
+SCHEMES = ("hf", "s3", "https", "file")
 
 _CHUNK = 256 << 10
 _INDEX_BYTES = 1 << 20
+_HTTPS_SECONDS = 30.0  # without a byte
 _PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs"}
 # How each says that nobody asks: otherwise both look for credentials in this server's environment.
 _STRANGER: dict[str, dict[str, Any]] = {"hf": {"token": False}, "s3": {"anon": True}}
@@ -41,24 +44,48 @@ _READING: dict[str, dict[str, Any]] = {
 _FORM = {
     "hf": re.compile(r"(?P<at>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(/[\w.-]+)*)/?", re.ASCII),
     "s3": re.compile(r"(?P<at>[a-z0-9][a-z0-9.-]{2,62}(/[\w.=+ -]+)*)/?", re.ASCII),
+    "https": re.compile(r"(?P<at>[a-z0-9][a-z0-9.-]*(:[0-9]{1,5})?(/[\w.=+~-]+)+)/?", re.ASCII),
     "file": re.compile(r"(?P<at>/[^\0]*)"),
 }
 # hf://datasets/... and hf://spaces/... are other kinds of repositories.
 _NOT_MODELS = ("datasets/", "spaces/", "buckets/", "kernels/")
-_TAKEN = "hf://org/repo[@revision][/folder], s3://bucket/prefix or file:///folder"
+_TAKEN = "hf://org/repo[@revision][/folder], s3://bucket/prefix, https://host/folder or file:///folder"
+# A path of vLLM's runtime LoRA API that names a repository of the hub.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A place that was judged: its scheme and the path within it; of a hub, the commit that is read."""
+    """A place that was judged: its scheme and the path within it; of a hub, the commit that is read.
+
+    `address` is how whoever asked spells it, for errors: a folder's real path is none of theirs.
+    """
 
     scheme: str
     path: str
     commit: str = ""
+    address: str = field(default="", compare=False)
+
+    @property
+    def shown(self) -> str:
+        return shown(self.address or f"{self.scheme}://{self.path}")
 
 
-def parse(source: str, roots: Iterable[Path] = ()) -> Source:
-    """The place that `source` names; a folder of this machine must lie in one of `roots`."""
+def address_of(path: str) -> str:
+    """What vLLM calls a LoRA path, as an address: a folder, ORG/REPO of the hub, or an address already."""
+    if "://" in path:
+        return path
+    if path.startswith("/"):
+        return f"file://{path}"
+    if _HUB_NAME.fullmatch(path):
+        return f"hf://{path}"
+    raise BadRequest(
+        f"`{shown(path)}` is no path that this server takes: send a folder's absolute path, org/repo or {_TAKEN}"
+    )
+
+
+def parse(source: str, roots: Iterable[Path] = (), hosts: Iterable[str] = ()) -> Source:
+    """The place that `source` names; a folder of this machine must lie in one of `roots`, an https host in `hosts`."""
     scheme, there, path = source.partition("://")
     if not there or scheme not in SCHEMES:
         raise BadRequest(f"source `{shown(source)}` is not taken; this server fetches {_TAKEN}", param="source")
@@ -66,16 +93,22 @@ def parse(source: str, roots: Iterable[Path] = ()) -> Source:
     steps = path.split("@")[0].split("/") + path.split("/")
     if form is None or ".." in steps or "." in steps or (scheme == "hf" and path.startswith(_NOT_MODELS)):
         raise BadRequest(f"source `{shown(source)}` cannot be read; this server fetches {_TAKEN}", param="source")
+    if scheme == "https" and form["at"].partition("/")[0] not in {host.lower() for host in hosts}:
+        raise BadRequest(
+            f"source `{shown(source)}` is on none of the source_hosts that this key may name; "
+            "push the files, or have the host added (LORADOCK_SOURCE_HOSTS; for tenant default alone)",
+            param="source",
+        )
     if scheme != "file":
-        return Source(scheme, form["at"])
+        return Source(scheme, form["at"], address=source)
     # Judged where links lead, and opened there.
     real = Path(os.path.realpath(form["at"]))
     if not any(real.is_relative_to(Path(os.path.realpath(root))) for root in roots):
         raise Forbidden(
             f"source `{shown(source)}` lies in none of the source_roots that this key may name; "
-            "push the files, or have it added"
+            "push the files, or have its folder added (LORADOCK_SOURCE_ROOTS; for tenant default alone)"
         )
-    return Source(scheme, str(real))
+    return Source(scheme, str(real), address=source)
 
 
 def fetch(source: Source, folder: Path, *, max_bytes: int, card: bool = False, anonymous: bool = False) -> Source:
@@ -141,7 +174,7 @@ def _fetch_card(system: Any, source: Source, folder: Path) -> None:
 
 def _system(scheme: str, anonymous: bool) -> Any:
     """A file system that remembers nothing of earlier pushes: what is there may have changed since."""
-    if scheme == "file":
+    if scheme in ("file", "https"):
         return None
     stranger = _STRANGER[scheme] if anonymous else {}
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **stranger)
@@ -154,18 +187,51 @@ def _pinned(source: Source, anonymous: bool) -> Source:
     owner, repo, *folder = source.path.split("/")
     repo, _, revision = repo.partition("@")
     model = HfApi(**_STRANGER["hf"] if anonymous else {}).model_info(f"{owner}/{repo}", revision=revision or None)
-    return Source("hf", "/".join((owner, f"{repo}@{model.sha}", *folder)), model.sha or "")
+    return Source("hf", "/".join((owner, f"{repo}@{model.sha}", *folder)), model.sha or "", source.address)
 
 
-def _open(system: Any, source: Source, name: str) -> BinaryIO:
+def _open(system: Any, source: Source, name: str) -> AbstractContextManager[Any]:
     if source.scheme == "file":
-        return open_plain(Path(source.path) / name)
+        return open_plain(Path(source.path) / name, real=True)
+    if source.scheme == "https":
+        return _https(f"https://{source.path}/{name}")
     return system.open(f"{source.path}/{name}", "rb", **_READING[source.scheme])
+
+
+class _Body:
+    """The body of an answer, read as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        while len(self._rest) < size and (chunk := next(self._chunks, b"")):
+            self._rest += chunk
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+
+@contextmanager
+def _https(url: str) -> Iterator[_Body]:
+    """A file of a host that may be named. A redirect is not followed: it leads to a host that nobody judged."""
+    with _client() as client, client.stream("GET", url, headers={"accept-encoding": "identity"}) as answer:
+        if answer.status_code in (404, 410):
+            raise FileNotFoundError(url)
+        if answer.status_code in (401, 403):
+            raise PermissionError(url)
+        if answer.status_code != 200:
+            raise ConnectionError(f"status {answer.status_code} {answer.reason_phrase}")
+        yield _Body(answer.iter_raw(_CHUNK))
+
+
+def _client() -> httpx.Client:
+    return httpx.Client(follow_redirects=False, timeout=_HTTPS_SECONDS)
 
 
 @contextmanager
 def _translated(source: Source) -> Iterator[None]:
-    place = shown(f"{source.scheme}://{source.path}")
+    place = source.shown
     try:
         yield
     except LoradockError:
@@ -195,7 +261,9 @@ def _translated(source: Source) -> Iterator[None]:
 
 def _absent(place: str) -> AdapterRejected:
     files = " and ".join(FILES)
-    return AdapterRejected(f"{place} has no {files}, or cannot be seen from here; name the PEFT folder itself")
+    return AdapterRejected(
+        f"{place} has no {files}, or cannot be seen from here; name the PEFT folder itself", code=ABSENT
+    )
 
 
 def _forbidden(place: str) -> Forbidden:

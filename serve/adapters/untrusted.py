@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NoReturn
 
-from serve.adapters.adapter import CONFIG, WEIGHTS
+from serve.adapters.adapter import ABSENT, CONFIG, WEIGHTS
 from serve.errors import AdapterRejected, OutOfSpace
 from serve.names import shown
 
@@ -20,24 +20,45 @@ NO_PICKLES = (
     "with save_pretrained(..., safe_serialization=True)"
 )
 
+_READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+# O_PATH needs no right to list a folder; elsewhere than on Linux reading it has to do.
+_WALKING = os.O_DIRECTORY | os.O_NOFOLLOW | getattr(os, "O_PATH", os.O_RDONLY)
 _SHOWN_PROBLEMS = 200
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LEFT_OVER = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"}
 _LEFT_OVER_STARTS = ("rng_state", "random_states", "._")
 
 
-def open_plain(path: Path) -> BinaryIO:
-    """A plain file, or AdapterRejected: no link, no pipe, no folder."""
+def open_plain(path: Path, *, real: bool = False) -> BinaryIO:
+    """A plain file, or AdapterRejected: no link, no pipe, no folder.
+
+    Of a path that is `real`, as `os.path.realpath` gives it, no folder may be a link either: none was when it was
+    judged, and one that is there now was put there since.
+    """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = _open_real(path) if real else os.open(path, _READING)
     except (FileNotFoundError, NotADirectoryError):
-        raise AdapterRejected(f"{path.name} is missing; an adapter is {CONFIG} and {WEIGHTS} side by side") from None
+        raise AdapterRejected(
+            f"{path.name} is missing; an adapter is {CONFIG} and {WEIGHTS} side by side", code=ABSENT
+        ) from None
     except OSError as refused:
         raise AdapterRejected(f"{path.name} cannot be read ({refused.strerror}); send a plain file") from refused
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise AdapterRejected(f"{path.name} is not a plain file; send a plain file")
     return os.fdopen(file, "rb")
+
+
+def _open_real(path: Path) -> int:
+    folder = os.open(path.anchor, _WALKING)
+    try:
+        for part in path.parts[1:-1]:
+            inner = os.open(part, _WALKING, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(path.name, _READING, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def parse_json(data: bytes, what: str) -> Any:

@@ -20,6 +20,7 @@ Port = Annotated[int, Meta(ge=0, le=65535, description="0 to 65535")]
 Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="seconds from 0 up")]
 FromZero = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="a number from 0 up")]
 FromOne = Annotated[int, Meta(ge=1, description="a whole number from 1 up")]
+WholeFromZero = Annotated[int, Meta(ge=0, description="a whole number from 0 up")]
 Portion = Annotated[float, Meta(ge=0, le=1, description="a share from 0 to 1")]
 Texts = tuple[str, ...]
 
@@ -85,7 +86,11 @@ class Config:
     allowed_digests: Texts = _setting((), "digests of the uploads that were approved, and no others")
     max_labelled_versions: int = _setting(100, "adapter versions that have metrics of their own; the rest are `other`")
     max_shadows: int = _setting(2, "shadow answers at a time; further ones are dropped and counted")
-    source_roots: Texts = _setting((), "folders that a push by tenant default may name as file:///...")
+    source_roots: Texts = _setting((), "folders that a push by tenant default may name as file:///... or load by path")
+    source_hosts: Texts = _setting((), "hosts that a push by tenant default may name as https://HOST[:PORT]/...")
+    keep_unloaded: WholeFromZero = _setting(
+        16, "names of a tenant that stay after they were loaded by path and unloaded; older ones are removed"
+    )
     grace_period: Seconds = _setting(30.0, "seconds that running answers get to finish when the server stops")
     max_wait: Seconds = _setting(
         30.0, "seconds that a request may wait in the queue; one that would wait longer gets a 429"

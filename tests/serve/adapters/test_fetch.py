@@ -6,15 +6,19 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
+import httpx
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file, save
 
-from serve.adapters.fetch import Source, parse
+from serve.adapters import fetch as fetching
+from serve.adapters.fetch import Source, address_of, parse
+from serve.adapters.untrusted import open_plain
 from serve.config import keys_hashed
-from serve.errors import BadRequest, Forbidden
+from serve.errors import AdapterRejected, BadRequest, Forbidden
 
 
 class Bucket(MemoryFileSystem):
@@ -248,3 +252,100 @@ async def test_a_real_s3_service_without_the_adapter_is_a_sentence(client, s3):
     assert missing.status_code == 422 and "adapter_config.json" in missing.json()["error"]["message"]
     nowhere = await push(client, "s3://no-such-bucket/tone")
     assert 400 <= nowhere.status_code < 500 and "Traceback" not in nowhere.text
+
+
+# https, from hosts that are named
+
+
+@pytest.fixture
+def web(monkeypatch, make_adapter):
+    """A web server at the edge; what it was asked, and what it answers beside an adapter at /models/tone."""
+    asked, answers = [], {}
+    for file in make_adapter().iterdir():
+        answers[f"/models/tone/{file.name}"] = httpx.Response(200, content=file.read_bytes())
+
+    def answer(request):
+        asked.append(request)
+        return answers.get(request.url.path, httpx.Response(404))
+
+    def client():
+        return httpx.Client(transport=httpx.MockTransport(answer), follow_redirects=really().follow_redirects)
+
+    really = fetching._client
+    monkeypatch.setattr(fetching, "_client", client)
+    return SimpleNamespace(asked=asked, answers=answers)
+
+
+async def test_two_files_come_from_a_host_that_may_be_named(connect, config, web):
+    async with connect(replace(config, source_hosts=("models.example.org", "other:8443"))) as client:
+        done = await push(client, "https://models.example.org/models/tone/")
+        assert (done.status_code, done.json()["live"]) == (201, True), done.text
+        assert (await push(client, "https://other:8443/models/tone")).status_code == 200
+    assert [request.url.host for request in web.asked] == ["models.example.org"] * 2 + ["other"] * 2
+    assert not any("authorization" in request.headers for request in web.asked)
+
+
+async def test_no_other_host_is_asked(connect, config, web):
+    async with connect(replace(config, source_hosts=("models.example.org",))) as client:
+        for place in (
+            "example.org/models/tone", "models.example.org:8443/models/tone", "models.example.org.evil/models/tone",
+            "me@models.example.org/models/tone", "models.example.org/models/../tone", "models.example.org",
+            "models.example.org/tone?x=1", "models.example.org/tone#x", "MODELS.example.org/models/tone",
+            "models.example.org/%2e%2e/tone", "169.254.169.254/latest",
+        ):  # fmt: skip
+            refused = await push(client, f"https://{place}")
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == "source", place
+    assert web.asked == []
+
+
+async def test_a_redirect_is_not_followed_and_a_refusal_is_a_sentence(connect, config, web):
+    place = "https://models.example.org/models/moved"
+    answers = {302: 400, 307: 400, 401: 403, 403: 403, 404: 422, 410: 422, 500: 400, 206: 400}
+    async with connect(replace(config, source_hosts=("models.example.org",))) as client:
+        for status, expected in answers.items():
+            headers = {"location": "http://169.254.169.254/latest/adapter_config.json"}
+            web.answers["/models/moved/adapter_config.json"] = httpx.Response(status, headers=headers)
+            refused = await push(client, place)
+            assert refused.status_code == expected and "models.example.org" in refused.text, status
+    assert {request.url.host for request in web.asked} == {"models.example.org"}
+
+
+async def test_the_size_limit_holds_for_a_web_server_too(connect, config, web):
+    web.answers["/models/tone/adapter_model.safetensors"] = httpx.Response(200, content=b"\0" * (1 << 20))
+    async with connect(replace(config, source_hosts=("h",), max_upload_bytes=100_000)) as client:
+        assert (await push(client, "https://h/models/tone")).status_code == 413
+
+
+async def test_the_servers_neighbours_are_not_shown_to_other_tenants(connect, config, web):
+    guarded = replace(config, source_hosts=("h",), admin_keys=keys_hashed(["run"]))
+    async with connect(guarded) as client:
+        client.headers["authorization"] = "Bearer run"
+        body = {"tenant": "acme", "name": "key", "scopes": ["adapters:write"]}
+        secret = (await client.post("/v1/keys", json=body)).json()["secret"]
+        client.headers["authorization"] = f"Bearer {secret}"
+        assert (await push(client, "https://h/models/tone")).status_code == 400
+    assert web.asked == []
+
+
+# Paths, as vLLM's runtime LoRA API has them
+
+
+def test_a_path_becomes_an_address():
+    assert address_of("/models/tone") == "file:///models/tone"
+    assert address_of("team/tone") == "hf://team/tone"
+    assert address_of("s3://bucket/tone") == "s3://bucket/tone"
+    for odd in ("", "tone", "./tone", "~/tone", "a/b/c", "../tone", "a/../b"):
+        with pytest.raises(BadRequest):
+            address_of(odd)
+
+
+def test_a_folder_that_became_a_link_after_it_was_judged_is_not_opened(make_adapter, tmp_path):
+    judged = Path(os.path.realpath(make_adapter()))
+    with open_plain(judged / "adapter_config.json", real=True) as file:
+        assert file.read(1) == b"{"
+    judged.rename(tmp_path / "elsewhere")
+    judged.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterRejected):
+        open_plain(judged / "adapter_config.json", real=True)
+    with pytest.raises(AdapterRejected):
+        open_plain(judged / "absent" / "adapter_config.json", real=True)
