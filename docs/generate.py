@@ -107,6 +107,7 @@ SECTIONS = {
     "Adapters": "/v1/adapters",
     "Drift and feedback": "/v1/drift /v1/feedback",
     "Keys": "/v1/keys",
+    "vLLM's runtime LoRA API": "/v1/load_lora /v1/unload_lora /adapters /server_info /pause /resume",
     "Models, engines, replicas": "/v1/models /v1/engines /v1/replicas",
     "The server": "/",
 }

@@ -91,8 +91,20 @@ class Change:
         was, self.live = self.live, version
         if was is not None:
             self.trail = without_repeats([*self.trail, was])[-_TRAIL:]
+        elif self.trail and self.trail[-1] == version:
+            self.trail.pop()  # it was unloaded: to roll back to it would go nowhere
         self.log(what, by, why, was, version)
         self.end_shares(by)
+
+    def unload(self, by: str, why: str) -> int:
+        """No version is live any more; the one that was is the next that a rollback would make live."""
+        if self.live is None:
+            raise missing(self.name)
+        was, self.live = self.live, None
+        self.trail = without_repeats([*self.trail, was])[-_TRAIL:]
+        self.log("unload", by, why, was, None)
+        self.end_shares(by)
+        return was
 
     def versions(self) -> dict[int, Adapter]:
         rows = self.connection.execute(select(versions).where(versions.c.name_id == self.id))

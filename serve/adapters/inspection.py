@@ -50,7 +50,7 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
         if not pairs:
             problems.append(f"{WEIGHTS} has no LoRA tensor for any module of the base, so it would change nothing")
         _raise(problems, config)
-        _raise(list(_value_problems(file, pairs)), config)
+        _raise(list(_value_problems(file, pairs, limits)), config)
         nbytes = (folder / CONFIG).stat().st_size + os.fstat(file.fileno()).st_size
 
     return Inspection(
@@ -182,7 +182,7 @@ def _suffixes(modules: Iterable[str]) -> set[str]:
     return {module.split(".", cut)[-1] for module in modules for cut in range(module.count(".") + 1)}
 
 
-def _value_problems(file: BinaryIO, pairs: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
+def _value_problems(file: BinaryIO, pairs: Mapping[str, Mapping[str, Tensor]], limits: Limits) -> Iterator[str]:
     """NaN, infinity, and an adapter whose every product is zero."""
     effect = False
     for pair in pairs.values():
@@ -193,7 +193,7 @@ def _value_problems(file: BinaryIO, pairs: Mapping[str, Mapping[str, Tensor]]) -
                 yield f"`{shown(pair[half].name)}` holds NaN or infinity"
             moves = moves and not zero
         effect = effect or moves
-    if not effect:
+    if not effect and not limits.may_change_nothing:
         yield "every lora_B (or its lora_A) is zero, so the adapter would change nothing: was it saved before training?"
 
 

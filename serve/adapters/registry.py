@@ -154,6 +154,11 @@ class Registry(SnapshotReader):
             change.point(version, "promote", by, why)
         return adapter
 
+    def unload(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> Adapter:
+        """Take the name from its live version, which is the answer; NotFound, if none is live. All versions stay."""
+        with self._change(name, expected=expected) as change:
+            return change.version(change.unload(by, why))
+
     def rollback(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> Adapter:
         """Back to the version that was live before; again, to the one before that."""
         with self._change(name, expected=expected) as change:

@@ -39,6 +39,31 @@ class Tensor:
 
 def read_header(file: BinaryIO, filename: str = WEIGHTS) -> list[Tensor]:
     """The tensors of a safetensors file, in the order of their bytes, which must fill it without gap or overlap."""
+    header, _, start, size = _read(file, filename)
+    tensors = sorted(
+        (_tensor(name, entry, start, filename) for name, entry in header.items()),
+        key=lambda tensor: (tensor.start, tensor.end),
+    )
+    at = start
+    for tensor in tensors:
+        if tensor.start != at:
+            raise AdapterRejected(
+                f"`{shown(tensor.name)}` begins at byte {tensor.start} of {filename} and not at {at}; save it again"
+            )
+        at = tensor.end
+    if at != size:
+        short = "it was cut short" if at > size else "there are bytes that belong to no tensor"
+        raise AdapterRejected(f"{filename} should end at byte {at} and is {size} long: {short}; send it again")
+    return tensors
+
+
+def read_metadata(file: BinaryIO, filename: str = WEIGHTS) -> dict[str, str]:
+    """What whoever saved a safetensors file wrote beside its tensors."""
+    return _read(file, filename)[1]
+
+
+def _read(file: BinaryIO, filename: str) -> tuple[dict[str, Any], dict[str, str], int, int]:
+    """The header's entries, its metadata, where the tensors begin, and the file's size, in bytes."""
     file.seek(0)
     head = file.read(9)
     size = os.fstat(file.fileno()).st_size
@@ -54,22 +79,7 @@ def read_header(file: BinaryIO, filename: str = WEIGHTS) -> list[Tensor]:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterRejected(f"the __metadata__ of {filename} may only map strings to strings; save the adapter again")
-
-    tensors = sorted(
-        (_tensor(name, entry, 8 + length, filename) for name, entry in header.items()),
-        key=lambda tensor: (tensor.start, tensor.end),
-    )
-    at = 8 + length
-    for tensor in tensors:
-        if tensor.start != at:
-            raise AdapterRejected(
-                f"`{shown(tensor.name)}` begins at byte {tensor.start} of {filename} and not at {at}; save it again"
-            )
-        at = tensor.end
-    if at != size:
-        short = "it was cut short" if at > size else "there are bytes that belong to no tensor"
-        raise AdapterRejected(f"{filename} should end at byte {at} and is {size} long: {short}; send it again")
-    return tensors
+    return header, metadata, 8 + length, size
 
 
 def _tensor(name: str, entry: Any, base: int, filename: str) -> Tensor:

@@ -23,6 +23,32 @@ class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
     engine: str | None = None
     why: str = ""
     probe_min_effect: Effect | None = None  # in the place of the setting
+    probe: bool = True  # false: it may change nothing, as a LoRA does before the first step of its training
+
+
+class LoadLora(Struct, frozen=True):
+    """The body of vLLM's /v1/load_lora_adapter; a field that nobody knows is passed over there."""
+
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False
+
+
+class UnloadLora(Struct, frozen=True):
+    """The body of vLLM's /v1/unload_lora_adapter."""
+
+    lora_name: str = ""
+    lora_int_id: int | None = None
+
+
+class RegisterAdapter(Struct, frozen=True):
+    """The body of SageMaker's POST /adapters."""
+
+    name: Annotated[str, Meta(min_length=1)]
+    src: Annotated[str, Meta(min_length=1)]
+    preload: bool = True
+    pin: bool = False
 
 
 class Promote(Struct, frozen=True, forbid_unknown_fields=True):

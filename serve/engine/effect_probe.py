@@ -61,6 +61,8 @@ TEXT = (
 # 9 to 20; scaled to a twentieth .13; scaled to a thousandth, where all that is left of it is rounding, .04 to .07.
 # How many times the base's difference from itself counts as an effect, where that is more than `min_effect`.
 ABOVE_NOISE = 2.0
+# As `min_effect`: take any adapter, also one that changes nothing, as every LoRA before the first step of its training.
+ANY_EFFECT = -1.0
 
 Logprobs = dict[int, float]
 
@@ -114,6 +116,8 @@ class Probe:
 
     def needed(self, min_effect: float | None = None) -> float:
         """The effect that an adapter must pass; `min_effect` in the place of the configured one."""
+        if min_effect == ANY_EFFECT:
+            return ANY_EFFECT
         return max(self._min_effect if min_effect is None else min_effect, ABOVE_NOISE * self.noise)
 
     async def judge(self, adapter_id: str, path: Path, min_effect: float | None = None) -> dict[str, Any]:
@@ -133,7 +137,7 @@ class Probe:
             )
         moved = effect(self._base.logprobs, answers)
         needed = self.needed(min_effect)
-        checks: dict[str, Any] = {"effect": round(moved, 4), "effect_needed": round(needed, 4)}
+        checks: dict[str, Any] = {"effect": round(moved, 4), "effect_needed": round(max(needed, 0.0), 4)}
         if moved <= needed:
             raise AdapterRejected(
                 f"this adapter does not change what the base says: it moves the log-probabilities by {moved:.4f} on "

@@ -71,8 +71,10 @@ def compared(adapter: str, before: Sequence[Logprobs], after: Sequence[Logprobs]
             effect_after += abs(new[token])
             difference += abs(new[token] - old[token])
             count += 1
-    if not count or not effect_before:
+    if not count:
         return Transfer(adapter, problem="" if not before else "nothing to compare: the bases share no likely token")
+    if not effect_before:  # it was loaded before its training: there is nothing to lose
+        return Transfer(adapter, after=round(effect_after / count, 4))
     lost = difference / effect_before
     problem = "" if lost <= tolerance else f"{lost:.2f} of its effect is lost or changed, and {tolerance:g} is allowed"
     return Transfer(adapter, round(effect_before / count, 4), round(effect_after / count, 4), round(lost, 4), problem)

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from serve.adapters.snapshot import Share
 from serve.adapters.store import Store
 from serve.auth.rate_limits import UNLIMITED
 from serve.auth.rate_limits import Limits as KeyLimits
+from serve.engine.effect_probe import ANY_EFFECT
 from serve.engine.engine import Backend, Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
@@ -103,7 +105,7 @@ class Lifecycle:
 
     def check(self, adapter: Adapter, backend: Backend, modules: Mapping[str, tuple[int, int]]) -> None:
         """AdapterRejected, if a base with these modules cannot run it."""
-        inspect(self.store.path(adapter.digest), modules, Limits(max_rank=backend.max_lora_rank))
+        inspect(self.store.path(adapter.digest), modules, Limits(backend.max_lora_rank, may_change_nothing=True))
 
     def unchanged(self) -> AbstractAsyncContextManager[Any]:
         """While it lasts no adapter changes."""
@@ -128,15 +130,16 @@ class Lifecycle:
         engine: str | None = None,
         expected: int | None = None,
         min_effect: float | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> tuple[Adapter, bool]:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing.
 
-        `min_effect` is what the probe asks of it, in the place of the configured one.
+        `min_effect` is what the probe asks of it, in the place of the configured one. `notes` are kept with its checks.
         """
         self._check_name(name)
         base = self._base(name, engine)
         await base.available()
-        limits = self._limits(base)
+        limits = replace(self._limits(base), may_change_nothing=min_effect == ANY_EFFECT)
         judged = base.model
         inspection = await asyncio.to_thread(inspect, folder, base.modules, limits)
         await self._expect(name, expected)
@@ -151,7 +154,7 @@ class Lifecycle:
             check_digest(digest, limits)
             path = self.store.path(digest)
             while True:
-                checks = await self._judge(base, adapter_id, path, inspection, min_effect)
+                checks = {**await self._judge(base, adapter_id, path, inspection, min_effect), **(notes or {})}
                 await self.store.upload(digest)
                 async with self._change(name, base), self._locks.quota(tenant_of(name)):
                     if base.model == judged:
@@ -194,6 +197,11 @@ class Lifecycle:
         async with self._change(name):
             change = self.registry.promote
             return await asyncio.to_thread(change, name, version, by=by, expected=expected, why=why)
+
+    async def unload(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> Adapter:
+        """No version of the name is live any more; answers under way end where they began, and all versions stay."""
+        async with self._change(name):
+            return await asyncio.to_thread(self.registry.unload, name, by=by, why=why, expected=expected)
 
     async def rollback(self, name: str, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make the version live that was live before this one; it waits for no engine and for nobody's push."""
@@ -322,29 +330,6 @@ class Lifecycle:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
-
-    def describe(self, adapter: Adapter) -> dict[str, Any]:
-        """An adapter version for the API."""
-        live = self.registry.live(adapter.name)
-        return {
-            "object": "adapter.version",
-            "name": adapter.name,
-            "tenant": adapter.tenant,
-            "visibility": "shared" if self.registry.shared(adapter.name) else "private",
-            "version": adapter.version,
-            "id": adapter.id,
-            "digest": adapter.digest,
-            "engine": self.registry.base(adapter.name) or self.fleet.first.name,
-            "live": live == adapter,
-            "pinned": self.registry.pinned(adapter.name) == adapter,
-            "resident": any(base.holds(adapter.id) for base in self.fleet),
-            "base": adapter.base,
-            "rank": adapter.rank,
-            "target_modules": list(adapter.target_modules),
-            "bytes": adapter.nbytes,
-            "created": int(adapter.created),
-            "checks": dict(adapter.checks),
-        }
 
     def _check_name(self, name: str) -> None:
         check_full_name(name)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 HIDDEN, LAYERS, VOCABULARY = 16, 2, 32
 
@@ -39,4 +39,12 @@ def adapter(folder: Path, seed: int = 0, rank: int = 2) -> Path:
         tensors[f"{name}.lora_A.weight"] = torch.randn(rank, HIDDEN, generator=draw)
         tensors[f"{name}.lora_B.weight"] = torch.randn(HIDDEN, rank, generator=draw)
     save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def untrained(folder: Path) -> Path:
+    """The same adapter as PEFT begins: every lora_B is zero, so it changes nothing."""
+    weights = folder / "adapter_model.safetensors"
+    tensors = {name: tensor * (".lora_B." not in name) for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
     return folder

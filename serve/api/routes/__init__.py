@@ -5,9 +5,18 @@ Inference routes are vLLM's and are not here.
 
 from fastapi import APIRouter
 
-from serve.api.routes import adapters, drift, golden, keys, server, usage
+from serve.api.routes import adapters, drift, golden, keys, runtime_lora, server, trainer, usage
 
 
 def routers() -> list[APIRouter]:
     """In this order: a path that ends in an adapter's name, which may hold slashes, comes after the longer ones."""
-    return [server.router, usage.router, drift.router, golden.router, adapters.router, keys.router]
+    return [
+        server.router,
+        usage.router,
+        drift.router,
+        golden.router,
+        adapters.router,
+        runtime_lora.router,
+        trainer.router,
+        keys.router,
+    ]

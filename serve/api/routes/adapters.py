@@ -2,39 +2,35 @@
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import JSONResponse
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.fetch import fetch, parse
-from serve.adapters.upload import receive
-from serve.api.json_body import JsonBody, converted, decoded
+from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
-from serve.api.schemas import Fetch, Pin, Promote, Rollback, Visibility, Weight
+from serve.api.routes.incoming import admit, received, stated_bytes
+from serve.api.schemas import Pin, Promote, Rollback, Visibility, Weight
 from serve.api.services import Services
 from serve.auth.auth import Caller
-from serve.config import Config
-from serve.errors import BadRequest, TooLarge
 from serve.gateway.router import manages
-from serve.names import DEFAULT, check_name, full_name, shown, spelled
-
-MAX_JSON = 64 << 10
+from serve.names import spelled
 
 router = APIRouter()
 
 
 @router.post("/v1/adapters", status_code=201)
 async def push(request: Request, caller: Manager, expected: Expected, parts: TheParts) -> Response:
-    """Push a version of an adapter, as multipart or JSON.
+    """Push a version of an adapter, as multipart, JSON or tensors.
 
     Multipart: `name`, `promote`, `visibility`, `engine`, `why`, `probe_min_effect` (what the probe asks of this
-    version, in the place of the setting) and `files` (each file, or one .zip or .tar.gz).
+    version, in the place of the setting), `probe` (false: it may change nothing) and `files` (each file, or one .zip
+    or .tar.gz).
     JSON: the same with a `source` that the server fetches.
+    application/octet-stream: the safetensors themselves; the fields are in the query, and PEFT's configuration is in
+    the header X-Adapter-Config or in the metadata of the tensors as `adapter_config`.
 
     201 with the version; 200 when these bytes are a version already. 422 lists the tensors that do not fit the base, or
     says that the adapter changes nothing. By the adapter's policy a new version may get a share of the traffic first,
@@ -42,38 +38,11 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
     """
     if not parts.ready.is_set():
         raise parts.fleet.first.unavailable()
-    kind = request.headers.get("content-type", "")
-    quarantine = parts.store.quarantine(min(_stated(request), parts.config.max_upload_bytes))
+    quarantine = parts.store.quarantine(min(stated_bytes(request), parts.config.max_upload_bytes))
     async with contextmanager_in_threadpool(quarantine) as folder:
-        if kind.partition(";")[0].strip().lower() == "application/json":
-            asked = await _fetched(request, folder, parts.config, caller)
-        else:
-            asked = await _received(request, kind, folder, parts.config)
-        full = full_name(caller.tenant, check_name(asked.name))
-        # By policy a version that follows another one gets a share of the traffic first.
-        weight = parts.rollout_controller.policy(full).canary_weight
-        held = asked.promote and await parts.golden.verdicts.holds(full)
-        trying = asked.promote and not held and weight > 0 and parts.live_version(full) is not None
-        adapter, created = await parts.lifecycle.push(
-            full,
-            folder,
-            by=caller.name,
-            promote=asked.promote and not trying and not held,
-            why=asked.why,
-            shared=None if asked.visibility is None else asked.visibility == "shared",
-            quota=caller.limits,
-            engine=asked.engine,
-            expected=expected,
-            min_effect=asked.probe_min_effect,
-        )
+        asked = await received(request, folder, parts.config, caller)
+        adapter, created = await admit(parts, caller, asked, folder, expected=expected)
     request.state.subject = adapter.tag
-    if trying and parts.live_version(full) != adapter.version:
-        await parts.lifecycle.share(full, "canary", adapter.version, weight, by=caller.name, why=asked.why)
-    elif held and parts.live_version(full) != adapter.version:
-        await parts.golden.verdicts.hold(adapter, caller.name, asked.why)
-    elif asked.promote and created:
-        parts.monitor.swapped(adapter.name, "promoted")
-    parts.golden.runs.wake()
     return JSONResponse(described(parts, adapter, caller), status_code=201 if created else 200)
 
 
@@ -226,7 +195,7 @@ async def remove_version(
     gone = await parts.lifecycle.remove(
         owned(parts, name, caller), number, by=caller.name, force=force, expected=expected, why=why
     )
-    await asyncio.to_thread(_forget, parts, gone)
+    await asyncio.to_thread(forget, parts, gone)
     return {"name": name, "deleted": [version.version for version in gone]}
 
 
@@ -237,7 +206,7 @@ async def remove(
     """Remove an adapter with all its versions."""
     request.state.subject = spelled(name, caller.tenant)
     gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
-    await asyncio.to_thread(_forget, parts, gone)
+    await asyncio.to_thread(forget, parts, gone)
     return {"name": name, "deleted": [version.version for version in gone]}
 
 
@@ -251,58 +220,8 @@ async def _dealt(
     return summary(parts, full, caller)
 
 
-def _stated(request: Request) -> int:
-    """How many bytes the client says are coming; 0 if it does not."""
-    stated = request.headers.get("content-length", "")
-    return int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
-
-
-async def _received(request: Request, kind: str, folder: Path, config: Config) -> Fetch:
-    """A push whose files come with it."""
-    licensed = bool(config.allowed_licenses)
-    form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes, card=licensed)
-    request.state.subject = form.get("name")
-    if not form.get("name"):
-        raise BadRequest("the upload has no field `name`: say which adapter this is a version of", param="name")
-    promote = form.get("promote", "true").lower()
-    if promote not in ("true", "false"):
-        raise BadRequest(f"promote takes true or false, not {promote!r}", param="promote")
-    visibility = form.get("visibility")
-    if visibility not in (None, "private", "shared"):
-        raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
-    taken = ("name", "visibility", "engine", "why", "probe_min_effect")
-    fields: dict[str, Any] = {name: form[name] for name in taken if name in form}
-    return converted({**fields, "source": "", "promote": promote == "true"}, Fetch)
-
-
-async def _fetched(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
-    """A push whose files the server goes and gets.
-
-    Its own credentials and folders are there for tenant `default` alone: through them another tenant could read what
-    is none of its business, so for that one the server sees only what is public.
-    """
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_JSON:
-            raise TooLarge(f"a push as JSON takes up to {MAX_JSON} bytes; send files as multipart/form-data")
-    asked = decoded(body, Fetch)
-    request.state.subject = check_name(asked.name)
-    trusted = caller.tenant == DEFAULT
-    source = parse(asked.source, map(Path, config.source_roots if trusted else ()))
-    came = await asyncio.to_thread(
-        fetch,
-        source,
-        folder,
-        max_bytes=config.max_upload_bytes,
-        card=bool(config.allowed_licenses),
-        anonymous=not trusted,
-    )
-    commit = f" (commit {came.commit})" if came.commit else ""
-    return msgspec.structs.replace(asked, why=asked.why or f"from {asked.source}{commit}")
-
-
-def _forget(parts: Services, gone: Sequence[Adapter]) -> None:
+def forget(parts: Services, gone: Sequence[Adapter]) -> None:
+    """What was kept about versions that are gone."""
     for adapter in gone:
         parts.drift_monitor.forget(adapter.name, adapter.id)
         parts.golden.forget(adapter, last=adapter.name not in parts.registry)

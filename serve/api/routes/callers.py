@@ -65,10 +65,30 @@ def owned(parts: Services, name: str, caller: Caller) -> str:
 
 def described(parts: Services, adapter: Adapter, caller: Caller) -> dict[str, Any]:
     """An adapter version as the caller may see it: where a base model's files are is the operators' to know."""
-    version = {**parts.lifecycle.describe(adapter), "name": short_name(adapter.name, caller.tenant)}
-    if "base_model" in version["checks"] and not caller.operator:
-        version["checks"] |= {"base_model": version["engine"]}
-    return version
+    registry = parts.registry
+    engine = registry.base(adapter.name) or parts.fleet.first.name
+    checks = dict(adapter.checks)
+    if "base_model" in checks and not caller.operator:
+        checks["base_model"] = engine
+    return {
+        "object": "adapter.version",
+        "name": short_name(adapter.name, caller.tenant),
+        "tenant": adapter.tenant,
+        "visibility": "shared" if registry.shared(adapter.name) else "private",
+        "version": adapter.version,
+        "id": adapter.id,
+        "digest": adapter.digest,
+        "engine": engine,
+        "live": registry.live(adapter.name) == adapter,
+        "pinned": registry.pinned(adapter.name) == adapter,
+        "resident": any(base.holds(adapter.id) for base in parts.fleet),
+        "base": adapter.base,
+        "rank": adapter.rank,
+        "target_modules": list(adapter.target_modules),
+        "bytes": adapter.nbytes,
+        "created": int(adapter.created),
+        "checks": checks,
+    }
 
 
 def summary(parts: Services, full: str, caller: Caller) -> dict[str, Any]:

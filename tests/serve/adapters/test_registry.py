@@ -61,6 +61,39 @@ def test_the_first_upload_is_version_one_and_live(registry):
     assert registry.live("pirate") == registry.get("pirate", 1) == registry.resolve("pirate") == adapter
 
 
+def test_an_unloaded_name_has_no_live_version_and_all_that_it_had_before(registry, url):
+    for number in (1, 2):
+        push(registry, "pirate", number)
+    assert registry.unload("pirate", by="bo", why="idle").version == 2
+    assert registry.live("pirate") is None and [version.version for version in registry.versions("pirate")] == [1, 2]
+    with pytest.raises(NotFound):
+        registry.resolve("pirate")
+    with pytest.raises(NotFound):
+        registry.unload("pirate", by="bo")
+    with Registry(url) as again:
+        assert (again.live("pirate"), again.before("pirate")) == (None, 2)
+    assert registry.rollback("pirate", by="bo").version == 2
+    assert registry.rollback("pirate", by="bo").version == 1
+    rows = [(row["what"], row["from_version"], row["to_version"]) for row in registry.history("pirate")][4:]
+    assert rows == [("unload", 2, None), ("rollback", None, 2), ("rollback", 2, 1)]
+
+
+def test_what_comes_back_after_an_unload_is_not_what_was_before_it(registry):
+    for number in (1, 2):
+        push(registry, "pirate", number)
+    registry.unload("pirate", by="bo")
+    registry.promote("pirate", 2, by="bo")
+    assert registry.before("pirate") == 1
+    registry.unload("pirate", by="bo")
+    registry.promote("pirate", 1, by="bo")
+    assert registry.before("pirate") == 2
+    with pytest.raises(Conflict):
+        registry.unload("pirate", by="bo", expected=2)
+    registry.share("pirate", "canary", 2, 0.5, by="bo")
+    registry.unload("pirate", by="bo", expected=1)
+    assert registry.canary("pirate") is None
+
+
 def test_the_same_bytes_are_the_same_version(registry):
     push(registry, "pirate", 1)
     before = registry.generation

@@ -13,6 +13,7 @@ import pytest
 
 from serve.api.app import build_app
 from serve.engine.engine import Phase
+from tests.support import tiny
 from tests.support.app import ask, push_two, settled, upload
 from tests.support.backend import FakeBackend
 
@@ -337,3 +338,13 @@ async def test_an_export_is_hashed_and_its_swap_recorded_off_the_event_loop(serv
     assert (await swap(served, export)).status_code == 200
     assert threads.keys() == {"hashed", "recorded"}
     assert threading.main_thread() not in threads.values()
+
+
+async def test_an_adapter_that_changes_nothing_yet_does_not_stand_in_the_way(client, backend, export, make_adapter):
+    backend.effects["tone"] = 0.0
+    backend.prepare = lambda heir: heir.effects.update(tone=0.0)
+    pushed = await client.post("/v1/adapters", **upload(tiny.untrained(make_adapter()), probe="false"))
+    assert pushed.status_code == 201, pushed.text
+    told = await swap(client, export)
+    assert told.status_code == 200, told.text
+    assert [(row["adapter"], row["problem"]) for row in told.json()["adapters"]] == [("tone@v1", "")]

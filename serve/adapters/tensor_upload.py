@@ -1,0 +1,62 @@
+"""An upload without files: a safetensors body, and its PEFT configuration in a header or in the body's own metadata.
+
+    Content-Type: application/octet-stream     the body is what `safetensors.torch.save(tensors)` gives
+    X-Adapter-Config: {"peft_type": "LORA", "r": 8, ...}     or the metadata's `adapter_config`, the same JSON
+
+What arrives becomes the two files that any other upload leaves, and is judged like one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from serve.adapters.adapter import CONFIG, WEIGHTS
+from serve.adapters.shards import join
+from serve.adapters.tensors import read_metadata
+from serve.adapters.untrusted import create, open_plain, write
+from serve.errors import BadRequest, TooLarge
+
+KINDS = ("application/octet-stream", "application/vnd.safetensors", "application/safetensors")
+CONFIG_HEADER = "x-adapter-config"
+METADATA = "adapter_config"
+
+# Bytes that are written at a time, on another thread than the event loop's.
+_STEP = 1 << 20
+
+
+async def receive_tensors(stream: AsyncIterator[bytes], config: bytes | None, folder: Path, *, max_bytes: int) -> None:
+    """Leave the adapter's two files in `folder`; `config` is the configuration's JSON, None if the body has it."""
+    sink = await asyncio.to_thread(create, folder / WEIGHTS)
+    try:
+        received, waiting = 0, bytearray()
+        async for chunk in stream:
+            received += len(chunk)
+            if received > max_bytes:
+                raise TooLarge(f"this upload is above the {max_bytes} bytes that this server takes")
+            waiting += chunk
+            if len(waiting) >= _STEP:
+                await asyncio.to_thread(write, sink, bytes(waiting))
+                waiting.clear()
+        if not received:
+            raise BadRequest("the body is empty: send the tensors in the safetensors format")
+        await asyncio.to_thread(write, sink, bytes(waiting))
+    finally:
+        await asyncio.to_thread(sink.close)
+    await asyncio.to_thread(_finish, folder, config)
+
+
+def _finish(folder: Path, config: bytes | None) -> None:
+    if config is None:
+        with open_plain(folder / WEIGHTS) as file:
+            config = read_metadata(file).get(METADATA, "").encode("utf-8", "surrogatepass")
+    if not config:
+        raise BadRequest(
+            f"the adapter's configuration is missing: send PEFT's JSON in the header {CONFIG_HEADER}, or save the "
+            f"tensors with metadata={{'{METADATA}': JSON}}",
+            param=CONFIG_HEADER,
+        )
+    with create(folder / CONFIG) as sink:
+        write(sink, config)
+    join(folder)

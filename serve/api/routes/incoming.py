@@ -1,0 +1,146 @@
+"""A version on its way in: its bytes from the request or from an address, and what its adapter's policy makes of it."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import Request
+
+from serve.adapters.adapter import Adapter
+from serve.adapters.fetch import Source, fetch, parse
+from serve.adapters.tensor_upload import CONFIG_HEADER, KINDS, receive_tensors
+from serve.adapters.upload import receive
+from serve.api.json_body import converted, decoded
+from serve.api.schemas import Fetch
+from serve.api.services import Services
+from serve.auth.auth import Caller
+from serve.config import Config
+from serve.engine.effect_probe import ANY_EFFECT
+from serve.errors import BadRequest, TooLarge
+from serve.names import DEFAULT, check_name, full_name, shown
+
+MAX_JSON = 64 << 10
+_FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect")
+
+
+def stated_bytes(request: Request) -> int:
+    """How many bytes the client says are coming; 0 if it does not."""
+    stated = request.headers.get("content-length", "")
+    return int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
+
+
+async def received(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
+    """What a push asks for, in any form of its body; the adapter's files are in `folder` then."""
+    kind = request.headers.get("content-type", "")
+    media = kind.partition(";")[0].strip().lower()
+    if media == "application/json":
+        return await _by_address(request, folder, config, caller)
+    if media in KINDS:
+        asked = _fields(request, dict(request.query_params))
+        header = request.headers.get(CONFIG_HEADER)
+        await receive_tensors(
+            request.stream(),
+            None if header is None else header.encode("latin-1"),
+            folder,
+            max_bytes=config.max_upload_bytes,
+        )
+        return asked
+    licensed = bool(config.allowed_licenses)
+    form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes, card=licensed)
+    return _fields(request, form)
+
+
+def _fields(request: Request, form: Mapping[str, str]) -> Fetch:
+    """The fields of a form, or of a query."""
+    request.state.subject = form.get("name")
+    if not form.get("name"):
+        raise BadRequest("the upload has no field `name`: say which adapter this is a version of", param="name")
+    visibility = form.get("visibility")
+    if visibility not in (None, "private", "shared"):
+        raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
+    fields: dict[str, Any] = {name: form[name] for name in _FIELDS if name in form}
+    switches = {name: _switch(form, name) for name in ("promote", "probe")}
+    return converted({**fields, **switches, "source": ""}, Fetch)
+
+
+def _switch(form: Mapping[str, str], name: str) -> bool:
+    value = form.get(name, "true").lower()
+    if value not in ("true", "false"):
+        raise BadRequest(f"{name} takes true or false, not {value!r}", param=name)
+    return value == "true"
+
+
+async def _by_address(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
+    """A push whose files the server goes and gets."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_JSON:
+            raise TooLarge(f"a push as JSON takes up to {MAX_JSON} bytes; send files as multipart/form-data")
+    asked = decoded(body, Fetch)
+    request.state.subject = check_name(asked.name)
+    came = await fetched(asked.source, folder, config, caller)
+    commit = f" (commit {came.commit})" if came.commit else ""
+    return msgspec.structs.replace(asked, why=asked.why or f"from {asked.source}{commit}")
+
+
+async def fetched(address: str, folder: Path, config: Config, caller: Caller) -> Source:
+    """The adapter's files at an address, in `folder`; where they came from.
+
+    The server's own credentials, folders and neighbours are there for tenant `default` alone: through them another
+    tenant could read what is none of its business, so for that one the server sees only what is public.
+    """
+    trusted = caller.tenant == DEFAULT
+    source = parse(
+        address,
+        map(Path, config.source_roots if trusted else ()),
+        config.source_hosts if trusted else (),
+    )
+    return await asyncio.to_thread(
+        fetch,
+        source,
+        folder,
+        max_bytes=config.max_upload_bytes,
+        card=bool(config.allowed_licenses),
+        anonymous=not trusted,
+    )
+
+
+async def admit(
+    parts: Services,
+    caller: Caller,
+    asked: Fetch,
+    folder: Path,
+    *,
+    expected: int | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> tuple[Adapter, bool]:
+    """The version that the adapter in `folder` becomes, with traffic as its policy has it; and whether it is new."""
+    full = full_name(caller.tenant, check_name(asked.name))
+    # By policy a version that follows another one gets a share of the traffic first.
+    weight = parts.rollout_controller.policy(full).canary_weight
+    held = asked.promote and await parts.golden.verdicts.holds(full)
+    trying = asked.promote and not held and weight > 0 and parts.live_version(full) is not None
+    adapter, created = await parts.lifecycle.push(
+        full,
+        folder,
+        by=caller.name,
+        promote=asked.promote and not trying and not held,
+        why=asked.why,
+        shared=None if asked.visibility is None else asked.visibility == "shared",
+        quota=caller.limits,
+        engine=asked.engine,
+        expected=expected,
+        min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
+        notes=notes,
+    )
+    if trying and parts.live_version(full) != adapter.version:
+        await parts.lifecycle.share(full, "canary", adapter.version, weight, by=caller.name, why=asked.why)
+    elif held and parts.live_version(full) != adapter.version:
+        await parts.golden.verdicts.hold(adapter, caller.name, asked.why)
+    elif asked.promote and created:
+        parts.monitor.swapped(adapter.name, "promoted")
+    parts.golden.runs.wake()
+    return adapter, created
