@@ -24,6 +24,7 @@ class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
     why: str = ""
     probe_min_effect: Effect | None = None  # in the place of the setting
     probe: bool = True  # false: it may change nothing, as a LoRA does before the first step of its training
+    keep: Number | None = None  # the newest versions that stay, beside those that serve
 
 
 class LoadLora(Struct, frozen=True):

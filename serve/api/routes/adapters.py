@@ -1,17 +1,16 @@
 """Adapters: push, look, and every change to what is live."""
 
 import asyncio
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import JSONResponse
 
-from serve.adapters.adapter import Adapter
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
 from serve.api.routes.incoming import admit, received, stated_bytes
+from serve.api.routes.removal import forget
 from serve.api.schemas import Pin, Promote, Rollback, Visibility, Weight
 from serve.api.services import Services
 from serve.auth.auth import Caller
@@ -26,8 +25,8 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
     """Push a version of an adapter, as multipart, JSON or tensors.
 
     Multipart: `name`, `promote`, `visibility`, `engine`, `why`, `probe_min_effect` (what the probe asks of this
-    version, in the place of the setting), `probe` (false: it may change nothing) and `files` (each file, or one .zip
-    or .tar.gz).
+    version, in the place of the setting), `probe` (false: it may change nothing), `keep` (so many versions stay beside
+    those that serve) and `files` (each file, or one .zip or .tar.gz).
     JSON: the same with a `source` that the server fetches.
     application/octet-stream: the safetensors themselves; the fields are in the query, and PEFT's configuration is in
     the header X-Adapter-Config or in the metadata of the tensors as `adapter_config`.
@@ -195,7 +194,7 @@ async def remove_version(
     gone = await parts.lifecycle.remove(
         owned(parts, name, caller), number, by=caller.name, force=force, expected=expected, why=why
     )
-    await asyncio.to_thread(forget, parts, gone)
+    await forget(parts, gone)
     return {"name": name, "deleted": [version.version for version in gone]}
 
 
@@ -206,7 +205,7 @@ async def remove(
     """Remove an adapter with all its versions."""
     request.state.subject = spelled(name, caller.tenant)
     gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
-    await asyncio.to_thread(forget, parts, gone)
+    await forget(parts, gone)
     return {"name": name, "deleted": [version.version for version in gone]}
 
 
@@ -218,10 +217,3 @@ async def _dealt(
     full = owned(parts, name, caller)
     await parts.lifecycle.share(full, kind, body.version, body.weight, by=caller.name, why=body.why, expected=expected)
     return summary(parts, full, caller)
-
-
-def forget(parts: Services, gone: Sequence[Adapter]) -> None:
-    """What was kept about versions that are gone."""
-    for adapter in gone:
-        parts.drift_monitor.forget(adapter.name, adapter.id)
-        parts.golden.forget(adapter, last=adapter.name not in parts.registry)

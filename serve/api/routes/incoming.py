@@ -13,6 +13,7 @@ from serve.adapters.fetch import Source, fetch, parse
 from serve.adapters.tensor_upload import CONFIG_HEADER, KINDS, receive_tensors
 from serve.adapters.upload import receive
 from serve.api.json_body import converted, decoded
+from serve.api.routes.removal import remove_surplus
 from serve.api.schemas import Fetch
 from serve.api.services import Services
 from serve.auth.auth import Caller
@@ -22,7 +23,7 @@ from serve.errors import BadRequest, TooLarge
 from serve.names import DEFAULT, check_name, full_name, shown
 
 MAX_JSON = 64 << 10
-_FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect")
+_FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect", "keep")
 
 
 def stated_bytes(request: Request) -> int:
@@ -143,4 +144,6 @@ async def admit(
     elif asked.promote and created:
         parts.monitor.swapped(adapter.name, "promoted")
     parts.golden.runs.wake()
+    if asked.keep is not None:
+        await remove_surplus(parts, caller, full, asked.keep)
     return adapter, created

@@ -6,7 +6,6 @@ replaces weights under running answers; here it gets a new version. What vLLM do
 does not fit, is refused as by `POST /v1/adapters`.
 """
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
@@ -16,16 +15,16 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from serve.adapters.adapter import ABSENT, Adapter
 from serve.adapters.fetch import address_of
 from serve.api.json_body import JsonBody, decoded
-from serve.api.routes.adapters import forget
 from serve.api.routes.callers import Expected, Manager, TheParts, owned
 from serve.api.routes.incoming import admit, fetched
+from serve.api.routes.removal import remove_unloaded
 from serve.api.schemas import Fetch, LoadLora, RegisterAdapter, UnloadLora
 from serve.api.services import Services
 from serve.asgi.answer_headers import VERSION, version_tag
 from serve.auth.auth import Caller
-from serve.errors import AdapterRejected, BadRequest, Conflict, NotFound
+from serve.errors import AdapterRejected, BadRequest, NotFound
 from serve.names import shown, spelled, tenant_of
-from serve.rollout.unloaded_names import LOADED_FROM, unloaded_names
+from serve.rollout.retention import LOADED_FROM
 
 ALIAS_HEADER = "x-amzn-sagemaker-adapter-alias"
 
@@ -140,14 +139,7 @@ async def _unloaded(
         return _error(404, "NotFoundError", f"The lora adapter '{shown(name)}' cannot be found.")
     request.state.subject = adapter.tag
     parts.monitor.swapped(full, "unloaded")
-    names = await asyncio.to_thread(unloaded_names, parts.registry, tenant_of(full))
-    for old in names[parts.config.keep_unloaded :]:
-        try:
-            why = f"unloaded, and {parts.config.keep_unloaded} newer ones are kept"
-            gone = await parts.lifecycle.remove(old, by=caller.name, expected=0, why=why)
-        except (NotFound, Conflict):
-            continue  # somebody else has removed it, or loaded it again
-        await asyncio.to_thread(forget, parts, gone)
+    await remove_unloaded(parts, caller, tenant_of(full))
     return None
 
 

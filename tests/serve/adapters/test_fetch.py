@@ -262,11 +262,12 @@ def web(monkeypatch, make_adapter):
     """A web server at the edge; what it was asked, and what it answers beside an adapter at /models/tone."""
     asked, answers = [], {}
     for file in make_adapter().iterdir():
-        answers[f"/models/tone/{file.name}"] = httpx.Response(200, content=file.read_bytes())
+        answers[f"/models/tone/{file.name}"] = (200, file.read_bytes(), {})
 
     def answer(request):
         asked.append(request)
-        return answers.get(request.url.path, httpx.Response(404))
+        status, data, headers = answers.get(request.url.path, (404, b"", {}))
+        return httpx.Response(status, headers=headers, stream=httpx.ByteStream(data))
 
     def client():
         return httpx.Client(transport=httpx.MockTransport(answer), follow_redirects=really().follow_redirects)
@@ -304,14 +305,14 @@ async def test_a_redirect_is_not_followed_and_a_refusal_is_a_sentence(connect, c
     async with connect(replace(config, source_hosts=("models.example.org",))) as client:
         for status, expected in answers.items():
             headers = {"location": "http://169.254.169.254/latest/adapter_config.json"}
-            web.answers["/models/moved/adapter_config.json"] = httpx.Response(status, headers=headers)
+            web.answers["/models/moved/adapter_config.json"] = (status, b"{}", headers)
             refused = await push(client, place)
             assert refused.status_code == expected and "models.example.org" in refused.text, status
     assert {request.url.host for request in web.asked} == {"models.example.org"}
 
 
 async def test_the_size_limit_holds_for_a_web_server_too(connect, config, web):
-    web.answers["/models/tone/adapter_model.safetensors"] = httpx.Response(200, content=b"\0" * (1 << 20))
+    web.answers["/models/tone/adapter_model.safetensors"] = (200, b"\0" * (1 << 20), {})
     async with connect(replace(config, source_hosts=("h",), max_upload_bytes=100_000)) as client:
         assert (await push(client, "https://h/models/tone")).status_code == 413
 

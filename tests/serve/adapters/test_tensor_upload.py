@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save
 
 from tests.support.app import ask, issued, upload
 
+GOOD = '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}'
+
 
 @pytest.fixture
 def tensors(make_adapter):
@@ -75,8 +77,8 @@ async def test_the_query_says_what_a_form_says(client, tensors, settings, backen
     ("body", "header", "status", "word"),
     [
         (b"", "{}", 400, "empty"),
-        (b"nothing", "{}", 422, "safetensors"),
-        (b"\x80\x04cos\nsystem\n", "{}", 422, "pickle"),
+        (b"nothing", GOOD, 422, "safetensors"),
+        (b"\x80\x04cos\nsystem\n", GOOD, 422, "pickle"),
         (None, None, 400, "x-adapter-config"),
         (None, "", 400, "x-adapter-config"),
         (None, "{", 422, "JSON"),
@@ -119,3 +121,28 @@ async def test_tensors_take_the_scope_of_an_upload_and_count_for_the_quota(opera
     done = await push(trainer, save(tensors), settings)
     assert (done.status_code, done.json()["tenant"]) == (201, "acme")
     assert (await push(trainer, save(tensors), settings, name="more")).status_code == 429
+
+
+async def test_a_trainer_says_how_many_of_its_versions_stay(client, tensors, settings):
+    async def step(number, **query):
+        body = save({name: tensor + number for name, tensor in tensors.items()})
+        done = await push(client, body, settings, **query)
+        assert done.status_code == 201, done.text
+        return [version["version"] for version in (await client.get("/v1/adapters/tone")).json()["versions"]]
+
+    for number in range(1, 5):
+        await step(number)
+    await client.post("/v1/adapters/tone/pin", json={"version": 2})
+    # The newest two, the one that is pinned, and the one that a rollback would make live.
+    assert await step(5, keep="2") == [2, 4, 5]
+    assert await step(6, keep="1") == [2, 5, 6]
+    assert await step(7, keep="1", promote="false") == [2, 5, 6, 7]
+    assert (await client.post("/v1/adapters/tone/rollback")).json()["version"] == 5
+    assert (await ask(client, "tone")).headers["x-loradock-version"] == "tone@v5"
+    for odd in ("0", "-1", "many"):
+        assert (await push(client, save(tensors), settings, keep=odd)).status_code == 400
+    history = (await client.get("/v1/adapters/tone")).json()["history"]
+    assert {row["why"] for row in history if row["what"] == "delete"} == {
+        "the newest 2 are kept",
+        "the newest 1 are kept",
+    }

@@ -1,12 +1,22 @@
-"""Which names were loaded by path and unloaded again: a trainer loads a new one at each step, and names none twice."""
+"""What may be removed of a trainer's versions: it makes one at each step, and names none of the old ones again."""
 
 from __future__ import annotations
 
+from serve.adapters.adapter import Adapter
 from serve.adapters.registry import Registry
 from serve.names import tenant_of
 
 # Beside a version's checks, where it was loaded from.
 LOADED_FROM = "loaded_from"
+
+
+def surplus_versions(registry: Registry, name: str, keep: int) -> list[Adapter]:
+    """Versions beyond the newest `keep` that neither serve nor are what a rollback would make live, oldest first."""
+    versions = registry.versions(name)
+    shares = [share.adapter for share in (registry.canary(name), registry.shadow(name)) if share]
+    serving = {adapter.version for adapter in (registry.live(name), registry.pinned(name), *shares) if adapter}
+    serving.add(registry.before(name) or 0)
+    return [version for version in versions[: max(0, len(versions) - keep)] if version.version not in serving]
 
 
 def unloaded_names(registry: Registry, tenant: str) -> list[str]:
