@@ -1,6 +1,7 @@
 """Adapter bytes where several servers find them: a folder by URL, as s3://bucket/prefix or file:///shared, by fsspec.
 
     URL/<digest>/adapter_config.json, adapter_model.safetensors
+    URL/files/<id>                       what batches read and wrote
 
 A version is registered once both are there. What no version names any more stays for a day: another server may be
 about to register the same bytes again.
@@ -23,6 +24,8 @@ from serve.files import fsync, rename
 from serve.names import shown
 
 GRACE_SECONDS = 86_400.0
+# Not a digest, so no sweep of adapters touches it.
+FILES_FOLDER = "files"
 
 
 class SharedStore:
@@ -67,6 +70,27 @@ class SharedStore:
                     count += 1
         return count
 
+    def put_file(self, id: str, path: Path) -> None:
+        """A batch's file, whole or not at all."""
+        with self._translated(id):
+            self._system.makedirs(f"{self._root}/{FILES_FOLDER}", exist_ok=True)
+            self._put_file(path, f"{self._root}/{FILES_FOLDER}/{id}")
+
+    def get_file(self, id: str, path: Path) -> None:
+        """NotFound, if there is none."""
+        with self._translated(id):
+            self._system.get_file(f"{self._root}/{FILES_FOLDER}/{id}", str(path))
+
+    def has_file(self, id: str) -> bool:
+        with self._translated(id):
+            return bool(self._system.exists(f"{self._root}/{FILES_FOLDER}/{id}"))
+
+    def remove_file(self, id: str) -> None:
+        """Once more, if it is gone already."""
+        with self._translated(id):
+            if self._system.exists(place := f"{self._root}/{FILES_FOLDER}/{id}"):
+                self._system.rm_file(place)
+
     def _put_file(self, source: Path, place: str) -> None:
         if not isinstance(self._system, fsspec.get_filesystem_class("file")):
             self._system.put_file(str(source), place)  # an object store shows an object once it is whole
@@ -83,7 +107,7 @@ class SharedStore:
         except LoradockError:
             raise
         except FileNotFoundError as lost:
-            raise NotFound(f"no adapter bytes are kept under {what} in {shown(self.url)}") from lost
+            raise NotFound(f"nothing is kept under {what} in {shown(self.url)}") from lost
         except Exception as failed:  # each filesystem has its own errors, and none of them is ours to know
             reason: Any = failed.__cause__ or failed
             raise EngineUnavailable(

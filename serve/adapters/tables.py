@@ -214,6 +214,57 @@ usage = Table(
     Column("cost", Float(53), nullable=False),
 )
 
+files = Table(
+    "files",  # what clients sent to be answered in batches, and what was answered; the bytes are no part of it
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(64), nullable=False, index=True),
+    Column("who", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("nbytes", BigInteger, nullable=False),
+    Column("created", Float(53), nullable=False),
+    Column("expires", Float(53), nullable=False),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(64), nullable=False, index=True),
+    Column("key", String(32), nullable=False),  # the id of the key that made it; "" on a server without keys
+    Column("who", Text, nullable=False),
+    Column("status", String(16), nullable=False, index=True),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file", String(64), nullable=False),
+    Column("completion_window", String(16), nullable=False),
+    Column("metadata", Text, nullable=False),  # JSON
+    Column("created", Float(53), nullable=False),
+    Column("expires", Float(53), nullable=False),
+    Column("file_seconds", Float(53), nullable=False),  # for which its output is kept
+    Column("times", Text, nullable=False),  # JSON: when it came to which status
+    Column("errors", Text, nullable=False),  # JSON: what is wrong with the input
+    Column("total", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("generated_tokens", BigInteger, nullable=False),
+    Column("output_file", String(64)),
+    Column("error_file", String(64)),
+    Column("claimed_by", String(64)),  # the server that runs it
+    Column("claimed_until", Float(53)),
+)
+
+batch_answers = Table(
+    "batch_answers",  # of batches that are not at their end: then they are a file
+    metadata,
+    Column("batch", String(64), ForeignKey("batches.id"), primary_key=True),
+    Column("line", Integer, primary_key=True, autoincrement=False),
+    Column("completed", Boolean, nullable=False),  # or failed
+    Column("answer", Text, nullable=False),  # a line of the output
+)
+
 
 LATEST = select(func.max(history.c.id))  # the generation
 

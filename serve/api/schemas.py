@@ -90,6 +90,36 @@ class GoldenRun(Struct, frozen=True, forbid_unknown_fields=True):
     version: Number | None = None
 
 
+class ExpiresAfter(Struct, frozen=True, forbid_unknown_fields=True):
+    """How long the files that a batch writes are kept."""
+
+    seconds: Annotated[int, Meta(ge=3600, le=2_592_000)]
+    anchor: Literal["created_at"]
+
+
+class NewBatch(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body that makes a batch of a file; as OpenAI's."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """A part of one input; images are not taken."""
+
+    text: str
+
+
+class Moderations(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a moderation: a text, several texts, or the parts of one; as OpenAI's."""
+
+    input: str | Annotated[list[str | TextPart], Meta(min_length=1, max_length=32)]
+    model: str | None = None
+
+
 class Acknowledged(Struct, frozen=True, forbid_unknown_fields=True):
     """The body that says that a version's alarms have been dealt with; by default the live one's. A base has none."""
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from serve import __version__
-from serve.adapters.adapter import Limits as AdapterLimits
 from serve.adapters.registry import Registry
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
 from serve.api.background_tasks import BackgroundTasks
+from serve.api.on_behalf import on_behalf
+from serve.api.part_settings import drift_settings, upload_limits
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.asgi.inbox import Inbox
@@ -30,7 +30,6 @@ from serve.drift.logprob_sampling import LogprobSampling
 from serve.drift.monitor import DriftMonitor
 from serve.drift.prober import Prober
 from serve.drift.watched_bases import WatchedBases
-from serve.drift.watched_version import DriftSettings
 from serve.engine.effect_probe import Probe
 from serve.engine.engine import Backend, Engine
 from serve.engine.fleet import Fleet
@@ -96,16 +95,15 @@ class Services:
         self.store = Store(config.data_dir, shared=SharedStore(config.blobs) if config.blobs else None)
         self.registry = Registry(config.registry_url, standing=config.data_dir / "rollbacks.json")
         self.keys = Keys(self.registry)
-        self.auth = Auth(
-            config.api_keys, config.admin_keys, self.keys.caller, lambda: self.keys.any, config.metrics_keys
-        )
+        issued, locked = self.keys.caller, lambda: self.keys.any
+        self.auth = Auth(config.api_keys, config.admin_keys, issued, locked, config.metrics_keys, self.keys.holder)
         self.audit = Audit(config.data_dir / "audit.jsonl")
 
         # What answers
         loads, popularity = AdapterLoads(), Popularity()
         self.fleet = Fleet(_supervisors(config, backends, loads), self.registry.base)
         self.lifecycle = Lifecycle(
-            self.fleet, self.registry, self.store, lambda base: _limits(config, base.backend), popularity
+            self.fleet, self.registry, self.store, lambda base: upload_limits(config, base.backend), popularity
         )
         self._prefetcher = Prefetcher(self.fleet, self.lifecycle, popularity, config.data_dir / "popular.json")
 
@@ -175,7 +173,7 @@ class Services:
         alarmed = self.rollout_controller.alarmed
         self.drift_monitor = DriftMonitor(
             config.data_dir / "drift",
-            _drift_settings(config),
+            drift_settings(config),
             base_of=lambda adapter: _base_of(self.fleet, adapter).name,
             on_alarm=alarmed,
             label=self.monitor.label,
@@ -236,6 +234,7 @@ class Services:
             agreement=self.shadow_agreement,
             grade=self.golden.grade_shadow,
         )
+        self.batches, self.moderator, self._guards = on_behalf(self, self._router, self._count_usage, me.id)
         self.inference = Inference(
             self.auth,
             self._router,
@@ -248,6 +247,7 @@ class Services:
             media=any(takes_media(base.model) for base in config.bases),
             bounds=RequestBounds(config.max_sequences, config.max_prompt_logprobs, config.max_batch),
             doubted=self.doubted,
+            guards=self._guards,
         )
 
     def doubted(self, error: LoradockError) -> LoradockError:
@@ -270,6 +270,8 @@ class Services:
             closing.push_async_callback(asyncio.to_thread, self.exchange_worker.stop)
             if self.follower:
                 closing.push_async_callback(self.follower.close)
+            if self._guards:
+                closing.push_async_callback(self._guards.close)
             # It deletes old files also where nothing is captured any more.
             await asyncio.to_thread(self._capture_worker.start)
             if self.config.data_quality:
@@ -314,6 +316,7 @@ class Services:
         self.ready.set()
         self.background.start("prober", self.prober.run)
         self.background.start("golden", self.golden.runs.run)
+        self.background.start("batches", self.batches.schedule.run)
         if self.config.drift:
             self.background.start("watched_bases", self._watched_bases.run)
 
@@ -423,26 +426,3 @@ def _exists(fleet: Fleet, registry: Registry, name: str, id: str) -> bool:
 def _live_version(registry: Registry, name: str) -> int | None:
     live = registry.live(name) if name in registry else None
     return live.version if live else None
-
-
-def _drift_settings(config: Config) -> DriftSettings:
-    return DriftSettings(
-        threshold=config.drift_threshold,
-        reference=config.drift_reference,
-        interval=config.drift_interval,
-        versions=config.drift_versions,
-        capture=config.capture,
-        redact=tuple(re.compile(pattern) for pattern in config.capture_redact),
-        quote_seconds=config.capture_hours * 3600,
-    )
-
-
-def _limits(config: Config, backend: Backend) -> AdapterLimits:
-    """What an upload may be, here."""
-    rank = backend.max_lora_rank
-    return AdapterLimits(
-        max_rank=min(rank, config.max_adapter_rank or rank),
-        allowed_target_modules=frozenset(config.allowed_target_modules) or None,
-        allowed_licenses=frozenset(license.lower() for license in config.allowed_licenses) or None,
-        allowed_digests=frozenset(config.allowed_digests) or None,
-    )

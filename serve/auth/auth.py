@@ -59,6 +59,7 @@ class Auth:
         issued: Callable[[str], Caller | None] = lambda digest: None,
         locked: Callable[[], bool] = lambda: False,
         metrics_keys: Iterable[str] = (),
+        holder: Callable[[str], Caller | None] = lambda id: None,
     ) -> None:
         self._callers: dict[str, Caller] = {}
         for digests, name, scopes in (
@@ -68,7 +69,9 @@ class Auth:
         ):
             for digest in digests:
                 self._callers[digest] = Caller(f"{name}-{digest[:8]}", frozenset(scopes), key=digest[:8])
+        self._configured = {caller.key: caller for caller in self._callers.values()}
         self._issued = issued
+        self._holder = holder
         self._locked = locked
 
     @property
@@ -81,6 +84,15 @@ class Auth:
         if self.open:
             return ANYBODY
         return allowed(self.known(headers), scope)
+
+    def holder(self, key: str) -> Caller:
+        """The caller with the key of this id ("" on a server without keys); Unauthorized once it is not taken."""
+        if self.open and not key:
+            return ANYBODY
+        caller = self._configured.get(key) or self._holder(key)
+        if caller is None:
+            raise Unauthorized("the API key that asked for this is not taken any more", code="invalid_api_key")
+        return caller
 
     def known(self, headers: Mapping[str, str]) -> Caller:
         """The caller, whatever may be asked of them; Unauthorized if nobody issued this key."""

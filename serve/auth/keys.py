@@ -65,6 +65,7 @@ class Keys:
         self._clock = clock
         self._keys: tuple[Key, ...] = ()
         self._callers: dict[str, Caller] = {}
+        self._by_id: dict[str, Caller] = {}
         self._read()
 
     @property
@@ -75,6 +76,10 @@ class Keys:
     def caller(self, digest: str) -> Caller | None:
         """Whose secret has this sha256."""
         return self._callers.get(digest)
+
+    def holder(self, id: str) -> Caller | None:
+        """Who comes with the key of this id, unless it was revoked."""
+        return self._by_id.get(id)
 
     def all(self) -> tuple[Key, ...]:
         """Every key, oldest first, the revoked too."""
@@ -111,6 +116,7 @@ class Keys:
             rows = connection.execute(select(table).order_by(table.c.created, table.c.id))
             self._keys = tuple(_key(row) for row in rows)
             self._callers = {key.digest: key.caller for key in self._keys if key.revoked is None}
+            self._by_id = {caller.key: caller for caller in self._callers.values()}
 
 
 def _made(tenant: str, name: str, scopes: Iterable[str], limits: Limits, now: float) -> tuple[Key, str]:

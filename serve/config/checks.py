@@ -96,6 +96,11 @@ def _check_patterns(config: Config) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(f"capture_redact takes regular expressions, not {pattern!r}: {error}") from error
+    for category in config.moderation_categories:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9 /_-]{0,63}", category) or category == "none":
+            raise ConfigError(f"moderation_categories takes small letters, digits, spaces and -_/, not {category!r}")
+    if not config.moderation_categories or "{text}" not in config.moderation_prompt:
+        raise ConfigError("moderation_prompt takes a text with {text} in it, moderation_categories one or more names")
     for digest in config.allowed_digests:
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise ConfigError(f"allowed_digests takes 64 lower-case hex digits each, not {digest!r}")

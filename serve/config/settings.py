@@ -24,6 +24,15 @@ WholeFromZero = Annotated[int, Meta(ge=0, description="a whole number from 0 up"
 Portion = Annotated[float, Meta(ge=0, le=1, description="a share from 0 to 1")]
 Texts = tuple[str, ...]
 
+MODERATION_CATEGORIES = (
+    *("harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent", "self-harm"),
+    *("self-harm/instructions", "self-harm/intent", "sexual", "sexual/minors", "violence", "violence/graphic"),
+)
+MODERATION_PROMPT = (
+    "Which of these categories does the text below fall into? {categories}.\n"
+    "Answer with the names of those that apply, separated by commas, or with none.\n\nText:\n{text}"
+)
+
 
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -98,6 +107,19 @@ class Config:
     max_sequences: FromOne = _setting(256, "answers in one request: n times its prompts; a key may have its own limit")
     max_prompt_logprobs: FromOne = _setting(20, "alternatives for each prompt token; a key may have its own limit")
     max_batch: FromOne = _setting(2048, "inputs in one request for embeddings or scores; a key may have its own limit")
+    batch_concurrency: FromOne = _setting(4, "lines of batches that an engine answers at once while no client waits")
+    batch_lines: FromOne = _setting(50_000, "requests in one batch")
+    batch_open: FromOne = _setting(16, "batches of a tenant that are under way at a time")
+    batch_hours: FromOne = _setting(24, "hours that a batch may take at most; what is not answered by then expires")
+    batch_file_bytes: FromOne = _setting(200 << 20, "largest file of requests, as 200MiB or in bytes")
+    batch_file_days: FromOne = _setting(30, "days for which files of batches are kept")
+    batch_tenant_files: FromOne = _setting(1000, "files that a tenant may keep, answers too")
+    batch_tenant_bytes: FromOne = _setting(5 << 30, "bytes of files that a tenant may keep, answers too")
+    moderation_model: str = _setting(
+        "", "the model or adapter that answers /v1/moderations, unless a request names one"
+    )
+    moderation_prompt: str = _setting(MODERATION_PROMPT, "what it is asked; {text} and {categories} stand for those")
+    moderation_categories: Texts = _setting(MODERATION_CATEGORIES, "the categories that it tells apart")
     client_timeout: Seconds = _setting(60.0, "seconds that the server waits for a client that neither sends nor reads")
     hang_timeout: Seconds = _setting(
         300.0, "seconds without a step, while requests wait, after which an engine is dead"

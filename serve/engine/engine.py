@@ -249,12 +249,13 @@ class Engine:
 
         `opening` is how its prompt begins.
 
-        Admission learns its forecasts from leases `for_client` alone: a probe holds its seat for a moment, the build of
-        a baseline for minutes.
+        Admission learns its forecasts from leases `for_client` alone, which none of LOW_PRIORITY is: a probe holds its
+        seat for a moment, the build of a baseline for minutes.
 
         Nothing is awaited before the lease is counted: between the look-up of a version and its lease no swap can come.
         """
         forecast = self._admission.check(tenant, priority, self.queue.seats_for(sequences))
+        for_client = for_client and priority < LOW_PRIORITY
         clock = asyncio.get_running_loop().time
         with self._counted(adapter_id, path, background=priority >= LOW_PRIORITY) as resident:
             entered, seated = clock(), 0.0

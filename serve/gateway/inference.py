@@ -7,8 +7,8 @@ lease exactly as long as the response is open, however it ends.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from serve.asgi.cancellation import CancellableCall, Deadline, cancelled_on_disconnect
 from serve.asgi.connection import has_left, recognise
 from serve.asgi.error_response import HonestStatus, send_error
-from serve.asgi.exchange import Exchange, Tap, Watch, identified, trace_of
+from serve.asgi.exchange import Exchange, Tap, identified, trace_of
 from serve.asgi.fast_stream import FastStream
 from serve.asgi.internal_client import RecordedAnswer
 from serve.asgi.pacing import PacedConnection
@@ -27,7 +27,10 @@ from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
 from serve.errors import BadRequest, ClientLeft, ClientTooSlow, LoradockError
 from serve.gateway.fan_out import FanOut, RequestBounds
+from serve.gateway.guard import Guards
+from serve.gateway.metering import metered
 from serve.gateway.request import (
+    COUNTS_TOKENS,
     RESPONSES,
     InferenceRequest,
     body_limit,
@@ -76,7 +79,9 @@ class Inference:
         media: bool = False,
         bounds: RequestBounds | None = None,
         doubted: Callable[[LoradockError], LoradockError] = lambda error: error,
+        guards: Guards | None = None,
     ) -> None:
+        self._guards = guards
         self._bounds = bounds or RequestBounds()
         self._media = media
         self._client_timeout = client_timeout
@@ -123,7 +128,7 @@ class Inference:
         if stored is not None:
             check_response_owner(stored, caller.tenant)
         meter = self._meters.of(caller.key, caller.limits)
-        with _metered(meter, tap.watch):
+        with metered(meter, tap.watch):
             request, fan_out = None, FanOut()
             if scope["method"] == "POST" and stored is None:
                 request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
@@ -134,9 +139,22 @@ class Inference:
                 if meter:
                     _check_countable(request, meter)
             send = RateLimitHeaders(tap.send, meter).send if meter else tap.send
-            await self._answer_leased(
-                scope, _Answering(caller, request, fan_out.seats, connection.receive, send, tap, deadline)
-            )
+            async with self._guarded(scope["path"], caller, request, tap, send) as guarded:
+                await self._answer_leased(
+                    scope, _Answering(caller, request, fan_out.seats, connection.receive, guarded, tap, deadline)
+                )
+
+    @asynccontextmanager
+    async def _guarded(
+        self, path: str, caller: Caller, request: InferenceRequest | None, tap: Tap, send: Send
+    ) -> AsyncIterator[Send]:
+        """Where the answer goes, past the guards of the model that is asked."""
+        if self._guards is None or request is None or COUNTS_TOKENS.fullmatch(path):
+            yield send
+            return
+        name = self._router.name_of(request.model, caller)
+        async with self._guards.over(name, caller.tenant, request.fields, tap.watch, send) as guarded:
+            yield guarded
 
     async def _answer_leased(self, scope: Scope, answering: _Answering) -> None:
         """The answer of whichever engine and version the request is routed to; and a shadow's, if it has one."""
@@ -180,19 +198,6 @@ class Inference:
                 lease = self._router.lease(request.model, caller, request.fields, answering.seats, tap.addressed)
                 route = await held.enter_async_context(lease)
             yield route
-
-
-@contextmanager
-def _metered(meter: Meter | None, watch: Watch) -> Iterator[None]:
-    """A request that counts against the key's limits, if it has any, and is charged for its tokens when it ends."""
-    if meter is None:
-        yield
-        return
-    with meter.request():
-        try:
-            yield
-        finally:
-            meter.charge(watch.tokens)
 
 
 def _check_countable(request: InferenceRequest, meter: Meter) -> None:

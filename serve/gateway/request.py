@@ -26,8 +26,8 @@ PATHS = re.compile(
 )
 RESPONSES = "/v1/responses"
 STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(/cancel)?")
-# Those that know no cache_salt, and fill no cache.
-_WITHOUT_SALT = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
+# Those that generate nothing, know no cache_salt, and fill no cache.
+COUNTS_TOKENS = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
 _TOKENIZES = re.compile(r"/(de)?tokenize")
 # Those whose body knows no priority.
 _WITHOUT_PRIORITY = re.compile(r"/(de)?tokenize|/v1/messages(/count_tokens)?")
@@ -111,7 +111,7 @@ class InferenceRequest:
         changes: dict[str, Any] = {"model": route.model}
         if route.priority and not _WITHOUT_PRIORITY.fullmatch(path):
             changes["priority"] = route.priority
-        salt = None if _WITHOUT_SALT.fullmatch(path) else tenant_salt(self.fields.get("cache_salt"), tenant)
+        salt = None if COUNTS_TOKENS.fullmatch(path) else tenant_salt(self.fields.get("cache_salt"), tenant)
         if salt is not None:
             changes["cache_salt"] = salt
         if path == RESPONSES:

@@ -102,7 +102,7 @@ class Router:
         asker = self._askers.of(fields, caller.tenant, caller.key)
         draws: dict[int, Draw] = {}
         while True:
-            while not (supervisor := self._supervisor(model, caller)).is_available:
+            while not (supervisor := self.base_of(model, caller)).is_available:
                 addressed(*_labels(self.resolve(model, caller), supervisor))
                 await supervisor.available()
             # No await between the look-up and the lease, or a swap could come between.
@@ -157,8 +157,13 @@ class Router:
         except NotFound as lost:
             raise EngineUnavailable(f"{adapter.tag} is registered and {lost}: an operator must see to it") from lost
 
-    def _supervisor(self, model: str | None, caller: Caller) -> Supervisor:
-        """Whose engine answers for `model`."""
+    def name_of(self, model: str | None, caller: Caller) -> str:
+        """The full name of the adapter that `model` means, or the name of a base; NotFound as `resolve`."""
+        adapter = self.resolve(model, caller)
+        return adapter.name if adapter else self.fleet.get(model).name
+
+    def base_of(self, model: str | None, caller: Caller) -> Supervisor:
+        """Whose engine answers for `model`; NotFound as `resolve`."""
         if adapter := self.resolve(model, caller):
             return self.fleet.of(adapter.name)
         return self.fleet.get(model)

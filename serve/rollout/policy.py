@@ -9,13 +9,14 @@
         canary_weight: 0      # 0.1: a promote gives the version a tenth of the traffic first
         alpha: 0.01           # probability of a false verdict, ever, of one canary
         golden_min: 0         # 0.9: a version with a lower score on its golden set gets no traffic; 0 only reports
+        guard: {}             # {prompt: NAME, answer: NAME, action: refuse}: models that look at them; or flag, count
       tone: {proved: promote, canary_weight: 0.1}
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +24,22 @@ from serve.errors import ConfigError
 
 EVERY = "*"
 NOTIFY, HOLD, ROLLBACK, PROMOTE = "notify", "hold", "rollback", "promote"
+REFUSE, FLAG, COUNT = "refuse", "flag", "count"
+_ACTIONS = (REFUSE, FLAG, COUNT)
 _NUMBERS = ("canary_weight", "alpha", "golden_min")
 _CHOICES = {"worse": (ROLLBACK, HOLD, NOTIFY), "proved": (NOTIFY, PROMOTE)}
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """The models that look at prompts and at answers, "" for none, and what follows when they flag one."""
+
+    prompt: str = ""
+    answer: str = ""
+    action: str = REFUSE
+
+    def __bool__(self) -> bool:
+        return bool(self.prompt or self.answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +52,7 @@ class Policy:
     canary_weight: float = 0.0
     alpha: float = 0.01
     golden_min: float = 0.0
+    guard: Guard = Guard()
 
 
 DEFAULT_POLICIES = (Policy(),)
@@ -75,7 +91,21 @@ def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
         raise ConfigError(
             f"the policy of {adapter}: golden_min takes a score from 0 to 1, not {fields['golden_min']!r}"
         )
-    return replace(base, adapter=adapter, **{**fields, **numbers})
+    guard = {"guard": _guard(adapter, fields["guard"])} if "guard" in fields else {}
+    return replace(base, adapter=adapter, **{**fields, **numbers, **guard})
+
+
+def _guard(adapter: str, fields: Any) -> Guard:
+    names = [field.name for field in dataclasses.fields(Guard)]
+    if not isinstance(fields, Mapping) or not set(fields) <= set(names) or not _are_texts(fields.values()):
+        raise ConfigError(f"the policy of {adapter}: guard takes {', '.join(names)}, each a text, not {fields!r}")
+    if (action := fields.get("action", REFUSE)) not in _ACTIONS:
+        raise ConfigError(f"the policy of {adapter}: guard.action takes {' or '.join(_ACTIONS)}, not {action!r}")
+    return Guard(**fields)
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _number(adapter: str, name: str, value: Any) -> float:

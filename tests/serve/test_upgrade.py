@@ -171,3 +171,19 @@ async def test_an_adapter_of_then_gets_a_golden_set(opened):
             while not (versions := (await client.get(f"{golden}/results")).json()["versions"]):
                 await asyncio.sleep(0.05)
         assert versions[0]["errors"] == 1, "this engine says nothing"
+
+
+async def test_a_batch_runs_over_a_data_directory_of_then(opened):
+    serve, _ = opened
+    async with serve() as client:
+        client.headers["authorization"] = f"Bearer {ADMIN}"
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "tone", "prompt": "x"}}
+        form = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", json.dumps(line).encode())}}
+        file = (await client.post("/v1/files", **form)).json()
+        asked = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = (await client.post("/v1/batches", json=asked)).json()
+        async with asyncio.timeout(20):
+            while (batch := (await client.get(f"/v1/batches/{batch['id']}")).json())["status"] != "completed":
+                await asyncio.sleep(0.05)
+        output = (await client.get(f"/v1/files/{batch['output_file_id']}/content")).json()
+        assert output["response"]["body"]["model"].startswith("tone@")

@@ -5,7 +5,19 @@ Inference routes are vLLM's and are not here.
 
 from fastapi import APIRouter
 
-from serve.api.routes import adapters, drift, golden, keys, runtime_lora, server, trainer, usage
+from serve.api.routes import (
+    adapters,
+    batches,
+    drift,
+    files,
+    golden,
+    keys,
+    moderations,
+    runtime_lora,
+    server,
+    trainer,
+    usage,
+)
 
 
 def routers() -> list[APIRouter]:
@@ -13,6 +25,9 @@ def routers() -> list[APIRouter]:
     return [
         server.router,
         usage.router,
+        files.router,
+        batches.router,
+        moderations.router,
         drift.router,
         golden.router,
         adapters.router,

@@ -55,13 +55,15 @@ async def test_the_openapi_document_describes_every_body(client):
         f"{method} {path}": operation["requestBody"]
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
-        if "requestBody" in operation
+        if "application/json" in operation.get("requestBody", {}).get("content", {})
     }
     schemas = {
         key: body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2] for key, body in bodies.items()
     }
     assert schemas == {
         "post /v1/engines/{engine}/swap": "Swap",
+        "post /v1/batches": "NewBatch",
+        "post /v1/moderations": "Moderations",
         "post /v1/alerts": "Notification",
         "post /v1/adapters/{name}/drift/acknowledge": "Acknowledged",
         "post /v1/adapters/{name}/drift/accept": "Accepted",

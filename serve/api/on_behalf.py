@@ -1,0 +1,92 @@
+"""The parts of a server that ask its models by themselves, out of its configuration: batches, moderations, guards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from serve.adapters.registry import Registry
+from serve.adapters.store import Store
+from serve.asgi.exchange import Exchange
+from serve.auth.auth import Auth
+from serve.auth.rate_limits import Meters
+from serve.config import Config
+from serve.errors import LoradockError
+from serve.gateway.batches.batches import Batches
+from serve.gateway.batches.objects import Limits
+from serve.gateway.fan_out import RequestBounds
+from serve.gateway.guard import Guards
+from serve.gateway.internal_request import InternalRequests
+from serve.gateway.moderation import Moderator
+from serve.gateway.request import MEDIA_BYTES, TEXT_BYTES
+from serve.gateway.router import Router
+from serve.models.checkpoint import takes_media
+from serve.rollout.policy import policy_for
+from serve.rollout.registry_sync import RegistrySync
+from serve.telemetry.metrics import Metrics
+
+
+class Parts(Protocol):
+    """What they need of a server."""
+
+    config: Config
+    registry: Registry
+    store: Store
+    auth: Auth
+    meters: Meters
+    monitor: Metrics
+    follower: RegistrySync | None
+
+    def doubted(self, error: LoradockError) -> LoradockError: ...
+
+
+def on_behalf(
+    parts: Parts, router: Router, take: Callable[[Exchange], None], me: str
+) -> tuple[Batches, Moderator, Guards | None]:
+    """Over the parts that are there already; `take` counts what was used, `me` is this server's name.
+
+    Without a policy that has a guard there are no guards.
+    """
+    config = parts.config
+    bounds = RequestBounds(config.max_sequences, config.max_prompt_logprobs, config.max_batch)
+    requests = InternalRequests(router, parts.meters, take, bounds)
+    moderator = Moderator(
+        requests,
+        model=config.moderation_model,
+        prompt=config.moderation_prompt,
+        categories=config.moderation_categories,
+    )
+    guards = None
+    if any(policy.guard for policy in config.policies):
+        guards = Guards(moderator, lambda adapter: policy_for(config.policies, adapter).guard)
+        parts.monitor.watch(guards)
+    batches = Batches(
+        parts.registry,
+        parts.store,
+        parts.auth,
+        router,
+        requests,
+        guards,
+        limits=_limits(config),
+        me=me,
+        alone=not config.registry,
+        fresh=parts.follower.fresh if parts.follower else None,
+        doubted=parts.doubted,
+    )
+    parts.monitor.watch(batches.metrics)
+    return batches, moderator, guards
+
+
+def _limits(config: Config) -> Limits:
+    media = any(takes_media(base.model) for base in config.bases)
+    return Limits(
+        file_bytes=config.batch_file_bytes,
+        tenant_files=config.batch_tenant_files,
+        tenant_bytes=config.batch_tenant_bytes,
+        lines=config.batch_lines,
+        line_bytes=MEDIA_BYTES if media else TEXT_BYTES,
+        open=config.batch_open,
+        window_hours=config.batch_hours,
+        file_seconds=config.batch_file_days * 86_400.0,
+        concurrency=config.batch_concurrency,
+    )

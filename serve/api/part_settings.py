@@ -1,0 +1,34 @@
+"""What single parts of a server take of its configuration."""
+
+from __future__ import annotations
+
+import re
+
+from serve.adapters.adapter import Limits
+from serve.config import Config
+from serve.drift.watched_version import DriftSettings
+from serve.engine.engine import Backend
+
+
+def drift_settings(config: Config) -> DriftSettings:
+    """How versions are watched."""
+    return DriftSettings(
+        threshold=config.drift_threshold,
+        reference=config.drift_reference,
+        interval=config.drift_interval,
+        versions=config.drift_versions,
+        capture=config.capture,
+        redact=tuple(re.compile(pattern) for pattern in config.capture_redact),
+        quote_seconds=config.capture_hours * 3600,
+    )
+
+
+def upload_limits(config: Config, backend: Backend) -> Limits:
+    """What an upload may be, here."""
+    rank = backend.max_lora_rank
+    return Limits(
+        max_rank=min(rank, config.max_adapter_rank or rank),
+        allowed_target_modules=frozenset(config.allowed_target_modules) or None,
+        allowed_licenses=frozenset(license.lower() for license in config.allowed_licenses) or None,
+        allowed_digests=frozenset(config.allowed_digests) or None,
+    )

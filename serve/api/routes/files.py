@@ -1,0 +1,74 @@
+"""OpenAI's files: requests for batches, and what was answered. A file is its tenant's alone, also for operators."""
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
+
+from serve.api.routes.callers import Asker, TheParts
+
+router = APIRouter()
+
+_FORM = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary", "description": "Requests as JSON lines."},
+        "purpose": {"type": "string", "enum": ["batch"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+    },
+}
+
+
+@router.post(
+    "/v1/files",
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
+)
+async def upload_file(request: Request, caller: Asker, parts: TheParts) -> dict[str, Any]:
+    """Keep a file of requests for a batch: `purpose=batch`, and JSON lines as `file`. It expires after 30 days."""
+    stated = request.headers.get("content-length", "")
+    nbytes = int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
+    kind = request.headers.get("content-type", "")
+    file = await parts.batches.upload(caller, request.stream(), kind, nbytes)
+    request.state.subject = file.id
+    return file.described()
+
+
+@router.get("/v1/files")
+async def files(
+    caller: Asker,
+    parts: TheParts,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> dict[str, Any]:
+    """The tenant's files, the latest first; the next page begins `after` the `last_id` of this one."""
+    rows = parts.batches.files
+    page = await asyncio.to_thread(
+        rows.page, caller.tenant, after=after, limit=limit, ascending=order == "asc", purpose=purpose
+    )
+    return page.described()
+
+
+@router.get("/v1/files/{id}")
+async def file(id: str, caller: Asker, parts: TheParts) -> dict[str, Any]:
+    """One file, without its content."""
+    return (await asyncio.to_thread(parts.batches.files.get, caller.tenant, id)).described()
+
+
+@router.get("/v1/files/{id}/content", response_class=FileResponse)
+async def file_content(id: str, caller: Asker, parts: TheParts) -> FileResponse:
+    """The content of a file."""
+    stored, path = await asyncio.to_thread(parts.batches.content, caller.tenant, id)
+    return FileResponse(path, media_type="application/octet-stream", filename=stored.filename)
+
+
+@router.delete("/v1/files/{id}")
+async def delete_file(id: str, request: Request, caller: Asker, parts: TheParts) -> dict[str, Any]:
+    """Delete a file; 409 while a batch reads it."""
+    request.state.subject = id
+    await asyncio.to_thread(parts.batches.remove, caller.tenant, id)
+    return {"id": id, "object": "file", "deleted": True}

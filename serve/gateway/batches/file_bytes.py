@@ -1,0 +1,82 @@
+"""The contents of files: in a folder of this server, and where all servers of one registry keep what they share.
+
+folder/<id>         whole or absent
+folder/incoming/    what is being sent or written; gone when the server starts again
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from serve.adapters.shared_store import SharedStore
+from serve.adapters.untrusted import create
+from serve.errors import NotFound
+from serve.files import fsync, rename
+
+# A file without a row that is younger is about to get one.
+GRACE_SECONDS = 3600.0
+
+
+class FileBytes:
+    """Sync and thread-safe; `check_space(nbytes)` raises OutOfSpace where the disk cannot take so much more."""
+
+    def __init__(self, folder: Path, shared: SharedStore | None, check_space: Callable[[int], None]) -> None:
+        self._folder, self._incoming, self._shared = folder, folder / "incoming", shared
+        self.check_space = check_space
+        shutil.rmtree(self._incoming, ignore_errors=True)
+        self._incoming.mkdir(mode=0o700, parents=True)
+
+    @contextmanager
+    def incoming(self) -> Iterator[tuple[Path, IO[bytes]]]:
+        """A private file to write, which is gone at the end unless it was kept."""
+        path = self._incoming / secrets.token_hex(8)
+        try:
+            with create(path) as sink:
+                yield path, sink
+        finally:
+            path.unlink(missing_ok=True)
+
+    def keep(self, id: str, path: Path) -> None:
+        """The incoming file is whole, and the content of `id` from now on, on every server."""
+        fsync(path)
+        if self._shared is not None:
+            self._shared.put_file(id, path)
+        rename(path, self._folder / id)
+
+    def has(self, id: str) -> bool:
+        """It can be read here."""
+        return (self._folder / id).is_file() or (self._shared is not None and self._shared.has_file(id))
+
+    def path(self, id: str) -> Path:
+        """Where it can be read, once it is on this machine; NotFound if it is nowhere."""
+        place = self._folder / id
+        if place.is_file():
+            return place
+        if self._shared is None:
+            raise NotFound(f"the content of {id} is not on this server", param="id")
+        fetched = self._incoming / secrets.token_hex(8)
+        try:
+            self._shared.get_file(id, fetched)
+            rename(fetched, place)
+        finally:
+            fetched.unlink(missing_ok=True)
+        return place
+
+    def remove(self, id: str) -> None:
+        """Gone here, and where all servers look."""
+        if self._shared is not None:
+            self._shared.remove_file(id)
+        (self._folder / id).unlink(missing_ok=True)
+
+    def sweep(self, known: Collection[str], now: float | None = None) -> None:
+        """Drop what no row names (any more): other servers' deletions, and what a kill left."""
+        before = (time.time() if now is None else now) - GRACE_SECONDS
+        for entry in self._folder.iterdir():
+            if entry.is_file() and entry.name not in known and entry.stat().st_mtime < before:
+                entry.unlink(missing_ok=True)

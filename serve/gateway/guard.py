@@ -1,0 +1,224 @@
+"""Guards of an adapter: a model that looks at what clients ask it, and at what it answers, by the adapter's policy.
+
+    refuse   what is flagged is a 400 with the code content_policy_violation; so is what the guard gave no verdict of
+    flag     it passes, with the header x-loradock-guard: prompt, answer, or both
+    count    it passes, and an answer is looked at once the client has it
+
+Where an answer can be refused or flagged, it is held back until it is whole, a stream too. A guard sees text alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from starlette.datastructures import MutableHeaders
+from starlette.types import Message, Send
+
+from serve.asgi.exchange import Generation, Watch
+from serve.auth.auth import Caller, Scope
+from serve.engine.engine import LOW_PRIORITY
+from serve.errors import BadRequest, LoradockError, TooLarge
+from serve.gateway.moderation import Moderator
+from serve.rollout.policy import COUNT, REFUSE, Guard
+
+log = logging.getLogger(__name__)
+
+HEADER = "x-loradock-guard"
+PROMPT, ANSWER = "prompt", "answer"
+# An answer that is held back has at most so many bytes.
+MAX_HELD = 16 << 20
+# Answers that are looked at at a time once their clients have them; further ones are counted as skipped.
+AT_ONCE = 8
+MAX_NAMES = 1000
+# Fields of a request that hold what the model reads.
+_READ = ("messages", "prompt", "input", "instructions", "system", "suffix", "documents", "query", "tools")
+# The guard is the operators' choice: its name means what it means to tenant `default`.
+_CALLER = Caller("guard", frozenset({Scope.INFERENCE, Scope.ADMIN}))
+
+
+class Guards(Collector):
+    """`guard_of(adapter)` is the guard by the policy of the adapter, or base, of this full name. For one event loop."""
+
+    def __init__(self, moderator: Moderator, guard_of: Callable[[str], Guard]) -> None:
+        self._moderator, self._guard_of = moderator, guard_of
+        self._looking: set[asyncio.Task[None]] = set()
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, str, str]] = Counter()
+
+    @asynccontextmanager
+    async def over(
+        self, adapter: str, tenant: str, fields: Mapping[str, Any], watch: Watch, send: Send
+    ) -> AsyncIterator[Send]:
+        """Where the answer to a request goes; BadRequest before the block, or at its end, for one that is refused."""
+        guard = self._guard_of(adapter)
+        if guard.answer and guard.action == REFUSE:
+            if fields.get("background"):
+                raise BadRequest(f"answers of {adapter} pass a guard: ask without background", param="background")
+            if _is_unreadable(fields):  # which may be answered in tokens too
+                raise self._unread(adapter)
+        flags = [PROMPT] if guard.prompt and await self.check_prompt(adapter, tenant, fields) else []
+        if not guard.answer or guard.action == COUNT:
+            yield _Held(send, flags).pass_on if flags else send
+            if guard.answer:
+                self._look_later(adapter, tenant, [sequence.read() for sequence in watch.sequences])
+            return
+        held = _Held(send, flags)
+        yield held.hold
+        if held.status == 200 and await self.check_answer(adapter, tenant, [one.read() for one in watch.sequences]):
+            flags.append(ANSWER)
+        await held.release()
+
+    async def check_prompt(self, adapter: str, tenant: str, fields: Mapping[str, Any], *, priority: int = 0) -> bool:
+        """The request is flagged, and passes nevertheless; BadRequest, if it is refused."""
+        guard = self._guard_of(adapter)
+        if not guard.prompt:
+            return False
+        text = "\n".join(_texts([fields.get(name) for name in _READ]))
+        readable = None if _is_unreadable(fields) else text
+        return await self._judged(adapter, tenant, PROMPT, guard.prompt, readable, priority)
+
+    async def check_answer(
+        self, adapter: str, tenant: str, generations: Sequence[Generation], *, priority: int = 0
+    ) -> bool:
+        """One of the answers is flagged, and they pass nevertheless; BadRequest, if they are refused."""
+        guard = self._guard_of(adapter)
+        text = "\n".join(generation.text for generation in generations if generation.text)
+        if not guard.answer:
+            return False
+        return await self._judged(adapter, tenant, ANSWER, guard.answer, text, priority)
+
+    async def close(self) -> None:
+        """Break off what is looked at."""
+        for task in self._looking:
+            task.cancel()
+        await asyncio.gather(*self._looking, return_exceptions=True)
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "loradock_guarded",
+            "Prompts and answers that a guard looked at, by result: passed, flagged, refused, error or skipped.",
+            labels=("adapter", "side", "result"),
+        )
+        with self._lock:
+            counts = dict(self._counts)
+        for labels, count in counts.items():
+            family.add_metric(labels, count)
+        yield family
+
+    async def _judged(self, adapter: str, tenant: str, side: str, guard: str, text: str | None, priority: int) -> bool:
+        """It is flagged; `text` is None where it cannot be read."""
+        if text == "":
+            return False
+        refuses = self._guard_of(adapter).action == REFUSE
+        try:
+            if text is None:
+                raise self._unread(adapter)
+            verdict = await self._moderator.judge(_CALLER, text, guard, salt=f"guard:{tenant}", priority=priority)
+        except LoradockError as error:
+            log.warning("the guard %s gave no verdict on the %s of a request to %s: %s", guard, side, adapter, error)
+            self._count(adapter, side, "error")
+            if refuses:
+                raise
+            return False
+        if not verdict.flagged:
+            self._count(adapter, side, "passed")
+            return False
+        self._count(adapter, side, "refused" if refuses else "flagged")
+        if refuses:
+            names = ", ".join(sorted(verdict.categories))
+            raise BadRequest(f"the {side} was refused by this model's guard: {names}", code="content_policy_violation")
+        return True
+
+    def _unread(self, adapter: str) -> BadRequest:
+        return BadRequest(f"{adapter} has a guard, which reads text alone: send the prompt as text")
+
+    def _look_later(self, adapter: str, tenant: str, generations: Sequence[Generation]) -> None:
+        if len(self._looking) >= AT_ONCE:
+            self._count(adapter, ANSWER, "skipped")
+            return
+        task = asyncio.create_task(self._look(adapter, tenant, generations))
+        self._looking.add(task)
+        task.add_done_callback(self._looking.discard)
+
+    async def _look(self, adapter: str, tenant: str, generations: Sequence[Generation]) -> None:
+        try:
+            await self.check_answer(adapter, tenant, generations, priority=LOW_PRIORITY)
+        except Exception:  # nobody waits for this task: its errors end here
+            log.exception("an answer of %s was not looked at", adapter)
+
+    def _count(self, adapter: str, side: str, result: str) -> None:
+        with self._lock:
+            key = (adapter, side, result)
+            if key not in self._counts and len(self._counts) >= 4 * MAX_NAMES:
+                key = ("other", side, result)
+            self._counts[key] += 1
+
+
+class _Held:
+    """An answer on its way; `flags` are named in its header when it begins to go out."""
+
+    def __init__(self, send: Send, flags: list[str]) -> None:
+        self._send, self._flags = send, flags
+        self._messages: list[Message] = []
+        self._size = 0
+        self.status = 0
+
+    async def pass_on(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and self._flags:
+            headers = MutableHeaders(raw=list(message["headers"]))
+            headers[HEADER] = ", ".join(self._flags)
+            message = {**message, "headers": headers.raw}
+        await self._send(message)
+
+    async def hold(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        self._size += len(message.get("body", b""))
+        if self._size > MAX_HELD:
+            raise TooLarge(f"the answer is above {MAX_HELD >> 20} MiB, the most that a guard looks at: ask for less")
+        self._messages.append(message)
+
+    async def release(self) -> None:
+        for message in self._messages:
+            await self.pass_on(message)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in it, at any depth."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            pending.extend(reversed([part for name, part in item.items() if name not in ("role", "type")]))
+        elif isinstance(item, list):
+            pending.extend(reversed(item))
+
+
+def _is_unreadable(fields: Mapping[str, Any]) -> bool:
+    """The prompt did not come as text."""
+    if any(fields.get(name) is not None for name in ("prompt_embeds", "token_ids", "prompt_token_ids")):
+        return True
+    return _has_tokens(fields.get("prompt"), fields.get("input"))
+
+
+def _has_tokens(*values: Any) -> bool:
+    """A prompt came as token ids."""
+    pending = [value for value in values if isinstance(value, list)]
+    while pending:
+        for item in pending.pop():
+            if isinstance(item, int):
+                return True
+            if isinstance(item, list):
+                pending.append(item)
+    return False

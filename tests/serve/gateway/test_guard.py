@@ -1,0 +1,180 @@
+"""A guard looks at prompts and answers of an adapter: it refuses, flags, or lets them through and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+import pytest
+
+from serve.asgi.exchange import Generation
+from serve.config import keys_hashed
+from serve.errors import ConfigError
+from serve.rollout.policy import Guard, parse
+from tests.support.app import CHAT, issued, settled, upload
+
+
+@pytest.fixture(autouse=True)
+def every_scrape_is_fresh(monkeypatch):
+    monkeypatch.setattr("serve.telemetry.metrics.FRESH", -1.0)
+
+
+@pytest.fixture
+def guarding(connect, config, backend, make_adapter):
+    """`async with guarding(prompt="watch", ...)`: a server whose adapter tone has this guard, and its guard `watch`.
+
+    `tone` answers `backend.answer`, `watch` names violence where it reads of a knife.
+    """
+    backend.answer = "a flower"
+
+    def text(body):
+        if "structured_outputs" not in body:
+            return backend.answer
+        asked = body["messages"][0]["content"].rpartition("Text:")[2]
+        return "perhaps" if "odd" in asked else "violence" if "knife" in asked else "none"
+
+    backend.say = text
+    backend.generate = lambda body: Generation([1], [2, 3], "stop", text=text(body))
+
+    class Guarding:
+        def __init__(self, **guard):
+            policies = parse({"tone": {"guard": guard}})
+            self._started = connect(replace(config, policies=policies, admin_keys=keys_hashed(["run"])))
+
+        async def __aenter__(self):
+            client = await self._started.__aenter__()
+            client.headers["authorization"] = "Bearer run"
+            for seed, name in enumerate(("tone", "watch")):
+                pushed = await client.post("/v1/adapters", **upload(make_adapter(seed), name=name))
+                assert pushed.status_code == 201
+            backend.bodies.clear()
+            return client
+
+        async def __aexit__(self, *error):
+            await self._started.__aexit__(*error)
+
+    return Guarding
+
+
+async def chat(client, text="hello", **more):
+    messages = [{"role": "user", "content": text}, {"role": "user", "content": [{"type": "text", "text": "Please."}]}]
+    return await client.post(CHAT, json={"model": "tone", "messages": messages, **more})
+
+
+async def counted(client, side, result):
+    name = f'loradock_guarded_total{{adapter="tone",result="{result}",side="{side}"}} '
+    lines = (await client.get("/metrics")).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+async def test_a_flagged_prompt_is_refused_before_the_adapter_is_asked(guarding, backend):
+    async with guarding(prompt="watch") as client:
+        refused = await chat(client, "a knife")
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (400, "content_policy_violation") and "violence" in error[
+            "message"
+        ]
+        assert [body["model"].partition("@")[0] for body in backend.bodies] == ["watch"]
+        assert (await chat(client)).status_code == 200
+        assert (await counted(client, "prompt", "refused"), await counted(client, "prompt", "passed")) == (1, 1)
+        assert (await client.post(CHAT, json={"model": "watch", "messages": []})).status_code == 200, "has no guard"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_flagged_answer_is_refused_whole_also_where_it_was_to_be_streamed(guarding, backend, stream):
+    async with guarding(answer="watch") as client:
+        passed = await chat(client, stream=stream)
+        assert passed.status_code == 200 and "x-loradock-guard" not in passed.headers
+        backend.answer = "a knife"
+        refused = await chat(client, stream=stream)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "content_policy_violation"
+        assert "knife" not in refused.text
+        assert await counted(client, "answer", "refused") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_only_flagged_passes_with_a_header(guarding, backend, stream):
+    async with guarding(prompt="watch", answer="watch", action="flag") as client:
+        assert "x-loradock-guard" not in (await chat(client, stream=stream)).headers
+        assert (await chat(client, "a knife", stream=stream)).headers["x-loradock-guard"] == "prompt"
+        backend.answer = "a knife"
+        both = await chat(client, "a knife", stream=stream)
+        assert (both.status_code, both.headers["x-loradock-guard"]) == (200, "prompt, answer")
+        assert await counted(client, "answer", "flagged") == 1
+
+
+async def test_what_is_only_counted_passes_as_it_is(guarding, backend):
+    async with guarding(answer="watch", action="count") as client:
+        backend.answer = "a knife"
+        answered = await chat(client)
+        assert answered.status_code == 200 and "x-loradock-guard" not in answered.headers
+        async with asyncio.timeout(5):
+            while not await counted(client, "answer", "flagged"):
+                await asyncio.sleep(0.02)
+
+
+async def test_a_guard_without_a_verdict_refuses_where_it_is_to_refuse(guarding):
+    async with guarding(prompt="watch") as client:
+        assert (await chat(client, "odd")).status_code == 503
+        assert (await client.delete("/v1/adapters/watch")).status_code == 200
+        assert (await chat(client)).status_code == 404
+        assert await counted(client, "prompt", "error") == 2
+
+
+async def test_a_guard_without_a_verdict_lets_pass_where_it_only_flags(guarding):
+    async with guarding(prompt="watch", action="flag") as client:
+        assert (await chat(client, "odd")).status_code == 200
+
+
+async def test_what_a_guard_cannot_read_is_refused(guarding):
+    async with guarding(prompt="watch", answer="watch") as client:
+        for wrong in ({"prompt": [1, 2]}, {"prompt": [[1, 2]]}, {"prompt": "x", "prompt_embeds": "AA"}):
+            refused = await client.post("/v1/completions", json={"model": "tone", **wrong})
+            assert refused.status_code == 400 and "text" in refused.json()["error"]["message"]
+        tokens = {"model": "tone", "token_ids": [1, 2], "sampling_params": {"max_tokens": 2}}
+        refused = await client.post("/inference/v1/generate", json=tokens)
+        assert refused.status_code == 400 and "text" in refused.json()["error"]["message"]
+        refused = await client.post("/v1/responses", json={"model": "tone", "input": "x", "background": True})
+        assert refused.status_code == 400 and "background" in refused.json()["error"]["message"]
+
+
+async def test_a_tenant_cannot_put_its_own_adapter_in_the_guards_place(guarding, backend, make_adapter):
+    async with guarding(prompt="watch") as client:
+        await client.post("/v1/adapters/tone/visibility", json={"visibility": "shared"})
+        acme = await issued(client, "acme")
+        assert (await acme.post("/v1/adapters", **upload(make_adapter(5), name="watch"))).status_code == 201
+        backend.bodies.clear()
+        assert (await chat(acme, "a knife")).status_code == 400
+        assert backend.bodies[0]["model"].startswith("watch@")
+        first = backend.bodies[0]["cache_salt"]
+        assert (await chat(client, "a knife")).status_code == 400
+        assert backend.bodies[1]["cache_salt"] != first, "tenants share no part of the prefix cache"
+
+
+async def test_a_batch_goes_no_way_around_a_guard(guarding, backend):
+    async with guarding(prompt="watch", answer="watch") as client:
+        rows = [
+            {"custom_id": text, "method": "POST", "url": "/v1/completions", "body": {"model": "tone", "prompt": text}}
+            for text in ("a knife", "hello")
+        ]
+        form = {"data": {"purpose": "batch"}, "files": {"file": "\n".join(map(json.dumps, rows)).encode()}}
+        file = (await client.post("/v1/files", **form)).json()["id"]
+        asked = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+        id = (await client.post("/v1/batches", json=asked)).json()["id"]
+        rows = client._transport.app.state.parts.batches.rows
+        assert await settled(lambda: rows.get("default", id).status == "completed", 10)
+        batch = (await client.get(f"/v1/batches/{id}")).json()
+        error = (await client.get(f"/v1/files/{batch['error_file_id']}/content")).json()
+        assert error["custom_id"] == "a knife"
+        assert error["response"]["body"]["error"]["code"] == "content_policy_violation"
+        assert (await client.get(f"/v1/files/{batch['output_file_id']}/content")).json()["custom_id"] == "hello"
+
+
+def test_a_policy_names_its_guards():
+    every, tone = parse({"*": {"guard": {"prompt": "watch"}}, "tone": {"guard": {"answer": "watch", "action": "flag"}}})
+    assert (every.guard, tone.guard) == (Guard("watch"), Guard("", "watch", "flag"))
+    assert parse({})[0].guard == Guard() and not Guard()
+    for wrong in ({"prompt": 3}, {"action": "shout"}, {"other": "x"}, "watch"):
+        with pytest.raises(ConfigError, match="guard"):
+            parse({"tone": {"guard": wrong}})
