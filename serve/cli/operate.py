@@ -12,6 +12,10 @@ import typer
 from serve.cli.terminal import URL, Key, Url, example, table
 from serve.config import load
 from serve.errors import ConfigError
+from serve.names import shown
+
+# Lines of a batch that failed and are told on the terminal.
+SHOWN_FAILURES = 20
 
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="As `loradock serve` takes it.", show_default=False)]
 
@@ -93,14 +97,15 @@ def restore(
 def batch(
     file: Annotated[Path, typer.Argument(metavar="INPUT", help="OpenAI's batch format: a JSON object a line.")],
     out: Annotated[Path, typer.Option("--out", help="Where the answers go; requests answered there are skipped.")],
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once, where the server has no /v1/batches.")] = 8,
     url: Url = URL,
     key: Key = None,
 ) -> None:
     """Answer a file of requests after all other requests; run again, it continues where it stopped."""
     from rich.progress import Progress
 
-    from serve.client.batch import answered, read, run
+    from serve.client.batch import answered, failures, read
+    from serve.client.server_batch import answer
 
     jobs = read(file)
     done = answered(out)
@@ -108,8 +113,13 @@ def batch(
     with Progress(disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(file.name, total=len(jobs), completed=len(jobs) - len(left))
         failed = asyncio.run(
-            run(left, out, url=url, key=key, concurrency=concurrency, progress=lambda _: bar.advance(task))
+            answer(left, out, url=url, key=key, concurrency=concurrency, progress=lambda _: bar.advance(task))
         )
+    reasons = list(failures(out, left))
+    for id, reason in reasons[:SHOWN_FAILURES]:
+        typer.echo(f"{shown(id, 60)}: {shown(reason, 300)}", err=True)
+    if len(reasons) > SHOWN_FAILURES:
+        typer.echo(f"... and {len(reasons) - SHOWN_FAILURES} more: {out} has their lines", err=True)
     typer.echo(f"{out}: {len(left) - failed} answered, {failed} failed, {len(jobs) - len(left)} were there already")
     raise typer.Exit(1 if failed else 0)
 

@@ -1,5 +1,7 @@
 """OpenAI's batch file format against a running server, behind everybody who waits for an answer.
 
+A server with batches of its own gets the whole file (serve.client.server_batch); one without is asked line by line.
+
 One JSON object a line: {"custom_id", "method": "POST", "url": "/v1/chat/completions", "body"}. Each gets a line in the
 output, in the order in which they were answered; a run that was broken off goes on where it was.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,32 @@ def answered(file: Path) -> set[str]:
     return done
 
 
+def failures(file: Path, jobs: Iterable[Job]) -> Iterator[tuple[str, str]]:
+    """The jobs that an output file has no good answer to: custom_id and why."""
+    reasons: dict[str, str] = {}
+    for line in _lines(file) if file.exists() else ():
+        try:
+            row = json.loads(line)
+            reasons[row["custom_id"]] = _reason(row)
+        except (ValueError, KeyError, TypeError):
+            continue
+    for job in jobs:
+        if reason := reasons.get(job.id, "it was not answered"):
+            yield job.id, reason
+
+
+def _reason(row: dict[str, Any]) -> str:
+    """Why a line of output is no answer; "" for one that is."""
+    response = row["response"]
+    if response is None:
+        return str(row["error"]["message"])
+    if response["status_code"] == 200:
+        return ""
+    body = response["body"]
+    message = body["error"]["message"] if isinstance(body, dict) and "error" in body else body
+    return f"{response['status_code']} {message}"
+
+
 async def run(
     jobs: list[Job],
     out: Path,
@@ -70,18 +98,12 @@ async def run(
     progress: Callable[[bool], None] = lambda well: None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> int:
-    """Answer the jobs into `out`; how many failed."""
+    """Answer the jobs into `out`, one request each; how many failed."""
     failed = 0
     turns = asyncio.Semaphore(concurrency)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=concurrency)
-    whole = not out.exists() or out.read_bytes()[-1:] in (b"", b"\n")
-    async with httpx.AsyncClient(
-        base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=None, limits=limits, transport=transport
-    ) as http:
+    end_line(out)
+    async with client_of(url, key, concurrency, transport) as http:
         with out.open("a") as file:
-            if not whole:
-                file.write("\n")
 
             async def answer(job: Job) -> None:
                 nonlocal failed
@@ -97,6 +119,26 @@ async def run(
                 for job in jobs:
                     tasks.create_task(answer(job))
     return failed
+
+
+def end_line(out: Path) -> None:
+    """The next line of an output begins on a line of its own, also after one that was broken off."""
+    if out.exists() and out.read_bytes()[-1:] not in (b"", b"\n"):
+        with out.open("a") as file:
+            file.write("\n")
+
+
+def client_of(
+    url: str, key: str | None, connections: int = 4, transport: httpx.AsyncBaseTransport | None = None
+) -> httpx.AsyncClient:
+    """A client of the server at this URL, with or without /v1."""
+    return httpx.AsyncClient(
+        base_url=url.rstrip("/").removesuffix("/v1"),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=None,
+        limits=httpx.Limits(max_connections=connections),
+        transport=transport,
+    )
 
 
 async def _ask(http: httpx.AsyncClient, job: Job) -> dict[str, Any]:
@@ -150,4 +192,5 @@ def _lines(file: Path) -> Iterator[str]:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    return (line for line in text.splitlines() if line.strip())
+    # Not `splitlines`, which takes characters that JSON holds as they are (U+2028) for the end of a line.
+    return (line for line in text.split("\n") if line.strip())

@@ -1,0 +1,112 @@
+"""The command's file is a batch of the server's, which another run finds again; a server without batches is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from dataclasses import replace
+
+import httpx
+import pytest
+
+from serve.client import server_batch
+from serve.client.batch import answered, failures, read
+from serve.client.server_batch import answer
+from serve.errors import ConfigError
+from tests.support.app import settled
+
+
+def line(id, model="base", url="/v1/chat/completions"):
+    return json.dumps({"custom_id": id, "method": "POST", "url": url, "body": {"model": model, "messages": []}})
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(server_batch, "POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    file = tmp_path / "in.jsonl"
+    urls = ("/v1/chat/completions", "/v1/completions")
+    rows = [line(f"q{number}", url=urls[number % 2]) for number in range(8)]
+    file.write_text("\n".join([*rows, line("bad", "nobody"), ""]))
+    return read(file)
+
+
+def asking(client, jobs, out, **more):
+    return answer(jobs, out, url="http://localhost/v1", key=None, concurrency=2, transport=client._transport, **more)
+
+
+async def test_a_file_is_answered_by_the_server_one_batch_for_each_url(client, backend, jobs, tmp_path):
+    out, seen = tmp_path / "out.jsonl", []
+    assert await asking(client, jobs, out, progress=seen.append) == 1
+    assert answered(out) == {f"q{number}" for number in range(8)} and len(seen) == 9
+    assert list(failures(out, jobs)) == [
+        ("bad", "404 The model `nobody` does not exist: GET /v1/models lists those that do.")
+    ]
+    batches = (await client.get("/v1/batches")).json()["data"]
+    assert sorted(batch["endpoint"] for batch in batches) == ["/v1/chat/completions", "/v1/completions"]
+    assert (await client.get("/v1/files")).json()["data"] == [], "what was fetched is deleted"
+
+
+async def test_what_failed_is_asked_again_by_another_run(client, backend, jobs, tmp_path):
+    out = tmp_path / "out.jsonl"
+    bad = [job for job in jobs if job.id == "bad"]
+    for run in (1, 2):
+        assert await asking(client, bad, out) == 1
+        assert len((await client.get("/v1/batches")).json()["data"]) == run
+
+
+async def test_a_run_that_was_broken_off_finds_its_batch_again(client, backend, jobs, tmp_path):
+    out, jobs = tmp_path / "out.jsonl", [job for job in jobs if job.url == "/v1/chat/completions"]
+    out.write_text('{"custom_id": "torn", "respon')
+    first = asyncio.create_task(asking(client, jobs, out))
+    schedule = client._transport.app.state.parts.batches
+    assert await settled(lambda: schedule.schedule._working)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert await asking(client, jobs, out) == 1
+    assert len((await client.get("/v1/batches")).json()["data"]) == 1
+    rows = out.read_text().split("\n")
+    assert rows[0].startswith('{"custom_id": "torn"') and len([row for row in rows[1:] if row]) == len(jobs)
+
+
+async def test_a_server_without_batches_is_asked_line_by_line(client, backend, jobs, tmp_path):
+    class Without(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request):
+            if request.url.path.startswith(("/v1/batches", "/v1/files")):
+                return httpx.Response(404, json={"error": {"message": "no"}}, request=request)
+            return await client._transport.handle_async_request(request)
+
+    out = tmp_path / "out.jsonl"
+    failed = await answer(jobs, out, url="http://localhost", key=None, concurrency=2, transport=Without())
+    assert failed == 1 and len(answered(out)) == 8
+    assert [id for id, _ in failures(out, jobs)] == ["bad"]
+
+
+async def test_a_server_that_refuses_says_why(connect, config, backend, jobs, tmp_path):
+    async with connect(replace(config, batch_lines=2)) as client:
+        with pytest.raises(ConfigError, match=re.escape("the server does not take the requests: the file has more")):
+            await asking(client, jobs, tmp_path / "out.jsonl")
+
+
+async def test_a_wrong_key_is_told_in_the_servers_words(operator, jobs, tmp_path):
+    with pytest.raises(ConfigError, match="401"):
+        await asking(operator, jobs, tmp_path / "out.jsonl")
+
+
+def test_a_long_file_becomes_several_batches(jobs, monkeypatch):
+    monkeypatch.setattr(server_batch, "MAX_LINES", 3)
+    assert [len(part) for part in server_batch._parts(jobs)] == [3, 2, 3, 1]
+    monkeypatch.setattr(server_batch, "MAX_BYTES", 10)
+    assert [len(part) for part in server_batch._parts(jobs)] == [1] * 9
+
+
+def test_characters_that_python_takes_for_the_end_of_a_line_are_none(tmp_path):
+    file = tmp_path / "in.jsonl"
+    text = json.dumps({"custom_id": "a\u2028b", "url": "/v1/completions", "body": {}}, ensure_ascii=False)
+    file.write_text(text + "\n")
+    (job,) = read(file)
+    assert job.id == "a\u2028b"
