@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -45,6 +45,9 @@ hostile: setup-dev ## 90 kinds of hostile requests, 10 s each, beside a victim a
 
 neighbours: setup-dev ## database, object store, hub and disk slow, refusing, cut in half, one and two servers: rollback in seconds; 6 minutes
 	@$(BIN)/python -m tests.campaigns.neighbours $(ARGS)
+
+batches: setup-dev ## a batch of 1,000 lines survives a kill of engine and server, none twice, none lost; what clients notice; 25 minutes
+	@$(BIN)/python -m tests.campaigns.batches $(ARGS)
 
 recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start; some minutes
 	@$(BIN)/python -m tests.campaigns.recovery $(ARGS)
