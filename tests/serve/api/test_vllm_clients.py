@@ -149,6 +149,7 @@ async def test_a_trainer_loads_one_name_in_place_after_each_step(vllm, backend, 
 def test_trls_own_client_loads_and_unloads(config, backend, make_adapter, tmp_path):
     """TRL's own code, where it is installed: what the sequence above was taken from."""
     theirs = pytest.importorskip("trl.experimental.async_grpo.vllm_client")
+    pytest.importorskip("accelerate").PartialState()  # its logger asks for it
     with Served(replace(config, source_roots=(str(tmp_path),)), backend, "none") as served:
         client = theirs.VLLMClient(served.url, server_timeout=5)
         client.wait_for_server_ready()
