@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -48,6 +48,9 @@ neighbours: setup-dev ## database, object store, hub and disk slow, refusing, cu
 
 batches: setup-dev ## a batch of 1,000 lines survives a kill of engine and server, none twice, none lost; what clients notice; 25 minutes
 	@$(BIN)/python -m tests.campaigns.batches $(ARGS)
+
+tracing-cost: setup-dev ## what OpenTelemetry's traces cost a server under 16 streams, on and off in turn; some minutes
+	@$(BIN)/python -m tests.campaigns.tracing_cost $(ARGS)
 
 recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start; some minutes
 	@$(BIN)/python -m tests.campaigns.recovery $(ARGS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from serve.adapters.adapter import Limits
 from serve.config import Config
 from serve.drift.watched_version import DriftSettings
 from serve.engine.engine import Backend
+from serve.telemetry.tracing import Tracing, open_tracing
 
 
 def drift_settings(config: Config) -> DriftSettings:
@@ -31,4 +33,15 @@ def upload_limits(config: Config, backend: Backend) -> Limits:
         allowed_target_modules=frozenset(config.allowed_target_modules) or None,
         allowed_licenses=frozenset(license.lower() for license in config.allowed_licenses) or None,
         allowed_digests=frozenset(config.allowed_digests) or None,
+    )
+
+
+def tracing(config: Config, instance: str, label: Callable[[str, str], tuple[str, str]]) -> Tracing | None:
+    """None unless OpenTelemetry's variables ask for it."""
+    return open_tracing(
+        config.otel,
+        tenant=config.otel_tenant,
+        instance=instance,
+        label=label,
+        engine_traces=any(base.engine.get("otlp_traces_endpoint") for base in config.bases),
     )

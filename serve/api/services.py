@@ -6,8 +6,9 @@ import asyncio
 import dataclasses
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
 
 from serve import __version__
 from serve.adapters.registry import Registry
@@ -15,7 +16,7 @@ from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
 from serve.api.background_tasks import BackgroundTasks
 from serve.api.on_behalf import on_behalf
-from serve.api.part_settings import drift_settings, upload_limits
+from serve.api.part_settings import drift_settings, tracing, upload_limits
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.asgi.inbox import Inbox
@@ -129,6 +130,7 @@ class Services:
         self._webhooks = Webhooks(
             config.data_dir / "webhooks", config.webhooks, config.webhook_secret, private=config.webhook_private
         )
+        self.tracing = tracing(config, me.id, self.monitor.label)
         rollback = AutomaticRollback(
             self.lifecycle,
             self.registry,
@@ -156,6 +158,7 @@ class Services:
             label=self.monitor.label,
             me=me.id,
             interval=config.golden_interval,
+            scored=self.tracing.scored if self.tracing else None,
         )
         self.canary_monitor = _canary_monitor(
             config, self.registry, self.golden.verdicts.alpha, self._verdicts.put, self.monitor.label
@@ -168,7 +171,7 @@ class Services:
             self.canary_monitor,
             config.policies,
             self.monitor.swapped,
-            self._webhooks.send,
+            self._notify,
         )
         alarmed = self.rollout_controller.alarmed
         self.drift_monitor = DriftMonitor(
@@ -215,6 +218,7 @@ class Services:
             self._webhooks,
             self._data_quality,
             EngineBusy(self.fleet),
+            *([self.tracing] if self.tracing else []),
         ):
             self.monitor.watch(collector)
 
@@ -222,7 +226,7 @@ class Services:
         captured = [self._capture_worker.offer] if config.capture_text else []
         looks = [self.monitor.take, self._count_usage, self.feedback.remember, self.exchange_worker.offer]
         looks += [self.quality_worker.offer] if config.data_quality else []
-        looks += [*captured, self.recent.take]
+        looks += [*captured, self.recent.take, *([self.tracing.take] if self.tracing else [])]
         exchanges = ExchangeObservers([*looks, *observers], self.monitor.tap_took)
         self.meters = Meters()
         self._shadows = Shadows(
@@ -233,6 +237,7 @@ class Services:
             limit=config.max_shadows,
             agreement=self.shadow_agreement,
             grade=self.golden.grade_shadow,
+            tracer=self.tracing,
         )
         self.batches, self.moderator, self._guards = on_behalf(self, self._router, self._count_usage, me.id)
         self.inference = Inference(
@@ -248,6 +253,7 @@ class Services:
             bounds=RequestBounds(config.max_sequences, config.max_prompt_logprobs, config.max_batch),
             doubted=self.doubted,
             guards=self._guards,
+            traced=self.tracing.begin if self.tracing else None,
         )
 
     def doubted(self, error: LoradockError) -> LoradockError:
@@ -274,6 +280,9 @@ class Services:
                 closing.push_async_callback(self._guards.close)
             # It deletes old files also where nothing is captured any more.
             await asyncio.to_thread(self._capture_worker.start)
+            if self.tracing:
+                closing.push_async_callback(asyncio.to_thread, self.tracing.stop)
+                self.tracing.start()
             if self.config.data_quality:
                 closing.push_async_callback(asyncio.to_thread, self.quality_worker.stop)
                 await asyncio.to_thread(self.quality_worker.start)
@@ -349,6 +358,12 @@ class Services:
     def _exists(self, name: str) -> bool:
         """It is an adapter's full name, or a base's."""
         return name in self.registry or name in self.fleet
+
+    def _notify(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Tell webhooks and the collector what happened. Blocks."""
+        self._webhooks.send(kind, data)
+        if self.tracing:
+            self.tracing.happened(kind, data)
 
     def _count_usage(self, exchange: Exchange) -> None:
         if exchange.generations:

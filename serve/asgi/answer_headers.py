@@ -1,14 +1,17 @@
-"""Headers of ours on every answer: the request's id, and which version of an adapter gave it."""
+"""Headers of ours on every answer: the request's id, which version of an adapter gave it, and its span."""
 
 from __future__ import annotations
 
 from starlette.types import Message
 
+from serve.asgi.trace_context import RequestTrace
 from serve.names import short_name
 
 REQUEST_ID = b"x-request-id"
 # NAME@vN: what a trainer needs to know of an answer, and a model's name for the next request.
 VERSION = "x-loradock-version"
+# As W3C's Trace Context Level 2 has it.
+SPAN = b"traceresponse"
 
 
 def version_tag(full: str, version: int | str, tenant: str) -> str:
@@ -16,11 +19,13 @@ def version_tag(full: str, version: int | str, tenant: str) -> str:
     return f"{short_name(full, tenant)}@v{str(version).removeprefix('v')}"
 
 
-def labelled(start: Message, request_id: str, version: str) -> Message:
-    """The start of an answer with these two, if they are not empty; an id that it has already stays."""
+def labelled(start: Message, request_id: str, version: str, trace: RequestTrace | None = None) -> Message:
+    """The start of an answer with these, where they are not empty; an id that it has already stays."""
     own = []
     if request_id and not any(name == REQUEST_ID for name, _ in start["headers"]):
         own.append((REQUEST_ID, request_id.encode()))
     if version:
         own.append((VERSION.encode(), version.encode()))
+    if trace and trace.sampled:
+        own.append((SPAN, trace.header.encode()))
     return {**start, "headers": [*start["headers"], *own]} if own else start

@@ -22,6 +22,7 @@ from starlette.types import Message, Scope, Send
 
 from serve.asgi.answer_headers import labelled, version_tag
 from serve.asgi.fast_stream import FastStream
+from serve.asgi.trace_context import RequestTrace
 from serve.errors import ClientLeft, DeadlineExceeded, EngineUnavailable, LoradockError, Overloaded
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,6 @@ QUESTION_BYTES = 256 << 10
 # vLLM's words where a prompt is longer than the model's context.
 _OVER_CONTEXT = re.compile(rb"maximum (context|model) length")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
-# W3C Trace Context: version, trace id, parent id, flags; a trace id of zeros is none.
-_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
 def identified(scope: Scope) -> tuple[Scope, str]:
@@ -46,15 +45,6 @@ def identified(scope: Scope) -> tuple[Scope, str]:
     made = uuid.uuid4().hex
     rest = [header for header in scope["headers"] if header[0] != b"x-request-id"]
     return {**scope, "headers": [*rest, (b"x-request-id", made.encode())]}, made
-
-
-def trace_of(scope: Scope) -> str:
-    """The trace that the client's `traceparent` header says it belongs to (https://www.w3.org/TR/trace-context), or
-    ""."""
-    for name, value in scope["headers"]:
-        if name == b"traceparent" and (match := _TRACEPARENT.fullmatch(value)):
-            return match[1].decode()
-    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +132,8 @@ class Routed(Protocol):
     def draw(self) -> bytes | None: ...
     @property
     def load_seconds(self) -> float: ...
+    @property
+    def role(self) -> str: ...
 
 
 @dataclass(slots=True)
@@ -191,7 +183,7 @@ class Exchange:
     generations: tuple[Generation, ...] = ()
     # A canary or the live version took it because it is one: the request named neither by number.
     dealt: bool = False
-    # Of the client's trace, if it said one.
+    # Of the trace that the request belongs to, if it is known.
     trace_id: str = ""
     # The request's body, if it is short, its bytes, and whether the context has no room for the request's prompt.
     question: Mapping[str, Any] | None = None
@@ -202,6 +194,8 @@ class Exchange:
     draw: bytes | None = None
     seat_wait: float | None = None
     failure: Failure | None = None
+    # None while nothing is traced.
+    trace: RequestTrace | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -300,12 +294,13 @@ class Tap:
         "request_id",
         "status",
         "tenant",
+        "trace",
         "trace_id",
         "version",
         "watch",
     )
 
-    def __init__(self, send: Send, request_id: str = "", trace_id: str = "") -> None:
+    def __init__(self, send: Send, request_id: str = "", trace_id: str = "", trace: RequestTrace | None = None) -> None:
         self._send = send
         self._started = time.perf_counter()
         self._first: float | None = None
@@ -315,7 +310,7 @@ class Tap:
         self._error: LoradockError | None = None
         self.began = time.time()
         self.request_id = request_id
-        self.trace_id = trace_id
+        self.trace_id, self.trace = trace_id, trace
         self.adapter = "other"
         self.version = ""
         self.id = ""
@@ -340,7 +335,7 @@ class Tap:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             version = version_tag(self.adapter, self.version, self.tenant) if self.id else ""
-            message = labelled(message, self.request_id, version)
+            message = labelled(message, self.request_id, version, self.trace)
             self.events = any(
                 name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
             )
@@ -354,6 +349,8 @@ class Tap:
         if nbytes <= QUESTION_BYTES:
             self.question, self.question_bytes = question, nbytes
         self.watch.tools = bool(question.get("tools"))
+        if self.trace:
+            self.trace.asked(question.get("model"), question.get("stream"))
 
     def queued(self, tenant: str) -> None:
         """The request has been read, and waits for its turn."""
@@ -369,6 +366,8 @@ class Tap:
         self.adapter, self.version = route.adapter, route.version
         self.id = "" if route.version == "base" else route.model
         self.tenant, self.asker, self.dealt, self.draw = tenant, route.asker, route.dealt, route.draw
+        if self.trace:
+            self.trace.role, self.trace.load_seconds = route.role, route.load_seconds
 
     def failed(self, error: LoradockError) -> None:
         """Say why there is no answer, or no more of it."""
@@ -398,6 +397,8 @@ class Tap:
             first: float | None = min(max(token - self.began, 0.0), total)
         else:
             first = None if self._first is None else self._first - self._started
+        if self.trace and self._queued is not None:
+            self.trace.queued = self._queued - self._started
         return Exchange(
             self.adapter,
             self.version,
@@ -419,6 +420,7 @@ class Tap:
             self.draw,
             seat_wait=self._seat_wait(total),
             failure=self._failure(generations),
+            trace=self.trace,
         )
 
     def _seat_wait(self, total: float) -> float | None:

@@ -15,6 +15,7 @@ from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.rollout.policy import DEFAULT_POLICIES, Policy
 from serve.telemetry.prices import Price
 from serve.telemetry.slo import DEFAULT_SLOS, Slo
+from serve.telemetry.tracing_settings import TracingSettings
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="0 to 65535")]
 Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="seconds from 0 up")]
@@ -166,9 +167,14 @@ class Config:
     max_replicas: int = _setting(0, "with ray: most replicas under load (0: no more than replicas)")
     target_queue: float = _setting(16.0, "with ray: requests per replica, running and waiting, that scaling aims at")
     target_first_token: float = _setting(0.0, "with ray: seconds to the first token above which one is added (0: any)")
+    otel_tenant: Literal["name", "hash", "none"] = _setting(
+        "name", "how OpenTelemetry's spans name tenants: name, hash, or none (docs/tracing.md)"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "debug, info, warning or error")
     engine: Mapping[str, Any] = _engine()
     engines: tuple[Base, ...] = ()
+    # From OpenTelemetry's own variables.
+    otel: TracingSettings = TracingSettings()
 
     @property
     def open(self) -> bool:

@@ -16,6 +16,7 @@ from serve.config.engine_options import REFUSED, engine_options, is_switch
 from serve.config.settings import SETTINGS, Base, Config
 from serve.config.values import converted
 from serve.errors import ConfigError
+from serve.telemetry.tracing_settings import TracingSettings
 
 PREFIX = "LORADOCK_"
 
@@ -31,7 +32,8 @@ def load(arguments: Iterable[str] = (), environ: Mapping[str, str] = os.environ)
     ours = {name: converted(name, SETTINGS[name].kind, value) for name, value in values.items() if name in SETTINGS}
     # The rest is the engine's, as it came.
     rest = {name: value for name, value in values.items() if name not in SETTINGS and name != "config"}
-    return checked(Config(**ours, engine=MappingProxyType(rest), engines=engines))
+    otel = TracingSettings.of(environ)
+    return checked(Config(**ours, engine=MappingProxyType(rest), engines=engines, otel=otel))
 
 
 def _known() -> set[str]:

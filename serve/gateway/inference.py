@@ -18,10 +18,11 @@ from starlette.types import Receive, Scope, Send
 from serve.asgi.cancellation import CancellableCall, Deadline, cancelled_on_disconnect
 from serve.asgi.connection import has_left, recognise
 from serve.asgi.error_response import HonestStatus, send_error
-from serve.asgi.exchange import Exchange, Tap, identified, trace_of
+from serve.asgi.exchange import Exchange, Tap, identified
 from serve.asgi.fast_stream import FastStream
 from serve.asgi.internal_client import RecordedAnswer
 from serve.asgi.pacing import PacedConnection
+from serve.asgi.trace_context import RequestTrace, trace_of
 from serve.auth.auth import Auth, Caller
 from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
@@ -63,7 +64,8 @@ class Inference:
 
     `take` gets an Exchange of each request when it has ended. `fresh` returns once this server sees every change that
     other servers of its registry made before; while it cannot, `doubted` gives what to answer in place of an error.
-    `media` says that images or sound may come with a request, `bounds` how much one request may ask for.
+    `media` says that images or sound may come with a request, `bounds` how much one request may ask for. `traced`
+    begins the trace of a request; None where nothing is traced.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Inference:
         bounds: RequestBounds | None = None,
         doubted: Callable[[LoradockError], LoradockError] = lambda error: error,
         guards: Guards | None = None,
+        traced: Callable[[Scope], RequestTrace] | None = None,
     ) -> None:
         self._guards = guards
+        self._traced = traced
         self._bounds = bounds or RequestBounds()
         self._media = media
         self._client_timeout = client_timeout
@@ -100,7 +104,9 @@ class Inference:
             return
         scope, request_id = identified(scope)
         connection = PacedConnection(scope, receive, send, self._client_timeout)
-        tap = Tap(connection.send, request_id, trace_of(scope))
+        trace = self._traced(scope) if self._traced else None
+        trace_id = trace.trace_id if trace and trace.sampled else trace_of(scope)
+        tap = Tap(connection.send, request_id, trace_id, trace)
         try:
             async with Deadline(requested_timeout(Headers(scope=scope))) as deadline:
                 await self._answer(scope, connection, tap, deadline)
@@ -167,6 +173,8 @@ class Inference:
             fields: Mapping[str, Any] = {}
             receive, send = answering.receive, answering.send
             scope = for_engine(scope, route)
+            if tap.trace:
+                scope = tap.trace.forwarded(scope)
             if request:
                 fields = request.rewritten(scope["path"], route, caller.tenant)
                 if scope["path"] == RESPONSES:
@@ -182,7 +190,8 @@ class Inference:
         if recorded and route.shadow and self._shadows:
             # As the engine got it, so within the caller's tenant; and on nobody's key.
             live, path = int(route.version[1:]), scope["path"]
-            self._shadows.offer(route.shadow, live, path, fields, recorded, answering.seats, tap.watch)
+            seats = answering.seats
+            self._shadows.offer(route.shadow, live, path, fields, recorded, seats, tap.watch, tap.trace)
 
     @asynccontextmanager
     async def _leased(self, answering: _Answering) -> AsyncIterator[Route]:

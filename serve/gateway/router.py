@@ -47,6 +47,8 @@ class Route:
     who: Asker = Asker(None)
     # From its seat until its adapter was in the engine.
     load_seconds: float = 0.0
+    # How the version was chosen: live, canary, pinned (asked for by number), or base.
+    role: str = ""
 
     @property
     def app(self) -> ASGIApp:
@@ -106,7 +108,7 @@ class Router:
                 addressed(*_labels(self.resolve(model, caller), supervisor))
                 await supervisor.available()
             # No await between the look-up and the lease, or a swap could come between.
-            adapter = self.resolve(model, caller)
+            adapter = live = self.resolve(model, caller)
             shadow, draw = None, None
             dealt = adapter is not None and model is not None and "@" not in model
             if adapter and dealt:  # a version that was asked for by number is never dealt away
@@ -142,6 +144,7 @@ class Router:
                 draw,
                 asker,
                 lease.load_seconds,
+                _role(adapter, live if dealt else None),
             )
 
     def _path(self, engine: Engine, adapter: Adapter) -> Path:
@@ -209,6 +212,15 @@ class Router:
 def _labels(adapter: Adapter | None, supervisor: Supervisor) -> tuple[str, str]:
     """How metrics name who answers."""
     return (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
+
+
+def _role(adapter: Adapter | None, live: Adapter | None) -> str:
+    """How traces name the choice: `live` is the version that has the name, None if a number was asked for."""
+    if adapter is None:
+        return "base"
+    if live is None:
+        return "pinned"
+    return "live" if adapter is live else "canary"
 
 
 def sees(registry: Registry, caller: Caller, full: str) -> bool:

@@ -14,7 +14,7 @@ from serve.engine.fleet import Fleet
 from serve.rollout.canary import CanaryVerdict
 from serve.rollout.golden_results import GoldenResults
 from serve.rollout.golden_runner import GoldenRunner
-from serve.rollout.golden_schedule import GoldenRuns, charge_nobody
+from serve.rollout.golden_schedule import GoldenRuns, Scored, charge_nobody
 from serve.rollout.golden_set import GoldenSet, asked
 from serve.rollout.golden_store import GoldenStore
 from serve.rollout.golden_verdicts import GoldenVerdicts
@@ -43,6 +43,7 @@ class Golden:
         label: Callable[[str, str], tuple[str, str]],
         me: str,
         interval: float,
+        scored: Scored | None = None,
     ) -> None:
         self.resolve = resolve
         self._store = GoldenStore(registry)
@@ -51,7 +52,15 @@ class Golden:
         self._runner = GoldenRunner(fleet, store, resolve)
         self._lots = random.Random()
         self.runs = GoldenRuns(
-            self._store, self.results, self._runner, self.verdicts, registry, fleet, me=me, interval=interval
+            self._store,
+            self.results,
+            self._runner,
+            self.verdicts,
+            registry,
+            fleet,
+            me=me,
+            interval=interval,
+            scored=scored,
         )
 
     def put(self, name: str, golden: GoldenSet, by: str, live: Adapter | None) -> list[str]:

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.registry import Registry
@@ -58,8 +59,14 @@ class _Request:
     charge: Charge = field(repr=False)
 
 
+Scored: TypeAlias = Callable[[str, str, float | None, int, bool], None]
+
+
 class GoldenRuns:
-    """For one event loop. `me` is this server's name; `interval` in seconds, 0 for none."""
+    """For one event loop. `me` is this server's name; `interval` in seconds, 0 for none.
+
+    `scored(adapter, version, score, cases, complete)` hears of every run that has ended.
+    """
 
     def __init__(
         self,
@@ -72,8 +79,10 @@ class GoldenRuns:
         *,
         me: str,
         interval: float,
+        scored: Scored | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._scored = scored
         self._store, self._results, self._runner, self._verdicts = store, results, runner, verdicts
         self._registry, self._fleet = registry, fleet
         self._me, self._interval, self._clock = me, interval, clock
@@ -225,6 +234,9 @@ class GoldenRuns:
         await asyncio.to_thread(
             self._store.add_run, adapter, golden.digest, run.reason, run.began, run.asked, summary.estimate
         )
+        if self._scored:
+            score, cases = summary.estimate.score, summary.estimate.cases
+            self._scored(adapter.name, f"v{adapter.version}", score, cases, summary.complete)
         live, share = self._registry.live(adapter.name), self._registry.canary(adapter.name)
         serving = [version.digest for version in (adapter, live, share.adapter if share else None) if version]
         await asyncio.to_thread(self._store.prune, adapter.name, serving)

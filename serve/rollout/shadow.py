@@ -12,12 +12,15 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
+
+from starlette.types import Message
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.store import Store
-from serve.asgi.exchange import Watch
+from serve.asgi.exchange import Exchange, Tap, Watch
 from serve.asgi.internal_client import RecordedAnswer, post
+from serve.asgi.trace_context import RequestTrace
 from serve.engine.engine import LOW_PRIORITY, Lease
 from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
@@ -32,6 +35,16 @@ SECONDS = 300.0
 
 # The grades of a client's answer and a shadow's, if somebody judges them.
 Grade: TypeAlias = Callable[[Adapter, Mapping[str, Any], tuple[str, str]], Awaitable[tuple[float, float] | None]]
+
+
+ROLE = "shadow"
+
+
+class Tracer(Protocol):
+    """Who makes spans of answers."""
+
+    def again(self, trace: RequestTrace | None, role: str) -> RequestTrace | None: ...
+    def take(self, exchange: Exchange) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,8 @@ class ShadowExchange:
 class Shadows:
     """At most `limit` answers at a time. `count(name, version, result)` counts; `on_shadow` gets the pairs.
 
-    `agreement` compares the two answers, in a thread; `grade` has a sample of them judged.
+    `agreement` compares the two answers, in a thread; `grade` has a sample of them judged. `tracer` makes a trace of
+    its own of each answer, linked to the client's.
     """
 
     def __init__(
@@ -69,7 +83,9 @@ class Shadows:
         limit: int = 2,
         agreement: ShadowAgreement | None = None,
         grade: Grade | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self._fleet = fleet
         self._store = store
         self._count = count
@@ -88,17 +104,19 @@ class Shadows:
         answer: RecordedAnswer,
         sequences: int = 1,
         watch: Watch | None = None,
+        trace: RequestTrace | None = None,
     ) -> None:
         """Have `candidate` answer too, if the real answer is whole and there is room; never waits, never raises.
 
-        `watch` has what the engine generated for the client.
+        `watch` has what the engine generated for the client, whose trace is `trace`.
         """
         if answer.status != 200 or answer.body is None or not PATHS.fullmatch(path) or fields.get("background"):
             return
         if len(self._running) >= self._limit:
             self._count(candidate.name, f"v{candidate.version}", "dropped")
             return
-        task = asyncio.create_task(self._run(candidate, live, path, fields, answer.body, sequences, watch))
+        seen = self._seen(candidate, trace)
+        task = asyncio.create_task(self._run(candidate, live, path, fields, answer.body, sequences, watch, seen))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -117,12 +135,16 @@ class Shadows:
         answer: bytes,
         sequences: int,
         watch: Watch | None,
+        seen: Tap,
     ) -> None:
-        result, own = "failed", Watch(background=True)
+        result, own = "failed", seen.watch
         try:
             began = time.perf_counter()
             async with asyncio.timeout(SECONDS):
-                unseen = await self._answer(candidate, path, fields, sequences, own)
+                unseen = await self._answer(candidate, path, fields, sequences, seen)
+            seen.status = unseen.status
+            if self._tracer:
+                seen.offer(self._tracer.take)
             seconds = time.perf_counter() - began
             result = "answered" if unseen.status == 200 else "failed"
             if unseen.status == 200 and watch:
@@ -148,6 +170,14 @@ class Shadows:
         finally:
             self._count(candidate.name, f"v{candidate.version}", result)
 
+    def _seen(self, candidate: Adapter, trace: RequestTrace | None) -> Tap:
+        """What keeps the times of a shadow's answer, and what the engine makes of it."""
+        seen = Tap(_to_nobody, trace=self._tracer.again(trace, ROLE) if self._tracer else None)
+        seen.watch.background = True
+        seen.queued(candidate.tenant)
+        seen.addressed(candidate.name, f"v{candidate.version}")
+        return seen
+
     async def _compare(
         self, candidate: Adapter, live: int, fields: Mapping[str, Any], watch: Watch, own: Watch
     ) -> None:
@@ -163,7 +193,7 @@ class Shadows:
         await asyncio.to_thread(self._agreement.compare, candidate.name, versions, fields, ours, theirs, grades)
 
     async def _answer(
-        self, candidate: Adapter, path: str, fields: Mapping[str, Any], sequences: int, watch: Watch
+        self, candidate: Adapter, path: str, fields: Mapping[str, Any], sequences: int, seen: Tap
     ) -> RecordedAnswer:
         supervisor = self._fleet.of(candidate.name)
         place = await self._store.bring(candidate.digest)
@@ -177,7 +207,27 @@ class Shadows:
             sequences=sequences,
             for_client=False,
         ) as lease:
-            return await post(engine, path, _unseen(fields, lease, path), limit=MAX_ANSWER, watch=watch)
+            answerer = _Answerer(lease.model, candidate.name, f"v{candidate.version}", lease.load_seconds)
+            seen.routed(answerer, candidate.tenant)
+            return await post(engine, path, _unseen(fields, lease, path), limit=MAX_ANSWER, watch=seen.watch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answerer:
+    """A shadow, as a tap takes whoever answers."""
+
+    model: str
+    adapter: str
+    version: str
+    load_seconds: float
+    role: str = ROLE
+    asker: bytes | None = None
+    draw: bytes | None = None
+    dealt: bool = False
+
+
+async def _to_nobody(message: Message) -> None:
+    """No client gets a shadow's answer."""
 
 
 def _unseen(fields: Mapping[str, Any], lease: Lease, path: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from serve.asgi.exchange import Exchange
+from serve.asgi.trace_context import RequestTrace
 from serve.errors import BadRequest, NotFound
 
 # The ids of answers have the request's in them.
@@ -32,6 +33,7 @@ class Answered:
     asker: bytes | None
     digest: bytes
     rating: float | None = None
+    trace: RequestTrace | None = None
 
 
 class Feedback:
@@ -49,7 +51,9 @@ class Feedback:
         # Only one rating of those who share a draw counts.
         asker = None if exchange.counted_as is None else _hashed(exchange.counted_as)
         answer = _digest(exchange.generations[0].text)
-        self._recent[key] = Answered(exchange.adapter, exchange.version, exchange.dealt, asker, answer)
+        self._recent[key] = Answered(
+            exchange.adapter, exchange.version, exchange.dealt, asker, answer, trace=exchange.trace
+        )
         self._recent.move_to_end(key)
         if len(self._recent) > self._memory:
             self._recent.popitem(last=False)

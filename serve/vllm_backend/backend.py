@@ -215,6 +215,9 @@ class VLLMBackend:
         structured_outputs.install()
         with own_series(self._collectors):
             os.environ[titles.ENGINE] = self.name  # its processes are named after it
+            if not self.args.otlp_traces_endpoint:
+                # They would trace how they load, each with an exporter of its own; this server has its own by now.
+                os.environ.pop("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", None)
             engine = Engine.from_engine_args(
                 engine_args,
                 usage_context=UsageContext.OPENAI_API_SERVER,

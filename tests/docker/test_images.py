@@ -46,11 +46,13 @@ def test_one_server_is_chosen_by_its_profile_and_the_rest_find_it_by_one_name(co
     assert {name: one["profiles"] for name, one in services.items() if "profiles" in one} == {
         "loradock-cpu": ["cpu"],
         "loradock-gpu": ["gpu"],
+        "jaeger": ["tracing"],
     }
     places = Places()
     for name in ("loradock-cpu", "loradock-gpu"):
         assert services[name]["networks"]["default"]["aliases"] == [places.server.partition(":")[0]]
-    assert {places.prometheus.partition(":")[0], places.alertmanager.partition(":")[0]} <= set(services)
+    others = (places.prometheus, places.alertmanager, places.jaeger)
+    assert {other.partition(":")[0] for other in others} <= set(services)
     assert services["loradock-gpu"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
 
 

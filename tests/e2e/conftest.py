@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.collector import Collector
 from tests.support.hub import Hub, running
 from tests.support.lora import WORDS, trained, variant
 from tests.support.server import KEYS, MAX_UPLOAD, SMALL, WATCHED, Server, eventually, tail
@@ -27,8 +28,17 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="session")
-def server(adapters: dict[str, Path], hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With keys, a small upload limit, and the real model."""
+def collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
+    """Where the server's traces go."""
+    with Collector(tmp_path_factory.mktemp("collector")) as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def server(
+    adapters: dict[str, Path], hub: Hub, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """With keys, a small upload limit, traces, and the real model."""
     folder = tmp_path_factory.mktemp("server")
     settings = (
         "--max-upload-bytes",
@@ -41,7 +51,12 @@ def server(adapters: dict[str, Path], hub: Hub, tmp_path_factory: pytest.TempPat
         *WATCHED,
         *SMALL,
     )
-    with Server(folder / "data", folder / "log", *settings, **KEYS, HF_ENDPOINT=hub.url) as server:
+    traces = {
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{collector.url}/v1/traces",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "500",
+    }
+    with Server(folder / "data", folder / "log", *settings, **KEYS, HF_ENDPOINT=hub.url, **traces) as server:
         yield server
 
 

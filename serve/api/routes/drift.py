@@ -165,7 +165,10 @@ async def rate(
     """A rating of an answer, by its id."""
     request.state.unaudited = True
     answered, rating = parts.feedback.join(caller.tenant, body.request_id, body.rating, body.answer)
-    parts.monitor.rated(answered.adapter, answered.version, "good" if rating >= GOOD else "bad")
+    label = "good" if rating >= GOOD else "bad"
+    parts.monitor.rated(answered.adapter, answered.version, label)
+    if parts.tracing:
+        parts.tracing.rated(answered.adapter, answered.version, rating, label, answered.trace)
     if answered.dealt:
         count = partial(parts.canary_monitor.rate, answered.adapter, answered.version, rating, answered.asker)
         parts.exchange_worker.submit(count)

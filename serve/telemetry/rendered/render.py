@@ -32,6 +32,8 @@ class Places:
     alertmanager: str = "alertmanager:9093"
     grafana: str = "localhost:3000"
     tls: bool = False
+    # Where Grafana reads traces.
+    jaeger: str = "jaeger:16686"
     # Where a trace is looked at, by its id; Jaeger's own page by default.
     traces: str = "http://localhost:16686/trace/{trace_id}"
 
@@ -48,6 +50,7 @@ def render(slos: Sequence[Slo], places: Places, receivers: Receivers = Receivers
         "alertmanager/alertmanager.yml": _yaml(_alertmanager(places, receivers)),
         "alertmanager/receivers-example.yml": _yaml(_alertmanager(places, EXAMPLE)),
         "provisioning/datasources/prometheus.yml": _yaml(_datasource(places)),
+        "provisioning/datasources/jaeger.yml": _yaml(_traces(places)),
         "provisioning/dashboards/loradock.yml": _yaml(_provider()),
     }
     boards = {f"dashboards/{board['uid']}.json": json.dumps(board, indent=1) + "\n" for board in dashboards(slos)}
@@ -168,6 +171,11 @@ def _datasource(places: Places) -> dict[str, Any]:
             }
         ],
     }
+
+
+def _traces(places: Places) -> dict[str, Any]:
+    source = {"name": "Jaeger", "uid": "jaeger", "type": "jaeger", "access": "proxy", "url": f"http://{places.jaeger}"}
+    return {"apiVersion": 1, "datasources": [source]}
 
 
 def _provider() -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_what_cannot_be_served_is_a_sentence(arguments, environ, says):
 
 def test_every_setting_explains_itself():
     listed = {setting.name: setting for setting in settings()}
-    ours = {field.name for field in fields(Config)} - {"engine", "engines"}
+    ours = {field.name for field in fields(Config)} - {"engine", "engines", "otel"}
     assert set(listed) == ours
     assert all(setting.help and setting.type for setting in settings())
     assert (listed["port"].type, listed["port"].default) == ("0 to 65535", 8000)

@@ -1,0 +1,223 @@
+"""The spans of one request, built from its Exchange when it has ended: request, queue, adapter load, engine.
+
+    chat tone                    the request (SERVER), with model, version, tokens, status
+      queue                      the wait for a seat
+      load adapter               until its adapter was in the engine, if it had to be loaded
+      engine                     from the seat to the last token
+        prefill                  from the prompt's turn in the engine to the first token
+        decode                   from the first token to the last
+
+Names and attributes follow the GenAI conventions, where they have one; the others begin with `loradock.`. No text of a
+request or an answer is in them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from serve.asgi.exchange import LEFT, Exchange
+from serve.asgi.trace_context import RequestTrace
+from serve.telemetry.tracing_names import TenantNames
+from serve.telemetry.tracing_sdk import PROVIDER, SCOPE
+
+# A load that took less was none: the adapter was there.
+LOADED_SECONDS = 0.001
+MAX_FINISH_REASONS = 16
+OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/chat/completions/batch": "chat",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
+    "/v1/completions": "text_completion",
+    "/inference/v1/generate": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
+SHADOW = "shadow"
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
+
+
+def operation(path: str) -> str:
+    """`gen_ai.operation.name` of a route: the conventions' word, or the route's own last one."""
+    return OPERATIONS.get(path) or path.rstrip("/").rpartition("/")[2].strip("{}") or "request"
+
+
+def error_type(exchange: Exchange) -> str | None:
+    """`error.type`: why it failed, or the status of what was refused; None if it was answered or its client left."""
+    if exchange.failure:
+        return exchange.failure.value
+    return str(exchange.status) if exchange.status >= 400 and exchange.status != LEFT else None
+
+
+class Spans:
+    def __init__(self, resource: Resource, names: TenantNames) -> None:
+        self._resource, self._names = resource, names
+
+    def of(self, exchange: Exchange) -> tuple[ReadableSpan, ...]:
+        """The request's own span first; nothing for a request that was not sampled."""
+        trace = exchange.trace
+        if trace is None or not trace.sampled:
+            return ()
+        return tuple(self._spans(exchange, trace))
+
+    def _spans(self, exchange: Exchange, trace: RequestTrace) -> Iterator[ReadableSpan]:
+        own = _context(trace, trace.span_id)
+        yield self._request(exchange, trace, own)
+        if exchange.version and trace.queued is not None:
+            seated = exchange.seated
+            loading = None if seated is None else seated - trace.load_seconds
+            yield self._part("queue", own, exchange, trace.queued, exchange.total if loading is None else loading)
+            if seated is not None:
+                if trace.load_seconds >= LOADED_SECONDS and exchange.id:
+                    yield self._part("load adapter", own, exchange, seated - trace.load_seconds, seated)
+                yield from self._engine(exchange, own, seated)
+
+    def _request(self, exchange: Exchange, trace: RequestTrace, own: SpanContext) -> ReadableSpan:
+        name, model = operation(trace.path), self._names.model
+        attributes = {
+            "gen_ai.operation.name": name,
+            "gen_ai.provider.name": PROVIDER,
+            **_http(exchange, trace),
+            **self._answerer(exchange),
+        }
+        attributes |= _known(
+            {
+                "gen_ai.request.model": model(trace.model),
+                "gen_ai.response.model": model(exchange.id or (exchange.adapter if exchange.generations else "")),
+                "gen_ai.request.stream": trace.streams,
+                "loradock.role": trace.role,
+                "loradock.request_id": exchange.request_id,
+                "loradock.tenant": self._names.tenant(exchange.tenant),
+                "error.type": error_type(exchange),
+            }
+        )
+        attributes |= _generated(exchange, trace)
+        parent = _context(trace, trace.parent_id, remote=True) if trace.parent_id else None
+        links = [Link(_context(trace.repeats, trace.repeats.span_id, remote=True))] if trace.repeats else []
+        return ReadableSpan(
+            # Names of spans are few: those of registered models, never what a client makes up.
+            f"{name} {model(exchange.adapter)}" if exchange.version else name,
+            own,
+            parent,
+            self._resource,
+            attributes,
+            links=links,
+            kind=SpanKind.INTERNAL if trace.role == SHADOW else SpanKind.SERVER,
+            status=_ERROR if exchange.failure or exchange.status >= 500 else _OK,
+            start_time=_nanoseconds(exchange, 0.0),
+            end_time=_nanoseconds(exchange, exchange.total),
+            instrumentation_scope=SCOPE,
+        )
+
+    def _engine(self, exchange: Exchange, own: SpanContext, seated: float) -> Iterator[ReadableSpan]:
+        tokens = _Tokens(exchange)
+        end = exchange.total if tokens.last is None else max(tokens.last, seated)
+        more = _known({"loradock.engine.queue_seconds": exchange.queue})
+        if exchange.engine_seconds:
+            more["loradock.engine.busy_seconds"] = round(exchange.engine_seconds, 6)
+        engine = self._part("engine", own, exchange, seated, end, more)
+        yield engine
+        inside = engine.get_span_context()
+        if tokens.first is None or tokens.last is None or inside is None:
+            return
+        if tokens.began is not None:
+            computed = {"loradock.prefill.computed_tokens": exchange.prompt_tokens - exchange.cached_tokens}
+            yield self._part("prefill", inside, exchange, max(tokens.began, seated), tokens.first, computed)
+        count = {"gen_ai.usage.output_tokens": exchange.generated_tokens}
+        yield self._part("decode", inside, exchange, tokens.first, tokens.last, count)
+
+    def _part(
+        self,
+        name: str,
+        parent: SpanContext,
+        exchange: Exchange,
+        start: float,
+        end: float,
+        more: dict[str, Any] | None = None,
+    ) -> ReadableSpan:
+        """A span inside the request. Times are seconds from its arrival."""
+        answerer = self._answerer(exchange)
+        return ReadableSpan(
+            name,
+            SpanContext(parent.trace_id, random.getrandbits(64) or 1, False, _SAMPLED, parent.trace_state),
+            parent,
+            self._resource,
+            answerer | more if more else answerer,
+            start_time=_nanoseconds(exchange, start),
+            end_time=_nanoseconds(exchange, max(start, end)),
+            instrumentation_scope=SCOPE,
+        )
+
+    def _answerer(self, exchange: Exchange) -> dict[str, Any]:
+        return {"loradock.adapter": self._names.model(exchange.adapter), "loradock.version": exchange.version}
+
+
+class _Tokens:
+    """When the engine began, sampled its first token and its last, in seconds from the request's arrival."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.began: float | None = None
+        self.first: float | None = None
+        self.last: float | None = None
+        for made in exchange.generations:
+            if made.first is None:
+                continue
+            first = min(made.first - exchange.began, exchange.total)
+            last = min(first + (made.gap or 0.0) * max(0, len(made.output) - 1), exchange.total)
+            self.first = first if self.first is None else min(first, self.first)
+            self.last = last if self.last is None else max(last, self.last)
+            if made.prefill is not None:
+                began = first - made.prefill
+                self.began = began if self.began is None else min(began, self.began)
+
+
+def _context(trace: RequestTrace, span_id: str, *, remote: bool = False) -> SpanContext:
+    return SpanContext(int(trace.trace_id, 16), int(span_id, 16), remote, _SAMPLED, trace.state)
+
+
+def _nanoseconds(exchange: Exchange, seconds: float) -> int:
+    return int((exchange.began + seconds) * 1e9)
+
+
+def _http(exchange: Exchange, trace: RequestTrace) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"http.request.method": trace.method, "http.route": trace.path}
+    if exchange.status != LEFT:
+        attributes["http.response.status_code"] = exchange.status
+    else:
+        attributes["loradock.client_left"] = True
+    if trace.server:
+        address, port = trace.server
+        attributes["server.address"] = address
+        if port:
+            attributes["server.port"] = port
+    return attributes
+
+
+def _generated(exchange: Exchange, trace: RequestTrace) -> dict[str, Any]:
+    """What the engine read and said, in numbers."""
+    if not exchange.generations:
+        return {}
+    attributes = {
+        "gen_ai.usage.input_tokens": exchange.prompt_tokens,
+        "gen_ai.usage.output_tokens": exchange.generated_tokens,
+        "gen_ai.usage.cache_read.input_tokens": exchange.cached_tokens,
+        "gen_ai.response.finish_reasons": [
+            made.finish_reason for made in exchange.generations[:MAX_FINISH_REASONS] if made.finish_reason
+        ],
+    }
+    if exchange.first is not None and trace.streams:
+        attributes["gen_ai.response.time_to_first_chunk"] = exchange.first
+    if parameters := exchange.generations[0].parameters:
+        attributes["gen_ai.request.max_tokens"] = parameters.max_tokens
+        attributes["gen_ai.request.temperature"] = parameters.temperature
+    return attributes
+
+
+def _known(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if value is not None and value != ""}
