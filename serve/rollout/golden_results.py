@@ -87,6 +87,10 @@ class GoldenResults(Collector):
         self._lock = threading.Lock()
         self._summaries: dict[tuple[str, int], Summary] = {}
         self._counts: dict[tuple[str, int], dict[Result, int]] = {}
+        # The set's digest at the last look at a version, and how many of its cases had no score then.
+        self._unscored: dict[tuple[str, int], tuple[str, int]] = {}
+        # Looks at a set that ended in an error, by adapter.
+        self._failures: dict[str, int] = {}
 
     def refresh(self) -> None:
         """See which adapters have a set, also by what other servers did."""
@@ -96,6 +100,8 @@ class GoldenResults(Collector):
             self.sets = sets
             self._summaries = {key: summary for key, summary in self._summaries.items() if key in there}
             self._counts = {key: counts for key, counts in self._counts.items() if key in there}
+            self._unscored = {key: look for key, look in self._unscored.items() if key in there}
+            self._failures = {name: self._failures.get(name, 0) for name in sets}
 
     def golden(self, name: str) -> GoldenSet | None:
         """The adapter's golden set."""
@@ -118,8 +124,10 @@ class GoldenResults(Collector):
         key = (adapter.name, adapter.version)
         with self._lock:
             self._counts.setdefault(key, dict.fromkeys(Result, 0))
+            summary = summarized(golden, outcomes)
+            self._unscored[key] = golden.digest, summary.errors + summary.missing
             if outcomes:
-                self._summaries[key] = summarized(golden, outcomes)
+                self._summaries[key] = summary
             else:
                 self._summaries.pop(key, None)  # of the set before
         return outcomes
@@ -132,6 +140,15 @@ class GoldenResults(Collector):
         with self._lock:
             counts = self._counts.setdefault((adapter.name, adapter.version), dict.fromkeys(Result, 0))
             counts[result] += 1
+
+    def failed(self, name: str) -> None:
+        """The adapter's set could not be run, because of an error."""
+        with self._lock:
+            self._failures[name] = self._failures.get(name, 0) + 1
+
+    def known(self, adapter: Adapter) -> Summary | None:
+        """A version's score as of the last look, without the database; None while there is none."""
+        return self._summaries.get((adapter.name, adapter.version))
 
     def described(self, name: str) -> dict[str, Any] | None:
         """The set itself as of the last look, for the API."""
@@ -167,32 +184,92 @@ class GoldenResults(Collector):
         ]
 
     def collect(self) -> Iterator[Metric]:
-        score = GaugeMetricFamily(
-            "loradock_golden_score", "Mean score of a version on its golden set, 0 to 1.", labels=_LABELS
-        )
-        last = GaugeMetricFamily(
-            "loradock_golden_last_run_timestamp_seconds",
-            "When a version last answered a case of its golden set, in seconds since 1970.",
-            labels=_LABELS,
-        )
-        cases = CounterMetricFamily(
-            "loradock_golden_cases",
-            "Cases of golden sets that a version was asked, by result, since the server started.",
-            labels=(*_LABELS, "result"),
-        )
         with self._lock:
             summaries, counts = dict(self._summaries), {key: dict(results) for key, results in self._counts.items()}
+        families = _Families()
         for (name, version), summary in summaries.items():
             labels = (name, f"v{version}")
             if self._label(*labels) == labels and summary.estimate.score is not None:
-                score.add_metric(labels, summary.estimate.score)
-                last.add_metric(labels, summary.last)
+                families.add_score(labels, summary)
         for (name, version), results in counts.items():
             labels = (name, f"v{version}")
             if self._label(*labels) == labels:
                 for result, count in results.items():
-                    cases.add_metric((*labels, result.value), count)
-        yield from (score, last, cases)
+                    families.cases.add_metric((*labels, result.value), count)
+        self._collect_sets(families)
+        yield from families
+
+    def _collect_sets(self, families: _Families) -> None:
+        """What there is of each set: what its live version and its canary lack, and the live one's whole score."""
+        with self._lock:
+            unscored, failures, sets = dict(self._unscored), dict(self._failures), self.sets
+        for name, row in sets.items():
+            families.failures.add_metric((name,), failures.get(name, 0))
+            live, share = self._registry.live(name), self._registry.canary(name)
+            for adapter in (live, share.adapter if share else None):
+                if adapter is None or (name, adapter.version) not in unscored:
+                    continue
+                digest, cases = unscored[name, adapter.version]
+                labels = (name, f"v{adapter.version}")
+                if self._label(*labels) == labels:
+                    families.unscored.add_metric(labels, cases)
+                summary = self.known(adapter)
+                if adapter == live and summary and not cases and digest == row.digest:
+                    families.live.add_metric((name, digest[:12]), summary.estimate.score or 0.0)
+
+
+class _Families:
+    """The series of all golden sets."""
+
+    def __init__(self) -> None:
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        self.score = gauge(
+            "loradock_golden_score", "Mean score of a version on its golden set, 0 to 1.", labels=_LABELS
+        )
+        self.bounds = gauge(
+            "loradock_golden_score_bound",
+            "Where the mean score of all cases like those of the golden set lies with 95 % confidence, by bound: low "
+            "or high.",
+            labels=(*_LABELS, "bound"),
+        )
+        self.live = gauge(
+            "loradock_golden_live_score",
+            "Mean score of whichever version is live, 0 to 1, once each case of the golden set has a score. `set` is "
+            "the set's digest: scores of two sets cannot be compared.",
+            labels=("adapter", "set"),
+        )
+        self.last = gauge(
+            "loradock_golden_last_run_timestamp_seconds",
+            "When a version last answered a case of its golden set, in seconds since 1970.",
+            labels=_LABELS,
+        )
+        self.unscored = gauge(
+            "loradock_golden_unscored_cases",
+            "Cases of the golden set that the live version or the canary has no score for: not asked yet, or the "
+            "answer or the judge was an error.",
+            labels=_LABELS,
+        )
+        self.cases = counter(
+            "loradock_golden_cases",
+            "Cases of golden sets that a version was asked, by result, since the server started.",
+            labels=(*_LABELS, "result"),
+        )
+        self.failures = counter(
+            "loradock_golden_run_failures",
+            "Attempts to run an adapter's golden set that ended in an error of the engine or the database, since the "
+            "server started. The next one follows within a minute.",
+            labels=("adapter",),
+        )
+
+    def add_score(self, labels: tuple[str, str], summary: Summary) -> None:
+        estimate = summary.estimate
+        self.score.add_metric(labels, estimate.score or 0.0)
+        self.bounds.add_metric((*labels, "low"), estimate.low)
+        self.bounds.add_metric((*labels, "high"), estimate.high)
+        self.last.add_metric(labels, summary.last)
+
+    def __iter__(self) -> Iterator[Metric]:
+        return iter(vars(self).values())
 
 
 def _case_described(number: int, case: GoldenCase, outcome: Outcome | None, answers: bool) -> dict[str, Any]:

@@ -133,9 +133,11 @@ class GoldenRuns:
                 await self._look(name)
             except LoradockError as error:
                 log.warning("the golden set of %s is not run now: %s", name, error.message)
+                self._results.failed(name)
                 self._next[name] = self._clock() + PAUSE_SECONDS
             except Exception:  # whatever a set brings about, the sets of others are run
                 log.exception("the golden set of %s is not run now", name)
+                self._results.failed(name)
                 self._next[name] = self._clock() + PAUSE_SECONDS
         await self._verdicts.settle(self._held)
 

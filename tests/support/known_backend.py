@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.utils import floatToGoString
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -26,6 +29,14 @@ ENGINE_SECONDS = 0.004
 MEMORY = 7 << 20
 KV_CACHE, WAITING_INSIDE, PREEMPTIONS, HITS, QUERIES = 0.25, 3, 2, 30, 120
 VOCABULARY = 32
+# Of each request in vLLM's own histograms, and their bounds.
+PREFILL, DECODE = 0.02, 0.3
+PHASE_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0)
+LENGTHS = (2, 5, 10, 20)
+# What NVIDIA's exporter says of the one GPU.
+GPU = {"GPU_UTIL": 62.0, "FB_USED": 30_000.0, "FB_FREE": 10_000.0, "POWER_USAGE": 310.0, "GPU_TEMP": 71.0}
+# What an answer says, and what one that is asked for a grade says.
+TEXT, GRADE = "Paris", 0.5
 
 
 class KnownBackend(FakeBackend):
@@ -34,7 +45,7 @@ class KnownBackend(FakeBackend):
     While `standstill` is set no answer ends.
     """
 
-    max_resident = 8
+    max_resident = 12
     slots = 4
     seats = 4
 
@@ -45,11 +56,14 @@ class KnownBackend(FakeBackend):
         self.standstill = threading.Event()
         # Of vLLM's own series, over all engines that came after one another.
         self.counts: Counter[str] = Counter()
+        # Answers by their tokens.
+        self.answers: Counter[int] = Counter()
         self._random = random.Random(0)
 
     def another(self, model: str | None = None) -> KnownBackend:
         heir = KnownBackend(model or self.model, self.seats)
         heir.name, heir.standstill, heir.counts = self.name, self.standstill, self.counts
+        heir.answers = self.answers
         self.heirs.append(heir)
         return heir
 
@@ -67,7 +81,9 @@ class KnownBackend(FakeBackend):
         finally:
             self.running -= 1
         error = {"message": "as it was asked to", "type": "internal_error", "param": None, "code": status}
-        answer = {"model": body.get("model")} if status == 200 else {"error": error}
+        text = TEXT if "prompt" in body or not _is_judge(body) else str(GRADE)
+        choices = [{"text": text} if "prompt" in body else {"message": {"content": text}}]
+        answer = {"model": body.get("model"), "choices": choices} if status == 200 else {"error": error}
         await JSONResponse(answer, status_code=status)(scope, receive, send)
 
     def _generate(self, known: dict[str, Any]) -> None:
@@ -77,9 +93,13 @@ class KnownBackend(FakeBackend):
         made = Generation(
             prompt, output, finish, queue=QUEUE, gap=GAP, worst_gap=WORST_GAP, engine_seconds=ENGINE_SECONDS
         )
-        if watch := watching.get():
+        watch = watching.get()
+        if watch:
             watch.sequences.append(FakeSequence(made))
-        self.counts.update(prompt=len(prompt), generated=len(output), steps=1)
+        # What the server asks by itself, of shadows and golden sets, is left out: only what was sent is known.
+        if watch is None or not watch.background:
+            self.counts.update(prompt=len(prompt), generated=len(output), steps=1)
+            self.answers[len(output)] += 1
 
     def busy_seconds(self) -> dict[str, float]:
         return {"clients": ENGINE_SECONDS * self.counts["steps"], "background": 0.0}
@@ -112,4 +132,42 @@ class KnownBackend(FakeBackend):
         steps = HistogramMetricFamily("vllm:iteration_tokens_total", "As vLLM has it.", labels=tuple(labels))
         total = counts["prompt"] + counts["generated"]
         steps.add_metric(tuple(labels.values()), [("+Inf", counts["steps"])], total)
-        return [*families, steps]
+        return [*families, steps, *self._of_requests(labels), *_of_gpu()]
+
+    def _of_requests(self, labels: dict[str, str]) -> list[Metric]:
+        """vLLM's histograms of requests that have ended."""
+        every = Counter({PROMPT_TOKENS: self.counts["steps"]})
+        histograms = {
+            "request_prompt_tokens": (LENGTHS, every),
+            "request_generation_tokens": (LENGTHS, self.answers),
+            "request_prefill_time_seconds": (PHASE_SECONDS, Counter({PREFILL: self.counts["steps"]})),
+            "request_decode_time_seconds": (PHASE_SECONDS, Counter({DECODE: self.counts["steps"]})),
+        }
+        families: list[Metric] = []
+        for name, (bounds, values) in histograms.items():
+            family = HistogramMetricFamily(f"vllm:{name}", "As vLLM has it.", labels=tuple(labels))
+            buckets = [(floatToGoString(bound), below(values, bound)) for bound in (*bounds, math.inf)]
+            total = sum(value * count for value, count in values.items())
+            family.add_metric(tuple(labels.values()), buckets, total)
+            families.append(family)
+        return families
+
+
+def _is_judge(body: Mapping[str, Any]) -> bool:
+    messages = body.get("messages") or [{}]
+    return str(messages[-1].get("content", "")).startswith("Grade")
+
+
+def below(values: Mapping[float, int], bound: float) -> int:
+    """How many of the values lie in the bucket up to this bound, or an earlier one."""
+    return sum(count for value, count in values.items() if value <= bound)
+
+
+def _of_gpu() -> list[Metric]:
+    """What Prometheus would scrape from the exporter on a machine with one."""
+    families: list[Metric] = []
+    for name, value in GPU.items():
+        family = GaugeMetricFamily(f"DCGM_FI_DEV_{name}", "As NVIDIA's exporter has it.", labels=("gpu",))
+        family.add_metric(("0",), value)
+        families.append(family)
+    return families

@@ -143,7 +143,8 @@ class LivePanels:
         return World(
             self.traffic, self._waiting, self._held_up, self._window, firing, drift, effects, canary,
             analysis.comparison.log_threshold, to_proof, where,
-            http.get("/metrics").text,
+            http.get("/metrics").text, self.traffic.golden, done(http.get("/v1/adapters/echo/golden"))["digest"],
+            done(http.get("/v1/adapters/echo/drift"))["shadow"],
         )  # fmt: skip
 
 

@@ -18,12 +18,21 @@ from typing import Any
 import httpx
 
 from tests.support.app import CHAT, upload
-from tests.support.known_backend import ANSWER_SECONDS, PROMPT_TOKENS, KnownBackend
+from tests.support.known_backend import ANSWER_SECONDS, PROMPT_TOKENS, TEXT, KnownBackend
 from tests.support.served import Served
 from tests.support.server import done, eventually
 
 OTHER = ("other", "")
 ALL_AT_ONCE = 3
+# Three of the four cases are passed; every answer of the shadow is graded.
+GOLDEN = {
+    "cases": [
+        *({"prompt": f"The capital of France, {number}", "equals": TEXT, "max_tokens": 4} for number in range(3)),
+        {"prompt": "The capital of Spain", "equals": "Madrid", "max_tokens": 4},
+    ],
+    "shadow": {"judge": {"model": "base", "template": "Grade {answer}"}, "share": 1.0},
+}
+GOLDEN_SCORE, GOLDEN_RESULTS = 0.75, {"pass": 3, "fail": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +84,25 @@ class MixedTraffic:
             [
                 (self.admin, "tone", 1, True), (self.admin, "tone", 2, False), (self.admin, "calm", 1, True),
                 (self.admin, "calm", 2, False), (self.admin, "broken", 1, True), (self.acme, "flood", 1, True),
-                (self.zeta, "slow", 1, True),
+                (self.zeta, "slow", 1, True), (self.admin, "echo", 1, True), (self.admin, "echo", 2, False),
             ]
         ):  # fmt: skip
             self._push(client, name, version, folder(seed), promote)
         done(self.admin.post("/v1/adapters/calm/canary", json={"version": 2, "weight": 0.5}))
+        done(self.admin.post("/v1/adapters/echo/shadow", json={"version": 2, "weight": 1.0}))
+        done(self.admin.put("/v1/adapters/echo/golden", json=GOLDEN))
+        assert eventually(lambda: self.golden["missing"] == 0, 30)
 
     def close(self) -> None:
         self._pool.shutdown()
         for client in (self.acme, self.zeta, self.limited):
             client.close()
+
+    @property
+    def golden(self) -> dict[str, Any]:
+        """How the version with a golden set did."""
+        versions: list[dict[str, Any]] = done(self.admin.get("/v1/adapters/echo/golden/results"))["versions"]
+        return versions[0] if versions else {"missing": len(GOLDEN["cases"])}
 
     def restart_engine(self) -> None:
         """The engine dies, and another takes its place."""
@@ -151,6 +169,7 @@ class MixedTraffic:
         self._many(6 * count, self.admin, "calm", None)
         for version in (1, 2):
             self._many(count, self.admin, f"calm@v{version}", ("calm", f"v{version}"), finish="length", tokens=8)
+        self._many(count, self.admin, "echo", None)
         self._many(count, self.acme, "flood", ("acme/flood", "v1"), "acme")
         self._many(count, self.zeta, "slow", ("zeta/slow", "v1"), "zeta")
 

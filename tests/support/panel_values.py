@@ -5,17 +5,20 @@ A panel without an entry here fails the test that reads this: say what it shows,
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prometheus_client.utils import floatToGoString
+
 from serve.telemetry.prices import Price
 from serve.telemetry.series import ENGINE_QUEUE_SECONDS, QUEUE_SECONDS, TOTAL_SECONDS, WORST_GAP_SECONDS
 from serve.telemetry.slo import DEFAULT_SLOS, FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Objective
 from tests.support import known_backend
-from tests.support.mixed_traffic import MixedTraffic, Sent
+from tests.support.mixed_traffic import GOLDEN_RESULTS, GOLDEN_SCORE, MixedTraffic, Sent
 from tests.support.prometheus import Sample
 
 Key = tuple[str, ...]
@@ -62,6 +65,9 @@ class World:
     to_proof: Values  # what is in sight of it
     states: Mapping[tuple[str, str], str]
     scrape: str
+    golden: Mapping[str, Any]  # of echo's live version
+    golden_set: str
+    shadow: Sequence[Mapping[str, Any]]  # of echo's
 
     def total(self, number: Callable[[Sent], float] = lambda sent: 1) -> float:
         return sum(map(number, self.traffic.sent))
@@ -377,6 +383,10 @@ ENGINE: dict[str, Callable[[World], list[Shows]]] = {
             world.rates(lambda sent: (sent.adapter, sent.tenant) if sent.failure == "overloaded" else None),
         )
     ],
+    "Answered with 429": lambda world: [
+        one(world.total(lambda sent: sent.failure == "overloaded") / world.window),
+        one(world.total(lambda sent: sent.status == 429 and not sent.failure) / world.window),
+    ],
     "KV cache": lambda world: [exactly(("model_name", "engine"), {("base", "0"): known_backend.KV_CACHE})],
     "Batch and its queue": lambda world: [one(SEATS, held=True), one(known_backend.WAITING_INSIDE)],
     "Time in the engine's queue": gaps_everywhere(known_backend.QUEUE, ENGINE_QUEUE_SECONDS),
@@ -389,7 +399,53 @@ ENGINE: dict[str, Callable[[World], list[Shows]]] = {
     "Memory": lambda world: [exactly(("model",), {("base",): known_backend.MEMORY})],
     "Restarts": lambda world: [exactly(("model",), {("base",): world.traffic.restarts})],
     "Phase": lambda world: [exactly(("model", "phase"), {("base", "ready"): 1})],
+    "Prompt lengths": lambda world: [buckets(world, lambda sent: sent.prompt)],
+    "Answer lengths": lambda world: [buckets(world, lambda sent: sent.generated)],
+    "Prefill time": lambda world: [
+        same((), [ONE], q, known_backend.PREFILL, known_backend.PHASE_SECONDS) for q in QUANTILES
+    ],
+    "Decode time": lambda world: [
+        same((), [ONE], q, known_backend.DECODE, known_backend.PHASE_SECONDS) for q in QUANTILES
+    ],
+    "GPU use": lambda world: [of_gpu(known_backend.GPU["GPU_UTIL"] / 100)],
+    "GPU memory": lambda world: [
+        of_gpu(known_backend.GPU["FB_USED"] / (known_backend.GPU["FB_USED"] + known_backend.GPU["FB_FREE"]))
+    ],
+    "GPU power": lambda world: [of_gpu(known_backend.GPU["POWER_USAGE"])],
+    "GPU temperature": lambda world: [of_gpu(known_backend.GPU["GPU_TEMP"])],
 }
+ECHO = ("echo", "v1")
+QUALITY: dict[str, Callable[[World], list[Shows]]] = {
+    "Golden score by version": lambda world: [
+        exactly(VERSION, {ECHO: GOLDEN_SCORE}),
+        close((*VERSION, "bound"), {(*ECHO, bound): world.golden[bound] for bound in ("low", "high")}),
+    ],
+    "Golden score of what is live": lambda world: [
+        exactly(("adapter", "set"), {("echo", world.golden_set[:12]): GOLDEN_SCORE})
+    ],
+    "Scores now": lambda world: [
+        close((*VERSION, "bound"), {(*ECHO, bound): world.golden[bound] for bound in ("low", "score", "high")})
+    ],
+    "Cases without a score": lambda world: [exactly(VERSION, {ECHO: 0})],
+    "Cases asked, by result": lambda world: [
+        exactly((*VERSION, "result"), {(*ECHO, result): count for result, count in GOLDEN_RESULTS.items()})
+    ],
+    "Since the last answer": lambda world: [Shows(VERSION, {ECHO: (0.0, world.window)})],
+    "Runs that failed": lambda world: [exactly(("adapter",), {("echo",): 0})],
+    "Agreement with the live version": lambda world: [
+        of_shadow(world, lambda row: {(part,): row[f"{part}_agreement"] for part in ("exact", "prefix", "edit")},
+                  "measure")
+    ],
+    "Length against the live version": lambda world: [of_shadow(world, lambda row: {(): row["length_ratio"]})],
+    "Compared": lambda world: [
+        Shows((*VERSION, "sampling"), {
+            ("echo", "v2", row["sampling"]): (0.0, row["requests"] / world.window + 1e-6) for row in world.shadow
+        })
+    ],
+    "Judge's grades": lambda world: [
+        of_shadow(world, lambda row: {(answer,): known_backend.GRADE for answer in ("live", "shadow")}, "answer")
+    ],
+}  # fmt: skip
 USAGE: dict[str, Callable[[World], list[Shows]]] = {
     "Tokens by kind": lambda world: [
         Shows(("kind",), {
@@ -419,9 +475,27 @@ PANELS = {
     "loradock-adapters": ADAPTERS,
     "loradock-drift": DRIFT,
     "loradock-swap": SWAP,
+    "loradock-quality": QUALITY,
     "loradock-engine": ENGINE,
     "loradock-usage": USAGE,
 }
+
+
+def of_gpu(value: float) -> Shows:
+    return exactly(("gpu",), {("0",): value})
+
+
+def of_shadow(world: World, numbers: Callable[[Mapping[str, Any]], Values], *by: str) -> Shows:
+    """Of each kind of sampling, as the API says it."""
+    rows = {("echo", "v2", row["sampling"], *of): value for row in world.shadow for of, value in numbers(row).items()}
+    return close((*VERSION, "sampling", *by), rows)
+
+
+def buckets(world: World, tokens: Callable[[Sent], int]) -> Shows:
+    """How many requests have at most so many tokens."""
+    lengths = Counter(tokens(sent) for sent in world.traffic.sent if sent.reached)
+    bounds = (*known_backend.LENGTHS, math.inf)
+    return exactly(("le",), {(floatToGoString(bound),): known_backend.below(lengths, bound) for bound in bounds})
 
 
 def engine_seconds(sent: Sent) -> float:

@@ -1,4 +1,4 @@
-"""Panels and dashboards as values, and how Grafana 11.6 spells them.
+"""Panels and dashboards as values, and how Grafana 11 and 12 spell them.
 
 Plain dictionaries: nothing but this package is needed to render. The tests read every dashboard with Grafana's own
 schema (grafana-foundation-sdk), which knows each field that may stand here.
@@ -33,7 +33,8 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """`levels` are (value, color), rising; the first color holds below the first value."""
+    """`levels` are (value, color), rising; the first color holds below the first value. `nothing` is shown in the
+    place of "No data"."""
 
     title: str
     says: str
@@ -49,6 +50,7 @@ class Panel:
     least: float | None = 0
     most: float | None = None
     decimals: int | None = None
+    nothing: str = ""
 
     def json(self, id: int, x: int, y: int) -> Json:
         """The panel at its place."""
@@ -67,12 +69,14 @@ class Panel:
     def _defaults(self) -> Json:
         steps = [{"value": value, "color": color} for value, color in self.levels]
         defaults: Json = {"unit": self.unit, "thresholds": {"mode": "absolute", "steps": steps}}
-        if self.least is not None:
+        if self.least is not None and self.kind != "heatmap":
             defaults["min"] = self.least
         if self.most is not None:
             defaults["max"] = self.most
         if self.decimals is not None:
             defaults["decimals"] = self.decimals
+        if self.nothing:
+            defaults["noValue"] = self.nothing
         if self.mappings:
             options = {value: {"text": text, "color": color} for value, (text, color) in self.mappings.items()}
             defaults["mappings"] = [{"type": "value", "options": options}]
@@ -84,6 +88,8 @@ class Panel:
                 "spanNulls": False,
                 "thresholdsStyle": {"mode": "line" if self.line else "off"},
             }
+        elif self.kind == "heatmap":
+            defaults["custom"] = {"scaleDistribution": {"type": "linear"}}
         elif self.kind == "state-timeline":
             defaults["custom"] = {"lineWidth": 0, "fillOpacity": 80}
         if self.kind in ("stat", "bargauge", "state-timeline"):
@@ -173,14 +179,16 @@ def dashboard(
         "hide": 0,
         "options": [],
         "skipUrlSync": False,
-        "current": {"text": "Prometheus", "value": "prometheus"},
+        # Grafana's default data source, or the first of Prometheus's kind: no uid of somebody's installation.
+        "current": {"text": "default", "value": "default"},
     }
     return {
         "uid": f"loradock-{uid}",
         "title": f"loradock / {title}",
         "description": says,
         "tags": [TAG],
-        "schemaVersion": 41,
+        # Grafana 11.0's; later ones bring it up to theirs.
+        "schemaVersion": 39,
         "editable": False,
         "graphTooltip": 1,
         "refresh": "30s",
@@ -232,7 +240,7 @@ def _target(query: Query, ref: str, kind: str) -> Json:
         "instant": query.now,
         "range": not query.now,
         "exemplar": query.exemplars,
-        "format": "table" if kind == "table" else "time_series",
+        "format": {"table": "table", "heatmap": "heatmap"}.get(kind, "time_series"),
     }
 
 
@@ -266,6 +274,26 @@ _OPTIONS: dict[str, Json] = {
         "tooltip": {"mode": "single", "sort": "none"},
     },
     "table": {"showHeader": True, "cellHeight": "sm"},
+    # The series are a histogram's buckets already; how wide a bucket is, `le` says.
+    "heatmap": {
+        "calculate": False,
+        "cellGap": 1,
+        "color": {
+            "mode": "scheme",
+            "scheme": "Oranges",
+            "fill": "dark-orange",
+            "steps": 64,
+            "exponent": 0.5,
+            "reverse": False,
+            "scale": "exponential",
+        },
+        "filterValues": {"le": 1e-9},
+        "legend": {"show": True},
+        "rowsFrame": {"layout": "auto"},
+        "showValue": "never",
+        "tooltip": {"mode": "single", "yHistogram": False, "showColorScale": True},
+        "yAxis": {"axisPlacement": "left", "reverse": False},
+    },
 }
 # What Prometheus says of itself is of no interest beside its labels.
 _TABLE = [{"id": "organize", "options": {"excludeByName": {"Time": True, "__name__": True, "job": True}}}]

@@ -37,6 +37,10 @@ QUEUE_SECONDS, REFUSED = 5, 5
 # A version may fail by itself, or with everything else; only the first is a reason to go back.
 FAILING, OTHERS_FAILING = 0.2, 0.05
 ENOUGH = 20
+# The live version's golden score fell when it lost more than this part of 1 within a day.
+SCORE_FELL = 0.05
+# Failed attempts within half an hour from which on a golden set is said not to run; it is tried every 30 s.
+GOLDEN_FAILURES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ def groups(slos: Sequence[Slo]) -> list[dict[str, Any]]:
         {"name": "loradock-slo-long", "interval": "2m", "rules": long},
         {"name": "loradock-slo-alerts", "rules": [*map(_burning, BURNS), *_stale(slos)]},
         {"name": "loradock-adapters", "rules": list(_adapters())},
+        {"name": "loradock-golden", "rules": list(_golden())},
         # Often enough that an overload is told within a minute.
         {"name": "loradock-queue", "interval": "5s", "rules": [_queue()]},
         {"name": "loradock-server", "rules": list(_server())},
@@ -250,6 +255,44 @@ def _adapters() -> Iterator[Rule]:
         "this one again.",
         wait="2m",
         dashboard="loradock-adapters",
+    )
+
+
+def _golden() -> Iterator[Rule]:
+    """Answer quality: a score that fell, and a set that gives none."""
+    score = "loradock_golden_live_score"
+    yield _alert(
+        "LoradockGoldenScoreFell",
+        f"max by (adapter, set) (max_over_time({score}[1d]) - {score}) > {SCORE_FELL}",
+        TICKET,
+        "{{ $labels.adapter }}: the live version scores {{ $value | humanizePercentage }} less on its golden set than "
+        "within the last day",
+        "The same cases were answered better, by this version or by the one that was live before it. GET "
+        "/v1/adapters/NAME/golden/results shows which cases fail (loradock golden show NAME). If another version "
+        "was promoted, roll it back; if it is the same one, look at what changed under it: base model, judge, engine.",
+        dashboard="loradock-quality",
+    )
+    unscored = "loradock_golden_unscored_cases"
+    by = "max by (adapter, version)"
+    stuck = f"{by} ({unscored}) > 0 and {by} ({unscored}) == {by} (max_over_time({unscored}[30m]))"
+    failing = f"{grown('sum by (adapter) (loradock_golden_run_failures_total)', '30m')} >= {GOLDEN_FAILURES}"
+    # A case that had a score keeps it when it ends in an error later.
+    errors = f"""{grown('sum by (adapter, version) (loradock_golden_cases_total{result="error"})', "2h")} > 0"""
+    causes = {"unscored": stuck, "errors": errors, "failing": failing}
+    yield _alert(
+        "LoradockGoldenStuck",
+        " or ".join(f'label_replace({expr}, "cause", "{cause}", "", "")' for cause, expr in causes.items()),
+        TICKET,
+        '{{ $labels.adapter }}{{ with $labels.version }}@{{ . }}{{ end }}: {{ if eq $labels.cause "unscored" }}'
+        '{{ $value | printf "%.0f" }} golden cases get no score{{ else if eq $labels.cause "errors" }}'
+        '{{ $value | printf "%.0f" }} golden cases ended in an error{{ else }}the golden set cannot be run{{ end }}',
+        "For half an hour no further case got a score, or cases ended in an error. GET "
+        "/v1/adapters/NAME/golden/results says what became of each case (loradock golden show NAME): a judge that is "
+        "not served or does not grade, a prompt that the engine refuses, a regex that takes too long. If none was "
+        "asked, the engine has no gap or does not answer: the log says so. A push or canary that waits for its score "
+        "waits until then.",
+        wait="30m",
+        dashboard="loradock-quality",
     )
 
 

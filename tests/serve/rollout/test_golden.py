@@ -110,6 +110,9 @@ async def test_it_is_asked_behind_every_client_and_neither_metrics_of_traffic_no
     assert 'loradock_golden_cases_total{adapter="tone",result="pass",version="v1"} 5.0' in metrics
     assert 'loradock_golden_cases_total{adapter="tone",result="error",version="v1"} 0.0' in metrics
     assert 'loradock_golden_last_run_timestamp_seconds{adapter="tone",version="v1"}' in metrics
+    assert 'loradock_golden_score_bound{adapter="tone",bound="high",version="v1"} 1.0' in metrics
+    assert 'loradock_golden_unscored_cases{adapter="tone",version="v1"} 0.0' in metrics
+    assert 'loradock_golden_run_failures_total{adapter="tone"} 0.0' in metrics
     counted = [line for line in metrics.splitlines() if line.startswith("loradock_requests_total{")]
     assert all(line.endswith(" 0.0") for line in counted), counted
     assert client._transport.app.state.parts.exchange_worker.handled == 0
@@ -532,3 +535,47 @@ def test_what_is_due_follows_from_what_was_answered(interval):
     assert due == (["a", "b", "c", "e"] if interval else ["c", "e"])
     assert again == 900.0 + RETRY_SECONDS
     assert due_cases(bases, outcomes, 900.0 + RETRY_SECONDS, 0.0)[0] == ["c", "d", "e"]
+
+
+async def test_the_score_of_what_is_live_is_told_by_set_once_every_case_has_one(client, backend, make_adapter):
+    skill = Skill(backend)
+    first = (await client.post("/v1/adapters", **upload(make_adapter(0)))).json()["id"]
+    skill.of[first] = 0.05
+    kept = await put(client, cases(20))
+    await ran(client, 1)
+    (line,) = await series(client, "loradock_golden_live_score")
+    assert line == f'loradock_golden_live_score{{adapter="tone",set="{kept["digest"][:12]}"}} 0.25'
+    backend.say = None  # no answer has a choice: cases without a score
+    other = await put(client, cases(3, name="of another set", temperature=0.5))
+    assert other["digest"] != kept["digest"]
+
+    async def gone():  # what is scraped is rendered once a second
+        return not await series(client, "loradock_golden_live_score")
+
+    assert await until(gone)
+    (line,) = await series(client, "loradock_golden_unscored_cases")
+    assert line.endswith(" 3.0")
+
+
+async def test_a_set_that_cannot_be_run_is_counted(client, backend, make_adapter, monkeypatch):
+    Skill(backend)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    runs = client._transport.app.state.parts.golden.runs
+
+    async def fails(*args):
+        raise EngineUnavailable("it is told to")
+
+    monkeypatch.setattr(runs, "_run_due", fails)
+    await put(client, cases(2))
+
+    async def counted():
+        runs.wake()
+        lines = await series(client, "loradock_golden_run_failures_total")
+        return lines and not lines[0].endswith(" 0.0")
+
+    assert await until(counted)
+
+
+async def series(client, name):
+    text = (await client.get("/metrics")).text
+    return [line for line in text.splitlines() if line.startswith(f"{name}{{")]

@@ -128,6 +128,27 @@ def test_panels_lie_side_by_side_and_variables_are_there(board):
     assert board["tags"] == [TAG] and board["links"][0]["tags"] == [TAG]
 
 
+@pytest.mark.parametrize("board", BOARDS, ids=lambda board: board["uid"])
+def test_any_grafana_from_11_on_imports_it(board):
+    """Nothing in it belongs to one installation: no id of a dashboard, no uid of a data source."""
+    assert "id" not in board and board["schemaVersion"] <= 39
+    (source,) = (variable for variable in board["templating"]["list"] if variable["type"] == "datasource")
+    assert source["current"] == {"text": "default", "value": "default"}
+    sources = re.findall(r'"datasource": \{[^}]*"uid": "([^"]*)"', json.dumps(board))
+    assert sources and set(sources) == {"${datasource}"}
+    assert all({"id", "uid", "iteration"}.isdisjoint(variable) for variable in board["templating"]["list"])
+
+
+def test_no_two_dashboards_have_one_uid_or_title():
+    assert len({board["uid"] for board in BOARDS}) == len({board["title"] for board in BOARDS}) == len(BOARDS)
+
+
+def test_without_a_gpu_its_panels_say_so():
+    panels = [panel for board in BOARDS for panel in board["panels"] if "DCGM" in json.dumps(panel)]
+    assert len(panels) == 4
+    assert {panel["fieldConfig"]["defaults"]["noValue"] for panel in panels} == {"no GPU"}
+
+
 def test_every_alert_leads_to_a_dashboard_that_is_there():
     uids = {f"/d/{board['uid']}" for board in BOARDS}
     alerts = [rule for group in groups(DEFAULT_SLOS) for rule in group["rules"] if "alert" in rule]

@@ -67,6 +67,8 @@ ENGINE_QUEUE = "loradock_engine_queue_seconds"
 OLDEST, REFUSED = "loradock_queue_oldest_seconds", "loradock_queue_refused_total"
 ACME, ZETA = 'adapter="tone",tenant="acme"', 'adapter="tone",tenant="zeta"'
 CALLS = "loradock_requests_total"
+SCORE, UNSCORED = "loradock_golden_live_score", f"loradock_golden_unscored_cases{{{TONE}}}"
+FELL, STUCK = "LoradockGoldenScoreFell", "LoradockGoldenStuck"
 
 STORIES = [
     # 20 % errors burn a budget of 0.5 % forty times too fast.
@@ -154,6 +156,24 @@ STORIES = [
            f'{ENGINE_QUEUE}_bucket{{le="30"}}': "0+30x30", f'{ENGINE_QUEUE}_bucket{{le="+Inf"}}': "0+30x30"}, "25m"),
     Story("drops", "LoradockTapDrops", {"loradock_tap_dropped_total": "0x10 0+5x20"}, "25m", '{severity="ticket"}'),
     Story("dropped once at the start", "LoradockTapDrops", {"loradock_tap_dropped_total": "7x60"}, "25m"),
+    Story("a version that scores less is live", FELL, {f'{SCORE}{{adapter="tone",set="a1"}}': "0.9x30 0.8x30"}, "50m",
+          '{adapter="tone",set="a1",severity="ticket"}'),
+    Story("a little less", FELL, {f'{SCORE}{{adapter="tone",set="a1"}}': "0.9x30 0.87x30"}, "50m"),
+    Story("another golden set", FELL,
+          {f'{SCORE}{{adapter="tone",set="a1"}}': "0.9x30 _x30", f'{SCORE}{{adapter="tone",set="b2"}}': "_x30 0.5x30"},
+          "50m"),
+    Story("no case gets a score", STUCK, {UNSCORED: "0x10 20x60"}, "60m",
+          f'{{{TONE},cause="unscored",severity="ticket"}}'),
+    Story("one case after another", STUCK, {UNSCORED: "100-1x90"}, "80m"),
+    Story("the last cases have no score", STUCK, {UNSCORED: "40-1x38 2x80"}, "110m",
+          f'{{{TONE},cause="unscored",severity="ticket"}}'),
+    Story("every case has its score", STUCK, {UNSCORED: "20x5 0x90"}, "80m"),
+    Story("the engine takes no golden case", STUCK, {'loradock_golden_run_failures_total{adapter="tone"}': "0+2x90"},
+          "80m", '{adapter="tone",cause="failing",severity="ticket"}'),
+    Story("the judge answers no more", STUCK, {f'loradock_golden_cases_total{{{TONE},result="error"}}': "0x10 4x80"},
+          "60m", f'{{{TONE},cause="errors",severity="ticket"}}'),
+    Story("it took none for a moment", STUCK, {'loradock_golden_run_failures_total{adapter="tone"}': "0x30 4x60"},
+          "80m"),
     Story("no line", "LoradockAuditFails", {"loradock_audit_failures_total": "0x70 1x10"}, "75m", '{severity="page"}'),
     Story("every line", "LoradockAuditFails", {"loradock_audit_failures_total": "0x90"}, "75m"),
 ]  # fmt: skip

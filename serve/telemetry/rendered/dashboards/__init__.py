@@ -1,5 +1,5 @@
-"""The dashboards: is it healthy, which adapter, has it drifted, is the new version better, is the engine full,
-who uses how much.
+"""The dashboards: is it healthy, which adapter, has it drifted, is the new version better, are the answers good,
+is the engine full, who uses how much.
 
 One module each; what they share is in `queries`. They know the names of metrics and nothing of a running server.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from serve.telemetry.rendered.dashboards import adapters, drift, engine, overview, swap, usage
+from serve.telemetry.rendered.dashboards import adapters, drift, engine, overview, quality, swap, usage
 from serve.telemetry.rendered.panels import Json
 from serve.telemetry.slo import Slo
 
 
 def dashboards(slos: Sequence[Slo]) -> list[Json]:
     """Every dashboard, as Grafana's JSON; the SLOs give some panels their red lines."""
-    return [overview.board(slos), adapters.board(slos), drift.board(), swap.board(), engine.board(), usage.board()]
+    of_slos = [overview.board(slos), adapters.board(slos)]
+    return [*of_slos, drift.board(), swap.board(), quality.board(), engine.board(), usage.board()]

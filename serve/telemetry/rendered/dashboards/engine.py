@@ -14,6 +14,9 @@ from serve.telemetry.rendered.dashboards.queries import (
 from serve.telemetry.rendered.panels import TOKENS, TOKENS_PER_SECOND, Json, Panel, Query, Row, dashboard
 from serve.telemetry.rendered.rules import QUEUE_SECONDS
 
+_OVERLOADED, _TOO_MANY = rate("loradock_requests_failed_total", 'reason="overloaded"'), 'code="429"'
+NO_GPU = "no GPU"
+
 
 def board() -> Json:
     content: list[Panel | Row] = [
@@ -22,6 +25,10 @@ def board() -> Json:
         Row("The engine"),
         *_room(),
         *_work(),
+        Row("Requests in the engine"),
+        *_requests(),
+        Row("GPU, where there is one"),
+        *_gpu(),
     ]
     return dashboard("engine", "Engine", "Whether the engine has room.", content, [ENGINE], marks(".*"))
 
@@ -61,6 +68,18 @@ def _queue() -> list[Panel]:
             [Query(rate("loradock_queue_refused_total", "", "adapter, tenant"), "{{adapter}} {{tenant}}")],
             unit="reqps",
             quiet=True,
+        ),
+        Panel(
+            "Answered with 429",
+            "Requests a second. overloaded: more came than the engine computes, see above. over a key's limits: the "
+            "key asked more than it may (requests_per_minute and the like).",
+            [
+                Query(_OVERLOADED, "overloaded"),
+                Query(f"{rate('loradock_requests_total', _TOO_MANY)} - {_OVERLOADED}", "over a key's limits"),
+            ],
+            unit="reqps",
+            quiet=True,
+            width=24,
         ),
     ]
 
@@ -162,5 +181,83 @@ def _work() -> list[Panel]:
             width=24,
             mappings={"1": ("here", "green")},
             least=None,
+        ),
+    ]
+
+
+def _requests() -> list[Panel]:
+    """Of each request, when it has ended."""
+    return [
+        _heat(
+            "Prompt lengths",
+            "Requests by the tokens of their prompt. A band that moves up: users ask longer, and prefill costs more.",
+            "request_prompt_tokens",
+        ),
+        _heat(
+            "Answer lengths",
+            "Requests by the tokens of their answer. A band at the top edge: answers are cut at max_tokens.",
+            "request_generation_tokens",
+        ),
+        _phase(
+            "Prefill time",
+            "From the first step of a request to its first token. It grows with the prompt and with the batch.",
+            "request_prefill_time_seconds",
+        ),
+        _phase(
+            "Decode time",
+            "From the first token of a request to its last. It grows with the answer and with the batch.",
+            "request_decode_time_seconds",
+        ),
+    ]
+
+
+def _heat(title: str, says: str, histogram: str) -> Panel:
+    """How many requests fell into each bucket of one of vLLM's histograms."""
+    expr = f"sum by (le) (increase(vllm:{histogram}_bucket{INTERVAL}))"
+    return Panel(title, says, [Query(expr, "{{le}}")], kind="heatmap", quiet=True)
+
+
+def _phase(title: str, says: str, histogram: str) -> Panel:
+    buckets = f"sum by (le) (rate(vllm:{histogram}_bucket{INTERVAL}))"
+    shown = [Query(f"histogram_quantile({q}, {buckets})", f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)]
+    return Panel(title, says, shown, unit="s", quiet=True)
+
+
+def _gpu() -> list[Panel]:
+    """NVIDIA's DCGM exporter, if Prometheus scrapes one."""
+    used, free = (f"max by (gpu) (DCGM_FI_DEV_FB_{part})" for part in ("USED", "FREE"))
+    return [
+        Panel(
+            "GPU use",
+            "Part of the time in which a kernel ran, by GPU. Low while requests wait: the batch is too small, or the "
+            "CPU keeps it waiting.",
+            [Query("max by (gpu) (DCGM_FI_DEV_GPU_UTIL) / 100", "GPU {{gpu}}")],
+            unit="percentunit",
+            most=1,
+            nothing=NO_GPU,
+        ),
+        Panel(
+            "GPU memory",
+            "Part of the memory that is taken, by GPU. vLLM takes gpu_memory_utilization of it at the start.",
+            [Query(f"{used} / ({used} + {free})", "GPU {{gpu}}")],
+            unit="percentunit",
+            most=1,
+            nothing=NO_GPU,
+        ),
+        Panel(
+            "GPU power",
+            "Watts, by GPU. At the card's limit it lowers its clock.",
+            [Query("max by (gpu) (DCGM_FI_DEV_POWER_USAGE)", "GPU {{gpu}}")],
+            unit="watt",
+            nothing=NO_GPU,
+        ),
+        Panel(
+            "GPU temperature",
+            "Degrees, by GPU. Above 85 most cards lower their clock.",
+            [Query("max by (gpu) (DCGM_FI_DEV_GPU_TEMP)", "GPU {{gpu}}")],
+            unit="celsius",
+            levels=((None, "green"), (85, "red")),
+            line=True,
+            nothing=NO_GPU,
         ),
     ]
