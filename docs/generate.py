@@ -104,7 +104,7 @@ def _printed() -> Iterator[io.StringIO]:
 # ---- HTTP
 
 SECTIONS = {
-    "Adapters": "/v1/adapters",
+    "Adapters": "/v1/adapters /v1/overview",
     "Drift and feedback": "/v1/drift /v1/feedback",
     "Keys": "/v1/keys",
     "vLLM's runtime LoRA API": "/v1/load_lora /v1/unload_lora /adapters /server_info /pause /resume",

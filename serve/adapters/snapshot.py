@@ -53,6 +53,12 @@ class SnapshotReader:
 
     _snapshot: Snapshot
 
+    def frozen(self) -> SnapshotReader:
+        """What there is now; later changes do not reach it."""
+        reader = SnapshotReader()
+        reader._snapshot = self._snapshot
+        return reader
+
     @property
     def generation(self) -> int:
         """Rises with each change, and survives a restart."""

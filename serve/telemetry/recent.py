@@ -66,6 +66,47 @@ class Recent:
         minutes = self._minutes.get((adapter, version), ())
         return [minute.described() for minute in minutes if minute.at > oldest]
 
+    def totals(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Requests and failures of each adapter and version that was asked, in the last `MINUTES`."""
+        oldest, totals = int(self._clock() // 60) - MINUTES, {}
+        for key, minutes in self._minutes.items():
+            kept = [minute for minute in minutes if minute.at > oldest]
+            if kept:
+                totals[key] = sum(minute.requests for minute in kept), sum(minute.errors for minute in kept)
+        return totals
+
+    def columns(self, adapter: str, version: str) -> dict[str, Any] | None:
+        """The last `MINUTES` as one list a number, the current minute last, and the same of all together.
+
+        None for a version that was not asked. `from` is when the first minute began, in seconds since 1970; latencies
+        are upper bounds of buckets, in seconds, None where nothing was measured. `answers` is how many first tokens
+        the quantiles of `all` are of.
+        """
+        first = int(self._clock() // 60) - MINUTES + 1
+        minutes = {minute.at: minute for minute in self._minutes.get((adapter, version), ()) if minute.at >= first}
+        if not minutes:
+            return None
+        empty = Minute(0)
+        row = [minutes.get(at, empty) for at in range(first, first + MINUTES)]
+        answers, gaps = ([sum(counts) for counts in zip(*each, strict=True)] for each in (
+            (minute.first for minute in row), (minute.gap for minute in row)
+        ))  # fmt: skip
+        return {
+            "from": first * 60,
+            "requests": [minute.requests for minute in row],
+            "errors": [minute.errors for minute in row],
+            "first_token_p50": [_quantile(0.5, minute.first, FIRST_TOKEN_SECONDS) for minute in row],
+            "first_token_p95": [_quantile(0.95, minute.first, FIRST_TOKEN_SECONDS) for minute in row],
+            "all": {
+                "requests": sum(minute.requests for minute in row),
+                "errors": sum(minute.errors for minute in row),
+                "answers": sum(answers),
+                "first_token_p50": _quantile(0.5, answers, FIRST_TOKEN_SECONDS),
+                "first_token_p95": _quantile(0.95, answers, FIRST_TOKEN_SECONDS),
+                "inter_token_p95": _quantile(0.95, gaps, INTER_TOKEN_SECONDS),
+            },
+        }
+
     def _minute(self, adapter: str, version: str) -> Minute:
         now = int(self._clock() // 60)
         minutes = self._minutes.get((adapter, version))

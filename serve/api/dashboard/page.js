@@ -1,267 +1,322 @@
-// The dashboard. The key lives in this module's memory alone: not in the address, not in any storage.
+// The dashboard: what it asks for, when, and what its buttons do.
 
-const SECONDS = 10, SHOWN = 30, CHANGES = 25, MINUTES = 30;
-const $ = (id) => document.getElementById(id);
-let key = "", timer = 0, turn = 0, adapters = [], refused = "";
+import { adapterPath, call, cardPath, enginePath, keyed, Refused, use } from "/dashboard/api.js";
+import { card } from "/dashboard/cards.js";
+import { scales } from "/dashboard/charts.js";
+import { $, count, counted, make, say } from "/dashboard/dom.js";
+import { change as changeEntry, engine as engineCard, row } from "/dashboard/lists.js";
 
-class Refused extends Error {
-  constructor(status, message) { super(message); this.status = status; }
+const SECONDS = 10, WHILE_STARTING = 2, ROWS = 50, CHANGES = 25;
+const TABS = ["adapters", "changes", "engines"];
+let timer = 0, turn = 0, refused = "", tab = "adapters", offset = 0, about = null, overview = null;
+// The row of the table that is open, older versions that were asked for, changes beyond the first page.
+let opened = "", openedCard = null, older = new Map(), olderChanges = [];
+const drawn = new Map();
+
+// ---- what is asked for
+
+async function refresh() {
+  const mine = ++turn;
+  clearTimeout(timer);
+  let soon = false;
+  try {
+    const search = encodeURIComponent($("filter").value.trim());
+    const [answer, more] = await Promise.all([call(`/v1/overview?search=${search}&offset=${offset}&limit=${ROWS}`), ofTab()]);
+    const details = opened ? await found(opened) : null;
+    about ??= await call("/version");
+    if (mine !== turn) return;
+    [overview, openedCard] = [answer, details];
+    soon = answer.engines.some((engine) => ["starting", "restarting", "draining"].includes(engine.phase));
+    show(more);
+    say($("problem"), refused);
+  } catch (error) {
+    if (mine !== turn) return;
+    failed(error);
+  }
+  timer = setTimeout(refresh, 1000 * (soon ? WHILE_STARTING : SECONDS));
 }
 
-async function call(path, method = "GET", body = undefined) {
-  const headers = key ? { Authorization: `Bearer ${key}` } : {};
-  if (body !== undefined) headers["Content-Type"] = "application/json";
-  const answer = await fetch(path, {
-    method, headers, body: body === undefined ? undefined : JSON.stringify(body),
-    credentials: "omit", cache: "no-store", redirect: "error",
-  });
-  const told = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Refused(answer.status, told.error?.message ?? `${path}: ${answer.status}`);
-  return told;
+async function ofTab() {
+  if (tab === "changes") return call(`/v1/overview/changes?limit=${CHANGES}&search=${encodeURIComponent($("changes-filter").value.trim())}`);
+  return tab === "engines" ? call("/v1/engines") : null;
 }
 
-// What this key may not see, or this server does not have, is left out of the page.
-const maybe = (path) => call(path).catch((error) => {
-  if (error instanceof Refused && [401, 403, 404].includes(error.status)) return null;
+// The card of an adapter; null once it is gone.
+const found = (name) => call(cardPath(name)).catch((error) => {
+  if (error instanceof Refused && error.status === 404) return null;
   throw error;
 });
 
-const path = (name, rest = "") => `/v1/adapters/${name.split("/").map(encodeURIComponent).join("/")}${rest}`;
-
-function make(tag, attributes = {}, ...content) {
-  const svg = ["svg", "rect", "line", "title"].includes(tag);
-  const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (typeof value === "function") made.addEventListener(name, value);
-    else made.setAttribute(name, value);
+function failed(error) {
+  const unknown = error instanceof Refused && error.unknown;
+  if (unknown) {
+    $("inside").hidden = $("down").hidden = $("engine").hidden = true;
+    say($("model"), "");
+    drawn.clear();
+    overview = null;
+    $("key").setAttribute("aria-invalid", String(keyed()));
+    const scope = "one with the scope adapters:write shows its tenant's adapters, an admin key all of them.";
+    say($("problem"), keyed() ? `The key is refused: ${error.message}.` : `This server asks for a key: ${scope}`);
+    return;
   }
-  made.append(...content);
-  return made;
+  $("inside").classList.add("stale"); // what is shown is what was true before
+  say($("problem"), error instanceof Refused ? error.message : "The server does not answer; trying again.");
 }
 
-const pill = (text, kind = "") => make("span", { class: `pill ${kind}` }, text);
-const time = (seconds) => seconds < 1 ? `${Math.round(seconds * 1000)} ms` : `${seconds} s`;
-const when = (seconds) => new Date(seconds * 1000).toLocaleString(undefined, { dateStyle: "short", timeStyle: "medium" });
+// ---- what is shown
 
-function bars(minutes) {
-  const now = Math.floor(Date.now() / 60000) * 60, wide = 240 / MINUTES, high = 30;
-  const highest = Math.max(0.001, ...minutes.map((one) => one.first_token_p95 ?? 0));
-  const drawn = make("svg", { class: "bars", viewBox: `0 0 240 ${high}`, preserveAspectRatio: "none", role: "img" });
-  drawn.append(make("title", {}, "First token, 95th percentile, of each of the last 30 minutes"));
-  drawn.append(make("line", { x1: 0, x2: 240, y1: high - 0.5, y2: high - 0.5 }));
-  for (const one of minutes) {
-    const ago = Math.round((now - one.at) / 60);
-    if (ago < 0 || ago >= MINUTES) continue;
-    const tall = Math.max(2, high * (one.first_token_p95 ?? 0) / highest);
-    const says = `${new Date(one.at * 1000).toLocaleTimeString()}: ${one.requests} requests, ${one.errors} errors` +
-      (one.first_token_p95 == null ? "" : `, first token p95 ≤ ${time(one.first_token_p95)}`);
-    drawn.append(make("rect", {
-      x: (MINUTES - 1 - ago) * wide + 1, y: high - tall, width: wide - 2, height: tall, class: one.errors ? "bad" : "",
-    }, make("title", {}, says)));
+// Draw a part again only when what it shows is another: the reader's place and focus stay.
+function draw(id, state, build) {
+  const key = JSON.stringify(state);
+  if (drawn.get(id) === key) return;
+  drawn.set(id, key);
+  const held = document.activeElement?.getAttribute("aria-label");
+  const inside = $(id).contains(document.activeElement);
+  $(id).replaceChildren(...build());
+  if (held && inside) $(id).querySelector(`[aria-label="${CSS.escape(held)}"]`)?.focus();
+}
+
+function show(more) {
+  $("inside").hidden = false;
+  $("inside").classList.remove("stale");
+  $("key").removeAttribute("aria-invalid");
+  say($("model"), about.model);
+  say($("fresh"), `as of ${new Date().toLocaleTimeString()}`);
+  $("tab-engines").hidden = !overview.operator;
+  if (!overview.operator && tab === "engines") choose("adapters");
+  showEngines(more);
+  showAdapters();
+  showRest();
+  if (tab === "changes" && more) showChanges(more);
+}
+
+function showEngines(more) {
+  const engines = overview.engines, bad = engines.filter((engine) => !engine.ready), one = engines.length === 1;
+  const running = engines.reduce((total, engine) => total + (engine.running ?? 0), 0);
+  $("engine").hidden = !overview.operator && !bad.length;
+  $("engine").textContent = bad.length ? bad.map((engine) => (one ? engine.phase : `${engine.name}: ${engine.phase}`)).join(", ")
+    : `${one ? "ready" : `${engines.length} engines ready`}, ${running} running`;
+  $("engine").className = `pill ${bad.length ? "bad" : "good"}`;
+  $("down").hidden = !bad.length;
+  draw("down", [bad.map(({ name, phase, reason }) => [name, phase, reason]), overview.operator], () => bad.map(engineDown));
+  if (tab === "engines" && more) draw("engines", more.data, () => more.data.map((base) => engineCard(base, restartButton(base))));
+}
+
+function engineDown(engine) {
+  const then = engine.phase === "failed" ? "Requests for it are refused until it is started again."
+    : "Requests for it wait, or are refused.";
+  return make("div", { class: "down", role: "alert" },
+    make("p", {}, make("b", {}, `The engine ${engine.name} is ${engine.phase}. `), engine.reason ? `${engine.reason}. ` : "", then),
+    overview.operator && engine.phase === "failed" && restartButton(engine));
+}
+
+const restartButton = (engine) => make("button", {
+  type: "button", class: "primary", "aria-label": `Restart the engine ${engine.name}`, click: () => change({
+    title: `Restart the engine ${engine.name}?`, does: "Restart", path: enginePath(engine.name, "/restart"),
+    says: `It is down: ${engine.reason}. It starts as long as it did with the server, and loads its adapters again.`,
+    done: `The engine ${engine.name} is being started.`, plain: true,
+  }),
+}, "Restart");
+
+function showAdapters() {
+  const none = overview.adapters === 0;
+  $("welcome").hidden = !none;
+  $("listed").hidden = none;
+  if (none) welcome();
+  const shown = overview.first, search = $("filter").value.trim();
+  say($("summary"), [
+    search ? `${count(overview.matching)} of ${counted(overview.adapters, "adapter")} match` : counted(overview.adapters, "adapter"),
+    `${count(overview.with_problems)} with problems`, `${count(overview.with_traffic)} with traffic`,
+  ].join(", "));
+  $("legend").hidden = !shown.length;
+  const state = [shown, [...older].map(([name, card]) => [name, card.versions.length])];
+  draw("adapters", state, () => {
+    const scale = scales([...shown, ...older.values()]);
+    return shown.map((adapter) => card(adapter, scale, on, older.get(adapter.name)));
+  });
+}
+
+function showRest() {
+  const rows = overview.data, last = offset + rows.length;
+  $("rest").hidden = !overview.rest && !(overview.matching === 0 && overview.adapters);
+  say($("rest-title"), overview.first.length ? `${counted(overview.rest, "other adapter")}` : counted(overview.rest, "adapter"));
+  $("paging").hidden = overview.rest <= ROWS;
+  say($("place"), rows.length ? `${count(offset + 1)} to ${count(last)} of ${count(overview.rest)}` : "");
+  $("previous").disabled = offset === 0;
+  $("next").disabled = last >= overview.rest;
+  if (!rows.length && offset && overview.rest) return turnTo(0); // the page is gone
+  draw("rows", [rows, opened, openedCard, [...older.keys()]], () => rows.length ? rows.flatMap(rowWithCard) : [
+    make("tr", {}, make("td", { colspan: 7, class: "empty" }, overview.matching ? "All of them are shown above." : "No adapter has such a name.")),
+  ]);
+}
+
+function rowWithCard(adapter) {
+  const isOpen = adapter.name === opened && openedCard;
+  const shown = [row(adapter, Boolean(isOpen), () => open(isOpen ? "" : adapter.name))];
+  if (isOpen) {
+    const scale = scales([...overview.first, openedCard]);
+    const inside = card(openedCard, scale, on, older.get(adapter.name));
+    shown.push(make("tr", { class: "opened" }, make("td", { colspan: 7 }, inside)));
   }
-  return drawn;
+  return shown;
 }
 
-function traffic(minutes) {
-  const sum = (name) => minutes.reduce((total, one) => total + one[name], 0);
-  const last = minutes.findLast((one) => one.first_token_p95 != null);
-  const asked = sum("requests"), failed = sum("errors");
-  const said = make("div", { class: "said" });
-  said.append(make("span", {}, asked ? `${asked} requests in 30 min${failed ? `, ${failed} failed` : ""}` : "no requests in 30 min"));
-  if (last) said.append(make("span", { title: "First token, 95th percentile" }, `p95 ≤ ${time(last.first_token_p95)}`));
-  return make("div", {}, bars(minutes), said);
+function showChanges(more) {
+  const entries = [...more.data, ...olderChanges.filter((entry) => entry.id < (more.data.at(-1)?.id ?? 0))];
+  draw("swaps", entries.map((entry) => entry.id), () => entries.length ? entries.map(changeEntry)
+    : [make("li", { class: "empty" }, "Nothing has changed yet.")]);
+  if (!olderChanges.length) $("older-changes").hidden = !more.has_more;
+  $("older-changes").dataset.before = entries.at(-1)?.id ?? 0;
 }
 
-function drift(report) {
-  const all = Object.entries(report?.signals ?? {}).map(([signal, row]) => ({ signal, ...row }));
-  const rows = all.filter((row) => row.log_evidence != null && row.reference_requests >= row.reference_needed);
-  if (!all.length) return make("div", { class: "said" }, "drift: nothing seen yet");
-  if (!rows.length) {
-    const slowest = all.reduce((a, b) => (a.reference_requests < b.reference_requests ? a : b));
-    return make("div", { class: "said" }, `drift: baseline ${slowest.reference_requests} of ${slowest.reference_needed} requests`);
-  }
-  const part = (row) => Math.max(0, row.log_evidence / row.log_threshold);
-  const alarm = rows.find((row) => row.alarmed);
-  const worst = alarm ?? rows.reduce((a, b) => (part(b) > part(a) ? b : a));
-  const level = Math.min(1, part(worst)), kind = alarm ? "bad" : level > 0.6 ? "warn" : "";
-  const effects = Object.entries(worst.effects ?? {}).map(([name, value]) => `${name} ${value}`).join(", ");
-  const drawn = make("svg", { class: "meter", viewBox: "0 0 100 6", preserveAspectRatio: "none", role: "img" },
-    make("title", {}, `The strongest evidence of drift, as a part of the threshold. ${effects}`),
-    make("rect", { class: "track", width: 100, height: 6 }),
-    make("rect", { class: `level ${kind}`, width: 100 * level, height: 6 }));
-  return make("div", {}, drawn, make("div", { class: "said" },
-    make("span", {}, alarm ? `drifted: ${alarm.signal}` : `drift: ${worst.signal}`),
-    make("span", {}, `${Math.round(100 * level)} % of threshold`)));
+function welcome() {
+  const key = keyed() ? '-H "Authorization: Bearer $LORADOCK_KEY" ' : "";
+  say($("command"), `loradock adapters push my-adapter ./my-adapter --url ${location.origin}`);
+  say($("command-curl"), `curl ${location.origin}/v1/adapters ${key}-F name=my-adapter -F files=@my-adapter/adapter_config.json `
+    + "-F files=@my-adapter/adapter_model.safetensors");
+  $("command-key").hidden = !keyed();
 }
 
-function version(adapter, one) {
-  const who = make("div", { class: "who" }, make("b", {}, `v${one.version}`));
-  const canary = adapter.canary?.version === one.version, shadow = adapter.shadow?.version === one.version;
-  if (one.live) who.append(pill("live", "good"));
-  if (canary) who.append(pill(`canary ${Math.round(100 * adapter.canary.weight)} %`, "warn"));
-  if (shadow) who.append(pill("shadow"));
-  if (one.pinned) who.append(pill("pinned"));
-  who.append(pill(one.resident ? "loaded" : "on disk"));
-  const act = make("div", { class: "do" });
-  const offer = (text, ask) => act.append(make("button", { type: "button", click: () => change(ask),
-    "aria-label": `${text} ${adapter.name} v${one.version}` }, text));
-  if (one.live) {
-    offer("Roll back", {
-      title: `Roll ${adapter.name} back?`, does: "Roll back", path: path(adapter.name, "/rollback"),
-      says: `Version ${one.version} stops answering; the version that was live before answers again.`,
-      body: { expected_version: one.version },
-    });
-  } else {
-    if (canary) offer("End canary", {
-      title: `End the canary of ${adapter.name}?`, does: "End canary", path: path(adapter.name, "/canary"),
-      says: `Version ${one.version} gets no more traffic.`, body: { version: one.version, weight: 0 },
-    });
-    else if (adapter.live != null) offer("Canary", {
-      title: `Give ${adapter.name} v${one.version} a share?`, does: "Start canary", path: path(adapter.name, "/canary"),
-      says: "The same askers get it each time.", body: { version: one.version }, weight: true,
-    });
-    offer("Promote", {
-      title: `Promote ${adapter.name} v${one.version}?`, does: "Promote", path: path(adapter.name, "/promote"),
-      says: "Requests from now on answer from it; those under way finish where they began.",
-      body: { version: one.version, expected_version: adapter.live ?? 0 },
-    });
-  }
-  return make("div", { class: "version" }, who, traffic(one.recent ?? []),
-    drift(adapter.drift?.versions.find((row) => row.version === `v${one.version}`)), act);
-}
+// ---- what is done
 
-function card(adapter) {
-  const top = make("div", { class: "top" }, make("h3", {}, adapter.name),
-    pill(adapter.live == null ? "nothing live" : `live: v${adapter.live}`, adapter.live == null ? "warn" : "good"));
-  if (adapter.tenant !== "default") top.append(pill(`tenant ${adapter.tenant}`));
-  if (adapter.visibility === "shared") top.append(pill("shared"));
-  const trial = adapter.drift?.canary;
-  if (trial) top.append(pill(`v${trial.canary} against v${trial.live}: ${trial.verdict}`, trial.verdict === "worse" ? "bad" : ""));
-  const versions = [...adapter.versions].sort((a, b) => b.live - a.live || b.version - a.version).slice(0, 8);
-  return make("article", { class: "card", "data-adapter": adapter.name }, top,
-    ...versions.map((one) => version(adapter, one)));
-}
-
-const WORDS = {
-  add: "pushed", fallback: "fell back", unshare: "made private", promote: "promoted", rollback: "rolled back", canary: "canary", canary_end: "canary ended",
-  shadow: "shadow", shadow_end: "shadow ended", delete: "deleted", pin: "pinned", unpin: "unpinned", share: "shared",
-  drift: "drifted",
+const on = {
+  rollback: (adapter, version) => change({
+    title: `Roll ${adapter.name} back?`, does: "Roll back", path: adapterPath(adapter.name, "/rollback"),
+    says: `Version ${version.version} stops answering; version ${adapter.before}, which was live before, answers again.`,
+    body: { expected_version: version.version }, done: `${adapter.name} is rolled back to v${adapter.before}.`,
+  }),
+  endCanary: (adapter, version) => change({
+    title: `End the canary of ${adapter.name}?`, does: "End canary", path: adapterPath(adapter.name, "/canary"),
+    says: `Version ${version.version} gets no more traffic.`, body: { version: version.version, weight: 0 },
+    done: `The canary of ${adapter.name} has ended.`,
+  }),
+  startCanary: (adapter, version) => change({
+    title: `Give ${adapter.name} v${version.version} a share?`, does: "Start canary", path: adapterPath(adapter.name, "/canary"),
+    says: "The same askers get it each time.", body: { version: version.version }, weight: true,
+    done: `${adapter.name} v${version.version} is a canary.`,
+  }),
+  promote: (adapter, version) => change({
+    title: `Promote ${adapter.name} v${version.version}?`, does: "Promote", path: adapterPath(adapter.name, "/promote"),
+    says: "Requests from now on answer from it; those under way finish where they began.",
+    body: { version: version.version, expected_version: adapter.live ?? 0 }, done: `${adapter.name} v${version.version} is promoted.`,
+  }),
+  // Twenty more, from the latest on; the card leaves out those that it has already.
+  older: async (adapter) => {
+    const before = older.get(adapter.name)?.versions.at(-1).version ?? 2 ** 31;
+    const more = await call(cardPath(adapter.name, `?before=${before}`)).catch(failed);
+    if (!more?.versions.length) return;
+    older.set(adapter.name, { ...more, versions: [...older.get(adapter.name)?.versions ?? [], ...more.versions] });
+    showAdapters();
+    showRest();
+  },
 };
 
-// What the server did by itself it says as `reason: {evidence}`.
-function reason(why) {
-  const [, word, json] = /^(\w+): (\{.*\})$/s.exec(why ?? "") ?? [];
-  try {
-    return `${word}; ` + Object.entries(JSON.parse(json)).map(([name, value]) =>
-      `${name.replaceAll("_", " ")} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
-  } catch {
-    return why;
-  }
-}
-
-function swap(row) {
-  const way = row.from_version != null && row.to_version != null ? `v${row.from_version} → v${row.to_version}`
-    : `v${row.to_version ?? row.from_version ?? "-"}`;
-  const bad = row.who === "wayback" || row.who === "watcher";
-  return make("li", {}, make("span", { class: "muted" }, when(row.when)),
-    make("span", {}, make("b", {}, row.adapter), ` ${way} `, pill(WORDS[row.what] ?? row.what, bad ? "bad" : "")),
-    make("span", { class: "why muted" }, [row.who && `by ${bad ? "the server" : row.who}`, reason(row.why)].filter(Boolean).join(": ")));
-}
-
 async function change(ask) {
-  const dialog = $("ask");
+  const dialog = $("ask"), from = document.activeElement?.getAttribute("aria-label");
   refused = "";
   $("ask-title").textContent = ask.title;
   $("ask-says").textContent = ask.says;
   $("ask-do").textContent = ask.does;
   for (const id of ["ask-weight", "ask-weight-label"]) $(id).hidden = !ask.weight;
+  for (const id of ["ask-why", "ask-why-label"]) $(id).hidden = Boolean(ask.plain);
   $("ask-weight").disabled = !ask.weight;
   $("ask-why").value = "";
   dialog.returnValue = "";
   dialog.showModal();
   await new Promise((done) => dialog.addEventListener("close", done, { once: true }));
+  // What was drawn again meanwhile cannot get the focus back by itself.
+  if (from) document.querySelector(`[aria-label="${CSS.escape(from)}"]`)?.focus();
   if (dialog.returnValue !== "do") return;
-  const body = { ...ask.body, why: $("ask-why").value };
+  const body = ask.plain ? undefined : { ...ask.body, why: $("ask-why").value };
   if (ask.weight) body.weight = Number($("ask-weight").value) / 100;
   try {
     await call(ask.path, "POST", body);
+    older.clear();
+    announce(ask.done);
   } catch (error) {
     refused = error.message; // stays until the next attempt
   }
   await refresh();
 }
 
-function problem(text) {
-  $("problem").textContent = text;
-  $("problem").hidden = !text;
+function announce(text) {
+  $("announce").textContent = text;
 }
 
-async function refresh() {
-  const mine = ++turn;
-  clearTimeout(timer);
-  try {
-    const [told, engines, about] = await Promise.all([call("/v1/adapters"), maybe("/v1/engines"), call("/version")]);
-    adapters = told.data;
-    const chosen = filtered();
-    const details = await Promise.all(chosen.map(async (one) => {
-      const [detail, drift] = await Promise.all([maybe(path(one.name)), maybe(path(one.name, "/drift"))]);
-      return { ...(detail ?? one), drift };
-    }));
-    if (mine !== turn) return;
-    $("model").textContent = about.model;
-    show(details);
-    engine(engines?.data);
-    $("fresh").textContent = new Date().toLocaleTimeString();
-    problem(refused);
-  } catch (error) {
-    if (mine !== turn) return;
-    if (error instanceof Refused && [401, 403].includes(error.status)) {
-      adapters = [];
-      show([]);
-      engine(null);
-      problem(key ? error.message : "This server asks for a key: one with the scope adapters:write shows its tenant's "
-        + "adapters, an admin key all of them.");
-    } else problem(error instanceof Refused ? error.message : "The server does not answer; trying again.");
+function open(name) {
+  opened = name;
+  openedCard = null;
+  return refresh();
+}
+
+function turnTo(place) {
+  offset = Math.max(0, place);
+  opened = "";
+  return refresh();
+}
+
+function choose(name, focus = false) {
+  tab = name;
+  for (const each of TABS) {
+    const chosen = each === name;
+    $(`view-${each}`).hidden = !chosen;
+    $(`tab-${each}`).setAttribute("aria-selected", String(chosen));
+    $(`tab-${each}`).tabIndex = chosen ? 0 : -1;
+    if (chosen && focus) $(`tab-${each}`).focus();
   }
-  timer = setTimeout(refresh, SECONDS * 1000);
 }
 
-function filtered() {
-  const wanted = $("filter").value.trim().toLowerCase();
-  const found = adapters.filter((one) => one.name.toLowerCase().includes(wanted));
-  $("more").hidden = found.length <= SHOWN;
-  $("more").textContent = `${found.length - SHOWN} more: filter by name to see them.`;
-  return found.slice(0, SHOWN);
+async function copy(id) {
+  try {
+    await navigator.clipboard.writeText($(id).textContent);
+    announce("Copied.");
+  } catch { // without TLS a browser has no clipboard: mark it for the reader's own keys
+    getSelection().selectAllChildren($(id));
+    announce("Press Ctrl+C to copy.");
+  }
 }
 
-function show(chosen) {
-  const held = document.activeElement?.getAttribute("aria-label");
-  const cards = chosen.map(card);
-  $("adapters").replaceChildren(...(cards.length ? cards : [make("div", { class: "card empty" }, "No adapters.")]));
-  const rows = chosen.flatMap((one) => (one.history ?? []).map((row) => ({ ...row, adapter: one.name })));
-  rows.sort((a, b) => b.when - a.when);
-  $("swaps").replaceChildren(...(rows.length ? rows.slice(0, CHANGES).map(swap)
-    : [make("li", { class: "empty" }, "Nothing has changed yet.")]));
-  if (held) document.querySelector(`[aria-label="${CSS.escape(held)}"]`)?.focus();
-}
-
-function engine(rows) {
-  $("engine").hidden = !rows?.length;
-  if (!rows?.length) return;
-  const running = rows.reduce((total, row) => total + row.running, 0), bad = rows.filter((row) => row.phase !== "ready");
-  const one = rows.length === 1;
-  $("engine").textContent = bad.length ? bad.map((row) => (one ? row.phase : `${row.name}: ${row.phase}`)).join(", ")
-    : `${one ? "ready" : `${rows.length} engines ready`}, ${running} running`;
-  $("engine").className = `pill ${bad.length ? "bad" : "good"}`;
-}
+// ---- listeners
 
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  key = $("key").value.trim();
+  use($("key").value.trim());
   $("key").value = "";
-  $("key").placeholder = key ? "key in use" : "API key";
+  $("key").placeholder = keyed() ? "key in use" : "API key";
+  offset = 0;
+  refused = opened = "";
+  older.clear();
+  olderChanges = [];
   refresh();
 });
-$("filter").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(refresh, 200); });
+for (const each of TABS) {
+  $(`tab-${each}`).addEventListener("click", () => { choose(each); refresh(); });
+  $(`tab-${each}`).addEventListener("keydown", (event) => {
+    const seen = TABS.filter((name) => !$(`tab-${name}`).hidden), at = seen.indexOf(each);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: -1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    choose(seen.at(to % seen.length), true);
+    refresh();
+  });
+}
+const later = (then) => { clearTimeout(timer); timer = setTimeout(then, 250); };
+$("filter").addEventListener("input", () => later(async () => {
+  await turnTo(0);
+  if (overview) announce($("filter").value.trim() ? `${counted(overview.matching, "adapter")} found.` : "");
+}));
+$("changes-filter").addEventListener("input", () => { olderChanges = []; later(refresh); });
+$("previous").addEventListener("click", () => turnTo(offset - ROWS));
+$("next").addEventListener("click", () => turnTo(offset + ROWS));
+$("older-changes").addEventListener("click", async () => {
+  const search = encodeURIComponent($("changes-filter").value.trim());
+  const more = await call(`/v1/overview/changes?limit=${CHANGES}&search=${search}&before=${$("older-changes").dataset.before}`).catch(failed);
+  if (!more) return;
+  olderChanges = [...olderChanges, ...more.data];
+  $("older-changes").hidden = !more.has_more;
+  await refresh();
+});
+$("copy").addEventListener("click", () => copy("command"));
+$("copy-curl").addEventListener("click", () => copy("command-curl"));
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); else clearTimeout(timer); });
 refresh();

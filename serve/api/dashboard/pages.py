@@ -21,9 +21,13 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _FOLDER = Path(__file__).parent
+_JAVASCRIPT = "text/javascript; charset=utf-8"
 _FILES = {
     "/dashboard": ("dashboard.html", "text/html; charset=utf-8"),
-    "/dashboard/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    **{
+        f"/dashboard/{name}.js": (f"{name}.js", _JAVASCRIPT)
+        for name in ("page", "api", "dom", "charts", "cards", "lists")
+    },
     "/dashboard/page.css": ("page.css", "text/css; charset=utf-8"),
     "/dashboard/icon.svg": ("icon.svg", "image/svg+xml"),
 }

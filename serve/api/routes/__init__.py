@@ -13,6 +13,7 @@ from serve.api.routes import (
     golden,
     keys,
     moderations,
+    overview,
     runtime_lora,
     server,
     trainer,
@@ -25,6 +26,7 @@ def routers() -> list[APIRouter]:
     return [
         server.router,
         usage.router,
+        overview.router,
         files.router,
         batches.router,
         moderations.router,

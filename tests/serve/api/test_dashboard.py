@@ -10,22 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from safetensors.torch import save_file
 
+from serve.adapters.adapter import Inspection
+from serve.api.dashboard import pages
 from serve.config import keys_hashed, load
+from tests.support import tiny
 from tests.support.app import upload
 from tests.support.backend import FakeBackend
 from tests.support.served import Served
+from tests.support.server import eventually
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 ADMIN = "an-admin-key"
+PAGE = Path(pages.__file__).parent
+FOUND = Inspection(rank=8, base="toy", target_modules=("q_proj",), nbytes=1234, tensors=4)
 
 browsing = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: chromium-headless-shell)")
 
 
 async def test_the_page_holds_nothing_and_lets_the_browser_go_nowhere_else(operator):
     del operator.headers["authorization"]
-    for path in ("/dashboard", "/dashboard/page.js", "/dashboard/page.css", "/dashboard/icon.svg"):
+    scripts = [f"/dashboard/{file.name}" for file in PAGE.glob("*.js")]
+    assert len(scripts) == 6
+    for path in ("/dashboard", *scripts, "/dashboard/page.css", "/dashboard/icon.svg"):
         told = await operator.get(path)
         assert told.status_code == 200
         policy = told.headers["content-security-policy"]
@@ -45,8 +55,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def served(tmp_path: Path, tiny_model: Path, make_adapter: Any) -> Iterator[Served]:
-    config = load([str(tiny_model), "--name", "base", "--data-dir", str(tmp_path / "data")], {})
-    config = replace(config, admin_keys=keys_hashed([ADMIN]))
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    table = torch.randn(tiny.VOCABULARY, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
+    save_file({"model.embed_tokens.weight": table}, model / "model.safetensors")
+    config = load([str(model), "--name", "base", "--data-dir", str(tmp_path / "data")], {})
+    config = replace(config, admin_keys=keys_hashed([ADMIN]), max_restarts=1)
     with Served(config, FakeBackend(config.model), ADMIN) as served:
         for seed in (0, 1):
             served.http.post("/v1/adapters", **upload(make_adapter(seed), promote=str(not seed).lower()))
@@ -72,6 +85,10 @@ def page(browser: Browser, served: Served) -> Iterator[Page]:
 def live(served: Served) -> int:
     version: int = served.http.get("/v1/adapters/tone").json()["live"]
     return version
+
+
+def show(page: Page, view: str) -> None:
+    page.get_by_role("tab", name=view).click()
 
 
 def use(page: Page, key: str) -> None:
@@ -116,24 +133,42 @@ def test_canary_promote_and_rollback_from_the_page(page, served):
     tone.get_by_role("button", name="Promote tone v2").click()
     confirm(page, "Promote", "<b>it is better</b>")
     expect(tone.get_by_text("live: v2")).to_be_visible()
+    expect(page.get_by_role("status")).to_have_text("tone v2 is promoted.")
+    show(page, "Changes")
     expect(page.locator("#swaps")).to_contain_text("<b>it is better</b>")
+    show(page, "Adapters")
     assert live(served) == 2
 
     tone.get_by_role("button", name="Roll back tone v2").click()
     confirm(page, "Roll back")
     expect(tone.get_by_text("live: v1")).to_be_visible()
     assert live(served) == 1
+    show(page, "Changes")
     expect(page.locator("#swaps li").first).to_contain_text("rolled back")
 
 
 @browsing
 def test_what_somebody_else_changed_meanwhile_is_a_sentence_and_no_second_change(page, served):
-    use(page, ADMIN)
-    page.get_by_role("button", name="Roll back tone v1").click()
     served.http.post("/v1/adapters/tone/promote", json={"version": 2})
+    use(page, ADMIN)
+    page.get_by_role("button", name="Roll back tone v2").click()
+    served.http.post("/v1/adapters/tone/promote", json={"version": 1})
     confirm(page, "Roll back")
-    expect(page.get_by_role("alert")).to_contain_text("v2 of tone is live and not v1")
-    assert live(served) == 2
+    expect(page.get_by_role("alert")).to_contain_text("v1 of tone is live and not v2")
+    assert live(served) == 1
+
+
+@browsing
+def test_roll_back_is_offered_only_where_there_is_something_to_go_back_to(page, served):
+    use(page, ADMIN)
+    tone = page.locator("[data-adapter=tone]")
+    expect(tone.get_by_role("button", name="Promote tone v2")).to_be_visible()
+    expect(page.get_by_role("button", name="Roll back")).to_have_count(0)
+    served.http.post("/v1/adapters/tone/promote", json={"version": 2})
+    page.reload()
+    use(page, ADMIN)
+    page.get_by_role("button", name="Roll back tone v2 to v1").click()
+    expect(page.get_by_role("dialog")).to_contain_text("version 1, which was live before, answers again")
 
 
 @browsing
@@ -142,9 +177,11 @@ def test_a_tenant_sees_its_own_and_no_other(page, served, make_adapter):
     secret = served.http.post("/v1/keys", json=body).json()["secret"]
     mine = {"authorization": f"Bearer {secret}"}
     served.http.post("/v1/adapters", **upload(make_adapter(5), name="ours"), headers=mine).raise_for_status()
+    served.http.post("/v1/chat/completions", json={"model": "ours"}, headers=mine).raise_for_status()
     use(page, secret)
     expect(page.locator("[data-adapter]")).to_have_count(1)
     expect(page.locator("[data-adapter=ours]")).to_be_visible()
+    expect(page.get_by_role("tab", name="Engines")).to_be_hidden()
     expect(page.locator("#engine")).to_be_hidden()
     expect(page.get_by_text("tone")).to_have_count(0)
 
@@ -161,9 +198,230 @@ def test_the_key_is_in_no_address_and_no_storage_and_gone_with_the_page(page, se
 
 
 @browsing
+def test_a_wrong_key_says_so_and_takes_away_what_the_right_one_showed(page):
+    use(page, ADMIN)
+    expect(page.locator("[data-adapter=tone]")).to_be_visible()
+    use(page, "wrong")
+    expect(page.get_by_role("alert")).to_contain_text("The key is refused: the API key is not one that this server")
+    expect(page.locator("[data-adapter=tone]")).to_be_hidden()
+    expect(page.get_by_label("API key")).to_have_attribute("aria-invalid", "true")
+    use(page, ADMIN)
+    expect(page.locator("[data-adapter=tone]")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+@browsing
+def test_the_first_page_has_the_push_command_for_this_very_server(page, served):
+    served.http.delete("/v1/adapters/tone").raise_for_status()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    use(page, ADMIN)
+    command = f"loradock adapters push my-adapter ./my-adapter --url {served.url}"
+    expect(page.locator("#command")).to_have_text(command)
+    expect(page.locator("#command-curl")).to_contain_text("Bearer $LORADOCK_KEY")
+    expect(page.locator("#listed")).to_be_hidden()
+    page.locator("#copy").click()
+    expect(page.get_by_role("status")).to_have_text(re.compile("Copied|Ctrl"))
+    assert command in (page.evaluate("getSelection().toString()"), page.evaluate("navigator.clipboard.readText()"))
+
+
+@browsing
+def test_a_failed_engine_says_why_is_started_again_from_here_and_nothing_looks_green_below_it(page, served):
+    backend = served.app.state.parts.fleet.first.backend
+    backend.prepare = lambda heir: setattr(heir, "wont_start", "there is no memory left")
+    backend.dead = True
+    assert eventually(lambda: served.http.get("/v1/engines").json()["data"][0]["phase"] == "failed", 20)
+    use(page, ADMIN)
+    expect(page.get_by_role("alert")).to_contain_text("The engine base is failed. 2 deaths within 600 s")
+    expect(page.get_by_role("alert")).to_contain_text("there is no memory left")
+    expect(page.locator("[data-adapter=tone]").get_by_text("engine base is down")).to_be_visible()
+    expect(page.locator(".good")).to_have_count(0)
+    show(page, "Engines")
+    expect(page.locator("[data-engine=base]")).to_contain_text("there is no memory left")
+    expect(page.locator(".good")).to_have_count(0)
+    for each in (backend, *backend.heirs):
+        each.prepare = lambda heir: None
+    page.get_by_role("alert").get_by_role("button", name="Restart the engine base").click()
+    page.get_by_role("button", name="Cancel").click()
+    assert served.http.get("/v1/engines").json()["data"][0]["phase"] == "failed"
+    page.get_by_role("alert").get_by_role("button", name="Restart the engine base").click()
+    expect(page.get_by_role("dialog").get_by_label("Why")).to_be_hidden()
+    page.get_by_role("dialog").get_by_role("button", name="Restart").click()
+    expect(page.locator("#engine")).to_have_text("ready, 0 running", timeout=20_000)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator("[data-engine=base]").get_by_text("ready", exact=True)).to_be_visible()
+
+
+@browsing
+def test_canary_and_golden_evidence_stand_beside_their_thresholds(page, served):
+    backend = served.app.state.parts.fleet.first.backend
+    backend.say = lambda body: "yes"
+    cases = [{"prompt": f"Question {number}", "contains": "yes", "max_tokens": 4} for number in range(5)]
+    served.http.put("/v1/adapters/tone/golden", json={"cases": cases}).raise_for_status()
+    served.http.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.5}).raise_for_status()
+    for number in range(8):
+        served.http.post("/v1/chat/completions", json={"model": "tone", "user": str(number)}).raise_for_status()
+    known = served.app.state.parts.golden.results.known
+    versions = served.app.state.parts.registry.versions("tone")
+    assert eventually(lambda: all((now := known(each)) and now.complete for each in versions), 20)
+    use(page, ADMIN)
+    tone = page.locator("[data-adapter=tone]")
+    expect(tone.get_by_text("Golden score 100 %, 57 % to 100 % with 95 % confidence, 5 cases")).to_have_count(2)
+    expect(tone.get_by_text("called worse at evidence")).to_be_visible()
+    expect(tone.get_by_role("row", name=re.compile("inter token"))).to_contain_text(re.compile(r"of \d"))
+    expect(tone.get_by_role("meter", name="Evidence: error")).to_have_attribute("aria-valuenow", re.compile(r"\d+"))
+    expect(tone.get_by_text("Golden set, v2 against v1:")).to_be_visible()
+
+
+@browsing
+def test_drift_is_shown_against_its_threshold_with_what_moved(page, served, monkeypatch):
+    signal = {
+        "reference_requests": 500, "reference_needed": 500, "log_evidence": 12.5, "log_threshold": 11.5129,
+        "alarmed": True, "since": "2026-11-25T10:00:00Z", "effects": {"rank_shift": 0.31},
+    }  # fmt: skip
+    gathering = {**signal, "reference_requests": 20, "alarmed": False, "log_evidence": None, "since": None}
+    report = {
+        "version": "v1",
+        "signals": {"prompt": signal, "output": gathering},
+        "alarms": {"prompt": {"text": "<i>another language</i>"}},
+    }
+    monkeypatch.setattr(served.app.state.parts.drift_monitor, "report", lambda full: [report])
+    use(page, ADMIN)
+    tone = page.locator("[data-adapter=tone]")
+    expect(tone.get_by_text("evidence 12.5 of 11.51 (ln); rank shift 0.31; since 2026")).to_be_visible()
+    expect(tone.get_by_text("gathering the reference; requests so far: output 20 of 500")).to_be_visible()
+    expect(tone.get_by_text("<i>another language</i>")).to_be_visible()
+    expect(tone.get_by_role("meter", name="Evidence of drift: prompt")).to_have_attribute("aria-valuenow", "100")
+
+
+@browsing
+def test_charts_have_axes_units_and_quantiles_that_say_of_what(page, served):
+    use(page, ADMIN)
+    tone = page.locator("[data-adapter=tone]")
+    expect(tone.get_by_text("first token of 5 answers: 50 % within")).to_be_visible()
+    chart = tone.get_by_role("img", name=re.compile("Requests a minute, the last 30 minutes: 5 requests, 0 failed"))
+    expect(chart).to_contain_text("−30 min")
+    expect(chart).to_contain_text("now")
+    tokens = tone.get_by_role("img", name=re.compile("Time to the first token, the last 30 minutes: half within"))
+    expect(tokens).to_contain_text("ms")
+    assert chart.locator("rect").count() >= 1
+
+
+@browsing
+def test_of_a_thousand_adapters_the_page_shows_what_matters_and_finds_the_rest(page, served):
+    for number in range(1000):
+        served.app.state.parts.registry.add(f"adapter-{number:04}", FOUND, f"{number:064x}", by="ada")
+    sizes: list[int] = []
+    page.on("response", lambda response: sizes.append(len(response.body())))
+    page.reload()
+    use(page, ADMIN)
+    expect(page.locator("[data-adapter=tone]")).to_be_visible()
+    expect(page.locator("#summary")).to_have_text("1,001 adapters, 0 with problems, 1 with traffic")
+    expect(page.locator("[data-row]")).to_have_count(50)
+    assert sum(sizes) < 500_000
+    page.get_by_role("button", name="Next").click()
+    expect(page.locator("#place")).to_have_text("51 to 100 of 1,000")
+    expect(page.locator("[data-row]").first).to_contain_text("adapter-0050")
+    page.get_by_label("Search by name").fill("0777")
+    expect(page.locator("[data-row]")).to_have_count(1)
+    expect(page.get_by_role("status")).to_have_text("1 adapter found.")
+    page.get_by_role("button", name="Details of adapter-0777").press("Enter")
+    expect(page.locator("[data-adapter=adapter-0777]")).to_contain_text("No requests in the last 30 minutes.")
+    expect(page.get_by_role("button", name="Details of adapter-0777")).to_have_attribute("aria-expanded", "true")
+    expect(page.get_by_role("button", name="Details of adapter-0777")).to_be_focused()
+    page.get_by_label("Search by name").fill("no such")
+    expect(page.get_by_text("No adapter has such a name.")).to_be_visible()
+
+
+@browsing
+def test_old_versions_are_folded(page, served):
+    for version in range(60):
+        served.app.state.parts.registry.add("tone", FOUND, f"{version:064x}", by="ada", promote=False)
+    use(page, ADMIN)
+    versions = page.locator("[data-adapter=tone] .version")
+    expect(versions).to_have_count(2)  # the live one and the newest
+    page.get_by_role("button", name="Show older versions of tone").click()
+    expect(versions).to_have_count(21)  # the newest is among the twenty
+    for _ in range(3):
+        page.get_by_role("button", name="Show older versions of tone").click()
+        page.wait_for_timeout(200)
+    expect(versions).to_have_count(62)
+    expect(page.get_by_role("button", name="Show older versions of tone")).to_have_count(0)
+
+
+@browsing
+def test_tabs_go_by_the_arrow_keys_and_each_control_has_a_name(page):
+    use(page, ADMIN)
+    page.get_by_role("tab", name="Adapters").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Changes")).to_be_focused()
+    expect(page.get_by_role("tabpanel", name="Changes")).to_be_visible()
+    page.keyboard.press("End")
+    expect(page.get_by_role("tabpanel", name="Engines")).to_contain_text("Answers under way")
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Adapters")).to_be_focused()
+    problems = page.evaluate("""() => {
+        const ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
+        const twice = ids.filter((id, at) => ids.indexOf(id) !== at);
+        const named = (element) => element.getAttribute("aria-label") || element.textContent.trim()
+            || (element.labels && element.labels[0] && element.labels[0].textContent);
+        const nameless = [...document.querySelectorAll("body > :not(dialog) button, input, svg[role], table")]
+            .filter((element) => !named(element)).map((element) => element.outerHTML);
+        const lost = [...document.querySelectorAll("[aria-controls], [aria-labelledby]")].filter((element) =>
+            !document.getElementById(element.getAttribute("aria-controls") ?? element.getAttribute("aria-labelledby")))
+            .map((element) => element.outerHTML);
+        return [...twice, ...nameless, ...lost];
+    }""")
+    assert problems == []
+
+
+@browsing
+def test_what_does_not_change_is_not_drawn_again(page):
+    """A reader keeps their place, and a screen reader is not told the same again."""
+    use(page, ADMIN)
+    button = page.get_by_role("button", name="Promote tone v2")
+    button.focus()
+    page.evaluate("document.querySelector('[data-adapter=tone]').dataset.mine = 'yes'")
+    show(page, "Changes")
+    show(page, "Adapters")
+    expect(page.locator("[data-mine=yes]")).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out_from_what_they_stand_on(scheme):
+    """WCAG 2.2, 1.4.3: a contrast of 4.5 at least."""
+    css = (PAGE / "page.css").read_text()
+    blocks = re.findall(r":root \{([^}]*)\}", css)
+    colors = {name: value for block in blocks[: 1 + (scheme == "dark")]
+              for name, value in re.findall(r"--([\w-]+): (#\w{6})", block)}  # fmt: skip
+    for text in ("text", "muted", "good", "warn", "bad", "accent"):
+        for back in ("back", "card"):
+            assert contrast(colors[text], colors[back]) >= 4.5, (text, back)
+    assert contrast(colors["on-accent"], colors["accent"]) >= 4.5
+
+
+def contrast(first: str, second: str) -> float:
+    dark, bright = sorted(map(luminance, (first, second)))
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@browsing
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_hangs_over_the_edge(page, width):
+def test_nothing_hangs_over_the_edge(page, served, width):
+    served.app.state.parts.registry.add("quiet", FOUND, f"{1:064x}", by="ada")
+    served.http.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.5}).raise_for_status()
     page.set_viewport_size({"width": width, "height": 800})
     use(page, ADMIN)
     expect(page.locator("[data-adapter=tone]")).to_be_visible()
+    page.get_by_role("button", name="Details of quiet").click()
+    expect(page.locator("[data-adapter=quiet]")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for view in ("Changes", "Engines"):
+        show(page, view)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -57,3 +57,26 @@ def test_among_too_many_versions_the_longest_silent_goes(recent, clock):
         clock[0] += 1
     assert recent.described("a0", "v2") == []
     assert recent.described(f"a{MAX_VERSIONS + 4}", "v2")
+
+
+def test_columns_have_a_place_for_each_minute_and_the_quantiles_of_all(recent, clock):
+    assert recent.columns("tone", "v2") is None
+    for _ in range(19):
+        recent.take(exchange(0.04))
+    clock[0] += 120
+    recent.take(exchange(0.7))
+    recent.take(exchange(None, 503))
+    columns = recent.columns("tone", "v2")
+    assert columns["from"] == 6_000_120 - 29 * 60
+    assert columns["requests"] == [0] * 27 + [19, 0, 2] and columns["errors"] == [0] * 29 + [1]
+    assert columns["first_token_p95"] == [None] * 27 + [0.05, None, 1]
+    whole = columns["all"]
+    assert (whole["requests"], whole["errors"], whole["answers"]) == (21, 1, 20)
+    assert (whole["first_token_p50"], whole["first_token_p95"], whole["inter_token_p95"]) == (0.05, 0.05, None)
+    assert recent.totals() == {("tone", "v2"): (21, 1)}
+
+
+def test_what_is_older_than_half_an_hour_counts_no_more(recent, clock):
+    recent.take(exchange())
+    clock[0] += 60 * MINUTES
+    assert recent.totals() == {} and recent.columns("tone", "v2") is None

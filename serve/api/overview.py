@@ -1,0 +1,298 @@
+"""What the dashboard shows, in as many bytes as it can show: a thousand adapters by what they need, a page at a time.
+
+First come adapters with a problem, then those with traffic, each as a card with its versions; the rest are rows. A
+card has the versions that matter: live, canary, shadow, pinned, asked lately, with a problem, and the newest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve.adapters.adapter import Adapter
+from serve.adapters.snapshot import SnapshotReader
+from serve.api.services import Services
+from serve.auth.auth import Caller
+from serve.gateway.router import manages
+from serve.names import short_name, tenant_of
+from serve.rollout.sequential_test import Verdict
+
+# Adapters that are shown with their versions, and how many versions of each.
+CARDS, VERSIONS = 12, 6
+# Older versions at a time.
+PAGE = 20
+# From this part of failed requests on a version has a problem.
+FAILING = 0.01
+# Statistics of a signal of drift, the largest ones.
+EFFECTS = 4
+# The worst first.
+KINDS = ("load", "errors", "canary", "drift", "golden")
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is read at once, on the event loop: the registry; requests and failures of the last half hour by adapter
+    and version; where versions are, by their ids; how canaries do on golden sets."""
+
+    registry: SnapshotReader
+    traffic: Mapping[tuple[str, str], tuple[int, int]]
+    states: Mapping[str, str]
+    golden: Mapping[str, Json]
+
+    @classmethod
+    def of(cls, parts: Services) -> Moment:
+        states: dict[str, str] = {}
+        for base in parts.fleet:
+            states |= base.engine.states
+        sets, verdicts = parts.golden.results.sets, parts.golden.verdicts
+        reports = {name: report for name in sets if (report := verdicts.report(name))}
+        return cls(parts.registry.frozen(), parts.recent.totals(), states, reports)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One adapter among many: what is wrong with it, as (kind, version, text), and how often it was asked."""
+
+    full: str
+    requests: int
+    errors: int
+    problems: Sequence[tuple[str, int | None, str]] = field(default_factory=tuple)
+
+    @property
+    def stands_out(self) -> bool:
+        return bool(self.problems) or self.requests > 0
+
+    @property
+    def rank(self) -> tuple[int, int, str]:
+        worst = min((KINDS.index(kind) for kind, _, _ in self.problems), default=len(KINDS))
+        return worst, -self.requests, self.full
+
+
+async def overview(parts: Services, caller: Caller, search: str, offset: int, limit: int) -> Json:
+    """The adapters that the caller may change and whose name holds `search`: cards first, then a page of the rest."""
+    moment = Moment.of(parts)
+    standings = await asyncio.to_thread(_standings, parts, caller, moment)
+    wanted = search.strip().casefold()
+    matching = [each for each in standings if wanted in short_name(each.full, caller.tenant).casefold()]
+    out = sorted((each for each in matching if each.stands_out), key=lambda each: each.rank)
+    first = out[:CARDS]
+    rest = out[CARDS:] + sorted((each for each in matching if not each.stands_out), key=lambda each: each.full)
+    chosen = [(each, _that_matter(moment, each)) for each in first]
+    recent = {each.full: _recent(parts, versions) for each, versions in chosen}
+    cards = await asyncio.to_thread(
+        lambda: [_card(parts, caller, moment, each, versions, recent[each.full]) for each, versions in chosen]
+    )
+    return {
+        "object": "overview",
+        "operator": caller.operator,
+        "watching": parts.exchange_worker.running,
+        "engines": _engines(parts, caller),
+        "adapters": len(standings),
+        "matching": len(matching),
+        "with_problems": sum(bool(each.problems) for each in matching),
+        "with_traffic": sum(each.requests > 0 for each in matching),
+        "first": cards,
+        "rest": len(rest),
+        "offset": offset,
+        "data": [_row(parts, caller, moment, each) for each in rest[offset : offset + limit]],
+    }
+
+
+async def adapter_overview(parts: Services, caller: Caller, full: str, before: int | None) -> Json:
+    """The card of one adapter; with `before`, its versions are the latest ones with a smaller number."""
+    moment = Moment.of(parts)
+    (standing,) = await asyncio.to_thread(_standings, parts, caller, moment, [full])
+    if before is None:
+        versions = _that_matter(moment, standing)
+    else:
+        older = [version for version in moment.registry.versions(full) if version.version < before]
+        versions = older[: -PAGE - 1 : -1]
+    recent = _recent(parts, versions)
+    return await asyncio.to_thread(_card, parts, caller, moment, standing, versions, recent)
+
+
+def _engines(parts: Services, caller: Caller) -> list[Json]:
+    """Phase and reason are in the 503 that anybody gets; how busy an engine is, is the operators' to know."""
+    rows = []
+    for base in parts.fleet:
+        row: Json = {"name": base.name, "phase": base.phase, "ready": base.is_ready, "reason": base.reason}
+        rows.append(row | ({"running": base.backend.running} if caller.operator else {}))
+    return rows
+
+
+# ---- what is wrong
+
+
+def _standings(parts: Services, caller: Caller, moment: Moment, names: Sequence[str] | None = None) -> list[Standing]:
+    if names is None:
+        names = [full for full in moment.registry.names() if manages(caller, full)]
+    traffic: dict[str, dict[str, tuple[int, int]]] = {}
+    for (name, version), count in moment.traffic.items():
+        traffic.setdefault(name, {})[version] = count
+    drifted = parts.drift_monitor.summary()
+    rows = []
+    for full in names:
+        counts = traffic.get(full, {})
+        requests, errors = (sum(each[place] for each in counts.values()) for place in (0, 1))
+        problems = (
+            *_load_problems(full, moment),
+            *_error_problems(counts),
+            *_canary_problems(parts, full, moment),
+            *_drift_problems(drifted.get(full, ())),
+            *_golden_problems(parts, full, moment),
+        )
+        rows.append(Standing(full, requests, errors, problems))
+    return rows
+
+
+def _load_problems(full: str, moment: Moment) -> list[tuple[str, int | None, str]]:
+    failed = [each for each in _serving(moment, full) if moment.states.get(each.id) == "failed"]
+    return [("load", each.version, "it cannot be loaded, and its requests fail: the log says why") for each in failed]
+
+
+def _error_problems(counts: Mapping[str, tuple[int, int]]) -> list[tuple[str, int | None, str]]:
+    failing = [(version, *count) for version, count in counts.items() if count[1] >= FAILING * count[0] and count[1]]
+    return [
+        ("errors", int(version[1:]) if version[1:].isdecimal() else None, f"{errors} of {requests} requests failed")
+        for version, requests, errors in failing
+    ]
+
+
+def _canary_problems(parts: Services, full: str, moment: Moment) -> list[tuple[str, int | None, str]]:
+    if moment.registry.canary(full) is None:
+        return []
+    problems: list[tuple[str, int | None, str]] = []
+    report, golden = parts.canary_monitor.report(full), moment.golden.get(full)
+    if report and report["verdict"] == Verdict.WORSE:
+        problems.append(("canary", report["canary"], f"the canary does worse than v{report['live']}"))
+    if golden and golden["verdict"] == Verdict.WORSE:
+        problems.append(("canary", golden["canary"], f"it does worse than v{golden['live']} on the golden set"))
+    return problems
+
+
+def _drift_problems(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int | None, str]]:
+    return [
+        ("drift", int(row["version"][1:]), row["moved"].get(signal, f"the {signal} signal has drifted"))
+        for row in rows
+        for signal in row["drifted"]
+        if row["version"][1:].isdecimal()
+    ]
+
+
+def _golden_problems(parts: Services, full: str, moment: Moment) -> list[tuple[str, int | None, str]]:
+    live = moment.registry.live(full)
+    summary = parts.golden.results.known(live) if live and full in parts.golden.results.sets else None
+    if live is None or summary is None or not summary.errors:
+        return []
+    cases = "1 golden case has" if summary.errors == 1 else f"{summary.errors} golden cases have"
+    return [("golden", live.version, f"{cases} no score, because of an error")]
+
+
+def _serving(moment: Moment, full: str) -> list[Adapter]:
+    """Versions that get traffic."""
+    registry = moment.registry
+    shares = [share.adapter for share in (registry.canary(full), registry.shadow(full)) if share]
+    return [adapter for adapter in (registry.live(full), *shares) if adapter]
+
+
+# ---- how it is told
+
+
+def _row(parts: Services, caller: Caller, moment: Moment, standing: Standing) -> Json:
+    full, registry = standing.full, moment.registry
+    live, canary, shadow = registry.live(full), registry.canary(full), registry.shadow(full)
+    versions, owner = registry.versions(full), parts.fleet.owner(full)
+    return {
+        "name": short_name(full, caller.tenant),
+        "tenant": tenant_of(full),
+        "visibility": "shared" if registry.shared(full) else "private",
+        "engine": owner.name if owner else registry.base(full),
+        "ready": owner is not None and owner.is_ready,
+        "live": live.version if live else None,
+        "before": registry.before(full),
+        "canary": {"version": canary.adapter.version, "weight": canary.weight} if canary else None,
+        "shadow": {"version": shadow.adapter.version, "weight": shadow.weight} if shadow else None,
+        "state": moment.states.get(live.id, "disk") if live else None,
+        "versions_total": len(versions),
+        "pushed": int(versions[-1].created),
+        "requests": standing.requests,
+        "errors": standing.errors,
+        "problems": [{"kind": kind, "version": version, "text": text} for kind, version, text in standing.problems],
+    }
+
+
+def _that_matter(moment: Moment, standing: Standing) -> list[Adapter]:
+    """The versions with traffic, then the one that a rollback goes to, then others by number, the latest first."""
+    registry, full = moment.registry, standing.full
+    pinned, before, versions = registry.pinned(full), registry.before(full), registry.versions(full)[::-1]
+    troubled = {version for _, version, _ in standing.problems}
+    others = [
+        each
+        for each in versions
+        if each in (pinned, versions[0]) or each.version in troubled or (full, f"v{each.version}") in moment.traffic
+    ]
+    earlier = [each for each in versions if each.version == before]
+    return list(dict.fromkeys([*_serving(moment, full), *earlier, *others]))[:VERSIONS]
+
+
+def _recent(parts: Services, versions: Sequence[Adapter]) -> dict[int, Json | None]:
+    return {each.version: parts.recent.columns(each.name, f"v{each.version}") for each in versions}
+
+
+def _card(
+    parts: Services,
+    caller: Caller,
+    moment: Moment,
+    standing: Standing,
+    versions: Sequence[Adapter],
+    recent: Mapping[int, Json | None],
+) -> Json:
+    full = standing.full
+    reports = {report["version"]: report for report in parts.drift_monitor.report(full)}
+    pinned = moment.registry.pinned(full)
+    return {
+        **_row(parts, caller, moment, standing),
+        "canary_report": parts.canary_monitor.report(full),
+        "golden_canary": moment.golden.get(full),
+        "shadow_agreement": parts.shadow_agreement.report(full)[:2],
+        "versions": [
+            {
+                "version": each.version,
+                "digest": each.digest[:12],
+                "rank": each.rank,
+                "bytes": each.nbytes,
+                "pushed": int(each.created),
+                "pinned": each == pinned,
+                "state": moment.states.get(each.id, "disk"),
+                "recent": recent[each.version],
+                "drift": _drift(reports.get(f"v{each.version}")),
+                "golden": _golden(parts, each),
+            }
+            for each in versions
+        ],
+    }
+
+
+def _golden(parts: Services, adapter: Adapter) -> Json | None:
+    summary = parts.golden.results.known(adapter)
+    return summary.described() if summary else None
+
+
+def _drift(report: Mapping[str, Any] | None) -> Json | None:
+    """Of a version's report what is drawn: the evidence of each signal, what it takes, and how far it moved."""
+    if report is None:
+        return None
+    fields = ("reference_requests", "reference_needed", "log_evidence", "log_threshold", "alarmed", "since")
+    signals = []
+    for name, signal in report["signals"].items():
+        largest = sorted(signal["effects"].items(), key=lambda effect: -abs(effect[1] or 0.0))[:EFFECTS]
+        signals.append({"signal": name, **{field: signal[field] for field in fields}, "effects": dict(largest)})
+    return {
+        "signals": signals,
+        "probe": report.get("probe"),
+        "alarms": {kind: moved.get("text", "") for kind, moved in report["alarms"].items()},
+    }
