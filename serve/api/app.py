@@ -80,7 +80,7 @@ def build_app(
     )
     app.state.parts = parts
     for router in [pages(), *routers()]:
-        app.include_router(router)
+        app.router.routes.extend(router.routes)  # `include_router` builds each of them anew
     app.add_exception_handler(LoradockError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
