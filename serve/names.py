@@ -13,13 +13,22 @@ an adapter that somebody else has deleted, or never had.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
-from serve.errors import BadRequest
+from serve.errors import BadRequest, Conflict
 
 DEFAULT = "default"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Neither v3 nor twelve digits of a digest, which NAME@... may be too.
+_ALIAS = re.compile(r"(?!(?:v[0-9]+|[0-9a-f]{12})\Z)[A-Za-z][A-Za-z0-9._-]{0,31}")
+MAX_TAGS, MAX_TAG = 16, 64
+# Of a stored response's id.
+OWNER_DIGITS = 8
+# DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`; so with
+# GET /v1/adapters/TENANT/drift, /baseline and /golden.
+RESERVED = ("pin", "drift", "baseline", "golden")
 
 
 def full_name(tenant: str, name: str) -> str:
@@ -63,6 +72,50 @@ def check_full_name(full: str) -> str:
     if check_name(tenant) == DEFAULT and slash:
         raise BadRequest(f"the full name of {shown(full)} is {shown(name)}", param="name")
     return full
+
+
+def check_adapter_name(full: str, bases: Iterable[str]) -> str:
+    """The full name, if a new adapter may bear it beside these base models."""
+    check_full_name(full)
+    short = short_name(full, tenant_of(full))
+    if taken := next((base for base in bases if base in (full, short)), None):
+        raise Conflict(f"{taken!r} is the base model's name: choose another for the adapter", param="name")
+    if short in RESERVED:
+        raise BadRequest(
+            f"{short!r} cannot be an adapter's name, because it ends a path of this server: choose another",
+            param="name",
+        )
+    return full
+
+
+def check_alias(alias: str) -> str:
+    """The name, if it may point at a version: NAME@ALIAS."""
+    if _ALIAS.fullmatch(alias):
+        return alias
+    raise BadRequest(
+        f"`{shown(alias)}` cannot be an alias: take 1 to 32 letters, digits, dots, dashes or underscores, beginning "
+        "with a letter, and neither a version (v3) nor a digest",
+        param="alias",
+    )
+
+
+def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """The tags of a version, each once."""
+    checked = tuple(dict.fromkeys(tags))
+    if len(checked) > MAX_TAGS:
+        raise BadRequest(f"a version takes up to {MAX_TAGS} tags, not {len(checked)}", param="tags")
+    for tag in checked:
+        if not 1 <= len(tag) <= MAX_TAG or not tag.isprintable() or tag != tag.strip():
+            raise BadRequest(
+                f"`{shown(tag)}` cannot be a tag: take 1 to {MAX_TAG} printable characters, without spaces at the ends",
+                param="tags",
+            )
+    return checked
+
+
+def response_owner(id: str) -> str:
+    """What the ids of one tenant's stored responses have in common, and no other's."""
+    return id.removeprefix("resp_")[:OWNER_DIGITS]
 
 
 def shown(value: Any, limit: int = 160) -> str:

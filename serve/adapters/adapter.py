@@ -31,6 +31,8 @@ class Adapter:
     nbytes: int
     created: float
     checks: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    # What people wrote on it; it means nothing here.
+    tags: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def id(self) -> str:

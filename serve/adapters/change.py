@@ -33,6 +33,7 @@ class Change:
     pinned: int | None
     base: str | None
     shares: dict[str, tuple[int, float]]
+    aliases: dict[str, int]
     logged: bool = False
 
     @classmethod
@@ -45,7 +46,7 @@ class Change:
             raise missing(name)
         change = cls(
             connection, clock, row.id, row.name, row.live, json.loads(row.trail), row.next, row.shared, row.pinned,
-            row.base, shares_of(row),
+            row.base, shares_of(row), json.loads(row.aliases or "{}"),
         )  # fmt: skip
         if not create and not change.versions():
             raise missing(name)
@@ -68,6 +69,7 @@ class Change:
                 shared=self.shared,
                 pinned=self.pinned,
                 base=self.base,
+                aliases=json.dumps(self.aliases) if self.aliases else None,
                 **columns,
             )
         )
@@ -106,6 +108,19 @@ class Change:
         self.end_shares(by)
         return was
 
+    def check_unused(self, version: int, count: int) -> None:
+        """Conflict, if it is live beside others of `count`, or an alias names it: then it goes by force only."""
+        if version == self.live and count > 1:
+            raise Conflict(
+                f"{shown(self.name)}@v{version} is live; promote another version first, or delete it with force",
+                code="live",
+            )
+        if alias := next((alias for alias, target in self.aliases.items() if target == version), None):
+            raise Conflict(
+                f"{shown(self.name)}@{alias} is v{version}; move the alias first, or delete it with force",
+                code="aliased",
+            )
+
     def versions(self) -> dict[int, Adapter]:
         rows = self.connection.execute(select(versions).where(versions.c.name_id == self.id))
         return {row.version: adapter_of(self.name, row) for row in rows}
@@ -120,6 +135,15 @@ class Change:
         version, _ = self.shares.pop(kind)
         self.log(f"{kind}_end", by, why, version, None)
 
+    def end_aliases(self, by: str, only: Container[int]) -> None:
+        """Those stop whose version is among `only`."""
+        for alias, version in list(self.aliases.items()):
+            if version in only:
+                self.end_alias(alias, by, "")
+
+    def end_alias(self, alias: str, by: str, why: str) -> None:
+        self.log("alias_end", by, why, self.aliases.pop(alias), None, label=alias)
+
     def log(
         self,
         what: str,
@@ -129,6 +153,7 @@ class Change:
         after: int | None,
         digest: str | None = None,
         weight: float | None = None,
+        label: str | None = None,
     ) -> None:
         self.logged = True
         self.connection.execute(
@@ -142,6 +167,7 @@ class Change:
                 to_version=after,
                 digest=digest,
                 weight=weight,
+                label=label,
             )
         )
 

@@ -1,8 +1,8 @@
 """Names, versions, live pointers and their history: the only mutable truth.
 
     names      one row a name: which version is live, which were live before it, the next version number; which one
-               takes a share of its traffic (canary), answers unseen (shadow), or stays in the engine (pinned)
-    versions   one row a version: its digest, what `inspect` found and what the probe measured
+               takes a share of its traffic (canary), answers unseen (shadow), or stays in the engine (pinned); aliases
+    versions   one row a version: its digest, what `inspect` found, what the probe measured, its tags
     history    one row a change: who, what, why, when, from which version to which; only ever appended
     keys       one row an API key, as its digest; written by serve.auth.keys
     bases      one row a base model that was swapped: what serves in the place of what is configured
@@ -22,12 +22,12 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, text
+from sqlalchemy import Connection, delete, func, insert, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
@@ -38,10 +38,11 @@ from serve.adapters.snapshot import Share, Snapshot, SnapshotReader, missing, re
 from serve.adapters.standing_rollbacks import StandingRollback, StandingRollbacks
 from serve.adapters.tables import bases, history, keys, names, versions
 from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, NotFound
-from serve.names import check_full_name, shown
+from serve.names import check_alias, check_full_name, check_tags, shown
 
 log = logging.getLogger(__name__)
 
+MAX_ALIASES = 32  # of one name
 _STAMP = select(
     tables.LATEST.scalar_subquery(),
     select(func.count(keys.c.id)).scalar_subquery(),
@@ -209,18 +210,16 @@ class Registry(SnapshotReader):
     ) -> list[Adapter]:
         """Remove a version, or the name with all of them, and answer what is gone.
 
-        The live version, while others exist, goes by force only; then the one that was live before answers again.
+        The live version, while others exist, and one that an alias names go by force only. After the live one, the one
+        that was live before answers again.
         """
         with self._change(name, expected=expected) as change:
             there = change.versions()
             if version is not None and version not in there:
                 raise missing(f"{name}@v{version}")
             doomed = sorted(there) if version is None else [version]
-            if version is not None and version == change.live and len(there) > 1 and not force:
-                raise Conflict(
-                    f"{shown(name)}@v{version} is live; promote another version first, or delete it with force",
-                    code="live",
-                )
+            if version is not None and not force:
+                change.check_unused(version, len(there))
             gone = [there[number] for number in doomed]
             where = (versions.c.name_id == change.id) & versions.c.version.in_(doomed)
             change.connection.execute(delete(versions).where(where))
@@ -237,6 +236,7 @@ class Registry(SnapshotReader):
             elif change.trail and change.trail[-1] == change.live:
                 change.trail.pop()  # 3, 2 before 3, without 2: to roll back to 3 would go nowhere
             change.end_shares(by, only=doomed)
+            change.end_aliases(by, only=doomed)
             if change.pinned in doomed or len(doomed) == len(there):
                 change.pinned = None
         return gone
@@ -290,6 +290,37 @@ class Registry(SnapshotReader):
             if change.pinned is not None:
                 change.log("unpin", by, why, change.pinned or None, None)
                 change.pinned = None
+
+    def alias(
+        self, name: str, alias: str, version: int, *, by: str, why: str = "", expected: int | None = None
+    ) -> None:
+        """Point NAME@ALIAS at a version, whichever it pointed at before."""
+        check_alias(alias)
+        with self._change(name, expected=expected) as change:
+            adapter, before = change.version(version), change.aliases.get(alias)
+            if before is None and len(change.aliases) >= MAX_ALIASES:
+                raise Conflict(f"{shown(name)} has {MAX_ALIASES} aliases, as many as it may: remove one first")
+            if before != version:
+                change.aliases[alias] = version
+                change.log("alias", by, why, before, version, adapter.digest, label=alias)
+
+    def unalias(self, name: str, alias: str, *, by: str, why: str = "", expected: int | None = None) -> None:
+        """NAME@ALIAS means nothing any more."""
+        with self._change(name, expected=expected) as change:
+            if alias not in change.aliases:
+                raise NotFound(f"{shown(name)} has no alias `{shown(alias)}`", param="alias")
+            change.end_alias(alias, by, why)
+
+    def tag(
+        self, name: str, version: int, tags: Iterable[str], *, by: str, why: str = "", expected: int | None = None
+    ) -> None:
+        """Write tags on a version, in the place of those that it has."""
+        texts = check_tags(tags)
+        with self._change(name, expected=expected) as change:
+            if change.version(version).tags != texts:
+                row = (versions.c.name_id == change.id) & (versions.c.version == version)
+                change.connection.execute(update(versions).where(row).values(tags=json.dumps(texts)))
+                change.log("tag", by, why, None, version, label=json.dumps(texts, ensure_ascii=False))
 
     def note(self, name: str, what: str, version: int, *, by: str, why: str = "") -> None:
         """Write something that happened to a version into the history; it changes nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, select
@@ -15,7 +15,7 @@ from serve.adapters.tables import LATEST, names, versions
 from serve.errors import NotFound
 from serve.names import shown
 
-_PINNED = re.compile(r"(?P<name>[^@]+)@(?:v(?P<version>[1-9][0-9]{0,8})|(?P<digest>[0-9a-f]{12}))")
+_PINNED = re.compile(r"(?P<name>[^@]+)@(?:v(?P<version>[1-9][0-9]{0,8})|(?P<digest>[0-9a-f]{12})|(?P<alias>.+))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Entry:
     is_pinned: bool = False
     base: str | None = None
     trail: tuple[int, ...] = ()  # which versions were live before, the last one last
+    aliases: Mapping[str, Adapter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,11 @@ class SnapshotReader:
         entry = self._snapshot.entries.get(name)
         return entry.trail[-1] if entry and entry.trail else None
 
+    def aliases(self, name: str) -> Mapping[str, Adapter]:
+        """What NAME@ALIAS means, by alias."""
+        entry = self._snapshot.entries.get(name)
+        return entry.aliases if entry else {}
+
     def get(self, name: str, version: int) -> Adapter:
         """That very version."""
         entry = self._snapshot.entries.get(name)
@@ -115,15 +121,17 @@ class SnapshotReader:
         return entry.versions[version]
 
     def resolve(self, public: str) -> Adapter:
-        """NAME (its live version), NAME@vN or NAME@DIGEST12."""
+        """NAME (its live version), NAME@vN, NAME@DIGEST12 or NAME@ALIAS."""
         entries = self._snapshot.entries
         adapter: Adapter | None = None
         if pinned := _PINNED.fullmatch(public):
             entry = entries.get(pinned["name"])
             if entry and pinned["version"]:
                 adapter = entry.versions.get(int(pinned["version"]))
-            elif entry:
+            elif entry and pinned["digest"]:
                 adapter = entry.digests.get(pinned["digest"])
+            elif entry:
+                adapter = entry.aliases.get(pinned["alias"])
         elif entry := entries.get(public):
             adapter = entry.live
         if adapter is None:
@@ -172,6 +180,7 @@ def read_snapshot(connection: Connection) -> Snapshot:
 
 def entry_of(row: Any, there: Mapping[int, Adapter], shares: Mapping[str, tuple[int, float]]) -> Entry:
     """The entry of a name that has the versions `there`; `row` has the columns of the table names."""
+    aliases = json.loads(row.aliases or "{}") if isinstance(row.aliases, str | None) else row.aliases
     return Entry(
         live=None if row.live is None else there[row.live],
         versions=there,
@@ -181,6 +190,8 @@ def entry_of(row: Any, there: Mapping[int, Adapter], shares: Mapping[str, tuple[
         is_pinned=row.pinned is not None,
         base=row.base,
         trail=tuple(json.loads(row.trail) if isinstance(row.trail, str) else row.trail),
+        # An older server that shares the registry may have deleted the version.
+        aliases={alias: there[version] for alias, version in sorted(aliases.items()) if version in there},
         **{kind: Share(there[version], weight) for kind, (version, weight) in shares.items()},
     )
 
@@ -203,6 +214,7 @@ def adapter_of(name: str, row: Any) -> Adapter:
         nbytes=row.nbytes,
         created=row.created,
         checks=json.loads(row.checks or "{}"),
+        tags=tuple(json.loads(row.tags or "[]")),
     )
 
 

@@ -42,7 +42,7 @@ from sqlalchemy.schema import CreateColumn
 from serve.errors import ConfigError, EngineUnavailable, LoradockError, OutOfSpace
 from serve.names import shown
 
-SCHEMA = 4
+SCHEMA = 5
 # A database that does not answer is an error after seconds, not after the kernel's quarter of an hour.
 LIBPQ_PATIENCE = {
     "connect_timeout": "5",
@@ -74,6 +74,7 @@ names = Table(
     Column("shadow_weight", Float(53)),
     Column("pinned", Integer),  # 0: whichever version is live
     Column("base", String(256)),  # the name of the base model that it runs on; null: the server's first
+    Column("aliases", Text),  # JSON: a fixed name -> the version that it points at
 )
 
 versions = Table(
@@ -89,6 +90,7 @@ versions = Table(
     Column("tensors", Integer, nullable=False),
     Column("created", Float(53), nullable=False),
     Column("checks", Text),  # JSON: what was measured when it was pushed
+    Column("tags", Text),  # JSON: a list of texts
     UniqueConstraint("name_id", "digest"),
 )
 
@@ -105,6 +107,7 @@ history = Table(
     Column("to_version", Integer),
     Column("digest", String(64)),
     Column("weight", Float(53)),
+    Column("label", Text),  # the alias that moved, or the tags that were set
     sqlite_autoincrement=True,
 )
 
@@ -288,6 +291,13 @@ def _to_bases(connection: Connection) -> None:
     _add_columns(connection, names, "base")
 
 
+def _to_aliases(connection: Connection) -> None:
+    """Names get aliases, versions tags."""
+    _add_columns(connection, names, "aliases")
+    _add_columns(connection, versions, "tags")
+    _add_columns(connection, history, "label")
+
+
 def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
     for column in columns:
         spelled = CreateColumn(table.c[column]).compile(dialect=connection.dialect)
@@ -295,7 +305,7 @@ def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
 
 
 # MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants, 2: _to_traffic, 3: _to_bases}
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants, 2: _to_traffic, 3: _to_bases, 4: _to_aliases}
 
 
 def opened(url: str) -> Engine:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from serve.auth.auth import Scope
-from serve.names import DEFAULT
+from serve.names import DEFAULT, MAX_TAGS
 
 Number = Annotated[int, Meta(ge=1)]  # of a version
 # What building one baseline may generate.
@@ -25,6 +25,7 @@ class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
     probe_min_effect: Effect | None = None  # in the place of the setting
     probe: bool = True  # false: it may change nothing, as a LoRA does before the first step of its training
     keep: Number | None = None  # the newest versions that stay, beside those that serve
+    dry_run: bool = False  # every check, and nothing is kept
 
 
 class LoadLora(Struct, frozen=True):
@@ -149,6 +150,20 @@ class Pin(Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a pin; without a version, whichever is live stays."""
 
     version: Number | None = None
+    why: str = ""
+
+
+class Alias(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of an alias: the version that NAME@ALIAS means from now on."""
+
+    version: Number
+    why: str = ""
+
+
+class Tags(Struct, frozen=True, forbid_unknown_fields=True):
+    """The tags of a version, in the place of those that it has."""
+
+    tags: Annotated[list[str], Meta(max_length=MAX_TAGS)]
     why: str = ""
 
 

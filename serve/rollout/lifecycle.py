@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,16 @@ from serve.engine.effect_probe import ANY_EFFECT
 from serve.engine.engine import Backend, Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
-from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError
+from serve.errors import Conflict, EngineUnavailable, LoradockError
 from serve.models.checkpoint import is_another_model
-from serve.names import check_full_name, short_name, shown, tenant_of
+from serve.names import check_adapter_name, shown, tenant_of
 from serve.rollout.change_locks import ChangeLocks
 from serve.rollout.prefetch import Popularity
 from serve.rollout.quotas import check_pin, check_push
+from serve.rollout.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
-# DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`; so with
-# GET /v1/adapters/TENANT/drift, /baseline and /golden.
-RESERVED = ("pin", "drift", "baseline", "golden")
 # A version that takes over the traffic counts as used so often, at once.
 PROMOTED = 8.0
 # A rollback is done once the registry has it; so long it waits for the version to be loaded too.
@@ -49,6 +47,19 @@ WARM_SECONDS = 2.0
 REGISTRY_SECONDS, WRITE_DOWN_SECONDS = 2.0, 0.5
 # So long the first engine waits for the shared folder's sweep, and the end of the server for what is not done yet.
 SWEEP_SECONDS, SETTLE_SECONDS = 5.0, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An adapter that was pushed, before anything is made of it; `model` is what its base served then."""
+
+    base: Supervisor
+    model: str
+    limits: Limits
+    inspection: Inspection
+    digest: str
+    id: str
+    path: Path
 
 
 class Lifecycle:
@@ -69,12 +80,13 @@ class Lifecycle:
         self.registry = registry
         self.store = store
         self.popularity = popularity
+        self._traffic = Traffic(registry, fleet, popularity)
         self._limits = limits
         # Reads and answers take none of these.
         self._locks = ChangeLocks()
         self._aside: set[asyncio.Task[None]] = set()
         # Which versions serve, by name, as of the last change that reached the engines; and all that there are.
-        self._adopted: dict[str, dict[str, Adapter]] = {name: self._serving(name) for name in registry.names()}
+        self._adopted: dict[str, dict[str, Adapter]] = {name: self._traffic.of(name) for name in registry.names()}
         self._known = {adapter.id: adapter for adapter in registry.adapters()}
 
     async def sweep(self) -> None:
@@ -91,7 +103,7 @@ class Lifecycle:
 
     async def restore(self, base: Supervisor, engine: Engine) -> None:
         """Bring the pinned and the most popular live versions of a base into a fresh engine."""
-        engine.pinned = self._pinned(base)
+        engine.pinned = self._traffic.pinned(base)
         for adapter in self.wanted(base)[: engine.backend.max_resident]:
             try:
                 await engine.ensure(adapter.id, await self.path(adapter))
@@ -136,42 +148,74 @@ class Lifecycle:
 
         `min_effect` is what the probe asks of it, in the place of the configured one. `notes` are kept with its checks.
         """
-        self._check_name(name)
+        async with self._received(name, folder, engine, expected, quota, min_effect) as new:
+            base, path, inspection, judged = new.base, new.path, new.inspection, new.model
+            own = None if base is self.fleet.first else base.name
+            add = partial(
+                self.registry.add, name, by=by, promote=promote, why=why, shared=shared, base=own, expected=expected
+            )
+            while True:
+                checks = {**await self._judge(base, new.id, path, inspection, min_effect), **(notes or {})}
+                await self.store.upload(new.digest)
+                async with self._change(name, base), self._locks.quota(tenant_of(name)):
+                    if base.model == judged:
+                        check_push(self.registry, name, new.digest, inspection, quota)
+                        adapter, created = await asyncio.to_thread(add, inspection, new.digest, checks=checks)
+                        break
+                # The base was swapped meanwhile: what counts is what the adapter does on the one that serves now.
+                judged = base.model
+                inspection = await asyncio.to_thread(inspect, path, base.modules, new.limits)
+        if adapter.id not in self._traffic.of(name):
+            base.engine.retire(adapter.id)
+        return adapter, created
+
+    async def try_push(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        quota: KeyLimits = UNLIMITED,
+        engine: str | None = None,
+        expected: int | None = None,
+        min_effect: float | None = None,
+    ) -> tuple[Candidate, dict[str, Any]]:
+        """Every check of `push`, with what the probe measured, or its error; nothing of the adapter stays."""
+        async with self._received(name, folder, engine, expected, quota, min_effect) as new:
+            checks = await self._judge(new.base, new.id, new.path, new.inspection, min_effect)
+        if new.id not in self._traffic.of(name):
+            new.base.engine.retire(new.id)
+        self._let_go(new.base, new.id, new.digest)
+        return new, checks
+
+    @asynccontextmanager
+    async def _received(
+        self,
+        name: str,
+        folder: Path,
+        engine: str | None,
+        expected: int | None,
+        quota: KeyLimits,
+        min_effect: float | None,
+    ) -> AsyncIterator[Candidate]:
+        """What came with a push, inspected; its bytes are kept until the block ends, and let go if that fails."""
+        check_adapter_name(name, [base.name for base in self.fleet])
         base = self._base(name, engine)
         await base.available()
         limits = replace(self._limits(base), may_change_nothing=min_effect == ANY_EFFECT)
-        judged = base.model
+        model = base.model
         inspection = await asyncio.to_thread(inspect, folder, base.modules, limits)
         await self._expect(name, expected)
         digest = await asyncio.to_thread(self.store.admit, folder, keep=True)
         adapter_id = f"{name}@{digest[:12]}"
-        own = None if base is self.fleet.first else base.name
-        add = partial(
-            self.registry.add, name, by=by, promote=promote, why=why, shared=shared, base=own, expected=expected
-        )
         try:
             check_push(self.registry, name, digest, inspection, quota)
             check_digest(digest, limits)
-            path = self.store.path(digest)
-            while True:
-                checks = {**await self._judge(base, adapter_id, path, inspection, min_effect), **(notes or {})}
-                await self.store.upload(digest)
-                async with self._change(name, base), self._locks.quota(tenant_of(name)):
-                    if base.model == judged:
-                        check_push(self.registry, name, digest, inspection, quota)
-                        adapter, created = await asyncio.to_thread(add, inspection, digest, checks=checks)
-                        break
-                # The base was swapped meanwhile: what counts is what the adapter does on the one that serves now.
-                judged = base.model
-                inspection = await asyncio.to_thread(inspect, path, base.modules, limits)
+            yield Candidate(base, model, limits, inspection, digest, adapter_id, self.store.path(digest))
         except BaseException:
             self._let_go(base, adapter_id, digest)
             raise
         finally:
             self.store.release(digest)
-        if adapter.id not in self._serving(name):
-            base.engine.retire(adapter.id)
-        return adapter, created
 
     async def _judge(
         self, base: Supervisor, adapter_id: str, path: Path, inspection: Inspection, min_effect: float | None
@@ -267,17 +311,31 @@ class Lifecycle:
         await self._expect(name, expected)
         base = self.fleet.of(name)
         places = base.backend.max_resident - 1
-        check_pin(self.registry, name, self._pinned_names(base), places)
+        check_pin(self.registry, name, self._traffic.pinned_names(base), places)
         if adapter := self.registry.get(name, version) if version else self.registry.live(name):
             await self._load(adapter)
         async with self._change(name), self._locks.pins:
-            check_pin(self.registry, name, self._pinned_names(base), places)
+            check_pin(self.registry, name, self._traffic.pinned_names(base), places)
             await asyncio.to_thread(self.registry.pin, name, version, by=by, why=why, expected=expected)
 
     async def unpin(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> None:
         """Let the versions of `name` come and go again."""
         async with self._change(name):
             await asyncio.to_thread(self.registry.unpin, name, by=by, why=why, expected=expected)
+
+    async def alias(
+        self, name: str, alias: str, version: int, *, by: str, why: str = "", expected: int | None = None
+    ) -> None:
+        """Point NAME@ALIAS at a version, which is resident when this returns."""
+        await self._expect(name, expected)
+        await self._load(self.registry.get(name, version))
+        async with self._change(name):
+            await asyncio.to_thread(self.registry.alias, name, alias, version, by=by, why=why, expected=expected)
+
+    async def unalias(self, name: str, alias: str, *, by: str, why: str = "", expected: int | None = None) -> None:
+        """NAME@ALIAS means nothing any more."""
+        async with self._change(name):
+            await asyncio.to_thread(self.registry.unalias, name, alias, by=by, why=why, expected=expected)
 
     async def publish(self, name: str, shared: bool, *, by: str, why: str = "", expected: int | None = None) -> None:
         """Let other tenants ask the adapter too, or its own alone."""
@@ -308,7 +366,7 @@ class Lifecycle:
         """What another server has changed: old versions leave the engines here, and new ones come."""
         there = {adapter.id: adapter for adapter in self.registry.adapters()}
         for name in {*self._adopted, *self.registry.names()}:
-            before, now = self._adopted.get(name, {}), self._serving(name)
+            before, now = self._adopted.get(name, {}), self._traffic.of(name)
             if before.keys() == now.keys():
                 continue
             self._flipped(name, before)
@@ -320,7 +378,7 @@ class Lifecycle:
                 for base in self.fleet:
                     self._let_go(base, adapter_id, adapter.digest)
         for base in self.fleet:
-            base.pinned = self._pinned(base)
+            base.pinned = self._traffic.pinned(base)
         self._known = there
 
     async def settle(self) -> None:
@@ -331,22 +389,11 @@ class Lifecycle:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
 
-    def _check_name(self, name: str) -> None:
-        check_full_name(name)
-        short = short_name(name, tenant_of(name))
-        if taken := next((base.name for base in self.fleet if base.name in (name, short)), None):
-            raise Conflict(f"{taken!r} is the base model's name: choose another for the adapter", param="name")
-        if short in RESERVED:
-            raise BadRequest(
-                f"{short!r} cannot be an adapter's name, because it ends a path of this server: choose another",
-                param="name",
-            )
-
     @asynccontextmanager
     async def _change(self, name: str, base: Supervisor | None = None) -> AsyncIterator[None]:
         """The registry's transaction on one name; its base is told what serves now and what does not any more."""
         async with self._locks.change(name):
-            before = self._serving(name)
+            before = self._traffic.of(name)
             yield
             self._flipped(name, before, base)
 
@@ -375,37 +422,20 @@ class Lifecycle:
             )
         return base
 
-    def _serving(self, name: str) -> dict[str, Adapter]:
-        """The versions of `name` that get traffic without being named, by id: pinned, live, canary, shadow."""
-        reads = self.registry
-        shares = [share.adapter for share in (reads.canary(name), reads.shadow(name)) if share]
-        return {adapter.id: adapter for adapter in (reads.pinned(name), reads.live(name), *shares) if adapter}
-
     def wanted(self, base: Supervisor) -> list[Adapter]:
         """What a fresh engine should hold, the most important first."""
-        names = [name for name in self.registry.names() if self.fleet.owner(name) is base]
-        pinned = [adapter for name in self._pinned_names(base) if (adapter := self.registry.pinned(name))]
-        serving = {adapter.id: adapter for name in names for adapter in self._serving(name).values()}
-        popular = [serving[adapter_id] for adapter_id in self.popularity.ranked(serving)]
-        return list({adapter.id: adapter for adapter in (*pinned, *popular)}.values())
+        return self._traffic.wanted(base)
 
     def _flipped(self, name: str, before: Mapping[str, Adapter], base: Supervisor | None = None) -> None:
         """What served and does not any more leaves; what is pinned now stays."""
-        self._adopted[name] = self._serving(name)
+        self._adopted[name] = self._traffic.of(name)
         serving = self._adopted[name].keys()
         for adapter_id in serving - before.keys():
             self.popularity.used(adapter_id, PROMOTED)
         if base := base or self.fleet.owner(name):
-            base.pinned = self._pinned(base)
+            base.pinned = self._traffic.pinned(base)
             for adapter_id in before.keys() - serving:
                 base.engine.retire(adapter_id)
-
-    def _pinned_names(self, base: Supervisor) -> list[str]:
-        return [name for name in self.registry.pinned_names() if self.fleet.owner(name) is base]
-
-    def _pinned(self, base: Supervisor) -> frozenset[str]:
-        pinned = (self.registry.pinned(name) for name in self._pinned_names(base))
-        return frozenset(adapter.id for adapter in pinned if adapter)
 
     def _let_go(self, base: Supervisor, adapter_id: str, digest: str) -> None:
         """Once its last answer has ended, free an adapter that the registry does not name (any more)."""

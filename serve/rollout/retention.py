@@ -11,10 +11,14 @@ LOADED_FROM = "loaded_from"
 
 
 def surplus_versions(registry: Registry, name: str, keep: int) -> list[Adapter]:
-    """Versions beyond the newest `keep` that neither serve nor are what a rollback would make live, oldest first."""
+    """Versions beyond the newest `keep` that neither serve nor are what a rollback would make live, oldest first.
+
+    What an alias names serves.
+    """
     versions = registry.versions(name)
     shares = [share.adapter for share in (registry.canary(name), registry.shadow(name)) if share]
     serving = {adapter.version for adapter in (registry.live(name), registry.pinned(name), *shares) if adapter}
+    serving |= {adapter.version for adapter in registry.aliases(name).values()}
     serving.add(registry.before(name) or 0)
     return [version for version in versions[: max(0, len(versions) - keep)] if version.version not in serving]
 
@@ -29,6 +33,6 @@ def unloaded_names(registry: Registry, tenant: str) -> list[str]:
 
 
 def _is_unloaded(registry: Registry, name: str) -> bool:
-    if registry.live(name) or registry.before(name) is None or registry.pinned(name):
+    if registry.live(name) or registry.before(name) is None or registry.pinned(name) or registry.aliases(name):
         return False
     return all(LOADED_FROM in version.checks for version in registry.versions(name))

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
-from serve.api.routes.incoming import admit, received, stated_bytes
+from serve.api.routes.incoming import admit, received, stated_bytes, tried
 from serve.api.routes.removal import forget
 from serve.api.schemas import Pin, Promote, Rollback, Visibility, Weight
 from serve.api.services import Services
@@ -20,26 +20,33 @@ from serve.names import spelled
 router = APIRouter()
 
 
-@router.post("/v1/adapters", status_code=201)
+@router.post(
+    "/v1/adapters",
+    status_code=201,
+    responses={200: {"description": "These bytes are a version already, or it was a dry run"}},
+)
 async def push(request: Request, caller: Manager, expected: Expected, parts: TheParts) -> Response:
     """Push a version of an adapter, as multipart, JSON or tensors.
 
     Multipart: `name`, `promote`, `visibility`, `engine`, `why`, `probe_min_effect` (what the probe asks of this
     version, in the place of the setting), `probe` (false: it may change nothing), `keep` (so many versions stay beside
-    those that serve) and `files` (each file, or one .zip or .tar.gz).
+    those that serve), `dry_run`, and `files` (each file, or one .zip or .tar.gz).
     JSON: the same with a `source` that the server fetches.
     application/octet-stream: the safetensors themselves; the fields are in the query, and PEFT's configuration is in
     the header X-Adapter-Config or in the metadata of the tensors as `adapter_config`.
 
     201 with the version; 200 when these bytes are a version already. 422 lists the tensors that do not fit the base, or
     says that the adapter changes nothing. By the adapter's policy a new version may get a share of the traffic first,
-    or wait for its score on the golden set.
+    or wait for its score on the golden set. With `dry_run` every check runs and nothing is kept: 200 says what the push
+    would do.
     """
     if not parts.ready.is_set():
         raise parts.fleet.first.unavailable()
     quarantine = parts.store.quarantine(min(stated_bytes(request), parts.config.max_upload_bytes))
     async with contextmanager_in_threadpool(quarantine) as folder:
         asked = await received(request, folder, parts.config, caller)
+        if asked.dry_run:
+            return JSONResponse(await tried(parts, request, caller, asked, folder, expected=expected))
         adapter, created = await admit(parts, caller, asked, folder, expected=expected)
     request.state.subject = adapter.tag
     return JSONResponse(described(parts, adapter, caller), status_code=201 if created else 200)
@@ -207,6 +214,46 @@ async def remove(
     gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
     await forget(parts, gone)
     return {"name": name, "deleted": [version.version for version in gone]}
+
+
+async def _tried(
+    full: str,
+    folder: Path,
+    asked: Fetch,
+    becomes: str,
+    request: Request,
+    caller: Caller,
+    expected: int | None,
+    parts: Services,
+) -> dict[str, Any]:
+    """What a push would make of the folder; `version` is the one that has these bytes already, if there is one."""
+    request.state.subject = f"{full} (dry run)"
+    new, checks = await parts.lifecycle.try_push(
+        full,
+        folder,
+        quota=caller.limits,
+        engine=asked.engine,
+        expected=expected,
+        min_effect=asked.probe_min_effect,
+    )
+    versions = parts.registry.versions(full) if full in parts.registry else []
+    there = next((version for version in versions if version.digest == new.digest), None)
+    if "base_model" in checks and not caller.operator:
+        checks["base_model"] = new.base.name
+    return {
+        "object": "adapter.check",
+        "dry_run": True,
+        "name": short_name(full, caller.tenant),
+        "version": there.version if there else None,
+        "becomes": becomes,
+        "digest": new.digest,
+        "engine": new.base.name,
+        "base": new.inspection.base,
+        "rank": new.inspection.rank,
+        "target_modules": list(new.inspection.target_modules),
+        "bytes": new.inspection.nbytes,
+        "checks": checks,
+    }
 
 
 async def _dealt(

@@ -21,38 +21,39 @@ async def _parts(request: Request) -> Services:
 TheParts = Annotated[Services, Depends(_parts)]
 
 
-def _holds(scope: Scope) -> Any:
-    async def caller(request: Request, parts: TheParts) -> Caller:
-        return await _known(request, parts, scope)
+class ScopeCheck:
+    """The dependency that gives a route its caller, who must hold `scope`."""
 
-    return Depends(caller)
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
 
-
-async def _known(request: Request, parts: Services, scope: Scope) -> Caller:
-    if parts.follower:
-        await parts.follower.fresh()
-    request.state.caller = known = parts.auth.known(request.headers)
-    return allowed(known, scope)
-
-
-async def _gateway(request: Request, parts: TheParts) -> Caller:
-    if parts.config.open_gateway_metrics:
-        return Caller("gateway", frozenset({Scope.METRICS}))
-    return await _known(request, parts, Scope.METRICS)
+    async def __call__(self, request: Request, parts: TheParts) -> Caller:
+        if parts.follower:
+            await parts.follower.fresh()
+        request.state.caller = known = parts.auth.known(request.headers)
+        return allowed(known, self.scope)
 
 
-async def _matched(request: Request) -> int | None:
+class GatewayCheck(ScopeCheck):
+    """As its parent; or anybody, where the configuration says so."""
+
+    async def __call__(self, request: Request, parts: TheParts) -> Caller:
+        if parts.config.open_gateway_metrics:
+            return Caller("gateway", frozenset({self.scope}))
+        return await super().__call__(request, parts)
+
+
+async def matched(request: Request) -> int | None:
     return live_expected(request.headers.get("if-match"))
 
 
-Asker = Annotated[Caller, _holds(Scope.INFERENCE)]
-Manager = Annotated[Caller, _holds(Scope.ADAPTERS)]
-Scraper = Annotated[Caller, _holds(Scope.METRICS)]
-Operator = Annotated[Caller, _holds(Scope.ADMIN)]
-# As Scraper; or anybody, where the configuration says so.
-Gateway = Annotated[Caller, Depends(_gateway)]
+Asker = Annotated[Caller, Depends(ScopeCheck(Scope.INFERENCE))]
+Manager = Annotated[Caller, Depends(ScopeCheck(Scope.ADAPTERS))]
+Scraper = Annotated[Caller, Depends(ScopeCheck(Scope.METRICS))]
+Operator = Annotated[Caller, Depends(ScopeCheck(Scope.ADMIN))]
+Gateway = Annotated[Caller, Depends(GatewayCheck(Scope.METRICS))]
 # The version that must be live for a change to be made; every change to an adapter takes it.
-Expected = Annotated[int | None, Depends(_matched)]
+Expected = Annotated[int | None, Depends(matched)]
 
 
 def owned(parts: Services, name: str, caller: Caller) -> str:
@@ -87,6 +88,8 @@ def described(parts: Services, adapter: Adapter, caller: Caller) -> dict[str, An
         "target_modules": list(adapter.target_modules),
         "bytes": adapter.nbytes,
         "created": int(adapter.created),
+        "aliases": [alias for alias, target in registry.aliases(adapter.name).items() if target == adapter],
+        "tags": list(adapter.tags),
         "checks": checks,
     }
 
@@ -101,6 +104,7 @@ def summary(parts: Services, full: str, caller: Caller) -> dict[str, Any]:
         "live": live.version if live else None,
         "canary": _share(parts.registry.canary(full)),
         "shadow": _share(parts.registry.shadow(full)),
+        "aliases": {alias: version.version for alias, version in parts.registry.aliases(full).items()},
         "versions": [described(parts, version, caller) for version in parts.registry.versions(full)],
     }
 

@@ -92,7 +92,11 @@ async def accept(
     return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, which.name, caller)}
 
 
-@router.get("/v1/adapters/{name:path}/drift/requests")
+@router.get(
+    "/v1/adapters/{name:path}/drift/requests",
+    response_class=Response,
+    responses={200: {"content": {"application/jsonl": {}, "application/vnd.apache.parquet": {}}}},
+)
 async def moved_requests(
     name: str,
     caller: Manager,
@@ -131,7 +135,11 @@ async def baseline(
     return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
 
 
-@router.get("/v1/adapters/{name:path}/baseline")
+@router.get(
+    "/v1/adapters/{name:path}/baseline",
+    response_class=Response,
+    responses={200: {"content": {"application/zip": {}}}},
+)
 async def saved_baseline(name: str, caller: Manager, parts: TheParts, version: PositiveInt | None = None) -> Response:
     """A version's baseline, to ship with the adapter."""
     which = baselined(parts, owned(parts, name, caller), version)
@@ -141,7 +149,10 @@ async def saved_baseline(name: str, caller: Manager, parts: TheParts, version: P
     return Response(data, media_type="application/zip")
 
 
-@router.put("/v1/adapters/{name:path}/baseline")
+@router.put(
+    "/v1/adapters/{name:path}/baseline",
+    openapi_extra={"requestBody": {"required": True, "content": {"application/zip": {"schema": {"type": "string"}}}}},
+)
 async def shipped_baseline(
     name: str, request: Request, caller: Manager, parts: TheParts, version: PositiveInt | None = None
 ) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from serve.names import DEFAULT, check_name, full_name, shown
 
 MAX_JSON = 64 << 10
 _FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect", "keep")
+_SWITCHES = {"promote": "true", "probe": "true", "dry_run": "false"}  # with what they are by default
 
 
 def stated_bytes(request: Request) -> int:
@@ -62,14 +63,14 @@ def _fields(request: Request, form: Mapping[str, str]) -> Fetch:
     if visibility not in (None, "private", "shared"):
         raise BadRequest(f"visibility takes private or shared, not {shown(visibility)}", param="visibility")
     fields: dict[str, Any] = {name: form[name] for name in _FIELDS if name in form}
-    switches = {name: _switch(form, name) for name in ("promote", "probe")}
+    switches = {name: _switch(form, name, default) for name, default in _SWITCHES.items()}
     return converted({**fields, **switches, "source": ""}, Fetch)
 
 
-def _switch(form: Mapping[str, str], name: str) -> bool:
-    value = form.get(name, "true").lower()
+def _switch(form: Mapping[str, str], name: str, default: str) -> bool:
+    value = form.get(name, default).lower()
     if value not in ("true", "false"):
-        raise BadRequest(f"{name} takes true or false, not {value!r}", param=name)
+        raise BadRequest(f"{name} takes true or false, not {shown(value, 40)!r}", param=name)
     return value == "true"
 
 
@@ -120,10 +121,7 @@ async def admit(
 ) -> tuple[Adapter, bool]:
     """The version that the adapter in `folder` becomes, with traffic as its policy has it; and whether it is new."""
     full = full_name(caller.tenant, check_name(asked.name))
-    # By policy a version that follows another one gets a share of the traffic first.
-    weight = parts.rollout_controller.policy(full).canary_weight
-    held = asked.promote and await parts.golden.verdicts.holds(full)
-    trying = asked.promote and not held and weight > 0 and parts.live_version(full) is not None
+    held, trying = await _policy(parts, full, asked)
     adapter, created = await parts.lifecycle.push(
         full,
         folder,
@@ -138,6 +136,7 @@ async def admit(
         notes=notes,
     )
     if trying and parts.live_version(full) != adapter.version:
+        weight = parts.rollout_controller.policy(full).canary_weight
         await parts.lifecycle.share(full, "canary", adapter.version, weight, by=caller.name, why=asked.why)
     elif held and parts.live_version(full) != adapter.version:
         await parts.golden.verdicts.hold(adapter, caller.name, asked.why)
@@ -147,3 +146,45 @@ async def admit(
     if asked.keep is not None:
         await remove_surplus(parts, caller, full, asked.keep)
     return adapter, created
+
+
+async def tried(
+    parts: Services, request: Request, caller: Caller, asked: Fetch, folder: Path, *, expected: int | None
+) -> dict[str, Any]:
+    """What a push would make of the adapter in `folder`; `version` is the one that has these bytes, if there is one."""
+    full = full_name(caller.tenant, check_name(asked.name))
+    request.state.subject = f"{full} (dry run)"
+    held, trying = await _policy(parts, full, asked)
+    new, checks = await parts.lifecycle.try_push(
+        full,
+        folder,
+        quota=caller.limits,
+        engine=asked.engine,
+        expected=expected,
+        min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
+    )
+    versions = parts.registry.versions(full) if full in parts.registry else []
+    there = next((version for version in versions if version.digest == new.digest), None)
+    if "base_model" in checks and not caller.operator:
+        checks["base_model"] = new.base.name
+    return {
+        "object": "adapter.check",
+        "dry_run": True,
+        "name": asked.name,
+        "version": there.version if there else None,
+        "becomes": "waits for golden set" if held else "canary" if trying else "live" if asked.promote else "stored",
+        "digest": new.digest,
+        "engine": new.base.name,
+        "base": new.inspection.base,
+        "rank": new.inspection.rank,
+        "target_modules": list(new.inspection.target_modules),
+        "bytes": new.inspection.nbytes,
+        "checks": checks,
+    }
+
+
+async def _policy(parts: Services, full: str, asked: Fetch) -> tuple[bool, bool]:
+    """Whether the version waits for its golden set, and whether it gets a share of the traffic first."""
+    held = asked.promote and await parts.golden.verdicts.holds(full)
+    weight = parts.rollout_controller.policy(full).canary_weight
+    return held, asked.promote and not held and weight > 0 and parts.live_version(full) is not None

@@ -24,9 +24,11 @@ from serve.names import DEFAULT, full_name, short_name, tenant_of
 from serve.rollout.alertmanager import Notification
 
 router = APIRouter()
+# OpenMetrics, if the scraper asks for it.
+PROMETHEUS: dict[str, Any] = {"content": {"text/plain": {}, "application/openmetrics-text": {}}}
 
 
-@router.get("/health")
+@router.get("/health", response_class=Response)
 async def health() -> Response:
     """This process lives."""
     return Response()
@@ -50,7 +52,7 @@ async def version(parts: TheParts) -> dict[str, Any]:
     return {**versions, "manifest": manifest} if manifest else versions
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses={200: PROMETHEUS})
 async def metrics(request: Request, caller: Scraper, parts: TheParts) -> Response:
     """Ours, and the engine's."""
     parts.monitor.tidy()
@@ -58,7 +60,7 @@ async def metrics(request: Request, caller: Scraper, parts: TheParts) -> Respons
     return Response(text, headers={"content-type": kind})
 
 
-@router.get("/metrics/engine")
+@router.get("/metrics/engine", response_class=Response, responses={200: PROMETHEUS})
 async def engine_metrics(request: Request, caller: Scraper, parts: TheParts) -> Response:
     """The engine's alone, as it has them, with the series that grows."""
     text, kind = await asyncio.to_thread(parts.monitor.render_engine, request.headers.get("accept", ""))
@@ -161,10 +163,12 @@ def _model_cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[d
         public = short_name(full, caller.tenant)
         if tenant_of(full) == DEFAULT and full_name(caller.tenant, full) in registry and caller.tenant != DEFAULT:
             public = f"{DEFAULT}/{full}"  # the caller's own adapter answers under the short name
-        live = registry.live(full)
+        live, aliases = registry.live(full), registry.aliases(full)
         for adapter in registry.versions(full):
-            pinned = f"{public}@v{adapter.version}"
-            for id in [public, pinned] if adapter == live else [pinned]:
+            ids = [public] if adapter == live else []
+            ids += [f"{public}@v{adapter.version}"]
+            ids += [f"{public}@{alias}" for alias, target in aliases.items() if target == adapter]
+            for id in ids:
                 yield {
                     "id": id,
                     "object": "model",

@@ -26,6 +26,8 @@ BODIES = {
     ("post", "/v1/adapters/{name}/baseline"): {"json": {"prompts": ["x"] * 20}},
     ("put", "/v1/adapters/{name}/golden"): {"json": {"cases": [{"prompt": "x", "equals": "y"}]}},
     ("post", "/v1/adapters/{name}/visibility"): {"json": {"visibility": "shared"}},
+    ("put", "/v1/adapters/{name}/aliases/{alias}"): {"json": {"version": 1}},
+    ("put", "/v1/adapters/{name}/versions/{number}/tags"): {"json": {"tags": []}},
     ("post", "/v1/keys"): {"json": {"name": "more", "tenant": "acme"}},
 }
 
@@ -98,7 +100,7 @@ async def test_no_route_tells_a_private_adapter_from_one_that_does_not_exist(ope
             answers = []
             for name in (there, made_up):
                 # A parameter that is not known here fails: say what a stranger could put there.
-                url = path.format(name=name, number=1, id=name, engine=name)
+                url = path.format(name=name, number=1, id=name, engine=name, alias="stable")
                 response = await globex.request(method, url, **BODIES.get((method, path), {}))
                 answers.append(seen(response, name))
             assert answers[0] == answers[1], f"{method} {path} with {there}"

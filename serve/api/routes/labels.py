@@ -1,0 +1,67 @@
+"""One version of an adapter, and what people call it: aliases (`tone@stable`) and tags."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+
+from serve.api.json_body import JsonBody
+from serve.api.routes.callers import Expected, Manager, TheParts, described, owned, summary
+from serve.api.schemas import Alias, Tags
+from serve.names import spelled
+
+router = APIRouter()
+
+
+@router.get("/v1/adapters/{name:path}/versions/{number}")
+async def version(name: str, number: int, caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """One version: what it is, what its checks measured, its recent latency."""
+    full = owned(parts, name, caller)
+    adapter = parts.registry.get(full, number)
+    return {**described(parts, adapter, caller), "recent": parts.recent.described(full, f"v{number}")}
+
+
+@router.put("/v1/adapters/{name:path}/versions/{number}/tags")
+async def tags(
+    name: str,
+    number: int,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    parts: TheParts,
+    body: Annotated[Tags, JsonBody(Tags)],
+) -> dict[str, Any]:
+    """Write tags on a version, in the place of those that it has; an empty list removes them."""
+    request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
+    full = owned(parts, name, caller)
+    write = parts.registry.tag
+    await asyncio.to_thread(write, full, number, body.tags, by=caller.name, why=body.why, expected=expected)
+    return described(parts, parts.registry.get(full, number), caller)
+
+
+@router.put("/v1/adapters/{name:path}/aliases/{alias}")
+async def alias(
+    name: str,
+    alias: str,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    parts: TheParts,
+    body: Annotated[Alias, JsonBody(Alias)],
+) -> dict[str, Any]:
+    """Point `NAME@ALIAS` at a version. It stays there whatever is promoted; the version is loaded before it answers."""
+    request.state.subject = f"{spelled(name, caller.tenant)}@{alias} -> v{body.version}"
+    full = owned(parts, name, caller)
+    await parts.lifecycle.alias(full, alias, body.version, by=caller.name, why=body.why, expected=expected)
+    return summary(parts, full, caller)
+
+
+@router.delete("/v1/adapters/{name:path}/aliases/{alias}")
+async def unalias(
+    name: str, alias: str, request: Request, caller: Manager, expected: Expected, parts: TheParts, why: str = ""
+) -> dict[str, Any]:
+    """Remove an alias; its version stays."""
+    request.state.subject = f"{spelled(name, caller.tenant)}@{alias}"
+    full = owned(parts, name, caller)
+    await parts.lifecycle.unalias(full, alias, by=caller.name, why=why, expected=expected)
+    return summary(parts, full, caller)
