@@ -14,15 +14,14 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 from unittest import mock
 
 import typer
-from fastapi.routing import APIRoute
 
 from serve import config
-from serve.api.json_body import DocumentedApi
-from serve.api.routes import callers, routers
+from serve.api.openapi import DocumentedApi
+from serve.api.routes import routers
 from serve.cli.main import app as command_line
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +105,7 @@ def _printed() -> Iterator[io.StringIO]:
 SECTIONS = {
     "Adapters": "/v1/adapters /v1/overview",
     "Drift and feedback": "/v1/drift /v1/feedback",
-    "Keys": "/v1/keys",
+    "Keys and usage": "/v1/keys /v1/usage",
     "vLLM's runtime LoRA API": "/v1/load_lora /v1/unload_lora /adapters /server_info /pause /resume",
     "Models, engines, replicas": "/v1/models /v1/engines /v1/replicas",
     "The server": "/",
@@ -119,13 +118,6 @@ def http_api() -> str:
     for router in routers():
         app.include_router(router)
     document = app.openapi()
-    scopes = {
-        (route.path_format, method): _scope(route)
-        for router in routers()
-        for route in router.routes
-        if isinstance(route, APIRoute)
-        for method in route.methods
-    }
     left = [(path, method.upper(), said) for path, ways in document["paths"].items() for method, said in ways.items()]
     lines: list[str] = []
     for title, prefixes in SECTIONS.items():
@@ -133,12 +125,13 @@ def http_api() -> str:
         left = [row for row in left if row not in here]
         lines += [f"## {title}", ""]
         for path, method, said in here:
-            lines += _route(path, method, said, scopes[path, method], document)
+            lines += _route(path, method, said, document)
     return "\n".join(lines)
 
 
-def _route(path: str, method: str, said: dict[str, Any], scope: str, document: dict[str, Any]) -> list[str]:
+def _route(path: str, method: str, said: dict[str, Any], document: dict[str, Any]) -> list[str]:
     lines = [f"### {method} {path}", ""]
+    scope = next((scopes[0] for needed in said["security"] for scopes in needed.values()), "")
     if text := said.get("description"):
         lines += [text, ""]
     lines += [f"Scope: {f'`{scope}`' if scope else 'none, no key is needed'}.", ""]
@@ -150,18 +143,14 @@ def _route(path: str, method: str, said: dict[str, Any], scope: str, document: d
     for content in said.get("requestBody", {}).get("content", {}).values():
         body = _resolved(content["schema"], document)
         required = body.get("required", [])
+        known = {row[0] for row in rows}
         for name, schema in body.get("properties", {}).items():
             resolved = _resolved(schema, document)
-            rows.append((f"`{name}`", _kind(resolved), _default(schema, name in required)))
+            if f"`{name}`" not in known:  # a push is a form, or nearly the same as JSON
+                rows.append((f"`{name}`", _kind(resolved), _default(schema, name in required)))
     if rows:
         lines += _table(("Field", "Type", "Default"), rows)
     return lines
-
-
-def _scope(route: APIRoute) -> str:
-    asks = {callers.Asker: "inference", callers.Manager: "adapters:write", callers.Operator: "admin"}
-    asks |= {callers.Scraper: "metrics", callers.Gateway: "metrics"}
-    return asks.get(get_type_hints(route.endpoint, include_extras=True).get("caller"), "")
 
 
 def _resolved(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@
     |- Unauthorized            (401)     no key, or one that nobody issued
     |- Forbidden               (403)     the key is good, its scope is not
     |- NotFound                (404)     no such model, adapter, version or route
+    |- MethodNotAllowed        (405)     the path is there, and takes other methods
     |- ClientTooSlow           (408)     it let the server wait, while it sent its request or read the answer
     |- Conflict                (409)     the change does not fit what is there now
     |- TooLarge                (413)     more bytes than this server takes
@@ -51,6 +52,8 @@ class LoradockError(Exception):
 class ConfigError(LoradockError):
     """Settings that cannot be served."""
 
+    type = "config_error"
+
 
 class BadRequest(LoradockError):
     status = 400
@@ -90,6 +93,18 @@ class Forbidden(LoradockError):
 class NotFound(LoradockError):
     status = 404
     type = "not_found_error"
+
+
+class MethodNotAllowed(LoradockError):
+    status = 405
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self._allow = allow
+
+    def headers(self) -> dict[str, str]:
+        return {"Allow": self._allow}
 
 
 class ClientTooSlow(LoradockError):

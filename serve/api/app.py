@@ -20,9 +20,11 @@ from starlette.requests import ClientDisconnect
 from serve import __version__
 from serve.api.dashboard.pages import pages
 from serve.api.entrance import Entrance
-from serve.api.json_body import DocumentedApi
+from serve.api.openapi import DocumentedApi
+from serve.api.reference.pages import reference_pages
 from serve.api.routes import routers
 from serve.api.services import Services
+from serve.asgi.error_shapes import as_anthropic, error_body, is_anthropic
 from serve.asgi.exchange import Exchange
 from serve.asgi.origin import OriginCheck, origins
 from serve.auth.audit import Audited
@@ -75,16 +77,18 @@ def build_app(
             Middleware(Audited, audit=parts.audit),
             Middleware(Entrance, auth=parts.auth, fresh=parts.follower.fresh if parts.follower else None),
         ],
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
     )
     app.state.parts = parts
-    for router in [pages(), *routers()]:
+    for router in [pages(), reference_pages(), *routers()]:
         app.router.routes.extend(router.routes)  # `include_router` builds each of them anew
     app.add_exception_handler(LoradockError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_unexpected)
     return app
 
 
@@ -108,14 +112,23 @@ def _is_inference(path: str) -> bool:
 async def _answer(request: Request, error: Exception) -> Response:
     assert isinstance(error, LoradockError)
     answer: LoradockError = request.app.state.parts.doubted(error)
-    return JSONResponse(answer.body(), status_code=answer.status, headers=answer.headers())
+    body = error_body(answer, request.url.path)
+    return JSONResponse(body, status_code=answer.status, headers=answer.headers())
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> Response:
+    """A defect of this server: its log has the traceback."""
+    message = f"{request.method} {request.url.path} failed here ({type(error).__name__}): the server's log says why"
+    return await _answer(request, LoradockError(message))
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    if is_anthropic(request.url.path):
+        body = as_anthropic(body["error"], error.status_code)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 

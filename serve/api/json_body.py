@@ -8,13 +8,12 @@ Write it behind the caller, whose key is looked at first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.params import Depends
-from fastapi.routing import APIRoute
 
 from serve.errors import BadRequest
 
@@ -24,10 +23,9 @@ _AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?", 
 _FIELD = re.compile(r"Object (?P<wrong>missing required|contains unknown) field `(?P<name>.*)`", re.S)
 _WRONG = {"missing required": "Field required", "contains unknown": "Extra inputs are not permitted"}
 JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/jsonlines")
-_REFERENCE = "#/components/schemas/{name}"
 
 
-class _Reader:
+class BodyReader:
     """The dependency itself; a body that may be left out is the struct's defaults then."""
 
     def __init__(self, kind: type[msgspec.Struct], *, required: bool, strict: bool, lines: str) -> None:
@@ -52,7 +50,7 @@ def JsonBody(kind: type[msgspec.Struct], *, required: bool = True, strict: bool 
 
     `lines` names the struct's list that may come as JSON lines instead, one entry a line.
     """
-    return Depends(_Reader(kind, required=required, strict=strict, lines=lines))
+    return Depends(BodyReader(kind, required=required, strict=strict, lines=lines))
 
 
 def decoded(data: bytes, kind: type[T], *, strict: bool = False) -> T:
@@ -101,32 +99,3 @@ def _located(text: str) -> tuple[str, str]:
     if field := _FIELD.fullmatch(message):
         message, path = _WRONG[field["wrong"]], f"{path}.{field['name']}"
     return path.strip(".") or "the body", message
-
-
-class DocumentedApi(FastAPI):
-    """FastAPI, whose OpenAPI document also has the bodies that are read here."""
-
-    def openapi(self) -> dict[str, Any]:
-        if self.openapi_schema is None:
-            _add_bodies(super().openapi(), list(_bodies(self)))
-        assert self.openapi_schema is not None
-        return self.openapi_schema
-
-
-def _bodies(app: FastAPI) -> Iterator[tuple[APIRoute, _Reader]]:
-    for route in app.routes:
-        if isinstance(route, APIRoute):
-            for dependency in route.dependant.dependencies:
-                if isinstance(dependency.call, _Reader):
-                    yield route, dependency.call
-
-
-def _add_bodies(document: dict[str, Any], bodies: list[tuple[APIRoute, _Reader]]) -> None:
-    schemas, components = msgspec.json.schema_components([reader.kind for _, reader in bodies], ref_template=_REFERENCE)
-    document.setdefault("components", {}).setdefault("schemas", {}).update(components)
-    for (route, reader), schema in zip(bodies, schemas, strict=True):
-        for method in route.methods:
-            document["paths"][route.path_format][method.lower()]["requestBody"] = {
-                "required": reader.required,
-                "content": {"application/json": {"schema": schema}},
-            }

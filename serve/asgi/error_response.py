@@ -1,4 +1,4 @@
-"""Errors as HTTP: OpenAI's JSON with a status before an answer begins, the last event of a stream after that.
+"""Errors as HTTP: JSON with a status before an answer begins, the last event of a stream after that.
 
 vLLM opens a stream with status 200 and writes an error that comes before the first token into it; `HonestStatus` makes
 an HTTP error of it.
@@ -13,12 +13,15 @@ import msgspec
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from serve.asgi.error_shapes import as_anthropic, error_body, is_anthropic
 from serve.asgi.exchange import Tap
 from serve.errors import LoradockError
 
 log = logging.getLogger(__name__)
 
 _encode = msgspec.json.Encoder().encode
+# How a stream opens that is none: OpenAI's, and Anthropic's.
+_FIRST_ERRORS = (b'data: {"error"', b"event: error\ndata: {")
 
 
 class HonestStatus:
@@ -39,7 +42,7 @@ class HonestStatus:
             return
         if self._start is not None:
             start, self._start = self._start, None
-            if start["status"] == 200 and message.get("body", b"").startswith(b'data: {"error"'):
+            if start["status"] == 200 and message.get("body", b"").startswith(_FIRST_ERRORS):
                 start, message = _as_plain_error(start, message)
                 self._ended = True
             await self._send(start)
@@ -48,7 +51,8 @@ class HonestStatus:
 
 def _as_plain_error(start: Message, message: Message) -> tuple[Message, Message]:
     """A stream that opens with an error as a JSON answer with the error's status."""
-    error = json.loads(message["body"].removeprefix(b"data: ").split(b"\n\n", 1)[0])
+    event = message["body"].split(b"\n\n", 1)[0]
+    error = json.loads(event.partition(b"data: ")[2])
     code = error["error"].get("code")
     status = code if isinstance(code, int) and 400 <= code < 600 else 500
     body = json.dumps(error).encode()
@@ -62,7 +66,8 @@ def _as_plain_error(start: Message, message: Message) -> tuple[Message, Message]
 async def send_error(error: LoradockError, scope: Scope, receive: Receive, tap: Tap) -> None:
     """The error as JSON with its status; as the last event, if a stream has begun."""
     if not tap.begun:
-        response = JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+        body = error_body(error, scope["path"])
+        response = JSONResponse(body, status_code=error.status, headers=error.headers())
         await response(scope, receive, tap.send)
         return
     log.warning("%s broke off: %s", scope["path"], error)
@@ -75,6 +80,6 @@ def _last_event(error: LoradockError, path: str) -> bytes:
     body = error.body()["error"]
     if path == "/v1/responses":
         return b"event: error\ndata: " + _encode({"type": "error", **body}) + b"\n\n"
-    if path == "/v1/messages":
-        return b"event: error\ndata: " + _encode({"type": "error", "error": body}) + b"\n\n"
+    if is_anthropic(path):
+        return b"event: error\ndata: " + _encode(as_anthropic(body, error.status)) + b"\n\n"
     return b"data: " + _encode({"error": {**body, "code": error.status}}) + b"\n\n"

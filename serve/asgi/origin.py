@@ -22,6 +22,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.asgi.error_shapes import error_body
 from serve.errors import Forbidden
 
 READS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -131,4 +132,4 @@ class OriginCheck:
             await send({"type": "websocket.close", "code": 1008, "reason": message[:120]})
             return
         error = Forbidden(message)
-        await JSONResponse(error.body(), status_code=error.status)(scope, receive, send)
+        await JSONResponse(error_body(error, scope["path"]), status_code=error.status)(scope, receive, send)

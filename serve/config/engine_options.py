@@ -12,7 +12,7 @@ from types import MappingProxyType
 _PROXY = "put a proxy in front"
 _ONE_PROCESS = "one server is one process here"
 _NO_ACCESS_LOG = "this server writes no access log"
-_NO_DOCS = "this server has no such pages; its OpenAPI document is /openapi.json"
+_NO_DOCS = "this server has pages of its own: /docs, and /openapi.json for programs"
 
 # Options that would have no effect here, and what to use instead.
 REFUSED = {

@@ -58,6 +58,7 @@ class Backend(Protocol):
     name: str
     version: str
     model: str
+    keeps_responses: bool
 
     @property
     def max_lora_rank(self) -> int: ...

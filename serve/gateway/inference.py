@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from serve.asgi.cancellation import CancellableCall, Deadline, cancelled_on_disconnect
 from serve.asgi.connection import has_left, recognise
 from serve.asgi.error_response import HonestStatus, send_error
+from serve.asgi.error_shapes import AnthropicErrors, is_anthropic
 from serve.asgi.exchange import Exchange, Tap, identified
 from serve.asgi.fast_stream import FastStream
 from serve.asgi.internal_client import RecordedAnswer
@@ -125,7 +126,7 @@ class Inference:
 
     async def _answer(self, scope: Scope, connection: PacedConnection, tap: Tap, deadline: Deadline) -> None:
         """Judge the caller, read the request, and have it answered."""
-        stored = stored_response(scope["path"])
+        stored = stored_response(scope["method"], scope["path"])
         if self._fresh:
             await self._fresh()
         headers = Headers(scope=scope)
@@ -136,7 +137,7 @@ class Inference:
         meter = self._meters.of(caller.key, caller.limits)
         with metered(meter, tap.watch):
             request, fan_out = None, FanOut()
-            if scope["method"] == "POST" and stored is None:
+            if stored is None:
                 request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
                 tap.asked(request.fields, len(request.body))
                 request.check(scope["path"])
@@ -172,6 +173,8 @@ class Inference:
             tap.watch.logprobs = self._wants_logprobs(route.adapter)
             fields: Mapping[str, Any] = {}
             receive, send = answering.receive, answering.send
+            if is_anthropic(scope["path"]):
+                send = AnthropicErrors(send).send
             scope = for_engine(scope, route)
             if tap.trace:
                 scope = tap.trace.forwarded(scope)
@@ -204,7 +207,9 @@ class Inference:
                 yield await held.enter_async_context(lease)
                 return
             async with cancelled_on_disconnect(answering.receive):
-                lease = self._router.lease(request.model, caller, request.fields, answering.seats, tap.addressed)
+                lease = self._router.lease(
+                    request.model, caller, request.fields, answering.seats, tap.addressed, request.fallbacks
+                )
                 route = await held.enter_async_context(lease)
             yield route
 

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
 from serve.engine.engine import LOW_PRIORITY
-from serve.errors import BadRequest, NotFound, TooLarge
+from serve.errors import BadRequest, MethodNotAllowed, NotFound, TooLarge
 from serve.gateway.fan_out import GENERATE
 from serve.gateway.router import Route
 from serve.gateway.tenant_isolation import check_response_owner, new_response_id, tenant_salt
@@ -25,7 +25,7 @@ PATHS = re.compile(
     r"|/inference/v1/generate"
 )
 RESPONSES = "/v1/responses"
-STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(/cancel)?")
+STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(?P<cancel>/cancel)?")
 # Those that generate nothing, know no cache_salt, and fill no cache.
 COUNTS_TOKENS = re.compile(r"/(de)?tokenize|/v1/messages/count_tokens")
 _TOKENIZES = re.compile(r"/(de)?tokenize")
@@ -39,11 +39,17 @@ PRIORITY = b"x-vllm-priority"
 FOREIGN_MODEL_FIELDS = (
     *("adapter", "adapter_id", "adapter_name", "adapter_source", "adapters", "merged_adapters"),  # LoRAX, mistral.rs
     *("lora", "lora_id", "lora_name", "lora_path", "lora_request", "loras"),  # llama.cpp, SGLang, TensorRT-LLM
-    *("engine", "models"),  # OpenAI's older API, OpenRouter
+    "engine",  # OpenAI's older API
 )
 # What comes with token ids elsewhere. The first two would fill caches under hashes that the client chooses, the others
 # belong to deployments whose prompts are computed on another machine.
 _NOT_TOKENS = ("features", "content_parts", "kv_transfer_params", "ec_transfer_params")
+NOTHING_KEPT = (
+    "this server keeps no responses, so `previous_response_id` finds none: send the conversation in `input`, or have "
+    "an operator start the server with VLLM_ENABLE_RESPONSES_API_STORE=1 (it keeps the last 1,000 in memory, by tenant)"
+)
+# OpenRouter's: names in the order in which they are tried.
+MAX_MODELS = 8
 _FRAMING = (b"content-length", b"transfer-encoding")
 # Longer than any prompt that a text model has room for; images and sound come inside the body too.
 TEXT_BYTES = 4 << 20
@@ -62,7 +68,7 @@ _encode = msgspec.json.Encoder().encode
 class InferenceRequest:
     """A JSON request body, read whole."""
 
-    __slots__ = ("body", "fields", "model")
+    __slots__ = ("body", "fallbacks", "fields", "model")
 
     def __init__(self, body: bytes) -> None:
         self.body = body
@@ -74,7 +80,7 @@ class InferenceRequest:
         if _LONG_NUMBER.search(body):
             _check_integers(self.fields)
         _check_objects(self.fields)
-        self.model = _model_name(self.fields)
+        self.model, self.fallbacks = _model_names(self.fields)
 
     @classmethod
     async def read(cls, receive: Callable[[], Awaitable[Message]], limit: int) -> InferenceRequest:
@@ -117,9 +123,11 @@ class InferenceRequest:
         if path == RESPONSES:
             previous = self.fields.get("previous_response_id")
             if isinstance(previous, str):
+                if not route.engine.backend.keeps_responses:
+                    raise NotFound(NOTHING_KEPT, param="previous_response_id")
                 check_response_owner(previous, tenant)
             changes["request_id"] = new_response_id(tenant)
-        own = {name: value for name, value in self.fields.items() if name != "priority"}
+        own = {name: value for name, value in self.fields.items() if name not in ("priority", "models")}
         fields = {**own, **changes}
         return self.fields if fields == self.fields else fields
 
@@ -189,8 +197,11 @@ def _check_objects(fields: dict[str, Any]) -> None:
         )
 
 
-def _model_name(fields: dict[str, Any]) -> str | None:
-    """The model that the request names; BadRequest, if it names one in a way that nobody here reads."""
+def _model_names(fields: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """The model that the request names, and those that may answer in its place.
+
+    BadRequest, if it names one in a way that nobody here reads.
+    """
     for field in FOREIGN_MODEL_FIELDS:
         if fields.get(field) is not None:
             raise BadRequest(
@@ -201,7 +212,17 @@ def _model_name(fields: dict[str, Any]) -> str | None:
     model = fields.get("model")
     if model is not None and not isinstance(model, str):
         raise BadRequest("model takes a string: GET /v1/models lists the names", param="model")
-    return model or None
+    models = fields.get("models")
+    if models is None:
+        return model or None, ()
+    names = models if isinstance(models, list) else []
+    if not 1 <= len(names) <= MAX_MODELS or not all(isinstance(name, str) and name for name in names):
+        raise BadRequest(
+            f"models takes a list of 1 to {MAX_MODELS} names, tried in this order, not {shown(models, 80)}",
+            param="models",
+        )
+    first, *fallbacks = dict.fromkeys([model, *names] if model else names)
+    return first, tuple(fallbacks)
 
 
 def body_limit(path: str, headers: Headers, media: bool) -> int:
@@ -213,13 +234,18 @@ def body_limit(path: str, headers: Headers, media: bool) -> int:
     return limit
 
 
-def stored_response(path: str) -> str | None:
-    """The id of the stored response that a path names; None for a path that asks; NotFound for any other."""
-    if stored := STORED.fullmatch(path):
-        return stored["id"]
-    if not PATHS.fullmatch(path):
+def stored_response(method: str, path: str) -> str | None:
+    """The id of the stored response that a path names; None for a path that asks.
+
+    NotFound for any other path, MethodNotAllowed for any other method.
+    """
+    stored = STORED.fullmatch(path)
+    if not stored and not PATHS.fullmatch(path):
         raise NotFound(f"there is nothing at {path}: see /v1/models and the README for what there is")
-    return None
+    takes = "GET" if stored and not stored["cancel"] else "POST"
+    if method != takes:
+        raise MethodNotAllowed(f"{path} takes {takes}, not {method}", allow=takes)
+    return stored["id"] if stored else None
 
 
 def requested_timeout(headers: Headers) -> float | None:

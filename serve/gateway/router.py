@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from serve.engine.engine import Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import EngineUnavailable, NotFound
-from serve.names import spelled, tenant_of
+from serve.names import shown, spelled, tenant_of
 from serve.rollout.askers import Asker, Askers
 from serve.rollout.traffic_split import Draw, Shares
 
@@ -79,13 +79,34 @@ class Router:
         fields: Mapping[str, Any] | None = None,
         seats: int = 1,
         addressed: Callable[[str, str], None] = _nobody,
+        fallbacks: Sequence[str] = (),
     ) -> AsyncIterator[Route]:
         """The route for `model` (None: the first base), held until the block ends. `fields` is the request.
 
-        `addressed(adapter, version)` hears who is to answer before the request waits for anything.
+        `addressed(adapter, version)` hears who is to answer before the request waits for anything. `fallbacks` are
+        models that may answer in its place, if it does not exist or its engine does not serve.
         """
         async with AsyncExitStack() as held:
-            yield await self._leased(model, caller, fields or {}, seats, held, addressed)
+            *others, last = self._candidates(model, fallbacks, caller) if fallbacks else [model]
+            route = None
+            for name in others:
+                with suppress(EngineUnavailable, NotFound):
+                    route = await self._leased(name, caller, fields or {}, seats, held, addressed)
+                    break
+            yield route or await self._leased(last, caller, fields or {}, seats, held, addressed)
+
+    def _candidates(self, model: str | None, fallbacks: Sequence[str], caller: Caller) -> list[str | None]:
+        """Those that exist and whose engine serves now, in their order; behind them one whose engine may come back."""
+        serving: list[str | None] = []
+        waiting: list[str | None] = []
+        for name in (model, *fallbacks):
+            with suppress(NotFound):
+                (serving if self._supervisor(name, caller).is_available else waiting).append(name)
+        if serving or waiting:
+            return [*serving, *waiting[:1]]
+        names = ", ".join(f"`{shown(name, 80)}`" for name in (model, *fallbacks))
+        message = f"None of the models {names} exists: GET /v1/models lists those that do."
+        raise NotFound(message, code="model_not_found", param="models")
 
     def answered(self, response_id: str, route: Route) -> None:
         """A request that names this stored response as the one before goes on with the same conversation."""

@@ -9,7 +9,7 @@ import secrets
 from typing import Any
 
 from serve.errors import NotFound
-from serve.names import DEFAULT
+from serve.names import DEFAULT, OWNER_DIGITS
 
 # A stored response lives in this process; so does what proves whose it is.
 _SIGNING_KEY = secrets.token_bytes(32)
@@ -30,8 +30,9 @@ def tenant_salt(salt: Any, tenant: str) -> str | None:
 
 
 def new_response_id(tenant: str) -> str:
-    """An id for a response that this tenant alone may name again."""
-    return _response_id(tenant, secrets.token_hex(16))
+    """An id for a response that this tenant alone may name again; a tenant's ids begin alike (`response_owner`)."""
+    owner = hmac.new(_SIGNING_KEY, tenant.encode(), "sha256").hexdigest()[:OWNER_DIGITS]
+    return _response_id(tenant, owner + secrets.token_hex(16 - OWNER_DIGITS // 2))
 
 
 def check_response_owner(id: str, tenant: str) -> None:

@@ -35,7 +35,8 @@ from vllm.version import __version__ as VLLM_VERSION
 from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import hardware
-from serve.vllm_backend import announce, building, forkserver, structured_outputs, titles
+from serve.names import response_owner
+from serve.vllm_backend import announce, building, forkserver, response_store, structured_outputs, titles
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.engine_processes import cause_of_death, processes_of, resident_bytes
 from serve.vllm_backend.error_translation import rejecting, sentence
@@ -74,6 +75,8 @@ class VLLMBackend:
         self._app: ASGIApp | None = None
         self._loras: dict[str, LoRARequest] = {}
         self._generates = False
+        # It answers `previous_response_id`: vLLM keeps responses if VLLM_ENABLE_RESPONSES_API_STORE=1.
+        self.keeps_responses = False
         self._seats = 0
         self._probes = itertools.count(1)
 
@@ -188,6 +191,8 @@ class VLLMBackend:
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)
             await init_app_state(llm, app.state, self.args, tasks)
+            responses = getattr(app.state, "openai_serving_responses", None)  # a pooling model has none
+            self.keeps_responses = response_store.bound(responses, response_owner)
         except EngineDeadError as error:
             raise ConfigError("the engine died while it started: the log says why") from error
         except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:

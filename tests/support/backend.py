@@ -40,6 +40,7 @@ class FakeBackend:
     ranks = 1
     prioritizes = True
     max_model_len = 128
+    keeps_responses = True
 
     def __init__(self, model: str | None = None) -> None:
         self.model = model or self.model

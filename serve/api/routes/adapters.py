@@ -216,46 +216,6 @@ async def remove(
     return {"name": name, "deleted": [version.version for version in gone]}
 
 
-async def _tried(
-    full: str,
-    folder: Path,
-    asked: Fetch,
-    becomes: str,
-    request: Request,
-    caller: Caller,
-    expected: int | None,
-    parts: Services,
-) -> dict[str, Any]:
-    """What a push would make of the folder; `version` is the one that has these bytes already, if there is one."""
-    request.state.subject = f"{full} (dry run)"
-    new, checks = await parts.lifecycle.try_push(
-        full,
-        folder,
-        quota=caller.limits,
-        engine=asked.engine,
-        expected=expected,
-        min_effect=asked.probe_min_effect,
-    )
-    versions = parts.registry.versions(full) if full in parts.registry else []
-    there = next((version for version in versions if version.digest == new.digest), None)
-    if "base_model" in checks and not caller.operator:
-        checks["base_model"] = new.base.name
-    return {
-        "object": "adapter.check",
-        "dry_run": True,
-        "name": short_name(full, caller.tenant),
-        "version": there.version if there else None,
-        "becomes": becomes,
-        "digest": new.digest,
-        "engine": new.base.name,
-        "base": new.inspection.base,
-        "rank": new.inspection.rank,
-        "target_modules": list(new.inspection.target_modules),
-        "bytes": new.inspection.nbytes,
-        "checks": checks,
-    }
-
-
 async def _dealt(
     kind: str, name: str, body: Weight, request: Request, caller: Caller, expected: int | None, parts: Services
 ) -> dict[str, Any]:

@@ -56,11 +56,15 @@ async def test_the_openapi_document_describes_every_body(client):
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
         if "application/json" in operation.get("requestBody", {}).get("content", {})
+        and operation["tags"] != ["inference"]  # see test_openapi.py
     }
     schemas = {
         key: body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2] for key, body in bodies.items()
     }
     assert schemas == {
+        "post /v1/adapters": "Fetch",
+        "put /v1/adapters/{name}/aliases/{alias}": "Alias",
+        "put /v1/adapters/{name}/versions/{number}/tags": "Tags",
         "post /v1/engines/{engine}/swap": "Swap",
         "post /v1/batches": "NewBatch",
         "post /v1/moderations": "Moderations",

@@ -123,3 +123,14 @@ async def test_long_numbers_in_text_and_the_largest_integer_pass(client):
     messages = [{"role": "user", "content": "pi: 31415926535897932384626433"}]
     answer = await client.post(CHAT, json={"model": "base", "messages": messages, "seed": 2**63 - 1})
     assert answer.status_code == 200
+
+
+async def test_a_server_that_keeps_no_responses_says_so_and_how_it_would(client, backend):
+    asked = {"model": "base", "previous_response_id": "resp_1"}
+    unknown = await client.post("/v1/responses", json=asked)
+    assert unknown.status_code == 404 and "resp_1" in unknown.json()["error"]["message"]
+    backend.keeps_responses = False
+    refused = await client.post("/v1/responses", json=asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (404, "previous_response_id")
+    assert "VLLM_ENABLE_RESPONSES_API_STORE=1" in refused.json()["error"]["message"]
+    assert not backend.bodies

@@ -1,0 +1,72 @@
+"""Bounds for what vLLM keeps of the Responses API, which by itself forgets nothing.
+
+vLLM keeps responses in the server's memory if VLLM_ENABLE_RESPONSES_API_STORE=1, for `previous_response_id` and
+GET /v1/responses/ID: the response, its messages, and the events of one that is made in the background. Here the oldest
+of whoever keeps the most go first, so that one tenant's responses do not push out another's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+ENTRIES, BYTES = 1000, 256 << 20
+
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
+class _Store(dict[str, Any]):
+    def __init__(self, added: Callable[[str, Any], None]) -> None:
+        self._added = added
+
+    def __setitem__(self, id: str, value: Any) -> None:
+        super().__setitem__(id, value)
+        self._added(id, value)
+
+
+class ResponseStores:
+    """Three dictionaries of responses, messages and events by response id, with one bound: an id is in all or in none.
+
+    `owner` says from an id which ids have the same one; `entries` and `nbytes` are what all owners keep together.
+    """
+
+    def __init__(self, owner: Callable[[str], str], entries: int = ENTRIES, nbytes: int = BYTES) -> None:
+        self.responses, self.messages, self.events = (_Store(self._count) for _ in range(3))
+        self._owner = owner
+        self._entries = entries
+        self._bytes = nbytes
+        # By id, the one that changed last at the end.
+        self._sizes: dict[str, int] = {}
+
+    def _count(self, id: str, value: Any) -> None:
+        self._sizes[id] = self._sizes.pop(id, 0) + _size(value)
+        while len(self._sizes) > self._entries or sum(self._sizes.values()) > self._bytes:
+            self._forget()
+
+    def _forget(self) -> None:
+        kept: Counter[str] = Counter()
+        for id, size in self._sizes.items():
+            # An entry counts by its part of either bound.
+            kept[self._owner(id)] += 1 + size * self._entries // self._bytes
+        most = kept.most_common(1)[0][0]
+        oldest = next(id for id in self._sizes if self._owner(id) == most)
+        del self._sizes[oldest]
+        for store in (self.responses, self.messages, self.events):
+            store.pop(oldest, None)
+
+
+def bound(serving: Any, owner: Callable[[str], str]) -> bool:
+    """Put bounded stores in the place of vLLM's; whether it keeps anything. `serving` is None for a pooling model."""
+    if serving is None or not serving.enable_store:
+        return False
+    stores = ResponseStores(owner)
+    serving.response_store, serving.msg_store, serving.event_store = stores.responses, stores.messages, stores.events
+    return True
+
+
+def _size(value: Any) -> int:
+    """About how many bytes a response or its messages take; nothing for events, which come later."""
+    return 0 if isinstance(value, tuple) else len(_encode(value))
