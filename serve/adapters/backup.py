@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import sqlite3
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -112,7 +114,10 @@ def _extract(file: Path, staged: Path) -> dict[str, Any]:
                 with source, os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
                     shutil.copyfileobj(source, copy)
         about: dict[str, Any] = json.loads((staged / ABOUT).read_text())
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+    except (EOFError, tarfile.TarError, ValueError, zlib.error, lzma.LZMAError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{file} is no archive that `loradock backup` wrote, or not all of one ({reason})") from error
+    except OSError as error:
         raise ConfigError(f"{file} cannot be read as a backup: {error}") from error
     if about.get("format") != FORMAT:
         raise ConfigError(f"{file} has format {about.get('format')} and this loradock knows {FORMAT}: use a newer one")

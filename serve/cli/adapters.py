@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, table
+from serve.cli import adapter_pages
+from serve.cli.adapter_pages import live_version, numbered
+from serve.cli.terminal import URL, Json, Key, Url, connected, example, say
 from serve.errors import ConfigError, LoradockError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ Weight = Annotated[float, typer.Argument(metavar="WEIGHT", min=0, max=1, help="A
         "loradock adapters push support ./support-lora",
         "loradock adapters push support lora.tar.gz",
         "loradock adapters push support hf://our-team/support-lora@main",
+        "loradock adapters push support ./support-lora --dry-run",
     )
 )
 def push(
@@ -61,35 +63,39 @@ def push(
         float | None,
         typer.Option(min=0, help="Take a version that changes less than the server's limit, in nats on average."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Have the server make every check, and keep nothing.")
+    ] = False,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Upload an adapter; the same bytes twice are one version."""
     options: dict[str, Any] = {"promote": promote, "shared": shared, "why": why, "probe_min_effect": probe_min_effect}
+    options |= {"dry_run": dry_run}
     with connected("adapters", url, key) as client, _bar(name) as progress:
         if "://" in path:
             answer = client.push_source(name, path, **options)
         else:
             answer = client.push(name, path, **options, progress=progress)
-    say(answer, as_json, _pushed)
+    say(answer, as_json, adapter_pages.pushed)
 
 
 @adapters_app.command("list", epilog=example("loradock adapters list --json | jq -r '.data[].name'"))
 def list_(url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """List the adapters, with the live version of each."""
+    """List the adapters: the live version of each, its canary, shadow and pin, its rank, size and age."""
     with connected("adapters", url, key) as client:
         adapters = client.list()
-    say({"object": "list", "data": adapters}, as_json, _listed)
+    say({"object": "list", "data": adapters}, as_json, adapter_pages.listed)
 
 
 @adapters_app.command(epilog=example("loradock adapters show support"))
 def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Show the versions of an adapter, which is live, and its history."""
+    """Show an adapter: its versions, which is live, how its canary does, and its history."""
     with connected("adapters", url, key) as client:
         answer = client.show(name)
         analysis = _analysis(client, name) if answer.get("canary") and not as_json else None
-    say(answer, as_json, lambda answer: _shown(answer, analysis))
+    say(answer, as_json, lambda answer: adapter_pages.shown(answer, analysis))
 
 
 @adapters_app.command(epilog=example("loradock adapters promote support 3", "loradock adapters promote support v3"))
@@ -125,7 +131,7 @@ def rollback(
     """Make the previous version live again."""
     with connected("adapters", url, key) as client:
         answer = client.rollback(name, _version(expect) if expect is not None else None, why=why)
-    say(answer, as_json, lambda body: f"{name} {_v(_live(body))} is live again")
+    say(answer, as_json, lambda body: f"{name} {numbered(live_version(body))} is live again")
 
 
 @adapters_app.command(
@@ -143,7 +149,7 @@ def canary(
     """Send a share of an adapter's requests to a version that is not live."""
     with connected("adapters", url, key) as client:
         answer = client.canary(name, _version(version), weight, why=why)
-    say(answer, as_json, lambda body: _shared(body, "canary", "answers"))
+    say(answer, as_json, lambda body: adapter_pages.shared(body, "canary", "answers"))
 
 
 @adapters_app.command(
@@ -161,7 +167,7 @@ def shadow(
     """Let a version answer a share of an adapter's requests too, for comparison; clients do not see its answers."""
     with connected("adapters", url, key) as client:
         answer = client.shadow(name, _version(version), weight, why=why)
-    say(answer, as_json, lambda body: _shared(body, "shadow", "also answers, unseen,"))
+    say(answer, as_json, lambda body: adapter_pages.shared(body, "shadow", "also answers, unseen,"))
 
 
 @adapters_app.command(epilog=example("loradock adapters pin support", "loradock adapters pin support 3"))
@@ -177,7 +183,7 @@ def pin(
     """Keep an adapter in the engine's memory, whatever else is asked."""
     with connected("adapters", url, key) as client:
         answer = client.pin(name, _version(version) if version is not None else None)
-    say(answer, as_json, lambda _: f"{name} is pinned")
+    say(answer, as_json, adapter_pages.pinned)
 
 
 @adapters_app.command(epilog=example("loradock adapters unpin support"))
@@ -186,6 +192,55 @@ def unpin(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) ->
     with connected("adapters", url, key) as client:
         answer = client.unpin(name)
     say(answer, as_json, lambda _: f"{name} is pinned no more")
+
+
+@adapters_app.command(epilog=example("loradock adapters alias support stable 3  # then ask support@stable"))
+def alias(
+    name: Name,
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The name behind the @.")],
+    version: Version,
+    why: Why = "",
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Point NAME@ALIAS at a version; it stays there until it is moved, whatever is promoted."""
+    with connected("adapters", url, key) as client:
+        answer = client.alias(name, alias, _version(version), why=why)
+    say(answer, as_json, lambda _: f"{name}@{alias} is v{_version(version)}")
+
+
+@adapters_app.command(epilog=example("loradock adapters unalias support stable"))
+def unalias(
+    name: Name,
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The name behind the @.")],
+    why: Why = "",
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Remove an alias; its version stays."""
+    with connected("adapters", url, key) as client:
+        answer = client.unalias(name, alias, why=why)
+    say(answer, as_json, lambda _: f"{name}@{alias} means nothing any more")
+
+
+@adapters_app.command(
+    epilog=example('loradock adapters tag support 3 "run 17"', "loradock adapters tag support 3  # none any more")
+)
+def tag(
+    name: Name,
+    version: Version,
+    tags: Annotated[list[str] | None, typer.Argument(metavar="[TAG]...", help="In the place of earlier ones.")] = None,
+    why: Why = "",
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Write tags on a version, for people: the server reads nothing in them."""
+    with connected("adapters", url, key) as client:
+        answer = client.tag(name, _version(version), tags or [], why=why)
+    say(answer, as_json, lambda body: f"{name} v{_version(version)}: {', '.join(body.get('tags', [])) or 'no tags'}")
 
 
 @adapters_app.command(epilog=example("loradock adapters share support"))
@@ -217,7 +272,7 @@ def rm(
     with connected("adapters", url, key) as client:
         name, at, version = target.partition("@")
         answer = client.remove(name, _version(version) if at else None, force, why=why)
-    say(answer, as_json, lambda _: f"{target} is removed")
+    say(answer, as_json, lambda body: adapter_pages.removed(body, target))
 
 
 @contextmanager
@@ -241,114 +296,12 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
         yield update
 
 
-def _pushed(answer: dict[str, Any]) -> str:
-    name = f"{answer.get('name')} {_v(answer.get('version'))} ({answer.get('id')})"
-    warning = f"\nwarning: {text}" if (text := (answer.get("checks") or {}).get("warning")) else ""
-    if _live(answer) == answer.get("version"):
-        return f"{name} is live{warning}"
-    promote = f"loradock adapters promote {answer.get('name')} {answer.get('version')}"
-    return f"{name} is stored; make it live with: {promote}{warning}"
-
-
-def _listed(answer: dict[str, Any]) -> str:
-    rows = [("NAME", "LIVE", "VERSIONS")]
-    for adapter in answer["data"]:
-        versions = adapter.get("versions")
-        count = len(versions) if isinstance(versions, list) else versions
-        rows.append((str(adapter.get("name")), _v(_live(adapter)), str(count if count is not None else "-")))
-    return table(rows) if len(rows) > 1 else "no adapters yet; begin with: loradock adapters push NAME PATH"
-
-
 def _analysis(client: AdapterClient, name: str) -> dict[str, Any] | None:
     """How the canary does; None where the server does not say: the rest is shown all the same."""
     try:
         return client.drift(name).get("canary")
     except LoradockError:
         return None
-
-
-def _shown(answer: dict[str, Any], analysis: dict[str, Any] | None = None) -> str:
-    live = _live(answer)
-    rows = [("VERSION", "LIVE", "ID", "CREATED")]
-    for version in answer.get("versions", []):
-        number = version.get("version")
-        rows.append(
-            (_v(number), "*" if number == live else "", str(version.get("id", "-")), _when(version.get("created")))
-        )
-    lines = [str(answer.get("name")), table(rows)]
-    lines += [
-        _shared(answer, kind, does)
-        for kind, does in (("canary", "answers"), ("shadow", "also answers, unseen,"))
-        if answer.get(kind)
-    ]
-    if analysis:
-        lines += _compared(analysis)
-    lines += [
-        f"{_v(version.get('version'))} is pinned" for version in answer.get("versions", []) if version.get("pinned")
-    ]
-    if answer.get("history"):
-        lines += ["history:", *(f"  {_event(event)}" for event in answer["history"])]
-    return "\n".join(lines)
-
-
-def _shared(answer: dict[str, Any], kind: str, does: str) -> str:
-    share = answer.get(kind)
-    if not share:
-        return f"{answer.get('name')} has no {kind} any more"
-    return f"{answer.get('name')} {_v(share['version'])} {does} {share['weight']:.4g} of the requests"
-
-
-def _compared(analysis: dict[str, Any]) -> list[str]:
-    """How the canary does, and what it takes until it has proved itself."""
-    requests, askers = analysis.get("requests", 0), analysis.get("askers", 0)
-    line = f"{_v(analysis['canary'])} against {_v(analysis['live'])}: {analysis['verdict']} after {requests} requests"
-    line += f" of {askers} askers"
-    if analysis.get("dealt_by") == "request":
-        line += ", dealt by request: few askers"
-    rows = [("CHECK", "EFFECT", "MORE REQUESTS UNTIL PROVED")]
-    for check in analysis.get("checks", []):
-        if check.get("worse"):
-            rows.append((check["check"], f"{check['effect']}", "worse"))
-        elif check.get("requests_to_proof"):
-            rows.append((check["check"], f"{check['effect']}", _expected(check["requests_to_proof"])))
-    if len(rows) == 1:
-        return [line, "  too early to say how many requests it takes until it is proved"]
-    return [line, *(f"  {row}" for row in table(rows).splitlines())]
-
-
-def _expected(requests: dict[str, int | None]) -> str:
-    if requests["high"] == 0:
-        return "proved"
-    low, expected, high = (requests[bound] for bound in ("low", "expected", "high"))
-    if low is None:
-        return "not in sight"
-    return f"{'not in sight' if expected is None else expected} ({low} to {'no end' if high is None else high})"
-
-
-def _event(event: Any) -> str:
-    if not isinstance(event, dict):
-        return str(event)
-    fields = {key: _when(value) if key == "when" else value for key, value in event.items()}
-    return "  ".join(f"{key}={value}" for key, value in fields.items() if value not in (None, ""))
-
-
-def _live(answer: dict[str, Any]) -> int | None:
-    """The live version: an adapter names its number, a version says whether it is the one."""
-    live = answer.get("live")
-    if isinstance(live, bool):
-        return answer.get("version") if live else None
-    return live
-
-
-def _when(moment: Any) -> str:
-    """Seconds since 1970 as a local time."""
-    if not isinstance(moment, int | float):
-        return str(moment or "-")
-    return datetime.fromtimestamp(moment).astimezone().isoformat(" ", timespec="seconds")
-
-
-def _v(version: Any) -> str:
-    return f"v{version}" if isinstance(version, int) and not isinstance(version, bool) else str(version or "-")
 
 
 def _version(text: str) -> int:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the server refused, 2 the command is wrong, 3 no server an
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,10 @@ engines_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+# As GET /v1/engines says it; and seconds between two looks while `restart` waits.
+READY, SETTLED = "ready", ("ready", "failed")
+LOOK_SECONDS = 1.0
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The base's name, as `loradock engines list` shows it.")]
 
@@ -56,12 +61,39 @@ def swap(
     say(answer, as_json, _swapped)
 
 
-@engines_app.command(epilog=example("loradock engines restart smollm2"))
-def restart(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Start an engine again that stayed down after too many deaths."""
+@engines_app.command(epilog=example("loradock engines restart smollm2", "loradock engines restart smollm2 --no-wait"))
+def restart(
+    name: Name,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Until the engine serves, or has failed again.")
+    ] = True,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, metavar="SECONDS", help="The longest wait.")] = 900.0,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Start an engine again that stayed down after too many deaths; exit code 1 if it does not come."""
+    began = time.monotonic()
     with connected("engines", url, key) as client:
         answer = client.restart(name)
-    say(answer, as_json, lambda body: f"{body.get('name')} is {body.get('phase')}")
+        asked = answer.get("phase") != READY
+        while wait and answer.get("phase") not in SETTLED and time.monotonic() - began < timeout:
+            time.sleep(LOOK_SECONDS)
+            engines = client.engines().get("data", [])
+            answer = next((engine for engine in engines if engine.get("name") == name), answer)
+    say(answer, as_json, lambda body: _restarted(body, asked, time.monotonic() - began))
+    if wait and answer.get("phase") != READY:
+        raise typer.Exit(1)
+
+
+def _restarted(engine: dict[str, Any], asked: bool, seconds: float) -> str:
+    name, phase = engine.get("name"), engine.get("phase")
+    why = f": {engine['reason']}" if engine.get("reason") else ""
+    if phase != READY:
+        return f"{name} is {phase} after {seconds:.0f} s{why}"
+    return (
+        f"{name} is ready after {seconds:.0f} s" if asked else f"{name} is ready; it was not down, so nothing was done"
+    )
 
 
 def _listed(answer: dict[str, Any]) -> str:

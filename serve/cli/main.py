@@ -18,7 +18,7 @@ from serve.cli.engines import engines_app
 from serve.cli.golden import golden_app
 from serve.cli.keys import keys_app
 from serve.cli.monitoring import monitoring_app
-from serve.cli.terminal import example
+from serve.cli.terminal import example, say_error
 from serve.cli.usage import usage
 from serve.config import Config, load, settings_help
 from serve.errors import LoradockError
@@ -27,7 +27,7 @@ app = typer.Typer(
     name="loradock",
     help="Optimize language models, and serve them with many hot-swapped LoRA adapters.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -90,7 +90,7 @@ def _serve(config: Config, context: typer.Context) -> int:
 
 
 def _print_error(error: LoradockError) -> None:
-    print(f"loradock: {error}", file=sys.stderr)
+    say_error(error, "loradock", as_json="--json" in sys.argv)
 
 
 @app.command(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,12 +19,17 @@ from serve.names import shown
 # Lines of a batch that failed and are told on the terminal.
 SHOWN_FAILURES = 20
 
+if TYPE_CHECKING:
+    from serve.models.memory_plan import Plan
+
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="As `loradock serve` takes it.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `loradock`."""
-    app.command(epilog=example("loradock plan ./my-model --max-loras 16 --max-lora-rank 32"))(plan)
+    app.command(
+        epilog=example("loradock plan ./my-model --max-loras 16 --max-lora-rank 32", "loradock plan smollm2 --json")
+    )(plan)
     app.command(epilog=example("loradock backup loradock.tar"))(backup)
     app.command(epilog=example("loradock restore loradock.tar --data-dir ./restored"))(restore)
     app.command(epilog=example("loradock batch questions.jsonl --out answers.jsonl"))(batch)
@@ -36,6 +43,7 @@ def plan(
     kv_cache_memory_bytes: Annotated[
         str | None, typer.Option(help="As 4GiB (default: what the server would take).", show_default=False)
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the sizes as JSON, in bytes.")] = False,
 ) -> None:
     """Say how much memory a model takes with its adapters, and how much context fits."""
     from serve.config import size
@@ -45,6 +53,10 @@ def plan(
     cache = None if kv_cache_memory_bytes is None else size(kv_cache_memory_bytes)
     checkpoint = find(model, load([], {}).cache_dir)
     memory = planned(checkpoint, max_loras=max_loras, max_cpu_loras=max_cpu_loras, rank=max_lora_rank, kv_cache=cache)
+    if as_json:
+        computed = {"tokens": memory.tokens, "total": memory.total, "to_swap": _to_swap(memory), "fits": memory.fits}
+        typer.echo(json.dumps({"model": model, **dataclasses.asdict(memory), **computed}, indent=2))
+        raise typer.Exit(0 if memory.fits else 1)
     rows = [
         ("weights", _mib(memory.weights)),
         (
@@ -63,11 +75,16 @@ def plan(
         ),
         (
             "beside it, to swap the base",
-            _mib(memory.total + memory.weights + memory.kv_cache + memory.slots + memory.overhead),
+            _mib(_to_swap(memory)),
         ),
     ]
     typer.echo(table([(name, value) for name, value in rows]))
     raise typer.Exit(0 if memory.fits else 1)
+
+
+def _to_swap(memory: Plan) -> int:
+    """What it takes while a second engine starts beside the first."""
+    return memory.total + memory.weights + memory.kv_cache + memory.slots + memory.overhead
 
 
 def backup(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 
 from serve.errors import ConfigError, LoradockError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Url = Annotated[str, typer.Option("--url", envvar="LORADOCK_URL", help="The server.")]
 Key = Annotated[str | None, typer.Option("--key", envvar="LORADOCK_KEY", help="An API key that may do this.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON; an error too, on stderr.")]
 URL = "http://127.0.0.1:8000"
 
 
@@ -38,10 +39,19 @@ def connected(group: str, url: str, key: str | None, timeout: float = 300.0) -> 
         with AdapterClient(url, key, timeout=timeout) as client:
             yield client
     except LoradockError as error:
-        typer.echo(f"loradock {group}: {error.message}", err=True)
-        for problem in getattr(error, "problems", []):
-            typer.echo(f"  - {problem}", err=True)
+        context = click.get_current_context(silent=True)
+        say_error(error, f"loradock {group}", as_json=bool(context and context.params.get("as_json")))
         raise typer.Exit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, Unreachable) else 1) from error
+
+
+def say_error(error: LoradockError, who: str, *, as_json: bool) -> None:
+    """The error on stderr: as the server would answer it, or as a sentence with its problems below."""
+    if as_json:
+        typer.echo(json.dumps(error.body()), err=True)
+        return
+    typer.echo(f"{who}: {error.message}", err=True)
+    for problem in getattr(error, "problems", []):
+        typer.echo(f"  - {problem}", err=True)
 
 
 def say(answer: dict[str, Any], as_json: bool, sentence: Callable[[dict[str, Any]], str]) -> None:
@@ -55,6 +65,26 @@ def write_answer(file: Path, content: bytes) -> None:
         file.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error}") from error
+
+
+def nbytes(size: Any) -> str:
+    """A size as people read it; "-" if it is not known."""
+    if not isinstance(size, int | float):
+        return "-"
+    if size < 1 << 20:
+        return f"{size / 1024:.1f} KiB"
+    return f"{size / (1 << 20):.0f} MiB" if size < 10 << 30 else f"{size / (1 << 30):.1f} GiB"
+
+
+def age(moment: Any, now: float) -> str:
+    """How long ago that was, in its largest unit; "-" if it is not known."""
+    if not isinstance(moment, int | float):
+        return "-"
+    seconds = max(0.0, now - moment)
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

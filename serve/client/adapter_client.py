@@ -1,11 +1,4 @@
-"""Speaks the adapter and key API of a running server.
-
-Errors of the server arrive as the classes of `serve.errors`, with the server's own sentence. Beside them:
-
-    LoradockError
-    |- ConfigError       the path is nothing that can be pushed
-    |- Unreachable       no answer, after as many attempts as are safe
-    `- Refused           a status or a body that no loradock server sends: a proxy, or another product
+"""Speaks the adapter and key API of a running server; for its errors see `serve.client.api_client`.
 
 Repeating is safe for a push, because the server knows the bytes by their digest: it answers 200 instead of 201 when an
 earlier attempt had arrived after all. Changes of a pointer are repeated only when the server cannot have seen them.
@@ -13,94 +6,28 @@ earlier attempt had arrived after all. Changes of a pointer are repeated only wh
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import quote
 
 import httpx
 
-from serve import errors
+from serve.client.api_client import ApiClient, Refused, Retry, Unreachable
 from serve.client.upload_progress import CountedFile, Progress, UploadProgress
-from serve.errors import AdapterRejected, ConfigError, EngineUnavailable, LoradockError
+from serve.errors import ConfigError
+
+__all__ = ["AdapterClient", "Refused", "Retry", "Unreachable", "adapter_files"]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARDS = "adapter_model-*-of-*.safetensors"
 CARD = "README.md"
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
-_BY_STATUS: dict[int, type[LoradockError]] = {
-    kind.status: kind
-    for kind in (
-        errors.BadRequest,
-        errors.Unauthorized,
-        errors.Forbidden,
-        errors.NotFound,
-        errors.Conflict,
-        errors.TooLarge,
-        errors.QuotaExceeded,
-        errors.OutOfSpace,
-    )
-}
 
 
-class Unreachable(LoradockError):
-    """Nobody answered."""
-
-
-class Refused(LoradockError):
-    """The answer is not one of loradock's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """How often to try, and how long to wait in between, in seconds."""
-
-    attempts: int = 4
-    first_wait: float = 0.5
-    longest_wait: float = 30.0
-
-    def wait(self, attempt: int, asked: float | None = None) -> float:
-        """Twice as long each time, and at least as long as the server asked for."""
-        wait = self.first_wait * 2.0**attempt * random.uniform(0.75, 1.25)
-        return min(self.longest_wait, max(wait, asked or 0.0))
-
-
-class AdapterClient:
+class AdapterClient(ApiClient):
     """Push, list, show, promote, roll back and remove adapters."""
-
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        key: str | None = None,
-        *,
-        retry: Retry | None = None,
-        timeout: float = 300.0,
-        sleep: Callable[[float], None] = time.sleep,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1")
-        if not self._url.startswith(("http://", "https://")):
-            raise ConfigError(f"{url!r} is not an address of the form http://HOST:PORT")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # A push is answered only after the adapter was checked and loaded, which takes its time on a busy engine.
-        patience = httpx.Timeout(timeout, connect=10.0)
-        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=patience, transport=transport)
-        self._retry = retry or Retry()
-        self._sleep = sleep
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._http.close()
 
     def push(
         self,
@@ -111,6 +38,7 @@ class AdapterClient:
         shared: bool | None = None,
         why: str = "",
         probe_min_effect: float | None = None,
+        dry_run: bool = False,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Upload a PEFT folder or an archive of one; the files are read while they are sent.
@@ -118,6 +46,8 @@ class AdapterClient:
         `shared` lets other tenants ask the adapter or stops them; None leaves that as it is, and a new one private.
 
         `probe_min_effect` is what the probe asks of this version, in the place of the server's setting.
+
+        With `dry_run` the server makes every check and keeps nothing.
 
         `progress(sent, total)` counts bytes of the files, and starts again at 0 when the upload does.
         """
@@ -137,6 +67,8 @@ class AdapterClient:
                 fields |= _because(why)
                 if probe_min_effect is not None:
                     fields["probe_min_effect"] = str(probe_min_effect)
+                if dry_run:
+                    fields["dry_run"] = "true"
                 return self._http.post("/v1/adapters", data=fields, files=parts)  # type: ignore[arg-type]
 
         return self._ask(send, repeatable=True)
@@ -150,11 +82,14 @@ class AdapterClient:
         shared: bool | None = None,
         why: str = "",
         probe_min_effect: float | None = None,
+        dry_run: bool = False,
     ) -> dict[str, Any]:
         """Have the server fetch an adapter from hf://, s3:// or a file:// that it allows; `shared` as in `push`."""
         body: dict[str, Any] = {"name": name, "source": source, "promote": promote} | _because(why)
         if probe_min_effect is not None:
             body["probe_min_effect"] = probe_min_effect
+        if dry_run:
+            body["dry_run"] = True
         if shared is not None:
             body["visibility"] = _visibility(shared)
         return self._ask(lambda: self._http.post("/v1/adapters", json=body), repeatable=True)
@@ -201,6 +136,19 @@ class AdapterClient:
     def unpin(self, name: str) -> dict[str, Any]:
         """Let the adapter's versions come and go again."""
         return self._call("DELETE", f"{_path(name)}/pin")
+
+    def alias(self, name: str, alias: str, version: int, *, why: str = "") -> dict[str, Any]:
+        """Point NAME@ALIAS at a version."""
+        return self._call("PUT", f"{_path(name)}/aliases/{_segment(alias)}", json={"version": version} | _because(why))
+
+    def unalias(self, name: str, alias: str, *, why: str = "") -> dict[str, Any]:
+        """Remove an alias; its version stays."""
+        return self._call("DELETE", f"{_path(name)}/aliases/{_segment(alias)}", params=_because(why))
+
+    def tag(self, name: str, version: int, tags: Sequence[str], *, why: str = "") -> dict[str, Any]:
+        """Write tags on a version, in the place of those that it has."""
+        body = {"tags": [*tags]} | _because(why)
+        return self._call("PUT", f"{_path(name)}/versions/{version}/tags", json=body)
 
     def build_baseline(
         self, name: str, prompts: Sequence[Any], version: int | None = None, max_tokens: int = 64
@@ -291,60 +239,10 @@ class AdapterClient:
         """Start an engine again that stayed down."""
         return self._call("POST", f"/v1/engines/{_segment(name)}/restart")
 
-    def _bytes(self, path: str, params: Mapping[str, Any]) -> bytes:
-        with self._translated(repeatable=True):
-            response = self._http.get(path, params=params)
-            if response.status_code != 200:
-                self._read(response)
-            return response.content
-
     def usage(self, month: str | None = None, tenant: str | None = None) -> dict[str, Any]:
         """What was used in a month (YYYY-MM; by default this one), by tenant and adapter."""
         params = {name: value for name, value in (("month", month), ("tenant", tenant)) if value is not None}
         return self._call("GET", "/v1/usage", params=params)
-
-    def _call(self, method: str, path: str, **parts: Any) -> dict[str, Any]:
-        return self._ask(lambda: self._http.request(method, path, **parts), repeatable=method == "GET")
-
-    def _ask(self, send: Callable[[], httpx.Response], repeatable: bool) -> dict[str, Any]:
-        for attempt in range(self._retry.attempts):
-            last = attempt == self._retry.attempts - 1
-            try:
-                with self._translated(repeatable):
-                    return self._read(send())
-            except _TryAgain as again:
-                if last:
-                    raise again.error from again.__cause__
-                self._sleep(self._retry.wait(attempt, again.after))
-        raise ValueError("Retry.attempts must be at least 1")
-
-    @contextmanager
-    def _translated(self, repeatable: bool) -> Iterator[None]:
-        """httpx's errors become ours; those that may be tried again, `_TryAgain`."""
-        try:
-            yield
-        except (httpx.ConnectError, httpx.ConnectTimeout) as refused:
-            raise _TryAgain(Unreachable(f"cannot connect to {self._url}; is the server running?")) from refused
-        except httpx.TimeoutException as slow:
-            raise Unreachable(f"{self._url} did not answer in time; see with `show` whether it is done") from slow
-        except httpx.TransportError as dropped:
-            error = Unreachable(f"the connection to {self._url} dropped before the answer ({dropped})")
-            if repeatable:
-                raise _TryAgain(error) from dropped
-            raise error from dropped
-        except httpx.InvalidURL as wrong:
-            raise ConfigError(f"{self._url!r} is not an address of the form http://HOST:PORT") from wrong
-
-    def _read(self, response: httpx.Response) -> dict[str, Any]:
-        body = _json(response)
-        if response.is_success:
-            if body is None and response.content:
-                raise Refused(f"{self._url} answered something that is not JSON; is it a loradock server?")
-            return body or {}
-        error = _error(response, body, self._url)
-        if response.status_code == EngineUnavailable.status:
-            raise _TryAgain(error, _seconds(response.headers.get("Retry-After")))
-        raise error
 
 
 def adapter_files(path: str | Path) -> list[Path]:
@@ -388,40 +286,3 @@ def _segment(name: str) -> str:
     if name in ("", ".", ".."):
         raise ConfigError(f"{name!r} is no name")
     return quote(name, safe="")
-
-
-class _TryAgain(Exception):
-    def __init__(self, error: LoradockError, after: float | None = None) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.after = after
-
-
-def _error(response: httpx.Response, body: dict[str, Any] | None, url: str) -> LoradockError:
-    status = response.status_code
-    error = body.get("error") if body is not None else None
-    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        if status == EngineUnavailable.status:
-            return EngineUnavailable(f"{url} answered 503: the server is not ready")
-        begin = response.text[:200].strip()
-        return Refused(f"{url} answered {status} in a form that is not loradock's; is it a loradock server? {begin}")
-    message, code = error["message"], error.get("code")
-    if status == AdapterRejected.status:
-        problems = error.get("problems")
-        return AdapterRejected(message, problems=problems if isinstance(problems, list) else None, code=code)
-    if status == EngineUnavailable.status:
-        return EngineUnavailable(message)
-    return _BY_STATUS.get(status, Refused)(message, code=code, param=error.get("param"))
-
-
-def _json(response: httpx.Response) -> dict[str, Any] | None:
-    try:
-        body = response.json()
-    except ValueError:
-        return None
-    return body if isinstance(body, dict) else None
-
-
-def _seconds(header: str | None) -> float | None:
-    """Retry-After in seconds; its other form, a date, counts as nothing said."""
-    return float(header) if header is not None and header.strip().isdigit() else None

@@ -1,0 +1,210 @@
+"""What `loradock adapters` prints: the list, and the page of one adapter."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import Any
+
+from serve.cli.terminal import age, nbytes, table
+
+NOTHING = "-"
+
+
+def listed(answer: dict[str, Any]) -> str:
+    """Each adapter with its live version, and what else gets traffic or stays in memory."""
+    rows: list[tuple[str, ...]] = [("NAME", "LIVE", "CANARY", "SHADOW", "PIN", "RANK", "SIZE", "AGE", "VERSIONS")]
+    for adapter in answer["data"]:
+        versions = adapter.get("versions") or []
+        about = _about(adapter)
+        pinned = [version for version in versions if version.get("pinned")]
+        rows.append(
+            (
+                str(adapter.get("name")),
+                numbered(live_version(adapter)),
+                *(_portion(adapter.get(kind)) for kind in ("canary", "shadow")),
+                numbered(pinned[0].get("version")) if pinned else NOTHING,
+                str(about.get("rank", NOTHING)),
+                nbytes(about.get("bytes")),
+                age(about.get("created"), time.time()),
+                str(len(versions)),
+            )
+        )
+    return table(rows) if len(rows) > 1 else "no adapters yet; begin with: loradock adapters push NAME PATH"
+
+
+def shown(answer: dict[str, Any], analysis: dict[str, Any] | None = None) -> str:
+    """One adapter as a page: what it is, its versions, how its canary does, what happened to it."""
+    parts = [[str(answer.get("name")), *_facts(answer)], ["Versions", *_indented(_versions(answer))]]
+    if answer.get("canary") or answer.get("shadow"):
+        lines = [
+            shared(answer, kind, does)
+            for kind, does in (("canary", "answers"), ("shadow", "also answers, unseen,"))
+            if answer.get(kind)
+        ]
+        parts.append(["Traffic", *_indented("\n".join([*lines, *(_compared(analysis) if analysis else [])]))])
+    if events := answer.get("history"):
+        parts.append(["History", *_indented("\n".join(map(_event, events)))])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def pushed(answer: dict[str, Any]) -> str:
+    """What became of a push, or would."""
+    warning = f"\nwarning: {text}" if (text := (answer.get("checks") or {}).get("warning")) else ""
+    if answer.get("dry_run"):
+        return _tried(answer) + warning
+    name = f"{answer.get('name')} {numbered(answer.get('version'))} ({answer.get('id')})"
+    if live_version(answer) == answer.get("version"):
+        return f"{name} is live{warning}"
+    promote = f"loradock adapters promote {answer.get('name')} {answer.get('version')}"
+    return f"{name} is stored; make it live with: {promote}{warning}"
+
+
+def shared(answer: dict[str, Any], kind: str, does: str) -> str:
+    """Which share of the requests the canary or shadow has."""
+    share = answer.get(kind)
+    if not share:
+        return f"{answer.get('name')} has no {kind} any more"
+    return f"{answer.get('name')} {numbered(share['version'])} {does} {share['weight']:.4g} of the requests"
+
+
+def pinned(answer: dict[str, Any]) -> str:
+    """Which version stays in memory."""
+    versions = [version["version"] for version in answer.get("versions", []) if version.get("pinned")]
+    if not versions:
+        return f"{answer.get('name')} is pinned: whichever version is live stays, and none is live now"
+    return f"{answer.get('name')} {numbered(versions[0])} is pinned"
+
+
+def removed(answer: dict[str, Any], target: str) -> str:
+    """Which versions are gone."""
+    versions = ", ".join(map(numbered, answer.get("deleted") or []))
+    return f"{target} is removed" + (f" ({versions})" if versions and "@" not in target else "")
+
+
+def live_version(answer: dict[str, Any]) -> int | None:
+    """The live version: an adapter names its number, a version says whether it is the one."""
+    live = answer.get("live")
+    if isinstance(live, bool):
+        return answer.get("version") if live else None
+    return live
+
+
+def numbered(version: Any) -> str:
+    return NOTHING if version is None else f"v{version}"
+
+
+def _about(adapter: dict[str, Any]) -> dict[str, Any]:
+    """The live version, or the newest."""
+    versions = adapter.get("versions") or [{}]
+    live = live_version(adapter)
+    return next((version for version in versions if version.get("version") == live), versions[-1])
+
+
+def _portion(share: dict[str, Any] | None) -> str:
+    return f"{numbered(share['version'])} {share['weight'] * 100:.3g}%" if share else NOTHING
+
+
+def _facts(answer: dict[str, Any]) -> list[str]:
+    about, tenant = _about(answer), answer.get("tenant")
+    rows: list[tuple[str, ...]] = [("live", numbered(live_version(answer)))]
+    if aliases := answer.get("aliases"):
+        rows.append(("aliases", ", ".join(f"{alias} = {numbered(version)}" for alias, version in aliases.items())))
+    if engine := about.get("engine"):
+        rows.append(("engine", str(engine)))
+    if visibility := answer.get("visibility"):
+        rows.append(("visibility", f"{visibility}, tenant {tenant}" if tenant else str(visibility)))
+    return _indented(table(rows))
+
+
+def _versions(answer: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [("VERSION", "STATE", "RANK", "SIZE", "AGE", "TAGS", "ID")]
+    for version in answer.get("versions", []):
+        rows.append(
+            (
+                numbered(version.get("version")),
+                _state(answer, version),
+                str(version.get("rank", NOTHING)),
+                nbytes(version.get("bytes")),
+                age(version.get("created"), time.time()),
+                ", ".join(version.get("tags") or []) or NOTHING,
+                str(version.get("id", NOTHING)),
+            )
+        )
+    return table(rows)
+
+
+def _state(answer: dict[str, Any], version: dict[str, Any]) -> str:
+    number = version.get("version")
+    states = ["live"] if number == live_version(answer) else []
+    states += [kind for kind in ("canary", "shadow") if (answer.get(kind) or {}).get("version") == number]
+    states += ["pinned"] if version.get("pinned") else []
+    states += version.get("aliases") or []
+    return ", ".join(states) or NOTHING
+
+
+def _compared(analysis: dict[str, Any]) -> list[str]:
+    """How the canary does, and what it takes until it has proved itself."""
+    requests, askers = analysis.get("requests", 0), analysis.get("askers", 0)
+    canary, live = numbered(analysis["canary"]), numbered(analysis["live"])
+    line = f"{canary} against {live}: {analysis['verdict']} after {requests} requests of {askers} askers"
+    if analysis.get("dealt_by") == "request":
+        line += ", dealt by request: few askers"
+    rows = [("CHECK", "EFFECT", "MORE REQUESTS UNTIL PROVED")]
+    for check in analysis.get("checks", []):
+        if check.get("worse"):
+            rows.append((check["check"], f"{check['effect']}", "worse"))
+        elif check.get("requests_to_proof"):
+            rows.append((check["check"], f"{check['effect']}", _expected(check["requests_to_proof"])))
+    if len(rows) == 1:
+        return [line, "too early to say how many requests it takes until it is proved"]
+    return [line, *table(rows).splitlines()]
+
+
+def _expected(requests: dict[str, int | None]) -> str:
+    if requests["high"] == 0:
+        return "proved"
+    low, expected, high = (requests[bound] for bound in ("low", "expected", "high"))
+    if low is None:
+        return "not in sight"
+    return f"{'not in sight' if expected is None else expected} ({low} to {'no end' if high is None else high})"
+
+
+def _event(event: Any) -> str:
+    """A change in a line: when, what, to which version, by whom, why."""
+    if not isinstance(event, dict):
+        return str(event)
+    before, after = event.get("from_version"), event.get("to_version")
+    words = [str(event.get("what", "")).ljust(12)]
+    if before is not None or after is not None:
+        words.append(f"{numbered(before)} to {numbered(after)}" if before is not None else numbered(after))
+    if event.get("label"):
+        words.append(str(event["label"]))
+    if event.get("weight") is not None:
+        words.append(f"{event['weight']:.4g} of the requests")
+    words += [f"by {event['who']}"] if event.get("who") else []
+    line = "  ".join([_when(event.get("when")), *words])
+    return f"{line}: {event['why']}" if event.get("why") else line.rstrip()
+
+
+def _tried(answer: dict[str, Any]) -> str:
+    """What the server found, and what a push would do."""
+    name, version = answer.get("name"), answer.get("version")
+    checks = answer.get("checks") or {}
+    measured = [f"{key} {value:.4g}" for key, value in checks.items() if isinstance(value, int | float)]
+    about = f"rank {answer.get('rank')}, {nbytes(answer.get('bytes'))}, {', '.join(answer.get('target_modules') or [])}"
+    what = f"these bytes are {name} {numbered(version)} already" if version else "it would be a new version"
+    lines = [f"{name} fits {answer.get('engine')} ({about}): {what}, and become {answer.get('becomes')}"]
+    lines += [f"measured: {', '.join(measured)}"] if measured else []
+    return "\n".join([*lines, "nothing was kept: this was a dry run"])
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.splitlines()]
+
+
+def _when(moment: Any) -> str:
+    """Seconds since 1970 as a local time."""
+    if not isinstance(moment, int | float):
+        return str(moment or NOTHING)
+    return datetime.fromtimestamp(moment).astimezone().isoformat(" ", timespec="seconds")

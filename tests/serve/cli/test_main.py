@@ -1,0 +1,70 @@
+"""The command itself: help by `-h` everywhere, completion, and errors as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from serve.cli import main as command
+from serve.errors import AdapterRejected
+
+# `optimize` has a command line of its own, which the tests of optimize look at.
+GROUPS = typer.main.get_command(command.app).commands
+
+
+def commands():
+    for name, group in sorted(GROUPS.items()):
+        yield [name]
+        for child in sorted(getattr(group, "commands", {})):
+            yield [name, child]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_has_help_by_its_short_name(words):
+    short, long = (CliRunner().invoke(command.app, [*words, flag]) for flag in ("-h", "--help"))
+    assert (short.exit_code, long.exit_code) == (0, 0), short.output
+    assert short.output == long.output and "Usage" in short.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("loradock ada", {"adapters"}),
+        ("loradock adapters pr", {"promote"}),
+        ("loradock engines ", {"list", "swap", "restart"}),
+    ],
+)
+def test_a_shell_completes_commands(typed, offered):
+    words = typed.split(" ")
+    asked = {"_LORADOCK_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    code = "from serve.cli.main import app; app(prog_name='loradock')"
+    process = [sys.executable, "-c", code]
+    done = subprocess.run(process, env={**os.environ, **asked}, capture_output=True, text=True, timeout=60, check=False)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_completion_can_be_shown_and_installed():
+    text = CliRunner().invoke(command.app, ["--help"]).output
+    assert "--install-completion" in text and "--show-completion" in text
+
+
+def test_an_error_before_any_server_is_asked_is_json_too(monkeypatch, capsys):
+    def refuse():
+        raise AdapterRejected("no", problems=["one", "two"])
+
+    monkeypatch.setattr(command, "app", refuse)
+    monkeypatch.setattr(sys, "argv", ["loradock", "plan", "toy", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert json.loads(capsys.readouterr().err)["error"]["problems"] == ["one", "two"]
+    monkeypatch.setattr(sys, "argv", ["loradock", "plan", "toy"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert capsys.readouterr().err == "loradock: no\n  - one\n  - two\n"
