@@ -20,6 +20,9 @@ from serve.errors import BadRequest, Conflict
 
 DEFAULT = "default"
 
+# As JSON schemas have it; what is refused, and how, is below.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+ALIAS_PATTERN = r"^(?!(v[0-9]+|[0-9a-f]{12})$)[A-Za-z][A-Za-z0-9._-]{0,31}$"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Neither v3 nor twelve digits of a digest, which NAME@... may be too.
 _ALIAS = re.compile(r"(?!(?:v[0-9]+|[0-9a-f]{12})\Z)[A-Za-z][A-Za-z0-9._-]{0,31}")

@@ -79,7 +79,7 @@ _IF_MATCH = {
     "name": "If-Match",
     "in": "header",
     "required": False,
-    "schema": {"type": "string"},
+    "schema": {"type": "string", "pattern": r'^(\*|"?v?[0-9]{1,9}"?)$'},
     "description": 'The version that must be live for the change to be made, such as `"3"`; 409 if another one is.',
 }
 _GROUPS = {

@@ -5,8 +5,16 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from serve.auth.auth import Scope
-from serve.names import DEFAULT, MAX_TAGS
+from serve.names import DEFAULT, MAX_TAG, MAX_TAGS, NAME_PATTERN
 
+
+def _documented(**keywords: Any) -> Meta:
+    """Bounds for the OpenAPI document alone: what breaks them is refused further down, in a sentence of its own."""
+    return Meta(extra_json_schema=keywords)
+
+
+Name = Annotated[str, _documented(pattern=NAME_PATTERN)]
+Limit = Annotated[int | None, _documented(minimum=1, maximum=(1 << 53) - 1)]
 Number = Annotated[int, Meta(ge=1)]  # of a version
 # What building one baseline may generate.
 MAX_BASELINE_TOKENS = 1_000_000
@@ -16,8 +24,8 @@ Effect = Annotated[float, Meta(ge=0, le=100)]  # in nats
 class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
     """A push as JSON: the server fetches the adapter from `source`."""
 
-    name: str
-    source: str
+    name: Name
+    source: Annotated[str, _documented(pattern="^(hf|s3|file)://.+")]
     promote: bool = True
     visibility: Literal["private", "shared"] | None = None
     engine: str | None = None
@@ -66,7 +74,7 @@ class Rating(Struct, frozen=True, forbid_unknown_fields=True):
     """The body of feedback: a rating from 0 to 1, or the correct answer."""
 
     request_id: str
-    rating: float | None = None
+    rating: Annotated[float | None, _documented(minimum=0, maximum=1)] = None
     answer: str | None = None
 
 
@@ -142,7 +150,7 @@ class Weight(Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a canary or a shadow: a version's share of the name's traffic; 0 ends it."""
 
     version: Number
-    weight: float
+    weight: Annotated[float, _documented(minimum=0, maximum=1)]
     why: str = ""
 
 
@@ -163,7 +171,7 @@ class Alias(Struct, frozen=True, forbid_unknown_fields=True):
 class Tags(Struct, frozen=True, forbid_unknown_fields=True):
     """The tags of a version, in the place of those that it has."""
 
-    tags: Annotated[list[str], Meta(max_length=MAX_TAGS)]
+    tags: Annotated[list[Annotated[str, _documented(minLength=1, maxLength=MAX_TAG)]], Meta(max_length=MAX_TAGS)]
     why: str = ""
 
 
@@ -192,20 +200,22 @@ class Rollback(Struct, frozen=True, forbid_unknown_fields=True):
 class LimitsOfKey(Struct, frozen=True, forbid_unknown_fields=True):
     """What a key may use; null is unlimited."""
 
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrent: int | None = None
-    adapters: int | None = None
-    adapter_bytes: int | None = None
-    sequences: int | None = None
-    prompt_logprobs: int | None = None
-    batch: int | None = None
+    requests_per_minute: Limit = None
+    tokens_per_minute: Limit = None
+    concurrent: Limit = None
+    adapters: Limit = None
+    adapter_bytes: Limit = None
+    sequences: Limit = None
+    prompt_logprobs: Limit = None
+    batch: Limit = None
 
 
 class NewKey(Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a key's creation."""
 
-    name: str
-    tenant: str = DEFAULT
-    scopes: tuple[str, ...] = (Scope.INFERENCE,)
+    name: Name
+    tenant: Name = DEFAULT
+    scopes: Annotated[tuple[Annotated[str, _documented(enum=list(Scope))], ...], _documented(minItems=1)] = (
+        Scope.INFERENCE,
+    )
     limits: LimitsOfKey = LimitsOfKey()

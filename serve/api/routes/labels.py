@@ -3,14 +3,15 @@
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Expected, Manager, TheParts, described, owned, summary
 from serve.api.schemas import Alias, Tags
-from serve.names import spelled
+from serve.names import ALIAS_PATTERN, spelled
 
 router = APIRouter()
+AliasName = Annotated[str, Path(json_schema_extra={"pattern": ALIAS_PATTERN})]
 
 
 @router.get("/v1/adapters/{name:path}/versions/{number}")
@@ -42,7 +43,7 @@ async def tags(
 @router.put("/v1/adapters/{name:path}/aliases/{alias}")
 async def alias(
     name: str,
-    alias: str,
+    alias: AliasName,
     request: Request,
     caller: Manager,
     expected: Expected,
@@ -58,7 +59,7 @@ async def alias(
 
 @router.delete("/v1/adapters/{name:path}/aliases/{alias}")
 async def unalias(
-    name: str, alias: str, request: Request, caller: Manager, expected: Expected, parts: TheParts, why: str = ""
+    name: str, alias: AliasName, request: Request, caller: Manager, expected: Expected, parts: TheParts, why: str = ""
 ) -> dict[str, Any]:
     """Remove an alias; its version stays."""
     request.state.subject = f"{spelled(name, caller.tenant)}@{alias}"

@@ -3,9 +3,9 @@
 import asyncio
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 
 from serve.api.routes.callers import Manager, TheParts
 from serve.errors import BadRequest, Forbidden
@@ -14,12 +14,13 @@ from serve.telemetry.usage_ledger import COUNTS
 
 router = APIRouter()
 
+Month = Annotated[str, Query(json_schema_extra={"pattern": "^[0-9]{4}-(0[1-9]|1[0-2])$"})]
 _MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")
 
 
 @router.get("/v1/usage")
 async def usage(
-    caller: Manager, parts: TheParts, month: str | None = None, tenant: str | None = None
+    caller: Manager, parts: TheParts, month: Month | None = None, tenant: str | None = None
 ) -> dict[str, Any]:
     """Requests, tokens, seconds of the engine and cost of a month (`2026-11`; by default this one, UTC), by tenant and
     adapter. A tenant sees its own; operators see all, or one `tenant`'s."""
