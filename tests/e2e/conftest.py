@@ -56,7 +56,9 @@ def server(
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "500",
     }
-    with Server(folder / "data", folder / "log", *settings, **KEYS, HF_ENDPOINT=hub.url, **traces) as server:
+    # What vLLM keeps of responses: see test_routes.py.
+    environ = {**KEYS, "HF_ENDPOINT": hub.url, "VLLM_ENABLE_RESPONSES_API_STORE": "1", **traces}
+    with Server(folder / "data", folder / "log", *settings, **environ) as server:
         yield server
 
 
