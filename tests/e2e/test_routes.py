@@ -1,4 +1,4 @@
-"""What stands between clients and vLLM's own routes, with the real engine: errors, fallbacks, aliases, kept responses."""
+"""What stands between clients and vLLM's own routes, with the real engine: errors, fallbacks, aliases, the store."""
 
 from __future__ import annotations
 

@@ -369,8 +369,8 @@ async def test_a_stored_response_answers_its_own_tenant_alone(operator, acme, gl
     made_up = mine[:-32] + "0" * 32
     assert (await acme.get(f"/v1/responses/{mine}")).status_code == 200
     for other in (globex, operator):
-        for path in ("/v1/responses/{}", "/v1/responses/{}/cancel"):
-            answers = [seen(await other.get(path.format(id)), id) for id in (mine, made_up)]
+        for method, path in (("GET", "/v1/responses/{}"), ("POST", "/v1/responses/{}/cancel")):
+            answers = [seen(await other.request(method, path.format(id)), id) for id in (mine, made_up)]
             assert answers[0] == answers[1] and answers[0][0] == 404
         follow = await other.post("/v1/responses", json={"model": "base", "previous_response_id": mine})
         assert follow.status_code == 404
