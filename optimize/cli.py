@@ -42,7 +42,11 @@ Examples:
 def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> int:
     """The command with `arguments`; `embedded` gives the directory of a model that comes along, `served` the variables
     that an engine has when it is served on this machine. The exit code."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
     if arguments and arguments[0] == "run-onnx":
         app.command("run-onnx", help=run_onnx.__doc__)(run_onnx)
         return _exit_code(app, arguments[1:], "loradock optimize run-onnx")

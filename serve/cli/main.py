@@ -90,7 +90,7 @@ def _serve(config: Config, context: typer.Context) -> int:
 
 
 def _print_error(error: LoradockError) -> None:
-    say_error(error, "loradock", as_json="--json" in sys.argv)
+    say_error(error, "loradock")
 
 
 @app.command(

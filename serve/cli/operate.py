@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve.cli.terminal import URL, Key, Url, example, table
+from serve.cli.terminal import URL, Key, Url, example, json_option, table
 from serve.config import load
 from serve.errors import ConfigError
 from serve.names import shown
@@ -43,7 +43,7 @@ def plan(
     kv_cache_memory_bytes: Annotated[
         str | None, typer.Option(help="As 4GiB (default: what the server would take).", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the sizes as JSON, in bytes.")] = False,
+    as_json: Annotated[bool, json_option("Print the sizes as JSON, in bytes.")] = False,
 ) -> None:
     """Say how much memory a model takes with its adapters, and how much context fits."""
     from serve.config import size

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from serve.errors import ConfigError, LoradockError
@@ -21,7 +21,22 @@ if TYPE_CHECKING:
 
 Url = Annotated[str, typer.Option("--url", envvar="LORADOCK_URL", help="The server.")]
 Key = Annotated[str | None, typer.Option("--key", envvar="LORADOCK_KEY", help="An API key that may do this.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON; an error too, on stderr.")]
+
+# Whether the command that runs was given --json, for its errors.
+_as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+
+
+def json_option(help: str) -> Any:
+    """A flag --json, which errors obey too."""
+
+    def noted(value: bool) -> bool:
+        _as_json.set(value)
+        return value
+
+    return typer.Option("--json", help=help, callback=noted)
+
+
+Json = Annotated[bool, json_option("Print the server's answer as JSON; an error too, on stderr.")]
 URL = "http://127.0.0.1:8000"
 
 
@@ -39,14 +54,13 @@ def connected(group: str, url: str, key: str | None, timeout: float = 300.0) -> 
         with AdapterClient(url, key, timeout=timeout) as client:
             yield client
     except LoradockError as error:
-        context = click.get_current_context(silent=True)
-        say_error(error, f"loradock {group}", as_json=bool(context and context.params.get("as_json")))
+        say_error(error, f"loradock {group}")
         raise typer.Exit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, Unreachable) else 1) from error
 
 
-def say_error(error: LoradockError, who: str, *, as_json: bool) -> None:
-    """The error on stderr: as the server would answer it, or as a sentence with its problems below."""
-    if as_json:
+def say_error(error: LoradockError, who: str) -> None:
+    """The error on stderr: a sentence with its problems below or, after --json, as the server would answer it."""
+    if _as_json.get():
         typer.echo(json.dumps(error.body()), err=True)
         return
     typer.echo(f"{who}: {error.message}", err=True)

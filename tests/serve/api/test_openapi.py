@@ -149,7 +149,8 @@ def test_what_the_document_says_is_text_on_the_page():
     }  # fmt: skip
     info = {"version": "1", "description": "about"}
     html = page({"info": info, "paths": {"/<path>": {"get": operation}}, "components": {"schemas": {}}})
-    for tag in ("<i>", "<u>", "<x>", "<ok>", "<path>"):
+    assert "<i>" not in html
+    for tag in ("<u>", "<x>", "<ok>", "<path>"):
         assert tag not in html and tag.replace("<", "&lt;").replace(">", "&gt;") in html
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import anthropic
-import httpx
+import httpx2
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
@@ -158,7 +158,7 @@ async def test_anthropics_own_client_raises_its_own_errors(client):
         api_key="x",
         base_url="http://localhost",
         max_retries=0,
-        http_client=httpx.AsyncClient(transport=client._transport),
+        http_client=httpx2.AsyncClient(transport=httpx2.ASGITransport(client._transport.app)),
     ) as sdk:
         with pytest.raises(anthropic.NotFoundError) as gone:
             await sdk.messages.create(model="nobody", max_tokens=1, messages=[{"role": "user", "content": "x"}])

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from serve.cli import main as command
 from serve.errors import AdapterRejected
 
-# `optimize` has a command line of its own, which the tests of optimize look at.
 GROUPS = typer.main.get_command(command.app).commands
 
 
@@ -55,16 +54,16 @@ def test_completion_can_be_shown_and_installed():
 
 
 def test_an_error_before_any_server_is_asked_is_json_too(monkeypatch, capsys):
-    def refuse():
+    def refuse(*_):
         raise AdapterRejected("no", problems=["one", "two"])
 
-    monkeypatch.setattr(command, "app", refuse)
-    monkeypatch.setattr(sys, "argv", ["loradock", "plan", "toy", "--json"])
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    assert ended.value.code == 2
-    assert json.loads(capsys.readouterr().err)["error"]["problems"] == ["one", "two"]
-    monkeypatch.setattr(sys, "argv", ["loradock", "plan", "toy"])
-    with pytest.raises(SystemExit):
-        command.main()
-    assert capsys.readouterr().err == "loradock: no\n  - one\n  - two\n"
+    monkeypatch.setattr("serve.models.checkpoint.find", refuse)
+    for flags in (["--json"], []):
+        monkeypatch.setattr(sys, "argv", ["loradock", "plan", "toy", *flags])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        assert ended.value.code == 2
+        written = capsys.readouterr().err
+        if flags:
+            assert json.loads(written)["error"]["problems"] == ["one", "two"]
+    assert written == "loradock: no\n  - one\n  - two\n"
