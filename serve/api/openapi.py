@@ -85,6 +85,10 @@ _IF_MATCH = {
 _GROUPS = {
     "drift": ("/v1/drift", "/v1/feedback"),
     "adapters": ("/v1/adapters",),
+    "vLLM's runtime LoRA API": (
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters"),
+        *("/server_info", "/pause", "/resume"),
+    ),
     "keys and usage": ("/v1/keys", "/v1/usage"),
     "models and engines": ("/v1/models", "/v1/engines", "/v1/replicas"),
 }
@@ -106,6 +110,8 @@ UPLOAD = {
         "engine": {"type": "string", "description": "The base that it runs on; the first by default."},
         "why": {"type": "string"},
         "probe_min_effect": {"type": "number", "minimum": 0, "maximum": 100},
+        "probe": {"type": "boolean", "default": True},
+        "keep": {"type": "integer", "minimum": 1, "description": "So many versions stay, beside those that serve."},
         "dry_run": {"type": "boolean", "default": False},
     },
 }
@@ -201,5 +207,9 @@ def _add_bodies(document: dict[str, Any], bodies: list[tuple[APIRoute, BodyReade
             operation = document["paths"][route.path_format][method.lower()]
             operation["requestBody"] = {"required": reader.required, "content": content}
     if push := document["paths"].get("/v1/adapters", {}).get("post"):
-        content = {"multipart/form-data": {"schema": UPLOAD}, "application/json": {"schema": fetch}}
+        content = {
+            "multipart/form-data": {"schema": UPLOAD},
+            "application/json": {"schema": fetch},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        }
         push["requestBody"] = {"required": True, "content": content}

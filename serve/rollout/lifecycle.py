@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from serve.engine.supervisor import Supervisor
 from serve.errors import Conflict, EngineUnavailable, LoradockError
 from serve.models.checkpoint import is_another_model
 from serve.names import check_adapter_name, shown, tenant_of
+from serve.rollout.candidate import Candidate
 from serve.rollout.change_locks import ChangeLocks
 from serve.rollout.prefetch import Popularity
 from serve.rollout.quotas import check_pin, check_push
@@ -47,19 +48,6 @@ WARM_SECONDS = 2.0
 REGISTRY_SECONDS, WRITE_DOWN_SECONDS = 2.0, 0.5
 # So long the first engine waits for the shared folder's sweep, and the end of the server for what is not done yet.
 SWEEP_SECONDS, SETTLE_SECONDS = 5.0, 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An adapter that was pushed, before anything is made of it; `model` is what its base served then."""
-
-    base: Supervisor
-    model: str
-    limits: Limits
-    inspection: Inspection
-    digest: str
-    id: str
-    path: Path
 
 
 class Lifecycle:
