@@ -101,7 +101,7 @@ class Router:
         waiting: list[str | None] = []
         for name in (model, *fallbacks):
             with suppress(NotFound):
-                (serving if self._supervisor(name, caller).is_available else waiting).append(name)
+                (serving if self.supervisor(name, caller).is_available else waiting).append(name)
         if serving or waiting:
             return [*serving, *waiting[:1]]
         names = ", ".join(f"`{shown(name, 80)}`" for name in (model, *fallbacks))
