@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -141,6 +142,7 @@ class Inference:
                 request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
                 tap.asked(request.fields, len(request.body))
                 request.check(scope["path"])
+                request.settle(partial(self._router.chosen, caller=caller))
                 fan_out = FanOut.of(scope["path"], request.fields, len(request.body))
                 fan_out.check(self._bounds.of(caller.limits))
                 if meter:
@@ -207,9 +209,7 @@ class Inference:
                 yield await held.enter_async_context(lease)
                 return
             async with cancelled_on_disconnect(answering.receive):
-                lease = self._router.lease(
-                    request.model, caller, request.fields, answering.seats, tap.addressed, request.fallbacks
-                )
+                lease = self._router.lease(request.model, caller, request.fields, answering.seats, tap.addressed)
                 route = await held.enter_async_context(lease)
             yield route
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -111,6 +111,11 @@ class InferenceRequest:
             held.append("extra_args")
         if held:
             raise BadRequest(f"{held[0]} is not taken: {path} takes token_ids and sampling_params", param=held[0])
+
+    def settle(self, choose: Callable[[Sequence[str | None]], str | None]) -> None:
+        """Of several models, take the one that `choose` says: guards, lease and answer are that one's."""
+        if self.fallbacks:
+            self.model, self.fallbacks = choose((self.model, *self.fallbacks)), ()
 
     def rewritten(self, path: str, route: Route, tenant: str) -> dict[str, Any]:
         """The fields, asking for the route's model by the backend's name for it, within the caller's tenant."""

@@ -79,32 +79,25 @@ class Router:
         fields: Mapping[str, Any] | None = None,
         seats: int = 1,
         addressed: Callable[[str, str], None] = _nobody,
-        fallbacks: Sequence[str] = (),
     ) -> AsyncIterator[Route]:
         """The route for `model` (None: the first base), held until the block ends. `fields` is the request.
 
-        `addressed(adapter, version)` hears who is to answer before the request waits for anything. `fallbacks` are
-        models that may answer in its place, if it does not exist or its engine does not serve.
+        `addressed(adapter, version)` hears who is to answer before the request waits for anything.
         """
         async with AsyncExitStack() as held:
-            *others, last = self._candidates(model, fallbacks, caller) if fallbacks else [model]
-            route = None
-            for name in others:
-                with suppress(EngineUnavailable, NotFound):
-                    route = await self._leased(name, caller, fields or {}, seats, held, addressed)
-                    break
-            yield route or await self._leased(last, caller, fields or {}, seats, held, addressed)
+            yield await self._leased(model, caller, fields or {}, seats, held, addressed)
 
-    def _candidates(self, model: str | None, fallbacks: Sequence[str], caller: Caller) -> list[str | None]:
-        """Those that exist and whose engine serves now, in their order; behind them one whose engine may come back."""
-        serving: list[str | None] = []
-        waiting: list[str | None] = []
-        for name in (model, *fallbacks):
+    def chosen(self, models: Sequence[str | None], caller: Caller) -> str | None:
+        """The first of these that exists and whose engine serves now; else the first that exists. NotFound for none."""
+        there: list[str | None] = []
+        for name in models:
             with suppress(NotFound):
-                (serving if self.supervisor(name, caller).is_available else waiting).append(name)
-        if serving or waiting:
-            return [*serving, *waiting[:1]]
-        names = ", ".join(f"`{shown(name, 80)}`" for name in (model, *fallbacks))
+                if self.base_of(name, caller).is_available:
+                    return name
+                there.append(name)
+        if there:
+            return there[0]
+        names = ", ".join(f"`{shown(name, 80)}`" for name in models)
         message = f"None of the models {names} exists: GET /v1/models lists those that do."
         raise NotFound(message, code="model_not_found", param="models")
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -110,6 +111,7 @@ class LineRunner:
         request = InferenceRequest(body)
         _check_whole(request)
         try:
+            request.settle(partial(self._router.chosen, caller=self._caller(key, tenant)))
             base = self._router.base_of(request.model, self._caller(key, tenant))
             async with self._gaps.turn(base, stopped):
                 caller = self._caller(key, tenant)  # it waited: the key may be revoked by now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
+
 import pytest
 
 from serve.api.app import build_app
@@ -82,3 +84,19 @@ async def test_of_two_bases_the_one_that_serves_answers(config, backend, tiny_mo
         client._transport.app.state.parts.fleet.first.phase = Phase.FAILED
         assert (await asked(client, models=["base", "second"])).json()["model"] == "second"
         assert (await asked(client, model="base")).status_code == 503
+
+
+async def test_the_guards_are_those_of_the_model_that_answers(client, make_adapter, monkeypatch):
+    await push_two(client, make_adapter)
+    guarded = []
+    inference = client._transport.app.state.parts.inference
+    monkeypatch.setattr(inference._router, "name_of", lambda model, caller: guarded.append(model))
+    monkeypatch.setattr(inference, "_guards", Unguarded())
+    assert (await asked(client, model="nobody", models=["tone@v2", "base"])).status_code == 200
+    assert guarded == ["tone@v2"]
+
+
+class Unguarded:
+    @asynccontextmanager
+    async def over(self, name, tenant, fields, watch, send):
+        yield send
