@@ -20,6 +20,7 @@ import msgspec
 
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
+from optimize.pipeline import audio_packages
 
 TASKS = {
     "merge": "optimize.steps.merge.merge",
@@ -41,6 +42,7 @@ def main(file: str, fd: str) -> int:
     def tell(message: dict[str, Any]) -> None:
         pipe.write(json.dumps(message) + "\n")
 
+    audio_packages.hide()
     job = msgspec.json.decode(Path(file).read_bytes(), type=Job)
     try:
         task = importlib.import_module(TASKS[job.kind])

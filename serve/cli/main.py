@@ -8,8 +8,7 @@ from pathlib import Path
 
 import typer
 
-from serve import __version__
-from serve.cli import operate
+from serve.cli import installation, operate
 from serve.cli.adapters import adapters_app
 from serve.cli.baseline import baseline_app
 from serve.cli.bench import bench_app
@@ -41,6 +40,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(monitoring_app, name="monitoring")
 
 operate.register(app)
+installation.register(app)
 app.command(epilog=example("loradock usage --month 2026-11", "loradock usage --tenant acme --csv > acme.csv"))(usage)
 
 SERVE_HELP = """Serve MODEL with hot-swapped LoRA adapters behind an OpenAI-compatible endpoint.
@@ -111,11 +111,6 @@ def optimize(context: typer.Context) -> None:
         return hardware.cpu_environment(os.environ, together=True) if hardware.on_cpu() else {}
 
     raise typer.Exit(run_recipe(context.args, embedded, served))
-
-
-@app.command(help="Print the versions.")
-def version() -> None:
-    print(f"loradock {__version__}")
 
 
 def main() -> None:

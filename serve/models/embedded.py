@@ -27,6 +27,7 @@ from pathlib import Path
 
 from serve.errors import ConfigError
 from serve.files import fsync, fsync_tree, rename
+from serve.models import audio_packages
 
 Progress = Callable[[str], None]
 
@@ -331,6 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--convert", nargs=2, type=Path, metavar=("GGUF", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.convert:
+        audio_packages.hide()
         _convert(*options.convert)
         return 0
     start = time.monotonic()

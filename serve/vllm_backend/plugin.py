@@ -7,11 +7,13 @@ import os
 import threading
 
 from serve.cpu_kernels.install import install as install_kernels
+from serve.models import audio_packages
 from serve.vllm_backend import forkserver, media, notices, prompt_budget, prompt_logprobs, titles
 
 
 def register() -> None:
     """Called by vLLM once in each of its processes, the one that serves HTTP included."""
+    audio_packages.hide()
     notices.install()
     install_kernels()
     prompt_logprobs.install()

