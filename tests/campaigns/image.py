@@ -1,0 +1,241 @@
+"""The CPU image, built from docker/Dockerfile.cpu and started: health check, chat, push, a restart on the same volume.
+
+    python -m tests.campaigns.image [--folder DIR] [--log FILE]
+
+Needs root and Debian's buildah and debootstrap (`apt-get install --no-install-recommends buildah debootstrap`).
+Where the hub is out of reach, Debian's base system with this Python stands in for `python:...-slim-trixie`. DIR keeps
+the base and the image for a next run; without it nothing is kept. Takes 20 GB of disk for a moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tests.support.lora import trained
+from tests.support.newcomer import Terminal, answers, chat, content
+from tests.support.server import ADMIN, ROOT, START_SECONDS, descendants, free_port
+
+PYTHON_IMAGE = "localhost/python:slim-trixie"
+IMAGE = "localhost/loradock:cpu"
+# What CPython's own modules link to, and what the hub's slim image has beside.
+LIBRARIES = (
+    "ca-certificates,netbase,tzdata,libbz2-1.0,libexpat1,libffi8,liblzma5,libncursesw6,libreadline8t64,libsqlite3-0,"
+    "libssl3t64,libuuid1,zlib1g"
+)
+
+
+class Buildah:
+    """buildah with its storage in a folder of ours, without user namespaces or overlay mounts."""
+
+    def __init__(self, folder: Path, terminal: Terminal) -> None:
+        self._terminal = terminal
+        storage = f"--root {folder}/storage --runroot {folder}/run --storage-driver vfs"
+        self.program = f"buildah {storage}"
+        # The container's limits may not be above this machine's.
+        limits = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
+        hard = {name: resource.getrlimit(number)[1] for name, number in limits.items()}
+        self.isolation = "--isolation chroot " + " ".join(
+            f"--ulimit {name}={most}:{most}" for name, most in hard.items()
+        )
+
+    def __call__(self, words: str, lines: int = 12) -> str:
+        return self._terminal.type(f"{self.program} {words}", lines)
+
+    def quiet(self, words: str) -> str:
+        """As it came, and not in the log."""
+        command = f"{self.program} {words}"
+        return subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True).stdout.strip()
+
+    def has(self, image: str) -> bool:
+        return subprocess.run(["bash", "-c", f"{self.program} inspect {image}"], capture_output=True).returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, help="keep the base and the image here")
+    parser.add_argument("--log", type=Path, help="where the log goes, too")
+    options = parser.parse_args()
+    missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        sys.exit(f"as root: apt-get install --no-install-recommends {' '.join(missing) or 'buildah debootstrap'}")
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="loradock-image-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    terminal = Terminal(ROOT, os.environ, {str(folder): "/tmp/x", sys.base_prefix: "/usr/local", str(ROOT): "."})
+    try:
+        run(Buildah(folder, terminal), folder, terminal)
+        if options.log:
+            options.log.write_text("\n".join(terminal.lines) + "\n")
+    finally:
+        if not options.folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(buildah: Buildah, folder: Path, terminal: Terminal) -> None:
+    if not buildah.has(PYTHON_IMAGE):
+        make_base(buildah, folder, terminal)
+    mounts = pip_settings(folder)
+    buildah(
+        f"build {buildah.isolation} --format docker {mounts} --build-arg PYTHON_IMAGE={PYTHON_IMAGE} "
+        f"-f docker/Dockerfile.cpu -t {IMAGE} ."
+    )
+    container = buildah.quiet(f"from {IMAGE}")
+    try:
+        sizes(buildah, container, terminal)
+        volume = folder / "volume"
+        shutil.rmtree(volume, ignore_errors=True)
+        volume.mkdir()
+        os.chown(volume, 10001, 10001)
+        use(buildah, f"{mounts} -v {volume}:/var/lib/loradock", container, terminal)
+    finally:
+        buildah.quiet(f"rm {container}")
+
+
+def use(buildah: Buildah, mounts: str, container: str, terminal: Terminal) -> None:
+    """Start, chat, push; stop; start on the same volume, and find everything there."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    ask = f"-H 'Authorization: Bearer {ADMIN}'"
+    where = f"run {buildah.isolation} {mounts} --env LORADOCK_PORT={port} --env LORADOCK_ADMIN_KEYS={ADMIN}"
+    config = image_config(buildah)
+    entrypoint, health = " ".join(config["Entrypoint"]), config["Healthcheck"]["Test"][1:]
+
+    def healthy() -> bool:
+        command = [*f"{buildah.program} {where} {container} --".split(), *health]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    with started(f"{buildah.program} {where} {container} -- {entrypoint}", url, terminal) as pid:
+        assert healthy()
+        terminal.note("(its health check says that it is healthy)")
+        users = {Path(f"/proc/{one}").stat().st_uid for one in descendants(pid) if is_loradock(one)}
+        terminal.note(f"(its processes belong to user {', '.join(map(str, users))})")
+        assert users == {10001}
+        assert "Paris" in content(terminal.type(f"{chat('smollm2', url)} {ask}"))
+        files = " ".join(f"-F files=@{file}" for file in sorted(trained("alpha").iterdir()))
+        terminal.type(f"curl -sf {url}/v1/adapters {ask} -F name=tone {files} | head -c 200")
+        assert "alpha alpha" in content(terminal.type(f"{chat('tone', url)} {ask}"))
+    assert not healthy()
+    terminal.note("(stopped; its health check says so)")
+    with started(f"{buildah.program} {where} {container} -- {entrypoint}", url, terminal):
+        assert "alpha alpha" in content(terminal.type(f"{chat('tone', url)} {ask}"))
+        terminal.note("(the adapter was on the volume)")
+    terminal.type(
+        f"{buildah.program} run {buildah.isolation} {mounts} {container} -- loradock doctor || true", lines=40
+    )
+
+
+@contextmanager
+def started(command: str, url: str, terminal: Terminal) -> Iterator[int]:
+    """A container that runs meanwhile; it must end in exit code 0 when its server gets SIGTERM, as by `docker stop`."""
+    terminal.note(f"$ {command} &")
+    began = time.monotonic()
+    log = Path(tempfile.mkstemp(prefix="loradock-image-", suffix=".log")[1])
+    with log.open("wb") as out:
+        process = subprocess.Popen(["bash", "-c", f"exec {command}"], stdout=out, stderr=out, start_new_session=True)
+    try:
+        while not answers(f"{url}/ready"):
+            if process.poll() is not None or time.monotonic() - began > START_SECONDS:
+                raise AssertionError(f"the container is not ready:\n{log.read_text()}")
+            time.sleep(0.2)
+        terminal.note(f"(ready after {time.monotonic() - began:.0f} s)")
+        yield process.pid
+        began = time.monotonic()
+        os.kill(server_of(process.pid), signal.SIGTERM)
+        code = process.wait(90)
+        terminal.note(f"(SIGTERM: exit code {code} after {time.monotonic() - began:.0f} s)")
+        assert code == 0, log.read_text()
+    finally:
+        for pid in {process.pid, *descendants(process.pid)}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        log.unlink()
+
+
+def is_loradock(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/exe").resolve().name.startswith("python")
+    return False
+
+
+def server_of(pid: int) -> int:
+    """The first process in the container: the lowest id of those that run Python."""
+    return min(one for one in descendants(pid) if is_loradock(one))
+
+
+def image_config(buildah: Buildah) -> dict[str, Any]:
+    inspected: dict[str, Any] = json.loads(buildah.quiet(f"inspect --type image {IMAGE}"))["Docker"]["config"]
+    return inspected
+
+
+def sizes(buildah: Buildah, container: str, terminal: Terminal) -> None:
+    """What the image holds, and what of it is large."""
+    root = buildah.quiet(f"mount {container}")
+    terminal.note("$ du of the image, in MB")
+    python = next(Path(root, "opt/loradock/lib").glob("python3.*"))
+    for path in (
+        Path(root),
+        Path(root, "usr"),
+        Path(root, "opt/loradock"),
+        *sorted((python / "site-packages").iterdir()),
+    ):
+        size = int(subprocess.run(["du", "-sm", path], check=True, capture_output=True, text=True).stdout.split()[0])
+        if size >= 60:
+            terminal.note(f"{size:6}  /{path.relative_to(root)}")
+    buildah.quiet(f"umount {container}")
+
+
+def pip_settings(folder: Path) -> str:
+    """Mounts that let pip and apt in a container look where they look here; nothing of it stays in an image."""
+    settings = folder / "pip.conf"
+    lines = ["[global]"]
+    mounts = [f"-v {settings}:/etc/pip.conf:ro"]
+    if links := os.environ.get("PIP_FIND_LINKS"):
+        lines.append("find-links = /wheels")
+        mounts.append(f"-v {links}:/wheels:ro")
+    if cert := os.environ.get("PIP_CERT"):
+        lines.append(f"cert = {cert}")
+        mounts.append(f"-v {cert}:{cert}:ro")
+    settings.write_text("\n".join(lines) + "\n")
+    return " ".join(mounts)
+
+
+def make_base(buildah: Buildah, folder: Path, terminal: Terminal) -> None:
+    """Debian's smallest system and the Python that runs this, where the hub's image has it."""
+    tree = folder / "base"
+    shutil.rmtree(tree, ignore_errors=True)
+    terminal.type(f"debootstrap --variant=minbase --include={LIBRARIES} trixie {tree}", lines=1)
+    shutil.rmtree(tree / "var/cache/apt/archives", ignore_errors=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    prefix, local = Path(sys.base_prefix), tree / "usr/local"
+    skipped = shutil.ignore_patterns("site-packages", "test", "__pycache__", "*.a")
+    shutil.copytree(prefix / "lib" / version, local / "lib" / version, ignore=skipped, symlinks=True)
+    shutil.copytree(prefix / "include", local / "include", dirs_exist_ok=True)
+    (local / "lib" / version / "site-packages").mkdir()
+    for library in prefix.glob("lib/libpython3*.so*"):
+        shutil.copy(library, local / "lib", follow_symlinks=False)
+    shutil.copy(prefix / "bin" / version, local / "bin" / version)
+    for name in ("python3", "python"):
+        (local / "bin" / name).symlink_to(version)
+    subprocess.run(["chroot", tree, "ldconfig"], check=True)
+    terminal.note(f"(Python {sys.version.split()[0]} is put into its /usr/local)")
+    container = buildah.quiet("from scratch")
+    buildah.quiet(f"add {container} {tree} /")
+    buildah.quiet(f"commit --rm {container} {PYTHON_IMAGE}")
+    shutil.rmtree(tree)
+
+
+if __name__ == "__main__":
+    main()
