@@ -68,6 +68,7 @@ def movement(signal: Signal, row: NDArray[np.floating]) -> float:
     if reference is None or not len(rows):
         return 0.0
     change = rows.mean(axis=0) - reference
+    change[len(change) - signal.silent :] = 0  # counts of tokens: of a single request mostly noise
     return float((signal.raw(row) - reference) @ change / max(float(change @ change), 1e-12))
 
 

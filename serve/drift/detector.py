@@ -48,8 +48,10 @@ EFFECT_HALF_LIFE = 50.0
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
 # Rows that the gauges take at a time: nobody reads them at every request.
 GAUGED = 32
-# Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
+# With fewer rows since a change, the gauges mostly hold what was before it.
 RECENT = 64
+# Rows that are kept to choose what to look for, when the evidence is there.
+KEPT = 256
 
 
 class Drift:
@@ -58,8 +60,9 @@ class Drift:
     reference: (n, k), n >= 1; to D only its ranks matter, F also uses distances: unit scale serves it best.
     threshold: c, the mean number of requests between false alarms. capacity: rows that the bag holds, by default as
     many as the reference and at least 1,000; never fewer than the reference. weights: (k,) what each score weighs in
-    the evidence, by default the same. margin: (k,) by how much each may move unseen, in its unit; 0 by default. seed:
-    of the random numbers that break ties and choose what leaves the bag.
+    the evidence, by default the same. margin: by how much each may move unseen, in its unit; 0 by default. silent: so
+    many columns more, behind the scores, of zero mean and unit spread: they only help to learn directions, which
+    turn after every `turn` requests. seed: of the random numbers that break ties and choose what leaves the bag.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Drift:
         capacity: int | None = None,
         weights: ArrayLike | None = None,
         margin: ArrayLike | None = None,
+        silent: int = 0,
+        turn: int = 1,
         seed: int = 0,
     ) -> None:
         rows = np.asarray(reference, np.float32)
@@ -83,33 +88,34 @@ class Drift:
             raise ValueError(
                 f"threshold {threshold} is below any evidence; it is the mean number of requests between alarms"
             )
-        n, k = rows.shape
+        n, k = len(rows), rows.shape[1] - silent
         self.threshold = float(threshold)
         self.capacity = max(n, 1000 if capacity is None else capacity)
         self.updates = 0
         self.crossed_at: int | None = None
         self._rng = np.random.Generator(np.random.PCG64(seed))
-        self._reference = np.ascontiguousarray(np.sort(rows, axis=0).T)  # (k, n)
+        self._reference = np.ascontiguousarray(np.sort(rows[:, :k], axis=0).T)  # (k, n)
         self._bags = [array("f", column.tobytes()) for column in self._reference]
-        self._margin = np.zeros(k, np.float32) if margin is None else np.array(margin, np.float32)
-        self._bound = np.flatnonzero(self._margin)
-        self._directions = Directions(rows, self.capacity, self._margin) if k > 1 else None
+        self._margin = np.zeros(rows.shape[1], np.float32) if margin is None else np.array(margin, np.float32)
+        self._bound = np.flatnonzero(self._margin[:k])
+        self._directions = Directions(rows, self.capacity, self._margin, silent, turn) if rows.shape[1] > 1 else None
         self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
-        self._bank = Bank(self._weights, len(HALF_LIVES) if k > 1 else 0, self._margin > 0)
-        self._effect = EffectSize(k + (len(HALF_LIVES) if k > 1 else 0), n)
+        directions = 0 if self._directions is None else len(HALF_LIVES)
+        self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
+        self._effect = EffectSize(k + directions, n)
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
         self._seen = np.zeros(2)  # weight of the gauges, and of its squares
         self._ungauged: list[NDArray[np.float32]] = []
-        self._rows: deque[NDArray[np.float32]] = deque(maxlen=RECENT)
+        self._rows: deque[NDArray[np.float32]] = deque(maxlen=KEPT)
 
     def update(self, row: ArrayLike) -> bool:
         """Take the scores of one request, and say whether the evidence has reached the threshold."""
         scores = np.asarray(row, np.float32)
-        if scores.shape != self._shift.shape:
+        if scores.shape != self._margin.shape:
             raise ValueError(
-                f"a row has the shape {scores.shape}; this detector's reference has {len(self._shift)} scores a row"
+                f"a row has the shape {scores.shape}; this detector's reference has {len(self._margin)} scores a row"
             )
         if not all_finite(scores):
             raise ValueError("a score is not a finite number; leave the request out")
@@ -120,7 +126,7 @@ class Drift:
         if len(self._ungauged) >= GAUGED:
             self._gauge()
         if self.drifted:
-            self._effect.observe(self._reference_ranks(scores), self.tolerated_share)
+            self._effect.observe(*self._places(scores), self.tolerated_share)
         moved = self._moved_by_margin(scores)
         p = streams = self._rank(scores)
         bounds = None
@@ -131,11 +137,11 @@ class Drift:
             streams = np.concatenate((p, self._directions.rank(scores, self._rng)))
         multiple = self._bank.observe(streams, self.updates, bounds)
         if self._directions is not None:
-            self._directions.teach(p, multiple)
+            self._directions.teach(p, multiple, scores[len(p) :])
         if self.crossed_at is None and self._bank.evidence() >= self.threshold:
             self.crossed_at = self.updates
             self._moved = self._bank.log_means()
-            self._effect.begin(self._bank.weights())
+            self._begin_effect()
         return self.drifted
 
     @property
@@ -169,7 +175,7 @@ class Drift:
 
         Ranks cannot tell a few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
         """
-        return self._effect.foreign_share if self.drifted else None
+        return self._effect.foreign_share(self.tolerated_share) if self.drifted else None
 
     @property
     def beyond_tolerated_share(self) -> bool:
@@ -228,7 +234,7 @@ class Drift:
             "seen": self._seen.copy(),
             "weights": self._weights.copy(),
             "margin": self._margin.copy(),
-            "rows": np.array(self._rows).reshape(-1, len(self._shift)),
+            "rows": np.array(self._rows).reshape(-1, len(self._margin)),
         }
         state |= prefixed(self._effect.state(), "effect.")
         state |= prefixed(self._bank.state(), "bank.")
@@ -247,14 +253,15 @@ class Drift:
         self._rng = rng_from(state["lots"])
         self._reference = np.ascontiguousarray(state["reference"].T)
         self._bags = [array("f", np.ascontiguousarray(bag).tobytes()) for bag in state["bags"]]
-        learned = below(state, "directions.")
+        learned, k = below(state, "directions."), len(self._bags)
         # Earlier releases had neither margins nor weights nor what comes after the evidence.
-        self._margin = np.array(state.get("margin", np.zeros(len(self._bags), np.float32)))
-        self._bound = np.flatnonzero(self._margin)
-        self._directions = Directions.from_state(learned, capacity, self._margin) if learned else None
-        k, directions = len(self._bags), len(HALF_LIVES) if learned else 0
+        columns = learned["bag"].shape[1] if learned else k
+        self._margin = np.array(state.get("margin", np.zeros(columns, np.float32)))
+        self._bound = np.flatnonzero(self._margin[:k])
+        self._directions = Directions.from_state(learned, capacity, self._margin, columns - k) if learned else None
+        directions = len(HALF_LIVES) if learned else 0
         self._weights = np.array(state.get("weights", np.ones(k)))
-        self._bank = Bank(self._weights, directions, self._margin > 0)
+        self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
         self._bank.restore(below(state, "bank."))
         self._effect, self.tolerated_share = EffectSize(k + directions, self._reference.shape[1]), 1.0
         if "effect.seen" in state:
@@ -263,7 +270,7 @@ class Drift:
         self._shift = np.array(state["shift"])
         self._seen = np.array(state["seen"])
         self._ungauged = []
-        self._rows = deque(state.get("rows", ()), maxlen=RECENT)
+        self._rows = deque(state.get("rows", ()), maxlen=KEPT)
         return self
 
     def _moved_by_margin(self, scores: NDArray[np.float32]) -> tuple[Floats, Floats] | None:
@@ -280,6 +287,7 @@ class Drift:
     def _rank(self, scores: NDArray[np.float32]) -> Floats:
         """(k,) smoothed conformal p-values of `scores` among the bags, which take them in."""
         k, m = len(self._bags), len(self._bags[0])
+        scores = scores[:k]
         ties = self._rng.random(k).tolist()
         full = m >= self.capacity
         # At random among all m + 1, the new one included: if age decided, ranks would say something about later ones.
@@ -301,18 +309,25 @@ class Drift:
             return np.zeros(len(self._shift))
         return _less_error(self._shift / self._seen[0], error)
 
-    def _reference_ranks(self, scores: NDArray[np.float32]) -> Floats:
-        """(streams,) where the scores lie in the reference alone, ties in their middle."""
+    def _begin_effect(self) -> None:
+        """Look for the size of the effect from here on, where requests since the change let expect it."""
+        since = min(max(self.updates - self.changed_at, 1), len(self._rows))
+        less, upto = np.array([self._places(row) for row in list(self._rows)[-since:]]).transpose(1, 0, 2)
+        self._effect.begin(self._bank.weights(), less, upto, self.tolerated_share)
+
+    def _places(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """(streams,) each: how many of the reference alone lie below the scores, and how many not above them."""
         # Of a single row: faster than a search in each score's column.
-        known, row = self._reference, scores[:, None]
-        ranks = ((known < row).mean(axis=1) + (known <= row).mean(axis=1)) / 2
+        known, row = self._reference, scores[: len(self._bags), None]
+        less, upto = np.count_nonzero(known < row, axis=1), np.count_nonzero(known <= row, axis=1)
         if self._directions is None:
-            return ranks
-        return np.concatenate((ranks, self._directions.reference_ranks(scores)))
+            return less, upto
+        along = self._directions.reference_places(scores)
+        return np.concatenate((less, along[0])), np.concatenate((upto, along[1]))
 
     def _score_ranks(self, rows: NDArray[np.float32]) -> Floats:
-        """(n, k) where the scores of rows (n, k) lie in the reference, ties in their middle."""
-        ranks = np.empty(rows.shape)
+        """(n, k) where the scores of rows lie in the reference, ties in their middle."""
+        ranks = np.empty((len(rows), len(self._reference)))
         for i, known in enumerate(self._reference):
             ranks[:, i] = known.searchsorted(rows[:, i], "left") + known.searchsorted(rows[:, i], "right")
         ranks /= 2 * self._reference.shape[1]

@@ -9,6 +9,10 @@ rising bets are placed on directions, and `make drift-proof` measures what remai
 
 Three directions learn from every request and forget at different speeds. The fourth learns from a request by as much as
 it raised the evidence, as in expectation maximization: with few foreign requests among many it learns from those.
+
+Silent scores have no p-values: they are too many to rank each. They teach by their values, centred on requests that are
+not in the bag. With so many scores, a request that taught lies much farther along. So as far as it pulled the
+directions towards itself is taken off again (leave one out): a new one is compared with where the others lie without.
 """
 
 from __future__ import annotations
@@ -29,58 +33,92 @@ _FADES = np.array([[0.5 ** (1 / half_life)] for half_life in HALF_LIVES])
 SHRINKAGE = 0.7
 # Multiples of the evidence above this teach the last direction, up to a whole request.
 TEACHES = 0.9
+# Of a silent score no more than this teaches.
+FARTHEST = 4.0
 # Projections that differ by less are equal: in float32 equal rows may differ by a rounding.
 SAME = 2e-5
+_NONE = np.zeros(0)
 _NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / CELLS) for i in range(CELLS)])
 
 
 class Directions:
     """reference: (n, k). capacity: rows that the bag holds, at least n. margin: (k,) by how much each score may move
-    unseen, 0 by default: of a row that is ranked, the most that this allows along a direction is taken off."""
+    unseen, 0 by default: of a row that is ranked, the most that this allows along a direction is taken off. silent: so
+    many of the scores, the last ones, have no p-values; they are of zero mean and unit spread. turn: after so many
+    requests the directions turn to what was learned."""
 
-    def __init__(self, reference: NDArray[np.float32], capacity: int, margin: ArrayLike | None = None) -> None:
+    def __init__(
+        self,
+        reference: NDArray[np.float32],
+        capacity: int,
+        margin: ArrayLike | None = None,
+        silent: int = 0,
+        turn: int = 1,
+    ) -> None:
         n, k = reference.shape
         self._margin = np.zeros(k, np.float32) if margin is None else np.array(margin, np.float32)
+        self._heard = k - silent
         self._bag = np.empty((capacity + 1, k), np.float32)
         self._bag[:n] = reference
         self._size = n
         self._reference = reference.copy()  # not a view that keeps a larger array
+        self._known: NDArray[np.float32] | None = None
         self._learned = np.zeros((len(HALF_LIVES), k))
         self._squares = np.zeros((len(HALF_LIVES), 1))
+        # Where each row of the bag lies along the directions.
+        self._along = np.empty((len(HALF_LIVES), capacity + 1), np.float32)
+        # How far each has pulled the directions towards itself by its silent scores, and what faded since they turned.
+        self._pull = np.zeros((len(HALF_LIVES), capacity + 1))
+        self._faded = np.ones((len(HALF_LIVES), 1))
+        self._place = self._age = 0
+        self._turn = turn
         self._point()
 
     def rank(self, scores: NDArray[np.float32], rng: np.random.Generator) -> Floats:
         """(directions,) smoothed conformal p-values along each in the bag, which takes the row in."""
         m = self._size
-        self._bag[m] = scores
-        along = self._towards @ self._bag[: m + 1].T
+        self._along[:, m] = self._towards @ scores
+        along = self._along[:, : m + 1]
         own = along[:, m:] - (np.abs(self._towards) @ self._margin)[:, None]
         less = np.array([np.count_nonzero(row) for row in along < own - SAME])
         upto = np.array([np.count_nonzero(row) for row in along <= own + SAME])
         p = (less + rng.random(len(less)) * (upto - less)) / (m + 1)
         if m < len(self._bag) - 1:
+            place = m
             self._size += 1
         else:
             # At random among all m + 1, the new one included, as in the scores' bags.
-            self._bag[rng.integers(m + 1)] = scores
+            place = int(rng.integers(m + 1))
+            self._along[:, place] = along[:, m]
+        self._bag[place] = scores
+        self._pull[:, place] = 0
+        self._place = place
         return p
 
-    def reference_ranks(self, scores: NDArray[np.float32]) -> Floats:
-        """(directions,) where the row lies along each in the reference alone, ties in their middle."""
-        along = self._towards @ np.concatenate((self._reference, scores[None])).T
-        own = along[:, -1:]
-        return ((along < own - SAME).mean(axis=1) + (along <= own + SAME).mean(axis=1)) / 2
+    def reference_places(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """(directions,) each: how many of the reference alone lie below the row along it, and how many not above it."""
+        known, own = self._reference_along(), (self._towards @ scores)[:, None]
+        return np.count_nonzero(known < own - SAME, axis=1), np.count_nonzero(known <= own + SAME, axis=1)
 
-    def teach(self, p: Floats, multiple: float) -> None:
-        """Learn from a request's p-values, (k,), which multiplied the evidence by `multiple`."""
+    def teach(self, p: Floats, multiple: float, silent: Floats = _NONE) -> None:
+        """Learn from a request's p-values, (k - silent,), which multiplied the evidence by `multiple`, and from its
+        silent scores."""
         weight = np.ones((len(HALF_LIVES), 1))
         weight[-1] = min(max(1 - TEACHES / multiple, 0), 1) if multiple > 0 else 0
         fades = _FADES**weight
         self._learned *= fades
-        self._learned += weight * _NORMAL[cells(p)]
+        self._learned[:, : self._heard] += weight * _NORMAL[cells(p)]
+        if len(silent):
+            taught = np.minimum(np.maximum(silent, -FARTHEST), FARTHEST)
+            self._learned[:, self._heard :] += weight * taught
+            pull = (self._towards[:, self._heard :] != 0) @ (taught * silent)
+            self._pull[:, self._place] = (weight * pull[:, None] / (self._faded * fades))[:, 0]
+        self._faded *= fades
         self._squares *= fades * fades
         self._squares += weight * weight
-        self._point()
+        self._age += 1
+        if self._age % self._turn == 0:
+            self._point()
 
     def _point(self) -> None:
         """The directions to rank along: of unit length, without what is noise."""
@@ -88,7 +126,20 @@ class Directions:
         kept = np.maximum(size - SHRINKAGE * np.sqrt(self._squares), 0)
         kept = np.where(kept.any(axis=1, keepdims=True), np.copysign(kept, self._learned), self._learned)
         length = np.sqrt(np.add.reduce(kept * kept, axis=1, keepdims=True))
-        self._towards = (kept / np.maximum(length, 1e-12)).astype(np.float32)
+        length = np.maximum(length, 1e-12)
+        self._towards = (kept / length).astype(np.float32)
+        self._known = None
+        self._along[:, : self._size] = self._towards @ self._bag[: self._size].T
+        if self._heard < self._bag.shape[1]:
+            self._pull *= self._faded
+            self._along[:, : self._size] -= self._pull[:, : self._size] / length
+        self._faded[:] = 1
+
+    def _reference_along(self) -> NDArray[np.float32]:
+        """(directions, n): where the reference lies, until they turn."""
+        if self._known is None:
+            self._known = self._towards @ self._reference.T
+        return self._known
 
     def state(self) -> State:
         return {
@@ -96,14 +147,27 @@ class Directions:
             "reference": self._reference.copy(),
             "learned": self._learned.copy(),
             "squares": self._squares.copy(),
+            "towards": self._towards.copy(),
+            "along": self._along[:, : self._size].copy(),
+            "pull": self._pull[:, : self._size].copy(),
+            "faded": self._faded.copy(),
+            "age": np.array([self._age, self._turn]),
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, NDArray], capacity: int, margin: ArrayLike | None = None) -> Self:
-        """Earlier releases taught with half of the requests; their bag goes on, and directions are learned anew."""
-        self = cls(state["bag"], capacity, margin)
+    def from_state(
+        cls, state: Mapping[str, NDArray], capacity: int, margin: ArrayLike | None = None, silent: int = 0
+    ) -> Self:
+        """Earlier releases taught with half of the requests; their bag goes on, and directions are learned anew. Later
+        ones turned the directions with every request."""
+        self = cls(state["bag"], capacity, margin, silent)
         if "learned" in state:
             self._reference = np.array(state["reference"])
             self._learned, self._squares = np.array(state["learned"]), np.array(state["squares"])
             self._point()
+        if "towards" in state:
+            self._towards = np.array(state["towards"])
+            self._age, self._turn = (int(count) for count in state["age"])
+            self._along[:, : self._size], self._pull[:, : self._size] = state["along"], state["pull"]
+            self._faded, self._known = np.array(state["faded"]), None
         return self

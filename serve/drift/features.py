@@ -42,6 +42,7 @@ PROMPT, OUTPUT, LOGPROB = SIGNALS = ("prompt", "output", "logprob")
 CLIP = 8.0
 # Share of the mean variance that is added to every direction before whitening; directions with next to none stay small.
 RIDGE = 0.02
+FREQUENT_RIDGE = 0.1
 
 _LEADS = {
     PROMPT: ("length",),
@@ -138,14 +139,16 @@ class Scale:
     matrix: Floats
 
     @classmethod
-    def fit(cls, signal: str, rows: ArrayLike, *, surprises: int = 0) -> Self:
-        """On raw rows (n, columns) of the fitting half; the last `surprises` columns are scores of tokens already."""
+    def fit(cls, signal: str, rows: ArrayLike, *, surprises: int = 0, common: int = 0) -> Self:
+        """On raw rows (n, columns) of the fitting half; behind the vector are `surprises` columns that are scores of
+        tokens already, and `common` ones of frequent tokens."""
         raw = np.asarray(rows, np.float64)
         lead = len(_LEADS[signal])
         centre = raw.mean(axis=0)
         centred = raw - centre
         columns = raw.shape[1]
-        vector = slice(lead, columns - surprises)
+        vector = slice(lead, columns - surprises - common)
+        frequent = slice(columns - common, columns)
         if signal == LOGPROB:
             matrix = np.zeros((columns, lead))
             matrix[:lead, :lead] = np.eye(lead)
@@ -153,7 +156,9 @@ class Scale:
         else:
             matrix = np.eye(columns)
             matrix[vector, vector] = _whitening(centred[:, vector])
-        centre[vector.stop :] = 0
+        if common:
+            matrix[frequent, frequent] = _whitening(centred[:, frequent], FREQUENT_RIDGE)
+        centre[vector.stop : frequent.start] = 0
         spread = (centred @ matrix).std(axis=0)
         # A constant stays one: its ranks are ties, which say nothing.
         floor = np.full(len(spread), 1e-3)
@@ -178,11 +183,11 @@ def _distinct(ids: NDArray[np.int64]) -> float:
     return len(set(ids.tolist())) / ids.size
 
 
-def _whitening(centred: Floats) -> Floats:
+def _whitening(centred: Floats, ridge: float = RIDGE) -> Floats:
     """(d, d): symmetric, so that coordinates keep their meaning from one fit to the next."""
     n, d = centred.shape
     covariance = centred.T @ centred / max(n - 1, 1)
-    covariance += (RIDGE * np.trace(covariance) / d + 1e-9) * np.eye(d)
+    covariance += (ridge * np.trace(covariance) / d + 1e-9) * np.eye(d)
     # With few rows the directions that they do not fill are guessed from the mean variance.
     blend = d / (n + d)
     covariance = (1 - blend) * covariance + blend * np.trace(covariance) / d * np.eye(d)

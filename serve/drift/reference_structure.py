@@ -259,16 +259,16 @@ class Wander:
 
 
 def fit(
-    kind: str, rows: Sequence[NDArray], *, surprises: int = 0, seed: int = 0, ordered: bool = True
+    kind: str, rows: Sequence[NDArray], *, surprises: int = 0, common: int = 0, seed: int = 0, ordered: bool = True
 ) -> tuple[Scale, ReferenceStructure, NDArray[np.float32]]:
     """The scale, the structure and the units (m, k) to be ranked among, of the reference's raw rows of a signal.
 
-    surprises: how many of the last columns are scores of tokens. ordered: the rows are in the order in which they
-    came. One half fits the scale and the other is ranked
-    (`serve.drift.features`). Alternating, so that both span all the time: requests, or blocks of them.
+    surprises, common: how many columns are scores of tokens, and behind them of frequent ones. ordered: the rows are
+    in the order in which they came. One half fits the scale and the other is ranked (`serve.drift.features`).
+    Alternating, so that both span all the time: requests, or blocks of them.
     """
     raw = np.array(rows)
-    scale = Scale.fit(kind, raw[::2], surprises=surprises)
+    scale = Scale.fit(kind, raw[::2], surprises=surprises, common=common)
     # One by one, as live rows will be: a product of many rows may round otherwise, and equal rows must stay ties.
     scores = np.array([scale(row) for row in raw])
     if not ordered or len(raw) < FEWEST:
@@ -276,7 +276,7 @@ def fit(
     tau = autocorrelation_time(scores)
     block = block_length(tau, len(raw))
     if block > 1:
-        scale = Scale.fit(kind, raw[np.arange(len(raw)) // block % 2 == 0], surprises=surprises)
+        scale = Scale.fit(kind, raw[np.arange(len(raw)) // block % 2 == 0], surprises=surprises, common=common)
         scores = np.array([scale(row) for row in raw])
     structure = ReferenceStructure(scores.shape[1], tau, block, len(raw))
     return scale, structure, structure.begin(scores, seed)[1::2]

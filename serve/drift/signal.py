@@ -10,7 +10,7 @@ A signal alarms on evidence and effect together: evidence says that something mo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from serve.drift.common_tokens import COMMON, CommonTokens
 from serve.drift.detector import EFFECT_HALF_LIFE, Drift, all_finite
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
@@ -33,6 +34,9 @@ UNCERTAIN = 50
 _REFUSAL = names(OUTPUT, 0).index("refusal")
 # What a score of tokens weighs in the evidence; every other score weighs 1.
 SURPRISE_WEIGHT = 8.0
+# Learned directions turn after so many requests, where there are many scores and they are not in blocks.
+TURN = 4
+_COMMON_NAMES = ("common_tokens",) * COMMON
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class Signal:
         # Beside its three scores, a logprob row carries length and the prompt's row, which are regressed on.
         self._columns = len(self.names) + (dimensions + 2 if kind == LOGPROB else 0)
         self._surprise: TokenSurprise | None = None
+        self._common: CommonTokens | None = None
         self.samples = 0  # rows watched, the reference not among them
         self.alarms = 0
         self.alarmed_at: int | None = None  # in samples
@@ -87,7 +92,7 @@ class Signal:
         self._sketches: dict[int, NDArray[np.int32]] = {}
         self._detector: Drift | None = None
         self._scale: Scale | None = None
-        self._structure = ReferenceStructure(len(self.names))
+        self._structure = ReferenceStructure(self._scores)
         self._recent = np.zeros(0)
         self._weight = 0.0
         self._rows = RecentRows(self._columns)
@@ -180,7 +185,7 @@ class Signal:
 
     def structure(self) -> dict[str, Any]:
         """How far requests were exchangeable in the reference, and what follows; empty while gathering."""
-        return {} if self._detector is None else self._structure.report(self.names)
+        return {} if self._detector is None else self._structure.report(self.names + _COMMON_NAMES)
 
     def effects(self) -> dict[str, float]:
         """How far things moved, in the units of `Tolerance`; empty while gathering. Signed, where a sign means
@@ -270,6 +275,8 @@ class Signal:
             arrays |= prefixed(self._detector.state(), "detector.")
         if self._surprise is not None:
             arrays |= prefixed(self._surprise.arrays(), "surprise.")
+        if self._common is not None:
+            arrays |= prefixed(self._common.arrays(), "common.")
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
         return arrays | {
             "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at])
@@ -283,7 +290,10 @@ class Signal:
         self._began_at = began_at[0] if began_at else 0
         self.alarmed_at = None if alarmed_at < 0 else alarmed_at
         if "surprise.spread" in state:
-            self._score_tokens(TokenSurprise.from_arrays(below(state, "surprise.")))
+            # Earlier releases had no frequent tokens.
+            common = below(state, "common.")
+            surprise = TokenSurprise.from_arrays(below(state, "surprise."))
+            self._score_tokens(surprise, CommonTokens.from_arrays(common) if common else None)
         if "gathered" in state:
             rows = np.asarray(state["gathered"], np.float32)
             if len(rows) and rows.shape[1] != self._columns:
@@ -292,7 +302,7 @@ class Signal:
             return
         scale = Scale.from_arrays(below(state, "scale."))
         detector = Drift.from_state(below(state, "detector."))
-        shape = (self._columns, len(self.names))
+        shape = (self._columns, self._scores)
         if scale.matrix.shape != shape or len(detector.rank_shift) != len(self.names):
             raise ValueError(f"{self.kind} has a scale of {scale.matrix.shape}, not {shape}")
         self._scale, self._detector, self._gathered = scale, detector, []
@@ -300,18 +310,18 @@ class Signal:
         self._recent, self._weight = np.array(state["recent"]), float(state["weight"])
         self._rows = RecentRows(self._columns, state.get("rows"))
         # Earlier releases wrote neither.
-        self._structure = ReferenceStructure.from_state(below(state, "structure."), len(self.names))
+        self._structure = ReferenceStructure.from_state(below(state, "structure."), self._scores)
         self._usual = np.array(state["usual"] if "usual" in state else np.zeros(2))
 
     def _parts(self, row: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """A row as the scale takes it, and the sketch of its tokens where that is still needed."""
-        columns = self._columns if self._surprise is None else self._columns - len(NAMES)
+        columns = self._columns if self._surprise is None else self._columns - len(NAMES) - self.silent
         carried = row[columns:] if row.shape == (columns + SKETCH,) else None
         if carried is None and (row.shape != (columns,) or self._surprise is not None):
             raise ValueError(f"a row of {self.kind} has {columns} numbers; this one has the shape {row.shape}")
         raw = row[:columns]
         if self._surprise is not None and carried is not None:
-            raw, carried = np.concatenate((raw, self._surprise(carried))), None
+            raw, carried = np.concatenate((raw, *self._of_tokens(carried))), None
         if not all_finite(raw):
             raise ValueError(f"a row of {self.kind} holds a number that is not finite; leave the request out")
         return raw, carried
@@ -331,11 +341,17 @@ class Signal:
             rows = self._scored(sorted(self._sketches))
         surprises = len(NAMES) if self._surprise is not None else 0
         self._scale, self._structure, reference = fit(
-            self.kind, rows, surprises=surprises, seed=self._seed, ordered=self._ordered
+            self.kind, rows, surprises=surprises, common=self.silent, seed=self._seed, ordered=self._ordered
         )
         weights = np.repeat((1.0, SURPRISE_WEIGHT), (len(self.names) - surprises, surprises))
         self._detector = Drift(
-            reference, threshold=self.threshold, weights=weights, margin=self._structure.margin, seed=self._seed
+            reference,
+            threshold=self.threshold,
+            weights=weights,
+            margin=self._structure.margin,
+            silent=self.silent,
+            turn=TURN if self.silent and self._structure.block == 1 else 1,
+            seed=self._seed,
         )
         self._recent = np.zeros(len(self._scale.centre))
         self._usual = np.zeros(2)
@@ -357,21 +373,40 @@ class Signal:
 
         Rows from before a restart have no tokens: those since then are the reference.
         """
-        surprise, scores = TokenSurprise.fit([self._sketches[number] for number in numbers[::2]])
-        self._score_tokens(surprise)
+        fitting = [self._sketches[number] for number in numbers[::2]]
+        surprise, scores = TokenSurprise.fit(fitting)
+        self._score_tokens(surprise, CommonTokens.fit(fitting) if self.kind == PROMPT else None)
         rows = []
         for i, number in enumerate(numbers):
-            tokens = surprise(self._sketches[number]) if i % 2 else scores[i // 2]
-            rows.append(np.concatenate((self._gathered[number], tokens)))
+            tokens = list(self._of_tokens(self._sketches[number]))
+            if i % 2 == 0:
+                tokens[0] = scores[i // 2]  # as if it had not been among those that it fitted
+            rows.append(np.concatenate((self._gathered[number], *tokens)))
         return rows
 
-    def _score_tokens(self, surprise: TokenSurprise) -> None:
+    @property
+    def silent(self) -> int:
+        """How many of the last columns only help to learn directions."""
+        return 0 if self._common is None else COMMON
+
+    @property
+    def _scores(self) -> int:
+        return len(self.names) + self.silent
+
+    def _of_tokens(self, sketch: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """The columns that are made of a sketch."""
+        if self._surprise is not None:
+            yield self._surprise(sketch)
+        if self._common is not None:
+            yield self._common(sketch)
+
+    def _score_tokens(self, surprise: TokenSurprise, common: CommonTokens | None) -> None:
         """From now on rows carry a sketch of their tokens, which becomes their last columns."""
         if self._surprise is None:
             self.names += NAMES
-            self._columns += len(NAMES)
+            self._columns += len(NAMES) + (0 if common is None else COMMON)
             self._rows = RecentRows(self._columns)
-        self._surprise = surprise
+        self._surprise, self._common = surprise, common
 
 
 def _beyond_error(value: float, error: float) -> float:

@@ -26,6 +26,7 @@ SAMPLED = 64
 SKETCH = 2 * SAMPLED
 NAMES = ("token_surprise", "pair_surprise")
 _BITS = (14, 15)
+BUCKETS = 1 << _BITS[0]  # of single tokens
 _PLACES = np.arange(SAMPLED)
 _MIX, _MIX_PAIRS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 _SHIFTS = tuple(np.uint64(64 - bits) for bits in _BITS)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from serve.drift.baseline import Baseline, Phase, Provenance, Signal, Tolerance
+from serve.drift.common_tokens import COMMON
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, with_sketch
 from serve.drift.token_surprise import NAMES, SKETCH
 from serve.errors import ConfigError
@@ -154,6 +155,37 @@ def test_a_baseline_of_an_earlier_release_goes_on_without_scores_of_tokens():
         signal.update(rng.standard_normal(33))
     assert not signal.update(sketched(rng))
     assert signal.samples == 101 and len(signal.names) == 33
+
+
+def test_a_baseline_of_an_earlier_release_goes_on_without_frequent_tokens():
+    rng = np.random.default_rng(16)
+    signal = Signal(PROMPT, needed=100, seed=1)
+    for _ in range(150):
+        signal.update(sketched(rng))
+    state = without_frequent_tokens(signal.state())
+    twin = Signal(PROMPT, needed=100, seed=1)
+    twin.restore(state)
+    assert twin.silent == 0 and twin.names == signal.names and twin.log_evidence == signal.log_evidence
+    for _ in range(20):
+        twin.update(sketched(rng))
+    assert twin.samples == 70
+
+
+def without_frequent_tokens(state):
+    """What a release wrote that did not look at them."""
+    less = {name: value for name, value in state.items() if not name.startswith("common.")}
+    columns = len(less["scale.centre"]) - COMMON
+    for name in ("scale.centre", "recent", "detector.margin", "structure.sum"):
+        less[name] = less[name][:columns]
+    for name in ("rows", "detector.rows", "detector.directions.bag", "detector.directions.reference"):
+        less[name] = less[name][:, :columns]
+    less["scale.matrix"] = less["scale.matrix"][:columns, :columns]
+    less["detector.directions.learned"] = less["detector.directions.learned"][:, :columns]
+    for name in ("towards", "along", "pull", "faded", "age"):
+        del less[f"detector.directions.{name}"]
+    for name in ("counts", "total", "beyond"):
+        del less[f"detector.effect.{name}"]
+    return less
 
 
 @pytest.mark.parametrize("n", [0, 77, 200, 431])

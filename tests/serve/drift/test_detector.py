@@ -15,6 +15,7 @@ from tests.support.prompts import Unreachable, pool
 
 # `make drift-proof` runs many more streams at higher thresholds.
 STREAMS = int(os.environ.get("LORADOCK_TEST_DRIFT_STREAMS", 300))
+SILENT = 40
 THRESHOLD = float(os.environ.get("LORADOCK_TEST_DRIFT_THRESHOLD", 100))
 
 
@@ -46,10 +47,19 @@ def mixed(rng, n):
     return rng.standard_normal((n, 6)) + far * rng.standard_normal((n, 6)) * 50
 
 
+def counted(rng, n):
+    """Three scores, and behind them forty counts that only teach directions; some are rare."""
+    expected = np.geomspace(0.02, 2, SILENT)
+    return np.concatenate(
+        (rng.standard_normal((n, 3)), (rng.poisson(expected, (n, SILENT)) - expected) / expected**0.5), 1
+    )
+
+
 def time_to_alarm(draw, size, seed, *, capacity=None, limit=8):
     """Requests until the alarm, or `limit` thresholds: cutting it short can only make the mean smaller."""
     rng = np.random.default_rng(seed)
-    detector = Drift(draw(rng, size), threshold=THRESHOLD, capacity=capacity, seed=seed)
+    silent = SILENT if draw is counted else 0
+    detector = Drift(draw(rng, size), threshold=THRESHOLD, capacity=capacity, silent=silent, seed=seed)
     while detector.updates < limit * THRESHOLD:
         if any(detector.update(row) for row in draw(rng, 64)):
             break
@@ -67,6 +77,8 @@ def time_to_alarm(draw, size, seed, *, capacity=None, limit=8):
         (skewed, 2, None),
         (skewed, 500, 500),
         (mixed, 20, 20),
+        (counted, 60, None),
+        (counted, 60, 60),
     ],
     ids=[
         "one score",
@@ -77,6 +89,8 @@ def time_to_alarm(draw, size, seed, *, capacity=None, limit=8):
         "two references",
         "ties, full bag",
         "outliers, full bag",
+        "silent scores",
+        "silent scores, full bag",
     ],
 )
 def test_a_false_alarm_takes_at_least_the_threshold_in_the_mean(draw, size, capacity):

@@ -62,3 +62,26 @@ def test_of_an_earlier_release_the_bag_goes_on():
     old = {"bag": bag, "sum": bag.sum(axis=0), "live": np.zeros((2, 4)), "weight": np.ones((2, 1))}
     directions = Directions.from_state(old, 10)
     assert np.array_equal(directions.state()["bag"], bag) and not directions.state()["learned"].any()
+
+
+def test_silent_scores_turn_directions_by_their_values():
+    rng = np.random.default_rng(6)
+    directions = Directions(rng.standard_normal((300, 12)).astype(np.float32), 1000, silent=8)
+    p = []
+    for row in rng.standard_normal((200, 12)).astype(np.float32) + 1.5 * (np.arange(12) == 9):
+        p.append(directions.rank(row, rng))
+        directions.teach(rng.random(4), 1.0, row[4:])
+    assert directions._towards[2].argmax() == 9
+    assert np.mean(p[100:], axis=0)[2] > 0.6
+
+
+def test_between_two_turns_rows_are_ranked_along_what_was_learned_before():
+    rng = np.random.default_rng(7)
+    directions = Directions(rng.standard_normal((50, 5)).astype(np.float32), 100, turn=4)
+    before = directions._towards.copy()
+    for request in range(1, 9):
+        directions.rank(rng.standard_normal(5).astype(np.float32), rng)
+        directions.teach(rng.random(5), 1.0)
+        assert np.array_equal(directions._towards, before) == (request < 4), request
+    along = directions._towards @ directions._bag[: directions._size].T
+    assert np.allclose(along, directions._along[:, : directions._size], atol=1e-5)
