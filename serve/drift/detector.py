@@ -48,10 +48,8 @@ EFFECT_HALF_LIFE = 50.0
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
 # Rows that the gauges take at a time: nobody reads them at every request.
 GAUGED = 32
-# With fewer rows since a change, the gauges mostly hold what was before it.
+# Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
 RECENT = 64
-# Rows that are kept to choose what to look for, when the evidence is there.
-KEPT = 256
 
 
 class Drift:
@@ -108,7 +106,7 @@ class Drift:
         self._shift = np.zeros(k)
         self._seen = np.zeros(2)  # weight of the gauges, and of its squares
         self._ungauged: list[NDArray[np.float32]] = []
-        self._rows: deque[NDArray[np.float32]] = deque(maxlen=KEPT)
+        self._rows: deque[NDArray[np.float32]] = deque(maxlen=RECENT)
 
     def update(self, row: ArrayLike) -> bool:
         """Take the scores of one request, and say whether the evidence has reached the threshold."""
@@ -270,7 +268,7 @@ class Drift:
         self._shift = np.array(state["shift"])
         self._seen = np.array(state["seen"])
         self._ungauged = []
-        self._rows = deque(state.get("rows", ()), maxlen=KEPT)
+        self._rows = deque(state.get("rows", ()), maxlen=RECENT)
         return self
 
     def _moved_by_margin(self, scores: NDArray[np.float32]) -> tuple[Floats, Floats] | None:
