@@ -2,7 +2,7 @@
 
     python -m tests.campaigns.image [--folder DIR] [--log FILE]
 
-Needs root and Debian's buildah and debootstrap (`apt-get install --no-install-recommends buildah debootstrap`).
+Needs root, and Debian's buildah, netavark and debootstrap (`apt-get install --no-install-recommends ...`).
 Where the hub is out of reach, Debian's base system with this Python stands in for `python:...-slim-trixie`. DIR keeps
 the base and the image for a next run; without it nothing is kept. Takes 20 GB of disk for a moment.
 """
@@ -70,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
-        sys.exit(f"as root: apt-get install --no-install-recommends {' '.join(missing) or 'buildah debootstrap'}")
+        sys.exit("as root: apt-get install --no-install-recommends buildah netavark debootstrap")
     folder = options.folder or Path(tempfile.mkdtemp(prefix="loradock-image-"))
     folder.mkdir(parents=True, exist_ok=True)
     terminal = Terminal(ROOT, os.environ, {str(folder): "/tmp/x", sys.base_prefix: "/usr/local", str(ROOT): "."})
