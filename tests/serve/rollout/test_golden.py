@@ -96,6 +96,16 @@ async def test_a_set_is_run_on_the_live_version_and_on_each_that_is_pushed(clien
     assert "counts once a version" in answer["note"]
 
 
+async def test_whoever_follows_scores_hears_of_each_run_when_it_has_ended(client, backend, make_adapter):
+    heard = []
+    client._transport.app.state.parts.golden.runs._scored = lambda *score: heard.append(score)
+    Skill(backend, usual=0.0)
+    await client.post("/v1/adapters", **upload(make_adapter(0)))
+    await put(client, cases(5))
+    await ran(client, 1)
+    assert heard == [("tone", "v1", 0.0, 5, True)]
+
+
 async def test_it_is_asked_behind_every_client_and_neither_metrics_of_traffic_nor_drift_see_it(
     client, backend, make_adapter
 ):
