@@ -3,9 +3,9 @@
     python -m tests.campaigns.batches [LINES] [SECONDS]
 
 Starts the real server and has clients ask it at a steady rate (Poisson) for SECONDS, three times: alone, beside a batch
-of LINES short completions, and beside it again. Then the batch goes on without clients, its engine is killed after a
-third of its lines, the server after two thirds, and the server starts again over the same data directory. At the end
-each line must be in the output or among the errors, exactly once.
+of short completions that does not end meanwhile, and beside it again. That batch is cancelled. Then a batch of LINES
+runs without clients: its engine is killed after a third of its lines, the server after two thirds, and the server starts
+again over the same data directory. At the end each line must be in the output, exactly once.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ PATH = "/v1/completions"
 # What clients ask: an answer of so many tokens, so many times a second.
 TOKENS, RATE = 24, 0.8
 LINE_TOKENS = 12
+# More than are answered beside the clients.
+MANY = 20_000
 START = 600.0
 
 
@@ -100,28 +102,46 @@ def checked(server: Server, id: str, lines: int) -> None:
     assert (twice, lost, batch["status"], batch["request_counts"]["completed"]) == (0, 0, "completed", lines)
 
 
-def main(lines: int = 1000, seconds: float = 180.0) -> None:
+def noticed(server: Server, seconds: float, lots: random.Random) -> None:
+    """What clients notice of a batch."""
+    asyncio.run(clients(server.url, 10, lots))
+    alone = told("alone", asyncio.run(clients(server.url, seconds, lots)))
+    id = begun(server, MANY)
+    assert eventually(lambda: answered(server, id) > 0, START), "no progress"
+    for turn in ("beside the batch", "beside the batch, again"):
+        before, began = answered(server, id), time.monotonic()
+        beside = told(turn, asyncio.run(clients(server.url, seconds, lots)))
+        rate = (answered(server, id) - before) / (time.monotonic() - began)
+        print(f"p99 is {beside / alone:.2f} times as long; {rate:.2f} lines a second meanwhile", flush=True)
+    assert batch_of(server, id)["status"] == "in_progress", "the batch ended meanwhile"
+    done(server.http.post(f"/v1/batches/{id}/cancel"))
+    assert eventually(lambda: batch_of(server, id)["status"] == "cancelled", START)
+
+
+def killed(server: Server, lines: int) -> str:
+    """The batch whose engine was killed, and then the server in the middle of it."""
+    id = begun(server, lines)
+    assert eventually(lambda: answered(server, id) >= lines // 3, START), "no progress"
+    print(f"the engine is killed at {answered(server, id)} lines", flush=True)
+    for pid in engines(server):
+        os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: answered(server, id) >= 2 * lines // 3, START), "no progress after the engine's kill"
+    print(f"the server is killed at {answered(server, id)} lines", flush=True)
+    server.process.kill()
+    server.process.wait()
+    return id
+
+
+def main(lines: int = 1000, seconds: float = 300.0) -> None:
     folder, lots = Path(tempfile.mkdtemp()), random.Random(1)
     data, log = folder / "data", folder / "log"
     with Server(data, log, *SMALL) as server:
-        asyncio.run(clients(server.url, 10, lots))
-        alone = told("alone", asyncio.run(clients(server.url, seconds, lots)))
-        id = begun(server, lines)
-        for turn in ("beside the batch", "beside the batch, again"):
-            before, began = answered(server, id), time.monotonic()
-            beside = told(turn, asyncio.run(clients(server.url, seconds, lots)))
-            rate = (answered(server, id) - before) / (time.monotonic() - began)
-            print(f"p99 is {beside / alone:.2f} times as long; {rate:.2f} lines a second meanwhile", flush=True)
-        assert eventually(lambda: answered(server, id) >= lines // 3, START), "no progress"
-        print(f"the engine is killed at {answered(server, id)} lines", flush=True)
-        for pid in engines(server):
-            os.kill(pid, signal.SIGKILL)
-        assert eventually(lambda: answered(server, id) >= 2 * lines // 3, START), "no progress after the engine's kill"
-        print(f"the server is killed at {answered(server, id)} lines", flush=True)
-        server.process.kill()
-        server.process.wait()
+        noticed(server, seconds, lots)
+        id = killed(server, lines)
     with Server(data, log, *SMALL) as server:
-        print(f"the server is back with {answered(server, id)} lines", flush=True)
+        there = answered(server, id)
+        print(f"the server is back, {there} of {lines} lines are answered", flush=True)
+        assert there < lines, "the batch had ended before the kill"
         assert eventually(lambda: batch_of(server, id)["status"] == "completed", START), batch_of(server, id)
         checked(server, id, lines)
 
