@@ -4,8 +4,8 @@
 
 Starts the real server and has clients ask it at a steady rate (Poisson) for SECONDS, three times: alone, beside a batch
 of short completions that does not end meanwhile, and beside it again. That batch is cancelled. Then a batch of LINES
-runs without clients: its engine is killed after a third of its lines, the server after two thirds, and the server starts
-again over the same data directory. At the end each line must be in the output, exactly once.
+runs without clients: its engine is killed after a third of its lines, the server after two thirds, and the server
+starts again over the same data directory. At the end each line must be in the output, exactly once.
 """
 
 from __future__ import annotations

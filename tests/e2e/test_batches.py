@@ -40,11 +40,19 @@ def test_a_file_is_answered_by_the_versions_that_its_lines_name(server, voice, t
     assert batch.usage.output_tokens == sum(body["usage"]["completion_tokens"] for body in answers.values())
     for id in (file.id, batch.output_file_id, batch.error_file_id):
         assert client.files.delete(id).deleted
+    a_guard_names_categories_and_nothing_else(client)
     the_command_hands_a_file_to_the_server_and_says_why_a_line_failed(server, voice, tmp_path)
 
 
 def lines(client, id):
     return client.files.content(id).text.splitlines()
+
+
+def a_guard_names_categories_and_nothing_else(client):
+    answer = client.moderations.create(input=["What a fine day.", "x"], model=BASE)
+    assert answer.model == BASE and len(answer.results) == 2
+    for result in answer.results:
+        assert result.flagged == any(result.categories.model_dump(by_alias=True).values())
 
 
 def the_command_hands_a_file_to_the_server_and_says_why_a_line_failed(server, voice, tmp_path):

@@ -149,12 +149,12 @@ def _check_whole(request: InferenceRequest) -> None:
 
 
 def _body(answer: RecordedAnswer) -> bytes:
-    """The answer's JSON in one line."""
+    """The answer's JSON in one line; an error that is no JSON as a text."""
     if answer.body is None:
         raise BadRequest(f"the answer has more than {MAX_ANSWER} bytes, the most that a batch keeps: ask for less")
-    if b"\n" not in answer.body:
+    if answer.status == 200 and b"\n" not in answer.body:
         return answer.body
     try:
-        return msgspec.json.format(answer.body, indent=-1)
-    except msgspec.DecodeError:
+        return msgspec.json.encode(msgspec.json.decode(answer.body))
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return msgspec.json.encode(answer.body.decode("utf-8", "replace"))

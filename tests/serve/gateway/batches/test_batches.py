@@ -15,6 +15,7 @@ from serve.adapters.tables import batches as table
 from serve.asgi.exchange import Generation
 from serve.config import keys_hashed
 from serve.engine.engine import LOW_PRIORITY
+from serve.errors import EngineUnavailable
 from tests.serve.gateway.batches.conftest import lines_of, request
 from tests.support.app import CHAT, issued, settled, upload
 from tests.support.backend import FakeBackend
@@ -388,6 +389,19 @@ async def test_an_engine_that_dies_loses_no_line_and_none_comes_twice(connect, c
         assert (batch.request_counts.completed, batch.request_counts.failed) == (20, 0)
         assert len(await read(ai, batch.output_file_id)) == 20
         assert held.heirs, "another engine took over"
+
+
+async def test_a_name_that_is_unknown_while_the_registry_is_out_of_reach_is_asked_again(client, sdk, monkeypatch):
+    lines, calls = parts_of(client).batches.schedule._runner._lines, []
+
+    def doubted(error):
+        calls.append(error)
+        return EngineUnavailable("the registry cannot be seen", retry_after=0) if len(calls) < 3 else error
+
+    monkeypatch.setattr(lines, "_doubted", doubted)
+    batch = await ended(sdk(client), await begun(sdk(client), request("a", "nobody")))
+    assert batch.request_counts.failed == 1 and len(calls) == 3
+    assert (await read(sdk(client), batch.error_file_id))["a"]["response"]["status_code"] == 404
 
 
 async def test_two_servers_over_one_registry_answer_each_line_once(connect, config, sdk, url, tmp_path, tiny_model):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from serve.asgi.internal_client import RecordedAnswer
 from serve.gateway.batches import line_runner
 from serve.gateway.batches.line_runner import Gaps, Stopped
 from tests.support.app import settled
@@ -56,6 +57,23 @@ async def test_beside_clients_a_line_waits_for_a_gap_and_then_goes_alone(monkeyp
     assert await settled(lambda: crowd.running == 3), "the lines themselves are no clients"
     crowd.leave.set()
     await asyncio.gather(*crowd.tasks)
+
+
+@pytest.mark.parametrize(
+    "status, body, kept",
+    [
+        (200, b'{"a": 1}', b'{"a": 1}'),
+        (200, b'{\n "a": 1}\n', b'{"a":1}'),
+        (500, b"Internal Server Error", b'"Internal Server Error"'),
+        (502, b"", b'""'),
+        (400, b'{"error": {}}', b'{"error":{}}'),
+    ],
+)
+async def test_an_answer_is_json_in_one_line_whatever_it_was(status, body, kept):
+    recorded = RecordedAnswer(1000)
+    await recorded.send({"type": "http.response.start", "status": status})
+    await recorded.send({"type": "http.response.body", "body": body})
+    assert line_runner._body(recorded) == kept
 
 
 async def test_a_batch_that_stops_waits_for_no_gap():
