@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from serve import __version__
 from serve.api.dashboard.pages import pages
@@ -129,7 +130,20 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": None, "code": None}}
     if is_anthropic(request.url.path):
         body = as_anthropic(body["error"], error.status_code)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request.app, request.url.path)))
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+def _methods(app: FastAPI, path: str) -> set[str]:
+    """What is taken at a path: starlette tells of one of its routes alone.
+
+    An adapter's name may hold a slash, so an adapter's canary has the path of an adapter too: the longer one counts.
+    """
+    matching = [route for route in app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    longest = max((route.path_format.count("/") for route in matching), default=0)
+    return {method for route in matching if route.path_format.count("/") == longest for method in route.methods or ()}
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -67,7 +67,7 @@ async def engine_metrics(request: Request, caller: Scraper, parts: TheParts) -> 
     return Response(text, headers={"content-type": kind})
 
 
-@router.get("/metrics/gateway")
+@router.get("/metrics/gateway", response_class=Response, responses={200: PROMETHEUS})
 async def gateway_metrics(request: Request, caller: Gateway, parts: TheParts) -> Response:
     """What a gateway's endpoint picker reads of `/metrics`, and no more; without a key if `open_gateway_metrics` is."""
     text, kind = await asyncio.to_thread(parts.monitor.render_gateway, request.headers.get("accept", ""))

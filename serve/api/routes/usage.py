@@ -14,7 +14,7 @@ from serve.telemetry.usage_ledger import COUNTS
 
 router = APIRouter()
 
-Month = Annotated[str, Query(json_schema_extra={"pattern": "^[0-9]{4}-(0[1-9]|1[0-2])$"})]
+Month = Annotated[str, Query(json_schema_extra={"pattern": "^([0-9]{4}-(0[1-9]|1[0-2]))?$"})]
 _MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")
 
 

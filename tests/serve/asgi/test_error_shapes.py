@@ -163,3 +163,19 @@ async def test_anthropics_own_client_raises_its_own_errors(client):
         with pytest.raises(anthropic.NotFoundError) as gone:
             await sdk.messages.create(model="nobody", max_tokens=1, messages=[{"role": "user", "content": "x"}])
     assert gone.value.body["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/adapters", "GET, POST"),
+        ("/v1/adapters/tone", "DELETE, GET"),
+        ("/v1/adapters/acme/tone/pin", "DELETE, POST"),
+        ("/v1/adapters/tone/golden", "DELETE, GET, PUT"),
+        ("/v1/adapters/tone/aliases/stable", "DELETE, PUT"),
+        ("/v1/models", "GET"),
+    ],
+)
+async def test_allow_lists_every_method_that_a_path_takes(client, path, methods):
+    refused = await client.request("PATCH", path)
+    assert (refused.status_code, refused.headers["allow"]) == (405, methods)
