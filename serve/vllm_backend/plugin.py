@@ -8,7 +8,7 @@ import threading
 
 from serve.cpu_kernels.install import install as install_kernels
 from serve.models import audio_packages
-from serve.vllm_backend import forkserver, media, notices, prompt_budget, prompt_logprobs, titles
+from serve.vllm_backend import forkserver, media, notices, prompt_budget, prompt_logprobs, seeded_prompts, titles
 
 
 def register() -> None:
@@ -18,6 +18,7 @@ def register() -> None:
     install_kernels()
     prompt_logprobs.install()
     prompt_budget.install()
+    seeded_prompts.install()
     media.install()
     forkserver.install()
     parent = multiprocessing.parent_process()
