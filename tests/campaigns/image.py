@@ -123,7 +123,7 @@ def use(buildah: Buildah, mounts: str, container: str, terminal: Terminal) -> No
         terminal.note(f"(its processes belong to user {', '.join(map(str, users))})")
         assert users == {10001}
         assert "Paris" in content(terminal.type(f"{chat('smollm2', url)} {ask}"))
-        files = " ".join(f"-F files=@{file}" for file in sorted(trained("alpha").iterdir()))
+        files = " ".join(f"-F files=@{file}" for file in sorted(trained("alpha")["alpha"].iterdir()))
         terminal.type(f"curl -sf {url}/v1/adapters {ask} -F name=tone {files} | head -c 200")
         assert "alpha alpha" in content(terminal.type(f"{chat('tone', url)} {ask}"))
     assert not healthy()

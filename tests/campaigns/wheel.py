@@ -44,7 +44,7 @@ def prepared(folder: Path) -> Terminal:
     empty.mkdir()
     wheel = distribution.build("wheel", distribution.copy(folder / "source"), folder / "dist")
     shutil.copy(wheel, empty)
-    shutil.copytree(trained("alpha"), empty / "my-adapter")
+    shutil.copytree(trained("alpha")["alpha"], empty / "my-adapter")
     shutil.rmtree(folder / "source")
     kept = {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "http", "HTTP"))}
     places = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_DATA_HOME": str(folder / "data")}
