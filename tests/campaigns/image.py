@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="keep the base and the image here")
     parser.add_argument("--log", type=Path, help="where the log goes, too")
+    parser.add_argument("--built", action="store_true", help="take the image that a run with the same DIR has made")
     options = parser.parse_args()
     missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
@@ -75,7 +76,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     terminal = Terminal(ROOT, os.environ, {str(folder): "/tmp/x", sys.base_prefix: "/usr/local", str(ROOT): "."})
     try:
-        run(Buildah(folder, terminal), folder, terminal)
+        run(Buildah(folder, terminal), folder, terminal, options.built)
         if options.log:
             options.log.write_text("\n".join(terminal.lines) + "\n")
     finally:
@@ -83,15 +84,13 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(buildah: Buildah, folder: Path, terminal: Terminal) -> None:
+def run(buildah: Buildah, folder: Path, terminal: Terminal, built: bool) -> None:
     if not buildah.has(PYTHON_IMAGE):
         make_base(buildah, folder, terminal)
     mounts = pip_settings(folder)
-    buildah(
-        f"build {buildah.isolation} --format docker {mounts} --build-arg PYTHON_IMAGE={PYTHON_IMAGE} "
-        f"-f docker/Dockerfile.cpu -t {IMAGE} ."
-    )
-    container = buildah.quiet(f"from {IMAGE}")
+    if not built:
+        build(buildah, mounts)
+    container = buildah.quiet(f"from {buildah.limits} {IMAGE}")
     try:
         sizes(buildah, container, terminal)
         volume = folder / "volume"
@@ -103,12 +102,19 @@ def run(buildah: Buildah, folder: Path, terminal: Terminal) -> None:
         buildah.quiet(f"rm {container}")
 
 
+def build(buildah: Buildah, mounts: str) -> None:
+    buildah(
+        f"build --isolation chroot {buildah.limits} --format docker {mounts} --build-arg PYTHON_IMAGE={PYTHON_IMAGE} "
+        f"-f docker/Dockerfile.cpu -t {IMAGE} ."
+    )
+
+
 def use(buildah: Buildah, mounts: str, container: str, terminal: Terminal) -> None:
     """Start, chat, push; stop; start on the same volume, and find everything there."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     ask = f"-H 'Authorization: Bearer {ADMIN}'"
-    where = f"run {buildah.isolation} {mounts} --env LORADOCK_PORT={port} --env LORADOCK_ADMIN_KEYS={ADMIN}"
+    where = f"run --isolation chroot {mounts} --env LORADOCK_PORT={port} --env LORADOCK_ADMIN_KEYS={ADMIN}"
     config = image_config(buildah)
     entrypoint, health = " ".join(config["Entrypoint"]), config["Healthcheck"]["Test"][1:]
 
@@ -131,9 +137,7 @@ def use(buildah: Buildah, mounts: str, container: str, terminal: Terminal) -> No
     with started(f"{buildah.program} {where} {container} -- {entrypoint}", url, terminal):
         assert "alpha alpha" in content(terminal.type(f"{chat('tone', url)} {ask}"))
         terminal.note("(the adapter was on the volume)")
-    terminal.type(
-        f"{buildah.program} run {buildah.isolation} {mounts} {container} -- loradock doctor || true", lines=40
-    )
+    terminal.type(f"{buildah.program} run --isolation chroot {mounts} {container} -- loradock doctor || true", lines=40)
 
 
 @contextmanager
