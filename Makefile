@@ -102,7 +102,7 @@ cases: setup-dev ## 10,000 malformed archives, headers and configs thrown at the
 	@HYPOTHESIS_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -m "not engine" --hypothesis-show-statistics \
 		tests/serve/adapters/test_upload.py tests/serve/adapters/test_inspection.py
 
-wheel: setup-dev ## the built wheel alone in an empty folder: install, serve, chat, push in four commands, then optimize; 10 minutes
+wheel: setup-dev ## the built wheel alone in an empty folder: install, serve, chat, push, then optimize; 10 minutes
 	@$(BIN)/python -m tests.campaigns.wheel $(ARGS)
 
 image: setup-dev ## the CPU image built by buildah and started: health check, chat, push, restart on the same volume; 20 minutes
