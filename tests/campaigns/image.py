@@ -47,9 +47,7 @@ class Buildah:
         # The container's limits may not be above this machine's.
         limits = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
         hard = {name: resource.getrlimit(number)[1] for name, number in limits.items()}
-        self.isolation = "--isolation chroot " + " ".join(
-            f"--ulimit {name}={most}:{most}" for name, most in hard.items()
-        )
+        self.limits = " ".join(f"--ulimit {name}={most}:{most}" for name, most in hard.items())
 
     def __call__(self, words: str, lines: int = 12) -> str:
         return self._terminal.type(f"{self.program} {words}", lines)
@@ -137,7 +135,7 @@ def use(buildah: Buildah, mounts: str, container: str, terminal: Terminal) -> No
     with started(f"{buildah.program} {where} {container} -- {entrypoint}", url, terminal):
         assert "alpha alpha" in content(terminal.type(f"{chat('tone', url)} {ask}"))
         terminal.note("(the adapter was on the volume)")
-    terminal.type(f"{buildah.program} run --isolation chroot {mounts} {container} -- loradock doctor || true", lines=40)
+    terminal.type(f"{buildah.program} {where} {container} -- loradock doctor || true", lines=40)
 
 
 @contextmanager
