@@ -15,7 +15,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -60,16 +60,26 @@ class Package:
 
 def main() -> None:
     base = {device: resolved(device) for device in ("cpu", "gpu")}
-    for device, packages in base.items():
-        write(device, packages.values())
     for extra in EXTRAS:
         added: dict[str, Package] = {}
         # onnxruntime-genai owns the same package as its CUDA build.
         for device in ("cpu",) if extra == "genai" else ("cpu", "gpu"):
             for name, package in resolved(device, extra).items():
-                if name not in base[device] and added.setdefault(name, package) != package:
+                known = base[device].get(name)
+                if known:  # the extra may need on every Python what serving needs on some
+                    base[device][name] = replace(known, marker=either(known.marker, package.marker))
+                elif added.setdefault(name, package) != package:
                     sys.exit(f"{extra} takes another {name} on a CPU than on a GPU: {added[name]} and {package}")
         write(extra, added.values())
+    for device, packages in base.items():
+        write(device, packages.values())
+
+
+def either(one: str, other: str) -> str:
+    """The marker of what is taken where one of two says so; "" is everywhere."""
+    if one == other or not (one and other):
+        return one if one == other else ""
+    return f"({one}) or ({other})"
 
 
 def write(name: str, packages: Iterable[Package]) -> None:
