@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from serve.errors import ConfigError
@@ -28,7 +27,7 @@ class TracingSettings:
     latest. Metrics go every `metric_interval` seconds.
     """
 
-    protocols: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    protocols: Mapping[str, str] = field(default_factory=dict)  # plain: it travels to replicas
     # 3,000 requests; OpenTelemetry's default of 2,048 spans holds 400.
     queue_size: int = 16_384
     # Encoding holds the interpreter's lock: small batches let tokens pass between them.
@@ -51,7 +50,7 @@ class TracingSettings:
         usual = cls()
         queue_size = _whole("OTEL_BSP_MAX_QUEUE_SIZE", usual.queue_size, environ)
         return cls(
-            MappingProxyType(protocols),
+            protocols,
             queue_size,
             min(queue_size, _whole("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", usual.batch_size, environ)),
             _whole("OTEL_BSP_SCHEDULE_DELAY", round(1000 * usual.delay), environ) / 1000,
