@@ -32,6 +32,13 @@ def loop_never_waits() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No LORADOCK_* variable, neither a user's nor that of these tests: what reads the environment finds none."""
+    for name in [name for name in os.environ if name.startswith("LORADOCK_")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with a configuration and no weights: enough to know the modules."""

@@ -245,6 +245,7 @@ def test_kernels_that_were_chosen_are_named(machine, config, setting):
     assert of(examine(replace(config, lora_kernels=setting, cpu_weights="int8"), machine), "int8 weights")
 
 
+@pytest.mark.usefixtures("bare_environment")
 def test_the_command_looks_at_this_machine_and_its_exit_code_says_whether_it_can_serve(tmp_path):
     words = ["doctor", "--json", "--port", "0", "--data-dir", str(tmp_path / "data")]
     asked = CliRunner().invoke(app, words)

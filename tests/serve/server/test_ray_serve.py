@@ -59,6 +59,7 @@ def test_several_machines_need_a_registry_and_blobs_that_all_of_them_reach(more)
         shared(load(["--ray", *more], {}), several=True)
 
 
+@pytest.mark.usefixtures("bare_environment")
 def test_a_configuration_file_of_rays_names_settings_as_the_command_line_does(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     file = tmp_path / "loradock.yaml"
@@ -75,6 +76,7 @@ def test_a_configuration_file_of_rays_names_settings_as_the_command_line_does(tm
     )
 
 
+@pytest.mark.usefixtures("bare_environment")
 def test_a_configuration_file_of_rays_without_a_common_registry_is_refused():
     with pytest.raises(ConfigError, match="all of them reach"):
         application({"blobs": "s3://bucket/x"})
