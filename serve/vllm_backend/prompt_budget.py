@@ -98,8 +98,9 @@ class PromptBudget:
 
 def add_request(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
     """vLLM's taking of a request into its queue, which is ordered by arrival where priorities are the same."""
-    if seconds := _budget(scheduler).seconds:
-        request.arrival_time += seconds * request.num_prompt_tokens
+    budget = _budget(scheduler)
+    if budget.target and budget.seconds:
+        request.arrival_time += budget.seconds * request.num_prompt_tokens
     return original(scheduler, request)
 
 
@@ -141,7 +142,10 @@ def _limited(scheduler: Any, tokens: int) -> Iterator[None]:
         config.long_prefill_token_threshold,
         scheduler.adaptive_long_prefill_threshold,
     )
-    scheduler.max_num_scheduled_tokens = min(before[0], tokens + len(scheduler.running))
+    # Who came during a long prompt stands behind it, and would get no token before that prompt is whole.
+    scheduler.running.sort(key=_in_prompt)
+    answers = sum(not _in_prompt(request) for request in scheduler.running)
+    scheduler.max_num_scheduled_tokens = min(before[0], tokens + answers * (1 + scheduler.num_spec_tokens))
     if not before[1] and scheduler.waiting:
         short = int(SHORT * tokens)
         if scheduler.waiting.peek_request().num_prompt_tokens <= short:
