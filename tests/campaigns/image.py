@@ -14,19 +14,16 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tests.support.lora import trained
-from tests.support.newcomer import Terminal, answers, chat, content
-from tests.support.server import ADMIN, ROOT, START_SECONDS, descendants, free_port
+from tests.support.newcomer import Terminal, chat, content
+from tests.support.server import ADMIN, ROOT, descendants, free_port
 
 PYTHON_IMAGE = "localhost/python:slim-trixie"
 IMAGE = "localhost/loradock:cpu"
@@ -120,7 +117,8 @@ def use(buildah: Buildah, mounts: str, container: str, terminal: Terminal) -> No
         command = [*f"{buildah.program} {where} {container} --".split(), *health]
         return subprocess.run(command, capture_output=True).returncode == 0
 
-    with started(f"{buildah.program} {where} {container} -- {entrypoint}", url, terminal) as pid:
+    start = f"{buildah.program} {where} {container} -- {entrypoint}".split()
+    with terminal.serving(start, url, server_of) as pid:
         assert healthy()
         terminal.note("(its health check says that it is healthy)")
         users = {Path(f"/proc/{one}").stat().st_uid for one in descendants(pid) if is_loradock(one)}
@@ -132,38 +130,10 @@ def use(buildah: Buildah, mounts: str, container: str, terminal: Terminal) -> No
         assert "alpha alpha" in content(terminal.type(f"{chat('tone', url)} {ask}"))
     assert not healthy()
     terminal.note("(stopped; its health check says so)")
-    with started(f"{buildah.program} {where} {container} -- {entrypoint}", url, terminal):
+    with terminal.serving(start, url, server_of):
         assert "alpha alpha" in content(terminal.type(f"{chat('tone', url)} {ask}"))
         terminal.note("(the adapter was on the volume)")
     terminal.type(f"{buildah.program} {where} {container} -- loradock doctor || true", lines=40)
-
-
-@contextmanager
-def started(command: str, url: str, terminal: Terminal) -> Iterator[int]:
-    """A container that runs meanwhile; it must end in exit code 0 when its server gets SIGTERM, as by `docker stop`."""
-    terminal.note(f"$ {command} &")
-    began = time.monotonic()
-    log = Path(tempfile.mkstemp(prefix="loradock-image-", suffix=".log")[1])
-    with log.open("wb") as out:
-        process = subprocess.Popen(["bash", "-c", f"exec {command}"], stdout=out, stderr=out, start_new_session=True)
-    try:
-        while not answers(f"{url}/ready"):
-            if process.poll() is not None or time.monotonic() - began > START_SECONDS:
-                raise AssertionError(f"the container is not ready:\n{log.read_text()}")
-            time.sleep(0.2)
-        terminal.note(f"(ready after {time.monotonic() - began:.0f} s)")
-        yield process.pid
-        began = time.monotonic()
-        os.kill(server_of(process.pid), signal.SIGTERM)
-        code = process.wait(90)
-        terminal.note(f"(SIGTERM: exit code {code} after {time.monotonic() - began:.0f} s)")
-        assert code == 0, log.read_text()
-    finally:
-        for pid in {process.pid, *descendants(process.pid)}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        log.unlink()
 
 
 def is_loradock(pid: int) -> bool:

@@ -6,14 +6,15 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 
-from tests.support.server import START_SECONDS, tail
+from tests.support.server import START_SECONDS, descendants, tail
 
 
 class Terminal:
@@ -48,31 +49,36 @@ class Terminal:
             print(line, flush=True)
 
     @contextmanager
-    def serving(self, command: Sequence[str], url: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A server that runs meanwhile, and ends in exit code 0 when it is asked to."""
-        log = self.folder.parent / "server.log"
+    def serving(self, command: Sequence[str], url: str, server: Callable[[int], int] = int) -> Iterator[int]:
+        """The id of a process that serves meanwhile, and ends in exit code 0 when its `server` gets SIGTERM."""
         began = time.monotonic()
         self.note(f"$ {' '.join(command)} &")
-        with log.open("ab") as out:
+        with tempfile.NamedTemporaryFile(prefix="loradock-", suffix=".log") as out:
+            log = Path(out.name)
             process = subprocess.Popen(
                 command, cwd=self.folder, env=self.environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,
             )  # fmt: skip
-        try:
-            while not answers(f"{url}/ready"):
-                if process.poll() is not None or time.monotonic() - began > START_SECONDS:
-                    raise AssertionError(f"the server is not ready:\n{tail(log)}")
-                time.sleep(0.2)
-            self.note(f"(ready after {time.monotonic() - began:.0f} s)")
-            yield process
-            began = time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(90)
-            self.note(f"(SIGTERM: exit code {code} after {time.monotonic() - began:.0f} s)")
-            assert code == 0, tail(log)
-        finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            try:
+                while not answers(f"{url}/ready"):
+                    if process.poll() is not None or time.monotonic() - began > START_SECONDS:
+                        raise AssertionError(f"the server is not ready:\n{tail(log)}")
+                    time.sleep(0.2)
+                self.note(f"(ready after {time.monotonic() - began:.0f} s)")
+                yield process.pid
+                began = time.monotonic()
+                os.kill(server(process.pid), signal.SIGTERM)
+                code = process.wait(90)
+                self.note(f"(SIGTERM: exit code {code} after {time.monotonic() - began:.0f} s)")
+                assert code == 0, tail(log)
+            finally:
+                family = descendants(process.pid)
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                for pid in family:  # a container's processes have groups of their own
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                process.wait()
 
 
 def answers(url: str) -> bool:
