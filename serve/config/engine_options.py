@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
+
+from serve.config.values import SIZES
+from serve.errors import ConfigError
 
 _PROXY = "put a proxy in front"
 _ONE_PROCESS = "one server is one process here"
@@ -66,3 +71,21 @@ def engine_options() -> Mapping[str, str]:
 def is_switch(name: str) -> bool:
     """An option that is true or false, so that `--name` needs no value."""
     return engine_options().get(name, "").split(" |")[0] == "bool"
+
+
+def whole(engine: Mapping[str, Any], option: str) -> int:
+    """A whole number above 0 of an engine's option; 1 where it is not given."""
+    text = str(engine.get(option, 1)).strip()
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ConfigError(f"{option} takes a whole number above 0, not {engine[option]!r}")
+    return int(text)
+
+
+def kv_cache(engine: Mapping[str, Any]) -> int:
+    """Bytes of KV cache that an engine's options ask for, of all ranks together; 0 where they do not say."""
+    value = engine.get("kv_cache_memory_bytes", 0)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)", str(value))
+    if not match:
+        raise ConfigError(f"kv_cache_memory_bytes takes bytes or a size like 2G, not {value!r}")
+    unit = match[2].lower() + ("i" if match[2].isupper() else "")
+    return whole(engine, "data_parallel_size") * int(float(match[1]) * SIZES[unit])

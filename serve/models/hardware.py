@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes.util
 import os
 import platform
-import shutil
 import socket
 import sys
 from collections.abc import Mapping
@@ -22,11 +21,6 @@ OVERHEAD = 2 * GIB
 def node() -> str:
     """This machine's name, as others see it."""
     return platform.node() or "localhost"
-
-
-def has_gpu() -> bool:
-    """An NVIDIA device that a CUDA build of vLLM could use."""
-    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 
 def on_cpu() -> bool:
@@ -106,17 +100,18 @@ def kv_space(weights: int) -> int:
     return min(max((free_memory() - weights - OVERHEAD) // 4, GIB), 4 * GIB)
 
 
-def check_memory(weights: int, kv: int) -> None:
+def check_memory(weights: int, kv: int, host: Host | None = None) -> None:
     """ConfigError when weights and KV cache cannot fit beside what runs already."""
-    free = free_memory()
+    free = (host or Host()).free_memory()
     if weights + kv + OVERHEAD > free:
         raise ConfigError(
-            f"{_gib(weights)} of weights, {_gib(kv)} of KV cache and {_gib(OVERHEAD)} for the engine do not fit in the "
-            f"{_gib(free)} of memory that are free: lower kv_cache_memory_bytes, take a smaller model, or free memory"
+            f"{gib(weights)} of weights, {gib(kv)} of KV cache and {gib(OVERHEAD)} for the engine do not fit in the "
+            f"{gib(free)} of memory that are free: lower kv_cache_memory_bytes, take a smaller model, or free memory"
         )
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A size as people read it."""
     return f"{size / GIB:.1f} GiB"
 
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from serve.config import Config
+from serve.config import Config, kv_cache, whole
 from serve.cpu_kernels.build import compiler
 from serve.errors import ConfigError
 from serve.models import audio_packages, hardware
 from serve.models.embedded import NEEDED_BYTES, SOURCES, checkpoint
-from serve.models.hardware import GIB, OVERHEAD
+from serve.models.hardware import GIB, OVERHEAD, gib
 from serve.models.host import Host
 
 Status = Literal["ok", "warning", "problem"]
@@ -191,19 +191,27 @@ def _cores(machine: Machine) -> Iterator[Finding]:
 
 def _memory(machine: Machine) -> Iterator[Finding]:
     free, total = machine.host.free_memory(), machine.host.total_memory()
-    detail = f"{_gib(free)} of {_gib(total)} are free"
+    detail = f"{gib(free)} of {gib(total)} are free"
     if machine.on_cpu and free < OVERHEAD + GIB:
-        advice = f"an engine takes {_gib(OVERHEAD)}, its KV cache {_gib(GIB)} and the model's weights: free some memory"
+        advice = f"an engine takes {gib(OVERHEAD)}, its KV cache {gib(GIB)} and the model's weights: free some memory"
         yield Finding("memory", "problem", detail, advice)
     else:
         yield Finding("memory", "ok", detail)
 
 
 def _weights(config: Config, machine: Machine) -> Iterator[Finding]:
-    weights = sum(hardware.weights(Path(base.model)) for base in config.bases)
-    if machine.on_cpu and weights and machine.host.free_memory() < weights + OVERHEAD + GIB:
-        detail = f"{_gib(weights)} of weights do not fit beside engine and KV cache"
-        yield Finding("weights", "problem", detail, "`loradock plan MODEL` says what it takes; take a smaller model")
+    if not machine.on_cpu:
+        return
+    weights = sum(
+        whole(base.engine, "data_parallel_size") * hardware.weights(Path(base.model)) for base in config.bases
+    )
+    asked = sum(kv_cache(base.engine) for base in config.bases)
+    if weights or asked:
+        try:
+            hardware.check_memory(weights, max(asked, GIB), machine.host)
+        except ConfigError as error:
+            detail, _, advice = error.message.partition(": ")
+            yield Finding("weights", "problem", detail, f"{advice}; `loradock plan MODEL` says what it takes")
 
 
 def _gpu(machine: Machine) -> Iterator[Finding]:
@@ -271,7 +279,7 @@ def _shared_memory(machine: Machine) -> Iterator[Finding]:
         free = machine.free_disk(machine.shared_memory)
     except OSError:
         free = 0
-    detail = f"{_gib(free)} free in {machine.shared_memory}"
+    detail = f"{gib(free)} free in {machine.shared_memory}"
     if free < GIB // 2:
         advice = "the engine's processes hand one another tensors there: docker run --shm-size 2g"
         yield Finding("shared memory", "warning", detail, advice)
@@ -298,7 +306,7 @@ def _data_dir(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding("data directory", "problem", f"{folder} cannot be written", "set --data-dir to one that can")
         return
     free = machine.free_disk(place)
-    detail = f"{folder}, {_gib(free)} free"
+    detail = f"{folder}, {gib(free)} free"
     if free < GIB:
         yield Finding("data directory", "problem", detail, "adapters and the registry lie there: free some disk")
     elif _is_locked(folder / "lock"):
@@ -306,7 +314,7 @@ def _data_dir(config: Config, machine: Machine) -> Iterator[Finding]:
             "data directory", "warning", detail, "a running loradock serves from it: stop it, or set --data-dir"
         )
     elif free < config.max_upload_bytes * 4:
-        advice = f"four uploads of {_gib(config.max_upload_bytes)} (max_upload_bytes) do not fit: free some disk"
+        advice = f"four uploads of {gib(config.max_upload_bytes)} (max_upload_bytes) do not fit: free some disk"
         yield Finding("data directory", "warning", detail, advice)
     else:
         yield Finding("data directory", "ok", detail)
@@ -379,10 +387,6 @@ def _is_locked(file: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 def worst(findings: Sequence[Finding]) -> Status:

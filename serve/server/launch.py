@@ -7,7 +7,6 @@ import fcntl
 import gc
 import logging
 import os
-import re
 import signal
 import stat
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from serve.config import Base, Config
+from serve.config import Base, Config, kv_cache, whole
 from serve.errors import ConfigError, LoradockError
 from serve.models import audio_packages, hardware
 from serve.models.checkpoint import EMBEDDED, find
@@ -68,14 +67,14 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     engine |= base.engine
     if "max_cpu_loras" not in base.engine:
-        engine["max_cpu_loras"] = max(32, _whole(engine, "max_loras"))
+        engine["max_cpu_loras"] = max(32, whole(engine, "max_loras"))
     if hardware.on_cpu():
-        ranks = _whole(engine, "data_parallel_size")
+        ranks = whole(engine, "data_parallel_size")
         weights = ranks * hardware.weights(Path(base.model))
         if "gpu_memory_utilization" not in engine:
             engine.setdefault("kv_cache_memory_bytes", hardware.kv_space(weights) // ranks)
-            hardware.check_memory(weights, ranks * _bytes(engine["kv_cache_memory_bytes"]))
-        workers = _whole(engine, "tensor_parallel_size") * _whole(engine, "pipeline_parallel_size")
+            hardware.check_memory(weights, kv_cache(engine))
+        workers = whole(engine, "tensor_parallel_size") * whole(engine, "pipeline_parallel_size")
         together = "distributed_executor_backend" not in engine and hardware.one_process(environ, workers)
         if together:
             engine["distributed_executor_backend"] = IN_PROCESS
@@ -90,24 +89,6 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
     return replace(base, engine=MappingProxyType(engine))
-
-
-def _whole(engine: Mapping[str, Any], option: str) -> int:
-    """A whole number above 0 of an engine's option; 1 where it is not given."""
-    text = str(engine.get(option, 1)).strip()
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ConfigError(f"{option} takes a whole number above 0, not {engine[option]!r}")
-    return int(text)
-
-
-def _bytes(value: Any) -> int:
-    from serve.config import SIZES
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)", str(value))
-    if not match:
-        raise ConfigError(f"kv_cache_memory_bytes takes bytes or a size like 2G, not {value!r}")
-    unit = match[2].lower() + ("i" if match[2].isupper() else "")
-    return int(float(match[1]) * SIZES[unit])
 
 
 @contextmanager

@@ -167,6 +167,15 @@ def test_weights_that_do_not_fit(machine, config, root, tmp_path):
     assert not [finding for finding in findings if finding.name == "model"], "nothing is to be fetched"
 
 
+@pytest.mark.parametrize("ranks, status", [("1", None), ("3", "problem")])
+def test_a_kv_cache_that_does_not_fit(machine, tmp_path, ranks, status):
+    words = ["--port", "0", "--data-dir", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "cache")]
+    config = load([*words, "--kv-cache-memory-bytes", "8G", "--data-parallel-size", ranks], {})
+    findings = [finding for finding in examine(config, machine) if finding.name == "weights"]
+    assert [finding.status for finding in findings] == ([status] if status else [])
+    assert all("24.0 GiB of KV cache" in found.detail and "lower kv_cache" in found.advice for found in findings)
+
+
 def test_no_compiler_and_no_libraries_are_warnings(machine, config):
     bare = replace(machine, compiler=lambda: None, tcmalloc=lambda: None, openmp=lambda: None)
     findings = examine(config, bare)
