@@ -77,9 +77,9 @@ def main() -> None:
 
 def either(one: str, other: str) -> str:
     """The marker of what is taken where one of two says so; "" is everywhere."""
-    if one == other or not (one and other):
-        return one if one == other else ""
-    return f"({one}) or ({other})"
+    if one == other:
+        return one
+    return f"({one}) or ({other})" if one and other else ""
 
 
 def write(name: str, packages: Iterable[Package]) -> None:

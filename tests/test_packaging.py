@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import serve
+from serve.server import doctor
 from serve.telemetry.rendered.render import Places, render
 from serve.telemetry.slo import DEFAULT_SLOS
 from tests.support import distribution
@@ -259,6 +260,10 @@ def test_an_installed_wheel_prints_what_to_install(installed):
     for words in (("tpu",), ("cpu", "--extra", "swim")):
         said = installed("requirements", *words)
         assert said.returncode == 2 and "takes cpu or gpu" in said.stderr
+
+
+def test_the_doctor_looks_for_every_extra_that_servers_use():
+    assert set(doctor.EXTRAS) == EXTRAS.keys() - {"cpu", "gpu", "dev", "docs"}
 
 
 def test_the_version_is_said_in_one_place():
