@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from serve.adapters.adapter import CONFIG, WEIGHTS
+from serve.adapters.multipart_form import pieces
 from serve.adapters.shards import join
 from serve.adapters.tensors import read_metadata
 from serve.adapters.untrusted import create, open_plain, write
@@ -28,20 +29,15 @@ _STEP = 1 << 20
 
 async def receive_tensors(stream: AsyncIterator[bytes], config: bytes | None, folder: Path, *, max_bytes: int) -> None:
     """Leave the adapter's two files in `folder`; `config` is the configuration's JSON, None if the body has it."""
+    too_large = TooLarge(f"this upload is above the {max_bytes} bytes that this server takes")
     sink = await asyncio.to_thread(create, folder / WEIGHTS)
     try:
-        received, waiting = 0, bytearray()
-        async for chunk in stream:
-            received += len(chunk)
-            if received > max_bytes:
-                raise TooLarge(f"this upload is above the {max_bytes} bytes that this server takes")
-            waiting += chunk
-            if len(waiting) >= _STEP:
-                await asyncio.to_thread(write, sink, bytes(waiting))
-                waiting.clear()
-        if not received:
+        is_empty = True
+        async for piece in pieces(stream, _STEP, max_bytes, too_large):
+            is_empty = False
+            await asyncio.to_thread(write, sink, piece)
+        if is_empty:
             raise BadRequest("the body is empty: send the tensors in the safetensors format")
-        await asyncio.to_thread(write, sink, bytes(waiting))
     finally:
         await asyncio.to_thread(sink.close)
     await asyncio.to_thread(_finish, folder, config)

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 
 from serve.api.routes.callers import Asker, TheParts
+from serve.api.routes.incoming import stated_bytes
 
 router = APIRouter()
 
@@ -28,10 +29,8 @@ _FORM = {
 )
 async def upload_file(request: Request, caller: Asker, parts: TheParts) -> dict[str, Any]:
     """Keep a file of requests for a batch: `purpose=batch`, and JSON lines as `file`. It expires after 30 days."""
-    stated = request.headers.get("content-length", "")
-    nbytes = int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
     kind = request.headers.get("content-type", "")
-    file = await parts.batches.upload(caller, request.stream(), kind, nbytes)
+    file = await parts.batches.upload(caller, request.stream(), kind, stated_bytes(request))
     request.state.subject = file.id
     return file.described()
 
