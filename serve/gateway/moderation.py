@@ -25,6 +25,10 @@ _THEIRS = re.compile(r"(omni|text)-moderation\b.*")
 _PLACE = re.compile(r"\{(categories|text)\}")
 
 
+class NoVerdict(EngineUnavailable):
+    """The guard was asked, and its answer is no verdict: it may say the same of this text again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The categories that a text falls into, and the version that said so."""
@@ -57,7 +61,7 @@ class Moderator:
     ) -> Verdict:
         """What the guard says of the text, asked in the caller's name; `salt` keeps its cached prompt apart.
 
-        BadRequest if the guard does not take it; EngineUnavailable if it has no answer.
+        BadRequest if the guard does not take it; NoVerdict if that is what its answer comes to.
         """
         if len(text) > MAX_TEXT:
             raise BadRequest(f"a text to moderate has up to {MAX_TEXT} characters, not {len(text)}", param="input")
@@ -98,11 +102,11 @@ def _verdict(answer: InternalAnswer, guard: str, categories: Sequence[str]) -> V
             said = str(fields["choices"][0]["message"]["content"])
             names = {name.strip() for name in said.split(",")} & set(categories)
             if not names and said.strip() != "none":
-                raise EngineUnavailable(f"the guard {shown(guard)} said {shown(said, 80)}: no category and not none")
+                raise NoVerdict(f"the guard {shown(guard)} said {shown(said, 80)}: no category and not none")
             return Verdict(frozenset(names), str(fields["model"]))
         message = str(fields["error"]["message"])
     except (msgspec.DecodeError, KeyError, IndexError, TypeError) as error:
-        raise EngineUnavailable(f"the guard {shown(guard)} gave no answer that can be read") from error
+        raise NoVerdict(f"the guard {shown(guard)} gave no answer that can be read") from error
     if answer.recorded.status < 500:
         raise BadRequest(f"the guard {shown(guard)} does not take this text: {shown(message, 300)}", param="input")
-    raise EngineUnavailable(f"the guard {shown(guard)} did not answer: {shown(message, 300)}")
+    raise NoVerdict(f"the guard {shown(guard)} did not answer: {shown(message, 300)}")

@@ -23,10 +23,11 @@ from serve.gateway.batches.input_file import Line, check, requests
 from serve.gateway.batches.line_runner import LineAnswer, LineRunner, Stopped
 from serve.gateway.batches.objects import OUTPUT, Batch, Limits, LineError, Status, StoredFile, Usage
 from serve.gateway.internal_request import BrokeOff
+from serve.gateway.moderation import NoVerdict
 
 log = logging.getLogger(__name__)
 
-# A line in whose answer the engine died so often is given up: it may be why.
+# A line in whose answer the engine died so often, or of which its guard gave no verdict, is given up: it may be why.
 ATTEMPTS = 5
 # A line that is refused for now is asked again after this at the latest; so is the database.
 PAUSE_SECONDS, RECORD_SECONDS = 30.0, 1.0
@@ -119,7 +120,7 @@ class BatchRunner:
 
     async def _ask(self, batch: Batch, line: Line, work: Work) -> Answer | None:
         """What becomes of a line; None if the batch stops before that is known."""
-        broke_off = 0
+        attempts = 0
         if line.error:
             return _failed(line, "invalid_request", line.error)
         while not work.stop.is_set():
@@ -128,9 +129,9 @@ class BatchRunner:
                 return _answered(line, await asked)
             except Stopped:
                 return None
-            except BrokeOff as error:
-                broke_off += 1
-                if broke_off == ATTEMPTS:
+            except (BrokeOff, NoVerdict) as error:
+                attempts += 1
+                if attempts == ATTEMPTS:
                     return _answered(line, LineAnswer.of(error))
                 wait = 1.0
             except (RateLimited, Overloaded, EngineUnavailable) as later:

@@ -152,23 +152,38 @@ async def test_a_tenant_cannot_put_its_own_adapter_in_the_guards_place(guarding,
         assert backend.bodies[1]["cache_salt"] != first, "tenants share no part of the prefix cache"
 
 
+async def batch_of(client, *prompts):
+    """The batch, at its end, of completions of these prompts."""
+    rows = [
+        {"custom_id": text, "method": "POST", "url": "/v1/completions", "body": {"model": "tone", "prompt": text}}
+        for text in prompts
+    ]
+    form = {"data": {"purpose": "batch"}, "files": {"file": "\n".join(map(json.dumps, rows)).encode()}}
+    file = (await client.post("/v1/files", **form)).json()["id"]
+    asked = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+    id = (await client.post("/v1/batches", json=asked)).json()["id"]
+    rows = client._transport.app.state.parts.batches.rows
+    assert await settled(lambda: rows.get("default", id).status == "completed", 10)
+    return (await client.get(f"/v1/batches/{id}")).json()
+
+
 async def test_a_batch_goes_no_way_around_a_guard(guarding, backend):
     async with guarding(prompt="watch", answer="watch") as client:
-        rows = [
-            {"custom_id": text, "method": "POST", "url": "/v1/completions", "body": {"model": "tone", "prompt": text}}
-            for text in ("a knife", "hello")
-        ]
-        form = {"data": {"purpose": "batch"}, "files": {"file": "\n".join(map(json.dumps, rows)).encode()}}
-        file = (await client.post("/v1/files", **form)).json()["id"]
-        asked = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
-        id = (await client.post("/v1/batches", json=asked)).json()["id"]
-        rows = client._transport.app.state.parts.batches.rows
-        assert await settled(lambda: rows.get("default", id).status == "completed", 10)
-        batch = (await client.get(f"/v1/batches/{id}")).json()
+        batch = await batch_of(client, "a knife", "hello")
         error = (await client.get(f"/v1/files/{batch['error_file_id']}/content")).json()
         assert error["custom_id"] == "a knife"
         assert error["response"]["body"]["error"]["code"] == "content_policy_violation"
         assert (await client.get(f"/v1/files/{batch['output_file_id']}/content")).json()["custom_id"] == "hello"
+
+
+async def test_a_batch_line_on_which_the_guard_never_has_a_verdict_is_given_up(guarding, backend, monkeypatch):
+    monkeypatch.setattr("serve.gateway.batches.batch_runner.ATTEMPTS", 2)
+    async with guarding(answer="watch") as client:
+        backend.answer = "odd"
+        batch = await batch_of(client, "hello")
+        error = (await client.get(f"/v1/files/{batch['error_file_id']}/content")).json()
+        assert error["response"]["status_code"] == 503 and "no category" in error["response"]["body"]["error"]["message"]
+        assert [body["model"].partition("@")[0] for body in backend.bodies] == ["tone", "watch"] * 2
 
 
 def test_a_policy_names_its_guards():
