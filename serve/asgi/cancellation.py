@@ -119,6 +119,10 @@ class Deadline:
         finally:
             timer.cancel()
 
+    def resume(self) -> None:
+        """After the call: what is left of the block is cancelled at the deadline again."""
+        self._limit.reschedule(self._due)
+
 
 @asynccontextmanager
 async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:

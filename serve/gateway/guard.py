@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily
@@ -56,16 +56,28 @@ class Guards(Collector):
 
     @asynccontextmanager
     async def over(
-        self, adapter: str, tenant: str, fields: Mapping[str, Any], watch: Watch, send: Send
+        self,
+        adapter: str,
+        tenant: str,
+        fields: Mapping[str, Any],
+        watch: Watch,
+        send: Send,
+        wanted: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> AsyncIterator[Send]:
-        """Where the answer to a request goes; BadRequest before the block, or at its end, for one that is refused."""
+        """Where the answer to a request goes; BadRequest before the block, or at its end, for one that is refused.
+
+        `wanted()` ends what it is entered for once the client does not wait any more.
+        """
         guard = self._guard_of(adapter)
         if guard.answer and guard.action == REFUSE:
             if fields.get("background"):
                 raise BadRequest(f"answers of {adapter} pass a guard: ask without background", param="background")
             if _is_unreadable(fields):  # which may be answered in tokens too
                 raise self._unread(adapter)
-        flags = [PROMPT] if guard.prompt and await self.check_prompt(adapter, tenant, fields) else []
+        flags = []
+        if guard.prompt:
+            async with wanted():
+                flags += [PROMPT] if await self.check_prompt(adapter, tenant, fields) else []
         if not guard.answer or guard.action == COUNT:
             yield _Held(send, flags).pass_on if flags else send
             if guard.answer:
@@ -73,8 +85,12 @@ class Guards(Collector):
             return
         held = _Held(send, flags)
         yield held.hold
-        if held.status == 200 and await self.check_answer(adapter, tenant, [one.read() for one in watch.sequences]):
-            flags.append(ANSWER)
+        if not held.is_whole:
+            return  # its client has left
+        if held.status == 200:
+            generations = [sequence.read() for sequence in watch.sequences]
+            async with wanted():
+                flags += [ANSWER] if await self.check_answer(adapter, tenant, generations) else []
         await held.release()
 
     async def check_prompt(self, adapter: str, tenant: str, fields: Mapping[str, Any], *, priority: int = 0) -> bool:
@@ -171,6 +187,7 @@ class _Held:
         self._messages: list[Message] = []
         self._size = 0
         self.status = 0
+        self.is_whole = False
 
     async def pass_on(self, message: Message) -> None:
         if message["type"] == "http.response.start" and self._flags:
@@ -182,6 +199,8 @@ class _Held:
     async def hold(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        else:
+            self.is_whole = not message.get("more_body", False)
         self._size += len(message.get("body", b""))
         if self._size > MAX_HELD:
             raise TooLarge(f"the answer is above {MAX_HELD >> 20} MiB, the most that a guard looks at: ask for less")

@@ -60,6 +60,13 @@ class _Answering:
     tap: Tap
     deadline: Deadline
 
+    @asynccontextmanager
+    async def wanted(self) -> AsyncIterator[None]:
+        """Beside the engine's call: ends at the deadline, and when the client leaves."""
+        self.deadline.resume()
+        async with cancelled_on_disconnect(self.receive):
+            yield
+
 
 class Inference:
     """Every inference route.
@@ -148,21 +155,19 @@ class Inference:
                 if meter:
                     _check_countable(request, meter)
             send = RateLimitHeaders(tap.send, meter).send if meter else tap.send
-            async with self._guarded(scope["path"], caller, request, tap, send) as guarded:
-                await self._answer_leased(
-                    scope, _Answering(caller, request, fan_out.seats, connection.receive, guarded, tap, deadline)
-                )
+            answering = _Answering(caller, request, fan_out.seats, connection.receive, send, tap, deadline)
+            async with self._guarded(scope["path"], answering) as answering.send:
+                await self._answer_leased(scope, answering)
 
     @asynccontextmanager
-    async def _guarded(
-        self, path: str, caller: Caller, request: InferenceRequest | None, tap: Tap, send: Send
-    ) -> AsyncIterator[Send]:
+    async def _guarded(self, path: str, answering: _Answering) -> AsyncIterator[Send]:
         """Where the answer goes, past the guards of the model that is asked."""
+        request, caller, send = answering.request, answering.caller, answering.send
         if self._guards is None or request is None or COUNTS_TOKENS.fullmatch(path):
             yield send
             return
-        name = self._router.name_of(request.model, caller)
-        async with self._guards.over(name, caller.tenant, request.fields, tap.watch, send) as guarded:
+        name, watch = self._router.name_of(request.model, caller), answering.tap.watch
+        async with self._guards.over(name, caller.tenant, request.fields, watch, send, answering.wanted) as guarded:
             yield guarded
 
     async def _answer_leased(self, scope: Scope, answering: _Answering) -> None:

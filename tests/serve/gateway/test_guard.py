@@ -12,7 +12,7 @@ from serve.asgi.exchange import Generation
 from serve.config import keys_hashed
 from serve.errors import ConfigError
 from serve.rollout.policy import Guard, parse
-from tests.support.app import CHAT, issued, settled, upload
+from tests.support.app import CHAT, http, issued, settled, upload
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +152,51 @@ async def test_a_tenant_cannot_put_its_own_adapter_in_the_guards_place(guarding,
         assert backend.bodies[1]["cache_salt"] != first, "tenants share no part of the prefix cache"
 
 
+async def id_of(client, name):
+    return (await client.get(f"/v1/adapters/{name}")).json()["versions"][-1]["id"]
+
+
+@pytest.mark.parametrize("side", ["prompt", "answer"])
+async def test_a_guard_is_waited_for_no_longer_than_the_client_does(guarding, backend, side):
+    async with guarding(**{side: "watch"}) as client:
+        backend.slow = await id_of(client, "watch")
+        async with asyncio.timeout(5):
+            late = await client.post(
+                CHAT,
+                json={"model": "tone", "messages": [{"role": "user", "content": "hello"}]},
+                headers={"x-request-timeout": "0.3"},
+            )
+        assert late.status_code == 504
+        assert client._transport.app.state.parts.fleet.first.leases == 0
+
+
+@pytest.mark.parametrize("side", ["prompt", "answer"])
+async def test_a_client_that_leaves_while_a_guard_looks_gives_its_seat_back(guarding, backend, side):
+    async with guarding(**{side: "watch"}) as client:
+        backend.slow = await id_of(client, "watch")
+        body = {"model": "tone", "messages": [{"role": "user", "content": "hello"}]}
+        scope, receive, send, _, left = http(body)
+        scope["headers"].append((b"authorization", b"Bearer run"))
+        answering = asyncio.create_task(client._transport.app(scope, receive, send))
+        assert await settled(lambda: any(body["model"] == backend.slow for body in backend.bodies))
+        left.set()
+        await asyncio.wait_for(answering, 5)
+        assert client._transport.app.state.parts.fleet.first.leases == 0
+
+
+async def test_a_held_stream_whose_client_left_is_not_looked_at(guarding, backend):
+    async with guarding(answer="watch") as client:
+        backend.flow.clear()
+        body = {"model": "tone", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+        scope, receive, send, sent, left = http(body)
+        scope["headers"].append((b"authorization", b"Bearer run"))
+        answering = asyncio.create_task(client._transport.app(scope, receive, send))
+        assert await settled(lambda: backend.running == 1)
+        left.set()
+        await asyncio.wait_for(answering, 5)
+        assert len(backend.bodies) == 1 and not sent
+
+
 async def batch_of(client, *prompts):
     """The batch, at its end, of completions of these prompts."""
     rows = [
@@ -182,7 +227,8 @@ async def test_a_batch_line_on_which_the_guard_never_has_a_verdict_is_given_up(g
         backend.answer = "odd"
         batch = await batch_of(client, "hello")
         error = (await client.get(f"/v1/files/{batch['error_file_id']}/content")).json()
-        assert error["response"]["status_code"] == 503 and "no category" in error["response"]["body"]["error"]["message"]
+        response = error["response"]
+        assert response["status_code"] == 503 and "no category" in response["body"]["error"]["message"]
         assert [body["model"].partition("@")[0] for body in backend.bodies] == ["tone", "watch"] * 2
 
 
