@@ -33,6 +33,8 @@ LEAST = 32
 FIRST = 256
 # A prompt is short up to this part of a step's tokens of prompts.
 SHORT = 0.25
+# Seconds that a token of a prompt takes at least: a step may take less than those of many answers before it.
+QUICKEST = 1e-6
 # What a new measurement counts for.
 _FADE = 0.3
 
@@ -69,7 +71,7 @@ class PromptBudget:
     seconds: float | None = None
     others: float = 0.0
     # Of the steps that are computed now: when they began, and how many tokens of prompts are in them.
-    _steps: deque[tuple[float, int]] = field(default_factory=deque)
+    _steps: deque[tuple[float, int | None]] = field(default_factory=deque)
     _ended: float = 0.0
 
     @property
@@ -78,8 +80,11 @@ class PromptBudget:
             return FIRST
         return max(LEAST, int(self.target / self.seconds))
 
-    def began(self, tokens: int) -> None:
-        """A step with so many tokens of prompts is computed from now on, or after those that began before it."""
+    def began(self, tokens: int | None) -> None:
+        """A step with so many tokens of prompts is computed from now on, or after those that began before it.
+
+        None for a step that computes nothing.
+        """
         self._steps.append((self.clock(), tokens))
 
     def ended(self) -> None:
@@ -89,8 +94,10 @@ class PromptBudget:
         began, tokens = self._steps.popleft()
         now = self.clock()
         seconds, self._ended = now - max(began, self._ended), now
+        if tokens is None:
+            return
         if tokens >= LEAST:
-            each = max(seconds - self.others, 0.0) / tokens
+            each = max((seconds - self.others) / tokens, QUICKEST)
             self.seconds = each if self.seconds is None else self.seconds + _FADE * (each - self.seconds)
         elif not tokens:
             self.others += _FADE * (seconds - self.others)
@@ -113,7 +120,8 @@ def schedule(original: Callable[..., Any], scheduler: Any, throttle_prefills: bo
     else:
         with _limited(scheduler, tokens):
             output = original(scheduler, throttle_prefills)
-    budget.began(sum(tokens for tokens in output.num_scheduled_tokens.values() if tokens > 1))
+    scheduled, answer = output.num_scheduled_tokens.values(), _tokens_of_an_answer(scheduler)
+    budget.began(sum(tokens for tokens in scheduled if tokens > answer) if scheduled else None)
     return output
 
 
@@ -127,10 +135,14 @@ def update_from_output(
 
 def _prompt_tokens(scheduler: Any, budget: PromptBudget) -> int | None:
     """How many tokens of prompts the next step may take; None for as many as vLLM takes."""
-    if budget.target and any(not _in_prompt(request) for request in scheduler.running):
-        tokens = budget.tokens
-        return min(tokens, ROWS) if _prompt_logprobs_wanted(scheduler) else tokens
-    return ROWS if _prompt_logprobs_wanted(scheduler) else None
+    config = scheduler.scheduler_config
+    if not config.enable_chunked_prefill or config.disable_chunked_mm_input:
+        return None  # a prompt, or a picture in it, that is longer than the step would wait until nobody is answered
+    answering = budget.target and any(not _in_prompt(request) for request in scheduler.running)
+    tokens = budget.tokens if answering else None
+    if _prompt_logprobs_wanted(scheduler):
+        return ROWS if tokens is None else min(tokens, ROWS)
+    return tokens
 
 
 @contextmanager
@@ -145,7 +157,7 @@ def _limited(scheduler: Any, tokens: int) -> Iterator[None]:
     # Who came during a long prompt stands behind it, and would get no token before that prompt is whole.
     scheduler.running.sort(key=_in_prompt)
     answers = sum(not _in_prompt(request) for request in scheduler.running)
-    scheduler.max_num_scheduled_tokens = min(before[0], tokens + answers * (1 + scheduler.num_spec_tokens))
+    scheduler.max_num_scheduled_tokens = min(before[0], tokens + answers * _tokens_of_an_answer(scheduler))
     if not before[1] and scheduler.waiting:
         short = int(SHORT * tokens)
         if scheduler.waiting.peek_request().num_prompt_tokens <= short:
@@ -169,12 +181,17 @@ def _in_prompt(request: Any) -> bool:
     return bool(request.num_computed_tokens < request.num_prompt_tokens)
 
 
+def _tokens_of_an_answer(scheduler: Any) -> int:
+    """How many a step computes of a running answer at most: the next one, and those that were drafted after it."""
+    return 1 + int(scheduler.num_spec_tokens)
+
+
 def _prompt_logprobs_wanted(scheduler: Any) -> bool:
     """Whether a request that is not computed to the end of its prompt wants log-probabilities of it."""
+    # Not `waiting`: vLLM's queue of priorities sorts a copy of itself for whoever goes through it.
     return any(
         request.sampling_params is not None
         and request.sampling_params.prompt_logprobs is not None
         and _in_prompt(request)
-        for queue in (scheduler.running, scheduler.waiting)
-        for request in queue
+        for request in scheduler.requests.values()
     )

@@ -38,15 +38,18 @@ def request(computed, prompt=1000, prompt_logprobs=None):
 class Machine:
     """A scheduler whose steps take a second for each 1,000 tokens of prompts, and 10 ms for the rest."""
 
-    def __init__(self, monkeypatch, running, waiting=(), target=0.25):
+    def __init__(self, monkeypatch, running, waiting=(), target=0.25, drafts=0):
         monkeypatch.setenv(VARIABLE, str(target))
         self.scheduler = SimpleNamespace(
             max_num_scheduled_tokens=MOST,
+            requests=dict(enumerate([*running, *waiting])),
             running=list(running),
             waiting=FCFSRequestQueue(waiting),
-            scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
+            scheduler_config=SimpleNamespace(
+                long_prefill_token_threshold=0, enable_chunked_prefill=True, disable_chunked_mm_input=False
+            ),
             adaptive_long_prefill_threshold=True,
-            num_spec_tokens=0,
+            num_spec_tokens=drafts,
         )
         self.now, self.budgets, self.thresholds = 0.0, [], []
 
@@ -107,6 +110,34 @@ def test_where_no_answer_waits_and_where_nobody_asked_for_it_a_step_is_vllms(mon
     assert machine.step() == MOST
 
 
+def test_drafted_tokens_of_an_answer_are_no_prompt_and_take_no_room_of_prompts(monkeypatch):
+    machine = Machine(monkeypatch, [request(1000)] * 20, drafts=3)
+    output = SimpleNamespace(num_scheduled_tokens={str(answer): 4 for answer in range(20)})
+    prompt_budget.schedule(lambda scheduler, throttle: output, machine.scheduler)
+    prompt_budget.update_from_output(lambda *step: None, machine.scheduler, output, None)
+    assert prompt_budget._budget(machine.scheduler).seconds is None
+    assert machine.step() == FIRST + 4 * 20
+
+
+def test_a_prompt_that_took_less_than_a_step_of_many_answers_stops_nothing():
+    times = iter([0.0, 1.0, 1.0, 1.01])
+    budget = PromptBudget(0.25, clock=lambda: next(times))
+    for tokens in (0, LEAST):
+        budget.began(tokens)
+        budget.ended()
+    assert budget.tokens > MOST
+
+
+def test_a_step_of_nothing_is_no_measurement(monkeypatch):
+    machine = Machine(monkeypatch, [request(1000)])
+    budget = prompt_budget._budget(machine.scheduler)
+    budget.others, budget.clock = 0.01, lambda: machine.now
+    output = SimpleNamespace(num_scheduled_tokens={})
+    prompt_budget.schedule(lambda scheduler, throttle: output, machine.scheduler)
+    prompt_budget.update_from_output(lambda *step: None, machine.scheduler, output, None)
+    assert budget.others == 0.01
+
+
 def test_the_pause_between_two_steps_is_no_part_of_them():
     times = iter([0.0, 0.1, 50.0, 50.1])
     budget = PromptBudget(0.25, clock=lambda: next(times))
@@ -156,7 +187,7 @@ def test_a_short_prompt_is_before_a_long_one_that_came_a_little_earlier_and_no_p
     assert sorted(arrivals, key=arrivals.__getitem__) == ["short", "long", "late"]
 
 
-def real_scheduler(folder: Path, policy: str) -> Scheduler:
+def real_scheduler(folder: Path, policy: str, **options: bool) -> Scheduler:
     """vLLM's own, for a small model, with our part in it."""
     prompt_budget.install()
     context = 2048
@@ -170,6 +201,7 @@ def real_scheduler(folder: Path, policy: str) -> Scheduler:
         is_encoder_decoder=False,
         policy=policy,
         async_scheduling=False,
+        **options,
     )
     cache = CacheConfig(block_size=16, enable_prefix_caching=False)
     config = VllmConfig(model, scheduler_config=scheduling, cache_config=cache, device_config=DeviceConfig("cpu"))
@@ -219,3 +251,13 @@ def test_no_answer_that_has_begun_waits_for_the_prompt_of_another(tmp_path, monk
         assert computed["first"] == 1 and computed["second"] == 1 and 0 < computed["long"] <= 256
         steps += 1
     assert steps > 3
+
+
+@pytest.mark.parametrize("option", [{"enable_chunked_prefill": False}, {"disable_chunked_mm_input": True}])
+def test_where_prompts_are_not_cut_a_long_one_does_not_wait_for_the_end_of_all_answers(tmp_path, monkeypatch, option):
+    monkeypatch.setenv(VARIABLE, "0.25")
+    scheduler, now = real_scheduler(tmp_path, "priority", **option), [0.0]
+    scheduler.add_request(asked("first", 20))
+    stepped(scheduler, now)
+    scheduler.add_request(asked("long", 1900, 20))
+    assert stepped(scheduler, now) == {"first": 1, "long": 1900}
