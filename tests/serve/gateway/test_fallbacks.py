@@ -98,5 +98,5 @@ async def test_the_guards_are_those_of_the_model_that_answers(client, make_adapt
 
 class Unguarded:
     @asynccontextmanager
-    async def over(self, name, tenant, fields, watch, send):
+    async def over(self, name, tenant, fields, watch, send, *rest):
         yield send
