@@ -13,11 +13,14 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
 from serve.adapters.adapter import CARD, CARD_BYTES, CONFIG, FILES, WEIGHTS
+from serve.adapters.file_thread import rest
 from serve.adapters.shards import is_shard
+from serve.adapters.tensors import header_length
 from serve.adapters.untrusted import BOTH_FILES, NO_PICKLES, create, is_pickle, write
 from serve.errors import AdapterRejected, TooLarge
 from serve.names import shown
@@ -64,18 +67,27 @@ def unpack(path: Path, *, max_bytes: int, card: bool) -> None:
 def _unzip(file: IO[bytes], sink: _Unpacked) -> None:
     _bound_directory(file)
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            mode = info.external_attr >> 16
-            plain = info.is_dir() or stat.S_IFMT(mode) in (0, stat.S_IFREG, stat.S_IFDIR)
-            name = sink.name(info.orig_filename, plain=plain, folder=info.is_dir())
-            if name is None:
-                continue
-            if info.flag_bits & 0x1:
-                raise AdapterRejected(f"{shown(info.filename)} is encrypted; pack the archive without a password")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise AdapterRejected("the archive is packed with something else than deflate; use plain zip or tar.gz")
-            with archive.open(info) as member:
-                sink.write(name, iter(lambda: member.read(_CHUNK), b""))
+        entries = archive.infolist()
+        judge = sink.empty()
+        for info in entries:  # all of them by what the directory says, before the first is unpacked
+            _zip_name(info, judge)
+        for info in entries:
+            if name := _zip_name(info, sink):
+                with archive.open(info) as member:
+                    sink.write(name, iter(partial(member.read, _CHUNK), b""))
+
+
+def _zip_name(info: zipfile.ZipInfo, sink: _Unpacked) -> str | None:
+    mode = info.external_attr >> 16
+    plain = info.is_dir() or stat.S_IFMT(mode) in (0, stat.S_IFREG, stat.S_IFDIR)
+    name = sink.name(info.orig_filename, plain=plain, folder=info.is_dir())
+    if name is None:
+        return None
+    if info.flag_bits & 0x1:
+        raise AdapterRejected(f"{shown(info.filename)} is encrypted; pack the archive without a password")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise AdapterRejected("the archive is packed with something else than deflate; use plain zip or tar.gz")
+    return name
 
 
 def _bound_directory(file: IO[bytes]) -> None:
@@ -191,6 +203,10 @@ class _Unpacked:
         self._seen: set[str] = set()
         self._rank = -1.0
 
+    def empty(self) -> _Unpacked:
+        """Another into which nothing has come yet."""
+        return _Unpacked(self._folder, self._limit, self._card)
+
     def name(self, stated: str, *, plain: bool, folder: bool) -> str | None:
         """The name to keep an entry under, or None to pass over it."""
         self._entries += 1
@@ -241,8 +257,12 @@ class _Unpacked:
 
     def write(self, name: str, content: Iterator[bytes]) -> None:
         room = CARD_BYTES if name == CARD else self._limit
+        weights = name == WEIGHTS or is_shard(name)
         with create(self._folder / name) as sink:
-            for chunk in content:
+            for number, chunk in enumerate(content):
+                if weights and number == 0:
+                    header_length(chunk, name)
+                rest()
                 self._left -= len(chunk)
                 if self._left < 0:
                     raise _expanded(self._limit)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from serve.adapters.adapter import CONFIG, WEIGHTS
+from serve.adapters.file_thread import in_turn
 from serve.adapters.multipart_form import pieces
 from serve.adapters.shards import join
 from serve.adapters.tensors import read_metadata
@@ -40,7 +41,7 @@ async def receive_tensors(stream: AsyncIterator[bytes], config: bytes | None, fo
             raise BadRequest("the body is empty: send the tensors in the safetensors format")
     finally:
         await asyncio.to_thread(sink.close)
-    await asyncio.to_thread(_finish, folder, config)
+    await in_turn(_finish, folder, config)
 
 
 def _finish(folder: Path, config: bytes | None) -> None:

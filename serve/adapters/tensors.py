@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from serve.adapters.adapter import WEIGHTS
 from serve.adapters.untrusted import parse_json, sniff
@@ -62,16 +62,30 @@ def read_metadata(file: BinaryIO, filename: str = WEIGHTS) -> dict[str, str]:
     return _read(file, filename)[1]
 
 
+def header_length(head: bytes, filename: str = WEIGHTS) -> int:
+    """How many bytes of header a safetensors file says it has; `head` is its beginning, 9 bytes or more of it.
+
+    AdapterRejected if it begins as something else: a bomb or a pickle under that name ends with its first bytes.
+    """
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 9 or head[8:9] != b"{":
+        what = sniff(head) or ("empty" if not head else "damaged, or something else under that name")
+        raise AdapterRejected(
+            f"{filename} is not a safetensors file: it is {what}; save the adapter with save_pretrained(..., "
+            "safe_serialization=True) and send that"
+        )
+    if length > _HEADER_BYTES:
+        raise AdapterRejected(f"the header of {filename} is {length} bytes; this server reads up to {_HEADER_BYTES}")
+    return length
+
+
 def _read(file: BinaryIO, filename: str) -> tuple[dict[str, Any], dict[str, str], int, int]:
     """The header's entries, its metadata, where the tensors begin, and the file's size, in bytes."""
     file.seek(0)
-    head = file.read(9)
     size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(head[:8], "little")
-    if len(head) < 9 or head[8:] != b"{" or length > size - 8:
-        _not_safetensors(file, filename)
-    if length > _HEADER_BYTES:
-        raise AdapterRejected(f"the header of {filename} is {length} bytes; this server reads up to {_HEADER_BYTES}")
+    length = header_length(file.read(64), filename)
+    if length > size - 8:
+        raise AdapterRejected(f"{filename} is shorter than its header says: it was cut short; send it again")
     file.seek(8)
     header = parse_json(file.read(length), f"the header of {filename}")
     if not isinstance(header, dict):
@@ -124,13 +138,3 @@ def scan(file: BinaryIO, tensor: Tensor) -> tuple[bool, bool]:
         finite = finite and not bool(((bits & exponent) == exponent).any())
         zero = zero and not bool((bits & ((1 << (8 * width - 1)) - 1)).any())
     return finite, zero
-
-
-def _not_safetensors(file: BinaryIO, filename: str) -> NoReturn:
-    file.seek(0)
-    head = file.read(64)
-    what = sniff(head) or ("empty" if not head else "damaged, or something else under that name")
-    raise AdapterRejected(
-        f"{filename} is not a safetensors file: it is {what}; save the adapter with save_pretrained(..., "
-        "safe_serialization=True) and send that"
-    )

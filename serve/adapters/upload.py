@@ -10,7 +10,6 @@ recognised by their first bytes.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import IO
 
 from serve.adapters.adapter import CARD, CARD_BYTES, FILES
 from serve.adapters.archive import HEAD_BYTES, archive_kind, unpack
+from serve.adapters.file_thread import in_turn
 from serve.adapters.multipart_form import FormRules, read_form
 from serve.adapters.shards import is_shard, join
 from serve.adapters.untrusted import BOTH_FILES, NO_PICKLES, create, is_left_over, is_pickle, sniff, write
@@ -41,7 +41,7 @@ async def receive(
     with ExitStack() as stack:
         files = _Files(folder, stack)
         fields = await read_form(stream, content_type, _RULES, files, max_bytes=max_bytes, too_large=too_large)
-    await asyncio.to_thread(_finish, folder, files, max_bytes, card)
+    await in_turn(_finish, folder, files, max_bytes, card)
     return fields
 
 

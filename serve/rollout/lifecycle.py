@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.adapter import Adapter, Inspection, Limits, check_digest
+from serve.adapters.file_thread import in_turn
 from serve.adapters.inspection import inspect
 from serve.adapters.registry import Registry
 from serve.adapters.snapshot import Share
@@ -152,7 +153,7 @@ class Lifecycle:
                         break
                 # The base was swapped meanwhile: what counts is what the adapter does on the one that serves now.
                 judged = base.model
-                inspection = await asyncio.to_thread(inspect, path, base.modules, new.limits)
+                inspection = await in_turn(inspect, path, base.modules, new.limits)
         if adapter.id not in self._traffic.of(name):
             base.engine.retire(adapter.id)
         return adapter, created
@@ -191,7 +192,7 @@ class Lifecycle:
         await base.available()
         limits = replace(self._limits(base), may_change_nothing=min_effect == ANY_EFFECT)
         model = base.model
-        inspection = await asyncio.to_thread(inspect, folder, base.modules, limits)
+        inspection = await in_turn(inspect, folder, base.modules, limits)
         await self._expect(name, expected)
         digest = await asyncio.to_thread(self.store.admit, folder, keep=True)
         adapter_id = f"{name}@{digest[:12]}"

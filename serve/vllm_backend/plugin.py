@@ -8,7 +8,16 @@ import threading
 
 from serve.cpu_kernels.install import install as install_kernels
 from serve.models import audio_packages
-from serve.vllm_backend import forkserver, media, notices, prompt_budget, prompt_logprobs, seeded_prompts, titles
+from serve.vllm_backend import (
+    forkserver,
+    media,
+    notices,
+    prompt_budget,
+    prompt_logprobs,
+    seeded_prompts,
+    titles,
+    token_texts,
+)
 
 
 def register() -> None:
@@ -17,6 +26,7 @@ def register() -> None:
     notices.install()
     install_kernels()
     prompt_logprobs.install()
+    token_texts.install()
     prompt_budget.install()
     seeded_prompts.install()
     media.install()

@@ -30,7 +30,7 @@ import httpx
 import numpy as np
 
 from tests.support.crowd import descriptors
-from tests.support.hostile_kinds import CHAT, COMPLETIONS, KINDS, RESPONSES, SAY, Target, fuzzed
+from tests.support.hostile_kinds import CHAT, COMPLETIONS, KINDS, RESPONSES, SAY, Target, bombs, fuzzed
 from tests.support.lora import WORDS, trained, variant
 from tests.support.server import ADMIN, KEYS, SMALL, Server, bearer, done
 
@@ -207,6 +207,7 @@ def ask_health(port: int, pipe: Any) -> None:
 def attack_once(port: int, key: str, manager: str, pipe: Any) -> None:
     """In a process of its own: every kind, once, one after the other."""
     prepare()
+    started(pipe)
 
     async def run() -> dict[str, dict[str, int]]:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
@@ -224,8 +225,10 @@ def sweep(stage: Stage, seconds: float = 400) -> tuple[dict[str, dict[str, int]]
     words = (stage.server.port, stage.hostile, stage.manager, child)
     attacker = multiprocessing.get_context("spawn").Process(target=attack_once, args=words)
     outcomes: dict[str, dict[str, int]] = {}
+    attacker.start()
+    parent.recv()
     with watched(stage, seen):
-        attacker.start()
+        parent.send("go")
         if parent.poll(seconds):
             outcomes = parent.recv()
         attacker.join(10)
@@ -239,6 +242,7 @@ def sweep(stage: Stage, seconds: float = 400) -> tuple[dict[str, dict[str, int]]
 def attack(port: int, key: str, manager: str, kind: str, seconds: float, clients: int, pipe: Any) -> None:
     """In a process of its own: this kind, over and over, for so long; at least once."""
     prepare()
+    started(pipe)
     honest = {"model": "smollm2", "messages": SAY, "max_tokens": 16}
 
     async def run() -> Counter[str]:
@@ -261,6 +265,13 @@ def attack(port: int, key: str, manager: str, kind: str, seconds: float, clients
         return counted
 
     pipe.send(dict(asyncio.run(run())))
+
+
+def started(pipe: Any) -> None:
+    """What this process's own start costs is nobody's request: the others are watched from here on."""
+    bombs()
+    pipe.send("ready")
+    pipe.recv()
 
 
 def prepare() -> None:
@@ -301,8 +312,10 @@ def measure(stage: Stage, kind: str, seconds: float, settle: float, clients: int
     parent, child = multiprocessing.Pipe()
     words = (stage.server.port, stage.hostile, stage.manager, kind, seconds, clients, child)
     attacker = multiprocessing.get_context("spawn").Process(target=attack, args=words)
+    attacker.start()
+    parent.recv()
     with watched(stage, seen):
-        attacker.start()
+        parent.send("go")
         if parent.poll(seconds + 300):
             seen.outcome = parent.recv()
         else:

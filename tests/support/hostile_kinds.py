@@ -15,6 +15,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import httpx
@@ -454,21 +455,31 @@ async def upload(target: Target, name: str, files: dict[str, bytes]) -> str:
         return "closed"
 
 
-def bomb() -> bytes:
+@cache
+def bombs() -> list[bytes]:
+    """Zeros, weights of zeros, and an entry outside the archive after them."""
+    header = struct.pack("<Q", 2) + b"{}"
+    return [
+        bomb({"adapter_model.safetensors": bytes(256 << 20), "adapter_config.json": b"{}"}),
+        bomb({"adapter_model.safetensors": header + bytes(256 << 20), "adapter_config.json": b"{}"}),
+        bomb({"adapter_model.safetensors": header + bytes(256 << 20), "../adapter_config.json": b"{}"}),
+    ]
+
+
+def bomb(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("adapter_model.safetensors", bytes(256 << 20))
-        archive.writestr("../adapter_config.json", "{}")
+        for name, content in files.items():
+            archive.writestr(name, content)
     return buffer.getvalue()
 
 
-BOMB = bomb()
 PLAIN = json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}).encode()
 
 
 @kind("archives that explode")
 async def _(target: Target) -> Outcome:
-    return Counter([await upload(target, "bomb", {"lora.zip": BOMB})])
+    return Counter([await upload(target, "bomb", {"lora.zip": packed}) for packed in bombs()])
 
 
 @kind("weights that are none")

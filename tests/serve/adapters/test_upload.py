@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import tarfile
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -24,7 +25,8 @@ from serve.errors import AdapterRejected, BadRequest, LoradockError, OutOfSpace,
 
 BOUNDARY = "frontier"
 TYPE = f"multipart/form-data; boundary={BOUNDARY}"
-CONTENT = {CONFIG: b'{"r": 8}', WEIGHTS: b"weights" * 1000}
+# Weights begin as safetensors do: the length of a header, and an object.
+CONTENT = {CONFIG: b'{"r": 8}', WEIGHTS: (1000).to_bytes(8, "little") + b"{" + b"weights" * 1000}
 HARD = settings(max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "150")), deadline=None)
 
 
@@ -294,11 +296,44 @@ async def test_an_encrypted_zip_is_refused(folder):
 
 @pytest.mark.parametrize("packed", [zipped, lambda entries: tarred(entries, "w:gz")])
 async def test_a_bomb_is_over_at_the_limit(folder, packed):
-    body = form(part("files", packed({CONFIG: b"{}", WEIGHTS: bytes(20 << 20)}), "bomb"))
+    body = form(part("files", packed({CONFIG: b"{}", WEIGHTS: CONTENT[WEIGHTS] + bytes(20 << 20)}), "bomb"))
     assert len(body) < 100_000
     with pytest.raises(TooLarge, match="unpacks to more"):
         await send(folder, body, max_bytes=1 << 20)
     assert (folder / WEIGHTS).stat().st_size <= 1 << 20
+
+
+@pytest.mark.parametrize("packed", [zipped, lambda entries: tarred(entries, "w:gz")])
+async def test_what_is_no_safetensors_file_is_over_at_its_first_bytes(folder, packed):
+    with pytest.raises(AdapterRejected, match="not a safetensors file"):
+        await send(folder, form(part("files", packed({CONFIG: b"{}", WEIGHTS: bytes(20 << 20)}), "bomb")))
+    assert (folder / WEIGHTS).stat().st_size == 0
+
+
+async def test_a_zip_is_judged_whole_before_its_first_entry_is_unpacked(folder):
+    with pytest.raises(AdapterRejected, match="outside itself"):
+        await send(folder, form(part("files", zipped({**CONTENT, "../x": b""}), "a.zip")))
+    assert not (folder / WEIGHTS).exists()
+
+
+async def test_archives_are_unpacked_one_at_a_time(tmp_path, monkeypatch):
+    beside, most = 0, 0
+
+    def unpacked(path, **_):
+        nonlocal beside, most
+        beside += 1
+        most = max(most, beside)
+        time.sleep(0.02)
+        beside -= 1
+        for name, content in CONTENT.items():
+            (path.parent / name).write_bytes(content)
+
+    monkeypatch.setattr("serve.adapters.upload.unpack", unpacked)
+    folders = [tmp_path / str(number) for number in range(4)]
+    for each in folders:
+        each.mkdir()
+    await asyncio.gather(*[send(each, form(part("files", PACKED["zip"], "a.zip"))) for each in folders])
+    assert most == 1
 
 
 async def test_a_bomb_beside_the_files_is_over_too(folder):
@@ -370,13 +405,13 @@ async def test_a_set_of_files_that_is_not_whole_is_a_sentence(folder, files, say
 )
 async def test_the_final_adapter_of_a_training_run_is_taken_else_its_last_checkpoint(folder, packed, folders, kept):
     files = {
-        f"{place}/{name}".lstrip("/"): place.encode()
+        f"{place}/{name}".lstrip("/"): CONTENT[WEIGHTS] + place.encode()
         for place in folders
         for name in (*FILES, "optimizer.pt", "global_step9/mp_rank_00_model_states.pt")
         if "checkpoint" in place or name in FILES
     }
     await send(folder, form(part("files", packed(files), "a.zip")))
-    assert arrived(folder) == dict.fromkeys(FILES, kept.encode())
+    assert arrived(folder) == dict.fromkeys(FILES, CONTENT[WEIGHTS] + kept.encode())
 
 
 async def test_a_full_disk_is_said_in_a_sentence(folder, monkeypatch):
