@@ -4,6 +4,8 @@ SHELL := bash
 .PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image hashes
 
 BIN := .venv/bin
+# Campaigns run a process for each core.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 export PYTHON DEVICE MODEL
 
 help: ## this list
@@ -69,14 +71,17 @@ drift-proof: setup-dev ## false alarms of drift over thousands of streams, every
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/drift/test_detector.py tests/serve/rollout/test_sequential_test.py
 
-drift-time: setup-dev ## alarms about nothing under daily waves, autoregression and sessions, and delays there; an hour or more
-	@$(BIN)/python -m tests.campaigns.drift_time $(ARGS)
+drift-time: setup-dev ## alarms about nothing under daily waves, autoregression and sessions, and delays there; goes on where it stopped
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_time --finished .campaigns/drift-time.jsonl $(ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_time --delays
 
-canary-aa: setup-dev ## canaries that are no different, slower, and much slower, on a simulated engine behind the real queue; an hour
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns.canary_aa $(ARGS)
+canary-aa: setup-dev ## canaries that are no different, slower, and much slower, on a simulated engine behind the real queue; goes on where it stopped
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.canary_aa --finished .campaigns/canary-aa.jsonl $(ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.canary_aa --others --streams 20
 
-drift-streams: setup-dev ## popular prompts, sessions, bursts and new system prompts raise no false alarm; an hour or more
-	@$(BIN)/python -m tests.campaigns.drift_streams --streams $(or $(STREAMS),10)
+drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompts and parameters raise no false alarm; goes on where it stopped
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_streams --streams $(or $(STREAMS),100) --finished .campaigns/drift-streams.jsonl
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.parameter_changes --streams $(or $(STREAMS),100) --finished .campaigns/parameters.jsonl
 	@$(BIN)/python -m tests.campaigns.drift_streams --changes --streams $(or $(CHANGES),24)
 	@$(BIN)/python -m tests.campaigns.drift_streams --cost
 

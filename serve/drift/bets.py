@@ -79,7 +79,7 @@ class Bank:
         self._scores, self._stream_share = k, share
         # Flat arrays: the histograms score by score, then the fixed bets stream by stream.
         self._bins, self._fades = np.tile(_BINS, k), np.tile(_FADES, k)
-        self._first_bin = np.cumsum(self._bins) - self._bins
+        self._first_bin, self._last_bin = np.cumsum(self._bins) - self._bins, self._bins - 1
         is_bounded = np.zeros(k, np.bool_) if bounded is None else np.asarray(bounded, np.bool_)
         by_histograms = np.zeros(n)
         by_histograms[:k] = np.where(is_bounded, 0, LEARNED_WEIGHT)
@@ -93,9 +93,9 @@ class Bank:
         learned = k * len(BETS)
         self._e = np.ones(learned + n * FIXED)
         self._learned_e, self._fixed_e = self._e[:learned], self._e[learned:].reshape(n, FIXED)
-        self._r = np.zeros(len(self._e))
-        # Page's statistic of the same bets, which falls to 1 before a change and tells after which update it last did.
-        self._page = np.ones(len(self._e))
+        # R of each bet; and Page's statistic, which falls to 1 before a change and tells when it did last.
+        self._both = np.array([np.zeros(len(self._e)), np.ones(len(self._e))])
+        self._r, self._page = self._both
         self._start = np.zeros(len(self._e), np.int64)
         # The histograms without the prior. To fade them would touch every bin at every request; instead each request
         # weighs more than the one before: `_unit` is what 1 is now.
@@ -110,33 +110,32 @@ class Bank:
         """
         before = self.evidence()
         self._bet_learned(p[: self._scores])
-        self._learned_e[self._idle] = 1
+        if len(self._idle):
+            self._learned_e[self._idle] = 1
         places = cells(p)
         if bounds is None:
-            self._fixed_e[: self._scores] = _SCORE_BETS[places[: self._scores]]
+            # Here and below: to take is faster than to index, and to clip than to check.
+            _SCORE_BETS.take(places[: self._scores], axis=0, out=self._fixed_e[: self._scores], mode="clip")
         else:
             self._fixed_e[: self._scores, : len(_UP)] = _SCORE_BETS[cells(bounds[0]), : len(_UP)]
             self._fixed_e[: self._scores, len(_UP) :] = _SCORE_BETS[cells(bounds[1]), len(_UP) :]
-        self._fixed_e[self._scores :] = _DIRECTION_BETS[places[self._scores :]]
-        r, page = self._r, self._page
-        r += 1
-        r *= self._e
-        np.minimum(r, MOST, out=r)
-        np.maximum(page, 1, out=page)
-        page *= self._e
-        np.minimum(page, MOST, out=page)
-        self._start[page <= 1] = now
+        _DIRECTION_BETS.take(places[self._scores :], axis=0, out=self._fixed_e[self._scores :], mode="clip")
+        self._r += 1
+        np.maximum(self._page, 1, out=self._page)
+        self._both *= self._e
+        np.minimum(self._both, MOST, out=self._both)
+        np.putmask(self._start, self._page <= 1, now)
         return self.evidence() / (before + 1)
 
     def _bet_learned(self, p: Floats) -> None:
         """What the histograms bet on the scores' p-values, into `_learned_e`."""
         e, unit, weight = self._learned_e, self._unit, self._weight
         bins = (p.repeat(len(BETS)) * self._bins).astype(np.intp)
-        np.minimum(bins, self._bins - 1, out=bins)
+        np.minimum(bins, self._last_bin, out=bins)
         bins += self._first_bin
         # Towards the prior, which never fades: a bin that is never hit keeps a density.
-        e[:] = self._learned[bins]
-        e *= self._bins
+        held = self._learned.take(bins)
+        np.multiply(held, self._bins, out=e)
         e *= unit
         e += PRIOR
         e /= weight + PRIOR
@@ -145,7 +144,8 @@ class Bank:
         unit *= self._fades
         weight *= self._fades
         weight += 1
-        self._learned[bins] += 1 / unit
+        held += 1 / unit
+        self._learned[bins] = held
         if unit[0] < SMALLEST_UNIT:  # which fades fastest
             self._learned *= unit.repeat(self._bins)
             unit[:] = 1

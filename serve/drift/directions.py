@@ -58,6 +58,8 @@ class Directions:
         n, k = reference.shape
         self._margin = np.zeros(k, np.float32) if margin is None else np.array(margin, np.float32)
         self._heard = k - silent
+        # The most that the margins allow along each direction, (directions, 1).
+        self._allowed = np.zeros((len(HALF_LIVES), 1), np.float32)
         self._bag = np.empty((capacity + 1, k), np.float32)
         self._bag[:n] = reference
         self._size = n
@@ -79,7 +81,7 @@ class Directions:
         m = self._size
         self._along[:, m] = self._towards @ scores
         along = self._along[:, : m + 1]
-        own = along[:, m:] - (np.abs(self._towards) @ self._margin)[:, None]
+        own = along[:, m:] - self._allowed
         less = np.array([np.count_nonzero(row) for row in along < own - SAME])
         upto = np.array([np.count_nonzero(row) for row in along <= own + SAME])
         p = (less + rng.random(len(less)) * (upto - less)) / (m + 1)
@@ -107,11 +109,11 @@ class Directions:
         weight[-1] = min(max(1 - TEACHES / multiple, 0), 1) if multiple > 0 else 0
         fades = _FADES**weight
         self._learned *= fades
-        self._learned[:, : self._heard] += weight * _NORMAL[cells(p)]
+        self._learned[:, : self._heard] += weight * _NORMAL.take(cells(p))
         if len(silent):
             taught = np.minimum(np.maximum(silent, -FARTHEST), FARTHEST)
             self._learned[:, self._heard :] += weight * taught
-            pull = (self._towards[:, self._heard :] != 0) @ (taught * silent)
+            pull = self._silent_part @ (taught * silent)
             self._pull[:, self._place] = (weight * pull[:, None] / (self._faded * fades))[:, 0]
         self._faded *= fades
         self._squares *= fades * fades
@@ -122,18 +124,30 @@ class Directions:
 
     def _point(self) -> None:
         """The directions to rank along: of unit length, without what is noise."""
-        size = np.abs(self._learned)
-        kept = np.maximum(size - SHRINKAGE * np.sqrt(self._squares), 0)
-        kept = np.where(kept.any(axis=1, keepdims=True), np.copysign(kept, self._learned), self._learned)
-        length = np.sqrt(np.add.reduce(kept * kept, axis=1, keepdims=True))
-        length = np.maximum(length, 1e-12)
-        self._towards = (kept / length).astype(np.float32)
-        self._known = None
-        self._along[:, : self._size] = self._towards @ self._bag[: self._size].T
+        kept = np.abs(self._learned)
+        kept -= SHRINKAGE * np.sqrt(self._squares)
+        np.maximum(kept, 0, out=kept)
+        squares = np.add.reduce(kept * kept, axis=1, keepdims=True)
+        if squares.all():
+            np.copysign(kept, self._learned, out=kept)
+        else:  # of a direction that is nothing but noise all is kept
+            kept = np.where(kept.any(axis=1, keepdims=True), np.copysign(kept, self._learned), self._learned)
+            squares = np.add.reduce(kept * kept, axis=1, keepdims=True)
+        length = np.maximum(np.sqrt(squares), 1e-12)
+        kept /= length
+        self._turn_to(kept.astype(np.float32))
+        along = self._along[:, : self._size]
+        np.matmul(self._towards, self._bag[: self._size].T, out=along)
         if self._heard < self._bag.shape[1]:
             self._pull *= self._faded
-            self._along[:, : self._size] -= self._pull[:, : self._size] / length
+            along -= self._pull[:, : self._size] / length
         self._faded[:] = 1
+
+    def _turn_to(self, towards: NDArray[np.float32]) -> None:
+        self._towards, self._known = towards, None
+        if self._margin.any():
+            self._allowed = (np.abs(towards) @ self._margin)[:, None]
+        self._silent_part = (towards[:, self._heard :] != 0).astype(np.float32)
 
     def _reference_along(self) -> NDArray[np.float32]:
         """(directions, n): where the reference lies, until they turn."""
@@ -166,8 +180,8 @@ class Directions:
             self._learned, self._squares = np.array(state["learned"]), np.array(state["squares"])
             self._point()
         if "towards" in state:
-            self._towards = np.array(state["towards"])
+            self._turn_to(np.array(state["towards"]))
             self._age, self._turn = (int(count) for count in state["age"])
             self._along[:, : self._size], self._pull[:, : self._size] = state["along"], state["pull"]
-            self._faded, self._known = np.array(state["faded"]), None
+            self._faded = np.array(state["faded"])
         return self

@@ -248,15 +248,15 @@ def _signature(symbols: NDArray[np.int64]) -> list[bytes]:
     if not len(symbols):
         return []
     runs = hashed_runs(symbols, min(SHORT_RUN, len(symbols)))
-    minima = _hashes(runs).min(axis=1)
+    minima = np.minimum.reduce(_hashes(runs), axis=1) >> np.uint64(16)
     bands = minima.reshape(BANDS, MINIMA)
     return [_digest(bytes([i]) + band.tobytes()) for i, band in enumerate(bands)]
 
 
 def _hashes(runs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """(minima, runs): one order of all runs a row."""
+    """(minima, runs): one order of all runs a row, by all but the last 16 bits."""
     mixed = runs ^ (runs >> np.uint64(31))
-    return (mixed * _TURNS[:, None]) >> np.uint64(16)
+    return mixed * _TURNS[:, None]
 
 
 _DIGEST = 16

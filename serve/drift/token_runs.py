@@ -51,7 +51,7 @@ class Words:
     @classmethod
     def of(cls, tokens: ArrayLike, numbers: NDArray[np.bool_] | None = None) -> Self:
         """numbers: whether each token of the vocabulary is made of digits, with a False at the end for all others."""
-        ids = np.array(tokens, np.int64)
+        ids = np.asarray(tokens, np.int64)
         if skipped(ids):
             ids = np.concatenate((ids[: MOST_TOKENS // 2], ids[-MOST_TOKENS // 2 :]))
         symbols, symbol_of = ids, None
@@ -67,7 +67,10 @@ class Words:
 
     def runs(self) -> NDArray[np.uint64]:
         """(symbols + 2 - RUN + 1,): the runs of RUN symbols, where the two edges of the prompt are symbols too."""
-        return hashed_runs(np.concatenate(([_EDGE], self.symbols, [_EDGE])), RUN)
+        edged = np.empty(len(self.symbols) + 2, np.int64)
+        edged[0] = edged[-1] = _EDGE
+        edged[1:-1] = self.symbols
+        return hashed_runs(edged, RUN)
 
     def own(self, shared: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """(symbols,): which lie in no run of `shared`, a mask over `runs`."""
@@ -116,8 +119,8 @@ class SharedRuns:
             self._counts /= np.float32(self._unit)
             self._unit = 1.0
         places, tags = _where(runs)
-        counts = self._counts[places]
-        same = self._tags[places] == tags
+        counts = self._counts.take(places)
+        same = self._tags.take(places) == tags
         unit = np.float32(self._unit)
         free = counts < unit
         np.multiply(counts, same, out=counts)
@@ -131,7 +134,7 @@ class SharedRuns:
     def among(self, runs: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """(runs,): which of them are shared now."""
         places, tags = _where(runs)
-        return (self._tags[places] == tags) & (self._counts[places] >= SHARED * self._unit)
+        return (self._tags.take(places) == tags) & (self._counts.take(places) >= SHARED * self._unit)
 
     def state(self) -> dict[str, NDArray]:
         """All of it as arrays."""

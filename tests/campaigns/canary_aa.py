@@ -1,6 +1,10 @@
 """Canaries that are no different, slower, and much slower, on a simulated engine behind the real fair queue.
 
-    python -m tests.campaigns.canary_aa [STREAMS [REQUESTS]]
+    python -m tests.campaigns.canary_aa [--streams 400] [--requests 1500] [--finished streams.jsonl]
+    python -m tests.campaigns.canary_aa --others [--streams 20]
+
+The first is about identical versions at every share and load, and goes on where it was stopped
+(`tests.campaigns.finished_streams`); `--others` are few users, and versions that are slower or say more.
 
 The real `FairQueue`, `Admission`, `Shares` and `CanaryAnalysis` with a clock of their own; the engine shares its time
 among the sequences that it works on (the more there are, the slower each), and has a prefix cache that forgets what was
@@ -10,12 +14,13 @@ do the lengths of prompts and answers. Users are Zipf-distributed.
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import math
-import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +36,7 @@ from serve.rollout.askers import Asker
 from serve.rollout.canary import CanaryAnalysis
 from serve.rollout.sequential_test import Verdict
 from serve.rollout.traffic_split import Shares
+from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, interval, run_chosen
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
 LOADS = (0.3, 0.6, 0.9, 1.2)
@@ -278,20 +284,37 @@ def told(outcomes: list[Outcome], verdict: Verdict) -> str:
     return f"{len(done)} of {len(outcomes)} (median {requests:.0f} requests, {canary:.0f} of the canary)"
 
 
-def main(count: int, requests: int) -> None:
+# Identical versions, by name.
+SAME = {f"{weight:.0%} at load {load}": Case(weight, load) for weight, load in product(SHARES, LOADS)}
+
+
+def same(cell: str, seed: int, *, requests: int) -> dict[str, Any]:
+    """What one stream of identical versions came to."""
+    outcome = Server(SAME[cell], seed, requests).run()
+    return {
+        "worse": outcome.verdict is Verdict.WORSE,
+        "reason": outcome.reason,
+        "requests": outcome.requests,
+        "waited": outcome.waited,
+    }
+
+
+def table(finished: FinishedStreams) -> None:
+    print(
+        "| share and load | streams | called worse | at most (95 %) | by | seconds in the queue |\n" + "|---" * 6 + "|"
+    )
+    every = {cell: lines for cell in SAME if (lines := finished.of(cell))}
+    every |= {"all": [line for lines in every.values() for line in lines]}
+    for cell, lines in every.items():
+        worse = [line for line in lines if line["worse"]]
+        most = interval(len(worse), len(lines))[1]
+        reasons = " ".join(sorted({line["reason"] for line in worse})) or "-"
+        waited = np.mean([line["waited"] for line in lines])
+        print(f"| {cell} | {len(lines)} | {len(worse)} | {most:.1%} | {reasons} | {waited:.1f} |")
+
+
+def others(count: int, requests: int) -> None:
     began = time.time()
-    false = total = 0
-    for weight, load in product(SHARES, LOADS):
-        outcomes = streams(Case(weight, load), count, requests)
-        worse = [outcome for outcome in outcomes if outcome.verdict is Verdict.WORSE]
-        false, total = false + len(worse), total + len(outcomes)
-        reasons = " ".join(outcome.reason for outcome in worse)
-        waited = np.mean([outcome.waited for outcome in outcomes])
-        print(
-            f"same  {weight:4.0%} load {load}: worse {len(worse)} of {count} {reasons}; {waited:.1f} s in the queue",
-            flush=True,
-        )
-    print(f"same: called worse {false} of {total}, alpha 10 %", flush=True)
     for users, period in ((0, 0), (0, 10), (50, 0)):
         outcomes = [
             outcome
@@ -309,5 +332,20 @@ def main(count: int, requests: int) -> None:
     print(f"{time.time() - began:.0f} s")
 
 
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(options, streams=400)
+    options.add_argument("--requests", type=int, default=1500)
+    options.add_argument("--others", action="store_true", help="few users, and versions that are not the same")
+    chosen = options.parse_args()
+    if chosen.others:
+        others(chosen.streams, chosen.requests)
+        return
+    queue = ("serve/engine/fair_queue.py", "serve/engine/admission.py", "tests/campaigns/canary_aa.py")
+    finished = FinishedStreams(chosen.finished, digest("serve/rollout", *queue))
+    run_chosen(finished, list(SAME), partial(same, requests=chosen.requests), chosen)
+    table(finished)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20, int(sys.argv[2]) if len(sys.argv) > 2 else 1500)
+    main()

@@ -1,7 +1,9 @@
 """Streams of prompts in which nothing changed but how they come: how many of them raise an alarm, and which.
 
-    python -m tests.campaigns.drift_streams [--streams 10] [--requests 20000] [--kinds sessions bursts] [--seed 0]
+    python -m tests.campaigns.drift_streams [--streams 100] [--kinds sessions bursts] [--finished streams.jsonl]
     python -m tests.campaigns.drift_streams --changes | --cost
+
+With `--finished` it goes on where it was stopped (`tests.campaigns.finished_streams`).
 
 Every request goes through `DriftMonitor.observe`, behind a chat template, with a second between two of them. The kinds:
 
@@ -25,10 +27,11 @@ import inspect
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +41,7 @@ from serve.drift.features import LOGPROB, OUTPUT, PROMPT
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings
 from serve.models.embedded import ensure
+from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, interval, run_chosen
 from tests.support.prompts import pool
 
 POPULAR, SYSTEM = 3000, (454, 555)
@@ -249,27 +253,48 @@ class Watching:
         return self.monitor.report("tone")[0]
 
 
-def run(name: str, count: int, requests: int, seed: int, reference: int = 1000) -> tuple[Counter, str]:
-    """How many streams of a kind raise an alarm of each signal, and a line about them."""
-    alarmed: Counter = Counter()
-    evidence, accepted, samples = 0, [], []
-    began = time.process_time()
-    for number in range(seed, seed + count):
-        with tempfile.TemporaryDirectory() as folder:
-            watching = Watching(Path(folder), reference)
-            source = streams(requests)[name](np.random.default_rng(number))
-            for _ in range(requests):
-                watching.send(next(source))
-            alarmed.update({signal for _, signal in watching.alarms})
-            report = watching.report()
-            prompts = report["signals"][PROMPT]
-            evidence += prompts["log_evidence"] >= prompts["log_threshold"] or prompts["alarmed"]
-            accepted.append(report["thinning"]["accepted"] / sum(report["thinning"].values()))
-            samples.append(prompts["samples"])
-    said = ", ".join(f"{signal} {times}" for signal, times in sorted(alarmed.items())) or "none"
-    seconds = (time.process_time() - began) / count
-    shares = f"{np.mean(accepted):.0%} | {np.median(samples):.0f} | {seconds:.0f} s"
-    return alarmed, f"| {name} | {count} | {said} | {evidence} | {shares} |"
+# Alarms that say what such a stream does.
+SAID = {"bursts of 300": {"sampling"}, "openings 454 - 555": {"opening"}}
+
+
+def stream(name: str, seed: int, *, requests: int = 20_000, reference: int = 1000) -> dict[str, Any]:
+    """What one stream of a kind raises: the request of each alarm, evidence, and how much was compared."""
+    with tempfile.TemporaryDirectory() as folder:
+        watching = Watching(Path(folder), reference)
+        source = streams(requests)[name](np.random.default_rng(seed))
+        for _ in range(requests):
+            watching.send(next(source))
+        report = watching.report()
+    prompts = report["signals"][PROMPT]
+    return {
+        "requests": requests,
+        "alarms": watching.alarms,
+        "false": any(signal not in SAID.get(name, ()) for _, signal in watching.alarms),
+        "evidence": bool(prompts["log_evidence"] >= prompts["log_threshold"] or prompts["alarmed"]),
+        "accepted": report["thinning"]["accepted"] / sum(report["thinning"].values()),
+        "compared": prompts["samples"],
+        "structure": {key: prompts["structure"].get(key) for key in ("block", "wandering_scores")},
+    }
+
+
+def table(finished: FinishedStreams, names: Iterable[str]) -> Iterator[str]:
+    """A line for each kind, and one for all."""
+    yield "| stream | streams | with an alarm of | false | at most (95 %) | evidence | accepted | compared | CPU |"
+    yield "|---" * 9 + "|"
+    kinds = {name: lines for name in names if (lines := finished.of(name))}
+    kinds |= {"all": [line for lines in kinds.values() for line in lines]} if len(kinds) > 1 else {}
+    for name, lines in kinds.items():
+        alarmed = Counter(signal for line in lines for signal in {signal for _, signal in line["alarms"]})
+        said = ", ".join(f"`{signal}` {times}" for signal, times in sorted(alarmed.items())) or "none"
+        false, evidence = (sum(line[what] for line in lines) for what in ("false", "evidence"))
+        most = interval(false, len(lines))[1]
+        accepted, compared, cpu = (
+            np.median([line[what] for line in lines]) for what in ("accepted", "compared", "cpu")
+        )
+        yield (
+            f"| {name} | {len(lines)} | {said} | {false} | {most:.1%} | {evidence} "
+            f"| {accepted:.0%} | {compared:,.0f} | {cpu:.1f} s |"
+        )
 
 
 def changes(count: int, seed: int) -> Iterator[str]:
@@ -318,10 +343,9 @@ def cost(rounds: int = 400) -> Iterator[str]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description="streams in which nothing changed")
-    options.add_argument("--streams", type=int, default=10)
+    add_options(options, streams=100)
     options.add_argument("--requests", type=int, default=20_000)
     options.add_argument("--kinds", nargs="*", default=[], help="beginnings of names; all by default")
-    options.add_argument("--seed", type=int, default=0)
     options.add_argument("--changes", action="store_true")
     options.add_argument("--cost", action="store_true")
     chosen = options.parse_args()
@@ -329,10 +353,12 @@ def main() -> None:
         for line in cost() if chosen.cost else changes(chosen.streams, chosen.seed):
             print(line, flush=True)
         return
-    print("| stream | streams | with an alarm of | evidence | accepted | watched | CPU a stream |\n" + "|---" * 7 + "|")
-    for name in streams(chosen.requests):
-        if not chosen.kinds or name.startswith(tuple(chosen.kinds)):
-            print(run(name, chosen.streams, chosen.requests, chosen.seed)[1], flush=True)
+    questions("general"), embedding()  # fetched before there are several processes
+    finished = FinishedStreams(chosen.finished, digest("serve/drift", "tests/campaigns/drift_streams.py"))
+    names = [name for name in streams(0) if not chosen.kinds or name.startswith(tuple(chosen.kinds))]
+    work = partial(stream, requests=chosen.requests)
+    run_chosen(finished, names, work, chosen)
+    print(*table(finished, names), sep="\n")
 
 
 if __name__ == "__main__":

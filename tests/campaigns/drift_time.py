@@ -1,24 +1,28 @@
 """Alarms about nothing in streams that time makes unlike, and how soon a change is an alarm there.
 
-    python -m tests.campaigns.drift_time [--streams 100] [--rows 20000] [--only TEXT] [--no-prompts] [--delays]
+    python -m tests.campaigns.drift_time [--streams 100] [--rows 20000] [--only TEXT] [--finished streams.jsonl]
+    python -m tests.campaigns.drift_time --delays
 
 For each kind of stream: how many streams alarmed within `--rows` requests after a reference of 1,000, in how many the
-evidence reached the threshold (1e5), and what the references showed in the median. Two hours in one process.
+evidence reached the threshold (1e5), and what the references showed in the median. Two hours in one process. With
+`--finished` it goes on where it was stopped (`tests.campaigns.finished_streams`).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from serve.drift.baseline import Signal
 from serve.drift.features import PROMPT
 from tests.campaigns.drift_delays import prompt_rows
+from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, interval, run_chosen
 from tests.support.time_streams import (
     REFERENCE,
     SCORES,
@@ -58,12 +62,32 @@ def watch(rows: Rows, seed: int) -> Outcome:
     return Outcome(alarm, signal.drifted, signal.structure(), seconds)
 
 
-def false_alarms(kinds: dict[str, Draw], streams: int, rows: int) -> None:
-    print("\n| stream | alarms | evidence | tau | block | scores that wander | tolerance, sd | us a request |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, draw in kinds.items():
-        outcomes = [watch(draw(np.random.default_rng(seed), REFERENCE + rows), seed) for seed in range(streams)]
-        print(f"| {name} | {_counts(outcomes)} | {_medians(outcomes)} |", flush=True)
+@cache
+def kinds_of(prompts: bool) -> dict[str, Draw]:
+    """prompts: also streams of real ones."""
+    return synthetic() | (mixed(_rows("general"), _rows("medical")) if prompts else {})
+
+
+@cache
+def _rows(kind: str) -> Rows:
+    return np.array(prompt_rows(kind)[:4000], np.float32)
+
+
+def stream(kind: str, seed: int, *, rows: int, prompts: bool) -> dict[str, Any]:
+    """What one stream of a kind did."""
+    return asdict(watch(kinds_of(prompts)[kind](np.random.default_rng(seed), REFERENCE + rows), seed))
+
+
+def false_alarms(finished: FinishedStreams, kinds: Iterable[str]) -> None:
+    said = "alarms | at most (95 %) | evidence | tau | block | scores that wander | tolerance, sd | us a request"
+    print(f"\n| stream | {said} |")
+    print("|---" * 9 + "|")
+    for name in kinds:
+        if lines := finished.of(name):
+            outcomes = [Outcome(*(line[key.name] for key in fields(Outcome))) for line in lines]
+            alarms, evidence = _counts(outcomes).split(" | ")
+            most = interval(sum(outcome.alarm is not None for outcome in outcomes), len(outcomes))[1]
+            print(f"| {name} | {alarms} | {most:.1%} | {evidence} | {_medians(outcomes)} |")
 
 
 def delays(kinds: dict[str, tuple[Draw, Change]], streams: int) -> None:
@@ -141,25 +165,24 @@ def _medians(outcomes: list[Outcome]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, default=100)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, streams=100)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--only", default="", help="kinds whose name contains this")
     parser.add_argument("--no-prompts", action="store_true", help="no real prompts, which need a network once")
     parser.add_argument("--delays", action="store_true", help="only how soon changes are seen")
     options = parser.parse_args()
-    kinds, changes = synthetic(), synthetic_changes()
-    if not options.no_prompts:
-        general, medical, german = (
-            np.array(prompt_rows(kind)[:4000], np.float32) for kind in ("general", "medical", "german")
-        )
-        kinds |= mixed(general, medical)
-        changes |= prompt_changes(general, {"german": german, "medical": medical})
-    if not options.delays:
-        false_alarms(
-            {name: draw for name, draw in kinds.items() if options.only in name}, options.streams, options.rows
-        )
-    delays({name: both for name, both in changes.items() if options.only in name}, min(options.streams, 24))
+    if options.delays:
+        changes = synthetic_changes()
+        if not options.no_prompts:
+            changes |= prompt_changes(_rows("general"), {kind: _rows(kind) for kind in ("german", "medical")})
+        delays({name: both for name, both in changes.items() if options.only in name}, min(options.streams, 24))
+        return
+    names = [name for name in kinds_of(not options.no_prompts) if options.only in name]
+    code = digest("serve/drift", "tests/campaigns/drift_time.py", "tests/support/time_streams.py")
+    finished = FinishedStreams(options.finished, code)
+    run_chosen(finished, names, partial(stream, rows=options.rows, prompts=not options.no_prompts), options)
+    false_alarms(finished, names)
 
 
 if __name__ == "__main__":

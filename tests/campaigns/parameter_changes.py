@@ -5,18 +5,20 @@ temperature goes from 0.7 to 0 after three quarters, and to 1 in the last eighth
 distribution throughout.
 `--blind` hides the parameters from the watcher, as before there were strata.
 
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m tests.campaigns.parameter_changes --streams 100
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m tests.campaigns.parameter_changes [--finished streams.jsonl]
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections import Counter
+from functools import partial
+from typing import Any
 
 from serve.asgi.exchange import Parameters
 from serve.drift.baseline import Baseline, Provenance
 from serve.drift.watched_version import DriftSettings, WatchedVersion
+from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, interval, run_chosen
 from tests.support.sampled_answers import DIMENSIONS, SampledAnswers
 
 # (from this share of the stream on, the parameters)
@@ -29,8 +31,8 @@ PLAN = (
 )
 
 
-def stream(seed: int, requests: int, blind: bool) -> Counter[str]:
-    """Which signals alarmed while one stream went by."""
+def stream(kind: str, seed: int, *, requests: int) -> dict[str, Any]:
+    """Which signals alarmed while one stream went by, of a watcher that is `told` the parameters or is `blind`."""
     answers = SampledAnswers(seed)
     baseline = Baseline(Provenance("tone", "1", "of a test", "", seed=seed, dimensions=DIMENSIONS))
     settings = DriftSettings(interval=0, seed=seed)
@@ -39,27 +41,25 @@ def stream(seed: int, requests: int, blind: bool) -> Counter[str]:
     alarms: Counter[str] = Counter()
     for number in range(requests):
         parameters = [asked for share, asked in PLAN if number >= share * requests][-1]
-        exchange = answers.request(parameters, told=not blind)
+        exchange = answers.request(parameters, told=kind == "told")
         alarms.update(alarm.signal for alarm in version.observe(exchange, answers.embedding))
-    return alarms
+    return {"requests": requests, "alarms": dict(alarms)}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--streams", type=int, default=100)
+    add_options(arguments, streams=100)
     arguments.add_argument("--requests", type=int, default=20_000)
-    arguments.add_argument("--first", type=int, default=0, help="the first seed")
     arguments.add_argument("--blind", action="store_true", help="the watcher is not told the parameters")
     options = arguments.parse_args()
-    began, alarmed, signals = time.perf_counter(), 0, Counter()
-    for seed in range(options.first, options.first + options.streams):
-        alarms = stream(seed, options.requests, options.blind)
-        alarmed += bool(alarms)
-        signals += alarms
-        done = seed - options.first + 1
-        print(
-            f"{done} streams: {alarmed} with an alarm {dict(signals)}, {time.perf_counter() - began:.0f} s", flush=True
-        )
+    code = digest("serve/drift", "tests/campaigns/parameter_changes.py", "tests/support/sampled_answers.py")
+    finished, kind = FinishedStreams(options.finished, code), "blind" if options.blind else "told"
+    run_chosen(finished, [kind], partial(stream, requests=options.requests), options)
+    lines = finished.of(kind)
+    alarmed = sum(bool(line["alarms"]) for line in lines)
+    signals = sum((Counter(line["alarms"]) for line in lines), Counter())
+    most = interval(alarmed, len(lines))[1]
+    print(f"{alarmed} of {len(lines)} streams with an alarm {dict(signals)}: at most {most:.1%} (95 %)")
 
 
 if __name__ == "__main__":

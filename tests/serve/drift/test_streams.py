@@ -8,8 +8,6 @@ from serve.errors import LoradockError
 from tests.campaigns import drift_streams
 from tests.support.prompts import Unreachable
 
-ALLOWED = {"bursts of 300": {"sampling"}, "openings 454 - 555": {"opening"}}
-
 
 @pytest.fixture(autouse=True)
 def texts():
@@ -31,10 +29,10 @@ STREAMS = (
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_nothing_is_said_that_is_not_so(name):
-    alarmed, line = drift_streams.run(name, 1, 3000, seed=2, reference=400)
-    assert set(alarmed) <= ALLOWED.get(name, set()), line
+    outcome = drift_streams.stream(name, 2, requests=3000, reference=400)
+    assert not outcome["false"], outcome
     if name.startswith("openings"):
-        assert alarmed["opening"] == 1, "it is said as what it is"
+        assert "opening" in {signal for _, signal in outcome["alarms"]}, "it is said as what it is"
 
 
 def test_another_language_behind_a_new_system_prompt_is_seen_within_sixty_requests():
