@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class FinishedStreams:
         print(f"{len(tasks)} streams, {before} finished before", flush=True)
         spawned = multiprocessing.get_context("spawn")
         jobs = ((work, task, until) for task in left)
-        with spawned.Pool(processes, os.nice, (19,)) as pool, _pausing(pause_while):
+        with spawned.Pool(processes, _go_last) as pool, _pausing(pause_while):
             for number, line in enumerate(pool.imap_unordered(_one, jobs), 1):
                 if line is None:
                     continue
@@ -171,6 +171,14 @@ def _pausing(pause_while: Path | None) -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
+
+
+def _go_last() -> None:
+    """The lowest priority. Linux groups processes by session, and a niceness counts within the group only."""
+    os.setsid()
+    os.nice(19)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text("19")
 
 
 def _one(job: tuple[Work, Task, float]) -> dict[str, Any] | None:
