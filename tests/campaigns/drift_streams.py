@@ -13,7 +13,7 @@ users     the same of 300 users, who are as unequal and have favourites of their
 sessions  six questions on one topic by one user, one session after the other or five at a time
 bursts    300 near-duplicates in a row, with other numbers and nobody's, three times in the stream
 openings  the system prompt changes from 454 to 555 tokens and back, three times, and the questions stay
-tenants   four system prompts at once, of 55, 25, 10 and 5 % of the requests, and none
+tenants   four system prompts at once, of 55, 25, 10 and 5 % of the requests, and none; or one, of half of the requests
 
 `--changes` counts the requests until a new system prompt together with another language, or another topic, is a drift
 of prompts. `--cost` shows the CPU time of the prompt's side of a request.
@@ -189,11 +189,10 @@ def openings(rng: np.random.Generator, *, requests: int) -> Iterator[Request]:
         at += 1
 
 
-def tenants(rng: np.random.Generator) -> Iterator[Request]:
-    texts, each = questions("general"), [system(rng, length) for length in (300, 120, 700, 450)]
+def tenants(rng: np.random.Generator, *, lengths: Sequence[int], shares: Sequence[float]) -> Iterator[Request]:
+    texts, each = questions("general"), [system(rng, length) if length else [] for length in lengths]
     while True:
-        tenant = rng.choice(5, p=(0.55, 0.25, 0.1, 0.05, 0.05))
-        opening = each[tenant] if tenant < 4 else []
+        opening = each[rng.choice(len(each), p=shares)]
         yield chat(texts[rng.integers(len(texts))], opening), None
 
 
@@ -209,7 +208,10 @@ def streams(requests: int) -> dict[str, Callable[[np.random.Generator], Iterator
         made[f"sessions of six, {at_a_time} at a time"] = lambda rng, n=at_a_time: sessions(rng, at_a_time=n)
     made["bursts of 300"] = lambda rng: bursts(rng, requests=requests)
     made["openings 454 - 555"] = lambda rng: openings(rng, requests=requests)
-    made["tenants, five openings"] = tenants
+    made["tenants, five openings"] = lambda rng: tenants(
+        rng, lengths=(300, 120, 700, 450, 0), shares=(0.55, 0.25, 0.1, 0.05, 0.05)
+    )
+    made["tenants, half without an opening"] = lambda rng: tenants(rng, lengths=(300, 0), shares=(0.5, 0.5))
     return made
 
 

@@ -19,6 +19,16 @@ def test_a_share_that_stays_raises_nothing():
         assert feed(ShareWatch(needed=512, window=512, fall=1 / 3), share, 20_000).alarms == 0
 
 
+@pytest.mark.parametrize(("reference", "alarms"), [(100, 0), (10_000, 1)])
+def test_how_many_requests_said_what_is_usual_counts(reference, alarms):
+    """60 of 100 may be an accident where half of the requests carry an opening, and 10 of 48 another one."""
+    watch = ShareWatch(needed=reference, window=OPENING_WINDOW, fall=0.5)
+    for outcomes, hits in ((reference, 0.6 * reference), (OPENING_WINDOW, 10)):
+        for i in range(outcomes):
+            watch.update(i < hits, float(i))
+    assert watch.alarms == alarms
+
+
 def test_a_share_that_collapses_is_an_alarm_until_it_is_acknowledged():
     watch = feed(ShareWatch(needed=512, window=512, fall=1 / 3), 0.9, 2000)
     assert watch.before == pytest.approx(0.9, abs=0.05) and watch.alarmed_at is None
