@@ -20,7 +20,7 @@ few requests after it have come.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -91,6 +91,8 @@ class Thinning(Generic[Item]):
                 f"window {window}, interval {interval}, warm_up {warm_up}, ahead {ahead}: 1, 0, 0, 0 at least"
             )
         self.counts = dict.fromkeys(COUNTS, 0)
+        # Why the last requests were left out, those that the share of the accepted is about.
+        self._lately: deque[str] = deque(maxlen=SAMPLING_WINDOW)
         self.acceptance = ShareWatch(needed=SAMPLING_WINDOW, window=SAMPLING_WINDOW, fall=SAMPLING_FALL)
         self.opening = OpeningWatch()
         self._interval, self._window, self._warm_up = interval, window, warm_up
@@ -127,6 +129,7 @@ class Thinning(Generic[Item]):
             self._steady = self._is_steady(request.now)
             reason = WARMING_UP if reason == ACCEPTED else reason
         else:
+            self._lately.append(reason)
             self.acceptance.update(reason == ACCEPTED, request.now)
         self.counts[reason] += 1
         if reason != ACCEPTED:
@@ -175,6 +178,12 @@ class Thinning(Generic[Item]):
             return False
         few = self.counts[CROWDED] <= RETURNING * self._raw
         return few or now - self._began >= self._interval or self._raw >= MOST_BETWEEN
+
+    @property
+    def left_out(self) -> str:
+        """Why most of the requests that were left out lately were; empty before any (after a restart too)."""
+        reasons = Counter(reason for reason in self._lately if reason != ACCEPTED)
+        return reasons.most_common(1)[0][0] if reasons else ""
 
     def acknowledge(self) -> None:
         """The alarms about the sampling itself have been dealt with."""

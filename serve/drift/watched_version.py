@@ -36,7 +36,7 @@ from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_rati
 from serve.drift.request_text import TAIL, RequestText
 from serve.drift.share_watch import ShareWatch
 from serve.drift.signal import Signal
-from serve.drift.thinning import WINDOW, Shuffle, Taken, Thinning
+from serve.drift.thinning import CROWDED, NEAR, REPEATED, WINDOW, Shuffle, Taken, Thinning
 from serve.drift.token_runs import own_tokens, skipped
 from serve.drift.traffic_profile import Prompt, TrafficProfile
 from serve.drift.word_counts import hashed
@@ -47,6 +47,13 @@ from serve.names import tenant_of
 PROBE = "probe"
 # What is said of the sampling itself: much less is accepted than before, and prompts open otherwise than before.
 SAMPLING, OPENING = SHARES = ("sampling", "opening")
+# What most requests do when `sampling` alarms, by why they are left out.
+LEFT_OUT = {
+    REPEATED: "repeat earlier prompts",
+    NEAR: "are nearly the same as earlier ones",
+    CROWDED: "come from askers who asked a moment ago",
+    "": "are left out",
+}
 # Signals and alarms of the answers' side; every other one is about what is asked.
 ANSWERS = frozenset({OUTPUT, LOGPROB, PROBE})
 # Requests that may be exported, those of them that a report quotes, and characters of an answer and of a prompt.
@@ -289,7 +296,7 @@ class WatchedVersion:
                 effects = {"share": share.share or 0.0, "share_before": share.before or 0.0}
                 shares = f"{effects['share']:.0%} now, {effects['share_before']:.0%} before"
                 text = {
-                    SAMPLING: f"most requests repeat one another and are not compared: {shares} are accepted",
+                    SAMPLING: f"most requests {LEFT_OUT[self.thinning.left_out]}: {shares} are compared",
                     OPENING: f"the opening that prompts share changed: {shares} carry the one from before",
                 }[kind]
                 since = iso(share.alarmed_at)

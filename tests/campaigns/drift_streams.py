@@ -5,11 +5,14 @@
 
 With `--finished` it goes on where it was stopped (`tests.campaigns.finished_streams`).
 
-Every request goes through `DriftMonitor.observe`, behind a chat template, with a second between two of them. The kinds:
+Every request goes through `DriftMonitor.observe`, behind a chat template, with a second between two of them where
+nothing else is said. The kinds:
 
 uniform   independent draws of all questions, for comparison
 popular   independent draws of 3,000 questions by Zipf's law, where the longest, the shortest or any are asked most
 users     the same of 300 users, who are as unequal and have favourites of their own
+days      30 users, who begin at night: 20 seconds between two requests, one in the morning, and so on
+topics    a fifth to three fifths of the questions are medical, on a daily wave once over the reference or by an AR(1)
 sessions  six questions on one topic by one user, one session after the other or five at a time
 bursts    300 near-duplicates in a row, with other numbers and nobody's, three times in the stream
 openings  the system prompt changes from 454 to 555 tokens and back, three times, and the questions stay
@@ -24,6 +27,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import math
 import tempfile
 import time
 from collections import Counter
@@ -58,7 +62,8 @@ FORMS = (
 MODULES = ("argparse", "decimal", "difflib", "doctest", "enum", "heapq", "inspect", "pickle", "random", "statistics")
 MODULES += ("string", "subprocess", "textwrap", "threading", "typing", "unittest", "zipfile", "logging", "datetime")
 
-Request = tuple[list[int], bytes | None]
+# Tokens, who asks, and seconds since the request before, 1 by default.
+Request = tuple[list[int], bytes | None] | tuple[list[int], bytes | None, float]
 
 
 @cache
@@ -149,6 +154,22 @@ def users(rng: np.random.Generator, *, exponent: float, count: int = 300) -> Ite
         yield chat(texts[rng.choice(favourites[user])]), b"user %d" % user
 
 
+def days(rng: np.random.Generator, *, day: int = 4000) -> Iterator[Request]:
+    for at, (prompt, user, *_) in enumerate(users(rng, exponent=1.0, count=30)):
+        yield prompt, user, 20 ** (0.5 + 0.5 * math.cos(2 * math.pi * at / day))
+
+
+def topics(rng: np.random.Generator, *, wave: bool, day: int = 1000) -> Iterator[Request]:
+    """The share of the medical ones is a sine, or what a normal AR(1) says."""
+    both, at, state, phase = (questions("general"), questions("medical")), 0, 0.0, rng.random()
+    while True:
+        state = 0.5 * state + math.sqrt(0.75) * rng.standard_normal()
+        share = 0.4 + 0.2 * math.sin(2 * math.pi * (at / day + phase)) if wave else 1 / (1 + math.exp(0.4 - state))
+        texts = both[int(rng.random() < share)]
+        yield chat(texts[rng.integers(len(texts))]), None
+        at += 1
+
+
 def sessions(rng: np.random.Generator, *, at_a_time: int, length: int = 6) -> Iterator[Request]:
     texts, rows = questions("general"), vectors("general")
     running: list[tuple[bytes, list[int]]] = []
@@ -204,6 +225,9 @@ def streams(requests: int) -> dict[str, Callable[[np.random.Generator], Iterator
             made[name] = lambda rng, s=exponent, order=order: popular(rng, exponent=s, order=order)
     made["popular, Zipf 1.0, each an asker"] = lambda rng: popular(rng, exponent=1.0, order="longest", named=True)
     made["users, Zipf 1.0"] = lambda rng: users(rng, exponent=1.0)
+    made["days of 30 users"] = days
+    made["topics on a daily wave"] = lambda rng: topics(rng, wave=True)
+    made["topics of an AR(1) 0.5"] = lambda rng: topics(rng, wave=False)
     for at_a_time in (1, 5):
         made[f"sessions of six, {at_a_time} at a time"] = lambda rng, n=at_a_time: sessions(rng, at_a_time=n)
     made["bursts of 300"] = lambda rng: bursts(rng, requests=requests)
@@ -223,6 +247,7 @@ class Watching:
     reference: int = 1000
     alarms: list[tuple[int, str]] = field(default_factory=list)
     sent: int = 0
+    now: float = 0.0
     monitor: DriftMonitor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -237,7 +262,8 @@ class Watching:
 
     def send(self, request: Request) -> None:
         self.sent += 1
-        prompt, asker = request
+        prompt, asker, *since = request
+        self.now += since[0] if since else 1.0
         generation = Generation(prompt, [1, 2], "stop")
         self.monitor.observe(
             Exchange(
@@ -248,7 +274,7 @@ class Watching:
                 0.2,
                 id="tone@1",
                 asker=asker,
-                began=float(self.sent),
+                began=self.now,
                 generations=(generation,),
             )
         )
@@ -258,7 +284,7 @@ class Watching:
 
 
 # Alarms that say what such a stream does.
-SAID = {"bursts of 300": {"sampling"}, "openings 454 - 555": {"opening"}}
+SAID = {"bursts of 300": {"sampling"}, "openings 454 - 555": {"opening"}, "days of 30 users": {"sampling"}}
 
 
 def stream(name: str, seed: int, *, requests: int = 20_000, reference: int = 1000) -> dict[str, Any]:

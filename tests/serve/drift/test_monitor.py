@@ -244,13 +244,14 @@ def version_of(monitor):
     return monitor.report("tone")[0], watched
 
 
-def sent(monitor, count, *, system=(), topic=(0, 4000), number=itertools.count()):
+def sent(monitor, count, *, system=(), topic=(0, 4000), asker=None, number=itertools.count()):
     """Prompts of one topic behind a system prompt, through the monitor."""
     for _ in range(count):
         prompt = [*system, *WORDS.integers(*topic, WORDS.integers(8, 30)).tolist()]
         generation = Generation(prompt, [1, 2], "stop")
         began = float(next(number))
-        monitor.observe(Exchange("tone", "v1", 200, 0.1, 0.2, id="tone@1", began=began, generations=(generation,)))
+        known = {"id": "tone@1", "asker": asker, "began": began}
+        monitor.observe(Exchange("tone", "v1", 200, 0.1, 0.2, generations=(generation,), **known))
 
 
 def monitored(folder, alarms):
@@ -293,11 +294,21 @@ def test_traffic_that_is_all_left_out_is_an_alarm_and_not_silence(tmp_path):
     sent(monitor, 1200)
     sent(monitor, 600, topic=(7, 8))
     assert [alarm.signal for alarm in alarms] == ["sampling"]
+    assert "most requests repeat earlier prompts: " in alarms[0].moved["text"]
     report, _ = version_of(monitor)
     assert (
         report["sampling"]["share"] < 0.4
         and report["thinning"]["near_duplicate"] + report["thinning"]["repeated"] > 500
     )
+
+
+def test_where_one_asker_sends_nearly_all_the_alarm_says_so(tmp_path):
+    alarms = []
+    monitor = monitored(tmp_path, alarms)
+    sent(monitor, 1200)
+    sent(monitor, 600, asker=b"an application")
+    assert [alarm.signal for alarm in alarms] == ["sampling"]
+    assert "most requests come from askers who asked a moment ago: " in alarms[0].moved["text"]
 
 
 def test_what_thinning_remembers_outlives_a_restart_and_goes_to_the_next_version(tmp_path):
