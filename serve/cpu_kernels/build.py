@@ -18,8 +18,8 @@ from serve.files import fsync, rename
 log = logging.getLogger("loradock")
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / "kernels.cpp", FOLDER / "step.cpp"]
-HEADER = FOLDER / "kernels.h"
+SOURCES = [FOLDER / name for name in ("kernels.cpp", "step.cpp", "packing.cpp")]
+HEADERS = [FOLDER / name for name in ("kernels.h", "matrix.h", "products.h")]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -109,7 +109,7 @@ def _digest(torch_version: str) -> str:
         cpuinfo = []
     flags = next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "")
     facts = [
-        *(source.read_text() for source in (*SOURCES, HEADER)),
+        *(source.read_text() for source in (*SOURCES, *HEADERS)),
         " ".join(FLAGS),
         torch_version,
         platform.machine(),

@@ -1,40 +1,21 @@
 // A whole step of a dense decoder in one call: embedding, every layer with its adapters, attention over vLLM's paged cache.
 //
-// Weights are packed once into blocks of 32 outputs, as the processor's dot products want them: bfloat16 pairs, or four
-// int8 with 128 added. One parallel region spans the step. Its phases are shared out piece by piece, and end with their last
-// piece and not with their last thread: on a small machine something else may have a thread's core for a while.
+// Weights are packed (`matrix.h`). One parallel region spans the step. Its phases are shared out piece by piece, and end
+// with their last piece and not with their last thread: on a small machine something else may have a thread's core for a while.
 // The residual stays in float32; what vLLM rounds to bfloat16 before a product or into the cache is rounded here too.
 
-#include "kernels.h"
+#include "products.h"
 
-#if defined(FAST_BF16) && defined(__AVX512VNNI__)
+#ifdef STEP
 
 #include <atomic>
-#include <cmath>
-#include <new>
 #include <sched.h>
 
 using namespace loradock;
 
 namespace {
 
-constexpr int WIDTH = 32;     // outputs of a block
-constexpr int TILE = 12;      // tokens that are multiplied with a block together
-constexpr int GROUP_TILE = 6; // the same, where every group of inputs has a scale
-constexpr int ROWS = 192;     // tokens whose inputs stay in the cache while all blocks pass
 constexpr int ALONE = 2;      // up to so many tokens, each thread does small things for itself: cheaper than to meet
-
-template <class T>
-struct Buffer {  // aligned to a cache line, not initialized
-  T* data = nullptr;
-  size_t size = 0;
-  void need(size_t n) {
-    if (n <= size) return;
-    if (data) ::operator delete[](data, std::align_val_t(64));
-    data = static_cast<T*>(::operator new[](n * sizeof(T), std::align_val_t(64)));
-    size = n;
-  }
-};
 
 // One phase of a step: which of its pieces are taken, in each thread's own part of them, and how many are done.
 struct Phase {
@@ -57,16 +38,6 @@ class Phases {
  private:
   Buffer<char> place_;
   size_t size_ = 0;
-};
-
-enum Kind { BF16 = 0, CHANNEL8 = 1, GROUP8 = 2 };
-
-struct Matrix {
-  int n, k, blocks, kind, group;  // group: inputs that share a scale
-  Buffer<uint8_t> data;
-  Buffer<float> scale;  // [blocks][k / group][32]
-  Buffer<float> bias;   // [blocks][32], or nothing
-  size_t block_bytes() const { return kind == BF16 ? size_t(k) * WIDTH * 2 : size_t(k) * WIDTH; }
 };
 
 struct Block {
@@ -92,251 +63,7 @@ struct Decoder {
   Buffer<int32_t> q_sum, request;
 };
 
-std::vector<std::unique_ptr<Matrix>> matrices;
 std::vector<std::unique_ptr<Decoder>> decoders;
-
-inline __m512 wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
-inline __m512 wide(const bf16* at) { return wide(_mm256_loadu_si256((const __m256i*)at)); }
-inline __m256i narrow(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-inline __m512 rounded(__m512 v) { return wide(narrow(v)); }
-inline void store(bf16* at, __m512 v) { _mm256_storeu_si256((__m256i*)at, narrow(v)); }
-
-// sum + w x of four int8 each, w without a sign. Around the compiler's own function GCC copies every sum to another register
-// and runs out of them: it took more time than bfloat16.
-inline __m512i dot8(__m512i sum, __m512i w, __m512i x) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-  return sum;
-}
-
-// ---- products ------------------------------------------------------------------------------------------------------
-
-struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale for each row (and group)
-  const bf16* x;
-  int64_t stride;
-  const int8_t* q;
-  const float* scale;    // [rows][groups]
-  const int32_t* sum;    // 128 times the sum of the row's (and group's) int8
-};
-
-// The weights of the next block, on their way into the cache while this one is multiplied: memory is read all the time,
-// and not only while a block is new. Each of a block's tiles fetches its part of them, `step` bytes of every 128.
-struct Ahead {
-  const uint8_t* at;  // null: the reading costs too little of the time to matter
-  int step;
-  inline void fetch(int p) const {
-    if (!at) return;
-    _mm_prefetch((const char*)at + size_t(p) * step, _MM_HINT_T1);
-    if (step > 64) _mm_prefetch((const char*)at + size_t(p) * step + 64, _MM_HINT_T1);
-  }
-};
-
-// sums[i] = the 32 outputs of row i
-template <int M>
-void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
-  const uint8_t* w = m.data.data + block * m.block_bytes();
-  __m512 a[M], b[M], a2, b2;
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_setzero_ps();
-  a2 = b2 = _mm512_setzero_ps();
-  const bf16* x = in.x + int64_t(row) * in.stride;
-  const int pairs = m.k / 2;
-  int p = 0;
-  if constexpr (M == 1) {
-    for (; p + 2 <= pairs; p += 2, w += 256) {
-      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2176, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2240, _MM_HINT_T0);
-      int u, v;
-      std::memcpy(&u, x + 2 * p, 4);
-      std::memcpy(&v, x + 2 * p + 2, 4);
-      const __m512bh xu = bits(_mm512_set1_epi32(u)), xv = bits(_mm512_set1_epi32(v));
-      a[0] = _mm512_dpbf16_ps(a[0], bits(_mm512_load_si512(w)), xu);
-      b[0] = _mm512_dpbf16_ps(b[0], bits(_mm512_load_si512(w + 64)), xu);
-      a2 = _mm512_dpbf16_ps(a2, bits(_mm512_load_si512(w + 128)), xv);
-      b2 = _mm512_dpbf16_ps(b2, bits(_mm512_load_si512(w + 192)), xv);
-    }
-    a[0] = _mm512_add_ps(a[0], a2);
-    b[0] = _mm512_add_ps(b[0], b2);
-  }
-  for (; p < pairs; p++, w += 128) {
-    if constexpr (M <= 4) {
-      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-    } else {
-      ahead.fetch(p);
-    }
-    const __m512bh wa = bits(_mm512_load_si512(w)), wb = bits(_mm512_load_si512(w + 64));
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++) {
-      int u;
-      std::memcpy(&u, x + i * in.stride + 2 * p, 4);
-      const __m512bh xu = bits(_mm512_set1_epi32(u));
-      a[i] = _mm512_dpbf16_ps(a[i], wa, xu);
-      b[i] = _mm512_dpbf16_ps(b[i], wb, xu);
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) {
-    _mm512_store_ps(sums + i * WIDTH, a[i]);
-    _mm512_store_ps(sums + i * WIDTH + 16, b[i]);
-  }
-}
-
-template <int M>
-void tile_channel8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
-  const uint8_t* w = m.data.data + block * m.block_bytes();
-  __m512i a[M], b[M];
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[row + i]);
-  const int8_t* q = in.q + int64_t(row) * m.k;
-  const int fours = m.k / 4;
-  int p = 0;
-  if constexpr (M == 1) {
-    __m512i a2 = _mm512_setzero_si512(), b2 = a2;
-    for (; p + 2 <= fours; p += 2, w += 256) {
-      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2176, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2240, _MM_HINT_T0);
-      int u, v;
-      std::memcpy(&u, q + 4 * p, 4);
-      std::memcpy(&v, q + 4 * p + 4, 4);
-      const __m512i xu = _mm512_set1_epi32(u), xv = _mm512_set1_epi32(v);
-      a[0] = dot8(a[0], _mm512_load_si512(w), xu);
-      b[0] = dot8(b[0], _mm512_load_si512(w + 64), xu);
-      a2 = dot8(a2, _mm512_load_si512(w + 128), xv);
-      b2 = dot8(b2, _mm512_load_si512(w + 192), xv);
-    }
-    a[0] = _mm512_add_epi32(a[0], a2);
-    b[0] = _mm512_add_epi32(b[0], b2);
-  }
-  for (; p < fours; p++, w += 128) {
-    if constexpr (M <= 4) {
-      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-    } else {
-      ahead.fetch(p);
-    }
-    const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++) {
-      int u;
-      std::memcpy(&u, q + int64_t(i) * m.k + 4 * p, 4);
-      const __m512i xu = _mm512_set1_epi32(u);
-      a[i] = dot8(a[i], wa, xu);
-      b[i] = dot8(b[i], wb, xu);
-    }
-  }
-  const __m512 sa = _mm512_load_ps(m.scale.data + block * WIDTH), sb = _mm512_load_ps(m.scale.data + block * WIDTH + 16);
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) {
-    const __m512 s = _mm512_set1_ps(in.scale[row + i]);
-    _mm512_store_ps(sums + i * WIDTH, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(a[i]), s), sa));
-    _mm512_store_ps(sums + i * WIDTH + 16, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(b[i]), s), sb));
-  }
-}
-
-template <int M>
-void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
-  const uint8_t* w = m.data.data + block * m.block_bytes();
-  const int groups = m.k / m.group, fours = m.group / 4;
-  const float* scale = m.scale.data + size_t(block) * groups * WIDTH;
-  __m512 fa[M], fb[M];
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) fa[i] = fb[i] = _mm512_setzero_ps();
-  const int8_t* q = in.q + int64_t(row) * m.k;
-  for (int g = 0; g < groups; g++, q += m.group, scale += WIDTH) {
-    __m512i a[M], b[M];
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[int64_t(row + i) * groups + g]);
-    for (int p = 0; p < fours; p++, w += 128) {
-      if constexpr (M <= 4) {
-        _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-        _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-      } else {
-        ahead.fetch(g * fours + p);
-      }
-      const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
-#pragma GCC unroll 12
-      for (int i = 0; i < M; i++) {
-        int u;
-        std::memcpy(&u, q + int64_t(i) * m.k + 4 * p, 4);
-        const __m512i xu = _mm512_set1_epi32(u);
-        a[i] = dot8(a[i], wa, xu);
-        b[i] = dot8(b[i], wb, xu);
-      }
-    }
-    const __m512 sa = _mm512_load_ps(scale), sb = _mm512_load_ps(scale + 16);
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++) {
-      const __m512 s = _mm512_set1_ps(in.scale[int64_t(row + i) * groups + g]);
-      fa[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[i]), _mm512_mul_ps(s, sa), fa[i]);
-      fb[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b[i]), _mm512_mul_ps(s, sb), fb[i]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) {
-    _mm512_store_ps(sums + i * WIDTH, fa[i]);
-    _mm512_store_ps(sums + i * WIDTH + 16, fb[i]);
-  }
-}
-
-typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*);
-const Tile BF16_TILES[] = {nullptr,       tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,  tile_bf16<5>, tile_bf16<6>,
-                           tile_bf16<7>, tile_bf16<8>, tile_bf16<9>, tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
-const Tile CHANNEL_TILES[] = {nullptr,           tile_channel8<1>, tile_channel8<2>,  tile_channel8<3>,  tile_channel8<4>,
-                              tile_channel8<5>, tile_channel8<6>, tile_channel8<7>,  tile_channel8<8>,  tile_channel8<9>,
-                              tile_channel8<10>, tile_channel8<11>, tile_channel8<12>};
-const Tile GROUP_TILES[] = {nullptr,         tile_group8<1>, tile_group8<2>, tile_group8<3>,
-                            tile_group8<4>, tile_group8<5>, tile_group8<6>};
-
-// out(row, block, sums) for every row and for the blocks of [first, last); fetch(row, block) beforehand, where rows are few.
-template <class Out, class Fetch>
-void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out, Fetch&& fetch) {
-  const Tile* tiles = m.kind == BF16 ? BF16_TILES : m.kind == CHANNEL8 ? CHANNEL_TILES : GROUP_TILES;
-  const int most = m.kind == GROUP8 ? GROUP_TILE : TILE;
-  alignas(64) float sums[TILE * WIDTH];
-  for (int top = 0; top < rows; top += ROWS) {
-    const int bottom = std::min(rows, top + ROWS), parts = (bottom - top + most - 1) / most;
-    for (int b = first; b < last; b++) {
-      if (rows <= TILE * 4)
-        for (int i = top; i < bottom; i++) fetch(i, b);
-      const float* bias = m.bias.data ? m.bias.data + b * WIDTH : nullptr;
-      for (int part = 0; part < parts; part++) {  // of as equal a size as they can be
-        const int from = top + (bottom - top) * part / parts, to = top + (bottom - top) * (part + 1) / parts;
-        // Of this tile's part: where it begins, and how much of it for 128 bytes of this block.
-        const size_t bytes = m.block_bytes();
-        const Ahead ahead{parts <= 8 ? m.data.data + (b + 1) * bytes + bytes * part / parts : nullptr, 128 / parts};
-        tiles[to - from](m, b, in, from, ahead, sums);
-        for (int i = from; i < to; i++) {
-          float* s = sums + (i - from) * WIDTH;
-          if (bias)
-            for (int j = 0; j < WIDTH; j++) s[j] += bias[j];
-          out(i, b, s);
-        }
-      }
-    }
-  }
-}
-
-// int8 of x[0..k), each `group` of them with a scale of its own.
-void quantize(const bf16* x, int k, int group, int8_t* q, float* scale, int32_t* sum) {
-  for (int g = 0; g * group < k; g++, x += group, q += group) {
-    __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < group; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(wide(x + i)));
-    const float top = _mm512_reduce_max_ps(most);
-    const __m512 by = _mm512_set1_ps(top > 0 ? 127.f / top : 0.f);
-    __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < group; i += 16) {
-      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(wide(x + i), by));
-      total = _mm512_add_epi32(total, v);
-      _mm_storeu_si128((__m128i*)(q + i), _mm512_cvtsepi32_epi8(v));
-    }
-    scale[g] = top / 127.f;
-    sum[g] = 128 * _mm512_reduce_add_epi32(total);
-  }
-}
 
 void normalize(const float* x, const bf16* weight, int n, float eps, bf16* out) {
   __m512 squares = _mm512_setzero_ps();
@@ -845,50 +572,6 @@ void together(int threads, F&& work) {
 extern "C" {
 
 int loradock_step_available() { return 1; }
-
-// Rows of W [n, k], as bfloat16 (kind 0), as int8 with a scale for each row (1), or bfloat16 to be made int8 with a scale
-// for each group of inputs (2). `paired`: the first half of the rows is the gate of the second half. -1: it can't be.
-int loradock_matrix(const void* from, int n, int k, int kind, int group, const float* scale, const bf16* bias, int paired) {
-  if (k % 16 || n % 16 || (kind == GROUP8 && (group % 16 || k % group)) || (paired && n % 32)) return -1;
-  std::unique_ptr<Matrix> m(new Matrix{n, k, (n + WIDTH - 1) / WIDTH, kind, kind == GROUP8 ? group : k, {}, {}, {}});
-  const int groups = k / m->group;
-  m->data.need(m->block_bytes() * m->blocks + 4096);  // what is fetched ahead of the end
-  if (kind != BF16) m->scale.need(size_t(m->blocks) * groups * WIDTH);
-  if (bias) m->bias.need(size_t(m->blocks) * WIDTH);
-#pragma omp parallel for schedule(static)
-  for (int b = 0; b < m->blocks; b++) {
-    uint8_t* to = m->data.data + b * m->block_bytes();
-    for (int j = 0; j < WIDTH; j++) {
-      const int o = paired ? (j < 16 ? b * 16 + j : n / 2 + b * 16 + j - 16) : b * WIDTH + j;
-      const bool there = o < n;
-      if (bias) m->bias.data[b * WIDTH + j] = there ? to_float(bias[o]) : 0;
-      if (kind == BF16) {
-        const bf16* row = static_cast<const bf16*>(from) + size_t(o) * k;
-        bf16* at = reinterpret_cast<bf16*>(to);
-        for (int i = 0; i < k; i++) at[(size_t(i / 2) * WIDTH + j) * 2 + i % 2] = there ? row[i] : bf16{0};
-        continue;
-      }
-      auto put8 = [&](int i, int v) { to[(size_t(i / 4) * WIDTH + j) * 4 + i % 4] = uint8_t(v + 128); };
-      if (kind == CHANNEL8) {
-        const int8_t* row = static_cast<const int8_t*>(from) + size_t(o) * k;
-        for (int i = 0; i < k; i++) put8(i, there ? row[i] : 0);
-        m->scale.data[b * WIDTH + j] = there ? scale[o] : 0;
-        continue;
-      }
-      const bf16* row = static_cast<const bf16*>(from) + size_t(o) * k;
-      for (int g = 0; g < groups; g++) {
-        float top = 0;
-        for (int i = g * group; there && i < (g + 1) * group; i++) top = std::max(top, std::fabs(to_float(row[i])));
-        const float by = top > 0 ? 127.f / top : 0.f;
-        for (int i = g * group; i < (g + 1) * group; i++)
-          put8(i, there ? int(std::nearbyint(to_float(row[i]) * by)) : 0);
-        m->scale.data[(size_t(b) * groups + g) * WIDTH + j] = top / 127.f;
-      }
-    }
-  }
-  matrices.push_back(std::move(m));
-  return int(matrices.size()) - 1;
-}
 
 void loradock_decoder_head(int number, int matrix, int vocabulary) {
   decoders[number]->top = matrix, decoders[number]->vocabulary = vocabulary;

@@ -1,0 +1,251 @@
+// Products of rows with packed matrices, one tile of up to 12 rows and 32 outputs at a time.
+#pragma once
+
+#include "matrix.h"
+
+#ifdef STEP
+
+namespace loradock {
+
+constexpr int TILE = 12;       // tokens that are multiplied with a block together
+constexpr int GROUP_TILE = 6;  // the same, where every group of inputs has a scale
+constexpr int ROWS = 192;      // tokens whose inputs stay in the cache while all blocks pass
+
+// sum + w x of four int8 each, w without a sign. Around the compiler's own function GCC copies every sum to another register
+// and runs out of them: it took more time than bfloat16.
+inline __m512i dot8(__m512i sum, __m512i w, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+  return sum;
+}
+
+struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale for each row (and group)
+  const bf16* x;
+  int64_t stride;
+  const int8_t* q;
+  const float* scale;    // [rows][groups]
+  const int32_t* sum;    // 128 times the sum of the row's (and group's) int8
+};
+
+// The weights of the next block, on their way into the cache while this one is multiplied: memory is read all the time,
+// and not only while a block is new. Each of a block's tiles fetches its part of them, `step` bytes of every 128.
+struct Ahead {
+  const uint8_t* at;  // null: the reading costs too little of the time to matter
+  int step;
+  inline void fetch(int p) const {
+    if (!at) return;
+    _mm_prefetch((const char*)at + size_t(p) * step, _MM_HINT_T1);
+    if (step > 64) _mm_prefetch((const char*)at + size_t(p) * step + 64, _MM_HINT_T1);
+  }
+};
+
+// sums[i] = the 32 outputs of row i
+template <int M>
+void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
+  const uint8_t* w = m.data.data + block * m.block_bytes();
+  __m512 a[M], b[M], a2, b2;
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_setzero_ps();
+  a2 = b2 = _mm512_setzero_ps();
+  const bf16* x = in.x + int64_t(row) * in.stride;
+  const int pairs = m.k / 2;
+  int p = 0;
+  if constexpr (M == 1) {
+    for (; p + 2 <= pairs; p += 2, w += 256) {
+      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2176, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2240, _MM_HINT_T0);
+      int u, v;
+      std::memcpy(&u, x + 2 * p, 4);
+      std::memcpy(&v, x + 2 * p + 2, 4);
+      const __m512bh xu = bits(_mm512_set1_epi32(u)), xv = bits(_mm512_set1_epi32(v));
+      a[0] = _mm512_dpbf16_ps(a[0], bits(_mm512_load_si512(w)), xu);
+      b[0] = _mm512_dpbf16_ps(b[0], bits(_mm512_load_si512(w + 64)), xu);
+      a2 = _mm512_dpbf16_ps(a2, bits(_mm512_load_si512(w + 128)), xv);
+      b2 = _mm512_dpbf16_ps(b2, bits(_mm512_load_si512(w + 192)), xv);
+    }
+    a[0] = _mm512_add_ps(a[0], a2);
+    b[0] = _mm512_add_ps(b[0], b2);
+  }
+  for (; p < pairs; p++, w += 128) {
+    if constexpr (M <= 4) {
+      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+    } else {
+      ahead.fetch(p);
+    }
+    const __m512bh wa = bits(_mm512_load_si512(w)), wb = bits(_mm512_load_si512(w + 64));
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) {
+      int u;
+      std::memcpy(&u, x + i * in.stride + 2 * p, 4);
+      const __m512bh xu = bits(_mm512_set1_epi32(u));
+      a[i] = _mm512_dpbf16_ps(a[i], wa, xu);
+      b[i] = _mm512_dpbf16_ps(b[i], wb, xu);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    _mm512_store_ps(sums + i * WIDTH, a[i]);
+    _mm512_store_ps(sums + i * WIDTH + 16, b[i]);
+  }
+}
+
+template <int M>
+void tile_channel8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
+  const uint8_t* w = m.data.data + block * m.block_bytes();
+  __m512i a[M], b[M];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[row + i]);
+  const int8_t* q = in.q + int64_t(row) * m.k;
+  const int fours = m.k / 4;
+  int p = 0;
+  if constexpr (M == 1) {
+    __m512i a2 = _mm512_setzero_si512(), b2 = a2;
+    for (; p + 2 <= fours; p += 2, w += 256) {
+      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2176, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2240, _MM_HINT_T0);
+      int u, v;
+      std::memcpy(&u, q + 4 * p, 4);
+      std::memcpy(&v, q + 4 * p + 4, 4);
+      const __m512i xu = _mm512_set1_epi32(u), xv = _mm512_set1_epi32(v);
+      a[0] = dot8(a[0], _mm512_load_si512(w), xu);
+      b[0] = dot8(b[0], _mm512_load_si512(w + 64), xu);
+      a2 = dot8(a2, _mm512_load_si512(w + 128), xv);
+      b2 = dot8(b2, _mm512_load_si512(w + 192), xv);
+    }
+    a[0] = _mm512_add_epi32(a[0], a2);
+    b[0] = _mm512_add_epi32(b[0], b2);
+  }
+  for (; p < fours; p++, w += 128) {
+    if constexpr (M <= 4) {
+      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+    } else {
+      ahead.fetch(p);
+    }
+    const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) {
+      int u;
+      std::memcpy(&u, q + int64_t(i) * m.k + 4 * p, 4);
+      const __m512i xu = _mm512_set1_epi32(u);
+      a[i] = dot8(a[i], wa, xu);
+      b[i] = dot8(b[i], wb, xu);
+    }
+  }
+  const __m512 sa = _mm512_load_ps(m.scale.data + block * WIDTH), sb = _mm512_load_ps(m.scale.data + block * WIDTH + 16);
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    const __m512 s = _mm512_set1_ps(in.scale[row + i]);
+    _mm512_store_ps(sums + i * WIDTH, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(a[i]), s), sa));
+    _mm512_store_ps(sums + i * WIDTH + 16, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(b[i]), s), sb));
+  }
+}
+
+template <int M>
+void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
+  const uint8_t* w = m.data.data + block * m.block_bytes();
+  const int groups = m.k / m.group, fours = m.group / 4;
+  const float* scale = m.scale.data + size_t(block) * groups * WIDTH;
+  __m512 fa[M], fb[M];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) fa[i] = fb[i] = _mm512_setzero_ps();
+  const int8_t* q = in.q + int64_t(row) * m.k;
+  for (int g = 0; g < groups; g++, q += m.group, scale += WIDTH) {
+    __m512i a[M], b[M];
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[int64_t(row + i) * groups + g]);
+    for (int p = 0; p < fours; p++, w += 128) {
+      if constexpr (M <= 4) {
+        _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+        _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+      } else {
+        ahead.fetch(g * fours + p);
+      }
+      const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; i++) {
+        int u;
+        std::memcpy(&u, q + int64_t(i) * m.k + 4 * p, 4);
+        const __m512i xu = _mm512_set1_epi32(u);
+        a[i] = dot8(a[i], wa, xu);
+        b[i] = dot8(b[i], wb, xu);
+      }
+    }
+    const __m512 sa = _mm512_load_ps(scale), sb = _mm512_load_ps(scale + 16);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) {
+      const __m512 s = _mm512_set1_ps(in.scale[int64_t(row + i) * groups + g]);
+      fa[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[i]), _mm512_mul_ps(s, sa), fa[i]);
+      fb[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b[i]), _mm512_mul_ps(s, sb), fb[i]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    _mm512_store_ps(sums + i * WIDTH, fa[i]);
+    _mm512_store_ps(sums + i * WIDTH + 16, fb[i]);
+  }
+}
+
+typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*);
+const Tile BF16_TILES[] = {nullptr,       tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,  tile_bf16<5>, tile_bf16<6>,
+                           tile_bf16<7>, tile_bf16<8>, tile_bf16<9>, tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
+const Tile CHANNEL_TILES[] = {nullptr,           tile_channel8<1>, tile_channel8<2>,  tile_channel8<3>,  tile_channel8<4>,
+                              tile_channel8<5>, tile_channel8<6>, tile_channel8<7>,  tile_channel8<8>,  tile_channel8<9>,
+                              tile_channel8<10>, tile_channel8<11>, tile_channel8<12>};
+const Tile GROUP_TILES[] = {nullptr,         tile_group8<1>, tile_group8<2>, tile_group8<3>,
+                            tile_group8<4>, tile_group8<5>, tile_group8<6>};
+
+// out(row, block, sums) for every row and for the blocks of [first, last); fetch(row, block) beforehand, where rows are few.
+template <class Out, class Fetch>
+void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out, Fetch&& fetch) {
+  const Tile* tiles = m.kind == BF16 ? BF16_TILES : m.kind == CHANNEL8 ? CHANNEL_TILES : GROUP_TILES;
+  const int most = m.kind == GROUP8 ? GROUP_TILE : TILE;
+  alignas(64) float sums[TILE * WIDTH];
+  for (int top = 0; top < rows; top += ROWS) {
+    const int bottom = std::min(rows, top + ROWS), parts = (bottom - top + most - 1) / most;
+    for (int b = first; b < last; b++) {
+      if (rows <= TILE * 4)
+        for (int i = top; i < bottom; i++) fetch(i, b);
+      const float* bias = m.bias.data ? m.bias.data + b * WIDTH : nullptr;
+      for (int part = 0; part < parts; part++) {  // of as equal a size as they can be
+        const int from = top + (bottom - top) * part / parts, to = top + (bottom - top) * (part + 1) / parts;
+        // Of this tile's part: where it begins, and how much of it for 128 bytes of this block.
+        const size_t bytes = m.block_bytes();
+        const Ahead ahead{parts <= 8 ? m.data.data + (b + 1) * bytes + bytes * part / parts : nullptr, 128 / parts};
+        tiles[to - from](m, b, in, from, ahead, sums);
+        for (int i = from; i < to; i++) {
+          float* s = sums + (i - from) * WIDTH;
+          if (bias)
+            for (int j = 0; j < WIDTH; j++) s[j] += bias[j];
+          out(i, b, s);
+        }
+      }
+    }
+  }
+}
+
+// int8 of x[0..k), each `group` of them with a scale of its own.
+inline void quantize(const bf16* x, int k, int group, int8_t* q, float* scale, int32_t* sum) {
+  for (int g = 0; g * group < k; g++, x += group, q += group) {
+    __m512 most = _mm512_setzero_ps();
+    for (int i = 0; i < group; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(wide(x + i)));
+    const float top = _mm512_reduce_max_ps(most);
+    const __m512 by = _mm512_set1_ps(top > 0 ? 127.f / top : 0.f);
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < group; i += 16) {
+      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(wide(x + i), by));
+      total = _mm512_add_epi32(total, v);
+      _mm_storeu_si128((__m128i*)(q + i), _mm512_cvtsepi32_epi8(v));
+    }
+    scale[g] = top / 127.f;
+    sum[g] = 128 * _mm512_reduce_add_epi32(total);
+  }
+}
+
+}  // namespace loradock
+
+#endif
