@@ -97,13 +97,14 @@ def _restarted(engine: dict[str, Any], asked: bool, seconds: float) -> str:
 
 
 def _listed(answer: dict[str, Any]) -> str:
-    rows = [("NAME", "PHASE", "MODEL", "RUNNING", "WAITING", "ADAPTERS", "MEMORY", "RESTARTS", "UP")]
+    rows = [("NAME", "PHASE", "MODEL", "WEIGHTS", "RUNNING", "WAITING", "ADAPTERS", "MEMORY", "RESTARTS", "UP")]
     for engine in answer.get("data", []):
         rows.append(
             (
                 str(engine.get("name")),
                 str(engine.get("phase")) + (f" ({engine['reason']})" if engine.get("reason") else ""),
                 str(engine.get("model")),
+                str(engine.get("weights") or "-"),
                 str(engine.get("running")),
                 str(engine.get("waiting")),
                 f"{len(engine.get('resident', []))}/{engine.get('max_resident')}",

@@ -109,8 +109,10 @@ def _check_patterns(config: Config) -> None:
 def _check_combinations(config: Config) -> None:
     if not config.ray and (config.replicas > 1 or config.max_replicas > 1):
         raise ConfigError("replicas are Ray's to run: add --ray, or start one server for each machine yourself")
-    if config.cpu_weights == "int8" and config.lora_kernels != "auto":
-        raise ConfigError("cpu_weights=int8 goes with lora_kernels=auto alone: only its kernels read such weights")
+    if config.cpu_weights != "auto" and config.lora_kernels != "auto":
+        raise ConfigError(
+            f"cpu_weights={config.cpu_weights} goes with lora_kernels=auto alone: only its kernels read such weights"
+        )
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
         raise ConfigError("ssl_certfile and ssl_keyfile go together: give both or none")
 

@@ -84,8 +84,8 @@ class Config:
     lora_kernels: Literal["auto", "layers", "compile", "off"] = _setting(
         "auto", "on a CPU: auto, layers, compile (torch.compile too), or off for vLLM's own path"
     )
-    cpu_weights: Literal["auto", "int8"] = _setting(
-        "auto", "on a CPU: auto (as in the checkpoint), or int8 for bfloat16 ones: faster, rounded"
+    cpu_weights: Literal["auto", "int8", "int4"] = _setting(
+        "auto", "on a CPU: auto (as in the checkpoint), or int8 or int4 for bfloat16 ones: faster, rounded"
     )
     target_inter_token: FromZero = _setting(
         0.25, "on a CPU: seconds a step may take for prompts while answers wait for their next token (0: any)"

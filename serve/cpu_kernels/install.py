@@ -37,11 +37,11 @@ def install() -> None:
     if wanted == "compile":
         patches.apply(patches.COMPILE)
     if wanted == "auto":
-        int8 = os.environ.get(WEIGHTS) == "int8"
+        weights = os.environ.get(WEIGHTS, "auto")
         if step_available():
             patches.apply(patches.STEP)
-        elif int8:
-            log.warning("cpu_weights=int8 needs AVX-512 BF16, VNNI and a C++ compiler: weights stay as they are")
+        elif weights != "auto":
+            log.warning("cpu_weights=%s needs AVX-512 BF16, VNNI and a C++ compiler: weights stay as they are", weights)
 
 
 def with_an_adapter(

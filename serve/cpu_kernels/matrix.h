@@ -1,5 +1,7 @@
 // A matrix of weights as the processor's dot products want it: blocks of 32 outputs, packed once (`packing.cpp`) and read by
-// every product (`products.h`). bfloat16 lies in pairs of inputs; int8 in fours, with 128 added.
+// every product (`products.h`). bfloat16 lies in pairs of inputs; int8 in fours, with 128 added; 4 bits, with 8 added, in
+// eights: the lower halves of four bytes are the first four inputs. Before each group of them are its scales, bfloat16, and
+// eighths of its offsets where there are any.
 #pragma once
 
 #include "kernels.h"
@@ -26,14 +28,25 @@ struct Buffer {  // aligned to a cache line, not initialized
   }
 };
 
-enum Kind { BF16 = 0, CHANNEL8 = 1, GROUP8 = 2 };
+enum Kind { BF16 = 0, CHANNEL8 = 1, GROUP8 = 2, GROUP4 = 3 };
 
 struct Matrix {
-  int n, k, blocks, kind, group;  // group: inputs that share a scale
+  int n, k, blocks, kind, group;  // group: inputs that share a scale; the last may be fewer
+  bool paired;   // whether the first half of the outputs is the gate of the second: a block has 16 of it, and their 16
+  bool offsets;  // whether 4 bits count from an offset of each group, and not from 0
   Buffer<uint8_t> data;
-  Buffer<float> scale;  // [blocks][k / group][32]
+  Buffer<float> scale;  // of 8 bits: [blocks][groups][32]
   Buffer<float> bias;   // [blocks][32], or nothing
-  size_t block_bytes() const { return kind == BF16 ? size_t(k) * WIDTH * 2 : size_t(k) * WIDTH; }
+
+  // The output that is number j of block b; n or more where it only fills the last block.
+  int output(int b, int j) const { return paired ? (j < 16 ? 0 : n / 2 - 16) + b * 16 + j : b * WIDTH + j; }
+  int groups() const { return (k + group - 1) / group; }
+  // What is added to a weight so that it has no sign.
+  int zero() const { return kind == GROUP4 ? 8 : 128; }
+  size_t block_bytes() const {
+    if (kind == BF16) return size_t(k) * WIDTH * 2;
+    return kind == GROUP4 ? size_t(k) * WIDTH / 2 + size_t(groups()) * (offsets ? 128 : 64) : size_t(k) * WIDTH;
+  }
 };
 
 inline __m512 wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }

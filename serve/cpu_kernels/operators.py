@@ -1,4 +1,4 @@
-"""The two operators that a step calls, `loradock::lora_linear` and `loradock::lora_embedding`, and what they work on.
+"""The operators that vLLM's layers call: `lora_linear`, `lora_embedding`, `packed_linear`, and what they work on.
 
 The compiler sees them as opaque: what they do depends on the step's plan and on the slots' contents, which are looked
 up when they run. `kernels.cpp` implements them; where it cannot be compiled, the functions below do.
@@ -22,6 +22,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _operators = torch.library.Library("loradock", "DEF")
 _operators.define("lora_linear(Tensor(a!) y, Tensor x, int layer) -> ()")
 _operators.define("lora_embedding(Tensor(a!) y, Tensor x, int layer) -> ()")
+_operators.define("packed_linear(Tensor x, int matrix, int outputs) -> Tensor")
 
 
 @torch.library.register_fake("loradock::lora_linear")
@@ -32,6 +33,11 @@ def _lora_linear_fake(y: torch.Tensor, x: torch.Tensor, layer: int) -> None: ...
 def _lora_embedding_fake(y: torch.Tensor, x: torch.Tensor, layer: int) -> None: ...
 
 
+@torch.library.register_fake("loradock::packed_linear")
+def _packed_linear_fake(x: torch.Tensor, matrix: int, outputs: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
 def takes(dtype: torch.dtype) -> bool:
     """Whether the operators can compute with this type on this machine."""
     kernels = library()
@@ -40,6 +46,7 @@ def takes(dtype: torch.dtype) -> bool:
 
 lora_linear = torch.ops.loradock.lora_linear.default
 lora_embedding = torch.ops.loradock.lora_embedding.default
+packed_linear = torch.ops.loradock.packed_linear.default
 
 
 class Plan:
@@ -137,6 +144,23 @@ def _lora_embedding(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:
         y.index_add_(0, rows, x[rows] @ it.b[0][slot, 0].T)
 
 
+def _packed_linear(x: torch.Tensor, matrix: int, outputs: int) -> torch.Tensor:
+    """x times a packed matrix, its bias added; bfloat16."""
+    kernels = library()
+    assert kernels is not None
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = x.new_empty((rows.shape[0], outputs))
+    kernels.loradock_linear(
+        matrix,
+        ctypes.c_void_p(rows.data_ptr()),
+        ctypes.c_int64(rows.stride(0)),
+        rows.shape[0],
+        ctypes.c_void_p(y.data_ptr()),
+    )
+    return y.view(*x.shape[:-1], outputs)
+
+
+_operators.impl("packed_linear", _packed_linear, "CPU")
 if library() is None:
     _operators.impl("lora_linear", _lora_linear, "CPU")
     _operators.impl("lora_embedding", _lora_embedding, "CPU")

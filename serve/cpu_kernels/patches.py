@@ -202,6 +202,20 @@ STEP = [
         "the same for weights that are int8",
     ),
     Patch(
+        "vllm.model_executor.kernels.linear.mixed_precision.cpu:CPUWNA16LinearKernel",
+        "process_weights_after_loading",
+        "self layer",
+        f"{_HERE}.step:process_integers_after_loading",
+        "the same for 4 bits in groups",
+    ),
+    Patch(
+        "vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel:FP8ScaledMMLinearKernel",
+        "process_weights_after_loading",
+        "self layer",
+        f"{_HERE}.step:process_float8_after_loading",
+        "the same for float8, which a CPU without tile instructions only emulates",
+    ),
+    Patch(
         _RUNNER,
         "load_model",
         "self load_dummy_weights",

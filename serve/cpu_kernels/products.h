@@ -23,7 +23,7 @@ struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale 
   int64_t stride;
   const int8_t* q;
   const float* scale;    // [rows][groups]
-  const int32_t* sum;    // 128 times the sum of the row's (and group's) int8
+  const int32_t* sum;    // of the row's (and group's) int8, times what was added to the weights
 };
 
 // The weights of the next block, on their way into the cache while this one is multiplied: memory is read all the time,
@@ -35,6 +35,10 @@ struct Ahead {
     if (!at) return;
     _mm_prefetch((const char*)at + size_t(p) * step, _MM_HINT_T1);
     if (step > 64) _mm_prefetch((const char*)at + size_t(p) * step + 64, _MM_HINT_T1);
+  }
+  // The same where `done` bytes of this block are read.
+  inline void follow(ptrdiff_t done) const {
+    if (at) _mm_prefetch((const char*)at + done * step / 128, _MM_HINT_T1);
   }
 };
 
@@ -148,13 +152,14 @@ void tile_channel8(const Matrix& m, int block, const Input& in, int row, const A
 template <int M>
 void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   const uint8_t* w = m.data.data + block * m.block_bytes();
-  const int groups = m.k / m.group, fours = m.group / 4;
+  const int groups = m.groups();
   const float* scale = m.scale.data + size_t(block) * groups * WIDTH;
   __m512 fa[M], fb[M];
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) fa[i] = fb[i] = _mm512_setzero_ps();
   const int8_t* q = in.q + int64_t(row) * m.k;
-  for (int g = 0; g < groups; g++, q += m.group, scale += WIDTH) {
+  for (int g = 0, at = 0; g < groups; g++, q += m.group, scale += WIDTH) {
+    const int fours = std::min(m.group, m.k - g * m.group) / 4;
     __m512i a[M], b[M];
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[int64_t(row + i) * groups + g]);
@@ -163,7 +168,7 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahe
         _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
         _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
       } else {
-        ahead.fetch(g * fours + p);
+        ahead.fetch(at++);
       }
       const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
 #pragma GCC unroll 12
@@ -190,6 +195,76 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahe
   }
 }
 
+// A group's 4 bits times int8, in integers; then its scale, and its offset times the sum of the inputs.
+template <int M, bool OFFSETS>
+void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
+  const uint8_t *const begin = m.data.data + block * m.block_bytes(), *w = begin;
+  const int groups = m.groups();
+  const __m512i low = _mm512_set1_epi8(15);
+  auto soon = [&](int lines) {
+    for (int i = 0; i < lines; i++)
+      if constexpr (M <= 4)
+        _mm_prefetch((const char*)w + 2048 + 64 * i, _MM_HINT_T0);
+      else
+        ahead.follow(w - begin + 64 * i);
+  };
+  __m512 fa[M], fb[M];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) fa[i] = fb[i] = _mm512_setzero_ps();
+  const int8_t* q = in.q + int64_t(row) * m.k;
+  for (int g = 0; g < groups; g++) {
+    const uint8_t* scale = w;
+    soon(OFFSETS ? 2 : 1);
+    w += OFFSETS ? 128 : 64;
+    __m512i a[M], b[M], a2, b2;
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[int64_t(row + i) * groups + g]);
+    a2 = b2 = _mm512_setzero_si512();
+    for (int eights = std::min(m.group, m.k - g * m.group) / 8; eights; eights--, w += 128, q += 8) {
+      soon(2);
+      const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
+      const __m512i la = _mm512_and_si512(wa, low), ha = _mm512_and_si512(_mm512_srli_epi16(wa, 4), low);
+      const __m512i lb = _mm512_and_si512(wb, low), hb = _mm512_and_si512(_mm512_srli_epi16(wb, 4), low);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; i++) {
+        int u, v;
+        std::memcpy(&u, q + int64_t(i) * m.k, 4);
+        std::memcpy(&v, q + int64_t(i) * m.k + 4, 4);
+        const __m512i xu = _mm512_set1_epi32(u), xv = _mm512_set1_epi32(v);
+        a[i] = dot8(a[i], la, xu);
+        b[i] = dot8(b[i], lb, xu);
+        if constexpr (M == 1) {
+          a2 = dot8(a2, ha, xv);
+          b2 = dot8(b2, hb, xv);
+        } else {
+          a[i] = dot8(a[i], ha, xv);
+          b[i] = dot8(b[i], hb, xv);
+        }
+      }
+    }
+    if constexpr (M == 1) a[0] = _mm512_add_epi32(a[0], a2), b[0] = _mm512_add_epi32(b[0], b2);
+    const bf16* of = reinterpret_cast<const bf16*>(scale);
+    const __m512 sa = wide(of), sb = wide(of + 16);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) {
+      const int64_t at = int64_t(row + i) * groups + g;
+      const __m512 s = _mm512_set1_ps(in.scale[at]);
+      fa[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[i]), _mm512_mul_ps(s, sa), fa[i]);
+      fb[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b[i]), _mm512_mul_ps(s, sb), fb[i]);
+      if constexpr (OFFSETS) {
+        const __m512 sum = _mm512_set1_ps(in.scale[at] * in.sum[at]);
+        fa[i] = _mm512_fmadd_ps(sum, wide(of + 32), fa[i]);
+        fb[i] = _mm512_fmadd_ps(sum, wide(of + 48), fb[i]);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    _mm512_store_ps(sums + i * WIDTH, fa[i]);
+    _mm512_store_ps(sums + i * WIDTH + 16, fb[i]);
+  }
+}
+
 typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*);
 const Tile BF16_TILES[] = {nullptr,       tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,  tile_bf16<5>, tile_bf16<6>,
                            tile_bf16<7>, tile_bf16<8>, tile_bf16<9>, tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
@@ -198,12 +273,22 @@ const Tile CHANNEL_TILES[] = {nullptr,           tile_channel8<1>, tile_channel8
                               tile_channel8<10>, tile_channel8<11>, tile_channel8<12>};
 const Tile GROUP_TILES[] = {nullptr,         tile_group8<1>, tile_group8<2>, tile_group8<3>,
                             tile_group8<4>, tile_group8<5>, tile_group8<6>};
+const Tile HALF_TILES[] = {nullptr,                tile_group4<1, false>, tile_group4<2, false>, tile_group4<3, false>,
+                           tile_group4<4, false>, tile_group4<5, false>, tile_group4<6, false>};
+const Tile OFFSET_TILES[] = {nullptr,               tile_group4<1, true>, tile_group4<2, true>, tile_group4<3, true>,
+                             tile_group4<4, true>, tile_group4<5, true>, tile_group4<6, true>};
+
+inline const Tile* tiles_of(const Matrix& m) {
+  if (m.kind == BF16) return BF16_TILES;
+  if (m.kind == CHANNEL8) return CHANNEL_TILES;
+  return m.kind == GROUP8 ? GROUP_TILES : m.offsets ? OFFSET_TILES : HALF_TILES;
+}
 
 // out(row, block, sums) for every row and for the blocks of [first, last); fetch(row, block) beforehand, where rows are few.
 template <class Out, class Fetch>
 void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out, Fetch&& fetch) {
-  const Tile* tiles = m.kind == BF16 ? BF16_TILES : m.kind == CHANNEL8 ? CHANNEL_TILES : GROUP_TILES;
-  const int most = m.kind == GROUP8 ? GROUP_TILE : TILE;
+  const Tile* tiles = tiles_of(m);
+  const int most = m.kind == GROUP8 || m.kind == GROUP4 ? GROUP_TILE : TILE;
   alignas(64) float sums[TILE * WIDTH];
   for (int top = 0; top < rows; top += ROWS) {
     const int bottom = std::min(rows, top + ROWS), parts = (bottom - top + most - 1) / most;
@@ -228,21 +313,22 @@ void multiply(const Matrix& m, const Input& in, int rows, int first, int last, O
   }
 }
 
-// int8 of x[0..k), each `group` of them with a scale of its own.
-inline void quantize(const bf16* x, int k, int group, int8_t* q, float* scale, int32_t* sum) {
-  for (int g = 0; g * group < k; g++, x += group, q += group) {
+// int8 of x[0..k) as the matrix wants them: each group with a scale of its own.
+inline void quantize(const Matrix& m, const bf16* x, int8_t* q, float* scale, int32_t* sum) {
+  for (int g = 0, left = m.k; left > 0; g++, left -= m.group, x += m.group, q += m.group) {
+    const int size = std::min(m.group, left);
     __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < group; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(wide(x + i)));
+    for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(wide(x + i)));
     const float top = _mm512_reduce_max_ps(most);
     const __m512 by = _mm512_set1_ps(top > 0 ? 127.f / top : 0.f);
     __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < group; i += 16) {
+    for (int i = 0; i < size; i += 16) {
       const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(wide(x + i), by));
       total = _mm512_add_epi32(total, v);
       _mm_storeu_si128((__m128i*)(q + i), _mm512_cvtsepi32_epi8(v));
     }
     scale[g] = top / 127.f;
-    sum[g] = 128 * _mm512_reduce_add_epi32(total);
+    sum[g] = m.zero() * _mm512_reduce_add_epi32(total);
   }
 }
 

@@ -434,13 +434,13 @@ struct Team : Sharing {
   Input prepare(const Matrix& m, const Delta& delta, const bf16* x, int64_t stride) {
     Input in{x, stride, mine(d.q), mine(d.q_scale), mine(d.q_sum)};
     const int shrinks = delta ? delta.pieces() : 0;
-    const int quantizes = m.kind != BF16 ? s.rows : 0, groups = m.k / m.group;
+    const int quantizes = m.kind != BF16 ? s.rows : 0, groups = m.groups();
     auto work = [&](int first, int last) {
       for (int i = first; i < last; i++)
         if (i < shrinks)
           delta.shrink(i, x, stride);
         else
-          quantize(x + (i - shrinks) * stride, m.k, m.group, const_cast<int8_t*>(in.q) + int64_t(i - shrinks) * m.k,
+          quantize(m, x + (i - shrinks) * stride, const_cast<int8_t*>(in.q) + int64_t(i - shrinks) * m.k,
                    const_cast<float*>(in.scale) + int64_t(i - shrinks) * groups,
                    const_cast<int32_t*>(in.sum) + int64_t(i - shrinks) * groups);
     };
@@ -567,6 +567,28 @@ void together(int threads, F&& work) {
   work(omp_get_thread_num(), omp_get_num_threads());
 }
 
+// work(all, in) in all threads, for a product that is no part of a step.
+template <class F>
+void alone(const Matrix& m, const bf16* x, int64_t stride, int rows, F&& work) {
+  static Buffer<int8_t> q;
+  static Buffer<float> scale;
+  static Buffer<int32_t> sum;
+  static Phases phases;
+  const int groups = m.groups(), most = omp_get_max_threads();
+  if (m.kind != BF16) {
+    q.need(size_t(rows) * m.k), scale.need(size_t(rows) * groups), sum.need(size_t(rows) * groups);
+    for (int i = 0; i < rows; i++)
+      quantize(m, x + i * stride, q.data + size_t(i) * m.k, scale.data + size_t(i) * groups,
+               sum.data + size_t(i) * groups);
+  }
+  const Input in{x, stride, q.data, scale.data, sum.data};
+  phases.begin(1, most);
+  together(most, [&](int thread, int threads) {
+    Sharing all{phases, thread, threads};
+    work(all, in);
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -610,10 +632,10 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
   const Step s{ids, table, positions, slots, table_stride, rows, requests, rows == requests, logits};
   const size_t n = rows;
   size_t wide = std::max({d.hidden, d.inner, d.heads * d.head}), ranks = 0;
-  size_t groups = d.top < 0 ? 1 : matrices[d.top]->k / matrices[d.top]->group;
+  size_t groups = d.top < 0 ? 1 : matrices[d.top]->groups();
   for (const Block& l : d.layers) {
     for (int m : {l.qkv, l.o, l.gate_up, l.down})
-      groups = std::max(groups, size_t(matrices[m]->k / matrices[m]->group));
+      groups = std::max(groups, size_t(matrices[m]->groups()));
     for (int a : {l.lora_qkv, l.lora_o, l.lora_gate_up, l.lora_down}) {
       if (a < 0) continue;
       if (!layers[a]->plan->chunks.empty() && layers[a]->plan->rows != rows) return 1;
@@ -640,22 +662,19 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
 // out[rows, columns] = x W^T, in float32, of W's first rows.
 void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride, int columns) {
   const Matrix& m = *matrices[number];
-  static Buffer<int8_t> q;
-  static Buffer<float> scale;
-  static Buffer<int32_t> sum;
-  static Phases phases;
-  const int groups = m.k / m.group, most = omp_get_max_threads();
-  if (m.kind != BF16) {
-    q.need(size_t(rows) * m.k), scale.need(size_t(rows) * groups), sum.need(size_t(rows) * groups);
-    for (int i = 0; i < rows; i++)
-      quantize(x + i * stride, m.k, m.group, q.data + size_t(i) * m.k, scale.data + size_t(i) * groups,
-               sum.data + size_t(i) * groups);
-  }
-  const Input in{x, stride, q.data, scale.data, sum.data};
-  phases.begin(1, most);
-  together(most, [&](int thread, int threads) {
-    Sharing all{phases, thread, threads};
-    head(all, m, in, rows, out, out_stride, columns);
+  alone(m, x, stride, rows, [&](Sharing& all, const Input& in) { head(all, m, in, rows, out, out_stride, columns); });
+}
+
+// out[rows, n] = x W^T, in bfloat16: for one layer by itself.
+void loradock_linear(int number, const bf16* x, int64_t stride, int rows, bf16* out) {
+  const Matrix& m = *matrices[number];
+  alone(m, x, stride, rows, [&](Sharing& all, const Input& in) {
+    all.share(m.blocks, grain(rows), [&](int first, int last) {
+      multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
+        for (int i = 0; i < WIDTH && m.output(block, i) < m.n; i += 16)
+          store(out + int64_t(row) * m.n + m.output(block, i), _mm512_load_ps(sums + i));
+      }, [](int, int) {});
+    });
   });
 }
 

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -30,16 +26,14 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.worker.block_table import SlotMappingMode
 
+from serve.cpu_kernels import eight_bits, packing
 from serve.cpu_kernels.build import library
-from serve.cpu_kernels.install import WEIGHTS
+from serve.cpu_kernels.packing import at as _at
 
 log = logging.getLogger("loradock")
 
 MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-BF16, CHANNEL8, GROUP8 = 0, 1, 2
-RESERVE = 1 << 30
 FEW = 64  # tokens whose slots are sooner computed here than other threads wake up
-GROUP = 64  # inputs that share a scale in weights that are made int8 here
 
 
 class Unknown(Exception):
@@ -49,7 +43,7 @@ class Unknown(Exception):
 class Fused:
     """One loaded model, as the kernels know it."""
 
-    def __init__(self, runner: Any, int8: bool) -> None:
+    def __init__(self, runner: Any) -> None:
         config, model = runner.vllm_config, runner.get_model()
         _check_engine(config, model)
         _check_layers(model.model)
@@ -77,15 +71,18 @@ class Fused:
         )
         if self.number < 0:
             raise Unknown("its sizes are no multiples of 16, or its heads are not of 32, 64, 96 or 128")
+        self.formats: set[str] = set()
         for layer in inner.layers:
             self._add(layer)
         self.attention = [layer.self_attn.attn for layer in inner.layers]
         self.bound = 0
         # Prompts: with tile instructions vLLM's matrix products are several times faster than dot products.
         self.most = 64 if torch.cpu._is_amx_tile_supported() else 1 << 30
-        self.head = kernels.loradock_matrix(
-            _at(head.weight), *head.weight.shape, GROUP8 if int8 else BF16, GROUP, None, None, 0
-        )
+        kind = packing.head_kind()
+        self.head = packing.matrix(head.weight, kind)
+        of_head = packing.words(kind, self.head) if self.head >= 0 else "bfloat16"
+        # The formats that are multiplied, for those who operate the server.
+        self.weights = f"{', '.join(sorted(self.formats))}; output layer {of_head}"
         # The head's further rows are padding.
         self.vocabulary = int(model.logits_processor.org_vocab_size)
         self.kernels.loradock_decoder_head(self.number, self.head, self.vocabulary)
@@ -102,11 +99,13 @@ class Fused:
         modules = [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
         matrices, loras = [], []
         for module in modules:
-            matrix = getattr(_bare(module), "loradock_matrix", -1)
+            bare = _bare(module)
+            matrix = getattr(bare, "loradock_matrix", -1)
             if matrix < 0:
-                name = getattr(_bare(module), "prefix", "a layer")
-                raise Unknown(f"{name} has a format that is not known, or there is no memory for a second copy")
+                reason = getattr(bare, "loradock_refused", "its format is not known")
+                raise Unknown(f"{getattr(bare, 'prefix', 'a layer')}: {reason}")
             matrices.append(matrix)
+            self.formats.add(bare.loradock_weights)
             if not isinstance(module, BaseLayerWithLoRA):
                 loras.append(-1)
             elif hasattr(module.punica_wrapper, "layer") and module.lora_b_stacked[0].dtype == torch.bfloat16:
@@ -257,6 +256,8 @@ def _check_output(model: Any) -> None:
     processor, head = _bare(model.logits_processor), _bare(model.lm_head)
     if processor.soft_cap or processor.scale != 1 or getattr(head, "bias", None) is not None:
         raise Unknown("its logits are scaled or capped")
+    if getattr(head, "weight", None) is None:
+        raise Unknown("its output layer is quantized")
     if head.weight.dtype != torch.bfloat16 or _bare(model.model.embed_tokens).weight.dtype != torch.bfloat16:
         raise Unknown("its embedding is not bfloat16")
     if processor.org_vocab_size > head.weight.shape[0]:
@@ -277,63 +278,42 @@ def _as_vectors(*args: Any, **kwargs: Any) -> str:
     return "vec" if chosen == "amx" else chosen
 
 
-def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _room(size: int) -> bool:
-    """Whether so much memory is free beside the KV cache, which vLLM takes later."""
-    cache = get_current_vllm_config().cache_config.kv_cache_memory_bytes or 0
-    return psutil.virtual_memory().available > size + cache + RESERVE
-
-
-def _pack(layer: Any, kind: int, scale: torch.Tensor | None = None) -> None:
-    """Pack a linear layer's weights, as long as vLLM has not taken them apart for its own kernels."""
-    weight, kernels = layer.weight, library()
-    bias = getattr(layer, "bias", None)
-    if kernels is None or weight.ndim != 2 or not weight.is_contiguous():
-        return
-    if not _room(weight.nbytes):
-        return
-    if weight.dtype != (torch.int8 if kind == CHANNEL8 else torch.bfloat16):
-        return
-    if bias is not None and bias.dtype != torch.bfloat16:
-        return
-    paired = isinstance(layer, MergedColumnParallelLinear) and len(layer.output_sizes) == 2
-    if paired and layer.output_sizes[0] != layer.output_sizes[1]:
-        return
-    layer.loradock_matrix = kernels.loradock_matrix(
-        _at(weight), *weight.shape, kind, GROUP, _at(scale), _at(bias), int(paired)
-    )
-
-
-def _int8() -> bool:
-    """Whether bfloat16 weights become int8 for the step."""
-    return os.environ.get(WEIGHTS) == "int8"
-
-
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
-    if isinstance(layer, LinearBase) and not layer.weight.is_meta:
-        _pack(layer, GROUP8 if _int8() else BF16)
+    packing.floats(layer, layer.weight)
     original(method, layer)
 
 
 def process_int8_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
     scale = getattr(layer, method.layer_param_names[1])
     dynamic = method.config.input_symmetric and not method.config.is_static_input_scheme
-    if isinstance(layer, LinearBase) and dynamic and scale.numel() == layer.weight.shape[0]:
-        _pack(layer, CHANNEL8, scale.detach().float().contiguous())
+    if dynamic and scale.numel() == layer.weight.shape[0]:
+        packing.channels(layer, scale.detach().float().contiguous())
     original(method, layer)
 
 
+def process_float8_after_loading(original: Callable[..., None], kernel: Any, layer: Any) -> None:
+    weight, scale = (getattr(layer, name) for name in kernel.layer_param_names[:2])
+    # (inputs, outputs) by now; scales of blocks come to other kernels.
+    if scale.numel() in (1, weight.shape[1]):
+        packing.float8(layer, weight.t(), scale)
+    original(kernel, layer)
+
+
+def process_integers_after_loading(original: Callable[..., None], kernel: Any, layer: Any) -> None:
+    packing.integers(layer, kernel)
+    original(kernel, layer)
+
+
 def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
+    eight_bits.register()
     original(runner, *args, **kwargs)
     runner.loradock_fused = None
     try:
-        fused = runner.loradock_fused = Fused(runner, _int8())
+        fused = runner.loradock_fused = Fused(runner)
     except Unknown as reason:
         log.warning("this model runs layer by layer, not in one call a step: %s", reason)
         return
+    log.info("the model runs in one call a step; its weights are %s", fused.weights)
     cpu_attn._get_attn_isa = _as_vectors
     model = runner.get_model()
     model.compute_logits = partial(_compute_logits, fused, model.compute_logits)

@@ -59,6 +59,7 @@ class Backend(Protocol):
     version: str
     model: str
     keeps_responses: bool
+    weights: str
 
     @property
     def max_lora_rank(self) -> int: ...

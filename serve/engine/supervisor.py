@@ -197,7 +197,7 @@ class Supervisor:
         return {self._engine, *self._watching}
 
     def described(self) -> dict[str, Any]:
-        """For GET /v1/engines."""
+        """For GET /v1/engines. What the server asks by itself waits behind clients, and is counted apart."""
         engine, backend = self._engine, self.backend
         return {
             "object": "engine",
@@ -205,7 +205,7 @@ class Supervisor:
             "phase": self.phase,
             "reason": self.reason,
             "model": backend.model,
-            # Of clients; what the server asks by itself waits behind all of them, and is counted apart.
+            "weights": backend.weights,
             "leases": self.leases - self.background,
             "running": backend.running,
             "background": backend.background,

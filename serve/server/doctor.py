@@ -369,8 +369,11 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding("kernels", "warning", detail, "AMD Zen 4, Intel Sapphire Rapids and newer have them")
     else:
         yield Finding("kernels", "ok", "the fused step for Llama, Qwen2 and Qwen3, LoRA kernels in vLLM's layers else")
-    if config.cpu_weights == "int8" and (lacking or machine.compiler() is None or config.lora_kernels != "auto"):
-        yield Finding("int8 weights", "warning", "cpu_weights=int8 needs the fused step: weights stay as they are", "")
+    asked = config.cpu_weights
+    if asked != "auto" and (lacking or machine.compiler() is None or config.lora_kernels != "auto"):
+        yield Finding(
+            f"{asked} weights", "warning", f"cpu_weights={asked} needs the fused step: weights stay as they are", ""
+        )
 
 
 def _existing(folder: Path) -> Path:

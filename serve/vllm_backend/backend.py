@@ -78,6 +78,7 @@ class VLLMBackend:
         # It answers `previous_response_id`: vLLM keeps responses if VLLM_ENABLE_RESPONSES_API_STORE=1.
         self.keeps_responses = False
         self._seats = 0
+        self.weights = ""  # what is multiplied, in words, known once it has started
         self._probes = itertools.count(1)
 
     @property
@@ -202,6 +203,10 @@ class VLLMBackend:
         self._loras = app.state.openai_serving_models.lora_requests
         self._app = app
         warned = [message for messages in await self._rpc("loradock_notices") for message in messages]
+        model = llm.vllm_config.model_config
+        kept = str(model.quantization or model.dtype).removeprefix("torch.")
+        packed = sorted({each for each in await self._rpc("loradock_weights") if each})
+        self.weights = ", ".join(packed) or f"{kept}, in vLLM's layers"
         announce.loaded(self.name, llm.vllm_config, self.slots, warned)
         if not _FROZEN:  # later, answers are under way, and it takes a while
             _FROZEN.append(self.name)

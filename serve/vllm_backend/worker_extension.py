@@ -91,6 +91,11 @@ class Worker:
         """What our code warned of in this process."""
         return notices.messages
 
+    def loradock_weights(self) -> str:
+        """The formats of the weights that are multiplied in one call a step; empty in vLLM's layers."""
+        fused = getattr(self.model_runner, "loradock_fused", None)  # type: ignore[attr-defined]
+        return fused.weights if fused is not None else ""
+
     def _loradock(self) -> Loader:
         loader: Loader | None = getattr(self, "_loradock_loader", None)
         if loader is None:

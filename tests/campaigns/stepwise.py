@@ -107,6 +107,7 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
         step["logits"] = off(fused.logits(exact), type(self.model).compute_logits(self.model, exact))
         if ahead is not None:
             step["ahead"] = off(ahead, type(self.model).compute_logits(self.model, out))
+        step["weights"] = fused.weights
         seen.append(step)
         return exact
 

@@ -40,6 +40,7 @@ class FakeBackend:
     ranks = 1
     prioritizes = True
     max_model_len = 128
+    weights = "bfloat16; output layer bfloat16"
     keeps_responses = True
 
     def __init__(self, model: str | None = None) -> None:

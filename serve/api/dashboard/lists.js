@@ -56,6 +56,7 @@ export function engine(base, restart) {
     base.reason && make("p", { class: "reason" }, `Why: ${base.reason}`),
     make("dl", {},
       fact("Model", base.model),
+      fact("Weights", base.weights || "–"),
       fact("Answers under way", `${count(base.running)} of ${counted(base.seats, "seat")}`),
       fact("Waiting", counted(base.waiting, "request")),
       fact("Memory", bytes(base.memory_bytes)),

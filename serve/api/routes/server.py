@@ -155,7 +155,9 @@ def _model_cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[d
         card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock"}
         # Its directory is the operators' to know.
         card["root"] = base.model if caller.operator else base.name
-        card |= {"parent": None, "max_model_len": base.backend.max_model_len} if base.is_ready else {"parent": None}
+        card["parent"] = None
+        if base.is_ready:
+            card |= {"max_model_len": base.backend.max_model_len, "weights": base.backend.weights}
         yield {**card, "manifest": manifest} if (manifest := summary_of(base.model)) else card
     for full in registry.names():
         if not sees(registry, caller, full):

@@ -197,6 +197,8 @@ async def test_models_lists_the_base_and_every_version_with_its_parent(client, m
     cards = (await client.get("/v1/models")).json()["data"]
     assert [(card["id"], card["parent"]) for card in cards] == [("base", None), ("tone", "base"), ("tone@v1", "base")]
     assert (await client.get("/v1/models/tone")).json()["root"] == cards[1]["root"]
+    (engine,) = (await client.get("/v1/engines")).json()["data"]
+    assert cards[0]["weights"] == engine["weights"] == "bfloat16; output layer bfloat16"
     assert (await client.get("/v1/models/nobody")).status_code == 404
 
 

@@ -22,14 +22,13 @@ from vllm.platforms import current_platform
 if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
-from serve.cpu_kernels import build, step
+from serve.cpu_kernels import build, packing, step
 
 needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no AVX-512 BF16 and VNNI, or no compiler")
 
 
-def pack(weight: torch.Tensor, kind: int, scale: torch.Tensor | None = None, paired: int = 0) -> int:
-    at = step._at
-    return step.library().loradock_matrix(at(weight), *weight.shape, kind, 32, at(scale), None, paired)
+def pack(weight: torch.Tensor, kind: int, scale: torch.Tensor | None = None, paired: bool = False) -> int:
+    return packing.matrix(weight, kind, scale, paired=paired, group=32)
 
 
 def multiply(number: int, x: torch.Tensor, outputs: int) -> torch.Tensor:
@@ -52,15 +51,15 @@ def test_products_are_the_exact_ones_up_to_their_rounding(rows, outputs, inputs)
     x = torch.randn(rows, inputs).bfloat16()
     weight = (torch.randn(outputs, inputs) * inputs**-0.5).bfloat16()
     exact = x.double() @ weight.double().T
-    got = multiply(pack(weight, step.BF16), x, outputs)
+    got = multiply(pack(weight, packing.BF16), x, outputs)
     assert (got - exact).abs().max() < 2**-7 * exact.abs().max()
     # int8 for groups of 32: each rounds to a half of the largest / 127.
-    got = multiply(pack(weight, step.GROUP8), x, outputs)
+    got = multiply(pack(weight, packing.GROUP8), x, outputs)
     assert (got - exact).norm() < 0.012 * exact.norm()
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", [step.BF16, step.GROUP8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("kind", [packing.BF16, packing.GROUP8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("vocabulary", [17, 31, 320, 333, 32001, 49152, 151936])
 def test_logits_are_the_vocabularys_where_vllm_pads_it_to_a_multiple_of_64(vocabulary, kind):
     padded = (vocabulary + 63) // 64 * 64
@@ -80,7 +79,7 @@ def test_int8_products_are_those_of_dynamic_quantization_exactly():
     x_scale = x.float().abs().amax(dim=1, keepdim=True) / 127
     x8 = (x.float() / x_scale).round()
     exact = (x8 @ weight.float().T) * x_scale * scale
-    got = multiply(pack(weight, step.CHANNEL8, scale), x, 80)
+    got = multiply(pack(weight, packing.CHANNEL8, scale), x, 80)
     apart = (got - exact).abs()
     assert apart.max() <= 2**-7 * exact.abs().max()
     # Where a half of an input is rounded the other way, its row's products all move a little.
@@ -89,26 +88,25 @@ def test_int8_products_are_those_of_dynamic_quantization_exactly():
 
 @needs_kernels
 def test_what_does_not_fit_the_blocks_is_not_packed():
-    assert pack(torch.zeros(40, 64, dtype=torch.bfloat16), step.BF16) == -1
-    assert pack(torch.zeros(48, 72, dtype=torch.bfloat16), step.BF16) == -1
-    assert pack(torch.zeros(48, 80, dtype=torch.bfloat16), step.GROUP8) == -1
-    assert pack(torch.zeros(48, 64, dtype=torch.bfloat16), step.BF16, paired=1) == -1
+    assert pack(torch.zeros(40, 64, dtype=torch.bfloat16), packing.BF16) == -1
+    assert pack(torch.zeros(48, 72, dtype=torch.bfloat16), packing.BF16) == -1
+    assert pack(torch.zeros(48, 72, dtype=torch.bfloat16), packing.GROUP4) == -1
+    assert pack(torch.zeros(48, 64, dtype=torch.bfloat16), packing.BF16, paired=True) == -1
+
+
+def stepwise(campaign: str, folder: Path, weights: str) -> dict[str, list[dict]]:
+    """What each step of each model of a campaign was."""
+    command = [sys.executable, "-m", campaign, str(folder / "out.json"), str(folder)]
+    root = Path(__file__).parents[3]
+    environ = {**os.environ, "LORADOCK_LORA_KERNELS": "auto", "LORADOCK_CPU_WEIGHTS": weights, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((folder / "out.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> Callable[[str], dict[str, list[dict]]]:
-    @cache
-    def run(weights: str) -> dict[str, list[dict]]:
-        folder = tmp_path_factory.mktemp("stepwise")
-        command = [sys.executable, "-m", "tests.campaigns.stepwise", str(folder / "out.json"), str(folder)]
-        root = Path(__file__).parents[3]
-        environ = {**os.environ, "LORADOCK_LORA_KERNELS": "auto", "LORADOCK_CPU_WEIGHTS": weights}
-        environ["PYTHONPATH"] = str(root)
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=root)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        return json.loads((folder / "out.json").read_text())
-
-    return run
+    return cache(lambda weights: stepwise("tests.campaigns.stepwise", tmp_path_factory.mktemp("stepwise"), weights))
 
 
 SIZES = [f"llama-{size}" for size in (320, 333, 32001, 49152, 151936)]

@@ -251,7 +251,8 @@ def test_a_port_that_is_taken(machine, config):
 def test_kernels_that_were_chosen_are_named(machine, config, setting):
     finding = of(examine(replace(config, lora_kernels=setting), machine), "kernels")
     assert finding.status == "ok" and f"lora_kernels={setting}" in finding.detail
-    assert of(examine(replace(config, lora_kernels=setting, cpu_weights="int8"), machine), "int8 weights")
+    for weights in ("int8", "int4"):
+        assert of(examine(replace(config, lora_kernels=setting, cpu_weights=weights), machine), f"{weights} weights")
 
 
 @pytest.mark.usefixtures("bare_environment")
