@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image hashes
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image hashes served-quality cpu-speed
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -96,6 +96,12 @@ eight: setup-dev ## eight trained adapters joined by every method, and merged in
 
 equality: setup-dev ## 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU); some minutes
 	@$(BIN)/python -m tests.campaigns.equality $(ARGS)
+
+served-quality: setup-dev ## perplexity as served on a CPU with each --cpu-weights, and of exports (ARGS="--also DIR"); some minutes
+	@$(BIN)/python -m tests.campaigns.served_quality $(ARGS)
+
+cpu-speed: setup-dev ## a model with each --cpu-weights, and llama.cpp's formats where they are given, in turns over HTTP; 10 minutes
+	@$(BIN)/python -m tests.campaigns.cpu_speed $(ARGS)
 
 socket: setup-dev ## what is lost between an engine's step and the socket: the engine in one process against the server; some minutes
 	@$(BIN)/python -m tests.campaigns.socket_cost $(ROUNDS)

@@ -1,0 +1,252 @@
+"""`make cpu-speed`: a model with each `--cpu-weights` and, where they are there, llama.cpp's formats, in turns.
+
+Whole servers over HTTP: the time of a token at one stream, tokens a second at 16, the first token of 1,024. All of them
+are measured in every round, one after the other; `--apart` starts each for its turn alone, for models that do not fit
+side by side. The table has medians, and the least and the most. The processor's name is part of it.
+
+    python -m tests.campaigns.cpu_speed [--rounds 5] [--weights auto int8 int4] [--adapters 16] [--size 1B]
+        [--llama .../bin/llama-server --gguf Q4_0=a.gguf Q4_K_M=b.gguf Q8_0=c.gguf]
+
+GGUF files of the model come from llama.cpp's `convert_hf_to_gguf.py` and `llama-quantize`; `--keep DIR` leaves the
+checkpoint of random weights that `--size` makes there for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.support.server import Server, done, free_port
+
+SIZES: dict[str, dict[str, int]] = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8},
+}  # fmt: skip
+IN, OUT, LONG, STREAMS, RANK = 128, 64, 1024, 16, 8
+CASES = ("ms a token, 1 stream", f"tok/s, {STREAMS} streams", f"s to the first of {LONG:,} in")
+
+
+@dataclass
+class Choice:
+    """One server to be measured: how it starts, how it is asked, and what was seen."""
+
+    name: str
+    start: Callable[[], Any]  # a context that gives a server's url, process and names of models
+    llama: bool = False
+    seen: dict[str, list[float]] = field(default_factory=dict)
+    weights: str = ""
+    memory: int = 0
+
+    def row(self) -> str:
+        cells = [self.name, self.weights]
+        for case in CASES:
+            times = self.seen[case]
+            cells.append(f"{median(times):.3g} ({min(times):.3g} to {max(times):.3g})")
+        return f"| {' | '.join(cells)} | {self.memory / 1e9:.2f} GB |"
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A server that answers."""
+
+    url: str
+    pid: int
+    models: list[str]
+    weights: str = ""
+
+
+async def answer(http: httpx.AsyncClient, up: Up, llama: bool, model: str, words: int, tokens: int) -> list[float]:
+    """When each of its tokens came, after the moment it was asked."""
+    text = " ".join(random.choices(("river", "stone", "cloud", "tree", "house", "road"), k=words))
+    body: dict[str, Any] = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True}
+    body |= {"ignore_eos": True} | ({"cache_prompt": False} if llama else {})
+    began, times = time.monotonic(), []
+    async with http.stream("POST", f"{up.url}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"]:
+                times.append(time.monotonic() - began)
+    return times
+
+
+async def measure(choice: Choice, up: Up) -> None:
+    """Every case once."""
+    # llama.cpp's server drops connections that are kept alive beside 16 others.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=900, limits=limits) as http:
+
+        async def ask(model: str, words: int, tokens: int) -> list[float]:
+            return await answer(http, up, choice.llama, model, words, tokens)
+
+        await ask(up.models[0], 16, 4)
+        alone = await ask(up.models[0], IN, OUT)
+        choice.seen.setdefault(CASES[0], []).append(1000 * (alone[-1] - alone[0]) / (OUT - 1))
+        began = time.monotonic()
+        await asyncio.gather(*(ask(up.models[i % len(up.models)], IN, OUT) for i in range(STREAMS)))
+        choice.seen.setdefault(CASES[1], []).append(STREAMS * OUT / (time.monotonic() - began))
+        choice.seen.setdefault(CASES[2], []).append((await ask(up.models[0], LONG, 1))[0])
+    choice.weights = up.weights
+    family = [psutil.Process(up.pid), *psutil.Process(up.pid).children(recursive=True)]
+    choice.memory = max(choice.memory, sum(process.memory_full_info().pss for process in family))
+
+
+@contextmanager
+def loradock(model: Path, weights: str, adapters: list[Path], folder: Path, options: list[str]) -> Iterator[Up]:
+    words = ["--cpu-weights", weights, "--probe", "false", "--max-model-len", "2048", "--no-enable-prefix-caching"]
+    words += ["--max-loras", str(max(1, len(adapters))), *options]
+    with Server(folder / f"data-{weights}", folder / f"{weights}.log", *words, model=str(model)) as server:
+        for adapter in adapters:
+            server.upload(adapter.name, adapter).raise_for_status()
+        base = done(server.http.get("/v1/models"))["data"][0]["id"]
+        names = [adapter.name for adapter in adapters] or [base]
+        yield Up(server.url, server.process.pid, names, server.engine()["weights"])
+
+
+@contextmanager
+def llama(binary: Path, file: Path, folder: Path) -> Iterator[Up]:
+    port = free_port()
+    command = [str(binary), "-m", str(file), "--port", str(port), "-np", str(STREAMS), "-c", str(2048 * STREAMS)]
+    with (folder / f"{file.name}.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            with suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            time.sleep(0.5)
+        yield Up(f"http://127.0.0.1:{port}", process.pid, ["any"])
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def random_model(size: str, like: Path, folder: Path) -> Path:
+    """A Llama of random weights with the tokenizer of another model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(like, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    own = json.loads((like / "config.json").read_text())
+    config = LlamaConfig(**SIZES[size], vocab_size=own["vocab_size"], max_position_embeddings=4096,
+                         bos_token_id=own["bos_token_id"], eos_token_id=own["eos_token_id"])  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    return folder
+
+
+def random_adapters(model: Path, count: int, folder: Path) -> list[Path]:
+    """Of rank 8, on all of a layer's matrices."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((model / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    sizes = {"self_attn.q": (hidden, q), "self_attn.k": (hidden, kv), "self_attn.v": (hidden, kv),
+             "self_attn.o": (q, hidden), "mlp.gate": (hidden, inner), "mlp.up": (hidden, inner),
+             "mlp.down": (inner, hidden)}  # fmt: skip
+    words = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none", "task_type": "CAUSAL_LM",
+             "target_modules": [f"{name.partition('.')[2]}_proj" for name in sizes]}  # fmt: skip
+    made = []
+    for number in range(count):
+        tensors = {}
+        for layer in range(config["num_hidden_layers"]):
+            for name, (inputs, outputs) in sizes.items():
+                place = f"base_model.model.model.layers.{layer}.{name}_proj"
+                tensors[f"{place}.lora_A.weight"] = (torch.randn(RANK, inputs) * inputs**-0.5).bfloat16()
+                tensors[f"{place}.lora_B.weight"] = (torch.randn(outputs, RANK) * 0.01).bfloat16()
+        made.append(folder / f"adapter-{number}")
+        made[-1].mkdir(parents=True)
+        save_file(tensors, made[-1] / "adapter_model.safetensors")
+        (made[-1] / "adapter_config.json").write_text(json.dumps(words))
+    return made
+
+
+def choices(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice]:
+    adapters = random_adapters(model, given.adapters, folder / "adapters")
+
+    def ours(weights: str) -> Choice:
+        return Choice(f"loradock {weights}", lambda: loradock(model, weights, adapters, folder, given.options))
+
+    def theirs(label: str, file: Path) -> Choice:
+        return Choice(f"llama.cpp {label}", lambda: llama(given.llama, file, folder), llama=True)
+
+    files = dict(word.split("=", 1) for word in given.gguf) if given.llama else {}
+    return [*map(ours, given.weights), *(theirs(label, Path(file)) for label, file in files.items())]
+
+
+def run(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice]:
+    every = choices(given, model, folder)
+    with ExitStack() as stack:
+        up = {} if given.apart else {choice.name: stack.enter_context(choice.start()) for choice in every}
+        for number in range(given.rounds):
+            for choice in every if number % 2 == 0 else every[::-1]:
+                if given.apart:
+                    with choice.start() as one:
+                        asyncio.run(measure(choice, one))
+                else:
+                    asyncio.run(measure(choice, up[choice.name]))
+    return every
+
+
+def processor() -> str:
+    facts = dict(
+        re.findall(r"^(model name|cpu family|model)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    )
+    named = f"{facts.get('model name', 'unknown')} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    return f"{named}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    from serve.models.embedded import ensure
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--weights", nargs="*", default=["auto", "int8", "int4"])
+    parser.add_argument(
+        "--adapters", type=int, default=0, help="of rank 8, for loradock's servers; the streams take turns"
+    )
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--size", choices=SIZES, help="random weights instead of the embedded model")
+    parser.add_argument("--keep", type=Path, help="where the random model stays")
+    parser.add_argument("--llama", type=Path, help="llama-server")
+    parser.add_argument("--gguf", nargs="*", default=[], metavar="LABEL=FILE")
+    parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--options", nargs="*", default=["--kv-cache-memory-bytes", "1G"], help="of loradock serve")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = given.model or ensure("smollm2")
+        if given.size:
+            kept = given.keep or folder / given.size
+            model = kept if kept.is_dir() else random_model(given.size, model, kept)
+        every = run(given, model, folder)
+    print(f"{given.size or model.name}, {given.adapters} adapters, {given.rounds} rounds, {processor()}\n")
+    print(f"| | weights | {' | '.join(CASES)} | memory |\n|---|---|{'---|' * len(CASES)}---|")
+    for choice in every:
+        print(choice.row())
+
+
+if __name__ == "__main__":
+    main()
