@@ -23,7 +23,7 @@ from fastapi import FastAPI
 
 from serve.config import Base, Config, kv_cache, whole
 from serve.errors import ConfigError, LoradockError
-from serve.models import audio_packages, hardware
+from serve.models import hardware
 from serve.models.checkpoint import EMBEDDED, find
 from serve.server.connection import guarded, raise_descriptor_limit
 from serve.server.logs import Log, log_to_stderr
@@ -121,7 +121,6 @@ def _run(config: Config, sock: socket, output: Log) -> int:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault(titles.PREFIX, "loradock")
     raise_descriptor_limit()
-    audio_packages.hide()
     if hardware.on_cpu():
         forkserver.start()
     # What is imported stays; to look for garbage in it again and again takes a third of the time.

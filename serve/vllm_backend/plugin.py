@@ -7,10 +7,10 @@ import os
 import threading
 
 from serve.cpu_kernels.install import install as install_kernels
-from serve.models import audio_packages
 from serve.vllm_backend import (
     forkserver,
     media,
+    model_inspection,
     notices,
     prompt_budget,
     prompt_logprobs,
@@ -22,7 +22,7 @@ from serve.vllm_backend import (
 
 def register() -> None:
     """Called by vLLM once in each of its processes, the one that serves HTTP included."""
-    audio_packages.hide()
+    model_inspection.install()
     notices.install()
     install_kernels()
     prompt_logprobs.install()

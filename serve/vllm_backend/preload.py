@@ -3,11 +3,9 @@
 # ruff: noqa: E402, F401
 import gc
 
-from serve.models import audio_packages
 from serve.vllm_backend.forkserver import die_with_parent
 
 die_with_parent()
-audio_packages.hide()
 # A third of the time that the imports take would go into looking for garbage in what stays.
 gc.disable()
 

@@ -1,4 +1,4 @@
-"""From an empty directory and a Python: install the wheel, serve, chat, push, in a few commands; then all the rest.
+"""From an empty directory and a Python: install the wheel, serve, chat, push, in four commands; then all the rest.
 
     python -m tests.campaigns.wheel [--log FILE]
 
@@ -62,7 +62,6 @@ def run(terminal: Terminal) -> None:
     elsewhere = {"PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"} & terminal.environ.keys()
     index = "" if elsewhere else f" {TORCH}"
     terminal.type(f"{python} -m venv env && env/bin/pip install --quiet '{wheel.name}[cpu]'{index}")
-    terminal.type("env/bin/pip uninstall --quiet -y torchaudio torchcodec")
     loradock = str(terminal.folder / "env/bin/loradock")
     with terminal.serving([loradock, "serve", "--port", str(port)], url):
         assert "Paris" in content(terminal.type(chat("smollm2", url)))

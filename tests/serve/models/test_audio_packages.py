@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from serve.models.audio_packages import unusable
+from tests.support.audio import for_cuda
+from tests.support.server import ROOT
 
 
 def machine(**versions: str):
@@ -26,22 +27,25 @@ def test_only_cuda_builds_beside_a_cpu_torch_are_unusable():
     assert unusable(machine()) == []
 
 
-@pytest.mark.parametrize("package", ["serve.models.audio_packages", "optimize.pipeline.audio_packages"])
-def test_an_audio_package_that_wants_cuda_is_not_found_by_those_who_look_for_it(tmp_path, package):
-    for name, version in (("torch", "2.13.0+cpu"), ("torchaudio", "2.11.0")):
-        info = tmp_path / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (tmp_path / "torchaudio.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')\n")
+@pytest.mark.parametrize(
+    "hide",
+    [
+        "import serve.models.audio_packages as package; package.hide()",
+        "import optimize.pipeline.audio_packages as package; package.hide()",
+        "import serve.vllm_backend",
+    ],
+)
+def test_an_audio_package_that_wants_cuda_is_not_found_by_those_who_look_for_it(tmp_path, hide):
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        f"import importlib.util, {package} as package\n"
+        "import importlib.util\n"
         "assert importlib.util.find_spec('torchaudio') is not None\n"
-        "package.hide()\n"
+        f"{hide}\n"
         "assert importlib.util.find_spec('torchaudio') is None\n"
         "try: import torchaudio\n"
         "except ImportError: print('absent')\n"
     )
-    root = Path(importlib.util.find_spec("serve").origin).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    environ = {**os.environ, "PYTHONPATH": f"{for_cuda(tmp_path)}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
     assert done.stdout == "absent\n", done.stderr
