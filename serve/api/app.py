@@ -23,6 +23,7 @@ from serve.api.dashboard.pages import pages
 from serve.api.entrance import Entrance
 from serve.api.openapi import DocumentedApi
 from serve.api.reference.pages import reference_pages
+from serve.api.resolver import FolderResolver
 from serve.api.routes import routers
 from serve.api.services import Services
 from serve.asgi.error_shapes import as_anthropic, error_body, is_anthropic
@@ -63,6 +64,8 @@ def build_app(
         async with parts.running():
             yield
 
+    if config.resolver_folder:
+        parts.inference.unknown = FolderResolver(parts).bring
     app = DocumentedApi(
         title="loradock",
         version=__version__,

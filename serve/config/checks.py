@@ -113,6 +113,8 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"cpu_weights={config.cpu_weights} goes with lora_kernels=auto alone: only its kernels read such weights"
         )
+    if config.resolver_folder and not Path(config.resolver_folder).is_dir():
+        raise ConfigError(f"resolver_folder takes a folder with adapters in it by name, not {config.resolver_folder}")
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
         raise ConfigError("ssl_certfile and ssl_keyfile go together: give both or none")
 

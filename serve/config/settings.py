@@ -98,6 +98,10 @@ class Config:
     max_shadows: int = _setting(2, "shadow answers at a time; further ones are dropped and counted")
     source_roots: Texts = _setting((), "folders that a push by tenant default may name as file:///... or load by path")
     source_hosts: Texts = _setting((), "hosts that a push by tenant default may name as https://HOST[:PORT]/...")
+    resolver_folder: str = _setting(
+        "",
+        "folder of adapters by name: a request of tenant default for an unknown one takes it from there, as vLLM does",
+    )
     keep_unloaded: WholeFromZero = _setting(
         16, "names of a tenant that stay after they were loaded by path and unloaded; older ones are removed"
     )

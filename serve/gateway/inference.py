@@ -34,6 +34,7 @@ from serve.gateway.guard import Guards
 from serve.gateway.metering import metered
 from serve.gateway.request import (
     COUNTS_TOKENS,
+    INVOCATIONS,
     RESPONSES,
     InferenceRequest,
     body_limit,
@@ -75,7 +76,11 @@ class Inference:
     other servers of its registry made before; while it cannot, `doubted` gives what to answer in place of an error.
     `media` says that images or sound may come with a request, `bounds` how much one request may ask for. `traced`
     begins the trace of a request; None where nothing is traced.
+
+    `unknown(model, caller)` may have a model registered that nobody knows yet; whether it is there then.
     """
+
+    unknown: Callable[[str, Caller], Awaitable[bool]] | None = None
 
     def __init__(
         self,
@@ -147,8 +152,11 @@ class Inference:
             request, fan_out = None, FanOut()
             if stored is None:
                 request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
+                if scope["path"] == INVOCATIONS:
+                    scope = {**scope, "path": request.invoked(headers)}
                 tap.asked(request.fields, len(request.body))
                 request.check(scope["path"])
+                await self._bring_unknown(request, caller)
                 request.settle(partial(self._router.chosen, caller=caller))
                 fan_out = FanOut.of(scope["path"], request.fields, len(request.body))
                 fan_out.check(self._bounds.of(caller.limits))
@@ -158,6 +166,14 @@ class Inference:
             answering = _Answering(caller, request, fan_out.seats, connection.receive, send, tap, deadline)
             async with self._guarded(scope["path"], answering) as answering.send:
                 await self._answer_leased(scope, answering)
+
+    async def _bring_unknown(self, request: InferenceRequest, caller: Caller) -> None:
+        """Have a model that nobody knows looked for elsewhere, before it is a 404."""
+        if self.unknown is None:
+            return
+        for name in filter(None, (request.model, *request.fallbacks)):
+            if self._router.knows(name, caller) or await self.unknown(name, caller):
+                return
 
     @asynccontextmanager
     async def _guarded(self, path: str, answering: _Answering) -> AsyncIterator[Send]:

@@ -22,8 +22,17 @@ from serve.names import shown
 PATHS = re.compile(
     r"/v1/(chat/completions(/batch)?|completions|responses|messages(/count_tokens)?|embeddings|score|rerank)"
     r"|/(tokenize|detokenize|pooling|classify|score|rerank|v2/rerank)"
-    r"|/inference/v1/generate"
+    r"|/inference/v1/generate|/invocations"
 )
+# SageMaker's one route for all: the first field that a body has says which other route it means, as in vLLM.
+INVOCATIONS = "/invocations"
+INVOKED = {
+    "messages": "/v1/chat/completions",
+    "prompt": "/v1/completions",
+    "documents": "/rerank",
+    "input": "/v1/embeddings",
+}
+_ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
 RESPONSES = "/v1/responses"
 STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(?P<cancel>/cancel)?")
 # Those that generate nothing, know no cache_salt, and fill no cache.
@@ -111,6 +120,15 @@ class InferenceRequest:
             held.append("extra_args")
         if held:
             raise BadRequest(f"{held[0]} is not taken: {path} takes token_ids and sampling_params", param=held[0])
+
+    def invoked(self, headers: Headers) -> str:
+        """The route that a body of /invocations means; the model is the adapter that SageMaker's header names."""
+        if adapter := headers.get(_ADAPTER_HEADER):
+            self.model, self.fallbacks = adapter, ()
+        for field, path in INVOKED.items():
+            if field in self.fields:
+                return path
+        raise BadRequest(f"/invocations takes a body with one of {', '.join(INVOKED)}: what to answer is told by that")
 
     def settle(self, choose: Callable[[Sequence[str | None]], str | None]) -> None:
         """Of several models, take the one that `choose` says: guards, lease and answer are that one's."""

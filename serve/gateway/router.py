@@ -101,6 +101,14 @@ class Router:
         message = f"None of the models {names} exists: GET /v1/models lists those that do."
         raise NotFound(message, code="model_not_found", param="models")
 
+    def knows(self, model: str, caller: Caller) -> bool:
+        """Whether the name means anything to this caller now."""
+        try:
+            self.resolve(model, caller)
+        except NotFound:
+            return False
+        return True
+
     def answered(self, response_id: str, route: Route) -> None:
         """A request that names this stored response as the one before goes on with the same conversation."""
         self._askers.remember(response_id, route.who)

@@ -67,6 +67,7 @@ class FakeBackend:
         self.effects: dict[str, float] = {}
         self.probes: list[str | None] = []
         self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []
         # The headers that came with each of them.
         self.headers: list[dict[str, str]] = []
         self.usage: dict[str, int] | None = None
@@ -150,6 +151,7 @@ class FakeBackend:
         request = Request(scope, receive)
         body = await request.json() if scope["method"] == "POST" else {}
         self.bodies.append(body)
+        self.paths.append(scope["path"])
         self.headers.append(dict(request.headers))
         if watch := watching.get():
             made = self.generate(body) if self.generate else self.generation

@@ -8,7 +8,7 @@ from typing import Any
 from serve.api.openapi import REFERENCE, errors, security
 from serve.asgi.error_shapes import is_anthropic
 from serve.auth.auth import Scope
-from serve.gateway.request import MAX_MODELS
+from serve.gateway.request import INVOCATIONS, INVOKED, MAX_MODELS
 
 SUMMARIES = {
     "/v1/chat/completions": "Answer a chat, whole or as a stream",
@@ -28,8 +28,16 @@ SUMMARIES = {
     "/inference/v1/generate": "Continue token ids with token ids, for trainers",
     "/tokenize": "The tokens of a text or a chat",
     "/detokenize": "The text of tokens",
+    INVOCATIONS: "SageMaker's: a chat, a text, a ranking or embeddings, by what the body has",
 }
-_STREAMS = ("/inference/v1/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_STREAMS = (
+    INVOCATIONS,
+    "/inference/v1/generate",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+)
 _STATUSES = (400, 401, 403, 404, 413, 429, 500, 503, 504)
 _GROUP = ["inference"]
 _WHO_ANSWERS = (
@@ -61,6 +69,8 @@ _TIMEOUT = {
 
 def inference_paths(schemas: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAPI's `paths` of inference; `schemas` has the body of each path."""
+    invoked = {"anyOf": [schemas[path] for path in INVOKED.values()]}
+    schemas = {**schemas, INVOCATIONS: invoked}
     paths: dict[str, Any] = {path: {"post": _asks(path, schemas[path])} for path in SUMMARIES}
     id = {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
     for path, method, summary in (

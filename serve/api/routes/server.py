@@ -34,6 +34,13 @@ async def health() -> Response:
     return Response()
 
 
+@router.get("/ping", response_class=Response)
+async def ping(parts: TheParts) -> Response:
+    """SageMaker's: every engine answers."""
+    await is_ready(parts)
+    return Response()
+
+
 @router.get("/ready")
 async def is_ready(parts: TheParts) -> Response:
     """Every engine answers. `degraded` names what else does not work, if anything."""

@@ -1,0 +1,111 @@
+"""vLLM's resolver folder, over versions: what a request names and nobody pushed is taken from a configured folder.
+
+Off unless `resolver_folder` is set. `NAME` there is a PEFT folder; it is admitted as by a push, with the server's probe
+and the caller's quota, and is version 1. Whatever has a version is never looked for: what was unloaded stays unloaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from functools import partial
+from pathlib import Path
+
+from fastapi.concurrency import contextmanager_in_threadpool
+
+from serve.adapters.adapter import CONFIG, FILES
+from serve.adapters.fetch import fetch, parse
+from serve.api.routes.incoming import admit
+from serve.api.schemas import Fetch
+from serve.api.services import Services
+from serve.auth.auth import Caller
+from serve.errors import BadRequest, LoradockError
+from serve.names import DEFAULT, check_name
+
+# Names whose refusal is remembered, so that asking again costs a look at the folder and no admission.
+MAX_REFUSED = 1024
+
+# What tells that a folder has changed since: when and how long its files are.
+_State = tuple[tuple[int, int], ...]
+
+
+class FolderResolver:
+    """`bring` is what Inference asks about a model that nobody knows."""
+
+    def __init__(self, parts: Services) -> None:
+        self._parts = parts
+        self._root = Path(parts.config.resolver_folder).absolute()
+        self._coming: dict[str, asyncio.Task[None]] = {}
+        self._refused: dict[str, tuple[_State, LoradockError]] = {}
+
+    async def bring(self, name: str, caller: Caller) -> bool:
+        """Whether the name is an adapter now; what its admission refuses is raised, and remembered with the folder."""
+        if caller.tenant != DEFAULT or name in self._parts.registry or not _may_be_a_name(name):
+            return False
+        state = await asyncio.to_thread(_state, self._root / name)
+        if state is None:
+            return False
+        if not self._parts.ready.is_set():
+            raise self._parts.fleet.first.unavailable()
+        was, error = self._refused.get(name, (None, None))
+        if error and was == state:
+            raise error
+        await asyncio.shield(self._once(name, caller, state))
+        return True
+
+    def _once(self, name: str, caller: Caller, state: _State) -> Awaitable[None]:
+        """The one admission that all requests for this name wait for, whoever of them leaves."""
+        if name not in self._coming:
+            task = self._coming[name] = asyncio.create_task(self._admitted(name, caller, state))
+            task.add_done_callback(partial(self._came, name))
+        return self._coming[name]
+
+    def _came(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._coming[name]
+        if not task.cancelled():
+            task.exception()  # whoever waits has it; if nobody does, it is no news
+
+    async def _admitted(self, name: str, caller: Caller, state: _State) -> None:
+        parts, address = self._parts, f"file://{self._root / name}"
+        subject, status = name, 500
+        try:
+            source = parse(address, (self._root,))
+            async with contextmanager_in_threadpool(parts.store.quarantine()) as folder:
+                most, card = parts.config.max_upload_bytes, bool(parts.config.allowed_licenses)
+                await asyncio.to_thread(fetch, source, folder, max_bytes=most, card=card)
+                asked = Fetch(name, address, why=f"from {address}, for a request")
+                adapter, _ = await admit(parts, caller, asked, folder)
+            subject, status = adapter.tag, 200
+            self._refused.pop(name, None)
+        except LoradockError as error:
+            status = error.status
+            if status < 429:  # it would be refused again
+                while len(self._refused) >= MAX_REFUSED:
+                    del self._refused[next(iter(self._refused))]
+                self._refused[name] = (state, error)
+            raise
+        finally:
+            line = {"tenant": caller.tenant, "key": caller.key, "what": "resolve_adapter", "subject": subject}
+            await asyncio.to_thread(parts.audit.write, status=status, who=caller.name, **line)
+
+
+def _may_be_a_name(name: str) -> bool:
+    try:
+        check_name(name)
+    except BadRequest:
+        return False
+    return True
+
+
+def _state(folder: Path) -> _State | None:
+    """Of an adapter's files; None for a folder that has no configuration of one."""
+    found = []
+    for path in (folder, *(folder / name for name in FILES)):
+        try:
+            stat = path.stat()
+        except OSError:
+            if path.name == CONFIG:
+                return None
+            continue
+        found.append((stat.st_mtime_ns, stat.st_size))
+    return tuple(found)
