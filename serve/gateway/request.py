@@ -60,6 +60,11 @@ NOTHING_KEPT = (
 # OpenRouter's: names in the order in which they are tried.
 MAX_MODELS = 8
 _FRAMING = (b"content-length", b"transfer-encoding")
+_LOOKED_INTO = {
+    "structured_outputs": (dict, "an object such as {'regex': '...'}"),
+    "messages": (list, "a list of messages"),
+    "tools": (list, "a list of tools"),
+}
 # Longer than any prompt that a text model has room for; images and sound come inside the body too.
 TEXT_BYTES = 4 << 20
 MEDIA_BYTES = 64 << 20
@@ -88,7 +93,7 @@ class InferenceRequest:
         _check_priority(self.fields.get("priority"))
         if _LONG_NUMBER.search(body):
             _check_integers(self.fields)
-        _check_objects(self.fields)
+        _check_kinds(self.fields)
         self.model, self.fallbacks = _model_names(self.fields)
 
     @classmethod
@@ -210,14 +215,14 @@ def _check_integers(fields: dict[str, Any]) -> None:
                 )
 
 
-def _check_objects(fields: dict[str, Any]) -> None:
-    """BadRequest for what vLLM looks into before it asks whether it is an object, which was a 500."""
-    value = fields.get("structured_outputs")
-    if value is not None and not isinstance(value, dict):
-        raise BadRequest(
-            f"structured_outputs takes an object such as {{'regex': '...'}}, not {shown(value, 40)}",
-            param="structured_outputs",
-        )
+def _check_kinds(fields: dict[str, Any]) -> None:
+    """BadRequest for what vLLM looks into before it asks what it is, which was a 500."""
+    for field, (kind, what) in _LOOKED_INTO.items():
+        value = fields.get(field)
+        # A chat's `messages` may be absent, not null; /tokenize takes null beside a prompt.
+        is_none = value is None and (field != "messages" or field not in fields or "prompt" in fields)
+        if not is_none and not isinstance(value, kind):
+            raise BadRequest(f"{field} takes {what}, not {shown(value, 40)}", param=field)
 
 
 def _model_names(fields: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:

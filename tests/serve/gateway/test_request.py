@@ -98,13 +98,23 @@ async def test_a_body_that_needs_no_change_passes_byte_for_byte(client, backend)
     assert backend.bodies[-1] == json.loads(body)
 
 
-@pytest.mark.parametrize("value", [1.5, [[]], "x", True])
-async def test_structured_outputs_that_are_no_object_are_a_400(client, backend, value):
-    """vLLM looks into them before it asks what they are: a 500."""
+@pytest.mark.parametrize(
+    ("path", "field", "values"),
+    [
+        (CHAT, "structured_outputs", [1.5, [[]], "x", True]),
+        (CHAT, "messages", [None, True, 0, {}]),
+        ("/v1/responses", "tools", [False, 1, {}]),
+    ],
+)
+async def test_what_vllm_looks_into_before_it_asks_what_it_is_is_a_400(client, backend, path, field, values):
+    """It was a 500."""
     before = len(backend.bodies)
-    answer = await client.post(CHAT, json={"model": "base", "messages": [], "structured_outputs": value})
-    assert answer.status_code == 400 and "takes an object" in answer.json()["error"]["message"]
+    for value in values:
+        answer = await client.post(path, json={"model": "base", "input": "x", field: value})
+        assert answer.status_code == 400 and f"{field} takes a" in answer.json()["error"]["message"]
     assert len(backend.bodies) == before
+    beside = {"model": "base", "prompt": "x", "messages": None, "tools": None, "structured_outputs": None}
+    assert (await client.post("/tokenize", json=beside)).status_code == 200
 
 
 @pytest.mark.parametrize(
