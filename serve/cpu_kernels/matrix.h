@@ -47,6 +47,10 @@ struct Matrix {
     if (kind == BF16) return size_t(k) * WIDTH * 2;
     return kind == GROUP4 ? size_t(k) * WIDTH / 2 + size_t(groups()) * (offsets ? 128 : 64) : size_t(k) * WIDTH;
   }
+  // Where a group of 4 bits begins: with its scales.
+  uint8_t* group4(int b, int g) const {
+    return data.data + b * block_bytes() + size_t(g) * ((offsets ? 128 : 64) + group * WIDTH / 2);
+  }
 };
 
 inline __m512 wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }

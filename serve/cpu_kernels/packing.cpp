@@ -14,9 +14,9 @@ std::vector<std::unique_ptr<Matrix>> matrices;
 
 namespace {
 
-constexpr int SAMPLES = 8;           // blocks of a matrix by which it is decided whether 4 bits get offsets
+constexpr int SAMPLES = 8;           // sixteens of outputs by which it is decided whether 4 bits get offsets
 constexpr float OFFSETS_PAY = 0.5f;  // they do where they leave at most this part of the squared error
-constexpr int TRIES = 19;            // scales that are tried for a group of 4 bits
+constexpr int TRIES = 9;             // scales that are tried for a group of 4 bits
 
 struct Shape {
   int n, k;
@@ -60,7 +60,7 @@ struct Group4 {
 
   void store(Matrix& m, int b, int j, int g) const {
     const int size = std::min(m.group, m.k - g * m.group);
-    uint8_t* at = m.data.data + b * m.block_bytes() + size_t(g) * ((m.offsets ? 128 : 64) + m.group * WIDTH / 2);
+    uint8_t* at = m.group4(b, g);
     reinterpret_cast<bf16*>(at)[j] = scale;
     if (m.offsets) reinterpret_cast<bf16*>(at)[WIDTH + j] = offset;
     at += m.offsets ? 128 : 64;
@@ -70,66 +70,103 @@ struct Group4 {
 };
 
 
-// The numbers for w[0..n) that a scale and an offset leave, and their squared error.
-float numbers(const float* w, int n, float scale, float offset, uint8_t* q) {
-  const float by = scale != 0 ? 1 / scale : 0;
-  float error = 0;
-#pragma omp simd reduction(+ : error)
-  for (int i = 0; i < n; i++) {
-    const float v = std::min(15.f, std::max(0.f, std::nearbyint((w[i] - offset) * by) + 8));
-    const float off = w[i] - (v - 8) * scale - offset;
-    error += off * off;
-    q[i] = uint8_t(v);
-  }
-  return error;
-}
+// One group of 16 outputs, a lane for each of them, and the best 4 bits for it.
+struct Fit {
+  int n;
+  bool offsets;
+  __m512 w[128], scale, offset, error;
 
-// The best of several scales: numbers by each, then the least squares' scale (and offset) for these numbers.
-float fit(const float* w, int n, bool offsets, Group4& out) {
-  float low = w[0], high = w[0];
-  for (int i = 1; i < n; i++) low = std::min(low, w[i]), high = std::max(high, w[i]);
-  const float most = -low > high ? low : high;  // with its sign: 4 bits reach from -8 to 7
-  float best = INFINITY;
-  for (int t = 0; t < TRIES; t++) {
-    const float steps = offsets ? 15 + 0.1f * (t - TRIES / 2) : -8 - 0.1f * (t - TRIES / 2);
-    const float by = offsets ? (high > low ? steps / (high - low) : 0) : most != 0 ? steps / most : 0;
-    float sq = 0, qq = 0, wq = 0, sw = 0;
-#pragma omp simd reduction(+ : sq, qq, wq, sw)
+  // Numbers of 0 to 15, less 8, that are nearest.
+  inline __m512 numbers(int i, __m512 from, __m512 by) const {
+    const __m512 v = _mm512_roundscale_ps(_mm512_mul_ps(_mm512_sub_ps(w[i], from), by), 0);
+    return _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-8)), _mm512_set1_ps(7));
+  }
+
+  // a / b, and 0 where b is 0.
+  static inline __m512 ratio(__m512 a, __m512 b) {
+    return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b, _mm512_setzero_ps(), _CMP_NEQ_OQ), a, b);
+  }
+
+  // Inputs [first, first + n) of rows [row, row + 16) of W [., k].
+  void take(const bf16* from, int row, int k, int first) {
+    alignas(64) float rows[16][128], lanes[16];
+    for (int j = 0; j < 16; j++)
+      for (int i = 0; i < n; i += 16) _mm512_store_ps(rows[j] + i, wide(from + size_t(row + j) * k + first + i));
     for (int i = 0; i < n; i++) {
-      const float v = offsets ? std::min(15.f, std::max(0.f, std::nearbyint((w[i] - low) * by))) - 8
-                              : std::min(7.f, std::max(-8.f, std::nearbyint(w[i] * by)));
-      sq += v, qq += v * v, wq += w[i] * v, sw += w[i];
+      for (int j = 0; j < 16; j++) lanes[j] = rows[j][i];
+      w[i] = _mm512_load_ps(lanes);
     }
-    float scale = qq > 0 ? wq / qq : 0, offset = 0;
-    if (offsets) {
-      const float spread = n * qq - sq * sq;
-      scale = spread > 0 ? (n * wq - sq * sw) / spread : 0;
-      offset = (sw - scale * sq) / n;
-    }
-    Group4 tried;
-    put(tried.scale, scale);
-    put(tried.offset, offset / 8);
-    const float error = numbers(w, n, to_float(tried.scale), 8 * to_float(tried.offset), tried.q);
-    if (error < best) best = error, out = tried;
+    search();
   }
-  return best;
-}
 
-// The squared error of some of the blocks.
+  // Numbers by each of several scales, then the least squares' scale (and offset) for these numbers.
+  void search() {
+    const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1), count = _mm512_set1_ps(n);
+    __m512 low = w[0], high = w[0], sum = zero;
+    for (int i = 0; i < n; i++)
+      low = _mm512_min_ps(low, w[i]), high = _mm512_max_ps(high, w[i]), sum = _mm512_add_ps(sum, w[i]);
+    // The widest with its sign: 4 bits reach from -8 to 7.
+    const __m512 widest = _mm512_mask_mov_ps(high, _mm512_cmp_ps_mask(_mm512_sub_ps(zero, low), high, _CMP_GT_OQ), low);
+    scale = offset = zero, error = _mm512_set1_ps(INFINITY);
+    for (int t = -TRIES / 2; t <= TRIES / 2; t++) {
+      const __m512 first = offsets ? _mm512_div_ps(_mm512_sub_ps(high, low), _mm512_set1_ps(15 + 0.2f * t))
+                                   : _mm512_div_ps(widest, _mm512_set1_ps(-8 - 0.2f * t));
+      const __m512 from = offsets ? _mm512_fmadd_ps(_mm512_set1_ps(8), first, low) : zero;
+      const __m512 by = ratio(one, first);
+      __m512 q = zero, qq = zero, wq = zero;
+      for (int i = 0; i < n; i++) {
+        const __m512 r = numbers(i, from, by);
+        q = _mm512_add_ps(q, r), qq = _mm512_fmadd_ps(r, r, qq), wq = _mm512_fmadd_ps(r, w[i], wq);
+      }
+      __m512 is = ratio(wq, qq), at = zero;
+      if (offsets) {
+        is = ratio(_mm512_fmsub_ps(count, wq, _mm512_mul_ps(q, sum)), _mm512_fmsub_ps(count, qq, _mm512_mul_ps(q, q)));
+        at = _mm512_mul_ps(_mm512_div_ps(_mm512_fnmadd_ps(is, q, sum), count), _mm512_set1_ps(0.125f));
+      }
+      is = rounded(is), at = _mm512_mul_ps(rounded(at), _mm512_set1_ps(8));
+      const __m512 back = ratio(one, is);
+      __m512 left = zero;
+      for (int i = 0; i < n; i++) {
+        const __m512 off = _mm512_fnmadd_ps(numbers(i, at, back), is, _mm512_sub_ps(w[i], at));
+        left = _mm512_fmadd_ps(off, off, left);
+      }
+      const __mmask16 better = _mm512_cmp_ps_mask(left, error, _CMP_LT_OQ);
+      error = _mm512_mask_mov_ps(error, better, left);
+      scale = _mm512_mask_mov_ps(scale, better, is), offset = _mm512_mask_mov_ps(offset, better, at);
+    }
+  }
+
+  // At group g of half a block.
+  void store(Matrix& m, int b, int half, int g) const {
+    uint8_t* at = m.group4(b, g);
+    loradock::store(reinterpret_cast<bf16*>(at) + half, scale);
+    if (offsets) loradock::store(reinterpret_cast<bf16*>(at) + WIDTH + half, _mm512_mul_ps(offset, _mm512_set1_ps(0.125f)));
+    at += (offsets ? 128 : 64) + half * 4;
+    const __m512 back = ratio(_mm512_set1_ps(1), scale);
+    auto number = [&](int i) {
+      return _mm512_cvtps_epi32(_mm512_add_ps(numbers(i, offset, back), _mm512_set1_ps(8)));
+    };
+    for (int i = 0; i < n; i += 8, at += WIDTH * 4) {
+      __m512i bytes = _mm512_setzero_si512();
+      for (int l = 3; l >= 0; l--)
+        bytes = _mm512_or_si512(_mm512_slli_epi32(bytes, 8),
+                                _mm512_or_si512(number(i + l), _mm512_slli_epi32(number(i + 4 + l), 4)));
+      _mm512_store_si512(at, bytes);
+    }
+  }
+};
+
+// The squared error of some of the outputs.
 float sampled(const bf16* from, const Shape& s, int group, bool offsets) {
-  const int blocks = (s.n + WIDTH - 1) / WIDTH, step = std::max(1, blocks / SAMPLES);
+  const int halves = s.n / 16, step = std::max(1, halves / SAMPLES);
   float error = 0;
 #pragma omp parallel for reduction(+ : error)
-  for (int o = 0; o < s.n; o++) {
-    if (o / WIDTH % step) continue;
-    float w[128];
-    Group4 made;
+  for (int h = 0; h < halves; h += step)
     for (int i = 0; i < s.k; i += group) {
-      const int size = std::min(group, s.k - i);
-      for (int l = 0; l < size; l++) w[l] = to_float(from[size_t(o) * s.k + i + l]);
-      error += fit(w, size, offsets, made);
+      Fit fit{std::min(group, s.k - i), offsets, {}, {}, {}, {}};
+      fit.take(from, h * 16, s.k, i);
+      error += _mm512_reduce_add_ps(fit.error);
     }
-  }
   return error;
 }
 
@@ -171,16 +208,17 @@ int rounded8(const bf16* from, const Shape& s, int group, const bf16* bias) {
 int rounded4(const bf16* from, const Shape& s, int group, const bf16* bias) {
   const bool offsets = sampled(from, s, group, true) <= OFFSETS_PAY * sampled(from, s, group, false);
   auto m = blank(s, GROUP4, group, offsets, bias);
-  outputs(*m, [&](int b, int j, int o) {
-    float w[128] = {};
-    for (int g = 0; g < m->groups(); g++) {
-      const int size = std::min(group, s.k - g * group);
-      for (int i = 0; o >= 0 && i < size; i++) w[i] = to_float(from[size_t(o) * s.k + g * group + i]);
-      Group4 made;
-      fit(w, size, offsets, made);
-      made.store(*m, b, j, g);
-    }
-  });
+#pragma omp parallel for schedule(static)
+  for (int b = 0; b < m->blocks; b++)
+    for (int half = 0; half < WIDTH; half += 16)
+      for (int g = 0; g < m->groups(); g++) {
+        Fit fit{std::min(group, s.k - g * group), offsets, {}, {}, {}, {}};
+        if (m->output(b, half) < s.n)
+          fit.take(from, m->output(b, half), s.k, g * group);
+        else
+          fit.search();  // zeros, which only fill the last block
+        fit.store(*m, b, half, g);
+      }
   return keep(std::move(m));
 }
 
