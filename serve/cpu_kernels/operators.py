@@ -55,11 +55,13 @@ class Plan:
     def __init__(self) -> None:
         self.groups: list[tuple[int, torch.Tensor]] = []
         self.rows = self.slots = torch.empty(0, dtype=torch.int64)
+        self._mapping = self.slots
         self._kernels = library()
         self._number = self._kernels.loradock_plan() if self._kernels else 0
 
     def set(self, slots: torch.Tensor, slot_count: int) -> None:
         """`slots` holds the slot of each row, -1 where there is none; (rows,) of int64."""
+        self._mapping = slots
         if self._kernels is None:
             self.rows = (slots >= 0).nonzero().flatten()
             self.slots = slots[self.rows]
@@ -67,6 +69,10 @@ class Plan:
             return
         slots = slots.contiguous()
         self._kernels.loradock_set_plan(self._number, ctypes.c_void_p(slots.data_ptr()), slots.numel(), slot_count)
+
+    def in_use(self) -> frozenset[int]:
+        """The slots of this step's rows."""
+        return frozenset(self._mapping.tolist()) - {-1}
 
 
 @dataclass(eq=False)
@@ -110,6 +116,10 @@ class Layer:
         if kernels is not None:
             return int(kernels.loradock_rank(self.number, slot))
         return self.b[0].shape[-1]
+
+    def touched(self) -> bool:
+        """Whether a row of this step has an adapter here."""
+        return self.used and any(self.rank(slot) for slot in self.plan.in_use())
 
 
 _layers: list[Layer] = []

@@ -44,11 +44,10 @@ class Punica(PunicaWrapperCPU):
 class LayerPunica:
     """What one layer calls: the kernels with this layer's number. Everything else is the shared object's."""
 
-    def __init__(self, shared: Punica, layer: Layer, slots: int) -> None:
+    def __init__(self, shared: Punica, layer: Layer) -> None:
         self.shared = shared
         self.layer = layer
         self.number = layer.number
-        self.slots = slots
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.shared, name)
@@ -61,7 +60,7 @@ class LayerPunica:
 
     def add_lora_logits(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
         """Outside of the compiled graph: here, what to do may depend on what is there."""
-        if not any(self.layer.rank(slot) for slot in range(self.slots)):
+        if not self.layer.touched():
             return
         rows = self.shared.sampler_indices.shape[0]
         if y.dtype == x.dtype == b.dtype and rows == y.shape[0] == x.shape[0]:
@@ -83,7 +82,7 @@ def _adopt(manager: LoRAModelManager) -> None:
             unknown.add(type(module).__name__)
             continue
         known.append(layer)
-        module.set_mapping(LayerPunica(shared, layer, manager.lora_slots))
+        module.set_mapping(LayerPunica(shared, layer))
     if unknown:
         log.warning("vLLM's own LoRA path serves %s, and torch.compile is off", ", ".join(sorted(unknown)))
         for module in manager.model.modules():

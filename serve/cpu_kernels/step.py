@@ -28,6 +28,7 @@ from vllm.v1.worker.block_table import SlotMappingMode
 
 from serve.cpu_kernels import eight_bits, packing
 from serve.cpu_kernels.build import library
+from serve.cpu_kernels.operators import Layer
 from serve.cpu_kernels.packing import at as _at
 
 log = logging.getLogger("loradock")
@@ -87,13 +88,8 @@ class Fused:
         self.vocabulary = int(model.logits_processor.org_vocab_size)
         self.kernels.loradock_decoder_head(self.number, self.head, self.vocabulary)
         self.ready: torch.Tensor | None = None  # the logits of the step that was just computed
-        # Adapters of the embedding and the output layer are vLLM's: while one holds a slot, steps are vLLM's too.
-        self.others = [
-            module.punica_wrapper.layer
-            for module in (inner.embed_tokens, model.logits_processor)
-            if hasattr(getattr(module, "punica_wrapper", None), "layer")
-        ]
-        self.punica = getattr(first.qkv_proj, "punica_wrapper", None)
+        # Adapters of the embedding and the output layer are vLLM's: so are the steps, or logits, of tokens with one.
+        self.embeds, self.heads = _adapted(inner.embed_tokens), _adapted(model.logits_processor)
 
     def _add(self, layer: Any) -> None:
         modules = [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
@@ -133,7 +129,7 @@ class Fused:
             rows > self.most
             or rows != meta.num_actual_tokens
             or meta.causal is not True
-            or self._blocked()
+            or (self.embeds is not None and self.embeds.touched())
             or not self._bind()
         ):
             return None
@@ -142,7 +138,7 @@ class Fused:
         out = torch.empty((rows, self.hidden), dtype=torch.bfloat16)
         table, requests = meta.block_table, meta.seq_lens.shape[0]
         # Where each request has one token, vLLM asks for all of their logits next.
-        ahead = rows == requests and self.head >= 0
+        ahead = rows == requests and self.head >= 0 and not self._heads_touched()
         self.ready = torch.empty((rows, self.vocabulary), dtype=torch.float32) if ahead else None
         refused = self.kernels.loradock_step(
             self.number,
@@ -164,7 +160,7 @@ class Fused:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """(rows, vocabulary) in float32, not rounded on the way; None where vLLM has to compute them."""
-        if self.head < 0 or self._blocked():
+        if self.head < 0 or self._heads_touched():
             return None
         out = torch.empty((hidden.shape[0], self.vocabulary), dtype=torch.float32)
         self.kernels.loradock_logits(
@@ -178,8 +174,8 @@ class Fused:
         )
         return out
 
-    def _blocked(self) -> bool:
-        return self.punica is not None and any(layer.used for layer in self.others)
+    def _heads_touched(self) -> bool:
+        return self.heads is not None and self.heads.touched()
 
     def _bind(self) -> bool:
         """Tell the kernels where the cache is, once it is there."""
@@ -262,6 +258,11 @@ def _check_output(model: Any) -> None:
         raise Unknown("its embedding is not bfloat16")
     if processor.org_vocab_size > head.weight.shape[0]:
         raise Unknown("its output layer has fewer rows than its vocabulary")
+
+
+def _adapted(module: Any) -> Layer | None:
+    """The adapters of a module that is computed by vLLM where a token has one."""
+    return getattr(getattr(module, "punica_wrapper", None), "layer", None)
 
 
 def _bare(module: Any) -> Any:
