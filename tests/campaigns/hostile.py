@@ -15,6 +15,7 @@ import asyncio
 import http.client
 import json
 import multiprocessing
+import random
 import sys
 import tempfile
 import threading
@@ -40,6 +41,7 @@ QUESTION = {"messages": [{"role": "user", "content": "Tell me about rivers."}], 
 ROUNDING = 0.25
 VOCABULARY = 49_152
 HONEST = "honest requests, as many (what the others are held against)"
+HONEST_LONG = "honest requests with prompts of 1,900 tokens, as many (what long prompts are held against)"
 
 
 @dataclass
@@ -243,7 +245,6 @@ def attack(port: int, key: str, manager: str, kind: str, seconds: float, clients
     """In a process of its own: this kind, over and over, for so long; at least once."""
     prepare()
     started(pipe)
-    honest = {"model": "smollm2", "messages": SAY, "max_tokens": 16}
 
     async def run() -> Counter[str]:
         counted: Counter[str] = Counter()
@@ -254,8 +255,8 @@ def attack(port: int, key: str, manager: str, kind: str, seconds: float, clients
 
             async def send() -> None:
                 while True:
-                    if kind == HONEST:
-                        counted[await target.post(CHAT, honest)] += 1
+                    if kind in (HONEST, HONEST_LONG):
+                        counted[await target.post(*honest(kind))] += 1
                     else:
                         counted.update(await KINDS[kind](target))
                     if time.monotonic() >= until:
@@ -265,6 +266,13 @@ def attack(port: int, key: str, manager: str, kind: str, seconds: float, clients
         return counted
 
     pipe.send(dict(asyncio.run(run())))
+
+
+def honest(kind: str) -> tuple[str, dict[str, Any]]:
+    if kind == HONEST:
+        return CHAT, {"model": "smollm2", "messages": SAY, "max_tokens": 16}
+    prompt = f"{random.random()} " + "word " * 1880  # none is in the prefix cache
+    return COMPLETIONS, {"model": "smollm2", "prompt": prompt, "max_tokens": 16}
 
 
 def started(pipe: Any) -> None:
@@ -382,7 +390,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     words = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, staged(Path(folder)) as stage:
-        kinds = [HONEST, *(kind for kind in KINDS if any(text in kind for text in words.only)), HONEST]
+        chosen = [kind for kind in KINDS if any(text in kind for text in words.only)]
+        kinds = [HONEST, HONEST_LONG, *chosen, HONEST, HONEST_LONG]
         rows = []
         for number, kind in enumerate(kinds):
             print(f"[{number + 1}/{len(kinds)}] {kind}", file=sys.stderr, flush=True)
