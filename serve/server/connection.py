@@ -23,6 +23,7 @@ import resource
 import select
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
@@ -290,6 +291,7 @@ def guarded(client_timeout: float, limits: ConnectionLimits | None = None) -> ty
     return type("Guarded", (GuardedProtocol,), {"seconds": client_timeout, "peers": peers})
 
 
+@lru_cache(1024)
 def _is_local(address: str) -> bool:
     try:
         return ip_address(address).is_loopback

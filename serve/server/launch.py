@@ -26,6 +26,7 @@ from serve.errors import ConfigError, LoradockError
 from serve.models import hardware
 from serve.models.checkpoint import EMBEDDED, find
 from serve.server.connection import guarded, raise_descriptor_limit
+from serve.server.garbage import collect_in_quiet
 from serve.server.logs import Log, log_to_stderr
 from serve.vllm_backend import forkserver, titles
 
@@ -173,17 +174,18 @@ async def _serve(server: Server, app: FastAPI, sock: socket, config: Config) -> 
         loop.add_signal_handler(number, server.ask_to_stop)
     scheme = "https" if config.ssl_certfile else "http"
     host, port = sock.getsockname()[:2]
-    announce = asyncio.create_task(_announce(app, f"{scheme}://{host}:{port}"))
+    announce = asyncio.create_task(_announce(app, f"{scheme}://{host}:{port}", server))
     try:
         await server.serve(sockets=[sock])
     finally:
         announce.cancel()
 
 
-async def _announce(app: FastAPI, url: str) -> None:
+async def _announce(app: FastAPI, url: str, server: Server) -> None:
     log.info("listening on %s", url)
     await app.state.parts.ready.wait()
     log.info("ready: %s/v1 answers as %s", url, app.state.parts.fleet.first.name)
+    await collect_in_quiet(lambda: len(server.server_state.connections))
 
 
 class Server(uvicorn.Server):

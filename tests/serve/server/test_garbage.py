@@ -1,0 +1,38 @@
+"""A full collection waits for a quiet moment, and comes at last without one."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from contextlib import suppress
+
+import pytest
+
+from serve.server.garbage import FEW, collect_in_quiet
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.mark.parametrize(("connections", "latest", "goes"), [(FEW, 60, True), (FEW + 1, 60, False), (FEW + 1, 0, True)])
+async def test_old_garbage_goes_in_a_quiet_moment_or_at_the_latest(connections, latest, goes):
+    before = gc.get_threshold()
+    kept = Cycle()
+    gc.collect()  # it is old
+    gone = weakref.ref(kept)
+    collecting = asyncio.create_task(collect_in_quiet(lambda: connections, look=0.01, latest=latest))
+    try:
+        await asyncio.sleep(0)
+        assert gc.get_threshold()[2] > 1000 and gc.get_freeze_count()
+        gc.unfreeze()
+        del kept
+        await asyncio.sleep(0.1)
+        assert (gone() is None) == goes
+    finally:
+        collecting.cancel()
+        with suppress(asyncio.CancelledError):
+            await collecting
+    assert gc.get_threshold() == before
