@@ -26,6 +26,7 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.config import load
 from serve.server.launch import resolved
 from tests.e2e.test_watching import GARDEN
+from tests.support.event_lines import async_event_lines
 from tests.support.server import SMALL, free_port
 
 STREAMS, TOKENS, EACH = 16, 64, 3
@@ -136,7 +137,7 @@ async def client(url: str, count: int) -> None:
                 body = {"model": "smollm2", "messages": [{"role": "user", "content": said}], "max_tokens": TOKENS}
                 body |= {"ignore_eos": True, "stream": True, "user": str(lots.random())}
                 async with http.stream("POST", url, json=body) as answer:
-                    async for line in answer.aiter_lines():
+                    async for line in async_event_lines(answer):
                         tokens += line.startswith("data: {") and bool(json.loads(line[6:])["choices"][0]["delta"])
 
         await asyncio.gather(*(stream() for _ in range(STREAMS)))

@@ -33,6 +33,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.support.event_lines import async_event_lines
 from tests.support.server import Server, done, free_port
 
 SIZES: dict[str, dict[str, int]] = {
@@ -82,7 +83,7 @@ async def answer(http: httpx.AsyncClient, up: Up, llama: bool, model: str, words
     began, times = time.monotonic(), []
     async with http.stream("POST", f"{up.url}/v1/completions", json=body) as response:
         response.raise_for_status()
-        async for line in response.aiter_lines():
+        async for line in async_event_lines(response):
             if line.startswith("data: {") and json.loads(line[6:])["choices"]:
                 times.append(time.monotonic() - began)
     return times

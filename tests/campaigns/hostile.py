@@ -31,6 +31,7 @@ import httpx
 import numpy as np
 
 from tests.support.crowd import descriptors
+from tests.support.event_lines import event_lines
 from tests.support.hostile_kinds import CHAT, COMPLETIONS, KINDS, RESPONSES, SAY, Target, bombs, fuzzed
 from tests.support.lora import WORDS, trained, variant
 from tests.support.server import ADMIN, KEYS, SMALL, Server, bearer, done
@@ -97,7 +98,7 @@ class Stage:
         with self.server.http.stream("POST", CHAT, json=body, headers=bearer(self.victim), timeout=120) as answer:
             if answer.status_code != 200:
                 raise AssertionError(f"{answer.status_code}: {answer.read()[:200]!r}")
-            for line in answer.iter_lines():
+            for line in event_lines(answer):
                 if not line.startswith("data: {"):
                     continue
                 for choice in json.loads(line[6:]).get("choices", ()):

@@ -24,6 +24,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from tests.support.event_lines import async_event_lines
 from tests.support.server import BASE, SMALL, Server
 
 QUIET = 6.0
@@ -55,7 +56,7 @@ async def _stream(http: httpx.AsyncClient, prompt: str, tokens: int) -> list[flo
     times = []
     async with http.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200, await answer.aread()
-        async for line in answer.aiter_lines():
+        async for line in async_event_lines(answer):
             if line.startswith("data: {") and json.loads(line[6:])["choices"]:
                 times.append(time.monotonic())
     return times

@@ -28,6 +28,7 @@ import uvicorn
 from serve.config import load
 from serve.server.launch import resolved
 from tests.support.collector import Collector
+from tests.support.event_lines import async_event_lines
 from tests.support.server import SMALL, free_port
 
 STREAMS, TOKENS = 16, 64
@@ -112,7 +113,7 @@ async def client(url: str, count: int) -> None:
                 body = {"model": "smollm2", "messages": [{"role": "user", "content": asked}], "max_tokens": TOKENS}
                 began = time.perf_counter()
                 async with http.stream("POST", url, json={**body, "ignore_eos": True, "stream": True}) as answer:
-                    async for line in answer.aiter_lines():
+                    async for line in async_event_lines(answer):
                         tokens += line.startswith("data: {") and bool(json.loads(line[6:])["choices"][0]["delta"])
                 seconds.append(time.perf_counter() - began)
 

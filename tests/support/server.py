@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import openai
 
+from tests.support.event_lines import event_lines
 from tests.support.lora import WORDS
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +144,7 @@ class Server:
             if response.status_code != 200:
                 response.read()
                 raise AssertionError(f"{response.status_code}: {response.text}")
-            for line in response.iter_lines():
+            for line in event_lines(response):
                 if line == "data: [DONE]":
                     answer.done, answer.ended = True, time.monotonic()
                 elif line.startswith("data: ") and answer.take(json.loads(line[6:])):
