@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.adapter import WEIGHTS
+from serve.adapters.file_thread import rest
 from serve.adapters.tensors import Tensor, read_header
 from serve.adapters.untrusted import create, open_plain, write
 from serve.errors import AdapterRejected
@@ -92,6 +93,7 @@ def _rewrite(parts: Sequence[Path], folder: Path) -> None:
             if header:
                 file.seek(header[0].start)  # a file's tensors fill it to its end
                 while data := file.read(_CHUNK):
+                    rest()
                     write(out, data)
     for path in parts:
         path.unlink()

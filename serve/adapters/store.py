@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve.adapters.adapter import FILES
+from serve.adapters.file_thread import rest
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected, EngineUnavailable, NotFound, OutOfSpace
@@ -317,6 +318,7 @@ def _digest(folder: Path) -> str:
             total.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
             while chunk := file.read(_CHUNK):
                 total.update(chunk)
+                rest()
     return total.hexdigest()
 
 

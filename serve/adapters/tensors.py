@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from serve.adapters.adapter import WEIGHTS
+from serve.adapters.file_thread import rest
 from serve.adapters.untrusted import parse_json, sniff
 from serve.errors import AdapterRejected
 from serve.names import shown
@@ -130,9 +131,10 @@ def scan(file: BinaryIO, tensor: Tensor) -> tuple[bool, bool]:
     file.seek(tensor.start)
     left = tensor.end - tensor.start
     while left:
-        data = file.read(min(left, 8 << 20))
+        data = file.read(min(left, 1 << 20))
         if not data:
             raise AdapterRejected(f"{WEIGHTS} was cut short while it was read; send it again")
+        rest()
         left -= len(data)
         bits = np.frombuffer(data, kind)
         finite = finite and not bool(((bits & exponent) == exponent).any())
