@@ -343,7 +343,7 @@ def test_a_pickle_under_a_safetensors_name_is_refused_by_its_content(pack, tmp_p
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "HTML"),
         (b"GGUF\x03\0\0\0" + bytes(20), "GGUF"),
-        (struct.pack("<Q", 1 << 40) + b"{}", "damaged"),
+        (struct.pack("<Q", 1 << 40) + b"{}", "this server reads up to"),
         (raw({"t": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}), "cut short"),
         (raw({}, b"PK\x03\x04"), "belong to no tensor"),
         (raw({"t": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8)), "begins at byte"),
