@@ -50,7 +50,7 @@ class CommonTokens:
     def __call__(self, part: NDArray[np.floating]) -> NDArray[np.float32]:
         """(COMMON,) of one sketch, Poisson's standard deviations; zeros of no token."""
         ids = part[:SAMPLED].astype(np.intp)
-        counts = np.bincount(self.place[ids], minlength=COMMON + 1)[:COMMON]
+        counts = np.bincount(self.place.take(ids), minlength=COMMON + 1)[:COMMON]
         expected = self.shares * np.float32(max(np.count_nonzero(ids >= 0), 1e-6))
         scores: NDArray[np.float32] = ((counts - expected) / np.sqrt(expected)).astype(np.float32)
         return scores

@@ -94,8 +94,8 @@ class Embedding:
             ids = ids[(ids >= 0) & (ids < len(self.table))]
         if not ids.size:
             return np.zeros(self.table.shape[1], np.float32)
-        weights = self.weights[ids]
-        return (weights @ self.table[ids]) / np.add.reduce(weights)
+        weights = self.weights.take(ids)
+        return (weights @ self.table.take(ids, axis=0)) / np.add.reduce(weights)
 
 
 class Rows:

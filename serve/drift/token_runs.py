@@ -62,7 +62,7 @@ class Words:
                 begins[1:] |= begins[:-1]
                 begins[0] = True
                 symbols = np.where(digits, NUMBER, ids)[begins]
-                symbol_of = np.cumsum(begins) - 1
+                symbol_of = np.add.accumulate(begins, dtype=np.intp) - 1
         return cls(ids.astype(np.int32), symbols, symbol_of)
 
     def runs(self) -> NDArray[np.uint64]:
@@ -79,7 +79,7 @@ class Words:
         change = np.zeros(len(self.symbols) + 3, np.int32)
         change[: len(shared)] = shared
         change[RUN : RUN + len(shared)] -= shared
-        return np.cumsum(change)[1:-2] == 0
+        return np.add.accumulate(change)[1:-2] == 0
 
     def kept(self, own: NDArray[np.bool_]) -> NDArray[np.int32]:
         """The tokens of these symbols."""

@@ -68,7 +68,7 @@ class TokenSurprise:
     def __call__(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
         """(2,) of one sketch."""
         ids = part.astype(np.intp).reshape(len(self.tables), SAMPLED)
-        sums = [np.add.reduce(table[row], dtype=np.float32) for table, row in zip(self.tables, ids, strict=True)]
+        sums = [np.add.reduce(table.take(row), dtype=np.float32) for table, row in zip(self.tables, ids, strict=True)]
         return np.array(sums, np.float32) / (self.spread * np.sqrt(np.maximum(np.add.reduce(ids >= 0, axis=1), 1)))
 
     def arrays(self) -> dict[str, NDArray]:
