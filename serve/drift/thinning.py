@@ -40,7 +40,7 @@ _, REPEATED, NEAR, CROWDED, WARMING_UP = COUNTS
 WINDOW = 64
 # Raw requests after which an asker may be seen again, though the interval is not over.
 MOST_BETWEEN = 1000
-# From this share of requests on, askers come back so often that their rule has to come to its steady state too.
+# Where more of the requests come from askers within their interval, their rule has to come to its steady state too.
 RETURNING = 0.05
 SHORT_RUN = 3
 # 4 bands of 3 minima: 94 of 100 prompts that share 80 % of their runs are found, 3 of 100 that share 20 %.
@@ -106,6 +106,8 @@ class Thinning(Generic[Item]):
         self._askers: OrderedDict[int, tuple[int, float]] = OrderedDict()
         self._began: float | None = None
         self._steady = warm_up == 0
+        # Requests from askers within their interval, whatever they were left out for.
+        self._returned = 0
 
     def offer(self, item: Item, *, tokens: ArrayLike, now: float, key: int | None = None) -> Taken[Item] | None:
         """Take in a request. Returns the one that came `ahead` requests before, if it is accepted."""
@@ -147,6 +149,7 @@ class Thinning(Generic[Item]):
             for band in _signature(rest):
                 near = self._seen(self._bands, band) or near
         crowded = request.key is not None and self._crowded(request.key, request.now)
+        self._returned += crowded
         if not (repeated or near or crowded) and request.key is not None:
             self._askers[request.key] = self._raw, request.now
             self._askers.move_to_end(request.key)
@@ -176,8 +179,13 @@ class Thinning(Generic[Item]):
         self._began = now if self._began is None else self._began
         if self._raw < self._warm_up:
             return False
-        few = self.counts[CROWDED] <= RETURNING * self._raw
-        return few or now - self._began >= self._interval or self._raw >= MOST_BETWEEN
+        passed = now - self._began
+        if passed >= self._interval or self._raw >= MOST_BETWEEN:
+            return True
+        # Of n requests about n squared over 2 pairs have one asker as likely as any; later each request makes a pair
+        # with all those within the interval.
+        within = min(MOST_BETWEEN, self._raw * self._interval / passed) if passed > 0 else MOST_BETWEEN
+        return 2 * within * self._returned <= RETURNING * self._raw**2
 
     @property
     def left_out(self) -> str:
@@ -199,7 +207,7 @@ class Thinning(Generic[Item]):
         state["askers"] = np.array(list(self._askers), np.uint64)
         state["askers.raw"] = np.array([raw for raw, _ in self._askers.values()], np.int64)
         state["askers.seconds"] = np.array([seconds for _, seconds in self._askers.values()], np.float64)
-        state["raw"] = np.array([self._raw, self._steady])
+        state["raw"] = np.array([self._raw, self._steady, self._returned])
         state |= prefixed(self.acceptance.state(), "acceptance.")
         state |= prefixed(self.opening.state(), "opening.")
         state["counts"] = np.array([self.counts[name] for name in COUNTS])
@@ -213,8 +221,9 @@ class Thinning(Generic[Item]):
             memory.update(zip(digests, state[f"{name}.raw"].tolist(), strict=True))
         seen = zip(state["askers.raw"].tolist(), state["askers.seconds"].tolist(), strict=True)
         self._askers.update(zip(state["askers"].tolist(), seen, strict=True))
-        raw, steady = state["raw"].tolist()
-        self._raw, self._steady = raw, bool(steady)
+        # Earlier releases did not count who came back.
+        raw, steady, *returned = state["raw"].tolist()
+        self._raw, self._steady, self._returned = raw, bool(steady), sum(returned)
         self.acceptance.restore(below(state, "acceptance."))
         self.opening.restore(below(state, "opening."))
         if "counts" in state:

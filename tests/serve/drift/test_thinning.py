@@ -91,6 +91,22 @@ def test_where_askers_come_back_their_interval_passes_first():
         assert begins - 1 <= taken[0] <= begins + 70
 
 
+def test_what_is_taken_of_popular_prompts_that_are_askers_does_not_begin_with_them():
+    """An asker that repeats its prompt comes back too, though the prompt is what it is left out for."""
+    rng = np.random.default_rng(3)
+    pool = [prompt(20, rng) for _ in range(3000)]
+    weights = 1 / np.arange(1, 3001)
+    thinning: Thinning = Thinning(warm_up=64, interval=600)
+    ranks = rng.choice(3000, 6000, p=weights / weights.sum())
+    taken = []
+    for i, rank in enumerate(ranks.tolist()):
+        if result := thinning.offer(i, tokens=pool[rank], now=float(i), key=rank):
+            taken.append(result.item)
+    popular = ranks[taken] < 100
+    assert taken[0] >= 600
+    assert abs(popular[:300].mean() - popular[300:].mean()) < 0.08
+
+
 def test_a_new_system_prompt_makes_no_duplicates_and_is_no_part_of_what_is_compared():
     thinning: Thinning = Thinning(warm_up=64)
     own = [prompt(30) for _ in range(600)]
