@@ -40,23 +40,60 @@ class Phases {
   size_t size_ = 0;
 };
 
+// What becomes of a row before its weight; `weight` is null where there is no norm.
+enum Normal { PLAIN = 0, ROUNDED = 1, CENTERED = 2 };  // nothing, rounded to bfloat16, its mean taken off (and not rounded)
+
+struct Norm {
+  const float* weight;
+  float eps;
+  int kind;
+};
+
+enum Activation { SILU = 0, GELU_TANH = 1 };
+
+// The structures below are architecture.py's, field by field.
+
 struct Block {
   int qkv, o, gate_up, down;          // matrices
   int lora_qkv, lora_o, lora_gate_up, lora_down;  // layers of kernels.cpp, or -1
-  const bf16 *norm_in, *norm_out, *norm_q, *norm_k;
-  bf16* cache;
+  Norm before_attention, after_attention, before_mlp, after_mlp, q, k;
+  int head_norms;       // elements from a head's weights in q and k to the next one's: 0 where all heads have the same
+  int whole_norms;      // q and k are normalized over all heads together
+  const bf16* cos_sin;  // [positions][rotary]: cosines, then sines
+  int rotary;           // the first elements of a head that are turned; 0: none
+  int interleaved;      // pairs are neighbours, not halves
+  int window;           // a token sees so many, itself included; 0: all before it
+  float scale, cap;     // of attention's scores; 0: no cap
 };
 
-struct Decoder {
-  int hidden, heads, kv_heads, head, inner, rotary, block_size, threads;
-  float eps, scale;
+struct Shape {
+  int hidden, heads, kv_heads, head, inner;
+  int activation;
+  int parallel;                // attention and MLP get the same input
+  float embedding_by, residual_by;  // what embeddings, and what is added to the residual, are multiplied by
+  float logits_cap, logits_by;
+  const bf16* embedding;
+  Norm last;
+};
+
+// One of the layers' caches: their block tables and slots may differ, where some layers see a window alone.
+struct Group {
+  const int32_t* table;
+  int64_t stride;
+  const int64_t* slots;
+};
+
+struct Decoder : Shape {
+  int block_size, threads;
   int64_t cache_block, cache_head;  // elements from one block, and one head of a block, to the next
-  const bf16 *embedding, *cos_sin, *norm;
   std::vector<Block> layers;
+  std::vector<bf16*> cache;  // of each layer
+  std::vector<int> group;    // of each layer
+  bool after = false;        // what is added to the residual is normalized before
   int top = -1;        // the output layer's matrix
   int vocabulary = 0;  // its first outputs; the rest is padding
   Phases phases;
-  Buffer<float> residual;
+  Buffer<float> residual, added, whole;
   Buffer<bf16> x, qkv, y, act, t;
   Buffer<int8_t> q;
   Buffer<float> q_scale;
@@ -65,15 +102,32 @@ struct Decoder {
 
 std::vector<std::unique_ptr<Decoder>> decoders;
 
-void normalize(const float* x, const bf16* weight, int n, float eps, bf16* out) {
-  __m512 squares = _mm512_setzero_ps();
+// put(i, v) for each 16 of the normalized row.
+template <class Put>
+inline void normalized(const float* x, const Norm& norm, int n, Put&& put) {
+  if (!norm.weight) {
+    for (int i = 0; i < n; i += 16) put(i, _mm512_loadu_ps(x + i));
+    return;
+  }
+  __m512 mean = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+  if (norm.kind == CENTERED) {
+    for (int i = 0; i < n; i += 16) mean = _mm512_add_ps(mean, _mm512_loadu_ps(x + i));
+    mean = _mm512_set1_ps(_mm512_reduce_add_ps(mean) / n);
+  }
   for (int i = 0; i < n; i += 16) {
-    const __m512 v = _mm512_loadu_ps(x + i);
+    const __m512 v = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
     squares = _mm512_fmadd_ps(v, v, squares);
   }
-  const __m512 by = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / n + eps));
-  for (int i = 0; i < n; i += 16)
-    store(out + i, _mm512_mul_ps(rounded(_mm512_mul_ps(_mm512_loadu_ps(x + i), by)), wide(weight + i)));
+  const __m512 by = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / n + norm.eps));
+  for (int i = 0; i < n; i += 16) {
+    __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), by);
+    if (norm.kind == ROUNDED) v = rounded(v);
+    put(i, _mm512_mul_ps(v, _mm512_loadu_ps(norm.weight + i)));
+  }
+}
+
+void normalize(const float* x, const Norm& norm, int n, bf16* out) {
+  normalized(x, norm, n, [&](int i, __m512 v) { store(out + i, v); });
 }
 
 inline __m512 exponential(__m512 x) {
@@ -92,9 +146,25 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-inline __m512 silu(__m512 v) {
+// x / (1 + exp(-y))
+inline __m512 gated(__m512 x, __m512 y) {
   const __m512 one = _mm512_set1_ps(1.f);
-  return _mm512_div_ps(v, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), v))));
+  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), y))));
+}
+
+inline __m512 activated(__m512 v, int activation) {
+  if (activation == SILU) return gated(v, v);
+  // x (1 + tanh(u)) / 2 = x / (1 + exp(-2u))
+  const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(v, v), v);
+  const __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, v);
+  return gated(v, _mm512_mul_ps(_mm512_set1_ps(2 * 0.797884561f), u));
+}
+
+// cap tanh(v / cap)
+inline __m512 capped(__m512 v, float cap) {
+  const __m512 two = _mm512_set1_ps(2.f);
+  const __m512 tanh = _mm512_sub_ps(gated(two, _mm512_mul_ps(v, _mm512_set1_ps(2 / cap))), _mm512_set1_ps(1.f));
+  return _mm512_mul_ps(tanh, _mm512_set1_ps(cap));
 }
 
 // ---- adapters --------------------------------------------------------------------------------------------------------
@@ -139,13 +209,22 @@ struct Delta {
                    std::min(ROW_BLOCK, w.rank - r), t + c.begin * stride + int64_t(s) * width, stride);
   }
 
-  // The delta of outputs [first, first + 16) of slice s, on top of v.
-  inline __m512 add(__m512 v, int token, int s, int first) const {
+  // The slice that output o is in; `o` becomes its place there.
+  inline int slice(int& o) const {
+    int s = 0;
+    while (o >= layer->slices[s].offset + layer->slices[s].out) s++;
+    o -= layer->slices[s].offset;
+    return s;
+  }
+
+  // The delta of outputs [o, o + 16), on top of v.
+  inline __m512 add(__m512 v, int token, int o) const {
     const int place = plan->place[token];
     if (place < 0) return v;
+    const int s = slice(o);
     const Weights& w = layer->slices[s].slots[plan->slot[token]];
     const int pairs = depth(w.rank) / 2;
-    const char* b = w.packed() + size_t(first) * pairs * 4;
+    const char* b = w.packed() + size_t(o) * pairs * 4;
     const bf16* mine = t + place * stride + s * width;
     for (int k = 0; k < pairs; k++) {
       int pair;
@@ -156,12 +235,13 @@ struct Delta {
   }
 
   // What `add` will read: many adapters' pieces are too short for the processor to see them coming.
-  inline void fetch(int token, int s, int first) const {
+  inline void fetch(int token, int o) const {
     const int place = plan->place[token];
     if (place < 0) return;
+    const int s = slice(o);
     const Weights& w = layer->slices[s].slots[plan->slot[token]];
     const int pairs = depth(w.rank) / 2;
-    const char* b = w.packed() + size_t(first) * pairs * 4;
+    const char* b = w.packed() + size_t(o) * pairs * 4;
     for (int k = 0; k < pairs; k++) _mm_prefetch(b + size_t(k) * 64, _MM_HINT_T0);
   }
 };
@@ -169,39 +249,13 @@ struct Delta {
 // ---- attention -------------------------------------------------------------------------------------------------------
 
 struct Step {
-  const int32_t *ids, *table;
-  const int64_t *positions, *slots;
-  int64_t table_stride;
+  const int32_t* ids;
+  const int64_t* positions;
+  const Group* groups;
   int rows, requests;
   bool decode;    // one token for each request
   float* logits;  // [requests, vocabulary] of each one's only token, where the head is asked for as well
 };
-
-// Norm, where the model has one for q and k, and rotation of one head, in place.
-void turn(const Decoder& d, bf16* v, const bf16* norm, int64_t position) {
-  alignas(64) float f[512];
-  if (norm) {
-    for (int i = 0; i < d.head; i += 16) _mm512_store_ps(f + i, wide(v + i));
-    normalize(f, norm, d.head, d.eps, v);
-  }
-  const int half = d.rotary / 2;
-  const bf16 *cos = d.cos_sin + position * d.rotary, *sin = cos + half;
-  for (int i = 0; i < half; i += 16) {
-    const __m512 a = wide(v + i), b = wide(v + half + i), c = wide(cos + i), s = wide(sin + i);
-    store(v + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-    store(v + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
-  }
-}
-
-// The cache's block: K as [head, block_size], V as [block_size, head].
-void remember(const Decoder& d, const Block& l, bf16* k, const bf16* v, int h, int64_t position, int64_t slot) {
-  turn(d, k, l.norm_k, position);
-  if (slot < 0) return;
-  bf16* at = l.cache + slot / d.block_size * d.cache_block + h * d.cache_head;
-  const int64_t in = slot % d.block_size;
-  for (int i = 0; i < d.head; i++) at[int64_t(i) * d.block_size + in] = k[i];
-  std::memcpy(at + int64_t(d.head) * d.block_size + in * d.head, v, d.head * sizeof(bf16));
-}
 
 // Of 32 bfloat16: those at even and those at odd places.
 inline void split(const bf16* at, __m512& even, __m512& odd) {
@@ -210,11 +264,62 @@ inline void split(const bf16* at, __m512& even, __m512& odd) {
   odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)));
 }
 
-// G query heads of one token over `length` keys of their one key head: softmax online, 32 keys at a time.
+// Those at even and those at odd places come together again.
+inline void join(bf16* at, __m512 even, __m512 odd) {
+  const __m512i low = _mm512_cvtepu16_epi32(narrow(even)), high = _mm512_cvtepu16_epi32(narrow(odd));
+  _mm512_storeu_si512(at, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+// Norm, where the model has one for each head of q and k, and rotation of one head, in place.
+void turn(const Decoder& d, const Block& l, bf16* v, const Norm& norm, int h, int64_t position) {
+  alignas(64) float f[512];
+  if (norm.weight && !l.whole_norms) {
+    for (int i = 0; i < d.head; i += 16) _mm512_store_ps(f + i, wide(v + i));
+    normalize(f, {norm.weight + h * l.head_norms, norm.eps, norm.kind}, d.head, v);
+  }
+  const int half = l.rotary / 2;
+  const bf16 *cos = l.cos_sin + position * l.rotary, *sin = cos + half;
+  for (int i = 0; i < half; i += 16) {
+    const __m512 c = wide(cos + i), s = wide(sin + i);
+    __m512 a, b;
+    if (l.interleaved)
+      split(v + 2 * i, a, b);
+    else
+      a = wide(v + i), b = wide(v + half + i);
+    const __m512 turned_a = _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s));
+    const __m512 turned_b = _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s));
+    if (l.interleaved)
+      join(v + 2 * i, turned_a, turned_b);
+    else
+      store(v + i, turned_a), store(v + half + i, turned_b);
+  }
+}
+
+// The cache's block: K as [head, block_size], V as [block_size, head].
+void remember(const Decoder& d, const Block& l, bf16* cache, bf16* k, const bf16* v, int h, int64_t position, int64_t slot) {
+  turn(d, l, k, l.k, h, position);
+  if (slot < 0) return;
+  bf16* at = cache + slot / d.block_size * d.cache_block + h * d.cache_head;
+  const int64_t in = slot % d.block_size;
+  for (int i = 0; i < d.head; i++) at[int64_t(i) * d.block_size + in] = k[i];
+  std::memcpy(at + int64_t(d.head) * d.block_size + in * d.head, v, d.head * sizeof(bf16));
+}
+
+// What a token attends to: keys [first, length) of one head in its request's blocks.
+struct Keys {
+  const bf16* cache;
+  const int32_t* table;
+  int first, length, head;
+};
+
+// G query heads of one token over the keys of their one key head: softmax online, 32 keys at a time.
 template <int G, int HEAD>
-void attend(const Decoder& d, const Block& l, const int32_t* table, int length, int h, bf16* const* query, bf16* const* out) {
+void attend(const Decoder& d, const Block& l, const Keys& keys, bf16* const* query, bf16* const* out) {
   alignas(64) float q[G][HEAD];
-  const __m512 scale = _mm512_set1_ps(d.scale);
+  const int length = keys.length;
+  const int32_t* table = keys.table;
+  const bf16* cache = keys.cache + keys.head * d.cache_head;
+  const __m512 scale = _mm512_set1_ps(l.scale);
 #pragma GCC unroll 4
   for (int g = 0; g < G; g++)
     for (int i = 0; i < HEAD; i += 16) _mm512_store_ps(q[g] + i, _mm512_mul_ps(wide(query[g] + i), scale));
@@ -227,13 +332,13 @@ void attend(const Decoder& d, const Block& l, const int32_t* table, int length, 
     for (int i = 0; i < V; i++) sum[g][i] = _mm512_setzero_ps();
   }
   const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  for (int from = 0; from < length; from += 32) {
-    const bf16* k = l.cache + int64_t(table[from / d.block_size]) * d.cache_block + h * d.cache_head;
+  for (int from = keys.first / 32 * 32; from < length; from += 32) {
+    const bf16* k = cache + int64_t(table[from / d.block_size]) * d.cache_block;
     const bf16* v = k + int64_t(HEAD) * d.block_size + int64_t(from % d.block_size) * HEAD;
     k += from % d.block_size;
     // K lies by column: the processor does not see its next lines coming.
     const int soon = std::min(from + 32, length - 1);
-    const bf16* next = l.cache + int64_t(table[soon / d.block_size]) * d.cache_block + h * d.cache_head;
+    const bf16* next = cache + int64_t(table[soon / d.block_size]) * d.cache_block;
     const bf16* next_v = next + int64_t(HEAD) * d.block_size + int64_t(soon / 32 * 32 % d.block_size) * HEAD;
     next += soon / 32 * 32 % d.block_size;
     __m512 even[G], odd[G];
@@ -251,15 +356,17 @@ void attend(const Decoder& d, const Block& l, const int32_t* table, int length, 
         odd[g] = _mm512_fmadd_ps(qi, ko, odd[g]);
       }
     }
-    const int count = std::min(32, length - from);
-    const __m512i place = _mm512_add_epi32(order, _mm512_setzero_si512());
-    const __mmask16 in_even = _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(count));
-    const __mmask16 in_odd = _mm512_cmplt_epi32_mask(_mm512_add_epi32(place, _mm512_set1_epi32(1)), _mm512_set1_epi32(count));
+    // Which of these keys are seen: not those before the window, and not those behind the last.
+    const int begin = std::max(0, keys.first - from), count = std::min(32, length - from);
+    const __m512i after = _mm512_add_epi32(order, _mm512_set1_epi32(1));
+    const __mmask16 in_even = _mm512_cmplt_epi32_mask(order, _mm512_set1_epi32(count)) & _mm512_cmpge_epi32_mask(order, _mm512_set1_epi32(begin));
+    const __mmask16 in_odd = _mm512_cmplt_epi32_mask(after, _mm512_set1_epi32(count)) & _mm512_cmpge_epi32_mask(after, _mm512_set1_epi32(begin));
     alignas(64) float p[G][32];
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
-      float top = -INFINITY;
-      top = std::max(_mm512_mask_reduce_max_ps(in_even, even[g]), in_odd ? _mm512_mask_reduce_max_ps(in_odd, odd[g]) : top);
+      if (l.cap) even[g] = capped(even[g], l.cap), odd[g] = capped(odd[g], l.cap);
+      float top = in_even ? _mm512_mask_reduce_max_ps(in_even, even[g]) : -INFINITY;
+      top = std::max(top, in_odd ? _mm512_mask_reduce_max_ps(in_odd, odd[g]) : top);
       if (top > most[g]) {
         const float by = std::exp(most[g] - top);
         for (int i = 0; i < V; i++) sum[g][i] = _mm512_mul_ps(sum[g][i], _mm512_set1_ps(by));
@@ -273,7 +380,7 @@ void attend(const Decoder& d, const Block& l, const int32_t* table, int length, 
       _mm512_store_ps(p[g], pe);
       _mm512_store_ps(p[g] + 16, po);
     }
-    for (int j = 0; j < count; j++) {
+    for (int j = begin; j < count; j++) {
       __m512 pj[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) pj[g] = _mm512_set1_ps(p[g][(j & 1) * 16 + j / 2]);
@@ -291,56 +398,66 @@ void attend(const Decoder& d, const Block& l, const int32_t* table, int length, 
   }
   for (int g = 0; g < G; g++) {
     const __m512 by = _mm512_set1_ps(1.f / total[g]);
-    for (int i = 0; i < V; i += 2) {  // even and odd places come together again
-      const __m512i even = _mm512_cvtepu16_epi32(narrow(_mm512_mul_ps(sum[g][i], by)));
-      const __m512i odd = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(_mm512_mul_ps(sum[g][i + 1], by))), 16);
-      _mm512_storeu_si512(out[g] + i * 16, _mm512_or_si512(even, odd));
-    }
+    for (int i = 0; i < V; i += 2)
+      join(out[g] + i * 16, _mm512_mul_ps(sum[g][i], by), _mm512_mul_ps(sum[g][i + 1], by));
   }
 }
 
 template <int HEAD>
-void attend_head(const Decoder& d, const Block& l, const int32_t* table, int length, int h, bf16* q, bf16* out) {
+void attend_head(const Decoder& d, const Block& l, const Keys& keys, bf16* q, bf16* out) {
   const int each = d.heads / d.kv_heads;
-  constexpr int MOST = HEAD <= 64 ? 4 : 2;  // as many sums as there are registers for
+  constexpr int MOST = HEAD <= 64 ? 4 : HEAD <= 128 ? 2 : 1;  // as many sums as there are registers for
   for (int g = 0; g < each;) {
     bf16 *qs[4], *outs[4];
     const int now = std::min(MOST, each - g);
     for (int i = 0; i < now; i++) qs[i] = q + (g + i) * HEAD, outs[i] = out + (g + i) * HEAD;
-    if (now == 4)
-      attend<4, HEAD>(d, l, table, length, h, qs, outs);
-    else if (now == 3)
-      attend<3, HEAD>(d, l, table, length, h, qs, outs);
-    else if (now == 2)
-      attend<2, HEAD>(d, l, table, length, h, qs, outs);
-    else
-      attend<1, HEAD>(d, l, table, length, h, qs, outs);
+    if constexpr (MOST == 4) {
+      if (now == 4)
+        attend<4, HEAD>(d, l, keys, qs, outs);
+      else if (now == 3)
+        attend<3, HEAD>(d, l, keys, qs, outs);
+    }
+    if constexpr (MOST >= 2)
+      if (now == 2) attend<2, HEAD>(d, l, keys, qs, outs);
+    if (now == 1) attend<1, HEAD>(d, l, keys, qs, outs);
     g += now;
   }
 }
 
-void attend_token(const Decoder& d, const Block& l, const Step& s, int token, int h, bf16* qkv, bf16* out) {
+// Where a token's keys of head h are.
+inline Keys keys_of(const Decoder& d, int layer, const Step& s, int token, int h) {
+  const Group& group = s.groups[d.group[layer]];
+  const int length = int(s.positions[token]) + 1, window = d.layers[layer].window;
+  return {d.cache[layer], group.table + d.request.data[token] * group.stride, window ? std::max(0, length - window) : 0,
+          length, h};
+}
+
+void attend_token(const Decoder& d, int layer, const Step& s, int token, int h, bf16* qkv, bf16* out) {
+  const Block& l = d.layers[layer];
   const int each = d.heads / d.kv_heads;
   bf16* q = qkv + h * each * d.head;
-  for (int g = 0; g < each; g++) turn(d, q + g * d.head, l.norm_q, s.positions[token]);
-  const int32_t* table = s.table + d.request.data[token] * s.table_stride;
-  const int length = int(s.positions[token]) + 1;
+  for (int g = 0; g < each; g++) turn(d, l, q + g * d.head, l.q, h * each + g, s.positions[token]);
+  const Keys keys = keys_of(d, layer, s, token, h);
   out += h * each * d.head;
   if (d.head == 64)
-    attend_head<64>(d, l, table, length, h, q, out);
+    attend_head<64>(d, l, keys, q, out);
   else if (d.head == 128)
-    attend_head<128>(d, l, table, length, h, q, out);
+    attend_head<128>(d, l, keys, q, out);
   else if (d.head == 96)
-    attend_head<96>(d, l, table, length, h, q, out);
+    attend_head<96>(d, l, keys, q, out);
+  else if (d.head == 256)
+    attend_head<256>(d, l, keys, q, out);
   else
-    attend_head<32>(d, l, table, length, h, q, out);
+    attend_head<32>(d, l, keys, q, out);
 }
 
 // The first keys and values of what is attended next.
-void fetch(const Decoder& d, const Block& l, const Step& s, int token, int h) {
-  const int32_t* table = s.table + d.request.data[token] * s.table_stride;
-  const bf16* k = l.cache + int64_t(table[0]) * d.cache_block + h * d.cache_head;
-  const bf16* v = k + int64_t(d.head) * d.block_size;
+void fetch(const Decoder& d, int layer, const Step& s, int token, int h) {
+  const Keys keys = keys_of(d, layer, s, token, h);
+  const int from = keys.first / 32 * 32;
+  const bf16* k = keys.cache + int64_t(keys.table[from / d.block_size]) * d.cache_block + h * d.cache_head;
+  const bf16* v = k + int64_t(d.head) * d.block_size + int64_t(from % d.block_size) * d.head;
+  k += from % d.block_size;
   for (int i = 0; i < d.head; i++) {
     _mm_prefetch((const char*)(k + int64_t(i) * d.block_size), _MM_HINT_T0);
     _mm_prefetch((const char*)(v + i * 32), _MM_HINT_T0);
@@ -389,12 +506,18 @@ inline int grain(int rows) { return rows > ROWS ? 6 : rows > 4 ? 1 : 2; }
 // Logits in float32, as vLLM's sampler wants them. vLLM's own are rounded to bfloat16 before: the two likeliest tokens are
 // then often equal, and which one greedy decoding takes is a matter of their numbers.
 // vLLM pads the vocabulary to a multiple of 64: only the first `columns` outputs are stored, there is no room for more.
-void head(Sharing& all, const Matrix& m, const Input& in, int rows, float* out, int64_t stride, int columns) {
+void head(Sharing& all, const Matrix& m, const Input& in, int rows, float* out, int64_t stride, int columns, float cap,
+          float by) {
+  const __m512 factor = _mm512_set1_ps(by);
+  auto scaled = [&](__m512 v) {
+    if (cap) v = capped(v, cap);
+    return by == 1 ? v : _mm512_mul_ps(v, factor);
+  };
   all.share((columns + WIDTH - 1) / WIDTH, rows > ROWS ? 6 : 8, [&](int first, int last) {
     multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
       float* to = out + row * stride + block * WIDTH;
       for (int i = 0, left = columns - block * WIDTH; i < WIDTH && left > 0; i += 16, left -= 16)
-        _mm512_mask_storeu_ps(to + i, lanes(left), _mm512_load_ps(sums + i));
+        _mm512_mask_storeu_ps(to + i, lanes(left), scaled(_mm512_load_ps(sums + i)));
     }, [](int, int) {});
   });
 }
@@ -422,11 +545,33 @@ struct Team : Sharing {
       share(s.rows, std::max(1, s.rows / (8 * threads)), work);
   }
 
-  void normalized(const bf16* weight) {
+  // To the residual of row i: what the last product left, normalized.
+  void settle(int i, const Norm& norm) {
+    float* to = d.residual.data + int64_t(i) * d.hidden;
+    const __m512 by = _mm512_set1_ps(d.residual_by);
+    ::normalized(d.added.data + int64_t(i) * d.hidden, norm, d.hidden, [&](int k, __m512 v) {
+      v = rounded(v);
+      if (d.residual_by != 1) v = rounded(_mm512_mul_ps(v, by));
+      _mm512_storeu_ps(to + k, _mm512_add_ps(_mm512_loadu_ps(to + k), v));
+    });
+  }
+
+  // The next product's input: the residual, normalized, once what was left of the last product is in it.
+  void normalized(const Norm& left, const Norm& norm) {
     bf16* x = mine(d.x);
+    const bool before = left.weight && alone();  // the residual is everybody's
+    if (before) settled(left);
     rows([&](int first, int last) {
-      for (int i = first; i < last; i++)
-        normalize(d.residual.data + int64_t(i) * d.hidden, weight, d.hidden, d.eps, x + int64_t(i) * d.hidden);
+      for (int i = first; i < last; i++) {
+        if (left.weight && !before) settle(i, left);
+        normalize(d.residual.data + int64_t(i) * d.hidden, norm, d.hidden, x + int64_t(i) * d.hidden);
+      }
+    });
+  }
+
+  void settled(const Norm& left) {
+    share(s.rows, std::max(1, s.rows / (8 * threads)), [&](int first, int last) {
+      for (int i = first; i < last; i++) settle(i, left);
     });
   }
 
@@ -457,50 +602,70 @@ struct Team : Sharing {
     share(m.blocks, grain(s.rows), [&](int first, int last) { multiply(m, in, s.rows, first, last, out, fetch); });
   }
 
+  // A product onto the residual; where it is normalized before, `settle` brings it there.
   void add_to_residual(int number, int lora, const bf16* x, int64_t stride) {
     const Matrix& m = *matrices[number];
     const Delta delta(lora, mine(d.t));
     const Input in = prepare(m, delta, x, stride);
+    const __m512 by = _mm512_set1_ps(d.residual_by);
     product(m, in, [&](int row, int block, const float* sums) {
-      float* to = d.residual.data + int64_t(row) * d.hidden + block * WIDTH;
+      float* to = (d.after ? d.added : d.residual).data + int64_t(row) * d.hidden + block * WIDTH;
       for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16) {
         __m512 v = _mm512_load_ps(sums + i);
-        if (delta) v = delta.add(v, row, 0, block * WIDTH + i);
-        _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), rounded(v)));
+        if (delta) v = delta.add(v, row, block * WIDTH + i);
+        v = rounded(v);
+        if (!d.after) {
+          if (d.residual_by != 1) v = rounded(_mm512_mul_ps(v, by));
+          v = _mm512_add_ps(_mm512_loadu_ps(to + i), v);
+        }
+        _mm512_storeu_ps(to + i, v);
       }
     }, [&](int row, int block) {
-      for (int i = 0; delta && i < WIDTH && block * WIDTH + i < m.n; i += 16) delta.fetch(row, 0, block * WIDTH + i);
+      for (int i = 0; delta && i < WIDTH && block * WIDTH + i < m.n; i += 16) delta.fetch(row, block * WIDTH + i);
     });
   }
 
-  void attention(const Block& l) {
+  // Queries and keys of a row, each over all of its heads.
+  void normalize_whole(const Block& l, bf16* row) {
+    const int ends[3] = {0, d.heads * d.head, (d.heads + d.kv_heads) * d.head};
+    for (int part = 0; part < 2; part++) {
+      bf16* v = row + ends[part];
+      const int n = ends[part + 1] - ends[part];
+      float* f = d.whole.data + (int64_t(thread) * d.heads) * d.head;
+      for (int i = 0; i < n; i += 16) _mm512_storeu_ps(f + i, wide(v + i));
+      normalize(f, part ? l.k : l.q, n, v);
+    }
+  }
+
+  void attention(int layer) {
+    const Block& l = d.layers[layer];
     const int width = (d.heads + 2 * d.kv_heads) * d.head;
     const int64_t out = int64_t(d.heads) * d.head;
     {
       const Matrix& m = *matrices[l.qkv];
       const Delta delta(l.lora_qkv, mine(d.t));
       const Input in = prepare(m, delta, mine(d.x), d.hidden);
-      const int ends[2] = {d.heads * d.head, (d.heads + d.kv_heads) * d.head};
       product(m, in, [&](int row, int block, const float* sums) {
         for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16) {
-          const int o = block * WIDTH + i, slice = (o >= ends[0]) + (o >= ends[1]);
           __m512 v = _mm512_load_ps(sums + i);
-          if (delta) v = delta.add(v, row, slice, o - (slice ? ends[slice - 1] : 0));
-          store(d.qkv.data + int64_t(row) * width + o, v);
+          if (delta) v = delta.add(v, row, block * WIDTH + i);
+          store(d.qkv.data + int64_t(row) * width + block * WIDTH + i, v);
         }
       }, [&](int row, int block) {
-        for (int i = 0; delta && i < WIDTH && block * WIDTH + i < m.n; i += 16) {
-          const int o = block * WIDTH + i, slice = (o >= ends[0]) + (o >= ends[1]);
-          delta.fetch(row, slice, o - (slice ? ends[slice - 1] : 0));
-        }
+        for (int i = 0; delta && i < WIDTH && block * WIDTH + i < m.n; i += 16) delta.fetch(row, block * WIDTH + i);
       });
     }
+    if (l.whole_norms)
+      share(s.rows, std::max(1, s.rows / (8 * threads)), [&](int first, int last) {
+        for (int i = first; i < last; i++) normalize_whole(l, d.qkv.data + int64_t(i) * width);
+      });
+    const int64_t* slots = s.groups[d.group[layer]].slots;
     const int items = s.rows * d.kv_heads;
     auto keep = [&](int item) {
       const int token = item / d.kv_heads, h = item % d.kv_heads;
       bf16* row = d.qkv.data + int64_t(token) * width;
       bf16* k = row + (d.heads + h) * d.head;
-      remember(d, l, k, k + d.kv_heads * d.head, h, s.positions[token], s.slots[token]);
+      remember(d, l, d.cache[layer], k, k + d.kv_heads * d.head, h, s.positions[token], slots[token]);
     };
     if (!s.decode)
       share(items, std::max(1, items / (8 * threads)), [&](int first, int last) {
@@ -509,9 +674,9 @@ struct Team : Sharing {
     share(items, std::max(1, items / (32 * threads)), [&](int first, int last) {
       for (int i = first; i < last; i++) {
         if (s.decode) keep(i);
-        if (s.decode && i + 1 < items) fetch(d, l, s, (i + 1) / d.kv_heads, (i + 1) % d.kv_heads);
+        if (s.decode && i + 1 < items) fetch(d, layer, s, (i + 1) / d.kv_heads, (i + 1) % d.kv_heads);
         const int token = i / d.kv_heads;
-        attend_token(d, l, s, token, i % d.kv_heads, d.qkv.data + int64_t(token) * width, d.y.data + token * out);
+        attend_token(d, layer, s, token, i % d.kv_heads, d.qkv.data + int64_t(token) * width, d.y.data + token * out);
       }
     });
     add_to_residual(l.o, l.lora_o, d.y.data, out);
@@ -524,37 +689,46 @@ struct Team : Sharing {
       const Input in = prepare(m, delta, mine(d.x), d.hidden);
       product(m, in, [&](int row, int block, const float* sums) {
         __m512 gate = _mm512_load_ps(sums), up = _mm512_load_ps(sums + 16);
-        if (delta) gate = delta.add(gate, row, 0, block * 16), up = delta.add(up, row, 1, block * 16);
+        if (delta) gate = delta.add(gate, row, block * 16), up = delta.add(up, row, d.inner + block * 16);
         store(d.act.data + int64_t(row) * d.inner + block * 16,
-              _mm512_mul_ps(rounded(silu(rounded(gate))), rounded(up)));
+              _mm512_mul_ps(rounded(activated(rounded(gate), d.activation)), rounded(up)));
       }, [&](int row, int block) {
-        if (delta) delta.fetch(row, 0, block * 16), delta.fetch(row, 1, block * 16);
+        if (delta) delta.fetch(row, block * 16), delta.fetch(row, d.inner + block * 16);
       });
     }
     add_to_residual(l.down, l.lora_down, d.act.data, d.inner);
   }
 
+  void embed(int i) {
+    const bf16* row = d.embedding + int64_t(s.ids[i]) * d.hidden;
+    float* to = d.residual.data + int64_t(i) * d.hidden;
+    const __m512 by = _mm512_set1_ps(d.embedding_by);
+    for (int k = 0; k < d.hidden; k += 16)
+      _mm512_storeu_ps(to + k, d.embedding_by == 1 ? wide(row + k) : rounded(_mm512_mul_ps(wide(row + k), by)));
+  }
+
   void run(bf16* out) {
     share(s.rows, std::max(1, s.rows / (2 * threads)), [&](int first, int last) {
-      for (int i = first; i < last; i++) {
-        const bf16* row = d.embedding + int64_t(s.ids[i]) * d.hidden;
-        float* to = d.residual.data + int64_t(i) * d.hidden;
-        for (int k = 0; k < d.hidden; k += 16) _mm512_storeu_ps(to + k, wide(row + k));
-      }
+      for (int i = first; i < last; i++) embed(i);
     });
-    for (const Block& l : d.layers) {
-      normalized(l.norm_in);
-      attention(l);
-      normalized(l.norm_out);
+    Norm left{};  // of what the last product has added
+    for (int layer = 0; layer < int(d.layers.size()); layer++) {
+      const Block& l = d.layers[layer];
+      normalized(left, l.before_attention);
+      attention(layer);
+      if (!d.parallel) normalized(l.after_attention, l.before_mlp);
       feed_forward(l);
+      left = l.after_mlp;
     }
+    if (left.weight) settled(left);
     share(s.rows, std::max(1, s.rows / (2 * threads)), [&](int first, int last) {
       for (int i = first; i < last; i++)
-        normalize(d.residual.data + int64_t(i) * d.hidden, d.norm, d.hidden, d.eps, out + int64_t(i) * d.hidden);
+        normalize(d.residual.data + int64_t(i) * d.hidden, d.last, d.hidden, out + int64_t(i) * d.hidden);
     });
     if (!s.logits) return;
     const Matrix& m = *matrices[d.top];
-    head(*this, m, prepare(m, Delta(-1, nullptr), out, d.hidden), s.rows, s.logits, d.vocabulary, d.vocabulary);
+    head(*this, m, prepare(m, Delta(-1, nullptr), out, d.hidden), s.rows, s.logits, d.vocabulary, d.vocabulary, d.logits_cap,
+         d.logits_by);
   }
 };
 
@@ -599,43 +773,48 @@ void loradock_decoder_head(int number, int matrix, int vocabulary) {
   decoders[number]->top = matrix, decoders[number]->vocabulary = vocabulary;
 }
 
-int loradock_decoder(int hidden, int heads, int kv_heads, int head, int inner, int rotary, float eps, float scale,
-                     const bf16* embedding, const bf16* cos_sin, const bf16* norm) {
-  if (hidden % 16 || inner % 16 || rotary % 32 || rotary > head || heads % kv_heads) return -1;
-  if (head != 32 && head != 64 && head != 96 && head != 128) return -1;
+int loradock_decoder(const Shape* shape) {
+  const Shape& it = *shape;
+  if (it.hidden % 16 || it.inner % 16 || it.heads % it.kv_heads) return -1;
+  if (it.head != 32 && it.head != 64 && it.head != 96 && it.head != 128 && it.head != 256) return -1;
   std::unique_ptr<Decoder> d(new Decoder{});
-  d->hidden = hidden, d->heads = heads, d->kv_heads = kv_heads, d->head = head, d->inner = inner, d->rotary = rotary;
-  d->eps = eps, d->scale = scale, d->embedding = embedding, d->cos_sin = cos_sin, d->norm = norm;
+  static_cast<Shape&>(*d) = it;
   d->threads = omp_get_max_threads();
   decoders.push_back(std::move(d));
   return int(decoders.size()) - 1;
 }
 
-void loradock_decoder_layer(int number, const int* matrix, const int* lora, const bf16* norm_in, const bf16* norm_out,
-                            const bf16* norm_q, const bf16* norm_k) {
-  decoders[number]->layers.push_back({matrix[0], matrix[1], matrix[2], matrix[3], lora[0], lora[1], lora[2], lora[3],
-                                      norm_in, norm_out, norm_q, norm_k, nullptr});
+// -1: its rotation is of a size that is not known.
+int loradock_decoder_layer(int number, const Block* layer) {
+  Decoder& d = *decoders[number];
+  if (layer->rotary % 32 || layer->rotary > d.head) return -1;
+  d.layers.push_back(*layer);
+  d.after = layer->after_mlp.weight;
+  return 0;
 }
 
-void loradock_decoder_cache(int number, bf16* const* caches, int block_size, int64_t block, int64_t head) {
+// Of each layer: where its cache is, and which of a step's groups it belongs to.
+void loradock_decoder_cache(int number, bf16* const* caches, const int* groups, int block_size, int64_t block, int64_t head) {
   Decoder& d = *decoders[number];
-  for (size_t i = 0; i < d.layers.size(); i++) d.layers[i].cache = caches[i];
+  d.cache.assign(caches, caches + d.layers.size());
+  d.group.assign(groups, groups + d.layers.size());
   d.block_size = block_size, d.cache_block = block, d.cache_head = head;
 }
 
-// One step: ids, positions and cache slots of `rows` tokens, of which request r has those from starts[r] to starts[r + 1].
+// One step: ids and positions of `rows` tokens, of which request r has those from starts[r] to starts[r + 1].
 // out: [rows, hidden], normalized. logits: null, or [rows, vocabulary]. Not 0: the adapters' plan is not this step's.
-int loradock_step(int number, const int32_t* ids, const int64_t* positions, const int64_t* slots, int rows,
-                  const int32_t* starts, const int32_t* table, int64_t table_stride, int requests, bf16* out,
-                  float* logits) {
+int loradock_step(int number, const int32_t* ids, const int64_t* positions, const Group* groups, int rows,
+                  const int32_t* starts, int requests, bf16* out, float* logits) {
   Decoder& d = *decoders[number];
-  const Step s{ids, table, positions, slots, table_stride, rows, requests, rows == requests, logits};
+  const Step s{ids, positions, groups, rows, requests, rows == requests, logits};
   const size_t n = rows;
   size_t wide = std::max({d.hidden, d.inner, d.heads * d.head}), ranks = 0;
-  size_t groups = d.top < 0 ? 1 : matrices[d.top]->groups();
+  size_t scales = d.top < 0 ? 1 : matrices[d.top]->groups();
+  bool whole = false;
   for (const Block& l : d.layers) {
+    whole |= bool(l.whole_norms);
     for (int m : {l.qkv, l.o, l.gate_up, l.down})
-      groups = std::max(groups, size_t(matrices[m]->groups()));
+      scales = std::max(scales, size_t(matrices[m]->groups()));
     for (int a : {l.lora_qkv, l.lora_o, l.lora_gate_up, l.lora_down}) {
       if (a < 0) continue;
       if (!layers[a]->plan->chunks.empty() && layers[a]->plan->rows != rows) return 1;
@@ -643,14 +822,16 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
     }
   }
   d.residual.need(n * d.hidden);
+  if (d.after) d.added.need(n * d.hidden);
+  if (whole) d.whole.need(size_t(d.threads) * d.heads * d.head);
   d.x.need(std::max(n, size_t(ALONE)) * d.threads * d.hidden);
   d.qkv.need(n * (d.heads + 2 * d.kv_heads) * d.head);
   d.y.need(n * d.heads * d.head);
   d.act.need(n * d.inner);
   d.t.need(std::max(n, size_t(ALONE)) * d.threads * (ranks + 1));
   d.q.need(std::max(n, size_t(ALONE)) * d.threads * wide);
-  d.q_scale.need(std::max(n, size_t(ALONE)) * d.threads * groups);
-  d.q_sum.need(std::max(n, size_t(ALONE)) * d.threads * groups);
+  d.q_scale.need(std::max(n, size_t(ALONE)) * d.threads * scales);
+  d.q_sum.need(std::max(n, size_t(ALONE)) * d.threads * scales);
   d.request.need(n);
   for (int r = 0; r < requests; r++)
     for (int i = starts[r]; i < starts[r + 1]; i++) d.request.data[i] = r;
@@ -659,10 +840,11 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
   return 0;
 }
 
-// out[rows, columns] = x W^T, in float32, of W's first rows.
-void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride, int columns) {
+// out[rows, columns] = x W^T, in float32, of W's first rows, capped (unless `cap` is 0) and multiplied.
+void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride, int columns,
+                     float cap, float by) {
   const Matrix& m = *matrices[number];
-  alone(m, x, stride, rows, [&](Sharing& all, const Input& in) { head(all, m, in, rows, out, out_stride, columns); });
+  alone(m, x, stride, rows, [&](Sharing& all, const Input& in) { head(all, m, in, rows, out, out_stride, columns, cap, by); });
 }
 
 // out[rows, n] = x W^T, in bfloat16: for one layer by itself.

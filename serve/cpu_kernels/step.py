@@ -2,8 +2,8 @@
 
 vLLM schedules, keeps the paged cache and samples; only its forward pass is replaced, and its output layer. The
 functions at the end take the place of vLLM's (`patches.STEP`): a second copy of each linear layer's weights is packed
-as they are loaded, and the model runner asks a `Fused` first. What that does not know goes vLLM's way: at the load,
-with a line in the log, for a kind of model; in a step, silently, for a kind of step.
+as they are loaded, and the model runner asks a `Fused` first. A kind of model (`architecture.Unknown`) or of step
+(`Elsewhere`) that it does not know goes vLLM's way; the log says why once, and `tally` counts.
 """
 
 from __future__ import annotations
@@ -17,28 +17,19 @@ from typing import Any
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base import BaseLayerWithLoRA
-from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.worker.block_table import SlotMappingMode
 
-from serve.cpu_kernels import eight_bits, packing
+from serve.cpu_kernels import eight_bits, packing, tally
+from serve.cpu_kernels.architecture import Layer, Norm, Unknown, bare, read
 from serve.cpu_kernels.build import library
-from serve.cpu_kernels.operators import Layer
+from serve.cpu_kernels.operators import Layer as Adapters
 from serve.cpu_kernels.packing import at as _at
+from serve.cpu_kernels.structures import BlockView, GroupView, NormView, ShapeView
 
 log = logging.getLogger("loradock")
 
-MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 FEW = 64  # tokens whose slots are sooner computed here than other threads wake up
-
-
-class Unknown(Exception):
-    """Why this model goes vLLM's way, in words."""
 
 
 class Fused:
@@ -46,97 +37,122 @@ class Fused:
 
     def __init__(self, runner: Any) -> None:
         config, model = runner.vllm_config, runner.get_model()
-        _check_engine(config, model)
-        _check_layers(model.model)
-        _check_output(model)
+        _check_engine(config)
+        decoder = read(model, config.model_config.max_model_len)
         kernels = library()
         assert kernels is not None
-        self.kernels = kernels
-        inner = model.model
-        embedding, head = _bare(inner.embed_tokens), _bare(model.lm_head)
-        first = inner.layers[0].self_attn
-        rope = first.rotary_emb
-        cos_sin = rope.cos_sin_cache = rope.cos_sin_cache.to(torch.bfloat16)
-        self.hidden = int(inner.config.hidden_size)
-        self.keep = [embedding.weight, cos_sin, inner.norm.weight]
-        self.number = kernels.loradock_decoder(
-            self.hidden,
-            first.num_heads,
-            first.num_kv_heads,
-            first.head_dim,
-            _bare(inner.layers[0].mlp.down_proj).input_size,
-            rope.rotary_dim,
-            ctypes.c_float(inner.norm.variance_epsilon),
-            ctypes.c_float(first.scaling),
-            *(_at(tensor) for tensor in self.keep),
+        self.kernels, self.decoder = kernels, decoder
+        self.hidden, self.vocabulary = decoder.hidden, decoder.vocabulary
+        first = decoder.layers[0]
+        shape = ShapeView(
+            hidden=decoder.hidden,
+            heads=first.attention.num_heads,
+            kv_heads=first.attention.num_kv_heads,
+            head=first.attention.head_size,
+            inner=decoder.inner,
+            activation=decoder.activation,
+            parallel=decoder.parallel,
+            embedding_by=decoder.embedding_by,
+            residual_by=decoder.residual_by,
+            logits_cap=decoder.logits_cap,
+            logits_by=decoder.logits_by,
+            embedding=_at(decoder.embedding.weight),
+            last=_norm(decoder.last),
         )
+        self.number = kernels.loradock_decoder(ctypes.byref(shape))
         if self.number < 0:
-            raise Unknown("its sizes are no multiples of 16, or its heads are not of 32, 64, 96 or 128")
+            raise Unknown("size", "its sizes are no multiples of 16, or its heads are not of 32, 64, 96, 128 or 256")
         self.formats: set[str] = set()
-        for layer in inner.layers:
+        for layer in decoder.layers:
             self._add(layer)
-        self.attention = [layer.self_attn.attn for layer in inner.layers]
+        self.attention = [layer.attention for layer in decoder.layers]
+        self.groups: list[str] = []  # a layer of each group of layers that share block tables
         self.bound = 0
         # Prompts: with tile instructions vLLM's matrix products are several times faster than dot products.
         self.most = 64 if torch.cpu._is_amx_tile_supported() else 1 << 30
         kind = packing.head_kind()
-        self.head = packing.matrix(head.weight, kind)
+        self.head = packing.matrix(decoder.head.weight, kind)
         of_head = packing.words(kind, self.head) if self.head >= 0 else "bfloat16"
         # The formats that are multiplied, for those who operate the server.
         self.weights = f"{', '.join(sorted(self.formats))}; output layer {of_head}"
         # The head's further rows are padding.
-        self.vocabulary = int(model.logits_processor.org_vocab_size)
         self.kernels.loradock_decoder_head(self.number, self.head, self.vocabulary)
         self.ready: torch.Tensor | None = None  # the logits of the step that was just computed
         # Adapters of the embedding and the output layer are vLLM's: so are the steps, or logits, of tokens with one.
-        self.embeds, self.heads = _adapted(inner.embed_tokens), _adapted(model.logits_processor)
+        self.embeds, self.heads = _adapted(model.model.embed_tokens), _adapted(model.logits_processor)
 
-    def _add(self, layer: Any) -> None:
-        modules = [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
+    def _add(self, layer: Layer) -> None:
         matrices, loras = [], []
-        for module in modules:
-            bare = _bare(module)
-            matrix = getattr(bare, "loradock_matrix", -1)
+        for module in layer.matrices:
+            linear = bare(module)
+            matrix = getattr(linear, "loradock_matrix", -1)
             if matrix < 0:
-                reason = getattr(bare, "loradock_refused", "its format is not known")
-                raise Unknown(f"{getattr(bare, 'prefix', 'a layer')}: {reason}")
+                reason = getattr(linear, "loradock_refused", "its format is not known")
+                raise Unknown("weights", f"{getattr(linear, 'prefix', 'a layer')}: {reason}")
             matrices.append(matrix)
-            self.formats.add(bare.loradock_weights)
-            if not isinstance(module, BaseLayerWithLoRA):
-                loras.append(-1)
-            elif hasattr(module.punica_wrapper, "layer") and module.lora_b_stacked[0].dtype == torch.bfloat16:
-                loras.append(module.punica_wrapper.number)
-            else:
-                raise Unknown("its adapters are vLLM's own path's, or not bfloat16")
-        if any(
-            size % 16 for module in modules if isinstance(module, BaseLayerWithLoRA) for size in module.output_slices
-        ):
-            raise Unknown("its sizes are no multiples of 16")
-        weights = [norm.weight if norm is not None else None for norm in _norms(layer)]
-        self.keep += [weight for weight in weights if weight is not None]
-        self.kernels.loradock_decoder_layer(
-            self.number, (ctypes.c_int * 4)(*matrices), (ctypes.c_int * 4)(*loras), *map(_at, weights)
+            self.formats.add(linear.loradock_weights)
+            loras.append(_adapters(module))
+        heads = layer.attention.num_heads, layer.attention.num_kv_heads
+        q, k, size = layer.q_norm, layer.k_norm, layer.attention.head_size
+        if (q is None) != (k is None):
+            raise Unknown("norm", "only its queries or only its keys are normalized")
+        per_head = whole = False
+        if q is not None and k is not None and q.weight.shape != (size,):
+            per_head = (q.weight.shape, k.weight.shape) == ((heads[0], size), (heads[1], size))
+            whole = (q.weight.shape, k.weight.shape) == ((heads[0] * size,), (heads[1] * size,))
+            if not per_head and not whole:
+                raise Unknown("norm", "the norms of its queries and keys are of a size that is not known")
+        rope = layer.rope
+        block = BlockView(
+            matrices=tuple(matrices),
+            loras=tuple(loras),
+            norms=tuple(_norm(norm) for norm in layer.norms),
+            q=_norm(q),
+            k=_norm(k),
+            head_norms=size if per_head else 0,
+            whole_norms=whole,
+            cos_sin=_at(rope.table if rope else None),
+            rotary=rope.size if rope else 0,
+            interleaved=rope is not None and rope.interleaved,
+            window=layer.window,
+            scale=layer.scale,
+            cap=layer.cap,
         )
+        if self.kernels.loradock_decoder_layer(self.number, ctypes.byref(block)) < 0:
+            raise Unknown("size", "the part of its heads that is rotated is no multiple of 32")
 
     def step(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """The model's output, (tokens, hidden) in bfloat16, normalized; None for a step that vLLM has to do."""
-        context = get_forward_context()
-        if not isinstance(context.attn_metadata, dict):
+        try:
+            return self._step(ids, positions)
+        except Elsewhere as reason:
+            _elsewhere(reason.args[0])
             return None
-        meta = context.attn_metadata[self.attention[0].layer_name]
+
+    def _step(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # vLLM measures its memory, or warms up
+            return None
+        if not isinstance(metadata, dict):
+            raise Elsewhere("attention")
         rows = ids.shape[0]
-        if (
-            rows > self.most
-            or rows != meta.num_actual_tokens
-            or meta.causal is not True
-            or (self.embeds is not None and self.embeds.touched())
-            or not self._bind()
-        ):
-            return None
-        if context.attn_metadata[self.attention[-1].layer_name] is not meta:
-            return None
+        if rows > self.most:
+            raise Elsewhere("rows")
+        if self.embeds is not None and self.embeds.touched():
+            raise Elsewhere("adapter")
+        self._bind(metadata)
+        metas = [metadata[name] for name in self.groups]
+        meta = metas[0]
+        if rows != meta.num_actual_tokens or any(it.causal is not True for it in metas):
+            raise Elsewhere("attention")
+        groups = (GroupView * len(metas))(
+            *(
+                GroupView(it.block_table.data_ptr(), it.block_table.stride(0), it.slot_mapping.data_ptr())
+                for it in metas
+            )
+        )
         out = torch.empty((rows, self.hidden), dtype=torch.bfloat16)
-        table, requests = meta.block_table, meta.seq_lens.shape[0]
+        requests = meta.seq_lens.shape[0]
         # Where each request has one token, vLLM asks for all of their logits next.
         ahead = rows == requests and self.head >= 0 and not self._heads_touched()
         self.ready = torch.empty((rows, self.vocabulary), dtype=torch.float32) if ahead else None
@@ -144,18 +160,17 @@ class Fused:
             self.number,
             _at(ids),
             _at(positions),
-            _at(meta.slot_mapping),
+            groups,
             rows,
             _at(meta.query_start_loc),
-            _at(table),
-            ctypes.c_int64(table.stride(0)),
             requests,
             _at(out),
             _at(self.ready),
         )
         if refused:
             self.ready = None
-            return None
+            raise Elsewhere("adapter")
+        tally.fused()
         return out
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -171,103 +186,89 @@ class Fused:
             _at(out),
             ctypes.c_int64(out.stride(0)),
             self.vocabulary,
+            ctypes.c_float(self.decoder.logits_cap),
+            ctypes.c_float(self.decoder.logits_by),
         )
         return out
 
     def _heads_touched(self) -> bool:
         return self.heads is not None and self.heads.touched()
 
-    def _bind(self) -> bool:
-        """Tell the kernels where the cache is, once it is there."""
+    def _bind(self, metadata: dict[str, Any]) -> None:
+        """Tell the kernels where the caches are, and which layers share block tables, once they are there."""
         cache = self.attention[0].kv_cache
         if cache.data_ptr() == self.bound:
-            return True
+            return
         caches = [attention.kv_cache for attention in self.attention]
         if (
             any(attention.isa != "vec" for attention in self.attention)
             or cache.ndim != 4
             or cache.dtype != torch.bfloat16
+            or any(other.shape != cache.shape or other.stride() != cache.stride() for other in caches)
+            or cache.stride(2) != cache.shape[3]
+            or cache.stride(3) != 1
+            or cache.shape[2] % 32
         ):
-            return False
-        if any(other.shape != cache.shape or other.stride() != cache.stride() for other in caches):
-            return False
-        if cache.stride(2) != cache.shape[3] or cache.stride(3) != 1 or cache.shape[2] % 32:
-            return False
-        pointers = (ctypes.c_void_p * len(caches))(*(other.data_ptr() for other in caches))
+            raise Elsewhere("cache")
+        # vLLM makes one object a step for all layers that share one.
+        shared: dict[int, int] = {}
+        self.groups, groups = [], []
+        for attention in self.attention:
+            meta = id(metadata[attention.layer_name])
+            if meta not in shared:
+                shared[meta] = len(self.groups)
+                self.groups.append(attention.layer_name)
+            groups.append(shared[meta])
         self.kernels.loradock_decoder_cache(
-            self.number, pointers, cache.shape[2], ctypes.c_int64(cache.stride(0)), ctypes.c_int64(cache.stride(1))
+            self.number,
+            (ctypes.c_void_p * len(caches))(*(other.data_ptr() for other in caches)),
+            (ctypes.c_int * len(groups))(*groups),
+            cache.shape[2],
+            ctypes.c_int64(cache.stride(0)),
+            ctypes.c_int64(cache.stride(1)),
         )
         self.bound = cache.data_ptr()
-        return True
 
 
-def _check_engine(config: Any, model: Any) -> None:
+class Elsewhere(Exception):
+    """Why vLLM does this step, in a word."""
+
+
+def _elsewhere(reason: str) -> None:
+    if tally.layers(reason) == 1:
+        log.warning("a step runs layer by layer, not in one call: %s", tally.REASONS[reason])
+
+
+def _check_engine(config: Any) -> None:
     parallel = config.parallel_config
-    if type(model) not in MODELS:
-        raise Unknown(f"{type(model).__name__} is none of {', '.join(kind.__name__ for kind in MODELS)}")
     if config.model_config.dtype != torch.bfloat16 or config.cache_config.cache_dtype not in ("auto", "bfloat16"):
-        raise Unknown("weights or KV cache are not bfloat16")
+        raise Unknown("weights", "weights or KV cache are not bfloat16")
     if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
-        raise Unknown("it is spread over several workers")
+        raise Unknown("engine", "it is spread over several workers")
+    if config.kv_transfer_config is not None:
+        raise Unknown("engine", "its KV cache is handed over layer by layer (kv_transfer_config)")
     if config.speculative_config is not None or config.model_config.runner_type != "generate":
-        raise Unknown("it speculates, or generates nothing")
+        raise Unknown("engine", "it speculates, or generates nothing")
 
 
-def _check_layers(inner: Any) -> None:
-    for layer in inner.layers:
-        rope = layer.self_attn.rotary_emb
-        if type(rope).forward_cpu is not RotaryEmbedding.forward_cpu or not rope.is_neox_style:
-            raise Unknown(f"of {type(rope).__name__} only the plain form is known")
-        if rope is not inner.layers[0].self_attn.rotary_emb or type(layer.mlp.act_fn) is not SiluAndMul:
-            raise Unknown("its layers differ, or its activation is not SiLU")
-        _check_attention(layer.self_attn.attn)
-        for norm in _norms(layer):
-            if norm is not None:
-                _check_norm(norm, inner.norm)
+def _adapters(module: Any) -> int:
+    """The number of a module's adapters, -1 where it takes none."""
+    if not isinstance(module, BaseLayerWithLoRA):
+        return -1
+    if any(size % 16 for size in module.output_slices):
+        raise Unknown("size", "its sizes are no multiples of 16")
+    if not hasattr(module.punica_wrapper, "layer") or module.lora_b_stacked[0].dtype != torch.bfloat16:
+        raise Unknown("adapters", "its adapters are vLLM's own path's, or not bfloat16")
+    return int(module.punica_wrapper.number)
 
 
-def _check_attention(attention: Any) -> None:
-    impl = attention.impl
-    plain = impl.sliding_window == -1 and impl.alibi_slopes is None and impl.sinks is None
-    if not plain or impl.logits_soft_cap:
-        raise Unknown("its attention is not plain")
-    if attention.attn_type != "decoder" or attention.kv_sharing_target_layer_name:
-        raise Unknown("its attention is not a decoder's")
-
-
-def _norms(layer: Any) -> list[Any]:
-    """A layer's norms, None where a model has none of its queries and keys."""
-    of_heads = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
-    return [layer.input_layernorm, layer.post_attention_layernorm, *of_heads]
-
-
-def _check_norm(norm: Any, last: Any) -> None:
-    if type(norm) is not RMSNorm or norm.variance_size_override or norm.weight.dtype != torch.bfloat16:
-        raise Unknown("its norms are not plain")
-    if norm.variance_epsilon != last.variance_epsilon:
-        raise Unknown("its norms differ")
-
-
-def _check_output(model: Any) -> None:
-    processor, head = _bare(model.logits_processor), _bare(model.lm_head)
-    if processor.soft_cap or processor.scale != 1 or getattr(head, "bias", None) is not None:
-        raise Unknown("its logits are scaled or capped")
-    if getattr(head, "weight", None) is None:
-        raise Unknown("its output layer is quantized")
-    if head.weight.dtype != torch.bfloat16 or _bare(model.model.embed_tokens).weight.dtype != torch.bfloat16:
-        raise Unknown("its embedding is not bfloat16")
-    if processor.org_vocab_size > head.weight.shape[0]:
-        raise Unknown("its output layer has fewer rows than its vocabulary")
-
-
-def _adapted(module: Any) -> Layer | None:
+def _adapted(module: Any) -> Adapters | None:
     """The adapters of a module that is computed by vLLM where a token has one."""
     return getattr(getattr(module, "punica_wrapper", None), "layer", None)
 
 
-def _bare(module: Any) -> Any:
-    """vLLM's layer below the one that adds adapters to it."""
-    return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
+def _norm(norm: Norm | None) -> NormView:
+    return NormView(norm.weight.data_ptr(), norm.eps, norm.kind) if norm else NormView()
 
 
 _attention = cpu_attn._get_attn_isa
@@ -313,6 +314,7 @@ def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs:
         fused = runner.loradock_fused = Fused(runner)
     except Unknown as reason:
         log.warning("this model runs layer by layer, not in one call a step: %s", reason)
+        runner.loradock_reason = reason.reason
         return
     log.info("the model runs in one call a step; its weights are %s", fused.weights)
     cpu_attn._get_attn_isa = _as_vectors
@@ -331,13 +333,16 @@ def _compute_logits(
 
 def model_forward(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
     fused, ids = runner.loradock_fused, kwargs.get("input_ids")
-    if fused is not None:
-        fused.ready = None
-    if fused is not None and ids is not None and kwargs.get("inputs_embeds") is None and not args:
-        out = fused.step(ids, kwargs["positions"])
-        if out is not None:
-            return out
-    return original(runner, *args, **kwargs)
+    if fused is None:
+        if get_forward_context().attn_metadata is not None:
+            tally.layers(runner.loradock_reason)
+        return original(runner, *args, **kwargs)
+    fused.ready = None
+    if ids is None or kwargs.get("inputs_embeds") is not None or args:
+        _elsewhere("embeddings")
+        return original(runner, *args, **kwargs)
+    out = fused.step(ids, kwargs["positions"])
+    return original(runner, *args, **kwargs) if out is None else out
 
 
 def compute_slot_mapping(

@@ -368,7 +368,7 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
         detail = f"LoRA kernels in vLLM's layers; the fused step needs {', '.join(lacking)}"
         yield Finding("kernels", "warning", detail, "AMD Zen 4, Intel Sapphire Rapids and newer have them")
     else:
-        yield Finding("kernels", "ok", "the fused step for Llama, Qwen2 and Qwen3, LoRA kernels in vLLM's layers else")
+        yield Finding("kernels", "ok", "the fused step for models that it knows, LoRA kernels in vLLM's layers else")
     asked = config.cpu_weights
     if asked != "auto" and (lacking or machine.compiler() is None or config.lora_kernels != "auto"):
         yield Finding(

@@ -42,7 +42,7 @@ from serve.vllm_backend.engine_processes import cause_of_death, processes_of, re
 from serve.vllm_backend.error_translation import rejecting, sentence
 from serve.vllm_backend.output_processor import Outputs
 from serve.vllm_backend.structured_outputs import Engine
-from serve.vllm_backend.vllm_metrics import Pulse, own_series
+from serve.vllm_backend.vllm_metrics import CpuSteps, Pulse, own_series
 from serve.vllm_backend.worker_extension import LOADED, LOADING
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class VLLMBackend:
         self.args = parse(model, name, options)
         self._collectors = CollectorRegistry()
         self._pulse = Pulse()
+        self._cpu_steps = CpuSteps(name)
+        self._collectors.register(self._cpu_steps)
         # What is awaited of the engine beside answers, and since when there is anything to wait for.
         self._calls: set[asyncio.Future[Any]] = set()
         self._idle_until = time.monotonic()
@@ -362,6 +364,11 @@ class VLLMBackend:
 
     async def log_stats(self) -> None:
         await self._engine().do_log_stats()
+        if hardware.on_cpu():
+            try:
+                self._cpu_steps.take(await self._rpc("loradock_steps"))
+            except EngineDeadError as error:
+                raise EngineUnavailable("the engine stopped while its steps were counted") from error
 
     def metrics(self, names: Collection[str] = ()) -> Iterable[Metric]:
         """vLLM's own series of this engine; of these `names` alone, if there are any."""

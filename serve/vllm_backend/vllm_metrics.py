@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -35,6 +38,30 @@ class Pulse(StatLoggerBase):
             self.waiting = scheduler_stats.num_waiting_reqs
 
     def log_engine_initialized(self) -> None: ...
+
+
+class CpuSteps(Collector):
+    """Which way an engine's steps went on a CPU, as its workers said last."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def take(self, workers: Sequence[Sequence[tuple[str, str, int]]]) -> None:
+        self._counts = Counter()
+        for path, reason, count in (steps for counts in workers for steps in counts):
+            self._counts[path, reason] += count
+
+    def collect(self) -> Iterator[Metric]:
+        steps = CounterMetricFamily(
+            "loradock_cpu_step",
+            "Steps on a CPU since the engine started, computed in one call (path fused) or layer by layer, and why; "
+            "as of up to 10 seconds ago.",
+            labels=("model", "path", "reason"),
+        )
+        for (path, reason), count in self._counts.items():
+            steps.add_metric((self._model, path, reason), count)
+        yield steps
 
 
 @contextmanager

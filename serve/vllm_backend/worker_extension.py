@@ -19,6 +19,7 @@ from time import perf_counter, sleep, thread_time
 from types import SimpleNamespace
 from typing import Any
 
+from serve.cpu_kernels import tally
 from serve.vllm_backend.notices import notices
 
 LOADING, LOADED = "loading", "loaded"
@@ -95,6 +96,10 @@ class Worker:
         """The formats of the weights that are multiplied in one call a step; empty in vLLM's layers."""
         fused = getattr(self.model_runner, "loradock_fused", None)  # type: ignore[attr-defined]
         return fused.weights if fused is not None else ""
+
+    def loradock_steps(self) -> list[tuple[str, str, int]]:
+        """How many steps this process computed, by path and reason."""
+        return tally.steps()
 
     def _loradock(self) -> Loader:
         loader: Loader | None = getattr(self, "_loradock_loader", None)

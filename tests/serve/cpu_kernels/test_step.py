@@ -37,8 +37,9 @@ def multiply(number: int, x: torch.Tensor, outputs: int) -> torch.Tensor:
     rows = x.shape[0]
     memory = torch.full((rows * outputs + 64,), float("nan"))
     stride = ctypes.c_int64(x.stride(0))
+    one, none = ctypes.c_float(1), ctypes.c_float(0)
     step.library().loradock_logits(
-        number, step._at(x), stride, rows, step._at(memory), ctypes.c_int64(outputs), outputs
+        number, step._at(x), stride, rows, step._at(memory), ctypes.c_int64(outputs), outputs, none, one
     )
     assert memory[rows * outputs :].isnan().all(), "written behind the end"
     return memory[: rows * outputs].view(rows, outputs)

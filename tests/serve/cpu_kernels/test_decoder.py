@@ -1,0 +1,285 @@
+"""A whole step of decoders of every kind against plain arithmetic, with no engine: each difference by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("vllm")
+
+from vllm.platforms import current_platform
+
+if not current_platform.is_cpu():
+    pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
+
+from serve.cpu_kernels import build, packing, step
+from serve.cpu_kernels.architecture import (
+    CENTERED,
+    GELU_TANH,
+    PLAIN,
+    ROUNDED,
+    SILU,
+    Decoder,
+    Layer,
+    Norm,
+    Rope,
+    Unknown,
+)
+
+pytestmark = pytest.mark.skipif(not build.step_available(), reason="no AVX-512 BF16 and VNNI, or no compiler")
+
+BLOCK, BLOCKS, VOCABULARY, POSITIONS = 32, 16, 96, 160
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A decoder: what is not said is as in Llama."""
+
+    hidden: int = 64
+    inner: int = 96
+    heads: int = 4
+    kv_heads: int = 2
+    head: int = 32
+    norms: tuple[bool, bool, bool, bool] = (True, False, True, False)
+    norm: int = ROUNDED
+    qk: str = ""  # "head", "heads" (weights of its own for each) or "whole"
+    activation: int = SILU
+    parallel: bool = False
+    rotary: tuple[int, ...] = (32, 32)  # of each layer
+    interleaved: bool = False
+    windows: tuple[int, ...] = (0, 0)
+    cap: float = 0
+    multipliers: tuple[float, float, float, float] = field(default=(1, 1, 1, 0))  # embedding, residual, logits, cap
+
+
+KINDS = {
+    "plain": Kind(),
+    "all query heads one key head, of 128": Kind(head=128, kv_heads=1, rotary=(128, 128)),
+    "heads of 256": Kind(head=256, heads=2, kv_heads=1, rotary=(256, 256)),
+    "windows": Kind(windows=(20, 20)),
+    "windows in some layers": Kind(windows=(20, 0, 33, 0), rotary=(32, 32, 32, 32)),
+    "window of one token": Kind(windows=(1, 64)),
+    "attention capped": Kind(cap=1.5, windows=(20, 0)),
+    "norms around": Kind(norms=(True, True, True, True), norm=PLAIN, activation=GELU_TANH),
+    "norms after": Kind(norms=(False, True, False, True), qk="whole"),
+    "norms of heads": Kind(qk="head"),
+    "norms of each head": Kind(qk="heads", norm=CENTERED),
+    "beside one another": Kind(norms=(True, False, False, False), parallel=True, norm=CENTERED, interleaved=True),
+    "a part is turned": Kind(head=128, rotary=(96, 96)),
+    "some layers do not turn": Kind(rotary=(32, 0)),
+    "multiplied": Kind(multipliers=(3.0, 0.4, 0.25, 2.0)),
+}
+
+
+def norm_of(kind: int, *shape: int) -> Norm:
+    return Norm((1 + torch.randn(*shape) * 0.2).bfloat16().float(), 1e-5, kind)
+
+
+def decoder_of(kind: Kind) -> tuple[Decoder, list[list[torch.Tensor]]]:
+    """One with random weights, and those of each layer."""
+    torch.manual_seed(0)
+    count, size = len(kind.windows), kind.head
+    qkv = (kind.heads + 2 * kind.kv_heads) * size
+    shapes = [(qkv, kind.hidden), (kind.hidden, kind.heads * size), (2 * kind.inner, kind.hidden)]
+    shapes.append((kind.hidden, kind.inner))
+    weights, layers = [], []
+    for number in range(count):
+        matrices = [(torch.randn(*shape) * shape[1] ** -0.5).bfloat16() for shape in shapes]
+        q_shape = {"head": (size,), "heads": (kind.heads, size), "whole": (kind.heads * size,)}.get(kind.qk)
+        k_shape = {"head": (size,), "heads": (kind.kv_heads, size), "whole": (kind.kv_heads * size,)}.get(kind.qk)
+        layers.append(
+            Layer(
+                matrices=tuple(
+                    SimpleNamespace(
+                        loradock_matrix=packing.matrix(weight, packing.BF16, paired=place == 2),
+                        loradock_weights="bfloat16",
+                    )
+                    for place, weight in enumerate(matrices)
+                ),
+                norms=tuple(norm_of(kind.norm, kind.hidden) if there else None for there in kind.norms),
+                q_norm=norm_of(kind.norm, *q_shape) if q_shape else None,
+                k_norm=norm_of(kind.norm, *k_shape) if k_shape else None,
+                attention=SimpleNamespace(
+                    num_heads=kind.heads,
+                    num_kv_heads=kind.kv_heads,
+                    head_size=size,
+                    isa="vec",
+                    layer_name=f"layer {number}",
+                    kv_cache=torch.full((BLOCKS, kind.kv_heads, BLOCK, 2 * size), float("nan"), dtype=torch.bfloat16),
+                ),
+                rope=rope_of(kind, number) if kind.rotary[number] else None,
+                window=kind.windows[number],
+                scale=0.2,
+                cap=kind.cap,
+            )
+        )
+        weights.append(matrices)
+    table = torch.randn(VOCABULARY, kind.hidden).bfloat16()
+    by = kind.multipliers
+    return (
+        Decoder(
+            layers=layers,
+            hidden=kind.hidden,
+            inner=kind.inner,
+            activation=kind.activation,
+            parallel=kind.parallel,
+            embedding=SimpleNamespace(weight=table),
+            head=SimpleNamespace(weight=table),
+            last=norm_of(kind.norm, kind.hidden),
+            vocabulary=VOCABULARY,
+            embedding_by=by[0],
+            residual_by=by[1],
+            logits_by=by[2],
+            logits_cap=by[3],
+        ),
+        weights,
+    )
+
+
+def rope_of(kind: Kind, number: int) -> Rope:
+    half = kind.rotary[number] // 2
+    angles = torch.arange(POSITIONS)[:, None] * (100 * (number + 1)) ** (-torch.arange(half) / half)
+    return Rope(torch.cat((angles.cos(), angles.sin()), dim=1).bfloat16(), 2 * half, kind.interleaved)
+
+
+def normal(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    if norm is None:
+        return x
+    if norm.kind == CENTERED:
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+def turned(x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+    """(tokens, heads, size) at positions from 0 on."""
+    if rope is None:
+        return x
+    cos, sin = rope.table[: x.shape[0], None].float().chunk(2, dim=-1)
+    part, rest = x[..., : rope.size], x[..., rope.size :]
+    a, b = (part[..., ::2], part[..., 1::2]) if rope.interleaved else part.chunk(2, dim=-1)
+    one, other = a * cos - b * sin, b * cos + a * sin
+    part = torch.stack((one, other), -1).flatten(-2) if rope.interleaved else torch.cat((one, other), -1)
+    return torch.cat((part, rest), dim=-1)
+
+
+def attended(kind: Kind, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
+    tokens, size = qkv.shape[0], kind.head
+    q, k, v = qkv.split([kind.heads * size, kind.kv_heads * size, kind.kv_heads * size], dim=-1)
+    if kind.qk == "whole":
+        q, k = normal(q, layer.q_norm), normal(k, layer.k_norm)
+    q, k, v = (part.reshape(tokens, -1, size) for part in (q, k, v))
+    if kind.qk in ("head", "heads"):
+        q, k = normal(q, layer.q_norm), normal(k, layer.k_norm)
+    q, k = turned(q, layer.rope), turned(k, layer.rope)
+    k, v = (part.repeat_interleave(kind.heads // kind.kv_heads, dim=1) for part in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * layer.scale
+    if layer.cap:
+        scores = layer.cap * torch.tanh(scores / layer.cap)
+    behind = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    seen = (behind >= 0) & ((behind < layer.window) if layer.window else True)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v).reshape(tokens, -1)
+
+
+def exact(kind: Kind, decoder: Decoder, weights: list[list[torch.Tensor]], ids: torch.Tensor) -> torch.Tensor:
+    """The outputs of one sequence in float32."""
+    x = decoder.embedding.weight[ids].float() * decoder.embedding_by
+    for layer, (qkv, o, gate_up, down) in zip(
+        decoder.layers, (map(torch.Tensor.float, it) for it in weights), strict=True
+    ):
+        before, after, before_mlp, after_mlp = layer.norms
+        first = normal(x, before)
+        x = x + decoder.residual_by * normal(attended(kind, layer, first @ qkv.T) @ o.T, after)
+        gate, up = ((first if kind.parallel else normal(x, before_mlp)) @ gate_up.T).chunk(2, dim=-1)
+        gate = F.silu(gate) if kind.activation == SILU else F.gelu(gate, approximate="tanh")
+        x = x + decoder.residual_by * normal((gate * up) @ down.T, after_mlp)
+    return normal(x, decoder.last)
+
+
+class Engine:
+    """What vLLM tells of a step: whose tokens it has, and where their keys are in each group of layers."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.windows = sorted(set(kind.windows))
+        self.names = {window: [n for n, it in enumerate(kind.windows) if it == window] for window in self.windows}
+        self.free = torch.randperm(BLOCKS - 1).add(1).tolist()  # block 0 is nobody's
+        self.blocks: dict[tuple[int, int], list[int]] = {}
+        self.attn_metadata: dict[str, SimpleNamespace] = {}
+
+    def schedule(self, spans: dict[int, tuple[int, int]]) -> tuple[torch.Tensor, int]:
+        """The tokens from `begin` to `end` of each request; their positions come back."""
+        starts = torch.tensor([0, *(end - begin for begin, end in spans.values())]).cumsum(0).int()
+        positions = torch.cat([torch.arange(begin, end) for begin, end in spans.values()])
+        for window in self.windows:
+            table, slots = torch.zeros((len(spans), POSITIONS // BLOCK), dtype=torch.int32), []
+            for row, (request, (begin, end)) in enumerate(spans.items()):
+                mine = self.blocks.setdefault((request, window), [])
+                while len(mine) * BLOCK < end:
+                    mine.append(self.free.pop())
+                gone = max(0, begin - window + 1) // BLOCK if window else 0  # given back, as vLLM does
+                for place in range(gone):
+                    if mine[place]:
+                        self.free.insert(0, mine[place])
+                        mine[place] = 0
+                table[row, : len(mine)] = torch.tensor(mine)
+                slots += [mine[at // BLOCK] * BLOCK + at % BLOCK for at in range(begin, end)]
+            meta = SimpleNamespace(
+                num_actual_tokens=len(positions),
+                causal=True,
+                block_table=table,
+                slot_mapping=torch.tensor(slots),
+                query_start_loc=starts,
+                seq_lens=torch.tensor([end for _, end in spans.values()]),
+            )
+            self.attn_metadata |= {f"layer {number}": meta for number in self.names[window]}
+        return positions, len(spans)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_decoder_is_computed_as_written(monkeypatch, name):
+    """Prompts longer than the windows, cut into pieces and beside one another, then single tokens beyond them."""
+    kind = KINDS[name]
+    decoder, weights = decoder_of(kind)
+    engine = Engine(kind)
+    fused = fused_of(monkeypatch, decoder)
+    monkeypatch.setattr(step, "get_forward_context", lambda: engine)
+    sequences = {
+        number: torch.randint(VOCABULARY, (length,), dtype=torch.int32) for number, length in ((0, 75), (1, 40))
+    }
+    wanted = {number: exact(kind, decoder, weights, ids.long()) for number, ids in sequences.items()}
+    steps = [{0: (0, 47)}, {0: (47, 70), 1: (0, 36)}, {0: (70, 71), 1: (36, 38)}, {0: (71, 72)}]
+    steps += [{0: (at, at + 1), 1: (at - 34, at - 33)} for at in range(72, 74)]
+    for spans in steps:
+        ids = torch.cat([sequences[number][begin:end] for number, (begin, end) in spans.items()])
+        positions, requests = engine.schedule(spans)
+        out = fused.step(ids, positions)
+        assert out is not None
+        right = torch.cat([wanted[number][begin:end] for number, (begin, end) in spans.items()])
+        apart = (out.float() - right).norm(dim=-1) / right.norm(dim=-1)
+        assert apart.max() < 0.04 and apart.median() < 0.02, (spans, apart)
+        if len(ids) == requests:
+            logits = out.float() @ decoder.head.weight.float().T
+            if decoder.logits_cap:
+                logits = decoder.logits_cap * torch.tanh(logits / decoder.logits_cap)
+            for mine in (fused.ready, fused.logits(out)):
+                assert (mine - logits * decoder.logits_by).abs().max() < 1e-3 * logits.abs().max()
+
+
+def fused_of(monkeypatch, decoder: Decoder) -> step.Fused:
+    monkeypatch.setattr(step, "read", lambda model, positions: decoder)
+    monkeypatch.setattr(step, "_check_engine", lambda config: None)
+    model = SimpleNamespace(model=SimpleNamespace(embed_tokens=None), logits_processor=None)
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=POSITIONS))
+    return step.Fused(SimpleNamespace(vllm_config=config, get_model=lambda: model))
+
+
+@pytest.mark.parametrize("kind", [Kind(hidden=72), Kind(head=80, rotary=(64, 64)), Kind(head=64, rotary=(48, 48))])
+def test_sizes_that_the_kernels_do_not_have_are_named(monkeypatch, kind):
+    monkeypatch.setattr(packing, "matrix", lambda *args, **kwargs: 0)
+    decoder, _ = decoder_of(kind)
+    with pytest.raises(Unknown) as caught:
+        fused_of(monkeypatch, decoder)
+    assert caught.value.reason == "size"
