@@ -274,6 +274,7 @@ class Tap:
     """Stands in a response's way: `send` passes everything on as it came, with the request's id and who answers."""
 
     __slots__ = (
+        "_crashed",
         "_error",
         "_first",
         "_load_seconds",
@@ -306,7 +307,7 @@ class Tap:
         self._first: float | None = None
         self._queued: float | None = None
         self._seated: float | None = None
-        self._load_seconds = 0.0
+        self._load_seconds, self._crashed = 0.0, False
         self._error: LoradockError | None = None
         self.began = time.time()
         self.request_id = request_id
@@ -372,6 +373,11 @@ class Tap:
     def failed(self, error: LoradockError) -> None:
         """Say why there is no answer, or no more of it."""
         self._error = error
+
+    def crashed(self) -> None:
+        """A defect ended it: whoever stands outside answers with a 500, if nothing has been sent."""
+        self._crashed = True
+        self.status = self.status if self.begun else 500
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -439,6 +445,6 @@ class Tap:
             return Failure.QUEUE_DEADLINE if self._seated is None else Failure.DEADLINE
         if isinstance(self._error, EngineUnavailable):
             return Failure.UNAVAILABLE if self._seated is None else Failure.ERROR
-        if self.status >= 500 or any(made.finish_reason == "error" for made in generations):
+        if self._crashed or self.status >= 500 or any(made.finish_reason == "error" for made in generations):
             return Failure.ERROR
         return None

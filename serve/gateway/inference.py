@@ -134,6 +134,9 @@ class Inference:
             answer = self._doubted(error)
             tap.failed(answer)
             await send_error(answer, scope, receive, tap)
+        except Exception:
+            tap.crashed()
+            raise
         finally:
             tap.offer(self._take)
 

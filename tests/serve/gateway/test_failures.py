@@ -147,3 +147,25 @@ async def test_loading_an_adapter_is_no_time_in_the_queue(client, backend, make_
     assert (await ask(client, "tone@v1")).status_code == 200
     assert await counted(client, f"{QUEUED}_sum", **V1) < 0.4
     assert await counted(client, "loradock_time_to_first_token_seconds_sum", **V1) > 0.5
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_what_raises_behind_the_route_is_a_failure_of_its_version(client, backend, make_adapter, begun):
+    """The client gets a 500, or the end of an answer that had begun: no figure may say that nothing failed."""
+    await client.post("/v1/adapters", **upload(make_adapter()))
+
+    async def raising(scope, receive, send):
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        raise RuntimeError("a defect")
+
+    backend.app = raising
+    with pytest.raises(RuntimeError, match="a defect"):
+        await ask(client, "tone")
+    assert await counted(client, FAILED, **V1, reason="error") == 1
+    assert await counted(client, FAILED) == 1
+    assert await counted(client, "loradock_requests_total", **V1, code="200" if begun else "500") == 1
+    (card,) = (await client.get("/v1/overview")).json()["first"]
+    assert (card["requests"], card["errors"]) == (1, 1)
+    assert [problem["kind"] for problem in card["problems"]] == ["errors"]
