@@ -34,11 +34,13 @@ log = logging.getLogger(__name__)
 
 HEADER = "x-loradock-guard"
 PROMPT, ANSWER = "prompt", "answer"
+PASSED, FLAGGED, REFUSED, NO_VERDICT, SKIPPED = RESULTS = ("passed", "flagged", "refused", "error", "skipped")
 # An answer that is held back has at most so many bytes.
 MAX_HELD = 16 << 20
 # Answers that are looked at at a time once their clients have them; further ones are counted as skipped.
 AT_ONCE = 8
-MAX_NAMES = 1000
+# Adapters with series of their own, about; the rest are counted as `other`.
+MAX_SERIES = 1000 * len(RESULTS)
 # Fields of a request that hold what the model reads.
 _READ = ("messages", "prompt", "input", "instructions", "system", "suffix", "documents", "query", "tools")
 # The guard is the operators' choice: its name means what it means to tenant `default`.
@@ -141,14 +143,14 @@ class Guards(Collector):
             verdict = await self._moderator.judge(_CALLER, text, guard, salt=f"guard:{tenant}", priority=priority)
         except LoradockError as error:
             log.warning("the guard %s gave no verdict on the %s of a request to %s: %s", guard, side, adapter, error)
-            self._count(adapter, side, "error")
+            self._count(adapter, side, NO_VERDICT)
             if refuses:
                 raise
             return False
         if not verdict.flagged:
-            self._count(adapter, side, "passed")
+            self._count(adapter, side, PASSED)
             return False
-        self._count(adapter, side, "refused" if refuses else "flagged")
+        self._count(adapter, side, REFUSED if refuses else FLAGGED)
         if refuses:
             names = ", ".join(sorted(verdict.categories))
             raise BadRequest(f"the {side} was refused by this model's guard: {names}", code="content_policy_violation")
@@ -159,7 +161,7 @@ class Guards(Collector):
 
     def _look_later(self, adapter: str, tenant: str, generations: Sequence[Generation]) -> None:
         if len(self._looking) >= AT_ONCE:
-            self._count(adapter, ANSWER, "skipped")
+            self._count(adapter, ANSWER, SKIPPED)
             return
         task = asyncio.create_task(self._look(adapter, tenant, generations))
         self._looking.add(task)
@@ -173,10 +175,12 @@ class Guards(Collector):
 
     def _count(self, adapter: str, side: str, result: str) -> None:
         with self._lock:
-            key = (adapter, side, result)
-            if key not in self._counts and len(self._counts) >= 4 * MAX_NAMES:
-                key = ("other", side, result)
-            self._counts[key] += 1
+            if (adapter, side, result) not in self._counts:
+                if len(self._counts) >= MAX_SERIES:
+                    adapter = "other"
+                # Prometheus does not see the growth of a counter that is born with its first event.
+                self._counts.update({(adapter, side, each): 0 for each in RESULTS})
+            self._counts[adapter, side, result] += 1
 
 
 class _Held:

@@ -37,6 +37,8 @@ LENGTHS = (2, 5, 10, 20)
 GPU = {"GPU_UTIL": 62.0, "FB_USED": 30_000.0, "FB_FREE": 10_000.0, "POWER_USAGE": 310.0, "GPU_TEMP": 71.0}
 # What an answer says, and what one that is asked for a grade says.
 TEXT, GRADE = "Paris", 0.5
+# What a guard says of a text that holds the first.
+VERDICTS = {"something forbidden": "violence", "something obscure": "perhaps"}
 
 
 class KnownBackend(FakeBackend):
@@ -81,7 +83,7 @@ class KnownBackend(FakeBackend):
         finally:
             self.running -= 1
         error = {"message": "as it was asked to", "type": "internal_error", "param": None, "code": status}
-        text = TEXT if "prompt" in body or not _is_judge(body) else str(GRADE)
+        text = _said(body)
         choices = [{"text": text} if "prompt" in body else {"message": {"content": text}}]
         answer = {"model": body.get("model"), "choices": choices} if status == 200 else {"error": error}
         await JSONResponse(answer, status_code=status)(scope, receive, send)
@@ -91,7 +93,7 @@ class KnownBackend(FakeBackend):
         output = [self._random.randrange(VOCABULARY) for _ in range(known.get("tokens", 5))]
         finish = known.get("finish", "stop")
         made = Generation(
-            prompt, output, finish, queue=QUEUE, gap=GAP, worst_gap=WORST_GAP, engine_seconds=ENGINE_SECONDS
+            prompt, output, finish, TEXT, queue=QUEUE, gap=GAP, worst_gap=WORST_GAP, engine_seconds=ENGINE_SECONDS
         )
         watch = watching.get()
         if watch:
@@ -153,9 +155,15 @@ class KnownBackend(FakeBackend):
         return families
 
 
-def _is_judge(body: Mapping[str, Any]) -> bool:
+def _said(body: Mapping[str, Any]) -> str:
+    """What the answer to a client, to a judge's question or to a guard's says."""
+    if "prompt" in body:
+        return TEXT
     messages = body.get("messages") or [{}]
-    return str(messages[-1].get("content", "")).startswith("Grade")
+    question = str(messages[-1].get("content", ""))
+    if "structured_outputs" in body:
+        return next((verdict for words, verdict in VERDICTS.items() if words in question), "none")
+    return str(GRADE) if question.startswith("Grade") else TEXT
 
 
 def below(values: Mapping[float, int], bound: float) -> int:

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 
 from serve.config import keys_hashed, load
 from serve.rollout.canary_monitor import LOWEST_LOG_EVIDENCE as LOWEST
+from serve.rollout.policy import DEFAULT_POLICIES
 from serve.telemetry.rendered.dashboards import dashboards
 from serve.telemetry.slo import DEFAULT_SLOS
 from tests.support import tiny
 from tests.support.known_backend import KnownBackend
-from tests.support.mixed_traffic import MixedTraffic
+from tests.support.mixed_traffic import GUARDS, MixedTraffic
 from tests.support.panel_values import PANELS, PRICE, World, wrong
 from tests.support.prometheus import ask, await_scrapes, filled, prometheus
 from tests.support.served import Served
@@ -145,6 +146,7 @@ class LivePanels:
             analysis.comparison.log_threshold, to_proof, where,
             http.get("/metrics").text, self.traffic.golden, done(http.get("/v1/adapters/echo/golden"))["digest"],
             done(http.get("/v1/adapters/echo/drift"))["shadow"],
+            [file["bytes"] for file in done(http.get("/v1/files", params={"limit": 1000}))["data"]],
         )  # fmt: skip
 
 
@@ -157,8 +159,9 @@ def live_panels(folder: Path, window: float = 600.0, *, every: str | None = "1s"
     config = load([str(model), "--name", "base", "--data-dir", str(folder / "data")], {})
     keys = keys_hashed([ADMIN])
     config = replace(
-        config, admin_keys=keys, max_wait=MAX_WAIT, drift_reference=30, drift_threshold=1e4, prices=(PRICE,)
-    )
+        config, admin_keys=keys, max_wait=MAX_WAIT, drift_reference=30, drift_threshold=1e4, prices=(PRICE,),
+        policies=(*DEFAULT_POLICIES, *GUARDS),
+    )  # fmt: skip
     backend = KnownBackend(str(model))
     with ExitStack() as open:
         served = open.enter_context(Served(config, backend, ADMIN))

@@ -6,10 +6,11 @@ What a request was is read from its answer, as its client sees it; so nothing he
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any
 
 import httpx
 
+from serve.rollout.policy import FLAG, REFUSE, Guard, Policy
 from tests.support.app import CHAT, upload
-from tests.support.known_backend import ANSWER_SECONDS, PROMPT_TOKENS, TEXT, KnownBackend
+from tests.support.known_backend import ANSWER_SECONDS, PROMPT_TOKENS, TEXT, VERDICTS, KnownBackend
 from tests.support.served import Served
 from tests.support.server import done, eventually
 
@@ -33,11 +35,22 @@ GOLDEN = {
     "shadow": {"judge": {"model": "base", "template": "Grade {answer}"}, "share": 1.0},
 }
 GOLDEN_SCORE, GOLDEN_RESULTS = 0.75, {"pass": 3, "fail": 1}
+FORBIDDEN, OBSCURE = VERDICTS
+# The base looks at what `kept` is asked and answers, and at what `strict` is asked.
+GUARDS = (
+    Policy("kept", guard=Guard(prompt="base", answer="base", action=FLAG)),
+    Policy("strict", guard=Guard(prompt="base", action=REFUSE)),
+)
+# Lines of a batch; the last one asks a model that is not there.
+LINES = ("base", "base", "base", "nobody")
+# Lines that wait while the queue stands.
+HELD = ("base", "base")
+MESSAGES = [{"role": "user", "content": "The capital of France"}]
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One request, as its client saw it. `reached`: the engine worked on it."""
+    """One request, as its client saw it. `reached`: the engine worked on it; `background`: behind every client."""
 
     adapter: str
     version: str
@@ -48,6 +61,7 @@ class Sent:
     failure: str = ""
     reached: bool = False
     generated: int = 0
+    background: bool = False
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -67,8 +81,15 @@ class MixedTraffic:
         self._pool = ThreadPoolExecutor(100)
         self._recording = threading.Lock()
         self.sent: list[Sent] = []
-        # How many of them were sent before the first pause.
-        self.early = 0
+        # What the server asked in somebody's name: no client waited for this very answer.
+        self.inside: list[Sent] = []
+        # How many of both were sent before the first pause.
+        self.early = self.early_inside = 0
+        # By adapter, side and result; and how many of them came before the first pause.
+        self.guarded: Counter[tuple[str, str, str]] = Counter()
+        self.early_guarded: Counter[tuple[str, str, str]] = Counter()
+        self.lines: Counter[str] = Counter()
+        self.batches = 0
         self.swaps: Counter[tuple[str, str]] = Counter()
         self.rollbacks: Counter[str] = Counter()
         self.ratings: Counter[tuple[str, str, str]] = Counter()
@@ -85,6 +106,7 @@ class MixedTraffic:
                 (self.admin, "tone", 1, True), (self.admin, "tone", 2, False), (self.admin, "calm", 1, True),
                 (self.admin, "calm", 2, False), (self.admin, "broken", 1, True), (self.acme, "flood", 1, True),
                 (self.zeta, "slow", 1, True), (self.admin, "echo", 1, True), (self.admin, "echo", 2, False),
+                (self.admin, "kept", 1, True), (self.admin, "strict", 1, True),
             ]
         ):  # fmt: skip
             self._push(client, name, version, folder(seed), promote)
@@ -116,20 +138,24 @@ class MixedTraffic:
         assert eventually(is_back, 30)
 
     def play(self, pause: Callable[[], object]) -> None:
-        """Answers, mistakes, failures of each kind, ratings, and two changes of a live version.
+        """Answers, mistakes, failures of each kind, ratings, a batch, and two changes of a live version.
 
         `pause` lets the server be scraped after the first few answers: from then on, drift has its series too.
         """
         self._answers(3)
-        self.early = self.early or len(self.sent)
+        if not self.early:
+            self.early, self.early_inside = len(self.sent), len(self.inside)
+            self.early_guarded = self.guarded.copy()
         pause()
         self._answers(10)
+        self._refusals()
         self._failures()
         self._rate()
+        self._end(self._batch(LINES), LINES)
         self._swap()
 
     def hold_up(self, look: Callable[[dict[tuple[str, str], int]], None]) -> None:
-        """More comes than the engine has seats: `look` is called while the queue stands.
+        """More comes than the engine has seats: `look` is called while the queue stands, and a batch's lines with it.
 
         It gets how many requests wait by adapter and tenant. All seats but one are acme's.
         """
@@ -139,6 +165,8 @@ class MixedTraffic:
         assert eventually(lambda: self._standing(flood) and self._standing(polite), 30)
         for _ in range(2):  # they have no seat yet when their time is over
             self._ask(self.zeta, "slow", ("zeta/slow", "v1"), "zeta", timeout=0.3, failure="queue_deadline")
+        batch = self._batch(HELD)
+        assert eventually(lambda: f"loradock_batch_lines_left {len(HELD)}.0" in self.admin.get("/metrics").text, 30)
         seats = self._backend.seats
         waiting = {
             ("acme/flood", "acme"): sum(not answer.done() for answer in flood) - (seats - 1),
@@ -148,6 +176,38 @@ class MixedTraffic:
         self._backend.standstill.clear()
         for answer in flood + polite:
             answer.result()
+        self._end(batch, HELD)
+
+    def _batch(self, models: Sequence[str]) -> str:
+        """The id of a batch that asks each of these models one line."""
+        rows = [
+            {"custom_id": str(number), "method": "POST", "url": CHAT, "body": {"model": model, "messages": MESSAGES}}
+            for number, model in enumerate(models)
+        ]
+        data = "\n".join(map(json.dumps, rows)).encode()
+        file = done(self.admin.post("/v1/files", files={"file": ("in.jsonl", data)}, data={"purpose": "batch"}))
+        body = {"input_file_id": file["id"], "endpoint": CHAT, "completion_window": "24h"}
+        return str(done(self.admin.post("/v1/batches", json=body))["id"])
+
+    def _end(self, batch: str, models: Sequence[str]) -> None:
+        """Wait for its end: lines of a model that is there are answered behind every client."""
+        path = f"/v1/batches/{batch}"
+        assert eventually(lambda: done(self.admin.get(path))["status"] == "completed", 60)
+        self.batches += 1
+        for model in models:
+            self.lines["completed" if model == "base" else "failed"] += 1
+            if model == "base":
+                self._ask_inside(background=True)
+
+    def _ask_inside(self, **more: Any) -> None:
+        """The server has asked the base itself, in the name of the tenant `default`."""
+        self.inside.append(Sent("base", "base", "default", 200, 0.0, "stop", reached=True, generated=5, **more))
+
+    def _guard(self, adapter: str, side: str, result: str) -> None:
+        """A guard was asked."""
+        with self._recording:
+            self.guarded[adapter, side, result] += 1
+            self._ask_inside()
 
     def _standing(self, answers: Iterable[Future[None]]) -> bool:
         """All of them have come to the server: they wait, are answered, or were refused."""
@@ -172,6 +232,23 @@ class MixedTraffic:
         self._many(count, self.admin, "echo", None)
         self._many(count, self.acme, "flood", ("acme/flood", "v1"), "acme")
         self._many(count, self.zeta, "slow", ("zeta/slow", "v1"), "zeta")
+        for _ in range(count):
+            self._ask_kept()
+            self._ask(self.admin, "strict", ("strict", "v1"))
+            self._guard("strict", "prompt", "passed")
+
+    def _ask_kept(self, says: str = "", result: str = "passed") -> None:
+        """The guard looks at the prompt, and at the answer."""
+        self._ask(self.admin, "kept", ("kept", "v1"), says=says)
+        self._guard("kept", "prompt", result)
+        self._guard("kept", "answer", "passed")
+
+    def _refusals(self) -> None:
+        """What a guard flags, refuses, and has no verdict on."""
+        self._ask_kept(FORBIDDEN, "flagged")
+        self._ask_kept(OBSCURE, "error")
+        self._ask(self.admin, "strict", OTHER, says=FORBIDDEN)
+        self._guard("strict", "prompt", "refused")
 
     def _failures(self) -> None:
         for _ in range(4):
@@ -235,10 +312,12 @@ class MixedTraffic:
         seconds: float = ANSWER_SECONDS,
         timeout: float | None = None,
         failure: str = "",
+        says: str = "",
     ) -> httpx.Response:
-        """One request; `failure` is what becomes of it if its time is over."""
+        """One request; `failure` is what becomes of it if its time is over, `says` stands in its message too."""
         known = {"tokens": tokens, "finish": finish, "status": status, "seconds": seconds}
         text = f"What is the capital of France, and how many people live there in the summer? ({next(self._numbers)})"
+        text += f" And {says}?" if says else ""
         message = {"role": "user", "content": text + (" Write to ada@example.com." if tenant == "zeta" else "")}
         headers = {} if timeout is None else {"x-request-timeout": str(timeout)}
         began = time.perf_counter()

@@ -18,7 +18,7 @@ from serve.telemetry.prices import Price
 from serve.telemetry.series import ENGINE_QUEUE_SECONDS, QUEUE_SECONDS, TOTAL_SECONDS, WORST_GAP_SECONDS
 from serve.telemetry.slo import DEFAULT_SLOS, FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Objective
 from tests.support import known_backend
-from tests.support.mixed_traffic import GOLDEN_RESULTS, GOLDEN_SCORE, MixedTraffic, Sent
+from tests.support.mixed_traffic import GOLDEN_RESULTS, GOLDEN_SCORE, HELD, MixedTraffic, Sent
 from tests.support.prometheus import Sample
 
 Key = tuple[str, ...]
@@ -68,9 +68,15 @@ class World:
     golden: Mapping[str, Any]  # of echo's live version
     golden_set: str
     shadow: Sequence[Mapping[str, Any]]  # of echo's
+    files: Sequence[int]  # bytes of each
 
     def total(self, number: Callable[[Sent], float] = lambda sent: 1) -> float:
         return sum(map(number, self.traffic.sent))
+
+    @property
+    def computed(self) -> list[Sent]:
+        """What the engine has computed for clients, also where the server asked in their name."""
+        return [sent for sent in (*self.traffic.sent, *self.traffic.inside) if sent.reached and not sent.background]
 
     def count(self, key: Callable[[Sent], Key | None], number: Callable[[Sent], float] = lambda sent: 1) -> Values:
         """Numbers of what was sent, summed by key; what has none is left out."""
@@ -370,7 +376,8 @@ SWAP: dict[str, Callable[[World], list[Shows]]] = {
 }  # fmt: skip
 ENGINE: dict[str, Callable[[World], list[Shows]]] = {
     "Waiting for a seat": lambda world: [
-        one(sum(world.waiting.values()), held=True),
+        # A line of a batch may stand behind the clients.
+        Shows((), {ONE: (sum(world.waiting.values()), sum(world.waiting.values()) + 1)}, held=True),
         exactly(("adapter", "tenant"), world.waiting, held=True),
     ],
     "Longest wait now": lambda world: [
@@ -392,9 +399,12 @@ ENGINE: dict[str, Callable[[World], list[Shows]]] = {
     "Time in the engine's queue": gaps_everywhere(known_backend.QUEUE, ENGINE_QUEUE_SECONDS),
     "Prefix cache": lambda world: [one(known_backend.HITS / known_backend.QUERIES)],
     "Preemptions": lambda world: [one(known_backend.PREEMPTIONS / world.window)],
-    "Tokens": tokens,
+    "Tokens": lambda world: [
+        one(sum(sent.prompt for sent in world.computed) / world.window),
+        one(sum(sent.generated for sent in world.computed) / world.window),
+    ],
     "Tokens of a step": lambda world: [
-        one(world.total(lambda sent: sent.prompt + sent.generated) / world.total(lambda sent: sent.reached))
+        one(sum(sent.prompt + sent.generated for sent in world.computed) / len(world.computed))
     ],
     "Memory": lambda world: [exactly(("model",), {("base",): known_backend.MEMORY})],
     "Restarts": lambda world: [exactly(("model",), {("base",): world.traffic.restarts})],
@@ -458,7 +468,7 @@ USAGE: dict[str, Callable[[World], list[Shows]]] = {
         born(world, lambda sent: (sent.adapter, sent.tenant), lambda sent: 3600 * cost(sent), by=("adapter", "tenant"))
     ],
     "Is the engine busy": lambda world: [
-        exactly(("model", "use"), {("base", "clients"): world.total(engine_seconds) / world.window})
+        exactly(("model", "use"), {("base", "clients"): sum(map(engine_seconds, world.computed)) / world.window})
     ],
     "Languages": lambda world: [exactly(("adapter", "language"), {
         (adapter, "en"): 1 for (adapter,) in world.count(lambda sent: (sent.adapter,) if sent.reached else None)
@@ -470,6 +480,24 @@ USAGE: dict[str, Callable[[World], list[Shows]]] = {
     ],
     "Refused answers": lambda world: [exactly(("adapter",), {})],
 }  # fmt: skip
+BATCHES: dict[str, Callable[[World], list[Shows]]] = {
+    "Lines left": lambda world: [one(len(HELD), held=True)],
+    "Age of the oldest batch": lambda world: [Shows((), {ONE: (world.held_up, 600.0)}, held=True)],
+    "Lines by result": lambda world: [exactly(("result",), world.rate(of_lines(world)))],
+    "Lines that failed": lambda world: [one(world.traffic.lines["failed"] / world.traffic.lines.total())],
+    "Open batches": lambda world: [exactly(("status",), {("in_progress",): 1}, held=True)],
+    "Batches that ended": lambda world: [exactly(("status",), {("completed",): world.traffic.batches})],
+    "Files": lambda world: [one(len(world.files))],
+    "Size of the files": lambda world: [one(sum(world.files))],
+    "Flagged and refused": lambda world: [
+        of_guards(world, ("adapter", "side", "result"), lambda key: key if key[2] in ("flagged", "refused") else None)
+    ],
+    "Share flagged or refused": lambda world: [share_flagged(world)],
+    "Without a verdict": lambda world: [
+        of_guards(world, ("adapter", "side", "result"), lambda key: key if key[2] == "error" else None)
+    ],
+    "Looked at": lambda world: [of_guards(world, ("adapter", "side"), lambda key: key[:2])],
+}  # fmt: skip
 PANELS = {
     "loradock-overview": OVERVIEW,
     "loradock-adapters": ADAPTERS,
@@ -478,7 +506,33 @@ PANELS = {
     "loradock-quality": QUALITY,
     "loradock-engine": ENGINE,
     "loradock-usage": USAGE,
+    "loradock-batches": BATCHES,
 }
+
+
+def of_lines(world: World) -> Values:
+    return {(result,): count for result, count in world.traffic.lines.items()}
+
+
+def of_guards(world: World, by: Key, key: Callable[[Key], Key | None]) -> Shows:
+    """A rate; what came before the first scrape may be missing."""
+    every, early = defaultdict[Key, float](float), defaultdict[Key, float](float)
+    for counts, sums in ((world.traffic.guarded, every), (world.traffic.early_guarded, early)):
+        for labels, count in counts.items():
+            if (of := key(labels)) is not None:
+                sums[of] += count / world.window
+    return Shows(by, {of: (count - early[of] - 1e-6, count + 1e-6) for of, count in every.items()})
+
+
+def share_flagged(world: World) -> Shows:
+    """Of what got a verdict."""
+    ranges: dict[Key, tuple[float, float]] = {}
+    for adapter, side in {key[:2] for key in world.traffic.guarded}:
+        early = world.traffic.early_guarded[adapter, side, "passed"]
+        flagged = sum(world.traffic.guarded[adapter, side, result] for result in ("flagged", "refused"))
+        passed = world.traffic.guarded[adapter, side, "passed"]
+        ranges[adapter, side] = (flagged / (flagged + passed) - 1e-6, flagged / (flagged + passed - early) + 1e-6)
+    return Shows(("adapter", "side"), ranges)
 
 
 def of_gpu(value: float) -> Shows:
@@ -493,7 +547,7 @@ def of_shadow(world: World, numbers: Callable[[Mapping[str, Any]], Values], *by:
 
 def buckets(world: World, tokens: Callable[[Sent], int]) -> Shows:
     """How many requests have at most so many tokens."""
-    lengths = Counter(tokens(sent) for sent in world.traffic.sent if sent.reached)
+    lengths = Counter(map(tokens, world.computed))
     bounds = (*known_backend.LENGTHS, math.inf)
     return exactly(("le",), {(floatToGoString(bound),): known_backend.below(lengths, bound) for bound in bounds})
 
@@ -507,12 +561,14 @@ def cost(sent: Sent) -> float:
 
 
 def born(world: World, key: Callable[[Sent], Key | None], number: Callable[[Sent], float], *, by: Key = ()) -> Shows:
-    """A rate of what has no series before its first event: Prometheus misses what came before its first scrape."""
+    """A rate of what was used, which has no series before its first event: Prometheus misses what came before it."""
     every, early = defaultdict[Key, float](float), defaultdict[Key, float](float)
-    for at, sent in enumerate(world.traffic.sent):
-        if (of := key(sent)) is not None:
-            every[of] += number(sent)
-            early[of] += number(sent) * (at < world.traffic.early)
+    traffic = world.traffic
+    for sents, first in ((traffic.sent, traffic.early), (traffic.inside, traffic.early_inside)):
+        for at, sent in enumerate(sents):
+            if (of := key(sent)) is not None:
+                every[of] += number(sent)
+                early[of] += number(sent) * (at < first)
     slack, window = 1e-6, world.window
     ranges = {of: ((every[of] - early[of]) / window - slack, every[of] / window + slack) for of in every if every[of]}
     return Shows(by, ranges)

@@ -125,14 +125,17 @@ class BatchRows:
                 self._reach(connection, batch, Status.IN_PROGRESS)
             return self._locked(connection, id)
 
-    def fail(self, id: str, errors: Sequence[LineError]) -> None:
-        """The input is not in order."""
+    def fail(self, id: str, errors: Sequence[LineError]) -> Status | None:
+        """The input is not in order; how the batch ended."""
         with self._registry.adding() as connection:
-            if batch := self._claimed(connection, id):
-                described = json.dumps([error.described() for error in errors])
-                connection.execute(update(table).where(table.c.id == id).values(errors=described))
-                cancelled = batch.status is Status.CANCELLING
-                self._reach(connection, batch, Status.CANCELLED if cancelled else Status.FAILED)
+            batch = self._claimed(connection, id)
+            if batch is None:
+                return None
+            described = json.dumps([error.described() for error in errors])
+            connection.execute(update(table).where(table.c.id == id).values(errors=described))
+            status = Status.CANCELLED if batch.status is Status.CANCELLING else Status.FAILED
+            self._reach(connection, batch, status)
+            return status
 
     def record(self, id: str, answer: Answer) -> bool:
         """Keep a line's answer; the second one to a line is dropped."""

@@ -59,7 +59,8 @@ class Work:
 
 
 class BatchRunner:
-    """`counted(result, number)` hears of lines: completed, failed, expired or cancelled. `clock` is the time of day."""
+    """`counted(result, number)` hears of lines: completed, failed, expired or cancelled; `ended` of batches at their
+    end. `clock` is the time of day."""
 
     def __init__(
         self,
@@ -68,10 +69,11 @@ class BatchRunner:
         lines: LineRunner,
         limits: Limits,
         counted: Callable[[str, int], None] = lambda result, number: None,
+        ended: Callable[[Status], None] = lambda status: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._rows, self._contents, self._lines, self._limits = rows, contents, lines, limits
-        self._counted, self._clock = counted, clock
+        self._counted, self._ended, self._clock = counted, ended, clock
 
     async def run(self, work: Work) -> None:
         """To its end, or until it is lost."""
@@ -93,7 +95,8 @@ class BatchRunner:
         except NotFound as gone:
             total, errors = 0, [LineError("invalid_input_file", gone.message, param="input_file_id")]
         if errors:
-            await asyncio.to_thread(self._rows.fail, batch.id, errors)
+            if status := await asyncio.to_thread(self._rows.fail, batch.id, errors):
+                self._ended(status)
             return None
         return await asyncio.to_thread(self._rows.begin, batch.id, total)
 
@@ -167,11 +170,14 @@ class BatchRunner:
         if batch is None:
             return
         status, unanswered = await asyncio.to_thread(self._close_books, batch)
+        if status is None:
+            return
+        self._ended(status)
         if unanswered and status in _UNASKED:
             self._counted(status.value, unanswered)
 
-    def _close_books(self, batch: Batch) -> tuple[Status, int]:
-        """Write the files, and the batch's end; how many lines were never asked."""
+    def _close_books(self, batch: Batch) -> tuple[Status | None, int]:
+        """Write the files, and the batch's end, and how many lines were never asked; None if another server did."""
         unanswered = batch.total - batch.completed - batch.failed
         status = Status.COMPLETED if unanswered == 0 else Status.EXPIRED
         if batch.status is Status.CANCELLING:
@@ -179,7 +185,7 @@ class BatchRunner:
         output = self._write(batch, "output", self._rows.answers(batch.id, completed=True))
         error = self._write(batch, "error", self._errors(batch, status, unanswered))
         is_finished = self._rows.finish(batch.id, status, unanswered, output, error)
-        return status, unanswered if is_finished else 0
+        return (status, unanswered) if is_finished else (None, 0)
 
     def _errors(self, batch: Batch, status: Status, unanswered: int) -> Iterator[str]:
         yield from self._rows.answers(batch.id, completed=False)

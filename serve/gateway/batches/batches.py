@@ -55,12 +55,12 @@ class Batches:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._limits, self._clock = limits, clock
-        self.metrics = BatchMetrics()
+        self.metrics = BatchMetrics(clock)
         self.contents = FileBytes(store.root / "files", store.shared, store.check_space)
         self.files = FileRows(registry, limits, clock)
         self.rows = BatchRows(registry, limits, me=me, clock=clock)
         lines = LineRunner(auth, router, requests, guards, concurrency=limits.concurrency, fresh=fresh, doubted=doubted)
-        runner = BatchRunner(self.rows, self.contents, lines, limits, self.metrics.counted, clock)
+        runner = BatchRunner(self.rows, self.contents, lines, limits, self.metrics.counted, self.metrics.ended, clock)
         self.schedule = BatchSchedule(
             self.rows, self.files, self.contents, runner, self.metrics, alone=alone, clock=clock
         )

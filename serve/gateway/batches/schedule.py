@@ -96,6 +96,7 @@ class BatchSchedule:
         if now - self._swept >= SWEEP_SECONDS:
             self._swept = now
             await asyncio.to_thread(self._sweep)
+        self._metrics.keeps(*await asyncio.to_thread(self._files.totals))
 
     def _has_turn(self, batch: Batch, now: float) -> bool:
         """No other batch of its tenant is run here, or it only has to be ended."""
@@ -162,7 +163,6 @@ class BatchSchedule:
             self._remove(id)
         self._contents.sweep(self._files.ids())
         self._rows.forget_before(self._clock() - KEPT_SECONDS)
-        self._metrics.keeps(*self._files.totals())
 
     def _remove(self, id: str) -> None:
         self._contents.remove(id)

@@ -18,14 +18,10 @@ from typing import Any
 
 from prometheus_client.utils import floatToGoString
 
+from serve.telemetry.rendered.alerts import PAGE, TICKET, Rule, alert, changed, grown
+from serve.telemetry.rendered.batch_rules import batches, guards
 from serve.telemetry.slo import EVERY, Slo, exempt
 
-Rule = dict[str, Any]
-
-# A counter with its labels, within an expression.
-_COUNTER = re.compile(r"loradock_\w+(?:\{[^}]*\})?")
-
-PAGE, TICKET = "page", "ticket"
 # 499 is a client that left, and other 4xx are its own mistakes: neither counts for or against the server. The 429 of an
 # overloaded server does, but not that of a key which asks more than it may; so it comes from another counter.
 COUNTED = 'code!~"4.."'
@@ -97,6 +93,7 @@ def groups(slos: Sequence[Slo]) -> list[dict[str, Any]]:
         # Often enough that an overload is told within a minute.
         {"name": "loradock-queue", "interval": "5s", "rules": [_queue()]},
         {"name": "loradock-server", "rules": list(_server())},
+        {"name": "loradock-batches", "rules": [*batches(), *guards()]},
     ]
 
 
@@ -172,7 +169,7 @@ def _labels(slo: Slo) -> dict[str, str]:
 
 
 def _burning(one: Burn) -> Rule:
-    return _alert(
+    return alert(
         one.name,
         f"({burn(one.long)} > {one.rate:g} and {burn(one.short)} > {one.rate:g}) "
         f"and {events(one.long)} >= {one.requests}",
@@ -193,7 +190,7 @@ def _stale(slos: Sequence[Slo]) -> Iterator[Rule]:
         for slo in slos
     )
     target = "max by (adapter, slo) (loradock_slo_target)"
-    yield _alert(
+    yield alert(
         "LoradockRulesStale",
         f"({target} != on (adapter, slo) ({rendered})) or ({target} unless on (adapter, slo) ({rendered}))",
         TICKET,
@@ -212,7 +209,7 @@ def _adapters() -> Iterator[Rule]:
     every_fails = f"scalar(sum(rate(loradock_requests_failed_total{{{OWN_FAILURES}}}[5m])))"
     every = f"scalar(sum(rate(loradock_requests_total{{{COUNTED}}}[5m])))"
     promoted = changed('sum by (adapter) (loradock_adapter_swaps_total{result="promoted"})', "1h")
-    yield _alert(
+    yield alert(
         "LoradockNewVersionFails",
         f"({fails} / {counted} > {FAILING}) and {counted} * 300 >= {ENOUGH} and on (adapter) ({promoted}) "
         f"unless ({every_fails} - {fails}) / ({every} - {counted}) > {OTHERS_FAILING}",
@@ -223,7 +220,7 @@ def _adapters() -> Iterator[Rule]:
         action="rollback",
         dashboard="loradock-swap",
     )
-    yield _alert(
+    yield alert(
         "LoradockRolledBack",
         changed("sum by (adapter, version, reason) (loradock_rollbacks_total)", "1h"),
         TICKET,
@@ -232,7 +229,7 @@ def _adapters() -> Iterator[Rule]:
         "(loradock adapters show NAME) and in the audit log. Repair the version and push it again.",
         dashboard="loradock-swap",
     )
-    yield _alert(
+    yield alert(
         "LoradockDrift",
         # Until somebody acknowledges it; a server that does not say so is believed for a day.
         f"({changed('sum by (adapter, version, signal) (loradock_drift_alarms_total)', '1d')} "
@@ -246,7 +243,7 @@ def _adapters() -> Iterator[Rule]:
         "acknowledge the alarm (loradock drift acknowledge NAME --version N).",
         dashboard="loradock-drift",
     )
-    yield _alert(
+    yield alert(
         "LoradockAdapterFailed",
         'max by (adapter, version) (loradock_adapter_state{state="failed"}) == 1',
         TICKET,
@@ -261,7 +258,7 @@ def _adapters() -> Iterator[Rule]:
 def _golden() -> Iterator[Rule]:
     """Answer quality: a score that fell, and a set that gives none."""
     score = "loradock_golden_live_score"
-    yield _alert(
+    yield alert(
         "LoradockGoldenScoreFell",
         f"max by (adapter, set) (max_over_time({score}[1d]) - {score}) > {SCORE_FELL}",
         TICKET,
@@ -279,7 +276,7 @@ def _golden() -> Iterator[Rule]:
     # A case that had a score keeps it when it ends in an error later.
     errors = f"""{grown('sum by (adapter, version) (loradock_golden_cases_total{result="error"})', "2h")} > 0"""
     causes = {"unscored": stuck, "errors": errors, "failing": failing}
-    yield _alert(
+    yield alert(
         "LoradockGoldenStuck",
         " or ".join(f'label_replace({expr}, "cause", "{cause}", "", "")' for cause, expr in causes.items()),
         TICKET,
@@ -301,7 +298,7 @@ def _queue() -> Rule:
     waits = f"max by (adapter, tenant) (loradock_queue_oldest_seconds) > {QUEUE_SECONDS}"
     counter = "sum by (adapter, tenant) (loradock_queue_refused_total)"
     refused = f"{grown(counter, '1m')} >= {REFUSED}"
-    return _alert(
+    return alert(
         "LoradockQueue",
         f'label_replace({waits}, "cause", "waiting", "", "") or label_replace({refused}, "cause", "refused", "", "")',
         TICKET,
@@ -317,7 +314,7 @@ def _queue() -> Rule:
 
 
 def _server() -> Iterator[Rule]:
-    yield _alert(
+    yield alert(
         "LoradockDown",
         'up{job="loradock"} == 0 or absent(up{job="loradock"})',
         PAGE,
@@ -327,7 +324,7 @@ def _server() -> Iterator[Rule]:
         wait="2m",
         dashboard="loradock-overview",
     )
-    yield _alert(
+    yield alert(
         "LoradockEngineDown",
         'max by (model) (loradock_engine_phase{phase="ready"}) == 0',
         PAGE,
@@ -337,7 +334,7 @@ def _server() -> Iterator[Rule]:
         wait="5m",
         dashboard="loradock-engine",
     )
-    yield _alert(
+    yield alert(
         "LoradockEngineRestarts",
         "sum by (model) (increase(loradock_engine_restarts_total[1h])) > 2",
         TICKET,
@@ -346,7 +343,7 @@ def _server() -> Iterator[Rule]:
         "the usual cause, so give it less KV cache or fewer adapters.",
         dashboard="loradock-engine",
     )
-    yield _alert(
+    yield alert(
         "LoradockEngineQueue",
         f"histogram_quantile(0.95, sum by (le) (rate(loradock_engine_queue_seconds_bucket[5m]))) > {QUEUE_SECONDS} "
         f"and sum(increase(loradock_engine_queue_seconds_count[5m])) >= {ENOUGH}",
@@ -357,7 +354,7 @@ def _server() -> Iterator[Rule]:
         wait="10m",
         dashboard="loradock-engine",
     )
-    yield _alert(
+    yield alert(
         "LoradockTapDrops",
         changed("sum(loradock_tap_dropped_total)", "15m"),
         TICKET,
@@ -367,7 +364,7 @@ def _server() -> Iterator[Rule]:
         wait="5m",
         dashboard="loradock-overview",
     )
-    yield _alert(
+    yield alert(
         "LoradockAuditFails",
         changed("sum(loradock_audit_failures_total)", "1h"),
         PAGE,
@@ -375,37 +372,3 @@ def _server() -> Iterator[Rule]:
         "The disk of the data directory is full, or audit.jsonl is not writable. The lines stand in the server's log.",
         dashboard="loradock-overview",
     )
-
-
-def changed(counter: str, window: str) -> str:
-    """The counter has grown within the window, also when it was born with its first event."""
-    increase = _COUNTER.sub(rf"increase(\g<0>[{window}])", counter)
-    return f"({increase} > 0 or ({counter} > 0 unless {_ago(counter, window)}))"
-
-
-def grown(counter: str, window: str) -> str:
-    """By how much the counter has grown within the window; all of it, if it is younger."""
-    return f"({counter} - {_ago(counter, window)} or {counter})"
-
-
-def _ago(counter: str, window: str) -> str:
-    return _COUNTER.sub(rf"\g<0> offset {window}", counter)
-
-
-def _alert(
-    name: str,
-    expr: str,
-    severity: str,
-    summary: str,
-    description: str,
-    *,
-    dashboard: str,
-    wait: str | None = None,
-    action: str | None = None,
-) -> Rule:
-    labels = {"severity": severity} | ({"action": action} if action else {})
-    rule: Rule = {"alert": name, "expr": expr}
-    if wait:
-        rule["for"] = wait
-    annotations = {"summary": summary, "description": description, "dashboard": f"/d/{dashboard}"}
-    return {**rule, "labels": labels, "annotations": annotations}

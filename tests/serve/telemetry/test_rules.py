@@ -69,6 +69,19 @@ ACME, ZETA = 'adapter="tone",tenant="acme"', 'adapter="tone",tenant="zeta"'
 CALLS = "loradock_requests_total"
 SCORE, UNSCORED = "loradock_golden_live_score", f"loradock_golden_unscored_cases{{{TONE}}}"
 FELL, STUCK = "LoradockGoldenScoreFell", "LoradockGoldenStuck"
+LEFT, LINES = "loradock_batch_lines_left", "loradock_batch_lines_total"
+IDLE, UNANSWERED, LATE = "LoradockBatchStuck", "LoradockBatchLinesFail", "LoradockBatchExpired"
+UNSEEN, ASKED = "LoradockGuardFails", 'adapter="tone",side="prompt"'
+
+
+def guarded(**results: str) -> dict[str, str]:
+    return {f'loradock_guarded_total{{{ASKED},result="{result}"}}': values for result, values in results.items()}
+
+
+def lines(**results: str) -> dict[str, str]:
+    every = {"completed": "0x90", "failed": "0x90", **results}
+    return {f'{LINES}{{result="{result}"}}': values for result, values in every.items()}
+
 
 STORIES = [
     # 20 % errors burn a budget of 0.5 % forty times too fast.
@@ -175,6 +188,22 @@ STORIES = [
     Story("it took none for a moment", STUCK, {'loradock_golden_run_failures_total{adapter="tone"}': "0x30 4x60"},
           "80m"),
     Story("no line", "LoradockAuditFails", {"loradock_audit_failures_total": "0x70 1x10"}, "75m", '{severity="page"}'),
+    Story("no line of a batch is asked", IDLE, {LEFT: "0x10 40x60", **lines(completed="0+10x10 100x60")}, "40m",
+          '{severity="ticket"}'),
+    Story("a line now and then", IDLE, {LEFT: "0x10 40-1x35", **lines(completed="0+1x90")}, "40m"),
+    Story("no batch is open", IDLE, {LEFT: "0x60", **lines(completed="9x60")}, "40m"),
+    Story("a new batch after an idle hour", IDLE, {LEFT: "0x60 40x60", **lines(completed="9x90")}, "66m"),
+    Story("half of the lines fail", UNANSWERED, lines(completed="0+5x60", failed="0+5x60"), "40m",
+          '{severity="ticket"}'),
+    Story("a line in twenty fails", UNANSWERED, lines(completed="0+19x60", failed="0+1x60"), "40m"),
+    Story("two of three lines fail", UNANSWERED, lines(completed="0x10 1x50", failed="0x10 2x50"), "40m"),
+    Story("a batch was too late", LATE, {'loradock_batches_ended_total{status="expired"}': "0x30 1x30"}, "50m",
+          '{severity="ticket"}'),
+    Story("a batch was too late long ago", LATE, {'loradock_batches_ended_total{status="expired"}': "1x90"}, "80m"),
+    Story("a guard does not answer", UNSEEN, guarded(passed="0+5x60", error="0x10 0+5x50"), "40m",
+          f'{{{ASKED},severity="ticket"}}'),
+    Story("a guard refuses", UNSEEN, guarded(passed="0+5x60", error="0x60", refused="0+9x60"), "40m"),
+    Story("a guard did not answer once", UNSEEN, guarded(passed="0+5x60", error="0x10 1x50"), "40m"),
     Story("every line", "LoradockAuditFails", {"loradock_audit_failures_total": "0x90"}, "75m"),
 ]  # fmt: skip
 

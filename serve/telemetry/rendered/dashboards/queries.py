@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from serve.telemetry.rendered.alerts import changed
 from serve.telemetry.rendered.panels import Annotation, Panel, Query, Variable
-from serve.telemetry.rendered.rules import changed, failed, judged
+from serve.telemetry.rendered.rules import failed, judged
 from serve.telemetry.slo import EVERY, Objective, Slo
 
 INTERVAL = "[$__rate_interval]"

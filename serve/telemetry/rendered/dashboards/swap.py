@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from serve.telemetry.rendered.alerts import grown
 from serve.telemetry.rendered.dashboards.queries import (
     counted,
     error_ratio,
@@ -10,7 +11,6 @@ from serve.telemetry.rendered.dashboards.queries import (
     rate,
 )
 from serve.telemetry.rendered.panels import TOKENS, Json, Panel, Query, Row, Variable, dashboard
-from serve.telemetry.rendered.rules import grown
 
 _ADAPTER = Variable("adapter", "Adapter", 'label_values(loradock_requests_total{version!=""}, adapter)', many=False)
 _VERSIONS = 'label_values(loradock_requests_total{adapter="$adapter"}, version)'

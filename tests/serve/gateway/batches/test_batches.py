@@ -425,7 +425,10 @@ async def test_metrics_say_how_batches_do(client, sdk, monkeypatch):
     monkeypatch.setattr("serve.telemetry.metrics.FRESH", -1.0)
     ai = sdk(client)
     await ended(ai, await begun(ai, request("a"), request("b", "nobody")))
-    parts_of(client).batches.schedule._swept = 0.0
+    broken = await ai.files.create(file=("in.jsonl", b"no request\n"), purpose="batch")
+    batch = await ai.batches.create(input_file_id=broken.id, endpoint="/v1/chat/completions", completion_window="24h")
+    assert (await ended(ai, batch.id)).status == "failed"
+    await ai.files.delete(broken.id)
     parts_of(client).batches.schedule.wake()
     assert await settled(lambda: parts_of(client).batches.metrics._files[0] == 3)
     text = (await client.get("/metrics")).text
@@ -433,7 +436,10 @@ async def test_metrics_say_how_batches_do(client, sdk, monkeypatch):
         'loradock_batch_lines_total{result="completed"} 1.0',
         'loradock_batch_lines_total{result="failed"} 1.0',
         'loradock_batches{status="in_progress"} 0.0',
+        'loradock_batches_ended_total{status="completed"} 1.0',
+        'loradock_batches_ended_total{status="failed"} 1.0',
         "loradock_batch_lines_left 0.0",
+        "loradock_batch_oldest_seconds 0.0",
         "loradock_files 3.0",
     ):
         assert line in text, line
