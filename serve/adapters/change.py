@@ -16,6 +16,12 @@ from serve.errors import Conflict
 from serve.names import shown
 
 _TRAIL = 64
+# What may happen to a name. The dashboard has words for each.
+KINDS = frozenset((
+    "add", "delete", "promote", "rollback", "fallback", "unload", "share", "unshare", "canary", "canary_end", "shadow",
+    "shadow_end", "pin", "unpin", "alias", "alias_end", "tag", "drift", "drift_accepted", "golden_hold",
+    "golden_fell",
+))  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -155,6 +161,8 @@ class Change:
         weight: float | None = None,
         label: str | None = None,
     ) -> None:
+        if what not in KINDS:
+            raise ValueError(f"{what} is no kind of change: add it to KINDS, and give it words in the dashboard")
         self.logged = True
         self.connection.execute(
             insert(history).values(

@@ -159,6 +159,7 @@ class Services:
             me=me.id,
             interval=config.golden_interval,
             scored=self.tracing.scored if self.tracing else None,
+            notify=self._notify,
         )
         self.canary_monitor = _canary_monitor(
             config, self.registry, self.golden.verdicts.alpha, self._verdicts.put, self.monitor.label

@@ -12,6 +12,7 @@ from serve.adapters.registry import Registry
 from serve.adapters.store import Store
 from serve.engine.fleet import Fleet
 from serve.rollout.canary import CanaryVerdict
+from serve.rollout.golden_falls import GoldenFalls
 from serve.rollout.golden_results import GoldenResults
 from serve.rollout.golden_runner import GoldenRunner
 from serve.rollout.golden_schedule import GoldenRuns, Scored, charge_nobody
@@ -26,7 +27,8 @@ class Golden:
     """`results` for whoever reads, `verdicts` for whoever promotes, `runs` for whoever wants a run.
 
     `resolve(model, tenant)` is the version that a public name means to a tenant now, None for a base model; or
-    NotFound. `me` is this server among those that share the registry. The rest is as the parts take it.
+    NotFound. `me` is this server among those that share the registry. `notify(type, data)` hears in a thread when a
+    score fell. The rest is as the parts take it.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class Golden:
         me: str,
         interval: float,
         scored: Scored | None = None,
+        notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
     ) -> None:
         self.resolve = resolve
         self._store = GoldenStore(registry)
         self.results = GoldenResults(self._store, registry, label)
         self.verdicts = GoldenVerdicts(self._store, self.results, registry, lifecycle, policy, on_verdict, swapped)
+        falls = GoldenFalls(self._store, self.results, registry, notify)
         self._runner = GoldenRunner(fleet, store, resolve)
         self._lots = random.Random()
         self.runs = GoldenRuns(
@@ -56,6 +60,7 @@ class Golden:
             self.results,
             self._runner,
             self.verdicts,
+            falls,
             registry,
             fleet,
             me=me,

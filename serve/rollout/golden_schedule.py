@@ -21,6 +21,7 @@ from serve.adapters.adapter import Adapter
 from serve.adapters.registry import Registry
 from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
+from serve.rollout.golden_falls import GoldenFalls
 from serve.rollout.golden_results import GoldenResults
 from serve.rollout.golden_runner import AT_ONCE, Charge, GoldenRunner
 from serve.rollout.golden_set import GoldenSet
@@ -74,6 +75,7 @@ class GoldenRuns:
         results: GoldenResults,
         runner: GoldenRunner,
         verdicts: GoldenVerdicts,
+        falls: GoldenFalls,
         registry: Registry,
         fleet: Fleet,
         *,
@@ -84,7 +86,7 @@ class GoldenRuns:
     ) -> None:
         self._scored = scored
         self._store, self._results, self._runner, self._verdicts = store, results, runner, verdicts
-        self._registry, self._fleet = registry, fleet
+        self._falls, self._registry, self._fleet = falls, registry, fleet
         self._me, self._interval, self._clock = me, interval, clock
         self._wake = asyncio.Event()
         self._requests: dict[tuple[str, int], _Request] = {}
@@ -157,6 +159,7 @@ class GoldenRuns:
         for adapter, repeats in wanted.items():
             await self._run_due(adapter, golden, repeats)
         await self._verdicts.consider(name, golden)
+        await self._falls.consider(name, golden)
 
     def _wanted(self, name: str) -> dict[Adapter, bool]:
         """The versions that are asked, and whether once per interval: those that are."""

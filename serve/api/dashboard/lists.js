@@ -5,8 +5,10 @@ import { age, bytes, count, counted, date, make, pill, when } from "/dashboard/d
 const WORDS = {
   add: "pushed", fallback: "fell back", unshare: "made private", promote: "promoted", rollback: "rolled back", canary: "canary",
   canary_end: "canary ended", shadow: "shadow", shadow_end: "shadow ended", delete: "deleted", pin: "pinned", unpin: "unpinned",
-  share: "shared", drift: "drifted", drift_accepted: "drift accepted", golden_hold: "held by its golden score",
+  share: "shared", drift: "drifted", drift_accepted: "drift accepted", golden_hold: "held by its golden score", unload: "unloaded",
+  alias: "has the alias", alias_end: "lost the alias", tag: "tagged", golden_fell: "scores less",
 };
+const ALIASES = ["alias", "alias_end"];
 // Who the server is in the history when it acts by itself.
 const SERVER = ["wayback", "watcher", "golden"];
 
@@ -42,7 +44,8 @@ export function change(entry) {
     : `v${entry.to_version ?? entry.from_version ?? "-"}`;
   const own = SERVER.includes(entry.who);
   return make("li", {}, make("span", { class: "muted" }, when(entry.when)),
-    make("span", {}, make("b", {}, entry.adapter), ` ${way} `, pill(WORDS[entry.what] ?? entry.what, own ? "bad" : "")),
+    make("span", {}, make("b", {}, entry.adapter), ` ${way} `,
+      pill([WORDS[entry.what] ?? entry.what, ALIASES.includes(entry.what) && entry.label].filter(Boolean).join(" "), own ? "bad" : "")),
     make("span", { class: "why muted" },
       [entry.who && `by ${own ? "the server" : entry.who}`, reason(entry.why)].filter(Boolean).join(": ")));
 }

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 
 import pytest
 
 from serve.adapters.adapter import Inspection
+from serve.adapters.change import KINDS
+from serve.api.dashboard import pages
 from serve.api.overview import CARDS, PAGE, VERSIONS
 from serve.asgi.exchange import Exchange
 from tests.support.app import ask, push_two, settled, upload
@@ -150,6 +154,12 @@ async def test_changes_come_page_by_page_also_of_adapters_that_are_gone(client, 
     assert [change["what"] for change in first["data"]] == ["delete", "delete"] and first["has_more"]
     rest = await seen(client, "/v1/overview/changes", before=first["data"][-1]["id"])
     assert [change["what"] for change in rest["data"]] == ["add", "promote", "add"] and not rest["has_more"]
+
+
+def test_every_kind_of_change_has_words_on_the_page():
+    script = (Path(pages.__file__).parent / "lists.js").read_text()
+    words = re.search(r"const WORDS = \{(.*?)\};", script, re.DOTALL)
+    assert words and set(re.findall(r"(\w+): \"", words[1])) == KINDS
 
 
 @pytest.mark.parametrize(

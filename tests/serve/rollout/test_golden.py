@@ -77,6 +77,33 @@ async def ran(client, version):
     return next(row for row in answer["versions"] if row["version"] == version), answer
 
 
+async def test_a_score_of_what_is_live_that_fell_is_told_once(client, backend, make_adapter):
+    skill = Skill(backend)
+    _, second = await push_two(client, make_adapter)
+    skill.of[second] = 0.1
+    parts, told = client._transport.app.state.parts, []
+    parts.golden.runs._falls._tell = lambda kind, data: told.append((kind, data))
+    await put(client, cases(20))
+    await ran(client, 1)
+    assert not told
+    await client.post("/v1/adapters/tone/promote", json={"version": 2})
+    await ran(client, 2)
+    await parts.golden.runs.round()
+    ((kind, data),) = told
+    assert kind == "golden.score_fell"
+    assert (data["version"], data["score"], data["before"]) == (2, 0.5, {"version": 1, "score": 1.0})
+    assert data["text"] == "version 2 scores 0.500 on 20 golden cases, 0.500 less than version 1 did"
+    history = parts.registry.history("tone")
+    assert [(change["what"], change["from_version"]) for change in history][-1] == ("golden_fell", 2)
+    parts.golden.runs._falls._seen.clear()  # another server, or this one after a restart
+    parts.golden.runs._seen.clear()
+    await parts.golden.runs.round()
+    assert len(told) == 1
+    await client.post("/v1/adapters/tone/rollback", json={})
+    await parts.golden.runs.round()
+    assert len(told) == 1, "a better one is no fall"
+
+
 async def test_a_set_is_run_on_the_live_version_and_on_each_that_is_pushed(client, backend, make_adapter):
     skill = Skill(backend)
     first = (await client.post("/v1/adapters", **upload(make_adapter(0)))).json()["id"]
