@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image hashes served-quality cpu-speed
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image hashes served-quality cpu-speed
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -66,6 +66,9 @@ overload: setup-dev ## four times the load that it sustains: goodput, and how so
 watch: setup-dev ## drift, damage and latency are found on the real engine, and what watching costs; up to an hour
 	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py
 	@$(BIN)/python -m tests.campaigns.cost
+
+watch-cost: setup-dev ## CPU time of watching a request, by who looks at it, over an engine that costs nothing; half a minute
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns.watch_cost $(ARGS)
 
 drift-proof: setup-dev ## false alarms of drift over thousands of streams, every delay of the table; an hour or more
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \

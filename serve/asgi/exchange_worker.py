@@ -2,14 +2,17 @@
 
 The event loop offers an exchange and never waits: while the queue is full, exchanges are dropped and counted. An
 exchange holds the tokens of its prompt, so the queue is bounded in bytes too.
+
+Exchanges are looked at some at a time: a thread that wakes for each one takes the processor from the engine as often,
+and finds nothing of its own in the caches. Between two of them the event loop gets its turn.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -24,6 +27,8 @@ log = logging.getLogger(__name__)
 QUEUE_SIZE = 2000
 QUEUE_BYTES = 32 << 20
 SAVE_SECONDS = 60.0
+# An exchange waits so long for others, unless the queue is half full.
+LINGER_SECONDS = 0.2
 
 
 class Observer(Protocol):
@@ -53,11 +58,17 @@ class ExchangeWorker(Collector):
         queue_size: int = QUEUE_SIZE,
         queue_bytes: int = QUEUE_BYTES,
         save_seconds: float = SAVE_SECONDS,
+        linger: float = LINGER_SECONDS,
     ) -> None:
         self._observers = tuple(observers)
-        self._name, self._save_seconds = name, save_seconds
-        self._queue: queue.Queue[Exchange | Callable[[], None] | None] = queue.Queue(queue_size)
-        self._queue_bytes, self._queued_bytes, self._counting = queue_bytes, 0, threading.Lock()
+        self._name, self._save_seconds, self._linger = name, save_seconds, linger
+        # With the bytes of each. The event loop puts, the thread takes, and each has counters of its own.
+        self._items: deque[tuple[Exchange | Callable[[], None] | None, int]] = deque()
+        self._queue_size, self._queue_bytes = queue_size, queue_bytes
+        self._offered = self._offered_bytes = self._done = self._done_bytes = 0
+        # There is something to look at; and it is to be looked at now.
+        self._awake, self._hurry = threading.Event(), threading.Event()
+        self._looked = threading.Condition()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self.dropped = 0
@@ -82,7 +93,8 @@ class ExchangeWorker(Collector):
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._queue.put(None)
+        self._append(None, 0)
+        self._hurry.set()
         thread.join()
         for observer in self._observers:
             self._guarded(observer.stop)
@@ -97,7 +109,10 @@ class ExchangeWorker(Collector):
 
     def settle(self) -> None:
         """Return when everything that was offered so far has been handled."""
-        self._queue.join()
+        offered = self._offered
+        self._hurry.set()
+        with self._looked:
+            self._looked.wait_for(lambda: self._done >= offered)
 
     def collect(self) -> Iterator[Metric]:
         yield CounterMetricFamily(
@@ -120,47 +135,56 @@ class ExchangeWorker(Collector):
         if self._thread is None:
             return
         size = item.nbytes if isinstance(item, Exchange) else 0
-        with self._counting:
-            # One that is larger than the whole queue may come alone.
-            if self._queued_bytes and self._queued_bytes + size > self._queue_bytes:
-                self.dropped += 1
-                return
-            try:
-                self._queue.put_nowait(item)
-                self._queued_bytes += size
-            except queue.Full:
-                self.dropped += 1
+        queued, nbytes = len(self._items), self._offered_bytes - self._done_bytes
+        # One that is larger than the whole queue may come alone.
+        if queued >= self._queue_size or (nbytes and nbytes + size > self._queue_bytes):
+            self.dropped += 1
+            return
+        self._append(item, size)
+        if 2 * queued >= self._queue_size or 2 * nbytes >= self._queue_bytes:
+            self._hurry.set()
+
+    def _append(self, item: Exchange | Callable[[], None] | None, size: int) -> None:
+        self._offered += 1
+        self._offered_bytes += size
+        self._items.append((item, size))
+        if not self._awake.is_set():
+            self._awake.set()
 
     def _run(self) -> None:
-        due = time.monotonic() + self._save_seconds
-        while True:
-            if time.monotonic() >= due:
+        due, goes_on = time.monotonic() + self._save_seconds, True
+        while goes_on:
+            if self._awake.wait(max(0.0, due - time.monotonic())):
+                self._hurry.wait(self._linger)
+                self._hurry.clear()
+                self._awake.clear()  # before it looks: what comes from now on wakes it again
+                goes_on = self._look(len(self._items))
+            if goes_on and time.monotonic() >= due:
                 for observer in self._observers:
                     self._guarded(observer.save)
                 due = time.monotonic() + self._save_seconds
-            try:
-                item = self._queue.get(timeout=max(0.0, due - time.monotonic()))
-            except queue.Empty:
-                continue
-            try:
-                if item is None:
-                    return
-                self._handle(item)
-            finally:
-                if isinstance(item, Exchange):
-                    with self._counting:
-                        self._queued_bytes -= item.nbytes
-                self._queue.task_done()
 
-    def _handle(self, item: Exchange | Callable[[], None]) -> None:
-        began = time.thread_time()
-        if isinstance(item, Exchange):
-            for observer in self._observers:
-                self._guarded(observer.observe, item)
-        else:
-            self._guarded(item)
+    def _look(self, count: int) -> bool:
+        """Look at so many; False at the end of all."""
+        began, goes_on = time.thread_time(), True
+        for number in range(count):
+            if number:
+                time.sleep(0)  # whoever waits for the interpreter has it first
+            item, size = self._items.popleft()
+            if item is None:
+                goes_on = False
+            elif isinstance(item, Exchange):
+                for observer in self._observers:
+                    self._guarded(observer.observe, item)
+            else:
+                self._guarded(item)
+            self.handled += item is not None
+            self._done_bytes += size
+            self._done += 1
         self.cpu_seconds += time.thread_time() - began
-        self.handled += 1
+        with self._looked:
+            self._looked.notify_all()
+        return goes_on
 
     def _guarded(self, call: Callable[..., None], *args: Exchange) -> None:
         """One odd request must not end the thread, nor keep the other observers from looking."""

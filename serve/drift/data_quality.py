@@ -74,7 +74,7 @@ class DataQuality(Collector):
         """Count a request that an adapter or a base got, answered or refused."""
         if not exchange.version or not (exchange.generations or exchange.over_context):
             return
-        problems = list(self._problems(exchange))
+        problems = self._problems(exchange)
         text = question(exchange.question or {})
         language, personal = "", []
         if text and text.strip():
@@ -85,9 +85,11 @@ class DataQuality(Collector):
         with self._lock:
             counts = self._of(exchange.adapter)
             counts.requests += 1
-            counts.refused += any(refuses(made.text) for made in exchange.generations[:1])
-            counts.problems.update(problems)
-            counts.personal.update(personal)
+            counts.refused += bool(exchange.generations) and refuses(exchange.generations[0].text)
+            for problem in problems:
+                counts.problems[problem] += 1
+            for kind in personal:
+                counts.personal[kind] += 1
             if language:
                 counts.languages[language if self._shows(counts, language) else OTHER] += 1
 
@@ -130,13 +132,13 @@ class DataQuality(Collector):
                     languages.add_metric((adapter, language), count)
         yield from (requests, problems, languages, personal, refused)
 
-    def _problems(self, exchange: Exchange) -> Iterator[str]:
-        if exchange.over_context:
-            yield OVER_CONTEXT
+    def _problems(self, exchange: Exchange) -> list[str]:
+        problems = [OVER_CONTEXT] if exchange.over_context else []
         full = [made for made in exchange.generations if made.finish_reason == "length"]
         context = self._context_of(exchange.adapter) if full else 0
         if context and any(len(made.prompt) + len(made.output) >= context for made in full):
-            yield CONTEXT_FULL
+            problems.append(CONTEXT_FULL)
+        return problems
 
     def _of(self, adapter: str) -> _Counts:
         if adapter not in self._adapters and len(self._adapters) >= self._limit:

@@ -15,7 +15,7 @@ from serve.drift.parameter_strata import ParameterStrata
 from serve.drift.share_watch import ShareWatch
 from serve.drift.signal import Signal
 from serve.drift.thinning import ACCEPTED
-from serve.drift.watched_version import PROBE, QUOTES, SHARES, WatchedVersion, iso
+from serve.drift.watched_version import PROBE, SHARES, WatchedVersion, iso
 
 _LABELS = ("adapter", "version", "signal")
 # What is said of requests that ask for something else; it is no signal, and never an alarm.
@@ -24,8 +24,8 @@ PARAMETERS = "parameters"
 PARAMETERS_MOVED = 0.2
 
 
-def version_report(watched: WatchedVersion, now: float) -> dict[str, Any]:
-    """Everything about one version."""
+def version_report(watched: WatchedVersion, now: float, *, examples: bool = True) -> dict[str, Any]:
+    """Everything about one version, with examples where they may be quoted."""
     report: dict[str, Any] = {
         "version": watched.version,
         "id": watched.id,
@@ -41,8 +41,8 @@ def version_report(watched: WatchedVersion, now: float) -> dict[str, Any]:
         tolerated = watched.settings.tolerance.probe
         report["probe"] = {"noise_ratio": _rounded(watched.probe_ratio), "tolerance": tolerated}
         report["probe"]["alarms"] = watched.probe_alarms
-    if watched.settings.capture:
-        report["examples"] = watched.quotes(now)[-QUOTES:]
+    if examples and watched.settings.capture:
+        report["examples"] = watched.quotes(now)
     return report
 
 

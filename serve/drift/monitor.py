@@ -112,13 +112,15 @@ class DriftMonitor(Collector):
     def _note_logprobs(self, watched: WatchedVersion, now: float) -> None:
         """Keep in mind which adapters need log-probabilities: those with a version that has been asked lately and has
         no reference yet. The set is replaced, so that other threads read it whole."""
-        key = watched.id or watched.adapter
-        self._lacking_ids.pop(key, None)
+        key, lacking = watched.id or watched.adapter, self._lacking_ids
+        changed = (lacking.pop(key, None) is None) != watched.baseline.signals[LOGPROB].watching
         if not watched.baseline.signals[LOGPROB].watching:
-            self._lacking_ids[key] = watched.adapter, now
-        lately = {key: entry for key, entry in self._lacking_ids.items() if now - entry[1] < LATELY}
-        self._lacking_ids = lately
-        self._lacking = frozenset(adapter for adapter, _ in lately.values())
+            lacking[key] = watched.adapter, now  # the last one: who was asked longest ago stands first
+        while lacking and now - next(iter(lacking.values()))[1] >= LATELY:
+            del lacking[next(iter(lacking))]
+            changed = True
+        if changed:
+            self._lacking = frozenset(adapter for adapter, _ in lacking.values())
 
     def save(self) -> None:
         """Write some of the baselines that changed."""
@@ -141,8 +143,8 @@ class DriftMonitor(Collector):
         self._files.save(watched.baseline, watched.id)
         profile = {"reference": watched.reference.state(), "recent": watched.recent.state()}
         self._files.save_notes(watched.adapter, watched.id, PROFILE, profile)
-        report = {**version_report(watched, self._clock()), "in_memory": False}
-        report.pop("examples", None)  # quotes are not written to the disk
+        # Quotes are not written to the disk.
+        report = {**version_report(watched, self._clock(), examples=False), "in_memory": False}
         names = (watched.adapter, watched.version, watched.id, watched.base)
         alarms = OpenAlarms(*names, dict(watched.alarmed), dict(watched.moved), report)
         self._unloaded.write(alarms)

@@ -22,7 +22,7 @@ class RequestText:
 
     def last(self, tokens: Sequence[int], count: int = TAIL) -> str:
         """The text of the last `count` tokens, without special ones."""
-        return self._decode([int(token) for token in tokens[-count:]])
+        return self._decode(list(tokens[-count:]))
 
     def _decode(self, tokens: list[int]) -> str:
         if self._tokenizer is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -103,6 +105,22 @@ class ProbeResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Quote:
+    """What is quoted of a request; it becomes text when somebody reads it."""
+
+    request_id: str
+    began: float
+    answer: str
+    prompt: array[int]
+
+    @classmethod
+    def of(cls, exchange: Exchange, generation: Generation) -> _Quote:
+        # No token is shorter than a character.
+        prompt = array("i", generation.prompt[-PROMPT_CHARACTERS:])
+        return cls(exchange.request_id, exchange.began, generation.text[: 2 * QUOTED_CHARACTERS], prompt)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Sample:
     """What is kept of an exchange: numbers, and a quote if quotes were asked for. `skipped`: tokens of its prompt that
     are not looked at. `rows` are of as much of the answer as its `stratum` looks at, `lower_rows` of the beginning that
@@ -110,7 +128,7 @@ class _Sample:
 
     began: float
     rows: dict[str, Floats]
-    quote: dict[str, Any] | None
+    quote: _Quote | None
     skipped: int
     tenant: str
     asker: int | None
@@ -153,10 +171,8 @@ class WatchedVersion:
     # When the last samples of each signal came.
     _times: dict[Signal, deque[float]] = field(init=False, default_factory=dict)
     _shuffle: Shuffle[_Sample] = field(init=False)
-    # When, the prompt's row, and what is quoted.
-    _quotes: deque[tuple[float, Floats, dict[str, Any]]] = field(
-        init=False, default_factory=lambda: deque(maxlen=EXPORTED)
-    )
+    # The prompt's row, and what is quoted.
+    _quotes: deque[tuple[Floats, _Quote]] = field(init=False, default_factory=lambda: deque(maxlen=EXPORTED))
 
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(seed=self.settings.seed)
@@ -271,8 +287,9 @@ class WatchedVersion:
         return self.moved.get(kind)
 
     def quotes(self, now: float) -> list[dict[str, Any]]:
-        """The requests that may be quoted still, oldest first."""
-        return [quote for when, _, quote in self._quotes if when > now - self.settings.quote_seconds]
+        """The latest requests that may be quoted still, oldest first."""
+        latest = islice(self._quotes, max(0, len(self._quotes) - QUOTES), None)
+        return [self._quoted(quote) for _, quote in latest if quote.began > now - self.settings.quote_seconds]
 
     def moved_requests(self, now: float) -> list[dict[str, Any]]:
         """Those of them since the oldest open change began, or all without one; the most moved first.
@@ -280,9 +297,12 @@ class WatchedVersion:
         `moved` is 0 for a prompt like the reference's, 1 for one like the typical prompt since.
         """
         since = min((when for kind in self.alarmed if (when := self.since(kind))), default="")
-        kept = [each for each in self._quotes if each[0] > now - self.settings.quote_seconds and iso(each[0]) >= since]
-        signal = self.baseline.signals[PROMPT]
-        rows = [{**quote, "moved": round(movement(signal, row), 3)} for _, row, quote in kept]
+        oldest, signal = now - self.settings.quote_seconds, self.baseline.signals[PROMPT]
+        rows = [
+            {**self._quoted(quote), "moved": round(movement(signal, row), 3)}
+            for row, quote in self._quotes
+            if quote.began > oldest and iso(quote.began) >= since
+        ]
         return sorted(rows, key=lambda each: -each["moved"])
 
     def shares(self) -> dict[str, ShareWatch]:
@@ -305,7 +325,7 @@ class WatchedVersion:
 
     def _sample(self, exchange: Exchange, embedding: Embedding) -> _Sample:
         generation, owned = exchange.generations[0], self._may_quote(exchange)
-        quote = self._quote(exchange, generation) if self.settings.capture and owned else None
+        quote = _Quote.of(exchange, generation) if self.settings.capture and owned else None
         stratum, *below = self.baseline.strata[OUTPUT].levels(Stratum.of(generation.parameters))
         rows = _answer_rows(generation, embedding, stratum)
         lower = below[0] if below else LEGACY
@@ -334,7 +354,7 @@ class WatchedVersion:
     def _count(self, sample: _Sample) -> Iterator[Alarm]:
         """Update every signal with one accepted sample."""
         if sample.quote is not None:
-            self._quotes.append((sample.began, sample.rows[PROMPT], sample.quote))
+            self._quotes.append((sample.rows[PROMPT], sample.quote))
         gathering = self.baseline.signals[PROMPT].phase is Phase.GATHERING
         if sample.prompt is not None:
             (self.reference if gathering else self.recent).add(sample.prompt)
@@ -369,14 +389,14 @@ class WatchedVersion:
         """Reports on an adapter are its tenant's to read, on a base model the operators'."""
         return self.version == "base" or exchange.tenant == tenant_of(self.adapter)
 
-    def _quote(self, exchange: Exchange, generation: Generation) -> dict[str, Any]:
+    def _quoted(self, quote: _Quote) -> dict[str, Any]:
         # Redacted before it is cut: half a number would match no pattern.
-        answer = self._redacted(generation.text[: 2 * QUOTED_CHARACTERS])[:QUOTED_CHARACTERS]
-        quote: dict[str, Any] = {"request_id": exchange.request_id, "when": iso(exchange.began), "answer": answer}
+        answer = self._redacted(quote.answer)[:QUOTED_CHARACTERS]
+        described: dict[str, Any] = {"request_id": quote.request_id, "when": iso(quote.began), "answer": answer}
         if self.text is not None:
-            prompt = self.text.last(generation.prompt, PROMPT_CHARACTERS)
-            quote["prompt"] = self._redacted(prompt)[-PROMPT_CHARACTERS:]
-        return quote
+            prompt = self.text.last(quote.prompt, PROMPT_CHARACTERS)
+            described["prompt"] = self._redacted(prompt)[-PROMPT_CHARACTERS:]
+        return described
 
     def _redacted(self, text: str) -> str:
         for pattern in self.settings.redact:

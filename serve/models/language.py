@@ -82,7 +82,9 @@ _LANGUAGES: dict[str, tuple[str, ...]] = {}
 for _language, _text in _COMMON.items():
     for _word in set(_text.split()):
         _LANGUAGES[_word] = (*_LANGUAGES.get(_word, ()), _language)
-_WORDS = {word: (languages, len(languages) ** -0.5) for word, languages in _LANGUAGES.items()}
+_WORDS = {
+    word: tuple((language, len(languages) ** -0.5) for language in languages) for word, languages in _LANGUAGES.items()
+}
 # Every common word of every language here: none of them says what a text is about.
 STOP_WORDS = frozenset(_WORDS)
 
@@ -93,6 +95,8 @@ _SCRIPTS = (
     ("bn", 0x0980, 0x09FF), ("ta", 0x0B80, 0x0BFF), ("th", 0x0E00, 0x0E7F),
 )  # fmt: skip
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+# The same for a text in ASCII without apostrophes: all but letters is a space.
+_SPACED = "".join(chr(code) if chr(code).isalpha() else " " for code in range(128))
 _BEYOND_LATIN = re.compile(r"[\u0370-\u1cff\u3040-\ud7af]")
 _WITHOUT_SYMBOLS = str.maketrans("", "", "{}();=<>[]_\\|&")
 # Of a text's characters; of its words; and how far ahead of the next language the best must be.
@@ -102,7 +106,7 @@ _CHARACTERS = 2000
 
 def words(text: str) -> list[str]:
     """The words of a text in lower case; what is written without spaces comes as pairs of characters."""
-    return _pairs(_WORD.findall(text.lower()))
+    return _pairs(_found(text))
 
 
 def language_of(text: str) -> str:
@@ -112,24 +116,31 @@ def language_of(text: str) -> str:
 
 def read(text: str) -> tuple[str, list[str]]:
     """Both in one: the language of a text, and its words."""
-    words = _WORD.findall(text.lower())
+    words = _found(text)
     if not text.isascii():
         if script := _by_script(text[-_CHARACTERS:]):
             return script, _pairs(words)
         words = [word.replace("’", "'") for word in words]
     if len(text) >= 20 and len(text) - len(text.translate(_WITHOUT_SYMBOLS)) > CODE_SHARE * len(text):
         return CODE, words
-    scores = dict.fromkeys(_COMMON, 0.0)
-    for word in words:
-        if known := _WORDS.get(word):
-            languages, weight = known
-            for language in languages:
-                scores[language] += weight
+    scores: dict[str, float] = {}
+    for known in filter(None, map(_WORDS.get, words)):
+        for language, weight in known:
+            scores[language] = scores.get(language, 0.0) + weight
+    if not scores:
+        return UNKNOWN, words
     best = max(scores, key=scores.__getitem__)
     score = scores.pop(best)
-    if score < max(1.0, COMMON_SHARE * len(words)) or score < AHEAD * max(scores.values()):
+    if score < max(1.0, COMMON_SHARE * len(words)) or score < AHEAD * max(scores.values(), default=0.0):
         return UNKNOWN, words
     return best, words
+
+
+def _found(text: str) -> list[str]:
+    """What stands between spaces, digits and signs, in lower case."""
+    if text.isascii() and "'" not in text:
+        return text.lower().translate(_SPACED).split()
+    return _WORD.findall(text.lower())
 
 
 def _pairs(found: list[str]) -> list[str]:

@@ -70,8 +70,8 @@ def parse(policies: Any) -> tuple[Policy, ...]:
 
 def policy_for(policies: Sequence[Policy], adapter: str) -> Policy:
     """The policy of the adapter of this full name."""
-    by_name = {policy.adapter: policy for policy in policies}
-    return by_name.get(adapter) or by_name[EVERY]
+    own = next((policy for policy in policies if policy.adapter == adapter), None)
+    return own or next(policy for policy in policies if policy.adapter == EVERY)
 
 
 def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from serve.asgi.exchange import Exchange
 
@@ -45,6 +46,9 @@ class Capture:
         self._redact = [re.compile(pattern) for pattern in redact]
         self._enabled, self._hours, self._clock = enabled, hours, clock
         self._tokenizers: dict[str, Any] = {}
+        # The file of this hour, and its size; closed every minute, so that one that was deleted begins again.
+        self._file: BinaryIO | None = None
+        self._size = self._opened = 0
         # Exchanges that were left out because their hour's file is full.
         self.dropped = 0
 
@@ -66,12 +70,14 @@ class Capture:
 
     def save(self) -> None:
         """Delete the files whose time is over."""
+        self._close()
         for file in self._folder.glob("*.jsonl"):
             if file.stem.isdigit() and int(file.stem) < self._hour - self._hours:
                 file.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Every line is on the disk already."""
+        self._close()
 
     @property
     def _hour(self) -> int:
@@ -83,14 +89,31 @@ class Capture:
         text = tokenizer.decode([*generation.prompt, *generation.output], skip_special_tokens=False)
         for pattern in self._redact:
             text = pattern.sub("[redacted]", text)
-        line = json.dumps({"adapter": exchange.adapter, "text": text}, ensure_ascii=False) + "\n"
-        path = self._folder / f"{self._hour}.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        if size + len(line.encode()) > self._limit:
+        line = (json.dumps({"adapter": exchange.adapter, "text": text}, ensure_ascii=False) + "\n").encode()
+        file = self._open()
+        if self._size + len(line) > self._limit:
             self.dropped += 1
             return
-        with path.open("a") as file:
+        try:
             file.write(line)
+        except OSError:
+            self._close()  # what was written of it is counted again
+            raise
+        self._size += len(line)
+
+    def _open(self) -> BinaryIO:
+        """The file of this hour; unbuffered, so that a line is whole or not there."""
+        hour = self._hour
+        if self._file is None or self._opened != hour:
+            self._close()
+            self._file = (self._folder / f"{hour}.jsonl").open("ab", buffering=0)
+            self._size, self._opened = self._file.seek(0, os.SEEK_END), hour
+        return self._file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     def _tokenizer(self, model: str) -> Any:
         if model not in self._tokenizers:

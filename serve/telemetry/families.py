@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 Child = TypeVar("Child", "Tally", "Buckets")
+# Of a request: its id, its trace's, the value, and when.
+Exemplar = tuple[str, str, float, float]
 
 
 class Tally:
@@ -41,7 +43,7 @@ class Buckets:
         self._bounds = bounds
         self._prefixes = prefixes
         self._counts = [0] * (len(bounds) + 1)
-        self._exemplars: list[str] = [""] * (len(bounds) + 1)
+        self._exemplars: list[Exemplar | None] = [None] * (len(bounds) + 1)
         self._sum = 0.0
 
     def observe(self, value: float, request_id: str = "", trace_id: str = "") -> None:
@@ -50,16 +52,15 @@ class Buckets:
         self._counts[bucket] += 1
         self._sum += value
         if request_id:
-            labels = f'request_id="{request_id}"' + (f',trace_id="{trace_id}"' if trace_id else "")
-            self._exemplars[bucket] = f" # {{{labels}}} {value:.6g} {time.time():.3f}"
+            self._exemplars[bucket] = (request_id, trace_id, value, time.time())
 
     def lines(self, openmetrics: bool) -> Iterator[str]:
         total = 0
         counts, prefixes = list(self._counts), self._prefixes
         for bucket, count in enumerate(counts):
             total += count
-            exemplar = self._exemplars[bucket] if openmetrics else ""
-            yield f"{prefixes[bucket]}{total}.0{exemplar}\n"
+            exemplar = self._exemplars[bucket] if openmetrics else None
+            yield f"{prefixes[bucket]}{total}.0{_exemplary(exemplar) if exemplar else ''}\n"
         yield f"{prefixes[-2]}{total}.0\n"
         yield f"{prefixes[-1]}{self._sum}\n"
 
@@ -133,6 +134,12 @@ class Histograms(Family[Buckets]):
         prefixes = [f"{self.name}_bucket{_spelled({**labels, 'le': bound})} " for bound in bounds]
         ends = [f"{self.name}_{end}{_spelled(labels)} " for end in ("count", "sum")]
         return Buckets(self.bounds, [*prefixes, *ends])
+
+
+def _exemplary(exemplar: Exemplar) -> str:
+    request_id, trace_id, value, when = exemplar
+    labels = f'request_id="{request_id}"' + (f',trace_id="{trace_id}"' if trace_id else "")
+    return f" # {{{labels}}} {value:.6g} {when:.3f}"
 
 
 def _spelled(labels: dict[str, str]) -> str:

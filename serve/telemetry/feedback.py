@@ -17,6 +17,7 @@ from serve.errors import BadRequest, NotFound
 # The ids of answers have the request's in them.
 _PREFIXES = re.compile(r"^(chatcmpl|cmpl|resp|msg|embd|pool|classify|score|rerank)[-_]")
 _BARE = re.compile(r"\W+")
+_BARE_ASCII = bytes(code for code in range(128) if not (chr(code).isalnum() or chr(code) == "_"))
 # Of a longer text the beginning is compared: it is looked at on the event loop.
 COMPARED = 2000
 # What has this rating or more was a good answer.
@@ -51,10 +52,10 @@ class Feedback:
         # Only one rating of those who share a draw counts.
         asker = None if exchange.counted_as is None else _hashed(exchange.counted_as)
         answer = _digest(exchange.generations[0].text)
+        self._recent.pop(key, None)
         self._recent[key] = Answered(
             exchange.adapter, exchange.version, exchange.dealt, asker, answer, trace=exchange.trace
         )
-        self._recent.move_to_end(key)
         if len(self._recent) > self._memory:
             self._recent.popitem(last=False)
 
@@ -79,8 +80,10 @@ class Feedback:
 
 def _digest(text: str) -> bytes:
     """Equal for texts that differ in case, spaces and punctuation only."""
-    bare = _BARE.sub(" ", text[:COMPARED]).strip().casefold()
-    return _hashed(bare.encode("utf-8", "surrogatepass"))
+    text = text[:COMPARED].casefold()
+    if text.isascii():
+        return _hashed(text.encode().translate(None, _BARE_ASCII))
+    return _hashed(_BARE.sub("", text).encode("utf-8", "surrogatepass"))
 
 
 def _hashed(data: bytes) -> bytes:

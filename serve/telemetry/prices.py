@@ -55,8 +55,13 @@ def parse(prices: Any) -> tuple[Price, ...]:
 
 def price_for(prices: Sequence[Price], adapter: str) -> Price:
     """The price of the adapter of this full name; nothing, if none was set."""
-    by_name = {price.adapter: price for price in prices}
-    return by_name.get(adapter) or by_name.get(EVERY) or FREE
+    every = FREE
+    for price in prices:
+        if price.adapter == adapter:
+            return price
+        if price.adapter == EVERY:
+            every = price
+    return every
 
 
 def _price(adapter: Any, fields: Any) -> Price:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import delete, func, select
@@ -28,7 +29,7 @@ from serve.telemetry.prices import Price, price_for
 log = logging.getLogger(__name__)
 
 WRITE_SECONDS = 15.0
-DAY = "%Y-%m-%d"
+DAY, DAY_SECONDS = "%Y-%m-%d", 86_400
 
 
 @dataclass(slots=True)
@@ -45,13 +46,18 @@ class Usage:
     @classmethod
     def of(cls, exchange: Exchange, prices: Sequence[Price]) -> Usage:
         """What the engine did for one request, however it ended."""
-        tokens = exchange.prompt_tokens, min(exchange.cached_tokens, exchange.prompt_tokens), exchange.generated_tokens
+        prompt = exchange.prompt_tokens
+        tokens = prompt, min(exchange.cached_tokens, prompt), exchange.generated_tokens
         seconds = exchange.engine_seconds
         return cls(1, *tokens, seconds, price_for(prices, exchange.adapter).cost(*tokens, seconds))
 
     def add(self, other: Usage) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        self.requests += other.requests
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.generated_tokens += other.generated_tokens
+        self.engine_seconds += other.engine_seconds
+        self.cost += other.cost
 
 
 COUNTS = tuple(field.name for field in fields(Usage))
@@ -69,9 +75,12 @@ class UsageLedger:
 
     def take(self, exchange: Exchange, used: Usage) -> None:
         """Count a request that has ended."""
-        day = datetime.fromtimestamp(exchange.began or self._clock(), UTC).strftime(DAY)
+        key = (_day(int((exchange.began or self._clock()) // DAY_SECONDS)), exchange.tenant, exchange.adapter)
         with self._counting:
-            self._pending.setdefault((day, exchange.tenant, exchange.adapter), Usage()).add(used)
+            known = self._pending.get(key)
+            if known is None:
+                known = self._pending[key] = Usage()
+            known.add(used)
 
     async def run(self) -> None:
         """Write again and again, for as long as the server runs; what the database does not take is written later."""
@@ -130,6 +139,12 @@ class UsageLedger:
             if tidies:
                 connection.execute(delete(table).where(table.c.day < oldest))
         self._tidied = today.strftime(DAY)
+
+
+@lru_cache(maxsize=4)
+def _day(number: int) -> str:
+    """A day of UTC by its number since 1970."""
+    return datetime.fromtimestamp(number * DAY_SECONDS, UTC).strftime(DAY)
 
 
 def _plain(row: Any) -> dict[str, Any]:

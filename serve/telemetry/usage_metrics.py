@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serve.engine.fleet import Fleet
-from serve.telemetry.families import Counters, Family
+from serve.telemetry.families import Counters, Family, Tally
 from serve.telemetry.places import TIDY, Places
 from serve.telemetry.usage_ledger import Usage
 
@@ -35,6 +35,7 @@ class UsageMetrics:
         self._currency, self._known, self._clock = currency, known, clock
         self._places = Places[tuple[str, str]](limit, self._forget)
         self._tidied = -TIDY
+        self._series: dict[tuple[str, str], tuple[Tally, ...]] = {}
         self._requests = Counters(
             "loradock_usage_requests",
             "Requests that the engine worked on, counted when they end, by adapter and tenant.",
@@ -62,13 +63,25 @@ class UsageMetrics:
 
     def take(self, adapter: str, tenant: str, used: Usage) -> None:
         """Count a request that has ended; the event loop's alone."""
-        pair = self._pair(adapter, tenant)
-        self._requests.labels(*pair).inc(used.requests)
-        self._tokens.labels(*pair, "prompt").inc(used.prompt_tokens - used.cached_tokens)
-        self._tokens.labels(*pair, "cached").inc(used.cached_tokens)
-        self._tokens.labels(*pair, "generated").inc(used.generated_tokens)
-        self._seconds.labels(*pair).inc(used.engine_seconds)
-        self._cost.labels(*pair, self._currency).inc(used.cost)
+        requests, prompt, cached, generated, seconds, cost = self._series_of(self._pair(adapter, tenant))
+        requests.inc(used.requests)
+        prompt.inc(used.prompt_tokens - used.cached_tokens)
+        cached.inc(used.cached_tokens)
+        generated.inc(used.generated_tokens)
+        seconds.inc(used.engine_seconds)
+        cost.inc(used.cost)
+
+    def _series_of(self, pair: tuple[str, str]) -> tuple[Tally, ...]:
+        """Everything that is counted of a pair, looked up once."""
+        series = self._series.get(pair)
+        if series is None:
+            series = self._series[pair] = (
+                self._requests.labels(*pair),
+                *(self._tokens.labels(*pair, kind) for kind in ("prompt", "cached", "generated")),
+                self._seconds.labels(*pair),
+                self._cost.labels(*pair, self._currency),
+            )
+        return series
 
     def _pair(self, adapter: str, tenant: str) -> tuple[str, str]:
         pair = (adapter, tenant)
@@ -83,6 +96,7 @@ class UsageMetrics:
                 self._places.drop(pair)
 
     def _forget(self, pair: tuple[str, str]) -> None:
+        self._series.pop(pair, None)
         for family in self.families:
             for labels in family.known():
                 if labels[:2] == pair:

@@ -2,7 +2,9 @@
 
     python -m tests.campaigns.cost [ROUNDS]
 
-Prints tokens a second with and without, their ratio round by round, and the worker's CPU time a request.
+Prints tokens a second with and without, their ratio round by round, and CPU time a request: the watching thread's, and
+by process and thread the difference between rounds with and without. `python -m tests.campaigns.watch_cost` tells more
+of that, in seconds and without an engine.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.config import load
 from serve.server.launch import resolved
 from tests.e2e.test_watching import GARDEN
+from tests.support.cpu_clocks import cpu_seconds, since
 from tests.support.event_lines import async_event_lines
 from tests.support.server import SMALL, free_port
 
@@ -68,20 +71,28 @@ async def measure(app, url: str, rounds: int) -> None:
     await load_of(url, 40)  # the engine's first steps
     worker.cpu_seconds = worker.handled = 0
     found: dict[bool, list[float]] = {True: [], False: []}
+    used: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for number in range(rounds):
         for on in (True, False) if number % 2 else (False, True):
             exchange.Tap.watched = watched if on else nothing
             inference._take = takes if on else lambda exchange: None
             inference._wants_logprobs = wants if on else lambda adapter: False
-            began = time.perf_counter()
+            began, before = time.perf_counter(), cpu_seconds()
             tokens = await load_of(url, STREAMS * EACH)
             found[on].append(tokens / (time.perf_counter() - began))
+            await asyncio.to_thread(worker.settle)
+            used[on].append(since(before))
             print(f"round {number} {'on ' if on else 'off'} {found[on][-1]:.1f} tokens/s", flush=True)
-    await asyncio.to_thread(worker.settle)
     (one,) = monitor.report("smollm2")
     print(f"thinning: {one['thinning']}")
     ratios = [on / off for on, off in zip(found[True], found[False], strict=True)]
     print(f"on/off {statistics.median(ratios):.4f} in the median, {min(ratios):.4f} to {max(ratios):.4f}")
+    for name in used[True][0]:
+        costs = [on.get(name, 0.0) - off.get(name, 0.0) for on, off in zip(used[True], used[False], strict=True)]
+        cost, of = (
+            1e6 * statistics.median(each) / (STREAMS * EACH) for each in (costs, [on[name] for on in used[True]])
+        )
+        print(f"{name}: {cost:.0f} us of CPU a request for watching, of {of:.0f}")
     print(
         f"worker: {1e6 * worker.cpu_seconds / worker.handled:.0f} us of CPU a request, over {worker.handled} requests"
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.asgi.exchange_worker import QUEUE_SIZE, ExchangeWorker
+from tests.support.server import eventually
 from tests.support.watched_traffic import Engine, ask, push
 
 EXCHANGE = Exchange("tone", "v1", 200, 0.1, 0.2)
@@ -59,6 +61,23 @@ def test_what_was_offered_is_looked_at_in_order_before_the_worker_stops(notes):
     assert worker.handled == 3 and not worker.running
     worker.stop()
     assert notes.calls[-1] == "stop" and notes.calls.count("stop") == 1
+
+
+def test_exchanges_wait_for_others_unless_somebody_asks_or_the_queue_is_half_full(notes):
+    worker = ExchangeWorker([notes], queue_size=10, linger=30.0)
+    worker.start()
+    for _ in range(3):
+        worker.offer(EXCHANGE)
+    assert worker.handled == 0
+    worker.settle()
+    assert worker.handled == 3
+    for _ in range(6):
+        worker.offer(EXCHANGE)
+    assert eventually(lambda: worker.handled == 9, 10)
+    began = time.monotonic()
+    worker.offer(EXCHANGE)
+    worker.stop()
+    assert worker.handled == 10 and time.monotonic() - began < 10
 
 
 def test_the_queue_is_bounded_in_bytes_and_takes_one_exchange_however_large(notes):
