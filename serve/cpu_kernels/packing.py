@@ -41,12 +41,12 @@ def channels(layer: Any, scale: torch.Tensor) -> None:
 
 
 def float8(layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> None:
-    """float8 (outputs, inputs) with a scale for each output or one for all: 8 bits, but int8 for groups of inputs.
+    """float8 (outputs, inputs) with scales, one for all or that spread over it: 8 bits, but int8 for groups of inputs.
 
     Rounding them once more moves weights by a quarter of what float8 did.
     """
     if isinstance(layer, LinearBase):
-        floats(layer, (weight.float() * scale.float().reshape(-1, 1)).bfloat16(), GROUP8)
+        floats(layer, (weight.float() * scale.float()).bfloat16(), GROUP8)
 
 
 def integers(layer: Any, kernel: Any) -> None:

@@ -297,7 +297,7 @@ def process_float8_after_loading(original: Callable[..., None], kernel: Any, lay
     weight, scale = (getattr(layer, name) for name in kernel.layer_param_names[:2])
     # (inputs, outputs) by now; scales of blocks come to other kernels.
     if scale.numel() in (1, weight.shape[1]):
-        packing.float8(layer, weight.t(), scale)
+        packing.float8(layer, weight.t(), scale.reshape(-1, 1))
     original(kernel, layer)
 
 

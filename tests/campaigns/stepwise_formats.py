@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.campaigns.stepwise import adapters, run
+from tests.campaigns.stepwise import RANKS, adapters, run
 from tests.support.quantized import Scheme, save
 
 SIZES = {
@@ -26,6 +26,8 @@ SIZES = {
     "max_position_embeddings": 512,
     "initializer_range": 0.05,
 }
+# Fused layers' scales of blocks are cut at their borders.
+BLOCKS = {**SIZES, "hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4}
 SCHEMES = {
     "pack-quantized g32": Scheme("pack-quantized", group=32),
     "pack-quantized g64 with zero points": Scheme("pack-quantized", group=64, points=True),
@@ -33,6 +35,7 @@ SCHEMES = {
     "awq g64": Scheme("awq", group=64, points=True),
     "w8a16": Scheme("pack-quantized", bits=8),
     "float8": Scheme("float-quantized"),
+    "float8 in blocks": Scheme("fp8", group=128),
     "int4": Scheme("dense", group=32),
 }
 
@@ -52,17 +55,17 @@ def main(out: Path, folder: Path) -> None:
         out.write_text("null")
         return
     found = {}
-    loras = None
     for number, (name, scheme) in enumerate(SCHEMES.items()):
         torch.manual_seed(0)
-        config = LlamaConfig(**SIZES, vocab_size=(320, 333)[number % 2])
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-        if loras is None:
-            model.save_pretrained(folder / "plain")
-            loras = adapters(folder / "plain", folder / "adapters")
+        sizes = BLOCKS if scheme.layout == "fp8" else SIZES
+        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=(320, 333)[number % 2])).to(torch.bfloat16)
+        plain = folder / f"plain-{sizes['hidden_size']}"
+        if not plain.is_dir():
+            model.save_pretrained(plain)
+            adapters(plain, folder / f"{plain.name}-adapters", RANKS)
         save(model, scheme, folder / str(number))
         os.environ["LORADOCK_CPU_WEIGHTS"] = "int4" if scheme.layout == "dense" else "auto"
-        found[name] = run(folder / str(number), loras)
+        found[name] = run(folder / str(number), [folder / f"{plain.name}-adapters" / rank for rank in RANKS])
     out.write_text(json.dumps(found))
 
 

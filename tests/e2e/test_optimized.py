@@ -38,6 +38,7 @@ def test_a_quantized_base_serves_shows_its_manifest_and_takes_adapters_of_the_or
     with Server(tmp_path / "data", tmp_path / "log", *SMALL, model=str(export)) as server:
         (card,) = server.http.get("/v1/models").json()["data"]
         assert card["manifest"]["key"] == manifest["key"]
+        assert "int8" in card["weights"] or "vLLM's layers" in card["weights"]
         assert card["manifest"]["scores"]["perplexity"] == manifest["scores"]["perplexity"]
         assert server.http.get("/version").json()["manifest"]["gate_passed"] is True
         base = server.ask("smollm2-int8")

@@ -17,7 +17,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class Scheme:
     """How each linear layer of a model is rounded; `group` 0 is a whole row."""
 
-    layout: str  # pack-quantized, float-quantized, gptq, awq, or dense: the rounded numbers in bfloat16
+    layout: str  # pack-quantized, float-quantized, fp8 (blocks), gptq, awq, or dense: the rounded numbers in bfloat16
     bits: int = 4
     group: int = 0
     points: bool = False  # zero points
@@ -30,6 +30,12 @@ class Scheme:
         if self.layout == "awq":
             return {"quant_method": "awq", "bits": 4, "group_size": self.group, "zero_point": self.points,
                     "version": "gemm"}  # fmt: skip
+        if self.layout == "fp8":
+            return {
+                "quant_method": "fp8",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [self.group, self.group],
+            }
         float8 = self.layout == "float-quantized"
         kind = {"num_bits": 8 if float8 else self.bits, "type": "float" if float8 else "int"}
         strategy = {"strategy": "group", "group_size": self.group} if self.group else {"strategy": "channel"}
@@ -49,6 +55,8 @@ class Scheme:
         if self.layout == "float-quantized":
             scale = weight.float().abs().amax(1, keepdim=True) / 448
             return {"weight": (weight.float() / scale).to(torch.float8_e4m3fn), "weight_scale": scale.bfloat16()}
+        if self.layout == "fp8":
+            return _blocks(weight.float(), group)
         parts = weight.float().view(outputs, -1, group)
         middle, most = 1 << (self.bits - 1), (1 << self.bits) - 1
         if self.points:
@@ -82,6 +90,16 @@ class Scheme:
         made = {"weight_packed": packed(numbers, self.bits, 1), "weight_scale": scale}
         made["weight_shape"] = torch.tensor(numbers.shape)
         return made | ({"weight_zero_point": packed(zero, self.bits, 0)} if self.points else {})
+
+
+def _blocks(weight: torch.Tensor, size: int) -> Mapping[str, torch.Tensor]:
+    """float8 with a scale for each block of so many rows and columns."""
+    scales = torch.stack(
+        [torch.stack([part.abs().amax() for part in rows.split(size, 1)]) for rows in weight.split(size, 0)]
+    )
+    spread = (scales / 448).repeat_interleave(size, 0)[: weight.shape[0]].repeat_interleave(size, 1)
+    numbers = (weight / spread[:, : weight.shape[1]]).to(torch.float8_e4m3fn)
+    return {"weight": numbers, "weight_scale_inv": scales / 448}
 
 
 def packed(numbers: torch.Tensor, bits: int, dimension: int) -> torch.Tensor:

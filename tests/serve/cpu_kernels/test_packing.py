@@ -172,6 +172,7 @@ FORMATS = {
     "awq g64": "int4 g64 with zero points; output layer bfloat16",
     "w8a16": "int8; output layer bfloat16",
     "float8": "int8 g64; output layer bfloat16",
+    "float8 in blocks": "int8 g64; output layer bfloat16",
     "int4": "int4 g32; output layer int8 g64",
 }
 
