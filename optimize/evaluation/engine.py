@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from optimize import audio_packages
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 
@@ -123,6 +124,7 @@ class Engine:
 
 def main() -> None:
     """In the process of one engine: questions on stdin, answers on stdout."""
+    audio_packages.hide()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import msgspec
 
+from optimize import audio_packages
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
-from optimize.pipeline import audio_packages
 
 TASKS = {
     "merge": "optimize.steps.merge.merge",

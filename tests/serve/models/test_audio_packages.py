@@ -31,7 +31,7 @@ def test_only_cuda_builds_beside_a_cpu_torch_are_unusable():
     "hide",
     [
         "import serve.models.audio_packages as package; package.hide()",
-        "import optimize.pipeline.audio_packages as package; package.hide()",
+        "import optimize.audio_packages as package; package.hide()",
         "import serve.vllm_backend",
     ],
 )
