@@ -12,8 +12,10 @@ from serve.names import tenant_of
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
-CARD = "README.md"
-CARD_BYTES = 64 << 10
+# What says where it comes from; of each the first bytes are read, and none is kept.
+CARD, MANIFEST = "README.md", "manifest.json"
+NOTES = (CARD, MANIFEST)
+NOTE_BYTES = 64 << 10
 # The `code` of an error that says that a source has no adapter.
 ABSENT = "adapter_files_missing"
 
@@ -73,6 +75,8 @@ class Inspection:
     nbytes: int
     tensors: int
     license: str | None = None
+    # What is stated of who trained it, on what (serve.adapters.provenance).
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def check_digest(digest: str, limits: Limits) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
-from serve.adapters.adapter import CARD, CARD_BYTES, CONFIG, FILES, WEIGHTS
+from serve.adapters.adapter import CONFIG, FILES, NOTE_BYTES, NOTES, WEIGHTS
 from serve.adapters.file_thread import rest
 from serve.adapters.shards import is_shard
 from serve.adapters.tensors import header_length
@@ -37,9 +37,9 @@ class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def unpack(path: Path, *, max_bytes: int, card: bool) -> None:
-    """Put an adapter's files beside the archive `path`, and its card if asked; the archive is removed."""
-    sink = _Unpacked(path.parent, max_bytes, card)
+def unpack(path: Path, *, max_bytes: int) -> None:
+    """Put an adapter's files and its notes beside the archive `path`; the archive is removed."""
+    sink = _Unpacked(path.parent, max_bytes)
     try:
         with open(path, "rb") as file:
             kind = archive_kind(file.read(HEAD_BYTES))
@@ -193,11 +193,10 @@ class _Counted:
 
 
 class _Unpacked:
-    """Where the members of an archive go: known names, once each, and so many bytes together; the card if asked."""
+    """Where the members of an archive go: known names, once each, and so many bytes together."""
 
-    def __init__(self, folder: Path, max_bytes: int, card: bool) -> None:
+    def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
-        self._card = card
         self._left = self._limit = max_bytes
         self._entries = 0
         self._seen: set[str] = set()
@@ -224,9 +223,9 @@ class _Unpacked:
             return None
         *folders, base = steps
         checkpoint, below = _checkpoint(folders)
-        if self._card and base == CARD and len(folders) <= 1 + (checkpoint is not None) and CARD not in self._seen:
-            self._seen.add(CARD)
-            return CARD
+        if base in NOTES and len(folders) <= 1 + (checkpoint is not None) and base not in self._seen:
+            self._seen.add(base)
+            return base
         if below:
             return None  # what a trainer keeps beside a checkpoint's adapter
         if base not in FILES and not is_shard(base):
@@ -250,13 +249,13 @@ class _Unpacked:
         An archive is read once, so that files of a lower rank may be here already: they go.
         """
         if rank > self._rank:
-            for name in self._seen - {CARD}:
+            for name in self._seen - {*NOTES}:
                 (self._folder / name).unlink(missing_ok=True)
-            self._rank, self._left, self._seen = rank, self._limit, self._seen & {CARD}
+            self._rank, self._left, self._seen = rank, self._limit, self._seen & {*NOTES}
         return rank == self._rank
 
     def write(self, name: str, content: Iterator[bytes]) -> None:
-        room = CARD_BYTES if name == CARD else self._limit
+        room = NOTE_BYTES if name in NOTES else self._limit
         weights = name == WEIGHTS or is_shard(name)
         with create(self._folder / name) as sink:
             for number, chunk in enumerate(content):

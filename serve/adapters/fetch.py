@@ -1,38 +1,28 @@
-"""An adapter that the server fetches itself, two known files and no more: hf:// and s3:// through fsspec, https://, file://.
+"""An adapter that the server fetches itself from an address: its two known files and their notes, and no more.
 
-    hf://org/repo[@revision][/folder]     s3://bucket/prefix
-    https://host/folder (a configured host)     file:///folder (below a configured root)
-
-Who may push decides the address, so it is taken apart here and never handed to fsspec whole: no other scheme, no
-chained URL, no query, no step upwards. Bytes are counted as they arrive.
+hf:// and s3:// are read through fsspec, https:// and file:// here, the others in `serve.adapters.sources`. Bytes are
+counted as they arrive.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import httpx
 
-from serve.adapters.adapter import ABSENT, CARD, CARD_BYTES, CONFIG, FILES, WEIGHTS
+from serve.adapters.adapter import CONFIG, NOTE_BYTES, NOTES, WEIGHTS
 from serve.adapters.shards import INDEX, join, names_in
+from serve.adapters.sources import client_process, oci, transfer
+from serve.adapters.sources.address import Source, folder_of
+from serve.adapters.sources.transfer import Body, Transfer, checked_status, translated
 from serve.adapters.untrusted import open_plain
-from serve.errors import AdapterRejected, BadRequest, Forbidden, LoradockError, TooLarge
-from serve.names import shown
+from serve.errors import AdapterRejected, LoradockError
 
-SECONDS = 600.0
-SCHEMES = ("hf", "s3", "https", "file")
-
-_CHUNK = 256 << 10
 _INDEX_BYTES = 1 << 20
-_HTTPS_SECONDS = 30.0  # without a byte
 _PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs"}
 # How each says that nobody asks: otherwise both look for credentials in this server's environment.
 _STRANGER: dict[str, dict[str, Any]] = {"hf": {"token": False}, "s3": {"anon": True}}
@@ -41,135 +31,62 @@ _READING: dict[str, dict[str, Any]] = {
     "hf": {"block_size": 0, "cache_type": "none"},
     "s3": {"block_size": 1 << 20, "cache_type": "readahead"},
 }
-_FORM = {
-    "hf": re.compile(r"(?P<at>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(/[\w.-]+)*)/?", re.ASCII),
-    "s3": re.compile(r"(?P<at>[a-z0-9][a-z0-9.-]{2,62}(/[\w.=+ -]+)*)/?", re.ASCII),
-    "https": re.compile(r"(?P<at>[a-z0-9][a-z0-9.-]*(:[0-9]{1,5})?(/[\w.=+~-]+)+)/?", re.ASCII),
-    "file": re.compile(r"(?P<at>/[^\0]*)"),
-}
-# hf://datasets/... and hf://spaces/... are other kinds of repositories.
-_NOT_MODELS = ("datasets/", "spaces/", "buckets/", "kernels/")
-_TAKEN = "hf://org/repo[@revision][/folder], s3://bucket/prefix, https://host/folder or file:///folder"
-# A path of vLLM's runtime LoRA API that names a repository of the hub.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A place that was judged: its scheme and the path within it; of a hub, the commit that is read.
+def fetch(source: Source, folder: Path, *, max_bytes: int, anonymous: bool = False) -> Source:
+    """Bring the adapter's two files and its notes into `folder`. Blocks: for a thread of its own.
 
-    `address` is how whoever asked spells it, for errors: a folder's real path is none of theirs.
+    Where `anonymous`, without this server's credentials. The answer is where they came from: of an address that moves,
+    the version that was read.
     """
-
-    scheme: str
-    path: str
-    commit: str = ""
-    address: str = field(default="", compare=False)
-
-    @property
-    def shown(self) -> str:
-        return shown(self.address or f"{self.scheme}://{self.path}")
-
-
-def address_of(path: str) -> str:
-    """What vLLM calls a LoRA path, as an address: a folder, ORG/REPO of the hub, or an address already."""
-    if "://" in path:
-        return path
-    if path.startswith("/"):
-        return f"file://{path}"
-    if _HUB_NAME.fullmatch(path):
-        return f"hf://{path}"
-    raise BadRequest(
-        f"`{shown(path)}` is no path that this server takes: send a folder's absolute path, org/repo or {_TAKEN}"
-    )
-
-
-def parse(source: str, roots: Iterable[Path] = (), hosts: Iterable[str] = ()) -> Source:
-    """The place that `source` names; a folder of this machine must lie in one of `roots`, an https host in `hosts`."""
-    scheme, there, path = source.partition("://")
-    if not there or scheme not in SCHEMES:
-        raise BadRequest(f"source `{shown(source)}` is not taken; this server fetches {_TAKEN}", param="source")
-    form = _FORM[scheme].fullmatch(path)
-    steps = path.split("@")[0].split("/") + path.split("/")
-    if form is None or ".." in steps or "." in steps or (scheme == "hf" and path.startswith(_NOT_MODELS)):
-        raise BadRequest(f"source `{shown(source)}` cannot be read; this server fetches {_TAKEN}", param="source")
-    if scheme == "https" and form["at"].partition("/")[0] not in {host.lower() for host in hosts}:
-        raise BadRequest(
-            f"source `{shown(source)}` is on none of the source_hosts that this key may name; "
-            "push the files, or have the host added (LORADOCK_SOURCE_HOSTS; for tenant default alone)",
-            param="source",
-        )
-    if scheme != "file":
-        return Source(scheme, form["at"], address=source)
-    # Judged where links lead, and opened there.
-    real = Path(os.path.realpath(form["at"]))
-    if not any(real.is_relative_to(Path(os.path.realpath(root))) for root in roots):
-        raise Forbidden(
-            f"source `{shown(source)}` lies in none of the source_roots that this key may name; "
-            "push the files, or have its folder added (LORADOCK_SOURCE_ROOTS; for tenant default alone)"
-        )
-    return Source(scheme, str(real), address=source)
-
-
-def fetch(source: Source, folder: Path, *, max_bytes: int, card: bool = False, anonymous: bool = False) -> Source:
-    """Bring the adapter's two files (and its card, if asked) into `folder`. Blocks: for a thread of its own.
-
-    Where `anonymous`, without this server's credentials. The answer is where they came from: on a hub, whose branches
-    and tags move, the commit that was read.
-    """
-    with _translated(source):
-        came = _pinned(source, anonymous) if source.scheme == "hf" else source
-        system = _system(source.scheme, anonymous)
-    download = _Download(system, source, came, folder, max_bytes)
-    download.file(CONFIG)
-    try:
-        download.file(WEIGHTS)
-    except AdapterRejected as absent:
-        for name in download.shards(absent):
-            download.file(name)
+    files = Transfer(folder, max_bytes)
+    if source.scheme == "oci":
+        came = oci.bring(source, files)
+    elif source.scheme in client_process.PROGRAMS:
+        came = client_process.bring(source, files)
+        if came.scheme == "file":  # a store of files on this machine
+            _bring(folder_of(came), files, anonymous)
+            came = replace(source, version=came.version)
+    else:
+        came = _bring(source, files, anonymous)
     join(folder)
-    if card:
-        _fetch_card(system, came, folder)
     return came
 
 
-class _Download:
-    """Files of one source into a folder, so many bytes and seconds in all."""
+def _bring(source: Source, files: Transfer, anonymous: bool) -> Source:
+    with translated(source, _PACKAGES.get(source.scheme, "")):
+        came = _pinned(source, anonymous) if source.scheme == "hf" else source
+        system = _system(source.scheme, anonymous)
 
-    def __init__(self, system: Any, asked: Source, source: Source, folder: Path, max_bytes: int) -> None:
-        self._system, self._asked, self._source, self._folder = system, asked, source, folder
-        self._left = self._max_bytes = max_bytes
-        self._until = time.monotonic() + SECONDS
+    def copy(name: str) -> None:
+        with translated(source), _open(system, came, name) as remote:
+            files.copy(remote, name)
 
-    def file(self, name: str) -> None:
-        local = self._folder / name
-        with _translated(self._asked), _open(self._system, self._source, name) as remote, open(local, "xb") as file:
-            while chunk := remote.read(_CHUNK):
-                self._left -= len(chunk)
-                if self._left < 0:
-                    raise TooLarge(f"this adapter is above the {self._max_bytes} bytes that this server takes")
-                if time.monotonic() > self._until:
-                    raise BadRequest(f"the source took longer than {SECONDS:.0f} seconds; push the files instead")
-                file.write(chunk)
-
-    def shards(self, absent: AdapterRejected) -> list[str]:
-        """The files of weights that an index names; `absent`, which says that there is no single file, without one."""
-        try:
-            with _translated(self._asked), _open(self._system, self._source, INDEX) as remote:
-                index = remote.read(_INDEX_BYTES)
-        except AdapterRejected:
-            raise absent from None
-        (self._folder / WEIGHTS).unlink(missing_ok=True)
-        return names_in(index)
-
-
-def _fetch_card(system: Any, source: Source, folder: Path) -> None:
+    copy(CONFIG)
     try:
-        with _translated(source), _open(system, source, CARD) as remote:
-            text = remote.read(CARD_BYTES)
+        copy(WEIGHTS)
+    except AdapterRejected as absent:
+        for name in _shards(system, source, came, files, absent):
+            copy(name)
+    for name in NOTES:
+        try:
+            with translated(source), _open(system, came, name) as remote:
+                text = remote.read(NOTE_BYTES)
+        except LoradockError:
+            continue  # there is none, or none to be seen
+        (files.folder / name).write_bytes(text)
+    return came
+
+
+def _shards(system: Any, source: Source, came: Source, files: Transfer, absent: AdapterRejected) -> list[str]:
+    """The files of weights that an index names; `absent`, which says that there is no single file, without one."""
+    try:
+        with translated(source), _open(system, came, INDEX) as remote:
+            index = remote.read(_INDEX_BYTES)
     except AdapterRejected:
-        return  # there is none
-    (folder / CARD).write_bytes(text)
+        raise absent from None
+    (files.folder / WEIGHTS).unlink(missing_ok=True)
+    return names_in(index)
 
 
 def _system(scheme: str, anonymous: bool) -> Any:
@@ -187,7 +104,7 @@ def _pinned(source: Source, anonymous: bool) -> Source:
     owner, repo, *folder = source.path.split("/")
     repo, _, revision = repo.partition("@")
     model = HfApi(**_STRANGER["hf"] if anonymous else {}).model_info(f"{owner}/{repo}", revision=revision or None)
-    return Source("hf", "/".join((owner, f"{repo}@{model.sha}", *folder)), model.sha or "", source.address)
+    return replace(source, path="/".join((owner, f"{repo}@{model.sha}", *folder)), version=model.sha or "")
 
 
 def _open(system: Any, source: Source, name: str) -> AbstractContextManager[Any]:
@@ -198,77 +115,9 @@ def _open(system: Any, source: Source, name: str) -> AbstractContextManager[Any]
     return system.open(f"{source.path}/{name}", "rb", **_READING[source.scheme])
 
 
-class _Body:
-    """The body of an answer, read as a file."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = b""
-
-    def read(self, size: int) -> bytes:
-        while len(self._rest) < size and (chunk := next(self._chunks, b"")):
-            self._rest += chunk
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
-
-
 @contextmanager
-def _https(url: str) -> Iterator[_Body]:
-    """A file of a host that may be named. A redirect is not followed: it leads to a host that nobody judged."""
-    with _client() as client, client.stream("GET", url, headers={"accept-encoding": "identity"}) as answer:
-        if answer.status_code in (404, 410):
-            raise FileNotFoundError(url)
-        if answer.status_code in (401, 403):
-            raise PermissionError(url)
-        if answer.status_code != 200:
-            raise ConnectionError(f"status {answer.status_code} {answer.reason_phrase}")
-        yield _Body(answer.iter_raw(_CHUNK))
-
-
-def _client() -> httpx.Client:
-    return httpx.Client(follow_redirects=False, timeout=_HTTPS_SECONDS)
-
-
-@contextmanager
-def _translated(source: Source) -> Iterator[None]:
-    place = source.shown
-    try:
-        yield
-    except LoradockError:
-        raise
-    except ImportError as missing:
-        package = _PACKAGES.get(source.scheme, source.scheme)
-        raise BadRequest(
-            f"this server cannot fetch {source.scheme}:// because {package} is not installed; install it, or push files"
-        ) from missing
-    except FileNotFoundError as missing:
-        raise _absent(place) from missing
-    except PermissionError as refused:
-        raise _forbidden(place) from refused
-    except OSError as failed:
-        # The hub answers a stranger 401 for what is private and for what is not there.
-        status = getattr(getattr(failed, "response", None), "status_code", None)
-        if status in (401, 404):
-            raise _absent(place) from failed
-        if status == 403:
-            raise _forbidden(place) from failed
-        if failed.errno is not None:  # the local disk's own trouble, a full one for instance
-            raise
-        raise _unreachable(place, failed) from failed
-    except Exception as failed:  # each filesystem has its own errors, and none of them is ours to know
-        raise _unreachable(place, failed) from failed
-
-
-def _absent(place: str) -> AdapterRejected:
-    files = " and ".join(FILES)
-    return AdapterRejected(
-        f"{place} has no {files}, or cannot be seen from here; name the PEFT folder itself", code=ABSENT
-    )
-
-
-def _forbidden(place: str) -> Forbidden:
-    return Forbidden(f"this server may not read {place}; give it the right, or push the files")
-
-
-def _unreachable(place: str, error: Exception) -> BadRequest:
-    return BadRequest(f"{place} could not be fetched ({shown(error)}); try again, or push the files", param="source")
+def _https(url: str) -> Iterator[Body]:
+    """A file of a host that may be named."""
+    with transfer.http_client() as client, client.stream("GET", url) as answer:
+        checked_status(answer)
+        yield Body(answer)

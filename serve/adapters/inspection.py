@@ -8,13 +8,13 @@ engine would refuse at load is refused here, and so is what it would accept and 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from serve.adapters.adapter import CARD, CARD_BYTES, CONFIG, WEIGHTS, Inspection, Limits
+from serve.adapters.adapter import CARD, CONFIG, WEIGHTS, Inspection, Limits
 from serve.adapters.peft_config import MERGE, Patterns, PeftConfig, config_problems, read_config
+from serve.adapters.provenance import front_matter, read_license, read_provenance
 from serve.adapters.tensors import FLOATS, Tensor, read_header, scan
 from serve.adapters.untrusted import open_plain, rejected
 from serve.names import shown
@@ -35,7 +35,7 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
     An embedding counts as (embedding_dim, vocabulary), which is how its LoRA multiplies.
     """
     config = read_config(folder / CONFIG)
-    license = read_license(folder / CARD)
+    license = read_license(front_matter(folder / CARD))
     with open_plain(folder / WEIGHTS) as file:
         tensors = read_header(file)
         problems = [*config_problems(config, limits), *_license_problems(license, limits)]
@@ -60,24 +60,11 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
         nbytes=nbytes,
         tensors=len(tensors),
         license=license,
+        provenance=read_provenance(folder, config.raw),
     )
 
 
 # The card
-
-
-def read_license(card: Path) -> str | None:
-    """`license:` in the front matter of a README.md, if there is one: Hugging Face's identifier, in lower case."""
-    if not card.exists():
-        return None
-    with open_plain(card) as file:
-        text = file.read(CARD_BYTES).decode("utf-8", "replace")
-    front = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---", text, re.S)
-    if front is None:
-        return None
-    # Searched as text: a YAML document can be built to eat the memory.
-    license = re.search(r"^license:[ \t]*([\"']?)([A-Za-z0-9._+-]{1,64})\1[ \t]*(#.*)?\r?$", front[1], re.M)
-    return license[2].lower() if license else None
 
 
 def _license_problems(license: str | None, limits: Limits) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""An upload: a multipart form is parsed as it arrives, and becomes at most two files in one folder, and their card.
+"""An upload: a multipart form is parsed as it arrives, and becomes at most two files in one folder, and their notes.
 
     form > part > adapter_config.json | adapter_model.safetensors | one archive of them | something to pass over
 
-Where licenses are checked, the first bytes of a README.md lie beside them for the judge; the store does not keep it.
+The first bytes of a README.md and a manifest.json lie beside them for the judge; the store does not keep those.
 
 Nothing here trusts a name or a format that the client states: names choose between two constants, formats are
 recognised by their first bytes.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from serve.adapters.adapter import CARD, CARD_BYTES, FILES
+from serve.adapters.adapter import FILES, NOTE_BYTES, NOTES
 from serve.adapters.archive import HEAD_BYTES, archive_kind, unpack
 from serve.adapters.file_thread import in_turn
 from serve.adapters.multipart_form import FormRules, read_form
@@ -30,10 +30,8 @@ _ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 _RULES = FormRules("an adapter", BOTH_FILES, parts=64, field_bytes=64 << 10, step=64 << 10)
 
 
-async def receive(
-    stream: AsyncIterator[bytes], content_type: str, folder: Path, *, max_bytes: int, card: bool = False
-) -> dict[str, str]:
-    """Leave the adapter's two files in `folder`, and its card if asked, and answer the form's text fields.
+async def receive(stream: AsyncIterator[bytes], content_type: str, folder: Path, *, max_bytes: int) -> dict[str, str]:
+    """Leave the adapter's two files in `folder`, and its notes, and answer the form's text fields.
 
     At most `max_bytes` are taken from the wire, and as many are unpacked: more is TooLarge as soon as it shows.
     """
@@ -41,16 +39,17 @@ async def receive(
     with ExitStack() as stack:
         files = _Files(folder, stack)
         fields = await read_form(stream, content_type, _RULES, files, max_bytes=max_bytes, too_large=too_large)
-    await in_turn(_finish, folder, files, max_bytes, card)
+    await in_turn(_finish, folder, files, max_bytes)
     return fields
 
 
-def _finish(folder: Path, files: _Files, max_bytes: int, card: bool) -> None:
+def _finish(folder: Path, files: _Files, max_bytes: int) -> None:
     if files.archive:
-        unpack(folder / _ARCHIVE, max_bytes=max_bytes, card=card)
-    if card and files.card and not (folder / CARD).exists():
-        with create(folder / CARD) as sink:
-            write(sink, bytes(files.card))
+        unpack(folder / _ARCHIVE, max_bytes=max_bytes)
+    for name, text in files.notes.items():
+        if not (folder / name).exists():
+            with create(folder / name) as sink:
+                write(sink, bytes(text))
     join(folder)
     _both_there(folder, files)
 
@@ -74,7 +73,7 @@ class _File:
     name: str
     sink: IO[bytes] | None = None
     head: bytearray | None = None  # the first bytes, until they say what it is
-    card: bool = False
+    note: bytearray | None = None
 
 
 class _Files:
@@ -83,7 +82,7 @@ class _Files:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.count = 0
         self.archive = False
-        self.card = bytearray()
+        self.notes: dict[str, bytearray] = {}
         self._folder, self._stack = folder, stack
         self._kept: set[str] = set()
         self._file = _File("")
@@ -93,8 +92,8 @@ class _Files:
         self._file = file = _File(filename)
         if filename in FILES or is_shard(filename):
             file.sink = self._keep(filename)
-        elif filename == CARD:
-            file.card = True
+        elif filename in NOTES:
+            file.note = self.notes.setdefault(filename, bytearray())
         elif is_pickle(filename):
             raise AdapterRejected(f"{shown(filename)} {NO_PICKLES}")
         elif not is_left_over(filename):
@@ -104,8 +103,8 @@ class _Files:
         file = self._file
         if file.sink is not None:
             write(file.sink, data)
-        elif file.card:
-            self.card += data[: CARD_BYTES - len(self.card)]
+        elif file.note is not None:
+            file.note += data[: NOTE_BYTES - len(file.note)]
         elif file.head is not None:
             file.head += data
             if len(file.head) >= HEAD_BYTES:

@@ -25,7 +25,7 @@ class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
     """A push as JSON: the server fetches the adapter from `source`."""
 
     name: Name
-    source: Annotated[str, _documented(pattern="^(hf|s3|file)://.+")]
+    source: Annotated[str, _documented(pattern="^(hf|s3|https|file|oci|mlflow|wandb-artifact)://.+")]
     promote: bool = True
     visibility: Literal["private", "shared"] | None = None
     engine: str | None = None

@@ -20,6 +20,7 @@ from typing import Any
 from serve.adapters.adapter import Adapter, Inspection, Limits, check_digest
 from serve.adapters.file_thread import in_turn
 from serve.adapters.inspection import inspect
+from serve.adapters.provenance import KEPT as PROVENANCE
 from serve.adapters.registry import Registry
 from serve.adapters.snapshot import Share
 from serve.adapters.store import Store
@@ -215,6 +216,8 @@ class Lifecycle:
         checks = await base.probe.judge(adapter_id, path, min_effect) if base.probe else {}
         if inspection.license:
             checks["license"] = inspection.license
+        if inspection.provenance:
+            checks[PROVENANCE] = dict(inspection.provenance)
         stated = inspection.base or ""
         if await asyncio.to_thread(is_another_model, stated, model, base.name):
             checks["warning"] = (

@@ -44,10 +44,10 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
         raise parts.fleet.first.unavailable()
     quarantine = parts.store.quarantine(min(stated_bytes(request), parts.config.max_upload_bytes))
     async with contextmanager_in_threadpool(quarantine) as folder:
-        asked = await received(request, folder, parts.config, caller)
+        asked, came = await received(request, folder, parts.config, caller)
         if asked.dry_run:
             return JSONResponse(await tried(parts, request, caller, asked, folder, expected=expected))
-        adapter, created = await admit(parts, caller, asked, folder, expected=expected)
+        adapter, created = await admit(parts, caller, asked, folder, expected=expected, came=came)
     request.state.subject = adapter.tag
     return JSONResponse(described(parts, adapter, caller), status_code=201 if created else 200)
 

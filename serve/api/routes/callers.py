@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from serve.adapters.adapter import Adapter
+from serve.adapters.provenance import measured, provenance_of
 from serve.adapters.snapshot import Share
 from serve.api.services import Services
 from serve.auth.auth import Caller, Scope, allowed
@@ -68,7 +69,7 @@ def described(parts: Services, adapter: Adapter, caller: Caller) -> dict[str, An
     """An adapter version as the caller may see it: where a base model's files are is the operators' to know."""
     registry = parts.registry
     engine = registry.base(adapter.name) or parts.fleet.first.name
-    checks = dict(adapter.checks)
+    checks = measured(adapter.checks)
     if "base_model" in checks and not caller.operator:
         checks["base_model"] = engine
     return {
@@ -90,6 +91,7 @@ def described(parts: Services, adapter: Adapter, caller: Caller) -> dict[str, An
         "created": int(adapter.created),
         "aliases": [alias for alias, target in registry.aliases(adapter.name).items() if target == adapter],
         "tags": list(adapter.tags),
+        "provenance": provenance_of(adapter.checks),
         "checks": checks,
     }
 

@@ -9,7 +9,9 @@ import msgspec
 from fastapi import Request
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.fetch import Source, fetch, parse
+from serve.adapters.fetch import fetch
+from serve.adapters.provenance import fetched_from, measured, provenance_of
+from serve.adapters.sources.address import Source, parse
 from serve.adapters.tensor_upload import CONFIG_HEADER, KINDS, receive_tensors
 from serve.adapters.upload import receive
 from serve.api.json_body import converted, decoded
@@ -33,8 +35,8 @@ def stated_bytes(request: Request) -> int:
     return int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
 
 
-async def received(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
-    """What a push asks for, in any form of its body; the adapter's files are in `folder` then."""
+async def received(request: Request, folder: Path, config: Config, caller: Caller) -> tuple[Fetch, Source | None]:
+    """What a push asks for, in any form of its body, and where its files were fetched; they are in `folder` then."""
     kind = request.headers.get("content-type", "")
     media = kind.partition(";")[0].strip().lower()
     if media == "application/json":
@@ -48,10 +50,9 @@ async def received(request: Request, folder: Path, config: Config, caller: Calle
             folder,
             max_bytes=config.max_upload_bytes,
         )
-        return asked
-    licensed = bool(config.allowed_licenses)
-    form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes, card=licensed)
-    return _fields(request, form)
+        return asked, None
+    form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes)
+    return _fields(request, form), None
 
 
 def _fields(request: Request, form: Mapping[str, str]) -> Fetch:
@@ -74,7 +75,7 @@ def _switch(form: Mapping[str, str], name: str, default: str) -> bool:
     return value == "true"
 
 
-async def _by_address(request: Request, folder: Path, config: Config, caller: Caller) -> Fetch:
+async def _by_address(request: Request, folder: Path, config: Config, caller: Caller) -> tuple[Fetch, Source]:
     """A push whose files the server goes and gets."""
     body = b""
     async for chunk in request.stream():
@@ -84,8 +85,7 @@ async def _by_address(request: Request, folder: Path, config: Config, caller: Ca
     asked = decoded(body, Fetch)
     request.state.subject = check_name(asked.name)
     came = await fetched(asked.source, folder, config, caller)
-    commit = f" (commit {came.commit})" if came.commit else ""
-    return msgspec.structs.replace(asked, why=asked.why or f"from {asked.source}{commit}")
+    return msgspec.structs.replace(asked, why=asked.why or f"from {came.read}"), came
 
 
 async def fetched(address: str, folder: Path, config: Config, caller: Caller) -> Source:
@@ -99,13 +99,13 @@ async def fetched(address: str, folder: Path, config: Config, caller: Caller) ->
         address,
         map(Path, config.source_roots if trusted else ()),
         config.source_hosts if trusted else (),
+        trusted=trusted,
     )
     return await asyncio.to_thread(
         fetch,
         source,
         folder,
         max_bytes=config.max_upload_bytes,
-        card=bool(config.allowed_licenses),
         anonymous=not trusted,
     )
 
@@ -117,6 +117,7 @@ async def admit(
     folder: Path,
     *,
     expected: int | None = None,
+    came: Source | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> tuple[Adapter, bool]:
     """The version that the adapter in `folder` becomes, with traffic as its policy has it; and whether it is new."""
@@ -133,7 +134,7 @@ async def admit(
         engine=asked.engine,
         expected=expected,
         min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
-        notes=notes,
+        notes={**(fetched_from(came) if came else {}), **(notes or {})},
     )
     if trying and parts.live_version(full) != adapter.version:
         weight = parts.rollout_controller.policy(full).canary_weight
@@ -179,7 +180,8 @@ async def tried(
         "rank": new.inspection.rank,
         "target_modules": list(new.inspection.target_modules),
         "bytes": new.inspection.nbytes,
-        "checks": checks,
+        "provenance": provenance_of(checks),
+        "checks": measured(checks),
     }
 
 

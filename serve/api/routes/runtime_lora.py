@@ -13,7 +13,7 @@ from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from serve.adapters.adapter import ABSENT, Adapter
-from serve.adapters.fetch import address_of
+from serve.adapters.sources.address import address_of
 from serve.api.json_body import JsonBody, decoded
 from serve.api.routes.callers import Expected, Manager, TheParts, owned
 from serve.api.routes.incoming import admit, fetched
@@ -115,14 +115,14 @@ async def _loaded(
     asked = Fetch(body.lora_name, address, why=f"from {address}", probe=False)
     async with contextmanager_in_threadpool(parts.store.quarantine()) as folder:
         try:
-            await fetched(address, folder, parts.config, caller)
+            came = await fetched(address, folder, parts.config, caller)
         except AdapterRejected as error:
             if error.code != ABSENT:
                 raise
             missing = f"Loading lora {shown(body.lora_name)} failed: No adapter found for {shown(body.lora_path)}"
             return _error(404, "NotFoundError", missing)
         notes = {LOADED_FROM: shown(address, 500)}
-        adapter, _ = await admit(parts, caller, asked, folder, expected=expected, notes=notes)
+        adapter, _ = await admit(parts, caller, asked, folder, expected=expected, came=came, notes=notes)
     request.state.subject = adapter.tag
     return adapter
 

@@ -14,8 +14,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file, save
 
-from serve.adapters import fetch as fetching
-from serve.adapters.fetch import Source, address_of, parse
+from serve.adapters.sources import transfer
+from serve.adapters.sources.address import Source, address_of, parse
 from serve.adapters.untrusted import open_plain
 from serve.config import keys_hashed
 from serve.errors import AdapterRejected, BadRequest, Forbidden
@@ -92,11 +92,12 @@ async def test_a_link_in_the_folder_and_a_pipe_are_not_followed(connect, rooted,
             assert (await push(client, f"file://{folder}")).status_code == 422
 
 
-async def test_two_files_and_no_more_come_from_object_storage(client, bucket, make_adapter):
+async def test_two_files_and_their_notes_come_from_object_storage(client, bucket, make_adapter):
     put(bucket, make_adapter(), "models/team/tone")
     bucket.pipe_file("models/team/tone/README.md", b"---\nlicense: mit\n---")
     assert (await push(client, "s3://models/team/tone")).status_code == 201
-    assert {Path(path).name for path in bucket.opened} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json"}
+    assert {Path(path).name for path in bucket.opened} <= files
 
 
 async def test_weights_in_several_files_come_by_their_index(client, bucket, make_adapter):
@@ -272,8 +273,8 @@ def web(monkeypatch, make_adapter):
     def client():
         return httpx.Client(transport=httpx.MockTransport(answer), follow_redirects=really().follow_redirects)
 
-    really = fetching._client
-    monkeypatch.setattr(fetching, "_client", client)
+    really = transfer.http_client
+    monkeypatch.setattr(transfer, "http_client", client)
     return SimpleNamespace(asked=asked, answers=answers)
 
 
@@ -282,7 +283,7 @@ async def test_two_files_come_from_a_host_that_may_be_named(connect, config, web
         done = await push(client, "https://models.example.org/models/tone/")
         assert (done.status_code, done.json()["live"]) == (201, True), done.text
         assert (await push(client, "https://other:8443/models/tone")).status_code == 200
-    assert [request.url.host for request in web.asked] == ["models.example.org"] * 2 + ["other"] * 2
+    assert [request.url.host for request in web.asked] == ["models.example.org"] * 4 + ["other"] * 4
     assert not any("authorization" in request.headers for request in web.asked)
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from serve.adapters import upload
-from serve.adapters.adapter import CONFIG, FILES, WEIGHTS
+from serve.adapters.adapter import CONFIG, FILES, NOTES, WEIGHTS
 from serve.adapters.upload import receive
 from serve.errors import AdapterRejected, BadRequest, LoradockError, OutOfSpace, TooLarge
 
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def arrived(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in NOTES}
 
 
 def zipped(entries: dict[str, bytes], **options) -> bytes:
@@ -270,7 +270,7 @@ async def test_a_hostile_or_broken_archive_is_refused_and_leaves_nothing_outside
     with pytest.raises(AdapterRejected, match=reason):
         await send(folder, form(part("files", packed, "adapter.zip")))
     assert os.listdir(folder.parent) == ["inside"]
-    assert set(os.listdir(folder)) <= set(FILES)
+    assert set(os.listdir(folder)) <= {*FILES, *NOTES}
     assert not any(path.is_symlink() for path in folder.iterdir())
 
 
@@ -445,8 +445,8 @@ def judged(folder: Path, body: bytes, kind: str = TYPE, step: int = 1000) -> Non
         assert refusal.status in (400, 413, 422)
         refusal.message.encode()
     else:
-        assert set(os.listdir(folder)) == set(FILES)
-    assert set(os.listdir(folder)) <= set(FILES)
+        assert set(os.listdir(folder)) - {*NOTES} == set(FILES)
+    assert set(os.listdir(folder)) <= {*FILES, *NOTES}
     assert os.listdir(folder.parent) == [folder.name]
     assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
 

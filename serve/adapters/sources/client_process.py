@@ -1,0 +1,166 @@
+"""Sources that only their own client can read, which runs in a process of its own: MLflow and Weights & Biases.
+
+So a client that is slow, large or wrong costs this server nothing: the process is ended when its bytes or seconds are
+over. The programs import nothing of loradock; they say on a line what they are about to read, and wait for a go.
+
+    {"path", "folder", "names", "max_bytes"}  >  {"place", "version"}  >  go  >  {"done"}      or {"error", "text"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from serve.adapters.adapter import CONFIG, FILES, NOTES
+from serve.adapters.sources.address import Source
+from serve.adapters.sources.transfer import SECONDS, Transfer, absent, forbidden, not_installed, unreachable
+from serve.errors import AdapterRejected, BadRequest, LoradockError, TooLarge
+from serve.names import shown
+
+# By scheme: the program beside this module, and the package that it needs.
+PROGRAMS = {"mlflow": ("mlflow_download.py", "mlflow-skinny"), "wandb-artifact": ("wandb_download.py", "wandb")}
+# Where the clients are installed.
+PYTHON = sys.executable
+# What a tracking server may name as the place of its files, beside itself and the configured hosts.
+STORES = ("s3",)
+
+_LOOK_SECONDS = 0.2
+_LINE_BYTES = 64 << 10
+
+
+def bring(source: Source, files: Transfer) -> Source:
+    """The adapter's files into the folder; or, as a `file` source, the folder of this machine where they are."""
+    package = PROGRAMS[source.scheme][1]
+    with _Client(source, package, files) as client:
+        client.say({"path": source.path, "folder": str(files.folder), "max_bytes": files.max_bytes})
+        found = client.answer()
+        version = str(found.get("version", ""))
+        if place := _on_this_machine(str(found.get("place", ""))):
+            return replace(source, scheme="file", path=place, version=version)
+        _judge(found, source)
+        client.say({"names": [*FILES, *NOTES]})
+        client.answer()
+    if not (files.folder / CONFIG).is_file():
+        raise absent(source.shown)
+    return replace(source, version=version)
+
+
+class _Client:
+    """The process, and what it says; it ends with the block."""
+
+    def __init__(self, source: Source, package: str, files: Transfer) -> None:
+        self._source, self._package, self._files = source, package, files
+        program = Path(__file__).with_name(PROGRAMS[source.scheme][0])
+        self._process = subprocess.Popen(
+            [PYTHON, "-P", str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=files.folder,
+            start_new_session=True,
+        )
+        self._until = time.monotonic() + SECONDS
+
+    def __enter__(self) -> _Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # And what it started itself.
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all have ended
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass  # it ended before it had read everything
+
+    def say(self, line: dict[str, Any]) -> None:
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(json.dumps(line).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its last line says why, or that there is none
+
+    def answer(self) -> dict[str, Any]:
+        """What it says next; its bytes are counted meanwhile."""
+        assert self._process.stdout
+        while not select.select([self._process.stdout], [], [], _LOOK_SECONDS)[0]:
+            self._check()
+        line = self._process.stdout.readline(_LINE_BYTES)
+        self._check()
+        try:
+            said = json.loads(line)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise unreachable(self._source.shown, "its client ended without a word")
+        if "error" in said:
+            raise self._error(said["error"], str(said.get("text", "")))
+        return said
+
+    def _check(self) -> None:
+        if _nbytes(self._files.folder) > self._files.max_bytes:
+            raise TooLarge(f"this adapter is above the {self._files.max_bytes} bytes that this server takes")
+        if time.monotonic() > self._until:
+            raise BadRequest(f"the source took longer than {SECONDS:.0f} seconds; push the files instead")
+
+    def _error(self, kind: str, text: str) -> LoradockError:
+        place = self._source.shown
+        if kind == "missing package":
+            return not_installed(self._source, self._package)
+        if kind == "absent":
+            return absent(place)
+        if kind == "forbidden":
+            return forbidden(place)
+        if kind == "large":
+            return TooLarge(f"this adapter is above the {self._files.max_bytes} bytes that this server takes")
+        if kind == "refused":
+            return AdapterRejected(f"{place} {shown(text, 300)}")
+        return unreachable(place, shown(text, 300))
+
+
+def _nbytes(folder: Path) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_size
+            except FileNotFoundError:
+                continue  # it was renamed or removed meanwhile
+    return total
+
+
+def _on_this_machine(place: str) -> str | None:
+    """The folder that a place without a host is."""
+    parts = urlsplit(place)
+    return parts.path if parts.scheme in ("", "file") and not parts.netloc and parts.path.startswith("/") else None
+
+
+def _judge(found: dict[str, Any], source: Source) -> None:
+    """Whoever may write to a tracking server says where its files are: it may not lead this server elsewhere."""
+    place, own = urlsplit(str(found.get("place", ""))), str(found.get("host", ""))
+    host = place.netloc.rpartition("@")[2].lower()  # none: the service of the client itself
+    if place.scheme in STORES or (place.scheme == "mlflow-artifacts" and host in ("", own)):
+        return
+    if place.scheme == "https" and (host == own or host in source.hosts):
+        return
+    where = shown(f"{place.scheme}://{host}", 100)
+    raise BadRequest(
+        f"{source.shown} lies at {where}, where this server does not read: it takes files of the tracking server "
+        "itself, s3:// and hosts of source_hosts; push the files instead",
+        param="source",
+    )

@@ -1,0 +1,187 @@
+"""A push from a registry of images: the adapter that its digests name, from hosts that may be named, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from serve.adapters.sources import transfer
+from serve.adapters.sources.address import parse
+from serve.config import keys_hashed
+from serve.errors import BadRequest
+from tests.support.oci_registry import ELSEWHERE, HOST, INDEX, TOKENS, OciRegistry, digest_of, running, tarred
+
+SOURCE = f"oci://{HOST}/team/tone:v1"
+UNPACK = {"io.deis.oras.content.unpack": "true"}
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[OciRegistry]:
+    with running(OciRegistry()) as registry:
+        monkeypatch.setattr(transfer, "http_client", registry.client)
+        yield registry
+
+
+@pytest.fixture
+def hosted(config):
+    return replace(config, source_hosts=(HOST, TOKENS))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def pushed(registry: OciRegistry, folder: Path, tag: str = "v1", prefix: str = "") -> str:
+    """As `oras push` does with files."""
+    layers = [registry.layer(data, f"{prefix}{name}") for name, data in content(folder).items()]
+    return registry.push("team/tone", tag, *layers)
+
+
+async def push(client, source=SOURCE, **more):
+    return await client.post("/v1/adapters", json={"name": "tone", "source": source, **more})
+
+
+async def test_files_of_an_artifact_become_a_version_that_knows_the_manifest_s_digest(
+    connect, hosted, registry, make_adapter
+):
+    (make_adapter() / "README.md").write_text("---\nauthor: team tone\n---\n")
+    digest = pushed(registry, make_adapter())
+    pushed(registry, make_adapter(1), "latest", "adapter/")
+    async with connect(hosted) as client:
+        done = await push(client)
+        assert (done.status_code, done.json()["live"]) == (201, True), done.text
+        assert done.json()["provenance"] == {
+            "trained_by": "team tone", "source": SOURCE, "source_version": digest
+        }  # fmt: skip
+        history = (await client.get("/v1/adapters/tone")).json()["history"]
+        assert history[0]["why"] == f"from {SOURCE} ({digest})"
+        assert (await push(client, f"oci://{HOST}/team/tone@{digest}")).json()["version"] == 1
+        assert (await push(client, f"oci://{HOST}/team/tone")).json()["version"] == 2
+    assert {host for host, _ in registry.asked} == {HOST, TOKENS}
+    assert {host for host, _ in registry.authorized} == {HOST}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+async def test_a_folder_comes_as_one_archive(connect, hosted, registry, make_adapter, mode):
+    files = {f"adapter/{name}": data for name, data in content(make_adapter()).items()}
+    kind = "application/vnd.oci.image.layer.v1.tar"
+    registry.push("team/tone", "v1", registry.layer(tarred(files, mode), "adapter", kind, **UNPACK))
+    async with connect(hosted) as client:
+        assert (await push(client)).status_code == 201
+
+
+async def test_an_index_of_one_manifest_is_followed_and_one_of_several_is_not(connect, hosted, registry, make_adapter):
+    digest = pushed(registry, make_adapter(), "inner")
+    registry.put("team/tone", "v1", INDEX, {"manifests": [{"digest": digest, "size": 1}]})
+    registry.put("team/tone", "two", INDEX, {"manifests": [{"digest": digest, "size": 1}] * 2})
+    async with connect(hosted) as client:
+        assert (await push(client)).status_code == 201
+        several = await push(client, f"oci://{HOST}/team/tone:two")
+    assert several.status_code == 422 and "by its digest" in several.text
+
+
+async def test_a_layer_that_is_not_what_its_digest_says_is_refused_and_leaves_nothing(
+    connect, hosted, registry, make_adapter
+):
+    pushed(registry, make_adapter())
+    weights = (make_adapter() / "adapter_model.safetensors").read_bytes()
+    async with connect(hosted) as client:
+        for wrong in (bytes([weights[0] ^ 1]) + weights[1:], weights[:-1], weights + b"\0"):
+            registry.blobs[digest_of(weights)] = wrong
+            refused = await push(client)
+            assert refused.status_code in (400, 422), refused.text
+        assert (await client.get("/v1/adapters/tone")).status_code == 404
+        digest = digest_of(b"else")
+        registry.manifests["team/tone", digest] = registry.manifests["team/tone", "v1"]
+        assert "damaged" in (await push(client, f"oci://{HOST}/team/tone@{digest}")).text
+    assert not list((hosted.data_dir / "quarantine").iterdir())
+
+
+async def test_a_layer_elsewhere_is_read_without_the_token_and_only_where_its_host_may_be_named(
+    connect, hosted, registry, make_adapter
+):
+    pushed(registry, make_adapter())
+    async with connect(hosted) as client:
+        for place in (f"https://{ELSEWHERE}", "https://169.254.169.254", f"http://{HOST}", "file:///etc", "//x/y"):
+            registry.moved = place
+            refused = await push(client)
+            assert refused.status_code == 400 and "source_hosts" in refused.text, refused.text
+    assert {host for host, _ in registry.asked} == {HOST, TOKENS}
+    registry.moved = f"https://{ELSEWHERE}"
+    async with connect(replace(hosted, source_hosts=(HOST, TOKENS, ELSEWHERE))) as client:
+        assert (await push(client)).status_code == 201
+    assert ELSEWHERE not in {host for host, _ in registry.authorized}
+
+
+async def test_a_service_for_tokens_on_another_host_is_not_asked(connect, hosted, registry, make_adapter):
+    pushed(registry, make_adapter())
+    async with connect(hosted) as client:
+        for realm in ("https://10.0.0.1/token", f"http://{TOKENS}/token", "https://auth.example.org.evil/token"):
+            registry.realm = realm
+            assert (await push(client)).status_code == 400
+        registry.challenge = "Basic"
+        login = await push(client)
+    assert login.status_code == 403 and "wants a login" in login.text
+    assert {host for host, _ in registry.asked} == {HOST}
+
+
+async def test_the_size_limit_holds_before_and_while_layers_come(connect, hosted, registry, make_adapter):
+    pushed(registry, make_adapter())
+    async with connect(replace(hosted, max_upload_bytes=500)) as client:
+        assert (await push(client)).status_code == 413
+    assert not [
+        path for _, path in registry.asked if digest_of(content(make_adapter())["adapter_model.safetensors"]) in path
+    ]
+    bomb = tarred({**content(make_adapter()), "adapter_model.safetensors": bytes(1 << 20)})
+    registry.push("team/tone", "v1", registry.layer(bomb, "adapter", "application/vnd.oci.image.layer.v1.tar+gzip"))
+    async with connect(replace(hosted, max_upload_bytes=100_000)) as client:
+        assert (await push(client)).status_code == 413
+    assert not list((hosted.data_dir / "quarantine").iterdir())
+
+
+async def test_what_is_no_adapter_is_a_sentence(connect, hosted, registry):
+    some = registry.layer(b"some bytes", "notes.txt")
+    tar = registry.layer(tarred({"x": b""}), "a", "application/vnd.oci.image.layer.v1.tar+gzip")
+    for layers in ([], [some], [tar], [tar, tar], [registry.layer(b"x", "adapter_model.bin")]):
+        registry.push("team/tone", "v1", *layers)
+        async with connect(hosted) as client:
+            refused = await push(client)
+            assert refused.status_code == 422, refused.text
+    for document in (
+        {},
+        {"layers": 3},
+        {"layers": [3]},
+        {"layers": [{"digest": "md5:1", "size": 1}]},
+        {"manifests": 1},
+    ):
+        registry.put("team/tone", "v1", "x", document)
+        async with connect(hosted) as client:
+            assert (await push(client)).status_code == 422, document
+            assert (await push(client, f"oci://{HOST}/team/none")).status_code == 422
+
+
+async def test_a_host_that_may_not_be_named_is_not_asked_nor_by_another_tenant(connect, hosted, registry):
+    async with connect(replace(hosted, admin_keys=keys_hashed(["run"]))) as client:
+        client.headers["authorization"] = "Bearer run"
+        assert (await push(client, "oci://other.example.org/team/tone:v1")).status_code == 400
+        body = {"tenant": "acme", "name": "key", "scopes": ["adapters:write"]}
+        secret = (await client.post("/v1/keys", json=body)).json()["secret"]
+        client.headers["authorization"] = f"Bearer {secret}"
+        assert (await push(client)).status_code == 400
+    assert registry.asked == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "oci://h", "oci://h/", "oci://h/Team/x", "oci://h/a:b:c", "oci://h/a@sha256:12", "oci://h/../a", "oci://u@h/a",
+        "oci://h/a?x=1", "oci://h//a", "mlflow://models/x", "mlflow://runs/1/x", "mlflow://models/x/1/../y",
+        "mlflow://elsewhere/x/1", "wandb-artifact://a/b", "wandb-artifact://a/b/c", "wandb-artifact://a/../c:v1",
+    ],
+)  # fmt: skip
+def test_any_other_address_is_refused(source):
+    with pytest.raises(BadRequest):
+        parse(source, [Path("/")], ["h"])

@@ -1,0 +1,144 @@
+"""A registry of container images in small, as the OCI distribution specification has it, with a service for tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import secrets
+import tarfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import httpx
+
+HOST, TOKENS, ELSEWHERE = "registry.example.org", "auth.example.org", "cdn.example.org"
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+INDEX = "application/vnd.oci.image.index.v1+json"
+TITLE = "org.opencontainers.image.title"
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+@dataclass
+class OciRegistry:
+    """`asked` are the paths by host; `authorized` those that came with a token; `moved`: layers lie elsewhere."""
+
+    manifests: dict[tuple[str, str], tuple[str, bytes]] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    tokens: set[str] = field(default_factory=set)
+    realm: str = f"https://{TOKENS}/token"
+    challenge: str = "Bearer"
+    moved: str | None = None
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    authorized: list[tuple[str, str]] = field(default_factory=list)
+    port: int = 0
+
+    def layer(
+        self, data: bytes, title: str = "", kind: str = "application/octet-stream", **notes: str
+    ) -> dict[str, Any]:
+        """A blob, and what a manifest says of it."""
+        self.blobs[digest_of(data)] = data
+        annotations = {**({TITLE: title} if title else {}), **notes}
+        return {"mediaType": kind, "digest": digest_of(data), "size": len(data), "annotations": annotations}
+
+    def push(self, repository: str, tag: str, *layers: Mapping[str, Any]) -> str:
+        """An artifact, as ORAS pushes one; the digest of its manifest."""
+        config = self.layer(b"{}", kind="application/vnd.oci.empty.v1+json")
+        return self.put(repository, tag, MANIFEST, {"schemaVersion": 2, "config": config, "layers": [*layers]})
+
+    def put(self, repository: str, tag: str, kind: str, document: Any) -> str:
+        data = json.dumps({"mediaType": kind, **document}).encode()
+        for reference in (tag, digest_of(data)):
+            self.manifests[repository, reference] = (kind, data)
+        return digest_of(data)
+
+    def client(self) -> httpx.Client:
+        """One that finds every host here."""
+        return httpx.Client(transport=_Here(self), follow_redirects=False, timeout=5)
+
+
+class _Here(httpx.HTTPTransport):
+    def __init__(self, registry: OciRegistry) -> None:
+        super().__init__()
+        self._registry = registry
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        assert request.url.scheme == "https"
+        request.url = request.url.copy_with(scheme="http", host="127.0.0.1", port=self._registry.port)
+        return super().handle_request(request)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
+        host, parts = self.headers["Host"], urlsplit(self.path)
+        path = unquote(parts.path)
+        registry.asked.append((host, path))
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token:
+            registry.authorized.append((host, path))
+        if path == "/token":
+            assert parse_qs(parts.query)["scope"][0].endswith(":pull")
+            registry.tokens.add(given := secrets.token_hex(8))
+            self.reply(200, json.dumps({"token": given}).encode())
+        elif host == ELSEWHERE:
+            self.reply(200, registry.blobs[path.removeprefix("/")])
+        elif token not in registry.tokens:
+            challenge = f'{registry.challenge} realm="{registry.realm}",service="{HOST}",scope="repository:x:pull"'
+            self.reply(401, b"{}", {"WWW-Authenticate": challenge})
+        elif (found := re.fullmatch(r"/v2/(.+)/manifests/([^/]+)", path)) and found.groups() in registry.manifests:
+            kind, data = registry.manifests[found[1], found[2]]
+            self.reply(200, data, {"Content-Type": kind, "Docker-Content-Digest": digest_of(data)})
+        elif (found := re.fullmatch(r"/v2/(.+)/blobs/([^/]+)", path)) and found[2] in registry.blobs:
+            if registry.moved:
+                self.reply(307, b"", {"Location": f"{registry.moved}/{found[2]}"})
+            else:
+                self.reply(200, registry.blobs[found[2]])
+        else:
+            self.reply(404, b'{"errors": [{"code": "MANIFEST_UNKNOWN"}]}')
+
+    def reply(self, status: int, body: bytes, headers: Mapping[str, str] = {}) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def tarred(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as tar:  # type: ignore[call-overload]
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+@contextmanager
+def running(registry: OciRegistry) -> Iterator[OciRegistry]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.registry = registry  # type: ignore[attr-defined]
+    server.daemon_threads = True
+    registry.port = server.server_port
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield registry
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
