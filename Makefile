@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image hashes served-quality cpu-speed
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -121,6 +121,11 @@ wheel: setup-dev ## the built wheel alone in an empty folder: install, serve, ch
 
 image: setup-dev ## the CPU image built by buildah and started: health check, chat, push, restart on the same volume; 20 minutes
 	@$(BIN)/python -m tests.campaigns.image $(ARGS)
+
+sources: setup-dev ## pushes from MLflow's own tracking server, in an environment of their own; 3 minutes
+	@folder=$$(mktemp -d) && trap 'rm -rf $$folder' EXIT && \
+	  $(BIN)/python -m venv $$folder/clients && $$folder/clients/bin/pip install -q mlflow==3.17.2 && \
+	  LORADOCK_TEST_MLFLOW=$$folder/clients/bin/python $(BIN)/python -m pytest -q tests/serve/adapters/sources
 
 hashes: setup-dev ## serve/cli/requirements/*.txt again, after a change of pyproject.toml or constraints*.txt; some minutes
 	@$(BIN)/python -m pip install --quiet uv

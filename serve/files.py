@@ -5,9 +5,14 @@ After a kill or a power failure a reader finds the old content or the new one. I
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
+
+_CHUNK = 1 << 20
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -29,6 +34,22 @@ def rename(source: Path, target: Path) -> None:
     fsync(target.parent)
     if source.parent != target.parent:
         fsync(source.parent)
+
+
+def digest(files: Iterable[tuple[str, BinaryIO]], rest: Callable[[], object] = lambda: None) -> str:
+    """sha256 over each file, in the order given: the length of its name, its name, its length, its bytes.
+
+    `rest()` is called between two pieces.
+    """
+    total = hashlib.sha256()
+    for name, file in files:
+        encoded = name.encode()
+        total.update(len(encoded).to_bytes(8, "little") + encoded)
+        total.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+        while chunk := file.read(_CHUNK):
+            total.update(chunk)
+            rest()
+    return total.hexdigest()
 
 
 def fsync(path: Path) -> None:

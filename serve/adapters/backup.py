@@ -1,9 +1,10 @@
 """A data directory as one file, and back: the registry as it was at one moment, and the bytes that it names.
 
-    backup.tar    backup.json, registry.sqlite, audit.jsonl, blobs/DIGEST/...
+    backup.tar    backup.json, registry.sqlite, audit.jsonl, blobs/DIGEST/..., files/ID
 
-A server may run while it is made: the registry is copied in one transaction, and blobs never change. What is restored
-is held against its digests before it gets its place.
+A server may run while it is made: the registry is copied in one transaction, and neither blobs nor files of batches
+ever change. What is restored is held against its digests, and files against their sizes, before it gets its place. A
+batch that was under way goes on where the registry was copied.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from serve.adapters.store import Store
 from serve.errors import ConfigError, LoradockError
 from serve.files import fsync, fsync_tree, rename
 
-FORMAT = 1
+# Since 2 with files of batches.
+FORMAT, FORMATS = 2, (1, 2)
 REGISTRY, AUDIT, ABOUT = "registry.sqlite", "audit.jsonl", "backup.json"
-_MEMBER = re.compile(rf"{ABOUT}|{REGISTRY}|{AUDIT}|blobs/[0-9a-f]{{64}}/({'|'.join(map(re.escape, FILES))})")
+_BLOB_FILE = "|".join(map(re.escape, FILES))
+_MEMBER = re.compile(rf"{ABOUT}|{REGISTRY}|{AUDIT}|blobs/[0-9a-f]{{64}}/({_BLOB_FILE})|files/[A-Za-z0-9-]{{1,64}}")
 # A version that is deleted while its bytes are read: then the whole is begun again.
 ATTEMPTS = 5
 
@@ -67,6 +70,10 @@ def restore(file: Path, data_dir: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{file} is damaged: the bytes of {bad[0][:12]} are not what its name says ({len(bad)} such)"
             )
+        for id, nbytes in _files(staged / REGISTRY):
+            there = staged / "files" / id
+            if there.is_file() and there.stat().st_size != nbytes:
+                raise ConfigError(f"{file} is damaged: {id} has {there.stat().st_size} bytes and not {nbytes}")
         fsync_tree(staged)
         shutil.rmtree(data_dir, ignore_errors=True)
         rename(staged, data_dir)
@@ -84,7 +91,9 @@ def _write(data_dir: Path, source: Path, out: Path) -> dict[str, Any]:
             live.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
         digests = _digests(registry)
-        about = {"format": FORMAT, "made": int(time.time()), "adapters": len(digests)}
+        # What another server of this registry got is not here, unless both have the same `blobs`.
+        files = [id for id, _ in _files(registry) if (data_dir / "files" / id).is_file()]
+        about = {"format": FORMAT, "made": int(time.time()), "adapters": len(digests), "files": len(files)}
         made = Path(folder) / "backup.tar"
         with tarfile.open(made, "w") as tar:
             _add_bytes(tar, ABOUT, json.dumps(about).encode())
@@ -94,6 +103,8 @@ def _write(data_dir: Path, source: Path, out: Path) -> dict[str, Any]:
             for digest in sorted(digests):
                 for name in FILES:
                     tar.add(data_dir / "blobs" / digest / name, f"blobs/{digest}/{name}")
+            for id in files:
+                tar.add(data_dir / "files" / id, f"files/{id}")
         os.chmod(made, 0o600)
         fsync(made)
         rename(made, out)
@@ -119,7 +130,7 @@ def _extract(file: Path, staged: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is no archive that `loradock backup` wrote, or not all of one ({reason})") from error
     except OSError as error:
         raise ConfigError(f"{file} cannot be read as a backup: {error}") from error
-    if about.get("format") != FORMAT:
+    if about.get("format") not in FORMATS:
         raise ConfigError(f"{file} has format {about.get('format')} and this loradock knows {FORMAT}: use a newer one")
     return about
 
@@ -128,6 +139,17 @@ def _digests(registry: Path) -> set[str]:
     try:
         with closing(sqlite3.connect(registry)) as database:
             return {row[0] for row in database.execute("SELECT DISTINCT digest FROM versions")}
+    except sqlite3.Error as error:
+        raise ConfigError(f"{registry.name} is no registry of loradock: {error}") from error
+
+
+def _files(registry: Path) -> list[tuple[str, int]]:
+    """The files of batches, with their sizes; a registry from before there were any has none."""
+    try:
+        with closing(sqlite3.connect(registry)) as database:
+            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'files'").fetchone():
+                return []
+            return list(database.execute("SELECT id, nbytes FROM files ORDER BY id"))
     except sqlite3.Error as error:
         raise ConfigError(f"{registry.name} is no registry of loradock: {error}") from error
 

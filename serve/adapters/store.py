@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -24,7 +23,7 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from serve.adapters.file_thread import rest
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected, EngineUnavailable, NotFound, OutOfSpace
+from serve.files import digest as digest_of
 from serve.files import fsync, rename
 
 log = logging.getLogger(__name__)
@@ -309,17 +309,9 @@ def _stage(folder: Path, staged: Path, *, give: bool) -> str:
 
 
 def _digest(folder: Path) -> str:
-    """sha256 over each file in name order: the length of its name, its name, its length, its bytes."""
-    total = hashlib.sha256()
-    for name in sorted(FILES):
-        with open_plain(folder / name) as file:
-            encoded = name.encode()
-            total.update(len(encoded).to_bytes(8, "little") + encoded)
-            total.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
-            while chunk := file.read(_CHUNK):
-                total.update(chunk)
-                rest()
-    return total.hexdigest()
+    """Of its files in name order (serve.files)."""
+    with ExitStack() as opened:
+        return digest_of([(name, opened.enter_context(open_plain(folder / name))) for name in sorted(FILES)], rest)
 
 
 def _create(path: Path) -> BinaryIO:

@@ -74,7 +74,7 @@ class Audited:
     """Logs each request that is not a read and that a route took; the rest passes by.
 
     The route says more through `request.state`: `caller` is who asks, `subject` is what about, `reason` is why if they
-    said so; `unaudited` says that it changed nothing.
+    said so; `audited` is False of one that changed nothing, True of a read that gave weights away.
     """
 
     def __init__(self, app: ASGIApp, audit: Audit) -> None:
@@ -82,17 +82,19 @@ class Audited:
         self._audit = audit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in _READS:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         scope, request_id = identified(scope)
+        changes = scope["method"] not in _READS
         status = 499
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if changes:
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         state = scope.setdefault("state", {})
@@ -102,7 +104,8 @@ class Audited:
             status = 500
             raise
         finally:
-            if (endpoint := scope.get("endpoint")) and not state.get("unaudited"):
+            audited = state.get("audited", changes)
+            if (endpoint := scope.get("endpoint")) and audited:
                 caller = state.get("caller")
                 line = {
                     "status": status,

@@ -35,7 +35,8 @@ def listed(answer: dict[str, Any]) -> str:
 
 def shown(answer: dict[str, Any], analysis: dict[str, Any] | None = None) -> str:
     """One adapter as a page: what it is, its versions, how its canary does, what happened to it."""
-    parts = [[str(answer.get("name")), *_facts(answer)], ["Versions", *_indented(_versions(answer))]]
+    parts = [[str(answer.get("name")), *_facts(answer), *_provenance(answer)]]
+    parts.append(["Versions", *_indented(_versions(answer))])
     if answer.get("canary") or answer.get("shadow"):
         lines = [
             shared(answer, kind, does)
@@ -115,6 +116,20 @@ def _facts(answer: dict[str, Any]) -> list[str]:
     if visibility := answer.get("visibility"):
         rows.append(("visibility", f"{visibility}, tenant {tenant}" if tenant else str(visibility)))
     return _indented(table(rows))
+
+
+def _provenance(answer: dict[str, Any]) -> list[str]:
+    """Where the live version comes from, or the newest."""
+    stated = _about(answer).get("provenance") or {}
+    rows = [
+        (field.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+        for field, value in stated.items()
+    ]
+    return (
+        ["", f"Provenance of {numbered(_about(answer).get('version'))}, as it says", *_indented(table(rows))]
+        if rows
+        else []
+    )
 
 
 def _versions(answer: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +29,9 @@ adapters_app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's public name.")]
+Target = Annotated[
+    str, typer.Argument(metavar="NAME[@VERSION]", help="The live version, or that one: v3, an alias, or a digest.")
+]
 Version = Annotated[str, typer.Argument(metavar="VERSION", help="3 or v3.")]
 Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="A reason, for the adapter's history.")]
 Expect = Annotated[str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")]
@@ -48,7 +52,7 @@ def push(
         str,
         typer.Argument(
             metavar="PATH",
-            help="A PEFT folder, a .zip or .tar.gz of one, or an hf://, s3:// or file:// that the server fetches.",
+            help="A PEFT folder, a .zip or .tar.gz of one, or an address that the server fetches: hf://, s3://, ...",
         ),
     ],
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it the live version.")] = True,
@@ -79,6 +83,57 @@ def push(
         else:
             answer = client.push(name, path, **options, progress=progress)
     say(answer, as_json, adapter_pages.pushed)
+
+
+@adapters_app.command(
+    epilog=example("loradock adapters pull support ./support-lora", "loradock adapters pull support@v2 ./support-v2")
+)
+def pull(
+    target: Target,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Write a version's files to a new folder, with where it comes from; another server takes them by `push`."""
+    from serve.client.adapter_folder import pull as write
+
+    with connected("adapters", url, key) as client:
+        answer = write(client, target, folder)
+    say(answer, as_json, lambda _: f"{folder}: {answer['name']} v{answer['version']}, {answer['digest'][:12]}")
+
+
+@adapters_app.command(
+    epilog=example(
+        "HF_TOKEN=... loradock adapters publish support@v2 hf://our-team/support-lora",
+        "HF_TOKEN=... loradock adapters publish ./support-lora hf://our-team/support-lora@next --private",
+    )
+)
+def publish(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="NAME[@VERSION] of the server, or a PEFT folder here.")
+    ],
+    to: Annotated[str, typer.Argument(metavar="HF", help="hf://org/repo[@branch][/folder]")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    message: Annotated[str, typer.Option("--message", metavar="TEXT", help="Of the commit.")] = "",
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Commit an adapter to a repository of a hub, from here, with the token in HF_TOKEN."""
+    from serve.client.adapter_folder import pulled
+    from serve.client.hub_repository import check_destination
+    from serve.client.hub_repository import publish as commit
+
+    with connected("adapters", url, key) as client:
+        check_destination(to)
+        if Path(target).is_dir():
+            answer = commit(Path(target), to, private=private, message=message)
+        else:
+            with pulled(client, target) as (folder, version):
+                said = message or f"{version['name']} v{version['version']}"
+                answer = commit(folder, to, private=private, message=said)
+    say(answer, as_json, lambda _: f"{to}: commit {answer['commit'][:12]} of {', '.join(answer['files'])}")
 
 
 @adapters_app.command("list", epilog=example("loradock adapters list --json | jq -r '.data[].name'"))

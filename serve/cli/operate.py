@@ -91,12 +91,12 @@ def backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The tar file to write.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Write registry and adapters of a data directory into one file; the server may run meanwhile."""
+    """Write registry, adapters and files of batches into one file; the server may run meanwhile."""
     from serve.adapters.backup import backup as write
 
     config = _config(data_dir)
     written = write(config.data_dir, file.absolute(), config.registry)
-    typer.echo(f"{file}: {written['adapters']} adapters, {_mib(written['bytes'])}")
+    typer.echo(f"{file}: {written['adapters']} adapters, {written['files']} files of batches, {_mib(written['bytes'])}")
 
 
 def restore(
@@ -108,7 +108,7 @@ def restore(
 
     config = _config(data_dir)
     restored = read(file, config.data_dir)
-    typer.echo(f"{config.data_dir}: {restored['adapters']} adapters")
+    typer.echo(f"{config.data_dir}: {restored['adapters']} adapters, {restored.get('files', 0)} files of batches")
 
 
 def batch(

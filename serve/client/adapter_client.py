@@ -22,7 +22,7 @@ __all__ = ["AdapterClient", "Refused", "Retry", "Unreachable", "adapter_files"]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARDS = "adapter_model-*-of-*.safetensors"
-CARD = "README.md"
+CARD, MANIFEST = "README.md", "manifest.json"
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 
 
@@ -103,6 +103,10 @@ class AdapterClient(ApiClient):
     def show(self, name: str) -> dict[str, Any]:
         """The versions of one adapter, which is live, and its history."""
         return self._call("GET", _path(name))
+
+    def download(self, name: str, version: int, file: str, target: Path) -> None:
+        """One of a version's files, into `target`."""
+        self._download(f"{_path(name)}/versions/{version}/files/{_segment(file)}", target)
 
     def promote(
         self, name: str, version: int, expected_version: int | None = None, *, at_once: bool = False, why: str = ""
@@ -246,7 +250,7 @@ class AdapterClient(ApiClient):
 
 
 def adapter_files(path: str | Path) -> list[Path]:
-    """What to send for `path`: the two files of a PEFT folder and its card, or the archive itself."""
+    """What to send for `path`: the two files of a PEFT folder and its notes, or the archive itself."""
     path = Path(path)
     if path.is_file():
         if path.name.endswith(ARCHIVES):
@@ -262,7 +266,7 @@ def adapter_files(path: str | Path) -> list[Path]:
         raise ConfigError(f"{path} holds a pickle (adapter_model.bin); save it again with safe_serialization=True")
     if missing:
         raise ConfigError(f"{path} is not a PEFT adapter: {' and '.join(missing)} not found in it")
-    return [file for file in (path / PEFT_FILES[0], *weights, path / CARD) if file.is_file()]
+    return [file for file in (path / PEFT_FILES[0], *weights, path / CARD, path / MANIFEST) if file.is_file()]
 
 
 def _because(why: str) -> dict[str, str]:

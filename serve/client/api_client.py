@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
@@ -36,6 +37,9 @@ _BY_STATUS: dict[int, type[LoradockError]] = {
         errors.OutOfSpace,
     )
 }
+
+
+Answer = TypeVar("Answer")
 
 
 class Unreachable(LoradockError):
@@ -98,11 +102,27 @@ class ApiClient:
         return self._ask(lambda: self._http.request(method, path, **parts), repeatable=method == "GET")
 
     def _ask(self, send: Callable[[], httpx.Response], repeatable: bool) -> dict[str, Any]:
+        return self._tried(lambda: self._read(send()), repeatable)
+
+    def _download(self, path: str, file: Path) -> None:
+        """Write what the server sends to `file`, whole."""
+
+        def written() -> None:
+            with self._http.stream("GET", path) as response, file.open("wb") as sink:
+                if response.status_code != 200:
+                    response.read()
+                    self._read(response)
+                for chunk in response.iter_bytes():
+                    sink.write(chunk)
+
+        self._tried(written, repeatable=True)
+
+    def _tried(self, call: Callable[[], Answer], repeatable: bool) -> Answer:
         for attempt in range(self._retry.attempts):
             last = attempt == self._retry.attempts - 1
             try:
                 with self._translated(repeatable):
-                    return self._read(send())
+                    return call()
             except _TryAgain as again:
                 if last:
                     raise again.error from again.__cause__

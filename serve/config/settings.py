@@ -97,7 +97,9 @@ class Config:
     max_labelled_versions: int = _setting(100, "adapter versions that have metrics of their own; the rest are `other`")
     max_shadows: int = _setting(2, "shadow answers at a time; further ones are dropped and counted")
     source_roots: Texts = _setting((), "folders that a push by tenant default may name as file:///... or load by path")
-    source_hosts: Texts = _setting((), "hosts that a push by tenant default may name as https://HOST[:PORT]/...")
+    source_hosts: Texts = _setting(
+        (), "hosts that a push by tenant default may name as https://HOST[:PORT]/... or oci://HOST/..."
+    )
     resolver_folder: str = _setting(
         "",
         "folder of adapters by name: a request of tenant default for an unknown one takes it from there, as vLLM does",

@@ -21,6 +21,7 @@ from tests.support import loop_guard, tiny
 from tests.support import postgres as postgresql
 from tests.support.app import Started, issued
 from tests.support.backend import FakeBackend
+from tests.support.hub import Hub, running
 
 loop_guard.install()
 
@@ -127,6 +128,22 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     client.create_bucket(Bucket="models")
     yield client
     server.stop()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub, which this process's own client asks."""
+    from huggingface_hub import _commit_api, constants
+
+    with running(Hub()) as hub:
+        # Both are made of HF_ENDPOINT when the client is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setenv("HF_TOKEN", "the-servers-own")
+        # Large files go by LFS: xet is another service than the hub.
+        monkeypatch.setattr(_commit_api, "is_xet_available", lambda: False)
+        yield hub
 
 
 @pytest.fixture

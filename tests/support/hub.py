@@ -1,7 +1,8 @@
-"""A hub in small: the few routes of huggingface.co through which its own client reads a repository."""
+"""A hub in small: the few routes of huggingface.co through which its own client reads a repository, and commits."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -25,10 +26,14 @@ class Repository:
     names: dict[str, str] = field(default_factory=dict)
     token: str | None = None
     gated: bool = False
+    private: bool = False
+    messages: list[str] = field(default_factory=list)
 
     def commit(self, folder: Path, *names: str, under: str = "") -> str:
         """What is in `folder`, as a commit that these names (else `main`) now stand for."""
-        files = {f"{under}{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
+        return self.add({f"{under}{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}, *names)
+
+    def add(self, files: Files, *names: str) -> str:
         sha = hashlib.sha1(repr(files).encode()).hexdigest()
         self.commits[sha] = files
         self.names |= dict.fromkeys(names or ("main",), sha)
@@ -45,6 +50,9 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
     url: str = ""
+    # Who may write, and what was sent before its commit.
+    writer: str = "may-write"
+    uploads: dict[str, bytes] = field(default_factory=dict)
 
     def repository(self, name: str) -> Repository:
         return self.repositories.setdefault(name, Repository())
@@ -77,6 +85,83 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(refusal.status, body, {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code})
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        self.hub.asked.append(path)
+        body = self.body()
+        try:
+            if self.headers.get("Authorization") != f"Bearer {self.hub.writer}" and not path.startswith("/upload/"):
+                raise Refusal(401, "Unauthorized")
+            for pattern, answer in WRITES:
+                if route := re.fullmatch(pattern, path):
+                    answer(self, body, *route.groups())
+                    return
+            raise Refusal(404, "NotFound")
+        except Refusal as refusal:
+            body = json.dumps({"error": refusal.code}).encode()
+            self.reply(refusal.status, body, {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code})
+
+    do_PUT = do_POST
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    def create(self, body: bytes) -> None:
+        asked = json.loads(body)
+        name = f"{asked['organization']}/{asked['name']}"
+        url = json.dumps({"url": f"{self.hub.url}/{name}"}).encode()
+        if name in self.hub.repositories:
+            self.reply(409, url, {"Content-Type": "application/json"})
+            return
+        repository = self.hub.repository(name)
+        repository.private = asked.get("visibility") == "private"
+        repository.add({".gitattributes": b""}, "main")
+        self.reply(200, url, {"Content-Type": "application/json"})
+
+    def branch(self, body: bytes, name: str, branch: str) -> None:
+        repository = self.hub.repositories[name]
+        if branch in repository.names:
+            raise Refusal(409, "Conflict")
+        repository.names[branch] = repository.names["main"]
+        self.json({})
+
+    def valid(self, body: bytes) -> None:
+        self.json({"errors": [], "warnings": []})
+
+    def preupload(self, body: bytes, name: str, revision: str) -> None:
+        files = [file["path"] for file in json.loads(body)["files"]]
+        modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in files}
+        self.json({"files": [{"path": path, "uploadMode": modes[path], "shouldIgnore": False} for path in files]})
+
+    def batch(self, body: bytes, name: str) -> None:
+        objects = json.loads(body)["objects"]
+        href = {each["oid"]: {"upload": {"href": f"{self.hub.url}/upload/{each['oid']}"}} for each in objects}
+        self.json({"transfer": "basic", "objects": [{**each, "actions": href[each["oid"]]} for each in objects]})
+
+    def upload(self, body: bytes, oid: str) -> None:
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.hub.uploads[oid] = body
+        self.json({})
+
+    def commit(self, body: bytes, name: str, revision: str) -> None:
+        lines = [json.loads(line) for line in body.splitlines()]
+        new: Files = {}
+        for line in lines[1:]:
+            value = line["value"]
+            large = line["key"] == "lfsFile"
+            new[value["path"]] = self.hub.uploads[value["oid"]] if large else base64.b64decode(value["content"])
+        repository = self.hub.repositories[name]
+        repository.messages.append(lines[0]["value"]["summary"])
+        sha = repository.add({**repository.commits[repository.names[revision]], **new}, revision)
+        self.json({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
     @property
     def hub(self) -> Hub:
@@ -151,6 +236,16 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", Handler.tree),
     (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Handler.resolve),
     (r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)", Handler.large),
+]
+
+WRITES: list[tuple[str, Callable[..., None]]] = [
+    (r"/api/repos/create", Handler.create),
+    (r"/api/validate-yaml", Handler.valid),
+    (r"/api/models/([^/]+/[^/]+)/branch/(.+)", Handler.branch),
+    (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", Handler.preupload),
+    (r"/api/models/([^/]+/[^/]+)/commit/(.+)", Handler.commit),
+    (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch),
+    (r"/upload/(.+)", Handler.upload),
 ]
 
 

@@ -59,7 +59,7 @@ class _Client:
 
     def __init__(self, source: Source, package: str, files: Transfer) -> None:
         self._source, self._package, self._files = source, package, files
-        program = Path(__file__).with_name(PROGRAMS[source.scheme][0])
+        program = Path(__file__).parent / PROGRAMS[source.scheme][0]
         self._process = subprocess.Popen(
             [PYTHON, "-P", str(program)],
             stdin=subprocess.PIPE,

@@ -174,7 +174,7 @@ async def rate(
     request: Request, caller: Asker, parts: TheParts, body: Annotated[Rating, JsonBody(Rating)]
 ) -> dict[str, Any]:
     """A rating of an answer, by its id."""
-    request.state.unaudited = True
+    request.state.audited = False
     answered, rating = parts.feedback.join(caller.tenant, body.request_id, body.rating, body.answer)
     label = "good" if rating >= GOOD else "bad"
     parts.monitor.rated(answered.adapter, answered.version, label)

@@ -1,9 +1,10 @@
-"""One version of an adapter, and what people call it: aliases (`tone@stable`) and tags."""
+"""One version of an adapter: its files, and what people call it, which are aliases (`tone@stable`) and tags."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request
+from fastapi.responses import FileResponse
 
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Expected, Manager, TheParts, described, owned, summary
@@ -20,6 +21,24 @@ async def version(name: str, number: int, caller: Manager, parts: TheParts) -> d
     full = owned(parts, name, caller)
     adapter = parts.registry.get(full, number)
     return {**described(parts, adapter, caller), "recent": parts.recent.described(full, f"v{number}")}
+
+
+@router.get("/v1/adapters/{name:path}/versions/{number}/files/{file}", response_class=FileResponse)
+async def version_file(
+    name: str,
+    number: int,
+    file: Literal["adapter_config.json", "adapter_model.safetensors"],
+    request: Request,
+    caller: Manager,
+    parts: TheParts,
+) -> FileResponse:
+    """One of a version's two files, as it was pushed; who may change an adapter may have it."""
+    request.state.audited = True
+    full = owned(parts, name, caller)
+    adapter = parts.registry.get(full, number)
+    request.state.subject = f"{adapter.tag} {file}"
+    folder = await parts.lifecycle.path(adapter)
+    return FileResponse(folder / file, media_type="application/octet-stream", filename=file)
 
 
 @router.put("/v1/adapters/{name:path}/versions/{number}/tags")

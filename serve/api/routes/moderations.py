@@ -22,7 +22,7 @@ async def moderate(
 
     `model` names the guard; without one, or with a name of OpenAI's, `moderation_model` does. A score is 1 or 0.
     """
-    request.state.unaudited = True
+    request.state.audited = False
     moderator = parts.moderator
     asking = [asyncio.create_task(moderator.judge(caller, text, body.model)) for text in _texts(body)]
     try:

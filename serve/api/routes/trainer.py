@@ -34,7 +34,7 @@ async def pause(request: Request, caller: Manager, mode: str = "keep") -> dict[s
 
     Other modes would abort other clients' answers, and are refused.
     """
-    request.state.unaudited = True
+    request.state.audited = False
     if mode != "keep":
         raise BadRequest(
             f"mode {mode[:40]!r} is not taken: the answers under way are other clients' too; take mode=keep, or load "
@@ -47,5 +47,5 @@ async def pause(request: Request, caller: Manager, mode: str = "keep") -> dict[s
 @router.post("/resume")
 async def resume(request: Request, caller: Manager) -> dict[str, str]:
     """vLLM's, after a pause. There was none."""
-    request.state.unaudited = True
+    request.state.audited = False
     return {"status": "resumed"}
