@@ -7,7 +7,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.snapshot import Entry, adapter_of, entry_of, missing, shares_of
@@ -41,6 +41,7 @@ class Change:
     shares: dict[str, tuple[int, float]]
     aliases: dict[str, int]
     logged: bool = False
+    others: bool = False  # rows of other names have changed too
 
     @classmethod
     def of(cls, connection: Connection, name: str, clock: Callable[[], float], *, create: bool) -> Self:
@@ -50,6 +51,11 @@ class Change:
         row = connection.execute(select(names).where(names.c.name == name).with_for_update()).first()
         if row is None:
             raise missing(name)
+        if row.moved_to:
+            raise Conflict(
+                f"{shown(name)} was renamed to {shown(row.moved_to)}: use that name, or remove the old one first",
+                code="renamed",
+            )
         change = cls(
             connection, clock, row.id, row.name, row.live, json.loads(row.trail), row.next, row.shared, row.pinned,
             row.base, shares_of(row), json.loads(row.aliases or "{}"),
@@ -113,6 +119,33 @@ class Change:
         self.log("unload", by, why, was, None)
         self.end_shares(by)
         return was
+
+    def rename(self, new: str, by: str, why: str) -> None:
+        """The row gets another name, and the old one leads to it."""
+        if self.shares:
+            raise Conflict(f"{shown(self.name)} has a {min(self.shares)}: end it first, since its evidence is by name")
+        taken = self.connection.execute(select(names).where(names.c.name == new).with_for_update()).first()
+        if taken is not None and taken.moved_to != self.name:
+            raise Conflict(
+                f"{shown(new)} is an adapter, or was one whose history is kept: choose another name", param="to"
+            )
+        self.connection.execute(delete(names).where(names.c.name == new))
+        self.connection.execute(update(names).where(names.c.id == self.id).values(name=new))
+        self.connection.execute(update(names).where(names.c.moved_to == self.name).values(moved_to=new))
+        self.connection.execute(insert(names).values(name=self.name, live=None, trail="[]", next=1, moved_to=new))
+        self.log("rename", by, why, None, None, label=f"{self.name} to {new}")
+        self.name, self.others = new, True
+
+    def end_move(self, old: str, by: str) -> None:
+        """A name that led here leads nowhere any more."""
+        self.connection.execute(delete(names).where((names.c.name == old) & (names.c.moved_to == self.name)))
+        self.log("rename_end", by, "", None, None, label=old)
+        self.others = True
+
+    def end_moves(self) -> None:
+        """No name leads here any more."""
+        gone = self.connection.execute(delete(names).where(names.c.moved_to == self.name))
+        self.others = self.others or bool(gone.rowcount)
 
     def check_unused(self, version: int, count: int) -> None:
         """Conflict, if it is live beside others of `count`, or an alias names it: then it goes by force only."""

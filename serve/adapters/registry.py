@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,7 @@ class Registry(SnapshotReader):
             change.trail = without_repeats([number for number in change.trail if number not in doomed])
             if len(doomed) == len(there):
                 change.shared = False  # or the next adapter of this name would be born shared
+                change.end_moves()
             for number in doomed:
                 change.log("delete", by, why, number, None, there[number].digest)
             if change.live in doomed:
@@ -322,6 +324,21 @@ class Registry(SnapshotReader):
                 change.connection.execute(update(versions).where(row).values(tags=json.dumps(texts)))
                 change.log("tag", by, why, None, version, label=json.dumps(texts, ensure_ascii=False))
 
+    def rename(self, name: str, new: str, *, by: str, why: str = "", expected: int | None = None) -> None:
+        """Give the adapter another name, with its versions and its history; the old one leads to it from then on."""
+        check_full_name(new)
+        if name in self.standing:
+            raise EngineUnavailable(f"a rollback of {shown(name)} waits for the registry: rename it after that")
+        with self._change(name, expected=expected) as change:
+            change.rename(new, by, why)
+
+    def end_move(self, name: str, *, by: str) -> None:
+        """A name that was given up leads nowhere any more."""
+        if (target := self.moved_to(name)) is None:
+            raise missing(name)
+        with self._change(target) as change:
+            change.end_move(name, by)
+
     def note(self, name: str, what: str, version: int, *, by: str, why: str = "") -> None:
         """Write something that happened to a version into the history; it changes nothing."""
         with self._change(name) as change:
@@ -411,13 +428,14 @@ class Registry(SnapshotReader):
                 change.save()
                 entry = change.entry()
                 generation = connection.scalar(tables.LATEST) or 0
-            if unread:  # another process has changed other names, which this generation holds too
+            # Another process has changed other names, which this generation holds too; or this change itself has.
+            if unread or change.others:
                 self._publish(self._read())
                 return
             entries = {key: value for key, value in self._snapshot.entries.items() if key != name}
             if entry is not None:
                 entries[name] = entry
-            self._publish(Snapshot(generation, entries))
+            self._publish(replace(self._snapshot, generation=generation, entries=entries))
 
     def _publish(self, snapshot: Snapshot) -> None:
         with self._publishing:

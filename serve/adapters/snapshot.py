@@ -47,6 +47,8 @@ class Entry:
 class Snapshot:
     generation: int
     entries: Mapping[str, Entry]
+    # Names that were given up, and what their adapters are called now.
+    moved: Mapping[str, str] = field(default_factory=dict)
 
 
 class SnapshotReader:
@@ -113,6 +115,14 @@ class SnapshotReader:
         entry = self._snapshot.entries.get(name)
         return entry.aliases if entry else {}
 
+    def moved_to(self, name: str) -> str | None:
+        """What the adapter is called now that had this name until it was renamed."""
+        return self._snapshot.moved.get(name)
+
+    def former_names(self, name: str) -> list[str]:
+        """The names that lead to this one."""
+        return sorted(old for old, new in self._snapshot.moved.items() if new == name)
+
     def get(self, name: str, version: int) -> Adapter:
         """That very version."""
         entry = self._snapshot.entries.get(name)
@@ -122,17 +132,17 @@ class SnapshotReader:
 
     def resolve(self, public: str) -> Adapter:
         """NAME (its live version), NAME@vN, NAME@DIGEST12 or NAME@ALIAS."""
-        entries = self._snapshot.entries
+        entries, moved = self._snapshot.entries, self._snapshot.moved
         adapter: Adapter | None = None
         if pinned := _PINNED.fullmatch(public):
-            entry = entries.get(pinned["name"])
+            entry = entries.get(moved.get(pinned["name"], pinned["name"]))
             if entry and pinned["version"]:
                 adapter = entry.versions.get(int(pinned["version"]))
             elif entry and pinned["digest"]:
                 adapter = entry.digests.get(pinned["digest"])
             elif entry:
                 adapter = entry.aliases.get(pinned["alias"])
-        elif entry := entries.get(public):
+        elif entry := entries.get(moved.get(public, public)):
             adapter = entry.live
         if adapter is None:
             raise missing(public)
@@ -175,7 +185,7 @@ def read_snapshot(connection: Connection) -> Snapshot:
     for row in connection.execute(select(versions)):
         adapters.setdefault(row.name_id, {})[row.version] = adapter_of(rows[row.name_id].name, row)
     entries = {rows[key].name: entry_of(rows[key], there, shares_of(rows[key])) for key, there in adapters.items()}
-    return Snapshot(generation, entries)
+    return Snapshot(generation, entries, {row.name: row.moved_to for row in rows.values() if row.moved_to})
 
 
 def entry_of(row: Any, there: Mapping[int, Adapter], shares: Mapping[str, tuple[int, float]]) -> Entry:

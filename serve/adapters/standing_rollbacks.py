@@ -75,4 +75,4 @@ class StandingRollbacks:
                 entries[rollback.name] = replace(
                     entry, live=target, canary=None, shadow=None, pinned=pinned, trail=entry.trail[:-1]
                 )
-        return Snapshot(snapshot.generation, entries)
+        return replace(snapshot, entries=entries)

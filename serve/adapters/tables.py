@@ -42,7 +42,7 @@ from sqlalchemy.schema import CreateColumn
 from serve.errors import ConfigError, EngineUnavailable, LoradockError, OutOfSpace
 from serve.names import shown
 
-SCHEMA = 5
+SCHEMA = 6
 # A database that does not answer is an error after seconds, not after the kernel's quarter of an hour.
 LIBPQ_PATIENCE = {
     "connect_timeout": "5",
@@ -75,6 +75,7 @@ names = Table(
     Column("pinned", Integer),  # 0: whichever version is live
     Column("base", String(256)),  # the name of the base model that it runs on; null: the server's first
     Column("aliases", Text),  # JSON: a fixed name -> the version that it points at
+    Column("moved_to", String(129)),  # of a name that was given up: the one that its adapter has now
 )
 
 versions = Table(
@@ -298,6 +299,11 @@ def _to_aliases(connection: Connection) -> None:
     _add_columns(connection, history, "label")
 
 
+def _to_renames(connection: Connection) -> None:
+    """A name that was given up leads to the new one."""
+    _add_columns(connection, names, "moved_to")
+
+
 def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
     for column in columns:
         spelled = CreateColumn(table.c[column]).compile(dialect=connection.dialect)
@@ -305,7 +311,13 @@ def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
 
 
 # MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_tenants, 2: _to_traffic, 3: _to_bases, 4: _to_aliases}
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {
+    1: _to_tenants,
+    2: _to_traffic,
+    3: _to_bases,
+    4: _to_aliases,
+    5: _to_renames,
+}
 
 
 def opened(url: str) -> Engine:

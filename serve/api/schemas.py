@@ -175,6 +175,13 @@ class Tags(Struct, frozen=True, forbid_unknown_fields=True):
     why: str = ""
 
 
+class Rename(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a rename: the name that the adapter has from now on, in the same tenant."""
+
+    to: Name
+    why: str = ""
+
+
 class Visibility(Struct, frozen=True, forbid_unknown_fields=True):
     """Who may ask an adapter beside its own tenant: nobody, or everybody."""
 

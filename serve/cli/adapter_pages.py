@@ -111,6 +111,8 @@ def _facts(answer: dict[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = [("live", numbered(live_version(answer)))]
     if aliases := answer.get("aliases"):
         rows.append(("aliases", ", ".join(f"{alias} = {numbered(version)}" for alias, version in aliases.items())))
+    if former := answer.get("former_names"):
+        rows.append(("also asked as", ", ".join(former)))
     if engine := about.get("engine"):
         rows.append(("engine", str(engine)))
     if visibility := answer.get("visibility"):

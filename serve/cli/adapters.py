@@ -298,6 +298,23 @@ def tag(
     say(answer, as_json, lambda body: f"{name} v{_version(version)}: {', '.join(body.get('tags', [])) or 'no tags'}")
 
 
+@adapters_app.command(
+    epilog=example("loradock adapters rename support helpdesk", "loradock adapters rm support  # the old name, later")
+)
+def rename(
+    name: Name,
+    to: Annotated[str, typer.Argument(metavar="NEW", help="The name that it has from now on.")],
+    why: Why = "",
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Give an adapter another name; requests for the old one go on being answered until it is removed."""
+    with connected("adapters", url, key) as client:
+        answer = client.rename(name, to, why=why)
+    say(answer, as_json, lambda body: f"{name} is {body.get('name')} now; the old name leads there until `rm {name}`")
+
+
 @adapters_app.command(epilog=example("loradock adapters share support"))
 def share(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
     """Let other tenants ask an adapter, as TENANT/NAME."""

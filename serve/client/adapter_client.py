@@ -133,6 +133,10 @@ class AdapterClient(ApiClient):
         body = {"version": version, "weight": weight} | _because(why)
         return self._call("POST", f"{_path(name)}/shadow", json=body)
 
+    def rename(self, name: str, to: str, *, why: str = "") -> dict[str, Any]:
+        """Give the adapter another name; the old one leads there until it is removed."""
+        return self._call("POST", f"{_path(name)}/rename", json={"to": to} | _because(why))
+
     def pin(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Keep `version` in the engine; without one, whichever is live."""
         return self._call("POST", f"{_path(name)}/pin", json={} if version is None else {"version": version})

@@ -11,11 +11,12 @@ from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
 from serve.api.routes.incoming import admit, received, stated_bytes, tried
 from serve.api.routes.removal import forget
-from serve.api.schemas import Pin, Promote, Rollback, Visibility, Weight
+from serve.api.schemas import Pin, Promote, Rename, Rollback, Visibility, Weight
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.gateway.router import manages
-from serve.names import spelled
+from serve.names import check_name, full_name, spelled, tenant_of
+from serve.rollout.rename import rename as give_name
 
 router = APIRouter()
 
@@ -160,6 +161,29 @@ async def visibility(
     return summary(parts, full, caller)
 
 
+@router.post("/v1/adapters/{name:path}/rename")
+async def rename(
+    name: str,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    parts: TheParts,
+    body: Annotated[Rename, JsonBody(Rename)],
+) -> dict[str, Any]:
+    """Give an adapter another name. The old one leads to it until it is removed (`DELETE /v1/adapters/OLD`).
+
+    Its versions, history, aliases and golden set go along; latency and drift begin again. 409 while it has a canary or
+    a shadow.
+    """
+    request.state.subject = f"{spelled(name, caller.tenant)} -> {body.to}"
+    full = owned(parts, name, caller)
+    new = full_name(tenant_of(full), check_name(body.to))
+    before = await give_name(parts.lifecycle, full, new, by=caller.name, why=body.why, expected=expected)
+    await asyncio.to_thread(parts.golden.results.refresh)
+    await forget(parts, before)
+    return summary(parts, new, caller)
+
+
 @router.post("/v1/adapters/{name:path}/pin")
 async def pin(
     name: str,
@@ -209,8 +233,11 @@ async def remove_version(
 async def remove(
     name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts, why: str = ""
 ) -> dict[str, Any]:
-    """Remove an adapter with all its versions."""
-    request.state.subject = spelled(name, caller.tenant)
+    """Remove an adapter with all its versions; of one that was renamed, the old name alone."""
+    request.state.subject = old = spelled(name, caller.tenant)
+    if parts.registry.moved_to(old) and manages(caller, old):
+        await asyncio.to_thread(parts.registry.end_move, old, by=caller.name)
+        return {"name": name, "deleted": []}
     gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
     await forget(parts, gone)
     return {"name": name, "deleted": [version.version for version in gone]}

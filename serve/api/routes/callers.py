@@ -60,6 +60,9 @@ Expected = Annotated[int | None, Depends(matched)]
 def owned(parts: Services, name: str, caller: Caller) -> str:
     """The full name of an adapter that the caller may change; of any other, whatever it is, the same 404."""
     full = spelled(name, caller.tenant)
+    if (now := parts.registry.moved_to(full)) and manages(caller, full):
+        short = short_name(now, caller.tenant)
+        raise NotFound(f"The adapter `{shown(name)}` is called `{short}` now.", code="renamed", param="name")
     if full not in parts.registry or not manages(caller, full):
         raise NotFound(f"The adapter `{shown(name)}` does not exist.", code="model_not_found", param="name")
     return full
@@ -106,6 +109,7 @@ def summary(parts: Services, full: str, caller: Caller) -> dict[str, Any]:
         "live": live.version if live else None,
         "canary": _share(parts.registry.canary(full)),
         "shadow": _share(parts.registry.shadow(full)),
+        "former_names": [short_name(old, caller.tenant) for old in parts.registry.former_names(full)],
         "aliases": {alias: version.version for alias, version in parts.registry.aliases(full).items()},
         "versions": [described(parts, version, caller) for version in parts.registry.versions(full)],
     }
