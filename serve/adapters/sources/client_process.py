@@ -121,7 +121,8 @@ class _Client:
     def _error(self, kind: str, text: str) -> LoradockError:
         place = self._source.shown
         if kind == "missing package":
-            return not_installed(self._source, self._package)
+            # The client itself, or what it needs for this place.
+            return not_installed(self._source, self._package if text in self._package or not text else shown(text))
         if kind == "absent":
             return absent(place)
         if kind == "forbidden":

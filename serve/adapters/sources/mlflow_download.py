@@ -42,7 +42,7 @@ def main() -> None:
         _download(place, Path(asked["folder"]), names, asked["max_bytes"])
         say(done=True)
     except ImportError as missing:
-        say(error="missing package", text=str(missing))
+        say(error="missing package", text=missing.name or "")
     except _Refused as refused:
         say(error=refused.kind, text=str(refused))
     except Exception as failed:

@@ -38,7 +38,7 @@ def main() -> None:
         _download(artifact, "/".join(below), folder, json.loads(lines.readline())["names"], asked["max_bytes"])
         say(done=True)
     except ImportError as missing:
-        say(error="missing package", text=str(missing))
+        say(error="missing package", text=missing.name or "")
     except _Refused as refused:
         say(error=refused.kind, text=str(refused))
     except Exception as failed:
@@ -66,10 +66,11 @@ def _download(artifact: Any, below: str, folder: Path, names: list[str], max_byt
 
 def _kind(error: Exception) -> str:
     text = str(error).lower()
+    name = type(error).__name__
+    if any(word in text for word in ("401", "403", "permission", "api key")) or name == "AuthenticationError":
+        return "forbidden"
     if isinstance(error, ValueError) or "not found" in text or "404" in text:
         return "absent"
-    if "401" in text or "403" in text or "permission" in text or type(error).__name__ == "AuthenticationError":
-        return "forbidden"
     return "large" if isinstance(error, OSError) and error.errno == 27 else "failed"
 
 

@@ -32,7 +32,7 @@ client.create_registered_model("tone")
 version = client.create_model_version("tone", f"runs:/{run.info.run_id}/adapter", run.info.run_id)
 client.set_registered_model_alias("tone", "stable", version.version)
 client.create_registered_model("elsewhere")
-client.create_model_version("elsewhere", "http://169.254.169.254/latest")
+client.create_model_version("elsewhere", "gs://bucket/tone")
 print(json.dumps({"run": run.info.run_id}))
 """
 
