@@ -14,7 +14,8 @@ from pathlib import Path
 from fastapi.concurrency import contextmanager_in_threadpool
 
 from serve.adapters.adapter import CONFIG, FILES
-from serve.adapters.fetch import fetch, parse
+from serve.adapters.fetch import fetch
+from serve.adapters.sources.address import parse
 from serve.api.routes.incoming import admit
 from serve.api.schemas import Fetch
 from serve.api.services import Services
@@ -71,10 +72,9 @@ class FolderResolver:
         try:
             source = parse(address, (self._root,))
             async with contextmanager_in_threadpool(parts.store.quarantine()) as folder:
-                most, card = parts.config.max_upload_bytes, bool(parts.config.allowed_licenses)
-                await asyncio.to_thread(fetch, source, folder, max_bytes=most, card=card)
+                came = await asyncio.to_thread(fetch, source, folder, max_bytes=parts.config.max_upload_bytes)
                 asked = Fetch(name, address, why=f"from {address}, for a request")
-                adapter, _ = await admit(parts, caller, asked, folder)
+                adapter, _ = await admit(parts, caller, asked, folder, came=came)
             subject, status = adapter.tag, 200
             self._refused.pop(name, None)
         except LoradockError as error:
