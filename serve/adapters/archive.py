@@ -204,7 +204,7 @@ class _Unpacked:
 
     def empty(self) -> _Unpacked:
         """Another into which nothing has come yet."""
-        return _Unpacked(self._folder, self._limit, self._card)
+        return _Unpacked(self._folder, self._limit)
 
     def name(self, stated: str, *, plain: bool, folder: bool) -> str | None:
         """The name to keep an entry under, or None to pass over it."""
