@@ -60,6 +60,11 @@ def fetched_from(source: Source) -> dict[str, str]:
     return {field: text for field, text in came.items() if text}
 
 
+def kept(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """What was stated, as it is kept among a version's checks."""
+    return {KEPT: dict(stated)} if stated else {}
+
+
 def provenance_of(checks: Mapping[str, Any]) -> dict[str, Any]:
     """The provenance of a version, as it is kept among its checks."""
     return {**checks.get(KEPT, {}), **{field: checks[field] for field in FETCHED if field in checks}}

@@ -20,7 +20,7 @@ from typing import Any
 from serve.adapters.adapter import Adapter, Inspection, Limits, check_digest
 from serve.adapters.file_thread import in_turn
 from serve.adapters.inspection import inspect
-from serve.adapters.provenance import KEPT as PROVENANCE
+from serve.adapters.provenance import kept
 from serve.adapters.registry import Registry
 from serve.adapters.snapshot import Share
 from serve.adapters.store import Store
@@ -216,15 +216,13 @@ class Lifecycle:
         checks = await base.probe.judge(adapter_id, path, min_effect) if base.probe else {}
         if inspection.license:
             checks["license"] = inspection.license
-        if inspection.provenance:
-            checks[PROVENANCE] = dict(inspection.provenance)
         stated = inspection.base or ""
         if await asyncio.to_thread(is_another_model, stated, model, base.name):
             checks["warning"] = (
                 f"it says that it was trained on {shown(stated)}; its shapes fit {base.name}, which seems to "
                 "be another model: is it the right base?"
             )
-        return {**checks, "base_model": model}
+        return {**checks, **kept(inspection.provenance), "base_model": model}
 
     async def promote(self, name: str, version: int, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make a version live: requests from now on answer from it, those under way finish where they began."""
