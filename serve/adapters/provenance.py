@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from serve.adapters.adapter import CARD, MANIFEST, NOTE_BYTES
+from serve.adapters.adapter import CARD, MANIFEST, NOTE_BYTES, Inspection
 from serve.adapters.sources.address import Source
 from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected
@@ -60,9 +60,10 @@ def fetched_from(source: Source) -> dict[str, str]:
     return {field: text for field, text in came.items() if text}
 
 
-def kept(stated: Mapping[str, Any]) -> dict[str, Any]:
+def kept(inspection: Inspection) -> dict[str, Any]:
     """What was stated, as it is kept among a version's checks."""
-    return {KEPT: dict(stated)} if stated else {}
+    stated = {"license": inspection.license, KEPT: dict(inspection.provenance)}
+    return {name: value for name, value in stated.items() if value}
 
 
 def provenance_of(checks: Mapping[str, Any]) -> dict[str, Any]:

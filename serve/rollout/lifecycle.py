@@ -214,15 +214,13 @@ class Lifecycle:
         model = base.model
         await base.ensure(adapter_id, path)
         checks = await base.probe.judge(adapter_id, path, min_effect) if base.probe else {}
-        if inspection.license:
-            checks["license"] = inspection.license
         stated = inspection.base or ""
         if await asyncio.to_thread(is_another_model, stated, model, base.name):
             checks["warning"] = (
                 f"it says that it was trained on {shown(stated)}; its shapes fit {base.name}, which seems to "
                 "be another model: is it the right base?"
             )
-        return {**checks, **kept(inspection.provenance), "base_model": model}
+        return {**checks, **kept(inspection), "base_model": model}
 
     async def promote(self, name: str, version: int, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make a version live: requests from now on answer from it, those under way finish where they began."""
