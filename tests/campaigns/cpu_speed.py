@@ -111,9 +111,9 @@ async def measure(choice: Choice, up: Up) -> None:
 
 
 @contextmanager
-def loradock(model: Path, weights: str, adapters: list[Path], folder: Path, options: list[str]) -> Iterator[Up]:
-    words = ["--cpu-weights", weights, "--probe", "false", "--max-model-len", "2048", "--no-enable-prefix-caching"]
-    words += ["--max-loras", str(max(1, len(adapters))), *options]
+def loradock(model: Path, weights: str, adapters: list[Path], folder: Path, cache: str) -> Iterator[Up]:
+    words = ["--cpu-weights", weights, "--no-probe", "--max-model-len", "2048", "--no-enable-prefix-caching"]
+    words += ["--max-loras", str(max(1, len(adapters))), "--kv-cache-memory-bytes", cache]
     with Server(folder / f"data-{weights}", folder / f"{weights}.log", *words, model=str(model)) as server:
         for adapter in adapters:
             server.upload(adapter.name, adapter).raise_for_status()
@@ -188,7 +188,7 @@ def choices(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice
     adapters = random_adapters(model, given.adapters, folder / "adapters")
 
     def ours(weights: str) -> Choice:
-        return Choice(f"loradock {weights}", lambda: loradock(model, weights, adapters, folder, given.options))
+        return Choice(f"loradock {weights}", lambda: loradock(model, weights, adapters, folder, given.kv_cache))
 
     def theirs(label: str, file: Path) -> Choice:
         return Choice(f"llama.cpp {label}", lambda: llama(given.llama, file, folder), llama=True)
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="llama-server")
     parser.add_argument("--gguf", nargs="*", default=[], metavar="LABEL=FILE")
     parser.add_argument("--apart", action="store_true")
-    parser.add_argument("--options", nargs="*", default=["--kv-cache-memory-bytes", "1G"], help="of loradock serve")
+    parser.add_argument("--kv-cache", default="1G", help="of each of loradock's servers")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
