@@ -1,6 +1,7 @@
 """Programs that were written for vLLM's runtime LoRA API, as the requests that they send.
 
-Each sequence is taken from the client's source, which is named with its version.
+Each sequence is taken from the client's source, which is named with its version. tests/e2e/test_foreign_clients.py has
+the real engine, and the programs themselves where they are Python.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 
 from tests.support import tiny
 from tests.support.app import settled
-from tests.support.served import Served
+from tests.support.vllm_clients import LOAD, UNLOAD, ProductionStack, aibrix_loads, aibrix_unloads, kubeai_asks
 
 
 @pytest.fixture
@@ -96,44 +97,28 @@ async def test_a_pause_that_would_end_other_clients_answers_is_refused(vllm):
 
 
 async def test_aibrix_asks_what_is_there_and_loads_what_is_missing(vllm, make_adapter):
-    """AIBrix: pkg/controller/modeladapter/lora_client.go `LoadAdapter`, `UnloadAdapter` (commit 0e92423)."""
-
-    async def load_adapter(name, artifact):
-        models = {item["id"] for item in (await vllm.get("/v1/models")).json()["data"]}
-        if name in models:
-            return False
-        answer = await vllm.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": artifact})
-        assert answer.status_code in (200, 201), answer.text
-        return True
-
-    assert await load_adapter("tone", str(make_adapter()))
-    assert not await load_adapter("tone", str(make_adapter()))
-    assert (await vllm.post("/v1/unload_lora_adapter", json={"lora_name": "tone"})).status_code == 200
-    assert await load_adapter("tone", str(make_adapter()))
+    path = str(make_adapter())
+    assert await aibrix_loads(vllm, "tone", path)
+    assert not await aibrix_loads(vllm, "tone", path)
+    await aibrix_unloads(vllm, "tone")
+    assert await aibrix_loads(vllm, "tone", path)
 
 
 async def test_production_stack_reads_its_adapters_from_the_list_of_models(vllm, make_adapter):
-    """production-stack: operator/internal/controller/loraadapter_controller.go (commit 0c2b361)."""
-
-    async def registrations():
-        return {item["id"] for item in (await vllm.get("/v1/models")).json()["data"] if item["parent"] is not None}
-
-    assert await registrations() == set()
-    body = {"lora_name": "tone", "lora_path": str(make_adapter())}
+    stack = ProductionStack(vllm)
+    assert await stack.registrations() == set()
     # Each reconciliation may load what is there already.
     for _ in range(2):
-        assert (await vllm.post("/v1/load_lora_adapter", json=body)).status_code == 200
-    assert "tone" in await registrations()
-    assert (await vllm.post("/v1/unload_lora_adapter", json={"lora_name": "tone"})).status_code == 200
-    assert "tone" not in await registrations()
+        await stack.loads("tone", str(make_adapter()))
+    assert "tone" in await stack.registrations()
+    await stack.unloads("tone")
+    assert "tone" not in await stack.registrations()
 
 
 async def test_kubeai_loads_and_unloads_by_status_alone(vllm, make_adapter):
-    """KubeAI: internal/vllmclient/client.go (commit 1f338f6): anything above 299 is an error with a JSON body."""
-    body = {"lora_name": "tone", "lora_path": str(make_adapter())}
-    assert (await vllm.post("/v1/load_lora_adapter", json=body)).status_code <= 299
-    assert (await vllm.post("/v1/unload_lora_adapter", json={"lora_name": "tone"})).status_code <= 299
-    assert (await vllm.post("/v1/unload_lora_adapter", json={"lora_name": "tone"})).json()["error"]
+    assert await kubeai_asks(vllm, LOAD, lora_name="tone", lora_path=str(make_adapter()))
+    assert await kubeai_asks(vllm, UNLOAD, lora_name="tone")
+    assert not await kubeai_asks(vllm, UNLOAD, lora_name="tone")
 
 
 async def test_a_trainer_loads_one_name_in_place_after_each_step(vllm, backend, make_adapter):
@@ -144,23 +129,3 @@ async def test_a_trainer_loads_one_name_in_place_after_each_step(vllm, backend, 
         answer = await vllm.post("/v1/completions", json={"model": "policy", "prompt": [1]})
         assert answer.headers["x-loradock-version"] == f"policy@v{step + 1}"
     assert await settled(lambda: len(backend.held) == 1), "the versions before it stay in the engine's memory"
-
-
-def test_trls_own_client_loads_and_unloads(config, backend, make_adapter, tmp_path):
-    """TRL's own code, where it is installed: what the sequence above was taken from."""
-    theirs = pytest.importorskip("trl.experimental.async_grpo.vllm_client")
-    pytest.importorskip("accelerate").PartialState()  # its logger asks for it
-    with Served(replace(config, source_roots=(str(tmp_path),)), backend, "none") as served:
-        client = theirs.VLLMClient(served.url, server_timeout=5)
-        client.wait_for_server_ready()
-        assert client.get_server_info()["lora_config"]["max_lora_rank"] == backend.max_lora_rank
-        assert client.get_max_model_len() == backend.max_model_len
-        for version in (1, 2):
-            client.pause()
-            client.load_lora_adapter(f"trl-policy-v{version}", str(make_adapter(version)))
-            client.resume()
-        client.unload_lora_adapter("trl-policy-v1")
-        models = {card["id"] for card in served.http.get("/v1/models").json()["data"]}
-        assert "trl-policy-v2" in models and "trl-policy-v1" not in models
-        with pytest.raises(Exception, match="403"):
-            client.load_lora_adapter("trl-policy-v3", "/etc")
