@@ -261,7 +261,7 @@ def _check_output(processor: Any, head: Any, embedding: Any) -> None:
         raise Unknown("output", "its output layer is quantized")
     if head.weight.dtype != torch.bfloat16 or embedding.weight.dtype != torch.bfloat16:
         raise Unknown("output", "its embedding is not bfloat16")
-    if processor.org_vocab_size > head.weight.shape[0]:
+    if processor.org_vocab_size > head.num_embeddings_padded:
         raise Unknown("output", "its output layer has fewer rows than its vocabulary")
 
 

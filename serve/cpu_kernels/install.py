@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
+
+import psutil
 
 from serve.cpu_kernels import patches
 from serve.cpu_kernels.build import step_available
@@ -20,12 +23,25 @@ VARIABLE = "LORADOCK_LORA_KERNELS"
 WEIGHTS = "LORADOCK_CPU_WEIGHTS"
 
 
-def install() -> None:
+def free_memory() -> int:
+    """Bytes that this process may still take; `install` may know better."""
+    return _free_memory()
+
+
+_free_memory: Callable[[], int] = lambda: psutil.virtual_memory().available  # noqa: E731
+
+
+def install(free: Callable[[], int] | None = None) -> None:
     """Take over the CPU's LoRA path in this process; nothing on another platform.
 
-    With LORADOCK_LORA_KERNELS=off that path stays vLLM's own, but for its answers to rows without an adapter.
+    With LORADOCK_LORA_KERNELS=off that path stays vLLM's own, but for its answers to rows without an adapter. `free`
+    says how much memory is free, control groups included.
     """
+    global _free_memory
     from vllm.platforms import current_platform
+
+    if free is not None:
+        _free_memory = free
 
     wanted = os.environ.get(VARIABLE, "auto")
     if not current_platform.is_cpu():

@@ -61,6 +61,17 @@ inline void store(bf16* at, __m512 v) { _mm256_storeu_si256((__m256i*)at, narrow
 
 extern std::vector<std::unique_ptr<Matrix>> matrices;
 
+// Row o of a bfloat16 matrix, out of its block: put(i, values i and i + 1) for every even i.
+template <class Put>
+inline void unpack(const Matrix& m, int64_t o, Put&& put) {
+  const uint8_t* w = m.data.data + o / WIDTH * m.block_bytes() + o % WIDTH * 4;
+  for (int i = 0; i < m.k; i += 2, w += WIDTH * 4) {
+    uint32_t two;
+    std::memcpy(&two, w, 4);
+    put(i, two);
+  }
+}
+
 }  // namespace loradock
 
 #endif

@@ -4,6 +4,8 @@
 
 #ifdef STEP
 
+#include <sys/mman.h>
+
 using namespace loradock;
 
 namespace loradock {
@@ -18,6 +20,33 @@ constexpr int SAMPLES = 8;           // sixteens of outputs by which it is decid
 constexpr float OFFSETS_PAY = 0.5f;  // they do where they leave at most this part of the squared error
 constexpr int TRIES = 9;             // scales that are tried for a group of 4 bits
 
+constexpr size_t HUGE_PAGE = size_t(2) << 20, CHUNK_BYTES = size_t(64) << 20;
+bool huge_pages = true;
+
+// Memory for packed weights, which stays for good. One after the other, in huge pages where the kernel gives them: every
+// step reads all of it, and the processor knows the addresses of a few megabytes of small pages at a time.
+uint8_t* room(size_t bytes) {
+  static uint8_t *next = nullptr, *end = nullptr;
+  bytes = (bytes + 63) / 64 * 64;
+  if (size_t(end - next) < bytes) {
+    const size_t size = (std::max(bytes, CHUNK_BYTES) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    void* got = mmap(nullptr, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED) throw std::bad_alloc();
+    next = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(got) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+    end = next + size;
+    madvise(next, size, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+  }
+  uint8_t* here = next;
+  next += bytes;
+  return here;
+}
+
+template <class T>
+void place(Buffer<T>& buffer, size_t n) {
+  buffer.data = reinterpret_cast<T*>(room(n * sizeof(T)));
+  buffer.size = n;
+}
+
 struct Shape {
   int n, k;
   bool paired;
@@ -26,10 +55,10 @@ struct Shape {
 std::unique_ptr<Matrix> blank(const Shape& s, int kind, int group, bool offsets, const bf16* bias) {
   std::unique_ptr<Matrix> m(
       new Matrix{s.n, s.k, (s.n + WIDTH - 1) / WIDTH, kind, group, s.paired, offsets, {}, {}, {}});
-  m->data.need(m->block_bytes() * m->blocks + 4096);  // what is fetched ahead of the end
-  if (kind == CHANNEL8 || kind == GROUP8) m->scale.need(size_t(m->blocks) * m->groups() * WIDTH);
+  place(m->data, m->block_bytes() * m->blocks + 4096);  // what is fetched ahead of the end
+  if (kind == CHANNEL8 || kind == GROUP8) place(m->scale, size_t(m->blocks) * m->groups() * WIDTH);
   if (!bias) return m;
-  m->bias.need(size_t(m->blocks) * WIDTH);
+  place(m->bias, size_t(m->blocks) * WIDTH);
   for (int b = 0; b < m->blocks; b++)
     for (int j = 0; j < WIDTH; j++)
       m->bias.data[b * WIDTH + j] = m->output(b, j) < s.n ? to_float(bias[m->output(b, j)]) : 0;
@@ -271,6 +300,22 @@ int loradock_matrix_integers(const uint32_t* from, const int64_t* strides, int b
     }
   });
   return keep(std::move(m));
+}
+
+// Whether further matrices lie in huge pages; for measuring.
+void loradock_huge_pages(int on) { huge_pages = on != 0; }
+
+int loradock_matrix_outputs(int number) { return matrices[number]->n; }
+
+// Whether W can be had back from a matrix.
+int loradock_unpacks(int number) { return matrices[number]->kind == BF16; }
+
+// out[rows, k] = W's rows of these numbers; W is bfloat16 and not paired.
+void loradock_rows(int number, const int64_t* which, int rows, bf16* out) {
+  const Matrix& m = *matrices[number];
+#pragma omp parallel for schedule(static) if (rows > 16)
+  for (int r = 0; r < rows; r++)
+    unpack(m, which[r], [&](int i, uint32_t two) { std::memcpy(out + int64_t(r) * m.k + i, &two, 4); });
 }
 
 // Whether its 4 bits count from offsets.

@@ -10,9 +10,7 @@ import ctypes
 import os
 from typing import Any
 
-import psutil
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear
 from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
 
@@ -22,7 +20,6 @@ from serve.cpu_kernels.install import WEIGHTS
 BF16, CHANNEL8, GROUP8, GROUP4 = range(4)
 # Inputs that share a scale in weights that are rounded here.
 GROUPS = {BF16: 16, GROUP8: 64, GROUP4: 32}
-RESERVE = 1 << 30
 
 
 def floats(layer: Any, weight: torch.Tensor, otherwise: int = BF16) -> None:
@@ -106,9 +103,16 @@ def words(kind: int, number: int) -> str:
     return named + (" with offsets" if offsets else "")
 
 
-def head_kind() -> int:
-    """Of the output layer, which is the same as the embedding in many models: 8 bits, where fewer are asked for too."""
-    return GROUP8 if os.environ.get(WEIGHTS) in ("int8", "int4") else BF16
+def shrinks() -> bool:
+    """Whether bfloat16 weights become fewer bits."""
+    return os.environ.get(WEIGHTS) in ("int8", "int4")
+
+
+def head(layer: Any) -> None:
+    """The output layer, which is the same as the embedding in many models: 8 bits, where fewer are asked for too."""
+    kind = GROUP8 if shrinks() else BF16
+    number = matrix(layer.weight, kind)
+    _keep(layer, number, words(kind, number))
 
 
 def at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -116,7 +120,7 @@ def at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 
 
 def _fits(layer: Any, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether this is a layer's whole matrix, of this type, and there is memory for a packed one."""
+    """Whether this is a layer's whole matrix, of this type."""
     if library() is None or not isinstance(layer, LinearBase) or weight.is_meta:
         return False
     bias = _bias(layer)
@@ -126,8 +130,8 @@ def _fits(layer: Any, weight: torch.Tensor, dtype: torch.dtype) -> bool:
         layer.loradock_refused = "its bias is not bfloat16"
     elif _paired(layer) and layer.output_sizes[0] != layer.output_sizes[1]:
         layer.loradock_refused = "its halves differ in size"
-    elif not _room(weight.nbytes):
-        layer.loradock_refused = "there is no memory for a second copy"
+    elif bias is not None and layer.skip_bias_add:
+        layer.loradock_refused = "its bias is added later"
     else:
         return True
     return False
@@ -151,9 +155,3 @@ def _keep(layer: Any, number: int, named: str) -> None:
         layer.loradock_matrix, layer.loradock_weights = number, named
     else:
         layer.loradock_refused = f"its sizes, or {named}'s groups, are no multiples of 16"
-
-
-def _room(size: int) -> bool:
-    """Whether so much memory is free beside the KV cache, which vLLM takes later."""
-    cache = get_current_vllm_config().cache_config.kv_cache_memory_bytes or 0
-    return psutil.virtual_memory().available > size + cache + RESERVE

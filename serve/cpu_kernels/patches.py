@@ -188,6 +188,27 @@ ADAPTERS = [
 # LORADOCK_LORA_KERNELS=auto, on a processor that the step is written for.
 STEP = [
     Patch(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
+        "create_model",
+        "self vllm_config model_config prefix",
+        f"{_HERE}.step:create_model",
+        "whether the step takes a model is known before its weights are read, which are packed in place of vLLM's",
+    ),
+    Patch(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod",
+        "process_weights_after_loading",
+        "self layer",
+        f"{_HERE}.step:process_embedding_after_loading",
+        "the output layer is packed in place of vLLM's, and the embedding is not multiplied",
+    ),
+    Patch(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod",
+        "embedding",
+        "self layer input_",
+        f"{_HERE}.step:embedding",
+        "an embedding that is also the output layer is looked up in its packed matrix",
+    ),
+    Patch(
         "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
         "process_weights_after_loading",
         "self layer",

@@ -72,7 +72,7 @@ struct Shape {
   int parallel;                // attention and MLP get the same input
   float embedding_by, residual_by;  // what embeddings, and what is added to the residual, are multiplied by
   float logits_cap, logits_by;
-  const bf16* embedding;
+  const bf16* embedding;  // null: it is the output layer's matrix
   Norm last;
 };
 
@@ -701,6 +701,11 @@ struct Team : Sharing {
 
   void embed(int i) {
     const bf16* row = d.embedding + int64_t(s.ids[i]) * d.hidden;
+    if (!d.embedding) {
+      bf16* unpacked = d.x.data + int64_t(i) * d.hidden;
+      unpack(*matrices[d.top], s.ids[i], [&](int k, uint32_t two) { std::memcpy(unpacked + k, &two, 4); });
+      row = unpacked;
+    }
     float* to = d.residual.data + int64_t(i) * d.hidden;
     const __m512 by = _mm512_set1_ps(d.embedding_by);
     for (int k = 0; k < d.hidden; k += 16)

@@ -1,9 +1,9 @@
 """A dense decoder's whole step in one call of `step.cpp`, in place of vLLM's layer by layer.
 
 vLLM schedules, keeps the paged cache and samples; only its forward pass is replaced, and its output layer. The
-functions at the end take the place of vLLM's (`patches.STEP`): a second copy of each linear layer's weights is packed
-as they are loaded, and the model runner asks a `Fused` first. A kind of model (`architecture.Unknown`) or of step
-(`Elsewhere`) that it does not know goes vLLM's way; the log says why once, and `tally` counts.
+functions at the end take the place of vLLM's (`patches.STEP`): each layer's weights are packed as they are loaded, in
+place of vLLM's own (`one_copy`), and the model runner asks a `Fused` first. A kind of model (`architecture.Unknown`) or
+of step (`Elsewhere`) that it does not know goes vLLM's way; the log says why once, and `tally` counts.
 """
 
 from __future__ import annotations
@@ -15,20 +15,25 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base import BaseLayerWithLoRA
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.worker.block_table import SlotMappingMode
 
-from serve.cpu_kernels import eight_bits, packing, tally
+from serve.cpu_kernels import eight_bits, one_copy, packing, tally
 from serve.cpu_kernels.architecture import Layer, Norm, Unknown, bare, read
 from serve.cpu_kernels.build import library
+from serve.cpu_kernels.install import free_memory
 from serve.cpu_kernels.operators import Layer as Adapters
 from serve.cpu_kernels.packing import at as _at
 from serve.cpu_kernels.structures import BlockView, GroupView, NormView, ShapeView
 
 log = logging.getLogger("loradock")
 
+RESERVE = 1 << 30
 FEW = 64  # tokens whose slots are sooner computed here than other threads wake up
 
 
@@ -37,7 +42,6 @@ class Fused:
 
     def __init__(self, runner: Any) -> None:
         config, model = runner.vllm_config, runner.get_model()
-        _check_engine(config)
         decoder = read(model, config.model_config.max_model_len)
         kernels = library()
         assert kernels is not None
@@ -56,7 +60,7 @@ class Fused:
             residual_by=decoder.residual_by,
             logits_cap=decoder.logits_cap,
             logits_by=decoder.logits_by,
-            embedding=_at(decoder.embedding.weight),
+            embedding=_at(None if one_copy.packed(decoder.embedding) else decoder.embedding.weight),
             last=_norm(decoder.last),
         )
         self.number = kernels.loradock_decoder(ctypes.byref(shape))
@@ -69,10 +73,10 @@ class Fused:
         self.groups: list[str] = []  # a layer of each group of layers that share block tables
         self.bound = 0
         # Prompts: with tile instructions vLLM's matrix products are several times faster than dot products.
-        self.most = 64 if torch.cpu._is_amx_tile_supported() else 1 << 30
-        kind = packing.head_kind()
-        self.head = packing.matrix(decoder.head.weight, kind)
-        of_head = packing.words(kind, self.head) if self.head >= 0 else "bfloat16"
+        head = decoder.head
+        self.most = 64 if head.loradock_keep and torch.cpu._is_amx_tile_supported() else 1 << 30
+        self.head = getattr(head, "loradock_matrix", -1)
+        of_head = head.loradock_weights if self.head >= 0 else "bfloat16"
         # The formats that are multiplied, for those who operate the server.
         self.weights = f"{', '.join(sorted(self.formats))}; output layer {of_head}"
         # The head's further rows are padding.
@@ -280,29 +284,88 @@ def _as_vectors(*args: Any, **kwargs: Any) -> str:
     return "vec" if chosen == "amx" else chosen
 
 
+def _keeps_vllms(model: Any) -> bool:
+    """Whether vLLM's copy of the weights stays beside ours: its tile instructions need it, and there is room."""
+    if not torch.cpu._is_amx_tile_supported():
+        return False
+    cache = get_current_vllm_config().cache_config.kv_cache_memory_bytes or 0
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if free_memory() > 2 * size + cache + RESERVE:
+        return True
+    log.warning("there is no memory for a second copy of the weights: long prompts do without tile instructions")
+    return False
+
+
+def create_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs: Any) -> Any:
+    model, config = original(loader, *args, **kwargs), args[0] if args else kwargs["vllm_config"]
+    try:
+        _check_engine(config)
+        decoder = read(model, config.model_config.max_model_len)
+    except Unknown as reason:
+        model.loradock_unknown = reason.with_traceback(None)
+        return model
+    model.loradock_unknown = None
+    one_copy.take(model, decoder.embedding, decoder.head, keep := _keeps_vllms(model))
+    if packing.shrinks() and not keep:
+        for layer in model.modules():
+            if isinstance(layer, LinearBase) and type(layer.quant_method) is UnquantizedLinearMethod:
+                one_copy.when_loaded(layer, partial(_take_in, layer))
+    return model
+
+
+def _take_in(layer: Any) -> bool:
+    """Whether a layer of bfloat16 weights is packed, and has none of its own."""
+    if isinstance(layer, VocabParallelEmbedding):
+        packing.head(layer)
+    else:
+        packing.floats(layer, layer.weight)
+    return one_copy.replace(layer)
+
+
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
-    packing.floats(layer, layer.weight)
-    original(method, layer)
+    """Of a linear layer, or of the output layer."""
+    if not one_copy.taken(layer) or not (one_copy.replaced(layer) or _take_in(layer)):
+        original(method, layer)
 
 
-def process_int8_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
-    scale = getattr(layer, method.layer_param_names[1])
-    dynamic = method.config.input_symmetric and not method.config.is_static_input_scheme
-    if dynamic and scale.numel() == layer.weight.shape[0]:
+def process_embedding_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
+    if one_copy.taken(layer) and not layer.loradock_keep and not hasattr(layer, "loradock_embedding"):
+        return  # it is looked up, and vLLM would pack it for products that nobody asks of it
+    process_weights_after_loading(original, method, layer)
+
+
+def embedding(original: Callable[..., torch.Tensor], method: Any, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+    return one_copy.rows(layer, ids) if one_copy.packed(layer) else original(method, layer, ids)
+
+
+def process_int8_weights_after_loading(original: Callable[..., None], kernel: Any, layer: Any) -> None:
+    scale = getattr(layer, kernel.layer_param_names[1])
+    dynamic = kernel.config.input_symmetric and not kernel.config.is_static_input_scheme
+    if one_copy.taken(layer) and dynamic and scale.numel() == layer.weight.shape[0]:
         packing.channels(layer, scale.detach().float().contiguous())
-    original(method, layer)
+    if one_copy.replace(layer):
+        kernel.linear_method = one_copy.multiply
+        return
+    original(kernel, layer)
 
 
 def process_float8_after_loading(original: Callable[..., None], kernel: Any, layer: Any) -> None:
     weight, scale = (getattr(layer, name) for name in kernel.layer_param_names[:2])
     # (inputs, outputs) by now; scales of blocks come to other kernels.
-    if scale.numel() in (1, weight.shape[1]):
+    if one_copy.taken(layer) and scale.numel() in (1, weight.shape[1]):
         packing.float8(layer, weight.t(), scale.reshape(-1, 1))
+    if one_copy.replace(layer):
+        kernel.apply_weights = one_copy.multiply
+        return
     original(kernel, layer)
 
 
 def process_integers_after_loading(original: Callable[..., None], kernel: Any, layer: Any) -> None:
-    packing.integers(layer, kernel)
+    if one_copy.taken(layer):
+        packing.integers(layer, kernel)
+    if one_copy.replace(layer, kernel.w_q_name):
+        kernel.apply_weights = one_copy.multiply
+        return
     original(kernel, layer)
 
 
@@ -310,7 +373,13 @@ def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs:
     eight_bits.register()
     original(runner, *args, **kwargs)
     runner.loradock_fused = None
+    model = runner.get_model()
     try:
+        if not hasattr(model, "loradock_unknown"):
+            raise Unknown("model", "vLLM loads it in a way that is not known")
+        if model.loradock_unknown is not None:
+            raise model.loradock_unknown
+        one_copy.release()
         fused = runner.loradock_fused = Fused(runner)
     except Unknown as reason:
         log.warning("this model runs layer by layer, not in one call a step: %s", reason)
@@ -318,7 +387,6 @@ def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs:
         return
     log.info("the model runs in one call a step; its weights are %s", fused.weights)
     cpu_attn._get_attn_isa = _as_vectors
-    model = runner.get_model()
     model.compute_logits = partial(_compute_logits, fused, model.compute_logits)
 
 

@@ -7,6 +7,7 @@ import os
 import threading
 
 from serve.cpu_kernels.install import install as install_kernels
+from serve.models import hardware
 from serve.vllm_backend import (
     forkserver,
     media,
@@ -24,7 +25,7 @@ def register() -> None:
     """Called by vLLM once in each of its processes, the one that serves HTTP included."""
     model_inspection.install()
     notices.install()
-    install_kernels()
+    install_kernels(hardware.free_memory)
     prompt_logprobs.install()
     token_texts.install()
     prompt_budget.install()

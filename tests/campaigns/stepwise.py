@@ -5,6 +5,8 @@
 Runs one engine after another in this process: Llama, Qwen2 (biases) and Qwen3 (norms of q and k), with adapters of
 mixed ranks, then Llama with vocabularies that vLLM pads and that it does not. Writes for each model what each step's
 tokens were and how far the two outputs and their logits lie apart. LORADOCK_CPU_WEIGHTS=int8 makes the weights int8.
+vLLM multiplies with a copy of its own; in the models of `ONE_COPY` once more with the packed weights, as it does in a
+server.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ SMALL = {
     "max_position_embeddings": 512,
     "initializer_range": 0.15,
 }
+ONE_COPY = ("llama", "qwen2", "llama-333")
 RANKS = {"wide": 16, "odd": 5, "one": 1}
 HEAD, WITH_HEAD = "head", "llama-333"  # an adapter of the output layer, and the model that has it too
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -167,10 +170,15 @@ def main(out: Path, folder: Path) -> None:
     if not build.step_available():
         out.write_text("null")
         return
+    from serve.cpu_kernels import step
+
     found = {}
     for name, model in models(folder).items():
         ranks = {**RANKS, HEAD: 4} if name == WITH_HEAD else RANKS
-        found[name] = run(model, adapters(model, folder / f"{name}-adapters", ranks))
+        loras = adapters(model, folder / f"{name}-adapters", ranks)
+        for keep in (True, False) if name in ONE_COPY else (True,):
+            step._keeps_vllms = lambda _, keep=keep: keep  # type: ignore[assignment,misc]
+            found[name if keep else f"{name}-one-copy"] = run(model, loras)
     out.write_text(json.dumps(found))
 
 

@@ -72,7 +72,12 @@ def layer(rope: nn.Module, heads: int = 2) -> nn.Module:
 def llama() -> nn.Module:
     rope = RotaryEmbedding(32, 32, 128, 10000, True, torch.bfloat16)
     processor = SimpleNamespace(scale=1.0, soft_cap=None, org_vocab_size=300, logits_as_input=False, head_dtype=None)
-    table = shell(nn.Module, weight=nn.Parameter(torch.zeros(320, HIDDEN)), embedding_dim=HIDDEN)
+    table = shell(
+        nn.Module,
+        weight=nn.Parameter(torch.zeros(320, HIDDEN)),
+        embedding_dim=HIDDEN,
+        num_embeddings_padded=320,
+    )
     inner = shell(
         LlamaModel, embed_tokens=table, layers=nn.ModuleList([layer(rope), layer(rope)]), norm=RMSNorm(HIDDEN)
     )

@@ -270,7 +270,8 @@ def test_every_kind_of_decoder_is_computed_as_written(monkeypatch, name):
 
 def fused_of(monkeypatch, decoder: Decoder) -> step.Fused:
     monkeypatch.setattr(step, "read", lambda model, positions: decoder)
-    monkeypatch.setattr(step, "_check_engine", lambda config: None)
+    decoder.head.loradock_keep = False
+    packing.head(decoder.head)
     model = SimpleNamespace(model=SimpleNamespace(embed_tokens=None), logits_processor=None)
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=POSITIONS))
     return step.Fused(SimpleNamespace(vllm_config=config, get_model=lambda: model))

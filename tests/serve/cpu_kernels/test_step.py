@@ -142,3 +142,18 @@ def test_every_step_is_vllms_up_to_rounding(steps, weights, name):
     assert max(step["worst"] for step in fused) < 0.2
     assert max(step["middle"] for step in fused) < 0.05
     assert max(*ahead, *logits) < 2**-7
+
+
+@needs_kernels
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [("bfloat16", "llama"), ("bfloat16", "qwen2"), ("bfloat16", "llama-333"), ("int8", "llama-333")],
+)
+def test_vllms_layers_multiply_with_the_packed_weights(steps, weights, name):
+    seen = [step for step in steps(weights)[f"{name}-one-copy"] if step["fused"]]
+    assert len(seen) >= 20
+    # The same weights on both roads, int8 or not.
+    assert max(step["worst"] for step in seen) < 0.2
+    assert max(step["middle"] for step in seen) < 0.05
+    assert max(step["logits"] for step in seen if "logits" in step) < 2**-7
