@@ -43,6 +43,7 @@ def plan(
     kv_cache_memory_bytes: Annotated[
         str | None, typer.Option(help="As 4GiB (default: what the server would take).", show_default=False)
     ] = None,
+    cpu_weights: Annotated[str, typer.Option(help="As the server takes it: auto, int8, int4.")] = "auto",
     as_json: Annotated[bool, json_option("Print the sizes as JSON, in bytes.")] = False,
 ) -> None:
     """Say how much memory a model takes with its adapters, and how much context fits."""
@@ -52,7 +53,15 @@ def plan(
 
     cache = None if kv_cache_memory_bytes is None else size(kv_cache_memory_bytes)
     checkpoint = find(model, load([], {}).cache_dir)
-    memory = planned(checkpoint, max_loras=max_loras, max_cpu_loras=max_cpu_loras, rank=max_lora_rank, kv_cache=cache)
+    load([model, "--cpu-weights", cpu_weights], {})  # its sentence, if there is no such setting
+    memory = planned(
+        checkpoint,
+        max_loras=max_loras,
+        max_cpu_loras=max_cpu_loras,
+        rank=max_lora_rank,
+        kv_cache=cache,
+        cpu_weights=cpu_weights,
+    )
     if as_json:
         computed = {"tokens": memory.tokens, "total": memory.total, "to_swap": _to_swap(memory), "fits": memory.fits}
         typer.echo(json.dumps({"model": model, **dataclasses.asdict(memory), **computed}, indent=2))

@@ -100,13 +100,15 @@ def kv_space(weights: int) -> int:
     return min(max((free_memory() - weights - OVERHEAD) // 4, GIB), 4 * GIB)
 
 
-def check_memory(weights: int, kv: int, host: Host | None = None) -> None:
-    """ConfigError when weights and KV cache cannot fit beside what runs already."""
+def check_memory(weights: int, kv: int, host: Host | None = None, slots: int = 0) -> None:
+    """ConfigError when weights, KV cache and the slots of adapters cannot fit beside what runs already."""
     free = (host or Host()).free_memory()
-    if weights + kv + OVERHEAD > free:
+    if weights + kv + slots + OVERHEAD > free:
+        adapters = f"{gib(slots)} of slots for adapters, " if slots else ""
         raise ConfigError(
-            f"{gib(weights)} of weights, {gib(kv)} of KV cache and {gib(OVERHEAD)} for the engine do not fit in the "
-            f"{gib(free)} of memory that are free: lower kv_cache_memory_bytes, take a smaller model, or free memory"
+            f"{gib(weights)} of weights, {adapters}{gib(kv)} of KV cache and {gib(OVERHEAD)} for the engine do not fit "
+            f"in the {gib(free)} of memory that are free: lower kv_cache_memory_bytes"
+            f"{' or max_loras' if slots else ''}, take a smaller model, or free memory"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import ConfigError
-from serve.models import hardware
+from serve.models import engine_memory, hardware
 from serve.models.lora_modules import lora_modules, module_shapes
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -40,7 +40,9 @@ class Plan:
         return self.total <= self.free
 
 
-def plan(model: str, *, max_loras: int, max_cpu_loras: int, rank: int, kv_cache: int | None) -> Plan:
+def plan(
+    model: str, *, max_loras: int, max_cpu_loras: int, rank: int, kv_cache: int | None, cpu_weights: str = "auto"
+) -> Plan:
     """The sizes for a checkpoint directory or hub id, from its configuration and the sizes of its files."""
     import transformers
 
@@ -50,13 +52,16 @@ def plan(model: str, *, max_loras: int, max_cpu_loras: int, rank: int, kv_cache:
         raise ConfigError(f"{model} is not a model that can be read: {str(error).splitlines()[0]}") from error
     config = getattr(config, "text_config", config)
     width = BYTES.get(str(getattr(config, "dtype", "bfloat16")).removeprefix("torch."), 2)
-    weights = hardware.weights(Path(model)) or width * sum(out * into for out, into in module_shapes(model).values())
+    weights = engine_memory.weights(Path(model), cpu_weights)
+    weights = weights or width * sum(out * into for out, into in module_shapes(model).values())
     modules = lora_modules(model)
     linear = [shape for name, shape in modules.items() if not name.endswith(("embed_tokens", "lm_head", "wte"))]
     adapter = width * rank * sum(out + into for out, into in linear)
     cache = hardware.kv_space(weights) if kv_cache is None else kv_cache
     # vLLM's slots have room for every module that may be adapted, the embedding and output layer too.
-    slot = width * rank * sum(out + into for out, into in modules.values())
+    # On a CPU the kernels keep B once more, as they read it.
+    times = 2 if hardware.on_cpu() else 1
+    slot = width * rank * sum(times * out + into for out, into in modules.values())
     return Plan(
         weights=weights,
         kv_token=_kv_token(config, width),

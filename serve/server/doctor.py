@@ -18,7 +18,7 @@ from typing import Literal
 from serve.config import Config, kv_cache, whole
 from serve.cpu_kernels.build import compiler
 from serve.errors import ConfigError
-from serve.models import audio_packages, hardware
+from serve.models import audio_packages, engine_memory, hardware
 from serve.models.embedded import NEEDED_BYTES, SOURCES, checkpoint
 from serve.models.hardware import GIB, OVERHEAD, gib
 from serve.models.host import Host
@@ -202,13 +202,16 @@ def _memory(machine: Machine) -> Iterator[Finding]:
 def _weights(config: Config, machine: Machine) -> Iterator[Finding]:
     if not machine.on_cpu:
         return
-    weights = sum(
-        whole(base.engine, "data_parallel_size") * hardware.weights(Path(base.model)) for base in config.bases
-    )
+    weights = slots = 0
+    for base in config.bases:
+        ranks, adapters = whole(base.engine, "data_parallel_size"), whole({"max_loras": 8, **base.engine}, "max_loras")
+        rank = whole({"max_lora_rank": 16, **base.engine}, "max_lora_rank")
+        weights += ranks * engine_memory.weights(Path(base.model), config.cpu_weights)
+        slots += ranks * engine_memory.slots(Path(base.model), adapters, rank)
     asked = sum(kv_cache(base.engine) for base in config.bases)
     if weights or asked:
         try:
-            hardware.check_memory(weights, max(asked, GIB), machine.host)
+            hardware.check_memory(weights, max(asked, GIB), machine.host, slots)
         except ConfigError as error:
             detail, _, advice = error.message.partition(": ")
             yield Finding("weights", "problem", detail, f"{advice}; `loradock plan MODEL` says what it takes")

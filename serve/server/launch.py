@@ -23,7 +23,7 @@ from fastapi import FastAPI
 
 from serve.config import Base, Config, kv_cache, whole
 from serve.errors import ConfigError, LoradockError
-from serve.models import hardware
+from serve.models import engine_memory, hardware
 from serve.models.checkpoint import EMBEDDED, find
 from serve.server.connection import guarded, raise_descriptor_limit
 from serve.server.garbage import collect_in_quiet
@@ -71,10 +71,13 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         engine["max_cpu_loras"] = max(32, whole(engine, "max_loras"))
     if hardware.on_cpu():
         ranks = whole(engine, "data_parallel_size")
-        weights = ranks * hardware.weights(Path(base.model))
+        weights = ranks * engine_memory.weights(Path(base.model), config.cpu_weights)
+        slots = ranks * engine_memory.slots(
+            Path(base.model), whole(engine, "max_loras"), whole(engine, "max_lora_rank")
+        )
         if "gpu_memory_utilization" not in engine:
-            engine.setdefault("kv_cache_memory_bytes", hardware.kv_space(weights) // ranks)
-            hardware.check_memory(weights, kv_cache(engine))
+            engine.setdefault("kv_cache_memory_bytes", hardware.kv_space(weights + slots) // ranks)
+            hardware.check_memory(weights, kv_cache(engine), slots=slots)
         workers = whole(engine, "tensor_parallel_size") * whole(engine, "pipeline_parallel_size")
         together = "distributed_executor_backend" not in engine and hardware.one_process(environ, workers)
         if together:

@@ -32,9 +32,10 @@ from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.version import __version__ as VLLM_VERSION
 
+from serve.cpu_kernels.install import WEIGHTS
 from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
-from serve.models import hardware
+from serve.models import engine_memory, hardware
 from serve.names import response_owner
 from serve.vllm_backend import announce, building, forkserver, response_store, structured_outputs, titles
 from serve.vllm_backend.engine_arguments import parse
@@ -168,7 +169,10 @@ class VLLMBackend:
         if not hardware.on_cpu() or self.args.kv_cache_memory_bytes is None:
             return
         try:
-            hardware.check_memory(hardware.weights(Path(self.model)), int(self.args.kv_cache_memory_bytes))
+            folder = Path(self.model)
+            weights = engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"))
+            slots = engine_memory.slots(folder, self.slots, self.max_lora_rank)
+            hardware.check_memory(weights, int(self.args.kv_cache_memory_bytes), slots=slots)
         except ConfigError as error:
             raise Conflict(
                 f"there is no room for a second engine beside the first, only after it (drain_first): {error}"

@@ -15,7 +15,9 @@ def test_the_sizes_follow_from_the_configuration(tiny_model):
     sides = LAYERS * (4 * 2 * HIDDEN + 3 * 3 * HIDDEN)
     assert told.adapter == 2 * 4 * sides
     assert told.host == 5 * told.adapter
-    assert told.slots == 3 * 2 * 4 * (sides + 2 * (HIDDEN + 32))
+    # Every B twice: 4 square ones, gate and up double, down; and the embedding's and the output layer's.
+    twice = LAYERS * (4 + 2 * 2 + 1) * HIDDEN + HIDDEN + 32
+    assert told.slots == 3 * 2 * 4 * (sides + 2 * (HIDDEN + 32) + twice)
     assert told.kv_token == 2 * LAYERS * HIDDEN * 2  # keys and values of two heads of half the width
     assert told.tokens == (1 << 20) // told.kv_token
     assert told.total == told.weights + told.kv_cache + told.slots + told.host + told.overhead

@@ -1,0 +1,97 @@
+"""What an engine takes of a CPU's memory, from the headers of its checkpoint's files: nothing is loaded for it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Bits of a weight, with its group's scale, that bfloat16 weights become (serve/cpu_kernels/packing.py).
+BITS = {"int8": 8 + 32 / 64, "int4": 4 + 16 / 32}
+# What the output layer becomes where weights become fewer bits.
+HEAD_BITS = BITS["int8"]
+FLOATS = ("BF16", "F16", "F32")
+MAX_HEADER = 100 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One of a checkpoint's, by its header."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    size: int
+
+    @property
+    def is_matrix(self) -> bool:
+        """Of a linear layer in floating point, the output layer included."""
+        return len(self.shape) == 2 and self.kind in FLOATS and self.name.endswith(".weight") and not self.is_table
+
+    @property
+    def is_table(self) -> bool:
+        return self.name.endswith(("embed_tokens.weight", "wte.weight"))
+
+    @property
+    def is_head(self) -> bool:
+        return self.name == "lm_head.weight"
+
+
+def tensors(folder: Path) -> Iterator[Tensor]:
+    """All of a checkpoint's, in the order of its files; none where it is not on this disk yet."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            header = _header(file)
+            read = [
+                Tensor(name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, IndexError, struct.error):  # whoever loads it says what is wrong
+            read = [Tensor("", "", (), file.stat().st_size)]
+        yield from read
+
+
+def weights(folder: Path, cpu_weights: str = "auto") -> int:
+    """Bytes of memory that a checkpoint's weights take once they are loaded; there is one copy of them."""
+    bits, size, table, has_head = BITS.get(cpu_weights), 0.0, None, False
+    for tensor in tensors(folder):
+        if bits is not None and tensor.is_matrix:
+            has_head |= tensor.is_head
+            width = HEAD_BITS if tensor.is_head else bits
+            size += tensor.shape[0] * tensor.shape[1] * width / 8
+            continue
+        size += tensor.size
+        table = tensor if tensor.is_table else table
+    if bits is not None and table is not None and not has_head:
+        # The embedding is also the output layer: it is looked up in bfloat16, and multiplied in 8 bits.
+        size += table.shape[0] * table.shape[1] * HEAD_BITS / 8
+    return int(size)
+
+
+def slots(folder: Path, adapters: int, rank: int) -> int:
+    """Bytes of room for so many adapters of this rank in a batch: A of all modules, and B as vLLM has it and packed."""
+    size, table, has_head = 0, None, False
+    for tensor in tensors(folder):
+        if tensor.is_matrix:
+            out, into = tensor.shape
+            size += into + 2 * out
+            has_head |= tensor.is_head
+        elif tensor.is_table:
+            table = tensor
+    if table is not None:
+        entries, hidden = table.shape
+        size += entries + 2 * hidden  # its A is looked up
+        size += 0 if has_head else hidden + 2 * entries
+    return 2 * rank * adapters * size
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        if not 0 < length <= MAX_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        return dict(json.loads(opened.read(length)))

@@ -1,0 +1,70 @@
+"""What an engine takes is read off the headers of its checkpoint's files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from serve.errors import ConfigError
+from serve.models import hardware
+from serve.models.engine_memory import slots, weights
+from serve.models.host import Host
+
+GIB = 1 << 30
+
+
+def checkpoint(folder, *, tied):
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(128, 64).bfloat16(),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(256, 64).bfloat16(),
+        "model.norm.weight": torch.zeros(64).bfloat16(),
+    }
+    if not tied:
+        tensors["lm_head.weight"] = torch.zeros(128, 64).bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_the_weights_are_there_once(tmp_path):
+    assert weights(checkpoint(tmp_path, tied=True)) == 2 * (128 * 64 + 256 * 64 + 64)
+
+
+def test_of_rounded_weights_the_scales_count_and_the_embedding_stays(tmp_path):
+    rest, layer, table = 2 * 64, 256 * 64, 128 * 64
+    assert weights(checkpoint(tmp_path, tied=False), "int8") == rest + layer * 8.5 / 8 + table * (2 + 8.5 / 8)
+    assert weights(checkpoint(tmp_path, tied=False), "int4") == rest + layer * 4.5 / 8 + table * (2 + 8.5 / 8)
+
+
+def test_a_tied_output_layer_of_fewer_bits_is_one_more_matrix(tmp_path):
+    assert weights(checkpoint(tmp_path, tied=True), "int8") == 2 * 64 + 256 * 64 * 8.5 / 8 + 128 * 64 * (2 + 8.5 / 8)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_slots_have_room_for_adapters_of_every_module(tmp_path, tied):
+    layer, table, head = 64 + 2 * 256, 128 + 2 * 64, 64 + 2 * 128
+    assert slots(checkpoint(tmp_path, tied=tied), 3, 8) == 3 * 8 * 2 * (layer + table + head)
+
+
+def test_a_file_that_is_none_counts_by_its_size(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    assert weights(tmp_path) == 1000 and slots(tmp_path, 8, 8) == 0
+
+
+def test_a_control_group_that_is_too_small_is_a_sentence_that_names_everything(tmp_path):
+    for name, text in {
+        "proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n",
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": f"{6 * GIB}\n",
+        "sys/fs/cgroup/memory.current": f"{GIB}\n",
+    }.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    host = Host(tmp_path)
+    left = 5 * GIB - hardware.OVERHEAD
+    hardware.check_memory(left - 2 * GIB, GIB, host, GIB)
+    with pytest.raises(ConfigError) as caught:
+        hardware.check_memory(left - 2 * GIB, GIB, host, GIB + 1)
+    for words in ("1.0 GiB of slots for adapters", "5.0 GiB of memory that are free", "max_loras"):
+        assert words in str(caught.value)
