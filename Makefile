@@ -149,3 +149,7 @@ setup:
 
 setup-dev:
 	@./install.sh test
+
+.PHONY: memory
+memory: setup-dev ## what a server takes with each --cpu-weights, process by process (CPU; ARGS="--size 1B --adapters 16"); some minutes
+	@$(BIN)/python -m tests.campaigns.memory $(ARGS)
