@@ -21,6 +21,7 @@ from serve.cli.terminal import example, say_error
 from serve.cli.usage import usage
 from serve.config import Config, load, settings_help
 from serve.errors import LoradockError
+from serve.server import preloaded
 
 app = typer.Typer(
     name="loradock",
@@ -115,6 +116,7 @@ def optimize(context: typer.Context) -> None:
 
 def main() -> None:
     """The entry point: an error of ours is a sentence and exit code 2, never a traceback."""
+    preloaded.ensure(sys.argv[1:])
     try:
         app()
     except LoradockError as error:  # typer's own usage errors are sentences already

@@ -325,12 +325,12 @@ class Supervisor:
         return started
 
     async def _started(self, engine: Engine) -> StartedEngine:
+        reading = asyncio.ensure_future(asyncio.to_thread(lora_modules, engine.backend.model))  # while it loads
         await engine.start()
-        modules = await asyncio.to_thread(lora_modules, engine.backend.model)
         if probe := self._make_probe(engine):
             await probe.start()
         await self.adapters.restore(self, engine)
-        return StartedEngine(engine, modules, probe)
+        return StartedEngine(engine, await reading, probe)
 
     def serve(self, started: StartedEngine) -> None:
         """From now on this engine answers."""

@@ -125,10 +125,11 @@ def _run(config: Config, sock: socket, output: Log) -> int:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault(titles.PREFIX, "loradock")
     raise_descriptor_limit()
-    if hardware.on_cpu():
-        forkserver.start()
     # What is imported stays; to look for garbage in it again and again takes a third of the time.
     gc.disable()
+    if hardware.on_cpu():
+        forkserver.start()
+    output.watch()
     from serve.api.app import build_app
     from serve.vllm_backend.backend import VLLMBackend
 

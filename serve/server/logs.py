@@ -72,12 +72,18 @@ class Log:
         _attach(OURS, handlers, "DEBUG" if self._follows else "INFO")
         _attach(LIBRARIES, handlers, "WARNING")
         self._thread = threading.Thread(target=self._keep, name="log", daemon=True)
-        self._thread.start()
         return self
+
+    def watch(self) -> None:
+        """Keep the file from growing too large, in a thread; before that, this process can be forked."""
+        self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
+        else:
+            self.tidy()
         _flush()
         for descriptor, stream in enumerate(self._streams, 1):
             os.dup2(stream, descriptor)

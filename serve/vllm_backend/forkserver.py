@@ -1,8 +1,10 @@
 """vLLM's processes forked from one that has imported vLLM already, so that they need not do so one after the other.
 
-Imports take most of a start on a CPU: six seconds in the server, in the engine and in the worker. `start` lets one
-process import vLLM while the server does, on another core; the engine and its worker are then forked from that one, in
-milliseconds. It has one thread and has computed nothing, so forking it is sound. `install` runs in vLLM's processes.
+Imports take most of a start on a CPU, and half a gigabyte, in the server, in the engine and in the worker. `start`
+imports vLLM and forks this process into a second one, from which the engine and its worker are then forked, in
+milliseconds: what was imported is in memory once for all of them. A server that runs over other libraries than they
+preload cannot be forked; there the second process imports for itself, on another core. Either has one thread and has
+computed nothing, so forking it is sound. `install` runs in vLLM's processes.
 
 All of them end with the server, by the kernel's hand: a process that is stuck, or holds Python's lock for long, hears
 nothing of it otherwise. `follow` is for what was started in another way.
@@ -15,30 +17,109 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
+import logging
 import multiprocessing
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from multiprocessing import forkserver
+from contextlib import suppress
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import arbitrary_address  # type: ignore[attr-defined]
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
+from multiprocessing.util import is_abstract_socket_namespace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import setproctitle
 
 VARIABLE = "LORADOCK_FORKSERVER"
-PRELOAD = "serve.vllm_backend.preload"
+PROCESS, PRELOAD = "serve.vllm_backend.forkserver_process", "serve.vllm_backend.preload"
+# Of the server's (serve/server/logs.py): their handlers write where it alone writes.
+LOGGERS = ("serve", "loradock", "uvicorn", "asyncio")
 UNKNOWN = 255  # multiprocessing's, where nobody is left to tell
 PR_SET_PDEATHSIG = 1
 
 
 def start() -> None:
-    """Begin to import vLLM in a process aside. What LD_PRELOAD holds now is what vLLM's processes will have."""
+    """Have a process with vLLM imported. What LD_PRELOAD holds now is what vLLM's processes will have."""
     if "omp" not in os.environ.get("LD_PRELOAD", ""):
         return  # vLLM finds an OpenMP itself, later, and preloads it by executing its processes anew
     os.environ[VARIABLE] = "1"
-    multiprocessing.set_forkserver_preload([PRELOAD])
-    forkserver.ensure_running()
+    multiprocessing.set_forkserver_preload([PROCESS, PRELOAD])
+    if not _preloaded(os.environ["LD_PRELOAD"]) or threading.active_count() > 1:
+        forkserver.ensure_running()
+        return
+    # OpenMP reads it when it is first asked for anything: this process's threads go where they like.
+    affinity = os.environ.pop("KMP_AFFINITY", None)
+    importlib.import_module(PRELOAD)
+    if affinity is not None:
+        os.environ["KMP_AFFINITY"] = affinity
+    gc.freeze()
+    _fork()
+
+
+def settle() -> None:
+    """Be the fork server."""
+    die_with_parent()
+    setproctitle.setproctitle("loradock: fork server")
+
+
+def _preloaded(libraries: str) -> bool:
+    """Whether this process itself runs over these libraries."""
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:
+        return False
+    return all(os.path.realpath(library) in mapped for library in libraries.split(":"))
+
+
+def _fork() -> None:
+    """What multiprocessing does to start a fork server, with this process in place of a new one."""
+    setproctitle.getproctitle()  # where a title goes is found through the environment, before it is changed any further
+    resource_tracker.ensure_running()
+    with socket.socket(socket.AF_UNIX) as listener:
+        address = arbitrary_address("AF_UNIX")
+        listener.bind(address)
+        if not is_abstract_socket_namespace(address):
+            os.chmod(address, 0o600)
+        listener.listen()
+        alive, ours = os.pipe()
+        pid = os.fork()
+        if not pid:
+            _serve(listener.detach(), alive)
+        os.close(alive)
+    server: Any = forkserver._forkserver
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, ours, pid
+
+
+def _serve(listener: int, alive: int) -> NoReturn:
+    """In the forked process: nothing of the server's stays open, and it logs nothing by the server's handlers."""
+    code = 1
+    try:
+        keep = {0, 1, 2, listener, alive}
+        for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
+            if descriptor not in keep:
+                with suppress(OSError):
+                    os.close(descriptor)
+        for logger in [logging.getLogger(name) for name in LOGGERS]:
+            logger.handlers, logger.propagate = [], True
+            logger.setLevel(logging.NOTSET)
+        tracker: Any = resource_tracker._resource_tracker
+        tracker._fd = tracker._pid = None
+        settle()
+        gc.enable()
+        forkserver.main(listener, alive, [])
+    except SystemExit:
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(code)
 
 
 def ensure() -> None:

@@ -22,6 +22,7 @@ def child(words):
 
 log = logging.getLogger("serve.something")
 with Log(Path(sys.argv[1]) / "log", sys.argv[2], 20_000) as output:
+    output.watch()
 %s
 print("after")
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -59,6 +61,63 @@ def test_the_next_comes_from_a_fresh_one_and_the_old_one_ends_with_its_last(tmp_
     last.join(30)
     assert last.exitcode == forkserver.UNKNOWN, "its end is heard of, its status went with the old one"
     assert eventually(lambda: not Path(f"/proc/{old}").exists(), 10), "neither running nor a zombie"
+
+
+FORKED = """
+import gc, json, logging, multiprocessing, os, socket, sys
+from pathlib import Path
+from serve.vllm_backend import forkserver
+from tests.serve.vllm_backend.test_forkserver import look
+
+logging.getLogger("serve").addHandler(logging.StreamHandler())
+held = socket.create_server(("127.0.0.1", 0))
+os.environ["LD_PRELOAD"] = "/x/libomp.so"
+forkserver._preloaded = lambda libraries: True
+forkserver.PRELOAD = "tests.serve.vllm_backend.pretended"
+gc.disable()
+forkserver.start()
+sys.modules["tests.serve.vllm_backend.pretended"].later = True
+process = forkserver.Context().Process(target=look, args=(sys.argv[1], held.fileno()))
+process.start()
+process.join(30)
+print(process.exitcode, os.getpid(), multiprocessing.forkserver._forkserver._forkserver_pid, flush=True)
+"""
+
+
+def look(out: str, descriptor: int) -> None:
+    """What a process has of the server that it was forked from."""
+    imported = sys.modules.get("tests.serve.vllm_backend.pretended")
+    try:
+        os.fstat(descriptor)
+        held = os.path.exists(f"/proc/self/fd/{descriptor}") and "socket" in os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        held = False
+    found = {
+        "imported": imported is not None and not hasattr(imported, "later"),
+        "held": held,
+        "collects": gc.isenabled(),
+        "handlers": len(logging.getLogger("serve").handlers),
+        "server": os.getppid(),
+        "title": Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0 "),
+    }
+    Path(out).write_text(json.dumps(found))
+
+
+def test_processes_are_forked_from_what_the_server_has_imported(tmp_path):
+    root = Path(__file__).parents[3]
+    out = tmp_path / "out"
+    environ = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(out)], env=environ, cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    code, server, forks = done.stdout.split()
+    found = json.loads(out.read_text())
+    assert code == "0" and found["imported"], "imported by the server, once"
+    assert not found["held"] and not found["handlers"], "nothing of the server's own"
+    assert found["collects"]
+    assert found["server"] == int(forks) != int(server) and found["title"] == "loradock: fork server"
+    assert eventually(lambda: not running(int(forks)), 10), "it ends with the server"
 
 
 def test_a_process_follows_its_parent_and_not_what_its_parent_writes():

@@ -1,0 +1,32 @@
+"""The server runs over the libraries that vLLM's processes preload, so that these can be forked from it.
+
+What both import is then in memory once. A library is preloaded when a process begins: this one begins anew, once,
+before it has done anything.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from serve.models import hardware
+
+
+def ensure(
+    words: Sequence[str],
+    original: Sequence[str] = tuple(sys.orig_argv),
+    execute: Callable[[str, list[str]], object] = os.execv,
+) -> None:
+    """Begin anew if this is a server, of which `words` are the arguments, on a CPU whose libraries are not preloaded.
+
+    `original` is the whole command line, Python's own part included.
+    """
+    words = list(words)
+    if words[:1] != ["serve"] or list(original[-len(words) :]) != words or not hardware.on_cpu():
+        return
+    wanted = hardware.cpu_environment(os.environ, together=False).get("LD_PRELOAD")
+    if wanted is None or wanted == os.environ.get("LD_PRELOAD"):
+        return
+    os.environ["LD_PRELOAD"] = wanted
+    execute(sys.executable, [sys.executable, *original[1:]])
