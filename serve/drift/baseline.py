@@ -134,6 +134,7 @@ class Baseline:
         replace(self.provenance, version=provenance.version).check(provenance)
         prompts = self._signal(PROMPT, tolerance=self.signals[PROMPT].tolerance)
         prompts.restore(self.signals[PROMPT].state())
+        prompts.take_mean_rows(self.signals[PROMPT])
         prompts.begin_anew()
         remembered = inherited(self.sampling())
         return Baseline(provenance, {PROMPT: prompts}, sampling=lambda: remembered)

@@ -33,6 +33,8 @@ UNIFORM = 0.1
 # The fixed bets: a shift in standard deviations, and the share of the requests that have it.
 SHIFTS = ((0.8, 1.0), (3.0, 0.9), (3.0, 0.2), (3.5, 0.08))  # of a score, each up and down
 ALONG = ((0.4, 1.0), (0.8, 1.0), (1.5, 0.9), (3.0, 0.9), (2.0, 0.25), (3.5, 0.25), (2.5, 0.1), (3.5, 0.1))
+# Along directions of many numbers, most of which say little.
+ALONG_MANY = ((0.25, 1.0), (1.2, 0.25), (2.0, 0.2), (3.0, 0.2), (3.0, 0.1))
 FIXED = 8
 # What the histograms weigh among the bets of a score.
 LEARNED_WEIGHT = 0.3
@@ -60,6 +62,7 @@ def _shifted(shift: float, share: float) -> Floats:
 _UP = np.array([_shifted(shift, share) for shift, share in SHIFTS])
 _SCORE_BETS = np.ascontiguousarray(np.concatenate((_UP, _UP[:, ::-1])).T)  # (CELLS, FIXED)
 _DIRECTION_BETS = np.ascontiguousarray(np.array([_shifted(shift, share) for shift, share in ALONG]).T)
+MANY_BETS = np.ascontiguousarray(np.array([_shifted(shift, share) for shift, share in ALONG_MANY]).T)
 
 
 class Bank:
@@ -171,9 +174,10 @@ class Bank:
         total[: self._scores] += values[:learned].reshape(-1, len(BETS)).sum(axis=1)
         return total
 
-    def began(self) -> int:
-        """The update after which the strongest bet's run began."""
-        return int(self._start[self._page.argmax()])
+    def began(self) -> tuple[float, int]:
+        """Page's statistic of the strongest bet, and the update after which its run began."""
+        strongest = self._page.argmax()
+        return float(self._page[strongest]), int(self._start[strongest])
 
     def reset(self, now: int) -> None:
         """Begin again at no evidence; what the histograms learned stays."""

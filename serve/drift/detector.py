@@ -17,7 +17,8 @@ heavy tails, ties and constants too. Three steps lead there.
 3. Shiryaev-Roberts: R <- (R + 1) e. R - t is a martingale, so the mean time until R >= c is at least c (Shin, Ramdas
    and Rinaldo, E-detectors, 2022). The evidence is a weighted mean of R over bets and scores.
 
-Half of the weight lies on the k scores, by `weights`, and half on learned directions (`serve.drift.directions`).
+Half of the weight lies on the k scores, by `weights`, and half on learned directions (`serve.drift.directions`). Where
+there are mean rows, directions in which those move have half of the whole (`serve.drift.mean_rows`).
 
 The promise is a theorem for one score. The mean over scores is exact as far as their p-values share one history; ranks
 of different scores in one bag can tell of one another in theory. `make drift-proof` measures what that amounts to.
@@ -40,11 +41,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.bets import Bank, Floats, State
 from serve.drift.directions import HALF_LIVES, Directions
-from serve.drift.effect_size import EffectSize
+from serve.drift.effect_size import EFFECT_HALF_LIFE, EffectSize
+from serve.drift.mean_rows import HALF_LIVES as MEAN_HALF_LIVES
+from serve.drift.mean_rows import MeanRows
 from serve.drift.state_arrays import below, prefixed
 
-# Half-life of the effect gauges, in requests.
-EFFECT_HALF_LIFE = 50.0
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
 # Rows that the gauges take at a time: nobody reads them at every request.
 GAUGED = 32
@@ -60,7 +61,8 @@ class Drift:
     many as the reference and at least 1,000; never fewer than the reference. weights: (k,) what each score weighs in
     the evidence, by default the same. margin: by how much each may move unseen, in its unit; 0 by default. silent: so
     many columns more, behind the scores, of zero mean and unit spread: they only help to learn directions, which
-    turn after every `turn` requests. seed: of the random numbers that break ties and choose what leaves the bag.
+    turn after every `turn` requests. means: what bets on the requests' mean rows. seed: of the random numbers that
+    break ties and choose what leaves the bag.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Drift:
         margin: ArrayLike | None = None,
         silent: int = 0,
         turn: int = 1,
+        means: MeanRows | None = None,
         seed: int = 0,
     ) -> None:
         rows = np.asarray(reference, np.float32)
@@ -100,15 +103,17 @@ class Drift:
         self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
         directions = 0 if self._directions is None else len(HALF_LIVES)
         self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
-        self._effect = EffectSize(k + directions, n)
+        self.means = means
+        self._effect = EffectSize(k + directions + len(MEAN_HALF_LIVES), n)
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
         self._seen = np.zeros(2)  # weight of the gauges, and of its squares
         self._ungauged: list[NDArray[np.float32]] = []
         self._rows: deque[NDArray[np.float32]] = deque(maxlen=RECENT)
+        self._mean_rows: deque[NDArray[np.float32] | None] = deque(maxlen=RECENT)
 
-    def update(self, row: ArrayLike) -> bool:
+    def update(self, row: ArrayLike, mean_row: NDArray[np.float32] | None = None) -> bool:
         """Take the scores of one request, and say whether the evidence has reached the threshold."""
         scores = np.asarray(row, np.float32)
         if scores.shape != self._margin.shape:
@@ -121,10 +126,11 @@ class Drift:
         scores = scores.copy()
         self._ungauged.append(scores)
         self._rows.append(scores)
+        self._mean_rows.append(mean_row)
         if len(self._ungauged) >= GAUGED:
             self._gauge()
         if self.drifted:
-            self._effect.observe(*self._places(scores), self.tolerated_share)
+            self._effect.observe(*self._places(scores, mean_row), self.tolerated_share)
         moved = self._moved_by_margin(scores)
         p = streams = self._rank(scores)
         bounds = None
@@ -136,7 +142,9 @@ class Drift:
         multiple = self._bank.observe(streams, self.updates, bounds)
         if self._directions is not None:
             self._directions.teach(p, multiple, scores[len(p) :])
-        if self.crossed_at is None and self._bank.evidence() >= self.threshold:
+        if self.means is not None and mean_row is not None:
+            self.means.observe(mean_row, self.updates)
+        if self.crossed_at is None and self._evidence() >= self.threshold:
             self.crossed_at = self.updates
             self._moved = self._bank.log_means()
             self._begin_effect()
@@ -154,7 +162,7 @@ class Drift:
     @property
     def log_evidence(self) -> float:
         """ln of the weighted mean of all R: the last step's; it may fall again when the bag has learned the new."""
-        evidence = self._bank.evidence()
+        evidence = self._evidence()
         return math.log(evidence) if evidence > 0 else -math.inf
 
     @property
@@ -165,7 +173,10 @@ class Drift:
     @property
     def changed_at(self) -> int:
         """The update after which the change began, as the strongest bet sees it."""
-        return self._bank.began()
+        runs = [self._bank.began()]
+        if self.means is not None:
+            runs.append(self.means.began())
+        return max(runs)[1]
 
     @property
     def foreign_share(self) -> float | None:
@@ -212,9 +223,12 @@ class Drift:
         """
         self.crossed_at = None
         self._bank.reset(self.updates)
+        if self.means is not None:
+            self.means.reset(self.updates)
         if effects:
             self._ungauged.clear()
             self._rows.clear()
+            self._mean_rows.clear()
             self._shift[:] = 0
             self._seen[:] = 0
 
@@ -238,6 +252,8 @@ class Drift:
         state |= prefixed(self._bank.state(), "bank.")
         if self._directions is not None:
             state |= prefixed(self._directions.state(), "directions.")
+        if self.means is not None:
+            state |= prefixed(self.means.state(), "means.")
         return {name: np.asarray(value) for name, value in state.items()}
 
     @classmethod
@@ -261,7 +277,10 @@ class Drift:
         self._weights = np.array(state.get("weights", np.ones(k)))
         self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
         self._bank.restore(below(state, "bank."))
-        self._effect, self.tolerated_share = EffectSize(k + directions, self._reference.shape[1]), 1.0
+        means = below(state, "means.")
+        self.means = MeanRows.from_state(means) if means else None
+        streams = k + directions + len(MEAN_HALF_LIVES)
+        self._effect, self.tolerated_share = EffectSize(streams, self._reference.shape[1]), 1.0
         if "effect.seen" in state:
             self._effect.restore(below(state, "effect."))
         self._moved = np.array(state["moved"])
@@ -269,7 +288,23 @@ class Drift:
         self._seen = np.array(state["seen"])
         self._ungauged = []
         self._rows = deque(state.get("rows", ()), maxlen=RECENT)
+        self._mean_rows = deque([None] * len(self._rows), maxlen=RECENT)
         return self
+
+    def _evidence(self) -> float:
+        """The weighted mean of all R."""
+        if self.means is None or self.means.off:
+            return self._bank.evidence()
+        return (self._bank.evidence() + self.means.evidence()) / 2
+
+    def _stream_weights(self) -> Floats:
+        """(streams,) with the sum 1, by their evidence: scores, directions, directions of mean rows."""
+        weights, rest = self._bank.weights(), np.zeros(len(MEAN_HALF_LIVES))
+        if self.means is not None and (theirs := self.means.by_stream()).any():
+            ours = self._bank.evidence()
+            rest = theirs / (theirs.sum() + len(theirs) * ours)
+            weights = weights * (1 - rest.sum())
+        return np.concatenate((weights, rest))
 
     def _moved_by_margin(self, scores: NDArray[np.float32]) -> tuple[Floats, Floats] | None:
         """The least and the most that the p-values of the scores with a margin can be; None if there are none."""
@@ -310,18 +345,26 @@ class Drift:
     def _begin_effect(self) -> None:
         """Look for the size of the effect from here on, where requests since the change let expect it."""
         since = min(max(self.updates - self.changed_at, 1), len(self._rows))
-        less, upto = np.array([self._places(row) for row in list(self._rows)[-since:]]).transpose(1, 0, 2)
-        self._effect.begin(self._bank.weights(), less, upto, self.tolerated_share)
+        recent = list(zip(self._rows, self._mean_rows, strict=True))[-since:]
+        less, upto = np.array([self._places(*rows) for rows in recent]).transpose(1, 0, 2)
+        self._effect.begin(self._stream_weights(), less, upto, self.tolerated_share)
 
-    def _places(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    def _places(
+        self, scores: NDArray[np.float32], mean_row: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """(streams,) each: how many of the reference alone lie below the scores, and how many not above them."""
         # Of a single row: faster than a search in each score's column.
         known, row = self._reference, scores[: len(self._bags), None]
         less, upto = np.count_nonzero(known < row, axis=1), np.count_nonzero(known <= row, axis=1)
-        if self._directions is None:
-            return less, upto
-        along = self._directions.reference_places(scores)
-        return np.concatenate((less, along[0])), np.concatenate((upto, along[1]))
+        parts = [(less, upto)]
+        if self._directions is not None:
+            parts.append(self._directions.reference_places(scores))
+        size = known.shape[1]
+        if self.means is not None and mean_row is not None:
+            parts.append(self.means.reference_places(mean_row, size))
+        else:
+            parts.append((np.zeros(len(MEAN_HALF_LIVES), np.intp), np.full(len(MEAN_HALF_LIVES), size)))
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def _score_ranks(self, rows: NDArray[np.float32]) -> Floats:
         """(n, k) where the scores of rows lie in the reference, ties in their middle."""

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from serve.drift.bets import Floats, State
 
+# Half-life of the gauges that say how far something moved, in requests.
+EFFECT_HALF_LIFE = 50.0
 # Probability that a share that is tolerated is called larger.
 ALPHA = 0.1
 # Ends of the ranks: the upper ones, then the lower ones.
@@ -132,13 +134,16 @@ class EffectSize:
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where this `state()` was. Earlier releases had other bets: those begin anew, the estimate goes on."""
         for name in _KEPT:
-            if name in state and getattr(self, f"_{name}").shape == state[name].shape:
-                getattr(self, f"_{name}")[:] = state[name]
+            kept, saved = getattr(self, f"_{name}"), state.get(name)
+            # Earlier releases had fewer streams.
+            if saved is not None and kept.shape[1:] == saved.shape[1:] and len(saved) <= len(kept):
+                kept[: len(saved)], kept[len(saved) :] = saved, 0
         if "beyond" in state:
             self._beyond = bool(state["beyond"][0])
         elif self.requests:
             by_stream = np.asarray(state["weights"], np.float64)
-            self._weights[:] = (by_stream / (by_stream.sum() * ENDS * len(SHARES)))[:, None, None]
+            self._weights[: len(by_stream)] = (by_stream / (by_stream.sum() * ENDS * len(SHARES)))[:, None, None]
+            self._weights[len(by_stream) :] = 0
 
 
 _KEPT = ("weights", "counts", "total", "hits", "seen")

@@ -2,6 +2,7 @@
 
     embedding = Embedding.of(checkpoint)      # reads one tensor of the checkpoint, seconds at most, once an engine
     embedding.vector(token_ids)               # (32,) float32 in about 10 us
+    embedding.mean_row(token_ids)             # (up to 384,) float32, about the same: for serve.drift.mean_rows
 
 No second model, no GPU, and adapters of one base share it. `numbers` says which tokens are made of digits, where the
 checkpoint has a tokenizer.json or vocab.json. Frequent tokens weigh less (smooth inverse frequency, Arora
@@ -29,6 +30,11 @@ log = logging.getLogger(__name__)
 DIMENSIONS = 32
 # Arora's a: tokens rarer than this keep their weight, commoner ones lose it.
 SIF = 1e-3
+# Numbers of a mean row, and how many tokens it is the mean of: of a longer prompt every so many. A sum of so many
+# numbers of eight bits fits sixteen.
+MEAN_WIDTH, MEAN_TOKENS = 384, 256
+# What an eight-bit number stands for at most, in standard deviations of the table.
+_FARTHEST = 6.0
 # What the input embedding is called in the checkpoints of the architectures that vLLM serves; the output's stands for
 # it where the two are tied and only that one was saved.
 NAMES = (
@@ -51,12 +57,14 @@ class Embedding:
     """table: (vocabulary, dimensions) float32, projected; weights: (vocabulary,). `digest` names both, and the seed.
 
     numbers: (vocabulary + 1,) whether a token is made of digits, the last one standing for tokens outside the table.
+    narrow: (vocabulary, up to MEAN_WIDTH) the table with fewer columns, eight bits a number.
     """
 
     table: NDArray[np.float32]
     weights: NDArray[np.float32]
     digest: str
     numbers: NDArray[np.bool_] | None = None
+    narrow: NDArray[np.int8] | None = None
 
     @classmethod
     def of(cls, checkpoint: Path, *, dimensions: int = DIMENSIONS, seed: int = 0) -> Self:
@@ -83,7 +91,7 @@ class Embedding:
         digest = hashlib.sha256(f"{vocabulary} {width} {dimensions} {seed} {SIF}".encode())
         for start in range(0, vocabulary, _CHUNK):
             digest.update(np.ascontiguousarray(source[start : start + _CHUNK], np.float32).tobytes())
-        return cls(table, weights, digest.hexdigest())
+        return cls(table, weights, digest.hexdigest(), narrow=_narrow(source))
 
     def vector(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """(dimensions,): weighted mean of the tokens' rows; zeros of nothing. Numbers outside the table (added tokens)
@@ -96,6 +104,35 @@ class Embedding:
             return np.zeros(self.table.shape[1], np.float32)
         weights = self.weights.take(ids)
         return (weights @ self.table.take(ids, axis=0)) / np.add.reduce(weights)
+
+    def mean_row(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """(up to MEAN_WIDTH,): mean of up to MEAN_TOKENS tokens' rows, frequent ones too; nothing where it is not
+        known, zeros of nothing."""
+        if self.narrow is None:
+            return np.zeros(0, np.float32)
+        ids = np.asarray(tokens, np.int64)
+        if ids.size > MEAN_TOKENS:
+            ids = ids[np.arange(MEAN_TOKENS) * ids.size // MEAN_TOKENS]
+        ids = ids[(ids >= 0) & (ids < len(self.narrow))]
+        total = np.add.reduce(self.narrow.take(ids, axis=0), axis=0, dtype=np.int16)
+        return total.astype(np.float32) / np.float32(max(ids.size, 1))
+
+
+def _narrow(source: Rows | NDArray[np.floating]) -> NDArray[np.int8]:
+    """A table (vocabulary, width) with at most MEAN_WIDTH columns: sums of columns with random signs (count sketch;
+    Charikar, Chen and Farach-Colton, Theoretical Computer Science 312, 2004)."""
+    vocabulary, width = source.shape
+    rng = np.random.Generator(np.random.PCG64(0))
+    order, signs = rng.permutation(width), rng.choice(np.array([-1, 1], np.float32), width)
+    columns = min(width, MEAN_WIDTH)
+    first = np.arange(columns) * width // columns
+    narrow, unit = np.empty((vocabulary, columns), np.int8), 0.0
+    for start in range(0, vocabulary, _CHUNK):
+        rows = np.asarray(source[start : start + _CHUNK], np.float32)[:, order] * signs
+        rows = np.add.reduceat(rows, first, axis=1)
+        unit = unit or max(float(rows.std()), 1e-9) * _FARTHEST / 127
+        narrow[start : start + _CHUNK] = np.clip(np.rint(rows / unit), -127, 127)
+    return narrow
 
 
 class Rows:

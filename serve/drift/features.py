@@ -9,7 +9,7 @@
     logprob   mean, minimum and standard deviation of the sampled tokens' logprobs, and the prompt's row to regress on
 
 Behind a prompt's and an output's row comes the sketch of their tokens (`serve.drift.token_surprise`), of which two more
-scores are made once there is a reference.
+scores are made once there is a reference. Behind a prompt's sketch comes its mean row (`serve.drift.mean_rows`).
 
 A `Scale` is fitted on one half of the reference and turns such raw rows into scores of unit scale: vectors are
 whitened, and the mean logprob becomes what is left of it after a regression on prompt and length. The other half is
@@ -75,6 +75,11 @@ def prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Flo
     """(1 + dimensions,) of a prompt's own tokens; `skipped` more are in its middle that were not looked at."""
     ids = np.asarray(tokens, np.int64)
     return np.concatenate(([math.log1p(ids.size + skipped)], embedding.vector(ids)))
+
+
+def whole_prompt_row(embedding: Embedding, row: Floats, tokens: ArrayLike) -> Floats:
+    """A prompt's row with all that comes behind it."""
+    return np.concatenate((row, token_surprise.sketch(tokens), embedding.mean_row(tokens)))
 
 
 def beginning(answer: Answer, tokens: int) -> Answer:

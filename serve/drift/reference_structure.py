@@ -42,7 +42,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.detector import EFFECT_HALF_LIFE
+from serve.drift.effect_size import EFFECT_HALF_LIFE
 from serve.drift.features import Scale
 from serve.drift.state_arrays import below, prefixed
 

