@@ -130,7 +130,7 @@ def _fits(layer: Any, weight: torch.Tensor, dtype: torch.dtype) -> bool:
         layer.loradock_refused = "its bias is not bfloat16"
     elif _paired(layer) and layer.output_sizes[0] != layer.output_sizes[1]:
         layer.loradock_refused = "its halves differ in size"
-    elif bias is not None and layer.skip_bias_add:
+    elif bias is not None and getattr(layer, "skip_bias_add", False):
         layer.loradock_refused = "its bias is added later"
     else:
         return True

@@ -67,7 +67,6 @@ def checkpoint(layout: str, numbers: torch.Tensor, bits: int, scale: torch.Tenso
 @pytest.fixture
 def any_layer(monkeypatch) -> None:
     monkeypatch.setattr(packing, "LinearBase", SimpleNamespace)
-    monkeypatch.setattr(packing, "_room", lambda size: True)
 
 
 @pytest.mark.usefixtures("any_layer")
