@@ -24,6 +24,13 @@ KNOWN = {
     f"{_VLLM}.mistral": "MistralModel MistralDecoderLayer MistralAttention MistralMLP",
     f"{_VLLM}.qwen2": "Qwen2ForCausalLM Qwen2Model Qwen2DecoderLayer Qwen2Attention Qwen2MLP",
     f"{_VLLM}.qwen3": "Qwen3ForCausalLM Qwen3DecoderLayer Qwen3Attention",
+    f"{_VLLM}.gemma2": "Gemma2ForCausalLM Gemma2Model Gemma2DecoderLayer Gemma2Attention Gemma2MLP",
+    f"{_VLLM}.gemma3": "Gemma3ForCausalLM Gemma3Model Gemma3DecoderLayer Gemma3Attention Gemma3MLP",
+    f"{_VLLM}.granite": "GraniteForCausalLM GraniteModel GraniteDecoderLayer GraniteAttention GraniteMLP",
+    f"{_VLLM}.commandr": "CohereForCausalLM CohereModel CohereDecoderLayer CohereAttention CohereMLP",
+    f"{_VLLM}.transformers.base": "Base",
+    f"{_HF}.smollm3.modeling_smollm3": "SmolLM3Model SmolLM3DecoderLayer SmolLM3Attention SmolLM3MLP",
+    f"{_HF}.olmo2.modeling_olmo2": "Olmo2Model Olmo2DecoderLayer Olmo2Attention Olmo2MLP",
 }
 
 # Where a layer's norms are, by the names of those that it has: before and after attention, before and after the MLP.

@@ -1,12 +1,12 @@
 """Every step of small random models computed twice, by `serve/cpu_kernels/step.cpp` and by vLLM layer by layer.
 
-    python -m tests.campaigns.stepwise OUT.json FOLDER
+    python -m tests.campaigns.stepwise OUT.json FOLDER [MODEL ...]
 
 Runs one engine after another in this process: Llama, Qwen2 (biases) and Qwen3 (norms of q and k), with adapters of
-mixed ranks, then Llama with vocabularies that vLLM pads and that it does not. Writes for each model what each step's
-tokens were and how far the two outputs and their logits lie apart. LORADOCK_CPU_WEIGHTS=int8 makes the weights int8.
-vLLM multiplies with a copy of its own; in the models of `ONE_COPY` once more with the packed weights, as it does in a
-server.
+mixed ranks, then Llama with vocabularies that vLLM pads and that it does not, then every other family. Writes for each
+model what each step's tokens were and how far the two outputs and their logits lie apart, with the weights as they are
+and rounded to int8. vLLM multiplies with a copy of its own; in the models of `ONE_COPY` once more with the packed
+weights, as it does in a server.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import json
 import os
 import random
 import sys
-from functools import wraps
+from collections.abc import Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+WEIGHTS = "LORADOCK_CPU_WEIGHTS"
 VOCABULARY, LAYERS = 320, 2
 VOCABULARIES = [320, 333, 32001, 49152, 151936]  # 333 and 32001 are no multiples of 64
 SMALL = {
@@ -34,27 +36,80 @@ SMALL = {
 ONE_COPY = ("llama", "qwen2", "llama-333")
 RANKS = {"wide": 16, "odd": 5, "one": 1}
 HEAD, WITH_HEAD = "head", "llama-333"  # an adapter of the output layer, and the model that has it too
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODULES = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 
 
-def models(folder: Path) -> dict[str, Path]:
+# A model of each family that the step knows, with what it alone has. Windows are shorter than the prompts.
+WIDE = {**SMALL, "hidden_size": 192, "intermediate_size": 256, "head_dim": 64}
+GEMMA = {**WIDE, "head_dim": 256, "num_attention_heads": 4, "query_pre_attn_scalar": 128, "sliding_window": 40}
+LOCAL = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0 + i / 8 for i in range(48)]}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("Mistral", {**WIDE, "sliding_window": 40}),
+    "gemma2": (
+        "Gemma2",
+        {**GEMMA, **LOCAL, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("Gemma3Text", {**GEMMA, **LOCAL}),
+    "phi3": ("Phi3", {**WIDE, "num_attention_heads": 2, "head_dim": 96, "pad_token_id": 0, "sliding_window": 40}),
+    "phi4": (
+        "Phi3",
+        {
+            **WIDE,
+            "hidden_size": 256,
+            "head_dim": 128,
+            "num_attention_heads": 2,
+            "pad_token_id": 0,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {**LONG, "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            **WIDE,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.05,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "olmo2": ("Olmo2", {**WIDE, "hidden_size": 384, "pad_token_id": 0}),
+    "smollm3": ("SmolLM3", {**WIDE, "no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "cohere2": ("Cohere2", {**WIDE, **LOCAL, "sliding_window": 40, "logit_scale": 0.2, "pad_token_id": 0}),
+    "llama3": (
+        "Llama",
+        {
+            **WIDE,
+            "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+}
+
+
+def models(folder: Path, wanted: Sequence[str]) -> dict[str, Path]:
+    """Those that are wanted, or else all."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    torch.manual_seed(0)
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "llama": ("Llama", {**SMALL, "head_dim": 64, "tie_word_embeddings": True}),
+        "qwen2": ("Qwen2", {**SMALL, "hidden_size": 192, "tie_word_embeddings": False}),
+        "qwen3": ("Qwen3", {**SMALL, "num_attention_heads": 10, "head_dim": 128}),
+    }
+    kinds |= {f"llama-{size}": ("Llama", {**WIDE, "vocab_size": size}) for size in VOCABULARIES}
+    kinds |= FAMILIES
     made = {}
-    kinds: list[tuple[str, Any, Any]] = [
-        ("llama", LlamaConfig(**SMALL, head_dim=64, tie_word_embeddings=True), LlamaForCausalLM),
-        ("qwen2", Qwen2Config(**{**SMALL, "hidden_size": 192}, tie_word_embeddings=False), Qwen2ForCausalLM),
-        ("qwen3", Qwen3Config(**{**SMALL, "num_attention_heads": 10}, head_dim=128), Qwen3ForCausalLM),
-    ]
-    if os.environ.get("LORADOCK_CPU_WEIGHTS") == "int8":  # groups of 64 inputs do not divide those
-        kinds.clear()
-    wide = {**SMALL, "hidden_size": 192, "intermediate_size": 256, "head_dim": 64}
-    for size in VOCABULARIES:
-        kinds.append((f"llama-{size}", LlamaConfig(**{**wide, "vocab_size": size}), LlamaForCausalLM))
-    for name, config, kind in kinds:
-        model = kind(config)
+    for name, (family, settings) in kinds.items():
+        if wanted and name not in wanted:
+            continue
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**settings)
+        model = transformers.AutoModelForCausalLM.from_config(config)
         for key, weight in model.named_parameters():
             if "norm" in key or "bias" in key:
                 weight.data.add_(torch.randn_like(weight) * 0.2)
@@ -70,8 +125,9 @@ def adapters(model: Path, folder: Path, ranks: dict[str, int]) -> list[Path]:
 
     made = []
     for name, rank in ranks.items():
-        modules = [*MODULES, "lm_head"] if name == HEAD else MODULES
+        wanted = [*MODULES, "lm_head"] if name == HEAD else MODULES
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        modules = [module for module in wanted if any(key.endswith(module) for key, _ in base.named_modules())]
         tuned = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules))
         for key, weight in tuned.named_parameters():
             if "lora_" in key:
@@ -87,6 +143,42 @@ def off(logits: Any, exact: Any) -> float:
     return float((logits - exact.float()).abs().max() / exact.float().abs().max())
 
 
+def compared(model: Any, fused: Any, out: Any, exact: Any) -> dict[str, float]:
+    """How far a step's outputs lie from vLLM's, each as a part of its length, and the logits of vLLM's outputs."""
+    apart = (out.float() - exact.float()).norm(dim=-1) / exact.float().norm(dim=-1)
+    found = {"worst": apart.max().item(), "middle": apart.median().item()}
+    logits = fused.logits(exact)
+    if logits is not None:  # vLLM's, of all tokens: an adapter of the output layer would have to be there for each
+        found["logits"] = off(logits, type(model).compute_logits(model, exact))
+    return found
+
+
+def pack_both(floats: Any, layer: Any, *args: Any) -> None:
+    """Weights in int8 beside those that are packed as they are."""
+    os.environ[WEIGHTS] = "int8"
+    floats(layer, *args)
+    layer.in_int8 = {key: layer.__dict__.pop(key) for key in list(vars(layer)) if key.startswith("loradock_")}
+    os.environ[WEIGHTS] = "auto"
+    floats(layer, *args)
+
+
+def in_int8(runner: Any) -> Any:
+    """The same model with int8 weights; None where they are not packed."""
+    from serve.cpu_kernels import step
+
+    linear = [module for module in runner.model.modules() if hasattr(module, "in_int8")]
+    kept = [{key: value for key, value in vars(module).items() if key.startswith("loradock_")} for module in linear]
+    os.environ[WEIGHTS] = "int8"
+    try:
+        for module in linear:
+            vars(module).update(module.in_int8)
+        return step.Fused(runner) if linear else None
+    finally:
+        os.environ[WEIGHTS] = "auto"
+        for module, before in zip(linear, kept, strict=True):
+            vars(module).update(before)
+
+
 def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
     import torch
     from vllm import LLM, SamplingParams, TokensPrompt
@@ -97,6 +189,7 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
     from serve.server.launch import IN_PROCESS
 
     ours, seen = CPUModelRunner._model_forward, []
+    others: dict[int, Any] = {}  # a runner's model with int8 weights
 
     @wraps(ours)  # so that it is taken for ours when vLLM loads its plugins
     def both(self: Any, **kwargs: Any) -> Any:
@@ -106,13 +199,15 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
             seen.append({"rows": kwargs["input_ids"].shape[0], "fused": False})
             return ours(self, **kwargs)
         ahead, fused.ready = fused.ready, None
-        exact = self.model(**kwargs)
-        apart = (out.float() - exact.float()).norm(dim=-1) / exact.float().norm(dim=-1)
-        step = {"rows": out.shape[0], "fused": True, "worst": apart.max().item(), "middle": apart.median().item()}
-        logits = fused.logits(exact)
-        step["head"] = logits is None
-        if logits is not None:  # vLLM's, of all tokens: an adapter of the output layer would have to be there for each
-            step["logits"] = off(logits, type(self.model).compute_logits(self.model, exact))
+        if id(self) not in others:
+            others[id(self)] = in_int8(self)
+        int8 = others[id(self)]
+        out8 = int8 and int8.step(kwargs["input_ids"], kwargs["positions"])
+        exact = self.model(**kwargs)  # the last: what comes after reads the keys and values that vLLM has computed
+        step = {"rows": out.shape[0], "fused": True, **compared(self.model, fused, out, exact)}
+        step["head"] = "logits" not in step
+        if int8 is not None:
+            step["int8"] = compared(self.model, int8, out8, exact)
         if ahead is not None:
             step["ahead"] = off(ahead, type(self.model).compute_logits(self.model, out))
         step["weights"] = fused.weights
@@ -159,28 +254,33 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
     return seen
 
 
-def main(out: Path, folder: Path) -> None:
+def main(out: Path, folder: Path, wanted: Sequence[str]) -> None:
     from serve.models.hardware import cpu_environment
 
     os.environ.update(cpu_environment(os.environ, together=True))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from serve.cpu_kernels import build, install
+    from vllm.model_executor.models import registry
 
+    from serve.cpu_kernels import build, install, packing
+
+    registry._run_in_subprocess = lambda look: look()  # of each family, ten seconds of imports in another process
     install.install()  # vLLM would do so itself, after `run` has put its own forward pass in place
     if not build.step_available():
         out.write_text("null")
         return
     from serve.cpu_kernels import step
 
+    if os.environ[WEIGHTS] == "auto":
+        packing.floats = partial(pack_both, packing.floats)
     found = {}
-    for name, model in models(folder).items():
+    for name, model in models(folder, wanted).items():
         ranks = {**RANKS, HEAD: 4} if name == WITH_HEAD else RANKS
         loras = adapters(model, folder / f"{name}-adapters", ranks)
         for keep in (True, False) if name in ONE_COPY else (True,):
             step._keeps_vllms = lambda _, keep=keep: keep  # type: ignore[assignment,misc]
             found[name if keep else f"{name}-one-copy"] = run(model, loras)
-    out.write_text(json.dumps(found))
+            out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
