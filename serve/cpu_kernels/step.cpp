@@ -528,7 +528,9 @@ struct Team : Sharing {
 
   Team(Decoder& d, const Step& s, int thread, int threads) : Sharing{d.phases, thread, threads}, d(d), s(s) {}
 
-  bool alone() const { return s.rows <= ALONE; }
+  // Not where attention and MLP get the same input: a thread that comes late would read it from a residual that others
+  // have added to meanwhile. Elsewhere what it reads then is for a product that is done.
+  bool alone() const { return s.rows <= ALONE && !d.parallel; }
 
   // Each thread's own copy where it works alone, and everybody's otherwise.
   template <class T>

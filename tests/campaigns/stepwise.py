@@ -78,7 +78,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2", {**WIDE, "hidden_size": 384, "pad_token_id": 0}),
     "smollm3": ("SmolLM3", {**WIDE, "no_rope_layers": [1, 0], "pad_token_id": 0}),
-    "cohere2": ("Cohere2", {**WIDE, **LOCAL, "sliding_window": 40, "logit_scale": 0.2, "pad_token_id": 0}),
     "llama3": (
         "Llama",
         {
