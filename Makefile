@@ -77,15 +77,15 @@ drift-proof: setup-dev ## false alarms of drift over thousands of streams, every
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/drift/test_detector.py tests/serve/rollout/test_sequential_test.py
 
-drift-time: setup-dev ## alarms about nothing under daily waves, autoregression and sessions, and delays there; goes on where it stopped
+drift-time: setup-dev ## alarms about nothing under daily waves, autoregression and sessions, and delays there, from where it stopped; some hours
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_time --finished .campaigns/drift-time.jsonl $(ARGS)
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_time --delays
 
-canary-aa: setup-dev ## canaries that are no different, slower, and much slower, on a simulated engine behind the real queue; goes on where it stopped
+canary-aa: setup-dev ## canaries that are no different, slower, and much slower, on a simulated engine behind the real queue, from where it stopped; 30 minutes
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.canary_aa --finished .campaigns/canary-aa.jsonl $(ARGS)
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.canary_aa --others --streams 20
 
-drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompts and parameters raise no false alarm; goes on where it stopped
+drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompts and parameters raise no false alarm, from where it stopped; some hours
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_streams --streams $(or $(STREAMS),100) --finished .campaigns/drift-streams.jsonl
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.parameter_changes --streams $(or $(STREAMS),100) --finished .campaigns/parameters.jsonl
 	@$(BIN)/python -m tests.campaigns.drift_streams --changes --streams $(or $(CHANGES),24)

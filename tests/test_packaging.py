@@ -305,7 +305,7 @@ def test_every_long_proof_says_what_it_proves_and_roughly_how_long_it_takes():
     proofs = lines.keys() - {"test", "lint", "types", "docs", "picture"}
     assert {"chaos", "cluster", "tiers", "watch", "drift-proof", "kills", "hostile"} <= proofs
     for proof in proofs:
-        assert re.search(r"; (some|\d+|up to an|an) (minutes|hour|hour or more)$", lines[proof]), (
+        assert re.search(r"; (some|\d+|up to an|an) (minutes|hours|hour|hour or more)$", lines[proof]), (
             f"{proof}: {lines[proof]}"
         )
 

@@ -113,7 +113,7 @@ def publish(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="NAME[@VERSION] of the server, or a PEFT folder here.")
     ],
-    to: Annotated[str, typer.Argument(metavar="HF", help="hf://org/repo[@branch][/folder]")],
+    to: Annotated[str, typer.Argument(metavar="HF", help="hf://ORG/REPO, or hf://ORG/REPO@BRANCH/FOLDER.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     message: Annotated[str, typer.Option("--message", metavar="TEXT", help="Of the commit.")] = "",
     url: Url = URL,

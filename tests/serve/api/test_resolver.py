@@ -72,7 +72,7 @@ async def test_what_admission_refuses_is_said_and_not_tried_again_until_it_chang
     folder = put(rank=32)
     tried = []
     fetch = __import__("serve.api.resolver", fromlist=["fetch"]).fetch
-    monkeypatch.setattr("serve.api.resolver.fetch", lambda *a, **k: (tried.append(1), fetch(*a, **k)))
+    monkeypatch.setattr("serve.api.resolver.fetch", lambda *a, **k: (tried.append(1), fetch(*a, **k))[1])
     for _ in range(3):
         refused = await ask(asker, "tone")
         assert refused.status_code == 422 and "rank" in refused.json()["error"]["message"]

@@ -135,7 +135,8 @@ async def test_the_size_limit_holds_before_and_while_layers_come(connect, hosted
     assert not [
         path for _, path in registry.asked if digest_of(content(make_adapter())["adapter_model.safetensors"]) in path
     ]
-    bomb = tarred({**content(make_adapter()), "adapter_model.safetensors": bytes(1 << 20)})
+    weights = content(make_adapter())["adapter_model.safetensors"]
+    bomb = tarred({**content(make_adapter()), "adapter_model.safetensors": weights + bytes(1 << 20)})
     registry.push("team/tone", "v1", registry.layer(bomb, "adapter", "application/vnd.oci.image.layer.v1.tar+gzip"))
     async with connect(replace(hosted, max_upload_bytes=100_000)) as client:
         assert (await push(client)).status_code == 413
