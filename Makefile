@@ -70,7 +70,7 @@ watch: setup-dev ## drift, damage and latency are found on the real engine, and 
 	@LORADOCK_TEST_DRIFT=$(or $(MORE),10) $(BIN)/python -m pytest -s tests/e2e/test_watching.py
 	@$(BIN)/python -m tests.campaigns.cost
 
-watch-cost: setup-dev ## CPU time of watching a request, by who looks at it, over an engine that costs nothing; half a minute
+watch-cost: setup-dev ## CPU time of watching a request, by who looks at it, over an engine that costs nothing; a minute
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns.watch_cost $(ARGS)
 
 drift-proof: setup-dev ## false alarms of drift over thousands of streams, every delay of the table; an hour or more

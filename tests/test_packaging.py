@@ -238,7 +238,7 @@ def test_an_installed_wheel_has_recipes_pages_and_kernels(installed):
         assert recipe.stem in listed.stdout, listed.stderr
     code = (
         "from serve.api.dashboard.pages import pages; from serve.cpu_kernels import build; pages()\n"
-        "assert all(file.is_file() for file in (*build.SOURCES, build.HEADER))\n"
+        "assert all(file.is_file() for file in (*build.SOURCES, *build.HEADERS))\n"
         "from optimize.pipeline.step_code import accepted; print(len(accepted('merge')))\n"
     )
     asked = installed("-c", code, program="python")
@@ -305,7 +305,7 @@ def test_every_long_proof_says_what_it_proves_and_roughly_how_long_it_takes():
     proofs = lines.keys() - {"test", "lint", "types", "docs", "picture"}
     assert {"chaos", "cluster", "tiers", "watch", "drift-proof", "kills", "hostile"} <= proofs
     for proof in proofs:
-        assert re.search(r"; (some|\d+|up to an|an) (minutes|hours|hour|hour or more)$", lines[proof]), (
+        assert re.search(r"; (some|\d+|up to an|an|a) (minutes?|hours|hour|hour or more)$", lines[proof]), (
             f"{proof}: {lines[proof]}"
         )
 

@@ -28,7 +28,7 @@ Status = Literal["ok", "warning", "problem"]
 # What the kernels' sources ask the compiler for (kernels.h, matrix.h); what vLLM's CPU build picks its own library by.
 FUSED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni")
 SHOWN = ("avx2", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-EXTRAS = ("optimize", "ray", "postgres", "s3", "otel", "lm-eval", "genai")
+EXTRAS = ("optimize", "ray", "postgres", "s3", "otel", "mlflow", "wandb", "lm-eval", "genai")
 CUDA_DRIVER = 580  # the oldest driver of CUDA 13, which the pinned torch is built with
 FEW_DESCRIPTORS = 4096
 

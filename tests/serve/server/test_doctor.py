@@ -91,7 +91,10 @@ def test_a_good_machine_has_nothing_to_be_done(machine, config):
     assert len({finding.name for finding in findings}) == len(findings), "each name once"
     assert "avx512_bf16" in of(findings, "processor").detail
     assert of(findings, "kernels").detail.startswith("the fused step")
-    assert of(findings, "extras").detail == "optimize; not installed: ray, postgres, s3, otel, lm-eval, genai"
+    assert (
+        of(findings, "extras").detail
+        == "optimize; not installed: ray, postgres, s3, otel, mlflow, wandb, lm-eval, genai"
+    )
 
 
 def test_it_leaves_nothing_behind(machine, config):
