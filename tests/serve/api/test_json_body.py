@@ -77,6 +77,7 @@ async def test_the_openapi_document_describes_every_body(client):
         "post /v1/feedback": "Rating",
         "post /v1/adapters/{name}/promote": "Promote",
         "post /v1/adapters/{name}/rollback": "Rollback",
+        "post /v1/adapters/{name}/rename": "Rename",
         "post /v1/adapters/{name}/canary": "Weight",
         "post /v1/adapters/{name}/shadow": "Weight",
         "post /v1/adapters/{name}/visibility": "Visibility",
