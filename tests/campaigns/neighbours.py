@@ -216,6 +216,10 @@ def measure(stage: Stage, neighbour: str, fault: Mode, seconds: float) -> Seen:
     earlier = stage.live
     with stage.servers[0].client() as client:
         stage.push(client)
+    for server in stage.servers:  # a server that never heard of the version could not answer by it
+        with server.client() as client:
+            while done(client.get("/v1/adapters/tone"))["live"] != stage.live:
+                time.sleep(0.1)
     traffic = Traffic(stage, seen, {stage.ids[stage.live], stage.ids[earlier]})
     stage.become(neighbour, fault)
     traffic.start()
