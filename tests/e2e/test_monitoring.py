@@ -46,7 +46,9 @@ def alertmanager(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
     write(tmp_path, DEFAULT_SLOS, Places(f"127.0.0.1:{server.port}", f"127.0.0.1:{free_port()}", address))
     (tmp_path / "alertmanager" / ALERT_KEY).write_text(ADMIN)
     command = ("prometheus-alertmanager", "--config.file=alertmanager.yml", f"--web.listen-address={address}")
-    with running(tmp_path / "alertmanager", f"http://{address}", *command, "--cluster.listen-address=", "--storage.path=data") as client:
+    with running(
+        tmp_path / "alertmanager", f"http://{address}", *command, "--cluster.listen-address=", "--storage.path=data"
+    ) as client:
         yield client
 
 

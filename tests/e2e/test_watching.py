@@ -137,6 +137,12 @@ def test_log_probabilities_that_nobody_asked_for_are_looked_at_and_not_shown(ser
     server.upload(name, adapters["bravo"], promote=False)
     done(server.http.post(f"/v1/adapters/{name}/canary", json={"version": 2, "weight": 0.5}))
     traffic = Traffic(server, name)
+
+    def begun():
+        traffic.send(1, tokens=2)
+        return (report(server, name)["canary"] or {}).get("checks")
+
+    assert eventually(begun)
     answers = traffic.send(24, tokens=2)
     assert all(answer["choices"][0].get("logprobs") is None for answer in answers)
     asked = traffic.send(4, tokens=2, logprobs=True, top_logprobs=2)
@@ -148,7 +154,6 @@ def test_log_probabilities_that_nobody_asked_for_are_looked_at_and_not_shown(ser
         (check,) = [one for one in trial["checks"] if one["check"] == "mean_logprob"]
         return check["canary_requests"] + check["live_requests"]
 
-    # All but those that came before the trial had begun.
     assert eventually(lambda: looked_at() >= 8), report(server, name)["canary"]
 
 

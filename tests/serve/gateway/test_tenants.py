@@ -100,7 +100,7 @@ async def test_no_route_tells_a_private_adapter_from_one_that_does_not_exist(ope
             answers = []
             for name in (there, made_up):
                 # A parameter that is not known here fails: say what a stranger could put there.
-                url = path.format(name=name, number=1, id=name, engine=name, alias="stable")
+                url = path.format(name=name, number=1, id=name, engine=name, alias="stable", file="adapter_config.json")
                 response = await globex.request(method, url, **BODIES.get((method, path), {}))
                 answers.append(seen(response, name))
             assert answers[0] == answers[1], f"{method} {path} with {there}"
