@@ -17,6 +17,7 @@ from tests.support.app import ask, issued, settled, upload
 from tests.support.watched_traffic import Engine
 
 BODIES = {
+    ("post", "/v1/adapters/{name}/rename"): {"json": {"to": "other"}},
     ("post", "/v1/adapters/{name}/promote"): {"json": {"version": 1}},
     ("post", "/v1/adapters/{name}/canary"): {"json": {"version": 1, "weight": 0.5}},
     ("post", "/v1/adapters/{name}/shadow"): {"json": {"version": 1, "weight": 0.5}},
