@@ -248,7 +248,7 @@ def test_a_failed_engine_says_why_is_started_again_from_here_and_nothing_looks_g
     page.get_by_role("dialog").get_by_role("button", name="Restart").click()
     expect(page.locator("#engine")).to_have_text("ready, 0 running", timeout=20_000)
     expect(page.get_by_role("alert")).to_have_count(0)
-    expect(page.locator("[data-engine=base]").get_by_text("ready", exact=True)).to_be_visible()
+    expect(page.locator("[data-engine=base]").get_by_text("ready", exact=True)).to_be_visible(timeout=30_000)
 
 
 @browsing
