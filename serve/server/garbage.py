@@ -22,6 +22,7 @@ async def collect_in_quiet(
 ) -> None:
     """Until cancelled; `connections` says how many are open. Called once the server is ready."""
     before = gc.get_threshold()
+    gc.collect()  # what is garbage by now would stay for ever
     gc.freeze()
     gc.set_threshold(YOUNG, MIDDLE, NEVER)
     collected = time.monotonic()

@@ -51,7 +51,7 @@ def start() -> None:
         return  # vLLM finds an OpenMP itself, later, and preloads it by executing its processes anew
     os.environ[VARIABLE] = "1"
     multiprocessing.set_forkserver_preload([PROCESS, PRELOAD])
-    if not _preloaded(os.environ["LD_PRELOAD"]) or threading.active_count() > 1:
+    if not _preloaded(os.environ["LD_PRELOAD"]) or _threads() > 1:
         forkserver.ensure_running()
         return
     # OpenMP reads it when it is first asked for anything: this process's threads go where they like.
@@ -76,6 +76,11 @@ def _preloaded(libraries: str) -> bool:
     except OSError:
         return False
     return all(os.path.realpath(library) in mapped for library in libraries.split(":"))
+
+
+def _threads() -> int:
+    """Of this process, those too that Python knows nothing of: a replica's in Ray."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def _fork() -> None:

@@ -17,6 +17,21 @@ class Cycle:
         self.own = self
 
 
+async def test_what_the_start_left_behind_is_not_kept():
+    gc.collect()
+    gone = weakref.ref(Cycle())
+    assert gone() is not None
+    collecting = asyncio.create_task(collect_in_quiet(lambda: FEW + 1))
+    try:
+        await asyncio.sleep(0)
+        assert gone() is None
+    finally:
+        collecting.cancel()
+        with suppress(asyncio.CancelledError):
+            await collecting
+        gc.unfreeze()
+
+
 @pytest.mark.parametrize(("connections", "latest", "goes"), [(FEW, 60, True), (FEW + 1, 60, False), (FEW + 1, 0, True)])
 async def test_old_garbage_goes_in_a_quiet_moment_or_at_the_latest(connections, latest, goes):
     before = gc.get_threshold()

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from serve.models import hardware
-from serve.server.preloaded import ensure
+from serve.server.preloaded import BEGUN, ensure
 
 
 @pytest.fixture
@@ -17,6 +17,7 @@ def began(monkeypatch):
     monkeypatch.setattr(hardware, "openmp", lambda: "/x/libiomp5.so")
     monkeypatch.setattr(hardware, "tcmalloc", lambda: None)
     monkeypatch.setenv("LD_PRELOAD", "/y/libgiven.so")
+    monkeypatch.setenv(BEGUN, "")
     lines = []
 
     def run(words, original):
@@ -31,6 +32,25 @@ def test_once_with_the_same_words(began):
     assert began(["serve", "smollm2"], line) == [line[1:]]
     assert os.environ["LD_PRELOAD"] == "/y/libgiven.so:/x/libiomp5.so"
     assert len(began(["serve", "smollm2"], line)) == 1, "they are preloaded now"
+    assert BEGUN not in os.environ, "a server that this one may start begins anew for itself"
+    assert len(began(["serve", "smollm2"], line)) == 1
+
+
+def test_once_where_what_is_preloaded_is_taken_away(began, monkeypatch):
+    assert len(began(["serve"], ["python", "loradock", "serve"])) == 1
+    monkeypatch.delenv("LD_PRELOAD")
+    assert len(began(["serve"], ["python", "loradock", "serve"])) == 1
+
+
+@pytest.mark.usefixtures("began")
+def test_a_python_that_cannot_be_executed_again_serves_as_it_is(capsys):
+    def execute(program, line):
+        raise PermissionError(13, "Permission denied")
+
+    ensure(["serve"], ["python", "loradock", "serve"], execute)
+    said = capsys.readouterr().err
+    assert "Permission denied" in said and said.count("\n") == 1
+    assert BEGUN not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,6 @@ FORKED = """
 import gc, json, logging, multiprocessing, os, socket, sys
 from pathlib import Path
 from serve.vllm_backend import forkserver
-from tests.serve.vllm_backend.test_forkserver import look
 
 logging.getLogger("serve").addHandler(logging.StreamHandler())
 held = socket.create_server(("127.0.0.1", 0))
@@ -77,6 +76,7 @@ forkserver.PRELOAD = "tests.serve.vllm_backend.pretended"
 gc.disable()
 forkserver.start()
 sys.modules["tests.serve.vllm_backend.pretended"].later = True
+from tests.serve.vllm_backend.test_forkserver import look  # it has threads by now
 process = forkserver.Context().Process(target=look, args=(sys.argv[1], held.fileno()))
 process.start()
 process.join(30)
@@ -118,6 +118,29 @@ def test_processes_are_forked_from_what_the_server_has_imported(tmp_path):
     assert found["collects"]
     assert found["server"] == int(forks) != int(server) and found["title"] == "loradock: fork server"
     assert eventually(lambda: not running(int(forks)), 10), "it ends with the server"
+
+
+BESIDE = """
+import _thread, os, time
+from serve.vllm_backend import forkserver
+
+_thread.start_new_thread(time.sleep, (60,))  # `threading` knows nothing of it
+os.environ["LD_PRELOAD"] = "/x/libomp.so"
+forkserver._preloaded = lambda libraries: True
+forkserver.PRELOAD = "tests.serve.vllm_backend.pretended"
+forkserver._fork = lambda: print("forked")
+forkserver.forkserver.ensure_running = lambda: print("imports for itself")
+forkserver.start()
+"""
+
+
+def test_a_process_with_threads_is_not_forked():
+    root = Path(__file__).parents[3]
+    environ = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE], env=environ, cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "imports for itself\n", done.stderr
 
 
 def test_a_process_follows_its_parent_and_not_what_its_parent_writes():
