@@ -7,6 +7,7 @@ after its hour has ended, with or without traffic.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -94,15 +95,13 @@ class Capture:
         if self._size + len(line) > self._limit:
             self.dropped += 1
             return
-        try:
-            file.write(line)
-        except OSError:
-            self._close()  # what was written of it is counted again
-            raise
+        if file.write(line) < len(line):
+            file.truncate(self._size)
+            raise OSError(errno.ENOSPC, "the disk took a part of the line only")
         self._size += len(line)
 
     def _open(self) -> BinaryIO:
-        """The file of this hour; unbuffered, so that a line is whole or not there."""
+        """The file of this hour; unbuffered, so that a line that a full disk cuts short can be taken back."""
         hour = self._hour
         if self._file is None or self._opened != hour:
             self._close()

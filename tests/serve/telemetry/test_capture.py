@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import time
 from dataclasses import replace
@@ -59,6 +60,23 @@ def test_an_hour_has_a_bound_and_is_forgotten(words):
     capture.observe(exchange([0, 2], [5]))
     capture.save()
     assert [file.name for file in (words / "captured").iterdir()] == ["1003.jsonl"]
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_line_leaves_whole_lines(words):
+    capture = Capture(words / "captured", lambda adapter: str(words))
+    capture.start()
+    capture.observe(exchange([0, 2], [5]))
+    (file,) = (words / "captured").iterdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, before[1]))
+    try:
+        capture.observe(exchange([0, 2, 4], [5, 6]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    capture.observe(exchange([0, 7], [5]))
+    capture.stop()
+    lines = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert lines == ["<user> call the", "<user> bread the"]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
