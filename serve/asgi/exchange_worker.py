@@ -135,9 +135,10 @@ class ExchangeWorker(Collector):
         if self._thread is None:
             return
         size = item.nbytes if isinstance(item, Exchange) else 0
-        queued, nbytes = len(self._items), self._offered_bytes - self._done_bytes
+        waiting = self._offered_bytes - self._done_bytes
+        queued, nbytes = len(self._items) + 1, waiting + size
         # One that is larger than the whole queue may come alone.
-        if queued >= self._queue_size or (nbytes and nbytes + size > self._queue_bytes):
+        if queued > self._queue_size or (waiting and nbytes > self._queue_bytes):
             self.dropped += 1
             return
         self._append(item, size)

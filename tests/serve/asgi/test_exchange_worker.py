@@ -71,13 +71,21 @@ def test_exchanges_wait_for_others_unless_somebody_asks_or_the_queue_is_half_ful
     assert worker.handled == 0
     worker.settle()
     assert worker.handled == 3
-    for _ in range(6):
+    for _ in range(5):
         worker.offer(EXCHANGE)
-    assert eventually(lambda: worker.handled == 9, 10)
+    assert eventually(lambda: worker.handled == 8, 10)
     began = time.monotonic()
     worker.offer(EXCHANGE)
     worker.stop()
-    assert worker.handled == 10 and time.monotonic() - began < 10
+    assert worker.handled == 9 and time.monotonic() - began < 10
+
+
+def test_an_exchange_that_fills_half_of_the_queue_waits_for_no_others(notes):
+    worker = ExchangeWorker([notes], queue_bytes=10_000, linger=30.0)
+    worker.start()
+    worker.offer(replace(EXCHANGE, generations=(Generation([1] * 1000, [2], "stop"),)))
+    assert eventually(lambda: worker.handled == 1, 5)
+    worker.stop()
 
 
 def test_the_queue_is_bounded_in_bytes_and_takes_one_exchange_however_large(notes):
