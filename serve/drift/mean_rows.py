@@ -140,6 +140,7 @@ class MeanRows:
         equal = rows.var(axis=0).sum() <= 1e-6 * (rows**2).mean(axis=0).sum()
         if len(rows) < FEWEST or equal or (self._ordered and not _exchangeable(rows, self._rng)):
             self.phase = Phase.OFF
+            self._r[:], self._page[:] = 0, 1
             return
         self._centre = rows.mean(axis=0)
         self._whiten = _whitening(rows - self._centre)

@@ -96,6 +96,17 @@ def test_no_row_is_kept_over_a_restart_and_the_evidence_goes_on():
     assert again.phase is Phase.RANKING and again.evidence() == means.evidence()
 
 
+def test_of_a_reference_that_says_nothing_no_evidence_from_before_a_restart_is_left():
+    rng, means = watching(normal, 0)
+    for now in range(200):
+        means.observe((rng.standard_normal(WIDTH) + 1).astype(np.float32), now)
+    assert means.evidence() > 1 and means.began()[0] > 1
+    again = MeanRows.from_state(means.state())
+    for now in range(NEEDED):
+        again.observe(np.ones(WIDTH, np.float32), now)
+    assert again.off and again.evidence() == 0 and again.began()[0] == 1
+
+
 def test_before_there_is_a_reference_a_row_lies_in_no_end_of_it():
     means = MeanRows(NEEDED)
     less, upto = means.reference_places(np.zeros(WIDTH, np.float32), 500)
