@@ -15,7 +15,7 @@ from serve.errors import LoradockError
 from serve.gateway.batches.batches import Batches
 from serve.gateway.batches.objects import Limits
 from serve.gateway.fan_out import RequestBounds
-from serve.gateway.guard import Guards, NoGuards
+from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalRequests
 from serve.gateway.moderation import Moderator
 from serve.gateway.request import MEDIA_BYTES, TEXT_BYTES
@@ -56,10 +56,9 @@ def on_behalf(
         prompt=config.moderation_prompt,
         categories=config.moderation_categories,
     )
-    guards = None
-    if any(policy.guard for policy in config.policies):
-        guards = Guards(moderator, lambda adapter: policy_for(config.policies, adapter).guard)
-    parts.monitor.watch(guards or NoGuards())
+    every = Guards(moderator, lambda adapter: policy_for(config.policies, adapter).guard)
+    parts.monitor.watch(every)  # the series is there, and empty, where no policy has a guard
+    guards = every if any(policy.guard for policy in config.policies) else None
     batches = Batches(
         parts.registry,
         parts.store,

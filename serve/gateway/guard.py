@@ -47,13 +47,6 @@ _READ = ("messages", "prompt", "input", "instructions", "system", "suffix", "doc
 _CALLER = Caller("guard", frozenset({Scope.INFERENCE, Scope.ADMIN}))
 
 
-class NoGuards(Collector):
-    """The series of a server without a guard: there, and empty."""
-
-    def collect(self) -> Iterator[Metric]:
-        yield _family({})
-
-
 class Guards(Collector):
     """`guard_of(adapter)` is the guard by the policy of the adapter, or base, of this full name. For one event loop."""
 
@@ -128,9 +121,16 @@ class Guards(Collector):
         await asyncio.gather(*self._looking, return_exceptions=True)
 
     def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "loradock_guarded",
+            "Prompts and answers that a guard looked at, by result: passed, flagged, refused, error or skipped.",
+            labels=("adapter", "side", "result"),
+        )
         with self._lock:
             counts = dict(self._counts)
-        yield _family(counts)
+        for labels, count in counts.items():
+            family.add_metric(labels, count)
+        yield family
 
     async def _judged(self, adapter: str, tenant: str, side: str, guard: str, text: str | None, priority: int) -> bool:
         """It is flagged; `text` is None where it cannot be read."""
@@ -245,14 +245,3 @@ def _has_tokens(*values: Any) -> bool:
             if isinstance(item, list):
                 pending.append(item)
     return False
-
-
-def _family(counts: Mapping[tuple[str, str, str], int]) -> Metric:
-    family = CounterMetricFamily(
-        "loradock_guarded",
-        "Prompts and answers that a guard looked at, by result: passed, flagged, refused, error or skipped.",
-        labels=("adapter", "side", "result"),
-    )
-    for labels, count in counts.items():
-        family.add_metric(labels, count)
-    return family

@@ -239,3 +239,7 @@ def test_a_policy_names_its_guards():
     for wrong in ({"prompt": 3}, {"action": "shout"}, {"other": "x"}, "watch"):
         with pytest.raises(ConfigError, match="guard"):
             parse({"tone": {"guard": wrong}})
+
+
+async def test_the_series_is_there_where_no_policy_has_a_guard(client):
+    assert "# TYPE loradock_guarded_total counter" in (await client.get("/metrics")).text
