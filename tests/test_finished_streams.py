@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.campaigns.finished_streams import FinishedStreams, by_turns, interval
+from tests.campaigns.finished_streams import FinishedStreams, by_turns, digest, interval
 
 
 def work(kind: str, seed: int) -> dict:
@@ -24,6 +24,11 @@ def test_finished_streams_are_not_run_again(tmp_path):
         (n, k) for n in range(3) for k in ("even", "odd")
     )
     assert FinishedStreams(file, "other code").of("odd") == []
+
+
+def test_streams_of_another_length_are_other_streams():
+    assert digest("serve/drift", requests=3000) != digest("serve/drift", requests=20_000)
+    assert digest("serve/drift", requests=3000) == digest("serve/drift", requests=3000)
 
 
 def test_each_kind_has_its_turn():

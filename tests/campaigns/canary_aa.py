@@ -342,7 +342,7 @@ def main() -> None:
         others(chosen.streams, chosen.requests)
         return
     queue = ("serve/engine/fair_queue.py", "serve/engine/admission.py", "tests/campaigns/canary_aa.py")
-    finished = FinishedStreams(chosen.finished, digest("serve/rollout", *queue))
+    finished = FinishedStreams(chosen.finished, digest("serve/rollout", *queue, requests=chosen.requests))
     run_chosen(finished, list(SAME), partial(same, requests=chosen.requests), chosen)
     table(finished)
 

@@ -386,7 +386,8 @@ def main() -> None:
             print(line, flush=True)
         return
     questions("general"), embedding()  # fetched before there are several processes
-    finished = FinishedStreams(chosen.finished, digest("serve/drift", "tests/campaigns/drift_streams.py"))
+    code = digest("serve/drift", "tests/campaigns/drift_streams.py", requests=chosen.requests)
+    finished = FinishedStreams(chosen.finished, code)
     names = [name for name in streams(0) if not chosen.kinds or name.startswith(tuple(chosen.kinds))]
     work = partial(stream, requests=chosen.requests)
     run_chosen(finished, names, work, chosen)

@@ -179,7 +179,8 @@ def main() -> None:
         delays({name: both for name, both in changes.items() if options.only in name}, min(options.streams, 24))
         return
     names = [name for name in kinds_of(not options.no_prompts) if options.only in name]
-    code = digest("serve/drift", "tests/campaigns/drift_time.py", "tests/support/time_streams.py")
+    files = ("serve/drift", "tests/campaigns/drift_time.py", "tests/support/time_streams.py")
+    code = digest(*files, rows=options.rows)
     finished = FinishedStreams(options.finished, code)
     run_chosen(finished, names, partial(stream, rows=options.rows, prompts=not options.no_prompts), options)
     false_alarms(finished, names)

@@ -30,12 +30,12 @@ Work = Callable[[str, int], dict[str, Any]]
 ROOT = Path(__file__).parents[2]
 
 
-def digest(*paths: str) -> str:
-    """Of the Python files there, below the root of the repository."""
+def digest(*paths: str, **asked: object) -> str:
+    """Of the Python files there, below the root of the repository, and of what else a stream is asked for."""
     files = sorted(
         file for path in paths for file in ([ROOT / path] if path.endswith(".py") else (ROOT / path).glob("*.py"))
     )
-    whole = hashlib.sha256()
+    whole = hashlib.sha256(repr(sorted(asked.items())).encode())
     for file in files:
         whole.update(f"{file.relative_to(ROOT)} {len(file.read_bytes())}\n".encode() + file.read_bytes())
     return whole.hexdigest()[:16]

@@ -52,7 +52,8 @@ def main() -> None:
     arguments.add_argument("--requests", type=int, default=20_000)
     arguments.add_argument("--blind", action="store_true", help="the watcher is not told the parameters")
     options = arguments.parse_args()
-    code = digest("serve/drift", "tests/campaigns/parameter_changes.py", "tests/support/sampled_answers.py")
+    files = ("serve/drift", "tests/campaigns/parameter_changes.py", "tests/support/sampled_answers.py")
+    code = digest(*files, requests=options.requests)
     finished, kind = FinishedStreams(options.finished, code), "blind" if options.blind else "told"
     run_chosen(finished, [kind], partial(stream, requests=options.requests), options)
     lines = finished.of(kind)
