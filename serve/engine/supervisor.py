@@ -326,6 +326,7 @@ class Supervisor:
 
     async def _started(self, engine: Engine) -> StartedEngine:
         reading = asyncio.ensure_future(asyncio.to_thread(lora_modules, engine.backend.model))  # while it loads
+        reading.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if nobody comes to ask
         await engine.start()
         if probe := self._make_probe(engine):
             await probe.start()

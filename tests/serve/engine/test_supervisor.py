@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 
 from serve.api.app import build_app
 from serve.engine.engine import Phase
-from serve.errors import LoradockError
+from serve.errors import ConfigError, LoradockError
 from tests.support.app import ask, http, settled, upload
 
 
@@ -42,6 +43,21 @@ async def test_a_dead_engine_is_replaced_by_one_that_holds_its_adapters_before_i
     assert (await served.get("/ready")).status_code == 200
     assert base.restarts == 1
     assert backend.stops == 1
+
+
+async def test_of_an_engine_that_cannot_start_its_own_error_is_all_that_is_said(base, backend, monkeypatch, caplog):
+    """Its model's modules are read meanwhile, and are often as bad."""
+
+    def unreadable(model):
+        raise ConfigError("it has no config.json")
+
+    monkeypatch.setattr("serve.engine.supervisor.lora_modules", unreadable)
+    backend.prepare = never_ready
+    with pytest.raises(ConfigError, match="no memory"):
+        await base.bring_up(base.fresh())
+    await asyncio.sleep(0.1)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_an_answer_in_one_piece_ends_with_503_and_a_time_to_come_again(served, backend, base):
