@@ -100,8 +100,7 @@ class Supervisor:
         self._start_seconds = 30.0
         # When an engine that is coming back ought to be there, and who waits for it.
         self._due = 0.0
-        self._settled = asyncio.Event()
-        self._served = asyncio.Event()
+        self._settled, self._served = asyncio.Event(), asyncio.Event()
         self._waiting = 0
         # Held while an engine is replaced: by a restart or by a swap, never by both.
         self._replacing = asyncio.Lock()
