@@ -67,12 +67,13 @@ class StandingRollbacks:
         """The snapshot as it is once these rollbacks are written down."""
         entries = dict(snapshot.entries)
         for rollback in self._by_name.values():
-            entry = entries.get(rollback.name)
+            name = snapshot.moved.get(rollback.name, rollback.name)
+            entry = entries.get(name)
             if entry is None or entry.live is None or entry.live.version != rollback.version:
                 continue
             if (target := entry.versions.get(rollback.target)) is not None:
                 pinned = target if entry.pinned == entry.live else entry.pinned
-                entries[rollback.name] = replace(
+                entries[name] = replace(
                     entry, live=target, canary=None, shadow=None, pinned=pinned, trail=entry.trail[:-1]
                 )
         return replace(snapshot, entries=entries)

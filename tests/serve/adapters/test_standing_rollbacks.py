@@ -50,6 +50,17 @@ def test_what_another_server_changed_first_holds(url):
         assert registry.live("tone").version == 1 and not registry.standing
 
 
+def test_it_follows_an_adapter_that_another_server_has_renamed(url):
+    with filled(url) as registry, Registry(url) as other:
+        registry.roll_back_here("tone", by="alarm")
+        other.rename("tone", "voice", by="somebody")
+        registry.refresh()
+        assert registry.live("voice").version == 2
+        registry.write_down()
+        other.refresh()
+        assert other.live("voice").version == 2 and not registry.standing
+
+
 def test_it_looks_at_what_is_expected_and_needs_an_earlier_version(url):
     with filled(url) as registry:
         with pytest.raises(Conflict):

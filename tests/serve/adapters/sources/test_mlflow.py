@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from serve.adapters.sources import client_process
+from tests.support.backend import FakeBackend
 
 PYTHON = os.environ.get("LORADOCK_TEST_MLFLOW", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="LORADOCK_TEST_MLFLOW names no Python that has MLflow")
@@ -95,6 +96,6 @@ async def test_runs_versions_and_aliases_are_fetched_and_nothing_else(connect, c
             assert (await push(client, absent)).status_code == 422, absent
         elsewhere = await push(client, "mlflow://models/elsewhere/1")
         assert elsewhere.status_code == 400 and "does not read" in elsewhere.text
-    async with connect(replace(config, max_upload_bytes=500)) as client:
+    async with connect(replace(config, max_upload_bytes=500), FakeBackend(config.model)) as client:
         assert (await push(client, "mlflow://models/tone/1")).status_code == 413
     assert not list((config.data_dir / "quarantine").iterdir())
