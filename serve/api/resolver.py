@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from serve.api.routes.incoming import admit
 from serve.api.schemas import Fetch
 from serve.api.services import Services
 from serve.auth.auth import Caller
-from serve.errors import BadRequest, LoradockError
+from serve.errors import BadRequest, Conflict, LoradockError
 from serve.names import DEFAULT, check_name
 
 # Names whose refusal is remembered, so that asking again costs a look at the folder and no admission.
@@ -50,9 +51,13 @@ class FolderResolver:
             raise self._parts.fleet.first.unavailable()
         was, error = self._refused.get(name, (None, None))
         if error and was == state:
-            raise error
-        await asyncio.shield(self._once(name, caller, state))
-        return True
+            raise copy(error)  # one that is raised keeps the frames of the request that met it
+        try:
+            await asyncio.shield(self._once(name, caller, state))
+        except Conflict:
+            if name not in self._parts.registry:
+                raise
+        return True  # perhaps by a push that was faster
 
     def _once(self, name: str, caller: Caller, state: _State) -> Awaitable[None]:
         """The one admission that all requests for this name wait for, whoever of them leaves."""
@@ -74,15 +79,15 @@ class FolderResolver:
             async with contextmanager_in_threadpool(parts.store.quarantine()) as folder:
                 came = await asyncio.to_thread(fetch, source, folder, max_bytes=parts.config.max_upload_bytes)
                 asked = Fetch(name, address, why=f"from {address}, for a request")
-                adapter, _ = await admit(parts, caller, asked, folder, came=came)
+                adapter, _ = await admit(parts, caller, asked, folder, expected=0, came=came)
             subject, status = adapter.tag, 200
             self._refused.pop(name, None)
         except LoradockError as error:
             status = error.status
-            if status < 429:  # it would be refused again
+            if status < 429 and not isinstance(error, Conflict):  # it would be refused again
                 while len(self._refused) >= MAX_REFUSED:
                     del self._refused[next(iter(self._refused))]
-                self._refused[name] = (state, error)
+                self._refused[name] = (state, copy(error))
             raise
         finally:
             line = {"tenant": caller.tenant, "key": caller.key, "what": "resolve_adapter", "subject": subject}

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from serve.api import resolver
 from serve.config import keys_hashed, load
 from serve.errors import ConfigError
 from tests.support.app import ask, issued, settled, upload
@@ -71,8 +72,8 @@ async def test_what_was_pushed_is_not_looked_for(asker, put, make_adapter):
 async def test_what_admission_refuses_is_said_and_not_tried_again_until_it_changes(asker, put, backend, monkeypatch):
     folder = put(rank=32)
     tried = []
-    fetch = __import__("serve.api.resolver", fromlist=["fetch"]).fetch
-    monkeypatch.setattr("serve.api.resolver.fetch", lambda *a, **k: (tried.append(1), fetch(*a, **k))[1])
+    fetch = resolver.fetch
+    monkeypatch.setattr(resolver, "fetch", lambda *a, **k: (tried.append(1), fetch(*a, **k))[1])
     for _ in range(3):
         refused = await ask(asker, "tone")
         assert refused.status_code == 422 and "rank" in refused.json()["error"]["message"]
@@ -80,6 +81,41 @@ async def test_what_admission_refuses_is_said_and_not_tried_again_until_it_chang
     put()
     os.utime(folder / "adapter_config.json")
     assert (await ask(asker, "tone")).status_code == 200
+
+
+async def test_what_is_remembered_of_a_refusal_keeps_no_request_alive(asker, put):
+    """An exception that is raised again gets the frames of each request that meets it."""
+    put(rank=32)
+    looking = asker._transport.app.state.parts.inference.unknown.__self__
+    for _ in range(3):
+        assert (await ask(asker, "tone")).status_code == 422
+    ((_, error),) = looking._refused.values()
+    assert error.__traceback__ is None
+
+
+async def test_a_name_that_is_taken_for_now_is_looked_for_again(asker, put, make_adapter):
+    await asker.post("/v1/adapters", **upload(make_adapter(1)))
+    await asker.post("/v1/adapters/tone/rename", json={"to": "voice"})
+    await asker.post("/v1/unload_lora_adapter", json={"lora_name": "voice"})
+    put()
+    assert (await ask(asker, "tone")).status_code == 409
+    await asker.delete("/v1/adapters/tone")
+    assert (await ask(asker, "tone")).headers["x-loradock-version"] == "tone@v1"
+
+
+async def test_a_push_that_is_faster_is_what_answers(asker, put, make_adapter, monkeypatch):
+    put()
+    fetch = resolver.fetch
+
+    def slow(*args, **named):
+        pushing = asyncio.run_coroutine_threadsafe(asker.post("/v1/adapters", **upload(make_adapter(1))), loop)
+        assert pushing.result().status_code == 201
+        return fetch(*args, **named)
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(resolver, "fetch", slow)
+    assert (await ask(asker, "tone")).headers["x-loradock-version"] == "tone@v1"
+    assert len((await asker.get("/v1/adapters/tone")).json()["versions"]) == 1
 
 
 @pytest.mark.parametrize("name", ["../tone", "a/tone", ".", "..", "tone/", "/etc", "tone\0", "base@v1"])
