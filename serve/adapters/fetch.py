@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from serve.adapters.adapter import CONFIG, NOTE_BYTES, NOTES, WEIGHTS
+from serve.adapters.file_thread import take_turn
 from serve.adapters.shards import INDEX, join, names_in
 from serve.adapters.sources import client_process, oci, transfer
 from serve.adapters.sources.address import Source, folder_of
@@ -49,7 +50,7 @@ def fetch(source: Source, folder: Path, *, max_bytes: int, anonymous: bool = Fal
             came = replace(source, version=came.version)
     else:
         came = _bring(source, files, anonymous)
-    join(folder)
+    take_turn(join, folder)
     return came
 
 

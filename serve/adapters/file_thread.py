@@ -28,6 +28,11 @@ async def in_turn(call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
     return await asyncio.get_running_loop().run_in_executor(_THREAD, partial(context.run, call, *args, **named))
 
 
+def take_turn(call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """As `in_turn`, for whoever is on another thread than the event loop's, and waits here."""
+    return _THREAD.submit(partial(contextvars.copy_context().run, call, *args, **named)).result()
+
+
 class _Used(threading.local):
     cpu = 0.0
 

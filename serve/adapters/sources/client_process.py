@@ -14,7 +14,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from urllib.parse import urlsplit
 
 from serve.adapters.adapter import CONFIG, FILES, NOTES
 from serve.adapters.sources.address import Source
-from serve.adapters.sources.transfer import SECONDS, Transfer, absent, forbidden, not_installed, unreachable
-from serve.errors import AdapterRejected, BadRequest, LoradockError, TooLarge
+from serve.adapters.sources.transfer import Transfer, absent, forbidden, not_installed, unreachable
+from serve.errors import AdapterRejected, BadRequest, LoradockError
 from serve.names import shown
 
 # By scheme: the program beside this module, and the package that it needs.
@@ -68,7 +67,6 @@ class _Client:
             cwd=files.folder,
             start_new_session=True,
         )
-        self._until = time.monotonic() + SECONDS
 
     def __enter__(self) -> _Client:
         return self
@@ -113,10 +111,7 @@ class _Client:
         return said
 
     def _check(self) -> None:
-        if _nbytes(self._files.folder) > self._files.max_bytes:
-            raise TooLarge(f"this adapter is above the {self._files.max_bytes} bytes that this server takes")
-        if time.monotonic() > self._until:
-            raise BadRequest(f"the source took longer than {SECONDS:.0f} seconds; push the files instead")
+        self._files.check(_nbytes(self._files.folder))
 
     def _error(self, kind: str, text: str) -> LoradockError:
         place = self._source.shown
@@ -128,7 +123,7 @@ class _Client:
         if kind == "forbidden":
             return forbidden(place)
         if kind == "large":
-            return TooLarge(f"this adapter is above the {self._files.max_bytes} bytes that this server takes")
+            return self._files.too_large()
         if kind == "refused":
             return AdapterRejected(f"{place} {shown(text, 300)}")
         return unreachable(place, shown(text, 300))

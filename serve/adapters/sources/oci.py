@@ -20,6 +20,7 @@ import httpx
 
 from serve.adapters.adapter import CONFIG, FILES, NOTES
 from serve.adapters.archive import HEAD_BYTES, archive_kind, unpack
+from serve.adapters.file_thread import take_turn
 from serve.adapters.shards import is_shard
 from serve.adapters.sources import transfer
 from serve.adapters.sources.address import Source
@@ -75,7 +76,7 @@ def bring(source: Source, files: Transfer) -> Source:
                 registry.copy(layer, name, files)
         else:
             registry.copy(_archive(layers, source), _ARCHIVE, files)
-            _unpack(files)
+            take_turn(_unpack, files)
     return replace(source, version=digest)
 
 

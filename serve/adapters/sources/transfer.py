@@ -46,23 +46,33 @@ class Transfer:
     def check(self, more: int) -> None:
         """As `took`, of bytes that are announced."""
         if self._left < more:
-            raise TooLarge(f"this adapter is above the {self.max_bytes} bytes that this server takes")
-        if time.monotonic() > self._until:
-            raise BadRequest(f"the source took longer than {SECONDS:.0f} seconds; push the files instead")
+            raise self.too_large()
+        _check_time(self._until)
+
+    def too_large(self) -> TooLarge:
+        return TooLarge(f"this adapter is above the {self.max_bytes} bytes that this server takes")
 
 
 class Body:
-    """The body of an HTTP answer, read as a file."""
+    """The body of an HTTP answer, read as a file; it gets so many seconds however slowly it comes."""
 
     def __init__(self, answer: httpx.Response) -> None:
-        self._chunks: Iterator[bytes] = answer.iter_raw(CHUNK)
-        self._rest = b""
+        self._chunks: Iterator[bytes] = answer.iter_raw()
+        self._rest = bytearray()
+        self._until = time.monotonic() + SECONDS
 
     def read(self, size: int, /) -> bytes:
         while len(self._rest) < size and (chunk := next(self._chunks, b"")):
             self._rest += chunk
-        data, self._rest = self._rest[:size], self._rest[size:]
+            _check_time(self._until)
+        data = bytes(self._rest[:size])
+        del self._rest[:size]
         return data
+
+
+def _check_time(until: float) -> None:
+    if time.monotonic() > until:
+        raise BadRequest(f"the source took longer than {SECONDS:.0f} seconds; push the files instead")
 
 
 def http_client() -> httpx.Client:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.adapters.sources import client_process
+from serve.adapters.sources import client_process, transfer
 from serve.config import keys_hashed
 
 SOURCE = "mlflow://models/tone/3"
@@ -104,7 +104,7 @@ async def test_a_client_that_fills_the_disk_or_never_ends_is_ended(connect, conf
         assert (await push(client)).status_code == 413
     with pytest.raises(ProcessLookupError):
         os.kill(int(mark.read_text()), 0)
-    monkeypatch.setattr(client_process, "SECONDS", 0.5)
+    monkeypatch.setattr(transfer, "SECONDS", 0.5)
     program(after="time.sleep(60)")
     began = time.monotonic()
     async with connect(config) as client:

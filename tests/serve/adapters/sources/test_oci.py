@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import current_thread
 
+import httpx
 import pytest
 
-from serve.adapters.sources import transfer
+from serve.adapters.sources import oci, transfer
 from serve.adapters.sources.address import parse
+from serve.adapters.sources.transfer import Body
 from serve.config import keys_hashed
 from serve.errors import BadRequest
 from tests.support.oci_registry import ELSEWHERE, HOST, INDEX, TOKENS, OciRegistry, digest_of, running, tarred
@@ -65,12 +69,19 @@ async def test_files_of_an_artifact_become_a_version_that_knows_the_manifest_s_d
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-async def test_a_folder_comes_as_one_archive(connect, hosted, registry, make_adapter, mode):
+async def test_a_folder_comes_as_one_archive_that_waits_for_its_turn(
+    connect, hosted, registry, make_adapter, mode, monkeypatch
+):
+    threads, unpack = [], oci.unpack
+    monkeypatch.setattr(
+        oci, "unpack", lambda *args, **named: (threads.append(current_thread().name), unpack(*args, **named))
+    )
     files = {f"adapter/{name}": data for name, data in content(make_adapter()).items()}
     kind = "application/vnd.oci.image.layer.v1.tar"
     registry.push("team/tone", "v1", registry.layer(tarred(files, mode), "adapter", kind, **UNPACK))
     async with connect(hosted) as client:
         assert (await push(client)).status_code == 201
+    assert [name.rpartition("_")[0] for name in threads] == ["adapter-files"]
 
 
 async def test_an_index_of_one_manifest_is_followed_and_one_of_several_is_not(connect, hosted, registry, make_adapter):
@@ -98,6 +109,20 @@ async def test_a_layer_that_is_not_what_its_digest_says_is_refused_and_leaves_no
         registry.manifests["team/tone", digest] = registry.manifests["team/tone", "v1"]
         assert "damaged" in (await push(client, f"oci://{HOST}/team/tone@{digest}")).text
     assert not list((hosted.data_dir / "quarantine").iterdir())
+
+
+def test_a_body_gets_so_many_seconds_however_slowly_it_comes(monkeypatch):
+    def drops():
+        for _ in range(300):
+            time.sleep(0.01)
+            yield b"x"
+
+    monkeypatch.setattr(transfer, "SECONDS", 0.1)
+    with pytest.raises(BadRequest, match="took longer"):
+        Body(httpx.Response(200, content=drops())).read(1 << 20)
+    monkeypatch.setattr(transfer, "SECONDS", 60)
+    body = Body(httpx.Response(200, content=iter([b"ab", b"cde", b"f"])))
+    assert [body.read(4), body.read(4), body.read(4)] == [b"abcd", b"ef", b""]
 
 
 async def test_a_layer_elsewhere_is_read_without_the_token_and_only_where_its_host_may_be_named(
