@@ -193,9 +193,8 @@ class Registry(SnapshotReader):
         """Bring rollbacks that hold here alone into the database; where another change came first, that one holds."""
         self.refresh()  # another server may have renamed them
         for rollback in self.standing.all():
-            name = self.moved_to(rollback.name) or rollback.name
             try:
-                self.rollback(name, by=rollback.by, why=rollback.why, expected=rollback.version)
+                self.rollback(rollback.name, by=rollback.by, why=rollback.why, expected=rollback.version)
             except (Conflict, NotFound) as moved:
                 log.info("a rollback of %s is not written down: %s", rollback.name, moved.message)
             self.standing.drop(rollback)

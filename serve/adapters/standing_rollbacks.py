@@ -64,16 +64,18 @@ class StandingRollbacks:
             write_whole(self._file, json.dumps([asdict(rollback) for rollback in self._by_name.values()]).encode())
 
     def over(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot as it is once these rollbacks are written down."""
+        """The snapshot as it is once these rollbacks are written down; they follow an adapter that was renamed."""
         entries = dict(snapshot.entries)
-        for rollback in self._by_name.values():
-            name = snapshot.moved.get(rollback.name, rollback.name)
-            entry = entries.get(name)
+        for rollback in self.all():
+            if new := snapshot.moved.get(rollback.name):
+                self.drop(rollback)
+                self.note(rollback := replace(rollback, name=new))
+            entry = entries.get(rollback.name)
             if entry is None or entry.live is None or entry.live.version != rollback.version:
                 continue
             if (target := entry.versions.get(rollback.target)) is not None:
                 pinned = target if entry.pinned == entry.live else entry.pinned
-                entries[name] = replace(
+                entries[rollback.name] = replace(
                     entry, live=target, canary=None, shadow=None, pinned=pinned, trail=entry.trail[:-1]
                 )
         return replace(snapshot, entries=entries)
