@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serve.cli.terminal import URL, Key, Url, example, json_option, table
-from serve.config import load
+from serve.config import ADAPTERS, load
 from serve.errors import ConfigError
 from serve.names import shown
 
@@ -37,9 +37,9 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or smollm2.")],
-    max_loras: Annotated[int, typer.Option(min=1, help="Adapters in one batch.")] = 8,
-    max_cpu_loras: Annotated[int, typer.Option(min=1, help="Adapters in the engine's memory.")] = 32,
-    max_lora_rank: Annotated[int, typer.Option(min=1, help="Their rank.")] = 16,
+    max_loras: Annotated[int, typer.Option(min=1, help="Adapters in one batch.")] = ADAPTERS["max_loras"],
+    max_cpu_loras: Annotated[int, typer.Option(min=1, help="Adapters in memory.")] = ADAPTERS["max_cpu_loras"],
+    max_lora_rank: Annotated[int, typer.Option(min=1, help="Their rank.")] = ADAPTERS["max_lora_rank"],
     kv_cache_memory_bytes: Annotated[
         str | None, typer.Option(help="As 4GiB (default: what the server would take).", show_default=False)
     ] = None,

@@ -4,12 +4,13 @@ Nothing else reads settings from files or the environment; nothing here starts o
 """
 
 from serve.config.checks import keys_hashed
-from serve.config.engine_options import REFUSED, engine_options, kv_cache, whole
+from serve.config.engine_options import ADAPTERS, REFUSED, engine_options, kv_cache, whole
 from serve.config.settings import SETTINGS, Base, Config, Setting, settings, settings_help
 from serve.config.sources import load
 from serve.config.values import size
 
 __all__ = [
+    "ADAPTERS",
     "REFUSED",
     "SETTINGS",
     "Base",

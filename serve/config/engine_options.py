@@ -14,6 +14,9 @@ from typing import Any
 from serve.config.values import SIZES
 from serve.errors import ConfigError
 
+# What this server prefers to vLLM's.
+ADAPTERS = {"max_loras": 8, "max_cpu_loras": 32, "max_lora_rank": 16}
+
 _PROXY = "put a proxy in front"
 _ONE_PROCESS = "one server is one process here"
 _NO_ACCESS_LOG = "this server writes no access log"

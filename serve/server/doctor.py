@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from serve.config import Config, kv_cache, whole
+from serve.config import ADAPTERS, Config, kv_cache, whole
 from serve.cpu_kernels.build import compiler
 from serve.errors import ConfigError
 from serve.models import audio_packages, engine_memory, hardware
@@ -204,10 +204,10 @@ def _weights(config: Config, machine: Machine) -> Iterator[Finding]:
         return
     weights = slots = 0
     for base in config.bases:
-        ranks, adapters = whole(base.engine, "data_parallel_size"), whole({"max_loras": 8, **base.engine}, "max_loras")
-        rank = whole({"max_lora_rank": 16, **base.engine}, "max_lora_rank")
-        weights += ranks * engine_memory.weights(Path(base.model), config.cpu_weights)
-        slots += ranks * engine_memory.slots(Path(base.model), adapters, rank)
+        engine, folder = {**ADAPTERS, **base.engine}, Path(base.model)
+        ranks = whole(engine, "data_parallel_size")
+        weights += ranks * engine_memory.weights(folder, config.cpu_weights)
+        slots += ranks * engine_memory.slots(folder, whole(engine, "max_loras"), whole(engine, "max_lora_rank"))
     asked = sum(kv_cache(base.engine) for base in config.bases)
     if weights or asked:
         try:

@@ -21,7 +21,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from serve.config import Base, Config, kv_cache, whole
+from serve.config import ADAPTERS, Base, Config, kv_cache, whole
 from serve.errors import ConfigError, LoradockError
 from serve.models import engine_memory, hardware
 from serve.models.checkpoint import EMBEDDED, find
@@ -61,14 +61,14 @@ def resolved(config: Config) -> Config:
 
 
 def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Base:
-    engine: dict[str, Any] = {"max_loras": 8, "max_cpu_loras": 32, "max_lora_rank": 16}
+    engine: dict[str, Any] = dict(ADAPTERS)
     # Among equals it serves who came first, as vLLM's default does; probes and shadows wait behind clients.
     engine["scheduling_policy"] = "priority"
     if base.name == EMBEDDED:
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     engine |= base.engine
     if "max_cpu_loras" not in base.engine:
-        engine["max_cpu_loras"] = max(32, whole(engine, "max_loras"))
+        engine["max_cpu_loras"] = max(engine["max_cpu_loras"], whole(engine, "max_loras"))
     if hardware.on_cpu():
         ranks = whole(engine, "data_parallel_size")
         weights = ranks * engine_memory.weights(Path(base.model), config.cpu_weights)
