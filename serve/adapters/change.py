@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -122,13 +122,8 @@ class Change:
 
     def rename(self, new: str, by: str, why: str) -> None:
         """The row gets another name, and the old one leads to it."""
-        if self.shares:
-            raise Conflict(f"{shown(self.name)} has a {min(self.shares)}: end it first, since its evidence is by name")
         taken = self.connection.execute(select(names).where(names.c.name == new).with_for_update()).first()
-        if taken is not None and taken.moved_to != self.name:
-            raise Conflict(
-                f"{shown(new)} is an adapter, or was one whose history is kept: choose another name", param="to"
-            )
+        check_rename(self.name, new, self.shares, taken is not None and taken.moved_to != self.name)
         self.connection.execute(delete(names).where(names.c.name == new))
         self.connection.execute(update(names).where(names.c.id == self.id).values(name=new))
         self.connection.execute(update(names).where(names.c.moved_to == self.name).values(moved_to=new))
@@ -216,6 +211,14 @@ class Change:
 def without_repeats(trail: list[int]) -> list[int]:
     """The trail without steps that go nowhere, which a deletion can leave: 1, 2, 1 without 2 is 1."""
     return [number for at, number in enumerate(trail) if at == 0 or trail[at - 1] != number]
+
+
+def check_rename(name: str, new: str, shares: Iterable[str], is_taken: bool) -> None:
+    """Conflict, if the adapter has `shares`, or somebody else the new name."""
+    if kind := min(shares, default=None):
+        raise Conflict(f"{shown(name)} has a {kind}: end it first, since its evidence is by name")
+    if is_taken:
+        raise Conflict(f"{shown(new)} is an adapter, or was one whose history is kept: choose another name", param="to")
 
 
 def check_expected(name: str, live: int | None, expected: int | None) -> None:

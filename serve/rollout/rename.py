@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import replace
 
 from serve.adapters.adapter import Adapter
+from serve.adapters.change import check_rename
 from serve.names import check_adapter_name
 from serve.rollout.lifecycle import Lifecycle
 
@@ -20,6 +21,11 @@ async def rename(
     """The versions as they were called."""
     check_adapter_name(new, [base.name for base in lifecycle.fleet])
     registry, base = lifecycle.registry, lifecycle.fleet.of(name)
+    # Before another adapter leaves the engine in vain; the change itself looks again.
+    shares = [kind for kind, share in (("canary", registry.canary(name)), ("shadow", registry.shadow(name))) if share]
+    check_rename(name, new, shares, new in registry)
+    if expected is not None:
+        await asyncio.to_thread(registry.expect, name, expected)
     serving = (registry.live(name), registry.pinned(name), *registry.aliases(name).values())
     for adapter in dict.fromkeys(serving):
         if adapter:

@@ -82,6 +82,20 @@ async def test_what_cannot_be_renamed_says_why_and_changes_nothing(operator, iss
     assert [row["name"] for row in (await operator.get("/v1/adapters")).json()["data"]] == ["other", "tone"]
 
 
+async def test_what_cannot_be_renamed_costs_no_other_adapter_its_place_in_the_engine(client, backend, make_adapter):
+    await push_two(client, make_adapter)
+    await client.post("/v1/adapters", **upload(make_adapter(0), name="voice"))
+    await client.post("/v1/adapters", **upload(make_adapter(1), name="other"))
+    await canary(client, 0.5)
+    held = dict(backend.held)
+    for name in ("voice", "other", "free"):
+        assert (await rename(client, to=name)).status_code == 409
+    await client.delete("/v1/adapters/tone/canary")
+    expects = await client.post("/v1/adapters/tone/rename", json={"to": "free"}, headers={"if-match": '"9"'})
+    assert expects.status_code == 409
+    assert backend.held == held
+
+
 async def test_another_tenant_s_names_stay_apart(issue, make_adapter):
     acme, default = await issue("acme"), await issue("default")
     await acme.post("/v1/adapters", **upload(make_adapter(0)))
