@@ -253,7 +253,7 @@ struct Step {
   const int64_t* positions;
   const Group* groups;
   int rows, requests;
-  bool decode;    // one token for each request
+  bool decode;    // one token for each request, which reads no other one's
   float* logits;  // [requests, vocabulary] of each one's only token, where the head is asked for as well
 };
 
@@ -813,7 +813,10 @@ void loradock_decoder_cache(int number, bf16* const* caches, const int* groups, 
 int loradock_step(int number, const int32_t* ids, const int64_t* positions, const Group* groups, int rows,
                   const int32_t* starts, int requests, bf16* out, float* logits) {
   Decoder& d = *decoders[number];
-  const Step s{ids, positions, groups, rows, requests, rows == requests, logits};
+  bool decode = rows == requests;
+  // vLLM shares a block from the step on that fills it: who has the same prompt may read it in this very step.
+  for (int i = 0; rows > 1 && decode && i < rows; i++) decode = (positions[i] + 1) % d.block_size;
+  const Step s{ids, positions, groups, rows, requests, decode, logits};
   const size_t n = rows;
   size_t wide = std::max({d.hidden, d.inner, d.heads * d.head}), ranks = 0;
   size_t scales = d.top < 0 ? 1 : matrices[d.top]->groups();

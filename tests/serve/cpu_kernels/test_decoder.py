@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -266,6 +266,46 @@ def test_every_kind_of_decoder_is_computed_as_written(monkeypatch, name):
                 logits = decoder.logits_cap * torch.tanh(logits / decoder.logits_cap)
             for mine in (fused.ready, fused.logits(out)):
                 assert (mine - logits * decoder.logits_by).abs().max() < 1e-3 * logits.abs().max()
+
+
+def test_a_block_that_a_step_fills_is_read_by_another_request_in_the_same_step(monkeypatch, threads):
+    kind = KINDS["plain"]
+    decoder, weights = decoder_of(kind)
+    engine = Engine(kind)
+    threads(1)  # requests are then attended in their order, the reader first
+    fused = fused_of(monkeypatch, decoder)
+    monkeypatch.setattr(step, "get_forward_context", lambda: engine)
+    ids = torch.randint(VOCABULARY, (BLOCK + 1,), dtype=torch.int32)
+    wanted = exact(kind, decoder, weights, ids.long())
+    positions, _ = engine.schedule({0: (0, BLOCK - 1)})
+    fused.step(ids[: BLOCK - 1], positions)
+    engine.blocks[1, 0] = list(engine.blocks[0, 0])
+    positions, _ = engine.schedule({1: (BLOCK, BLOCK + 1), 0: (BLOCK - 1, BLOCK)})
+    out = fused.step(ids[positions], positions)
+    apart = (out.float() - wanted[positions]).norm(dim=-1) / wanted[positions].norm(dim=-1)
+    assert apart.max() < 0.04
+
+
+@pytest.mark.parametrize("name", ["plain", "beside one another", "norms around"])
+def test_a_thread_that_comes_late_changes_nothing(monkeypatch, threads, name):
+    """More threads than cores: many of them come when others have done their part, or are in the next one."""
+    kind = replace(KINDS[name], inner=8192)
+    decoder, _ = decoder_of(kind)
+    engine = Engine(kind)
+    monkeypatch.setattr(step, "get_forward_context", lambda: engine)
+    ids = torch.randint(VOCABULARY, (1,), dtype=torch.int32)
+    threads(4 * torch.get_num_threads())
+    fused = fused_of(monkeypatch, decoder)
+    positions, _ = engine.schedule({0: (0, 1)})
+    first = fused.step(ids, positions)
+    assert all(torch.equal(fused.step(ids, positions), first) for _ in range(1000))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def fused_of(monkeypatch, decoder: Decoder) -> step.Fused:
