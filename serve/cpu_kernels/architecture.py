@@ -27,6 +27,7 @@ KNOWN = {
     f"{_VLLM}.gemma2": "Gemma2ForCausalLM Gemma2Model Gemma2DecoderLayer Gemma2Attention Gemma2MLP",
     f"{_VLLM}.gemma3": "Gemma3ForCausalLM Gemma3Model Gemma3DecoderLayer Gemma3Attention Gemma3MLP",
     f"{_VLLM}.granite": "GraniteForCausalLM GraniteModel GraniteDecoderLayer GraniteAttention GraniteMLP",
+    f"{_VLLM}.commandr": "CohereForCausalLM CohereModel CohereDecoderLayer CohereAttention CohereMLP",
     f"{_VLLM}.transformers.base": "Base",
     f"{_HF}.smollm3.modeling_smollm3": "SmolLM3Model SmolLM3DecoderLayer SmolLM3Attention SmolLM3MLP",
     f"{_HF}.olmo2.modeling_olmo2": "Olmo2Model Olmo2DecoderLayer Olmo2Attention Olmo2MLP",

@@ -78,6 +78,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2", {**WIDE, "hidden_size": 384, "pad_token_id": 0}),
     "smollm3": ("SmolLM3", {**WIDE, "no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "cohere2": ("Cohere2", {**WIDE, **LOCAL, "sliding_window": 40, "logit_scale": 0.2, "pad_token_id": 0}),
     "llama3": (
         "Llama",
         {
@@ -112,6 +113,8 @@ def models(folder: Path, wanted: Sequence[str]) -> dict[str, Path]:
         for key, weight in model.named_parameters():
             if "norm" in key or "bias" in key:
                 weight.data.add_(torch.randn_like(weight) * 0.2)
+            elif "embed_tokens" in key:  # padding too, which transformers leaves at 0: an output of 0 has no length
+                weight.data.normal_(std=config.initializer_range)
         model.to(torch.bfloat16).save_pretrained(folder / name)
         made[name] = folder / name
     return made
