@@ -168,7 +168,7 @@ class _Tokens:
         for made in exchange.generations:
             if made.first is None:
                 continue
-            first = min(made.first - exchange.began, exchange.total)
+            first = min(max(made.first - exchange.began, 0.0), exchange.total)
             last = min(first + (made.gap or 0.0) * max(0, len(made.output) - 1), exchange.total)
             self.first = first if self.first is None else min(first, self.first)
             self.last = last if self.last is None else max(last, self.last)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from serve.engine.engine import LOW_PRIORITY, SETTLE, Engine
 from serve.errors import AdapterRejected, EngineUnavailable
@@ -25,6 +27,24 @@ def path(make_adapter):
 async def test_requests_for_a_cold_adapter_share_one_load(engine, backend, path):
     await asyncio.gather(*(engine.ensure("tone@1", path) for _ in range(20)))
     assert backend.loads == 1
+
+
+def test_a_load_is_not_said_to_have_taken_longer_than_it_did(backend, path):
+    """The server's loop tells the time in whole milliseconds."""
+
+    async def loads() -> list[tuple[float, float]]:
+        engine = Engine(backend)
+        await engine.start()
+        seen = []
+        for number in range(20):
+            began = time.perf_counter()
+            async with engine.lease(f"tone@{number}", path) as lease:
+                seen.append((lease.load_seconds, time.perf_counter() - began))
+        await engine.stop()
+        return seen
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert all(0 < said <= took for said, took in runner.run(loads()))
 
 
 async def test_a_waiter_that_leaves_does_not_stop_the_load_of_the_others(engine, backend, path):
