@@ -1,4 +1,4 @@
-"""The program of `tests.support.collector`: writes what comes by OTLP over HTTP to a file, an item a line.
+"""The program of `tests.support.collector`: writes what comes by OTLP over HTTP to a file, an export (a list of items) a line.
 
 python -m tests.support.otlp_receiver PORT FILE
 """
@@ -41,9 +41,9 @@ class _Handler(BaseHTTPRequestHandler):
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
             headers = {name.lower(): value for name, value in self.headers.items()}
-            lines = [json.dumps({**item, "headers": headers}) + "\n" for item in _decoded(self.path, body)]
+            line = json.dumps([{**item, "headers": headers} for item in _decoded(self.path, body)]) + "\n"
             with self.lock, self.file.open("a") as file:
-                file.writelines(lines)
+                file.write(line)
         self._reply(self.status)
 
     def _reply(self, status: int) -> None:
