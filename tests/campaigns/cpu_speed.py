@@ -6,9 +6,12 @@ side by side. The table has medians, and the least and the most. The processor's
 
     python -m tests.campaigns.cpu_speed [--rounds 5] [--weights auto int8 int4] [--adapters 16] [--size 1B]
         [--llama .../bin/llama-server --gguf Q4_0=a.gguf Q4_K_M=b.gguf Q8_0=c.gguf]
+        [--llama-lora .../convert_lora_to_gguf.py]
 
-GGUF files of the model come from llama.cpp's `convert_hf_to_gguf.py` and `llama-quantize`; `--keep DIR` leaves the
-checkpoint of random weights that `--size` makes there for it.
+With `--adapters` the one stream has an adapter, and the 16 streams take turns among them. llama.cpp has the same ones
+with `--llama-lora`, each named in its request, which is how its server takes several. GGUF files of the model come from
+llama.cpp's `convert_hf_to_gguf.py` and `llama-quantize`; `--keep DIR` leaves the checkpoint of random weights that
+`--size` makes there for it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +84,8 @@ async def answer(http: httpx.AsyncClient, up: Up, llama: bool, model: str, words
     text = " ".join(random.choices(("river", "stone", "cloud", "tree", "house", "road"), k=words))
     body: dict[str, Any] = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True}
     body |= {"ignore_eos": True} | ({"cache_prompt": False} if llama else {})
+    if llama and model.isdecimal():
+        body["lora"] = [{"id": int(model), "scale": 1.0}]
     began, times = time.monotonic(), []
     async with http.stream("POST", f"{up.url}/v1/completions", json=body) as response:
         response.raise_for_status()
@@ -123,9 +129,11 @@ def loradock(model: Path, weights: str, adapters: list[Path], folder: Path, cach
 
 
 @contextmanager
-def llama(binary: Path, file: Path, folder: Path) -> Iterator[Up]:
+def llama(binary: Path, file: Path, adapters: list[Path], folder: Path) -> Iterator[Up]:
     port = free_port()
     command = [str(binary), "-m", str(file), "--port", str(port), "-np", str(STREAMS), "-c", str(2048 * STREAMS)]
+    if adapters:
+        command += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply"]
     with (folder / f"{file.name}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -134,7 +142,7 @@ def llama(binary: Path, file: Path, folder: Path) -> Iterator[Up]:
                 if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                     break
             time.sleep(0.5)
-        yield Up(f"http://127.0.0.1:{port}", process.pid, ["any"])
+        yield Up(f"http://127.0.0.1:{port}", process.pid, [str(i) for i in range(len(adapters))] or ["any"])
     finally:
         process.terminate()
         process.wait()
@@ -184,14 +192,25 @@ def random_adapters(model: Path, count: int, folder: Path) -> list[Path]:
     return made
 
 
+def converted_adapter(script: Path, adapter: Path, model: Path) -> Path:
+    """The adapter as llama.cpp's own script makes it."""
+    file = adapter / "adapter.gguf"
+    command = [sys.executable, str(script), "--base", str(model), "--outtype", "bf16", "--outfile", str(file)]
+    path = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
+    subprocess.run([*command, str(adapter)], check=True, capture_output=True, env=path)
+    return file
+
+
 def choices(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice]:
     adapters = random_adapters(model, given.adapters, folder / "adapters")
 
     def ours(weights: str) -> Choice:
         return Choice(f"loradock {weights}", lambda: loradock(model, weights, adapters, folder, given.kv_cache))
 
+    converted = [converted_adapter(given.llama_lora, adapter, model) for adapter in adapters if given.llama_lora]
+
     def theirs(label: str, file: Path) -> Choice:
-        return Choice(f"llama.cpp {label}", lambda: llama(given.llama, file, folder), llama=True)
+        return Choice(f"llama.cpp {label}", lambda: llama(given.llama, file, converted, folder), llama=True)
 
     files = dict(word.split("=", 1) for word in given.gguf) if given.llama else {}
     return [*map(ours, given.weights), *(theirs(label, Path(file)) for label, file in files.items())]
@@ -233,6 +252,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="where the random model stays")
     parser.add_argument("--llama", type=Path, help="llama-server")
     parser.add_argument("--gguf", nargs="*", default=[], metavar="LABEL=FILE")
+    parser.add_argument("--llama-lora", type=Path, help="llama.cpp's convert_lora_to_gguf.py")
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--kv-cache", default="1G", help="of each of loradock's servers")
     given = parser.parse_args()
