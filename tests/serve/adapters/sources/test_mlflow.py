@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -47,7 +48,10 @@ def tracking(tmp_path_factory) -> Iterator[str]:
         port = free.getsockname()[1]
     words = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
     words += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    server = subprocess.Popen([PYTHON, "-m", "mlflow", "server", *words], cwd=folder, start_new_session=True)
+    # Its schedulers of jobs are processes of their own: half a minute more until it answers, and until it ends.
+    environ = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [PYTHON, "-m", "mlflow", "server", *words]
+    server = subprocess.Popen(command, cwd=folder, env=environ, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
@@ -60,8 +64,8 @@ def tracking(tmp_path_factory) -> Iterator[str]:
             pytest.fail("the tracking server did not start")
         yield url
     finally:
-        os.killpg(server.pid, 15)
-        server.wait(20)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 @pytest.fixture
