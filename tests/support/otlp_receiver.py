@@ -25,6 +25,7 @@ class _Handler(BaseHTTPRequestHandler):
     lock = threading.Lock()
     seconds = 0.0
     status = 200
+    keep = True
 
     def do_GET(self) -> None:
         self._reply(200)
@@ -33,11 +34,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         if self.path == "/behave":
             asked = json.loads(body)
-            type(self).seconds, type(self).status = asked["seconds"], asked["status"]
+            type(self).seconds, type(self).status, type(self).keep = asked["seconds"], asked["status"], asked["keep"]
             self._reply(200)
             return
         time.sleep(self.seconds)
-        if self.status == 200:
+        if self.status == 200 and self.keep:
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
             headers = {name.lower(): value for name, value in self.headers.items()}
