@@ -2,8 +2,9 @@
 
     python -m tests.campaigns.inference_schemas [--examples 50] [--seed 1] [--out FILE]
 
-All of coverage's cases, and so many random ones for each route. An answer of 500 is a finding; each is printed with the
-first request that caused it, as curl's body.
+All of coverage's cases, and so many random ones for each route that the model answers, which name models that are there
+and no deadline: else hardly a request comes to an engine. An answer of 500 is a finding, and so is one that is not as
+the document says; each is printed with the first request that caused it, as curl's body.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 
 from tests.serve.api.test_schemathesis import PROGRAM
 from tests.support.lora import trained
-from tests.support.server import ADMIN, KEYS, Server
+from tests.support.server import ADMIN, BASE, KEYS, Server
 
 # Answers end soon: most cases do not say how long they may be.
-SHORT = ("--max-model-len", "256", "--kv-cache-memory-bytes", "256M")
+SHORT = ("--max-model-len", "128", "--kv-cache-memory-bytes", "256M")
+MODELS = [BASE, "tone"]
+DEADLINE = "X-Request-Timeout"
 
 
 def main() -> int:
@@ -34,11 +37,13 @@ def main() -> int:
         folder = Path(name)
         with Server(folder / "data", folder / "log", *SHORT, **KEYS) as server:
             server.upload("tone", trained("alpha")["alpha"]).raise_for_status()
-            entries = run(server.url, folder, asked.examples, asked.seed)
+            document = folder / "openapi.json"
+            document.write_text(json.dumps(answered(server)))
+            entries = run(server.url, document, asked.examples, asked.seed)
             assert server.ask("tone", tokens=4).done, "the engine answers as before"
     statuses = Counter(entry["response"]["status"] for entry in entries)
     print(f"{len(entries)} requests: " + ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items())))
-    found = server_errors(entries)
+    found = findings(entries)
     for finding in found:
         print(
             f"{finding['count']} x {finding['status']} {finding['path']}: {finding['message']}\n    {finding['body']}"
@@ -48,38 +53,56 @@ def main() -> int:
     return len(found)
 
 
-def run(url: str, folder: Path, examples: int, seed: int) -> list[dict[str, Any]]:
+def answered(server: Server) -> dict[str, Any]:
+    """The document, of the routes that the model answers; it names models and no deadline."""
+    document: dict[str, Any] = server.http.get("/openapi.json").raise_for_status().json()
+    for path, operations in list(document["paths"].items()):
+        ours = "inference" not in next(iter(operations.values())).get("tags", ())
+        if ours or ("{" not in path and server.http.post(path, json={"model": BASE}).status_code == 404):
+            del document["paths"][path]
+        for operation in operations.values():
+            operation["parameters"] = [one for one in operation.get("parameters", ()) if one["name"] != DEADLINE]
+    for schema in document["components"]["schemas"].values():
+        if "model" in schema.get("properties", {}):
+            schema["properties"]["model"] = {"enum": MODELS}
+    return document
+
+
+def run(url: str, document: Path, examples: int, seed: int) -> list[dict[str, Any]]:
     """Every request and its answer, as HAR has them."""
-    har = folder / "run.har"
-    command = [str(PROGRAM), "--no-color", "run", f"{url}/openapi.json", "-H", f"Authorization: Bearer {ADMIN}"]
-    command += ["--include-tag", "inference", "--phases", "coverage,fuzzing", "--checks", "not_a_server_error"]
+    har = document.with_name("run.har")
+    command = [str(PROGRAM), "--no-color", "run", str(document), "--url", url, "-H", f"Authorization: Bearer {ADMIN}"]
+    command += ["--phases", "coverage,fuzzing", "--workers", "4", "--checks", "not_a_server_error"]
     command += ["--max-examples", str(examples), "--seed", str(seed), "--continue-on-failure", "--no-shrink"]
     command += ["--request-timeout", "60", "--report-har-path", str(har)]
-    subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, timeout=3000, check=False)
+    subprocess.run(command, cwd=document.parent, stdout=subprocess.DEVNULL, timeout=3000, check=False)
     entries: list[dict[str, Any]] = json.loads(har.read_text())["log"]["entries"]
     return entries
 
 
-def server_errors(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those above 499 that are not an engine's "not now", by route and message."""
+def findings(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Errors above 499 that are not an engine's "not now", and errors without a message; by route and message."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in entries:
         status, text = entry["response"]["status"], entry["response"]["content"].get("text") or ""
-        if status < 500 or status in (503, 504):
+        message = message_of(text)
+        if status < 400 or (message is not None and (status < 500 or status in (503, 504))):
             continue
         path = "/" + entry["request"]["url"].partition("://")[2].partition("/")[2].partition("?")[0]
-        message = text[:300]
-        try:
-            message = json.loads(text)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            pass
+        said = text[:300] if message is None else message
         body = (entry["request"].get("postData") or {}).get("text", "")
-        known = found.setdefault(
-            (path, message[:120]), {"path": path, "status": status, "message": message, "count": 0}
-        )
-        known["count"] += 1
-        known.setdefault("body", body[:2000])
+        new = {"path": path, "status": status, "message": said, "count": 0, "body": body[:2000]}
+        found.setdefault((path, said[:120]), new)["count"] += 1
     return sorted(found.values(), key=lambda finding: (finding["path"], -finding["count"]))
+
+
+def message_of(text: str) -> str | None:
+    """What an error says, where the document says that it does."""
+    try:
+        message = json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return message if isinstance(message, str) else None
 
 
 if __name__ == "__main__":
