@@ -1,6 +1,8 @@
-"""The program of `tests.support.collector`: writes what comes by OTLP over HTTP to a file, an export (a list of items) a line.
+"""The program of `tests.support.collector`: writes what comes by OTLP over HTTP to a file, an export a line.
 
 python -m tests.support.otlp_receiver PORT FILE
+
+A line is a list of the items of one export.
 """
 
 from __future__ import annotations
