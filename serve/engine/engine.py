@@ -258,8 +258,7 @@ class Engine:
         """
         forecast = self._admission.check(tenant, priority, self.queue.seats_for(sequences))
         for_client = for_client and priority < LOW_PRIORITY
-        # Not the loop's, which counts whole milliseconds: the load would have begun before the request came.
-        clock = time.perf_counter
+        clock = time.perf_counter  # the loop's counts whole milliseconds: a load began before its request came
         with self._counted(adapter_id, path, background=priority >= LOW_PRIORITY) as resident:
             entered, seated = clock(), 0.0
             ticket = self.queue.enter(tenant, resident.id if resident else None, priority=priority, size=sequences)
