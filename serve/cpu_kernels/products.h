@@ -46,32 +46,12 @@ struct Ahead {
 template <int M>
 void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   const uint8_t* w = m.data.data + block * m.block_bytes();
-  __m512 a[M], b[M], a2, b2;
+  __m512 a[M], b[M];
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_setzero_ps();
-  a2 = b2 = _mm512_setzero_ps();
   const bf16* x = in.x + int64_t(row) * in.stride;
   const int pairs = m.k / 2;
-  int p = 0;
-  if constexpr (M == 1) {
-    for (; p + 2 <= pairs; p += 2, w += 256) {
-      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2176, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2240, _MM_HINT_T0);
-      int u, v;
-      std::memcpy(&u, x + 2 * p, 4);
-      std::memcpy(&v, x + 2 * p + 2, 4);
-      const __m512bh xu = bits(_mm512_set1_epi32(u)), xv = bits(_mm512_set1_epi32(v));
-      a[0] = _mm512_dpbf16_ps(a[0], bits(_mm512_load_si512(w)), xu);
-      b[0] = _mm512_dpbf16_ps(b[0], bits(_mm512_load_si512(w + 64)), xu);
-      a2 = _mm512_dpbf16_ps(a2, bits(_mm512_load_si512(w + 128)), xv);
-      b2 = _mm512_dpbf16_ps(b2, bits(_mm512_load_si512(w + 192)), xv);
-    }
-    a[0] = _mm512_add_ps(a[0], a2);
-    b[0] = _mm512_add_ps(b[0], b2);
-  }
-  for (; p < pairs; p++, w += 128) {
+  for (int p = 0; p < pairs; p++, w += 128) {
     if constexpr (M <= 4) {
       _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
       _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
@@ -90,6 +70,30 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead
   }
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
+    _mm512_store_ps(sums + i * WIDTH, a[i]);
+    _mm512_store_ps(sums + i * WIDTH + 16, b[i]);
+  }
+}
+
+// The same for two blocks of one row: each sum is a chain of additions, and so few chains leave the processor waiting.
+inline void pair_bf16(const Matrix& m, int block, const Input& in, int row, float* sums) {
+  const uint8_t* w[2] = {m.data.data + block * m.block_bytes(), m.data.data + (block + 1) * m.block_bytes()};
+  __m512 a[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, b[2] = {a[0], a[0]};
+  const bf16* x = in.x + int64_t(row) * in.stride;
+  for (int p = 0; p < m.k / 2; p++) {
+    int u;
+    std::memcpy(&u, x + 2 * p, 4);
+    const __m512bh xu = bits(_mm512_set1_epi32(u));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+      _mm_prefetch((const char*)w[i] + 2048, _MM_HINT_T0);
+      _mm_prefetch((const char*)w[i] + 2112, _MM_HINT_T0);
+      a[i] = _mm512_dpbf16_ps(a[i], bits(_mm512_load_si512(w[i])), xu);
+      b[i] = _mm512_dpbf16_ps(b[i], bits(_mm512_load_si512(w[i] + 64)), xu);
+      w[i] += 128;
+    }
+  }
+  for (int i = 0; i < 2; i++) {
     _mm512_store_ps(sums + i * WIDTH, a[i]);
     _mm512_store_ps(sums + i * WIDTH + 16, b[i]);
   }
@@ -285,29 +289,36 @@ inline const Tile* tiles_of(const Matrix& m) {
 }
 
 // out(row, block, sums) for every row and for the blocks of [first, last); fetch(row, block) beforehand, where rows are few.
+// A row's sums are added up in the same order whatever rows are beside it: no answer depends on what it is computed with.
 template <class Out, class Fetch>
 void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out, Fetch&& fetch) {
   const Tile* tiles = tiles_of(m);
   const int most = m.kind == GROUP8 || m.kind == GROUP4 ? GROUP_TILE : TILE;
   alignas(64) float sums[TILE * WIDTH];
+  auto given = [&](int row, int block, float* s) {
+    const float* bias = m.bias.data ? m.bias.data + block * WIDTH : nullptr;
+    for (int j = 0; bias && j < WIDTH; j++) s[j] += bias[j];
+    out(row, block, s);
+  };
   for (int top = 0; top < rows; top += ROWS) {
     const int bottom = std::min(rows, top + ROWS), parts = (bottom - top + most - 1) / most;
     for (int b = first; b < last; b++) {
       if (rows <= TILE * 4)
         for (int i = top; i < bottom; i++) fetch(i, b);
-      const float* bias = m.bias.data ? m.bias.data + b * WIDTH : nullptr;
+      if (rows == 1 && m.kind == BF16 && b + 1 < last) {
+        fetch(0, b + 1);
+        pair_bf16(m, b, in, 0, sums);
+        for (int i = 0; i < 2; i++) given(0, b + i, sums + i * WIDTH);
+        b++;
+        continue;
+      }
       for (int part = 0; part < parts; part++) {  // of as equal a size as they can be
         const int from = top + (bottom - top) * part / parts, to = top + (bottom - top) * (part + 1) / parts;
         // Of this tile's part: where it begins, and how much of it for 128 bytes of this block.
         const size_t bytes = m.block_bytes();
         const Ahead ahead{parts <= 8 ? m.data.data + (b + 1) * bytes + bytes * part / parts : nullptr, 128 / parts};
         tiles[to - from](m, b, in, from, ahead, sums);
-        for (int i = from; i < to; i++) {
-          float* s = sums + (i - from) * WIDTH;
-          if (bias)
-            for (int j = 0; j < WIDTH; j++) s[j] += bias[j];
-          out(i, b, s);
-        }
+        for (int i = from; i < to; i++) given(i, b, sums + (i - from) * WIDTH);
       }
     }
   }

@@ -87,6 +87,17 @@ def test_int8_products_are_those_of_dynamic_quantization_exactly():
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", [packing.BF16, packing.GROUP8, packing.GROUP4], ids=["bf16", "int8", "int4"])
+def test_a_rows_products_are_to_the_last_bit_those_that_it_has_alone(kind):
+    torch.manual_seed(0)
+    x, weight = torch.randn(200, 608).bfloat16(), (torch.randn(1008, 608) * 0.1).bfloat16()
+    number = pack(weight, kind)
+    alone = torch.cat([multiply(number, row, 1008) for row in x.split(1)])
+    for rows in (2, 3, 5, 12, 13, 29, 200):
+        assert torch.equal(multiply(number, x[:rows], 1008), alone[:rows]), rows
+
+
+@needs_kernels
 def test_what_does_not_fit_the_blocks_is_not_packed():
     assert pack(torch.zeros(40, 64, dtype=torch.bfloat16), packing.BF16) == -1
     assert pack(torch.zeros(48, 72, dtype=torch.bfloat16), packing.BF16) == -1
