@@ -216,18 +216,39 @@ def choices(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice
     return [*map(ours, given.weights), *(theirs(label, Path(file)) for label, file in files.items())]
 
 
-def run(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice]:
-    every = choices(given, model, folder)
+def bytes_read(model: Path, weights: str) -> float:
+    """What one token of one stream reads of a Llama's weights, with the scales of `--cpu-weights`."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
+    layer = hidden * (heads * head + 3 * inner)
+    bits, output = {"int8": (8.25, 8.25), "int4": (4.5, 8.25)}.get(weights, (16, 16))
+    return (config["num_hidden_layers"] * layer * bits + config["vocab_size"] * hidden * output) / 8
+
+
+def reader(folder: Path) -> Path:
+    """The program that says how fast this machine reads its memory, compiled for it."""
+    program = folder / "read-speed"
+    source = Path(__file__).with_name("read_speed.c")
+    subprocess.run(["cc", "-O3", "-march=native", "-pthread", str(source), "-o", str(program)], check=True)
+    return program
+
+
+def run(given: argparse.Namespace, model: Path, folder: Path) -> tuple[list[Choice], list[float]]:
+    """The choices as they were measured, and how many GB/s the machine read before each turn."""
+    every, program, reads = choices(given, model, folder), reader(folder), []
     with ExitStack() as stack:
         up = {} if given.apart else {choice.name: stack.enter_context(choice.start()) for choice in every}
         for number in range(given.rounds):
             for choice in every if number % 2 == 0 else every[::-1]:
+                reads.append(float(subprocess.check_output(program)))
                 if given.apart:
                     with choice.start() as one:
                         asyncio.run(measure(choice, one))
                 else:
                     asyncio.run(measure(choice, up[choice.name]))
-    return every
+    return every, reads
 
 
 def processor() -> str:
@@ -262,11 +283,17 @@ def main() -> None:
         if given.size:
             kept = given.keep or folder / given.size
             model = kept if kept.is_dir() else random_model(given.size, model, kept)
-        every = run(given, model, folder)
+        every, reads = run(given, model, folder)
+        weights = {choice.name: bytes_read(model, choice.name.split()[1]) for choice in every if not choice.llama}
     print(f"{given.size or model.name}, {given.adapters} adapters, {given.rounds} rounds, {processor()}\n")
     print(f"| | weights | {' | '.join(CASES)} | memory |\n|---|---|{'---|' * len(CASES)}---|")
     for choice in every:
         print(choice.row())
+    machine = median(reads)
+    print(f"\nThe machine reads {machine:.1f} GB/s ({min(reads):.1f} to {max(reads):.1f}). At one stream:")
+    for name, size in weights.items():
+        speed = size / 1e6 / median(next(choice for choice in every if choice.name == name).seen[CASES[0]])
+        print(f"{name}: {size / 1e6:.0f} MB of weights a token, {speed:.1f} GB/s, {speed / machine:.0%}")
 
 
 if __name__ == "__main__":
