@@ -57,17 +57,17 @@ def plan(
     modules = lora_modules(model)
     linear = [shape for name, shape in modules.items() if not name.endswith(("embed_tokens", "lm_head", "wte"))]
     adapter = width * rank * sum(out + into for out, into in linear)
-    cache = hardware.kv_space(weights) if kv_cache is None else kv_cache
     # vLLM's slots have room for every module that may be adapted, the embedding and output layer too.
     # On a CPU the kernels keep B once more, as they read it.
     times = 2 if hardware.on_cpu() else 1
     slot = width * rank * sum(times * out + into for out, into in modules.values())
+    slots = max_loras * slot
     return Plan(
         weights=weights,
         kv_token=_kv_token(config, width),
-        kv_cache=cache,
+        kv_cache=hardware.kv_space(weights + slots) if kv_cache is None else kv_cache,
         adapter=adapter,
-        slots=max_loras * slot,
+        slots=slots,
         host=max_cpu_loras * adapter,
         overhead=hardware.OVERHEAD,
         free=hardware.free_memory(),

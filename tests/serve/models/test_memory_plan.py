@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve.errors import ConfigError
+from serve.models import hardware
 from serve.models.memory_plan import plan
 from tests.support.tiny import HIDDEN, LAYERS
 
@@ -22,6 +23,12 @@ def test_the_sizes_follow_from_the_configuration(tiny_model):
     assert told.tokens == (1 << 20) // told.kv_token
     assert told.total == told.weights + told.kv_cache + told.slots + told.host + told.overhead
     assert told.fits == (told.total <= told.free)
+
+
+def test_the_kv_cache_is_what_a_start_would_take_beside_the_slots(tiny_model, monkeypatch):
+    monkeypatch.setattr(hardware, "free_memory", lambda: 10 * hardware.GIB)
+    made = plan(str(tiny_model), max_loras=100_000, max_cpu_loras=1, rank=16, kv_cache=None)
+    assert made.kv_cache == hardware.kv_space(made.weights + made.slots) < hardware.kv_space(made.weights)
 
 
 def test_what_is_no_model_is_named(tmp_path):
