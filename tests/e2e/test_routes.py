@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import anthropic
 import openai
 import pytest
 
-from tests.support.server import BASE, Server
+from tests.support.server import BASE, KEY, Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 HELLO = [{"role": "user", "content": "Hello"}]
+ENDLESS = [{"role": "user", "content": "word " * 5000}]
+
+
+@pytest.fixture
+def claude(server: Server) -> Iterator[anthropic.Anthropic]:
+    """Anthropic's own client, with a key."""
+    with anthropic.Anthropic(api_key=KEY, base_url=server.url, max_retries=0) as client:
+        yield client
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(
-    ("wrong", "status", "kind"),
+    ("wrong", "error", "kind"),
     [
-        ({"max_tokens": 10**6}, 400, "invalid_request_error"),
-        ({"messages": 5}, 400, "invalid_request_error"),
-        ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "invalid_request_error"),
-        ({"model": "nobody"}, 404, "not_found_error"),
+        ({"max_tokens": 10**6}, anthropic.BadRequestError, "invalid_request_error"),
+        ({"messages": 5}, anthropic.BadRequestError, "invalid_request_error"),
+        (
+            {"messages": [{"role": "user", "content": "word " * 5000}]},
+            anthropic.BadRequestError,
+            "invalid_request_error",
+        ),
+        ({"model": "nobody"}, anthropic.NotFoundError, "not_found_error"),
     ],
     ids=["too many tokens", "no messages", "too long", "no model"],
 )
-def test_errors_of_vllm_and_of_ours_have_anthropics_envelope(server: Server, wrong, status, kind, stream):
-    asked = {"model": BASE, "max_tokens": 4, "messages": HELLO, "stream": stream, **wrong}
-    answer = server.http.post("/v1/messages", json=asked)
-    body = answer.json()
-    assert (answer.status_code, body["type"], body["error"]["type"]) == (status, "error", kind), answer.text
-    assert body["error"]["message"]
+def test_anthropics_client_raises_its_own_errors_for_those_of_vllm_and_ours(claude, wrong, error, kind, stream):
+    with pytest.raises(error) as raised:
+        claude.messages.create(**{"model": BASE, "max_tokens": 4, "messages": HELLO, "stream": stream, **wrong})
+    body = raised.value.body
+    assert (body["type"], body["error"]["type"]) == ("error", kind) and body["error"]["message"]
+
+
+def test_anthropics_client_gets_an_adapters_answer_whole_and_as_a_stream(claude, server: Server, voice: str):
+    asked = {"model": voice, "max_tokens": 4, "messages": HELLO, "temperature": 0}
+    whole = claude.messages.create(**asked)
+    assert whole.role == "assistant" and whole.content[0].text and whole.usage.output_tokens == 4
+    assert whole.model == server.adapter(voice)["versions"][0]["id"]
+    with claude.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == whole.content[0].text
+    assert claude.messages.count_tokens(model=voice, messages=HELLO).input_tokens == whole.usage.input_tokens
 
 
 def test_a_fallback_an_alias_and_the_version_itself_answer_as_one(server: Server, voice: str):
