@@ -54,7 +54,7 @@ neighbours: setup-dev ## database, object store, hub and disk slow, refusing, cu
 batches: setup-dev ## a batch of 1,000 lines survives a kill of engine and server, none twice, none lost; what clients notice; 25 minutes
 	@$(BIN)/python -m tests.campaigns.batches $(ARGS)
 
-tracing-cost: setup-dev ## what OpenTelemetry's traces cost a server under 16 streams, on and off in turn, on a quiet machine; 25 minutes
+tracing-cost: setup-dev ## what OpenTelemetry's traces cost a server under 16 streams, on and off in turn, on a quiet machine; 30 minutes
 	@$(BIN)/python -m tests.campaigns.tracing_cost $(ARGS)
 
 recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start; some minutes

@@ -39,9 +39,10 @@ STREAMS = 16
 # Of all lengths, so that the streams do not go in step.
 TOKENS = range(32, 97)
 WORDS = "garden river stone winter letter window music harbour orange silver mountain candle"
-MOST = 1.01
-# Spans go within this time, not within OpenTelemetry's 5 s: what a spell causes is paid in it. It costs more requests.
-DELAY_MS = "500"
+# What is to be shown, and how wide the interval may be: beside other work it means nothing, whatever it says.
+MOST, WIDTH = 1.01, 0.02
+# Spans go within this time, not within OpenTelemetry's 5 s: what a spell causes is paid in it, with more exports.
+DELAY_MS = "2000"
 
 
 @dataclass(slots=True)
@@ -119,8 +120,8 @@ def told(spells: Sequence[Spell], tracing: Any) -> int:
     off = [spell for spell in spells if not spell.on]
     rate = sum(spell.tokens for spell in off) / sum(spell.ended - spell.began for spell in off)
     print(f"{slower.pairs} pairs of spells, {rate:.0f} tokens/s without tracing")
-    print(f"an answer takes {slower} as long")
-    print(f"CPU time of the server's process a token: {cpu}")
+    print(f"an answer takes longer by {slower}")
+    print(f"CPU time of the server's process a token is more by {cpu}")
     worker, queue = tracing._worker, tracing._traces
     count = max(1, worker.handled)
     built = worker.cpu_seconds / count
@@ -130,8 +131,9 @@ def told(spells: Sequence[Spell], tracing: Any) -> int:
           f"{100 * share:.2f} % of one core")  # fmt: skip
     lost = queue.dropped + worker.dropped
     print(f"traces: {worker.handled}, {queue.delivered} delivered, {queue.waiting} wait, {lost} lost")
-    print("at most 1 % slower: " + ("shown" if slower.high <= MOST else "not shown; give it more minutes, alone"))
-    return int(slower.high > MOST or lost > 0)
+    shown = slower.high <= MOST and slower.high - slower.low <= WIDTH
+    print("at most 1 % slower: " + ("shown" if shown else "not shown; give it more minutes, on a quiet machine"))
+    return int(not shown or lost > 0)
 
 
 async def client(url: str) -> None:
@@ -163,9 +165,9 @@ async def client(url: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20, help="of measuring")
-    parser.add_argument("--spell", type=float, default=6, help="seconds that count of a spell")
-    parser.add_argument("--settle", type=float, default=4, help="seconds before them that do not")
+    parser.add_argument("--minutes", type=float, default=25, help="of measuring")
+    parser.add_argument("--spell", type=float, default=8, help="seconds that count of a spell")
+    parser.add_argument("--settle", type=float, default=5, help="seconds before them that do not")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.client:
