@@ -22,7 +22,7 @@ from tests.support.lora import trained
 from tests.support.server import ADMIN, BASE, KEYS, Server
 
 # Answers end soon: most cases do not say how long they may be.
-SHORT = ("--max-model-len", "128", "--kv-cache-memory-bytes", "256M")
+SHORT = ("--max-model-len", "64", "--kv-cache-memory-bytes", "256M")
 MODELS = [BASE, "tone"]
 DEADLINE = "X-Request-Timeout"
 
