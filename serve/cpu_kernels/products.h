@@ -316,7 +316,8 @@ void multiply(const Matrix& m, const Input& in, int rows, int first, int last, O
         const int from = top + (bottom - top) * part / parts, to = top + (bottom - top) * (part + 1) / parts;
         // Of this tile's part: where it begins, and how much of it for 128 bytes of this block.
         const size_t bytes = m.block_bytes();
-        const Ahead ahead{parts <= 8 ? m.data.data + (b + 1) * bytes + bytes * part / parts : nullptr, 128 / parts};
+        const int fetching = std::min(parts, 8);
+        const Ahead ahead{part < fetching ? m.data.data + (b + 1) * bytes + bytes * part / fetching : nullptr, 128 / fetching};
         tiles[to - from](m, b, in, from, ahead, sums);
         for (int i = from; i < to; i++) given(i, b, sums + (i - from) * WIDTH);
       }

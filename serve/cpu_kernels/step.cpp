@@ -83,12 +83,18 @@ struct Group {
   const int64_t* slots;
 };
 
+// Tokens of one request that follow one another.
+struct Tokens {
+  int first, count;
+};
+
 struct Decoder : Shape {
   int block_size, threads;
   int64_t cache_block, cache_head;  // elements from one block, and one head of a block, to the next
   std::vector<Block> layers;
   std::vector<bf16*> cache;  // of each layer
   std::vector<int> group;    // of each layer
+  std::vector<Tokens> runs;  // of a step
   bool after = false;        // what is added to the residual is normalized before
   int top = -1;        // the output layer's matrix
   int vocabulary = 0;  // its first outputs; the rest is padding
@@ -144,6 +150,17 @@ inline __m512 exponential(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
   p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.f)));
   return _mm512_scalef_ps(p, n);
+}
+
+// For probabilities that are rounded to bfloat16: relative error below 5e-6. x is at most 0, and not infinite.
+inline __m512 probable(__m512 x) {
+  x = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(9.60048e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.591688e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4023717e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9312201e-1f));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f)), n);
 }
 
 // x / (1 + exp(-y))
@@ -253,6 +270,8 @@ struct Step {
   const int64_t* positions;
   const Group* groups;
   int rows, requests;
+  const Tokens* runs;  // up to QUERIES tokens each, in the step's order
+  int pieces;          // how many of them there are
   bool decode;    // one token for each request, which reads no other one's
   float* logits;  // [requests, vocabulary] of each one's only token, where the head is asked for as well
 };
@@ -424,6 +443,201 @@ void attend_head(const Decoder& d, const Block& l, const Keys& keys, bf16* q, bf
   }
 }
 
+// ---- attention of prompts ------------------------------------------------------------------------------------------------
+
+constexpr int FEW = 8;       // tokens of a request that are attended one by one, as an answer's are: they may be its drafts
+constexpr int QUERIES = 16;  // neighbouring tokens of a prompt that go over the keys together
+constexpr int HEADS = 4;     // and so many query heads of each at most
+constexpr int KEYS = 64;     // keys that they take at a time
+constexpr int STRIP = 6;     // queries that are multiplied with them together: as many sums as there are registers for
+
+// Some keys and values of one head, as dot products want them: pairs of a key's elements, and pairs of neighbouring values.
+template <int HEAD>
+struct Packed {
+  alignas(64) uint32_t k[HEAD / 2][KEYS];
+  alignas(64) uint32_t v[KEYS / 2][HEAD];
+
+  // Those from `from` on, of which [first, last) may be looked at: what lies elsewhere may be anything.
+  void take(const Decoder& d, const Keys& keys, int from) {
+    for (int at = 0; at < KEYS; at += 32) {
+      const int begin = std::max(0, keys.first - from - at), end = std::min(32, keys.length - from - at);
+      for (int j = 0; j < 32 && begin >= end; j += 2) std::memset(v[(at + j) / 2], 0, sizeof(v[0]));
+      if (begin >= end) continue;
+      const bf16* block = keys.cache + int64_t(keys.table[(from + at) / d.block_size]) * d.cache_block + keys.head * d.cache_head;
+      const int in = (from + at) % d.block_size;
+      for (int i = 0; i < HEAD; i += 2)
+        interleave(block + int64_t(i) * d.block_size + in, block + int64_t(i + 1) * d.block_size + in, true, true, k[i / 2] + at);
+      block += int64_t(HEAD) * d.block_size + int64_t(in) * HEAD;
+      for (int j = 0; j < 32; j += 2)
+        for (int i = 0; i < HEAD; i += 32)
+          interleave(block + j * HEAD + i, block + (j + 1) * HEAD + i, j >= begin && j < end, j + 1 >= begin && j + 1 < end,
+                     v[(at + j) / 2] + i);
+    }
+  }
+
+ private:
+  // 32 pairs of an element of `a` and one of `b`; zeros where one is not there.
+  static void interleave(const bf16* a, const bf16* b, bool has_a, bool has_b, uint32_t* out) {
+    for (int i = 0; i < 32; i += 16) {
+      __m512i low = _mm512_setzero_si512(), high = low;
+      if (has_a) low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + i)));
+      if (has_b) high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + i))), 16);
+      _mm512_store_si512(out + i, _mm512_or_si512(low, high));
+    }
+  }
+};
+
+inline __m512bh pair_at(const bf16* at) {
+  int pair;
+  std::memcpy(&pair, at, 4);
+  return bits(_mm512_set1_epi32(pair));
+}
+
+// Queries [of `count` tokens, `heads` of each] over all of their keys, softmax online. Probabilities are rounded to bfloat16
+// before they meet the values, and so is what they add up to.
+template <int HEAD>
+struct Queries {
+  int rows = 0, strips = 0;
+  alignas(64) bf16 q[QUERIES * HEADS + STRIP][HEAD];
+  alignas(64) float sum[QUERIES * HEADS + STRIP][HEAD];
+  alignas(64) float total[QUERIES * HEADS + STRIP][16];
+  float most[QUERIES * HEADS + STRIP];
+  int first[QUERIES * HEADS + STRIP], length[QUERIES * HEADS + STRIP];
+  bf16* out[QUERIES * HEADS + STRIP];
+
+  void add(const bf16* query, bf16* to, int from, int until) {
+    std::memcpy(q[rows], query, sizeof(q[rows]));
+    out[rows] = to, first[rows] = from, length[rows] = until;
+    rows++;
+  }
+
+  // Keys [from, first of all rows) are not there, nor are those from the longest row's length on.
+  void attend(const Decoder& d, const Block& l, Keys keys) {
+    strips = (rows + STRIP - 1) / STRIP;
+    keys.first = first[0], keys.length = length[0];
+    for (int i = 0; i < rows; i++) {
+      keys.first = std::min(keys.first, first[i]), keys.length = std::max(keys.length, length[i]);
+      most[i] = -INFINITY;
+    }
+    for (int i = rows; i < strips * STRIP; i++) {  // no query: it sees nothing
+      std::memset(q[i], 0, sizeof(q[i]));
+      first[i] = length[i] = 0;
+    }
+    std::memset(sum, 0, sizeof(sum[0]) * strips * STRIP);
+    std::memset(total, 0, sizeof(total[0]) * strips * STRIP);
+    Packed<HEAD> packed;
+    // Always the same keys together: no answer depends on how its prompt was cut.
+    for (int from = keys.first / KEYS * KEYS; from < keys.length; from += KEYS) {
+      packed.take(d, keys, from);
+      for (int strip = 0; strip < strips; strip++) meet(l, packed, from, strip * STRIP);
+    }
+    for (int i = 0; i < rows; i++) {
+      const __m512 by = _mm512_set1_ps(1.f / _mm512_reduce_add_ps(_mm512_load_ps(total[i])));
+      for (int k = 0; k < HEAD; k += 16) store(out[i] + k, _mm512_mul_ps(_mm512_load_ps(sum[i] + k), by));
+    }
+  }
+
+ private:
+  void meet(const Block& l, const Packed<HEAD>& packed, int from, int row) {
+    alignas(64) float scores[STRIP][KEYS];
+    alignas(64) bf16 p[STRIP][KEYS];
+    float by[STRIP];
+    // Which of these keys each of them sees, and which any of them does.
+    int begin[STRIP], end[STRIP], least = KEYS, last = 0;
+    for (int i = 0; i < STRIP; i++) {
+      begin[i] = std::max(0, first[row + i] - from), end[i] = std::min(KEYS, length[row + i] - from);
+      if (begin[i] < end[i]) least = std::min(least, begin[i]), last = std::max(last, end[i]);
+    }
+    if (least >= last) return;
+    score(packed, row, scores);
+    for (int i = 0; i < STRIP; i++) by[i] = soften(l, row + i, begin[i], end[i], scores[i], p[i]);
+    for (int at = 0; at < HEAD; at += 64)
+      if (HEAD - at >= 64)
+        gather<4>(packed, row, at, least / 2, (last + 1) / 2, p, by);
+      else
+        gather<2>(packed, row, at, least / 2, (last + 1) / 2, p, by);
+  }
+
+  void score(const Packed<HEAD>& packed, int row, float (*scores)[KEYS]) const {
+    __m512 s[STRIP][4];
+#pragma GCC unroll 6
+    for (int i = 0; i < STRIP; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) s[i][j] = _mm512_setzero_ps();
+    for (int at = 0; at < HEAD; at += 2) {
+      __m512bh k[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) k[j] = bits(_mm512_load_si512(packed.k[at / 2] + 16 * j));
+#pragma GCC unroll 6
+      for (int i = 0; i < STRIP; i++) {
+        const __m512bh qi = pair_at(q[row + i] + at);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) s[i][j] = _mm512_dpbf16_ps(s[i][j], k[j], qi);
+      }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < STRIP; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) _mm512_store_ps(scores[i] + 16 * j, s[i][j]);
+  }
+
+  // The probabilities of a query's scores; what its sum so far is to be multiplied by comes back.
+  float soften(const Block& l, int row, int begin, int end, const float* scores, bf16* p) {
+    if (begin >= end) {
+      std::memset(p, 0, sizeof(bf16) * KEYS);
+      return 1;
+    }
+    const uint64_t seen = ~uint64_t(0) << begin & ~uint64_t(0) >> (KEYS - end);
+    const __m512 scale = _mm512_set1_ps(l.scale), none = _mm512_set1_ps(-INFINITY);
+    __m512 s[4], highest = none;
+    for (int j = 0; j < 4; j++) {
+      s[j] = _mm512_mul_ps(_mm512_load_ps(scores + 16 * j), scale);
+      if (l.cap) s[j] = capped(s[j], l.cap);
+      s[j] = _mm512_mask_mov_ps(none, __mmask16(seen >> 16 * j), s[j]);
+      highest = _mm512_max_ps(highest, s[j]);
+    }
+    const float top = _mm512_reduce_max_ps(highest);
+    float by = 1;
+    if (top > most[row]) by = std::exp(most[row] - top), most[row] = top;
+    const __m512 m = _mm512_set1_ps(most[row]), one = _mm512_castsi512_ps(_mm512_set1_epi16(0x3f80));
+    __m512 all = _mm512_mul_ps(_mm512_load_ps(total[row]), _mm512_set1_ps(by));
+    for (int j = 0; j < 4; j++)
+      s[j] = _mm512_maskz_mov_ps(__mmask16(seen >> 16 * j), probable(_mm512_sub_ps(s[j], m)));
+    for (int j = 0; j < 4; j += 2) {
+      const __m512bh two = _mm512_cvtne2ps_pbh(s[j + 1], s[j]);
+      all = _mm512_dpbf16_ps(all, two, bits(_mm512_castps_si512(one)));
+      std::memcpy(p + 16 * j, &two, 64);
+    }
+    _mm512_store_ps(total[row], all);
+    return by;
+  }
+
+  // What the values of these keys add to 16 N elements of the sums.
+  template <int N>
+  void gather(const Packed<HEAD>& packed, int row, int at, int begin, int end, const bf16 (*p)[KEYS], const float* by) {
+    __m512 s[STRIP][N];
+#pragma GCC unroll 6
+    for (int i = 0; i < STRIP; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) s[i][j] = _mm512_mul_ps(_mm512_load_ps(sum[row + i] + at + 16 * j), _mm512_set1_ps(by[i]));
+    for (int two = begin; two < end; two++) {
+      __m512bh v[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) v[j] = bits(_mm512_load_si512(packed.v[two] + at + 16 * j));
+#pragma GCC unroll 6
+      for (int i = 0; i < STRIP; i++) {
+        const __m512bh pi = pair_at(p[i] + 2 * two);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) s[i][j] = _mm512_dpbf16_ps(s[i][j], v[j], pi);
+      }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < STRIP; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) _mm512_store_ps(sum[row + i] + at + 16 * j, s[i][j]);
+  }
+};
+
 // Where a token's keys of head h are.
 inline Keys keys_of(const Decoder& d, int layer, const Step& s, int token, int h) {
   const Group& group = s.groups[d.group[layer]];
@@ -432,23 +646,47 @@ inline Keys keys_of(const Decoder& d, int layer, const Step& s, int token, int h
           length, h};
 }
 
+template <int HEAD>
 void attend_token(const Decoder& d, int layer, const Step& s, int token, int h, bf16* qkv, bf16* out) {
   const Block& l = d.layers[layer];
   const int each = d.heads / d.kv_heads;
-  bf16* q = qkv + h * each * d.head;
-  for (int g = 0; g < each; g++) turn(d, l, q + g * d.head, l.q, h * each + g, s.positions[token]);
-  const Keys keys = keys_of(d, layer, s, token, h);
-  out += h * each * d.head;
+  bf16* q = qkv + h * each * HEAD;
+  for (int g = 0; g < each; g++) turn(d, l, q + g * HEAD, l.q, h * each + g, s.positions[token]);
+  attend_head<HEAD>(d, l, keys_of(d, layer, s, token, h), q, out + h * each * HEAD);
+}
+
+// Neighbouring tokens of one request; `qkv` and `out` are the first one's.
+template <int HEAD>
+void attend_tokens(const Decoder& d, int layer, const Step& s, Tokens tokens, int h, bf16* qkv, bf16* out) {
+  const int width = (d.heads + 2 * d.kv_heads) * HEAD, all = d.heads * HEAD;
+  if (tokens.count == 1) return attend_token<HEAD>(d, layer, s, tokens.first, h, qkv, out);
+  const Block& l = d.layers[layer];
+  const int each = d.heads / d.kv_heads;
+  for (int begin = 0; begin < each; begin += HEADS) {
+    Queries<HEAD> queries;
+    for (int i = 0; i < tokens.count; i++) {
+      const Keys keys = keys_of(d, layer, s, tokens.first + i, h);
+      for (int g = h * each + begin; g < h * each + std::min(each, begin + HEADS); g++) {
+        bf16* q = qkv + int64_t(i) * width + g * HEAD;
+        turn(d, l, q, l.q, g, s.positions[tokens.first + i]);
+        queries.add(q, out + int64_t(i) * all + g * HEAD, keys.first, keys.length);
+      }
+    }
+    queries.attend(d, l, keys_of(d, layer, s, tokens.first, h));
+  }
+}
+
+void attend_tokens(const Decoder& d, int layer, const Step& s, Tokens tokens, int h, bf16* qkv, bf16* out) {
   if (d.head == 64)
-    attend_head<64>(d, l, keys, q, out);
+    attend_tokens<64>(d, layer, s, tokens, h, qkv, out);
   else if (d.head == 128)
-    attend_head<128>(d, l, keys, q, out);
+    attend_tokens<128>(d, layer, s, tokens, h, qkv, out);
   else if (d.head == 96)
-    attend_head<96>(d, l, keys, q, out);
+    attend_tokens<96>(d, layer, s, tokens, h, qkv, out);
   else if (d.head == 256)
-    attend_head<256>(d, l, keys, q, out);
+    attend_tokens<256>(d, layer, s, tokens, h, qkv, out);
   else
-    attend_head<32>(d, l, keys, q, out);
+    attend_tokens<32>(d, layer, s, tokens, h, qkv, out);
 }
 
 // The first keys and values of what is attended next.
@@ -673,12 +911,14 @@ struct Team : Sharing {
       share(items, std::max(1, items / (8 * threads)), [&](int first, int last) {
         for (int i = first; i < last; i++) keep(i);
       });
-    share(items, std::max(1, items / (32 * threads)), [&](int first, int last) {
+    const int attends = s.pieces * d.kv_heads;
+    share(attends, std::max(1, attends / (32 * threads)), [&](int first, int last) {
       for (int i = first; i < last; i++) {
         if (s.decode) keep(i);
-        if (s.decode && i + 1 < items) fetch(d, layer, s, (i + 1) / d.kv_heads, (i + 1) % d.kv_heads);
-        const int token = i / d.kv_heads;
-        attend_token(d, layer, s, token, i % d.kv_heads, d.qkv.data + int64_t(token) * width, d.y.data + token * out);
+        if (s.decode && i + 1 < attends) fetch(d, layer, s, (i + 1) / d.kv_heads, (i + 1) % d.kv_heads);
+        const Tokens tokens = s.runs[i / d.kv_heads];
+        attend_tokens(d, layer, s, tokens, i % d.kv_heads, d.qkv.data + int64_t(tokens.first) * width,
+                      d.y.data + tokens.first * out);
       }
     });
     add_to_residual(l.o, l.lora_o, d.y.data, out);
@@ -816,7 +1056,13 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
   bool decode = rows == requests;
   // vLLM shares a block from the step on that fills it: who has the same prompt may read it in this very step.
   for (int i = 0; rows > 1 && decode && i < rows; i++) decode = (positions[i] + 1) % d.block_size;
-  const Step s{ids, positions, groups, rows, requests, decode, logits};
+  std::vector<Tokens>& runs = d.runs;
+  runs.clear();
+  for (int r = 0; r < requests; r++) {
+    const int end = starts[r + 1], most = end - starts[r] > FEW ? QUERIES : 1;
+    for (int i = starts[r]; i < end; i += most) runs.push_back({i, std::min(most, end - i)});
+  }
+  const Step s{ids, positions, groups, rows, requests, runs.data(), int(runs.size()), decode, logits};
   const size_t n = rows;
   size_t wide = std::max({d.hidden, d.inner, d.heads * d.head}), ranks = 0;
   size_t scales = d.top < 0 ? 1 : matrices[d.top]->groups();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,7 @@ from serve.cpu_kernels.architecture import (
 
 pytestmark = pytest.mark.skipif(not build.step_available(), reason="no AVX-512 BF16 and VNNI, or no compiler")
 
-BLOCK, BLOCKS, VOCABULARY, POSITIONS = 32, 16, 96, 160
+BLOCK, BLOCKS, VOCABULARY, POSITIONS = 32, 24, 96, 160
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ KINDS = {
     "plain": Kind(),
     "all query heads one key head, of 128": Kind(head=128, kv_heads=1, rotary=(128, 128)),
     "heads of 256": Kind(head=256, heads=2, kv_heads=1, rotary=(256, 256)),
+    "heads of 96": Kind(head=96, rotary=(96, 96)),
+    "seven query heads one key head, of 64": Kind(head=64, heads=7, kv_heads=1, rotary=(64, 64)),
     "windows": Kind(windows=(20, 20)),
     "windows in some layers": Kind(windows=(20, 0, 33, 0), rotary=(32, 32, 32, 32)),
     "window of one token": Kind(windows=(1, 64)),
@@ -240,18 +243,21 @@ class Engine:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_decoder_is_computed_as_written(monkeypatch, name):
-    """Prompts longer than the windows, cut into pieces and beside one another, then single tokens beyond them."""
+    """Prompts longer than the windows, cut into pieces and beside one another, then single tokens beyond them.
+
+    The keys of the longer one are more than a prompt's tokens meet at a time, and begin and end within blocks.
+    """
     kind = KINDS[name]
     decoder, weights = decoder_of(kind)
     engine = Engine(kind)
     fused = fused_of(monkeypatch, decoder)
     monkeypatch.setattr(step, "get_forward_context", lambda: engine)
     sequences = {
-        number: torch.randint(VOCABULARY, (length,), dtype=torch.int32) for number, length in ((0, 75), (1, 40))
+        number: torch.randint(VOCABULARY, (length,), dtype=torch.int32) for number, length in ((0, 152), (1, 40))
     }
     wanted = {number: exact(kind, decoder, weights, ids.long()) for number, ids in sequences.items()}
-    steps = [{0: (0, 47)}, {0: (47, 70), 1: (0, 36)}, {0: (70, 71), 1: (36, 38)}, {0: (71, 72)}]
-    steps += [{0: (at, at + 1), 1: (at - 34, at - 33)} for at in range(72, 74)]
+    steps = [{0: (0, 47)}, {0: (47, 147), 1: (0, 36)}, {0: (147, 148), 1: (36, 38)}, {0: (148, 149)}]
+    steps += [{0: (at, at + 1), 1: (at - 111, at - 110)} for at in range(149, 151)]
     for spans in steps:
         ids = torch.cat([sequences[number][begin:end] for number, (begin, end) in spans.items()])
         positions, requests = engine.schedule(spans)
@@ -324,3 +330,21 @@ def test_sizes_that_the_kernels_do_not_have_are_named(monkeypatch, kind):
     with pytest.raises(Unknown) as caught:
         fused_of(monkeypatch, decoder)
     assert caught.value.reason == "size"
+
+
+@pytest.mark.parametrize("name", ["plain", "windows in some layers", "heads of 96"])
+def test_a_token_is_the_same_to_the_last_bit_however_its_prompt_is_cut_and_whatever_is_beside_it(monkeypatch, name):
+    kind = KINDS[name]
+    decoder, _ = decoder_of(kind)
+    fused = fused_of(monkeypatch, decoder)
+    ids = torch.randint(VOCABULARY, (140,), dtype=torch.int32)
+    outputs = []
+    for cuts in ((0, 140), (0, 30, 75, 95, 140), (0, 64, 73, 140)):
+        engine = Engine(kind)
+        monkeypatch.setattr(step, "get_forward_context", lambda engine=engine: engine)
+        parts = []
+        for begin, end in pairwise(cuts):
+            positions, _ = engine.schedule({0: (begin, end), **({1: (0, 20)} if begin == 75 else {})})
+            parts.append(fused.step(ids[positions], positions)[: end - begin])
+        outputs.append(torch.cat(parts))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
