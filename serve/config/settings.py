@@ -23,6 +23,12 @@ FromZero = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="a num
 FromOne = Annotated[int, Meta(ge=1, description="a whole number from 1 up")]
 WholeFromZero = Annotated[int, Meta(ge=0, description="a whole number from 0 up")]
 Portion = Annotated[float, Meta(ge=0, le=1, description="a share from 0 to 1")]
+AutoOrSeconds = Annotated[
+    str,
+    Meta(
+        pattern=r"^(auto|([0-9]+\.?|[0-9]*\.[0-9]+)([eE][+-]?[0-9]{1,2})?)$", description="auto, or seconds from 0 up"
+    ),
+]
 Texts = tuple[str, ...]
 
 MODERATION_CATEGORIES = (
@@ -87,8 +93,10 @@ class Config:
     cpu_weights: Literal["auto", "int8", "int4"] = _setting(
         "auto", "on a CPU: auto (as in the checkpoint), or int8 or int4 for bfloat16 ones: faster, rounded"
     )
-    target_inter_token: FromZero = _setting(
-        0.25, "on a CPU: seconds a step may take for prompts while answers wait for their next token (0: any)"
+    target_inter_token: AutoOrSeconds = _setting(
+        "auto",
+        "on a CPU: what a step may take for prompts while answers wait for their next token:"
+        " auto (some 2.5 times what it takes without), or seconds (0: any)",
     )
     max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
     allowed_target_modules: Texts = _setting((), "modules that uploads may adapt, as q_proj,v_proj")

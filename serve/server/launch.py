@@ -88,7 +88,7 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         # Read in vLLM's own processes, which know no Config.
         os.environ["LORADOCK_LORA_KERNELS"] = config.lora_kernels
         os.environ["LORADOCK_CPU_WEIGHTS"] = config.cpu_weights
-        os.environ["LORADOCK_TARGET_INTER_TOKEN"] = str(config.target_inter_token)
+        os.environ["LORADOCK_TARGET_INTER_TOKEN"] = config.target_inter_token
         os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))

@@ -2,41 +2,40 @@
 
 vLLM fills a step with up to `max_num_batched_tokens` tokens of prompts. On a GPU that takes milliseconds. On two cores
 2,048 tokens take more than a second, and as long no running answer gets its next token. So while answers are running,
-a step takes as many tokens of prompts as were computed in `target_inter_token` seconds of the steps before. While
-nothing but prompts is computed, a step is as large as vLLM makes it.
+a step takes no more of prompts than it has time for: with prompts it takes `SLOWER` times what its answers take alone
+(and `UNNOTICED` at least), or `target_inter_token` seconds for prompts where that is a number. `step_costs` knows what
+takes how long; for that a step is computed without prompts now and then. While nothing but prompts is computed, a step
+is as large as vLLM makes it.
 
-A short prompt does not wait for long ones before it. Prompts wait in the order of their arrival plus the time that they
-take, so that a short one is before a long one that came a little earlier, and none is passed for ever. A long prompt
-that is being computed leaves `SHORT` of a step to a short one that waits.
+A short prompt does not wait for long ones before it. Prompts have their turn in the order of their arrival plus the
+time that they take, those too that are being computed: a short one passes a long one that came a little earlier, and
+none is passed for ever. Prompts that are being computed leave `SHORT` of a step to one that waits and is before them,
+or that this is enough for.
 
 Log-probabilities of a prompt compare each of its rows with the whole vocabulary: then a step takes `ROWS` at most.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from serve.cpu_kernels.patches import Patch, apply
+from serve.vllm_backend.step_costs import Piece, StepCosts
 
 VARIABLE = "LORADOCK_TARGET_INTER_TOKEN"
 # Tokens of prompts in a step, while one of the prompts wants log-probabilities: some 0.3 s of two cores.
 ROWS = 256
-# The least that a step takes of prompts: a step reads all weights, whatever it computes.
-LEAST = 32
-# Before anything was measured.
-FIRST = 256
+# How much longer a step may take beside prompts: below three times, with room for what cannot be foreseen.
+SLOWER = 2.5
+# Seconds of a step that nobody who reads notices: less would cost the first tokens of others for nothing.
+UNNOTICED = 0.04
 # A prompt is short up to this part of a step's tokens of prompts.
 SHORT = 0.25
-# Seconds that a token of a prompt takes at least: a step may take less than those of many answers before it.
-QUICKEST = 1e-6
-# What a new measurement counts for.
-_FADE = 0.3
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _WHY = "prompts of some thousand tokens take seconds of a CPU, in one step that everybody waits for"
@@ -63,51 +62,27 @@ def install() -> None:
 
 @dataclass(slots=True)
 class PromptBudget:
-    """How many tokens of prompts were computed in `target` seconds, by the steps that had `LEAST` of them or more."""
+    """`target`: seconds for prompts in a step, 0 for any, None for what `SLOWER` says."""
 
-    target: float
-    clock: Callable[[], float] = time.monotonic
-    # Seconds for a token of a prompt, and for a step without one.
-    seconds: float | None = None
-    others: float = 0.0
-    # Of the steps that are computed now: when they began, and how many tokens of prompts are in them.
-    _steps: deque[tuple[float, int | None]] = field(default_factory=deque)
-    _ended: float = 0.0
+    target: float | None
+    costs: StepCosts = field(default_factory=StepCosts)
+    _measuring: bool = False  # the last step had no prompts, so that its answers could be measured
 
-    @property
-    def tokens(self) -> int:
-        if self.seconds is None:
-            return FIRST
-        return max(LEAST, int(self.target / self.seconds))
-
-    def began(self, tokens: int | None) -> None:
-        """A step with so many tokens of prompts is computed from now on, or after those that began before it.
-
-        None for a step that computes nothing.
-        """
-        self._steps.append((self.clock(), tokens))
-
-    def ended(self) -> None:
-        """The oldest of the steps is over."""
-        if not self._steps:
-            return
-        began, tokens = self._steps.popleft()
-        now = self.clock()
-        seconds, self._ended = now - max(began, self._ended), now
-        if tokens is None:
-            return
-        if tokens >= LEAST:
-            each = max((seconds - self.others) / tokens, QUICKEST)
-            self.seconds = each if self.seconds is None else self.seconds + _FADE * (each - self.seconds)
-        elif not tokens:
-            self.others += _FADE * (seconds - self.others)
+    def tokens(self, answers: int, prompts: list[Piece]) -> int:
+        """How many tokens a step beside so many answers takes of these prompts, and of others after them."""
+        if self.target is not None:
+            return self.costs.tokens(self.target, prompts)
+        self._measuring = not self._measuring and self.costs.unknown(answers)
+        if self._measuring:
+            return 0
+        return self.costs.tokens_beside(answers, max(UNNOTICED, SLOWER * self.costs.alone(answers)), prompts)
 
 
 def add_request(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
     """vLLM's taking of a request into its queue, which is ordered by arrival where priorities are the same."""
     budget = _budget(scheduler)
-    if budget.target and budget.seconds:
-        request.arrival_time += budget.seconds * request.num_prompt_tokens
+    if budget.target != 0:
+        request.arrival_time += budget.costs.prompts([Piece(0, request.num_prompt_tokens)])
     return original(scheduler, request)
 
 
@@ -120,8 +95,7 @@ def schedule(original: Callable[..., Any], scheduler: Any, throttle_prefills: bo
     else:
         with _limited(scheduler, tokens):
             output = original(scheduler, throttle_prefills)
-    scheduled, answer = output.num_scheduled_tokens.values(), _tokens_of_an_answer(scheduler)
-    budget.began(sum(tokens for tokens in scheduled if tokens > answer) if scheduled else None)
+    budget.costs.began(*_computed(scheduler, output))
     return output
 
 
@@ -129,8 +103,21 @@ def update_from_output(
     original: Callable[..., Any], scheduler: Any, scheduler_output: Any, model_runner_output: Any
 ) -> Any:
     """vLLM's end of a step."""
-    _budget(scheduler).ended()
+    _budget(scheduler).costs.ended()
     return original(scheduler, scheduler_output, model_runner_output)
+
+
+def _computed(scheduler: Any, output: Any) -> tuple[int, list[Piece]]:
+    """How many answers a step goes on with, and what of which prompts it computes."""
+    answers, pieces = 0, []
+    for name, tokens in output.num_scheduled_tokens.items():
+        request = scheduler.requests[name]
+        before = request.num_computed_tokens - tokens  # by now these are counted as computed
+        if before < request.num_prompt_tokens:
+            pieces.append(Piece(before, tokens))
+        else:
+            answers += 1
+    return answers, pieces
 
 
 def _prompt_tokens(scheduler: Any, budget: PromptBudget) -> int | None:
@@ -138,8 +125,13 @@ def _prompt_tokens(scheduler: Any, budget: PromptBudget) -> int | None:
     config = scheduler.scheduler_config
     if not config.enable_chunked_prefill or config.disable_chunked_mm_input:
         return None  # a prompt, or a picture in it, that is longer than the step would wait until nobody is answered
-    answering = budget.target and any(not _in_prompt(request) for request in scheduler.running)
-    tokens = budget.tokens if answering else None
+    tokens = None
+    answers = sum(not _in_prompt(request) for request in scheduler.running)
+    if answers and budget.target != 0:
+        prompts = [_rest(request) for request in sorted(filter(_in_prompt, scheduler.running), key=_turn)]
+        if scheduler.waiting:
+            prompts.append(_rest(scheduler.waiting.peek_request()))
+        tokens = budget.tokens(answers, prompts)
     if _prompt_logprobs_wanted(scheduler):
         return ROWS if tokens is None else min(tokens, ROWS)
     return tokens
@@ -147,21 +139,22 @@ def _prompt_tokens(scheduler: Any, budget: PromptBudget) -> int | None:
 
 @contextmanager
 def _limited(scheduler: Any, tokens: int) -> Iterator[None]:
-    """Within the block a step takes so many tokens of prompts at most, and leaves some of them to a short one."""
+    """Within the block a step takes so many tokens of prompts at most, and leaves some of them to who is next."""
     config = scheduler.scheduler_config
     before = (
         scheduler.max_num_scheduled_tokens,
         config.long_prefill_token_threshold,
         scheduler.adaptive_long_prefill_threshold,
     )
-    # Who came during a long prompt stands behind it, and would get no token before that prompt is whole.
-    scheduler.running.sort(key=_in_prompt)
-    answers = sum(not _in_prompt(request) for request in scheduler.running)
+    # Answers first: who came during a long prompt would get no token before that prompt is whole.
+    scheduler.running.sort(key=_turn)
+    prompts = [request for request in scheduler.running if _in_prompt(request)]
+    answers = len(scheduler.running) - len(prompts)
     scheduler.max_num_scheduled_tokens = min(before[0], tokens + answers * _tokens_of_an_answer(scheduler))
-    if not before[1] and scheduler.waiting:
-        short = int(SHORT * tokens)
-        if scheduler.waiting.peek_request().num_prompt_tokens <= short:
-            config.long_prefill_token_threshold = tokens - short
+    if prompts and not before[1] and scheduler.waiting and len(scheduler.running) < scheduler.max_num_active_reqs:
+        short, waiting = int(SHORT * tokens), scheduler.waiting.peek_request()
+        if waiting.num_prompt_tokens <= short or _turn(waiting) < _turn(prompts[0]):
+            config.long_prefill_token_threshold = max(1, (tokens - short) // len(prompts))
             scheduler.adaptive_long_prefill_threshold = False
     try:
         yield
@@ -173,12 +166,23 @@ def _limited(scheduler: Any, tokens: int) -> Iterator[None]:
 def _budget(scheduler: Any) -> PromptBudget:
     budget: PromptBudget | None = getattr(scheduler, "loradock_prompt_budget", None)
     if budget is None:
-        budget = scheduler.loradock_prompt_budget = PromptBudget(float(os.environ.get(VARIABLE) or 0))
+        target = os.environ.get(VARIABLE) or "0"
+        budget = PromptBudget(None if target == "auto" else float(target))
+        scheduler.loradock_prompt_budget = budget
     return budget
 
 
 def _in_prompt(request: Any) -> bool:
     return bool(request.num_computed_tokens < request.num_prompt_tokens)
+
+
+def _turn(request: Any) -> tuple[float, ...]:
+    """Smaller for who is computed earlier: answers as they stand, then prompts in the order of vLLM's queue."""
+    return (math.inf, request.priority, request.arrival_time) if _in_prompt(request) else (-math.inf,)
+
+
+def _rest(request: Any) -> Piece:
+    return Piece(request.num_computed_tokens, request.num_prompt_tokens - request.num_computed_tokens)
 
 
 def _tokens_of_an_answer(scheduler: Any) -> int:

@@ -1,10 +1,11 @@
 """How long running answers wait for a token beside long prompts, and those for theirs, by `--target-inter-token`.
 
-    python -m tests.campaigns.long_prompts [--targets 0 0.25 0.1] [--rate 0.5] [--seconds 20] [--rounds 2]
+    python -m tests.campaigns.long_prompts [--targets auto 0 0.25 0.1] [--against DIR] [--rate 2] [--seconds 15]
+        [--rounds 2] [--length 1024] [--streams 16] [--weights auto]
 
-One server for each target, all up, one asked at a time, forwards and backwards. In a round, streams answer without a
-pause; after some seconds alone, prompts of some thousand tokens come at a steady rate. Client and servers share the
-machine.
+One server for each target, all up, one asked at a time, forwards and backwards; with `--against`, one more of another
+checkout of loradock with its own default. In a round, streams answer without a pause; after some seconds alone, long
+prompts come at a steady rate. Client and servers share the machine. Five servers take 6 minutes and 12 GB.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import httpx
 import numpy as np
 
 from tests.support.event_lines import async_event_lines
-from tests.support.server import BASE, SMALL, Server
+from tests.support.server import BASE, ROOT, Server
 
 QUIET = 6.0
+# What this is to be: the first target's waits against those without prompts, and its first tokens against before.
+SLOWER, LATER = 3.0, 1.3
 
 
 @dataclass
@@ -40,6 +43,11 @@ class Waits:
     tokens: int = 0
     seconds: float = 0.0
 
+    @property
+    def slower(self) -> float:
+        """How many times as long as alone 99 of 100 tokens take at most."""
+        return float(np.percentile(self.beside, 99) / np.percentile(self.alone, 99))
+
     def row(self) -> str:
         def p(values: Sequence[float], q: float) -> str:
             return f"{1000 * np.percentile(values, q):,.0f}"
@@ -47,7 +55,7 @@ class Waits:
         gaps = " | ".join(p(self.alone, q) for q in (50, 99, 100)) + " | "
         gaps += " | ".join(p(self.beside, q) for q in (50, 99, 100))
         first = f"{p(self.prompts, 50)} | {p(self.prompts, 90)}"
-        return f"{gaps} | {first} | {self.tokens / self.seconds:.0f} | {len(self.prompts)}"
+        return f"{gaps} | {self.slower:.1f} | {first} | {self.tokens / self.seconds:.0f} | {len(self.prompts)}"
 
 
 async def _stream(http: httpx.AsyncClient, prompt: str, tokens: int) -> list[float]:
@@ -62,7 +70,7 @@ async def _stream(http: httpx.AsyncClient, prompt: str, tokens: int) -> list[flo
     return times
 
 
-async def _round(url: str, waits: Waits, streams: int, length: int, rate: float, seconds: float) -> None:
+async def _round(url: str, waits: Waits, chosen: argparse.Namespace) -> None:
     rng = random.Random(len(waits.prompts))
 
     def words(count: int) -> str:
@@ -70,13 +78,13 @@ async def _round(url: str, waits: Waits, streams: int, length: int, rate: float,
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
         begins = time.monotonic() + QUIET
-        ends = begins + seconds
+        ends = begins + chosen.seconds
 
         async def answered() -> None:
             while time.monotonic() < ends:
                 times = await _stream(http, words(30), 64)
                 for before, now in itertools.pairwise(times):
-                    if before >= begins:
+                    if begins <= before < ends:
                         waits.beside.append(now - before)
                     elif now < begins:
                         waits.alone.append(now - before)
@@ -84,54 +92,56 @@ async def _round(url: str, waits: Waits, streams: int, length: int, rate: float,
 
         async def asked() -> None:
             start = time.monotonic()
-            waits.prompts.append((await _stream(http, words(length), 1))[0] - start)
+            waits.prompts.append((await _stream(http, words(chosen.length), 1))[0] - start)
 
-        running = [asyncio.create_task(answered()) for _ in range(streams)]
+        running = [asyncio.create_task(answered()) for _ in range(chosen.streams)]
         await asyncio.sleep(QUIET)
         prompts = []
         while time.monotonic() < ends:
             prompts.append(asyncio.create_task(asked()))
-            await asyncio.sleep(1 / rate)
+            await asyncio.sleep(1 / chosen.rate)
         await asyncio.gather(*running, *prompts)
-        waits.seconds += seconds
+        waits.seconds += chosen.seconds
+
+
+def _server(folder: Path, name: str, chosen: argparse.Namespace, root: Path, *more: str) -> Server:
+    words = ("--max-model-len", "4096", "--kv-cache-memory-bytes", "1G", "--cpu-weights", chosen.weights)
+    return Server(folder / name, folder / f"{name}.log", *words, *more, root=root)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="long prompts beside running answers")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.0, 0.25, 0.1])
-    parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--length", type=int, default=1800, help="words in a long prompt, one token each")
-    parser.add_argument("--rate", type=float, default=0.3, help="long prompts a second")
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--targets", nargs="+", default=["auto", "0", "0.25", "0.1"])
+    parser.add_argument("--against", type=Path, help="another checkout of loradock, measured beside this one")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024, help="words in a long prompt, one token each")
+    parser.add_argument("--rate", type=float, default=2, help="long prompts a second")
+    parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--weights", default="auto", help="--cpu-weights of the servers")
     chosen = parser.parse_args()
-    waits = {target: Waits() for target in chosen.targets}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as up:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as up:
+        folder = Path(name)
         servers = {
-            target: up.enter_context(
-                Server(
-                    Path(folder, str(target)),
-                    Path(folder, f"{target}.log"),
-                    *SMALL,
-                    "--target-inter-token",
-                    str(target),
-                )
-            )
+            target: up.enter_context(_server(folder, target, chosen, ROOT, "--target-inter-token", target))
             for target in chosen.targets
         }
+        if chosen.against:
+            servers["before"] = up.enter_context(_server(folder, "before", chosen, chosen.against.resolve()))
+        waits = {target: Waits() for target in servers}
         for number in range(chosen.rounds):
-            order = chosen.targets if number % 2 == 0 else chosen.targets[::-1]
-            for target in order:
-                asyncio.run(
-                    _round(
-                        servers[target].url, waits[target], chosen.streams, chosen.length, chosen.rate, chosen.seconds
-                    )
-                )
-    gaps = "between tokens alone, p50, p99, max ms | | | beside prompts | | "
+            for target in list(servers)[:: 1 if number % 2 == 0 else -1]:
+                asyncio.run(_round(servers[target].url, waits[target], chosen))
+    gaps = "between tokens alone, p50, p99, max ms | | | beside prompts | | | times p99 alone"
     print(f"| target, s | {gaps} | first token of a prompt, p50, p90 | | tokens/s | prompts |")
-    print("|---" * 11 + "|")
+    print("|---" * 12 + "|")
     for target, seen in waits.items():
-        print(f"| {target:g} | {seen.row()} |", flush=True)
+        print(f"| {target} | {seen.row()} |", flush=True)
+    first = waits[chosen.targets[0]]
+    print(f"p99 between tokens is {first.slower:.2f} times that of alone (wanted: {SLOWER} at most)")
+    if chosen.against:
+        later = [np.percentile(first.prompts, q) / np.percentile(waits["before"].prompts, q) for q in (50, 90)]
+        print(f"first tokens take {later[0]:.2f} (p50), {later[1]:.2f} (p90) of before (wanted: {LATER} at most)")
 
 
 if __name__ == "__main__":

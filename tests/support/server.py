@@ -50,7 +50,14 @@ class Server:
     """`loradock serve smollm2` on a free port; a context that ends with the process."""
 
     def __init__(
-        self, data: Path, log: Path, *arguments: str, model: str = BASE, module: str = "serve.cli", **environ: str
+        self,
+        data: Path,
+        log: Path,
+        *arguments: str,
+        model: str = BASE,
+        module: str = "serve.cli",
+        root: Path = ROOT,
+        **environ: str,
     ) -> None:
         self.data = data
         self.log = log
@@ -64,8 +71,8 @@ class Server:
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*command, *arguments],
-                env=environment(**environ),
-                cwd=ROOT,
+                env=environment(PYTHONPATH=str(root), **environ),
+                cwd=root,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

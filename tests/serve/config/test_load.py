@@ -30,6 +30,15 @@ def test_every_option_of_the_engine_is_a_setting():
     assert len(engine_options()) > 150
 
 
+def test_a_target_is_a_number_of_seconds_or_left_to_the_server(tmp_path):
+    file = tmp_path / "loradock.yaml"
+    file.write_text("target_inter_token: 0.00001\n")
+    assert load([], {}).target_inter_token == "auto"
+    assert float(load(["--config", str(file)], {}).target_inter_token) == 0.00001
+    for word in ("0", "0.25", ".1", "1e-1", "auto"):
+        assert load(["--target-inter-token", word], {}).target_inter_token == word
+
+
 def test_a_switch_does_not_swallow_the_model_behind_it():
     assert load(["--enforce-eager", "my-model"], {}).model == "my-model"
 
@@ -68,6 +77,9 @@ A, B, C = (letter * 16 for letter in "abc")
         (["--replicas", "2"], {}, "add --ray"),
         (["--lora-kernels", "on"], {}, "lora_kernels takes auto, layers, compile or off"),
         (["--cpu-weights", "int2"], {}, "cpu_weights takes auto, int8 or int4"),
+        (["--target-inter-token", "soon"], {}, "target_inter_token takes auto, or seconds from 0 up, not 'soon'"),
+        (["--target-inter-token=-1"], {}, "target_inter_token takes auto, or seconds from 0 up, not '-1'"),
+        (["--target-inter-token", "inf"], {}, "target_inter_token takes auto, or seconds from 0 up, not 'inf'"),
         (["--cpu-weights", "int8", "--lora-kernels", "off"], {}, "goes with lora_kernels=auto"),
         (["--cpu-weights", "int4", "--lora-kernels", "layers"], {}, "cpu_weights=int4 goes with lora_kernels=auto"),
         (["--max-upload-bytes", "much"], {}, "max_upload_bytes takes"),
