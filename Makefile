@@ -60,7 +60,7 @@ tracing-cost: setup-dev ## what OpenTelemetry's traces cost a server under 16 st
 recovery: setup-dev ## how soon a killed engine is back with 16 adapters, against a warm start; some minutes
 	@$(BIN)/python -m tests.campaigns.recovery $(ARGS)
 
-long-prompts: setup-dev ## how long running answers wait beside long prompts, by --target-inter-token; 6 minutes
+long-prompts: setup-dev ## how long running answers wait beside long prompts, by --target-inter-token; 7 minutes
 	@$(BIN)/python -m tests.campaigns.long_prompts $(ARGS)
 
 overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away; some minutes

@@ -1,11 +1,11 @@
 """How long running answers wait for a token beside long prompts, and those for theirs, by `--target-inter-token`.
 
-    python -m tests.campaigns.long_prompts [--targets auto 0 0.25 0.1] [--against DIR] [--rate 2] [--seconds 15]
+    python -m tests.campaigns.long_prompts [--targets auto 0 0.25 0.1] [--against DIR] [--rate 2] [--seconds 12]
         [--rounds 2] [--length 1024] [--streams 16] [--weights auto]
 
-One server for each target, all up, one asked at a time, forwards and backwards; with `--against`, one more of another
-checkout of loradock with its own default. In a round, streams answer without a pause; after some seconds alone, long
-prompts come at a steady rate. Client and servers share the machine. Five servers take 6 minutes and 12 GB.
+One server after another, one for each target, forwards and backwards; with `--against`, one more of another checkout
+of loradock with its own default. In a round, streams answer without a pause; after some seconds alone, long prompts
+come at a steady rate. Client and server share the machine. Two rounds of five servers take 7 minutes and 3 GB.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -28,7 +28,7 @@ import numpy as np
 from tests.support.event_lines import async_event_lines
 from tests.support.server import BASE, ROOT, Server
 
-QUIET = 6.0
+WARM, QUIET = 2.0, 6.0
 # What this is to be: the first target's waits against those without prompts, and its first tokens against before.
 SLOWER, LATER = 3.0, 1.3
 
@@ -77,7 +77,8 @@ async def _round(url: str, waits: Waits, chosen: argparse.Namespace) -> None:
         return " ".join(rng.choice(("river", "stone", "cloud", "tree", "house", "road")) for _ in range(count))
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
-        begins = time.monotonic() + QUIET
+        warm = time.monotonic() + WARM
+        begins = warm + QUIET
         ends = begins + chosen.seconds
 
         async def answered() -> None:
@@ -86,7 +87,7 @@ async def _round(url: str, waits: Waits, chosen: argparse.Namespace) -> None:
                 for before, now in itertools.pairwise(times):
                     if begins <= before < ends:
                         waits.beside.append(now - before)
-                    elif now < begins:
+                    elif warm <= before and now < begins:
                         waits.alone.append(now - before)
                 waits.tokens += sum(begins <= at < ends for at in times)
 
@@ -95,7 +96,7 @@ async def _round(url: str, waits: Waits, chosen: argparse.Namespace) -> None:
             waits.prompts.append((await _stream(http, words(chosen.length), 1))[0] - start)
 
         running = [asyncio.create_task(answered()) for _ in range(chosen.streams)]
-        await asyncio.sleep(QUIET)
+        await asyncio.sleep(WARM + QUIET)
         prompts = []
         while time.monotonic() < ends:
             prompts.append(asyncio.create_task(asked()))
@@ -104,9 +105,9 @@ async def _round(url: str, waits: Waits, chosen: argparse.Namespace) -> None:
         waits.seconds += chosen.seconds
 
 
-def _server(folder: Path, name: str, chosen: argparse.Namespace, root: Path, *more: str) -> Server:
+def _server(folder: Path, chosen: argparse.Namespace, root: Path, *more: str) -> Server:
     words = ("--max-model-len", "4096", "--kv-cache-memory-bytes", "1G", "--cpu-weights", chosen.weights)
-    return Server(folder / name, folder / f"{name}.log", *words, *more, root=root)
+    return Server(folder / "data", folder / "log", *words, *more, root=root)
 
 
 def main() -> None:
@@ -116,22 +117,18 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024, help="words in a long prompt, one token each")
     parser.add_argument("--rate", type=float, default=2, help="long prompts a second")
-    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--seconds", type=float, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--weights", default="auto", help="--cpu-weights of the servers")
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, ExitStack() as up:
-        folder = Path(name)
-        servers = {
-            target: up.enter_context(_server(folder, target, chosen, ROOT, "--target-inter-token", target))
-            for target in chosen.targets
-        }
-        if chosen.against:
-            servers["before"] = up.enter_context(_server(folder, "before", chosen, chosen.against.resolve()))
-        waits = {target: Waits() for target in servers}
-        for number in range(chosen.rounds):
-            for target in list(servers)[:: 1 if number % 2 == 0 else -1]:
-                asyncio.run(_round(servers[target].url, waits[target], chosen))
+    servers: dict[str, tuple[Any, ...]] = {target: (ROOT, "--target-inter-token", target) for target in chosen.targets}
+    if chosen.against:
+        servers["before"] = (chosen.against.resolve(),)
+    waits = {target: Waits() for target in servers}
+    for number in range(chosen.rounds):
+        for target in list(servers)[:: 1 if number % 2 == 0 else -1]:
+            with tempfile.TemporaryDirectory() as folder, _server(Path(folder), chosen, *servers[target]) as server:
+                asyncio.run(_round(server.url, waits[target], chosen))
     gaps = "between tokens alone, p50, p99, max ms | | | beside prompts | | | times p99 alone"
     print(f"| target, s | {gaps} | first token of a prompt, p50, p90 | | tokens/s | prompts |")
     print("|---" * 12 + "|")
