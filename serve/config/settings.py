@@ -96,7 +96,7 @@ class Config:
     target_inter_token: AutoOrSeconds = _setting(
         "auto",
         "on a CPU: what a step may take for prompts while answers wait for their next token:"
-        " auto (some 2.5 times what it takes without), or seconds (0: any)",
+        " auto (some 2.8 times what it takes without), or seconds (0: any)",
     )
     max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
     allowed_target_modules: Texts = _setting((), "modules that uploads may adapt, as q_proj,v_proj")

@@ -300,8 +300,10 @@ void multiply(const Matrix& m, const Input& in, int rows, int first, int last, O
     for (int j = 0; bias && j < WIDTH; j++) s[j] += bias[j];
     out(row, block, s);
   };
-  for (int top = 0; top < rows; top += ROWS) {
-    const int bottom = std::min(rows, top + ROWS), parts = (bottom - top + most - 1) / most;
+  const int passes = (rows + ROWS - 1) / ROWS;
+  for (int pass = 0; pass < passes; pass++) {  // of as equal a size as they can be: each goes over all weights
+    const int top = int(int64_t(rows) * pass / passes), bottom = int(int64_t(rows) * (pass + 1) / passes);
+    const int parts = (bottom - top + most - 1) / most;
     for (int b = first; b < last; b++) {
       if (rows <= TILE * 4)
         for (int i = top; i < bottom; i++) fetch(i, b);

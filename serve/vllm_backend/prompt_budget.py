@@ -31,7 +31,7 @@ VARIABLE = "LORADOCK_TARGET_INTER_TOKEN"
 # Tokens of prompts in a step, while one of the prompts wants log-probabilities: some 0.3 s of two cores.
 ROWS = 256
 # How much longer a step may take beside prompts: below three times, with room for what cannot be foreseen.
-SLOWER = 2.5
+SLOWER = 2.8
 # Seconds of a step that nobody who reads notices: less would cost the first tokens of others for nothing.
 UNNOTICED = 0.04
 # A prompt is short up to this part of a step's tokens of prompts.

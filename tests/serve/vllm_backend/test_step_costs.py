@@ -102,7 +102,7 @@ def test_a_machine_that_becomes_slower_is_followed():
 def test_what_answers_take_alone_is_asked_for_at_first_and_now_and_then():
     machine = Machine()
     asked = 0
-    for _ in range(NEEDED + 2 * AGAIN):
+    for _ in range(NEEDED + 2 * AGAIN - 1):
         wanted = machine.costs.unknown(16)
         machine.step(16, *([] if wanted else [Piece(0, 100)]))
         asked += wanted
