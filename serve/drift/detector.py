@@ -47,6 +47,9 @@ from serve.drift.mean_rows import MeanRows
 from serve.drift.state_arrays import below, prefixed
 
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
+# The size of the effect is looked for from an evidence of the threshold to the power of SIZED on, and no longer when it
+# falls below that of DROPPED: what is above it by chance is seldom so for long.
+SIZED, DROPPED = 0.5, 0.25
 # Rows that the gauges take at a time: nobody reads them at every request.
 GAUGED = 32
 # Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
@@ -104,7 +107,7 @@ class Drift:
         directions = 0 if self._directions is None else len(HALF_LIVES)
         self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
         self.means = means
-        self._effect = EffectSize(k + directions + len(MEAN_HALF_LIVES), n)
+        self._effect, self._sized = _effect_size(k, directions, n), False
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
@@ -129,7 +132,7 @@ class Drift:
         self._mean_rows.append(mean_row)
         if len(self._ungauged) >= GAUGED:
             self._gauge()
-        if self.drifted:
+        if self._sized:
             self._effect.observe(*self._places(scores, mean_row), self.tolerated_share)
         moved = self._moved_by_margin(scores)
         p = streams = self._rank(scores)
@@ -144,10 +147,8 @@ class Drift:
             self._directions.teach(p, multiple, scores[len(p) :])
         if self.means is not None and mean_row is not None:
             self.means.observe(mean_row, self.updates)
-        if self.crossed_at is None and self._evidence() >= self.threshold:
-            self.crossed_at = self.updates
-            self._moved = self._bank.log_means()
-            self._begin_effect()
+        if self.crossed_at is None:
+            self._weigh(self._evidence())
         return self.drifted
 
     @property
@@ -180,7 +181,7 @@ class Drift:
 
     @property
     def foreign_share(self) -> float | None:
-        """At least this share of the requests since the evidence does not fit the reference; None without evidence.
+        """At least this share of the requests since there is evidence does not fit the reference; None without evidence.
 
         Ranks cannot tell a few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
         """
@@ -221,7 +222,7 @@ class Drift:
 
         effects: also forget how far recent requests lie from the reference.
         """
-        self.crossed_at = None
+        self.crossed_at, self._sized = None, False
         self._bank.reset(self.updates)
         if self.means is not None:
             self.means.reset(self.updates)
@@ -247,6 +248,7 @@ class Drift:
             "weights": self._weights.copy(),
             "margin": self._margin.copy(),
             "rows": np.array(self._rows).reshape(-1, len(self._margin)),
+            "sized": np.array(self._sized),
         }
         state |= prefixed(self._effect.state(), "effect.")
         state |= prefixed(self._bank.state(), "bank.")
@@ -279,8 +281,9 @@ class Drift:
         self._bank.restore(below(state, "bank."))
         means = below(state, "means.")
         self.means = MeanRows.from_state(means) if means else None
-        streams = k + directions + len(MEAN_HALF_LIVES)
-        self._effect, self.tolerated_share = EffectSize(streams, self._reference.shape[1]), 1.0
+        self._effect, self.tolerated_share = _effect_size(k, directions, self._reference.shape[1]), 1.0
+        # Earlier releases began with the alarm.
+        self._sized = bool(state.get("sized", crossed_at >= 0))
         if "effect.seen" in state:
             self._effect.restore(below(state, "effect."))
         self._moved = np.array(state["moved"])
@@ -342,6 +345,17 @@ class Drift:
             return np.zeros(len(self._shift))
         return _less_error(self._shift / self._seen[0], error)
 
+    def _weigh(self, evidence: float) -> None:
+        """What follows from the evidence after a request, before it has reached the threshold."""
+        if not self._sized and evidence >= self.threshold**SIZED:
+            self._sized = True
+            self._begin_effect()
+        elif self._sized and evidence < self.threshold**DROPPED:
+            self._sized = False
+        if evidence >= self.threshold:
+            self.crossed_at = self.updates
+            self._moved = self._bank.log_means()
+
     def _begin_effect(self) -> None:
         """Look for the size of the effect from here on, where requests since the change let expect it."""
         since = min(max(self.updates - self.changed_at, 1), len(self._rows))
@@ -386,6 +400,11 @@ class Drift:
             self._shift += row
             self._seen *= fades
             self._seen += 1
+
+
+def _effect_size(scores: int, directions: int, size: int) -> EffectSize:
+    rising = directions + len(MEAN_HALF_LIVES)
+    return EffectSize(scores + rising, size, rising)
 
 
 def _less_error(shift: Floats, error: float) -> Floats:

@@ -41,15 +41,18 @@ _MOST = 300.0  # ln of what a bet wins
 
 
 class EffectSize:
-    """Of `streams` of ranks in a reference of `size` requests.
+    """Of `streams` of ranks in a reference of `size` requests, of which the last `rising` can only move up.
 
-    `begin` when the evidence has reached the threshold, then `observe` each request.
+    `begin` when there is evidence, then `observe` each request.
     """
 
-    def __init__(self, streams: int, size: int) -> None:
+    def __init__(self, streams: int, size: int, rising: int = 0) -> None:
         self._size = size
         self._in_end = np.array([math.floor(width * size) for width in WIDTHS])
         self._chances = np.array([_chances(inside + 1, size) for inside in self._in_end] * 2)  # (ENDS, CHANCES)
+        # Which of the ends are bet on, (streams, ENDS, 1), with the sum 1 in each stream.
+        self._ends = np.full((streams, ENDS, 1), 1 / ENDS)
+        self._ends[streams - rising :] = np.repeat((1 / len(WIDTHS), 0.0), len(WIDTHS))[:, None]
         # What each bet weighs, (streams, ENDS, SHARES), and the requests that lie in each end since `begin`.
         self._weights = np.full((streams, ENDS, len(SHARES)), 1 / (streams * ENDS * len(SHARES)))
         self._counts = np.zeros((streams, ENDS))
@@ -69,7 +72,7 @@ class EffectSize:
         self._beyond = False
         chosen = np.where(weights >= np.sort(weights)[-STRONGEST:][0], weights, 0.0)
         chosen /= chosen.sum()
-        self._weights[:] = (chosen / (ENDS * len(SHARES)))[:, None, None]
+        self._weights[:] = chosen[:, None, None] * self._ends / len(SHARES)
         counts = self._inside(less, upto).sum(axis=0)
         won = self._weights * np.exp(np.minimum(self._logs(counts, len(less), tolerated), _MOST))
         self._weights += won / won.sum()

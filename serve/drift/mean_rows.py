@@ -6,8 +6,11 @@
 
 A genre differs from another a little in many numbers, so that none of them raises an alarm: their sum does (Hotelling,
 Annals of Mathematical Statistics 2, 1931). The rows are whitened by the reference, which is also the bag that they are
-ranked in. Two directions are the exponentially weighted sums of the rows since, less the mean of the reference. A row
-is ranked in the bag along the directions, then teaches them and is in the bag itself.
+ranked in. Two directions are the exponentially weighted sums of the rows since, less the mean of the reference. Then
+each row counts by how probably it is foreign, as far as it lies along them, and the sums are taken once more: one step
+of expectation maximization (Dempster, Laird and Rubin, Journal of the Royal Statistical Society B 39, 1977), which
+takes out most of the noise of the usual rows in a mixture. A row is ranked in the bag along the directions, then
+teaches them and is in the bag itself: they depend on earlier rows alone.
 
 A row of the bag lies where it does also for what it did to the direction itself. A live one lies farther along it,
 because it taught; one of the reference less far, because it is in the mean that is taken off and in the covariance (its
@@ -34,13 +37,15 @@ from serve.drift.reference_structure import autocorrelation_time, wandering
 HALF_LIVES = (64.0, 256.0)  # in requests
 _FADES = np.array([[0.5 ** (1 / half_life)] for half_life in HALF_LIVES])
 # Share of the mean variance that is added to every direction before whitening.
-RIDGE = 0.3
+RIDGE = 1.0
 # Directions turn after so many rows.
-TURN = 16
+TURN = 32
+# What foreign rows are taken for: so many standard deviations farther along a direction, and so many of all.
+FARTHER, SHARE = 1.5, 0.2
 # How much of its own covariance a row may be.
 MOST_LEVERAGE = 0.9
-# Of one number no more than this teaches, in standard deviations.
-FARTHEST = 4.0
+# A row teaches up to this length, in root mean squares of the reference's lengths.
+FARTHEST = 1.5
 # Projections that differ by less are equal.
 SAME = 2e-5
 # With fewer rows nothing is said: a covariance of hundreds of numbers needs some.
@@ -149,16 +154,21 @@ class MeanRows:
         self._size, self._capacity = n, 2 * n
         self._bag = np.empty((self._capacity + 1, width), np.float32)
         self._bag[:n] = self._reference
-        # What each live row of the bag did to the directions, and the leverage of each of the reference.
-        self._pull = np.zeros((len(HALF_LIVES), self._capacity + 1))
+        self._farthest = FARTHEST * np.sqrt((self._reference**2).sum() / n)
+        # When each row of the bag came, and the share of it that teaches; none of the reference. The leverage of that.
+        self._times = np.zeros(self._capacity + 1)
+        self._teaching = np.zeros(self._capacity + 1, np.float32)
         self._leverage = np.zeros(self._capacity + 1)
         self._known_leverage = np.minimum(np.add.reduce(self._reference**2, axis=1) / n, MOST_LEVERAGE)
         self._leverage[:n] = self._known_leverage
+        # What each would move the directions towards itself by.
+        self._pull = np.zeros(self._capacity + 1)
         self._along = np.zeros((len(HALF_LIVES), self._capacity + 1), np.float32)
-        self._learned = np.zeros((len(HALF_LIVES), width), np.float32)
-        self._weight = np.zeros((len(HALF_LIVES), 1))
+        self._towards = np.zeros((len(HALF_LIVES), width), np.float32)
+        self._mean_part = np.zeros((len(HALF_LIVES), 1))
         self._onto = np.zeros((width, len(HALF_LIVES)), np.float32)
         self._waiting: list[tuple[NDArray[np.float32], int]] = []
+        self._ranked = 0
         self._known: NDArray[np.float32] | None = None
         self.phase = Phase.RANKING
 
@@ -187,30 +197,42 @@ class MeanRows:
         places = [place for _, place in self._waiting]
         rows = np.array([row for row, _ in self._waiting]) @ self._whiten
         self._waiting = []
-        taught = np.minimum(np.maximum(rows, -FARTHEST), FARTHEST)
-        weights = _FADES ** np.arange(len(rows) - 1, -1, -1)  # (directions, rows)
-        faded = _FADES ** len(rows)
-        self._learned = (faded * self._learned + weights @ taught).astype(np.float32)
-        self._weight = faded * self._weight + weights.sum(axis=1, keepdims=True)
-        self._pull *= faded
+        squares = np.add.reduce(rows * rows, axis=1)
         # Of two rows in one place the later one stays.
         self._bag[places] = rows
-        self._pull[:, places] = weights * np.add.reduce(taught * rows, axis=1)
+        self._times[places] = np.arange(self._ranked, self._ranked + len(rows))
+        self._teaching[places] = np.minimum(self._farthest / np.maximum(np.sqrt(squares), 1e-12), 1)
+        self._pull[places] = self._teaching[places] * squares
         self._leverage[places] = 0
-        length = np.maximum(np.sqrt(np.add.reduce(self._learned**2, axis=1, keepdims=True)), 1e-12)
-        self._towards = self._learned / length
-        self._onto = self._whiten @ self._towards.T
+        self._ranked += len(rows)
         m = self._size
-        own, leverage = self._pull[:, :m] / length, self._leverage[:m]
-        self._along[:, :m] = (self._towards @ self._bag[:m].T - own + self._weight / length * leverage) / (1 - leverage)
-        self._known, self._length = None, length
+        weights = _FADES ** (self._ranked - 1 - self._times[:m])  # (directions, m)
+        self._learn(weights)
+        known = self._reference_along()
+        centre, spread = known.mean(axis=1, keepdims=True), np.maximum(known.std(axis=1, keepdims=True), 1e-12)
+        farther = FARTHER * (self._along[:, :m] - centre) / spread - FARTHER**2 / 2
+        odds = SHARE / (1 - SHARE) * np.exp(np.minimum(farther, 20))
+        self._learn(weights * odds / (1 + odds))
+        self._onto = self._whiten @ self._towards.T
+
+    def _learn(self, weights: Floats) -> None:
+        """Directions of what the rows of the bag teach by `weights`, (directions, m), and where the rows lie along
+        them."""
+        m = self._size
+        bag, leverage = self._bag[:m], self._leverage[:m]
+        taught = (weights * self._teaching[:m]).astype(np.float32)
+        learned = taught @ bag
+        length = np.maximum(np.sqrt(np.add.reduce(learned**2, axis=1, keepdims=True)), 1e-12)
+        self._towards, self._known = learned / length, None
+        self._mean_part = np.add.reduce(taught, axis=1, keepdims=True) / length
+        own = weights * self._pull[:m] / length
+        self._along[:, :m] = (self._towards @ bag.T - own + self._mean_part * leverage) / (1 - leverage)
 
     def _reference_along(self) -> NDArray[np.float32]:
         """(directions, n): where the reference lies, until they turn."""
         if self._known is None:
-            if not self._learned.any():
-                return np.zeros((len(HALF_LIVES), len(self._reference)), np.float32)
-            leverage, own = self._known_leverage, self._weight / self._length * self._known_leverage
+            leverage = self._known_leverage
+            own = self._mean_part * leverage
             self._known = ((self._towards @ self._reference.T + own) / (1 - leverage)).astype(np.float32)
         return self._known
 
