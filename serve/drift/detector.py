@@ -47,9 +47,9 @@ from serve.drift.mean_rows import MeanRows
 from serve.drift.state_arrays import below, prefixed
 
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
-# The size of the effect is looked for from an evidence of the threshold to the power of SIZED on, and no longer when it
-# falls below that of DROPPED: what is above it by chance is seldom so for long.
-SIZED, DROPPED = 0.5, 0.25
+# The size of the effect is looked for while the evidence is above the threshold to the power of this: what is so by
+# chance is seldom so for long, and then it begins anew.
+SIZED = 0.5
 # Rows that the gauges take at a time: nobody reads them at every request.
 GAUGED = 32
 # Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
@@ -181,7 +181,7 @@ class Drift:
 
     @property
     def foreign_share(self) -> float | None:
-        """At least this share of the requests since there is evidence does not fit the reference; None without evidence.
+        """At least this share of the requests since some evidence does not fit the reference; None before there is all.
 
         Ranks cannot tell a few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
         """
@@ -347,11 +347,9 @@ class Drift:
 
     def _weigh(self, evidence: float) -> None:
         """What follows from the evidence after a request, before it has reached the threshold."""
-        if not self._sized and evidence >= self.threshold**SIZED:
-            self._sized = True
+        sized, self._sized = self._sized, evidence >= self.threshold**SIZED
+        if self._sized and not sized:
             self._begin_effect()
-        elif self._sized and evidence < self.threshold**DROPPED:
-            self._sized = False
         if evidence >= self.threshold:
             self.crossed_at = self.updates
             self._moved = self._bank.log_means()
