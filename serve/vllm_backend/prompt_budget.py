@@ -9,8 +9,8 @@ is as large as vLLM makes it.
 
 A short prompt does not wait for long ones before it. Prompts have their turn in the order of their arrival plus the
 time that they take, those too that are being computed: a short one passes a long one that came a little earlier, and
-none is passed for ever. Prompts that are being computed leave `SHORT` of a step to one that waits and is before them,
-or that this is enough for.
+none is passed for ever. Prompts that are being computed leave `EARLIER` of a step to who waits and is before them, and
+`SHORT` of it to one that this is enough for.
 
 Log-probabilities of a prompt compare each of its rows with the whole vocabulary: then a step takes `ROWS` at most.
 """
@@ -36,6 +36,10 @@ SLOWER = 2.8
 UNNOTICED = 0.04
 # A prompt is short up to this part of a step's tokens of prompts.
 SHORT = 0.25
+# What prompts that are being computed leave of a step to those that wait and have their turn before them.
+EARLIER = 0.5
+# Steps after which something is left once more to who did not take it: there is no room for its adapter, or its keys.
+AGAIN = 8
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _WHY = "prompts of some thousand tokens take seconds of a CPU, in one step that everybody waits for"
@@ -67,6 +71,9 @@ class PromptBudget:
     target: float | None
     costs: StepCosts = field(default_factory=StepCosts)
     _measuring: bool = False  # the last step had no prompts, so that its answers could be measured
+    # To whom something of a step was left at last, and how many steps ago it did not take it.
+    _left_to: str | None = None
+    _steps: int = 0
 
     def tokens(self, answers: int, prompts: list[Piece]) -> int:
         """How many tokens a step beside so many answers takes of these prompts, and of others after them."""
@@ -76,6 +83,18 @@ class PromptBudget:
         if self._measuring:
             return 0
         return self.costs.tokens_beside(answers, max(UNNOTICED, SLOWER * self.costs.alone(answers)), prompts)
+
+    def leaves(self, waiting: Any, tokens: int, first: Any) -> int:
+        """How many of a step's tokens are left to who waits, by those of whom `first` is the first."""
+        short = int(SHORT * tokens)
+        earlier = _turn(waiting) < _turn(first)
+        if not earlier and waiting.num_prompt_tokens > short:
+            return 0
+        again = waiting.request_id == self._left_to
+        self._left_to, self._steps = waiting.request_id, self._steps + 1 if again else 0
+        if self._steps % AGAIN:
+            return 0
+        return int(EARLIER * tokens) if earlier else short
 
 
 def add_request(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
@@ -151,11 +170,12 @@ def _limited(scheduler: Any, tokens: int) -> Iterator[None]:
     prompts = [request for request in scheduler.running if _in_prompt(request)]
     answers = len(scheduler.running) - len(prompts)
     scheduler.max_num_scheduled_tokens = min(before[0], tokens + answers * _tokens_of_an_answer(scheduler))
-    if prompts and not before[1] and scheduler.waiting and len(scheduler.running) < scheduler.max_num_active_reqs:
-        short, waiting = int(SHORT * tokens), scheduler.waiting.peek_request()
-        if waiting.num_prompt_tokens <= short or _turn(waiting) < _turn(prompts[0]):
-            config.long_prefill_token_threshold = max(1, (tokens - short) // len(prompts))
-            scheduler.adaptive_long_prefill_threshold = False
+    room = len(scheduler.running) < scheduler.max_num_active_reqs and not before[1]
+    waiting = scheduler.waiting.peek_request() if room and scheduler.waiting else None
+    left = _budget(scheduler).leaves(waiting, tokens, prompts[0]) if waiting and prompts else 0
+    if left:
+        config.long_prefill_token_threshold = max(1, (tokens - left) // len(prompts))
+        scheduler.adaptive_long_prefill_threshold = False
     try:
         yield
     finally:

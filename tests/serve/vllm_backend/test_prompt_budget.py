@@ -21,7 +21,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from serve.vllm_backend import prompt_budget
-from serve.vllm_backend.prompt_budget import ROWS, SLOWER, UNNOTICED, VARIABLE, _in_prompt
+from serve.vllm_backend.prompt_budget import AGAIN, ROWS, SLOWER, UNNOTICED, VARIABLE, _in_prompt
 from serve.vllm_backend.step_costs import FIRST, LEAST, NEEDED, Piece, StepCosts
 from tests.support import tiny
 
@@ -39,6 +39,7 @@ def request(computed, prompt=1000, prompt_logprobs=None, arrived=0.0):
         num_prompt_tokens=prompt,
         priority=0,
         arrival_time=arrived,
+        request_id=f"{prompt} tokens, {arrived}",
     )
 
 
@@ -186,8 +187,8 @@ def test_a_step_takes_less_of_prompts_while_a_prompt_wants_logprobs(monkeypatch,
     [
         (FIRST // 4, 9.0, 1, FIRST * 3 // 4),
         (FIRST // 4 + 1, 9.0, 1, 0),
-        (700, 0.5, 1, FIRST * 3 // 4),
-        (700, 0.5, 2, FIRST * 3 // 8),
+        (700, 0.5, 1, FIRST // 2),
+        (700, 0.5, 2, FIRST // 4),
         (700, 9.0, 2, 0),
     ],
 )
@@ -198,6 +199,18 @@ def test_long_prompts_leave_a_part_of_the_step_to_who_is_short_or_before_them(
     machine = Machine(monkeypatch, running, [request(0, prompt=length, arrived=arrived)])
     machine.step()
     assert machine.thresholds == [left]
+
+
+def test_who_does_not_take_what_was_left_is_asked_again_only_now_and_then(monkeypatch):
+    """Its adapter has no slot, or its keys no room: prompts that are being computed do not wait for that."""
+    machine = Machine(monkeypatch, [request(1000), request(0, arrived=1.0)], [request(0, prompt=10)])
+    for _ in range(2 * AGAIN + 1):
+        machine.step()
+    left = [at for at, threshold in enumerate(machine.thresholds) if threshold]
+    assert left == [0, AGAIN, 2 * AGAIN]
+    machine.scheduler.waiting.appendleft(request(0, prompt=11))
+    machine.step()
+    assert machine.thresholds[-1]
 
 
 def test_nothing_is_left_to_who_has_no_place(monkeypatch):
