@@ -28,9 +28,10 @@ from numpy.typing import ArrayLike, NDArray
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import EARLIER_FEATURES, FEATURES, LOGPROB, OUTPUT, PROMPT, SIGNALS
 from serve.drift.parameter_strata import ParameterStrata
-from serve.drift.signal import NEEDED, Phase, Signal, Tolerance
+from serve.drift.signal import NEEDED, Phase, Signal
 from serve.drift.state_arrays import below, prefixed
 from serve.drift.thinning import Thinning, inherited
+from serve.drift.tolerance import Tolerance
 from serve.errors import ConfigError
 from serve.files import write_whole
 

@@ -79,7 +79,7 @@ class Bank:
         k, n = len(share), len(share) + directions
         if directions:
             share = np.concatenate((share, np.full(directions, 1 / directions))) / 2
-        self._scores, self._stream_share = k, share
+        self._scores, self._directions, self._stream_share = k, directions, share
         # Flat arrays: the histograms score by score, then the fixed bets stream by stream.
         self._bins, self._fades = np.tile(_BINS, k), np.tile(_FADES, k)
         self._first_bin, self._last_bin = np.cumsum(self._bins) - self._bins, self._bins - 1
@@ -94,12 +94,12 @@ class Bank:
         )
         self._idle = np.flatnonzero(is_bounded.repeat(len(BETS)))
         learned = k * len(BETS)
-        self._e = np.ones(learned + n * FIXED)
-        self._learned_e, self._fixed_e = self._e[:learned], self._e[learned:].reshape(n, FIXED)
         # R of each bet; and Page's statistic, which falls to 1 before a change and tells when it did last.
-        self._both = np.array([np.zeros(len(self._e)), np.ones(len(self._e))])
+        bets = len(self._share)
+        self._both = np.array([np.zeros(bets), np.ones(bets)])
         self._r, self._page = self._both
-        self._start = np.zeros(len(self._e), np.int64)
+        self._start = np.zeros(bets, np.int64)
+        self._evidence = 0.0
         # The histograms without the prior. To fade them would touch every bin at every request; instead each request
         # weighs more than the one before: `_unit` is what 1 is now.
         self._learned = np.zeros(self._bins.sum())
@@ -111,51 +111,82 @@ class Bank:
 
         bounds: the least and the most that the scores' p-values may be, (scores,) each.
         """
-        before = self.evidence()
-        self._bet_learned(p[: self._scores])
-        if len(self._idle):
-            self._learned_e[self._idle] = 1
-        places = cells(p)
+        places, k = cells(p), self._scores
+        several = None if bounds is None else (bounds[0][None], bounds[1][None])
+        (bets,) = self.prepare(p[None, :k], places[None, :k], several)
+        return self.place(bets, now, places[k:])
+
+    def prepare(
+        self, p: Floats, places: NDArray[np.intp], bounds: tuple[Floats, Floats] | None = None
+    ) -> NDArray[np.float64]:
+        """(n, bets) for `place`: what is bet on the scores of n requests, one after another, once they are learned.
+
+        p, places: (n, scores) p-values and their `cells`; bounds: as in `observe`, of each.
+        """
+        k, learned = self._scores, len(self._unit)
+        bets = np.empty((len(p), len(self._r)))
+        fixed = bets[:, learned : learned + k * FIXED].reshape(-1, k, FIXED)
+        self._bet_learned(p, bets[:, :learned])
         if bounds is None:
             # Here and below: to take is faster than to index, and to clip than to check.
-            _SCORE_BETS.take(places[: self._scores], axis=0, out=self._fixed_e[: self._scores], mode="clip")
+            fixed[:] = _SCORE_BETS.take(places, axis=0, mode="clip")
         else:
-            self._fixed_e[: self._scores, : len(_UP)] = _SCORE_BETS[cells(bounds[0]), : len(_UP)]
-            self._fixed_e[: self._scores, len(_UP) :] = _SCORE_BETS[cells(bounds[1]), len(_UP) :]
-        _DIRECTION_BETS.take(places[self._scores :], axis=0, out=self._fixed_e[self._scores :], mode="clip")
+            fixed[..., : len(_UP)] = _SCORE_BETS[cells(bounds[0]), : len(_UP)]
+            fixed[..., len(_UP) :] = _SCORE_BETS[cells(bounds[1]), len(_UP) :]
+        return bets
+
+    def place(self, bets: NDArray[np.float64], now: int, directions: ArrayLike) -> float:
+        """Place what was prepared for a request, and the bets on the `cells` of its directions; by how much that
+        multiplied the evidence."""
+        before = self._evidence
+        if self._directions:
+            rows = _DIRECTION_BETS.take(directions, axis=0, mode="clip")
+            bets[-self._directions * FIXED :] = rows.reshape(-1)
         self._r += 1
         np.maximum(self._page, 1, out=self._page)
-        self._both *= self._e
+        self._both *= bets
         np.minimum(self._both, MOST, out=self._both)
         np.putmask(self._start, self._page <= 1, now)
-        return self.evidence() / (before + 1)
+        self._evidence = float(self._r @ self._share)
+        return self._evidence / (before + 1)
 
-    def _bet_learned(self, p: Floats) -> None:
-        """What the histograms bet on the scores' p-values, into `_learned_e`."""
-        e, unit, weight = self._learned_e, self._unit, self._weight
-        bins = (p.repeat(len(BETS)) * self._bins).astype(np.intp)
+    def _bet_learned(self, p: Floats, e: NDArray[np.float64]) -> None:
+        """What the histograms bet on the scores' p-values of some requests, into `e`, (n, bets); each learns those
+        before."""
+        n, steps = len(p), np.empty((len(p) + 1, len(self._unit)))
+        steps[0], steps[1:] = self._unit, self._fades
+        units = np.multiply.accumulate(steps)
+        if n > 1 and units[-1, 0] < SMALLEST_UNIT:  # which fades fastest: written anew in between
+            for number in range(n):
+                self._bet_learned(p[number : number + 1], e[number : number + 1])
+            return
+        bins = (p.repeat(len(BETS), axis=1) * self._bins).astype(np.intp)
         np.minimum(bins, self._last_bin, out=bins)
         bins += self._first_bin
+        weights, counts, one = steps, self._learned, 1 / units[1:]
+        weights[0] = self._weight
+        for number in range(n):
+            held = counts.take(bins[number], out=e[number], mode="clip")
+            counts[bins[number]] = held + one[number]
+            np.multiply(weights[number], self._fades, out=weights[number + 1])
+            weights[number + 1] += 1
         # Towards the prior, which never fades: a bin that is never hit keeps a density.
-        held = self._learned.take(bins)
-        np.multiply(held, self._bins, out=e)
-        e *= unit
+        e *= self._bins
+        e *= units[:-1]
         e += PRIOR
-        e /= weight + PRIOR
+        e /= weights[:-1] + PRIOR
         e *= 1 - UNIFORM
         e += UNIFORM
-        unit *= self._fades
-        weight *= self._fades
-        weight += 1
-        held += 1 / unit
-        self._learned[bins] = held
-        if unit[0] < SMALLEST_UNIT:  # which fades fastest
-            self._learned *= unit.repeat(self._bins)
-            unit[:] = 1
+        if len(self._idle):
+            e[:, self._idle] = 1
+        self._unit[:], self._weight[:] = units[-1], weights[-1]
+        if units[-1, 0] < SMALLEST_UNIT:
+            self._learned *= self._unit.repeat(self._bins)
+            self._unit[:] = 1
 
     def evidence(self) -> float:
         """The weighted mean of all R."""
-        return float(self._r @ self._share)
+        return self._evidence
 
     def log_means(self) -> Floats:
         """(scores,): ln of the weighted mean over the bets of each."""
@@ -169,7 +200,7 @@ class Bank:
 
     def _by_stream(self, values: Floats) -> Floats:
         """(streams,): the sum over the bets of each."""
-        learned = len(self._learned_e)
+        learned = len(self._unit)
         total = values[learned:].reshape(-1, FIXED).sum(axis=1)
         total[: self._scores] += values[:learned].reshape(-1, len(BETS)).sum(axis=1)
         return total
@@ -182,6 +213,7 @@ class Bank:
     def reset(self, now: int) -> None:
         """Begin again at no evidence; what the histograms learned stays."""
         self._r[:] = 0
+        self._evidence = 0.0
         self._page[:] = 1
         self._start[:] = now
 
@@ -191,7 +223,7 @@ class Bank:
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where this `state()` was. Earlier releases had histograms of the directions too, which are left out.
         Still earlier ones had no fixed bets: those begin empty, and the evidence stays what it was."""
-        learned, saved = len(self._learned_e), len(state["unit"])
+        learned, saved = len(self._unit), len(state["unit"])
         for name in ("unit", "weight", "learned"):
             kept = getattr(self, f"_{name}")
             kept[:] = state[name][: len(kept)]
@@ -200,6 +232,7 @@ class Bank:
             kept[:learned] = values[:learned]
             if len(values) > saved:
                 kept[learned:] = values[saved:]
+        self._evidence = float(self._r @ self._share)
         if len(state["r"]) > saved:
             return
         # There half of the weight was the directions', and within a half all bets weighed the same.
@@ -209,6 +242,7 @@ class Bank:
         now = self.evidence()
         if now > 0:
             self._r *= was / now
+            self._evidence = float(self._r @ self._share)
 
 
 _KEPT = ("r", "page", "start", "learned", "unit", "weight")

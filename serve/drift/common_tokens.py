@@ -47,13 +47,16 @@ class CommonTokens:
         place[tokens] = np.arange(COMMON)
         return cls(place, shares.astype(np.float32))
 
-    def __call__(self, part: NDArray[np.floating]) -> NDArray[np.float32]:
-        """(COMMON,) of one sketch, Poisson's standard deviations; zeros of no token."""
-        ids = part[:SAMPLED].astype(np.intp)
-        counts = np.bincount(self.place.take(ids), minlength=COMMON + 1)[:COMMON]
-        expected = self.shares * np.float32(max(np.count_nonzero(ids >= 0), 1e-6))
+    def __call__(self, parts: NDArray[np.floating]) -> NDArray[np.float32]:
+        """(..., COMMON) of sketches (..., SKETCH), Poisson's standard deviations; zeros of no token."""
+        ids = parts[..., :SAMPLED].astype(np.intp).reshape(-1, SAMPLED)
+        n, wide = len(ids), COMMON + 1
+        places = self.place.take(ids) + np.arange(0, n * wide, wide)[:, None]
+        counts = np.bincount(places.ravel(), minlength=n * wide).reshape(n, wide)[:, :COMMON]
+        tokens = np.maximum(np.add.reduce(ids >= 0, axis=1), 1e-6).astype(np.float32)
+        expected = self.shares * tokens[:, None]
         scores: NDArray[np.float32] = ((counts - expected) / np.sqrt(expected)).astype(np.float32)
-        return scores
+        return scores.reshape(*parts.shape[:-1], COMMON)
 
     def arrays(self) -> dict[str, NDArray]:
         tokens = np.flatnonzero(self.place < COMMON)

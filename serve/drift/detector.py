@@ -30,20 +30,19 @@ it goes on bit for bit. Memory is bounded by `capacity`.
 from __future__ import annotations
 
 import math
-from array import array
-from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.bets import Bank, Floats, State
-from serve.drift.directions import HALF_LIVES, Directions
+from serve.drift.bets import CELLS, Bank, Floats, State, cells
+from serve.drift.directions import FARTHEST, HALF_LIVES, NORMAL, Directions, Draw
 from serve.drift.effect_size import EFFECT_HALF_LIFE, EffectSize
 from serve.drift.mean_rows import HALF_LIVES as MEAN_HALF_LIVES
 from serve.drift.mean_rows import MeanRows
+from serve.drift.score_bags import ScoreBags
 from serve.drift.state_arrays import below, prefixed
 
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
@@ -99,9 +98,8 @@ class Drift:
         self.crossed_at: int | None = None
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self._reference = np.ascontiguousarray(np.sort(rows[:, :k], axis=0).T)  # (k, n)
-        self._bags = [array("f", column.tobytes()) for column in self._reference]
         self._margin = np.zeros(rows.shape[1], np.float32) if margin is None else np.array(margin, np.float32)
-        self._bound = np.flatnonzero(self._margin[:k])
+        self._bags = ScoreBags(self._reference, self.capacity, self._margin[:k])
         self._directions = Directions(rows, self.capacity, self._margin, silent, turn) if rows.shape[1] > 1 else None
         self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
         directions = 0 if self._directions is None else len(HALF_LIVES)
@@ -118,15 +116,52 @@ class Drift:
 
     def update(self, row: ArrayLike, mean_row: NDArray[np.float32] | None = None) -> bool:
         """Take the scores of one request, and say whether the evidence has reached the threshold."""
-        scores = np.asarray(row, np.float32)
-        if scores.shape != self._margin.shape:
+        (drifted,) = self.steps(np.asarray(row, np.float32)[None], [mean_row])
+        return drifted
+
+    def steps(self, rows: ArrayLike, mean_rows: Sequence[NDArray[np.float32] | None]) -> Iterator[bool]:
+        """`update` with each of several rows, to be run to its end. What one request does not change for the next is
+        worked out for all of them at once; the numbers are those of one after another, to the bit."""
+        scores = np.array(rows, np.float32)
+        if scores.shape[1:] != self._margin.shape:
             raise ValueError(
-                f"a row has the shape {scores.shape}; this detector's reference has {len(self._margin)} scores a row"
+                f"a row has the shape {scores.shape[1:]}; "
+                f"this detector's reference has {len(self._margin)} scores a row"
             )
         if not all_finite(scores):
             raise ValueError("a score is not a finite number; leave the request out")
+        return self._steps(scores, mean_rows)
+
+    def _steps(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> Iterator[bool]:
+        directions, draws = self._directions, list[Draw]()
+        p, bounds = self._rank(scores, draws)
+        places, silent = cells(p), scores[:, p.shape[1] :]
+        bets = self._bank.prepare(p, places, bounds)
+        heard, taught = NORMAL.take(places), np.minimum(np.maximum(silent, -FARTHEST), FARTHEST)
+        for i, (row, mean_row) in enumerate(zip(scores, mean_rows, strict=True)):
+            self._note(row, mean_row)
+            along = [] if directions is None else directions.ranked(row, draws[i])
+            multiple = self._bank.place(bets[i], self.updates, [min(int(each * CELLS), CELLS - 1) for each in along])
+            if directions is not None:
+                directions.taught(heard[i], multiple, silent[i], taught[i])
+            if self.means is not None and mean_row is not None:
+                self.means.observe(mean_row, self.updates)
+            if self.crossed_at is None:
+                self._weigh(self._evidence())
+            yield self.drifted
+
+    def _rank(self, scores: NDArray[np.float32], draws: list[Draw]) -> tuple[Floats, tuple[Floats, Floats] | None]:
+        """The p-values of several rows, as the bags have it. `draws` gets what the directions will need."""
+        lots = []
+        for ahead in range(len(scores)):
+            lots.append(self._bags.lots(self._rng, ahead))
+            if self._directions is not None:
+                draws.append(self._directions.draw(self._rng, ahead))
+        return self._bags.rank(scores[:, : len(self._bags)], lots)
+
+    def _note(self, scores: NDArray[np.float32], mean_row: NDArray[np.float32] | None) -> None:
+        """What the gauges need of a request, before anything learns from it."""
         self.updates += 1
-        scores = scores.copy()
         self._ungauged.append(scores)
         self._rows.append(scores)
         self._mean_rows.append(mean_row)
@@ -134,22 +169,6 @@ class Drift:
             self._gauge()
         if self._sized:
             self._effect.observe(*self._places(scores, mean_row), self.tolerated_share)
-        moved = self._moved_by_margin(scores)
-        p = streams = self._rank(scores)
-        bounds = None
-        if moved is not None:
-            bounds = p.copy(), p.copy()
-            bounds[0][self._bound], bounds[1][self._bound] = moved
-        if self._directions is not None:
-            streams = np.concatenate((p, self._directions.rank(scores, self._rng)))
-        multiple = self._bank.observe(streams, self.updates, bounds)
-        if self._directions is not None:
-            self._directions.teach(p, multiple, scores[len(p) :])
-        if self.means is not None and mean_row is not None:
-            self.means.observe(mean_row, self.updates)
-        if self.crossed_at is None:
-            self._weigh(self._evidence())
-        return self.drifted
 
     @property
     def drifted(self) -> bool:
@@ -238,7 +257,7 @@ class Drift:
         self._gauge()
         state = {
             "reference": self._reference.T.copy(),
-            "bags": np.array([np.frombuffer(bag, np.float32) for bag in self._bags]),
+            "bags": self._bags.sorted(),
             "threshold": np.float64(self.threshold),
             "counts": np.array([self.capacity, self.updates, -1 if self.crossed_at is None else self.crossed_at]),
             "lots": rng_state(self._rng),
@@ -268,12 +287,11 @@ class Drift:
         self.crossed_at = None if crossed_at < 0 else crossed_at
         self._rng = rng_from(state["lots"])
         self._reference = np.ascontiguousarray(state["reference"].T)
-        self._bags = [array("f", np.ascontiguousarray(bag).tobytes()) for bag in state["bags"]]
-        learned, k = below(state, "directions."), len(self._bags)
+        learned, k = below(state, "directions."), len(state["bags"])
         # Earlier releases had neither margins nor weights nor what comes after the evidence.
         columns = learned["bag"].shape[1] if learned else k
         self._margin = np.array(state.get("margin", np.zeros(columns, np.float32)))
-        self._bound = np.flatnonzero(self._margin[:k])
+        self._bags = ScoreBags(state["bags"], capacity, self._margin[:k])
         self._directions = Directions.from_state(learned, capacity, self._margin, columns - k) if learned else None
         directions = len(HALF_LIVES) if learned else 0
         self._weights = np.array(state.get("weights", np.ones(k)))
@@ -308,36 +326,6 @@ class Drift:
             rest = theirs / (theirs.sum() + len(theirs) * ours)
             weights = weights * (1 - rest.sum())
         return np.concatenate((weights, rest))
-
-    def _moved_by_margin(self, scores: NDArray[np.float32]) -> tuple[Floats, Floats] | None:
-        """The least and the most that the p-values of the scores with a margin can be; None if there are none."""
-        if not len(self._bound):
-            return None
-        m, margin = len(self._bags[0]), self._margin[self._bound]
-        values = scores[self._bound]
-        bags = [self._bags[i] for i in self._bound]
-        low = [bisect_left(bag, score) for bag, score in zip(bags, (values - margin).tolist(), strict=True)]
-        high = [bisect_right(bag, score) + 1 for bag, score in zip(bags, (values + margin).tolist(), strict=True)]
-        return np.array(low) / (m + 1), np.array(high) / (m + 1)
-
-    def _rank(self, scores: NDArray[np.float32]) -> Floats:
-        """(k,) smoothed conformal p-values of `scores` among the bags, which take them in."""
-        k, m = len(self._bags), len(self._bags[0])
-        scores = scores[:k]
-        ties = self._rng.random(k).tolist()
-        full = m >= self.capacity
-        # At random among all m + 1, the new one included: if age decided, ranks would say something about later ones.
-        leave = self._rng.integers(m + 1, size=k).tolist() if full else None
-        p = [0.0] * k
-        for i, score in enumerate(scores.tolist()):
-            bag = self._bags[i]
-            less = bisect_left(bag, score)
-            upto = bisect_right(bag, score, less) if less < m and bag[less] == score else less
-            p[i] = (less + ties[i] * (upto - less + 1)) / (m + 1)
-            bag.insert(less, score)
-            if leave is not None:
-                del bag[leave[i]]
-        return np.array(p)
 
     def _faded_rank_shift(self, error: float) -> Floats:
         self._gauge()
@@ -380,11 +368,12 @@ class Drift:
 
     def _score_ranks(self, rows: NDArray[np.float32]) -> Floats:
         """(n, k) where the scores of rows lie in the reference, ties in their middle."""
-        ranks = np.empty((len(rows), len(self._reference)))
-        for i, known in enumerate(self._reference):
-            ranks[:, i] = known.searchsorted(rows[:, i], "left") + known.searchsorted(rows[:, i], "right")
+        ranks = np.empty((len(self._reference), len(rows)))
+        columns = np.ascontiguousarray(rows[:, : len(ranks)].T)
+        for known, column, rank in zip(self._reference, columns, ranks, strict=True):
+            np.add(known.searchsorted(column, "left"), known.searchsorted(column, "right"), out=rank)
         ranks /= 2 * self._reference.shape[1]
-        return ranks
+        return ranks.T
 
     def _gauge(self) -> None:
         """Take in the rows that wait. One after another, so that it does not matter how many wait."""
@@ -392,12 +381,12 @@ class Drift:
             return
         ranks = self._score_ranks(np.array(self._ungauged)) - 0.5
         self._ungauged = []
-        fades = np.array((_GAUGE_FADE, _GAUGE_FADE * _GAUGE_FADE))
-        for row in ranks:
+        weight, squares = self._seen.tolist()
+        for row in np.ascontiguousarray(ranks):
             self._shift *= _GAUGE_FADE
             self._shift += row
-            self._seen *= fades
-            self._seen += 1
+            weight, squares = weight * _GAUGE_FADE + 1, squares * (_GAUGE_FADE * _GAUGE_FADE) + 1
+        self._seen[:] = weight, squares
 
 
 def _effect_size(scores: int, directions: int, size: int) -> EffectSize:
@@ -410,9 +399,9 @@ def _less_error(shift: Floats, error: float) -> Floats:
     return np.sign(shift) * np.maximum(np.abs(shift) - error / math.sqrt(12), 0)
 
 
-def all_finite(row: NDArray[np.float32]) -> bool:
-    """No number of a float32 row is infinite or none: in float64 their sum cannot overflow."""
-    return math.isfinite(np.add.reduce(row, dtype=np.float64))
+def all_finite(rows: NDArray[np.float32]) -> bool:
+    """No number of float32 rows is infinite or none: in float64 their sum cannot overflow."""
+    return math.isfinite(np.add.reduce(rows, axis=None, dtype=np.float64))
 
 
 _WORD = (1 << 64) - 1

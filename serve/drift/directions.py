@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import NormalDist
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +29,8 @@ from serve.drift.bets import CELLS, Floats, State, cells
 # Half-lives: in requests, and the last in requests that raised the evidence.
 HALF_LIVES = (16.0, 64.0, 256.0, 48.0)
 _FADES = np.array([[0.5 ** (1 / half_life)] for half_life in HALF_LIVES])
+# The same where the last direction learns nothing.
+_FIRST_FADES = np.concatenate((_FADES[:-1], [[1.0]]))
 # What is below so many standard errors in a direction is left out of it.
 SHRINKAGE = 0.7
 # Multiples of the evidence above this teach the last direction, up to a whole request.
@@ -38,7 +40,10 @@ FARTHEST = 4.0
 # Projections that differ by less are equal: in float32 equal rows may differ by a rounding.
 SAME = 2e-5
 _NONE = np.zeros(0)
-_NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / CELLS) for i in range(CELLS)])
+# Where the ties of a row lie in each direction, and the place in the bag that it gets.
+Draw: TypeAlias = tuple[list[float], int]
+# Normal scores of the cells.
+NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / CELLS) for i in range(CELLS)])
 
 
 class Directions:
@@ -57,7 +62,8 @@ class Directions:
     ) -> None:
         n, k = reference.shape
         self._margin = np.zeros(k, np.float32) if margin is None else np.array(margin, np.float32)
-        self._heard = k - silent
+        self._has_margin = bool(self._margin.any())
+        self._heard, self._silent = k - silent, silent
         # The most that the margins allow along each direction, (directions, 1).
         self._allowed = np.zeros((len(HALF_LIVES), 1), np.float32)
         self._bag = np.empty((capacity + 1, k), np.float32)
@@ -73,29 +79,42 @@ class Directions:
         self._pull = np.zeros((len(HALF_LIVES), capacity + 1))
         self._faded = np.ones((len(HALF_LIVES), 1))
         self._place = self._age = 0
+        # What a request weighs; for the last direction it is set by the evidence.
+        self._weight = np.ones((len(HALF_LIVES), 1))
         self._turn = turn
         self._point()
 
+    def draw(self, rng: np.random.Generator, ahead: int = 0) -> Draw:
+        """The random numbers of the row that comes after `ahead` others: where its ties lie, and what it replaces in a
+        full bag."""
+        ties, m = rng.random(len(HALF_LIVES)).tolist(), self._size + ahead
+        # At random among all m + 1, the new one included, as in the scores' bags.
+        return ties, m if m < len(self._bag) - 1 else int(rng.integers(len(self._bag)))
+
     def rank(self, scores: NDArray[np.float32], rng: np.random.Generator) -> Floats:
         """(directions,) smoothed conformal p-values along each in the bag, which takes the row in."""
+        return np.array(self.ranked(scores, self.draw(rng)))
+
+    def ranked(self, scores: NDArray[np.float32], draw: Draw) -> list[float]:
+        """The same, with its random numbers drawn before."""
+        ties, place = draw
         m = self._size
-        self._along[:, m] = self._towards @ scores
-        along = self._along[:, : m + 1]
-        own = along[:, m:] - self._allowed
-        less = np.array([np.count_nonzero(row) for row in along < own - SAME])
-        upto = np.array([np.count_nonzero(row) for row in along <= own + SAME])
-        p = (less + rng.random(len(less)) * (upto - less)) / (m + 1)
-        if m < len(self._bag) - 1:
-            place = m
+        new = self._towards @ scores
+        self._along[:, m] = new
+        along, own = self._along[:, : m + 1], new[:, None]
+        if self._has_margin:
+            own = own - self._allowed
+        less = [np.count_nonzero(row) for row in along < own - SAME]
+        upto = [np.count_nonzero(row) for row in along <= own + SAME]
+        if place == m and m < len(self._bag) - 1:
             self._size += 1
         else:
-            # At random among all m + 1, the new one included, as in the scores' bags.
-            place = int(rng.integers(m + 1))
-            self._along[:, place] = along[:, m]
+            self._along[:, place] = new
         self._bag[place] = scores
-        self._pull[:, place] = 0
+        if self._silent:
+            self._pull[:, place] = 0
         self._place = place
-        return p
+        return [(low + tie * (high - low)) / (m + 1) for low, tie, high in zip(less, ties, upto, strict=True)]
 
     def reference_places(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """(directions,) each: how many of the reference alone lie below the row along it, and how many not above it."""
@@ -105,17 +124,22 @@ class Directions:
     def teach(self, p: Floats, multiple: float, silent: Floats = _NONE) -> None:
         """Learn from a request's p-values, (k - silent,), which multiplied the evidence by `multiple`, and from its
         silent scores."""
-        weight = np.ones((len(HALF_LIVES), 1))
-        weight[-1] = min(max(1 - TEACHES / multiple, 0), 1) if multiple > 0 else 0
-        fades = _FADES**weight
+        self.taught(NORMAL.take(cells(p)), multiple, silent, np.minimum(np.maximum(silent, -FARTHEST), FARTHEST))
+
+    def taught(self, heard: Floats, multiple: float, silent: Floats, taught: Floats) -> None:
+        """The same, of the normal scores of its p-values, and of its silent scores as they are and as they teach."""
+        weight = self._weight
+        weight[-1] = share = min(max(1 - TEACHES / multiple, 0), 1) if multiple > 0 else 0
+        fades = _FADES**weight if share else _FIRST_FADES
         self._learned *= fades
-        self._learned[:, : self._heard] += weight * _NORMAL.take(cells(p))
-        if len(silent):
-            taught = np.minimum(np.maximum(silent, -FARTHEST), FARTHEST)
+        if self._silent:
+            self._learned[:, : self._heard] += weight * heard
             self._learned[:, self._heard :] += weight * taught
             pull = self._silent_part @ (taught * silent)
             self._pull[:, self._place] = (weight * pull[:, None] / (self._faded * fades))[:, 0]
-        self._faded *= fades
+            self._faded *= fades
+        else:
+            self._learned += weight * heard
         self._squares *= fades * fades
         self._squares += weight * weight
         self._age += 1
@@ -138,16 +162,17 @@ class Directions:
         self._turn_to(kept.astype(np.float32))
         along = self._along[:, : self._size]
         np.matmul(self._towards, self._bag[: self._size].T, out=along)
-        if self._heard < self._bag.shape[1]:
+        if self._silent:
             self._pull *= self._faded
             along -= self._pull[:, : self._size] / length
-        self._faded[:] = 1
+            self._faded[:] = 1
 
     def _turn_to(self, towards: NDArray[np.float32]) -> None:
         self._towards, self._known = towards, None
-        if self._margin.any():
+        if self._has_margin:
             self._allowed = (np.abs(towards) @ self._margin)[:, None]
-        self._silent_part = (towards[:, self._heard :] != 0).astype(np.float32)
+        if self._silent:
+            self._silent_part = (towards[:, self._heard :] != 0).astype(np.float32)
 
     def _reference_along(self) -> NDArray[np.float32]:
         """(directions, n): where the reference lies, until they turn."""

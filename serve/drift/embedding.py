@@ -97,9 +97,7 @@ class Embedding:
         """(dimensions,): weighted mean of the tokens' rows; zeros of nothing. Numbers outside the table (added tokens)
         are left out."""
         ids = np.asarray(tokens, np.int64)
-        # As unsigned numbers the negative ones are the largest.
-        if ids.size and np.maximum.reduce(ids.view(np.uint64)) >= len(self.table):
-            ids = ids[(ids >= 0) & (ids < len(self.table))]
+        ids = _known(ids, len(self.table))
         if not ids.size:
             return np.zeros(self.table.shape[1], np.float32)
         weights = self.weights.take(ids)
@@ -113,9 +111,17 @@ class Embedding:
         ids = np.asarray(tokens, np.int64)
         if ids.size > MEAN_TOKENS:
             ids = ids[np.arange(MEAN_TOKENS) * ids.size // MEAN_TOKENS]
-        ids = ids[(ids >= 0) & (ids < len(self.narrow))]
+        ids = _known(ids, len(self.narrow))
         total = np.add.reduce(self.narrow.take(ids, axis=0), axis=0, dtype=np.int16)
         return total.astype(np.float32) / np.float32(max(ids.size, 1))
+
+
+def _known(ids: NDArray[np.int64], vocabulary: int) -> NDArray[np.int64]:
+    """Those that are in the table."""
+    # As unsigned numbers the negative ones are the largest.
+    if ids.size and np.maximum.reduce(ids.view(np.uint64)) >= vocabulary:
+        return ids[(ids >= 0) & (ids < vocabulary)]
+    return ids
 
 
 def _narrow(source: Rows | NDArray[np.floating]) -> NDArray[np.int8]:

@@ -176,6 +176,10 @@ class Scale:
         np.minimum(scores, CLIP, out=scores)
         return np.maximum(scores, -CLIP, out=scores)
 
+    def each(self, rows: NDArray[np.float32]) -> Floats:
+        """(n, scores) of raw rows, to the bit as of one by one: a product of many rows may round otherwise."""
+        return self(rows[:, None])[:, 0]
+
     def arrays(self) -> dict[str, NDArray]:
         return {"centre": self.centre, "matrix": self.matrix}
 

@@ -31,7 +31,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.bets import MANY_BETS, MOST, Floats, State, cells
+from serve.drift.bets import CELLS, MANY_BETS, MOST, Floats, State
 from serve.drift.reference_structure import autocorrelation_time, wandering
 
 HALF_LIVES = (64.0, 256.0)  # in requests
@@ -172,14 +172,14 @@ class MeanRows:
         self._known: NDArray[np.float32] | None = None
         self.phase = Phase.RANKING
 
-    def _rank(self, row: NDArray[np.float32]) -> Floats:
-        """(directions,) smoothed conformal p-values in the bag, which takes the row in."""
+    def _rank(self, row: NDArray[np.float32]) -> list[float]:
+        """Smoothed conformal p-values in the bag, which takes the row in."""
         m, centred = self._size, row - self._centre
         own = (centred @ self._onto)[:, None]
         along = self._along[:, :m]
-        less = np.count_nonzero(along < own - SAME, axis=1)
-        equal = np.count_nonzero(along <= own + SAME, axis=1) - less
-        p: Floats = (less + self._rng.random(len(less)) * (equal + 1)) / (m + 1)
+        less = [np.count_nonzero(row) for row in along < own - SAME]
+        upto = [np.count_nonzero(row) for row in along <= own + SAME]
+        ties = self._rng.random(len(less)).tolist()
         if m < self._capacity:
             place = m
             self._size += 1
@@ -190,7 +190,7 @@ class MeanRows:
         self._waiting.append((centred, place))
         if len(self._waiting) >= TURN:
             self._turn()
-        return p
+        return [(low + tie * (high - low + 1)) / (m + 1) for low, tie, high in zip(less, ties, upto, strict=True)]
 
     def _turn(self) -> None:
         """Learn from the rows that wait, and rank along what was learned."""
@@ -236,15 +236,15 @@ class MeanRows:
             self._known = ((self._towards @ self._reference.T + own) / (1 - leverage)).astype(np.float32)
         return self._known
 
-    def _bet(self, p: Floats, now: int) -> None:
-        e = MANY_BETS[cells(p)]
+    def _bet(self, p: Sequence[float], now: int) -> None:
+        e = MANY_BETS.take([min(int(each * CELLS), CELLS - 1) for each in p], axis=0)
         self._r += 1
         self._r *= e
         np.minimum(self._r, MOST, out=self._r)
         np.maximum(self._page, 1, out=self._page)
         self._page *= e
         np.minimum(self._page, MOST, out=self._page)
-        self._start[self._page <= 1] = now
+        np.putmask(self._start, self._page <= 1, now)
 
 
 def _exchangeable(rows: NDArray[np.float32], rng: np.random.Generator) -> bool:

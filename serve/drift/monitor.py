@@ -27,9 +27,10 @@ from serve.drift.features import LOGPROB, PROMPT
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
 from serve.drift.parameter_strata import most_common
 from serve.drift.probe_comparison import ProbeAnswers
+from serve.drift.request_rows import reference_rows
 from serve.drift.request_text import RequestText
 from serve.drift.traffic_profile import TrafficProfile
-from serve.drift.watched_version import PROBE, Alarm, DriftSettings, ProbeResult, WatchedVersion, reference_rows
+from serve.drift.watched_version import PROBE, Alarm, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
 
 log = logging.getLogger(__name__)

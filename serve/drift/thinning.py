@@ -147,7 +147,7 @@ class Thinning(Generic[Item]):
         if not repeated:
             near = not alone and not (rest != NUMBER).any()
             for band in _signature(rest):
-                near = self._seen(self._bands, band) or near
+                near |= self._seen(self._bands, band)
         crowded = request.key is not None and self._crowded(request.key, request.now)
         self._returned += crowded
         if not (repeated or near or crowded) and request.key is not None:
@@ -159,9 +159,8 @@ class Thinning(Generic[Item]):
         """Whether it came within the window; it is remembered as the newest."""
         while memory and next(iter(memory.values())) < self._raw - self._window:
             memory.popitem(last=False)
-        known = digest in memory
+        known = memory.pop(digest, None) is not None
         memory[digest] = self._raw
-        memory.move_to_end(digest)
         return known
 
     def _crowded(self, key: int, now: float) -> bool:

@@ -93,13 +93,14 @@ def skipped(tokens: Sized) -> int:
 
 def hashed_runs(symbols: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
     """Every run of `length` symbols as one number; none, if there are fewer symbols (multilinear hashing)."""
-    words = symbols.astype(np.uint64)
+    words = np.ascontiguousarray(symbols).view(np.uint64)
     count = len(words) - length + 1
     if count <= 0:
         return np.zeros(0, np.uint64)
-    runs = words[:count] * _FACTORS[0]
-    for i in range(1, length):
-        runs += words[i : i + count] * _FACTORS[i]
+    # Each row is a run: rows overlap in memory.
+    runs: NDArray[np.uint64] = (
+        np.ndarray((count, length), np.uint64, words, strides=words.strides * 2) @ _FACTORS[:length]
+    )
     return runs
 
 

@@ -2,7 +2,7 @@
 
     part = sketch(tokens)                       # (SKETCH,) numbers, behind a request's row until it is scored
     surprise, scores = TokenSurprise.fit(parts) # of the fitting half of a reference
-    surprise(part)                              # (2,): of single tokens, of pairs
+    surprise(part)                              # (2,): of single tokens, of pairs; also of many
 
 The score of a text is the sum of -ln p over its tokens, less what the reference's texts have in the mean, divided by
 the square root of its length: so a short text's score spreads as much as a long one's. p comes of hashed counts. What
@@ -65,11 +65,13 @@ class TokenSurprise:
         scores = np.array([scores for _, scores in fits]).T / spread
         return cls(tuple(table for table, _ in fits), spread), scores.astype(np.float32)
 
-    def __call__(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(2,) of one sketch."""
-        ids = part.astype(np.intp).reshape(len(self.tables), SAMPLED)
-        sums = [np.add.reduce(table.take(row), dtype=np.float32) for table, row in zip(self.tables, ids, strict=True)]
-        return np.array(sums, np.float32) / (self.spread * np.sqrt(np.maximum(np.add.reduce(ids >= 0, axis=1), 1)))
+    def __call__(self, parts: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(..., 2) of sketches (..., SKETCH)."""
+        ids = parts.astype(np.intp).reshape(*parts.shape[:-1], len(self.tables), SAMPLED)
+        scores = np.empty((*parts.shape[:-1], len(self.tables)), np.float32)
+        for i, table in enumerate(self.tables):
+            np.add.reduce(table.take(ids[..., i, :]), axis=-1, dtype=np.float32, out=scores[..., i])
+        return scores / (self.spread * np.sqrt(np.maximum(np.add.reduce(ids >= 0, axis=-1), 1)))
 
     def arrays(self) -> dict[str, NDArray]:
         return {"tokens": self.tables[0], "pairs": self.tables[1], "spread": self.spread}

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -20,27 +20,15 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.drift.baseline import Baseline, Phase, Tolerance
 from serve.drift.change_description import describe, describe_probe, movement
 from serve.drift.embedding import Embedding
-from serve.drift.features import (
-    ALL_TOKENS,
-    LOGPROB,
-    OUTPUT,
-    PROMPT,
-    SIGNALS,
-    Answer,
-    Floats,
-    answer_rows,
-    beginning,
-    prompt_row,
-    whole_prompt_row,
-    with_sketch,
-)
+from serve.drift.features import ALL_TOKENS, LOGPROB, OUTPUT, PROMPT, SIGNALS, Floats, prompt_row, whole_prompt_row
 from serve.drift.parameter_strata import LEGACY, Stratum
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
+from serve.drift.request_rows import regress_on, rows_of_answer
 from serve.drift.request_text import TAIL, RequestText
 from serve.drift.share_watch import ShareWatch
 from serve.drift.signal import Signal
 from serve.drift.thinning import CROWDED, NEAR, REPEATED, WINDOW, Shuffle, Taken, Thinning
-from serve.drift.token_runs import own_tokens, skipped
+from serve.drift.token_runs import skipped
 from serve.drift.traffic_profile import Prompt, TrafficProfile
 from serve.drift.word_counts import hashed
 from serve.engine.effect_probe import effect
@@ -121,7 +109,7 @@ class _Quote:
         return cls(exchange.request_id, exchange.began, generation.text[: 2 * QUOTED_CHARACTERS], prompt)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Sample:
     """What is kept of an exchange: numbers, and a quote if quotes were asked for. `skipped`: tokens of its prompt that
     are not looked at. `rows` are of as much of the answer as its `stratum` looks at, `lower_rows` of the beginning that
@@ -192,8 +180,7 @@ class WatchedVersion:
         taken = self.thinning.offer(sample, tokens=prompt, key=sample.asker, now=exchange.began)
         alarms = list(self._sampling_alarms())
         if taken is not None:
-            block = self._shuffle.add(self._accepted(taken, embedding))
-            alarms += [alarm for earlier in block for alarm in self._count(earlier)]
+            alarms += self._count(self._shuffle.add(self._accepted(taken, embedding)))
         return alarms
 
     def compare_probe(self, answers: ProbeAnswers, now: float, earlier: ProbeAnswers | None = None) -> ProbeResult:
@@ -328,9 +315,9 @@ class WatchedVersion:
         generation, owned = exchange.generations[0], self._may_quote(exchange)
         quote = _Quote.of(exchange, generation) if self.settings.capture and owned else None
         stratum, *below = self.baseline.strata[OUTPUT].levels(Stratum.of(generation.parameters))
-        rows = _answer_rows(generation, embedding, stratum)
+        rows = rows_of_answer(generation, embedding, stratum)
         lower = below[0] if below else LEGACY
-        lower_rows = _answer_rows(generation, embedding, lower) if below else {}
+        lower_rows = rows_of_answer(generation, embedding, lower) if below else {}
         beyond, asker = skipped(generation.prompt), _asker(exchange)
         return _Sample(
             exchange.began, rows, quote, beyond, exchange.tenant, asker, owned, None, stratum, lower, lower_rows
@@ -343,33 +330,40 @@ class WatchedVersion:
         row = prompt_row(embedding, tokens, sample.skipped)
         sample.rows[PROMPT] = whole_prompt_row(embedding, row, tokens)
         for rows in (sample.rows, sample.lower_rows):
-            _regress_on(row, rows)
+            regress_on(row, rows)
         # Words are the owner's to read, so only the owner's are counted.
         text = self.text.last(tokens[-TAIL:].tolist()) if self.text is not None else ""
         language, words = read(text)
         counted = hashed(words, STOP_WORDS) if words and sample.words else {}
         length = len(tokens) + sample.skipped
-        prompt = Prompt(length, language, sample.tenant, counted, sample.asker or 0, row[1:])
-        return replace(sample, prompt=prompt)
+        sample.prompt = Prompt(length, language, sample.tenant, counted, sample.asker or 0, row[1:])
+        return sample
 
-    def _count(self, sample: _Sample) -> Iterator[Alarm]:
-        """Update every signal with one accepted sample."""
-        if sample.quote is not None:
-            self._quotes.append((sample.rows[PROMPT], sample.quote))
-        gathering = self.baseline.signals[PROMPT].phase is Phase.GATHERING
-        if sample.prompt is not None:
-            (self.reference if gathering else self.recent).add(sample.prompt)
-        taken = list(self._taken(sample))
-        self.requests_watched += any(signal.phase is Phase.WATCHING for _, signal, _ in taken)
-        for kind, signal, row in taken:
-            if signal.phase is Phase.WATCHING:
-                self._times.setdefault(signal, deque(maxlen=SAMPLE_TIMES)).append(sample.began)
-                self.rows_watched += 1
-            if signal.update(row):
-                self.moved[kind] = describe(signal, self.reference, self.recent, self._since(signal))
-                self.alarmed[kind] = sample.began
-                effects, moved = signal.beyond(), self.moved[kind]
-                yield Alarm(self.adapter, self.version, kind, effects, signal.log_evidence, moved)
+    def _count(self, samples: Sequence[_Sample]) -> Iterator[Alarm]:
+        """Update every signal with some accepted samples, one after another."""
+        taken = [list(self._taken(sample)) for sample in samples]
+        rows: dict[Signal, list[Floats]] = {}
+        for _, signal, row in chain.from_iterable(taken):
+            rows.setdefault(signal, []).append(row)
+        steps = {signal: signal.steps(each) for signal, each in rows.items()}
+        for sample, signals in zip(samples, taken, strict=True):
+            if sample.quote is not None:
+                self._quotes.append((sample.rows[PROMPT], sample.quote))
+            if sample.prompt is not None:
+                gathering = self.baseline.signals[PROMPT].phase is Phase.GATHERING
+                (self.reference if gathering else self.recent).add(sample.prompt)
+            self.requests_watched += any(signal.watching for _, signal, _ in signals)
+            for kind, signal, _ in signals:
+                if signal.watching:
+                    self._times.setdefault(signal, deque(maxlen=SAMPLE_TIMES)).append(sample.began)
+                    self.rows_watched += 1
+                if next(steps[signal]):
+                    self.moved[kind] = describe(signal, self.reference, self.recent, self._since(signal))
+                    self.alarmed[kind] = sample.began
+                    effects, moved = signal.beyond(), self.moved[kind]
+                    yield Alarm(self.adapter, self.version, kind, effects, signal.log_evidence, moved)
+        for each in steps.values():
+            next(each, None)
 
     def _taken(self, sample: _Sample) -> Iterator[tuple[str, Signal, Floats]]:
         """The signals that take a sample: of its own parameters, and of the lower stratum that it is compared with."""
@@ -403,39 +397,6 @@ class WatchedVersion:
         for pattern in self.settings.redact:
             text = pattern.sub("[redacted]", text)
         return text
-
-
-def reference_rows(
-    generations: Sequence[Generation], embedding: Embedding, stratum: Stratum
-) -> dict[str, list[Floats]]:
-    """The rows of each signal that a reference is made of; what prompts share is left out of them as it is live."""
-    rows: dict[str, list[Floats]] = {}
-    prompts = own_tokens((generation.prompt for generation in generations), embedding.numbers)
-    for generation, own in zip(generations, prompts, strict=True):
-        each = _answer_rows(generation, embedding, stratum)
-        prompt = prompt_row(embedding, own, skipped(generation.prompt))
-        each[PROMPT] = whole_prompt_row(embedding, prompt, own)
-        _regress_on(prompt, each)
-        for kind, row in each.items():
-            rows.setdefault(kind, []).append(row)
-    return rows
-
-
-def _answer_rows(generation: Generation, embedding: Embedding, stratum: Stratum) -> dict[str, Floats]:
-    """The rows that as much of an answer gives as the stratum looks at, without its prompt's numbers."""
-    tokens = np.asarray(generation.output, np.int64)
-    answer = Answer(tokens, generation.finish_reason, generation.text, generation.logprobs)
-    counted = beginning(answer, stratum.tokens)
-    rows = answer_rows(embedding, np.zeros(0), counted)
-    if OUTPUT in rows:
-        rows[OUTPUT] = with_sketch(rows[OUTPUT], counted.tokens)
-    return rows
-
-
-def _regress_on(prompt: Floats, rows: dict[str, Floats]) -> None:
-    """A row of log-probabilities goes on with its prompt's row."""
-    if LOGPROB in rows:
-        rows[LOGPROB] = np.concatenate((rows[LOGPROB], prompt))
 
 
 def _asker(exchange: Exchange) -> int | None:

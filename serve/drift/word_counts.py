@@ -52,11 +52,12 @@ class WordCounts:
         """Count one request: its words by their hashes (`hashed`), and a number for who asked."""
         self._unit *= self._growth
         self._requests += self._unit
+        unit, counts = self._unit, self._counts
         for key, word in words.items():
-            known = self._counts.get(key)
+            known = counts.get(key)
             if known is None:
-                known = self._counts[key] = _Count(missed=self._forgotten)
-            known.count += self._unit
+                known = counts[key] = _Count(missed=self._forgotten)
+            known.count += unit
             if not known.text and asker not in known.askers:
                 known.askers = (*known.askers, asker)
                 if len(known.askers) >= ASKERS:

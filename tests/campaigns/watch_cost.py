@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import logging
-import random
 import statistics
 import tempfile
 import time
@@ -32,11 +31,8 @@ from transformers import AutoTokenizer
 from serve.asgi import exchange
 from serve.asgi.exchange import Generation, Parameters
 from serve.config import load
-from serve.drift.personal_data import KINDS
 from serve.server.launch import resolved
-from serve.telemetry.prices import Price
-from tests.campaigns.cost import FILLING, STREAMS, TOKENS
-from tests.e2e.test_watching import GARDEN
+from tests.campaigns.cost import FILLING, STREAMS, TOKENS, Words, everything
 from tests.support.app import Started, http
 from tests.support.backend import FakeBackend
 from tests.support.cpu_clocks import cpu_seconds, since
@@ -45,8 +41,6 @@ BASE = "smollm2"
 # Some hold what the patterns for personal data look for.
 CONTACTS = ("write to ann.lee@example.com", "call +49 221 1234567", "order 4711-2026, 12 pieces", "")
 WORDS_MEDIAN, WORDS_SPREAD, WORDS_MOST = 30, 0.8, 400
-# Of each request, as the engine reports it.
-LOGPROBS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +90,19 @@ class Requests:
     def __init__(self, model: str, seed: int = 0) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._fast = Tokenizer.from_file(f"{model}/tokenizer.json")
-        self._lots = random.Random(seed)
-        self._count = 0
+        self._words, self._count = Words(model, seed), 0
 
     def more(self, count: int) -> list[Asked]:
         return [self._one() for _ in range(count)]
 
     def _one(self) -> Asked:
-        lots, self._count = self._lots, self._count + 1
+        lots, self._count = self._words.lots, self._count + 1
         length = min(WORDS_MOST, round(lots.lognormvariate(np.log(WORDS_MEDIAN), WORDS_SPREAD)) + 4)
-        text = " ".join([*lots.choices(GARDEN, k=length), lots.choice(CONTACTS)])
+        text = f"{self._words.text(length)} {lots.choice(CONTACTS)}"
         messages = [{"role": "system", "content": "You are a gardener."}, {"role": "user", "content": text}]
         whole = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompt = self._fast.encode(whole, add_special_tokens=False).ids
-        said = self._fast.encode(" ".join(lots.choices(GARDEN, k=TOKENS)), add_special_tokens=False).ids[:TOKENS]
+        said = self._fast.encode(self._words.text(TOKENS), add_special_tokens=False).ids[:TOKENS]
         made = Generation(
             prompt, said, "length", self._fast.decode(said), queue=0.01, gap=0.02, worst_gap=0.03,
             logprobs=[-lots.random() for _ in said], cached=8, engine_seconds=0.1, prefill=0.02,
@@ -145,11 +138,7 @@ def timed(call: Callable[..., Any], label: str, times: dict[str, float]) -> Call
 async def main(rounds: int, count: int) -> None:
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as data:
-        config = resolved(load([BASE, "--data-dir", data], {}))
-        config = replace(
-            config, capture=True, capture_text=True, capture_redact=(r"\d{16}",), personal_data=KINDS,
-            drift_logprobs=LOGPROBS, prices=(Price(prompt=1.0, generated=2.0, engine_hour=1.0),),
-        )  # fmt: skip
+        config = everything(resolved(load([BASE, "--data-dir", data], {})))
         backend = Known(config.model)
         started = Started(config, backend)
         async with started:
@@ -207,7 +196,10 @@ async def measure(measured: Measured, rounds: int, count: int) -> None:
         await asyncio.sleep(0.1)
     for _ in range(FILLING // 200):
         await measured.send(200)
-    print(f"filled by {FILLING} requests", flush=True)
+    (filled,) = measured.parts.drift_monitor.report(BASE)
+    structure = filled["signals"]["prompt"]["structure"]
+    means = structure.get("mean_rows", f"off, {structure['promise']}")
+    print(f"filled by {FILLING} requests; mean rows of prompts: {means}", flush=True)
     spent: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     sticks = []
     for number in range(rounds):

@@ -142,6 +142,19 @@ def test_a_genre_that_only_mean_rows_tell_alarms_and_no_mean_row_is_written():
         assert watching.changed_at is not None and watching.effects()["foreign_share"] > 0.03
 
 
+@pytest.mark.parametrize("needed", [210, 45])  # with mean rows that are ranked, and without
+def test_several_rows_at_once_are_those_rows_one_by_one_to_the_bit(needed):
+    rng = np.random.default_rng(19)
+    rows = [with_mean_row(rng) for _ in range(250)] + [with_mean_row(rng, 0.8) for _ in range(60)]
+    alone, together = Signal(PROMPT, needed=needed, threshold=100), Signal(PROMPT, needed=needed, threshold=100)
+    alarms = [alone.update(row) for row in rows]
+    blocks = [rows[i : i + 8] for i in range(0, len(rows), 8)]  # the reference is complete within a block
+    assert [alarm for block in blocks for alarm in together.steps(block)] == alarms
+    left, right = alone.state(), together.state()
+    assert left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+    assert alone.effects() == together.effects() and alone.changed_at == together.changed_at
+
+
 def test_of_an_earlier_release_mean_rows_are_gathered_anew():
     rng = np.random.default_rng(18)
     earlier = Signal(PROMPT, needed=300)

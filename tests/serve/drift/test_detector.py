@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from serve.drift import bets
 from serve.drift.baseline import Signal
 from serve.drift.detector import Drift
 from serve.drift.features import prompt_row
@@ -107,7 +108,7 @@ def test_ranks_are_uniform_and_independent_also_when_the_bag_forgets():
     p = []
     for seed in range(300):
         detector = Drift(rng.integers(0, 3, (4, 1)), capacity=1, seed=seed)  # the reference fills the bag
-        p.append([detector._rank(rng.integers(0, 3, 1).astype(np.float32))[0] for _ in range(40)])
+        p.append([detector._rank(rng.integers(0, 3, (1, 1)).astype(np.float32), [])[0][0, 0] for _ in range(40)])
     ranks = np.array(p)
     cells = np.histogram(ranks, 10, (0, 1))[0] / ranks.size
     assert np.abs(cells - 0.1).max() < 4 * np.sqrt(0.09 / ranks.size)
@@ -212,6 +213,24 @@ def test_a_restored_detector_goes_on_bit_for_bit(updates, tmp_path):
     ours, theirs = detector.state(), twin.state()
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("draw", [discrete, counted, heavy])
+def test_several_rows_at_once_are_those_rows_one_by_one_to_the_bit(draw, monkeypatch):
+    monkeypatch.setattr(bets, "SMALLEST_UNIT", 0.95)  # histograms are written anew within blocks too
+    rng = np.random.default_rng(8)
+    known = {"seed": 3, "capacity": 1000, "threshold": 1e3}
+    known |= {"silent": SILENT, "turn": 4} if draw is counted else {}
+    reference, rows = draw(rng, 990), draw(rng, 120)  # the bags fill on the way
+    rows[70:] += 1  # the evidence is there within a block
+    known["margin"] = np.where(np.arange(reference.shape[1]) == 1, 0.5, 0)
+    alone, together = Drift(reference, **known), Drift(reference, **known)
+    one_by_one = [alone.update(row) for row in rows]
+    blocks = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+    assert [drifted for block in blocks for drifted in together.steps(block, [None] * len(block))] == one_by_one
+    assert one_by_one[-1] and not one_by_one[0]
+    left, right = alone.state(), together.state()
+    assert left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
 def test_memory_ends_at_the_capacity():

@@ -1,0 +1,57 @@
+"""The rows of numbers that a request and its answer give, by signal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from serve.asgi.exchange import Generation
+from serve.drift.embedding import Embedding
+from serve.drift.features import (
+    LOGPROB,
+    OUTPUT,
+    PROMPT,
+    Answer,
+    Floats,
+    answer_rows,
+    beginning,
+    prompt_row,
+    whole_prompt_row,
+    with_sketch,
+)
+from serve.drift.parameter_strata import Stratum
+from serve.drift.token_runs import own_tokens, skipped
+
+
+def reference_rows(
+    generations: Sequence[Generation], embedding: Embedding, stratum: Stratum
+) -> dict[str, list[Floats]]:
+    """The rows of each signal that a reference is made of; what prompts share is left out of them as it is live."""
+    rows: dict[str, list[Floats]] = {}
+    prompts = own_tokens((generation.prompt for generation in generations), embedding.numbers)
+    for generation, own in zip(generations, prompts, strict=True):
+        each = rows_of_answer(generation, embedding, stratum)
+        prompt = prompt_row(embedding, own, skipped(generation.prompt))
+        each[PROMPT] = whole_prompt_row(embedding, prompt, own)
+        regress_on(prompt, each)
+        for kind, row in each.items():
+            rows.setdefault(kind, []).append(row)
+    return rows
+
+
+def rows_of_answer(generation: Generation, embedding: Embedding, stratum: Stratum) -> dict[str, Floats]:
+    """The rows that as much of an answer gives as the stratum looks at, without its prompt's numbers."""
+    tokens = np.asarray(generation.output, np.int64)
+    answer = Answer(tokens, generation.finish_reason, generation.text, generation.logprobs)
+    counted = beginning(answer, stratum.tokens)
+    rows = answer_rows(embedding, np.zeros(0), counted)
+    if OUTPUT in rows:
+        rows[OUTPUT] = with_sketch(rows[OUTPUT], counted.tokens)
+    return rows
+
+
+def regress_on(prompt: Floats, rows: dict[str, Floats]) -> None:
+    """A row of log-probabilities goes on with its prompt's row."""
+    if LOGPROB in rows:
+        rows[LOGPROB] = np.concatenate((rows[LOGPROB], prompt))
