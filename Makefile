@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas speculation
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -62,6 +62,9 @@ recovery: setup-dev ## how soon a killed engine is back with 16 adapters, agains
 
 long-prompts: setup-dev ## how long running answers wait beside long prompts, by --target-inter-token; 7 minutes
 	@$(BIN)/python -m tests.campaigns.long_prompts $(ARGS)
+
+speculation: setup-dev ## what --speculation ngram gains and costs, with and without in turns, and 1,000 answers compared (CPU); 20 minutes
+	@$(BIN)/python -m tests.campaigns.speculation $(ARGS)
 
 overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away; some minutes
 	@$(BIN)/python -m tests.campaigns.overload $(ARGS)

@@ -71,7 +71,7 @@ class Generation:
     are the mean and the longest wait for a token after the first. `logprobs` are those of the tokens that were sampled,
     if they were asked for. `text` is what was said, if the engine made text of it. `cached` of the prompt's tokens came
     from the prefix cache. `engine_seconds` is its part of the time that the engine's steps took. `prefill` is the time
-    from the prompt's turn in the engine to the first token.
+    from the prompt's turn in the engine to the first token. `drafts`: tokens computed ahead of their turn, and right.
     """
 
     prompt: Sequence[int]
@@ -87,12 +87,12 @@ class Generation:
     engine_seconds: float = 0.0
     parameters: Parameters | None = None
     prefill: float | None = None
+    drafts: tuple[int, int] = (0, 0)
 
 
 def count_prompt_tokens(generations: Iterable[Generation]) -> int:
     """Of several sequences of one prompt it counts once; the prompts of a batch count each."""
-    prompts = {id(generation.prompt): len(generation.prompt) for generation in generations}
-    return sum(prompts.values())
+    return sum({id(generation.prompt): len(generation.prompt) for generation in generations}.values())
 
 
 def count_generated_tokens(generations: Iterable[Generation]) -> int:

@@ -113,6 +113,14 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"cpu_weights={config.cpu_weights} goes with lora_kernels=auto alone: only its kernels read such weights"
         )
+    if config.speculation != "off" and config.lora_kernels != "auto":
+        raise ConfigError(
+            f"speculation={config.speculation} goes with lora_kernels=auto alone: drafts are verified in its fused step"
+        )
+    if config.speculation != "off" and any("speculative_config" in base.engine for base in config.bases):
+        raise ConfigError(
+            f"speculation={config.speculation} and vLLM's speculative_config do the same: give one of them"
+        )
     if config.resolver_folder and not Path(config.resolver_folder).is_dir():
         raise ConfigError(f"resolver_folder takes a folder with adapters in it by name, not {config.resolver_folder}")
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):

@@ -93,6 +93,9 @@ class Config:
     cpu_weights: Literal["auto", "int8", "int4"] = _setting(
         "auto", "on a CPU: auto (as in the checkpoint), or int8 or int4 for bfloat16 ones: faster, rounded"
     )
+    speculation: Literal["off", "ngram"] = _setting(
+        "off", "on a CPU: off, or ngram for drafts from a request's own prompt and answer, verified in the fused step"
+    )
     target_inter_token: AutoOrSeconds = _setting(
         "auto",
         "on a CPU: what a step may take for prompts while answers wait for their next token:"

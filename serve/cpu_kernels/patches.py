@@ -1,7 +1,8 @@
 """What loradock replaces in vLLM: tables of single functions, all checked before one of them is changed.
 
-A replacement is a function of ours that gets vLLM's own as its first argument. vLLM may move: a function that is gone,
-or that takes other arguments than it did when the patch was written, ends the start with a sentence that names it.
+A replacement is a function of ours that gets what it replaces as its first argument: vLLM's own, or the replacement of
+another table. vLLM may move: a function that is gone, or that takes other arguments than it did when the patch was
+written, ends the start with a sentence that names it.
 """
 
 from __future__ import annotations
@@ -40,18 +41,17 @@ class Patch:
             function = _bare(self._stock())
         except (ImportError, AttributeError):
             return f"{self} is gone"
-        if _patched(function):
-            return None
-        taken = " ".join(inspect.signature(function).parameters)
+        taken = " ".join(inspect.signature(_layers(function)[-1]).parameters)
         return None if taken == self.parameters else f"{self} takes ({taken}) and not ({self.parameters})"
 
     def apply(self) -> None:
         """Put the replacement in place, once."""
         stock = self._stock()
         original = _bare(stock)
-        if _patched(original):
+        replacement = _resolved(self.replacement)
+        if any(getattr(layer, "__wrapped__", None) is replacement for layer in _layers(original)):
             return
-        replaced: Any = _bound(_resolved(self.replacement), original)
+        replaced: Any = _bound(replacement, original)
         if isinstance(stock, (staticmethod, classmethod)):
             replaced = type(stock)(replaced)
         setattr(_resolved(self.owner), self.name, replaced)
@@ -89,8 +89,12 @@ def _bare(stock: Any) -> Callable[..., Any]:
     return function
 
 
-def _patched(function: Any) -> bool:
-    return hasattr(function, "loradock_original")
+def _layers(function: Any) -> list[Any]:
+    """The function, what it replaces, and so on down to vLLM's own."""
+    layers = [function]
+    while (below := getattr(layers[-1], "loradock_original", None)) is not None:
+        layers.append(below)
+    return layers
 
 
 def _bound(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

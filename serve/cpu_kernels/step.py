@@ -252,7 +252,7 @@ def _check_engine(config: Any) -> None:
     if config.kv_transfer_config is not None:
         raise Unknown("engine", "its KV cache is handed over layer by layer (kv_transfer_config)")
     if config.speculative_config is not None or config.model_config.runner_type != "generate":
-        raise Unknown("engine", "it speculates, or generates nothing")
+        raise Unknown("engine", "it has a speculative_config, or generates nothing")
 
 
 def _adapters(module: Any) -> int:

@@ -15,7 +15,7 @@ REASONS = {
     "attention": "the attention is not known",
     "output": "the output layer is not known",
     "adapters": "the adapters are vLLM's own path's",
-    "engine": "the engine is spread, speculates, hands its KV cache over or generates nothing",
+    "engine": "the engine is spread, has a speculative_config, hands its KV cache over or generates nothing",
     "adapter": "an adapter of the step changes the embedding, or came in between",
     "rows": "the processor has tile instructions, which vLLM's products use for many tokens",
     "cache": "the KV cache lies in another way",

@@ -372,8 +372,11 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding("kernels", "warning", detail, "AMD Zen 4, Intel Sapphire Rapids and newer have them")
     else:
         yield Finding("kernels", "ok", "the fused step for models that it knows, LoRA kernels in vLLM's layers else")
-    asked = config.cpu_weights
-    if asked != "auto" and (lacking or machine.compiler() is None or config.lora_kernels != "auto"):
+    asked, unfused = config.cpu_weights, lacking or machine.compiler() is None or config.lora_kernels != "auto"
+    if config.speculation != "off" and unfused:
+        detail = f"speculation={config.speculation} needs the fused step: nothing is drafted"
+        yield Finding("speculation", "warning", detail, "")
+    if asked != "auto" and unfused:
         yield Finding(
             f"{asked} weights", "warning", f"cpu_weights={asked} needs the fused step: weights stay as they are", ""
         )

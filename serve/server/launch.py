@@ -69,6 +69,10 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
     engine |= base.engine
     if "max_cpu_loras" not in base.engine:
         engine["max_cpu_loras"] = max(engine["max_cpu_loras"], whole(engine, "max_loras"))
+    if config.speculation != "off" and not hardware.on_cpu():
+        raise ConfigError(
+            f"speculation={config.speculation} is for engines on a CPU: here give vLLM's own speculative_config"
+        )
     if hardware.on_cpu():
         ranks = whole(engine, "data_parallel_size")
         weights = ranks * engine_memory.weights(Path(base.model), config.cpu_weights)
@@ -88,6 +92,7 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         # Read in vLLM's own processes, which know no Config.
         os.environ["LORADOCK_LORA_KERNELS"] = config.lora_kernels
         os.environ["LORADOCK_CPU_WEIGHTS"] = config.cpu_weights
+        os.environ["LORADOCK_SPECULATION"] = config.speculation
         os.environ["LORADOCK_TARGET_INTER_TOKEN"] = config.target_inter_token
         os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.

@@ -101,6 +101,10 @@ class Metrics:
         if exchange.generations:
             series.prompt.inc(exchange.prompt_tokens)
             series.generated.inc(exchange.generated_tokens)
+        for made in exchange.generations:
+            drafted, accepted = made.drafts
+            series.accepted.inc(accepted)
+            series.rejected.inc(drafted - accepted)
         for histogram, seconds in (
             (series.queue, exchange.seat_wait),
             (series.engine_queue, exchange.queue),

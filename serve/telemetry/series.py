@@ -89,6 +89,13 @@ class OwnFamilies:
             "Tokens that the engine generated, counted when the request ends, whether or not the client got them.",
             *LABELS,
         )
+        self.drafts = self._counter(
+            "draft_tokens",
+            "Tokens that were computed ahead of their turn (setting speculation), by result: accepted (they are among "
+            "the generated ones) or rejected. Counted when the request ends; not of those whose client left first.",
+            *LABELS,
+            "result",
+        )
 
     def _of_latencies(self) -> None:
         self.first = self._histogram(
@@ -163,6 +170,8 @@ class Series:
         self._requests, self._failures = families.requests, families.failures
         self.prompt = self.child(families.prompt)
         self.generated = self.child(families.generated)
+        self.accepted = self.child(families.drafts, "accepted")
+        self.rejected = self.child(families.drafts, "rejected")
         self.first = self.child(families.first)
         self.gap = self.child(families.gap)
         self.worst = self.child(families.worst)

@@ -191,6 +191,7 @@ class VLLMBackend:
             llm.output_processor.__class__ = Outputs
             llm.output_processor.plain = self._tells_plainly()
             llm.output_processor.step_times = self._pulse.step_times
+            llm.output_processor.counts_drafts = llm.vllm_config.speculative_config is None
             tasks = await llm.get_supported_tasks()
             self._generates = "generate" in tasks
             self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)

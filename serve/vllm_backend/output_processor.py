@@ -35,6 +35,8 @@ class Outputs(OutputProcessor):
     plain = False
     # Who is charged for the engine's time; its backend hands it in.
     step_times: StepTimes | None = None
+    # Whether drafts are counted for us and no answer tells of them; its backend knows.
+    counts_drafts = False
 
     def add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         super().add_request(request, *args, **kwargs)
@@ -70,6 +72,9 @@ class Outputs(OutputProcessor):
             for output in engine_core_outputs
             if (state := self.request_states.get(output.request_id)) is not None
         ]
+        if self.counts_drafts:
+            for state, output, _ in sequences:
+                _count_drafts(state, output)
         done = super().process_outputs(engine_core_outputs, engine_core_timestamp, *args, **kwargs)
         if self.step_times is not None and engine_core_timestamp is not None:
             computed = [(state, _tokens(state, output, began)) for state, output, began in sequences]
@@ -92,6 +97,15 @@ def _tokens(state: RequestState, output: EngineCoreOutput, began: bool) -> int:
     """What a step computed for a sequence: of one that begins, the prompt as far as it was not cached."""
     prompt = state.prompt_len - state.num_cached_tokens if began else 0
     return max(1, prompt, len(output.new_token_ids))
+
+
+def _count_drafts(state: RequestState, output: EngineCoreOutput) -> None:
+    """What the engine tells with a sequence's end; vLLM would put it into the answer."""
+    counts, output.spec_decode_metrics = output.spec_decode_metrics, None
+    watched = getattr(state, "watched", None)
+    if counts is not None and watched is not None:
+        accepted = sum(number * steps for number, steps in enumerate(counts.histogram))
+        watched.drafts = counts.num_draft_tokens, accepted
 
 
 def _alone(state: RequestState) -> bool:
@@ -139,6 +153,7 @@ class _Sequence:
         self._parameters = parameters
         self.engine_seconds = 0.0
         self.finish_reason = "abort"
+        self.drafts = (0, 0)
         self.stats: Timed | None = None
         if state.stats is not None:
             state.stats = self.stats = Timed(**vars(state.stats))
@@ -159,6 +174,7 @@ class _Sequence:
                 cached=cached,
                 engine_seconds=self.engine_seconds,
                 parameters=parameters,
+                drafts=self.drafts,
             )
         begun = stats.first_token_ts > 0
         later = len(output) - 1
@@ -176,6 +192,7 @@ class _Sequence:
             engine_seconds=self.engine_seconds,
             parameters=parameters,
             prefill=max(stats.first_token_ts - stats.scheduled_ts, 0.0) if begun and stats.scheduled_ts else None,
+            drafts=self.drafts,
         )
 
     def _logprobs(self) -> list[float] | None:

@@ -16,6 +16,7 @@ from serve.vllm_backend import (
     prompt_budget,
     prompt_logprobs,
     seeded_prompts,
+    speculation,
     titles,
     token_texts,
 )
@@ -29,6 +30,7 @@ def register() -> None:
     prompt_logprobs.install()
     token_texts.install()
     prompt_budget.install()
+    speculation.install()  # after those whose functions it wraps: they see its drafts
     seeded_prompts.install()
     media.install()
     forkserver.install()

@@ -168,8 +168,9 @@ def _limited(scheduler: Any, tokens: int) -> Iterator[None]:
     # Answers first: who came during a long prompt would get no token before that prompt is whole.
     scheduler.running.sort(key=_turn)
     prompts = [request for request in scheduler.running if _in_prompt(request)]
-    answers = len(scheduler.running) - len(prompts)
-    scheduler.max_num_scheduled_tokens = min(before[0], tokens + answers * _tokens_of_an_answer(scheduler))
+    each = _tokens_of_an_answer(scheduler)
+    answers = sum(max(each, 1 + len(it.spec_token_ids)) for it in scheduler.running if not _in_prompt(it))
+    scheduler.max_num_scheduled_tokens = min(before[0], tokens + answers)
     room = len(scheduler.running) < scheduler.max_num_active_reqs and not before[1]
     waiting = scheduler.waiting.peek_request() if room and scheduler.waiting else None
     left = _budget(scheduler).leaves(waiting, tokens, prompts[0]) if waiting and prompts else 0

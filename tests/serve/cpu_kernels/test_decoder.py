@@ -348,3 +348,28 @@ def test_a_token_is_the_same_to_the_last_bit_however_its_prompt_is_cut_and_whate
             parts.append(fused.step(ids[positions], positions)[: end - begin])
         outputs.append(torch.cat(parts))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("name", ["plain", "windows in some layers", "heads of 96"])
+def test_a_token_with_drafts_behind_it_is_to_the_last_bit_what_it_is_alone(monkeypatch, name):
+    """Right and wrong ones: the wrong ones' keys are overwritten."""
+    kind = KINDS[name]
+    decoder, _ = decoder_of(kind)
+    fused = fused_of(monkeypatch, decoder)
+    ids = torch.randint(VOCABULARY, (80,), dtype=torch.int32)
+    outputs = []
+    for drafts in (0, 7):
+        engine = Engine(kind)
+        monkeypatch.setattr(step, "get_forward_context", lambda engine=engine: engine)
+        positions, _ = engine.schedule({0: (0, 40)})
+        fused.step(ids[positions], positions)
+        parts, at = [], 40
+        while at < 72:
+            positions, _ = engine.schedule({0: (at, at + 1 + drafts), 1: (at - 40, at - 39)})
+            drafted = ids[positions]
+            drafted[4 : 1 + drafts] = 0  # the first three are right
+            right = min(4, 1 + drafts)
+            parts.append(fused.step(drafted, positions)[:right])
+            at += right
+        outputs.append(torch.cat(parts))
+    assert torch.equal(*outputs)

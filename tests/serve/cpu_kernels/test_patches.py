@@ -27,6 +27,10 @@ def ours(original, *args):
     return f"ours, not {original(*args)}"
 
 
+def upper(original, *args):
+    return original(*args).upper()
+
+
 @pytest.fixture
 def vllm(monkeypatch):
     """A module to patch, and one that has imported a function of it by name."""
@@ -55,6 +59,15 @@ def test_a_replacement_gets_what_it_replaces_whatever_kind_of_method_that_is(vll
     assert sampler().pick(7) == "ours, not stock 7", "once, however often the table is applied"
     assert (sampler.best(7), sampler().best(7)) == ("ours, not best 7",) * 2
     assert sampler.name() == "ours, not Sampler"
+
+
+def test_two_tables_may_replace_one_function_and_the_later_one_gets_the_replacement_of_the_first(vllm):
+    over = Patch("fake_vllm:Sampler", "pick", "self logits", f"{__name__}:upper", "to see both")
+    for table in ([patch("pick", "self logits")], [over], [patch("pick", "self logits")], [over]):
+        apply(table)
+    assert vllm["fake_vllm"].Sampler().pick(7) == "OURS, NOT STOCK 7"
+    with pytest.raises(PatchError, match=r"pick takes \(self logits\) and not \(self\)"):
+        apply([Patch("fake_vllm:Sampler", "pick", "self", f"{__name__}:upper", "vLLM's own arguments count")])
 
 
 def test_a_function_is_replaced_where_its_package_has_imported_it_by_name(vllm):

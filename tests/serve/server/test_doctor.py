@@ -256,6 +256,8 @@ def test_kernels_that_were_chosen_are_named(machine, config, setting):
     assert finding.status == "ok" and f"lora_kernels={setting}" in finding.detail
     for weights in ("int8", "int4"):
         assert of(examine(replace(config, lora_kernels=setting, cpu_weights=weights), machine), f"{weights} weights")
+    drafting = replace(config, lora_kernels=setting, speculation="ngram")
+    assert of(examine(drafting, machine), "speculation").status == "warning"
 
 
 @pytest.mark.usefixtures("bare_environment")

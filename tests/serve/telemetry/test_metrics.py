@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import time
 from dataclasses import replace
@@ -81,6 +82,18 @@ def test_beyond_the_limit_versions_are_counted_together_and_none_is_lost():
     assert count(monitor, "loradock_adapter_state", state="disk") == 5, "sums are right whoever is shown"
     monitor.take(exchange("base", "base"))
     assert count(monitor, name, adapter="base") == 1, "the base has a place of its own"
+
+
+def test_drafted_tokens_are_counted_by_version_and_by_whether_they_were_right():
+    monitor = monitored(2)
+    made = tuple(Generation([1], [2] * 9, "stop", drafts=drafts) for drafts in ((8, 5), (4, 4), (0, 0)))
+    monitor.take(dataclasses.replace(exchange("adapter-0"), generations=made))
+    monitor.take(exchange("adapter-1"))
+    name = "loradock_draft_tokens_total"
+    assert [count(monitor, name, adapter="adapter-0", result=it) for it in ("accepted", "rejected")] == [9, 3]
+    assert count(monitor, name, adapter="adapter-1") == 0
+    (family,) = [family for family in families(monitor).values() if family.name == "loradock_draft_tokens"]
+    assert {sample.labels["adapter"] for sample in family.samples} >= {"adapter-0", "adapter-1"}, "0 from the start"
 
 
 def test_a_version_that_nobody_asks_gives_its_place_back():

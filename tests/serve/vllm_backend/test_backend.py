@@ -42,7 +42,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
-from vllm.v1.metrics.stats import IterationStats, RequestStateStats
+from vllm.v1.metrics.stats import IterationStats, RequestSpecDecodeMetrics, RequestStateStats
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
@@ -154,11 +154,12 @@ def test_the_longest_wait_is_remembered_and_hidden_log_probabilities_stay_hidden
     assert asked.sampling_params.logprobs == 2, "what a client asked for stays as it is"
 
 
-def processed(*, stream, logprobs=None, watch=None, n=4, step_times=None):
+def processed(*, stream, logprobs=None, watch=None, n=4, step_times=None, drafts=None):
     """vLLM's own output processor over what an engine would send of one request; the answers that came of it."""
     processor = OutputProcessor(None, log_stats=True)
     processor.__class__ = Outputs
     processor.step_times = step_times
+    processor.counts_drafts = drafts is not None
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
     params = SamplingParams(max_tokens=n, output_kind=kind, detokenize=False, logprobs=logprobs)
     rest = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
@@ -181,7 +182,8 @@ def processed(*, stream, logprobs=None, watch=None, n=4, step_times=None):
         if request.sampling_params.num_logprobs is not None:
             rows = LogprobsLists(np.array([[7 + step]]), np.array([[-0.5 * step]]), np.array([1]))
         output = EngineCoreOutput("r-1", [7 + step], new_logprobs=rows, events=events)
-        output.finish_reason = FinishReason.LENGTH if step == 3 else None
+        if step == 3:
+            output.finish_reason, output.spec_decode_metrics = FinishReason.LENGTH, drafts
         processor.process_outputs([output], at, IterationStats())
         if step_times is not None:
             step_times.ended()
@@ -210,6 +212,15 @@ def test_a_request_is_seen_token_by_token_by_vllm_s_own_processor(stream, hidden
     assert seen.cached == 0
     assert time.time() - 5 < seen.first <= time.time()
     assert seen.logprobs == ([0.0, -0.5, -1.0, -1.5] if hidden else None)
+
+
+def test_drafts_are_counted_and_no_answer_tells_of_them():
+    drafts, watch = RequestSpecDecodeMetrics.new(16), Watch()
+    drafts.observe(8, 5)
+    drafts.observe(3, 0)
+    _, answers = processed(stream=False, watch=watch, drafts=drafts)
+    assert [sequence.read().drafts for sequence in watch.sequences] == [(11, 5)]
+    assert all(answer.outputs[0].spec_decode_metrics is None for answer in answers)
 
 
 def test_a_request_is_charged_for_its_steps_and_says_what_it_asked_for():

@@ -40,6 +40,7 @@ def request(computed, prompt=1000, prompt_logprobs=None, arrived=0.0):
         priority=0,
         arrival_time=arrived,
         request_id=f"{prompt} tokens, {arrived}",
+        spec_token_ids=[],
     )
 
 
