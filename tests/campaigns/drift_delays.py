@@ -1,14 +1,14 @@
 """How many requests a change takes until it is seen, here and with two usual methods, at equal false alarms.
 
-    python -m tests.campaigns.drift_delays [--texts tuned] [--streams 24] [--null 100] [--without-counts] [--only news]
+    python -m tests.campaigns.drift_delays [--texts tuned] [--streams 24] [--null 100] [--only news]
 
 The scores were tuned on the texts `tuned`, the directions of mean rows and when effects are looked for on
 `learned`, German and finance; nothing was on `reported` and `fresh`, which docs/benchmarks.md shows. A stream is a
 reference of 1,000 prompts, 300 more of the same kind, and then the change. First comes what an operator meets: the
 requests until the evidence reaches 100,000, and until the alarm (evidence and effect). Then every method looks at
 the same scores (the last one at mean rows) and has the threshold that 1 in 20 streams of 2,000 unchanged requests
-reach. The other methods lose by many scores that say little: `--without-counts` spares them the counts of frequent
-tokens. `--null 0` leaves them out and ends with the alarm.
+reach. The other methods lose by many scores that say little, so each also looks at the scores without the counts
+of frequent tokens. `--null 0` leaves them out and ends with the alarm.
 
 MEWMA: multivariate exponentially weighted moving average (Lowry et al., Technometrics, 1992), with the mean and the
 covariance of the reference. MMD: maximum mean discrepancy between the reference and the last 100 requests (Gretton et
@@ -35,7 +35,9 @@ from tests.support.prompts import pool
 NEEDED, BEFORE, NULL = 1000, 300, 2000
 LAMBDAS = (0.01, 0.03, 0.1)
 WINDOW, FEATURES = 100, 256
-METHODS = ("evidence", *(f"MEWMA {fade}" for fade in LAMBDAS), "MMD", "MMD, mean rows")
+OTHERS = (*(f"MEWMA {fade}" for fade in LAMBDAS), "MMD")
+WITHOUT = ", without counts"
+METHODS = ("evidence", *OTHERS, *(name + WITHOUT for name in OTHERS), "MMD, mean rows")
 MOST = 1500
 
 
@@ -98,9 +100,9 @@ class Stream:
     alarm: int | None
 
 
-def stream(usual: str, foreign: str, share: float, after: int, seed: int, counts: bool, alone: bool = False) -> Stream:
-    """A reference, BEFORE usual requests, and `after` of which `share` are foreign. counts: the other methods look at
-    the counts of frequent tokens too. alone: there are none, and the stream ends with the alarm."""
+def stream(usual: str, foreign: str, share: float, after: int, seed: int, alone: bool = False) -> Stream:
+    """A reference, BEFORE usual requests, and `after` of which `share` are foreign. alone: there are no other methods,
+    and the stream ends with the alarm."""
     rng = np.random.default_rng(seed)
     ours = iter(rng.permutation(len(prompt_rows(usual))))
     theirs = iter(np.resize(rng.permutation(len(prompt_rows(foreign))), after))
@@ -127,11 +129,12 @@ def stream(usual: str, foreign: str, share: float, after: int, seed: int, counts
         means.append(signal._mean_row(row))
     if alone:
         return Stream({"evidence": np.array(evidence)}, alarm)
-    seen = slice(None if counts else len(signal.names))
-    live, reference = np.array(scores, np.float64)[:, seen], reference[:, seen]
-    said = {"evidence": np.array(evidence), "MMD": mmd(reference, live, seed)}
+    said = {"evidence": np.array(evidence)}
+    for name, columns in (("", None), (WITHOUT, len(signal.names))):
+        known, live = reference[:, :columns], np.array(scores, np.float64)[:, :columns]
+        said["MMD" + name] = mmd(known, live, seed)
+        said |= {f"MEWMA {fade}{name}": mewma(known, live, fade) for fade in LAMBDAS}
     said["MMD, mean rows"] = mmd(np.array(means[:NEEDED]), np.array(means[NEEDED:]), seed)
-    said |= {f"MEWMA {fade}": mewma(reference, live, fade) for fade in LAMBDAS}
     return Stream(said, alarm)
 
 
@@ -165,12 +168,12 @@ def mmd(reference: NDArray, live: NDArray, seed: int) -> NDArray:
     return (((total[WINDOW:] - total[:-WINDOW]) / WINDOW) ** 2).sum(axis=1)
 
 
-def thresholds(usual: str, count: int, counts: bool) -> dict[str, float]:
+def thresholds(usual: str, count: int) -> dict[str, float]:
     """What 1 in 20 unchanged streams reach with each method."""
     highest: dict[str, list[float]] = {method: [] for method in METHODS}
     alarms = 0
     for seed in range(count):
-        unchanged = stream(usual, usual, 0.0, NULL - BEFORE, 10_000 + seed, counts)
+        unchanged = stream(usual, usual, 0.0, NULL - BEFORE, 10_000 + seed)
         alarms += unchanged.alarm is not None
         for method in METHODS:
             highest[method].append(float(unchanged.said[method].max()))
@@ -180,12 +183,12 @@ def thresholds(usual: str, count: int, counts: bool) -> dict[str, float]:
     return found
 
 
-def delays(change: Change, streams: int, limits: dict[str, float], counts: bool) -> dict[str, list[float]]:
+def delays(change: Change, streams: int, limits: dict[str, float]) -> dict[str, list[float]]:
     """Requests after the change until each method sees it, and until the evidence is 100,000 and the alarm is there."""
     out: dict[str, list[float]] = {name: [] for name in ("c = 1e5", "alarm", *limits)}
     for seed in range(streams):
         after = 600 if change.share == 1 else MOST
-        changed = stream(change.usual, change.foreign, change.share, after, seed, counts, alone=not limits)
+        changed = stream(change.usual, change.foreign, change.share, after, seed, alone=not limits)
         for method in limits:
             out[method].append(_first(changed.said[method][BEFORE:], limits[method]))
         out["c = 1e5"].append(_first(changed.said["evidence"][BEFORE:], math.log(1e5)))
@@ -203,19 +206,19 @@ def _median(values: list[float]) -> str:
     return f"{median:.0f}" if math.isfinite(median) else f"{seen} of {len(values)}"
 
 
-def table(chosen: list[Change], streams: int, null: int, counts: bool) -> Iterator[str]:
+def table(chosen: list[Change], streams: int, null: int) -> Iterator[str]:
     """The lines of both tables; without unchanged streams only when the alarms come."""
     if not null:
         yield "| change | c = 1e5 | alarm |\n|---|---|---|"
         for change in chosen:
-            cells = [_median(values) for values in delays(change, streams, {}, counts).values()]
+            cells = [_median(values) for values in delays(change, streams, {}).values()]
             yield f"| {change.name} | " + " | ".join(cells) + " |"
         return
-    limits = {usual: thresholds(usual, null, counts) for usual in dict.fromkeys(change.usual for change in chosen)}
+    limits = {usual: thresholds(usual, null) for usual in dict.fromkeys(change.usual for change in chosen)}
     yield "| change | c = 1e5 | alarm | " + " | ".join(METHODS) + " | ratio to the best other |"
     yield "|---" * (len(METHODS) + 4) + "|"
     for change in chosen:
-        seen = delays(change, streams, limits[change.usual], counts)
+        seen = delays(change, streams, limits[change.usual])
         medians = {method: float(np.median(seen[method])) for method in METHODS}
         best = min(medians[method] for method in METHODS[1:])
         ratio = medians["evidence"] / best if math.isfinite(best) else 0.0
@@ -228,11 +231,10 @@ def main(show: Callable[..., None] = print) -> None:
     options.add_argument("--texts", choices=sorted(CHANGES), default="reported")
     options.add_argument("--streams", type=int, default=24)
     options.add_argument("--null", type=int, default=100)
-    options.add_argument("--without-counts", action="store_true")
     options.add_argument("--only", default="", help="changes whose name this pattern is found in")
     chosen = options.parse_args()
     changes = [change for change in CHANGES[chosen.texts] if re.search(chosen.only, change.name)]
-    for line in table(changes, chosen.streams, chosen.null, not chosen.without_counts):
+    for line in table(changes, chosen.streams, chosen.null):
         show(line, flush=True)
 
 
