@@ -87,7 +87,7 @@ class Sequence:
 class Requests:
     """New ones, as many as wanted: no two prompts are alike, each from an asker of its own."""
 
-    def __init__(self, model: str, seed: int = 0) -> None:
+    def __init__(self, model: str, seed: int = 1) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._fast = Tokenizer.from_file(f"{model}/tokenizer.json")
         self._words, self._count = Words(model, seed), 0
