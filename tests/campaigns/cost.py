@@ -35,7 +35,7 @@ import uvicorn
 from transformers import AutoTokenizer
 
 from serve.asgi import exchange
-from serve.asgi.exchange import Exchange, Generation, Parameters
+from serve.asgi.exchange import Exchange, Generation
 from serve.config import Config, load
 from serve.drift.personal_data import KINDS
 from serve.server.launch import resolved
@@ -110,6 +110,9 @@ async def main(minutes: float, spell: float) -> None:
             await asyncio.to_thread(fill, parts.exchange_worker, parts.drift_monitor, config.model)
             measured = Measured(parts, f"http://127.0.0.1:{port}/v1/chat/completions", Path(data) / "tokens.npy")
             report(*await measured.spells(60 * minutes, spell, config.model))
+            (watched,) = parts.drift_monitor.report("smollm2")
+            compared = {kind: signal["samples"] for kind, signal in watched["signals"].items()}
+            print(f"compared, {FILLING} of them beforehand: {compared}; thinning: {watched['thinning']}")
         finally:
             server.should_exit = True
             await serving
@@ -211,14 +214,20 @@ def fill(worker: Any, monitor: Any, model: str) -> None:
     In the real ones' chat template: thinning learns from the first what all have in common, and would leave the real
     ones out as near-duplicates of one another.
     """
+    from vllm.sampling_params import SamplingParams
+
+    from serve.vllm_backend.sampling_parameters import parameters_of
+
     tokenizer, words = AutoTokenizer.from_pretrained(model), Words(model)
+    # As the client asks, so that its answers are compared with these.
+    parameters = parameters_of(SamplingParams(max_tokens=TOKENS, temperature=1.0, ignore_eos=True))
     for number in range(FILLING):
         messages = [{"role": "user", "content": words.text(12)}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         said = tokenizer(text, add_special_tokens=False).input_ids
         made = Generation(
             said, [words.lots.randrange(500, 40_000) for _ in range(TOKENS)], "length", "a text",
-            parameters=Parameters(TOKENS, 1.0),
+            parameters=parameters,
         )  # fmt: skip
         if number % 4 == 0:
             made = replace(made, logprobs=[-words.lots.random() for _ in range(TOKENS)])
