@@ -46,9 +46,6 @@ from serve.drift.score_bags import ScoreBags
 from serve.drift.state_arrays import below, prefixed
 
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
-# The size of the effect is looked for while the evidence is above the threshold to the power of this: what is so by
-# chance is seldom so for long, and then it begins anew.
-SIZED = 0.5
 # Rows that the gauges take at a time: nobody reads them at every request.
 GAUGED = 32
 # Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
@@ -105,7 +102,7 @@ class Drift:
         directions = 0 if self._directions is None else len(HALF_LIVES)
         self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
         self.means = means
-        self._effect, self._sized = _effect_size(k, directions, n), False
+        self._effect = _effect_size(k, directions, n)
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
@@ -167,7 +164,7 @@ class Drift:
         self._mean_rows.append(mean_row)
         if len(self._ungauged) >= GAUGED:
             self._gauge()
-        if self._sized:
+        if self.drifted:
             self._effect.observe(*self._places(scores, mean_row), self.tolerated_share)
 
     @property
@@ -200,7 +197,7 @@ class Drift:
 
     @property
     def foreign_share(self) -> float | None:
-        """At least this share of the requests since some evidence does not fit the reference; None before there is all.
+        """At least this share of requests since there is evidence does not fit the reference; None without evidence.
 
         Ranks cannot tell a few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
         """
@@ -241,7 +238,7 @@ class Drift:
 
         effects: also forget how far recent requests lie from the reference.
         """
-        self.crossed_at, self._sized = None, False
+        self.crossed_at = None
         self._bank.reset(self.updates)
         if self.means is not None:
             self.means.reset(self.updates)
@@ -267,7 +264,6 @@ class Drift:
             "weights": self._weights.copy(),
             "margin": self._margin.copy(),
             "rows": np.array(self._rows).reshape(-1, len(self._margin)),
-            "sized": np.array(self._sized),
         }
         state |= prefixed(self._effect.state(), "effect.")
         state |= prefixed(self._bank.state(), "bank.")
@@ -300,8 +296,6 @@ class Drift:
         means = below(state, "means.")
         self.means = MeanRows.from_state(means) if means else None
         self._effect, self.tolerated_share = _effect_size(k, directions, self._reference.shape[1]), 1.0
-        # Earlier releases began with the alarm.
-        self._sized = bool(state.get("sized", crossed_at >= 0))
         if "effect.seen" in state:
             self._effect.restore(below(state, "effect."))
         self._moved = np.array(state["moved"])
@@ -335,12 +329,10 @@ class Drift:
 
     def _weigh(self, evidence: float) -> None:
         """What follows from the evidence after a request, before it has reached the threshold."""
-        sized, self._sized = self._sized, evidence >= self.threshold**SIZED
-        if self._sized and not sized:
-            self._begin_effect()
         if evidence >= self.threshold:
             self.crossed_at = self.updates
             self._moved = self._bank.log_means()
+            self._begin_effect()
 
     def _begin_effect(self) -> None:
         """Look for the size of the effect from here on, where requests since the change let expect it."""

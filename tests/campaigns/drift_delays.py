@@ -111,7 +111,7 @@ def stream(usual: str, foreign: str, share: float, after: int, seed: int, alone:
     for _ in range(NEEDED):
         row = prompt_rows(usual)[next(ours)]
         signal.update(row)
-        means.append(signal._mean_row(row))
+        means.append(signal._means(row[None])[0])
     reference = signal._detector._directions._bag[: signal._detector._directions._size].astype(np.float64)
     evidence, scores, alarm = [], [], None
     for request in range(BEFORE + after):
@@ -125,8 +125,8 @@ def stream(usual: str, foreign: str, share: float, after: int, seed: int, alone:
             if alarm is not None:
                 break
             continue
-        scores.append(signal._scale(signal._parts(row)[0]))
-        means.append(signal._mean_row(row))
+        scores.append(signal._scale(signal._parts(row[None])[0])[0])
+        means.append(signal._means(row[None])[0])
     if alone:
         return Stream({"evidence": np.array(evidence)}, alarm)
     said = {"evidence": np.array(evidence)}
