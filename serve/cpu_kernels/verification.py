@@ -99,7 +99,7 @@ class Verifier:
         sampled = torch.full((len(counts), max(counts) + 1), NONE, dtype=torch.int32)
         best = None
         if sampling.all_greedy and sampling.max_num_logprobs is None:
-            best = self._sampler.greedy_sample(logits).tolist()
+            best = self._sampler.greedy_sample(logits.to(torch.float32)).tolist()
         columns: list[tuple[Sequence[int], SamplerOutput]] = [(range(len(counts)), output)]
         sampled[:, 0] = output.sampled_token_ids[:, 0]
         going = [i for i in range(len(counts)) if counts[i] and sampled[i, 0] == drafts[i][0]]

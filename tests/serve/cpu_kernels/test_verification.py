@@ -183,3 +183,10 @@ def test_a_model_that_verifies_nothing_says_why(monkeypatch, runner, said):
     verification.load_model(lambda runner: None, made)
     assert said in verification.refusal() and bool(said) == bool(verification.refusal())
     assert hasattr(made, "rejection_sampler") == (not said)
+
+
+def test_logits_that_vllm_computes_in_bfloat16_are_taken_too(logits):
+    rounded = [each.bfloat16() for each in logits]
+    expected, _ = one_by_one(rounded, GREEDY, {})
+    _, (tokens, _) = verified(rounded, [each[:-1] for each in expected], GREEDY, {})
+    assert tokens == expected
