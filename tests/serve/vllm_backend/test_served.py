@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 from tests.serve.vllm_backend.test_structured_outputs import PERSON, nested
 from tests.support.lora import CONFIG, WEIGHTS, write_tensors
-from tests.support.server import BASE, SMALL, Server, descendants, done
+from tests.support.server import BASE, SMALL, Server, descendants, done, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 HIDDEN, VOCABULARY = 576, 49152
@@ -45,6 +45,8 @@ def head_adapter(folder: Path, seed: int) -> Path:
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
     settings = ["--lora-kernels", request.param, "--max-loras", "2", "--no-enable-prefix-caching", *SMALL]
+    if request.param == "auto":
+        settings += ["--speculation", "ngram"]
     with Server(folder / "data", folder / "log", *settings) as server:
         for number in (1, 2):
             done(server.upload(f"head{number}", head_adapter(folder / str(number), number)))
@@ -77,6 +79,46 @@ def test_a_prompts_logprobs_are_its_own_models_beside_streams_of_others(server: 
     ]
     assert max(apart) < 0.3, "logits near 20 in bfloat16 lie 0.125 apart"
     assert descendants(server.process.pid) >= server.family, "nothing was restarted"
+
+
+ORDER = "Maria Lopez ordered three blue chairs on 12 March for 249.90 euros, order number AX-20931.\n"
+
+
+def drafted(server: Server, adapter: str) -> dict[str, float]:
+    """Tokens that were drafted of an adapter's answers, by result."""
+    counts = dict.fromkeys(("accepted", "rejected"), 0.0)
+    for line in server.http.get("/metrics").text.splitlines():
+        if line.startswith("loradock_draft_tokens_total") and f'adapter="{adapter}"' in line:
+            counts["accepted" if 'result="accepted"' in line else "rejected"] += float(line.rpartition(" ")[2])
+    return counts
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"logprobs": 3},
+        {"temperature": 0.9, "seed": 5, "top_p": 0.9},
+        {"temperature": 0.6, "seed": 5, "logprobs": 1},
+    ],
+    ids=["greedy", "logprobs", "seed", "both"],
+)
+def test_answers_with_drafts_are_those_without(server: Server, asked: dict[str, object]):
+    def answer(model: str = BASE, **more: object) -> dict[str, object]:
+        body = {"model": model, "prompt": 2 * ORDER + ORDER[:20], "max_tokens": 48, "ignore_eos": True}
+        reply = done(server.http.post("/v1/completions", json=body | {"temperature": 0} | asked | more))
+        assert not reply.get("metrics")
+        return reply["choices"][0] | reply["usage"]
+
+    if not done(server.http.get("/v1/engines"))["data"][0]["weights"].startswith("bfloat16;"):
+        pytest.skip("nothing is drafted where no step is computed in one call")
+    before = drafted(server, BASE)
+    alone = answer(stop=["no answer has this"])  # with stop strings nothing is drafted
+    assert answer() == alone
+    with ThreadPoolExecutor(4) as pool:
+        together = [pool.submit(answer, model) for model in (BASE, "head1", BASE, "head2")]
+        assert [one.result()["completion_tokens"] for one in together] == [48] * 4
+    assert eventually(lambda: drafted(server, BASE)["accepted"] > before["accepted"])
 
 
 def test_no_grammar_stops_the_house(server: Server):
