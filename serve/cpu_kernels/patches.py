@@ -49,7 +49,7 @@ class Patch:
         stock = self._stock()
         original = _bare(stock)
         replacement = _resolved(self.replacement)
-        if any(getattr(layer, "__wrapped__", None) is replacement for layer in _layers(original)):
+        if any(replacement in _wrapped(layer) for layer in _layers(original)):
             return
         replaced: Any = _bound(replacement, original)
         if isinstance(stock, (staticmethod, classmethod)):
@@ -95,6 +95,14 @@ def _layers(function: Any) -> list[Any]:
     while (below := getattr(layers[-1], "loradock_original", None)) is not None:
         layers.append(below)
     return layers
+
+
+def _wrapped(function: Any) -> list[Any]:
+    """What it is said to wrap (`functools.wraps`), and what that wraps."""
+    found = []
+    while (function := getattr(function, "__wrapped__", None)) is not None:
+        found.append(function)
+    return found
 
 
 def _bound(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import wraps
 from types import ModuleType
 
 import pytest
@@ -68,6 +69,14 @@ def test_two_tables_may_replace_one_function_and_the_later_one_gets_the_replacem
     assert vllm["fake_vllm"].Sampler().pick(7) == "OURS, NOT STOCK 7"
     with pytest.raises(PatchError, match=r"pick takes \(self logits\) and not \(self\)"):
         apply([Patch("fake_vllm:Sampler", "pick", "self", f"{__name__}:upper", "vLLM's own arguments count")])
+
+
+def test_what_wraps_a_replacement_is_left_in_its_place(vllm):
+    table, sampler = [patch("pick", "self logits")], vllm["fake_vllm"].Sampler
+    apply(table)
+    sampler.pick = wraps(sampler.pick)(lambda *_: "watched")
+    apply(table)
+    assert sampler().pick(7) == "watched"
 
 
 def test_a_function_is_replaced_where_its_package_has_imported_it_by_name(vllm):
