@@ -58,7 +58,7 @@ class ScoreBags:
         less, upto = list[int](), list[int]()
         for i, (bag, column, left) in enumerate(zip(self._bags, scores.T.tolist(), leave, strict=True)):
             seen = within.get(i)
-            for score, out in zip(column, left):  # noqa: B905 - this is the innermost loop
+            for score, out in zip(column, left, strict=True):
                 if seen is not None:
                     seen.see(bag)
                 place = bisect_left(bag, score)

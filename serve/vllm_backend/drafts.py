@@ -154,7 +154,7 @@ def _worth(right: float, price: float, most: int) -> int:
     return count
 
 
-class StepCost:
+class DraftPrice:
     """What a further token of an answer costs a step: seconds by tokens, least squares, the past fading."""
 
     # A token more for a step of one, in such steps, and what that counts for before anything is measured (in tokens^2).

@@ -18,7 +18,7 @@ from typing import Any
 
 from serve.cpu_kernels import verification
 from serve.cpu_kernels.patches import Patch, apply
-from serve.vllm_backend.drafts import MOST, MOST_IN_STEP, Bets, Bettor, StepCost
+from serve.vllm_backend.drafts import MOST, MOST_IN_STEP, Bets, Bettor, DraftPrice
 
 log = logging.getLogger("loradock")
 
@@ -77,7 +77,7 @@ class Speculation:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._bets = Bets()
-        self._cost = StepCost()
+        self._cost = DraftPrice()
         self._began = 0.0
         self._rows = 0  # of the step under way, if nothing of a prompt is in it
         self._said_why_not = False

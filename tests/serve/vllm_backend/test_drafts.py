@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from serve.vllm_backend.drafts import CREDIT, KEPT, LEAST, MOST, RATE, Bets, Bettor, Continuations, StepCost
+from serve.vllm_backend.drafts import CREDIT, KEPT, LEAST, MOST, RATE, Bets, Bettor, Continuations, DraftPrice
 
 PRICE = 0.1
 
@@ -89,8 +89,8 @@ def test_a_version_whose_drafts_are_wrong_is_tried_again_one_day_and_others_are_
 
 
 def test_the_price_of_a_draft_is_measured():
-    cost = StepCost()
-    assert cost.price(1) == StepCost.FIRST
+    cost = DraftPrice()
+    assert cost.price(1) == DraftPrice.FIRST
     for _ in range(200):
         for rows in (1, 4, 9):
             cost.took(rows, 0.010 + 0.003 * (rows - 1))
