@@ -36,8 +36,9 @@ from tests.support.event_lines import async_event_lines
 from tests.support.server import SMALL, free_port
 
 STREAMS = 16
-# Of all lengths, so that the streams do not go in step.
-TOKENS = range(32, 97)
+# Of one length: as many prompts fall into each spell. Each stream's first answer has another length, so that they do
+# not go in step.
+TOKENS = 64
 WORDS = "garden river stone winter letter window music harbour orange silver mountain candle"
 # What is to be shown, and how wide the interval may be: beside other work it means nothing, whatever it says.
 MOST, WIDTH = 1.01, 0.02
@@ -126,7 +127,7 @@ def told(spells: Sequence[Spell], tracing: Any) -> int:
     count = max(1, worker.handled)
     built = worker.cpu_seconds / count
     sent = time.clock_gettime(time.pthread_getcpuclockid(queue._thread.ident)) / count
-    share = (built + sent) * rate / (sum(TOKENS) / len(TOKENS))
+    share = (built + sent) * rate / TOKENS
     print(f"tracing's threads: {1e6 * built:.0f} us a request to build its spans, {1e6 * sent:.0f} us to send them: "
           f"{100 * share:.2f} % of one core")  # fmt: skip
     lost = queue.dropped + worker.dropped
@@ -141,11 +142,13 @@ async def client(url: str) -> None:
     came: list[float] = []
     stop = asyncio.Event()
 
-    async def stream(http: httpx.AsyncClient, lots: random.Random, first: asyncio.Event) -> None:
+    async def stream(http: httpx.AsyncClient, number: int, first: asyncio.Event) -> None:
+        lots = random.Random(number)
         while not stop.is_set():
+            tokens = TOKENS if first.is_set() else TOKENS * (number + 1) // STREAMS
             asked = " ".join(lots.choices(WORDS.split(), k=12))
             body = {"model": "smollm2", "messages": [{"role": "user", "content": asked}], "ignore_eos": True}
-            body |= {"max_tokens": lots.choice(TOKENS), "stream": True}
+            body |= {"max_tokens": tokens, "stream": True}
             async with http.stream("POST", url, json=body) as answer:
                 answer.raise_for_status()
                 times = [time.monotonic() async for line in async_event_lines(answer) if line.startswith("data: {")]
@@ -155,7 +158,7 @@ async def client(url: str) -> None:
     firsts = [asyncio.Event() for _ in range(STREAMS)]
     async with httpx.AsyncClient(timeout=300) as http, asyncio.TaskGroup() as streams:
         for number, first in enumerate(firsts):
-            streams.create_task(stream(http, random.Random(number), first))
+            streams.create_task(stream(http, number, first))
         await asyncio.gather(*(first.wait() for first in firsts))
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
