@@ -1,4 +1,4 @@
-"""An archive of an adapter, zip or tar, unpacked as untrusted bytes: plain files only, two names, so many bytes."""
+"""An archive of an adapter (zip, tar, gzip, zstd), unpacked as untrusted bytes: files of two names, so many bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import re
 import stat
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -25,11 +26,18 @@ from serve.adapters.untrusted import BOTH_FILES, NO_PICKLES, create, is_pickle, 
 from serve.errors import AdapterRejected, TooLarge
 from serve.names import shown
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 MAX_ENTRIES = 1000
 HEAD_BYTES = 512  # what `archive_kind` wants to see
 
 _CHUNK = 256 << 10
 _TAR_HEADER_BYTES = 64 << 10
+# What unpacking may take of the memory: 2 to its power, in bytes. The command zstd goes as far by itself.
+_ZSTD: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 27}
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,9})")
 
 
@@ -49,11 +57,14 @@ def unpack(path: Path, *, max_bytes: int) -> None:
             elif kind == "gzip":
                 with gzip.GzipFile(fileobj=file, mode="rb") as inside:
                     _untar(inside, sink, max_bytes)
+            elif kind == "zstd":
+                with zstd.ZstdFile(file, "rb", options=_ZSTD) as inside:
+                    _untar(inside, sink, max_bytes)
             else:
                 _untar(file, sink, max_bytes)
     except (
-        zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, EOFError, struct.error,
-        ValueError, NotImplementedError, RuntimeError, IndexError, OverflowError, KeyError,
+        zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, zstd.ZstdError, EOFError,
+        struct.error, ValueError, NotImplementedError, RuntimeError, IndexError, OverflowError, KeyError,
     ) as broken:  # fmt: skip
         raise AdapterRejected(f"the archive is damaged or cut short ({shown(broken)}); pack it again") from broken
     except OSError as failed:
@@ -278,11 +289,13 @@ def _checkpoint(folders: list[str]) -> tuple[int | None, list[str]]:
 
 
 def archive_kind(head: bytes) -> str | None:
-    """zip, gzip or tar, from the first HEAD_BYTES of a file."""
+    """zip, gzip, zstd or tar, from the first HEAD_BYTES of a file."""
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "zip"
     if head.startswith(b"\x1f\x8b\x08"):
         return "gzip"
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return "zstd"
     if head[257:262] == b"ustar" or _is_old_tar(head):
         return "tar"
     return None

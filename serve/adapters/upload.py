@@ -26,7 +26,7 @@ from serve.errors import AdapterRejected, BadRequest, TooLarge
 from serve.names import shown
 
 _ARCHIVE = "upload.archive"
-_ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
+_ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst")
 _RULES = FormRules("an adapter", BOTH_FILES, parts=64, field_bytes=64 << 10, step=64 << 10)
 
 

@@ -52,7 +52,8 @@ def push(
         str,
         typer.Argument(
             metavar="PATH",
-            help="A PEFT folder, a .zip or .tar.gz of one, or an address that the server fetches: hf://, s3://, ...",
+            help="A PEFT folder, a .zip, .tar.gz or .tar.zst of one, "
+            "or an address that the server fetches: hf://, s3://, ...",
         ),
     ],
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it the live version.")] = True,

@@ -23,7 +23,7 @@ __all__ = ["AdapterClient", "Refused", "Retry", "Unreachable", "adapter_files"]
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARDS = "adapter_model-*-of-*.safetensors"
 CARD, MANIFEST = "README.md", "manifest.json"
-ARCHIVES = (".zip", ".tar.gz", ".tgz")
+ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.zst")
 
 
 class AdapterClient(ApiClient):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -30,14 +31,20 @@ def digest_of(data: bytes) -> str:
 
 @dataclass
 class OciRegistry:
-    """`asked` are the paths by host; `authorized` those that came with a token; `moved`: layers lie elsewhere."""
+    """`asked` are the paths by host; `authorized` those that came with a token; `moved`: layers lie elsewhere.
+
+    With `users` (their passwords by name) and `identities` it gives tokens to those alone.
+    """
 
     manifests: dict[tuple[str, str], tuple[str, bytes]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
+    users: dict[str, str] = field(default_factory=dict)
+    identities: set[str] = field(default_factory=set)
     realm: str = f"https://{TOKENS}/token"
     challenge: str = "Bearer"
     moved: str | None = None
+    once: bool = False  # a token is good for one answer
     asked: list[tuple[str, str]] = field(default_factory=list)
     authorized: list[tuple[str, str]] = field(default_factory=list)
     port: int = 0
@@ -85,16 +92,14 @@ class Handler(BaseHTTPRequestHandler):
         host, parts = self.headers["Host"], urlsplit(self.path)
         path = unquote(parts.path)
         registry.asked.append((host, path))
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if token:
+        shown = self.headers.get("Authorization") or ""
+        if shown:
             registry.authorized.append((host, path))
         if path == "/token":
-            assert parse_qs(parts.query)["scope"][0].endswith(":pull")
-            registry.tokens.add(given := secrets.token_hex(8))
-            self.reply(200, json.dumps({"token": given}).encode())
+            self.give_token(parse_qs(parts.query), not registry.users or self.is_user(shown))
         elif host == ELSEWHERE:
             self.reply(200, registry.blobs[path.removeprefix("/")])
-        elif token not in registry.tokens:
+        elif not self.admits(shown):
             challenge = f'{registry.challenge} realm="{registry.realm}",service="{HOST}",scope="repository:x:pull"'
             self.reply(401, b"{}", {"WWW-Authenticate": challenge})
         elif (found := re.fullmatch(r"/v2/(.+)/manifests/([^/]+)", path)) and found.groups() in registry.manifests:
@@ -107,6 +112,38 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(200, registry.blobs[found[2]])
         else:
             self.reply(404, b'{"errors": [{"code": "MANIFEST_UNKNOWN"}]}')
+
+    def do_POST(self) -> None:
+        """OAuth 2, for who has an identity token."""
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
+        registry.asked.append((self.headers["Host"], self.path))
+        known = asked["grant_type"] == ["refresh_token"] and asked["refresh_token"][0] in registry.identities
+        self.give_token(asked, known, "access_token")
+
+    def give_token(self, asked: Mapping[str, list[str]], known: bool, name: str = "token") -> None:
+        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
+        assert asked["scope"][0].endswith(":pull") and asked["service"] == [HOST]
+        if not known:
+            self.reply(401, b'{"errors": [{"code": "UNAUTHORIZED"}]}')
+            return
+        registry.tokens.add(given := secrets.token_hex(8))
+        self.reply(200, json.dumps({name: given}).encode())
+
+    def admits(self, shown: str) -> bool:
+        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
+        if registry.challenge == "Basic":
+            return self.is_user(shown)
+        known = (token := shown.removeprefix("Bearer ")) in registry.tokens
+        if registry.once:
+            registry.tokens.discard(token)
+        return known
+
+    def is_user(self, shown: str) -> bool:
+        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
+        kind, _, said = shown.partition(" ")
+        user, _, password = base64.b64decode(said).decode().partition(":") if kind == "Basic" else ("", "", "")
+        return bool(user) and registry.users.get(user) == password
 
     def reply(self, status: int, body: bytes, headers: Mapping[str, str] = {}) -> None:
         self.send_response(status)

@@ -1,8 +1,8 @@
 """An adapter that is kept as an artifact in a registry of container images (OCI distribution specification).
 
-Its layers are single files with their names as annotations, as ORAS pushes them, or one archive of them. What comes is
-held against its digests. The registry is asked without a login, with the token that it gives to everybody; to which
-host it sends for a token or a layer must be one of `source_hosts` too.
+Its layers are single files with their names as annotations, as ORAS pushes them, or archives, as those of an image.
+What comes is held against its digests. A registry is told who asks when it wants to know, by the login for it on this
+machine (`registry_login`) or as anybody; to which host it sends for a token or a layer must be one of `source_hosts`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from serve.adapters.file_thread import take_turn
 from serve.adapters.shards import is_shard
 from serve.adapters.sources import transfer
 from serve.adapters.sources.address import Source
-from serve.adapters.sources.transfer import Body, Transfer, absent, checked_status, translated
+from serve.adapters.sources.registry_login import Login, login_of
+from serve.adapters.sources.transfer import Body, Transfer, absent, checked_status, translated, unreachable
 from serve.adapters.untrusted import NO_PICKLES, is_pickle
 from serve.errors import AdapterRejected, BadRequest, Forbidden
 from serve.names import shown
@@ -75,13 +76,18 @@ def bring(source: Source, files: Transfer) -> Source:
             for name, layer in named.items():
                 registry.copy(layer, name, files)
         else:
-            registry.copy(_archive(layers, source), _ARCHIVE, files)
-            take_turn(_unpack, files)
+            for layer in _archives(layers, source):
+                for of_a_layer_without in files.folder.iterdir():
+                    of_a_layer_without.unlink()
+                registry.copy(layer, _ARCHIVE, files)
+                take_turn(_unpack, files)
+                if (files.folder / CONFIG).is_file():
+                    break
     return replace(source, version=digest)
 
 
 class _Registry:
-    """One repository of a registry, asked by nobody in particular."""
+    """One repository of a registry, and what shows to it who asks."""
 
     def __init__(self, client: httpx.Client, source: Source) -> None:
         self._client, self._source = client, source
@@ -89,7 +95,7 @@ class _Registry:
         repository, at, digest = place.partition("@")
         self._repository, _, tag = repository.partition(":")
         self._reference = digest if at else tag or "latest"
-        self._token = ""
+        self._authorization = ""
 
     def manifest(self) -> tuple[str, Mapping[str, Any]]:
         """The manifest that the reference names, with its digest; of an index, the one that it lists."""
@@ -97,6 +103,8 @@ class _Registry:
         if "manifests" not in document:
             return digest, document
         listed = document["manifests"]
+        if isinstance(listed, list):
+            listed = [each for each in listed if not _is_attestation(each)]
         if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
             count = len(listed) if isinstance(listed, list) else "no list"
             raise AdapterRejected(
@@ -140,12 +148,15 @@ class _Registry:
     def _get(self, path: str, accept: str = "*/*") -> Iterator[Body]:
         url = f"https://{self._host}/v2/{self._repository}/{path}"
         headers = {"accept": accept}
+        asked_who = False
         for _ in range(MAX_REDIRECTS + 2):
             own = self._judged(url) == self._host
-            token = {"authorization": f"Bearer {self._token}"} if self._token and own else {}
-            with self._client.stream("GET", url, headers=headers | token) as answer:
-                if answer.status_code == 401 and own and not self._token:
-                    self._token = self._told(answer.headers.get("www-authenticate", ""))
+            shows = {"authorization": self._authorization} if self._authorization and own else {}
+            with self._client.stream("GET", url, headers=headers | shows) as answer:
+                # Also where a token is over that was taken before.
+                if answer.status_code == 401 and own and not asked_who:
+                    self._authorization = self._answer_to(answer.headers.get("www-authenticate", ""))
+                    asked_who = True
                     continue
                 if answer.status_code in _REDIRECTS:
                     url = urljoin(url, answer.headers.get("location", ""))
@@ -155,18 +166,51 @@ class _Registry:
                 return
         raise ConnectionError(f"it sends on more than {MAX_REDIRECTS} times")
 
-    def _told(self, challenge: str) -> str:
-        """The token that the registry's own service gives to anybody for reading."""
-        scheme, _, rest = challenge.partition(" ")
-        stated = dict(re.findall(r'(\w+)="([^"]*)"', rest))
-        if scheme.lower() != "bearer" or "realm" not in stated:
-            raise Forbidden(f"{self._source.shown} wants a login, and this server reads public artifacts alone")
-        self._judged(stated["realm"])
-        query = {name: stated[name] for name in ("service",) if name in stated}
-        query["scope"] = f"repository:{self._repository}:pull"
-        with self._client.stream("GET", stated["realm"], params=query) as answer:
+    def _answer_to(self, challenge: str) -> str:
+        """What the registry is shown from now on."""
+        login = self._login()
+        bearer = re.search(r"\bbearer\s+(.*)", challenge, re.I)
+        stated = dict(re.findall(r'(\w+)="([^"]*)"', bearer[1])) if bearer else {}
+        if login and login.token:
+            return f"Bearer {login.token}"
+        if "realm" in stated:
+            return f"Bearer {self._token(stated, login)}"
+        if login and login.user and re.search(r"\bbasic\b", challenge, re.I):
+            return login.basic
+        raise Forbidden(
+            f"{self._source.shown} wants a login, and this server has none for {self._host}: log in where it runs "
+            "(docker login, or DOCKER_CONFIG), or push the files"
+        )
+
+    def _login(self) -> Login | None:
+        try:
+            return login_of(self._host, self._repository)
+        except (OSError, ValueError) as unreadable:
+            raise unreachable(self._source.shown, unreadable) from unreadable
+
+    def _token(self, stated: Mapping[str, str], login: Login | None) -> str:
+        """The token that the registry's own service gives for reading, to whoever has the login or to anybody."""
+        realm = stated["realm"]
+        self._judged(realm)
+        query = {"scope": f"repository:{self._repository}:pull"}
+        query |= {name: stated[name] for name in ("service",) if name in stated}
+        if login and login.identity:  # by OAuth 2
+            query |= {"grant_type": "refresh_token", "refresh_token": login.identity, "client_id": "loradock"}
+            request = self._client.build_request("POST", realm, data=query)
+        else:
+            shows = {"authorization": login.basic} if login else {}
+            request = self._client.build_request("GET", realm, params=query, headers=shows)
+        answer = self._client.send(request, stream=True)
+        try:
+            if login and answer.status_code in (400, 401, 403):
+                raise Forbidden(
+                    f"{self._source.shown}: the login of this server for {self._host} is not taken; "
+                    "log in again where it runs, or push the files"
+                )
             checked_status(answer)
             data = Body(answer).read(_TOKEN_BYTES)
+        finally:
+            answer.close()
         try:
             told = json.loads(data)
             token = told.get("token") or told.get("access_token")
@@ -206,6 +250,12 @@ class _Bounded:
         return data
 
 
+def _is_attestation(listed: Any) -> bool:
+    """What Docker's builder says about an image, beside it in the index."""
+    notes = listed.get("annotations") if isinstance(listed, dict) else None
+    return isinstance(notes, dict) and notes.get("vnd.docker.reference.type") == "attestation-manifest"
+
+
 def _layers(manifest: Mapping[str, Any], source: Source) -> list[Layer]:
     listed = manifest.get("layers")
     if not isinstance(listed, list) or len(listed) > MAX_LAYERS:
@@ -235,22 +285,19 @@ def _named(layers: list[Layer]) -> dict[str, Layer]:
     return named
 
 
-def _archive(layers: list[Layer], source: Source) -> Layer:
-    """The one layer that holds the adapter."""
+def _archives(layers: list[Layer], source: Source) -> list[Layer]:
+    """Those that may hold the adapter, the last first: an image's own files come after those that it is built on."""
     archives = [layer for layer in layers if layer.archived] or [layer for layer in layers if layer.name is None]
     if not archives:
         raise absent(source.shown)
-    if len(archives) > 1:
-        raise AdapterRejected(
-            f"{source.shown} has {len(archives)} archives as layers: push the adapter's files as layers of their own, "
-            "as `oras push` does, or as one archive"
-        )
-    return archives[0]
+    return archives[::-1]
 
 
 def _unpack(files: Transfer) -> None:
     with open(files.folder / _ARCHIVE, "rb") as file:
         kind = archive_kind(file.read(HEAD_BYTES))
     if kind is None:
-        raise AdapterRejected("the artifact's layer is neither a tar, a tar.gz nor a zip; push it as one of them")
+        raise AdapterRejected(
+            "the artifact's layer is neither a tar (plain, gzip or zstd) nor a zip; push it as one of them"
+        )
     unpack(files.folder / _ARCHIVE, max_bytes=files.max_bytes)

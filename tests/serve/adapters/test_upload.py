@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 
 from serve.adapters import upload
 from serve.adapters.adapter import CONFIG, FILES, NOTES, WEIGHTS
+from serve.adapters.archive import zstd
 from serve.adapters.upload import receive
 from serve.errors import AdapterRejected, BadRequest, LoradockError, OutOfSpace, TooLarge
 
@@ -135,8 +136,13 @@ PACKED = {
         {f"{'d' * 150}/{name}": content for name, content in CONTENT.items()}, format=tarfile.GNU_FORMAT
     ),
     "two gzip members": gzip.compress(tarred(CONTENT)[:3000]) + gzip.compress(tarred(CONTENT)[3000:]),
+    "tar.zst": zstd.compress(tarred(CONTENT)),
+    "two zstd frames": zstd.compress(tarred(CONTENT)[:3000]) + zstd.compress(tarred(CONTENT)[3000:]),
     "with others": tarred({"README.md": b"hello", "._x": b"", "sub/deeper/notes.txt": b"", **CONTENT}, "w:gz"),
 }
+
+# A frame whose header asks for a window of 256 MiB, with five bytes in it.
+WIDE_ZSTD = b"\x28\xb5\x2f\xfd\0" + bytes([(28 - 10) << 3]) + (5 << 3 | 1).to_bytes(3, "little") + b"hello"
 
 
 @pytest.mark.parametrize("name", ["adapter.zip", "adapter.tar.gz", "whatever", ""])
@@ -264,6 +270,10 @@ async def test_a_large_file_does_not_pile_up_in_memory(folder):
         (PACKED["tar.gz"][:150], "damaged"),
         (gzip.compress(b"hello"), "damaged"),
         (gzip.compress(bytes(2000)), f"no {CONFIG}"),
+        (PACKED["tar.zst"][:150], "damaged"),
+        (zstd.compress(b"hello"), "damaged"),
+        (zstd.compress(bytes(2000)), f"no {CONFIG}"),
+        (WIDE_ZSTD, "too much memory"),
     ],
 )
 async def test_a_hostile_or_broken_archive_is_refused_and_leaves_nothing_outside(folder, packed, reason):
@@ -294,7 +304,9 @@ async def test_an_encrypted_zip_is_refused(folder):
         await send(folder, form(part("files", bytes(packed), "a.zip")))
 
 
-@pytest.mark.parametrize("packed", [zipped, lambda entries: tarred(entries, "w:gz")])
+@pytest.mark.parametrize(
+    "packed", [zipped, lambda entries: tarred(entries, "w:gz"), lambda entries: zstd.compress(tarred(entries))]
+)
 async def test_a_bomb_is_over_at_the_limit(folder, packed):
     body = form(part("files", packed({CONFIG: b"{}", WEIGHTS: CONTENT[WEIGHTS] + bytes(20 << 20)}), "bomb"))
     assert len(body) < 100_000

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import current_thread
 
 import httpx
 import pytest
 
+from serve.adapters.archive import zstd
 from serve.adapters.sources import oci, transfer
 from serve.adapters.sources.address import parse
 from serve.adapters.sources.transfer import Body
@@ -20,6 +24,14 @@ from tests.support.oci_registry import ELSEWHERE, HOST, INDEX, TOKENS, OciRegist
 
 SOURCE = f"oci://{HOST}/team/tone:v1"
 UNPACK = {"io.deis.oras.content.unpack": "true"}
+
+
+@pytest.fixture(autouse=True)
+def logins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Nobody is logged in, unless a test says so: logins by the registry, or by one of its folders."""
+    file = tmp_path / "logins.json"
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(file))
+    return lambda **auths: file.write_text(json.dumps({"auths": {HOST: auths}}))
 
 
 @pytest.fixture
@@ -68,9 +80,9 @@ async def test_files_of_an_artifact_become_a_version_that_knows_the_manifest_s_d
     assert {host for host, _ in registry.authorized} == {HOST}
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("pack", [partial(tarred, mode="w"), tarred, lambda files: zstd.compress(tarred(files, "w"))])
 async def test_a_folder_comes_as_one_archive_that_waits_for_its_turn(
-    connect, hosted, registry, make_adapter, mode, monkeypatch
+    connect, hosted, registry, make_adapter, pack, monkeypatch
 ):
     threads, unpack = [], oci.unpack
     monkeypatch.setattr(
@@ -78,15 +90,38 @@ async def test_a_folder_comes_as_one_archive_that_waits_for_its_turn(
     )
     files = {f"adapter/{name}": data for name, data in content(make_adapter()).items()}
     kind = "application/vnd.oci.image.layer.v1.tar"
-    registry.push("team/tone", "v1", registry.layer(tarred(files, mode), "adapter", kind, **UNPACK))
+    registry.push("team/tone", "v1", registry.layer(pack(files), "adapter", kind, **UNPACK))
     async with connect(hosted) as client:
         assert (await push(client)).status_code == 201
     assert [name.rpartition("_")[0] for name in threads] == ["adapter-files"]
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["the adapter last", "the adapter first"])
+async def test_of_an_image_the_last_layer_with_an_adapter_counts(connect, hosted, registry, make_adapter, order):
+    """As a model in an image: built on another one, the files in a folder."""
+    kind = "application/vnd.oci.image.layer.v1.tar+gzip"
+    files = {f"models/{name}": data for name, data in content(make_adapter()).items()}
+    old = {f"models/{name}": data for name, data in content(make_adapter(1)).items()}
+    adapter = registry.layer(tarred(files), kind=kind)
+    others = [
+        registry.layer(tarred(old), kind=kind),
+        registry.layer(tarred({"README.md": b"", "etc/x": b""}), kind=kind),
+    ]
+    registry.push("team/tone", "v1", *[others[0], *[others[1], adapter][::order]])
+    registry.push("team/tone", "first", registry.layer(b"no archive", kind=kind), adapter)
+    async with connect(hosted) as client:
+        digests = [(await push(client, f"oci://{HOST}/team/tone:{tag}")).json()["digest"] for tag in ("v1", "first")]
+        files = {name: (make_adapter() / name).open("rb") for name in content(make_adapter())}
+        by_hand = await client.post(
+            "/v1/adapters", data={"name": "tone"}, files=[("files", pair) for pair in files.items()]
+        )
+    assert digests == [by_hand.json()["digest"]] * 2
+
+
 async def test_an_index_of_one_manifest_is_followed_and_one_of_several_is_not(connect, hosted, registry, make_adapter):
     digest = pushed(registry, make_adapter(), "inner")
-    registry.put("team/tone", "v1", INDEX, {"manifests": [{"digest": digest, "size": 1}]})
+    about = {"digest": digest_of(b"x"), "annotations": {"vnd.docker.reference.type": "attestation-manifest"}}
+    registry.put("team/tone", "v1", INDEX, {"manifests": [{"digest": digest, "size": 1}, about]})
     registry.put("team/tone", "two", INDEX, {"manifests": [{"digest": digest, "size": 1}] * 2})
     async with connect(hosted) as client:
         assert (await push(client)).status_code == 201
@@ -151,6 +186,76 @@ async def test_a_service_for_tokens_on_another_host_is_not_asked(connect, hosted
         login = await push(client)
     assert login.status_code == 403 and "wants a login" in login.text
     assert {host for host, _ in registry.asked} == {HOST}
+
+
+LOGINS = {
+    "a password": {"auth": base64.b64encode(b"ada:secret").decode()},
+    "a password in the clear": {"username": "ada", "password": "secret"},
+    "an identity token": {"auth": base64.b64encode(b"ada:").decode(), "identitytoken": "for-others"},
+    "a token for the registry": {"registrytoken": "given"},
+}
+
+
+@pytest.mark.parametrize("login", LOGINS)
+async def test_a_private_artifact_comes_with_the_login_that_is_there(
+    connect, hosted, registry, make_adapter, logins, login
+):
+    registry.users, registry.identities, registry.tokens = {"ada": "secret"}, {"for-others"}, {"given"}
+    pushed(registry, make_adapter())
+    async with connect(hosted) as client:
+        stranger = await push(client)
+        assert stranger.status_code == 403, stranger.text
+        logins(**LOGINS[login])
+        assert (await push(client)).status_code == 201
+    assert {host for host, _ in registry.authorized} <= {HOST, TOKENS}
+
+
+async def test_a_login_is_shown_to_no_other_host(connect, hosted, registry, make_adapter, logins):
+    registry.users = {"ada": "secret"}
+    logins(**LOGINS["a password"])
+    pushed(registry, make_adapter())
+    async with connect(hosted) as client:
+        registry.realm = f"https://{ELSEWHERE}/token"
+        assert (await push(client)).status_code == 400
+    registry.realm, registry.moved = f"https://{TOKENS}/token", f"https://{ELSEWHERE}"
+    async with connect(replace(hosted, source_hosts=(HOST, TOKENS, ELSEWHERE))) as client:
+        assert (await push(client)).status_code == 201
+    assert (ELSEWHERE, "/token") not in registry.asked and {host for host, _ in registry.authorized} == {HOST, TOKENS}
+
+
+async def test_a_registry_without_tokens_is_shown_the_login_itself(connect, hosted, registry, make_adapter, logins):
+    registry.users, registry.challenge = {"ada": "secret"}, "Basic"
+    pushed(registry, make_adapter())
+    async with connect(hosted) as client:
+        assert "wants a login" in (await push(client)).text
+        logins(username="ada", password="another")
+        assert (await push(client)).status_code == 403
+        logins(**LOGINS["a password"])
+        assert (await push(client)).status_code == 201
+    assert TOKENS not in {host for host, _ in registry.asked}
+
+
+async def test_a_login_that_is_not_taken_or_cannot_be_read_is_a_sentence(
+    connect, hosted, registry, make_adapter, logins, tmp_path
+):
+    registry.users = {"ada": "secret"}
+    pushed(registry, make_adapter())
+    async with connect(hosted) as client:
+        logins(username="ada", password="another")
+        refused = await push(client)
+        assert refused.status_code == 403 and f"login of this server for {HOST} is not taken" in refused.text
+        (tmp_path / "logins.json").write_text("{")
+        broken = await push(client)
+        assert broken.status_code == 400 and "logins.json with the logins to registries is no JSON" in broken.text
+        assert (await client.get("/v1/adapters/tone")).status_code == 404
+
+
+async def test_a_token_that_is_over_between_two_layers_is_asked_for_again(connect, hosted, registry, make_adapter):
+    pushed(registry, make_adapter())
+    registry.once = True
+    async with connect(hosted) as client:
+        assert (await push(client)).status_code == 201
+    assert [path for host, path in registry.asked if host == TOKENS].count("/token") >= 3
 
 
 async def test_the_size_limit_holds_before_and_while_layers_come(connect, hosted, registry, make_adapter):
