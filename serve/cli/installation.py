@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from serve import __version__
-from serve.cli.terminal import example
+from serve.cli.terminal import example, json_option
 from serve.config import load
 from serve.errors import ConfigError
 
@@ -68,7 +68,7 @@ def version() -> None:
 
 def doctor(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: Annotated[bool, json_option("Print the findings as JSON.")] = False,
 ) -> None:
     """Say what this machine has and lacks for `loradock serve`, and what to do about it.
 

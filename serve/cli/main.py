@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -20,8 +21,11 @@ from serve.cli.monitoring import monitoring_app
 from serve.cli.terminal import example, say_error
 from serve.cli.usage import usage
 from serve.config import Config, load, settings_help
-from serve.errors import LoradockError
+from serve.errors import ConfigError, LoradockError
 from serve.server import preloaded
+
+# typer exports this one by its subclass alone.
+UsageError: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="loradock",
@@ -116,9 +120,15 @@ def optimize(context: typer.Context) -> None:
 
 def main() -> None:
     """The entry point: an error of ours is a sentence and exit code 2, never a traceback."""
-    preloaded.ensure(sys.argv[1:])
+    words = sys.argv[1:]
+    preloaded.ensure(words)
     try:
-        app()
-    except LoradockError as error:  # typer's own usage errors are sentences already
+        # With --json typer's own errors are left to us; else they are sentences already.
+        sys.exit(app(standalone_mode="--json" not in words))
+    except LoradockError as error:
         _print_error(error)
-        sys.exit(2)
+    except UsageError as wrong:
+        say_error(ConfigError(wrong.format_message()), "loradock", as_json=True)
+    except typer.Abort:
+        sys.exit(1)
+    sys.exit(2)

@@ -58,9 +58,9 @@ def connected(group: str, url: str, key: str | None, timeout: float = 300.0) -> 
         raise typer.Exit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, Unreachable) else 1) from error
 
 
-def say_error(error: LoradockError, who: str) -> None:
+def say_error(error: LoradockError, who: str, *, as_json: bool = False) -> None:
     """The error on stderr: a sentence with its problems below or, after --json, as the server would answer it."""
-    if _as_json.get():
+    if as_json or _as_json.get():
         typer.echo(json.dumps(error.body()), err=True)
         return
     typer.echo(f"{who}: {error.message}", err=True)

@@ -67,3 +67,24 @@ def test_an_error_before_any_server_is_asked_is_json_too(monkeypatch, capsys):
         if flags:
             assert json.loads(written)["error"]["problems"] == ["one", "two"]
     assert written == "loradock: no\n  - one\n  - two\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["adapters", "push", "tone"], "Missing argument 'PATH'."),
+        (["adapters", "canary", "tone", "2", "1.5"], "'WEIGHT'"),
+        (["adapters", "lst"], "No such command 'lst'"),
+        (["adapters", "list", "--colour"], "No such option"),
+        (["backup", "x.tar"], "No such option: --json"),
+        (["doctor", "--port", "no-port"], "port takes"),
+    ],
+)
+def test_a_command_that_is_wrong_is_json_after_json_and_a_sentence_without(monkeypatch, capsys, words, says):
+    monkeypatch.setattr(command.preloaded, "ensure", lambda words: None)
+    monkeypatch.setattr(sys, "argv", ["loradock", *words, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert says in error["message"] and error["type"] == "config_error"
