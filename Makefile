@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas speculation
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -44,6 +44,9 @@ cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 serve
 
 hostile: setup-dev ## 90 kinds of hostile requests, 10 s each, beside a victim and an operator: nobody else is disturbed; 25 minutes
 	@$(BIN)/python -m tests.campaigns.hostile $(ARGS)
+
+page: setup-dev ## a thousand adapters on the dashboard in a real browser: seconds until it is ready, and bytes; a minute
+	@$(BIN)/python -m tests.campaigns.page $(ARGS)
 
 schemas: setup-dev ## Schemathesis over the routes that vLLM answers, against the real engine: every answer of 500; some minutes
 	@$(BIN)/python -m tests.campaigns.inference_schemas $(ARGS)

@@ -3,8 +3,8 @@
     python -m tests.campaigns.inference_schemas [--examples 50] [--seed 1] [--out FILE]
 
 All of coverage's cases, and so many random ones for each route that the model answers, which name models that are there
-and no deadline: else hardly a request comes to an engine. An answer of 500 is a finding, and so is one that is not as
-the document says; each is printed with the first request that caused it, as curl's body.
+and no deadline: else hardly a request comes to an engine. An answer of 500 is a finding, also as an event of a stream,
+and so is one that is not as the document says; each is printed with the first request that caused it, as curl's body.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def findings(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in entries:
         status, text = entry["response"]["status"], entry["response"]["content"].get("text") or ""
-        message = message_of(text)
+        status, message = error_in_stream(text) if status < 400 else (status, message_of(text))
         if status < 400 or (message is not None and (status < 500 or status in (503, 504))):
             continue
         path = "/" + entry["request"]["url"].partition("://")[2].partition("/")[2].partition("?")[0]
@@ -94,6 +94,22 @@ def findings(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         new = {"path": path, "status": status, "message": said, "count": 0, "body": body[:2000]}
         found.setdefault((path, said[:120]), new)["count"] += 1
     return sorted(found.values(), key=lambda finding: (finding["path"], -finding["count"]))
+
+
+def error_in_stream(text: str) -> tuple[int, str | None]:
+    """The first error that came as an event of a stream: its status, 500 where it says none; 200 without one."""
+    for line in text.splitlines():
+        if not line.startswith("data:") or '"error"' not in line:
+            continue
+        try:
+            event = json.loads(line.removeprefix("data:"))
+        except ValueError:
+            continue
+        error = event.get("error") or (event.get("response") or {}).get("error")
+        if isinstance(error, dict):
+            code = {"invalid_request_error": 400, "overloaded_error": 503}.get(error.get("type"), error.get("code"))
+            return code if isinstance(code, int) else 500, error.get("message")
+    return 200, None
 
 
 def message_of(text: str) -> str | None:
