@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -56,6 +56,9 @@ neighbours: setup-dev ## database, object store, hub and disk slow, refusing, cu
 
 batches: setup-dev ## a batch of 1,000 lines survives a kill of engine and server, none twice, none lost; what clients notice; 25 minutes
 	@$(BIN)/python -m tests.campaigns.batches $(ARGS)
+
+finetune: setup-dev ## a fine-tuning job learns, survives 20 kills with the same bytes, and what clients notice of one; 45 minutes
+	@for part in learn kills beside; do $(BIN)/python -m tests.campaigns.finetune $$part || exit 1; done
 
 tracing-cost: setup-dev ## what OpenTelemetry's traces cost a server under 16 streams, on and off in turn, on a quiet machine; 30 minutes
 	@$(BIN)/python -m tests.campaigns.tracing_cost $(ARGS)

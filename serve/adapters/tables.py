@@ -269,6 +269,34 @@ batch_answers = Table(
     Column("answer", Text, nullable=False),  # a line of the output
 )
 
+finetune_jobs = Table(
+    "finetune_jobs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(64), nullable=False, index=True),
+    Column("status", String(20), nullable=False, index=True),
+    Column("created", Float(53), nullable=False),
+    Column("training_file", String(64), nullable=False),
+    Column("validation_file", String(64)),
+    Column("asked", Text, nullable=False),  # JSON: what it is to do, which never changes
+    Column("state", Text, nullable=False),  # JSON: how far it is
+    Column("claimed_by", String(64)),  # the server that runs it
+    Column("claimed_until", Float(53)),
+)
+
+# The statuses of jobs that are at their end.
+FINETUNE_ENDS = ("succeeded", "failed", "cancelled")
+
+finetune_notes = Table(
+    "finetune_notes",  # events and checkpoints of jobs
+    metadata,
+    Column("job", String(64), ForeignKey("finetune_jobs.id"), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),  # of a checkpoint its step
+    Column("when", Float(53), nullable=False),
+    Column("content", Text, nullable=False),  # JSON
+)
+
 
 LATEST = select(func.max(history.c.id))  # the generation
 

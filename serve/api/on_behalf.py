@@ -1,4 +1,4 @@
-"""The parts of a server that ask its models by themselves, out of its configuration: batches, moderations, guards."""
+"""The parts of a server that work for clients by themselves: batches, moderations, guards, fine-tuning."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ from typing import Protocol
 
 from serve.adapters.registry import Registry
 from serve.adapters.store import Store
+from serve.api.part_settings import upload_limits
 from serve.asgi.exchange import Exchange
 from serve.auth.auth import Auth
 from serve.auth.rate_limits import Meters
 from serve.config import Config
+from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
 from serve.gateway.batches.batches import Batches
 from serve.gateway.batches.objects import Limits
 from serve.gateway.fan_out import RequestBounds
+from serve.gateway.finetuning.admission import Admission
+from serve.gateway.finetuning.finetuning import FineTuning
+from serve.gateway.finetuning.objects import Limits as JobLimits
 from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalRequests
 from serve.gateway.moderation import Moderator
 from serve.gateway.request import MEDIA_BYTES, TEXT_BYTES
 from serve.gateway.router import Router
 from serve.models.checkpoint import takes_media
+from serve.rollout.golden import Golden
+from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import policy_for
 from serve.rollout.registry_sync import RegistrySync
 from serve.telemetry.metrics import Metrics
@@ -36,6 +43,9 @@ class Parts(Protocol):
     meters: Meters
     monitor: Metrics
     follower: RegistrySync | None
+    fleet: Fleet
+    lifecycle: Lifecycle
+    golden: Golden
 
     def doubted(self, error: LoradockError) -> LoradockError: ...
 
@@ -74,6 +84,35 @@ def on_behalf(
     )
     parts.monitor.watch(batches.metrics)
     return batches, moderator, guards
+
+
+def fine_tuning(parts: Parts, router: Router, batches: Batches, me: str) -> FineTuning:
+    """Over the parts that are there already; its files are those of the batches."""
+    config, fleet = parts.config, parts.fleet
+    admission = Admission(
+        parts.lifecycle,
+        parts.registry,
+        parts.store,
+        parts.auth,
+        came=parts.golden.runs.wake,
+        promoted=lambda name: parts.monitor.swapped(name, "promoted"),
+    )
+    jobs = FineTuning(
+        parts.registry,
+        parts.store,
+        fleet,
+        router,
+        batches,
+        admission,
+        limits=JobLimits(config.finetune_open, config.finetune_hours),
+        me=me,
+        alone=not config.registry,
+        max_rank=lambda base: upload_limits(config, base.backend).max_rank,
+        is_busy=lambda: sum(base.leases - base.background for base in fleet) > config.finetune_load,
+        file_seconds=config.batch_file_days * 86_400.0,
+    )
+    parts.monitor.watch(jobs.metrics)
+    return jobs
 
 
 def _limits(config: Config) -> Limits:

@@ -85,6 +85,7 @@ _IF_MATCH = {
 _GROUPS = {
     "drift": ("/v1/drift", "/v1/feedback"),
     "adapters": ("/v1/adapters",),
+    "fine-tuning": ("/v1/fine_tuning",),
     "vLLM's runtime LoRA API": (
         *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters"),
         *("/server_info", "/pause", "/resume"),

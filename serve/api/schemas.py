@@ -116,6 +116,52 @@ class NewBatch(Struct, frozen=True, forbid_unknown_fields=True):
     output_expires_after: ExpiresAfter | None = None
 
 
+Epochs = Literal["auto"] | Annotated[int, Meta(ge=1, le=50)]
+BatchSize = Literal["auto"] | Annotated[int, Meta(ge=1, le=256)]
+Multiplier = Literal["auto"] | Annotated[float, Meta(gt=0, le=100)]
+Beta = Literal["auto"] | Annotated[float, Meta(gt=0, le=2)]
+
+
+class Hyperparameters(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a job trains: OpenAI's numbers, and those of a LoRA."""
+
+    n_epochs: Epochs | None = None
+    batch_size: BatchSize | None = None
+    learning_rate_multiplier: Multiplier | None = None
+    beta: Beta | None = None  # of dpo
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
+    rank: Annotated[int, Meta(ge=1, le=512)] | None = None
+    alpha: Annotated[int, Meta(ge=1, le=4096)] | None = None
+
+
+class MethodOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a method takes."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class FineTuningMethod(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a job trains; `reinforcement` is not here."""
+
+    type: Literal["supervised", "dpo"]
+    supervised: MethodOptions | None = None
+    dpo: MethodOptions | None = None
+
+
+class NewFineTuningJob(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body that makes a job of a file of examples; as OpenAI's."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None  # the adapter's name
+    method: FineTuningMethod | None = None
+    hyperparameters: Hyperparameters | None = None  # as earlier clients send it
+    seed: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
+    metadata: dict[str, str] | None = None
+    integrations: Annotated[list[Any], Meta(max_length=0)] | None = None
+
+
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
     """A part of one input; images are not taken."""
 

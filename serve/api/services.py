@@ -15,7 +15,7 @@ from serve.adapters.registry import Registry
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
 from serve.api.background_tasks import BackgroundTasks
-from serve.api.on_behalf import on_behalf
+from serve.api.on_behalf import fine_tuning, on_behalf
 from serve.api.part_settings import drift_settings, tracing, upload_limits
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import ExchangeWorker
@@ -241,6 +241,7 @@ class Services:
             tracer=self.tracing,
         )
         self.batches, self.moderator, self._guards = on_behalf(self, self._router, self._count_usage, me.id)
+        self.fine_tuning = fine_tuning(self, self._router, self.batches, me.id)
         self.inference = Inference(
             self.auth,
             self._router,
@@ -327,6 +328,7 @@ class Services:
         self.background.start("prober", self.prober.run)
         self.background.start("golden", self.golden.runs.run)
         self.background.start("batches", self.batches.schedule.run)
+        self.background.start("fine_tuning", self.fine_tuning.schedule.run)
         if self.config.drift:
             self.background.start("watched_bases", self._watched_bases.run)
 

@@ -15,6 +15,7 @@ from serve.cli.baseline import baseline_app
 from serve.cli.bench import bench_app
 from serve.cli.drift import drift_app
 from serve.cli.engines import engines_app
+from serve.cli.finetune import finetune_app
 from serve.cli.golden import golden_app
 from serve.cli.keys import keys_app
 from serve.cli.monitoring import monitoring_app
@@ -40,6 +41,7 @@ app.add_typer(baseline_app, name="baseline")
 app.add_typer(bench_app, name="bench")
 app.add_typer(drift_app, name="drift")
 app.add_typer(engines_app, name="engines")
+app.add_typer(finetune_app, name="finetune")
 app.add_typer(golden_app, name="golden")
 app.add_typer(keys_app, name="keys")
 app.add_typer(monitoring_app, name="monitoring")

@@ -48,11 +48,19 @@ def example(*lines: str) -> str:
 @contextmanager
 def connected(group: str, url: str, key: str | None, timeout: float = 300.0) -> Iterator[AdapterClient]:
     """A client whose errors become a sentence of `loradock GROUP` and an exit code."""
-    from serve.client.adapter_client import AdapterClient, Unreachable
+    from serve.client.adapter_client import AdapterClient
+
+    with told(group), AdapterClient(url, key, timeout=timeout) as client:
+        yield client
+
+
+@contextmanager
+def told(group: str) -> Iterator[None]:
+    """Errors become a sentence of `loradock GROUP` and an exit code."""
+    from serve.client.api_client import Unreachable
 
     try:
-        with AdapterClient(url, key, timeout=timeout) as client:
-            yield client
+        yield
     except LoradockError as error:
         say_error(error, f"loradock {group}")
         raise typer.Exit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, Unreachable) else 1) from error

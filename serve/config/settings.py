@@ -133,6 +133,13 @@ class Config:
     batch_file_days: FromOne = _setting(30, "days for which files of batches are kept")
     batch_tenant_files: FromOne = _setting(1000, "files that a tenant may keep, answers too")
     batch_tenant_bytes: FromOne = _setting(5 << 30, "bytes of files that a tenant may keep, answers too")
+    finetune_open: WholeFromZero = _setting(
+        4, "fine-tuning jobs of a tenant that are not at their end (0: none, this server trains nothing)"
+    )
+    finetune_hours: FromZero = _setting(24.0, "hours that a fine-tuning job may train")
+    finetune_load: WholeFromZero = _setting(
+        8, "requests of clients, running and waiting, above which the training of a fine-tuning job is suspended"
+    )
     moderation_model: str = _setting(
         "", "the model or adapter that answers /v1/moderations, unless a request names one"
     )

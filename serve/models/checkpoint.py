@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ EMBEDDED = "smollm2"
 EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MANIFEST = "manifest.json"
+_WEIGHTS_AND_WORDS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
 def find(model: str, cache_dir: Path) -> str:
@@ -87,6 +89,33 @@ def verify(model: str) -> None:
             raise ConfigError(f"{name} in {model} has {file.stat().st_size} bytes and {MANIFEST} says {size}")
         if digest is not None and _sha256(file) != digest:
             raise ConfigError(f"{name} in {model} is not the file that its {MANIFEST} names: copy or export it again")
+
+
+def folder_of(model: str) -> Path:
+    """Where a model's files are on this machine: a hub id has been fetched by whoever serves it."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except Exception as error:  # of that library's many kinds
+        raise ConfigError(f"the files of {model} are not on this machine: serve it from a directory") from error
+
+
+def digest_of(model: str) -> str:
+    """A digest of the bytes of everything in a model's folder that decides what it says."""
+    folder = folder_of(model)
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS_AND_WORDS and path.is_file())
+    known = tuple((name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for name in names)
+    return _digested(str(folder), known)
+
+
+@lru_cache(maxsize=16)
+def _digested(folder: str, files: tuple[tuple[str, int, int], ...]) -> str:
+    """Read again only when a file's size or time is another."""
+    lines = (f"{name} {_sha256(Path(folder) / name)}\n" for name, _, _ in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _files(manifest: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,5 @@
-"""OpenAI's files: requests for batches, and what was answered. A file is its tenant's alone, also for operators."""
+"""OpenAI's files: requests for batches, examples to train on, and results. A file is its tenant's alone, also for
+operators."""
 
 import asyncio
 from typing import Annotated, Any, Literal
@@ -15,8 +16,8 @@ _FORM = {
     "type": "object",
     "required": ["file", "purpose"],
     "properties": {
-        "file": {"type": "string", "format": "binary", "description": "Requests as JSON lines."},
-        "purpose": {"type": "string", "enum": ["batch"]},
+        "file": {"type": "string", "format": "binary", "description": "Requests or examples as JSON lines."},
+        "purpose": {"type": "string", "enum": ["batch", "fine-tune"]},
         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
         "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
     },
@@ -28,7 +29,10 @@ _FORM = {
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
 )
 async def upload_file(request: Request, caller: Asker, parts: TheParts) -> dict[str, Any]:
-    """Keep a file of requests for a batch: `purpose=batch`, and JSON lines as `file`. It expires after 30 days."""
+    """Keep JSON lines, as `file`: requests of a batch (`purpose=batch`) or examples to train on (`purpose=fine-tune`).
+
+    It expires after 30 days.
+    """
     kind = request.headers.get("content-type", "")
     file = await parts.batches.upload(caller, request.stream(), kind, stated_bytes(request))
     request.state.subject = file.id
@@ -67,7 +71,7 @@ async def file_content(id: str, caller: Asker, parts: TheParts) -> FileResponse:
 
 @router.delete("/v1/files/{id}")
 async def delete_file(id: str, request: Request, caller: Asker, parts: TheParts) -> dict[str, Any]:
-    """Delete a file; 409 while a batch reads it."""
+    """Delete a file; 409 while a batch or a fine-tuning job reads it."""
     request.state.subject = id
     await asyncio.to_thread(parts.batches.remove, caller.tenant, id)
     return {"id": id, "object": "file", "deleted": True}

@@ -19,9 +19,10 @@ from serve.gateway.batches.batch_rows import BatchRows
 from serve.gateway.batches.batch_runner import BatchRunner
 from serve.gateway.batches.file_bytes import FileBytes
 from serve.gateway.batches.file_rows import FileRows
+from serve.gateway.batches.json_lines import check_objects
 from serve.gateway.batches.line_runner import LineRunner
 from serve.gateway.batches.metrics import BatchMetrics
-from serve.gateway.batches.objects import ENDPOINTS, INPUT, Batch, Limits, Status, StoredFile
+from serve.gateway.batches.objects import ENDPOINTS, EXAMPLES, INPUT, SENT, Batch, Limits, Status, StoredFile
 from serve.gateway.batches.schedule import BatchSchedule
 from serve.gateway.batches.upload import FRAMING, receive, too_large
 from serve.gateway.guard import Guards
@@ -79,12 +80,15 @@ class Batches:
                 max_bytes=limits.file_bytes,
                 check_space=self.contents.check_space,
             )
-            if (purpose := form.fields.get("purpose")) != INPUT:
-                raise BadRequest(f"purpose takes `batch` here, not {shown(purpose)}", param="purpose")
+            if (purpose := form.fields.get("purpose")) not in SENT:
+                raise BadRequest(f"purpose takes `batch` or `fine-tune` here, not {shown(purpose)}", param="purpose")
+            sink.flush()
+            if purpose == EXAMPLES:
+                await asyncio.to_thread(check_objects, path)
             now = self._clock()
             expires = now + _expiry(form.fields, limits.file_seconds)
             id = f"file-{secrets.token_hex(12)}"
-            file = StoredFile(id, caller.tenant, caller.name, INPUT, form.filename, form.nbytes, now, expires)
+            file = StoredFile(id, caller.tenant, caller.name, purpose, form.filename, form.nbytes, now, expires)
             await asyncio.to_thread(self._keep, file, path)
         return file
 
@@ -126,7 +130,7 @@ class Batches:
                 f"completion_window takes hours, as 24h, up to {self._limits.window_hours}h; not {shown(window)}",
                 param="completion_window",
             )
-        _check_metadata(metadata or {})
+        check_metadata(metadata or {})
         try:
             file = self.files.get(caller.tenant, input_file)
         except NotFound as missing:
@@ -169,7 +173,8 @@ def _expiry(fields: Mapping[str, str], default: float) -> float:
     return float(seconds)
 
 
-def _check_metadata(metadata: Mapping[str, str]) -> None:
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """BadRequest for more than OpenAI's objects take."""
     if len(metadata) > MAX_METADATA:
         raise BadRequest(f"metadata takes up to {MAX_METADATA} entries, not {len(metadata)}", param="metadata")
     for key, value in metadata.items():

@@ -10,12 +10,13 @@ from typing import Any
 from sqlalchemy import Connection, Table, and_, delete, func, insert, or_, select
 
 from serve.adapters.registry import Registry
-from serve.adapters.tables import batches
+from serve.adapters.tables import FINETUNE_ENDS, batches, finetune_jobs
 from serve.adapters.tables import files as table
 from serve.errors import BadRequest, Conflict, NotFound, QuotaExceeded
 from serve.gateway.batches.objects import OPEN, Limits, Page, StoredFile
 from serve.names import shown
 
+_UNDER_WAY = finetune_jobs.c.status.not_in(FINETUNE_ENDS)
 _COLUMNS = tuple(field.name for field in fields(StoredFile))
 
 
@@ -57,14 +58,17 @@ class FileRows:
         return Page([_file(row) for row in rows[:limit]], len(rows) > limit)
 
     def check_unused(self, tenant: str, id: str) -> None:
-        """NotFound, or Conflict while a batch reads it."""
+        """NotFound, or Conflict while a batch or a fine-tuning job reads it."""
         self.get(tenant, id)
         with self._registry.reading() as connection:
             batch = connection.scalar(
                 select(batches.c.id).where(batches.c.input_file == id, batches.c.status.in_(OPEN)).limit(1)
             )
+            job = connection.scalar(select(finetune_jobs.c.id).where(_reads(id), _UNDER_WAY).limit(1))
         if batch is not None:
             raise Conflict(f"{id} is read by {batch}, which is not at its end: cancel that batch first")
+        if job is not None:
+            raise Conflict(f"{id} is read by {job}, which is not at its end: cancel that job first")
 
     def remove(self, id: str) -> None:
         """Forget it; its bytes are gone already."""
@@ -72,11 +76,13 @@ class FileRows:
             connection.execute(delete(table).where(table.c.id == id))
 
     def expired(self) -> list[str]:
-        """Files whose time is over, but for those that a batch still reads."""
+        """Files whose time is over, but for those that a batch or a fine-tuning job still reads."""
         in_use = select(batches.c.input_file).where(batches.c.status.in_(OPEN))
-        query = select(table.c.id).where(table.c.expires <= self._clock(), table.c.id.not_in(in_use))
         with self._registry.reading() as connection:
-            return [*connection.scalars(query)]
+            of_jobs = select(finetune_jobs.c.training_file, finetune_jobs.c.validation_file).where(_UNDER_WAY)
+            learned = {id for row in connection.execute(of_jobs) for id in row}
+            query = select(table.c.id).where(table.c.expires <= self._clock(), table.c.id.not_in(in_use))
+            return [id for id in connection.scalars(query) if id not in learned]
 
     def ids(self) -> Collection[str]:
         """Every file's."""
@@ -101,6 +107,11 @@ class FileRows:
                 f"this tenant's files have {kept} bytes, {nbytes} more pass its {limits.tenant_bytes}: delete some",
                 code="file_limit_exceeded",
             )
+
+
+def _reads(id: str) -> Any:
+    """That a fine-tuning job reads this file."""
+    return or_(finetune_jobs.c.training_file == id, finetune_jobs.c.validation_file == id)
 
 
 def put(connection: Connection, file: StoredFile) -> None:

@@ -8,7 +8,9 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-INPUT, OUTPUT = "batch", "batch_output"
+# Purposes of files: those that clients send, and what becomes of a batch.
+INPUT, OUTPUT, EXAMPLES = "batch", "batch_output", "fine-tune"
+SENT = (INPUT, EXAMPLES)
 
 
 class Status(StrEnum):

@@ -1,0 +1,147 @@
+"""A job's folder, through which this server and the program that trains speak.
+
+recipe.yaml          what is to be done
+parent/              the adapter to go on from, if there is one
+progress.jsonl       a line a step; after a kill steps are repeated, and the last line of a step counts
+checkpoints/step-N/  the adapter at the end of an epoch
+adapter/             the result, which appears at once
+error.json           why there is none
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve.adapters.adapter import FILES
+from serve.files import write_whole
+from serve.gateway.finetuning.objects import Job
+from serve.names import shown
+
+# OpenAI's names of a method's numbers, and the recipe's.
+OPTIONS = {
+    "n_epochs": "epochs",
+    "batch_size": "batch",
+    "learning_rate_multiplier": "learning_rate_multiplier",
+    "learning_rate": "learning_rate",
+    "beta": "beta",
+    "rank": "rank",
+    "alpha": "alpha",
+}
+_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+class JobFolder:
+    """All methods block."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read = 0
+
+    @property
+    def adapter(self) -> Path | None:
+        """The result, once it is there."""
+        adapter = self.path / "adapter"
+        return adapter if all((adapter / name).is_file() for name in FILES) else None
+
+    def prepare(self, job: Job, model: Path, train: Path, validation: Path | None, parent: Path | None) -> None:
+        """Everything that the program needs, as often as it is started."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if parent and not (self.path / "parent").is_dir():
+            aside = self.path / "parent.part"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(parent, aside)
+            aside.rename(self.path / "parent")
+        write_whole(self.path / "recipe.yaml", yaml.safe_dump(_recipe(job, model, train, validation)).encode())
+
+    def new_lines(self) -> list[Mapping[str, Any]]:
+        """Whole lines of progress since the last call."""
+        try:
+            with (self.path / "progress.jsonl").open("rb") as file:
+                file.seek(self._read)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [line for line in map(_line, whole.splitlines()) if line]
+
+    def lines(self) -> list[Mapping[str, Any]]:
+        """Every step once, as it was measured last."""
+        self._read = 0
+        steps = {line["step"]: line for line in self.new_lines()}
+        return [steps[step] for step in sorted(steps)]
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The adapters at the ends of epochs that are there still, by their steps."""
+        last = {line["checkpoint"]: line["step"] for line in self.lines() if line.get("checkpoint")}
+        there = {step: self.path / name for name, step in last.items()}
+        return {step: path for step, path in there.items() if all((path / name).is_file() for name in FILES)}
+
+    def error(self) -> str:
+        """What the program said before it gave up."""
+        try:
+            return shown(json.loads((self.path / "error.json").read_text())["message"], 600)
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def last_words(self) -> str:
+        """The end of its log, for one that died without a word."""
+        try:
+            lines = (self.path / "log").read_bytes()[-4096:].decode("utf-8", "replace").splitlines()
+        except OSError:
+            return ""
+        return shown(next((line.strip() for line in reversed(lines) if line.strip()), ""), 300)
+
+    def settled(self) -> dict[str, Any]:
+        """The hyperparameters as they were in the end, by OpenAI's names."""
+        try:
+            steps = json.loads((self.path / "adapter" / "manifest.json").read_text())["steps"]
+            notes = next(step["notes"] for step in steps if step["step"] == "tune")
+        except (OSError, ValueError, KeyError, TypeError, StopIteration):
+            return {}
+        names = {"n_epochs": "epochs", "batch_size": "batch", "rank": "rank", "learning_rate": "learning_rate"}
+        return {name: notes[ours] for name, ours in names.items() if isinstance(notes.get(ours), int | float)}
+
+    def results(self) -> bytes:
+        """What each step measured, as CSV."""
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(_HEADER)
+        for line in self.lines():
+            rows.writerow(["" if line.get(name) is None else line[name] for name in _COLUMNS])
+        return text.getvalue().encode()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _recipe(job: Job, model: Path, train: Path, validation: Path | None) -> dict[str, Any]:
+    asked = job.asked
+    options = {OPTIONS[name]: value for name, value in asked.hyperparameters.items() if value != "auto"}
+    step: dict[str, Any] = {"method": asked.method, "train": str(train), **options}
+    if validation:
+        step["validation"] = str(validation)
+    recipe: dict[str, Any] = {"model": str(model), "seed": asked.seed, "export": {"format": "adapter"}}
+    if asked.parent:
+        recipe["adapters"] = {"parent": "parent"}
+        step["adapter"] = "parent"
+    return {**recipe, "steps": [{"tune": step}]}
+
+
+def _line(raw: bytes) -> Mapping[str, Any] | None:
+    """A line of progress; a torn one is none."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    whole = isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("steps"), int)
+    return line if whole else None

@@ -1,0 +1,194 @@
+"""The program that trains, at the lowest priority over a job's folder: suspended under load, ended with the server.
+
+    COMMAND tune FOLDER                      trains, and goes on where an earlier start was; SIGTERM saves and stops
+    COMMAND check FILE --method M --json     says what is wrong with examples
+
+It is `optimize`'s own command line: the two packages do not import one another.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import serve
+from serve.errors import LoradockError
+from serve.gateway.finetuning import lowest_priority, process_tree
+
+LOOK_SECONDS = 0.1
+# After the load is gone the training goes on once it was gone for so long.
+QUIET_SECONDS = 1.0
+# What SIGTERM leaves it to save a checkpoint; a stop of the server waits no longer either.
+SAVE_SECONDS = 10.0
+CHECK_SECONDS = 600.0
+COMMAND = (sys.executable, "-m", "optimize.cli")
+# Variables that are not handed on, by how they begin.
+_KEPT_BACK = ("LORADOCK_", "VLLM_", "OMP_", "KMP_", "LD_PRELOAD")
+
+
+class CannotCheck(LoradockError):
+    """The program that checks examples does not work here."""
+
+
+class Why(StrEnum):
+    """Why the program is not running any more."""
+
+    ENDED = "ended"
+    STOPPED = "stopped"  # it was told to
+    HUNG = "hung"  # no step for too long
+    OVERTIME = "overtime"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """`code` is its exit code, negative for a signal."""
+
+    why: Why
+    code: int
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """What is wrong with a file of examples; without a line, with all of it."""
+
+    message: str
+    line: int | None = None
+
+    @property
+    def sentence(self) -> str:
+        return self.message if self.line is None else f"Line {self.line}: {self.message}"
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What `check` says of a file."""
+
+    examples: int
+    problems: list[Problem] = []
+    problem_count: int = 0
+    message: str = ""
+
+
+class TrainingProcess:
+    """`is_busy` says that clients need the machine: it is asked again and again, from another thread than the server's.
+
+    `stall` is how long a training may run without a sign of life, in seconds that it was not suspended.
+    """
+
+    def __init__(
+        self,
+        is_busy: Callable[[], bool] = lambda: False,
+        *,
+        command: Sequence[str] = COMMAND,
+        stall: float = 1800.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.is_busy, self.stall, self._clock = is_busy, stall, clock
+        self.command = tuple(command)
+        self.pid: int | None = None
+        self.suspended = False
+
+    def check(self, file: Path, method: str) -> Checked:
+        """What is wrong with a file of examples. Blocks."""
+        command = [*self.command, "check", str(file), "--method", method, "--json"]
+        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "env": _environ()}
+        try:
+            done = subprocess.run(self._behind(command), **how, timeout=CHECK_SECONDS)
+        except subprocess.TimeoutExpired as slow:
+            raise CannotCheck(f"the examples were not checked within {CHECK_SECONDS:g} s: send fewer") from slow
+        try:
+            return msgspec.json.decode(done.stdout, type=Checked)
+        except msgspec.DecodeError as error:
+            said = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise CannotCheck(
+                f"the examples cannot be checked (exit code {done.returncode}): {''.join(said)}"
+            ) from error
+
+    def run(
+        self, folder: Path, stop: threading.Event, look: Callable[[float], bool], seconds: float = float("inf")
+    ) -> Ended:
+        """Train until the program ends, `stop` is set, or it ran for `seconds`. Blocks, on a thread that outlives it.
+
+        `look(ran)` is called again and again, with the seconds that it ran since the last time, and answers whether
+        there was a sign of life.
+        """
+        with (folder / "log").open("ab") as output:
+            process = subprocess.Popen(
+                self._behind([*self.command, "tune", str(folder)]),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                env=_environ(),
+                # Its session stays the server's: with one of its own the kernel may give it as much as everybody else.
+                process_group=0,
+            )
+        self.pid = process.pid
+        try:
+            return self._watched(process, stop, look, seconds)
+        finally:
+            if process.poll() is None:
+                process_tree.send(process.pid, signal.SIGKILL)
+                process.wait()
+            self.pid, self.suspended = None, False
+
+    def _watched(
+        self, process: subprocess.Popen[bytes], stop: threading.Event, look: Callable[[float], bool], seconds: float
+    ) -> Ended:
+        last = quiet_since = self._clock()
+        ran = silent = 0.0
+        while process.poll() is None:
+            if stop.wait(LOOK_SECONDS):
+                return self._stopped(process)
+            now = self._clock()
+            passed, last = now - last, now
+            if self.is_busy():
+                quiet_since = now + QUIET_SECONDS
+            self._suspend(process.pid, now < quiet_since)
+            if self.suspended:
+                continue
+            ran, silent = ran + passed, silent + passed
+            if look(passed):
+                silent = 0.0
+            if silent > self.stall:
+                return Ended(Why.HUNG, -signal.SIGKILL)
+            if ran > seconds:
+                return Ended(Why.OVERTIME, -signal.SIGKILL)
+        look(0.0)
+        return Ended(Why.ENDED, process.returncode)
+
+    def _suspend(self, pid: int, wanted: bool) -> None:
+        if wanted != self.suspended:
+            process_tree.send(pid, signal.SIGSTOP if wanted else signal.SIGCONT)
+            self.suspended = wanted
+
+    def _stopped(self, process: subprocess.Popen[bytes]) -> Ended:
+        """It may save a checkpoint, and no more."""
+        process.terminate()
+        self._suspend(process.pid, False)
+        try:
+            process.wait(SAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process_tree.send(process.pid, signal.SIGKILL)
+            process.wait()
+        return Ended(Why.STOPPED, process.returncode)
+
+    def _behind(self, command: Sequence[str]) -> list[str]:
+        return [sys.executable, "-S", "-E", lowest_priority.__file__, str(os.getpid()), *command]
+
+
+def _environ() -> Mapping[str, str]:
+    """As the server's, without its keys and what its engines were told; the packages are where the server's own are."""
+    root = str(Path(serve.__file__).resolve().parent.parent)
+    left = {name: value for name, value in os.environ.items() if not name.startswith(_KEPT_BACK)}
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return {**left, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,89 @@
+"""A server whose trainer is a stand-in, and OpenAI's own client of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serve.gateway.batches.conftest import sdk  # noqa: F401
+
+STAND_IN = (sys.executable, "-m", "tests.support.trainer")
+ENDED = ("succeeded", "failed", "cancelled")
+
+
+@pytest.fixture
+def training(connect: Callable[..., Any], config: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`async with training(seconds=0.1) as client`: a server whose trainer does what STAND_IN says of it."""
+
+    def started(config: Any = config, **how: Any) -> Any:
+        monkeypatch.setenv("STAND_IN", json.dumps(how))
+        server = connect(config)
+        server.app.state.parts.fine_tuning.process.command = STAND_IN
+        return server
+
+    return started
+
+
+def parts_of(client: Any) -> Any:
+    return client._transport.app.state.parts
+
+
+def examples(count: int = 20, answer: str = "yes") -> bytes:
+    """Chats that are in order."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Is {number} good?"}, {"role": "assistant", "content": answer}]}
+        for number in range(count)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+async def sent(ai: openai.AsyncOpenAI, data: bytes | None = None) -> str:
+    """The id of a file of examples."""
+    file = await ai.files.create(file=("train.jsonl", examples() if data is None else data), purpose="fine-tune")
+    return file.id
+
+
+async def begun(ai: openai.AsyncOpenAI, data: bytes | None = None, **more: Any) -> str:
+    """The id of a job over these examples; 6 steps, 3 epochs, unless `more` says otherwise."""
+    asked = {"model": "base", "training_file": await sent(ai, data), "suffix": "tone", "seed": 7, **more}
+    job = await ai.fine_tuning.jobs.create(**asked)
+    return job.id
+
+
+async def until(ai: openai.AsyncOpenAI, id: str, wanted: Callable[[Any], bool], seconds: float = 30.0) -> Any:
+    """The job, once it is so."""
+    async with asyncio.timeout(seconds):
+        while not wanted(job := await ai.fine_tuning.jobs.retrieve(id)):
+            await asyncio.sleep(0.02)
+    return job
+
+
+async def ended(ai: openai.AsyncOpenAI, id: str) -> Any:
+    """The job at its end."""
+    return await until(ai, id, lambda job: job.status in ENDED)
+
+
+async def messages(ai: openai.AsyncOpenAI, id: str) -> list[str]:
+    """What its events say, the earliest first."""
+    page = await ai.fine_tuning.jobs.list_events(id, limit=100)
+    return [event.message for event in page.data][::-1]
+
+
+async def stepped(client: Any, id: str, steps: int = 1) -> int:
+    """The process of the job, once it has come so far."""
+    progress = parts_of(client).fine_tuning.runner.folder(id).path / "progress.jsonl"
+    async with asyncio.timeout(30):
+        while await asyncio.to_thread(_lines, progress) < steps:
+            await asyncio.sleep(0.01)
+    return parts_of(client).fine_tuning.process.pid
+
+
+def _lines(file: Path) -> int:
+    return file.read_text().count("\n") if file.is_file() else 0
