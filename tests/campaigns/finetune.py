@@ -195,7 +195,7 @@ def beside(folder: Path, seconds: float = 60.0, rounds: int = 4) -> None:
         print(f"{STREAMS} streams {name}: median {median:.1f} ms, p99 {p99:.1f} ms between tokens")
     ratio = p["beside a job"][1] / p["alone"][1]
     print(
-        f"p99 is {ratio:.2f} times as long; {trained} steps were trained meanwhile, {len(alone)} and {len(both)} gaps"
+        f"p99 is {ratio:.2f} times as long ({len(alone)} and {len(both)} gaps); {trained} steps were trained meanwhile"
     )
     assert ratio <= WANTED and trained > 0
 

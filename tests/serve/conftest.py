@@ -22,6 +22,7 @@ from tests.support import postgres as postgresql
 from tests.support.app import Started, issued
 from tests.support.backend import FakeBackend
 from tests.support.hub import Hub, running
+from tests.support.zygote import Zygote
 
 loop_guard.install()
 
@@ -31,6 +32,14 @@ def loop_never_waits() -> Iterator[None]:
     """No request makes the event loop wait for a disk, a database or the network."""
     with loop_guard.guarded():
         yield
+
+
+@pytest.fixture
+def zygote(tmp_path: Path, tiny_model: Path) -> Iterator[Zygote]:
+    """Servers of one data directory that can be killed, whose trainer is the stand-in."""
+    zygote = Zygote(tmp_path / "data", tiny_model, STAND_IN='{"seconds": 0.15}')
+    yield zygote
+    zygote.close()
 
 
 @pytest.fixture

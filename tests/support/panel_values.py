@@ -487,6 +487,10 @@ BATCHES: dict[str, Callable[[World], list[Shows]]] = {
     "Lines that failed": lambda world: [one(world.traffic.lines["failed"] / world.traffic.lines.total())],
     "Open batches": lambda world: [exactly(("status",), {("in_progress",): 1}, held=True)],
     "Batches that ended": lambda world: [exactly(("status",), {("completed",): world.traffic.batches})],
+    "Fine-tuning jobs": lambda world: [exactly(("status",), {})],
+    "Jobs that ended": lambda world: [exactly(("status",), {})],
+    "Tokens trained": lambda world: [one(0)],
+    "Training, and suspended": lambda world: [one(0), one(0)],
     "Files": lambda world: [one(len(world.files))],
     "Size of the files": lambda world: [one(sum(world.files))],
     "Flagged and refused": lambda world: [

@@ -8,15 +8,61 @@ A line on standard input starts a server; its process id comes back as a line, a
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import uvicorn
 
 from serve.api.app import build_app
 from serve.config import load
 from serve.models.lora_modules import lora_modules
 from tests.support.backend import FakeBackend
+
+ROOT = Path(__file__).parents[2]
+TRAINER = (sys.executable, "-m", "tests.support.trainer")
+
+
+class Zygote:
+    """The program, and a client of the server that it forked last."""
+
+    def __init__(self, data: Path, model: Path, **environ: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "tests.support.zygote", str(data), str(model), str(port)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environ}
+        )
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+
+    def start(self) -> int:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("start\n")
+        self.process.stdin.flush()
+        server = int(self.process.stdout.readline())
+        for _ in range(3000):
+            with suppress(httpx.TransportError):
+                if self.client.get("/ready").status_code == 200:
+                    return server
+            time.sleep(0.01)
+        raise AssertionError("the server did not come back")
+
+    def kill(self, server: int) -> None:
+        assert self.process.stdout
+        os.kill(server, signal.SIGKILL)
+        assert self.process.stdout.readline() == "ended\n"
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.client.close()
+        self.process.stdin.close()
+        self.process.wait(30)
 
 
 def main(data: Path, model: str, port: str) -> None:
@@ -25,7 +71,10 @@ def main(data: Path, model: str, port: str) -> None:
         child = os.fork()
         if child == 0:
             config = load([model, "--name", "base", "--data-dir", str(data), "--port", port], {})
-            uvicorn.run(build_app(config, FakeBackend(config.model)), port=config.port, log_level="error")  # type: ignore[arg-type]
+            app = build_app(config, FakeBackend(config.model))  # type: ignore[arg-type]
+            process = app.state.parts.fine_tuning.process
+            process.command, process.nice = TRAINER, 0
+            uvicorn.run(app, port=config.port, log_level="error")
             os._exit(0)
         print(child, flush=True)
         os.waitpid(child, 0)

@@ -1,7 +1,7 @@
-"""A program that becomes another one, behind everything else on this machine: `lowest_priority.py PARENT COMMAND ...`.
+"""A program that becomes another one, behind all others on this machine: `lowest_priority.py PARENT NICE COMMAND ...`.
 
-It ends with the thread that started it, it runs when nothing else wants the processor, and it is the first to go when
-memory runs out. Imports nothing of loradock.
+It ends with the thread that started it, at the lowest priority it runs when nothing else wants the processor, and it is
+the first to go when memory runs out. Imports nothing of loradock.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
-NICE = 19
+LOWEST = 19
 
 
-def main(parent: int, command: list[str]) -> None:
+def main(parent: int, nice: int, command: list[str]) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # it was gone before the kernel knew
     try:
-        os.nice(NICE)
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.nice(nice)
+        if nice == LOWEST:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     except (OSError, AttributeError):
         pass  # a container may forbid it: nice alone then
     try:
@@ -34,4 +35,4 @@ def main(parent: int, command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -89,11 +89,12 @@ class TrainingProcess:
         is_busy: Callable[[], bool] = lambda: False,
         *,
         command: Sequence[str] = COMMAND,
+        nice: int = lowest_priority.LOWEST,
         stall: float = 1800.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.is_busy, self.stall, self._clock = is_busy, stall, clock
-        self.command = tuple(command)
+        self.command, self.nice = tuple(command), nice
         self.pid: int | None = None
         self.suspended = False
 
@@ -183,7 +184,7 @@ class TrainingProcess:
         return Ended(Why.STOPPED, process.returncode)
 
     def _behind(self, command: Sequence[str]) -> list[str]:
-        return [sys.executable, "-S", "-E", lowest_priority.__file__, str(os.getpid()), *command]
+        return [sys.executable, "-S", "-E", lowest_priority.__file__, str(os.getpid()), str(self.nice), *command]
 
 
 def _environ() -> Mapping[str, str]:

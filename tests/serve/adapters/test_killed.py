@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,48 +96,6 @@ class Writer:
             self.state = self.hoped
         assert found == self.state.seen(), f"{self.name}: {found}, acknowledged {self.state}, under way {self.hoped}"
         self.hoped = None
-
-
-class Zygote:
-    def __init__(self, data: Path, model: Path, port: int) -> None:
-        command = [sys.executable, "-m", "tests.support.zygote", str(data), str(model), str(port)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
-
-    def start(self) -> int:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write("start\n")
-        self.process.stdin.flush()
-        server = int(self.process.stdout.readline())
-        for _ in range(3000):
-            with suppress(httpx.TransportError):
-                if self.client.get("/ready").status_code == 200:
-                    return server
-            time.sleep(0.01)
-        raise AssertionError("the server did not come back")
-
-    def kill(self, server: int) -> None:
-        assert self.process.stdout
-        os.kill(server, signal.SIGKILL)
-        assert self.process.stdout.readline() == "ended\n"
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.client.close()
-        self.process.stdin.close()
-        self.process.wait(30)
-
-
-@pytest.fixture
-def zygote(tmp_path: Path, tiny_model: Path) -> Iterator[Zygote]:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    zygote = Zygote(tmp_path / "data", tiny_model, port)
-    yield zygote
-    zygote.close()
 
 
 @pytest.mark.timeout(60 + 15 * KILLS)

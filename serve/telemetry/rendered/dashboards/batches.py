@@ -1,4 +1,4 @@
-"""How batches come along, which files are kept for them, and what guards say of requests and answers."""
+"""How batches and fine-tuning come along, which files are kept, and what guards say of requests and answers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ BY_SIDE = "adapter, side, result"
 
 
 def board() -> Json:
-    content: list[Panel | Row] = [Row("Batches"), *_batches(), Row("Files"), *_files(), Row("Guards"), *_guards()]
-    says = "Batches, the files that they read and write, and what guards pass, flag and refuse."
+    content: list[Panel | Row] = [Row("Batches"), *_batches(), Row("Fine-tuning"), *_fine_tuning()]
+    content += [Row("Files"), *_files(), Row("Guards"), *_guards()]
+    says = "Batches and fine-tuning, the files that they read and write, and what guards pass, flag and refuse."
     return dashboard("batches", "Batches and guards", says, content, [ADAPTER])
 
 
@@ -66,6 +67,42 @@ def _batches() -> list[Panel]:
             [Query(counted("loradock_batches_ended_total", "", "1h", "status"), "{{status}}")],
             quiet=True,
             decimals=0,
+        ),
+    ]
+
+
+def _fine_tuning() -> list[Panel]:
+    return [
+        Panel(
+            "Fine-tuning jobs",
+            "Those that are not at their end, by status, of all servers that share the registry. One runs on a server.",
+            [Query("max by (status) (loradock_finetune_jobs)", "{{status}}")],
+            quiet=True,
+            decimals=0,
+        ),
+        Panel(
+            "Jobs that ended",
+            "In the last hour, by status. failed: the job's error says why.",
+            [Query(counted("loradock_finetune_jobs_ended_total", "", "1h", "status"), "{{status}}")],
+            quiet=True,
+            decimals=0,
+        ),
+        Panel(
+            "Tokens trained",
+            "Per second. None while a job is there: it is suspended, because clients are answered, or it is paused.",
+            [Query(rate("loradock_finetune_tokens_total", ""), "tokens")],
+            quiet=True,
+        ),
+        Panel(
+            "Training, and suspended",
+            "Share of the time in which a job runs, and whether one is suspended now.",
+            [
+                Query(rate("loradock_finetune_running_seconds_total", ""), "running"),
+                Query("max(loradock_finetune_suspended)", "suspended"),
+            ],
+            unit="percentunit",
+            quiet=True,
+            most=1,
         ),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from dataclasses import replace
@@ -111,7 +112,7 @@ async def test_without_a_suffix_the_job_gives_the_name(training, sdk):
 
 
 async def test_a_job_that_is_cancelled_leaves_nothing(training, sdk):
-    async with training(seconds=0.2) as client:
+    async with training(seconds=2.0) as client:
         ai = sdk(client)
         file = await sent(ai)
         id = await begun(ai, training_file=file)
@@ -129,21 +130,28 @@ async def test_a_job_that_is_cancelled_leaves_nothing(training, sdk):
         assert (await ai.files.delete(file)).deleted
 
 
+def slow(monkeypatch, seconds):
+    """Trainers that start from now on take so long for a step."""
+    monkeypatch.setenv("STAND_IN", json.dumps({"seconds": seconds}))
+
+
 async def digest_of(client, model):
     name, _, version = model.partition("@v")
     return (await client.get(f"/v1/adapters/{name}")).json()["versions"][int(version) - 1]["digest"]
 
 
-async def test_a_job_that_was_paused_ends_with_the_same_bytes(training, sdk):
-    async with training(seconds=0.1) as client:
+async def test_a_job_that_was_paused_ends_with_the_same_bytes(training, sdk, monkeypatch):
+    async with training() as client:
         ai = sdk(client)
         undisturbed = await ended(ai, await begun(ai))
+        slow(monkeypatch, 2.0)
         id = await begun(ai, suffix="other")
-        process = await stepped(client, id, 2)
+        process = await stepped(client, id)
         assert (await ai.fine_tuning.jobs.pause(id)).status == "paused"
         assert await settled(lambda: not alive(process), 15)
         await asyncio.sleep(0.3)
         assert (await ai.fine_tuning.jobs.retrieve(id)).status == "paused"
+        slow(monkeypatch, 0.0)
         assert (await ai.fine_tuning.jobs.resume(id)).status == "queued"
         job = await ended(ai, id)
         assert job.status == "succeeded"
@@ -152,14 +160,16 @@ async def test_a_job_that_was_paused_ends_with_the_same_bytes(training, sdk):
         assert len(steps) == len(set(steps)) == 6
 
 
-async def test_a_job_survives_the_end_of_its_server_and_of_its_process(training, sdk):
-    async with training(seconds=0.2) as client:
+async def test_a_job_survives_the_end_of_its_server_and_of_its_process(training, sdk, monkeypatch):
+    async with training(seconds=0.5) as client:
         id = await begun(sdk(client))
-        process = await stepped(client, id, 2)
+        process = await stepped(client, id)
     assert not alive(process)
-    async with training(seconds=0.1) as client:
+    async with training(seconds=0.5) as client:
         ai = sdk(client)
-        os.kill(await stepped(client, id, 3), signal.SIGKILL)
+        process = await stepped(client, id, 2)
+        slow(monkeypatch, 0.0)
+        os.kill(process, signal.SIGKILL)
         job = await ended(ai, id)
         assert (job.status, job.fine_tuned_model) == ("succeeded", "tone@v3")
         said = await messages(ai, id)
@@ -209,7 +219,7 @@ async def test_a_model_that_changes_nothing_is_not_admitted(training, sdk):
 
 
 async def test_a_base_that_is_another_by_then_ends_the_job(training, sdk, tiny_model):
-    async with training(seconds=0.2) as client:
+    async with training(seconds=2.0) as client:
         ai = sdk(client)
         id = await begun(ai)
         await stepped(client, id)
@@ -323,10 +333,12 @@ async def test_a_key_needs_the_right_to_change_adapters_until_the_end(shared, sd
         await begun(ai, training_file=file)
     ai = sdk(await issued(shared, "acme", name="soon-gone"))
     id = await begun(ai)
+    await ai.fine_tuning.jobs.pause(id)
     keys = (await shared.get("/v1/keys")).json()["data"]
     (gone,) = [key["id"] for key in keys if key["name"] == "soon-gone"]
     await shared.delete(f"/v1/keys/{gone}")
     ai = sdk(await issued(shared, "acme"))
+    await ai.fine_tuning.jobs.resume(id)
     job = await ended(ai, id)
     assert job.status == "failed" and "not taken any more" in job.error.message
     ai = sdk(await issued(shared, "other", adapters=1))
