@@ -134,10 +134,10 @@ wheel: setup-dev ## the built wheel alone in an empty folder: install, serve, ch
 image: setup-dev ## the CPU image built by buildah and started: health check, chat, push, restart on the same volume; 20 minutes
 	@$(BIN)/python -m tests.campaigns.image $(ARGS)
 
-sources: setup-dev ## pushes from MLflow's own tracking server, in an environment of their own; 3 minutes
+sources: setup-dev ## pushes by MLflow's client and server, and by that of Weights & Biases, in an environment of their own; 4 minutes
 	@folder=$$(mktemp -d) && trap 'rm -rf $$folder' EXIT && \
-	  $(BIN)/python -m venv $$folder/clients && $$folder/clients/bin/pip install -q mlflow==3.17.2 && \
-	  LORADOCK_TEST_MLFLOW=$$folder/clients/bin/python $(BIN)/python -m pytest -q tests/serve/adapters/sources
+	  $(BIN)/python -m venv $$folder/clients && $$folder/clients/bin/pip install -q mlflow==3.17.2 wandb==0.31.0 && \
+	  LORADOCK_TEST_MLFLOW=$$folder/clients/bin/python LORADOCK_TEST_WANDB=$$folder/clients/bin/python $(BIN)/python -m pytest -q tests/serve/adapters/sources
 
 hashes: setup-dev ## serve/cli/requirements/*.txt again, after a change of pyproject.toml or constraints*.txt; some minutes
 	@$(BIN)/python -m pip install --quiet uv

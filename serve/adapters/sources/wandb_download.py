@@ -6,7 +6,6 @@ It imports nothing of loradock. Where the service is, and the key to it, are the
 import json
 import os
 import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ FOLDERS = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR",
 
 
 def main() -> None:
-    lines = sys.stdin
-    out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    # What a library prints is no answer; and the client's own service inherits neither pipe.
+    lines, out = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
 
     def say(**answer: Any) -> None:
         print(json.dumps(answer), file=out, flush=True)
@@ -53,7 +54,9 @@ class _Refused(Exception):
 
 def _download(artifact: Any, below: str, folder: Path, names: list[str], max_bytes: int) -> None:
     entries = artifact.manifest.entries
-    wanted = {name: entry for name in names if (entry := entries.get(f"{below}/{name}" if below else name))}
+    paths = {name: f"{below}/{name}" if below else name for name in names}
+    # Those of the manifest do not know where they are downloaded from.
+    wanted = {name: artifact.get_entry(path) for name, path in paths.items() if path in entries}
     for name, entry in wanted.items():
         # Whoever writes to the project chooses where a reference leads.
         if entry.ref is not None:
