@@ -8,6 +8,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from serve import __version__
@@ -43,6 +44,7 @@ from serve.gateway.router import Router
 from serve.models.checkpoint import takes_media
 from serve.models.hardware import node
 from serve.models.language import language_of
+from serve.models.lora_modules import kept_lora_modules
 from serve.rollout.alertmanager import Alerts
 from serve.rollout.canary import CanaryVerdict
 from serve.rollout.canary_monitor import CanaryMonitor
@@ -193,7 +195,8 @@ class Services:
         # Beside the watcher: it looks at every request, of models too that are not watched for drift.
         self.quality_worker = ExchangeWorker([self._data_quality], name="data-quality")
         self.exchange_worker = ExchangeWorker([self.canary_monitor, self.drift_monitor])
-        self._watched_bases = WatchedBases(self.fleet, self.drift_monitor, self.exchange_worker)
+        kept = config.cache_dir / "embeddings"
+        self._watched_bases = WatchedBases(self.fleet, self.drift_monitor, self.exchange_worker, kept)
         self._logprob_sampling = LogprobSampling(config.drift_logprobs)
         self.prober = Prober(
             self.fleet, self.registry, self.store, self.drift_monitor, alarmed, interval=config.drift_probe_interval
@@ -313,10 +316,10 @@ class Services:
             await self.lifecycle.sweep()
             await self._prefetcher.load()
             await asyncio.to_thread(self.golden.results.refresh)
-            if self.config.drift:  # the first answers are watched already
-                swapped = {base.name: await self.lifecycle.swapped_model(base) for base in self.fleet}
-                await self._watched_bases.learn({base.name: swapped[base.name] or base.model for base in self.fleet})
-            await self.fleet.start(self.lifecycle)
+            models = {base.name: await self.lifecycle.swapped_model(base) or base.model for base in self.fleet}
+            # The first answers are watched already.
+            learning = self._watched_bases.learn(models) if self.config.drift else asyncio.sleep(0)
+            await asyncio.gather(self.fleet.start(self.lifecycle), learning)
         except LoradockError as error:
             self._on_failure(error)
             return
@@ -400,8 +403,9 @@ def _supervisors(config: Config, backends: Sequence[Backend], loads: AdapterLoad
             return None
         return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
 
-    tolerance = config.swap_tolerance
-    return [Supervisor(backend, probe, patience, tolerance=tolerance, on_load=loads.observe) for backend in backends]
+    known = partial(kept_lora_modules, cache=config.cache_dir / "modules")
+    more: dict[str, Any] = {"tolerance": config.swap_tolerance, "on_load": loads.observe, "modules_of": known}
+    return [Supervisor(backend, probe, patience, **more) for backend in backends]
 
 
 def _canary_monitor(

@@ -158,10 +158,15 @@ class Rows:
 
 def rows(checkpoint: Path) -> Rows:
     """The input embedding of a checkpoint folder, or ConfigError with the reason."""
+    return _open(*source(checkpoint))
+
+
+def source(checkpoint: Path) -> tuple[Path, str]:
+    """The file that the input embedding of a checkpoint folder is in, and its name there."""
     for name in NAMES:
         for tensor, path in sorted(_where(checkpoint).items()):
             if tensor == name or tensor.endswith("." + name):
-                return _open(path, tensor)
+                return path, tensor
     raise ConfigError(
         f"{checkpoint.name} has no tensor that is called like an input embedding ({', '.join(NAMES[:3])}, ...), "
         "so its prompts cannot be watched for drift; switch drift off for this model"

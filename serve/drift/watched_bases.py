@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from serve.asgi.exchange_worker import ExchangeWorker
-from serve.drift.embedding import Embedding
+from serve.drift.kept_embedding import embedding_of
 from serve.drift.monitor import DriftMonitor
 from serve.drift.request_text import RequestText
 from serve.engine.fleet import Fleet
@@ -22,10 +22,11 @@ log = logging.getLogger(__name__)
 class WatchedBases:
     """The worker starts once there is a base to watch."""
 
-    def __init__(self, fleet: Fleet, drift_monitor: DriftMonitor, worker: ExchangeWorker) -> None:
+    def __init__(self, fleet: Fleet, drift_monitor: DriftMonitor, worker: ExchangeWorker, cache: Path) -> None:
         self._fleet = fleet
         self._drift_monitor = drift_monitor
         self._worker = worker
+        self._cache = cache
         # By base: the model whose table was read, or has none that could be.
         self._learned: dict[str, str] = {}
 
@@ -51,7 +52,7 @@ class WatchedBases:
         self._drift_monitor.pause(base)
         self._learned[base] = model
         try:
-            embedding = Embedding.of(Path(model))
+            embedding = embedding_of(Path(model), self._cache)
             tokenizer = Path(model) / "tokenizer.json"
             digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else ""
         except (LoradockError, OSError) as error:

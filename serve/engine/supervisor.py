@@ -77,6 +77,7 @@ class Supervisor:
         *,
         tolerance: float = 0.5,
         on_load: Callable[[str, float], None] = lambda tier, seconds: None,
+        modules_of: Callable[[str], Mapping[str, tuple[int, int]]] = lora_modules,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = backend.name
@@ -92,16 +93,15 @@ class Supervisor:
         self._on_load = on_load
         self._engine = Engine(backend, patience.max_wait, on_load)
         self._adapters: Adapters | None = None
-        self._make_probe = make_probe
+        self._make_probe, self._modules_of = make_probe, modules_of
         self._patience = patience
         self._budget = RestartBudget(patience, clock)
         self._clock = clock
         self._since: float | None = None
         self._start_seconds = 30.0
         # When an engine that is coming back ought to be there, and who waits for it.
-        self._due = 0.0
+        self._due, self._waiting = 0.0, 0
         self._settled, self._served = asyncio.Event(), asyncio.Event()
-        self._waiting = 0
         # Held while an engine is replaced: by a restart or by a swap, never by both.
         self._replacing = asyncio.Lock()
         self._starting: set[Engine] = set()
@@ -324,7 +324,7 @@ class Supervisor:
         return started
 
     async def _started(self, engine: Engine) -> StartedEngine:
-        reading = asyncio.ensure_future(asyncio.to_thread(lora_modules, engine.backend.model))  # while it loads
+        reading = asyncio.ensure_future(asyncio.to_thread(self._modules_of, engine.backend.model))  # while it loads
         reading.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if nobody comes to ask
         await engine.start()
         if probe := self._make_probe(engine):

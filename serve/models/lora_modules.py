@@ -6,10 +6,17 @@ quantized checkpoint has the same modules as the one that it was made from.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from serve import __version__
 from serve.errors import ConfigError
+from serve.files import write_whole
 
 # Whose embedding and output layer vLLM 0.32 puts a LoRA on, by architecture (`embedding_modules` of its model classes,
 # inherited ones included). Elsewhere only linear layers take one: it refuses Mistral's or Qwen2's embedding at load.
@@ -55,6 +62,22 @@ EMBEDDINGS: dict[str, tuple[str, ...]] = {
     "Cohere2ForCausalLM": ("embed_tokens",),
     "ExaoneForCausalLM": ("wte", "lm_head"),
 }
+
+
+def kept_lora_modules(model: str, cache: Path) -> Mapping[str, tuple[int, int]]:
+    """As `lora_modules`, from the cache folder where it is there: an empty model takes seconds of imports."""
+    try:
+        told = [(Path(model) / "config.json").read_text(), __version__, version("transformers")]
+    except OSError:  # no folder: a hub's
+        return lora_modules(model)
+    file = cache / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        return {str(name): (int(out), int(into)) for name, (out, into) in json.loads(file.read_text()).items()}
+    made = lora_modules(model)
+    with suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(made).encode())
+    return made
 
 
 def module_shapes(model: str, *, trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:

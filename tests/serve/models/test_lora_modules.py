@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from serve.errors import ConfigError
-from serve.models.lora_modules import lora_modules, module_shapes
+from serve.models.lora_modules import kept_lora_modules, lora_modules, module_shapes
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -90,3 +90,17 @@ def test_a_folder_without_a_usable_configuration_says_so(tmp_path, text):
 def test_a_folder_that_is_not_there_says_so(tmp_path):
     with pytest.raises(ConfigError, match="give a folder"):
         module_shapes(str(tmp_path / "nothing"))
+
+
+def test_what_was_listed_once_is_read_from_the_cache(tmp_path, monkeypatch):
+    model, cache = write(tmp_path), tmp_path / "cache"
+    first = kept_lora_modules(model, cache)
+    assert first == lora_modules(model)
+    monkeypatch.setattr("serve.models.lora_modules.lora_modules", lambda model: {"again": (1, 2)})
+    assert kept_lora_modules(model, cache) == first
+    assert kept_lora_modules(write(tmp_path, hidden_size=128), cache) == {"again": (1, 2)}
+    write(tmp_path)
+    for file in cache.iterdir():
+        file.write_text("[1]")
+    assert kept_lora_modules(model, cache) == {"again": (1, 2)}
+    assert kept_lora_modules(str(tmp_path / "of-a-hub"), cache) == {"again": (1, 2)}
