@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -71,6 +71,10 @@ long-prompts: setup-dev ## how long running answers wait beside long prompts, by
 
 speculation: setup-dev ## what --speculation ngram gains and costs, with and without in turns, and 1,000 answers compared (CPU); 20 minutes
 	@$(BIN)/python -m tests.campaigns.speculation $(ARGS)
+
+tuning: setup-dev ## 200 examples train the embedded model on a task: seconds, and right answers before and after; 6 minutes
+	@$(BIN)/python -m tests.campaigns.tuning $(ARGS)
+	@$(BIN)/python -m tests.campaigns.tuning --method dpo $(ARGS)
 
 overload: setup-dev ## four times the load that it sustains: goodput, and how soon the rest is turned away; some minutes
 	@$(BIN)/python -m tests.campaigns.overload $(ARGS)

@@ -72,7 +72,8 @@ def commands() -> Iterator[tuple[list[str], Any]]:
             yield from below([*words, name], child)
 
     yield from below(["loradock"], typer.main.get_command(command_line))
-    yield ["loradock", "optimize", "run-onnx"], None
+    for name in ("check", "tune", "run-onnx"):
+        yield ["loradock", "optimize", name], None
 
 
 def _help(words: list[str], command: Any) -> str:

@@ -1,19 +1,22 @@
-"""`loradock optimize`: run, plan or list recipes, and query an ONNX export.
+"""`loradock optimize`: run, plan or list recipes, check examples, train in a job's folder, query an ONNX export.
 
-Exit codes: 0 done, 1 a step failed, 2 the recipe is wrong or this machine cannot run it, 3 the gate is not passed.
+Exit codes: 0 done, 1 a step failed, 2 the recipe is wrong or this machine cannot run it, 3 the gate is not passed,
+4 stopped by SIGTERM.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from optimize import recipe as recipes
+from optimize.data import examples
 from optimize.errors import OptimizeError, RecipeError, Refused
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 Embedded = Callable[[str], Path]
 Served = Callable[[], dict[str, str]]
+Show = Callable[["Plan", Path], None]
+Memory = Annotated[float, typer.Option("--memory", help="GB that a step may use (default: 4/5 of what is free).")]
 EVERY = 15.0  # seconds between two lines when there is no terminal
 
 HELP = """Turn a base model and its LoRA adapters into an optimized, measured export.
@@ -35,6 +40,8 @@ Examples:
   loradock optimize int8-cpu --plan
   loradock optimize int8-cpu --model ./my-model --adapter tone=./my-adapter --out ./my-model-int8
   loradock optimize my-recipe.yaml --resume
+  loradock optimize check train.jsonl
+  loradock optimize tune ./job
   loradock optimize run-onnx ./my-model-onnx "What is the capital of France?"
 """
 
@@ -47,21 +54,21 @@ def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> 
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    if arguments and arguments[0] == "run-onnx":
-        app.command("run-onnx", help=run_onnx.__doc__)(run_onnx)
-        return _exit_code(app, arguments[1:], "loradock optimize run-onnx")
+    others: dict[str, Callable[..., None]] = {"run-onnx": run_onnx, "check": check, "tune": _tune_command(embedded)}
+    if arguments and (command := others.get(arguments[0])):
+        app.command(arguments[0], help=command.__doc__)(command)
+        return _exit_code(app, arguments[1:], f"loradock optimize {arguments[0]}")
     app.command("optimize", help=HELP)(_optimize_command(embedded, served))
     return _exit_code(app, arguments, "loradock optimize")
 
 
 def _exit_code(app: typer.Typer, arguments: Sequence[str], name: str) -> int:
     try:
-        app(args=list(arguments), prog_name=name, standalone_mode=False)
+        # What a command says by typer.Exit comes back as a number; commands return nothing.
+        return int(app(args=list(arguments), prog_name=name, standalone_mode=False) or 0)
     except OptimizeError as error:
         print(f"loradock: {error.message}", file=sys.stderr)
         return error.exit_code
-    except typer.Exit as ended:
-        return int(ended.exit_code)
     except KeyboardInterrupt:
         print("loradock: stopped; go on with --resume", file=sys.stderr)
         return 130
@@ -70,7 +77,6 @@ def _exit_code(app: typer.Typer, arguments: Sequence[str], name: str) -> int:
             print(f"loradock: {error.format_message()}", file=sys.stderr)
             return 2
         raise
-    return 0
 
 
 def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]:
@@ -90,9 +96,8 @@ def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]
             bool, typer.Option("--plan", help="Print what would be done and what it needs, and do nothing.")
         ] = False,
         list_: Annotated[bool, typer.Option("--list", help="The recipes that come along.")] = False,
-        memory: Annotated[
-            float, typer.Option("--memory", help="GB that a step may use (default: 4/5 of what is free).")
-        ] = 0.0,
+        memory: Memory = 0.0,
+        json_: Annotated[bool, typer.Option("--json", help="Plan and progress as JSON, an object a line.")] = False,
     ) -> None:
         if list_:
             for name, what in recipes.shipped().items():
@@ -104,9 +109,9 @@ def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]
         where = (out or Path(read.output or f"./{Path(read.model).name}-optimized")).expanduser().resolve()
         read = recipes.changed(read, output=str(where))
         if plan:
-            _planned(read, embedded, memory, measure_texts=False)
+            _planned(read, embedded, memory, show_json if json_ else show, measure_texts=False)
             return
-        _carry_out(read, embedded, served, memory, resume, keep_rejected)
+        _carry_out(read, embedded, served, memory, json_, resume=resume, keep_rejected=keep_rejected)
 
     return optimize
 
@@ -123,7 +128,7 @@ def _overrides(model: str, adapters: Sequence[str], settings: Sequence[str]) -> 
     return overrides
 
 
-def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, measure_texts: bool) -> tuple[Plan, int]:
+def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, show: Show, measure_texts: bool) -> tuple[Plan, int]:
     """The plan, which is shown, and the bytes that a step may use."""
     from optimize.pipeline import plan as plans
     from optimize.pipeline.run import texts
@@ -136,17 +141,22 @@ def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, measure_texts
     return plan, memory
 
 
-def _carry_out(
-    recipe: Recipe, embedded: Embedded, served: Served, memory_gb: float, resume: bool, keep_rejected: bool
-) -> None:
+def _carry_out(recipe: Recipe, embedded: Embedded, served: Served, memory_gb: float, as_json: bool, **how: Any) -> None:
+    """Plan, run and say so; `how` is what Run takes beside."""
     from optimize.pipeline.run import Run
 
-    plan, memory = _planned(recipe, embedded, memory_gb, measure_texts=True)
-    with Bars([step.kind for step in plan.steps if step.kind != "export"]) as bars:
-        result = Run(recipe, plan, Path(recipe.output), memory, bars, resume, keep_rejected, served())()
+    plan, memory = _planned(recipe, embedded, memory_gb, show_json if as_json else show, measure_texts=True)
+    shown: JsonLines | Bars = JsonLines() if as_json else Bars([each.kind for each in plan.steps[:-1]])
+    with shown as bars:
+        result = Run(recipe, plan, Path(recipe.output), memory, bars, served=served(), **how)()
+    if as_json:
+        _say({"done": str(result)})
+        return
     typer.echo(f"done: {result}")
     if recipe.export.format == "vllm":
         typer.echo(f"  loradock serve {result}")
+    elif recipe.export.format == "adapter":
+        typer.echo(f"  loradock adapters push NAME {result}")
     else:
         typer.echo(f"  report: {result / 'report' / 'report.md'}")
 
@@ -181,6 +191,31 @@ def show(plan: Plan, where: Path) -> None:
     typer.echo(
         f"  at most {plan.memory / 1e9:.1f} GB memory, {plan.disk / 1e6:.0f} MB disk, about {_time(plan.seconds)}"
     )
+
+
+def show_json(plan: Plan, where: Path) -> None:
+    """The plan as one line of JSON."""
+    names = ("kind", "what", "memory", "disk", "seconds", "warning")
+    steps = [{name: getattr(step, name) for name in names} for step in plan.steps]
+    _say({"model": plan.model.name, "output": str(where), "steps": steps, "memory": plan.memory, "disk": plan.disk,
+          "seconds": round(plan.seconds, 1)})  # fmt: skip
+
+
+def _say(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+class JsonLines:
+    """Progress as JSON on standard output, an object a line."""
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, kind: str, done: float, total: float, what: str) -> None:
+        _say({"step": kind, "done": done, "total": total, "what": what})
 
 
 class Bars:
@@ -235,6 +270,61 @@ class Bars:
             self._begun = time.monotonic()
 
 
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Examples to train on, a JSON object a line.")],
+    method: Annotated[Literal["supervised", "dpo", "kto"], typer.Option(help="What they are for.")] = "supervised",
+    fewest: Annotated[int, typer.Option(help="Examples that the file has to have.")] = examples.FEWEST,
+    json_: Annotated[bool, typer.Option("--json", help="What was found as JSON.")] = False,
+) -> None:
+    """Say what is wrong with a file of examples, line by line, before any training; exit code 2 when something is."""
+    found = examples.checked(file, method, fewest)
+    if json_:
+        _say(found.plain())
+    elif not found.problem_count:
+        typer.echo(f"{file.name}: {found.examples} {found.format} examples")
+    for line, reason in [] if json_ else found.problems:
+        typer.echo(reason if line is None else f"Line {line}: {reason}", err=True)
+    if found.problem_count:
+        raise typer.Exit(2)
+
+
+def _tune_command(embedded: Embedded) -> Callable[..., None]:
+    def tune(
+        folder: Annotated[
+            Path, typer.Argument(metavar="DIR", help="A folder with a recipe.yaml that trains an adapter.")
+        ],
+        memory: Memory = 0.0,
+    ) -> None:
+        """Train the adapter of DIR/recipe.yaml, or go on where an earlier start of this command was.
+
+        DIR gets `adapter/` at the end, `progress.jsonl` with a line a step and `checkpoints/` with the adapter of each
+        epoch meanwhile, and error.json when it does not end well. SIGTERM saves and stops with exit code 4, SIGTSTP and
+        SIGCONT suspend.
+        """
+        failed = folder / "error.json"
+        failed.unlink(missing_ok=True)
+        try:
+            read = recipes.load(folder / "recipe.yaml")
+            if not read.trains_alone:
+                raise RecipeError("the recipe of a training has tune steps alone and `export: {format: adapter}`")
+            read = recipes.changed(read, output=str((folder / "adapter").resolve()))
+            _carry_out(read, embedded, dict, memory, False, resume=True, watched=folder.resolve())
+        except OptimizeError as error:
+            _leave(failed, error)
+            raise
+
+    return tune
+
+
+def _leave(file: Path, error: OptimizeError) -> None:
+    """The error for whoever started this; a folder that takes no file does not hide it."""
+    said = {"class": type(error).__name__, "message": error.message, "code": error.exit_code}
+    try:
+        file.write_text(json.dumps(said) + "\n")
+    except OSError:
+        pass
+
+
 def run_onnx(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export of `loradock optimize` in ONNX format.")],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
@@ -263,3 +353,11 @@ def _time(seconds: float) -> str:
         if seconds < 5400
         else f"{seconds / 3600:.1f} h"
     )
+
+
+def _directories_alone(name: str) -> Path:
+    raise Refused(f"the model {name!r} comes along with the command `loradock optimize`; name a directory here")
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], _directories_alone))

@@ -4,6 +4,7 @@
     |- RecipeError            (exit 2)  the recipe does not say what can be understood
     |- Refused                (exit 2)  the recipe is clear, and this cannot be done; said before any work
     |- OutOfMemory            (exit 1)  a step used more memory than it was given
+    |- Stopped                (exit 4)  SIGTERM came; what is done is kept
     `- GateFailed             (exit 3)  everything was done, and the result is not good enough
 
 Every message is a sentence to whoever must act: what came, what is taken, what to do next.
@@ -32,6 +33,10 @@ class Refused(OptimizeError):
 
 class OutOfMemory(OptimizeError):
     pass
+
+
+class Stopped(OptimizeError):
+    exit_code = 4
 
 
 class GateFailed(OptimizeError):

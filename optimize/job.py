@@ -15,7 +15,8 @@ from optimize.options import Evaluate, Text
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a step gets: the model and adapters as they are by now, and where its own go.
 
-    `originals` are the adapters as they fit the reference, before any step rewrote them.
+    `originals` are the adapters as they fit the reference, before any step rewrote them. In the folder `watched`, where
+    there is one, a step leaves what others look at while it runs.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     target: str
     out: str
+    watched: str = ""
 
     @property
     def folder(self) -> Path:

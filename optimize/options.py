@@ -27,6 +27,7 @@ class Step(Part, frozen=True, kw_only=True):
     """One step's options, and what they mean to the steps beside it."""
 
     reads_text: ClassVar[bool] = True
+    files: ClassVar[tuple[str, ...]] = ()  # options that name a file; its contents count, not its place
 
     @property
     def consumed(self) -> tuple[str, ...]:
@@ -195,6 +196,60 @@ class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
             raise RecipeError(f"{where}: a budget or agreement goes with w4a16 or w8a8, not {self.scheme}")
 
 
+class Tune(Step, frozen=True, kw_only=True, tag="tune"):
+    """A LoRA adapter called `name`, trained on the examples in `train`: by their answers (`supervised`), by which of
+    two answers is better (`dpo`), or by which answers are good (`kto`). `adapter` is one to go on from, with its rank,
+    alpha and targets.
+
+    With `validation` the adapter of the least held-out loss is kept, and `patience` evaluations without a better one
+    end the training. `alpha` 0 is twice the rank; `max_length` 0 is the model's, up to 2,048 tokens; `threads` 0 is
+    every core.
+    """
+
+    reads_text: ClassVar[bool] = False
+    files: ClassVar[tuple[str, ...]] = ("train", "validation")
+    train: str
+    validation: str = ""
+    name: str = "adapter"
+    adapter: str = ""
+    method: Literal["supervised", "dpo", "kto"] = "supervised"
+    rank: int = 16
+    alpha: float = 0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    learning_rate: float | Literal["auto"] = "auto"
+    learning_rate_multiplier: float = 1.0
+    epochs: int | Literal["auto"] = "auto"
+    batch: int | Literal["auto"] = "auto"
+    max_length: int = 0
+    beta: float = 0.1
+    patience: int = 3
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: int = 0
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        return (self.adapter,) if self.adapter else ()
+
+    def check(self, where: str) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise RecipeError(f"{where}: the new adapter needs a plain name of its own, not {self.name!r}")
+        if not self.train:
+            raise RecipeError(f"{where}: train names a .jsonl file of examples")
+        if self.train == self.validation:
+            raise RecipeError(f"{where}: train and validation are the same file; hold out examples of their own")
+        for key in ("rank", "batch", "epochs", "learning_rate", "learning_rate_multiplier", "beta"):
+            value = getattr(self, key)
+            if value != "auto" and not 0 < value < float("inf"):
+                raise RecipeError(f"{where}: {key} is above 0, not {value:g}")
+        for key in ("alpha", "max_length", "patience", "threads"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise RecipeError(f"{where}: {key} is at least 0, not {getattr(self, key):g}")
+        if not self.targets:
+            raise RecipeError(f"{where}: targets is all-linear, or names modules such as [q_proj, v_proj]")
+
+
 class Evaluate(Part, frozen=True, kw_only=True):
     """What the result is measured on. `tasks` are lm-eval's, or files of its kind, of `task_limit` questions each."""
 
@@ -226,6 +281,7 @@ class Gate(Part, frozen=True, kw_only=True):
     min_healed: float | None = None
     max_task_loss: float | None = None
     max_logit_difference: float | None = None
+    max_valid_loss: float | None = None
 
 
 class Export(Part, frozen=True, kw_only=True):
@@ -234,12 +290,13 @@ class Export(Part, frozen=True, kw_only=True):
     shard_bytes: int = 4_000_000_000
 
 
-STEPS: Mapping[str, type[Part]] = {
+STEPS: Mapping[str, type[Step]] = {
     "merge": Merge,
     "combine": Combine,
     "prune": Prune,
     "heal": Heal,
     "quantize": Quantize,
+    "tune": Tune,
 }
 KIND = {made: kind for kind, made in STEPS.items()}
 

@@ -31,6 +31,7 @@ from optimize.options import (
     Quantize,
     Step,
     Text,
+    Tune,
 )
 
 SECTIONS: Mapping[str, type[Part]] = {"calibration": Text, "evaluate": Evaluate, "gate": Gate, "export": Export}
@@ -43,12 +44,18 @@ class Recipe(Part, frozen=True, kw_only=True):
     adapters: Mapping[str, str] = {}
     seed: int = 0
     target: Literal["cpu", "gpu"] = "cpu"
-    steps: tuple[Merge | Combine | Prune | Heal | Quantize, ...] = ()
+    steps: tuple[Merge | Combine | Prune | Heal | Quantize | Tune, ...] = ()
     calibration: Text = Text()
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     export: Export = Export()
     output: str = ""
+
+    @property
+    def trains_alone(self) -> bool:
+        """Whether all that it makes is trained adapters, which have held-out examples of their own: then no text is
+        read, and nothing else is measured."""
+        return self.export.format == "adapter" and all(isinstance(step, Tune) for step in self.steps)
 
 
 def load(source: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -88,7 +95,7 @@ def parse(written: str, folder: Path, overrides: Mapping[str, str] | None = None
     for section, made in SECTIONS.items():
         if section in read:
             fields[section] = _part(_mapping(read[section], section), made, section)
-    fields["steps"] = tuple(_step(step, at) for at, step in enumerate(_list(read.get("steps") or []), 1))
+    fields["steps"] = tuple(_step(step, at, folder) for at, step in enumerate(_list(read.get("steps") or []), 1))
     recipe = _convert(fields)
     texts = {
         section: msgspec.structs.replace(part, text=_text(part.text, folder))
@@ -117,7 +124,7 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
     return msgspec.structs.replace(recipe, **changes)
 
 
-def _step(step: Any, at: int) -> Part:
+def _step(step: Any, at: int, folder: Path) -> Part:
     where = f"step {at}"
     if isinstance(step, str):
         step = {step: {}}
@@ -133,6 +140,9 @@ def _step(step: Any, at: int) -> Part:
     chosen_options = _mapping(options or {}, f"{where}, {kind}")
     if isinstance(chosen_options.get("pattern"), int):  # YAML reads 2:4 as sixties, 124
         chosen_options = {**chosen_options, "pattern": "{}:{}".format(*divmod(chosen_options["pattern"], 60))}
+    for name in STEPS[kind].files:
+        if isinstance(file := chosen_options.get(name), str) and file:
+            chosen_options = {**chosen_options, name: _path(file, folder)}
     return _part(chosen_options, STEPS[kind], f"{where}, {kind}")
 
 
@@ -223,8 +233,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("evaluate: tasks are scored on a vllm export")
     if recipe.export.format == "genai" and recipe.export.precision not in ("fp32", "int4"):
         raise RecipeError(f"export: genai is made in fp32 or int4, not {recipe.export.precision}")
-    if recipe.export.format == "adapter" and not any(isinstance(step, Combine) for step in recipe.steps):
-        raise RecipeError("export: format adapter needs a combine step that makes one")
+    if recipe.export.format == "adapter" and not any(isinstance(step, Combine | Tune) for step in recipe.steps):
+        raise RecipeError("export: format adapter needs a combine or tune step that makes one")
 
 
 class _Order:
@@ -242,7 +252,7 @@ class _Order:
                 raise RecipeError(f"{where}: there is no adapter {name!r}{near}; add it to `adapters:`")
         if isinstance(step, Merge) and step.requantize and not any(isinstance(after, Quantize) for after in later):
             raise RecipeError(f"{where}: requantize wants a quantize step after it")
-        if isinstance(step, Combine):
+        if isinstance(step, Combine | Tune):
             if step.name in self._adapters:
                 raise RecipeError(f"{where}: the new adapter needs a plain name of its own, not {step.name!r}")
             self._adapters.add(step.name)
@@ -275,6 +285,8 @@ def _check_gate(recipe: Recipe) -> None:
     gate = recipe.gate
     if gate.min_healed is not None and not any(isinstance(step, Heal) for step in recipe.steps):
         raise RecipeError("gate: min_healed needs a heal step")
+    if gate.max_valid_loss is not None and not any(isinstance(step, Tune) and step.validation for step in recipe.steps):
+        raise RecipeError("gate: max_valid_loss needs a tune step with a `validation` file")
     if gate.max_task_loss is not None and not recipe.evaluate.tasks:
         raise RecipeError("gate: max_task_loss needs `evaluate: {tasks: [...]}`")
     engine = recipe.evaluate.engine and recipe.export.format == "vllm"

@@ -9,19 +9,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from optimize.errors import OptimizeError, OutOfMemory, Refused
+from optimize.errors import OptimizeError, OutOfMemory, Refused, Stopped
 from optimize.job import Job
+from optimize.pipeline.signals import SENTENCE, Signals
 from optimize.pipeline.step_code import ROOT
 from optimize.processes import ProcessGroup
 
 Tell = Callable[[str, float, float, str], None]  # step, done, total, what
-ERRORS = {"Refused": Refused, "OutOfMemory": OutOfMemory}
+ERRORS = {"Refused": Refused, "OutOfMemory": OutOfMemory, "Stopped": Stopped}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Child:
     memory: int
     tell: Tell
     served: Mapping[str, str]
+    signals: Signals = field(default_factory=Signals)
 
     def run(self, job: Job) -> dict[str, Any]:
         """The step's notes; an error that says so when it is killed, or grows above its memory."""
@@ -47,11 +49,17 @@ class Child:
                 )  # fmt: skip
             finally:
                 os.close(write)
-            last, peak = self._listen(job.kind, process, pipe.fileno())
+            self.signals.running(process)
+            try:
+                last, peak = self._listen(job.kind, process, pipe.fileno())
+            finally:
+                self.signals.running(None)
         if "notes" in last:
             return {**last["notes"], "memory": peak}
         if "error" in last:
             raise ERRORS.get(last["class"], OptimizeError)(f"{job.kind}: {last['error']}")
+        if process.returncode == -signal.SIGTERM:
+            raise Stopped(f"{job.kind}: {SENTENCE}")
         if process.returncode == -signal.SIGKILL:
             raise OutOfMemory(
                 f"{job.kind}: the step was killed at {peak / 1e9:.1f} GB, most likely because the machine "

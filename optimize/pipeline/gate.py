@@ -22,6 +22,7 @@ BOUNDS: Mapping[str, tuple[str, str]] = {
     "min_speed_16": ("speed_16", "tokens/s at 16 streams against the original"),
     "min_healed": ("healed", "share of the log-perplexity lost by pruning that healing brought back"),
     "max_task_loss": ("task_loss", "the most that a task's score fell"),
+    "max_valid_loss": ("valid_loss", "held-out loss of the trained adapter, nats"),
     "max_logit_difference": ("logit_difference", "largest difference of a logit from PyTorch's"),
 }
 TIMED = {"min_speed", "min_speed_16"}

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from optimize.checkpoint import artifact
-from optimize.options import plain
-from optimize.pipeline.facts import Facts
+from optimize.options import STEPS, plain
+from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import TIMED
 
 NAME = "manifest.json"
@@ -53,7 +53,7 @@ def write(folder: Path, facts: Facts) -> None:
         "texts": facts.plan.texts,
         "recipe": recipe,
         "steps": [
-            {"step": done.kind, "options": done.options, "notes": _lasting(done.notes)}
+            {"step": done.kind, "options": _named(done), "notes": _lasting(done.notes)}
             for done in facts.done
             if done.kind not in ("evaluate", "engine", "tasks")
         ],
@@ -104,8 +104,14 @@ def _lasting(notes: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in notes.items()
-        if name not in ("seconds", "cpu_seconds", "memory", "scores", "losses")
+        if name not in ("seconds", "cpu_seconds", "training_seconds", "memory", "scores", "losses")
     }
+
+
+def _named(done: Done) -> dict[str, Any]:
+    """A step's options, with files by their names alone."""
+    files = STEPS[done.kind].files if done.kind in STEPS else ()
+    return done.options | {name: Path(done.options[name]).name for name in files}
 
 
 def _card(facts: Facts, parent: str) -> str:
@@ -114,6 +120,8 @@ def _card(facts: Facts, parent: str) -> str:
     lines += [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
     lines += ["", "| | original | this |", "|---|---|---|"]
     scores = facts.scores
+    if "valid_loss" in scores:
+        lines.append(f"| held-out loss | {scores['valid_loss_before']:.3f} | {scores['valid_loss']:.3f} |")
     if "perplexity" in scores:
         lines.append(
             f"| perplexity, held-out text | {scores['perplexity_original']:.2f} | {scores['perplexity']:.2f} |"

@@ -57,6 +57,9 @@ def _quality(scores: Mapping[str, Any]) -> list[Row]:
             ("same likeliest token", "100 %", f"{scores['top1']:.1%}", ""),
             ("weights, MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{after / before:.2f}"),
         ]
+    if "valid_loss" in scores:
+        before, after = scores["valid_loss_before"], scores["valid_loss"]
+        rows.append(("held-out loss", f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"))
     if "tokens_ratio" in scores:
         rows.append(("tokens for the same text", "1", f"{scores['tokens_ratio']:.3f}", ""))
     if "engine" in scores:
@@ -149,12 +152,28 @@ def _sentence(kind: str, options: Mapping[str, Any], notes: Mapping[str, Any]) -
             f"Log-perplexity above the original's: {notes['lost']:.3f} after pruning{squares}, {notes['left']:.3f} "
             f"in the end, after {notes['trained_tokens']:,} tokens of distillation."
         )
+    if kind == "tune":
+        return _tuned(options, notes)
     if kind == "onnx":
         return (
             f"Logits at most {notes['logits_off']:g} from PyTorch's in fp32; the first {notes['greedy_same']} of 64 "
             "greedy tokens, through the cache, are the same."
         )
     return ""
+
+
+def _tuned(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    data = ", ".join(f"{of['examples']} {name} examples ({of['sha256'][:12]})" for name, of in notes["data"].items())
+    early = f" of {notes['planned_steps']}: the held-out loss rose" if notes.get("ended_early") else ""
+    best = f"; the adapter is that of step {notes['best_step']}" if "best_step" in notes else ""
+    cut = sum(of["cut"] for of in notes["data"].values())
+    longer = f" {cut} examples were cut at {notes['max_length']} tokens." if cut else ""
+    return (
+        f"{options['name']}: {options['method']}, {data}; {notes['steps']} steps{early}, "
+        f"{notes['trained_tokens']:,} tokens, rank {notes['rank']}, "
+        f"learning rate {notes['learning_rate']:g}; loss {notes['losses'][0]:.3f} to "
+        f"{notes['train_loss']:.3f}{best}.{longer}"
+    )
 
 
 def _effects(effects: Mapping[str, Mapping[str, float]]) -> list[Row]:

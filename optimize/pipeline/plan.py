@@ -19,7 +19,7 @@ from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, header
 from optimize.errors import Refused
 from optimize.evaluation import rules as evaluation
 from optimize.export import rules as export
-from optimize.options import KIND, Combine, Heal, Merge, Prune, Quantize, Step, plain
+from optimize.options import KIND, Combine, Heal, Merge, Prune, Quantize, Step, Tune, plain
 from optimize.recipe import Recipe
 from optimize.steps.merge import combine_rules
 from optimize.steps.merge import rules as merge_rules
@@ -27,6 +27,7 @@ from optimize.steps.planning import Context, Estimate
 from optimize.steps.prune import heal_rules
 from optimize.steps.prune import rules as prune_rules
 from optimize.steps.quantize import rules as quantize_rules
+from optimize.steps.tune import rules as tune_rules
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -45,6 +46,7 @@ RULES: Mapping[type[Step], Rules] = {
     Prune: prune_rules,
     Heal: heal_rules,
     Quantize: quantize_rules,
+    Tune: tune_rules,
 }
 
 
@@ -85,6 +87,7 @@ def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: 
         "texts": texts,
     }
     settings = {name: value for name, value in plain(recipe).items() if name not in ("model", "adapters", "output")}
+    settings["steps"] = [by_content(step) for step in recipe.steps]
     kinds = [KIND[type(step)] for step in recipe.steps]
     plan = Plan(model, adapters, texts, _estimates(context), inputs, artifact.key([settings, kinds, inputs]))
     _room(plan, out, memory)
@@ -96,7 +99,7 @@ def _estimates(context: Context) -> tuple[Estimate, ...]:
     return (
         *(RULES[type(step)].estimate(step, context) for step in recipe.steps),
         *export.estimates(context),
-        *evaluation.estimates(context),
+        *([] if recipe.trains_alone else evaluation.estimates(context)),
         Estimate("export", f"{recipe.export.format} directory, manifest, report", 0, size, size / 3e8),
     )
 
@@ -113,7 +116,7 @@ def _refuse(context: Context) -> None:
 def _refuse_rounded_twice(context: Context) -> None:
     """A quantized model has no full weights for the first step that changes it."""
     base, steps = context.base, context.recipe.steps
-    first = next((step for step in steps if not isinstance(step, Combine)), None)
+    first = next((step for step in steps if not isinstance(step, Combine | Tune)), None)
     if isinstance(first, Merge) and not first.requantize:
         raise Refused(
             f"{base.folder.name} is quantized already, and merging into rounded numbers rounds them twice: start "
@@ -124,6 +127,12 @@ def _refuse_rounded_twice(context: Context) -> None:
             f"{base.folder.name} is quantized already and {KIND[type(first)]} needs full weights: "
             "start from the original checkpoint"
         )
+
+
+def by_content(step: Step) -> dict[str, Any]:
+    """A step's options, with the digest of a file's bytes where its name is."""
+    options = plain(step)
+    return options | {name: artifact.digest(Path(options[name])) for name in step.files if options[name]}
 
 
 def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:

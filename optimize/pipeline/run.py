@@ -21,12 +21,13 @@ from optimize.checkpoint import artifact
 from optimize.data import text
 from optimize.errors import GateFailed, OptimizeError, Refused
 from optimize.job import Job
-from optimize.options import KIND, Combine, Merge, Step, plain
+from optimize.options import KIND, Combine, Merge, Step, Tune, plain
 from optimize.pipeline import lock, manifest, report, step_code
 from optimize.pipeline.child import Child, Tell
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import judge
-from optimize.pipeline.plan import Plan
+from optimize.pipeline.plan import Plan, by_content
+from optimize.pipeline.signals import Signals
 from optimize.pipeline.worker import sentence
 from optimize.recipe import Recipe
 
@@ -49,7 +50,8 @@ class State:
 
 @dataclass(slots=True)
 class Run:
-    """One run of a recipe. `tell` hears how far each step is; `served` are the variables of a served engine."""
+    """One run of a recipe. `tell` hears how far each step is; `served` are the variables of a served engine; in the
+    folder `watched` steps leave what others look at meanwhile."""
 
     recipe: Recipe
     plan: Plan
@@ -59,6 +61,8 @@ class Run:
     resume: bool = False
     keep_rejected: bool = False
     served: dict[str, str] = field(default_factory=dict)
+    watched: Path | None = None
+    signals: Signals = field(default_factory=Signals)
     done: list[Done] = field(default_factory=list)
 
     @property
@@ -72,7 +76,7 @@ class Run:
                 shutil.rmtree(self.work, ignore_errors=True)
                 return self.out
             raise Refused(f"{self.out} exists already; remove it, or name another place with --out")
-        with self._working():
+        with self.signals, self._working():
             adapters = dict(self.plan.adapters)
             state = State(self.plan.model, self.plan.model, self.plan.model, adapters, adapters)
             for step in self.recipe.steps:
@@ -83,7 +87,9 @@ class Run:
         # What was merged is in the model by now, and no step has to look after it any more.
         consumed = set(step.consumed)
         living = {name: path for name, path in state.adapters.items() if name not in state.merged or name in consumed}
-        done = self._do(KIND[type(step)], plain(step), replace(state, adapters=living), step.reads_text)
+        done = self._do(
+            KIND[type(step)], plain(step), replace(state, adapters=living), step.reads_text, by_content(step)
+        )
         made = done.folder / "model"
         model = made if made.is_dir() else state.model
         adapters, originals = dict(state.adapters), dict(state.originals)
@@ -107,9 +113,9 @@ class Run:
         scores: dict[str, Any] = {}
         for done in self.done:
             scores |= done.notes.get("scores", {})
-        scores |= self._do("evaluate", {"format": "onnx" if form == "genai" else form}, state, uses_text=True).notes[
-            "scores"
-        ]
+        if not self.recipe.trains_alone:
+            asked = {"format": "onnx" if form == "genai" else form}
+            scores |= self._do("evaluate", asked, state, uses_text=True).notes["scores"]
         if self.recipe.evaluate.tasks:
             questions = {"tasks": list(self.recipe.evaluate.tasks), "task_limit": self.recipe.evaluate.task_limit}
             scores |= self._do("tasks", questions, state, uses_text=False).notes["scores"]
@@ -121,8 +127,8 @@ class Run:
         aside = self.work / "export.part"
         shutil.rmtree(aside, ignore_errors=True)
         if form == "adapter":
-            combined = [step.name for step in self.recipe.steps if isinstance(step, Combine)][-1]
-            shutil.copytree(state.adapters[combined], aside)
+            made = [step.name for step in self.recipe.steps if isinstance(step, Combine | Tune)][-1]
+            shutil.copytree(state.adapters[made], aside)
         else:
             shutil.copytree(state.model, aside)
             self._copy_new_adapters(state, aside)
@@ -146,11 +152,18 @@ class Run:
             if folder != self.plan.adapters.get(name):
                 shutil.copytree(folder, aside / "adapters" / name)
 
-    def _do(self, kind: str, options: dict[str, Any], state: State, uses_text: bool) -> Done:
-        """The step's folder, from an earlier run or made now."""
+    def _do(
+        self,
+        kind: str,
+        options: dict[str, Any],
+        state: State,
+        uses_text: bool,
+        counted: dict[str, Any] | None = None,
+    ) -> Done:
+        """The step's folder, from an earlier run or made now; `counted` are the options as they decide its bytes."""
         inputs = {
             "kind": kind,
-            "options": options,
+            "options": counted or options,
             "model": _digest(state.model),
             "reference": _digest(state.reference) if kind in COMPARING else "",
             "adapters": {name: _digest(path) for name, path in state.adapters.items()},
@@ -179,8 +192,9 @@ class Run:
                 seed=self.recipe.seed,
                 target=self.recipe.target,
                 out=str(aside),
+                watched=str(self.watched or ""),
             )
-            notes = Child(self.work, self.memory, self.tell, self.served).run(job)
+            notes = Child(self.work, self.memory, self.tell, self.served, self.signals).run(job)
             shutil.rmtree(aside / "partial", ignore_errors=True)
             notes["seconds"] = round(time.monotonic() - start, 1)
             artifact.write_json(aside / NOTES, notes)
@@ -233,6 +247,8 @@ def _keep_only_partial(aside: Path) -> None:
 
 def texts(recipe: Recipe) -> dict[str, str]:
     """Digests of the calibration and evaluation text, which must not overlap."""
+    if recipe.trains_alone:
+        return {}
     calibration, evaluation = text.documents(recipe.calibration, False), text.documents(recipe.evaluate, True)
     if any(step.reads_text for step in recipe.steps):
         text.apart(calibration, evaluation)

@@ -28,6 +28,7 @@ TASKS = {
     "prune": "optimize.steps.prune.prune",
     "heal": "optimize.steps.prune.heal",
     "quantize": "optimize.steps.quantize.quantize",
+    "tune": "optimize.steps.tune.tune",
     "onnx": "optimize.export.onnx",
     "genai": "optimize.export.genai",
     "evaluate": "optimize.evaluation.evaluate",

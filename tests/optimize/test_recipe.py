@@ -61,7 +61,7 @@ def test_a_recipe_is_frozen():
         ("adapters: {a: x}\nsteps: [{combine: {name: b, adapters: [a], density: 0}}]", "density is above 0"),
         ("gate: {min_healed: 0.5}", "needs a heal step"),
         ("gate: {min_speed: 1}\nevaluate: {engine: false}", "measured in the engine"),
-        ("export: {format: adapter}", "needs a combine step"),
+        ("export: {format: adapter}", "needs a combine or tune step"),
         ("calibration: {samples: 0}", "samples is at least 1"),
         ("[1, 2]", "holds `key: value` lines"),
         ("a: [", "not YAML"),

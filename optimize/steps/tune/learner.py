@@ -1,0 +1,160 @@
+"""A model whose weights stay as they are, and a LoRA over it that learns.
+
+The base computes in bfloat16 where the processor multiplies it; the LoRA's own weights and its optimizer are float32.
+Logits are computed where a token is learned, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from optimize.checkpoint.checkpoint import ADAPTER
+from optimize.checkpoint.model import compute_dtype, layers, opened
+from optimize.errors import OptimizeError, Refused
+from optimize.steps.tune.encoding import Unit
+from optimize.steps.tune.packing import Row
+from optimize.steps.tune.settings import Settings
+
+CONFIG = "adapter_config.json"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PROBED = 32  # tokens of a sequence with which packing is tried out
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a LoRA begins: on a base, from an adapter in `parent` or as PEFT makes a new one with `seed`."""
+
+    base: Path
+    parent: Path | None
+    seed: int
+    targets: Sequence[str] | str
+    rslora: bool
+    dtype: str
+    device: str
+
+
+class Learner:
+    """The model in training. `state` and `load` are the LoRA's weights."""
+
+    def __init__(self, start: Start, settings: Settings) -> None:
+        dtype = compute_dtype() if start.dtype == "auto" else DTYPES[start.dtype]
+        self._start, self._device = start, start.device
+        base: Any = opened(start.base, dtype, rounds=False).to(start.device)
+        torch.manual_seed(start.seed)
+        self.model = _adapted(base, start, settings)
+        self._half = dtype is torch.bfloat16
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if settings.gradient_checkpointing:
+            _without_dropout(self.model)
+            self.model.train()
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def logps(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities in nats of the learned tokens (answers,) in float32, and whether each is the likeliest."""
+        logits = self._logits(row.ids, row.positions, row.at)
+        right = row.right.to(self._device)
+        return -cross_entropy(logits, right, reduction="none"), logits.detach().argmax(-1) == right
+
+    def packs(self, units: Sequence[Unit]) -> bool:
+        """Whether no sequence in a row sees another: other tokens in the first change no bit of the second's logits.
+        False for models that carry a state from token to token, and where experts share a budget."""
+        first, second = (torch.tensor(units[at][0].ids[:PROBED]) for at in (0, -1))
+        positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])
+        at = torch.arange(len(first), len(positions))
+        with torch.no_grad():
+            one, other = (
+                self._logits(torch.cat([each, second]), positions, at) for each in (first, torch.zeros_like(first))
+            )
+        return torch.equal(one, other)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        from peft.utils import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        return {name: tensor.detach().clone().cpu() for name, tensor in state.items()}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        from peft.utils import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.model, state)
+
+    def save(self, state: dict[str, torch.Tensor], folder: Path) -> None:
+        """A PEFT folder of these weights, the same bytes for the same weights."""
+        from safetensors.torch import save_file
+
+        shutil.rmtree(folder, ignore_errors=True)
+        aside = folder.with_name(folder.name + ".part")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        config = self.model.peft_config["default"]
+        config.save_pretrained(str(aside))
+        written = json.loads((aside / CONFIG).read_text())
+        written |= {"base_model_name_or_path": self._start.base.name, "inference_mode": True}
+        written["target_modules"] = sorted(written["target_modules"])
+        (aside / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside / ADAPTER, {"format": "pt"})
+        aside.rename(folder)
+
+    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """(at, vocabulary) in float32."""
+        from peft.helpers import disable_input_dtype_casting
+
+        device = torch.device(self._device)
+        with (
+            disable_input_dtype_casting(self.model, self._half),
+            torch.autocast(device.type, torch.bfloat16, enabled=self._half),
+        ):
+            out = self.model(
+                input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False,
+                logits_to_keep=at.to(device),
+            )  # fmt: skip
+        logits: torch.Tensor = out.logits[0].float()
+        return logits
+
+
+def linears(model: nn.Module) -> list[str]:
+    """The last names of the linear layers in the decoder's layers."""
+    named = layers(model).named_modules()
+    return sorted({name.rpartition(".")[2] for name, part in named if isinstance(part, nn.Linear)})
+
+
+def _adapted(base: Any, start: Start, settings: Settings) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if start.parent is not None:
+            try:
+                return PeftModel.from_pretrained(base, str(start.parent), is_trainable=True)
+            except (ValueError, RuntimeError, KeyError) as error:
+                raise OptimizeError(
+                    f"PEFT does not load the adapter in {start.parent}: {' '.join(str(error).split())[:300]}"
+                ) from error
+        there = linears(base)
+        targets = there if start.targets == "all-linear" else list(start.targets)
+        if unknown := sorted(set(targets) - set(there)):
+            raise Refused(f"the model has no linear layer {unknown[0]!r}; its layers have {', '.join(there)}")
+        config = LoraConfig(
+            r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, use_rslora=start.rslora,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        return get_peft_model(base, config)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """What is drawn at random would have to be kept in every checkpoint, and small data gains nothing by it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
