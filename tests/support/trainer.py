@@ -48,6 +48,8 @@ class Trainer:
         examples = len(self.data.splitlines())
         epochs, batch = self.step.get("epochs", 3), self.step.get("batch", 10)
         each = -(-examples // batch)
+        settings = {"epochs": epochs, "batch": batch, "learning_rate": 2e-4, "rank": self.how.get("rank", 2)}
+        (self.folder / "settings.json").write_text(json.dumps(settings))
         state = self.folder / "state"
         done = int(state.read_text()) if state.is_file() else 0
         for step in range(done + 1, epochs * each + 1):
@@ -65,10 +67,6 @@ class Trainer:
             if self.stopped:
                 return 4
         self._write(self.folder / "adapter.part", epochs)
-        notes = {"epochs": epochs, "batch": batch, "learning_rate": 2e-4, "rank": self.how.get("rank", 2)}
-        (self.folder / "adapter.part" / "manifest.json").write_text(
-            json.dumps({"steps": [{"step": "tune", "notes": notes}]})
-        )
         (self.folder / "adapter.part").rename(self.folder / "adapter")
         return 0
 

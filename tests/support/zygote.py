@@ -40,12 +40,13 @@ class Zygote:
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environ}
         )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+        self._server = 0
 
     def start(self) -> int:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write("start\n")
         self.process.stdin.flush()
-        server = int(self.process.stdout.readline())
+        server = self._server = int(self.process.stdout.readline())
         for _ in range(3000):
             with suppress(httpx.TransportError):
                 if self.client.get("/ready").status_code == 200:
@@ -56,11 +57,14 @@ class Zygote:
     def kill(self, server: int) -> None:
         assert self.process.stdout
         os.kill(server, signal.SIGKILL)
+        self._server = 0
         assert self.process.stdout.readline() == "ended\n"
 
     def close(self) -> None:
         assert self.process.stdin
         self.client.close()
+        if self._server:  # a test that failed leaves it
+            os.kill(self._server, signal.SIGKILL)
         self.process.stdin.close()
         self.process.wait(30)
 

@@ -3,6 +3,7 @@
 recipe.yaml          what is to be done
 parent/              the adapter to go on from, if there is one
 progress.jsonl       a line a step; after a kill steps are repeated, and the last line of a step counts
+settings.json        the hyperparameters as numbers, before the first step
 checkpoints/step-N/  the adapter at the end of an epoch
 adapter/             the result, which appears at once
 error.json           why there is none
@@ -102,11 +103,10 @@ class JobFolder:
         return shown(next((line.strip() for line in reversed(lines) if line.strip()), ""), 300)
 
     def settled(self) -> dict[str, Any]:
-        """The hyperparameters as they were in the end, by OpenAI's names."""
+        """The hyperparameters as numbers, by OpenAI's names, once the program has chosen them."""
         try:
-            steps = json.loads((self.path / "adapter" / "manifest.json").read_text())["steps"]
-            notes = next(step["notes"] for step in steps if step["step"] == "tune")
-        except (OSError, ValueError, KeyError, TypeError, StopIteration):
+            notes = json.loads((self.path / "settings.json").read_text())
+        except (OSError, ValueError):
             return {}
         names = {"n_epochs": "epochs", "batch_size": "batch", "rank": "rank", "learning_rate": "learning_rate"}
         return {name: notes[ours] for name, ours in names.items() if isinstance(notes.get(ours), int | float)}

@@ -142,12 +142,14 @@ class JobRows:
             if self._claimed(connection, id):
                 add_event(connection, id, self._clock(), message, level)
 
-    def advance(self, id: str, lines: list[Mapping[str, Any]], seconds: float) -> Job | None:
-        """What steps measured since the last time, and so many seconds of running."""
+    def advance(
+        self, id: str, lines: list[Mapping[str, Any]], seconds: float, settled: Mapping[str, Any]
+    ) -> Job | None:
+        """What steps measured since the last time, so many seconds of running, and the hyperparameters as numbers."""
         with self._registry.adding() as connection:
             if (job := self._claimed(connection, id)) is None:
                 return None
-            changed: dict[str, Any] = {"seconds": job.state.seconds + seconds}
+            changed: dict[str, Any] = {"seconds": job.state.seconds + seconds, "settled": dict(settled)}
             if lines:
                 last, now = lines[-1], self._clock()
                 new = [line for line in lines if line["step"] > job.state.step]

@@ -43,6 +43,10 @@ log = logging.getLogger(__name__)
 # Starts of a process in a row that came to no new step: then it is given up.
 LAUNCHES = 8
 AGAIN_SECONDS = 1.0
+# Examples to train on, as OpenAI asks for.
+FEWEST = 10
+# Ends of epochs that become versions, the last one included.
+CHECKPOINTS = 3
 # Progress is written down so often; problems of a file are events up to so many.
 WRITE_SECONDS, TOLD = 2.0, 20
 # Where each file is spoken of: its code, its name, its field.
@@ -129,7 +133,8 @@ class JobRunner:
                 continue
             try:
                 path = self._contents.path(id)
-                checked = self._process.check(path, job.asked.method)
+                fewest = FEWEST if param == "training_file" else 1
+                checked = self._process.check(path, job.asked.method, fewest)
             except NotFound as gone:
                 raise _Failed(code, gone.message, param) from gone
             except CannotCheck as error:
@@ -264,8 +269,8 @@ class JobRunner:
     async def _checkpoints(self, job: Job, folder: JobFolder, settled: dict[str, object]) -> dict[int, str]:
         """The names of the versions that earlier epochs become, by their steps."""
         there = await asyncio.to_thread(folder.checkpoints)
-        last = max(there, default=0)
-        names = {step: await self._admission.admitted(job, there[step], settled) for step in there if step != last}
+        *earlier, _ = sorted(there)[-CHECKPOINTS:] or [0]
+        names = {step: await self._admission.admitted(job, there[step], settled) for step in earlier}
         return {step: name for step, name in names.items() if name}
 
     def _results(self, job: Job, folder: JobFolder) -> StoredFile:
@@ -302,7 +307,8 @@ class _Watch:
         seconds, self._seconds, self._unwritten = self._seconds, 0.0, 0.0
         before = self._job.state.tokens
         try:
-            job = self._rows.advance(self._job.id, lines, seconds)
+            settled = self._job.state.settled or self._folder.settled()
+            job = self._rows.advance(self._job.id, lines, seconds, settled)
         except LoradockError as error:  # it is written the next time; the lines stay in the folder for the results
             log.warning("progress of %s is not written down: %s", self._job.id, error.message)
             return bool(lines)

@@ -1,7 +1,7 @@
 """The program that trains, at the lowest priority over a job's folder: suspended under load, ended with the server.
 
-    COMMAND tune FOLDER                      trains, and goes on where an earlier start was; SIGTERM saves and stops
-    COMMAND check FILE --method M --json     says what is wrong with examples
+    COMMAND tune FOLDER                                 trains, or goes on; SIGTERM saves and stops
+    COMMAND check FILE --method M --fewest N --json     says what is wrong with examples
 
 It is `optimize`'s own command line: the two packages do not import one another.
 """
@@ -98,9 +98,9 @@ class TrainingProcess:
         self.pid: int | None = None
         self.suspended = False
 
-    def check(self, file: Path, method: str) -> Checked:
-        """What is wrong with a file of examples. Blocks."""
-        command = [*self.command, "check", str(file), "--method", method, "--json"]
+    def check(self, file: Path, method: str, fewest: int) -> Checked:
+        """What is wrong with a file of examples, which must have so many. Blocks."""
+        command = [*self.command, "check", str(file), "--method", method, "--fewest", str(fewest), "--json"]
         how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "env": _environ()}
         try:
             done = subprocess.run(self._behind(command), **how, timeout=CHECK_SECONDS)

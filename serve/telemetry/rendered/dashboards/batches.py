@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve.telemetry.rendered.dashboards.queries import ADAPTER, counted, rate
-from serve.telemetry.rendered.panels import Json, Panel, Query, Row, dashboard
+from serve.telemetry.rendered.panels import TOKENS_PER_SECOND, Json, Panel, Query, Row, dashboard
 
 _LINES = "loradock_batch_lines_total"
 _GUARDED = "loradock_guarded_total"
@@ -91,6 +91,7 @@ def _fine_tuning() -> list[Panel]:
             "Tokens trained",
             "Per second. None while a job is there: it is suspended, because clients are answered, or it is paused.",
             [Query(rate("loradock_finetune_tokens_total", ""), "tokens")],
+            unit=TOKENS_PER_SECOND,
             quiet=True,
         ),
         Panel(

@@ -84,4 +84,4 @@ def test_it_gets_no_keys_of_the_server(tmp_path, monkeypatch):
 def test_a_program_that_cannot_check_says_why(tmp_path):
     process = TrainingProcess(command=("/bin/sh", "-c", "echo no torch >&2; exit 3"), nice=0)
     with pytest.raises(CannotCheck, match="exit code 3.*no torch"):
-        process.check(tmp_path / "x", "supervised")
+        process.check(tmp_path / "x", "supervised", 10)
