@@ -33,8 +33,9 @@ UNIFORM = 0.1
 # The fixed bets: a shift in standard deviations, and the share of the requests that have it.
 SHIFTS = ((0.8, 1.0), (3.0, 0.9), (3.0, 0.2), (3.5, 0.08))  # of a score, each up and down
 ALONG = ((0.4, 1.0), (0.8, 1.0), (1.5, 0.9), (3.0, 0.9), (2.0, 0.25), (3.5, 0.25), (2.5, 0.1), (3.5, 0.1))
-# Along directions of many numbers, most of which say little.
-ALONG_MANY = ((0.25, 1.0), (1.2, 0.25), (2.0, 0.2), (3.0, 0.2), (3.0, 0.1))
+# Along directions of many numbers, which are learned slowly; and the share of the bag that has the shift by then. In
+# such a bag foreign requests lie less far up, so that bets as if there were none lose what was won before.
+ALONG_MANY = ((2.0, 0.2, 0.0), (3.0, 0.2, 0.0), (1.2, 0.24, 0.08), (2.0, 0.2, 0.07), (3.0, 0.15, 0.05))
 FIXED = 8
 # What the histograms weigh among the bets of a score.
 LEARNED_WEIGHT = 0.3
@@ -51,18 +52,33 @@ def cells(p: Floats) -> NDArray[np.intp]:
     return np.minimum((p * CELLS).astype(np.intp), CELLS - 1)
 
 
-def _shifted(shift: float, share: float) -> Floats:
-    """(CELLS,) density of the p-values, if `share` of the scores are normal with mean `shift`; its mean is 1."""
+def _shifted(shift: float, share: float, in_bag: float = 0.0) -> Floats:
+    """(CELLS,) density of the p-values, if `share` of the scores are normal with mean `shift`, and `in_bag` of those
+    that they are ranked among; its mean is 1."""
     normal = NormalDist()
-    edges = [normal.inv_cdf(i / CELLS) for i in range(1, CELLS)]
-    below = np.array([0.0, *(normal.cdf(edge - shift) for edge in edges), 1.0])
-    return 1 - share + share * np.diff(below) * CELLS
+    edges = [_quantile(i / CELLS, shift, in_bag) for i in range(1, CELLS)]
+    mixed = [(1 - share) * normal.cdf(edge) + share * normal.cdf(edge - shift) for edge in edges]
+    return np.diff([0.0, *mixed, 1.0]) * CELLS
+
+
+def _quantile(level: float, shift: float, share: float) -> float:
+    """Of a normal score that has the mean `shift` in `share` of the cases."""
+    normal = NormalDist()
+    low = normal.inv_cdf(level)
+    if not share:
+        return low
+    high = low + shift
+    for _ in range(40):
+        middle = (low + high) / 2
+        below = (1 - share) * normal.cdf(middle) + share * normal.cdf(middle - shift) < level
+        low, high = (middle, high) if below else (low, middle)
+    return (low + high) / 2
 
 
 _UP = np.array([_shifted(shift, share) for shift, share in SHIFTS])
 _SCORE_BETS = np.ascontiguousarray(np.concatenate((_UP, _UP[:, ::-1])).T)  # (CELLS, FIXED)
 _DIRECTION_BETS = np.ascontiguousarray(np.array([_shifted(shift, share) for shift, share in ALONG]).T)
-MANY_BETS = np.ascontiguousarray(np.array([_shifted(shift, share) for shift, share in ALONG_MANY]).T)
+MANY_BETS = np.ascontiguousarray(np.array([_shifted(*bet) for bet in ALONG_MANY]).T)
 
 
 class Bank:

@@ -46,6 +46,11 @@ from serve.drift.score_bags import ScoreBags
 from serve.drift.state_arrays import below, prefixed
 
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
+# The size of the effect is looked for while the evidence is above the threshold to the power of this.
+SIZED = 0.5
+# An evidence of so many thresholds is sure: the size was seen on requests that raised the evidence, so that an
+# evidence by chance is likely to come with one.
+SURE = 20.0
 # Rows that the gauges take at a time: nobody reads them at every request.
 GAUGED = 32
 # Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
@@ -103,6 +108,7 @@ class Drift:
         self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
         self.means = means
         self._effect = _effect_size(k, directions, n)
+        self._sized = self._sure = False
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
@@ -143,8 +149,7 @@ class Drift:
                 directions.taught(heard[i], multiple, silent[i], taught[i])
             if self.means is not None and mean_row is not None:
                 self.means.observe(mean_row, self.updates)
-            if self.crossed_at is None:
-                self._weigh(self._evidence())
+            self._weigh(self._evidence())
             yield self.drifted
 
     def _rank(self, scores: NDArray[np.float32], draws: list[Draw]) -> tuple[Floats, tuple[Floats, Floats] | None]:
@@ -164,13 +169,18 @@ class Drift:
         self._mean_rows.append(mean_row)
         if len(self._ungauged) >= GAUGED:
             self._gauge()
-        if self.drifted:
+        if self._sized:
             self._effect.observe(*self._places(scores, mean_row), self.tolerated_share)
 
     @property
     def drifted(self) -> bool:
         """Whether the evidence has reached the threshold since the last `reset`."""
         return self.crossed_at is not None
+
+    @property
+    def sure(self) -> bool:
+        """Whether it has reached SURE thresholds: what an alarm takes."""
+        return self._sure
 
     @property
     def log_threshold(self) -> float:
@@ -197,7 +207,7 @@ class Drift:
 
     @property
     def foreign_share(self) -> float | None:
-        """At least this share of requests since there is evidence does not fit the reference; None without evidence.
+        """At least this share of requests since first evidence does not fit the reference; None before there is all.
 
         Ranks cannot tell a few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
         """
@@ -239,6 +249,7 @@ class Drift:
         effects: also forget how far recent requests lie from the reference.
         """
         self.crossed_at = None
+        self._sized = self._sure = False
         self._bank.reset(self.updates)
         if self.means is not None:
             self.means.reset(self.updates)
@@ -264,6 +275,7 @@ class Drift:
             "weights": self._weights.copy(),
             "margin": self._margin.copy(),
             "rows": np.array(self._rows).reshape(-1, len(self._margin)),
+            "stages": np.array([self._sized, self._sure]),
         }
         state |= prefixed(self._effect.state(), "effect.")
         state |= prefixed(self._bank.state(), "bank.")
@@ -298,6 +310,8 @@ class Drift:
         self._effect, self.tolerated_share = _effect_size(k, directions, self._reference.shape[1]), 1.0
         if "effect.seen" in state:
             self._effect.restore(below(state, "effect."))
+        # Earlier releases looked for the size after the evidence alone, which was sure then.
+        self._sized, self._sure = (bool(stage) for stage in state.get("stages", (crossed_at >= 0,) * 2))
         self._moved = np.array(state["moved"])
         self._shift = np.array(state["shift"])
         self._seen = np.array(state["seen"])
@@ -328,11 +342,15 @@ class Drift:
         return _less_error(self._shift / self._seen[0], error)
 
     def _weigh(self, evidence: float) -> None:
-        """What follows from the evidence after a request, before it has reached the threshold."""
-        if evidence >= self.threshold:
-            self.crossed_at = self.updates
-            self._moved = self._bank.log_means()
-            self._begin_effect()
+        """What follows from the evidence after a request."""
+        if not self.drifted:
+            sized, self._sized = self._sized, evidence >= self.threshold**SIZED
+            if self._sized and not sized:
+                self._begin_effect()
+            if evidence >= self.threshold:
+                self.crossed_at = self.updates
+                self._moved = self._bank.log_means()
+        self._sure |= evidence >= SURE * self.threshold
 
     def _begin_effect(self) -> None:
         """Look for the size of the effect from here on, where requests since the change let expect it."""

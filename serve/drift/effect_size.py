@@ -1,4 +1,4 @@
-"""How far requests lie from the reference, seen on those that come after the evidence: they were not what raised it.
+"""How far requests lie from the reference, seen on those that come after first evidence: they did not choose the bets.
 
 Which part of [0, 1) foreign requests fill is not known, so that many are tried: ends of the ranks of the scores and
 directions with the most evidence. How often a usual request lies in the part above k of m reference requests is not
@@ -7,7 +7,7 @@ scores. If at most a share `tolerated` of the requests is foreign, each lies the
 tolerated + (1 - tolerated) times that chance. The likelihood of the requests under more than that, divided by the
 likelihood under that, both in the mean over the chance, is what a bet on more has won. A mean of such bets exceeds
 1 / ALPHA with a probability of at most ALPHA, whenever one looks (Ville's inequality). What each weighs is learned from
-the requests before the evidence, which the bets are not placed on.
+the requests before, which the bets are not placed on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MOST = 300.0  # ln of what a bet wins
 class EffectSize:
     """Of `streams` of ranks in a reference of `size` requests, of which the last `rising` can only move up.
 
-    `begin` when there is evidence, then `observe` each request.
+    `begin` when there is some evidence, then `observe` each request.
     """
 
     def __init__(self, streams: int, size: int, rising: int = 0) -> None:

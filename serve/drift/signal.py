@@ -3,8 +3,8 @@
     signal = Signal("prompt", needed=1000, threshold=1e5)
     signal.update(row)          # the first `needed` rows become the reference; then True when it raised the alarm
 
-A signal alarms on evidence and effect together: evidence says that something moved (`serve.drift.detector`: at least
-`threshold` requests in the mean until a false alarm), effect says that it moved far enough to matter (`Tolerance`).
+A signal alarms on evidence and effect together: evidence says that something moved (`serve.drift.detector`: `threshold`
+requests in the mean for some by chance; an alarm takes `SURE` times as much), effect that it moved far (`Tolerance`).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Signal:
             self._recent += moved
             self._weight = self._weight * _EFFECT_FADE + 1
             drifted = detector.drifted if unit is None else next(steps)
-            alarms = self.alarmed_at is None and drifted and self._matters(detector)
+            alarms = self.alarmed_at is None and drifted and detector.sure and self._matters(detector)
             if alarms:
                 self._began_at = self.changed_at or 0
                 self.alarmed_at = self.samples

@@ -1,6 +1,7 @@
 """How many requests a change takes until it is seen, here and with two usual methods, at equal false alarms.
 
     python -m tests.campaigns.drift_delays [--texts tuned] [--streams 24] [--null 100] [--only news]
+    python -m tests.campaigns.drift_delays --unchanged 4
 
 The scores were tuned on the texts `tuned`, the directions of mean rows and when effects are looked for on
 `learned`, German and finance; nothing was on `reported` and `fresh`, which docs/benchmarks.md shows. A stream is a
@@ -8,7 +9,8 @@ reference of 1,000 prompts, 300 more of the same kind, and then the change. Firs
 requests until the evidence reaches 100,000, and until the alarm (evidence and effect). Then every method looks at
 the same scores (the last one at mean rows) and has the threshold that 1 in 20 streams of 2,000 unchanged requests
 reach. The other methods lose by many scores that say little, so each also looks at the scores without the counts
-of frequent tokens. `--null 0` leaves them out and ends with the alarm.
+of frequent tokens. `--null 0` leaves them out and ends with the alarm. `--unchanged` has so many streams of 20,000
+independent draws of each of ten kinds of texts, and says which of them raise an alarm.
 
 MEWMA: multivariate exponentially weighted moving average (Lowry et al., Technometrics, 1992), with the mean and the
 covariance of the reference. MMD: maximum mean discrepancy between the reference and the last 100 requests (Gretton et
@@ -20,7 +22,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -32,7 +34,7 @@ from serve.drift.signal import Signal
 from tests.campaigns.drift_streams import embedding, tokenizer
 from tests.support.prompts import pool
 
-NEEDED, BEFORE, NULL = 1000, 300, 2000
+NEEDED, BEFORE, NULL, LONG = 1000, 300, 2000, 20_000
 LAMBDAS = (0.01, 0.03, 0.1)
 WINDOW, FEATURES = 100, 256
 OTHERS = (*(f"MEWMA {fade}" for fade in LAMBDAS), "MMD")
@@ -83,6 +85,10 @@ CHANGES = {
         *changes("German among questions", "general", "german", 10),
     ],
 }
+
+
+UNCHANGED = ("general", "news", "quotations", "manuals", "biographies", "jargon", "rulings", "computing")
+UNCHANGED += ("encyclopedia", "abstracts")
 
 
 @cache
@@ -196,6 +202,30 @@ def delays(change: Change, streams: int, limits: dict[str, float]) -> dict[str, 
     return out
 
 
+def unchanged(kinds: Sequence[str], streams: int) -> Iterator[str]:
+    """A line for each kind of texts: how many streams reach 100,000, the highest evidence, and how many alarm."""
+    yield "| texts | streams | c = 1e5 | highest evidence | alarm |\n|---|---|---|---|---|"
+    for kind in kinds:
+        highest, alarms = [], 0
+        for seed in range(streams):
+            evidence, alarmed = unchanged_stream(kind, 5000 + seed)
+            highest.append(evidence)
+            alarms += alarmed
+        reached = sum(evidence >= math.log(1e5) for evidence in highest)
+        yield f"| {kind} | {streams} | {reached} | {math.exp(max(highest)):,.0f} | {alarms} |"
+
+
+def unchanged_stream(kind: str, seed: int) -> tuple[float, bool]:
+    """The highest ln evidence of LONG independent draws after the reference, and whether they raised an alarm."""
+    rng = np.random.default_rng(seed)
+    signal = Signal("prompt", needed=NEEDED, threshold=1e5, seed=seed)
+    rows, highest, alarmed = prompt_rows(kind), -math.inf, False
+    for block in rng.integers(len(rows), size=(NEEDED + LONG)).reshape(-1, 8):
+        for alarms in signal.steps([rows[i] for i in block]):
+            highest, alarmed = max(highest, signal.log_evidence), alarmed or alarms
+    return highest, alarmed
+
+
 def _first(values: NDArray, limit: float) -> float:
     reached = np.flatnonzero(values >= limit)
     return float(reached[0] + 1) if len(reached) else math.inf
@@ -232,7 +262,12 @@ def main(show: Callable[..., None] = print) -> None:
     options.add_argument("--streams", type=int, default=24)
     options.add_argument("--null", type=int, default=100)
     options.add_argument("--only", default="", help="changes whose name this pattern is found in")
+    options.add_argument("--unchanged", type=int, default=0, help="streams of each kind of texts, instead of changes")
     chosen = options.parse_args()
+    if chosen.unchanged:
+        for line in unchanged([kind for kind in UNCHANGED if re.search(chosen.only, kind)], chosen.unchanged):
+            show(line, flush=True)
+        return
     changes = [change for change in CHANGES[chosen.texts] if re.search(chosen.only, change.name)]
     for line in table(changes, chosen.streams, chosen.null):
         show(line, flush=True)

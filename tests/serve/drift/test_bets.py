@@ -22,6 +22,16 @@ def test_scores_are_bet_on_to_both_sides_and_directions_to_one():
     assert (np.diff(bets._DIRECTION_BETS, axis=0) >= 0).all() and (np.diff(bets.MANY_BETS, axis=0) >= 0).all()
 
 
+def test_bets_win_also_when_foreign_requests_are_in_the_bag():
+    """A fifth of the requests is foreign, and after a while so are 7 % of those that they are ranked among."""
+    rng = np.random.default_rng(6)
+    bag = np.sort(rng.standard_normal(200_000) + 2 * (rng.random(200_000) < 0.07))
+    live = rng.standard_normal(200_000) + 2 * (rng.random(200_000) < 0.2)
+    growth = np.log(bets.MANY_BETS)[bets.cells(bag.searchsorted(live) / len(bag))].mean(axis=0)
+    of_none_in_the_bag = [in_bag == 0 for _, _, in_bag in bets.ALONG_MANY]
+    assert growth[of_none_in_the_bag].max() < 0.02 < growth.max(), growth
+
+
 def test_a_bank_is_fair_after_it_has_learned():
     rng = np.random.default_rng(1)
     bank = Bank(np.ones(3), 2)

@@ -9,7 +9,7 @@ import pytest
 
 from serve.drift import bets
 from serve.drift.baseline import Signal
-from serve.drift.detector import Drift
+from serve.drift.detector import SURE, Drift
 from serve.drift.features import prompt_row
 from serve.drift.thinning import WINDOW, Shuffle, Thinning
 from tests.support.prompts import Unreachable, pool
@@ -164,6 +164,25 @@ def test_the_share_of_foreign_requests_is_estimated_from_below(share, shift):
         shares.append(detector.foreign_share)
     print(f"{share:.0%}: {np.median(shares):.1%}, at most {max(shares):.1%}")
     assert share / 3 < np.median(shares) <= share and max(shares) <= 1.3 * share
+
+
+def test_the_size_of_a_change_is_mostly_known_when_its_evidence_is_sure():
+    waits = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        detector = Drift(rng.standard_normal((1000, 10)), threshold=1e5, seed=seed)
+        detector.tolerated_share, sure_at = 0.03, None
+        while not (detector.sure and detector.beyond_tolerated_share) and detector.updates < 1000:
+            row = rng.standard_normal(10)
+            row[3] += 3 * (rng.random() < 0.2)
+            detector.update(row)
+            assert detector.drifted or not (detector.sure or detector.beyond_tolerated_share)
+            if detector.sure and sure_at is None:
+                assert detector.log_evidence >= np.log(SURE * 1e5) and detector.updates >= detector.crossed_at
+                sure_at = detector.updates
+        waits.append(detector.updates - sure_at)
+    print(f"{np.median(waits):.0f} requests after the evidence")
+    assert np.median(waits) <= 10
 
 
 def test_a_share_that_is_tolerated_is_seldom_called_larger():

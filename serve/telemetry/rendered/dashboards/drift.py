@@ -32,8 +32,8 @@ def _evidence() -> list[Panel]:
     return [
         Panel(
             "Evidence, as a part of the threshold",
-            "At 1 the evidence is what a quiet stream reaches once in 100,000 requests; an alarm needs an effect as "
-            "well. Half way is nothing yet: evidence wanders.",
+            "At 1 the evidence is what a quiet stream reaches once in 100,000 requests; an alarm needs twenty times "
+            "as much, which is 1.26, and an effect. Half way is nothing yet: evidence wanders.",
             [Query(f"sort_desc({EVIDENCE} / {THRESHOLD})", EACH, now=True)],
             unit="percentunit",
             kind="bargauge",
