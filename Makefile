@@ -165,3 +165,7 @@ setup-dev:
 
 memory: setup-dev ## what a server takes with each --cpu-weights, process by process (CPU; ARGS="--size 1B --adapters 16"); some minutes
 	@$(BIN)/python -m tests.campaigns.memory $(ARGS)
+
+.PHONY: start
+start: setup-dev ## how soon a server is ready, against other checkouts in turns (ARGS="--against DIR"); some minutes
+	@$(BIN)/python -m tests.campaigns.start $(ARGS)

@@ -22,7 +22,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,15 +36,10 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.campaigns.random_model import SIZES, random_model
 from tests.support.event_lines import async_event_lines
 from tests.support.server import Server, done, free_port
 
-SIZES: dict[str, dict[str, int]] = {
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8},
-}  # fmt: skip
 IN, OUT, LONG, STREAMS, RANK = 128, 64, 1024, 16, 8
 CASES = ("ms a token, 1 stream", f"tok/s, {STREAMS} streams", f"s to the first of {LONG:,} in")
 
@@ -148,21 +142,6 @@ def llama(binary: Path, file: Path, adapters: list[Path], folder: Path) -> Itera
         process.wait()
 
 
-def random_model(size: str, like: Path, folder: Path) -> Path:
-    """A Llama of random weights with the tokenizer of another model."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shutil.copytree(like, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    own = json.loads((like / "config.json").read_text())
-    config = LlamaConfig(**SIZES[size], vocab_size=own["vocab_size"], max_position_embeddings=4096,
-                         bos_token_id=own["bos_token_id"], eos_token_id=own["eos_token_id"])  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
-    return folder
-
-
 def random_adapters(model: Path, count: int, folder: Path) -> list[Path]:
     """Of rank 8, on all of a layer's matrices."""
     import torch
@@ -175,7 +154,7 @@ def random_adapters(model: Path, count: int, folder: Path) -> list[Path]:
     sizes = {"self_attn.q": (hidden, q), "self_attn.k": (hidden, kv), "self_attn.v": (hidden, kv),
              "self_attn.o": (q, hidden), "mlp.gate": (hidden, inner), "mlp.up": (hidden, inner),
              "mlp.down": (inner, hidden)}  # fmt: skip
-    words = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none", "task_type": "CAUSAL_LM",
+    words = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none", "task_type": "CAUSAL_LM",
              "target_modules": [f"{name.partition('.')[2]}_proj" for name in sizes]}  # fmt: skip
     made = []
     for number in range(count):
