@@ -99,8 +99,8 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        """Whether the output layer is the embedding itself."""
-        return bool(self.config.get("tie_word_embeddings")) and "lm_head.weight" not in self.entries
+        """Whether the output layer is the embedding itself: some configs leave that to their class."""
+        return self.config.get("tie_word_embeddings") is not False and "lm_head.weight" not in self.entries
 
     @property
     def bytes(self) -> int:

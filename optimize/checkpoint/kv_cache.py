@@ -9,7 +9,7 @@ from torch import nn
 
 SCALES = (".k_scale", ".v_scale")
 LARGEST = 448.0  # of float8 e4m3
-NAME = "loradock_fp8_cache"
+NAME, CAPPED = "loradock_fp8_cache", "loradock_fp8_cache_capped"
 SCHEME = {
     "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False, "group_size": None,
 }  # fmt: skip
@@ -40,17 +40,24 @@ def rounded(model: nn.Module, scales: dict[str, float]) -> None:
 
 
 def _attentions(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if hasattr(module, "k_proj")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "o_proj") and (hasattr(module, "k_proj") or hasattr(module, "qkv_proj"))
+    }
 
 
 def _attend(model: nn.Module) -> None:
-    """Attention goes by the function below, which is sdpa with the keys and values looked at or rounded before."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    """Attention goes by the functions below, which look at keys and values or round them before."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
-    model.config._attn_implementation = NAME
+    ALL_ATTENTION_FUNCTIONS.register(CAPPED, _capped_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(CAPPED, eager_mask)
+    capped = getattr(model.config, "attn_logit_softcapping", None)
+    model.config._attn_implementation = CAPPED if capped else NAME
 
 
 def _attention(
@@ -58,11 +65,25 @@ def _attention(
 ) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    key, value = _cached(module, key, value)
+    return sdpa_attention_forward(module, query, key, value, *more, **named)
+
+
+def _capped_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, **named: Any
+) -> Any:
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    key, value = _cached(module, key, value)
+    return eager_attention_forward(module, query, key, value, *more, **named)
+
+
+def _cached(module: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if hasattr(module, "_watch"):
         module._watch(key, value)
     if hasattr(module, "_scales"):
         key, value = (_near(x, scale) for x, scale in zip((key, value), module._scales, strict=True))
-    return sdpa_attention_forward(module, query, key, value, *more, **named)
+    return key, value
 
 
 def _near(x: torch.Tensor, scale: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimize.checkpoint import formats, kv_cache
+from optimize.checkpoint import experts, formats, kv_cache
 from optimize.checkpoint.checkpoint import Checkpoint, Schemes
 from optimize.errors import OptimizeError, Refused
 
@@ -43,18 +43,27 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
+def configured(folder: Path) -> Any:
+    """The model's config, with what config.json leaves to its class."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
 def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The model's modules without weights; only its computed buffers are real."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = configured(folder)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     config.use_cache = False
+    # PyTorch's own attention knows no soft cap, and leaves it out without a word.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     with init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model
 
 
@@ -64,7 +73,7 @@ def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True) 
     dtype = dtype or compute_dtype()
     model = skeleton(folder, dtype)
     scheme = Schemes(checkpoint.quantization)
-    weights = {name: tensor.to(dtype) for name, tensor in formats.dense(checkpoint)}
+    weights = experts.fused({name: tensor.to(dtype) for name, tensor in formats.dense(checkpoint)})
     _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -139,11 +148,12 @@ def adapted(model: nn.Module, folder: Path) -> Iterator[nn.Module]:
 
 
 def layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers: the longest list of modules in it."""
+    """The decoder's layers: the first list that is as long as the config says, or the longest."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise Refused("the model has no list of layers; only decoder models are taken")
-    return max(lists, key=len)
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return next((decoder for decoder in lists if len(decoder) == count), max(lists, key=len))
 
 
 def prefix(model: nn.Module) -> str:
@@ -152,52 +162,97 @@ def prefix(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is decoder)
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside the hidden states
+
+
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """Hidden states (rows, tokens, hidden), a batch each, and what else a layer is called with."""
+    """Hidden states (rows, tokens, hidden), a batch each, and how each layer is called there: its own rope and mask."""
 
     states: list[torch.Tensor]
-    others: list[dict[str, Any]]
+    calls: list[dict[int, Call]]  # by the id of the layer
+
+    def lent(self, some: Sequence[nn.Module], of: Sequence[nn.Module]) -> Entered:
+        """The same for `some` layers, each called as the one of `of` in its place."""
+        pairs = [(id(layer), id(other)) for layer, other in zip(some, of, strict=True)]
+        return Entered(self.states, [{layer: calls[other] for layer, other in pairs} for calls in self.calls])
 
 
 def entered(model: nn.Module, ids: torch.Tensor, batch: int) -> Entered:
-    """What the model's first layer is called with for `ids` (rows, tokens), `batch` rows at a time."""
+    """What the model's layers are called with for `ids` (rows, tokens), `batch` rows at a time; none of them runs."""
     states: list[torch.Tensor] = []
-    others: list[dict[str, Any]] = []
+    calls: list[dict[int, Call]] = []
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs.pop("hidden_states"))
-        others.append(
-            {name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value")}
-        )
-        raise _Stop
+    def pass_by(layer: nn.Module, state: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        if not calls[-1]:
+            states.append(state)
+        named = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value")}
+        calls[-1][id(layer)] = args, named
+        if layer is last:
+            raise _Stop
+        return state
 
-    handle = layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    last = layers(model)[-1]
+    with _replaced(model, pass_by):
         for rows in ids.split(batch):
+            calls.append({})
             try:
                 with torch.no_grad():
                     model(input_ids=rows, use_cache=False)
             except _Stop:
                 pass
-    finally:
-        handle.remove()
-    return Entered(states, others)
+    return Entered(states, calls)
 
 
 def through(some: Sequence[nn.Module], begin: Entered) -> Entered:
     """The hidden states after `some` layers, one after another."""
     made = []
-    for state, more in zip(begin.states, begin.others, strict=True):
+    for state, calls in zip(begin.states, begin.calls, strict=True):
         for layer in some:
-            out = layer(state, **more)
-            state = out[0] if isinstance(out, tuple) else out
+            state = forward(layer, state, calls[id(layer)])
         made.append(state)
-    return Entered(made, begin.others)
+    return Entered(made, begin.calls)
+
+
+def forward(layer: nn.Module, state: torch.Tensor, call: Call) -> torch.Tensor:
+    args, kwargs = call
+    out = layer(state, *args, **kwargs)
+    made: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return made
+
+
+def answered(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Logits (rows, tokens, vocabulary) of what the last layer gives, by the model's own norm, output layer, scaling
+    and soft caps."""
+    nothing = torch.zeros(states.shape[:2], dtype=torch.long)
+    with _replaced(model, lambda *_: states):
+        made: torch.Tensor = model(input_ids=nothing, use_cache=False).logits
+    return made
+
+
+@contextmanager
+def _replaced(model: nn.Module, instead: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """The model's layers do `instead(layer, states, args, kwargs)`."""
+
+    def by(layer: nn.Module) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            state, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+            return instead(layer, state, args, kwargs)
+
+        return call
+
+    some = list(layers(model))
+    for layer in some:
+        layer.forward = by(layer)
+    try:
+        yield
+    finally:
+        for layer in some:
+            del layer.forward
 
 
 class _Stop(Exception):
-    """The input of the first layer is known; the rest of the forward pass is not needed."""
+    """What the layers are called with is known; the rest of the forward pass is not needed."""
 
 
 @torch.inference_mode()

@@ -50,20 +50,40 @@ def documents(part: Text | Evaluate, held_out: bool) -> list[Any]:
 
 
 def windows(tokenizer: Any, texts: Sequence[Any], samples: int, tokens: int, seed: int) -> list[list[int]]:
-    """`samples` windows of exactly `tokens` tokens, drawn with `seed`; short texts are joined, none is cut in two."""
+    """`samples` windows of exactly `tokens` tokens, drawn with `seed`; short texts are joined, none is cut in two.
+
+    Each begins as a prompt does in the engine.
+    """
+    begin = beginning(tokenizer)
     whole: list[list[int]] = []
     joined: list[int] = []
     for text in texts:
         ids = tokens_of(tokenizer, text)
-        if len(ids) < tokens:
+        if len(ids) < tokens - len(begin):
             joined += ids
-            ids, joined = (joined, []) if len(joined) >= tokens else ([], joined)
-        whole += [ids[at : at + tokens] for at in range(0, len(ids) - tokens + 1, tokens)]
+            ids, joined = (joined, []) if len(joined) >= tokens - len(begin) else ([], joined)
+        whole += cut(ids, tokens, begin)
     if len(whole) < samples:
         raise Refused(
             f"the text gives {len(whole)} windows of {tokens} tokens, not {samples}: give more text or ask for less"
         )
     return random.Random(seed).sample(whole, samples)
+
+
+def cut(ids: list[int], tokens: int, begin: list[int]) -> list[list[int]]:
+    """Windows of exactly `tokens` tokens, each with `begin` in front."""
+    ids = ids[len(begin) :] if begin and ids[: len(begin)] == begin else ids  # a chat template writes it itself
+    long = tokens - len(begin)
+    return [begin + ids[at : at + long] for at in range(0, len(ids) - long + 1, long)]
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, and so vLLM before a prompt: the BOS token, or nothing."""
+    alone, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    for at in range(len(whole) - len(alone) + 1):
+        if whole[at : at + len(alone)] == alone:
+            return list(whole[:at])
+    return []
 
 
 def overlap(texts: Sequence[Any], other: Sequence[Any]) -> list[str]:

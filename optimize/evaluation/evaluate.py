@@ -51,7 +51,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     kept = mapping(words, new_words)
     rows = list(ids.split(1))
     if kept is not None:
-        rows = [torch.tensor([new_words(words.decode(row[0]), add_special_tokens=False).input_ids]) for row in rows]
+        rows = [_tokenized_again(words, new_words, row[0].tolist()) for row in rows]
     asked = _seen(partial(logits, old), kept)
     scores |= compared(asked, ask, rows, lambda done: progress(done, total, "held-out text"))
     if kept is not None:
@@ -83,6 +83,12 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     scores["size_ratio"] = round(scores["bytes"] / scores["bytes_original"], 4)
     scores["samples"] = samples
     return {"scores": scores}
+
+
+def _tokenized_again(words: Any, new_words: Any, ids: list[int]) -> torch.Tensor:
+    """The text of a window in another tokenizer's tokens, (1, tokens)."""
+    said = words.decode(ids[len(text.beginning(words)) :])
+    return torch.tensor([text.beginning(new_words) + new_words(said, add_special_tokens=False).input_ids])
 
 
 def compared(old: Ask, new: Ask, rows: list[torch.Tensor], progress: Callable[[int], None]) -> dict[str, Any]:
@@ -171,7 +177,8 @@ def _answer(ask: Ask, words: Any, prompt: str) -> str:
         )
     else:
         text_in = prompt
-    ids = words(text_in, add_special_tokens=False, return_tensors="pt").input_ids
+    # As vLLM: a chat template writes special tokens itself, a plain prompt gets them from the tokenizer.
+    ids = words(text_in, add_special_tokens=not words.chat_template, return_tensors="pt").input_ids
     start = ids.shape[1]
     for _ in range(ANSWER):
         token = ask(ids)[0, -1].argmax()

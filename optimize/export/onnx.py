@@ -120,7 +120,8 @@ def answered(folder: Path, prompt: str, tokens: int) -> tuple[str, float]:
         stops = json.loads(file.read_text()).get("eos_token_id") or []
         ends |= set(stops if isinstance(stops, list) else [stops])
     start = time.monotonic()
-    generated = session.greedy(words(text, add_special_tokens=False).input_ids, tokens, frozenset(ends))
+    ids = words(text, add_special_tokens=not words.chat_template).input_ids
+    generated = session.greedy(ids, tokens, frozenset(ends))
     seconds = time.monotonic() - start
     return words.decode(generated, skip_special_tokens=True).strip(), max(1, len(generated)) / seconds
 

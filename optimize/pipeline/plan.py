@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from optimize.checkpoint import artifact
+from optimize.checkpoint import architectures, artifact
 from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, header
 from optimize.errors import Refused
 from optimize.evaluation import rules as evaluation
@@ -105,6 +105,8 @@ def _estimates(context: Context) -> tuple[Estimate, ...]:
 
 
 def _refuse(context: Context) -> None:
+    architectures.refuse_multimodal(context.base.config)
+    _refuse_biases(context)
     evaluation.refuse(context)
     if context.base.quantization is not None:
         _refuse_rounded_twice(context)
@@ -135,6 +137,16 @@ def by_content(step: Step) -> dict[str, Any]:
     return options | {name: artifact.digest(Path(options[name])) for name in step.files if options[name]}
 
 
+def _refuse_biases(context: Context) -> None:
+    """vLLM takes no adapter with biases of its own."""
+    for name in sorted(context.living & set(context.adapters)):
+        if context.adapters[name].get("lora_bias") and context.recipe.export.format == "vllm":
+            raise Refused(
+                f"the adapter {name!r} has biases beside its B matrices (lora_bias), which vLLM does not take: "
+                "merge it into the base"
+            )
+
+
 def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
     """The adapter's config, after its tensors were held against the base's."""
     try:
@@ -151,6 +163,11 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
     for tensor, entry in header(folder / ADAPTER).items():
         module, _, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         weight = f"{module}.weight"
+        if part == "B.bias" and f"{module}.bias" not in base.shapes:
+            raise Refused(
+                f"the adapter {name!r} has a bias for {module} (lora_bias), and this base has none there to add it to: "
+                "train without lora_bias"
+            )
         if not part:
             saved = base.shapes.get(module) or base.shapes.get(EMBEDDING if module.startswith("lm_head") else "")
             if saved and entry.shape != saved and ".base_layer." not in module:

@@ -6,23 +6,37 @@ layers come in the engine's fused units: q, k and v are one matrix there, gate a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
+from optimize.checkpoint import architectures
+from optimize.checkpoint.architectures import Feed
+from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.linears import ignored
-from optimize.checkpoint.model import Entered, compute_dtype, entered, layers, opened, prefix, through, tokenizer
+from optimize.checkpoint.model import (
+    Entered,
+    answered,
+    compute_dtype,
+    entered,
+    layers,
+    opened,
+    prefix,
+    through,
+    tokenizer,
+)
 from optimize.data import text
 from optimize.errors import Refused
 from optimize.job import Job
 
 BATCH = 4
+K = TypeVar("K", bound=Hashable)
 
 # Linear layers that the engine fuses, so that they share a level; in the order in which a layer uses them.
 UNITS = (
@@ -60,6 +74,8 @@ class CalibratedModel:
         self.folder = folder
         self.dtype = dtype or compute_dtype()
         self.ids = torch.tensor(ids)
+        self.config = Checkpoint(folder).config
+        self.family = architectures.dense(self.config, "calibration")
         self.reopen()
         self.prefix = prefix(self.model)
         self.units = tuple(self._find_units(ignore))
@@ -82,6 +98,26 @@ class CalibratedModel:
                 if names:
                     yield Unit(at, names)
 
+    def feeds_of(self, layer: int) -> list[Feed]:
+        """What reads what in a layer, by full names, but modules that this model does not have."""
+        inside = f"{self.prefix}.{layer}"
+        names = {name for name, _ in self.layers[layer].named_modules()}
+        return [
+            Feed(f"{inside}.{feed.producer}", tuple(f"{inside}.{name}" for name in feed.consumers), feed.half)
+            for feed in architectures.feeds(self.config)
+            if names >= {feed.producer, *feed.consumers}
+        ]
+
+    def scaled(self, factors: Collection[str]) -> set[str]:
+        """The parameters that scaling these producers changes: theirs, and the weights of all that reads them."""
+        names: set[str] = set()
+        for layer in range(len(self.layers)):
+            for feed in self.feeds_of(layer):
+                if feed.producer in factors:
+                    names |= {f"{feed.producer}.{part}" for part, _ in self.linear(feed.producer).named_parameters()}
+                    names |= {f"{name}.weight" for name in feed.consumers}
+        return names
+
     def units_of(self, layer: int) -> list[Unit]:
         return [unit for unit in self.units if unit.layer == layer]
 
@@ -91,8 +127,8 @@ class CalibratedModel:
     def linear(self, name: str) -> Any:
         return self.model.get_submodule(name)
 
-    def set_weight(self, name: str, weight: torch.Tensor) -> None:
-        self.linear(name).weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+    def set_weight(self, name: str, weight: torch.Tensor, part: str = "weight") -> None:
+        setattr(self.linear(name), part, nn.Parameter(weight.to(self.dtype), requires_grad=False))
 
     def entered(self, windows: int = 0) -> Entered:
         """What the first layer is called with: for the last `windows` of the calibration text, or for all of it."""
@@ -101,35 +137,36 @@ class CalibratedModel:
     @contextmanager
     def observed(
         self,
-        units: Sequence[Unit],
+        readers: Mapping[K, str],
         measure: Callable[[torch.Tensor], torch.Tensor],
         combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> Iterator[dict[Unit, torch.Tensor]]:
-        """What `measure` makes of each unit's input, over all the text that runs through the model meanwhile."""
-        measured: dict[Unit, torch.Tensor] = {}
+    ) -> Iterator[dict[K, torch.Tensor]]:
+        """What `measure` makes of the input of each of `readers`, linear layers by name, over all the text that runs
+        through the model meanwhile."""
+        measured: dict[K, torch.Tensor] = {}
 
-        def watch(unit: Unit) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def watch(key: K) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
             def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
                 value = measure(inputs[0].float())
-                measured[unit] = combine(measured[unit], value) if unit in measured else value
+                measured[key] = combine(measured[key], value) if key in measured else value
 
             return hook
 
-        hooks = [self.linear(unit.names[0]).register_forward_pre_hook(watch(unit)) for unit in units]
+        hooks = [self.linear(name).register_forward_pre_hook(watch(key)) for key, name in readers.items()]
         try:
             yield measured
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def hessians(self, layer: int, units: Sequence[Unit], begun: Entered) -> dict[Unit, torch.Tensor]:
-        """unit -> the sum of x xT over its inputs x, (in, in)."""
+    def hessians(self, layer: int, readers: Mapping[K, str], begun: Entered) -> dict[K, torch.Tensor]:
+        """The sum of x xT over the inputs x of each of `readers`, (in, in)."""
 
         def products(x: torch.Tensor) -> torch.Tensor:
             rows = x.flatten(0, -2)
             return rows.T @ rows
 
-        with self.observed(units, products, lambda total, more: total.add_(more)) as sums:
+        with self.observed(readers, products, lambda total, more: total.add_(more)) as sums:
             through([self.layers[layer]], begun)
         return sums
 
@@ -144,6 +181,10 @@ class CalibratedModel:
     @torch.inference_mode()
     def log_probabilities_from(self, layer: int, begun: Entered) -> Iterator[torch.Tensor]:
         """The same from what enters `layer` on, window after window."""
-        body = self.model.get_submodule(self.prefix.rpartition(".")[0])
         for row in torch.cat(through(list(self.layers[layer:]), begun).states):
-            yield log_softmax(self.model.lm_head(body.norm(row)).float(), -1)
+            yield log_softmax(answered(self.model, row[None])[0].float(), -1)
+
+
+def first_readers(units: Sequence[Unit]) -> dict[Unit, str]:
+    """A layer of each unit that reads the unit's input."""
+    return {unit: unit.names[0] for unit in units}

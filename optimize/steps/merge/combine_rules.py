@@ -23,6 +23,11 @@ def refuse(step: Combine, context: Context) -> None:
             f"combine by {step.method} wants adapters of one rank, these have {ranks}: take method svd or cat"
         )
     for name, config in configs.items():
+        if config.get("lora_bias"):
+            raise Refused(
+                f"the adapter {name!r} has biases beside its B matrices (lora_bias), which cannot be combined: "
+                "merge it into the base instead"
+            )
         if beyond_low_rank(config):
             raise Refused(
                 f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save) "

@@ -1,6 +1,6 @@
 """LoRA adapters into the base's weights: tensor by tensor, in fp32, cast once at the end.
 
-    LoRA    W + s B A,   s = alpha / r, or alpha / sqrt(r) with rsLoRA
+    LoRA    W + s B A,   s = alpha / r, or alpha / sqrt(r) with rsLoRA; with lora_bias the base's bias gets s b
     DoRA    m (W + s B A) / ||W + s B A||, a norm for each output row
     modules_to_save replace their module
 
@@ -99,6 +99,7 @@ def merged_into(
     config = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
     names = list(checkpoint.shapes)
     touched = {f"{module}.weight" for adapter in adapters for module in adapter.lora}
+    touched |= {f"{module}.bias" for adapter in adapters for module, of in adapter.lora.items() if "B.bias" in of}
     touched |= {name for adapter in adapters for name in adapter.saved}
     weights: Iterable[tuple[str, torch.Tensor]] = formats.dense(checkpoint)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
@@ -117,7 +118,7 @@ def merged_into(
 
 
 def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> torch.Tensor:
-    module = name.removesuffix(".weight")
+    module, _, leaf = name.rpartition(".")
     wide = tensor.float()
     for adapter in adapters:
         if name in adapter.saved:
@@ -127,7 +128,9 @@ def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter], dtype:
                     f"the base has {list(wide.shape)}: another base"
                 )
             wide = adapter.saved[name].float()
-        if module in adapter.lora:
+        if leaf == "bias" and module in adapter.lora:
+            wide = wide + adapter.scale(module) * adapter.lora[module]["B.bias"].float()
+        elif module in adapter.lora:
             update = adapter.update(module)
             if update.shape != wide.shape:
                 raise Refused(

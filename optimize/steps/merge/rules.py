@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from optimize.checkpoint import architectures
+from optimize.errors import Refused
 from optimize.options import Merge
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
 
@@ -16,4 +21,18 @@ def estimate(step: Merge, context: Context) -> Estimate:
 
 
 def refuse(step: Merge, context: Context) -> None:
-    """Merging takes every adapter that fits the base."""
+    base = context.base
+    family = architectures.known(base.config)
+    for name in step.adapters:
+        config = context.adapters.get(name, {})
+        one_side = {"embed_tokens", "lm_head"} & {*(config.get("modules_to_save") or []), *_targets(config)}
+        if family and family.tied_only and one_side:
+            raise Refused(
+                f"the adapter {name!r} changes {sorted(one_side)[0]}, and vLLM has one matrix for embedding and output "
+                f"layer of {family.name}: train it on the layers alone"
+            )
+
+
+def _targets(config: Mapping[str, Any]) -> list[str]:
+    targets = config.get("target_modules") or []
+    return [targets] if isinstance(targets, str) else list(targets)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 import random
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from optimize.checkpoint.model import entered, layers, opened, prefix, through
+from optimize.checkpoint.model import answered, entered, layers, opened, prefix, through
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 
@@ -58,7 +59,7 @@ class Distillation:
         self.options = job.options
         self.teacher = teacher
         self.losses: list[float] = []
-        self._shared, self._first = pairs[first], first
+        self._shared, self._first, self._pairs = pairs[first], first, pairs
         student: Any = opened(start)
         linears = [name for name, part in layers(student).named_modules() if isinstance(part, nn.Linear)]
         config = LoraConfig(
@@ -72,6 +73,7 @@ class Distillation:
         self._optimizer = torch.optim.AdamW(self._parameters, lr=self.options["learning_rate"], weight_decay=0.0)
         self._ours, self._theirs = list(layers(student)), list(layers(teacher))
         self._norm, self._teacher_norm = _norm(student), _norm(teacher)
+        self._head = Head.of(teacher)
         self._half = next(iter(teacher.parameters())).dtype is torch.bfloat16
         self.model.train()
 
@@ -86,9 +88,10 @@ class Distillation:
             (theirs,) = through(self._theirs[self._shared :], common).states
             theirs = self._teacher_norm(theirs)
         with disable_input_dtype_casting(self.model), torch.autocast("cpu", torch.bfloat16, enabled=self._half):
-            (ours,) = through(self._ours[self._first :], common).states
+            lent = common.lent(self._ours, [self._theirs[at] for at in self._pairs])
+            (ours,) = through(self._ours[self._first :], lent).states
             ours = self._norm(ours)
-        loss, gradient = distance(self.teacher.get_output_embeddings().weight, ours.detach(), theirs)
+        loss, gradient = distance(self._head, ours.detach(), theirs)
         if not math.isfinite(loss):
             rate = self.options["learning_rate"]
             raise OptimizeError(f"healing diverged at step {step}: take a smaller learning_rate than {rate}")
@@ -123,19 +126,53 @@ def _norm(model: Any) -> Any:
     return model.get_submodule(prefix(model).rpartition(".")[0]).norm
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output layer: its weight (vocabulary, hidden), what logits are multiplied with, and their soft cap."""
+
+    weight: torch.Tensor
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: Any) -> Head:
+        """The model's, held against what its own forward answers."""
+        config = model.config
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        head = Head(model.get_output_embeddings().weight, scale, cap)
+        state = torch.randn(1, 4, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(
+            head.weight.dtype
+        )
+        ours, own = head.logits(_norm(model)(state)), answered(model, state).float()
+        if not torch.allclose(ours, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
+            raise OptimizeError(f"healing does not know how models of type {config.model_type!r} make logits")
+        return head
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        made = (states @ self.weight.T).float() * self.scale
+        return self.cap * (made / self.cap).tanh() if self.cap else made
+
+
 @torch.no_grad()
-def distance(head: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, torch.Tensor]:
+def distance(head: Head, ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Mean KL(theirs || ours) in nats of the answers that hidden states (rows, tokens, hidden) give through the output
-    layer's weight (vocabulary, hidden), and its gradient by `ours`: (softmax(ours) - softmax(theirs)) head / tokens."""
+    layer, and its gradient by `ours`: (softmax(ours) - softmax(theirs)) head / tokens, through scale and soft cap."""
     flat, right = ours.flatten(0, -2), theirs.flatten(0, -2)
     total, parts = 0.0, []
     for mine, other in zip(flat.split(BLOCK), right.split(BLOCK), strict=True):
-        a, b = (mine @ head.T).float(), (other @ head.T).float()
+        a, b = head.logits(mine), head.logits(other)
+        slope: torch.Tensor | float = head.scale
+        if head.cap:
+            slope = head.scale * (1 - (a / head.cap).square())
         a -= a.logsumexp(-1, keepdim=True)
         b -= b.logsumexp(-1, keepdim=True)
         odds = b.exp()
         total += float(torch.sub(b, a).mul_(odds).sum())
-        parts.append(a.exp_().sub_(odds).to(head.dtype) @ head)
+        parts.append(a.exp_().sub_(odds).mul_(slope).to(head.weight.dtype) @ head.weight)
     return total / len(flat), (torch.cat(parts).float() / len(flat)).view(ours.shape).to(ours.dtype)
 
 

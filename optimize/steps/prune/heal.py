@@ -70,11 +70,13 @@ def _repaired(
     job: Job, pool: list[list[int]], teacher: nn.Module, pairs: list[int], first: int, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """The pruned checkpoint after the least squares, in `out`."""
-    student = opened(Path(job.model))
+    student: Any = opened(Path(job.model))
     rows = min(len(pool), max(4, job.calibration.samples * job.calibration.tokens // job.options["tokens"]))
     batch = max(1, min(1024 // job.options["tokens"], rows // 8))
     begin = entered(teacher, torch.tensor(pool[-rows:]), batch)
-    lacked = repair.repaired(list(layers(student)), list(layers(teacher)), pairs, first, begin, progress)
+    multiplier = float(getattr(student.config, "residual_multiplier", 1.0))
+    both = list(layers(student)), list(layers(teacher))
+    lacked = repair.repaired(*both, pairs, first, begin, progress, multiplier)
     checkpoint = Checkpoint(Path(job.model))
     shutil.rmtree(out, ignore_errors=True)
     writer = Writer(out, Path(job.model))
@@ -88,8 +90,8 @@ def _repaired(
 
 def _all_windows(words: Any, texts: list[Any], tokens: int, seed: int, samples: int) -> list[list[int]]:
     """Every window that the text gives, or `samples` of them, in an order that the seed decides."""
-    rows = [text.tokens_of(words, document) for document in texts]
-    whole = [ids[at : at + tokens] for ids in rows for at in range(0, len(ids) - tokens + 1, tokens)]
+    begin = text.beginning(words)
+    whole = [row for document in texts for row in text.cut(text.tokens_of(words, document), tokens, begin)]
     if len(whole) < HELD:
         raise OptimizeError(f"the text gives {len(whole)} windows of {tokens} tokens; healing needs at least {HELD}")
     random.Random(seed).shuffle(whole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from optimize.checkpoint import architectures
+from optimize.errors import Refused
 from optimize.options import Heal
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
 
@@ -17,4 +19,9 @@ def estimate(step: Heal, context: Context) -> Estimate:
 
 
 def refuse(step: Heal, context: Context) -> None:
-    """Healing takes every model that was pruned."""
+    family = architectures.dense(context.base.config, "heal")
+    if family.normed and step.repair:
+        raise Refused(
+            f"{family.name} has a norm between down_proj and the stream, and least squares fit down_proj to the "
+            "stream: say `repair: false` and some `steps`"
+        )

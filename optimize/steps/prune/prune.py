@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import Checkpoint, Writer
-from optimize.checkpoint.model import entered, layers, opened, prefix, settle, through
+from optimize.checkpoint.model import answered, configured, entered, layers, opened, prefix, settle, through
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 from optimize.steps.calibrated import windows
@@ -56,9 +57,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             )
         dropped = sorted(least[: job.options["layers"]])
         notes |= {"influence": [round(value, 5) for value in influence], "dropped": dropped}
-        config["num_hidden_layers"] = count - len(dropped)
-        if "layer_types" in config:
-            config["layer_types"] = [kind for at, kind in enumerate(config["layer_types"]) if at not in dropped]
+        config = architectures.without(config, configured(folder).to_dict(), dropped)
     if job.options["mlp"] < 1:
         width = max(64, round(config["intermediate_size"] * job.options["mlp"] / 64) * 64)
         kept = _channels(model, ids, width, progress)
@@ -90,7 +89,11 @@ def _finite(measured: list[float]) -> None:
 
 
 def _narrowed(rest: str, value: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return value[:, keep] if "down_proj.weight" in rest else value[keep] if "down_proj" not in rest else value
+    if "down_proj" in rest:
+        return value[:, keep] if value.dim() == 2 else value
+    if "gate_up_proj" in rest:  # both in one, gate first
+        keep = torch.cat([keep, keep + len(value) // 2])
+    return value[keep]
 
 
 @torch.inference_mode()
@@ -121,8 +124,6 @@ def _greedy(
 ) -> tuple[list[int], list[float]]:
     """The layers to drop, in that order, and the loss after each."""
     whole = list(layers(model))
-    norm = model.get_submodule(prefix(model).rpartition(".")[0]).norm
-    head: Any = model.get_output_embeddings()
     first = entered(model, ids, 1)
     gone: list[int] = []
     losses: list[float] = []
@@ -134,7 +135,7 @@ def _greedy(
             at = candidate
             after = through([whole[other] for other in range(at + 1, len(whole)) if other not in gone], before)
             losses_without[candidate] = sum(
-                float(cross_entropy(head(norm(state)).float()[0, :-1], row[1:]))
+                float(cross_entropy(answered(model, state).float()[0, :-1], row[1:]))
                 for state, row in zip(after.states, ids, strict=True)
             ) / len(ids)
             progress(

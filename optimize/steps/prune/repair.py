@@ -24,8 +24,8 @@ RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean diagonal of the activations' 
 
 
 def origins(pruned: Checkpoint, original: Checkpoint, prefix: str) -> list[int]:
-    """For each layer of the pruned model, the original's layer that it is, found by its norm's weights."""
-    leaf = "input_layernorm.weight"
+    """For each layer of the pruned model, the original's that it is, found by a matrix that pruning leaves alone."""
+    leaf = "self_attn.o_proj.weight"  # every family has it, and no step before healing changes it
     count = int(original.config["num_hidden_layers"])
     theirs = [original.tensor(f"{prefix}.{at}.{leaf}") for at in range(count)]
     matched, after = [], 0
@@ -49,25 +49,32 @@ def first_changed(pairs: list[int], narrowed: bool) -> int:
 
 @torch.inference_mode()
 def repaired(
-    student: list[nn.Module], teacher: list[nn.Module], pairs: list[int], first: int, begin: Entered, progress: Progress
+    student: list[nn.Module],
+    teacher: list[nn.Module],
+    pairs: list[int],
+    first: int,
+    begin: Entered,
+    progress: Progress,
+    multiplier: float = 1.0,
 ) -> list[tuple[float, float]]:
     """Change down_proj from layer `first` on; what the stream lacked before and lacks after, relative, at each layer.
 
-    `begin` is what enters the first layer of both models.
+    `begin` is what enters the first layer of both models, and `multiplier` is what a block's output is multiplied with
+    before it is added to the stream.
     """
     lacked = []
-    ours = through(student[:first], begin)
+    ours = through(student[:first], begin.lent(student, [teacher[at] for at in pairs]))
     theirs = through(teacher[: pairs[first]], begin)
     for at in range(first, len(student)):
         progress(at - first, len(student) - first, f"least squares, layer {at + 1} of {len(student)}")
         until = pairs[at + 1] if at + 1 < len(pairs) else len(teacher)
         theirs = through(teacher[pairs[at] : until], theirs)
-        lacked.append(_fitted(student[at], ours, theirs))
+        lacked.append(_fitted(student[at], ours, theirs, multiplier))
         ours = through(student[at : at + 1], ours)
     return lacked
 
 
-def _fitted(layer: Any, ours: Entered, theirs: Entered) -> tuple[float, float]:
+def _fitted(layer: Any, ours: Entered, theirs: Entered, multiplier: float) -> tuple[float, float]:
     """Change one layer's down_proj so that what leaves the layer is nearest to `theirs`. How much the stream lacked
     there, relative to its size, before and after, on a quarter of the text that decides how far to go and is not
     fitted."""
@@ -78,7 +85,7 @@ def _fitted(layer: Any, ours: Entered, theirs: Entered) -> tuple[float, float]:
     handle.remove()
     pairs = []
     for x, mine, right in zip(read, made.states, theirs.states, strict=True):
-        x, mine, right = (each.flatten(0, -2).float() for each in (x, mine, right))
+        x, mine, right = (each.flatten(0, -2).float() for each in (x * multiplier, mine, right))
         # Each token counts the same: a few have a stream a hundred times as large, and would be all that is fitted.
         weight = right.norm(dim=1, keepdim=True).clamp(min=1e-6).reciprocal()
         pairs.append((x * weight, (right - mine) * weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optimize.checkpoint import architectures
 from optimize.checkpoint.linears import undivided
 from optimize.errors import Refused
 from optimize.options import Merge, Prune, pattern_of
@@ -30,6 +31,14 @@ def estimate(step: Prune, context: Context) -> Estimate:
 
 def refuse(step: Prune, context: Context) -> None:
     base = context.base
+    if step.zeros or step.mlp < 1:
+        architectures.dense(base.config, "prune: mlp" if step.mlp < 1 else "prune: sparsity")
+    if step.layers:
+        architectures.of(base.config, "prune: layers")
+        if int(base.config.get("decoder_sparse_step") or 1) > 1:
+            raise Refused(
+                "the model has experts in every second layer or fewer, by number, and layers cannot be dropped"
+            )
     if step.layers >= context.layers:
         raise Refused(f"the model has {context.layers} layers, so {step.layers} cannot be dropped; drop fewer")
     if step.mlp < 1 and not any(".mlp.down_proj.weight" in name for name in base.shapes):

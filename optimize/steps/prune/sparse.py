@@ -20,7 +20,7 @@ from optimize.checkpoint.model import settle, through
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 from optimize.options import pattern_of
-from optimize.steps.calibrated import CalibratedModel, windows
+from optimize.steps.calibrated import CalibratedModel, first_readers, windows
 from optimize.steps.quantize import gptq
 
 
@@ -36,7 +36,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     for at, layer in enumerate(model.layers):
         progress(at, len(model.layers), f"{method}, layer {at + 1} of {len(model.layers)}")
         units = model.units_of(at)
-        sums = {} if method == "magnitude" else model.hessians(at, units, begun)
+        sums = {} if method == "magnitude" else model.hessians(at, first_readers(units), begun)
         for unit in units:
             for name in unit.names:
                 weight = model.linear(name).weight.float()

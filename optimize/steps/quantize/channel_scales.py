@@ -1,12 +1,14 @@
-"""Scales that are moved between a unit's weights and what makes its input, so that rounding loses less.
+"""Scales that are moved between linear layers and what makes their input, so that rounding loses less.
 
-What the model computes stays the same but for rounding: the columns of the unit's weights are multiplied, and the rows
-of its producer divided. SmoothQuant (Xiao et al., 2023, arXiv 2211.10438) makes rounded inputs smaller; AWQ makes the
-weights that matter larger (awq.py). Factors are kept by the name of their unit's first layer.
+What the model computes stays the same but for rounding: the columns of all layers that read a norm or up_proj are
+multiplied, and its rows divided; which those are is in `checkpoint.architectures`. SmoothQuant (Xiao et al., 2023,
+arXiv 2211.10438) makes rounded inputs smaller; AWQ makes the weights that matter larger (awq.py). Factors are kept by
+the producer's name.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,112 +16,161 @@ from pathlib import Path
 
 import torch
 
+from optimize.checkpoint.architectures import Feed
 from optimize.checkpoint.checkpoint import ADAPTER
 from optimize.checkpoint.formats import W4, Level
-from optimize.checkpoint.model import through
+from optimize.checkpoint.model import answered, entered, forward, through
+from optimize.errors import OptimizeError
 from optimize.job import Progress
-from optimize.steps.calibrated import BATCH, UNITS, CalibratedModel, Unit
+from optimize.steps.calibrated import BATCH, CalibratedModel, Unit
 from optimize.steps.quantize import awq
 
 SMOOTHING = 0.8  # SmoothQuant's alpha
+PROBED = 128  # tokens whose logits are compared before and after
+TOLERANCE = 0.02  # of the logits' size: rounding scaled weights to 16 bits gives a tenth of it
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelScales:
-    """Factors (in,) of units, and whether they smooth inputs (SmoothQuant) or protect weights (AWQ)."""
+    """Factors (in,) by producer, and whether they smooth inputs (SmoothQuant) or protect weights (AWQ)."""
 
     factors: Mapping[str, torch.Tensor]
     smoothing: bool
+    readers: Mapping[str, tuple[str, ...]]
 
     def active(self, chosen: Mapping[Unit, Level]) -> dict[str, torch.Tensor]:
         """The factors that a choice of levels has a use for: smoothing where an input is rounded (elsewhere it would
         only make the weights harder to round), AWQ's where weights have 4 bits."""
-        return {
-            unit.names[0]: self.factors[unit.names[0]]
-            for unit, level in chosen.items()
-            if unit.names[0] in self.factors and (level.activations if self.smoothing else level.bits == 4)
-        }
+        levels = {name: level for unit, level in chosen.items() for name in unit.names}
+        used = {name for name, level in levels.items() if (level.activations if self.smoothing else level.bits == 4)}
+        return {name: factor for name, factor in self.factors.items() if used.intersection(self.readers[name])}
+
+
+NONE = ChannelScales({}, smoothing=False, readers={})
 
 
 def smoothing(model: CalibratedModel, progress: Progress) -> ChannelScales:
-    """The input of q, k, v and of gate, up is scaled in the norm before them, the input of down in up's rows."""
-    units = [unit for unit in model.units if _has_producer(unit)]
+    """What a norm or up_proj makes is scaled there, by powers of two."""
+    feeds = _with_units(model, range(len(model.layers)))
     batches = model.ids.split(BATCH)
-    with model.observed(units, lambda x: x.abs().flatten(0, -2).amax(0), torch.maximum) as widest:
+    readers = {feed.producer: feed.consumers[0] for feed in feeds}
+    with model.observed(readers, lambda x: x.abs().flatten(0, -2).amax(0), torch.maximum) as widest:
         for done, batch in enumerate(batches):
             with torch.inference_mode():
                 model.model(input_ids=batch, use_cache=False)
             progress(done, len(batches), "smoothing")
     factors = {}
-    for unit in units:
-        heavy = torch.stack([model.linear(name).weight.float().abs().amax(0) for name in unit.names]).amax(0)
-        factor = widest[unit].clamp(min=1e-5) ** SMOOTHING / heavy.clamp(min=1e-5) ** (1 - SMOOTHING)
+    for feed in feeds:
+        heavy = torch.stack([model.linear(name).weight.float().abs().amax(0) for name in _rounded(model, feed)]).amax(0)
+        factor = widest[feed.producer].clamp(min=1e-5) ** SMOOTHING / heavy.clamp(min=1e-5) ** (1 - SMOOTHING)
         # Powers of two: scaling by them loses no bit of bf16.
-        factors[unit.names[0]] = 2.0 ** factor.clamp(min=1e-5).log2().round()
-    return ChannelScales(factors, smoothing=True)
+        factor = 2.0 ** factor.clamp(min=1e-5).log2().round()
+        factors[feed.producer] = _held(model, feed, factor)
+    return ChannelScales(factors, True, {feed.producer: feed.consumers for feed in feeds})
 
 
 def protecting(model: CalibratedModel, group: int, progress: Progress) -> ChannelScales:
     """AWQ's factors for 4-bit weights in groups, for the same producers as smoothing's."""
     factors: dict[str, torch.Tensor] = {}
+    readers: dict[str, tuple[str, ...]] = {}
     begun = model.entered()
     count = len(model.layers)
     for at, layer in enumerate(model.layers):
         progress(at, count, f"AWQ scales, layer {at + 1} of {count}")
-        units = [unit for unit in model.units_of(at) if _has_producer(unit)]
-        for unit, hessian in model.hessians(at, units, begun).items():
-            weight = torch.cat([model.linear(name).weight.float() for name in unit.names])
-            factors[unit.names[0]] = awq.factors(weight, hessian, W4.bits, group)
+        feeds = _with_units(model, [at])
+        hessians = model.hessians(at, {feed: feed.consumers[0] for feed in feeds}, begun)
+        for feed, hessian in hessians.items():
+            weight = torch.cat([model.linear(name).weight.float() for name in _rounded(model, feed)])
+            factors[feed.producer] = _held(model, feed, awq.factors(weight, hessian, W4.bits, group))
+            readers[feed.producer] = feed.consumers
         with torch.inference_mode():
             begun = through([layer], begun)
-    return ChannelScales(factors, smoothing=False)
+    return ChannelScales(factors, False, readers)
 
 
-def _has_producer(unit: Unit) -> bool:
-    return not unit.names[0].endswith("o_proj")
+def _with_units(model: CalibratedModel, layers: range | list[int]) -> list[Feed]:
+    """What feeds at least one layer that is rounded."""
+    return [feed for at in layers for feed in model.feeds_of(at) if _rounded(model, feed)]
 
 
-def producer(name: str) -> str:
-    """The module whose output the layer reads, up to a product with something else."""
-    layer, _, _ = name.rpartition(".")
-    if name.endswith("down_proj"):
-        return f"{layer}.up_proj"
-    block = layer.rpartition(".")[0]
-    return f"{block}.{'input_layernorm' if '.self_attn.' in name else 'post_attention_layernorm'}"
+def _rounded(model: CalibratedModel, feed: Feed) -> list[str]:
+    layer = int(feed.producer.removeprefix(model.prefix + ".").partition(".")[0])
+    names = {name for unit in model.units_of(layer) for name in unit.names}
+    return [name for name in feed.consumers if name in names]
+
+
+def _held(model: CalibratedModel, feed: Feed, factor: torch.Tensor) -> torch.Tensor:
+    """The factor that a norm's weights can hold: what they are divided by once they are rounded to 16 bits. A norm of
+    1 + weight holds few."""
+    weight = model.linear(feed.producer).weight
+    if weight.dim() == 2:
+        return factor
+    one = 1.0 if model.family.offset else 0.0
+    before = weight.float() + one
+    after = (before / factor - one).to(model.dtype).float() + one
+    return torch.where((before == 0) | (after == 0), torch.ones_like(factor), before / after)
 
 
 @torch.inference_mode()
 def apply(model: CalibratedModel, layer: int, factors: Mapping[str, torch.Tensor]) -> None:
-    """Scale one layer's producers down and its units up."""
-    for unit in model.units_of(layer):
-        factor = factors.get(unit.names[0])
+    """Scale one layer's producers down and all that reads them up."""
+    for feed in model.feeds_of(layer):
+        factor = factors.get(feed.producer)
         if factor is None:
             continue
-        source = producer(unit.names[0])
-        weight = model.linear(source).weight
-        rows = factor.view(-1, *[1] * (weight.dim() - 1))
-        model.set_weight(source, weight.float() / rows)
-        for name in unit.names:
+        for part, value in model.linear(feed.producer).named_parameters():
+            one = 1.0 if model.family.offset and value.dim() == 1 and part == "weight" else 0.0
+            rows = _rows(feed, factor).view(-1, *[1] * (value.dim() - 1))
+            model.set_weight(feed.producer, (value.float() + one) / rows - one, part)
+        for name in feed.consumers:
             model.set_weight(name, model.linear(name).weight.float() * factor)
 
 
-def fold(adapter: Path, factors: Mapping[str, torch.Tensor], out: Path) -> None:
-    """The adapter as it has to be on the scaled base: columns of A times the factor, rows of up's B divided by it."""
+def _rows(feed: Feed, factor: torch.Tensor) -> torch.Tensor:
+    """What the producer's rows are divided by."""
+    return torch.cat([torch.ones_like(factor), factor]) if feed.half else factor
+
+
+@torch.inference_mode()
+def moved(model: CalibratedModel, factors: Mapping[str, torch.Tensor]) -> float:
+    """How far scaling alone moves the logits, relative to their size; the layers run in float32, one at a time.
+
+    Afterwards the model is scaled; OptimizeError where that is more than rounding.
+    """
+    begun = entered(model.model, model.ids[-1:, :PROBED], 1)
+    before = after = begun.states[0].float()
+    for at, layer in enumerate(model.layers):
+        call = begun.calls[0][id(layer)]
+        before = forward(copy.deepcopy(layer).float(), before, call)
+        apply(model, at, factors)
+        after = forward(copy.deepcopy(layer).float(), after, call)
+    if not bool(before.isfinite().all()):
+        raise OptimizeError("the layers give NaN or infinity on the calibration text: the weights are broken")
+    right, now = (answered(model.model, states.to(model.dtype)).float() for states in (before, after))
+    size = (right - right.mean(-1, keepdim=True)).norm().clamp(min=1e-9)
+    off = float((now - right).norm() / size)
+    if not off <= TOLERANCE:
+        raise OptimizeError(
+            f"scaling channels moves the logits of this {model.family.name} model by {off:.1%} before anything is "
+            "rounded, which it must not: take `smooth: false` and another method than awq"
+        )
+    return off
+
+
+def fold(adapter: Path, feeds: Mapping[str, Feed], factors: Mapping[str, torch.Tensor], out: Path) -> None:
+    """The adapter as it has to be on the scaled base: columns of A times the factor of what the module reads, rows of B
+    divided by the factor of what it makes."""
     from safetensors.torch import load_file, save_file
 
-    by_module: dict[str, torch.Tensor] = {}
-    for name, factor in factors.items():
-        layer = name.rpartition(".")[0]
-        family = next(family for family in UNITS if name.rpartition(".")[2] in family)
-        by_module |= {f"{layer}.{leaf}": factor for leaf in family}
+    read = {name: factor for made, factor in factors.items() for name in feeds[made].consumers}
     tensors = load_file(adapter / ADAPTER)
     for name, tensor in tensors.items():
         module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-        if part.startswith("A") and module in by_module:
-            tensors[name] = (tensor.float() * by_module[module]).to(tensor.dtype)
-        down = module.removesuffix("up_proj") + "down_proj"
-        if part.startswith("B") and module.endswith(".up_proj") and down in factors:
-            tensors[name] = (tensor.float().T / factors[down]).T.contiguous().to(tensor.dtype)
+        if part.startswith("A") and module in read:
+            tensors[name] = (tensor.float() * read[module]).to(tensor.dtype)
+        if part.startswith("B") and module in factors:
+            rows = _rows(feeds[module], factors[module])
+            tensors[name] = (tensor.float().T / rows).T.contiguous().to(tensor.dtype)
     out.mkdir(parents=True)
     save_file(tensors, out / ADAPTER, {"format": "pt"})
     for file in adapter.iterdir():

@@ -48,12 +48,16 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         chosen, search = mixed(quantizer, level, job.target, options["budget"], options["agreement"], scales, partial)
         notes |= search
     factors = scales.active(chosen)
+    if factors:
+        model.reopen()
+        notes["scaling_moves_logits"] = round(channel_scales.moved(model, factors), 6)
     quantizer.write(chosen, factors, cache, job.folder / "model")
     notes |= _levels(chosen, level)
     notes["adapters"] = {name: "applies unchanged" for name in job.adapters}
     if factors:
+        feeds = {feed.producer: feed for at in range(len(model.layers)) for feed in model.feeds_of(at)}
         for name, folder in job.adapters.items():
-            channel_scales.fold(Path(folder), factors, job.folder / "adapters" / name)
+            channel_scales.fold(Path(folder), feeds, factors, job.folder / "adapters" / name)
             notes["adapters"][name] = f"rewritten: {'smoothing' if scales.smoothing else 'AWQ scales'} folded in"
     return notes
 
@@ -70,7 +74,7 @@ def _scales(job: Job, model: CalibratedModel, level: Level, group: int, progress
         return channel_scales.smoothing(model, progress)
     if job.options["method"] == "awq":
         return channel_scales.protecting(model, group, progress)
-    return ChannelScales({}, smoothing=False)
+    return channel_scales.NONE
 
 
 def _levels(chosen: dict[Unit, Level], level: Level) -> dict[str, Any]:

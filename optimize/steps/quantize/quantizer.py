@@ -19,7 +19,7 @@ from optimize.checkpoint.formats import FULL, Level, Rounded
 from optimize.checkpoint.model import Entered, rounding, through
 from optimize.errors import OptimizeError
 from optimize.job import Progress
-from optimize.steps.calibrated import CalibratedModel, Unit
+from optimize.steps.calibrated import CalibratedModel, Unit, first_readers
 from optimize.steps.quantize import channel_scales, gptq
 
 TRIED = 8  # windows that a choice of levels is tried on
@@ -47,8 +47,7 @@ class Quantizer:
         checkpoint = Checkpoint(self.model.folder)
         writer = Writer(out, self.model.folder)
         rounded = {f"{name}.weight" for unit, level in chosen.items() if level is not FULL for name in unit.names}
-        scaled = {f"{name}.weight" for unit in self.model.units if unit.names[0] in factors for name in unit.names}
-        scaled |= {f"{channel_scales.producer(name)}.weight" for name in factors}
+        scaled = {name for name in self.model.scaled(factors) if name in checkpoint.entries}
         for name in checkpoint.entries:
             if name not in rounded and name not in scaled:
                 writer.add(name, checkpoint.tensor(name))
@@ -87,10 +86,8 @@ class Quantizer:
     @contextmanager
     def alone(self, unit: Unit, level: Level, factors: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """The model with one unit alone rounded, to the nearest."""
-        names = list(unit.names)
-        if unit.names[0] in factors:
-            names.append(channel_scales.producer(unit.names[0]))
-        full = {name: self.model.linear(name).weight for name in names}
+        names = {*(f"{name}.weight" for name in unit.names), *self.model.scaled(factors)}
+        full = {name: self.model.model.get_parameter(name) for name in names}
         channel_scales.apply(self.model, unit.layer, factors)
         for name, layer in self._round(unit, level, self.method, None).items():
             self.model.set_weight(name, layer.dense)
@@ -101,7 +98,8 @@ class Quantizer:
             for hook in hooks:
                 hook.remove()
             for name, weight in full.items():
-                self.model.linear(name).weight = weight
+                module, _, part = name.rpartition(".")
+                setattr(self.model.linear(module), part, weight)
 
     @torch.inference_mode()
     def _round_all(
@@ -121,7 +119,7 @@ class Quantizer:
             channel_scales.apply(model, at, factors)
             widest = self._widest(at, [unit for unit in units if chosen[unit].preset == "NVFP4"], begun)
             hooks = [hook for unit in units for hook in self._round_inputs(unit, chosen[unit], widest.get(unit))]
-            hessians = model.hessians(at, units, begun) if method != "rtn" else {}
+            hessians = model.hessians(at, first_readers(units), begun) if method != "rtn" else {}
             for unit in units:
                 rounded = self._round(unit, chosen[unit], method, hessians.get(unit), widest.get(unit))
                 for name, result in rounded.items():
@@ -137,7 +135,7 @@ class Quantizer:
         """The largest magnitude in each unit's input."""
         if not units:
             return {}
-        with self.model.observed(units, lambda x: x.abs().amax(), torch.maximum) as widest:
+        with self.model.observed(first_readers(units), lambda x: x.abs().amax(), torch.maximum) as widest:
             through([self.model.layers[layer]], begun)
         return widest
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from optimize.checkpoint import architectures
 from optimize.checkpoint.linears import group, ignored, linear, undivided
 from optimize.errors import Refused
 from optimize.options import Quantize
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
+from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank
 
 # What vLLM 0.32 has no kernel for on a CPU; it emulates most of it, too slowly to use.
 NOT_ON_CPU = {
@@ -59,6 +60,7 @@ def _warning(step: Quantize, context: Context) -> str:
 
 def refuse(step: Quantize, context: Context) -> None:
     base, target = context.base, context.recipe.target
+    architectures.dense(base.config, "quantize")
     if target == "cpu" and step.scheme in NOT_ON_CPU:
         raise Refused(f"vLLM {NOT_ON_CPU[step.scheme]}: take w8a8, or `target: gpu`")
     if target == "cpu" and step.kv_cache == "fp8" and not _avx512():
@@ -77,6 +79,18 @@ def refuse(step: Quantize, context: Context) -> None:
         if pattern != "lm_head" and not any(ignored(name, {pattern}) for name in linears):
             leaves = sorted({name.rpartition(".")[2] for name in linears})
             raise Refused(f"ignore {pattern!r} names no layer of the model; there is {', '.join(leaves)}")
+    if step.smooth is True or step.method == "awq":
+        _refuse_rescaling(context)
+
+
+def _refuse_rescaling(context: Context) -> None:
+    """Adapters that scaled channels cannot be folded into."""
+    for name in sorted(context.living & set(context.adapters)):
+        if beyond_low_rank(context.adapters[name]):
+            raise Refused(
+                f"smoothing and AWQ scale channels, and the adapter {name!r} is more than a low-rank update (DoRA or "
+                "modules_to_save), which does not follow them: say `smooth: false` and another method"
+            )
 
 
 def _avx512() -> bool:

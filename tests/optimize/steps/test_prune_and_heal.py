@@ -106,7 +106,7 @@ def test_the_gradient_of_the_distance_is_the_one_that_autograd_finds():
     torch.manual_seed(0)
     head, theirs = torch.randn(50, 8), torch.randn(3, 100, 8)
     ours = torch.randn(3, 100, 8, requires_grad=True)
-    loss, gradient = distillation.distance(head, ours.detach(), theirs)
+    loss, gradient = distillation.distance(distillation.Head(head), ours.detach(), theirs)
     wanted, said = ((states @ head.T).log_softmax(-1) for states in (theirs, ours))
     right = (wanted.exp() * (wanted - said)).sum(-1).mean()
     right.backward()

@@ -14,7 +14,6 @@ from optimize.checkpoint.model import adapted, logits, opened
 from optimize.errors import OptimizeError
 from optimize.steps.calibrated import CalibratedModel, windows
 from optimize.steps.quantize import channel_scales, mixed, quantize
-from optimize.steps.quantize.channel_scales import ChannelScales
 from optimize.steps.quantize.quantizer import Quantizer
 from tests.optimize.conftest import silent
 
@@ -142,7 +141,7 @@ def test_the_sensitivity_of_a_unit_is_what_it_does_to_the_answer(base, job):
     made = job("quantize")
     model = CalibratedModel(base, windows(made), dtype=torch.float32)
     subject = Quantizer(model, 32, "rtn", "compressed-tensors", silent)
-    none = ChannelScales({}, smoothing=False)
+    none = channel_scales.NONE
     found = mixed.effects(subject, [formats.W4, formats.W8A16], none, made.folder)
     assert len(found) == 12
     assert sum(cost["w4a16"] for cost in found.values()) > 10 * sum(cost["w8a16"] for cost in found.values())

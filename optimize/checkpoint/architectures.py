@@ -1,0 +1,154 @@
+"""What families of decoder models differ in, as a table: the steps ask it, and nothing here needs torch.
+
+A family says which modules of a layer read what one module makes, so that scales may be moved between them, how its
+norms multiply, and what else a step has to know. Rope and mask of each layer, scaling and soft caps of the logits are
+not here: the steps take them from the model's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optimize.errors import Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """`consumers` are all that reads what `producer` makes: a norm's output, or up_proj's up to a product with gate's.
+
+    With `half` the producer is gate and up in one, and up's rows are its second half.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    half: bool = False
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = Feed("mlp.up_proj", ("mlp.down_proj",))
+LLAMA = (Feed("input_layernorm", QKV), Feed("post_attention_layernorm", GATE_UP), DOWN)
+GEMMA = (Feed("input_layernorm", QKV), Feed("pre_feedforward_layernorm", GATE_UP), DOWN)
+PARALLEL = (Feed("input_layernorm", QKV + GATE_UP), DOWN)
+FUSED = (
+    Feed("input_layernorm", ("self_attn.qkv_proj",)),
+    Feed("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    Feed("mlp.gate_up_proj", ("mlp.down_proj",), half=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models of one structure.
+
+    offset      norms multiply with 1 + weight
+    normed      what a block makes passes a norm before it is added to the stream
+    experts     the MLP is a mixture of experts
+    tied_only   vLLM takes the embedding for the output layer, whatever the checkpoint says
+    differs     what it has beside Llama, for the docs
+    """
+
+    name: str
+    model_type: str
+    feeds: tuple[Feed, ...] = LLAMA
+    offset: bool = False
+    normed: bool = False
+    experts: bool = False
+    tied_only: bool = False
+    differs: str = ""
+
+
+FAMILIES = (
+    Family("Llama", "llama", differs="rope of Llama 3.x, biases where the config has them"),
+    Family("Qwen2.5", "qwen2", differs="biases of q, k and v; windows from a layer on"),
+    Family("Qwen3", "qwen3", differs="norms of q and k"),
+    Family("Qwen3-MoE", "qwen3_moe", feeds=LLAMA[:1], experts=True, differs="experts"),
+    Family("Mistral", "mistral", differs="a window"),
+    Family("Mixtral", "mixtral", feeds=LLAMA[:1], experts=True, differs="experts, a window"),
+    Family(
+        "Gemma 2", "gemma2", GEMMA, offset=True, normed=True, tied_only=True,
+        differs="norms of 1 + w before and after each block, every other layer with a window, two soft caps",
+    ),
+    Family(
+        "Gemma 3", "gemma3_text", GEMMA, offset=True, normed=True,
+        differs="norms of 1 + w before and after each block, local layers with a window and a rope of their own",
+    ),
+    Family("Phi-3, Phi-4", "phi3", FUSED, differs="q, k and v in one matrix, gate and up in another"),
+    Family("Granite", "granite", differs="multipliers of embedding, residual, attention and logits"),
+    Family("OLMo 2", "olmo2", (DOWN,), normed=True, differs="norms after each block alone"),
+    Family("SmolLM3", "smollm3", differs="layers without rope"),
+    Family(
+        "Cohere 2", "cohere2", PARALLEL, tied_only=True,
+        differs="attention and MLP side by side behind one LayerNorm, layers without rope, a logit scale",
+    ),
+    Family("StableLM", "stablelm", differs="LayerNorm with bias, side by side where the config says so"),
+)  # fmt: skip
+BY_TYPE = {family.model_type: family for family in FAMILIES}
+
+# Lists in config.json with an entry for each layer, and lists of layers' numbers.
+PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
+NUMBERS = ("mlp_only_layers",)
+
+
+def known(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config.json, if it is in the table."""
+    return BY_TYPE.get(str(config.get("model_type")))
+
+
+def of(config: Mapping[str, Any], what: str) -> Family:
+    """The family; Refused when `what`, a step, does not know the model's structure."""
+    family = known(config)
+    if family is None:
+        raise Refused(
+            f"{what} does not know models of type {config.get('model_type')!r}; it takes "
+            f"{', '.join(other.name for other in FAMILIES)}"
+        )
+    return family
+
+
+def dense(config: Mapping[str, Any], what: str) -> Family:
+    """The family; Refused for a mixture of experts too."""
+    family = of(config, what)
+    if family.experts:
+        raise Refused(
+            f"{what} does not take the experts of {family.name}: merge, combine, `prune: layers` and "
+            "`prune: vocabulary` do"
+        )
+    return family
+
+
+def feeds(config: Mapping[str, Any]) -> tuple[Feed, ...]:
+    """What reads what in each layer of this model; nothing for a family that is not known."""
+    family = known(config)
+    if family is None:
+        return ()
+    return PARALLEL if config.get("use_parallel_residual") else family.feeds
+
+
+def refuse_multimodal(config: Mapping[str, Any]) -> None:
+    """Refused for a model that does not only read text."""
+    if "text_config" in config or "vision_config" in config:
+        kind = (config.get("architectures") or [config.get("model_type")])[0]
+        raise Refused(
+            f"the model is multimodal ({kind}), and text models are optimized: save its language model by itself "
+            "(AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)) and name that"
+        )
+
+
+def without(config: Mapping[str, Any], whole: Mapping[str, Any], dropped: Collection[int]) -> dict[str, Any]:
+    """config.json without the layers `dropped`; `whole` is the same with the values that it leaves to its class."""
+    count = int(config["num_hidden_layers"])
+    kept = [at for at in range(count) if at not in dropped]
+    made = {**config, "num_hidden_layers": len(kept)}
+    for key in PER_LAYER:
+        values = whole.get(key)
+        if isinstance(values, list) and len(values) == count:
+            made[key] = [values[at] for at in kept]
+    for key in NUMBERS:
+        if config.get(key):
+            made[key] = [kept.index(at) for at in config[key] if at in kept]
+    if config.get("max_window_layers") is not None:
+        made["max_window_layers"] = sum(at < int(config["max_window_layers"]) for at in kept)
+    return made
