@@ -130,12 +130,13 @@ def _overrides(model: str, adapters: Sequence[str], settings: Sequence[str]) -> 
 
 def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, show: Show, measure_texts: bool) -> tuple[Plan, int]:
     """The plan, which is shown, and the bytes that a step may use."""
+    from optimize.pipeline import machine
     from optimize.pipeline import plan as plans
     from optimize.pipeline.run import texts
 
     where = Path(recipe.output)
     model = find(recipe.model, embedded)
-    memory = int(memory_gb * 1e9) or plans.available_memory()
+    memory = int(memory_gb * 1e9) or machine.available_memory()
     plan = plans.made(recipe, model, texts(recipe) if measure_texts else {}, where, memory)
     show(plan, where)
     return plan, memory
@@ -143,6 +144,7 @@ def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, show: Show, m
 
 def _carry_out(recipe: Recipe, embedded: Embedded, served: Served, memory_gb: float, as_json: bool, **how: Any) -> None:
     """Plan, run and say so; `how` is what Run takes beside."""
+    from optimize.pipeline import manifest
     from optimize.pipeline.run import Run
 
     plan, memory = _planned(recipe, embedded, memory_gb, show_json if as_json else show, measure_texts=True)
@@ -153,6 +155,8 @@ def _carry_out(recipe: Recipe, embedded: Embedded, served: Served, memory_gb: fl
         _say({"done": str(result)})
         return
     typer.echo(f"done: {result}")
+    if not manifest.judged(manifest.of(result)):
+        typer.echo("  not judged: the recipe has no `gate:`, and nothing was held against the result")
     if recipe.export.format == "vllm":
         typer.echo(f"  loradock serve {result}")
     elif recipe.export.format == "adapter":

@@ -268,7 +268,8 @@ class Evaluate(Part, frozen=True, kw_only=True):
 
 
 class Gate(Part, frozen=True, kw_only=True):
-    """Bounds on what was measured; a bound that is not given is not held against the result."""
+    """Bounds on what was measured; a bound that is not given is not held against the result, but for
+    `max_engine_difference`, which is then 0.05."""
 
     max_perplexity_increase: float | None = None
     max_kl: float | None = None
@@ -282,6 +283,9 @@ class Gate(Part, frozen=True, kw_only=True):
     max_task_loss: float | None = None
     max_logit_difference: float | None = None
     max_valid_loss: float | None = None
+    max_merge_kl: float | None = None
+    max_combine_error: float | None = None
+    max_engine_difference: float | None = None
 
 
 class Export(Part, frozen=True, kw_only=True):

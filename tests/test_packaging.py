@@ -239,7 +239,7 @@ def test_an_installed_wheel_has_recipes_pages_and_kernels(installed):
     code = (
         "from serve.api.dashboard.pages import pages; from serve.cpu_kernels import build; pages()\n"
         "assert all(file.is_file() for file in (*build.SOURCES, *build.HEADERS))\n"
-        "from optimize.pipeline.step_code import accepted; print(len(accepted('merge')))\n"
+        "from optimize.pipeline.step_code import of; print(of('merge'))\n"
     )
     asked = installed("-c", code, program="python")
     assert asked.returncode == 0, asked.stderr

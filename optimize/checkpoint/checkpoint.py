@@ -34,6 +34,7 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int = 0  # where its bytes begin in the file
 
     @property
     def elements(self) -> int:
@@ -224,6 +225,7 @@ def header(path: Path) -> dict[str, Entry]:
         raise Refused(f"{path} is no safetensors file: {error}") from error
     read.pop("__metadata__", None)
     return {
-        name: Entry(path.name, item["dtype"], tuple(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
+        name: Entry(path.name, item["dtype"], tuple(item["shape"]), end - begin, 8 + length + begin)
         for name, item in read.items()
+        for begin, end in [item["data_offsets"]]
     }

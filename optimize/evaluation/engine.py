@@ -1,14 +1,17 @@
-"""Load the result and the original in vLLM, ask both, and measure their speed.
+"""Load the result and the original in vLLM, ask both, and measure their quality and speed there.
 
 Both run as `loradock serve` runs a model: with adapters enabled, and on a CPU in one process, bound to its cores.
+Quality is the log-probability that vLLM gives each token of the held-out text.
 
-Each model has a process of its own. Both are loaded and warm before anything is timed, and then take turns, original,
-result, result, original, so that other load on the machine slows both; the ratio is the median over the pairs.
+Each model has a process of its own. On a CPU both are loaded and warm before anything is timed, and then take turns,
+original, result, result, original, so that other load on the machine slows both; the ratio is the median over the
+pairs. On a GPU each wants nearly all of its memory, so they run one after the other.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,11 +21,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimize import audio_packages
 from optimize.errors import OptimizeError
+from optimize.evaluation.held_out import held_out
 from optimize.job import Job, Progress
+
+if TYPE_CHECKING:
+    import torch
 
 NEW_TOKENS = 64
 ROUNDS = 25
@@ -33,33 +40,73 @@ IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    prompts = list(job.evaluate.prompts)
-    total = 2 + ROUNDS * len(STREAMS)
-    progress(0, total, "the original in vLLM")
-    with Engine("original", job.reference, {}, job.target) as original:
-        old = original.ask({"answer": prompts})
-        progress(1, total, "the result in vLLM")
-        with Engine("result", job.model, job.adapters, job.target) as result:
-            new = result.ask({"answer": prompts})
-            for prompt in prompts:
-                if old["answers"][prompt].strip() and not new["answers"][prompt].strip():
-                    raise OptimizeError(
-                        f"the result answers {prompt!r} with nothing in vLLM, the original with something"
-                    )
-            scores: dict[str, Any] = {"engine": {"original": old, "result": new}}
-            if job.adapters:
-                scores["engine"]["adapters"] = {"answers": new.pop("adapters")}
-            for done, streams in enumerate(STREAMS):
-                speeds = _raced(
-                    original, result, streams, partial(progress, total=total, what="tokens/s"), 2 + done * ROUNDS
-                )
-                ratios = [after / before for before, after in speeds]
-                for engine, rates in zip((old, new), zip(*speeds, strict=True), strict=True):
-                    engine.setdefault("tokens_per_second", {})[str(streams)] = round(median(rates), 2)
-                    engine.setdefault("spread", {})[str(streams)] = [round(min(rates), 2), round(max(rates), 2)]
-                scores[f"speed_{streams}"] = round(median(ratios), 3)
-                scores[f"speed_{streams}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
-    return {"scores": scores}
+    text, rounds = held_out(job), 2 + ROUNDS * len(STREAMS)
+    length = max(LENGTH, *(row.shape[1] + 1 for row in [*text.original, *text.result]))
+    engines = (
+        partial(Engine, "original", job.reference, {}, job.target, length),
+        partial(Engine, "result", job.model, job.adapters, job.target, length),
+    )
+    asked = (text.original, text.result)
+    speeds: dict[int, list[tuple[float, float]]] = {}
+    tell = partial(progress, total=rounds, what="tokens/s")
+    progress(0, rounds, "the original in vLLM")
+    if job.target == "gpu":
+        with engines[0]() as original:
+            old = _answers(original, job, asked[0])
+            before = {streams: _timed(original, streams) for streams in STREAMS}
+        progress(rounds // 2, rounds, "the result in vLLM")
+        with engines[1]() as result:
+            new = _answers(result, job, asked[1])
+            speeds = {streams: list(zip(before[streams], _timed(result, streams), strict=True)) for streams in STREAMS}
+    else:
+        with engines[0]() as original:
+            old = _answers(original, job, asked[0])
+            progress(1, rounds, "the result in vLLM")
+            with engines[1]() as result:
+                new = _answers(result, job, asked[1])
+                for done, streams in enumerate(STREAMS):
+                    speeds[streams] = _raced(original, result, streams, tell, 2 + done * ROUNDS)
+    for prompt in job.evaluate.prompts:
+        if old["answers"][prompt].strip() and not new["answers"][prompt].strip():
+            raise OptimizeError(f"the result answers {prompt!r} with nothing in vLLM, the original with something")
+    return {"scores": _scores(job, old, new, speeds, text.kept is None)}
+
+
+def _answers(engine: Engine, job: Job, rows: list[torch.Tensor]) -> dict[str, Any]:
+    """What the engine answers the prompts, and what it thinks of each token of the text."""
+    answers = engine.ask({"answer": list(job.evaluate.prompts)})
+    return answers | engine.ask({"text": [row[0].tolist() for row in rows]})
+
+
+def _scores(
+    job: Job, old: dict[str, Any], new: dict[str, Any], speeds: dict[int, list[tuple[float, float]]], same_tokens: bool
+) -> dict[str, Any]:
+    scores: dict[str, Any] = {"engine": {"original": old, "result": new}, "engine_log_perplexity": new["loss"]}
+    likeliest = [engine.pop("likeliest") for engine in (old, new)]
+    if same_tokens:
+        pairs = [pair for rows in zip(*likeliest, strict=True) for pair in zip(*rows, strict=True)]
+        scores |= {
+            "engine_perplexity_original": round(math.exp(old["loss"]), 4),
+            "engine_perplexity": round(math.exp(new["loss"]), 4),
+            "engine_perplexity_increase": round(math.expm1(new["loss"] - old["loss"]), 5),
+            "engine_top1": round(sum(one == other for one, other in pairs) / len(pairs), 5),
+        }
+    if job.adapters:
+        scores["engine"]["adapters"] = {"answers": new.pop("adapters")}
+    for streams, pairs in speeds.items():
+        ratios = [after / before for before, after in pairs]
+        for engine, rates in zip((old, new), zip(*pairs, strict=True), strict=True):
+            engine.setdefault("tokens_per_second", {})[str(streams)] = round(median(rates), 2)
+            engine.setdefault("spread", {})[str(streams)] = [round(min(rates), 2), round(max(rates), 2)]
+        scores[f"speed_{streams}"] = round(median(ratios), 3)
+        scores[f"speed_{streams}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    return scores
+
+
+def _timed(engine: Engine, streams: int) -> list[float]:
+    """Tokens a second, ROUNDS times; the first round warms up and is left out."""
+    rates = [engine.ask({"streams": streams, "round": round_})["tokens_per_second"] for round_ in range(ROUNDS + 1)]
+    return rates[1:]
 
 
 def _raced(
@@ -81,7 +128,7 @@ def _raced(
 class Engine:
     """One model in vLLM, in a process that reads a question a line and writes an answer a line."""
 
-    def __init__(self, name: str, folder: str, adapters: dict[str, str], target: str) -> None:
+    def __init__(self, name: str, folder: str, adapters: dict[str, str], target: str, length: int) -> None:
         self.name = name
         environ = {
             **os.environ, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -89,7 +136,7 @@ class Engine:
         }  # fmt: skip
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "optimize.evaluation.engine", folder, json.dumps(adapters), target],
+            [sys.executable, "-m", "optimize.evaluation.engine", folder, json.dumps(adapters), target, str(length)],
             env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
 
@@ -128,13 +175,13 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    folder, adapters, target = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    folder, adapters, target, length = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     start = time.monotonic()
     llm = LLM(
         folder,
-        max_model_len=LENGTH,
+        max_model_len=length,
         max_num_seqs=max(STREAMS),
-        max_num_batched_tokens=LENGTH,
+        max_num_batched_tokens=length,
         seed=0,
         disable_log_stats=True,
         enable_lora=True,
@@ -163,6 +210,8 @@ def main() -> None:
                     name: {prompt: answer(prompt, LoRARequest(name, number, where)) for prompt in question["answer"]}
                     for number, (name, where) in enumerate(sorted(adapters.items()), 1)
                 }
+        elif "text" in question:
+            reply = _read(llm, question["text"])
         else:
             number, streams = question["round"], question["streams"]
             batch = [f"{number} {at}. Write a story about a river and a town." for at in range(streams)]
@@ -170,6 +219,20 @@ def main() -> None:
             llm.generate(batch, exactly, use_tqdm=False)
             reply = {"tokens_per_second": streams * NEW_TOKENS / (time.monotonic() - begun)}
         print(json.dumps(reply), flush=True)
+
+
+def _read(llm: Any, rows: list[list[int]]) -> dict[str, Any]:
+    """Mean negative log-likelihood of the text's tokens, and the likeliest at each place."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    losses, likeliest = [], []
+    for row in rows:
+        (out,) = llm.generate([{"prompt_token_ids": row}], params, use_tqdm=False)
+        places = list(zip(row[1:], out.prompt_logprobs[1:], strict=True))
+        losses.append(-sum(place[token].logprob for token, place in places) / len(places))
+        likeliest.append([max(place, key=lambda token: place[token].logprob) for _, place in places])
+    return {"loss": sum(losses) / len(losses), "likeliest": likeliest}
 
 
 def _rank(adapters: dict[str, str]) -> int:

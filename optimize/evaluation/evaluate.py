@@ -16,11 +16,10 @@ import torch
 from torch.nn.functional import cosine_similarity, log_softmax
 
 from optimize.checkpoint.checkpoint import Checkpoint
-from optimize.checkpoint.model import adapted, logits, opened, settle, tokenizer
-from optimize.data import text
+from optimize.checkpoint.model import adapted, logits, opened, settle
 from optimize.errors import OptimizeError
+from optimize.evaluation.held_out import held_out
 from optimize.job import Job, Progress
-from optimize.steps.prune.vocabulary import mapping
 
 ANSWER = 32  # tokens
 ADAPTED = 8  # windows that adapters are measured on
@@ -30,9 +29,8 @@ Ask = Callable[[torch.Tensor], torch.Tensor]
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     settle(job.seed)
     reference = Path(job.reference)
-    words = tokenizer(reference)
-    part = job.evaluate
-    ids = torch.tensor(text.windows(words, text.documents(part, True), part.samples, part.tokens, job.seed))
+    text = held_out(job)
+    words, new_words, kept, rows = text.words, text.new_words, text.kept, text.result
     old = opened(reference)
     scores: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
@@ -46,28 +44,23 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         new = opened(Path(job.model))
         ask = partial(logits, new)
     living = sorted(job.adapters)
-    total = len(ids) + 2 * len(living) * min(ADAPTED, len(ids))
-    new_words = tokenizer(Path(job.model))
-    kept = mapping(words, new_words)
-    rows = list(ids.split(1))
-    if kept is not None:
-        rows = [_tokenized_again(words, new_words, row[0].tolist()) for row in rows]
+    total = len(rows) + 2 * len(living) * min(ADAPTED, len(rows))
     asked = _seen(partial(logits, old), kept)
     scores |= compared(asked, ask, rows, lambda done: progress(done, total, "held-out text"))
     if kept is not None:
-        scores |= _in_old_tokens(partial(logits, old), list(ids.split(1)), rows, scores["perplexity"])
+        scores |= _in_old_tokens(partial(logits, old), text.original, rows, scores["perplexity"])
     effects = {}
-    done = len(ids)
+    done = len(rows)
     for name in living:
         places = Path(job.originals[name]), Path(job.adapters[name])
         effects[name] = _effect(old, new, *places, rows[:ADAPTED], kept)
-        done += 2 * min(ADAPTED, len(ids))
+        done += 2 * min(ADAPTED, len(rows))
         progress(done, total, f"adapter {name}")
     if effects:
         scores["adapters"] = effects
         scores["worst_adapter_kl"] = max(effect["kl"] for effect in effects.values())
         scores["worst_adapter_effect"] = min(effect["cosine"] for effect in effects.values())
-    for prompt in part.prompts:
+    for prompt in job.evaluate.prompts:
         line = {"prompt": prompt, "original": _answer(partial(logits, old), words, prompt)}
         line["result"] = _answer(ask, new_words, prompt)
         for name in living:
@@ -83,12 +76,6 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     scores["size_ratio"] = round(scores["bytes"] / scores["bytes_original"], 4)
     scores["samples"] = samples
     return {"scores": scores}
-
-
-def _tokenized_again(words: Any, new_words: Any, ids: list[int]) -> torch.Tensor:
-    """The text of a window in another tokenizer's tokens, (1, tokens)."""
-    said = words.decode(ids[len(text.beginning(words)) :])
-    return torch.tensor([text.beginning(new_words) + new_words(said, add_special_tokens=False).input_ids])
 
 
 def compared(old: Ask, new: Ask, rows: list[torch.Tensor], progress: Callable[[int], None]) -> dict[str, Any]:
@@ -110,6 +97,7 @@ def compared(old: Ask, new: Ask, rows: list[torch.Tensor], progress: Callable[[i
         "perplexity_original": round(math.exp(loss_old / count), 4),
         "perplexity": round(math.exp(loss_new / count), 4),
         "perplexity_increase": round(math.expm1((loss_new - loss_old) / count), 5),
+        "log_perplexity": round(loss_new / count, 5),  # in the result's own tokens
         "kl": round(divergence / count, 5),
         "top1": round(same / count, 5),
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimize.pipeline.gate import Verdict
+from optimize.pipeline.gate import Verdict, judges
 from optimize.pipeline.plan import Plan
 from optimize.recipe import Recipe
 
@@ -36,6 +36,17 @@ class Facts:
     @property
     def passed(self) -> bool:
         return all(verdict.holds for verdict in self.verdicts)
+
+    @property
+    def judged(self) -> bool:
+        """Whether the recipe has a gate at all."""
+        return judges(self.recipe.gate)
+
+    @property
+    def verdict(self) -> str:
+        if not self.passed:
+            return "**not passed**"
+        return "passed" if self.judged else "**not judged**, the recipe gives no bounds"
 
     @property
     def name(self) -> str:

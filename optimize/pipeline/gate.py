@@ -24,7 +24,18 @@ BOUNDS: Mapping[str, tuple[str, str]] = {
     "max_task_loss": ("task_loss", "the most that a task's score fell"),
     "max_valid_loss": ("valid_loss", "held-out loss of the trained adapter, nats"),
     "max_logit_difference": ("logit_difference", "largest difference of a logit from PyTorch's"),
+    "max_merge_kl": ("merge_kl", "KL divergence of the merged model from base + adapters, nats a token"),
+    "max_combine_error": ("combine_error", "error of a combined adapter against the exact sum, relative"),
+    "max_engine_difference": (
+        "engine_difference", "log-perplexity of the result in vLLM against the same in PyTorch",
+    ),
+}  # fmt: skip
+# What PyTorch's emulation is judged by, the engine that serves the result is judged by too.
+IN_ENGINE: Mapping[str, str] = {
+    "max_perplexity_increase": "engine_perplexity_increase",
+    "min_top1": "engine_top1",
 }
+ENGINE_DIFFERENCE = 0.05  # held where the recipe gives no bound: beyond it the two compute different models
 TIMED = {"min_speed", "min_speed_16"}
 ADAPTED = {"max_adapter_kl", "min_adapter_effect"}  # nothing to hold where no adapter is left to work on the result
 
@@ -57,8 +68,18 @@ class Verdict:
 def judge(gate: Gate, scores: Mapping[str, Any], adapted: bool = True) -> list[Verdict]:
     """Every bound that the recipe gives; those of adapters only if there are some. NaN holds no bound."""
     verdicts = []
-    for bound, limit in msgspec.to_builtins(gate).items():
+    bounds = msgspec.to_builtins(gate)
+    if bounds["max_engine_difference"] is None and "engine_difference" in scores:
+        bounds["max_engine_difference"] = ENGINE_DIFFERENCE
+    for bound, limit in bounds.items():
         if limit is not None and (adapted or bound not in ADAPTED):
             score, meaning = BOUNDS[bound]
             verdicts.append(Verdict(bound, float(limit), scores.get(score), meaning))
+            if IN_ENGINE.get(bound) in scores:
+                verdicts.append(Verdict(bound, float(limit), scores[IN_ENGINE[bound]], f"{meaning}, in vLLM"))
     return verdicts
+
+
+def judges(gate: Gate) -> bool:
+    """Whether the recipe holds anything against the result."""
+    return any(limit is not None for limit in msgspec.to_builtins(gate).values())

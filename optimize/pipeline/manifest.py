@@ -15,6 +15,7 @@ from typing import Any
 
 from optimize.checkpoint import artifact
 from optimize.options import STEPS, plain
+from optimize.pipeline import machine, step_code
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import TIMED
 
@@ -58,9 +59,11 @@ def write(folder: Path, facts: Facts) -> None:
             if done.kind not in ("evaluate", "engine", "tasks")
         ],
         "versions": versions(),
+        "arithmetic": {**machine.arithmetic(), "code": {done.kind: step_code.of(done.kind) for done in facts.done}},
         "scores": {name: value for name, value in facts.scores.items() if name not in TIMED_SCORES},
         "gate": {
-            "passed": facts.passed,
+            "judged": facts.judged,
+            "passed": facts.passed if facts.judged or not facts.passed else None,
             "bounds": [
                 {**verdict.plain(), "measured": None if verdict.bound in TIMED else verdict.measured}
                 for verdict in facts.verdicts
@@ -80,6 +83,12 @@ def of(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return read
+
+
+def judged(read: dict[str, Any]) -> bool:
+    """Whether a manifest's recipe had a gate."""
+    gate = read.get("gate") or {}
+    return bool(gate.get("judged", gate.get("bounds")))
 
 
 def schema() -> dict[str, Any]:
@@ -130,7 +139,7 @@ def _card(facts: Facts, parent: str) -> str:
         lines.append(f"| weights, MB | {scores['bytes_original'] / 1e6:.0f} | {scores['bytes'] / 1e6:.0f} |")
     lines += [
         "",
-        "Gate: " + ("passed." if facts.passed else "**not passed**."),
+        f"Gate: {facts.verdict}.",
         "",
         "Everything else is in manifest.json.",
     ]

@@ -16,7 +16,7 @@ def to_markdown(facts: Facts) -> str:
     lines = [
         f"# {facts.name}",
         "",
-        f"From {facts.plan.model.name}. Gate: {'passed' if facts.passed else '**not passed**'}.",
+        f"From {facts.plan.model.name}. Gate: {facts.verdict}.",
         "",
         *_table(_quality(scores)),
     ]
@@ -60,6 +60,11 @@ def _quality(scores: Mapping[str, Any]) -> list[Row]:
     if "valid_loss" in scores:
         before, after = scores["valid_loss_before"], scores["valid_loss"]
         rows.append(("held-out loss", f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"))
+    if "engine_perplexity" in scores:
+        old, new = scores["engine_perplexity_original"], scores["engine_perplexity"]
+        rows.append(("perplexity in vLLM", f"{old:.2f}", f"{new:.2f}", f"{scores['engine_perplexity_increase']:+.2%}"))
+        if "engine_top1" in scores:
+            rows.append(("same likeliest token in vLLM", "100 %", f"{scores['engine_top1']:.1%}", ""))
     if "tokens_ratio" in scores:
         rows.append(("tokens for the same text", "1", f"{scores['tokens_ratio']:.3f}", ""))
     if "engine" in scores:

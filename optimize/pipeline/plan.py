@@ -7,7 +7,6 @@ Estimates come from the checkpoint's headers: parameters, bytes, layers. The rul
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from optimize.errors import Refused
 from optimize.evaluation import rules as evaluation
 from optimize.export import rules as export
 from optimize.options import KIND, Combine, Heal, Merge, Prune, Quantize, Step, Tune, plain
+from optimize.pipeline import machine, step_code
+from optimize.pipeline.worker import TASKS
 from optimize.recipe import Recipe
 from optimize.steps.merge import combine_rules
 from optimize.steps.merge import rules as merge_rules
@@ -89,7 +90,10 @@ def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: 
     settings = {name: value for name, value in plain(recipe).items() if name not in ("model", "adapters", "output")}
     settings["steps"] = [by_content(step) for step in recipe.steps]
     kinds = [KIND[type(step)] for step in recipe.steps]
-    plan = Plan(model, adapters, texts, _estimates(context), inputs, artifact.key([settings, kinds, inputs]))
+    estimates = _estimates(context)
+    code = {estimate.kind: step_code.of(estimate.kind) for estimate in estimates if estimate.kind in TASKS}
+    key = artifact.key([settings, kinds, inputs, machine.arithmetic(), code])
+    plan = Plan(model, adapters, texts, estimates, inputs, key)
     _room(plan, out, memory)
     return plan
 
@@ -203,11 +207,3 @@ def _room(plan: Plan, out: Path, memory: int) -> None:
             f"{where} has {free / 1e9:.1f} GB free and this takes {plan.disk / 1e9:.1f} GB; "
             "free some, or name another --out"
         )
-
-
-def available_memory() -> int:
-    """Four fifths of what the machine has left."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024 * 4 // 5
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -17,12 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from optimize.checkpoint import artifact
+from optimize.checkpoint import artifact, shards
 from optimize.data import text
 from optimize.errors import GateFailed, OptimizeError, Refused
 from optimize.job import Job
 from optimize.options import KIND, Combine, Merge, Step, Tune, plain
-from optimize.pipeline import lock, manifest, report, step_code
+from optimize.pipeline import lock, machine, manifest, report, step_code
 from optimize.pipeline.child import Child, Tell
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import judge
@@ -32,6 +32,7 @@ from optimize.pipeline.worker import sentence
 from optimize.recipe import Recipe
 
 NOTES = "notes.json"
+WORST = ("merge_kl", "combine_error")  # of several steps the worst counts
 COMPARING = ("evaluate", "engine", "heal", "onnx", "genai", "tasks")  # steps that look at the reference
 
 
@@ -96,6 +97,8 @@ class Run:
         for folder in sorted((done.folder / "adapters").glob("*")):
             adapters[folder.name] = folder
             originals.setdefault(folder.name, folder)
+        for folder in sorted((done.folder / "exact").glob("*")):  # a combined adapter is held against the exact sum
+            originals[folder.name] = folder
         merged = state.merged | consumed
         if isinstance(step, Merge):  # quality is measured against base and adapters from here on
             return State(model, state.base, model, adapters, dict(adapters), merged)
@@ -112,7 +115,8 @@ class Run:
             state = replace(state, model=exported.folder / "model", adapters={})
         scores: dict[str, Any] = {}
         for done in self.done:
-            scores |= done.notes.get("scores", {})
+            for name, score in done.notes.get("scores", {}).items():
+                scores[name] = max(score, scores.get(name, score)) if name in WORST else score
         if not self.recipe.trains_alone:
             asked = {"format": "onnx" if form == "genai" else form}
             scores |= self._do("evaluate", asked, state, uses_text=True).notes["scores"]
@@ -121,6 +125,8 @@ class Run:
             scores |= self._do("tasks", questions, state, uses_text=False).notes["scores"]
         if form == "vllm" and self.recipe.evaluate.engine:
             scores |= self._do("engine", {}, state, uses_text=True).notes["scores"]
+            off = abs(scores["engine_log_perplexity"] - scores["log_perplexity"])
+            scores["engine_difference"] = round(off, 5)
         verdicts = judge(self.recipe.gate, scores, adapted=bool(living))
         passed = all(verdict.holds for verdict in verdicts)
         facts = Facts(self.recipe, self.plan, self.done, scores, verdicts)
@@ -131,6 +137,8 @@ class Run:
             shutil.copytree(state.adapters[made], aside)
         else:
             shutil.copytree(state.model, aside)
+            if form == "vllm":
+                shards.limited(aside, self.recipe.export.shard_bytes)
             self._copy_new_adapters(state, aside)
         report.write(aside / "report", facts)
         manifest.write(aside, facts)
@@ -172,8 +180,10 @@ class Run:
             "seed": self.recipe.seed,
             "target": self.recipe.target,
             "versions": manifest.versions(),
+            "arithmetic": machine.arithmetic(),
+            "code": step_code.of(kind),
         }
-        folder = self._folder(kind, inputs)
+        folder = self.work / f"{len(self.done) + 1:02d}-{kind}-{artifact.key(inputs)}"
         start = time.monotonic()
         redone = not folder.is_dir()
         if redone:
@@ -204,14 +214,6 @@ class Run:
         self.done.append(done)
         self.tell(kind, 1, 1, "" if redone else "done before")
         return done
-
-    def _folder(self, kind: str, inputs: dict[str, Any]) -> Path:
-        """Where the step belongs: where an accepted version of its code finished it or began it, or under today's."""
-        keys = [artifact.key({**inputs, "code": code}) for code in step_code.accepted(kind)]
-        folders = [self.work / f"{len(self.done) + 1:02d}-{kind}-{key}" for key in keys]
-        finished = [folder for folder in folders if folder.is_dir()]
-        begun = [folder for folder in folders if folder.with_name(folder.name + ".part").is_dir()]
-        return [*finished, *begun, folders[0]][0]
 
     def _text(self, kind: str) -> dict[str, Any]:
         """What a step reads of the recipe's texts and how they are used."""

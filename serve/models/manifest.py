@@ -19,7 +19,15 @@ def summary_of(model: str) -> dict[str, Any] | None:
             "parent": read["parent"]["name"],
             "steps": [{"step": step["step"], **step["options"]} for step in read["steps"]],
             "scores": scores,
-            "gate_passed": read["gate"]["passed"],
+            "gate": _verdict(read["gate"]),
+            "gate_passed": {"passed": True, "not passed": False}.get(_verdict(read["gate"])),
         }
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _verdict(gate: dict[str, Any]) -> str:
+    """Exports of older recipes without a gate say that they passed it."""
+    if not gate["passed"] and gate["passed"] is not None:
+        return "not passed"
+    return "passed" if gate.get("judged", bool(gate["bounds"])) else "not judged"

@@ -1,7 +1,8 @@
 """Several adapters into one, by PEFT's own methods where they compute what their names say.
 
 The result is held against the exact weighted sum of the updates, sum_i w_i s_i B_i A_i: its relative error in the
-Frobenius norm is stated, since most methods do not aim at that sum. TIES, DARE and pruning go through PEFT's
+Frobenius norm is stated, since most methods do not aim at that sum, and the sum itself is kept as an adapter, at the
+sum of the ranks, for the evaluation to compare with. TIES, DARE and pruning go through PEFT's
 arithmetic on the updates and then down to the rank. `linear` is weighted on one side only (B), which PEFT's own is
 not: that one takes the square roots of the weights on both, and goes wrong for negative ones.
 """
@@ -43,6 +44,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     method = options["method"]
     modules = sorted({module for adapter in adapters for module in adapter.lora})
     tensors: dict[str, torch.Tensor] = {}
+    exactly: dict[str, torch.Tensor] = {}
     off = whole = 0.0
     for done, module in enumerate(modules):
         progress(done, len(modules), module)
@@ -53,18 +55,18 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         exact = sum(weight * adapter.update(module) for adapter, weight in having)
         off += float((up @ down - exact).square().sum())
         whole += float(torch.as_tensor(exact).square().sum())
-        tensors[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
+        prefix = f"base_model.model.{module}"
+        tensors |= {f"{prefix}.lora_A.weight": down.contiguous(), f"{prefix}.lora_B.weight": up.contiguous()}
+        down, up = _combined("cat", module, having, 0, 1.0, job.seed)
+        exactly |= {f"{prefix}.lora_A.weight": down.contiguous(), f"{prefix}.lora_B.weight": up.contiguous()}
     if any(not bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise OptimizeError(f"{method} gives NaN or infinity: look at the adapters {names}")
-    ranks = {name: tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
-    widest = max(ranks.values())
-    tensors = {name: _padded(tensor, widest, ".lora_A." in name) for name, tensor in tensors.items()}
-    _write(
-        job.folder / "adapters" / options["name"], tensors, adapters[0], Path(job.adapters[names[0]]), modules, widest
-    )
-    error = (off / whole) ** 0.5 if whole else 0.0
-    return {"method": method, "means": MEANS[method], "rank": widest, "weights": weights, "error": round(error, 6)}
+    source = Path(job.adapters[names[0]])
+    widest = _write(job.folder / "adapters" / options["name"], tensors, adapters[0], source, modules)
+    _write(job.folder / "exact" / options["name"], exactly, adapters[0], source, modules)
+    error = round((off / whole) ** 0.5 if whole else 0.0, 6)
+    notes = {"method": method, "means": MEANS[method], "rank": widest, "weights": weights, "error": error}
+    return {**notes, "scores": {"combine_error": error}}
 
 
 def _combined(
@@ -115,11 +117,12 @@ def _padded(tensor: torch.Tensor, rank: int, down: bool) -> torch.Tensor:
     return nn.functional.pad(tensor, (0, 0, 0, missing) if down else (0, missing)).to(torch.float32)
 
 
-def _write(
-    out: Path, tensors: dict[str, torch.Tensor], like: Adapter, source: Path, modules: list[str], rank: int
-) -> None:
+def _write(out: Path, tensors: dict[str, torch.Tensor], like: Adapter, source: Path, modules: list[str]) -> int:
+    """The adapter in `out`; its rank, the widest of the modules'."""
     from safetensors.torch import save_file
 
+    rank = max(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
+    tensors = {name: _padded(tensor, rank, ".lora_A." in name) for name, tensor in tensors.items()}
     out.mkdir(parents=True)
     config = {
         **like.config, "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
@@ -129,3 +132,4 @@ def _write(
     save_file(tensors, out / ADAPTER, {"format": "pt"})
     for file in source.glob("*token*"):
         shutil.copyfile(file, out / file.name)
+    return rank

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from serve.models.manifest import summary_of
 
 MANIFEST = {
@@ -12,7 +14,7 @@ MANIFEST = {
     "parent": {"name": "smollm2", "files": {}},
     "steps": [{"step": "quantize", "options": {"scheme": "w8a8"}, "notes": {"kept": {}}}],
     "scores": {"perplexity": 18.0, "top1": 0.93, "samples": ["long"]},
-    "gate": {"passed": True, "bounds": []},
+    "gate": {"passed": True, "bounds": [{"bound": "max_kl"}]},
 }
 
 
@@ -23,8 +25,25 @@ def test_an_export_is_gist_by_its_manifest(tmp_path: Path):
         "parent": "smollm2",
         "steps": [{"step": "quantize", "scheme": "w8a8"}],
         "scores": {"perplexity": 18.0, "top1": 0.93},
+        "gate": "passed",
         "gate_passed": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("gate", "shown"),
+    [
+        ({"passed": True, "bounds": []}, ("not judged", None)),  # as older exports say it
+        ({"judged": False, "passed": None, "bounds": []}, ("not judged", None)),
+        ({"judged": True, "passed": False, "bounds": [{}]}, ("not passed", False)),
+        ({"judged": False, "passed": False, "bounds": [{}]}, ("not passed", False)),
+        ({"judged": False, "passed": None, "bounds": [{}]}, ("not judged", None)),
+    ],
+)
+def test_an_export_that_nobody_judged_says_so(gate, shown, tmp_path: Path):
+    (tmp_path / "manifest.json").write_text(json.dumps({**MANIFEST, "gate": gate}))
+    said = summary_of(str(tmp_path))
+    assert said is not None and (said["gate"], said["gate_passed"]) == shown
 
 
 def test_any_other_model_is_not(tmp_path: Path):

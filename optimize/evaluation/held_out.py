@@ -1,0 +1,41 @@
+"""The held-out text in tokens, as the original and as the result reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimize.checkpoint.model import tokenizer
+from optimize.data import text
+from optimize.job import Job
+from optimize.steps.prune.vocabulary import mapping
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Windows (1, tokens) in the original's tokens and in the result's; `kept` are the original's tokens that the
+    result has, by the result's numbers, or None where both have the same."""
+
+    words: Any
+    new_words: Any
+    original: list[torch.Tensor]
+    result: list[torch.Tensor]
+    kept: torch.Tensor | None
+
+
+def held_out(job: Job) -> HeldOut:
+    words, new_words, part = tokenizer(Path(job.reference)), tokenizer(Path(job.model)), job.evaluate
+    ids = torch.tensor(text.windows(words, text.documents(part, True), part.samples, part.tokens, job.seed))
+    kept = mapping(words, new_words)
+    original = list(ids.split(1))
+    result = original if kept is None else [_again(words, new_words, row[0].tolist()) for row in original]
+    return HeldOut(words, new_words, original, result, kept)
+
+
+def _again(words: Any, new_words: Any, ids: list[int]) -> torch.Tensor:
+    """The text of a window in another tokenizer's tokens, (1, tokens)."""
+    said = words.decode(ids[len(text.beginning(words)) :])
+    return torch.tensor([text.beginning(new_words) + new_words(said, add_special_tokens=False).input_ids])

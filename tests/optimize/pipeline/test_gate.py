@@ -1,0 +1,185 @@
+"""What is not good enough is refused, whoever measured it, and what nobody judged says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jsonschema
+import msgspec
+import pytest
+import torch
+
+from optimize import cli
+from optimize.checkpoint import shards
+from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.errors import OptimizeError
+from optimize.evaluation import engine
+from optimize.options import Gate
+from optimize.pipeline import machine, manifest
+from optimize.pipeline.gate import judge
+from optimize.steps.merge import merge
+from tests.optimize.conftest import silent
+
+COMBINED = """
+adapters: {{a: {a}, b: {b}}}
+steps: [{{combine: {{adapters: [a, b], name: both, method: {method}, rank: 1}}}}]
+export: {{format: adapter}}
+gate: {gate}
+"""
+
+
+def optimize(*arguments: str | Path, expect: int = 0) -> None:
+    assert cli.run([str(argument) for argument in arguments], Path) == expect
+
+
+def test_a_combined_adapter_is_held_against_the_exact_sum(written, tmp_path, adapter, capsys):
+    """It used to be compared with itself: KL 0, effect 1, whatever it had lost."""
+    gate = "{max_adapter_kl: 0.001, min_adapter_effect: 0.999, max_combine_error: 0.1}"
+    recipe = COMBINED.format(a=adapter(seed=1), b=adapter(seed=2), method="svd", gate=gate)
+    optimize(written(recipe), "--out", tmp_path / "out", expect=3)
+    said = capsys.readouterr().err
+    for bound in ("KL of an adapter on the new base", "cosine of an adapter's effect", "error of a combined adapter"):
+        assert bound in said
+
+
+def test_the_exact_sum_itself_passes(written, tmp_path, adapter):
+    gate = "{max_adapter_kl: 0.001, min_adapter_effect: 0.999, max_combine_error: 0.001}"
+    recipe = COMBINED.format(a=adapter(seed=1), b=adapter(seed=2), method="cat", gate=gate)
+    optimize(written(recipe), "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "exact").exists()
+
+
+def test_a_recipe_without_a_gate_is_not_judged_and_its_weights_lie_in_files_as_small_as_it_says(
+    written, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    optimize(written("steps: [{prune: {pattern: 2:4}}]\nexport: {shard_bytes: 40000}"), "--out", out)
+    assert "not judged: the recipe has no `gate:`" in capsys.readouterr().out
+    read = json.loads((out / "manifest.json").read_text())
+    jsonschema.validate(read, manifest.schema())
+    assert (read["gate"]["judged"], read["gate"]["passed"]) == (False, None)
+    for file in ("README.md", "report/report.md"):
+        assert "**not judged**" in (out / file).read_text()
+    whole = Checkpoint(out)
+    assert len(whole.files) > 3 and max((out / file).stat().st_size for file in whole.files) <= 40000
+    from transformers import AutoModelForCausalLM
+
+    logits = AutoModelForCausalLM.from_pretrained(out)(torch.arange(2, 18)[None]).logits
+    assert bool(logits.isfinite().all())
+
+
+def test_a_merge_has_a_bound_in_the_recipe_and_one_that_is_always_held(written, tmp_path, adapter, job, monkeypatch):
+    folder = adapter()
+    recipe = written(
+        f"adapters: {{one: {folder}}}\nsteps: [{{merge: {{adapters: [one]}}}}]\ngate: {{max_merge_kl: -1}}"
+    )
+    optimize(recipe, "--out", tmp_path / "out", expect=3)
+    monkeypatch.setattr(merge.Adapter, "scale", lambda self, module: 2.1)  # PEFT's is 2
+    with pytest.raises(OptimizeError, match="of bf16's last places from PEFT's merge of one"):
+        merge.run(job("merge", adapters={"one": folder}, names=["one"], out="merged"), silent)
+
+
+@pytest.mark.parametrize(
+    ("scores", "passes"),
+    [
+        ({"engine_perplexity_increase": 0.012, "engine_top1": 0.9, "engine_difference": 0.004}, True),
+        ({"engine_perplexity_increase": 0.3, "engine_top1": 0.9, "engine_difference": 0.004}, False),
+        ({"engine_perplexity_increase": 0.012, "engine_top1": 0.2, "engine_difference": 0.004}, False),
+        ({"engine_perplexity_increase": 0.012, "engine_top1": 0.9, "engine_difference": 0.2}, False),
+        ({"engine_perplexity_increase": 0.012, "engine_top1": 0.9, "engine_difference": float("nan")}, False),
+    ],
+)
+def test_the_engine_that_serves_the_result_is_judged_too(scores, passes):
+    """PyTorch's emulation is good in each; vLLM computes something else."""
+    emulated = {"perplexity_increase": 0.01, "top1": 0.95}
+    verdicts = judge(Gate(max_perplexity_increase=0.02, min_top1=0.8), {**emulated, **scores})
+    assert all(verdict.holds for verdict in verdicts) is passes
+    # Without a gate an engine that computes another model is refused all the same.
+    assert all(verdict.holds for verdict in judge(Gate(), scores)) is not (scores["engine_difference"] != 0.004)
+
+
+class OneGpu(engine.Engine):
+    """An engine without vLLM that takes nearly all of the GPU."""
+
+    held: ClassVar[list[str]] = []
+    most = 0
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name = name
+
+    def __enter__(self) -> OneGpu:
+        OneGpu.held.append(self.name)
+        OneGpu.most = max(OneGpu.most, len(OneGpu.held))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        OneGpu.held.remove(self.name)
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        if "answer" in question:
+            return {"load_seconds": 1.0, "answers": dict.fromkeys(question["answer"], "yes"), "adapters": {}}
+        if "text" in question:
+            return {"loss": 2.0, "likeliest": [[1] for _ in question["text"]]}
+        return {"tokens_per_second": 200.0 if self.name == "result" else 100.0}
+
+
+@pytest.mark.parametrize(("target", "together"), [("gpu", 1), ("cpu", 2)])
+def test_on_one_gpu_the_engines_run_one_after_the_other(target, together, job, monkeypatch):
+    monkeypatch.setattr(engine, "Engine", OneGpu)
+    monkeypatch.setattr(engine, "CALM", 0)
+    monkeypatch.setattr(OneGpu, "most", 0)
+    made = msgspec.structs.replace(job("engine"), target=target)
+    scores = engine.run(made, lambda *_, **__: None)
+    assert OneGpu.most == together and scores["scores"]["speed_16"] == 2.0
+    assert scores["scores"]["engine_top1"] == 1.0
+
+
+def test_shards_hold_the_same_tensors(base, tmp_path):
+    import shutil
+
+    pieces = Path(shutil.copytree(base, tmp_path / "pieces"))
+    shards.limited(pieces, 30_000)
+    assert sorted(Checkpoint(pieces).entries) == sorted(Checkpoint(base).entries)
+    for name in Checkpoint(base).entries:
+        assert torch.equal(Checkpoint(base).tensor(name), Checkpoint(pieces).tensor(name))
+    before = {file: file.stat().st_mtime_ns for file in pieces.iterdir()}
+    shards.limited(pieces, 30_000)
+    assert before == {file: file.stat().st_mtime_ns for file in pieces.iterdir()}
+
+
+def test_another_number_of_threads_or_another_processor_makes_other_bytes(written, tmp_path, monkeypatch):
+    out, more = tmp_path / "out", ("--resume", "--set", "gate.max_kl=20")
+    recipe = written("steps: [{quantize: {method: rtn}}]\ngate: {max_kl: 0}")
+    optimize(recipe, "--out", out, expect=3)
+    monkeypatch.setattr(machine, "instruction_sets", lambda: "another")
+    optimize(recipe, "--out", out, *more)
+    measured = json.loads((out / "report/measurements.json").read_text())
+    assert [step["done_before"] for step in measured["steps"]] == [False, False]
+    read = json.loads((out / "manifest.json").read_text())
+    assert read["arithmetic"]["instruction_sets"] == "another" and set(read["arithmetic"]["code"]) == {
+        "quantize",
+        "evaluate",
+    }
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert machine.arithmetic() == {"threads": 2, "instruction_sets": "another"}
+
+
+def test_a_control_group_limits_the_memory_too(tmp_path):
+    group = tmp_path / "pod" / "container"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("3000\n")
+    (group / "memory.stat").write_text("anon 3000\ninactive_file 0\n")
+    (group.parent / "memory.max").write_text("10000\n")
+    (group.parent / "memory.current").write_text("6000\n")
+    (group.parent / "memory.stat").write_text("anon 4000\ninactive_file 1500\n")
+    assert machine.left_in_groups("0::/pod/container\n", tmp_path) == [5500]
+    old = tmp_path / "memory" / "job"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("800\n")
+    (old / "memory.usage_in_bytes").write_text("900\n")
+    (old / "memory.stat").write_text("inactive_file 0\n")
+    assert machine.left_in_groups("3:cpu,cpuacct:/job\n4:memory:/job\n", tmp_path) == [0]
+    assert machine.available_memory() > 0
