@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint on disk: its config, its tensors one at a time, and a writer that keeps shards small.
 
-Nothing here holds a whole model: tensors are mapped from their files, and a shard is written when it is full. What the
+Nothing here holds a whole model: tensors are mapped from their files, and written as they come. What the
 plan needs (names, shapes, bytes) comes from the files' headers, without torch.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from optimize.errors import Refused
 
@@ -24,6 +25,14 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale", "qweight",
              "qzeros", "scales", "g_idx", "k_scale", "v_scale")  # fmt: skip
+
+PART = "shard.part"  # the bytes of a shard that is not whole yet
+CHUNK = 16 << 20
+DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "int64": "I64", "int32": "I32", "int16": "I16",
+    "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,11 @@ class Entry:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one number."""
+        return self.bytes // max(1, self.elements)
 
 
 class Checkpoint:
@@ -160,23 +174,32 @@ class Schemes:
 
 
 class Writer:
-    """A new checkpoint in `folder`: `add` tensors, then `close` with the config; side files come from `like`."""
+    """A new checkpoint in `folder`: `add` tensors, then `close` with the config; side files come from `like`.
+
+    Each tensor is written as it comes, and memory holds none of them.
+    """
 
     def __init__(self, folder: Path, like: Path, shard_bytes: int = 4_000_000_000) -> None:
         self.folder = folder
         self.like = like
         self.shard_bytes = shard_bytes
-        self._shard: dict[str, Any] = {}
+        self._shard: dict[str, Entry] = {}
         self._bytes = 0
         self._written: list[list[str]] = []
         self._total = 0
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / PART).unlink(missing_ok=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        import torch
+
         size = tensor.numel() * tensor.element_size()
         if self._shard and self._bytes + size > self.shard_bytes:
             self._flush()
-        self._shard[name] = tensor.contiguous()
+        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        self._shard[name] = Entry(PART, dtype, tuple(tensor.shape), size, self._bytes)
+        with (self.folder / PART).open("ab") as out:
+            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(out)
         self._bytes += size
         self._total += size
 
@@ -195,13 +218,42 @@ class Writer:
         copy_side_files(self.like, self.folder)
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
         if not self._shard:
             return
-        save_file(self._shard, self.folder / f"shard-{len(self._written) + 1}", {"format": "pt"})
+        write_shard(self.folder / f"shard-{len(self._written) + 1}", self.folder, self._shard)
+        (self.folder / PART).unlink()
         self._written.append(list(self._shard))
         self._shard, self._bytes = {}, 0
+
+
+def write_shard(file: Path, folder: Path, entries: Mapping[str, Entry]) -> None:
+    """A safetensors file of tensors whose bytes lie in files of `folder`; nothing is held in memory.
+
+    Wider numbers come first, so that each tensor begins where its numbers may.
+    """
+    names = sorted(entries, key=lambda name: (-entries[name].width, name))
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in names:
+        end = begin + entries[name].bytes
+        described[name] = {
+            "dtype": entries[name].dtype, "shape": list(entries[name].shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+        begin = end
+    head = json.dumps(described, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with file.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            _copy(folder / entries[name].file, entries[name], out)
+
+
+def _copy(source: Path, entry: Entry, out: BinaryIO) -> None:
+    with source.open("rb") as read:
+        read.seek(entry.start)
+        left = entry.bytes
+        while left:
+            left -= out.write(read.read(min(CHUNK, left)))
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

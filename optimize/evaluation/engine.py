@@ -211,7 +211,9 @@ def main() -> None:
                     for number, (name, where) in enumerate(sorted(adapters.items()), 1)
                 }
         elif "text" in question:
-            reply = _read(llm, question["text"])
+            name = question.get("adapter")
+            request = LoRARequest(name, 1 + sorted(adapters).index(name), adapters[name]) if name else None
+            reply = _read(llm, question["text"], request)
         else:
             number, streams = question["round"], question["streams"]
             batch = [f"{number} {at}. Write a story about a river and a town." for at in range(streams)]
@@ -221,14 +223,14 @@ def main() -> None:
         print(json.dumps(reply), flush=True)
 
 
-def _read(llm: Any, rows: list[list[int]]) -> dict[str, Any]:
+def _read(llm: Any, rows: list[list[int]], adapter: Any) -> dict[str, Any]:
     """Mean negative log-likelihood of the text's tokens, and the likeliest at each place."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
     losses, likeliest = [], []
     for row in rows:
-        (out,) = llm.generate([{"prompt_token_ids": row}], params, use_tqdm=False)
+        (out,) = llm.generate([{"prompt_token_ids": row}], params, use_tqdm=False, lora_request=adapter)
         places = list(zip(row[1:], out.prompt_logprobs[1:], strict=True))
         losses.append(-sum(place[token].logprob for token, place in places) / len(places))
         likeliest.append([max(place, key=lambda token: place[token].logprob) for _, place in places])

@@ -130,6 +130,10 @@ class CalibratedModel:
     def set_weight(self, name: str, weight: torch.Tensor, part: str = "weight") -> None:
         setattr(self.linear(name), part, nn.Parameter(weight.to(self.dtype), requires_grad=False))
 
+    def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
+        module, _, part = name.rpartition(".")
+        setattr(self.linear(module), part, parameter)
+
     def entered(self, windows: int = 0) -> Entered:
         """What the first layer is called with: for the last `windows` of the calibration text, or for all of it."""
         return entered(self.model, self.ids[-windows:], BATCH)

@@ -31,11 +31,16 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     ids = windows(job)
     progress(0, 1, "loading")
     model, checkpoint = CalibratedModel(folder, ids), Checkpoint(folder)
-    pruned: dict[str, torch.Tensor] = {}
+    writer = Writer(job.folder / "model", folder)
+    linears = {f"{name}.weight" for unit in model.units for name in unit.names}
+    for name in checkpoint.entries:
+        if name not in linears:
+            writer.add(name, checkpoint.tensor(name))
+    zeros = total = 0
     begun = model.entered()
     for at, layer in enumerate(model.layers):
         progress(at, len(model.layers), f"{method}, layer {at + 1} of {len(model.layers)}")
-        units = model.units_of(at)
+        units, full = model.units_of(at), {}
         sums = {} if method == "magnitude" else model.hessians(at, first_readers(units), begun)
         for unit in units:
             for name in unit.names:
@@ -43,17 +48,17 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                 made = sparse(weight, method, options["sparsity"], pattern, sums.get(unit))
                 if not bool(made.isfinite().all()):
                     raise OptimizeError(f"pruning {name} gives NaN or infinity: the weights or the text are broken")
-                pruned[f"{name}.weight"] = made.to(checkpoint.tensor(f"{name}.weight").dtype)
+                writer.add(f"{name}.weight", made.to(checkpoint.tensor(f"{name}.weight").dtype))
+                zeros, total = zeros + int((made == 0).sum()), total + made.numel()
+                full[name] = model.linear(name).weight
                 model.set_weight(name, made)
         begun = through([layer], begun)
-    writer = Writer(job.folder / "model", folder)
-    for name in checkpoint.entries:
-        writer.add(name, pruned[name] if name in pruned else checkpoint.tensor(name))
+        for name, weight in full.items():  # as it is on disk again, which takes no memory
+            model.set_parameter(f"{name}.weight", weight)
     writer.close(checkpoint.config)
-    zeros = sum(int((tensor == 0).sum()) for tensor in pruned.values())
     return {
-        "zeros": round(zeros / sum(tensor.numel() for tensor in pruned.values()), 4),
-        "layers": len(pruned),
+        "zeros": round(zeros / total, 4),
+        "layers": len(linears),
         "adapters": {name: "applies unchanged" for name in job.adapters},
     }
 

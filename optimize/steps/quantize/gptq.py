@@ -49,8 +49,8 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits:
     group = columns // scale.shape[1]
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    hessian = hessian[order][:, order].clone()
-    weight = weight[:, order].clone()
+    hessian = hessian[order][:, order]
+    weight = weight[:, order]
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     upper = inverse_factor(hessian)
@@ -83,8 +83,10 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
         damped = hessian.clone()
         damped.diagonal().add_(damp * mean)
         lower, bad = torch.linalg.cholesky_ex(damped)
+        del damped  # a matrix of a wide layer is a gigabyte
         if not bad:
             inverse = torch.cholesky_inverse(lower)
+            del lower
             upper, bad = torch.linalg.cholesky_ex(inverse, upper=True)
             if not bad:
                 return upper

@@ -5,7 +5,7 @@ Layers are rounded in the engine's fused units, and each layer is calibrated on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,23 @@ class Quantizer:
         for name in checkpoint.entries:
             if name not in rounded and name not in scaled:
                 writer.add(name, checkpoint.tensor(name))
-        for _, layers in self._round_all(chosen, factors, "quantizing", self.method):
+        full = dict(self.model.model.named_parameters())
+
+        def finished(layer: int) -> None:
+            """What is scaled and not rounded is written; then the layer is as it is on disk, and takes no memory."""
+            inside = f"{self.model.prefix}.{layer}."
+            for name in sorted(name for name in scaled - rounded if name.startswith(inside)):
+                writer.add(name, self.model.model.get_parameter(name).detach().to(checkpoint.tensor(name).dtype))
+            for name, weight in full.items():
+                if name.startswith(inside):
+                    self.model.set_parameter(name, weight)
+
+        for _, layers in self._round_all(chosen, factors, "quantizing", self.method, finished=finished):
             for name, layer in layers.items():
                 for part, tensor in layer.tensors.items():
                     writer.add(f"{name}.{part}", tensor)
         for name, scale in cache.items():
             writer.add(name, scale)
-        state = dict(self.model.model.named_parameters())
-        for name in sorted(scaled - rounded):
-            writer.add(name, state[name].detach().to(checkpoint.tensor(name).dtype))
         config = self._config(chosen)
         if cache:
             config["kv_cache_scheme"] = kv_cache.SCHEME
@@ -98,8 +106,7 @@ class Quantizer:
             for hook in hooks:
                 hook.remove()
             for name, weight in full.items():
-                module, _, part = name.rpartition(".")
-                setattr(self.model.linear(module), part, weight)
+                self.model.set_parameter(name, weight)
 
     @torch.inference_mode()
     def _round_all(
@@ -109,8 +116,12 @@ class Quantizer:
         say: str,
         method: str,
         windows: int = 0,
+        finished: Callable[[int], None] = lambda _: None,
     ) -> Iterator[tuple[Unit, dict[str, Rounded]]]:
-        """Each unit's integers and scales, layer after layer; the model holds the rounded weights afterwards."""
+        """Each unit's integers and scales, layer after layer; the model holds the rounded weights afterwards.
+
+        `finished` hears of each layer once the next one is calibrated on what it gives.
+        """
         model = self.model
         begun = model.entered(windows)
         for at, layer in enumerate(model.layers):
@@ -121,7 +132,7 @@ class Quantizer:
             hooks = [hook for unit in units for hook in self._round_inputs(unit, chosen[unit], widest.get(unit))]
             hessians = model.hessians(at, first_readers(units), begun) if method != "rtn" else {}
             for unit in units:
-                rounded = self._round(unit, chosen[unit], method, hessians.get(unit), widest.get(unit))
+                rounded = self._round(unit, chosen[unit], method, hessians.pop(unit, None), widest.get(unit))
                 for name, result in rounded.items():
                     model.set_weight(name, result.dense)
                 yield unit, rounded
@@ -130,6 +141,7 @@ class Quantizer:
                 raise OptimizeError(f"layer {at} gives NaN or infinity on the calibration text: the weights are broken")
             for hook in hooks:
                 hook.remove()
+            finished(at)
 
     def _widest(self, layer: int, units: Sequence[Unit], begun: Entered) -> dict[Unit, torch.Tensor]:
         """The largest magnitude in each unit's input."""
