@@ -8,7 +8,7 @@ the engine multiplies with.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,10 +153,11 @@ def gptq_config(group: int, full: list[str]) -> dict[str, Any]:
     return config
 
 
-def dense(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight by the name that it has in a model that was never quantized, one at a time."""
+def dense(checkpoint: Checkpoint, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight by the name that it has in a model that was never quantized, one at a time; of those that the file
+    calls so the `wanted`."""
     scheme, names = Schemes(checkpoint.quantization), checkpoint.entries
-    for name in names:
+    for name in filter(wanted, names):
         module, _, leaf = name.rpartition(".")
         if leaf == "qweight":
             parts = {part: checkpoint.tensor(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}

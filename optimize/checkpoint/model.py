@@ -67,13 +67,21 @@ def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True) -> nn.Module:
-    """The model in `folder`, ready to ask; with `rounds` it rounds what the engine rounds beside the weights."""
+def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True, by_layer: bool = False) -> nn.Module:
+    """The model in `folder`, ready to ask; with `rounds` it rounds what the engine rounds beside the weights.
+
+    With `by_layer` a layer's weights are read when it is called and let go of afterwards, in each forward pass.
+    """
     checkpoint = Checkpoint(folder)
     dtype = dtype or compute_dtype()
     model = skeleton(folder, dtype)
     scheme = Schemes(checkpoint.quantization)
-    weights = experts.fused({name: tensor.to(dtype) for name, tensor in formats.dense(checkpoint)})
+    inside = f"{prefix(model)}."
+    if by_layer:
+        for layer in range(len(layers(model))):
+            _read_when_called(model, layer, checkpoint, dtype)
+    read = formats.dense(checkpoint, lambda name: not (by_layer and name.startswith(inside)))
+    weights = experts.fused({name: tensor.to(dtype) for name, tensor in read})
     _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -91,6 +99,35 @@ def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True) 
         )
     model.requires_grad_(False)
     return model.eval()
+
+
+def _read_when_called(model: nn.Module, at: int, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """One layer's weights come from the disk before each call, and go after it."""
+    layer, inside = layers(model)[at], f"{prefix(model)}.{at}."
+    # Adapters that are put around a module leave the module itself as it is.
+    owners = {f"{name}.{part}": module for name, module in layer.named_modules() for part in module._parameters}
+    shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
+    names = [name for name in owners if name in shapes]
+
+    def put(name: str, weight: torch.Tensor) -> None:
+        setattr(owners[name], name.rpartition(".")[2], nn.Parameter(weight, requires_grad=False))
+
+    def read(*_: Any) -> None:
+        parts = formats.dense(checkpoint, lambda name: name.startswith(inside))
+        fused = experts.fused({name: weight.to(dtype) for name, weight in parts})
+        weights = {name.removeprefix(inside): weight for name, weight in fused.items()}
+        if different := set(weights) ^ set(names):
+            raise Refused(f"{checkpoint.folder} does not fit its config.json: look at {inside}{sorted(different)[0]}")
+        for name, weight in weights.items():
+            put(name, weight)
+
+    def free(*_: Any) -> None:
+        for name in names:
+            put(name, torch.zeros((), dtype=dtype).expand(shapes[name]))
+
+    layer.register_forward_pre_hook(read)
+    layer.register_forward_hook(free)
+    free()
 
 
 def round_activations(x: torch.Tensor, float8: bool = False) -> torch.Tensor:

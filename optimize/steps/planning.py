@@ -7,6 +7,9 @@ factor of two there.
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +18,7 @@ from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.linears import input_widths
 from optimize.recipe import Recipe
 
+IN_LAYER = re.compile(r"layers\.(\d+)\.")
 FLOPS = 2e11  # of a forward pass in bf16, two cores
 STARTING = 8.0  # seconds until a child has imported torch and transformers
 PROCESS = 700_000_000  # bytes of a child that has imported them
@@ -65,6 +69,25 @@ class Context:
     @property
     def vocabulary(self) -> int:
         return int(self.base.config.get("vocab_size") or 1)
+
+    @property
+    def largest_layer(self) -> int:
+        """Parameters of the largest of the decoder's layers."""
+        counts: Counter[str] = Counter()
+        for name, shape in self.base.shapes.items():
+            if match := IN_LAYER.search(name):
+                counts[match[1]] += math.prod(shape)
+        return max(counts.values(), default=0)
+
+    @property
+    def outside_layers(self) -> int:
+        """Parameters of embedding, last norm and output layer."""
+        return sum(math.prod(shape) for name, shape in self.base.shapes.items() if not IN_LAYER.search(name))
+
+    @property
+    def layer_inputs(self) -> tuple[int, ...]:
+        """The widths of what is read in a layer: by q, k and v, by o, by gate and up, by down."""
+        return (self.hidden, self.hidden, self.hidden, self.widest)
 
     @property
     def widest(self) -> int:

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,13 @@ import torch
 
 from optimize.checkpoint import formats
 from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, Writer
-from optimize.checkpoint.model import logits, opened, settle, tokenizer
+from optimize.checkpoint.model import settle
 from optimize.errors import OptimizeError, Refused
 from optimize.job import Job, Progress
+from optimize.steps.merge.check import checked
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAST_PLACES = 1.0  # of bf16: rounding to the nearest is off by half of one
-PROBE = (
-    "The harbour was quiet that morning, and the boats lay still beside the wall.",
-    "def add(a, b):\n    return a + b",
-    "What is the capital of France?",
-)
 
 
 @dataclass(frozen=True)
@@ -155,53 +149,6 @@ def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter], dtype:
             f"merging gives NaN or infinity in {name}: look at the adapters {[a.name for a in adapters]}"
         )
     return made
-
-
-def checked(job: Job, names: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
-    """How far the merged model is from base + adapters through PEFT in fp32: its logits on probe text, and its weights
-    in units of bf16's last place, where rounding alone gives one half."""
-    from peft import PeftModel
-
-    words = tokenizer(Path(job.model))
-    probes = [words(text, return_tensors="pt").input_ids for text in PROBE]
-    base = opened(Path(job.model), torch.float32, rounds=False)
-    before: list[torch.Tensor] = []
-    right: list[torch.Tensor] = []
-    for name, weight in zip(names, weights, strict=True):
-        before = [logits(base, ids) for ids in probes]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            both = PeftModel.from_pretrained(base, job.adapters[name], autocast_adapter_dtype=False).eval()
-        for module in both.modules():
-            if hasattr(module, "set_scale"):
-                module.set_scale("default", weight)
-        right = [logits(both, ids) for ids in probes]
-        base = both.merge_and_unload()
-    merged = opened(job.folder / "model", torch.float32)
-    now = [logits(merged, ids) for ids in probes]
-    kl = sum(
-        float((r.softmax(-1) * (r.log_softmax(-1) - n.log_softmax(-1))).sum(-1).mean()) for r, n in _zip(right, now)
-    )
-    return {
-        "logits_moved_by_last_adapter": round(max(float((r - b).abs().max()) for r, b in _zip(right, before)), 4),
-        "logits_off": round(max(float((n - r).abs().max()) for n, r in _zip(now, right)), 4),
-        "kl_to_base_plus_adapter": round(kl / len(PROBE), 6),
-        "weights_off_in_last_places": round(_last_places(base, merged), 3),
-    }
-
-
-def _last_places(base: torch.nn.Module, merged: torch.nn.Module) -> float:
-    exact, worst = dict(base.named_parameters()), 0.0
-    for name, made in merged.named_parameters():
-        if HEAD not in exact and name in (EMBEDDING, HEAD):
-            continue  # PEFT merges into both of a tied pair
-        # Beside numbers below 1e-4 fp32's own rounding would be counted.
-        place = 2.0 ** (torch.frexp(exact[name].abs().clamp(min=1e-4)).exponent - 8)
-        worst = max(worst, float(((made - exact[name]).abs() / place).max()))
-    return worst
-
-
-_zip = partial(zip, strict=True)
 
 
 def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

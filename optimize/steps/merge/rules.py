@@ -16,8 +16,10 @@ def estimate(step: Merge, context: Context) -> Estimate:
     what = f"{', '.join(step.adapters)} into the base's weights, in fp32, shard by shard"
     if base.quantization:
         what = f"take {base.folder.name} apart into full weights, then {what}"
-    largest = max(entry.bytes for entry in base.entries.values())
-    return Estimate("merge", what, PROCESS + 6 * largest + 4 * base.bytes, base.bytes, STARTING + base.bytes / 2e8 + 10)
+    largest = max(entry.elements for entry in base.entries.values())
+    # The sum and its parts in fp32; then a layer in fp32 twice, beside embedding and output layer.
+    memory = PROCESS + max(12 * largest, 8 * context.largest_layer + 4 * context.outside_layers)
+    return Estimate("merge", what, memory, base.bytes, STARTING + base.bytes / 2e8 + 10)
 
 
 def refuse(step: Merge, context: Context) -> None:

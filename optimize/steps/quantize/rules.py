@@ -34,8 +34,12 @@ def estimate(step: Quantize, context: Context) -> Estimate:
     seconds = STARTING + 5
     if step.method != "rtn":
         seconds = STARTING + 4 * calibrated * context.token_seconds + base.parameters / 4e6
-    memory = PROCESS + base.bytes + calibrated * context.hidden * 4 + 12 * context.widest**2
+    # Hidden states before and after a layer, and the layer rounded and in fp32; its Hessians, and GPTQ's four matrices.
+    memory = PROCESS + 4 * calibrated * context.hidden + 4 * context.largest_layer
+    if step.method != "rtn":
+        memory += 4 * sum(width**2 for width in context.layer_inputs) + 16 * context.widest**2
     if step.mixed:
+        memory += base.bytes
         seconds = 2 * seconds + 4 * context.layers * min(calibrated, 4096) * context.token_seconds / 2
         memory += 8 * context.recipe.calibration.tokens * context.vocabulary * 6
     return Estimate("quantize", _what(step), memory, int(base.bytes * 0.65), seconds, _warning(step, context))
