@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -50,6 +50,9 @@ page: setup-dev ## a thousand adapters on the dashboard in a real browser: secon
 
 schemas: setup-dev ## Schemathesis over the routes that vLLM answers, against the real engine: every answer of 500; some minutes
 	@$(BIN)/python -m tests.campaigns.inference_schemas $(ARGS)
+
+sizes: setup-dev ## memory and time of the steps on 1 or 8 billion random weights, planned and measured; 20 minutes and more
+	@$(BIN)/python -m tests.campaigns.sizes $(ARGS)
 
 families: setup-dev ## tiny models of each family, quantized, in vLLM with an adapter and without, against PyTorch; 10 minutes
 	@$(BIN)/python -m tests.campaigns.families $(ARGS)
