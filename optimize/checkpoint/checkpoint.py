@@ -199,7 +199,7 @@ class Writer:
         dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
         self._shard[name] = Entry(PART, dtype, tuple(tensor.shape), size, self._bytes)
         with (self.folder / PART).open("ab") as out:
-            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(out)
+            out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._bytes += size
         self._total += size
 

@@ -6,6 +6,7 @@ its error.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -60,7 +61,8 @@ def main(file: str, fd: str) -> int:
         )
         return 1
     except Exception as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+            traceback.print_exc()
         tell({"error": sentence(error), "class": "OptimizeError"})
         return 1
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
