@@ -17,7 +17,6 @@ import signal
 import struct
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +108,6 @@ class Trainer:
 if __name__ == "__main__":
     if sys.argv[1] == "tune":
         sys.exit(Trainer(Path(sys.argv[2])).run())
-    if find_spec("optimize.data.examples") is None:  # until it is there
-        lines = Path(sys.argv[2]).read_bytes().splitlines()
-        print(json.dumps({"examples": len(lines)}))
-        sys.exit(0)
     from optimize.cli import run
 
     sys.exit(run(sys.argv[1:], lambda name: Path(name)))

@@ -99,6 +99,9 @@ class FineTuning:
         self._check_quota(caller, name)
         for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
             self._check_file(caller, file, param)
+        if validation_file == training_file:
+            same = "training_file and validation_file are one file: hold out examples of their own"
+            raise BadRequest(same, param="validation_file")
         job = Job(
             id,
             caller.tenant,

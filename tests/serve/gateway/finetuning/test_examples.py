@@ -5,12 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
 from tests.serve.gateway.finetuning.conftest import begun, ended, examples, messages, parts_of
-
-# Until the program that checks examples is there.
-pytest.importorskip("optimize.data.examples")
 
 GOOD = json.loads(examples(1))
 

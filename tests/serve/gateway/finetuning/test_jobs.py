@@ -374,6 +374,9 @@ async def test_what_cannot_be_a_job_is_refused_in_a_sentence(training, sdk, conf
         batch = await ai.files.create(file=("in.jsonl", b"{}\n"), purpose="batch")
         with pytest.raises(openai.BadRequestError, match="send a file with `fine-tune`"):
             await begun(ai, training_file=batch.id)
+        file = await sent(ai)
+        with pytest.raises(openai.BadRequestError, match="are one file"):
+            await begun(ai, training_file=file, validation_file=file)
         assert [job async for job in ai.fine_tuning.jobs.list()] == []
     async with training(replace(config, finetune_open=0)) as client:
         with pytest.raises(openai.BadRequestError, match="this server trains nothing"):
