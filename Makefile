@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes grafana-types
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -44,6 +44,9 @@ cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 serve
 
 hostile: setup-dev ## 90 kinds of hostile requests, 10 s each, beside a victim and an operator: nobody else is disturbed; 25 minutes
 	@$(BIN)/python -m tests.campaigns.hostile $(ARGS)
+
+grafana-types: setup-dev ## the dashboards against the types that Grafana 11 and 12 publish, by TypeScript (npm); a minute
+	@$(BIN)/python -m tests.campaigns.grafana $(ARGS)
 
 page: setup-dev ## a thousand adapters on the dashboard in a real browser: seconds until it is ready, and bytes; a minute
 	@$(BIN)/python -m tests.campaigns.page $(ARGS)
