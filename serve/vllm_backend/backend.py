@@ -37,10 +37,18 @@ from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import engine_memory, hardware
 from serve.names import response_owner
-from serve.vllm_backend import announce, building, forkserver, response_store, structured_outputs, titles
+from serve.vllm_backend import (
+    announce,
+    building,
+    forkserver,
+    message_errors,
+    response_store,
+    structured_outputs,
+    titles,
+)
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.engine_processes import cause_of_death, processes_of, resident_bytes
-from serve.vllm_backend.error_translation import rejecting, sentence
+from serve.vllm_backend.error_translation import answer_unknown_paths, rejecting, sentence
 from serve.vllm_backend.output_processor import Outputs
 from serve.vllm_backend.structured_outputs import Engine
 from serve.vllm_backend.vllm_metrics import CpuSteps, Pulse, own_series
@@ -196,6 +204,7 @@ class VLLMBackend:
             self._generates = "generate" in tasks
             self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)
             app = build_app(self.args, tasks, llm.model_config)
+            answer_unknown_paths(app, self.name)
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)
             await init_app_state(llm, app.state, self.args, tasks)
@@ -230,6 +239,7 @@ class VLLMBackend:
     def _build(self) -> Engine:
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         structured_outputs.install()
+        message_errors.install()
         with own_series(self._collectors):
             os.environ[titles.ENGINE] = self.name  # its processes are named after it
             if not self.args.otlp_traces_endpoint:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from serve.errors import AdapterRejected, EngineUnavailable
@@ -21,6 +25,21 @@ def rejecting() -> Iterator[None]:
         raise EngineUnavailable("the engine stopped while it loaded an adapter; retry shortly") from error
     except Exception as error:  # vLLM hands the worker's exception through as a bare Exception
         raise AdapterRejected(f"the engine cannot load this adapter: {sentence(error)}") from error
+
+
+def answer_unknown_paths(app: FastAPI, model: str) -> None:
+    """Of what this kind of model does not answer: a 404 in OpenAI's shape. vLLM leaves it to its framework."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = (
+            f"{model} does not answer {request.method} {request.url.path}: what a model answers depends on its kind"
+        )
+        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+        body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+        return JSONResponse(body, error.status_code, error.headers)
+
+    app.add_exception_handler(HTTPException, answer)
 
 
 def sentence(error: BaseException) -> str:

@@ -1,16 +1,19 @@
 """Schemathesis over the routes that vLLM answers, against the real engine: every server error, by route and message.
 
-    python -m tests.campaigns.inference_schemas [--examples 50] [--seed 1] [--out FILE]
+    python -m tests.campaigns.inference_schemas [--examples 50] [--seed 1] [--seconds 1800] [--only REGEX] [--out FILE]
 
-All of coverage's cases, and so many random ones for each route that the model answers, which name models that are there
-and no deadline: else hardly a request comes to an engine. An answer of 500 is a finding, also as an event of a stream,
-and so is one that is not as the document says; each is printed with the first request that caused it, as curl's body.
+All of coverage's cases (but for /v1/responses), and so many random ones for each route that the model answers, for
+/v1/responses ten times as many. They name models that are there and no deadline: else hardly a request comes to an
+engine. An answer of 500 is a finding, also as an event of a stream, and so is one that is not as the document says;
+each is printed with the first request that caused it, as curl's body.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import signal
 import subprocess
 import tempfile
 from collections import Counter
@@ -25,12 +28,17 @@ from tests.support.server import ADMIN, BASE, KEYS, Server
 SHORT = ("--max-model-len", "64", "--kv-cache-memory-bytes", "256M")
 MODELS = [BASE, "tone"]
 DEADLINE = "X-Request-Timeout"
+RESPONSES = "/v1/responses"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--examples", type=int, default=50, help="random requests for each route")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--seconds", type=float, default=1800, help="after so many it is interrupted, for /v1/responses once more"
+    )
+    parser.add_argument("--only", help="routes whose path this regular expression matches")
     parser.add_argument("--out", type=Path, help="where what was found goes as JSON")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loradock-schemas-") as name:
@@ -38,8 +46,8 @@ def main() -> int:
         with Server(folder / "data", folder / "log", *SHORT, **KEYS) as server:
             server.upload("tone", trained("alpha")["alpha"]).raise_for_status()
             document = folder / "openapi.json"
-            document.write_text(json.dumps(answered(server)))
-            entries = run(server.url, document, asked.examples, asked.seed)
+            document.write_text(json.dumps(answered(server, asked.only or "")))
+            entries = run(server.url, document, asked.examples, asked.seed, asked.seconds)
             assert server.ask("tone", tokens=4).done, "the engine answers as before"
     statuses = Counter(entry["response"]["status"] for entry in entries)
     print(f"{len(entries)} requests: " + ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items())))
@@ -53,12 +61,16 @@ def main() -> int:
     return len(found)
 
 
-def answered(server: Server) -> dict[str, Any]:
+def answered(server: Server, only: str) -> dict[str, Any]:
     """The document, of the routes that the model answers; it names models and no deadline."""
     document: dict[str, Any] = server.http.get("/openapi.json").raise_for_status().json()
     for path, operations in list(document["paths"].items()):
         ours = "inference" not in next(iter(operations.values())).get("tags", ())
-        if ours or ("{" not in path and server.http.post(path, json={"model": BASE}).status_code == 404):
+        if (
+            ours
+            or not re.search(only, path)
+            or ("{" not in path and server.http.post(path, json={"model": BASE}).status_code == 404)
+        ):
             del document["paths"][path]
         for operation in operations.values():
             operation["parameters"] = [one for one in operation.get("parameters", ()) if one["name"] != DEADLINE]
@@ -68,16 +80,36 @@ def answered(server: Server) -> dict[str, Any]:
     return document
 
 
-def run(url: str, document: Path, examples: int, seed: int) -> list[dict[str, Any]]:
-    """Every request and its answer, as HAR has them."""
-    har = document.with_name("run.har")
-    command = [str(PROGRAM), "--no-color", "run", str(document), "--url", url, "-H", f"Authorization: Bearer {ADMIN}"]
-    command += ["--phases", "coverage,fuzzing", "--workers", "4", "--checks", "not_a_server_error"]
-    command += ["--max-examples", str(examples), "--seed", str(seed), "--continue-on-failure", "--no-shrink"]
-    command += ["--request-timeout", "60", "--report-har-path", str(har)]
-    subprocess.run(command, cwd=document.parent, stdout=subprocess.DEVNULL, timeout=3000, check=False)
-    entries: list[dict[str, Any]] = json.loads(har.read_text())["log"]["entries"]
-    return entries
+def run(url: str, document: Path, examples: int, seed: int, seconds: float) -> list[dict[str, Any]]:
+    """Every request and its answer, as HAR has them; a route's are there once it is done."""
+    found: list[dict[str, Any]] = []
+    for words in (
+        ["--phases", "coverage,fuzzing", "--max-examples", str(examples), "--exclude-path", RESPONSES],
+        # All of coverage's cases are tens of thousands here.
+        ["--phases", "fuzzing", "--max-examples", str(10 * examples), "--include-path", RESPONSES],
+    ):
+        har = document.with_name(f"run-{len(found)}.har")
+        command = [
+            str(PROGRAM),
+            "--no-color",
+            "run",
+            str(document),
+            "--url",
+            url,
+            "-H",
+            f"Authorization: Bearer {ADMIN}",
+        ]
+        command += ["--workers", "4", "--checks", "not_a_server_error", "--seed", str(seed), "--continue-on-failure"]
+        command += ["--no-shrink", "--request-timeout", "60", "--report-har-path", str(har), *words]
+        with subprocess.Popen(command, cwd=document.parent, stdout=subprocess.DEVNULL) as process:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                print(f"interrupted after {seconds:.0f} s: {' '.join(words)}")
+                process.send_signal(signal.SIGINT)
+        if har.exists():
+            found += json.loads(har.read_text())["log"]["entries"]
+    return found
 
 
 def findings(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

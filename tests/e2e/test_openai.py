@@ -311,6 +311,21 @@ def test_a_body_that_is_no_request_is_a_400(server, body):
 def test_a_route_that_is_not_there_is_a_404_in_the_same_shape(server):
     for path in ("/v1/nothing", "/collective_rpc", "/reset_prefix_cache", "/"):
         refused(server.http.get(path), 404)
+    ranking = {"model": BASE, "query": "which?", "documents": ["one", "another"]}
+    for path in ("/rerank", "/invocations"):
+        refused(server.http.post(path, json=ranking), 404)
+
+
+def test_a_tool_s_output_as_the_api_answers_it_is_read_and_an_empty_answer_is_a_400(server):
+    """vLLM makes models of such parts, and reads dictionaries alone."""
+    parts = [{"type": "input_text", "text": "12 degrees"}]
+    output = {"type": "function_call_output", "id": "f", "call_id": "c", "status": "completed", "output": parts}
+    call = {"type": "function_call", "call_id": "c", "name": "weather", "arguments": "{}"}
+    asked = {"type": "message", "role": "user", "content": "How warm is it?"}
+    body = {"model": BASE, "max_output_tokens": 4, "input": [asked, call, {**output, "created_by": "somebody"}]}
+    assert server.http.post("/v1/responses", json=body).status_code == 200
+    empty = {"type": "message", "id": "m", "status": "completed", "role": "assistant", "content": []}
+    refused(server.http.post("/v1/responses", json={**body, "input": [empty]}), 400)
 
 
 def post(server: Server, path: str, **body: Any) -> dict[str, Any]:
