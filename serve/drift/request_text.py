@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from serve.models.decoding import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -18,25 +19,20 @@ class RequestText:
 
     def __init__(self, model: Path) -> None:
         self._file = model / "tokenizer.json"
-        self._tokenizer: Any = None
+        self._decoder: Decoder | None = None
+        self._looked = False
 
     def last(self, tokens: Sequence[int], count: int = TAIL) -> str:
         """The text of the last `count` tokens, without special ones."""
-        return self._decode(list(tokens[-count:]))
+        if not self._looked:
+            self._looked, self._decoder = True, self._read()
+        return self._decoder(tokens[-count:]) if self._decoder is not None else ""
 
-    def _decode(self, tokens: list[int]) -> str:
-        if self._tokenizer is None:
-            self._tokenizer = self._read() or False
-        text: str = self._tokenizer.decode(tokens) if self._tokenizer else ""
-        return text
-
-    def _read(self) -> Any:
+    def _read(self) -> Decoder | None:
         if not self._file.exists():
             return None
         try:
-            from tokenizers import Tokenizer
-
-            return Tokenizer.from_file(str(self._file))
+            return Decoder(self._file)
         except Exception as error:  # the library raises Exception itself: drift is watched without words then
             log.warning("%s cannot be read, so drift reports name neither language nor words: %s", self._file, error)
             return None

@@ -15,9 +15,10 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from serve.asgi.exchange import Exchange
+from serve.models.decoding import Decoder
 
 # Exchanges that wait to be written: whole prompts, so not many.
 QUEUE_SIZE = 256
@@ -46,7 +47,7 @@ class Capture:
         self._folder, self._model_of, self._limit = folder, model_of, limit
         self._redact = [re.compile(pattern) for pattern in redact]
         self._enabled, self._hours, self._clock = enabled, hours, clock
-        self._tokenizers: dict[str, Any] = {}
+        self._decoders: dict[str, Decoder] = {}
         # The file of this hour, and its size; closed every minute, so that one that was deleted begins again.
         self._file: BinaryIO | None = None
         self._size = self._opened = 0
@@ -85,9 +86,9 @@ class Capture:
         return int(self._clock() // HOUR)
 
     def _write(self, exchange: Exchange) -> None:
-        tokenizer = self._tokenizer(self._model_of(exchange.adapter))
+        decode = self._decoder(self._model_of(exchange.adapter))
         generation = exchange.generations[0]
-        text = tokenizer.decode([*generation.prompt, *generation.output], skip_special_tokens=False)
+        text = decode([*generation.prompt, *generation.output], special=True)
         for pattern in self._redact:
             text = pattern.sub("[redacted]", text)
         line = (json.dumps({"adapter": exchange.adapter, "text": text}, ensure_ascii=False) + "\n").encode()
@@ -114,9 +115,7 @@ class Capture:
             self._file.close()
         self._file = None
 
-    def _tokenizer(self, model: str) -> Any:
-        if model not in self._tokenizers:
-            from tokenizers import Tokenizer
-
-            self._tokenizers[model] = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-        return self._tokenizers[model]
+    def _decoder(self, model: str) -> Decoder:
+        if model not in self._decoders:
+            self._decoders[model] = Decoder(Path(model) / "tokenizer.json")
+        return self._decoders[model]
