@@ -1,4 +1,4 @@
-"""The kernels' C++ source, compiled once for this processor and loaded; None where there is no compiler."""
+"""C++ sources, compiled once for this processor; and the kernels of them, loaded. None where there is no compiler."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -55,27 +56,31 @@ def step_available() -> bool:
     return kernels is not None and bool(kernels.loradock_step_available())
 
 
-def _compiled() -> Path | None:
-    import torch
+def compiled(
+    name: str,
+    sources: Mapping[Path, Sequence[str]],
+    headers: Sequence[Path] = (),
+    link: Sequence[str] = (),
+    facts: Sequence[str] = (),
+) -> Path | None:
+    """The library of these sources, each with its flags; made if need be, None where there is no compiler.
 
+    facts: others make another library.
+    """
     folder = _folder()
-    target = folder / f"kernels-{_digest(torch.__version__)}.so"
+    target = folder / f"{name}-{_digest(sources, headers, facts)}.so"
     if target.exists():
         return target
     command = compiler()
     if command is None:
-        log.warning("no C++ compiler for the CPU LoRA kernels: plain torch operations take their place; install g++")
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    libraries = Path(torch.__file__).parent / "lib"
     with tempfile.TemporaryDirectory(dir=folder) as aside:
-        made = Path(aside, "kernels.so")
-        objects = [Path(aside, f"{source.stem}.o") for source in SOURCES]
-        # OpenMP's functions come from whichever OpenMP torch runs on: a second one beside it would fight for the cores.
-        link = [f"-L{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--unresolved-symbols=ignore-all"]
+        made = Path(aside, f"{name}.so")
+        objects = [Path(aside, f"{source.stem}.o") for source in sources]
         compiling = [
-            _started([command, *FLAGS, "-c", "-o", str(out), str(source)])
-            for source, out in zip(SOURCES, objects, strict=True)
+            _started([command, *flags, "-c", "-o", str(out), str(source)])
+            for (source, flags), out in zip(sources.items(), objects, strict=True)
         ]
         for process in compiling:
             _finished(process)
@@ -83,6 +88,18 @@ def _compiled() -> Path | None:
         fsync(made)
         rename(made, target)
     return target
+
+
+def _compiled() -> Path | None:
+    import torch
+
+    libraries = Path(torch.__file__).parent / "lib"
+    # OpenMP's functions come from whichever OpenMP torch runs on: a second one beside it would fight for the cores.
+    link = [f"-L{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--unresolved-symbols=ignore-all"]
+    path = compiled("kernels", dict.fromkeys(SOURCES, FLAGS), HEADERS, link, (torch.__version__,))
+    if path is None:
+        log.warning("no C++ compiler for the CPU LoRA kernels: plain torch operations take their place; install g++")
+    return path
 
 
 def _started(command: list[str]) -> subprocess.Popen[str]:
@@ -101,19 +118,19 @@ def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loradock" / "kernels"
 
 
-def _digest(torch_version: str) -> str:
-    """Another processor, compiler, torch or source makes another file."""
+def _digest(sources: Mapping[Path, Sequence[str]], headers: Sequence[Path], others: Sequence[str]) -> str:
+    """Another processor, compiler, source or flag makes another file."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         cpuinfo = []
-    flags = next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "")
+    processor = next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "")
     facts = [
-        *(source.read_text() for source in (*SOURCES, *HEADERS)),
-        " ".join(FLAGS),
-        torch_version,
+        *(source.read_text() for source in (*sources, *headers)),
+        *(" ".join(flags) for flags in sources.values()),
+        *others,
         platform.machine(),
-        flags,
+        processor,
         compiler() or "",
     ]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]

@@ -19,6 +19,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from serve.drift.native import DetectorView, at, native
+
 Floats: TypeAlias = NDArray[np.floating]
 State: TypeAlias = dict[str, NDArray]
 
@@ -163,7 +165,7 @@ class Bank:
         self._both *= bets
         np.minimum(self._both, MOST, out=self._both)
         np.putmask(self._start, self._page <= 1, now)
-        self._evidence = float(self._r @ self._share)
+        self._evidence = self._weighed()
         return self._evidence / (before + 1)
 
     def _bet_learned(self, p: Floats, e: NDArray[np.float64]) -> None:
@@ -200,9 +202,34 @@ class Bank:
             self._learned *= self._unit.repeat(self._bins)
             self._unit[:] = 1
 
+    def show(self, view: DetectorView) -> None:
+        """Where all of it lies, for `serve.drift.native`."""
+        for name, array in (("share", self._share), ("r", self._r), ("page", self._page), ("start", self._start)):
+            setattr(view, name, at(array))
+        for name, array in (("learned", self._learned), ("unit", self._unit), ("weight", self._weight)):
+            setattr(view, name, at(array))
+        view.fades, view.bins = at(self._fades), at(self._bins)
+        view.score_bets, view.direction_bets = at(_SCORE_BETS), at(_DIRECTION_BETS)
+
+    def give(self, view: DetectorView) -> None:
+        """What a call needs besides the arrays."""
+        view.evidence = self._evidence
+
+    def take_back(self, view: DetectorView) -> None:
+        """What a call changed besides the arrays."""
+        self._evidence = view.evidence
+
     def evidence(self) -> float:
         """The weighted mean of all R."""
         return self._evidence
+
+    def _weighed(self) -> float:
+        """That, worked out: always in the same order, so that what goes on from a state has the same."""
+        code = native()
+        if code is None:
+            return float(self._r @ self._share)
+        evidence: float = code.evidence(at(self._r), at(self._share), len(self._r))
+        return evidence
 
     def log_means(self) -> Floats:
         """(scores,): ln of the weighted mean over the bets of each."""
@@ -248,7 +275,7 @@ class Bank:
             kept[:learned] = values[:learned]
             if len(values) > saved:
                 kept[learned:] = values[saved:]
-        self._evidence = float(self._r @ self._share)
+        self._evidence = self._weighed()
         if len(state["r"]) > saved:
             return
         # There half of the weight was the directions', and within a half all bets weighed the same.
@@ -258,7 +285,7 @@ class Bank:
         now = self.evidence()
         if now > 0:
             self._r *= was / now
-            self._evidence = float(self._r @ self._share)
+            self._evidence = self._weighed()
 
 
 _KEPT = ("r", "page", "start", "learned", "unit", "weight")

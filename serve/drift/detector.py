@@ -41,9 +41,14 @@ from serve.drift.bets import CELLS, Bank, Floats, State, cells
 from serve.drift.directions import FARTHEST, HALF_LIVES, NORMAL, Directions, Draw
 from serve.drift.effect_size import EFFECT_HALF_LIFE, EffectSize
 from serve.drift.mean_rows import HALF_LIVES as MEAN_HALF_LIVES
-from serve.drift.mean_rows import MeanRows
+from serve.drift.mean_rows import MeanRows, Phase
+from serve.drift.native import at, native
+from serve.drift.native_steps import NativeSteps
+from serve.drift.random_state import rng_from, rng_state
+from serve.drift.recent_rows import all_finite
 from serve.drift.score_bags import ScoreBags
 from serve.drift.state_arrays import below, prefixed
+from serve.drift.tolerance import less_error
 
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
 # The size of the effect is looked for while the evidence is above the threshold to the power of this.
@@ -116,6 +121,7 @@ class Drift:
         self._ungauged: list[NDArray[np.float32]] = []
         self._rows: deque[NDArray[np.float32]] = deque(maxlen=RECENT)
         self._mean_rows: deque[NDArray[np.float32] | None] = deque(maxlen=RECENT)
+        self._native = self._native_parts()
 
     def update(self, row: ArrayLike, mean_row: NDArray[np.float32] | None = None) -> bool:
         """Take the scores of one request, and say whether the evidence has reached the threshold."""
@@ -133,7 +139,35 @@ class Drift:
             )
         if not all_finite(scores):
             raise ValueError("a score is not a finite number; leave the request out")
-        return self._steps(scores, mean_rows)
+        if self._native is None or not self._alike(mean_rows):
+            return self._steps(scores, mean_rows)
+        return self._native_steps(self._native, scores, mean_rows)
+
+    def _alike(self, mean_rows: Sequence[NDArray[np.float32] | None]) -> bool:
+        """Whether all of these mean rows are ranked, or there are none."""
+        known = sum(row is not None for row in mean_rows)
+        return known == 0 or self.means is None or (known == len(mean_rows) and self.means.phase is not Phase.GATHERING)
+
+    def _native_steps(
+        self, native: NativeSteps, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]
+    ) -> Iterator[bool]:
+        """`_steps` in one call, which ends with the first evidence; from there on in one for each."""
+        ranked = self.means is not None and self.means.phase is Phase.RANKING and mean_rows[0] is not None
+        together, done = np.ascontiguousarray(mean_rows, np.float32) if ranked else None, 0
+        while done < len(scores):
+            rows, sized = scores[done:], self._sized
+            if sized:
+                rows = rows[:1]
+                self._note(rows, mean_rows[done : done + 1])
+            means = None if together is None else together[done : done + len(rows)]
+            updates, stop = (self.updates - 1, math.inf) if sized else (self.updates, self.threshold**SIZED)
+            evidence = native(rows, self.means, means, updates, stop)
+            if not sized:
+                self._note(rows[: len(evidence)], mean_rows[done : done + len(evidence)])
+            self._weigh(float(evidence[-1]))
+            done += len(evidence)
+            yield from [False] * (len(evidence) - 1)
+            yield self.drifted
 
     def _steps(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> Iterator[bool]:
         directions, draws = self._directions, list[Draw]()
@@ -142,7 +176,7 @@ class Drift:
         bets = self._bank.prepare(p, places, bounds)
         heard, taught = NORMAL.take(places), np.minimum(np.maximum(silent, -FARTHEST), FARTHEST)
         for i, (row, mean_row) in enumerate(zip(scores, mean_rows, strict=True)):
-            self._note(row, mean_row)
+            self._note(row[None], [mean_row])
             along = [] if directions is None else directions.ranked(row, draws[i])
             multiple = self._bank.place(bets[i], self.updates, [min(int(each * CELLS), CELLS - 1) for each in along])
             if directions is not None:
@@ -161,16 +195,16 @@ class Drift:
                 draws.append(self._directions.draw(self._rng, ahead))
         return self._bags.rank(scores[:, : len(self._bags)], lots)
 
-    def _note(self, scores: NDArray[np.float32], mean_row: NDArray[np.float32] | None) -> None:
-        """What the gauges need of a request, before anything learns from it."""
-        self.updates += 1
-        self._ungauged.append(scores)
-        self._rows.append(scores)
-        self._mean_rows.append(mean_row)
+    def _note(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> None:
+        """What the gauges need of requests; of one with evidence, before anything learns from it."""
+        self.updates += len(scores)
+        self._ungauged.extend(scores)
+        self._rows.extend(scores)
+        self._mean_rows.extend(mean_rows)
         if len(self._ungauged) >= GAUGED:
             self._gauge()
         if self._sized:
-            self._effect.observe(*self._places(scores, mean_row), self.tolerated_share)
+            self._effect.observe(*self._places(scores[0], mean_rows[0]), self.tolerated_share)
 
     @property
     def drifted(self) -> bool:
@@ -229,7 +263,7 @@ class Drift:
         if not self.drifted or not 0 < n < RECENT:
             return self._faded_rank_shift(self.gauge_error)
         ranks = self._score_ranks(np.array(list(self._rows)[-n:]))
-        return _less_error(ranks.mean(axis=0) - 0.5, n**-0.5)
+        return less_error(ranks.mean(axis=0) - 0.5, n**-0.5)
 
     @property
     def sure_rank_shift(self) -> Floats:
@@ -318,7 +352,13 @@ class Drift:
         self._ungauged = []
         self._rows = deque(state.get("rows", ()), maxlen=RECENT)
         self._mean_rows = deque([None] * len(self._rows), maxlen=RECENT)
+        self._native = self._native_parts()
         return self
+
+    def _native_parts(self) -> NativeSteps | None:
+        code = native()
+        parts = (self._rng, self._margin, self._bags, self._bank, self._directions)
+        return None if code is None else NativeSteps(code, *parts)
 
     def _evidence(self) -> float:
         """The weighted mean of all R."""
@@ -339,7 +379,7 @@ class Drift:
         self._gauge()
         if self._seen[0] == 0:
             return np.zeros(len(self._shift))
-        return _less_error(self._shift / self._seen[0], error)
+        return less_error(self._shift / self._seen[0], error)
 
     def _weigh(self, evidence: float) -> None:
         """What follows from the evidence after a request."""
@@ -389,50 +429,22 @@ class Drift:
         """Take in the rows that wait. One after another, so that it does not matter how many wait."""
         if not self._ungauged:
             return
-        ranks = self._score_ranks(np.array(self._ungauged)) - 0.5
+        rows, fade = np.array(self._ungauged), _GAUGE_FADE
         self._ungauged = []
+        if (code := native()) is not None:
+            size = self._reference.shape[1]
+            shift, k = at(self._shift), len(self._shift)
+            code.gauge(at(self._reference), k, size, at(rows), rows.shape[1], len(rows), fade, shift)
+        else:
+            for row in np.ascontiguousarray(self._score_ranks(rows) - 0.5):
+                self._shift *= fade
+                self._shift += row
         weight, squares = self._seen.tolist()
-        for row in np.ascontiguousarray(ranks):
-            self._shift *= _GAUGE_FADE
-            self._shift += row
-            weight, squares = weight * _GAUGE_FADE + 1, squares * (_GAUGE_FADE * _GAUGE_FADE) + 1
+        for _ in rows:
+            weight, squares = weight * fade + 1, squares * (fade * fade) + 1
         self._seen[:] = weight, squares
 
 
 def _effect_size(scores: int, directions: int, size: int) -> EffectSize:
     rising = directions + len(MEAN_HALF_LIVES)
     return EffectSize(scores + rising, size, rising)
-
-
-def _less_error(shift: Floats, error: float) -> Floats:
-    """What is left of a mean rank when its standard error is taken off; `error` for a standard deviation of 1."""
-    return np.sign(shift) * np.maximum(np.abs(shift) - error / math.sqrt(12), 0)
-
-
-def all_finite(rows: NDArray[np.float32]) -> bool:
-    """No number of float32 rows is infinite or none: in float64 their sum cannot overflow."""
-    return math.isfinite(np.add.reduce(rows, axis=None, dtype=np.float64))
-
-
-_WORD = (1 << 64) - 1
-
-
-def rng_state(rng: np.random.Generator) -> NDArray[np.uint64]:
-    """PCG64's two 128-bit numbers and its half-used word, as six 64-bit ones."""
-    inner = rng.bit_generator.state
-    numbers: Sequence[int] = (inner["state"]["state"], inner["state"]["inc"])
-    words = [part for number in numbers for part in (number >> 64, number & _WORD)]
-    return np.array([*words, inner["has_uint32"], inner["uinteger"]], np.uint64)
-
-
-def rng_from(words: NDArray[np.uint64]) -> np.random.Generator:
-    """The generator whose `rng_state` this was."""
-    a, b, c, d, has, half = (int(word) for word in words)
-    inner = np.random.PCG64()
-    inner.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": a << 64 | b, "inc": c << 64 | d},
-        "has_uint32": has,
-        "uinteger": half,
-    }
-    return np.random.Generator(inner)

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.bets import CELLS, Floats, State, cells
+from serve.drift.native import DetectorView, at
 
 # Half-lives: in requests, and the last in requests that raised the evidence.
 HALF_LIVES = (16.0, 64.0, 256.0, 48.0)
@@ -66,9 +67,10 @@ class Directions:
         self._heard, self._silent = k - silent, silent
         # The most that the margins allow along each direction, (directions, 1).
         self._allowed = np.zeros((len(HALF_LIVES), 1), np.float32)
-        self._bag = np.empty((capacity + 1, k), np.float32)
-        self._bag[:n] = reference
-        self._size = n
+        # By scores: the requests of one lie side by side.
+        self._bag = np.empty((k, capacity + 1), np.float32)
+        self._bag[:, :n] = reference.T
+        self._size, self._capacity = n, capacity
         self._reference = reference.copy()  # not a view that keeps a larger array
         self._known: NDArray[np.float32] | None = None
         self._learned = np.zeros((len(HALF_LIVES), k))
@@ -79,6 +81,9 @@ class Directions:
         self._pull = np.zeros((len(HALF_LIVES), capacity + 1))
         self._faded = np.ones((len(HALF_LIVES), 1))
         self._place = self._age = 0
+        self._towards = np.zeros((len(HALF_LIVES), k), np.float32)
+        # Which silent scores each direction has.
+        self._silent_part = np.zeros((len(HALF_LIVES), silent), np.float32)
         # What a request weighs; for the last direction it is set by the evidence.
         self._weight = np.ones((len(HALF_LIVES), 1))
         self._turn = turn
@@ -89,7 +94,7 @@ class Directions:
         full bag."""
         ties, m = rng.random(len(HALF_LIVES)).tolist(), self._size + ahead
         # At random among all m + 1, the new one included, as in the scores' bags.
-        return ties, m if m < len(self._bag) - 1 else int(rng.integers(len(self._bag)))
+        return ties, m if m < self._capacity else int(rng.integers(self._capacity + 1))
 
     def rank(self, scores: NDArray[np.float32], rng: np.random.Generator) -> Floats:
         """(directions,) smoothed conformal p-values along each in the bag, which takes the row in."""
@@ -106,11 +111,11 @@ class Directions:
             own = own - self._allowed
         less = [np.count_nonzero(row) for row in along < own - SAME]
         upto = [np.count_nonzero(row) for row in along <= own + SAME]
-        if place == m and m < len(self._bag) - 1:
+        if place == m and m < self._capacity:
             self._size += 1
         else:
             self._along[:, place] = new
-        self._bag[place] = scores
+        self._bag[:, place] = scores
         if self._silent:
             self._pull[:, place] = 0
         self._place = place
@@ -161,18 +166,18 @@ class Directions:
         kept /= length
         self._turn_to(kept.astype(np.float32))
         along = self._along[:, : self._size]
-        np.matmul(self._towards, self._bag[: self._size].T, out=along)
+        np.matmul(self._towards, self._bag[:, : self._size], out=along)
         if self._silent:
             self._pull *= self._faded
             along -= self._pull[:, : self._size] / length
             self._faded[:] = 1
 
     def _turn_to(self, towards: NDArray[np.float32]) -> None:
-        self._towards, self._known = towards, None
+        self._towards[:], self._known = towards, None
         if self._has_margin:
-            self._allowed = (np.abs(towards) @ self._margin)[:, None]
+            self._allowed[:, 0] = np.abs(towards) @ self._margin
         if self._silent:
-            self._silent_part = (towards[:, self._heard :] != 0).astype(np.float32)
+            self._silent_part[:] = towards[:, self._heard :] != 0
 
     def _reference_along(self) -> NDArray[np.float32]:
         """(directions, n): where the reference lies, until they turn."""
@@ -180,9 +185,25 @@ class Directions:
             self._known = self._towards @ self._reference.T
         return self._known
 
+    def show(self, view: DetectorView) -> None:
+        """Where all of it lies, for `serve.drift.native`."""
+        view.directions, view.silent, view.bag_capacity = len(HALF_LIVES), self._silent, self._capacity
+        view.turn = self._turn
+        for name in ("bag", "along", "pull", "faded", "squares", "towards", "allowed", "silent_part"):
+            setattr(view, name, at(getattr(self, f"_{name}")))
+        view.taught, view.direction_fades, view.normal = at(self._learned), at(_FADES), at(NORMAL)
+
+    def give(self, view: DetectorView) -> None:
+        """What a call needs besides the arrays."""
+        view.size, view.age, view.place = self._size, self._age, self._place
+
+    def take_back(self, view: DetectorView) -> None:
+        """What a call changed besides the arrays."""
+        self._size, self._age, self._place, self._known = view.size, view.age, view.place, None
+
     def state(self) -> State:
         return {
-            "bag": self._bag[: self._size].copy(),
+            "bag": self._bag[:, : self._size].T.copy(),
             "reference": self._reference.copy(),
             "learned": self._learned.copy(),
             "squares": self._squares.copy(),

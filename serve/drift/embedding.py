@@ -16,13 +16,14 @@ import json
 import logging
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from serve.drift.native import EmbeddingView, at
 from serve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,26 @@ class Embedding:
     digest: str
     numbers: NDArray[np.bool_] | None = None
     narrow: NDArray[np.int8] | None = None
+    # Where all of it lies, for `serve.drift.native`.
+    shown: EmbeddingView = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("table", "weights", "narrow"):
+            array, dtype = getattr(self, name), np.int8 if name == "narrow" else np.float32
+            object.__setattr__(self, name, None if array is None else np.ascontiguousarray(array, dtype))
+        shown = EmbeddingView(at(self.table), at(self.weights), vocabulary=len(self.table), dimensions=self.dimensions)
+        if self.narrow is not None:
+            shown.narrow, shown.width = at(self.narrow), self.narrow.shape[1]
+        object.__setattr__(self, "shown", shown)
+
+    @property
+    def dimensions(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def mean_width(self) -> int:
+        """Numbers of a mean row."""
+        return 0 if self.narrow is None else self.narrow.shape[1]
 
     @classmethod
     def of(cls, checkpoint: Path, *, dimensions: int = DIMENSIONS, seed: int = 0) -> Self:

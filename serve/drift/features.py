@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from ctypes import addressof
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
@@ -30,6 +31,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from serve.drift import token_surprise
 from serve.drift.embedding import Embedding
+from serve.drift.native import at, native
+from serve.drift.token_surprise import SKETCH
 
 Floats: TypeAlias = NDArray[np.floating]
 
@@ -73,13 +76,15 @@ class Answer:
 
 def prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Floats:
     """(1 + dimensions,) of a prompt's own tokens; `skipped` more are in its middle that were not looked at."""
-    ids = np.asarray(tokens, np.int64)
-    return np.concatenate(([math.log1p(ids.size + skipped)], embedding.vector(ids)))
+    return whole_prompt_row(embedding, tokens, skipped)[: 1 + embedding.dimensions]
 
 
-def whole_prompt_row(embedding: Embedding, row: Floats, tokens: ArrayLike) -> Floats:
+def whole_prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Floats:
     """A prompt's row with all that comes behind it."""
-    return np.concatenate((row, token_surprise.sketch(tokens), embedding.mean_row(tokens)))
+    ids = np.asarray(tokens, np.int64)
+    row = _row(embedding, ids, 1, mean=True)
+    row[0] = math.log1p(ids.size + skipped)
+    return row
 
 
 def beginning(answer: Answer, tokens: int) -> Answer:
@@ -93,20 +98,17 @@ def beginning(answer: Answer, tokens: int) -> Answer:
 
 
 def answer_rows(embedding: Embedding, prompt: Floats, answer: Answer) -> dict[str, Floats]:
-    """The rows that an answer has; `prompt` is its prompt's row. Nothing of an answer without a token."""
+    """The rows that an answer has, with all that comes behind them; `prompt` is its prompt's row. Nothing of an answer
+    without a token."""
     ids = np.asarray(answer.tokens, np.int64)
     n = ids.size
     if not n:
         return {}
-    length = math.log1p(n)
-    pairs = ids[:-1] << 32 | ids[1:]
-    flags = (
-        float(answer.finish_reason == "length"),
-        float(answer.text is not None and refuses(answer.text)),
-        _distinct(ids),
-        _distinct(pairs) if n > 1 else 1.0,
-    )
-    rows = {OUTPUT: np.concatenate(([length, *flags], embedding.vector(ids)))}
+    row = _row(embedding, ids, len(_LEADS[OUTPUT]), distinct=True)
+    row[0] = length = math.log1p(n)
+    row[1] = answer.finish_reason == "length"
+    row[2] = answer.text is not None and refuses(answer.text)
+    rows = {OUTPUT: row}
     if answer.logprobs is not None:
         logprobs = np.asarray(answer.logprobs, np.float64)
         if logprobs.size and np.isfinite(logprobs).all():
@@ -125,11 +127,6 @@ def names(signal: str, dimensions: int) -> tuple[str, ...]:
     if signal == LOGPROB:
         return _LEADS[signal]
     return _LEADS[signal] + tuple(f"vector_{i}" for i in range(dimensions))
-
-
-def with_sketch(row: Floats, tokens: ArrayLike) -> Floats:
-    """A prompt's or an output's row, and behind it the sketch of its tokens."""
-    return np.concatenate((row, token_surprise.sketch(tokens)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,6 +183,29 @@ class Scale:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray]) -> Self:
         return cls(np.asarray(arrays["centre"], np.float32), np.asarray(arrays["matrix"], np.float32))
+
+
+def _row(
+    embedding: Embedding, ids: NDArray[np.int64], lead: int, *, mean: bool = False, distinct: bool = False
+) -> Floats:
+    """(columns,): `lead` numbers that are free, the vector of these tokens, their sketch, and if asked for their mean
+    row. distinct: the last of those that are free are the shares of distinct tokens and pairs."""
+    sketch = lead + embedding.dimensions
+    behind = sketch + SKETCH
+    row = np.empty(behind + (embedding.mean_width if mean else 0))
+    if (code := native()) is not None:
+        begin, ids = at(row), np.ascontiguousarray(ids)
+        code.features(
+            addressof(embedding.shown), at(ids), len(ids), begin + 8 * lead, begin + 8 * sketch,
+            begin + 8 * behind if len(row) > behind else None, begin + 8 * (lead - 2) if distinct else None,
+        )  # fmt: skip
+        return row
+    row[lead:sketch], row[sketch:behind] = embedding.vector(ids), token_surprise.sketch(ids)
+    if mean:
+        row[behind:] = embedding.mean_row(ids)
+    if distinct:
+        row[lead - 2], row[lead - 1] = _distinct(ids), _distinct(ids[:-1] << 32 | ids[1:]) if len(ids) > 1 else 1.0
+    return row
 
 
 def _distinct(ids: NDArray[np.int64]) -> float:

@@ -24,18 +24,22 @@ first `needed` rows are the reference anew, and the evidence goes on.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.drift.bets import CELLS, MANY_BETS, MOST, Floats, State
+from serve.drift.native import MeanRowsView, at, lots_at, native
 from serve.drift.reference_structure import autocorrelation_time, wandering
 
 HALF_LIVES = (64.0, 256.0)  # in requests
 _FADES = np.array([[0.5 ** (1 / half_life)] for half_life in HALF_LIVES])
+# What a row weighs that is as old.
+_FADED = _FADES ** np.arange(4096.0)
 # Share of the mean variance that is added to every direction before whitening.
 RIDGE = 1.0
 # Directions turn after so many rows.
@@ -68,6 +72,9 @@ class MeanRows:
         self._r = np.zeros((len(HALF_LIVES), MANY_BETS.shape[1]))
         self._page = np.ones_like(self._r)
         self._start = np.zeros(self._r.shape, np.int64)
+        self._view: MeanRowsView | None = None
+        # Where the reference lies along the directions, until they turn.
+        self._known: NDArray[np.float32] | None = None
         self.phase = Phase.GATHERING
 
     @classmethod
@@ -106,7 +113,7 @@ class MeanRows:
         it had `size` rows. Before there is one, a place in its middle."""
         if self.phase is not Phase.RANKING:
             return np.zeros(len(HALF_LIVES), np.intp), np.full(len(HALF_LIVES), size, np.intp)
-        known, own = self._reference_along(), ((row - self._centre) @ self._onto)[:, None]
+        known, own = self._reference_along(), (self._onto @ (row - self._centre))[:, None]
         scale = size / known.shape[1]
         less, upto = np.count_nonzero(known < own - SAME, axis=1), np.count_nonzero(known <= own + SAME, axis=1)
         return (less * scale).astype(np.intp), np.ceil(upto * scale).astype(np.intp)
@@ -121,6 +128,30 @@ class MeanRows:
     def off(self) -> bool:
         """Whether nothing follows of this reference: its bets are none."""
         return self.phase is Phase.OFF
+
+    def shown(self) -> MeanRowsView:
+        """Where all of it lies, for `serve.drift.native`, once it ranks."""
+        view = self._view
+        if view is None:
+            view = self._view = MeanRowsView(
+                width=self._bag.shape[1], capacity=self._capacity, known=len(self._reference), turn=TURN,
+                farthest=float(self._farthest), ages=_FADED.shape[1], lots=lots_at(self._rng), bets=at(MANY_BETS),
+                faded=at(_FADED),
+            )  # fmt: skip
+            for name in _SHOWN:
+                setattr(view, name, at(getattr(self, f"_{name}")))
+        view.size, view.waiting, view.ranked = self._size, self._waiting, self._ranked
+        return view
+
+    def take_back(self) -> None:
+        """What a call changed of what was `shown`, besides the arrays."""
+        view = self._view
+        assert view is not None
+        self._size, self._waiting, self._ranked, self._known = view.size, view.waiting, view.ranked, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has arrays of its own.
+        return vars(self) | {"_view": None}
 
     def state(self) -> State:
         """The evidence alone: no row."""
@@ -159,23 +190,25 @@ class MeanRows:
         self._times = np.zeros(self._capacity + 1)
         self._teaching = np.zeros(self._capacity + 1, np.float32)
         self._leverage = np.zeros(self._capacity + 1)
-        self._known_leverage = np.minimum(np.add.reduce(self._reference**2, axis=1) / n, MOST_LEVERAGE)
+        leverage = np.add.reduce(self._reference**2, axis=1) / n
+        self._known_leverage = np.minimum(leverage, MOST_LEVERAGE).astype(np.float64)
         self._leverage[:n] = self._known_leverage
         # What each would move the directions towards itself by.
         self._pull = np.zeros(self._capacity + 1)
         self._along = np.zeros((len(HALF_LIVES), self._capacity + 1), np.float32)
         self._towards = np.zeros((len(HALF_LIVES), width), np.float32)
         self._mean_part = np.zeros((len(HALF_LIVES), 1))
-        self._onto = np.zeros((width, len(HALF_LIVES)), np.float32)
-        self._waiting: list[tuple[NDArray[np.float32], int]] = []
-        self._ranked = 0
-        self._known: NDArray[np.float32] | None = None
+        self._onto = np.zeros((len(HALF_LIVES), width), np.float32)
+        # Rows that do not teach yet, and their places in the bag.
+        self._waiting_rows = np.zeros((TURN, width), np.float32)
+        self._waiting_places = np.zeros(TURN, np.int64)
+        self._waiting = self._ranked = 0
         self.phase = Phase.RANKING
 
     def _rank(self, row: NDArray[np.float32]) -> list[float]:
         """Smoothed conformal p-values in the bag, which takes the row in."""
         m, centred = self._size, row - self._centre
-        own = (centred @ self._onto)[:, None]
+        own = (self._onto @ centred)[:, None]
         along = self._along[:, :m]
         less = [np.count_nonzero(row) for row in along < own - SAME]
         upto = [np.count_nonzero(row) for row in along <= own + SAME]
@@ -187,16 +220,20 @@ class MeanRows:
             # At random among all m + 1, the new one included, as in the scores' bags.
             place = int(self._rng.integers(m + 1))
         self._along[:, place] = own[:, 0]
-        self._waiting.append((centred, place))
-        if len(self._waiting) >= TURN:
+        self._waiting_rows[self._waiting], self._waiting_places[self._waiting] = centred, place
+        self._waiting += 1
+        if self._waiting >= TURN:
             self._turn()
         return [(low + tie * (high - low + 1)) / (m + 1) for low, tie, high in zip(less, ties, upto, strict=True)]
 
     def _turn(self) -> None:
         """Learn from the rows that wait, and rank along what was learned."""
-        places = [place for _, place in self._waiting]
-        rows = np.array([row for row, _ in self._waiting]) @ self._whiten
-        self._waiting = []
+        if (code := native()) is not None:
+            code.turn(ctypes.addressof(self.shown()))
+            self.take_back()
+            return
+        places, rows = self._waiting_places[: self._waiting], self._waiting_rows[: self._waiting] @ self._whiten
+        self._waiting = 0
         squares = np.add.reduce(rows * rows, axis=1)
         # Of two rows in one place the later one stays.
         self._bag[places] = rows
@@ -213,7 +250,7 @@ class MeanRows:
         farther = FARTHER * (self._along[:, :m] - centre) / spread - FARTHER**2 / 2
         odds = SHARE / (1 - SHARE) * np.exp(np.minimum(farther, 20))
         self._learn(weights * odds / (1 + odds))
-        self._onto = self._whiten @ self._towards.T
+        self._onto[:] = (self._whiten @ self._towards.T).T
 
     def _learn(self, weights: Floats) -> None:
         """Directions of what the rows of the bag teach by `weights`, (directions, m), and where the rows lie along
@@ -223,8 +260,8 @@ class MeanRows:
         taught = (weights * self._teaching[:m]).astype(np.float32)
         learned = taught @ bag
         length = np.maximum(np.sqrt(np.add.reduce(learned**2, axis=1, keepdims=True)), 1e-12)
-        self._towards, self._known = learned / length, None
-        self._mean_part = np.add.reduce(taught, axis=1, keepdims=True) / length
+        self._towards[:], self._known = learned / length, None
+        self._mean_part[:] = np.add.reduce(taught, axis=1, keepdims=True) / length
         own = weights * self._pull[:m] / length
         self._along[:, :m] = (self._towards @ bag.T - own + self._mean_part * leverage) / (1 - leverage)
 
@@ -247,6 +284,21 @@ class MeanRows:
         np.putmask(self._start, self._page <= 1, now)
 
 
+_SHOWN: tuple[str, ...] = (
+    "centre",
+    "whiten",
+    "reference",
+    "bag",
+    "along",
+    "pull",
+    "leverage",
+    "known_leverage",
+    "teaching",
+    "times",
+)
+_SHOWN += ("towards", "onto", "mean_part", "waiting_rows", "waiting_places", "r", "page", "start")
+
+
 def _exchangeable(rows: NDArray[np.float32], rng: np.random.Generator) -> bool:
     """Nothing speaks against it: rows near in time are no more alike than others, and nothing changes slowly."""
     return autocorrelation_time(rows) == 1 and not wandering(rows, rng).any()
@@ -257,4 +309,4 @@ def _whitening(centred: NDArray[np.float32]) -> NDArray[np.float32]:
     covariance = centred.T @ centred / len(centred)
     covariance += (RIDGE * np.trace(covariance) / len(covariance) + 1e-9) * np.eye(len(covariance), dtype=np.float32)
     values, vectors = np.linalg.eigh(covariance.astype(np.float64))
-    return (vectors / np.sqrt(np.maximum(values, 1e-12))).astype(np.float32)
+    return np.ascontiguousarray(vectors / np.sqrt(np.maximum(values, 1e-12)), np.float32)

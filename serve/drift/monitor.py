@@ -24,6 +24,7 @@ from serve.drift.baseline_files import BaselineFiles, from_zip, to_zip, version_
 from serve.drift.drift_report import FalseAlarms, drift_metrics, summary_row, version_report
 from serve.drift.embedding import Embedding
 from serve.drift.features import LOGPROB, PROMPT
+from serve.drift.native import native
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
 from serve.drift.parameter_strata import most_common
 from serve.drift.probe_comparison import ProbeAnswers
@@ -155,6 +156,7 @@ class DriftMonitor(Collector):
 
     def learn(self, base: str, embedding: Embedding, tokenizer: str = "", text: RequestText | None = None) -> None:
         """Watch the versions of a base from now on; `tokenizer` is a digest, `text` decodes prompts."""
+        native()  # compiled before the first request
         with self._lock:
             known = self._models.get(base)
             if known and (known[0].digest, known[1]) == (embedding.digest, tokenizer):

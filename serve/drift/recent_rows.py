@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -24,10 +25,15 @@ class RecentRows:
 
     def append(self, row: Rows, most: int) -> None:
         """Keep `row` as the newest of at most `most`."""
+        self.extend(row[None], most)
+
+    def extend(self, rows: Rows, most: int) -> None:
+        """Keep these rows (n, columns), the newest last, of at most `most`."""
         if len(self._ring) != most:
             self._resize(most)
-        self._ring[self._count % most] = row
-        self._count += 1
+        latest = rows[-most:]
+        self._count += len(rows)
+        self._ring[np.arange(self._count - len(latest), self._count) % most] = latest
 
     def last(self, count: int | None = None) -> Rows:
         """(n, columns): a copy of the newest `count` rows, or of all, oldest first."""
@@ -45,3 +51,8 @@ class RecentRows:
         self._ring = np.zeros((most, self._columns), np.float32)
         self._ring[: len(rows)] = rows
         self._count = len(rows)
+
+
+def all_finite(rows: NDArray[np.float32]) -> bool:
+    """No number of float32 rows is infinite or none: in float64 their sum cannot overflow."""
+    return math.isfinite(np.add.reduce(rows, axis=None, dtype=np.float64))

@@ -10,15 +10,12 @@ from serve.asgi.exchange import Generation
 from serve.drift.embedding import Embedding
 from serve.drift.features import (
     LOGPROB,
-    OUTPUT,
     PROMPT,
     Answer,
     Floats,
     answer_rows,
     beginning,
-    prompt_row,
     whole_prompt_row,
-    with_sketch,
 )
 from serve.drift.parameter_strata import Stratum
 from serve.drift.token_runs import own_tokens, skipped
@@ -32,9 +29,8 @@ def reference_rows(
     prompts = own_tokens((generation.prompt for generation in generations), embedding.numbers)
     for generation, own in zip(generations, prompts, strict=True):
         each = rows_of_answer(generation, embedding, stratum)
-        prompt = prompt_row(embedding, own, skipped(generation.prompt))
-        each[PROMPT] = whole_prompt_row(embedding, prompt, own)
-        regress_on(prompt, each)
+        each[PROMPT] = whole_prompt_row(embedding, own, skipped(generation.prompt))
+        regress_on(each[PROMPT][: 1 + embedding.dimensions], each)
         for kind, row in each.items():
             rows.setdefault(kind, []).append(row)
     return rows
@@ -45,10 +41,7 @@ def rows_of_answer(generation: Generation, embedding: Embedding, stratum: Stratu
     tokens = np.asarray(generation.output, np.int64)
     answer = Answer(tokens, generation.finish_reason, generation.text, generation.logprobs)
     counted = beginning(answer, stratum.tokens)
-    rows = answer_rows(embedding, np.zeros(0), counted)
-    if OUTPUT in rows:
-        rows[OUTPUT] = with_sketch(rows[OUTPUT], counted.tokens)
-    return rows
+    return answer_rows(embedding, np.zeros(0), counted)
 
 
 def regress_on(prompt: Floats, rows: dict[str, Floats]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.drift.bets import Floats
+from serve.drift.native import DetectorView, at
 
 
 class ScoreBags:
@@ -19,7 +20,9 @@ class ScoreBags:
     """
 
     def __init__(self, columns: NDArray[np.float32], capacity: int, margin: NDArray[np.float32]) -> None:
-        self._bags = [array("f", np.ascontiguousarray(column).tobytes()) for column in columns]
+        k, self._size = columns.shape
+        self._bags = np.empty((k, capacity + 1), np.float32)
+        self._bags[:, : self._size] = columns
         self._capacity = capacity
         self._bound = np.flatnonzero(margin)
         self._margin = margin[self._bound]
@@ -31,11 +34,23 @@ class ScoreBags:
     @property
     def size(self) -> int:
         """Entries of each bag."""
-        return len(self._bags[0])
+        return self._size
 
     def sorted(self) -> NDArray[np.float32]:
         """(k, m): a copy."""
-        return np.array([np.frombuffer(bag, np.float32) for bag in self._bags])
+        return self._bags[:, : self._size].copy()
+
+    def show(self, view: DetectorView) -> None:
+        """Where the bags lie, for `serve.drift.native`."""
+        view.scores, view.capacity, view.bags = len(self._bags), self._capacity, at(self._bags)
+
+    def give(self, view: DetectorView) -> None:
+        """What a call needs besides the arrays."""
+        view.bags_size = self._size
+
+    def take_back(self, view: DetectorView) -> None:
+        """What a call changed besides the arrays."""
+        self._size = view.bags_size
 
     def lots(self, rng: np.random.Generator, ahead: int) -> tuple[Floats, Sequence[int | None]]:
         """The random numbers of the row that comes after `ahead` others: where its ties lie, and which of a full bag's
@@ -56,8 +71,8 @@ class ScoreBags:
         leave = zip(*(out for _, out in lots), strict=True)
         within = self._margins(scores)
         less, upto = list[int](), list[int]()
-        for i, (bag, column, left) in enumerate(zip(self._bags, scores.T.tolist(), leave, strict=True)):
-            seen = within.get(i)
+        for i, (entries, column, left) in enumerate(zip(self._bags, scores.T.tolist(), leave, strict=True)):
+            seen, bag = within.get(i), array("f", entries[: self._size].tobytes())
             for score, out in zip(column, left, strict=True):
                 if seen is not None:
                     seen.see(bag)
@@ -69,6 +84,8 @@ class ScoreBags:
                 bag.insert(place, score)
                 if out is not None:
                     del bag[out]
+            entries[: len(bag)] = np.frombuffer(bag, np.float32)
+        self._size = min(self._size + len(scores), self._capacity)
         below, above = (np.array(counts).reshape(len(self), -1).T for counts in (less, upto))
         p = (below + np.array([ties for ties, _ in lots]) * (above - below + 1)) / sizes
         if not within:

@@ -133,19 +133,21 @@ class OpeningWatch:
 
     def update(self, runs: NDArray[np.uint64], now: float) -> None:
         """Take in the shared runs of an accepted request."""
-        known = np.zeros(len(runs), np.bool_)
-        if len(self._known):
-            places = np.minimum(self._known.searchsorted(runs), len(self._known) - 1)
-            known = self._known[places] == runs
-        both = int(np.count_nonzero(known))
         if len(self._lengths) < OPENING_NEEDED:
-            if both < len(runs) and len(self._known) < MOST_RUNS:
-                self._known = np.union1d(self._known, runs[~known])
+            if len(self._known) < MOST_RUNS:
+                self._known = np.union1d(self._known, runs)
             self._lengths.append(len(runs))
             self._usual = float(np.median(self._lengths)) if len(self._lengths) == OPENING_NEEDED else 0.0
             return
+        both = int(np.count_nonzero(self._among(runs)))
         carried = len(runs) - both <= max(RUN, len(runs) / 10) and both >= (self._usual - RUN) / 2
         self.share.update(carried, now)
+
+    def _among(self, runs: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(runs,): which are known."""
+        if not len(self._known):
+            return np.zeros(len(runs), np.bool_)
+        return self._known.take(self._known.searchsorted(runs), mode="clip") == runs
 
     def acknowledge(self) -> None:
         """The alarm has been dealt with: the openings are learned anew."""

@@ -19,14 +19,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.common_tokens import COMMON, CommonTokens
-from serve.drift.detector import Drift, all_finite
+from serve.drift.detector import Drift
 from serve.drift.effect_size import EFFECT_HALF_LIFE
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
 from serve.drift.mean_rows import MeanRows
-from serve.drift.recent_rows import RecentRows, Rows
+from serve.drift.recent_rows import RecentRows, Rows, all_finite
 from serve.drift.reference_structure import ReferenceStructure, fit, gauge_range
 from serve.drift.state_arrays import below, prefixed
+from serve.drift.token_scores import TokenScores
 from serve.drift.token_surprise import NAMES, SKETCH, TokenSurprise
 from serve.drift.tolerance import Tolerance, beyond_error
 
@@ -72,8 +73,7 @@ class Signal:
         self.names = names(kind, dimensions)
         # Beside its three scores, a logprob row carries length and the prompt's row, which are regressed on.
         self._columns = len(self.names) + (dimensions + 2 if kind == LOGPROB else 0)
-        self._surprise: TokenSurprise | None = None
-        self._common: CommonTokens | None = None
+        self._tokens: TokenScores | None = None
         self.samples = 0  # rows watched, the reference not among them
         self.alarms = 0
         self.alarmed_at: int | None = None  # in samples
@@ -136,17 +136,18 @@ class Signal:
         if means is not None and detector.means is None:
             detector.means = MeanRows(self.needed, self._seed)
         detector.tolerated_share = self.tolerance.foreign_share
-        units = [structure.unit(scores) for scores in scale.each(raws)]
-        full = [i for i, unit in enumerate(units) if unit is not None]
-        mean_rows = [None] * len(full) if means is None else [means[i] for i in full]
-        steps = detector.steps([units[i] for i in full], mean_rows) if full else iter(())
-        for raw, moved, unit in zip(raws, raws - scale.centre, units, strict=True):
+        scores = scale.each(raws)
+        units = list(scores) if structure.exchangeable else [structure.unit(each) for each in scores]
+        full = [unit for unit in units if unit is not None]
+        steps = detector.steps(full, [None] * len(full) if means is None else means) if full else iter(())
+        drifted, kept = detector.drifted, 0
+        for i in range(len(raws)):
             self.samples += 1
-            self._rows.append(raw, self.needed)
-            self._recent *= _EFFECT_FADE
-            self._recent += moved
-            self._weight = self._weight * _EFFECT_FADE + 1
-            drifted = detector.drifted if unit is None else next(steps)
+            if units[i] is not None:
+                drifted = next(steps)
+            if drifted or i == len(raws) - 1:
+                self._keep(raws[kept : i + 1], scale)
+                kept = i + 1
             alarms = self.alarmed_at is None and drifted and detector.sure and self._matters(detector)
             if alarms:
                 self._began_at = self.changed_at or 0
@@ -154,6 +155,14 @@ class Signal:
                 self.alarms += 1
             yield alarms
         next(steps, None)
+
+    def _keep(self, raws: NDArray[np.float32], scale: Scale) -> None:
+        """What is kept of requests besides what the detector does."""
+        self._rows.extend(raws, self.needed)
+        for moved in raws - scale.centre:
+            self._recent *= _EFFECT_FADE
+            self._recent += moved
+            self._weight = self._weight * _EFFECT_FADE + 1
 
     @property
     def drifted(self) -> bool:
@@ -292,10 +301,10 @@ class Signal:
             arrays |= prefixed(self._structure.state(), "structure.")
             arrays |= prefixed(self._scale.arrays(), "scale.")
             arrays |= prefixed(self._detector.state(), "detector.")
-        if self._surprise is not None:
-            arrays |= prefixed(self._surprise.arrays(), "surprise.")
-        if self._common is not None:
-            arrays |= prefixed(self._common.arrays(), "common.")
+        if self._tokens is not None:
+            arrays |= prefixed(self._tokens.surprise.arrays(), "surprise.")
+            if self._tokens.common is not None:
+                arrays |= prefixed(self._tokens.common.arrays(), "common.")
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
         return arrays | {
             "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at])
@@ -312,7 +321,7 @@ class Signal:
             # Earlier releases had no frequent tokens.
             common = below(state, "common.")
             surprise = TokenSurprise.from_arrays(below(state, "surprise."))
-            self._score_tokens(surprise, CommonTokens.from_arrays(common) if common else None)
+            self._score_tokens(TokenScores(surprise, CommonTokens.from_arrays(common) if common else None))
         if "gathered" in state:
             rows = np.asarray(state["gathered"], np.float32)
             if len(rows) and rows.shape[1] != self._columns:
@@ -336,11 +345,11 @@ class Signal:
         """Rows (n, columns) as the scale takes them, and the sketches of their tokens where those are still needed."""
         columns = self._own_columns
         carried = rows[:, columns : columns + SKETCH] if rows.shape[1] >= columns + SKETCH else None
-        if carried is None and (rows.shape[1] != columns or self._surprise is not None):
+        if carried is None and (rows.shape[1] != columns or self._tokens is not None):
             raise ValueError(f"a row of {self.kind} has {columns} numbers; this one has {rows.shape[1]}")
         raw = rows[:, :columns]
-        if self._surprise is not None and carried is not None:
-            raw, carried = np.concatenate((raw, *self._of_tokens(carried)), axis=1), None
+        if self._tokens is not None and carried is not None:
+            raw, carried = np.concatenate((raw, self._tokens(carried)), axis=1), None
         if not all_finite(raw):
             raise ValueError(f"a row of {self.kind} holds a number that is not finite; leave the request out")
         return raw, carried
@@ -348,7 +357,7 @@ class Signal:
     @property
     def _own_columns(self) -> int:
         """Numbers of a row before those that are made of its tokens."""
-        return self._columns if self._surprise is None else self._columns - len(NAMES) - self.silent
+        return self._columns if self._tokens is None else self._columns - self._tokens.columns
 
     def _means(self, rows: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """(n, numbers) what comes behind the sketches of the tokens."""
@@ -370,7 +379,7 @@ class Signal:
         rows = self._gathered
         if 2 * len(self._sketches) >= self.needed:
             rows = self._scored(sorted(self._sketches))
-        surprises = len(NAMES) if self._surprise is not None else 0
+        surprises = len(NAMES) if self._tokens is not None else 0
         self._scale, self._structure, reference = fit(
             self.kind, rows, surprises=surprises, common=self.silent, seed=self._seed, ordered=self._ordered
         )
@@ -415,35 +424,25 @@ class Signal:
         """
         fitting = [self._sketches[number] for number in numbers[::2]]
         surprise, scores = TokenSurprise.fit(fitting)
-        self._score_tokens(surprise, CommonTokens.fit(fitting) if self.kind == PROMPT else None)
-        rows = []
-        for i, number in enumerate(numbers):
-            tokens = list(self._of_tokens(self._sketches[number]))
-            if i % 2 == 0:
-                tokens[0] = scores[i // 2]  # as if it had not been among those that it fitted
-            rows.append(np.concatenate((self._gathered[number], *tokens)))
-        return rows
+        tokens = TokenScores(surprise, CommonTokens.fit(fitting) if self.kind == PROMPT else None)
+        self._score_tokens(tokens)
+        scored = tokens(np.array([self._sketches[number] for number in numbers], np.float32))
+        scored[::2, : len(NAMES)] = scores  # as if they had not been among those that they fitted
+        return [np.concatenate((self._gathered[number], row)) for number, row in zip(numbers, scored, strict=True)]
 
     @property
     def silent(self) -> int:
         """How many of the last columns only help to learn directions."""
-        return 0 if self._common is None else COMMON
+        return 0 if self._tokens is None or self._tokens.common is None else COMMON
 
     @property
     def _scores(self) -> int:
         return len(self.names) + self.silent
 
-    def _of_tokens(self, sketch: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-        """The columns that are made of a sketch."""
-        if self._surprise is not None:
-            yield self._surprise(sketch)
-        if self._common is not None:
-            yield self._common(sketch)
-
-    def _score_tokens(self, surprise: TokenSurprise, common: CommonTokens | None) -> None:
+    def _score_tokens(self, tokens: TokenScores) -> None:
         """From now on rows carry a sketch of their tokens, which becomes their last columns."""
-        if self._surprise is None:
+        if self._tokens is None:
             self.names += NAMES
-            self._columns += len(NAMES) + (0 if common is None else COMMON)
+            self._columns += tokens.columns
             self._rows = RecentRows(self._columns)
-        self._surprise, self._common = surprise, common
+        self._tokens = tokens

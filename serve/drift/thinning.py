@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.share_watch import OpeningWatch, ShareWatch
 from serve.drift.state_arrays import below, prefixed
-from serve.drift.token_runs import AHEAD, NUMBER, SharedRuns, Words, hashed_runs
+from serve.drift.token_runs import AHEAD, MINIMA, Own, SharedRuns, Words
 
 Item = TypeVar("Item")
 
@@ -42,12 +42,10 @@ WINDOW = 64
 MOST_BETWEEN = 1000
 # Where more of the requests come from askers within their interval, their rule has to come to its steady state too.
 RETURNING = 0.05
-SHORT_RUN = 3
-# 4 bands of 3 minima: 94 of 100 prompts that share 80 % of their runs are found, 3 of 100 that share 20 %.
-BANDS, MINIMA = 4, 3
+# Bands of three minima: 94 of 100 prompts that share 80 % of their runs are found, 3 of 100 that share 20 %.
+BANDS = MINIMA // 3
 # The share of requests that is accepted, over so many raw ones, is an alarm below a third of what it was.
 SAMPLING_WINDOW, SAMPLING_FALL = 512, 1 / 3
-_TURNS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, BANDS * MINIMA, np.uint64) * 2 + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +95,7 @@ class Thinning(Generic[Item]):
         self.opening = OpeningWatch()
         self._interval, self._window, self._warm_up = interval, window, warm_up
         self._ahead, self._numbers = ahead, numbers
-        self._shared = SharedRuns()
+        self._shared = SharedRuns(numbers)
         self._waiting: deque[_Waiting[Item]] = deque()
         # When each was last seen (prompts, bands) or accepted (askers), in raw requests; the oldest first.
         self._raw = 0
@@ -112,10 +110,7 @@ class Thinning(Generic[Item]):
     def offer(self, item: Item, *, tokens: ArrayLike, now: float, key: int | None = None) -> Taken[Item] | None:
         """Take in a request. Returns the one that came `ahead` requests before, if it is accepted."""
         ids = np.array(tokens, np.int64)
-        words = Words.of(ids, self._numbers)
-        waiting = _Waiting(item, words, words.runs(), _digest(ids.tobytes()), key, now)
-        self._shared.learn(waiting.runs)
-        self._waiting.append(waiting)
+        self._waiting.append(_Waiting(item, *self._shared.read(ids), _digest(ids.tobytes()), key, now))
         return self._decide(self._waiting.popleft()) if len(self._waiting) > self._ahead else None
 
     def flush(self) -> list[Taken[Item]]:
@@ -124,9 +119,8 @@ class Thinning(Generic[Item]):
         return [taken for taken in decided if taken is not None]
 
     def _decide(self, request: _Waiting[Item]) -> Taken[Item] | None:
-        shared = self._shared.among(request.runs)
-        own = request.words.own(shared)
-        reason = self._reason(request, request.words.symbols[own], own.all())
+        own = self._shared.split(request.words, request.runs)
+        reason = self._reason(request, own)
         if not self._steady:
             self._steady = self._is_steady(request.now)
             reason = WARMING_UP if reason == ACCEPTED else reason
@@ -136,17 +130,17 @@ class Thinning(Generic[Item]):
         self.counts[reason] += 1
         if reason != ACCEPTED:
             return None
-        self.opening.update(request.runs[shared], request.now)
-        return Taken(request.item, request.words.kept(own), request.words.tokens)
+        self.opening.update(own.shared_runs, request.now)
+        return Taken(request.item, own.tokens, request.words.tokens)
 
-    def _reason(self, request: _Waiting[Item], rest: NDArray[np.int64], alone: bool) -> str:
+    def _reason(self, request: _Waiting[Item], own: Own) -> str:
         # All of it is learned from every request, also from one that is left out: a chain of near-duplicates stays out.
         self._raw += 1
         repeated = self._seen(self._prompts, request.digest)
         near = False
         if not repeated:
-            near = not alone and not (rest != NUMBER).any()
-            for band in _signature(rest):
+            near = not own.whole and not own.words
+            for band in _bands(own.minima):
                 near |= self._seen(self._bands, band)
         crowded = request.key is not None and self._crowded(request.key, request.now)
         self._returned += crowded
@@ -214,7 +208,7 @@ class Thinning(Generic[Item]):
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the thinning was whose `state()` this is, or what an heir takes over of it (`inherited`)."""
-        self._shared = SharedRuns.from_state(below(state, "shared."))
+        self._shared = SharedRuns.from_state(below(state, "shared."), self._numbers)
         for name, memory in (("prompts", self._prompts), ("bands", self._bands)):
             digests = (bytes(row) for row in state[name])
             memory.update(zip(digests, state[f"{name}.raw"].tolist(), strict=True))
@@ -260,20 +254,11 @@ class Shuffle(Generic[Item]):
         return [block[i] for i in self._rng.permutation(len(block))]
 
 
-def _signature(symbols: NDArray[np.int64]) -> list[bytes]:
-    """The bands of a prompt; a short one is a run of its own."""
-    if not len(symbols):
-        return []
-    runs = hashed_runs(symbols, min(SHORT_RUN, len(symbols)))
-    minima = np.minimum.reduce(_hashes(runs), axis=1) >> np.uint64(16)
-    bands = minima.reshape(BANDS, MINIMA)
-    return [_digest(bytes([i]) + band.tobytes()) for i, band in enumerate(bands)]
-
-
-def _hashes(runs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """(minima, runs): one order of all runs a row, by all but the last 16 bits."""
-    mixed = runs ^ (runs >> np.uint64(31))
-    return mixed * _TURNS[:, None]
+def _bands(minima: NDArray[np.uint64]) -> list[bytes]:
+    """The digests of a prompt's bands; none of one without symbols."""
+    data = minima.tobytes()
+    size = len(data) // BANDS
+    return [_digest(bytes([i]) + data[i * size : (i + 1) * size]) for i in range(BANDS)] if data else []
 
 
 _DIGEST = 16

@@ -13,11 +13,14 @@ to the next that needs it. Runs are kept as hashes, not as tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from ctypes import addressof
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from serve.drift.native import SharedRunsView, at, native
 
 # Tokens of a run that says what is shared: long enough that prompts do not share it by grammar.
 RUN = 6
@@ -31,22 +34,27 @@ AHEAD = 8
 MOST_TOKENS = 8192
 NUMBER = -1
 _EDGE = -2
+# Of a signature: tokens of a run, and orders of all runs.
+SHORT_RUN, MINIMA = 3, 12
 _PLACES = 15
 _LARGEST = 1e30
 _GROWTH = 2 ** (1 / HALF_LIFE)
 _FACTORS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, RUN, np.uint64) * 2 + 1
+_TURNS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, MINIMA, np.uint64) * 2 + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Words:
     """A prompt: its tokens, and the symbols that are compared, a number being one symbol.
 
-    symbol_of: (tokens,) the place of each token's symbol, or None where each token is its own.
+    symbol_of: (tokens,) the place of each token's symbol, or None where each token is its own. at: where all of it lies
+    in one piece (`SharedRuns.read`); 0 where it does not.
     """
 
     tokens: NDArray[np.int32]
     symbols: NDArray[np.int64]
     symbol_of: NDArray[np.intp] | None
+    at: int = 0
 
     @classmethod
     def of(cls, tokens: ArrayLike, numbers: NDArray[np.bool_] | None = None) -> Self:
@@ -86,6 +94,21 @@ class Words:
         return self.tokens[own if self.symbol_of is None else own[self.symbol_of]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Own:
+    """What a prompt does not share with recent ones, and the runs that it shares.
+
+    minima: (MINIMA,) of its symbols (`signature`), none of no symbol. words: one of them is no number. whole: it shares
+    nothing.
+    """
+
+    tokens: NDArray[np.int32]
+    shared_runs: NDArray[np.uint64]
+    minima: NDArray[np.uint64]
+    words: bool
+    whole: bool
+
+
 def skipped(tokens: Sized) -> int:
     """How many tokens in the middle of a prompt are not looked at."""
     return max(0, len(tokens) - MOST_TOKENS)
@@ -104,21 +127,88 @@ def hashed_runs(symbols: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
     return runs
 
 
-class SharedRuns:
-    """How many recent prompts hold each run, as far as it comes again."""
+def signature(symbols: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """(MINIMA,): the least hash of its runs in each of so many orders (MinHash); a short text is a run of its own."""
+    if not len(symbols):
+        return np.zeros(0, np.uint64)
+    runs = hashed_runs(symbols, min(SHORT_RUN, len(symbols)))
+    # One order of all runs a row, by all but the last 16 bits.
+    mixed = (runs ^ (runs >> np.uint64(31))) * _TURNS[:, None]
+    return np.minimum.reduce(mixed, axis=1) >> np.uint64(16)
 
-    def __init__(self) -> None:
+
+class SharedRuns:
+    """How many recent prompts hold each run, as far as it comes again. numbers: as `Words.of` takes them."""
+
+    def __init__(self, numbers: NDArray[np.bool_] | None = None) -> None:
+        self._numbers = None if numbers is None else np.ascontiguousarray(numbers)
+        self._native, self._view = native(), SharedRunsView()
+        # Of the prompt that was read last: how many tokens, symbols and runs it has. And what `split` counts.
+        self._sizes, self._found = np.zeros(3, np.int64), np.zeros(4, np.int64)
         self._tags = np.zeros(1 << _PLACES, np.uint32)
         # In units that grow with every prompt, so that older ones count less.
         self._counts = np.zeros(1 << _PLACES, np.float32)
         self._unit = 1.0
 
-    def learn(self, runs: NDArray[np.uint64]) -> None:
-        """Count the runs of one prompt; a run that it holds twice counts once."""
+        # Both stay where they are.
+        self._view.tags, self._view.counts, self._view.factors = at(self._tags), at(self._counts), at(_FACTORS)
+        self._view.turns = at(_TURNS)
+        if self._numbers is not None:
+            self._view.numbers, self._view.vocabulary = at(self._numbers), len(self._numbers) - 1
+        self._view_at = addressof(self._view)
+        self._sizes_at, self._found_at = at(self._sizes), at(self._found)
+
+    def read(self, tokens: NDArray[np.int64]) -> tuple[Words, NDArray[np.uint64]]:
+        """The words of one prompt, and its runs, which are learned."""
+        if self._native is None:
+            words = Words.of(tokens, self._numbers)
+            runs = words.runs()
+            self.learn(runs)
+            return words, runs
+        self._grow()
+        n = min(len(tokens), MOST_TOKENS)
+        # Symbols, where each token's is, runs, and tokens of half a word.
+        piece = np.empty(3 * n + (n + 1) // 2, np.int64)
+        begin, tokens_at = at(piece), at(tokens)
+        self._native.learn(
+            self._view_at, tokens_at, len(tokens), self._unit, begin + 24 * n, begin, begin + 8 * n, begin + 16 * n,
+            self._sizes_at,
+        )  # fmt: skip
+        _, symbols, runs = self._sizes.tolist()
+        words = Words(piece[3 * n :].view(np.int32)[:n], piece[:symbols], piece[n : 2 * n], begin)
+        return words, piece[2 * n : 2 * n + runs].view(np.uint64)
+
+    def split(self, words: Words, runs: NDArray[np.uint64]) -> Own:
+        """What of a prompt is its own now."""
+        if self._native is None or not words.at:
+            shared = self.among(runs)
+            own = words.own(shared)
+            rest = words.symbols[own]
+            tokens, has_words = words.kept(own), bool((rest != NUMBER).any())
+            return Own(tokens, runs[shared], signature(rest), has_words, len(rest) == len(words.symbols))
+        n, begin = len(words.tokens), words.at
+        self._sizes[:] = n, len(words.symbols), len(runs)
+        piece = np.empty(MINIMA + len(runs) + (n + 1) // 2, np.uint64)
+        out = at(piece)
+        self._native.own(
+            self._view_at, SHARED * self._unit, begin + 24 * n, begin, begin + 8 * n, begin + 16 * n, self._sizes_at,
+            out + 8 * (MINIMA + len(runs)), out + 8 * MINIMA, out, self._found_at,
+        )  # fmt: skip
+        tokens, shared_runs, rest, has_words = self._found.tolist()
+        own_tokens = piece[MINIMA + len(runs) :].view(np.int32)[:tokens]
+        known = piece[MINIMA : MINIMA + shared_runs]
+        return Own(own_tokens, known, piece[: MINIMA if rest else 0], bool(has_words), rest == len(words.symbols))
+
+    def _grow(self) -> None:
+        """What is counted from now on weighs more."""
         self._unit *= _GROWTH
         if self._unit > _LARGEST:
             self._counts /= np.float32(self._unit)
             self._unit = 1.0
+
+    def learn(self, runs: NDArray[np.uint64]) -> None:
+        """Count the runs of one prompt; a run that it holds twice counts once."""
+        self._grow()
         places, tags = _where(runs)
         counts = self._counts.take(places)
         same = self._tags.take(places) == tags
@@ -144,9 +234,9 @@ class SharedRuns:
         return {"places": places.astype(np.uint16), "tags": self._tags[places], "counts": counts}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, NDArray]) -> Self:
+    def from_state(cls, state: Mapping[str, NDArray], numbers: NDArray[np.bool_] | None = None) -> Self:
         """The table whose `state()` this was."""
-        self = cls()
+        self = cls(numbers)
         places = state["places"].astype(np.intp)
         self._tags[places], self._counts[places] = state["tags"], state["counts"]
         return self

@@ -36,7 +36,7 @@ from typing import Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.detector import rng_from, rng_state
+from serve.drift.random_state import rng_from, rng_state
 from serve.rollout.proof_forecast import PROVED, Forecast, ProofGrowth, latest
 
 State: TypeAlias = dict[str, NDArray]

@@ -240,7 +240,7 @@ def _compiler(machine: Machine) -> Iterator[Finding]:
     if path := machine.compiler():
         yield Finding("compiler", "ok", path)
     else:
-        advice = "apt-get install g++: vLLM compiles graphs with it, and on a CPU loradock its kernels"
+        advice = "apt-get install g++: vLLM compiles graphs with it, loradock its watcher, and on a CPU its kernels"
         yield Finding("compiler", "warning", "no C++ compiler", advice)
 
 

@@ -31,10 +31,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def digest(*paths: str, **asked: object) -> str:
-    """Of the Python files there, below the root of the repository, and of what else a stream is asked for."""
-    files = sorted(
-        file for path in paths for file in ([ROOT / path] if path.endswith(".py") else (ROOT / path).glob("*.py"))
-    )
+    """Of the sources there, below the root of the repository, and of what else a stream is asked for."""
+    inside = [[ROOT / path] if path.endswith(".py") else (ROOT / path).glob("*.*") for path in paths]
+    files = sorted(file for files in inside for file in files if file.suffix in (".py", ".cpp", ".h"))
     whole = hashlib.sha256(repr(sorted(asked.items())).encode())
     for file in files:
         whole.update(f"{file.relative_to(ROOT)} {len(file.read_bytes())}\n".encode() + file.read_bytes())

@@ -10,8 +10,8 @@ import pytest
 
 from serve.drift.baseline import Baseline, Phase, Provenance, Signal, Tolerance
 from serve.drift.common_tokens import COMMON
-from serve.drift.features import LOGPROB, OUTPUT, PROMPT, with_sketch
-from serve.drift.token_surprise import NAMES, SKETCH
+from serve.drift.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.token_surprise import NAMES, SKETCH, sketch
 from serve.errors import ConfigError
 
 MINE = Provenance("acme/tone", "1a7b88586afe", embedding="e" * 64, tokenizer="t" * 64, seed=5)
@@ -84,7 +84,7 @@ def test_what_moves_a_little_is_evidence_and_no_alarm():
 def sketched(rng, language=0):
     """A prompt's row with its tokens; another language has other tokens and nothing else."""
     tokens = rng.zipf(1.4, rng.integers(5, 40)) % 5000 + 5000 * language
-    return with_sketch(rng.standard_normal(33), tokens)
+    return np.concatenate((rng.standard_normal(33), sketch(tokens)))
 
 
 @pytest.mark.parametrize(("share", "within"), [(1.0, 15), (0.1, 400)])

@@ -83,5 +83,5 @@ def test_between_two_turns_rows_are_ranked_along_what_was_learned_before():
         directions.rank(rng.standard_normal(5).astype(np.float32), rng)
         directions.teach(rng.random(5), 1.0)
         assert np.array_equal(directions._towards, before) == (request < 4), request
-    along = directions._towards @ directions._bag[: directions._size].T
+    along = directions._towards @ directions._bag[:, : directions._size]
     assert np.allclose(along, directions._along[:, : directions._size], atol=1e-5)

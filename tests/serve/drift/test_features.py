@@ -9,6 +9,7 @@ import pytest
 
 from serve.drift.embedding import Embedding
 from serve.drift.features import CLIP, LOGPROB, OUTPUT, PROMPT, Answer, Scale, answer_rows, names, prompt_row, refuses
+from serve.drift.token_surprise import SKETCH
 
 
 @pytest.fixture
@@ -21,7 +22,8 @@ def test_rows_have_the_scores_that_their_names_say(embedding):
     assert prompt.shape == (33,) == (len(names(PROMPT, 32)),)
     assert prompt[0] == pytest.approx(np.log(4))
     rows = answer_rows(embedding, prompt, Answer([9, 9, 9, 8], "length", "I cannot help with that.", [-1, -2, -3, -2]))
-    output = dict(zip(names(OUTPUT, 32), rows[OUTPUT], strict=True))
+    assert rows[OUTPUT].shape == (37 + SKETCH,)
+    output = dict(zip(names(OUTPUT, 32), rows[OUTPUT][:37], strict=True))
     assert (output["ended_by_length"], output["refusal"]) == (1, 1)
     assert output["distinct_1"] == 0.5 and output["distinct_2"] == pytest.approx(2 / 3)
     assert rows[LOGPROB][:3] == pytest.approx([-2, -3, np.std([-1, -2, -3, -2])])

@@ -1,0 +1,200 @@
+"""The C++ code gives the numbers that numpy gives, over long streams; and without a compiler numpy does all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from serve.drift import native as module
+from serve.drift.common_tokens import COMMON, CommonTokens
+from serve.drift.detector import Drift
+from serve.drift.embedding import Embedding
+from serve.drift.features import Answer, answer_rows, whole_prompt_row
+from serve.drift.mean_rows import MeanRows
+from serve.drift.native import native
+from serve.drift.thinning import Thinning
+from serve.drift.token_runs import SharedRuns
+from serve.drift.token_scores import TokenScores
+from serve.drift.token_surprise import TokenSurprise, sketch
+
+needs_native = pytest.mark.skipif(native() is None, reason="no C++ compiler")
+BLOCK, WIDTH = 8, 48
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    with patch.object(module, "compiled", return_value=None):
+        native.cache_clear()
+        assert native() is None
+        yield
+    native.cache_clear()
+
+
+def detector(seed, *, scores=6, silent=0, margin=0.0, turn=1, means=False):
+    rng = np.random.default_rng(seed)
+    reference = rng.standard_normal((250, scores + silent)).astype(np.float32)
+    if scores > 1:  # one with ties
+        reference[:, 0] = reference[:, 0] > 0.8
+    margins = np.where(np.arange(scores + silent) == 1, margin, 0.0) if margin else None
+    rows = list(rng.standard_normal((250, WIDTH)).astype(np.float32)) if means else []
+    return Drift(
+        reference, threshold=1e4, capacity=400, margin=margins, silent=silent, turn=turn, seed=seed,
+        means=MeanRows.of(rows, seed, ordered=False) if means else None,
+    )  # fmt: skip
+
+
+def stream(seed, *, scores=6, silent=0, means=False, shift=0.0, requests=1200):
+    """Blocks of rows, and of their mean rows; the second half moves by `shift`."""
+    rng = np.random.default_rng(1000 + seed)
+    for begin in range(0, requests, BLOCK):
+        rows = rng.standard_normal((BLOCK, scores + silent)).astype(np.float32)
+        mean_rows = rng.standard_normal((BLOCK, WIDTH)).astype(np.float32)
+        if begin >= requests // 2:
+            rows += np.float32(shift)
+            mean_rows[:, :8] += np.float32(shift)
+        if scores > 1:
+            rows[:, 0] = rows[:, 0] > 0.8
+        yield rows, list(mean_rows) if means else [None] * BLOCK
+
+
+CASES = {
+    "scores": {},
+    "one score": {"scores": 1},
+    "margins": {"margin": 0.3},
+    "silent scores": {"silent": 40, "turn": 4},
+    "mean rows": {"silent": 16, "turn": 4, "means": True},
+}
+
+
+def watched(seed, case, shift):
+    """What a detector said after each block, and its state at the end."""
+    made = detector(seed, **case)
+    said, alarms = [], []
+    shape = {name: value for name, value in case.items() if name in ("scores", "silent", "means")}
+    for rows, mean_rows in stream(seed, shift=shift, **shape):
+        alarms += list(made.steps(rows, mean_rows))
+        said.append([made.log_evidence, made.changed_at, *made.rank_shift])
+    return np.array(said), alarms, made
+
+
+@needs_native
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+@pytest.mark.parametrize("name", CASES)
+def test_a_detector_says_the_same_with_and_without(name, shift):
+    for seed in range(2):
+        with without_compiler():
+            expected, alarms, plain = watched(seed, CASES[name], shift)
+        said, same_alarms, made = watched(seed, CASES[name], shift)
+        assert same_alarms == alarms and (shift == 0.0 or any(alarms))
+        # A rank along a direction may be another by one where two requests lie nearly as far along it.
+        assert np.abs(said[:, 0] - expected[:, 0]).max() < 0.05
+        assert np.allclose(said[:, 2:], expected[:, 2:], atol=1e-6)
+        states = made.state(), plain.state()
+        for exact in ("bags", "lots", "bank.learned", "bank.unit", "bank.weight", "counts"):
+            assert np.array_equal(states[0][exact], states[1][exact]), exact
+        assert made.foreign_share == pytest.approx(plain.foreign_share, abs=0.02)
+
+
+@needs_native
+def test_a_detector_goes_on_from_the_other_s_state():
+    blocks = list(stream(5, silent=40, requests=320))
+    with without_compiler():
+        first = detector(5, silent=40, turn=4)
+        for rows, mean_rows in blocks[:20]:
+            list(first.steps(rows, mean_rows))
+        state = first.state()
+        for rows, mean_rows in blocks[20:]:
+            list(first.steps(rows, mean_rows))
+    second = Drift.from_state(state)
+    for rows, mean_rows in blocks[20:]:
+        list(second.steps(rows, mean_rows))
+    assert abs(first.log_evidence - second.log_evidence) < 0.05
+    assert np.array_equal(first.state()["bags"], second.state()["bags"])
+
+
+@needs_native
+def test_requests_one_by_one_are_those_of_a_block_to_the_bit():
+    one, many = (detector(3, silent=16, turn=4, means=True) for _ in range(2))
+    for rows, mean_rows in stream(3, silent=16, means=True, shift=0.5):
+        by_one = [one.update(row, mean_row) for row, mean_row in zip(rows, mean_rows, strict=True)]
+        assert by_one == list(many.steps(rows, mean_rows))
+    assert one.drifted
+    for name, value in one.state().items():
+        assert np.array_equal(value, many.state()[name]), name
+
+
+def prompts(rng, count):
+    head, digits = rng.integers(100, 3000, 12), np.zeros(5001, np.bool_)
+    digits[10:20] = True
+    lengths = rng.integers(0, 60, count)
+    lengths[count // 2], lengths[count // 3] = 9000, 1
+    made = [rng.zipf(1.3, length) % 5000 for length in lengths]
+    for i, tokens in enumerate(made):
+        tokens[rng.random(len(tokens)) < 0.1] = 11 + i % 5
+    made = [np.concatenate((head, tokens)) if i % 3 else tokens for i, tokens in enumerate(made)]
+    return made, digits
+
+
+@needs_native
+@pytest.mark.parametrize("numbers", [False, True])
+def test_what_prompts_share_is_the_same_with_and_without(numbers):
+    made, digits = prompts(np.random.default_rng(0), 400)
+    with without_compiler():
+        plain = SharedRuns(digits if numbers else None)
+    quick = SharedRuns(digits if numbers else None)
+    for tokens in made:
+        results = []
+        for shared in (plain, quick):
+            words, runs = shared.read(np.array(tokens, np.int64))
+            own = shared.split(words, runs)
+            results.append([words.tokens, words.symbols, runs, own.tokens, own.shared_runs, own.minima])
+            results[-1] += [own.words, own.whole]
+        assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+    for name, values in plain.state().items():
+        assert np.array_equal(values, quick.state()[name]), name
+
+
+@needs_native
+def test_the_same_requests_are_accepted():
+    made, digits = prompts(np.random.default_rng(1), 500)
+    taken = []
+    for context in (without_compiler(), nullcontext()):
+        with context:
+            thinning = Thinning(interval=0, numbers=digits)
+            accepted = [thinning.offer(i, tokens=tokens, now=i) for i, tokens in enumerate(made * 2)]
+            taken.append([(each.item, each.own.tolist()) if each else None for each in accepted])
+    assert taken[0] == taken[1]
+
+
+@needs_native
+def test_rows_of_features_are_the_same_but_for_roundings():
+    rng = np.random.default_rng(2)
+    embedding = Embedding.project(rng.standard_normal((500, 96)).astype(np.float32))
+    for length in (0, 1, 2, 20, 63, 64, 65, 300, 9000):
+        tokens = rng.integers(-2, 520, length)
+        rows = []
+        for context in (without_compiler(), nullcontext()):
+            with context:
+                rows.append(whole_prompt_row(embedding, tokens, 3))
+                rows.append(
+                    answer_rows(embedding, np.zeros(0), Answer(tokens, "stop", "Yes")).get("output", np.zeros(0))
+                )
+        for plain, quick in zip(rows[:2], rows[2:], strict=True):
+            assert np.allclose(plain, quick, atol=2e-6), length
+
+
+@needs_native
+def test_scores_of_tokens_are_the_same_but_for_roundings():
+    rng = np.random.default_rng(3)
+    parts = np.array([sketch(rng.zipf(1.3, rng.integers(0, 90)) % 5000) for _ in range(300)])
+    surprise, _ = TokenSurprise.fit(parts[:200])
+    for common in (None, CommonTokens.fit(parts[:200])):
+        scores = TokenScores(surprise, common)
+        with without_compiler():
+            plain = scores(parts)
+        assert plain.shape == (300, 2 + (COMMON if common else 0))
+        assert np.allclose(plain, scores(parts), atol=1e-5)
