@@ -1077,17 +1077,19 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
       ranks = std::max(ranks, layers[a]->slices.size() * ((layers[a]->max_rank + 1) / 2 * 2));
     }
   }
+  // Rows of what each thread has for itself where it works alone (`mine`), and everybody shares otherwise.
+  const size_t each = (std::max(n, size_t(ALONE) * d.threads) + d.threads - 1) / d.threads * d.threads;
   d.residual.need(n * d.hidden);
   if (d.after) d.added.need(n * d.hidden);
   if (whole) d.whole.need(size_t(d.threads) * d.heads * d.head);
-  d.x.need(std::max(n, size_t(ALONE)) * d.threads * d.hidden);
+  d.x.need(each * d.hidden);
   d.qkv.need(n * (d.heads + 2 * d.kv_heads) * d.head);
   d.y.need(n * d.heads * d.head);
   d.act.need(n * d.inner);
-  d.t.need(std::max(n, size_t(ALONE)) * d.threads * (ranks + 1));
-  d.q.need(std::max(n, size_t(ALONE)) * d.threads * wide);
-  d.q_scale.need(std::max(n, size_t(ALONE)) * d.threads * scales);
-  d.q_sum.need(std::max(n, size_t(ALONE)) * d.threads * scales);
+  d.t.need(each * (ranks + 1));
+  d.q.need(each * wide);
+  d.q_scale.need(each * scales);
+  d.q_sum.need(each * scales);
   d.request.need(n);
   for (int r = 0; r < requests; r++)
     for (int i = starts[r]; i < starts[r + 1]; i++) d.request.data[i] = r;

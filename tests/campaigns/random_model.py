@@ -3,7 +3,7 @@
     python -m tests.campaigns.random_model 8B FOLDER [--w4a16]
 
 The tokenizer is the embedded model's. Words that it does not have are never the likeliest: their outputs are zeros.
-`--w4a16` writes the same weights in 4 bits, as compressed-tensors lays them out.
+`--w4a16` writes linear layers of 4 bits, as compressed-tensors lays them out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES: dict[str, dict[str, int]] = {
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 FILE_BYTES = 1 << 30
-ROWS = 1024  # of a weight that are rounded at a time
+ROWS = 1024  # of a weight that are drawn at a time
 
 
 def random_model(size: str, like: Path, folder: Path, four_bits: bool = False) -> Path:
@@ -74,7 +74,11 @@ def _weights(config: Any, words: int, scheme: Any) -> Iterator[tuple[str, torch.
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{layer}.{norm}.weight", torch.ones(hidden, dtype=torch.bfloat16)
         for name, shape in matrices.items():
-            for part, tensor in _rounded(random(*shape), scheme).items():
+            if scheme is None:
+                made: Mapping[str, torch.Tensor] = {"weight": random(*shape)}
+            else:
+                made = _numbers(*shape, scheme, config.initializer_range, dice)
+            for part, tensor in made.items():
                 yield f"{layer}.{name}_proj.{part}", tensor
     yield "model.norm.weight", torch.ones(hidden, dtype=torch.bfloat16)
     head = random(config.vocab_size, hidden)
@@ -82,14 +86,13 @@ def _weights(config: Any, words: int, scheme: Any) -> Iterator[tuple[str, torch.
     yield "lm_head.weight", head
 
 
-def _rounded(weight: torch.Tensor, scheme: Any) -> Mapping[str, torch.Tensor]:
+def _numbers(outputs: int, inputs: int, scheme: Any, spread: float, dice: Any) -> Mapping[str, torch.Tensor]:
+    """Any 4 bits, which spread as the weights would."""
     import torch
 
-    if scheme is None:
-        return {"weight": weight}
-    parts = [scheme.rounded(rows) for rows in weight.split(ROWS)]
-    made = {name: torch.cat([part[name] for part in parts]) for name in ("weight_packed", "weight_scale")}
-    return made | {"weight_shape": torch.tensor(weight.shape)}
+    packed = torch.empty(outputs, inputs // 8, dtype=torch.int32).random_(-(1 << 31), (1 << 31) - 1, generator=dice)
+    scale = torch.full((outputs, inputs // scheme.group), spread / 4.6, dtype=torch.bfloat16)
+    return {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor((outputs, inputs))}
 
 
 def _write(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
