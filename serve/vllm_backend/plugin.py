@@ -19,6 +19,7 @@ from serve.vllm_backend import (
     speculation,
     titles,
     token_texts,
+    tokenizer_copies,
 )
 
 
@@ -29,6 +30,7 @@ def register() -> None:
     install_kernels(hardware.free_memory)
     prompt_logprobs.install()
     token_texts.install()
+    tokenizer_copies.install()
     prompt_budget.install()
     speculation.install()  # after those whose functions it wraps: they see its drafts
     seeded_prompts.install()

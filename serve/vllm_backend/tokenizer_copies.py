@@ -1,0 +1,68 @@
+"""Copies of a tokenizer, one for each thread of vLLM's server, that share its vocabulary and merges.
+
+A deep copy writes all of it as JSON and reads that again: a second for a large vocabulary, and tens of megabytes. What
+threads must not share is only what a call sets, as truncation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from serve.cpu_kernels.patches import Patch, apply
+
+PATCHES = [
+    Patch(
+        "vllm.tokenizers.hf",
+        "maybe_make_thread_pool",
+        "tokenizer copies",
+        f"{__name__}:make_thread_pool",
+        "it copies the whole tokenizer for each thread",
+        copies="vllm.",
+    )
+]
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
+def install() -> None:
+    apply(PATCHES)
+
+
+def make_thread_pool(original: Callable[..., Any], tokenizer: Any, copies: int = 1) -> Any:
+    if not hasattr(tokenizer, "_tokenizer"):
+        return original(tokenizer, copies)
+    template = copy.copy(tokenizer)
+    # Of the instance, from which vLLM makes the one that it copies.
+    tokenizer.__deepcopy__ = lambda _: shared_copy(template)
+    try:
+        return original(tokenizer, copies)
+    finally:
+        del tokenizer.__deepcopy__
+
+
+def shared_copy(tokenizer: Any) -> Any:
+    """A copy of a transformers' fast tokenizer; a deep one where it has something that is not known."""
+    inner = _shared(tokenizer._tokenizer)
+    if inner is None:
+        return copy.deepcopy(tokenizer)
+    made = copy.copy(tokenizer)
+    made.__dict__ = {name: copy.deepcopy(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
+    made.__dict__["_tokenizer"] = inner
+    return made
+
+
+def _shared(tokenizer: Any) -> Any:
+    made = type(tokenizer)(tokenizer.model)
+    for part in _PARTS:
+        if (value := getattr(tokenizer, part)) is not None:
+            setattr(made, part, value)
+    added = tokenizer.get_added_tokens_decoder()
+    made.add_tokens([token for _, token in sorted(added.items())])
+    made.encode_special_tokens = tokenizer.encode_special_tokens
+    if tokenizer.truncation:
+        made.enable_truncation(**tokenizer.truncation)
+    if tokenizer.padding:
+        made.enable_padding(**tokenizer.padding)
+    known = {number: repr(token) for number, token in made.get_added_tokens_decoder().items()}
+    return made if known == {number: repr(token) for number, token in added.items()} else None
