@@ -1,5 +1,5 @@
 """`python -m serve.cli`."""
 
-from serve.cli.main import main
+from serve.cli.entry import main
 
 main()

@@ -23,7 +23,6 @@ from serve.cli.terminal import example, say_error
 from serve.cli.usage import usage
 from serve.config import Config, load, settings_help
 from serve.errors import ConfigError, LoradockError
-from serve.server import preloaded
 
 # typer exports this one by its subclass alone.
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -121,9 +120,8 @@ def optimize(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """The entry point: an error of ours is a sentence and exit code 2, never a traceback."""
+    """Run the command: an error of ours is a sentence and exit code 2, never a traceback."""
     words = sys.argv[1:]
-    preloaded.ensure(words)
     try:
         # With --json typer's own errors are left to us; else they are sentences already.
         sys.exit(app(standalone_mode="--json" not in words))
