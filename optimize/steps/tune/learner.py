@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from optimize.checkpoint.checkpoint import ADAPTER
 from optimize.checkpoint.model import compute_dtype, layers, opened
 from optimize.errors import OptimizeError, Refused
+from optimize.steps.tune import attention
 from optimize.steps.tune.encoding import Unit
 from optimize.steps.tune.packing import Row
 from optimize.steps.tune.settings import Settings
@@ -50,6 +51,7 @@ class Learner:
         dtype = compute_dtype() if start.dtype == "auto" else DTYPES[start.dtype]
         self._start, self._device = start, start.device
         base: Any = opened(start.base, dtype, rounds=False).to(start.device)
+        base.config.get_text_config()._attn_implementation = attention.register()
         torch.manual_seed(start.seed)
         self.model = _adapted(base, start, settings)
         self._half = dtype is torch.bfloat16
@@ -61,7 +63,7 @@ class Learner:
 
     def logps(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities in nats of the learned tokens (answers,) in float32, and whether each is the likeliest."""
-        logits = self._logits(row.ids, row.positions, row.at)
+        logits = self._logits(row.ids, row.positions, row.at, row.borders)
         right = row.right.to(self._device)
         return -cross_entropy(logits, right, reduction="none"), logits.detach().argmax(-1) == right
 
@@ -71,9 +73,11 @@ class Learner:
         first, second = (torch.tensor(units[at][0].ids[:PROBED]) for at in (0, -1))
         positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])
         at = torch.arange(len(first), len(positions))
+        borders = torch.tensor([0, len(first), len(positions)], dtype=torch.int32)
         with torch.no_grad():
             one, other = (
-                self._logits(torch.cat([each, second]), positions, at) for each in (first, torch.zeros_like(first))
+                self._logits(torch.cat([each, second]), positions, at, borders)
+                for each in (first, torch.zeros_like(first))
             )
         return torch.equal(one, other)
 
@@ -105,7 +109,9 @@ class Learner:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside / ADAPTER, {"format": "pt"})
         aside.rename(folder)
 
-    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    def _logits(
+        self, ids: torch.Tensor, positions: torch.Tensor, at: torch.Tensor, borders: torch.Tensor
+    ) -> torch.Tensor:
         """(at, vocabulary) in float32."""
         from peft.helpers import disable_input_dtype_casting
 
@@ -116,7 +122,7 @@ class Learner:
         ):
             out = self.model(
                 input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False,
-                logits_to_keep=at.to(device),
+                logits_to_keep=at.to(device), cu_seq_lens_q=borders,
             )  # fmt: skip
         logits: torch.Tensor = out.logits[0].float()
         return logits

@@ -80,5 +80,5 @@ class KTO:
 
 def sums(logps: torch.Tensor, row: Row) -> torch.Tensor:
     """The log-probability of every answer of a row of pairs: (units, 2)."""
-    total = torch.zeros(row.sequences, dtype=logps.dtype, device=logps.device)
+    total = torch.zeros(len(row.borders) - 1, dtype=logps.dtype, device=logps.device)
     return total.index_add(0, row.owner.to(logps.device), logps).view(-1, 2)

@@ -17,14 +17,15 @@ from optimize.steps.tune.encoding import Unit
 @dataclass(frozen=True, slots=True)
 class Row:
     """ids and positions (tokens,); `at` are the places whose next token is learned, `right` those tokens, `owner` the
-    sequence that each belongs to; `units` are the numbers of the examples in the row."""
+    sequence that each belongs to; `borders` (sequences + 1,) are where sequences begin and the last one ends; `units`
+    are the numbers of the examples in the row."""
 
     ids: torch.Tensor
     positions: torch.Tensor
     at: torch.Tensor
     right: torch.Tensor
     owner: torch.Tensor
-    sequences: int
+    borders: torch.Tensor
     units: tuple[int, ...]
 
 
@@ -48,16 +49,17 @@ def row(units: Sequence[Unit], numbers: Sequence[int]) -> Row:
     positions: list[int] = []
     at: list[int] = []
     owner: list[int] = []
-    sequences = 0
+    borders = [0]
     for number in numbers:
         for tokens in units[number]:
             learned = [place for place in range(1, len(tokens.ids)) if tokens.learned[place]]
             at += [len(ids) + place - 1 for place in learned]
-            owner += [sequences] * len(learned)
+            owner += [len(borders) - 1] * len(learned)
             positions += range(len(tokens.ids))
             ids += tokens.ids
-            sequences += 1
+            borders.append(len(ids))
     whole, places = torch.tensor(ids), torch.tensor(at)
     return Row(
-        whole, torch.tensor(positions), places, whole[places + 1], torch.tensor(owner), sequences, tuple(numbers)
-    )
+        whole, torch.tensor(positions), places, whole[places + 1], torch.tensor(owner),
+        torch.tensor(borders, dtype=torch.int32), tuple(numbers),
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from optimize.checkpoint.model import settle
 from optimize.data.examples import Chat
 from optimize.errors import OptimizeError, Refused, Stopped
 from optimize.steps.tune import training, tune
+from optimize.steps.tune.attention import attention
 from optimize.steps.tune.encoding import Encoder
 from optimize.steps.tune.learner import Learner, Start
 from optimize.steps.tune.objectives import DPO, KTO, Supervised, sums
@@ -225,6 +226,22 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_examples_alone(model, 
     assert torch.allclose(alone[0], alone[1], atol=1e-5) and torch.allclose(alone[0], alone[2], atol=1e-5)
     for one, packed, some in zip(*gradients, strict=True):
         assert torch.allclose(one, packed, atol=1e-4, rtol=1e-3) and torch.allclose(one, some, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_over_a_row_is_that_of_the_whole_mask(window):
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 20, 8, generator=draw)
+    key, value = (torch.randn(1, 2, 20, 8, generator=draw) for _ in range(2))
+    borders = torch.tensor([0, 3, 12, 20], dtype=torch.int32)
+    place, owner = torch.arange(20), torch.tensor([0] * 3 + [1] * 9 + [2] * 8)
+    mask = (place[:, None] >= place) & (owner[:, None] == owner) & (place[:, None] - place < (window or 20))
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 2
+    more = {"scaling": 0.3, "sliding_window": window}
+    ours, _ = attention(module, query, key, value, mask[None, None], cu_seq_lens_q=borders, **more)
+    whole, _ = attention(module, query, key, value, mask[None, None], **more)
+    assert torch.allclose(ours, whole, atol=1e-6)
 
 
 def test_a_model_that_sees_across_the_border_is_not_packed(model, tmp_path):
