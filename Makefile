@@ -51,7 +51,7 @@ grafana-types: setup-dev ## the dashboards against the types that Grafana 11 and
 page: setup-dev ## a thousand adapters on the dashboard in a real browser: seconds until it is ready, and bytes; a minute
 	@$(BIN)/python -m tests.campaigns.page $(ARGS)
 
-schemas: setup-dev ## Schemathesis over the routes that vLLM answers, against the real engine: every answer of 500; some minutes
+schemas: setup-dev ## Schemathesis over the routes that vLLM answers, against the real engine: every answer of 500; 30 minutes
 	@$(BIN)/python -m tests.campaigns.inference_schemas $(ARGS)
 
 sizes: setup-dev ## memory and time of the steps on 1 or 8 billion random weights, planned and measured; 20 minutes and more

@@ -125,7 +125,10 @@ async def _described(parts: Services, name: str, full: str) -> dict[str, Any]:
 
 
 def _missing(name: str) -> NotFound:
-    return NotFound(f"{name} has no golden set: PUT one to /v1/adapters/{name}/golden", param="name")
+    return NotFound(
+        f"{name} has no golden set: `loradock golden put {name} FILE`, or PUT one to /v1/adapters/{name}/golden",
+        param="name",
+    )
 
 
 def _version(parts: Services, full: str, number: int | None) -> Adapter:
