@@ -188,6 +188,13 @@ ADAPTERS = [
         "no hook tells that an adapter was copied into a slot",
     ),
     Patch(
+        "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager",
+        "_apply_adapters",
+        "self lora_requests",
+        f"{_HERE}.between_steps:apply_adapters",
+        "in every step it lists all adapters in memory, once for each that the step uses",
+    ),
+    Patch(
         "vllm.lora.layers.utils",
         "_get_lora_device",
         "base_layer",
@@ -268,6 +275,13 @@ STEP = [
         "self num_reqs query_start_loc positions",
         f"{_HERE}.step:compute_slot_mapping",
         "for a few tokens other threads wake up later than it is done",
+    ),
+    Patch(
+        "vllm.v1.utils:CpuGpuBuffer",
+        "copy_to_gpu",
+        "self n",
+        f"{_HERE}.between_steps:copy_to_gpu",
+        "it copies block tables and positions onto themselves, several times a step",
     ),
     Patch(
         "vllm.v1.sample.sampler:Sampler",
