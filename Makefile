@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes grafana-types
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes grafana-types sanitize adapter-cost
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -130,6 +130,15 @@ served-quality: setup-dev ## perplexity as served on a CPU with each --cpu-weigh
 
 cpu-speed: setup-dev ## a model with each --cpu-weights, and llama.cpp's formats where they are given, in turns over HTTP; 10 minutes
 	@$(BIN)/python -m tests.campaigns.cpu_speed $(ARGS)
+
+adapter-cost: setup-dev ## a step of the CPU kernels without, with one and with sixteen adapters, in turns; 2 minutes
+	@$(BIN)/python -m tests.campaigns.adapter_cost $(ARGS)
+
+sanitize: setup-dev ## the CPU kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer; some minutes
+	@CXX=$(CURDIR)/tests/support/sanitizing-c++ ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) \
+	  $(BIN)/python -m pytest -m "not engine" --deselect tests/serve/cpu_kernels/test_punica.py::test_the_kernels_are_compiled_once_and_a_broken_compiler_is_said \
+	  $(or $(ARGS),tests/serve/cpu_kernels)
 
 socket: setup-dev ## what is lost between an engine's step and the socket: the engine in one process against the server; some minutes
 	@$(BIN)/python -m tests.campaigns.socket_cost $(ROUNDS)

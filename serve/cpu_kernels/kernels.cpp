@@ -256,9 +256,9 @@ void loradock_set_plan(int number, const int64_t* slots, int rows, int slot_coun
   for (int i = 0; i < rows; i++)
     if (slots[i] >= 0 && slots[i] < slot_count) by_slot[slots[i]].push_back(i);
   for (int s = 0; s < slot_count; s++)
-    for (size_t i = 0; i < by_slot[s].size(); i += CHUNK) {
+    for (size_t i = 0, chunk = rows > FEW_ROWS ? CHUNK : FEW_CHUNK; i < by_slot[s].size(); i += chunk) {
       const int begin = int(plan.tokens.size());
-      const size_t end = std::min(by_slot[s].size(), i + CHUNK);
+      const size_t end = std::min(by_slot[s].size(), i + chunk);
       plan.tokens.insert(plan.tokens.end(), by_slot[s].begin() + i, by_slot[s].begin() + end);
       plan.chunks.push_back({s, begin, int(plan.tokens.size())});
     }

@@ -58,6 +58,7 @@ inline void put(half& out, float v) { out = half(v); }
 #endif
 
 constexpr int CHUNK = 32;         // tokens of one slot that are worked on together
+constexpr int FEW_ROWS = 64, FEW_CHUNK = 8;  // fewer in so short a step: there is work for every thread
 constexpr int OUT_BLOCK = 768;    // columns of y in one piece of work
 constexpr int ROW_BLOCK = 16;     // rows of A in one piece of work
 constexpr int64_t SERIAL = 150000;  // multiply-adds that are done sooner than a second thread wakes up

@@ -6,6 +6,10 @@
 
 #include <sys/mman.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 using namespace loradock;
 
 namespace loradock {
@@ -21,23 +25,34 @@ constexpr float OFFSETS_PAY = 0.5f;  // they do where they leave at most this pa
 constexpr int TRIES = 9;             // scales that are tried for a group of 4 bits
 
 constexpr size_t HUGE_PAGE = size_t(2) << 20, CHUNK_BYTES = size_t(64) << 20;
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t BETWEEN = 64;  // bytes between two of them, which nobody may touch
+#else
+constexpr size_t BETWEEN = 0;
+#endif
 bool huge_pages = true;
 
 // Memory for packed weights, which stays for good. One after the other, in huge pages where the kernel gives them: every
 // step reads all of it, and the processor knows the addresses of a few megabytes of small pages at a time.
 uint8_t* room(size_t bytes) {
   static uint8_t *next = nullptr, *end = nullptr;
-  bytes = (bytes + 63) / 64 * 64;
-  if (size_t(end - next) < bytes) {
-    const size_t size = (std::max(bytes, CHUNK_BYTES) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const size_t taken = (bytes + 63) / 64 * 64 + BETWEEN;
+  if (size_t(end - next) < taken) {
+    const size_t size = (std::max(taken, CHUNK_BYTES) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     void* got = mmap(nullptr, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED) throw std::bad_alloc();
     next = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(got) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
     end = next + size;
     madvise(next, size, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_POISON_MEMORY_REGION(next, size);
+#endif
   }
   uint8_t* here = next;
-  next += bytes;
+  next += taken;
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(here, bytes);
+#endif
   return here;
 }
 
@@ -55,7 +70,7 @@ struct Shape {
 std::unique_ptr<Matrix> blank(const Shape& s, int kind, int group, bool offsets, const bf16* bias) {
   std::unique_ptr<Matrix> m(
       new Matrix{s.n, s.k, (s.n + WIDTH - 1) / WIDTH, kind, group, s.paired, offsets, {}, {}, {}});
-  place(m->data, m->block_bytes() * m->blocks + 4096);  // what is fetched ahead of the end
+  place(m->data, m->block_bytes() * m->blocks);
   if (kind == CHANNEL8 || kind == GROUP8) place(m->scale, size_t(m->blocks) * m->groups() * WIDTH);
   if (!bias) return m;
   place(m->bias, size_t(m->blocks) * WIDTH);
@@ -306,6 +321,7 @@ int loradock_matrix_integers(const uint32_t* from, const int64_t* strides, int b
 void loradock_huge_pages(int on) { huge_pages = on != 0; }
 
 int loradock_matrix_outputs(int number) { return matrices[number]->n; }
+int loradock_matrix_inputs(int number) { return matrices[number]->k; }
 
 // Whether W can be had back from a matrix.
 int loradock_unpacks(int number) { return matrices[number]->kind == BF16; }

@@ -288,40 +288,48 @@ inline const Tile* tiles_of(const Matrix& m) {
   return m.kind == GROUP8 ? GROUP_TILES : m.offsets ? OFFSET_TILES : HALF_TILES;
 }
 
-// out(row, block, sums) for every row and for the blocks of [first, last); fetch(row, block) beforehand, where rows are few.
+// What comes on top of a product: nothing.
+struct Nothing {
+  void fetch(const Matrix&, int, int, int) const {}
+  void add(const Matrix&, int, int, int, float*) const {}
+};
+
+// out(row, block, sums) for every row and for the blocks of [first, last), once `top` has added what it has; its fetch is
+// called beforehand, where rows are few.
 // A row's sums are added up in the same order whatever rows are beside it: no answer depends on what it is computed with.
-template <class Out, class Fetch>
-void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out, Fetch&& fetch) {
+template <class Out, class Top = Nothing>
+void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out, const Top& top = {}) {
   const Tile* tiles = tiles_of(m);
   const int most = m.kind == GROUP8 || m.kind == GROUP4 ? GROUP_TILE : TILE;
   alignas(64) float sums[TILE * WIDTH];
-  auto given = [&](int row, int block, float* s) {
+  auto given = [&](int block, int from, int to, float* s) {
     const float* bias = m.bias.data ? m.bias.data + block * WIDTH : nullptr;
-    for (int j = 0; bias && j < WIDTH; j++) s[j] += bias[j];
-    out(row, block, s);
+    for (int i = 0; bias && i < to - from; i++)
+      for (int j = 0; j < WIDTH; j++) s[i * WIDTH + j] += bias[j];
+    top.add(m, block, from, to, s);
+    for (int i = from; i < to; i++) out(i, block, s + (i - from) * WIDTH);
   };
+  const size_t bytes = m.block_bytes();
   const int passes = (rows + ROWS - 1) / ROWS;
   for (int pass = 0; pass < passes; pass++) {  // of as equal a size as they can be: each goes over all weights
-    const int top = int(int64_t(rows) * pass / passes), bottom = int(int64_t(rows) * (pass + 1) / passes);
-    const int parts = (bottom - top + most - 1) / most;
+    const int begin = int(int64_t(rows) * pass / passes), end = int(int64_t(rows) * (pass + 1) / passes);
+    const int parts = (end - begin + most - 1) / most;
     for (int b = first; b < last; b++) {
-      if (rows <= TILE * 4)
-        for (int i = top; i < bottom; i++) fetch(i, b);
       if (rows == 1 && m.kind == BF16 && b + 1 < last) {
-        fetch(0, b + 1);
+        for (int i = 0; i < 2; i++) top.fetch(m, b + i, 0, 1);
         pair_bf16(m, b, in, 0, sums);
-        for (int i = 0; i < 2; i++) given(0, b + i, sums + i * WIDTH);
+        for (int i = 0; i < 2; i++) given(b + i, 0, 1, sums + i * WIDTH);
         b++;
         continue;
       }
       for (int part = 0; part < parts; part++) {  // of as equal a size as they can be
-        const int from = top + (bottom - top) * part / parts, to = top + (bottom - top) * (part + 1) / parts;
+        const int from = begin + (end - begin) * part / parts, to = begin + (end - begin) * (part + 1) / parts;
+        if (rows <= TILE * 4) top.fetch(m, b, from, to);
         // Of this tile's part: where it begins, and how much of it for 128 bytes of this block.
-        const size_t bytes = m.block_bytes();
         const int fetching = std::min(parts, 8);
-        const Ahead ahead{part < fetching ? m.data.data + (b + 1) * bytes + bytes * part / fetching : nullptr, 128 / fetching};
-        tiles[to - from](m, b, in, from, ahead, sums);
-        for (int i = from; i < to; i++) given(i, b, sums + (i - from) * WIDTH);
+        const uint8_t* next = part < fetching ? m.data.data + (b + 1) * bytes + bytes * part / fetching : nullptr;
+        tiles[to - from](m, b, in, from, Ahead{next, 128 / fetching}, sums);
+        given(b, from, to, sums);
       }
     }
   }

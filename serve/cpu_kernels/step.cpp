@@ -184,7 +184,32 @@ inline __m512 capped(__m512 v, float cap) {
   return _mm512_mul_ps(tanh, _mm512_set1_ps(cap));
 }
 
+inline __m512bh pair_at(const bf16* at) {
+  int pair;
+  std::memcpy(&pair, at, 4);
+  return bits(_mm512_set1_epi32(pair));
+}
+
 // ---- adapters --------------------------------------------------------------------------------------------------------
+
+// The sums of 16 outputs of neighbouring rows with the same adapter, and what it adds to them: its pairs of ranks one by one.
+template <int M>
+void expand(const char* b, int pairs, const bf16* t, int64_t stride, float* sums) {
+  __m512 v[M];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) v[i] = _mm512_load_ps(sums + i * WIDTH);
+  for (int k = 0; k < pairs; k++) {
+    const __m512bh bk = bits(_mm512_load_si512(b + size_t(k) * 64));
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) v[i] = _mm512_dpbf16_ps(v[i], bk, pair_at(t + i * stride + 2 * k));
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) _mm512_store_ps(sums + i * WIDTH, v[i]);
+}
+
+typedef void (*Expand)(const char*, int, const bf16*, int64_t, float*);
+const Expand EXPANDS[] = {nullptr,   expand<1>, expand<2>, expand<3>, expand<4>,  expand<5>, expand<6>,
+                          expand<7>, expand<8>, expand<9>, expand<10>, expand<11>, expand<12>};
 
 // One module's adapters in this step: t = x A^T for the tokens that have one, and what to add to 16 outputs of a token.
 struct Delta {
@@ -210,56 +235,79 @@ struct Delta {
 
   int pieces() const { return int(plan->chunks.size() * layer->slices.size()); }
 
+  // The weights that a piece of the way in reads.
+  const Weights& weights(int piece) const {
+    const int slices = int(layer->slices.size());
+    return layer->slices[piece % slices].slots[plan->chunks[piece / slices].slot];
+  }
+  size_t bytes(int piece) const {
+    return size_t(weights(piece).rank) * layer->slices[piece % layer->slices.size()].in * sizeof(bf16);
+  }
+
   void shrink(int piece, const bf16* x, int64_t x_stride) const {
     const Chunk& c = plan->chunks[piece / layer->slices.size()];
     const size_t s = piece % layer->slices.size();
-    const Weights& w = layer->slices[s].slots[c.slot];
+    const Weights& w = weights(piece);
     if (piece + 1 < pieces()) {  // the next one's A, likely this thread's too
-      const int next = piece + 1;
-      const Weights& n = layer->slices[next % layer->slices.size()].slots[plan->chunks[next / layer->slices.size()].slot];
-      const size_t bytes = size_t(n.rank) * layer->slices[next % layer->slices.size()].in * sizeof(bf16);
-      for (size_t i = 0; i < std::min(bytes, size_t(16384)); i += 64)
-        _mm_prefetch(static_cast<const char*>(n.a) + i, _MM_HINT_T1);
+      const char* next = static_cast<const char*>(weights(piece + 1).a);
+      const size_t size = std::min(bytes(piece + 1), size_t(16384));
+      for (size_t i = 0; i < size; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
     }
     for (int r = 0; r < w.rank; r += ROW_BLOCK)
       Fast::shrink(w, layer->slices[s].in, x, x_stride, plan->tokens.data() + c.begin, c.end - c.begin, r,
                    std::min(ROW_BLOCK, w.rank - r), t + c.begin * stride + int64_t(s) * width, stride);
   }
 
-  // The slice that output o is in; `o` becomes its place there.
-  inline int slice(int& o) const {
-    int s = 0;
+  // Sixteen outputs in a block: in which slice they are, and where there; -1 if they only fill the last block.
+  struct Half {
+    int slice, output;
+  };
+  inline Half half(const Matrix& m, int block, int first) const {
+    int o = m.output(block, first), s = 0;
+    if (o >= m.n) return {-1, 0};
     while (o >= layer->slices[s].offset + layer->slices[s].out) s++;
-    o -= layer->slices[s].offset;
-    return s;
+    return {s, o - layer->slices[s].offset};
   }
 
-  // The delta of outputs [o, o + 16), on top of v.
-  inline __m512 add(__m512 v, int token, int o) const {
-    const int place = plan->place[token];
-    if (place < 0) return v;
-    const int s = slice(o);
-    const Weights& w = layer->slices[s].slots[plan->slot[token]];
-    const int pairs = depth(w.rank) / 2;
-    const char* b = w.packed() + size_t(o) * pairs * 4;
-    const bf16* mine = t + place * stride + s * width;
-    for (int k = 0; k < pairs; k++) {
-      int pair;
-      std::memcpy(&pair, mine + 2 * k, 4);
-      v = _mm512_dpbf16_ps(v, bits(_mm512_load_si512(b + size_t(k) * 64)), bits(_mm512_set1_epi32(pair)));
+  // work(first row, last row, slot) for neighbouring rows with the same adapter.
+  template <class F>
+  inline void runs(int from, int to, F&& work) const {
+    for (int row = from, end; row < to; row = end) {
+      const int slot = plan->slot[row];
+      for (end = row + 1; end < to && plan->slot[end] == slot;) end++;
+      if (slot >= 0) work(row, end, slot);
     }
-    return v;
+  }
+
+  // To the sums of rows [from, to) and a block's outputs.
+  void add(const Matrix& m, int block, int from, int to, float* sums) const {
+    if (!layer) return;
+    for (int first = 0; first < WIDTH; first += 16) {
+      const Half h = half(m, block, first);
+      if (h.slice < 0) return;
+      runs(from, to, [&](int row, int end, int slot) {
+        const Weights& w = layer->slices[h.slice].slots[slot];
+        const int pairs = depth(w.rank) / 2;
+        if (!pairs) return;
+        // A slot's tokens are in order: neighbours are neighbours in t too.
+        EXPANDS[end - row](w.packed() + size_t(h.output) * pairs * 4, pairs, t + plan->place[row] * stride + h.slice * width,
+                           stride, sums + (row - from) * WIDTH + first);
+      });
+    }
   }
 
   // What `add` will read: many adapters' pieces are too short for the processor to see them coming.
-  inline void fetch(int token, int o) const {
-    const int place = plan->place[token];
-    if (place < 0) return;
-    const int s = slice(o);
-    const Weights& w = layer->slices[s].slots[plan->slot[token]];
-    const int pairs = depth(w.rank) / 2;
-    const char* b = w.packed() + size_t(o) * pairs * 4;
-    for (int k = 0; k < pairs; k++) _mm_prefetch(b + size_t(k) * 64, _MM_HINT_T0);
+  void fetch(const Matrix& m, int block, int from, int to) const {
+    if (!layer) return;
+    for (int first = 0; first < WIDTH; first += 16) {
+      const Half h = half(m, block, first);
+      if (h.slice < 0) return;
+      runs(from, to, [&](int, int, int slot) {
+        const Weights& w = layer->slices[h.slice].slots[slot];
+        const size_t bytes = size_t(depth(w.rank)) * 32;
+        for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(w.packed() + h.output / 16 * bytes + i, _MM_HINT_T0);
+      });
+    }
   }
 };
 
@@ -486,12 +534,6 @@ struct Packed {
     }
   }
 };
-
-inline __m512bh pair_at(const bf16* at) {
-  int pair;
-  std::memcpy(&pair, at, 4);
-  return bits(_mm512_set1_epi32(pair));
-}
 
 // Queries [of `count` tokens, `heads` of each] over all of their keys, softmax online. Probabilities are rounded to bfloat16
 // before they meet the values, and so is what they add up to.
@@ -756,7 +798,7 @@ void head(Sharing& all, const Matrix& m, const Input& in, int rows, float* out, 
       float* to = out + row * stride + block * WIDTH;
       for (int i = 0, left = columns - block * WIDTH; i < WIDTH && left > 0; i += 16, left -= 16)
         _mm512_mask_storeu_ps(to + i, lanes(left), scaled(_mm512_load_ps(sums + i)));
-    }, [](int, int) {});
+    });
   });
 }
 
@@ -837,31 +879,29 @@ struct Team : Sharing {
     return in;
   }
 
-  template <class Out, class Fetch>
-  void product(const Matrix& m, const Input& in, Out&& out, Fetch&& fetch) {
-    share(m.blocks, grain(s.rows), [&](int first, int last) { multiply(m, in, s.rows, first, last, out, fetch); });
+  // x times a matrix and its adapters.
+  template <class Out>
+  void product(int number, int lora, const bf16* x, int64_t stride, Out&& out) {
+    const Matrix& m = *matrices[number];
+    const Delta delta(lora, mine(d.t));
+    const Input in = prepare(m, delta, x, stride);
+    share(m.blocks, grain(s.rows), [&](int first, int last) { multiply(m, in, s.rows, first, last, out, delta); });
   }
 
   // A product onto the residual; where it is normalized before, `settle` brings it there.
   void add_to_residual(int number, int lora, const bf16* x, int64_t stride) {
     const Matrix& m = *matrices[number];
-    const Delta delta(lora, mine(d.t));
-    const Input in = prepare(m, delta, x, stride);
     const __m512 by = _mm512_set1_ps(d.residual_by);
-    product(m, in, [&](int row, int block, const float* sums) {
+    product(number, lora, x, stride, [&](int row, int block, const float* sums) {
       float* to = (d.after ? d.added : d.residual).data + int64_t(row) * d.hidden + block * WIDTH;
       for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16) {
-        __m512 v = _mm512_load_ps(sums + i);
-        if (delta) v = delta.add(v, row, block * WIDTH + i);
-        v = rounded(v);
+        __m512 v = rounded(_mm512_load_ps(sums + i));
         if (!d.after) {
           if (d.residual_by != 1) v = rounded(_mm512_mul_ps(v, by));
           v = _mm512_add_ps(_mm512_loadu_ps(to + i), v);
         }
         _mm512_storeu_ps(to + i, v);
       }
-    }, [&](int row, int block) {
-      for (int i = 0; delta && i < WIDTH && block * WIDTH + i < m.n; i += 16) delta.fetch(row, block * WIDTH + i);
     });
   }
 
@@ -881,20 +921,10 @@ struct Team : Sharing {
     const Block& l = d.layers[layer];
     const int width = (d.heads + 2 * d.kv_heads) * d.head;
     const int64_t out = int64_t(d.heads) * d.head;
-    {
-      const Matrix& m = *matrices[l.qkv];
-      const Delta delta(l.lora_qkv, mine(d.t));
-      const Input in = prepare(m, delta, mine(d.x), d.hidden);
-      product(m, in, [&](int row, int block, const float* sums) {
-        for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16) {
-          __m512 v = _mm512_load_ps(sums + i);
-          if (delta) v = delta.add(v, row, block * WIDTH + i);
-          store(d.qkv.data + int64_t(row) * width + block * WIDTH + i, v);
-        }
-      }, [&](int row, int block) {
-        for (int i = 0; delta && i < WIDTH && block * WIDTH + i < m.n; i += 16) delta.fetch(row, block * WIDTH + i);
-      });
-    }
+    product(l.qkv, l.lora_qkv, mine(d.x), d.hidden, [&](int row, int block, const float* sums) {
+      for (int i = 0; i < WIDTH && block * WIDTH + i < width; i += 16)
+        store(d.qkv.data + int64_t(row) * width + block * WIDTH + i, _mm512_load_ps(sums + i));
+    });
     if (l.whole_norms)
       share(s.rows, std::max(1, s.rows / (8 * threads)), [&](int first, int last) {
         for (int i = first; i < last; i++) normalize_whole(l, d.qkv.data + int64_t(i) * width);
@@ -925,19 +955,12 @@ struct Team : Sharing {
   }
 
   void feed_forward(const Block& l) {
-    {
-      const Matrix& m = *matrices[l.gate_up];  // a block: 16 of the gate, and the same 16 of the other
-      const Delta delta(l.lora_gate_up, mine(d.t));
-      const Input in = prepare(m, delta, mine(d.x), d.hidden);
-      product(m, in, [&](int row, int block, const float* sums) {
-        __m512 gate = _mm512_load_ps(sums), up = _mm512_load_ps(sums + 16);
-        if (delta) gate = delta.add(gate, row, block * 16), up = delta.add(up, row, d.inner + block * 16);
-        store(d.act.data + int64_t(row) * d.inner + block * 16,
-              _mm512_mul_ps(rounded(activated(rounded(gate), d.activation)), rounded(up)));
-      }, [&](int row, int block) {
-        if (delta) delta.fetch(row, block * 16), delta.fetch(row, d.inner + block * 16);
-      });
-    }
+    // A block: 16 of the gate, and the same 16 of the other.
+    product(l.gate_up, l.lora_gate_up, mine(d.x), d.hidden, [&](int row, int block, const float* sums) {
+      const __m512 gate = _mm512_load_ps(sums), up = _mm512_load_ps(sums + 16);
+      store(d.act.data + int64_t(row) * d.inner + block * 16,
+            _mm512_mul_ps(rounded(activated(rounded(gate), d.activation)), rounded(up)));
+    });
     add_to_residual(l.down, l.lora_down, d.act.data, d.inner);
   }
 
@@ -996,16 +1019,17 @@ void alone(const Matrix& m, const bf16* x, int64_t stride, int rows, F&& work) {
   static Buffer<int32_t> sum;
   static Phases phases;
   const int groups = m.groups(), most = omp_get_max_threads();
-  if (m.kind != BF16) {
-    q.need(size_t(rows) * m.k), scale.need(size_t(rows) * groups), sum.need(size_t(rows) * groups);
-    for (int i = 0; i < rows; i++)
-      quantize(m, x + i * stride, q.data + size_t(i) * m.k, scale.data + size_t(i) * groups,
-               sum.data + size_t(i) * groups);
-  }
+  if (m.kind != BF16) q.need(size_t(rows) * m.k), scale.need(size_t(rows) * groups), sum.need(size_t(rows) * groups);
   const Input in{x, stride, q.data, scale.data, sum.data};
-  phases.begin(1, most);
+  phases.begin(2, most);
   together(most, [&](int thread, int threads) {
     Sharing all{phases, thread, threads};
+    if (m.kind != BF16)
+      all.share(rows, std::max(1, rows / (8 * threads)), [&](int first, int last) {
+        for (int i = first; i < last; i++)
+          quantize(m, x + i * stride, q.data + size_t(i) * m.k, scale.data + size_t(i) * groups,
+                   sum.data + size_t(i) * groups);
+      });
     work(all, in);
   });
 }
@@ -1113,7 +1137,7 @@ void loradock_linear(int number, const bf16* x, int64_t stride, int rows, bf16* 
       multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
         for (int i = 0; i < WIDTH && m.output(block, i) < m.n; i += 16)
           store(out + int64_t(row) * m.n + m.output(block, i), _mm512_load_ps(sums + i));
-      }, [](int, int) {});
+      });
     });
   });
 }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,44 +17,13 @@ if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
 from serve.cpu_kernels import build, packing, step
-from serve.cpu_kernels.architecture import (
-    CENTERED,
-    GELU_TANH,
-    PLAIN,
-    ROUNDED,
-    SILU,
-    Decoder,
-    Layer,
-    Norm,
-    Rope,
-    Unknown,
-)
+from serve.cpu_kernels.architecture import CENTERED, GELU_TANH, PLAIN, SILU, Decoder, Layer, Norm, Rope, Unknown
+from serve.cpu_kernels.operators import packed_linear
+from tests.support.decoders import BLOCK, Adapters, Engine, Kind, decoder_of, fused_of
 
 pytestmark = pytest.mark.skipif(not build.step_available(), reason="no AVX-512 BF16 and VNNI, or no compiler")
 
-BLOCK, BLOCKS, VOCABULARY, POSITIONS = 32, 24, 96, 160
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A decoder: what is not said is as in Llama."""
-
-    hidden: int = 64
-    inner: int = 96
-    heads: int = 4
-    kv_heads: int = 2
-    head: int = 32
-    norms: tuple[bool, bool, bool, bool] = (True, False, True, False)
-    norm: int = ROUNDED
-    qk: str = ""  # "head", "heads" (weights of its own for each) or "whole"
-    activation: int = SILU
-    parallel: bool = False
-    rotary: tuple[int, ...] = (32, 32)  # of each layer
-    interleaved: bool = False
-    windows: tuple[int, ...] = (0, 0)
-    cap: float = 0
-    multipliers: tuple[float, float, float, float] = field(default=(1, 1, 1, 0))  # embedding, residual, logits, cap
-
+VOCABULARY = Kind.vocabulary
 
 KINDS = {
     "plain": Kind(),
@@ -76,77 +44,6 @@ KINDS = {
     "some layers do not turn": Kind(rotary=(32, 0)),
     "multiplied": Kind(multipliers=(3.0, 0.4, 0.25, 2.0)),
 }
-
-
-def norm_of(kind: int, *shape: int) -> Norm:
-    return Norm((1 + torch.randn(*shape) * 0.2).bfloat16().float(), 1e-5, kind)
-
-
-def decoder_of(kind: Kind) -> tuple[Decoder, list[list[torch.Tensor]]]:
-    """One with random weights, and those of each layer."""
-    torch.manual_seed(0)
-    count, size = len(kind.windows), kind.head
-    qkv = (kind.heads + 2 * kind.kv_heads) * size
-    shapes = [(qkv, kind.hidden), (kind.hidden, kind.heads * size), (2 * kind.inner, kind.hidden)]
-    shapes.append((kind.hidden, kind.inner))
-    weights, layers = [], []
-    for number in range(count):
-        matrices = [(torch.randn(*shape) * shape[1] ** -0.5).bfloat16() for shape in shapes]
-        q_shape = {"head": (size,), "heads": (kind.heads, size), "whole": (kind.heads * size,)}.get(kind.qk)
-        k_shape = {"head": (size,), "heads": (kind.kv_heads, size), "whole": (kind.kv_heads * size,)}.get(kind.qk)
-        layers.append(
-            Layer(
-                matrices=tuple(
-                    SimpleNamespace(
-                        loradock_matrix=packing.matrix(weight, packing.BF16, paired=place == 2),
-                        loradock_weights="bfloat16",
-                    )
-                    for place, weight in enumerate(matrices)
-                ),
-                norms=tuple(norm_of(kind.norm, kind.hidden) if there else None for there in kind.norms),
-                q_norm=norm_of(kind.norm, *q_shape) if q_shape else None,
-                k_norm=norm_of(kind.norm, *k_shape) if k_shape else None,
-                attention=SimpleNamespace(
-                    num_heads=kind.heads,
-                    num_kv_heads=kind.kv_heads,
-                    head_size=size,
-                    isa="vec",
-                    layer_name=f"layer {number}",
-                    kv_cache=torch.full((BLOCKS, kind.kv_heads, BLOCK, 2 * size), float("nan"), dtype=torch.bfloat16),
-                ),
-                rope=rope_of(kind, number) if kind.rotary[number] else None,
-                window=kind.windows[number],
-                scale=0.2,
-                cap=kind.cap,
-            )
-        )
-        weights.append(matrices)
-    table = torch.randn(VOCABULARY, kind.hidden).bfloat16()
-    by = kind.multipliers
-    return (
-        Decoder(
-            layers=layers,
-            hidden=kind.hidden,
-            inner=kind.inner,
-            activation=kind.activation,
-            parallel=kind.parallel,
-            embedding=SimpleNamespace(weight=table),
-            head=SimpleNamespace(weight=table),
-            last=norm_of(kind.norm, kind.hidden),
-            vocabulary=VOCABULARY,
-            embedding_by=by[0],
-            residual_by=by[1],
-            logits_by=by[2],
-            logits_cap=by[3],
-        ),
-        weights,
-    )
-
-
-def rope_of(kind: Kind, number: int) -> Rope:
-    half = kind.rotary[number] // 2
-    angles = torch.arange(POSITIONS)[:, None] * (100 * (number + 1)) ** (-torch.arange(half) / half)
-    return Rope(torch.cat((angles.cos(), angles.sin()), dim=1).bfloat16(), 2 * half, kind.interleaved)
 
 
 def normal(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
@@ -200,45 +97,6 @@ def exact(kind: Kind, decoder: Decoder, weights: list[list[torch.Tensor]], ids: 
         gate = F.silu(gate) if kind.activation == SILU else F.gelu(gate, approximate="tanh")
         x = x + decoder.residual_by * normal((gate * up) @ down.T, after_mlp)
     return normal(x, decoder.last)
-
-
-class Engine:
-    """What vLLM tells of a step: whose tokens it has, and where their keys are in each group of layers."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.windows = sorted(set(kind.windows))
-        self.names = {window: [n for n, it in enumerate(kind.windows) if it == window] for window in self.windows}
-        self.free = torch.randperm(BLOCKS - 1).add(1).tolist()  # block 0 is nobody's
-        self.blocks: dict[tuple[int, int], list[int]] = {}
-        self.attn_metadata: dict[str, SimpleNamespace] = {}
-
-    def schedule(self, spans: dict[int, tuple[int, int]]) -> tuple[torch.Tensor, int]:
-        """The tokens from `begin` to `end` of each request; their positions come back."""
-        starts = torch.tensor([0, *(end - begin for begin, end in spans.values())]).cumsum(0).int()
-        positions = torch.cat([torch.arange(begin, end) for begin, end in spans.values()])
-        for window in self.windows:
-            table, slots = torch.zeros((len(spans), POSITIONS // BLOCK), dtype=torch.int32), []
-            for row, (request, (begin, end)) in enumerate(spans.items()):
-                mine = self.blocks.setdefault((request, window), [])
-                while len(mine) * BLOCK < end:
-                    mine.append(self.free.pop())
-                gone = max(0, begin - window + 1) // BLOCK if window else 0  # given back, as vLLM does
-                for place in range(gone):
-                    if mine[place]:
-                        self.free.insert(0, mine[place])
-                        mine[place] = 0
-                table[row, : len(mine)] = torch.tensor(mine)
-                slots += [mine[at // BLOCK] * BLOCK + at % BLOCK for at in range(begin, end)]
-            meta = SimpleNamespace(
-                num_actual_tokens=len(positions),
-                causal=True,
-                block_table=table,
-                slot_mapping=torch.tensor(slots),
-                query_start_loc=starts,
-                seq_lens=torch.tensor([end for _, end in spans.values()]),
-            )
-            self.attn_metadata |= {f"layer {number}": meta for number in self.names[window]}
-        return positions, len(spans)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -314,13 +172,75 @@ def threads():
     torch.set_num_threads(before)
 
 
-def fused_of(monkeypatch, decoder: Decoder) -> step.Fused:
-    monkeypatch.setattr(step, "read", lambda model, positions: decoder)
-    decoder.head.loradock_keep = False
-    packing.head(decoder.head)
-    model = SimpleNamespace(model=SimpleNamespace(embed_tokens=None), logits_processor=None)
-    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=POSITIONS))
-    return step.Fused(SimpleNamespace(vllm_config=config, get_model=lambda: model))
+RANKS = (16, 5, 1, 8)
+
+
+def dense(number: int) -> torch.Tensor:
+    """A packed matrix's numbers: a single 1 is exact in 8 bits."""
+    kernels = build.library()
+    outputs, inputs = (getattr(kernels, f"loradock_matrix_{name}")(number) for name in ("outputs", "inputs"))
+    return packed_linear(torch.eye(inputs).bfloat16(), number, outputs).T
+
+
+@pytest.mark.parametrize("weights", [packing.BF16, packing.GROUP8, packing.GROUP4], ids=["bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["plain", "beside one another", "norms after"])
+def test_every_token_is_computed_with_its_own_adapter(monkeypatch, name, weights):
+    """Prompts and single tokens of adapters of every rank, and of none, beside one another, in every order."""
+    kind = replace(KINDS[name], hidden=80, inner=208, blocks=64, weights=weights)
+    decoder, _ = decoder_of(kind)
+    matrices = [[dense(module.loradock_matrix) for module in layer.matrices] for layer in decoder.layers]
+    adapters = Adapters(kind, decoder, RANKS)
+    fused, engine = fused_of(monkeypatch, decoder), Engine(kind)
+    monkeypatch.setattr(step, "get_forward_context", lambda: engine)
+    slots = [0, -1, 3, 3, 1, 2, 0, -1, 0, 3, 0, 0, 2, 0]
+    ids = [torch.randint(VOCABULARY, (12 + 3 * number,), dtype=torch.int32) for number in range(len(slots))]
+    wanted = []
+    for slot, tokens in zip(slots, ids, strict=True):
+        mine = [
+            [weight + adapters.update.get((layer, place, slot), 0.0) for place, weight in enumerate(of_layer)]
+            for layer, of_layer in enumerate(matrices)
+        ]
+        wanted.append(exact(kind, decoder, mine, tokens.long()))
+    length = [len(tokens) for tokens in ids]
+    steps = [{0: (0, 9)}, {number: (9 * (number == 0), length[number] - 3) for number in range(len(slots))}]
+    steps += [{number: (length[number] - 3, length[number] - 2) for number in range(len(slots))}]
+    steps += [
+        {number: (length[number] - 2, length[number] - 1) for number in some} for some in ((0,), (1, 2), range(3, 14))
+    ]
+    worst = []
+    for spans in steps:
+        adapters.choose([slots[number] for number, (begin, end) in spans.items() for _ in range(begin, end)])
+        positions, _ = engine.schedule(spans)
+        out = fused.step(torch.cat([ids[number][begin:end] for number, (begin, end) in spans.items()]), positions)
+        right = torch.cat([wanted[number][begin:end] for number, (begin, end) in spans.items()])
+        worst.append((out.float() - right).norm(dim=-1) / right.norm(dim=-1))
+    apart = torch.cat(worst)
+    assert apart.max() < 0.06 and apart.median() < 0.03
+    # Without the adapter it would be far off.
+    bare = exact(kind, decoder, matrices, ids[0].long())
+    assert ((wanted[0] - bare).norm(dim=-1) / bare.norm(dim=-1)).median() > 0.5
+
+
+def test_a_token_with_an_adapter_is_to_the_last_bit_what_it_is_alone(monkeypatch):
+    kind = replace(KINDS["plain"], blocks=80)
+    decoder, _ = decoder_of(kind)
+    adapters = Adapters(kind, decoder, RANKS)
+    fused = fused_of(monkeypatch, decoder)
+    slots = [number % 5 - 1 for number in range(13)] + [0] * 9
+    ids = torch.randint(VOCABULARY, (len(slots), 40), dtype=torch.int32)
+    outputs = []
+    for groups in ([range(len(slots))], [[number] for number in range(len(slots))], [range(15), range(15, 22)]):
+        engine = Engine(kind)
+        monkeypatch.setattr(step, "get_forward_context", lambda engine=engine: engine)
+        parts = []
+        for group in groups:
+            for begin, end in ((0, 30), (30, 31), (31, 32)):
+                adapters.choose([slots[number] for number in group for _ in range(begin, end)])
+                positions, _ = engine.schedule({number: (begin, end) for number in group})
+                out = fused.step(torch.cat([ids[number, begin:end] for number in group]), positions)
+            parts.append(out)
+        outputs.append(torch.cat(parts))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 @pytest.mark.parametrize("kind", [Kind(hidden=72), Kind(head=80, rotary=(64, 64)), Kind(head=64, rotary=(48, 48))])
