@@ -67,7 +67,7 @@ def compiled(
 
     facts: others make another library.
     """
-    folder = _folder()
+    folder = cache_folder()
     target = folder / f"{name}-{_digest(sources, headers, facts)}.so"
     if target.exists():
         return target
@@ -112,7 +112,8 @@ def _finished(process: subprocess.Popen[str]) -> None:
         raise OSError(f"the compiler fails: {errors.strip()[:500]}")
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
+    """Where compiled kernels are kept, and large tables lie."""
     if cache_dir := os.environ.get("LORADOCK_CACHE_DIR"):
         return Path(cache_dir, "kernels")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loradock" / "kernels"

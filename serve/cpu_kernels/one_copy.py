@@ -8,14 +8,14 @@ times faster with them.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 
+from serve.cpu_kernels import pages
 from serve.cpu_kernels.build import library
 from serve.cpu_kernels.operators import packed_linear
 from serve.cpu_kernels.packing import at
@@ -95,23 +95,8 @@ def free(weight: torch.nn.Parameter) -> None:
     _freed += weight.nbytes
     weight.data = weight.data.new_empty(0)
     if _freed > RELEASED:
-        release()
-
-
-def release() -> None:
-    """Have the allocator give back what is freed: it would keep it for later."""
-    global _freed
-    _freed = 0
-    _release()()
-
-
-@cache
-def _release() -> Callable[[], object]:
-    process = ctypes.CDLL(None)
-    for name, arguments in (("MallocExtension_ReleaseFreeMemory", ()), ("malloc_trim", (0,))):
-        if (function := getattr(process, name, None)) is not None:
-            return lambda function=function, arguments=arguments: function(*arguments)  # type: ignore[misc]
-    return lambda: None
+        _freed = 0
+        pages.release()
 
 
 def packed(embedding: Any) -> bool:

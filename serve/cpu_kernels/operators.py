@@ -84,6 +84,7 @@ class Layer:
     b: Sequence[torch.Tensor]
     sizes: Sequence[int]
     looked_up: bool = False  # an embedding's A, which vLLM looks up itself
+    packed: bool = False  # B is read by the kernels alone, which hold a copy of their own
     number: int = field(init=False)
     used: bool = field(default=False, init=False)  # any slot holds something here
 

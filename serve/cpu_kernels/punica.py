@@ -14,6 +14,8 @@ from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWith
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from serve.cpu_kernels import pages
+from serve.cpu_kernels.build import library
 from serve.cpu_kernels.operators import Layer, Plan, load, lora_embedding, lora_linear, takes
 from serve.cpu_kernels.patches import ADAPTERS, apply
 
@@ -83,6 +85,9 @@ def _adopt(manager: LoRAModelManager) -> None:
             continue
         known.append(layer)
         module.set_mapping(LayerPunica(shared, layer))
+        for zeros in (*layer.a, *layer.b):
+            pages.drop(zeros)
+        module.loradock_zeros = frozenset(range(len(layer.b[0])))  # slots
     if unknown:
         log.warning("vLLM's own LoRA path serves %s, and torch.compile is off", ", ".join(sorted(unknown)))
         for module in manager.model.modules():
@@ -96,7 +101,8 @@ def _layer(module: BaseLayerWithLoRA, shared: Punica) -> Layer | None:
     if isinstance(module, BaseLinearLayerWithLoRA):
         if not (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == len(module.output_slices)):
             return None
-        return _checked(shared.tokens, a, b, tuple(module.output_slices))
+        packed = library() is not None and not module.lora_config.fully_sharded_loras
+        return _checked(shared.tokens, a, b, tuple(module.output_slices), packed=packed)
     if isinstance(module, VocabParallelEmbeddingWithLoRA):
         return _checked(shared.tokens, (a,), (b,), (b.shape[-2],), looked_up=True)
     if isinstance(module, LogitsProcessorWithLoRA):
@@ -119,9 +125,19 @@ def create_lora_modules(original: Callable[..., None], manager: Any) -> None:
 
 
 def activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int) -> bool:
+    adapter = manager._registered_adapters[lora_id]
+    read = manager.loradock_read.get(lora_id) if hasattr(manager, "loradock_read") else None
+    if read is not None and not adapter.loras and lora_id not in manager._active_adapters:
+        adapter.loras = read().loras
     changed = original(manager, lora_id)
     if changed and manager.loradock_layers:
-        load(manager.loradock_layers, manager.lora_index_to_id.index(lora_id))
+        slot = manager.lora_index_to_id.index(lora_id)
+        load(manager.loradock_layers, slot)
+        for layer in manager.loradock_layers:
+            for b in layer.b if layer.packed else ():
+                pages.drop(b[slot])
+        if manager.capacity <= manager.lora_slots and read is not None:
+            adapter.loras = {}  # it keeps its slot for as long as it is in memory
     return changed
 
 

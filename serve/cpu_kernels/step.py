@@ -23,9 +23,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.worker.block_table import SlotMappingMode
 
-from serve.cpu_kernels import eight_bits, one_copy, packing, tally
+from serve.cpu_kernels import eight_bits, one_copy, packing, pages, tally
 from serve.cpu_kernels.architecture import Layer, Norm, Unknown, bare, read
-from serve.cpu_kernels.build import library
+from serve.cpu_kernels.build import cache_folder, library
 from serve.cpu_kernels.install import free_memory
 from serve.cpu_kernels.operators import Layer as Adapters
 from serve.cpu_kernels.packing import at as _at
@@ -306,6 +306,10 @@ def create_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs
         return model
     model.loradock_unknown = None
     one_copy.take(model, decoder.embedding, decoder.head, keep := _keeps_vllms(model))
+    load_weights = model.load_weights
+    model.load_weights = lambda weights: load_weights(pages.read_once(weights))
+    if not keep and (decoder.head.weight is not decoder.embedding.weight or packing.shrinks()):
+        pages.keep_in_file(decoder.embedding.weight, cache_folder())
     if packing.shrinks() and not keep:
         for layer in model.modules():
             if isinstance(layer, LinearBase) and type(layer.quant_method) is UnquantizedLinearMethod:
@@ -317,6 +321,7 @@ def _take_in(layer: Any) -> bool:
     """Whether a layer of bfloat16 weights is packed, and has none of its own."""
     if isinstance(layer, VocabParallelEmbedding):
         packing.head(layer)
+        pages.leave(layer.weight)
     else:
         packing.floats(layer, layer.weight)
     return one_copy.replace(layer)
@@ -379,7 +384,7 @@ def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs:
             raise Unknown("model", "vLLM loads it in a way that is not known")
         if model.loradock_unknown is not None:
             raise model.loradock_unknown
-        one_copy.release()
+        pages.release()
         fused = runner.loradock_fused = Fused(runner)
     except Unknown as reason:
         log.warning("this model runs layer by layer, not in one call a step: %s", reason)

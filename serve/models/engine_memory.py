@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ BITS = {"int8": 8 + 32 / 64, "int4": 4 + 16 / 32}
 # What the output layer becomes where weights become fewer bits.
 HEAD_BITS = BITS["int8"]
 FLOATS = ("BF16", "F16", "F32")
+# Bytes of an embedding that the fused step looks up in a file (serve/cpu_kernels/pages.py): the kernel drops its pages
+# when somebody needs the room.
+IN_FILE = 256 << 20
 MAX_HEADER = 100 << 20
 
 
@@ -55,8 +58,11 @@ def tensors(folder: Path) -> Iterator[Tensor]:
         yield from read
 
 
-def weights(folder: Path, cpu_weights: str = "auto") -> int:
-    """Bytes of memory that a checkpoint's weights take once they are loaded; there is one copy of them."""
+def weights(folder: Path, cpu_weights: str = "auto", fused: bool = False) -> int:
+    """Bytes of memory that a checkpoint's weights take once they are loaded; there is one copy of them.
+
+    `fused`: they are loaded for the fused step.
+    """
     bits, size, table, has_head = BITS.get(cpu_weights), 0.0, None, False
     for tensor in tensors(folder):
         if bits is not None and tensor.is_matrix:
@@ -65,7 +71,10 @@ def weights(folder: Path, cpu_weights: str = "auto") -> int:
             size += tensor.shape[0] * tensor.shape[1] * width / 8
             continue
         size += tensor.size
+        has_head |= tensor.is_head
         table = tensor if tensor.is_table else table
+    if fused and table is not None and table.size >= IN_FILE and (has_head or bits is not None):
+        size -= table.size
     if bits is not None and table is not None and not has_head:
         # The embedding is also the output layer: it is looked up in bfloat16, and multiplied in 8 bits.
         size += table.shape[0] * table.shape[1] * HEAD_BITS / 8
@@ -73,20 +82,43 @@ def weights(folder: Path, cpu_weights: str = "auto") -> int:
 
 
 def slots(folder: Path, adapters: int, rank: int) -> int:
-    """Bytes of room for so many adapters of this rank in a batch: A of all modules, and B as vLLM has it and packed."""
-    size, table, has_head = 0, None, False
-    for tensor in tensors(folder):
-        if tensor.is_matrix:
-            out, into = tensor.shape
-            size += into + 2 * out
-            has_head |= tensor.is_head
-        elif tensor.is_table:
-            table = tensor
-    if table is not None:
-        entries, hidden = table.shape
-        size += entries + 2 * hidden  # its A is looked up
-        size += 0 if has_head else hidden + 2 * entries
-    return 2 * rank * adapters * size
+    """Bytes that so many adapters of this rank on all linear layers take in a batch.
+
+    Those of the embedding and the output layer take memory only where an adapter has them.
+    """
+    quantization = _quantization(folder)
+    return 2 * rank * adapters * sum(_sides(tensor, quantization) for tensor in tensors(folder))
+
+
+def _sides(tensor: Tensor, quantization: Mapping[str, Any]) -> int:
+    """Inputs and outputs of a linear layer together; 0 for another tensor."""
+    last = tensor.name.rpartition(".")[2]
+    if len(tensor.shape) != 2 or tensor.is_table or tensor.is_head:
+        return 0
+    if last == "weight":
+        return sum(tensor.shape)
+    if last not in ("weight_packed", "qweight"):
+        return 0
+    # 32 bits hold several inputs, in AWQ several outputs.
+    first, second = tensor.shape
+    many = 32 // int(quantization.get("bits") or _num_bits(quantization))
+    return (
+        many * first + second
+        if last == "qweight" and quantization.get("quant_method") != "awq"
+        else first + many * second
+    )
+
+
+def _num_bits(quantization: Mapping[str, Any]) -> int:
+    groups = quantization.get("config_groups") or {}
+    return next((int(group["weights"]["num_bits"]) for group in groups.values()), 4)
+
+
+def _quantization(folder: Path) -> Mapping[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text()).get("quantization_config") or {})
+    except (OSError, ValueError):
+        return {}
 
 
 def _header(file: Path) -> dict[str, Any]:

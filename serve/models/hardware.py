@@ -34,6 +34,11 @@ def on_cpu() -> bool:
     return True
 
 
+def fused_step() -> bool:
+    """The kernels compute whole steps on this processor (serve/cpu_kernels/step.cpp)."""
+    return on_cpu() and Host().instructions() >= {"avx512_bf16", "avx512_vnni"}
+
+
 def one_process(environ: Mapping[str, str], workers: int) -> bool:
     """The engine may compute in the process that schedules: a small machine, whose cores nobody has dealt out yet.
 

@@ -52,15 +52,15 @@ def plan(
         raise ConfigError(f"{model} is not a model that can be read: {str(error).splitlines()[0]}") from error
     config = getattr(config, "text_config", config)
     width = BYTES.get(str(getattr(config, "dtype", "bfloat16")).removeprefix("torch."), 2)
-    weights = engine_memory.weights(Path(model), cpu_weights)
+    on_cpu = hardware.on_cpu()
+    weights = engine_memory.weights(Path(model), cpu_weights, hardware.fused_step())
     weights = weights or width * sum(out * into for out, into in module_shapes(model).values())
     modules = lora_modules(model)
     linear = [shape for name, shape in modules.items() if not name.endswith(("embed_tokens", "lm_head", "wte"))]
     adapter = width * rank * sum(out + into for out, into in linear)
-    # vLLM's slots have room for every module that may be adapted, the embedding and output layer too.
-    # On a CPU the kernels keep B once more, as they read it.
-    times = 2 if hardware.on_cpu() else 1
-    slot = width * rank * sum(times * out + into for out, into in modules.values())
+    # vLLM's slots have room for every module that may be adapted, the embedding and output layer too; on a CPU these
+    # take memory only where an adapter has them.
+    slot = adapter if on_cpu else width * rank * sum(out + into for out, into in modules.values())
     slots = max_loras * slot
     return Plan(
         weights=weights,
@@ -68,7 +68,8 @@ def plan(
         kv_cache=hardware.kv_space(weights + slots) if kv_cache is None else kv_cache,
         adapter=adapter,
         slots=slots,
-        host=max_cpu_loras * adapter,
+        # Where each has a slot for good, a CPU's memory holds it there alone.
+        host=0 if on_cpu and max_cpu_loras <= max_loras else max_cpu_loras * adapter,
         overhead=hardware.OVERHEAD,
         free=hardware.free_memory(),
     )

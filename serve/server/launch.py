@@ -75,7 +75,7 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         )
     if hardware.on_cpu():
         ranks = whole(engine, "data_parallel_size")
-        weights = ranks * engine_memory.weights(Path(base.model), config.cpu_weights)
+        weights = ranks * engine_memory.weights(Path(base.model), config.cpu_weights, hardware.fused_step())
         slots = ranks * engine_memory.slots(
             Path(base.model), whole(engine, "max_loras"), whole(engine, "max_lora_rank")
         )

@@ -32,6 +32,7 @@ from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.version import __version__ as VLLM_VERSION
 
+from serve.cpu_kernels import pages
 from serve.cpu_kernels.install import WEIGHTS
 from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
@@ -178,7 +179,7 @@ class VLLMBackend:
             return
         try:
             folder = Path(self.model)
-            weights = engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"))
+            weights = engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"), hardware.fused_step())
             slots = engine_memory.slots(folder, self.slots, self.max_lora_rank)
             hardware.check_memory(weights, int(self.args.kv_cache_memory_bytes), slots=slots)
         except ConfigError as error:
@@ -227,6 +228,8 @@ class VLLMBackend:
         if not _FROZEN:  # later, answers are under way, and it takes a while
             _FROZEN.append(self.name)
             freeze_gc_heap()
+        await self._rpc("loradock_settle")
+        pages.release()
 
     def _tells_plainly(self) -> bool:
         """vLLM's server puts nothing between the tokens of a plain stream, and takes nothing out."""

@@ -9,17 +9,19 @@ Mixed into vLLM's worker by its option `worker_extension_cls`; called through `c
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from time import perf_counter, sleep, thread_time
 from types import SimpleNamespace
 from typing import Any
 
-from serve.cpu_kernels import tally
+from serve.cpu_kernels import pages, tally
 from serve.vllm_backend.notices import notices
 
 LOADING, LOADED = "loading", "loaded"
@@ -40,6 +42,7 @@ class Loader:
         self._manager = manager
         self._busy = busy
         self._coming: dict[int, Future[Any]] = {}
+        self._again: dict[int, Callable[[], Any]] = {}
         self._thread = ThreadPoolExecutor(1, "adapter-loader", initializer=_step_back)
         for module in manager._adapter_manager.modules.values():
             if hasattr(module, "set_lora"):
@@ -47,7 +50,11 @@ class Loader:
 
     def begin(self, request: Any) -> None:
         """Read and convert the adapter's files in the thread."""
-        self._coming[request.lora_int_id] = self._thread.submit(self._read, request)
+        number, held = request.lora_int_id, self._manager.list_adapters()
+        self._coming[number] = self._thread.submit(self._read, request)
+        # What is in a slot need not be kept beside it (serve/cpu_kernels/punica.py), while it can be had again.
+        again = {each: read for each, read in self._again.items() if each in held or each in self._coming}
+        self._again = self._manager._adapter_manager.loradock_read = {**again, number: partial(self._convert, request)}
 
     def finish(self, number: int) -> str:
         """LOADING, LOADED (it is registered from now on), or why it can't be."""
@@ -66,11 +73,14 @@ class Loader:
         return LOADED
 
     def _read(self, request: Any) -> Any:
-        adapters = self._manager._adapter_manager
         with _resting(self._rest):
-            lora = self._manager._load_adapter(request)
-            if not adapters._is_moe:  # to pack experts twice, here and when it is added, would not be the same as once
-                adapters._create_merged_loras_inplace(lora)
+            return self._convert(request)
+
+    def _convert(self, request: Any) -> Any:
+        adapters = self._manager._adapter_manager
+        lora = self._manager._load_adapter(request)
+        if not adapters._is_moe:  # to pack experts twice, here and when it is added, would not be the same as once
+            adapters._create_merged_loras_inplace(lora)
         return lora
 
     def _rest(self) -> None:
@@ -96,6 +106,11 @@ class Worker:
         """The formats of the weights that are multiplied in one call a step; empty in vLLM's layers."""
         fused = getattr(self.model_runner, "loradock_fused", None)  # type: ignore[attr-defined]
         return fused.weights if fused is not None else ""
+
+    def loradock_settle(self) -> None:
+        """Give back what was only needed to start."""
+        gc.collect()
+        pages.release()
 
     def loradock_steps(self) -> list[tuple[str, str, int]]:
         """How many steps this process computed, by path and reason."""
@@ -146,7 +161,7 @@ def _resting(rest: Callable[[], None]) -> Iterator[None]:
 def _reset_once(module: Any) -> None:
     """Zero a slot of this module only if something was put there since: of the output layer's it takes milliseconds."""
     reset, put = module.reset_lora, module.set_lora
-    clean: set[int] = set()
+    clean: set[int] = set(getattr(module, "loradock_zeros", ()))
 
     def reset_lora(index: int) -> None:
         if index not in clean:

@@ -306,6 +306,55 @@ def test_adapters_over_an_int8_base(monkeypatch):
     torch.testing.assert_close(got[1:].double(), plain[1:].double() + added[1:], rtol=0.01, atol=0.03)
 
 
+def test_what_is_in_a_slot_for_good_is_in_memory_once():
+    """Its B is packed, and what it was read as is let go; it is read again if it ever comes back."""
+    base = QKVParallelLinear(128, 32, 4, 4, bias=False, params_dtype=torch.bfloat16, prefix="layers.0.qkv_proj")
+    base.weight.data.normal_(std=0.1)
+    base.quant_method.process_weights_after_loading(base)
+    module = MergedQKVParallelLinearWithLoRA(base)
+    module.create_lora_weights(2, LoRAConfig(max_lora_rank=64, max_loras=2, lora_dtype=torch.bfloat16))
+    ours = punica.Punica(64, 64, "cpu")
+    module.set_mapping(ours)
+    a = [torch.randn(64, 128).mul(0.1).bfloat16() for _ in range(3)]
+    b = [torch.randn(size, 64).bfloat16() for size in module.output_slices]
+    adapter = SimpleNamespace(loras={"qkv": (a, b)})
+    manager = SimpleNamespace(
+        modules={"qkv": module},
+        lora_slots=2,
+        capacity=2,
+        model=torch.nn.Module(),
+        lora_index_to_id=[None, None],
+        _registered_adapters={7: adapter},
+        _active_adapters={},
+        loradock_read={7: lambda: SimpleNamespace(loras={"qkv": (a, b)})},
+    )
+    punica._adopt(manager)
+    assert module.loradock_zeros == {0, 1}
+
+    def activate(slot: int) -> torch.Tensor:
+        def original(manager, number):
+            manager.lora_index_to_id[slot] = number
+            module.set_lora(slot, *adapter.loras["qkv"])
+            return True
+
+        manager.lora_index_to_id = [None, None]
+        assert punica.activate_adapter(original, manager, 7)
+        ours.update_metadata(LoRAMapping((0, 7, 7), (0, 7, 7), is_prefill=True), manager.lora_index_to_id, 2, VOCAB)
+        return module(x)[0]
+
+    x = torch.randn(3, 128).bfloat16()
+    first = activate(0)
+    added = torch.cat([x.double() @ one.double().T @ other.double().T for one, other in zip(a, b, strict=True)], dim=-1)
+    torch.testing.assert_close(first[1:].double(), base(x)[0][1:].double() + added[1:], rtol=0.01, atol=0.1)
+    assert not adapter.loras
+    zeros = (module.lora_b_stacked[0][0] == 0).float().mean()
+    assert zeros > 0.4 or build.library() is None  # all but the pages at its ends
+    assert torch.equal(activate(1), first)
+
+    manager.capacity, adapter.loras = 3, {"qkv": (a, b)}  # it may lose its slot
+    assert torch.equal(activate(0), first) and adapter.loras
+
+
 def test_the_kernels_are_compiled_once_and_a_broken_compiler_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("LORADOCK_CACHE_DIR", str(tmp_path))
     first = build._compiled()

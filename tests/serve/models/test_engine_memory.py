@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from serve.errors import ConfigError
-from serve.models import hardware
+from serve.models import engine_memory, hardware
 from serve.models.engine_memory import slots, weights
 from serve.models.host import Host
+from tests.support.quantized import Scheme
 
 GIB = 1 << 30
 
@@ -41,9 +44,41 @@ def test_a_tied_output_layer_of_fewer_bits_is_one_more_matrix(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_slots_have_room_for_adapters_of_every_module(tmp_path, tied):
-    layer, table, head = 64 + 2 * 256, 128 + 2 * 64, 64 + 2 * 128
-    assert slots(checkpoint(tmp_path, tied=tied), 3, 8) == 3 * 8 * 2 * (layer + table + head)
+def test_adapters_in_a_batch_take_their_a_and_b(tmp_path, tied):
+    assert slots(checkpoint(tmp_path, tied=tied), 3, 8) == 3 * 8 * 2 * (64 + 256)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme("pack-quantized", group=32),
+        Scheme("pack-quantized", bits=8),
+        Scheme("gptq", group=32),
+        Scheme("awq", group=32, points=True),
+        Scheme("float-quantized"),
+    ],
+    ids=lambda scheme: f"{scheme.layout} {scheme.bits}",
+)
+def test_adapters_of_quantized_layers_are_as_large(tmp_path, scheme):
+    made = scheme.rounded(torch.randn(256, 64).bfloat16())
+    tensors = {f"model.layers.0.mlp.up_proj.{name}": tensor.contiguous() for name, tensor in made.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": scheme.config()}))
+    assert slots(tmp_path, 3, 8) == 3 * 8 * 2 * (64 + 256)
+
+
+def test_a_large_table_that_is_only_looked_up_needs_no_memory_of_its_own(tmp_path, monkeypatch):
+    table, layer = 2 * 128 * 64, 256 * 64
+    monkeypatch.setattr(engine_memory, "IN_FILE", table)
+    rest = 2 * layer + 2 * 64
+    folder = checkpoint(tmp_path, tied=False)
+    assert weights(folder, fused=True) == rest + table
+    assert weights(folder, "int4", fused=True) == 2 * 64 + layer * 4.5 / 8 + 128 * 64 * 8.5 / 8
+    tied = checkpoint(tmp_path, tied=True)
+    assert weights(tied, fused=True) == rest + table  # it is multiplied too
+    assert weights(tied, "int8", fused=True) == 2 * 64 + layer * 8.5 / 8 + 128 * 64 * 8.5 / 8
+    monkeypatch.setattr(engine_memory, "IN_FILE", table + 1)
+    assert weights(tied, fused=True) == rest + table
 
 
 def test_a_file_that_is_none_counts_by_its_size(tmp_path):
