@@ -133,7 +133,7 @@ def _run(config: Config, sock: socket, output: Log) -> int:
     # What is imported stays; to look for garbage in it again and again takes a third of the time.
     gc.disable()
     if hardware.on_cpu():
-        forkserver.start()
+        forkserver.start((base.model, base.engine) for base in config.bases)
     output.watch()
     from serve.api.app import build_app
     from serve.vllm_backend.backend import VLLMBackend

@@ -26,7 +26,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import arbitrary_address  # type: ignore[attr-defined]
@@ -45,8 +45,11 @@ UNKNOWN = 255  # multiprocessing's, where nobody is left to tell
 PR_SET_PDEATHSIG = 1
 
 
-def start() -> None:
-    """Have a process with vLLM imported. What LD_PRELOAD holds now is what vLLM's processes will have."""
+def start(models: Iterable[tuple[str, Mapping[str, Any]]] = ()) -> None:
+    """Have a process with vLLM imported, and the tokenizers of these models (with their engines' options) read.
+
+    What LD_PRELOAD holds now is what vLLM's processes will have.
+    """
     if "omp" not in os.environ.get("LD_PRELOAD", ""):
         return  # vLLM finds an OpenMP itself, later, and preloads it by executing its processes anew
     os.environ[VARIABLE] = "1"
@@ -56,7 +59,9 @@ def start() -> None:
         return
     # OpenMP reads it when it is first asked for anything: this process's threads go where they like.
     affinity = os.environ.pop("KMP_AFFINITY", None)
-    importlib.import_module(PRELOAD)
+    preload = importlib.import_module(PRELOAD)
+    for model, options in models:
+        preload.tokenizer(model, options)
     if affinity is not None:
         os.environ["KMP_AFFINITY"] = affinity
     gc.freeze()

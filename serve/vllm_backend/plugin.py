@@ -20,6 +20,7 @@ from serve.vllm_backend import (
     titles,
     token_texts,
     tokenizer_copies,
+    uncompiled,
 )
 
 
@@ -28,6 +29,7 @@ def register() -> None:
     model_inspection.install()
     notices.install()
     install_kernels(hardware.free_memory)
+    uncompiled.install()
     prompt_logprobs.install()
     token_texts.install()
     tokenizer_copies.install()

@@ -1,24 +1,58 @@
 """What the server and vLLM's engine and worker import on a CPU; imported once, before one is forked from the other."""
 
-# ruff: noqa: E402, F401
+# ruff: noqa: F401
 import gc
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from serve.cpu_kernels import pages
+from serve.vllm_backend import uncompiled
 
 # A third of the time that the imports take would go into looking for garbage in what stays.
 collects = gc.isenabled()
 gc.disable()
 
-import transformers.models.auto
-import vllm.entrypoints.openai.models.protocol
-import vllm.lora.model_manager
-import vllm.lora.worker_manager
-import vllm.model_executor.model_loader
-import vllm.model_executor.models.llama
-import vllm.model_executor.models.registry
-import vllm.v1.attention.backends.cpu_attn
-import vllm.v1.engine.core
-import vllm.v1.executor.multiproc_executor
-import vllm.v1.worker.cpu_model_runner
-import vllm.v1.worker.cpu_worker
+with uncompiled.imported():
+    import transformers.models.auto
+    import vllm.entrypoints.openai.models.protocol
+    import vllm.lora.model_manager
+    import vllm.lora.worker_manager
+    import vllm.model_executor.model_loader
+    import vllm.model_executor.models.llama
+    import vllm.model_executor.models.registry
+    import vllm.v1.attention.backends.cpu_attn
+    import vllm.v1.engine.core
+    import vllm.v1.executor.multiproc_executor
+    import vllm.v1.worker.cpu_model_runner
+    import vllm.v1.worker.cpu_worker
 
+pages.release()
 if collects:
     gc.enable()
+
+# An engine's options by which it has another tokenizer than its model's folder holds, or none.
+_OTHER_TOKENIZER = (
+    "tokenizer",
+    "tokenizer_mode",
+    "tokenizer_revision",
+    "revision",
+    "runner",
+    "skip_tokenizer_init",
+    "trust_remote_code",
+)
+
+
+def tokenizer(model: str, options: Mapping[str, Any]) -> None:
+    """Read a model's tokenizer, which the server and the engine will ask vLLM for: it is in memory once then."""
+    if not Path(model, "tokenizer.json").is_file() or any(name in options for name in _OTHER_TOKENIZER):
+        return
+    from vllm.tokenizers import cached_get_tokenizer
+
+    try:  # as vLLM's cached_tokenizer_from_config calls it, which is where it is found again
+        cached_get_tokenizer(
+            model, runner_type="generate", tokenizer_mode="auto", revision=None, trust_remote_code=False
+        )
+    except Exception as error:  # whoever needs it says what is wrong
+        logging.getLogger("loradock").debug("the tokenizer of %s is not read beforehand: %s", model, error)
