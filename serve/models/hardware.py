@@ -14,8 +14,8 @@ from serve.errors import ConfigError
 from serve.models.host import Host
 
 GIB = 1 << 30
-# Interpreter, torch, compiled graphs and activations of both processes, measured with SmolLM2-135M.
-OVERHEAD = 2 * GIB
+# Of all processes beside weights, KV cache and adapters: imports, and a step's buffers. `make memory` measures it.
+OVERHEAD = GIB
 
 
 def node() -> str:
