@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes grafana-types sanitize adapter-cost
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes grafana-types sanitize adapter-cost matrix-speed
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -130,6 +130,9 @@ served-quality: setup-dev ## perplexity as served on a CPU with each --cpu-weigh
 
 cpu-speed: setup-dev ## a model with each --cpu-weights, and llama.cpp's formats where they are given, in turns over HTTP; 10 minutes
 	@$(BIN)/python -m tests.campaigns.cpu_speed $(ARGS)
+
+matrix-speed: setup-dev ## products of prompts of 1,024 against oneDNN's of the same shapes, bfloat16 and int8 (CPU); 3 minutes
+	@$(BIN)/python -m tests.campaigns.matrix_speed $(ARGS)
 
 adapter-cost: setup-dev ## a step of the CPU kernels without, with one and with sixteen adapters, in turns; 2 minutes
 	@$(BIN)/python -m tests.campaigns.adapter_cost $(ARGS)
