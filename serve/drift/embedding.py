@@ -15,7 +15,9 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -172,9 +174,11 @@ class Rows:
 
     def __getitem__(self, which: slice | NDArray[np.integer]) -> NDArray[np.float32]:
         part = np.asarray(self._map[which])
-        if self._bf16:  # the upper half of a float32
-            return (part.astype(np.uint32) << 16).view(np.float32)
-        return part.astype(np.float32)
+        # The upper half of a float32.
+        read = (part.astype(np.uint32) << 16).view(np.float32) if self._bf16 else part.astype(np.float32)
+        with suppress(AttributeError, OSError, ValueError):  # the pages that were read count as this process's memory
+            self._map._mmap.madvise(mmap.MADV_DONTNEED)
+        return read
 
 
 def rows(checkpoint: Path) -> Rows:
