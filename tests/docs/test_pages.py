@@ -7,6 +7,7 @@ import shlex
 from typing import Any
 
 import pytest
+import yaml
 
 from docs import generate, make_screenshot
 from optimize.recipe import parse
@@ -15,6 +16,7 @@ from tests.support.pages import Page, pages
 from tests.support.server import ROOT
 
 README, *DOCS = pages()
+CHART = yaml.safe_load((ROOT / "docker/helm/loradock/values.yaml").read_text())
 each = pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
 
 
@@ -74,6 +76,10 @@ def test_every_yaml_on_a_page_is_a_configuration_or_a_recipe(page, tmp_path):
     for block in page.of("yaml"):
         if block.startswith("# recipe"):
             assert parse(block, tmp_path).steps
+            continue
+        if block.startswith("# values"):
+            assert (asked := yaml.safe_load(block)).keys() <= CHART.keys()
+            assert asked["storage"].keys() <= CHART["storage"].keys()
             continue
         file = tmp_path / "loradock.yaml"
         file.write_text(block)
