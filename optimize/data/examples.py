@@ -24,6 +24,7 @@ FEWEST = 10  # examples, as OpenAI asks for
 LONGEST = 16 << 20  # bytes of a line
 LISTED = 100  # problems that are kept
 SHOWN = 3  # problems in one message
+REASON = 300  # characters of a problem, which may quote the file
 
 FORMATS = {"chat": "supervised", "completion": "supervised", "preference": "dpo", "rating": "kto"}
 KEYS = {
@@ -149,9 +150,13 @@ def _lines(path: Path, method: str) -> Iterator[tuple[int, Example | str, int]]:
                 try:
                     yield number, _example(line, method), len(line)
                 except Problem as problem:
-                    yield number, str(problem), len(line)
+                    yield number, _short(str(problem)), len(line)
     except OSError as error:
         raise Refused(f"the examples in {path} cannot be read: {error.strerror or error}") from error
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= REASON else reason[: REASON - 3] + "..."
 
 
 def _example(line: bytes, method: str) -> Example:

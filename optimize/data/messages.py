@@ -104,10 +104,10 @@ def _call(call: Any, calls: set[str]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = msgspec.json.decode(arguments)
-        except msgspec.DecodeError as error:
-            raise Problem(f"calls {name[:40]} with arguments that are not JSON: {error}") from error
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise Problem(f"calls {name[:40]!r} with arguments that are not JSON: {error}") from error
     if not isinstance(arguments, dict):
-        raise Problem(f"calls {name[:40]} with arguments that are not an object")
+        raise Problem(f"calls {name[:40]!r} with arguments that are not an object")
     made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.get("id") is not None:
         made["id"] = _text(call["id"], "id of a call")

@@ -153,11 +153,7 @@ class Training:
             (total / weight).backward()
             loss, hits = loss + float(total.detach()), hits + right
         loss /= weight
-        if not math.isfinite(loss):
-            raise OptimizeError(
-                f"training diverged at step {self.course.step + 1}: take a smaller learning_rate than "
-                f"{self._settings.learning_rate:g}"
-            )
+        self._check_finite(loss, self.course.step + 1)
         torch.nn.utils.clip_grad_norm_(self._learner.parameters, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -169,6 +165,12 @@ class Training:
             "train_loss": round(loss, 5), "train_accuracy": round(hits / weight, 5),
             "valid_loss": None, "valid_accuracy": None, "learning_rate": float(f"{rate:.4g}"), "checkpoint": None,
         }  # fmt: skip
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise OptimizeError(
+                f"training diverged at step {step}: take a smaller learning_rate than {self._settings.learning_rate:g}"
+            )
 
     def _batch(self, step: int) -> list[int]:
         """The examples of a step: all of them in a new order each epoch."""
@@ -186,6 +188,7 @@ class Training:
             for row in self._valid.rows(everything):
                 total, right = self._valid.objective.total(*self._learner.logps(row), row)
                 loss, hits = loss + float(total), hits + right
+        self._check_finite(loss, self.course.step)
         loss = round(loss / weight, 5)
         if self.course.step and loss < self.course.best_loss:
             self._best, self.course.best_step, self.course.worse = self._learner.state(), self.course.step, 0

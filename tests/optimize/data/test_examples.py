@@ -40,6 +40,10 @@ MALFORMED = {
     "one list": ([CHAT], "is a list; the file holds one JSON object a line (JSONL)"),
     "a string": ("messages", "is not a JSON object"),
     "half a surrogate": (b'{"prompt": "\\ud800", "completion": "a"}', "is not JSON"),
+    "a call of many lists": (
+        chat(ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "[" * 100_000}}]}),
+        "message 2 of messages calls 'look' with arguments that are not JSON",
+    ),
     "no known key": ({"text": "the river"}, 'is missing the key "messages"'),
     "no completion": ({"prompt": "the river"}, 'is missing the key "completion"'),
     "no prompt": ({"completion": "the river"}, 'is missing the key "prompt"'),
@@ -68,7 +72,7 @@ MALFORMED = {
     ),
     "arguments that are no JSON": (
         chat(ASKED, {**SAID, "tool_calls": [{**CALL, "function": {"name": "look", "arguments": "reeds"}}]}),
-        "calls look with arguments that are not JSON",
+        "calls 'look' with arguments that are not JSON",
     ),
     "tools as text": ({**CHAT, "tools": "look"}, '"tools" has to be a list'),
     "a preference": (PAIR, "is a preference example, which the method dpo takes, not supervised"),
@@ -158,6 +162,14 @@ def test_a_thousand_problems_are_counted_and_the_first_are_said(tmp_path):
     found = checked(file_of(tmp_path, *[{"text": "a"}] * 1000), "supervised")
     assert (found.problem_count, len(found.problems)) == (1000, 100)
     assert found.message.endswith("; and 997 more problems")
+
+
+def test_a_problem_does_not_grow_with_what_it_quotes(tmp_path):
+    found = checked(
+        file_of(tmp_path, {**CHAT, "k" * 1_000_000: 1}, chat({**ASKED, "k" * 1_000_000: 1}, SAID)), "supervised"
+    )
+    assert found.problem_count == 2 and len(found.message) < 1000
+    assert all("has the key 'kkk" in reason for _, reason in found.problems)
 
 
 def test_a_line_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):

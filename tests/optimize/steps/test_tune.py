@@ -366,6 +366,11 @@ def test_a_rate_that_is_too_high_is_a_sentence(tuning):
         tune.run(tuning(learning_rate=1e30, epochs=3), silent)
 
 
+def test_a_held_out_loss_that_is_no_number_is_that_sentence(tuning):
+    with pytest.raises(OptimizeError, match="diverged at step 1: .* smaller learning_rate"):
+        tune.run(tuning(held=answering(range(4)), learning_rate=1e30, epochs=1, batch=24), silent)
+
+
 # ---- preferences
 
 
