@@ -82,6 +82,7 @@ async def test_the_openapi_document_describes_every_body(client):
         "post /v1/adapters/{name}/shadow": "Weight",
         "post /v1/adapters/{name}/visibility": "Visibility",
         "post /v1/adapters/{name}/pin": "Pin",
+        "post /v1/fine_tuning/jobs": "NewFineTuningJob",
         "post /v1/load_lora_adapter": "LoadLora",
         "post /v1/unload_lora_adapter": "UnloadLora",
         "post /v1/keys": "NewKey",

@@ -81,6 +81,7 @@ def test_an_error_before_any_server_is_asked_is_json_too(monkeypatch, capsys):
     ],
 )
 def test_a_command_that_is_wrong_is_json_after_json_and_a_sentence_without(monkeypatch, capsys, words, says):
+    monkeypatch.delenv("LORADOCK_TEST_POSTGRES", raising=False)
     monkeypatch.setattr(sys, "argv", ["loradock", *words, "--json"])
     with pytest.raises(SystemExit) as ended:
         command.main()
