@@ -47,7 +47,7 @@ from serve.drift.native_steps import NativeSteps
 from serve.drift.random_state import rng_from, rng_state
 from serve.drift.recent_rows import all_finite
 from serve.drift.score_bags import ScoreBags
-from serve.drift.state_arrays import below, prefixed
+from serve.drift.state_arrays import below, own, prefixed
 from serve.drift.tolerance import less_error
 
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
@@ -131,7 +131,7 @@ class Drift:
     def steps(self, rows: ArrayLike, mean_rows: Sequence[NDArray[np.float32] | None]) -> Iterator[bool]:
         """`update` with each of several rows, to be run to its end. What one request does not change for the next is
         worked out for all of them at once; the numbers are those of one after another, to the bit."""
-        scores = np.array(rows, np.float32)
+        scores = np.array(rows, np.float32, order="C")
         if scores.shape[1:] != self._margin.shape:
             raise ValueError(
                 f"a row has the shape {scores.shape[1:]}; "
@@ -153,7 +153,7 @@ class Drift:
     ) -> Iterator[bool]:
         """`_steps` in one call, which ends with the first evidence; from there on in one for each."""
         ranked = self.means is not None and self.means.phase is Phase.RANKING and mean_rows[0] is not None
-        together, done = np.ascontiguousarray(mean_rows, np.float32) if ranked else None, 0
+        together, done = self.means.together(mean_rows) if ranked and self.means is not None else None, 0
         while done < len(scores):
             rows, sized = scores[done:], self._sized
             if sized:
@@ -328,15 +328,16 @@ class Drift:
         self.capacity, self.updates = capacity, updates
         self.crossed_at = None if crossed_at < 0 else crossed_at
         self._rng = rng_from(state["lots"])
-        self._reference = np.ascontiguousarray(state["reference"].T)
         learned, k = below(state, "directions."), len(state["bags"])
+        # The C++ code takes the addresses of arrays: whatever was read, they have their own shapes and types.
+        self._reference = own((k, len(state["reference"])), state["reference"].T, np.float32)
         # Earlier releases had neither margins nor weights nor what comes after the evidence.
         columns = learned["bag"].shape[1] if learned else k
-        self._margin = np.array(state.get("margin", np.zeros(columns, np.float32)))
+        self._margin = own(columns, state.get("margin", 0), np.float32)
         self._bags = ScoreBags(state["bags"], capacity, self._margin[:k])
         self._directions = Directions.from_state(learned, capacity, self._margin, columns - k) if learned else None
         directions = len(HALF_LIVES) if learned else 0
-        self._weights = np.array(state.get("weights", np.ones(k)))
+        self._weights = own(k, state.get("weights", 1))
         self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
         self._bank.restore(below(state, "bank."))
         means = below(state, "means.")
@@ -346,9 +347,7 @@ class Drift:
             self._effect.restore(below(state, "effect."))
         # Earlier releases looked for the size after the evidence alone, which was sure then.
         self._sized, self._sure = (bool(stage) for stage in state.get("stages", (crossed_at >= 0,) * 2))
-        self._moved = np.array(state["moved"])
-        self._shift = np.array(state["shift"])
-        self._seen = np.array(state["seen"])
+        self._moved, self._shift, self._seen = own(k, state["moved"]), own(k, state["shift"]), own(2, state["seen"])
         self._ungauged = []
         self._rows = deque(state.get("rows", ()), maxlen=RECENT)
         self._mean_rows = deque([None] * len(self._rows), maxlen=RECENT)

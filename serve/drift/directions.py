@@ -62,6 +62,8 @@ class Directions:
         turn: int = 1,
     ) -> None:
         n, k = reference.shape
+        if n > capacity or turn < 1:
+            raise ValueError(f"{n} rows in a bag of {capacity}, a turn of {turn}: at least as many, and 1, are taken")
         self._margin = np.zeros(k, np.float32) if margin is None else np.array(margin, np.float32)
         self._has_margin = bool(self._margin.any())
         self._heard, self._silent = k - silent, silent
@@ -220,14 +222,15 @@ class Directions:
     ) -> Self:
         """Earlier releases taught with half of the requests; their bag goes on, and directions are learned anew. Later
         ones turned the directions with every request."""
-        self = cls(state["bag"], capacity, margin, silent)
+        turn = int(state["age"][1]) if "towards" in state else 1
+        self = cls(state["bag"], capacity, margin, silent, turn)
         if "learned" in state:
             self._reference = np.array(state["reference"])
-            self._learned, self._squares = np.array(state["learned"]), np.array(state["squares"])
+            self._learned[:], self._squares[:] = state["learned"], state["squares"]
             self._point()
         if "towards" in state:
             self._turn_to(np.array(state["towards"]))
-            self._age, self._turn = (int(count) for count in state["age"])
+            self._age = int(state["age"][0])
             self._along[:, : self._size], self._pull[:, : self._size] = state["along"], state["pull"]
-            self._faded = np.array(state["faded"])
+            self._faded[:] = state["faded"]
         return self

@@ -129,6 +129,13 @@ class MeanRows:
         """Whether nothing follows of this reference: its bets are none."""
         return self.phase is Phase.OFF
 
+    def together(self, rows: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
+        """(n, width): some rows to rank."""
+        several, width = np.ascontiguousarray(rows, np.float32), self._bag.shape[1]
+        if several.shape[1:] != (width,):
+            raise ValueError(f"a mean row has {several.shape[-1]} numbers; those of the reference have {width}")
+        return several
+
     def shown(self) -> MeanRowsView:
         """Where all of it lies, for `serve.drift.native`, once it ranks."""
         view = self._view

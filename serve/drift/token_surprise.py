@@ -81,7 +81,9 @@ class TokenSurprise:
         tables = tuple(np.asarray(arrays[name], np.float16) for name in ("tokens", "pairs"))
         if [table.shape for table in tables] != [((1 << bits) + 1,) for bits in _BITS]:
             raise ValueError(f"token tables have the shapes {[table.shape for table in tables]}")
-        return cls(tables, np.asarray(arrays["spread"], np.float32))
+        if (spread := np.asarray(arrays["spread"], np.float32)).shape != (len(_BITS),):
+            raise ValueError(f"the spread of the tokens' scores has the shape {spread.shape}")
+        return cls(tables, spread)
 
 
 def _fit(ids: NDArray[np.int64], buckets: int) -> tuple[NDArray[np.float16], NDArray[np.float64]]:

@@ -116,6 +116,60 @@ def test_a_detector_goes_on_from_the_other_s_state():
     assert np.array_equal(first.state()["bags"], second.state()["bags"])
 
 
+# Arrays of a state that somebody sent, of another shape or type than they should have: the C++ code takes addresses.
+FOREIGN = {
+    "directions.squares": np.ones((1, 1)),
+    "directions.faded": np.ones((4, 1), np.float32),
+    "directions.learned": np.zeros((4, 46), np.float32),
+    "directions.age": np.array([0, 0]),
+    "counts": np.array([249, 0, -1]),
+    "margin": np.zeros(46),
+    "weights": np.ones(6, np.float16),
+    "reference": np.zeros((250, 6), np.float16),
+    "shift": np.zeros(12),
+    "seen": np.zeros(1),
+    "moved": np.zeros(1),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_state_of_other_arrays_is_refused_or_read_as_numpy_reads_it(name):
+    state = detector(1, silent=40, margin=0.3).state() | {name: FOREIGN[name]}
+
+    def said():
+        try:
+            made = Drift.from_state(state)
+        except ValueError:
+            return "refused"
+        for rows, mean_rows in stream(1, silent=40, requests=160):
+            list(made.steps(rows, mean_rows))
+        return made.log_evidence, *made.rank_shift
+
+    with without_compiler():
+        expected = said()
+    assert expected == "refused" if name in ("directions.age", "counts", "shift") else expected != "refused"
+    found = said()
+    assert found == expected or np.allclose(found, expected, atol=0.05)
+
+
+@needs_native
+def test_rows_that_lie_otherwise_in_memory_are_the_same():
+    one, other = (detector(1) for _ in range(2))
+    for rows, mean_rows in stream(1, requests=80):
+        list(one.steps(rows, mean_rows))
+        list(other.steps(np.asfortranarray(rows), mean_rows))
+    assert one.log_evidence == other.log_evidence
+
+
+@needs_native
+def test_mean_rows_of_another_model_are_refused():
+    made = detector(1, means=True)
+    rows, mean_rows = next(stream(1, means=True))
+    with pytest.raises(ValueError, match="47 numbers"):
+        list(made.steps(rows, [row[:-1] for row in mean_rows]))
+
+
 @needs_native
 def test_requests_one_by_one_are_those_of_a_block_to_the_bit():
     one, many = (detector(3, silent=16, turn=4, means=True) for _ in range(2))
@@ -185,6 +239,12 @@ def test_rows_of_features_are_the_same_but_for_roundings():
                 )
         for plain, quick in zip(rows[:2], rows[2:], strict=True):
             assert np.allclose(plain, quick, atol=2e-6), length
+
+
+def test_a_spread_of_another_shape_is_refused():
+    arrays = TokenSurprise.fit(np.array([sketch(range(50))] * 20))[0].arrays()
+    with pytest.raises(ValueError, match="spread"):
+        TokenSurprise.from_arrays(arrays | {"spread": arrays["spread"][:1]})
 
 
 @needs_native
