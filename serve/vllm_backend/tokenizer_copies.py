@@ -7,7 +7,7 @@ threads must not share is only what a call sets, as truncation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from serve.cpu_kernels.patches import Patch, apply
@@ -29,16 +29,20 @@ def install() -> None:
     apply(PATCHES)
 
 
-def make_thread_pool(original: Callable[..., Any], tokenizer: Any, copies: int = 1) -> Any:
+def make_thread_pool(original: FunctionType, tokenizer: Any, copies: int = 1) -> Any:
     if not hasattr(tokenizer, "_tokenizer"):
         return original(tokenizer, copies)
-    template = copy.copy(tokenizer)
-    # Of the instance, from which vLLM makes the one that it copies.
-    tokenizer.__deepcopy__ = lambda _: shared_copy(template)
-    try:
-        return original(tokenizer, copies)
-    finally:
-        del tokenizer.__deepcopy__
+    # The same function with these for the module `copy`, then and whenever its pool is empty.
+    names = {**original.__globals__, "copy": SimpleNamespace(copy=_same, deepcopy=shared_copy)}
+    sharing = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
+    return sharing(tokenizer, copies)
+
+
+def _same(tokenizer: Any) -> Any:
+    """Another object of the same class and contents; `copy` would look up a whole vocabulary anew."""
+    made = object.__new__(type(tokenizer))
+    made.__dict__ = dict(vars(tokenizer))
+    return made
 
 
 def shared_copy(tokenizer: Any) -> Any:
@@ -46,7 +50,7 @@ def shared_copy(tokenizer: Any) -> Any:
     inner = _shared(tokenizer._tokenizer)
     if inner is None:
         return copy.deepcopy(tokenizer)
-    made = copy.copy(tokenizer)
+    made = _same(tokenizer)
     made.__dict__ = {name: copy.deepcopy(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
     made.__dict__["_tokenizer"] = inner
     return made

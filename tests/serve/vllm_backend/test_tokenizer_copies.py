@@ -54,7 +54,9 @@ def test_what_a_call_sets_is_its_own(tokenizer):
     assert shared_copy(tokenizer)._tokenizer.truncation == tokenizer._tokenizer.truncation
 
 
-def test_vllms_pool_has_such_copies(tokenizer, monkeypatch):
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "as vLLM reads it"])
+def test_vllms_pool_has_such_copies(tokenizer, monkeypatch, cached):
+    tokenizer = hf.get_cached_tokenizer(tokenizer) if cached else tokenizer
     original = getattr(hf.maybe_make_thread_pool, "loradock_original", hf.maybe_make_thread_pool)
     monkeypatch.setattr(
         type(tokenizer._tokenizer), "__deepcopy__", lambda *_: pytest.fail("a deep copy"), raising=False
@@ -64,3 +66,5 @@ def test_vllms_pool_has_such_copies(tokenizer, monkeypatch):
     assert isinstance(pool, hf.ThreadSafeHFTokenizerMixin) and not hasattr(pool, "__deepcopy__")
     assert [pool(text).input_ids for text in TEXTS] == said
     assert pool.decode(said[3]) == TEXTS[3]
+    pool("a b c d e f g", truncation=True, max_length=2)
+    assert pool(TEXTS[0]).input_ids == said[0]
