@@ -16,7 +16,7 @@ from serve.adapters.adapter import FILES, MANIFEST, Adapter
 from serve.adapters.registry import Registry
 from serve.adapters.store import Store
 from serve.auth.auth import Auth, Caller, Scope, allowed
-from serve.errors import LoradockError, Unauthorized
+from serve.errors import Conflict, LoradockError, Unauthorized
 from serve.gateway.finetuning.objects import Job
 from serve.names import short_name
 from serve.rollout.lifecycle import Lifecycle
@@ -61,18 +61,25 @@ class Admission:
         first = final and (name not in self._registry or self._registry.live(name) is None)
         why = f"fine-tuning job {job.id}"
         notes = {"fine_tuning_job": job.id, **({"parent": job.asked.parent} if job.asked.parent else {})}
-        async with contextmanager_in_threadpool(self._store.quarantine()) as folder:
-            await asyncio.to_thread(_copy, adapter, folder, _provenance(job, settled))
-            version, created = await self._lifecycle.push(
-                name,
-                folder,
-                by=caller.name,
-                promote=first,
-                why=why,
-                quota=caller.limits,
-                engine=job.asked.base,
-                notes=notes,
-            )
+        try:
+            async with contextmanager_in_threadpool(self._store.quarantine()) as folder:
+                await asyncio.to_thread(_copy, adapter, folder, _provenance(job, settled))
+                version, created = await self._lifecycle.push(
+                    name,
+                    folder,
+                    by=caller.name,
+                    promote=first,
+                    why=why,
+                    quota=caller.limits,
+                    engine=job.asked.base,
+                    expected=0 if first else None,
+                    notes=notes,
+                )
+        except Conflict:
+            if not first:
+                raise
+            # A version went live meanwhile, which stays.
+            return await self.admit(job, adapter, settled, final=False)
         if created:
             self._came()
         if first:

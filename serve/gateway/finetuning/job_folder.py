@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,7 +98,9 @@ class JobFolder:
     def last_words(self) -> str:
         """The end of its log, for one that died without a word."""
         try:
-            lines = (self.path / "log").read_bytes()[-4096:].decode("utf-8", "replace").splitlines()
+            with (self.path / "log").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                lines = file.read().decode("utf-8", "replace").splitlines()
         except OSError:
             return ""
         return shown(next((line.strip() for line in reversed(lines) if line.strip()), ""), 300)

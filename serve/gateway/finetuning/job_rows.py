@@ -86,7 +86,7 @@ class JobRows:
             job = _own(connection, tenant, id, lock=True)
             if job.status not in taken:
                 raise Conflict(f"Cannot {verb} a job with status '{job.status}'.", param="id")
-            if job.state.admitting:
+            if job.state.admitting and self._is_claimed(connection, id):
                 raise Conflict(
                     f"Cannot {verb} this job: its training has ended, and its model is being admitted; look again in "
                     "some seconds",
@@ -129,12 +129,13 @@ class JobRows:
         return self._go_on(id, Status.QUEUED, message, **state)
 
     def launch(self, id: str) -> Job | None:
-        """Its process is about to start, for the first time or again."""
+        """Its process is about to start, for the first time or again; also where another server had its result."""
         with self._registry.adding() as connection:
             if (job := self._claimed(connection, id)) is None:
                 return None
             message = "Fine-tuning job started" if job.status is not Status.RUNNING else ""
-            return self._reach(connection, job, Status.RUNNING, message, launches=job.state.launches + 1)
+            more = {"launches": job.state.launches + 1, "admitting": False}
+            return self._reach(connection, job, Status.RUNNING, message, **more)
 
     def note(self, id: str, message: str, level: str = "info") -> None:
         """An event."""
@@ -213,6 +214,11 @@ class JobRows:
             if (job := self._claimed(connection, id)) is None:
                 return None
             return self._reach(connection, job, status, message, **state)
+
+    def _is_claimed(self, connection: Connection, id: str) -> bool:
+        """A server works on the job, so that what its state says is going on goes on."""
+        where = (table.c.id == id, table.c.claimed_until > self._clock())
+        return connection.execute(select(table.c.id).where(*where)).first() is not None
 
     def _claimed(self, connection: Connection, id: str) -> Job | None:
         """The job, which nobody else changes until the transaction ends; None if it is not this server's to run."""

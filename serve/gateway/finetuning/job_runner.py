@@ -10,11 +10,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any, TypeVar
 
 from serve.adapters.store import Store
 from serve.adapters.untrusted import write
@@ -40,6 +41,7 @@ from serve.names import shown
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 # Starts of a process in a row that came to no new step: then it is given up.
 LAUNCHES = 8
 AGAIN_SECONDS = 1.0
@@ -105,7 +107,7 @@ class JobRunner:
         job: Job | None = work.job
         try:
             if work.job.status is Status.VALIDATING:
-                job = await asyncio.to_thread(self._validate, work.job)
+                job = await self._stoppable(work, self._validate, work.job, work)
             if job is None or not await self._train(job, work):
                 return
             if admitting := await asyncio.to_thread(self._rows.admit, job.id):
@@ -118,6 +120,16 @@ class JobRunner:
             why = f"the files of the job cannot be written or read: {error.strerror or error}"
             await self._fail(work.job.id, _Failed("storage_error", why))
 
+    async def _stoppable(self, work: Work, run: Callable[..., Result], *arguments: Any) -> Result:
+        """What this answers on the thread of the processes; a server that ends stops its process first."""
+        running = asyncio.get_running_loop().run_in_executor(self._thread, run, *arguments)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            work.stop.set()
+            await asyncio.gather(running, return_exceptions=True)
+            raise
+
     async def _fail(self, id: str, failed: _Failed) -> None:
         fail = self._rows.fail
         if await asyncio.to_thread(fail, id, failed.code, failed.message, failed.param, also=failed.also):
@@ -126,7 +138,7 @@ class JobRunner:
 
     # Before the training
 
-    def _validate(self, job: Job) -> Job | None:
+    def _validate(self, job: Job, work: Work) -> Job | None:
         digests, counts = [], []
         for id, (code, name, param) in zip((job.training_file, job.validation_file), _FILES, strict=True):
             if id is None:
@@ -134,11 +146,13 @@ class JobRunner:
             try:
                 path = self._contents.path(id)
                 fewest = FEWEST if param == "training_file" else 1
-                checked = self._process.check(path, job.asked.method, fewest)
+                checked = self._process.check(path, job.asked.method, fewest, work.stop)
             except NotFound as gone:
                 raise _Failed(code, gone.message, param) from gone
             except CannotCheck as error:
                 raise _Failed("training_unavailable", error.message) from error
+            if checked is None:
+                return None
             if checked.problem_count:
                 raise _Failed(code, _refusal(name, checked), param, _sentences(checked))
             counts.append(checked.examples)
@@ -179,15 +193,7 @@ class JobRunner:
         except LoradockError as error:
             raise _Failed("invalid_api_key", error.message) from error
         await asyncio.to_thread(self._check_base, job)
-        parent = await self._parent(job)
-        loop = asyncio.get_running_loop()
-        training = loop.run_in_executor(self._thread, self._trained, job, parent, work)
-        try:
-            return await asyncio.shield(training)
-        except asyncio.CancelledError:
-            work.stop.set()
-            await asyncio.gather(training, return_exceptions=True)
-            raise
+        return await self._stoppable(work, self._trained, job, await self._parent(job), work)
 
     def _trained(self, job: Job, parent: Path | None, work: Work) -> bool:
         folder = self.folder(job.id)
@@ -294,6 +300,7 @@ class _Watch:
         self, rows: JobRows, folder: JobFolder, job: Job, metrics: FineTuningMetrics, stop: threading.Event
     ) -> None:
         self._rows, self._folder, self._job, self._metrics, self._stop = rows, folder, job, metrics, stop
+        self._lines: list[Mapping[str, Any]] = []
         self._seconds = self._unwritten = 0.0
 
     def look(self, ran: float) -> bool:
@@ -303,21 +310,22 @@ class _Watch:
         return self.write() if self._unwritten >= WRITE_SECONDS else False
 
     def write(self) -> bool:
-        lines = self._folder.new_lines()
-        seconds, self._seconds, self._unwritten = self._seconds, 0.0, 0.0
+        new = self._folder.new_lines()
+        self._lines += new
+        self._unwritten = 0.0
         before = self._job.state.tokens
         try:
             settled = self._job.state.settled or self._folder.settled()
-            job = self._rows.advance(self._job.id, lines, seconds, settled)
-        except LoradockError as error:  # it is written the next time; the lines stay in the folder for the results
+            job = self._rows.advance(self._job.id, self._lines, self._seconds, settled)
+        except LoradockError as error:  # it is written the next time
             log.warning("progress of %s is not written down: %s", self._job.id, error.message)
-            return bool(lines)
+            return bool(new)
         if job is None:
             self._stop.set()
             return False
-        self._metrics.trained(job.state.tokens - before, seconds)
-        self._job = job
-        return bool(lines)
+        self._metrics.trained(job.state.tokens - before, self._seconds)
+        self._job, self._lines, self._seconds = job, [], 0.0
+        return bool(new)
 
 
 def _digest(model: str) -> str:

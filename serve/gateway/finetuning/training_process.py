@@ -98,21 +98,36 @@ class TrainingProcess:
         self.pid: int | None = None
         self.suspended = False
 
-    def check(self, file: Path, method: str, fewest: int) -> Checked:
-        """What is wrong with a file of examples, which must have so many. Blocks."""
+    def check(self, file: Path, method: str, fewest: int, stop: threading.Event) -> Checked | None:
+        """What is wrong with a file of examples, which must have so many; None once `stop` is set. Blocks."""
         command = [*self.command, "check", str(file), "--method", method, "--fewest", str(fewest), "--json"]
-        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "env": _environ()}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(self._behind(command), **pipes, env=_environ()) as process:
+            try:
+                said = self._said(process, stop)
+            finally:
+                process.kill()
+        if said is None:
+            return None
         try:
-            done = subprocess.run(self._behind(command), **how, timeout=CHECK_SECONDS)
-        except subprocess.TimeoutExpired as slow:
-            raise CannotCheck(f"the examples were not checked within {CHECK_SECONDS:g} s: send fewer") from slow
-        try:
-            return msgspec.json.decode(done.stdout, type=Checked)
+            return msgspec.json.decode(said[0], type=Checked)
         except msgspec.DecodeError as error:
-            said = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+            why = said[1].decode("utf-8", "replace").strip().splitlines()[-1:]
             raise CannotCheck(
-                f"the examples cannot be checked (exit code {done.returncode}): {''.join(said)}"
+                f"the examples cannot be checked (exit code {process.returncode}): {''.join(why)}"
             ) from error
+
+    def _said(self, process: subprocess.Popen[bytes], stop: threading.Event) -> tuple[bytes, bytes] | None:
+        """What it wrote until its end; seconds in which clients need the machine do not count."""
+        left = CHECK_SECONDS
+        while not stop.is_set():
+            try:
+                return process.communicate(timeout=LOOK_SECONDS)
+            except subprocess.TimeoutExpired as slow:
+                left -= 0.0 if self.is_busy() else LOOK_SECONDS
+                if left < 0:
+                    raise CannotCheck(f"the examples were not checked within {CHECK_SECONDS:g} s: send fewer") from slow
+        return None
 
     def run(
         self, folder: Path, stop: threading.Event, look: Callable[[float], bool], seconds: float = float("inf")

@@ -183,7 +183,7 @@ async def test_a_process_that_always_dies_is_given_up(training, sdk, monkeypatch
     monkeypatch.setattr("serve.gateway.finetuning.job_runner.LAUNCHES", 2)
     async with training() as client:
         ai = sdk(client)
-        monkeypatch.setattr(parts_of(client).fine_tuning.process, "check", lambda path, method, fewest: Checked(20))
+        monkeypatch.setattr(parts_of(client).fine_tuning.process, "check", lambda *asked: Checked(20))
         parts_of(client).fine_tuning.process.command = ("/bin/sh", "-c", "kill -9 $$")
         job = await ended(ai, await begun(ai))
         assert (job.status, job.error.code) == ("failed", "training_failed")

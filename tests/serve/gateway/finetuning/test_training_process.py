@@ -84,4 +84,20 @@ def test_it_gets_no_keys_of_the_server(tmp_path, monkeypatch):
 def test_a_program_that_cannot_check_says_why(tmp_path):
     process = TrainingProcess(command=("/bin/sh", "-c", "echo no torch >&2; exit 3"), nice=0)
     with pytest.raises(CannotCheck, match="exit code 3.*no torch"):
-        process.check(tmp_path / "x", "supervised", 10)
+        process.check(tmp_path / "x", "supervised", 10, threading.Event())
+
+
+def test_a_check_ends_when_it_is_told_to_and_its_time_stands_still_under_load(tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.gateway.finetuning.training_process.CHECK_SECONDS", 0.0)
+    asked = []
+
+    def is_busy():
+        asked.append(1)
+        return len(asked) < 3
+
+    hangs, stop = ("/bin/sh", "-c", "exec sleep 60"), threading.Event()
+    with pytest.raises(CannotCheck, match="were not checked within 0 s"):
+        TrainingProcess(is_busy, command=hangs, nice=0).check(tmp_path / "x", "supervised", 10, stop)
+    assert len(asked) == 3
+    process = TrainingProcess(lambda: bool(stop.set()) or True, command=hangs, nice=0)
+    assert process.check(tmp_path / "x", "supervised", 10, stop) is None
