@@ -21,6 +21,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
@@ -60,8 +62,6 @@ T = TypeVar("T")
 LOAD_POLL = 0.005
 # vLLM closes its sockets in a callback of the event loop.
 SOCKETS_CLOSE = 0.1
-# What nearly every model can do; its app is made while the engine starts.
-_GUESSED_TASKS = ("generate",)
 # The engine after whose start this process's heap was taken out of the garbage collector's sight.
 _FROZEN: list[str] = []
 
@@ -195,8 +195,6 @@ class VLLMBackend:
         """Load the base model; minutes for a large one. The event loop stays free meanwhile."""
         announce.loading(self.name, self.model, self.args, VLLM_VERSION)
         forkserver.ensure()
-        preparing = asyncio.ensure_future(asyncio.to_thread(_prepared, self.args))
-        preparing.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if nobody comes to ask
         try:
             self._llm = llm = await building.built(self._build, _discard)
             llm.output_processor.__class__ = Outputs
@@ -206,9 +204,7 @@ class VLLMBackend:
             tasks = await llm.get_supported_tasks()
             self._generates = "generate" in tasks
             self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)
-            build_app, init_app_state, app = await preparing
-            if tuple(tasks) != _GUESSED_TASKS:
-                app = build_app(self.args, tasks, llm.model_config)
+            app = build_app(self.args, tasks, llm.model_config)
             answer_unknown_paths(app, self.name)
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)
@@ -407,14 +403,6 @@ class VLLMBackend:
         if self._llm.errored:
             raise EngineUnavailable("the engine has stopped; it is being replaced")
         return self._llm
-
-
-def _prepared(args: Any) -> tuple[Any, Any, Any]:
-    """vLLM's server, and its app over a model that generates text: it takes as long as an engine's start."""
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
-
-    return build_app, init_app_state, build_app(args, _GUESSED_TASKS)
 
 
 def _discard(llm: Engine) -> None:

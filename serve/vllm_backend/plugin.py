@@ -18,9 +18,9 @@ from serve.vllm_backend import (
     seeded_prompts,
     speculation,
     titles,
+    token_ranks,
     token_texts,
     tokenizer_copies,
-    uncompiled,
 )
 
 
@@ -29,7 +29,7 @@ def register() -> None:
     model_inspection.install()
     notices.install()
     install_kernels(hardware.free_memory)
-    uncompiled.install()
+    token_ranks.install()
     prompt_logprobs.install()
     token_texts.install()
     tokenizer_copies.install()

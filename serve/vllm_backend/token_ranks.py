@@ -1,0 +1,41 @@
+"""The rank of a token for its log-probability, counted without torch's compiler.
+
+vLLM compiles the one function that counts, anew at every start and when a first request asks for log-probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from serve.cpu_kernels.patches import Patch, apply
+
+CELLS = 1 << 22  # that are compared at a time
+
+PATCHES = [
+    Patch(
+        "vllm.v1.sample.ops.logprobs",
+        "batched_count_greater_than",
+        "x values",
+        f"{__name__}:count_greater",
+        "of a few rows it takes microseconds, and the compiler seconds at every start",
+        copies="vllm.v1",
+    )
+]
+
+
+def install() -> None:
+    """In each of vLLM's processes on a CPU."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        apply(PATCHES)
+
+
+def count_greater(original: Callable[..., Any], x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """How many elements of each row are at least its value; (rows,)."""
+    rows = max(1, CELLS // max(1, x.shape[1]))
+    counts = [(part >= value).sum(-1) for part, value in zip(x.split(rows), values.split(rows), strict=True)]
+    return torch.cat(counts)
