@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,11 @@ class Start:
 
 
 class Learner:
-    """The model in training. `state` and `load` are the LoRA's weights."""
+    """The model in training. `state` and `load` are the LoRA's weights; `alive` hears of each row."""
 
-    def __init__(self, start: Start, settings: Settings) -> None:
+    def __init__(self, start: Start, settings: Settings, alive: Callable[[], None] = lambda: None) -> None:
         dtype = compute_dtype() if start.dtype == "auto" else DTYPES[start.dtype]
-        self._start, self._device = start, start.device
+        self._start, self._device, self._alive = start, start.device, alive
         base: Any = opened(start.base, dtype, rounds=False).to(start.device)
         base.config.get_text_config()._attn_implementation = attention.register()
         torch.manual_seed(start.seed)
@@ -63,6 +63,7 @@ class Learner:
 
     def logps(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities in nats of the learned tokens (answers,) in float32, and whether each is the likeliest."""
+        self._alive()
         logits = self._logits(row.ids, row.positions, row.at, row.borders)
         right = row.right.to(self._device)
         return -cross_entropy(logits, right, reduction="none"), logits.detach().argmax(-1) == right

@@ -1,7 +1,8 @@
 """A LoRA adapter trained on examples.
 
 Everything about the data is checked before the first step. `job.watched` is a folder where whoever waits finds
-progress.jsonl, a line a step, and the adapter at the end of each epoch.
+progress.jsonl, a line a step, and the adapter at the end of each epoch; `alive` is touched with every row, before the
+first step and while held-out examples are read too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from optimize.steps.tune.packing import rows
 from optimize.steps.tune.settings import ROW, Settings, max_length, settled
 from optimize.steps.tune.training import Examples, State, Training
 
+ALIVE = "alive"
 KEPT = 3  # epochs whose adapters stay in job.watched
 
 
@@ -40,7 +42,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     encoder = Encoder(Path(job.model), max_length(options, config))
     files = {name: encoder.file(Path(options[name]), options["method"]) for name in _given(options)}
     settings = settled(options, config, adapter, _count(options["train"]), files["train"].longest)
-    learner = Learner(_start(job, parent), settings)
+    watched = Path(job.watched) if job.watched else None
+    learner = Learner(_start(job, parent), settings, (watched / ALIVE).touch if watched else lambda: None)
     packed = learner.packs(files["train"].units)
     partial = job.folder / "partial"
     partial.mkdir(exist_ok=True)
@@ -50,7 +53,6 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         )
         for name, encoded in files.items()
     }
-    watched = Path(job.watched) if job.watched else None
     chosen = _chosen(job, settings, files, packed)
     if watched is not None:
         artifact.write_json(watched / "settings.json", chosen)

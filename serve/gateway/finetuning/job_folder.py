@@ -3,6 +3,7 @@
 recipe.yaml          what is to be done
 parent/              the adapter to go on from, if there is one
 progress.jsonl       a line a step; after a kill steps are repeated, and the last line of a step counts
+alive                touched with every forward pass, between steps too
 settings.json        the hyperparameters as numbers, before the first step
 checkpoints/step-N/  the adapter at the end of an epoch
 adapter/             the result, which appears at once
@@ -46,7 +47,7 @@ class JobFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._read = 0
+        self._read, self._touched = 0, 0.0
 
     @property
     def adapter(self) -> Path | None:
@@ -75,6 +76,15 @@ class JobFolder:
         whole = data[: data.rfind(b"\n") + 1]
         self._read += len(whole)
         return [line for line in map(_line, whole.splitlines()) if line]
+
+    def is_touched(self) -> bool:
+        """The program has computed something since the last call."""
+        before = self._touched
+        try:
+            self._touched = (self.path / "alive").stat().st_mtime
+        except FileNotFoundError:
+            return False
+        return self._touched != before
 
     def lines(self) -> list[Mapping[str, Any]]:
         """Every step once, as it was measured last."""

@@ -307,7 +307,7 @@ class _Watch:
         """Whether there was a sign of life."""
         self._seconds += ran
         self._unwritten += ran
-        return self.write() if self._unwritten >= WRITE_SECONDS else False
+        return self._unwritten >= WRITE_SECONDS and (self.write() or self._folder.is_touched())
 
     def write(self) -> bool:
         new = self._folder.new_lines()

@@ -341,6 +341,7 @@ def test_a_watcher_sees_every_step_and_the_adapter_of_each_epoch(tuning, tmp_pat
     watched.mkdir()
     made = msgspec.structs.replace(tuning(held=answering(range(4)), epochs=4), watched=str(watched))
     tune.run(made, silent)
+    assert (watched / "alive").is_file()
     lines = [json.loads(line) for line in (watched / "progress.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 25)) and {line["steps"] for line in lines} == {24}
     assert [line["checkpoint"] for line in lines if line["checkpoint"]][-1] == "checkpoints/step-000024"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
 import pytest
@@ -76,3 +77,13 @@ def test_progress_that_the_registry_did_not_take_is_written_down_the_next_time(s
     assert (state.step, state.tokens, state.seconds) == (2, 20, 5.0)
     events = Notes(rows._registry).events("ftjob-1", after=None, limit=10).rows
     assert [event.message for event in events[:2]] == ["Step 2/2", "Step 1/2"]
+
+
+def test_a_program_that_computes_between_two_steps_is_alive(servers, tmp_path):
+    rows, _, _ = servers
+    watch = _Watch(rows, JobFolder(tmp_path), launched(rows), FineTuningMetrics(), threading.Event())
+    assert not watch.look(3.0)
+    (tmp_path / "alive").touch()
+    assert [watch.look(3.0), watch.look(3.0)] == [True, False]
+    os.utime(tmp_path / "alive", (1.0, 1.0))
+    assert watch.look(3.0)
