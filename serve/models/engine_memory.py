@@ -17,6 +17,8 @@ FLOATS = ("BF16", "F16", "F32")
 # Bytes of an embedding that the fused step looks up in a file (serve/cpu_kernels/pages.py): the kernel drops its pages
 # when somebody needs the room.
 IN_FILE = 256 << 20
+# Entries of a table are filled up to a multiple of so many; then it is another than the checkpoint's.
+PADDED = 64
 MAX_HEADER = 100 << 20
 
 
@@ -37,6 +39,11 @@ class Tensor:
     @property
     def is_table(self) -> bool:
         return self.name.endswith(("embed_tokens.weight", "wte.weight"))
+
+    @property
+    def fits_in_file(self) -> bool:
+        """Whether the fused step looks a table up in a file: a large one that is read as it is."""
+        return self.size >= IN_FILE and self.kind == "BF16" and self.shape[0] % PADDED == 0
 
     @property
     def is_head(self) -> bool:
@@ -73,7 +80,7 @@ def weights(folder: Path, cpu_weights: str = "auto", fused: bool = False) -> int
         size += tensor.size
         has_head |= tensor.is_head
         table = tensor if tensor.is_table else table
-    if fused and table is not None and table.size >= IN_FILE and (has_head or bits is not None):
+    if fused and table is not None and table.fits_in_file and (has_head or bits is not None):
         size -= table.size
     if bits is not None and table is not None and not has_head:
         # The embedding is also the output layer: it is looked up in bfloat16, and multiplied in 8 bits.

@@ -34,9 +34,9 @@ def on_cpu() -> bool:
     return True
 
 
-def fused_step() -> bool:
-    """The kernels compute whole steps on this processor (serve/cpu_kernels/step.cpp)."""
-    return on_cpu() and Host().instructions() >= {"avx512_bf16", "avx512_vnni"}
+def fused_step(lora_kernels: str = "auto") -> bool:
+    """The kernels compute whole steps on this processor (serve/cpu_kernels/step.cpp), as the setting is."""
+    return lora_kernels == "auto" and on_cpu() and Host().instructions() >= {"avx512_bf16", "avx512_vnni"}
 
 
 def one_process(environ: Mapping[str, str], workers: int) -> bool:
@@ -105,14 +105,16 @@ def kv_space(weights: int) -> int:
     return min(max((free_memory() - weights - OVERHEAD) // 4, GIB), 4 * GIB)
 
 
-def check_memory(weights: int, kv: int, host: Host | None = None, slots: int = 0) -> None:
-    """ConfigError when weights, KV cache and the slots of adapters cannot fit beside what runs already."""
+def check_memory(weights: int, kv: int, host: Host | None = None, slots: int = 0, before: int = 0) -> None:
+    """ConfigError when weights, KV cache and the slots of adapters cannot fit beside what runs already, and beside the
+    engines that start `before`."""
     free = (host or Host()).free_memory()
-    if weights + kv + slots + OVERHEAD > free:
+    if weights + kv + slots + before + OVERHEAD > free:
+        others = f"beside {gib(before)} for the engines before it " if before else ""
         adapters = f"{gib(slots)} of slots for adapters, " if slots else ""
         raise ConfigError(
             f"{gib(weights)} of weights, {adapters}{gib(kv)} of KV cache and {gib(OVERHEAD)} for the engine do not fit "
-            f"in the {gib(free)} of memory that are free: lower kv_cache_memory_bytes"
+            f"{others}in the {gib(free)} of memory that are free: lower kv_cache_memory_bytes"
             f"{' or max_loras' if slots else ''}, take a smaller model, or free memory"
         )
 

@@ -206,7 +206,8 @@ def _weights(config: Config, machine: Machine) -> Iterator[Finding]:
     for base in config.bases:
         engine, folder = {**ADAPTERS, **base.engine}, Path(base.model)
         ranks = whole(engine, "data_parallel_size")
-        weights += ranks * engine_memory.weights(folder, config.cpu_weights, hardware.fused_step())
+        fused = hardware.fused_step(config.lora_kernels)
+        weights += ranks * engine_memory.weights(folder, config.cpu_weights, fused)
         slots += ranks * engine_memory.slots(folder, whole(engine, "max_loras"), whole(engine, "max_lora_rank"))
     asked = sum(kv_cache(base.engine) for base in config.bases)
     if weights or asked:

@@ -55,13 +55,18 @@ def serve(config: Config) -> int:
 def resolved(config: Config) -> Config:
     """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
     environ = dict(os.environ)
-    bases = (replace(base, model=find(base.model, config.cache_dir)) for base in config.bases)
-    first, *more = (_with_defaults(config, base, environ) for base in bases)
+    made, before = list[Base](), 0
+    for base in config.bases:
+        found, taken = _with_defaults(config, replace(base, model=find(base.model, config.cache_dir)), environ, before)
+        made.append(found)
+        before += taken
+    first, *more = made
     return replace(config, model=first.model, engine=first.engine, engines=tuple(more))
 
 
-def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Base:
-    engine: dict[str, Any] = dict(ADAPTERS)
+def _with_defaults(config: Config, base: Base, environ: Mapping[str, str], before: int) -> tuple[Base, int]:
+    """The base, and bytes of a CPU's memory that its engine will take. before: what the engines before it take."""
+    engine, taken = dict[str, Any](ADAPTERS), 0
     # Among equals it serves who came first, as vLLM's default does; probes and shadows wait behind clients.
     engine["scheduling_policy"] = "priority"
     if base.name == EMBEDDED:
@@ -75,13 +80,15 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         )
     if hardware.on_cpu():
         ranks = whole(engine, "data_parallel_size")
-        weights = ranks * engine_memory.weights(Path(base.model), config.cpu_weights, hardware.fused_step())
+        fused = hardware.fused_step(config.lora_kernels)
+        weights = ranks * engine_memory.weights(Path(base.model), config.cpu_weights, fused)
         slots = ranks * engine_memory.slots(
             Path(base.model), whole(engine, "max_loras"), whole(engine, "max_lora_rank")
         )
         if "gpu_memory_utilization" not in engine:
-            engine.setdefault("kv_cache_memory_bytes", hardware.kv_space(weights + slots) // ranks)
-            hardware.check_memory(weights, kv_cache(engine), slots=slots)
+            engine.setdefault("kv_cache_memory_bytes", hardware.kv_space(before + weights + slots) // ranks)
+            hardware.check_memory(weights, kv_cache(engine), slots=slots, before=before)
+        taken = weights + slots + kv_cache(engine)
         workers = whole(engine, "tensor_parallel_size") * whole(engine, "pipeline_parallel_size")
         together = "distributed_executor_backend" not in engine and hardware.one_process(environ, workers)
         if together:
@@ -97,7 +104,7 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str]) -> Ba
         os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
-    return replace(base, engine=MappingProxyType(engine))
+    return replace(base, engine=MappingProxyType(engine)), taken
 
 
 @contextmanager

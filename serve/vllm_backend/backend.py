@@ -33,7 +33,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.version import __version__ as VLLM_VERSION
 
 from serve.cpu_kernels import pages
-from serve.cpu_kernels.install import WEIGHTS
+from serve.cpu_kernels.install import VARIABLE, WEIGHTS
 from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import engine_memory, hardware
@@ -179,7 +179,8 @@ class VLLMBackend:
             return
         try:
             folder = Path(self.model)
-            weights = engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"), hardware.fused_step())
+            fused = hardware.fused_step(os.environ.get(VARIABLE, "auto"))
+            weights = engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"), fused)
             slots = engine_memory.slots(folder, self.slots, self.max_lora_rank)
             hardware.check_memory(weights, int(self.args.kv_cache_memory_bytes), slots=slots)
         except ConfigError as error:

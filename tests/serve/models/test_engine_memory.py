@@ -81,6 +81,20 @@ def test_a_large_table_that_is_only_looked_up_needs_no_memory_of_its_own(tmp_pat
     assert weights(tied, fused=True) == rest + table
 
 
+@pytest.mark.parametrize("entries, dtype", [(130, torch.bfloat16), (128, torch.float16)], ids=["padded", "float16"])
+def test_a_table_that_is_changed_as_it_is_read_stays_in_memory(tmp_path, monkeypatch, entries, dtype):
+    monkeypatch.setattr(engine_memory, "IN_FILE", 1)
+    tensors = {name: torch.zeros(entries, 64, dtype=dtype) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert weights(tmp_path, fused=True) == 2 * 2 * entries * 64
+
+
+def test_only_the_kernels_that_compute_whole_steps_put_it_into_a_file(monkeypatch):
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    monkeypatch.setattr(Host, "instructions", lambda self: frozenset({"avx512_bf16", "avx512_vnni"}))
+    assert hardware.fused_step("auto") and not any(map(hardware.fused_step, ("layers", "compile", "off")))
+
+
 def test_a_file_that_is_none_counts_by_its_size(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     assert weights(tmp_path) == 1000 and slots(tmp_path, 8, 8) == 0

@@ -12,7 +12,8 @@ import sys
 import pytest
 
 from serve.errors import ConfigError
-from serve.models import hardware
+from serve.models import engine_memory, hardware
+from serve.models.host import Host
 from serve.server.launch import _told_briefly
 
 
@@ -64,6 +65,26 @@ def test_too_little_memory(tiny_model, data):
         pytest.skip("the engine's memory is the GPU's")
     done = run("serve", str(tiny_model), data, "--port", "0", "--kv-cache-memory-bytes", "9000G")
     assert_refused(done, "9000.0 GiB of KV cache", "lower kv_cache_memory_bytes")
+
+
+def test_engines_have_to_fit_beside_one_another(tiny_model, tmp_path, monkeypatch):
+    from serve.config import load
+    from serve.server.launch import resolved
+
+    gib = hardware.GIB
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    monkeypatch.setattr(engine_memory, "weights", lambda *_: 3 * gib)
+    monkeypatch.setattr(engine_memory, "slots", lambda *_: 0)
+    file = tmp_path / "loradock.yaml"
+    file.write_text(f"engines:\n  - {{name: other, model: {tiny_model}}}\n")
+    config = load([str(tiny_model), "--config", str(file)], {})
+    monkeypatch.setattr(Host, "free_memory", lambda self: 20 * gib)
+    made = resolved(config)
+    assert [engine["kv_cache_memory_bytes"] / gib for engine in (made.engine, made.engines[0].engine)] == [4, 2.25]
+    monkeypatch.setattr(Host, "free_memory", lambda self: 8 * gib)  # for one there is room
+    with pytest.raises(ConfigError, match="do not fit beside 4.0 GiB for the engines before it in the 8.0 GiB"):
+        resolved(config)
 
 
 def test_a_public_address_without_keys(tiny_model, data):
