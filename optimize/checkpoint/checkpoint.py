@@ -253,7 +253,9 @@ def _copy(source: Path, entry: Entry, out: BinaryIO) -> None:
         read.seek(entry.start)
         left = entry.bytes
         while left:
-            left -= out.write(read.read(min(CHUNK, left)))
+            if not (chunk := read.read(min(CHUNK, left))):
+                raise Refused(f"{source} was cut short: make or fetch it again")
+            left -= out.write(chunk)
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

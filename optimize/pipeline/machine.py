@@ -24,7 +24,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 def threads() -> int:
     """How many threads a step computes with: sums are added up in another order with another number."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(outermost) if outermost.isdecimal() and int(outermost) else len(os.sched_getaffinity(0))
 
 
 def instruction_sets() -> str:

@@ -9,7 +9,7 @@ import torch
 
 from optimize import recipe
 from optimize.checkpoint import kv_cache
-from optimize.checkpoint.checkpoint import Checkpoint, Schemes
+from optimize.checkpoint.checkpoint import Checkpoint, Entry, Schemes, write_shard
 from optimize.checkpoint.model import adapted, logits, opened
 from optimize.errors import Refused
 from optimize.pipeline import plan
@@ -258,3 +258,9 @@ def test_awq_goes_with_a_budget(base, job):
     notes = quantize.run(made, silent)
     assert sum(notes["layers"].values()) == 21 and notes["tried"]
     assert logits(opened(made.folder / "model"), IDS).isfinite().all()
+
+
+def test_bytes_that_are_cut_short_are_a_sentence(tmp_path):
+    (tmp_path / "whole").write_bytes(bytes(100))
+    with pytest.raises(Refused, match="whole was cut short"):
+        write_shard(tmp_path / "made", tmp_path, {"weight": Entry("whole", "U8", (90,), 90, 20)})
