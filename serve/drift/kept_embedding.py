@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from serve.drift.embedding import DIMENSIONS, Embedding, source
+from serve.files import fsync
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def _read(folder: Path) -> Embedding | None:
         digest = (folder / "digest").read_text()
         # Not as memmap, whose views cost more than the rows that are taken.
         arrays = {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in folder.glob("*.npy")}
-        os.utime(folder)  # it is in use
+        with suppress(OSError):  # it is in use, which a folder that others made need not know
+            os.utime(folder)
         return Embedding(digest=digest, **arrays)
     except (OSError, EOFError, ValueError, TypeError):
         return None
@@ -72,6 +74,8 @@ def _write(made: Embedding, folder: Path) -> None:
             if (array := getattr(made, name)) is not None:
                 np.save(aside / f"{name}.npy", array)
         (aside / "digest").write_text(made.digest)
+        for file in aside.iterdir():  # after a power failure a table would be as long, and zeros
+            fsync(file)
         with suppress(OSError):  # another server was first
             aside.rename(folder)
     finally:

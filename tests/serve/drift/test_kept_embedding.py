@@ -80,6 +80,17 @@ def test_without_room_it_is_computed_every_time(checkpoint, tmp_path, computed):
     assert (tmp_path / "cache").read_text() == "a file"
 
 
+def test_one_that_others_put_there_is_taken_where_nothing_can_be_written(checkpoint, tmp_path, computed, monkeypatch):
+    made = embedding_of(checkpoint, tmp_path / "cache")
+
+    def refused(*_: object) -> None:
+        raise PermissionError("a file system for reading alone")
+
+    monkeypatch.setattr(kept_embedding.os, "utime", refused)
+    same(embedding_of(checkpoint, tmp_path / "cache"), made)
+    assert len(computed) == 1
+
+
 def test_few_are_kept(checkpoint, tmp_path):
     for seed in range(kept_embedding.KEPT + 3):
         write(checkpoint, seed)
