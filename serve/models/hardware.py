@@ -16,6 +16,8 @@ from serve.models.host import Host
 GIB = 1 << 30
 # Of all processes beside weights, KV cache and adapters: imports, and a step's buffers. `make memory` measures it.
 OVERHEAD = GIB
+# Of a host whose GPU computes: CUDA and torch's compiler are there too.
+GPU_OVERHEAD = 2 * GIB
 
 
 def node() -> str:

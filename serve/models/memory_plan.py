@@ -70,7 +70,7 @@ def plan(
         slots=slots,
         # Where each has a slot for good, a CPU's memory holds it there alone.
         host=0 if on_cpu and max_cpu_loras <= max_loras else max_cpu_loras * adapter,
-        overhead=hardware.OVERHEAD,
+        overhead=hardware.OVERHEAD if on_cpu else hardware.GPU_OVERHEAD,
         free=hardware.free_memory(),
     )
 

@@ -40,3 +40,9 @@ def test_adapters_that_have_a_slot_each_are_in_memory_once(tiny_model):
 def test_what_is_no_model_is_named(tmp_path):
     with pytest.raises(ConfigError, match=str(tmp_path)):
         plan(str(tmp_path), max_loras=1, max_cpu_loras=1, rank=1, kv_cache=None)
+
+
+def test_a_host_with_a_gpu_also_holds_what_compiles_for_it(tiny_model, monkeypatch):
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    told = plan(str(tiny_model), max_loras=2, max_cpu_loras=2, rank=8, kv_cache=None)
+    assert told.overhead == 2 * hardware.GIB
