@@ -40,6 +40,7 @@ def answer_unknown_paths(app: FastAPI, model: str) -> None:
         return JSONResponse(body, error.status_code, error.headers)
 
     app.add_exception_handler(HTTPException, answer)
+    app.middleware_stack = app.build_middleware_stack()  # vLLM's has been built without it
 
 
 def sentence(error: BaseException) -> str:

@@ -153,7 +153,7 @@ async def test_a_files_expiry_can_be_chosen(client, sdk):
 @pytest.mark.parametrize(
     "form, status, says",
     [
-        ({"data": {"purpose": "fine-tune"}, "files": {"file": b"x"}}, 400, "purpose"),
+        ({"data": {"purpose": "assistants"}, "files": {"file": b"x"}}, 400, "purpose"),
         ({"data": {}, "files": {"file": b"x"}}, 400, "purpose"),
         ({"data": {"purpose": "batch"}, "files": {"other": b"x"}}, 400, "file"),
         ({"data": {"purpose": "batch"}, "files": [("file", b"x"), ("file", b"y")]}, 400, "once"),
