@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,10 +17,12 @@ from serve.adapters.adapter import FILES, MANIFEST, Adapter
 from serve.adapters.registry import Registry
 from serve.adapters.store import Store
 from serve.auth.auth import Auth, Caller, Scope, allowed
-from serve.errors import Conflict, LoradockError, Unauthorized
+from serve.errors import Conflict, EngineUnavailable, LoradockError, Unauthorized
 from serve.gateway.finetuning.objects import Job
 from serve.names import short_name
 from serve.rollout.lifecycle import Lifecycle
+
+log = logging.getLogger(__name__)
 
 
 class Admission:
@@ -87,10 +90,13 @@ class Admission:
         return public_name(version, job.tenant)
 
     async def admitted(self, job: Job, adapter: Path, settled: Mapping[str, Any]) -> str:
-        """As `admit` for the adapter of an earlier epoch; "" if it cannot be admitted."""
+        """As `admit` for the adapter of an earlier epoch; "" if it is refused."""
         try:
             return await self.admit(job, adapter, settled, final=False)
-        except LoradockError:
+        except EngineUnavailable:
+            raise
+        except LoradockError as error:
+            log.warning("an earlier epoch of %s is no version: %s", job.id, error.message)
             return ""
 
 

@@ -12,12 +12,13 @@ error.json           why there is none
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ OPTIONS = {
     "alpha": "alpha",
 }
 _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
-_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+_HEADER: Sequence[Any] = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
 class JobFolder:
@@ -65,17 +66,21 @@ class JobFolder:
             aside.rename(self.path / "parent")
         write_whole(self.path / "recipe.yaml", yaml.safe_dump(_recipe(job, model, train, validation)).encode())
 
-    def new_lines(self) -> list[Mapping[str, Any]]:
-        """Whole lines of progress since the last call."""
+    def new_lines(self, after: int = 0) -> list[Mapping[str, Any]]:
+        """Whole lines of progress since the last call, of steps behind this one."""
         try:
             with (self.path / "progress.jsonl").open("rb") as file:
                 file.seek(self._read)
-                data = file.read()
+                found = [line for line in map(self._next, file) if line and line["step"] > after]
         except FileNotFoundError:
             return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return [line for line in map(_line, whole.splitlines()) if line]
+        return found
+
+    def _next(self, raw: bytes) -> Mapping[str, Any] | None:
+        if not raw.endswith(b"\n"):
+            return None  # its end is still to come
+        self._read += len(raw)
+        return _line(raw)
 
     def is_touched(self) -> bool:
         """The program has computed something since the last call."""
@@ -86,11 +91,23 @@ class JobFolder:
             return False
         return self._touched != before
 
-    def lines(self) -> list[Mapping[str, Any]]:
-        """Every step once, as it was measured last."""
-        self._read = 0
-        steps = {line["step"]: line for line in self.new_lines()}
-        return [steps[step] for step in sorted(steps)]
+    def lines(self) -> Iterator[Mapping[str, Any]]:
+        """Every step once, as it was measured last; a long training has more of them than memory should hold."""
+        with suppress(FileNotFoundError), (self.path / "progress.jsonl").open("rb") as file:
+            places = array("q")  # by step, less one: where its last line begins
+            place = 0
+            for raw in file:
+                line = _line(raw)
+                if line and line["step"] > len(places):
+                    places.extend([-1] * (line["step"] - len(places)))
+                if line:
+                    places[line["step"] - 1] = place
+                place += len(raw)
+            for place in places:
+                if place >= 0:
+                    file.seek(place)
+                    if line := _line(file.readline()):
+                        yield line
 
     def checkpoints(self) -> dict[int, Path]:
         """The adapters at the ends of epochs that are there still, by their steps."""
@@ -124,14 +141,10 @@ class JobFolder:
         names = {"n_epochs": "epochs", "batch_size": "batch", "rank": "rank", "learning_rate": "learning_rate"}
         return {name: notes[ours] for name, ours in names.items() if isinstance(notes.get(ours), int | float)}
 
-    def results(self) -> bytes:
-        """What each step measured, as CSV."""
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(_HEADER)
-        for line in self.lines():
-            rows.writerow(["" if line.get(name) is None else line[name] for name in _COLUMNS])
-        return text.getvalue().encode()
+    def results(self) -> Iterator[bytes]:
+        """What each step measured, as lines of CSV."""
+        for values in chain([_HEADER], ([line.get(name) for name in _COLUMNS] for line in self.lines())):
+            yield (",".join("" if value is None else str(value) for value in values) + "\n").encode()
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -157,4 +170,4 @@ def _line(raw: bytes) -> Mapping[str, Any] | None:
     except ValueError:
         return None
     whole = isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("steps"), int)
-    return line if whole else None
+    return line if whole and line["step"] > 0 else None

@@ -254,19 +254,14 @@ class JobRunner:
             await self._admission.try_out(job, adapter)
             checkpoints = await self._checkpoints(job, folder, settled)
             model = await self._admission.admit(job, adapter, settled, final=True)
-        except EngineUnavailable:
+        except (EngineUnavailable, OutOfSpace):
             raise
         except LoradockError as error:
             problems = tuple(getattr(error, "problems", ())[:TOLD])
             code = "model_rejected" if isinstance(error, AdapterRejected | BadRequest) else error.code or "not_admitted"
             message = f"The model was trained, and is not admitted: {error.message}"
             raise _Failed(code, message, also=problems) from error
-        lines = await asyncio.to_thread(folder.lines)
-        if lines:
-            checkpoints[lines[-1]["step"]] = model
-        now = self._clock()
-        measured = {line["step"]: metrics_of(line) for line in lines}
-        rows = [Checkpoint(job.id, step, now, name, measured.get(step, {})) for step, name in checkpoints.items()]
+        rows = await asyncio.to_thread(self._checkpoint_rows, job, folder, checkpoints, model)
         result = await asyncio.to_thread(self._results, job, folder)
         if await asyncio.to_thread(self._rows.succeed, job.id, model, result, rows, settled):
             self._metrics.ended(Status.SUCCEEDED)
@@ -279,18 +274,31 @@ class JobRunner:
         names = {step: await self._admission.admitted(job, there[step], settled) for step in earlier}
         return {step: name for step, name in names.items() if name}
 
+    def _checkpoint_rows(self, job: Job, folder: JobFolder, names: dict[int, str], model: str) -> list[Checkpoint]:
+        """Of the earlier epochs with these names, and of the last step."""
+        now, last, measured = self._clock(), 0, {}
+        for line in folder.lines():
+            if line["step"] in names:
+                measured[line["step"]] = metrics_of(line)
+            last, at_last = line["step"], line
+        if last:
+            names, measured = {**names, last: model}, {**measured, last: metrics_of(at_last)}
+        return [Checkpoint(job.id, step, now, name, measured.get(step, {})) for step, name in names.items()]
+
     def _results(self, job: Job, folder: JobFolder) -> StoredFile:
         """What each step measured, as a file. Written again after a kill, it is the same one."""
-        data = folder.results()
         id = "file-" + sha256(f"{job.id} results".encode()).hexdigest()[:24]
-        self._contents.check_space(len(data))
+        self._contents.check_space(0)
         with self._contents.incoming() as (path, sink):
-            write(sink, data)
+            nbytes = 0
+            for row in folder.results():
+                write(sink, row)
+                nbytes += len(row)
             sink.flush()
             self._contents.keep(id, path)
         now = self._clock()
         name = "step_metrics.csv"
-        return StoredFile(id, job.tenant, job.asked.who, RESULTS, name, len(data), now, now + self._file_seconds)
+        return StoredFile(id, job.tenant, job.asked.who, RESULTS, name, nbytes, now, now + self._file_seconds)
 
 
 class _Watch:
@@ -310,7 +318,7 @@ class _Watch:
         return self._unwritten >= WRITE_SECONDS and (self.write() or self._folder.is_touched())
 
     def write(self) -> bool:
-        new = self._folder.new_lines()
+        new = self._folder.new_lines(self._job.state.step)
         self._lines += new
         self._unwritten = 0.0
         before = self._job.state.tokens
