@@ -68,10 +68,11 @@ def read_once(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str
 
 
 def _mapped_files() -> list[range]:
-    """Addresses at which safetensors files are."""
+    """Addresses at which files are, whatever they are called: a hub's cache links to blobs."""
     with suppress(OSError):
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        ends = [line.split(None, 1)[0].split("-") for line in lines if line.endswith(".safetensors")]
+        # Addresses, permissions, offset, device, inode, path.
+        entries = [line.split(None, 5) for line in Path("/proc/self/maps").read_text().splitlines()]
+        ends = [entry[0].split("-") for entry in entries if entry[4] != "0"]
         return [range(int(begin, 16), int(end, 16)) for begin, end in ends]
     return []
 

@@ -34,12 +34,14 @@ def test_memory_of_its_own_reads_as_zeros_and_its_neighbours_stay():
     assert whole[5:90].eq(2).all()
 
 
-def test_of_a_checkpoints_file_one_tensor_at_a_time_is_in_memory(tmp_path):
-    file = tmp_path / "model.safetensors"
+@pytest.mark.parametrize("name", ["model.safetensors", "5a7e"], ids=["a folder", "a hub's cache"])
+def test_of_a_checkpoints_file_one_tensor_at_a_time_is_in_memory(tmp_path, name):
+    file, link = tmp_path / name, tmp_path / "link.safetensors"
     made = {name: torch.randn(SIZE) for name in "abcd"}
     save_file(made, file)
+    link.symlink_to(file)
     most = 0
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(link, framework="pt") as opened:
         kept = {}
         for name, tensor in pages.read_once((name, opened.get_tensor(name)) for name in "abcd"):
             tensor.sum()
