@@ -55,6 +55,7 @@ def serve(config: Config) -> int:
 def resolved(config: Config) -> Config:
     """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
     environ = dict(os.environ)
+    os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)  # where compiled code is kept, the watcher's too
     made, before = list[Base](), 0
     for base in config.bases:
         found, taken = _with_defaults(config, replace(base, model=find(base.model, config.cache_dir)), environ, before)
@@ -101,7 +102,6 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str], befor
         os.environ["LORADOCK_CPU_WEIGHTS"] = config.cpu_weights
         os.environ["LORADOCK_SPECULATION"] = config.speculation
         os.environ["LORADOCK_TARGET_INTER_TOKEN"] = config.target_inter_token
-        os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
     return replace(base, engine=MappingProxyType(engine)), taken

@@ -87,6 +87,16 @@ def test_engines_have_to_fit_beside_one_another(tiny_model, tmp_path, monkeypatc
         resolved(config)
 
 
+def test_compiled_code_is_kept_in_the_cache_folder_on_every_machine(tiny_model, tmp_path, monkeypatch):
+    from serve.config import load
+    from serve.server.launch import resolved
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    resolved(load([str(tiny_model), "--cache-dir", str(tmp_path)], {}))
+    assert os.environ["LORADOCK_CACHE_DIR"] == str(tmp_path)
+
+
 def test_a_public_address_without_keys(tiny_model, data):
     assert_refused(run("serve", str(tiny_model), data, "--host", "0.0.0.0"), "0.0.0.0", "LORADOCK_ADMIN_KEYS")
 
