@@ -305,6 +305,8 @@ def _tune_command(embedded: Embedded) -> Callable[..., None]:
         epoch meanwhile, and error.json when it does not end well. SIGTERM saves and stops with exit code 4, SIGTSTP and
         SIGCONT suspend.
         """
+        if not folder.is_dir():
+            raise RecipeError(f"{folder} is no folder: give the one that has the recipe.yaml")
         failed = folder / "error.json"
         failed.unlink(missing_ok=True)
         try:

@@ -140,6 +140,13 @@ def test_a_recipe_that_does_more_than_train_is_refused(folder, capsys):
     assert "has tune steps alone and `export: {format: adapter}`" in capsys.readouterr().err
 
 
+def test_what_is_no_folder_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text("")
+    for place in (tmp_path / "train.jsonl", tmp_path / "nowhere"):
+        assert tune(place) == 2
+        assert f"{place} is no folder: give the one that has the recipe.yaml" in capsys.readouterr().err
+
+
 def test_the_plan_says_what_auto_becomes_and_does_nothing(folder, capsys):
     where = folder(epochs="auto", learning_rate="auto", rank=16, batch="auto")
     assert cli.run([str(where / "recipe.yaml"), "--out", str(where / "out"), "--plan", "--json"], Path) == 0
