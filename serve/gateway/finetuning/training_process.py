@@ -102,7 +102,8 @@ class TrainingProcess:
         """What is wrong with a file of examples, which must have so many; None once `stop` is set. Blocks."""
         command = [*self.command, "check", str(file), "--method", method, "--fewest", str(fewest), "--json"]
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(self._behind(command), **pipes, env=_environ()) as process:
+        # Its group is its own, so that Ctrl+C at the server's terminal is the server's alone.
+        with subprocess.Popen(self._behind(command), **pipes, env=_environ(), process_group=0) as process:
             try:
                 said = self._said(process, stop)
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tests.serve.gateway.finetuning.conftest import begun, ended, parts_of
@@ -24,6 +25,7 @@ async def test_a_check_ends_with_its_job_and_with_its_server(training, sdk, tmp_
         ai = sdk(client)
         parts_of(client).fine_tuning.process.command = ("/bin/sh", "-c", f"echo $$ > {file}; exec sleep 300")
         id, process = await checking(ai, file)
+        assert os.getpgid(process) == process, "Ctrl+C at the server's terminal would fail the job"
         await ai.fine_tuning.jobs.cancel(id)
         assert await settled(lambda: not alive(process), 15)
         id, process = await checking(ai, file)
