@@ -251,6 +251,13 @@ def test_a_client_that_left_is_an_abort_and_an_unwatched_request_is_nobodys():
     assert len(answers) == 4
 
 
+def vllms_source(function):
+    """Below what an earlier test may have put in its place in this process."""
+    while original := getattr(function, "loradock_original", None):
+        function = original
+    return inspect.getsource(function)
+
+
 def test_the_workers_still_have_what_we_call():
     assert list(inspect.signature(AsyncLLM.collective_rpc).parameters)[1:] == ["method", "timeout", "args", "kwargs"]
     assert list(inspect.signature(LRUCacheWorkerLoRAManager._load_adapter).parameters) == ["self", "lora_request"]
@@ -262,7 +269,7 @@ def test_the_workers_still_have_what_we_call():
     assert "self.input_batch = " in inspect.getsource(gpu_model_runner.GPUModelRunner.__init__)
     assert "self.req_id_to_index" in inspect.getsource(gpu_input_batch.InputBatch.__init__)
     # An adapter that is registered takes its slot in the step that needs it.
-    assert "self.add_adapter(lora)" in inspect.getsource(LRUCacheWorkerLoRAManager._apply_adapters)
+    assert "self.add_adapter(lora)" in vllms_source(LRUCacheWorkerLoRAManager._apply_adapters)
     assert "self._adapter_manager.activate_adapter" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
     read = set(re.findall(r"lora_request\.(\w+)", inspect.getsource(LRUCacheWorkerLoRAManager._load_adapter)))
     assert read <= {"lora_path", "lora_int_id", "lora_name", "is_3d_lora_weight"}, (
