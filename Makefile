@@ -54,7 +54,7 @@ page: setup-dev ## a thousand adapters on the dashboard in a real browser: secon
 schemas: setup-dev ## Schemathesis over the routes that vLLM answers, against the real engine: every answer of 500; 30 minutes
 	@$(BIN)/python -m tests.campaigns.inference_schemas $(ARGS)
 
-sizes: setup-dev ## memory and time of the steps on 1 or 8 billion random weights, planned and measured; 20 minutes and more
+sizes: setup-dev ## memory and time of the steps on 1 or 8 billion random weights, planned and measured; 20 minutes
 	@$(BIN)/python -m tests.campaigns.sizes $(ARGS)
 
 families: setup-dev ## tiny models of each family, quantized, in vLLM with an adapter and without, against PyTorch; 10 minutes
