@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from serve.adapters.registry import Registry
 from serve.adapters.tables import batch_answers as answers_table
@@ -21,6 +21,7 @@ from serve.adapters.tables import batches as table
 from serve.errors import Conflict, NotFound, QuotaExceeded
 from serve.gateway.batches.file_rows import paged, put
 from serve.gateway.batches.objects import OPEN, Batch, Limits, LineError, Page, Status, StoredFile, Usage
+from serve.gateway.claims import Claims
 from serve.names import shown
 
 # Answers that are read at a time.
@@ -42,6 +43,7 @@ class BatchRows:
 
     def __init__(self, registry: Registry, limits: Limits, *, me: str, clock: Callable[[], float] = time.time) -> None:
         self._registry, self._limits, self._me, self._clock = registry, limits, me, clock
+        self._claims = Claims(registry, table, me=me, clock=clock)
 
     # For clients
 
@@ -96,20 +98,12 @@ class BatchRows:
 
     def claim(self, id: str, seconds: float) -> Batch | None:
         """Take the batch for this server alone, for so long; again while it has it. None if another one runs it."""
-        now = self._clock()
-        free = or_(table.c.claimed_until.is_(None), table.c.claimed_until < now, table.c.claimed_by == self._me)
-        with self._registry.adding() as connection:
-            where = (table.c.id == id) & free & table.c.status.in_(OPEN)
-            values = {"claimed_by": self._me, "claimed_until": now + seconds}
-            if not connection.execute(update(table).where(where).values(values)).rowcount:
-                return None
-            return _batch(connection.execute(select(table).where(table.c.id == id)).one())
+        row = self._claims.take(id, seconds, OPEN)
+        return None if row is None else _batch(row)
 
     def release(self, id: str | None = None) -> None:
         """The end of a claim; without an id of everybody's claims, where this server is alone."""
-        where = table.c.claimed_by.is_not(None) if id is None else (table.c.id == id) & (table.c.claimed_by == self._me)
-        with self._registry.adding() as connection:
-            connection.execute(update(table).where(where).values(claimed_by=None, claimed_until=None))
+        self._claims.release(id)
 
     # What the server with the claim writes; None or False, if the claim is another's by now
 

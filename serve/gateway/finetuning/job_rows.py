@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from serve.adapters.registry import Registry
 from serve.adapters.tables import finetune_jobs as table
@@ -21,6 +21,7 @@ from serve.adapters.tables import finetune_notes as notes_table
 from serve.errors import Conflict, NotFound, QuotaExceeded
 from serve.gateway.batches.file_rows import paged, put
 from serve.gateway.batches.objects import StoredFile
+from serve.gateway.claims import Claims
 from serve.gateway.finetuning.notes import add_checkpoint, add_event
 from serve.gateway.finetuning.objects import ACTIVE, ENDS, OPEN, Asked, Checkpoint, Job, Limits, Listed, State, Status
 from serve.names import shown
@@ -31,6 +32,7 @@ class JobRows:
 
     def __init__(self, registry: Registry, limits: Limits, *, me: str, clock: Callable[[], float] = time.time) -> None:
         self._registry, self._limits, self._me, self._clock = registry, limits, me, clock
+        self._claims = Claims(registry, table, me=me, clock=clock)
 
     # For clients
 
@@ -106,20 +108,12 @@ class JobRows:
 
     def claim(self, id: str, seconds: float) -> Job | None:
         """Take the job for this server alone, for so long; again while it runs it. None if it is not to be run here."""
-        now = self._clock()
-        free = or_(table.c.claimed_until.is_(None), table.c.claimed_until < now, table.c.claimed_by == self._me)
-        with self._registry.adding() as connection:
-            where = (table.c.id == id) & free & table.c.status.in_(ACTIVE)
-            values = {"claimed_by": self._me, "claimed_until": now + seconds}
-            if not connection.execute(update(table).where(where).values(values)).rowcount:
-                return None
-            return _job(connection.execute(select(table).where(table.c.id == id)).one())
+        row = self._claims.take(id, seconds, ACTIVE)
+        return None if row is None else _job(row)
 
     def release(self, id: str | None = None) -> None:
         """The end of a claim; without an id of everybody's claims, where this server is alone."""
-        where = table.c.claimed_by.is_not(None) if id is None else (table.c.id == id) & (table.c.claimed_by == self._me)
-        with self._registry.adding() as connection:
-            connection.execute(update(table).where(where).values(claimed_by=None, claimed_until=None))
+        self._claims.release(id)
 
     # What the server with the claim writes; None, if the claim is another's by now or the job was stopped
 
