@@ -98,6 +98,10 @@ class Schedule(ABC, Generic[Item, W]):
         """Begin what can be begun."""
 
     @abstractmethod
+    def _can_read(self, item: Item) -> bool:
+        """Its files are on this server, or where it can fetch them. Blocks."""
+
+    @abstractmethod
     def _renewed(self, work: W, item: Item | None, lost: bool) -> None:
         """What its claim's row says now, None where the database did not answer; `lost` to another server, or ended."""
 
@@ -135,6 +139,15 @@ class Schedule(ABC, Generic[Item, W]):
         now = self._clock()
         self._paused = {other: until for other, until in self._paused.items() if until > now}
         self._paused[id] = now + PAUSE_SECONDS
+
+    async def _claim(self, id: str) -> Item | None:
+        """What this server has the claim of now; None if it is another one's, or has its files alone."""
+        item = await asyncio.to_thread(self._claims.claim, id, CLAIM_SECONDS)
+        if item is not None and not self._alone and not await asyncio.to_thread(self._can_read, item):
+            await asyncio.to_thread(self._claims.release, id)
+            self._pause(id)
+            return None
+        return item
 
     def _start(self, id: str, work: W) -> None:
         """Run what this server has the claim of."""

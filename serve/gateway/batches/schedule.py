@@ -12,7 +12,7 @@ from serve.gateway.batches.file_bytes import FileBytes
 from serve.gateway.batches.file_rows import FileRows
 from serve.gateway.batches.metrics import BatchMetrics
 from serve.gateway.batches.objects import Batch, Status
-from serve.gateway.claims import CLAIM_SECONDS, SWEEP_SECONDS, Schedule
+from serve.gateway.claims import SWEEP_SECONDS, Schedule
 
 # Batches that one server runs at a time.
 AT_ONCE = 16
@@ -48,8 +48,8 @@ class BatchSchedule(Schedule[Batch, Work]):
         for batch in batches:
             if len(self._working) >= AT_ONCE:
                 break
-            if self._is_free(batch.id) and self._has_turn(batch, now):
-                await self._begin(batch.id)
+            if self._is_free(batch.id) and self._has_turn(batch, now) and (claimed := await self._claim(batch.id)):
+                self._start(batch.id, Work(claimed))
         if now - self._swept >= SWEEP_SECONDS:
             self._swept = now
             await asyncio.to_thread(self._sweep)
@@ -61,15 +61,8 @@ class BatchSchedule(Schedule[Batch, Work]):
             return True
         return all(work.batch.tenant != batch.tenant for work, _ in self._working.values())
 
-    async def _begin(self, id: str) -> None:
-        if (batch := await asyncio.to_thread(self._rows.claim, id, CLAIM_SECONDS)) is None:
-            return
-        if not self._alone and not await asyncio.to_thread(self._contents.has, batch.input_file):
-            # It is on the disk of another server, which has not put it where all see it.
-            await asyncio.to_thread(self._rows.release, id)
-            self._pause(id)
-            return
-        self._start(id, Work(batch))
+    def _can_read(self, batch: Batch) -> bool:
+        return self._contents.has(batch.input_file)
 
     def _renewed(self, work: Work, batch: Batch | None, lost: bool) -> None:
         """It stops when it was cancelled, when its time is over, or when another server has it."""

@@ -72,7 +72,7 @@ class FineTuning:
             file_seconds=file_seconds,
             clock=clock,
         )
-        self.schedule = JobSchedule(self.rows, self.runner, self.metrics, alone=alone, clock=clock)
+        self.schedule = JobSchedule(self.rows, files.contents, self.runner, self.metrics, alone=alone, clock=clock)
 
     def create(
         self,

@@ -7,7 +7,8 @@ import shutil
 import time
 from collections.abc import Callable
 
-from serve.gateway.claims import CLAIM_SECONDS, SWEEP_SECONDS, Schedule
+from serve.gateway.batches.file_bytes import FileBytes
+from serve.gateway.claims import SWEEP_SECONDS, Schedule
 from serve.gateway.finetuning.job_rows import JobRows
 from serve.gateway.finetuning.job_runner import JobRunner, Work
 from serve.gateway.finetuning.metrics import FineTuningMetrics
@@ -25,6 +26,7 @@ class JobSchedule(Schedule[Job, Work]):
     def __init__(
         self,
         rows: JobRows,
+        contents: FileBytes,
         runner: JobRunner,
         metrics: FineTuningMetrics,
         *,
@@ -32,7 +34,7 @@ class JobSchedule(Schedule[Job, Work]):
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(rows, runner.run, alone=alone, clock=clock)
-        self._rows, self._runner, self._metrics = rows, runner, metrics
+        self._rows, self._contents, self._runner, self._metrics = rows, contents, runner, metrics
         # When a job of a tenant was begun last, here.
         self._turns: dict[str, float] = {}
 
@@ -45,7 +47,7 @@ class JobSchedule(Schedule[Job, Work]):
         for job in sorted(ready, key=self._turn):
             if self._working:
                 break
-            if (claimed := await asyncio.to_thread(self._rows.claim, job.id, CLAIM_SECONDS)) is not None:
+            if claimed := await self._claim(job.id):
                 self._turns[job.tenant] = now
                 self._start(job.id, Work(claimed))
         if now - self._swept >= SWEEP_SECONDS:
@@ -56,6 +58,9 @@ class JobSchedule(Schedule[Job, Work]):
         """What was begun here goes on before another one begins."""
         begun = job.status is Status.RUNNING
         return (not begun, self._turns.get(job.tenant, 0.0), job.created)
+
+    def _can_read(self, job: Job) -> bool:
+        return all(map(self._contents.has, filter(None, (job.training_file, job.validation_file))))
 
     def _renewed(self, work: Work, job: Job | None, lost: bool) -> None:
         if lost:
