@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ from optimize.steps.calibrated import CalibratedModel, windows
 from optimize.steps.merge import combine, merge
 from optimize.steps.prune import distillation, heal, prune
 from optimize.steps.quantize import channel_scales, quantize
+from optimize.steps.tune.encoding import Tokens
+from optimize.steps.tune.learner import Learner, Start
+from optimize.steps.tune.packing import rows
+from optimize.steps.tune.settings import ROW, Settings
 from tests.optimize.conftest import silent
 from tests.support import families
 
@@ -47,6 +52,8 @@ class Subject:
         for part, seed in (("calibration", 1), ("evaluation", 2)):
             self.texts[part] = folder / f"{part}.txt"
             self.texts[part].write_text("\n\n\n".join(families.sentences(seed, 24)))
+        examples = [{"prompt": line, "completion": line} for line in families.sentences(3, 10)]
+        (folder / "train.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
         self.one = families.adapter(self.base, folder / "one", 1)
         families.adapter(self.base, folder / "two", 2)
         self.reference = transformers_model(self.base)
@@ -88,6 +95,16 @@ def same(now: torch.Tensor, right: torch.Tensor, within: float = 1e-4) -> bool:
 
 def measured(subject: Subject) -> None:
     assert same(logits(opened(subject.base, torch.float32), IDS), logits(subject.reference, IDS))
+
+
+def tuned(subject: Subject) -> None:
+    """A new LoRA changes nothing, and rows that are trained on give each sequence what it has alone."""
+    settings = Settings(2, 4, learning_rate=1e-3, epochs=1, batch=2, max_length=24, gradient_checkpointing=False)
+    learner = Learner(Start(subject.base, None, 0, "all-linear", False, "fp32", "cpu"), settings)
+    units = [(Tokens(array("i", ids), array("b", [1] * len(ids))),) for ids in IDS.tolist()]
+    trained = rows(units, range(len(units)), ROW if learner.packs(units) else 0)
+    right = logits(subject.reference, IDS).log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None])
+    assert same(torch.cat([learner.logps(row)[0].detach() for row in trained]), right.flatten())
 
 
 def merged(subject: Subject) -> None:
@@ -225,6 +242,7 @@ def cached(subject: Subject) -> None:
 # column -> (a recipe's step, the check)
 COLUMNS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     "measure": ("", measured),
+    "tune": ("{tune: {train: train.jsonl}}", tuned),
     "merge": ("{merge: {adapters: [one]}}", merged),
     "combine": ("{combine: {adapters: [one, two], name: both, method: cat}}", combined),
     "drop layers": ("{prune: {layers: 1}}", without_layers),

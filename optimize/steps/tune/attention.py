@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-NAME = "loradock_packed"
+NAME, REPLACED = "loradock_packed", "sdpa"
 
 
 def register() -> str:
-    """The name under which transformers knows it; it wants the mask that `sdpa` wants."""
+    """The name under which transformers knows it; it wants the mask of what it replaces."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[REPLACED])
     return NAME
 
 

@@ -51,7 +51,9 @@ class Learner:
         dtype = compute_dtype() if start.dtype == "auto" else DTYPES[start.dtype]
         self._start, self._device, self._alive = start, start.device, alive
         base: Any = opened(start.base, dtype, rounds=False).to(start.device)
-        base.config.get_text_config()._attn_implementation = attention.register()
+        text = base.config.get_text_config()
+        if text._attn_implementation == attention.REPLACED:  # else the model needs more of it, such as a soft cap
+            text._attn_implementation = attention.register()
         torch.manual_seed(start.seed)
         self.model = _adapted(base, start, settings)
         self._half = dtype is torch.bfloat16
