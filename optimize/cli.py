@@ -130,13 +130,13 @@ def _overrides(model: str, adapters: Sequence[str], settings: Sequence[str]) -> 
 
 def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, show: Show, measure_texts: bool) -> tuple[Plan, int]:
     """The plan, which is shown, and the bytes that a step may use."""
-    from optimize.pipeline import machine
     from optimize.pipeline import plan as plans
+    from optimize.pipeline.available_memory import available_memory
     from optimize.pipeline.run import texts
 
     where = Path(recipe.output)
     model = find(recipe.model, embedded)
-    memory = int(memory_gb * 1e9) or machine.available_memory()
+    memory = int(memory_gb * 1e9) or available_memory()
     plan = plans.made(recipe, model, texts(recipe) if measure_texts else {}, where, memory)
     show(plan, where)
     return plan, memory

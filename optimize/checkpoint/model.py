@@ -7,7 +7,6 @@ rounds activations to 8 bits, so does it: per token, symmetric, as in vLLM's ker
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimize import processor
 from optimize.checkpoint import experts, formats, kv_cache
 from optimize.checkpoint.checkpoint import Checkpoint, Schemes
 from optimize.errors import OptimizeError, Refused
@@ -27,7 +27,7 @@ def settle(seed: int) -> None:
     """The same arithmetic each time: a fixed seed, kernels that are deterministic, as many threads as cores."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+    torch.set_num_threads(processor.threads())
 
 
 def tokenizer(folder: Path) -> Any:
@@ -38,9 +38,8 @@ def tokenizer(folder: Path) -> Any:
 
 def compute_dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies it, float32 elsewhere."""
-    with open("/proc/cpuinfo") as file:
-        flags = next((line for line in file if line.startswith("flags")), "")
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+    multiplied = {"avx512_bf16", "amx_bf16"}.intersection(processor.instruction_sets().split())
+    return torch.bfloat16 if multiplied else torch.float32
 
 
 def configured(folder: Path) -> Any:

@@ -13,9 +13,10 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+from optimize import processor
 from optimize.checkpoint import artifact
 from optimize.options import STEPS, plain
-from optimize.pipeline import machine, step_code
+from optimize.pipeline import step_code
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import TIMED
 
@@ -59,7 +60,7 @@ def write(folder: Path, facts: Facts) -> None:
             if done.kind not in ("evaluate", "engine", "tasks")
         ],
         "versions": versions(),
-        "arithmetic": {**machine.arithmetic(), "code": {done.kind: step_code.of(done.kind) for done in facts.done}},
+        "arithmetic": {**processor.arithmetic(), "code": {done.kind: step_code.of(done.kind) for done in facts.done}},
         "scores": {name: value for name, value in facts.scores.items() if name not in TIMED_SCORES},
         "gate": {
             "judged": facts.judged,

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from optimize import processor
 from optimize.checkpoint import architectures, artifact
 from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, header
 from optimize.errors import Refused
 from optimize.evaluation import rules as evaluation
 from optimize.export import rules as export
 from optimize.options import KIND, Combine, Heal, Merge, Prune, Quantize, Step, Tune, plain
-from optimize.pipeline import machine, step_code
+from optimize.pipeline import step_code
 from optimize.pipeline.worker import TASKS
 from optimize.recipe import Recipe
 from optimize.steps.merge import combine_rules
@@ -92,7 +93,7 @@ def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: 
     kinds = [KIND[type(step)] for step in recipe.steps]
     estimates = _estimates(context)
     code = {estimate.kind: step_code.of(estimate.kind) for estimate in estimates if estimate.kind in TASKS}
-    key = artifact.key([settings, kinds, inputs, machine.arithmetic(), code])
+    key = artifact.key([settings, kinds, inputs, processor.arithmetic(), code])
     plan = Plan(model, adapters, texts, estimates, inputs, key)
     _room(plan, out, memory)
     return plan

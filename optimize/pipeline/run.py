@@ -17,12 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from optimize import processor
 from optimize.checkpoint import artifact, shards
 from optimize.data import text
 from optimize.errors import GateFailed, OptimizeError, Refused
 from optimize.job import Job
 from optimize.options import KIND, Combine, Merge, Step, Tune, plain
-from optimize.pipeline import lock, machine, manifest, report, step_code
+from optimize.pipeline import lock, manifest, report, step_code
 from optimize.pipeline.child import Child, Tell
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import judge
@@ -180,7 +181,7 @@ class Run:
             "seed": self.recipe.seed,
             "target": self.recipe.target,
             "versions": manifest.versions(),
-            "arithmetic": machine.arithmetic(),
+            "arithmetic": processor.arithmetic(),
             "code": step_code.of(kind),
         }
         folder = self.work / f"{len(self.done) + 1:02d}-{kind}-{artifact.key(inputs)}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from optimize import processor
 from optimize.checkpoint import architectures
 from optimize.checkpoint.linears import group, ignored, linear, undivided
 from optimize.errors import Refused
@@ -67,7 +66,7 @@ def refuse(step: Quantize, context: Context) -> None:
     architectures.dense(base.config, "quantize")
     if target == "cpu" and step.scheme in NOT_ON_CPU:
         raise Refused(f"vLLM {NOT_ON_CPU[step.scheme]}: take w8a8, or `target: gpu`")
-    if target == "cpu" and step.kv_cache == "fp8" and not _avx512():
+    if target == "cpu" and step.kv_cache == "fp8" and "avx512f" not in processor.instruction_sets().split():
         raise Refused("vLLM's KV cache in fp8 wants AVX-512 on a CPU, and this one has none: leave `kv_cache` out")
     if step.scheme == "w4a16":
         if step.group and step.group % 32:
@@ -95,7 +94,3 @@ def _refuse_rescaling(context: Context) -> None:
                 f"smoothing and AWQ scale channels, and the adapter {name!r} is more than a low-rank update (DoRA or "
                 "modules_to_save), which does not follow them: say `smooth: false` and another method"
             )
-
-
-def _avx512() -> bool:
-    return "avx512f" in Path("/proc/cpuinfo").read_text()

@@ -11,13 +11,14 @@ import msgspec
 import pytest
 import torch
 
-from optimize import cli
+from optimize import cli, processor
 from optimize.checkpoint import shards
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import OptimizeError
 from optimize.evaluation import engine
 from optimize.options import Gate
-from optimize.pipeline import machine, manifest
+from optimize.pipeline import manifest
+from optimize.pipeline.available_memory import available_memory, left_in_groups
 from optimize.pipeline.gate import judge
 from optimize.steps.merge import merge
 from tests.optimize.conftest import silent
@@ -153,7 +154,7 @@ def test_another_number_of_threads_or_another_processor_makes_other_bytes(writte
     out, more = tmp_path / "out", ("--resume", "--set", "gate.max_kl=20")
     recipe = written("steps: [{quantize: {method: rtn}}]\ngate: {max_kl: 0}")
     optimize(recipe, "--out", out, expect=3)
-    monkeypatch.setattr(machine, "instruction_sets", lambda: "another")
+    monkeypatch.setattr(processor, "instruction_sets", lambda: "another")
     optimize(recipe, "--out", out, *more)
     measured = json.loads((out / "report/measurements.json").read_text())
     assert [step["done_before"] for step in measured["steps"]] == [False, False]
@@ -163,7 +164,7 @@ def test_another_number_of_threads_or_another_processor_makes_other_bytes(writte
         "evaluate",
     }
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert machine.arithmetic() == {"threads": 2, "instruction_sets": "another"}
+    assert processor.arithmetic() == {"threads": 2, "instruction_sets": "another"}
 
 
 def test_a_control_group_limits_the_memory_too(tmp_path):
@@ -175,11 +176,11 @@ def test_a_control_group_limits_the_memory_too(tmp_path):
     (group.parent / "memory.max").write_text("10000\n")
     (group.parent / "memory.current").write_text("6000\n")
     (group.parent / "memory.stat").write_text("anon 4000\ninactive_file 1500\n")
-    assert machine.left_in_groups("0::/pod/container\n", tmp_path) == [5500]
+    assert left_in_groups("0::/pod/container\n", tmp_path) == [5500]
     old = tmp_path / "memory" / "job"
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text("800\n")
     (old / "memory.usage_in_bytes").write_text("900\n")
     (old / "memory.stat").write_text("inactive_file 0\n")
-    assert machine.left_in_groups("3:cpu,cpuacct:/job\n4:memory:/job\n", tmp_path) == [0]
-    assert machine.available_memory() > 0
+    assert left_in_groups("3:cpu,cpuacct:/job\n4:memory:/job\n", tmp_path) == [0]
+    assert available_memory() > 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 
 from optimize.options import STEPS
-from optimize.pipeline import machine, plan
+from optimize.pipeline import plan
 from optimize.recipe import load
 
 
@@ -36,9 +35,3 @@ def test_a_step_says_what_it_will_do_and_what_it_needs(step, what, written, tmp_
     first, *_, last = plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12).steps
     assert first.what.startswith(what) and min(first.memory, first.disk, first.seconds) > 0
     assert (last.kind, last.what) == ("export", "vllm directory, manifest, report")
-
-
-@pytest.mark.parametrize("said, taken", [("3", 3), ("3,2", 3), ("", None), ("many", None), ("0", None)])
-def test_openmp_s_threads_are_read_as_it_reads_them(monkeypatch, said, taken):
-    monkeypatch.setenv("OMP_NUM_THREADS", said)
-    assert machine.threads() == (taken or len(os.sched_getaffinity(0)))

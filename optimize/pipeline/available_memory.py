@@ -1,43 +1,11 @@
-"""What of this machine decides the bytes that a step writes, and how much memory a step may have. Without torch."""
+"""How much memory a step may have."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Instruction sets by which kernels differ, as Linux calls them: x86's, then Arm's.
-SETS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_bf16",
-    "amx_int8",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-    "sve2",
-)
 CGROUPS = Path("/sys/fs/cgroup")
-
-
-def threads() -> int:
-    """How many threads a step computes with: sums are added up in another order with another number."""
-    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(outermost) if outermost.isdecimal() and int(outermost) else len(os.sched_getaffinity(0))
-
-
-def instruction_sets() -> str:
-    """The instruction sets that kernels are chosen by, such as `avx2 avx512f`."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    has = next((line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))), [])
-    return " ".join(name for name in SETS if name in has)
-
-
-def arithmetic() -> dict[str, int | str]:
-    """Under which the same inputs give the same bytes."""
-    return {"threads": threads(), "instruction_sets": instruction_sets()}
 
 
 def available_memory() -> int:
