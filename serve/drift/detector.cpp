@@ -170,7 +170,6 @@ static void rank_along(Detector& d, const float* row, const double* ties, int64_
     if (d.silent) {
         for (int i = 0; i < DIRECTIONS; ++i) d.pull[i * stride + place] = 0;
     }
-    d.place = place;
 }
 
 // Turn the directions to what was learned.
@@ -215,8 +214,8 @@ static void point(Detector& d) {
     }
 }
 
-// Learn from a row's p-values, which multiplied the evidence by `multiple`, and from its silent scores.
-static void teach(Detector& d, const float* row, const Ranks& ranks, double multiple) {
+// Learn from a row's p-values, which multiplied the evidence by `multiple`, and from its silent scores. place: in the bag.
+static void teach(Detector& d, const float* row, const Ranks& ranks, double multiple, int64_t place) {
     const int64_t columns = d.scores + d.silent, stride = d.bag_capacity + 1;
     const double share = multiple > 0 ? std::min(std::max(1 - TEACHES / multiple, 0.0), 1.0) : 0.0;
     for (int i = 0; i < DIRECTIONS; ++i) {
@@ -236,7 +235,7 @@ static void teach(Detector& d, const float* row, const Ranks& ranks, double mult
                 learned[d.scores + c] = learned[d.scores + c] * fade + weight * static_cast<double>(taught);
                 pull += part[c] * (taught * silent[c]);
             }
-            d.pull[i * stride + d.place] = weight * static_cast<double>(pull) / (d.faded[i] * fade);
+            d.pull[i * stride + place] = weight * static_cast<double>(pull) / (d.faded[i] * fade);
             d.faded[i] *= fade;
         }
         d.squares[i] = d.squares[i] * (fade * fade) + weight * weight;
@@ -433,7 +432,7 @@ extern "C" int64_t loradock_drift_steps(
             }
         }
         const double multiple = place_bets(d, multiples.data(), bets);
-        if (d.directions) teach(d, row, ranks, multiple);
+        if (d.directions) teach(d, row, ranks, multiple, place);
         if (d.means) {
             observe_mean(*d.means, mean_rows + i * mean_stride, d.updates);
             d.means_evidence = mean_evidence(*d.means);
@@ -443,8 +442,6 @@ extern "C" int64_t loradock_drift_steps(
     }
     return count;
 }
-
-extern "C" void loradock_drift_turn(MeanRows* means) { turn_means(*means); }
 
 // Move the gauges of rank shifts by some rows of scores, one after another (Drift._gauge). reference: (scores, size).
 extern "C" void loradock_drift_gauge(

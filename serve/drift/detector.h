@@ -59,7 +59,7 @@ struct Detector {
     const double *score_bets, *direction_bets;  // (CELLS, FIXED)
     double evidence;
     // The directions; none with a single score.
-    int64_t directions, size, bag_capacity, place, age, turn;
+    int64_t directions, size, bag_capacity, age, turn;
     float *bag, *along;  // (scores + silent, bag_capacity + 1), (DIRECTIONS, bag_capacity + 1)
     double *pull, *faded, *taught, *squares;
     float *towards, *allowed, *silent_part;

@@ -197,11 +197,11 @@ class Directions:
 
     def give(self, view: DetectorView) -> None:
         """What a call needs besides the arrays."""
-        view.size, view.age, view.place = self._size, self._age, self._place
+        view.size, view.age = self._size, self._age
 
     def take_back(self, view: DetectorView) -> None:
         """What a call changed besides the arrays."""
-        self._size, self._age, self._place, self._known = view.size, view.age, view.place, None
+        self._size, self._age, self._known = view.size, view.age, None
 
     def state(self) -> State:
         return {

@@ -24,16 +24,15 @@ first `needed` rows are the reference anew, and the evidence goes on.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.drift.bets import CELLS, MANY_BETS, MOST, Floats, State
-from serve.drift.native import MeanRowsView, at, lots_at, native
+from serve.drift.native import MeanRowsView, at, lots_at
 from serve.drift.reference_structure import autocorrelation_time, wandering
 
 HALF_LIVES = (64.0, 256.0)  # in requests
@@ -72,7 +71,6 @@ class MeanRows:
         self._r = np.zeros((len(HALF_LIVES), MANY_BETS.shape[1]))
         self._page = np.ones_like(self._r)
         self._start = np.zeros(self._r.shape, np.int64)
-        self._view: MeanRowsView | None = None
         # Where the reference lies along the directions, until they turn.
         self._known: NDArray[np.float32] | None = None
         self.phase = Phase.GATHERING
@@ -138,27 +136,22 @@ class MeanRows:
 
     def shown(self) -> MeanRowsView:
         """Where all of it lies, for `serve.drift.native`, once it ranks."""
-        view = self._view
-        if view is None:
-            view = self._view = MeanRowsView(
-                width=self._bag.shape[1], capacity=self._capacity, known=len(self._reference), turn=TURN,
-                farthest=float(self._farthest), ages=_FADED.shape[1], lots=lots_at(self._rng), bets=at(MANY_BETS),
-                faded=at(_FADED),
-            )  # fmt: skip
-            for name in _SHOWN:
-                setattr(view, name, at(getattr(self, f"_{name}")))
-        view.size, view.waiting, view.ranked = self._size, self._waiting, self._ranked
+        view = MeanRowsView(
+            width=self._bag.shape[1], capacity=self._capacity, known=len(self._reference), turn=TURN,
+            farthest=float(self._farthest), bets=at(MANY_BETS), ages=_FADED.shape[1], faded=at(_FADED),
+            lots=lots_at(self._rng),
+        )  # fmt: skip
+        for name in _SHOWN:
+            setattr(view, name, at(getattr(self, f"_{name}")))
         return view
 
-    def take_back(self) -> None:
-        """What a call changed of what was `shown`, besides the arrays."""
-        view = self._view
-        assert view is not None
-        self._size, self._waiting, self._ranked, self._known = view.size, view.waiting, view.ranked, None
+    def give(self, view: MeanRowsView) -> None:
+        """What a call needs besides the arrays."""
+        view.size, view.waiting, view.ranked = self._size, self._waiting, self._ranked
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has arrays of its own.
-        return vars(self) | {"_view": None}
+    def take_back(self, view: MeanRowsView) -> None:
+        """What a call changed besides the arrays."""
+        self._size, self._waiting, self._ranked, self._known = view.size, view.waiting, view.ranked, None
 
     def state(self) -> State:
         """The evidence alone: no row."""
@@ -235,10 +228,6 @@ class MeanRows:
 
     def _turn(self) -> None:
         """Learn from the rows that wait, and rank along what was learned."""
-        if (code := native()) is not None:
-            code.turn(ctypes.addressof(self.shown()))
-            self.take_back()
-            return
         places, rows = self._waiting_places[: self._waiting], self._waiting_rows[: self._waiting] @ self._whiten
         self._waiting = 0
         squares = np.add.reduce(rows * rows, axis=1)
@@ -291,19 +280,10 @@ class MeanRows:
         np.putmask(self._start, self._page <= 1, now)
 
 
-_SHOWN: tuple[str, ...] = (
-    "centre",
-    "whiten",
-    "reference",
-    "bag",
-    "along",
-    "pull",
-    "leverage",
-    "known_leverage",
-    "teaching",
-    "times",
-)
-_SHOWN += ("towards", "onto", "mean_part", "waiting_rows", "waiting_places", "r", "page", "start")
+_SHOWN = (
+    "centre", "whiten", "reference", "bag", "along", "pull", "leverage", "known_leverage", "teaching", "times",
+    "towards", "onto", "mean_part", "waiting_rows", "waiting_places", "r", "page", "start",
+)  # fmt: skip
 
 
 def _exchangeable(rows: NDArray[np.float32], rng: np.random.Generator) -> bool:

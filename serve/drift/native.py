@@ -59,7 +59,7 @@ class DetectorView(Structure):
         *((name, c_void_p) for name in ("margin", "share", "r", "page", "start", "learned", "unit", "weight")),
         *((name, c_void_p) for name in ("fades", "bins", "score_bets", "direction_bets")),
         ("evidence", c_double),
-        *((name, c_int64) for name in ("directions", "size", "bag_capacity", "place", "age", "turn")),
+        *((name, c_int64) for name in ("directions", "size", "bag_capacity", "age", "turn")),
         *((name, c_void_p) for name in ("bag", "along", "pull", "faded", "taught", "squares", "towards", "allowed")),
         *((name, c_void_p) for name in ("silent_part", "direction_fades", "normal", "means")),
         ("means_evidence", c_double),
@@ -94,8 +94,6 @@ class Native:
         self.steps = library.loradock_drift_steps
         self.steps.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p]
         self.steps.restype = c_int64
-        self.turn = library.loradock_drift_turn
-        self.turn.argtypes, self.turn.restype = many[:1], None
         self.gauge = library.loradock_drift_gauge
         self.gauge.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_double, c_void_p]
         self.gauge.restype = None
@@ -120,12 +118,12 @@ def native() -> Native | None:
     """Compiling takes some seconds, the first time on a machine."""
     try:
         path = compiled("drift", _SOURCES, _HEADERS)
-        if path is None:
-            log.info("no C++ compiler for the watcher: numpy takes its place, at some times the cost; install g++")
-        return None if path is None else Native(path)
+        if path is not None:
+            return Native(path)
+        log.info("no C++ compiler for the watcher: numpy takes its place, at twice the cost; install g++")
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        log.warning("the watcher's C++ code cannot be had (%s): numpy takes its place, at some times the cost", error)
-        return None
+        log.warning("the watcher's C++ code cannot be had (%s): numpy takes its place, at twice the cost", error)
+    return None
 
 
 def at(array: NDArray) -> int:

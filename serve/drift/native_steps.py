@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from serve.drift.bets import Bank
 from serve.drift.directions import Directions
 from serve.drift.mean_rows import MeanRows
-from serve.drift.native import DetectorView, Native, at, lots_at
+from serve.drift.native import DetectorView, MeanRowsView, Native, at, lots_at
 from serve.drift.score_bags import ScoreBags
 
 
@@ -30,6 +30,9 @@ class NativeSteps:
         self._parts = (bags, bank) if directions is None else (bags, bank, directions)
         self._view = DetectorView(lots=lots_at(lots), margin=at(margin) if margin.any() else None)
         self._address = ctypes.addressof(self._view)
+        # Those that were ranked last.
+        self._means: MeanRows | None = None
+        self._means_view = MeanRowsView()
         for part in self._parts:
             part.show(self._view)
 
@@ -50,12 +53,15 @@ class NativeSteps:
         for part in self._parts:
             part.give(view)
         view.means_off, view.means_evidence = (True, 0.0) if means is None else (means.off, means.evidence())
-        ranked = means.shown() if means is not None and mean_rows is not None else None
-        view.means = None if ranked is None else ctypes.addressof(ranked)
-        at_means, width = (None, 0) if mean_rows is None else (at(mean_rows), mean_rows.shape[1])
+        view.means, at_means, width = None, None, 0
+        if means is not None and mean_rows is not None:
+            if means is not self._means:
+                self._means, self._means_view = means, means.shown()
+            means.give(self._means_view)
+            view.means, at_means, width = ctypes.addressof(self._means_view), at(mean_rows), mean_rows.shape[1]
         taken = self._native.steps(self._address, at(scores), at_means, width, len(scores), stop, at(evidence))
         for part in self._parts:
             part.take_back(view)
-        if means is not None and ranked is not None:
-            means.take_back()
+        if means is not None and view.means:
+            means.take_back(self._means_view)
         return evidence[:taken]

@@ -244,16 +244,13 @@ class SharedRuns:
 
 def own_tokens(prompts: Iterable[ArrayLike], numbers: NDArray[np.bool_] | None = None) -> Iterator[NDArray[np.int32]]:
     """Of each prompt the tokens that it does not share with those around it, in order."""
-    shared, ahead = SharedRuns(), []
+    shared, ahead = SharedRuns(numbers), []
     for prompt in prompts:
-        words = Words.of(prompt, numbers)
-        ahead.append((words, words.runs()))
-        shared.learn(ahead[-1][1])
+        ahead.append(shared.read(np.array(prompt, np.int64)))
         if len(ahead) > AHEAD:
-            words, runs = ahead.pop(0)
-            yield words.kept(words.own(shared.among(runs)))
+            yield shared.split(*ahead.pop(0)).tokens
     for words, runs in ahead:
-        yield words.kept(words.own(shared.among(runs)))
+        yield shared.split(words, runs).tokens
 
 
 def _where(runs: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.uint32]]:

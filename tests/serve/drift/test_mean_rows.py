@@ -39,7 +39,7 @@ def watching(draw, seed, needed=NEEDED):
 @pytest.mark.parametrize("draw", [normal, heavy_tails, few_texts, correlated, of_unequal_size])
 def test_a_false_alarm_takes_at_least_the_threshold_in_the_mean(draw):
     threshold, requests, alarms = 100, 0, 0
-    for seed in range(60):
+    for seed in range(40):
         rng, means = watching(draw, seed)
         assert means.phase is Phase.RANKING
         for row in draw(rng, (1500, WIDTH)).astype(np.float32):
@@ -48,7 +48,7 @@ def test_a_false_alarm_takes_at_least_the_threshold_in_the_mean(draw):
             if means.evidence() >= threshold:
                 alarms += 1
                 break
-    # The times are nearly exponential: their mean over 60 streams is seldom below by a third.
+    # The times are nearly exponential: their mean over 40 streams is seldom below by a third.
     assert requests / max(alarms, 1) > 0.85 * threshold
 
 
