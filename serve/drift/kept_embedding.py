@@ -46,8 +46,9 @@ def embedding_of(checkpoint: Path, cache: Path) -> Embedding:
 
 def _key(checkpoint: Path) -> str:
     """Of all that goes into an embedding."""
-    told: list[object] = [VERSION, DIMENSIONS, *source(checkpoint)[1:]]
-    for file in (source(checkpoint)[0], checkpoint / "tokenizer.json", checkpoint / "vocab.json"):
+    weights, tensor = source(checkpoint)
+    told: list[object] = [VERSION, DIMENSIONS, tensor]
+    for file in (weights, checkpoint / "tokenizer.json", checkpoint / "vocab.json"):
         with suppress(FileNotFoundError):
             state = file.resolve().stat()
             told += [str(file.resolve()), state.st_ino, state.st_size, state.st_mtime_ns]
