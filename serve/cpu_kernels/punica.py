@@ -126,7 +126,7 @@ def create_lora_modules(original: Callable[..., None], manager: Any) -> None:
 
 def activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int) -> bool:
     adapter = manager._registered_adapters[lora_id]
-    read = manager.loradock_read.get(lora_id) if hasattr(manager, "loradock_read") else None
+    read = getattr(manager, "loradock_read", {}).get(lora_id)
     if read is not None and not adapter.loras and lora_id not in manager._active_adapters:
         adapter.loras = read().loras
     changed = original(manager, lora_id)

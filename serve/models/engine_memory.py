@@ -72,14 +72,12 @@ def weights(folder: Path, cpu_weights: str = "auto", fused: bool = False) -> int
     """
     bits, size, table, has_head = BITS.get(cpu_weights), 0.0, None, False
     for tensor in tensors(folder):
-        if bits is not None and tensor.is_matrix:
-            has_head |= tensor.is_head
-            width = HEAD_BITS if tensor.is_head else bits
-            size += tensor.shape[0] * tensor.shape[1] * width / 8
-            continue
-        size += tensor.size
         has_head |= tensor.is_head
         table = tensor if tensor.is_table else table
+        if bits is not None and tensor.is_matrix:
+            size += tensor.shape[0] * tensor.shape[1] * (HEAD_BITS if tensor.is_head else bits) / 8
+        else:
+            size += tensor.size
     if fused and table is not None and table.fits_in_file and (has_head or bits is not None):
         size -= table.size
     if bits is not None and table is not None and not has_head:
@@ -106,14 +104,11 @@ def _sides(tensor: Tensor, quantization: Mapping[str, Any]) -> int:
         return sum(tensor.shape)
     if last not in ("weight_packed", "qweight"):
         return 0
-    # 32 bits hold several inputs, in AWQ several outputs.
+    # 32 bits hold several inputs, in AWQ several outputs; GPTQ has the inputs first.
     first, second = tensor.shape
     many = 32 // int(quantization.get("bits") or _num_bits(quantization))
-    return (
-        many * first + second
-        if last == "qweight" and quantization.get("quant_method") != "awq"
-        else first + many * second
-    )
+    gptq = last == "qweight" and quantization.get("quant_method") != "awq"
+    return many * first + second if gptq else first + many * second
 
 
 def _num_bits(quantization: Mapping[str, Any]) -> int:
