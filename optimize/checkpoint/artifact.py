@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def digest(path: Path) -> str:
@@ -36,12 +38,20 @@ def publish(aside: Path, folder: Path) -> None:
     _sync(folder.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that is replaced in one step."""
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is whole and on disk."""
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    with aside.open("wb") as out:
+        yield out
     _sync(aside)
     aside.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that is replaced in one step."""
+    with replaced(path) as out:
+        out.write((json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def size(folder: Path) -> int:

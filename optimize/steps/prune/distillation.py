@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimize.checkpoint import artifact
 from optimize.checkpoint.model import answered, entered, layers, opened, prefix, through
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
@@ -109,8 +110,8 @@ class Distillation:
             "lora": get_peft_model_state_dict(self.model), "optimizer": self._optimizer.state_dict(),
             "step": len(self.losses), "losses": self.losses,
         }  # fmt: skip
-        torch.save(state, file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
+        with artifact.replaced(file) as out:
+            torch.save(state, out)
 
     def load(self, file: Path) -> None:
         from peft.utils import set_peft_model_state_dict

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
+from optimize.checkpoint import artifact
 from optimize.checkpoint.checkpoint import Checkpoint, Writer
 from optimize.checkpoint.model import entered, layers, opened, prefix, settle, tokenizer
 from optimize.data import text
@@ -49,8 +50,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         if not repaired.is_file():
             repair_notes = _repaired(job, pool, teacher, pairs, first, start, progress)
             repair_notes["left"] = round(_loss(opened(start), measured) - original, 5)
-            repaired.with_suffix(".part").write_text(json.dumps(repair_notes))
-            repaired.with_suffix(".part").rename(repaired)
+            artifact.write_json(repaired, repair_notes)
         notes["repair"] = json.loads(repaired.read_text())
     if options["steps"]:
         lora, notes["losses"] = distilled(job, pool, teacher, start, pairs, first, progress)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from optimize.checkpoint import artifact
 from optimize.checkpoint.formats import FULL, W4, W8A8, W8A16, Level
 from optimize.checkpoint.model import Entered, entered, through
 from optimize.steps.calibrated import BATCH, CalibratedModel, Unit
@@ -144,9 +145,8 @@ def effects(quantizer: Quantizer, levels: Sequence[Level], scales: ChannelScales
                 with quantizer.alone(unit, level, scales.active({unit: level})):
                     of_unit[level.name] = _divergence(model, at, begun, original)
             measured[unit.label] = of_unit
-        aside = file.with_suffix(".part")
-        aside.write_text(json.dumps(measured))
-        aside.rename(file)
+        with artifact.replaced(file) as out:
+            out.write(json.dumps(measured).encode())
         with torch.inference_mode():
             begun = through([layer], begun)
     return measured

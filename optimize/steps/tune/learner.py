@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from optimize.checkpoint import artifact
 from optimize.checkpoint.checkpoint import ADAPTER
 from optimize.checkpoint.model import compute_dtype, layers, opened
 from optimize.errors import OptimizeError, Refused
@@ -99,7 +100,6 @@ class Learner:
         """A PEFT folder of these weights, the same bytes for the same weights."""
         from safetensors.torch import save_file
 
-        shutil.rmtree(folder, ignore_errors=True)
         aside = folder.with_name(folder.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -110,7 +110,7 @@ class Learner:
         written["target_modules"] = sorted(written["target_modules"])
         (aside / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside / ADAPTER, {"format": "pt"})
-        aside.rename(folder)
+        artifact.publish(aside, folder)
 
     def _logits(
         self, ids: torch.Tensor, positions: torch.Tensor, at: torch.Tensor, borders: torch.Tensor

@@ -7,7 +7,6 @@ the optimizer, and what the loop counts. So on one number of threads the bytes a
 from __future__ import annotations
 
 import math
-import os
 import random
 import signal
 import statistics
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from optimize.checkpoint import artifact
 from optimize.errors import OptimizeError, Stopped
 from optimize.steps.tune.encoding import Unit
 from optimize.steps.tune.learner import Learner
@@ -206,12 +206,8 @@ class Training:
             "lora": self._learner.state(), "optimizer": self._optimizer.state_dict(), "course": asdict(self.course),
             "best": self._best,
         }  # fmt: skip
-        aside = file.with_suffix(".part")
-        with aside.open("wb") as opened:
-            torch.save(state, opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-        aside.rename(file)
+        with artifact.replaced(file) as out:
+            torch.save(state, out)
 
     def _load(self, file: Path) -> None:
         state = torch.load(file, weights_only=True)

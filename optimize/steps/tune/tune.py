@@ -93,8 +93,8 @@ def _objective(options: dict[str, Any], learner: Learner, encoded: Encoded, file
         with torch.no_grad():
             everything = rows(encoded.units, range(len(encoded.units)), ROW if packed else 0)
             began = torch.cat([sums(learner.logps(row)[0], row).cpu() for row in everything])
-        torch.save(began, file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
+        with artifact.replaced(file) as out:
+            torch.save(began, out)
     at_first = torch.load(file, weights_only=True)
     if options["method"] == "kto":
         return KTO(options["beta"], at_first, encoded.good)
