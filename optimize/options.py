@@ -73,8 +73,12 @@ class Combine(Step, frozen=True, kw_only=True, tag="combine"):
         _weighted(self, where)
         if not 0 < self.density <= 1:
             raise RecipeError(f"{where}: density is above 0 and at most 1, not {self.density}")
-        if not self.name or "/" in self.name:
-            raise RecipeError(f"{where}: the new adapter needs a plain name of its own, not {self.name!r}")
+        _plainly_named(self, where)
+
+
+def _plainly_named(step: Combine | Tune, where: str) -> None:
+    if not step.name or "/" in step.name or step.name.startswith("."):
+        raise RecipeError(f"{where}: the new adapter needs a plain name of its own, not {step.name!r}")
 
 
 def _weighted(step: Merge | Combine, where: str) -> None:
@@ -233,8 +237,7 @@ class Tune(Step, frozen=True, kw_only=True, tag="tune"):
         return (self.adapter,) if self.adapter else ()
 
     def check(self, where: str) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise RecipeError(f"{where}: the new adapter needs a plain name of its own, not {self.name!r}")
+        _plainly_named(self, where)
         if not self.train:
             raise RecipeError(f"{where}: train names a .jsonl file of examples")
         if self.train == self.validation:

@@ -33,8 +33,9 @@ def drawn(folder: Path, facts: Facts) -> list[tuple[str, str]]:
         if done.notes.get("influence"):
             save(_influence(pyplot, done.notes), "influence.svg", "Block influence of each layer")
         if done.notes.get("losses"):
-            file, title = ("training.svg", "Training") if done.kind == "tune" else ("healing.svg", "Healing")
-            save(_losses(pyplot, done.notes), file, title)
+            tuned = done.kind == "tune"
+            file, title = ("training.svg", "Training") if tuned else ("healing.svg", "Healing")
+            save(_losses(pyplot, done.notes, "loss, nats" if tuned else "KL to the original"), file, title)
     return plots
 
 
@@ -83,13 +84,12 @@ def _influence(pyplot: Any, notes: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _losses(pyplot: Any, notes: Mapping[str, Any]) -> Any:
+def _losses(pyplot: Any, notes: Mapping[str, Any], what: str) -> Any:
     figure, axis = pyplot.subplots(figsize=(8, 2.8))
-    tuned = "trained_tokens" in notes and "data" in notes
     axis.plot(range(1, len(notes["losses"]) + 1), notes["losses"], label="training")
     if notes.get("valid"):
         axis.plot(*zip(*notes["valid"], strict=True), "o-", label="held out")
         axis.legend()
-    axis.set_ylabel("loss, nats" if tuned else "KL to the original")
+    axis.set_ylabel(what)
     axis.set_xlabel("step")
     return figure

@@ -59,6 +59,7 @@ def test_a_recipe_is_frozen():
         ("steps: [{merge: {adapters: [tone]}}]", "there is no adapter 'tone'"),
         ("adapters: {a: x}\nsteps: [{merge: {adapters: [a], weights: [1, 2]}}]", "2 weights for 1 adapters"),
         ("adapters: {a: x}\nsteps: [{combine: {name: b, adapters: [a], density: 0}}]", "density is above 0"),
+        ("adapters: {a: x}\nsteps: [{combine: {name: .., adapters: [a]}}]", "plain name of its own"),
         ("gate: {min_healed: 0.5}", "needs a heal step"),
         ("gate: {min_speed: 1}\nevaluate: {engine: false}", "measured in the engine"),
         ("export: {format: adapter}", "needs a combine or tune step"),

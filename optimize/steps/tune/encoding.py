@@ -40,9 +40,11 @@ Unit = tuple[Tokens, ...]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A file's examples; `cut` of them were longer than the model reads and end there. `good` are their ratings."""
+    """A file's `count` examples; `cut` of them were longer than the model reads and end there. `good` are their
+    ratings."""
 
     units: list[Unit]
+    count: int
     cut: int
     good: list[bool] = field(default_factory=list)
 
@@ -64,12 +66,13 @@ class Encoder:
         """Every example of a file; Refused when nothing of an answer is left within the length."""
         units: list[Unit] = []
         good: list[bool] = []
-        cut, unlearnable = 0, []
+        count, cut, unlearnable = 0, 0, []
         for line, example in read.examples(path, method):
             try:
                 made = self.units(example)
             except Refused as refused:
                 raise Refused(f"{path.name}, line {line}: {refused.message}") from refused
+            count += 1
             cut += any(len(tokens.ids) > self._longest for unit in made for tokens in unit)
             made = [tuple(self._cut(tokens) for tokens in unit) for unit in made]
             kept = [unit for unit in made if all(any(tokens.learned[1:]) for tokens in unit)]
@@ -86,7 +89,7 @@ class Encoder:
             )
         if good:
             units = [(mine, self._cut(_with_answer_of(mine, units[at - 1][0]))) for at, (mine,) in enumerate(units)]
-        return Encoded(units, cut, good)
+        return Encoded(units, count, cut, good)
 
     def units(self, example: Example) -> list[Unit]:
         if isinstance(example, Completion):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.data.examples import FEWEST, Found, checked
 from optimize.errors import Refused
-from optimize.options import Tune
+from optimize.options import Tune, plain
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank
 from optimize.steps.tune.settings import ROW, activations, max_length, settled
 
@@ -20,8 +19,8 @@ def estimate(step: Tune, context: Context) -> Estimate:
     base, config = context.base, context.base.config
     found = _found(step.train, step.method)
     adapter = context.adapters.get(step.adapter)
-    longest = min(max_length(_options(step), config), found.longest // TOKEN_BYTES)
-    settings = settled(_options(step), config, adapter, found.examples, longest)
+    longest = min(max_length(plain(step), config), found.longest // TOKEN_BYTES)
+    settings = settled(plain(step), config, adapter, found.examples, longest)
     tokens = found.bytes // TOKEN_BYTES * settings.epochs
     what = (
         f"{step.name}: {step.method} on {found.examples} examples, rank {settings.rank}, {settings.epochs} epochs of "
@@ -64,10 +63,6 @@ def _found(file: str, method: str, fewest: int = FEWEST) -> Found:
 @cache
 def _read(file: str, method: str, fewest: int, *_: int) -> Found:
     return checked(Path(file), method, fewest)
-
-
-def _options(step: Tune) -> dict[str, Any]:
-    return {name: getattr(step, name) for name in step.__struct_fields__}
 
 
 def _linears(base: Checkpoint) -> list[str]:

@@ -26,7 +26,7 @@ from optimize.steps.tune.encoding import Unit
 from optimize.steps.tune.learner import Learner
 from optimize.steps.tune.objectives import Objective
 from optimize.steps.tune.packing import Row, rows
-from optimize.steps.tune.settings import ROW, Settings
+from optimize.steps.tune.settings import Settings
 
 SAVE_SECONDS = 15.0
 RECENT = 32  # steps whose durations say how long the others will take
@@ -37,14 +37,14 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Units with what is minimized over them; `packed` when sequences may share a row."""
+    """Units with what is minimized over them; sequences share rows of up to `row_tokens`, or have rows of their own."""
 
     units: Sequence[Unit]
     objective: Objective
-    packed: bool
+    row_tokens: int
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
-        return list(rows(self.units, numbers, ROW if self.packed else 0))
+        return list(rows(self.units, numbers, self.row_tokens))
 
     def tokens(self, numbers: Sequence[int]) -> int:
         return sum(len(tokens.ids) for number in numbers for tokens in self.units[number])

@@ -41,19 +41,19 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     config = Checkpoint(Path(job.model)).config
     encoder = Encoder(Path(job.model), max_length(options, config))
     files = {name: encoder.file(Path(options[name]), options["method"]) for name in _given(options)}
-    settings = settled(options, config, adapter, _count(options["train"]), files["train"].longest)
+    settings = settled(options, config, adapter, files["train"].count, files["train"].longest)
     watched = Path(job.watched) if job.watched else None
     learner = Learner(_start(job, parent), settings, (watched / ALIVE).touch if watched else lambda: None)
-    packed = learner.packs(files["train"].units)
+    row_tokens = ROW if learner.packs(files["train"].units) else 0
     partial = job.folder / "partial"
     partial.mkdir(exist_ok=True)
     parts = {
         name: Examples(
-            encoded.units, _objective(options, learner, encoded, partial / f"{name}-began.pt", packed), packed
+            encoded.units, _objective(options, learner, encoded, partial / f"{name}-began.pt", row_tokens), row_tokens
         )
         for name, encoded in files.items()
     }
-    chosen = _chosen(job, settings, files, packed)
+    chosen = _chosen(job, settings, files, packed=row_tokens > 0)
     if watched is not None:
         artifact.write_json(watched / "settings.json", chosen)
     training = Training(
@@ -69,12 +69,6 @@ def _given(options: dict[str, Any]) -> list[str]:
     return [name for name in ("train", "validation") if options[name]]
 
 
-def _count(file: str) -> int:
-    """Lines with something on them."""
-    with open(file, "rb") as opened:
-        return sum(1 for line in opened if line.strip())
-
-
 def _start(job: Job, parent: Path | None) -> Start:
     options = job.options
     if job.target == "gpu" and not torch.cuda.is_available():
@@ -85,13 +79,13 @@ def _start(job: Job, parent: Path | None) -> Start:
     )  # fmt: skip
 
 
-def _objective(options: dict[str, Any], learner: Learner, encoded: Encoded, file: Path, packed: bool) -> Objective:
+def _objective(options: dict[str, Any], learner: Learner, encoded: Encoded, file: Path, row_tokens: int) -> Objective:
     """What is minimized; `file` keeps the log-probabilities of the beginning."""
     if options["method"] == "supervised":
         return Supervised()
     if not file.is_file():
         with torch.no_grad():
-            everything = rows(encoded.units, range(len(encoded.units)), ROW if packed else 0)
+            everything = rows(encoded.units, range(len(encoded.units)), row_tokens)
             began = torch.cat([sums(learner.logps(row)[0], row).cpu() for row in everything])
         with artifact.replaced(file) as out:
             torch.save(began, out)
@@ -126,7 +120,7 @@ def _chosen(job: Job, settings: Settings, files: dict[str, Encoded], packed: boo
     data = {
         name: {
             "sha256": artifact.digest(Path(job.options[name])),
-            "examples": _count(job.options[name]),
+            "examples": encoded.count,
             "sequences": len(encoded.units),
             "cut": encoded.cut,
         }
