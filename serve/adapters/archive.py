@@ -39,6 +39,11 @@ _TAR_HEADER_BYTES = 64 << 10
 # What unpacking may take of the memory: 2 to its power, in bytes. The command zstd goes as far by itself.
 _ZSTD: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 27}
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,9})")
+# The last three are zipfile's, of names, flags and offsets that it cannot take.
+_DAMAGED = (
+    zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, zstd.ZstdError, EOFError,
+    ValueError, RuntimeError, OverflowError,
+)  # fmt: skip
 
 
 class _Readable(Protocol):
@@ -62,10 +67,7 @@ def unpack(path: Path, *, max_bytes: int) -> None:
                     _untar(inside, sink, max_bytes)
             else:
                 _untar(file, sink, max_bytes)
-    except (
-        zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, zstd.ZstdError, EOFError,
-        struct.error, ValueError, NotImplementedError, RuntimeError, IndexError, OverflowError, KeyError,
-    ) as broken:  # fmt: skip
+    except _DAMAGED as broken:
         raise AdapterRejected(f"the archive is damaged or cut short ({shown(broken)}); pack it again") from broken
     except OSError as failed:
         if failed.errno not in (None, errno.EINVAL):
@@ -90,8 +92,9 @@ def _unzip(file: IO[bytes], sink: _Unpacked) -> None:
 
 def _zip_name(info: zipfile.ZipInfo, sink: _Unpacked) -> str | None:
     mode = info.external_attr >> 16
-    plain = info.is_dir() or stat.S_IFMT(mode) in (0, stat.S_IFREG, stat.S_IFDIR)
-    name = sink.name(info.orig_filename, plain=plain, folder=info.is_dir())
+    folder = info.filename.endswith("/")
+    plain = folder or stat.S_IFMT(mode) in (0, stat.S_IFREG, stat.S_IFDIR)
+    name = sink.name(info.orig_filename, plain=plain, folder=folder)
     if name is None:
         return None
     if info.flag_bits & 0x1:
