@@ -6,14 +6,14 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+from tests.support.http_service import Handler, serving
 
 Files = dict[str, bytes]
 
@@ -64,16 +64,16 @@ class Refusal(Exception):
         self.status, self.code = status, code
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers as huggingface.co does; `server.hub` has the repositories."""
+class Answers(Handler):
+    """As huggingface.co gives them."""
 
-    protocol_version = "HTTP/1.1"
+    service: Hub
 
     def do_GET(self) -> None:
         path = unquote(self.path.partition("?")[0])
-        self.hub.asked.append(path)
-        self.hub.keys.add(self.headers.get("Authorization"))
-        self.hub.before(path)
+        self.service.asked.append(path)
+        self.service.keys.add(self.headers.get("Authorization"))
+        self.service.before(path)
         try:
             for pattern, answer in ROUTES:
                 if route := re.fullmatch(pattern, path):
@@ -88,10 +88,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path = unquote(self.path.partition("?")[0])
-        self.hub.asked.append(path)
+        self.service.asked.append(path)
         body = self.body()
         try:
-            if self.headers.get("Authorization") != f"Bearer {self.hub.writer}" and not path.startswith("/upload/"):
+            if self.headers.get("Authorization") != f"Bearer {self.service.writer}" and not path.startswith("/upload/"):
                 raise Refusal(401, "Unauthorized")
             for pattern, answer in WRITES:
                 if route := re.fullmatch(pattern, path):
@@ -117,17 +117,17 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, body: bytes) -> None:
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}"
-        url = json.dumps({"url": f"{self.hub.url}/{name}"}).encode()
-        if name in self.hub.repositories:
+        url = json.dumps({"url": f"{self.service.url}/{name}"}).encode()
+        if name in self.service.repositories:
             self.reply(409, url, {"Content-Type": "application/json"})
             return
-        repository = self.hub.repository(name)
+        repository = self.service.repository(name)
         repository.private = asked.get("visibility") == "private"
         repository.add({".gitattributes": b""}, "main")
         self.reply(200, url, {"Content-Type": "application/json"})
 
     def branch(self, body: bytes, name: str, branch: str) -> None:
-        repository = self.hub.repositories[name]
+        repository = self.service.repositories[name]
         if branch in repository.names:
             raise Refusal(409, "Conflict")
         repository.names[branch] = repository.names["main"]
@@ -143,12 +143,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def batch(self, body: bytes, name: str) -> None:
         objects = json.loads(body)["objects"]
-        href = {each["oid"]: {"upload": {"href": f"{self.hub.url}/upload/{each['oid']}"}} for each in objects}
+        href = {each["oid"]: {"upload": {"href": f"{self.service.url}/upload/{each['oid']}"}} for each in objects}
         self.json({"transfer": "basic", "objects": [{**each, "actions": href[each["oid"]]} for each in objects]})
 
     def upload(self, body: bytes, oid: str) -> None:
         assert hashlib.sha256(body).hexdigest() == oid
-        self.hub.uploads[oid] = body
+        self.service.uploads[oid] = body
         self.json({})
 
     def commit(self, body: bytes, name: str, revision: str) -> None:
@@ -157,15 +157,11 @@ class Handler(BaseHTTPRequestHandler):
         for line in lines[1:]:
             value = line["value"]
             large = line["key"] == "lfsFile"
-            new[value["path"]] = self.hub.uploads[value["oid"]] if large else base64.b64decode(value["content"])
-        repository = self.hub.repositories[name]
+            new[value["path"]] = self.service.uploads[value["oid"]] if large else base64.b64decode(value["content"])
+        repository = self.service.repositories[name]
         repository.messages.append(lines[0]["value"]["summary"])
         sha = repository.add({**repository.commits[repository.names[revision]], **new}, revision)
-        self.json({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
-
-    @property
-    def hub(self) -> Hub:
-        return self.server.hub  # type: ignore[attr-defined]
+        self.json({"commitUrl": f"{self.service.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
     def model(self, name: str, revision: str | None) -> None:
         name, sha, files = self.find(name, revision or "main")
@@ -184,16 +180,16 @@ class Handler(BaseHTTPRequestHandler):
         if file not in files:
             raise Refusal(404, "EntryNotFound")
         if file.endswith(".safetensors"):  # large files lie elsewhere
-            location = f"{self.hub.url}/lfs/{name}/{sha}/{file}"
+            location = f"{self.service.url}/lfs/{name}/{sha}/{file}"
             self.reply(302, b"", {"X-Repo-Commit": sha, "Location": location})
         else:
             self.file(files[file])
 
     def large(self, name: str, sha: str, file: str) -> None:
-        self.file(self.hub.repositories[name].commits[sha][file])
+        self.file(self.service.repositories[name].commits[sha][file])
 
     def find(self, name: str, revision: str) -> tuple[str, str, Files]:
-        repository = self.hub.repositories.get(name)
+        repository = self.service.repositories.get(name)
         key = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if repository is None or repository.token not in (None, key):
             raise Refusal(404, "RepoNotFound") if key else Refusal(401, "RepoNotFound")
@@ -212,54 +208,32 @@ class Handler(BaseHTTPRequestHandler):
             first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
             status, body = 206, data[first : last + 1]
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-        breaks = self.hub.breaks
-        self.reply(status, body, headers, breaks.pop(0) if breaks and "/lfs/" in self.path else None)
+        breaks = self.service.breaks
+        self.reply(status, body, headers, stop=breaks.pop(0) if breaks and "/lfs/" in self.path else None)
 
     def json(self, answer: Any) -> None:
         self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-    def reply(self, status: int, body: bytes, headers: dict[str, str], stop: int | None = None) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[:stop])
-        if stop is not None:
-            self.close_connection = True
-
-    def log_message(self, *_: object) -> None: ...
-
 
 ROUTES: list[tuple[str, Callable[..., None]]] = [
-    (r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", Handler.model),
-    (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", Handler.tree),
-    (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Handler.resolve),
-    (r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)", Handler.large),
+    (r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", Answers.model),
+    (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", Answers.tree),
+    (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Answers.resolve),
+    (r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)", Answers.large),
 ]
 
 WRITES: list[tuple[str, Callable[..., None]]] = [
-    (r"/api/repos/create", Handler.create),
-    (r"/api/validate-yaml", Handler.valid),
-    (r"/api/models/([^/]+/[^/]+)/branch/(.+)", Handler.branch),
-    (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", Handler.preupload),
-    (r"/api/models/([^/]+/[^/]+)/commit/(.+)", Handler.commit),
-    (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch),
-    (r"/upload/(.+)", Handler.upload),
+    (r"/api/repos/create", Answers.create),
+    (r"/api/validate-yaml", Answers.valid),
+    (r"/api/models/([^/]+/[^/]+)/branch/(.+)", Answers.branch),
+    (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", Answers.preupload),
+    (r"/api/models/([^/]+/[^/]+)/commit/(.+)", Answers.commit),
+    (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Answers.batch),
+    (r"/upload/(.+)", Answers.upload),
 ]
 
 
 @contextmanager
 def running(hub: Hub) -> Iterator[Hub]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.hub = hub  # type: ignore[attr-defined]
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(Answers, hub) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -9,15 +9,15 @@ import json
 import re
 import secrets
 import tarfile
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import httpx
+
+from tests.support.http_service import Handler, serving
 
 HOST, TOKENS, ELSEWHERE = "registry.example.org", "auth.example.org", "cdn.example.org"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -47,7 +47,7 @@ class OciRegistry:
     once: bool = False  # a token is good for one answer
     asked: list[tuple[str, str]] = field(default_factory=list)
     authorized: list[tuple[str, str]] = field(default_factory=list)
-    port: int = 0
+    url: str = ""
 
     def layer(
         self, data: bytes, title: str = "", kind: str = "application/octet-stream", **notes: str
@@ -80,15 +80,15 @@ class _Here(httpx.HTTPTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         assert request.url.scheme == "https"
-        request.url = request.url.copy_with(scheme="http", host="127.0.0.1", port=self._registry.port)
+        request.url = httpx.URL(self._registry.url).copy_with(raw_path=request.url.raw_path)
         return super().handle_request(request)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Answers(Handler):
+    service: OciRegistry
 
     def do_GET(self) -> None:
-        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
+        registry = self.service
         host, parts = self.headers["Host"], urlsplit(self.path)
         path = unquote(parts.path)
         registry.asked.append((host, path))
@@ -116,43 +116,30 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """OAuth 2, for who has an identity token."""
         asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
-        registry.asked.append((self.headers["Host"], self.path))
-        known = asked["grant_type"] == ["refresh_token"] and asked["refresh_token"][0] in registry.identities
+        self.service.asked.append((self.headers["Host"], self.path))
+        known = asked["grant_type"] == ["refresh_token"] and asked["refresh_token"][0] in self.service.identities
         self.give_token(asked, known, "access_token")
 
     def give_token(self, asked: Mapping[str, list[str]], known: bool, name: str = "token") -> None:
-        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
         assert asked["scope"][0].endswith(":pull") and asked["service"] == [HOST]
         if not known:
             self.reply(401, b'{"errors": [{"code": "UNAUTHORIZED"}]}')
             return
-        registry.tokens.add(given := secrets.token_hex(8))
+        self.service.tokens.add(given := secrets.token_hex(8))
         self.reply(200, json.dumps({name: given}).encode())
 
     def admits(self, shown: str) -> bool:
-        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
-        if registry.challenge == "Basic":
+        if self.service.challenge == "Basic":
             return self.is_user(shown)
-        known = (token := shown.removeprefix("Bearer ")) in registry.tokens
-        if registry.once:
-            registry.tokens.discard(token)
+        known = (token := shown.removeprefix("Bearer ")) in self.service.tokens
+        if self.service.once:
+            self.service.tokens.discard(token)
         return known
 
     def is_user(self, shown: str) -> bool:
-        registry: OciRegistry = self.server.registry  # type: ignore[attr-defined]
         kind, _, said = shown.partition(" ")
         user, _, password = base64.b64decode(said).decode().partition(":") if kind == "Basic" else ("", "", "")
-        return bool(user) and registry.users.get(user) == password
-
-    def reply(self, status: int, body: bytes, headers: Mapping[str, str] = {}) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
+        return bool(user) and self.service.users.get(user) == password
 
 
 def tarred(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:
@@ -167,15 +154,5 @@ def tarred(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:
 
 @contextmanager
 def running(registry: OciRegistry) -> Iterator[OciRegistry]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.registry = registry  # type: ignore[attr-defined]
-    server.daemon_threads = True
-    registry.port = server.server_port
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(Answers, registry) as registry.url:
         yield registry
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -8,17 +8,18 @@ from __future__ import annotations
 import base64
 import json
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from graphql import FieldNode, FragmentDefinitionNode, OperationDefinitionNode, SelectionSetNode, parse
 from graphql.utilities import value_from_ast_untyped
 
+from tests.support.http_service import Handler, serving
+
 ENTITY, PROJECT = "team", "project"
+JSON = {"Content-Type": "application/json"}
 Answer = dict[str, Any]
 PROJECT_INFO = {
     "__typename": "Project",
@@ -38,11 +39,7 @@ class WandbService:
     blobs: dict[str, bytes] = field(default_factory=dict)
     queries: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
-    port: int = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    url: str = ""
 
     def log(self, name: str, version: int, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """As `run.log_artifact` does; `files` by their digest in hex."""
@@ -131,28 +128,24 @@ class WandbService:
         return value.get(name)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    @property
-    def service(self) -> WandbService:
-        return self.server.service  # type: ignore[attr-defined,no-any-return]
+class Answers(Handler):
+    service: WandbService
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0].strip("/")
         self.service.asked.append(path)
         digest = re.search(r"/([0-9a-f]{32})/", path)
         blob = self.service.blobs.get(digest[1] if digest else path)
-        self.reply(404, b"{}") if blob is None else self.reply(200, blob)
+        self.reply(404, b"{}", JSON) if blob is None else self.reply(200, blob, JSON)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if not self.knows_key():
-            self.reply(401, b'{"error": "user is not logged in"}')
+            self.reply(401, b'{"error": "user is not logged in"}', JSON)
             return
         asked = json.loads(body)
         said = self.service.answer(asked["query"], asked.get("variables") or {})
-        self.reply(200, json.dumps({"data": said}).encode())
+        self.reply(200, json.dumps({"data": said}).encode(), JSON)
 
     def knows_key(self) -> bool:
         kind, _, said = (self.headers.get("Authorization") or "").partition(" ")
@@ -160,27 +153,8 @@ class Handler(BaseHTTPRequestHandler):
             said = base64.b64decode(said).decode().partition(":")[2]
         return said == self.service.key
 
-    def reply(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
-
 
 @contextmanager
 def running(service: WandbService) -> Iterator[WandbService]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.service = service  # type: ignore[attr-defined]
-    server.daemon_threads = True
-    service.port = server.server_port
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(Answers, service) as service.url:
         yield service
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

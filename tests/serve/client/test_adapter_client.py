@@ -12,7 +12,6 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from typer.testing import CliRunner
 from serve.cli.adapters import adapters_app
 from serve.client.adapter_client import AdapterClient, Refused, Retry, Unreachable
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable, Forbidden, NotFound, Unauthorized
+from tests.support.http_service import Handler, serving
 
 KEY = "sk-admin"
 
@@ -249,40 +249,24 @@ def test_progress_counts_the_bytes_of_the_files(client: AdapterClient, folder: P
     assert [sent for sent, _ in seen] == sorted(sent for sent, _ in seen)
 
 
-class Swallow(BaseHTTPRequestHandler):
+class Swallow(Handler):
     """Takes an upload without keeping it."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
         left = int(self.headers["Content-Length"])
         while left:
             left -= len(self.rfile.read(min(left, 1 << 16)))
-        body = b'{"name": "big", "version": 1}'
-        self.send_response(201)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *words: object) -> None: ...
+        self.reply(201, b'{"name": "big", "version": 1}')
 
 
 def test_a_large_upload_is_never_held_in_memory(folder: Path) -> None:
     with (folder / "adapter_model.safetensors").open("wb") as weights:
         weights.truncate(64 << 20)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Swallow)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        with AdapterClient(f"http://127.0.0.1:{server.server_port}") as client:
-            tracemalloc.start()
-            client.push("big", folder)
-            _, peak = tracemalloc.get_traced_memory()
-            tracemalloc.stop()
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(Swallow) as url, AdapterClient(url) as client:
+        tracemalloc.start()
+        client.push("big", folder)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
     assert peak < 8 << 20
 
 

@@ -8,10 +8,9 @@ import errno
 import hmac
 import itertools
 import json
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,47 +20,27 @@ from serve.errors import ConfigError
 from serve.rollout import webhook
 from serve.rollout.webhook import Delivery, Webhooks, checked_url, signing_key
 from tests.support.app import push_two
+from tests.support.http_service import Handler, serving
 from tests.support.watched_traffic import until
 
 SECRET = "a secret of enough characters"
 
 
-class Receiver:
-    """A real HTTP server of this machine that keeps what it got and answers with `status`."""
+class Receiver(Handler):
+    """A real HTTP server of this machine: `service` keeps what came, and says with which status to answer."""
 
-    def __init__(self) -> None:
-        self.requests, self.status = [], 204
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"])).decode()
-                receiver.requests.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-                self.send_response(receiver.status)
-                if receiver.status == 302:
-                    self.send_header("location", "/elsewhere")
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *args: object) -> None:
-                """Tests print nothing."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/hooks?from=loradock"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"])).decode()
+        self.service.requests.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+        self.reply(self.service.status, headers={"location": "/elsewhere"} if self.service.status == 302 else {})
 
 
 @pytest.fixture
 def receiver():
-    made = Receiver()
-    yield made
-    made.close()
+    receiver = SimpleNamespace(requests=[], status=204)
+    with serving(Receiver, receiver) as url:
+        receiver.url = f"{url}/hooks?from=loradock"
+        yield receiver
 
 
 class Clock:
@@ -210,8 +189,7 @@ def test_the_queue_is_bounded_and_the_oldest_make_room(tmp_path, monkeypatch):
     "host", ["127.0.0.1", "localhost", "10.1.2.3", "169.254.169.254", "[::1]", "[::ffff:10.0.0.1]"]
 )
 def test_a_private_address_is_not_called_unless_it_is_allowed(host, tmp_path, receiver):
-    port = receiver.server.server_port
-    delivery = Delivery("msg_1", f"http://{host}:{port}/", "{}", 0.0, 0.0)
+    delivery = Delivery("msg_1", receiver.url.replace("127.0.0.1", host), "{}", 0.0, 0.0)
     with pytest.raises(OSError, match="not a public address"):
         webhook._post(delivery, {}, private=False)
     assert receiver.requests == []
