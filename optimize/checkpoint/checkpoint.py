@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale", "qweight",
              "qzeros", "scales", "g_idx", "k_scale", "v_scale")  # fmt: skip
 
@@ -265,6 +266,12 @@ def copy_side_files(source: Path, folder: Path) -> None:
         ours = file.name in ("config.json", "README.md", "manifest.json")
         if file.is_file() and not weights and not ours and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The config of the adapter in a PEFT folder."""
+    read: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+    return read
 
 
 def header(path: Path) -> dict[str, Entry]:

@@ -24,6 +24,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from optimize import audio_packages
+from optimize.checkpoint.checkpoint import adapter_config
 from optimize.errors import OptimizeError
 from optimize.evaluation.held_out import held_out
 from optimize.job import Job, Progress
@@ -239,7 +240,7 @@ def _read(llm: Any, rows: list[list[int]], adapter: Any) -> dict[str, Any]:
 
 def _rank(adapters: dict[str, str]) -> int:
     """The smallest rank that vLLM allows and that holds every adapter."""
-    ranks = [json.loads((Path(folder) / "adapter_config.json").read_text())["r"] for folder in adapters.values()]
+    ranks = [adapter_config(Path(folder))["r"] for folder in adapters.values()]
     return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max([8, *ranks]))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint
+from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint
 from optimize.checkpoint.model import adapted, opened, settle, tokenizer
 from optimize.errors import OptimizeError
 from optimize.export.onnx import GRAPH, GREEDY, PROBE, TOLERANCE
@@ -98,7 +98,7 @@ def _adapter_of_zeros(folder: Path, out: Path, modules: list[str]) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "target_modules": modules}
-    (out / "adapter_config.json").write_text(json.dumps(config))
+    (out / ADAPTER_CONFIG).write_text(json.dumps(config))
     save_file(tensors, out / ADAPTER, {"format": "pt"})
 
 

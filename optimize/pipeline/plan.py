@@ -6,7 +6,6 @@ Estimates come from the checkpoint's headers: parameters, bytes, layers. The rul
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 from optimize import processor
 from optimize.checkpoint import architectures, artifact
-from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, header
+from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint, adapter_config, header
 from optimize.errors import Refused
 from optimize.evaluation import rules as evaluation
 from optimize.export import rules as export
@@ -155,9 +154,9 @@ def _refuse_biases(context: Context) -> None:
 def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
     """The adapter's config, after its tensors were held against the base's."""
     try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        config = adapter_config(folder)
     except (OSError, ValueError) as error:
-        raise Refused(f"the adapter {name!r} in {folder} has no readable adapter_config.json: {error}") from error
+        raise Refused(f"the adapter {name!r} in {folder} has no readable {ADAPTER_CONFIG}: {error}") from error
     if config.get("peft_type") != "LORA":
         raise Refused(f"the adapter {name!r} is {config.get('peft_type')}, and LORA is taken")
     if config.get("bias", "none") != "none":

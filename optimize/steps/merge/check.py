@@ -5,7 +5,6 @@ PEFT merges a layer when it is called and the layer is forgotten afterwards, so 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.checkpoint.checkpoint import Checkpoint, adapter_config
 from optimize.checkpoint.model import layers, logits, opened, prefix, tokenizer
 from optimize.job import Job
 
@@ -34,7 +33,7 @@ def checked(job: Job, names: Sequence[str], weights: Sequence[float]) -> dict[st
     folders = [Path(job.adapters[name]) for name in names]
     places = Places(merged)
     # PEFT has one adapter at a time for a module that is saved whole.
-    saved = [folder for folder in folders if _config(folder).get("modules_to_save")]
+    saved = [folder for folder in folders if adapter_config(folder).get("modules_to_save")]
     merge = _one_by_one if saved and len(folders) > 1 else _layer_by_layer
     right = merge(Path(job.model), folders, weights, ids, places)
     now = logits(opened(merged.folder, torch.float32, by_layer=True), ids)
@@ -156,8 +155,3 @@ def _one_by_one(
         if not (tied and ("embed_tokens" in name or "lm_head" in name)):  # PEFT merges into both of a tied pair
             places.compare(name, parameter.detach())
     return right
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return read

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimize.checkpoint.checkpoint import ADAPTER
+from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG
 from optimize.checkpoint.model import settle
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
@@ -128,7 +128,7 @@ def _write(out: Path, tensors: dict[str, torch.Tensor], like: Adapter, source: P
         **like.config, "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
     }  # fmt: skip
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(tensors, out / ADAPTER, {"format": "pt"})
     for file in source.glob("*token*"):
         shutil.copyfile(file, out / file.name)

@@ -10,7 +10,6 @@ against base + adapter through PEFT on probe text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from optimize.checkpoint import formats
-from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, Writer
+from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, Writer, adapter_config
 from optimize.checkpoint.model import settle
 from optimize.errors import OptimizeError, Refused
 from optimize.job import Job, Progress
@@ -78,7 +77,7 @@ def read(name: str, folder: Path, weight: float = 1.0) -> Adapter:
     """The adapter in a PEFT folder."""
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = adapter_config(folder)
     if config.get("use_dora") and weight != 1.0:
         raise Refused(f"the adapter {name!r} is DoRA, which replaces a norm: it cannot be weighted by {weight}")
     lora: dict[str, dict[str, torch.Tensor]] = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, Writer
+from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint, Writer, adapter_config
 from optimize.checkpoint.model import settle, tokenizer
 from optimize.data import text
 from optimize.errors import Refused
@@ -252,7 +252,7 @@ def _adapter(folder: Path, keep: torch.Tensor, rows: int, out: Path) -> str:
     touching = [name for name in tensors if "embed_tokens" in name or "lm_head" in name]
     if not touching:
         return "applies unchanged"
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = adapter_config(folder)
     if config.get("trainable_token_indices"):
         raise Refused(
             f"the adapter in {folder} trains single tokens (trainable_token_indices), whose numbers change: merge it "
@@ -265,5 +265,5 @@ def _adapter(folder: Path, keep: torch.Tensor, rows: int, out: Path) -> str:
                 break
     out.mkdir(parents=True)
     save_file(tensors, out / ADAPTER, {"format": "pt"})
-    shutil.copyfile(folder / "adapter_config.json", out / "adapter_config.json")
+    shutil.copyfile(folder / ADAPTER_CONFIG, out / ADAPTER_CONFIG)
     return "rewritten: its rows follow the vocabulary"

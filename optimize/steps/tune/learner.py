@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from optimize.checkpoint import artifact
-from optimize.checkpoint.checkpoint import ADAPTER
+from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, adapter_config
 from optimize.checkpoint.model import compute_dtype, layers, opened
 from optimize.errors import OptimizeError, Refused
 from optimize.steps.tune import attention
@@ -27,7 +27,6 @@ from optimize.steps.tune.encoding import Unit
 from optimize.steps.tune.packing import Row
 from optimize.steps.tune.settings import Settings
 
-CONFIG = "adapter_config.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROBED = 32  # tokens of a sequence with which packing is tried out
 
@@ -105,10 +104,10 @@ class Learner:
         aside.mkdir(parents=True)
         config = self.model.peft_config["default"]
         config.save_pretrained(str(aside))
-        written = json.loads((aside / CONFIG).read_text())
+        written = adapter_config(aside)
         written |= {"base_model_name_or_path": self._start.base.name, "inference_mode": True}
         written["target_modules"] = sorted(written["target_modules"])
-        (aside / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        (aside / ADAPTER_CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside / ADAPTER, {"format": "pt"})
         artifact.publish(aside, folder)
 

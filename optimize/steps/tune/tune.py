@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from optimize.checkpoint import artifact
-from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.checkpoint.checkpoint import Checkpoint, adapter_config
 from optimize.checkpoint.model import settle
 from optimize.errors import Refused
 from optimize.job import Job, Progress
 from optimize.steps.tune.encoding import Encoded, Encoder
-from optimize.steps.tune.learner import CONFIG, Learner, Start
+from optimize.steps.tune.learner import Learner, Start
 from optimize.steps.tune.objectives import DPO, KTO, Objective, Supervised, sums
 from optimize.steps.tune.packing import rows
 from optimize.steps.tune.settings import ROW, Settings, max_length, settled
@@ -37,7 +37,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     parent = Path(job.adapters[options["adapter"]]) if options["adapter"] else None
-    adapter = json.loads((parent / CONFIG).read_text()) if parent else None
+    adapter = adapter_config(parent) if parent else None
     config = Checkpoint(Path(job.model)).config
     encoder = Encoder(Path(job.model), max_length(options, config))
     files = {name: encoder.file(Path(options[name]), options["method"]) for name in _given(options)}
