@@ -78,7 +78,7 @@ def replace(layer: Any, name: str = "weight") -> bool:
 
 
 def replaced(layer: Any) -> bool:
-    """Whether vLLM multiplies with the packed weights of this layer."""
+    """Whether vLLM multiplies with the packed weights of this layer, or looks an embedding up in the output layer's."""
     return hasattr(layer, "loradock_matrix") and layer.weight.numel() == 0
 
 
@@ -97,11 +97,6 @@ def free(weight: torch.nn.Parameter) -> None:
     if _freed > RELEASED:
         _freed = 0
         pages.release()
-
-
-def packed(embedding: Any) -> bool:
-    """Whether an embedding is the output layer's packed matrix."""
-    return hasattr(embedding, "loradock_matrix") and embedding.weight.numel() == 0
 
 
 def rows(embedding: Any, ids: torch.Tensor) -> torch.Tensor:

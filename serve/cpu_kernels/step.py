@@ -60,7 +60,7 @@ class Fused:
             residual_by=decoder.residual_by,
             logits_cap=decoder.logits_cap,
             logits_by=decoder.logits_by,
-            embedding=_at(None if one_copy.packed(decoder.embedding) else decoder.embedding.weight),
+            embedding=_at(None if one_copy.replaced(decoder.embedding) else decoder.embedding.weight),
             last=_norm(decoder.last),
         )
         self.number = kernels.loradock_decoder(ctypes.byref(shape))
@@ -340,7 +340,7 @@ def process_embedding_after_loading(original: Callable[..., None], method: Any, 
 
 
 def embedding(original: Callable[..., torch.Tensor], method: Any, layer: Any, ids: torch.Tensor) -> torch.Tensor:
-    return one_copy.rows(layer, ids) if one_copy.packed(layer) else original(method, layer, ids)
+    return one_copy.rows(layer, ids) if one_copy.replaced(layer) else original(method, layer, ids)
 
 
 def process_int8_weights_after_loading(original: Callable[..., None], kernel: Any, layer: Any) -> None:

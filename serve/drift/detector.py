@@ -137,6 +137,8 @@ class Drift:
                 f"a row has the shape {scores.shape[1:]}; "
                 f"this detector's reference has {len(self._margin)} scores a row"
             )
+        if len(mean_rows) != len(scores):
+            raise ValueError(f"{len(scores)} rows come with {len(mean_rows)} mean rows")
         if not all_finite(scores):
             raise ValueError("a score is not a finite number; leave the request out")
         if self._native is None or not self._alike(mean_rows):
@@ -431,9 +433,8 @@ class Drift:
         rows, fade = np.array(self._ungauged), _GAUGE_FADE
         self._ungauged = []
         if (code := native()) is not None:
-            size = self._reference.shape[1]
-            shift, k = at(self._shift), len(self._shift)
-            code.gauge(at(self._reference), k, size, at(rows), rows.shape[1], len(rows), fade, shift)
+            known = self._reference
+            code.gauge(at(known), *known.shape, at(rows), rows.shape[1], len(rows), fade, at(self._shift))
         else:
             for row in np.ascontiguousarray(self._score_ranks(rows) - 0.5):
                 self._shift *= fade

@@ -1,8 +1,8 @@
 """A prompt as a short vector: the mean of its tokens' rows in the model's own embedding table, projected once.
 
     embedding = Embedding.of(checkpoint)      # reads one tensor of the checkpoint, seconds at most, once an engine
-    embedding.vector(token_ids)               # (32,) float32 in about 10 us
-    embedding.mean_row(token_ids)             # (up to 384,) float32, about the same: for serve.drift.mean_rows
+    embedding.vector(token_ids)               # (32,) float32
+    embedding.mean_row(token_ids)             # (up to 384,) float32: for serve.drift.mean_rows
 
 No second model, no GPU, and adapters of one base share it. `numbers` says which tokens are made of digits, where the
 checkpoint has a tokenizer.json or vocab.json. Frequent tokens weigh less (smooth inverse frequency, Arora

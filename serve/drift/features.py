@@ -1,7 +1,7 @@
-"""The features of one request, as rows of numbers for `serve.drift.detector`: about 100 us a request.
+"""The features of one request, as rows of numbers for `serve.drift.detector`.
 
     row = prompt_row(embedding, own_tokens)                # log length, then the prompt's vector
-    rows = answer_rows(embedding, row, answer)             # {"output": row}, and "logprob" where there are any
+    rows = answer_rows(embedding, answer)                  # {"output": row}, and "logprob" where there are any
 
     prompt    log length; the pooled vector of the prompt; of the tokens that it does not share with the prompts around
               it (`serve.drift.token_runs`), so that another system prompt moves nothing
@@ -75,12 +75,8 @@ class Answer:
 
 
 def prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Floats:
-    """(1 + dimensions,) of a prompt's own tokens; `skipped` more are in its middle that were not looked at."""
-    return whole_prompt_row(embedding, tokens, skipped)[: 1 + embedding.dimensions]
-
-
-def whole_prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Floats:
-    """A prompt's row with all that comes behind it."""
+    """(1 + dimensions,) of a prompt's own tokens, and all that comes behind them; `skipped` more are in its middle that
+    were not looked at."""
     ids = np.asarray(tokens, np.int64)
     row = _row(embedding, ids, 1, mean=True)
     row[0] = math.log1p(ids.size + skipped)
@@ -97,9 +93,9 @@ def beginning(answer: Answer, tokens: int) -> Answer:
     return Answer(np.asarray(answer.tokens)[:tokens], "length", text, logprobs)
 
 
-def answer_rows(embedding: Embedding, prompt: Floats, answer: Answer) -> dict[str, Floats]:
-    """The rows that an answer has, with all that comes behind them; `prompt` is its prompt's row. Nothing of an answer
-    without a token."""
+def answer_rows(embedding: Embedding, answer: Answer) -> dict[str, Floats]:
+    """The rows that an answer has, with all that comes behind them, but for the prompt's that its log-probabilities are
+    to be regressed on. Nothing of an answer without a token."""
     ids = np.asarray(answer.tokens, np.int64)
     n = ids.size
     if not n:
@@ -113,7 +109,7 @@ def answer_rows(embedding: Embedding, prompt: Floats, answer: Answer) -> dict[st
         logprobs = np.asarray(answer.logprobs, np.float64)
         if logprobs.size and np.isfinite(logprobs).all():
             stats = (logprobs.mean(), logprobs.min(), logprobs.std())
-            rows[LOGPROB] = np.concatenate((stats, [length], prompt))
+            rows[LOGPROB] = np.array([*stats, length])
     return rows
 
 

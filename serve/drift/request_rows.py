@@ -15,7 +15,7 @@ from serve.drift.features import (
     Floats,
     answer_rows,
     beginning,
-    whole_prompt_row,
+    prompt_row,
 )
 from serve.drift.parameter_strata import Stratum
 from serve.drift.token_runs import own_tokens, skipped
@@ -29,7 +29,7 @@ def reference_rows(
     prompts = own_tokens((generation.prompt for generation in generations), embedding.numbers)
     for generation, own in zip(generations, prompts, strict=True):
         each = rows_of_answer(generation, embedding, stratum)
-        each[PROMPT] = whole_prompt_row(embedding, own, skipped(generation.prompt))
+        each[PROMPT] = prompt_row(embedding, own, skipped(generation.prompt))
         regress_on(each[PROMPT][: 1 + embedding.dimensions], each)
         for kind, row in each.items():
             rows.setdefault(kind, []).append(row)
@@ -41,7 +41,7 @@ def rows_of_answer(generation: Generation, embedding: Embedding, stratum: Stratu
     tokens = np.asarray(generation.output, np.int64)
     answer = Answer(tokens, generation.finish_reason, generation.text, generation.logprobs)
     counted = beginning(answer, stratum.tokens)
-    return answer_rows(embedding, np.zeros(0), counted)
+    return answer_rows(embedding, counted)
 
 
 def regress_on(prompt: Floats, rows: dict[str, Floats]) -> None:

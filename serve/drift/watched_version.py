@@ -20,7 +20,7 @@ from serve.asgi.exchange import Exchange, Generation
 from serve.drift.baseline import Baseline, Phase, Tolerance
 from serve.drift.change_description import describe, describe_probe, movement
 from serve.drift.embedding import Embedding
-from serve.drift.features import ALL_TOKENS, LOGPROB, OUTPUT, PROMPT, SIGNALS, Floats, whole_prompt_row
+from serve.drift.features import ALL_TOKENS, LOGPROB, OUTPUT, PROMPT, SIGNALS, Floats, prompt_row
 from serve.drift.parameter_strata import LEGACY, Stratum
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
 from serve.drift.request_rows import regress_on, rows_of_answer
@@ -327,7 +327,7 @@ class WatchedVersion:
         """The sample of an accepted request, with all that is made of its prompt."""
         sample, all_tokens = taken.item, self.baseline.provenance.features == ALL_TOKENS
         tokens = taken.tokens if all_tokens else taken.own
-        whole_row = whole_prompt_row(embedding, tokens, sample.skipped)
+        whole_row = prompt_row(embedding, tokens, sample.skipped)
         sample.rows[PROMPT], row = whole_row, whole_row[: 1 + embedding.dimensions]
         for rows in (sample.rows, sample.lower_rows):
             regress_on(row, rows)

@@ -38,7 +38,11 @@ def main(model: Path, requests: int) -> None:
     for kind in ("german", "medical"):
         for share in (1.0, 0.2):
             said(model, embedding, tokens["general"], tokens[kind], share, kind)
-    rows = {kind: np.array([prompt_row(embedding, ids) for ids in each], np.float32) for kind, each in tokens.items()}
+    alone = 1 + embedding.dimensions  # without what comes behind
+    rows = {
+        kind: np.array([prompt_row(embedding, ids)[:alone] for ids in each], np.float32)
+        for kind, each in tokens.items()
+    }
     for how in ("acknowledge", "accept"):
         print(f"{how}: {alarms(rows['general'], rows['german'], how, requests)} alarms in {requests} requests after")
     cost(model, embedding, tokens["general"])

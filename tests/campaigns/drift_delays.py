@@ -29,7 +29,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.features import whole_prompt_row
+from serve.drift.features import prompt_row
 from serve.drift.signal import Signal
 from tests.campaigns.drift_streams import embedding, tokenizer
 from tests.support.prompts import pool
@@ -95,7 +95,7 @@ UNCHANGED += ("encyclopedia", "abstracts")
 def prompt_rows(kind: str) -> list[NDArray]:
     """A prompt's raw row for each text of the pool."""
     encoded = tokenizer().encode_batch(list(pool(kind)[:12_000]))
-    return [whole_prompt_row(embedding(), text.ids) for text in encoded]
+    return [prompt_row(embedding(), text.ids) for text in encoded]
 
 
 @dataclass(slots=True)

@@ -52,7 +52,8 @@ def features(reference: Texts) -> dict[str, Features]:
     common = CommonTokens.fit(parts)
 
     def raw(ids: Sequence[int], tokens: NDArray) -> NDArray:
-        return np.concatenate((prompt_row(drift_streams.embedding(), ids), tokens, common(sketch(ids))))
+        row = prompt_row(embedding := drift_streams.embedding(), ids)[: 1 + embedding.dimensions]
+        return np.concatenate((row, tokens, common(sketch(ids))))
 
     fitting = np.array([raw(ids, tokens) for ids, tokens in zip(reference[::2], scores, strict=True)])
     scale = Scale.fit("prompt", fitting, surprises=2, common=len(common.shares))

@@ -19,16 +19,16 @@ def embedding():
 
 def test_rows_have_the_scores_that_their_names_say(embedding):
     prompt = prompt_row(embedding, [5, 6, 7])
-    assert prompt.shape == (33,) == (len(names(PROMPT, 32)),)
+    assert prompt.shape == (len(names(PROMPT, 32)) + SKETCH + embedding.mean_width,)
     assert prompt[0] == pytest.approx(np.log(4))
-    rows = answer_rows(embedding, prompt, Answer([9, 9, 9, 8], "length", "I cannot help with that.", [-1, -2, -3, -2]))
+    rows = answer_rows(embedding, Answer([9, 9, 9, 8], "length", "I cannot help with that.", [-1, -2, -3, -2]))
     assert rows[OUTPUT].shape == (37 + SKETCH,)
     output = dict(zip(names(OUTPUT, 32), rows[OUTPUT][:37], strict=True))
     assert (output["ended_by_length"], output["refusal"]) == (1, 1)
     assert output["distinct_1"] == 0.5 and output["distinct_2"] == pytest.approx(2 / 3)
     assert rows[LOGPROB][:3] == pytest.approx([-2, -3, np.std([-1, -2, -3, -2])])
-    assert set(answer_rows(embedding, prompt, Answer([9], "stop"))) == {OUTPUT}
-    assert answer_rows(embedding, prompt, Answer([])) == {}
+    assert set(answer_rows(embedding, Answer([9], "stop"))) == {OUTPUT}
+    assert answer_rows(embedding, Answer([])) == {}
 
 
 def test_tokens_that_the_table_does_not_have_are_left_out(embedding):
@@ -95,7 +95,7 @@ def test_a_request_costs_little():
     times = []
     for _ in range(300):
         start = time.perf_counter()
-        answer_rows(embedding, prompt_row(embedding, tokens), answer)
+        prompt_row(embedding, tokens), answer_rows(embedding, answer)
         times.append(time.perf_counter() - start)
     print(f"{np.median(times) * 1e6:.0f} us")
     assert np.median(times) < 1e-3  # 60 us on an idle core; ten times that is another algorithm

@@ -13,7 +13,7 @@ from serve.drift import native as module
 from serve.drift.common_tokens import COMMON, CommonTokens
 from serve.drift.detector import Drift
 from serve.drift.embedding import Embedding
-from serve.drift.features import Answer, answer_rows, whole_prompt_row
+from serve.drift.features import Answer, answer_rows, prompt_row
 from serve.drift.mean_rows import MeanRows
 from serve.drift.native import native
 from serve.drift.thinning import Thinning
@@ -168,6 +168,8 @@ def test_mean_rows_of_another_model_are_refused():
     rows, mean_rows = next(stream(1, means=True))
     with pytest.raises(ValueError, match="47 numbers"):
         list(made.steps(rows, [row[:-1] for row in mean_rows]))
+    with pytest.raises(ValueError, match="8 rows come with 7"):
+        list(made.steps(rows, mean_rows[:-1]))
 
 
 @needs_native
@@ -233,10 +235,8 @@ def test_rows_of_features_are_the_same_but_for_roundings():
         rows = []
         for context in (without_compiler(), nullcontext()):
             with context:
-                rows.append(whole_prompt_row(embedding, tokens, 3))
-                rows.append(
-                    answer_rows(embedding, np.zeros(0), Answer(tokens, "stop", "Yes")).get("output", np.zeros(0))
-                )
+                rows.append(prompt_row(embedding, tokens, 3))
+                rows.append(answer_rows(embedding, Answer(tokens, "stop", "Yes")).get("output", np.zeros(0)))
         for plain, quick in zip(rows[:2], rows[2:], strict=True):
             assert np.allclose(plain, quick, atol=2e-6), length
 
