@@ -43,10 +43,17 @@ def _connected(url: str, key: str | None) -> Iterator[FineTuningClient]:
     )
 )
 def create(  # long: a parameter is an option
-    examples: Annotated[Path, typer.Argument(metavar="EXAMPLES", help="JSON lines, as OpenAI's fine-tuning takes.")],
+    examples: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EXAMPLES", help="JSON lines, as OpenAI's fine-tuning takes.", exists=True, dir_okay=False
+        ),
+    ],
     model: Annotated[str, typer.Option("--model", help="The base, or the adapter (NAME, NAME@v3) to go on from.")],
     name: Annotated[str, typer.Option("--name", help="The adapter that the result is a version of.")] = "",
-    validation: Annotated[Path | None, typer.Option("--validation", help="Examples that are held out.")] = None,
+    validation: Annotated[
+        Path | None, typer.Option("--validation", help="Examples that are held out.", exists=True, dir_okay=False)
+    ] = None,
     method: Annotated[Literal["supervised", "dpo"], typer.Option("--method", help="How it learns.")] = "supervised",
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Times that each example is seen.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Examples of a step.")] = None,

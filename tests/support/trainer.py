@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+COMMAND = (sys.executable, "-m", "tests.support.trainer")
 HIDDEN, LAYERS = 16, 2
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,18 +22,15 @@ from serve.api.app import build_app
 from serve.config import load
 from serve.models.lora_modules import lora_modules
 from tests.support.backend import FakeBackend
-
-ROOT = Path(__file__).parents[2]
-TRAINER = (sys.executable, "-m", "tests.support.trainer")
+from tests.support.server import ROOT, free_port
+from tests.support.trainer import COMMAND
 
 
 class Zygote:
     """The program, and a client of the server that it forked last."""
 
     def __init__(self, data: Path, model: Path, **environ: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-m", "tests.support.zygote", str(data), str(model), str(port)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environ}
@@ -77,7 +73,7 @@ def main(data: Path, model: str, port: str) -> None:
             config = load([model, "--name", "base", "--data-dir", str(data), "--port", port], {})
             app = build_app(config, FakeBackend(config.model))  # type: ignore[arg-type]
             process = app.state.parts.fine_tuning.process
-            process.command, process.nice = TRAINER, 0
+            process.command, process.nice = COMMAND, 0
             uvicorn.run(app, port=config.port, log_level="error")
             os._exit(0)
         print(child, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -13,13 +14,18 @@ from tests.support.zygote import Zygote
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_model):
-    """`run("list", "--json")`: the result of the command."""
-    zygote = Zygote(tmp_path_factory.mktemp("server") / "data", tiny_model)
-    server = zygote.start()
-    yield lambda *words: CliRunner().invoke(finetune_app, [*map(str, words), "--url", str(zygote.client.base_url)])
-    zygote.kill(server)
+def server(tmp_path_factory, tiny_model):
+    zygote = Zygote(tmp_path_factory.mktemp("server") / "data", tiny_model, STAND_IN='{"hang": 10}')
+    process = zygote.start()
+    yield zygote
+    zygote.kill(process)
     zygote.close()
+
+
+@pytest.fixture(scope="module")
+def run(server):
+    """`run("list", "--json")`: the result of the command."""
+    return lambda *words: CliRunner().invoke(finetune_app, [*map(str, words), "--url", str(server.client.base_url)])
 
 
 def test_a_job_from_its_file_to_its_end(run, tmp_path, monkeypatch):
@@ -42,15 +48,21 @@ def test_a_job_from_its_file_to_its_end(run, tmp_path, monkeypatch):
 
 
 def test_a_job_is_paused_and_goes_on_and_ends(run, tmp_path):
+    """The trainer never comes to its end, however long this takes."""
     file = tmp_path / "train.jsonl"
-    file.write_bytes(examples(5))
-    job = json.loads(run("create", file, "--model", "base", "--json").stdout)
-    for verb, status in (("pause", "paused"), ("resume", "validating_files"), ("cancel", "cancelled")):
-        assert f"{job['id']} is {status}" in run(verb, job["id"]).stdout
+    file.write_bytes(examples())
+    job = json.loads(run("create", file, "--model", "base", "--epochs", 10, "--json").stdout)
+    for verb, status in (("pause", "paused"), ("resume", "(validating_files|queued)"), ("cancel", "cancelled")):
+        assert re.fullmatch(f"{job['id']} is {status}\n", run(verb, job["id"]).stdout)
 
 
-def test_what_is_wrong_is_a_sentence(run, tmp_path):
-    missing = run("create", tmp_path / "nowhere", "--model", "base")
-    assert missing.exit_code == 2 and "cannot be read" in missing.stderr
+def test_what_is_wrong_is_a_sentence(run, server, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(examples())
+    kept = server.client.get("/v1/files").json()
+    for words in ((tmp_path / "nowhere",), (file, "--validation", tmp_path / "nowhere")):
+        missing = run("create", *words, "--model", "base")
+        assert missing.exit_code == 2 and "does not exist" in missing.stderr
+    assert server.client.get("/v1/files").json() == kept, "nothing is sent before everything is there"
     unknown = run("show", "ftjob-0", "--json")
     assert unknown.exit_code == 1 and json.loads(unknown.stderr)["error"]["code"] == "fine_tune_not_found"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import openai
 import pytest
 
 from tests.serve.gateway.batches.conftest import sdk  # noqa: F401
+from tests.support.trainer import COMMAND
 
-STAND_IN = (sys.executable, "-m", "tests.support.trainer")
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -27,7 +26,7 @@ def training(connect: Callable[..., Any], config: Any, monkeypatch: pytest.Monke
         server = connect(config)
         process = server.app.state.parts.fine_tuning.process
         # Behind everything else it could wait for minutes on a machine that does other work.
-        process.command, process.nice = STAND_IN, 0
+        process.command, process.nice = COMMAND, 0
         return server
 
     return started
