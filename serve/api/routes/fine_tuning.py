@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -10,7 +11,10 @@ from fastapi import APIRouter, Query, Request
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Manager, TheParts
 from serve.api.schemas import FineTuningMethod, Hyperparameters, NewFineTuningJob
+from serve.api.services import Services
+from serve.auth.auth import Caller
 from serve.errors import BadRequest
+from serve.gateway.finetuning.objects import Job
 
 router = APIRouter()
 
@@ -69,28 +73,28 @@ async def job(id: str, caller: Manager, parts: TheParts) -> dict[str, Any]:
 @router.post("/v1/fine_tuning/jobs/{id}/cancel")
 async def cancel_job(id: str, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
     """End a job; nothing of its training is kept."""
-    request.state.subject = id
-    cancelled = await asyncio.to_thread(parts.fine_tuning.cancel, caller.tenant, id)
-    parts.fine_tuning.schedule.wake(id)
-    return cancelled.described()
+    return await _changed(request, caller, parts, id, parts.fine_tuning.cancel)
 
 
 @router.post("/v1/fine_tuning/jobs/{id}/pause")
 async def pause_job(id: str, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
     """Stop training for now; `resume` goes on from there."""
-    request.state.subject = id
-    paused = await asyncio.to_thread(parts.fine_tuning.rows.pause, caller.tenant, id)
-    parts.fine_tuning.schedule.wake(id)
-    return paused.described()
+    return await _changed(request, caller, parts, id, parts.fine_tuning.rows.pause)
 
 
 @router.post("/v1/fine_tuning/jobs/{id}/resume")
 async def resume_job(id: str, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
     """Put a paused job in the queue again."""
+    return await _changed(request, caller, parts, id, parts.fine_tuning.rows.resume)
+
+
+async def _changed(
+    request: Request, caller: Caller, parts: Services, id: str, change: Callable[[str, str], Job]
+) -> dict[str, Any]:
     request.state.subject = id
-    resumed = await asyncio.to_thread(parts.fine_tuning.rows.resume, caller.tenant, id)
+    job = await asyncio.to_thread(change, caller.tenant, id)
     parts.fine_tuning.schedule.wake(id)
-    return resumed.described()
+    return job.described()
 
 
 @router.get("/v1/fine_tuning/jobs/{id}/events")
@@ -119,6 +123,6 @@ def _hyperparameters(body: NewFineTuningJob, method: FineTuningMethod) -> dict[s
     options = getattr(method, method.type)
     if options is not None and body.hyperparameters is not None:
         raise BadRequest("send hyperparameters below `method` alone", param="hyperparameters")
-    asked = (options.hyperparameters if options else None) or body.hyperparameters or Hyperparameters()
+    asked = options.hyperparameters if options else body.hyperparameters or Hyperparameters()
     fields: dict[str, Any] = msgspec.to_builtins(asked)
-    return {name: value for name, value in fields.items() if value is not None}
+    return fields
