@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes grafana-types sanitize adapter-cost matrix-speed
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes start grafana-types sanitize adapter-cost matrix-speed
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -143,6 +143,12 @@ sanitize: setup-dev ## the CPU kernels' tests with AddressSanitizer and Undefine
 	  $(BIN)/python -m pytest -m "not engine" --deselect tests/serve/cpu_kernels/test_punica.py::test_the_kernels_are_compiled_once_and_a_broken_compiler_is_said \
 	  $(or $(ARGS),tests/serve/cpu_kernels)
 
+memory: setup-dev ## what a server takes with each --cpu-weights, process by process (CPU; ARGS="--size 1B --adapters 16"); some minutes
+	@$(BIN)/python -m tests.campaigns.memory $(ARGS)
+
+start: setup-dev ## how soon a server is ready, against other checkouts in turns (ARGS="--against DIR"); some minutes
+	@$(BIN)/python -m tests.campaigns.start $(ARGS)
+
 socket: setup-dev ## what is lost between an engine's step and the socket: the engine in one process against the server; some minutes
 	@$(BIN)/python -m tests.campaigns.socket_cost $(ROUNDS)
 
@@ -183,10 +189,3 @@ setup:
 
 setup-dev:
 	@./install.sh test
-
-memory: setup-dev ## what a server takes with each --cpu-weights, process by process (CPU; ARGS="--size 1B --adapters 16"); some minutes
-	@$(BIN)/python -m tests.campaigns.memory $(ARGS)
-
-.PHONY: start
-start: setup-dev ## how soon a server is ready, against other checkouts in turns (ARGS="--against DIR"); some minutes
-	@$(BIN)/python -m tests.campaigns.start $(ARGS)
