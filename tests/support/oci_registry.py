@@ -101,6 +101,7 @@ class Answers(Handler):
             self.reply(200, registry.blobs[path.removeprefix("/")])
         elif not self.admits(shown):
             challenge = f'{registry.challenge} realm="{registry.realm}",service="{HOST}",scope="repository:x:pull"'
+            challenge += ', Basic realm="packages"'  # as those say that take both
             self.reply(401, b"{}", {"WWW-Authenticate": challenge})
         elif (found := re.fullmatch(r"/v2/(.+)/manifests/([^/]+)", path)) and found.groups() in registry.manifests:
             kind, data = registry.manifests[found[1], found[2]]

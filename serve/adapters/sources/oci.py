@@ -169,7 +169,7 @@ class _Registry:
     def _answer_to(self, challenge: str) -> str:
         """What the registry is shown from now on."""
         login = self._login()
-        bearer = re.search(r"\bbearer\s+(.*)", challenge, re.I)
+        bearer = re.search(r'\bbearer((?:[\s,]+\w+="[^"]*")+)', challenge, re.I)  # up to another scheme
         stated = dict(re.findall(r'(\w+)="([^"]*)"', bearer[1])) if bearer else {}
         if login and login.token:
             return f"Bearer {login.token}"
