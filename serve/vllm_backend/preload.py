@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from serve.cpu_kernels import pages
-
 # A third of the time that the imports take would go into looking for garbage in what stays.
 collects = gc.isenabled()
 gc.disable()
@@ -25,6 +23,8 @@ import vllm.v1.engine.core
 import vllm.v1.executor.multiproc_executor
 import vllm.v1.worker.cpu_model_runner
 import vllm.v1.worker.cpu_worker
+
+from serve.cpu_kernels import pages
 
 pages.release()
 if collects:

@@ -1,0 +1,40 @@
+"""What is read before processes are forked is what vLLM asks for afterwards."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.tokenizers.registry import cached_get_tokenizer, cached_tokenizer_from_config
+
+if not current_platform.is_cpu():
+    pytest.skip("on a CPU alone", allow_module_level=True)
+
+
+@pytest.fixture
+def model(tmp_path, tiny_model):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    words = Tokenizer(models.WordLevel({"where": 0, "is": 1, "it": 2, "?": 3}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("options", [{"max_loras": 2}, {"tokenizer_mode": "slow"}])
+def test_vllm_finds_the_tokenizer_that_was_read_unless_it_is_to_be_another(model, options):
+    from serve.vllm_backend import preload
+
+    preload.tokenizer(model, options)
+    before = cached_get_tokenizer.cache_info()
+    cached_tokenizer_from_config(EngineArgs(model=model).create_model_config())
+    after = cached_get_tokenizer.cache_info()
+    assert (after.hits - before.hits, after.misses - before.misses) == (
+        (0, 1) if "tokenizer_mode" in options else (1, 0)
+    )
