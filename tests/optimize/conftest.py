@@ -10,70 +10,7 @@ from typing import Any
 
 import pytest
 
-WORDS = [
-    "the",
-    "river",
-    "ran",
-    "past",
-    "a",
-    "small",
-    "town",
-    "where",
-    "people",
-    "baked",
-    "bread",
-    "and",
-    "sold",
-    "it",
-    "on",
-    "the",
-    "market",
-    "every",
-    "morning",
-    "until",
-    "noon",
-    "children",
-    "looked",
-    "for",
-    "boats",
-    "among",
-    "reeds",
-    "while",
-    "their",
-    "teacher",
-    "read",
-    "a",
-    "letter",
-    "in",
-    "a",
-    "hand",
-    "that",
-    "nobody",
-    "could",
-    "understand",
-    "old",
-    "ships",
-    "carried",
-    "salt",
-    "and",
-    "wool",
-    "over",
-    "cold",
-    "water",
-    "to",
-    "harbours",
-    "far",
-    "in",
-    "north",
-    "and",
-    "came",
-    "home",
-    "with",
-    "fish",
-    "and",
-    "stories",
-]
-
+from tests.support import pico
 
 # Small matrices: threads that wait for one another would cost more than the arithmetic, here and in the children.
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -81,29 +18,16 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: at for at, word in enumerate(["<end>", "<unk>", *dict.fromkeys(WORDS)])}
-    inner = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>", pad_token="<end>")
+    return pico.tokenizer()
 
 
 @pytest.fixture(scope="session")
 def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model, briefly trained on the text below, so that what is taken from it is missed."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("pico") / "pico"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=256, eos_token_id=0, bos_token_id=0,
-        pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = pico.model(tokenizer)
     ids = torch.tensor([tokenizer(line).input_ids[:48] for line in sentences(0, 64)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
@@ -121,7 +45,7 @@ def sentences(seed: int, count: int) -> list[str]:
     import random
 
     dice = random.Random(seed)
-    words = list(dict.fromkeys(WORDS))
+    words = list(dict.fromkeys(pico.WORDS))
     lines = []
     for _ in range(count):
         at = dice.randrange(len(words))

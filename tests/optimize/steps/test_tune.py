@@ -25,7 +25,8 @@ from optimize.steps.tune.objectives import DPO, KTO, Supervised, sums
 from optimize.steps.tune.packing import row, rows
 from optimize.steps.tune.settings import Settings, settled
 from serve.models.embedded import ensure
-from tests.optimize.conftest import WORDS, silent
+from tests.optimize.conftest import silent
+from tests.support.pico import WORDS
 
 # People ask and children answer; a template writes nothing that the small vocabulary does not hold.
 TEMPLATE = (

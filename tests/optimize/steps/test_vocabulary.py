@@ -14,7 +14,8 @@ from optimize.checkpoint.model import adapted, logits, opened
 from optimize.errors import Refused
 from optimize.evaluation import evaluate
 from optimize.steps.prune import prune, vocabulary
-from tests.optimize.conftest import WORDS, sentences, silent
+from tests.optimize.conftest import sentences, silent
+from tests.support.pico import WORDS
 
 TEXT = " ".join(WORDS)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import httpx
 import openai
 import pytest
 
@@ -33,13 +32,7 @@ async def guarded(connect, config, says):
         yield client
 
 
-def sdk(client):
-    key = client.headers["authorization"].removeprefix("Bearer ")
-    http = httpx.AsyncClient(transport=client._transport)
-    return openai.AsyncOpenAI(base_url="http://localhost/v1", api_key=key, http_client=http, max_retries=0)
-
-
-async def test_openais_client_gets_a_result_for_each_text(guarded, says):
+async def test_openais_client_gets_a_result_for_each_text(guarded, says, sdk):
     answer = await sdk(guarded).moderations.create(input=["a knife", "a flower"], model="omni-moderation-latest")
     assert answer.model == "base" and answer.id.startswith("modr-")
     first, second = answer.results
@@ -50,7 +43,7 @@ async def test_openais_client_gets_a_result_for_each_text(guarded, says):
     assert asked["temperature"] == 0 and asked["structured_outputs"]["regex"].startswith("(none|(harassment|")
 
 
-async def test_parts_of_one_input_are_one_text_and_images_are_refused(guarded, says):
+async def test_parts_of_one_input_are_one_text_and_images_are_refused(guarded, says, sdk):
     parts = [{"type": "text", "text": "a flower"}, {"type": "text", "text": "and a knife"}]
     answer = await sdk(guarded).moderations.create(input=parts)
     assert len(answer.results) == 1 and answer.results[0].flagged and len(says.bodies) == 1
@@ -58,7 +51,7 @@ async def test_parts_of_one_input_are_one_text_and_images_are_refused(guarded, s
         await sdk(guarded).moderations.create(input=[{"type": "image_url", "image_url": {"url": "x"}}])
 
 
-async def test_an_adapter_can_be_the_guard_within_the_callers_rights(guarded, says, make_adapter):
+async def test_an_adapter_can_be_the_guard_within_the_callers_rights(guarded, says, make_adapter, sdk):
     acme, globex = await issued(guarded, "acme"), await issued(guarded, "globex")
     pushed = (await acme.post("/v1/adapters", **upload(make_adapter(), name="watch"))).json()
     answer = await sdk(acme).moderations.create(input="you idiot", model="watch")
@@ -71,7 +64,7 @@ async def test_an_adapter_can_be_the_guard_within_the_callers_rights(guarded, sa
         await sdk(limited).moderations.create(input="x")
 
 
-async def test_a_guard_that_says_something_else_is_no_verdict(guarded):
+async def test_a_guard_that_says_something_else_is_no_verdict(guarded, sdk):
     with pytest.raises(openai.InternalServerError, match="perhaps"):
         await sdk(guarded).moderations.create(input="odd")
 

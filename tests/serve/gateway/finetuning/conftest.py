@@ -1,4 +1,4 @@
-"""A server whose trainer is a stand-in, and OpenAI's own client of it."""
+"""A server whose trainer is a stand-in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serve.gateway.batches.conftest import sdk  # noqa: F401
 from tests.support.trainer import COMMAND
 
 ENDED = ("succeeded", "failed", "cancelled")

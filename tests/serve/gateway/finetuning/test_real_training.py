@@ -7,14 +7,12 @@ import os
 import signal
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from serve.config import load
 from serve.gateway.finetuning.training_process import COMMAND
-from tests.optimize.conftest import tokenizer  # noqa: F401
 from tests.optimize.steps.test_tune import TEMPLATE, answering, preferring
 from tests.serve.gateway.finetuning.conftest import begun, ended, messages, parts_of, sent, stepped
+from tests.support import pico
 from tests.support.app import settled
 from tests.support.backend import FakeBackend
 
@@ -22,17 +20,12 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture
-def small(tokenizer, tmp_path, connect):  # noqa: F811
+def small(tmp_path, connect):
     """`async with small as client`: a server of a small Llama with a chat template."""
     folder = tmp_path / "chat"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=256, eos_token_id=0, bos_token_id=0,
-        pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    words = pico.tokenizer()
+    pico.model(words).bfloat16().save_pretrained(folder)
+    words.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     config = load([str(folder), "--name", "base", "--no-drift", "--data-dir", str(tmp_path / "data")], {})
     server = connect(config, FakeBackend(str(folder)))
