@@ -47,7 +47,6 @@ class Family:
     normed      what a block makes passes a norm before it is added to the stream
     experts     the MLP is a mixture of experts
     tied_only   vLLM takes the embedding for the output layer, whatever the checkpoint says
-    differs     what it has beside Llama, for the docs
     """
 
     name: str
@@ -57,34 +56,27 @@ class Family:
     normed: bool = False
     experts: bool = False
     tied_only: bool = False
-    differs: str = ""
 
 
 FAMILIES = (
-    Family("Llama", "llama", differs="rope of Llama 3.x, biases where the config has them"),
-    Family("Qwen2.5", "qwen2", differs="biases of q, k and v; windows from a layer on"),
-    Family("Qwen3", "qwen3", differs="norms of q and k"),
-    Family("Qwen3-MoE", "qwen3_moe", feeds=LLAMA[:1], experts=True, differs="experts"),
-    Family("Mistral", "mistral", differs="a window"),
-    Family("Mixtral", "mixtral", feeds=LLAMA[:1], experts=True, differs="experts, a window"),
-    Family(
-        "Gemma 2", "gemma2", GEMMA, offset=True, normed=True, tied_only=True,
-        differs="norms of 1 + w before and after each block, every other layer with a window, two soft caps",
-    ),
-    Family(
-        "Gemma 3", "gemma3_text", GEMMA, offset=True, normed=True,
-        differs="norms of 1 + w before and after each block, local layers with a window and a rope of their own",
-    ),
-    Family("Phi-3, Phi-4", "phi3", FUSED, differs="q, k and v in one matrix, gate and up in another"),
-    Family("Granite", "granite", differs="multipliers of embedding, residual, attention and logits"),
-    Family("OLMo 2", "olmo2", (DOWN,), normed=True, differs="norms after each block alone"),
-    Family("SmolLM3", "smollm3", differs="layers without rope"),
-    Family(
-        "Cohere 2", "cohere2", PARALLEL, tied_only=True,
-        differs="attention and MLP side by side behind one LayerNorm, layers without rope, a logit scale",
-    ),
-    Family("StableLM", "stablelm", differs="LayerNorm with bias, side by side where the config says so"),
-)  # fmt: skip
+    Family("Llama", "llama"),  # rope of Llama 3.x, biases where the config has them
+    Family("Qwen2.5", "qwen2"),  # biases of q, k and v; windows from a layer on
+    Family("Qwen3", "qwen3"),  # norms of q and k
+    Family("Qwen3-MoE", "qwen3_moe", LLAMA[:1], experts=True),
+    Family("Mistral", "mistral"),  # a window
+    Family("Mixtral", "mixtral", LLAMA[:1], experts=True),  # a window
+    # Norms before and after each block, every other layer with a window, two soft caps.
+    Family("Gemma 2", "gemma2", GEMMA, offset=True, normed=True, tied_only=True),
+    # Norms before and after each block, local layers with a window and a rope of their own.
+    Family("Gemma 3", "gemma3_text", GEMMA, offset=True, normed=True),
+    Family("Phi-3, Phi-4", "phi3", FUSED),  # q, k and v in one matrix, gate and up in another
+    Family("Granite", "granite"),  # multipliers of embedding, residual, attention and logits
+    Family("OLMo 2", "olmo2", (DOWN,), normed=True),  # norms after each block alone
+    Family("SmolLM3", "smollm3"),  # layers without rope
+    # Attention and MLP side by side behind one LayerNorm, layers without rope, a logit scale.
+    Family("Cohere 2", "cohere2", PARALLEL, tied_only=True),
+    Family("StableLM", "stablelm"),  # LayerNorm with bias, side by side where the config says so
+)
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 
 # Lists in config.json with an entry for each layer, and lists of layers' numbers.
