@@ -96,6 +96,7 @@ class Answers(Handler):
         if shown:
             registry.authorized.append((host, path))
         if path == "/token":
+            assert parse_qs(urlsplit(registry.realm).query).items() <= parse_qs(parts.query).items()
             self.give_token(parse_qs(parts.query), not registry.users or self.is_user(shown))
         elif host == ELSEWHERE:
             self.reply(200, registry.blobs[path.removeprefix("/")])

@@ -199,7 +199,7 @@ class _Registry:
             request = self._client.build_request("POST", realm, data=query)
         else:
             shows = {"authorization": login.basic} if login else {}
-            request = self._client.build_request("GET", realm, params=query, headers=shows)
+            request = self._client.build_request("GET", httpx.URL(realm).copy_merge_params(query), headers=shows)
         answer = self._client.send(request, stream=True)
         try:
             if login and answer.status_code in (400, 401, 403):

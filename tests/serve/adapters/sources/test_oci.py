@@ -252,7 +252,7 @@ async def test_a_login_that_is_not_taken_or_cannot_be_read_is_a_sentence(
 
 async def test_a_token_that_is_over_between_two_layers_is_asked_for_again(connect, hosted, registry, make_adapter):
     pushed(registry, make_adapter())
-    registry.once = True
+    registry.once, registry.realm = True, f"{registry.realm}?by=registry"
     async with connect(hosted) as client:
         assert (await push(client)).status_code == 201
     assert [path for host, path in registry.asked if host == TOKENS].count("/token") >= 3
