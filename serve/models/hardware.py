@@ -97,11 +97,6 @@ def free_memory() -> int:
     return Host().free_memory()
 
 
-def weights(folder: Path) -> int:
-    """Bytes of a checkpoint's weights; 0 when it is not on this disk yet."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def kv_space(weights: int) -> int:
     """Bytes of KV cache to take by default on a CPU: a quarter of what the weights leave free, from 1 to 4 GiB."""
     return min(max((free_memory() - weights - OVERHEAD) // 4, GIB), 4 * GIB)

@@ -180,9 +180,9 @@ class VLLMBackend:
         try:
             folder = Path(self.model)
             fused = hardware.fused_step(os.environ.get(VARIABLE, "auto"))
-            weights = engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"), fused)
-            slots = engine_memory.slots(folder, self.slots, self.max_lora_rank)
-            hardware.check_memory(weights, int(self.args.kv_cache_memory_bytes), slots=slots)
+            weights = self.ranks * engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"), fused)
+            slots = self.ranks * engine_memory.slots(folder, self.slots, self.max_lora_rank)
+            hardware.check_memory(weights, self.ranks * int(self.args.kv_cache_memory_bytes), slots=slots)
         except ConfigError as error:
             raise Conflict(
                 f"there is no room for a second engine beside the first, only after it (drain_first): {error}"

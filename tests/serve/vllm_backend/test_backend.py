@@ -49,9 +49,11 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from serve.asgi.exchange import Parameters, Watch, watching
 from serve.config import engine_options
-from serve.errors import ConfigError, EngineUnavailable
+from serve.errors import ConfigError, Conflict, EngineUnavailable
 from serve.gateway.request import FOREIGN_MODEL_FIELDS, PRIORITY, RANK
 from serve.gateway.tenant_isolation import tenant_salt
+from serve.models import engine_memory, hardware
+from serve.models.host import Host
 from serve.vllm_backend.backend import VLLMBackend
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.output_processor import Outputs, Timed, ask_logprobs
@@ -249,6 +251,18 @@ def test_a_client_that_left_is_an_abort_and_an_unwatched_request_is_nobodys():
     assert (seen.finish_reason, list(seen.output)) == ("abort", [7, 8])
     _, answers = processed(stream=True)
     assert len(answers) == 4
+
+
+def test_a_second_engine_needs_room_for_each_of_its_ranks(tiny_model, monkeypatch):
+    gib = hardware.GIB
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    monkeypatch.setattr(engine_memory, "weights", lambda *_: 3 * gib)
+    monkeypatch.setattr(engine_memory, "slots", lambda *_: gib)
+    monkeypatch.setattr(Host, "free_memory", lambda self: 10 * gib)
+    options = {"kv_cache_memory_bytes": gib}
+    VLLMBackend(str(tiny_model), "base", options).check_room()
+    with pytest.raises(Conflict, match="6.0 GiB of weights, 2.0 GiB of slots for adapters, 2.0 GiB of KV cache"):
+        VLLMBackend(str(tiny_model), "base", {**options, "data_parallel_size": 2}).check_room()
 
 
 def vllms_source(function):
