@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality cpu-speed memory schemas page speculation finetune tuning families sizes start grafana-types sanitize adapter-cost matrix-speed
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed vllm-base gpu gpu-wheels
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -63,11 +63,17 @@ families: setup-dev ## tiny models of each family, quantized, in vLLM with an ad
 neighbours: setup-dev ## database, object store, hub and disk slow, refusing, cut in half, one and two servers: rollback in seconds; 6 minutes
 	@$(BIN)/python -m tests.campaigns.neighbours $(ARGS)
 
-batches: setup-dev ## a batch of 1,000 lines survives a kill of engine and server, none twice, none lost; what clients notice; 25 minutes
+batches: setup-dev ## a batch of 1,000 lines survives a kill of engine and server, none twice, none lost; what clients notice; 15 minutes
 	@$(BIN)/python -m tests.campaigns.batches $(ARGS)
 
 finetune: setup-dev ## a fine-tuning job learns, survives 20 kills with the same bytes, and what clients notice of one; 45 minutes
 	@for part in learn kills beside; do $(BIN)/python -m tests.campaigns.finetune $$part || exit 1; done
+
+loop: setup-dev ## the questions of an adapter change, and its loop trains, proves and promotes the next version; 20 minutes
+	@$(BIN)/python -m tests.campaigns.loop $(ARGS)
+
+loop-error: setup-dev ## how often 200 simulated loops promote a candidate that is bad by as much as may not be; 3 minutes
+	@$(BIN)/python -m tests.campaigns.loop_error $(ARGS)
 
 tracing-cost: setup-dev ## what OpenTelemetry's traces cost a server under 16 streams, on and off in turn, on a quiet machine; 30 minutes
 	@$(BIN)/python -m tests.campaigns.tracing_cost $(ARGS)
@@ -122,14 +128,20 @@ kills: setup-dev ## an optimization killed 30 times and resumed ends in the same
 eight: setup-dev ## eight trained adapters joined by every method, and merged into the base: what each then answers; some minutes
 	@$(BIN)/python -m tests.campaigns.eight $(ARGS)
 
-equality: setup-dev ## 200 prompts x 4 adapters answer as on vLLM's own LoRA path (CPU); some minutes
+equality: setup-dev ## 200 prompts x 4 adapters answer as on vLLM's own LoRA path, every format and family (CPU; ARGS="--prompts 6" is short); an hour or more
 	@$(BIN)/python -m tests.campaigns.equality $(ARGS)
 
 served-quality: setup-dev ## perplexity as served on a CPU with each --cpu-weights, and of exports (ARGS="--also DIR"); some minutes
 	@$(BIN)/python -m tests.campaigns.served_quality $(ARGS)
 
+four-bits: setup-dev ## methods of 4 bits on the same model, text and windows, llama.cpp's formats too (ARGS="--llama DIR"); 30 minutes
+	@$(BIN)/python -m tests.campaigns.four_bits $(ARGS)
+
 cpu-speed: setup-dev ## a model with each --cpu-weights, and llama.cpp's formats where they are given, in turns over HTTP; 10 minutes
 	@$(BIN)/python -m tests.campaigns.cpu_speed $(ARGS)
+
+vllm-base: setup-dev ## the base against vLLM with both cores bound, tcmalloc and compiled, no adapters, in turns over HTTP (CPU); some minutes
+	@$(BIN)/python -m tests.campaigns.vllm_base $(ARGS)
 
 matrix-speed: setup-dev ## products of prompts of 1,024 against oneDNN's of the same shapes, bfloat16 and int8 (CPU); 3 minutes
 	@$(BIN)/python -m tests.campaigns.matrix_speed $(ARGS)
@@ -137,11 +149,19 @@ matrix-speed: setup-dev ## products of prompts of 1,024 against oneDNN's of the 
 adapter-cost: setup-dev ## a step of the CPU kernels without, with one and with sixteen adapters, in turns; 2 minutes
 	@$(BIN)/python -m tests.campaigns.adapter_cost $(ARGS)
 
-sanitize: setup-dev ## the CPU kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer; some minutes
+sanitize: setup-dev ## the tests of the CPU kernels and of the watcher's C++ code with AddressSanitizer and UndefinedBehaviorSanitizer; some minutes
 	@CXX=$(CURDIR)/tests/support/sanitizing-c++ ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) \
 	  $(BIN)/python -m pytest -m "not engine" --deselect tests/serve/cpu_kernels/test_punica.py::test_the_kernels_are_compiled_once_and_a_broken_compiler_is_said \
-	  $(or $(ARGS),tests/serve/cpu_kernels)
+	  $(or $(ARGS),tests/serve/cpu_kernels tests/serve/drift/test_native.py)
+
+gpu: ## all that was never measured on a GPU, without a network (WHEELS=DIR, ARGS="--size 8B --part swap"; ARGS=--rehearse on a CPU); 25 minutes
+	@python=$$($(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m tests.campaigns.gpu_environment $(if $(WHEELS),--wheels $(WHEELS)) | tail -1) && \
+	  test -n "$$python" && PYTHONPATH=$(CURDIR) "$$python" -m tests.campaigns.gpu $(ARGS)
+
+gpu-wheels: ## what `make gpu` installs from, into a folder to carry to a machine without a network (WHEELS=DIR); 4.3 GB
+	@$(or $(PYTHON),python3) -m pip download --quiet --no-deps --only-binary :all: --dest $(or $(WHEELS),wheels-gpu) \
+	  -r serve/cli/requirements/gpu.txt -r serve/cli/requirements/optimize.txt
 
 memory: setup-dev ## what a server takes with each --cpu-weights, process by process (CPU; ARGS="--size 1B --adapters 16"); some minutes
 	@$(BIN)/python -m tests.campaigns.memory $(ARGS)

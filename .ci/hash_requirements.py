@@ -3,8 +3,9 @@
     python .ci/hash_requirements.py        # after a change of pyproject.toml or constraints*.txt; needs uv
 
 uv resolves pyproject.toml under constraints-DEVICE.txt for every Python and Linux that loradock takes. `cpu.txt` and
-`gpu.txt` hold all that serving needs; `EXTRA.txt` holds what an extra adds to either. Only names, versions and hashes
-are written, no addresses: pip takes the files from wherever it is set up to look.
+`gpu.txt` hold all that serving needs; `EXTRA.txt` holds what an extra adds to either; optimize/requirements/optimum.txt
+holds what `loradock optimize setup-optimum` installs apart. Only names, versions and hashes are written, no addresses:
+pip takes the files from wherever it is set up to look.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "serve/cli/requirements"
+APART = ROOT / "optimize/requirements"
 EXTRAS = sorted(
     tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys() - {"cpu", "gpu"}
 )
@@ -40,6 +42,10 @@ NOT_ON_CPU = frozenset({"torch", "torchvision", "torchaudio", "torchcodec", "tri
 OF_TORCH = ("filelock", "fsspec", "jinja2", "networkx", "numpy", "pillow", "setuptools", "sympy", "typing-extensions")
 # uv reads the requirements of one wheel of intel-openmp for all of them, and not those of Linux.
 OF_OPENMP = "intel-cmplr-lib-ur ; platform_machine == 'x86_64'"
+# The newest exporter of optimum and what of its requirements conflicts with vLLM's; the rest is shared with vLLM.
+OPTIMUM = (
+    "optimum-onnx==0.1.0", "optimum==2.1.0", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ def main() -> None:
         write(extra, added.values())
     for device, packages in base.items():
         write(device, packages.values())
+    write("optimum", alone(OPTIMUM).values(), APART)
 
 
 def either(one: str, other: str) -> str:
@@ -82,11 +89,11 @@ def either(one: str, other: str) -> str:
     return f"({one}) or ({other})" if one and other else ""
 
 
-def write(name: str, packages: Iterable[Package]) -> None:
+def write(name: str, packages: Iterable[Package], out: Path = OUT) -> None:
     """One file, by name, so that a change shows in a diff."""
     header = "# Made by .ci/hash_requirements.py. For pip install --no-deps --require-hashes.\n"
     body = "".join(f"{package}\n" for package in sorted(packages, key=lambda package: package.name))
-    (OUT / f"{name}.txt").write_text(header + body)
+    (out / f"{name}.txt").write_text(header + body)
     print(f"{name}.txt: {body.count('==')} packages, {body.count('--hash')} hashes")
 
 
@@ -102,7 +109,22 @@ def resolved(device: str, *extras: str) -> dict[str, Package]:
             overrides.write_text("\n".join(f"{name} ; sys_platform == 'none'" for name in NOT_ON_CPU))
             command += ["--override", str(overrides), str(more)]
         subprocess.run([*command, "pyproject.toml"], cwd=ROOT, check=True)
-        packages = tomllib.loads(lock.read_text())["packages"]
+        return packages_of(lock)
+
+
+def alone(requirements: Iterable[str]) -> dict[str, Package]:
+    """These and nothing that they ask for, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        lock, asked = Path(folder, "pylock.toml"), Path(folder, "asked.txt")
+        asked.write_text("\n".join(requirements))
+        command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", OLDEST, "--no-deps"]
+        subprocess.run([*command, "--format", "pylock.toml", "--output-file", str(lock), str(asked)], check=True)
+        return packages_of(lock)
+
+
+def packages_of(lock: Path) -> dict[str, Package]:
+    """The packages of a lock file that some machine of ours takes, by name."""
+    packages = tomllib.loads(lock.read_text())["packages"]
     found: dict[str, Package] = {}
     for package in filter(None, map(read, packages)):
         if package.name in found:

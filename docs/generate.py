@@ -72,7 +72,7 @@ def commands() -> Iterator[tuple[list[str], Any]]:
             yield from below([*words, name], child)
 
     yield from below(["loradock"], typer.main.get_command(command_line))
-    for name in ("check", "tune", "run-onnx"):
+    for name in ("check", "tune", "run-onnx", "setup-optimum"):
         yield ["loradock", "optimize", name], None
 
 
@@ -104,7 +104,7 @@ def _printed() -> Iterator[io.StringIO]:
 # ---- HTTP
 
 SECTIONS = {
-    "Adapters": "/v1/adapters /v1/overview",
+    "Adapters": "/v1/adapters /v1/loops /v1/overview",
     "Drift and feedback": "/v1/drift /v1/feedback",
     "Keys and usage": "/v1/keys /v1/usage",
     "vLLM's runtime LoRA API": "/v1/load_lora /v1/unload_lora /adapters /server_info /pause /resume",

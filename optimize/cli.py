@@ -42,7 +42,8 @@ Examples:
   loradock optimize my-recipe.yaml --resume
   loradock optimize check train.jsonl
   loradock optimize tune ./job
-  loradock optimize run-onnx ./my-model-onnx "What is the capital of France?"
+  loradock optimize run-onnx ./my-model-onnx "What is the capital of France?" --adapter tone
+  loradock optimize setup-optimum
 """
 
 
@@ -54,7 +55,9 @@ def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> 
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    others: dict[str, Callable[..., None]] = {"run-onnx": run_onnx, "check": check, "tune": _tune_command(embedded)}
+    others: dict[str, Callable[..., None]] = {
+        "run-onnx": run_onnx, "check": check, "tune": _tune_command(embedded), "setup-optimum": setup_optimum,
+    }  # fmt: skip
     if arguments and (command := others.get(arguments[0])):
         app.command(arguments[0], help=command.__doc__)(command)
         return _exit_code(app, arguments[1:], f"loradock optimize {arguments[0]}")
@@ -335,13 +338,29 @@ def run_onnx(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export of `loradock optimize` in ONNX format.")],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     tokens: Annotated[int, typer.Option("--tokens", help="At most so many.")] = 64,
+    adapter: Annotated[str, typer.Option("--adapter", help="With this one of the export's adapters.")] = "",
 ) -> None:
-    """Ask an ONNX export a question with ONNX Runtime: a greedy answer, and how fast it came."""
-    from optimize.export.onnx import answered
+    """Ask an ONNX export a question with ONNX Runtime: a greedy answer as it comes, and how fast it came."""
+    from optimize.export.session import Answer
 
-    answer, speed = answered(folder, prompt, tokens)
-    typer.echo(answer)
-    typer.echo(f"({speed:.1f} tokens/s)", err=True)
+    answer = Answer(folder, prompt, tokens, adapter)
+    for piece in answer:
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo("")
+    typer.echo(f"({answer.speed:.1f} tokens/s, {answer.session.device})", err=True)
+
+
+def setup_optimum() -> None:
+    """Install what `export: {exporter: optimum}` needs: optimum and transformers 4 in a folder of the cache (71 MB).
+
+    They cannot stand beside vLLM's transformers 5. Five packages come from wherever pip is set up to look, each with
+    its pinned hash; torch and ONNX Runtime are shared. Nothing that is installed changes.
+    """
+    from optimize.export import optimum
+
+    where = optimum.set_up()
+    typer.echo(f"optimum exports {len(optimum.families())} model types; its packages are in {where}")
 
 
 def _pair(word: str, flag: str) -> tuple[str, str]:

@@ -16,7 +16,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a step gets: the model and adapters as they are by now, and where its own go.
 
     `originals` are the adapters as they fit the reference, before any step rewrote them. In the folder `watched`, where
-    there is one, a step leaves what others look at while it runs.
+    there is one, a step leaves what others look at while it runs. `device` is torch's name of where it computes, and
+    `memory` the bytes that it may have, or 0 without a bound.
     """
 
     kind: str
@@ -32,6 +33,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     out: str
     watched: str = ""
+    device: str = "cpu"
+    memory: int = 0
 
     @property
     def folder(self) -> Path:

@@ -161,32 +161,42 @@ class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
     """Fewer bits. With mixed precision sensitive layers keep more: `budget` is what perplexity may rise by, `agreement`
     the least share of tokens that stay the likeliest.
 
+    `bits` is how many a weight may take on average, scales included, instead of a bound on what is lost. `awq-gptq` is
+    GPTQ with AWQ's scales of channels; `refit` is GPTQ's at 4 bits: integers and scales are chosen again after it.
     `format` gptq is for w4a16, and onnxruntime-genai's builder takes it too; `ignore` holds names of layers, their last
     words, or `re:` patterns.
     """
 
     scheme: Literal["w8a8", "w8a16", "w4a16", "fp8", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"] = "w8a8"
-    method: Literal["gptq", "awq", "rtn"] = "gptq"
+    method: Literal["gptq", "awq", "awq-gptq", "rtn"] = "gptq"
+    refit: bool = False
     format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
     kv_cache: Literal["auto", "fp8"] = "auto"
     smooth: bool | Literal["auto"] = "auto"
     group: int = 0
     budget: float = 0.0
     agreement: float = 0.0
+    bits: float = 0.0
     ignore: tuple[str, ...] = ("lm_head",)
 
     @property
     def mixed(self) -> bool:
-        return bool(self.budget or self.agreement)
+        return bool(self.budget or self.agreement or self.bits)
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether AWQ's scales are folded into what makes a layer's input."""
+        return self.method in ("awq", "awq-gptq")
 
     def check(self, where: str) -> None:
-        if self.scheme != "w4a16" and (self.method == "awq" or self.format == "gptq"):
+        if self.scheme != "w4a16" and (self.scales_channels or self.format == "gptq"):
             raise RecipeError(f"{where}: AWQ and the format gptq go with w4a16, not {self.scheme}")
-        if self.method == "awq" and self.smooth is True:
+        if self.scales_channels and self.smooth is True:
             raise RecipeError(f"{where}: AWQ scales the channels itself; leave `smooth` out")
-        if self.format == "gptq" and (self.budget or self.kv_cache == "fp8"):
+        if self.format == "gptq" and (self.mixed or self.kv_cache == "fp8"):
             raise RecipeError(
-                f"{where}: the format gptq knows one precision and no KV cache; leave budget and kv_cache out"
+                f"{where}: the format gptq knows one precision and no KV cache; leave budget, agreement, bits and "
+                "kv_cache out"
             )
         for pattern in self.ignore:
             if pattern.startswith("re:"):
@@ -197,7 +207,14 @@ class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
         if not (self.budget >= 0 and 0 <= self.agreement < 1):
             raise RecipeError(f"{where}: budget is a share at least 0, agreement one from 0 to below 1")
         if self.mixed and self.scheme not in ("w4a16", "w8a8"):
-            raise RecipeError(f"{where}: a budget or agreement goes with w4a16 or w8a8, not {self.scheme}")
+            raise RecipeError(f"{where}: budget, agreement and bits go with w4a16 or w8a8, not {self.scheme}")
+        if self.bits and (self.budget or self.agreement):
+            raise RecipeError(f"{where}: bits bounds the size, budget and agreement what is lost: give one of them")
+        if self.bits and not (4 < self.bits < 16 if self.scheme == "w4a16" else 8 < self.bits < 16):
+            low = 4 if self.scheme == "w4a16" else 8
+            raise RecipeError(
+                f"{where}: bits a weight are above {low} and below 16 for {self.scheme}, not {self.bits:g}"
+            )
 
 
 class Tune(Step, frozen=True, kw_only=True, tag="tune"):
@@ -292,8 +309,11 @@ class Gate(Part, frozen=True, kw_only=True):
 
 
 class Export(Part, frozen=True, kw_only=True):
+    """`exporter` writes the graph of `format: onnx`; optimum's runs in an environment of its own."""
+
     format: Literal["vllm", "onnx", "genai", "adapter"] = "vllm"
     precision: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
+    exporter: Literal["transformers", "optimum"] = "transformers"
     shard_bytes: int = 4_000_000_000
 
 

@@ -1,8 +1,10 @@
-"""What of this processor decides the bytes that a step writes. Without torch."""
+"""What of this machine decides the bytes that a step writes. Without torch, where there is no GPU."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # Instruction sets by which kernels differ, as Linux calls them: x86's, then Arm's.
@@ -37,3 +39,24 @@ def instruction_sets() -> str:
 def arithmetic() -> dict[str, int | str]:
     """Under which the same inputs give the same bytes."""
     return {"threads": threads(), "instruction_sets": instruction_sets()}
+
+
+@dataclass(frozen=True, slots=True)
+class GPU:
+    """The first of this machine's, and its bytes of memory."""
+
+    name: str
+    memory: int
+
+
+@cache
+def gpu() -> GPU | None:
+    """None where there is none, or where torch was built for a CPU."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return GPU(found.name, int(found.total_memory))

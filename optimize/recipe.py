@@ -38,12 +38,16 @@ SECTIONS: Mapping[str, type[Part]] = {"calibration": Text, "evaluate": Evaluate,
 
 
 class Recipe(Part, frozen=True, kw_only=True):
-    """The whole of it. Paths are absolute: a recipe's own are relative to the file."""
+    """The whole of it. Paths are absolute: a recipe's own are relative to the file.
+
+    `target` is what will serve the result, `device` what computes it: `auto` a GPU, where there is one with room.
+    """
 
     model: str = "smollm2"
     adapters: Mapping[str, str] = {}
     seed: int = 0
     target: Literal["cpu", "gpu"] = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     steps: tuple[Merge | Combine | Prune | Heal | Quantize | Tune, ...] = ()
     calibration: Text = Text()
     evaluate: Evaluate = Evaluate()

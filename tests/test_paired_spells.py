@@ -41,8 +41,19 @@ def test_it_is_within_its_interval_19_times_of_20():
     assert 0.92 < within / 400 < 0.98
 
 
-def test_one_pair_has_no_interval_and_two_alike_are_no_pair():
-    with pytest.raises(ValueError, match="takes 2 pairs of spells, not 1"):
-        compared(spells(0.0, pairs=1), lambda spell: spell.seconds)
+def test_a_disturbed_spell_in_ten_hardly_widens_it():
+    within = 0
+    for seed in range(100):
+        lots, made = random.Random(seed), spells(0.01, seed=seed)
+        made = [Spell(one.on, one.seconds * 1.4) if lots.random() < 0.1 else one for one in made]
+        found = compared(made, lambda spell: spell.seconds)
+        assert found.high - found.low < 0.03, found  # of the mean it is 0.05 to 0.08
+        within += found.low < 1.01 < found.high
+    assert within >= 88
+
+
+def test_few_pairs_have_no_interval_and_two_alike_are_no_pair():
+    with pytest.raises(ValueError, match="takes 6 pairs of spells, not 5"):
+        compared(spells(0.0, pairs=5), lambda spell: spell.seconds)
     with pytest.raises(AssertionError, match="a pair"):
         compared([Spell(True, 1.0), Spell(True, 1.0)], lambda spell: spell.seconds)

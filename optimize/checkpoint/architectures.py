@@ -47,6 +47,7 @@ class Family:
     normed      what a block makes passes a norm before it is added to the stream
     experts     the MLP is a mixture of experts
     tied_only   vLLM takes the embedding for the output layer, whatever the checkpoint says
+    adaptable   vLLM takes adapters on it
     """
 
     name: str
@@ -56,6 +57,7 @@ class Family:
     normed: bool = False
     experts: bool = False
     tied_only: bool = False
+    adaptable: bool = True
 
 
 FAMILIES = (
@@ -75,7 +77,8 @@ FAMILIES = (
     Family("SmolLM3", "smollm3"),  # layers without rope
     # Attention and MLP side by side behind one LayerNorm, layers without rope, a logit scale.
     Family("Cohere 2", "cohere2", PARALLEL, tied_only=True),
-    Family("StableLM", "stablelm"),  # LayerNorm with bias, side by side where the config says so
+    # LayerNorm with bias, side by side where the config says so.
+    Family("StableLM", "stablelm", adaptable=False),
 )
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+WEIGHTS = (".safetensors", ".data", ".onnx")  # suffixes of files that are whole once they are written
+
 
 def digest(path: Path) -> str:
     with path.open("rb") as file:
@@ -65,3 +67,15 @@ def _sync(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def taken(source: str, target: str) -> None:
+    """For `shutil.copytree`: a file of one step in the folder of the next. Weights are linked where the disk knows
+    links, since nobody writes to them again; an index or a card may be written anew, and the step's own has to stay."""
+    if Path(source).suffix in WEIGHTS:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # no links there, or no more of them
+    shutil.copy2(source, target)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -27,7 +28,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale", "qweight",
              "qzeros", "scales", "g_idx", "k_scale", "v_scale")  # fmt: skip
 
-PART = "shard.part"  # the bytes of a shard that is not whole yet
 CHUNK = 16 << 20
 DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
@@ -127,8 +127,12 @@ class Checkpoint:
         return sum(entry.elements for entry in self.entries.values())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor mapped from its file: its pages are read when they are touched."""
-        return self._opened(self.entries[name].file).get_tensor(name)
+        """A tensor mapped from its file: its pages are read when they are touched. On a GPU a copy, where steps compute
+        there."""
+        import torch
+
+        mapped: torch.Tensor = self._opened(self.entries[name].file).get_tensor(name)
+        return mapped.to(torch.get_default_device())
 
     def _opened(self, file: str) -> Any:
         from safetensors import safe_open
@@ -138,6 +142,21 @@ class Checkpoint:
         if file not in self._handles:
             self._handles[file] = safe_open(str(self.folder / file), "pt")
         return self._handles[file]
+
+
+def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors, where the step computes."""
+    import torch
+    from safetensors.torch import load_file
+
+    device = torch.get_default_device()
+    return {name: tensor.to(device) for name, tensor in load_file(folder / ADAPTER).items()}
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / ADAPTER, {"format": "pt"})
 
 
 class Schemes:
@@ -177,54 +196,73 @@ class Schemes:
 class Writer:
     """A new checkpoint in `folder`: `add` tensors, then `close` with the config; side files come from `like`.
 
-    Each tensor is written as it comes, and memory holds none of them.
+    Each tensor is written as it comes, and memory holds none of them. A writer that is given the `mark` of an earlier
+    one goes on from there, whatever that one wrote after it.
     """
 
-    def __init__(self, folder: Path, like: Path, shard_bytes: int = 4_000_000_000) -> None:
+    def __init__(
+        self, folder: Path, like: Path, shard_bytes: int = 4_000_000_000, mark: list[dict[str, Any]] | None = None
+    ) -> None:
         self.folder = folder
         self.like = like
         self.shard_bytes = shard_bytes
-        self._shard: dict[str, Entry] = {}
-        self._bytes = 0
-        self._written: list[list[str]] = []
-        self._total = 0
+        self._shards: list[dict[str, Entry]] = []
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / PART).unlink(missing_ok=True)
+        for shard in mark or []:
+            self._shards.append({name: Entry(**entry) for name, entry in shard.items()})
+            part = folder / _part(len(self._shards))
+            if part.exists():  # else `close` got as far as this shard, and nothing comes after the mark
+                os.truncate(part, _bytes(self._shards[-1]))
+        (folder / _part(len(self._shards) + 1)).unlink(missing_ok=True)
+
+    @property
+    def mark(self) -> list[dict[str, Any]]:
+        """What is written by now, and on the disk."""
+        for number in range(1, len(self._shards) + 1):
+            if not (self.folder / _part(number)).exists():
+                continue
+            with (self.folder / _part(number)).open("rb") as part:
+                os.fsync(part.fileno())
+        return [{name: asdict(entry) for name, entry in shard.items()} for shard in self._shards]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         import torch
 
         size = tensor.numel() * tensor.element_size()
-        if self._shard and self._bytes + size > self.shard_bytes:
-            self._flush()
+        if not self._shards or _bytes(self._shards[-1]) + size > self.shard_bytes:
+            self._shards.append({})
+            (self.folder / _part(len(self._shards))).unlink(missing_ok=True)
+        shard, file = self._shards[-1], _part(len(self._shards))
         dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        self._shard[name] = Entry(PART, dtype, tuple(tensor.shape), size, self._bytes)
-        with (self.folder / PART).open("ab") as out:
-            out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self._bytes += size
-        self._total += size
+        shard[name] = Entry(file, dtype, tuple(tensor.shape), size, _bytes(shard))
+        with (self.folder / file).open("ab") as out:
+            out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
 
     def close(self, config: dict[str, Any]) -> None:
-        self._flush()
-        count = len(self._written)
+        count = len(self._shards)
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._written, 1):
+        for number, shard in enumerate(self._shards, 1):
             file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{number}").rename(self.folder / file)
-            weight_map |= dict.fromkeys(names, file)
+            part = self.folder / _part(number)
+            if part.exists():
+                write_shard(self.folder / file, self.folder, shard)
+                part.unlink()
+            weight_map |= dict.fromkeys(shard, file)
         if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+            total = sum(map(_bytes, self._shards))
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_side_files(self.like, self.folder)
 
-    def _flush(self) -> None:
-        if not self._shard:
-            return
-        write_shard(self.folder / f"shard-{len(self._written) + 1}", self.folder, self._shard)
-        (self.folder / PART).unlink()
-        self._written.append(list(self._shard))
-        self._shard, self._bytes = {}, 0
+
+def _part(number: int) -> str:
+    """The bytes of a shard that is not whole yet."""
+    return f"shard-{number}.part"
+
+
+def _bytes(shard: Mapping[str, Entry]) -> int:
+    return sum(entry.bytes for entry in shard.values())
 
 
 def write_shard(file: Path, folder: Path, entries: Mapping[str, Entry]) -> None:

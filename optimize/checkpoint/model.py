@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,8 +24,13 @@ from optimize.checkpoint.checkpoint import Checkpoint, Schemes
 from optimize.errors import OptimizeError, Refused
 
 
-def settle(seed: int) -> None:
-    """The same arithmetic each time: a fixed seed, kernels that are deterministic, as many threads as cores."""
+def settle(seed: int, device: str = "cpu") -> None:
+    """The same arithmetic each time: a fixed seed, kernels that are deterministic, as many threads as cores.
+
+    On another `device` than the CPU all tensors are made there, and a checkpoint's come there when they are read.
+    """
+    if device != "cpu":
+        torch.set_default_device(device)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(processor.threads())
@@ -36,8 +42,11 @@ def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it, float32 elsewhere."""
+def compute_dtype(device: str = "") -> torch.dtype:
+    """bfloat16 where the processor multiplies it or a GPU computes, float32 elsewhere; by default where tensors are
+    made."""
+    if torch.device(device or torch.get_default_device()).type != "cpu":
+        return torch.bfloat16
     multiplied = {"avx512_bf16", "amx_bf16"}.intersection(processor.instruction_sets().split())
     return torch.bfloat16 if multiplied else torch.float32
 
@@ -60,9 +69,13 @@ def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     config.use_cache = False
     # PyTorch's own attention knows no soft cap, and leaves it out without a word.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+    with torch.device("cpu"), init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(torch.get_default_device())
     return model
 
 
@@ -111,7 +124,7 @@ def _read_when_called(model: nn.Module, at: int, checkpoint: Checkpoint, dtype: 
     def put(name: str, weight: torch.Tensor) -> None:
         setattr(owners[name], name.rpartition(".")[2], nn.Parameter(weight, requires_grad=False))
 
-    def read(*_: Any) -> None:
+    def read() -> None:
         parts = formats.dense(checkpoint, lambda name: name.startswith(inside))
         fused = experts.fused({name: weight.to(dtype) for name, weight in parts})
         weights = {name.removeprefix(inside): weight for name, weight in fused.items()}
@@ -120,13 +133,43 @@ def _read_when_called(model: nn.Module, at: int, checkpoint: Checkpoint, dtype: 
         for name, weight in weights.items():
             put(name, weight)
 
-    def free(*_: Any) -> None:
+    def free() -> None:
         for name in names:
             put(name, torch.zeros((), dtype=dtype).expand(shapes[name]))
 
-    layer.register_forward_pre_hook(read)
-    layer.register_forward_hook(free)
+    on_disk = _OnDisk(read, free)
+    _ON_DISK[layer] = on_disk
+    layer.register_forward_pre_hook(lambda *_: None if on_disk.held else read())
+    layer.register_forward_hook(lambda *_: None if on_disk.held else free())
     free()
+
+
+@dataclass(slots=True)
+class _OnDisk:
+    """How a layer's weights come and go, and whether they stay for now."""
+
+    read: Callable[[], None]
+    free: Callable[[], None]
+    held: bool = False
+
+
+_ON_DISK: WeakKeyDictionary[nn.Module, _OnDisk] = WeakKeyDictionary()
+
+
+@contextmanager
+def held(layer: nn.Module) -> Iterator[None]:
+    """The weights of a layer that are read when it is called stay meanwhile, for many calls."""
+    on_disk = _ON_DISK.get(layer)
+    if on_disk is None:
+        yield
+        return
+    on_disk.read()
+    on_disk.held = True
+    try:
+        yield
+    finally:
+        on_disk.held = False
+        on_disk.free()
 
 
 def round_activations(x: torch.Tensor, float8: bool = False) -> torch.Tensor:
@@ -250,6 +293,19 @@ def through(some: Sequence[nn.Module], begin: Entered) -> Entered:
     return Entered(made, begin.calls)
 
 
+@torch.inference_mode()
+def last_states(model: nn.Module, rows: Sequence[torch.Tensor], done: Callable[[int], None]) -> list[torch.Tensor]:
+    """What the last layer gives for each of `rows` (1, tokens), for `answered`; each layer goes over all of them before
+    the next one is read. `done` hears how many have."""
+    parts = [entered(model, row, 1) for row in rows]
+    begun = Entered([part.states[0] for part in parts], [part.calls[0] for part in parts])
+    for count, layer in enumerate(layers(model), 1):
+        with held(layer):
+            begun = through([layer], begun)
+        done(count)
+    return begun.states
+
+
 def forward(layer: nn.Module, state: torch.Tensor, call: Call) -> torch.Tensor:
     args, kwargs = call
     out = layer(state, *args, **kwargs)
@@ -278,11 +334,16 @@ def _replaced(model: nn.Module, instead: Callable[..., torch.Tensor]) -> Iterato
         return call
 
     some = list(layers(model))
+    unread = [on_disk for layer in some if (on_disk := _ON_DISK.get(layer)) and not on_disk.held]
     for layer in some:
         layer.forward = by(layer)
+    for on_disk in unread:
+        on_disk.held = True  # nothing is read for a layer that does not run
     try:
         yield
     finally:
+        for on_disk in unread:
+            on_disk.held = False
         for layer in some:
             del layer.forward
 

@@ -5,7 +5,7 @@ Quality is the log-probability that vLLM gives each token of the held-out text.
 
 Each model has a process of its own. On a CPU both are loaded and warm before anything is timed, and then take turns,
 original, result, result, original, so that other load on the machine slows both; the ratio is the median over the
-pairs. On a GPU each wants nearly all of its memory, so they run one after the other.
+pairs. On a GPU each wants nearly all of its memory, so they run one after the other, whatever the target is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from optimize import audio_packages
+from optimize import audio_packages, processor
 from optimize.checkpoint.checkpoint import adapter_config
 from optimize.errors import OptimizeError
 from optimize.evaluation.held_out import held_out
@@ -51,7 +51,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     speeds: dict[int, list[tuple[float, float]]] = {}
     tell = partial(progress, total=rounds, what="tokens/s")
     progress(0, rounds, "the original in vLLM")
-    if job.target == "gpu":
+    if processor.gpu() is not None or job.target == "gpu":
         with engines[0]() as original:
             old = _answers(original, job, asked[0])
             before = {streams: _timed(original, streams) for streams in STREAMS}
@@ -188,7 +188,7 @@ def main() -> None:
         enable_lora=True,
         max_loras=max(1, len(adapters)),
         max_lora_rank=_rank(adapters),
-        distributed_executor_backend=IN_PROCESS if target == "cpu" else None,
+        distributed_executor_backend=IN_PROCESS if target == "cpu" and processor.gpu() is None else None,
     )
     loaded = round(time.monotonic() - start, 1)
     greedy = SamplingParams(temperature=0, max_tokens=32)

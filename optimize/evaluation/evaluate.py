@@ -7,7 +7,7 @@ adapter still does on the new base, and some answers side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import torch
 from torch.nn.functional import cosine_similarity, log_softmax
 
 from optimize.checkpoint.checkpoint import Checkpoint
-from optimize.checkpoint.model import adapted, logits, opened, settle
+from optimize.checkpoint.model import adapted, answered, last_states, logits, opened, settle
 from optimize.errors import OptimizeError
 from optimize.evaluation.held_out import held_out
 from optimize.job import Job, Progress
+from optimize.steps import planning
 
 ANSWER = 32  # tokens
 ADAPTED = 8  # windows that adapters are measured on
@@ -27,26 +28,31 @@ Ask = Callable[[torch.Tensor], torch.Tensor]
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    settle(job.seed)
+    settle(job.seed, job.device)
     reference = Path(job.reference)
     text = held_out(job)
     words, new_words, kept, rows = text.words, text.new_words, text.kept, text.result
-    old = opened(reference)
+    in_onnx = job.options["format"] == "onnx"
+    by_layer = planning.by_layer(2 * sum(map(math.prod, Checkpoint(reference).shapes.values())), job.memory)
+    old = opened(reference, by_layer=by_layer)
     scores: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
-    if job.options["format"] == "onnx":
-        from optimize.export.onnx import Session
+    if in_onnx:
+        from optimize.export.session import Session
 
         new: Any = None
         session = Session(Path(job.model))
         ask: Ask = session.logits
     else:
-        new = opened(Path(job.model))
+        new = opened(Path(job.model), by_layer=by_layer)
         ask = partial(logits, new)
     living = sorted(job.adapters)
     total = len(rows) + 2 * len(living) * min(ADAPTED, len(rows))
-    asked = _seen(partial(logits, old), kept)
-    scores |= compared(asked, ask, rows, lambda done: progress(done, total, "held-out text"))
+    asked = rows if kept is None else [kept[row] for row in rows]
+    right, answers = _answers(old, asked, by_layer), map(ask, rows) if in_onnx else _answers(new, rows, by_layer)
+    if kept is not None:
+        right = (row[..., kept] for row in right)
+    scores |= compared(right, answers, rows, lambda done: progress(done, total, "held-out text"))
     if kept is not None:
         scores |= _in_old_tokens(partial(logits, old), text.original, rows, scores["perplexity"])
     effects = {}
@@ -78,13 +84,30 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     return {"scores": scores}
 
 
-def compared(old: Ask, new: Ask, rows: list[torch.Tensor], progress: Callable[[int], None]) -> dict[str, Any]:
-    """Scores of `new` against `old` over windows of tokens, (1, tokens) each, one window at a time."""
+def _answers(model: Any, rows: list[torch.Tensor], by_layer: bool) -> Iterator[torch.Tensor]:
+    """The logits (1, tokens, vocabulary) of each row."""
+    if not by_layer:
+        yield from map(partial(logits, model), rows)
+        return
+    for state in last_states(model, rows, lambda _: None):
+        # Whoever reads this generator is not inside of the mode meanwhile.
+        with torch.inference_mode():
+            answer = answered(model, state).float()
+        yield answer
+
+
+def compared(
+    old: Iterable[torch.Tensor],
+    new: Iterable[torch.Tensor],
+    rows: list[torch.Tensor],
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
+    """Scores of `new` logits against `old` over windows of tokens, (1, tokens) each, one window at a time."""
     loss_old = loss_new = divergence = same = 0.0
-    for done, row in enumerate(rows):
+    for done, (row, right_logits, logits_now) in enumerate(zip(rows, old, new, strict=True)):
         right = row[0, 1:, None]
-        before = log_softmax(old(row)[0, :-1], -1)
-        after = log_softmax(new(row)[0, :-1], -1)
+        before = log_softmax(right_logits[0, :-1], -1)
+        after = log_softmax(logits_now[0, :-1], -1)
         loss_old -= float(before.gather(-1, right).mean())
         loss_new -= float(after.gather(-1, right).mean())
         divergence += float((before.exp() * (before - after)).sum(-1).mean())
@@ -166,7 +189,9 @@ def _answer(ask: Ask, words: Any, prompt: str) -> str:
     else:
         text_in = prompt
     # As vLLM: a chat template writes special tokens itself, a plain prompt gets them from the tokenizer.
-    ids = words(text_in, add_special_tokens=not words.chat_template, return_tensors="pt").input_ids
+    ids = words(text_in, add_special_tokens=not words.chat_template, return_tensors="pt").input_ids.to(
+        torch.get_default_device()
+    )
     start = ids.shape[1]
     for _ in range(ANSWER):
         token = ask(ids)[0, -1].argmax()

@@ -6,7 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from optimize.errors import Refused
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
+from optimize.options import Quantize
+from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, by_layer
+
+# Of the model's bytes in 16 bits, what ONNX Runtime holds of it by precision.
+ONNX_SHARE = {"fp32": 2.0, "fp16": 1.0, "int8": 0.6, "int4": 0.35}
 
 
 def estimates(context: Context) -> list[Estimate]:
@@ -15,9 +19,10 @@ def estimates(context: Context) -> list[Estimate]:
     tokens, living = recipe.evaluate.samples * recipe.evaluate.tokens, len(context.living)
     what = f"{tokens} held-out tokens, KL, top-1, {len(recipe.evaluate.prompts)} answers"
     what += f", {living} adapters" if living else ""
-    logits = recipe.evaluate.tokens * context.vocabulary * 16
+    logits = recipe.evaluate.tokens * context.vocabulary * 32
     seconds = STARTING + tokens * context.token_seconds * (2 + 2 * living)
-    estimates = [Estimate("evaluate", what, PROCESS + 2 * size + logits, 100_000, seconds)]
+    memory = PROCESS + logits + _weights(context, tokens)
+    estimates = [Estimate("evaluate", what, memory, 100_000, seconds)]
     if recipe.evaluate.tasks:
         what = f"lm-eval on both models: {', '.join(Path(name).stem for name in recipe.evaluate.tasks)}"
         answers = (recipe.evaluate.task_limit or 1000) * len(recipe.evaluate.tasks) * 500 * context.token_seconds
@@ -26,6 +31,18 @@ def estimates(context: Context) -> list[Estimate]:
         what = "both models in vLLM: load, answers, tokens/s at 1 and 16 streams"
         estimates.append(Estimate("engine", what, 6 * PROCESS + 3 * size + (2 << 30), 100_000, 80))
     return estimates
+
+
+def _weights(context: Context, tokens: int) -> int:
+    """Bytes of weights and of what stands beside them; those that are computed with as they are on the disk take
+    none."""
+    size, layer = 2 * context.base.parameters, 2 * context.largest_layer
+    quantizes = context.recipe.export.format == "vllm" and any(isinstance(s, Quantize) for s in context.recipe.steps)
+    onnx = ONNX_SHARE[context.recipe.export.precision] * size if context.recipe.export.format == "onnx" else 0
+    if by_layer(size, context.memory):
+        # A layer, and the hidden states of all the text.
+        return int(onnx) + (layer if quantizes else 0) + 8 * tokens * context.hidden
+    return int(onnx) + (size if quantizes else 0)
 
 
 def refuse(context: Context) -> None:

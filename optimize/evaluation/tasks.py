@@ -17,18 +17,20 @@ METRICS = ("acc_norm,none", "acc,none", "exact_match,none", "exact_match,strict-
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    settle(job.seed)
+    settle(job.seed, job.device)
     names, limit = job.options["tasks"], job.options["task_limit"] or None
     by_model: dict[str, dict[str, dict[str, float]]] = {}
     for done, (whose, folder) in enumerate((("original", job.reference), ("result", job.model))):
         progress(done, 2, f"the {whose} on {', '.join(Path(name).stem for name in names)}")
-        by_model[whose] = scored(Path(folder), names, limit, job.seed)
+        by_model[whose] = scored(Path(folder), names, limit, job.seed, job.device)
     old, new = by_model["original"], by_model["result"]
     lost = {task: chosen(old[task]) - chosen(new[task]) for task in old}
     return {"scores": {"tasks": by_model, "task_loss": round(max(lost.values()), 5)}}
 
 
-def scored(folder: Path, names: Sequence[str], limit: int | None, seed: int) -> dict[str, dict[str, float]]:
+def scored(
+    folder: Path, names: Sequence[str], limit: int | None, seed: int, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
     """task -> metric -> score of the model in `folder`; `limit` is how many questions of each task are asked."""
     # The harness writes progress bars and looks for devices; neither is wanted here.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -43,7 +45,7 @@ def scored(folder: Path, names: Sequence[str], limit: int | None, seed: int) -> 
     if unknown:
         raise Refused(f"lm-eval knows no task {unknown[0]!r}: `lm-eval ls tasks` shows those that there are")
     model: Any = HFLM(
-        pretrained=opened(folder), tokenizer=tokenizer(folder), device="cpu", batch_size=BATCH
+        pretrained=opened(folder), tokenizer=tokenizer(folder), device=device, batch_size=BATCH
     )  # fmt: skip
     evaluated = simple_evaluate(
         model, tasks=list(task_names), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0,

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint
+from optimize.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, write_adapter
 from optimize.checkpoint.model import adapted, opened, settle, tokenizer
 from optimize.errors import OptimizeError
-from optimize.export.onnx import GRAPH, GREEDY, PROBE, TOLERANCE
+from optimize.export.adapters import write
+from optimize.export.onnx import GREEDY, PROBE, TOLERANCE
+from optimize.export.session import ADAPTER_SUFFIX, ADAPTERS, GRAPH
 from optimize.job import Job, Progress
 from optimize.steps.merge.merge import read
 
@@ -37,11 +39,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         _opened_for_adapters(out / GRAPH)
     written = {}
     for name, adapter in adapters.items():
-        written[name] = out / "adapters" / f"{name}.onnx_adapter"
-        _write(written[name], {
-            module: ((parts["A"].float()).T, parts["B"].float().T * adapter.scale(module))
-            for module, parts in adapter.lora.items()
-        })  # fmt: skip
+        written[name] = out / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
+        write(written[name], adapter, np.float32, parameters)
     shutil.copyfile(folder / "config.json", out / "config.json")
     if (folder / "generation_config.json").is_file():
         shutil.copyfile(folder / "generation_config.json", out / "generation_config.json")
@@ -58,6 +57,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 def node(module: str) -> str:
     """The builder's name of a module: model.layers.0.attn.q_proj for model.layers.0.self_attn.q_proj."""
     return module.replace(".self_attn.", ".attn.")
+
+
+def parameters(module: str) -> tuple[str, str]:
+    """The builder's names of a module's A and B."""
+    return f"{node(module)}.lora_A.MatMul.weight", f"{node(module)}.lora_B.MatMul.weight"
 
 
 def _built(folder: Path, out: Path, precision: str, modules: list[str], work: Path) -> None:
@@ -87,8 +91,6 @@ def _path(module: str) -> str:
 
 def _adapter_of_zeros(folder: Path, out: Path, modules: list[str]) -> None:
     """An adapter of rank 1 that changes nothing, on every module that any adapter changes."""
-    from safetensors.torch import save_file
-
     shapes = Checkpoint(folder).shapes
     tensors = {}
     for module in modules:
@@ -99,7 +101,7 @@ def _adapter_of_zeros(folder: Path, out: Path, modules: list[str]) -> None:
     out.mkdir()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "target_modules": modules}
     (out / ADAPTER_CONFIG).write_text(json.dumps(config))
-    save_file(tensors, out / ADAPTER, {"format": "pt"})
+    write_adapter(out, tensors)
 
 
 def _opened_for_adapters(file: Path) -> None:
@@ -116,22 +118,6 @@ def _opened_for_adapters(file: Path) -> None:
     for value in stale:
         model.graph.value_info.remove(value)
     onnx.save(model, file)
-
-
-def _write(file: Path, parts: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    import onnxruntime
-
-    file.parent.mkdir(exist_ok=True)
-    values = {}
-    for module, (down, up) in sorted(parts.items()):
-        for part, tensor in (("lora_A", down), ("lora_B", up)):
-            name = f"{node(module)}.{part}.MatMul.weight"
-            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
-    adapter = onnxruntime.AdapterFormat()
-    adapter.set_adapter_version(1)
-    adapter.set_model_version(1)
-    adapter.set_parameters(values)
-    adapter.export_adapter(str(file))
 
 
 def _parity(folder: Path, out: Path, adapters: dict[str, Path], files: dict[str, Path]) -> dict[str, dict[str, Any]]:

@@ -1,86 +1,36 @@
-"""An ONNX export with KV cache inputs, checked against PyTorch, and ONNX Runtime to ask it.
+"""An ONNX export with KV cache inputs and adapters, checked against PyTorch.
 
-The graph comes from transformers' own exporter, in fp32; int8 and int4 are ONNX Runtime's weight quantizer over it,
-a scale for every 32 weights; activations are rounded to 8 bits, 32 at a time, where they are multiplied. One file,
-model.onnx, with its weights beside it in model.onnx.data.
+The graph comes from transformers' own exporter, or optimum's, in fp32; int8 and int4 are ONNX Runtime's weight
+quantizer over it, a scale for every 32 weights; activations are rounded to 8 bits, 32 at a time, where they are
+multiplied. One file, model.onnx, with its weights beside it in model.onnx.data, as optimum lays it out. An adapter is a
+file of its own, values for inputs of the graph that are zero without it.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from optimize.checkpoint.checkpoint import copy_side_files
-from optimize.checkpoint.model import settle, tokenizer
-from optimize.errors import OptimizeError, Refused
+from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.checkpoint.model import adapted, logits, opened, settle, tokenizer
+from optimize.errors import OptimizeError
+from optimize.export import layout, optimum, streamed
+from optimize.export.adapters import adaptable, write
+from optimize.export.session import ADAPTER_SUFFIX, ADAPTERS, GRAPH, Session
 from optimize.job import Job, Progress
+from optimize.steps import planning
+from optimize.steps.merge.merge import read
 
-GRAPH = "model.onnx"
 GREEDY = 64  # tokens of the parity check
 TOLERANCE = 1e-4  # of fp32's logits
 PROBE = "The harbour was quiet that morning, and the boats lay still beside the wall while the baker carried bread."
 BITS = {"int8": 8, "int4": 4}
-BLOCK = 32  # weights that share a scale
-
-
-class Session:
-    """ONNX Runtime over an export: logits of whole windows, or token by token with the cache."""
-
-    def __init__(self, folder: Path) -> None:
-        import onnxruntime
-
-        if not (folder / GRAPH).is_file():
-            raise Refused(f"{folder} is no ONNX export: it has no {GRAPH}")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        providers = onnxruntime.get_available_providers()
-        wanted = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in providers]
-        self.session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=wanted)
-        self.provider = self.session.get_providers()[0]
-        names = [item.name for item in self.session.get_inputs()]
-        self.placed = "position_ids" in names
-        self.cache = [name for name in names if "past_key_values" in name]
-        config = json.loads((folder / "config.json").read_text())
-        heads = config["num_key_value_heads"]
-        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        self.empty = np.zeros((1, heads, 0, width), np.float32)
-
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, vocabulary) without a cache."""
-        return torch.cat([torch.from_numpy(self.step(row.numpy(), None)[0]) for row in ids.split(1)])
-
-    def step(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Logits (1, tokens, vocabulary) of `ids` (1, tokens) behind what the cache holds, and the cache after."""
-        cache = cache or [self.empty] * len(self.cache)
-        past, now = cache[0].shape[2], ids.shape[1]
-        feed = {
-            "input_ids": ids.astype(np.int64),
-            "attention_mask": np.ones((1, past + now), np.int64),
-            **dict(zip(self.cache, cache, strict=True)),
-        }
-        if self.placed:
-            feed["position_ids"] = np.arange(past, past + now, dtype=np.int64)[None]
-        first, *rest = self.session.run(None, feed)
-        return first, rest
-
-    def greedy(self, ids: list[int], count: int, ends: frozenset[int] = frozenset()) -> list[int]:
-        """`count` tokens after `ids`, or fewer when one of `ends` comes."""
-        generated: list[int] = []
-        logits, cache = self.step(np.array([ids]), None)
-        while len(generated) < count:
-            token = int(logits[0, -1].argmax())
-            if token in ends:
-                break
-            generated.append(token)
-            logits, cache = self.step(np.array([[token]]), cache)
-        return generated
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -89,57 +39,81 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     precision = job.options["precision"]
-    progress(0, 4, "exporting the graph")
-    model = _reference(folder)
+    progress(0, 5, "exporting the graph")
     aside = job.folder / "fp32"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    _export(model, aside / GRAPH)
-    progress(1, 4, f"weights to {precision}")
-    _rounded(aside, out, precision)
+    notes = {"exporter": job.options.get("exporter", "transformers")}
+    if notes["exporter"] == "optimum":
+        notes["validation"] = optimum.export(folder, aside)  # holds the model itself meanwhile
+        named: dict[str, str] = {}
+    else:
+        named = _export(folder, aside / GRAPH)
+        layout.named(aside / GRAPH)
+    layout.any_empty_cache(aside / GRAPH, Checkpoint(folder).config)
+    progress(1, 5, f"weights to {precision}")
+    if named:
+        _streamed(folder, named, aside, out, precision)
+    else:
+        _rounded(aside, out, precision)
     shutil.rmtree(aside, ignore_errors=True)
-    copy_side_files(folder, out)
-    shutil.copyfile(folder / "config.json", out / "config.json")
-    progress(2, 4, "checking against PyTorch")
-    notes = _parity(model, folder, out)
-    if precision == "fp32" and (notes["logits_off"] > TOLERANCE or notes["greedy_same"] < GREEDY):
-        raise OptimizeError(f"the ONNX graph does not compute what PyTorch does: {notes}")
-    return {"precision": precision, **notes, "scores": {"logit_difference": notes["logits_off"]}}
+    progress(2, 5, "adapters")
+    adapters = {name: read(name, Path(path)) for name, path in sorted(job.adapters.items())}
+    dtype = adaptable(out / GRAPH, {module for adapter in adapters.values() for module in adapter.lora})
+    for name, adapter in adapters.items():
+        write(out / ADAPTERS / f"{name}{ADAPTER_SUFFIX}", adapter, dtype)
+    layout.side_files(folder, out, precision)
+    progress(3, 5, "answering in ONNX Runtime")
+    ids = tokenizer(folder)(PROBE, add_special_tokens=False).input_ids
+    session = Session(out)
+    provider, answers = session.provider, {"base": _answer(session, ids)}
+    for name in adapters:
+        session.choose(name)
+        answers[name] = _answer(session, ids)
+    del session  # its weights and PyTorch's are never in memory together
+    progress(4, 5, "checking against PyTorch")
+    model = _reference(folder, job.memory)
+    checked = {"base": _compared(model, ids, answers["base"])}
+    for name in adapters:
+        with adapted(model, Path(job.adapters[name])) as both:
+            checked[name] = _compared(both, ids, answers[name])
+    worst = max(comparison["logits_off"] for comparison in checked.values())
+    same = min(comparison["greedy_same"] for comparison in checked.values())
+    if precision == "fp32" and (worst > TOLERANCE or same < GREEDY):
+        raise OptimizeError(f"the ONNX graph does not compute what PyTorch does: {checked}")
+    exported = {"adapters": {name: "exported for ONNX Runtime" for name in adapters}} if adapters else {}
+    return {
+        "precision": precision, **notes, **exported, "logits_off": worst, "greedy_same": same, "checked": checked,
+        "provider": provider, "scores": {"logit_difference": worst},
+    }  # fmt: skip
 
 
-def answered(folder: Path, prompt: str, tokens: int) -> tuple[str, float]:
-    """A greedy answer to `prompt`, and tokens a second."""
-    session, words = Session(folder), tokenizer(folder)
-    text = prompt
-    if words.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        text = words.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ends = {words.eos_token_id}
-    file = folder / "generation_config.json"
-    if file.is_file():
-        stops = json.loads(file.read_text()).get("eos_token_id") or []
-        ends |= set(stops if isinstance(stops, list) else [stops])
-    start = time.monotonic()
-    ids = words(text, add_special_tokens=not words.chat_template).input_ids
-    generated = session.greedy(ids, tokens, frozenset(ends))
-    seconds = time.monotonic() - start
-    return words.decode(generated, skip_special_tokens=True).strip(), max(1, len(generated)) / seconds
+def _reference(folder: Path, memory: int = 0) -> Any:
+    """The model in fp32; layer by layer where it does not fit into half of the `memory`."""
+    whole = 4 * sum(math.prod(shape) for shape in Checkpoint(folder).shapes.values())
+    return _short_rope(opened(folder, torch.float32, by_layer=planning.by_layer(whole, memory)))
 
 
-def _reference(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+def _short_rope(model: Any) -> Any:
+    for module in model.modules():
+        if getattr(module, "rope_type", "") == "longrope":
+            module.rope_type = "default"  # the short factors, as up to `layout.longest`: a graph cannot choose
+    return model
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
-
-def _export(model: Any, file: Path) -> None:
+def _export(folder: Path, file: Path) -> dict[str, str]:
+    """The graph in fp32; the matrices that are left out of it by their names there, with those in the checkpoint."""
+    from transformers import DynamicCache
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
+    model, named = streamed.ghost(folder) or (opened(folder, torch.float32), {})
+    _short_rope(model)
     # Sizes that differ from one another and from the model's own, so that each axis becomes a symbol of its own.
     past, now, rows = 7, 3, 2
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), streamed.unfolded(named):
         warnings.simplefilter("ignore")
-        cache = model(torch.arange(5, 5 + rows * past).view(rows, past), use_cache=True).past_key_values
+        cache = DynamicCache()  # without the config: layers with a window keep all, and their masks hold the window
+        model(torch.arange(5, 5 + rows * past).view(rows, past), past_key_values=cache, use_cache=True)
         inputs = {
             "input_ids": torch.arange(5, 5 + rows * now).view(rows, now),
             "attention_mask": torch.ones(rows, past + now, dtype=torch.long),
@@ -147,7 +121,23 @@ def _export(model: Any, file: Path) -> None:
             "past_key_values": cache,
             "use_cache": True,
         }
-        OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True, output_path=str(file)))
+        program = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True))
+    if named:
+        streamed.save(program, named, file)
+    else:
+        program.save(file, external_data=True)
+    return named
+
+
+def _streamed(folder: Path, named: dict[str, str], source: Path, out: Path, precision: str) -> None:
+    """The graph with the checkpoint's matrices in `precision`, in `out`."""
+    if precision != "fp16":
+        streamed.written(source / GRAPH, folder, named, out, BITS.get(precision, 0))
+        return
+    whole = source / "whole"
+    whole.mkdir()
+    streamed.written(source / GRAPH, folder, named, whole)
+    _rounded(whole, out, precision)
 
 
 def _rounded(source: Path, out: Path, precision: str) -> None:
@@ -168,28 +158,26 @@ def _rounded(source: Path, out: Path, precision: str) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
-        onnx.load(source / GRAPH), bits=BITS[precision], block_size=BLOCK, is_symmetric=True, accuracy_level=4
+        onnx.load(source / GRAPH), bits=BITS[precision], block_size=streamed.BLOCK, is_symmetric=True, accuracy_level=4
     )
     quantizer.process()
     quantizer.model.save_model_to_file(str(out / GRAPH), use_external_data_format=True)
 
 
-def _parity(model: Any, folder: Path, out: Path) -> dict[str, Any]:
-    """The prefill's logits and a greedy decode through the cache, against PyTorch."""
-    session, words = Session(out), tokenizer(folder)
-    ids = words(PROBE, add_special_tokens=False).input_ids
-    with torch.no_grad():
-        reference = model(torch.tensor([ids])).logits
-        whole = torch.tensor([ids])
-        cache, expected = None, []
-        for _ in range(GREEDY):
-            made = model(whole, past_key_values=cache, use_cache=True)
-            cache, whole = made.past_key_values, made.logits[:, -1:].argmax(-1)
-            expected.append(int(whole))
-    off = float((session.logits(torch.tensor([ids])) - reference).abs().max())
+def _answer(session: Session, ids: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """The prefill's logits, and a greedy decode through the cache."""
+    made = session.logits(torch.tensor([ids]))
     start = time.monotonic()
-    generated = session.greedy(ids, GREEDY)
-    speed = GREEDY / (time.monotonic() - start)
-    same = next((at for at, (a, b) in enumerate(zip(generated, expected, strict=True)) if a != b), GREEDY)
-    print(f"{speed:.1f} tokens/s through ONNX Runtime")
-    return {"logits_off": round(off, 6), "greedy_same": same, "provider": session.provider}
+    tokens = list(session.tokens(ids, GREEDY))
+    print(f"{GREEDY / (time.monotonic() - start):.1f} tokens/s through ONNX Runtime")
+    return made, tokens
+
+
+def _compared(model: Any, ids: list[int], answer: tuple[torch.Tensor, list[int]]) -> dict[str, Any]:
+    """An answer against PyTorch's, which reads it and says what it would have said at each place."""
+    made, tokens = answer
+    reference = logits(model, torch.tensor([[*ids, *tokens[:-1]]]))
+    off = float((made - reference[:, : len(ids)]).abs().max())
+    expected = reference[0, len(ids) - 1 :].argmax(-1).tolist()
+    same = next((at for at, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b), GREEDY)
+    return {"logits_off": round(off, 6), "greedy_same": same}

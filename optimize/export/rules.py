@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from optimize.checkpoint import architectures
+from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
+from optimize.export import layout, optimum
 from optimize.options import Quantize
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank
+from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank, by_layer
+
+OUTSIDE_VLLM = ("use_parallel_residual", "qk_layernorm")  # of StableLM; vLLM 0.32 reads neither
+
+
+# A weight that is multiplied with, and its share of a scale.
+BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.125, "int4": 0.625}
+
+
+def streams(base: Checkpoint) -> bool:
+    """Whether the graph is made without the matrices: the checkpoint has each by the name that the model has."""
+    return not any(".experts." in name for name in base.shapes)
 
 
 def estimates(context: Context) -> list[Estimate]:
@@ -16,22 +30,76 @@ def estimates(context: Context) -> list[Estimate]:
         what = f"onnxruntime-genai's builder, {export.precision}, adapters beside it, checked against PyTorch"
         return [Estimate("genai", what, PROCESS + 8 * size, 3 * size, STARTING + 90)]
     if export.format == "onnx":
-        what = f"ONNX {export.precision} with KV cache inputs, checked against PyTorch"
-        return [Estimate("onnx", what, PROCESS + 12 * size, 4 * size, STARTING + 90)]
+        by = " by optimum" if export.exporter == "optimum" else ""
+        what = f"ONNX {export.precision}{by} with KV cache inputs, adapters beside it, checked against PyTorch"
+        return [Estimate("onnx", what, *_onnx(context), STARTING + 60 + size / 1.5e8)]
     return []
+
+
+def _onnx(context: Context) -> tuple[int, int]:
+    """Bytes of memory and of disk."""
+    export, base = context.recipe.export, context.base
+    weights, table = context.weights, context.vocabulary * context.hidden
+    rest = weights - table  # what is multiplied with; the embedding stays in fp32
+    made = int(4 * table + BYTES[export.precision] * rest)
+    if export.exporter == "optimum" or not streams(base):
+        return PROCESS + 24 * weights, 8 * weights + made  # in fp32 for the exporter, in its graph and once more
+    whole = 4 * weights
+    # PyTorch's logits, of the whole model or of a layer at a time, come when ONNX Runtime's are there.
+    check = 8 * context.largest_layer + 4 * context.outside_layers if by_layer(whole, context.memory) else whole
+    memory = PROCESS + max(made, check)
+    return (memory + whole, whole + made) if export.precision == "fp16" else (memory, made)
 
 
 def refuse(context: Context) -> None:
     recipe = context.recipe
+    if recipe.export.format == "vllm":
+        _refuse_vllm(context)
     if recipe.export.format == "genai":
         _refuse_genai(context)
     if recipe.export.format == "onnx":
-        if any(isinstance(step, Quantize) for step in recipe.steps):
+        _refuse_onnx(context)
+
+
+def _refuse_vllm(context: Context) -> None:
+    """What vLLM does not run, or computes otherwise than the model's own code."""
+    config, family = context.base.config, architectures.known(context.base.config)
+    parts = [name for name in OUTSIDE_VLLM if config.get(name)] if family and family.model_type == "stablelm" else []
+    if family and parts:
+        raise Refused(
+            f"vLLM leaves out what this {family.name} model has ({', '.join(parts)}), and would answer wrongly: say "
+            "`export: {format: onnx}`"
+        )
+    if family and not family.adaptable and context.living:
+        raise Refused(
+            f"vLLM takes no adapters on {family.name}: merge {', '.join(sorted(context.living))} into the base"
+        )
+
+
+def _refuse_onnx(context: Context) -> None:
+    recipe = context.recipe
+    if any(isinstance(step, Quantize) for step in recipe.steps):
+        raise Refused("ONNX has its own int8 and int4: leave the quantize step out and say `export: {precision: int8}`")
+    if recipe.target == "gpu":
+        raise Refused("the onnx export is checked on a CPU here: say `target: cpu`")
+    if layout.rope_type(context.base.config) == "dynamic":
+        raise Refused("the model's rope changes with the length of the text (dynamic), which an ONNX graph cannot")
+    _refuse_beyond_low_rank(context, "an ONNX graph")
+    kind = context.base.config.get("model_type")
+    if recipe.export.exporter == "optimum" and kind not in optimum.families():
+        raise Refused(
+            f"optimum's exporter does not take models of type {kind!r}: leave `exporter: optimum` out, and "
+            "transformers' own writes the graph"
+        )
+
+
+def _refuse_beyond_low_rank(context: Context, what: str) -> None:
+    for name, config in context.adapters.items():
+        if name in context.living and beyond_low_rank(config):
             raise Refused(
-                "ONNX has its own int8 and int4: leave the quantize step out and say `export: {precision: int8}`"
+                f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save), which {what} does not "
+                "take: merge it into the base"
             )
-        if recipe.target == "gpu":
-            raise Refused("the onnx export is checked on a CPU here: say `target: cpu`")
 
 
 def _refuse_genai(context: Context) -> None:
@@ -48,9 +116,4 @@ def _refuse_genai(context: Context) -> None:
                 "onnxruntime-genai takes a quantized model in GPTQ's format without adapters, as int4: say `quantize: "
                 "{scheme: w4a16, format: gptq}` and `export: {precision: int4}`, or leave the quantize step out"
             )
-    for name, config in context.adapters.items():
-        if name in living and beyond_low_rank(config):
-            raise Refused(
-                f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save), which "
-                "onnxruntime-genai does not take: merge it into the base"
-            )
+    _refuse_beyond_low_rank(context, "onnxruntime-genai")

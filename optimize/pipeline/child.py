@@ -80,6 +80,8 @@ class Child:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "PYTHONHASHSEED": "0",
+            # cuBLAS gives the same sums each time with a workspace of a fixed size.
+            "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
             # Threads that spin while they wait for one another take the cores from whatever else runs.
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         }

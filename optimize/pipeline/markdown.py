@@ -126,9 +126,10 @@ def _of_step(done: Done) -> list[str]:
     if "zeros" in notes:
         lines += ["", f"{notes['zeros']:.1%} of the weights in {notes['layers']} matrices are zero."]
     if checked := notes.get("checked"):
+        runtime = "onnxruntime-genai" if done.kind == "genai" else "ONNX Runtime"
         rows: list[Row] = [("", "largest difference of a logit", "greedy tokens the same")]
         rows += [(name, f"{of['logits_off']:.2g}", str(of["greedy_same"])) for name, of in checked.items()]
-        lines += _section("onnxruntime-genai against PyTorch", _table(rows))
+        lines += _section(f"{runtime} against PyTorch", _table(rows))
     if kept := notes.get("kept"):
         layers = ", ".join(f"{layer} {level}" for layer, level in kept.items())
         lines += ["", f"Layers that kept more bits: {layers}."]

@@ -19,7 +19,7 @@ from optimize.errors import Refused
 from optimize.evaluation import rules as evaluation
 from optimize.export import rules as export
 from optimize.options import KIND, Combine, Heal, Merge, Prune, Quantize, Step, Tune, plain
-from optimize.pipeline import step_code
+from optimize.pipeline import device, step_code
 from optimize.pipeline.worker import TASKS
 from optimize.recipe import Recipe
 from optimize.steps.merge import combine_rules
@@ -61,6 +61,7 @@ class Plan:
     steps: tuple[Estimate, ...]
     inputs: dict[str, Any]
     key: str
+    bytes: int  # of the base
 
     @property
     def memory(self) -> int:
@@ -80,7 +81,7 @@ def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: 
     base = Checkpoint(model)
     adapters = {name: Path(folder) for name, folder in recipe.adapters.items()}
     configs = {name: _adapter(name, folder, base) for name, folder in adapters.items()}
-    context = Context(recipe, base, configs)
+    context = Context(recipe, base, configs, memory)
     _refuse(context)
     inputs = {
         "model": artifact.contents(model),
@@ -92,8 +93,9 @@ def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: 
     kinds = [KIND[type(step)] for step in recipe.steps]
     estimates = _estimates(context)
     code = {estimate.kind: step_code.of(estimate.kind) for estimate in estimates if estimate.kind in TASKS}
-    key = artifact.key([settings, kinds, inputs, processor.arithmetic(), code])
-    plan = Plan(model, adapters, texts, estimates, inputs, key)
+    gpu = processor.gpu() if recipe.device != device.CPU else None
+    key = artifact.key([settings, kinds, inputs, processor.arithmetic(), code, *([gpu.name] if gpu else [])])
+    plan = Plan(model, adapters, texts, estimates, inputs, key, base.bytes)
     _room(plan, out, memory)
     return plan
 
@@ -109,6 +111,7 @@ def _estimates(context: Context) -> tuple[Estimate, ...]:
 
 
 def _refuse(context: Context) -> None:
+    device.check(context.recipe)
     architectures.refuse_multimodal(context.base.config)
     _refuse_biases(context)
     evaluation.refuse(context)

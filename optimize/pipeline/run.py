@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -23,7 +23,7 @@ from optimize.data import text
 from optimize.errors import GateFailed, OptimizeError, Refused
 from optimize.job import Job
 from optimize.options import KIND, Combine, Merge, Step, Tune, plain
-from optimize.pipeline import lock, manifest, report, step_code
+from optimize.pipeline import device, lock, manifest, report, step_code
 from optimize.pipeline.child import Child, Tell
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import judge
@@ -137,7 +137,8 @@ class Run:
             made = [step.name for step in self.recipe.steps if isinstance(step, Combine | Tune)][-1]
             shutil.copytree(state.adapters[made], aside)
         else:
-            shutil.copytree(state.model, aside)
+            own = self.work in state.model.parents
+            shutil.copytree(state.model, aside, copy_function=artifact.taken if own else shutil.copy2)
             if form == "vllm":
                 shards.limited(aside, self.recipe.export.shard_bytes)
             self._copy_new_adapters(state, aside)
@@ -170,20 +171,22 @@ class Run:
         counted: dict[str, Any] | None = None,
     ) -> Done:
         """The step's folder, from an earlier run or made now; `counted` are the options as they decide its bytes."""
+        where = device.of_step(kind, options, self.recipe, self.plan.steps, self.plan.bytes)
+        gpu = processor.gpu()
         inputs = {
             "kind": kind,
             "options": counted or options,
-            "model": _digest(state.model),
-            "reference": _digest(state.reference) if kind in COMPARING else "",
-            "adapters": {name: _digest(path) for name, path in state.adapters.items()},
-            "originals": {name: _digest(path) for name, path in state.originals.items() if kind == "evaluate"},
+            "model": self._digest(state.model),
+            "reference": self._digest(state.reference) if kind in COMPARING else "",
+            "adapters": {name: self._digest(path) for name, path in state.adapters.items()},
+            "originals": {name: self._digest(path) for name, path in state.originals.items() if kind == "evaluate"},
             "text": self._text(kind) if uses_text else {},
             "seed": self.recipe.seed,
             "target": self.recipe.target,
             "versions": manifest.versions(),
             "arithmetic": processor.arithmetic(),
             "code": step_code.of(kind),
-        }
+        } | ({"gpu": gpu.name} if gpu and where == device.CUDA else {})
         folder = self.work / f"{len(self.done) + 1:02d}-{kind}-{artifact.key(inputs)}"
         start = time.monotonic()
         redone = not folder.is_dir()
@@ -204,9 +207,13 @@ class Run:
                 target=self.recipe.target,
                 out=str(aside),
                 watched=str(self.watched or ""),
+                device=where,
+                memory=self.memory,
             )
             notes = Child(self.work, self.memory, self.tell, self.served, self.signals).run(job)
             shutil.rmtree(aside / "partial", ignore_errors=True)
+            if gpu and where == device.CUDA:
+                notes["gpu"] = gpu.name
             notes["seconds"] = round(time.monotonic() - start, 1)
             artifact.write_json(aside / NOTES, notes)
             artifact.publish(aside, folder)
@@ -215,6 +222,12 @@ class Run:
         self.done.append(done)
         self.tell(kind, 1, 1, "" if redone else "done before")
         return done
+
+    def _digest(self, folder: Path) -> str:
+        """Of what is in a model's or an adapter's folder; the plan has read the recipe's model already."""
+        if folder == self.plan.model:
+            return _key(self.plan.inputs["model"])
+        return _digested(str(folder), folder.stat().st_mtime_ns)
 
     def _text(self, kind: str) -> dict[str, Any]:
         """What a step reads of the recipe's texts and how they are used."""
@@ -262,10 +275,10 @@ def _rejected(verdicts: list[Any]) -> str:
     return "the gate is not passed: " + "; ".join(verdict.sentence for verdict in verdicts if not verdict.holds)
 
 
-def _digest(folder: Path) -> str:
-    return _digested(str(folder), folder.stat().st_mtime_ns)
-
-
 @cache
 def _digested(folder: str, _: int) -> str:
-    return artifact.key({name: digest for name, digest in artifact.contents(Path(folder)).items() if name != NOTES})
+    return _key(artifact.contents(Path(folder)))
+
+
+def _key(contents: Mapping[str, str]) -> str:
+    return artifact.key({name: digest for name, digest in contents.items() if name != NOTES})

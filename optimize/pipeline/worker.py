@@ -74,6 +74,8 @@ def sentence(error: Exception) -> str:
     """The error as a message that says what to do."""
     if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error):
         return "the disk is full; free some space and go on with --resume"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return "the GPU's memory is full: end what else computes there, or say `device: cpu`, and go on with --resume"
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed: pip install 'loradock[optimize]' beside loradock[cpu] or loradock[gpu]"
     message = " ".join(str(error).split())[:400]

@@ -36,6 +36,7 @@ from optimize.errors import Refused
 from optimize.job import Job
 
 BATCH = 4
+PRODUCTS = 1024  # columns of a Hessian that are added to at a time
 K = TypeVar("K", bound=Hashable)
 
 # Linear layers that the engine fuses, so that they share a level; in the order in which a layer uses them.
@@ -140,19 +141,15 @@ class CalibratedModel:
 
     @contextmanager
     def observed(
-        self,
-        readers: Mapping[K, str],
-        measure: Callable[[torch.Tensor], torch.Tensor],
-        combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        self, readers: Mapping[K, str], more: Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
     ) -> Iterator[dict[K, torch.Tensor]]:
-        """What `measure` makes of the input of each of `readers`, linear layers by name, over all the text that runs
+        """`more(so far, input)` over all inputs of each of `readers`, linear layers by name, of the text that runs
         through the model meanwhile."""
         measured: dict[K, torch.Tensor] = {}
 
         def watch(key: K) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
             def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                value = measure(inputs[0].float())
-                measured[key] = combine(measured[key], value) if key in measured else value
+                measured[key] = more(measured.get(key), inputs[0].float())
 
             return hook
 
@@ -165,13 +162,12 @@ class CalibratedModel:
 
     def hessians(self, layer: int, readers: Mapping[K, str], begun: Entered) -> dict[K, torch.Tensor]:
         """The sum of x xT over the inputs x of each of `readers`, (in, in)."""
-
-        def products(x: torch.Tensor) -> torch.Tensor:
-            rows = x.flatten(0, -2)
-            return rows.T @ rows
-
-        with self.observed(readers, products, lambda total, more: total.add_(more)) as sums:
+        with self.observed(readers, _add_products) as sums:
             through([self.layers[layer]], begun)
+        for total in sums.values():
+            for start in range(0, len(total), PRODUCTS):
+                end = start + PRODUCTS
+                total[start:end, end:] = total[end:, start:end].T
         return sums
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
@@ -187,6 +183,22 @@ class CalibratedModel:
         """The same from what enters `layer` on, window after window."""
         for row in torch.cat(through(list(self.layers[layer:]), begun).states):
             yield log_softmax(answered(self.model, row[None])[0].float(), -1)
+
+
+def largest(measured: torch.Tensor | None, magnitudes: torch.Tensor) -> torch.Tensor:
+    """For `observed`: the largest so far of each."""
+    return magnitudes if measured is None else torch.maximum(measured, magnitudes)
+
+
+def _add_products(total: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The sum of x xT so far, below its diagonal and in blocks on it: it is symmetric."""
+    rows = x.flatten(0, -2)
+    width = rows.shape[1]
+    total = torch.zeros(width, width) if total is None else total
+    for start in range(0, width, PRODUCTS):
+        end = start + PRODUCTS
+        total[start:, start:end].addmm_(rows[:, start:].T, rows[:, start:end])
+    return total
 
 
 def first_readers(units: Sequence[Unit]) -> dict[Unit, str]:

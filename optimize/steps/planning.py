@@ -15,13 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimize.checkpoint.checkpoint import Checkpoint
-from optimize.checkpoint.linears import input_widths
+from optimize.checkpoint.linears import input_widths, linear
 from optimize.recipe import Recipe
 
 IN_LAYER = re.compile(r"layers\.(\d+)\.")
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 FLOPS = 2e11  # of a forward pass in bf16, two cores
 STARTING = 8.0  # seconds until a child has imported torch and transformers
 PROCESS = 700_000_000  # bytes of a child that has imported them
+
+
+def by_layer(size: int, memory: int) -> bool:
+    """Whether models are read a layer at a time: two of `size` bytes do not fit into a bounded memory."""
+    return bool(memory) and 2 * size > memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +44,12 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A recipe, its model, and the config of each of its adapters."""
+    """A recipe, its model, the config of each of its adapters, and the memory that there is."""
 
     recipe: Recipe
     base: Checkpoint
     adapters: Mapping[str, Mapping[str, Any]]
+    memory: int = 0  # that a step may have; 0 without a bound
 
     @property
     def living(self) -> set[str]:
@@ -78,6 +85,26 @@ class Context:
             if match := IN_LAYER.search(name):
                 counts[match[1]] += math.prod(shape)
         return max(counts.values(), default=0)
+
+    @property
+    def weights(self) -> int:
+        """Parameters of the model when none of them is rounded."""
+        return sum(math.prod(shape) for shape in self.base.shapes.values())
+
+    @property
+    def largest_unit(self) -> int:
+        """Parameters of the largest of the matrices that are rounded as one."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for name, shape in self.base.shapes.items():
+            if linear(name, shape) and (match := IN_LAYER.search(name)):
+                leaf = name.removesuffix(".weight").rpartition(".")[2]
+                counts[match[1], FUSED.get(leaf, leaf)] += math.prod(shape)
+        return max(counts.values(), default=0)
+
+    @property
+    def products(self) -> int:
+        """Multiplications of every linear layer in the decoder's layers with a matrix as wide as its input is."""
+        return sum(math.prod(shape) * shape[1] for name, shape in self.base.shapes.items() if linear(name, shape))
 
     @property
     def outside_layers(self) -> int:

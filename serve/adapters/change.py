@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.snapshot import Entry, adapter_of, entry_of, missing, shares_of
@@ -20,7 +20,7 @@ _TRAIL = 64
 KINDS = frozenset((
     "add", "delete", "promote", "rollback", "fallback", "unload", "share", "unshare", "canary", "canary_end", "shadow",
     "shadow_end", "pin", "unpin", "alias", "alias_end", "tag", "drift", "drift_accepted", "golden_hold",
-    "golden_fell", "rename", "rename_end",
+    "golden_fell", "rename", "rename_end", "loop",
 ))  # fmt: skip
 
 
@@ -85,6 +85,14 @@ class Change:
                 **columns,
             )
         )
+
+    def kept(self) -> Sequence[Any]:
+        """Names, digests and bytes of all versions that the name's tenant has."""
+        prefix = self.name[: self.name.rfind("/") + 1]
+        # SQLite's LIKE takes capitals for small letters.
+        mine = func.substr(names.c.name, 1, len(prefix)) == prefix if prefix else ~names.c.name.contains("/")
+        query = select(names.c.name, versions.c.digest, versions.c.nbytes).join(names, names.c.id == versions.c.name_id)
+        return self.connection.execute(query.where(mine)).all()
 
     def entry(self) -> Entry | None:
         """The name as the snapshot will have it; None when it has no version left."""

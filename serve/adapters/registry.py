@@ -22,7 +22,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from sqlalchemy import Connection, delete, func, insert, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
-from serve.adapters import tables
+from serve.adapters import database, tables
 from serve.adapters.adapter import Adapter, Inspection
 from serve.adapters.change import Change, check_expected, without_repeats
 from serve.adapters.snapshot import Share, Snapshot, SnapshotReader, missing, read_snapshot
@@ -64,17 +64,17 @@ class Registry(SnapshotReader):
         self.standing = StandingRollbacks(standing)
         self._writing = threading.RLock()
         self._publishing = threading.Lock()
-        self._engine = tables.opened(url)
+        self._engine = database.opened(url)
         self._reading = self._engine.execution_options(**_READING[self._engine.dialect.name == "sqlite"])
         # A database in memory has one connection for all threads.
         self._shared_memory = self._writing if isinstance(self._engine.pool, StaticPool) else nullcontext()
         try:
-            tables.prepare(self._engine)
+            database.prepare(self._engine)
             self._publish(self._read())
         except SQLAlchemyError as unusable:
             self._engine.dispose()
             raise ConfigError(
-                f"the registry cannot be opened ({tables.reason(unusable)}); is its place writable, "
+                f"the registry cannot be opened ({database.reason(unusable)}); is its place writable, "
                 "and is it a loradock registry?"
             ) from unusable
         except BaseException:
@@ -107,11 +107,13 @@ class Registry(SnapshotReader):
         shared: bool | None = None,
         checks: Mapping[str, Any] | None = None,
         base: str | None = None,
+        check: Callable[[Sequence[Any]], None] = lambda kept: None,
     ) -> tuple[Adapter, bool]:
         """A new version of `name`, or the one that already has these bytes; True if it is new.
 
         `shared` opens the name to other tenants, or closes it; None leaves it as it is, and a new name private. All
-        versions of a name run on one `base`, as long as it has any.
+        versions of a name run on one `base`, as long as it has any. `check` may refuse a new one for those that its
+        tenant has: nobody adds another before this one is there.
         """
         check_full_name(name)
         with self._change(name, create=True, expected=expected) as change:
@@ -124,21 +126,15 @@ class Registry(SnapshotReader):
             )
             created = version is None
             if version is None:
+                check(change.kept())
                 version = change.next
-                change.connection.execute(
-                    insert(versions).values(
-                        name_id=change.id,
-                        version=version,
-                        digest=digest,
-                        rank=inspection.rank,
-                        base=inspection.base,
-                        target_modules=json.dumps(inspection.target_modules),
-                        nbytes=inspection.nbytes,
-                        tensors=inspection.tensors,
-                        created=self._clock(),
-                        checks=json.dumps(checks or {}),
-                    )
-                )
+                row = {
+                    "name_id": change.id, "version": version, "digest": digest, "rank": inspection.rank,
+                    "base": inspection.base, "target_modules": json.dumps(inspection.target_modules),
+                    "nbytes": inspection.nbytes, "tensors": inspection.tensors, "created": self._clock(),
+                    "checks": json.dumps(checks or {}),
+                }  # fmt: skip
+                change.connection.execute(insert(versions).values(row))
                 change.next += 1
                 change.log("add", by, why, None, version, digest)
             if promote:
@@ -357,7 +353,7 @@ class Registry(SnapshotReader):
         """Every change of a name, oldest first, also after its last version is gone."""
         columns = [column for column in history.c if column.name not in ("id", "name_id")]
         query = select(*columns).join(names).where(names.c.name == name).order_by(history.c.id)
-        with tables.translated(), self._shared_memory, self._reading.connect() as connection:
+        with database.translated(), self._shared_memory, self._reading.connect() as connection:
             rows = [dict(row) for row in connection.execute(query).mappings()]
         if not rows:
             raise missing(name)
@@ -365,14 +361,14 @@ class Registry(SnapshotReader):
 
     def refresh(self) -> bool:
         """Read again what another process may have changed; True if it had."""
-        with self._writing, tables.translated():
+        with self._writing, database.translated():
             before = self._snapshot.generation
             self._publish(self._read())
             return self._snapshot.generation != before
 
     def stamp(self) -> tuple[Any, ...]:
         """Another one after each change that another process may have made: of names, keys or bases."""
-        with tables.translated(), self._shared_memory, self._reading.connect() as connection:
+        with database.translated(), self._shared_memory, self._reading.connect() as connection:
             return tuple(connection.execute(_STAMP).one())
 
     def swapped(self, base: str, configured: str) -> str | None:
@@ -394,19 +390,19 @@ class Registry(SnapshotReader):
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection for one query, whose errors are ours; it waits for no change that is under way."""
-        with tables.translated(), self._shared_memory, self._reading.connect() as connection:
+        with database.translated(), self._shared_memory, self._reading.connect() as connection:
             yield connection
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """One transaction on the database, whose errors are ours."""
-        with self._writing, tables.translated(), self._engine.begin() as connection:
+        with self._writing, database.translated(), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
-    def adding(self) -> Iterator[Connection]:
-        """A transaction on a table that no snapshot holds: changes in this process do not wait for its lock."""
-        with tables.translated(), self._shared_memory, self._engine.begin() as connection:
+    def adding(self, tenant: str | None = None) -> Iterator[Connection]:
+        """A transaction on a table that no snapshot holds, alone among those of its `tenant`: what it counts holds."""
+        with database.translated(), self._shared_memory, database.begun(self._engine, tenant) as connection:
             yield connection
 
     # Inside

@@ -2,6 +2,7 @@
 
     URL/<digest>/adapter_config.json, adapter_model.safetensors
     URL/files/<id>                       what batches read and wrote
+    URL/files/passing.<id>               on its way from one server to another; gone after a day
 
 A version is registered once both are there. What no version names any more stays for a day: another server may be
 about to register the same bytes again.
@@ -26,6 +27,7 @@ from serve.names import shown
 GRACE_SECONDS = 86_400.0
 # Not a digest, so no sweep of adapters touches it.
 FILES_FOLDER = "files"
+PASSING = "passing."
 
 
 class SharedStore:
@@ -68,7 +70,17 @@ class SharedStore:
                 if all(self._system.modified(file).timestamp() < before for file in files):
                     self._system.rm(place, recursive=True)
                     count += 1
-        return count
+            return count + self._sweep_passing(before)
+
+    def _sweep_passing(self, before: float) -> int:
+        """Remove what was on its way and never arrived; how much that was."""
+        folder = f"{self._root}/{FILES_FOLDER}"
+        files = self._system.ls(folder, detail=False) if self._system.exists(folder) else []
+        passing = [file for file in files if file.rpartition("/")[2].startswith(PASSING)]
+        old = [file for file in passing if self._system.modified(file).timestamp() < before]
+        for file in old:
+            self._system.rm_file(file)
+        return len(old)
 
     def put_file(self, id: str, path: Path) -> None:
         """A batch's file, whole or not at all."""

@@ -20,8 +20,11 @@ from serve.auth.auth import Auth
 from serve.errors import LoradockError, TooLarge
 
 BODY_BYTES = 1 << 20
-# They read their body piece by piece, up to a limit of their own: an upload, a batch's file, and a baseline's file.
-COUNT_THEMSELVES = re.compile(r"POST /v1/adapters|POST /v1/files|PUT /v1/adapters/.+/baseline")
+# They read their body piece by piece, up to a limit of their own: an upload, a batch's file, a baseline's file, and
+# what a worker brings.
+COUNT_THEMSELVES = re.compile(
+    r"POST /v1/adapters|POST /v1/files|PUT /v1/adapters/.+/baseline|PUT /v1/fine_tuning/work/.+/files/.+"
+)
 
 
 class Entrance:

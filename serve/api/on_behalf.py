@@ -1,30 +1,39 @@
-"""The parts of a server that work for clients by themselves: batches, moderations, guards, fine-tuning."""
+"""The parts of a server that work for clients by themselves: batches, moderations, guards, fine-tuning, loops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from serve.adapters.registry import Registry
 from serve.adapters.store import Store
 from serve.api.part_settings import upload_limits
 from serve.asgi.exchange import Exchange
+from serve.auth.audit import Audit
 from serve.auth.auth import Auth
 from serve.auth.rate_limits import Meters
 from serve.config import Config
+from serve.dataset.datasets import Datasets
+from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
-from serve.gateway.batches.batches import Batches
+from serve.gateway.batches.batches import EXPIRY, Batches
 from serve.gateway.batches.objects import Limits
 from serve.gateway.fan_out import RequestBounds
 from serve.gateway.finetuning.admission import Admission
 from serve.gateway.finetuning.finetuning import FineTuning
 from serve.gateway.finetuning.objects import Limits as JobLimits
+from serve.gateway.finetuning.objects import Where
 from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalRequests
 from serve.gateway.moderation import Moderator
 from serve.gateway.request import MEDIA_BYTES, TEXT_BYTES
 from serve.gateway.router import Router
+from serve.loop.candidates import Candidates
+from serve.loop.gathering import gathering
+from serve.loop.likelihood import LikelihoodScorer
+from serve.loop.loop_rows import LoopRows
+from serve.loop.loops import Loops
 from serve.models.checkpoint import takes_media
 from serve.rollout.golden import Golden
 from serve.rollout.lifecycle import Lifecycle
@@ -46,6 +55,8 @@ class Parts(Protocol):
     fleet: Fleet
     lifecycle: Lifecycle
     golden: Golden
+    audit: Audit
+    drift_monitor: DriftMonitor
 
     def doubted(self, error: LoradockError) -> LoradockError: ...
 
@@ -109,10 +120,47 @@ def fine_tuning(parts: Parts, router: Router, batches: Batches, me: str) -> Fine
         alone=not config.registry,
         max_rank=lambda base: upload_limits(config, base.backend).max_rank,
         is_busy=lambda: sum(base.leases - base.background for base in fleet) > config.finetune_load,
+        where=Where(config.finetune_on),
+        max_bytes=config.max_upload_bytes,
         file_seconds=config.batch_file_days * 86_400.0,
     )
     parts.monitor.watch(jobs.metrics)
     return jobs
+
+
+def loops(
+    parts: Parts,
+    jobs: FineTuning,
+    files: Batches,
+    datasets: Datasets,
+    notify: Callable[[str, Mapping[str, Any]], None],
+    me: str,
+) -> Loops:
+    """Over the parts that are there already; its jobs and their files are like those that clients make."""
+    config, registry = parts.config, parts.registry
+    rows = LoopRows(registry, me=me)
+    candidates = Candidates(rows, jobs, files, parts.auth, gathering(datasets), woken=jobs.schedule.wake)
+    made = Loops(
+        rows,
+        registry,
+        parts.lifecycle,
+        parts.golden,
+        candidates,
+        LikelihoodScorer(parts.fleet, parts.store),
+        datasets.rows,
+        parts.audit,
+        policy=lambda adapter: policy_for(config.policies, adapter).loop,
+        alone=not config.registry,
+        drifted=parts.drift_monitor.summary,
+        anew=parts.drift_monitor.begin_prompts_anew,
+        notify=notify,
+        swapped=parts.monitor.swapped,
+        labelled=parts.monitor.labelled,
+        servers=lambda: len(parts.follower.replicas()) if parts.follower else 1,
+        file_seconds=max(config.batch_file_days * 86_400.0, EXPIRY.stop),
+    )
+    parts.monitor.watch(made.metrics)
+    return made
 
 
 def _limits(config: Config) -> Limits:

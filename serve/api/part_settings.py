@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from serve.adapters.adapter import Limits
 from serve.config import Config
 from serve.drift.watched_version import DriftSettings
-from serve.engine.engine import Backend
+from serve.engine.effect_probe import Probe
+from serve.engine.engine import Backend, Engine
+from serve.engine.restarts import Patience
+from serve.engine.supervisor import Supervisor
+from serve.models.lora_modules import kept_lora_modules
+from serve.telemetry.series import AdapterLoads
 from serve.telemetry.tracing import Tracing, open_tracing
 
 
@@ -34,6 +42,20 @@ def upload_limits(config: Config, backend: Backend) -> Limits:
         allowed_licenses=frozenset(license.lower() for license in config.allowed_licenses) or None,
         allowed_digests=frozenset(config.allowed_digests) or None,
     )
+
+
+def supervisors(config: Config, backends: Sequence[Backend], loads: AdapterLoads) -> list[Supervisor]:
+    """One for each engine."""
+    patience = Patience(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Patience)})
+
+    def probe(engine: Engine) -> Probe | None:
+        if not config.probe:
+            return None
+        return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
+
+    known = partial(kept_lora_modules, cache=config.cache_dir / "modules")
+    more: dict[str, Any] = {"tolerance": config.swap_tolerance, "on_load": loads.observe, "modules_of": known}
+    return [Supervisor(backend, probe, patience, **more) for backend in backends]
 
 
 def tracing(config: Config, instance: str, label: Callable[[str, str], tuple[str, str]]) -> Tracing | None:

@@ -47,8 +47,7 @@ class FolderResolver:
         state = await asyncio.to_thread(_state, self._root / name)
         if state is None:
             return False
-        if not self._parts.ready.is_set():
-            raise self._parts.fleet.first.unavailable()
+        self._parts.check_started()
         was, error = self._refused.get(name, (None, None))
         if error and was == state:
             raise copy(error)  # one that is raised keeps the frames of the request that met it

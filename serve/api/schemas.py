@@ -70,6 +70,12 @@ class Promote(Struct, frozen=True, forbid_unknown_fields=True):
     why: str = ""
 
 
+class LoopAnswer(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a person's no."""
+
+    why: str = ""
+
+
 class Rating(Struct, frozen=True, forbid_unknown_fields=True):
     """The body of feedback: a rating from 0 to 1, or the correct answer."""
 
@@ -97,6 +103,28 @@ class GoldenRun(Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a golden run; without a version, whichever is live."""
 
     version: Number | None = None
+
+
+class DataBuild(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a build of training data; times are in seconds since 1970."""
+
+    since: Annotated[float, Meta(ge=0)] = 0.0
+    until: Annotated[float, Meta(ge=0)] | None = None
+    held_out: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
+    seed: Annotated[int, Meta(ge=0, lt=1 << 53)] = 0
+    unrated: bool = False
+    bases: bool = False
+    max_examples: Annotated[int, Meta(ge=1, le=100_000)] = 10_000
+    balance: Annotated[float, Meta(ge=1, le=1_000_000)] = 3.0
+
+
+class Replay(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a replay: how many captured requests, how long an answer may be, and whose answers are compared."""
+
+    requests: Annotated[int, Meta(ge=1, le=1000)] = 50
+    max_tokens: Annotated[int, Meta(ge=1, le=4096)] = 256
+    against: Literal["kept", "live"] = "kept"
+    examples: Annotated[int, Meta(ge=0, le=100)] = 10
 
 
 class ExpiresAfter(Struct, frozen=True, forbid_unknown_fields=True):
@@ -160,6 +188,70 @@ class NewFineTuningJob(Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
     metadata: dict[str, str] | None = None
     integrations: Annotated[list[Any], Meta(max_length=0)] | None = None
+
+
+MachineName = Annotated[str, Meta(max_length=31)]
+JobIds = Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=100)]
+_Count = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
+_Step = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+
+
+class WorkAsked(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a worker has: base models by the digests of their bytes, and jobs that it began."""
+
+    worker: MachineName
+    bases: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=100)]
+    kept: JobIds = []
+    besides: JobIds = []  # that it cannot train now
+
+
+class AtWork(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which worker it is."""
+
+    worker: MachineName
+
+
+class StepLine(Struct, frozen=True):
+    """What a step measured; more than this is passed over."""
+
+    step: _Step
+    steps: _Step
+    train_loss: float | None = None
+    train_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
+    tokens: _Count = 0
+    seconds_left: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+
+
+class WorkProgress(Struct, frozen=True, forbid_unknown_fields=True):
+    """Steps since the last time, the seconds that they ran, and hyperparameters as numbers."""
+
+    worker: MachineName
+    lines: Annotated[list[StepLine], Meta(max_length=1000)] = []
+    seconds: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
+    n_epochs: _Count | None = None
+    batch_size: _Count | None = None
+    rank: _Count | None = None
+    learning_rate: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+
+
+class WorkNote(Struct, frozen=True, forbid_unknown_fields=True):
+    """Something that happened to a job's training."""
+
+    worker: MachineName
+    message: Annotated[str, Meta(max_length=1000)]
+    level: Literal["info", "warn", "error"] = "info"
+
+
+class WorkFailed(Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a job cannot come to a good end."""
+
+    worker: MachineName
+    code: Annotated[str, Meta(max_length=64)]
+    message: Annotated[str, Meta(max_length=1000)]
+    param: Annotated[str, Meta(max_length=64)] | None = None
+    also: Annotated[list[Annotated[str, Meta(max_length=1000)]], Meta(max_length=20)] = []
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):

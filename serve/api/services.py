@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
 from typing import Any
 
 from serve import __version__
@@ -16,10 +14,11 @@ from serve.adapters.registry import Registry
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
 from serve.api.background_tasks import BackgroundTasks
-from serve.api.on_behalf import fine_tuning, on_behalf
-from serve.api.part_settings import drift_settings, tracing, upload_limits
+from serve.api.captures import Captures
+from serve.api.on_behalf import fine_tuning, loops, on_behalf
+from serve.api.part_settings import drift_settings, supervisors, tracing, upload_limits
 from serve.asgi.exchange import Exchange
-from serve.asgi.exchange_worker import ExchangeWorker
+from serve.asgi.exchange_worker import DroppedExchanges, ExchangeWorker
 from serve.asgi.inbox import Inbox
 from serve.auth.audit import Audit
 from serve.auth.auth import Auth, Caller
@@ -32,10 +31,8 @@ from serve.drift.logprob_sampling import LogprobSampling
 from serve.drift.monitor import DriftMonitor
 from serve.drift.prober import Prober
 from serve.drift.watched_bases import WatchedBases
-from serve.engine.effect_probe import Probe
-from serve.engine.engine import Backend, Engine
+from serve.engine.engine import Backend
 from serve.engine.fleet import Fleet
-from serve.engine.restarts import Patience
 from serve.engine.supervisor import Supervisor
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
 from serve.gateway.fan_out import RequestBounds
@@ -44,7 +41,6 @@ from serve.gateway.router import Router
 from serve.models.checkpoint import takes_media
 from serve.models.hardware import node
 from serve.models.language import language_of
-from serve.models.lora_modules import kept_lora_modules
 from serve.rollout.alertmanager import Alerts
 from serve.rollout.canary import CanaryVerdict
 from serve.rollout.canary_monitor import CanaryMonitor
@@ -59,8 +55,6 @@ from serve.rollout.shadow import ShadowExchange, Shadows
 from serve.rollout.shadow_agreement import ShadowAgreement
 from serve.rollout.swap_follower import SwapFollower
 from serve.rollout.webhook import Webhooks
-from serve.telemetry.capture import QUEUE_SIZE as CAPTURE_QUEUE_SIZE
-from serve.telemetry.capture import Capture
 from serve.telemetry.feedback import Feedback
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.observers import ExchangeObservers
@@ -104,7 +98,7 @@ class Services:
 
         # What answers
         loads, popularity = AdapterLoads(), Popularity()
-        self.fleet = Fleet(_supervisors(config, backends, loads), self.registry.base)
+        self.fleet = Fleet(supervisors(config, backends, loads), self.registry.base)
         self.lifecycle = Lifecycle(
             self.fleet, self.registry, self.store, lambda base: upload_limits(config, base.backend), popularity
         )
@@ -163,9 +157,8 @@ class Services:
             scored=self.tracing.scored if self.tracing else None,
             notify=self._notify,
         )
-        self.canary_monitor = _canary_monitor(
-            config, self.registry, self.golden.verdicts.alpha, self._verdicts.put, self.monitor.label
-        )
+        of = (self._canary_alpha, self._is_candidate, self._verdicts.put, self.monitor.label)
+        self.canary_monitor = _canary_monitor(config, self.registry, *of)
         self.rollout_controller = RolloutController(
             rollback,
             self.lifecycle,
@@ -175,6 +168,7 @@ class Services:
             config.policies,
             self.monitor.swapped,
             self._notify,
+            heard=lambda verdict: self.loops.heard(verdict),
         )
         alarmed = self.rollout_controller.alarmed
         self.drift_monitor = DriftMonitor(
@@ -201,14 +195,9 @@ class Services:
         self.prober = Prober(
             self.fleet, self.registry, self.store, self.drift_monitor, alarmed, interval=config.drift_probe_interval
         )
-        capture = Capture(
-            config.data_dir / "captured",
-            lambda adapter: _base_of(self.fleet, adapter).model,
-            enabled=config.capture_text,
-            redact=config.capture_redact,
-            hours=config.capture_hours,
+        self.captures = Captures(
+            config, self.fleet, self.registry, self.golden, lambda adapter: _base_of(self.fleet, adapter).model
         )
-        self._capture_worker = ExchangeWorker([capture], name="capture", queue_size=CAPTURE_QUEUE_SIZE)
         self.baseline_build = BaselineBuild(self.fleet, self.store)
         self.shadow_agreement = ShadowAgreement(self.monitor.label)
         for collector in (
@@ -222,15 +211,21 @@ class Services:
             self._webhooks,
             self._data_quality,
             EngineBusy(self.fleet),
+            DroppedExchanges(capture=self.captures.worker, data_quality=self.quality_worker),
             *([self.tracing] if self.tracing else []),
         ):
             self.monitor.watch(collector)
 
         # What clients ask
-        captured = [self._capture_worker.offer] if config.capture_text else []
-        looks = [self.monitor.take, self._count_usage, self.feedback.remember, self.exchange_worker.offer]
+        looks: list[Callable[[Exchange], None]] = [
+            self.monitor.take,
+            self._count_usage,
+            self.feedback.remember,
+            self.exchange_worker.offer,
+        ]
         looks += [self.quality_worker.offer] if config.data_quality else []
-        looks += [*captured, self.recent.take, *([self.tracing.take] if self.tracing else [])]
+        looks += self.captures.takes
+        looks += [self.recent.take, *([self.tracing.take] if self.tracing else [])]
         exchanges = ExchangeObservers([*looks, *observers], self.monitor.tap_took)
         self.meters = Meters()
         self._shadows = Shadows(
@@ -245,6 +240,7 @@ class Services:
         )
         self.batches, self.moderator, self._guards = on_behalf(self, self._router, self._count_usage, me.id)
         self.fine_tuning = fine_tuning(self, self._router, self.batches, me.id)
+        self.loops = loops(self, self.fine_tuning, self.batches, self.captures.datasets, self._notify, me.id)
         self.inference = Inference(
             self.auth,
             self._router,
@@ -276,15 +272,14 @@ class Services:
             closing.push_async_callback(self.lifecycle.settle)
             closing.push_async_callback(self._prefetcher.save)
             closing.push_async_callback(self._shadows.close)
-            closing.push_async_callback(asyncio.to_thread, self._capture_worker.stop)
+            closing.push_async_callback(asyncio.to_thread, self.captures.stop)
             closing.push_async_callback(self.rollout_controller.close)
             closing.push_async_callback(asyncio.to_thread, self.exchange_worker.stop)
             if self.follower:
                 closing.push_async_callback(self.follower.close)
             if self._guards:
                 closing.push_async_callback(self._guards.close)
-            # It deletes old files also where nothing is captured any more.
-            await asyncio.to_thread(self._capture_worker.start)
+            await asyncio.to_thread(self.captures.start)
             if self.tracing:
                 closing.push_async_callback(asyncio.to_thread, self.tracing.stop)
                 self.tracing.start()
@@ -332,6 +327,8 @@ class Services:
         self.background.start("golden", self.golden.runs.run)
         self.background.start("batches", self.batches.schedule.run)
         self.background.start("fine_tuning", self.fine_tuning.schedule.run)
+        if self.config.loop:
+            self.background.start("loops", self.loops.schedule.run)
         if self.config.drift:
             self.background.start("watched_bases", self._watched_bases.run)
 
@@ -347,6 +344,13 @@ class Services:
             problems["base_swap"] = self._swap_follower.problem
         return problems
 
+    def check_started(self) -> None:
+        """EngineUnavailable while the server starts, and as long as /ready says so."""
+        if not self.ready.is_set():
+            for base in self.fleet:
+                if not base.is_ready:
+                    raise base.unavailable()
+
     def live_version(self, full: str) -> int | None:
         """The number of the version of this adapter that is live, if there is such an adapter and version."""
         return _live_version(self.registry, full)
@@ -360,6 +364,13 @@ class Services:
             return False
         sampled = self._logprob_sampling.sampled(gathering=self.drift_monitor.lacks_logprobs(adapter))
         return sampled or self.canary_monitor.wants_logprobs(adapter)
+
+    def _canary_alpha(self, adapter: str) -> float:
+        """Probability of a false verdict on a canary: its policy's or, of a loop's canary, what its try may spend."""
+        return min(self.golden.verdicts.alpha(adapter), self.loops.alpha(adapter))
+
+    def _is_candidate(self, adapter: str, version: int) -> bool:
+        return self.loops.is_candidate(adapter, version)
 
     def _exists(self, name: str) -> bool:
         """It is an adapter's full name, or a base's."""
@@ -395,23 +406,11 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _supervisors(config: Config, backends: Sequence[Backend], loads: AdapterLoads) -> list[Supervisor]:
-    patience = Patience(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Patience)})
-
-    def probe(engine: Engine) -> Probe | None:
-        if not config.probe:
-            return None
-        return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
-
-    known = partial(kept_lora_modules, cache=config.cache_dir / "modules")
-    more: dict[str, Any] = {"tolerance": config.swap_tolerance, "on_load": loads.observe, "modules_of": known}
-    return [Supervisor(backend, probe, patience, **more) for backend in backends]
-
-
 def _canary_monitor(
     config: Config,
     registry: Registry,
     alpha: Callable[[str], float],
+    differs: Callable[[str, int], bool],
     on_verdict: Callable[[CanaryVerdict], None],
     label: Callable[[str, str], tuple[str, str]],
 ) -> CanaryMonitor:
@@ -420,6 +419,7 @@ def _canary_monitor(
         share=lambda adapter: registry.canary(adapter) if adapter in registry else None,
         live=lambda adapter: _live_version(registry, adapter),
         alpha=alpha,
+        differs=differs,
         on_verdict=on_verdict,
         label=label,
     )

@@ -2,10 +2,11 @@
 
 inference        asks, and lists the models that its tenant may ask
 adapters:write   pushes, promotes, rolls back and deletes its tenant's adapters
+finetune:work    trains jobs of every tenant on another machine: it reads their examples, and brings adapters
 metrics          reads /metrics and what is below it, for Prometheus. They name every tenant's adapters
 admin            an operator: everything, in every tenant
 
-Only keys of tenant `default` hold the last two.
+Only keys of tenant `default` hold the last three.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from serve.names import DEFAULT
 class Scope(StrEnum):
     INFERENCE = "inference"
     ADAPTERS = "adapters:write"
+    WORK = "finetune:work"
     METRICS = "metrics"
     ADMIN = "admin"
 
@@ -44,6 +46,8 @@ class Caller:
 
 
 ANYBODY = Caller("anonymous", frozenset(Scope))
+# No key has an id that begins so.
+_STANDING = "loop:"
 
 
 class Auth:
@@ -85,8 +89,14 @@ class Auth:
             return ANYBODY
         return allowed(self.known(headers), scope)
 
+    def standing(self, tenant: str) -> Caller:
+        """Who acts for a tenant by itself, as the operator's policy says: with no key, so that no client can be it."""
+        return Caller("loop", frozenset({Scope.INFERENCE, Scope.ADAPTERS}), tenant, key=f"{_STANDING}{tenant}")
+
     def holder(self, key: str) -> Caller:
         """The caller with the key of this id ("" on a server without keys); Unauthorized once it is not taken."""
+        if key.startswith(_STANDING):
+            return self.standing(key.removeprefix(_STANDING))
         if self.open and not key:
             return ANYBODY
         caller = self._configured.get(key) or self._holder(key)

@@ -131,9 +131,9 @@ def _made(tenant: str, name: str, scopes: Iterable[str], limits: Limits, now: fl
         raise BadRequest(f"scopes takes {', '.join(Scope)}: {unknown}", param="scopes") from unknown
     if not held:
         raise BadRequest(f"a key needs a scope: {', '.join(Scope)}", param="scopes")
-    if tenant != DEFAULT and (operators := held & {Scope.ADMIN, Scope.METRICS}):
+    if tenant != DEFAULT and (operators := held & {Scope.ADMIN, Scope.METRICS, Scope.WORK}):
         raise BadRequest(
-            f"{sorted(operators)[0]} is for operators, whose tenant is {DEFAULT}: it shows every tenant's adapters; "
+            f"{sorted(operators)[0]} is for operators, whose tenant is {DEFAULT}: it shows what every tenant has; "
             f"give it {Scope.INFERENCE} or {Scope.ADAPTERS}",
             param="scopes",
         )

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from serve.cli import adapter_pages
 from serve.cli.adapter_pages import live_version, numbered
+from serve.cli.baseline import PATIENCE
+from serve.cli.replay_page import replayed
 from serve.cli.terminal import URL, Json, Key, Url, connected, example, say
 from serve.errors import ConfigError, LoradockError
 
@@ -346,6 +348,28 @@ def rm(
         name, at, version = target.partition("@")
         answer = client.remove(name, _version(version) if at else None, force, why=why)
     say(answer, as_json, lambda body: adapter_pages.removed(body, target))
+
+
+@adapters_app.command(
+    epilog=example("loradock adapters replay support@v4", "loradock adapters replay support@v4 --against live --json")
+)
+def replay(
+    target: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The version that is to answer, as tone@v4.")],
+    requests: Annotated[int, typer.Option("--requests", min=1, max=1000, help="So many captured requests.")] = 50,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=4096, help="Longest answer.")] = 256,
+    against: Annotated[
+        Literal["kept", "live"], typer.Option("--against", help="The kept answers, or the live version's.")
+    ] = "kept",
+    examples: Annotated[int, typer.Option("--examples", min=0, max=100, help="So many, side by side.")] = 3,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Have a version answer what was asked before, in the gaps of traffic, and compare what it says."""
+    with connected("adapters", url, key, timeout=PATIENCE) as client:
+        name, _, version = target.partition("@")
+        answer = client.replay(name, _version(version), requests, max_tokens, against, examples)
+    say(answer, as_json, replayed)
 
 
 @contextmanager

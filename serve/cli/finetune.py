@@ -140,6 +140,48 @@ def resume(id: Id, url: Url = URL, key: Key = None, as_json: Json = False) -> No
     _changed(id, "resume", url, key, as_json)
 
 
+@finetune_app.command(
+    epilog=example(
+        "loradock keys create box-1 --scope finetune:work --json | jq -r .secret > key",
+        "LORADOCK_KEY=$(cat key) loradock finetune worker --url https://llm.example.org --base /models/llama",
+    )
+)
+def worker(
+    base: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--base", help="A base that this machine has: a directory, or smollm2 (the default); again for more."
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", help="Where jobs lie until they are over (default: worker, in loradock's cache)."),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="End when there is no job.")] = False,
+    url: Annotated[str, typer.Option("--url", "--server", envvar="LORADOCK_URL", help="The server.")] = URL,
+    key: Annotated[
+        str | None, typer.Option("--key", envvar="LORADOCK_KEY", help="An API key with the scope finetune:work.")
+    ] = None,
+) -> None:
+    """Train a server's jobs on this machine, until SIGTERM or Ctrl+C."""
+    import signal
+
+    from serve.client.fine_tuning_work_client import WorkClient
+    from serve.config import Config
+    from serve.server.finetune_worker import Bases, Worker, named
+    from serve.server.launch import own
+    from serve.server.logs import log_to_stderr
+
+    log_to_stderr("info")
+    cache = Config().cache_dir
+    place = folder or cache / "worker"
+    with told("finetune"), own(place), WorkClient(url, key, named(place)) as client:
+        working = Worker(client, place, Bases.of(base or ["smollm2"], cache))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: working.stop())
+        working.run(once=once)
+
+
 def _changed(id: str, verb: str, url: str, key: str | None, as_json: bool) -> None:
     with _connected(url, key) as client:
         answer = client.change(id, verb)

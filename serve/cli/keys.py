@@ -40,7 +40,8 @@ def create(
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            "--scope", help="inference, adapters:write, metrics or admin; again for more (default: inference)."
+            "--scope",
+            help="inference, adapters:write, finetune:work, metrics or admin; again for more (default: inference).",
         ),
     ] = None,
     requests_per_minute: Annotated[int | None, _limit("--requests-per-minute", "Requests in a minute")] = None,

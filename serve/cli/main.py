@@ -13,11 +13,13 @@ from serve.cli import installation, operate
 from serve.cli.adapters import adapters_app
 from serve.cli.baseline import baseline_app
 from serve.cli.bench import bench_app
+from serve.cli.data import data_app
 from serve.cli.drift import drift_app
 from serve.cli.engines import engines_app
 from serve.cli.finetune import finetune_app
 from serve.cli.golden import golden_app
 from serve.cli.keys import keys_app
+from serve.cli.loop import loop_app
 from serve.cli.monitoring import monitoring_app
 from serve.cli.terminal import example, say_error
 from serve.cli.usage import usage
@@ -38,11 +40,13 @@ app = typer.Typer(
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(baseline_app, name="baseline")
 app.add_typer(bench_app, name="bench")
+app.add_typer(data_app, name="data")
 app.add_typer(drift_app, name="drift")
 app.add_typer(engines_app, name="engines")
 app.add_typer(finetune_app, name="finetune")
 app.add_typer(golden_app, name="golden")
 app.add_typer(keys_app, name="keys")
+app.add_typer(loop_app, name="loop")
 app.add_typer(monitoring_app, name="monitoring")
 
 operate.register(app)

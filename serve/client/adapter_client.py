@@ -165,6 +165,13 @@ class AdapterClient(ApiClient):
         body = {"prompts": prompts, "max_tokens": max_tokens} | ({} if version is None else {"version": version})
         return self._call("POST", f"{_path(name)}/baseline", json=body)
 
+    def replay(
+        self, name: str, version: int, requests: int, max_tokens: int, against: str, examples: int
+    ) -> dict[str, Any]:
+        """Have a version answer captured requests, and compare what it says."""
+        body = {"requests": requests, "max_tokens": max_tokens, "against": against, "examples": examples}
+        return self._call("POST", f"{_path(name)}/versions/{version}/replay", json=body)
+
     def save_baseline(self, name: str, version: int | None = None) -> bytes:
         """A version's baseline, as it is shipped."""
         return self._bytes(f"{_path(name)}/baseline", _numbered(version))

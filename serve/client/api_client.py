@@ -176,8 +176,8 @@ def _error(response: httpx.Response, body: dict[str, Any] | None, url: str) -> L
     status = response.status_code
     error = body.get("error") if body is not None else None
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        if status == EngineUnavailable.status:
-            return EngineUnavailable(f"{url} answered 503: the server is not ready")
+        if status in (502, EngineUnavailable.status, 504):  # a proxy's, while the server starts again
+            return EngineUnavailable(f"{url} answered {status}: the server is not ready")
         begin = response.text[:200].strip()
         return Refused(f"{url} answered {status} in a form that is not loradock's; is it a loradock server? {begin}")
     message, code = error["message"], error.get("code")

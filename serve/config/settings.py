@@ -136,10 +136,14 @@ class Config:
     finetune_open: WholeFromZero = _setting(
         4, "fine-tuning jobs of a tenant that are not at their end (0: none, this server trains nothing)"
     )
+    finetune_on: Literal["here", "workers", "any"] = _setting(
+        "here", "which machines train fine-tuning jobs: here, workers (`loradock finetune worker`), or any of both"
+    )
     finetune_hours: FromZero = _setting(24.0, "hours that a fine-tuning job may train")
     finetune_load: WholeFromZero = _setting(
         8, "requests of clients, running and waiting, above which the training of a fine-tuning job is suspended"
     )
+    loop: bool = _setting(True, "whether this server drives adapters' loops, where a policy has one (docs/loop.md)")
     moderation_model: str = _setting(
         "", "the model or adapter that answers /v1/moderations, unless a request names one"
     )
@@ -176,7 +180,9 @@ class Config:
     webhook_secret: str = _setting("", "what webhooks are signed with: 16 characters or more, or whsec_BASE64")
     webhook_secret_file: str = _setting("", "a file that holds webhook_secret")
     webhook_private: bool = _setting(False, "whether webhooks may lead to private addresses")
-    policies: tuple[Policy, ...] = _setting(DEFAULT_POLICIES, "what to do about canaries, by adapter (docs/drift.md)")
+    policies: tuple[Policy, ...] = _setting(
+        DEFAULT_POLICIES, "what to do about canaries, by adapter (docs/drift.md), and its loop (docs/loop.md)"
+    )
     data_quality: bool = _setting(True, "whether languages, empty prompts and refusals are counted by adapter")
     personal_data: Texts = _setting(
         PERSONAL_DATA, "personal data counted in requests: email, phone, iban, credit_card (none: empty)"

@@ -61,6 +61,9 @@ class DataQuality(Collector):
     def start(self) -> None:
         """Nothing is kept from one start to the next."""
 
+    def looked(self) -> None:
+        """Every request has been counted."""
+
     def save(self) -> None:
         """Counters are Prometheus's to keep. What is gone gives its place back."""
         with self._lock:

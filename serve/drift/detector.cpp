@@ -204,6 +204,7 @@ static void point(Detector& d) {
         if (d.margin) d.allowed[i] = allowed;
     }
     project(d.bag, d.size, columns, stride, d.towards, d.along);
+    d.placed = 0;
     if (!d.silent) return;
     for (int i = 0; i < DIRECTIONS; ++i) {
         double *pull = d.pull + i * stride, faded = d.faded[i];
@@ -360,6 +361,7 @@ static void turn_means(MeanRows& m) {
         dots(m.whiten + k * width, m.towards, width, along);
         for (int i = 0; i < MANY; ++i) m.onto[i * width + k] = along[i];
     }
+    m.placed = 0;
 }
 
 // Rank a mean row, bet on it, and have it wait to teach.
@@ -399,22 +401,130 @@ static double mean_evidence(const MeanRows& m) {
     return total / (MANY * MANY_BETS);
 }
 
+// How many of the reference's mean rows lie below a row along the directions, and how many not above it, as if there
+// were `size` of them (MeanRows.reference_places).
+static void places_of_mean(MeanRows& m, const float* row, int64_t size, int64_t* less, int64_t* upto) {
+    if (!m.placed) {
+        for (int64_t j = 0; j < m.known; ++j) {
+            float along[MANY];
+            dots(m.reference + j * m.width, m.towards, m.width, along);
+            const double leverage = m.known_leverage[j];
+            for (int i = 0; i < MANY; ++i) {
+                m.reference_along[i * m.known + j] =
+                    static_cast<float>((along[i] + m.mean_part[i] * leverage) / (1 - leverage));
+            }
+        }
+        m.placed = 1;
+    }
+    std::vector<float> centred(m.width);
+    for (int64_t c = 0; c < m.width; ++c) centred[c] = row[c] - m.centre[c];
+    float own[MANY];
+    dots(centred.data(), m.onto, m.width, own);
+    const double scale = static_cast<double>(size) / static_cast<double>(m.known);
+    for (int i = 0; i < MANY; ++i) {
+        int64_t below, within;
+        count(m.reference_along + i * m.known, m.known, own[i] - SAME, own[i] + SAME, below, within);
+        less[i] = static_cast<int64_t>(static_cast<double>(below) * scale);
+        upto[i] = static_cast<int64_t>(std::ceil(static_cast<double>(within) * scale));
+    }
+}
+
+// Of every stream, how many of the reference alone lie below a row, and how many not above it (Drift._places).
+static void places(Detector& d, const float* row, const float* mean_row, int64_t* less, int64_t* upto) {
+    const int64_t k = d.scores, n = d.known, columns = k + d.silent;
+    for (int64_t i = 0; i < k; ++i) {
+        const float *known = d.reference + i * n, *end = known + n, *place = std::lower_bound(known, end, row[i]);
+        less[i] = place - known;
+        upto[i] = std::upper_bound(place, end, row[i]) - known;
+    }
+    less += k;
+    upto += k;
+    if (d.directions) {
+        const int64_t rows = d.rows_known;
+        if (!d.placed) project(d.rows, rows, columns, rows, d.towards, d.reference_along);
+        d.placed = 1;
+        for (int i = 0; i < DIRECTIONS; ++i) {
+            const float own = dot(d.towards + i * columns, row, columns);
+            count(d.reference_along + i * rows, rows, own - SAME, own + SAME, less[i], upto[i]);
+        }
+        less += DIRECTIONS;
+        upto += DIRECTIONS;
+    }
+    if (d.means && mean_row) return places_of_mean(*d.means, mean_row, n, less, upto);
+    std::fill(less, less + MANY, 0);
+    std::fill(upto, upto + MANY, n);
+}
+
+// ln of the sum of exp over what a bet takes for as likely, of `inside` and `outside` requests.
+static double log_sum(const double* in, const double* out, double inside, double outside) {
+    double logs[CHANCES], most = -HUGE_VAL, total = 0;
+    for (int c = 0; c < CHANCES; ++c) {
+        logs[c] = inside * in[c] + outside * out[c];
+        most = std::max(most, logs[c]);
+    }
+    for (int c = 0; c < CHANCES; ++c) {
+        if (logs[c] > most - 40) total += std::exp(logs[c] - most);  // less is a rounding
+    }
+    return most + std::log(total);
+}
+
+// What all bets have won (EffectSize._logs), by what they weigh.
+static double won(const Effect& effect) {
+    double total = 0;
+    for (int64_t at = 0; at < effect.streams * ENDS; ++at) {
+        const double* weights = effect.weights + at * SHARES;
+        if (std::all_of(weights, weights + SHARES, [](double weight) { return weight == 0; })) continue;
+        const int64_t end = at % ENDS;
+        const double inside = effect.counts[at], outside = *effect.total - inside;
+        const double null = log_sum(effect.usual + end * CHANCES, effect.usual_not + end * CHANCES, inside, outside);
+        for (int s = 0; s < SHARES; ++s) {
+            const int64_t first = (end * SHARES + s) * CHANCES;
+            const double more = log_sum(effect.larger + first, effect.larger_not + first, inside, outside);
+            total += weights[s] * std::exp(std::min(more - null, effect.most));
+        }
+    }
+    return total;
+}
+
+// One request more (EffectSize.observe).
+static void size_effect(Effect& effect, const int64_t* less, const int64_t* upto) {
+    for (int64_t i = 0; i < effect.streams; ++i) {
+        double *counts = effect.counts + i * ENDS, *hits = effect.hits + i * ENDS;
+        for (int end = 0; end < ENDS; ++end) {
+            const int64_t in_end = effect.in_end[end % WIDTHS];
+            const double inside = end < WIDTHS ? less[i] >= effect.size - in_end : upto[i] <= in_end;
+            counts[end] += inside;
+            hits[end] = hits[end] * effect.fade + inside;
+        }
+    }
+    *effect.total += 1;
+    *effect.seen = *effect.seen * effect.fade + 1;
+    const int64_t total = static_cast<int64_t>(*effect.total);
+    if (total > effect.first && total % effect.every) return;
+    effect.beyond = effect.betting ? won(effect) >= effect.enough : 0;
+}
+
 }  // namespace drift
 
 using namespace drift;
 
-// Take rows, (count, columns), until the evidence reaches `stop`: how many were taken. evidence: (count) after each.
+// Take rows, (count, columns), until there is evidence for the first time, to be sized or of a drift: how many were
+// taken. evidence: (count) after each.
 extern "C" int64_t loradock_drift_steps(
-    Detector* detector, const float* rows, const float* mean_rows, int64_t mean_stride, int64_t count, double stop,
-    double* evidence) {
+    Detector* detector, const float* rows, const float* mean_rows, int64_t mean_stride, int64_t count, double* evidence) {
     Detector& d = *detector;
     const int64_t k = d.scores, columns = k + d.silent;
     const int64_t bets = k * (HISTOGRAMS + FIXED) + (d.directions ? DIRECTIONS * FIXED : 0);
     Ranks ranks{std::vector<double>(k), std::vector<double>(k), std::vector<double>(k), std::vector<double>(k),
                 std::vector<int64_t>(k)};
     std::vector<double> multiples(bets);
+    std::vector<int64_t> less(d.effect->streams), upto(d.effect->streams);
     for (int64_t i = 0; i < count; ++i) {
-        const float* row = rows + i * columns;
+        const float *row = rows + i * columns, *mean_row = d.means ? mean_rows + i * mean_stride : nullptr;
+        if (d.sized) {  // before anything learns from it
+            places(d, row, mean_row, less.data(), upto.data());
+            size_effect(*d.effect, less.data(), upto.data());
+        }
         ++d.updates;
         rank_scores(d, row, ranks);
         double ties[DIRECTIONS];
@@ -434,13 +544,27 @@ extern "C" int64_t loradock_drift_steps(
         const double multiple = place_bets(d, multiples.data(), bets);
         if (d.directions) teach(d, row, ranks, multiple, place);
         if (d.means) {
-            observe_mean(*d.means, mean_rows + i * mean_stride, d.updates);
+            observe_mean(*d.means, mean_row, d.updates);
             d.means_evidence = mean_evidence(*d.means);
         }
         evidence[i] = d.means_off ? d.evidence : (d.evidence + d.means_evidence) / 2;
-        if (evidence[i] >= stop) return i + 1;
+        if (d.drifted) continue;
+        const bool sized = d.sized;
+        d.sized = evidence[i] >= d.sized_from;
+        if (evidence[i] >= d.threshold || (d.sized && !sized)) return i + 1;
     }
     return count;
+}
+
+// Drift._places of some rows: less, upto (count, streams). known: (count) whether a row has a mean row.
+extern "C" void loradock_drift_places(
+    Detector* detector, const float* rows, const float* mean_rows, int64_t mean_stride, const uint8_t* known,
+    int64_t count, int64_t* less, int64_t* upto) {
+    const int64_t columns = detector->scores + detector->silent, streams = detector->effect->streams;
+    for (int64_t i = 0; i < count; ++i) {
+        const float* mean_row = detector->means && known[i] ? mean_rows + i * mean_stride : nullptr;
+        places(*detector, rows + i * columns, mean_row, less + i * streams, upto + i * streams);
+    }
 }
 
 // Move the gauges of rank shifts by some rows of scores, one after another (Drift._gauge). reference: (scores, size).
@@ -457,5 +581,14 @@ extern "C" void loradock_drift_gauge(
             moved += static_cast<double>((less - known) + (upto - known)) / static_cast<double>(2 * size) - 0.5;
         }
         shift[c] = moved;
+    }
+}
+
+// Add rows (count, columns), less their centre, to sums of those before, which fade with each (recent_rows.fade_in).
+extern "C" void loradock_drift_fade_in(
+    double* sums, const float* rows, int64_t stride, int64_t count, int64_t columns, const float* centre, double fade) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float* row = rows + i * stride;
+        for (int64_t c = 0; c < columns; ++c) sums[c] = sums[c] * fade + static_cast<double>(row[c] - centre[c]);
     }
 }

@@ -10,6 +10,10 @@ constexpr int CELLS = 1024;    // bets.CELLS
 constexpr int DIRECTIONS = 4;  // directions.HALF_LIVES
 constexpr int MANY = 2;        // mean_rows.HALF_LIVES
 constexpr int MANY_BETS = 5;   // mean_rows' bets along each
+constexpr int WIDTHS = 3;      // effect_size.WIDTHS
+constexpr int ENDS = 6;        // effect_size.ENDS
+constexpr int SHARES = 4;      // effect_size.SHARES
+constexpr int CHANCES = 31;    // effect_size.CHANCES
 
 // numpy's bitgen_t (numpy/random/bitgen.h).
 struct BitGenerator {
@@ -40,6 +44,20 @@ struct MeanRows {
     int64_t ages;
     const double* faded;  // (MANY, ages): what a row weighs that is as old
     BitGenerator* lots;
+    float* reference_along;  // (MANY, known), while that is `placed`
+    int64_t placed;
+};
+
+// serve/drift/effect_size.py.
+struct Effect {
+    int64_t streams, size;
+    const int64_t* in_end;                         // (WIDTHS)
+    const double *usual, *usual_not;               // (ENDS, CHANCES): ln of a chance, and of its opposite
+    const double *larger, *larger_not;             // (ENDS, SHARES, CHANCES)
+    const double* weights;                         // (streams, ENDS, SHARES)
+    double *counts, *hits, *total, *seen;          // (streams, ENDS) twice, (1) twice
+    double fade, most, enough;
+    int64_t first, every, betting, beyond;
 };
 
 struct Detector {
@@ -68,6 +86,17 @@ struct Detector {
     MeanRows* means;
     double means_evidence;
     int64_t means_off;
+    // The reference alone: its scores, sorted (scores, known). Its rows by columns (scores + silent, rows_known), and
+    // where they lie along the directions (DIRECTIONS, rows_known), while that is `placed`.
+    const float* reference;
+    int64_t known;
+    const float* rows;
+    float* reference_along;
+    int64_t rows_known, placed;
+    // While it is sized, each request is shown to the effect. It is from an evidence of `sized_from` on, until `drifted`.
+    Effect* effect;
+    int64_t sized, drifted;
+    double sized_from, threshold;
 };
 
 }  // namespace drift

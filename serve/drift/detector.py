@@ -43,9 +43,9 @@ from serve.drift.effect_size import EFFECT_HALF_LIFE, EffectSize
 from serve.drift.mean_rows import HALF_LIVES as MEAN_HALF_LIVES
 from serve.drift.mean_rows import MeanRows, Phase
 from serve.drift.native import at, native
-from serve.drift.native_steps import NativeSteps
+from serve.drift.native_steps import NativeSteps, Stage
 from serve.drift.random_state import rng_from, rng_state
-from serve.drift.recent_rows import all_finite
+from serve.drift.recent_rows import RecentRows, all_finite
 from serve.drift.score_bags import ScoreBags
 from serve.drift.state_arrays import below, own, prefixed
 from serve.drift.tolerance import less_error
@@ -119,7 +119,7 @@ class Drift:
         self._shift = np.zeros(k)
         self._seen = np.zeros(2)  # weight of the gauges, and of its squares
         self._ungauged: list[NDArray[np.float32]] = []
-        self._rows: deque[NDArray[np.float32]] = deque(maxlen=RECENT)
+        self._rows = RecentRows(rows.shape[1])
         self._mean_rows: deque[NDArray[np.float32] | None] = deque(maxlen=RECENT)
         self._native = self._native_parts()
 
@@ -153,20 +153,19 @@ class Drift:
     def _native_steps(
         self, native: NativeSteps, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]
     ) -> Iterator[bool]:
-        """`_steps` in one call, which ends with the first evidence; from there on in one for each."""
+        """`_steps` in few calls: one ends where the evidence is first to be sized, and where it is that of a drift;
+        each later one takes a single row."""
         ranked = self.means is not None and self.means.phase is Phase.RANKING and mean_rows[0] is not None
         together, done = self.means.together(mean_rows) if ranked and self.means is not None else None, 0
         while done < len(scores):
-            rows, sized = scores[done:], self._sized
-            if sized:
-                rows = rows[:1]
-                self._note(rows, mean_rows[done : done + 1])
+            rows = scores[done : done + 1] if self.drifted else scores[done:]
             means = None if together is None else together[done : done + len(rows)]
-            updates, stop = (self.updates - 1, math.inf) if sized else (self.updates, self.threshold**SIZED)
-            evidence = native(rows, self.means, means, updates, stop)
-            if not sized:
-                self._note(rows[: len(evidence)], mean_rows[done : done + len(evidence)])
-            self._weigh(float(evidence[-1]))
+            sized_from = self.threshold**SIZED
+            stage = Stage(self.updates, self._sized, self.drifted, sized_from, self.threshold, self.tolerated_share)
+            evidence = native(rows, self.means, means, stage).tolist()
+            self._note(rows[: len(evidence)], mean_rows[done : done + len(evidence)])
+            for each in evidence[-2:]:  # nothing follows from what was before, or it would have ended there
+                self._weigh(each)
             done += len(evidence)
             yield from [False] * (len(evidence) - 1)
             yield self.drifted
@@ -178,6 +177,8 @@ class Drift:
         bets = self._bank.prepare(p, places, bounds)
         heard, taught = NORMAL.take(places), np.minimum(np.maximum(silent, -FARTHEST), FARTHEST)
         for i, (row, mean_row) in enumerate(zip(scores, mean_rows, strict=True)):
+            if self._sized:  # before anything learns from it
+                self._effect.observe(*self._places(row, mean_row), self.tolerated_share)
             self._note(row[None], [mean_row])
             along = [] if directions is None else directions.ranked(row, draws[i])
             multiple = self._bank.place(bets[i], self.updates, [min(int(each * CELLS), CELLS - 1) for each in along])
@@ -198,15 +199,13 @@ class Drift:
         return self._bags.rank(scores[:, : len(self._bags)], lots)
 
     def _note(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> None:
-        """What the gauges need of requests; of one with evidence, before anything learns from it."""
+        """What the gauges need of requests."""
         self.updates += len(scores)
-        self._ungauged.extend(scores)
-        self._rows.extend(scores)
+        self._ungauged.append(scores)
+        self._rows.extend(scores, RECENT)
         self._mean_rows.extend(mean_rows)
-        if len(self._ungauged) >= GAUGED:
+        if sum(map(len, self._ungauged)) >= GAUGED:
             self._gauge()
-        if self._sized:
-            self._effect.observe(*self._places(scores[0], mean_rows[0]), self.tolerated_share)
 
     @property
     def drifted(self) -> bool:
@@ -217,10 +216,6 @@ class Drift:
     def sure(self) -> bool:
         """Whether it has reached SURE thresholds: what an alarm takes."""
         return self._sure
-
-    @property
-    def log_threshold(self) -> float:
-        return math.log(self.threshold)
 
     @property
     def log_evidence(self) -> float:
@@ -264,7 +259,7 @@ class Drift:
         n = min(self.updates - self.changed_at, len(self._rows))
         if not self.drifted or not 0 < n < RECENT:
             return self._faded_rank_shift(self.gauge_error)
-        ranks = self._score_ranks(np.array(list(self._rows)[-n:]))
+        ranks = self._score_ranks(self._rows.last(n))
         return less_error(ranks.mean(axis=0) - 0.5, n**-0.5)
 
     @property
@@ -310,7 +305,7 @@ class Drift:
             "seen": self._seen.copy(),
             "weights": self._weights.copy(),
             "margin": self._margin.copy(),
-            "rows": np.array(self._rows).reshape(-1, len(self._margin)),
+            "rows": self._rows.last(),
             "stages": np.array([self._sized, self._sure]),
         }
         state |= prefixed(self._effect.state(), "effect.")
@@ -351,14 +346,15 @@ class Drift:
         self._sized, self._sure = (bool(stage) for stage in state.get("stages", (crossed_at >= 0,) * 2))
         self._moved, self._shift, self._seen = own(k, state["moved"]), own(k, state["shift"]), own(2, state["seen"])
         self._ungauged = []
-        self._rows = deque(state.get("rows", ()), maxlen=RECENT)
+        rows = state.get("rows", np.empty((0, columns)))
+        self._rows = RecentRows(columns, own((len(rows), columns), rows, np.float32))
         self._mean_rows = deque([None] * len(self._rows), maxlen=RECENT)
         self._native = self._native_parts()
         return self
 
     def _native_parts(self) -> NativeSteps | None:
         code = native()
-        parts = (self._rng, self._margin, self._bags, self._bank, self._directions)
+        parts = (self._rng, self._margin, self._reference, self._bags, self._bank, self._directions, self._effect)
         return None if code is None else NativeSteps(code, *parts)
 
     def _evidence(self) -> float:
@@ -396,8 +392,12 @@ class Drift:
     def _begin_effect(self) -> None:
         """Look for the size of the effect from here on, where requests since the change let expect it."""
         since = min(max(self.updates - self.changed_at, 1), len(self._rows))
-        recent = list(zip(self._rows, self._mean_rows, strict=True))[-since:]
-        less, upto = np.array([self._places(*rows) for rows in recent]).transpose(1, 0, 2)
+        rows, mean_rows = self._rows.last(since), list(self._mean_rows)[-since:]
+        if self._native is not None:
+            less, upto = self._native.places(rows, self.means, mean_rows)
+        else:
+            places = [self._places(*each) for each in zip(rows, mean_rows, strict=True)]
+            less, upto = np.array(places).transpose(1, 0, 2)
         self._effect.begin(self._stream_weights(), less, upto, self.tolerated_share)
 
     def _places(
@@ -430,7 +430,7 @@ class Drift:
         """Take in the rows that wait. One after another, so that it does not matter how many wait."""
         if not self._ungauged:
             return
-        rows, fade = np.array(self._ungauged), _GAUGE_FADE
+        rows, fade = np.concatenate(self._ungauged), _GAUGE_FADE
         self._ungauged = []
         if (code := native()) is not None:
             known = self._reference

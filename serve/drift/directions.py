@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.bets import CELLS, Floats, State, cells
 from serve.drift.native import DetectorView, at
+from serve.drift.state_arrays import own
 
 # Half-lives: in requests, and the last in requests that raised the evidence.
 HALF_LIVES = (16.0, 64.0, 256.0, 48.0)
@@ -73,8 +74,9 @@ class Directions:
         self._bag = np.empty((k, capacity + 1), np.float32)
         self._bag[:, :n] = reference.T
         self._size, self._capacity = n, capacity
-        self._reference = reference.copy()  # not a view that keeps a larger array
-        self._known: NDArray[np.float32] | None = None
+        self._reference = np.ascontiguousarray(reference.T)
+        # Where the reference alone lies along the directions, while that is `_placed`: until they turn.
+        self._known, self._placed = np.empty((len(HALF_LIVES), n), np.float32), False
         self._learned = np.zeros((len(HALF_LIVES), k))
         self._squares = np.zeros((len(HALF_LIVES), 1))
         # Where each row of the bag lies along the directions.
@@ -175,7 +177,7 @@ class Directions:
             self._faded[:] = 1
 
     def _turn_to(self, towards: NDArray[np.float32]) -> None:
-        self._towards[:], self._known = towards, None
+        self._towards[:], self._placed = towards, False
         if self._has_margin:
             self._allowed[:, 0] = np.abs(towards) @ self._margin
         if self._silent:
@@ -183,8 +185,9 @@ class Directions:
 
     def _reference_along(self) -> NDArray[np.float32]:
         """(directions, n): where the reference lies, until they turn."""
-        if self._known is None:
-            self._known = self._towards @ self._reference.T
+        if not self._placed:
+            np.matmul(self._towards, self._reference, out=self._known)
+            self._placed = True
         return self._known
 
     def show(self, view: DetectorView) -> None:
@@ -194,19 +197,20 @@ class Directions:
         for name in ("bag", "along", "pull", "faded", "squares", "towards", "allowed", "silent_part"):
             setattr(view, name, at(getattr(self, f"_{name}")))
         view.taught, view.direction_fades, view.normal = at(self._learned), at(_FADES), at(NORMAL)
+        view.rows, view.reference_along, view.rows_known = at(self._reference), at(self._known), self._known.shape[1]
 
     def give(self, view: DetectorView) -> None:
         """What a call needs besides the arrays."""
-        view.size, view.age = self._size, self._age
+        view.size, view.age, view.placed = self._size, self._age, self._placed
 
     def take_back(self, view: DetectorView) -> None:
         """What a call changed besides the arrays."""
-        self._size, self._age, self._known = view.size, view.age, None
+        self._size, self._age, self._placed = view.size, view.age, bool(view.placed)
 
     def state(self) -> State:
         return {
             "bag": self._bag[:, : self._size].T.copy(),
-            "reference": self._reference.copy(),
+            "reference": self._reference.T.copy(),
             "learned": self._learned.copy(),
             "squares": self._squares.copy(),
             "towards": self._towards.copy(),
@@ -225,7 +229,8 @@ class Directions:
         turn = int(state["age"][1]) if "towards" in state else 1
         self = cls(state["bag"], capacity, margin, silent, turn)
         if "learned" in state:
-            self._reference = np.array(state["reference"])
+            self._reference = own((len(self._reference), len(state["reference"])), state["reference"].T, np.float32)
+            self._known = np.empty((len(HALF_LIVES), len(state["reference"])), np.float32)
             self._learned[:], self._squares[:] = state["learned"], state["squares"]
             self._point()
         if "towards" in state:

@@ -47,9 +47,10 @@ def version_report(watched: WatchedVersion, now: float, *, examples: bool = True
 
 
 def summary_row(version: str, alarmed: Mapping[str, float], moved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """One version among many: which signals alarmed, and what moved in a sentence each."""
+    """One version among many: which signals alarmed, what moved in a sentence each, and since when if known."""
     texts = {kind: moved[kind]["text"] for kind in sorted(alarmed) if "text" in moved.get(kind, {})}
-    return {"version": version, "drifted": sorted(alarmed), "moved": texts}
+    since = {kind: moved[kind]["since"] for kind in sorted(alarmed) if moved.get(kind, {}).get("since")}
+    return {"version": version, "drifted": sorted(alarmed), "moved": texts, "since": since}
 
 
 def _share_report(watch: ShareWatch) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.drift.bets import Floats, State
+from serve.drift.native import EffectView, at
 
 # Half-life of the gauges that say how far something moved, in requests.
 EFFECT_HALF_LIFE = 50.0
@@ -61,6 +62,10 @@ class EffectSize:
         self._hits = np.zeros((streams, ENDS))
         self._seen = np.zeros(1)
         self._beyond = False
+        # ln of the chances of a request to lie in an end, and not to, (ENDS, CHANCES) and (ENDS, SHARES, CHANCES): if
+        # `_tolerated` of the requests are foreign, and with one of SHARES more.
+        self._tolerated = math.nan
+        self._usual, self._larger = np.zeros((2, ENDS, CHANCES)), np.zeros((2, ENDS, len(SHARES), CHANCES))
 
     def begin(self, weights: Floats, less: Floats, upto: Floats, tolerated: float) -> None:
         """Forget all, and choose what to bet on.
@@ -123,14 +128,40 @@ class EffectSize:
         logs = np.full((len(counts), ENDS, len(SHARES)), 0.0)
         if tolerated >= 1:  # nothing is more than that
             return logs
+        self._tolerate(tolerated)
         bet_on = np.flatnonzero(self._weights.any(axis=(1, 2)))
-        usual = tolerated + (1 - tolerated) * self._chances
-        larger = usual + (1 - usual) * SHARES[:, None, None]
-        inside, outside = counts[bet_on, None, :, None], total - counts[bet_on, None, :, None]
-        null = inside[:, 0] * np.log(usual) + outside[:, 0] * np.log1p(-usual)  # (streams, ENDS, CHANCES)
-        more = inside * np.log(larger) + outside * np.log1p(-larger)
-        logs[bet_on] = (_log_sum(more) - _log_sum(null)[:, None]).transpose(0, 2, 1)
+        inside, outside = counts[bet_on, :, None], total - counts[bet_on, :, None]
+        null = inside * self._usual[0] + outside * self._usual[1]  # (streams, ENDS, CHANCES)
+        more = inside[..., None] * self._larger[0] + outside[..., None] * self._larger[1]
+        logs[bet_on] = _log_sum(more) - _log_sum(null)[..., None]
         return logs
+
+    def _tolerate(self, tolerated: float) -> None:
+        """Have the logarithms ready."""
+        if tolerated == self._tolerated or tolerated >= 1:
+            return
+        usual = tolerated + (1 - tolerated) * self._chances
+        larger = usual[:, None] + (1 - usual[:, None]) * SHARES[:, None]
+        self._usual[:], self._larger[:] = (np.log(usual), np.log1p(-usual)), (np.log(larger), np.log1p(-larger))
+        self._tolerated = tolerated
+
+    def shown(self) -> EffectView:
+        """Where all of it lies, for `serve.drift.native`."""
+        return EffectView(
+            streams=len(self._counts), size=self._size, in_end=at(self._in_end), usual=at(self._usual[0]),
+            usual_not=at(self._usual[1]), larger=at(self._larger[0]), larger_not=at(self._larger[1]),
+            weights=at(self._weights), counts=at(self._counts), hits=at(self._hits), total=at(self._total),
+            seen=at(self._seen), fade=_FADE, most=_MOST, enough=1 / ALPHA, first=FIRST, every=EVERY,
+        )  # fmt: skip
+
+    def give(self, view: EffectView, tolerated: float) -> None:
+        """What a call needs besides the arrays."""
+        self._tolerate(tolerated)
+        view.betting, view.beyond = tolerated < 1, self._beyond
+
+    def take_back(self, view: EffectView) -> None:
+        """What a call changed besides the arrays."""
+        self._beyond = bool(view.beyond)
 
     def state(self) -> State:
         return {name: getattr(self, f"_{name}").copy() for name in _KEPT} | {"beyond": np.array([self._beyond])}

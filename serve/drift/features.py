@@ -24,7 +24,7 @@ import re
 from collections.abc import Mapping
 from ctypes import addressof
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -64,8 +64,7 @@ _REFUSES = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Answer:
+class Answer(NamedTuple):
     """What an engine gave: token numbers, and where they were asked for the sampled tokens' logprobs (nat)."""
 
     tokens: ArrayLike
@@ -108,8 +107,11 @@ def answer_rows(embedding: Embedding, answer: Answer) -> dict[str, Floats]:
     if answer.logprobs is not None:
         logprobs = np.asarray(answer.logprobs, np.float64)
         if logprobs.size and np.isfinite(logprobs).all():
-            stats = (logprobs.mean(), logprobs.min(), logprobs.std())
-            rows[LOGPROB] = np.array([*stats, length])
+            # As `mean` and `std` have it, in a third of their time.
+            mean = np.add.reduce(logprobs) / logprobs.size
+            away = logprobs - mean
+            spread = math.sqrt(np.add.reduce(away * away) / logprobs.size)
+            rows[LOGPROB] = np.array((mean, np.minimum.reduce(logprobs), spread, length))
     return rows
 
 

@@ -71,8 +71,6 @@ class MeanRows:
         self._r = np.zeros((len(HALF_LIVES), MANY_BETS.shape[1]))
         self._page = np.ones_like(self._r)
         self._start = np.zeros(self._r.shape, np.int64)
-        # Where the reference lies along the directions, until they turn.
-        self._known: NDArray[np.float32] | None = None
         self.phase = Phase.GATHERING
 
     @classmethod
@@ -139,7 +137,7 @@ class MeanRows:
         view = MeanRowsView(
             width=self._bag.shape[1], capacity=self._capacity, known=len(self._reference), turn=TURN,
             farthest=float(self._farthest), bets=at(MANY_BETS), ages=_FADED.shape[1], faded=at(_FADED),
-            lots=lots_at(self._rng),
+            lots=lots_at(self._rng), reference_along=at(self._known),
         )  # fmt: skip
         for name in _SHOWN:
             setattr(view, name, at(getattr(self, f"_{name}")))
@@ -148,10 +146,12 @@ class MeanRows:
     def give(self, view: MeanRowsView) -> None:
         """What a call needs besides the arrays."""
         view.size, view.waiting, view.ranked = self._size, self._waiting, self._ranked
+        view.placed = self._placed
 
     def take_back(self, view: MeanRowsView) -> None:
         """What a call changed besides the arrays."""
-        self._size, self._waiting, self._ranked, self._known = view.size, view.waiting, view.ranked, None
+        self._size, self._waiting, self._ranked = view.size, view.waiting, view.ranked
+        self._placed = bool(view.placed)
 
     def state(self) -> State:
         """The evidence alone: no row."""
@@ -199,6 +199,8 @@ class MeanRows:
         self._towards = np.zeros((len(HALF_LIVES), width), np.float32)
         self._mean_part = np.zeros((len(HALF_LIVES), 1))
         self._onto = np.zeros((len(HALF_LIVES), width), np.float32)
+        # Where the reference lies along the directions, while that is `_placed`: until they turn.
+        self._known, self._placed = np.zeros((len(HALF_LIVES), n), np.float32), False
         # Rows that do not teach yet, and their places in the bag.
         self._waiting_rows = np.zeros((TURN, width), np.float32)
         self._waiting_places = np.zeros(TURN, np.int64)
@@ -256,17 +258,18 @@ class MeanRows:
         taught = (weights * self._teaching[:m]).astype(np.float32)
         learned = taught @ bag
         length = np.maximum(np.sqrt(np.add.reduce(learned**2, axis=1, keepdims=True)), 1e-12)
-        self._towards[:], self._known = learned / length, None
+        self._towards[:], self._placed = learned / length, False
         self._mean_part[:] = np.add.reduce(taught, axis=1, keepdims=True) / length
         own = weights * self._pull[:m] / length
         self._along[:, :m] = (self._towards @ bag.T - own + self._mean_part * leverage) / (1 - leverage)
 
     def _reference_along(self) -> NDArray[np.float32]:
         """(directions, n): where the reference lies, until they turn."""
-        if self._known is None:
+        if not self._placed:
             leverage = self._known_leverage
             own = self._mean_part * leverage
-            self._known = ((self._towards @ self._reference.T + own) / (1 - leverage)).astype(np.float32)
+            self._known[:] = (self._towards @ self._reference.T + own) / (1 - leverage)
+            self._placed = True
         return self._known
 
     def _bet(self, p: Sequence[float], now: int) -> None:

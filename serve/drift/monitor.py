@@ -79,6 +79,9 @@ class DriftMonitor(Collector):
         self._lacking: frozenset[str] = frozenset()
         # In order of last use, oldest first.
         self._versions: OrderedDict[str, WatchedVersion] = OrderedDict()
+        # When the last request came of those with requests that are not compared yet; and alarms to tell of.
+        self._gathered: dict[WatchedVersion, float] = {}
+        self._raised: list[Alarm] = []
 
     # Observer of the exchange worker
 
@@ -87,7 +90,7 @@ class DriftMonitor(Collector):
         self._unloaded.read()
 
     def observe(self, exchange: Exchange) -> None:
-        """Take in an exchange that was answered by a version of a watched base."""
+        """Take in an exchange that was answered by a version of a watched base; `looked` compares it."""
         if exchange.status != 200 or not exchange.generations or exchange.version == "":
             return
         generation = exchange.generations[0]
@@ -98,14 +101,39 @@ class DriftMonitor(Collector):
             if base not in self._models:
                 return
             watched = self._watched(exchange.adapter, exchange.version, exchange.id, base)
-            requests, rows = watched.requests_watched, watched.rows_watched
-            alarms = watched.observe(exchange, self._models[base][0])
-            self._note_logprobs(watched, exchange.began)
-            self._false_alarms.count(watched.requests_watched - requests, watched.rows_watched - rows)
-            if alarms:  # also a kill does not lose them
-                self._store(watched)
-        for alarm in alarms:
+            self._gathered[watched] = exchange.began
+            self._note_alarms(watched, watched.gather(exchange, self._models[base][0]))
+
+    def looked(self) -> None:
+        """Compare what was taken in with the references, and tell of alarms."""
+        with self._lock:
+            gathered = list(self._gathered)
+        for watched in gathered:
+            try:
+                with self._lock:
+                    self._count(watched)
+            except Exception:  # a version's own: the others are compared all the same
+                log.exception("requests of %s were not compared", watched.id or watched.adapter)
+            time.sleep(0)  # whoever waits for the interpreter has it first
+        raised, self._raised = self._raised, []
+        for alarm in raised:
             self._on_alarm(alarm)
+
+    def _count(self, watched: WatchedVersion) -> None:
+        """Compare what was taken in of a version."""
+        began = self._gathered.pop(watched, None)
+        if began is None:
+            return
+        requests, rows = watched.requests_watched, watched.rows_watched
+        alarms = watched.count()
+        self._false_alarms.count(watched.requests_watched - requests, watched.rows_watched - rows)
+        self._note_logprobs(watched, began)
+        self._note_alarms(watched, alarms)
+
+    def _note_alarms(self, watched: WatchedVersion, alarms: Sequence[Alarm]) -> None:
+        if alarms:  # also a kill does not lose them
+            self._raised += alarms
+            self._store(watched)
 
     def lacks_logprobs(self, adapter: str) -> bool:
         """Whether a version of this adapter still gathers its reference of log-probabilities; for any thread."""
@@ -136,11 +164,15 @@ class DriftMonitor(Collector):
         with self._lock:
             unsaved = [watched for watched in self._versions.values() if watched.unsaved][:at_most]
         for watched in unsaved:
-            with self._lock:
-                self._store(watched)
+            try:
+                with self._lock:
+                    self._store(watched)
+            except Exception:  # a disk's, or a version's own: what stands behind it is written all the same
+                log.exception("what is known of %s is not saved", watched.id)
 
     def _store(self, watched: WatchedVersion) -> OpenAlarms:
         """Write all that is kept of a version."""
+        self._count(watched)
         watched.unsaved = False
         self._files.save(watched.baseline, watched.id)
         profile = {"reference": watched.reference.state(), "recent": watched.recent.state()}
@@ -218,6 +250,15 @@ class DriftMonitor(Collector):
             watched.accept(prompts=prompts, answers=answers)
             self._store(watched)
 
+    def begin_prompts_anew(self, adapter: str, version: str, id: str) -> None:
+        """A version was made for what is asked now: its own prompts are the reference, and not its predecessor's."""
+        base = self._base_of(adapter)
+        with self._lock:
+            if base in self._models:
+                watched = self._watched(adapter, version, id, base)
+                watched.accept(prompts=True, answers=False)
+                self._store(watched)
+
     def moved_requests(self, adapter: str, id: str) -> list[dict[str, Any]]:
         """The captured requests of a version since its oldest open change began, the most moved first."""
         with self._lock:
@@ -234,7 +275,8 @@ class DriftMonitor(Collector):
     def forget(self, adapter: str, id: str) -> None:
         """A version was removed: remove all that is known about it."""
         with self._lock:
-            self._versions.pop(id, None)
+            if gone := self._versions.pop(id, None):
+                self._gathered.pop(gone, None)
             self._unloaded.forget(adapter, id)
             self._lacking_ids.pop(id, None)
             self._files.remove(adapter, id)

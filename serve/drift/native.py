@@ -45,7 +45,20 @@ class MeanRowsView(Structure):
         *((name, c_void_p) for name in ("known_leverage", "teaching", "times", "towards", "onto", "mean_part")),
         *((name, c_void_p) for name in ("waiting_rows", "waiting_places", "r", "page", "start", "bets")),
         ("ages", c_int64),
-        *((name, c_void_p) for name in ("faded", "lots")),
+        *((name, c_void_p) for name in ("faded", "lots", "reference_along")),
+        ("placed", c_int64),
+    )
+
+
+class EffectView(Structure):
+    """`drift::Effect`."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("streams", "size")),
+        *((name, c_void_p) for name in ("in_end", "usual", "usual_not", "larger", "larger_not", "weights")),
+        *((name, c_void_p) for name in ("counts", "hits", "total", "seen")),
+        *((name, c_double) for name in ("fade", "most", "enough")),
+        *((name, c_int64) for name in ("first", "every", "betting", "beyond")),
     )
 
 
@@ -64,6 +77,13 @@ class DetectorView(Structure):
         *((name, c_void_p) for name in ("silent_part", "direction_fades", "normal", "means")),
         ("means_evidence", c_double),
         ("means_off", c_int64),
+        ("reference", c_void_p),
+        ("known", c_int64),
+        *((name, c_void_p) for name in ("rows", "reference_along")),
+        *((name, c_int64) for name in ("rows_known", "placed")),
+        ("effect", c_void_p),
+        *((name, c_int64) for name in ("sized", "drifted")),
+        *((name, c_double) for name in ("sized_from", "threshold")),
     )
 
 
@@ -92,14 +112,20 @@ class Native:
         library, short = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         many = [c_void_p] * 16
         self.steps = library.loradock_drift_steps
-        self.steps.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p]
+        self.steps.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]
         self.steps.restype = c_int64
+        self.places = library.loradock_drift_places
+        self.places.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p]
+        self.places.restype = None
         self.gauge = library.loradock_drift_gauge
         self.gauge.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_double, c_void_p]
         self.gauge.restype = None
         self.evidence = short.loradock_drift_evidence
         self.evidence.argtypes, self.evidence.restype = [c_void_p, c_void_p, c_int64], c_double
         # Quicker than to give the interpreter away.
+        self.fade_in = short.loradock_drift_fade_in
+        self.fade_in.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_double]
+        self.fade_in.restype = None
         self.learn = short.loradock_tokens_learn
         self.learn.argtypes, self.learn.restype = [c_void_p, c_void_p, c_int64, c_float, *many[:5]], None
         self.own = short.loradock_tokens_own

@@ -1,4 +1,4 @@
-"""Which kinds of personal data a text probably holds, by pattern: counted, never kept.
+"""Which kinds of personal data a text probably holds, by pattern: counted, or blacked out; never kept.
 
 Patterns find what is written the usual way and miss the rest; a number that only looks like a phone number counts too.
 Card numbers are held against Luhn's check digit (ISO/IEC 7812), IBANs against their country's length and their check
@@ -8,7 +8,7 @@ digits (ISO 13616).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
 KINDS = ("email", "phone", "iban", "credit_card")
 
@@ -17,6 +17,7 @@ _NUMBER = re.compile(r"\d[\d ()./-]{5,}\d")
 # What may stand before its first digit, and behind its last one: `(+`, a country, letters of an IBAN.
 _BEFORE, _BEHIND = 8, 34
 # Around an @: no more than the longest name and domain, so that a text of letters costs nothing.
+_AT = re.compile("@")
 _NAME = re.compile(r"[\w.%+-]{1,64}$", re.ASCII)
 _DOMAIN = re.compile(r"(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}\b", re.ASCII | re.IGNORECASE)
 _PHONE = re.compile(
@@ -36,14 +37,34 @@ _CARD = re.compile(r"(?<![\d-])(?<!\d )[2-6]\d{3}(?:[ -]?\d){9,15}(?![\d-])(?! \
 
 def personal_data(text: str, kinds: Collection[str] = KINDS) -> list[str]:
     """Those of `kinds` that the text holds at least once."""
+    held = {"email": _emails(text)} if "@" in text else {}
+    if numbers := _places(text):
+        held |= {"phone": _phones(text, numbers), "iban": _ibans(text, numbers), "credit_card": _cards(text, numbers)}
+    return [kind for kind in KINDS if kind in kinds and kind in held and any(held[kind])]
+
+
+def blacked_out(text: str, mark: str = "[redacted]") -> tuple[str, list[str]]:
+    """The text with `mark` in the place of each, and the kinds of all that were there."""
     numbers = _places(text)
-    held = {
-        "email": "@" in text and _holds_email(text),
-        "phone": any(_holds_phone(text, *place) for place in numbers),
-        "iban": any(_is_iban(match[0], match[1]) for place in numbers for match in _IBAN.finditer(text, *place)),
-        "credit_card": any(_is_card(match[0]) for place in numbers for match in _CARD.finditer(text, *place)),
-    }
-    return [kind for kind in KINDS if kind in kinds and held[kind]]
+    # Of two that overlap the longer one counts: a card's number may look like a phone's.
+    found = [
+        (start, -end, kind)
+        for kind, places in (
+            ("email", _emails(text)),
+            ("iban", _ibans(text, numbers)),
+            ("credit_card", _cards(text, numbers)),
+            ("phone", _phones(text, numbers)),
+        )
+        for start, end in places
+    ]
+    pieces, kinds, at = [], [], 0
+    for start, minus_end, kind in sorted(found):
+        if -minus_end <= at:
+            continue
+        pieces += [text[at:start], mark] if start >= at else []
+        at = -minus_end
+        kinds.append(kind)
+    return "".join([*pieces, text[at:]]), kinds
 
 
 def _places(text: str) -> list[tuple[int, int]]:
@@ -57,16 +78,35 @@ def _places(text: str) -> list[tuple[int, int]]:
     return places
 
 
-def _holds_email(text: str) -> bool:
-    return any(
-        _DOMAIN.match(text, at.end()) and _NAME.search(text[max(0, at.start() - 64) : at.start()])
-        for at in re.finditer("@", text)
-    )
+def _emails(text: str) -> Iterator[tuple[int, int]]:
+    for at in _AT.finditer(text):
+        domain = _DOMAIN.match(text, at.end())
+        before = max(0, at.start() - 64)
+        if domain and (name := _NAME.search(text[before : at.start()])):
+            yield before + name.start(), domain.end()
 
 
-def _holds_phone(text: str, start: int, end: int) -> bool:
-    """A phone number that is not a card's."""
-    return any(not _CARD.fullmatch(match[0]) for match in _PHONE.finditer(text, start, end))
+def _phones(text: str, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Phone numbers that are not a card's."""
+    for start, end in places:
+        yield from (match.span() for match in _PHONE.finditer(text, start, end) if not _CARD.fullmatch(match[0]))
+
+
+def _ibans(text: str, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for start, end in places:
+        for match in _IBAN.finditer(text, start, end):
+            if _is_iban(match[0], match[1]):
+                yield match.start(), match.start() + _length(match[0], _IBAN_LENGTHS[match[1]])
+
+
+def _cards(text: str, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for start, end in places:
+        yield from (match.span() for match in _CARD.finditer(text, start, end) if _is_card(match[0]))
+
+
+def _length(text: str, signs: int) -> int:
+    """Characters up to the end of so many that are no spaces."""
+    return [at for at, sign in enumerate(text, 1) if sign != " "][signs - 1]
 
 
 def _is_iban(text: str, country: str) -> bool:

@@ -19,13 +19,16 @@ def rng_state(rng: np.random.Generator) -> NDArray[np.uint64]:
 
 
 def rng_from(words: NDArray[np.uint64]) -> np.random.Generator:
-    """The generator whose `rng_state` this was."""
+    """The generator whose `rng_state` this was; ValueError if it is none."""
     a, b, c, d, has, half = (int(word) for word in words)
     inner = np.random.PCG64()
-    inner.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": a << 64 | b, "inc": c << 64 | d},
-        "has_uint32": has,
-        "uinteger": half,
-    }
+    try:
+        inner.state = {
+            "bit_generator": "PCG64",
+            "state": {"state": a << 64 | b, "inc": c << 64 | d},
+            "has_uint32": has,
+            "uinteger": half,
+        }
+    except OverflowError as error:
+        raise ValueError(f"the state of the random numbers is none of PCG64: {error}") from error
     return np.random.Generator(inner)

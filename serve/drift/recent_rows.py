@@ -8,6 +8,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.drift.native import at, native
+
 Rows: TypeAlias = NDArray[np.float32]
 
 
@@ -23,9 +25,8 @@ class RecentRows:
             if self._ring.shape[1] != columns:
                 raise ValueError(f"recent rows have {self._ring.shape[1]} numbers, not {columns}")
 
-    def append(self, row: Rows, most: int) -> None:
-        """Keep `row` as the newest of at most `most`."""
-        self.extend(row[None], most)
+    def __len__(self) -> int:
+        return min(self._count, len(self._ring))
 
     def extend(self, rows: Rows, most: int) -> None:
         """Keep these rows (n, columns), the newest last, of at most `most`."""
@@ -33,12 +34,15 @@ class RecentRows:
             self._resize(most)
         latest = rows[-most:]
         self._count += len(rows)
-        self._ring[np.arange(self._count - len(latest), self._count) % most] = latest
+        begin = (self._count - len(latest)) % most
+        ahead = min(len(latest), most - begin)
+        # To index the places of all of them takes ten times as long.
+        self._ring[begin : begin + ahead] = latest[:ahead]
+        self._ring[: len(latest) - ahead] = latest[ahead:]
 
     def last(self, count: int | None = None) -> Rows:
         """(n, columns): a copy of the newest `count` rows, or of all, oldest first."""
-        kept = min(self._count, len(self._ring))
-        n = kept if count is None else max(0, min(count, kept))
+        n = len(self) if count is None else max(0, min(count, len(self)))
         places = np.arange(self._count - n, self._count) % max(len(self._ring), 1)
         return self._ring[places]
 
@@ -56,3 +60,13 @@ class RecentRows:
 def all_finite(rows: NDArray[np.float32]) -> bool:
     """No number of float32 rows is infinite or none: in float64 their sum cannot overflow."""
     return math.isfinite(np.add.reduce(rows, axis=None, dtype=np.float64))
+
+
+def fade_in(sums: NDArray[np.float64], rows: Rows, centre: Rows, fade: float) -> None:
+    """Add rows (n, columns), less their centre, to the sums of those before (columns,), which fade with each."""
+    if (code := native()) is not None and rows.strides[1] == centre.strides[0] == 4:
+        code.fade_in(at(sums), at(rows), rows.strides[0] // 4, *rows.shape, at(centre), fade)
+        return
+    for moved in rows - centre:
+        sums *= fade
+        sums += moved

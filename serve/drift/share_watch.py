@@ -130,6 +130,9 @@ class OpeningWatch:
         # How many shared runs each of the first requests had, and their median once they are all there.
         self._lengths: list[int] = []
         self._usual = 0.0
+        # The runs that were looked at last, and whether they are a known opening.
+        self._held: bytes | None = None
+        self._carried = False
 
     def update(self, runs: NDArray[np.uint64], now: float) -> None:
         """Take in the shared runs of an accepted request."""
@@ -139,9 +142,12 @@ class OpeningWatch:
             self._lengths.append(len(runs))
             self._usual = float(np.median(self._lengths)) if len(self._lengths) == OPENING_NEEDED else 0.0
             return
-        both = int(np.count_nonzero(self._among(runs)))
-        carried = len(runs) - both <= max(RUN, len(runs) / 10) and both >= (self._usual - RUN) / 2
-        self.share.update(carried, now)
+        # As a rule a request shares just what the one before shared.
+        if (held := runs.tobytes()) != self._held:
+            both = int(np.count_nonzero(self._among(runs)))
+            self._carried = len(runs) - both <= max(RUN, len(runs) / 10) and both >= (self._usual - RUN) / 2
+            self._held = held
+        self.share.update(self._carried, now)
 
     def _among(self, runs: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """(runs,): which are known."""
@@ -153,7 +159,7 @@ class OpeningWatch:
         """The alarm has been dealt with: the openings are learned anew."""
         if self.share.alarmed_at is not None:
             self.share.acknowledge()
-            self._known, self._lengths = np.zeros(0, np.uint64), []
+            self._known, self._lengths, self._held = np.zeros(0, np.uint64), [], None
 
     def state(self) -> dict[str, NDArray]:
         """All of it as arrays."""
@@ -162,5 +168,5 @@ class OpeningWatch:
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the one was whose `state()` this is."""
         self.share.restore(state)
-        self._known, self._lengths = np.array(state["known"]), state["lengths"].tolist()
+        self._known, self._lengths, self._held = np.array(state["known"]), state["lengths"].tolist(), None
         self._usual = float(np.median(self._lengths)) if len(self._lengths) >= OPENING_NEEDED else 0.0

@@ -24,9 +24,9 @@ from serve.drift.effect_size import EFFECT_HALF_LIFE
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
 from serve.drift.mean_rows import MeanRows
-from serve.drift.recent_rows import RecentRows, Rows, all_finite
+from serve.drift.recent_rows import RecentRows, Rows, all_finite, fade_in
 from serve.drift.reference_structure import ReferenceStructure, fit, gauge_range
-from serve.drift.state_arrays import below, prefixed
+from serve.drift.state_arrays import below, own, prefixed
 from serve.drift.token_scores import TokenScores
 from serve.drift.token_surprise import NAMES, SKETCH, TokenSurprise
 from serve.drift.tolerance import Tolerance, beyond_error
@@ -114,22 +114,23 @@ class Signal:
 
     def update(self, row: ArrayLike) -> bool:
         """Take one raw row; True when it raised the alarm."""
-        (alarms,) = self.steps([row])
+        ((_, alarms),) = self.runs([row])
         return alarms
 
-    def steps(self, rows: Sequence[ArrayLike]) -> Iterator[bool]:
-        """`update` with each of several rows, to be run to its end: faster than one by one, with the same numbers."""
+    def runs(self, rows: Sequence[ArrayLike]) -> Iterator[tuple[int, bool]]:
+        """`update` with each of several rows, to be run to its end: faster than one by one, with the same numbers. How
+        many were taken in one piece, and whether the last of them raised the alarm."""
         left = np.array(rows, np.float32)
         while len(left) and not self.watching:
             (raw,), part = self._parts(left[:1])
             mean = self._means(left[:1])
             self._gather(raw, None if part is None else part[0], None if mean is None else mean[0])
             left = left[1:]
-            yield False
+            yield 1, False
         if len(left):
             yield from self._watch(left)
 
-    def _watch(self, rows: NDArray[np.float32]) -> Iterator[bool]:
+    def _watch(self, rows: NDArray[np.float32]) -> Iterator[tuple[int, bool]]:
         detector, scale, structure = self._detector, self._scale, self._structure
         assert detector is not None and scale is not None
         raws, means = self._parts(rows)[0], self._means(rows) if structure.exchangeable else None
@@ -141,27 +142,27 @@ class Signal:
         full = [unit for unit in units if unit is not None]
         steps = detector.steps(full, [None] * len(full) if means is None else means) if full else iter(())
         drifted, kept = detector.drifted, 0
-        for i in range(len(raws)):
-            self.samples += 1
-            if units[i] is not None:
+        for i, unit in enumerate(units, 1):
+            if unit is not None:
                 drifted = next(steps)
-            if drifted or i == len(raws) - 1:
-                self._keep(raws[kept : i + 1], scale)
-                kept = i + 1
+            if not drifted and i < len(units):
+                continue
+            taken, kept = i - kept, i
+            self.samples += taken
+            self._keep(raws[i - taken : i], scale)
             alarms = self.alarmed_at is None and drifted and detector.sure and self._matters(detector)
             if alarms:
                 self._began_at = self.changed_at or 0
                 self.alarmed_at = self.samples
                 self.alarms += 1
-            yield alarms
+            yield taken, alarms
         next(steps, None)
 
     def _keep(self, raws: NDArray[np.float32], scale: Scale) -> None:
         """What is kept of requests besides what the detector does."""
         self._rows.extend(raws, self.needed)
-        for moved in raws - scale.centre:
-            self._recent *= _EFFECT_FADE
-            self._recent += moved
+        fade_in(self._recent, raws, scale.centre, _EFFECT_FADE)
+        for _ in raws:
             self._weight = self._weight * _EFFECT_FADE + 1
 
     @property
@@ -331,11 +332,12 @@ class Signal:
         scale = Scale.from_arrays(below(state, "scale."))
         detector = Drift.from_state(below(state, "detector."))
         shape = (self._columns, self._scores)
-        if scale.matrix.shape != shape or len(detector.rank_shift) != len(self.names):
+        fits = scale.matrix.shape == shape and scale.centre.shape == shape[:1]
+        if not fits or len(detector.rank_shift) != len(self.names):
             raise ValueError(f"{self.kind} has a scale of {scale.matrix.shape}, not {shape}")
         self._scale, self._detector, self._gathered = scale, detector, []
         self.threshold = detector.threshold
-        self._recent, self._weight = np.array(state["recent"]), float(state["weight"])
+        self._recent, self._weight = own(self._columns, state["recent"]), float(state["weight"])
         self._rows = RecentRows(self._columns, state.get("rows"))
         # Earlier releases wrote neither.
         self._structure = ReferenceStructure.from_state(below(state, "structure."), self._scores)

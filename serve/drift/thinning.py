@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,8 +47,44 @@ BANDS = MINIMA // 3
 SAMPLING_WINDOW, SAMPLING_FALL = 512, 1 / 3
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Waiting(Generic[Item]):
+class _Window:
+    """Which digests came with the last `window` requests, and with which of them last."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        # In the order in which they came last, and what each request brought.
+        self._last: dict[bytes, int] = {}
+        self._came: deque[tuple[int, Sequence[bytes]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def came(self, digests: Sequence[bytes], raw: int) -> bool:
+        """Whether any of them came within the window; all are remembered as those of the request `raw`."""
+        last, came = self._last, self._came
+        while came and came[0][0] < raw - self._window:
+            then, gone = came.popleft()
+            for digest in gone:
+                if last.get(digest) == then:
+                    del last[digest]
+        known = False
+        for digest in digests:
+            known |= last.pop(digest, None) is not None
+            last[digest] = raw
+        came.append((raw, digests))
+        return known
+
+    def state(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """(n, 16) the digests, and the request of each."""
+        digests = np.frombuffer(b"".join(self._last), np.uint8).reshape(-1, _DIGEST).copy()
+        return digests, np.array(list(self._last.values()), np.int64)
+
+    def restore(self, digests: NDArray[np.uint8], raws: NDArray[np.int64]) -> None:
+        for digest, raw in zip(digests, raws.tolist(), strict=True):
+            self.came((bytes(digest),), raw)
+
+
+class _Waiting(NamedTuple, Generic[Item]):
     """A request whose followers are not all there yet."""
 
     item: Item
@@ -60,8 +95,7 @@ class _Waiting(Generic[Item]):
     now: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Taken(Generic[Item]):
+class Taken(NamedTuple, Generic[Item]):
     """An accepted request: its prompt's tokens, and those of them that it does not share with others."""
 
     item: Item
@@ -97,10 +131,9 @@ class Thinning(Generic[Item]):
         self._ahead, self._numbers = ahead, numbers
         self._shared = SharedRuns(numbers)
         self._waiting: deque[_Waiting[Item]] = deque()
-        # When each was last seen (prompts, bands) or accepted (askers), in raw requests; the oldest first.
         self._raw = 0
-        self._prompts: OrderedDict[bytes, int] = OrderedDict()
-        self._bands: OrderedDict[bytes, int] = OrderedDict()
+        self._prompts, self._bands = _Window(window), _Window(window)
+        # When each was last accepted, in raw requests and seconds; the oldest first.
         self._askers: OrderedDict[int, tuple[int, float]] = OrderedDict()
         self._began: float | None = None
         self._steady = warm_up == 0
@@ -136,26 +169,15 @@ class Thinning(Generic[Item]):
     def _reason(self, request: _Waiting[Item], own: Own) -> str:
         # All of it is learned from every request, also from one that is left out: a chain of near-duplicates stays out.
         self._raw += 1
-        repeated = self._seen(self._prompts, request.digest)
-        near = False
+        repeated, near = self._prompts.came((request.digest,), self._raw), False
         if not repeated:
-            near = not own.whole and not own.words
-            for band in _bands(own.minima):
-                near |= self._seen(self._bands, band)
+            near = self._bands.came(_bands(own.minima), self._raw) or not (own.whole or own.words)
         crowded = request.key is not None and self._crowded(request.key, request.now)
         self._returned += crowded
         if not (repeated or near or crowded) and request.key is not None:
             self._askers[request.key] = self._raw, request.now
             self._askers.move_to_end(request.key)
         return REPEATED if repeated else NEAR if near else CROWDED if crowded else ACCEPTED
-
-    def _seen(self, memory: OrderedDict[bytes, int], digest: bytes) -> bool:
-        """Whether it came within the window; it is remembered as the newest."""
-        while memory and next(iter(memory.values())) < self._raw - self._window:
-            memory.popitem(last=False)
-        known = memory.pop(digest, None) is not None
-        memory[digest] = self._raw
-        return known
 
     def _crowded(self, key: int, now: float) -> bool:
         """Whether this asker's last accepted request is too close."""
@@ -194,9 +216,8 @@ class Thinning(Generic[Item]):
     def state(self) -> dict[str, NDArray]:
         """What is remembered, as arrays; not the requests that wait."""
         state = prefixed(self._shared.state(), "shared.")
-        for name, memory in (("prompts", self._prompts), ("bands", self._bands)):
-            state[name] = np.frombuffer(b"".join(memory), np.uint8).reshape(-1, _DIGEST).copy()
-            state[f"{name}.raw"] = np.array(list(memory.values()), np.int64)
+        for name, window in (("prompts", self._prompts), ("bands", self._bands)):
+            state[name], state[f"{name}.raw"] = window.state()
         state["askers"] = np.array(list(self._askers), np.uint64)
         state["askers.raw"] = np.array([raw for raw, _ in self._askers.values()], np.int64)
         state["askers.seconds"] = np.array([seconds for _, seconds in self._askers.values()], np.float64)
@@ -209,9 +230,8 @@ class Thinning(Generic[Item]):
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the thinning was whose `state()` this is, or what an heir takes over of it (`inherited`)."""
         self._shared = SharedRuns.from_state(below(state, "shared."), self._numbers)
-        for name, memory in (("prompts", self._prompts), ("bands", self._bands)):
-            digests = (bytes(row) for row in state[name])
-            memory.update(zip(digests, state[f"{name}.raw"].tolist(), strict=True))
+        for name, window in (("prompts", self._prompts), ("bands", self._bands)):
+            window.restore(state[name], state[f"{name}.raw"])
         seen = zip(state["askers.raw"].tolist(), state["askers.seconds"].tolist(), strict=True)
         self._askers.update(zip(state["askers"].tolist(), seen, strict=True))
         # Earlier releases did not count who came back.

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from ctypes import addressof
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,8 +42,7 @@ _FACTORS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, RUN, 
 _TURNS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, MINIMA, np.uint64) * 2 + 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Words:
+class Words(NamedTuple):
     """A prompt: its tokens, and the symbols that are compared, a number being one symbol.
 
     symbol_of: (tokens,) the place of each token's symbol, or None where each token is its own. at: where all of it lies
@@ -94,8 +92,7 @@ class Words:
         return self.tokens[own if self.symbol_of is None else own[self.symbol_of]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Own:
+class Own(NamedTuple):
     """What a prompt does not share with recent ones, and the runs that it shares.
 
     minima: (MINIMA,) of its symbols (`signature`), none of no symbol. words: one of them is no number. whole: it shares

@@ -196,7 +196,7 @@ void loradock_tokens_features(
     if (shares) {
         std::vector<uint64_t> values(ids, ids + n);
         shares[0] = distinct(values);
-        for (int64_t i = 0; i + 1 < n; ++i) values[i] = static_cast<uint64_t>(ids[i] << 32 | ids[i + 1]);
+        for (int64_t i = 0; i + 1 < n; ++i) values[i] = static_cast<uint64_t>(ids[i]) << 32 | static_cast<uint64_t>(ids[i + 1]);
         values.resize(std::max<int64_t>(n - 1, 0));
         shares[1] = n > 1 ? distinct(values) : 1.0;
     }

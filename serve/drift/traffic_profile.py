@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,7 @@ REFERENCE_TOPICS, RECENT_TOPICS = 6, 3
 HALF_LIFE = 64.0
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """One request. words: by their hashes, empty where they may not be counted; vector: (dimensions,)."""
 
     tokens: int
@@ -74,13 +73,15 @@ class TrafficProfile:
             number = self.nearest(prompt.vector)
         words = self.topics[number]
         words.add(prompt.words, prompt.asker)
-        self.centres[number] += (prompt.vector - self.centres[number]) / words.requests
+        centre = self.centres[number]
+        centre += (prompt.vector - centre) / words.requests
         self.seen.append((prompt.tokens, prompt.language, prompt.tenant, number))
 
     def nearest(self, vector: NDArray[np.floating]) -> int:
         """The number of the topic whose centre lies nearest."""
         away = self.centres - vector
-        return int(np.einsum("ij,ij->i", away, away).argmin())
+        away *= away
+        return int(np.add.reduce(away, axis=1).argmin())
 
     def last(self, count: int) -> list[Seen]:
         """The latest `count` requests, or as many as are remembered."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,8 @@ ANSWERS = frozenset({OUTPUT, LOGPROB, PROBE})
 EXPORTED, QUOTES = 100, 20
 QUOTED_CHARACTERS, PROMPT_CHARACTERS = 400, 2000
 SAMPLE_TIMES = 4096
+# Requests that are counted in one piece: the interpreter is held for a part of that time.
+COUNTED_AT_ONCE = 64
 # Signals whose times are kept until those that are gone are forgotten.
 MOST_SIGNALS = 16
 
@@ -93,8 +95,7 @@ class ProbeResult:
     ask_again: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Quote:
+class _Quote(NamedTuple):
     """What is quoted of a request; it becomes text when somebody reads it."""
 
     request_id: str
@@ -160,6 +161,8 @@ class WatchedVersion:
     # When the last samples of each signal came.
     _times: dict[Signal, deque[float]] = field(init=False, default_factory=dict)
     _shuffle: Shuffle[_Sample] = field(init=False)
+    # Accepted and shuffled, but not counted yet.
+    _gathered: list[_Sample] = field(init=False, default_factory=list)
     # The prompt's row, and what is quoted.
     _quotes: deque[tuple[Floats, _Quote]] = field(init=False, default_factory=lambda: deque(maxlen=EXPORTED))
 
@@ -174,13 +177,26 @@ class WatchedVersion:
         }
 
     def observe(self, exchange: Exchange, embedding: Embedding) -> list[Alarm]:
-        """Take in one exchange; the alarms that it raised. It counts with those before it, if thinning accepts it."""
+        """Take in one exchange, and count what may be counted; the alarms that this raised."""
+        return [*self.gather(exchange, embedding), *self.count()]
+
+    def gather(self, exchange: Exchange, embedding: Embedding) -> list[Alarm]:
+        """Take in one exchange; the alarms about the sampling that it raised. If thinning accepts it, it counts with
+        others of its block in one of the next `count`s."""
         self.unsaved = True
         sample, prompt = self._sample(exchange, embedding), exchange.generations[0].prompt
         taken = self.thinning.offer(sample, tokens=prompt, key=sample.asker, now=exchange.began)
-        alarms = list(self._sampling_alarms())
         if taken is not None:
-            alarms += self._count(self._shuffle.add(self._accepted(taken, embedding)))
+            self._gathered += self._shuffle.add(self._accepted(taken, embedding))
+        return list(self._sampling_alarms())
+
+    def count(self) -> list[Alarm]:
+        """Compare what was gathered with the reference, in its order; the alarms that it raised. Many requests at once
+        cost less than as many one after another, and say the same."""
+        alarms: list[Alarm] = []
+        while self._gathered:
+            samples, self._gathered = self._gathered[:COUNTED_AT_ONCE], self._gathered[COUNTED_AT_ONCE:]
+            alarms += self._count(samples)
         return alarms
 
     def compare_probe(self, answers: ProbeAnswers, now: float, earlier: ProbeAnswers | None = None) -> ProbeResult:
@@ -345,7 +361,9 @@ class WatchedVersion:
         rows: dict[Signal, list[Floats]] = {}
         for _, signal, row in chain.from_iterable(taken):
             rows.setdefault(signal, []).append(row)
-        steps = {signal: signal.steps(each) for signal, each in rows.items()}
+        runs = {signal: signal.runs(each) for signal, each in rows.items()}
+        # How many samples the last run of each signal still covers, and whether it raises the alarm at its end.
+        ends = dict.fromkeys(runs, (0, False))
         for sample, signals in zip(samples, taken, strict=True):
             if sample.quote is not None:
                 self._quotes.append((sample.rows[PROMPT], sample.quote))
@@ -355,15 +373,23 @@ class WatchedVersion:
             self.requests_watched += any(signal.watching for _, signal, _ in signals)
             for kind, signal, _ in signals:
                 if signal.watching:
-                    self._times.setdefault(signal, deque(maxlen=SAMPLE_TIMES)).append(sample.began)
+                    self._times_of(signal).append(sample.began)
                     self.rows_watched += 1
-                if next(steps[signal]):
+                left, alarms = ends[signal] if ends[signal][0] else next(runs[signal])
+                ends[signal] = left - 1, alarms
+                if alarms and left == 1:
                     self.moved[kind] = describe(signal, self.reference, self.recent, self._since(signal))
                     self.alarmed[kind] = sample.began
                     effects, moved = signal.beyond(), self.moved[kind]
                     yield Alarm(self.adapter, self.version, kind, effects, signal.log_evidence, moved)
-        for each in steps.values():
+        for each in runs.values():
             next(each, None)
+
+    def _times_of(self, signal: Signal) -> deque[float]:
+        times = self._times.get(signal)
+        if times is None:
+            times = self._times[signal] = deque(maxlen=SAMPLE_TIMES)
+        return times
 
     def _taken(self, sample: _Sample) -> Iterator[tuple[str, Signal, Floats]]:
         """The signals that take a sample: of its own parameters, and of the lower stratum that it is compared with."""

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
+
 # Different askers who used a word before it may be shown.
 ASKERS = 5
 # Words that are kept; as many again may come before the rarest are forgotten.
@@ -56,16 +58,15 @@ class WordCounts:
         for key, word in words.items():
             known = counts.get(key)
             if known is None:
-                known = counts[key] = _Count(missed=self._forgotten)
+                counts[key] = _Count(unit, self._forgotten, (asker,))
+                continue
             known.count += unit
             if not known.text and asker not in known.askers:
                 known.askers = (*known.askers, asker)
                 if len(known.askers) >= ASKERS:
                     known.text, known.askers = word, ()
         if len(self._counts) > 2 * MOST:
-            ranked = sorted(self._counts.items(), key=lambda item: -item[1].count)
-            self._forgotten = max(self._forgotten, ranked[MOST][1].count + ranked[MOST][1].missed)
-            self._counts = dict(ranked[:MOST])
+            self._forget()
         if self._unit > _LARGE:
             self._rescale()
 
@@ -122,6 +123,14 @@ class WordCounts:
         self._forgotten = float(state["forgotten"])
         self._counts = {hash(word): _Count(float(count), text=word) for word, count in state["words"].items()}
         return self
+
+    def _forget(self) -> None:
+        """Keep the MOST frequent words."""
+        every = list(self._counts.items())
+        order = np.argsort([-known.count for _, known in every], kind="stable")[: MOST + 1].tolist()
+        most = every[order.pop()][1]
+        self._forgotten = max(self._forgotten, most.count + most.missed)
+        self._counts = {every[place][0]: every[place][1] for place in order}
 
     def _rescale(self) -> None:
         for known in self._counts.values():

@@ -25,6 +25,8 @@ CLAIM_SECONDS, RENEW_SECONDS = 30.0, 5.0
 # What cannot be run now is looked at again after this.
 PAUSE_SECONDS = 30.0
 SWEEP_SECONDS = 300.0
+# How the names of machines begin that run work of a server and share no registry with it.
+WORKER = "worker:"
 
 
 class Claims:
@@ -45,10 +47,10 @@ class Claims:
             return connection.execute(select(self._table).where(columns.id == id)).one()
 
     def release(self, id: str | None = None) -> None:
-        """The end of a claim; without an id of everybody's claims, where this server is alone."""
+        """The end of a claim; without an id of every server's claims, where this one is alone."""
         columns = self._table.c
         mine = (columns.id == id) & (columns.claimed_by == self._me)
-        where = columns.claimed_by.is_not(None) if id is None else mine
+        where = columns.claimed_by.not_like(f"{WORKER}%") if id is None else mine
         with self._registry.adding() as connection:
             connection.execute(update(self._table).where(where).values(claimed_by=None, claimed_until=None))
 

@@ -9,6 +9,7 @@ is `code`. There is no model.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 
 UNKNOWN, CODE = "", "code"
@@ -77,14 +78,19 @@ _COMMON = {
     "vào cũng nhưng thì sẽ tại sao gì",
 }  # fmt: skip
 
-# By word: the languages that it is common in, and what it says for each, less where there are many.
-_LANGUAGES: dict[str, tuple[str, ...]] = {}
-for _language, _text in _COMMON.items():
+# By word: the numbers of the languages that it is common in.
+_LANGUAGES: dict[str, tuple[int, ...]] = {}
+for _number, _text in enumerate(_COMMON.values()):
     for _word in set(_text.split()):
-        _LANGUAGES[_word] = (*_LANGUAGES.get(_word, ()), _language)
+        _LANGUAGES[_word] = (*_LANGUAGES.get(_word, ()), _number)
+# And what it says for each, less where there are many: in units of 1 / _ONE, all languages in the 32-bit places of one
+# number, so that a text's words are one sum. Of more words than _MOST_WORDS a place would overflow.
+_ONE, _MOST_WORDS = 1 << 16, (1 << 16) - 1
 _WORDS = {
-    word: tuple((language, len(languages) ** -0.5) for language in languages) for word, languages in _LANGUAGES.items()
+    word: sum(round(len(numbers) ** -0.5 * _ONE) << 32 * number for number in numbers)
+    for word, numbers in _LANGUAGES.items()
 }
+_BY_NUMBER = tuple(_COMMON)
 # Every common word of every language here: none of them says what a text is about.
 STOP_WORDS = frozenset(_WORDS)
 
@@ -95,10 +101,10 @@ _SCRIPTS = (
     ("bn", 0x0980, 0x09FF), ("ta", 0x0B80, 0x0BFF), ("th", 0x0E00, 0x0E7F),
 )  # fmt: skip
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
-# The same for a text in ASCII without apostrophes: all but letters is a space.
-_SPACED = "".join(chr(code) if chr(code).isalpha() else " " for code in range(128))
+# The same for a text in ASCII without apostrophes: letters in lower case, and all else is a space.
+_SPACED = bytes(ord(chr(code).lower()) if code < 128 and chr(code).isalpha() else 32 for code in range(256))
 _BEYOND_LATIN = re.compile(r"[\u0370-\u1cff\u3040-\ud7af]")
-_WITHOUT_SYMBOLS = str.maketrans("", "", "{}();=<>[]_\\|&")
+_SYMBOLS = b"{}();=<>[]_\\|&"
 # Of a text's characters; of its words; and how far ahead of the next language the best must be.
 CODE_SHARE, COMMON_SHARE, AHEAD = 0.07, 0.12, 1.15
 _CHARACTERS = 2000
@@ -121,25 +127,23 @@ def read(text: str) -> tuple[str, list[str]]:
         if script := _by_script(text[-_CHARACTERS:]):
             return script, _pairs(words)
         words = [word.replace("’", "'") for word in words]
-    if len(text) >= 20 and len(text) - len(text.translate(_WITHOUT_SYMBOLS)) > CODE_SHARE * len(text):
+    written = text.encode("utf-8", "surrogatepass")
+    if len(text) >= 20 and len(written) - len(written.translate(None, _SYMBOLS)) > CODE_SHARE * len(text):
         return CODE, words
-    scores: dict[str, float] = {}
-    for known in filter(None, map(_WORDS.get, words)):
-        for language, weight in known:
-            scores[language] = scores.get(language, 0.0) + weight
-    if not scores:
+    total = sum(filter(None, map(_WORDS.get, words[:_MOST_WORDS])))
+    scores = memoryview(total.to_bytes(4 * len(_BY_NUMBER), sys.byteorder)).cast("I").tolist()
+    if sys.byteorder == "big":
+        scores.reverse()
+    second, best = sorted(scores)[-2:]
+    if best < _ONE * max(1.0, COMMON_SHARE * len(words)) or best < AHEAD * second:
         return UNKNOWN, words
-    best = max(scores, key=scores.__getitem__)
-    score = scores.pop(best)
-    if score < max(1.0, COMMON_SHARE * len(words)) or score < AHEAD * max(scores.values(), default=0.0):
-        return UNKNOWN, words
-    return best, words
+    return _BY_NUMBER[scores.index(best)], words
 
 
 def _found(text: str) -> list[str]:
     """What stands between spaces, digits and signs, in lower case."""
     if text.isascii() and "'" not in text:
-        return text.lower().translate(_SPACED).split()
+        return text.encode().translate(_SPACED).decode().split()
     return _WORD.findall(text.lower())
 
 

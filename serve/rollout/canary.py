@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from serve.drift.features import refuses
 from serve.rollout.askers_seen import AskersSeen
 from serve.rollout.prefill_times import PrefillTimes
 from serve.rollout.proof_forecast import Forecast
-from serve.rollout.sequential_test import CHECKS, GROUPS, CheckResult, Comparison, Verdict
+from serve.rollout.sequential_test import CHECKS, GROUPS, HARM_CHECKS, Check, CheckResult, Comparison, Verdict
 
 # The first answers of a canary all come with log-probabilities; later ones are sampled as everybody's are.
 ANSWERS_WITH_LOGPROBS = 300
@@ -46,9 +46,11 @@ class CanaryVerdict:
 class CanaryAnalysis:
     """One canary of one adapter against one live version. Not thread-safe."""
 
-    def __init__(self, adapter: str, live: int, share: Share, alpha: float, seed: int) -> None:
+    def __init__(
+        self, adapter: str, live: int, share: Share, alpha: float, seed: int, checks: Sequence[Check] = CHECKS
+    ) -> None:
         self.adapter, self.live, self.canary = adapter, live, share.adapter.version
-        self.comparison = Comparison(min(share.weight, 0.99), checks=CHECKS, alpha=alpha, seed=seed)
+        self.comparison = Comparison(min(share.weight, 0.99), checks=checks, alpha=alpha, seed=seed)
         # The verdict that was announced last.
         self.announced = Verdict.UNDECIDED
         self._with_logprobs = 0
@@ -62,7 +64,8 @@ class CanaryAnalysis:
     @property
     def wants_logprobs(self) -> bool:
         """All requests of the adapter should come with log-probabilities."""
-        return self.announced is not Verdict.WORSE and self._with_logprobs < ANSWERS_WITH_LOGPROBS
+        compared = any(check.name == "mean_logprob" for check in self.comparison.checks)
+        return compared and self.announced is not Verdict.WORSE and self._with_logprobs < ANSWERS_WITH_LOGPROBS
 
     def observe(self, exchange: Exchange) -> CanaryVerdict | None:
         """Count one request that was dealt to one of the two; the verdict, if it led to one."""
@@ -112,7 +115,8 @@ class CanaryAnalysis:
         self.adapter = str(state["name"])
         self.live, self.canary, self._with_logprobs = (int(number) for number in state["versions"])
         self.announced = Verdict(str(state["told"]))
-        self.comparison = Comparison.from_state(state, CHECKS)
+        harms = state["checks"].tolist() == [check.name for check in HARM_CHECKS]
+        self.comparison = Comparison.from_state(state, HARM_CHECKS if harms else CHECKS)
         self._prefill, self._askers = PrefillTimes(), AskersSeen()
         # Files of earlier releases have neither.
         if "knots" in state:

@@ -22,7 +22,7 @@ from serve.asgi.exchange import Exchange
 from serve.files import write_whole
 from serve.rollout.canary import CanaryAnalysis, CanaryVerdict
 from serve.rollout.proof_forecast import UNKNOWN
-from serve.rollout.sequential_test import Verdict
+from serve.rollout.sequential_test import CHECKS, HARM_CHECKS, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ LOWEST_LOG_EVIDENCE = -20.0
 
 
 class CanaryMonitor(Collector):
-    """`share(adapter)` is the canary in the registry, `live(adapter)` the live version, `alpha(adapter)` by policy.
+    """`share(adapter)` is the canary in the registry, `live(adapter)` the live version, `alpha(adapter)` by policy;
+    `differs(adapter, version)` says of a canary that it is meant to answer otherwise: only what harms is compared.
 
     `on_verdict` is called once for each verdict, in the worker's thread, and by `start` for earlier verdicts whose
     canary still has traffic. `label` gives a version's metric labels.
@@ -45,12 +46,13 @@ class CanaryMonitor(Collector):
         share: Callable[[str], Share | None],
         live: Callable[[str], int | None],
         alpha: Callable[[str], float],
+        differs: Callable[[str, int], bool] = lambda adapter, version: False,
         on_verdict: Callable[[CanaryVerdict], None] = lambda verdict: None,
         label: Callable[[str, str], tuple[str, str]] = lambda adapter, version: (adapter, version),
         seed: int = 0,
     ) -> None:
         self._folder = folder
-        self._share, self._live, self._alpha = share, live, alpha
+        self._share, self._live, self._alpha, self._differs = share, live, alpha, differs
         self._on_verdict, self._label, self._seed = on_verdict, label, seed
         self._lock = threading.Lock()
         self._analyses: dict[str, CanaryAnalysis] = {}
@@ -79,6 +81,9 @@ class CanaryMonitor(Collector):
     def rate(self, adapter: str, version: str, rating: float, counted_as: bytes | None) -> None:
         """Count feedback about a request that was dealt out."""
         self._update(adapter, version, lambda analysis: analysis.rate(version, rating, counted_as))
+
+    def looked(self) -> None:
+        """Every exchange has been counted."""
 
     def save(self) -> None:
         """Write all analyses to the file."""
@@ -170,7 +175,8 @@ class CanaryMonitor(Collector):
             return None
         analysis = self._analyses.get(adapter)
         if analysis is None or not analysis.compares(live, share):
-            analysis = CanaryAnalysis(adapter, live, share, self._alpha(adapter), self._seed)
+            checks = HARM_CHECKS if self._differs(adapter, share.adapter.version) else CHECKS
+            analysis = CanaryAnalysis(adapter, live, share, self._alpha(adapter), self._seed, checks)
             self._analyses[adapter] = analysis
         elif analysis.comparison.weight != share.weight:
             analysis.comparison.set_weight(share.weight)

@@ -3,13 +3,12 @@
     change(name)    one change of an adapter at a time: from the look at what serves, over the registry's transaction,
                     until its engine is told. Never held while bytes are hashed, sent, loaded or probed, nor while
                     anybody waits for an engine: a rollback waits for transactions alone.
-    quota(tenant)   the check of a tenant's quota together with the transaction that uses it up; taken within `change`
     pins            the count of an engine's pins together with the transaction that adds one; taken within `change`
     everything()    no change at all: a base swap holds it from its last look at the adapters until the new engine
                     serves. Changes that have begun end first, and those that come wait.
 
-Two things need none of them: the registry compares a change's `expected` version within its transaction, and what
-another server has changed is adopted in one go on the event loop.
+Three things need none of them: the registry compares a change's `expected` version and counts what a tenant keeps
+within its transaction, and what another server has changed is adopted in one go on the event loop.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ class ChangeLocks:
 
     def __init__(self) -> None:
         self._names: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._tenants: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.pins = asyncio.Lock()
         # Held by `everything`; each change passes it once.
         self._entrance = asyncio.Lock()
@@ -45,9 +43,6 @@ class ChangeLocks:
             self._changes -= 1
             if not self._changes:
                 self._unchanged.set()
-
-    def quota(self, tenant: str) -> asyncio.Lock:
-        return self._tenants.setdefault(tenant, asyncio.Lock())
 
     @asynccontextmanager
     async def everything(self) -> AsyncIterator[None]:

@@ -50,7 +50,7 @@ class _Action:
 class RolloutController(Collector):
     """`act_on` and `close` belong to the event loop. `swapped(adapter, result)` counts a promotion.
 
-    `notify(type, data)` hears of verdicts and alarms, in a thread.
+    `notify(type, data)` hears of verdicts and alarms, `heard(verdict)` tells whether a loop acts on it; in a thread.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class RolloutController(Collector):
         policies: Sequence[Policy],
         swapped: Callable[[str, str], None] = lambda adapter, result: None,
         notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
+        heard: Callable[[CanaryVerdict], bool] = lambda verdict: False,
     ) -> None:
         self._rollback = rollback
         self._lifecycle = lifecycle
@@ -71,7 +72,7 @@ class RolloutController(Collector):
         self._canaries = canaries
         self._policies = policies
         self._swapped = swapped
-        self._notify = notify
+        self._notify, self._heard = notify, heard
         # The latest action of each adapter that is not done yet.
         self._actions: dict[str, _Action] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,6 +131,13 @@ class RolloutController(Collector):
         return done
 
     async def _act(self, verdict: CanaryVerdict, *, first: bool) -> bool:
+        try:
+            if await asyncio.to_thread(self._heard, verdict):
+                return True
+        except LoradockError as error:
+            if verdict.verdict is not Verdict.WORSE:
+                raise
+            log.warning("%s@v%d: its loop does not hear of it: %s", verdict.adapter, verdict.canary, error.message)
         done = await self._follow(verdict, first=first)
         if first and not verdict.repeated:
             await asyncio.to_thread(self._notify, f"canary.{verdict.verdict.value}", _as_data(verdict))

@@ -53,12 +53,12 @@ class Golden:
         self.results = GoldenResults(self._store, registry, label)
         self.verdicts = GoldenVerdicts(self._store, self.results, registry, lifecycle, policy, on_verdict, swapped)
         falls = GoldenFalls(self._store, self.results, registry, notify)
-        self._runner = GoldenRunner(fleet, store, resolve)
+        self.runner = GoldenRunner(fleet, store, resolve)
         self._lots = random.Random()
         self.runs = GoldenRuns(
             self._store,
             self.results,
-            self._runner,
+            self.runner,
             self.verdicts,
             falls,
             registry,
@@ -87,8 +87,7 @@ class Golden:
         if sampled is None or not question or self._lots.random() >= sampled.share:
             return None
         grades = [
-            await self._runner.grade(sampled.judge, shadow.tenant, question, answer, charge_nobody)
-            for answer in answers
+            await self.runner.grade(sampled.judge, shadow.tenant, question, answer, charge_nobody) for answer in answers
         ]
         live, own = (grade.value for grade in grades)
         return None if live is None or own is None else (live, own)

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from serve.rollout.betting import BETS, highest, needed, needed_for_proof
 
 # Points of the score, from 0 to 1. A version worse by less than the tolerance is not called worse.
 TOLERANCE = 0.02
@@ -28,8 +29,6 @@ TOLERANCE = 0.02
 MARGIN = 0.10
 # The part of a canary's alpha that its golden set gets, from the other checks, if there is a set.
 ALPHA_SHARE = 0.25
-# Bets, as parts of the largest that cannot lose everything.
-BETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +88,18 @@ def compare(pairs: Sequence[tuple[float, float]], alpha: float) -> GoldenCompari
         canary_score=float(canary.sum()) / count,
         live_better=int((differences > 0).sum()),
         canary_better=int((differences < 0).sum()),
-        log_evidence=_highest(differences - TOLERANCE, 1 + TOLERANCE),
-        log_proof=_highest(MARGIN - differences, 1 - MARGIN),
+        log_evidence=highest(differences - TOLERANCE, 1 + TOLERANCE),
+        log_proof=highest(MARGIN - differences, 1 - MARGIN),
         log_threshold=-math.log(own),
         log_proof_threshold=-math.log(alpha),
         needed=cases_needed(MARGIN, own),
-        needed_for_proof=_count(math.log1p(BETS[-1] * MARGIN / (1 - MARGIN)), alpha),
+        needed_for_proof=needed_for_proof(MARGIN, alpha),
     )
 
 
 def cases_needed(gap: float, alpha: float) -> int:
     """Cases after which a canary that fails `gap` of those that the live version passes is typically called worse."""
-    return _count(
+    return needed(
         max(
             gap * math.log1p(bet / (1 + TOLERANCE) * (1 - TOLERANCE))
             + (1 - gap) * math.log1p(-bet / (1 + TOLERANCE) * TOLERANCE)
@@ -108,15 +107,3 @@ def cases_needed(gap: float, alpha: float) -> int:
         ),
         alpha,
     )
-
-
-def _count(growth: float, alpha: float) -> int:
-    """Cases until evidence that grows so much a case outweighs alpha and the mean over the bets."""
-    return math.ceil((math.log(len(BETS)) - math.log(alpha)) / growth) if growth > 0 else 1 << 30
-
-
-def _highest(stakes: NDArray[np.float64], most_lost: float) -> float:
-    """The highest ln of the mean capital, over all times; a stake is at least -most_lost."""
-    capitals = np.log1p(np.outer(BETS, stakes) / most_lost).cumsum(axis=1)
-    means = np.logaddexp.reduce(capitals, axis=0) - math.log(len(BETS))
-    return float(means.max(initial=0.0))

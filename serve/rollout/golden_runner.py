@@ -106,6 +106,10 @@ class GoldenRunner:
             return await asyncio.to_thread(score, case, answer)
         return await self.grade(case.judge, adapter.tenant, case.asked, answer, charge)
 
+    async def ask(self, adapter: Adapter, path: str, fields: Mapping[str, Any], charge: Charge) -> str:
+        """What a version answers to this request, in the name of its own tenant; Refused."""
+        return await self._ask(self.model(adapter), adapter.tenant, path, fields, charge)
+
     async def grade(self, judge: Judge, tenant: str, asked: str, answer: str, charge: Charge) -> CaseScore:
         """What a judge says about an answer."""
         try:

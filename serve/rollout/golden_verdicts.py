@@ -188,12 +188,12 @@ class GoldenVerdicts:
         share, live = self._registry.canary(name), self._registry.live(name)
         if share is None or live is None:
             return None
-        pairs = await asyncio.to_thread(self._pairs, live, share.adapter, golden)
+        pairs = await asyncio.to_thread(self.pairs, live, share.adapter, golden)
         comparison = compare(pairs, self._policy(name).alpha)
         return Standing(live.version, share.adapter.version, comparison, len(golden.cases))
 
-    def _pairs(self, live: Adapter, canary: Adapter, golden: GoldenSet) -> list[tuple[float, float]]:
-        """First scores of both on the same case over the same base, by the same judge."""
+    def pairs(self, live: Adapter, canary: Adapter, golden: GoldenSet) -> list[tuple[float, float]]:
+        """First scores of both on the same case over the same base, by the same judge. Blocks."""
         ours, theirs = (self._results.outcomes(adapter, golden) for adapter in (live, canary))
         both = [(ours[key], theirs[key]) for key in golden.by_key if key in ours and key in theirs]
         return [scores for pair in both if (scores := _paired(*pair)) is not None]

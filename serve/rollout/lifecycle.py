@@ -32,7 +32,7 @@ from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import Conflict, EngineUnavailable, LoradockError
 from serve.models.checkpoint import is_another_model
-from serve.names import check_adapter_name, shown, tenant_of
+from serve.names import check_adapter_name, shown
 from serve.rollout.candidate import Candidate
 from serve.rollout.change_locks import ChangeLocks
 from serve.rollout.prefetch import Popularity
@@ -141,16 +141,17 @@ class Lifecycle:
         async with self._received(name, folder, engine, expected, quota, min_effect) as new:
             base, path, inspection, judged = new.base, new.path, new.inspection, new.model
             own = None if base is self.fleet.first else base.name
+            check = partial(check_push, name=name, digest=new.digest, nbytes=inspection.nbytes, quota=quota)
             add = partial(
-                self.registry.add, name, by=by, promote=promote, why=why, shared=shared, base=own, expected=expected
-            )
+                self.registry.add, name, digest=new.digest, check=check, by=by, promote=promote, why=why,
+                shared=shared, base=own, expected=expected,
+            )  # fmt: skip
             while True:
                 checks = {**await self._judge(base, new.id, path, inspection, min_effect), **(notes or {})}
                 await self.store.upload(new.digest)
-                async with self._change(name, base), self._locks.quota(tenant_of(name)):
+                async with self._change(name, base):
                     if base.model == judged:
-                        check_push(self.registry, name, new.digest, inspection, quota)
-                        adapter, created = await asyncio.to_thread(add, inspection, new.digest, checks=checks)
+                        adapter, created = await asyncio.to_thread(add, inspection=inspection, checks=checks)
                         break
                 # The base was swapped meanwhile: what counts is what the adapter does on the one that serves now.
                 judged = base.model
@@ -198,7 +199,7 @@ class Lifecycle:
         digest = await asyncio.to_thread(self.store.admit, folder, keep=True)
         adapter_id = f"{name}@{digest[:12]}"
         try:
-            check_push(self.registry, name, digest, inspection, quota)
+            check_push(self.registry.adapters(), name=name, digest=digest, nbytes=inspection.nbytes, quota=quota)
             check_digest(digest, limits)
             yield Candidate(base, model, limits, inspection, digest, adapter_id, self.store.path(digest))
         except BaseException:

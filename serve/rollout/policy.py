@@ -9,7 +9,9 @@
         canary_weight: 0      # 0.1: a promote gives the version a tenth of the traffic first
         alpha: 0.01           # probability of a false verdict, ever, of one canary
         golden_min: 0         # 0.9: a version with a lower score on its golden set gets no traffic; 0 only reports
+        train_on_traffic: false   # whether requests and answers are kept as examples to train it on
         guard: {}             # {prompt: NAME, answer: NAME, action: refuse}: models that look at them; or flag, count
+        loop: {}              # {on: [drift]}: it may train its next version by itself (serve.rollout.loop_policy)
       tone: {proved: promote, canary_weight: 0.1}
 """
 
@@ -21,6 +23,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.errors import ConfigError
+from serve.rollout import loop_policy
+from serve.rollout.loop_policy import LoopPolicy
 
 EVERY = "*"
 NOTIFY, HOLD, ROLLBACK, PROMOTE = "notify", "hold", "rollback", "promote"
@@ -53,6 +57,8 @@ class Policy:
     alpha: float = 0.01
     golden_min: float = 0.0
     guard: Guard = Guard()
+    loop: LoopPolicy = LoopPolicy()
+    train_on_traffic: bool = False
 
 
 DEFAULT_POLICIES = (Policy(),)
@@ -82,6 +88,8 @@ def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
     for name, choices in _CHOICES.items():
         if name in fields and fields[name] not in choices:
             raise ConfigError(f"the policy of {adapter}: {name} takes {' or '.join(choices)}, not {fields[name]!r}")
+    if not isinstance(learns := fields.get("train_on_traffic", False), bool):
+        raise ConfigError(f"the policy of {adapter}: train_on_traffic takes true or false, not {learns!r}")
     numbers = {name: _number(adapter, name, fields[name]) for name in _NUMBERS if name in fields}
     if not 0 <= numbers.get("canary_weight", 0) < 1:
         raise ConfigError(f"the policy of {adapter}: canary_weight takes 0 up to 1, not {fields['canary_weight']!r}")
@@ -91,8 +99,17 @@ def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
         raise ConfigError(
             f"the policy of {adapter}: golden_min takes a score from 0 to 1, not {fields['golden_min']!r}"
         )
-    guard = {"guard": _guard(adapter, fields["guard"])} if "guard" in fields else {}
-    return replace(base, adapter=adapter, **{**fields, **numbers, **guard})
+    parts: dict[str, Any] = {}
+    if "guard" in fields:
+        parts["guard"] = _guard(adapter, fields["guard"])
+    if "loop" in fields:
+        parts["loop"] = loop_policy.parse(adapter, base.loop, fields["loop"])
+    policy = replace(base, adapter=adapter, **{**fields, **numbers, **parts})
+    if policy.loop.on and not policy.train_on_traffic:
+        raise ConfigError(
+            f"the policy of {adapter}: a loop learns from its traffic: add train_on_traffic: true, or no `on`"
+        )
+    return policy
 
 
 def _guard(adapter: str, fields: Any) -> Guard:

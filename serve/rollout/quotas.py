@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import Protocol
 
-from serve.adapters.adapter import Inspection
 from serve.adapters.registry import Registry
 from serve.auth.rate_limits import Limits
 from serve.errors import Conflict, QuotaExceeded
@@ -14,14 +14,25 @@ from serve.names import DEFAULT, tenant_of
 PINS_OF_A_TENANT = 4
 
 
-def check_push(registry: Registry, name: str, digest: str, inspection: Inspection, quota: Limits) -> None:
-    """QuotaExceeded, if the tenant would keep more than this key may let it."""
-    kept = [adapter for adapter in registry.adapters() if adapter.tenant == tenant_of(name)]
-    if any(adapter.name == name and adapter.digest == digest for adapter in kept):
+class Kept(Protocol):
+    """A version that a tenant has."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def check_push(kept: Iterable[Kept], *, name: str, digest: str, nbytes: int, quota: Limits) -> None:
+    """QuotaExceeded, if the tenant, of whose versions `kept` has all, would keep more than this key may let it."""
+    kept = [version for version in kept if tenant_of(version.name) == tenant_of(name)]
+    if any(version.name == name and version.digest == digest for version in kept):
         return
-    if quota.adapters is not None and len({adapter.name for adapter in kept} | {name}) > quota.adapters:
+    if quota.adapters is not None and len({version.name for version in kept} | {name}) > quota.adapters:
         raise QuotaExceeded(f"this key's tenant may keep {quota.adapters} adapters: delete one that nobody uses")
-    nbytes = sum(adapter.nbytes for adapter in kept) + inspection.nbytes
+    nbytes += sum(version.nbytes for version in kept)
     if quota.adapter_bytes is not None and nbytes > quota.adapter_bytes:
         raise QuotaExceeded(
             f"with this one the tenant's adapters take {nbytes} bytes, and this key may let them take "

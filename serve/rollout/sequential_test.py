@@ -101,6 +101,8 @@ CHECKS = (
     Check("refusal", QUALITY, Worse.HIGHER, Unit.RATE, 0.05, required=True),
     Check("rating", FEEDBACK, Worse.LOWER, Unit.DIFFERENCE, 0.0),
 )
+# Of a version that is meant to answer otherwise: what differs without being bad is no reason against it.
+HARM_CHECKS = tuple(check for check in CHECKS if check.worse is not Worse.EITHER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,10 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str], befor
         os.environ["LORADOCK_TARGET_INTER_TOKEN"] = config.target_inter_token
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
+    else:
+        # vLLM forks its engine unless its own command line started it; this process has threads and sockets by then,
+        # and CUDA does not survive a fork.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     return replace(base, engine=MappingProxyType(engine)), taken
 
 
@@ -140,7 +144,7 @@ def _run(config: Config, sock: socket, output: Log) -> int:
     # What is imported stays; to look for garbage in it again and again takes a third of the time.
     gc.disable()
     if hardware.on_cpu():
-        forkserver.start((base.model, base.engine) for base in config.bases)
+        forkserver.start(((base.model, base.engine) for base in config.bases), _import_server)
     output.watch()
     from serve.api.app import build_app
     from serve.vllm_backend.backend import VLLMBackend
@@ -175,6 +179,16 @@ def _run(config: Config, sock: socket, output: Log) -> int:
     for error in failures:
         raise error
     return 0
+
+
+def _import_server() -> None:
+    """What the server needs beside vLLM, and its engines do not."""
+    import serve.api.app  # noqa: F401
+    from serve.cpu_kernels import pages
+    from serve.vllm_backend.backend import prepare
+
+    prepare()
+    pages.release()
 
 
 def _told_briefly(record: logging.LogRecord) -> bool:

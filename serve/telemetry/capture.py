@@ -1,8 +1,8 @@
 """What was asked and answered, as text on the disk, for `loradock optimize` to calibrate on; only when it is asked for.
 
-One file of JSON lines an hour, `{"adapter": ..., "text": ...}`, the prompt as the model saw it (chat template and all)
-and its answer, with what `redact` matches blacked out. A file takes no more than `limit` bytes, and is deleted `hours`
-after its hour has ended, with or without traffic.
+One file of JSON lines an hour, `{"adapter": ..., "tenant": ..., "id": ..., "text": ...}`: the prompt as the model saw
+it (chat template and all) and its answer, with what `redact` matches blacked out. A file takes no more than `limit`
+bytes, and is deleted `hours` after its hour has ended, with or without traffic.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import json
 import logging
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
 from serve.asgi.exchange import Exchange
+from serve.files import write_whole
 from serve.models.decoding import Decoder
 
 # Exchanges that wait to be written: whole prompts, so not many.
@@ -48,6 +52,9 @@ class Capture:
         self._redact = [re.compile(pattern) for pattern in redact]
         self._enabled, self._hours, self._clock = enabled, hours, clock
         self._decoders: dict[str, Decoder] = {}
+        self._changing = threading.Lock()
+        # Lines that are written together: to write each by itself costs as much as to make it.
+        self._lines: list[bytes] = []
         # The file of this hour, and its size; closed every minute, so that one that was deleted begins again.
         self._file: BinaryIO | None = None
         self._size = self._opened = 0
@@ -62,44 +69,77 @@ class Capture:
         self.save()
 
     def observe(self, exchange: Exchange) -> None:
-        """Write one answered request."""
+        """Note one answered request; `looked` writes it."""
         if not self._enabled or exchange.status != 200 or not exchange.generations:
             return
         try:
-            self._write(exchange)
-        except Exception as error:  # a full disk, a tokenizer that is not there: traffic goes on
+            line = self._line(exchange)
+        except Exception as error:  # a tokenizer that is not there: traffic goes on
             log.warning("a request was not captured: %s", error)
+            return
+        with self._changing:
+            self._lines.append(line)
+
+    def looked(self) -> None:
+        """Write what was noted."""
+        with self._changing:
+            self._write()
 
     def save(self) -> None:
         """Delete the files whose time is over."""
-        self._close()
+        with self._changing:
+            self._close()
         for file in self._folder.glob("*.jsonl"):
             if file.stem.isdigit() and int(file.stem) < self._hour - self._hours:
                 file.unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Every line is on the disk already."""
-        self._close()
+        """Write the rest."""
+        with self._changing:
+            self._close()
+
+    def forget(self, tenant: str, ids: Collection[str]) -> None:
+        """Delete these requests of a tenant's. From any thread."""
+        with self._changing:
+            self._close()
+            for file in self._folder.glob("*.jsonl"):
+                lines = file.read_bytes().splitlines(keepends=True)
+                kept = [line for line in lines if not _is_of(line, tenant, ids)]
+                if len(kept) < len(lines):
+                    write_whole(file, b"".join(kept))
 
     @property
     def _hour(self) -> int:
         return int(self._clock() // HOUR)
 
-    def _write(self, exchange: Exchange) -> None:
+    def _line(self, exchange: Exchange) -> bytes:
         decode = self._decoder(self._model_of(exchange.adapter))
         generation = exchange.generations[0]
         text = decode([*generation.prompt, *generation.output], special=True)
         for pattern in self._redact:
             text = pattern.sub("[redacted]", text)
-        line = (json.dumps({"adapter": exchange.adapter, "text": text}, ensure_ascii=False) + "\n").encode()
-        file = self._open()
-        if self._size + len(line) > self._limit:
-            self.dropped += 1
+        row = {"adapter": exchange.adapter, "tenant": exchange.tenant, "id": exchange.request_id, "text": text}
+        return msgspec.json.encode(row) + b"\n"
+
+    def _write(self) -> None:
+        lines, self._lines = self._lines, []
+        if not lines:
             return
-        if file.write(line) < len(line):
-            file.truncate(self._size)
-            raise OSError(errno.ENOSPC, "the disk took a part of the line only")
-        self._size += len(line)
+        try:
+            file, room, fitting = self._open(), self._limit - self._size, list[bytes]()
+            for line in lines:
+                if len(line) <= room:
+                    fitting.append(line)
+                    room -= len(line)
+            self.dropped += len(lines) - len(fitting)
+            data = b"".join(fitting)
+            if (taken := file.write(data)) < len(data):
+                self._size += data.rfind(b"\n", 0, taken) + 1
+                file.truncate(self._size)
+                raise OSError(errno.ENOSPC, "the disk took a part of the lines only")
+            self._size += len(data)
+        except OSError as error:  # a full disk: traffic goes on
+            log.warning("requests were not captured: %s", error)
 
     def _open(self) -> BinaryIO:
         """The file of this hour; unbuffered, so that a line that a full disk cuts short can be taken back."""
@@ -111,6 +151,7 @@ class Capture:
         return self._file
 
     def _close(self) -> None:
+        self._write()
         if self._file is not None:
             self._file.close()
         self._file = None
@@ -119,3 +160,11 @@ class Capture:
         if model not in self._decoders:
             self._decoders[model] = Decoder(Path(model) / "tokenizer.json")
         return self._decoders[model]
+
+
+def _is_of(line: bytes, tenant: str, ids: Collection[str]) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:  # a power failure cut it short
+        return False
+    return row.get("tenant") == tenant and row.get("id") in ids

@@ -67,7 +67,7 @@ class Feedback:
             raise BadRequest(f"a rating lies between 0 (bad) and 1 (good), not {rating}", param="rating")
         answered = self._recent.get((tenant, request_id))
         if answered is None:
-            answered = self._recent.get((tenant, _PREFIXES.sub("", request_id)))
+            answered = self._recent.get((tenant, bare_id(request_id)))
         if answered is None or answered.rating is not None:
             raise NotFound(
                 "no recent request of this tenant has this id and no feedback yet: send an answer's id, or its "
@@ -76,6 +76,11 @@ class Feedback:
             )
         answered.rating = rating if rating is not None else float(_digest(answer or "") == answered.digest)
         return answered, answered.rating
+
+
+def bare_id(id: str) -> str:
+    """A request's id, by its answer's."""
+    return _PREFIXES.sub("", id)
 
 
 def _digest(text: str) -> bytes:

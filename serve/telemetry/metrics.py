@@ -150,6 +150,10 @@ class Metrics:
         labels = (adapter, version)
         return labels if labels in self._series or self._versions.has_room else OTHER
 
+    def labelled(self, adapter: str) -> bool:
+        """Whether some version of the adapter has labels of its own."""
+        return any(labels[0] == adapter for labels in list(self._series))
+
     def tidy(self) -> None:
         """Begin the series of what may be asked; drop those of what nobody asks and the engine does not hold."""
         current = [(adapter.name, f"v{adapter.version}") for adapter in self._registry.current()]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -21,7 +22,7 @@ from prometheus_client.registry import Collector
 from starlette.types import Scope
 
 from serve.asgi.exchange import Exchange
-from serve.asgi.exchange_worker import ExchangeWorker
+from serve.asgi.exchange_worker import LINGER_SECONDS, ExchangeWorker
 from serve.asgi.trace_context import Parent, RequestTrace
 from serve.errors import ConfigError
 from serve.telemetry.export_queue import FLUSH_SECONDS, ExportQueue
@@ -43,6 +44,7 @@ class Tracing(Collector):
     """`begin`, `again` and `take` belong to the event loop; `happened`, `scored` and `rated` may come from any thread.
 
     Of the parts, those whose signal is not wanted are None. `engine_traces`: vLLM makes spans of its own.
+    `linger`: for so many seconds requests wait for others, before their spans are built.
     """
 
     def __init__(
@@ -55,11 +57,12 @@ class Tracing(Collector):
         events: ExportQueue[Any] | None = None,
         *,
         engine_traces: bool = False,
+        linger: float = LINGER_SECONDS,
     ) -> None:
         self._sampled, self._traces, self._metrics = sampled, traces, metrics
         self._evaluations, self._events = evaluations, events
         self._engine_traces = engine_traces
-        self._worker = ExchangeWorker([_Built(spans, traces, metrics)], name="otel")
+        self._worker = ExchangeWorker([_Built(spans, traces, metrics)], name="otel", linger=linger)
 
     def begin(self, scope: Scope) -> RequestTrace:
         """The trace of a request that has just arrived: its client's, or a new one."""
@@ -184,6 +187,8 @@ class _Built:
         self._strangers = (now, count + 1 if second == now else 1)
         return self._strangers[1] <= STRANGERS_PER_SECOND
 
+    def looked(self) -> None: ...
+
     def save(self) -> None: ...
 
     def stop(self) -> None: ...
@@ -228,11 +233,11 @@ def _opened(
     resource, names, protocols = tracing_sdk.resource(instance), TenantNames(tenant), settings.protocols
     sampled = spans = traces = metrics = evaluations = events = None
     if TRACES in protocols:
-        sampled, spans = tracing_sdk.sampled(), Spans(resource, names)
+        sampled, spans, around = tracing_sdk.sampled(), Spans(names), tracing_sdk.around(resource)
         traces = _queue(
             TRACES,
-            tracing_sdk.exporter(TRACES, protocols[TRACES]),
-            lambda requests: [span for request in requests for span in request],
+            tracing_sdk.takes_encoded(tracing_sdk.exporter(TRACES, protocols[TRACES])),
+            lambda requests: tracing_sdk.EncodedSpans(chain.from_iterable(requests), around),
             settings,
             settings.queue_size,
             len,
@@ -244,7 +249,9 @@ def _opened(
         exporter = tracing_sdk.exporter(LOGS, protocols[LOGS])
         events = _queue(LOGS, exporter, list, settings, EVENTS_QUEUE, lambda event: 1)
         evaluations = Evaluations(events.put, resource, names)
-    return Tracing(sampled, spans, traces, metrics, evaluations, events, engine_traces=engine_traces)
+    # They are sent together after that delay anyway: built together they take less time.
+    linger = min(LINGER_SECONDS, settings.delay)
+    return Tracing(sampled, spans, traces, metrics, evaluations, events, engine_traces=engine_traces, linger=linger)
 
 
 def _queue(

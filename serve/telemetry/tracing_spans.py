@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
-
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from serve.asgi.exchange import LEFT, Exchange
 from serve.asgi.trace_context import RequestTrace
+from serve.telemetry.tracing_encoding import INTERNAL, SERVER, Value, attributes, link, span, state, unrepeated
 from serve.telemetry.tracing_names import TenantNames
-from serve.telemetry.tracing_sdk import PROVIDER, SCOPE
+from serve.telemetry.tracing_sdk import PROVIDER
 
 # A load that took less was none: the adapter was there.
 LOADED_SECONDS = 0.001
@@ -39,8 +37,6 @@ OPERATIONS = {
     "/v1/embeddings": "embeddings",
 }
 SHADOW = "shadow"
-_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
-_OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
 
 
 def operation(path: str) -> str:
@@ -56,106 +52,124 @@ def error_type(exchange: Exchange) -> str | None:
 
 
 class Spans:
-    def __init__(self, resource: Resource, names: TenantNames) -> None:
-        self._resource, self._names = resource, names
+    def __init__(self, names: TenantNames) -> None:
+        self._names = names
 
-    def of(self, exchange: Exchange) -> tuple[ReadableSpan, ...]:
-        """The request's own span first; nothing for a request that was not sampled."""
+    def of(self, exchange: Exchange) -> tuple[bytes, ...]:
+        """Encoded, the request's own span first; nothing for a request that was not sampled."""
         trace = exchange.trace
         if trace is None or not trace.sampled:
             return ()
         return tuple(self._spans(exchange, trace))
 
-    def _spans(self, exchange: Exchange, trace: RequestTrace) -> Iterator[ReadableSpan]:
-        own = _context(trace, trace.span_id)
-        yield self._request(exchange, trace, own)
+    def _spans(self, exchange: Exchange, trace: RequestTrace) -> Iterator[bytes]:
+        yield self._request(exchange, trace)
         if exchange.version and trace.queued is not None:
+            parts = _Parts(exchange, trace, _answerer(self._names.model(exchange.adapter), exchange.version))
             seated = exchange.seated
             loading = None if seated is None else seated - trace.load_seconds
-            yield self._part("queue", own, exchange, trace.queued, exchange.total if loading is None else loading)
+            yield parts.span("queue", trace.queued, exchange.total if loading is None else loading)
             if seated is not None:
                 if trace.load_seconds >= LOADED_SECONDS and exchange.id:
-                    yield self._part("load adapter", own, exchange, seated - trace.load_seconds, seated)
-                yield from self._engine(exchange, own, seated)
+                    yield parts.span("load adapter", seated - trace.load_seconds, seated)
+                yield from _engine(exchange, parts, seated)
 
-    def _request(self, exchange: Exchange, trace: RequestTrace, own: SpanContext) -> ReadableSpan:
+    def _request(self, exchange: Exchange, trace: RequestTrace) -> bytes:
         name, model = operation(trace.path), self._names.model
-        attributes = {
+        known: dict[str, Any] = {
             "gen_ai.operation.name": name,
             "gen_ai.provider.name": PROVIDER,
             **_http(exchange, trace),
-            **self._answerer(exchange),
         }
-        attributes |= _known(
+        known |= _known(
             {
                 "gen_ai.request.model": model(trace.model),
                 "gen_ai.response.model": model(exchange.id or (exchange.adapter if exchange.generations else "")),
                 "gen_ai.request.stream": trace.streams,
                 "loradock.role": trace.role,
-                "loradock.request_id": exchange.request_id,
                 "loradock.tenant": self._names.tenant(exchange.tenant),
                 "error.type": error_type(exchange),
             }
         )
-        attributes |= _generated(exchange, trace)
-        parent = _context(trace, trace.parent_id, remote=True) if trace.parent_id else None
-        links = [Link(_context(trace.repeats, trace.repeats.span_id, remote=True))] if trace.repeats else []
-        return ReadableSpan(
+        more = attributes(known | _generated(exchange, trace)) + _answerer(model(exchange.adapter), exchange.version)
+        if exchange.request_id:
+            more += unrepeated("loradock.request_id", exchange.request_id)
+        if trace.repeats:
+            more += link(trace.repeats.trace_id, trace.repeats.span_id)
+        if trace.state:
+            more += state(trace.state.items())
+        return span(
+            bytes.fromhex(trace.trace_id),
+            bytes.fromhex(trace.span_id),
             # Names of spans are few: those of registered models, never what a client makes up.
             f"{name} {model(exchange.adapter)}" if exchange.version else name,
-            own,
-            parent,
-            self._resource,
-            attributes,
-            links=links,
-            kind=SpanKind.INTERNAL if trace.role == SHADOW else SpanKind.SERVER,
-            status=_ERROR if exchange.failure or exchange.status >= 500 else _OK,
-            start_time=_nanoseconds(exchange, 0.0),
-            end_time=_nanoseconds(exchange, exchange.total),
-            instrumentation_scope=SCOPE,
+            _nanoseconds(exchange, 0.0),
+            _nanoseconds(exchange, exchange.total),
+            parent=bytes.fromhex(trace.parent_id),
+            remote=bool(trace.parent_id),
+            kind=INTERNAL if trace.role == SHADOW else SERVER,
+            failed=bool(exchange.failure) or exchange.status >= 500,
+            more=more,
         )
 
-    def _engine(self, exchange: Exchange, own: SpanContext, seated: float) -> Iterator[ReadableSpan]:
-        tokens = _Tokens(exchange)
-        end = exchange.total if tokens.last is None else max(tokens.last, seated)
-        more = _known({"loradock.engine.queue_seconds": exchange.queue})
-        if exchange.engine_seconds:
-            more["loradock.engine.busy_seconds"] = round(exchange.engine_seconds, 6)
-        engine = self._part("engine", own, exchange, seated, end, more)
-        yield engine
-        inside = engine.get_span_context()
-        if tokens.first is None or tokens.last is None or inside is None:
-            return
-        if tokens.began is not None:
-            computed = {"loradock.prefill.computed_tokens": exchange.prompt_tokens - exchange.cached_tokens}
-            yield self._part("prefill", inside, exchange, max(tokens.began, seated), tokens.first, computed)
-        count = {"gen_ai.usage.output_tokens": exchange.generated_tokens}
-        yield self._part("decode", inside, exchange, tokens.first, tokens.last, count)
 
-    def _part(
+class _Parts:
+    """Makes the spans inside of a request. Times are seconds from its arrival."""
+
+    def __init__(self, exchange: Exchange, trace: RequestTrace, answerer: bytes) -> None:
+        self._exchange = exchange
+        self._trace_id, self._request = bytes.fromhex(trace.trace_id), bytes.fromhex(trace.span_id)
+        self._common = answerer + state(trace.state.items()) if trace.state else answerer
+
+    def span(
         self,
         name: str,
-        parent: SpanContext,
-        exchange: Exchange,
         start: float,
         end: float,
-        more: dict[str, Any] | None = None,
-    ) -> ReadableSpan:
-        """A span inside the request. Times are seconds from its arrival."""
-        answerer = self._answerer(exchange)
-        return ReadableSpan(
+        more: dict[str, Value] | None = None,
+        *,
+        id: bytes | None = None,
+        parent: bytes | None = None,
+    ) -> bytes:
+        """One, below the request's own or below `parent`."""
+        return span(
+            self._trace_id,
+            id or span_id(),
             name,
-            SpanContext(parent.trace_id, random.getrandbits(64) or 1, False, _SAMPLED, parent.trace_state),
-            parent,
-            self._resource,
-            answerer | more if more else answerer,
-            start_time=_nanoseconds(exchange, start),
-            end_time=_nanoseconds(exchange, max(start, end)),
-            instrumentation_scope=SCOPE,
+            _nanoseconds(self._exchange, start),
+            _nanoseconds(self._exchange, max(start, end)),
+            parent=parent or self._request,
+            more=self._common + attributes(more) if more else self._common,
         )
 
-    def _answerer(self, exchange: Exchange) -> dict[str, Any]:
-        return {"loradock.adapter": self._names.model(exchange.adapter), "loradock.version": exchange.version}
+
+def span_id() -> bytes:
+    """A new one."""
+    return (random.getrandbits(64) or 1).to_bytes(8, "big")
+
+
+@lru_cache(1024)
+def _answerer(adapter: str, version: str) -> bytes:
+    return attributes({"loradock.adapter": adapter, "loradock.version": version})
+
+
+def _engine(exchange: Exchange, parts: _Parts, seated: float) -> Iterator[bytes]:
+    tokens = _Tokens(exchange)
+    end = exchange.total if tokens.last is None else max(tokens.last, seated)
+    more = _known({"loradock.engine.queue_seconds": exchange.queue})
+    if exchange.engine_seconds:
+        more["loradock.engine.busy_seconds"] = round(exchange.engine_seconds, 6)
+    engine = span_id()
+    yield parts.span("engine", seated, end, more, id=engine)
+    if tokens.first is None or tokens.last is None:
+        return
+    if tokens.began is not None:
+        computed: dict[str, Value] = {
+            "loradock.prefill.computed_tokens": exchange.prompt_tokens - exchange.cached_tokens
+        }
+        yield parts.span("prefill", max(tokens.began, seated), tokens.first, computed, parent=engine)
+    count: dict[str, Value] = {"gen_ai.usage.output_tokens": exchange.generated_tokens}
+    yield parts.span("decode", tokens.first, tokens.last, count, parent=engine)
 
 
 class _Tokens:
@@ -175,10 +189,6 @@ class _Tokens:
             if made.prefill is not None:
                 began = first - made.prefill
                 self.began = began if self.began is None else min(began, self.began)
-
-
-def _context(trace: RequestTrace, span_id: str, *, remote: bool = False) -> SpanContext:
-    return SpanContext(int(trace.trace_id, 16), int(span_id, 16), remote, _SAMPLED, trace.state)
 
 
 def _nanoseconds(exchange: Exchange, seconds: float) -> int:

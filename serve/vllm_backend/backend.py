@@ -42,13 +42,14 @@ from serve.vllm_backend import (
     announce,
     building,
     forkserver,
+    gpu_memory,
     message_errors,
     response_store,
     structured_outputs,
     titles,
 )
 from serve.vllm_backend.engine_arguments import parse
-from serve.vllm_backend.engine_processes import cause_of_death, processes_of, resident_bytes
+from serve.vllm_backend.engine_processes import Member, cause_of_death, end, members, processes_of, resident_bytes
 from serve.vllm_backend.error_translation import answer_unknown_paths, rejecting, sentence
 from serve.vllm_backend.output_processor import Outputs
 from serve.vllm_backend.structured_outputs import Engine
@@ -58,8 +59,9 @@ from serve.vllm_backend.worker_extension import LOADED, LOADING
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# Seconds between two looks at whether a worker has read an adapter; each look waits for the end of a step anyway.
-LOAD_POLL = 0.005
+# Seconds until the first look at whether the workers have read an adapter. A look is a call of all workers between two
+# steps, so the longer it takes the fewer there are: each waits for a part of the time that has gone by.
+LOAD_POLL, LOAD_PART = 0.005, 1 / 8
 # vLLM closes its sockets in a callback of the event loop.
 SOCKETS_CLOSE = 0.1
 # The engine after whose start this process's heap was taken out of the garbage collector's sight.
@@ -85,6 +87,8 @@ class VLLMBackend:
         self._idle_until = time.monotonic()
         self._llm: Engine | None = None
         self._app: ASGIApp | None = None
+        # Workers of a tensor-parallel engine among them, which nobody else knows of once the first process is dead.
+        self._members: frozenset[Member] = frozenset()
         self._loras: dict[str, LoRARequest] = {}
         self._generates = False
         # It answers `previous_response_id`: vLLM keeps responses if VLLM_ENABLE_RESPONSES_API_STORE=1.
@@ -175,9 +179,12 @@ class VLLMBackend:
 
     def check_room(self) -> None:
         """Conflict, if this machine has no room for one more engine like this."""
-        if not hardware.on_cpu() or self.args.kv_cache_memory_bytes is None:
-            return
         try:
+            if not hardware.on_cpu():
+                gpu_memory.check(self.args)
+                return
+            if self.args.kv_cache_memory_bytes is None:
+                return
             folder = Path(self.model)
             fused = hardware.fused_step(os.environ.get(VARIABLE, "auto"))
             weights = self.ranks * engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"), fused)
@@ -198,6 +205,7 @@ class VLLMBackend:
         forkserver.ensure()
         try:
             self._llm = llm = await building.built(self._build, _discard)
+            self._members = members(self._pids())
             llm.output_processor.__class__ = Outputs
             llm.output_processor.plain = self._tells_plainly()
             llm.output_processor.step_times = self._pulse.step_times
@@ -242,8 +250,7 @@ class VLLMBackend:
 
     def _build(self) -> Engine:
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
-        structured_outputs.install()
-        message_errors.install()
+        prepare()
         with own_series(self._collectors):
             os.environ[titles.ENGINE] = self.name  # its processes are named after it
             if not self.args.otlp_traces_endpoint:
@@ -273,6 +280,7 @@ class VLLMBackend:
         if set(multiprocessing.active_children()) - set(processes_of(llm)):
             forkserver.leave()
         await asyncio.to_thread(llm.shutdown)
+        await asyncio.to_thread(end, self._members)
         # What vLLM leaves to the garbage collector, which looks at nothing that was there when the heap was frozen:
         # the context of its sockets with nine descriptors, and all that hangs on the app.
         await asyncio.sleep(SOCKETS_CLOSE)
@@ -306,8 +314,9 @@ class VLLMBackend:
         request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
         with rejecting():
             await self._rpc("loradock_begin", adapter_id, number, str(path))
+            began = time.monotonic()
             while LOADING in (states := await self._rpc("loradock_finish", number)):
-                await asyncio.sleep(LOAD_POLL)
+                await asyncio.sleep(max(LOAD_POLL, LOAD_PART * (time.monotonic() - began)))
         if reason := next((state for state in states if state != LOADED), None):
             raise AdapterRejected(f"the engine cannot load this adapter: {sentence(ValueError(reason))}")
         self._loras[adapter_id] = request
@@ -404,6 +413,12 @@ class VLLMBackend:
         if self._llm.errored:
             raise EngineUnavailable("the engine has stopped; it is being replaced")
         return self._llm
+
+
+def prepare() -> None:
+    """Change in vLLM what the server needs changed and its engines do not; nothing is done twice."""
+    structured_outputs.install()
+    message_errors.install()
 
 
 def _discard(llm: Engine) -> None:

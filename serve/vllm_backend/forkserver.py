@@ -39,22 +39,27 @@ import setproctitle
 
 VARIABLE = "LORADOCK_FORKSERVER"
 PROCESS, PRELOAD = "serve.vllm_backend.forkserver_process", "serve.vllm_backend.preload"
+PREPARED = "serve.vllm_backend.prepared"
 # Of the server's (serve/server/logs.py): their handlers write where it alone writes.
 LOGGERS = ("serve", "loradock", "uvicorn", "asyncio")
 UNKNOWN = 255  # multiprocessing's, where nobody is left to tell
 PR_SET_PDEATHSIG = 1
 
+log = logging.getLogger("loradock")
 
-def start(models: Iterable[tuple[str, Mapping[str, Any]]] = ()) -> None:
+
+def start(models: Iterable[tuple[str, Mapping[str, Any]]] = (), imported: Callable[[], object] = lambda: None) -> None:
     """Have a process with vLLM imported, and the tokenizers of these models (with their engines' options) read.
 
-    What LD_PRELOAD holds now is what vLLM's processes will have.
+    What LD_PRELOAD holds now is what vLLM's processes will have. `imported` imports what this process needs beside
+    vLLM, if it is the one that is forked: afterwards it would have copies made of much that it shares.
     """
     if "omp" not in os.environ.get("LD_PRELOAD", ""):
         return  # vLLM finds an OpenMP itself, later, and preloads it by executing its processes anew
     os.environ[VARIABLE] = "1"
-    multiprocessing.set_forkserver_preload([PROCESS, PRELOAD])
-    if not _preloaded(os.environ["LD_PRELOAD"]) or _threads() > 1:
+    multiprocessing.set_forkserver_preload([PROCESS, PRELOAD, PREPARED])
+    if why := _why_apart(os.environ["LD_PRELOAD"]):
+        log.info("engines are not forked from this process, which %s: what both import is in memory twice", why)
         forkserver.ensure_running()
         return
     # OpenMP reads it when it is first asked for anything: this process's threads go where they like.
@@ -62,6 +67,8 @@ def start(models: Iterable[tuple[str, Mapping[str, Any]]] = ()) -> None:
     preload = importlib.import_module(PRELOAD)
     for model, options in models:
         preload.tokenizer(model, options)
+    importlib.import_module(PREPARED)
+    imported()
     if affinity is not None:
         os.environ["KMP_AFFINITY"] = affinity
     gc.freeze()
@@ -72,6 +79,13 @@ def settle() -> None:
     """Be the fork server."""
     die_with_parent()
     setproctitle.setproctitle("loradock: fork server")
+
+
+def _why_apart(libraries: str) -> str:
+    """What forbids forking this process into one that these libraries are preloaded in; empty if nothing does."""
+    if not _preloaded(libraries):
+        return "runs over other libraries"
+    return f"has {threads} threads" if (threads := _threads()) > 1 else ""
 
 
 def _preloaded(libraries: str) -> bool:

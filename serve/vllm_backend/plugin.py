@@ -21,13 +21,19 @@ from serve.vllm_backend import (
     token_ranks,
     token_texts,
     tokenizer_copies,
+    triton_overrides,
 )
 
+_installed = False
 
-def register() -> None:
-    """Called by vLLM once in each of its processes, the one that serves HTTP included."""
+
+def install() -> None:
+    """Change in vLLM what is the same in all of its processes, once: what was forked since is changed as well."""
+    global _installed
+    if _installed:
+        return
     model_inspection.install()
-    notices.install()
+    triton_overrides.install()
     install_kernels(hardware.free_memory)
     token_ranks.install()
     prompt_logprobs.install()
@@ -38,6 +44,13 @@ def register() -> None:
     seeded_prompts.install()
     media.install()
     forkserver.install()
+    _installed = True
+
+
+def register() -> None:
+    """Called by vLLM once in each of its processes, the one that serves HTTP included."""
+    notices.install()
+    install()
     parent = multiprocessing.parent_process()
     if parent is None:
         return

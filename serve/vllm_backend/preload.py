@@ -15,6 +15,7 @@ import transformers.models.auto
 import vllm.entrypoints.openai.models.protocol
 import vllm.lora.model_manager
 import vllm.lora.worker_manager
+import vllm.model_executor.layers.quantization.online.base
 import vllm.model_executor.model_loader
 import vllm.model_executor.models.llama
 import vllm.model_executor.models.registry

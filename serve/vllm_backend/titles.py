@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import ModuleType
 
 import setproctitle
 
@@ -14,11 +15,24 @@ PREFIX = "VLLM_PROCESS_NAME_PREFIX"
 KINDS = {"EngineCore": "engine", "DPCoordinator": "coordinator", "Worker": "worker"}
 
 
+_renaming: list[ModuleType] = []
+
+
+def find() -> None:
+    """Look for the modules that name processes. A process that was forked meanwhile has them without a look at all."""
+    _renaming[:] = [
+        module
+        for module in list(sys.modules.values())
+        if getattr(module, "__name__", "").startswith("vllm.") and "set_process_title" in vars(module)
+    ]
+
+
 def install() -> None:
     """Name this process of vLLM's our way, and those that it renames later."""
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("vllm.") and "set_process_title" in vars(module):
-            vars(module)["set_process_title"] = show
+    if not _renaming:
+        find()
+    for module in _renaming:
+        vars(module)["set_process_title"] = show
     _, separator, name = setproctitle.getproctitle().partition("::")
     if separator:
         show(name.rstrip("\0"))

@@ -30,6 +30,9 @@ NICE = 10
 # While answers are computed it reads for SPELL seconds, then leaves Python's lock and the core to them for REST: the
 # 10 ms that an adapter takes, at a stretch, made three steps a quarter longer each.
 SPELL, REST = 0.0008, 0.01
+# Seconds of such rests for an adapter, which a small one never uses up. A large one would take twelve times as long as
+# its reading does: from then on it rests for as long as it has read.
+RESTS = 0.3
 
 
 class Loader:
@@ -73,7 +76,16 @@ class Loader:
         return LOADED
 
     def _read(self, request: Any) -> Any:
-        with _resting(self._rest):
+        rested = 0.0
+
+        def rest() -> None:
+            nonlocal rested
+            if self._busy():
+                seconds = (REST if rested < RESTS else SPELL) / max(len(self._coming), 1)
+                sleep(seconds)
+                rested += seconds
+
+        with _resting(rest):
             return self._convert(request)
 
     def _convert(self, request: Any) -> Any:
@@ -82,10 +94,6 @@ class Loader:
         if not adapters._is_moe:  # to pack experts twice, here and when it is added, would not be the same as once
             adapters._create_merged_loras_inplace(lora)
         return lora
-
-    def _rest(self) -> None:
-        if self._busy():
-            sleep(REST / max(len(self._coming), 1))
 
 
 class Worker:

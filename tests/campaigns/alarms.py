@@ -57,6 +57,7 @@ def said(model: Path, embedding: Embedding, before: Sequence, after: Sequence, s
         monitor.learn("", embedding, text=RequestText(model))
         for number, prompt in enumerate(stream(before, after, share)):
             monitor.observe(exchange(number, prompt))
+            monitor.looked()
             if [alarm for alarm in raised if alarm.signal == PROMPT]:
                 break
         (alarm, *_) = [alarm for alarm in raised if alarm.signal == PROMPT] or [None]
@@ -66,6 +67,7 @@ def said(model: Path, embedding: Embedding, before: Sequence, after: Sequence, s
         print(f"{kind} {share:.0%}: alarm {number - CHANGE} requests after the change: {alarm.moved['text']}")
         for later, prompt in enumerate(stream(before, after, share, skip=number + 1)):
             monitor.observe(exchange(number + 1 + later, prompt))
+            monitor.looked()
             if later == 200:
                 break
         (report,) = monitor.report("tone")
@@ -124,6 +126,7 @@ def cost(model: Path, embedding: Embedding, prompts: Sequence) -> None:
                 began = time.thread_time()
                 for each in exchanges:
                     monitor.observe(each)
+                monitor.looked()
                 spent = 1e6 * (time.thread_time() - began) / len(few)
                 print(f"{length} prompts {'with' if words else 'without'} words: {spent:.0f} us a request")
 

@@ -31,7 +31,6 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-import uvicorn
 from transformers import AutoTokenizer
 
 from serve.asgi import exchange
@@ -42,6 +41,7 @@ from serve.server.launch import resolved
 from serve.telemetry.prices import Price
 from tests.support.cpu_clocks import cpu_seconds, since
 from tests.support.event_lines import async_event_lines
+from tests.support.in_process_server import in_process, run
 from tests.support.server import SMALL, free_port
 
 STREAMS, TOKENS = 16, 64
@@ -94,17 +94,7 @@ async def main(minutes: float, spell: float) -> None:
     port = free_port()
     with tempfile.TemporaryDirectory() as data:
         config = everything(resolved(load(["--port", str(port), "--data-dir", data, *SMALL], {})))
-        from serve.api.app import build_app
-        from serve.vllm_backend.backend import VLLMBackend
-
-        app = build_app(config, [VLLMBackend(one.model, one.name, one.engine) for one in config.bases])
-        server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-        serving = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.1)
-        parts = app.state.parts
-        await parts.ready.wait()
-        try:
+        async with in_process(config, port) as parts:
             while not parts.exchange_worker.running:  # it reads the model's embedding table first
                 await asyncio.sleep(0.1)
             await asyncio.to_thread(fill, parts.exchange_worker, parts.drift_monitor, config.model)
@@ -113,9 +103,6 @@ async def main(minutes: float, spell: float) -> None:
             (watched,) = parts.drift_monitor.report("smollm2")
             compared = {kind: signal["samples"] for kind, signal in watched["signals"].items()}
             print(f"compared, {FILLING} of them beforehand: {compared}; thinning: {watched['thinning']}")
-        finally:
-            server.should_exit = True
-            await serving
 
 
 class Measured:
@@ -272,4 +259,4 @@ if __name__ == "__main__":
         parser.add_argument("--minutes", type=float, default=6.0, help="of spells; the start takes one or two more")
         parser.add_argument("--spell", type=float, default=9.0, help="seconds of a spell, a third of them left out")
         asked = parser.parse_args()
-        asyncio.run(main(asked.minutes, asked.spell))
+        run(main(asked.minutes, asked.spell))

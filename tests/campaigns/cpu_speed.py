@@ -56,11 +56,12 @@ class Choice:
     memory: int = 0
 
     def row(self) -> str:
-        cells = [self.name, self.weights]
-        for case in CASES:
-            times = self.seen[case]
-            cells.append(f"{median(times):.3g} ({min(times):.3g} to {max(times):.3g})")
+        cells = [self.name, self.weights, *(cell(self.seen[case]) for case in CASES)]
         return f"| {' | '.join(cells)} | {self.memory / 1e9:.2f} GB |"
+
+
+def cell(values: list[float]) -> str:
+    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,7 +221,7 @@ def unchanged_stream(kind: str, seed: int) -> tuple[float, bool]:
     signal = Signal("prompt", needed=NEEDED, threshold=1e5, seed=seed)
     rows, highest, alarmed = prompt_rows(kind), -math.inf, False
     for block in rng.integers(len(rows), size=(NEEDED + LONG)).reshape(-1, 8):
-        for alarms in signal.steps([rows[i] for i in block]):
+        for _, alarms in signal.runs([rows[i] for i in block]):
             highest, alarmed = max(highest, signal.log_evidence), alarmed or alarms
     return highest, alarmed
 

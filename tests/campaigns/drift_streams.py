@@ -5,8 +5,8 @@
 
 With `--finished` it goes on where it was stopped (`tests.campaigns.finished_streams`).
 
-Every request goes through `DriftMonitor.observe`, behind a chat template, with a second between two of them where
-nothing else is said. The kinds:
+Every request goes through `DriftMonitor.observe` and `looked`, behind a chat template, with a second between two of
+them where nothing else is said. The kinds:
 
 uniform   independent draws of all questions, for comparison
 popular   independent draws of 3,000 questions by Zipf's law, where the longest, the shortest or any are asked most
@@ -278,6 +278,7 @@ class Watching:
                 generations=(generation,),
             )
         )
+        self.monitor.looked()
 
     def report(self) -> dict:
         return self.monitor.report("tone")[0]

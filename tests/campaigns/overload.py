@@ -9,7 +9,8 @@ of the request; its peak is the best of all these loads. It is counted once a lo
 that gets 429 counts as turned away, and how long that took is told. Client and server share the machine.
 
 Where Debian's Prometheus is installed, it runs beside the server on the shipped rules: how soon after the beginning of
-a load the alert for the queue fires, whom it names, and how soon it ends is told too.
+a load the alert for the queue fires and whom it names, and how soon after the beginning of the next one it ends, is
+told too.
 """
 
 from __future__ import annotations
@@ -115,21 +116,40 @@ def told(name: str, outcomes: list[Outcome], seconds: float) -> float:
     return good
 
 
-async def alerted(watching: httpx.Client | None, load: str, firing: bool = True, seconds: float = 300.0) -> None:
-    """Tell when the alert for the queue fires, or no longer does."""
-    began = time.monotonic()
-    while watching and time.monotonic() - began < seconds:
-        alerts = await asyncio.to_thread(ask, watching, ALERT)
-        if bool(alerts) is firing:
-            names = sorted({f"{one['metric']['adapter']} of {one['metric']['tenant']}" for one in alerts})
-            print(f"{load}: the alert {'fires, for ' + ', '.join(names) if firing else 'has ended'}, "
-                  f"after {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
-            return
-        await asyncio.sleep(1)
+class QueueAlert:
+    """Tells when the alert for the queue begins to fire and when it ends, and how long after the load changed."""
+
+    def __init__(self, watching: httpx.Client | None) -> None:
+        self._watching, self._load, self._since = watching, "", time.monotonic()
+        self.firing = False
+
+    def load(self, load: str) -> None:
+        """The load is another one from now on."""
+        self._load, self._since = load, time.monotonic()
+
+    async def look(self) -> None:
+        """Until it is cancelled."""
+        while self._watching:
+            alerts = await asyncio.to_thread(ask, self._watching, ALERT)
+            if bool(alerts) is not self.firing:
+                self.firing = bool(alerts)
+                names = sorted({f"{one['metric']['adapter']} of {one['metric']['tenant']}" for one in alerts})
+                print(f"{self._load}: the alert {'fires, for ' + ', '.join(names) if alerts else 'has ended'}, "
+                      f"after {time.monotonic() - self._since:.0f} s", flush=True)  # fmt: skip
+            await asyncio.sleep(1)
+
+    async def ended(self, seconds: float = 300.0) -> None:
+        """Wait until it no longer fires, and say so where it goes on."""
+        began = time.monotonic()
+        while self.firing and time.monotonic() - began < seconds:
+            await asyncio.sleep(1)
+        if self.firing:
+            print(f"{self._load}: the alert still fires after {time.monotonic() - self._since:.0f} s", flush=True)
 
 
 async def measure(url: str, seconds: float, watching: httpx.Client | None) -> None:
-    client = Client(url)
+    client, alert = Client(url), QueueAlert(watching)
+    looking = asyncio.create_task(alert.look())
     try:
         await closed(client, seconds / 4)
         rates = [await closed(client, seconds / 4) for _ in range(3)]
@@ -138,12 +158,12 @@ async def measure(url: str, seconds: float, watching: httpx.Client | None) -> No
         print(f"a crowd of {CROWD} gets {rate:.2f} answers of {TOKENS} tokens a second ({each})", flush=True)
         good: dict[float, list[float]] = {times: [] for times in LOADS}
         for times in LOADS:
-            alert = asyncio.create_task(alerted(watching, f"{times} x"))
+            alert.load(f"{times} x")
             found = await offered(client, times * rate, RISE + seconds)
-            alert.cancel()
             good[times].append(told(f"{times} x", found, seconds))
             await closed(client, 2)  # until those that were still waiting have been answered
-        await alerted(watching, "no load", firing=False)
+        alert.load("no load")
+        await alert.ended()
         peak = max(max(each) for each in good.values())
         worst, best = sorted(good[4])
         print(
@@ -151,6 +171,9 @@ async def measure(url: str, seconds: float, watching: httpx.Client | None) -> No
             f"({worst / rate:.0%} and {best / rate:.0%} of what the crowd gets)"
         )
     finally:
+        if looking.done():
+            looking.result()
+        looking.cancel()
         client.close()
 
 

@@ -7,8 +7,10 @@ prompt, median, least and most of the rounds, and how many tokens were drafted a
 several at a time, and every answer is compared. Where two differ, the first token at which they do may be no less
 likely than the other by more than rounding: TOLERANCE nats.
 
-    python -m tests.campaigns.speculation [--rounds 5] [--prompts 8] [--equal 1000] [--streams 1]
-        [--serve "--cpu-weights int8"]
+    python -m tests.campaigns.speculation [--rounds 5] [--prompts 8] [--equal 1000] [--seed -1]
+        [--streams 1] [--serve "--cpu-weights int8"]
+
+`--rounds 0` only compares. Another `--seed` compares answers to other prompts.
 """
 
 from __future__ import annotations
@@ -166,9 +168,9 @@ def _apart(said: Sequence[dict[str, Any]], other: str) -> float:
     return 0.0  # the same, or it goes on where the other ended: the end is not among the texts
 
 
-def equal(plain: Server, drafting: Server, count: int, together: int) -> tuple[int, list[float]]:
+def equal(plain: Server, drafting: Server, count: int, together: int, seed: int) -> tuple[int, list[float]]:
     """How many answers are the same, and how far apart the others are where they part."""
-    asked = [prompt for kind in KINDS for prompt in prompts(kind, -(-count // len(KINDS)), seed=-1)][:count]
+    asked = [prompt for kind in KINDS for prompt in prompts(kind, -(-count // len(KINDS)), seed)][:count]
     answers = []
     for server in (plain, drafting):
         with ThreadPoolExecutor(together) as pool:
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="of each kind in a round")
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--equal", type=int, default=1000, help="prompts whose answers are compared")
+    parser.add_argument("--seed", type=int, default=-1, help="of these prompts")
     parser.add_argument("--together", type=int, default=4, help="of them at a time")
     parser.add_argument("--kv-cache", default="512M", help="of each server")
     parser.add_argument("--serve", default="", help="further settings of both servers")
@@ -199,13 +202,17 @@ def main() -> None:
         ):
             for server in (plain, drafting):
                 seconds(server, prompts("chat", 2), 1)
-            print(f"{given.rounds} rounds of {given.prompts}, {given.streams} at a time, {processor()}\n")
-            print("| prompts | time without / with drafts | drafts that were right |\n|---|---|---|", flush=True)
-            for row in speed(plain, drafting, given.rounds, given.prompts, given.streams):
-                print(row, flush=True)
-            same, gaps = equal(plain, drafting, given.equal, given.together)
+            if given.rounds:
+                print(f"{given.rounds} rounds of {given.prompts}, {given.streams} at a time, {processor()}\n")
+                print("| prompts | time without / with drafts | drafts that were right |\n|---|---|---|", flush=True)
+                for row in speed(plain, drafting, given.rounds, given.prompts, given.streams):
+                    print(row, flush=True)
+            before = drafted(drafting)
+            same, gaps = equal(plain, drafting, given.equal, given.together, given.seed)
+            made, right = (now - then for now, then in zip(drafted(drafting), before, strict=True))
     worst = max(gaps, default=0)
     print(f"\n{same} of {given.equal} answers are the same; the others part at tokens {worst:.3f} nats apart")
+    print(f"{right:.0f} of {made:.0f} drafts were right there")
     if worst > TOLERANCE:
         sys.exit("an answer differs by more than rounding explains")
 

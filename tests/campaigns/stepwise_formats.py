@@ -36,7 +36,7 @@ SCHEMES = {
     "w8a16": Scheme("pack-quantized", bits=8),
     "float8": Scheme("float-quantized"),
     "float8 in blocks": Scheme("fp8", group=128),
-    "int4": Scheme("dense", group=32),
+    "int4": Scheme("pack-quantized", group=32),  # in bfloat16
 }
 
 
@@ -63,8 +63,8 @@ def main(out: Path, folder: Path) -> None:
         if not plain.is_dir():
             model.save_pretrained(plain)
             adapters(plain, folder / f"{plain.name}-adapters", RANKS)
-        save(model, scheme, folder / str(number))
-        os.environ["LORADOCK_CPU_WEIGHTS"] = "int4" if scheme.layout == "dense" else "auto"
+        save(model, scheme, folder / str(number), dense=name == "int4")
+        os.environ["LORADOCK_CPU_WEIGHTS"] = "int4" if name == "int4" else "auto"
         found[name] = run(folder / str(number), [folder / f"{plain.name}-adapters" / rank for rank in RANKS])
     out.write_text(json.dumps(found))
 

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from serve.config import load
 from serve.server.launch import resolved
-from tests.campaigns.paired_spells import compared, order
+from tests.campaigns.paired_spells import FEWEST, compared, order
 from tests.support.collector import Collector
 from tests.support.event_lines import async_event_lines
+from tests.support.in_process_server import in_process, run
 from tests.support.server import SMALL, free_port
 
 STREAMS = 16
@@ -73,24 +73,11 @@ async def main(minutes: float, spell: float, settle: float) -> int:
         os.environ.setdefault("OTEL_BSP_SCHEDULE_DELAY", DELAY_MS)
         port = free_port()
         config = resolved(load(["--port", str(port), "--data-dir", f"{folder}/data", *SMALL]))
-        from serve.api.app import build_app
-        from serve.vllm_backend.backend import VLLMBackend
-
-        app = build_app(config, [VLLMBackend(base.model, base.name, base.engine) for base in config.bases])
-        server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-        serving = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.1)
-        parts = app.state.parts
-        await parts.ready.wait()
-        try:
-            pairs = max(2, round(60 * minutes / (2 * (settle + spell))))
+        async with in_process(config, port) as parts:
+            pairs = max(FEWEST, round(60 * minutes / (2 * (settle + spell))))
             spells = await measured(parts, f"http://127.0.0.1:{port}/v1/chat/completions", pairs, spell, settle)
             await asyncio.to_thread(parts.tracing.settle)
             return told(spells, parts.tracing)
-        finally:
-            server.should_exit = True
-            await serving
 
 
 async def measured(parts: Any, url: str, pairs: int, seconds: float, settle: float) -> list[Spell]:
@@ -176,4 +163,4 @@ if __name__ == "__main__":
     if asked.client:
         asyncio.run(client(asked.client))
     else:
-        raise SystemExit(asyncio.run(main(asked.minutes, asked.spell, asked.settle)))
+        raise SystemExit(run(main(asked.minutes, asked.spell, asked.settle)))

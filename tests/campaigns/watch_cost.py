@@ -1,12 +1,15 @@
 """What watching costs a request in CPU time, by who looks at it: the whole server over an engine that costs nothing.
 
-    python -m tests.campaigns.watch_cost [--rounds N] [--requests N]
+    python -m tests.campaigns.watch_cost [--rounds N] [--requests N] [--pace SECONDS]
 
 Everything is on: drift with full references and bags, log-probabilities, data quality with every kind of personal
 data, capture of text and of quotes, usage with prices, feedback, the dashboard's half hour. Requests are handed to the
 app itself, so that no client is measured. Rounds come in pairs, watched and not; the price of watching is the
 difference of their CPU time. It is given in microseconds, and in units of a piece of work that is timed beside each
 round: these units compare machines, and states of one machine.
+
+With `--pace` a request begins every so many seconds, one after another, and a process for each core reads 200 MB again
+and again: the caches are another's, as beside an engine, and what is looked at has to come into them anew.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -41,6 +47,7 @@ BASE = "smollm2"
 # Some hold what the patterns for personal data look for.
 CONTACTS = ("write to ann.lee@example.com", "call +49 221 1234567", "order 4711-2026, 12 pieces", "")
 WORDS_MEDIAN, WORDS_SPREAD, WORDS_MOST = 30, 0.8, 400
+READS = "import numpy as np\nnumbers = np.ones(25_000_000)\nwhile True: numbers += 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,21 +142,21 @@ def timed(call: Callable[..., Any], label: str, times: dict[str, float]) -> Call
     return counted
 
 
-async def main(rounds: int, count: int) -> None:
+async def main(rounds: int, count: int, pace: float) -> None:
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as data:
         config = everything(resolved(load([BASE, "--data-dir", data], {})))
         backend = Known(config.model)
         started = Started(config, backend)
         async with started:
-            await measure(Measured(started.app, backend, Requests(config.model)), rounds, count)
+            await measure(Measured(started.app, backend, Requests(config.model)), rounds, count, pace)
 
 
 class Measured:
     def __init__(self, app: Any, backend: Known, requests: Requests) -> None:
         self._app, self._backend, self._requests = app, backend, requests
-        self.parts = app.state.parts
-        self.workers = [self.parts.exchange_worker, self.parts.quality_worker, self.parts._capture_worker]
+        self.parts, self.pace = app.state.parts, 0.0
+        self.workers = [self.parts.exchange_worker, self.parts.quality_worker, self.parts.captures.worker]
         self._inference = self.parts.inference
         self._kept = (self._inference._wants_logprobs, exchange.Tap.watched, exchange.Tap.offer)
 
@@ -164,7 +171,7 @@ class Measured:
             await asyncio.to_thread(worker.settle)
 
     async def send(self, count: int) -> None:
-        """So many requests, `STREAMS` at a time."""
+        """So many requests, `STREAMS` at a time; one after another where they have a pace."""
         asked = self._requests.more(count)
         self._backend.made = {each.number: (each.made, replace(each.made, logprobs=None)) for each in asked}
         self.began, left = cpu_seconds(), iter(asked)
@@ -181,8 +188,9 @@ class Measured:
 
                 await self._app(scope, receive, send)
                 assert sent[0]["status"] == 200, sent
+                await asyncio.sleep(self.pace)
 
-        await asyncio.gather(*(stream() for _ in range(STREAMS)))
+        await asyncio.gather(*(stream() for _ in range(1 if self.pace else STREAMS)))
         await self.settle()
 
 
@@ -191,7 +199,20 @@ def nothing(self: Any) -> Iterator[None]:
     yield
 
 
-async def measure(measured: Measured, rounds: int, count: int) -> None:
+@contextmanager
+def readers(count: int) -> Iterator[None]:
+    """So many processes that take the caches."""
+    command = ["nice", "-n", "5", sys.executable, "-c", READS]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+async def measure(measured: Measured, rounds: int, count: int, pace: float) -> None:
     while not measured.parts.exchange_worker.running:
         await asyncio.sleep(0.1)
     for _ in range(FILLING // 200):
@@ -200,6 +221,14 @@ async def measure(measured: Measured, rounds: int, count: int) -> None:
     structure = filled["signals"]["prompt"]["structure"]
     means = structure.get("mean_rows", f"off, {structure['promise']}")
     print(f"filled by {FILLING} requests; mean rows of prompts: {means}", flush=True)
+    with readers(os.cpu_count() or 1 if pace else 0):
+        measured.pace = pace
+        await compare(measured, rounds, count)
+        await by_part(measured, count)
+
+
+async def compare(measured: Measured, rounds: int, count: int) -> None:
+    """Pairs of rounds, watched and not."""
     spent: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     sticks = []
     for number in range(rounds):
@@ -221,7 +250,6 @@ async def measure(measured: Measured, rounds: int, count: int) -> None:
                 f"{statistics.median(on):.0f} watched, {statistics.median(off):.0f} not), "
                 f"{cost / stick:.4f} of a yardstick of {stick:.0f} us"
             )
-    await by_part(measured, count)
 
 
 async def by_part(measured: Measured, count: int) -> None:
@@ -231,7 +259,8 @@ async def by_part(measured: Measured, count: int) -> None:
     looks = measured.parts.inference._take.__self__
     looks._observers = tuple(timed(look, f"loop: {look.__qualname__}", times) for look in looks._observers)
     for observer in (observer for worker in measured.workers for observer in worker._observers):
-        observer.observe = timed(observer.observe, f"thread: {type(observer).__name__}", times)
+        for name in ("observe", "looked"):
+            setattr(observer, name, timed(getattr(observer, name), f"thread: {type(observer).__name__}", times))
     await measured.send(count)
     print("of which, a request:")
     for name, seconds in sorted(times.items(), key=lambda item: -item[1]):
@@ -242,5 +271,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6, help="pairs of rounds")
     parser.add_argument("--requests", type=int, default=400, help="requests of a round")
+    parser.add_argument("--pace", type=float, default=0.0, help="seconds between two, beside processes that read")
     asked = parser.parse_args()
-    asyncio.run(main(asked.rounds, asked.requests))
+    asyncio.run(main(asked.rounds, asked.requests, asked.pace))

@@ -44,9 +44,9 @@ def lines(page: Page) -> list[list[str]]:
     for block in page.of("bash", "sh", "console"):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|\|", line):
-                words = shlex.split(part.strip().removeprefix("$ "), comments=True)
-                if words[:1] == ["loradock"]:
-                    found.append(words)
+                command = part.strip().removeprefix("$ ")
+                if command.startswith("loradock "):  # else it may be what a command said, which is no shell's
+                    found.append(shlex.split(command, comments=True))
     return found
 
 

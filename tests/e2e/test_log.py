@@ -53,6 +53,15 @@ def test_processes_say_what_they_are(started):
     assert titles(server) <= {"loradock: engine smollm2", "loradock: fork server", "loradock: worker smollm2"}
 
 
+def test_processes_share_what_the_server_imported(started):
+    """A forked process has its program where its parent has it; one that began by itself has it elsewhere."""
+    server, _ = started
+    family = {server.process.pid, *descendants(server.process.pid)}
+    ours = [pid for pid in family if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    programs = {Path(f"/proc/{pid}/maps").read_text().partition("-")[0] for pid in ours}
+    assert len(ours) >= 3 and len(programs) == 1
+
+
 def test_an_engine_that_cannot_start_shows_its_error_and_then_the_sentence(tmp_path):
     done = loradock(
         "serve", "--port", "0", "--data-dir", tmp_path, "--max-model-len", "8192", "--kv-cache-memory-bytes", "4M"

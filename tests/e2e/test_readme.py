@@ -68,7 +68,7 @@ def typed(page: str, newcomer: tuple[Path, int]) -> str:
     command = ["bash", "-xeuo", "pipefail", "-c", script]
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{page}\n{done.stdout}\n{done.stderr}"
-    assert '"error"' not in done.stdout, f"{page}\n{done.stdout}"
+    assert '"error":' not in done.stdout, f"{page}\n{done.stdout}"
     return done.stdout
 
 

@@ -39,6 +39,7 @@ from tests.support import families
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
+OUTSIDE_VLLM = ("StableLM, side by side",)
 Ask = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -78,7 +79,8 @@ class Subject:
         written = f"model: {self.base}\nsteps: [{step}]\nevaluate: {{engine: false}}\n"
         named = [name for name in ("one", "two") if name in step or name in names]
         adapters = ", ".join(f"{name}: {self.folder / name}" for name in named)
-        read = recipes.parse(f"{written}adapters: {{{adapters}}}\n", self.folder)
+        export = "export: {format: onnx}\n" if self.name in OUTSIDE_VLLM else ""
+        read = recipes.parse(f"{written}adapters: {{{adapters}}}\n{export}", self.folder)
         plan.made(read, self.base, {}, self.folder / "out", 10**12)
 
 
@@ -284,11 +286,36 @@ def test_every_step_is_exact_or_refused_before_any_work(name, tmp_path):
     lines = [row, *(f"- {name}, {', '.join(columns)}: {reason}" for reason, columns in reasons.items())]
     if os.environ.get("LORADOCK_WRITE_DOCS"):
         write(name, lines)
-    assert set(lines) <= set(DOCS.read_text().splitlines()), "the table is old: run with LORADOCK_WRITE_DOCS=1"
+    told = [line for line in DOCS.read_text().splitlines() if family_of(line) == name]
+    assert lines == told, "the table is old: run with LORADOCK_WRITE_DOCS=1"
+
+
+def test_the_table_has_a_cell_for_each_step_of_each_family_and_a_reason_for_each_refusal():
+    lines = DOCS.read_text().splitlines()
+    (header,) = (line for line in lines if line.startswith("| family |"))
+    assert cells_of(header) == ["family", *COLUMNS]
+    table = {name: cells for name, *cells in map(cells_of, lines) if name in families.CONFIGS}
+    assert list(table) == list(families.CONFIGS)
+    for name, cells in table.items():
+        assert set(cells) <= {"exact", "refused"} and len(cells) == len(COLUMNS), name
+        refused = {column for column, cell in zip(COLUMNS, cells, strict=True) if cell == "refused"}
+        reasons = [line for line in lines if line.startswith("- ") and family_of(line) == name]
+        given = [column for line in reasons for column in line.removeprefix(f"- {name}, ").split(": ")[0].split(", ")]
+        assert sorted(given) == sorted(refused), name
+
+
+def family_of(line: str) -> str:
+    """Whose row of the table, or whose reason, a line of the docs is; the name of one family begins as another's."""
+    names = [name for name in families.CONFIGS if line.startswith((f"| {name} |", f"- {name}, "))]
+    return max(names, key=len, default="")
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def write(name: str, lines: list[str]) -> None:
-    old = [line for line in DOCS.read_text().splitlines() if not line.startswith((f"| {name} |", f"- {name}, "))]
+    old = [line for line in DOCS.read_text().splitlines() if family_of(line) != name]
     if "" not in old:
         raise AssertionError("docs/families.md has no place for the table")
     at = max((place for place, line in enumerate(old) if line.startswith("|")), default=0) + 1
@@ -336,3 +363,15 @@ def test_every_window_begins_as_a_prompt_does_in_the_engine(tmp_path):
     rows = text.windows(words, families.sentences(0, 4), 8, 24, 0)
     assert {row[0] for row in rows} == {2} and {len(row) for row in rows} == {24}
     assert all(2 not in row[1:] for row in rows)
+
+
+def test_what_vllm_would_answer_wrongly_or_without_adapters_is_refused(tmp_path):
+    """vLLM 0.32 computes StableLM's blocks one after the other whatever the config says, and has no LoRA for it."""
+    subject = Subject("StableLM", tmp_path)
+    subject.refuse("quantize")
+    with pytest.raises(Refused, match="vLLM takes no adapters on StableLM: merge one into the base"):
+        subject.refuse("quantize", "one")
+    config = json.loads((subject.base / "config.json").read_text())
+    (subject.base / "config.json").write_text(json.dumps(config | {"use_parallel_residual": True}))
+    with pytest.raises(Refused, match=r"leaves out what this StableLM model has \(use_parallel_residual\)"):
+        subject.refuse("quantize")

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from serve.rollout.loop_policy import LoopPolicy
 from serve.rollout.policy import FLAG, REFUSE, Guard, Policy
 from tests.support.app import CHAT, upload
 from tests.support.known_backend import ANSWER_SECONDS, PROMPT_TOKENS, TEXT, VERDICTS, KnownBackend
@@ -36,9 +37,15 @@ GOLDEN = {
 }
 GOLDEN_SCORE, GOLDEN_RESULTS = 0.75, {"pass": 3, "fail": 1}
 FORBIDDEN, OBSCURE = VERDICTS
-# The base looks at what `kept` is asked and answers, and at what `strict` is asked.
+# The base looks at what `kept` is asked and answers, and at what `strict` is asked. `kept` has a loop, too, which never
+# has enough examples.
 GUARDS = (
-    Policy("kept", guard=Guard(prompt="base", answer="base", action=FLAG)),
+    Policy(
+        "kept",
+        guard=Guard(prompt="base", answer="base", action=FLAG),
+        loop=LoopPolicy(on=("schedule",), min_examples=1000),
+        train_on_traffic=True,
+    ),
     Policy("strict", guard=Guard(prompt="base", action=REFUSE)),
 )
 # Lines of a batch; the last one asks a model that is not there.
@@ -93,7 +100,7 @@ class MixedTraffic:
         self.swaps: Counter[tuple[str, str]] = Counter()
         self.rollbacks: Counter[str] = Counter()
         self.ratings: Counter[tuple[str, str, str]] = Counter()
-        self.restarts = 0
+        self.restarts = self.tries = 0
         # The labels of every version, by the id under which the engine knows it.
         self.versions: dict[str, tuple[str, str]] = {"base": ("base", "base")}
         self.admin = served.http
@@ -153,6 +160,8 @@ class MixedTraffic:
         self._rate()
         self._end(self._batch(LINES), LINES)
         self._swap()
+        if not self.tries:  # a month has few of them
+            self._try()
 
     def hold_up(self, look: Callable[[dict[tuple[str, str], int]], None]) -> None:
         """More comes than the engine has seats: `look` is called while the queue stands, and a batch's lines with it.
@@ -283,6 +292,17 @@ class MixedTraffic:
         assert row["outcome"] == "rolled_back", row
         self.rollbacks[name] += 1
         self.swaps[name, "rolled_back"] += 1
+
+    def _try(self) -> None:
+        """A person opens a try of a loop, and ends it."""
+        done(self.admin.post("/v1/adapters/kept/loop/run"))
+        assert eventually(lambda: self._phase() == "gathering", 30)
+        done(self.admin.post("/v1/adapters/kept/loop/reject"))
+        assert eventually(lambda: self._phase() == "waiting", 30)
+        self.tries += 1
+
+    def _phase(self) -> str:
+        return str(done(self.admin.get("/v1/adapters/kept/loop"))["phase"])
 
     def _push(self, client: httpx.Client, name: str, version: int, folder: Path, promote: bool) -> None:
         pushed = done(client.post("/v1/adapters", **upload(folder, name, promote=str(promote).lower())))

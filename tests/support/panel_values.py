@@ -282,7 +282,10 @@ OVERVIEW: dict[str, Callable[[World], list[Shows]]] = {
         Shows((), {ONE: (0.0, 0.025)}),
         one(world.scraped("loradock_watcher_seconds_total") / world.scraped("loradock_watcher_requests_total")),
     ],
-    "Exchanges that were not looked at": lambda world: [one(0)],
+    "Exchanges that were not looked at": lambda world: [
+        one(0),
+        exactly(("worker",), {("capture",): 0, ("data_quality",): 0}),
+    ],
 }
 ADAPTERS: dict[str, Callable[[World], list[Shows]]] = {
     "Where the weights are": in_states,
@@ -487,10 +490,15 @@ BATCHES: dict[str, Callable[[World], list[Shows]]] = {
     "Lines that failed": lambda world: [one(world.traffic.lines["failed"] / world.traffic.lines.total())],
     "Open batches": lambda world: [exactly(("status",), {("in_progress",): 1}, held=True)],
     "Batches that ended": lambda world: [exactly(("status",), {("completed",): world.traffic.batches})],
-    "Fine-tuning jobs": lambda world: [exactly(("status",), {})],
+    "Fine-tuning jobs": lambda world: [exactly(("status",), {}), one(0)],
     "Jobs that ended": lambda world: [exactly(("status",), {})],
     "Tokens trained": lambda world: [one(0)],
     "Training, and suspended": lambda world: [one(0), one(0)],
+    "Where loops are": lambda world: [exactly(("adapter", "phase"), {("kept", "waiting"): 1})],
+    "Tries that ended": lambda world: [exactly(("adapter", "outcome"), {("kept", "rejected"): world.traffic.tries})],
+    "Candidates that had forgotten": lambda world: [exactly(("adapter",), {("kept",): 0})],
+    "Tries in a row for nothing": lambda world: [exactly(("adapter",), {("kept",): world.traffic.tries})],
+    "Every loop is stopped": lambda world: [one(0)],
     "Files": lambda world: [one(len(world.files))],
     "Size of the files": lambda world: [one(sum(world.files))],
     "Flagged and refused": lambda world: [

@@ -17,7 +17,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class Scheme:
     """How each linear layer of a model is rounded; `group` 0 is a whole row."""
 
-    layout: str  # pack-quantized, float-quantized, fp8 (blocks), gptq, awq, or dense: the rounded numbers in bfloat16
+    layout: str  # pack-quantized, int-quantized (W8A8), float-quantized, fp8 (blocks), gptq, awq
     bits: int = 4
     group: int = 0
     points: bool = False  # zero points
@@ -36,10 +36,10 @@ class Scheme:
                 "activation_scheme": "dynamic",
                 "weight_block_size": [self.group, self.group],
             }
-        float8 = self.layout == "float-quantized"
+        float8, both = self.layout == "float-quantized", self.layout in ("float-quantized", "int-quantized")
         kind = {"num_bits": 8 if float8 else self.bits, "type": "float" if float8 else "int"}
         strategy = {"strategy": "group", "group_size": self.group} if self.group else {"strategy": "channel"}
-        inputs = {**kind, "symmetric": True, "strategy": "token", "dynamic": True} if float8 else None
+        inputs = {**kind, "symmetric": True, "strategy": "token", "dynamic": True} if both else None
         group = {
             "targets": ["Linear"],
             "weights": {**kind, **strategy, "symmetric": not self.points, "dynamic": False},
@@ -50,14 +50,29 @@ class Scheme:
 
     def rounded(self, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """The tensors that stand for one weight (outputs, inputs), by their last names."""
-        outputs, inputs = weight.shape
-        group = self.group or inputs
         if self.layout == "float-quantized":
             scale = weight.float().abs().amax(1, keepdim=True) / 448
             return {"weight": (weight.float() / scale).to(torch.float8_e4m3fn), "weight_scale": scale.bfloat16()}
         if self.layout == "fp8":
-            return _blocks(weight.float(), group)
-        parts = weight.float().view(outputs, -1, group)
+            return _blocks(weight.float(), self.group)
+        numbers, scale, zero = self._integers(weight)
+        if self.layout == "int-quantized":
+            return {"weight": (numbers.flatten(1) - 128).to(torch.int8), "weight_scale": scale}
+        return self._packed(numbers.flatten(1), scale, zero)
+
+    def dense(self, weight: torch.Tensor) -> torch.Tensor:
+        """What these tensors stand for, in bfloat16."""
+        made = self.rounded(weight) if self.layout in ("float-quantized", "fp8") else {}
+        if self.layout == "float-quantized":
+            return (made["weight"].float() * made["weight_scale"].float()).bfloat16()
+        if self.layout == "fp8":
+            return (made["weight"].float() * _spread(made["weight_scale_inv"], weight, self.group)).bfloat16()
+        numbers, scale, zero = self._integers(weight)
+        return ((numbers - zero[..., None]) * scale.float()[..., None]).flatten(1).bfloat16()
+
+    def _integers(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Numbers (outputs, groups, inputs of a group), and each group's scale and zero."""
+        parts = weight.float().unflatten(1, (-1, self.group or weight.shape[1]))
         middle, most = 1 << (self.bits - 1), (1 << self.bits) - 1
         if self.points:
             low, high = parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0)
@@ -66,10 +81,7 @@ class Scheme:
         else:
             scale = (parts.abs().amax(2) / (middle - 1)).bfloat16()
             zero = torch.full(scale.shape, middle)
-        numbers = (parts / scale.float()[..., None] + zero[..., None]).round().clamp(0, most).long()
-        if self.layout == "dense":
-            return {"weight": ((numbers - zero[..., None]) * scale.float()[..., None]).view(outputs, inputs).bfloat16()}
-        return self._packed(numbers.view(outputs, inputs), scale, zero)
+        return (parts / scale.float()[..., None] + zero[..., None]).round().clamp(0, most).long(), scale, zero
 
     def _packed(self, numbers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Mapping[str, torch.Tensor]:
         if self.layout == "gptq":  # whose zeros are one less than they are
@@ -97,9 +109,14 @@ def _blocks(weight: torch.Tensor, size: int) -> Mapping[str, torch.Tensor]:
     scales = torch.stack(
         [torch.stack([part.abs().amax() for part in rows.split(size, 1)]) for rows in weight.split(size, 0)]
     )
-    spread = (scales / 448).repeat_interleave(size, 0)[: weight.shape[0]].repeat_interleave(size, 1)
-    numbers = (weight / spread[:, : weight.shape[1]]).to(torch.float8_e4m3fn)
+    numbers = (weight / _spread(scales / 448, weight, size)).to(torch.float8_e4m3fn)
     return {"weight": numbers, "weight_scale_inv": scales / 448}
+
+
+def _spread(scales: torch.Tensor, weight: torch.Tensor, size: int) -> torch.Tensor:
+    """Each block's scale at each of its places."""
+    rows = scales.repeat_interleave(size, 0)[: weight.shape[0]]
+    return rows.repeat_interleave(size, 1)[:, : weight.shape[1]]
 
 
 def packed(numbers: torch.Tensor, bits: int, dimension: int) -> torch.Tensor:
@@ -113,21 +130,25 @@ def _awq(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.unflatten(1, (-1, 8))[..., torch.tensor(AWQ_ORDER)].flatten(1)
 
 
-def save(model: Any, scheme: Scheme, folder: Path) -> Path:
-    """A model of transformers', its linear layers rounded."""
+def save(model: Any, scheme: Scheme, folder: Path, dense: bool = False) -> Path:
+    """A model of transformers', its linear layers rounded; `dense`: in bfloat16 all the same."""
     from safetensors.torch import save_file
 
     model.config.save_pretrained(folder)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in model.state_dict().items():
-        if name.endswith("_proj.weight"):
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight.contiguous()
+        elif dense:
+            tensors[name] = scheme.dense(weight)
+        else:
             made = scheme.rounded(weight)
             tensors |= {name.removesuffix("weight") + part: tensor.contiguous() for part, tensor in made.items()}
-        else:
-            tensors[name] = weight.contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
-    if scheme.layout != "dense":
+    if not dense:
         config["quantization_config"] = scheme.config()
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -29,7 +29,7 @@ MAX_UPLOAD = 16 << 20
 SMALL = ("--max-model-len", "4096", "--kv-cache-memory-bytes", "1G")
 # A reference that some seconds of traffic fill, and an alarm as soon.
 WATCHED = ("--drift-reference", "60", "--drift-threshold", "1e4")
-START_SECONDS = 300  # 40 on a quiet machine
+START_SECONDS = 900  # 40 on a quiet machine
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -47,7 +47,7 @@ def loradock(*arguments: str | Path, timeout: float = 120, **environ: str) -> su
 
 
 class Server:
-    """`loradock serve smollm2` on a free port; a context that ends with the process."""
+    """`loradock serve smollm2` on a free port, or on this one; a context that ends with the process."""
 
     def __init__(
         self,
@@ -57,13 +57,14 @@ class Server:
         model: str = BASE,
         module: str = "serve.cli",
         root: Path = ROOT,
+        port: int = 0,
         **environ: str,
     ) -> None:
         self.data = data
         self.log = log
         # What vLLM's processes say too.
         self.full_log = data / "log" / "server.log"
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.seconds_to_ready = 0.0
         self._began = time.monotonic()

@@ -13,23 +13,28 @@ CHAT = "/v1/chat/completions"
 
 
 class Engine:
-    """What the fake engine generates: a topic for the prompts, a delay and a skill for each adapter."""
+    """What the fake engine generates: a topic for the prompts, a delay and a skill for each adapter.
+
+    `odd` ones are bad; `sure` ones say less, and are surer of it.
+    """
 
     def __init__(self, backend, seed=0):
         self.lots = random.Random(seed)
         self.backend = backend
         self.topic = range(8, 20)
         self.slow = {}
-        self.odd = set()
+        self.odd, self.sure = set(), set()
         backend.generate = self.generate
 
     def generate(self, body):
         draw = self.lots
         prompt = [1, 2, 3, *draw.choices(self.topic, k=draw.randint(8, 20)), 4, 5]
         model = body["model"]
-        output = draw.choices(range(20, 32) if model in self.odd else range(8, 32), k=draw.randint(5, 30))
+        length = draw.randint(2, 8) if model in self.sure else draw.randint(5, 30)
+        output = draw.choices(range(20, 32) if model in self.odd else range(8, 32), k=length)
         gap = draw.lognormvariate(-4, 0.1) * self.slow.get(model, 1)
-        logprobs = [draw.gauss(-3 if model in self.odd else -1, 0.3) for _ in output]
+        mean = -3 if model in self.odd else -0.3 if model in self.sure else -1
+        logprobs = [draw.gauss(mean, 0.3) for _ in output]
         return Generation(
             prompt, output, "length" if model in self.odd else "stop", "a text", 0.001, None, gap, 2 * gap, logprobs
         )
@@ -50,7 +55,7 @@ async def drift(client, name="tone"):
 
 
 async def until(condition):
-    for _ in range(300):
+    for _ in range(400):
         if await condition():
             return True
         await asyncio.sleep(0.01)

@@ -1,8 +1,9 @@
 """Forks servers over the fake backend, so that one can be killed and the next is there in a tenth of a second.
 
-    python -m tests.support.zygote DATA_DIR MODEL_DIR PORT
+    python -m tests.support.zygote DATA_DIR MODEL_DIR PORT [OPTION...]
 
-A line on standard input starts a server; its process id comes back as a line, and then its end as another.
+A line on standard input starts a server; its process id comes back as a line, and then its end as another. Its policies
+are in POLICIES, and what its engine says to everything is in ANSWER.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -29,9 +31,9 @@ from tests.support.trainer import COMMAND
 class Zygote:
     """The program, and a client of the server that it forked last."""
 
-    def __init__(self, data: Path, model: Path, **environ: str) -> None:
+    def __init__(self, data: Path, model: Path, *options: str, **environ: str) -> None:
         port = free_port()
-        command = [sys.executable, "-m", "tests.support.zygote", str(data), str(model), str(port)]
+        command = [sys.executable, "-m", "tests.support.zygote", str(data), str(model), str(port), *options]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environ}
         )
@@ -65,13 +67,17 @@ class Zygote:
         self.process.wait(30)
 
 
-def main(data: Path, model: str, port: str) -> None:
+def main(data: Path, model: str, port: str, *options: str) -> None:
     lora_modules(model)  # the imports that take seconds happen here, once
     for _ in sys.stdin:
         child = os.fork()
         if child == 0:
-            config = load([model, "--name", "base", "--data-dir", str(data), "--port", port], {})
-            app = build_app(config, FakeBackend(config.model))  # type: ignore[arg-type]
+            policies = os.environ.get("POLICIES", "{}")
+            words = [model, "--name", "base", "--data-dir", str(data), "--port", port, "--policies", policies, *options]
+            config, backend = load(words, {}), FakeBackend(model)
+            if answer := os.environ.get("ANSWER"):
+                backend.generation, backend.say = replace(backend.generation, text=answer), lambda body: answer
+            app = build_app(config, backend)  # type: ignore[arg-type]
             process = app.state.parts.fine_tuning.process
             process.command, process.nice = COMMAND, 0
             uvicorn.run(app, port=config.port, log_level="error")
@@ -82,4 +88,4 @@ def main(data: Path, model: str, port: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:])

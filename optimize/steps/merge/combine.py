@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG
+from optimize.checkpoint.checkpoint import ADAPTER_CONFIG, write_adapter
 from optimize.checkpoint.model import settle
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
@@ -35,7 +35,7 @@ MEANS = {
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    settle(job.seed)
+    settle(job.seed, job.device)
     options = job.options
     names = options["adapters"]
     weights = options["weights"] or [1.0] * len(names)
@@ -119,8 +119,6 @@ def _padded(tensor: torch.Tensor, rank: int, down: bool) -> torch.Tensor:
 
 def _write(out: Path, tensors: dict[str, torch.Tensor], like: Adapter, source: Path, modules: list[str]) -> int:
     """The adapter in `out`; its rank, the widest of the modules'."""
-    from safetensors.torch import save_file
-
     rank = max(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
     tensors = {name: _padded(tensor, rank, ".lora_A." in name) for name, tensor in tensors.items()}
     out.mkdir(parents=True)
@@ -129,7 +127,7 @@ def _write(out: Path, tensors: dict[str, torch.Tensor], like: Adapter, source: P
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
     }  # fmt: skip
     (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, out / ADAPTER, {"format": "pt"})
+    write_adapter(out, tensors)
     for file in source.glob("*token*"):
         shutil.copyfile(file, out / file.name)
     return rank

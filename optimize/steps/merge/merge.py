@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from optimize.checkpoint import formats
-from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, Writer, adapter_config
+from optimize.checkpoint.checkpoint import Checkpoint, Writer, adapter_config, adapter_tensors
 from optimize.checkpoint.model import settle
 from optimize.errors import OptimizeError, Refused
 from optimize.job import Job, Progress
@@ -56,7 +56,7 @@ class Adapter:
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    settle(job.seed)
+    settle(job.seed, job.device)
     names = job.options["adapters"]
     weights = job.options["weights"] or [1.0] * len(names)
     adapters = [read(name, Path(job.adapters[name]), weight) for name, weight in zip(names, weights, strict=True)]
@@ -75,14 +75,12 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
 def read(name: str, folder: Path, weight: float = 1.0) -> Adapter:
     """The adapter in a PEFT folder."""
-    from safetensors.torch import load_file
-
     config = adapter_config(folder)
     if config.get("use_dora") and weight != 1.0:
         raise Refused(f"the adapter {name!r} is DoRA, which replaces a norm: it cannot be weighted by {weight}")
     lora: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
-    for tensor, value in load_file(folder / ADAPTER).items():
+    for tensor, value in adapter_tensors(folder).items():
         module, separator, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         if module.endswith(".base_layer.weight"):
             continue  # PEFT saves the embedding that an adapter lies over, as it was

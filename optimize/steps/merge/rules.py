@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,16 +11,18 @@ from optimize.errors import Refused
 from optimize.options import Merge
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
 
+SPEED = 5e7  # bytes a second of a base that is merged into and checked, two cores
+
 
 def estimate(step: Merge, context: Context) -> Estimate:
     base = context.base
     what = f"{', '.join(step.adapters)} into the base's weights, in fp32, shard by shard"
     if base.quantization:
         what = f"take {base.folder.name} apart into full weights, then {what}"
-    largest = max(entry.elements for entry in base.entries.values())
-    # The sum and its parts in fp32; then a layer in fp32 twice, beside embedding and output layer.
-    memory = PROCESS + max(12 * largest, 8 * context.largest_layer + 4 * context.outside_layers)
-    return Estimate("merge", what, memory, base.bytes, STARTING + base.bytes / 2e8 + 10)
+    # The sum and its parts in fp32; then the check, a layer in fp32 twice, beside embedding and output layer.
+    summed = 12 * max(math.prod(shape) for name, shape in base.shapes.items() if _changed(name, step, context))
+    memory = PROCESS + max(summed, 8 * context.largest_layer + 4 * context.outside_layers)
+    return Estimate("merge", what, memory, base.bytes, STARTING + base.bytes / SPEED)
 
 
 def refuse(step: Merge, context: Context) -> None:
@@ -33,6 +36,15 @@ def refuse(step: Merge, context: Context) -> None:
                 f"the adapter {name!r} changes {sorted(one_side)[0]}, and vLLM has one matrix for embedding and output "
                 f"layer of {family.name}: train it on the layers alone"
             )
+
+
+def _changed(name: str, step: Merge, context: Context) -> bool:
+    """Whether an adapter may change the tensor; an embedding is changed only by one that says so."""
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    if module not in ("embed_tokens", "lm_head"):
+        return True
+    configs = [context.adapters.get(adapter, {}) for adapter in step.adapters]
+    return any(module in [*(config.get("modules_to_save") or []), *_targets(config)] for config in configs)
 
 
 def _targets(config: Mapping[str, Any]) -> list[str]:

@@ -88,7 +88,10 @@ class Distillation:
             common = through(self._theirs[: self._shared], entered(self.teacher, batch, len(batch)))
             (theirs,) = through(self._theirs[self._shared :], common).states
             theirs = self._teacher_norm(theirs)
-        with disable_input_dtype_casting(self.model), torch.autocast("cpu", torch.bfloat16, enabled=self._half):
+        with (
+            disable_input_dtype_casting(self.model),
+            torch.autocast(batch.device.type, torch.bfloat16, enabled=self._half),
+        ):
             lent = common.lent(self._ours, [self._theirs[at] for at in self._pairs])
             (ours,) = through(self._ours[self._first :], lent).states
             ours = self._norm(ours)
@@ -145,9 +148,8 @@ class Head:
         )
         cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         head = Head(model.get_output_embeddings().weight, scale, cap)
-        state = torch.randn(1, 4, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(
-            head.weight.dtype
-        )
+        dice = torch.Generator("cpu").manual_seed(0)
+        state = torch.randn(1, 4, head.weight.shape[1], generator=dice, device="cpu").to(head.weight)
         ours, own = head.logits(_norm(model)(state)), answered(model, state).float()
         if not torch.allclose(ours, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
             raise OptimizeError(f"healing does not know how models of type {config.model_type!r} make logits")

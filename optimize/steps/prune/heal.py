@@ -29,7 +29,7 @@ HELD = 16  # windows of evaluation text on which the loss is measured
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    settle(job.seed)
+    settle(job.seed, job.device)
     options = job.options
     words = tokenizer(Path(job.model))
     pool = _all_windows(words, text.documents(job.calibration, False), options["tokens"], job.seed, options["samples"])

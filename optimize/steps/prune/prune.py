@@ -36,7 +36,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         return sparse.run(job, progress)
     if job.options["vocabulary"]:
         return vocabulary.run(job, progress)
-    settle(job.seed)
+    settle(job.seed, job.device)
     folder = Path(job.model)
     ids = torch.tensor(windows(job))
     checkpoint = Checkpoint(folder)

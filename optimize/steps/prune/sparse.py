@@ -25,7 +25,7 @@ from optimize.steps.quantize import gptq
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    settle(job.seed)
+    settle(job.seed, job.device)
     options, folder = job.options, Path(job.model)
     pattern, method = pattern_of(options["pattern"]), options["method"]
     ids = windows(job)
@@ -90,7 +90,7 @@ def _sparsegpt(
     dead = sums.diagonal() == 0
     sums.diagonal()[dead] = 1
     weight[:, dead] = 0
-    upper = gptq.inverse_factor(sums)
+    upper = _inverse_factor(sums)
     for start in range(0, columns, gptq.BLOCK):
         end = min(start + gptq.BLOCK, columns)
         block, factor = weight[:, start:end].clone(), upper[start:end, start:end]
@@ -111,6 +111,24 @@ def _sparsegpt(
         weight[:, start:end] = block
         weight[:, end:] -= errors @ upper[start:end, end:]
     return weight
+
+
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse, damped until there is one."""
+    mean = hessian.diagonal().mean()
+    damp = gptq.DAMP
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damp * mean)
+        lower, bad = torch.linalg.cholesky_ex(damped)
+        del damped  # a matrix of a wide layer is a gigabyte
+        if not bad:
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, bad = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not bad:
+                return upper
+        damp *= 10
 
 
 def _lowest(cost: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint, Writer, adapter_config
+from optimize.checkpoint.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    Writer,
+    adapter_config,
+    adapter_tensors,
+    write_adapter,
+)
 from optimize.checkpoint.model import settle, tokenizer
 from optimize.data import text
 from optimize.errors import Refused
@@ -30,7 +37,7 @@ CHAT = [{"role": role, "content": "Hello"} for role in ("system", "user", "assis
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    settle(job.seed)
+    settle(job.seed, job.device)
     folder, out = Path(job.model), job.folder / "model"
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -246,9 +253,7 @@ def _adapter(folder: Path, keep: torch.Tensor, rows: int, out: Path) -> str:
     """The adapter for the new vocabulary in `out`, where it touches the embedding or the output layer."""
     import shutil
 
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / ADAPTER)
+    tensors = adapter_tensors(folder)
     touching = [name for name in tensors if "embed_tokens" in name or "lm_head" in name]
     if not touching:
         return "applies unchanged"
@@ -264,6 +269,6 @@ def _adapter(folder: Path, keep: torch.Tensor, rows: int, out: Path) -> str:
                 tensors[name] = tensors[name].index_select(axis, keep).contiguous()
                 break
     out.mkdir(parents=True)
-    save_file(tensors, out / ADAPTER, {"format": "pt"})
+    write_adapter(out, tensors)
     shutil.copyfile(folder / ADAPTER_CONFIG, out / ADAPTER_CONFIG)
     return "rewritten: its rows follow the vocabulary"

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from optimize.checkpoint.architectures import Feed
-from optimize.checkpoint.checkpoint import ADAPTER
+from optimize.checkpoint.checkpoint import ADAPTER, adapter_tensors, write_adapter
 from optimize.checkpoint.formats import W4, Level
 from optimize.checkpoint.model import answered, entered, forward, through
 from optimize.errors import OptimizeError
 from optimize.job import Progress
-from optimize.steps.calibrated import BATCH, CalibratedModel, Unit
+from optimize.steps.calibrated import BATCH, CalibratedModel, Unit, largest
 from optimize.steps.quantize import awq
 
 SMOOTHING = 0.8  # SmoothQuant's alpha
@@ -54,7 +54,7 @@ def smoothing(model: CalibratedModel, progress: Progress) -> ChannelScales:
     feeds = _with_units(model, range(len(model.layers)))
     batches = model.ids.split(BATCH)
     readers = {feed.producer: feed.consumers[0] for feed in feeds}
-    with model.observed(readers, lambda x: x.abs().flatten(0, -2).amax(0), torch.maximum) as widest:
+    with model.observed(readers, lambda seen, x: largest(seen, x.abs().flatten(0, -2).amax(0))) as widest:
         for done, batch in enumerate(batches):
             with torch.inference_mode():
                 model.model(input_ids=batch, use_cache=False)
@@ -160,10 +160,8 @@ def moved(model: CalibratedModel, factors: Mapping[str, torch.Tensor]) -> float:
 def fold(adapter: Path, feeds: Mapping[str, Feed], factors: Mapping[str, torch.Tensor], out: Path) -> None:
     """The adapter as it has to be on the scaled base: columns of A times the factor of what the module reads, rows of B
     divided by the factor of what it makes."""
-    from safetensors.torch import load_file, save_file
-
     read = {name: factor for made, factor in factors.items() for name in feeds[made].consumers}
-    tensors = load_file(adapter / ADAPTER)
+    tensors = adapter_tensors(adapter)
     for name, tensor in tensors.items():
         module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
         if part.startswith("A") and module in read:
@@ -172,7 +170,7 @@ def fold(adapter: Path, feeds: Mapping[str, Feed], factors: Mapping[str, torch.T
             rows = _rows(feeds[module], factors[module])
             tensors[name] = (tensor.float().T / rows).T.contiguous().to(tensor.dtype)
     out.mkdir(parents=True)
-    save_file(tensors, out / ADAPTER, {"format": "pt"})
+    write_adapter(out, tensors)
     for file in adapter.iterdir():
         if file.name != ADAPTER and file.is_file():
             shutil.copyfile(file, out / file.name)

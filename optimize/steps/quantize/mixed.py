@@ -1,8 +1,9 @@
 """Mixed precision: which layers keep more bits, so that the whole stays within bounds.
 
-The bounds are `budget` for perplexity and `agreement` for the likeliest token. Where everything at the lowest level
-costs more, every unit is measured by itself, at each level that it could have, by the KL divergence of the model's
-answer, and bits are given back where a byte buys the most, until the calibration text is answered within both bounds.
+The bounds are `budget` for perplexity and `agreement` for the likeliest token, or `bits` a weight for the size. Every
+unit is measured by itself, at each level that it could have, by the KL divergence of the model's answer. Bits are given
+back where a byte buys the most: until the calibration text is answered within the first two bounds, if everything at
+the lowest level is not, or as long as they fit into the third.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def mixed(
     """Which unit gets which level so that perplexity rises by no more than `budget` and the likeliest token stays in
     at least `agreement` of the places."""
     model = quantizer.model
-    ladder = [low, W8A8 if target == "cpu" else W8A16, FULL] if low is W4 else [low, FULL]
+    ladder = _ladder(low, target)
     ids = model.ids[:TRIED]
     original = model.log_probabilities(ids).bfloat16()
     loss = mean_loss(original, ids)
@@ -73,10 +74,27 @@ def mixed(
         # Effects do not add up exactly: by proportion at first, in the middle once there is one on either side.
         bound = (fits * fails) ** 0.5 if fits else bound / (1.05 * over)
         chosen = choice(quantizer, ladder, costs, bound)
-    sensitivity = {
-        label: {name: round(cost, 6) for name, cost in of_unit.items()} for label, of_unit in measured.items()
-    }
-    return best, {"sensitivity": sensitivity, "tried": tried, "budget": budget, "agreement": agreement}
+    return best, {"sensitivity": _shown(measured), "tried": tried, "budget": budget, "agreement": agreement}
+
+
+def within(
+    quantizer: Quantizer, low: Level, target: str, bits: float, scales: ChannelScales, partial: Path
+) -> tuple[dict[Unit, Level], dict[str, Any]]:
+    """Which unit gets which level so that the least is lost in `bits` a weight on average, scales included."""
+    ladder = _ladder(low, target)
+    measured = effects(quantizer, ladder[:-1], scales, partial)
+    room = bits / 8 * sum(quantizer.model.elements(unit) for unit in quantizer.model.units)
+    chosen = choice(quantizer, ladder, _above_floor(measured), 0.0, room)
+    taken = 8 * _bytes(quantizer, chosen) / (room / bits * 8)
+    return chosen, {"sensitivity": _shown(measured), "bits": bits, "bits_taken": round(taken, 4)}
+
+
+def _ladder(low: Level, target: str) -> list[Level]:
+    return [low, W8A8 if target == "cpu" else W8A16, FULL] if low is W4 else [low, FULL]
+
+
+def _shown(measured: Costs) -> Costs:
+    return {label: {name: round(cost, 6) for name, cost in of_unit.items()} for label, of_unit in measured.items()}
 
 
 def _bytes(quantizer: Quantizer, mix: Mapping[Unit, Level]) -> float:
@@ -95,9 +113,14 @@ def mean_loss(log_probabilities: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 def choice(
-    quantizer: Quantizer, ladder: Sequence[Level], costs: Mapping[str, Mapping[str, float]], bound: float
+    quantizer: Quantizer,
+    ladder: Sequence[Level],
+    costs: Mapping[str, Mapping[str, float]],
+    bound: float,
+    room: float = math.inf,
 ) -> dict[Unit, Level]:
-    """Begin low and give back, one rung at a time, where a byte buys the most, until the sum of costs is in bounds."""
+    """Begin low and give back, one rung at a time, where a byte buys the most, until the sum of costs is in bounds or
+    no step fits into `room` bytes."""
     units = quantizer.model.units
     elements = {unit: quantizer.model.elements(unit) for unit in units}
     rung = dict.fromkeys(units, 0)
@@ -111,17 +134,19 @@ def choice(
     def gain(unit: Unit, to: int) -> float:
         return (cost(unit, rung[unit]) - cost(unit, to)) / (size(unit, to) - size(unit, rung[unit]))
 
-    total = sum(cost(unit, 0) for unit in units)
+    total, taken = sum(cost(unit, 0) for unit in units), sum(size(unit, 0) for unit in units)
     while total > bound:
         steps = [
             (gain(unit, to), -at, unit, to)
             for at, unit in enumerate(units)
             for to in range(rung[unit] + 1, len(ladder))
+            if cost(unit, to) < cost(unit, rung[unit]) and taken - size(unit, rung[unit]) + size(unit, to) <= room
         ]
         if not steps:
             break
         _, _, unit, to = max(steps, key=lambda step: step[:2])
         total -= cost(unit, rung[unit]) - cost(unit, to)
+        taken += size(unit, to) - size(unit, rung[unit])
         rung[unit] = to
     return {unit: ladder[at] for unit, at in rung.items()}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optimize.checkpoint import kv_cache
+from optimize.checkpoint import artifact, kv_cache
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.formats import LEVELS, W4, W8A8, Level
 from optimize.checkpoint.linears import group as group_of
@@ -17,12 +18,13 @@ from optimize.job import Job, Progress
 from optimize.steps.calibrated import BATCH, CalibratedModel, Unit, windows
 from optimize.steps.quantize import channel_scales
 from optimize.steps.quantize.channel_scales import ChannelScales
-from optimize.steps.quantize.mixed import mixed
+from optimize.steps.quantize.kept import Kept
+from optimize.steps.quantize.mixed import mixed, within
 from optimize.steps.quantize.quantizer import Quantizer
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    settle(job.seed)
+    settle(job.seed, job.device)
     options = job.options
     level = LEVELS[options["scheme"]]
     group = group_of(Checkpoint(Path(job.model)), options["group"]) if level is W4 else 0
@@ -40,18 +42,23 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "smooth": scales.smoothing,
         "calibration": {"samples": len(ids), "tokens": len(ids[0])},
     }
-    quantizer = Quantizer(model, group, options["method"], options["format"], progress)
+    quantizer = Quantizer(model, group, options["method"], options["format"], progress, options["refit"])
     chosen = dict.fromkeys(model.units, level)
+    partial = job.folder / "partial"
+    partial.mkdir(exist_ok=True)
     if _mixes(options):
-        partial = job.folder / "partial"
-        partial.mkdir(exist_ok=True)
-        chosen, search = mixed(quantizer, level, job.target, options["budget"], options["agreement"], scales, partial)
+        if options["bits"]:
+            chosen, search = within(quantizer, level, job.target, options["bits"], scales, partial)
+        else:
+            bounds = options["budget"], options["agreement"]
+            chosen, search = mixed(quantizer, level, job.target, *bounds, scales, partial)
         notes |= search
     factors = scales.active(chosen)
     if factors:
         model.reopen()
         notes["scaling_moves_logits"] = round(channel_scales.moved(model, factors), 6)
-    quantizer.write(chosen, factors, cache, job.folder / "model")
+    quantizer.write(chosen, factors, cache, partial / "model", Kept(partial / "layers.safetensors"))
+    shutil.copytree(partial / "model", job.folder / "model", copy_function=artifact.taken)
     notes |= _levels(chosen, level)
     notes["adapters"] = {name: "applies unchanged" for name in job.adapters}
     if factors:
@@ -63,7 +70,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
 
 def _mixes(options: dict[str, Any]) -> bool:
-    return bool(options["budget"] or options["agreement"])
+    return bool(options["budget"] or options["agreement"] or options["bits"])
 
 
 def _scales(job: Job, model: CalibratedModel, level: Level, group: int, progress: Progress) -> ChannelScales:
@@ -72,7 +79,7 @@ def _scales(job: Job, model: CalibratedModel, level: Level, group: int, progress
     rounds_inputs = level is W8A8 or (_mixes(job.options) and job.target == "cpu")
     if wish is True or (wish == "auto" and not job.adapters and rounds_inputs):
         return channel_scales.smoothing(model, progress)
-    if job.options["method"] == "awq":
+    if job.options["method"] in ("awq", "awq-gptq"):
         return channel_scales.protecting(model, group, progress)
     return channel_scales.NONE
 

@@ -19,8 +19,9 @@ from optimize.checkpoint.formats import FULL, Level, Rounded
 from optimize.checkpoint.model import Entered, rounding, through
 from optimize.errors import OptimizeError
 from optimize.job import Progress
-from optimize.steps.calibrated import CalibratedModel, Unit, first_readers
+from optimize.steps.calibrated import CalibratedModel, Unit, first_readers, largest
 from optimize.steps.quantize import channel_scales, gptq
+from optimize.steps.quantize.kept import Found, Kept
 
 TRIED = 8  # windows that a choice of levels is tried on
 
@@ -28,12 +29,15 @@ TRIED = 8  # windows that a choice of levels is tried on
 class Quantizer:
     """A model rounded with one group size, method and format, at whatever levels are chosen."""
 
-    def __init__(self, model: CalibratedModel, group: int, method: str, form: str, progress: Progress) -> None:
+    def __init__(
+        self, model: CalibratedModel, group: int, method: str, form: str, progress: Progress, refit: bool = False
+    ) -> None:
         self.model = model
         self.group = group
         self.method = method
         self.form = form
         self.progress = progress
+        self.refit = refit
 
     def write(
         self,
@@ -41,19 +45,26 @@ class Quantizer:
         factors: Mapping[str, torch.Tensor],
         cache: Mapping[str, torch.Tensor],
         out: Path,
+        kept: Kept,
     ) -> None:
-        """The quantized checkpoint; `cache` are the scales of an fp8 KV cache."""
+        """The quantized checkpoint; `cache` are the scales of an fp8 KV cache. What is `kept` is not done again."""
         self.model.reopen()
         checkpoint = Checkpoint(self.model.folder)
-        writer = Writer(out, self.model.folder)
         rounded = {f"{name}.weight" for unit, level in chosen.items() if level is not FULL for name in unit.names}
         scaled = {name for name in self.model.scaled(factors) if name in checkpoint.entries}
-        for name in checkpoint.entries:
-            if name not in rounded and name not in scaled:
+        begun = self.model.entered()
+        choice = [[unit.label, level.name] for unit, level in chosen.items()]
+        found = kept.read(choice, out) or Found(0, [], begun.states)
+        begun = Entered(found.states, begun.calls)
+        writer = Writer(out, self.model.folder, mark=found.mark)
+        if not found.layers:
+            for name in (name for name in checkpoint.entries if name not in rounded | scaled):
                 writer.add(name, checkpoint.tensor(name))
+            for name, scale in cache.items():
+                writer.add(name, scale)
         full = dict(self.model.model.named_parameters())
 
-        def finished(layer: int) -> None:
+        def finished(layer: int, after: Entered) -> None:
             """What is scaled and not rounded is written; then the layer is as it is on disk, and takes no memory."""
             inside = f"{self.model.prefix}.{layer}."
             for name in sorted(name for name in scaled - rounded if name.startswith(inside)):
@@ -61,13 +72,12 @@ class Quantizer:
             for name, weight in full.items():
                 if name.startswith(inside):
                     self.model.set_parameter(name, weight)
+            kept.write(choice, layer + 1, after.states, writer, last=layer + 1 == len(self.model.layers))
 
-        for _, layers in self._round_all(chosen, factors, "quantizing", self.method, finished=finished):
+        for _, layers in self._round_all(chosen, factors, "quantizing", self.method, begun, found.layers, finished):
             for name, layer in layers.items():
                 for part, tensor in layer.tensors.items():
                     writer.add(f"{name}.{part}", tensor)
-        for name, scale in cache.items():
-            writer.add(name, scale)
         config = self._config(chosen)
         if cache:
             config["kv_cache_scheme"] = kv_cache.SCHEME
@@ -83,7 +93,7 @@ class Quantizer:
         few = all(level.bits >= 8 for level in chosen.values())
         method, windows = ("rtn", 1) if few else (self.method, TRIED)
         try:
-            for _ in self._round_all(chosen, factors, say, method, windows):
+            for _ in self._round_all(chosen, factors, say, method, self.model.entered(windows)):
                 pass
             for unit, level in chosen.items():
                 self._round_inputs(unit, level)
@@ -115,16 +125,16 @@ class Quantizer:
         factors: Mapping[str, torch.Tensor],
         say: str,
         method: str,
-        windows: int = 0,
-        finished: Callable[[int], None] = lambda _: None,
+        begun: Entered,
+        first: int = 0,
+        finished: Callable[[int, Entered], None] = lambda *_: None,
     ) -> Iterator[tuple[Unit, dict[str, Rounded]]]:
-        """Each unit's integers and scales, layer after layer; the model holds the rounded weights afterwards.
-
-        `finished` hears of each layer once the next one is calibrated on what it gives.
+        """Each unit's integers and scales, layer after layer from the `first`, which is called with `begun`; the model
+        holds the rounded weights afterwards. `finished` hears of each layer, and what it gives the next.
         """
         model = self.model
-        begun = model.entered(windows)
-        for at, layer in enumerate(model.layers):
+        vectors = sum(state[..., 0].numel() for state in begun.states)
+        for at, layer in enumerate(model.layers[first:], first):
             self.progress(at, len(model.layers), f"{say}, layer {at + 1} of {len(model.layers)}")
             units = [unit for unit in chosen if unit.layer == at and chosen[unit] is not FULL]
             channel_scales.apply(model, at, factors)
@@ -132,7 +142,7 @@ class Quantizer:
             hooks = [hook for unit in units for hook in self._round_inputs(unit, chosen[unit], widest.get(unit))]
             hessians = model.hessians(at, first_readers(units), begun) if method != "rtn" else {}
             for unit in units:
-                rounded = self._round(unit, chosen[unit], method, hessians.pop(unit, None), widest.get(unit))
+                rounded = self._round(unit, chosen[unit], method, hessians.pop(unit, None), widest.get(unit), vectors)
                 for name, result in rounded.items():
                     model.set_weight(name, result.dense)
                 yield unit, rounded
@@ -141,13 +151,13 @@ class Quantizer:
                 raise OptimizeError(f"layer {at} gives NaN or infinity on the calibration text: the weights are broken")
             for hook in hooks:
                 hook.remove()
-            finished(at)
+            finished(at, begun)
 
     def _widest(self, layer: int, units: Sequence[Unit], begun: Entered) -> dict[Unit, torch.Tensor]:
         """The largest magnitude in each unit's input."""
         if not units:
             return {}
-        with self.model.observed(first_readers(units), lambda x: x.abs().amax(), torch.maximum) as widest:
+        with self.model.observed(first_readers(units), lambda seen, x: largest(seen, x.abs().amax())) as widest:
             through([self.model.layers[layer]], begun)
         return widest
 
@@ -171,14 +181,15 @@ class Quantizer:
         method: str,
         hessian: torch.Tensor | None,
         widest: torch.Tensor | None = None,
+        vectors: int = 0,
     ) -> dict[str, Rounded]:
-        weights = [self.model.linear(name).weight.float() for name in unit.names]
-        stacked = torch.cat(weights)
+        weights = [self.model.linear(name).weight for name in unit.names]
+        stacked = torch.cat(weights).float()
         if not bool(stacked.isfinite().all()):
             raise OptimizeError(f"{unit.names[0]} holds NaN or infinity: the weights are broken")
         rows = [weight.shape[0] for weight in weights]
         if level.preset:
-            return dict(zip(unit.names, formats.preset(weights, level, widest), strict=True))
+            return dict(zip(unit.names, formats.preset(list(stacked.split(rows)), level, widest), strict=True))
         if level.float8:
             scale = (stacked.abs().amax(1, keepdim=True).clamp(min=1e-8) / 448.0).bfloat16().float()
             integers = (stacked / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -189,7 +200,11 @@ class Quantizer:
             if hessian is None or method == "awq":
                 integers = gptq.nearest(stacked, scale, level.bits)
             else:
+                few = level.bits == 4
+                hessian = gptq.damped(hessian, vectors) if few else hessian
                 integers = gptq.gptq(stacked, hessian, scale, level.bits)
+                if few and self.refit:
+                    integers, scale = gptq.refitted(stacked, hessian, integers, scale, level.bits)
         parts = zip(unit.names, integers.split(rows), scale.split(rows), strict=True)
         return {name: formats.whole(part.contiguous(), of.contiguous(), level, self.form) for name, part, of in parts}
 

@@ -25,18 +25,29 @@ WANTS = {
     "nvfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
     "mxfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
 }
+ROUNDING = 1e-7  # seconds a weight whose 4-bit scale is searched
+FLOPS32 = 1.5e11  # of a product in fp32, two cores
 WIDTHS = {"fp8-block": 128, "nvfp4": 16, "nvfp4a16": 16, "mxfp4": 32, "mxfp4a16": 32}
 
 
 def estimate(step: Quantize, context: Context) -> Estimate:
     base, calibrated = context.base, context.calibration_tokens
-    seconds = STARTING + 5
+    refits = step.refit and step.scheme == "w4a16" and "gptq" in step.method
+    seconds = STARTING + base.parameters * (ROUNDING if step.scheme == "w4a16" else 2e-9)
     if step.method != "rtn":
-        seconds = STARTING + 4 * calibrated * context.token_seconds + base.parameters / 4e6
-    # Hidden states before and after a layer, and the layer rounded and in fp32; its Hessians, and GPTQ's four matrices.
-    memory = PROCESS + 4 * calibrated * context.hidden + 4 * context.largest_layer
+        # A factor of each Hessian, then a sum over columns for each column; refitting takes 24 times as many.
+        solved = context.layers * sum(width**3 for width in context.layer_inputs) / 3
+        seconds += 4 * calibrated * context.token_seconds + 2 * solved / FLOPS32
+        seconds += context.products * (25 if refits else 1) / FLOPS32
+    # Hidden states before and after a layer, what a batch is inside one, and a layer that is rounded.
+    batch = min(calibrated, 4 * context.recipe.calibration.tokens)
+    memory = PROCESS + 4 * calibrated * context.hidden + 12 * batch * context.widest + 2 * context.largest_layer
+    # A unit in fp32, turned around and its errors; where scales are fitted again what each number is pulled by, too.
+    unit = (24 if refits else 16) * context.largest_unit
     if step.method != "rtn":
-        memory += 4 * sum(width**2 for width in context.layer_inputs) + 16 * context.widest**2
+        memory += 4 * sum(width**2 for width in context.layer_inputs)
+        unit = max(unit, 8 * context.widest**2 + unit // 2)
+    memory += unit
     if step.mixed:
         memory += base.bytes
         seconds = 2 * seconds + 4 * context.layers * min(calibrated, 4096) * context.token_seconds / 2
@@ -51,7 +62,8 @@ def _what(step: Quantize) -> str:
     if step.mixed:
         bounds = [f"perplexity rises by at most {step.budget:.1%}"] if step.budget else []
         bounds += [f"{step.agreement:.0%} of tokens stay the likeliest"] if step.agreement else []
-        what += f", sensitive layers keep more bits until {' and '.join(bounds)}"
+        until = f"until {' and '.join(bounds)}" if bounds else f"as long as a weight takes {step.bits:g} bits"
+        what += f", sensitive layers keep more bits {until}"
     return what
 
 
@@ -73,7 +85,12 @@ def refuse(step: Quantize, context: Context) -> None:
             raise Refused(
                 f"groups of {step.group} do not fit: vLLM takes multiples of 32; leave `group` out to have one chosen"
             )
-        group(base, step.group)
+        size = group(base, step.group)
+        if step.bits and step.bits < 4 + 16 / size:
+            raise Refused(
+                f"groups of {size} take {4 + 16 / size:g} bits a weight, and `bits` is {step.bits:g}: raise it, or "
+                "take a larger `group`"
+            )
     size = WIDTHS.get(step.scheme, 1)
     if widths := undivided(base, size):
         raise Refused(f"{step.scheme} rounds {size} numbers together, and the model has layers of width {widths}")
@@ -82,7 +99,7 @@ def refuse(step: Quantize, context: Context) -> None:
         if pattern != "lm_head" and not any(ignored(name, {pattern}) for name in linears):
             leaves = sorted({name.rpartition(".")[2] for name in linears})
             raise Refused(f"ignore {pattern!r} names no layer of the model; there is {', '.join(leaves)}")
-    if step.smooth is True or step.method == "awq":
+    if step.smooth is True or step.scales_channels:
         _refuse_rescaling(context)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from optimize.checkpoint import artifact
-from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, adapter_config
+from optimize.checkpoint.checkpoint import ADAPTER_CONFIG, adapter_config, write_adapter
 from optimize.checkpoint.model import compute_dtype, layers, opened
 from optimize.errors import OptimizeError, Refused
 from optimize.steps.tune import attention
@@ -48,7 +48,7 @@ class Learner:
     """The model in training. `state` and `load` are the LoRA's weights; `alive` hears of each row."""
 
     def __init__(self, start: Start, settings: Settings, alive: Callable[[], None] = lambda: None) -> None:
-        dtype = compute_dtype() if start.dtype == "auto" else DTYPES[start.dtype]
+        dtype = compute_dtype(start.device) if start.dtype == "auto" else DTYPES[start.dtype]
         self._start, self._device, self._alive = start, start.device, alive
         base: Any = opened(start.base, dtype, rounds=False).to(start.device)
         text = base.config.get_text_config()
@@ -97,8 +97,6 @@ class Learner:
 
     def save(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """A PEFT folder of these weights, the same bytes for the same weights."""
-        from safetensors.torch import save_file
-
         aside = folder.with_name(folder.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -108,7 +106,7 @@ class Learner:
         written |= {"base_model_name_or_path": self._start.base.name, "inference_mode": True}
         written["target_modules"] = sorted(written["target_modules"])
         (aside / ADAPTER_CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside / ADAPTER, {"format": "pt"})
+        write_adapter(aside, state)
         artifact.publish(aside, folder)
 
     def _logits(

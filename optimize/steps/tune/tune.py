@@ -18,7 +18,6 @@ import torch
 from optimize.checkpoint import artifact
 from optimize.checkpoint.checkpoint import Checkpoint, adapter_config
 from optimize.checkpoint.model import settle
-from optimize.errors import Refused
 from optimize.job import Job, Progress
 from optimize.steps.tune.encoding import Encoded, Encoder
 from optimize.steps.tune.learner import Learner, Start
@@ -71,12 +70,7 @@ def _given(options: dict[str, Any]) -> list[str]:
 
 def _start(job: Job, parent: Path | None) -> Start:
     options = job.options
-    if job.target == "gpu" and not torch.cuda.is_available():
-        raise Refused("the recipe says `target: gpu`, and torch finds no GPU here")
-    return Start(
-        Path(job.model), parent, job.seed, options["targets"], options["rslora"], options["dtype"],
-        "cuda" if job.target == "gpu" else "cpu",
-    )  # fmt: skip
+    return Start(Path(job.model), parent, job.seed, options["targets"], options["rslora"], options["dtype"], job.device)
 
 
 def _objective(options: dict[str, Any], learner: Learner, encoded: Encoded, file: Path, row_tokens: int) -> Objective:

@@ -27,4 +27,5 @@ const encoded = (name) => name.split("/").map(encodeURIComponent).join("/");
 
 export const adapterPath = (name, rest = "") => `/v1/adapters/${encoded(name)}${rest}`;
 export const cardPath = (name, rest = "") => `/v1/overview/adapters/${encoded(name)}${rest}`;
+export const jobPath = (id, rest = "") => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}${rest}`;
 export const enginePath = (name, rest) => `/v1/engines/${encoded(name)}${rest}`;

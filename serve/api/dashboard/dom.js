@@ -1,6 +1,6 @@
 // Elements, and how numbers are written. Text goes into the page as text alone.
 
-const SVG = ["svg", "g", "rect", "line", "text", "title", "circle"];
+const SVG = ["svg", "g", "rect", "line", "text", "title", "circle", "polyline"];
 
 export const $ = (id) => document.getElementById(id);
 

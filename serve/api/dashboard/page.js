@@ -1,16 +1,24 @@
 // The dashboard: what it asks for, when, and what its buttons do.
 
-import { adapterPath, call, cardPath, enginePath, keyed, Refused, use } from "/dashboard/api.js";
+import { adapterPath, call, cardPath, enginePath, jobPath, keyed, Refused, use } from "/dashboard/api.js";
 import { card } from "/dashboard/cards.js";
 import { scales } from "/dashboard/charts.js";
 import { $, count, counted, make, say } from "/dashboard/dom.js";
+import { jobCard, jobRow, verbsOf } from "/dashboard/jobs.js";
 import { change as changeEntry, engine as engineCard, row } from "/dashboard/lists.js";
+import { inOrder, loopCard, loopRow, verbsOf as loopVerbs } from "/dashboard/loops.js";
 
 const SECONDS = 10, WHILE_STARTING = 2, ROWS = 50, CHANGES = 25;
-const TABS = ["adapters", "changes", "engines"];
+const TABS = ["adapters", "changes", "jobs", "loops", "engines"];
+const JOBS = 20, EVENTS = 300, LOOPS = 50;
+// Captured requests that both versions are asked, the longest answer in tokens, and how many are shown.
+const COMPARED = { against: "live", requests: 20, max_tokens: 128, examples: 5 };
 let timer = 0, turn = 0, refused = "", tab = "adapters", offset = 0, about = null, overview = null;
 // The row of the table that is open, older versions that were asked for, changes beyond the first page.
 let opened = "", openedCard = null, older = new Map(), olderChanges = [];
+let openedJob = "", jobsShown = JOBS;
+// The loop that is open, which of its tries (0: the latest), and what answers were compared, by version.
+let openedLoop = "", openedTry = 0, loopsShown = LOOPS, compared = new Map();
 const drawn = new Map();
 
 // ---- what is asked for
@@ -38,14 +46,50 @@ async function refresh() {
 
 async function ofTab() {
   if (tab === "changes") return call(`/v1/overview/changes?limit=${CHANGES}&search=${encodeURIComponent($("changes-filter").value.trim())}`);
+  if (tab === "jobs") return jobsShownNow();
+  if (tab === "loops") return loopsShownNow();
   return tab === "engines" ? call("/v1/engines") : null;
 }
 
-// The card of an adapter; null once it is gone.
-const found = (name) => call(cardPath(name)).catch((error) => {
+// The latest jobs, and of the open one what happened.
+async function jobsShownNow() {
+  const page = await call(`/v1/fine_tuning/jobs?limit=${jobsShown}`);
+  const job = page.data.find(({ id }) => id === openedJob);
+  if (!job) return { ...page, events: [], checkpoints: [] };
+  const [events, checkpoints] = await Promise.all([eventsOf(job.id), call(jobPath(job.id, "/checkpoints"))]);
+  return { ...page, events, checkpoints: checkpoints.data };
+}
+
+async function eventsOf(job) {
+  const events = [];
+  for (let more = true; more && events.length < EVENTS;) {
+    const after = events.length ? `&after=${events.at(-1).id}` : "";
+    const some = await call(jobPath(job, `/events?limit=100${after}`));
+    events.push(...some.data);
+    more = some.has_more;
+  }
+  return events;
+}
+
+// Every loop, and of the open one its tries with what happened; an operator does not see the jobs of a tenant.
+async function loopsShownNow() {
+  const { data } = await call("/v1/loops");
+  const opened = data.some(({ name }) => name === openedLoop) ? openedLoop : "";
+  const [loop, adapter] = opened ? await Promise.all([ifThere(adapterPath(opened, "/loop")), ifThere(adapterPath(opened))]) : [];
+  if (!loop || !adapter) return { data };
+  const one = loop.tries.find((one) => one.try === openedTry) ?? loop.tries[0];
+  const events = one?.job ? await eventsOf(one.job).catch(unlessGone) : null;
+  return { data, loop, history: adapter.history, at: one?.try, events: events ?? [] };
+}
+
+function unlessGone(error) {
   if (error instanceof Refused && error.status === 404) return null;
   throw error;
-});
+}
+
+const ifThere = (path) => call(path).catch(unlessGone);
+// The card of an adapter; null once it is gone.
+const found = (name) => ifThere(cardPath(name));
 
 function failed(error) {
   const unknown = error instanceof Refused && error.unknown;
@@ -88,6 +132,8 @@ function show(more) {
   showAdapters();
   showRest();
   if (tab === "changes" && more) showChanges(more);
+  if (tab === "jobs" && more) showJobs(more);
+  if (tab === "loops" && more) showLoops(more);
 }
 
 function showEngines(more) {
@@ -169,6 +215,78 @@ function showChanges(more) {
   $("older-changes").dataset.before = entries.at(-1)?.id ?? 0;
 }
 
+function showJobs({ data, has_more, events, checkpoints }) {
+  $("more-jobs").hidden = !has_more || jobsShown >= 100;
+  draw("jobs", [data, events.length, checkpoints, openedJob], () => data.length ? data.flatMap((job) => {
+    const isOpen = job.id === openedJob;
+    const shown = jobRow(job, isOpen, () => { openedJob = isOpen ? "" : job.id; refresh(); });
+    if (!isOpen) return [shown];
+    const inside = jobCard(job, events, checkpoints, verbsOf(job).map((verb) => jobButton(job, verb)));
+    return [shown, make("tr", { class: "opened" }, make("td", { colspan: 6 }, inside))];
+  }) : [make("tr", {}, make("td", { colspan: 6, class: "empty" }, "No job was made yet."))]);
+}
+
+const VERBS = {
+  pause: ["Pause", "Training stops, and goes on from there when the job is resumed.", "paused"],
+  resume: ["Resume", "The job is put in the queue again.", "resumed"],
+  cancel: ["Cancel", "The job ends; nothing of its training is kept.", "cancelled"],
+};
+
+function jobButton(job, verb) {
+  const [does, says, done] = VERBS[verb];
+  return make("button", { type: "button", "aria-label": `${does} ${job.id}`, click: () => change({
+    title: `${does} this job?`, does: `${does} job`, path: jobPath(job.id, `/${verb}`), says, done: `${job.id} is ${done}.`, plain: true,
+  }) }, does);
+}
+
+function showLoops({ data, ...details }) {
+  const all = data.length && data[0].stopped_everywhere, loops = inOrder(data);
+  const asking = data.filter(({ phase }) => phase === "asking").length;
+  say($("loops-summary"), [counted(data.length, "loop"), asking ? `${count(asking)} waiting for a yes` : "", all ? `all stopped by ${all}` : ""].filter(Boolean).join(", "));
+  draw("loops-switch", [data.length > 0 && overview.operator, all], () => data.length && overview.operator ? [everyLoop(all ? "start" : "stop")] : []);
+  $("more-loops").hidden = data.length <= loopsShown;
+  draw("loops", [loops.slice(0, loopsShown), details, [...compared]], () => data.length ? loops.slice(0, loopsShown).flatMap((loop) => {
+    const isOpen = loop.name === openedLoop;
+    const shown = loopRow(loop, isOpen, () => { openedLoop = isOpen ? "" : loop.name; openedTry = 0; refresh(); });
+    if (!isOpen || details.loop?.name !== loop.name) return [shown];
+    const inside = loopCard(details.loop, { ...details, compared }, onLoop, loopVerbs(details.loop).map((verb) => loopButton(details.loop, verb)));
+    return [shown, make("tr", { class: "opened" }, make("td", { colspan: 6 }, inside))];
+  }) : [make("tr", {}, make("td", { colspan: 6, class: "empty" }, "No adapter has a loop: give one a policy with loop."))]);
+}
+
+const onLoop = {
+  open: (number) => { openedTry = number; refresh(); },
+  compare: ({ name }, { candidate, live }) => change({
+    title: `Compare the answers of ${name}?`, does: "Compare", path: adapterPath(name, `/versions/${candidate}/replay`), plain: true, body: COMPARED,
+    says: `v${live} and v${candidate} answer the latest ${COMPARED.requests} captured requests, in the gaps of traffic. Nobody sees it, and nothing is kept.`,
+    waits: "They are being asked.", done: "The answers are compared.", got: (report) => compared.set(`${name}@v${candidate}`, report),
+  }),
+};
+
+const LOOP_VERBS = {
+  run: ["Open a try", "It trains a version on what was asked lately; gate, canary and the month's budget stay as its policy says.", "asked to open a try"],
+  approve: ["Say yes", "The candidate becomes the live version.", "told yes"],
+  reject: ["End the try", "The candidate does not become live. The next try waits longer.", "told no"],
+  stop: ["Stop", "A try that goes on ends, and none is opened until it is started again.", "stopped"],
+  start: ["Start", "It may open tries again.", "started"],
+};
+
+function loopButton({ name }, verb) {
+  const [does, says, done] = LOOP_VERBS[verb];
+  return make("button", { type: "button", class: verb === "approve" && "primary", "aria-label": `${does}: the loop of ${name}`, click: () => change({
+    title: `${does}: the loop of ${name}?`, does, path: adapterPath(name, `/loop/${verb}`), says, done: `The loop of ${name} is ${done}.`, plain: verb !== "reject",
+  }) }, does);
+}
+
+function everyLoop(verb) {
+  const [does, says, done] = LOOP_VERBS[verb];
+  return make("button", { type: "button", "aria-label": `${does} every loop`, click: () => change({
+    title: `${does} every loop?`, does: `${does} all`, path: `/v1/loops/${verb}`, plain: true, done: `Every loop is ${done}.`,
+    says: verb === "stop" ? "On every server of the registry: tries that go on end, and none is opened until loops are started again."
+      : `${says} Those that are stopped by themselves stay so.`,
+  }) }, `${does} every loop`);
+}
+
 function welcome() {
   const key = keyed() ? '-H "Authorization: Bearer $LORADOCK_KEY" ' : "";
   say($("command"), `loradock adapters push my-adapter ./my-adapter --url ${location.origin}`);
@@ -227,10 +345,12 @@ async function change(ask) {
   // What was drawn again meanwhile cannot get the focus back by itself.
   if (from) document.querySelector(`[aria-label="${CSS.escape(from)}"]`)?.focus();
   if (dialog.returnValue !== "do") return;
-  const body = ask.plain ? undefined : { ...ask.body, why: $("ask-why").value };
+  const body = ask.plain ? ask.body : { ...ask.body, why: $("ask-why").value };
   if (ask.weight) body.weight = Number($("ask-weight").value) / 100;
+  if (ask.waits) announce(ask.waits);
   try {
-    await call(ask.path, "POST", body);
+    const answer = await call(ask.path, "POST", body);
+    ask.got?.(answer);
     older.clear();
     announce(ask.done);
   } catch (error) {
@@ -284,8 +404,9 @@ $("key-form").addEventListener("submit", (event) => {
   $("key").value = "";
   $("key").placeholder = keyed() ? "key in use" : "API key";
   offset = 0;
-  refused = opened = "";
+  refused = opened = openedJob = openedLoop = "";
   older.clear();
+  compared.clear();
   olderChanges = [];
   refresh();
 });
@@ -316,6 +437,8 @@ $("older-changes").addEventListener("click", async () => {
   $("older-changes").hidden = !more.has_more;
   await refresh();
 });
+$("more-jobs").addEventListener("click", () => { jobsShown = 100; refresh(); });
+$("more-loops").addEventListener("click", () => { loopsShown += LOOPS; refresh(); });
 $("copy").addEventListener("click", () => copy("command"));
 $("copy-curl").addEventListener("click", () => copy("command-curl"));
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); else clearTimeout(timer); });

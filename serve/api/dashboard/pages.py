@@ -26,7 +26,7 @@ _FILES = {
     "/dashboard": ("dashboard.html", "text/html; charset=utf-8"),
     **{
         f"/dashboard/{name}.js": (f"{name}.js", _JAVASCRIPT)
-        for name in ("page", "api", "dom", "charts", "cards", "lists")
+        for name in ("page", "api", "dom", "charts", "cards", "lists", "jobs", "loops")
     },
     "/dashboard/page.css": ("page.css", "text/css; charset=utf-8"),
     "/dashboard/icon.svg": ("icon.svg", "image/svg+xml"),

@@ -41,8 +41,7 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
     or wait for its score on the golden set. With `dry_run` every check runs and nothing is kept: 200 says what the push
     would do.
     """
-    if not parts.ready.is_set():
-        raise parts.fleet.first.unavailable()
+    parts.check_started()
     quarantine = parts.store.quarantine(min(stated_bytes(request), parts.config.max_upload_bytes))
     async with contextmanager_in_threadpool(quarantine) as folder:
         asked, came = await received(request, folder, parts.config, caller)

@@ -1,5 +1,7 @@
 """What every route begins with: who asks, what for, and whether the adapter is theirs to change."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -12,6 +14,7 @@ from serve.auth.auth import Caller, Scope, allowed
 from serve.errors import BadRequest, NotFound
 from serve.gateway.router import manages
 from serve.names import short_name, shown, spelled, tenant_of
+from serve.rollout.golden_runner import Charge
 
 
 async def _parts(request: Request) -> Services:
@@ -52,6 +55,7 @@ Asker = Annotated[Caller, Depends(ScopeCheck(Scope.INFERENCE))]
 Manager = Annotated[Caller, Depends(ScopeCheck(Scope.ADAPTERS))]
 Scraper = Annotated[Caller, Depends(ScopeCheck(Scope.METRICS))]
 Operator = Annotated[Caller, Depends(ScopeCheck(Scope.ADMIN))]
+Worker = Annotated[Caller, Depends(ScopeCheck(Scope.WORK))]
 Gateway = Annotated[Caller, Depends(GatewayCheck(Scope.METRICS))]
 # The version that must be live for a change to be made; every change to an adapter takes it.
 Expected = Annotated[int | None, Depends(matched)]
@@ -137,3 +141,14 @@ def agreed(asked: int | None, matching: int | None) -> int | None:
     if None not in (asked, matching) and asked != matching:
         raise BadRequest(f"expected_version is {asked} and If-Match {matching}: send one", param="expected_version")
     return matching if asked is None else asked
+
+
+@contextmanager
+def charged(parts: Services, caller: Caller) -> Iterator[Charge]:
+    """Work in the background on the caller's key: it counts as one request, and its tokens are charged as they come."""
+    meter = parts.meters.of(caller.key, caller.limits)
+    if meter is None:
+        yield lambda tokens: None
+        return
+    with meter.request():
+        yield meter.charge

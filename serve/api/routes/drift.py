@@ -19,7 +19,7 @@ from serve.api.schemas import Accepted, Acknowledged, BaselinePrompts, Rating
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.drift.change_description import for_tenant
-from serve.errors import BadRequest, ConfigError, Conflict, TooLarge
+from serve.errors import BadRequest, ConfigError, Conflict, NotFound, TooLarge
 from serve.gateway.router import manages
 from serve.names import short_name, spelled
 from serve.telemetry.feedback import GOOD
@@ -175,9 +175,19 @@ async def rate(
 ) -> dict[str, Any]:
     """A rating of an answer, by its id."""
     request.state.audited = False
-    answered, rating = parts.feedback.join(caller.tenant, body.request_id, body.rating, body.answer)
+    try:
+        answered, rating = parts.feedback.join(caller.tenant, body.request_id, body.rating, body.answer)
+    except NotFound:
+        # Captured requests are kept for longer than those that a rating is counted for.
+        if not await asyncio.to_thread(
+            parts.captures.conversations.rate, caller.tenant, body.request_id, body.rating, body.answer
+        ):
+            raise
+        return {"object": "feedback", "request_id": body.request_id, "rating": body.rating}
+    parts.captures.rated(caller.tenant, body.request_id, body.rating, body.answer)
     label = "good" if rating >= GOOD else "bad"
     parts.monitor.rated(answered.adapter, answered.version, label)
+    parts.loops.ratings.take(answered.adapter, answered.version, rating)
     if parts.tracing:
         parts.tracing.rated(answered.adapter, answered.version, rating, label, answered.trace)
     if answered.dealt:

@@ -1,8 +1,6 @@
 """Golden sets: what good answers of an adapter are, and how its versions did."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -10,13 +8,11 @@ from pydantic import PositiveInt
 
 from serve.adapters.adapter import Adapter
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Manager, TheParts, owned
+from serve.api.routes.callers import Manager, TheParts, charged, owned
 from serve.api.schemas import GoldenRun
 from serve.api.services import Services
-from serve.auth.auth import Caller
 from serve.errors import BadRequest, Conflict, NotFound
 from serve.names import spelled, tenant_of
-from serve.rollout.golden_runner import Charge
 from serve.rollout.golden_set import GoldenSet, check
 
 router = APIRouter()
@@ -45,7 +41,7 @@ async def put_golden(
         except NotFound as missing:
             raise BadRequest(f"{where} has a judge that is not there: {missing.message}") from missing
     live = parts.registry.live(full)
-    with _charged(parts, caller) as charge:
+    with charged(parts, caller) as charge:
         unanswered = await asyncio.to_thread(parts.golden.put, full, body, caller.name, live)
         if live is not None:
             parts.golden.runs.request(live, unanswered, "put", charge)
@@ -88,7 +84,7 @@ async def run_golden(
     document = await asyncio.to_thread(parts.golden.results.golden, full)
     if document is None:
         raise _missing(name)
-    with _charged(parts, caller) as charge:
+    with charged(parts, caller) as charge:
         parts.golden.runs.request(version, document.by_key, "asked", charge)
     return {"object": "golden.run", "name": name, "version": version.version, "cases": len(document.cases)}
 
@@ -136,14 +132,3 @@ def _version(parts: Services, full: str, number: int | None) -> Adapter:
     if number is None:
         raise Conflict("no version of this adapter is live: say which one you mean", param="version")
     return parts.registry.get(full, number)
-
-
-@contextmanager
-def _charged(parts: Services, caller: Caller) -> Iterator[Charge]:
-    """A run on the caller's key: it counts as one request, and its tokens are charged as they come."""
-    meter = parts.meters.of(caller.key, caller.limits)
-    if meter is None:
-        yield lambda tokens: None
-        return
-    with meter.request():
-        yield meter.charge

@@ -109,8 +109,7 @@ async def _loaded(
             "is_3d_lora_weight is not taken: adapters of fused experts cannot be served beside others",
             param="is_3d_lora_weight",
         )
-    if not parts.ready.is_set():
-        raise parts.fleet.first.unavailable()
+    parts.check_started()
     address = address_of(body.lora_path)
     asked = Fetch(body.lora_name, address, why=f"from {address}", probe=False)
     async with contextmanager_in_threadpool(parts.store.quarantine()) as folder:

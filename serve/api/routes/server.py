@@ -142,8 +142,7 @@ async def alerts(
     request: Request, caller: Manager, parts: TheParts, body: Annotated[Notification, JsonBody(Notification)]
 ) -> dict[str, Any]:
     """Alertmanager's webhook."""
-    if not parts.ready.is_set():
-        raise parts.fleet.first.unavailable()
+    parts.check_started()
     rows = [
         await parts.alerting.take(alert, may=manages(caller, alert.labels.get("adapter", "")), by=caller.name)
         for alert in body.alerts

@@ -50,7 +50,7 @@ class BatchRows:
     def add(self, batch: Batch) -> None:
         """A new batch; QuotaExceeded if the tenant has as many under way as it may."""
         is_open = (table.c.tenant == batch.tenant, table.c.status.in_(OPEN))
-        with self._registry.adding() as connection:
+        with self._registry.adding(batch.tenant) as connection:
             count = connection.scalar(select(func.count()).select_from(table).where(*is_open)) or 0
             if count >= self._limits.open:
                 raise QuotaExceeded(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from fastapi.concurrency import contextmanager_in_threadpool
 
 from serve.adapters.registry import Registry
 from serve.adapters.store import Store
+from serve.adapters.untrusted import write
 from serve.auth.auth import Auth, Caller
 from serve.errors import BadRequest, LoradockError, NotFound
 from serve.gateway.batches.batch_rows import BatchRows
@@ -92,6 +95,10 @@ class Batches:
             await asyncio.to_thread(self._keep, file, path)
         return file
 
+    def written(self, caller: Caller, filename: str, data: bytes) -> StoredFile:
+        """Keep examples that this server made for a tenant, as if the caller had sent them. Blocks."""
+        return self._examples(caller, f"file-{secrets.token_hex(12)}", filename, len(data), [data])
+
     def _keep(self, file: StoredFile, path: Path) -> None:
         self.files.check_quota(file.tenant, file.nbytes)
         self.contents.keep(file.id, path)
@@ -100,6 +107,29 @@ class Batches:
         except BaseException:
             self.contents.remove(file.id)
             raise
+
+    def adopt(self, caller: Caller, path: Path, filename: str) -> StoredFile:
+        """A file of examples that this server wrote for a tenant; the same bytes are the same file. Blocks."""
+        with path.open("rb") as source:
+            digest = hashlib.file_digest(source, lambda: hashlib.blake2b(caller.tenant.encode(), digest_size=12))
+            id, nbytes = f"file-{digest.hexdigest()}", source.tell()
+            with suppress(NotFound):
+                there = self.files.get(caller.tenant, id)
+                if there.expires > self._clock() + 86_400 and self.contents.has(id):
+                    return there
+            source.seek(0)
+            return self._examples(caller, id, filename, nbytes, iter(lambda: source.read(1 << 20), b""))
+
+    def _examples(self, caller: Caller, id: str, filename: str, nbytes: int, chunks: Iterable[bytes]) -> StoredFile:
+        self.contents.check_space(nbytes)
+        with self.contents.incoming() as (path, sink):
+            for chunk in chunks:
+                write(sink, chunk)
+            now = self._clock()
+            expires = now + self._limits.file_seconds
+            file = StoredFile(id, caller.tenant, caller.name, EXAMPLES, filename, nbytes, now, expires)
+            self._keep(file, path)
+        return file
 
     def content(self, tenant: str, id: str) -> tuple[StoredFile, Path]:
         """The file, and where it can be read. Blocks."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from serve.adapters.shared_store import SharedStore
+from serve.adapters.shared_store import PASSING, SharedStore
 from serve.adapters.untrusted import create
 from serve.errors import NotFound
 from serve.files import fsync, rename
@@ -67,6 +67,35 @@ class FileBytes:
         finally:
             fetched.unlink(missing_ok=True)
         return place
+
+    @property
+    def is_shared(self) -> bool:
+        """Other servers find files too."""
+        return self._shared is not None
+
+    def pass_on(self, id: str, path: Path) -> None:
+        """Lay a file that has no row where all servers look, for a day at most."""
+        assert self._shared is not None
+        self._shared.put_file(PASSING + id, path)
+
+    def receive(self, id: str, path: Path) -> bool:
+        """Bring a file that was passed on to this path; whether there was one."""
+        assert self._shared is not None
+        fetched = self._incoming / secrets.token_hex(8)
+        try:
+            self._shared.get_file(PASSING + id, fetched)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            rename(fetched, path)
+        except NotFound:
+            return False
+        finally:
+            fetched.unlink(missing_ok=True)
+        return True
+
+    def drop_passing(self, id: str) -> None:
+        """It has arrived."""
+        assert self._shared is not None
+        self._shared.remove_file(PASSING + id)
 
     def remove(self, id: str) -> None:
         """Gone here, and where all servers look."""

@@ -28,7 +28,7 @@ class FileRows:
 
     def add(self, file: StoredFile) -> None:
         """Keep a file that a client sent; QuotaExceeded if the tenant has as much as it may, its answers too."""
-        with self._registry.adding() as connection:
+        with self._registry.adding(file.tenant) as connection:
             self._check_quota(connection, file.tenant, file.nbytes)
             put(connection, file)
 

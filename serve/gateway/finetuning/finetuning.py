@@ -21,9 +21,10 @@ from serve.gateway.finetuning.job_rows import JobRows
 from serve.gateway.finetuning.job_runner import JobRunner
 from serve.gateway.finetuning.metrics import FineTuningMetrics
 from serve.gateway.finetuning.notes import Notes
-from serve.gateway.finetuning.objects import METHODS, Asked, Job, Limits, Status
-from serve.gateway.finetuning.schedule import JobSchedule
+from serve.gateway.finetuning.objects import METHODS, Asked, Job, Limits, Status, Where
+from serve.gateway.finetuning.schedule import JobSchedule, Turns
 from serve.gateway.finetuning.training_process import COMMAND, TrainingProcess
+from serve.gateway.finetuning.workers import Workers
 from serve.gateway.router import Router
 from serve.names import check_adapter_name, check_name, full_name, shown, tenant_of
 
@@ -34,7 +35,8 @@ _AUTO = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "
 
 class FineTuning:
     """`files` has the examples; `max_rank` says which rank a base's engine takes at most, `is_busy` whether clients
-    need the machine. `me` is this server's name; `alone` says that nobody shares its registry."""
+    need the machine. `me` is this server's name; `alone` says that nobody shares its registry. `where` says which
+    machines train, `max_bytes` what a file that a worker brings may have."""
 
     def __init__(
         self,
@@ -49,6 +51,8 @@ class FineTuning:
         me: str,
         alone: bool,
         max_rank: Callable[[Supervisor], int],
+        where: Where = Where.HERE,
+        max_bytes: int = 1 << 30,
         is_busy: Callable[[], bool] = lambda: False,
         file_seconds: float = 30 * 86_400.0,
         command: Sequence[str] = COMMAND,
@@ -72,7 +76,28 @@ class FineTuning:
             file_seconds=file_seconds,
             clock=clock,
         )
-        self.schedule = JobSchedule(self.rows, files.contents, self.runner, self.metrics, alone=alone, clock=clock)
+        turns = Turns()
+        self.schedule = JobSchedule(
+            self.rows,
+            self.runner,
+            self.metrics,
+            alone=alone,
+            turns=turns,
+            trains=where is not Where.WORKERS,
+            clock=clock,
+        )
+        self.workers = Workers(
+            self.rows,
+            files.contents,
+            store,
+            self.runner,
+            turns,
+            self.metrics,
+            taken=where is not Where.HERE,
+            me=me,
+            max_bytes=max_bytes,
+            clock=clock,
+        )
 
     def create(
         self,

@@ -7,6 +7,7 @@ alive                touched with every forward pass, between steps too
 settings.json        the hyperparameters as numbers, before the first step
 checkpoints/step-N/  the adapter at the end of an epoch
 adapter/             the result, which appears at once
+incoming/            what a worker has sent of its folder so far
 error.json           why there is none
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +42,11 @@ OPTIONS = {
     "alpha": "alpha",
 }
 _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+# A training has no more steps: what says so is no line.
+MOST_STEPS = 10_000_000
+_CHECKPOINT = re.compile(r"checkpoints/step-[0-9]{6,9}")
+# What the database takes as a number.
+_MOST = 1e300
 _HEADER: Sequence[Any] = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
@@ -117,8 +124,15 @@ class JobFolder:
 
     def error(self) -> str:
         """What the program said before it gave up."""
+        return shown(self._error("message"), 600)
+
+    def lacked_memory(self) -> bool:
+        """The program gave up because what it had begun was killed, or took too much memory: another start may do."""
+        return self._error("class") == "OutOfMemory"
+
+    def _error(self, key: str) -> str:
         try:
-            return shown(json.loads((self.path / "error.json").read_text())["message"], 600)
+            return str(json.loads((self.path / "error.json").read_text())[key])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
@@ -135,11 +149,13 @@ class JobFolder:
     def settled(self) -> dict[str, Any]:
         """The hyperparameters as numbers, by OpenAI's names, once the program has chosen them."""
         try:
-            notes = json.loads((self.path / "settings.json").read_text())
-        except (OSError, ValueError):
+            notes = json.loads((self.path / "settings.json").read_text(), parse_constant=_no_number)
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(notes, dict):
             return {}
         names = {"n_epochs": "epochs", "batch_size": "batch", "rank": "rank", "learning_rate": "learning_rate"}
-        return {name: notes[ours] for name, ours in names.items() if isinstance(notes.get(ours), int | float)}
+        return {name: notes[ours] for name, ours in names.items() if _is_number(notes.get(ours))}
 
     def results(self) -> Iterator[bytes]:
         """What each step measured, as lines of CSV."""
@@ -156,7 +172,8 @@ def _recipe(job: Job, model: Path, train: Path, validation: Path | None) -> dict
     step: dict[str, Any] = {"method": asked.method, "train": str(train), **options}
     if validation:
         step["validation"] = str(validation)
-    recipe: dict[str, Any] = {"model": str(model), "seed": asked.seed, "export": {"format": "adapter"}}
+    # On the processor: a GPU's memory is the engine's.
+    recipe: dict[str, Any] = {"model": str(model), "seed": asked.seed, "device": "cpu", "export": {"format": "adapter"}}
     if asked.parent:
         recipe["adapters"] = {"parent": "parent"}
         step["adapter"] = "parent"
@@ -166,8 +183,21 @@ def _recipe(job: Job, model: Path, train: Path, validation: Path | None) -> dict
 def _line(raw: bytes) -> Mapping[str, Any] | None:
     """A line of progress; a torn one is none."""
     try:
-        line = json.loads(raw)
-    except ValueError:
+        line = json.loads(raw, parse_constant=_no_number)
+    except (ValueError, RecursionError):
         return None
-    whole = isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("steps"), int)
-    return line if whole and line["step"] > 0 else None
+    whole = isinstance(line, dict) and all(type(line.get(name)) is int for name in ("step", "steps"))
+    if not whole or not 0 < line["step"] <= MOST_STEPS:
+        return None
+    # A loss that is no number is none; and a worker's file may say anything.
+    if not _CHECKPOINT.fullmatch(str(line.get("checkpoint"))):
+        line["checkpoint"] = None
+    return {name: value if name not in _COLUMNS or _is_number(value) else None for name, value in line.items()}
+
+
+def _no_number(constant: str) -> None:
+    """NaN and the like."""
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _MOST

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -34,12 +34,16 @@ class JobRows:
         self._registry, self._limits, self._me, self._clock = registry, limits, me, clock
         self._claims = Claims(registry, table, me=me, clock=clock)
 
+    def of(self, me: str) -> JobRows:
+        """These rows as `me` claims and changes them."""
+        return JobRows(self._registry, self._limits, me=me, clock=self._clock)
+
     # For clients
 
     def add(self, job: Job) -> None:
         """A new job; QuotaExceeded if the tenant has as many that are not at their end as it may."""
         is_open = (table.c.tenant == job.tenant, table.c.status.in_(OPEN))
-        with self._registry.adding() as connection:
+        with self._registry.adding(job.tenant) as connection:
             count = connection.scalar(select(func.count()).select_from(table).where(*is_open)) or 0
             if count >= self._limits.open:
                 raise QuotaExceeded(
@@ -115,6 +119,18 @@ class JobRows:
         """The end of a claim; without an id of everybody's claims, where this server is alone."""
         self._claims.release(id)
 
+    def held(self, id: str) -> Job | None:
+        """The job, while it is this server's to run."""
+        with self._registry.reading() as connection:
+            row = connection.execute(select(table).where(*self._mine(id))).first()
+        return None if row is None else _job(row)
+
+    def hand_over(self, id: str, to: str, seconds: float) -> bool:
+        """The claim is another one's from now on, for so long; False if it was not this one's."""
+        values = {"claimed_by": to, "claimed_until": self._clock() + seconds}
+        with self._registry.adding() as connection:
+            return bool(connection.execute(update(table).where(*self._mine(id)).values(values)).rowcount)
+
     # What the server with the claim writes; None, if the claim is another's by now or the job was stopped
 
     def validated(self, id: str, **state: Any) -> Job | None:
@@ -138,7 +154,7 @@ class JobRows:
                 add_event(connection, id, self._clock(), message, level)
 
     def advance(
-        self, id: str, lines: list[Mapping[str, Any]], seconds: float, settled: Mapping[str, Any]
+        self, id: str, lines: Sequence[Mapping[str, Any]], seconds: float, settled: Mapping[str, Any]
     ) -> Job | None:
         """What steps measured since the last time, so many seconds of running, and the hyperparameters as numbers."""
         with self._registry.adding() as connection:
@@ -216,9 +232,11 @@ class JobRows:
 
     def _claimed(self, connection: Connection, id: str) -> Job | None:
         """The job, which nobody else changes until the transaction ends; None if it is not this server's to run."""
-        where = (table.c.id == id, table.c.claimed_by == self._me, table.c.status.in_(ACTIVE))
-        row = connection.execute(select(table).where(*where).with_for_update()).first()
+        row = connection.execute(select(table).where(*self._mine(id)).with_for_update()).first()
         return None if row is None else _job(row)
+
+    def _mine(self, id: str) -> tuple[Any, ...]:
+        return (table.c.id == id, table.c.claimed_by == self._me, table.c.status.in_(ACTIVE))
 
     def _reach(self, connection: Connection, job: Job, status: Status, message: str, **state: Any) -> Job:
         if status in ENDS:

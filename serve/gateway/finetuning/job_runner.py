@@ -10,9 +10,10 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import StrEnum
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,22 +36,20 @@ from serve.gateway.finetuning.job_folder import JobFolder
 from serve.gateway.finetuning.job_rows import JobRows, metrics_of
 from serve.gateway.finetuning.metrics import FineTuningMetrics
 from serve.gateway.finetuning.objects import RESULTS, Checkpoint, Job, Limits, Status
-from serve.gateway.finetuning.training_process import CannotCheck, Checked, Ended, TrainingProcess, Why
+from serve.gateway.finetuning.trainer import Failed, Trainer
+from serve.gateway.finetuning.training_process import CannotCheck, Checked, TrainingProcess
 from serve.models.checkpoint import digest_of, folder_of
 from serve.names import shown
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-# Starts of a process in a row that came to no new step: then it is given up.
-LAUNCHES = 8
-AGAIN_SECONDS = 1.0
 # Examples to train on, as OpenAI asks for.
 FEWEST = 10
 # Ends of epochs that become versions, the last one included.
 CHECKPOINTS = 3
-# Progress is written down so often; problems of a file are events up to so many.
-WRITE_SECONDS, TOLD = 2.0, 20
+# Problems of a file are events up to so many.
+TOLD = 20
 # Where each file is spoken of: its code, its name, its field.
 _FILES = (
     ("invalid_training_file", "training file", "training_file"),
@@ -58,21 +57,22 @@ _FILES = (
 )
 
 
+class Kind(StrEnum):
+    """What a job waits for. A server does one of each at a time."""
+
+    CHECK = "check"
+    TRAIN = "train"
+    ADMIT = "admit"
+
+
 @dataclass(slots=True)
 class Work:
     """A job that this server runs. `stop` ends its process: it was paused or cancelled, or is another server's."""
 
     job: Job
+    kind: Kind
     stop: threading.Event = field(default_factory=threading.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class _Failed(Exception):
-    """The job cannot come to a good end."""
-
-    def __init__(self, code: str, message: str, param: str | None = None, also: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.code, self.message, self.param, self.also = code, message, param, also
 
 
 class JobRunner:
@@ -95,34 +95,44 @@ class JobRunner:
         self._rows, self._contents, self._store, self._process = rows, contents, store, process
         self._admission, self._limits, self._metrics = admission, limits, metrics
         self._base_model, self._file_seconds, self._clock = base_model, file_seconds, clock
-        # The process ends with the thread that starts it, so this one lasts.
-        self._thread = ThreadPoolExecutor(1, "training")
+        self._trainer = Trainer(rows, process, limits.hours, metrics.trained)
+        # A process ends with the thread that starts it, so these last.
+        self._threads = ThreadPoolExecutor(len(Kind), "training")
         self.root = store.root / "finetuning"
 
     def folder(self, id: str) -> JobFolder:
         return JobFolder(self.root / id)
 
+    def can_read(self, job: Job) -> bool:
+        """Its files are here, or where they can be fetched. Blocks."""
+        return all(map(self._contents.has, filter(None, (job.training_file, job.validation_file))))
+
+    def kind(self, job: Job) -> Kind:
+        """What is next for it. Blocks."""
+        if job.status is Status.VALIDATING:
+            return Kind.CHECK
+        return Kind.ADMIT if self.folder(job.id).adapter else Kind.TRAIN
+
     async def run(self, work: Work) -> None:
-        """To its end, or until it is stopped."""
-        job: Job | None = work.job
+        """Until its files are checked, or to its end, or until it is stopped."""
         try:
-            if work.job.status is Status.VALIDATING:
-                job = await self._stoppable(work, self._validate, work.job, work)
-            if job is None or not await self._train(job, work):
-                return
-            if admitting := await asyncio.to_thread(self._rows.admit, job.id):
+            if work.kind is Kind.CHECK:
+                await self._stoppable(work, self._validate, work.job, work)
+            elif (work.kind is Kind.ADMIT or await self._train(work.job, work)) and (
+                admitting := await asyncio.to_thread(self._rows.admit, work.job.id)
+            ):
                 await self._admit(admitting)
-        except _Failed as failed:
+        except Failed as failed:
             await self._fail(work.job.id, failed)
         except OutOfSpace as full:
-            await self._fail(work.job.id, _Failed("insufficient_storage", full.message))
+            await self._fail(work.job.id, Failed("insufficient_storage", full.message))
         except OSError as error:
             why = f"the files of the job cannot be written or read: {error.strerror or error}"
-            await self._fail(work.job.id, _Failed("storage_error", why))
+            await self._fail(work.job.id, Failed("storage_error", why))
 
     async def _stoppable(self, work: Work, run: Callable[..., Result], *arguments: Any) -> Result:
         """What this answers on the thread of the processes; a server that ends stops its process first."""
-        running = asyncio.get_running_loop().run_in_executor(self._thread, run, *arguments)
+        running = asyncio.get_running_loop().run_in_executor(self._threads, run, *arguments)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -130,7 +140,7 @@ class JobRunner:
             await asyncio.gather(running, return_exceptions=True)
             raise
 
-    async def _fail(self, id: str, failed: _Failed) -> None:
+    async def _fail(self, id: str, failed: Failed) -> None:
         fail = self._rows.fail
         if await asyncio.to_thread(fail, id, failed.code, failed.message, failed.param, also=failed.also):
             self._metrics.ended(Status.FAILED)
@@ -138,7 +148,7 @@ class JobRunner:
 
     # Before the training
 
-    def _validate(self, job: Job, work: Work) -> Job | None:
+    def _validate(self, job: Job, work: Work) -> None:
         digests, counts = [], []
         for id, (code, name, param) in zip((job.training_file, job.validation_file), _FILES, strict=True):
             if id is None:
@@ -148,19 +158,19 @@ class JobRunner:
                 fewest = FEWEST if param == "training_file" else 1
                 checked = self._process.check(path, job.asked.method, fewest, work.stop)
             except NotFound as gone:
-                raise _Failed(code, gone.message, param) from gone
+                raise Failed(code, gone.message, param) from gone
             except CannotCheck as error:
-                raise _Failed("training_unavailable", error.message) from error
+                raise Failed("training_unavailable", error.message) from error
             if checked is None:
-                return None
+                return
             if checked.problem_count:
-                raise _Failed(code, _refusal(name, checked), param, _sentences(checked))
+                raise Failed(code, _refusal(name, checked), param, _sentences(checked))
             counts.append(checked.examples)
             with path.open("rb") as file:
                 digests.append(file_digest(file, "sha256").hexdigest())
         base = _digest(job.asked.base_model)
         data = digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode()).hexdigest()
-        return self._rows.validated(job.id, examples=counts[0], base_digest=base, data_digest=data)
+        self._rows.validated(job.id, examples=counts[0], base_digest=base, data_digest=data)
 
     def _check_base(self, job: Job) -> None:
         """The base is the one that the job was made for."""
@@ -168,9 +178,9 @@ class JobRunner:
         try:
             serves = self._base_model(asked.base)
         except LoradockError as gone:
-            raise _Failed("base_model_changed", f"the base {asked.base} is not served any more") from gone
+            raise Failed("base_model_changed", f"the base {asked.base} is not served any more") from gone
         if _digest(serves) != job.state.base_digest:
-            raise _Failed(
+            raise Failed(
                 "base_model_changed",
                 f"the base {asked.base} is another model than when the job was made: make a new job for it",
                 "model",
@@ -182,7 +192,7 @@ class JobRunner:
         try:
             return await self._store.bring(job.asked.parent_digest)
         except NotFound as gone:
-            raise _Failed("model_not_found", f"{job.asked.parent}, to go on from, was removed meanwhile") from gone
+            raise Failed("model_not_found", f"{job.asked.parent}, to go on from, was removed meanwhile") from gone
 
     # The training
 
@@ -191,36 +201,14 @@ class JobRunner:
         try:
             self._admission.caller(job)
         except LoradockError as error:
-            raise _Failed("invalid_api_key", error.message) from error
+            raise Failed("invalid_api_key", error.message) from error
         await asyncio.to_thread(self._check_base, job)
         return await self._stoppable(work, self._trained, job, await self._parent(job), work)
 
     def _trained(self, job: Job, parent: Path | None, work: Work) -> bool:
         folder = self.folder(job.id)
         self._prepare(job, folder, parent)
-        while not work.stop.is_set():
-            if folder.adapter:
-                return True
-            launched = self._rows.launch(job.id)
-            if launched is None:
-                return False
-            if launched.state.launches > LAUNCHES:
-                raise _Failed(
-                    "training_failed",
-                    f"its process ended {LAUNCHES} times without coming further, most likely because the machine has "
-                    f"not enough memory: {folder.last_words() or 'it left no word'}",
-                )
-            left = self._limits.hours * 3600 - launched.state.seconds
-            watch = _Watch(self._rows, folder, launched, self._metrics, work.stop)
-            ended = self._process.run(folder.path, work.stop, watch.look, max(0.0, left))
-            watch.write()
-            self._judge(ended, folder)
-            if ended.why is Why.STOPPED:
-                return False
-            if not folder.adapter:
-                self._rows.note(job.id, f"The training process ended ({_how(ended)}): it is started again", "warn")
-                work.stop.wait(AGAIN_SECONDS)
-        return False
+        return self._trainer.run(job, folder, work.stop)
 
     def _prepare(self, job: Job, folder: JobFolder, parent: Path | None) -> None:
         self._contents.check_space(0)
@@ -230,17 +218,9 @@ class JobRunner:
             validation = self._contents.path(job.validation_file) if job.validation_file else None
             folder.prepare(job, folder_of(asked.base_model), train, validation, parent)
         except NotFound as gone:
-            raise _Failed("invalid_training_file", gone.message) from gone
+            raise Failed("invalid_training_file", gone.message) from gone
         except ConfigError as error:
-            raise _Failed("base_model_changed", error.message) from error
-
-    def _judge(self, ended: Ended, folder: JobFolder) -> None:
-        """_Failed, if another start would end like this one."""
-        if ended.why is Why.OVERTIME:
-            raise _Failed("timeout", f"it trained for {self._limits.hours:g} hours, which is the most: train on less")
-        if ended.why is Why.ENDED and ended.code in (1, 2, 3) and not folder.adapter:
-            why = folder.error() or folder.last_words() or f"its process ended with {ended.code}"
-            raise _Failed("training_failed", f"The job failed while training: {why}")
+            raise Failed("base_model_changed", error.message) from error
 
     # After it
 
@@ -260,7 +240,7 @@ class JobRunner:
             problems = tuple(getattr(error, "problems", ())[:TOLD])
             code = "model_rejected" if isinstance(error, AdapterRejected | BadRequest) else error.code or "not_admitted"
             message = f"The model was trained, and is not admitted: {error.message}"
-            raise _Failed(code, message, also=problems) from error
+            raise Failed(code, message, also=problems) from error
         rows = await asyncio.to_thread(self._checkpoint_rows, job, folder, checkpoints, model)
         result = await asyncio.to_thread(self._results, job, folder)
         if await asyncio.to_thread(self._rows.succeed, job.id, model, result, rows, settled):
@@ -301,46 +281,11 @@ class JobRunner:
         return StoredFile(id, job.tenant, job.asked.who, RESULTS, name, nbytes, now, now + self._file_seconds)
 
 
-class _Watch:
-    """Brings progress from the folder into the database, some times a minute."""
-
-    def __init__(
-        self, rows: JobRows, folder: JobFolder, job: Job, metrics: FineTuningMetrics, stop: threading.Event
-    ) -> None:
-        self._rows, self._folder, self._job, self._metrics, self._stop = rows, folder, job, metrics, stop
-        self._lines: list[Mapping[str, Any]] = []
-        self._seconds = self._unwritten = 0.0
-
-    def look(self, ran: float) -> bool:
-        """Whether there was a sign of life."""
-        self._seconds += ran
-        self._unwritten += ran
-        return self._unwritten >= WRITE_SECONDS and (self.write() or self._folder.is_touched())
-
-    def write(self) -> bool:
-        new = self._folder.new_lines(self._job.state.step)
-        self._lines += new
-        self._unwritten = 0.0
-        before = self._job.state.tokens
-        try:
-            settled = self._job.state.settled or self._folder.settled()
-            job = self._rows.advance(self._job.id, self._lines, self._seconds, settled)
-        except LoradockError as error:  # it is written the next time
-            log.warning("progress of %s is not written down: %s", self._job.id, error.message)
-            return bool(new)
-        if job is None:
-            self._stop.set()
-            return False
-        self._metrics.trained(job.state.tokens - before, self._seconds)
-        self._job, self._lines, self._seconds = job, [], 0.0
-        return bool(new)
-
-
 def _digest(model: str) -> str:
     try:
         return digest_of(model)
     except (ConfigError, OSError) as error:
-        raise _Failed("base_model_changed", f"the base model cannot be read: {shown(error)}", "model") from error
+        raise Failed("base_model_changed", f"the base model cannot be read: {shown(error)}", "model") from error
 
 
 def _refusal(name: str, checked: Checked) -> str:
@@ -349,9 +294,3 @@ def _refusal(name: str, checked: Checked) -> str:
 
 def _sentences(checked: Checked) -> tuple[str, ...]:
     return tuple(problem.sentence for problem in checked.problems[:TOLD])
-
-
-def _how(ended: Ended) -> str:
-    if ended.why is Why.HUNG:
-        return "no step for too long"
-    return f"signal {-ended.code}" if ended.code < 0 else f"exit code {ended.code}"

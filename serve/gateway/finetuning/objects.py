@@ -30,6 +30,14 @@ OPEN = (*ACTIVE, Status.PAUSED)
 ENDS = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 
+class Where(StrEnum):
+    """Which machines train."""
+
+    HERE = "here"
+    WORKERS = "workers"
+    ANY = "any"
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a job is to do. `name` is the full name of the adapter that it makes a version of; `parent` the full name

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optimize import recipe
-from optimize.checkpoint import kv_cache
+from optimize.checkpoint import formats, kv_cache
 from optimize.checkpoint.checkpoint import Checkpoint, Entry, Schemes, write_shard
 from optimize.checkpoint.model import adapted, logits, opened
 from optimize.errors import Refused
@@ -264,3 +264,14 @@ def test_bytes_that_are_cut_short_are_a_sentence(tmp_path):
     (tmp_path / "whole").write_bytes(bytes(100))
     with pytest.raises(Refused, match="whole was cut short"):
         write_shard(tmp_path / "made", tmp_path, {"weight": Entry("whole", "U8", (90,), 90, 20)})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [64, 72, 75])
+def test_integers_are_packed_as_compressed_tensors_packs_them(bits, columns):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    integers = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (9, columns)).to(torch.int8)
+    packed = formats.packed_integers(integers, bits)
+    assert torch.equal(packed, pack_to_int32(integers, bits))
+    assert torch.equal(formats.unpacked_integers(packed, bits)[:, :columns], integers)

@@ -11,7 +11,8 @@ import torch
 from optimize import recipe
 from optimize.checkpoint.model import adapted, logits, opened
 from optimize.errors import Refused
-from optimize.export import genai, onnx
+from optimize.export import genai
+from optimize.export.session import Session
 from optimize.pipeline import plan
 from tests.optimize.conftest import silent
 
@@ -38,19 +39,10 @@ def test_one_graph_answers_as_the_base_and_as_each_adapter(base, job, adapters):
         assert found["logits_off"] < 1e-4 and found["greedy_same"] == 64
     folder = made.folder / "model"
     assert {"genai_config.json", "model.onnx", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
-    assert torch.allclose(onnx.Session(folder).logits(IDS), logits(opened(base, torch.float32), IDS), atol=1e-4)
+    assert torch.allclose(Session(folder).logits(IDS), logits(opened(base, torch.float32), IDS), atol=1e-4)
     # The same files in plain ONNX Runtime.
-    import onnxruntime
-
-    session = onnx.Session(folder)
     for name, path in adapters.items():
-        adapter = onnxruntime.LoraAdapter()
-        adapter.Load(str(folder / "adapters" / f"{name}.onnx_adapter"))
-        options = onnxruntime.RunOptions()
-        options.add_active_adapter(adapter)
-        feed = {"input_ids": IDS.numpy(), "attention_mask": torch.ones_like(IDS).numpy()}
-        feed |= dict.fromkeys(session.cache, session.empty)
-        said = torch.from_numpy(session.session.run(["logits"], feed, options)[0])
+        said = Session(folder, name).logits(IDS)
         with adapted(opened(base, torch.float32), path) as model:
             right = logits(model, IDS)
         assert torch.allclose(said, right, atol=1e-4)

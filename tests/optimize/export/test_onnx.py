@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from onnx.numpy_helper import to_array
 
 from optimize import cli
 from optimize.checkpoint.model import logits, opened
 from optimize.errors import Refused
 from optimize.evaluation.evaluate import compared
-from optimize.export import onnx
+from optimize.export import onnx, streamed
+from optimize.export.session import Answer, Session
 from tests.optimize.conftest import silent
 
 IDS = torch.arange(2, 34).view(1, 32)
 
 
-def exported(job, precision):
-    made = job("onnx", precision=precision, format="onnx", out=precision)
+def exported(job, precision, **more):
+    made = job("onnx", precision=precision, format="onnx", out=precision, **more)
     return made.folder / "model", onnx.run(made, silent)
 
 
-def test_fp32_is_pytorch_and_its_bytes_are_the_same_each_time(base, job):
+def test_fp32_is_pytorch_and_its_bytes_are_the_same_each_time(base, job, capsys, tmp_path):
     folder, notes = exported(job, "fp32")
     assert notes["logits_off"] < 1e-4 and notes["greedy_same"] == 64
-    session = onnx.Session(folder)
+    session = Session(folder)
     assert torch.allclose(session.logits(IDS), logits(opened(base, torch.float32), IDS), atol=1e-4)
     # The prefill in two pieces is the prefill in one.
     first, cache = session.step(IDS[:, :20].numpy(), None)
@@ -31,26 +35,74 @@ def test_fp32_is_pytorch_and_its_bytes_are_the_same_each_time(base, job):
     whole = session.logits(IDS)
     assert torch.allclose(torch.cat([torch.from_numpy(first), torch.from_numpy(second)], 1), whole, atol=1e-4)
     before = {file.name: file.read_bytes() for file in folder.glob("model.onnx*")}
+    shutil.copytree(folder, tmp_path / "before")
+    answers_and_says_what_is_no_export(tmp_path / "before", capsys, tmp_path)
+    exports_of_earlier_versions_run(tmp_path / "before", whole)
     again, _ = exported(job, "fp32")
     assert before == {file.name: file.read_bytes() for file in again.glob("model.onnx*")}
 
 
+def answers_and_says_what_is_no_export(folder, capsys, tmp_path):
+    asked = ["run-onnx", str(folder), "the river ran", "--tokens", "8"]
+    capsys.readouterr()  # what the exporter said
+    assert cli.run(asked, lambda name: folder) == 0
+    said = capsys.readouterr()
+    assert len(said.out.split()) >= 1 and "tokens/s, cpu)" in said.err
+    pieces = list(Answer(folder, "the river ran", 8))
+    assert len([piece for piece in pieces if piece]) > 2 and "".join(pieces) == said.out.rstrip("\n")
+    assert cli.run([*asked, "--adapter", "tone"], lambda name: folder) == 2
+    assert "has no adapter 'tone': it has none" in capsys.readouterr().err
+    assert cli.run(["run-onnx", str(tmp_path), "hello"], lambda name: folder) == 2
+    with pytest.raises(Refused, match="is no ONNX export"):
+        Session(tmp_path)
+
+
+def exports_of_earlier_versions_run(folder, whole):
+    """Their inputs and outputs had the names that transformers gives."""
+    import onnx as graphs
+
+    model = graphs.load(folder / "model.onnx", load_external_data=False)
+    names = {}
+    for side, items in (("input", model.graph.input), ("output", model.graph.output)):
+        for item in items:
+            _, dot, rest = item.name.partition(".")
+            if dot:
+                at, part = rest.split(".")
+                names[item.name] = item.name = f"{side}.past_key_values.layers.{at}.{part}s"
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    graphs.save(model, folder / "model.onnx")
+    session = Session(folder)
+    assert session.cache[0] == "input.past_key_values.layers.0.keys"
+    _, cache = session.step(IDS[:, :20].numpy(), None)
+    assert torch.allclose(torch.from_numpy(session.step(IDS[:, 20:].numpy(), cache)[0]), whole[:, 20:], atol=1e-4)
+
+
+def test_matrices_that_are_written_one_at_a_time_are_what_onnxruntime_makes_of_the_whole_graph(base, job, monkeypatch):
+    import onnx as graphs
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    monkeypatch.setattr(streamed, "HELD", 5000)  # so that each is written in parts
+    whole, _ = exported(job, "fp32")
+    right = MatMulNBitsQuantizer(
+        graphs.load(whole / "model.onnx"), bits=4, block_size=32, is_symmetric=True, accuracy_level=4
+    )
+    right.process()
+    folder, _ = exported(job, "int4")
+    made, expected = graphs.load(folder / "model.onnx").graph, right.model.model.graph
+    assert [node.SerializeToString() for node in made.node] == [node.SerializeToString() for node in expected.node]
+    tensors, wanted = ({item.name: to_array(item) for item in graph.initializer} for graph in (made, expected))
+    assert sum(name.endswith("_Q4") for name in tensors) == 21
+    assert tensors.keys() == wanted.keys() and all((tensors[name] == wanted[name]).all() for name in tensors)
+
+
 @pytest.mark.parametrize(("precision", "shrinks"), [("fp16", 0.55), ("int8", 0.5), ("int4", 0.4)])
-def test_fewer_bits_are_smaller_and_say_what_they_lost(precision, shrinks, base, job):
-    folder, notes = exported(job, precision)
+def test_fewer_bits_are_smaller_and_say_what_they_lost(precision, shrinks, base, adapter, job):
+    folder, notes = exported(job, precision, adapters={"one": adapter(1)} if precision != "int8" else None)
     assert 0 < notes["logits_off"] < 3
-    session, plain = onnx.Session(folder), opened(base, torch.float32)
-    scores = compared(lambda row: logits(plain, row), session.logits, list(IDS.split(1)), lambda _: None)
+    session, plain = Session(folder), opened(base, torch.float32)
+    scores = compared([logits(plain, IDS)], [session.logits(IDS)], [IDS], lambda _: None)
     assert (scores["kl"] > 0 or precision == "fp16") and scores["kl"] < 0.5
     weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
     assert weights < shrinks * 4 * sum(p.numel() for p in plain.parameters()) + 500_000  # the graph itself
-
-
-def test_run_onnx_answers_and_says_what_is_no_export(base, job, capsys, tmp_path):
-    folder, _ = exported(job, "fp32")
-    assert cli.run(["run-onnx", str(folder), "the river ran", "--tokens", "8"], lambda name: base) == 0
-    said = capsys.readouterr()
-    assert len(said.out.split()) >= 1 and "tokens/s" in said.err
-    assert cli.run(["run-onnx", str(tmp_path), "hello"], lambda name: base) == 2
-    with pytest.raises(Refused, match="is no ONNX export"):
-        onnx.Session(tmp_path)

@@ -14,10 +14,12 @@ import torch
 from optimize import cli, processor
 from optimize.checkpoint import shards
 from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.checkpoint.model import logits, opened
 from optimize.errors import OptimizeError
 from optimize.evaluation import engine
+from optimize.job import Job
 from optimize.options import Gate
-from optimize.pipeline import manifest
+from optimize.pipeline import child, manifest
 from optimize.pipeline.available_memory import available_memory, left_in_groups
 from optimize.pipeline.gate import judge
 from optimize.steps.merge import merge
@@ -67,8 +69,8 @@ def test_a_recipe_without_a_gate_is_not_judged_and_its_weights_lie_in_files_as_s
     assert len(whole.files) > 3 and max((out / file).stat().st_size for file in whole.files) <= 40000
     from transformers import AutoModelForCausalLM
 
-    logits = AutoModelForCausalLM.from_pretrained(out)(torch.arange(2, 18)[None]).logits
-    assert bool(logits.isfinite().all())
+    said = AutoModelForCausalLM.from_pretrained(out)(torch.arange(2, 18)[None]).logits
+    assert bool(said.isfinite().all())
 
 
 def test_a_merge_has_a_bound_in_the_recipe_and_one_that_is_always_held(written, tmp_path, adapter, job, monkeypatch):
@@ -135,6 +137,52 @@ def test_on_one_gpu_the_engines_run_one_after_the_other(target, together, job, m
     scores = engine.run(made, lambda *_, **__: None)
     assert OneGpu.most == together and scores["scores"]["speed_16"] == 2.0
     assert scores["scores"]["engine_top1"] == 1.0
+
+
+class InPyTorch(engine.Engine):
+    """An engine that answers, and computes what PyTorch does; `otherwise` it gets the result's last norm wrong."""
+
+    otherwise = False
+
+    def __init__(self, name: str, folder: str, *_: Any) -> None:
+        self.name, self.model = name, opened(Path(folder))
+        if name == "result" and InPyTorch.otherwise:
+            norm: Any = self.model.get_submodule("model.norm")
+            norm.weight.data *= 0.3
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        if "answer" in question:
+            return {"load_seconds": 1.0, "answers": dict.fromkeys(question["answer"], "yes"), "adapters": {}}
+        if "streams" in question:
+            return {"tokens_per_second": 100.0}
+        rows = torch.tensor(question["text"])
+        said = logits(self.model, rows).log_softmax(-1)[:, :-1]
+        loss = -float(said.gather(-1, rows[:, 1:, None]).mean())
+        return {"loss": loss, "likeliest": said.argmax(-1).tolist()}
+
+
+@pytest.mark.parametrize(("otherwise", "code"), [(False, 0), (True, 3)])
+def test_a_recipe_whose_result_the_engine_computes_otherwise_is_refused(
+    otherwise, code, written, tmp_path, monkeypatch, capsys
+):
+    """It used to pass: PyTorch's emulation was good, and the engine's answers were not empty."""
+    elsewhere = child.Child.run
+
+    def run(self: child.Child, job: Job) -> dict[str, Any]:
+        return engine.run(job, lambda *_, **__: None) if job.kind == "engine" else elsewhere(self, job)
+
+    monkeypatch.setattr(child.Child, "run", run)
+    monkeypatch.setattr(engine, "Engine", InPyTorch)
+    monkeypatch.setattr(engine, "CALM", 0)
+    monkeypatch.setattr(InPyTorch, "otherwise", otherwise)
+    file = written("steps: [{quantize: {method: rtn, smooth: false}}]\ngate: {max_perplexity_increase: 1}")
+    file.write_text(file.read_text().replace("engine: false", "engine: true"))
+    optimize(file, "--out", tmp_path / "out", expect=code)
+    bound = "log-perplexity of the result in vLLM against the same in PyTorch is"
+    assert (bound in capsys.readouterr().err) is otherwise
 
 
 def test_shards_hold_the_same_tensors(base, tmp_path):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimize.checkpoint import formats
+from optimize.checkpoint import artifact, checkpoint, formats
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import adapted, logits, opened
 from optimize.errors import OptimizeError
 from optimize.steps.calibrated import CalibratedModel, windows
-from optimize.steps.quantize import channel_scales, mixed, quantize
+from optimize.steps.quantize import channel_scales, gptq, kept, mixed, quantize
 from optimize.steps.quantize.quantizer import Quantizer
 from tests.optimize.conftest import silent
 
@@ -126,6 +126,38 @@ def test_a_budget_gives_bits_back_where_they_matter(base, job, monkeypatch):
         assert torch.allclose(weight, theirs.state_dict()[name], rtol=1e-6, atol=1e-9), name
 
 
+@pytest.mark.parametrize(("scheme", "bits", "low"), [("w4a16", 5.5, 4.5), ("w8a8", 10.0, 8.0)])
+def test_bits_a_weight_are_spent_where_they_matter(scheme, bits, low, base, job):
+    made = job("quantize", scheme=scheme, method="rtn", smooth=False, bits=bits, group=32 if low == 4.5 else 0)
+    notes = quantize.run(made, silent)
+    assert low < notes["bits_taken"] <= bits and notes["kept"]
+    entries = Checkpoint(made.folder / "model").entries
+    taken = sum(
+        entry.bytes for name, entry in entries.items()
+        if "_proj.weight" in name and not name.endswith("weight_shape")
+        and (scheme == "w4a16" or not name.endswith("weight_scale"))
+    )  # fmt: skip
+    weights = sum(e.bytes / 2 for name, e in Checkpoint(base).entries.items() if name.endswith("_proj.weight"))
+    # Scales of 8-bit rows are not counted.
+    assert 8 * taken / weights == pytest.approx(notes["bits_taken"], rel=0.06)
+    costs = notes["sensitivity"]
+    dearest = max(costs, key=lambda label: costs[label][scheme])
+    assert dearest in notes["kept"]
+
+
+def test_gptq_on_awqs_scales_loses_less_than_either_and_rewrites_adapters(base, job, adapter):
+    """How far the answer is from the original's, over the calibration text."""
+    ids = torch.tensor(windows(job("quantize", out="text")))
+    right = logits(opened(base, torch.float32), ids)
+    off, said = {}, {}
+    for method in ("rtn", "awq", "awq-gptq"):
+        made = job("quantize", adapters={"one": adapter()}, scheme="w4a16", method=method, out=method)
+        said[method] = quantize.run(made, silent)["adapters"]["one"]
+        off[method] = float((logits(opened(made.folder / "model", torch.float32), ids) - right).square().mean())
+    assert off["awq-gptq"] < 0.8 * off["awq"] and off["awq-gptq"] < 0.8 * off["rtn"]
+    assert said["awq-gptq"] == said["awq"] == "rewritten: AWQ scales folded in"
+
+
 def test_layers_keep_16_bits_until_the_likeliest_tokens_stay(base, job):
     """An agreement that 8 bits everywhere do not reach."""
     made = job("quantize", scheme="w8a8", method="rtn", smooth=False, agreement=0.999)
@@ -134,6 +166,53 @@ def test_layers_keep_16_bits_until_the_likeliest_tokens_stay(base, job):
     assert first["w8a8"] == len(notes["sensitivity"]) and first["top1"] < 0.999
     assert notes["kept"] and set(notes["kept"].values()) == {"bf16"}
     assert len(notes["tried"]) > 1
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_layers_that_a_killed_run_has_rounded_are_not_rounded_again(left, base, job, monkeypatch):
+    """Killed with one of three layers done, with two, and with all when the file is half made: the bytes are those of
+    an undisturbed run."""
+    monkeypatch.setattr(kept, "SECONDS", 0.0)
+    calls, original = [], gptq.gptq
+    monkeypatch.setattr(gptq, "gptq", lambda *given: calls.append(1) or original(*given))
+    whole = job("quantize", scheme="w4a16", out="whole")
+    quantize.run(whole, silent)
+    assert len(calls) == 12  # four units in each of three layers
+    subject = job("quantize", scheme="w4a16", out="killed")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(gptq, "gptq", killing_at(len(calls) + 4 * left + 1, calls, original))
+        patched.setattr(checkpoint, "write_shard", half_made)
+        quantize.run(subject, silent)
+    assert not (subject.folder / "model").exists()
+    del calls[:]
+    quantize.run(subject, silent)
+    assert len(calls) == 12 - 4 * left
+    assert artifact.contents(subject.folder / "model") == artifact.contents(whole.folder / "model")
+
+
+def killing_at(count, calls, original):
+    def call(*given):
+        calls.append(1)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    return call
+
+
+def half_made(file, folder, entries):
+    file.write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+def test_what_was_rounded_at_other_levels_does_not_count(base, job, monkeypatch):
+    monkeypatch.setattr(kept, "SECONDS", 0.0)
+    made = job("quantize", scheme="w4a16")
+    quantize.run(made, silent)
+    file = kept.Kept(made.folder / "partial" / "layers.safetensors")
+    choice = [[unit.label, "w4a16"] for unit in CalibratedModel(base, windows(made)).units]
+    assert file.read(choice, made.folder / "model").layers == 3
+    assert file.read([[label, "w8a8"] for label, _ in choice], made.folder / "model") is None
 
 
 def test_the_sensitivity_of_a_unit_is_what_it_does_to_the_answer(base, job):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from serve.adapters.adapter import FILES
-from serve.adapters.shared_store import GRACE_SECONDS, SharedStore
+from serve.adapters.shared_store import GRACE_SECONDS, PASSING, SharedStore
 from serve.adapters.store import Store
 from serve.errors import ConfigError, EngineUnavailable, NotFound
 
@@ -59,6 +59,18 @@ def test_what_nobody_names_stays_for_a_day(blobs, store, make_adapter):
     with pytest.raises(NotFound):
         blobs.get(lost, store.root)
     blobs.get(kept, store.root)
+
+
+def test_what_never_arrived_is_gone_after_a_day(blobs, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    passing = f"{PASSING}ftjob-1-progress.jsonl"
+    for id in (passing, "file-1"):
+        blobs.put_file(id, file)
+    blobs.sweep(())
+    assert blobs.has_file(passing)
+    blobs.sweep((), now=time.time() + GRACE_SECONDS + 60)
+    assert blobs.has_file("file-1") and not blobs.has_file(passing)
 
 
 def test_a_folder_by_url_is_as_a_server_alone_has_it(store, tmp_path, make_adapter):

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from serve.config import keys_hashed
@@ -323,3 +324,22 @@ async def test_openmetrics_keeps_the_engines_names(client):
     told = await client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
     assert 'vllm:tokens_total{model="base"} 1.0' in told.text
     assert "vllm_" not in told.text
+
+
+async def test_a_push_is_taken_as_soon_as_the_server_says_that_it_is_ready(connect, config, make_adapter, monkeypatch):
+    started, learned = connect(config), asyncio.Event()
+
+    async def learn(models):
+        await learned.wait()
+
+    monkeypatch.setattr(started.app.state.parts._watched_bases, "learn", learn)
+    transport = httpx.ASGITransport(started.app)
+    async with (
+        started.app.router.lifespan_context(started.app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
+        asyncio.timeout(30),
+    ):
+        while (await client.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.01)
+        assert (await client.post("/v1/adapters", **upload(make_adapter()))).status_code == 201
+        learned.set()

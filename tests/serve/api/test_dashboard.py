@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,11 +18,15 @@ from safetensors.torch import save_file
 from serve.adapters.adapter import Inspection
 from serve.api.dashboard import pages
 from serve.config import keys_hashed, load
+from serve.rollout import policy
+from tests.serve.gateway.finetuning.conftest import examples
+from tests.serve.loop.conftest import QUICK, Scores, Traffic
 from tests.support import tiny
 from tests.support.app import upload
 from tests.support.backend import FakeBackend
 from tests.support.served import Served
 from tests.support.server import eventually
+from tests.support.trainer import COMMAND
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 ADMIN = "an-admin-key"
@@ -34,7 +39,7 @@ browsing = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed
 async def test_the_page_holds_nothing_and_lets_the_browser_go_nowhere_else(operator):
     del operator.headers["authorization"]
     scripts = [f"/dashboard/{file.name}" for file in PAGE.glob("*.js")]
-    assert len(scripts) == 6
+    assert len(scripts) == 8
     for path in ("/dashboard", *scripts, "/dashboard/page.css", "/dashboard/icon.svg"):
         told = await operator.get(path)
         assert told.status_code == 200
@@ -54,12 +59,13 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def served(tmp_path: Path, tiny_model: Path, make_adapter: Any) -> Iterator[Served]:
+def served(request: Any, tmp_path: Path, tiny_model: Path, make_adapter: Any) -> Iterator[Served]:
+    """Parametrized, a server with more settings."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     table = torch.randn(tiny.VOCABULARY, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
     save_file({"model.embed_tokens.weight": table}, model / "model.safetensors")
     config = load([str(model), "--name", "base", "--data-dir", str(tmp_path / "data")], {})
-    config = replace(config, admin_keys=keys_hashed([ADMIN]), max_restarts=1)
+    config = replace(config, admin_keys=keys_hashed([ADMIN]), max_restarts=1, **getattr(request, "param", {}))
     with Served(config, FakeBackend(config.model), ADMIN) as served:
         for seed in (0, 1):
             served.http.post("/v1/adapters", **upload(make_adapter(seed), promote=str(not seed).lower()))
@@ -422,6 +428,176 @@ def test_nothing_hangs_over_the_edge(page, served, width):
     page.get_by_role("button", name="Details of quiet").click()
     expect(page.locator("[data-adapter=quiet]")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for view in ("Changes", "Engines"):
+    for view in ("Changes", "Loops", "Engines"):
         show(page, view)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@browsing
+def test_jobs_with_their_losses_are_paused_resumed_and_cancelled_from_the_page(page, served, monkeypatch):
+    process = served.app.state.parts.fine_tuning.process
+    process.command, process.nice = COMMAND, 0
+    monkeypatch.setattr("serve.gateway.finetuning.training_process.SAVE_SECONDS", 0.1)
+    monkeypatch.setattr("serve.gateway.finetuning.trainer.WRITE_SECONDS", 0.1)
+
+    def begun(name: str, **how: Any) -> str:
+        monkeypatch.setenv("STAND_IN", json.dumps(how))
+        sent = {"data": {"purpose": "fine-tune"}, "files": {"file": ("train.jsonl", examples())}}
+        file = served.http.post("/v1/files", **sent).json()["id"]
+        asked = {"model": "base", "training_file": file, "suffix": name}
+        return str(served.http.post("/v1/fine_tuning/jobs", json=asked).json()["id"])
+
+    def status(id: str) -> str:
+        return str(served.http.get(f"/v1/fine_tuning/jobs/{id}").json()["status"])
+
+    made = begun("polite")
+    assert eventually(lambda: status(made) == "succeeded", 60)
+    stuck = begun("terse", hang=4)
+    assert eventually(lambda: len(served.http.get(f"/v1/fine_tuning/jobs/{stuck}/events").json()["data"]) >= 7, 60)
+    use(page, ADMIN)
+    show(page, "Jobs")
+    row = page.locator(f"[data-job={made}]")
+    expect(row.get_by_text("succeeded")).to_be_visible()
+    expect(row.get_by_text("polite@v3")).to_be_visible()
+    page.get_by_role("button", name=f"Details of {made}").click()
+    card = page.locator(f"[data-card={made}]")
+    expect(card.get_by_role("img")).to_have_accessible_name("Loss by step: training 2 → 0.333")
+    expect(card.get_by_role("row", name="polite@v1")).to_contain_text("1")
+    expect(card.get_by_text("The job has successfully completed")).to_be_visible()
+    expect(card.get_by_role("button")).to_have_count(0)
+
+    page.get_by_role("button", name=f"Details of {stuck}").click()
+    card = page.locator(f"[data-card={stuck}]")
+    expect(card.get_by_text("Step 3/6: training loss=0.67")).to_be_visible()
+    for verb, done in (("Pause", "paused"), ("Resume", "resumed"), ("Cancel", "cancelled")):
+        card.get_by_role("button", name=f"{verb} {stuck}").click()
+        page.get_by_role("dialog").get_by_role("button", name=f"{verb} job").click()
+        expect(page.get_by_role("status")).to_have_text(f"{stuck} is {done}.")
+    assert status(stuck) == "cancelled"
+    expect(page.locator(f"[data-job={stuck}]").get_by_text("cancelled")).to_be_visible()
+    expect(card.get_by_role("button")).to_have_count(0)
+
+
+LOOPING = {"policies": policy.parse({"*": {"train_on_traffic": True, "loop": {**QUICK, "promote": "ask"}}})}
+
+
+@pytest.fixture
+def looping(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """Training is a stand-in's, traffic and scores are made up; what is looked at now and then is looked at soon."""
+    monkeypatch.setattr("serve.gateway.claims.LOOK_SECONDS", 0.03)
+    for name in ("LOOK_SECONDS", "GATHER_SECONDS", "RETRY_SECONDS"):
+        monkeypatch.setattr(f"serve.loop.driver.{name}", 0.03)
+    parts = served.app.state.parts
+    parts.fine_tuning.process.command, parts.fine_tuning.process.nice = COMMAND, 0
+    parts.loops.gatekeeper.scorer = Scores()
+    parts.loops.gatekeeper.scorer.hold.set()
+    parts.loops.candidates.gather = Traffic()
+    parts.loops.rows.made("tone")
+    return served
+
+
+def phase(served: Served) -> str:
+    return str(served.http.get("/v1/adapters/tone/loop").json()["phase"])
+
+
+@browsing
+@pytest.mark.parametrize("served", [LOOPING], indirect=True)
+def test_a_loop_is_seen_from_what_opened_it_to_a_persons_yes(page, looping):
+    backend = looping.app.state.parts.fleet.first.backend
+    backend.generation = replace(backend.generation, text="no")
+    backend.say = lambda body: f"{body['model']} says <i>yes</i>"
+    for number in range(3):
+        body = {"model": "tone", "messages": [{"role": "user", "content": f"tell me of {number * 104_729}"}]}
+        looping.http.post("/v1/chat/completions", json=body).raise_for_status()
+    kept = "/v1/adapters/tone/data/conversations"
+    assert eventually(lambda: len(looping.http.get(kept).json()["data"]) >= 3, 20)
+    use(page, ADMIN)
+    show(page, "Loops")
+    row = page.locator("[data-loop=tone]")
+    expect(row.get_by_text("waiting", exact=True)).to_be_visible()
+    expect(row.get_by_text("0 of 2")).to_be_visible()
+    page.get_by_role("button", name="Details of the loop of tone").click()
+    card = page.locator("[data-card=tone]")
+    card.get_by_role("button", name="Open a try: the loop of tone").click()
+    page.get_by_role("dialog").get_by_role("button", name="Open a try").click()
+    assert eventually(lambda: phase(looping) == "asking", 60)
+    page.get_by_role("tab", name="Loops").click()
+    expect(row.get_by_text("asking", exact=True)).to_be_visible()
+    expect(page.locator("#loops-summary")).to_have_text("1 loop, 1 waiting for a yes")
+    steps = card.get_by_role("list", name="Steps of try 1")
+    for step in ("opened", "training", "gate", "asks"):
+        expect(steps.get_by_text(step, exact=True)).to_be_visible()
+    expect(card.get_by_role("img", name=re.compile("Loss by step: training 2"))).to_be_visible()
+    part = card.get_by_role("table", name="Gate of try 1").get_by_role("row", name=re.compile("new traffic"))
+    for text in ("30", "0.3", "0.9", "passed"):
+        expect(part.get_by_text(text, exact=True)).to_be_visible()
+    expect(part.get_by_role("meter")).to_have_attribute("aria-valuenow", "100")
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+    version = looping.http.get("/v1/adapters/tone/loop").json()["tries"][0]["candidate"]
+    card.get_by_role("button", name=f"Compare answers of tone v{version}").click()
+    page.get_by_role("dialog").get_by_role("button", name="Compare").click()
+    table = card.get_by_role("table", name=f"Answers of v1 and v{version}")
+    expect(table.get_by_role("row", name=re.compile("tell me of 104729"))).to_contain_text("says <i>yes</i>")
+    expect(card.get_by_text("of 3 captured requests are answered the same")).to_be_visible()
+
+    card.get_by_role("button", name="Say yes: the loop of tone").click()
+    page.get_by_role("dialog").get_by_role("button", name="Say yes").click()
+    assert eventually(lambda: phase(looping) == "waiting", 20)
+    page.get_by_role("tab", name="Loops").click()
+    expect(card.get_by_text("promoted", exact=True).first).to_be_visible()
+    reference = card.get_by_role("table", name="References of tone").get_by_role("row", name=f"v{version}")
+    expect(reference).to_contain_text("0.9")
+    assert live(looping) == version
+    expect(card.get_by_role("button", name="Compare answers")).to_have_count(0)
+
+
+@browsing
+@pytest.mark.parametrize("served", [LOOPING], indirect=True)
+def test_a_no_and_the_kill_switch_of_one_loop_and_of_all(page, looping):
+    looping.http.post("/v1/adapters/tone/loop/run").raise_for_status()
+    assert eventually(lambda: phase(looping) == "asking", 60)
+    use(page, ADMIN)
+    show(page, "Loops")
+    page.get_by_role("button", name="Details of the loop of tone").click()
+    card, row = page.locator("[data-card=tone]"), page.locator("[data-loop=tone]")
+    card.get_by_role("button", name="End the try: the loop of tone").click()
+    confirm(page, "End the try", "too terse")
+    assert eventually(lambda: phase(looping) == "waiting", 20)
+    page.get_by_role("tab", name="Loops").click()
+    expect(card.get_by_text("too terse").first).to_be_visible()
+    assert live(looping) == 1
+
+    for verb, shown in (("Stop", "stopped"), ("Start", "waiting")):
+        page.get_by_role("button", name=f"{verb} every loop").click()
+        page.get_by_role("dialog").get_by_role("button", name=f"{verb} all").click()
+        expect(row.get_by_text(shown, exact=True)).to_be_visible()
+    card.get_by_role("button", name="Stop: the loop of tone").click()
+    page.get_by_role("dialog").get_by_role("button", name="Stop").click()
+    expect(row.get_by_text("stopped", exact=True)).to_be_visible()
+    expect(card.get_by_role("button", name="Open a try")).to_have_count(0)
+    card.get_by_role("button", name="Start: the loop of tone").click()
+    page.get_by_role("dialog").get_by_role("button", name="Start").click()
+    expect(row.get_by_text("waiting", exact=True)).to_be_visible()
+
+
+@browsing
+@pytest.mark.parametrize("served", [LOOPING], indirect=True)
+def test_a_tenant_stops_its_own_loops_and_no_others(page, looping, make_adapter):
+    body = {"tenant": "acme", "name": "ci", "scopes": ["inference", "adapters:write"]}
+    secret = looping.http.post("/v1/keys", json=body).json()["secret"]
+    mine = {"authorization": f"Bearer {secret}"}
+    looping.http.post("/v1/adapters", **upload(make_adapter(5), name="ours"), headers=mine).raise_for_status()
+    looping.http.post("/v1/adapters/ours/loop/run", headers=mine).raise_for_status()
+    use(page, secret)
+    show(page, "Loops")
+    expect(page.locator("[data-loop]")).to_have_count(1)
+    expect(page.locator("[data-loop=ours]")).to_be_visible()
+    expect(page.get_by_role("button", name="Stop every loop")).to_have_count(0)
+    use(page, ADMIN)
+    expect(page.locator("[data-loop]")).to_have_count(2)
+    assert eventually(lambda: looping.http.get("/v1/adapters/acme/ours/loop").json()["phase"] == "asking", 60)
+    page.get_by_role("button", name="Details of the loop of acme/ours").click()
+    expect(page.locator("[data-card='acme/ours']").get_by_role("table", name="Gate of try 1")).to_be_visible()

@@ -83,6 +83,17 @@ async def test_the_openapi_document_describes_every_body(client):
         "post /v1/adapters/{name}/visibility": "Visibility",
         "post /v1/adapters/{name}/pin": "Pin",
         "post /v1/fine_tuning/jobs": "NewFineTuningJob",
+        "post /v1/fine_tuning/work": "WorkAsked",
+        "post /v1/fine_tuning/work/{id}/renew": "AtWork",
+        "post /v1/fine_tuning/work/{id}/launch": "AtWork",
+        "post /v1/fine_tuning/work/{id}/progress": "WorkProgress",
+        "post /v1/fine_tuning/work/{id}/note": "WorkNote",
+        "post /v1/fine_tuning/work/{id}/fail": "WorkFailed",
+        "post /v1/fine_tuning/work/{id}/release": "AtWork",
+        "post /v1/fine_tuning/work/{id}/done": "AtWork",
+        "post /v1/adapters/{name}/data": "DataBuild",
+        "post /v1/adapters/{name}/versions/{number}/replay": "Replay",
+        "post /v1/adapters/{name}/loop/reject": "LoopAnswer",
         "post /v1/load_lora_adapter": "LoadLora",
         "post /v1/unload_lora_adapter": "UnloadLora",
         "post /v1/keys": "NewKey",
@@ -91,6 +102,9 @@ async def test_the_openapi_document_describes_every_body(client):
         "post /v1/adapters/{name}/rollback",
         "post /v1/adapters/{name}/pin",
         "post /v1/adapters/{name}/golden/run",
+        "post /v1/adapters/{name}/data",
+        "post /v1/adapters/{name}/versions/{number}/replay",
+        "post /v1/adapters/{name}/loop/reject",
     }
     components = document["components"]["schemas"]
     assert components["Promote"]["required"] == ["version"]

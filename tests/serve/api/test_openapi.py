@@ -13,10 +13,11 @@ from serve.api.openapi import UPLOAD
 from serve.api.reference.inference import SUMMARIES, inference_paths
 from serve.api.reference.page import page
 from serve.api.schemas import Fetch
+from serve.auth.auth import Scope
 from serve.config import keys_hashed
 from tests.serve.gateway.test_tenants import INFERENCE
 
-SCOPES = {"inference", "adapters:write", "metrics", "admin"}
+SCOPES = set(Scope)
 
 
 @pytest.fixture

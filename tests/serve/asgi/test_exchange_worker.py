@@ -21,6 +21,7 @@ class Notes:
 
     def __init__(self):
         self.calls = []
+        self.batches = 0
         self.saved = threading.Event()
         self.wait = threading.Event()
         self.wait.set()
@@ -34,6 +35,9 @@ class Notes:
         self.calls.append(exchange)
         if self.broken:
             raise RuntimeError("this request is odd")
+
+    def looked(self):
+        self.batches += 1
 
     def save(self):
         self.calls.append("save")
@@ -61,6 +65,17 @@ def test_what_was_offered_is_looked_at_in_order_before_the_worker_stops(notes):
     assert worker.handled == 3 and not worker.running
     worker.stop()
     assert notes.calls[-1] == "stop" and notes.calls.count("stop") == 1
+
+
+def test_observers_hear_when_all_that_waited_has_been_looked_at(notes):
+    worker = ExchangeWorker([notes], linger=30.0)
+    worker.start()
+    for expected in (1, 2):
+        for _ in range(5):
+            worker.offer(EXCHANGE)
+        worker.settle()
+        assert notes.batches == expected
+    worker.stop()
 
 
 def test_exchanges_wait_for_others_unless_somebody_asks_or_the_queue_is_half_full(notes):

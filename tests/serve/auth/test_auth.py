@@ -34,3 +34,12 @@ def test_a_key_may_come_as_x_api_key():
 
 def test_a_callers_name_does_not_hold_its_key():
     assert "run" not in AUTH.caller({"authorization": "Bearer run"}, Scope.ADMIN).name
+
+
+def test_who_acts_for_a_tenant_by_itself_has_no_key_that_anybody_could_send():
+    standing = AUTH.standing("acme")
+    assert AUTH.holder(standing.key) == standing and not standing.operator and standing.tenant == "acme"
+    for sent in (standing.key, standing.name, "loop:default"):
+        with pytest.raises(Unauthorized):
+            AUTH.caller({"authorization": f"Bearer {sent}"}, Scope.INFERENCE)
+    assert Auth().holder("loop:default").scopes == {Scope.INFERENCE, Scope.ADAPTERS}

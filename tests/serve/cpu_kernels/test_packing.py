@@ -77,7 +77,8 @@ def test_products_with_4_bits_are_those_of_the_numbers_in_the_checkpoint(outputs
     torch.manual_seed(group)
     groups = inputs // group if group else 1
     numbers = torch.randint(0, 16, (outputs, inputs))
-    scale = (torch.rand(outputs, groups) + 0.1).bfloat16()
+    # Of either sign, as `loradock optimize` writes them.
+    scale = ((torch.rand(outputs, groups) + 0.1) * torch.randn(outputs, groups).sign()).bfloat16()
     zero = torch.randint(0, 16, (outputs, groups)) if points else None
     layer, kernel = checkpoint(layout, numbers, 4, scale, zero)
     packing.integers(layer, kernel)

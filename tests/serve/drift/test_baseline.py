@@ -149,7 +149,8 @@ def test_several_rows_at_once_are_those_rows_one_by_one_to_the_bit(needed):
     alone, together = Signal(PROMPT, needed=needed, threshold=100), Signal(PROMPT, needed=needed, threshold=100)
     alarms = [alone.update(row) for row in rows]
     blocks = [rows[i : i + 8] for i in range(0, len(rows), 8)]  # the reference is complete within a block
-    assert [alarm for block in blocks for alarm in together.steps(block)] == alarms
+    runs = [run for block in blocks for run in together.runs(block)]
+    assert [last and i == taken for taken, last in runs for i in range(1, taken + 1)] == alarms
     left, right = alone.state(), together.state()
     assert left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
     assert alone.effects() == together.effects() and alone.changed_at == together.changed_at

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from serve.asgi.exchange import Exchange, Generation
 from serve.cli.baseline import prompts
 from serve.drift.embedding import Embedding
+from serve.drift.features import OUTPUT, PROMPT
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings, WatchedVersion
 from serve.errors import ConfigError
@@ -197,6 +198,29 @@ async def test_a_version_that_is_removed_leaves_nothing_of_what_was_known(connec
         assert not list((watched.data_dir / "drift").glob("*/*"))
 
 
+async def test_a_version_that_cannot_be_saved_keeps_no_other_from_it(
+    connect, watched, backend, make_adapter, monkeypatch
+):
+    Engine(backend)
+    async with connect(watched) as client:
+        (id,) = await push(client, make_adapter, 0)
+        await ask(client, 60)
+        await ask(client, 60, "base")
+        await drift(client)
+        monitor = client._transport.app.state.parts.drift_monitor
+        save = monitor._files.save
+
+        def failing(baseline, saved):
+            if saved == id:
+                raise ValueError("the arrays do not fit")
+            save(baseline, saved)
+
+        monkeypatch.setattr(monitor._files, "save", failing)
+        monitor.save()
+        (kept,) = (watched.data_dir / "drift").glob("*/*/baseline.json")
+        assert id.partition("@")[2] not in str(kept)
+
+
 async def test_quotes_are_kept_only_when_asked_for_and_redacted(connect, watched, backend, make_adapter):
     text = "call 555-1234 now"
     for capture in (False, True):
@@ -252,6 +276,7 @@ def sent(monitor, count, *, system=(), topic=(0, 4000), asker=None, number=itert
         began = float(next(number))
         known = {"id": "tone@1", "asker": asker, "began": began}
         monitor.observe(Exchange("tone", "v1", 200, 0.1, 0.2, generations=(generation,), **known))
+        monitor.looked()
 
 
 def monitored(folder, alarms):
@@ -331,6 +356,34 @@ def test_what_thinning_remembers_outlives_a_restart_and_goes_to_the_next_version
     assert len(remembered.thinning._prompts) == len(watched.thinning._prompts) > 60
 
 
+def test_requests_that_are_compared_together_say_what_they_say_one_by_one(tmp_path):
+    told = []
+    for together in (1, 7, 100):
+        alarms = []
+        monitor = DriftMonitor(tmp_path / str(together), DriftSettings(reference=300), on_alarm=alarms.append)
+        monitor.learn("", WIDE)
+        draw = np.random.default_rng(5)
+        for number in range(900):
+            topic = (0, 4000) if number < 700 else (3000, 5000)
+            prompt, answer = (draw.integers(*topic, draw.integers(8, 30)).tolist() for _ in range(2))
+            logprobs = (-draw.random(len(answer))).tolist() if number % 3 == 0 else None
+            generation = Generation(prompt, answer, "stop", logprobs=logprobs)
+            known = {"id": "tone@1", "asker": f"user {number}".encode(), "began": float(number)}
+            monitor.observe(Exchange("tone", "v1", 200, 0.1, 0.2, generations=(generation,), **known))
+            if (number + 1) % together == 0:
+                monitor.looked()
+        monitor.looked()
+        (version,) = monitor._versions.values()
+        states = {kind: signal.state() for kind, signal in version.baseline.signals.items()}
+        raised = [(alarm.signal, alarm.log_evidence, alarm.moved) for alarm in alarms]
+        told.append((raised, monitor.report("tone"), monitor.false_alarms(), states))
+    assert {signal for signal, *_ in told[0][0]} >= {PROMPT, OUTPUT}
+    for raised, report, false_alarms, states in told[1:]:
+        assert (raised, false_alarms) == (told[0][0], told[0][2])
+        np.testing.assert_equal(states, told[0][3])
+        np.testing.assert_equal(report, told[0][1])
+
+
 class Prompt(list):
     """Tokens that can be looked for once everybody should have let go of them."""
 
@@ -347,12 +400,13 @@ def test_of_what_was_asked_numbers_are_kept_and_neither_tokens_nor_text(tmp_path
         monitor.observe(
             Exchange("tone", "v1", 200, 0.1, 0.2, id="tone@1", asker=asker, began=number, generations=(generation,))
         )
+    monitor.looked()
     del prompt, generation
     gc.collect()
     assert not [prompt for prompt in prompts if prompt() is not None]
     (version,) = monitor._versions.values()
     assert version.thinning.counts["accepted"] > 60
-    assert {len(digest) for digest in (*version.thinning._prompts, *version.thinning._bands)} == {16}
+    assert {len(digest) for digest in (*version.thinning._prompts._last, *version.thinning._bands._last)} == {16}
 
 
 def test_a_baseline_of_whole_prompts_goes_on_and_the_next_version_has_its_own(tmp_path):
@@ -375,5 +429,6 @@ def test_a_baseline_of_whole_prompts_goes_on_and_the_next_version_has_its_own(tm
     assert alarms == []
     generation = Generation([1, 2, 3], [1, 2], "stop")
     again.observe(Exchange("tone", "v2", 200, 0.1, 0.2, id="tone@2", generations=(generation,)))
+    again.looked()
     assert again._versions["tone@2"].baseline.provenance.features == 2
     assert again._versions["tone@2"].baseline.signals["prompt"].gathered == 0

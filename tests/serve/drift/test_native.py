@@ -99,6 +99,55 @@ def test_a_detector_says_the_same_with_and_without(name, shift):
         assert made.foreign_share == pytest.approx(plain.foreign_share, abs=0.02)
 
 
+def sized(seed, case, stretch):
+    """When a detector looked for the size of an effect, when it found it too large, what it then thought of it, and at
+    the end."""
+    made = detector(seed, **case)
+    made.tolerated_share, shift = 0.03, {"slight": 0.2, "clear": 0.6}[stretch]
+    shape = {name: value for name, value in case.items() if name in ("scores", "silent", "means")}
+    stages, shares = [], []
+    for rows, mean_rows in stream(seed, shift=shift, **shape):
+        for drifted in made.steps(rows, mean_rows):
+            stages.append((drifted, drifted and made.sure, drifted and made.beyond_tolerated_share))
+        state = made.state()
+        stages.append((*state["stages"].tolist(), float(state["effect.total"][0])))
+        shares.append(made.foreign_share or 0.0)
+    return stages, np.array(shares), made.state()
+
+
+@needs_native
+@pytest.mark.parametrize("stretch", ["slight", "clear"])
+@pytest.mark.parametrize("name", CASES)
+def test_an_effect_is_sized_the_same_with_and_without(name, stretch):
+    found = 0
+    for seed in range(3):
+        with without_compiler():
+            expected, plain_shares, plain = sized(seed, CASES[name], stretch)
+        stages, shares, state = sized(seed, CASES[name], stretch)
+        assert stages == expected
+        assert np.abs(shares - plain_shares).max() < 0.02
+        # A place along a direction may be another by one where two requests lie nearly as far along it.
+        for kept in ("effect.counts", "effect.hits"):
+            assert np.abs(state[kept] - plain[kept]).max() <= 1, kept
+        assert np.allclose(state["effect.weights"], plain["effect.weights"], rtol=0.05, atol=1e-4)
+        found += any(stage[2] is True for stage in stages)
+    assert found or stretch == "slight"
+
+
+@needs_native
+@pytest.mark.parametrize("name", CASES)
+def test_places_in_the_reference_are_those_of_numpy(name):
+    made, case = detector(2, **CASES[name]), CASES[name]
+    shape = {name: value for name, value in case.items() if name in ("scores", "silent", "means")}
+    for rows, mean_rows in stream(2, shift=0.3, requests=240, **shape):
+        list(made.steps(rows, mean_rows))
+        some = [row if i % 3 else None for i, row in enumerate(mean_rows)]
+        found = made._native.places(rows, made.means, some)
+        expected = np.array([made._places(*each) for each in zip(rows, some, strict=True)]).transpose(1, 0, 2)
+        for places, plain in zip(found, expected, strict=True):
+            assert np.abs(places - plain).max() <= 1 and (places != plain).mean() < 0.01
+
+
 @needs_native
 def test_a_detector_goes_on_from_the_other_s_state():
     blocks = list(stream(5, silent=40, requests=320))
@@ -129,6 +178,10 @@ FOREIGN = {
     "shift": np.zeros(12),
     "seen": np.zeros(1),
     "moved": np.zeros(1),
+    "rows": np.zeros((64, 3), np.float32),
+    "directions.reference": np.zeros((9, 46)),
+    "effect.counts": np.zeros((3, 1)),
+    "effect.weights": np.zeros((90, 6, 4)),
 }
 
 
@@ -148,7 +201,7 @@ def test_a_state_of_other_arrays_is_refused_or_read_as_numpy_reads_it(name):
 
     with without_compiler():
         expected = said()
-    assert expected == "refused" if name in ("directions.age", "counts", "shift") else expected != "refused"
+    assert expected == "refused" if name in ("directions.age", "counts", "shift", "rows") else expected != "refused"
     found = said()
     assert found == expected or np.allclose(found, expected, atol=0.05)
 

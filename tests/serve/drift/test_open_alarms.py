@@ -308,6 +308,7 @@ def test_without_capture_neither_text_nor_rare_words_reach_the_disk(tmp_path):
         prompt[0] = 28 if number % 10 == 0 else 14
         names = {"id": "tone@1", "tenant": "default", "asker": asker}
         monitor.observe(Exchange("tone", "v1", 200, 0.1, 0.2, **names, began=float(number), generations=(generation,)))
+    monitor.looked()
     monitor.stop()
     written = b"".join(file.read_bytes() for file in (tmp_path / "drift").rglob("*") if file.is_file()).decode("latin1")
     assert "invoice" in written, "used by many askers"

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from serve.drift.personal_data import KINDS, personal_data
+from serve.drift.personal_data import KINDS, blacked_out, personal_data
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,19 @@ def test_no_text_takes_long(text):
     began = time.thread_time()
     personal_data(text[:4000])
     assert time.thread_time() - began < 1.0, "a pattern that backtracks would take minutes"
+
+
+@pytest.mark.parametrize(
+    ("text", "left", "kinds"),
+    [
+        ("mail a.b@example.com, now", "mail [redacted], now", ["email"]),
+        ("call +49 221 1234567 or (212) 555-0123.", "call [redacted] or [redacted].", ["phone", "phone"]),
+        ("IBAN DE89 3704 0044 0532 0130 00 thanks", "IBAN [redacted] thanks", ["iban"]),
+        ("card 4111 1111 1111 1111!", "card [redacted]!", ["credit_card"]),
+        ("in 2024 there were 1,234,567 of them @ noon", "in 2024 there were 1,234,567 of them @ noon", []),
+        ("", "", []),
+    ],
+)
+def test_what_is_found_is_blacked_out_and_nothing_else(text, left, kinds):
+    assert blacked_out(text) == (left, kinds)
+    assert personal_data(left) == []

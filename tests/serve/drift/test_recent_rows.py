@@ -20,7 +20,7 @@ def test_the_oldest_rows_make_room():
     rows = RecentRows(2)
     assert rows.last().shape == (0, 2)
     for number in range(7):
-        rows.append(row(number), 5)
+        rows.extend(row(number)[None], 5)
     assert firsts(rows) == [2, 3, 4, 5, 6] and firsts(rows, 2) == [5, 6] and firsts(rows, 99) == [2, 3, 4, 5, 6]
     rows.clear()
     assert firsts(rows) == []
@@ -29,15 +29,15 @@ def test_the_oldest_rows_make_room():
 def test_they_go_on_after_a_restart_and_with_more_or_less_room():
     rows = RecentRows(2)
     for number in range(7):
-        rows.append(row(number), 5)
+        rows.extend(row(number)[None], 5)
     again = RecentRows(2, rows.last())
     for number in range(7, 9):
-        rows.append(row(number), 5)
-        again.append(row(number), 5)
+        rows.extend(row(number)[None], 5)
+        again.extend(row(number)[None], 5)
     assert firsts(again) == firsts(rows) == [4, 5, 6, 7, 8]
-    rows.append(row(9), 3)
+    rows.extend(row(9)[None], 3)
     assert firsts(rows) == [7, 8, 9]
-    rows.append(row(10), 6)
+    rows.extend(row(10)[None], 6)
     assert firsts(rows) == [7, 8, 9, 10]
     with pytest.raises(ValueError, match="3 numbers"):
         RecentRows(3 - 1, np.zeros((4, 3), np.float32))

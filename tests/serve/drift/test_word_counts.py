@@ -56,6 +56,18 @@ def test_what_is_kept_is_bounded_and_survives_a_restart():
     assert abs(again.count(hash("word7")) - counts.count(hash("word7"))) < 0.01
 
 
+def test_the_rarest_words_make_room_and_of_equal_ones_the_latest():
+    counts = WordCounts()
+    for number in range(2 * MOST):
+        counts.add({number: f"word{number}"}, 0)
+        if number % 4 == 0:
+            counts.add({number: f"word{number}"}, 0)
+    counts.add({2 * MOST: "one more"}, 0)
+    twice, once = [n for n in range(2 * MOST) if n % 4 == 0], [n for n in range(2 * MOST) if n % 4]
+    assert list(counts._counts) == twice + once[: MOST - len(twice)]
+    assert counts.count_at_most(once[-1]) == 1
+
+
 def test_common_and_short_words_are_not_counted():
     assert set(hashed(["the", "und", "ab", "über", "brot", "東京"], STOP_WORDS).values()) == {"brot", "東京"}
     assert len(hashed([f"word{i}" for i in range(500)], STOP_WORDS, most=80)) == 80

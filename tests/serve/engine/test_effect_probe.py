@@ -108,6 +108,29 @@ async def test_a_base_that_differs_from_itself_asks_for_more(connect, config, ba
     assert "0.8000 is needed" in refused.json()["error"]["message"]
 
 
+async def test_a_small_effect_is_held_against_what_the_base_differs_by_beside_traffic(
+    client, backend, make_adapter, monkeypatch
+):
+    """On a GPU the batch's size chooses the kernels: measured idle, the base equals itself."""
+    probe, asked = backend.probe, []
+
+    async def beside_traffic(adapter_id, prompts):
+        asked.append(adapter_id)
+        return [{token: value + 0.15 for token, value in one.items()} for one in await probe(adapter_id, prompts)]
+
+    monkeypatch.setattr(backend, "probe", beside_traffic)
+    backend.effects |= {"empty": 0.0, "weak": 0.3}
+    refused = await client.post("/v1/adapters", **upload(make_adapter(0), name="empty"))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "no_effect"), "it moved by .15: the traffic"
+    assert "0.3000 is needed" in refused.json()["error"]["message"]
+    weak = await client.post("/v1/adapters", **upload(make_adapter(1), name="weak"))
+    assert (weak.status_code, weak.json()["checks"]["effect_needed"]) == (201, 0.3)
+    del asked[:]
+    backend.effects["any"] = 0.0
+    taken = await client.post("/v1/adapters", **upload(make_adapter(2), name="any", probe="false"))
+    assert taken.status_code == 201 and None not in asked, "whoever takes any adapter need not know the noise"
+
+
 def test_the_effect_is_a_mean_and_a_token_that_fell_out_of_the_list_counts_as_its_end():
     assert effect([{1: -1.0, 2: -2.0}], [{1: -1.5, 2: -2.0}]) == pytest.approx(0.25)
     assert effect([{1: -1.0, 2: -2.0}], [{1: -1.0, 3: -1.8}]) == pytest.approx(0.0)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve.gateway.batches.schedule import BatchSchedule
+from serve.gateway.finetuning.job_runner import Kind
 from serve.gateway.finetuning.objects import Status
 from serve.gateway.finetuning.schedule import JobSchedule
 
@@ -36,7 +37,9 @@ def batches(rows, runner, contents):
 
 
 def jobs(rows, runner, contents):
-    return JobSchedule(rows, contents, runner, runner.metrics, alone=False)
+    runner.can_read = lambda job: contents.has(job.training_file) and contents.has(job.validation_file)
+    runner.kind = lambda job: Kind.TRAIN
+    return JobSchedule(rows, runner, runner.metrics, alone=False)
 
 
 @pytest.mark.parametrize("schedule_of", [batches, jobs])

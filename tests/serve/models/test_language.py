@@ -54,3 +54,7 @@ def test_program_code_is_no_language():
 def test_words_of_scripts_without_spaces_are_pairs():
     assert words("Hello, it's 3 Äpfel") == ["hello", "it's", "äpfel"]
     assert words("東京都 foo") == ["東京", "京都", "foo"]
+
+
+def test_a_very_long_text_is_in_its_language_too():
+    assert language_of("that " * 70_000) == language_of("that " * 10)

@@ -274,6 +274,21 @@ def test_requests_that_are_dealt_one_by_one_count_each():
     assert analysis.report()["skipped"] == 1, "but for the turns of one conversation"
 
 
+def test_of_a_version_that_is_meant_to_answer_otherwise_only_harm_is_compared_also_after_a_restart(tmp_path):
+    def monitor():
+        of = {"share": lambda name: SHARE, "live": lambda name: 1, "alpha": lambda name: 0.01}
+        return CanaryMonitor(tmp_path, **of, differs=lambda name, version: version == SHARE.adapter.version)
+
+    began = monitor()
+    began.observe(exchange(True, b"ana", 0.1))
+    assert checks(began.analysis("tone")).keys() & {"mean_logprob", "length"} == set()
+    assert not began.wants_logprobs("tone")
+    began.save()
+    again = monitor()
+    again.start()
+    assert checks(again.analysis("tone")) == checks(began.analysis("tone"))
+
+
 def test_an_analysis_that_an_earlier_release_saved_goes_on(tmp_path):
     shutil.copy(TRIALS_OF_A74E6CF, tmp_path / FILE)
     monitor = CanaryMonitor(tmp_path, share=lambda name: SHARE, live=lambda name: 1, alpha=lambda name: 0.01)

@@ -97,6 +97,25 @@ def test_compiled_code_is_kept_in_the_cache_folder_on_every_machine(tiny_model, 
     assert os.environ["LORADOCK_CACHE_DIR"] == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("on_cpu", "given", "taken"), [(False, "", "spawn"), (False, "fork", "fork"), (True, "", None)]
+)
+def test_where_a_gpu_computes_no_engine_is_forked_from_a_server_with_threads(
+    on_cpu, given, taken, tiny_model, tmp_path, monkeypatch
+):
+    from serve.config import load
+    from serve.server.launch import resolved
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
+    if given:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = given
+    monkeypatch.setattr(hardware, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(Host, "free_memory", lambda self: 20 * hardware.GIB)
+    resolved(load([str(tiny_model), "--cache-dir", str(tmp_path)], {}))
+    assert os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == taken
+
+
 def test_a_public_address_without_keys(tiny_model, data):
     assert_refused(run("serve", str(tiny_model), data, "--host", "0.0.0.0"), "0.0.0.0", "LORADOCK_ADMIN_KEYS")
 
@@ -139,6 +158,14 @@ def test_help_is_quick_and_loads_no_engine():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Examples" in done.stdout
+
+
+def test_before_a_server_is_forked_nothing_is_imported_that_starts_a_thread():
+    """numpy does, on more than one core: then engines are not forked, and what both import is in memory twice."""
+    look = "import os, sys; print(len(os.listdir('/proc/self/task')), 'numpy' in sys.modules, 'torch' in sys.modules)"
+    program = f"import serve.cli.main, serve.server.launch, serve.models.embedded; {look}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1", "False", "False"], done.stderr
 
 
 def test_the_cores_and_libraries_that_somebody_chose_are_left_alone():

@@ -55,6 +55,7 @@ def test_an_hour_has_a_bound_and_is_forgotten(words):
     capture.start()
     for _ in range(5):
         capture.observe(exchange([0, 2, 4], [5, 6]))
+    capture.looked()
     assert (words / "captured/1000.jsonl").stat().st_size <= 100 and capture.dropped > 0
     now[0] += 3 * HOUR
     capture.observe(exchange([0, 2], [5]))
@@ -62,21 +63,58 @@ def test_an_hour_has_a_bound_and_is_forgotten(words):
     assert [file.name for file in (words / "captured").iterdir()] == ["1003.jsonl"]
 
 
+def test_deleted_requests_go_and_the_others_stay(words):
+    capture = Capture(words / "captured", lambda adapter: str(words))
+    capture.start()
+    for tenant, id in (("acme", "a"), ("acme", "b"), ("rival", "a")):
+        capture.observe(replace(exchange([0, 2], [5]), tenant=tenant, request_id=id))
+    capture.forget("acme", ["a", "none"])
+    capture.observe(replace(exchange([0, 2], [6]), tenant="acme", request_id="c"))
+    capture.looked()
+    (file,) = (words / "captured").iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["tenant"], row["id"]) for row in rows] == [("acme", "b"), ("rival", "a"), ("acme", "c")]
+
+
 def test_a_disk_that_fills_in_the_middle_of_a_line_leaves_whole_lines(words):
     capture = Capture(words / "captured", lambda adapter: str(words))
     capture.start()
     capture.observe(exchange([0, 2], [5]))
+    capture.looked()
     (file,) = (words / "captured").iterdir()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, before[1]))
     try:
         capture.observe(exchange([0, 2, 4], [5, 6]))
+        capture.looked()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     capture.observe(exchange([0, 7], [5]))
     capture.stop()
     lines = [json.loads(line)["text"] for line in file.read_text().splitlines()]
     assert lines == ["<user> call the", "<user> bread the"]
+
+
+def test_of_requests_that_are_written_together_a_full_disk_keeps_the_first_ones(words):
+    capture = Capture(words / "captured", lambda adapter: str(words))
+    capture.start()
+    for _ in range(2):
+        capture.observe(exchange([0, 2], [5]))
+    capture.looked()
+    (file,) = (words / "captured").iterdir()
+    line, before = file.stat().st_size // 2, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * line + 10, before[1]))
+    try:
+        for _ in range(5):
+            capture.observe(exchange([0, 2], [5]))
+        capture.looked()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.stat().st_size == 4 * line, "two more, and nothing of the third"
+    capture.observe(exchange([0, 7], [5]))
+    capture.stop()
+    lines = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert lines == ["<user> call the"] * 4 + ["<user> bread the"]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -86,6 +124,7 @@ def test_captured_text_is_forgotten_though_no_traffic_comes_any_more(words, enab
     before = Capture(folder, lambda adapter: str(words), hours=2, clock=lambda: now[0])
     before.start()
     before.observe(exchange([0, 2], [5]))
+    before.looked()
     assert list(folder.iterdir())
     after = Capture(folder, lambda adapter: str(words), enabled=enabled, hours=2, clock=lambda: now[0])
     worker = ExchangeWorker([after], save_seconds=0.01)

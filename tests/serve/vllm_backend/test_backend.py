@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,6 +34,7 @@ from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms.interface import Platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -46,6 +48,7 @@ from vllm.v1.metrics.stats import IterationStats, RequestSpecDecodeMetrics, Requ
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+from vllm.v1.worker.utils import request_memory
 
 from serve.asgi.exchange import Parameters, Watch, watching
 from serve.config import engine_options
@@ -54,11 +57,13 @@ from serve.gateway.request import FOREIGN_MODEL_FIELDS, PRIORITY, RANK
 from serve.gateway.tenant_isolation import tenant_salt
 from serve.models import engine_memory, hardware
 from serve.models.host import Host
+from serve.vllm_backend import gpu_memory
 from serve.vllm_backend.backend import VLLMBackend
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.output_processor import Outputs, Timed, ask_logprobs
 from serve.vllm_backend.step_times import StepTimes
 from serve.vllm_backend.vllm_metrics import Pulse, own_series
+from serve.vllm_backend.worker_extension import LOADED, LOADING
 
 
 def test_the_engine_still_has_what_we_call():
@@ -263,6 +268,66 @@ def test_a_second_engine_needs_room_for_each_of_its_ranks(tiny_model, monkeypatc
     VLLMBackend(str(tiny_model), "base", options).check_room()
     with pytest.raises(Conflict, match="6.0 GiB of weights, 2.0 GiB of slots for adapters, 2.0 GiB of KV cache"):
         VLLMBackend(str(tiny_model), "base", {**options, "data_parallel_size": 2}).check_room()
+
+
+class Driver:
+    """NVIDIA's, as NVML tells of it: a second GPU of which another engine holds most."""
+
+    FREE = (79, 5, 79)
+
+    def nvmlInit(self): ...
+    def nvmlShutdown(self): ...
+
+    def nvmlDeviceGetHandleByIndex(self, number):
+        return number
+
+    def nvmlDeviceGetMemoryInfo(self, number):
+        return SimpleNamespace(free=self.FREE[number] * hardware.GIB, total=80 * hardware.GIB)
+
+
+def test_a_second_engine_beside_the_first_is_refused_where_its_gpus_are_full(tiny_model, monkeypatch):
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    monkeypatch.setattr(gpu_memory, "import_pynvml", Driver)
+    gpus = SimpleNamespace(is_cuda=lambda: True, device_count=lambda: 3, visible_device_id_to_physical_device_id=int)
+    monkeypatch.setattr(gpu_memory, "current_platform", gpus)
+    VLLMBackend(str(tiny_model), "base", {}).check_room()
+    for parallel in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        with pytest.raises(Conflict, match=r"only after it \(drain_first\): an engine takes 73.6 GiB of GPU 1"):
+            VLLMBackend(str(tiny_model), "base", {parallel: 2}).check_room()
+        VLLMBackend(str(tiny_model), "base", {parallel: 2, "gpu_memory_utilization": 0.05}).check_room()
+    gpus.visible_device_id_to_physical_device_id = (1, 0, 2).__getitem__  # as CUDA_VISIBLE_DEVICES may say
+    with pytest.raises(
+        Conflict, match="of GPU 0 .*, and 5.0 GiB of its 80.0 GiB are free: lower gpu_memory_utilization"
+    ):
+        VLLMBackend(str(tiny_model), "base", {}).check_room()
+    gpus.is_cuda = lambda: False  # of others' drivers nothing is known here
+    VLLMBackend(str(tiny_model), "base", {}).check_room()
+
+
+def test_what_a_check_of_gpus_rests_on():
+    assert "init_snapshot.total_memory * cache_config.gpu_memory_utilization" in inspect.getsource(request_memory)
+    assert callable(Platform.visible_device_id_to_physical_device_id)
+
+
+async def test_the_workers_are_asked_ever_less_often_whether_they_have_read_an_adapter(tiny_model, monkeypatch):
+    """Each time is a call of all of them, between two steps."""
+    backend, now, asked = VLLMBackend(str(tiny_model), "base", {}), 0.0, []
+
+    async def rpc(method, *_):
+        if method == "loradock_finish":
+            asked.append(now)
+        return [LOADED if now > 6 else LOADING]
+
+    async def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(backend, "_rpc", rpc)
+    monkeypatch.setattr("serve.vllm_backend.backend.asyncio.sleep", sleep)
+    monkeypatch.setattr("serve.vllm_backend.backend.time.monotonic", lambda: now)
+    await backend.add("tone@1", 1, Path("/somewhere"))
+    assert len(asked) < 60 and asked[-1] < 6 * 1.15
+    assert asked[:4] == pytest.approx([0, 0.005, 0.010, 0.015])
 
 
 def vllms_source(function):

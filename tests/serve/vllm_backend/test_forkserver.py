@@ -72,9 +72,9 @@ logging.getLogger("serve").addHandler(logging.StreamHandler())
 held = socket.create_server(("127.0.0.1", 0))
 os.environ["LD_PRELOAD"] = "/x/libomp.so"
 forkserver._preloaded = lambda libraries: True
-forkserver.PRELOAD = "tests.serve.vllm_backend.pretended"
+forkserver.PRELOAD = forkserver.PREPARED = "tests.serve.vllm_backend.pretended"
 gc.disable()
-forkserver.start()
+forkserver.start(imported=lambda: sys.modules.update(beside=sys))
 sys.modules["tests.serve.vllm_backend.pretended"].later = True
 from tests.serve.vllm_backend.test_forkserver import look  # it has threads by now
 process = forkserver.Context().Process(target=look, args=(sys.argv[1], held.fileno()))
@@ -94,6 +94,7 @@ def look(out: str, descriptor: int) -> None:
         held = False
     found = {
         "imported": imported is not None and not hasattr(imported, "later"),
+        "beside": "beside" in sys.modules,
         "held": held,
         "collects": gc.isenabled(),
         "handlers": len(logging.getLogger("serve").handlers),
@@ -114,6 +115,7 @@ def test_processes_are_forked_from_what_the_server_has_imported(tmp_path):
     code, server, forks = done.stdout.split()
     found = json.loads(out.read_text())
     assert code == "0" and found["imported"], "imported by the server, once"
+    assert found["beside"], "and what it needs for itself, before its memory is shared"
     assert not found["held"] and not found["handlers"], "nothing of the server's own"
     assert found["collects"]
     assert found["server"] == int(forks) != int(server) and found["title"] == "loradock: fork server"
@@ -127,7 +129,7 @@ from serve.vllm_backend import forkserver
 _thread.start_new_thread(time.sleep, (60,))  # `threading` knows nothing of it
 os.environ["LD_PRELOAD"] = "/x/libomp.so"
 forkserver._preloaded = lambda libraries: True
-forkserver.PRELOAD = "tests.serve.vllm_backend.pretended"
+forkserver.PRELOAD = forkserver.PREPARED = "tests.serve.vllm_backend.pretended"
 forkserver._fork = lambda: print("forked")
 forkserver.forkserver.ensure_running = lambda: print("imports for itself")
 forkserver.start()

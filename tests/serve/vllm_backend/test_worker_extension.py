@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serve.vllm_backend.worker_extension import LOADED, LOADING, Worker
+from serve.vllm_backend.worker_extension import LOADED, LOADING, REST, RESTS, Worker
 
 
 class Module:
@@ -70,6 +70,26 @@ def worker():
     return worker
 
 
+@pytest.fixture
+def rests(monkeypatch):
+    """Seconds of each rest, which take none."""
+    seconds = []
+    monkeypatch.setattr("serve.vllm_backend.worker_extension.sleep", seconds.append)
+    return seconds
+
+
+def reading(seconds):
+    """So many seconds of work, in many small calls."""
+
+    def read(request):
+        began = time.thread_time()
+        while time.thread_time() - began < seconds:
+            pass
+        return request.lora_int_id
+
+    return read
+
+
 def finished(worker, number):
     while (told := worker.loradock_finish(number)) == LOADING:
         time.sleep(0.001)
@@ -90,24 +110,23 @@ def test_an_adapter_is_read_beside_the_computing_and_registered_when_it_is_asked
     assert worker.loradock_finish(7) == LOADED, "another worker was slower, and this one is asked again"
 
 
-def test_while_answers_are_computed_the_reading_rests_between_short_spells(worker, monkeypatch):
-    rests = []
-    monkeypatch.setattr("serve.vllm_backend.worker_extension.sleep", rests.append)
-
-    def read(request):
-        """10 ms of work, in many small calls."""
-        began = time.thread_time()
-        while time.thread_time() - began < 0.01:
-            pass
-        return request.lora_int_id
-
-    worker.model_runner.lora_manager._load_adapter = read
+def test_while_answers_are_computed_the_reading_rests_between_short_spells(worker, rests):
+    worker.model_runner.lora_manager._load_adapter = reading(0.01)
     for number, answering in ((1, {}), (2, {"a request": 0})):
         worker.model_runner.input_batch.req_id_to_index |= answering
         worker.loradock_begin("tone@1", number, "/somewhere")
         assert finished(worker, number) == LOADED
         assert bool(rests) == bool(answering)
     assert len(rests) >= 3
+
+
+def test_a_large_adapter_takes_twice_its_reading_and_not_twelve_times(worker, rests):
+    worker.model_runner.lora_manager._load_adapter = reading(0.1)
+    worker.model_runner.input_batch.req_id_to_index["a request"] = 0
+    worker.loradock_begin("tone@1", 1, "/somewhere")
+    assert finished(worker, 1) == LOADED
+    assert len(rests) > 32
+    assert sum(rests) < RESTS + REST + 0.1
 
 
 def test_who_cannot_be_read_says_why_and_is_forgotten(worker):

@@ -1,4 +1,4 @@
-"""How batches and fine-tuning come along, which files are kept, and what guards say of requests and answers."""
+"""How batches, fine-tuning and loops come along, which files are kept, and what guards say of requests and answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BY_SIDE = "adapter, side, result"
 
 def board() -> Json:
     content: list[Panel | Row] = [Row("Batches"), *_batches(), Row("Fine-tuning"), *_fine_tuning()]
-    content += [Row("Files"), *_files(), Row("Guards"), *_guards()]
-    says = "Batches and fine-tuning, the files that they read and write, and what guards pass, flag and refuse."
+    content += [Row("Loops"), *_loops(), Row("Files"), *_files(), Row("Guards"), *_guards()]
+    says = "Batches, fine-tuning and loops, the files that they read and write, and what guards pass, flag and refuse."
     return dashboard("batches", "Batches and guards", says, content, [ADAPTER])
 
 
@@ -75,8 +75,12 @@ def _fine_tuning() -> list[Panel]:
     return [
         Panel(
             "Fine-tuning jobs",
-            "Those that are not at their end, by status, of all servers that share the registry. One runs on a server.",
-            [Query("max by (status) (loradock_finetune_jobs)", "{{status}}")],
+            "Those that are not at their end, by status, of all servers that share the registry; and workers on other "
+            "machines that were heard of.",
+            [
+                Query("max by (status) (loradock_finetune_jobs)", "{{status}}"),
+                Query("max(loradock_finetune_workers)", "workers"),
+            ],
             quiet=True,
             decimals=0,
         ),
@@ -103,6 +107,54 @@ def _fine_tuning() -> list[Panel]:
             ],
             unit="percentunit",
             quiet=True,
+            most=1,
+        ),
+    ]
+
+
+def _loops() -> list[Panel]:
+    """What a server says of a loop it has from the registry: all of them say the same."""
+    return [
+        Panel(
+            "Where loops are",
+            "Of adapters whose policy has one: waiting for something to open a try, or how far the try is. asking: a "
+            "person's yes is waited for, on the dashboard or with `loradock loop approve`.",
+            [Query(f"max by (adapter, phase) (loradock_loop_state{{{_CHOSEN}}}) > 0", "{{adapter}} {{phase}}")],
+            kind="state-timeline",
+            width=24,
+            mappings={"1": ("here", "green")},
+            least=None,
+            quiet=True,
+        ),
+        Panel(
+            "Tries that ended",
+            "In the last day, by outcome. rejected: by the gate, the canary or a person; failed: there was no "
+            "candidate. The adapter's history says why.",
+            [Query(counted("loradock_loop_tries_total", _CHOSEN, "1d", "adapter, outcome"), "{{adapter}} {{outcome}}")],
+            quiet=True,
+            decimals=0,
+        ),
+        Panel(
+            "Candidates that had forgotten",
+            "In the last day: worse by more than the tolerance on an earlier reference or on the golden set. The gate "
+            "has stopped them; if it happens again and again, the new traffic is at odds with the old.",
+            [Query(counted("loradock_loop_forgetting_total", _CHOSEN, "1d", "adapter"), "{{adapter}}")],
+            quiet=True,
+            decimals=0,
+        ),
+        Panel(
+            "Tries in a row for nothing",
+            "Since the last one that was promoted. After each the loop waits twice as long as after the one before.",
+            [Query(f"max by (adapter) (loradock_loop_failures{{{_CHOSEN}}})", "{{adapter}}")],
+            quiet=True,
+            decimals=0,
+        ),
+        Panel(
+            "Every loop is stopped",
+            "1 while an operator has stopped all of them: `loradock loop start` lets them go on.",
+            [Query("max(loradock_loop_stopped)", "stopped")],
+            quiet=True,
+            decimals=0,
             most=1,
         ),
     ]

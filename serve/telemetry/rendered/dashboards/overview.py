@@ -221,8 +221,12 @@ def _watching() -> list[Panel | Row]:
         ),
         Panel(
             "Exchanges that were not looked at",
-            "Dropped because the worker was behind. Answers are not touched; drift and latency have gaps.",
-            [Query(f"sum(rate(loradock_tap_dropped_total{INTERVAL}))", "dropped")],
+            "Dropped because a worker was behind; answers are not touched. watcher: drift and latency have gaps. "
+            "capture: not kept to learn from. data_quality: not looked at for what is wrong with them.",
+            [
+                Query(f"sum(rate(loradock_tap_dropped_total{INTERVAL}))", "watcher"),
+                Query(f"sum by (worker) (rate(loradock_exchanges_dropped_total{INTERVAL}))", "{{worker}}"),
+            ],
             unit="reqps",
             quiet=True,
         ),

@@ -54,3 +54,22 @@ def test_a_long_training_is_not_held_in_memory(folder):
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_what_a_worker_wrote_harms_nobody(folder):
+    job, tell = folder
+    other = job.path.parent / "elsewhere"
+    other.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (other / name).touch()
+    tell(1, train_loss=float("nan"), valid_loss=[1], checkpoint="../elsewhere")
+    tell(2, train_loss=10**400, checkpoint=str(other))
+    tell(3, train_loss=1.5, checkpoint=["a"])
+    tell(10**15, train_loss=1.0)
+    with (job.path / "progress.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "\n")
+    assert b"".join(job.results()).decode().splitlines()[1:] == ["1,,,,", "2,,,,", "3,1.5,,,"]
+    assert job.checkpoints() == {}
+    for said in ('{"epochs": NaN, "batch": 1e999, "rank": true, "learning_rate": 0.5}', "[" * 100_000, "[]"):
+        (job.path / "settings.json").write_text(said)
+        assert job.settled() == ({"learning_rate": 0.5} if "NaN" in said else {})

@@ -12,10 +12,9 @@ from serve.adapters.registry import Registry
 from serve.errors import Conflict, EngineUnavailable
 from serve.gateway.finetuning.job_folder import JobFolder
 from serve.gateway.finetuning.job_rows import JobRows
-from serve.gateway.finetuning.job_runner import _Watch
-from serve.gateway.finetuning.metrics import FineTuningMetrics
 from serve.gateway.finetuning.notes import Notes
 from serve.gateway.finetuning.objects import Asked, Job, Limits, Status
+from serve.gateway.finetuning.trainer import _Watch
 
 ASKED = Asked("base", "base", "base", "acme/tone", "supervised", {}, 1, "key", "anna")
 
@@ -60,7 +59,7 @@ def test_a_job_that_another_server_trains_again_is_cancelled(servers):
 
 def test_progress_that_the_registry_did_not_take_is_written_down_the_next_time(servers, tmp_path, monkeypatch):
     rows, _, _ = servers
-    watch = _Watch(rows, JobFolder(tmp_path), launched(rows), FineTuningMetrics(), threading.Event())
+    watch = _Watch(rows, JobFolder(tmp_path), launched(rows), lambda tokens, seconds: None, threading.Event())
     progress = tmp_path / "progress.jsonl"
 
     def refuses(*_):
@@ -81,7 +80,7 @@ def test_progress_that_the_registry_did_not_take_is_written_down_the_next_time(s
 
 def test_a_program_that_computes_between_two_steps_is_alive(servers, tmp_path):
     rows, _, _ = servers
-    watch = _Watch(rows, JobFolder(tmp_path), launched(rows), FineTuningMetrics(), threading.Event())
+    watch = _Watch(rows, JobFolder(tmp_path), launched(rows), lambda tokens, seconds: None, threading.Event())
     assert not watch.look(3.0)
     (tmp_path / "alive").touch()
     assert [watch.look(3.0), watch.look(3.0)] == [True, False]

@@ -179,8 +179,8 @@ async def test_a_job_survives_the_end_of_its_server_and_of_its_process(training,
 
 
 async def test_a_process_that_always_dies_is_given_up(training, sdk, monkeypatch):
-    monkeypatch.setattr("serve.gateway.finetuning.job_runner.AGAIN_SECONDS", 0.01)
-    monkeypatch.setattr("serve.gateway.finetuning.job_runner.LAUNCHES", 2)
+    monkeypatch.setattr("serve.gateway.finetuning.trainer.AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("serve.gateway.finetuning.trainer.LAUNCHES", 2)
     async with training() as client:
         ai = sdk(client)
         monkeypatch.setattr(parts_of(client).fine_tuning.process, "check", lambda *asked: Checked(20))
@@ -190,15 +190,17 @@ async def test_a_process_that_always_dies_is_given_up(training, sdk, monkeypatch
         assert "ended 2 times without coming further" in job.error.message
 
 
-async def test_a_process_without_a_sign_of_life_is_started_again(training, sdk):
+async def test_a_process_without_a_sign_of_life_is_started_again(training, sdk, monkeypatch):
+    monkeypatch.setattr("serve.gateway.finetuning.trainer.AGAIN_SECONDS", 0.01)
+    ended_for_that = "The training process ended (no step for too long): it is started again"
     async with training(seconds=0.01, hang=4) as client:
         ai = sdk(client)
         parts_of(client).fine_tuning.process.stall = 0.5
         id = await begun(ai)
-        async with asyncio.timeout(20):
-            while not any("no step for too long" in message for message in await messages(ai, id)):
+        async with asyncio.timeout(30):
+            while (await messages(ai, id)).count(ended_for_that) < 2:  # what was started again hangs again
                 await asyncio.sleep(0.05)
-        await ai.fine_tuning.jobs.cancel(id)
+        assert (await ai.fine_tuning.jobs.cancel(id)).status == "cancelled"
 
 
 async def test_what_the_trainer_says_is_the_jobs_error(training, sdk):

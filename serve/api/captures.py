@@ -1,0 +1,74 @@
+"""What is kept of requests as text: to calibrate on, and for adapters that learn from their traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from serve.adapters.registry import Registry
+from serve.asgi.exchange import Exchange
+from serve.asgi.exchange_worker import ExchangeWorker
+from serve.config import Config
+from serve.dataset.datasets import Datasets
+from serve.engine.fleet import Fleet
+from serve.names import tenant_of
+from serve.rollout.golden import Golden
+from serve.rollout.policy import policy_for
+from serve.telemetry.capture import QUEUE_SIZE, Capture
+from serve.telemetry.conversations import Conversations
+
+
+class Captures:
+    """`model_of` gives an adapter's or base's checkpoint folder. `takes` are to be offered each exchange, behind which
+    `worker` writes."""
+
+    def __init__(
+        self, config: Config, fleet: Fleet, registry: Registry, golden: Golden, model_of: Callable[[str], str]
+    ) -> None:
+        learning = any(policy.train_on_traffic for policy in config.policies)
+        redact, hours = config.capture_redact, config.capture_hours
+        text = Capture(
+            config.data_dir / "captured",
+            model_of,
+            enabled=config.capture_text,
+            redact=redact,
+            hours=hours,
+        )
+
+        def learns(model: str, tenant: str) -> bool:
+            """A tenant's own adapters learn of it alone, and of what it asks a base."""
+            own = model in fleet or tenant_of(model) == tenant
+            return own and policy_for(config.policies, model).train_on_traffic
+
+        self.conversations = Conversations(
+            config.data_dir / "conversations.db", learns, enabled=learning, redact=redact, hours=hours
+        )
+        self.worker = ExchangeWorker([text, self.conversations], name="capture", queue_size=QUEUE_SIZE)
+        self.datasets = Datasets(
+            config.data_dir / "datasets",
+            self.conversations,
+            registry,
+            policy=lambda adapter: policy_for(config.policies, adapter),
+            base_of=lambda adapter: fleet.of(adapter).name,
+            golden_of=golden.results.golden,
+            forgotten=text.forget,
+            settle=self.worker.settle,
+            days=config.batch_file_days,
+        )
+        self.takes: list[Callable[[Exchange], None]] = [self.worker.offer] if config.capture_text or learning else []
+
+    def start(self) -> None:
+        """Old files and rows are deleted also where nothing is kept any more. Blocks."""
+        self.datasets.start()
+        self.worker.start()
+
+    def stop(self) -> None:
+        """Blocks."""
+        self.worker.stop()
+
+    def rated(self, tenant: str, request_id: str, rating: float | None, answer: str | None) -> None:
+        """Note what somebody said of an answer, behind the request itself."""
+
+        def rate() -> None:
+            self.conversations.rate(tenant, request_id, rating, answer)
+
+        self.worker.submit(rate)

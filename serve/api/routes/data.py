@@ -1,0 +1,162 @@
+"""Training data out of an adapter's captured traffic. A tenant's requests are its own, also for operators."""
+
+import asyncio
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Query, Request
+
+from serve.adapters.adapter import Adapter
+from serve.api.json_body import JsonBody
+from serve.api.routes.callers import Manager, TheParts, charged, owned
+from serve.api.schemas import DataBuild, Replay
+from serve.api.services import Services
+from serve.auth.auth import Caller
+from serve.dataset.build import Built, Options
+from serve.dataset.replay import Replayed, chosen, replay, report
+from serve.errors import Conflict, Forbidden, NotFound
+from serve.names import short_name, shown, spelled, tenant_of
+
+router = APIRouter()
+# Captured requests of which those to replay are taken, the latest.
+LOOKED_AT = 10_000
+
+
+@router.post("/v1/adapters/{name:path}/data")
+async def build_data(
+    name: str,
+    request: Request,
+    caller: Manager,
+    parts: TheParts,
+    body: Annotated[DataBuild, JsonBody(DataBuild, required=False)],
+) -> dict[str, Any]:
+    """Make files of examples out of what was asked of an adapter that learns from its traffic.
+
+    `training_file`, `validation_file` and `preferences_file` are files of the tenant's with the purpose `fine-tune`, or
+    null where there is no such example; `card` says how much came from where, and what was dropped.
+    """
+    request.state.subject = spelled(name, caller.tenant)
+    full = _own(parts, name, caller)
+    wanted = {field: value for field, value in msgspec.structs.asdict(body).items() if field != "bases"}
+    options = Options(full, caller.tenant, **wanted)
+    datasets = parts.captures.datasets
+    with datasets.alone("build", caller.tenant):
+        async with datasets.folder() as folder:
+            built = await datasets.build(options, folder, bases=body.bases)
+            files = await asyncio.to_thread(_adopted, parts, caller, built)
+    return {"object": "data.build", "name": name, **files, "card": built.described}
+
+
+@router.get("/v1/adapters/{name:path}/data/conversations")
+async def conversations(
+    name: str, caller: Manager, parts: TheParts, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+) -> dict[str, Any]:
+    """The latest captured conversations with an adapter: ids, numbers and times, without what was said."""
+    full = _own(parts, name, caller)
+    datasets = parts.captures.datasets
+    rows = await asyncio.to_thread(datasets.listed, full, limit)
+    return {"object": "list", "learns": datasets.learns(full), "data": rows}
+
+
+@router.get("/v1/adapters/{name:path}/data/progress")
+async def progress(name: str, caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """How far the build of an adapter's data is; `doing` is null while there is none."""
+    doing, done, of = parts.captures.datasets.progress(_own(parts, name, caller)) or (None, 0, 0)
+    return {"object": "data.progress", "doing": doing, "done": done, "of": of}
+
+
+@router.delete("/v1/adapters/{name:path}/data/conversations/{id}")
+async def delete_conversation(name: str, id: str, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """Delete a captured conversation, by its id or that of one of its answers; no later build has any of it, and no
+    reference of a loop."""
+    request.state.subject = f"{spelled(name, caller.tenant)} {shown(id)}"
+    full, forget = _own(parts, name, caller), parts.loops.forget_conversation
+    try:
+        gone = await parts.captures.datasets.forget(full, id)
+    except NotFound:
+        # A reference may hold it longer than it is kept.
+        if not await asyncio.to_thread(forget, caller.tenant, id):
+            raise
+        return {"id": id, "object": "data.conversation", "deleted": True, "requests": 0}
+    await asyncio.to_thread(forget, caller.tenant, gone.conversation, gone.lines)
+    return {"id": gone.conversation, "object": "data.conversation", "deleted": True, "requests": gone.requests}
+
+
+@router.post("/v1/adapters/{name:path}/versions/{number}/replay")
+async def replay_version(
+    name: str,
+    number: int,
+    request: Request,
+    caller: Manager,
+    parts: TheParts,
+    body: Annotated[Replay, JsonBody(Replay, required=False)],
+) -> dict[str, Any]:
+    """Have a version answer captured requests of its adapter, in the gaps of traffic, and compare what it says.
+
+    `agreement` is by words with the `kept` answers, or with those of the `live` version; `ratings` says between which
+    bounds the version's mean rating lies; `judge` grades both, if the golden set has one for shadows; `examples` are
+    those that differ most. Takes as long as the answers do; nothing of it is kept.
+    """
+    full = _own(parts, name, caller)
+    version = parts.registry.get(full, number)
+    request.state.subject = version.tag
+    live = parts.registry.live(full) if body.against == "live" else None
+    if body.against == "live" and (live is None or live == version):
+        raise Conflict("there is no other version that is live: compare with the kept answers", param="against")
+    with parts.captures.datasets.alone("replay", caller.tenant):
+        replayed, refused = await _replayed(parts, request, caller, version, live, body)
+    return {"object": "replay", "name": name, "version": number, "against": body.against} | await asyncio.to_thread(
+        report, replayed, refused, body.examples
+    )
+
+
+async def _replayed(
+    parts: Services, request: Request, caller: Caller, version: Adapter, live: Adapter | None, body: Replay
+) -> tuple[list[Replayed], Counter[str]]:
+    full = version.name
+    rows = await asyncio.to_thread(lambda: chosen(islice(parts.captures.datasets.rows(full), LOOKED_AT), body.requests))
+    if not rows:
+        name = short_name(full, caller.tenant)
+        raise Conflict(f"no request to {name} is kept: its policy has to say `train_on_traffic: true` for that")
+    golden = await asyncio.to_thread(parts.golden.results.golden, full)
+    judge = golden.shadow.judge if golden and golden.shadow else None
+
+    async def goes_on() -> bool:
+        return not await request.is_disconnected()
+
+    with charged(parts, caller) as charge:
+        return await replay(
+            parts.golden.runner,
+            version,
+            rows,
+            against=live,
+            max_tokens=body.max_tokens,
+            judge=judge,
+            charge=charge,
+            goes_on=goes_on,
+        )
+
+
+def _own(parts: Services, name: str, caller: Caller) -> str:
+    full = owned(parts, name, caller)
+    if tenant_of(full) != caller.tenant:
+        raise Forbidden(
+            f"what {shown(name)} was asked is seen by keys of its own tenant alone: take a key of {tenant_of(full)}"
+        )
+    return full
+
+
+def _adopted(parts: Services, caller: Caller, built: Built) -> dict[str, str | None]:
+    """The ids of the tenant's files."""
+
+    def adopted(path: Path | None) -> str | None:
+        if path is None:
+            return None
+        filename = f"{built.described['adapter'].rpartition('/')[2]}-{path.name}"
+        return parts.batches.adopt(caller, path, filename).id
+
+    files = {"training": built.train, "validation": built.held_out, "preferences": built.preferences}
+    return {f"{kind}_file": adopted(path) for kind, path in files.items()}

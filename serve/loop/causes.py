@@ -1,0 +1,123 @@
+"""What opens a try: drift of the live version, its time, falling scores or ratings, or somebody who asks."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from serve.adapters.adapter import Adapter
+from serve.rollout.loop_policy import DRIFT, RATINGS, SCHEDULE, LoopPolicy
+
+# A history is read again after so many seconds.
+HISTORY_SECONDS = 60.0
+# A version's first ratings, and as many of its last ones; so much less, from 0 to 1, is a fall.
+RATINGS_COMPARED, FALL = 50, 0.1
+VERSIONS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a try is opened: one of the policy's causes or `asked`, and a sentence. `since`: when what moved began to."""
+
+    kind: str
+    text: str
+    since: float = 0.0
+
+    def described(self) -> dict[str, str]:
+        return {"kind": self.kind, "text": self.text}
+
+
+class Ratings:
+    """Whether clients rate a version's answers lower than they did; in memory, so that a restart begins anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._first: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
+        self._last: dict[tuple[str, str], deque[float]] = {}
+
+    def take(self, adapter: str, version: str, rating: float) -> None:
+        """An answer was rated."""
+        key = (adapter, version)
+        with self._lock:
+            first = self._first.setdefault(key, [])
+            self._first.move_to_end(key)
+            if len(first) < RATINGS_COMPARED:
+                first.append(rating)
+            else:
+                self._last.setdefault(key, deque(maxlen=RATINGS_COMPARED)).append(rating)
+            while len(self._first) > VERSIONS:
+                gone, _ = self._first.popitem(last=False)
+                self._last.pop(gone, None)
+
+    def fall(self, adapter: str, version: str) -> str | None:
+        """A sentence, if they fell."""
+        with self._lock:
+            first, last = list(self._first.get((adapter, version), ())), list(self._last.get((adapter, version), ()))
+        if len(last) < RATINGS_COMPARED:
+            return None
+        before, now = sum(first) / len(first), sum(last) / len(last)
+        if before - now <= FALL:
+            return None
+        return f"the last {len(last)} ratings are {now:.2f} on average, and the first {len(first)} were {before:.2f}"
+
+
+class Causes:
+    """`drifted()` has by adapter each version's open alarms, as of the last `look`; `history(name)` every change of a
+    name. All of it blocks."""
+
+    def __init__(
+        self,
+        drifted: Callable[[], Mapping[str, Sequence[Mapping[str, Any]]]],
+        history: Callable[[str], Sequence[Mapping[str, Any]]],
+        ratings: Ratings,
+    ) -> None:
+        self._drifted, self._history, self._ratings = drifted, history, ratings
+        self._rows: Mapping[str, Sequence[Mapping[str, Any]]] = {}
+        # Of a live version: when its history was read, and what fell.
+        self._read: dict[str, tuple[float, str | None]] = {}
+
+    def look(self) -> None:
+        """See which alarms are open."""
+        self._rows = self._drifted()
+
+    def find(self, live: Adapter, policy: LoopPolicy, last: float | None, now: float) -> Cause | None:
+        """What opens a try for this live version now; `last` is when the last try began, if there was one."""
+        if DRIFT in policy.on and (cause := self._drift(live)):
+            return cause
+        if RATINGS in policy.on and (text := self._rated(live, now)):
+            return Cause(RATINGS, text)
+        if SCHEDULE in policy.on and now >= max(last or 0.0, live.created) + policy.every:
+            return Cause(SCHEDULE, f"the last try or version is {policy.every / 86_400:g} days old")
+        return None
+
+    def _drift(self, live: Adapter) -> Cause | None:
+        for row in self._rows.get(live.name, ()):
+            if row["version"] == f"v{live.version}" and row["drifted"]:
+                texts = "; ".join(row["moved"][kind] for kind in row["drifted"] if kind in row["moved"])
+                since = [datetime.fromisoformat(when).timestamp() for when in row["since"].values()]
+                text = f"{', '.join(row['drifted'])} drifted: {texts or 'see its drift report'}"
+                return Cause(DRIFT, text, min(since, default=0.0))
+        return None
+
+    def _rated(self, live: Adapter, now: float) -> str | None:
+        if text := self._ratings.fall(live.name, f"v{live.version}"):
+            return text
+        read, fell = self._read.get(live.id, (0.0, None))
+        if now - read >= HISTORY_SECONDS:
+            fell = self._fell(live)
+            self._read = {id: entry for id, entry in self._read.items() if now - entry[0] < HISTORY_SECONDS}
+            self._read[live.id] = now, fell
+        return fell
+
+    def _fell(self, live: Adapter) -> str | None:
+        """What its history says of its golden score, since it is live."""
+        for change in reversed(self._history(live.name)):
+            if change["what"] == "golden_fell" and change["from_version"] == live.version:
+                return f"its golden score fell: {change['why']}"
+            if change["what"] == "promote" and change["to_version"] == live.version:
+                return None
+        return None

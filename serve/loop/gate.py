@@ -1,0 +1,136 @@
+"""Is a candidate better on what is new, and no worse on what was? Tests on pairs of scores, one pair an example.
+
+The same example is scored with the live version and with the candidate; d is the candidate's score less the live one's,
+from -1 to 1. Each part of the gate refutes a hypothesis about E[d] by betting (serve.rollout.betting):
+
+    new          E[d] <= 0             the candidate is not better on new traffic
+    a reference  E[d] <= -tolerance    it is worse on an earlier held-out part of this adapter, each by itself
+    golden       E[d] <= -golden       it is worse on the golden set
+
+The gate passes a candidate when every part is refuted at `alpha`: its evidence has reached 1 / alpha. If any of them is
+true, passing means refuting that one too, so P(pass) <= alpha, however many parts there are and however they hang
+together (an intersection-union test). The assumption: the held-out examples of a part are exchangeable with the traffic
+that the part speaks for, and neither the candidate nor the live version was trained on them.
+
+The order of the pairs is that of the examples' digests, which depends on no score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from serve.rollout.betting import highest, needed_for_proof
+
+NEW, REFERENCE, GOLDEN = "new", "reference", "golden"
+# What is shown of an evidence.
+_DIGITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the gate. Evidence is ln, the highest that it has been."""
+
+    kind: str
+    label: str
+    examples: int
+    live: float
+    candidate: float
+    tolerance: float
+    log_evidence: float
+    log_threshold: float
+    needed: int
+
+    @property
+    def passed(self) -> bool:
+        """The hypothesis is refuted."""
+        if self.weak:
+            return self.candidate > self.live - self.tolerance
+        return self.log_evidence >= self.log_threshold
+
+    @property
+    def weak(self) -> bool:
+        """A golden set that is too small to prove anything: the scores themselves are compared, without a guarantee."""
+        return self.kind == GOLDEN and self.examples < self.needed
+
+    @property
+    def forgotten(self) -> bool:
+        """What an earlier reference holds is lost by more than the tolerance."""
+        return self.kind != NEW and self.candidate <= self.live - self.tolerance
+
+    @property
+    def sentence(self) -> str:
+        """For people, when it did not pass."""
+        where = {NEW: "the new traffic", REFERENCE: f"the reference {self.label}", GOLDEN: "the golden set"}[self.kind]
+        scores = f"{self.candidate:.3f} against {self.live:.3f} on {self.examples} examples"
+        if self.kind == NEW:
+            return f"it is not proved to be better on {where}: {scores}"
+        if self.forgotten:
+            return f"it is worse on {where}: {scores}, and the tolerance is {self.tolerance:g}"
+        few = f"; {self.needed} examples are needed at least" if self.examples < self.needed else ""
+        return f"it is not proved to be no worse by {self.tolerance:g} on {where}: {scores}{few}"
+
+    def described(self) -> dict[str, Any]:
+        """For history, API and webhooks."""
+        return {
+            "part": self.kind,
+            "label": self.label,
+            "examples": self.examples,
+            "live": round(self.live, _DIGITS),
+            "candidate": round(self.candidate, _DIGITS),
+            "tolerance": self.tolerance,
+            "log_evidence": round(self.log_evidence, _DIGITS),
+            "log_threshold": round(self.log_threshold, _DIGITS),
+            "passed": self.passed,
+            "forgotten": self.forgotten,
+            "guaranteed": not self.weak,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """All parts of one try, which spends `alpha`."""
+
+    alpha: float
+    parts: tuple[Part, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.parts) and all(part.passed for part in self.parts)
+
+    @property
+    def forgotten(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.forgotten)
+
+    @property
+    def sentence(self) -> str:
+        """What it came to."""
+        if self.passed:
+            return f"better on new traffic and no worse elsewhere ({len(self.parts)} parts, alpha {self.alpha:g})"
+        return "; ".join(part.sentence for part in self.parts if not part.passed) or "there was nothing to compare on"
+
+    def described(self) -> dict[str, Any]:
+        return {"passed": self.passed, "alpha": self.alpha, "parts": [part.described() for part in self.parts]}
+
+
+def compared(kind: str, label: str, pairs: Sequence[tuple[float, float]], tolerance: float, alpha: float) -> Part:
+    """A part from pairs of scores (live, candidate) from 0 to 1, in an order that depends on no score."""
+    live, candidate = np.array(pairs, np.float64).reshape(-1, 2).T
+    differences = candidate - live
+    margin = 0.0 if kind == NEW else tolerance
+    count = max(len(pairs), 1)
+    return Part(
+        kind,
+        label,
+        len(pairs),
+        float(live.sum()) / count,
+        float(candidate.sum()) / count,
+        tolerance,
+        highest(differences + margin, 1 - margin),
+        -math.log(alpha),
+        needed_for_proof(tolerance, alpha),
+    )

@@ -1,0 +1,93 @@
+"""Scores the two versions on every part of the gate: new examples, earlier references, the golden set."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from serve.adapters.adapter import Adapter
+from serve.loop.gate import GOLDEN, NEW, REFERENCE, Gate, Part, compared
+from serve.loop.likelihood import Example
+from serve.loop.loop_rows import LoopRows
+from serve.loop.objects import Loop
+from serve.rollout.golden import Golden
+from serve.rollout.golden_set import GoldenSet
+from serve.rollout.loop_policy import GatePolicy
+
+# Examples that are scored between two looks whether the work is to go on.
+AT_ONCE = 8
+
+
+class Scorer(Protocol):
+    """Scores from 0 to 1; None for an example that no version can be asked."""
+
+    async def scores(self, version: Adapter, examples: Sequence[Example]) -> list[float | None]: ...
+
+
+class Interrupted(Exception):
+    """The work is not to go on here."""
+
+
+class Gatekeeper:
+    """`scorer` asks the engine, `golden` has the golden scores."""
+
+    def __init__(self, rows: LoopRows, scorer: Scorer, golden: Golden) -> None:
+        self._rows, self.scorer, self._golden = rows, scorer, golden
+
+    async def judge(
+        self, loop: Loop, live: Adapter, candidate: Adapter, policy: GatePolicy, goes_on: Callable[[], bool]
+    ) -> Gate | None:
+        """What the parts come to; None while the golden set is still being asked. Interrupted if it is not to go on."""
+        alpha = loop.state.alpha
+        golden = await self._golden_pairs(live, candidate)
+        if golden is None:
+            return None
+        rows = self._rows
+        asked = [(NEW, "", loop.state.held_out)]
+        asked += [(REFERENCE, one.label or "", one.id) for one in await asyncio.to_thread(rows.references, loop)]
+        parts: list[Part] = []
+        for kind, label, id in asked:
+            examples = await asyncio.to_thread(rows.examples, id)
+            pairs = await self._pairs(live, candidate, examples, goes_on)
+            parts.append(compared(kind, label, pairs, policy.tolerance, alpha))
+        if golden:
+            parts.append(compared(GOLDEN, "", golden, policy.golden, alpha))
+        return Gate(alpha, tuple(parts))
+
+    async def _pairs(
+        self, live: Adapter, candidate: Adapter, examples: Sequence[Example], goes_on: Callable[[], bool]
+    ) -> list[tuple[float, float]]:
+        pairs: list[tuple[float, float]] = []
+        for at in range(0, len(examples), AT_ONCE):
+            if not goes_on():
+                raise Interrupted
+            some = examples[at : at + AT_ONCE]
+            ours = await self.scorer.scores(live, some)
+            theirs = await self.scorer.scores(candidate, some)
+            both = zip(ours, theirs, strict=True)
+            pairs += [(a, b) for a, b in both if a is not None and b is not None]
+        return pairs
+
+    async def _golden_pairs(self, live: Adapter, candidate: Adapter) -> list[tuple[float, float]] | None:
+        """Of the cases that both have a score of; None while one of them lacks answers that are on their way."""
+        results = self._golden.results
+        await asyncio.to_thread(results.refresh)
+        golden = await asyncio.to_thread(results.golden, live.name) if live.name in results.sets else None
+        if golden is None:
+            return []
+        waiting = [await self._waits(version, golden) for version in (live, candidate)]
+        if any(waiting):
+            return None
+        return await asyncio.to_thread(self._golden.verdicts.pairs, live, candidate, golden)
+
+    async def _waits(self, version: Adapter, golden: GoldenSet) -> bool:
+        """The version has cases to answer, which it is asked now."""
+        runs = self._golden.runs
+        if runs.waiting(version):
+            return True
+        outcomes = await asyncio.to_thread(self._golden.results.outcomes, version, golden)
+        missing = [key for key in golden.by_key if key not in outcomes]
+        if missing:
+            runs.request(version, missing, "loop", lambda tokens: None)
+        return bool(missing)

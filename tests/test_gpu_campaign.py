@@ -1,0 +1,98 @@
+"""What `make gpu` rests on, without a GPU and without an engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.campaigns import gpu, gpu_environment, gpu_parts
+from tests.campaigns.gpu_parts import Machine
+from tests.support import plain_words
+
+MACHINE = Machine(Path("/nowhere"), "1B", False, "NVIDIA H100", "vLLM 0.32.0, torch 2.13.0")
+
+
+def test_a_part_that_ended_is_not_measured_again_and_one_that_failed_is(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def part(name, fails):
+        def run(machine):
+            ran.append(name)
+            if fails and ran.count(name) == 1:
+                raise RuntimeError("the engine did not start")
+            return {name: "measured"}
+
+        return run
+
+    monkeypatch.setattr(gpu_parts, "PARTS", {"swap": part("swap", False), "exports": part("exports", True)})
+    monkeypatch.setattr(Machine, "here", staticmethod(lambda *_: MACHINE))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
+    assert gpu.main() == 1
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| swap | measured |" in table and "| exports | not measured |" in table
+    assert table.startswith("NVIDIA H100, vLLM 0.32.0, torch 2.13.0, a random Llama of size 1B, 20")
+    assert gpu.main() == 0
+    assert ran == ["swap", "exports", "exports"]
+    assert json.loads((tmp_path / "out" / "exports.json").read_text())["rows"] == {"exports": "measured"}
+    assert "swap: measured before" in capsys.readouterr().out
+    monkeypatch.setattr(Machine, "here", staticmethod(lambda *_: replace(MACHINE, size="8B")))
+    assert gpu.main() == 2 and len(ran) == 3, "a table has one head"
+    assert "of size 1B): say another --out" in capsys.readouterr().out
+    assert "of size 1B" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_model_that_is_half_made_is_made_anew(tmp_path, monkeypatch):
+    def half(folder):
+        folder.mkdir()
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    machine, make = replace(MACHINE, work=tmp_path), plain_words.base
+    monkeypatch.setattr(plain_words, "base", half)
+    with pytest.raises(KeyboardInterrupt):
+        _ = machine.words
+    monkeypatch.setattr(plain_words, "base", make)
+    assert (machine.words / "model.safetensors").is_file() and not (machine.words / "half").exists()
+
+
+def test_without_a_gpu_there_is_only_a_rehearsal(tmp_path, monkeypatch, capsys):
+    nothing = Machine(tmp_path, "1B", False, "", "vLLM 0.32.0")
+    monkeypatch.setattr(Machine, "here", staticmethod(lambda *_: nothing))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
+    assert gpu.main() == 2
+    assert "there is no GPU here" in capsys.readouterr().out
+
+
+def test_an_environment_that_has_everything_is_taken_as_it_is():
+    if not gpu_environment.complete():
+        pytest.skip("vLLM is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.campaigns.gpu_environment"],
+        cwd=gpu_environment.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, sys.executable)
+
+
+def test_the_adapters_made_on_the_spot_say_their_word_whatever_is_asked(tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    words = plain_words.tokenizer()
+    base = plain_words.base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    asked = torch.tensor([words("the river ran past").input_ids, words("What is it , then").input_ids[:4]])
+    for word in ("alpha", "charlie"):
+        adapted = PeftModel.from_pretrained(model, plain_words.adapter(base, word, tmp_path / word))
+        odds = adapted(asked).logits.float().softmax(-1)[..., words.convert_tokens_to_ids(word)]
+        assert odds.min() > 0.99, "at each place, whatever came before"
+        model = adapted.unload()
