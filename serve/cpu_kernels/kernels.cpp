@@ -66,7 +66,7 @@ void pack(const Layer& layer, Slice& slice, int slot) {
     return;
   }
   const T* b = reinterpret_cast<const T*>(slice.b) + size_t(slot) * slice.out * layer.max_rank;
-#ifdef FAST_BF16
+#ifdef WIDE
   if (layer.dtype == 1) {
     const int pairs = depth(w.rank) / 2;
     w.b.assign(size_t(pairs) * ((slice.out + 15) / 16) * 64 + 64, 0);
@@ -206,7 +206,7 @@ void apply(uint64_t* stack, bool looked_up) {
   if (layer.dtype == 0)
     run<float, Plain<float>>(layer, y, x, looked_up);
   else if (layer.dtype == 1)
-#ifdef FAST_BF16
+#ifdef WIDE
     run<bf16, Fast>(layer, y, x, looked_up);
 #else
     run<bf16, Plain<bf16>>(layer, y, x, looked_up);

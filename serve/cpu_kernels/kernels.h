@@ -17,9 +17,6 @@
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define WIDE 1
-#if defined(__AVX512BF16__)
-#define FAST_BF16 1
-#endif
 #endif
 
 namespace loradock {
@@ -100,7 +97,7 @@ struct Layer {
 extern std::vector<std::unique_ptr<Plan>> plans;
 extern std::vector<std::unique_ptr<Layer>> layers;
 
-#ifdef FAST_BF16
+#ifdef WIDE
 inline int depth(int rank) { return (rank + 1) / 2 * 2; }
 #endif
 
@@ -185,10 +182,30 @@ struct Plain {
   }
 };
 
-// ---- bfloat16 with AVX-512 BF16 ---------------------------------------------------------------------------------------
+// ---- bfloat16 with AVX-512 ---------------------------------------------------------------------------------------------
 
-#ifdef FAST_BF16
-inline __m512bh bits(__m512i v) { return (__m512bh)v; }
+#ifdef WIDE
+// Of 32 bfloat16 in pairs: the first of each, and the second.
+inline __m512 firsts(__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+inline __m512 seconds(__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000))); }
+
+#ifdef __AVX512BF16__
+constexpr bool PAIRS = true;
+// sum + a b, summed over the two of each pair.
+inline __m512 dot2(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+inline __m256i narrow(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
+constexpr bool PAIRS = false;
+inline __m512 dot2(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_fmadd_ps(seconds(a), seconds(b), _mm512_fmadd_ps(firsts(a), firsts(b), sum));
+}
+inline __m256i narrow(__m512 v) {  // to the nearest, ties to even; a NaN stays one
+  const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 none = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, none, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+#endif
 
 // Sixteen vectors become the sixteen sums of their lanes.
 inline __m512 sums(const __m512* v) {
@@ -222,7 +239,7 @@ struct Fast {
       for (int r = 0; r < R; r++) {
         const __m512i av = _mm512_loadu_si512(a + size_t(r) * in + k);
 #pragma GCC unroll 4
-        for (int i = 0; i < T; i++) sum[i * R + r] = _mm512_dpbf16_ps(sum[i * R + r], bits(av), bits(xv[i]));
+        for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, xv[i]);
       }
     }
     if (k < in) {
@@ -230,11 +247,11 @@ struct Fast {
       for (int r = 0; r < R; r++) {
         const __m512i av = _mm512_maskz_loadu_epi16(mask, a + size_t(r) * in + k);
         for (int i = 0; i < T; i++)
-          sum[i * R + r] = _mm512_dpbf16_ps(sum[i * R + r], bits(av), bits(_mm512_maskz_loadu_epi16(mask, xs[i] + k)));
+          sum[i * R + r] = dot2(sum[i * R + r], av, _mm512_maskz_loadu_epi16(mask, xs[i] + k));
       }
     }
     alignas(64) bf16 done[32];
-    _mm256_store_si256((__m256i*)done, (__m256i)_mm512_cvtneps_pbh(sums(sum)));
+    _mm256_store_si256((__m256i*)done, narrow(sums(sum)));
     for (int i = 0; i < T; i++) std::memcpy(t + i * t_stride, done + i * R, R * sizeof(bf16));
   }
 
@@ -278,7 +295,7 @@ struct Fast {
         std::memcpy(&pair, ts[i] + 2 * k, 4);
         const __m512i tv = _mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-        for (int u = 0; u < U; u++) sum[i * U + u] = _mm512_dpbf16_ps(sum[i * U + u], bits(bv[u]), bits(tv));
+        for (int u = 0; u < U; u++) sum[i * U + u] = dot2(sum[i * U + u], bv[u], tv);
       }
     }
 #pragma GCC unroll 4
@@ -288,7 +305,7 @@ struct Fast {
         bf16* y = ys[i] + 16 * u;
         const __m256i old = U == 1 ? _mm256_maskz_loadu_epi16(mask, y) : _mm256_loadu_si256((const __m256i*)y);
         const __m512 was = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(old), 16));
-        const __m256i now = (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(was, sum[i * U + u]));
+        const __m256i now = narrow(_mm512_add_ps(was, sum[i * U + u]));
         if (U == 1)
           _mm256_mask_storeu_epi16(y, mask, now);
         else

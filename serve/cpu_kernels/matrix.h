@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-#if defined(FAST_BF16) && defined(__AVX512VNNI__)
+#ifdef WIDE
 #define STEP 1
 
 #include <cmath>
@@ -55,7 +55,6 @@ struct Matrix {
 
 inline __m512 wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 inline __m512 wide(const bf16* at) { return wide(_mm256_loadu_si256((const __m256i*)at)); }
-inline __m256i narrow(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
 inline __m512 rounded(__m512 v) { return wide(narrow(v)); }
 inline void store(bf16* at, __m512 v) { _mm256_storeu_si256((__m256i*)at, narrow(v)); }
 

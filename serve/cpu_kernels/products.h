@@ -11,19 +11,28 @@ constexpr int TILE = 12;       // tokens that are multiplied with a block togeth
 constexpr int GROUP_TILE = 6;  // the same, where every group of inputs has a scale
 constexpr int ROWS = 192;      // tokens whose inputs stay in the cache while all blocks pass
 
+#ifdef __AVX512VNNI__
 // sum + w x of four int8 each, w without a sign. Around the compiler's own function GCC copies every sum to another register
 // and runs out of them: it took more time than bfloat16.
 inline __m512i dot8(__m512i sum, __m512i w, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
   return sum;
 }
+#else
+inline __m512i dot8(__m512i sum, __m512i w, __m512i x) {
+  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
+  return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+}
+#endif
 
 struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale for each row (and group)
   const bf16* x;
   int64_t stride;
-  const int8_t* q;
-  const float* scale;    // [rows][groups]
-  const int32_t* sum;    // of the row's (and group's) int8, times what was added to the weights
+  float* floats;   // what x is, where the processor does not multiply bfloat16: [rows][inputs]
+  int8_t* q;
+  float* scale;    // [rows][groups]
+  int32_t* sum;    // of the row's (and group's) int8, times what was added to the weights
 };
 
 // The weights of the next block, on their way into the cache while this one is multiplied: memory is read all the time,
@@ -42,6 +51,21 @@ struct Ahead {
   }
 };
 
+inline __m512i pair_at(const bf16* at) {
+  int pair;
+  std::memcpy(&pair, at, 4);
+  return _mm512_set1_epi32(pair);
+}
+
+// Pairs of two times 16 outputs' weights, times a pair of inputs in float32.
+inline void dot2(__m512& a, __m512& b, __m512i wa, __m512i wb, const float* x) {
+  const __m512 first = _mm512_set1_ps(x[0]), second = _mm512_set1_ps(x[1]);
+  a = _mm512_fmadd_ps(firsts(wa), first, a);
+  b = _mm512_fmadd_ps(firsts(wb), first, b);
+  a = _mm512_fmadd_ps(seconds(wa), second, a);
+  b = _mm512_fmadd_ps(seconds(wb), second, b);
+}
+
 // sums[i] = the 32 outputs of row i
 template <int M>
 void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
@@ -58,14 +82,16 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead
     } else {
       ahead.fetch(p);
     }
-    const __m512bh wa = bits(_mm512_load_si512(w)), wb = bits(_mm512_load_si512(w + 64));
+    const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++) {
-      int u;
-      std::memcpy(&u, x + i * in.stride + 2 * p, 4);
-      const __m512bh xu = bits(_mm512_set1_epi32(u));
-      a[i] = _mm512_dpbf16_ps(a[i], wa, xu);
-      b[i] = _mm512_dpbf16_ps(b[i], wb, xu);
+      if constexpr (PAIRS) {
+        const __m512i xu = pair_at(x + i * in.stride + 2 * p);
+        a[i] = dot2(a[i], wa, xu);
+        b[i] = dot2(b[i], wb, xu);
+      } else {
+        dot2(a[i], b[i], wa, wb, in.floats + int64_t(row + i) * m.k + 2 * p);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -81,15 +107,18 @@ inline void pair_bf16(const Matrix& m, int block, const Input& in, int row, floa
   __m512 a[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, b[2] = {a[0], a[0]};
   const bf16* x = in.x + int64_t(row) * in.stride;
   for (int p = 0; p < m.k / 2; p++) {
-    int u;
-    std::memcpy(&u, x + 2 * p, 4);
-    const __m512bh xu = bits(_mm512_set1_epi32(u));
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
       _mm_prefetch((const char*)w[i] + 2048, _MM_HINT_T0);
       _mm_prefetch((const char*)w[i] + 2112, _MM_HINT_T0);
-      a[i] = _mm512_dpbf16_ps(a[i], bits(_mm512_load_si512(w[i])), xu);
-      b[i] = _mm512_dpbf16_ps(b[i], bits(_mm512_load_si512(w[i] + 64)), xu);
+      const __m512i wa = _mm512_load_si512(w[i]), wb = _mm512_load_si512(w[i] + 64);
+      if constexpr (PAIRS) {
+        const __m512i xu = pair_at(x + 2 * p);
+        a[i] = dot2(a[i], wa, xu);
+        b[i] = dot2(b[i], wb, xu);
+      } else {
+        dot2(a[i], b[i], wa, wb, in.floats + int64_t(row) * m.k + 2 * p);
+      }
       w[i] += 128;
     }
   }
@@ -335,6 +364,9 @@ void multiply(const Matrix& m, const Input& in, int rows, int first, int last, O
   }
 }
 
+// Whether rows must be made into something else before they are multiplied with a matrix.
+inline bool converts(const Matrix& m) { return m.kind != BF16 || !PAIRS; }
+
 // int8 of x[0..k) as the matrix wants them: each group with a scale of its own.
 inline void quantize(const Matrix& m, const bf16* x, int8_t* q, float* scale, int32_t* sum) {
   for (int g = 0, left = m.k; left > 0; g++, left -= m.group, x += m.group, q += m.group) {
@@ -352,6 +384,16 @@ inline void quantize(const Matrix& m, const bf16* x, int8_t* q, float* scale, in
     scale[g] = top / 127.f;
     sum[g] = m.zero() * _mm512_reduce_add_epi32(total);
   }
+}
+
+// A row as the matrix wants it.
+inline void convert(const Matrix& m, const Input& in, int row) {
+  const bf16* x = in.x + row * in.stride;
+  if (m.kind != BF16) {
+    const int64_t groups = m.groups();
+    return quantize(m, x, in.q + int64_t(row) * m.k, in.scale + row * groups, in.sum + row * groups);
+  }
+  for (int i = 0; i < m.k; i += 16) _mm512_storeu_ps(in.floats + int64_t(row) * m.k + i, wide(x + i));
 }
 
 }  // namespace loradock

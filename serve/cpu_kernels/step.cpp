@@ -102,7 +102,7 @@ struct Decoder : Shape {
   Buffer<float> residual, added, whole;
   Buffer<bf16> x, qkv, y, act, t;
   Buffer<int8_t> q;
-  Buffer<float> q_scale;
+  Buffer<float> q_scale, floats;
   Buffer<int32_t> q_sum, request;
 };
 
@@ -184,12 +184,6 @@ inline __m512 capped(__m512 v, float cap) {
   return _mm512_mul_ps(tanh, _mm512_set1_ps(cap));
 }
 
-inline __m512bh pair_at(const bf16* at) {
-  int pair;
-  std::memcpy(&pair, at, 4);
-  return bits(_mm512_set1_epi32(pair));
-}
-
 // ---- adapters --------------------------------------------------------------------------------------------------------
 
 // The sums of 16 outputs of neighbouring rows with the same adapter, and what it adds to them: its pairs of ranks one by one.
@@ -199,9 +193,9 @@ void expand(const char* b, int pairs, const bf16* t, int64_t stride, float* sums
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) v[i] = _mm512_load_ps(sums + i * WIDTH);
   for (int k = 0; k < pairs; k++) {
-    const __m512bh bk = bits(_mm512_load_si512(b + size_t(k) * 64));
+    const __m512i bk = _mm512_load_si512(b + size_t(k) * 64);
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) v[i] = _mm512_dpbf16_ps(v[i], bk, pair_at(t + i * stride + 2 * k));
+    for (int i = 0; i < M; i++) v[i] = dot2(v[i], bk, pair_at(t + i * stride + 2 * k));
   }
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) _mm512_store_ps(sums + i * WIDTH, v[i]);
@@ -327,8 +321,7 @@ struct Step {
 // Of 32 bfloat16: those at even and those at odd places.
 inline void split(const bf16* at, __m512& even, __m512& odd) {
   const __m512i v = _mm512_loadu_si512(at);
-  even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-  odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)));
+  even = firsts(v), odd = seconds(v);
 }
 
 // Those at even and those at odd places come together again.
@@ -607,14 +600,14 @@ struct Queries {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) s[i][j] = _mm512_setzero_ps();
     for (int at = 0; at < HEAD; at += 2) {
-      __m512bh k[4];
+      __m512i k[4];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) k[j] = bits(_mm512_load_si512(packed.k[at / 2] + 16 * j));
+      for (int j = 0; j < 4; j++) k[j] = _mm512_load_si512(packed.k[at / 2] + 16 * j);
 #pragma GCC unroll 6
       for (int i = 0; i < STRIP; i++) {
-        const __m512bh qi = pair_at(q[row + i] + at);
+        const __m512i qi = pair_at(q[row + i] + at);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) s[i][j] = _mm512_dpbf16_ps(s[i][j], k[j], qi);
+        for (int j = 0; j < 4; j++) s[i][j] = dot2(s[i][j], k[j], qi);
       }
     }
 #pragma GCC unroll 6
@@ -641,14 +634,15 @@ struct Queries {
     const float top = _mm512_reduce_max_ps(highest);
     float by = 1;
     if (top > most[row]) by = std::exp(most[row] - top), most[row] = top;
-    const __m512 m = _mm512_set1_ps(most[row]), one = _mm512_castsi512_ps(_mm512_set1_epi16(0x3f80));
+    const __m512 m = _mm512_set1_ps(most[row]);
+    const __m512i one = _mm512_set1_epi16(0x3f80);
     __m512 all = _mm512_mul_ps(_mm512_load_ps(total[row]), _mm512_set1_ps(by));
     for (int j = 0; j < 4; j++)
       s[j] = _mm512_maskz_mov_ps(__mmask16(seen >> 16 * j), probable(_mm512_sub_ps(s[j], m)));
     for (int j = 0; j < 4; j += 2) {
-      const __m512bh two = _mm512_cvtne2ps_pbh(s[j + 1], s[j]);
-      all = _mm512_dpbf16_ps(all, two, bits(_mm512_castps_si512(one)));
-      std::memcpy(p + 16 * j, &two, 64);
+      const __m512i two = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(s[j])), narrow(s[j + 1]), 1);
+      all = dot2(all, two, one);
+      _mm512_store_si512(p + 16 * j, two);
     }
     _mm512_store_ps(total[row], all);
     return by;
@@ -663,14 +657,14 @@ struct Queries {
 #pragma GCC unroll 4
       for (int j = 0; j < N; j++) s[i][j] = _mm512_mul_ps(_mm512_load_ps(sum[row + i] + at + 16 * j), _mm512_set1_ps(by[i]));
     for (int two = begin; two < end; two++) {
-      __m512bh v[N];
+      __m512i v[N];
 #pragma GCC unroll 4
-      for (int j = 0; j < N; j++) v[j] = bits(_mm512_load_si512(packed.v[two] + at + 16 * j));
+      for (int j = 0; j < N; j++) v[j] = _mm512_load_si512(packed.v[two] + at + 16 * j);
 #pragma GCC unroll 6
       for (int i = 0; i < STRIP; i++) {
-        const __m512bh pi = pair_at(p[i] + 2 * two);
+        const __m512i pi = pair_at(p[i] + 2 * two);
 #pragma GCC unroll 4
-        for (int j = 0; j < N; j++) s[i][j] = _mm512_dpbf16_ps(s[i][j], v[j], pi);
+        for (int j = 0; j < N; j++) s[i][j] = dot2(s[i][j], v[j], pi);
       }
     }
 #pragma GCC unroll 6
@@ -859,19 +853,17 @@ struct Team : Sharing {
 
   // The adapters' part of the way in, and int8 if the matrix wants them.
   Input prepare(const Matrix& m, const Delta& delta, const bf16* x, int64_t stride) {
-    Input in{x, stride, mine(d.q), mine(d.q_scale), mine(d.q_sum)};
+    Input in{x, stride, mine(d.floats), mine(d.q), mine(d.q_scale), mine(d.q_sum)};
     const int shrinks = delta ? delta.pieces() : 0;
-    const int quantizes = m.kind != BF16 ? s.rows : 0, groups = m.groups();
+    const int converts = loradock::converts(m) ? s.rows : 0;
     auto work = [&](int first, int last) {
       for (int i = first; i < last; i++)
         if (i < shrinks)
           delta.shrink(i, x, stride);
         else
-          quantize(m, x + (i - shrinks) * stride, const_cast<int8_t*>(in.q) + int64_t(i - shrinks) * m.k,
-                   const_cast<float*>(in.scale) + int64_t(i - shrinks) * groups,
-                   const_cast<int32_t*>(in.sum) + int64_t(i - shrinks) * groups);
+          convert(m, in, i - shrinks);
     };
-    const int all = shrinks + quantizes;
+    const int all = shrinks + converts;
     if (all && alone())
       work(0, all);
     else if (all)
@@ -1015,20 +1007,19 @@ void together(int threads, F&& work) {
 template <class F>
 void alone(const Matrix& m, const bf16* x, int64_t stride, int rows, F&& work) {
   static Buffer<int8_t> q;
-  static Buffer<float> scale;
+  static Buffer<float> scale, floats;
   static Buffer<int32_t> sum;
   static Phases phases;
   const int groups = m.groups(), most = omp_get_max_threads();
   if (m.kind != BF16) q.need(size_t(rows) * m.k), scale.need(size_t(rows) * groups), sum.need(size_t(rows) * groups);
-  const Input in{x, stride, q.data, scale.data, sum.data};
+  if (m.kind == BF16 && !PAIRS) floats.need(size_t(rows) * m.k);
+  const Input in{x, stride, floats.data, q.data, scale.data, sum.data};
   phases.begin(2, most);
   together(most, [&](int thread, int threads) {
     Sharing all{phases, thread, threads};
-    if (m.kind != BF16)
+    if (converts(m))
       all.share(rows, std::max(1, rows / (8 * threads)), [&](int first, int last) {
-        for (int i = first; i < last; i++)
-          quantize(m, x + i * stride, q.data + size_t(i) * m.k, scale.data + size_t(i) * groups,
-                   sum.data + size_t(i) * groups);
+        for (int i = first; i < last; i++) convert(m, in, i);
       });
     work(all, in);
   });
@@ -1111,6 +1102,7 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
   d.y.need(n * d.heads * d.head);
   d.act.need(n * d.inner);
   d.t.need(each * (ranks + 1));
+  if (!PAIRS) d.floats.need(each * wide);
   d.q.need(each * wide);
   d.q_scale.need(each * scales);
   d.q_sum.need(each * scales);

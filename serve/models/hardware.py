@@ -14,6 +14,8 @@ from serve.errors import ConfigError
 from serve.models.host import Host
 
 GIB = 1 << 30
+# What the kernels' sources ask the compiler for (kernels.h); with VNNI and BF16 they are faster.
+FUSED = ("avx512f", "avx512bw", "avx512vl")
 # Of all processes beside weights, KV cache and adapters: imports, and a step's buffers. `make memory` measures it.
 OVERHEAD = GIB
 # Of a host whose GPU computes: CUDA and torch's compiler are there too.
@@ -38,7 +40,7 @@ def on_cpu() -> bool:
 
 def fused_step(lora_kernels: str = "auto") -> bool:
     """The kernels compute whole steps on this processor (serve/cpu_kernels/step.cpp), as the setting is."""
-    return lora_kernels == "auto" and on_cpu() and Host().instructions() >= {"avx512_bf16", "avx512_vnni"}
+    return lora_kernels == "auto" and on_cpu() and Host().instructions() >= set(FUSED)
 
 
 def one_process(environ: Mapping[str, str], workers: int) -> bool:

@@ -25,8 +25,7 @@ from serve.models.host import Host
 
 Status = Literal["ok", "warning", "problem"]
 
-# What the kernels' sources ask the compiler for (kernels.h, matrix.h); what vLLM's CPU build picks its own library by.
-FUSED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni")
+# What the kernels and vLLM's CPU build pick their code by.
 SHOWN = ("avx2", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 EXTRAS = ("optimize", "ray", "postgres", "s3", "otel", "mlflow", "wandb", "lm-eval", "genai")
 CUDA_DRIVER = 580  # the oldest driver of CUDA 13, which the pinned torch is built with
@@ -360,7 +359,7 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
     if not machine.on_cpu:
         yield Finding("kernels", "ok", "vLLM's own, on the GPU")
         return
-    lacking = [name for name in FUSED if name not in machine.host.instructions()]
+    lacking = [name for name in hardware.FUSED if name not in machine.host.instructions()]
     if config.lora_kernels == "off":
         yield Finding("kernels", "ok", "vLLM's own LoRA path (lora_kernels=off)")
     elif machine.compiler() is None:
@@ -370,7 +369,7 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding("kernels", "ok", detail)
     elif lacking:
         detail = f"LoRA kernels in vLLM's layers; the fused step needs {', '.join(lacking)}"
-        yield Finding("kernels", "warning", detail, "AMD Zen 4, Intel Sapphire Rapids and newer have them")
+        yield Finding("kernels", "warning", detail, "Intel servers since Skylake and AMD since Zen 4 have them")
     else:
         yield Finding("kernels", "ok", "the fused step for models that it knows, LoRA kernels in vLLM's layers else")
     asked, unfused = config.cpu_weights, lacking or machine.compiler() is None or config.lora_kernels != "auto"

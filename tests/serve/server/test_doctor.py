@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from serve.cli.main import app
 from serve.config import load
+from serve.models.hardware import FUSED
 from serve.models.host import Host
-from serve.server.doctor import FUSED, Finding, Machine, examine, worst
+from serve.server.doctor import Finding, Machine, examine, worst
 from serve.server.launch import own
 
 REQUIREMENTS = (
@@ -34,7 +35,7 @@ GPU = {"vllm": "0.32.0", "torch": "2.13.0"}
 def root(tmp_path):
     """The kernel's files of a Zen 5 with two cores and 24 GB."""
     root = tmp_path / "root"
-    flags = " ".join(("avx2", "avx_vnni", *FUSED))
+    flags = " ".join(("avx2", "avx_vnni", "avx512_bf16", *FUSED))
     processor = f"processor\t: 0\nmodel name\t: AMD EPYC 9B45\nflags\t\t: fpu {flags}\n\n"
     write(root, "proc/cpuinfo", processor + processor.replace(": 0", ": 1"))
     write(root, "proc/meminfo", "MemTotal: 24000000 kB\nMemAvailable: 20000000 kB\n")
@@ -139,7 +140,7 @@ def test_a_processor_without_avx2_cannot_and_one_without_avx512_is_slower(machin
     assert of(findings, "processor").status == "warning"
     kernels = of(findings, "kernels")
     assert kernels.status == "warning" and "LoRA kernels in vLLM's layers" in kernels.detail
-    assert "avx512_bf16" in kernels.detail and "Zen 4" in kernels.advice
+    assert "avx512bw" in kernels.detail and "Zen 4" in kernels.advice
     write(root, "proc/cpuinfo", "processor\t: 0\nmodel name\t: older\nflags\t\t: fpu\n")
     assert of(examine(config, machine), "processor").status == "problem"
 
