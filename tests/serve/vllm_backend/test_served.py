@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from serve.drift.prober import LOOK_SECONDS
 from tests.serve.vllm_backend.test_structured_outputs import PERSON, nested
 from tests.support.lora import CONFIG, WEIGHTS, write_tensors
 from tests.support.server import BASE, SMALL, Server, descendants, done, eventually
@@ -53,6 +54,26 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield server
 
 
+@pytest.fixture(scope="module")
+def unprobed(server: Server) -> Server:
+    """The server, once it probes no version: beside an adapter of the output layer logits are rounded otherwise."""
+    if not done(server.http.get("/v1/engines"))["data"][0]["weights"].startswith("bfloat16;"):
+        pytest.skip("nothing is drafted where no step is computed in one call")
+
+    def finished() -> list[str]:
+        lines = server.http.get("/metrics").text.splitlines()
+        return [line for line in lines if line.startswith("vllm:request_success_total")]
+
+    def untouched() -> bool:
+        before = finished()
+        assert before
+        time.sleep(LOOK_SECONDS + 2)
+        return finished() == before
+
+    assert eventually(untouched, 120), "versions are probed without an end"
+    return server
+
+
 def scores(server: Server, model: str, prompt: str) -> list[float]:
     body = {"model": model, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0}
     return done(server.http.post("/v1/completions", json=body))["choices"][0]["logprobs"]["token_logprobs"][1:-1]
@@ -61,7 +82,8 @@ def scores(server: Server, model: str, prompt: str) -> list[float]:
 def test_a_prompts_logprobs_are_its_own_models_beside_streams_of_others(server: Server):
     asked = [(model, prompt) for prompt in PROMPTS for model in (BASE, "head1", "head2")]
     quiet = [scores(server, *one) for one in asked]
-    assert max(abs(one - other) for one, other in zip(quiet[0], quiet[1], strict=True)) > 0.5
+    other_models = max(abs(one - other) for one, other in zip(quiet[0], quiet[1], strict=True))
+    assert other_models > 5
 
     def stream(model: str) -> None:
         assert server.ask(model, tokens=60, ignore_eos=True).done
@@ -77,7 +99,8 @@ def test_a_prompts_logprobs_are_its_own_models_beside_streams_of_others(server: 
         for before, after in zip(quiet * 3, busy, strict=True)
         for one, other in zip(before, after, strict=True)
     ]
-    assert max(apart) < 0.3, "logits near 20 in bfloat16 lie 0.125 apart"
+    # Logits near 20 in bfloat16 lie 0.125 apart, and what is computed in float32 is rounded elsewhere than the rest.
+    assert max(apart) < 0.1 * other_models
     assert descendants(server.process.pid) >= server.family, "nothing was restarted"
 
 
@@ -103,19 +126,18 @@ def drafted(server: Server, adapter: str) -> dict[str, float]:
     ],
     ids=["greedy", "logprobs", "seed", "both"],
 )
-def test_answers_with_drafts_are_those_without(server: Server, asked: dict[str, object]):
+def test_answers_with_drafts_are_those_without(unprobed: Server, asked: dict[str, object]):
+    server = unprobed
+
     def answer(model: str = BASE, **more: object) -> dict[str, object]:
         body = {"model": model, "prompt": 2 * ORDER + ORDER[:20], "max_tokens": 48, "ignore_eos": True}
         reply = done(server.http.post("/v1/completions", json=body | {"temperature": 0} | asked | more))
         assert not reply.get("metrics")
         return reply["choices"][0] | reply["usage"]
 
-    if not done(server.http.get("/v1/engines"))["data"][0]["weights"].startswith("bfloat16;"):
-        pytest.skip("nothing is drafted where no step is computed in one call")
     before = drafted(server, BASE)
     alone = answer(stop=["no answer has this"])  # with stop strings nothing is drafted
-    # Beside a probe of an adapter of the output layer logits are rounded otherwise: one of the two is without.
-    assert answer() in (alone, answer(stop=["no answer has this"]))
+    assert answer() == alone
     with ThreadPoolExecutor(4) as pool:
         together = [pool.submit(answer, model) for model in (BASE, "head1", BASE, "head2")]
         assert [one.result()["completion_tokens"] for one in together] == [48] * 4
