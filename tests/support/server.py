@@ -30,11 +30,14 @@ SMALL = ("--max-model-len", "4096", "--kv-cache-memory-bytes", "1G")
 # A reference that some seconds of traffic fill, and an alarm as soon.
 WATCHED = ("--drift-reference", "60", "--drift-threshold", "1e4")
 START_SECONDS = 900  # 40 on a quiet machine
+# Whether this process itself was started with preloaded libraries.
+PRELOADS = b"\0LD_PRELOAD=" in b"\0" + Path("/proc/self/environ").read_bytes()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Ours without anybody's LORADOCK_* settings."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("LORADOCK_")}
+    """Ours without anybody's LORADOCK_* settings, and without what vLLM preloads once it has made settings here."""
+    own = [name for name in os.environ if name.startswith("LORADOCK_") or (name == "LD_PRELOAD" and not PRELOADS)]
+    clean = {name: value for name, value in os.environ.items() if name not in own}
     return {**clean, "PYTHONPATH": str(ROOT), **more}
 
 
