@@ -36,6 +36,9 @@ SIF = 1e-3
 # Numbers of a mean row, and how many tokens it is the mean of: of a longer prompt every so many. A sum of so many
 # numbers of eight bits fits sixteen.
 MEAN_WIDTH, MEAN_TOKENS = 384, 256
+# A mean of few tokens says little: it is taken with so many more of zeros, so that short prompts spread no more than
+# long ones.
+NOTHING = 16
 # What an eight-bit number stands for at most, in standard deviations of the table.
 _FARTHEST = 6.0
 # What the input embedding is called in the checkpoints of the architectures that vLLM serves; the output's stands for
@@ -127,8 +130,8 @@ class Embedding:
         return (weights @ self.table.take(ids, axis=0)) / np.add.reduce(weights)
 
     def mean_row(self, tokens: ArrayLike) -> NDArray[np.float32]:
-        """(up to MEAN_WIDTH,): mean of up to MEAN_TOKENS tokens' rows, frequent ones too; nothing where it is not
-        known, zeros of nothing."""
+        """(up to MEAN_WIDTH,): mean of up to MEAN_TOKENS tokens' rows, frequent ones too, and of NOTHING rows of
+        zeros; nothing where it is not known."""
         if self.narrow is None:
             return np.zeros(0, np.float32)
         ids = np.asarray(tokens, np.int64)
@@ -136,7 +139,7 @@ class Embedding:
             ids = ids[np.arange(MEAN_TOKENS) * ids.size // MEAN_TOKENS]
         ids = _known(ids, len(self.narrow))
         total = np.add.reduce(self.narrow.take(ids, axis=0), axis=0, dtype=np.int16)
-        return total.astype(np.float32) / np.float32(max(ids.size, 1))
+        return total.astype(np.float32) / np.float32(ids.size + NOTHING)
 
 
 def _known(ids: NDArray[np.int64], vocabulary: int) -> NDArray[np.int64]:

@@ -18,6 +18,9 @@ leverage; Sherman and Morrison, Annals of Mathematical Statistics 21, 1950). Bot
 that a new row is compared with where the others would lie if they were new. Only rising bets are placed
 (`serve.drift.directions`). `tests/serve/drift/test_mean_rows.py` measures what remains.
 
+Behind the mean of its tokens a row has the scores of how surprising they are (`with_surprise`): a close genre moves
+them too, and they explain a part of what the other numbers differ by among usual requests.
+
 Rows are in memory alone: of a few hundred numbers the words of a short prompt could be made out. After a restart the
 first `needed` rows are the reference anew, and the evidence goes on.
 """
@@ -51,8 +54,16 @@ MOST_LEVERAGE = 0.9
 FARTHEST = 1.5
 # Projections that differ by less are equal.
 SAME = 2e-5
+# What a surprise of unit spread is multiplied by. The numbers of a mean row spread by some 2.5, whatever the model: so
+# whitening, with its ridge, leaves a surprise its whole weight.
+SURPRISE = 10.0
 # With fewer rows nothing is said: a covariance of hundreds of numbers needs some.
 FEWEST = 200
+
+
+def with_surprise(means: NDArray[np.float32], scores: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """A copy of mean rows (..., width) with the surprises (..., 2) of the same requests behind them, if any."""
+    return means.copy() if scores is None else np.concatenate((means, np.float32(SURPRISE) * scores), axis=-1)
 
 
 class Phase(Enum):

@@ -23,7 +23,7 @@ from serve.drift.detector import Drift
 from serve.drift.effect_size import EFFECT_HALF_LIFE
 from serve.drift.embedding import DIMENSIONS
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
-from serve.drift.mean_rows import MeanRows
+from serve.drift.mean_rows import MeanRows, with_surprise
 from serve.drift.recent_rows import RecentRows, Rows, all_finite, fade_in
 from serve.drift.reference_structure import ReferenceStructure, fit, gauge_range
 from serve.drift.state_arrays import below, own, prefixed
@@ -122,9 +122,9 @@ class Signal:
         many were taken in one piece, and whether the last of them raised the alarm."""
         left = np.array(rows, np.float32)
         while len(left) and not self.watching:
-            (raw,), part = self._parts(left[:1])
-            mean = self._means(left[:1])
-            self._gather(raw, None if part is None else part[0], None if mean is None else mean[0])
+            raws, part = self._parts(left[:1])
+            mean = self._means(left[:1], raws)
+            self._gather(raws[0], None if part is None else part[0], None if mean is None else mean[0])
             left = left[1:]
             yield 1, False
         if len(left):
@@ -133,7 +133,8 @@ class Signal:
     def _watch(self, rows: NDArray[np.float32]) -> Iterator[tuple[int, bool]]:
         detector, scale, structure = self._detector, self._scale, self._structure
         assert detector is not None and scale is not None
-        raws, means = self._parts(rows)[0], self._means(rows) if structure.exchangeable else None
+        raws = self._parts(rows)[0]
+        means = self._means(rows, raws) if structure.exchangeable else None
         if means is not None and detector.means is None:
             detector.means = MeanRows(self.needed, self._seed)
         detector.tolerated_share = self.tolerance.foreign_share
@@ -216,8 +217,7 @@ class Signal:
         return report if means is None else report | {"mean_rows": means.phase.value}
 
     def effects(self) -> dict[str, float]:
-        """How far things moved, in the units of `Tolerance`; empty while gathering. Signed, where a sign means
-        something."""
+        """How far things moved, in the units of `Tolerance`, with a sign if that means something; empty at first."""
         if self._detector is None or self._scale is None:
             return {}
         effects = {"rank_shift": float(np.abs(self._detector.rank_shift).max())}
@@ -227,8 +227,7 @@ class Signal:
         return effects | self._gauged(self._detector)
 
     def beyond(self) -> dict[str, float]:
-        """The effects above tolerance: a rise of refusals, a change of logprob in either direction, a shift of
-        ranks."""
+        """The effects above tolerance: a rise of refusals, a change of logprob in any direction, a shift of ranks."""
         return self.tolerance.beyond(self.effects())
 
     def _gauged(self, detector: Drift) -> dict[str, float]:
@@ -361,10 +360,11 @@ class Signal:
         """Numbers of a row before those that are made of its tokens."""
         return self._columns if self._tokens is None else self._columns - self._tokens.columns
 
-    def _means(self, rows: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """(n, numbers) what comes behind the sketches of the tokens."""
-        means = rows[:, self._own_columns + SKETCH :]
-        return means.copy() if means.size else None
+    def _means(self, rows: NDArray[np.float32], raws: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """(n, numbers) what comes behind the sketches of the tokens, and what those became in `raws` of `_parts`."""
+        means, own = rows[:, self._own_columns + SKETCH :], self._own_columns
+        surprises = None if self._tokens is None else raws[:, own : own + len(NAMES)]
+        return with_surprise(means, surprises) if means.size else None
 
     def _gather(self, raw: Rows, part: Rows | None, mean: Rows | None) -> None:
         if part is not None:
@@ -396,8 +396,7 @@ class Signal:
             means=self._of_mean_rows(),
             seed=self._seed,
         )
-        self._recent = np.zeros(len(self._scale.centre))
-        self._usual = np.zeros(2)
+        self._recent, self._usual = np.zeros(len(self._scale.centre)), np.zeros(2)
         gauge = self._gauge()
         if gauge is not None and not self._structure.exchangeable:
             self._usual = gauge_range((np.array(rows) - self._scale.centre) @ gauge[1])
@@ -415,21 +414,22 @@ class Signal:
         """What is measured besides ranks: its name, its direction in raw rows, and the standard deviation along it."""
         if self._scale is None or self.kind not in (OUTPUT, LOGPROB):
             return None
-        score = _REFUSAL if self.kind == OUTPUT else 0
+        name, score = ("refusal", _REFUSAL) if self.kind == OUTPUT else ("logprob", 0)
         onto = self._scale.matrix[:, score]
-        return ("refusal" if self.kind == OUTPUT else "logprob"), onto / onto[score], 1 / float(onto[score])
+        return name, onto / onto[score], 1 / float(onto[score])
 
     def _scored(self, numbers: Sequence[int]) -> list[NDArray[np.float32]]:
-        """The gathered rows of these numbers, with the scores of their tokens, which every other one of them fits.
-
-        Rows from before a restart have no tokens: those since then are the reference.
-        """
+        """The gathered rows of these numbers, those since a restart, with the scores of their tokens, which every other
+        one of them fits."""
         fitting = [self._sketches[number] for number in numbers[::2]]
         surprise, scores = TokenSurprise.fit(fitting)
         tokens = TokenScores(surprise, CommonTokens.fit(fitting) if self.kind == PROMPT else None)
         self._score_tokens(tokens)
         scored = tokens(np.array([self._sketches[number] for number in numbers], np.float32))
         scored[::2, : len(NAMES)] = scores  # as if they had not been among those that they fitted
+        for number, row in zip(numbers, scored, strict=True):
+            if number in self._mean_rows:
+                self._mean_rows[number] = with_surprise(self._mean_rows[number], row[: len(NAMES)])
         return [np.concatenate((self._gathered[number], row)) for number, row in zip(numbers, scored, strict=True)]
 
     @property

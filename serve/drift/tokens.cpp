@@ -10,7 +10,7 @@ namespace {
 
 constexpr int RUN = 6, SHORT_RUN = 3, MINIMA = 12, PLACES = 15;
 constexpr int64_t MOST_TOKENS = 8192, NUMBER = -1, EDGE = -2;
-constexpr int SAMPLED = 64, MEAN_TOKENS = 256;
+constexpr int SAMPLED = 64, MEAN_TOKENS = 256, NOTHING = 16;
 constexpr uint64_t MIX = 0x9E3779B97F4A7C15, MIX_PAIRS = 0xD6E8FEB86659FD93;
 
 inline uint64_t hashed(const int64_t* symbols, const uint64_t* factors, int64_t length) {
@@ -190,7 +190,7 @@ void loradock_tokens_features(
             const int8_t* row = embedding->narrow + id * width;
             for (int64_t c = 0; c < width; ++c) total[c] = static_cast<int16_t>(total[c] + row[c]);
         }
-        const float by = static_cast<float>(std::max<int64_t>(known, 1));
+        const float by = static_cast<float>(known + NOTHING);
         for (int64_t c = 0; c < width; ++c) mean[c] = static_cast<float>(total[c]) / by;
     }
     if (shares) {

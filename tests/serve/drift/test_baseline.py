@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+from serve.drift import mean_rows
 from serve.drift.baseline import Baseline, Phase, Provenance, Signal, Tolerance
 from serve.drift.common_tokens import COMMON
 from serve.drift.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.mean_rows import MeanRows
 from serve.drift.token_surprise import NAMES, SKETCH, sketch
 from serve.errors import ConfigError
 
@@ -130,7 +133,7 @@ def test_a_genre_that_only_mean_rows_tell_alarms_and_no_mean_row_is_written():
     for _ in range(700):
         assert not signal.update(with_mean_row(rng))
     assert signal.structure()["mean_rows"] == "ranking"
-    assert not any(48 in values.shape for values in signal.state().values())
+    assert not any({48, 50} & set(values.shape) for values in signal.state().values())
     later = baseline.successor(MINE).signals[PROMPT]
     twin = Signal(PROMPT)
     twin.restore(signal.state())
@@ -140,6 +143,56 @@ def test_a_genre_that_only_mean_rows_tell_alarms_and_no_mean_row_is_written():
         genre = np.random.default_rng(17)
         assert any(watching.update(with_mean_row(genre, 0.5 * (genre.random() < 0.5))) for _ in range(300))
         assert watching.changed_at is not None and watching.effects()["foreign_share"] > 0.03
+
+
+def of_a_hidden_genre(rng, genre=0.0):
+    """Rare tokens, and a mean row that moves with how many there are: only what the surprise does not explain tells."""
+    length, share = int(rng.integers(20, 60)), rng.random() * 0.5
+    rare = rng.random(length) < share
+    tokens = np.where(rare, rng.integers(100, 3000, length), rng.zipf(2.0, length) % 100)
+    moved = 6 * (rare.mean() - 0.25 + genre)
+    return np.concatenate((rng.standard_normal(33), sketch(tokens), rng.standard_normal(48) + moved))
+
+
+def test_mean_rows_are_compared_among_prompts_whose_tokens_surprise_as_much():
+    delays = []
+    for weight in (mean_rows.SURPRISE, 0.0):
+        rng, signal = np.random.default_rng(20), Signal(PROMPT, needed=600, seed=1)
+        with patch.object(mean_rows, "SURPRISE", weight):
+            for _ in range(600):
+                signal.update(of_a_hidden_genre(rng))
+            alarms = (now for now in range(1000) if signal.update(of_a_hidden_genre(rng, 0.1)))
+            delays.append(next(alarms, 1000))
+    assert delays[0] < 0.6 * delays[1], delays
+
+
+def test_surprises_in_mean_rows_are_as_large_in_the_half_that_they_were_fitted_on():
+    # With itself in the counts, a prompt surprises less by half a standard deviation and more.
+    rng, signal = np.random.default_rng(21), Signal(PROMPT, needed=1000, seed=1)
+    gathered = [with_mean_row(rng) for _ in range(1000)]
+    with patch.object(MeanRows, "of", wraps=MeanRows.of) as of:
+        for row in gathered:
+            signal.update(row)
+    surprises = np.array(of.call_args.args[0])[:, 48:] / mean_rows.SURPRISE
+    assert surprises.shape == (1000, 2)
+    later = np.array([signal.raw(with_mean_row(rng))[33:35] for _ in range(1000)])
+    for half in (surprises[::2], surprises[1::2]):
+        assert np.abs(half.mean(axis=0) - later.mean(axis=0)).max() < 0.2
+    own = np.array([signal.raw(row)[33:35] for row in gathered[::2]])
+    assert (later.mean(axis=0) - own.mean(axis=0)).max() > 0.4
+
+
+def test_mean_rows_of_a_baseline_without_surprises_are_ranked_as_they_are():
+    rng = np.random.default_rng(22)
+    earlier = Signal(PROMPT, needed=300)
+    for _ in range(310):
+        earlier.update(rng.standard_normal(33))
+    signal = Signal(PROMPT)
+    signal.restore(earlier.state())
+    for _ in range(300):
+        signal.update(with_mean_row(rng))
+    assert signal.structure()["mean_rows"] == "ranking"
+    assert any(signal.update(with_mean_row(rng, 0.8)) for _ in range(200))
 
 
 @pytest.mark.parametrize("needed", [210, 45])  # with mean rows that are ranked, and without

@@ -81,3 +81,11 @@ def test_which_tokens_are_numbers_is_read_from_the_tokenizer(tmp_path):
 def test_common_tokens_weigh_less():
     embedding = Embedding.project(TABLE.numpy())
     assert embedding.weights[0] < 0.02 < embedding.weights[-1]
+
+
+def test_mean_rows_of_short_prompts_spread_no_more_than_those_of_long_ones():
+    rng = np.random.default_rng(0)
+    embedding = Embedding.project(rng.standard_normal((500, 96)).astype(np.float32))
+    spreads = [np.std([embedding.mean_row(rng.integers(0, 500, length)) for _ in range(300)]) for length in (4, 16, 60)]
+    assert max(spreads) < 1.4 * min(spreads)
+    assert not embedding.mean_row([]).any()
