@@ -117,7 +117,7 @@ def stream(usual: str, foreign: str, share: float, after: int, seed: int, alone:
     for _ in range(NEEDED):
         row = prompt_rows(usual)[next(ours)]
         signal.update(row)
-        means.append(signal._means(row[None])[0])
+        means.append(row[-embedding().mean_width :])
     reference = signal._detector._directions._bag[: signal._detector._directions._size].astype(np.float64)
     evidence, scores, alarm = [], [], None
     for request in range(BEFORE + after):
@@ -132,7 +132,7 @@ def stream(usual: str, foreign: str, share: float, after: int, seed: int, alone:
                 break
             continue
         scores.append(signal._scale(signal._parts(row[None])[0])[0])
-        means.append(signal._means(row[None])[0])
+        means.append(row[-embedding().mean_width :])
     if alone:
         return Stream({"evidence": np.array(evidence)}, alarm)
     said = {"evidence": np.array(evidence)}
