@@ -4,7 +4,8 @@
     python -m tests.campaigns.drift_delays --unchanged 4
 
 The scores were tuned on the texts `tuned`, the directions of mean rows and when effects are looked for on
-`learned`, German and finance; nothing was on `reported` and `fresh`, which docs/benchmarks.md shows. A stream is a
+`learned`, German and finance, what mean rows are made of on `mixtures` (stories and privacy policies among them);
+nothing else was on `reported` and `fresh`, which docs/benchmarks.md shows. A stream is a
 reference of 1,000 prompts, 300 more of the same kind, and then the change. First comes what an operator meets: the
 requests until the evidence reaches 100,000, and until the alarm (evidence and effect). Then every method looks at
 the same scores (the last one at mean rows) and has the threshold that 1 in 20 streams of 2,000 unchanged requests
@@ -83,6 +84,18 @@ CHANGES = {
         *changes("biographies among court rulings (close)", "rulings", "biographies", 20),
         *changes("biographies among medical abstracts (far)", "abstracts", "biographies", 20),
         *changes("German among questions", "general", "german", 10),
+    ],
+    "mixtures": [
+        *changes("novels among biographies", "biographies", "novels", 20),
+        *changes("biographies among court rulings", "rulings", "biographies", 10),
+        *changes("court rulings among biographies", "biographies", "rulings", 10),
+        *changes("court rulings among medical abstracts", "abstracts", "rulings", 10),
+        *changes("medical abstracts among biographies", "biographies", "abstracts", 10),
+        *changes("medical abstracts among court rulings", "rulings", "abstracts", 10),
+        *changes("questions on health among questions", "general", "health", 10),
+        *changes("questions on finance among questions", "general", "finance", 10),
+        *changes("stories among biographies", "biographies", "stories", 10),
+        *changes("privacy policies among court rulings", "rulings", "policies", 10),
     ],
 }
 
