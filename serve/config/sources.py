@@ -90,10 +90,10 @@ def _from_flags(arguments: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    """LORADOCK_*; a few of those names belong to the client commands."""
-    client = {"CONFIG", "URL", "KEY"}
+    """LORADOCK_*; a few of those names belong to the client commands, one to those who try the kernels."""
+    others = {"CONFIG", "URL", "KEY", "CPU_MARCH"}
     names = {key: key[len(PREFIX) :] for key in environ if key.startswith(PREFIX)}
-    return {_name(name, "the variable"): environ[key] for key, name in names.items() if name not in client}
+    return {_name(name, "the variable"): environ[key] for key, name in names.items() if name not in others}
 
 
 def _from_file(file: str) -> dict[str, Any]:

@@ -20,8 +20,11 @@ log = logging.getLogger("loradock")
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("kernels.cpp", "step.cpp", "packing.cpp")]
-HEADERS = [FOLDER / name for name in ("kernels.h", "matrix.h", "products.h")]
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+HEADERS = [FOLDER / name for name in ("kernels.h", "matrix.h", "products.h", "vectors.h", "avx512.h", "avx2.h")]
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+# Another processor to compile for than the one at hand, as the compiler names it: what an older one computes with can be
+# tried on a newer one (LORADOCK_CPU_MARCH=haswell is AVX2, skylake-avx512 is AVX-512 without VNNI and BF16).
+MARCH = "LORADOCK_CPU_MARCH"
 
 
 def compiler() -> str | None:
@@ -96,7 +99,8 @@ def _compiled() -> Path | None:
     libraries = Path(torch.__file__).parent / "lib"
     # OpenMP's functions come from whichever OpenMP torch runs on: a second one beside it would fight for the cores.
     link = [f"-L{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--unresolved-symbols=ignore-all"]
-    path = compiled("kernels", dict.fromkeys(SOURCES, FLAGS), HEADERS, link, (torch.__version__,))
+    flags = [f"-march={os.environ.get(MARCH) or 'native'}", *FLAGS]
+    path = compiled("kernels", dict.fromkeys(SOURCES, flags), HEADERS, link, (torch.__version__,))
     if path is None:
         log.warning("no C++ compiler for the CPU LoRA kernels: plain torch operations take their place; install g++")
     return path

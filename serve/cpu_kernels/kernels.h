@@ -14,45 +14,9 @@
 
 #include <omp.h>
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-#define WIDE 1
-#endif
+#include "vectors.h"
 
 namespace loradock {
-
-struct bf16 {
-  uint16_t bits;
-};
-#if defined(__FLT16_MANT_DIG__)
-typedef _Float16 half;
-#else
-struct half {
-  uint16_t bits;
-};
-#endif
-
-inline float to_float(float v) { return v; }
-inline float to_float(bf16 v) {
-  uint32_t u = uint32_t(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-inline void put(float& out, float v) { out = v; }
-inline void put(bf16& out, float v) {
-  uint32_t u;
-  std::memcpy(&u, &v, 4);
-  // To the nearest, ties to even; a NaN stays one.
-  if ((u & 0x7fffffff) > 0x7f800000)
-    out.bits = uint16_t((u >> 16) | 0x40);
-  else
-    out.bits = uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-#if defined(__FLT16_MANT_DIG__)
-inline float to_float(half v) { return float(v); }
-inline void put(half& out, float v) { out = half(v); }
-#endif
 
 constexpr int CHUNK = 32;         // tokens of one slot that are worked on together
 constexpr int FEW_ROWS = 64, FEW_CHUNK = 8;  // fewer in so short a step: there is work for every thread
@@ -123,39 +87,24 @@ inline void add_to(T* y, const float* sum, int n) {
   for (int o = 0; o < n; o++) put(y[o], to_float(y[o]) + sum[o]);
 }
 
-#ifdef WIDE
-// The lanes of a vector of 16 that hold one of the `left` values that remain.
-inline __mmask16 lanes(int left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
-#endif
-
 #if defined(WIDE) && defined(__FLT16_MANT_DIG__)
 // float16 by hand: compilers of today convert it one by one.
-inline __m512 wide(const half* at, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at)); }
-
 template <>
 inline float dot<half>(const half* x, const half* a, int n) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int k = 0; k < n; k += 16) sum = _mm512_fmadd_ps(wide(x + k, lanes(n - k)), wide(a + k, lanes(n - k)), sum);
-  return _mm512_reduce_add_ps(sum);
+  Floats sum = spread(0.f);
+  for (int k = 0; k < n; k += 16) sum = fma(wide(x + k, n - k), wide(a + k, n - k), sum);
+  return sum_of(sum);
 }
 
 template <>
 inline void add_scaled<half>(float* sum, float v, const half* b, int n) {
-  const __m512 by = _mm512_set1_ps(v);
-  for (int o = 0; o < n; o += 16) {
-    const __mmask16 mask = lanes(n - o);
-    const __m512 was = _mm512_maskz_loadu_ps(mask, sum + o);
-    _mm512_mask_storeu_ps(sum + o, mask, _mm512_fmadd_ps(by, wide(b + o, mask), was));
-  }
+  const Floats by = spread(v);
+  for (int o = 0; o < n; o += 16) store(sum + o, fma(by, wide(b + o, n - o), load(sum + o, n - o)), n - o);
 }
 
 template <>
 inline void add_to<half>(half* y, const float* sum, int n) {
-  for (int o = 0; o < n; o += 16) {
-    const __mmask16 mask = lanes(n - o);
-    const __m512 now = _mm512_add_ps(wide(y + o, mask), _mm512_maskz_loadu_ps(mask, sum + o));
-    _mm256_mask_storeu_epi16(y + o, mask, _mm512_cvtps_ph(now, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
+  for (int o = 0; o < n; o += 16) store(y + o, wide(y + o, n - o) + load(sum + o, n - o), n - o);
 }
 #endif
 
@@ -182,88 +131,52 @@ struct Plain {
   }
 };
 
-// ---- bfloat16 with AVX-512 ---------------------------------------------------------------------------------------------
+// ---- bfloat16 in vectors ---------------------------------------------------------------------------------------------
 
 #ifdef WIDE
-// Of 32 bfloat16 in pairs: the first of each, and the second.
-inline __m512 firsts(__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
-inline __m512 seconds(__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000))); }
-
-#ifdef __AVX512BF16__
-constexpr bool PAIRS = true;
-// sum + a b, summed over the two of each pair.
-inline __m512 dot2(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-inline __m256i narrow(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-#else
-constexpr bool PAIRS = false;
-inline __m512 dot2(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_fmadd_ps(seconds(a), seconds(b), _mm512_fmadd_ps(firsts(a), firsts(b), sum));
-}
-inline __m256i narrow(__m512 v) {  // to the nearest, ties to even; a NaN stays one
-  const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 none = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, none, _mm512_set1_epi32(0x7fc00000)), 16));
-}
-#endif
-
-// Sixteen vectors become the sixteen sums of their lanes.
-inline __m512 sums(const __m512* v) {
-  __m512 s[8], q[4];
-  for (int i = 0; i < 8; i++)
-    s[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 4; i++) {
-    const __m512d a = _mm512_castps_pd(s[2 * i]), b = _mm512_castps_pd(s[2 * i + 1]);
-    q[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4(q[0], q[1], 0x88), _mm512_shuffle_f32x4(q[0], q[1], 0xdd));
-  const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(q[2], q[3], 0x88), _mm512_shuffle_f32x4(q[2], q[3], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd));
-}
-
 struct Fast {
   template <int T, int R>
-  static inline __attribute__((always_inline)) void shrink_tile(const bf16* a, int in, const bf16* x, int64_t stride,
-                                                                const int32_t* tokens, bf16* t, int64_t t_stride) {
-    __m512 sum[16];
+  static ALWAYS void shrink_tile(const bf16* a, int in, const bf16* x, int64_t stride, const int32_t* tokens, bf16* t,
+                                 int64_t t_stride) {
+    Floats sum[SUMS];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
+    for (int i = 0; i < SUMS; i++) sum[i] = spread(0.f);
     const bf16* xs[T];
     for (int i = 0; i < T; i++) xs[i] = x + tokens[i] * stride;
     int k = 0;
     for (; k + 32 <= in; k += 32) {
-      __m512i xv[T];
+      Ints xv[T];
 #pragma GCC unroll 4
-      for (int i = 0; i < T; i++) xv[i] = _mm512_loadu_si512(xs[i] + k);
+      for (int i = 0; i < T; i++) xv[i] = load64(xs[i] + k);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const __m512i av = _mm512_loadu_si512(a + size_t(r) * in + k);
+        const Ints av = load64(a + size_t(r) * in + k);
 #pragma GCC unroll 4
         for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, xv[i]);
       }
     }
     if (k < in) {
-      const __mmask32 mask = (__mmask32)((1u << (in - k)) - 1);
       for (int r = 0; r < R; r++) {
-        const __m512i av = _mm512_maskz_loadu_epi16(mask, a + size_t(r) * in + k);
-        for (int i = 0; i < T; i++)
-          sum[i * R + r] = dot2(sum[i * R + r], av, _mm512_maskz_loadu_epi16(mask, xs[i] + k));
+        const Ints av = load_pairs(a + size_t(r) * in + k, in - k);
+        for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, load_pairs(xs[i] + k, in - k));
       }
     }
-    alignas(64) bf16 done[32];
-    _mm256_store_si256((__m256i*)done, narrow(sums(sum)));
+    alignas(64) bf16 done[SUMS];
+    sums(sum, done);
     for (int i = 0; i < T; i++) std::memcpy(t + i * t_stride, done + i * R, R * sizeof(bf16));
   }
 
   template <int T>
   static void shrink_rows(const bf16* a, int in, const bf16* x, int64_t stride, const int32_t* tokens, int rows, bf16* t,
                           int64_t t_stride) {
+    constexpr int R = SUMS / T;  // as many rows of A as there is room for sums
     int r = 0;
-    if constexpr (T == 1)
-      for (; r + 16 <= rows; r += 16) shrink_tile<1, 16>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
-    if constexpr (T <= 2)
+    if constexpr (R > 8)
+      for (; r + R <= rows; r += R) shrink_tile<T, R>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
+    if constexpr (R >= 8)
       for (; r + 8 <= rows; r += 8) shrink_tile<T, 8>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
-    for (; r + 4 <= rows; r += 4) shrink_tile<T, 4>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
+    constexpr int FEW = std::min(R, 4);
+    for (; r + FEW <= rows; r += FEW) shrink_tile<T, FEW>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
     for (; r < rows; r++) shrink_tile<T, 1>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
   }
 
@@ -278,22 +191,19 @@ struct Fast {
       for (i = 0; i < n; i++) t[i * t_stride + w.rank].bits = 0;
   }
 
+  // 16 U outputs of T tokens; `count` of them, where U is 1.
   template <int T, int U>
-  static inline __attribute__((always_inline)) void expand_tile(const bf16* const* ts, int pairs, const char* b,
-                                                                bf16* const* ys, __mmask16 mask) {
-    __m512 sum[T * U];
+  static ALWAYS void expand_tile(const bf16* const* ts, int pairs, const char* b, bf16* const* ys, int count) {
+    Floats sum[T * U];
 #pragma GCC unroll 16
-    for (int i = 0; i < T * U; i++) sum[i] = _mm512_setzero_ps();
+    for (int i = 0; i < T * U; i++) sum[i] = spread(0.f);
     for (int k = 0; k < pairs; k++) {
-      __m512i bv[U];
+      Ints bv[U];
 #pragma GCC unroll 4
-      for (int u = 0; u < U; u++)
-        bv[u] = _mm512_load_si512(b + (size_t(u) * pairs + k) * 64);
+      for (int u = 0; u < U; u++) bv[u] = load64(b + (size_t(u) * pairs + k) * 64);
 #pragma GCC unroll 4
       for (int i = 0; i < T; i++) {
-        int pair;
-        std::memcpy(&pair, ts[i] + 2 * k, 4);
-        const __m512i tv = _mm512_set1_epi32(pair);
+        const Ints tv = pair_at(ts[i] + 2 * k);
 #pragma GCC unroll 4
         for (int u = 0; u < U; u++) sum[i * U + u] = dot2(sum[i * U + u], bv[u], tv);
       }
@@ -303,27 +213,26 @@ struct Fast {
 #pragma GCC unroll 4
       for (int u = 0; u < U; u++) {
         bf16* y = ys[i] + 16 * u;
-        const __m256i old = U == 1 ? _mm256_maskz_loadu_epi16(mask, y) : _mm256_loadu_si256((const __m256i*)y);
-        const __m512 was = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(old), 16));
-        const __m256i now = narrow(_mm512_add_ps(was, sum[i * U + u]));
         if (U == 1)
-          _mm256_mask_storeu_epi16(y, mask, now);
+          store(y, wide(y, count) + sum[i * U + u], count);
         else
-          _mm256_storeu_si256((__m256i*)y, now);
+          store(y, wide(y) + sum[i * U + u]);
       }
   }
 
   template <int T>
   static void expand_some(const char* b, int pairs, const bf16* const* ts, bf16* const* ys, int count) {
+    constexpr int U = std::min(4, SUMS / T);
     bf16* at[T];
     for (int i = 0; i < T; i++) at[i] = ys[i];
     int o = 0;
-    for (; o + 64 <= count; o += 64) {
-      expand_tile<T, 4>(ts, pairs, b + size_t(o) * pairs * 4, at, 0xffff);
-      for (int i = 0; i < T; i++) at[i] += 64;
-    }
+    if constexpr (U > 1)
+      for (; o + 16 * U <= count; o += 16 * U) {
+        expand_tile<T, U>(ts, pairs, b + size_t(o) * pairs * 4, at, 0);
+        for (int i = 0; i < T; i++) at[i] += 16 * U;
+      }
     for (; o < count; o += 16) {
-      expand_tile<T, 1>(ts, pairs, b + size_t(o) * pairs * 4, at, lanes(count - o));
+      expand_tile<T, 1>(ts, pairs, b + size_t(o) * pairs * 4, at, count - o);
       for (int i = 0; i < T; i++) at[i] += 16;
     }
   }

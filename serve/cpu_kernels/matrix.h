@@ -1,6 +1,6 @@
 // A matrix of weights as the processor's dot products want it: blocks of 32 outputs, packed once (`packing.cpp`) and read by
-// every product (`products.h`). bfloat16 lies in pairs of inputs; int8 in fours, with 128 added; 4 bits, with 8 added, in
-// eights: the lower halves of four bytes are the first four inputs. Before each group of them are its scales, bfloat16, and
+// every product (`products.h`). bfloat16 lies in pairs of inputs; int8 in fours, and 4 bits in eights, with
+// what the dot products want added (`zero`): the lower halves of four bytes are the first four inputs. Before each group of them are its scales, bfloat16, and
 // eighths of its offsets where there are any.
 #pragma once
 
@@ -42,7 +42,7 @@ struct Matrix {
   int output(int b, int j) const { return paired ? (j < 16 ? 0 : n / 2 - 16) + b * 16 + j : b * WIDTH + j; }
   int groups() const { return (k + group - 1) / group; }
   // What is added to a weight so that it has no sign.
-  int zero() const { return kind == GROUP4 ? 8 : 128; }
+  int zero() const { return kind == GROUP4 ? ZERO4 : ZERO8; }
   size_t block_bytes() const {
     if (kind == BF16) return size_t(k) * WIDTH * 2;
     return kind == GROUP4 ? size_t(k) * WIDTH / 2 + size_t(groups()) * (offsets ? 128 : 64) : size_t(k) * WIDTH;
@@ -52,11 +52,6 @@ struct Matrix {
     return data.data + b * block_bytes() + size_t(g) * ((offsets ? 128 : 64) + group * WIDTH / 2);
   }
 };
-
-inline __m512 wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
-inline __m512 wide(const bf16* at) { return wide(_mm256_loadu_si256((const __m256i*)at)); }
-inline __m512 rounded(__m512 v) { return wide(narrow(v)); }
-inline void store(bf16* at, __m512 v) { _mm256_storeu_si256((__m256i*)at, narrow(v)); }
 
 extern std::vector<std::unique_ptr<Matrix>> matrices;
 

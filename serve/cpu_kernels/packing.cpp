@@ -118,65 +118,60 @@ struct Group4 {
 struct Fit {
   int n;
   bool offsets;
-  __m512 w[128], scale, offset, error;
+  Floats w[128], scale, offset, error;
 
   // Numbers of 0 to 15, less 8, that are nearest.
-  inline __m512 numbers(int i, __m512 from, __m512 by) const {
-    const __m512 v = _mm512_roundscale_ps(_mm512_mul_ps(_mm512_sub_ps(w[i], from), by), 0);
-    return _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-8)), _mm512_set1_ps(7));
+  inline Floats numbers(int i, Floats from, Floats by) const {
+    return min(max(nearest((w[i] - from) * by), spread(-8.f)), spread(7.f));
   }
 
   // a / b, and 0 where b is 0.
-  static inline __m512 ratio(__m512 a, __m512 b) {
-    return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b, _mm512_setzero_ps(), _CMP_NEQ_OQ), a, b);
-  }
+  static inline Floats ratio(Floats a, Floats b) { return only(differ(b, spread(0.f)), a / b); }
 
   // Inputs [first, first + n) of rows [row, row + 16) of W [., k].
   void take(const bf16* from, int row, int k, int first) {
     alignas(64) float rows[16][128], lanes[16];
     for (int j = 0; j < 16; j++)
-      for (int i = 0; i < n; i += 16) _mm512_store_ps(rows[j] + i, wide(from + size_t(row + j) * k + first + i));
+      for (int i = 0; i < n; i += 16) loradock::store(rows[j] + i, wide(from + size_t(row + j) * k + first + i));
     for (int i = 0; i < n; i++) {
       for (int j = 0; j < 16; j++) lanes[j] = rows[j][i];
-      w[i] = _mm512_load_ps(lanes);
+      w[i] = load(lanes);
     }
     search();
   }
 
   // Numbers by each of several scales, then the least squares' scale (and offset) for these numbers.
   void search() {
-    const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1), count = _mm512_set1_ps(n);
-    __m512 low = w[0], high = w[0], sum = zero;
-    for (int i = 0; i < n; i++)
-      low = _mm512_min_ps(low, w[i]), high = _mm512_max_ps(high, w[i]), sum = _mm512_add_ps(sum, w[i]);
+    const Floats zero = spread(0.f), one = spread(1.f), count = spread(float(n));
+    Floats low = w[0], high = w[0], sum = zero;
+    for (int i = 0; i < n; i++) low = min(low, w[i]), high = max(high, w[i]), sum = sum + w[i];
     // The widest with its sign: 4 bits reach from -8 to 7.
-    const __m512 widest = _mm512_mask_mov_ps(high, _mm512_cmp_ps_mask(_mm512_sub_ps(zero, low), high, _CMP_GT_OQ), low);
-    scale = offset = zero, error = _mm512_set1_ps(INFINITY);
+    const Floats widest = choose(less(high, zero - low), low, high);
+    scale = offset = zero, error = spread(INFINITY);
     for (int t = -TRIES / 2; t <= TRIES / 2; t++) {
-      const __m512 first = offsets ? _mm512_div_ps(_mm512_sub_ps(high, low), _mm512_set1_ps(15 + 0.2f * t))
-                                   : _mm512_div_ps(widest, _mm512_set1_ps(-8 - 0.2f * t));
-      const __m512 from = offsets ? _mm512_fmadd_ps(_mm512_set1_ps(8), first, low) : zero;
-      const __m512 by = ratio(one, first);
-      __m512 q = zero, qq = zero, wq = zero;
+      const Floats first = offsets ? (high - low) / spread(15 + 0.2f * t) : widest / spread(-8 - 0.2f * t);
+      const Floats from = offsets ? fma(spread(8.f), first, low) : zero;
+      const Floats by = ratio(one, first);
+      Floats q = zero, qq = zero, wq = zero;
       for (int i = 0; i < n; i++) {
-        const __m512 r = numbers(i, from, by);
-        q = _mm512_add_ps(q, r), qq = _mm512_fmadd_ps(r, r, qq), wq = _mm512_fmadd_ps(r, w[i], wq);
+        const Floats r = numbers(i, from, by);
+        q = q + r, qq = fma(r, r, qq), wq = fma(r, w[i], wq);
       }
-      __m512 is = ratio(wq, qq), at = zero;
+      Floats is = ratio(wq, qq), at = zero;
       if (offsets) {
-        is = ratio(_mm512_fmsub_ps(count, wq, _mm512_mul_ps(q, sum)), _mm512_fmsub_ps(count, qq, _mm512_mul_ps(q, q)));
-        at = _mm512_mul_ps(_mm512_div_ps(_mm512_fnmadd_ps(is, q, sum), count), _mm512_set1_ps(0.125f));
+        is = ratio(fms(count, wq, q * sum), fms(count, qq, q * q));
+        at = fnma(is, q, sum) / count * spread(0.125f);
       }
-      is = rounded(is), at = _mm512_mul_ps(rounded(at), _mm512_set1_ps(8));
-      const __m512 back = ratio(one, is);
-      __m512 left = zero;
+      is = rounded(is), at = rounded(at) * spread(8.f);
+      const Floats back = ratio(one, is);
+      Floats left = zero;
       for (int i = 0; i < n; i++) {
-        const __m512 off = _mm512_fnmadd_ps(numbers(i, at, back), is, _mm512_sub_ps(w[i], at));
-        left = _mm512_fmadd_ps(off, off, left);
+        const Floats off = fnma(numbers(i, at, back), is, w[i] - at);
+        left = fma(off, off, left);
       }
-      const __mmask16 better = _mm512_cmp_ps_mask(left, error, _CMP_LT_OQ);
-      error = _mm512_mask_mov_ps(error, better, left);
-      scale = _mm512_mask_mov_ps(scale, better, is), offset = _mm512_mask_mov_ps(offset, better, at);
+      const Mask better = less(left, error);
+      error = choose(better, left, error);
+      scale = choose(better, is, scale), offset = choose(better, at, offset);
     }
   }
 
@@ -184,18 +179,14 @@ struct Fit {
   void store(Matrix& m, int b, int half, int g) const {
     uint8_t* at = m.group4(b, g);
     loradock::store(reinterpret_cast<bf16*>(at) + half, scale);
-    if (offsets) loradock::store(reinterpret_cast<bf16*>(at) + WIDTH + half, _mm512_mul_ps(offset, _mm512_set1_ps(0.125f)));
+    if (offsets) loradock::store(reinterpret_cast<bf16*>(at) + WIDTH + half, offset * spread(0.125f));
     at += (offsets ? 128 : 64) + half * 4;
-    const __m512 back = ratio(_mm512_set1_ps(1), scale);
-    auto number = [&](int i) {
-      return _mm512_cvtps_epi32(_mm512_add_ps(numbers(i, offset, back), _mm512_set1_ps(8)));
-    };
+    const Floats back = ratio(spread(1.f), scale);
+    auto number = [&](int i) { return to_ints(numbers(i, offset, back) + spread(8.f)); };
     for (int i = 0; i < n; i += 8, at += WIDTH * 4) {
-      __m512i bytes = _mm512_setzero_si512();
-      for (int l = 3; l >= 0; l--)
-        bytes = _mm512_or_si512(_mm512_slli_epi32(bytes, 8),
-                                _mm512_or_si512(number(i + l), _mm512_slli_epi32(number(i + 4 + l), 4)));
-      _mm512_store_si512(at, bytes);
+      Ints bytes = spread(0);
+      for (int l = 3; l >= 0; l--) bytes = either(up<8>(bytes), either(number(i + l), up<4>(number(i + 4 + l))));
+      store64(at, bytes);
     }
   }
 };
@@ -209,7 +200,7 @@ float sampled(const bf16* from, const Shape& s, int group, bool offsets) {
     for (int i = 0; i < s.k; i += group) {
       Fit fit{std::min(group, s.k - i), offsets, {}, {}, {}, {}};
       fit.take(from, h * 16, s.k, i);
-      error += _mm512_reduce_add_ps(fit.error);
+      error += sum_of(fit.error);
     }
   return error;
 }
@@ -227,7 +218,7 @@ int plain(const bf16* from, const Shape& s, const bf16* bias) {
 int channel8(const int8_t* from, const Shape& s, const float* scale, const bf16* bias) {
   auto m = blank(s, CHANNEL8, s.k, false, bias);
   outputs(*m, [&](int b, int j, int o) {
-    for (int i = 0; i < s.k; i++) place8(*m, b, j, i) = uint8_t((o < 0 ? 0 : from[size_t(o) * s.k + i]) + 128);
+    for (int i = 0; i < s.k; i++) place8(*m, b, j, i) = uint8_t((o < 0 ? 0 : from[size_t(o) * s.k + i]) + ZERO8);
     m->scale.data[b * WIDTH + j] = o < 0 ? 0 : scale[o];
   });
   return keep(std::move(m));
@@ -242,7 +233,7 @@ int rounded8(const bf16* from, const Shape& s, int group, const bf16* bias) {
       for (int i = first; o >= 0 && i < end; i++) top = std::max(top, std::fabs(to_float(from[size_t(o) * s.k + i])));
       const float by = top > 0 ? 127.f / top : 0.f;
       for (int i = first; i < end; i++)
-        place8(*m, b, j, i) = uint8_t((o < 0 ? 0 : int(std::nearbyint(to_float(from[size_t(o) * s.k + i]) * by))) + 128);
+        place8(*m, b, j, i) = uint8_t((o < 0 ? 0 : int(std::nearbyint(to_float(from[size_t(o) * s.k + i]) * by))) + ZERO8);
       m->scale.data[(size_t(b) * m->groups() + g) * WIDTH + j] = top / 127.f;
     }
   });
@@ -303,7 +294,7 @@ int loradock_matrix_integers(const uint32_t* from, const int64_t* strides, int b
       const int first = g * most, size = std::min(most, k - first);
       const int64_t at = o * scale_strides[0] + first / group * scale_strides[1];
       if (bits == 8) {
-        for (int i = first; i < first + size; i++) place8(*m, b, j, i) = uint8_t(o < 0 ? 128 : number(o, i));
+        for (int i = first; i < first + size; i++) place8(*m, b, j, i) = uint8_t((o < 0 ? 0 : int(number(o, i)) - 128) + ZERO8);
         m->scale.data[(size_t(b) * m->groups() + g) * WIDTH + j] = o < 0 ? 0 : to_float(scale[at]);
         continue;
       }

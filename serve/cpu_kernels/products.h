@@ -1,30 +1,22 @@
 // Products of rows with packed matrices, one tile of up to 12 rows and 32 outputs at a time.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "matrix.h"
 
 #ifdef STEP
 
 namespace loradock {
 
-constexpr int TILE = 12;       // tokens that are multiplied with a block together
-constexpr int GROUP_TILE = 6;  // the same, where every group of inputs has a scale
-constexpr int ROWS = 192;      // tokens whose inputs stay in the cache while all blocks pass
-
-#ifdef __AVX512VNNI__
-// sum + w x of four int8 each, w without a sign. Around the compiler's own function GCC copies every sum to another register
-// and runs out of them: it took more time than bfloat16.
-inline __m512i dot8(__m512i sum, __m512i w, __m512i x) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-  return sum;
-}
-#else
-inline __m512i dot8(__m512i sum, __m512i w, __m512i x) {
-  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
-  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
-  return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
-}
-#endif
+// Sums that a tile holds: of so many rows, and of one or both 16 of a block's outputs, while it goes over the inputs.
+constexpr bool MANY = REGISTERS >= 32;
+constexpr int TILE = MANY ? 12 : 6;       // tokens that are multiplied with a block together
+constexpr int TILE8 = MANY ? 12 : 4;      // the same with int8,
+constexpr int GROUP_TILE = MANY ? 6 : 4;  // and where every group of inputs has a scale
+constexpr int sides(int rows, int most) { return MANY || rows <= most ? 2 : 1; }
+constexpr int ROWS = 192;  // tokens whose inputs stay in the cache while all blocks pass
 
 struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale for each row (and group)
   const bf16* x;
@@ -33,6 +25,16 @@ struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale 
   int8_t* q;
   float* scale;    // [rows][groups]
   int32_t* sum;    // of the row's (and group's) int8, times what was added to the weights
+
+  // A row as dot2 takes it, and elements from one to the next.
+  template <class E = Element>
+  const E* row(const Matrix& m, int i) const {
+    if constexpr (std::is_same_v<E, bf16>)
+      return x + i * stride;
+    else
+      return floats + int64_t(i) * m.k;
+  }
+  int64_t apart(const Matrix& m) const { return PAIRS ? stride : m.k; }
 };
 
 // The weights of the next block, on their way into the cache while this one is multiplied: memory is read all the time,
@@ -40,282 +42,287 @@ struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale 
 struct Ahead {
   const uint8_t* at;  // null: the reading costs too little of the time to matter
   int step;
-  inline void fetch(int p) const {
+  ALWAYS void fetch(int p) const {
     if (!at) return;
-    _mm_prefetch((const char*)at + size_t(p) * step, _MM_HINT_T1);
-    if (step > 64) _mm_prefetch((const char*)at + size_t(p) * step + 64, _MM_HINT_T1);
+    later(at + size_t(p) * step);
+    if (step > 64) later(at + size_t(p) * step + 64);
   }
   // The same where `done` bytes of this block are read.
-  inline void follow(ptrdiff_t done) const {
-    if (at) _mm_prefetch((const char*)at + done * step / 128, _MM_HINT_T1);
+  ALWAYS void follow(ptrdiff_t done) const {
+    if (at) later(at + done * step / 128);
   }
 };
 
-inline __m512i pair_at(const bf16* at) {
-  int pair;
-  std::memcpy(&pair, at, 4);
-  return _mm512_set1_epi32(pair);
-}
-
-// Pairs of two times 16 outputs' weights, times a pair of inputs in float32.
-inline void dot2(__m512& a, __m512& b, __m512i wa, __m512i wb, const float* x) {
-  const __m512 first = _mm512_set1_ps(x[0]), second = _mm512_set1_ps(x[1]);
-  a = _mm512_fmadd_ps(firsts(wa), first, a);
-  b = _mm512_fmadd_ps(firsts(wb), first, b);
-  a = _mm512_fmadd_ps(seconds(wa), second, a);
-  b = _mm512_fmadd_ps(seconds(wb), second, b);
+// What a tile of M rows fetches beside N vectors of weights at w, the block's number p.
+template <int M, int N>
+ALWAYS void fetch(const uint8_t* w, const Ahead& ahead, int side, int p) {
+  if constexpr (M <= 4) {
+    for (int j = 0; j < N; j++) soon(w + 2048 + 64 * j);
+  } else if (!side) {
+    ahead.fetch(p);
+  }
 }
 
 // sums[i] = the 32 outputs of row i
 template <int M>
 void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
-  const uint8_t* w = m.data.data + block * m.block_bytes();
-  __m512 a[M], b[M];
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_setzero_ps();
-  const bf16* x = in.x + int64_t(row) * in.stride;
+  constexpr int N = sides(M, 2);
+  const int64_t apart = in.apart(m);
   const int pairs = m.k / 2;
-  for (int p = 0; p < pairs; p++, w += 128) {
-    if constexpr (M <= 4) {
-      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-    } else {
-      ahead.fetch(p);
-    }
-    const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
+  for (int side = 0; side < 2; side += N) {
+    const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
+    const Element* x = in.row(m, row);
+    Floats s[M][N];
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) {
-      if constexpr (PAIRS) {
-        const __m512i xu = pair_at(x + i * in.stride + 2 * p);
-        a[i] = dot2(a[i], wa, xu);
-        b[i] = dot2(b[i], wb, xu);
-      } else {
-        dot2(a[i], b[i], wa, wb, in.floats + int64_t(row + i) * m.k + 2 * p);
-      }
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) s[i][j] = spread(0.f);
+    for (int p = 0; p < pairs; p++, w += 128, x += 2) {
+      fetch<M, N>(w, ahead, side, p);
+      Ints v[N];
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) v[j] = load64(w + 64 * j);
+      dot2(s, v, x, apart);
     }
-  }
 #pragma GCC unroll 12
-  for (int i = 0; i < M; i++) {
-    _mm512_store_ps(sums + i * WIDTH, a[i]);
-    _mm512_store_ps(sums + i * WIDTH + 16, b[i]);
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) store(sums + i * WIDTH + 16 * (side + j), s[i][j]);
   }
 }
 
 // The same for two blocks of one row: each sum is a chain of additions, and so few chains leave the processor waiting.
-inline void pair_bf16(const Matrix& m, int block, const Input& in, int row, float* sums) {
-  const uint8_t* w[2] = {m.data.data + block * m.block_bytes(), m.data.data + (block + 1) * m.block_bytes()};
-  __m512 a[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, b[2] = {a[0], a[0]};
-  const bf16* x = in.x + int64_t(row) * in.stride;
-  for (int p = 0; p < m.k / 2; p++) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-      _mm_prefetch((const char*)w[i] + 2048, _MM_HINT_T0);
-      _mm_prefetch((const char*)w[i] + 2112, _MM_HINT_T0);
-      const __m512i wa = _mm512_load_si512(w[i]), wb = _mm512_load_si512(w[i] + 64);
-      if constexpr (PAIRS) {
-        const __m512i xu = pair_at(x + 2 * p);
-        a[i] = dot2(a[i], wa, xu);
-        b[i] = dot2(b[i], wb, xu);
-      } else {
-        dot2(a[i], b[i], wa, wb, in.floats + int64_t(row) * m.k + 2 * p);
-      }
-      w[i] += 128;
-    }
+inline void pair_bf16(const Matrix& m, int block, const Input& in, float* sums) {
+  const uint8_t *w = m.data.data + block * m.block_bytes(), *next = w + m.block_bytes();
+  const Element* x = in.row(m, 0);
+  Floats s[1][4];
+  for (int j = 0; j < 4; j++) s[0][j] = spread(0.f);
+  for (int p = 0; p < m.k / 2; p++, w += 128, next += 128, x += 2) {
+    soon(w + 2048), soon(w + 2112), soon(next + 2048), soon(next + 2112);
+    const Ints v[4] = {load64(w), load64(w + 64), load64(next), load64(next + 64)};
+    dot2(s, v, x, 0);
   }
-  for (int i = 0; i < 2; i++) {
-    _mm512_store_ps(sums + i * WIDTH, a[i]);
-    _mm512_store_ps(sums + i * WIDTH + 16, b[i]);
+  for (int j = 0; j < 4; j++) store(sums + 16 * j, s[0][j]);
+}
+
+// s[i][j] += four inputs' weights v[j], times the four int8 at q + i * stride.
+template <int M, int N>
+ALWAYS void add8(Ints (&s)[M][N], const uint8_t* w, const int8_t* q, int64_t stride) {
+  Ints v[N];
+#pragma GCC unroll 2
+  for (int j = 0; j < N; j++) v[j] = load64(w + 64 * j);
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    const Ints x = spread4(q + i * stride);
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) s[i][j] = dot8(s[i][j], v[j], x);
   }
 }
 
 template <int M>
 void tile_channel8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
-  const uint8_t* w = m.data.data + block * m.block_bytes();
-  __m512i a[M], b[M];
+  constexpr int N = sides(M, 1);
+  for (int side = 0; side < 2; side += N) {
+    const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
+    Ints s[M][N];
 #pragma GCC unroll 12
-  for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[row + i]);
-  const int8_t* q = in.q + int64_t(row) * m.k;
-  const int fours = m.k / 4;
-  int p = 0;
-  if constexpr (M == 1) {
-    __m512i a2 = _mm512_setzero_si512(), b2 = a2;
-    for (; p + 2 <= fours; p += 2, w += 256) {
-      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2176, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2240, _MM_HINT_T0);
-      int u, v;
-      std::memcpy(&u, q + 4 * p, 4);
-      std::memcpy(&v, q + 4 * p + 4, 4);
-      const __m512i xu = _mm512_set1_epi32(u), xv = _mm512_set1_epi32(v);
-      a[0] = dot8(a[0], _mm512_load_si512(w), xu);
-      b[0] = dot8(b[0], _mm512_load_si512(w + 64), xu);
-      a2 = dot8(a2, _mm512_load_si512(w + 128), xv);
-      b2 = dot8(b2, _mm512_load_si512(w + 192), xv);
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) s[i][j] = spread(-in.sum[row + i]);
+    const int8_t* q = in.q + int64_t(row) * m.k;
+    const int fours = m.k / 4;
+    int p = 0;
+    if constexpr (M == 1) {
+      Ints second[1][N];
+      for (int j = 0; j < N; j++) second[0][j] = spread(0);
+      for (; p + 2 <= fours; p += 2, w += 256) {
+        fetch<M, 4>(w, ahead, side, p);
+        add8(s, w, q + 4 * p, 0);
+        add8(second, w + 128, q + 4 * p + 4, 0);
+      }
+      for (int j = 0; j < N; j++) s[0][j] = add(s[0][j], second[0][j]);
     }
-    a[0] = _mm512_add_epi32(a[0], a2);
-    b[0] = _mm512_add_epi32(b[0], b2);
-  }
-  for (; p < fours; p++, w += 128) {
-    if constexpr (M <= 4) {
-      _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-      _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-    } else {
-      ahead.fetch(p);
+    for (; p < fours; p++, w += 128) {
+      fetch<M, N>(w, ahead, side, p);
+      add8(s, w, q + 4 * p, m.k);
     }
-    const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) {
+      const Floats scale = load(m.scale.data + block * WIDTH + 16 * (side + j));
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) {
-      int u;
-      std::memcpy(&u, q + int64_t(i) * m.k + 4 * p, 4);
-      const __m512i xu = _mm512_set1_epi32(u);
-      a[i] = dot8(a[i], wa, xu);
-      b[i] = dot8(b[i], wb, xu);
+      for (int i = 0; i < M; i++)
+        store(sums + i * WIDTH + 16 * (side + j), to_floats(s[i][j]) * spread(in.scale[row + i]) * scale);
     }
-  }
-  const __m512 sa = _mm512_load_ps(m.scale.data + block * WIDTH), sb = _mm512_load_ps(m.scale.data + block * WIDTH + 16);
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) {
-    const __m512 s = _mm512_set1_ps(in.scale[row + i]);
-    _mm512_store_ps(sums + i * WIDTH, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(a[i]), s), sa));
-    _mm512_store_ps(sums + i * WIDTH + 16, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(b[i]), s), sb));
   }
 }
 
 template <int M>
 void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
-  const uint8_t* w = m.data.data + block * m.block_bytes();
+  constexpr int N = sides(M, 1);
   const int groups = m.groups();
-  const float* scale = m.scale.data + size_t(block) * groups * WIDTH;
-  __m512 fa[M], fb[M];
+  for (int side = 0; side < 2; side += N) {
+    const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
+    const float* scale = m.scale.data + size_t(block) * groups * WIDTH + 16 * side;
+    Floats f[M][N];
 #pragma GCC unroll 12
-  for (int i = 0; i < M; i++) fa[i] = fb[i] = _mm512_setzero_ps();
-  const int8_t* q = in.q + int64_t(row) * m.k;
-  for (int g = 0, at = 0; g < groups; g++, q += m.group, scale += WIDTH) {
-    const int fours = std::min(m.group, m.k - g * m.group) / 4;
-    __m512i a[M], b[M];
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) f[i][j] = spread(0.f);
+    const int8_t* q = in.q + int64_t(row) * m.k;
+    for (int g = 0, at = 0; g < groups; g++, q += m.group, scale += WIDTH) {
+      const int fours = std::min(m.group, m.k - g * m.group) / 4;
+      Ints s[M][N];
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[int64_t(row + i) * groups + g]);
-    for (int p = 0; p < fours; p++, w += 128) {
-      if constexpr (M <= 4) {
-        _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-        _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
-      } else {
-        ahead.fetch(at++);
+      for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) s[i][j] = spread(-in.sum[int64_t(row + i) * groups + g]);
+      for (int p = 0; p < fours; p++, w += 128) {
+        fetch<M, N>(w, ahead, side, at++);
+        add8(s, w, q + 4 * p, m.k);
       }
-      const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
+      Floats by[N];
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) by[j] = load(scale + 16 * j);
 #pragma GCC unroll 12
       for (int i = 0; i < M; i++) {
-        int u;
-        std::memcpy(&u, q + int64_t(i) * m.k + 4 * p, 4);
-        const __m512i xu = _mm512_set1_epi32(u);
-        a[i] = dot8(a[i], wa, xu);
-        b[i] = dot8(b[i], wb, xu);
+        const Floats of_row = spread(in.scale[int64_t(row + i) * groups + g]);
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
       }
     }
-    const __m512 sa = _mm512_load_ps(scale), sb = _mm512_load_ps(scale + 16);
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) {
-      const __m512 s = _mm512_set1_ps(in.scale[int64_t(row + i) * groups + g]);
-      fa[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[i]), _mm512_mul_ps(s, sa), fa[i]);
-      fb[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b[i]), _mm512_mul_ps(s, sb), fb[i]);
-    }
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) store(sums + i * WIDTH + 16 * (side + j), f[i][j]);
+  }
+}
+
+// s[i][j] += eight inputs' 4 bits, times the eight int8 at q + i * stride; the upper ones' to `second` where M is 1.
+template <int M, int N>
+ALWAYS void add4(Ints (&s)[M][N], Ints (&second)[1][N], const uint8_t* w, const int8_t* q, int64_t stride) {
+  Ints low[N], high[N];
+#pragma GCC unroll 2
+  for (int j = 0; j < N; j++) {
+    const Ints v = load64(w + 64 * j);
+    low[j] = lower4(v), high[j] = upper4(v);
   }
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
-    _mm512_store_ps(sums + i * WIDTH, fa[i]);
-    _mm512_store_ps(sums + i * WIDTH + 16, fb[i]);
+    const Ints x = spread4(q + i * stride), y = spread4(q + i * stride + 4);
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) {
+      s[i][j] = dot4(s[i][j], low[j], x);
+      Ints& to = M == 1 ? second[0][j] : s[i][j];
+      to = dot4(to, high[j], y);
+    }
   }
 }
 
 // A group's 4 bits times int8, in integers; then its scale, and its offset times the sum of the inputs.
 template <int M, bool OFFSETS>
 void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
-  const uint8_t *const begin = m.data.data + block * m.block_bytes(), *w = begin;
+  constexpr int N = sides(M, 1);
   const int groups = m.groups();
-  const __m512i low = _mm512_set1_epi8(15);
-  auto soon = [&](int lines) {
-    for (int i = 0; i < lines; i++)
-      if constexpr (M <= 4)
-        _mm_prefetch((const char*)w + 2048 + 64 * i, _MM_HINT_T0);
-      else
-        ahead.follow(w - begin + 64 * i);
-  };
-  __m512 fa[M], fb[M];
+  const uint8_t* const begin = m.data.data + block * m.block_bytes();
+  for (int side = 0; side < 2; side += N) {
+    const uint8_t* w = begin;
+    auto fetched = [&](int lines) {
+      for (int i = 0; i < lines; i++)
+        if constexpr (M <= 4)
+          soon(w + 2048 + 64 * (side + i));
+        else
+          ahead.follow(w - begin + 64 * i);
+    };
+    Floats f[M][N];
 #pragma GCC unroll 12
-  for (int i = 0; i < M; i++) fa[i] = fb[i] = _mm512_setzero_ps();
-  const int8_t* q = in.q + int64_t(row) * m.k;
-  for (int g = 0; g < groups; g++) {
-    const uint8_t* scale = w;
-    soon(OFFSETS ? 2 : 1);
-    w += OFFSETS ? 128 : 64;
-    __m512i a[M], b[M], a2, b2;
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) f[i][j] = spread(0.f);
+    const int8_t* q = in.q + int64_t(row) * m.k;
+    for (int g = 0; g < groups; g++) {
+      const bf16* scale = reinterpret_cast<const bf16*>(w);
+      fetched(OFFSETS ? 2 : 1);
+      w += OFFSETS ? 128 : 64;
+      Ints s[M][N], second[1][N];
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) a[i] = b[i] = _mm512_set1_epi32(-in.sum[int64_t(row + i) * groups + g]);
-    a2 = b2 = _mm512_setzero_si512();
-    for (int eights = std::min(m.group, m.k - g * m.group) / 8; eights; eights--, w += 128, q += 8) {
-      soon(2);
-      const __m512i wa = _mm512_load_si512(w), wb = _mm512_load_si512(w + 64);
-      const __m512i la = _mm512_and_si512(wa, low), ha = _mm512_and_si512(_mm512_srli_epi16(wa, 4), low);
-      const __m512i lb = _mm512_and_si512(wb, low), hb = _mm512_and_si512(_mm512_srli_epi16(wb, 4), low);
+      for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) s[i][j] = spread(-in.sum[int64_t(row + i) * groups + g]);
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) second[0][j] = spread(0);
+      int eights = std::min(m.group, m.k - g * m.group) / 8;
+      if constexpr (ROUNDS4) {
+        while (eights) {
+          Ints part[M][N];
+#pragma GCC unroll 12
+          for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++) part[i][j] = spread(0);
+          for (int e = std::min(eights, ROUNDS4 / 2); e; e--, eights--, w += 128, q += 8) {
+            fetched(N);
+            add4(part, second, w + 64 * side, q, m.k);
+          }
+#pragma GCC unroll 12
+          for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++) s[i][j] = add(s[i][j], total_of(part[i][j]));
+          if constexpr (M == 1)
+            for (int j = 0; j < N; j++) s[0][j] = add(s[0][j], total_of(second[0][j])), second[0][j] = spread(0);
+        }
+      } else {
+        for (; eights; eights--, w += 128, q += 8) {
+          fetched(N);
+          add4(s, second, w + 64 * side, q, m.k);
+        }
+        if constexpr (M == 1)
+          for (int j = 0; j < N; j++) s[0][j] = add(s[0][j], second[0][j]);
+      }
+      Floats by[N];
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) by[j] = wide(scale + 16 * (side + j));
 #pragma GCC unroll 12
       for (int i = 0; i < M; i++) {
-        int u, v;
-        std::memcpy(&u, q + int64_t(i) * m.k, 4);
-        std::memcpy(&v, q + int64_t(i) * m.k + 4, 4);
-        const __m512i xu = _mm512_set1_epi32(u), xv = _mm512_set1_epi32(v);
-        a[i] = dot8(a[i], la, xu);
-        b[i] = dot8(b[i], lb, xu);
-        if constexpr (M == 1) {
-          a2 = dot8(a2, ha, xv);
-          b2 = dot8(b2, hb, xv);
-        } else {
-          a[i] = dot8(a[i], ha, xv);
-          b[i] = dot8(b[i], hb, xv);
+        const int64_t at = int64_t(row + i) * groups + g;
+        const Floats of_row = spread(in.scale[at]);
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) {
+          f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
+          if constexpr (OFFSETS) f[i][j] = fma(spread(in.scale[at] * in.sum[at]), wide(scale + 32 + 16 * (side + j)), f[i][j]);
         }
       }
     }
-    if constexpr (M == 1) a[0] = _mm512_add_epi32(a[0], a2), b[0] = _mm512_add_epi32(b[0], b2);
-    const bf16* of = reinterpret_cast<const bf16*>(scale);
-    const __m512 sa = wide(of), sb = wide(of + 16);
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) {
-      const int64_t at = int64_t(row + i) * groups + g;
-      const __m512 s = _mm512_set1_ps(in.scale[at]);
-      fa[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[i]), _mm512_mul_ps(s, sa), fa[i]);
-      fb[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b[i]), _mm512_mul_ps(s, sb), fb[i]);
-      if constexpr (OFFSETS) {
-        const __m512 sum = _mm512_set1_ps(in.scale[at] * in.sum[at]);
-        fa[i] = _mm512_fmadd_ps(sum, wide(of + 32), fa[i]);
-        fb[i] = _mm512_fmadd_ps(sum, wide(of + 48), fb[i]);
-      }
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) {
-    _mm512_store_ps(sums + i * WIDTH, fa[i]);
-    _mm512_store_ps(sums + i * WIDTH + 16, fb[i]);
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) store(sums + i * WIDTH + 16 * (side + j), f[i][j]);
   }
 }
 
 typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*);
-const Tile BF16_TILES[] = {nullptr,       tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,  tile_bf16<5>, tile_bf16<6>,
-                           tile_bf16<7>, tile_bf16<8>, tile_bf16<9>, tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
-const Tile CHANNEL_TILES[] = {nullptr,           tile_channel8<1>, tile_channel8<2>,  tile_channel8<3>,  tile_channel8<4>,
-                              tile_channel8<5>, tile_channel8<6>, tile_channel8<7>,  tile_channel8<8>,  tile_channel8<9>,
-                              tile_channel8<10>, tile_channel8<11>, tile_channel8<12>};
-const Tile GROUP_TILES[] = {nullptr,         tile_group8<1>, tile_group8<2>, tile_group8<3>,
-                            tile_group8<4>, tile_group8<5>, tile_group8<6>};
-const Tile HALF_TILES[] = {nullptr,                tile_group4<1, false>, tile_group4<2, false>, tile_group4<3, false>,
-                           tile_group4<4, false>, tile_group4<5, false>, tile_group4<6, false>};
-const Tile OFFSET_TILES[] = {nullptr,               tile_group4<1, true>, tile_group4<2, true>, tile_group4<3, true>,
-                             tile_group4<4, true>, tile_group4<5, true>, tile_group4<6, true>};
+
+template <int KIND, bool OFFSETS, int M>
+constexpr Tile tile() {
+  if constexpr (KIND == BF16) return tile_bf16<M>;
+  if constexpr (KIND == CHANNEL8) return tile_channel8<M>;
+  if constexpr (KIND == GROUP8) return tile_group8<M>;
+  if constexpr (KIND == GROUP4) return tile_group4<M, OFFSETS>;
+}
+
+// The tiles of 1, 2, ... rows.
+template <int KIND, bool OFFSETS = false, int... I>
+const Tile* tiles(std::integer_sequence<int, I...>) {
+  static const Tile all[] = {tile<KIND, OFFSETS, I + 1>()...};
+  return all;
+}
 
 inline const Tile* tiles_of(const Matrix& m) {
-  if (m.kind == BF16) return BF16_TILES;
-  if (m.kind == CHANNEL8) return CHANNEL_TILES;
-  return m.kind == GROUP8 ? GROUP_TILES : m.offsets ? OFFSET_TILES : HALF_TILES;
+  constexpr std::make_integer_sequence<int, GROUP_TILE> grouped;
+  if (m.kind == BF16) return tiles<BF16>(std::make_integer_sequence<int, TILE>());
+  if (m.kind == CHANNEL8) return tiles<CHANNEL8>(std::make_integer_sequence<int, TILE8>());
+  return m.kind == GROUP8 ? tiles<GROUP8>(grouped) : m.offsets ? tiles<GROUP4, true>(grouped) : tiles<GROUP4>(grouped);
 }
+
+inline int most_rows(const Matrix& m) { return m.kind == BF16 ? TILE : m.kind == CHANNEL8 ? TILE8 : GROUP_TILE; }
 
 // What comes on top of a product: nothing.
 struct Nothing {
@@ -329,7 +336,7 @@ struct Nothing {
 template <class Out, class Top = Nothing>
 void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out, const Top& top = {}) {
   const Tile* tiles = tiles_of(m);
-  const int most = m.kind == GROUP8 || m.kind == GROUP4 ? GROUP_TILE : TILE;
+  const int most = most_rows(m);
   alignas(64) float sums[TILE * WIDTH];
   auto given = [&](int block, int from, int to, float* s) {
     const float* bias = m.bias.data ? m.bias.data + block * WIDTH : nullptr;
@@ -346,18 +353,18 @@ void multiply(const Matrix& m, const Input& in, int rows, int first, int last, O
     for (int b = first; b < last; b++) {
       if (rows == 1 && m.kind == BF16 && b + 1 < last) {
         for (int i = 0; i < 2; i++) top.fetch(m, b + i, 0, 1);
-        pair_bf16(m, b, in, 0, sums);
+        pair_bf16(m, b, in, sums);
         for (int i = 0; i < 2; i++) given(b + i, 0, 1, sums + i * WIDTH);
         b++;
         continue;
       }
       for (int part = 0; part < parts; part++) {  // of as equal a size as they can be
         const int from = begin + (end - begin) * part / parts, to = begin + (end - begin) * (part + 1) / parts;
-        if (rows <= TILE * 4) top.fetch(m, b, from, to);
+        if (rows <= 48) top.fetch(m, b, from, to);
         // Of this tile's part: where it begins, and how much of it for 128 bytes of this block.
         const int fetching = std::min(parts, 8);
         const uint8_t* next = part < fetching ? m.data.data + (b + 1) * bytes + bytes * part / fetching : nullptr;
-        tiles[to - from](m, b, in, from, Ahead{next, 128 / fetching}, sums);
+        tiles[to - from - 1](m, b, in, from, Ahead{next, 128 / fetching}, sums);
         given(b, from, to, sums);
       }
     }
@@ -371,18 +378,18 @@ inline bool converts(const Matrix& m) { return m.kind != BF16 || !PAIRS; }
 inline void quantize(const Matrix& m, const bf16* x, int8_t* q, float* scale, int32_t* sum) {
   for (int g = 0, left = m.k; left > 0; g++, left -= m.group, x += m.group, q += m.group) {
     const int size = std::min(m.group, left);
-    __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(wide(x + i)));
-    const float top = _mm512_reduce_max_ps(most);
-    const __m512 by = _mm512_set1_ps(top > 0 ? 127.f / top : 0.f);
-    __m512i total = _mm512_setzero_si512();
+    Floats most = spread(0.f);
+    for (int i = 0; i < size; i += 16) most = max(most, abs(wide(x + i)));
+    const float top = largest_of(most);
+    const Floats by = spread(top > 0 ? 127.f / top : 0.f);
+    Ints total = spread(0);
     for (int i = 0; i < size; i += 16) {
-      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(wide(x + i), by));
-      total = _mm512_add_epi32(total, v);
-      _mm_storeu_si128((__m128i*)(q + i), _mm512_cvtsepi32_epi8(v));
+      const Ints v = to_ints(wide(x + i) * by);
+      total = add(total, v);
+      store8(q + i, v);
     }
     scale[g] = top / 127.f;
-    sum[g] = m.zero() * _mm512_reduce_add_epi32(total);
+    sum[g] = m.zero() * sum_of(total);
   }
 }
 
@@ -393,7 +400,7 @@ inline void convert(const Matrix& m, const Input& in, int row) {
     const int64_t groups = m.groups();
     return quantize(m, x, in.q + int64_t(row) * m.k, in.scale + row * groups, in.sum + row * groups);
   }
-  for (int i = 0; i < m.k; i += 16) _mm512_storeu_ps(in.floats + int64_t(row) * m.k + i, wide(x + i));
+  for (int i = 0; i < m.k; i += 16) store(in.floats + int64_t(row) * m.k + i, wide(x + i));
 }
 
 }  // namespace loradock

@@ -112,76 +112,72 @@ std::vector<std::unique_ptr<Decoder>> decoders;
 template <class Put>
 inline void normalized(const float* x, const Norm& norm, int n, Put&& put) {
   if (!norm.weight) {
-    for (int i = 0; i < n; i += 16) put(i, _mm512_loadu_ps(x + i));
+    for (int i = 0; i < n; i += 16) put(i, load(x + i));
     return;
   }
-  __m512 mean = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+  Floats mean = spread(0.f), squares = mean;
   if (norm.kind == CENTERED) {
-    for (int i = 0; i < n; i += 16) mean = _mm512_add_ps(mean, _mm512_loadu_ps(x + i));
-    mean = _mm512_set1_ps(_mm512_reduce_add_ps(mean) / n);
+    for (int i = 0; i < n; i += 16) mean = mean + load(x + i);
+    mean = spread(sum_of(mean) / n);
   }
   for (int i = 0; i < n; i += 16) {
-    const __m512 v = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
-    squares = _mm512_fmadd_ps(v, v, squares);
+    const Floats v = load(x + i) - mean;
+    squares = fma(v, v, squares);
   }
-  const __m512 by = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / n + norm.eps));
+  const Floats by = spread(1.f / std::sqrt(sum_of(squares) / n + norm.eps));
   for (int i = 0; i < n; i += 16) {
-    __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), by);
+    Floats v = (load(x + i) - mean) * by;
     if (norm.kind == ROUNDED) v = rounded(v);
-    put(i, _mm512_mul_ps(v, _mm512_loadu_ps(norm.weight + i)));
+    put(i, v * load(norm.weight + i));
   }
 }
 
 void normalize(const float* x, const Norm& norm, int n, bf16* out) {
-  normalized(x, norm, n, [&](int i, __m512 v) { store(out + i, v); });
+  normalized(x, norm, n, [&](int i, Floats v) { store(out + i, v); });
 }
 
-inline __m512 exponential(__m512 x) {
+inline Floats exponential(Floats x) {
   // 2^n times a polynomial for the rest; relative error below 2e-7.
-  x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.f)), _mm512_set1_ps(-87.f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-  __m512 p = _mm512_set1_ps(1.9875691e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.f)));
-  return _mm512_scalef_ps(p, n);
+  x = max(min(x, spread(88.f)), spread(-87.f));
+  const Floats n = nearest(x * spread(1.44269504f));
+  Floats r = fnma(n, spread(0.693145752f), x);
+  r = fnma(n, spread(1.42860677e-6f), r);
+  Floats p = spread(1.9875691e-4f);
+  p = fma(p, r, spread(1.3981999e-3f));
+  p = fma(p, r, spread(8.3334519e-3f));
+  p = fma(p, r, spread(4.1665795e-2f));
+  p = fma(p, r, spread(1.6666665e-1f));
+  p = fma(p, r, spread(0.5f));
+  p = fma(p * r, r, r + spread(1.f));
+  return times_power(p, n);
 }
 
 // For probabilities that are rounded to bfloat16: relative error below 5e-6. x is at most 0, and not infinite.
-inline __m512 probable(__m512 x) {
-  x = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(9.60048e-3f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.591688e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4023717e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9312201e-1f));
-  return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f)), n);
+inline Floats probable(Floats x) {
+  x = x * spread(1.44269504f);
+  const Floats n = nearest(x), r = x - n;
+  Floats p = spread(9.60048e-3f);
+  p = fma(p, r, spread(5.591688e-2f));
+  p = fma(p, r, spread(2.4023717e-1f));
+  p = fma(p, r, spread(6.9312201e-1f));
+  return times_power(fma(p, r, spread(1.f)), n);
 }
 
 // x / (1 + exp(-y))
-inline __m512 gated(__m512 x, __m512 y) {
-  const __m512 one = _mm512_set1_ps(1.f);
-  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), y))));
-}
+inline Floats gated(Floats x, Floats y) { return x / (spread(1.f) + exponential(spread(0.f) - y)); }
 
-inline __m512 activated(__m512 v, int activation) {
+inline Floats activated(Floats v, int activation) {
   if (activation == SILU) return gated(v, v);
   // x (1 + tanh(u)) / 2 = x / (1 + exp(-2u))
-  const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(v, v), v);
-  const __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, v);
-  return gated(v, _mm512_mul_ps(_mm512_set1_ps(2 * 0.797884561f), u));
+  const Floats cube = v * v * v;
+  const Floats u = fma(spread(0.044715f), cube, v);
+  return gated(v, spread(2 * 0.797884561f) * u);
 }
 
 // cap tanh(v / cap)
-inline __m512 capped(__m512 v, float cap) {
-  const __m512 two = _mm512_set1_ps(2.f);
-  const __m512 tanh = _mm512_sub_ps(gated(two, _mm512_mul_ps(v, _mm512_set1_ps(2 / cap))), _mm512_set1_ps(1.f));
-  return _mm512_mul_ps(tanh, _mm512_set1_ps(cap));
+inline Floats capped(Floats v, float cap) {
+  const Floats tanh = gated(spread(2.f), v * spread(2 / cap)) - spread(1.f);
+  return tanh * spread(cap);
 }
 
 // ---- adapters --------------------------------------------------------------------------------------------------------
@@ -189,21 +185,25 @@ inline __m512 capped(__m512 v, float cap) {
 // The sums of 16 outputs of neighbouring rows with the same adapter, and what it adds to them: its pairs of ranks one by one.
 template <int M>
 void expand(const char* b, int pairs, const bf16* t, int64_t stride, float* sums) {
-  __m512 v[M];
+  Floats v[M];
 #pragma GCC unroll 12
-  for (int i = 0; i < M; i++) v[i] = _mm512_load_ps(sums + i * WIDTH);
+  for (int i = 0; i < M; i++) v[i] = load(sums + i * WIDTH);
   for (int k = 0; k < pairs; k++) {
-    const __m512i bk = _mm512_load_si512(b + size_t(k) * 64);
+    const Ints bk = load64(b + size_t(k) * 64);
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++) v[i] = dot2(v[i], bk, pair_at(t + i * stride + 2 * k));
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < M; i++) _mm512_store_ps(sums + i * WIDTH, v[i]);
+  for (int i = 0; i < M; i++) store(sums + i * WIDTH, v[i]);
 }
 
 typedef void (*Expand)(const char*, int, const bf16*, int64_t, float*);
-const Expand EXPANDS[] = {nullptr,   expand<1>, expand<2>, expand<3>, expand<4>,  expand<5>, expand<6>,
-                          expand<7>, expand<8>, expand<9>, expand<10>, expand<11>, expand<12>};
+template <int... I>
+const Expand* expands(std::integer_sequence<int, I...>) {
+  static const Expand all[] = {expand<I + 1>...};
+  return all;
+}
+const Expand* const EXPANDS = expands(std::make_integer_sequence<int, TILE>());  // of 1, 2, ... rows
 
 // One module's adapters in this step: t = x A^T for the tokens that have one, and what to add to 16 outputs of a token.
 struct Delta {
@@ -245,7 +245,7 @@ struct Delta {
     if (piece + 1 < pieces()) {  // the next one's A, likely this thread's too
       const char* next = static_cast<const char*>(weights(piece + 1).a);
       const size_t size = std::min(bytes(piece + 1), size_t(16384));
-      for (size_t i = 0; i < size; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+      for (size_t i = 0; i < size; i += 64) later(next + i);
     }
     for (int r = 0; r < w.rank; r += ROW_BLOCK)
       Fast::shrink(w, layer->slices[s].in, x, x_stride, plan->tokens.data() + c.begin, c.end - c.begin, r,
@@ -284,7 +284,7 @@ struct Delta {
         const int pairs = depth(w.rank) / 2;
         if (!pairs) return;
         // A slot's tokens are in order: neighbours are neighbours in t too.
-        EXPANDS[end - row](w.packed() + size_t(h.output) * pairs * 4, pairs, t + plan->place[row] * stride + h.slice * width,
+        EXPANDS[end - row - 1](w.packed() + size_t(h.output) * pairs * 4, pairs, t + plan->place[row] * stride + h.slice * width,
                            stride, sums + (row - from) * WIDTH + first);
       });
     }
@@ -299,7 +299,7 @@ struct Delta {
       runs(from, to, [&](int, int, int slot) {
         const Weights& w = layer->slices[h.slice].slots[slot];
         const size_t bytes = size_t(depth(w.rank)) * 32;
-        for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(w.packed() + h.output / 16 * bytes + i, _MM_HINT_T0);
+        for (size_t i = 0; i < bytes; i += 64) soon(w.packed() + h.output / 16 * bytes + i);
       });
     }
   }
@@ -319,35 +319,31 @@ struct Step {
 };
 
 // Of 32 bfloat16: those at even and those at odd places.
-inline void split(const bf16* at, __m512& even, __m512& odd) {
-  const __m512i v = _mm512_loadu_si512(at);
+inline void split(const bf16* at, Floats& even, Floats& odd) {
+  const Ints v = load64(at);
   even = firsts(v), odd = seconds(v);
 }
 
 // Those at even and those at odd places come together again.
-inline void join(bf16* at, __m512 even, __m512 odd) {
-  const __m512i low = _mm512_cvtepu16_epi32(narrow(even)), high = _mm512_cvtepu16_epi32(narrow(odd));
-  _mm512_storeu_si512(at, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
+inline void join(bf16* at, Floats even, Floats odd) { store64(at, zip(narrow(even), narrow(odd))); }
 
 // Norm, where the model has one for each head of q and k, and rotation of one head, in place.
 void turn(const Decoder& d, const Block& l, bf16* v, const Norm& norm, int h, int64_t position) {
   alignas(64) float f[512];
   if (norm.weight && !l.whole_norms) {
-    for (int i = 0; i < d.head; i += 16) _mm512_store_ps(f + i, wide(v + i));
+    for (int i = 0; i < d.head; i += 16) store(f + i, wide(v + i));
     normalize(f, {norm.weight + h * l.head_norms, norm.eps, norm.kind}, d.head, v);
   }
   const int half = l.rotary / 2;
   const bf16 *cos = l.cos_sin + position * l.rotary, *sin = cos + half;
   for (int i = 0; i < half; i += 16) {
-    const __m512 c = wide(cos + i), s = wide(sin + i);
-    __m512 a, b;
+    const Floats c = wide(cos + i), s = wide(sin + i);
+    Floats a, b;
     if (l.interleaved)
       split(v + 2 * i, a, b);
     else
       a = wide(v + i), b = wide(v + half + i);
-    const __m512 turned_a = _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s));
-    const __m512 turned_b = _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s));
+    const Floats turned_a = fms(a, c, b * s), turned_b = fma(b, c, a * s);
     if (l.interleaved)
       join(v + 2 * i, turned_a, turned_b);
     else
@@ -372,6 +368,58 @@ struct Keys {
   int first, length, head;
 };
 
+// even[g], odd[g] = the products of query g with 16 pairs of keys, which lie by column. What is attended to next is fetched.
+template <int G, int HEAD>
+APART void scores(const bf16* k, int64_t stride, const bf16* next, const bf16* next_v, const float (*q)[HEAD], Floats (&even)[G],
+                  Floats (&odd)[G]) {
+  Floats e[G], o[G];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++) e[g] = o[g] = spread(0.f);
+  for (int i = 0; i < HEAD; i++) {
+    soon(next + i * stride);
+    soon(next_v + i * 32);
+    Floats ke, ko;
+    split(k + i * stride, ke, ko);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      const Floats qi = spread(q[g][i]);
+      e[g] = fma(qi, ke, e[g]);
+      o[g] = fma(qi, ko, o[g]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++) even[g] = e[g], odd[g] = o[g];
+}
+
+// sum[g][at ...] += the values of keys [begin, end), each times its probability; those of even keys lie in p first.
+template <int G, int V, int HELD>
+APART void values(const bf16* v, int begin, int end, int at, const float (*p)[32], Floats (&sum)[G][V]) {
+  Floats held[G][HELD];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 16
+    for (int i = 0; i < HELD; i++) held[g][i] = sum[g][at + i];
+  for (int j = begin; j < end; j++) {
+    Floats pj[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) pj[g] = spread(p[g][(j & 1) * 16 + j / 2]);
+#pragma GCC unroll 8
+    for (int i = 0; i < HELD; i += 2) {
+      Floats ve, vo;
+      split(v + (int64_t(j) * V + at + i) * 16, ve, vo);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        held[g][i] = fma(pj[g], ve, held[g][i]);
+        held[g][i + 1] = fma(pj[g], vo, held[g][i + 1]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 16
+    for (int i = 0; i < HELD; i++) sum[g][at + i] = held[g][i];
+}
+
 // G query heads of one token over the keys of their one key head: softmax online, 32 keys at a time.
 template <int G, int HEAD>
 void attend(const Decoder& d, const Block& l, const Keys& keys, bf16* const* query, bf16* const* out) {
@@ -379,94 +427,64 @@ void attend(const Decoder& d, const Block& l, const Keys& keys, bf16* const* que
   const int length = keys.length;
   const int32_t* table = keys.table;
   const bf16* cache = keys.cache + keys.head * d.cache_head;
-  const __m512 scale = _mm512_set1_ps(l.scale);
+  const Floats scale = spread(l.scale);
 #pragma GCC unroll 4
   for (int g = 0; g < G; g++)
-    for (int i = 0; i < HEAD; i += 16) _mm512_store_ps(q[g] + i, _mm512_mul_ps(wide(query[g] + i), scale));
+    for (int i = 0; i < HEAD; i += 16) store(q[g] + i, wide(query[g] + i) * scale);
   constexpr int V = HEAD / 16;
-  __m512 sum[G][V];
+  constexpr int HELD = MANY ? V : V % 4 ? 2 : 4 / G;  // of a head's V sums, so many at a time
+  Floats sum[G][V];
   float most[G], total[G];
 #pragma GCC unroll 4
   for (int g = 0; g < G; g++) {
     most[g] = -INFINITY, total[g] = 0;
-    for (int i = 0; i < V; i++) sum[g][i] = _mm512_setzero_ps();
+    for (int i = 0; i < V; i++) sum[g][i] = spread(0.f);
   }
-  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   for (int from = keys.first / 32 * 32; from < length; from += 32) {
     const bf16* k = cache + int64_t(table[from / d.block_size]) * d.cache_block;
     const bf16* v = k + int64_t(HEAD) * d.block_size + int64_t(from % d.block_size) * HEAD;
     k += from % d.block_size;
     // K lies by column: the processor does not see its next lines coming.
-    const int soon = std::min(from + 32, length - 1);
-    const bf16* next = cache + int64_t(table[soon / d.block_size]) * d.cache_block;
-    const bf16* next_v = next + int64_t(HEAD) * d.block_size + int64_t(soon / 32 * 32 % d.block_size) * HEAD;
-    next += soon / 32 * 32 % d.block_size;
-    __m512 even[G], odd[G];
-#pragma GCC unroll 4
-    for (int g = 0; g < G; g++) even[g] = odd[g] = _mm512_setzero_ps();
-    for (int i = 0; i < HEAD; i++) {
-      _mm_prefetch((const char*)(next + int64_t(i) * d.block_size), _MM_HINT_T0);
-      _mm_prefetch((const char*)(next_v + i * 32), _MM_HINT_T0);
-      __m512 ke, ko;
-      split(k + int64_t(i) * d.block_size, ke, ko);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; g++) {
-        const __m512 qi = _mm512_set1_ps(q[g][i]);
-        even[g] = _mm512_fmadd_ps(qi, ke, even[g]);
-        odd[g] = _mm512_fmadd_ps(qi, ko, odd[g]);
-      }
-    }
+    const int then = std::min(from + 32, length - 1);
+    const bf16* next = cache + int64_t(table[then / d.block_size]) * d.cache_block;
+    const bf16* next_v = next + int64_t(HEAD) * d.block_size + int64_t(then / 32 * 32 % d.block_size) * HEAD;
+    next += then / 32 * 32 % d.block_size;
+    Floats even[G], odd[G];
+    scores<G, HEAD>(k, d.block_size, next, next_v, q, even, odd);
     // Which of these keys are seen: not those before the window, and not those behind the last.
     const int begin = std::max(0, keys.first - from), count = std::min(32, length - from);
-    const __m512i after = _mm512_add_epi32(order, _mm512_set1_epi32(1));
-    const __mmask16 in_even = _mm512_cmplt_epi32_mask(order, _mm512_set1_epi32(count)) & _mm512_cmpge_epi32_mask(order, _mm512_set1_epi32(begin));
-    const __mmask16 in_odd = _mm512_cmplt_epi32_mask(after, _mm512_set1_epi32(count)) & _mm512_cmpge_epi32_mask(after, _mm512_set1_epi32(begin));
+    const unsigned evens = range((begin + 1) / 2, (count + 1) / 2), odds = range(begin / 2, count / 2);
+    const Mask in_even = chosen(evens), in_odd = chosen(odds);
+    const Floats none = spread(-INFINITY);
     alignas(64) float p[G][32];
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
       if (l.cap) even[g] = capped(even[g], l.cap), odd[g] = capped(odd[g], l.cap);
-      float top = in_even ? _mm512_mask_reduce_max_ps(in_even, even[g]) : -INFINITY;
-      top = std::max(top, in_odd ? _mm512_mask_reduce_max_ps(in_odd, odd[g]) : top);
+      const float top = largest_of(max(choose(in_even, even[g], none), choose(in_odd, odd[g], none)));
       if (top > most[g]) {
         const float by = std::exp(most[g] - top);
-        for (int i = 0; i < V; i++) sum[g][i] = _mm512_mul_ps(sum[g][i], _mm512_set1_ps(by));
+        for (int i = 0; i < V; i++) sum[g][i] = sum[g][i] * spread(by);
         total[g] *= by;
         most[g] = top;
       }
-      const __m512 m = _mm512_set1_ps(most[g]);
-      const __m512 pe = _mm512_maskz_mov_ps(in_even, exponential(_mm512_sub_ps(even[g], m)));
-      const __m512 po = _mm512_maskz_mov_ps(in_odd, exponential(_mm512_sub_ps(odd[g], m)));
-      total[g] += _mm512_reduce_add_ps(_mm512_add_ps(pe, po));
-      _mm512_store_ps(p[g], pe);
-      _mm512_store_ps(p[g] + 16, po);
+      const Floats m = spread(most[g]);
+      const Floats pe = only(in_even, exponential(even[g] - m)), po = only(in_odd, exponential(odd[g] - m));
+      total[g] += sum_of(pe + po);
+      store(p[g], pe);
+      store(p[g] + 16, po);
     }
-    for (int j = begin; j < count; j++) {
-      __m512 pj[G];
-#pragma GCC unroll 4
-      for (int g = 0; g < G; g++) pj[g] = _mm512_set1_ps(p[g][(j & 1) * 16 + j / 2]);
-#pragma GCC unroll 8
-      for (int i = 0; i < V; i += 2) {
-        __m512 ve, vo;
-        split(v + int64_t(j) * HEAD + i * 16, ve, vo);
-#pragma GCC unroll 4
-        for (int g = 0; g < G; g++) {
-          sum[g][i] = _mm512_fmadd_ps(pj[g], ve, sum[g][i]);
-          sum[g][i + 1] = _mm512_fmadd_ps(pj[g], vo, sum[g][i + 1]);
-        }
-      }
-    }
+    for (int at = 0; at < V; at += HELD) values<G, V, HELD>(v, begin, count, at, p, sum);
   }
   for (int g = 0; g < G; g++) {
-    const __m512 by = _mm512_set1_ps(1.f / total[g]);
-    for (int i = 0; i < V; i += 2)
-      join(out[g] + i * 16, _mm512_mul_ps(sum[g][i], by), _mm512_mul_ps(sum[g][i + 1], by));
+    const Floats by = spread(1.f / total[g]);
+    for (int i = 0; i < V; i += 2) join(out[g] + i * 16, sum[g][i] * by, sum[g][i + 1] * by);
   }
 }
 
 template <int HEAD>
 void attend_head(const Decoder& d, const Block& l, const Keys& keys, bf16* q, bf16* out) {
   const int each = d.heads / d.kv_heads;
-  constexpr int MOST = HEAD <= 64 ? 4 : HEAD <= 128 ? 2 : 1;  // as many sums as there are registers for
+  constexpr int MOST = !MANY ? 2 : HEAD <= 64 ? 4 : HEAD <= 128 ? 2 : 1;  // as many sums as there are registers for
   for (int g = 0; g < each;) {
     bf16 *qs[4], *outs[4];
     const int now = std::min(MOST, each - g);
@@ -490,7 +508,8 @@ constexpr int FEW = 8;       // tokens of a request that are attended one by one
 constexpr int QUERIES = 16;  // neighbouring tokens of a prompt that go over the keys together
 constexpr int HEADS = 4;     // and so many query heads of each at most
 constexpr int KEYS = 64;     // keys that they take at a time
-constexpr int STRIP = 6;     // queries that are multiplied with them together: as many sums as there are registers for
+constexpr int STRIP = 6;     // queries that are multiplied with them together,
+constexpr int COLUMNS = MANY ? 4 : 1;  // and so many sixteens of them: as many sums as there are registers for
 
 // Some keys and values of one head, as dot products want them: pairs of a key's elements, and pairs of neighbouring values.
 template <int HEAD>
@@ -519,12 +538,8 @@ struct Packed {
  private:
   // 32 pairs of an element of `a` and one of `b`; zeros where one is not there.
   static void interleave(const bf16* a, const bf16* b, bool has_a, bool has_b, uint32_t* out) {
-    for (int i = 0; i < 32; i += 16) {
-      __m512i low = _mm512_setzero_si512(), high = low;
-      if (has_a) low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + i)));
-      if (has_b) high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + i))), 16);
-      _mm512_store_si512(out + i, _mm512_or_si512(low, high));
-    }
+    const Shorts none{};
+    for (int i = 0; i < 32; i += 16) store64(out + i, zip(has_a ? load32(a + i) : none, has_b ? load32(b + i) : none));
   }
 };
 
@@ -533,7 +548,7 @@ struct Packed {
 template <int HEAD>
 struct Queries {
   int rows = 0, strips = 0;
-  alignas(64) bf16 q[QUERIES * HEADS + STRIP][HEAD];
+  alignas(64) Element q[QUERIES * HEADS + STRIP][HEAD];
   alignas(64) float sum[QUERIES * HEADS + STRIP][HEAD];
   alignas(64) float total[QUERIES * HEADS + STRIP][16];
   float most[QUERIES * HEADS + STRIP];
@@ -541,7 +556,7 @@ struct Queries {
   bf16* out[QUERIES * HEADS + STRIP];
 
   void add(const bf16* query, bf16* to, int from, int until) {
-    std::memcpy(q[rows], query, sizeof(q[rows]));
+    for (int i = 0; i < HEAD; i++) put(q[rows][i], to_float(query[i]));
     out[rows] = to, first[rows] = from, length[rows] = until;
     rows++;
   }
@@ -567,15 +582,15 @@ struct Queries {
       for (int strip = 0; strip < strips; strip++) meet(l, packed, from, strip * STRIP);
     }
     for (int i = 0; i < rows; i++) {
-      const __m512 by = _mm512_set1_ps(1.f / _mm512_reduce_add_ps(_mm512_load_ps(total[i])));
-      for (int k = 0; k < HEAD; k += 16) store(out[i] + k, _mm512_mul_ps(_mm512_load_ps(sum[i] + k), by));
+      const Floats by = spread(1.f / sum_of(load(total[i])));
+      for (int k = 0; k < HEAD; k += 16) store(out[i] + k, load(sum[i] + k) * by);
     }
   }
 
  private:
   void meet(const Block& l, const Packed<HEAD>& packed, int from, int row) {
     alignas(64) float scores[STRIP][KEYS];
-    alignas(64) bf16 p[STRIP][KEYS];
+    alignas(64) Element p[STRIP][KEYS];
     float by[STRIP];
     // Which of these keys each of them sees, and which any of them does.
     int begin[STRIP], end[STRIP], least = KEYS, last = 0;
@@ -586,91 +601,87 @@ struct Queries {
     if (least >= last) return;
     score(packed, row, scores);
     for (int i = 0; i < STRIP; i++) by[i] = soften(l, row + i, begin[i], end[i], scores[i], p[i]);
-    for (int at = 0; at < HEAD; at += 64)
-      if (HEAD - at >= 64)
-        gather<4>(packed, row, at, least / 2, (last + 1) / 2, p, by);
-      else
-        gather<2>(packed, row, at, least / 2, (last + 1) / 2, p, by);
+    constexpr int REST = HEAD / 16 % COLUMNS, WHOLE = HEAD - 16 * REST;
+    for (int at = 0; at < WHOLE; at += 16 * COLUMNS) gather<COLUMNS>(packed, row, at, least / 2, (last + 1) / 2, p, by);
+    if constexpr (REST) gather<REST>(packed, row, WHOLE, least / 2, (last + 1) / 2, p, by);
   }
 
   void score(const Packed<HEAD>& packed, int row, float (*scores)[KEYS]) const {
-    __m512 s[STRIP][4];
+    for (int column = 0; column < KEYS / 16; column += COLUMNS) {
+      Floats s[STRIP][COLUMNS];
 #pragma GCC unroll 6
-    for (int i = 0; i < STRIP; i++)
+      for (int i = 0; i < STRIP; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) s[i][j] = _mm512_setzero_ps();
-    for (int at = 0; at < HEAD; at += 2) {
-      __m512i k[4];
+        for (int j = 0; j < COLUMNS; j++) s[i][j] = spread(0.f);
+      for (int at = 0; at < HEAD; at += 2) {
+        Ints k[COLUMNS];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) k[j] = _mm512_load_si512(packed.k[at / 2] + 16 * j);
-#pragma GCC unroll 6
-      for (int i = 0; i < STRIP; i++) {
-        const __m512i qi = pair_at(q[row + i] + at);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) s[i][j] = dot2(s[i][j], k[j], qi);
+        for (int j = 0; j < COLUMNS; j++) k[j] = load64(packed.k[at / 2] + 16 * (column + j));
+        dot2(s, k, q[row] + at, HEAD);
       }
-    }
 #pragma GCC unroll 6
-    for (int i = 0; i < STRIP; i++)
+      for (int i = 0; i < STRIP; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) _mm512_store_ps(scores[i] + 16 * j, s[i][j]);
+        for (int j = 0; j < COLUMNS; j++) store(scores[i] + 16 * (column + j), s[i][j]);
+    }
   }
 
   // The probabilities of a query's scores; what its sum so far is to be multiplied by comes back.
-  float soften(const Block& l, int row, int begin, int end, const float* scores, bf16* p) {
+  float soften(const Block& l, int row, int begin, int end, const float* scores, Element* p) {
     if (begin >= end) {
-      std::memset(p, 0, sizeof(bf16) * KEYS);
+      std::memset(p, 0, sizeof(Element) * KEYS);
       return 1;
     }
     const uint64_t seen = ~uint64_t(0) << begin & ~uint64_t(0) >> (KEYS - end);
-    const __m512 scale = _mm512_set1_ps(l.scale), none = _mm512_set1_ps(-INFINITY);
-    __m512 s[4], highest = none;
+    const Floats scale = spread(l.scale), none = spread(-INFINITY);
+    Floats s[4], highest = none;
     for (int j = 0; j < 4; j++) {
-      s[j] = _mm512_mul_ps(_mm512_load_ps(scores + 16 * j), scale);
+      s[j] = load(scores + 16 * j) * scale;
       if (l.cap) s[j] = capped(s[j], l.cap);
-      s[j] = _mm512_mask_mov_ps(none, __mmask16(seen >> 16 * j), s[j]);
-      highest = _mm512_max_ps(highest, s[j]);
+      s[j] = choose(chosen(uint16_t(seen >> 16 * j)), s[j], none);
+      highest = max(highest, s[j]);
     }
-    const float top = _mm512_reduce_max_ps(highest);
+    const float top = largest_of(highest);
     float by = 1;
     if (top > most[row]) by = std::exp(most[row] - top), most[row] = top;
-    const __m512 m = _mm512_set1_ps(most[row]);
-    const __m512i one = _mm512_set1_epi16(0x3f80);
-    __m512 all = _mm512_mul_ps(_mm512_load_ps(total[row]), _mm512_set1_ps(by));
-    for (int j = 0; j < 4; j++)
-      s[j] = _mm512_maskz_mov_ps(__mmask16(seen >> 16 * j), probable(_mm512_sub_ps(s[j], m)));
-    for (int j = 0; j < 4; j += 2) {
-      const __m512i two = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(s[j])), narrow(s[j + 1]), 1);
-      all = dot2(all, two, one);
-      _mm512_store_si512(p + 16 * j, two);
-    }
-    _mm512_store_ps(total[row], all);
+    const Floats m = spread(most[row]);
+    Floats all = load(total[row]) * spread(by);
+    for (int j = 0; j < 4; j++) s[j] = only(chosen(uint16_t(seen >> 16 * j)), probable(s[j] - m));
+    for (int j = 0; j < 4; j += 2) all = keep(s[j], s[j + 1], all, p + 16 * j);
+    store(total[row], all);
     return by;
+  }
+
+  // 32 probabilities, rounded; added to a sum of them.
+  static Floats keep(Floats a, Floats b, Floats all, bf16* p) {
+    const Ints two = both(narrow(a), narrow(b));
+    store64(p, two);
+    return dot2(all, two, spread(0x3f803f80));
+  }
+  static Floats keep(Floats a, Floats b, Floats all, float* p) {
+    a = rounded(a), b = rounded(b);
+    store(p, a), store(p + 16, b);
+    return all + (a + b);
   }
 
   // What the values of these keys add to 16 N elements of the sums.
   template <int N>
-  void gather(const Packed<HEAD>& packed, int row, int at, int begin, int end, const bf16 (*p)[KEYS], const float* by) {
-    __m512 s[STRIP][N];
+  void gather(const Packed<HEAD>& packed, int row, int at, int begin, int end, const Element (*p)[KEYS], const float* by) {
+    Floats s[STRIP][N];
 #pragma GCC unroll 6
     for (int i = 0; i < STRIP; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; j++) s[i][j] = _mm512_mul_ps(_mm512_load_ps(sum[row + i] + at + 16 * j), _mm512_set1_ps(by[i]));
+      for (int j = 0; j < N; j++) s[i][j] = load(sum[row + i] + at + 16 * j) * spread(by[i]);
     for (int two = begin; two < end; two++) {
-      __m512i v[N];
+      Ints v[N];
 #pragma GCC unroll 4
-      for (int j = 0; j < N; j++) v[j] = _mm512_load_si512(packed.v[two] + at + 16 * j);
-#pragma GCC unroll 6
-      for (int i = 0; i < STRIP; i++) {
-        const __m512i pi = pair_at(p[i] + 2 * two);
-#pragma GCC unroll 4
-        for (int j = 0; j < N; j++) s[i][j] = dot2(s[i][j], v[j], pi);
-      }
+      for (int j = 0; j < N; j++) v[j] = load64(packed.v[two] + at + 16 * j);
+      dot2(s, v, p[0] + 2 * two, KEYS);
     }
 #pragma GCC unroll 6
     for (int i = 0; i < STRIP; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; j++) _mm512_store_ps(sum[row + i] + at + 16 * j, s[i][j]);
+      for (int j = 0; j < N; j++) store(sum[row + i] + at + 16 * j, s[i][j]);
   }
 };
 
@@ -733,8 +744,8 @@ void fetch(const Decoder& d, int layer, const Step& s, int token, int h) {
   const bf16* v = k + int64_t(d.head) * d.block_size + int64_t(from % d.block_size) * d.head;
   k += from % d.block_size;
   for (int i = 0; i < d.head; i++) {
-    _mm_prefetch((const char*)(k + int64_t(i) * d.block_size), _MM_HINT_T0);
-    _mm_prefetch((const char*)(v + i * 32), _MM_HINT_T0);
+    soon(k + int64_t(i) * d.block_size);
+    soon(v + i * 32);
   }
 }
 
@@ -767,7 +778,7 @@ struct Sharing {
     if (did) p.done.value.fetch_add(did, std::memory_order_acq_rel);
     for (int spins = 0; p.done.value.load(std::memory_order_acquire) < n; spins++) {
       if (spins < 4000)
-        _mm_pause();
+        relax();
       else
         sched_yield();
     }
@@ -782,16 +793,15 @@ inline int grain(int rows) { return rows > ROWS ? 6 : rows > 4 ? 1 : 2; }
 // vLLM pads the vocabulary to a multiple of 64: only the first `columns` outputs are stored, there is no room for more.
 void head(Sharing& all, const Matrix& m, const Input& in, int rows, float* out, int64_t stride, int columns, float cap,
           float by) {
-  const __m512 factor = _mm512_set1_ps(by);
-  auto scaled = [&](__m512 v) {
+  auto scaled = [&](Floats v) {
     if (cap) v = capped(v, cap);
-    return by == 1 ? v : _mm512_mul_ps(v, factor);
+    return by == 1 ? v : v * spread(by);
   };
   all.share((columns + WIDTH - 1) / WIDTH, rows > ROWS ? 6 : 8, [&](int first, int last) {
     multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
       float* to = out + row * stride + block * WIDTH;
       for (int i = 0, left = columns - block * WIDTH; i < WIDTH && left > 0; i += 16, left -= 16)
-        _mm512_mask_storeu_ps(to + i, lanes(left), scaled(_mm512_load_ps(sums + i)));
+        store(to + i, scaled(load(sums + i)), left);
     });
   });
 }
@@ -824,11 +834,11 @@ struct Team : Sharing {
   // To the residual of row i: what the last product left, normalized.
   void settle(int i, const Norm& norm) {
     float* to = d.residual.data + int64_t(i) * d.hidden;
-    const __m512 by = _mm512_set1_ps(d.residual_by);
-    ::normalized(d.added.data + int64_t(i) * d.hidden, norm, d.hidden, [&](int k, __m512 v) {
+    const Floats by = spread(d.residual_by);
+    ::normalized(d.added.data + int64_t(i) * d.hidden, norm, d.hidden, [&](int k, Floats v) {
       v = rounded(v);
-      if (d.residual_by != 1) v = rounded(_mm512_mul_ps(v, by));
-      _mm512_storeu_ps(to + k, _mm512_add_ps(_mm512_loadu_ps(to + k), v));
+      if (d.residual_by != 1) v = rounded(v * by);
+      store(to + k, load(to + k) + v);
     });
   }
 
@@ -883,16 +893,16 @@ struct Team : Sharing {
   // A product onto the residual; where it is normalized before, `settle` brings it there.
   void add_to_residual(int number, int lora, const bf16* x, int64_t stride) {
     const Matrix& m = *matrices[number];
-    const __m512 by = _mm512_set1_ps(d.residual_by);
+    const Floats by = spread(d.residual_by);
     product(number, lora, x, stride, [&](int row, int block, const float* sums) {
       float* to = (d.after ? d.added : d.residual).data + int64_t(row) * d.hidden + block * WIDTH;
       for (int i = 0; i < WIDTH && block * WIDTH + i < m.n; i += 16) {
-        __m512 v = rounded(_mm512_load_ps(sums + i));
+        Floats v = rounded(load(sums + i));
         if (!d.after) {
-          if (d.residual_by != 1) v = rounded(_mm512_mul_ps(v, by));
-          v = _mm512_add_ps(_mm512_loadu_ps(to + i), v);
+          if (d.residual_by != 1) v = rounded(v * by);
+          v = load(to + i) + v;
         }
-        _mm512_storeu_ps(to + i, v);
+        store(to + i, v);
       }
     });
   }
@@ -904,7 +914,7 @@ struct Team : Sharing {
       bf16* v = row + ends[part];
       const int n = ends[part + 1] - ends[part];
       float* f = d.whole.data + (int64_t(thread) * d.heads) * d.head;
-      for (int i = 0; i < n; i += 16) _mm512_storeu_ps(f + i, wide(v + i));
+      for (int i = 0; i < n; i += 16) store(f + i, wide(v + i));
       normalize(f, part ? l.k : l.q, n, v);
     }
   }
@@ -915,7 +925,7 @@ struct Team : Sharing {
     const int64_t out = int64_t(d.heads) * d.head;
     product(l.qkv, l.lora_qkv, mine(d.x), d.hidden, [&](int row, int block, const float* sums) {
       for (int i = 0; i < WIDTH && block * WIDTH + i < width; i += 16)
-        store(d.qkv.data + int64_t(row) * width + block * WIDTH + i, _mm512_load_ps(sums + i));
+        store(d.qkv.data + int64_t(row) * width + block * WIDTH + i, load(sums + i));
     });
     if (l.whole_norms)
       share(s.rows, std::max(1, s.rows / (8 * threads)), [&](int first, int last) {
@@ -949,9 +959,8 @@ struct Team : Sharing {
   void feed_forward(const Block& l) {
     // A block: 16 of the gate, and the same 16 of the other.
     product(l.gate_up, l.lora_gate_up, mine(d.x), d.hidden, [&](int row, int block, const float* sums) {
-      const __m512 gate = _mm512_load_ps(sums), up = _mm512_load_ps(sums + 16);
-      store(d.act.data + int64_t(row) * d.inner + block * 16,
-            _mm512_mul_ps(rounded(activated(rounded(gate), d.activation)), rounded(up)));
+      const Floats gate = load(sums), up = load(sums + 16);
+      store(d.act.data + int64_t(row) * d.inner + block * 16, rounded(activated(rounded(gate), d.activation)) * rounded(up));
     });
     add_to_residual(l.down, l.lora_down, d.act.data, d.inner);
   }
@@ -964,9 +973,9 @@ struct Team : Sharing {
       row = unpacked;
     }
     float* to = d.residual.data + int64_t(i) * d.hidden;
-    const __m512 by = _mm512_set1_ps(d.embedding_by);
+    const Floats by = spread(d.embedding_by);
     for (int k = 0; k < d.hidden; k += 16)
-      _mm512_storeu_ps(to + k, d.embedding_by == 1 ? wide(row + k) : rounded(_mm512_mul_ps(wide(row + k), by)));
+      store(to + k, d.embedding_by == 1 ? wide(row + k) : rounded(wide(row + k) * by));
   }
 
   void run(bf16* out) {
@@ -1128,7 +1137,7 @@ void loradock_linear(int number, const bf16* x, int64_t stride, int rows, bf16* 
     all.share(m.blocks, grain(rows), [&](int first, int last) {
       multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
         for (int i = 0; i < WIDTH && m.output(block, i) < m.n; i += 16)
-          store(out + int64_t(row) * m.n + m.output(block, i), _mm512_load_ps(sums + i));
+          store(out + int64_t(row) * m.n + m.output(block, i), load(sums + i));
       });
     });
   });
@@ -1144,14 +1153,13 @@ void loradock_slots(const int32_t* starts, const int64_t* positions, const int32
 
 // and the first of a row's largest.
 int64_t loradock_argmax(const float* row, int64_t n) {
-  __m512 most = _mm512_set1_ps(-INFINITY);
+  Floats most = spread(-INFINITY);
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(row + i));
-  float top = _mm512_reduce_max_ps(most);
+  for (; i + 16 <= n; i += 16) most = max(most, load(row + i));
+  float top = largest_of(most);
   for (; i < n; i++) top = std::max(top, row[i]);
-  const __m512 tops = _mm512_set1_ps(top);
   for (i = 0; i + 16 <= n; i += 16)
-    if (const __mmask16 at = _mm512_cmp_ps_mask(_mm512_loadu_ps(row + i), tops, _CMP_EQ_OQ)) return i + __builtin_ctz(at);
+    if (const Mask at = same(load(row + i), spread(top)); any(at)) return i + first_of(at);
   for (; i < n; i++)
     if (row[i] == top) return i;
   return 0;
