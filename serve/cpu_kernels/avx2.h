@@ -10,6 +10,11 @@
 namespace loradock {
 
 constexpr int REGISTERS = 8;
+#ifdef __AVXVNNI__
+constexpr const char* INSTRUCTIONS = "AVX2 VNNI";
+#else
+constexpr const char* INSTRUCTIONS = "AVX2";
+#endif
 
 struct Floats {
   __m256 a, b;

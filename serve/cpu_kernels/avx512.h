@@ -9,6 +9,14 @@
 namespace loradock {
 
 constexpr int REGISTERS = 32;
+constexpr const char* INSTRUCTIONS = "AVX-512"
+#ifdef __AVX512VNNI__
+    " VNNI"
+#endif
+#ifdef __AVX512BF16__
+    " BF16"
+#endif
+    ;
 
 typedef __m512 Floats;  // with + - * / of their own
 typedef __m512i Ints;

@@ -22,8 +22,8 @@ FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("kernels.cpp", "step.cpp", "packing.cpp")]
 HEADERS = [FOLDER / name for name in ("kernels.h", "matrix.h", "products.h", "vectors.h", "avx512.h", "avx2.h")]
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
-# Another processor to compile for than the one at hand, as the compiler names it: what an older one computes with can be
-# tried on a newer one (LORADOCK_CPU_MARCH=haswell is AVX2, skylake-avx512 is AVX-512 without VNNI and BF16).
+# Another processor to compile for than the one at hand, as the compiler names it, to try an older one's kernels
+# (LORADOCK_CPU_MARCH=haswell is AVX2, skylake-avx512 is AVX-512 without VNNI and BF16).
 MARCH = "LORADOCK_CPU_MARCH"
 
 
@@ -47,10 +47,16 @@ def library() -> ctypes.CDLL | None:
             raise OSError("torch does not take the operators")
         if loaded.loradock_step_available():
             loaded.loradock_argmax.restype = ctypes.c_int64
+            loaded.loradock_instructions.restype = ctypes.c_char_p
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the CPU LoRA kernels cannot be had (%s): plain torch operations take their place", error)
         return None
     return loaded
+
+
+def instructions() -> str:
+    """What the kernels compute a step with: AVX2 or AVX-512, and which parts of it; "" where they compute none."""
+    return library().loradock_instructions().decode() if step_available() else ""  # type: ignore[union-attr]
 
 
 def step_available() -> bool:

@@ -57,7 +57,7 @@ def install(free: Callable[[], int] | None = None) -> None:
         if step_available():
             patches.apply(patches.STEP)
         elif weights != "auto":
-            log.warning("cpu_weights=%s needs AVX-512 and a C++ compiler: weights stay as they are", weights)
+            log.warning("cpu_weights=%s needs AVX2 and a C++ compiler: weights stay as they are", weights)
 
 
 def with_an_adapter(

@@ -1040,6 +1040,9 @@ extern "C" {
 
 int loradock_step_available() { return 1; }
 
+// What this build computes with.
+const char* loradock_instructions() { return INSTRUCTIONS; }
+
 void loradock_decoder_head(int number, int matrix, int vocabulary) {
   decoders[number]->top = matrix, decoders[number]->vocabulary = vocabulary;
 }

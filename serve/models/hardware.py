@@ -14,8 +14,8 @@ from serve.errors import ConfigError
 from serve.models.host import Host
 
 GIB = 1 << 30
-# What the kernels' sources ask the compiler for (kernels.h); with VNNI and BF16 they are faster.
-FUSED = ("avx512f", "avx512bw", "avx512vl")
+# What the kernels' sources ask the compiler for at least (vectors.h); with AVX-512, VNNI and BF16 they are faster.
+FUSED = ("avx2", "fma", "f16c")
 # Of all processes beside weights, KV cache and adapters: imports, and a step's buffers. `make memory` measures it.
 OVERHEAD = GIB
 # Of a host whose GPU computes: CUDA and torch's compiler are there too.

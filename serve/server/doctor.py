@@ -169,7 +169,7 @@ def _processor(machine: Machine) -> Iterator[Finding]:
     elif "avx2" not in has:
         yield Finding("processor", "problem", detail, "vLLM's CPU build needs AVX2: take another machine, or a GPU")
     elif "avx512f" not in has:
-        advice = "it works, slower: vLLM has its fast kernels for AVX-512"
+        advice = "it works, slower: AVX-512 computes twice as much at a time"
         yield Finding("processor", "warning", detail, advice)
     else:
         yield Finding("processor", "ok", detail)
@@ -369,7 +369,7 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding("kernels", "ok", detail)
     elif lacking:
         detail = f"LoRA kernels in vLLM's layers; the fused step needs {', '.join(lacking)}"
-        yield Finding("kernels", "warning", detail, "Intel servers since Skylake and AMD since Zen 4 have them")
+        yield Finding("kernels", "warning", detail, "Intel since Haswell and AMD since Zen have them")
     else:
         yield Finding("kernels", "ok", "the fused step for models that it knows, LoRA kernels in vLLM's layers else")
     asked, unfused = config.cpu_weights, lacking or machine.compiler() is None or config.lora_kernels != "auto"

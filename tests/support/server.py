@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import openai
 
+from serve.cpu_kernels.build import MARCH
 from tests.support.event_lines import event_lines
 from tests.support.lora import WORDS
 
@@ -35,8 +36,11 @@ PRELOADS = b"\0LD_PRELOAD=" in b"\0" + Path("/proc/self/environ").read_bytes()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Ours without anybody's LORADOCK_* settings, and without what vLLM preloads once it has made settings here."""
-    own = [name for name in os.environ if name.startswith("LORADOCK_") or (name == "LD_PRELOAD" and not PRELOADS)]
+    """Ours without anybody's LORADOCK_* settings, and without what vLLM preloads once it has made settings here. The
+    kernels stay those of the processor that is asked for.
+    """
+    own = [name for name in os.environ if name.startswith("LORADOCK_") and name != MARCH]
+    own += ["LD_PRELOAD"] * (not PRELOADS)
     clean = {name: value for name, value in os.environ.items() if name not in own}
     return {**clean, "PYTHONPATH": str(ROOT), **more}
 

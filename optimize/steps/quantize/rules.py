@@ -69,7 +69,7 @@ def _what(step: Quantize) -> str:
 
 def _warning(step: Quantize, context: Context) -> str:
     if context.recipe.target == "cpu" and step.scheme == "w4a16":
-        return "4-bit weights are smaller; on a CPU without AVX-512 slower than bf16"
+        return "4-bit weights are smaller; in vLLM's layers, where the fused step does not run, slower than bf16"
     return WANTS.get(step.scheme, "")
 
 

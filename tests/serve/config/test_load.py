@@ -147,8 +147,8 @@ def test_sizes_are_read_as_people_write_them(text, size):
     assert load(["--max-upload-bytes", text], {}).max_upload_bytes == size
 
 
-def test_the_client_commands_variables_are_not_the_servers():
-    assert load([], {"LORADOCK_URL": "http://x", "LORADOCK_KEY": "k"}).port == 8000
+def test_variables_of_client_commands_and_of_the_kernels_build_are_no_settings():
+    assert load([], {"LORADOCK_URL": "http://x", "LORADOCK_KEY": "k", "LORADOCK_CPU_MARCH": "haswell"}).port == 8000
 
 
 def test_further_bases_stand_in_the_file_each_with_its_options(tmp_path):

@@ -23,7 +23,7 @@ if not current_platform.is_cpu():
 from serve.cpu_kernels import build, packing, step
 from tests.campaigns.stepwise import FAMILIES, ONE_COPY, VOCABULARIES, WITH_HEAD
 
-needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no AVX-512, or no compiler")
+needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no AVX2, or no compiler")
 
 
 def pack(weight: torch.Tensor, kind: int, scale: torch.Tensor | None = None, paired: bool = False) -> int:

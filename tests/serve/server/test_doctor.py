@@ -35,7 +35,7 @@ GPU = {"vllm": "0.32.0", "torch": "2.13.0"}
 def root(tmp_path):
     """The kernel's files of a Zen 5 with two cores and 24 GB."""
     root = tmp_path / "root"
-    flags = " ".join(("avx2", "avx_vnni", "avx512_bf16", *FUSED))
+    flags = " ".join(("avx_vnni", "avx512f", "avx512_bf16", *FUSED))
     processor = f"processor\t: 0\nmodel name\t: AMD EPYC 9B45\nflags\t\t: fpu {flags}\n\n"
     write(root, "proc/cpuinfo", processor + processor.replace(": 0", ": 1"))
     write(root, "proc/meminfo", "MemTotal: 24000000 kB\nMemAvailable: 20000000 kB\n")
@@ -140,7 +140,11 @@ def test_a_processor_without_avx2_cannot_and_one_without_avx512_is_slower(machin
     assert of(findings, "processor").status == "warning"
     kernels = of(findings, "kernels")
     assert kernels.status == "warning" and "LoRA kernels in vLLM's layers" in kernels.detail
-    assert "avx512bw" in kernels.detail and "Zen 4" in kernels.advice
+    assert "fma, f16c" in kernels.detail and "Haswell" in kernels.advice
+    write(root, "proc/cpuinfo", "processor\t: 0\nmodel name\t: a laptop's\nflags\t\t: fpu fma avx f16c avx2 avx_vnni\n")
+    findings = examine(config, machine)
+    assert of(findings, "processor").status == "warning" and "AVX-512" in of(findings, "processor").advice
+    assert of(findings, "kernels").status == "ok" and of(findings, "kernels").detail.startswith("the fused step")
     write(root, "proc/cpuinfo", "processor\t: 0\nmodel name\t: older\nflags\t\t: fpu\n")
     assert of(examine(config, machine), "processor").status == "problem"
 

@@ -1,0 +1,165 @@
+"""What the kernels of this build compute, into a file: products of every kind, steps of small decoders, adapters' sums.
+
+    LORADOCK_CPU_MARCH=haswell python -m tests.support.kernel_results results.pt
+
+Everything is computed for one row by itself too: that has to be the same to the last bit, and is looked at here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+
+from serve.cpu_kernels import build, operators, packing, step
+from tests.support.decoders import SETATTR, Adapters, Engine, Kind, decoder_of, fused_of
+
+ROWS = (2, 3, 4, 5, 7, 13)
+# Of each step: the tokens of each request.
+SPANS: tuple[dict[int, tuple[int, int]], ...] = (
+    {0: (0, 47)},
+    {0: (47, 147), 1: (0, 36)},
+    {0: (147, 148), 1: (36, 38)},
+    {0: (148, 149)},
+    {0: (149, 150), 1: (38, 39)},
+)
+KINDS = {
+    "heads of 32": Kind(),
+    "heads of 64": Kind(head=64, heads=7, kv_heads=1, rotary=(64, 64), cap=1.5),
+    "heads of 96": Kind(head=96, rotary=(96, 96), windows=(20, 0)),
+    "one head of 96": Kind(head=96, heads=1, kv_heads=1, rotary=(96, 96)),
+    "heads of 128": Kind(head=128, kv_heads=4, rotary=(128, 128), interleaved=True),
+    "heads of 256": Kind(head=256, heads=3, kv_heads=1, rotary=(256, 256)),
+    "int8": Kind(hidden=80, inner=208, weights=packing.GROUP8),
+    "int4": Kind(hidden=80, inner=208, weights=packing.GROUP4),
+}
+
+
+def matrices(outputs: int = 80, inputs: int = 608) -> dict[str, int]:
+    """The numbers of matrices of every kind of weights."""
+    torch.manual_seed(0)
+    weight = (torch.randn(outputs, inputs) * 0.1).bfloat16()
+    int8 = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    int8[0], int8[1] = 127, -127
+    made = {
+        "bf16": packing.matrix(weight, packing.BF16),
+        "int8": packing.matrix(int8, packing.CHANNEL8, torch.rand(outputs) + 0.1),
+        "int8 g64": packing.matrix(weight, packing.GROUP8),
+        "int4 g32": packing.matrix(weight, packing.GROUP4),
+    }
+    for group, bits in ((16, 4), (32, 4), (304, 4), (16, 8), (304, 8)):
+        # The largest and the least of weights and inputs: sums in 16 bits have to hold them.
+        numbers = torch.randint(0, 1 << bits, (outputs, inputs))
+        numbers[0], numbers[1] = 0, (1 << bits) - 1
+        for zeros in (False, True)[: 2 if bits == 4 else 1]:
+            made[f"{bits} bits, groups of {group}{', zero points' * zeros}"] = _integers(numbers, bits, group, zeros)
+    assert min(made.values()) >= 0
+    return made
+
+
+def _integers(numbers: torch.Tensor, bits: int, group: int, zeros: bool) -> int:
+    outputs, inputs = numbers.shape
+    each = 32 // bits
+    packed = (numbers.view(outputs, -1, each) << torch.arange(each) * bits).sum(-1).to(torch.int32)
+    scale = (torch.rand(outputs, inputs // group) + 0.1).bfloat16()
+    zero = torch.randint(0, 16, scale.shape, dtype=torch.uint8) if zeros else None
+    strides, scale_strides = (ctypes.c_int64 * 2)(*packed.stride()), (ctypes.c_int64 * 2)(*scale.stride())
+    kernels = build.library()
+    assert kernels is not None
+    return int(
+        kernels.loradock_matrix_integers(
+            packing.at(packed), strides, bits, packing.at(scale), packing.at(zero), scale_strides, outputs, inputs,
+            group, None, 0,
+        )
+    )  # fmt: skip
+
+
+def products() -> dict[str, torch.Tensor]:
+    results = {}
+    for name, number in matrices().items():
+        torch.manual_seed(1)
+        x = torch.randn(max(ROWS), 608).bfloat16()
+        x[0], x[1], x[2] = 1, -1, 0
+        each = torch.cat([_logits(number, row) for row in x.split(1)])
+        for rows in ROWS:
+            assert torch.equal(_logits(number, x[:rows]), each[:rows]), (name, rows)
+        results[f"products: {name}"] = each
+    return results
+
+
+def _logits(number: int, x: torch.Tensor, outputs: int = 80) -> torch.Tensor:
+    out, one, none = torch.empty(x.shape[0], outputs), ctypes.c_float(1), ctypes.c_float(0)
+    stride, out_stride = ctypes.c_int64(x.stride(0)), ctypes.c_int64(outputs)
+    kernels = build.library()
+    assert kernels is not None
+    kernels.loradock_logits(
+        number, packing.at(x), stride, x.shape[0], packing.at(out), out_stride, outputs, none, one
+    )  # fmt: skip
+    return out
+
+
+def steps() -> dict[str, torch.Tensor]:
+    """Prompts in pieces and single tokens, with adapters of several ranks and without."""
+    results = {}
+    for name, kind in KINDS.items():
+        decoder, _ = decoder_of(kind)
+        adapters = Adapters(kind, decoder, (16, 5, 1, 8), keep=False)
+        fused, engine = fused_of(SETATTR, decoder), Engine(kind)
+        SETATTR.setattr(step, "get_forward_context", _context(engine))
+        torch.manual_seed(2)
+        ids = torch.randint(kind.vocabulary, (2, 152), dtype=torch.int32)
+        outputs = []
+        for of_step in SPANS:
+            positions, _ = engine.schedule(of_step)
+            adapters.choose([at % 5 - 1 for at in range(len(positions))])
+            out = fused.step(torch.cat([ids[number][begin:end] for number, (begin, end) in of_step.items()]), positions)
+            assert out is not None
+            outputs.append(out)
+        results[f"steps: {name}"] = torch.cat(outputs)
+    return results
+
+
+def _context(engine: Engine) -> Any:
+    return lambda: engine
+
+
+def sums() -> dict[str, torch.Tensor]:
+    """What adapters add to a layer of vLLM's, in sizes that fill no vector."""
+    results = {}
+    for dtype in operators.DTYPES:
+        torch.manual_seed(3)
+        plan, ranks = operators.Plan(), (1, 8, 17, 33)
+        a = torch.zeros(len(ranks), 1, 33, 100, dtype=dtype)
+        b = torch.zeros(len(ranks), 1, 203, 33, dtype=dtype)
+        for slot, rank in enumerate(ranks):
+            a[slot, 0, :rank] = torch.randn(rank, 100) * 0.1
+            b[slot, 0, :, :rank] = torch.randn(203, rank) * 0.1
+        layer = operators.Layer(plan, [a], [b], [203])
+        for slot in range(len(ranks)):
+            operators.load([layer], slot)
+        plan.set(torch.tensor([number % 5 - 1 for number in range(23)]), len(ranks))
+        y = torch.zeros(23, 203, dtype=dtype)
+        operators.lora_linear(y, torch.randn(23, 100).to(dtype), layer.number)
+        results[f"adapters: {dtype}"] = y
+    return results
+
+
+def largest() -> dict[str, torch.Tensor]:
+    kernels = build.library()
+    assert kernels is not None
+    torch.manual_seed(4)
+    rows = [torch.randn(size).round(decimals=1) for size in (1, 15, 16, 17, 100, 1000)]
+    found = [kernels.loradock_argmax(packing.at(row), ctypes.c_int64(len(row))) for row in rows]
+    return {"argmax": torch.tensor(found)}
+
+
+def main(file: str) -> None:
+    assert build.step_available()
+    results: dict[str, Any] = {**products(), **steps(), **sums(), **largest()}
+    torch.save({"instructions": build.instructions(), **results}, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
