@@ -63,6 +63,42 @@ ALWAYS void fetch(const uint8_t* w, const Ahead& ahead, int side, int p) {
   }
 }
 
+// ---- tiles: M rows, and N of a block's two sixteens of outputs at a time --------------------------------------------------
+
+template <class T, int M, int N>
+ALWAYS void fill(T (&s)[M][N], T v) {
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) s[i][j] = v;
+}
+
+// What products become too large by, since weights have no sign: of each row and group, the inputs' sums [rows][groups].
+template <int M, int N>
+ALWAYS void owe(Ints (&s)[M][N], const int32_t* sum, int row, int groups, int g) {
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) s[i][j] = spread(-sum[int64_t(row + i) * groups + g]);
+}
+
+// To the sums those of dot4, which begin at 0 again.
+template <int M, int N>
+ALWAYS void take(Ints (&s)[M][N], Ints (&part)[M][N]) {
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) s[i][j] = add(s[i][j], total_of(part[i][j])), part[i][j] = spread(0);
+}
+
+template <int M, int N>
+ALWAYS void leave(const Floats (&s)[M][N], float* sums) {
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) store(sums + i * WIDTH + 16 * j, s[i][j]);
+}
+
 // sums[i] = the 32 outputs of row i
 template <int M>
 void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
@@ -73,10 +109,7 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead
     const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
     const Element* x = in.row(m, row);
     Floats s[M][N];
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) s[i][j] = spread(0.f);
+    fill(s, spread(0.f));
     for (int p = 0; p < pairs; p++, w += 128, x += 2) {
       fetch<M, N>(w, ahead, side, p);
       Ints v[N];
@@ -84,10 +117,7 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead
       for (int j = 0; j < N; j++) v[j] = load64(w + 64 * j);
       dot2(s, v, x, apart);
     }
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) store(sums + i * WIDTH + 16 * (side + j), s[i][j]);
+    leave(s, sums + 16 * side);
   }
 }
 
@@ -125,16 +155,13 @@ void tile_channel8(const Matrix& m, int block, const Input& in, int row, const A
   for (int side = 0; side < 2; side += N) {
     const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
     Ints s[M][N];
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) s[i][j] = spread(-in.sum[row + i]);
+    owe(s, in.sum, row, 1, 0);
     const int8_t* q = in.q + int64_t(row) * m.k;
     const int fours = m.k / 4;
     int p = 0;
     if constexpr (M == 1) {
       Ints second[1][N];
-      for (int j = 0; j < N; j++) second[0][j] = spread(0);
+      fill(second, spread(0));
       for (; p + 2 <= fours; p += 2, w += 256) {
         fetch<M, 4>(w, ahead, side, p);
         add8(s, w, q + 4 * p, 0);
@@ -164,18 +191,12 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahe
     const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
     const float* scale = m.scale.data + size_t(block) * groups * WIDTH + 16 * side;
     Floats f[M][N];
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) f[i][j] = spread(0.f);
+    fill(f, spread(0.f));
     const int8_t* q = in.q + int64_t(row) * m.k;
     for (int g = 0, at = 0; g < groups; g++, q += m.group, scale += WIDTH) {
       const int fours = std::min(m.group, m.k - g * m.group) / 4;
       Ints s[M][N];
-#pragma GCC unroll 12
-      for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-        for (int j = 0; j < N; j++) s[i][j] = spread(-in.sum[int64_t(row + i) * groups + g]);
+      owe(s, in.sum, row, groups, g);
       for (int p = 0; p < fours; p++, w += 128) {
         fetch<M, N>(w, ahead, side, at++);
         add8(s, w, q + 4 * p, m.k);
@@ -190,10 +211,7 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahe
         for (int j = 0; j < N; j++) f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
       }
     }
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) store(sums + i * WIDTH + 16 * (side + j), f[i][j]);
+    leave(f, sums + 16 * side);
   }
 }
 
@@ -234,48 +252,33 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
           ahead.follow(w - begin + 64 * i);
     };
     Floats f[M][N];
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) f[i][j] = spread(0.f);
+    fill(f, spread(0.f));
     const int8_t* q = in.q + int64_t(row) * m.k;
     for (int g = 0; g < groups; g++) {
       const bf16* scale = reinterpret_cast<const bf16*>(w);
       fetched(OFFSETS ? 2 : 1);
       w += OFFSETS ? 128 : 64;
       Ints s[M][N], second[1][N];
-#pragma GCC unroll 12
-      for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-        for (int j = 0; j < N; j++) s[i][j] = spread(-in.sum[int64_t(row + i) * groups + g]);
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) second[0][j] = spread(0);
+      owe(s, in.sum, row, groups, g);
+      fill(second, spread(0));
       int eights = std::min(m.group, m.k - g * m.group) / 8;
       if constexpr (ROUNDS4) {
         while (eights) {
           Ints part[M][N];
-#pragma GCC unroll 12
-          for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-            for (int j = 0; j < N; j++) part[i][j] = spread(0);
+          fill(part, spread(0));
           for (int e = std::min(eights, ROUNDS4 / 2); e; e--, eights--, w += 128, q += 8) {
             fetched(N);
             add4(part, second, w + 64 * side, q, m.k);
           }
-#pragma GCC unroll 12
-          for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-            for (int j = 0; j < N; j++) s[i][j] = add(s[i][j], total_of(part[i][j]));
-          if constexpr (M == 1)
-            for (int j = 0; j < N; j++) s[0][j] = add(s[0][j], total_of(second[0][j])), second[0][j] = spread(0);
+          take(s, part);
+          if constexpr (M == 1) take(s, second);
         }
       } else {
         for (; eights; eights--, w += 128, q += 8) {
           fetched(N);
           add4(s, second, w + 64 * side, q, m.k);
         }
-        if constexpr (M == 1)
-          for (int j = 0; j < N; j++) s[0][j] = add(s[0][j], second[0][j]);
+        if constexpr (M == 1) take(s, second);
       }
       Floats by[N];
 #pragma GCC unroll 2
@@ -291,10 +294,7 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
         }
       }
     }
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) store(sums + i * WIDTH + 16 * (side + j), f[i][j]);
+    leave(f, sums + 16 * side);
   }
 }
 

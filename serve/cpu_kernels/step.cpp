@@ -609,10 +609,7 @@ struct Queries {
   void score(const Packed<HEAD>& packed, int row, float (*scores)[KEYS]) const {
     for (int column = 0; column < KEYS / 16; column += COLUMNS) {
       Floats s[STRIP][COLUMNS];
-#pragma GCC unroll 6
-      for (int i = 0; i < STRIP; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < COLUMNS; j++) s[i][j] = spread(0.f);
+      fill(s, spread(0.f));
       for (int at = 0; at < HEAD; at += 2) {
         Ints k[COLUMNS];
 #pragma GCC unroll 4

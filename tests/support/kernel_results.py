@@ -37,7 +37,7 @@ KINDS = {
 }
 
 
-def matrices(outputs: int = 80, inputs: int = 608) -> dict[str, int]:
+def matrices(outputs: int = 80, inputs: int = 640) -> dict[str, int]:
     """The numbers of matrices of every kind of weights."""
     torch.manual_seed(0)
     weight = (torch.randn(outputs, inputs) * 0.1).bfloat16()
@@ -49,7 +49,7 @@ def matrices(outputs: int = 80, inputs: int = 608) -> dict[str, int]:
         "int8 g64": packing.matrix(weight, packing.GROUP8),
         "int4 g32": packing.matrix(weight, packing.GROUP4),
     }
-    for group, bits in ((16, 4), (32, 4), (304, 4), (16, 8), (304, 8)):
+    for group, bits in ((16, 4), (32, 4), (128, 4), (16, 8), (128, 8)):
         # The largest and the least of weights and inputs: sums in 16 bits have to hold them.
         numbers = torch.randint(0, 1 << bits, (outputs, inputs))
         numbers[0], numbers[1] = 0, (1 << bits) - 1
@@ -80,7 +80,7 @@ def products() -> dict[str, torch.Tensor]:
     results = {}
     for name, number in matrices().items():
         torch.manual_seed(1)
-        x = torch.randn(max(ROWS), 608).bfloat16()
+        x = torch.randn(max(ROWS), 640).bfloat16()
         x[0], x[1], x[2] = 1, -1, 0
         each = torch.cat([_logits(number, row) for row in x.split(1)])
         for rows in ROWS:
