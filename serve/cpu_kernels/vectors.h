@@ -67,7 +67,7 @@ ALWAYS Floats only(Mask mask, Floats v) { return choose(mask, v, spread(0.f)); }
 // Bits [from, to) of 16, for `chosen`.
 inline unsigned range(int from, int to) { return (~0u << from) & ((1u << to) - 1); }
 
-// A pair of bfloat16 at an address, or of float32.
+// A pair of bfloat16 at an address, 16 times.
 ALWAYS Ints pair_at(const bf16* at) { return spread4(at); }
 
 // The sum and those of products of pairs, the two of each pair added up.
