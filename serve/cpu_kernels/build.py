@@ -45,9 +45,9 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(path))
         if loaded.loradock_register():
             raise OSError("torch does not take the operators")
-        if loaded.loradock_step_available():
+        loaded.loradock_instructions.restype = ctypes.c_char_p
+        if loaded.loradock_instructions():
             loaded.loradock_argmax.restype = ctypes.c_int64
-            loaded.loradock_instructions.restype = ctypes.c_char_p
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the CPU LoRA kernels cannot be had (%s): plain torch operations take their place", error)
         return None
@@ -56,13 +56,13 @@ def library() -> ctypes.CDLL | None:
 
 def instructions() -> str:
     """What the kernels compute a step with: AVX2 or AVX-512, and which parts of it; "" where they compute none."""
-    return library().loradock_instructions().decode() if step_available() else ""  # type: ignore[union-attr]
+    kernels = library()
+    return "" if kernels is None else kernels.loradock_instructions().decode()
 
 
 def step_available() -> bool:
     """Whether a whole step can be computed on this processor."""
-    kernels = library()
-    return kernels is not None and bool(kernels.loradock_step_available())
+    return bool(instructions())
 
 
 def compiled(

@@ -1,7 +1,7 @@
 // A matrix of weights as the processor's dot products want it: blocks of 32 outputs, packed once (`packing.cpp`) and read by
-// every product (`products.h`). bfloat16 lies in pairs of inputs; int8 in fours, and 4 bits in eights, with
-// what the dot products want added (`zero`): the lower halves of four bytes are the first four inputs. Before each group of them are its scales, bfloat16, and
-// eighths of its offsets where there are any.
+// every product (`products.h`), with what the dot products want added (`zero`). bfloat16 lies in pairs of inputs; int8 in
+// fours; 4 bits in eights: the lower halves of four bytes are the first four inputs. Before each group of them are its
+// scales, bfloat16, and eighths of its offsets where there are any.
 #pragma once
 
 #include "kernels.h"

@@ -556,7 +556,7 @@ struct Queries {
   bf16* out[QUERIES * HEADS + STRIP];
 
   void add(const bf16* query, bf16* to, int from, int until) {
-    for (int i = 0; i < HEAD; i++) put(q[rows][i], to_float(query[i]));
+    for (int i = 0; i < HEAD; i += 16) store(q[rows] + i, wide(query + i));
     out[rows] = to, first[rows] = from, length[rows] = until;
     rows++;
   }
@@ -1035,9 +1035,7 @@ void alone(const Matrix& m, const bf16* x, int64_t stride, int rows, F&& work) {
 
 extern "C" {
 
-int loradock_step_available() { return 1; }
-
-// What this build computes with.
+// What this build computes a step with; nothing where it computes none.
 const char* loradock_instructions() { return INSTRUCTIONS; }
 
 void loradock_decoder_head(int number, int matrix, int vocabulary) {
@@ -1168,6 +1166,6 @@ int64_t loradock_argmax(const float* row, int64_t n) {
 
 #else
 
-extern "C" int loradock_step_available() { return 0; }
+extern "C" const char* loradock_instructions() { return ""; }
 
 #endif

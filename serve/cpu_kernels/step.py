@@ -25,7 +25,7 @@ from vllm.v1.worker.block_table import SlotMappingMode
 
 from serve.cpu_kernels import eight_bits, one_copy, packing, pages, tally
 from serve.cpu_kernels.architecture import Layer, Norm, Unknown, bare, read
-from serve.cpu_kernels.build import cache_folder, library
+from serve.cpu_kernels.build import cache_folder, instructions, library
 from serve.cpu_kernels.install import free_memory
 from serve.cpu_kernels.operators import Layer as Adapters
 from serve.cpu_kernels.packing import at as _at
@@ -390,7 +390,7 @@ def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs:
         log.warning("this model runs layer by layer, not in one call a step: %s", reason)
         runner.loradock_reason = reason.reason
         return
-    log.info("the model runs in one call a step; its weights are %s", fused.weights)
+    log.info("the model runs in one call a step, by %s; its weights are %s", instructions(), fused.weights)
     cpu_attn._get_attn_isa = _as_vectors
     model.compute_logits = partial(_compute_logits, fused, model.compute_logits)
 
