@@ -150,6 +150,10 @@ ALWAYS void store8(int8_t* at, Ints v) {
   const __m256i two = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
   _mm_storeu_si128((__m128i*)at, _mm_packs_epi16(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1)));
 }
+ALWAYS Floats wide(const int8_t* at) {
+  return to_floats({_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)),
+                    _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(at + 8)))});
+}
 // Of each byte, lower and upper 4 bits.
 ALWAYS Ints lower4(Ints v) { return {_mm256_and_si256(v.a, _mm256_set1_epi8(15)), _mm256_and_si256(v.b, _mm256_set1_epi8(15))}; }
 ALWAYS Ints upper4(Ints v) { return lower4({_mm256_srli_epi16(v.a, 4), _mm256_srli_epi16(v.b, 4)}); }

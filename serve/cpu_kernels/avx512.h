@@ -79,6 +79,7 @@ ALWAYS int sum_of(Ints v) { return _mm512_reduce_add_epi32(v); }
 ALWAYS Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 ALWAYS Ints to_ints(Floats v) { return _mm512_cvtps_epi32(v); }  // the nearest
 ALWAYS void store8(int8_t* at, Ints v) { _mm_storeu_si128((__m128i*)at, _mm512_cvtsepi32_epi8(v)); }
+ALWAYS Floats wide(const int8_t* at) { return to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at))); }
 ALWAYS Ints lower4(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }  // of each byte, lower and upper 4 bits
 ALWAYS Ints upper4(Ints v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
 

@@ -1,8 +1,10 @@
 // The CPU multi-LoRA kernels: y[token] += (x[token] A^T) B^T with the A and B of each token's adapter slot.
 //
-// A plan holds a step's tokens, grouped by slot. A layer holds pointers to vLLM's stacked A, which is read where it lies,
-// and a packed copy of each slot's B, cut to the adapter's true rank. The op takes a layer's number and does nothing in a
-// step, or for a slot, without an adapter. No torch headers: the few functions of its stable C ABI stand below.
+// The op takes a layer's number and does nothing in a step, or for a slot, without an adapter. No torch headers: the few
+// functions of its stable C ABI stand below.
+
+#include <cmath>
+#include <limits>
 
 #include "kernels.h"
 
@@ -55,18 +57,58 @@ int true_rank(const Layer& layer, const Slice& slice, int slot) {
   return rank;
 }
 
+#ifdef WIDE
+// A number of n, and what they are divided by to fit into 8 bits; 0 if all are zeros, NaN if one is no number.
+float divisor(const bf16* v, int n, int64_t stride) {
+  float most = 0;
+  for (int i = 0; i < n; i++) {
+    const float size = std::fabs(to_float(v[i * stride]));
+    if (!(size <= std::numeric_limits<float>::max())) return NAN;
+    most = std::max(most, size);
+  }
+  return most / 127;
+}
+
+inline char rounded8(bf16 v, float by) { return by > 0 ? char(std::lrint(to_float(v) / by)) : 0; }
+
+// A as [rank, in8(in)] and B as [out / 16, rank, 16], each rank of either by a scale of its own; not done where a weight is
+// no number: 8 bits have no NaN.
+bool pack_eight(const Layer& layer, const Slice& slice, const bf16* a, const bf16* b, Weights& w) {
+  std::vector<float> by_a(w.rank), by_b(w.rank);
+  for (int k = 0; k < w.rank; k++) {
+    by_a[k] = divisor(a + size_t(k) * slice.in, slice.in, 1), by_b[k] = divisor(b + k, slice.out, layer.max_rank);
+    if (std::isnan(by_a[k]) || std::isnan(by_b[k])) return false;
+  }
+  const int64_t width = in8(slice.in), ranks = depth(w.rank);
+  w.a8.assign(w.rank * width + 64, 0);
+  w.b.assign(ranks * ((slice.out + 15) / 16 * 16) + 64, 0);
+  w.scale.resize(w.rank);
+  char *to_a = const_cast<char*>(w.aligned(w.a8)), *to_b = const_cast<char*>(w.packed());
+  for (int k = 0; k < w.rank; k++) {
+    w.scale[k] = by_a[k] * by_b[k];
+    for (int i = 0; i < slice.in; i++) to_a[k * width + i] = rounded8(a[size_t(k) * slice.in + i], by_a[k]);
+    for (int o = 0; o < slice.out; o++)
+      to_b[(o / 16 * ranks + k) * 16 + o % 16] = rounded8(b[size_t(o) * layer.max_rank + k], by_b[k]);
+  }
+  return true;
+}
+#endif
+
 // B as [rank, out]; for the bfloat16 dot products as [out / 16, rank / 2, 16, 2].
 template <class T>
 void pack(const Layer& layer, Slice& slice, int slot) {
   Weights& w = slice.slots[slot];
   w.rank = true_rank(layer, slice, slot);
   w.a = slice.a + size_t(slot) * layer.max_rank * slice.in * sizeof(T);
+  w.a8 = {}, w.scale = {};
   if (w.rank == 0) {
     w.b = {};
     return;
   }
   const T* b = reinterpret_cast<const T*>(slice.b) + size_t(slot) * slice.out * layer.max_rank;
 #ifdef WIDE
+  if constexpr (std::is_same_v<T, bf16>)
+    if (layer.eight && pack_eight(layer, slice, static_cast<const bf16*>(w.a), b, w)) return;
   if (layer.dtype == 1) {
     const int pairs = depth(w.rank) / 2;
     w.b.assign(size_t(pairs) * ((slice.out + 15) / 16) * 64 + 64, 0);
@@ -284,10 +326,24 @@ int loradock_layer(int plan, int dtype, int max_rank, int slots, int slices, con
   return int(layers.size()) - 1;
 }
 
+// What is loaded from now on is kept in 8 bits, as far as this build can.
+void loradock_keep_eight_bits(int number) {
+#ifdef WIDE
+  layers[number]->eight = layers[number]->dtype == 1;
+#endif
+}
+
 int loradock_rank(int number, int slot) {
   int rank = 0;
   for (const Slice& slice : layers[number]->slices) rank = std::max(rank, slice.slots[slot].rank);
   return rank;
+}
+
+// Whether A of what the slot holds is read where vLLM has put it.
+int loradock_reads_a(int number, int slot) {
+  for (const Slice& slice : layers[number]->slices)
+    if (slice.slots[slot].rank && !slice.slots[slot].eight()) return 1;
+  return 0;
 }
 
 // Take in what vLLM has just copied into a slot, in these layers.

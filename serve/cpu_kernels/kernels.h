@@ -1,7 +1,8 @@
 // What one token needs of an adapter: the step's plan, the layers' packed weights, and the products that work on them.
 //
 // A plan holds a step's tokens, grouped by slot. A layer holds pointers to vLLM's stacked A, which is read where it lies,
-// and a packed copy of each slot's B, cut to the adapter's true rank.
+// and a packed copy of each slot's B, cut to the adapter's true rank. Or copies of both in 8 bits: of sixteen adapters a
+// step reads as many bytes as of a small model.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
@@ -39,9 +41,20 @@ struct Weights {
   int rank = 0;
   const void* a = nullptr;  // [rank, in], in place
   std::vector<char> b;      // packed
-  // Where it begins: at a cache line.
-  const char* packed() const { return reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(b.data()) + 63) & ~uintptr_t(63)); }
+  // In 8 bits A is packed too, [rank, in8(in)], and what either was divided by is multiplied in between: [rank].
+  std::vector<char> a8;
+  std::vector<float> scale;
+  bool eight() const { return !scale.empty(); }
+  // Where they begin: at a cache line.
+  static const char* aligned(const std::vector<char>& v) {
+    return reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(v.data()) + 63) & ~uintptr_t(63));
+  }
+  const char* packed() const { return aligned(b); }
+  const char* first() const { return eight() ? aligned(a8) : static_cast<const char*>(a); }
 };
+
+// Bytes of a row of A in 8 bits.
+inline int64_t in8(int in) { return (int64_t(in) + 63) / 64 * 64; }
 
 struct Slice {
   int in, out, offset;
@@ -53,6 +66,7 @@ struct Slice {
 struct Layer {
   Plan* plan;
   int dtype;     // 0 float32, 1 bfloat16, 2 float16: of A, B, x and y
+  bool eight = false;  // what is loaded is kept in 8 bits
   int max_rank;
   int size;      // bytes of an element
   std::vector<Slice> slices;
@@ -135,30 +149,54 @@ struct Plain {
 
 #ifdef WIDE
 struct Fast {
-  template <int T, int R>
-  static ALWAYS void shrink_tile(const bf16* a, int in, const bf16* x, int64_t stride, const int32_t* tokens, bf16* t,
-                                 int64_t t_stride) {
+  // E: what A and B are kept in, bf16 or int8_t. stride_a: from row to row of A. scale: of rows in 8 bits.
+  template <class E, int T, int R>
+  static ALWAYS void shrink_tile(const E* a, int64_t stride_a, const float* scale, int in, const bf16* x, int64_t stride,
+                                 const int32_t* tokens, bf16* t, int64_t t_stride) {
     Floats sum[SUMS];
 #pragma GCC unroll 16
     for (int i = 0; i < SUMS; i++) sum[i] = spread(0.f);
     const bf16* xs[T];
     for (int i = 0; i < T; i++) xs[i] = x + tokens[i] * stride;
     int k = 0;
-    for (; k + 32 <= in; k += 32) {
-      Ints xv[T];
+    if constexpr (std::is_same_v<E, int8_t>) {
+      for (; k + 16 <= in; k += 16) {
+        Floats xv[T];
 #pragma GCC unroll 4
-      for (int i = 0; i < T; i++) xv[i] = load64(xs[i] + k);
+        for (int i = 0; i < T; i++) xv[i] = wide(xs[i] + k);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+          const Floats av = wide(a + r * stride_a + k);
+#pragma GCC unroll 4
+          for (int i = 0; i < T; i++) sum[i * R + r] = fma(av, xv[i], sum[i * R + r]);
+        }
+      }
+      if (k < in)
+        for (int r = 0; r < R; r++)
+          for (int i = 0; i < T; i++) sum[i * R + r] = fma(wide(a + r * stride_a + k), wide(xs[i] + k, in - k), sum[i * R + r]);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const Ints av = load64(a + size_t(r) * in + k);
+        const Floats by = spread(scale[r]);
 #pragma GCC unroll 4
-        for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, xv[i]);
+        for (int i = 0; i < T; i++) sum[i * R + r] = sum[i * R + r] * by;
       }
-    }
-    if (k < in) {
-      for (int r = 0; r < R; r++) {
-        const Ints av = load_pairs(a + size_t(r) * in + k, in - k);
-        for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, load_pairs(xs[i] + k, in - k));
+    } else {
+      for (; k + 32 <= in; k += 32) {
+        Ints xv[T];
+#pragma GCC unroll 4
+        for (int i = 0; i < T; i++) xv[i] = load64(xs[i] + k);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+          const Ints av = load64(a + r * stride_a + k);
+#pragma GCC unroll 4
+          for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, xv[i]);
+        }
+      }
+      if (k < in) {
+        for (int r = 0; r < R; r++) {
+          const Ints av = load_pairs(a + r * stride_a + k, in - k);
+          for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, load_pairs(xs[i] + k, in - k));
+        }
       }
     }
     alignas(64) bf16 done[SUMS];
@@ -166,47 +204,69 @@ struct Fast {
     for (int i = 0; i < T; i++) std::memcpy(t + i * t_stride, done + i * R, R * sizeof(bf16));
   }
 
-  template <int T>
-  static void shrink_rows(const bf16* a, int in, const bf16* x, int64_t stride, const int32_t* tokens, int rows, bf16* t,
-                          int64_t t_stride) {
+  template <int T, class E>
+  static void shrink_rows(const E* a, int64_t stride_a, const float* scale, int in, const bf16* x, int64_t stride,
+                          const int32_t* tokens, int rows, bf16* t, int64_t t_stride) {
     constexpr int R = SUMS / T;  // as many rows of A as there is room for sums
-    int r = 0;
-    if constexpr (R > 8)
-      for (; r + R <= rows; r += R) shrink_tile<T, R>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
-    if constexpr (R >= 8)
-      for (; r + 8 <= rows; r += 8) shrink_tile<T, 8>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
     constexpr int FEW = std::min(R, 4);
-    for (; r + FEW <= rows; r += FEW) shrink_tile<T, FEW>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
-    for (; r < rows; r++) shrink_tile<T, 1>(a + size_t(r) * in, in, x, stride, tokens, t + r, t_stride);
+    int r = 0;
+    auto tile = [&](auto count) {
+      constexpr int N = decltype(count)::value;
+      for (; r + N <= rows; r += N)
+        shrink_tile<E, T, N>(a + r * stride_a, stride_a, scale + r, in, x, stride, tokens, t + r, t_stride);
+    };
+    if constexpr (R > 8) tile(std::integral_constant<int, R>());
+    if constexpr (R >= 8) tile(std::integral_constant<int, 8>());
+    tile(std::integral_constant<int, FEW>());
+    tile(std::integral_constant<int, 1>());
+  }
+
+  template <class E>
+  static void shrink_as(const E* a, int64_t stride_a, const float* scale, int in, const bf16* x, int64_t stride,
+                        const int32_t* tokens, int n, int rows, bf16* t, int64_t t_stride) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) shrink_rows<4>(a, stride_a, scale, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
+    for (; i + 2 <= n; i += 2) shrink_rows<2>(a, stride_a, scale, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
+    for (; i < n; i++) shrink_rows<1>(a, stride_a, scale, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
   }
 
   static void shrink(const Weights& w, int in, const bf16* x, int64_t stride, const int32_t* tokens, int n, int row,
                      int rows, bf16* t, int64_t t_stride) {
-    const bf16* a = static_cast<const bf16*>(w.a) + size_t(row) * in;
-    int i = 0;
-    for (; i + 4 <= n; i += 4) shrink_rows<4>(a, in, x, stride, tokens + i, rows, t + i * t_stride + row, t_stride);
-    for (; i + 2 <= n; i += 2) shrink_rows<2>(a, in, x, stride, tokens + i, rows, t + i * t_stride + row, t_stride);
-    for (; i < n; i++) shrink_rows<1>(a, in, x, stride, tokens + i, rows, t + i * t_stride + row, t_stride);
+    if (w.eight())
+      shrink_as(reinterpret_cast<const int8_t*>(w.first()) + row * in8(in), in8(in), w.scale.data() + row, in, x, stride,
+                tokens, n, rows, t + row, t_stride);
+    else
+      shrink_as(static_cast<const bf16*>(w.a) + size_t(row) * in, in, nullptr, in, x, stride, tokens, n, rows, t + row,
+                t_stride);
     if (row + rows == w.rank && w.rank % 2)  // B's last pair ends in a zero, and 0 * NaN is NaN
-      for (i = 0; i < n; i++) t[i * t_stride + w.rank].bits = 0;
+      for (int i = 0; i < n; i++) t[i * t_stride + w.rank].bits = 0;
+  }
+
+  // B's pair of ranks for 16 outputs, and what it adds to a sum with a pair of t.
+  struct Two {
+    Floats first, second;
+  };
+  static ALWAYS Ints ranks_at(const bf16* b) { return load64(b); }
+  static ALWAYS Two ranks_at(const int8_t* b) { return {wide(b), wide(b + 16)}; }
+  static ALWAYS Floats add(Floats sum, Ints b, const bf16* t) { return dot2(sum, b, pair_at(t)); }
+  static ALWAYS Floats add(Floats sum, const Two& b, const bf16* t) {
+    return fma(b.second, spread(to_float(t[1])), fma(b.first, spread(to_float(t[0])), sum));
   }
 
   // 16 U outputs of T tokens; `count` of them, where U is 1.
-  template <int T, int U>
-  static ALWAYS void expand_tile(const bf16* const* ts, int pairs, const char* b, bf16* const* ys, int count) {
+  template <int T, int U, class E>
+  static ALWAYS void expand_tile(const bf16* const* ts, int pairs, const E* b, bf16* const* ys, int count) {
     Floats sum[T * U];
 #pragma GCC unroll 16
     for (int i = 0; i < T * U; i++) sum[i] = spread(0.f);
     for (int k = 0; k < pairs; k++) {
-      Ints bv[U];
+      decltype(ranks_at(b)) bv[U];
 #pragma GCC unroll 4
-      for (int u = 0; u < U; u++) bv[u] = load64(b + (size_t(u) * pairs + k) * 64);
+      for (int u = 0; u < U; u++) bv[u] = ranks_at(b + (size_t(u) * pairs + k) * 32);
 #pragma GCC unroll 4
-      for (int i = 0; i < T; i++) {
-        const Ints tv = pair_at(ts[i] + 2 * k);
+      for (int i = 0; i < T; i++)
 #pragma GCC unroll 4
-        for (int u = 0; u < U; u++) sum[i * U + u] = dot2(sum[i * U + u], bv[u], tv);
-      }
+        for (int u = 0; u < U; u++) sum[i * U + u] = add(sum[i * U + u], bv[u], ts[i] + 2 * k);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < T; i++)
@@ -220,38 +280,45 @@ struct Fast {
       }
   }
 
-  template <int T>
-  static void expand_some(const char* b, int pairs, const bf16* const* ts, bf16* const* ys, int count) {
+  template <int T, class E>
+  static void expand_some(const E* b, int pairs, const bf16* const* ts, bf16* const* ys, int count) {
     constexpr int U = std::min(4, SUMS / T);
     bf16* at[T];
     for (int i = 0; i < T; i++) at[i] = ys[i];
     int o = 0;
     if constexpr (U > 1)
       for (; o + 16 * U <= count; o += 16 * U) {
-        expand_tile<T, U>(ts, pairs, b + size_t(o) * pairs * 4, at, 0);
+        expand_tile<T, U>(ts, pairs, b + size_t(o) * pairs * 2, at, 0);
         for (int i = 0; i < T; i++) at[i] += 16 * U;
       }
     for (; o < count; o += 16) {
-      expand_tile<T, 1>(ts, pairs, b + size_t(o) * pairs * 4, at, count - o);
+      expand_tile<T, 1>(ts, pairs, b + size_t(o) * pairs * 2, at, count - o);
       for (int i = 0; i < T; i++) at[i] += 16;
     }
+  }
+
+  template <class E>
+  static void expand_as(const E* b, int pairs, const bf16* const* ts, bf16* const* ys, int n, int count) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) expand_some<4>(b, pairs, ts + i, ys + i, count);
+    for (; i + 2 <= n; i += 2) expand_some<2>(b, pairs, ts + i, ys + i, count);
+    for (; i < n; i++) expand_some<1>(b, pairs, ts + i, ys + i, count);
   }
 
   // `first` is a multiple of 16.
   static void expand(const Weights& w, int, const bf16* t, int64_t t_stride, const int32_t* rows_of_t, bf16* y,
                      int64_t stride, const int32_t* tokens, int n, int first, int count) {
     const int pairs = depth(w.rank) / 2;
-    const char* b = w.packed() + size_t(first) * pairs * 4;
     const bf16* ts[CHUNK];
     bf16* ys[CHUNK];
     for (int i = 0; i < n; i++) {
       ts[i] = t + (rows_of_t ? rows_of_t[i] : i) * t_stride;
       ys[i] = y + tokens[i] * stride + first;
     }
-    int i = 0;
-    for (; i + 4 <= n; i += 4) expand_some<4>(b, pairs, ts + i, ys + i, count);
-    for (; i + 2 <= n; i += 2) expand_some<2>(b, pairs, ts + i, ys + i, count);
-    for (; i < n; i++) expand_some<1>(b, pairs, ts + i, ys + i, count);
+    if (w.eight())
+      expand_as(reinterpret_cast<const int8_t*>(w.packed()) + size_t(first) * pairs * 2, pairs, ts, ys, n, count);
+    else
+      expand_as(reinterpret_cast<const bf16*>(w.packed()) + size_t(first) * pairs * 2, pairs, ts, ys, n, count);
   }
 };
 #endif

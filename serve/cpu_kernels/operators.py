@@ -84,7 +84,7 @@ class Layer:
     b: Sequence[torch.Tensor]
     sizes: Sequence[int]
     looked_up: bool = False  # an embedding's A, which vLLM looks up itself
-    packed: bool = False  # B is read by the kernels alone, which hold a copy of their own
+    packed: bool = False  # A and B are read by the kernels alone, which hold a copy of B, or of both
     number: int = field(init=False)
     used: bool = field(default=False, init=False)  # any slot holds something here
 
@@ -117,6 +117,19 @@ class Layer:
         if kernels is not None:
             return int(kernels.loradock_rank(self.number, slot))
         return self.b[0].shape[-1]
+
+    def keep_eight_bits(self) -> None:
+        """Keep what is loaded from now on in 8 bits, as the weights beside it are."""
+        if (kernels := library()) is not None:
+            kernels.loradock_keep_eight_bits(self.number)
+
+    def unread(self, slot: int) -> list[torch.Tensor]:
+        """What lies in a slot and is not read, because the kernels hold copies of their own."""
+        kernels = library()
+        if kernels is None or not self.packed:
+            return []
+        copied = self.b if kernels.loradock_reads_a(self.number, slot) else (*self.a, *self.b)
+        return [stacked[slot] for stacked in copied]
 
     def touched(self) -> bool:
         """Whether a row of this step has an adapter here."""

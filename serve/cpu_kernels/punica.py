@@ -134,8 +134,8 @@ def activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int) 
         slot = manager.lora_index_to_id.index(lora_id)
         load(manager.loradock_layers, slot)
         for layer in manager.loradock_layers:
-            for b in layer.b if layer.packed else ():
-                pages.drop(b[slot])
+            for stacked in layer.unread(slot):
+                pages.drop(stacked)
         if manager.capacity <= manager.lora_slots and read is not None:
             adapter.loras = {}  # it keeps its slot for as long as it is in memory
     return changed

@@ -183,27 +183,29 @@ inline Floats capped(Floats v, float cap) {
 // ---- adapters --------------------------------------------------------------------------------------------------------
 
 // The sums of 16 outputs of neighbouring rows with the same adapter, and what it adds to them: its pairs of ranks one by one.
-template <int M>
+template <int M, class E>
 void expand(const char* b, int pairs, const bf16* t, int64_t stride, float* sums) {
   Floats v[M];
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) v[i] = load(sums + i * WIDTH);
   for (int k = 0; k < pairs; k++) {
-    const Ints bk = load64(b + size_t(k) * 64);
+    const auto bk = Fast::ranks_at(reinterpret_cast<const E*>(b) + size_t(k) * 32);
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) v[i] = dot2(v[i], bk, pair_at(t + i * stride + 2 * k));
+    for (int i = 0; i < M; i++) v[i] = Fast::add(v[i], bk, t + i * stride + 2 * k);
   }
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) store(sums + i * WIDTH, v[i]);
 }
 
 typedef void (*Expand)(const char*, int, const bf16*, int64_t, float*);
-template <int... I>
+template <class E, int... I>
 const Expand* expands(std::integer_sequence<int, I...>) {
-  static const Expand all[] = {expand<I + 1>...};
+  static const Expand all[] = {expand<I + 1, E>...};
   return all;
 }
-const Expand* const EXPANDS = expands(std::make_integer_sequence<int, TILE>());  // of 1, 2, ... rows
+// Of 1, 2, ... rows.
+const Expand* const EXPANDS = expands<bf16>(std::make_integer_sequence<int, TILE>());
+const Expand* const EXPANDS8 = expands<int8_t>(std::make_integer_sequence<int, TILE>());
 
 // One module's adapters in this step: t = x A^T for the tokens that have one, and what to add to 16 outputs of a token.
 struct Delta {
@@ -235,15 +237,18 @@ struct Delta {
     return layer->slices[piece % slices].slots[plan->chunks[piece / slices].slot];
   }
   size_t bytes(int piece) const {
-    return size_t(weights(piece).rank) * layer->slices[piece % layer->slices.size()].in * sizeof(bf16);
+    const Weights& w = weights(piece);
+    const int in = layer->slices[piece % layer->slices.size()].in;
+    return w.rank * (w.eight() ? size_t(in8(in)) : in * sizeof(bf16));
   }
+  static size_t pair_bytes(const Weights& w) { return w.eight() ? 32 : 64; }  // of two ranks and 16 outputs
 
   void shrink(int piece, const bf16* x, int64_t x_stride) const {
     const Chunk& c = plan->chunks[piece / layer->slices.size()];
     const size_t s = piece % layer->slices.size();
     const Weights& w = weights(piece);
     if (piece + 1 < pieces()) {  // the next one's A, likely this thread's too
-      const char* next = static_cast<const char*>(weights(piece + 1).a);
+      const char* next = weights(piece + 1).first();
       const size_t size = std::min(bytes(piece + 1), size_t(16384));
       for (size_t i = 0; i < size; i += 64) later(next + i);
     }
@@ -284,8 +289,9 @@ struct Delta {
         const int pairs = depth(w.rank) / 2;
         if (!pairs) return;
         // A slot's tokens are in order: neighbours are neighbours in t too.
-        EXPANDS[end - row - 1](w.packed() + size_t(h.output) * pairs * 4, pairs, t + plan->place[row] * stride + h.slice * width,
-                           stride, sums + (row - from) * WIDTH + first);
+        const char* b = w.packed() + size_t(h.output / 16) * pairs * pair_bytes(w);
+        (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, pairs, t + plan->place[row] * stride + h.slice * width, stride,
+                                                      sums + (row - from) * WIDTH + first);
       });
     }
   }
@@ -298,7 +304,7 @@ struct Delta {
       if (h.slice < 0) return;
       runs(from, to, [&](int, int, int slot) {
         const Weights& w = layer->slices[h.slice].slots[slot];
-        const size_t bytes = size_t(depth(w.rank)) * 32;
+        const size_t bytes = depth(w.rank) / 2 * pair_bytes(w);
         for (size_t i = 0; i < bytes; i += 64) soon(w.packed() + h.output / 16 * bytes + i);
       });
     }

@@ -95,7 +95,10 @@ class Fused:
                 raise Unknown("weights", f"{getattr(linear, 'prefix', 'a layer')}: {reason}")
             matrices.append(matrix)
             self.formats.add(linear.loradock_weights)
-            loras.append(_adapters(module))
+            adapters = _adapters(module)
+            loras.append(adapters.number if adapters else -1)
+            if adapters and linear.loradock_weights != "bfloat16":
+                adapters.keep_eight_bits()
         heads = layer.attention.num_heads, layer.attention.num_kv_heads
         q, k, size = layer.q_norm, layer.k_norm, layer.attention.head_size
         if (q is None) != (k is None):
@@ -255,19 +258,20 @@ def _check_engine(config: Any) -> None:
         raise Unknown("engine", "it has a speculative_config, or generates nothing")
 
 
-def _adapters(module: Any) -> int:
-    """The number of a module's adapters, -1 where it takes none."""
+def _adapters(module: Any) -> Adapters | None:
+    """A module's adapters, None where it takes none."""
     if not isinstance(module, BaseLayerWithLoRA):
-        return -1
+        return None
     if any(size % 16 for size in module.output_slices):
         raise Unknown("size", "its sizes are no multiples of 16")
-    if not hasattr(module.punica_wrapper, "layer") or module.lora_b_stacked[0].dtype != torch.bfloat16:
+    adapters = _adapted(module)
+    if adapters is None or module.lora_b_stacked[0].dtype != torch.bfloat16:
         raise Unknown("adapters", "its adapters are vLLM's own path's, or not bfloat16")
-    return int(module.punica_wrapper.number)
+    return adapters
 
 
 def _adapted(module: Any) -> Adapters | None:
-    """The adapters of a module that is computed by vLLM where a token has one."""
+    """The adapters of a module as the kernels know them, if they do."""
     return getattr(getattr(module, "punica_wrapper", None), "layer", None)
 
 

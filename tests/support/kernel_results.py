@@ -128,7 +128,7 @@ def _context(engine: Engine) -> Any:
 def sums() -> dict[str, torch.Tensor]:
     """What adapters add to a layer of vLLM's, in sizes that fill no vector."""
     results = {}
-    for dtype in operators.DTYPES:
+    for dtype, eight in (*((dtype, False) for dtype in operators.DTYPES), (torch.bfloat16, True)):
         torch.manual_seed(3)
         plan, ranks = operators.Plan(), (1, 8, 17, 33)
         a = torch.zeros(len(ranks), 1, 33, 100, dtype=dtype)
@@ -137,12 +137,14 @@ def sums() -> dict[str, torch.Tensor]:
             a[slot, 0, :rank] = torch.randn(rank, 100) * 0.1
             b[slot, 0, :, :rank] = torch.randn(203, rank) * 0.1
         layer = operators.Layer(plan, [a], [b], [203])
+        if eight:
+            layer.keep_eight_bits()
         for slot in range(len(ranks)):
             operators.load([layer], slot)
         plan.set(torch.tensor([number % 5 - 1 for number in range(23)]), len(ranks))
         y = torch.zeros(23, 203, dtype=dtype)
         operators.lora_linear(y, torch.randn(23, 100).to(dtype), layer.number)
-        results[f"adapters: {dtype}"] = y
+        results[f"adapters: {dtype}{', in 8 bits' * eight}"] = y
     return results
 
 
