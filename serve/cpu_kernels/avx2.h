@@ -200,9 +200,10 @@ ALWAYS void store(half* at, Floats v, int count) {
   store_some(at, _mm256_set_m128i(_mm256_cvtps_ph(v.b, HOW), _mm256_cvtps_ph(v.a, HOW)), count);
 }
 
-// Four vectors' sums, as bfloat16.
+// Four vectors' sums, as bfloat16 or float32.
 constexpr int SUMS = 4;
-ALWAYS void sums(const Floats* v, bf16* out) {
+template <class T>
+ALWAYS void sums(const Floats* v, T* out) {
   for (int i = 0; i < SUMS; i++) put(out[i], sum_of(v[i]));
 }
 

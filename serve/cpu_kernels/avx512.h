@@ -117,9 +117,10 @@ ALWAYS void store(half* at, Floats v, int count) {
   _mm256_mask_storeu_epi16(at, lanes(count), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Sixteen vectors' sums, as bfloat16.
+// Sixteen vectors' sums, as bfloat16 or float32.
 constexpr int SUMS = 16;
-inline void sums(const Floats* v, bf16* out) {
+template <class T>
+inline void sums(const Floats* v, T* out) {
   __m512 s[8], q[4];
   for (int i = 0; i < 8; i++)
     s[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));

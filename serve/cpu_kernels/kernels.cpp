@@ -135,7 +135,6 @@ template <class T, class K>
 void linear(Layer& layer, T* y, int64_t y_stride, const T* x, int64_t x_stride) {
   Plan& plan = *layer.plan;
   const int slices = int(layer.slices.size());
-  const int width = (layer.max_rank + 1) / 2 * 2;
   static thread_local std::vector<Work> shrinks, expands;
   shrinks.clear();
   expands.clear();
@@ -150,10 +149,10 @@ void linear(Layer& layer, T* y, int64_t y_stride, const T* x, int64_t x_stride) 
       macs += int64_t(plan.chunks[c].end - plan.chunks[c].begin) * rank * (slice.in + slice.out);
     }
   if (shrinks.empty() || plan.tokens.empty()) return;
-  const size_t bytes = plan.tokens.size() * slices * width * sizeof(T);
+  const int64_t t_row = layer.middle_row();
+  const size_t bytes = plan.tokens.size() * t_row;
   if (scratch.size() < bytes) scratch.resize(bytes);
-  T* t = reinterpret_cast<T*>(scratch.data());
-  const int64_t t_stride = int64_t(slices) * width;
+  char* t = scratch.data();
   const Work* shrink = shrinks.data();
   const Work* expand = expands.data();
   const int shrink_count = int(shrinks.size()), expand_count = int(expands.size());
@@ -162,12 +161,12 @@ void linear(Layer& layer, T* y, int64_t y_stride, const T* x, int64_t x_stride) 
     const Chunk& c = plan.chunks[w.chunk];
     const Slice& slice = layer.slices[w.slice];
     K::shrink(slice.slots[c.slot], slice.in, x, x_stride, plan.tokens.data() + c.begin, c.end - c.begin, w.first, w.count,
-              t + c.begin * t_stride + w.slice * width, t_stride);
+              t + c.begin * t_row + layer.middle_at(w.slice), t_row);
   };
   auto expand_one = [&](const Work& w) {
     const Chunk& c = plan.chunks[w.chunk];
     const Slice& slice = layer.slices[w.slice];
-    K::expand(slice.slots[c.slot], slice.out, t + c.begin * t_stride + w.slice * width, t_stride, nullptr,
+    K::expand(slice.slots[c.slot], slice.out, t + c.begin * t_row + layer.middle_at(w.slice), t_row, nullptr,
               y + slice.offset, y_stride, plan.tokens.data() + c.begin, c.end - c.begin, w.first, w.count);
   };
   if (macs < SERIAL || omp_get_max_threads() == 1) {
@@ -197,7 +196,7 @@ void embedding(Layer& layer, T* y, int64_t y_stride, const T* t, int64_t t_strid
     if (!w.rank) continue;
     const int32_t* tokens = plan.tokens.data() + chunk.begin;
     for (int o = 0; o < slice.out; o += OUT_BLOCK)
-      K::expand(w, slice.out, t, t_stride, tokens, y + slice.offset, y_stride, tokens, chunk.end - chunk.begin, o,
+      K::expand(w, slice.out, reinterpret_cast<const char*>(t), t_stride * sizeof(T), tokens, y + slice.offset, y_stride, tokens, chunk.end - chunk.begin, o,
                 std::min(OUT_BLOCK, slice.out - o));
   }
 }
@@ -329,7 +328,7 @@ int loradock_layer(int plan, int dtype, int max_rank, int slots, int slices, con
 // What is loaded from now on is kept in 8 bits, as far as this build can.
 void loradock_keep_eight_bits(int number) {
 #ifdef WIDE
-  layers[number]->eight = layers[number]->dtype == 1;
+  layers[number]->eight = layers[number]->dtype == 1 && !layers[number]->slices[0].a_by_row;
 #endif
 }
 

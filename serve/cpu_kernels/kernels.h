@@ -70,6 +70,12 @@ struct Layer {
   int max_rank;
   int size;      // bytes of an element
   std::vector<Slice> slices;
+
+  // Bytes of an element of t = x A^T, where a slice's begin in a row, and of a row: what is kept in 8 bits is multiplied
+  // in float32.
+  int64_t middle() const { return eight ? sizeof(float) : size; }
+  int64_t middle_at(size_t slice) const { return int64_t(slice) * ((max_rank + 1) / 2 * 2) * middle(); }
+  int64_t middle_row() const { return middle_at(slices.size()); }
 };
 
 extern std::vector<std::unique_ptr<Plan>> plans;
@@ -125,19 +131,19 @@ inline void add_to<half>(half* y, const float* sum, int n) {
 template <class T>
 struct Plain {
   static void shrink(const Weights& w, int in, const T* x, int64_t stride, const int32_t* tokens, int n, int row, int rows,
-                     T* t, int64_t t_stride) {
+                     char* t, int64_t t_row) {
     const T* a = static_cast<const T*>(w.a);
     for (int i = 0; i < n; i++)
       for (int r = row; r < row + rows; r++)
-        put(t[i * t_stride + r], dot(x + tokens[i] * stride, a + size_t(r) * in, in));
+        put(reinterpret_cast<T*>(t + i * t_row)[r], dot(x + tokens[i] * stride, a + size_t(r) * in, in));
   }
 
-  static void expand(const Weights& w, int out, const T* t, int64_t t_stride, const int32_t* rows_of_t, T* y,
+  static void expand(const Weights& w, int out, const char* t, int64_t t_row, const int32_t* rows_of_t, T* y,
                      int64_t stride, const int32_t* tokens, int n, int first, int count) {
     const T* b = reinterpret_cast<const T*>(w.packed()) + first;
     float sum[OUT_BLOCK];
     for (int i = 0; i < n; i++) {
-      const T* ti = t + (rows_of_t ? rows_of_t[i] : i) * t_stride;
+      const T* ti = reinterpret_cast<const T*>(t + (rows_of_t ? rows_of_t[i] : i) * t_row);
       std::fill(sum, sum + count, 0.f);
       for (int k = 0; k < w.rank; k++) add_scaled(sum, to_float(ti[k]), b + size_t(k) * out, count);
       add_to(y + tokens[i] * stride + first, sum, count);
@@ -149,10 +155,14 @@ struct Plain {
 
 #ifdef WIDE
 struct Fast {
+  // Of what t = x A^T is made, where A and B are kept as E.
+  template <class E>
+  using Middle = std::conditional_t<std::is_same_v<E, int8_t>, float, bf16>;
+
   // E: what A and B are kept in, bf16 or int8_t. stride_a: from row to row of A. scale: of rows in 8 bits.
   template <class E, int T, int R>
   static ALWAYS void shrink_tile(const E* a, int64_t stride_a, const float* scale, int in, const bf16* x, int64_t stride,
-                                 const int32_t* tokens, bf16* t, int64_t t_stride) {
+                                 const int32_t* tokens, Middle<E>* t, int64_t t_stride) {
     Floats sum[SUMS];
 #pragma GCC unroll 16
     for (int i = 0; i < SUMS; i++) sum[i] = spread(0.f);
@@ -174,12 +184,6 @@ struct Fast {
       if (k < in)
         for (int r = 0; r < R; r++)
           for (int i = 0; i < T; i++) sum[i * R + r] = fma(wide(a + r * stride_a + k), wide(xs[i] + k, in - k), sum[i * R + r]);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        const Floats by = spread(scale[r]);
-#pragma GCC unroll 4
-        for (int i = 0; i < T; i++) sum[i * R + r] = sum[i * R + r] * by;
-      }
     } else {
       for (; k + 32 <= in; k += 32) {
         Ints xv[T];
@@ -199,14 +203,18 @@ struct Fast {
         }
       }
     }
-    alignas(64) bf16 done[SUMS];
+    alignas(64) Middle<E> done[SUMS];
     sums(sum, done);
-    for (int i = 0; i < T; i++) std::memcpy(t + i * t_stride, done + i * R, R * sizeof(bf16));
+    for (int i = 0; i < T; i++)
+      if constexpr (std::is_same_v<E, int8_t>)
+        for (int r = 0; r < R; r++) t[i * t_stride + r] = done[i * R + r] * scale[r];
+      else
+        std::memcpy(t + i * t_stride, done + i * R, R * sizeof(bf16));
   }
 
   template <int T, class E>
   static void shrink_rows(const E* a, int64_t stride_a, const float* scale, int in, const bf16* x, int64_t stride,
-                          const int32_t* tokens, int rows, bf16* t, int64_t t_stride) {
+                          const int32_t* tokens, int rows, Middle<E>* t, int64_t t_stride) {
     constexpr int R = SUMS / T;  // as many rows of A as there is room for sums
     constexpr int FEW = std::min(R, 4);
     int r = 0;
@@ -221,25 +229,28 @@ struct Fast {
     tile(std::integral_constant<int, 1>());
   }
 
+  // `row` and `rows`: of A. t: where the first token's begins, t_row bytes before the next one's.
   template <class E>
-  static void shrink_as(const E* a, int64_t stride_a, const float* scale, int in, const bf16* x, int64_t stride,
-                        const int32_t* tokens, int n, int rows, bf16* t, int64_t t_stride) {
+  static void shrink_as(const Weights& w, int64_t stride_a, int in, const bf16* x, int64_t stride, const int32_t* tokens,
+                        int n, int row, int rows, char* t_at, int64_t t_row) {
+    const E* a = reinterpret_cast<const E*>(w.first()) + row * stride_a;
+    const float* scale = w.scale.data() + row;
+    auto* t = reinterpret_cast<Middle<E>*>(t_at) + row;
+    const int64_t t_stride = t_row / int64_t(sizeof(*t));
     int i = 0;
     for (; i + 4 <= n; i += 4) shrink_rows<4>(a, stride_a, scale, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
     for (; i + 2 <= n; i += 2) shrink_rows<2>(a, stride_a, scale, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
     for (; i < n; i++) shrink_rows<1>(a, stride_a, scale, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
+    if (row + rows == w.rank && w.rank % 2)  // B's last pair ends in a zero, and 0 * NaN is NaN
+      for (i = 0; i < n; i++) t[i * t_stride + rows] = {};
   }
 
   static void shrink(const Weights& w, int in, const bf16* x, int64_t stride, const int32_t* tokens, int n, int row,
-                     int rows, bf16* t, int64_t t_stride) {
+                     int rows, char* t, int64_t t_row) {
     if (w.eight())
-      shrink_as(reinterpret_cast<const int8_t*>(w.first()) + row * in8(in), in8(in), w.scale.data() + row, in, x, stride,
-                tokens, n, rows, t + row, t_stride);
+      shrink_as<int8_t>(w, in8(in), in, x, stride, tokens, n, row, rows, t, t_row);
     else
-      shrink_as(static_cast<const bf16*>(w.a) + size_t(row) * in, in, nullptr, in, x, stride, tokens, n, rows, t + row,
-                t_stride);
-    if (row + rows == w.rank && w.rank % 2)  // B's last pair ends in a zero, and 0 * NaN is NaN
-      for (int i = 0; i < n; i++) t[i * t_stride + w.rank].bits = 0;
+      shrink_as<bf16>(w, in, in, x, stride, tokens, n, row, rows, t, t_row);
   }
 
   // B's pair of ranks for 16 outputs, and what it adds to a sum with a pair of t.
@@ -249,13 +260,13 @@ struct Fast {
   static ALWAYS Ints ranks_at(const bf16* b) { return load64(b); }
   static ALWAYS Two ranks_at(const int8_t* b) { return {wide(b), wide(b + 16)}; }
   static ALWAYS Floats add(Floats sum, Ints b, const bf16* t) { return dot2(sum, b, pair_at(t)); }
-  static ALWAYS Floats add(Floats sum, const Two& b, const bf16* t) {
-    return fma(b.second, spread(to_float(t[1])), fma(b.first, spread(to_float(t[0])), sum));
+  static ALWAYS Floats add(Floats sum, const Two& b, const float* t) {
+    return fma(b.second, spread(t[1]), fma(b.first, spread(t[0]), sum));
   }
 
   // 16 U outputs of T tokens; `count` of them, where U is 1.
   template <int T, int U, class E>
-  static ALWAYS void expand_tile(const bf16* const* ts, int pairs, const E* b, bf16* const* ys, int count) {
+  static ALWAYS void expand_tile(const Middle<E>* const* ts, int pairs, const E* b, bf16* const* ys, int count) {
     Floats sum[T * U];
 #pragma GCC unroll 16
     for (int i = 0; i < T * U; i++) sum[i] = spread(0.f);
@@ -281,7 +292,7 @@ struct Fast {
   }
 
   template <int T, class E>
-  static void expand_some(const E* b, int pairs, const bf16* const* ts, bf16* const* ys, int count) {
+  static void expand_some(const E* b, int pairs, const Middle<E>* const* ts, bf16* const* ys, int count) {
     constexpr int U = std::min(4, SUMS / T);
     bf16* at[T];
     for (int i = 0; i < T; i++) at[i] = ys[i];
@@ -298,7 +309,16 @@ struct Fast {
   }
 
   template <class E>
-  static void expand_as(const E* b, int pairs, const bf16* const* ts, bf16* const* ys, int n, int count) {
+  static void expand_as(const Weights& w, const char* t, int64_t t_row, const int32_t* rows_of_t, bf16* y, int64_t stride,
+                        const int32_t* tokens, int n, int first, int count) {
+    const int pairs = depth(w.rank) / 2;
+    const E* b = reinterpret_cast<const E*>(w.packed()) + size_t(first) * pairs * 2;
+    const Middle<E>* ts[CHUNK];
+    bf16* ys[CHUNK];
+    for (int i = 0; i < n; i++) {
+      ts[i] = reinterpret_cast<const Middle<E>*>(t + (rows_of_t ? rows_of_t[i] : i) * t_row);
+      ys[i] = y + tokens[i] * stride + first;
+    }
     int i = 0;
     for (; i + 4 <= n; i += 4) expand_some<4>(b, pairs, ts + i, ys + i, count);
     for (; i + 2 <= n; i += 2) expand_some<2>(b, pairs, ts + i, ys + i, count);
@@ -306,19 +326,12 @@ struct Fast {
   }
 
   // `first` is a multiple of 16.
-  static void expand(const Weights& w, int, const bf16* t, int64_t t_stride, const int32_t* rows_of_t, bf16* y,
+  static void expand(const Weights& w, int, const char* t, int64_t t_row, const int32_t* rows_of_t, bf16* y,
                      int64_t stride, const int32_t* tokens, int n, int first, int count) {
-    const int pairs = depth(w.rank) / 2;
-    const bf16* ts[CHUNK];
-    bf16* ys[CHUNK];
-    for (int i = 0; i < n; i++) {
-      ts[i] = t + (rows_of_t ? rows_of_t[i] : i) * t_stride;
-      ys[i] = y + tokens[i] * stride + first;
-    }
     if (w.eight())
-      expand_as(reinterpret_cast<const int8_t*>(w.packed()) + size_t(first) * pairs * 2, pairs, ts, ys, n, count);
+      expand_as<int8_t>(w, t, t_row, rows_of_t, y, stride, tokens, n, first, count);
     else
-      expand_as(reinterpret_cast<const bf16*>(w.packed()) + size_t(first) * pairs * 2, pairs, ts, ys, n, count);
+      expand_as<bf16>(w, t, t_row, rows_of_t, y, stride, tokens, n, first, count);
   }
 };
 #endif

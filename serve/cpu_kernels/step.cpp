@@ -99,8 +99,8 @@ struct Decoder : Shape {
   int top = -1;        // the output layer's matrix
   int vocabulary = 0;  // its first outputs; the rest is padding
   Phases phases;
-  Buffer<float> residual, added, whole;
-  Buffer<bf16> x, qkv, y, act, t;
+  Buffer<float> residual, added, whole, t;
+  Buffer<bf16> x, qkv, y, act;
   Buffer<int8_t> q;
   Buffer<float> q_scale, floats;
   Buffer<int32_t> q_sum, request;
@@ -183,21 +183,26 @@ inline Floats capped(Floats v, float cap) {
 // ---- adapters --------------------------------------------------------------------------------------------------------
 
 // The sums of 16 outputs of neighbouring rows with the same adapter, and what it adds to them: its pairs of ranks one by one.
+// `halves`: of so many times 16 outputs.
 template <int M, class E>
-void expand(const char* b, int pairs, const bf16* t, int64_t stride, float* sums) {
-  Floats v[M];
+void expand(const char* b, int pairs, const char* t_at, int64_t t_row, float* sums, int halves) {
+  const auto* t = reinterpret_cast<const Fast::Middle<E>*>(t_at);
+  const int64_t stride = t_row / int64_t(sizeof(*t));
+  for (const E* at = reinterpret_cast<const E*>(b); halves--; sums += 16) {
+    Floats v[M];
 #pragma GCC unroll 12
-  for (int i = 0; i < M; i++) v[i] = load(sums + i * WIDTH);
-  for (int k = 0; k < pairs; k++) {
-    const auto bk = Fast::ranks_at(reinterpret_cast<const E*>(b) + size_t(k) * 32);
+    for (int i = 0; i < M; i++) v[i] = load(sums + i * WIDTH);
+    for (int k = 0; k < pairs; k++, at += 32) {
+      const auto ranks = Fast::ranks_at(at);
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) v[i] = Fast::add(v[i], bk, t + i * stride + 2 * k);
+      for (int i = 0; i < M; i++) v[i] = Fast::add(v[i], ranks, t + i * stride + 2 * k);
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) store(sums + i * WIDTH, v[i]);
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) store(sums + i * WIDTH, v[i]);
 }
 
-typedef void (*Expand)(const char*, int, const bf16*, int64_t, float*);
+typedef void (*Expand)(const char*, int, const char*, int64_t, float*, int);
 template <class E, int... I>
 const Expand* expands(std::integer_sequence<int, I...>) {
   static const Expand all[] = {expand<I + 1, E>...};
@@ -211,18 +216,17 @@ const Expand* const EXPANDS8 = expands<int8_t>(std::make_integer_sequence<int, T
 struct Delta {
   const Layer* layer = nullptr;
   const Plan* plan = nullptr;
-  bf16* t = nullptr;
-  int64_t stride = 0, width = 0;
+  char* t = nullptr;
+  int64_t t_row = 0;
 
-  Delta(int number, bf16* place) {
+  Delta(int number, float* place) {
     if (number < 0) return;
     const Layer& it = *layers[number];
     if (it.plan->chunks.empty()) return;
     for (const Chunk& c : it.plan->chunks)
       for (const Slice& s : it.slices)
         if (s.slots[c.slot].rank) {
-          layer = &it, plan = it.plan, t = place;
-          width = (it.max_rank + 1) / 2 * 2, stride = width * int64_t(it.slices.size());
+          layer = &it, plan = it.plan, t = reinterpret_cast<char*>(place), t_row = it.middle_row();
           return;
         }
   }
@@ -254,7 +258,7 @@ struct Delta {
     }
     for (int r = 0; r < w.rank; r += ROW_BLOCK)
       Fast::shrink(w, layer->slices[s].in, x, x_stride, plan->tokens.data() + c.begin, c.end - c.begin, r,
-                   std::min(ROW_BLOCK, w.rank - r), t + c.begin * stride + int64_t(s) * width, stride);
+                   std::min(ROW_BLOCK, w.rank - r), t + c.begin * t_row + layer->middle_at(s), t_row);
   }
 
   // Sixteen outputs in a block: in which slice they are, and where there; -1 if they only fill the last block.
@@ -281,17 +285,23 @@ struct Delta {
   // To the sums of rows [from, to) and a block's outputs.
   void add(const Matrix& m, int block, int from, int to, float* sums) const {
     if (!layer) return;
-    for (int first = 0; first < WIDTH; first += 16) {
+    int halves = 1;
+    for (int first = 0; first < WIDTH; first += 16 * halves) {
       const Half h = half(m, block, first);
       if (h.slice < 0) return;
+      // Mostly both are neighbours.
+      const Half next = first + 16 < WIDTH ? half(m, block, first + 16) : Half{-1, 0};
+      halves = next.slice == h.slice && next.output == h.output + 16 ? 2 : 1;
+      const Slice& slice = layer->slices[h.slice];
+      const char* of_slice = t + layer->middle_at(h.slice);
       runs(from, to, [&](int row, int end, int slot) {
-        const Weights& w = layer->slices[h.slice].slots[slot];
+        const Weights& w = slice.slots[slot];
         const int pairs = depth(w.rank) / 2;
         if (!pairs) return;
         // A slot's tokens are in order: neighbours are neighbours in t too.
         const char* b = w.packed() + size_t(h.output / 16) * pairs * pair_bytes(w);
-        (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, pairs, t + plan->place[row] * stride + h.slice * width, stride,
-                                                      sums + (row - from) * WIDTH + first);
+        (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, pairs, of_slice + plan->place[row] * t_row, t_row,
+                                                      sums + (row - from) * WIDTH + first, halves);
       });
     }
   }

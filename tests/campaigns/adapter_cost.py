@@ -1,12 +1,12 @@
 """What adapters cost a step of the fused kernels, by itself: no engine, no server.
 
     python -m tests.campaigns.adapter_cost [--size 135M] [--weights bf16 int8 int4] [--rows 1 16] [--adapters 0 1 16]
-        [--rounds 60] [--context 150]
+        [--rank 8] [--rounds 60] [--context 150]
 
 A decoder of random weights, as large as SmolLM2-135M or a part of a 1B, computes the same step without adapters, with
-one of rank 8 for all rows, and with sixteen, in turns. Prints milliseconds (the median and the least), and the step
-without adapters over it: what is to be 0.97 with one and 0.93 with sixteen at 16 rows. With `OMP_NUM_THREADS=1` they
-are milliseconds of the processor, which other work on the machine disturbs less.
+one of `--rank` for all rows, and with sixteen, in turns. Prints milliseconds (the median and the least), and the step
+without adapters over it: what is to be 0.97 with one of rank 8 and 0.93 with sixteen at 16 rows. With
+`OMP_NUM_THREADS=1` they are milliseconds of the processor, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import time
 from statistics import median
 
 from tests.support.engine_threads import begin_anew
-
-RANK = 8
 
 
 def measured(given: argparse.Namespace, weights: int, rows: int) -> dict[int, list[float]]:
@@ -31,7 +29,7 @@ def measured(given: argparse.Namespace, weights: int, rows: int) -> dict[int, li
 
     kind = like(given.size, weights, rows, given.context)
     decoder, _ = decoder_of(kind)
-    adapters = Adapters(kind, decoder, [RANK] * max(given.adapters), keep=False)
+    adapters = Adapters(kind, decoder, [given.rank] * max(given.adapters), keep=False)
     found: dict[int, list[float]] = {count: [] for count in given.adapters}
     with patch.object(step, "get_forward_context", lambda: engine):
         fused = fused_of(SETATTR, decoder, packing.BF16 if weights == packing.BF16 else packing.GROUP8)
@@ -57,6 +55,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="*", default=["bf16", "int8", "int4"], choices=["bf16", "int8", "int4"])
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 16])
     parser.add_argument("--adapters", nargs="*", type=int, default=[0, 1, 16])
+    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--context", type=int, default=150)
     given = parser.parse_args()
@@ -65,7 +64,7 @@ def main() -> None:
     from serve.cpu_kernels import packing
     from tests.campaigns.cpu_speed import processor
 
-    print(f"{given.size}, adapters of rank {RANK}, {given.rounds} rounds, {processor()}\n")
+    print(f"{given.size}, adapters of rank {given.rank}, {given.rounds} rounds, {processor()}\n")
     print(f"| weights | rows | {' | '.join(f'{count} adapters' for count in given.adapters)} |")
     print(f"|---|---|{'---|' * len(given.adapters)}", flush=True)
     for name in given.weights:
