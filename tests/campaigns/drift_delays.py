@@ -131,7 +131,8 @@ def stream(usual: str, foreign: str, share: float, after: int, seed: int, alone:
         row = prompt_rows(usual)[next(ours)]
         signal.update(row)
         means.append(row[-embedding().mean_width :])
-    reference = signal._detector._directions._bag[: signal._detector._directions._size].astype(np.float64)
+    directions = signal._detector._directions
+    reference = directions._bag[:, : directions._size].T.astype(np.float64)
     evidence, scores, alarm = [], [], None
     for request in range(BEFORE + after):
         strange = request >= BEFORE and rng.random() < share
