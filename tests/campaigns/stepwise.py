@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 WEIGHTS = "LORADOCK_CPU_WEIGHTS"
 VOCABULARY, LAYERS = 320, 2
@@ -166,7 +167,7 @@ def pack_both(floats: Any, layer: Any, *args: Any) -> None:
 
 def in_int8(runner: Any) -> Any:
     """The same model with int8 weights; None where they are not packed."""
-    from serve.cpu_kernels import step
+    from serve.cpu_kernels import operators, step
 
     linear = [module for module in runner.model.modules() if hasattr(module, "in_int8")]
     kept = [{key: value for key, value in vars(module).items() if key.startswith("loradock_")} for module in linear]
@@ -174,7 +175,9 @@ def in_int8(runner: Any) -> Any:
     try:
         for module in linear:
             vars(module).update(module.in_int8)
-        return step.Fused(runner) if linear else None
+        # The adapters are those of the model in bfloat16 too, and stay as they are.
+        with patch.object(operators.Layer, "keep_eight_bits", lambda adapters: None):
+            return step.Fused(runner) if linear else None
     finally:
         os.environ[WEIGHTS] = "auto"
         for module, before in zip(linear, kept, strict=True):
