@@ -23,8 +23,6 @@ typedef __m512i Ints;
 typedef __m256i Shorts;
 typedef __mmask16 Mask;
 
-ALWAYS void soon(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T0); }
-ALWAYS void later(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
 ALWAYS void relax() { _mm_pause(); }
 
 // ---- masks: bit i is lane i
@@ -39,11 +37,6 @@ ALWAYS int first_of(Mask mask) { return __builtin_ctz(mask); }
 
 ALWAYS Floats spread(float v) { return _mm512_set1_ps(v); }
 ALWAYS Ints spread(int v) { return _mm512_set1_epi32(v); }
-ALWAYS Ints spread4(const void* at) {  // four bytes, 16 times
-  int four;
-  std::memcpy(&four, at, 4);
-  return _mm512_set1_epi32(four);
-}
 
 ALWAYS Floats load(const float* at) { return _mm512_loadu_ps(at); }
 ALWAYS Floats load(const float* at, int count) { return _mm512_maskz_loadu_ps(lanes(count), at); }  // zeros behind them

@@ -20,10 +20,10 @@ log = logging.getLogger("loradock")
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("kernels.cpp", "step.cpp", "packing.cpp")]
-HEADERS = [FOLDER / name for name in ("kernels.h", "matrix.h", "products.h", "vectors.h", "avx512.h", "avx2.h")]
+HEADERS = sorted(FOLDER.glob("*.h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 # Another processor to compile for than the one at hand, as the compiler names it, to try an older one's kernels
-# (LORADOCK_CPU_MARCH=haswell is AVX2, skylake-avx512 is AVX-512 without VNNI and BF16).
+# (LORADOCK_CPU_MARCH=haswell is AVX2, skylake-avx512 is AVX-512 without VNNI and BF16, armv8.2-a+dotprod is NEON).
 MARCH = "LORADOCK_CPU_MARCH"
 
 
@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def instructions() -> str:
-    """What the kernels compute a step with: AVX2 or AVX-512, and which parts of it; "" where they compute none."""
+    """What the kernels compute a step with: AVX2, AVX-512 or NEON, and which parts of it; "" where they can't."""
     kernels = library()
     return "" if kernels is None else kernels.loradock_instructions().decode()
 

@@ -57,7 +57,8 @@ def install(free: Callable[[], int] | None = None) -> None:
         if step_available():
             patches.apply(patches.STEP)
         elif weights != "auto":
-            log.warning("cpu_weights=%s needs AVX2 and a C++ compiler: weights stay as they are", weights)
+            needed = "AVX2, or arm64 with dot products, and a C++ compiler"
+            log.warning("cpu_weights=%s needs %s: weights stay as they are", weights, needed)
 
 
 def with_an_adapter(

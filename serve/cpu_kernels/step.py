@@ -282,10 +282,10 @@ def _norm(norm: Norm | None) -> NormView:
 _attention = cpu_attn._get_attn_isa
 
 
-def _as_vectors(*args: Any, **kwargs: Any) -> str:
-    """The layout of the cache that the kernels know, also where vLLM would choose the one for tile instructions."""
-    chosen = _attention(*args, **kwargs)
-    return "vec" if chosen == "amx" else chosen
+def _as_vectors(dtype: torch.dtype, block_size: int, *args: Any, **kwargs: Any) -> str:
+    """The layout of the cache that the kernels know, also where vLLM would choose that of AMX or of arm64."""
+    chosen = _attention(dtype, block_size, *args, **kwargs)
+    return "vec" if chosen in ("amx", "neon") and block_size % 32 == 0 else chosen
 
 
 def _keeps_vllms(model: Any) -> bool:

@@ -1,6 +1,6 @@
-// The words that the kernels are written in: 16 numbers at a time, as the processor at hand takes them. `avx512.h` and
-// `avx2.h` say the same words; a further processor needs one more such file. Where there is none, WIDE is not defined: the
-// step is not there, and adapters are added by plain loops.
+// The words that the kernels are written in: 16 numbers at a time, as the processor at hand takes them. `avx512.h`,
+// `avx2.h` and `neon.h` say the same words, the latter two with `halves.h`; a further processor needs one more such file.
+// Where there is none, WIDE is not defined: the step is not there, and adapters are added by plain loops.
 //
 //   Floats, Ints     16 numbers of 32 bits; Ints are also 64 bytes, or 32 bfloat16 in 16 pairs
 //   Shorts, Mask     16 numbers of 16 bits; which of 16 are meant
@@ -51,17 +51,36 @@ inline float to_float(half v) { return float(v); }
 inline void put(half& out, float v) { out = half(v); }
 #endif
 
+// Of 16 numbers, where they take several registers.
+template <class T>
+struct Halves {
+  T a, b;
+};
+
 }  // namespace loradock
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "avx2.h"
+#include "halves.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "neon.h"
+#include "halves.h"
 #endif
 
 #ifdef WIDE
 namespace loradock {
 
+// What will be read, on its way into the nearest cache, or the next one.
+ALWAYS void soon(const void* at) { __builtin_prefetch(at, 0, 3); }
+ALWAYS void later(const void* at) { __builtin_prefetch(at, 0, 2); }
+
+ALWAYS Ints spread4(const void* at) {  // four bytes, 16 times
+  int four;
+  std::memcpy(&four, at, 4);
+  return spread(four);
+}
 ALWAYS Floats rounded(Floats v) { return wide(narrow(v)); }
 ALWAYS Floats only(Mask mask, Floats v) { return choose(mask, v, spread(0.f)); }
 // Bits [from, to) of 16, for `chosen`.

@@ -14,8 +14,8 @@ from serve.errors import ConfigError
 from serve.models.host import Host
 
 GIB = 1 << 30
-# What the kernels' sources ask the compiler for at least (vectors.h); with AVX-512, VNNI and BF16 they are faster.
-FUSED = ("avx2", "fma", "f16c")
+# What the kernels' sources ask the compiler for at least (vectors.h), on each architecture and by the kernel's names.
+FUSED = {"x86_64": ("avx2", "fma", "f16c"), "aarch64": ("asimddp",)}
 # Of all processes beside weights, KV cache and adapters: imports, and a step's buffers. `make memory` measures it.
 OVERHEAD = GIB
 # Of a host whose GPU computes: CUDA and torch's compiler are there too.
@@ -40,7 +40,13 @@ def on_cpu() -> bool:
 
 def fused_step(lora_kernels: str = "auto") -> bool:
     """The kernels compute whole steps on this processor (serve/cpu_kernels/step.cpp), as the setting is."""
-    return lora_kernels == "auto" and on_cpu() and Host().instructions() >= set(FUSED)
+    return lora_kernels == "auto" and on_cpu() and not lacking(Host())
+
+
+def lacking(host: Host) -> list[str]:
+    """Instructions that this processor would have to have for whole steps."""
+    wanted = FUSED.get(host.architecture, ("AVX2 or NEON",))
+    return [name for name in wanted if name not in host.instructions()]
 
 
 def one_process(environ: Mapping[str, str], workers: int) -> bool:

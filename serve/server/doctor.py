@@ -26,7 +26,7 @@ from serve.models.host import Host
 Status = Literal["ok", "warning", "problem"]
 
 # What the kernels and vLLM's CPU build pick their code by.
-SHOWN = ("avx2", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+SHOWN = ("avx2", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimddp", "i8mm", "bf16")
 EXTRAS = ("optimize", "ray", "postgres", "s3", "otel", "mlflow", "wandb", "lm-eval", "genai")
 CUDA_DRIVER = 580  # the oldest driver of CUDA 13, which the pinned torch is built with
 FEW_DESCRIPTORS = 4096
@@ -165,7 +165,8 @@ def _processor(machine: Machine) -> Iterator[Finding]:
     if not machine.on_cpu:
         yield Finding("processor", "ok", detail)
     elif machine.host.architecture != "x86_64":
-        yield Finding("processor", "warning", detail, "only x86-64 was tried: compare answers before you rely on it")
+        advice = "only x86-64 was tried, and arm64's kernels under an emulator: compare answers before you rely on it"
+        yield Finding("processor", "warning", detail, advice)
     elif "avx2" not in has:
         yield Finding("processor", "problem", detail, "vLLM's CPU build needs AVX2: take another machine, or a GPU")
     elif "avx512f" not in has:
@@ -359,7 +360,7 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
     if not machine.on_cpu:
         yield Finding("kernels", "ok", "vLLM's own, on the GPU")
         return
-    lacking = [name for name in hardware.FUSED if name not in machine.host.instructions()]
+    lacking = hardware.lacking(machine.host)
     if config.lora_kernels == "off":
         yield Finding("kernels", "ok", "vLLM's own LoRA path (lora_kernels=off)")
     elif machine.compiler() is None:
@@ -369,7 +370,9 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding("kernels", "ok", detail)
     elif lacking:
         detail = f"LoRA kernels in vLLM's layers; the fused step needs {', '.join(lacking)}"
-        yield Finding("kernels", "warning", detail, "Intel since Haswell and AMD since Zen have them")
+        yield Finding(
+            "kernels", "warning", detail, "Intel since Haswell, AMD since Zen and Arm since Neoverse N1 have them"
+        )
     else:
         yield Finding("kernels", "ok", "the fused step for models that it knows, LoRA kernels in vLLM's layers else")
     asked, unfused = config.cpu_weights, lacking or machine.compiler() is None or config.lora_kernels != "auto"

@@ -21,7 +21,7 @@ from serve.cpu_kernels.architecture import CENTERED, GELU_TANH, PLAIN, SILU, Dec
 from serve.cpu_kernels.operators import packed_linear
 from tests.support.decoders import BLOCK, Adapters, Engine, Kind, decoder_of, fused_of
 
-pytestmark = pytest.mark.skipif(not build.step_available(), reason="no AVX2, or no compiler")
+pytestmark = pytest.mark.skipif(not build.step_available(), reason="no kernels for this processor, or no compiler")
 
 VOCABULARY = Kind.vocabulary
 

@@ -16,7 +16,7 @@ if not current_platform.is_cpu():
 
 from serve.cpu_kernels import build, one_copy, packing
 
-needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no AVX2, or no compiler")
+needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no kernels for this processor, or no compiler")
 
 
 def pack(weight: torch.Tensor, kind: int, scale: torch.Tensor | None = None, paired: bool = False) -> int:

@@ -20,7 +20,7 @@ from serve.cpu_kernels import build, packing
 from tests.serve.cpu_kernels.test_step import multiply, stepwise
 from tests.support.quantized import packed
 
-pytestmark = pytest.mark.skipif(not build.step_available(), reason="no AVX2, or no compiler")
+pytestmark = pytest.mark.skipif(not build.step_available(), reason="no kernels for this processor, or no compiler")
 
 SHAPES = [(48, 64, 32), (80, 576, 64), (80, 576, 192), (208, 208, 16), (208, 208, 0), (64, 1536, 128), (64, 1536, 0)]
 

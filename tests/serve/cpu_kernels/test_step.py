@@ -23,7 +23,7 @@ if not current_platform.is_cpu():
 from serve.cpu_kernels import build, packing, step
 from tests.campaigns.stepwise import FAMILIES, ONE_COPY, VOCABULARIES, WITH_HEAD
 
-needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no AVX2, or no compiler")
+needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no kernels for this processor, or no compiler")
 
 
 def pack(weight: torch.Tensor, kind: int, scale: torch.Tensor | None = None, paired: bool = False) -> int:
@@ -41,6 +41,13 @@ def multiply(number: int, x: torch.Tensor, outputs: int) -> torch.Tensor:
     )
     assert memory[rows * outputs :].isnan().all(), "written behind the end"
     return memory[: rows * outputs].view(rows, outputs)
+
+
+@pytest.mark.parametrize("chosen", ["amx", "neon"])
+def test_the_cache_lies_as_the_kernels_know_it_where_they_take_its_blocks(chosen, monkeypatch):
+    monkeypatch.setattr(step, "_attention", lambda dtype, block_size, *others: chosen)
+    assert step._as_vectors(torch.bfloat16, 128, 64, "auto") == "vec"
+    assert step._as_vectors(torch.bfloat16, 16, 64, "auto") == chosen
 
 
 @needs_kernels

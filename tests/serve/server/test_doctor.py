@@ -35,7 +35,7 @@ GPU = {"vllm": "0.32.0", "torch": "2.13.0"}
 def root(tmp_path):
     """The kernel's files of a Zen 5 with two cores and 24 GB."""
     root = tmp_path / "root"
-    flags = " ".join(("avx_vnni", "avx512f", "avx512_bf16", *FUSED))
+    flags = " ".join(("avx_vnni", "avx512f", "avx512_bf16", *FUSED["x86_64"]))
     processor = f"processor\t: 0\nmodel name\t: AMD EPYC 9B45\nflags\t\t: fpu {flags}\n\n"
     write(root, "proc/cpuinfo", processor + processor.replace(": 0", ": 1"))
     write(root, "proc/meminfo", "MemTotal: 24000000 kB\nMemAvailable: 20000000 kB\n")
@@ -147,6 +147,20 @@ def test_a_processor_without_avx2_cannot_and_one_without_avx512_is_slower(machin
     assert of(findings, "kernels").status == "ok" and of(findings, "kernels").detail.startswith("the fused step")
     write(root, "proc/cpuinfo", "processor\t: 0\nmodel name\t: older\nflags\t\t: fpu\n")
     assert of(examine(config, machine), "processor").status == "problem"
+
+
+def test_an_arm64_processor_needs_dot_products_of_bytes(machine, config, root):
+    arm64 = replace(machine, host=Host(root, "aarch64"))
+    write(root, "proc/cpuinfo", "processor\t: 0\nFeatures\t: fp asimd asimdhp asimddp i8mm\n")
+    findings = examine(config, arm64)
+    processor = of(findings, "processor")
+    assert processor.status == "warning" and "asimddp, i8mm" in processor.detail and "emulator" in processor.advice
+    assert of(findings, "kernels").status == "ok" and of(findings, "kernels").detail.startswith("the fused step")
+    write(root, "proc/cpuinfo", "processor\t: 0\nFeatures\t: fp asimd\n")
+    kernels = of(examine(config, arm64), "kernels")
+    assert kernels.status == "warning" and "asimddp" in kernels.detail and "Neoverse N1" in kernels.advice
+    other = of(examine(config, replace(machine, host=Host(root, "ppc64le"))), "kernels")
+    assert other.status == "warning" and "AVX2 or NEON" in other.detail
 
 
 def test_a_control_group_that_gives_less_than_the_cores_it_shows(machine, config, root):
