@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed vllm-base gpu gpu-wheels
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed vllm-base gpu gpu-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -9,7 +9,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 export PYTHON DEVICE MODEL
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo
 	@echo '  Times are rough, on 2 cores.'
 	@echo
@@ -148,6 +148,9 @@ matrix-speed: setup-dev ## products of prompts of 1,024 against oneDNN's of the 
 
 adapter-cost: setup-dev ## a step of the CPU kernels without, with one and with sixteen adapters, in turns; 2 minutes
 	@$(BIN)/python -m tests.campaigns.adapter_cost $(ARGS)
+
+arm64: setup-dev ## steps and adapters by the kernels for arm64, in an emulator: Debian's g++-aarch64-linux-gnu, qemu-user and mmdebstrap; 10 minutes
+	@LORADOCK_TEST_ARM64=1 $(BIN)/python -m pytest tests/serve/cpu_kernels/test_arm64.py
 
 sanitize: setup-dev ## the tests of the CPU kernels and of the watcher's C++ code with AddressSanitizer and UndefinedBehaviorSanitizer; some minutes
 	@CXX=$(CURDIR)/tests/support/sanitizing-c++ ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

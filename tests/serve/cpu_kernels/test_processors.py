@@ -20,8 +20,9 @@ if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
 from serve.cpu_kernels import build
+from tests.support.kernel_results import compare
 
-pytestmark = pytest.mark.skipif(not build.step_available(), reason="no AVX2, or no compiler")
+pytestmark = pytest.mark.skipif(not build.step_available(), reason="no kernels for this processor, or no compiler")
 
 # As compilers name them, and what is computed with there.
 PROCESSORS = {"haswell": "AVX2", "alderlake": "AVX2 VNNI", "skylake-avx512": "AVX-512"}
@@ -47,19 +48,8 @@ def here(tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.parametrize("march", PROCESSORS)
 def test_every_processor_computes_the_same_up_to_rounding(march, here, tmp_path):
     there = results(march, tmp_path)
-    assert there.pop("instructions") == PROCESSORS[march]
-    assert there.keys() == here.keys() - {"instructions"}
-    for name, tensor in there.items():
-        mine, other = here[name].double(), tensor.double()
-        apart = (mine - other).abs().max() / mine.abs().max()
-        if name.startswith("products"):
-            # Of integers the sums are exact. Instructions that multiply bfloat16 round their sums in another way.
-            assert apart < (1e-4 if name.endswith("bf16") else 1e-6), name
-        elif name.startswith("steps"):
-            rows = (mine - other).norm(dim=-1) / mine.norm(dim=-1)
-            assert rows.max() < 0.04 and rows.median() < 0.02, name  # a rounding to bfloat16 here and there
-        else:
-            assert apart < {"argmax": 1e-9, "adapters: torch.float32": 1e-5}.get(name, 2**-6), name
+    assert there["instructions"] == PROCESSORS[march]
+    compare(here, there)
 
 
 def test_a_processor_that_the_compiler_does_not_know_is_said(monkeypatch, caplog):
