@@ -160,8 +160,8 @@ ALWAYS uint16x8_t narrow_half(Halves<float32x4_t> v) {
 }
 ALWAYS Shorts narrow_half(Floats v) { return {narrow_half(v.a), narrow_half(v.b)}; }
 
-// ---- products of bytes: the sum and those of w x, four neighbours at a time. Weights of 8 bits have their sign; those of 4
-// are 0 to 15, which are the same with one. So products with one side unsigned (I8MM) bring nothing.
+// ---- products of bytes: the sum and those of w x, four neighbours at a time. Weights of 8 bits are signed; those of 4 bits
+// are 0 to 15, which a signed byte holds too. So products of unsigned with signed bytes (I8MM) bring nothing.
 
 constexpr int ZERO8 = 0, ZERO4 = 8, ROUNDS4 = 0;
 ALWAYS int32x4_t dot8(int32x4_t sum, int32x4_t w, int32x4_t x) {
