@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from serve.cpu_kernels import patches
-from serve.cpu_kernels.build import step_available
+from serve.cpu_kernels.build import ARM64, step_available
 
 log = logging.getLogger("loradock")
 
@@ -57,7 +57,7 @@ def install(free: Callable[[], int] | None = None) -> None:
         if step_available():
             patches.apply(patches.STEP)
         elif weights != "auto":
-            needed = "AVX2, or arm64 with dot products, and a C++ compiler"
+            needed = f"AVX2, or arm64 with dot products and {ARM64}=1, and a C++ compiler"
             log.warning("cpu_weights=%s needs %s: weights stay as they are", weights, needed)
 
 

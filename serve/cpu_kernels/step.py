@@ -77,8 +77,7 @@ class Fused:
         self.most = 64 if head.loradock_keep and torch.cpu._is_amx_tile_supported() else 1 << 30
         self.head = getattr(head, "loradock_matrix", -1)
         of_head = head.loradock_weights if self.head >= 0 else "bfloat16"
-        # The formats that are multiplied, for those who operate the server.
-        self.weights = f"{', '.join(sorted(self.formats))}; output layer {of_head}"
+        self.weights = f"{', '.join(sorted(self.formats))}; output layer {of_head}"  # for whoever operates the server
         # The head's further rows are padding.
         self.kernels.loradock_decoder_head(self.number, self.head, self.vocabulary)
         self.ready: torch.Tensor | None = None  # the logits of the step that was just computed

@@ -16,6 +16,7 @@ from serve.models.host import Host
 GIB = 1 << 30
 # What the kernels' sources ask the compiler for at least (vectors.h), on each architecture and by the kernel's names.
 FUSED = {"x86_64": ("avx2", "fma", "f16c"), "aarch64": ("asimddp",)}
+ARM64 = "LORADOCK_ARM64_STEP"  # is to be 1 there (serve/cpu_kernels/build.py)
 # Of all processes beside weights, KV cache and adapters: imports, and a step's buffers. `make memory` measures it.
 OVERHEAD = GIB
 # Of a host whose GPU computes: CUDA and torch's compiler are there too.
@@ -44,9 +45,11 @@ def fused_step(lora_kernels: str = "auto") -> bool:
 
 
 def lacking(host: Host) -> list[str]:
-    """Instructions that this processor would have to have for whole steps."""
-    wanted = FUSED.get(host.architecture, ("AVX2 or NEON",))
-    return [name for name in wanted if name not in host.instructions()]
+    """What a processor would have to have for whole steps: instructions, or that somebody wants them on arm64."""
+    missing = [name for name in FUSED.get(host.architecture, ("AVX2 or NEON",)) if name not in host.instructions()]
+    if not missing and host.architecture == "aarch64" and os.environ.get(ARM64) != "1":
+        return [f"{ARM64}=1"]
+    return missing
 
 
 def one_process(environ: Mapping[str, str], workers: int) -> bool:

@@ -20,7 +20,7 @@ from serve.cpu_kernels.build import compiler
 from serve.errors import ConfigError
 from serve.models import audio_packages, engine_memory, hardware
 from serve.models.embedded import NEEDED_BYTES, SOURCES, checkpoint
-from serve.models.hardware import GIB, OVERHEAD, gib
+from serve.models.hardware import ARM64, GIB, OVERHEAD, gib
 from serve.models.host import Host
 
 Status = Literal["ok", "warning", "problem"]
@@ -370,9 +370,10 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding("kernels", "ok", detail)
     elif lacking:
         detail = f"LoRA kernels in vLLM's layers; the fused step needs {', '.join(lacking)}"
-        yield Finding(
-            "kernels", "warning", detail, "Intel since Haswell, AMD since Zen and Arm since Neoverse N1 have them"
-        )
+        advice = "Intel since Haswell, AMD since Zen and Arm since Neoverse N1 have them"
+        if lacking == [f"{ARM64}=1"]:
+            advice = "it ran in an emulator alone: with that, compare answers before you rely on it"
+        yield Finding("kernels", "warning", detail, advice)
     else:
         yield Finding("kernels", "ok", "the fused step for models that it knows, LoRA kernels in vLLM's layers else")
     asked, unfused = config.cpu_weights, lacking or machine.compiler() is None or config.lora_kernels != "auto"

@@ -75,6 +75,7 @@ def test_steps_and_adapters_are_the_same_up_to_rounding(march, tmp_path):
     subprocess.run([sys.executable, "-m", "tests.support.kernel_results", mine], cwd=arm64.ROOT, check=True)
     python = [root / "usr/bin/python3", "-m", "tests.support.without_vllm", "tests.support.kernel_results", other]
     environ = {"PYTHONPATH": f"{root / 'torch'}:{arm64.ROOT}", "CXX": arm64.COMPILER, build.MARCH: march}
+    environ[build.ARM64] = "1"
     arm64.run(processor, root, *python, **environ)
     results = torch.load(other)
     assert results["instructions"] == words

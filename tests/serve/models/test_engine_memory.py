@@ -91,6 +91,7 @@ def test_a_table_that_is_changed_as_it_is_read_stays_in_memory(tmp_path, monkeyp
 
 def test_only_the_kernels_that_compute_whole_steps_put_it_into_a_file(monkeypatch):
     monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    monkeypatch.setenv(hardware.ARM64, "1")
     monkeypatch.setattr(Host, "instructions", lambda self: frozenset({"asimddp", "avx", "avx2", "f16c", "fma"}))
     assert hardware.fused_step("auto") and not any(map(hardware.fused_step, ("layers", "compile", "off")))
 

@@ -149,13 +149,18 @@ def test_a_processor_without_avx2_cannot_and_one_without_avx512_is_slower(machin
     assert of(examine(config, machine), "processor").status == "problem"
 
 
-def test_an_arm64_processor_needs_dot_products_of_bytes(machine, config, root):
+def test_an_arm64_processor_needs_dot_products_of_bytes_and_somebody_who_wants_them(machine, config, root, monkeypatch):
     arm64 = replace(machine, host=Host(root, "aarch64"))
     write(root, "proc/cpuinfo", "processor\t: 0\nFeatures\t: fp asimd asimdhp asimddp i8mm\n")
     findings = examine(config, arm64)
     processor = of(findings, "processor")
     assert processor.status == "warning" and "asimddp, i8mm" in processor.detail and "emulator" in processor.advice
-    assert of(findings, "kernels").status == "ok" and of(findings, "kernels").detail.startswith("the fused step")
+    kernels = of(findings, "kernels")
+    assert kernels.status == "warning" and "the fused step needs LORADOCK_ARM64_STEP=1" in kernels.detail
+    assert "emulator" in kernels.advice
+    monkeypatch.setenv("LORADOCK_ARM64_STEP", "1")
+    kernels = of(examine(config, arm64), "kernels")
+    assert kernels.status == "ok" and kernels.detail.startswith("the fused step")
     write(root, "proc/cpuinfo", "processor\t: 0\nFeatures\t: fp asimd\n")
     kernels = of(examine(config, arm64), "kernels")
     assert kernels.status == "warning" and "asimddp" in kernels.detail and "Neoverse N1" in kernels.advice
