@@ -140,7 +140,9 @@ class Server:
     def stored(self) -> set[Path]:
         """Every file in the data directory but the registry's, and what is noted of versions that answer."""
         noted = ("registry.sqlite", "popular.")
-        files = {path for path in self.data.rglob("*") if path.is_file() and not path.name.startswith(noted)}
+        # Not rglob: a folder that goes while one looks is an error there.
+        every = [Path(folder, name) for folder, _, names in os.walk(self.data) for name in names]
+        files = {path for path in every if path.is_file() and not path.name.startswith(noted)}
         return {file for file in files if file.relative_to(self.data).parts[0] not in ("drift", "log")}
 
     def ask(self, model: str, question: str = "What is the capital of France?", **more: Any) -> Answer:
