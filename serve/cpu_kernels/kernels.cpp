@@ -4,7 +4,6 @@
 // functions of its stable C ABI stand below.
 
 #include <cmath>
-#include <limits>
 
 #include "kernels.h"
 
@@ -58,38 +57,48 @@ int true_rank(const Layer& layer, const Slice& slice, int slot) {
 }
 
 #ifdef WIDE
-// A number of n, and what they are divided by to fit into 8 bits; 0 if all are zeros, NaN if one is no number.
-float divisor(const bf16* v, int n, int64_t stride) {
-  float most = 0;
-  for (int i = 0; i < n; i++) {
-    const float size = std::fabs(to_float(v[i * stride]));
-    if (!(size <= std::numeric_limits<float>::max())) return NAN;
-    most = std::max(most, size);
-  }
-  return most / 127;
+// The largest size of each of `count` numbers so far, and a NaN in `wrong` once one is no number.
+inline void note(const bf16* v, int count, Floats& most, Floats& wrong) {
+  const Floats it = wide(v, count);
+  most = max(most, abs(it)), wrong = wrong + (it - it);
 }
 
-inline char rounded8(bf16 v, float by) { return by > 0 ? char(std::lrint(to_float(v) / by)) : 0; }
+// What numbers up to `most` are multiplied by to fit into 8 bits.
+inline float to_eight(float most) { return most > 1e-30f ? 127 / most : 0; }
 
 // A as [rank, in8(in)] and B as [out / 16, rank, 16], each rank of either by a scale of its own; not done where a weight is
 // no number: 8 bits have no NaN.
 bool pack_eight(const Layer& layer, const Slice& slice, const bf16* a, const bf16* b, Weights& w) {
-  std::vector<float> by_a(w.rank), by_b(w.rank);
-  for (int k = 0; k < w.rank; k++) {
-    by_a[k] = divisor(a + size_t(k) * slice.in, slice.in, 1), by_b[k] = divisor(b + k, slice.out, layer.max_rank);
-    if (std::isnan(by_a[k]) || std::isnan(by_b[k])) return false;
-  }
   const int64_t width = in8(slice.in), ranks = depth(w.rank);
+  std::vector<float> of_a(w.rank), of_b(w.rank + 15);
+  Floats wrong = spread(0.f);
+  for (int k = 0; k < w.rank; k++) {
+    Floats most = spread(0.f);
+    for (int i = 0; i < slice.in; i += 16) note(a + size_t(k) * slice.in + i, slice.in - i, most, wrong);
+    of_a[k] = largest_of(most);
+  }
+  for (int o = 0; o < slice.out; o++)
+    for (int k = 0; k < w.rank; k += 16) {
+      Floats most = load(of_b.data() + k);
+      note(b + size_t(o) * layer.max_rank + k, w.rank - k, most, wrong);
+      store(of_b.data() + k, most);
+    }
+  if (sum_of(wrong) != 0) return false;
   w.a8.assign(w.rank * width + 64, 0);
   w.b.assign(ranks * ((slice.out + 15) / 16 * 16) + 64, 0);
   w.scale.resize(w.rank);
-  char *to_a = const_cast<char*>(w.aligned(w.a8)), *to_b = const_cast<char*>(w.packed());
+  auto* to_a = reinterpret_cast<int8_t*>(const_cast<char*>(w.aligned(w.a8)));
+  char* to_b = const_cast<char*>(w.packed());
   for (int k = 0; k < w.rank; k++) {
-    w.scale[k] = by_a[k] * by_b[k];
-    for (int i = 0; i < slice.in; i++) to_a[k * width + i] = rounded8(a[size_t(k) * slice.in + i], by_a[k]);
-    for (int o = 0; o < slice.out; o++)
-      to_b[(o / 16 * ranks + k) * 16 + o % 16] = rounded8(b[size_t(o) * layer.max_rank + k], by_b[k]);
+    w.scale[k] = of_a[k] / 127 * (of_b[k] / 127);
+    const Floats by = spread(to_eight(of_a[k]));
+    for (int i = 0; i < slice.in; i += 16)
+      store8(to_a + k * width + i, to_ints(wide(a + size_t(k) * slice.in + i, slice.in - i) * by));
   }
+  for (float& most : of_b) most = to_eight(most);
+  for (int o = 0; o < slice.out; o++)
+    for (int k = 0; k < w.rank; k++)
+      to_b[(o / 16 * ranks + k) * 16 + o % 16] = char(std::lrint(to_float(b[size_t(o) * layer.max_rank + k]) * of_b[k]));
   return true;
 }
 #endif
@@ -196,8 +205,8 @@ void embedding(Layer& layer, T* y, int64_t y_stride, const T* t, int64_t t_strid
     if (!w.rank) continue;
     const int32_t* tokens = plan.tokens.data() + chunk.begin;
     for (int o = 0; o < slice.out; o += OUT_BLOCK)
-      K::expand(w, slice.out, reinterpret_cast<const char*>(t), t_stride * sizeof(T), tokens, y + slice.offset, y_stride, tokens, chunk.end - chunk.begin, o,
-                std::min(OUT_BLOCK, slice.out - o));
+      K::expand(w, slice.out, reinterpret_cast<const char*>(t), t_stride * sizeof(T), tokens, y + slice.offset, y_stride,
+                tokens, chunk.end - chunk.begin, o, std::min(OUT_BLOCK, slice.out - o));
   }
 }
 

@@ -183,26 +183,24 @@ inline Floats capped(Floats v, float cap) {
 // ---- adapters --------------------------------------------------------------------------------------------------------
 
 // The sums of 16 outputs of neighbouring rows with the same adapter, and what it adds to them: its pairs of ranks one by one.
-// `halves`: of so many times 16 outputs.
 template <int M, class E>
-void expand(const char* b, int pairs, const char* t_at, int64_t t_row, float* sums, int halves) {
+void expand(const char* b_at, int pairs, const char* t_at, int64_t t_row, float* sums) {
+  const E* b = reinterpret_cast<const E*>(b_at);
   const auto* t = reinterpret_cast<const Fast::Middle<E>*>(t_at);
   const int64_t stride = t_row / int64_t(sizeof(*t));
-  for (const E* at = reinterpret_cast<const E*>(b); halves--; sums += 16) {
-    Floats v[M];
+  Floats v[M];
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) v[i] = load(sums + i * WIDTH);
-    for (int k = 0; k < pairs; k++, at += 32) {
-      const auto ranks = Fast::ranks_at(at);
+  for (int i = 0; i < M; i++) v[i] = load(sums + i * WIDTH);
+  for (int k = 0; k < pairs; k++) {
+    const auto ranks = Fast::ranks_at(b + size_t(k) * 32);
 #pragma GCC unroll 12
-      for (int i = 0; i < M; i++) v[i] = Fast::add(v[i], ranks, t + i * stride + 2 * k);
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++) store(sums + i * WIDTH, v[i]);
+    for (int i = 0; i < M; i++) v[i] = Fast::add(v[i], ranks, t + i * stride + 2 * k);
   }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) store(sums + i * WIDTH, v[i]);
 }
 
-typedef void (*Expand)(const char*, int, const char*, int64_t, float*, int);
+typedef void (*Expand)(const char*, int, const char*, int64_t, float*);
 template <class E, int... I>
 const Expand* expands(std::integer_sequence<int, I...>) {
   static const Expand all[] = {expand<I + 1, E>...};
@@ -285,13 +283,9 @@ struct Delta {
   // To the sums of rows [from, to) and a block's outputs.
   void add(const Matrix& m, int block, int from, int to, float* sums) const {
     if (!layer) return;
-    int halves = 1;
-    for (int first = 0; first < WIDTH; first += 16 * halves) {
+    for (int first = 0; first < WIDTH; first += 16) {
       const Half h = half(m, block, first);
       if (h.slice < 0) return;
-      // Mostly both are neighbours.
-      const Half next = first + 16 < WIDTH ? half(m, block, first + 16) : Half{-1, 0};
-      halves = next.slice == h.slice && next.output == h.output + 16 ? 2 : 1;
       const Slice& slice = layer->slices[h.slice];
       const char* of_slice = t + layer->middle_at(h.slice);
       runs(from, to, [&](int row, int end, int slot) {
@@ -301,7 +295,7 @@ struct Delta {
         // A slot's tokens are in order: neighbours are neighbours in t too.
         const char* b = w.packed() + size_t(h.output / 16) * pairs * pair_bytes(w);
         (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, pairs, of_slice + plan->place[row] * t_row, t_row,
-                                                      sums + (row - from) * WIDTH + first, halves);
+                                                      sums + (row - from) * WIDTH + first);
       });
     }
   }

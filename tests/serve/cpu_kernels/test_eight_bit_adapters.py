@@ -14,7 +14,7 @@ if not current_platform.is_cpu():
 
 from serve.cpu_kernels import build, operators
 
-pytestmark = pytest.mark.skipif(not build.step_available(), reason="no AVX2, or no compiler")
+pytestmark = pytest.mark.skipif(not build.step_available(), reason="no kernels for this processor, or no compiler")
 
 INPUTS, OUTPUTS, MOST = 100, 203, 33  # no multiples of a vector's width
 RANKS = (1, 8, 17, 33)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from serve.cli.main import app
 from serve.config import load
+from serve.cpu_kernels import build
 from serve.models.hardware import FUSED
 from serve.models.host import Host
 from serve.server.doctor import Finding, Machine, examine, worst
@@ -158,7 +159,7 @@ def test_an_arm64_processor_needs_dot_products_of_bytes_and_somebody_who_wants_t
     kernels = of(findings, "kernels")
     assert kernels.status == "warning" and "the fused step needs LORADOCK_ARM64_STEP=1" in kernels.detail
     assert "emulator" in kernels.advice
-    monkeypatch.setenv("LORADOCK_ARM64_STEP", "1")
+    monkeypatch.setenv(build.ARM64, "1")  # as the kernels look for it
     kernels = of(examine(config, arm64), "kernels")
     assert kernels.status == "ok" and kernels.detail.startswith("the fused step")
     write(root, "proc/cpuinfo", "processor\t: 0\nFeatures\t: fp asimd\n")
