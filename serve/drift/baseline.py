@@ -31,6 +31,7 @@ from serve.drift.parameter_strata import ParameterStrata
 from serve.drift.signal import NEEDED, Phase, Signal
 from serve.drift.state_arrays import below, prefixed
 from serve.drift.thinning import Thinning, inherited
+from serve.drift.token_runs import RUN, STRETCH
 from serve.drift.tolerance import Tolerance
 from serve.errors import ConfigError
 from serve.files import write_whole
@@ -96,6 +97,11 @@ class Baseline:
         if kind in self.strata:
             return self.strata[kind].counts()
         return self.signals[kind].samples, self.signals[kind].alarms
+
+    @property
+    def stretch(self) -> int:
+        """How long a stretch has to be that is left out of its prompts since some recent ones share it, in symbols."""
+        return RUN if self.provenance.features in EARLIER_FEATURES else STRETCH
 
     def every(self, kind: str) -> list[Signal]:
         """The signals of a kind: of each set of parameters, the one of `signals` first."""

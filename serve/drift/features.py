@@ -37,9 +37,10 @@ from serve.drift.token_surprise import SKETCH
 Floats: TypeAlias = NDArray[np.floating]
 
 # Counts up when a row of the same request would come out otherwise: a baseline of another version does not fit.
-FEATURES = 2
-# With 1 a prompt's row is of all its tokens. Such a baseline goes on as it began; the next version gets one of its own.
-EARLIER_FEATURES = (ALL_TOKENS := 1,)
+FEATURES = 3
+# With 1 a prompt's row is of all its tokens; with 2 frequent wording was cut out of it as if it were an opening. Such a
+# baseline goes on as it began; the next version gets one of its own.
+EARLIER_FEATURES = (ALL_TOKENS := 1, WITHOUT_WORDING := 2)
 PROMPT, OUTPUT, LOGPROB = SIGNALS = ("prompt", "output", "logprob")
 # How far from the centre a score may lie: one odd request should not turn a learned direction.
 CLIP = 8.0

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.share_watch import OpeningWatch, ShareWatch
 from serve.drift.state_arrays import below, prefixed
-from serve.drift.token_runs import AHEAD, MINIMA, Own, SharedRuns, Words
+from serve.drift.token_runs import AHEAD, MINIMA, STRETCH, Own, SharedRuns, Words
 
 Item = TypeVar("Item")
 
@@ -106,7 +106,7 @@ class Taken(NamedTuple, Generic[Item]):
 class Thinning(Generic[Item]):
     """interval: seconds between two requests of one key (0: no limit). window, warm_up: in raw requests.
 
-    numbers: which tokens are made of digits (`Embedding.numbers`).
+    numbers: which tokens are made of digits (`Embedding.numbers`). stretch: as `SharedRuns` takes it.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Thinning(Generic[Item]):
         warm_up: int = 0,
         ahead: int = AHEAD,
         numbers: NDArray[np.bool_] | None = None,
+        stretch: int = STRETCH,
     ) -> None:
         if window < 1 or warm_up < 0 or ahead < 0 or interval < 0:
             raise ValueError(
@@ -129,7 +130,7 @@ class Thinning(Generic[Item]):
         self.opening = OpeningWatch()
         self._interval, self._window, self._warm_up = interval, window, warm_up
         self._ahead, self._numbers = ahead, numbers
-        self._shared = SharedRuns(numbers)
+        self._shared = SharedRuns(numbers, stretch)
         self._waiting: deque[_Waiting[Item]] = deque()
         self._raw = 0
         self._prompts, self._bands = _Window(window), _Window(window)
@@ -146,6 +147,12 @@ class Thinning(Generic[Item]):
         self._waiting.append(_Waiting(item, *self._shared.read(ids), _digest(ids.tobytes()), key, now))
         return self._decide(self._waiting.popleft()) if len(self._waiting) > self._ahead else None
 
+    def share(self, stretch: int) -> None:
+        """From now on stretches of so many symbols are shared, as `SharedRuns` takes it."""
+        if stretch != self._shared.stretch:
+            self._shared.stretch = stretch
+            self._shared.fix()
+
     def flush(self) -> list[Taken[Item]]:
         """Decide on those that wait, though nothing follows them."""
         decided = [self._decide(self._waiting.popleft()) for _ in range(len(self._waiting))]
@@ -155,7 +162,9 @@ class Thinning(Generic[Item]):
         own = self._shared.split(request.words, request.runs)
         reason = self._reason(request, own)
         if not self._steady:
-            self._steady = self._is_steady(request.now)
+            if self._is_steady(request.now):
+                self._steady = True
+                self._shared.fix()
             reason = WARMING_UP if reason == ACCEPTED else reason
         else:
             self._lately.append(reason)
@@ -229,7 +238,7 @@ class Thinning(Generic[Item]):
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the thinning was whose `state()` this is, or what an heir takes over of it (`inherited`)."""
-        self._shared = SharedRuns.from_state(below(state, "shared."), self._numbers)
+        self._shared = SharedRuns.from_state(below(state, "shared."), self._numbers, self._shared.stretch)
         for name, window in (("prompts", self._prompts), ("bands", self._bands)):
             window.restore(state[name], state[f"{name}.raw"])
         seen = zip(state["askers.raw"].tolist(), state["askers.seconds"].tolist(), strict=True)

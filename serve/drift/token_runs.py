@@ -6,8 +6,15 @@
     words.without(shared.among(runs))              # the tokens that are the prompt's own
 
 Counts halve every HALF_LIFE prompts, so the table always knows the recent prompts and nothing else. It is a hash table
-of fixed size (256 KiB) that keeps what comes again, as Misra and Gries' does: a run that was seen once gives its place
+of fixed size (384 KiB) that keeps what comes again, as Misra and Gries' does: a run that was seen once gives its place
 to the next that needs it. Runs are kept as hashes, not as tokens.
+
+A frequent wording ("which of the following is") is no opening. The prompts that hold it come and go by chance: were it
+shared while SHARED recent ones do, it would be cut out of prompts for some hundred requests and left in for the next,
+which is a drift that the cutting makes itself. So what SHARED prompts hold is shared only in one of three cases, none
+of which wording is in: what a part of FIXED of the prompts held at the time of `fix` is shared for ever; what at least
+MAJORITY of all prompts hold since it first came is, as another system prompt; and a stretch of at least STRETCH symbols
+is, as one that few tenants have.
 """
 
 from __future__ import annotations
@@ -25,8 +32,11 @@ from serve.drift.native import SharedRunsView, at, native
 RUN = 6
 # Prompts after which a count is worth half: what is counted is the last 185 or so.
 HALF_LIFE = 128.0
-# A run that so many recent prompts hold is shared. It is few: of a prompt below it, no detector sees much either way.
+# Below so many recent prompts a run is not shared. It is few: of a prompt below it, no detector sees much either way.
 SHARED = 4.0
+# Of two pools of 10,000 questions no run but the template's was in more than 0.12 of them, and no stretch of runs that
+# were in more than 0.012 was longer than 20 symbols.
+FIXED, MAJORITY, STRETCH = 0.25, 0.5, 32
 # Prompts after a prompt that help to say what it shares: what is new is shared from its first appearance on.
 AHEAD = 8
 # Tokens of a prompt that are looked at: as many at its beginning as at its end.
@@ -135,9 +145,14 @@ def signature(symbols: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 class SharedRuns:
-    """How many recent prompts hold each run, as far as it comes again. numbers: as `Words.of` takes them."""
+    """How many recent prompts hold each run, as far as it comes again. numbers: as `Words.of` takes them.
 
-    def __init__(self, numbers: NDArray[np.bool_] | None = None) -> None:
+    stretch: symbols that a stretch of runs has at least to be shared, whoever holds it; with RUN every single one is,
+    as in earlier releases.
+    """
+
+    def __init__(self, numbers: NDArray[np.bool_] | None = None, stretch: int = STRETCH) -> None:
+        self.stretch = stretch
         self._numbers = None if numbers is None else np.ascontiguousarray(numbers)
         self._native, self._view = native(), SharedRunsView()
         # Of the prompt that was read last: how many tokens, symbols and runs it has. And what `split` counts.
@@ -146,9 +161,13 @@ class SharedRuns:
         # In units that grow with every prompt, so that older ones count less.
         self._counts = np.zeros(1 << _PLACES, np.float32)
         self._unit = 1.0
+        # The weight of all prompts, and of those before each run first came; without end for what is fixed.
+        self._total = 0.0
+        self._before = np.zeros(1 << _PLACES, np.float32)
 
-        # Both stay where they are.
+        # They stay where they are.
         self._view.tags, self._view.counts, self._view.factors = at(self._tags), at(self._counts), at(_FACTORS)
+        self._view.before = at(self._before)
         self._view.turns = at(_TURNS)
         if self._numbers is not None:
             self._view.numbers, self._view.vocabulary = at(self._numbers), len(self._numbers) - 1
@@ -168,8 +187,8 @@ class SharedRuns:
         piece = np.empty(3 * n + (n + 1) // 2, np.int64)
         begin, tokens_at = at(piece), at(tokens)
         self._native.learn(
-            self._view_at, tokens_at, len(tokens), self._unit, begin + 24 * n, begin, begin + 8 * n, begin + 16 * n,
-            self._sizes_at,
+            self._view_at, tokens_at, len(tokens), self._unit, self._total - self._unit, begin + 24 * n, begin,
+            begin + 8 * n, begin + 16 * n, self._sizes_at,
         )  # fmt: skip
         _, symbols, runs = self._sizes.tolist()
         words = Words(piece[3 * n :].view(np.int32)[:n], piece[:symbols], piece[n : 2 * n], begin)
@@ -188,8 +207,9 @@ class SharedRuns:
         piece = np.empty(MINIMA + len(runs) + (n + 1) // 2, np.uint64)
         out = at(piece)
         self._native.own(
-            self._view_at, SHARED * self._unit, begin + 24 * n, begin, begin + 8 * n, begin + 16 * n, self._sizes_at,
-            out + 8 * (MINIMA + len(runs)), out + 8 * MINIMA, out, self._found_at,
+            self._view_at, SHARED * self._unit, self._total, self.stretch - RUN + 1, begin + 24 * n, begin,
+            begin + 8 * n, begin + 16 * n, self._sizes_at, out + 8 * (MINIMA + len(runs)), out + 8 * MINIMA, out,
+            self._found_at,
         )  # fmt: skip
         tokens, shared_runs, rest, has_words = self._found.tolist()
         own_tokens = piece[MINIMA + len(runs) :].view(np.int32)[:tokens]
@@ -199,8 +219,11 @@ class SharedRuns:
     def _grow(self) -> None:
         """What is counted from now on weighs more."""
         self._unit *= _GROWTH
+        self._total += self._unit
         if self._unit > _LARGEST:
             self._counts /= np.float32(self._unit)
+            self._before /= np.float32(self._unit)
+            self._total /= self._unit
             self._unit = 1.0
 
     def learn(self, runs: NDArray[np.uint64]) -> None:
@@ -209,41 +232,78 @@ class SharedRuns:
         places, tags = _where(runs)
         counts = self._counts.take(places)
         same = self._tags.take(places) == tags
-        unit = np.float32(self._unit)
-        free = counts < unit
+        unit, before = np.float32(self._unit), self._before.take(places)
+        new = (counts < unit) & np.isfinite(before)
         np.multiply(counts, same, out=counts)
         counts += unit
-        free |= same
-        if not free.all():
-            places, tags, counts = places[free], tags[free], counts[free]
+        before[new] = np.float32(self._total - self._unit)
+        kept = new | same
+        if not kept.all():
+            places, tags, counts, before = places[kept], tags[kept], counts[kept], before[kept]
         self._tags[places] = tags
         self._counts[places] = counts
+        self._before[places] = before
 
     def among(self, runs: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """(runs,): which of them are shared now."""
         places, tags = _where(runs)
-        return (self._tags.take(places) == tags) & (self._counts.take(places) >= SHARED * self._unit)
+        counts, before = self._counts.take(places), self._before.take(places)
+        many = (counts >= np.float32(SHARED * self._unit)) | np.isinf(before)
+        held = many & (self._tags.take(places) == tags)
+        shared = held & (counts >= np.float32(MAJORITY) * (np.float32(self._total) - before))
+        rest, least = held & ~shared, self.stretch - RUN + 1
+        edges = np.flatnonzero(np.diff(rest, prepend=False, append=False)).reshape(-1, 2)
+        with_stretches = shared.copy()
+        for begin, end in edges[edges[:, 1] - edges[:, 0] >= least].tolist():
+            with_stretches[begin:end] = True
+        # A prompt that is one with what few share is a popular prompt, not their opening.
+        return shared if with_stretches.all() and self.stretch > RUN else with_stretches
+
+    def fix(self) -> None:
+        """What a part of FIXED of the recent prompts hold is shared from now on, whatever comes."""
+        if self.stretch == RUN:
+            return
+        least = max(SHARED * self._unit, FIXED * self._total)
+        self._before[self._counts >= np.float32(least)] = np.inf
 
     def state(self) -> dict[str, NDArray]:
         """All of it as arrays."""
-        places = np.flatnonzero(self._counts)
-        counts = self._counts[places] / np.float32(self._unit)
-        return {"places": places.astype(np.uint16), "tags": self._tags[places], "counts": counts}
+        places = np.flatnonzero((self._counts > 0) | np.isinf(self._before))
+        counts, unit = self._counts[places] / np.float32(self._unit), np.float32(self._unit)
+        # The weight since each run first came; 0 of what is fixed.
+        since = np.maximum((np.float32(self._total) - self._before[places]) / unit, 0)
+        return {
+            "places": places.astype(np.uint16),
+            "tags": self._tags[places],
+            "counts": counts,
+            "since": since,
+            "total": np.array(self._total / self._unit),
+        }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, NDArray], numbers: NDArray[np.bool_] | None = None) -> Self:
+    def from_state(
+        cls, state: Mapping[str, NDArray], numbers: NDArray[np.bool_] | None = None, stretch: int = STRETCH
+    ) -> Self:
         """The table whose `state()` this was."""
-        self = cls(numbers)
+        self = cls(numbers, stretch)
         places = state["places"].astype(np.intp)
         self._tags[places], self._counts[places] = state["tags"], state["counts"]
+        # Earlier releases wrote neither weight; theirs is that of all prompts that ever were.
+        self._total = float(state.get("total", 1 / (1 - 1 / _GROWTH)))
+        since = np.asarray(state.get("since", np.full(len(places), self._total)), np.float32)
+        self._before[places] = np.where(since > 0, np.float32(self._total) - since, np.float32(np.inf))
         return self
 
 
 def own_tokens(prompts: Iterable[ArrayLike], numbers: NDArray[np.bool_] | None = None) -> Iterator[NDArray[np.int32]]:
     """Of each prompt the tokens that it does not share with those around it, in order."""
     shared, ahead = SharedRuns(numbers), []
-    for prompt in prompts:
-        ahead.append(shared.read(np.array(prompt, np.int64)))
+    known = [np.array(prompt, np.int64) for prompt in prompts]
+    for prompt in known:
+        shared.read(prompt)
+    shared.fix()
+    for prompt in known:
+        ahead.append(shared.read(prompt))
         if len(ahead) > AHEAD:
             yield shared.split(*ahead.pop(0)).tokens
     for words, runs in ahead:

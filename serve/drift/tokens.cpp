@@ -10,6 +10,8 @@ namespace {
 
 constexpr int RUN = 6, SHORT_RUN = 3, MINIMA = 12, PLACES = 15;
 constexpr int64_t MOST_TOKENS = 8192, NUMBER = -1, EDGE = -2;
+constexpr float MAJORITY = 0.5f;
+constexpr uint8_t STRETCHED = 2;
 constexpr int SAMPLED = 64, MEAN_TOKENS = 256, NOTHING = 16;
 constexpr uint64_t MIX = 0x9E3779B97F4A7C15, MIX_PAIRS = 0xD6E8FEB86659FD93;
 
@@ -52,17 +54,18 @@ extern "C" {
 // The table of serve.drift.token_runs.SharedRuns.
 struct SharedRuns {
     uint32_t* tags;
-    float* counts;
+    float *counts, *before;
     const uint64_t *factors, *turns;  // (RUN), (MINIMA)
     const uint8_t* numbers;           // (vocabulary + 1) or none
     int64_t vocabulary;
 };
 
-// A prompt's words: tokens (n), symbols (n), symbol_of (n), runs (n); it learns them, each at the weight `unit`. At most
-// MOST_TOKENS of n are looked at. counts (3): of tokens, symbols and runs.
+// A prompt's words: tokens (n), symbols (n), symbol_of (n), runs (n); it learns them, each at the weight `unit`, and
+// `before_it` is that of all prompts before it. At most MOST_TOKENS of n are looked at. counts (3): of tokens, symbols and
+// runs.
 void loradock_tokens_learn(
-    const SharedRuns* shared, const int64_t* ids, int64_t n, float unit, int32_t* tokens, int64_t* symbols,
-    int64_t* symbol_of, uint64_t* runs, int64_t* counts) {
+    const SharedRuns* shared, const int64_t* ids, int64_t n, float unit, float before_it, int32_t* tokens,
+    int64_t* symbols, int64_t* symbol_of, uint64_t* runs, int64_t* counts) {
     const int64_t beyond = std::max<int64_t>(0, n - MOST_TOKENS), kept = n - beyond;
     std::vector<int64_t> edged(kept + 2);
     edged[0] = EDGE;
@@ -86,33 +89,53 @@ void loradock_tokens_learn(
     counts[1] = size;
     counts[2] = count;
     // All are looked up before any is written: a run that a prompt holds twice counts once.
-    std::vector<float> updated(count);
+    std::vector<float> updated(count), since(count);
     for (int64_t i = 0; i < count; ++i) {
         const uint64_t run = runs[i] = hashed(edged.data() + i, shared->factors, RUN);
         const uint64_t place = run >> (64 - PLACES);
-        const bool same = shared->tags[place] == static_cast<uint32_t>(run >> 16), free = shared->counts[place] < unit;
-        updated[i] = same || free ? (same ? shared->counts[place] : 0.0f) + unit : -1.0f;
+        const bool same = shared->tags[place] == static_cast<uint32_t>(run >> 16);
+        const bool fresh = shared->counts[place] < unit && !std::isinf(shared->before[place]);
+        updated[i] = same || fresh ? (same ? shared->counts[place] : 0.0f) + unit : -1.0f;
+        since[i] = fresh ? before_it : shared->before[place];
     }
     for (int64_t i = 0; i < count; ++i) {
         if (updated[i] < 0) continue;
         const uint64_t place = runs[i] >> (64 - PLACES);
         shared->tags[place] = static_cast<uint32_t>(runs[i] >> 16);
         shared->counts[place] = updated[i];
+        shared->before[place] = since[i];
     }
 }
 
-// What of a prompt is its own. own (tokens), shared_runs (runs): the tokens that lie in no shared run, and the runs that
-// are shared. minima (MINIMA): of its own symbols. found (4): of own tokens, of shared runs, of own symbols; whether any
+// What of a prompt is its own: what at least `least` prompts hold is shared, where most of `total` do since it came, where
+// it is fixed, or in stretches of `stretch` such runs; not so all of a popular prompt. own (tokens), shared_runs (runs): the tokens that lie in no shared
+// run, and the runs that are shared. minima (MINIMA): of its own symbols. found (4): of own tokens, of shared runs, of own symbols; whether any
 // of these is no number.
 void loradock_tokens_own(
-    const SharedRuns* shared, float least, const int32_t* tokens, const int64_t* symbols, const int64_t* symbol_of,
-    const uint64_t* runs, const int64_t* counts, int32_t* own, uint64_t* shared_runs, uint64_t* minima, int64_t* found) {
+    const SharedRuns* shared, float least, float total, int64_t stretch, const int32_t* tokens, const int64_t* symbols,
+    const int64_t* symbol_of, const uint64_t* runs, const int64_t* counts, int32_t* own, uint64_t* shared_runs,
+    uint64_t* minima, int64_t* found) {
     const int64_t size = counts[1];
     std::vector<int32_t> change(size + RUN + 3, 0);
-    int64_t known = 0;
+    std::vector<uint8_t> is_shared(counts[2] + 1, 0);
+    int64_t known = 0, begun = 0;
+    for (int64_t i = 0; i <= counts[2]; ++i) {
+        bool rest = false;
+        if (i < counts[2]) {
+            const uint64_t place = runs[i] >> (64 - PLACES);
+            const float held = shared->counts[place], before = shared->before[place];
+            const bool same = shared->tags[place] == static_cast<uint32_t>(runs[i] >> 16);
+            const bool many = same && (held >= least || std::isinf(before));
+            is_shared[i] = many && held >= MAJORITY * (total - before);
+            rest = many && !is_shared[i];
+        }
+        if (rest) continue;
+        if (i - begun >= stretch) std::fill(is_shared.begin() + begun, is_shared.begin() + i, STRETCHED);
+        begun = i + 1;
+    }
+    const bool popular = stretch > 1 && std::find(is_shared.begin(), is_shared.end() - 1, 0) == is_shared.end() - 1;
     for (int64_t i = 0; i < counts[2]; ++i) {
-        const uint64_t place = runs[i] >> (64 - PLACES);
-        if (shared->tags[place] != static_cast<uint32_t>(runs[i] >> 16) || !(shared->counts[place] >= least)) continue;
+        if (!is_shared[i] || (popular && is_shared[i] == STRETCHED)) continue;
         shared_runs[known++] = runs[i];
         ++change[i];
         --change[i + RUN];

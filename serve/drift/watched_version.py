@@ -168,7 +168,8 @@ class WatchedVersion:
 
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(seed=self.settings.seed)
-        self.thinning = Thinning(interval=self.settings.interval, warm_up=WINDOW, numbers=self.numbers)
+        interval, stretch = self.settings.interval, self.baseline.stretch
+        self.thinning = Thinning(interval=interval, warm_up=WINDOW, numbers=self.numbers, stretch=stretch)
         if remembered := self.baseline.sampling():
             self.thinning.restore(remembered)
         self.baseline.sampling = self.thinning.state
@@ -261,6 +262,7 @@ class WatchedVersion:
     def replace_baseline(self, baseline: Baseline) -> None:
         """Compare with this baseline from now on. The traffic is the same: what its thinning remembers stays."""
         self.thinning.acknowledge()
+        self.thinning.share(baseline.stretch)
         baseline.sampling = self.thinning.state
         self.baseline, self.unsaved = baseline, True
         self.alarmed.clear()

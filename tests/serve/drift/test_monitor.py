@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from serve.asgi.exchange import Exchange, Generation
 from serve.cli.baseline import prompts
 from serve.drift.embedding import Embedding
-from serve.drift.features import OUTPUT, PROMPT
+from serve.drift.features import ALL_TOKENS, EARLIER_FEATURES, FEATURES, OUTPUT, PROMPT
 from serve.drift.monitor import DriftMonitor
+from serve.drift.token_runs import RUN, STRETCH
 from serve.drift.watched_version import DriftSettings, WatchedVersion
 from serve.errors import ConfigError
 from tests.support.tiny import HIDDEN
@@ -409,14 +410,17 @@ def test_of_what_was_asked_numbers_are_kept_and_neither_tokens_nor_text(tmp_path
     assert {len(digest) for digest in (*version.thinning._prompts._last, *version.thinning._bands._last)} == {16}
 
 
-def test_a_baseline_of_whole_prompts_goes_on_and_the_next_version_has_its_own(tmp_path):
+@pytest.mark.parametrize("features", EARLIER_FEATURES)
+def test_a_baseline_of_an_earlier_release_goes_on_and_the_next_version_has_its_own(tmp_path, features):
     monitor = monitored(tmp_path, alarms := [])
     system = WORDS.integers(0, 5000, 200).tolist()
     sent(monitor, 1, system=system)
     _, watched = version_of(monitor)
-    watched.baseline.provenance = replace(watched.baseline.provenance, features=1)
+    watched.baseline.provenance = replace(watched.baseline.provenance, features=features)
+    watched.replace_baseline(watched.baseline)
     sent(monitor, 600, system=system)
-    assert np.exp(watched.baseline.signals["prompt"]._scale.centre[0]) > 200, "of all its tokens"
+    of_all_tokens = np.exp(watched.baseline.signals["prompt"]._scale.centre[0]) > 200
+    assert of_all_tokens == (features == ALL_TOKENS)
     before, _ = version_of(monitor)
     monitor.stop()
     again = monitored(tmp_path, alarms)
@@ -424,11 +428,15 @@ def test_a_baseline_of_whole_prompts_goes_on_and_the_next_version_has_its_own(tm
     report, watched = version_of(again)
     for each in (report, before):
         each["signals"]["prompt"]["structure"].pop("mean_rows")
-    assert report["signals"]["prompt"] == before["signals"]["prompt"] and watched.baseline.provenance.features == 1
+    assert (
+        report["signals"]["prompt"] == before["signals"]["prompt"] and watched.baseline.provenance.features == features
+    )
+    assert watched.thinning._shared.stretch == RUN
     sent(again, 500, system=system)
     assert alarms == []
     generation = Generation([1, 2, 3], [1, 2], "stop")
     again.observe(Exchange("tone", "v2", 200, 0.1, 0.2, id="tone@2", generations=(generation,)))
     again.looked()
-    assert again._versions["tone@2"].baseline.provenance.features == 2
+    assert again._versions["tone@2"].baseline.provenance.features == FEATURES
+    assert again._versions["tone@2"].thinning._shared.stretch == STRETCH
     assert again._versions["tone@2"].baseline.signals["prompt"].gathered == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from serve.drift.token_runs import MOST_TOKENS, SharedRuns, Words, own_tokens, skipped
+from serve.drift.token_runs import MOST_TOKENS, RUN, SharedRuns, Words, own_tokens, skipped
 
 RNG = np.random.default_rng(0)
 DIGITS = np.zeros(101, np.bool_)
@@ -66,6 +66,37 @@ def test_long_prompts_that_have_nothing_in_common_share_nothing():
     assert abs(words.own(shared.among(words.runs())).sum() - 2000) < 20
 
 
+def of_wording(share, count=2000):
+    """Prompts of which so many begin alike, and that beginning."""
+    rng, begin = np.random.default_rng(0), prompt(12)
+    return [np.concatenate((begin, prompt(20))) if rng.random() < share else prompt(32) for _ in range(count)], begin
+
+
+def test_what_was_fixed_is_shared_for_ever_and_keeps_its_place():
+    (prompts, begin), shared = of_wording(0.4, 100), SharedRuns()
+    for tokens in prompts:
+        shared.learn(Words.of(tokens).runs())
+    runs = Words.of(begin).runs()
+    assert not shared.among(runs).any(), "fewer than half of the prompts hold it"
+    shared.fix()
+    for _ in range(2000):
+        shared.learn(Words.of(prompt(200)).runs())
+    again = SharedRuns.from_state(shared.state())
+    for table in (shared, again):
+        assert table.among(runs).tolist() == [True] * (len(runs) - 1) + [False]
+
+
+def test_with_stretches_of_one_run_wording_is_shared_while_four_recent_prompts_hold_it_as_earlier():
+    prompts, begin = of_wording(0.025)
+    shared, earlier, cut = SharedRuns(), SharedRuns(stretch=RUN), [0, 0]
+    for tokens in prompts:
+        runs = Words.of(tokens).runs()
+        for i, table in enumerate((shared, earlier)):
+            table.learn(runs)
+            cut[i] += bool(table.among(Words.of(begin).runs()).any())
+    assert cut[0] == 0 and 200 < cut[1] < 1800
+
+
 def test_it_goes_on_for_long_and_from_its_arrays():
     shared, head = SharedRuns(), prompt(20)
     for _ in range(15_000):  # its unit outgrows what a float32 holds several times
@@ -86,11 +117,25 @@ def test_of_a_very_long_prompt_both_ends_are_looked_at():
     assert words.tokens[0] == tokens[0] and words.tokens[-1] == tokens[-1]
 
 
+def test_the_table_of_an_earlier_release_goes_on():
+    head, prompts = prompt(60), [prompt(20) for _ in range(100)]
+    shared, earlier = SharedRuns(stretch=RUN), SharedRuns(stretch=RUN)
+    for tokens in prompts:
+        shared.learn(Words.of(np.concatenate((head, tokens))).runs())
+    state = {name: values for name, values in shared.state().items() if name not in ("since", "total")}
+    earlier = SharedRuns.from_state(state, stretch=RUN)
+    for tokens in prompts[:4]:
+        runs = Words.of(np.concatenate((head, tokens[:3]))).runs()
+        assert np.array_equal(shared.among(runs), earlier.among(runs)) and earlier.among(runs).any()
+
+
 def test_own_tokens_of_a_list_of_prompts():
     head = prompt(100)
     prompts = [np.concatenate((head, prompt(20))) for _ in range(30)]
     own = list(own_tokens(prompts))
     assert [tokens.tolist() for tokens in own] == [tokens[100:].tolist() for tokens in prompts]
     assert list(own_tokens([])) == []
-    few = list(own_tokens(prompts[:2]))
+    # What 0.4 of a list share is cut out of its first prompts too.
+    assert {len(tokens) for tokens in own_tokens(of_wording(0.4, 300)[0])} == {20, 32}
+    few = list(own_tokens([np.concatenate((head, prompt(20))) for _ in range(2)]))
     assert [len(tokens) for tokens in few] == [120, 120]
