@@ -30,6 +30,8 @@ from serve.drift.parameter_strata import most_common
 from serve.drift.probe_comparison import ProbeAnswers
 from serve.drift.request_rows import reference_rows
 from serve.drift.request_text import RequestText
+from serve.drift.state_arrays import prefixed
+from serve.drift.token_runs import SharedRuns
 from serve.drift.traffic_profile import TrafficProfile
 from serve.drift.watched_version import PROBE, Alarm, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
@@ -289,8 +291,10 @@ class DriftMonitor(Collector):
             embedding, _ = self._models[base]
         generations = [exchange.generations[0] for exchange in exchanges if exchange.generations]
         stratum = most_common(generation.parameters for generation in generations)
-        rows = reference_rows(generations, embedding, stratum)
+        shared = SharedRuns(embedding.numbers)
+        rows = reference_rows(generations, embedding, stratum, shared)
         baseline = Baseline.build(provenance, rows)
+        baseline.sampling = lambda: prefixed(shared.state(), "shared.")
         for kind, strata in baseline.strata.items():
             if kind in rows:
                 strata.built(stratum)

@@ -18,15 +18,16 @@ from serve.drift.features import (
     prompt_row,
 )
 from serve.drift.parameter_strata import Stratum
-from serve.drift.token_runs import own_tokens, skipped
+from serve.drift.token_runs import SharedRuns, own_tokens, skipped
 
 
 def reference_rows(
-    generations: Sequence[Generation], embedding: Embedding, stratum: Stratum
+    generations: Sequence[Generation], embedding: Embedding, stratum: Stratum, shared: SharedRuns
 ) -> dict[str, list[Floats]]:
-    """The rows of each signal that a reference is made of; what prompts share is left out of them as it is live."""
+    """The rows of each signal that a reference is made of; what prompts share is left out of them as it is live, and
+    learned by `shared`."""
     rows: dict[str, list[Floats]] = {}
-    prompts = own_tokens((generation.prompt for generation in generations), embedding.numbers)
+    prompts = own_tokens((generation.prompt for generation in generations), shared)
     for generation, own in zip(generations, prompts, strict=True):
         each = rows_of_answer(generation, embedding, stratum)
         each[PROMPT] = prompt_row(embedding, own, skipped(generation.prompt))

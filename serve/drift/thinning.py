@@ -147,10 +147,12 @@ class Thinning(Generic[Item]):
         self._waiting.append(_Waiting(item, *self._shared.read(ids), _digest(ids.tobytes()), key, now))
         return self._decide(self._waiting.popleft()) if len(self._waiting) > self._ahead else None
 
-    def share(self, stretch: int) -> None:
-        """From now on stretches of so many symbols are shared, as `SharedRuns` takes it."""
-        if stretch != self._shared.stretch:
-            self._shared.stretch = stretch
+    def share_as(self, stretch: int, sampling: Mapping[str, NDArray]) -> None:
+        """From now on what prompts share is cut out as it was for a reference: with this `stretch`, as `SharedRuns`
+        takes it, and what was fixed in its `sampling`, a `state()` or a part of one."""
+        self._shared.stretch = stretch
+        self._shared.fix_as(below(sampling, "shared."))
+        if self._steady:
             self._shared.fix()
 
     def flush(self) -> list[Taken[Item]]:

@@ -164,6 +164,7 @@ class SharedRuns:
         # The weight of all prompts, and of those before each run first came; without end for what is fixed.
         self._total = 0.0
         self._before = np.zeros(1 << _PLACES, np.float32)
+        self._is_fixed = False
 
         # They stay where they are.
         self._view.tags, self._view.counts, self._view.factors = at(self._tags), at(self._counts), at(_FACTORS)
@@ -260,11 +261,23 @@ class SharedRuns:
         return shared if with_stretches.all() and self.stretch > RUN else with_stretches
 
     def fix(self) -> None:
-        """What a part of FIXED of the recent prompts hold is shared from now on, whatever comes."""
-        if self.stretch == RUN:
+        """What a part of FIXED of the recent prompts hold is shared from now on, whatever comes; once."""
+        if self._is_fixed or self.stretch == RUN:
             return
+        self._is_fixed = True
         least = max(SHARED * self._unit, FIXED * self._total)
         self._before[self._counts >= np.float32(least)] = np.inf
+
+    def fix_as(self, state: Mapping[str, NDArray]) -> None:
+        """What was fixed in the table whose `state()` this is; nothing where single runs are shared."""
+        if not state.get("fixed") and self.stretch > RUN:
+            return
+        self._before[np.isinf(self._before)], self._is_fixed = 0, self.stretch > RUN
+        if self._is_fixed:
+            chosen = state["since"] == 0
+            places, tags = state["places"][chosen].astype(np.intp), state["tags"][chosen]
+            self._counts[places] *= self._tags[places] == tags
+            self._tags[places], self._before[places] = tags, np.inf
 
     def state(self) -> dict[str, NDArray]:
         """All of it as arrays."""
@@ -278,6 +291,7 @@ class SharedRuns:
             "counts": counts,
             "since": since,
             "total": np.array(self._total / self._unit),
+            "fixed": np.array(self._is_fixed),
         }
 
     @classmethod
@@ -292,12 +306,13 @@ class SharedRuns:
         self._total = float(state.get("total", 1 / (1 - 1 / _GROWTH)))
         since = np.asarray(state.get("since", np.full(len(places), self._total)), np.float32)
         self._before[places] = np.where(since > 0, np.float32(self._total) - since, np.float32(np.inf))
+        self._is_fixed = bool(state.get("fixed", False))
         return self
 
 
-def own_tokens(prompts: Iterable[ArrayLike], numbers: NDArray[np.bool_] | None = None) -> Iterator[NDArray[np.int32]]:
-    """Of each prompt the tokens that it does not share with those around it, in order."""
-    shared, ahead = SharedRuns(numbers), []
+def own_tokens(prompts: Iterable[ArrayLike], shared: SharedRuns) -> Iterator[NDArray[np.int32]]:
+    """Of each prompt the tokens that it does not share with those around it, in order; a new `shared` learns them."""
+    ahead = []
     known = [np.array(prompt, np.int64) for prompt in prompts]
     for prompt in known:
         shared.read(prompt)

@@ -260,9 +260,10 @@ class WatchedVersion:
         self.baseline.provenance = replace(self.baseline.provenance, origin="accepted")
 
     def replace_baseline(self, baseline: Baseline) -> None:
-        """Compare with this baseline from now on. The traffic is the same: what its thinning remembers stays."""
+        """Compare with this baseline from now on. The traffic is the same: what its thinning remembers stays, but for
+        what is cut out of every prompt."""
         self.thinning.acknowledge()
-        self.thinning.share(baseline.stretch)
+        self.thinning.share_as(baseline.stretch, baseline.sampling())
         baseline.sampling = self.thinning.state
         self.baseline, self.unsaved = baseline, True
         self.alarmed.clear()

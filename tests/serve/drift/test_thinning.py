@@ -6,7 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from serve.drift.state_arrays import prefixed
 from serve.drift.thinning import COUNTS, MOST_BETWEEN, Shuffle, Thinning, inherited
+from serve.drift.token_runs import RUN, STRETCH, SharedRuns, own_tokens
 
 RNG = np.random.default_rng(0)
 DIGITS = np.zeros(30_001, np.bool_)
@@ -153,6 +155,35 @@ def test_what_a_half_share_is_cut_out_always_or_never():
         if result := thinning.offer(0, tokens=np.concatenate((HEAD, begin, prompt(20, rng), HEAD)), now=0.0):
             kept.append(len(result.own))
     assert kept == [20] * len(kept) and len(kept) > 2500
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_what_is_cut_out_of_a_reference_that_comes_from_elsewhere_is_cut_out_of_live_prompts_and_nothing_else(steady):
+    rng, theirs, ours = np.random.default_rng(4), prompt(12), prompt(12)
+
+    def some(count, often, seldom):
+        begins = rng.choice([0, 1, 2], count, p=[0.3, 0.2, 0.5])
+        pairs = [(often, seldom, prompt(0))[begin] for begin in begins]
+        return [np.concatenate((HEAD, begin, prompt(20, rng), HEAD)) for begin in pairs]
+
+    shared = SharedRuns()
+    assert {len(own) for own in own_tokens(some(600, theirs, ours), shared)} == {20, 32}
+    thinning: Thinning = Thinning(warm_up=64, interval=0)
+    if steady:
+        offered(thinning, some(200, ours, theirs))
+    thinning.share_as(STRETCH, prefixed(shared.state(), "shared."))
+    restarted: Thinning = Thinning(warm_up=64, interval=0)
+    restarted.restore(thinning.state())
+    for each in (thinning, restarted):
+        lengths = [
+            (len(result.own), result.item)
+            for tokens in some(600, ours, theirs)
+            if (result := each.offer(tokens[6 : len(tokens) - 26].tolist(), tokens=tokens, now=0.0))
+        ]
+        assert len(lengths) > 500
+        assert all(length == (32 if begin == ours.tolist() else 20) for length, begin in lengths)
+    thinning.share_as(RUN, {})
+    assert not np.isinf(thinning._shared._before).any()
 
 
 def test_a_short_system_prompt_that_is_new_is_no_part_of_what_is_compared():

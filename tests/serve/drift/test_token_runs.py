@@ -132,10 +132,10 @@ def test_the_table_of_an_earlier_release_goes_on():
 def test_own_tokens_of_a_list_of_prompts():
     head = prompt(100)
     prompts = [np.concatenate((head, prompt(20))) for _ in range(30)]
-    own = list(own_tokens(prompts))
+    own = list(own_tokens(prompts, SharedRuns()))
     assert [tokens.tolist() for tokens in own] == [tokens[100:].tolist() for tokens in prompts]
-    assert list(own_tokens([])) == []
+    assert list(own_tokens([], SharedRuns())) == []
     # What 0.4 of a list share is cut out of its first prompts too.
-    assert {len(tokens) for tokens in own_tokens(of_wording(0.4, 300)[0])} == {20, 32}
-    few = list(own_tokens([np.concatenate((head, prompt(20))) for _ in range(2)]))
+    assert {len(tokens) for tokens in own_tokens(of_wording(0.4, 300)[0], SharedRuns())} == {20, 32}
+    few = list(own_tokens([np.concatenate((head, prompt(20))) for _ in range(2)], SharedRuns()))
     assert [len(tokens) for tokens in few] == [120, 120]
