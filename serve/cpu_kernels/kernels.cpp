@@ -66,10 +66,10 @@ inline void note(const bf16* v, int count, Floats& most, Floats& wrong) {
 // What numbers up to `most` are multiplied by to fit into 8 bits.
 inline float to_eight(float most) { return most > 1e-30f ? 127 / most : 0; }
 
-// A as [rank, in8(in)] and B as [out / 16, rank, 16], each rank of either by a scale of its own; not done where a weight is
-// no number: 8 bits have no NaN.
+// A and B in 8 bits (`Weights`), each rank of either by a scale of its own; not done where a weight is no number: 8 bits
+// have no NaN.
 bool pack_eight(const Layer& layer, const Slice& slice, const bf16* a, const bf16* b, Weights& w) {
-  const int64_t width = in8(slice.in), ranks = depth(w.rank);
+  const int64_t width = in8(slice.in), fours = (w.rank + 3) / 4;
   std::vector<float> of_a(w.rank), of_b(w.rank + 15);
   Floats wrong = spread(0.f);
   for (int k = 0; k < w.rank; k++) {
@@ -85,7 +85,7 @@ bool pack_eight(const Layer& layer, const Slice& slice, const bf16* a, const bf1
     }
   if (sum_of(wrong) != 0) return false;
   w.a8.assign(w.rank * width + 64, 0);
-  w.b.assign(ranks * ((slice.out + 15) / 16 * 16) + 64, 0);
+  w.b.assign(fours * ((slice.out + 15) / 16 * 64) + 64, 0);
   w.scale.resize(w.rank);
   auto* to_a = reinterpret_cast<int8_t*>(const_cast<char*>(w.aligned(w.a8)));
   char* to_b = const_cast<char*>(w.packed());
@@ -94,11 +94,13 @@ bool pack_eight(const Layer& layer, const Slice& slice, const bf16* a, const bf1
     const Floats by = spread(to_eight(of_a[k]));
     for (int i = 0; i < slice.in; i += 16)
       store8(to_a + k * width + i, to_ints(wide(a + size_t(k) * slice.in + i, slice.in - i) * by));
+    for (int i = 0; i < slice.in; i++) to_a[k * width + i] = int8_t(to_a[k * width + i] + ZERO8);
   }
   for (float& most : of_b) most = to_eight(most);
   for (int o = 0; o < slice.out; o++)
     for (int k = 0; k < w.rank; k++)
-      to_b[(o / 16 * ranks + k) * 16 + o % 16] = char(std::lrint(to_float(b[size_t(o) * layer.max_rank + k]) * of_b[k]));
+      to_b[((o / 16 * fours + k / 4) * 16 + o % 16) * 4 + k % 4] =
+          char(std::lrint(to_float(b[size_t(o) * layer.max_rank + k]) * of_b[k]) + ZERO8);
   return true;
 }
 #endif
@@ -153,7 +155,8 @@ void linear(Layer& layer, T* y, int64_t y_stride, const T* x, int64_t x_stride) 
       const Slice& slice = layer.slices[s];
       const int rank = slice.slots[plan.chunks[c].slot].rank;
       if (!rank) continue;
-      for (int r = 0; r < rank; r += ROW_BLOCK) shrinks.push_back({c, s, r, std::min(ROW_BLOCK, rank - r)});
+      const int block = slice.slots[plan.chunks[c].slot].eight() ? rank : ROW_BLOCK;
+      for (int r = 0; r < rank; r += block) shrinks.push_back({c, s, r, std::min(block, rank - r)});
       for (int o = 0; o < slice.out; o += OUT_BLOCK) expands.push_back({c, s, o, std::min(OUT_BLOCK, slice.out - o)});
       macs += int64_t(plan.chunks[c].end - plan.chunks[c].begin) * rank * (slice.in + slice.out);
     }

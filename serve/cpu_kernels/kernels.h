@@ -41,7 +41,8 @@ struct Weights {
   int rank = 0;
   const void* a = nullptr;  // [rank, in], in place
   std::vector<char> b;      // packed
-  // In 8 bits A is packed too, [rank, in8(in)], and what either was divided by is multiplied in between: [rank].
+  // In 8 bits A is packed too, [rank, in8(in)], and what either was divided by is multiplied in between: [rank]. B is
+  // [out / 16, rank / 4, 16, 4]. To both ZERO8 is added, but to what only fills a row of A.
   std::vector<char> a8;
   std::vector<float> scale;
   bool eight() const { return !scale.empty(); }
@@ -71,10 +72,11 @@ struct Layer {
   int size;      // bytes of an element
   std::vector<Slice> slices;
 
-  // Bytes of an element of t = x A^T, where a slice's begin in a row, and of a row: what is kept in 8 bits is multiplied
-  // in float32.
-  int64_t middle() const { return eight ? sizeof(float) : size; }
-  int64_t middle_at(size_t slice) const { return int64_t(slice) * ((max_rank + 1) / 2 * 2) * middle(); }
+  // Bytes of t = x A^T: where a slice's begin in a row, and of a row. Of 8 bits it has 8 too, and a `Middle` before.
+  int64_t middle_at(size_t slice) const {
+    const int64_t ranks = (max_rank + 3) / 4 * 4;
+    return int64_t(slice) * (eight ? 2 * ranks + 8 : ranks * size);
+  }
   int64_t middle_row() const { return middle_at(slices.size()); }
 };
 
@@ -154,74 +156,204 @@ struct Plain {
 // ---- bfloat16 in vectors ---------------------------------------------------------------------------------------------
 
 #ifdef WIDE
-struct Fast {
-  // Of what t = x A^T is made, where A and B are kept as E.
-  template <class E>
-  using Middle = std::conditional_t<std::is_same_v<E, int8_t>, float, bf16>;
+// int8 of x[0..k): each group with a scale of its own, and what products with weights to which `zero` was added are too
+// large by. q: up to 15 more are written.
+inline void to_bytes(const bf16* x, int k, int group, int zero, int8_t* q, float* scale, int32_t* sum) {
+  for (int g = 0; k > 0; g++, k -= group, x += group, q += group) {
+    const int size = std::min(group, k);
+    auto at = [&](int i) { return size - i >= 16 ? wide(x + i) : wide(x + i, size - i); };
+    Floats most = spread(0.f);
+    for (int i = 0; i < size; i += 16) most = max(most, abs(at(i)));
+    const float top = largest_of(most);
+    const Floats by = spread(top > 0 ? 127.f / top : 0.f);
+    Ints total = spread(0);
+    for (int i = 0; i < size; i += 16) {
+      const Ints v = to_ints(at(i) * by);
+      total = add(total, v);
+      store8(q + i, v);
+    }
+    scale[g] = top / 127.f;
+    sum[g] = zero * sum_of(total);
+  }
+}
 
-  // E: what A and B are kept in, bf16 or int8_t. stride_a: from row to row of A. scale: of rows in 8 bits.
-  template <class E, int T, int R>
-  static ALWAYS void shrink_tile(const E* a, int64_t stride_a, const float* scale, int in, const bf16* x, int64_t stride,
-                                 const int32_t* tokens, Middle<E>* t, int64_t t_stride) {
+// Rows of int8, with a scale for each group of inputs (a multiple of 16), and the sums of `to_bytes`.
+struct Bytes {
+  const int8_t* q;
+  const float* scale;
+  const int32_t* sum;
+  int64_t stride;
+  int group, groups, zero;
+
+  // By what sixteen times four inputs of a row from k on are multiplied.
+  ALWAYS Floats by(const float* scale, int k) const {
+    const float first = scale[k / group];
+    if (group % 64 == 0) return spread(first);
+    Floats v = spread(first);
+    for (int i = 16, left = 4; i < 64; i += 16, left += 4) {
+      const float next = scale[std::min((k + i) / group, groups - 1)];
+      v = choose(chosen(range(left, 16)), spread(next), v);
+    }
+    return v;
+  }
+
+  // What a row's products with ZERO8 are.
+  float owed(int row) const {
+    if (!ZERO8) return 0;
+    float all = 0;
+    for (int g = 0; g < groups; g++) all += scale[int64_t(row) * groups + g] * float(sum[int64_t(row) * groups + g]);
+    return all * float(ZERO8 / zero);
+  }
+};
+
+// What stands before t in 8 bits: its scale, and what its products with B are too large by.
+struct Middle {
+  float scale;
+  int32_t owed;
+  int8_t* q() { return reinterpret_cast<int8_t*>(this + 1); }
+  const int8_t* q() const { return reinterpret_cast<const int8_t*>(this + 1); }
+};
+
+struct Fast {
+  // t = x A^T of one rank after the other, R of them of T tokens.
+  template <int T, int R>
+  static ALWAYS void shrink8_tile(const char* a, int64_t stride_a, int in, const Bytes& x, const int32_t* tokens, float* t,
+                                  int64_t t_stride) {
+    Floats sum[SUMS];
+#pragma GCC unroll 16
+    for (int i = 0; i < SUMS; i++) sum[i] = spread(0.f);
+    for (int k = 0; k < in; k += 64) {
+      Ints xv[T];
+      Floats by[T];
+#pragma GCC unroll 4
+      for (int i = 0; i < T; i++) {
+        xv[i] = load64(x.q + tokens[i] * x.stride + k);
+        by[i] = x.by(x.scale + int64_t(tokens[i]) * x.groups, k);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const Ints av = load64(a + r * stride_a + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < T; i++) sum[i * R + r] = fma(to_floats(dot8(spread(0), av, xv[i])), by[i], sum[i * R + r]);
+      }
+    }
+    alignas(64) float done[SUMS];
+    sums(sum, done);
+    for (int i = 0; i < T; i++)
+      for (int r = 0; r < R; r++) t[i * t_stride + r] = done[i * R + r];
+  }
+
+  template <int T>
+  static void shrink8_rows(const Weights& w, int in, const Bytes& x, const int32_t* tokens, float* t, int64_t t_stride) {
+    const int64_t stride_a = in8(in);
+    constexpr int R = SUMS / T;
+    int r = 0;
+    auto tile = [&](auto count) {
+      constexpr int N = decltype(count)::value;
+      for (; r + N <= w.rank; r += N) shrink8_tile<T, N>(w.first() + r * stride_a, stride_a, in, x, tokens, t + r, t_stride);
+    };
+    tile(std::integral_constant<int, R>());
+    if constexpr (R > 8) tile(std::integral_constant<int, 8>());
+    if constexpr (R > 4) tile(std::integral_constant<int, 4>());
+    tile(std::integral_constant<int, 1>());
+  }
+
+  // The way in, in 8 bits, for tokens of one slot: t_row bytes from one's to the next one's. owed: of each token.
+  static void shrink8(const Weights& w, int in, const Bytes& x, const int32_t* tokens, int n, const float* owed_by, char* t_at,
+                      int64_t t_row) {
+    const int64_t ranks = (w.rank + 15) / 16 * 16;
+    static thread_local std::vector<float> room;
+    if (room.size() < size_t(CHUNK * ranks)) room.resize(CHUNK * ranks);
+    float* t = room.data();
+    int i = 0;
+    for (; i + 4 <= n; i += 4) shrink8_rows<4>(w, in, x, tokens + i, t + i * ranks, ranks);
+    for (; i + 2 <= n; i += 2) shrink8_rows<2>(w, in, x, tokens + i, t + i * ranks, ranks);
+    for (; i < n; i++) shrink8_rows<1>(w, in, x, tokens + i, t + i * ranks, ranks);
+    for (i = 0; i < n; i++) {
+      auto& to = *reinterpret_cast<Middle*>(t_at + i * t_row);
+      const Floats owed = spread(owed_by[i]);
+      float* of = t + i * ranks;
+      std::fill(of + w.rank, of + ranks, 0.f);
+      Floats most = spread(0.f);
+      for (int r = 0; r < w.rank; r += 16) {
+        const Floats v = (load(of + r) - owed) * load(w.scale.data() + r, w.rank - r);
+        store(of + r, v);
+        most = max(most, abs(v));
+      }
+      const float top = largest_of(most);
+      const Floats by = spread(top > 0 ? 127.f / top : 0.f);
+      Ints total = spread(0);
+      alignas(16) int8_t q[16];
+      for (int r = 0; r < w.rank; r += 16) {
+        const Ints v = to_ints(load(of + r) * by);
+        total = add(total, v);
+        store8(q, v);
+        std::memcpy(to.q() + r, q, std::min(16, (w.rank - r + 3) / 4 * 4));
+      }
+      to.scale = top / 127.f, to.owed = ZERO8 * sum_of(total);
+    }
+  }
+
+  // To the sums of sixteen outputs of M tokens, `apart` from one's to the next one's, what their adapter adds: `fours` of
+  // its ranks.
+  template <int M>
+  static void expand8(const char* b, int fours, const char* t, int64_t t_row, float* sums, int apart) {
+    auto of = [&](int i) { return reinterpret_cast<const Middle*>(t + i * t_row); };
+    Ints v[M];
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) v[i] = spread(-of(i)->owed);
+    for (int k = 0; k < fours; k++) {
+      const Ints bv = load64(b + 64 * k);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; i++) v[i] = dot8(v[i], bv, spread4(of(i)->q() + 4 * k));
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++)
+      store(sums + i * apart, fma(to_floats(v[i]), spread(of(i)->scale), load(sums + i * apart)));
+  }
+
+  // stride_a: from row to row of A.
+  template <int T, int R>
+  static ALWAYS void shrink_tile(const bf16* a, int64_t stride_a, int in, const bf16* x, int64_t stride,
+                                 const int32_t* tokens, bf16* t, int64_t t_stride) {
     Floats sum[SUMS];
 #pragma GCC unroll 16
     for (int i = 0; i < SUMS; i++) sum[i] = spread(0.f);
     const bf16* xs[T];
     for (int i = 0; i < T; i++) xs[i] = x + tokens[i] * stride;
     int k = 0;
-    if constexpr (std::is_same_v<E, int8_t>) {
-      for (; k + 16 <= in; k += 16) {
-        Floats xv[T];
+    for (; k + 32 <= in; k += 32) {
+      Ints xv[T];
 #pragma GCC unroll 4
-        for (int i = 0; i < T; i++) xv[i] = wide(xs[i] + k);
+      for (int i = 0; i < T; i++) xv[i] = load64(xs[i] + k);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-          const Floats av = wide(a + r * stride_a + k);
+      for (int r = 0; r < R; r++) {
+        const Ints av = load64(a + r * stride_a + k);
 #pragma GCC unroll 4
-          for (int i = 0; i < T; i++) sum[i * R + r] = fma(av, xv[i], sum[i * R + r]);
-        }
-      }
-      if (k < in)
-        for (int r = 0; r < R; r++)
-          for (int i = 0; i < T; i++) sum[i * R + r] = fma(wide(a + r * stride_a + k), wide(xs[i] + k, in - k), sum[i * R + r]);
-    } else {
-      for (; k + 32 <= in; k += 32) {
-        Ints xv[T];
-#pragma GCC unroll 4
-        for (int i = 0; i < T; i++) xv[i] = load64(xs[i] + k);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-          const Ints av = load64(a + r * stride_a + k);
-#pragma GCC unroll 4
-          for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, xv[i]);
-        }
-      }
-      if (k < in) {
-        for (int r = 0; r < R; r++) {
-          const Ints av = load_pairs(a + r * stride_a + k, in - k);
-          for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, load_pairs(xs[i] + k, in - k));
-        }
+        for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, xv[i]);
       }
     }
-    alignas(64) Middle<E> done[SUMS];
+    if (k < in) {
+      for (int r = 0; r < R; r++) {
+        const Ints av = load_pairs(a + r * stride_a + k, in - k);
+        for (int i = 0; i < T; i++) sum[i * R + r] = dot2(sum[i * R + r], av, load_pairs(xs[i] + k, in - k));
+      }
+    }
+    alignas(64) bf16 done[SUMS];
     sums(sum, done);
-    for (int i = 0; i < T; i++)
-      if constexpr (std::is_same_v<E, int8_t>)
-        for (int r = 0; r < R; r++) t[i * t_stride + r] = done[i * R + r] * scale[r];
-      else
-        std::memcpy(t + i * t_stride, done + i * R, R * sizeof(bf16));
+    for (int i = 0; i < T; i++) std::memcpy(t + i * t_stride, done + i * R, R * sizeof(bf16));
   }
 
-  template <int T, class E>
-  static void shrink_rows(const E* a, int64_t stride_a, const float* scale, int in, const bf16* x, int64_t stride,
-                          const int32_t* tokens, int rows, Middle<E>* t, int64_t t_stride) {
+  template <int T>
+  static void shrink_rows(const bf16* a, int64_t stride_a, int in, const bf16* x, int64_t stride, const int32_t* tokens,
+                          int rows, bf16* t, int64_t t_stride) {
     constexpr int R = SUMS / T;  // as many rows of A as there is room for sums
     constexpr int FEW = std::min(R, 4);
     int r = 0;
     auto tile = [&](auto count) {
       constexpr int N = decltype(count)::value;
       for (; r + N <= rows; r += N)
-        shrink_tile<E, T, N>(a + r * stride_a, stride_a, scale + r, in, x, stride, tokens, t + r, t_stride);
+        shrink_tile<T, N>(a + r * stride_a, stride_a, in, x, stride, tokens, t + r, t_stride);
     };
     if constexpr (R > 8) tile(std::integral_constant<int, R>());
     if constexpr (R >= 8) tile(std::integral_constant<int, 8>());
@@ -229,55 +361,54 @@ struct Fast {
     tile(std::integral_constant<int, 1>());
   }
 
-  // `row` and `rows`: of A. t: where the first token's begins, t_row bytes before the next one's.
-  template <class E>
-  static void shrink_as(const Weights& w, int64_t stride_a, int in, const bf16* x, int64_t stride, const int32_t* tokens,
-                        int n, int row, int rows, char* t_at, int64_t t_row) {
-    const E* a = reinterpret_cast<const E*>(w.first()) + row * stride_a;
-    const float* scale = w.scale.data() + row;
-    auto* t = reinterpret_cast<Middle<E>*>(t_at) + row;
+  // `row` and `rows`: of A. t_at: where the first token's t begins, t_row bytes before the next one's. Of 8 bits all rows
+  // are multiplied at once.
+  static void shrink(const Weights& w, int in, const bf16* x, int64_t stride, const int32_t* tokens, int n, int row,
+                     int rows, char* t_at, int64_t t_row) {
+    if (w.eight()) return shrink8_of(w, in, x, stride, tokens, n, t_at, t_row);
+    const bf16* a = static_cast<const bf16*>(w.a) + int64_t(row) * in;
+    bf16* t = reinterpret_cast<bf16*>(t_at) + row;
     const int64_t t_stride = t_row / int64_t(sizeof(*t));
     int i = 0;
-    for (; i + 4 <= n; i += 4) shrink_rows<4>(a, stride_a, scale, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
-    for (; i + 2 <= n; i += 2) shrink_rows<2>(a, stride_a, scale, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
-    for (; i < n; i++) shrink_rows<1>(a, stride_a, scale, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
+    for (; i + 4 <= n; i += 4) shrink_rows<4>(a, in, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
+    for (; i + 2 <= n; i += 2) shrink_rows<2>(a, in, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
+    for (; i < n; i++) shrink_rows<1>(a, in, in, x, stride, tokens + i, rows, t + i * t_stride, t_stride);
     if (row + rows == w.rank && w.rank % 2)  // B's last pair ends in a zero, and 0 * NaN is NaN
       for (i = 0; i < n; i++) t[i * t_stride + rows] = {};
   }
 
-  static void shrink(const Weights& w, int in, const bf16* x, int64_t stride, const int32_t* tokens, int n, int row,
-                     int rows, char* t, int64_t t_row) {
-    if (w.eight())
-      shrink_as<int8_t>(w, in8(in), in, x, stride, tokens, n, row, rows, t, t_row);
-    else
-      shrink_as<bf16>(w, in, in, x, stride, tokens, n, row, rows, t, t_row);
-  }
-
-  // B's pair of ranks for 16 outputs, and what it adds to a sum with a pair of t.
-  struct Two {
-    Floats first, second;
-  };
-  static ALWAYS Ints ranks_at(const bf16* b) { return load64(b); }
-  static ALWAYS Two ranks_at(const int8_t* b) { return {wide(b), wide(b + 16)}; }
-  static ALWAYS Floats add(Floats sum, Ints b, const bf16* t) { return dot2(sum, b, pair_at(t)); }
-  static ALWAYS Floats add(Floats sum, const Two& b, const float* t) {
-    return fma(b.second, spread(t[1]), fma(b.first, spread(t[0]), sum));
+  // The same of x as it is.
+  static void shrink8_of(const Weights& w, int in, const bf16* x, int64_t stride, const int32_t* tokens, int n, char* t,
+                         int64_t t_row) {
+    constexpr int GROUP = 64;
+    const int64_t width = in8(in);
+    const int groups = (in + GROUP - 1) / GROUP;
+    static thread_local std::vector<int8_t> q;
+    static thread_local std::vector<float> scale, owed;
+    static thread_local std::vector<int32_t> sum, places;
+    q.resize(n * width), scale.resize(n * groups), sum.resize(n * groups), places.resize(n), owed.resize(n);
+    for (int i = 0; i < n; i++) {
+      to_bytes(x + tokens[i] * stride, in, GROUP, ZERO8, &q[i * width], &scale[i * groups], &sum[i * groups]);
+    }
+    const Bytes bytes{q.data(), scale.data(), sum.data(), width, GROUP, groups, std::max(ZERO8, 1)};
+    for (int i = 0; i < n; i++) places[i] = i, owed[i] = bytes.owed(i);
+    shrink8(w, in, bytes, places.data(), n, owed.data(), t, t_row);
   }
 
   // 16 U outputs of T tokens; `count` of them, where U is 1.
-  template <int T, int U, class E>
-  static ALWAYS void expand_tile(const Middle<E>* const* ts, int pairs, const E* b, bf16* const* ys, int count) {
+  template <int T, int U>
+  static ALWAYS void expand_tile(const bf16* const* ts, int pairs, const bf16* b, bf16* const* ys, int count) {
     Floats sum[T * U];
 #pragma GCC unroll 16
     for (int i = 0; i < T * U; i++) sum[i] = spread(0.f);
     for (int k = 0; k < pairs; k++) {
-      decltype(ranks_at(b)) bv[U];
+      Ints bv[U];
 #pragma GCC unroll 4
-      for (int u = 0; u < U; u++) bv[u] = ranks_at(b + (size_t(u) * pairs + k) * 32);
+      for (int u = 0; u < U; u++) bv[u] = load64(b + (size_t(u) * pairs + k) * 32);
 #pragma GCC unroll 4
       for (int i = 0; i < T; i++)
 #pragma GCC unroll 4
-        for (int u = 0; u < U; u++) sum[i * U + u] = add(sum[i * U + u], bv[u], ts[i] + 2 * k);
+        for (int u = 0; u < U; u++) sum[i * U + u] = dot2(sum[i * U + u], bv[u], pair_at(ts[i] + 2 * k));
     }
 #pragma GCC unroll 4
     for (int i = 0; i < T; i++)
@@ -291,8 +422,8 @@ struct Fast {
       }
   }
 
-  template <int T, class E>
-  static void expand_some(const E* b, int pairs, const Middle<E>* const* ts, bf16* const* ys, int count) {
+  template <int T>
+  static void expand_some(const bf16* b, int pairs, const bf16* const* ts, bf16* const* ys, int count) {
     constexpr int U = std::min(4, SUMS / T);
     bf16* at[T];
     for (int i = 0; i < T; i++) at[i] = ys[i];
@@ -308,30 +439,32 @@ struct Fast {
     }
   }
 
-  template <class E>
-  static void expand_as(const Weights& w, const char* t, int64_t t_row, const int32_t* rows_of_t, bf16* y, int64_t stride,
-                        const int32_t* tokens, int n, int first, int count) {
-    const int pairs = depth(w.rank) / 2;
-    const E* b = reinterpret_cast<const E*>(w.packed()) + size_t(first) * pairs * 2;
-    const Middle<E>* ts[CHUNK];
-    bf16* ys[CHUNK];
-    for (int i = 0; i < n; i++) {
-      ts[i] = reinterpret_cast<const Middle<E>*>(t + (rows_of_t ? rows_of_t[i] : i) * t_row);
-      ys[i] = y + tokens[i] * stride + first;
+  // `first` is a multiple of 16.
+  static void expand(const Weights& w, int, const char* t, int64_t t_row, const int32_t* rows_of_t, bf16* y,
+                     int64_t stride, const int32_t* tokens, int n, int first, int count) {
+    auto row = [&](int i) { return t + (rows_of_t ? rows_of_t[i] : i) * t_row; };
+    if (w.eight()) {
+      const int fours = (w.rank + 3) / 4;
+      for (int o = first; o < first + count; o += 16)
+        for (int i = 0; i < n; i++) {
+          bf16* to = y + tokens[i] * stride + o;
+          const int left = first + count - o;
+          alignas(64) float sums[16];
+          store(sums, wide(to, left));
+          expand8<1>(w.packed() + size_t(o / 16) * fours * 64, fours, row(i), t_row, sums, 0);
+          store(to, load(sums), left);
+        }
+      return;
     }
+    const int pairs = depth(w.rank) / 2;
+    const bf16* b = reinterpret_cast<const bf16*>(w.packed()) + size_t(first) * pairs * 2;
+    const bf16* ts[CHUNK];
+    bf16* ys[CHUNK];
+    for (int i = 0; i < n; i++) ts[i] = reinterpret_cast<const bf16*>(row(i)), ys[i] = y + tokens[i] * stride + first;
     int i = 0;
     for (; i + 4 <= n; i += 4) expand_some<4>(b, pairs, ts + i, ys + i, count);
     for (; i + 2 <= n; i += 2) expand_some<2>(b, pairs, ts + i, ys + i, count);
     for (; i < n; i++) expand_some<1>(b, pairs, ts + i, ys + i, count);
-  }
-
-  // `first` is a multiple of 16.
-  static void expand(const Weights& w, int, const char* t, int64_t t_row, const int32_t* rows_of_t, bf16* y,
-                     int64_t stride, const int32_t* tokens, int n, int first, int count) {
-    if (w.eight())
-      expand_as<int8_t>(w, t, t_row, rows_of_t, y, stride, tokens, n, first, count);
-    else
-      expand_as<bf16>(w, t, t_row, rows_of_t, y, stride, tokens, n, first, count);
   }
 };
 #endif

@@ -374,31 +374,12 @@ void multiply(const Matrix& m, const Input& in, int rows, int first, int last, O
 // Whether rows must be made into something else before they are multiplied with a matrix.
 inline bool converts(const Matrix& m) { return m.kind != BF16 || !PAIRS; }
 
-// int8 of x[0..k) as the matrix wants them: each group with a scale of its own.
-inline void quantize(const Matrix& m, const bf16* x, int8_t* q, float* scale, int32_t* sum) {
-  for (int g = 0, left = m.k; left > 0; g++, left -= m.group, x += m.group, q += m.group) {
-    const int size = std::min(m.group, left);
-    Floats most = spread(0.f);
-    for (int i = 0; i < size; i += 16) most = max(most, abs(wide(x + i)));
-    const float top = largest_of(most);
-    const Floats by = spread(top > 0 ? 127.f / top : 0.f);
-    Ints total = spread(0);
-    for (int i = 0; i < size; i += 16) {
-      const Ints v = to_ints(wide(x + i) * by);
-      total = add(total, v);
-      store8(q + i, v);
-    }
-    scale[g] = top / 127.f;
-    sum[g] = m.zero() * sum_of(total);
-  }
-}
-
 // A row as the matrix wants it.
 inline void convert(const Matrix& m, const Input& in, int row) {
   const bf16* x = in.x + row * in.stride;
   if (m.kind != BF16) {
     const int64_t groups = m.groups();
-    return quantize(m, x, in.q + int64_t(row) * m.k, in.scale + row * groups, in.sum + row * groups);
+    return to_bytes(x, m.k, m.group, m.zero(), in.q + int64_t(row) * m.k, in.scale + row * groups, in.sum + row * groups);
   }
   for (int i = 0; i < m.k; i += 16) store(in.floats + int64_t(row) * m.k + i, wide(x + i));
 }

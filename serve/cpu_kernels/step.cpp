@@ -183,32 +183,37 @@ inline Floats capped(Floats v, float cap) {
 // ---- adapters --------------------------------------------------------------------------------------------------------
 
 // The sums of 16 outputs of neighbouring rows with the same adapter, and what it adds to them: its pairs of ranks one by one.
-template <int M, class E>
+template <int M>
 void expand(const char* b_at, int pairs, const char* t_at, int64_t t_row, float* sums) {
-  const E* b = reinterpret_cast<const E*>(b_at);
-  const auto* t = reinterpret_cast<const Fast::Middle<E>*>(t_at);
+  const bf16* b = reinterpret_cast<const bf16*>(b_at);
+  const auto* t = reinterpret_cast<const bf16*>(t_at);
   const int64_t stride = t_row / int64_t(sizeof(*t));
   Floats v[M];
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) v[i] = load(sums + i * WIDTH);
   for (int k = 0; k < pairs; k++) {
-    const auto ranks = Fast::ranks_at(b + size_t(k) * 32);
+    const Ints ranks = load64(b + size_t(k) * 32);
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) v[i] = Fast::add(v[i], ranks, t + i * stride + 2 * k);
+    for (int i = 0; i < M; i++) v[i] = dot2(v[i], ranks, pair_at(t + i * stride + 2 * k));
   }
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) store(sums + i * WIDTH, v[i]);
 }
 
+template <int M>
+void expand8(const char* b, int fours, const char* t, int64_t t_row, float* sums) {
+  Fast::expand8<M>(b, fours, t, t_row, sums, WIDTH);
+}
+
 typedef void (*Expand)(const char*, int, const char*, int64_t, float*);
-template <class E, int... I>
-const Expand* expands(std::integer_sequence<int, I...>) {
-  static const Expand all[] = {expand<I + 1, E>...};
-  return all;
+template <int... I>
+const Expand* expands(bool eight, std::integer_sequence<int, I...>) {
+  static const Expand all[2][sizeof...(I)] = {{expand<I + 1>...}, {expand8<I + 1>...}};
+  return all[eight];
 }
 // Of 1, 2, ... rows.
-const Expand* const EXPANDS = expands<bf16>(std::make_integer_sequence<int, TILE>());
-const Expand* const EXPANDS8 = expands<int8_t>(std::make_integer_sequence<int, TILE>());
+const Expand* const EXPANDS = expands(false, std::make_integer_sequence<int, TILE>());
+const Expand* const EXPANDS8 = expands(true, std::make_integer_sequence<int, TILE>());
 
 // One module's adapters in this step: t = x A^T for the tokens that have one, and what to add to 16 outputs of a token.
 struct Delta {
@@ -243,9 +248,11 @@ struct Delta {
     const int in = layer->slices[piece % layer->slices.size()].in;
     return w.rank * (w.eight() ? size_t(in8(in)) : in * sizeof(bf16));
   }
-  static size_t pair_bytes(const Weights& w) { return w.eight() ? 32 : 64; }  // of two ranks and 16 outputs
+  // Pairs of ranks, or fours in 8 bits: with 16 outputs 64 bytes each.
+  static int parts(const Weights& w) { return w.eight() ? (w.rank + 3) / 4 : depth(w.rank) / 2; }
 
-  void shrink(int piece, const bf16* x, int64_t x_stride) const {
+  // bytes: of the rows of x, where weights are in 8 bits.
+  void shrink(int piece, const bf16* x, int64_t x_stride, const Bytes& bytes_of_x, const float* owed) const {
     const Chunk& c = plan->chunks[piece / layer->slices.size()];
     const size_t s = piece % layer->slices.size();
     const Weights& w = weights(piece);
@@ -254,9 +261,12 @@ struct Delta {
       const size_t size = std::min(bytes(piece + 1), size_t(16384));
       for (size_t i = 0; i < size; i += 64) later(next + i);
     }
+    const int32_t* tokens = plan->tokens.data() + c.begin;
+    char* to = t + c.begin * t_row + layer->middle_at(s);
+    if (w.eight() && w.rank) return Fast::shrink8(w, layer->slices[s].in, bytes_of_x, tokens, c.end - c.begin, owed, to, t_row);
     for (int r = 0; r < w.rank; r += ROW_BLOCK)
-      Fast::shrink(w, layer->slices[s].in, x, x_stride, plan->tokens.data() + c.begin, c.end - c.begin, r,
-                   std::min(ROW_BLOCK, w.rank - r), t + c.begin * t_row + layer->middle_at(s), t_row);
+      Fast::shrink(w, layer->slices[s].in, x, x_stride, tokens, c.end - c.begin, r, std::min(ROW_BLOCK, w.rank - r), to,
+                   t_row);
   }
 
   // Sixteen outputs in a block: in which slice they are, and where there; -1 if they only fill the last block.
@@ -283,21 +293,23 @@ struct Delta {
   // To the sums of rows [from, to) and a block's outputs.
   void add(const Matrix& m, int block, int from, int to, float* sums) const {
     if (!layer) return;
-    for (int first = 0; first < WIDTH; first += 16) {
-      const Half h = half(m, block, first);
-      if (h.slice < 0) return;
-      const Slice& slice = layer->slices[h.slice];
-      const char* of_slice = t + layer->middle_at(h.slice);
-      runs(from, to, [&](int row, int end, int slot) {
-        const Weights& w = slice.slots[slot];
-        const int pairs = depth(w.rank) / 2;
-        if (!pairs) return;
-        // A slot's tokens are in order: neighbours are neighbours in t too.
-        const char* b = w.packed() + size_t(h.output / 16) * pairs * pair_bytes(w);
-        (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, pairs, of_slice + plan->place[row] * t_row, t_row,
-                                                      sums + (row - from) * WIDTH + first);
-      });
-    }
+    const Half halves[2] = {half(m, block, 0), half(m, block, 16)};
+    runs(from, to, [&](int row, int end, int slot) {
+      // A slot's tokens are in order: neighbours are neighbours in t too.
+      const char* of_row = t + plan->place[row] * t_row;
+      float* to_row = sums + (row - from) * WIDTH;
+      for (int side = 0; side < 2 && halves[side].slice >= 0; side++) {
+        const int slice = halves[side].slice;
+        const Weights& w = layer->slices[slice].slots[slot];
+        const int parts = Delta::parts(w);
+        if (!parts) continue;
+        const char *b = w.packed() + size_t(halves[side].output / 16) * parts * 64, *from_t = of_row + layer->middle_at(slice);
+        if (w.eight() && end - row == 1)
+          Fast::expand8<1>(b, parts, from_t, 0, to_row + 16 * side, 0);
+        else
+          (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, parts, from_t, t_row, to_row + 16 * side);
+      }
+    });
   }
 
   // What `add` will read: many adapters' pieces are too short for the processor to see them coming.
@@ -308,7 +320,7 @@ struct Delta {
       if (h.slice < 0) return;
       runs(from, to, [&](int, int, int slot) {
         const Weights& w = layer->slices[h.slice].slots[slot];
-        const size_t bytes = depth(w.rank) / 2 * pair_bytes(w);
+        const size_t bytes = size_t(parts(w)) * 64;
         for (size_t i = 0; i < bytes; i += 64) soon(w.packed() + h.output / 16 * bytes + i);
       });
     }
@@ -868,17 +880,31 @@ struct Team : Sharing {
     });
   }
 
-  // The adapters' part of the way in, and int8 if the matrix wants them.
+  // The adapters' part of the way in, and int8 if the matrix wants them. Adapters in 8 bits take these: a chunk's rows are
+  // converted before it is multiplied.
   Input prepare(const Matrix& m, const Delta& delta, const bf16* x, int64_t stride) {
     Input in{x, stride, mine(d.floats), mine(d.q), mine(d.q_scale), mine(d.q_sum)};
-    const int shrinks = delta ? delta.pieces() : 0;
+    const Bytes bytes{in.q, in.scale, in.sum, m.k, m.group, m.groups(), std::max(m.zero(), 1)};
+    const bool eight = delta && delta.layer->eight;
+    const int slices = delta ? int(delta.layer->slices.size()) : 0;
+    const int shrinks = delta ? delta.pieces() / (eight ? slices : 1) : 0;
     const int converts = loradock::converts(m) ? s.rows : 0;
     auto work = [&](int first, int last) {
       for (int i = first; i < last; i++)
-        if (i < shrinks)
-          delta.shrink(i, x, stride);
-        else
-          convert(m, in, i - shrinks);
+        if (i >= shrinks) {
+          if (!eight || delta.plan->slot[i - shrinks] < 0) convert(m, in, i - shrinks);
+        } else if (eight) {
+          const Chunk& c = delta.plan->chunks[i];
+          float owed[CHUNK];
+          for (int at = c.begin; at < c.end; at++) {
+            const int row = delta.plan->tokens[at];
+            convert(m, in, row);
+            owed[at - c.begin] = bytes.owed(row);
+          }
+          for (int p = i * slices; p < (i + 1) * slices; p++) delta.shrink(p, x, stride, bytes, owed);
+        } else {
+          delta.shrink(i, x, stride, bytes, nullptr);
+        }
     };
     const int all = shrinks + converts;
     if (all && alone())
@@ -1106,7 +1132,7 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
     for (int a : {l.lora_qkv, l.lora_o, l.lora_gate_up, l.lora_down}) {
       if (a < 0) continue;
       if (!layers[a]->plan->chunks.empty() && layers[a]->plan->rows != rows) return 1;
-      ranks = std::max(ranks, layers[a]->slices.size() * ((layers[a]->max_rank + 1) / 2 * 2));
+      ranks = std::max(ranks, layers[a]->slices.size() * ((layers[a]->max_rank + 3) / 4 * 4 + 2));
     }
   }
   // Rows of what each thread has for itself where it works alone (`mine`), and everybody shares otherwise.
@@ -1120,7 +1146,7 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
   d.act.need(n * d.inner);
   d.t.need(each * (ranks + 1));
   if (!PAIRS) d.floats.need(each * wide);
-  d.q.need(each * wide);
+  d.q.need(each * wide + 64);  // read to the end of 64
   d.q_scale.need(each * scales);
   d.q_sum.need(each * scales);
   d.request.need(n);

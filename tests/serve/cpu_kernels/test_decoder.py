@@ -215,7 +215,8 @@ def test_every_token_is_computed_with_its_own_adapter(monkeypatch, name, weights
         right = torch.cat([wanted[number][begin:end] for number, (begin, end) in spans.items()])
         worst.append((out.float() - right).norm(dim=-1) / right.norm(dim=-1))
     apart = torch.cat(worst)
-    assert apart.max() < 0.08 and apart.median() < 0.03
+    # These adapters are as large as the weights: beside 8 or 4 bits all of their own rounding to 8 is seen here.
+    assert apart.max() < (0.08 if weights == packing.BF16 else 0.14) and apart.median() < 0.03
     # Without the adapter it would be far off.
     bare = exact(kind, decoder, matrices, ids[0].long())
     assert ((wanted[0] - bare).norm(dim=-1) / bare.norm(dim=-1)).median() > 0.5
