@@ -13,8 +13,8 @@ A frequent wording ("which of the following is") is no opening. The prompts that
 shared while SHARED recent ones do, it would be cut out of prompts for some hundred requests and left in for the next,
 which is a drift that the cutting makes itself. So what SHARED prompts hold is shared only in one of three cases, none
 of which wording is in: what a part of FIXED of the prompts held at the time of `fix` is shared for ever; what at least
-MAJORITY of all prompts hold since it first came is, as another system prompt; and a stretch of at least STRETCH symbols
-is, as one that few tenants have.
+MAJORITY of all prompts hold since it first came is, as another system prompt; and what covers at least STRETCH symbols
+besides without a gap is, as one that few tenants have (some runs of it may have lost their places in the table).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ RUN = 6
 HALF_LIFE = 128.0
 # Below so many recent prompts a run is not shared. It is few: of a prompt below it, no detector sees much either way.
 SHARED = 4.0
-# Of two pools of 10,000 questions no run but the template's was in more than 0.12 of them, and no stretch of runs that
-# were in more than 0.012 was longer than 20 symbols.
-FIXED, MAJORITY, STRETCH = 0.25, 0.5, 32
+# Of two pools of 10,000 questions no run but the template's was in more than 0.12 of them, and runs that were in more
+# than 0.006 covered no more than 44 symbols without a gap.
+FIXED, MAJORITY, STRETCH = 0.25, 0.5, 64
 # Prompts after a prompt that help to say what it shares: what is new is shared from its first appearance on.
 AHEAD = 8
 # Tokens of a prompt that are looked at: as many at its beginning as at its end.
@@ -92,10 +92,7 @@ class Words(NamedTuple):
         """(symbols,): which lie in no run of `shared`, a mask over `runs`."""
         if not shared.any():
             return np.ones(len(self.symbols), np.bool_)
-        change = np.zeros(len(self.symbols) + 3, np.int32)
-        change[: len(shared)] = shared
-        change[RUN : RUN + len(shared)] -= shared
-        return np.add.accumulate(change)[1:-2] == 0
+        return ~_covered(shared)[1:-1]
 
     def kept(self, own: NDArray[np.bool_]) -> NDArray[np.int32]:
         """The tokens of these symbols."""
@@ -114,6 +111,15 @@ class Own(NamedTuple):
     minima: NDArray[np.uint64]
     words: bool
     whole: bool
+
+
+def _covered(runs: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(runs + RUN - 1,): the symbols, edges included, that lie in a run of these; none of no run."""
+    change = np.zeros(len(runs) + RUN, np.int32)
+    change[: len(runs)] = runs
+    change[RUN:] -= runs
+    covered: NDArray[np.bool_] = np.add.accumulate(change)[:-1] > 0
+    return covered if len(runs) else covered[:0]
 
 
 def skipped(tokens: Sized) -> int:
@@ -147,8 +153,8 @@ def signature(symbols: NDArray[np.int64]) -> NDArray[np.uint64]:
 class SharedRuns:
     """How many recent prompts hold each run, as far as it comes again. numbers: as `Words.of` takes them.
 
-    stretch: symbols that a stretch of runs has at least to be shared, whoever holds it; with RUN every single one is,
-    as in earlier releases.
+    stretch: symbols that runs cover at least to be shared, whoever holds them; with RUN every single one is, as in
+    earlier releases.
     """
 
     def __init__(self, numbers: NDArray[np.bool_] | None = None, stretch: int = STRETCH) -> None:
@@ -208,7 +214,7 @@ class SharedRuns:
         piece = np.empty(MINIMA + len(runs) + (n + 1) // 2, np.uint64)
         out = at(piece)
         self._native.own(
-            self._view_at, SHARED * self._unit, self._total, self.stretch - RUN + 1, begin + 24 * n, begin,
+            self._view_at, SHARED * self._unit, self._total, self.stretch, begin + 24 * n, begin,
             begin + 8 * n, begin + 16 * n, self._sizes_at, out + 8 * (MINIMA + len(runs)), out + 8 * MINIMA, out,
             self._found_at,
         )  # fmt: skip
@@ -250,15 +256,17 @@ class SharedRuns:
         places, tags = _where(runs)
         counts, before = self._counts.take(places), self._before.take(places)
         many = (counts >= np.float32(SHARED * self._unit)) | np.isinf(before)
-        held = many & (self._tags.take(places) == tags)
+        held: NDArray[np.bool_] = many & (self._tags.take(places) == tags)
+        if self.stretch == RUN or not held.any():
+            return held
         shared = held & (counts >= np.float32(MAJORITY) * (np.float32(self._total) - before))
-        rest, least = held & ~shared, self.stretch - RUN + 1
-        edges = np.flatnonzero(np.diff(rest, prepend=False, append=False)).reshape(-1, 2)
-        with_stretches = shared.copy()
-        for begin, end in edges[edges[:, 1] - edges[:, 0] >= least].tolist():
-            with_stretches[begin:end] = True
+        by_most, by_any = _covered(shared), _covered(held)
+        with_stretches, few = shared.copy(), np.add.accumulate(by_any & ~by_most)
+        for begin, end in np.flatnonzero(np.diff(by_any, prepend=False, append=False)).reshape(-1, 2).tolist():
+            if few[end - 1] - (few[begin - 1] if begin else 0) >= self.stretch:
+                with_stretches[begin : end - RUN + 1] = held[begin : end - RUN + 1]
         # A prompt that is one with what few share is a popular prompt, not their opening.
-        return shared if with_stretches.all() and self.stretch > RUN else with_stretches
+        return shared if _covered(with_stretches).all() else with_stretches
 
     def fix(self) -> None:
         """What a part of FIXED of the recent prompts hold is shared from now on, whatever comes; once."""

@@ -11,7 +11,6 @@ namespace {
 constexpr int RUN = 6, SHORT_RUN = 3, MINIMA = 12, PLACES = 15;
 constexpr int64_t MOST_TOKENS = 8192, NUMBER = -1, EDGE = -2;
 constexpr float MAJORITY = 0.5f;
-constexpr uint8_t STRETCHED = 2;
 constexpr int SAMPLED = 64, MEAN_TOKENS = 256, NOTHING = 16;
 constexpr uint64_t MIX = 0x9E3779B97F4A7C15, MIX_PAIRS = 0xD6E8FEB86659FD93;
 
@@ -107,38 +106,54 @@ void loradock_tokens_learn(
     }
 }
 
-// What of a prompt is its own: what at least `least` prompts hold is shared, where most of `total` do since it came, where
-// it is fixed, or in stretches of `stretch` such runs; not so all of a popular prompt. own (tokens), shared_runs (runs): the tokens that lie in no shared
-// run, and the runs that are shared. minima (MINIMA): of its own symbols. found (4): of own tokens, of shared runs, of own symbols; whether any
-// of these is no number.
+// What of a prompt is its own. What at least `least` prompts hold is shared where most of `total` do since it came, where it
+// is fixed, or where such runs cover `stretch` symbols besides without a gap, but for all of a popular prompt; with `stretch`
+// of one run it always is. own (tokens), shared_runs (runs): the tokens that lie in no shared run, and the runs that are
+// shared. minima (MINIMA): of its own symbols. found (4): of own tokens, of shared runs, of own symbols; whether any of these
+// is no number.
 void loradock_tokens_own(
     const SharedRuns* shared, float least, float total, int64_t stretch, const int32_t* tokens, const int64_t* symbols,
     const int64_t* symbol_of, const uint64_t* runs, const int64_t* counts, int32_t* own, uint64_t* shared_runs,
     uint64_t* minima, int64_t* found) {
-    const int64_t size = counts[1];
-    std::vector<int32_t> change(size + RUN + 3, 0);
-    std::vector<uint8_t> is_shared(counts[2] + 1, 0);
-    int64_t known = 0, begun = 0;
-    for (int64_t i = 0; i <= counts[2]; ++i) {
-        bool rest = false;
-        if (i < counts[2]) {
-            const uint64_t place = runs[i] >> (64 - PLACES);
-            const float held = shared->counts[place], before = shared->before[place];
-            const bool same = shared->tags[place] == static_cast<uint32_t>(runs[i] >> 16);
-            const bool many = same && (held >= least || std::isinf(before));
-            is_shared[i] = many && held >= MAJORITY * (total - before);
-            rest = many && !is_shared[i];
-        }
-        if (rest) continue;
-        if (i - begun >= stretch) std::fill(is_shared.begin() + begun, is_shared.begin() + i, STRETCHED);
-        begun = i + 1;
+    const int64_t size = counts[1], runs_of_it = counts[2], symbols_of_it = runs_of_it + RUN - 1;
+    // Runs that are held by many, and those that most hold; and how many of either a symbol lies in, edges included.
+    std::vector<uint8_t> held(runs_of_it, 0), shared_by_most(runs_of_it, 0);
+    std::vector<int32_t> in_held(symbols_of_it + 1, 0), in_most(symbols_of_it + 1, 0);
+    auto mark = [](std::vector<int32_t>& change, int64_t i) { ++change[i], --change[i + RUN]; };
+    for (int64_t i = 0; i < runs_of_it; ++i) {
+        const uint64_t place = runs[i] >> (64 - PLACES);
+        const float count = shared->counts[place], before = shared->before[place];
+        if (shared->tags[place] != static_cast<uint32_t>(runs[i] >> 16) || !(count >= least || std::isinf(before))) continue;
+        held[i] = 1;
+        mark(in_held, i);
+        if (count >= MAJORITY * (total - before)) shared_by_most[i] = 1, mark(in_most, i);
     }
-    const bool popular = stretch > 1 && std::find(is_shared.begin(), is_shared.end() - 1, 0) == is_shared.end() - 1;
-    for (int64_t i = 0; i < counts[2]; ++i) {
-        if (!is_shared[i] || (popular && is_shared[i] == STRETCHED)) continue;
+    const bool single = stretch == RUN;
+    std::vector<uint8_t> is_shared = single ? held : shared_by_most;
+    bool popular = !single && runs_of_it > 0;
+    for (int64_t i = 0, begun = 0, few = 0, a = 0, m = 0; !single && runs_of_it && i <= symbols_of_it; ++i) {
+        a += in_held[i], m += in_most[i];
+        if (a > 0) {
+            few += m == 0;
+            continue;
+        }
+        const bool cut = few >= stretch;
+        for (int64_t run = begun; cut && run + RUN <= i; ++run) is_shared[run] = held[run];
+        if (i < symbols_of_it) popular = false;  // a symbol that no run of many covers
+        begun = i + 1, few = 0;
+    }
+    if (popular) {  // whether all symbols are covered by what is shared
+        int64_t upto = 0;
+        for (int64_t i = 0; i < runs_of_it; ++i)
+            if (is_shared[i] && i <= upto) upto = i + RUN;
+        if (upto >= symbols_of_it) is_shared = shared_by_most;
+    }
+    std::vector<int32_t> change(symbols_of_it + 1, 0);
+    int64_t known = 0;
+    for (int64_t i = 0; i < runs_of_it; ++i) {
+        if (!is_shared[i]) continue;
         shared_runs[known++] = runs[i];
-        ++change[i];
-        --change[i + RUN];
+        mark(change, i);
     }
     std::vector<int64_t> rest;
     rest.reserve(size);

@@ -235,6 +235,8 @@ def streams(requests: int) -> dict[str, Callable[[np.random.Generator], Iterator
     made["tenants, five openings"] = lambda rng: tenants(
         rng, lengths=(300, 120, 700, 450, 0), shares=(0.55, 0.25, 0.1, 0.05, 0.05)
     )
+    forty = np.linspace(60, 450, 40).astype(int).tolist()
+    made["tenants, forty openings"] = lambda rng: tenants(rng, lengths=forty, shares=[1 / 40] * 40)
     made["tenants, half without an opening"] = lambda rng: tenants(rng, lengths=(300, 0), shares=(0.5, 0.5))
     return made
 

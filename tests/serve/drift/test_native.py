@@ -17,7 +17,7 @@ from serve.drift.features import Answer, answer_rows, prompt_row
 from serve.drift.mean_rows import MeanRows
 from serve.drift.native import native
 from serve.drift.thinning import Thinning
-from serve.drift.token_runs import SharedRuns
+from serve.drift.token_runs import RUN, STRETCH, SharedRuns
 from serve.drift.token_scores import TokenScores
 from serve.drift.token_surprise import TokenSurprise, sketch
 
@@ -249,13 +249,19 @@ def prompts(rng, count):
 
 
 @needs_native
+@pytest.mark.parametrize("stretch", [RUN, 15, STRETCH])
 @pytest.mark.parametrize("numbers", [False, True])
-def test_what_prompts_share_is_the_same_with_and_without(numbers):
+def test_what_prompts_share_is_the_same_with_and_without(numbers, stretch):
     made, digits = prompts(np.random.default_rng(0), 400)
     with without_compiler():
-        plain = SharedRuns(digits if numbers else None)
-    quick = SharedRuns(digits if numbers else None)
-    for tokens in made:
+        plain = SharedRuns(digits if numbers else None, stretch)
+    quick = SharedRuns(digits if numbers else None, stretch)
+    rng = np.random.default_rng(1)
+    few = [rng.integers(100, 3000, 90) for _ in range(12)]  # openings of few
+    made = [np.concatenate((few[i % 12], tokens)) if i % 2 else tokens for i, tokens in enumerate(made)]
+    for i, tokens in enumerate(made):
+        if i == 200:
+            plain.fix(), quick.fix()
         results = []
         for shared in (plain, quick):
             words, runs = shared.read(np.array(tokens, np.int64))

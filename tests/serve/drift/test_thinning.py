@@ -210,6 +210,18 @@ def test_a_popular_long_prompt_is_no_opening():
     assert taken == [(i, 60) for i in came] and len(taken) > 10
 
 
+def test_an_opening_of_few_is_cut_out_though_others_took_the_place_of_some_of_its_runs():
+    """Ten tenants' openings are more runs than a tenth of the table: one in twenty or so finds its place taken."""
+    rng, kept = np.random.default_rng(5), []
+    openings = [prompt(600) for _ in range(10)]
+    thinning: Thinning = Thinning(warm_up=64, interval=0)
+    for _ in range(1500):
+        tokens = np.concatenate((openings[rng.integers(10)], prompt(20, rng)))
+        if result := thinning.offer(0, tokens=tokens, now=0.0):
+            kept.append(len(result.own))
+    assert len(kept) > 1350 and np.mean(np.array(kept) == 20) > 0.98
+
+
 def test_a_system_prompt_with_the_time_in_it_is_shared_too():
     thinning: Thinning = Thinning(numbers=DIGITS)
     head, middle = prompt(100), prompt(100)
