@@ -91,7 +91,7 @@ class SharedRunsView(Structure):
     """`SharedRuns` of tokens.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("tags", "counts", "before", "factors", "turns", "numbers")),
+        *((name, c_void_p) for name in ("tags", "counts", "lately", "fixed", "factors", "turns", "numbers")),
         ("vocabulary", c_int64),
     )
 
@@ -127,9 +127,9 @@ class Native:
         self.fade_in.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_double]
         self.fade_in.restype = None
         self.learn = short.loradock_tokens_learn
-        self.learn.argtypes, self.learn.restype = [c_void_p, c_void_p, c_int64, c_float, c_float, *many[:5]], None
+        self.learn.argtypes, self.learn.restype = [c_void_p, c_void_p, c_int64, c_float, c_int64, *many[:5]], None
         self.own = short.loradock_tokens_own
-        self.own.argtypes, self.own.restype = [c_void_p, c_float, c_float, c_int64, *many[:9]], None
+        self.own.argtypes, self.own.restype = [c_void_p, c_float, c_int64, c_int64, *many[:9]], None
         self.features = short.loradock_tokens_features
         self.features.argtypes, self.features.restype = [c_void_p, c_void_p, c_int64, *many[:4]], None
         self.scores = short.loradock_tokens_scores

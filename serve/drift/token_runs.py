@@ -6,15 +6,16 @@
     words.without(shared.among(runs))              # the tokens that are the prompt's own
 
 Counts halve every HALF_LIFE prompts, so the table always knows the recent prompts and nothing else. It is a hash table
-of fixed size (384 KiB) that keeps what comes again, as Misra and Gries' does: a run that was seen once gives its place
+of fixed size (416 KiB) that keeps what comes again, as Misra and Gries' does: a run that was seen once gives its place
 to the next that needs it. Runs are kept as hashes, not as tokens.
 
 A frequent wording ("which of the following is") is no opening. The prompts that hold it come and go by chance: were it
 shared while SHARED recent ones do, it would be cut out of prompts for some hundred requests and left in for the next,
 which is a drift that the cutting makes itself. So what SHARED prompts hold is shared only in one of three cases, none
-of which wording is in: what a part of FIXED of the prompts held at the time of `fix` is shared for ever; what at least
-MAJORITY of all prompts hold since it first came is, as another system prompt; and what covers at least STRETCH symbols
-besides without a gap is, as one that few tenants have (some runs of it may have lost their places in the table).
+of which wording is in: what a part of FIXED of the prompts held at the time of `fix` is shared for ever; what MOST of
+the last LATELY prompts hold is, as another system prompt; and what covers at least STRETCH symbols without a gap, in
+runs that the same prompts hold (they have one count), is, as an opening that few tenants have. Some runs of it may have
+lost their places in the table.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ HALF_LIFE = 128.0
 SHARED = 4.0
 # Of two pools of 10,000 questions no run but the template's was in more than 0.12 of them, and runs that were in more
 # than 0.006 covered no more than 44 symbols without a gap.
-FIXED, MAJORITY, STRETCH = 0.25, 0.5, 64
+FIXED, MOST, STRETCH = 0.25, 8, 64
+# Counts that differ by less are of the same prompts.
+_ALIKE = np.float32(1.001)
 # Prompts after a prompt that help to say what it shares: what is new is shared from its first appearance on.
 AHEAD = 8
+LATELY = AHEAD + 1
 # Tokens of a prompt that are looked at: as many at its beginning as at its end.
 MOST_TOKENS = 8192
 NUMBER = -1
@@ -46,6 +50,8 @@ _EDGE = -2
 # Of a signature: tokens of a run, and orders of all runs.
 SHORT_RUN, MINIMA = 3, 12
 _PLACES = 15
+# How many of the lowest bits are ones.
+_BITS = np.unpackbits(np.arange(1 << LATELY, dtype=">u2").view(np.uint8)).reshape(-1, 16).sum(axis=1)
 _LARGEST = 1e30
 _GROWTH = 2 ** (1 / HALF_LIFE)
 _FACTORS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, RUN, np.uint64) * 2 + 1
@@ -167,14 +173,17 @@ class SharedRuns:
         # In units that grow with every prompt, so that older ones count less.
         self._counts = np.zeros(1 << _PLACES, np.float32)
         self._unit = 1.0
-        # The weight of all prompts, and of those before each run first came; without end for what is fixed.
-        self._total = 0.0
-        self._before = np.zeros(1 << _PLACES, np.float32)
+        # The weight of all prompts, and how many there were.
+        self._total, self._raw = 0.0, 0
+        # Of each run, the last 16 bits of the number of the prompt that held it last; in the upper half, which of the
+        # LATELY prompts up to that one did: it is the lowest bit. And what is shared for ever.
+        self._lately = np.zeros(1 << _PLACES, np.uint32)
+        self._fixed = np.zeros(1 << _PLACES, np.bool_)
         self._is_fixed = False
 
         # They stay where they are.
         self._view.tags, self._view.counts, self._view.factors = at(self._tags), at(self._counts), at(_FACTORS)
-        self._view.before = at(self._before)
+        self._view.lately, self._view.fixed = at(self._lately), at(self._fixed)
         self._view.turns = at(_TURNS)
         if self._numbers is not None:
             self._view.numbers, self._view.vocabulary = at(self._numbers), len(self._numbers) - 1
@@ -194,7 +203,7 @@ class SharedRuns:
         piece = np.empty(3 * n + (n + 1) // 2, np.int64)
         begin, tokens_at = at(piece), at(tokens)
         self._native.learn(
-            self._view_at, tokens_at, len(tokens), self._unit, self._total - self._unit, begin + 24 * n, begin,
+            self._view_at, tokens_at, len(tokens), self._unit, self._raw, begin + 24 * n, begin,
             begin + 8 * n, begin + 16 * n, self._sizes_at,
         )  # fmt: skip
         _, symbols, runs = self._sizes.tolist()
@@ -214,7 +223,7 @@ class SharedRuns:
         piece = np.empty(MINIMA + len(runs) + (n + 1) // 2, np.uint64)
         out = at(piece)
         self._native.own(
-            self._view_at, SHARED * self._unit, self._total, self.stretch, begin + 24 * n, begin,
+            self._view_at, SHARED * self._unit, self._raw, self.stretch, begin + 24 * n, begin,
             begin + 8 * n, begin + 16 * n, self._sizes_at, out + 8 * (MINIMA + len(runs)), out + 8 * MINIMA, out,
             self._found_at,
         )  # fmt: skip
@@ -225,11 +234,11 @@ class SharedRuns:
 
     def _grow(self) -> None:
         """What is counted from now on weighs more."""
+        self._raw += 1
         self._unit *= _GROWTH
         self._total += self._unit
         if self._unit > _LARGEST:
             self._counts /= np.float32(self._unit)
-            self._before /= np.float32(self._unit)
             self._total /= self._unit
             self._unit = 1.0
 
@@ -239,67 +248,82 @@ class SharedRuns:
         places, tags = _where(runs)
         counts = self._counts.take(places)
         same = self._tags.take(places) == tags
-        unit, before = np.float32(self._unit), self._before.take(places)
-        new = (counts < unit) & np.isfinite(before)
+        unit, fixed = np.float32(self._unit), self._fixed.take(places)
+        kept = same | ((counts < unit) & ~fixed)
         np.multiply(counts, same, out=counts)
         counts += unit
-        before[new] = np.float32(self._total - self._unit)
-        kept = new | same
+        lately = np.where(same, self._held_lately(places), 0) << np.uint32(16)
+        lately |= np.uint32(1 << 16 | self._raw & 0xFFFF)
         if not kept.all():
-            places, tags, counts, before = places[kept], tags[kept], counts[kept], before[kept]
+            places, tags, counts, lately = places[kept], tags[kept], counts[kept], lately[kept]
         self._tags[places] = tags
         self._counts[places] = counts
-        self._before[places] = before
+        self._lately[places] = lately
+
+    def _held_lately(self, places: NDArray[np.intp]) -> NDArray[np.uint32]:
+        """Which of the last LATELY prompts held the runs there: the newest one is the lowest bit."""
+        word = self._lately.take(places)
+        ago = (np.uint32(self._raw & 0xFFFF) - word) & np.uint32(0xFFFF)
+        held: NDArray[np.uint32] = (word >> np.uint32(16)) << np.minimum(ago, LATELY) & np.uint32((1 << LATELY) - 1)
+        return held
 
     def among(self, runs: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """(runs,): which of them are shared now."""
         places, tags = _where(runs)
-        counts, before = self._counts.take(places), self._before.take(places)
-        many = (counts >= np.float32(SHARED * self._unit)) | np.isinf(before)
+        counts, fixed = self._counts.take(places), self._fixed.take(places)
+        many = (counts >= np.float32(SHARED * self._unit)) | fixed
         held: NDArray[np.bool_] = many & (self._tags.take(places) == tags)
         if self.stretch == RUN or not held.any():
             return held
-        shared = held & (counts >= np.float32(MAJORITY) * (np.float32(self._total) - before))
-        by_most, by_any = _covered(shared), _covered(held)
-        with_stretches, few = shared.copy(), np.add.accumulate(by_any & ~by_most)
-        for begin, end in np.flatnonzero(np.diff(by_any, prepend=False, append=False)).reshape(-1, 2).tolist():
-            if few[end - 1] - (few[begin - 1] if begin else 0) >= self.stretch:
-                with_stretches[begin : end - RUN + 1] = held[begin : end - RUN + 1]
-        # A prompt that is one with what few share is a popular prompt, not their opening.
-        return shared if _covered(with_stretches).all() else with_stretches
+        shared = held & (fixed | (_BITS.take(self._held_lately(places)) >= MOST))
+        # A prompt that is one with what others hold is a popular prompt, and has no opening of few.
+        if not _covered(held).all():
+            for run in self._stretches(np.flatnonzero(held & ~shared), counts):
+                shared[run] = True
+        return shared
+
+    def _stretches(self, rest: NDArray[np.intp], counts: NDArray[np.float32]) -> Iterator[NDArray[np.intp]]:
+        """Those of the runs `rest` that the same prompts hold, and that cover at least `stretch` symbols together."""
+        if len(rest) * RUN < self.stretch:
+            return
+        rest = rest[counts[rest].argsort(kind="stable")]
+        begin = 0
+        while begin < len(rest):
+            end = begin + int(counts[rest[begin:]].searchsorted(counts[rest[begin]] * _ALIKE, "right"))
+            runs, begin = np.sort(rest[begin:end]), end
+            for stretch in np.split(runs, np.flatnonzero(np.diff(runs) > RUN) + 1):
+                if stretch[-1] - stretch[0] + RUN >= self.stretch:
+                    yield stretch
 
     def fix(self) -> None:
         """What a part of FIXED of the recent prompts hold is shared from now on, whatever comes; once."""
         if self._is_fixed or self.stretch == RUN:
             return
         self._is_fixed = True
-        least = max(SHARED * self._unit, FIXED * self._total)
-        self._before[self._counts >= np.float32(least)] = np.inf
+        self._fixed |= self._counts >= np.float32(max(SHARED * self._unit, FIXED * self._total))
 
     def fix_as(self, state: Mapping[str, NDArray]) -> None:
         """What was fixed in the table whose `state()` this is; nothing where single runs are shared."""
         if not state.get("fixed") and self.stretch > RUN:
             return
-        self._before[np.isinf(self._before)], self._is_fixed = 0, self.stretch > RUN
+        self._fixed[:], self._is_fixed = False, self.stretch > RUN
         if self._is_fixed:
-            chosen = state["since"] == 0
+            chosen = state["is_fixed"]
             places, tags = state["places"][chosen].astype(np.intp), state["tags"][chosen]
             self._counts[places] *= self._tags[places] == tags
-            self._tags[places], self._before[places] = tags, np.inf
+            self._tags[places], self._fixed[places] = tags, True
 
     def state(self) -> dict[str, NDArray]:
         """All of it as arrays."""
-        places = np.flatnonzero((self._counts > 0) | np.isinf(self._before))
-        counts, unit = self._counts[places] / np.float32(self._unit), np.float32(self._unit)
-        # The weight since each run first came; 0 of what is fixed.
-        since = np.maximum((np.float32(self._total) - self._before[places]) / unit, 0)
+        places = np.flatnonzero((self._counts > 0) | self._fixed)
         return {
             "places": places.astype(np.uint16),
             "tags": self._tags[places],
-            "counts": counts,
-            "since": since,
-            "total": np.array(self._total / self._unit),
+            "counts": self._counts[places] / np.float32(self._unit),
+            "lately": self._lately[places],
+            "is_fixed": self._fixed[places],
             "fixed": np.array(self._is_fixed),
+            "total": np.array([self._total / self._unit, self._raw]),
         }
 
     @classmethod
@@ -310,11 +334,12 @@ class SharedRuns:
         self = cls(numbers, stretch)
         places = state["places"].astype(np.intp)
         self._tags[places], self._counts[places] = state["tags"], state["counts"]
-        # Earlier releases wrote neither weight; theirs is that of all prompts that ever were.
-        self._total = float(state.get("total", 1 / (1 - 1 / _GROWTH)))
-        since = np.asarray(state.get("since", np.full(len(places), self._total)), np.float32)
-        self._before[places] = np.where(since > 0, np.float32(self._total) - since, np.float32(np.inf))
-        self._is_fixed = bool(state.get("fixed", False))
+        # Earlier releases wrote none of these; their weight is that of all prompts that ever were.
+        if "fixed" in state:
+            self._lately[places], self._fixed[places] = state["lately"], state["is_fixed"]
+            self._is_fixed = bool(state["fixed"])
+        total, raw = state.get("total", (1 / (1 - 1 / _GROWTH), 0))
+        self._total, self._raw = float(total), int(raw)
         return self
 
 

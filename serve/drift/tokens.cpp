@@ -4,13 +4,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace {
 
 constexpr int RUN = 6, SHORT_RUN = 3, MINIMA = 12, PLACES = 15;
 constexpr int64_t MOST_TOKENS = 8192, NUMBER = -1, EDGE = -2;
-constexpr float MAJORITY = 0.5f;
+constexpr int MOST = 8, LATELY = 9;
+constexpr float ALIKE = 1.001f;
 constexpr int SAMPLED = 64, MEAN_TOKENS = 256, NOTHING = 16;
 constexpr uint64_t MIX = 0x9E3779B97F4A7C15, MIX_PAIRS = 0xD6E8FEB86659FD93;
 
@@ -53,17 +55,24 @@ extern "C" {
 // The table of serve.drift.token_runs.SharedRuns.
 struct SharedRuns {
     uint32_t* tags;
-    float *counts, *before;
+    float* counts;
+    uint32_t* lately;
+    uint8_t* fixed;
     const uint64_t *factors, *turns;  // (RUN), (MINIMA)
     const uint8_t* numbers;           // (vocabulary + 1) or none
     int64_t vocabulary;
 };
 
-// A prompt's words: tokens (n), symbols (n), symbol_of (n), runs (n); it learns them, each at the weight `unit`, and
-// `before_it` is that of all prompts before it. At most MOST_TOKENS of n are looked at. counts (3): of tokens, symbols and
-// runs.
+// Which of the last LATELY prompts held the run there: the newest one is the lowest bit.
+static uint32_t held_lately(const SharedRuns& shared, uint64_t place, int64_t raw) {
+    const uint32_t word = shared.lately[place], ago = (static_cast<uint32_t>(raw & 0xffff) - word) & 0xffff;
+    return ago < LATELY ? (word >> 16) << ago & ((1u << LATELY) - 1) : 0;
+}
+
+// A prompt's words: tokens (n), symbols (n), symbol_of (n), runs (n); it learns them, each at the weight `unit`, as those of
+// the `raw`th prompt. At most MOST_TOKENS of n are looked at. counts (3): of tokens, symbols and runs.
 void loradock_tokens_learn(
-    const SharedRuns* shared, const int64_t* ids, int64_t n, float unit, float before_it, int32_t* tokens,
+    const SharedRuns* shared, const int64_t* ids, int64_t n, float unit, int64_t raw, int32_t* tokens,
     int64_t* symbols, int64_t* symbol_of, uint64_t* runs, int64_t* counts) {
     const int64_t beyond = std::max<int64_t>(0, n - MOST_TOKENS), kept = n - beyond;
     std::vector<int64_t> edged(kept + 2);
@@ -88,72 +97,73 @@ void loradock_tokens_learn(
     counts[1] = size;
     counts[2] = count;
     // All are looked up before any is written: a run that a prompt holds twice counts once.
-    std::vector<float> updated(count), since(count);
+    std::vector<float> updated(count);
+    std::vector<uint32_t> lately(count);
     for (int64_t i = 0; i < count; ++i) {
         const uint64_t run = runs[i] = hashed(edged.data() + i, shared->factors, RUN);
         const uint64_t place = run >> (64 - PLACES);
         const bool same = shared->tags[place] == static_cast<uint32_t>(run >> 16);
-        const bool fresh = shared->counts[place] < unit && !std::isinf(shared->before[place]);
+        const bool fresh = shared->counts[place] < unit && !shared->fixed[place];
         updated[i] = same || fresh ? (same ? shared->counts[place] : 0.0f) + unit : -1.0f;
-        since[i] = fresh ? before_it : shared->before[place];
+        lately[i] = (same ? held_lately(*shared, place, raw) << 16 : 0) | 1u << 16 | static_cast<uint32_t>(raw & 0xffff);
     }
     for (int64_t i = 0; i < count; ++i) {
         if (updated[i] < 0) continue;
         const uint64_t place = runs[i] >> (64 - PLACES);
         shared->tags[place] = static_cast<uint32_t>(runs[i] >> 16);
         shared->counts[place] = updated[i];
-        shared->before[place] = since[i];
+        shared->lately[place] = lately[i];
     }
 }
 
-// What of a prompt is its own. What at least `least` prompts hold is shared where most of `total` do since it came, where it
-// is fixed, or where such runs cover `stretch` symbols besides without a gap, but for all of a popular prompt; with `stretch`
+// What of a prompt is its own. What at least `least` prompts hold is shared where it is fixed, where most of the last ones
+// do, or where the same ones hold runs that cover `stretch` symbols without a gap, but in a popular prompt; with `stretch`
 // of one run it always is. own (tokens), shared_runs (runs): the tokens that lie in no shared run, and the runs that are
 // shared. minima (MINIMA): of its own symbols. found (4): of own tokens, of shared runs, of own symbols; whether any of these
 // is no number.
 void loradock_tokens_own(
-    const SharedRuns* shared, float least, float total, int64_t stretch, const int32_t* tokens, const int64_t* symbols,
+    const SharedRuns* shared, float least, int64_t raw, int64_t stretch, const int32_t* tokens, const int64_t* symbols,
     const int64_t* symbol_of, const uint64_t* runs, const int64_t* counts, int32_t* own, uint64_t* shared_runs,
     uint64_t* minima, int64_t* found) {
-    const int64_t size = counts[1], runs_of_it = counts[2], symbols_of_it = runs_of_it + RUN - 1;
-    // Runs that are held by many, and those that most hold; and how many of either a symbol lies in, edges included.
-    std::vector<uint8_t> held(runs_of_it, 0), shared_by_most(runs_of_it, 0);
-    std::vector<int32_t> in_held(symbols_of_it + 1, 0), in_most(symbols_of_it + 1, 0);
-    auto mark = [](std::vector<int32_t>& change, int64_t i) { ++change[i], --change[i + RUN]; };
+    const int64_t size = counts[1], runs_of_it = counts[2];
+    const bool single = stretch == RUN;
+    std::vector<uint8_t> is_shared(runs_of_it, 0);
+    std::vector<std::pair<float, int64_t>> few;  // count and number of the others that many hold
+    int64_t covered = 0;                         // symbols, edges included, without a gap from the first one on
     for (int64_t i = 0; i < runs_of_it; ++i) {
         const uint64_t place = runs[i] >> (64 - PLACES);
-        const float count = shared->counts[place], before = shared->before[place];
-        if (shared->tags[place] != static_cast<uint32_t>(runs[i] >> 16) || !(count >= least || std::isinf(before))) continue;
-        held[i] = 1;
-        mark(in_held, i);
-        if (count >= MAJORITY * (total - before)) shared_by_most[i] = 1, mark(in_most, i);
+        const bool fixed = shared->fixed[place];
+        if (shared->tags[place] != static_cast<uint32_t>(runs[i] >> 16)) continue;
+        if (!(shared->counts[place] >= least || fixed)) continue;
+        if (i <= covered) covered = i + RUN;
+        if (single || fixed || __builtin_popcount(held_lately(*shared, place, raw)) >= MOST)
+            is_shared[i] = 1;
+        else
+            few.push_back({shared->counts[place], i});
     }
-    const bool single = stretch == RUN;
-    std::vector<uint8_t> is_shared = single ? held : shared_by_most;
-    bool popular = !single && runs_of_it > 0;
-    for (int64_t i = 0, begun = 0, few = 0, a = 0, m = 0; !single && runs_of_it && i <= symbols_of_it; ++i) {
-        a += in_held[i], m += in_most[i];
-        if (a > 0) {
-            few += m == 0;
-            continue;
+    const bool popular = covered >= runs_of_it + RUN - 1;
+    if (!popular && static_cast<int64_t>(few.size()) * RUN >= stretch) {
+        std::sort(few.begin(), few.end());
+        std::vector<int64_t> alike;
+        for (size_t begin = 0, end; begin < few.size(); begin = end) {
+            alike.clear();
+            for (end = begin; end < few.size() && few[end].first <= few[begin].first * ALIKE; ++end)
+                alike.push_back(few[end].second);
+            std::sort(alike.begin(), alike.end());
+            for (size_t first = 0, last; first < alike.size(); first = last) {
+                for (last = first + 1; last < alike.size() && alike[last] - alike[last - 1] <= RUN;) ++last;
+                if (alike[last - 1] - alike[first] + RUN < stretch) continue;
+                for (size_t run = first; run < last; ++run) is_shared[alike[run]] = 1;
+            }
         }
-        const bool cut = few >= stretch;
-        for (int64_t run = begun; cut && run + RUN <= i; ++run) is_shared[run] = held[run];
-        if (i < symbols_of_it) popular = false;  // a symbol that no run of many covers
-        begun = i + 1, few = 0;
     }
-    if (popular) {  // whether all symbols are covered by what is shared
-        int64_t upto = 0;
-        for (int64_t i = 0; i < runs_of_it; ++i)
-            if (is_shared[i] && i <= upto) upto = i + RUN;
-        if (upto >= symbols_of_it) is_shared = shared_by_most;
-    }
-    std::vector<int32_t> change(symbols_of_it + 1, 0);
+    std::vector<int32_t> change(size + RUN + 3, 0);
     int64_t known = 0;
     for (int64_t i = 0; i < runs_of_it; ++i) {
         if (!is_shared[i]) continue;
         shared_runs[known++] = runs[i];
-        mark(change, i);
+        ++change[i];
+        --change[i + RUN];
     }
     std::vector<int64_t> rest;
     rest.reserve(size);

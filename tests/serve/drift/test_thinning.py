@@ -183,7 +183,7 @@ def test_what_is_cut_out_of_a_reference_that_comes_from_elsewhere_is_cut_out_of_
         assert len(lengths) > 500
         assert all(length == (32 if begin == ours.tolist() else 20) for length, begin in lengths)
     thinning.share_as(RUN, {})
-    assert not np.isinf(thinning._shared._before).any()
+    assert not thinning._shared._fixed.any()
 
 
 def test_a_short_system_prompt_that_is_new_is_no_part_of_what_is_compared():
