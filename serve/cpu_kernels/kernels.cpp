@@ -94,13 +94,18 @@ bool pack_eight(const Layer& layer, const Slice& slice, const bf16* a, const bf1
     const Floats by = spread(to_eight(of_a[k]));
     for (int i = 0; i < slice.in; i += 16)
       store8(to_a + k * width + i, to_ints(wide(a + size_t(k) * slice.in + i, slice.in - i) * by));
-    for (int i = 0; i < slice.in; i++) to_a[k * width + i] = int8_t(to_a[k * width + i] + ZERO8);
+    int8_t* row = to_a + k * width;
+    for (int i = 0, in = slice.in; i < in; i++) row[i] = int8_t(row[i] + ZERO8);
   }
   for (float& most : of_b) most = to_eight(most);
   for (int o = 0; o < slice.out; o++)
-    for (int k = 0; k < w.rank; k++)
-      to_b[((o / 16 * fours + k / 4) * 16 + o % 16) * 4 + k % 4] =
-          char(std::lrint(to_float(b[size_t(o) * layer.max_rank + k]) * of_b[k]) + ZERO8);
+    for (int k = 0; k < w.rank; k += 16) {
+      alignas(16) int8_t q[16];
+      store8(q, to_ints(wide(b + size_t(o) * layer.max_rank + k, w.rank - k) * load(of_b.data() + k)));
+      for (int8_t& each : q) each = int8_t(each + ZERO8);
+      for (int64_t f = k / 4; f < std::min<int64_t>(fours, k / 4 + 4); f++)
+        std::memcpy(to_b + ((o / 16 * fours + f) * 16 + o % 16) * 4, q + 4 * f - k, 4);
+    }
   return true;
 }
 #endif
