@@ -69,7 +69,7 @@ inline float to_eight(float most) { return most > 1e-30f ? 127 / most : 0; }
 // A and B in 8 bits (`Weights`), each rank of either by a scale of its own; not done where a weight is no number: 8 bits
 // have no NaN.
 bool pack_eight(const Layer& layer, const Slice& slice, const bf16* a, const bf16* b, Weights& w) {
-  const int64_t width = in8(slice.in), fours = (w.rank + 3) / 4;
+  const int64_t width = in8(slice.in), fours = w.fours();
   std::vector<float> of_a(w.rank), of_b(w.rank + 15);
   Floats wrong = spread(0.f);
   for (int k = 0; k < w.rank; k++) {

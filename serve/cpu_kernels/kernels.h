@@ -46,6 +46,7 @@ struct Weights {
   std::vector<char> a8;
   std::vector<float> scale;
   bool eight() const { return !scale.empty(); }
+  int fours() const { return (rank + 3) / 4; }
   // Where they begin: at a cache line.
   static const char* aligned(const std::vector<char>& v) {
     return reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(v.data()) + 63) & ~uintptr_t(63));
@@ -186,12 +187,12 @@ struct Bytes {
   int group, groups, zero;
 
   // By what sixteen times four inputs of a row from k on are multiplied.
-  ALWAYS Floats by(const float* scale, int k) const {
-    const float first = scale[k / group];
-    if (group % 64 == 0) return spread(first);
-    Floats v = spread(first);
+  ALWAYS Floats by(int row, int k) const {
+    const float* of_row = scale + int64_t(row) * groups;
+    Floats v = spread(of_row[k / group]);
+    if (group % 64 == 0) return v;
     for (int i = 16, left = 4; i < 64; i += 16, left += 4) {
-      const float next = scale[std::min((k + i) / group, groups - 1)];
+      const float next = of_row[std::min((k + i) / group, groups - 1)];
       v = choose(chosen(range(left, 16)), spread(next), v);
     }
     return v;
@@ -228,7 +229,7 @@ struct Fast {
 #pragma GCC unroll 4
       for (int i = 0; i < T; i++) {
         xv[i] = load64(x.q + tokens[i] * x.stride + k);
-        by[i] = x.by(x.scale + int64_t(tokens[i]) * x.groups, k);
+        by[i] = x.by(tokens[i], k);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
@@ -258,8 +259,8 @@ struct Fast {
     tile(std::integral_constant<int, 1>());
   }
 
-  // The way in, in 8 bits, for tokens of one slot: t_row bytes from one's to the next one's. owed: of each token.
-  static void shrink8(const Weights& w, int in, const Bytes& x, const int32_t* tokens, int n, const float* owed_by, char* t_at,
+  // The way in, in 8 bits, for tokens of one slot: t_row bytes from one's to the next one's. owed: `Bytes::owed` of each.
+  static void shrink8(const Weights& w, int in, const Bytes& x, const int32_t* tokens, int n, const float* owed, char* t_at,
                       int64_t t_row) {
     const int64_t ranks = (w.rank + 15) / 16 * 16;
     static thread_local std::vector<float> room;
@@ -271,12 +272,12 @@ struct Fast {
     for (; i < n; i++) shrink8_rows<1>(w, in, x, tokens + i, t + i * ranks, ranks);
     for (i = 0; i < n; i++) {
       auto& to = *reinterpret_cast<Middle*>(t_at + i * t_row);
-      const Floats owed = spread(owed_by[i]);
+      const Floats too_much = spread(owed[i]);
       float* of = t + i * ranks;
       std::fill(of + w.rank, of + ranks, 0.f);
       Floats most = spread(0.f);
       for (int r = 0; r < w.rank; r += 16) {
-        const Floats v = (load(of + r) - owed) * load(w.scale.data() + r, w.rank - r);
+        const Floats v = (load(of + r) - too_much) * load(w.scale.data() + r, w.rank - r);
         store(of + r, v);
         most = max(most, abs(v));
       }
@@ -294,10 +295,10 @@ struct Fast {
     }
   }
 
-  // To the sums of sixteen outputs of M tokens, `apart` from one's to the next one's, what their adapter adds: `fours` of
-  // its ranks.
-  template <int M>
-  static void expand8(const char* b, int fours, const char* t, int64_t t_row, float* sums, int apart) {
+  // To the sums of sixteen outputs of M tokens, SUM from one's to the next one's, what their adapter adds: `fours` of its
+  // ranks.
+  template <int M, int SUM>
+  static void expand8(const char* b, int fours, const char* t, int64_t t_row, float* sums) {
     auto of = [&](int i) { return reinterpret_cast<const Middle*>(t + i * t_row); };
     Ints v[M];
 #pragma GCC unroll 12
@@ -309,7 +310,7 @@ struct Fast {
     }
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++)
-      store(sums + i * apart, fma(to_floats(v[i]), spread(of(i)->scale), load(sums + i * apart)));
+      store(sums + i * SUM, fma(to_floats(v[i]), spread(of(i)->scale), load(sums + i * SUM)));
   }
 
   // stride_a: from row to row of A.
@@ -444,14 +445,13 @@ struct Fast {
                      int64_t stride, const int32_t* tokens, int n, int first, int count) {
     auto row = [&](int i) { return t + (rows_of_t ? rows_of_t[i] : i) * t_row; };
     if (w.eight()) {
-      const int fours = (w.rank + 3) / 4;
       for (int o = first; o < first + count; o += 16)
         for (int i = 0; i < n; i++) {
           bf16* to = y + tokens[i] * stride + o;
           const int left = first + count - o;
           alignas(64) float sums[16];
           store(sums, wide(to, left));
-          expand8<1>(w.packed() + size_t(o / 16) * fours * 64, fours, row(i), t_row, sums, 0);
+          expand8<1, 16>(w.packed() + size_t(o / 16) * w.fours() * 64, w.fours(), row(i), t_row, sums);
           store(to, load(sums), left);
         }
       return;

@@ -200,15 +200,10 @@ void expand(const char* b_at, int pairs, const char* t_at, int64_t t_row, float*
   for (int i = 0; i < M; i++) store(sums + i * WIDTH, v[i]);
 }
 
-template <int M>
-void expand8(const char* b, int fours, const char* t, int64_t t_row, float* sums) {
-  Fast::expand8<M>(b, fours, t, t_row, sums, WIDTH);
-}
-
 typedef void (*Expand)(const char*, int, const char*, int64_t, float*);
 template <int... I>
 const Expand* expands(bool eight, std::integer_sequence<int, I...>) {
-  static const Expand all[2][sizeof...(I)] = {{expand<I + 1>...}, {expand8<I + 1>...}};
+  static const Expand all[2][sizeof...(I)] = {{expand<I + 1>...}, {Fast::expand8<I + 1, WIDTH>...}};
   return all[eight];
 }
 // Of 1, 2, ... rows.
@@ -249,9 +244,9 @@ struct Delta {
     return w.rank * (w.eight() ? size_t(in8(in)) : in * sizeof(bf16));
   }
   // Pairs of ranks, or fours in 8 bits: with 16 outputs 64 bytes each.
-  static int parts(const Weights& w) { return w.eight() ? (w.rank + 3) / 4 : depth(w.rank) / 2; }
+  static int parts(const Weights& w) { return w.eight() ? w.fours() : depth(w.rank) / 2; }
 
-  // bytes: of the rows of x, where weights are in 8 bits.
+  // bytes_of_x, and `Bytes::owed` of the piece's tokens: where weights are in 8 bits.
   void shrink(int piece, const bf16* x, int64_t x_stride, const Bytes& bytes_of_x, const float* owed) const {
     const Chunk& c = plan->chunks[piece / layer->slices.size()];
     const size_t s = piece % layer->slices.size();
@@ -263,7 +258,7 @@ struct Delta {
     }
     const int32_t* tokens = plan->tokens.data() + c.begin;
     char* to = t + c.begin * t_row + layer->middle_at(s);
-    if (w.eight() && w.rank) return Fast::shrink8(w, layer->slices[s].in, bytes_of_x, tokens, c.end - c.begin, owed, to, t_row);
+    if (w.eight()) return Fast::shrink8(w, layer->slices[s].in, bytes_of_x, tokens, c.end - c.begin, owed, to, t_row);
     for (int r = 0; r < w.rank; r += ROW_BLOCK)
       Fast::shrink(w, layer->slices[s].in, x, x_stride, tokens, c.end - c.begin, r, std::min(ROW_BLOCK, w.rank - r), to,
                    t_row);
@@ -304,10 +299,7 @@ struct Delta {
         const int parts = Delta::parts(w);
         if (!parts) continue;
         const char *b = w.packed() + size_t(halves[side].output / 16) * parts * 64, *from_t = of_row + layer->middle_at(slice);
-        if (w.eight() && end - row == 1)
-          Fast::expand8<1>(b, parts, from_t, 0, to_row + 16 * side, 0);
-        else
-          (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, parts, from_t, t_row, to_row + 16 * side);
+        (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, parts, from_t, t_row, to_row + 16 * side);
       }
     });
   }

@@ -40,7 +40,7 @@ Floats: TypeAlias = NDArray[np.floating]
 FEATURES = 3
 # With 1 a prompt's row is of all its tokens; with 2 frequent wording was cut out of it as if it were an opening. Such a
 # baseline goes on as it began; the next version gets one of its own.
-EARLIER_FEATURES = (ALL_TOKENS := 1, WITHOUT_WORDING := 2)
+EARLIER_FEATURES = (ALL_TOKENS := 1, 2)
 PROMPT, OUTPUT, LOGPROB = SIGNALS = ("prompt", "output", "logprob")
 # How far from the centre a score may lie: one odd request should not turn a learned direction.
 CLIP = 8.0

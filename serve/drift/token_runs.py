@@ -3,7 +3,7 @@
     words = Words.of(prompt_tokens, numbers)       # a whole number is one symbol, whatever its digits
     runs = words.runs(RUN)
     shared.learn(runs)                             # each prompt once
-    words.without(shared.among(runs))              # the tokens that are the prompt's own
+    words.kept(words.own(shared.among(runs)))      # the tokens that are the prompt's own
 
 Counts halve every HALF_LIFE prompts, so the table always knows the recent prompts and nothing else. It is a hash table
 of fixed size (416 KiB) that keeps what comes again, as Misra and Gries' does: a run that was seen once gives its place
@@ -50,8 +50,6 @@ _EDGE = -2
 # Of a signature: tokens of a run, and orders of all runs.
 SHORT_RUN, MINIMA = 3, 12
 _PLACES = 15
-# How many of the lowest bits are ones.
-_BITS = np.unpackbits(np.arange(1 << LATELY, dtype=">u2").view(np.uint8)).reshape(-1, 16).sum(axis=1)
 _LARGEST = 1e30
 _GROWTH = 2 ** (1 / HALF_LIFE)
 _FACTORS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, RUN, np.uint64) * 2 + 1
@@ -173,8 +171,7 @@ class SharedRuns:
         # In units that grow with every prompt, so that older ones count less.
         self._counts = np.zeros(1 << _PLACES, np.float32)
         self._unit = 1.0
-        # The weight of all prompts, and how many there were.
-        self._total, self._raw = 0.0, 0
+        self._raw = 0  # prompts so far
         # Of each run, the last 16 bits of the number of the prompt that held it last; in the upper half, which of the
         # LATELY prompts up to that one did: it is the lowest bit. And what is shared for ever.
         self._lately = np.zeros(1 << _PLACES, np.uint32)
@@ -236,10 +233,8 @@ class SharedRuns:
         """What is counted from now on weighs more."""
         self._raw += 1
         self._unit *= _GROWTH
-        self._total += self._unit
         if self._unit > _LARGEST:
             self._counts /= np.float32(self._unit)
-            self._total /= self._unit
             self._unit = 1.0
 
     def learn(self, runs: NDArray[np.uint64]) -> None:
@@ -275,7 +270,7 @@ class SharedRuns:
         held: NDArray[np.bool_] = many & (self._tags.take(places) == tags)
         if self.stretch == RUN or not held.any():
             return held
-        shared = held & (fixed | (_BITS.take(self._held_lately(places)) >= MOST))
+        shared = held & (fixed | (np.bitwise_count(self._held_lately(places)) >= MOST))
         # A prompt that is one with what others hold is a popular prompt, and has no opening of few.
         if not _covered(held).all():
             for run in self._stretches(np.flatnonzero(held & ~shared), counts):
@@ -300,15 +295,17 @@ class SharedRuns:
         if self._is_fixed or self.stretch == RUN:
             return
         self._is_fixed = True
-        self._fixed |= self._counts >= np.float32(max(SHARED * self._unit, FIXED * self._total))
+        # In units: what a run counts that all prompts hold.
+        most = (1 - _GROWTH**-self._raw) / (1 - 1 / _GROWTH)
+        self._fixed |= self._counts >= np.float32(max(SHARED, FIXED * most) * self._unit)
 
     def fix_as(self, state: Mapping[str, NDArray]) -> None:
         """What was fixed in the table whose `state()` this is; nothing where single runs are shared."""
-        if not state.get("fixed") and self.stretch > RUN:
+        if not state.get("is_fixed") and self.stretch > RUN:
             return
         self._fixed[:], self._is_fixed = False, self.stretch > RUN
         if self._is_fixed:
-            chosen = state["is_fixed"]
+            chosen = state["fixed"]
             places, tags = state["places"][chosen].astype(np.intp), state["tags"][chosen]
             self._counts[places] *= self._tags[places] == tags
             self._tags[places], self._fixed[places] = tags, True
@@ -321,9 +318,9 @@ class SharedRuns:
             "tags": self._tags[places],
             "counts": self._counts[places] / np.float32(self._unit),
             "lately": self._lately[places],
-            "is_fixed": self._fixed[places],
-            "fixed": np.array(self._is_fixed),
-            "total": np.array([self._total / self._unit, self._raw]),
+            "fixed": self._fixed[places],
+            "is_fixed": np.array(self._is_fixed),
+            "raw": np.array(self._raw),
         }
 
     @classmethod
@@ -334,12 +331,10 @@ class SharedRuns:
         self = cls(numbers, stretch)
         places = state["places"].astype(np.intp)
         self._tags[places], self._counts[places] = state["tags"], state["counts"]
-        # Earlier releases wrote none of these; their weight is that of all prompts that ever were.
+        # Earlier releases wrote none of these, and had seen enough.
         if "fixed" in state:
-            self._lately[places], self._fixed[places] = state["lately"], state["is_fixed"]
-            self._is_fixed = bool(state["fixed"])
-        total, raw = state.get("total", (1 / (1 - 1 / _GROWTH), 0))
-        self._total, self._raw = float(total), int(raw)
+            self._lately[places], self._fixed[places] = state["lately"], state["fixed"]
+        self._is_fixed, self._raw = bool(state.get("is_fixed", False)), int(state.get("raw", 1 << 16))
         return self
 
 
