@@ -5,13 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from serve.adapters.adapter import Inspection
 from serve.adapters.registry import Registry
 from serve.rollout.golden_scoring import Result, estimate
 from serve.rollout.golden_set import GoldenSet
 from serve.rollout.golden_store import ANSWER_CHARS, RUNS_KEPT, VERSIONS_KEPT, GoldenStore, Outcome
-
-FOUND = Inspection(rank=8, base="toy", target_modules=("k_proj", "q_proj"), nbytes=1234, tensors=4)
+from tests.support.registry import FOUND
 
 
 class Clock:
