@@ -7,19 +7,27 @@
 
 Counts halve every HALF_LIFE prompts, so the table always knows the recent prompts and nothing else. It is a hash table
 of fixed size (416 KiB) that keeps what comes again, as Misra and Gries' does: a run that was seen once gives its place
-to the next that needs it. Runs are kept as hashes, not as tokens.
+to the next that needs it. A run has WAYS places to lie in, for no other run covers the last token of an opening: were
+it lost, that token would be a part of every prompt, and a new opening a drift of all of them. Runs are kept as hashes,
+not as tokens.
 
 A frequent wording ("which of the following is") is no opening. The prompts that hold it come and go by chance: were it
 shared while SHARED recent ones do, it would be cut out of prompts for some hundred requests and left in for the next,
 which is a drift that the cutting makes itself. So what SHARED prompts hold is shared only in one of three cases, none
 of which wording is in: what a part of FIXED of the prompts held at the time of `fix` is shared for ever; what MOST of
-the last LATELY prompts hold is, as another system prompt; and what covers at least STRETCH symbols without a gap, in
-runs that the same prompts hold (they have one count), is, as an opening that few tenants have. Some runs of it may have
-lost their places in the table.
+the last LATELY prompts hold is, as another system prompt, or what all did of the eight up to the prompt that AHEAD are
+after, as one that has just gone; and what covers at least STRETCH symbols without a gap, in runs that the same prompts
+hold (they have one count), is, as an opening that few tenants have. Some of its runs may have lost their places.
+
+What is held so often may also reach from an opening into the words that many prompts begin with: "... please.\n\nWhat".
+Were that word cut out, it would come back into the prompts with the next opening. So runs that follow one after which
+QUESTION of the prompts have nothing that is fixed are not fixed either, unless they are RUN or more, or reach to the
+prompt's end: an opening that has variants goes on in one of them in all prompts. The same holds towards the front.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from ctypes import addressof
 from typing import NamedTuple, Self
@@ -38,18 +46,20 @@ SHARED = 4.0
 # Of two pools of 10,000 questions no run but the template's was in more than 0.12 of them, and runs that were in more
 # than 0.006 covered no more than 44 symbols without a gap.
 FIXED, MOST, STRETCH = 0.25, 8, 64
+# The part of the prompts with nothing fixed behind a run from which on a question begins there; the prompts looked at.
+QUESTION, LOOKED_BACK = 0.1, 64
 # Counts that differ by less are of the same prompts.
 _ALIKE = np.float32(1.001)
 # Prompts after a prompt that help to say what it shares: what is new is shared from its first appearance on.
 AHEAD = 8
-LATELY = AHEAD + 1
+LATELY, BEFORE = AHEAD + 1, np.uint32(0xFF00)  # bits of `_held_lately`: that prompt and those after it, or before it
 # Tokens of a prompt that are looked at: as many at its beginning as at its end.
 MOST_TOKENS = 8192
 NUMBER = -1
 _EDGE = -2
 # Of a signature: tokens of a run, and orders of all runs.
 SHORT_RUN, MINIMA = 3, 12
-_PLACES = 15
+_PLACES, WAYS = 15, 4
 _LARGEST = 1e30
 _GROWTH = 2 ** (1 / HALF_LIFE)
 _FACTORS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, RUN, np.uint64) * 2 + 1
@@ -173,10 +183,12 @@ class SharedRuns:
         self._unit = 1.0
         self._raw = 0  # prompts so far
         # Of each run, the last 16 bits of the number of the prompt that held it last; in the upper half, which of the
-        # LATELY prompts up to that one did: it is the lowest bit. And what is shared for ever.
+        # 16 prompts up to that one did: it is the lowest bit. And what is shared for ever.
         self._lately = np.zeros(1 << _PLACES, np.uint32)
         self._fixed = np.zeros(1 << _PLACES, np.bool_)
         self._is_fixed = False
+        # The runs of the last prompts, until it is.
+        self._recent: deque[NDArray[np.uint64]] = deque(maxlen=LOOKED_BACK)
 
         # They stay where they are.
         self._view.tags, self._view.counts, self._view.factors = at(self._tags), at(self._counts), at(_FACTORS)
@@ -205,7 +217,9 @@ class SharedRuns:
         )  # fmt: skip
         _, symbols, runs = self._sizes.tolist()
         words = Words(piece[3 * n :].view(np.int32)[:n], piece[:symbols], piece[n : 2 * n], begin)
-        return words, piece[2 * n : 2 * n + runs].view(np.uint64)
+        held = piece[2 * n : 2 * n + runs].view(np.uint64)
+        self._remember(held)
+        return words, held
 
     def split(self, words: Words, runs: NDArray[np.uint64]) -> Own:
         """What of a prompt is its own now."""
@@ -237,40 +251,63 @@ class SharedRuns:
             self._counts /= np.float32(self._unit)
             self._unit = 1.0
 
+    def _remember(self, runs: NDArray[np.uint64]) -> None:
+        if not self._is_fixed and self.stretch > RUN:
+            self._recent.append(runs)
+
     def learn(self, runs: NDArray[np.uint64]) -> None:
         """Count the runs of one prompt; a run that it holds twice counts once."""
         self._grow()
-        places, tags = _where(runs)
-        counts = self._counts.take(places)
-        same = self._tags.take(places) == tags
-        unit, fixed = np.float32(self._unit), self._fixed.take(places)
-        kept = same | ((counts < unit) & ~fixed)
-        np.multiply(counts, same, out=counts)
-        counts += unit
-        lately = np.where(same, self._held_lately(places), 0) << np.uint32(16)
-        lately |= np.uint32(1 << 16 | self._raw & 0xFFFF)
-        if not kept.all():
-            places, tags, counts, lately = places[kept], tags[kept], counts[kept], lately[kept]
-        self._tags[places] = tags
-        self._counts[places] = counts
-        self._lately[places] = lately
+        self._remember(runs)
+        places, found = self._where(runs)
+        here, lately = places[found], np.uint32(1 << 16 | self._raw & 0xFFFF)
+        self._lately[here] = self._held_lately(here) << np.uint32(16) | lately
+        self._counts[here] = self._counts[here] + np.float32(self._unit)
+        runs, groups = runs[~found], places[~found]
+        first = np.zeros(len(groups), np.bool_)
+        first[np.unique(groups, return_index=True)[1]] = True
+        self._put(runs[first], groups[first])
+        for i in np.flatnonzero(~first):  # after another one of its group
+            if not self._where(runs[i : i + 1])[1].any():
+                self._put(runs[i : i + 1], groups[i : i + 1])
+
+    def _put(self, runs: NDArray[np.uint64], groups: NDArray[np.intp]) -> None:
+        """Give each run, of another group each, a place there, if one has no run that was seen more than once."""
+        places, worth = self._least(groups)
+        free = worth < np.float32(self._unit)
+        places = places[free]
+        self._tags[places], self._counts[places] = _tags(runs[free]), np.float32(self._unit)
+        self._lately[places] = np.uint32(1 << 16 | self._raw & 0xFFFF)
+
+    def _least(self, groups: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        """The place of each group whose run counts least, and what it counts; one that is fixed is kept."""
+        places = groups[:, None] + np.arange(WAYS)
+        counts = np.where(self._fixed[places], np.float32(np.inf), self._counts[places])
+        return groups + counts.argmin(1), counts.min(1)
+
+    def _where(self, runs: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """The place of each run, or the first of its group, and whether it has one."""
+        groups = (runs >> np.uint64(64 - _PLACES)).astype(np.intp) // WAYS * WAYS
+        same = self._tags[groups[:, None] + np.arange(WAYS)] == _tags(runs)[:, None]
+        return groups + same.argmax(1), same.any(1)
 
     def _held_lately(self, places: NDArray[np.intp]) -> NDArray[np.uint32]:
-        """Which of the last LATELY prompts held the runs there: the newest one is the lowest bit."""
+        """Which of the last 16 prompts held the runs there: the newest one is the lowest bit."""
         word = self._lately.take(places)
         ago = (np.uint32(self._raw & 0xFFFF) - word) & np.uint32(0xFFFF)
-        held: NDArray[np.uint32] = (word >> np.uint32(16)) << np.minimum(ago, LATELY) & np.uint32((1 << LATELY) - 1)
+        held: NDArray[np.uint32] = (word >> np.uint32(16)) << np.minimum(ago, 16) & np.uint32(0xFFFF)
         return held
 
     def among(self, runs: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(runs,): which of them are shared now."""
-        places, tags = _where(runs)
+        """(runs,), of one prompt: which of them are shared now."""
+        places, found = self._where(runs)
         counts, fixed = self._counts.take(places), self._fixed.take(places)
-        many = (counts >= np.float32(SHARED * self._unit)) | fixed
-        held: NDArray[np.bool_] = many & (self._tags.take(places) == tags)
+        held: NDArray[np.bool_] = found & ((counts >= np.float32(SHARED * self._unit)) | fixed)
         if self.stretch == RUN or not held.any():
             return held
-        shared = held & (fixed | (np.bitwise_count(self._held_lately(places)) >= MOST))
+        lately = self._held_lately(places)
+        newly = np.bitwise_count(lately & np.uint32((1 << LATELY) - 1)) >= MOST
+        shared = held & (fixed | newly | (lately & BEFORE == BEFORE))
         # A prompt that is one with what others hold is a popular prompt, and has no opening of few.
         if not _covered(held).all():
             for run in self._stretches(np.flatnonzero(held & ~shared), counts):
@@ -298,17 +335,47 @@ class SharedRuns:
         # In units: what a run counts that all prompts hold.
         most = (1 - _GROWTH**-self._raw) / (1 - 1 / _GROWTH)
         self._fixed |= self._counts >= np.float32(max(SHARED, FIXED * most) * self._unit)
+        self._fixed[self._questions()] = False
+        self._recent.clear()
+
+    def _questions(self) -> list[int]:
+        """The places of what is fixed and reaches from an opening into the words after it, or before it."""
+        prompts = []
+        for runs in self._recent:
+            places, found = self._where(runs)
+            prompts.append((places, found & self._fixed[places]))
+        reaching = list[int]()
+        for step in (1, -1):
+            turned = [(places[::step], fixed[::step]) for places, fixed in prompts]
+            before, ended = np.zeros((2, 1 << _PLACES), np.int64)
+            for places, fixed in turned:
+                np.add.at(before, places[:-1][fixed[:-1]], 1)
+                np.add.at(ended, places[:-1][fixed[:-1] & ~fixed[1:]], 1)
+            question = ended > QUESTION * before
+            for places, fixed in turned:
+                for end in np.flatnonzero(fixed[:-1] & ~fixed[1:]).tolist():
+                    begin = max(0, end - RUN + 1)
+                    gaps = np.flatnonzero(~fixed[begin:end])
+                    begin += int(gaps[-1]) + 1 if len(gaps) else 0
+                    first = np.flatnonzero(question[places[begin:end]])
+                    if len(first):
+                        reaching += places[begin + int(first[0]) + 1 : end + 1].tolist()
+        return reaching
 
     def fix_as(self, state: Mapping[str, NDArray]) -> None:
         """What was fixed in the table whose `state()` this is; nothing where single runs are shared."""
         if not state.get("is_fixed") and self.stretch > RUN:
             return
         self._fixed[:], self._is_fixed = False, self.stretch > RUN
+        self._recent.clear()
         if self._is_fixed:
             chosen = state["fixed"]
-            places, tags = state["places"][chosen].astype(np.intp), state["tags"][chosen]
-            self._counts[places] *= self._tags[places] == tags
-            self._tags[places], self._fixed[places] = tags, True
+            groups = state["places"][chosen].astype(np.intp) // WAYS * WAYS
+            for i, tag in enumerate(state["tags"][chosen]):
+                known = self._tags[groups[i] : groups[i] + WAYS] == tag
+                place = groups[i] + known.argmax() if known.any() else self._least(groups[i : i + 1])[0][0]
+                self._counts[place] *= self._tags[place] == tag
+                self._tags[place], self._fixed[place] = tag, True
 
     def state(self) -> dict[str, NDArray]:
         """All of it as arrays."""
@@ -353,6 +420,6 @@ def own_tokens(prompts: Iterable[ArrayLike], shared: SharedRuns) -> Iterator[NDA
         yield shared.split(words, runs).tokens
 
 
-def _where(runs: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.uint32]]:
-    """The place of each run in the table, and what it is known by there."""
-    return (runs >> np.uint64(64 - _PLACES)).astype(np.intp), (runs >> np.uint64(16)).astype(np.uint32)
+def _tags(runs: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """What each run is known by at its place."""
+    return (runs >> np.uint64(16)).astype(np.uint32)

@@ -9,9 +9,10 @@
 
 namespace {
 
-constexpr int RUN = 6, SHORT_RUN = 3, MINIMA = 12, PLACES = 15;
+constexpr int RUN = 6, SHORT_RUN = 3, MINIMA = 12, PLACES = 15, WAYS = 4;
 constexpr int64_t MOST_TOKENS = 8192, NUMBER = -1, EDGE = -2;
-constexpr int MOST = 8, LATELY = 9;
+constexpr int MOST = 8, LATELY = 9, REMEMBERED = 16;
+constexpr uint32_t BEFORE = 0xff00;
 constexpr float ALIKE = 1.001f;
 constexpr int SAMPLED = 64, MEAN_TOKENS = 256, NOTHING = 16;
 constexpr uint64_t MIX = 0x9E3779B97F4A7C15, MIX_PAIRS = 0xD6E8FEB86659FD93;
@@ -63,10 +64,31 @@ struct SharedRuns {
     int64_t vocabulary;
 };
 
-// Which of the last LATELY prompts held the run there: the newest one is the lowest bit.
-static uint32_t held_lately(const SharedRuns& shared, uint64_t place, int64_t raw) {
+static uint32_t tag_of(uint64_t run) { return static_cast<uint32_t>(run >> 16); }
+
+// The first of the WAYS places where a run may lie.
+static int64_t group_of(uint64_t run) { return static_cast<int64_t>(run >> (64 - PLACES)) / WAYS * WAYS; }
+
+// Where a run lies, or -1.
+static int64_t place_of(const SharedRuns& shared, uint64_t run) {
+    const int64_t group = group_of(run);
+    for (int64_t place = group; place < group + WAYS; ++place)
+        if (shared.tags[place] == tag_of(run)) return place;
+    return -1;
+}
+
+// The place of a group whose run counts least and is not fixed, or -1.
+static int64_t least_of(const SharedRuns& shared, int64_t group) {
+    int64_t least = -1;
+    for (int64_t place = group; place < group + WAYS; ++place)
+        if (!shared.fixed[place] && (least < 0 || shared.counts[place] < shared.counts[least])) least = place;
+    return least;
+}
+
+// Which of the last REMEMBERED prompts held the run there: the newest one is the lowest bit.
+static uint32_t held_lately(const SharedRuns& shared, int64_t place, int64_t raw) {
     const uint32_t word = shared.lately[place], ago = (static_cast<uint32_t>(raw & 0xffff) - word) & 0xffff;
-    return ago < LATELY ? (word >> 16) << ago & ((1u << LATELY) - 1) : 0;
+    return ago < REMEMBERED ? (word >> 16) << ago & ((1u << REMEMBERED) - 1) : 0;
 }
 
 // A prompt's words: tokens (n), symbols (n), symbol_of (n), runs (n); it learns them, each at the weight `unit`, as those of
@@ -97,22 +119,30 @@ void loradock_tokens_learn(
     counts[1] = size;
     counts[2] = count;
     // All are looked up before any is written: a run that a prompt holds twice counts once.
+    std::vector<int64_t> places(count);
     std::vector<float> updated(count);
     std::vector<uint32_t> lately(count);
+    const uint32_t now = 1u << 16 | static_cast<uint32_t>(raw & 0xffff);
     for (int64_t i = 0; i < count; ++i) {
-        const uint64_t run = runs[i] = hashed(edged.data() + i, shared->factors, RUN);
-        const uint64_t place = run >> (64 - PLACES);
-        const bool same = shared->tags[place] == static_cast<uint32_t>(run >> 16);
-        const bool fresh = shared->counts[place] < unit && !shared->fixed[place];
-        updated[i] = same || fresh ? (same ? shared->counts[place] : 0.0f) + unit : -1.0f;
-        lately[i] = (same ? held_lately(*shared, place, raw) << 16 : 0) | 1u << 16 | static_cast<uint32_t>(raw & 0xffff);
+        runs[i] = hashed(edged.data() + i, shared->factors, RUN);
+        const int64_t place = places[i] = place_of(*shared, runs[i]);
+        if (place < 0) continue;
+        updated[i] = shared->counts[place] + unit;
+        lately[i] = held_lately(*shared, place, raw) << 16 | now;
     }
     for (int64_t i = 0; i < count; ++i) {
-        if (updated[i] < 0) continue;
-        const uint64_t place = runs[i] >> (64 - PLACES);
-        shared->tags[place] = static_cast<uint32_t>(runs[i] >> 16);
-        shared->counts[place] = updated[i];
-        shared->lately[place] = lately[i];
+        if (places[i] < 0) continue;
+        shared->counts[places[i]] = updated[i];
+        shared->lately[places[i]] = lately[i];
+    }
+    // A new one takes the place of one that was seen once.
+    for (int64_t i = 0; i < count; ++i) {
+        if (places[i] >= 0 || place_of(*shared, runs[i]) >= 0) continue;
+        const int64_t place = least_of(*shared, group_of(runs[i]));
+        if (place < 0 || shared->counts[place] >= unit) continue;
+        shared->tags[place] = tag_of(runs[i]);
+        shared->counts[place] = unit;
+        shared->lately[place] = now;
     }
 }
 
@@ -131,12 +161,14 @@ void loradock_tokens_own(
     std::vector<std::pair<float, int64_t>> few;  // count and number of the others that many hold
     int64_t covered = 0;                         // symbols, edges included, without a gap from the first one on
     for (int64_t i = 0; i < runs_of_it; ++i) {
-        const uint64_t place = runs[i] >> (64 - PLACES);
+        const int64_t place = place_of(*shared, runs[i]);
+        if (place < 0) continue;
         const bool fixed = shared->fixed[place];
-        if (shared->tags[place] != static_cast<uint32_t>(runs[i] >> 16)) continue;
         if (!(shared->counts[place] >= least || fixed)) continue;
         if (i <= covered) covered = i + RUN;
-        if (single || fixed || __builtin_popcount(held_lately(*shared, place, raw)) >= MOST)
+        const uint32_t lately = held_lately(*shared, place, raw);
+        const bool newly = __builtin_popcount(lately & ((1u << LATELY) - 1)) >= MOST;
+        if (single || fixed || newly || (lately & BEFORE) == BEFORE)
             is_shared[i] = 1;
         else
             few.push_back({shared->counts[place], i});

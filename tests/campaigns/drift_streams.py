@@ -15,7 +15,8 @@ days      30 users, who begin at night: 20 seconds between two requests, one in 
 topics    a fifth to three fifths of the questions are medical, on a daily wave once over the reference or by an AR(1)
 sessions  six questions on one topic by one user, one session after the other or five at a time
 bursts    300 near-duplicates in a row, with other numbers and nobody's, three times in the stream
-openings  the system prompt changes from 454 to 555 tokens and back, three times, and the questions stay
+openings  the system prompt changes from 454 to 555 tokens and back, three times, and the questions stay; in a chat
+          template, or right behind it, and there from 9 tokens to 12 too
 tenants   four system prompts at once, of 55, 25, 10 and 5 % of the requests, and none; or one, of half of the requests
 
 `--changes` counts the requests until a new system prompt together with another language, or another topic, is a drift
@@ -202,11 +203,14 @@ def bursts(rng: np.random.Generator, *, requests: int) -> Iterator[Request]:
         at += 1
 
 
-def openings(rng: np.random.Generator, *, requests: int) -> Iterator[Request]:
-    texts, both = questions("general"), [system(rng, length) for length in SYSTEM]
+def openings(
+    rng: np.random.Generator, *, requests: int, lengths: Sequence[int] = SYSTEM, template: bool = True
+) -> Iterator[Request]:
+    texts, both = questions("general"), [system(rng, length) for length in lengths]
     at = 0
     while True:
-        yield chat(texts[rng.integers(len(texts))], both[4 * at // requests % 2]), None
+        question, opening = texts[rng.integers(len(texts))], both[4 * at // requests % 2]
+        yield chat(question, opening) if template else [*opening, *tokens("\n\n"), *question], None
         at += 1
 
 
@@ -232,6 +236,8 @@ def streams(requests: int) -> dict[str, Callable[[np.random.Generator], Iterator
         made[f"sessions of six, {at_a_time} at a time"] = lambda rng, n=at_a_time: sessions(rng, at_a_time=n)
     made["bursts of 300"] = lambda rng: bursts(rng, requests=requests)
     made["openings 454 - 555"] = lambda rng: openings(rng, requests=requests)
+    made["openings, no template"] = partial(openings, requests=requests, template=False)
+    made["short openings, no template"] = partial(openings, requests=requests, lengths=(9, 12), template=False)
     made["tenants, five openings"] = lambda rng: tenants(
         rng, lengths=(300, 120, 700, 450, 0), shares=(0.55, 0.25, 0.1, 0.05, 0.05)
     )
@@ -287,7 +293,13 @@ class Watching:
 
 
 # Alarms that say what such a stream does.
-SAID = {"bursts of 300": {"sampling"}, "openings 454 - 555": {"opening"}, "days of 30 users": {"sampling"}}
+SAID = {
+    "bursts of 300": {"sampling"},
+    "openings 454 - 555": {"opening"},
+    "openings, no template": {"opening"},
+    "short openings, no template": {"opening"},
+    "days of 30 users": {"sampling"},
+}
 
 
 def stream(name: str, seed: int, *, requests: int = 20_000, reference: int = 1000) -> dict[str, Any]:

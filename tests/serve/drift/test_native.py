@@ -258,7 +258,9 @@ def test_what_prompts_share_is_the_same_with_and_without(numbers, stretch):
     quick = SharedRuns(digits if numbers else None, stretch)
     rng = np.random.default_rng(1)
     few = [rng.integers(100, 3000, 90) for _ in range(12)]  # openings of few
-    made = [np.concatenate((few[i % 12], tokens)) if i % 2 else tokens for i, tokens in enumerate(made)]
+    most, begin = rng.integers(100, 3000, 90), rng.integers(100, 3000, 3)  # one of most, and what many then begin with
+    opened = [few[i % 12] if i % 4 == 1 else np.concatenate((most, begin[: i % 9 // 2])) for i in range(len(made))]
+    made = [np.concatenate((opened[i], tokens)) if i % 6 else tokens for i, tokens in enumerate(made)]
     for i, tokens in enumerate(made):
         if i == 200:
             plain.fix(), quick.fix()
@@ -271,6 +273,11 @@ def test_what_prompts_share_is_the_same_with_and_without(numbers, stretch):
         assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
     for name, values in plain.state().items():
         assert np.array_equal(values, quick.state()[name]), name
+    if stretch == STRETCH:
+        again = SharedRuns(stretch=stretch)
+        again.fix_as(quick.state())
+        fixed = quick.state()["fixed"]
+        assert again.state()["fixed"].all() and again.state()["tags"].tolist() == quick.state()["tags"][fixed].tolist()
 
 
 @needs_native

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections import Counter, deque
 
-from serve.drift.token_runs import MOST_TOKENS, RUN, SharedRuns, Words, own_tokens, skipped
+import numpy as np
+import pytest
+
+from serve.drift.token_runs import AHEAD, LATELY, MOST_TOKENS, RUN, SharedRuns, Words, own_tokens, skipped
 
 RNG = np.random.default_rng(0)
 DIGITS = np.zeros(101, np.bool_)
@@ -64,6 +67,77 @@ def test_long_prompts_that_have_nothing_in_common_share_nothing():
         shared.learn(Words.of(np.concatenate((head, prompt(2000)))).runs())
     words = Words.of(np.concatenate((head, prompt(2000))))
     assert abs(words.own(shared.among(words.runs())).sum() - 2000) < 20
+
+
+def test_no_token_of_a_new_opening_is_left_to_its_prompts():
+    """Its last one lies in a single run, which shares its places with others of this opening and of the one before."""
+    rng, left = np.random.default_rng(0), Counter()
+    for _ in range(100):
+        shared = SharedRuns()
+        for count in (40, LATELY):
+            head = rng.integers(100, 40_000, 500)
+            read = [shared.read(np.concatenate((head, rng.integers(100, 40_000, 20)))) for _ in range(count)]
+            left.update(len(shared.split(*each).tokens) for each in read)
+            shared.fix()
+    assert left == {20: 100 * (40 + LATELY)}
+
+
+def test_a_short_opening_is_cut_out_of_the_last_prompts_that_have_it_and_the_first_that_have_another():
+    rng, shared, waiting, found = np.random.default_rng(0), SharedRuns(), deque(), []
+    for number in range(6):
+        head = rng.integers(100, 40_000, 8)
+        for _ in range(40):
+            waiting.append(shared.read(np.concatenate((head, rng.integers(100, 40_000, 20)))))
+            if len(waiting) > AHEAD:
+                found.append(len(shared.split(*waiting.popleft()).tokens))
+        if not number:
+            shared.fix()
+    assert found == [20] * (6 * 40 - AHEAD)
+
+
+def shells(head, tail, variants):
+    """What stands before and behind each question: one of so many variants of an opening, in equal parts."""
+    name = [prompt(1) for _ in range(3)]
+    return {
+        "one": lambda i: (head, tail),
+        "none behind": lambda i: (head, []),
+        "a name near the beginning": lambda i: (np.concatenate((head[:2], name[i % 3], head[2:])), tail),
+        "a name near the end": lambda i: (head, np.concatenate((tail[:8], name[i % 2], tail[8:]))),
+        "a name in the middle": lambda i: (np.concatenate((head[:50], name[i % 3], head[50:])), tail),
+        "an optional part": lambda i: (np.concatenate((head[:20], head[20 : 200 * (i % 2)], head[-5:])), tail),
+    }[variants]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("between", [0, 2, 9])
+@pytest.mark.parametrize(
+    "variants",
+    [
+        "one",
+        "none behind",
+        "a name near the beginning",
+        "a name near the end",
+        "a name in the middle",
+        "an optional part",
+    ],
+)
+def test_words_that_many_prompts_begin_or_end_with_are_their_own_in_every_shell(between, variants, seed):
+    """between: tokens that stand before every question, whatever the opening is."""
+    rng, shared = np.random.default_rng(seed), SharedRuns()
+    same, end = prompt(between), prompt(1)
+    what = prompt(1)
+    begins = [what, np.concatenate((what, prompt(1))), np.concatenate((what, prompt(2))), prompt(5), prompt(0)]
+    for number in range(3):
+        # What is fixed are the variants of the first shell.
+        shell, read, own = shells(prompt(300), prompt(10), "one" if number else variants), [], []
+        for i in range(100):
+            begin = begins[rng.choice(5, p=(0.15, 0.15, 0.27, 0.27, 0.16))]
+            before, behind = shell(i)
+            own.append(np.concatenate((begin, prompt(20), end[: rng.integers(2)])))
+            read.append(shared.read(np.concatenate((before, same, own[-1], behind)).astype(np.int64)))
+        shared.fix()
+        found = [shared.split(*each).tokens.tolist() for each in read]
+        assert found == [tokens.tolist() for tokens in own], number
 
 
 def of_wording(share, count=2000):
@@ -127,6 +201,19 @@ def test_the_table_of_an_earlier_release_goes_on():
     for tokens in prompts[:4]:
         runs = Words.of(np.concatenate((head, tokens[:3]))).runs()
         assert np.array_equal(shared.among(runs), earlier.among(runs)) and earlier.among(runs).any()
+
+
+def test_what_an_earlier_release_has_fixed_is_shared_as_it_was(monkeypatch):
+    head, begin, earlier = prompt(100), prompt(2), SharedRuns()
+    monkeypatch.setattr(earlier, "_questions", list)
+    prompts = [np.concatenate((head, begin[: 2 * (i % 2)], prompt(20))) for i in range(100)]
+    read = [earlier.read(tokens) for tokens in prompts]
+    earlier.fix()
+    again, heir = SharedRuns.from_state(earlier.state()), SharedRuns()
+    heir.fix_as(earlier.state())
+    for table in (earlier, again, heir):
+        table.fix()
+        assert {len(table.split(*each).tokens) for each in read} == {20}
 
 
 def test_own_tokens_of_a_list_of_prompts():
