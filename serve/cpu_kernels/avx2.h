@@ -97,13 +97,26 @@ ALWAYS void store8(int8_t* at, Ints v) {
   const __m256i two = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
   _mm_storeu_si128((__m128i*)at, _mm_packs_epi16(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1)));
 }
+ALWAYS __m256i by_turns(__m256i even, __m256i odd) {
+  const __m256i low = _mm256_set1_epi32(255);
+  return _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi32(_mm256_and_si256(odd, low), 8));
+}
+ALWAYS void store8(int8_t* at, Ints even, Ints odd) {  // by turns, of -128 to 127
+  store32(at, _mm256_permute4x64_epi64(_mm256_packus_epi32(by_turns(even.a, odd.a), by_turns(even.b, odd.b)), 0xd8));
+}
 ALWAYS Floats wide(const int8_t* at) {
   return {to_floats(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at))),
           to_floats(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(at + 8))))};
 }
 // Of each byte, lower and upper 4 bits.
 ALWAYS __m256i lower4(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-ALWAYS __m256i upper4(__m256i v) { return lower4(_mm256_srli_epi16(v, 4)); }
+ALWAYS __m256i upper4(__m256i v) {
+#ifdef __GFNI__
+  return _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(DOWN4), 0);
+#else
+  return lower4(_mm256_srli_epi16(v, 4));
+#endif
+}
 
 // ---- bfloat16 and float16
 

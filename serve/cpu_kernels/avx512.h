@@ -72,9 +72,20 @@ ALWAYS int sum_of(Ints v) { return _mm512_reduce_add_epi32(v); }
 ALWAYS Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 ALWAYS Ints to_ints(Floats v) { return _mm512_cvtps_epi32(v); }  // the nearest
 ALWAYS void store8(int8_t* at, Ints v) { _mm_storeu_si128((__m128i*)at, _mm512_cvtsepi32_epi8(v)); }
+ALWAYS void store8(int8_t* at, Ints even, Ints odd) {  // by turns, of -128 to 127
+  const __m512i two = _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi32(255)), _mm512_slli_epi32(odd, 8));
+  _mm256_storeu_si256((__m256i*)at, _mm512_cvtepi32_epi16(two));
+}
 ALWAYS Floats wide(const int8_t* at) { return to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at))); }
-ALWAYS Ints lower4(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }  // of each byte, lower and upper 4 bits
-ALWAYS Ints upper4(Ints v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+// Of each byte, lower and upper 4 bits.
+ALWAYS Ints lower4(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+ALWAYS Ints upper4(Ints v) {
+#ifdef __GFNI__
+  return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(DOWN4), 0);
+#else
+  return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+#endif
+}
 
 // ---- bfloat16 and float16
 
@@ -110,20 +121,30 @@ ALWAYS void store(half* at, Floats v, int count) {
   _mm256_mask_storeu_epi16(at, lanes(count), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Sixteen vectors' sums, as bfloat16 or float32.
+// Of sixteen vectors, what an operation makes of each one's numbers.
+template <class Op>
+ALWAYS Floats across(const Floats* v, Op&& op) {
+  __m512 s[8], q[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) s[i] = op(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(s[2 * i]), b = _mm512_castps_pd(s[2 * i + 1]);
+    q[i] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const __m512 lo = op(_mm512_shuffle_f32x4(q[0], q[1], 0x88), _mm512_shuffle_f32x4(q[0], q[1], 0xdd));
+  const __m512 hi = op(_mm512_shuffle_f32x4(q[2], q[3], 0x88), _mm512_shuffle_f32x4(q[2], q[3], 0xdd));
+  return op(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd));
+}
+
+// Sixteen vectors' sums, as bfloat16 or float32, and largest numbers.
 constexpr int SUMS = 16;
 template <class T>
 inline void sums(const Floats* v, T* out) {
-  __m512 s[8], q[4];
-  for (int i = 0; i < 8; i++)
-    s[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 4; i++) {
-    const __m512d a = _mm512_castps_pd(s[2 * i]), b = _mm512_castps_pd(s[2 * i + 1]);
-    q[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4(q[0], q[1], 0x88), _mm512_shuffle_f32x4(q[0], q[1], 0xdd));
-  const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(q[2], q[3], 0x88), _mm512_shuffle_f32x4(q[2], q[3], 0xdd));
-  store(out, _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd)));
+  store(out, across(v, [](Floats a, Floats b) { return a + b; }));
+}
+ALWAYS void largest(const Floats* v, float* out) {
+  store(out, across(v, [](Floats a, Floats b) { return max(a, b); }));
 }
 
 // ---- products of bytes: the sum and those of w x, four neighbours at a time

@@ -126,11 +126,14 @@ ALWAYS void store(bf16* at, Floats v, int count) { store_some(at, narrow(v), cou
 ALWAYS Floats wide(const half* at, int count) { return wide_half(load_some(at, count)); }
 ALWAYS void store(half* at, Floats v, int count) { store_some(at, narrow_half(v), count); }
 
-// Four vectors' sums, as bfloat16 or float32.
+// Four vectors' sums, as bfloat16 or float32, and largest numbers.
 constexpr int SUMS = 4;
 template <class T>
 ALWAYS void sums(const Floats* v, T* out) {
   for (int i = 0; i < SUMS; i++) put(out[i], sum_of(v[i]));
+}
+ALWAYS void largest(const Floats* v, float* out) {
+  for (int i = 0; i < SUMS; i++) out[i] = largest_of(v[i]);
 }
 
 }  // namespace loradock

@@ -160,21 +160,54 @@ struct Plain {
 // int8 of x[0..k): each group with a scale of its own, and what products with weights to which `zero` was added are too
 // large by. q: up to 15 more are written.
 inline void to_bytes(const bf16* x, int k, int group, int zero, int8_t* q, float* scale, int32_t* sum) {
-  for (int g = 0; k > 0; g++, k -= group, x += group, q += group) {
-    const int size = std::min(group, k);
-    auto at = [&](int i) { return size - i >= 16 ? wide(x + i) : wide(x + i, size - i); };
-    Floats most = spread(0.f);
-    for (int i = 0; i < size; i += 16) most = max(most, abs(at(i)));
-    const float top = largest_of(most);
-    const Floats by = spread(top > 0 ? 127.f / top : 0.f);
-    Ints total = spread(0);
-    for (int i = 0; i < size; i += 16) {
-      const Ints v = to_ints(at(i) * by);
-      total = add(total, v);
-      store8(q + i, v);
+  // `SUMS` groups at a time: to look for the largest number of a vector, or for its sum, takes longer than all the rest.
+  for (; k > 0; k -= SUMS * group, x += SUMS * group, q += SUMS * group, scale += SUMS, sum += SUMS) {
+    const int count = std::min(SUMS, (k + group - 1) / group);
+    Floats found[SUMS];
+    alignas(64) float top[16], by[16], total[SUMS];
+    // once(i) for each 16 numbers of a group, but twice(i) for 32 neighbours.
+    auto over = [&](int g, auto&& twice, auto&& once) {
+      int i = g * group;
+      const int end = std::min(i + group, k);
+      for (; i + 32 <= end; i += 32) twice(i);
+      for (; i < end; i += 16) once(i, end - i);
+    };
+    for (int g = 0; g < SUMS; g++) {
+      Floats most = spread(0.f);
+      if (g < count)
+        over(
+            g,
+            [&](int i) {
+              const Ints two = load64(x + i);
+              most = max(most, max(abs(firsts(two)), abs(seconds(two))));
+            },
+            [&](int i, int left) { most = max(most, abs(left < 16 ? wide(x + i, left) : wide(x + i))); });
+      found[g] = most;
     }
-    scale[g] = top / 127.f;
-    sum[g] = zero * sum_of(total);
+    largest(found, top);
+    for (int g = SUMS; g < 16; g++) top[g] = 0;
+    const Floats tops = load(top), none = spread(0.f);
+    store(by, choose(less(none, tops), spread(127.f) / tops, none));
+    store(top, tops / spread(127.f));
+    for (int g = 0; g < count; g++) {
+      Ints all = spread(0);
+      const Floats times = spread(by[g]);
+      over(
+          g,
+          [&](int i) {
+            const Ints two = load64(x + i), even = to_ints(firsts(two) * times), odd = to_ints(seconds(two) * times);
+            all = add(all, add(even, odd));
+            store8(q + i, even, odd);
+          },
+          [&](int i, int left) {
+            const Ints v = to_ints((left < 16 ? wide(x + i, left) : wide(x + i)) * times);
+            all = add(all, v);
+            store8(q + i, v);
+          });
+      found[g] = to_floats(all);  // exact
+    }
+    sums(found, total);
+    for (int g = 0; g < count; g++) scale[g] = top[g], sum[g] = zero * int32_t(total[g]);
   }
 }
 
@@ -207,6 +240,31 @@ struct Bytes {
   }
 };
 
+// Room for rows in 8 bits, which a thread has for itself.
+struct Rows8 {
+  std::vector<int8_t> q;
+  std::vector<float> scale;
+  std::vector<int32_t> sum;
+
+  // So many rows of k inputs, to be filled one by one.
+  Bytes room(int rows, int k, int group, int zero) {
+    const int64_t stride = in8(k), groups = (k + group - 1) / group;
+    if (q.size() < size_t(rows * stride)) q.resize(rows * stride);
+    if (scale.size() < size_t(rows * groups)) scale.resize(rows * groups), sum.resize(rows * groups);
+    return {q.data(), scale.data(), sum.data(), stride, group, int(groups), std::max(zero, 1)};
+  }
+
+  // x as row `place`, which comes back.
+  Bytes take(int place, const bf16* x, int k, int group, int zero) {
+    const int64_t stride = in8(k), groups = (k + group - 1) / group;
+    int8_t* to = q.data() + place * stride;
+    float* scales = scale.data() + place * groups;
+    int32_t* sums = sum.data() + place * groups;
+    to_bytes(x, k, group, zero, to, scales, sums);
+    return {to, scales, sums, stride, group, int(groups), std::max(zero, 1)};
+  }
+};
+
 // What stands before t in 8 bits: its scale, and what its products with B are too large by.
 struct Middle {
   float scale;
@@ -218,7 +276,7 @@ struct Middle {
 struct Fast {
   // t = x A^T of one rank after the other, R of them of T tokens.
   template <int T, int R>
-  static ALWAYS void shrink8_tile(const char* a, int64_t stride_a, int in, const Bytes& x, const int32_t* tokens, float* t,
+  static ALWAYS void shrink8_tile(const char* a, int64_t stride_a, int in, const Bytes& x, int row, float* t,
                                   int64_t t_stride) {
     Floats sum[SUMS];
 #pragma GCC unroll 16
@@ -228,8 +286,8 @@ struct Fast {
       Floats by[T];
 #pragma GCC unroll 4
       for (int i = 0; i < T; i++) {
-        xv[i] = load64(x.q + tokens[i] * x.stride + k);
-        by[i] = x.by(tokens[i], k);
+        xv[i] = load64(x.q + (row + i) * x.stride + k);
+        by[i] = x.by(row + i, k);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
@@ -245,13 +303,13 @@ struct Fast {
   }
 
   template <int T>
-  static void shrink8_rows(const Weights& w, int in, const Bytes& x, const int32_t* tokens, float* t, int64_t t_stride) {
+  static void shrink8_rows(const Weights& w, int in, const Bytes& x, int row, float* t, int64_t t_stride) {
     const int64_t stride_a = in8(in);
     constexpr int R = SUMS / T;
     int r = 0;
     auto tile = [&](auto count) {
       constexpr int N = decltype(count)::value;
-      for (; r + N <= w.rank; r += N) shrink8_tile<T, N>(w.first() + r * stride_a, stride_a, in, x, tokens, t + r, t_stride);
+      for (; r + N <= w.rank; r += N) shrink8_tile<T, N>(w.first() + r * stride_a, stride_a, in, x, row, t + r, t_stride);
     };
     tile(std::integral_constant<int, R>());
     if constexpr (R > 8) tile(std::integral_constant<int, 8>());
@@ -259,17 +317,17 @@ struct Fast {
     tile(std::integral_constant<int, 1>());
   }
 
-  // The way in, in 8 bits, for tokens of one slot: t_row bytes from one's to the next one's. owed: `Bytes::owed` of each.
-  static void shrink8(const Weights& w, int in, const Bytes& x, const int32_t* tokens, int n, const float* owed, char* t_at,
-                      int64_t t_row) {
+  // The way in, in 8 bits, for n tokens of one slot, x's rows: t_row bytes from one's to the next one's. owed: `Bytes::owed`
+  // of each.
+  static void shrink8(const Weights& w, int in, const Bytes& x, int n, const float* owed, char* t_at, int64_t t_row) {
     const int64_t ranks = (w.rank + 15) / 16 * 16;
     static thread_local std::vector<float> room;
     if (room.size() < size_t(CHUNK * ranks)) room.resize(CHUNK * ranks);
     float* t = room.data();
     int i = 0;
-    for (; i + 4 <= n; i += 4) shrink8_rows<4>(w, in, x, tokens + i, t + i * ranks, ranks);
-    for (; i + 2 <= n; i += 2) shrink8_rows<2>(w, in, x, tokens + i, t + i * ranks, ranks);
-    for (; i < n; i++) shrink8_rows<1>(w, in, x, tokens + i, t + i * ranks, ranks);
+    for (; i + 4 <= n; i += 4) shrink8_rows<4>(w, in, x, i, t + i * ranks, ranks);
+    for (; i + 2 <= n; i += 2) shrink8_rows<2>(w, in, x, i, t + i * ranks, ranks);
+    for (; i < n; i++) shrink8_rows<1>(w, in, x, i, t + i * ranks, ranks);
     for (i = 0; i < n; i++) {
       auto& to = *reinterpret_cast<Middle*>(t_at + i * t_row);
       const Floats too_much = spread(owed[i]);
@@ -382,18 +440,11 @@ struct Fast {
   static void shrink8_of(const Weights& w, int in, const bf16* x, int64_t stride, const int32_t* tokens, int n, char* t,
                          int64_t t_row) {
     constexpr int GROUP = 64;
-    const int64_t width = in8(in);
-    const int groups = (in + GROUP - 1) / GROUP;
-    static thread_local std::vector<int8_t> q;
-    static thread_local std::vector<float> scale, owed;
-    static thread_local std::vector<int32_t> sum, places;
-    q.resize(n * width), scale.resize(n * groups), sum.resize(n * groups), places.resize(n), owed.resize(n);
-    for (int i = 0; i < n; i++) {
-      to_bytes(x + tokens[i] * stride, in, GROUP, ZERO8, &q[i * width], &scale[i * groups], &sum[i * groups]);
-    }
-    const Bytes bytes{q.data(), scale.data(), sum.data(), width, GROUP, groups, std::max(ZERO8, 1)};
-    for (int i = 0; i < n; i++) places[i] = i, owed[i] = bytes.owed(i);
-    shrink8(w, in, bytes, places.data(), n, owed.data(), t, t_row);
+    static thread_local Rows8 rows;
+    const Bytes bytes = rows.room(n, in, GROUP, ZERO8);
+    float owed[CHUNK];
+    for (int i = 0; i < n; i++) owed[i] = rows.take(i, x + tokens[i] * stride, in, GROUP, ZERO8).owed(0);
+    shrink8(w, in, bytes, n, owed, t, t_row);
   }
 
   // 16 U outputs of T tokens; `count` of them, where U is 1.

@@ -103,6 +103,11 @@ ALWAYS int16x8_t to_shorts(Halves<int32x4_t> v) { return vcombine_s16(vqmovn_s32
 ALWAYS void store8(int8_t* at, Ints v) {
   vst1q_s8(at, vcombine_s8(vqmovn_s16(to_shorts(v.a)), vqmovn_s16(to_shorts(v.b))));
 }
+ALWAYS void store8(int8_t* at, Ints even, Ints odd) {  // by turns, of -128 to 127
+  const int8x8_t e[2] = {vqmovn_s16(to_shorts(even.a)), vqmovn_s16(to_shorts(even.b))};
+  const int8x8_t o[2] = {vqmovn_s16(to_shorts(odd.a)), vqmovn_s16(to_shorts(odd.b))};
+  vst2_s8(at, int8x8x2_t{e[0], o[0]}), vst2_s8(at + 16, int8x8x2_t{e[1], o[1]});
+}
 ALWAYS Halves<float32x4_t> to_floats(int16x8_t v) {
   return {to_floats(vmovl_s16(vget_low_s16(v))), to_floats(vmovl_high_s16(v))};
 }

@@ -4,38 +4,11 @@
 #include <type_traits>
 #include <utility>
 
-#include "matrix.h"
+#include "panels.h"
 
 #ifdef STEP
 
 namespace loradock {
-
-// Sums that a tile holds: of so many rows, and of one or both 16 of a block's outputs, while it goes over the inputs.
-constexpr bool MANY = REGISTERS >= 32;
-constexpr int TILE = MANY ? 12 : 6;       // tokens that are multiplied with a block together
-constexpr int TILE8 = MANY ? 12 : 4;      // the same with int8,
-constexpr int GROUP_TILE = MANY ? 6 : 4;  // and where every group of inputs has a scale
-constexpr int sides(int rows, int most) { return MANY || rows <= most ? 2 : 1; }
-constexpr int ROWS = 192;  // tokens whose inputs stay in the cache while all blocks pass
-
-struct Input {  // the rows that are multiplied: bfloat16, or int8 with a scale for each row (and group)
-  const bf16* x;
-  int64_t stride;
-  float* floats;   // what x is, where the processor does not multiply bfloat16: [rows][inputs]
-  int8_t* q;
-  float* scale;    // [rows][groups]
-  int32_t* sum;    // of the row's (and group's) int8, times what was added to the weights
-
-  // A row as dot2 takes it, and elements from one to the next.
-  template <class E = Element>
-  const E* row(const Matrix& m, int i) const {
-    if constexpr (std::is_same_v<E, bf16>)
-      return x + i * stride;
-    else
-      return floats + int64_t(i) * m.k;
-  }
-  int64_t apart(const Matrix& m) const { return PAIRS ? stride : m.k; }
-};
 
 // The weights of the next block, on their way into the cache while this one is multiplied: memory is read all the time,
 // and not only while a block is new. Each of a block's tiles fetches its part of them, `step` bytes of every 128.
@@ -73,13 +46,27 @@ ALWAYS void fill(T (&s)[M][N], T v) {
     for (int j = 0; j < N; j++) s[i][j] = v;
 }
 
-// What products become too large by, since weights have no sign: of each row and group, the inputs' sums [rows][groups].
+// What a panel says of a group, and where its inputs begin.
+template <int M, bool OFFSETS = false>
+struct PanelGroup {
+  const float* scale;
+  const int32_t* owed;
+  const float* offset;
+  const int8_t* q;
+  ALWAYS explicit PanelGroup(const uint8_t* at)
+      : scale(reinterpret_cast<const float*>(at)),
+        owed(reinterpret_cast<const int32_t*>(at + 4 * M)),
+        offset(reinterpret_cast<const float*>(at + 8 * M)),
+        q(reinterpret_cast<const int8_t*>(at + (OFFSETS ? 12 : 8) * M)) {}
+};
+
+// What products become too large by, since weights have no sign.
 template <int M, int N>
-ALWAYS void owe(Ints (&s)[M][N], const int32_t* sum, int row, int groups, int g) {
+ALWAYS void owe(Ints (&s)[M][N], const int32_t* owed) {
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) s[i][j] = spread(-sum[int64_t(row + i) * groups + g]);
+    for (int j = 0; j < N; j++) s[i][j] = spread(owed[i]);
 }
 
 // To the sums those of dot4, which begin at 0 again.
@@ -103,14 +90,14 @@ ALWAYS void leave(const Floats (&s)[M][N], float* sums) {
 template <int M>
 void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 2);
-  const int64_t apart = in.apart(m);
+  const int64_t apart = in.apart();
   const int pairs = m.k / 2;
   for (int side = 0; side < 2; side += N) {
     const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
-    const Element* x = in.row(m, row);
+    const Element* x = in.pairs(m, row);
     Floats s[M][N];
     fill(s, spread(0.f));
-    for (int p = 0; p < pairs; p++, w += 128, x += 2) {
+    for (int p = 0; p < pairs; p++, w += 128, x += in.next(M)) {
       fetch<M, N>(w, ahead, side, p);
       Ints v[N];
 #pragma GCC unroll 2
@@ -124,7 +111,7 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead
 // The same for two blocks of one row: each sum is a chain of additions, and so few chains leave the processor waiting.
 inline void pair_bf16(const Matrix& m, int block, const Input& in, float* sums) {
   const uint8_t *w = m.data.data + block * m.block_bytes(), *next = w + m.block_bytes();
-  const Element* x = in.row(m, 0);
+  const Element* x = in.pairs(m, 0);
   Floats s[1][4];
   for (int j = 0; j < 4; j++) s[0][j] = spread(0.f);
   for (int p = 0; p < m.k / 2; p++, w += 128, next += 128, x += 2) {
@@ -135,15 +122,15 @@ inline void pair_bf16(const Matrix& m, int block, const Input& in, float* sums) 
   for (int j = 0; j < 4; j++) store(sums + 16 * j, s[0][j]);
 }
 
-// s[i][j] += four inputs' weights v[j], times the four int8 at q + i * stride.
+// s[i][j] += four inputs' weights v[j], times the four int8 of row i at q.
 template <int M, int N>
-ALWAYS void add8(Ints (&s)[M][N], const uint8_t* w, const int8_t* q, int64_t stride) {
+ALWAYS void add8(Ints (&s)[M][N], const uint8_t* w, const int8_t* q) {
   Ints v[N];
 #pragma GCC unroll 2
   for (int j = 0; j < N; j++) v[j] = load64(w + 64 * j);
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
-    const Ints x = spread4(q + i * stride);
+    const Ints x = spread4(q + 4 * i);
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) s[i][j] = dot8(s[i][j], v[j], x);
   }
@@ -155,8 +142,9 @@ void tile_channel8(const Matrix& m, int block, const Input& in, int row, const A
   for (int side = 0; side < 2; side += N) {
     const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
     Ints s[M][N];
-    owe(s, in.sum, row, 1, 0);
-    const int8_t* q = in.q + int64_t(row) * m.k;
+    const PanelGroup<M> of(in.panel(m, row));
+    const int8_t* q = of.q;
+    owe(s, of.owed);
     const int fours = m.k / 4;
     int p = 0;
     if constexpr (M == 1) {
@@ -164,60 +152,71 @@ void tile_channel8(const Matrix& m, int block, const Input& in, int row, const A
       fill(second, spread(0));
       for (; p + 2 <= fours; p += 2, w += 256) {
         fetch<M, 4>(w, ahead, side, p);
-        add8(s, w, q + 4 * p, 0);
-        add8(second, w + 128, q + 4 * p + 4, 0);
+        add8(s, w, q + 4 * p);
+        add8(second, w + 128, q + 4 * p + 4);
       }
       for (int j = 0; j < N; j++) s[0][j] = add(s[0][j], second[0][j]);
     }
     for (; p < fours; p++, w += 128) {
       fetch<M, N>(w, ahead, side, p);
-      add8(s, w, q + 4 * p, m.k);
+      add8(s, w, q + 4 * M * p);
     }
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) {
       const Floats scale = load(m.scale.data + block * WIDTH + 16 * (side + j));
 #pragma GCC unroll 12
       for (int i = 0; i < M; i++)
-        store(sums + i * WIDTH + 16 * (side + j), to_floats(s[i][j]) * spread(in.scale[row + i]) * scale);
+        store(sums + i * WIDTH + 16 * (side + j), to_floats(s[i][j]) * spread(of.scale[i]) * scale);
     }
   }
 }
 
-template <int M>
+// With offsets: where 4 bits were unpacked (`Unpacked`).
+template <int M, bool OFFSETS>
 void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 1);
   const int groups = m.groups();
   for (int side = 0; side < 2; side += N) {
     const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
-    const float* scale = m.scale.data + size_t(block) * groups * WIDTH + 16 * side;
+    constexpr int EACH = OFFSETS ? 2 * WIDTH : WIDTH;
+    const float* scale = m.scale.data + size_t(block) * groups * EACH + 16 * side;
     Floats f[M][N];
     fill(f, spread(0.f));
-    const int8_t* q = in.q + int64_t(row) * m.k;
-    for (int g = 0, at = 0; g < groups; g++, q += m.group, scale += WIDTH) {
+    const uint8_t* panel = in.panel(m, row);
+    for (int g = 0, at = 0; g < groups; g++, scale += EACH) {
       const int fours = std::min(m.group, m.k - g * m.group) / 4;
+      const PanelGroup<M, OFFSETS> of(panel);
+      const int8_t* q = of.q;
       Ints s[M][N];
-      owe(s, in.sum, row, groups, g);
-      for (int p = 0; p < fours; p++, w += 128) {
+      owe(s, of.owed);
+      for (int p = 0; p < fours; p++, w += 128, q += 4 * M) {
         fetch<M, N>(w, ahead, side, at++);
-        add8(s, w, q + 4 * p, m.k);
+        add8(s, w, q);
       }
-      Floats by[N];
+      panel = reinterpret_cast<const uint8_t*>(q);
+      Floats by[N], offset[N];
 #pragma GCC unroll 2
-      for (int j = 0; j < N; j++) by[j] = load(scale + 16 * j);
+      for (int j = 0; j < N; j++) {
+        by[j] = load(scale + 16 * j);
+        if constexpr (OFFSETS) offset[j] = load(scale + WIDTH + 16 * j);
+      }
 #pragma GCC unroll 12
       for (int i = 0; i < M; i++) {
-        const Floats of_row = spread(in.scale[int64_t(row + i) * groups + g]);
+        const Floats of_row = spread(of.scale[i]);
 #pragma GCC unroll 2
-        for (int j = 0; j < N; j++) f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
+        for (int j = 0; j < N; j++) {
+          f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
+          if constexpr (OFFSETS) f[i][j] = fma(spread(of.offset[i]), offset[j], f[i][j]);
+        }
       }
     }
     leave(f, sums + 16 * side);
   }
 }
 
-// s[i][j] += eight inputs' 4 bits, times the eight int8 at q + i * stride; the upper ones' to `second` where M is 1.
+// s[i][j] += eight inputs' 4 bits, times the eight int8 of row i at q; the upper ones' to `second` where M is 1.
 template <int M, int N>
-ALWAYS void add4(Ints (&s)[M][N], Ints (&second)[1][N], const uint8_t* w, const int8_t* q, int64_t stride) {
+ALWAYS void add4(Ints (&s)[M][N], Ints (&second)[1][N], const uint8_t* w, const int8_t* q) {
   Ints low[N], high[N];
 #pragma GCC unroll 2
   for (int j = 0; j < N; j++) {
@@ -226,7 +225,7 @@ ALWAYS void add4(Ints (&s)[M][N], Ints (&second)[1][N], const uint8_t* w, const 
   }
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
-    const Ints x = spread4(q + i * stride), y = spread4(q + i * stride + 4);
+    const Ints x = spread4(q + 4 * i), y = spread4(q + 4 * (M + i));
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) {
       s[i][j] = dot4(s[i][j], low[j], x);
@@ -253,44 +252,49 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
     };
     Floats f[M][N];
     fill(f, spread(0.f));
-    const int8_t* q = in.q + int64_t(row) * m.k;
+    const uint8_t* panel = in.panel(m, row);
     for (int g = 0; g < groups; g++) {
+      const PanelGroup<M, OFFSETS> of(panel);
+      const int8_t* q = of.q;
       const bf16* scale = reinterpret_cast<const bf16*>(w);
       fetched(OFFSETS ? 2 : 1);
       w += OFFSETS ? 128 : 64;
       Ints s[M][N], second[1][N];
-      owe(s, in.sum, row, groups, g);
+      owe(s, of.owed);
       fill(second, spread(0));
       int eights = std::min(m.group, m.k - g * m.group) / 8;
       if constexpr (ROUNDS4) {
         while (eights) {
           Ints part[M][N];
           fill(part, spread(0));
-          for (int e = std::min(eights, ROUNDS4 / 2); e; e--, eights--, w += 128, q += 8) {
+          for (int e = std::min(eights, ROUNDS4 / 2); e; e--, eights--, w += 128, q += 8 * M) {
             fetched(N);
-            add4(part, second, w + 64 * side, q, m.k);
+            add4(part, second, w + 64 * side, q);
           }
           take(s, part);
           if constexpr (M == 1) take(s, second);
         }
       } else {
-        for (; eights; eights--, w += 128, q += 8) {
+        for (; eights; eights--, w += 128, q += 8 * M) {
           fetched(N);
-          add4(s, second, w + 64 * side, q, m.k);
+          add4(s, second, w + 64 * side, q);
         }
         if constexpr (M == 1) take(s, second);
       }
-      Floats by[N];
+      panel = reinterpret_cast<const uint8_t*>(q);
+      Floats by[N], offset[N];
 #pragma GCC unroll 2
-      for (int j = 0; j < N; j++) by[j] = wide(scale + 16 * (side + j));
+      for (int j = 0; j < N; j++) {
+        by[j] = wide(scale + 16 * (side + j));
+        if constexpr (OFFSETS) offset[j] = wide(scale + 32 + 16 * (side + j));
+      }
 #pragma GCC unroll 12
       for (int i = 0; i < M; i++) {
-        const int64_t at = int64_t(row + i) * groups + g;
-        const Floats of_row = spread(in.scale[at]);
+        const Floats of_row = spread(of.scale[i]);
 #pragma GCC unroll 2
         for (int j = 0; j < N; j++) {
           f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
-          if constexpr (OFFSETS) f[i][j] = fma(spread(in.scale[at] * in.sum[at]), wide(scale + 32 + 16 * (side + j)), f[i][j]);
+          if constexpr (OFFSETS) f[i][j] = fma(spread(of.offset[i]), offset[j], f[i][j]);
         }
       }
     }
@@ -304,7 +308,7 @@ template <int KIND, bool OFFSETS, int M>
 constexpr Tile tile() {
   if constexpr (KIND == BF16) return tile_bf16<M>;
   if constexpr (KIND == CHANNEL8) return tile_channel8<M>;
-  if constexpr (KIND == GROUP8) return tile_group8<M>;
+  if constexpr (KIND == GROUP8) return tile_group8<M, OFFSETS>;
   if constexpr (KIND == GROUP4) return tile_group4<M, OFFSETS>;
 }
 
@@ -319,10 +323,45 @@ inline const Tile* tiles_of(const Matrix& m) {
   constexpr std::make_integer_sequence<int, GROUP_TILE> grouped;
   if (m.kind == BF16) return tiles<BF16>(std::make_integer_sequence<int, TILE>());
   if (m.kind == CHANNEL8) return tiles<CHANNEL8>(std::make_integer_sequence<int, TILE8>());
-  return m.kind == GROUP8 ? tiles<GROUP8>(grouped) : m.offsets ? tiles<GROUP4, true>(grouped) : tiles<GROUP4>(grouped);
+  if (m.kind == GROUP8) return m.offsets ? tiles<GROUP8, true>(grouped) : tiles<GROUP8>(grouped);
+  return m.offsets ? tiles<GROUP4, true>(grouped) : tiles<GROUP4>(grouped);
 }
 
-inline int most_rows(const Matrix& m) { return m.kind == BF16 ? TILE : m.kind == CHANNEL8 ? TILE8 : GROUP_TILE; }
+// A block of 4 bits as bytes, where as many tiles need it that unpacking it once pays: the same numbers, so the same sums.
+class Unpacked {
+ public:
+  Matrix block{};
+
+  // For so many tiles.
+  Unpacked(const Matrix& m, int tiles) {
+    if (m.kind != GROUP4 || ROUNDS4 || tiles < TILES) return;
+    static thread_local Buffer<uint8_t> bytes;
+    static thread_local Buffer<float> scales;
+    bytes.need(size_t(m.k) * WIDTH), scales.need(size_t(m.groups()) * (m.offsets ? 2 : 1) * WIDTH);
+    block.n = m.n, block.k = m.k, block.blocks = 1, block.kind = GROUP8, block.group = m.group, block.offsets = m.offsets;
+    block.data = bytes, block.scale = scales;
+  }
+
+  explicit operator bool() const { return block.data.data; }
+
+  void take(const Matrix& m, int b) {
+    uint8_t* to = block.data.data;
+    float* scale = block.scale.data;
+    const int halves = m.offsets ? 4 : 2;
+    for (int g = 0; g < m.groups(); g++) {
+      const uint8_t* from = m.group4(b, g);
+      for (int i = 0; i < halves; i++, scale += 16, from += 32) store(scale, wide(reinterpret_cast<const bf16*>(from)));
+      for (int eights = std::min(m.group, m.k - g * m.group) / 8; eights; eights--, from += 128, to += 256)
+        for (int j = 0; j < 128; j += 64) {
+          const Ints v = load64(from + j);
+          store64(to + j, lower4(v)), store64(to + 128 + j, upper4(v));
+        }
+    }
+  }
+
+ private:
+  static constexpr int TILES = 6;  // as was measured on a Xeon
+};
 
 // What comes on top of a product: nothing.
 struct Nothing {
@@ -334,9 +373,9 @@ struct Nothing {
 // called beforehand, where rows are few.
 // A row's sums are added up in the same order whatever rows are beside it: no answer depends on what it is computed with.
 template <class Out, class Top = Nothing>
-void multiply(const Matrix& m, const Input& in, int rows, int first, int last, Out&& out, const Top& top = {}) {
-  const Tile* tiles = tiles_of(m);
-  const int most = most_rows(m);
+void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, const Top& top = {}) {
+  const int rows = in.rows;
+  const Cut cut(rows, most_rows(m));
   alignas(64) float sums[TILE * WIDTH];
   auto given = [&](int block, int from, int to, float* s) {
     const float* bias = m.bias.data ? m.bias.data + block * WIDTH : nullptr;
@@ -346,10 +385,10 @@ void multiply(const Matrix& m, const Input& in, int rows, int first, int last, O
     for (int i = from; i < to; i++) out(i, block, s + (i - from) * WIDTH);
   };
   const size_t bytes = m.block_bytes();
-  const int passes = (rows + ROWS - 1) / ROWS;
-  for (int pass = 0; pass < passes; pass++) {  // of as equal a size as they can be: each goes over all weights
-    const int begin = int(int64_t(rows) * pass / passes), end = int(int64_t(rows) * (pass + 1) / passes);
-    const int parts = (end - begin + most - 1) / most;
+  for (int pass = 0; pass < cut.passes; pass++) {
+    const int parts = cut.tiles(pass);
+    Unpacked unpacked(m, parts);
+    const Tile* tiles = tiles_of(unpacked ? unpacked.block : m);
     for (int b = first; b < last; b++) {
       if (rows == 1 && m.kind == BF16 && b + 1 < last) {
         for (int i = 0; i < 2; i++) top.fetch(m, b + i, 0, 1);
@@ -358,30 +397,23 @@ void multiply(const Matrix& m, const Input& in, int rows, int first, int last, O
         b++;
         continue;
       }
-      for (int part = 0; part < parts; part++) {  // of as equal a size as they can be
-        const int from = begin + (end - begin) * part / parts, to = begin + (end - begin) * (part + 1) / parts;
+      if (unpacked) unpacked.take(m, b);
+      for (int part = 0; part < parts; part++) {
+        const int from = cut.tile(pass, part), to = cut.tile(pass, part + 1);
         if (rows <= 48) top.fetch(m, b, from, to);
-        // Of this tile's part: where it begins, and how much of it for 128 bytes of this block.
-        const int fetching = std::min(parts, 8);
+        // This tile's part of the next block: where it begins, and how much of it for 128 bytes of this block.
+        const int fetching = unpacked ? parts : std::min(parts, 8);
         const uint8_t* next = part < fetching ? m.data.data + (b + 1) * bytes + bytes * part / fetching : nullptr;
-        tiles[to - from - 1](m, b, in, from, Ahead{next, 128 / fetching}, sums);
+        if (unpacked) {
+          for (size_t at = 0; at < bytes / fetching; at += 64) later(next + at);
+          tiles[to - from - 1](unpacked.block, 0, in, from, Ahead{}, sums);
+        } else {
+          tiles[to - from - 1](m, b, in, from, Ahead{next, 128 / fetching}, sums);
+        }
         given(b, from, to, sums);
       }
     }
   }
-}
-
-// Whether rows must be made into something else before they are multiplied with a matrix.
-inline bool converts(const Matrix& m) { return m.kind != BF16 || !PAIRS; }
-
-// A row as the matrix wants it.
-inline void convert(const Matrix& m, const Input& in, int row) {
-  const bf16* x = in.x + row * in.stride;
-  if (m.kind != BF16) {
-    const int64_t groups = m.groups();
-    return to_bytes(x, m.k, m.group, m.zero(), in.q + int64_t(row) * m.k, in.scale + row * groups, in.sum + row * groups);
-  }
-  for (int i = 0; i < m.k; i += 16) store(in.floats + int64_t(row) * m.k + i, wide(x + i));
 }
 
 }  // namespace loradock

@@ -57,6 +57,9 @@ struct Halves {
   T a, b;
 };
 
+// The matrix by which GFNI moves the upper 4 bits of bytes down.
+constexpr long long DOWN4 = 0x1020408000000000;
+
 }  // namespace loradock
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
