@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed vllm-base gpu gpu-wheels arm64
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed vllm-base gpu gpu-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -86,6 +86,9 @@ long-prompts: setup-dev ## how long running answers wait beside long prompts, by
 
 speculation: setup-dev ## what --speculation ngram gains and costs, with and without in turns, and 1,000 answers compared (CPU); 20 minutes
 	@$(BIN)/python -m tests.campaigns.speculation $(ARGS)
+
+company: setup-dev ## the same requests alone and many at once, with every format of weights and kinds of adapters (CPU); 15 minutes
+	@$(BIN)/python -m tests.campaigns.company $(ARGS)
 
 tuning: setup-dev ## 200 examples train the embedded model on a task: seconds, and right answers before and after; 6 minutes
 	@$(BIN)/python -m tests.campaigns.tuning $(ARGS)

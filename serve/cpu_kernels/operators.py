@@ -70,6 +70,11 @@ class Plan:
         slots = slots.contiguous()
         self._kernels.loradock_set_plan(self._number, ctypes.c_void_p(slots.data_ptr()), slots.numel(), slot_count)
 
+    @property
+    def size(self) -> int:
+        """The rows of this step."""
+        return self._mapping.shape[0]
+
     def in_use(self) -> frozenset[int]:
         """The slots of this step's rows."""
         return frozenset(self._mapping.tolist()) - {-1}
@@ -134,6 +139,13 @@ class Layer:
     def touched(self) -> bool:
         """Whether a row of this step has an adapter here."""
         return self.used and any(self.rank(slot) for slot in self.plan.in_use())
+
+    def rows(self) -> list[int]:
+        """The rows of this step that have an adapter here."""
+        if not self.used:
+            return []
+        mine = {slot for slot in self.plan.in_use() if self.rank(slot)}
+        return [row for row, slot in enumerate(self.plan._mapping.tolist()) if slot in mine]
 
 
 _layers: list[Layer] = []

@@ -273,7 +273,7 @@ STEP = [
         "vllm.v1.worker.block_table:BlockTable",
         "compute_slot_mapping",
         "self num_reqs query_start_loc positions",
-        f"{_HERE}.step:compute_slot_mapping",
+        f"{_HERE}.between_steps:compute_slot_mapping",
         "for a few tokens other threads wake up later than it is done",
     ),
     Patch(
@@ -287,7 +287,7 @@ STEP = [
         "vllm.v1.sample.sampler:Sampler",
         "greedy_sample",
         "logits",
-        f"{_HERE}.step:greedy_sample",
+        f"{_HERE}.between_steps:greedy_sample",
         "of one or two rows the largest is found sooner in one thread",
     ),
 ]

@@ -83,9 +83,10 @@ struct Group {
   const int64_t* slots;
 };
 
-// Tokens of one request that follow one another.
+// Tokens of one request that follow one another: some of its prompt, or one of its answer.
 struct Tokens {
   int first, count;
+  bool prompt;
 };
 
 struct Decoder : Shape {
@@ -101,9 +102,8 @@ struct Decoder : Shape {
   Phases phases;
   Buffer<float> residual, added, whole, t;
   Buffer<bf16> x, qkv, y, act;
-  Buffer<int8_t> q;
-  Buffer<float> q_scale, floats;
-  Buffer<int32_t> q_sum, request;
+  Buffer<uint8_t> panels;
+  Buffer<int32_t> request;
 };
 
 std::vector<std::unique_ptr<Decoder>> decoders;
@@ -246,7 +246,7 @@ struct Delta {
   // Pairs of ranks, or fours in 8 bits: with 16 outputs 64 bytes each.
   static int parts(const Weights& w) { return w.eight() ? w.fours() : depth(w.rank) / 2; }
 
-  // bytes_of_x, and `Bytes::owed` of the piece's tokens: where weights are in 8 bits.
+  // bytes_of_x: of the piece's tokens, and their `Bytes::owed`, where weights are in 8 bits.
   void shrink(int piece, const bf16* x, int64_t x_stride, const Bytes& bytes_of_x, const float* owed) const {
     const Chunk& c = plan->chunks[piece / layer->slices.size()];
     const size_t s = piece % layer->slices.size();
@@ -258,7 +258,7 @@ struct Delta {
     }
     const int32_t* tokens = plan->tokens.data() + c.begin;
     char* to = t + c.begin * t_row + layer->middle_at(s);
-    if (w.eight()) return Fast::shrink8(w, layer->slices[s].in, bytes_of_x, tokens, c.end - c.begin, owed, to, t_row);
+    if (w.eight()) return Fast::shrink8(w, layer->slices[s].in, bytes_of_x, c.end - c.begin, owed, to, t_row);
     for (int r = 0; r < w.rank; r += ROW_BLOCK)
       Fast::shrink(w, layer->slices[s].in, x, x_stride, tokens, c.end - c.begin, r, std::min(ROW_BLOCK, w.rank - r), to,
                    t_row);
@@ -323,6 +323,7 @@ struct Delta {
 
 struct Step {
   const int32_t* ids;
+  const bf16* embedded;  // null, or their rows where an adapter changes some: [rows, hidden]
   const int64_t* positions;
   const Group* groups;
   int rows, requests;
@@ -518,7 +519,6 @@ void attend_head(const Decoder& d, const Block& l, const Keys& keys, bf16* q, bf
 
 // ---- attention of prompts ------------------------------------------------------------------------------------------------
 
-constexpr int FEW = 8;       // tokens of a request that are attended one by one, as an answer's are: they may be its drafts
 constexpr int QUERIES = 16;  // neighbouring tokens of a prompt that go over the keys together
 constexpr int HEADS = 4;     // and so many query heads of each at most
 constexpr int KEYS = 64;     // keys that they take at a time
@@ -717,7 +717,8 @@ void attend_token(const Decoder& d, int layer, const Step& s, int token, int h, 
 template <int HEAD>
 void attend_tokens(const Decoder& d, int layer, const Step& s, Tokens tokens, int h, bf16* qkv, bf16* out) {
   const int width = (d.heads + 2 * d.kv_heads) * HEAD, all = d.heads * HEAD;
-  if (tokens.count == 1) return attend_token<HEAD>(d, layer, s, tokens.first, h, qkv, out);
+  // Which of both it is never follows from what is beside a token: they round differently.
+  if (!tokens.prompt) return attend_token<HEAD>(d, layer, s, tokens.first, h, qkv, out);
   const Block& l = d.layers[layer];
   const int each = d.heads / d.kv_heads;
   for (int begin = 0; begin < each; begin += HEADS) {
@@ -802,14 +803,13 @@ inline int grain(int rows) { return rows > ROWS ? 6 : rows > 4 ? 1 : 2; }
 // Logits in float32, as vLLM's sampler wants them. vLLM's own are rounded to bfloat16 before: the two likeliest tokens are
 // then often equal, and which one greedy decoding takes is a matter of their numbers.
 // vLLM pads the vocabulary to a multiple of 64: only the first `columns` outputs are stored, there is no room for more.
-void head(Sharing& all, const Matrix& m, const Input& in, int rows, float* out, int64_t stride, int columns, float cap,
-          float by) {
+void head(Sharing& all, const Matrix& m, const Input& in, float* out, int64_t stride, int columns, float cap, float by) {
   auto scaled = [&](Floats v) {
     if (cap) v = capped(v, cap);
     return by == 1 ? v : v * spread(by);
   };
-  all.share((columns + WIDTH - 1) / WIDTH, rows > ROWS ? 6 : 8, [&](int first, int last) {
-    multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
+  all.share((columns + WIDTH - 1) / WIDTH, in.rows > ROWS ? 6 : 8, [&](int first, int last) {
+    multiply(m, in, first, last, [&](int row, int block, const float* sums) {
       float* to = out + row * stride + block * WIDTH;
       for (int i = 0, left = columns - block * WIDTH; i < WIDTH && left > 0; i += 16, left -= 16)
         store(to + i, scaled(load(sums + i)), left);
@@ -875,8 +875,7 @@ struct Team : Sharing {
   // The adapters' part of the way in, and int8 if the matrix wants them. Adapters in 8 bits take these: a chunk's rows are
   // converted before it is multiplied.
   Input prepare(const Matrix& m, const Delta& delta, const bf16* x, int64_t stride) {
-    Input in{x, stride, mine(d.floats), mine(d.q), mine(d.q_scale), mine(d.q_sum)};
-    const Bytes bytes{in.q, in.scale, in.sum, m.k, m.group, m.groups(), std::max(m.zero(), 1)};
+    const Input in{x, stride, mine(d.panels), s.rows};
     const bool eight = delta && delta.layer->eight;
     const int slices = delta ? int(delta.layer->slices.size()) : 0;
     const int shrinks = delta ? delta.pieces() / (eight ? slices : 1) : 0;
@@ -886,16 +885,17 @@ struct Team : Sharing {
         if (i >= shrinks) {
           if (!eight || delta.plan->slot[i - shrinks] < 0) convert(m, in, i - shrinks);
         } else if (eight) {
+          static thread_local Rows8 rows;
           const Chunk& c = delta.plan->chunks[i];
+          const Bytes bytes = rows.room(c.end - c.begin, m.k, m.group, m.zero());
           float owed[CHUNK];
-          for (int at = c.begin; at < c.end; at++) {
-            const int row = delta.plan->tokens[at];
-            convert(m, in, row);
-            owed[at - c.begin] = bytes.owed(row);
+          for (int at = 0; at < c.end - c.begin; at++) {
+            convert(m, in, delta.plan->tokens[c.begin + at], rows, at);
+            owed[at] = bytes.owed(at);
           }
           for (int p = i * slices; p < (i + 1) * slices; p++) delta.shrink(p, x, stride, bytes, owed);
         } else {
-          delta.shrink(i, x, stride, bytes, nullptr);
+          delta.shrink(i, x, stride, {}, nullptr);
         }
     };
     const int all = shrinks + converts;
@@ -912,7 +912,7 @@ struct Team : Sharing {
     const Matrix& m = *matrices[number];
     const Delta delta(lora, mine(d.t));
     const Input in = prepare(m, delta, x, stride);
-    share(m.blocks, grain(s.rows), [&](int first, int last) { multiply(m, in, s.rows, first, last, out, delta); });
+    share(m.blocks, grain(s.rows), [&](int first, int last) { multiply(m, in, first, last, out, delta); });
   }
 
   // A product onto the residual; where it is normalized before, `settle` brings it there.
@@ -991,8 +991,8 @@ struct Team : Sharing {
   }
 
   void embed(int i) {
-    const bf16* row = d.embedding + int64_t(s.ids[i]) * d.hidden;
-    if (!d.embedding) {
+    const bf16* row = s.embedded ? s.embedded + int64_t(i) * d.hidden : d.embedding + int64_t(s.ids[i]) * d.hidden;
+    if (!s.embedded && !d.embedding) {
       bf16* unpacked = d.x.data + int64_t(i) * d.hidden;
       unpack(*matrices[d.top], s.ids[i], [&](int k, uint32_t two) { std::memcpy(unpacked + k, &two, 4); });
       row = unpacked;
@@ -1023,7 +1023,7 @@ struct Team : Sharing {
     });
     if (!s.logits) return;
     const Matrix& m = *matrices[d.top];
-    head(*this, m, prepare(m, Delta(-1, nullptr), out, d.hidden), s.rows, s.logits, d.vocabulary, d.vocabulary, d.logits_cap,
+    head(*this, m, prepare(m, Delta(-1, nullptr), out, d.hidden), s.logits, d.vocabulary, d.vocabulary, d.logits_cap,
          d.logits_by);
   }
 };
@@ -1040,14 +1040,11 @@ void together(int threads, F&& work) {
 // work(all, in) in all threads, for a product that is no part of a step.
 template <class F>
 void alone(const Matrix& m, const bf16* x, int64_t stride, int rows, F&& work) {
-  static Buffer<int8_t> q;
-  static Buffer<float> scale, floats;
-  static Buffer<int32_t> sum;
+  static Buffer<uint8_t> panels;
   static Phases phases;
-  const int groups = m.groups(), most = omp_get_max_threads();
-  if (m.kind != BF16) q.need(size_t(rows) * m.k), scale.need(size_t(rows) * groups), sum.need(size_t(rows) * groups);
-  if (m.kind == BF16 && !PAIRS) floats.need(size_t(rows) * m.k);
-  const Input in{x, stride, floats.data, q.data, scale.data, sum.data};
+  const int most = omp_get_max_threads();
+  if (converts(m)) panels.need(rows * Input::row_bytes(m));
+  const Input in{x, stride, panels.data, rows};
   phases.begin(2, most);
   together(most, [&](int thread, int threads) {
     Sharing all{phases, thread, threads};
@@ -1098,10 +1095,11 @@ void loradock_decoder_cache(int number, bf16* const* caches, const int* groups, 
   d.block_size = block_size, d.cache_block = block, d.cache_head = head;
 }
 
-// One step: ids and positions of `rows` tokens, of which request r has those from starts[r] to starts[r + 1].
+// One step: ids and positions of `rows` tokens, of which request r has those from starts[r] to starts[r + 1]. Its prompt ends
+// at position prompts[r]; what comes then are its answer and drafts of it. embedded: null, or the rows of `ids`.
 // out: [rows, hidden], normalized. logits: null, or [rows, vocabulary]. Not 0: the adapters' plan is not this step's.
-int loradock_step(int number, const int32_t* ids, const int64_t* positions, const Group* groups, int rows,
-                  const int32_t* starts, int requests, bf16* out, float* logits) {
+int loradock_step(int number, const int32_t* ids, const bf16* embedded, const int64_t* positions, const Group* groups, int rows,
+                  const int32_t* starts, const int32_t* prompts, int requests, bf16* out, float* logits) {
   Decoder& d = *decoders[number];
   bool decode = rows == requests;
   // vLLM shares a block from the step on that fills it: who has the same prompt may read it in this very step.
@@ -1109,18 +1107,19 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
   std::vector<Tokens>& runs = d.runs;
   runs.clear();
   for (int r = 0; r < requests; r++) {
-    const int end = starts[r + 1], most = end - starts[r] > FEW ? QUERIES : 1;
-    for (int i = starts[r]; i < end; i += most) runs.push_back({i, std::min(most, end - i)});
+    const int first = starts[r], end = starts[r + 1];
+    const int answer = int(std::clamp<int64_t>(first + prompts[r] - positions[first], first, end));
+    for (int i = first; i < answer; i += QUERIES) runs.push_back({i, std::min(QUERIES, answer - i), true});
+    for (int i = answer; i < end; i++) runs.push_back({i, 1, false});
   }
-  const Step s{ids, positions, groups, rows, requests, runs.data(), int(runs.size()), decode, logits};
+  const Step s{ids, embedded, positions, groups, rows, requests, runs.data(), int(runs.size()), decode, logits};
   const size_t n = rows;
-  size_t wide = std::max({d.hidden, d.inner, d.heads * d.head}), ranks = 0;
-  size_t scales = d.top < 0 ? 1 : matrices[d.top]->groups();
+  auto panel_of = [](int m) { return converts(*matrices[m]) ? Input::row_bytes(*matrices[m]) : 0; };
+  size_t ranks = 0, panel = d.top < 0 ? 0 : panel_of(d.top);
   bool whole = false;
   for (const Block& l : d.layers) {
     whole |= bool(l.whole_norms);
-    for (int m : {l.qkv, l.o, l.gate_up, l.down})
-      scales = std::max(scales, size_t(matrices[m]->groups()));
+    for (int m : {l.qkv, l.o, l.gate_up, l.down}) panel = std::max(panel, panel_of(m));
     for (int a : {l.lora_qkv, l.lora_o, l.lora_gate_up, l.lora_down}) {
       if (a < 0) continue;
       if (!layers[a]->plan->chunks.empty() && layers[a]->plan->rows != rows) return 1;
@@ -1137,10 +1136,7 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
   d.y.need(n * d.heads * d.head);
   d.act.need(n * d.inner);
   d.t.need(each * (ranks + 1));
-  if (!PAIRS) d.floats.need(each * wide);
-  d.q.need(each * wide + 64);  // read to the end of 64
-  d.q_scale.need(each * scales);
-  d.q_sum.need(each * scales);
+  d.panels.need(each * panel);
   d.request.need(n);
   for (int r = 0; r < requests; r++)
     for (int i = starts[r]; i < starts[r + 1]; i++) d.request.data[i] = r;
@@ -1153,7 +1149,7 @@ int loradock_step(int number, const int32_t* ids, const int64_t* positions, cons
 void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride, int columns,
                      float cap, float by) {
   const Matrix& m = *matrices[number];
-  alone(m, x, stride, rows, [&](Sharing& all, const Input& in) { head(all, m, in, rows, out, out_stride, columns, cap, by); });
+  alone(m, x, stride, rows, [&](Sharing& all, const Input& in) { head(all, m, in, out, out_stride, columns, cap, by); });
 }
 
 // out[rows, n] = x W^T, in bfloat16: for one layer by itself.
@@ -1161,7 +1157,7 @@ void loradock_linear(int number, const bf16* x, int64_t stride, int rows, bf16* 
   const Matrix& m = *matrices[number];
   alone(m, x, stride, rows, [&](Sharing& all, const Input& in) {
     all.share(m.blocks, grain(rows), [&](int first, int last) {
-      multiply(m, in, rows, first, last, [&](int row, int block, const float* sums) {
+      multiply(m, in, first, last, [&](int row, int block, const float* sums) {
         for (int i = 0; i < WIDTH && m.output(block, i) < m.n; i += 16)
           store(out + int64_t(row) * m.n + m.output(block, i), load(sums + i));
       });

@@ -21,20 +21,19 @@ from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.v1.attention.backends import cpu_attn
-from vllm.v1.worker.block_table import SlotMappingMode
 
 from serve.cpu_kernels import eight_bits, one_copy, packing, pages, tally
 from serve.cpu_kernels.architecture import Layer, Norm, Unknown, bare, read
 from serve.cpu_kernels.build import cache_folder, instructions, library
 from serve.cpu_kernels.install import free_memory
 from serve.cpu_kernels.operators import Layer as Adapters
+from serve.cpu_kernels.operators import lora_linear
 from serve.cpu_kernels.packing import at as _at
 from serve.cpu_kernels.structures import BlockView, GroupView, NormView, ShapeView
 
 log = logging.getLogger("loradock")
 
 RESERVE = 1 << 30
-FEW = 64  # tokens whose slots are sooner computed here than other threads wake up
 
 
 class Fused:
@@ -45,7 +44,7 @@ class Fused:
         decoder = read(model, config.model_config.max_model_len)
         kernels = library()
         assert kernels is not None
-        self.kernels, self.decoder = kernels, decoder
+        self.runner, self.kernels, self.decoder = runner, kernels, decoder
         self.hidden, self.vocabulary = decoder.hidden, decoder.vocabulary
         first = decoder.layers[0]
         shape = ShapeView(
@@ -81,8 +80,9 @@ class Fused:
         # The head's further rows are padding.
         self.kernels.loradock_decoder_head(self.number, self.head, self.vocabulary)
         self.ready: torch.Tensor | None = None  # the logits of the step that was just computed
-        # Adapters of the embedding and the output layer are vLLM's: so are the steps, or logits, of tokens with one.
-        self.embeds, self.heads = _adapted(model.model.embed_tokens), _adapted(model.logits_processor)
+        # Where an adapter changes the embedding, the rows are looked up by vLLM's.
+        self.embed, self.embeds = model.model.embed_tokens, _adapted(model.model.embed_tokens)
+        self.heads = _adapted(model.logits_processor)
 
     def _add(self, layer: Layer) -> None:
         matrices, loras = [], []
@@ -144,31 +144,28 @@ class Fused:
         rows = ids.shape[0]
         if rows > self.most:
             raise Elsewhere("rows")
-        if self.embeds is not None and self.embeds.touched():
-            raise Elsewhere("adapter")
         self._bind(metadata)
         metas = [metadata[name] for name in self.groups]
         meta = metas[0]
         if rows != meta.num_actual_tokens or any(it.causal is not True for it in metas):
             raise Elsewhere("attention")
-        groups = (GroupView * len(metas))(
-            *(
-                GroupView(it.block_table.data_ptr(), it.block_table.stride(0), it.slot_mapping.data_ptr())
-                for it in metas
-            )
-        )
+        views = [GroupView(_at(it.block_table), it.block_table.stride(0), _at(it.slot_mapping)) for it in metas]
+        groups = (GroupView * len(metas))(*views)
+        embedded = self.embed(ids) if self.embeds is not None and self.embeds.touched() else None
         out = torch.empty((rows, self.hidden), dtype=torch.bfloat16)
         requests = meta.seq_lens.shape[0]
         # Where each request has one token, vLLM asks for all of their logits next.
-        ahead = rows == requests and self.head >= 0 and not self._heads_touched()
+        ahead = rows == requests and self.head >= 0
         self.ready = torch.empty((rows, self.vocabulary), dtype=torch.float32) if ahead else None
         refused = self.kernels.loradock_step(
             self.number,
             _at(ids),
+            _at(embedded),
             _at(positions),
             groups,
             rows,
             _at(meta.query_start_loc),
+            _at(self.runner.input_batch.num_prompt_tokens_cpu_tensor),
             requests,
             _at(out),
             _at(self.ready),
@@ -179,10 +176,30 @@ class Fused:
         tally.fused()
         return out
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """(rows, vocabulary) in float32, not rounded on the way; None where vLLM has to compute them."""
-        if self.head < 0 or self._heads_touched():
+    def logits(self, hidden: torch.Tensor, ready: torch.Tensor | None = None) -> torch.Tensor | None:
+        """(rows, vocabulary) in float32, not rounded on the way; None where vLLM has to compute them.
+
+        ready: those of the base, if the step has computed them; they are written over.
+        """
+        if self.head < 0:
             return None
+        cap, by = self.decoder.logits_cap, self.decoder.logits_by
+        out = self._multiplied(hidden, cap, by) if ready is None or len(ready) != len(hidden) else ready
+        heads = self.heads
+        if heads is None or not (own := heads.rows()):
+            return out
+        if heads.plan.size != len(hidden) or heads.b[0].dtype != hidden.dtype:
+            return None
+        # vLLM's product depends on how many rows it has: an answer would depend on who else is there.
+        moved = torch.zeros((len(hidden), heads.sizes[0]), dtype=hidden.dtype)
+        lora_linear(moved, hidden.contiguous(), heads.number)
+        mine = self._multiplied(hidden[own], 0.0, 1.0) if cap or by != 1 else out[own]
+        mine += moved[own, : self.vocabulary]
+        out[own] = (torch.tanh(mine / cap) * cap if cap else mine) * by
+        return out
+
+    def _multiplied(self, hidden: torch.Tensor, cap: float, by: float) -> torch.Tensor:
+        """The output layer's product of these rows, without adapters."""
         out = torch.empty((hidden.shape[0], self.vocabulary), dtype=torch.float32)
         self.kernels.loradock_logits(
             self.head,
@@ -192,13 +209,10 @@ class Fused:
             _at(out),
             ctypes.c_int64(out.stride(0)),
             self.vocabulary,
-            ctypes.c_float(self.decoder.logits_cap),
-            ctypes.c_float(self.decoder.logits_by),
+            ctypes.c_float(cap),
+            ctypes.c_float(by),
         )
         return out
-
-    def _heads_touched(self) -> bool:
-        return self.heads is not None and self.heads.touched()
 
     def _bind(self, metadata: dict[str, Any]) -> None:
         """Tell the kernels where the caches are, and which layers share block tables, once they are there."""
@@ -401,9 +415,8 @@ def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs:
 def _compute_logits(
     fused: Fused, original: Callable[..., torch.Tensor | None], hidden: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor | None:
-    logits, fused.ready = fused.ready, None
-    if logits is None or logits.shape[0] != hidden.shape[0]:
-        logits = fused.logits(hidden)
+    ready, fused.ready = fused.ready, None
+    logits = fused.logits(hidden, ready)
     return original(hidden, *args, **kwargs) if logits is None else logits
 
 
@@ -419,32 +432,3 @@ def model_forward(original: Callable[..., Any], runner: Any, *args: Any, **kwarg
         return original(runner, *args, **kwargs)
     out = fused.step(ids, kwargs["positions"])
     return original(runner, *args, **kwargs) if out is None else out
-
-
-def compute_slot_mapping(
-    original: Callable[..., None], table: Any, requests: int, starts: torch.Tensor, positions: torch.Tensor
-) -> None:
-    kernels = library()
-    if kernels is None or positions.shape[0] > FEW or table.slot_mapping_mode != SlotMappingMode.TOKEN_TO_KV_SLOT:
-        original(table, requests, starts, positions)
-        return
-    blocks = table.block_table.gpu
-    kernels.loradock_slots(
-        _at(starts),
-        _at(positions),
-        _at(blocks),
-        ctypes.c_int64(blocks.stride(0)),
-        ctypes.c_int64(table.block_size),
-        _at(table.slot_mapping.gpu),
-        requests,
-    )
-
-
-def greedy_sample(original: Callable[..., torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-    rows, size = logits.shape
-    kernels = library()
-    if kernels is None or rows > 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
-        return original(logits)
-    first = logits.data_ptr()
-    best = [kernels.loradock_argmax(ctypes.c_void_p(first + 4 * size * i), ctypes.c_int64(size)) for i in range(rows)]
-    return torch.tensor(best, dtype=torch.int64)

@@ -16,7 +16,7 @@ REASONS = {
     "output": "the output layer is not known",
     "adapters": "the adapters are vLLM's own path's",
     "engine": "the engine is spread, has a speculative_config, hands its KV cache over or generates nothing",
-    "adapter": "an adapter of the step changes the embedding, or came in between",
+    "adapter": "an adapter came in between",
     "rows": "the processor has tile instructions, which vLLM's products use for many tokens",
     "cache": "the KV cache lies in another way",
     "embeddings": "the prompt is embeddings and not tokens",

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 LEAST, LONGEST, PLACES = 3, 32, 8
 # Tokens of a sequence that are looked through; those after them are not.
 KEPT = 1 << 16
-# The most that is drafted of one sequence, and in one step. With the token before them they are as many as the fused
-# step attends one by one (FEW in step.cpp): so each is to the last bit what it is without drafts.
+# The most that is drafted of one sequence, and in one step.
 MOST, MOST_IN_STEP = 7, 32
 # What a sequence may lose by wrong drafts, in tokens: at first, for each token that it has said, and at a time.
 CREDIT, RATE, CREDIT_KEPT = 0.5, 0.01, 2.0

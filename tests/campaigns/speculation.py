@@ -37,7 +37,6 @@ SETTINGS = ("--max-model-len", "2048", "--no-probe", "--no-enable-prefix-caching
 KINDS = ("extraction", "edit", "chat")
 TOKENS = 200
 SHORT = 96  # tokens of an answer that is compared
-ENDS = ("<|im_end|>", "<|endoftext|>", "")
 NAMES = (
     "Maria Lopez",
     "Peter Novak",
@@ -146,40 +145,41 @@ def speed(plain: Server, drafting: Server, rounds: int, count: int, streams: int
     return rows
 
 
-def apart(plain: Server, prompt: str, answers: Sequence[str]) -> float:
+def apart(plain: Server, prompt: str, answers: Sequence[Sequence[int]]) -> float:
     """Nats by which the first token that differs was less likely than the one that is said alone, without drafts.
 
-    Either of two answers may be the one that differs: what is beside a request moves a near tie too.
+    Either of two answers may be the one that differs: what is beside a request moves a near tie too. By tokens, and not
+    by their texts: " ordered" begins as " " does.
     """
-    said = ask(plain, prompt, max_tokens=SHORT, logprobs=True, top_logprobs=20)["choices"][0]["logprobs"]["content"]
+    more = {"max_tokens": SHORT, "logprobs": True, "top_logprobs": 20, "return_tokens_as_token_ids": True}
+    said = ask(plain, prompt, **more)["choices"][0]["logprobs"]["content"]
     return max(_apart(said, answer) for answer in answers)
 
 
-def _apart(said: Sequence[dict[str, Any]], other: str) -> float:
-    text = ""
-    for place in said:
-        if not other.startswith(text + place["token"]):
-            tops = place["top_logprobs"]
-            likely = [top for top in tops if other.startswith(text + top["token"]) and top["token"]]
-            if other == text:
-                likely = [top for top in tops if top["token"] in ENDS]
-            return place["logprob"] - max((top["logprob"] for top in likely), default=-99.0)
-        text += place["token"]
-    return 0.0  # the same, or it goes on where the other ended: the end is not among the texts
+def _apart(said: Sequence[dict[str, Any]], other: Sequence[int]) -> float:
+    for place, number in zip(said, other, strict=False):
+        if place["token"] != f"token_id:{number}":
+            tops = {top["token"]: top["logprob"] for top in place["top_logprobs"]}
+            return place["logprob"] - tops.get(f"token_id:{number}", -99.0)
+    return 0.0  # the same, or one goes on where the other ended: the end is not among the tokens
 
 
-def equal(plain: Server, drafting: Server, count: int, together: int, seed: int) -> tuple[int, list[float]]:
-    """How many answers are the same, and how far apart the others are where they part."""
+def equal(plain: Server, drafting: Server, count: int, together: int, seed: int) -> tuple[int, int, list[float]]:
+    """How many answers are the same with drafts, how many when they are asked for again without, and how far apart the
+    former are where they part.
+    """
     asked = [prompt for kind in KINDS for prompt in prompts(kind, -(-count // len(KINDS)), seed)][:count]
     answers = []
-    for server in (plain, drafting):
+    for server in (plain, drafting, plain):
         with ThreadPoolExecutor(together) as pool:
-            replies = pool.map(lambda prompt, server=server: ask(server, prompt, max_tokens=SHORT), asked)
-            answers.append(
-                [(it["choices"][0]["message"]["content"], it["usage"]["completion_tokens"]) for it in replies]
+            replies = pool.map(
+                lambda prompt, server=server: ask(server, prompt, max_tokens=SHORT, return_token_ids=True), asked
             )
-    pairs = [(prompt, one, other) for prompt, one, other in zip(asked, *answers, strict=True) if one != other]
-    return len(asked) - len(pairs), [apart(plain, prompt, (one[0], other[0])) for prompt, one, other in pairs]
+            answers.append([it["choices"][0]["token_ids"] for it in replies])
+    first, drafted, again = answers
+    pairs = [(prompt, one, other) for prompt, one, other in zip(asked, first, drafted, strict=True) if one != other]
+    same_again = sum(one == other for one, other in zip(first, again, strict=True))
+    return len(asked) - len(pairs), same_again, [apart(plain, prompt, both) for prompt, *both in pairs]
 
 
 def main() -> None:
@@ -208,10 +208,11 @@ def main() -> None:
                 for row in speed(plain, drafting, given.rounds, given.prompts, given.streams):
                     print(row, flush=True)
             before = drafted(drafting)
-            same, gaps = equal(plain, drafting, given.equal, given.together, given.seed)
+            same, again, gaps = equal(plain, drafting, given.equal, given.together, given.seed)
             made, right = (now - then for now, then in zip(drafted(drafting), before, strict=True))
     worst = max(gaps, default=0)
     print(f"\n{same} of {given.equal} answers are the same; the others part at tokens {worst:.3f} nats apart")
+    print(f"{again} of {given.equal} are when they are asked for once more without drafts")
     print(f"{right:.0f} of {made:.0f} drafts were right there")
     if worst > TOLERANCE:
         sys.exit("an answer differs by more than rounding explains")

@@ -214,7 +214,8 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
         if int8 is not None:
             step["int8"] = compared(self.model, int8, out8, exact)
         if ahead is not None:
-            step["ahead"] = off(ahead, type(self.model).compute_logits(self.model, out))
+            with_adapters = fused.logits(out, ahead)  # the step computes the base's
+            step["ahead"] = off(with_adapters, type(self.model).compute_logits(self.model, out))
         step["weights"] = fused.weights
         seen.append(step)
         return exact

@@ -134,9 +134,17 @@ class Engine:
         self.free = torch.randperm(kind.blocks - 1).add(1).tolist()  # block 0 is nobody's
         self.blocks: dict[tuple[int, int], list[int]] = {}
         self.attn_metadata: dict[str, SimpleNamespace] = {}
+        self.prompts = torch.zeros(0, dtype=torch.int32)
 
-    def schedule(self, spans: dict[int, tuple[int, int]]) -> tuple[torch.Tensor, int]:
-        """The tokens from `begin` to `end` of each request; their positions come back."""
+    def schedule(
+        self, spans: dict[int, tuple[int, int]], prompts: dict[int, int] | None = None
+    ) -> tuple[torch.Tensor, int]:
+        """The tokens from `begin` to `end` of each request; their positions come back.
+
+        prompts: how long requests' prompts are. Of others several tokens are of the prompt, and one is of the answer.
+        """
+        lengths = {request: end if end > begin + 1 else 0 for request, (begin, end) in spans.items()} | (prompts or {})
+        self.prompts = torch.tensor([lengths[request] for request in spans], dtype=torch.int32)
         starts = torch.tensor([0, *(end - begin for begin, end in spans.values())]).cumsum(0).int()
         positions = torch.cat([torch.arange(begin, end) for begin, end in spans.values()])
         for window in self.windows:
@@ -228,5 +236,11 @@ def fused_of(monkeypatch: Any, decoder: Decoder, kind: int = packing.BF16) -> st
     decoder.head.loradock_matrix = packing.matrix(decoder.head.weight, kind)
     decoder.head.loradock_weights = packing.words(kind, decoder.head.loradock_matrix)
     model = SimpleNamespace(model=SimpleNamespace(embed_tokens=None), logits_processor=None)
+
+    class Batch:
+        @property
+        def num_prompt_tokens_cpu_tensor(self) -> torch.Tensor:
+            return step.get_forward_context().prompts
+
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1))
-    return step.Fused(SimpleNamespace(vllm_config=config, get_model=lambda: model))
+    return step.Fused(SimpleNamespace(vllm_config=config, get_model=lambda: model, input_batch=Batch()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from vllm.platforms import current_platform
 if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
-from serve.cpu_kernels import build, packing, step
+from serve.cpu_kernels import build, operators, packing, step
 from serve.cpu_kernels.architecture import CENTERED, GELU_TANH, PLAIN, SILU, Decoder, Layer, Norm, Rope, Unknown
 from serve.cpu_kernels.operators import packed_linear
 from tests.support.decoders import BLOCK, Adapters, Engine, Kind, decoder_of, fused_of
@@ -255,20 +256,75 @@ def test_sizes_that_the_kernels_do_not_have_are_named(monkeypatch, kind):
 
 @pytest.mark.parametrize("name", ["plain", "windows in some layers", "heads of 96"])
 def test_a_token_is_the_same_to_the_last_bit_however_its_prompt_is_cut_and_whatever_is_beside_it(monkeypatch, name):
+    """In few large pieces, and in such that leave few tokens, or one, to go over the keys together."""
     kind = KINDS[name]
     decoder, _ = decoder_of(kind)
     fused = fused_of(monkeypatch, decoder)
     ids = torch.randint(VOCABULARY, (140,), dtype=torch.int32)
     outputs = []
-    for cuts in ((0, 140), (0, 30, 75, 95, 140), (0, 64, 73, 140)):
+    for cuts in ((0, 140), (0, 30, 75, 95, 140), (0, 64, 73, 140), (0, 17, 18, 23, 40, 75, 139, 140)):
         engine = Engine(kind)
         monkeypatch.setattr(step, "get_forward_context", lambda engine=engine: engine)
         parts = []
         for begin, end in pairwise(cuts):
-            positions, _ = engine.schedule({0: (begin, end), **({1: (0, 20)} if begin == 75 else {})})
+            positions, _ = engine.schedule({0: (begin, end), **({1: (0, 20)} if begin == 75 else {})}, {0: 140})
             parts.append(fused.step(ids[positions], positions)[: end - begin])
         outputs.append(torch.cat(parts))
-    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_an_adapter_of_the_embedding_changes_its_own_rows_and_no_bit_of_those_beside(monkeypatch):
+    kind = KINDS["plain"]
+    decoder, _ = decoder_of(kind)
+    fused, ids = fused_of(monkeypatch, decoder), torch.randint(VOCABULARY, (60,), dtype=torch.int32)
+    changed = torch.zeros(60, fused.hidden).bfloat16()
+    changed[20:40] = torch.randn(20, fused.hidden).bfloat16()
+    outputs = []
+    for embeds in (
+        None,
+        lambda ids: decoder.embedding.weight[ids],
+        lambda ids: decoder.embedding.weight[ids] + changed,
+    ):
+        engine = Engine(kind)
+        monkeypatch.setattr(step, "get_forward_context", lambda engine=engine: engine)
+        fused.embed, fused.embeds = embeds, SimpleNamespace(touched=lambda: True) if embeds else None
+        positions, _ = engine.schedule({0: (0, 20), 1: (0, 20), 2: (0, 20)})
+        outputs.append(fused.step(ids, positions))
+    looked_up, same, moved = outputs
+    assert torch.equal(looked_up, same)
+    assert torch.equal(looked_up[:20], moved[:20]) and torch.equal(looked_up[40:], moved[40:])
+    assert not torch.isclose(looked_up[20:40], moved[20:40]).any(1).all()
+
+
+@pytest.mark.parametrize("multipliers", [(1, 1, 1, 0), (1, 1, 0.25, 0), (1, 1, 1, 3.0)], ids=["plain", "by", "cap"])
+def test_an_adapter_of_the_output_layer_moves_its_own_logits_and_no_bit_of_those_beside(monkeypatch, multipliers):
+    """Also where logits are multiplied, or capped: after the adapter has been added."""
+    kind = replace(KINDS["plain"], multipliers=multipliers)
+    decoder, _ = decoder_of(kind)
+    fused, hidden = fused_of(monkeypatch, decoder), torch.randn(6, kind.hidden).bfloat16()
+    a, b = torch.zeros(2, 1, 16, kind.hidden).bfloat16(), torch.zeros(2, 1, VOCABULARY, 16).bfloat16()
+    a[1, 0, :4], b[1, 0, :, :4] = torch.randn(4, kind.hidden) * 0.1, torch.randn(VOCABULARY, 4)
+    plan = operators.Plan()
+    heads = operators.Layer(plan, (a,), (b,), (VOCABULARY,))
+    for slot in range(2):
+        operators.load([heads], slot)
+    plain, fused.heads = fused.logits(hidden), heads
+    for slots in ([-1, 1, 0, 1, -1, 1], [1] * 6, [-1, 0, -1, -1, 0, 0]):
+        plan.set(torch.tensor(slots), 2)
+        whose = torch.tensor(slots) == 1
+        weights = decoder.head.weight.float() + whose[:, None, None] * (b[1, 0].float() @ a[1, 0].float())
+        wanted = torch.einsum("th,tvh->tv", hidden.float(), weights)
+        if decoder.logits_cap:
+            wanted = decoder.logits_cap * torch.tanh(wanted / decoder.logits_cap)
+        for ready in (None, plain.clone()):
+            got = fused.logits(hidden, ready)
+            assert torch.equal(got[~whose], plain[~whose])
+            assert (got - wanted * decoder.logits_by).abs().max() < 0.02 * wanted.abs().max() * decoder.logits_by
+            for row in whose.nonzero().flatten().tolist():
+                plan.set(torch.tensor(slots[row : row + 1]), 2)
+                assert torch.equal(fused.logits(hidden[row : row + 1]), got[row : row + 1]), "alone"
+            plan.set(torch.tensor(slots), 2)
+    assert not whose.any() and (got == plain).all()
 
 
 @pytest.mark.parametrize("name", ["plain", "windows in some layers", "heads of 96"])
@@ -286,7 +342,7 @@ def test_a_token_with_drafts_behind_it_is_to_the_last_bit_what_it_is_alone(monke
         fused.step(ids[positions], positions)
         parts, at = [], 40
         while at < 72:
-            positions, _ = engine.schedule({0: (at, at + 1 + drafts), 1: (at - 40, at - 39)})
+            positions, _ = engine.schedule({0: (at, at + 1 + drafts), 1: (at - 40, at - 39)}, {0: 40})
             drafted = ids[positions]
             drafted[4 : 1 + drafts] = 0  # the first three are right
             right = min(4, 1 + drafts)

@@ -33,6 +33,21 @@ def following(tokens: list[int]) -> int:
     return 7 if random.Random(len(tokens)).random() < 0.05 else PHRASE[place]
 
 
+class Clock:
+    """The time of steps that take what they should: nothing here is computed, so real time says what else ran."""
+
+    TOKEN = 0.1  # of what a step of one token takes
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def computed(self, tokens: int) -> None:
+        self.now += 1 + self.TOKEN * (tokens - 1)
+
+
 @pytest.fixture
 def scheduler(tmp_path, monkeypatch) -> Scheduler:
     """vLLM's own with our part in it, before a model that verifies drafts."""
@@ -42,6 +57,8 @@ def scheduler(tmp_path, monkeypatch) -> Scheduler:
         assert patch.misfit() is None
         patch.apply()
     monkeypatch.setattr(verification, "_refusal", "")
+    made.clock = Clock()
+    made.loradock_speculation = speculation.Speculation(made.clock)
     return made
 
 
@@ -60,6 +77,7 @@ def answered(scheduler: Scheduler, *requests: Request, together: int = 100) -> t
         output = scheduler.schedule()
         drafts = output.scheduled_spec_decode_tokens
         steps.append({name: len(each) for name, each in drafts.items()})
+        scheduler.clock.computed(output.total_num_scheduled_tokens)
         names = list(output.num_scheduled_tokens)
         sampled = []
         for name in names:
