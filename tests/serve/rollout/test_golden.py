@@ -1,4 +1,4 @@
-"""Golden sets: kept for an adapter, run in the gaps of traffic, and what their scores lead to."""
+"""Golden sets: kept for an adapter, and run in the gaps of traffic."""
 
 from __future__ import annotations
 
@@ -10,71 +10,13 @@ from dataclasses import replace
 import pytest
 
 from serve.errors import EngineUnavailable
-from serve.rollout import golden_schedule
-from serve.rollout.canary import CanaryVerdict
 from serve.rollout.golden_schedule import RETRY_SECONDS, charge_nobody, due_cases
 from serve.rollout.golden_scoring import Result
 from serve.rollout.golden_set import GoldenSet
-from serve.rollout.golden_store import GoldenStore, Outcome
-from serve.rollout.policy import DEFAULT_POLICIES
-from serve.rollout.sequential_test import Verdict
+from serve.rollout.golden_store import Outcome
 from tests.support.app import push_two, upload
 from tests.support.backend import FakeBackend
-
-GOLDEN = "/v1/adapters/tone/golden"
-
-
-def cases(count, **more):
-    return [{"prompt": f"Question {number}", "contains": "yes", "max_tokens": 4, **more} for number in range(count)]
-
-
-class Skill:
-    """What part of the questions each version answers rightly: those with the lowest numbers of a hundred."""
-
-    def __init__(self, backend, usual=1.0):
-        self.usual, self.of, self.asked = usual, {}, []
-        backend.say = self.say
-
-    def say(self, body):
-        prompt = body.get("prompt") or body["messages"][-1]["content"]
-        self.asked.append(body)
-        if not prompt.startswith("Question"):
-            return prompt
-        return "yes" if int(prompt.split()[1]) % 100 < 100 * self.of.get(body["model"], self.usual) else "no"
-
-
-async def put(client, entries):
-    answer = await client.put(GOLDEN, json={"cases": entries})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-async def results(client, version=None):
-    answer = await client.get(f"{GOLDEN}/results", params={} if version is None else {"version": version})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-async def until(condition, seconds=10.0):
-    for _ in range(int(seconds / 0.05)):
-        if value := await condition():
-            return value
-        await asyncio.sleep(0.05)
-    return await condition()
-
-
-async def ran(client, version):
-    """The results once each case of the version was asked."""
-
-    async def complete():
-        answer = await results(client, version)
-        known = {row["version"]: row for row in answer["versions"]}
-        return answer if not answer["running"] and version in known and not known[version]["missing"] else None
-
-    client._transport.app.state.parts.golden.runs.wake()
-    answer = await until(complete)
-    assert answer, await results(client, version)
-    return next(row for row in answer["versions"] if row["version"] == version), answer
+from tests.support.golden import GOLDEN, Skill, cases, put, ran, until
 
 
 async def test_a_score_of_what_is_live_that_fell_is_told_once(client, backend, make_adapter):
@@ -334,137 +276,6 @@ async def test_a_judge_must_be_one_that_the_adapters_tenant_may_ask(operator, is
     assert (await operator.put("/v1/adapters/acme/tone/golden", json={"cases": judged})).status_code == 400
 
 
-async def test_a_canary_that_is_worse_by_ten_points_is_taken_back_with_the_number_of_cases(
-    client, backend, make_adapter
-):
-    skill = Skill(backend, usual=0.95)
-    _, canary = await push_two(client, make_adapter)
-    skill.of[canary] = 0.85
-    await put(client, cases(400))
-    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
-    client._transport.app.state.parts.golden.runs.wake()
-
-    async def ended():
-        return (await client.get("/v1/adapters/tone")).json()["canary"] is None
-
-    assert await until(ended, seconds=60), (await results(client))["canary"]
-    entry = (await client.get("/v1/adapters/tone")).json()["history"][-1]
-    assert (entry["who"], entry["what"]) == ("wayback", "canary_end") and entry["why"].startswith("golden: ")
-    evidence = json.loads(entry["why"].partition(": ")[2])["golden"]
-    assert evidence["cases"] <= 400 and 0.05 < evidence["worse_by"] < 0.2
-    assert evidence["log_evidence"] >= evidence["log_threshold"]
-
-    async def counted():
-        return (
-            'loradock_rollbacks_total{adapter="tone",reason="golden",version="v2"} 1.0'
-            in (await client.get("/metrics")).text
-        )
-
-    assert await until(counted)
-
-
-async def test_a_verdict_that_could_not_be_noted_at_first_is_acted_on_later(client, backend, make_adapter, monkeypatch):
-    skill = Skill(backend)
-    _, canary = await push_two(client, make_adapter)
-    skill.of[canary] = 0.0
-    announce, failures = GoldenStore.announce, []
-
-    def fail_once(store, name, verdict):
-        if not failures:
-            failures.append(verdict)
-            raise EngineUnavailable("the registry did not take the change")
-        announce(store, name, verdict)
-
-    monkeypatch.setattr(GoldenStore, "announce", fail_once)
-    monkeypatch.setattr(golden_schedule, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(golden_schedule, "LOOK_SECONDS", 0.1)
-    await put(client, cases(80))
-    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
-    client._transport.app.state.parts.golden.runs.wake()
-
-    async def ended():
-        return (await client.get("/v1/adapters/tone")).json()["canary"] is None
-
-    assert await until(ended, seconds=20)
-    assert failures == ["1:2"]
-
-
-async def test_a_canary_that_answers_as_well_stays_and_proves_itself(client, backend, make_adapter):
-    Skill(backend, usual=0.9)
-    await push_two(client, make_adapter)
-    await put(client, cases(100))
-    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
-    await ran(client, 1)
-    await ran(client, 2)
-    stands = (await until(lambda: proved(client)))["canary"]
-    assert (stands["verdict"], stands["cases"], stands["worse_by"], stands["agrees"]) == ("proved", 100, 0.0, True)
-    assert "too few to decide a difference of 10 points" in stands["note"]
-    assert (await client.get("/v1/adapters/tone/drift")).json()["golden"] == stands
-    assert (await client.get("/v1/adapters/tone")).json()["canary"], "it is as good: nothing is done about it"
-
-
-async def proved(client):
-    answer = await results(client)
-    return answer if (answer["canary"] or {}).get("verdict") == "proved" else None
-
-
-async def test_proved_by_traffic_waits_until_the_golden_set_agrees(client, backend, make_adapter, monkeypatch):
-    Skill(backend)
-    await push_two(client, make_adapter)
-    parts = client._transport.app.state.parts
-    acted = []
-    monkeypatch.setattr(parts.rollout_controller, "act_on", acted.append)
-    verdict = CanaryVerdict("tone", 1, 2, Verdict.PROVED, "proved", ())
-    assert await parts.golden.verdicts.admitted(verdict) is verdict, "without a set nothing waits"
-    backend.flow.clear()
-    stream = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "tone", "stream": True}))
-    await put(client, cases(80))
-    await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
-    assert await parts.golden.verdicts.admitted(verdict) is None
-    assert not acted
-    backend.flow.set()
-    await stream
-    parts.golden.runs.wake()
-    assert await until(lambda: asyncio.sleep(0, acted == [verdict]), seconds=20)
-
-
-async def test_a_push_below_the_policys_score_gets_no_traffic_and_one_above_it_does(
-    connect, config, backend, make_adapter
-):
-    skill = Skill(backend)
-    policy = replace(DEFAULT_POLICIES[0], golden_min=0.8)
-    async with connect(replace(config, policies=(policy,))) as client:
-        await client.post("/v1/adapters", **upload(make_adapter(0)))
-        await put(client, cases(10))
-        await ran(client, 1)
-        skill.usual = 0.05
-        pushed = (await client.post("/v1/adapters", **upload(make_adapter(1)))).json()
-        assert not pushed["live"]
-        assert (await ran(client, 2))[0]["score"] == 0.5
-        await until(lambda: noted(client))
-        entry = (await client.get("/v1/adapters/tone")).json()["history"][-1]
-        assert entry["what"] == "golden_hold" and "0.500 on 10 cases" in entry["why"]
-        held = await client.post("/v1/adapters/tone/promote", json={"version": 2})
-        assert held.status_code == 409 and "scores 0.500 on 10 cases" in held.json()["error"]["message"]
-        skill.usual = 1.0
-        assert not (await client.post("/v1/adapters", **upload(make_adapter(2)))).json()["live"]
-        await ran(client, 3)
-
-        async def live():
-            return (await client.get("/v1/adapters/tone")).json()["live"] == 3
-
-        assert await until(live)
-        entry = (await client.get("/v1/adapters/tone")).json()["history"][-1]
-        assert (entry["what"], entry["who"]) == ("promote", "anonymous") and "golden score 1.000" in entry["why"]
-        insisted = await client.post("/v1/adapters/tone/promote", json={"version": 2, "at_once": True})
-        assert insisted.status_code == 200 and insisted.json()["live"]
-
-
-async def noted(client):
-    history = (await client.get("/v1/adapters/tone")).json()["history"]
-    return history[-1]["what"] == "golden_hold"
-
-
 async def test_outcomes_outlive_a_restart_and_go_with_their_version(connect, config, backend, make_adapter):
     skill = Skill(backend)
     async with connect(config) as client:
@@ -503,57 +314,6 @@ async def test_of_two_servers_that_share_a_registry_one_runs_a_set_and_both_know
         rows = [(await ran(client, 1))[0] for client in (first, second)]
         assert [row["score"] for row in rows] == [1.0, 1.0]
         assert sum(len(skill.asked) for skill in skills) == 30, "no case was asked twice"
-
-
-async def test_the_shadows_answers_are_compared_with_the_clients(client, backend, make_adapter):
-    live, _ = await push_two(client, make_adapter)
-    backend.generate = lambda body: replace(backend.generation, output=[4, 5] if body["model"] == live else [4, 6])
-    await client.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 1})
-    for _ in range(3):
-        await client.post("/v1/chat/completions", json={"model": "tone", "temperature": 0, "messages": []})
-        await asyncio.sleep(0.05)
-
-    async def compared():
-        return (await client.get("/v1/adapters/tone/drift")).json()["shadow"]
-
-    (row,) = await until(compared)
-    assert (row["live"], row["shadow"], row["sampling"]) == (1, 2, "greedy")
-    assert (row["exact_agreement"], row["prefix_agreement"], row["edit_agreement"], row["length_ratio"]) == (
-        0,
-        0.5,
-        0.5,
-        1,
-    )
-    metrics = (await client.get("/metrics")).text
-    assert (
-        'loradock_shadow_agreement{adapter="tone",measure="prefix",sampling="greedy",version="v2"} 0.5' in metrics
-        and 'loradock_shadow_length_ratio{adapter="tone",sampling="greedy",version="v2"} 1.0' in metrics
-    )
-
-
-async def test_a_share_of_the_shadows_answers_is_judged_beside_the_clients(client, backend, make_adapter):
-    skill = Skill(backend)
-    live, _ = await push_two(client, make_adapter)
-    backend.generate = lambda body: replace(backend.generation, text="0.9" if body["model"] == live else "0.4")
-    judge = {"model": "base", "template": "{answer} for {prompt}"}
-    document = {"cases": cases(1), "shadow": {"judge": judge, "share": 1}}
-    assert (await client.put(GOLDEN, json=document)).status_code == 200
-    assert (await client.get(GOLDEN)).json()["shadow"]["judge"]["model"] == "base"
-    await ran(client, 1)
-    await client.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 1})
-    messages = [{"role": "user", "content": "hello"}]
-    await client.post("/v1/chat/completions", json={"model": "tone", "messages": messages})
-
-    async def compared():
-        return (await client.get("/v1/adapters/tone/drift")).json()["shadow"]
-
-    (row,) = await until(compared)
-    assert (row["judged"], row["live_grade"], row["shadow_grade"]) == (1, 0.9, 0.4)
-    assert skill.asked[-1]["messages"][0]["content"] == "0.4 for hello"
-    assert (
-        'loradock_shadow_grade{adapter="tone",answer="shadow",sampling="sampled",version="v2"} 0.4'
-        in (await client.get("/metrics")).text
-    )
 
 
 @pytest.mark.parametrize("interval", [0.0, 1000.0])
