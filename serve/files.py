@@ -1,6 +1,7 @@
 """Files and folders that are whole or absent: written under another name, fsynced, renamed, the rename fsynced.
 
-After a kill or a power failure a reader finds the old content or the new one. Imports nothing but the standard library.
+After a kill or a power failure a reader finds the old content or the new one. SQLite's files, which several connections of
+one server or of several open at once. Imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import sqlite3
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 _CHUNK = 1 << 20
+_PAUSE = 0.005  # seconds between two tries to turn WAL mode on
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -67,3 +71,21 @@ def fsync_tree(folder: Path) -> None:
         for name in names:
             fsync(Path(place) / name)
         fsync(Path(place))
+
+
+def write_ahead(database: sqlite3.Connection, patience: float) -> None:
+    """Turn WAL mode on, so that who reads and who writes wait for nobody.
+
+    The file's first two connections would wait for each other's locks to turn it on, so that SQLite tells one of them
+    "database is locked" at once, whatever its busy timeout is (https://www.sqlite.org/rescode.html#busy). It is asked
+    again for `patience` seconds, until the other one is done.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode=WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE)

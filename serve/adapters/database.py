@@ -19,6 +19,7 @@ from sqlalchemy.schema import CreateColumn
 
 from serve.adapters.tables import SCHEMA, history, metadata, names, schema_version, versions
 from serve.errors import ConfigError, EngineUnavailable, LoradockError, OutOfSpace
+from serve.files import write_ahead
 from serve.names import shown
 
 # A database that does not answer is an error after seconds, not after the kernel's quarter of an hour.
@@ -29,6 +30,7 @@ LIBPQ_PATIENCE = {
     "keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
+SQLITE_PATIENCE = 15  # seconds that one of SQLite's writers waits for another
 # Whoever prepares a PostgreSQL database holds this lock: any number that is the same in every loradock.
 PREPARING = 0x10AD0C4
 
@@ -103,7 +105,9 @@ def opened(url: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _: object) -> None:
         connection.isolation_level = None  # the transactions are ours: see `_begin`
-        for pragma in ("busy_timeout=15000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA busy_timeout={1000 * SQLITE_PATIENCE}").close()
+        write_ahead(connection, SQLITE_PATIENCE)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")

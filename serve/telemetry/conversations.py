@@ -24,6 +24,7 @@ from typing import Any
 
 from serve.asgi.exchange import Exchange
 from serve.errors import NotFound
+from serve.files import write_ahead
 from serve.names import shown
 from serve.telemetry.asked_text import Asked, NoText, asked_text
 from serve.telemetry.feedback import bare_id
@@ -31,6 +32,7 @@ from serve.telemetry.feedback import bare_id
 HOUR = 3600
 # What a tenant's requests of one hour may take.
 HOUR_BYTES = 16 << 20
+_PATIENCE = 30.0  # seconds that one writer waits for another
 _SCHEMA = """
 create table if not exists requests (
     tenant text not null, id text not null, adapter text not null, version text not null, moment real not null,
@@ -290,9 +292,10 @@ class Conversations:
             yield database
 
     def _open(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._file, timeout=30.0, check_same_thread=False)
-        # WAL: a build reads while traffic writes. What is deleted is overwritten.
-        database.executescript("pragma journal_mode=wal; pragma synchronous=normal; pragma secure_delete=on;" + _SCHEMA)
+        database = sqlite3.connect(self._file, timeout=_PATIENCE, check_same_thread=False)
+        write_ahead(database, _PATIENCE)  # a build reads while traffic writes
+        # What is deleted is overwritten.
+        database.executescript("pragma synchronous=normal; pragma secure_delete=on;" + _SCHEMA)
         return database
 
     def _wipe(self) -> None:

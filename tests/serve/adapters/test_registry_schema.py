@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -130,3 +132,17 @@ def test_a_file_that_is_no_database_says_so(tmp_path):
     (tmp_path / "x.db").write_text("hello" * 1000)
     with pytest.raises(ConfigError, match="loradock registry"):
         Registry(f"sqlite:///{tmp_path}/x.db")
+
+
+def test_servers_that_start_at_once_over_a_new_registry_all_open_it(tmp_path):
+    servers = 6
+    start = threading.Barrier(servers)
+
+    def opens(file):
+        start.wait(30)
+        with Registry(f"sqlite:///{file}") as registry:
+            return registry.generation
+
+    with ThreadPoolExecutor(servers) as pool:
+        for attempt in range(60):
+            assert list(pool.map(opens, [tmp_path / f"{attempt}.db"] * servers)) == [0] * servers
