@@ -1,7 +1,7 @@
 """Files and folders that are whole or absent: written under another name, fsynced, renamed, the rename fsynced.
 
-After a kill or a power failure a reader finds the old content or the new one. SQLite's files, which several connections of
-one server or of several open at once. Imports nothing but the standard library.
+After a kill or a power failure a reader finds the old content or the new one. And SQLite's files, which several servers
+open at once. Imports nothing but the standard library.
 """
 
 from __future__ import annotations

@@ -126,6 +126,8 @@ ALWAYS Floats wide(const bf16* at) {
   return {wide(_mm_loadu_si128((const __m128i*)at)), wide(_mm_loadu_si128((const __m128i*)(at + 8)))};
 }
 // Of pairs of bfloat16 the first, and the second.
+// Of 16 bfloat16 each, v without signs, the larger ones: without signs too.
+ALWAYS __m256i larger(__m256i v, __m256i w) { return _mm256_max_epu16(v, _mm256_and_si256(w, _mm256_set1_epi16(0x7fff))); }
 ALWAYS __m256 firsts(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
 ALWAYS __m256 seconds(__m256i v) { return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff0000))); }
 ALWAYS Ints zip(Shorts first, Shorts second) {

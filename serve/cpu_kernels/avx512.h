@@ -98,6 +98,8 @@ ALWAYS Floats seconds(Ints v) { return _mm512_castsi512_ps(_mm512_and_si512(v, _
 ALWAYS Ints zip(Shorts first, Shorts second) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
 }
+// Of 32 bfloat16 each, a without signs, the larger ones: without signs too.
+ALWAYS Ints larger(Ints a, Ints b) { return _mm512_max_epu16(a, _mm512_and_si512(b, _mm512_set1_epi32(0x7fff7fff))); }
 // 32 bfloat16, one 16 behind the other.
 ALWAYS Ints both(Shorts a, Shorts b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
 

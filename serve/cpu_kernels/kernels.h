@@ -157,35 +157,43 @@ struct Plain {
 // ---- bfloat16 in vectors ---------------------------------------------------------------------------------------------
 
 #ifdef WIDE
-// int8 of x[0..k): each group with a scale of its own, and what products with weights to which `zero` was added are too
-// large by. q: up to 15 more are written.
-inline void to_bytes(const bf16* x, int k, int group, int zero, int8_t* q, float* scale, int32_t* sum) {
-  // `SUMS` groups at a time: to look for the largest number of a vector, or for its sum, takes longer than all the rest.
-  for (; k > 0; k -= SUMS * group, x += SUMS * group, q += SUMS * group, scale += SUMS, sum += SUMS) {
-    const int count = std::min(SUMS, (k + group - 1) / group);
-    Floats found[SUMS];
-    alignas(64) float top[16], by[16], total[SUMS];
-    // once(i) for each 16 numbers of a group, but twice(i) for 32 neighbours.
-    auto over = [&](int g, auto&& twice, auto&& once) {
-      int i = g * group;
-      const int end = std::min(i + group, k);
+// int8 of x[0..k): each group with a scale of its own, or each span of groups (a divisor of 16) with one that it repeats, and
+// what products with weights to which `zero` was added are too large by. q: up to 15 more are written.
+inline void to_bytes(const bf16* x, int k, int group, int zero, int8_t* q, float* scale, int32_t* sum, int span = 1) {
+  const int most = std::max(SUMS, span);
+  for (; k > 0; k -= most * group, x += most * group, q += most * group, scale += most, sum += most) {
+    const int count = std::min(most, (k + group - 1) / group);
+    Floats found[16];
+    alignas(64) float top[16] = {}, by[16], total[16];
+    // `SUMS` vectors at a time: to look for the largest number of one vector, or for its sum, takes longer than all the rest.
+    auto fold = [&](int vectors, auto&& each, auto&& all, float* out) {
+      if (vectors <= 4) {
+        for (int i = 0; i < vectors; i++) out[i] = each(found[i]);
+        return;
+      }
+      for (int i = vectors; i % SUMS; i++) found[i] = spread(0.f);
+      for (int i = 0; i < vectors; i += SUMS) all(found + i, out + i);
+    };
+    // once(i) for each 16 numbers, but twice(i) for 32 neighbours.
+    auto over = [&](int from, int groups, auto&& twice, auto&& once) {
+      int i = from * group;
+      const int end = std::min(i + groups * group, k);
       for (; i + 32 <= end; i += 32) twice(i);
       for (; i < end; i += 16) once(i, end - i);
     };
-    for (int g = 0; g < SUMS; g++) {
-      Floats most = spread(0.f);
-      if (g < count)
-        over(
-            g,
-            [&](int i) {
-              const Ints two = load64(x + i);
-              most = max(most, max(abs(firsts(two)), abs(seconds(two))));
-            },
-            [&](int i, int left) { most = max(most, abs(left < 16 ? wide(x + i, left) : wide(x + i))); });
-      found[g] = most;
+    int spans = 0;
+    for (int g = 0; g < count; g += span, spans++) {
+      Ints of_32 = spread(0);
+      Floats of_16 = spread(0.f);
+      over(
+          g, span, [&](int i) { of_32 = larger(of_32, load64(x + i)); },
+          [&](int i, int left) { of_16 = max(of_16, abs(left < 16 ? wide(x + i, left) : wide(x + i))); });
+      found[spans] = max(of_16, max(firsts(of_32), seconds(of_32)));
     }
-    largest(found, top);
-    for (int g = SUMS; g < 16; g++) top[g] = 0;
+    fold(
+        spans, [](Floats v) { return largest_of(v); }, [](const Floats* v, float* out) { largest(v, out); }, total);
+    for (int i = 0, g = 0; i < spans; i++)
+      for (int end = std::min(g + span, count); g < end; g++) top[g] = total[i];
     const Floats tops = load(top), none = spread(0.f);
     store(by, choose(less(none, tops), spread(127.f) / tops, none));
     store(top, tops / spread(127.f));
@@ -193,7 +201,7 @@ inline void to_bytes(const bf16* x, int k, int group, int zero, int8_t* q, float
       Ints all = spread(0);
       const Floats times = spread(by[g]);
       over(
-          g,
+          g, 1,
           [&](int i) {
             const Ints two = load64(x + i), even = to_ints(firsts(two) * times), odd = to_ints(seconds(two) * times);
             all = add(all, add(even, odd));
@@ -206,7 +214,8 @@ inline void to_bytes(const bf16* x, int k, int group, int zero, int8_t* q, float
           });
       found[g] = to_floats(all);  // exact
     }
-    sums(found, total);
+    fold(
+        count, [](Floats v) { return sum_of(v); }, [](const Floats* v, float* out) { sums(v, out); }, total);
     for (int g = 0; g < count; g++) scale[g] = top[g], sum[g] = zero * int32_t(total[g]);
   }
 }
@@ -255,12 +264,12 @@ struct Rows8 {
   }
 
   // x as row `place`, which comes back.
-  Bytes take(int place, const bf16* x, int k, int group, int zero) {
+  Bytes take(int place, const bf16* x, int k, int group, int zero, int span = 1) {
     const int64_t stride = in8(k), groups = (k + group - 1) / group;
     int8_t* to = q.data() + place * stride;
     float* scales = scale.data() + place * groups;
     int32_t* sums = sum.data() + place * groups;
-    to_bytes(x, k, group, zero, to, scales, sums);
+    to_bytes(x, k, group, zero, to, scales, sums, span);
     return {to, scales, sums, stride, group, int(groups), std::max(zero, 1)};
   }
 };

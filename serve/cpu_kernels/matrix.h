@@ -1,7 +1,8 @@
 // A matrix of weights as the processor's dot products want it: blocks of 32 outputs, packed once (`packing.cpp`) and read by
 // every product (`products.h`), with what the dot products want added (`zero`). bfloat16 lies in pairs of inputs; int8 in
 // fours; 4 bits in eights: the lower halves of four bytes are the first four inputs. Before each group of them are its
-// scales, bfloat16, and eighths of its offsets where there are any.
+// scales, bfloat16, and eighths of its offsets where there are any; or before each span of groups one scale for each output,
+// and int8 by which it becomes each group's. A span's rows have one scale too, so that it is added up in integers.
 #pragma once
 
 #include "kernels.h"
@@ -32,24 +33,36 @@ enum Kind { BF16 = 0, CHANNEL8 = 1, GROUP8 = 2, GROUP4 = 3 };
 
 struct Matrix {
   int n, k, blocks, kind, group;  // group: inputs that share a scale; the last may be fewer
+  int span;      // groups of 4 bits whose scales are whole multiples of one, the last may be fewer; 1: they are not
   bool paired;   // whether the first half of the outputs is the gate of the second: a block has 16 of it, and their 16
   bool offsets;  // whether 4 bits count from an offset of each group, and not from 0
   Buffer<uint8_t> data;
   Buffer<float> scale;  // of 8 bits: [blocks][groups][32]
   Buffer<float> bias;   // [blocks][32], or nothing
+  size_t block_bytes = 0;  // as `sized` says
 
   // The output that is number j of block b; n or more where it only fills the last block.
   int output(int b, int j) const { return paired ? (j < 16 ? 0 : n / 2 - 16) + b * 16 + j : b * WIDTH + j; }
   int groups() const { return (k + group - 1) / group; }
+  int spans() const { return (groups() + span - 1) / span; }
+  int span_groups(int s) const { return std::min(span, groups() - s * span); }
+  // What is before the inputs of a span of so many groups.
+  static constexpr size_t header(int groups) { return WIDTH * sizeof(bf16) + (size_t(groups) * WIDTH + 63) / 64 * 64; }
   // What is added to a weight so that it has no sign.
   int zero() const { return kind == GROUP4 ? ZERO4 : ZERO8; }
-  size_t block_bytes() const {
+  size_t sized() const {
     if (kind == BF16) return size_t(k) * WIDTH * 2;
-    return kind == GROUP4 ? size_t(k) * WIDTH / 2 + size_t(groups()) * (offsets ? 128 : 64) : size_t(k) * WIDTH;
+    if (kind != GROUP4) return size_t(k) * WIDTH;
+    if (span == 1) return size_t(k) * WIDTH / 2 + size_t(groups()) * (offsets ? 128 : 64);
+    return size_t(k) * WIDTH / 2 + (spans() - 1) * header(span) + header(span_groups(spans() - 1));
   }
   // Where a group of 4 bits begins: with its scales.
   uint8_t* group4(int b, int g) const {
-    return data.data + b * block_bytes() + size_t(g) * ((offsets ? 128 : 64) + group * WIDTH / 2);
+    return data.data + b * block_bytes + size_t(g) * ((offsets ? 128 : 64) + group * WIDTH / 2);
+  }
+  // Where a span begins.
+  uint8_t* span4(int b, int s) const {
+    return data.data + b * block_bytes + s * (header(span) + size_t(span) * group * WIDTH / 2);
   }
 };
 
@@ -58,7 +71,7 @@ extern std::vector<std::unique_ptr<Matrix>> matrices;
 // Row o of a bfloat16 matrix, out of its block: put(i, values i and i + 1) for every even i.
 template <class Put>
 inline void unpack(const Matrix& m, int64_t o, Put&& put) {
-  const uint8_t* w = m.data.data + o / WIDTH * m.block_bytes() + o % WIDTH * 4;
+  const uint8_t* w = m.data.data + o / WIDTH * m.block_bytes + o % WIDTH * 4;
   for (int i = 0; i < m.k; i += 2, w += WIDTH * 4) {
     uint32_t two;
     std::memcpy(&two, w, 4);

@@ -132,6 +132,10 @@ ALWAYS Halves<float32x4_t> wide(uint16x8_t v) {
 ALWAYS Floats wide(Shorts v) { return {wide(v.a), wide(v.b)}; }
 ALWAYS Floats wide(const bf16* at) { return wide(load32(at)); }
 // Of pairs of bfloat16 the first, and the second.
+// Of 8 bfloat16 each, v without signs, the larger ones: without signs too.
+ALWAYS int32x4_t larger(int32x4_t v, int32x4_t w) {
+  return vreinterpretq_s32_u16(vmaxq_u16(vreinterpretq_u16_s32(v), vandq_u16(vreinterpretq_u16_s32(w), vdupq_n_u16(0x7fff))));
+}
 ALWAYS float32x4_t firsts(int32x4_t v) { return vreinterpretq_f32_s32(vshlq_n_s32(v, 16)); }
 ALWAYS float32x4_t seconds(int32x4_t v) { return vreinterpretq_f32_s32(vandq_s32(v, vdupq_n_s32(int(0xffff0000)))); }
 

@@ -20,9 +20,13 @@ std::vector<std::unique_ptr<Matrix>> matrices;
 
 namespace {
 
-constexpr int SAMPLES = 8;           // sixteens of outputs by which it is decided whether 4 bits get offsets
+constexpr int SAMPLES = 8;           // sixteens of outputs by which it is decided how 4 bits get their scales
 constexpr float OFFSETS_PAY = 0.5f;  // they do where they leave at most this part of the squared error
-constexpr int TRIES = 9;             // scales that are tried for a group of 4 bits
+constexpr float SPANS_COST = 1.1f;   // and common scales where they leave at most so much of it: prompts are faster
+constexpr int TRIES = 9;             // scales that are tried for a group of 4 bits,
+constexpr int SPAN_TRIES = 17;       // and for a span of groups
+constexpr int SPAN = 128;            // inputs of a span,
+constexpr int SPAN_GROUPS = 8;       // and how many groups it has at most
 
 constexpr size_t HUGE_PAGE = size_t(2) << 20, CHUNK_BYTES = size_t(64) << 20;
 #ifdef __SANITIZE_ADDRESS__
@@ -67,10 +71,11 @@ struct Shape {
   bool paired;
 };
 
-std::unique_ptr<Matrix> blank(const Shape& s, int kind, int group, bool offsets, const bf16* bias) {
+std::unique_ptr<Matrix> blank(const Shape& s, int kind, int group, bool offsets, const bf16* bias, int span = 1) {
   std::unique_ptr<Matrix> m(
-      new Matrix{s.n, s.k, (s.n + WIDTH - 1) / WIDTH, kind, group, s.paired, offsets, {}, {}, {}});
-  place(m->data, m->block_bytes() * m->blocks);
+      new Matrix{s.n, s.k, (s.n + WIDTH - 1) / WIDTH, kind, group, span, s.paired, offsets, {}, {}, {}, 0});
+  m->block_bytes = m->sized();
+  place(m->data, m->block_bytes * m->blocks);
   if (kind == CHANNEL8 || kind == GROUP8) place(m->scale, size_t(m->blocks) * m->groups() * WIDTH);
   if (!bias) return m;
   place(m->bias, size_t(m->blocks) * WIDTH);
@@ -94,7 +99,7 @@ void outputs(const Matrix& m, F&& work) {
 }
 
 inline uint8_t& place8(Matrix& m, int b, int j, int i) {
-  return m.data.data[b * m.block_bytes() + (size_t(i / 4) * WIDTH + j) * 4 + i % 4];
+  return m.data.data[b * m.block_bytes + (size_t(i / 4) * WIDTH + j) * 4 + i % 4];
 }
 
 // A group of one output in 4 bits: its numbers of 0 to 15 in a buffer, its scale and eighth of an offset in the block.
@@ -180,7 +185,11 @@ struct Fit {
     uint8_t* at = m.group4(b, g);
     loradock::store(reinterpret_cast<bf16*>(at) + half, scale);
     if (offsets) loradock::store(reinterpret_cast<bf16*>(at) + WIDTH + half, offset * spread(0.125f));
-    at += (offsets ? 128 : 64) + half * 4;
+    numbers_at(at + (offsets ? 128 : 64) + half * 4);
+  }
+
+  // The numbers where half a block has them.
+  void numbers_at(uint8_t* at) const {
     const Floats back = ratio(spread(1.f), scale);
     auto number = [&](int i) { return to_ints(numbers(i, offset, back) + spread(8.f)); };
     for (int i = 0; i < n; i += 8, at += WIDTH * 4) {
@@ -191,24 +200,98 @@ struct Fit {
   }
 };
 
-// The squared error of some of the outputs.
-float sampled(const bf16* from, const Shape& s, int group, bool offsets) {
-  const int halves = s.n / 16, step = std::max(1, halves / SAMPLES);
-  float error = 0;
-#pragma omp parallel for reduction(+ : error)
-  for (int h = 0; h < halves; h += step)
-    for (int i = 0; i < s.k; i += group) {
-      Fit fit{std::min(group, s.k - i), offsets, {}, {}, {}, {}};
-      fit.take(from, h * 16, s.k, i);
-      error += sum_of(fit.error);
+// Groups of 16 outputs whose scales are whole multiples, from -15 to 15, of one scale for each output.
+struct FitSpan {
+  Fit fits[SPAN_GROUPS];
+  int groups;
+  Floats scale, first;  // `first` says which multiple is nearest, `scale` is the least squares' for these multiples
+  Floats error;
+
+  // The multiple that is nearest to what a group would have, and has its sign.
+  inline Floats times(const Fit& fit, Floats back) const {
+    const Floats most = min(max(nearest(abs(fit.scale) * back), spread(1.f)), spread(15.f));
+    return choose(less(fit.scale, spread(0.f)), spread(0.f) - most, most);
+  }
+
+  // One scale after the other, down from where the largest group gets the largest multiple: which one explains most.
+  void search() {
+    const Floats zero = spread(0.f), one = spread(1.f);
+    Floats top = zero, most = spread(-1.f), all = zero;
+    for (int g = 0; g < groups; g++) {
+      top = max(top, abs(fits[g].scale));
+      for (int i = 0; i < fits[g].n; i++) all = fma(fits[g].w[i], fits[g].w[i], all);
     }
-  return error;
-}
+    scale = first = zero;
+    for (int t = 0; t < SPAN_TRIES; t++) {
+      const Floats common = top / spread(15.5f - 0.25f * t), back = Fit::ratio(one, common);
+      Floats qq = zero, wq = zero;
+      for (int g = 0; g < groups; g++) {
+        const Floats by = times(fits[g], back), nearest_by = Fit::ratio(one, by * common);
+        Floats squares = zero, products = zero;
+        for (int i = 0; i < fits[g].n; i++) {
+          const Floats r = fits[g].numbers(i, zero, nearest_by);
+          squares = fma(r, r, squares), products = fma(r, fits[g].w[i], products);
+        }
+        qq = fma(by * by, squares, qq), wq = fma(by, products, wq);
+      }
+      const Floats explained = Fit::ratio(wq * wq, qq);
+      const Mask better = less(most, explained);
+      most = choose(better, explained, most);
+      scale = choose(better, Fit::ratio(wq, qq), scale), first = choose(better, common, first);
+    }
+    error = all - most;
+    scale = rounded(scale);
+  }
+
+  // As span s of half a block.
+  void store(Matrix& m, int b, int half, int s) {
+    uint8_t* at = m.span4(b, s);
+    loradock::store(reinterpret_cast<bf16*>(at) + half, scale);
+    int8_t* by = reinterpret_cast<int8_t*>(at + WIDTH * sizeof(bf16)) + half;
+    at += Matrix::header(groups) + half * 4;
+    const Floats back = Fit::ratio(spread(1.f), first);
+    for (int g = 0; g < groups; at += size_t(fits[g].n) * WIDTH / 2, g++) {
+      alignas(16) int8_t multiples[16];
+      const Floats multiple = times(fits[g], back);
+      store8(multiples, to_ints(multiple));
+      std::memcpy(by + g * WIDTH, multiples, 16);
+      fits[g].scale = multiple * scale;
+      fits[g].numbers_at(at);
+    }
+  }
+};
+
+// The squared error of some of the outputs, rounded to 4 bits in each of three ways.
+struct Errors {
+  float plain = 0, offsets = 0, spans = 0;
+
+  Errors(const bf16* from, const Shape& s, int group, int span) {
+    const int halves = s.n / 16, step = std::max(1, halves / SAMPLES), inputs = span * group;
+    float p = 0, o = 0, c = 0;
+#pragma omp parallel for reduction(+ : p, o, c)
+    for (int h = 0; h < halves; h += step) {
+      static thread_local FitSpan fit;
+      static thread_local Fit with;
+      for (int begin = 0; begin < s.k; begin += inputs) {
+        const int end = std::min(begin + inputs, s.k);
+        fit.groups = (end - begin + group - 1) / group;
+        for (int g = 0, i = begin; i < end; g++, i += group) {
+          fit.fits[g].n = with.n = std::min(group, end - i), fit.fits[g].offsets = false, with.offsets = true;
+          fit.fits[g].take(from, h * 16, s.k, i), with.take(from, h * 16, s.k, i);
+          p += sum_of(fit.fits[g].error), o += sum_of(with.error);
+        }
+        fit.search();
+        c += sum_of(fit.error);
+      }
+    }
+    plain = p, offsets = o, spans = c;
+  }
+};
 
 int plain(const bf16* from, const Shape& s, const bf16* bias) {
   auto m = blank(s, BF16, s.k, false, bias);
   outputs(*m, [&](int b, int j, int o) {
-    bf16* at = reinterpret_cast<bf16*>(m->data.data + b * m->block_bytes());
+    bf16* at = reinterpret_cast<bf16*>(m->data.data + b * m->block_bytes);
     for (int i = 0; i < s.k; i++)
       at[(size_t(i / 2) * WIDTH + j) * 2 + i % 2] = o < 0 ? bf16{0} : from[size_t(o) * s.k + i];
   });
@@ -241,19 +324,31 @@ int rounded8(const bf16* from, const Shape& s, int group, const bf16* bias) {
 }
 
 int rounded4(const bf16* from, const Shape& s, int group, const bf16* bias) {
-  const bool offsets = sampled(from, s, group, true) <= OFFSETS_PAY * sampled(from, s, group, false);
-  auto m = blank(s, GROUP4, group, offsets, bias);
+  const int most = std::min(SPAN / group, SPAN_GROUPS);
+  const Errors errors(from, s, group, most);
+  const bool offsets = errors.offsets <= OFFSETS_PAY * errors.plain, spans = errors.spans <= SPANS_COST * errors.plain;
+  auto m = blank(s, GROUP4, group, offsets, bias, spans && !offsets ? most : 1);
 #pragma omp parallel for schedule(static)
   for (int b = 0; b < m->blocks; b++)
-    for (int half = 0; half < WIDTH; half += 16)
-      for (int g = 0; g < m->groups(); g++) {
-        Fit fit{std::min(group, s.k - g * group), offsets, {}, {}, {}, {}};
-        if (m->output(b, half) < s.n)
-          fit.take(from, m->output(b, half), s.k, g * group);
-        else
-          fit.search();  // zeros, which only fill the last block
-        fit.store(*m, b, half, g);
+    for (int half = 0; half < WIDTH; half += 16) {
+      auto taken = [&](Fit& fit, int g) {
+        fit.n = std::min(group, s.k - g * group), fit.offsets = offsets;
+        if (m->output(b, half) < s.n) return fit.take(from, m->output(b, half), s.k, g * group);
+        std::fill(fit.w, fit.w + fit.n, spread(0.f));  // which only fill the last block
+        fit.search();
+      };
+      static thread_local FitSpan span;
+      for (int part = 0; part < m->spans(); part++) {
+        span.groups = m->span_groups(part);
+        for (int g = 0; g < span.groups; g++) taken(span.fits[g], part * m->span + g);
+        if (m->span == 1) {
+          span.fits[0].store(*m, b, half, part);
+        } else {
+          span.search();
+          span.store(*m, b, half, part);
+        }
       }
+    }
   return keep(std::move(m));
 }
 
@@ -325,8 +420,9 @@ void loradock_rows(int number, const int64_t* which, int rows, bf16* out) {
     unpack(m, which[r], [&](int i, uint32_t two) { std::memcpy(out + int64_t(r) * m.k + i, &two, 4); });
 }
 
-// Whether its 4 bits count from offsets.
+// Whether its 4 bits count from offsets, and how many of its groups have scales that are multiples of one.
 int loradock_matrix_offsets(int number) { return matrices[number]->offsets; }
+int loradock_matrix_span(int number) { return matrices[number]->span; }
 
 // What it takes in memory.
 int64_t loradock_matrix_bytes(int number) {

@@ -43,7 +43,8 @@ struct Cut {
 // in the order in which it is read: one pointer goes over it, and not one for each row.
 //   float32: two inputs of each row, and the next two
 //   int8: for each group of inputs, of each row its scale, what products are too large by (below 0), and where weights have
-//   offsets both multiplied; then four inputs of each row, and the next four
+//   offsets both multiplied; then sixteen inputs of each row, and the next. In spans the scale comes once, with what
+//   the products with all of a span's weights are too large by where they are multiplied in 8 bits
 struct Input {
   const bf16* x;
   int64_t stride;
@@ -51,7 +52,9 @@ struct Input {
   int rows;
 
   static size_t row_bytes(const Matrix& m) {
-    return m.kind == BF16 ? size_t(m.k) * sizeof(float) : m.k + size_t(m.groups()) * (m.offsets ? 12 : 8);
+    if (m.kind == BF16) return size_t(m.k) * sizeof(float);
+    if (m.span > 1) return m.k + size_t(m.groups()) * 4 + size_t(m.spans()) * 8;
+    return m.k + size_t(m.groups()) * (m.offsets ? 12 : 8);
   }
   uint8_t* panel(const Matrix& m, int first) const { return panels + first * row_bytes(m); }
   // Of a tile of so many rows as dot2 takes it: where it begins, and elements from one row, and one pair, to the next.
@@ -81,22 +84,26 @@ inline bool converts(const Matrix& m) { return m.kind != BF16 || !PAIRS; }
 
 // A row in 8 bits: as number `place` of `rows`, which have room for it, and in its panel.
 inline void convert(const Matrix& m, const Input& in, int row, Rows8& rows, int place) {
-  const Bytes bytes = rows.take(place, in.x + row * in.stride, m.k, m.group, m.zero());
+  const Bytes bytes = rows.take(place, in.x + row * in.stride, m.k, m.group, m.zero(), m.span);
   const int8_t* from = bytes.q;
   const auto [begin, end] = tile_of(m, in, row);
-  const size_t all = size_t(end - begin) * 4, at = size_t(row - begin) * 4;
+  const size_t tile = end - begin, place_in = row - begin;
   uint8_t* to = in.panel(m, begin);
-  auto put = [&](auto number) { std::memcpy(to + at, &number, 4), to += all; };
-  for (int g = 0, left = m.k; g < m.groups(); g++, left -= m.group) {
-    put(bytes.scale[g]), put(-bytes.sum[g]);
+  auto put = [&](auto number) { std::memcpy(to + 4 * place_in, &number, 4), to += 4 * tile; };
+  const int groups = m.groups();
+  for (int g = 0, span = 0, left = m.k; g < groups; g++, left -= m.group) {
+    if (m.span == 1) {
+      put(bytes.scale[g]);
+    } else if (g == span) {
+      span = std::min(span + m.span, groups);
+      int32_t all = 0;
+      for (int i = g; i < span; i++) all += bytes.sum[i];
+      put(bytes.scale[g]), put(-all * (ZERO8 / ZERO4));
+    }
+    put(-bytes.sum[g]);
     if (m.offsets) put(bytes.scale[g] * float(bytes.sum[g]));
-    const int size = std::min(m.group, left);
-    if (all == 4)
-      std::memcpy(to, from, size), to += size;
-    else
-#pragma GCC unroll 4
-      for (int i = 0; i < size; i += 4) std::memcpy(to + at, from + i, 4), to += all;
-    from += size;
+    for (int end_of = std::min(m.group, left), i = 0; i < end_of; i += 16, from += 16, to += 16 * tile)
+      std::memcpy(to + 16 * place_in, from, 16);
   }
 }
 

@@ -60,6 +60,16 @@ struct PanelGroup {
         q(reinterpret_cast<const int8_t*>(at + (OFFSETS ? 12 : 8) * M)) {}
 };
 
+// What a panel says of a span, and where its groups begin: each with what it owes by itself.
+template <int M>
+struct PanelSpan {
+  const float* scale;
+  const int32_t* owed;
+  const uint8_t* groups;
+  ALWAYS explicit PanelSpan(const uint8_t* at)
+      : scale(reinterpret_cast<const float*>(at)), owed(reinterpret_cast<const int32_t*>(at + 4 * M)), groups(at + 8 * M) {}
+};
+
 // What products become too large by, since weights have no sign.
 template <int M, int N>
 ALWAYS void owe(Ints (&s)[M][N], const int32_t* owed) {
@@ -93,7 +103,7 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead
   const int64_t apart = in.apart();
   const int pairs = m.k / 2;
   for (int side = 0; side < 2; side += N) {
-    const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
+    const uint8_t* w = m.data.data + block * m.block_bytes + 64 * side;
     const Element* x = in.pairs(m, row);
     Floats s[M][N];
     fill(s, spread(0.f));
@@ -110,7 +120,7 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead
 
 // The same for two blocks of one row: each sum is a chain of additions, and so few chains leave the processor waiting.
 inline void pair_bf16(const Matrix& m, int block, const Input& in, float* sums) {
-  const uint8_t *w = m.data.data + block * m.block_bytes(), *next = w + m.block_bytes();
+  const uint8_t *w = m.data.data + block * m.block_bytes, *next = w + m.block_bytes;
   const Element* x = in.pairs(m, 0);
   Floats s[1][4];
   for (int j = 0; j < 4; j++) s[0][j] = spread(0.f);
@@ -122,7 +132,7 @@ inline void pair_bf16(const Matrix& m, int block, const Input& in, float* sums) 
   for (int j = 0; j < 4; j++) store(sums + 16 * j, s[0][j]);
 }
 
-// s[i][j] += four inputs' weights v[j], times the four int8 of row i at q.
+// s[i][j] += four inputs' weights v[j], times the four int8 of row i at q + 16 i.
 template <int M, int N>
 ALWAYS void add8(Ints (&s)[M][N], const uint8_t* w, const int8_t* q) {
   Ints v[N];
@@ -130,36 +140,41 @@ ALWAYS void add8(Ints (&s)[M][N], const uint8_t* w, const int8_t* q) {
   for (int j = 0; j < N; j++) v[j] = load64(w + 64 * j);
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
-    const Ints x = spread4(q + 4 * i);
+    const Ints x = spread4(q + 16 * i);
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) s[i][j] = dot8(s[i][j], v[j], x);
   }
+}
+
+// The same of so many inputs, sixteen at a time. `before` is called before each four.
+template <int M, int N, class Before>
+ALWAYS void add8s(Ints (&s)[M][N], const uint8_t*& w, const int8_t*& q, int inputs, Before&& before) {
+  for (; inputs > 0; inputs -= 16, q += 16 * M)
+#pragma GCC unroll 4
+    for (int h = 0; h < 16; h += 4, w += 128) before(), add8(s, w, q + h);
 }
 
 template <int M>
 void tile_channel8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 1);
   for (int side = 0; side < 2; side += N) {
-    const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
+    const uint8_t* w = m.data.data + block * m.block_bytes + 64 * side;
     Ints s[M][N];
     const PanelGroup<M> of(in.panel(m, row));
     const int8_t* q = of.q;
     owe(s, of.owed);
-    const int fours = m.k / 4;
-    int p = 0;
     if constexpr (M == 1) {
       Ints second[1][N];
       fill(second, spread(0));
-      for (; p + 2 <= fours; p += 2, w += 256) {
-        fetch<M, 4>(w, ahead, side, p);
-        add8(s, w, q + 4 * p);
-        add8(second, w + 128, q + 4 * p + 4);
+      for (int i = 0; i < m.k; i += 8, w += 256, q += 8) {
+        fetch<M, 4>(w, ahead, side, i / 4);
+        add8(s, w, q);
+        add8(second, w + 128, q + 4);
       }
       for (int j = 0; j < N; j++) s[0][j] = add(s[0][j], second[0][j]);
-    }
-    for (; p < fours; p++, w += 128) {
-      fetch<M, N>(w, ahead, side, p);
-      add8(s, w, q + 4 * M * p);
+    } else {
+      int p = 0;
+      add8s(s, w, q, m.k, [&] { fetch<M, N>(w, ahead, side, p++); });
     }
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) {
@@ -177,22 +192,18 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahe
   constexpr int N = sides(M, 1);
   const int groups = m.groups();
   for (int side = 0; side < 2; side += N) {
-    const uint8_t* w = m.data.data + block * m.block_bytes() + 64 * side;
+    const uint8_t* w = m.data.data + block * m.block_bytes + 64 * side;
     constexpr int EACH = OFFSETS ? 2 * WIDTH : WIDTH;
     const float* scale = m.scale.data + size_t(block) * groups * EACH + 16 * side;
     Floats f[M][N];
     fill(f, spread(0.f));
     const uint8_t* panel = in.panel(m, row);
     for (int g = 0, at = 0; g < groups; g++, scale += EACH) {
-      const int fours = std::min(m.group, m.k - g * m.group) / 4;
       const PanelGroup<M, OFFSETS> of(panel);
       const int8_t* q = of.q;
       Ints s[M][N];
       owe(s, of.owed);
-      for (int p = 0; p < fours; p++, w += 128, q += 4 * M) {
-        fetch<M, N>(w, ahead, side, at++);
-        add8(s, w, q);
-      }
+      add8s(s, w, q, std::min(m.group, m.k - g * m.group), [&] { fetch<M, N>(w, ahead, side, at++); });
       panel = reinterpret_cast<const uint8_t*>(q);
       Floats by[N], offset[N];
 #pragma GCC unroll 2
@@ -214,7 +225,73 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahe
   }
 }
 
-// s[i][j] += eight inputs' 4 bits, times the eight int8 of row i at q; the upper ones' to `second` where M is 1.
+// What is added up over spans, in the registers: in memory where these are needed for other sums.
+template <int M, int N>
+struct SpanSums {
+  static constexpr bool KEPT = M <= 3;
+  float* sums;
+  Floats kept[KEPT ? M : 1][N];
+  bool first = true;
+
+  ALWAYS explicit SpanSums(float* sums) : sums(sums) {
+    if constexpr (KEPT) fill(kept, spread(0.f));
+  }
+  // One span's, in whole numbers of the scales of the rows and of the weights.
+  ALWAYS void take(const Floats (&whole)[M][N], const float* of_row, const bf16* by) {
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) {
+      const Floats scale = wide(by + 16 * j);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; i++) {
+        const Floats both = spread(of_row[i]) * scale;
+        if constexpr (KEPT) {
+          kept[i][j] = fma(whole[i][j], both, kept[i][j]);
+        } else {
+          float* at = sums + i * WIDTH + 16 * j;
+          store(at, fma(whole[i][j], both, first ? spread(0.f) : load(at)));
+        }
+      }
+    }
+    first = false;
+  }
+  ALWAYS void leave() const {
+    if constexpr (KEPT) loradock::leave(kept, sums);
+  }
+};
+
+// Where spans of 4 bits were unpacked, and multiplied by what makes one scale each group's.
+template <int M>
+void tile_span8(const Matrix& m, int block, const Input& in, int row, const Ahead&, float* sums) {
+  constexpr int N = sides(M, 1);
+  for (int side = 0; side < 2; side += N) {
+    const uint8_t* w = m.data.data + block * m.block_bytes + 64 * side;
+    const uint8_t* panel = in.panel(m, row);
+    Floats f[M][N];
+    fill(f, spread(0.f));
+    const float* scale = m.scale.data + 16 * side;
+    for (int left = m.k; left > 0; scale += WIDTH) {
+      const PanelSpan<M> of(panel);
+      panel = of.groups;
+      Ints whole[M][N];
+      owe(whole, of.owed);
+      for (int g = 0; g < m.span && left > 0; g++, left -= m.group) {
+        const int8_t* q = reinterpret_cast<const int8_t*>(panel + 4 * M);
+        add8s(whole, w, q, std::min(m.group, left), [] {});
+        panel = reinterpret_cast<const uint8_t*>(q);
+      }
+      Floats by[N];
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) by[j] = load(scale + 16 * j);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) f[i][j] = fma(to_floats(whole[i][j]), spread(of.scale[i]) * by[j], f[i][j]);
+    }
+    leave(f, sums + 16 * side);
+  }
+}
+
+// s[i][j] += eight inputs' 4 bits, times the eight int8 of row i at q + 16 i; the upper ones' to `second` where M is 1.
 template <int M, int N>
 ALWAYS void add4(Ints (&s)[M][N], Ints (&second)[1][N], const uint8_t* w, const int8_t* q) {
   Ints low[N], high[N];
@@ -225,7 +302,7 @@ ALWAYS void add4(Ints (&s)[M][N], Ints (&second)[1][N], const uint8_t* w, const 
   }
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
-    const Ints x = spread4(q + 4 * i), y = spread4(q + 4 * (M + i));
+    const Ints x = spread4(q + 16 * i), y = spread4(q + 16 * i + 4);
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) {
       s[i][j] = dot4(s[i][j], low[j], x);
@@ -235,12 +312,13 @@ ALWAYS void add4(Ints (&s)[M][N], Ints (&second)[1][N], const uint8_t* w, const 
   }
 }
 
-// A group's 4 bits times int8, in integers; then its scale, and its offset times the sum of the inputs.
-template <int M, bool OFFSETS>
+// A group's 4 bits times int8, in integers; then its scale, and its offset times the sum of the inputs. In spans the scales of
+// groups are small whole numbers: what is added up is exact, and the same to the last bit in `tile_span8`.
+template <int M, bool OFFSETS, bool SPANS>
 void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 1);
   const int groups = m.groups();
-  const uint8_t* const begin = m.data.data + block * m.block_bytes();
+  const uint8_t* const begin = m.data.data + block * m.block_bytes;
   for (int side = 0; side < 2; side += N) {
     const uint8_t* w = begin;
     auto fetched = [&](int lines) {
@@ -253,35 +331,59 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
     Floats f[M][N];
     fill(f, spread(0.f));
     const uint8_t* panel = in.panel(m, row);
-    for (int g = 0; g < groups; g++) {
-      const PanelGroup<M, OFFSETS> of(panel);
+    const uint8_t *span = nullptr, *of_span = nullptr;
+    SpanSums<SPANS ? M : 4, N> spans(sums + 16 * side);
+    for (int g = 0, place = 0; g < groups; g++) {
+      if (SPANS && !place) of_span = panel, panel = PanelSpan<M>(panel).groups;
+      const PanelGroup<M, OFFSETS> of(panel - (SPANS ? 4 * M : 0));
       const int8_t* q = of.q;
       const bf16* scale = reinterpret_cast<const bf16*>(w);
-      fetched(OFFSETS ? 2 : 1);
-      w += OFFSETS ? 128 : 64;
+      if (!place) {
+        const size_t header = SPANS ? Matrix::header(std::min(m.span, groups - g)) : OFFSETS ? 128 : 64;
+        span = w;
+        fetched(int(header / 64));
+        w += header;
+      }
       Ints s[M][N], second[1][N];
       owe(s, of.owed);
       fill(second, spread(0));
-      int eights = std::min(m.group, m.k - g * m.group) / 8;
+      int sixteens = std::min(m.group, m.k - g * m.group) / 16;
+      auto sixteen = [&](Ints (&to)[M][N]) {
+#pragma GCC unroll 2
+        for (int h = 0; h < 16; h += 8, w += 128) {
+          fetched(N);
+          add4(to, second, w + 64 * side, q + h);
+        }
+        q += 16 * M;
+      };
       if constexpr (ROUNDS4) {
-        while (eights) {
+        while (sixteens) {
           Ints part[M][N];
           fill(part, spread(0));
-          for (int e = std::min(eights, ROUNDS4 / 2); e; e--, eights--, w += 128, q += 8 * M) {
-            fetched(N);
-            add4(part, second, w + 64 * side, q);
-          }
+          for (int e = std::min(sixteens, ROUNDS4 / 4); e; e--, sixteens--) sixteen(part);
           take(s, part);
           if constexpr (M == 1) take(s, second);
         }
       } else {
-        for (; eights; eights--, w += 128, q += 8 * M) {
-          fetched(N);
-          add4(s, second, w + 64 * side, q);
-        }
+        for (; sixteens; sixteens--) sixteen(s);
         if constexpr (M == 1) take(s, second);
       }
       panel = reinterpret_cast<const uint8_t*>(q);
+      if constexpr (SPANS) {
+        const int8_t* by = reinterpret_cast<const int8_t*>(span + WIDTH * sizeof(bf16)) + place * WIDTH + 16 * side;
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) {
+          const Floats times = wide(by + 16 * j);
+#pragma GCC unroll 12
+          for (int i = 0; i < M; i++) f[i][j] = fma(to_floats(s[i][j]), times, f[i][j]);
+        }
+        if (++place == m.span || g + 1 == groups) {
+          spans.take(f, PanelSpan<M>(of_span).scale, reinterpret_cast<const bf16*>(span) + 16 * side);
+          fill(f, spread(0.f));
+          place = 0;
+        }
+        continue;
+      }
       Floats by[N], offset[N];
 #pragma GCC unroll 2
       for (int j = 0; j < N; j++) {
@@ -298,33 +400,45 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
         }
       }
     }
-    leave(f, sums + 16 * side);
+    if constexpr (SPANS)
+      spans.leave();
+    else
+      leave(f, sums + 16 * side);
   }
 }
 
 typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*);
 
-template <int KIND, bool OFFSETS, int M>
+// How the scales of groups are given.
+enum Scales { PLAIN, OFFSETS, SPANS };
+
+template <int KIND, Scales SCALES, int M>
 constexpr Tile tile() {
   if constexpr (KIND == BF16) return tile_bf16<M>;
   if constexpr (KIND == CHANNEL8) return tile_channel8<M>;
-  if constexpr (KIND == GROUP8) return tile_group8<M, OFFSETS>;
-  if constexpr (KIND == GROUP4) return tile_group4<M, OFFSETS>;
+  if constexpr (KIND == GROUP8 && SCALES == SPANS) return tile_span8<M>;
+  if constexpr (KIND == GROUP8 && SCALES != SPANS) return tile_group8<M, SCALES == OFFSETS>;
+  if constexpr (KIND == GROUP4) return tile_group4<M, SCALES == OFFSETS, SCALES == SPANS>;
 }
 
 // The tiles of 1, 2, ... rows.
-template <int KIND, bool OFFSETS = false, int... I>
+template <int KIND, Scales SCALES = PLAIN, int... I>
 const Tile* tiles(std::integer_sequence<int, I...>) {
-  static const Tile all[] = {tile<KIND, OFFSETS, I + 1>()...};
+  static const Tile all[] = {tile<KIND, SCALES, I + 1>()...};
   return all;
 }
 
+template <int KIND>
+const Tile* grouped_tiles(const Matrix& m) {
+  constexpr std::make_integer_sequence<int, GROUP_TILE> rows;
+  if (m.span > 1) return tiles<KIND, SPANS>(rows);
+  return m.offsets ? tiles<KIND, OFFSETS>(rows) : tiles<KIND>(rows);
+}
+
 inline const Tile* tiles_of(const Matrix& m) {
-  constexpr std::make_integer_sequence<int, GROUP_TILE> grouped;
   if (m.kind == BF16) return tiles<BF16>(std::make_integer_sequence<int, TILE>());
   if (m.kind == CHANNEL8) return tiles<CHANNEL8>(std::make_integer_sequence<int, TILE8>());
-  if (m.kind == GROUP8) return m.offsets ? tiles<GROUP8, true>(grouped) : tiles<GROUP8>(grouped);
-  return m.offsets ? tiles<GROUP4, true>(grouped) : tiles<GROUP4>(grouped);
+  return m.kind == GROUP8 ? grouped_tiles<GROUP8>(m) : grouped_tiles<GROUP4>(m);
 }
 
 // A block of 4 bits as bytes, where as many tiles need it that unpacking it once pays: the same numbers, so the same sums.
@@ -338,13 +452,14 @@ class Unpacked {
     static thread_local Buffer<uint8_t> bytes;
     static thread_local Buffer<float> scales;
     bytes.need(size_t(m.k) * WIDTH), scales.need(size_t(m.groups()) * (m.offsets ? 2 : 1) * WIDTH);
-    block.n = m.n, block.k = m.k, block.blocks = 1, block.kind = GROUP8, block.group = m.group, block.offsets = m.offsets;
-    block.data = bytes, block.scale = scales;
+    block.n = m.n, block.k = m.k, block.blocks = 1, block.kind = GROUP8, block.group = m.group;
+    block.span = m.span, block.offsets = m.offsets, block.data = bytes, block.scale = scales;
   }
 
   explicit operator bool() const { return block.data.data; }
 
   void take(const Matrix& m, int b) {
+    if (m.span > 1) return take_spans(m, b);
     uint8_t* to = block.data.data;
     float* scale = block.scale.data;
     const int halves = m.offsets ? 4 : 2;
@@ -360,6 +475,37 @@ class Unpacked {
   }
 
  private:
+  // Each number times its group's: from -120 to 120.
+  void take_spans(const Matrix& m, int b) {
+    // Two numbers at a time, neither of which becomes negative or more than 255.
+    constexpr int TWOS = 2 * WIDTH;
+    uint16_t* to = reinterpret_cast<uint16_t*>(block.data.data);
+    uint16_t times[TWOS], zero[TWOS];
+    for (int s = 0; s < m.spans(); s++) {
+      const uint8_t* from = m.span4(b, s);
+      for (int i = 0; i < WIDTH; i += 16)
+        store(block.scale.data + s * WIDTH + i, wide(reinterpret_cast<const bf16*>(from) + i));
+      const int8_t* by = reinterpret_cast<const int8_t*>(from + WIDTH * sizeof(bf16));
+      from += Matrix::header(m.span_groups(s));
+      for (int g = s * m.span; g < s * m.span + m.span_groups(s); g++, by += WIDTH) {
+        uint32_t twice[WIDTH], twice_zero[WIDTH];
+        for (int i = 0; i < WIDTH; i++) {
+          twice[i] = uint16_t(by[i]) * 0x10001u;
+          twice_zero[i] = uint16_t(257 * (128 - 8 * by[i])) * 0x10001u;
+        }
+        std::memcpy(times, twice, sizeof times), std::memcpy(zero, twice_zero, sizeof zero);
+        for (int eights = std::min(m.group, m.k - g * m.group) / 8; eights; eights--, from += 128, to += 2 * TWOS) {
+          const uint16_t* two = reinterpret_cast<const uint16_t*>(from);
+          for (int i = 0; i < TWOS; i++) {
+            constexpr uint16_t SIGN = ZERO8 ? 0 : 0x8080;
+            to[i] = uint16_t((two[i] & 0x0f0f) * times[i] + zero[i]) ^ SIGN;
+            to[TWOS + i] = uint16_t((two[i] >> 4 & 0x0f0f) * times[i] + zero[i]) ^ SIGN;
+          }
+        }
+      }
+    }
+  }
+
   static constexpr int TILES = 6;  // as was measured on a Xeon
 };
 
@@ -384,7 +530,7 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
     top.add(m, block, from, to, s);
     for (int i = from; i < to; i++) out(i, block, s + (i - from) * WIDTH);
   };
-  const size_t bytes = m.block_bytes();
+  const size_t bytes = m.block_bytes;
   for (int pass = 0; pass < cut.passes; pass++) {
     const int parts = cut.tiles(pass);
     Unpacked unpacked(m, parts);

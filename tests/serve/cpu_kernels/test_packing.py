@@ -139,10 +139,33 @@ def test_4_bits_from_bfloat16_are_nearer_than_to_the_largest(inputs):
         most = part.gather(1, part.abs().argmax(dim=1, keepdim=True))
         scale = most / -8  # as llama.cpp's Q4_0 has it
         plain += ((part / scale).round().clamp(-8, 7) * scale - part).square().sum()
-    assert apart < 0.9 * plain
+    assert apart < 0.93 * plain
     x = torch.randn(3, inputs).bfloat16()
-    exact = rounded(x, 32) @ dense(number, weight.shape).double().T
+    exact = rounded(x, 128) @ dense(number, weight.shape).double().T
     assert (multiply(number, x, 96) - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("inputs", [576, 208, 64])
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+def test_4_bits_with_scales_in_common_are_multiplied_the_same_in_prompts_and_alone(inputs, group):
+    torch.manual_seed(0)
+    weight = torch.randn(96, inputs).bfloat16() * torch.rand(96, 1).add(0.1).bfloat16()
+    number = packing.matrix(weight, packing.GROUP4, group=group)
+    assert packing.library().loradock_matrix_span(number) == min(128 // group, 8)
+    x = torch.randn(300, inputs).bfloat16() * torch.logspace(-3, 3, inputs).bfloat16()
+    together = multiply(number, x, 96)
+    for row in (0, 150, 299):
+        assert torch.equal(multiply(number, x[row : row + 1], 96)[0], together[row])
+
+
+def test_4_bits_whose_scales_have_nothing_in_common_stay_what_they_are():
+    torch.manual_seed(0)
+    numbers, scales = torch.randint(-8, 8, (96, 18, 32)).float(), torch.rand(96, 18, 1) + 0.1
+    numbers[:, :, 0] = -8
+    weight = (numbers * scales.bfloat16().float()).flatten(1).bfloat16()
+    number = packing.matrix(weight, packing.GROUP4)
+    assert packing.library().loradock_matrix_span(number) == 1
+    assert (dense(number, weight.shape) - weight.float()).norm() < 0.005 * weight.float().norm()
 
 
 def test_weights_that_were_4_bits_with_offsets_once_stay_what_they_are():
