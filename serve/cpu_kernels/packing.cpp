@@ -270,8 +270,8 @@ struct Errors {
     float p = 0, o = 0, c = 0;
 #pragma omp parallel for reduction(+ : p, o, c)
     for (int h = 0; h < halves; h += step) {
-      static thread_local FitSpan fit;
-      static thread_local Fit with;
+      FitSpan fit;
+      Fit with;
       for (int begin = 0; begin < s.k; begin += inputs) {
         const int end = std::min(begin + inputs, s.k);
         fit.groups = (end - begin + group - 1) / group;
@@ -337,7 +337,7 @@ int rounded4(const bf16* from, const Shape& s, int group, const bf16* bias) {
         std::fill(fit.w, fit.w + fit.n, spread(0.f));  // which only fill the last block
         fit.search();
       };
-      static thread_local FitSpan span;
+      FitSpan span;
       for (int part = 0; part < m->spans(); part++) {
         span.groups = m->span_groups(part);
         for (int g = 0; g < span.groups; g++) taken(span.fits[g], part * m->span + g);

@@ -480,7 +480,7 @@ class Unpacked {
     // Two numbers at a time, neither of which becomes negative or more than 255.
     constexpr int TWOS = 2 * WIDTH;
     uint16_t* to = reinterpret_cast<uint16_t*>(block.data.data);
-    uint16_t times[TWOS], zero[TWOS];
+    alignas(64) uint16_t times[TWOS], zero[TWOS];
     for (int s = 0; s < m.spans(); s++) {
       const uint8_t* from = m.span4(b, s);
       for (int i = 0; i < WIDTH; i += 16)
@@ -488,7 +488,7 @@ class Unpacked {
       const int8_t* by = reinterpret_cast<const int8_t*>(from + WIDTH * sizeof(bf16));
       from += Matrix::header(m.span_groups(s));
       for (int g = s * m.span; g < s * m.span + m.span_groups(s); g++, by += WIDTH) {
-        uint32_t twice[WIDTH], twice_zero[WIDTH];
+        alignas(64) uint32_t twice[WIDTH], twice_zero[WIDTH];
         for (int i = 0; i < WIDTH; i++) {
           twice[i] = uint16_t(by[i]) * 0x10001u;
           twice_zero[i] = uint16_t(257 * (128 - 8 * by[i])) * 0x10001u;
