@@ -88,6 +88,21 @@ ALWAYS void take(Ints (&s)[M][N], Ints (&part)[M][N]) {
     for (int j = 0; j < N; j++) s[i][j] = add(s[i][j], total_of(part[i][j])), part[i][j] = spread(0);
 }
 
+// A group's sums, by the scales of its rows and weights, and its weights' offsets where there are any.
+template <int M, int N, bool OFFSETS>
+ALWAYS void add_group(Floats (&f)[M][N], const Ints (&s)[M][N], const PanelGroup<M, OFFSETS>& of, const Floats (&by)[N],
+                      const Floats (&offset)[N]) {
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    const Floats of_row = spread(of.scale[i]);
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) {
+      f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
+      if constexpr (OFFSETS) f[i][j] = fma(spread(of.offset[i]), offset[j], f[i][j]);
+    }
+  }
+}
+
 template <int M, int N>
 ALWAYS void leave(const Floats (&s)[M][N], float* sums) {
 #pragma GCC unroll 12
@@ -211,15 +226,7 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahe
         by[j] = load(scale + 16 * j);
         if constexpr (OFFSETS) offset[j] = load(scale + WIDTH + 16 * j);
       }
-#pragma GCC unroll 12
-      for (int i = 0; i < M; i++) {
-        const Floats of_row = spread(of.scale[i]);
-#pragma GCC unroll 2
-        for (int j = 0; j < N; j++) {
-          f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
-          if constexpr (OFFSETS) f[i][j] = fma(spread(of.offset[i]), offset[j], f[i][j]);
-        }
-      }
+      add_group(f, s, of, by, offset);
     }
     leave(f, sums + 16 * side);
   }
@@ -390,15 +397,7 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
         by[j] = wide(scale + 16 * (side + j));
         if constexpr (OFFSETS) offset[j] = wide(scale + 32 + 16 * (side + j));
       }
-#pragma GCC unroll 12
-      for (int i = 0; i < M; i++) {
-        const Floats of_row = spread(of.scale[i]);
-#pragma GCC unroll 2
-        for (int j = 0; j < N; j++) {
-          f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
-          if constexpr (OFFSETS) f[i][j] = fma(spread(of.offset[i]), offset[j], f[i][j]);
-        }
-      }
+      add_group(f, s, of, by, offset);
     }
     if constexpr (SPANS)
       spans.leave();

@@ -1,11 +1,13 @@
 """`make matrix-speed`: products of prompts of 1,024 tokens against the machine's own, in turns, on all cores.
 
-    python -m tests.campaigns.matrix_speed [--sizes 135M 1B] [--weights bf16 int8 int4] [--rows 1024] [--rounds 25]
+    python -m tests.campaigns.matrix_speed [--sizes 135M 1B] [--weights bf16 int8 int4 int4-offsets] [--rows 1024]
+        [--rounds 25]
 
 The same shapes (a layer's four matrices) by oneDNN in bfloat16 and in int8, through torch and with weights that it has
 packed itself, the faster of both; and by our products with packed weights, the rounding of their inputs included.
 Then a whole step of the fused kernels, whose products are measured as what they are part of: with attention, norms and
-all. Prints GFLOP/s (the median, with the least and the most), and ours over the machine's, which is to be 0.8.
+all. `int4-offsets` are weights whose groups have offsets, as the embedded model's have; the step beside them has none.
+Prints GFLOP/s (the median, with the least and the most), and ours over the machine's, which is to be 0.8.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 from tests.support.engine_threads import begin_anew
 
 LEAST = 0.8
-KINDS = ("bf16", "int8", "int4")
+KINDS = ("bf16", "int8", "int4", "int4-offsets")
+ASIDE = 0.3  # weights so far from 0 get offsets
 LAYERS = {"135M": 30, "1B": 6}
 
 
@@ -71,28 +74,35 @@ def machines(size: str, rows: int) -> dict[str, list[Product]]:
     }
 
 
+def format_of(name: str) -> int:
+    from serve.cpu_kernels import packing
+
+    return {"bf16": packing.BF16, "int8": packing.GROUP8}.get(name, packing.GROUP4)
+
+
 def ours(size: str, rows: int, name: str) -> Product:
     import torch
 
     from serve.cpu_kernels import packing
     from serve.cpu_kernels.operators import packed_linear
 
-    kind, calls = {"bf16": packing.BF16, "int8": packing.GROUP8, "int4": packing.GROUP4}[name], []
+    aside, calls = ASIDE if name == "int4-offsets" else 0.0, []
     for outputs, inputs in shapes(size):
-        weight, x = (torch.randn(outputs, inputs) * 0.02).bfloat16(), torch.randn(rows, inputs).bfloat16()
-        number = packing.matrix(weight, kind)
+        weight, x = (torch.randn(outputs, inputs) * 0.02 + aside).bfloat16(), torch.randn(rows, inputs).bfloat16()
+        number = packing.matrix(weight, format_of(name))
+        assert packing.library().loradock_matrix_offsets(number) == (aside > 0)  # type: ignore[union-attr]
         calls.append(lambda x=x, number=number, outputs=outputs: packed_linear(x, number, outputs))
     return Product(f"loradock {name}", calls)
 
 
 def whole_step(size: str, rows: int, name: str) -> Product:
-    """A prompt's step without its output layer."""
+    """A prompt's step without its output layer; its weights have no offsets."""
     import torch
 
-    from serve.cpu_kernels import packing, step
+    from serve.cpu_kernels import step
     from tests.support.decoders import SETATTR, Engine, decoder_of, fused_of, like
 
-    kind = like(size, {"bf16": packing.BF16, "int8": packing.GROUP8, "int4": packing.GROUP4}[name], 1, rows)
+    kind = like(size, format_of(name), 1, rows)
     decoder, _ = decoder_of(kind)
     fused, engine = fused_of(SETATTR, decoder), Engine(kind)
     positions, _ = engine.schedule({0: (0, rows)})
@@ -136,7 +146,7 @@ def main() -> None:
             mine, step, its = (
                 ours(size, given.rows, name),
                 whole_step(size, given.rows, name),
-                own[name.replace("4", "8")],
+                own["bf16" if name == "bf16" else "int8"],
             )
             its.times.clear()
             ratios, whole = [], []
