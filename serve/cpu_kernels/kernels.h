@@ -157,66 +157,76 @@ struct Plain {
 // ---- bfloat16 in vectors ---------------------------------------------------------------------------------------------
 
 #ifdef WIDE
-// int8 of x[0..k): each group with a scale of its own, or each span of groups (a divisor of 16) with one that it repeats, and
-// what products with weights to which `zero` was added are too large by. q: up to 15 more are written.
-inline void to_bytes(const bf16* x, int k, int group, int zero, int8_t* q, float* scale, int32_t* sum, int span = 1) {
+constexpr int COMING = 1536;  // so many numbers before they are read they are fetched: the next rows
+
+// int8 of x[0..k): each group with a scale of its own, or each span of groups (1, 2, 4 or 8) with one that it repeats, and what
+// products with weights to which `zero` was added are too large by. `to` is told of each group with its scale and says who takes
+// its numbers, 32 or 16 at a time (the last may be fewer and zeros); it is given its sum once up to 16 groups came.
+template <class To>
+inline void to_bytes(const bf16* x, int k, int group, int zero, int span, To&& to) {
   const int most = std::max(SUMS, span);
-  for (; k > 0; k -= most * group, x += most * group, q += most * group, scale += most, sum += most) {
+  for (int first = 0; k > 0; k -= most * group, x += most * group, first += most) {
     const int count = std::min(most, (k + group - 1) / group);
     Floats found[16];
-    alignas(64) float top[16] = {}, by[16], total[16];
-    // `SUMS` vectors at a time: to look for the largest number of one vector, or for its sum, takes longer than all the rest.
-    auto fold = [&](int vectors, auto&& each, auto&& all, float* out) {
-      if (vectors <= 4) {
-        for (int i = 0; i < vectors; i++) out[i] = each(found[i]);
-        return;
-      }
-      for (int i = vectors; i % SUMS; i++) found[i] = spread(0.f);
-      for (int i = 0; i < vectors; i += SUMS) all(found + i, out + i);
-    };
-    // once(i) for each 16 numbers, but twice(i) for 32 neighbours.
-    auto over = [&](int from, int groups, auto&& twice, auto&& once) {
-      int i = from * group;
-      const int end = std::min(i + groups * group, k);
-      for (; i + 32 <= end; i += 32) twice(i);
-      for (; i < end; i += 16) once(i, end - i);
+    alignas(64) float total[16] = {}, top[16], by[16];
+    // For inputs from `at` on: once(at, left) for each 16, but twice(at) for 32 neighbours.
+    auto over = [](const bf16* at, int left, auto&& twice, auto&& once) {
+      for (; left >= 32; left -= 32, at += 32) twice(at);
+      for (; left > 0; left -= 16, at += 16) once(at, left);
     };
     int spans = 0;
-    for (int g = 0; g < count; g += span, spans++) {
+    for (int i = 0, inputs = std::min(most * group, k); i < inputs; i += span * group, spans++) {
       Ints of_32 = spread(0);
       Floats of_16 = spread(0.f);
       over(
-          g, span, [&](int i) { of_32 = larger(of_32, load64(x + i)); },
-          [&](int i, int left) { of_16 = max(of_16, abs(left < 16 ? wide(x + i, left) : wide(x + i))); });
+          x + i, std::min(span * group, inputs - i), [&](const bf16* at) { of_32 = larger(of_32, load64(at)), soon(at + COMING); },
+          [&](const bf16* at, int left) { of_16 = max(of_16, abs(left < 16 ? wide(at, left) : wide(at))); });
       found[spans] = max(of_16, max(firsts(of_32), seconds(of_32)));
     }
-    fold(
-        spans, [](Floats v) { return largest_of(v); }, [](const Floats* v, float* out) { largest(v, out); }, total);
-    for (int i = 0, g = 0; i < spans; i++)
-      for (int end = std::min(g + span, count); g < end; g++) top[g] = total[i];
-    const Floats tops = load(top), none = spread(0.f);
-    store(by, choose(less(none, tops), spread(127.f) / tops, none));
-    store(top, tops / spread(127.f));
-    for (int g = 0; g < count; g++) {
-      Ints all = spread(0);
-      const Floats times = spread(by[g]);
-      over(
-          g, 1,
-          [&](int i) {
-            const Ints two = load64(x + i), even = to_ints(firsts(two) * times), odd = to_ints(seconds(two) * times);
-            all = add(all, add(even, odd));
-            store8(q + i, even, odd);
-          },
-          [&](int i, int left) {
-            const Ints v = to_ints((left < 16 ? wide(x + i, left) : wide(x + i)) * times);
-            all = add(all, v);
-            store8(q + i, v);
-          });
-      found[g] = to_floats(all);  // exact
+    // `SUMS` vectors at a time: the largest number of one vector, or its sum, takes longer than all the rest. What is stored
+    // number by number is not loaded as a vector again, which would wait for all of it.
+    const Floats limit = spread(127.f), none = spread(0.f);
+    auto fill = [&](int vectors) {
+      for (int i = vectors; i % SUMS; i++) found[i] = none;
+    };
+    if (spans <= 4) {
+      for (int i = 0; i < spans; i++) {
+        const float largest = largest_of(found[i]);
+        by[i] = largest > 0 ? 127.f / largest : 0.f, top[i] = largest / 127.f;
+      }
+    } else {
+      fill(spans);
+      for (int i = 0; i < spans; i += SUMS) largest(found + i, total + i);
+      const Floats tops = load(total);
+      store(by, choose(less(none, tops), limit / tops, none)), store(top, tops / limit);
     }
-    fold(
-        count, [](Floats v) { return sum_of(v); }, [](const Floats* v, float* out) { sums(v, out); }, total);
-    for (int g = 0; g < count; g++) scale[g] = top[g], sum[g] = zero * int32_t(total[g]);
+    for (int i = 0, g = 0; i < spans; i++) {
+      const Floats times = spread(by[i]);
+      for (const int end = std::min(g + span, count); g < end; g++) {
+        Ints all = spread(0);
+        auto place = to.group(first + g, top[i]);
+        over(
+            x + g * group, std::min(group, k - g * group),
+            [&](const bf16* at) {
+              const Ints two = load64(at), even = to_ints(firsts(two) * times), odd = to_ints(seconds(two) * times);
+              all = add(all, add(even, odd));
+              place.take(even, odd);
+            },
+            [&](const bf16* at, int left) {
+              const Ints v = to_ints((left < 16 ? wide(at, left) : wide(at)) * times);
+              all = add(all, v);
+              place.take(v);
+            });
+        found[g] = to_floats(all);  // exact
+      }
+    }
+    if (count <= 4) {
+      for (int g = 0; g < count; g++) to.sum(first + g, zero * int32_t(sum_of(found[g])));
+    } else {
+      fill(count);
+      for (int g = 0; g < count; g += SUMS) sums(found + g, total + g);
+      for (int g = 0; g < count; g++) to.sum(first + g, zero * int32_t(total[g]));
+    }
   }
 }
 
@@ -260,17 +270,42 @@ struct Rows8 {
     const int64_t stride = in8(k), groups = (k + group - 1) / group;
     if (q.size() < size_t(rows * stride)) q.resize(rows * stride);
     if (scale.size() < size_t(rows * groups)) scale.resize(rows * groups), sum.resize(rows * groups);
-    return {q.data(), scale.data(), sum.data(), stride, group, int(groups), std::max(zero, 1)};
+    return row(0, k, group, zero);
+  }
+
+  // From row `place` on.
+  Bytes row(int place, int k, int group, int zero) const {
+    const int64_t stride = in8(k), groups = (k + group - 1) / group;
+    return {q.data() + place * stride, scale.data() + place * groups, sum.data() + place * groups, stride, group, int(groups),
+            std::max(zero, 1)};
+  }
+
+  // Row `place`, for `to_bytes`.
+  struct Row {
+    struct Place {
+      int8_t* q;
+      ALWAYS void take(Ints even, Ints odd) { store8(q, even, odd), q += 32; }
+      ALWAYS void take(Ints v) { store8(q, v), q += 16; }
+    };
+    int8_t* q;
+    float* scale;
+    int32_t* sums;
+    int inputs;  // of a group
+    ALWAYS Place group(int g, float its) const {
+      scale[g] = its;
+      return {q + g * inputs};
+    }
+    ALWAYS void sum(int g, int32_t its) const { sums[g] = its; }
+  };
+  Row to(int place, int k, int group) {
+    const int64_t groups = (k + group - 1) / group;
+    return {q.data() + place * in8(k), scale.data() + place * groups, sum.data() + place * groups, group};
   }
 
   // x as row `place`, which comes back.
-  Bytes take(int place, const bf16* x, int k, int group, int zero, int span = 1) {
-    const int64_t stride = in8(k), groups = (k + group - 1) / group;
-    int8_t* to = q.data() + place * stride;
-    float* scales = scale.data() + place * groups;
-    int32_t* sums = sum.data() + place * groups;
-    to_bytes(x, k, group, zero, to, scales, sums, span);
-    return {to, scales, sums, stride, group, int(groups), std::max(zero, 1)};
+  Bytes take(int place, const bf16* x, int k, int group, int zero) {
+    to_bytes(x, k, group, zero, 1, to(place, k, group));
+    return row(place, k, group, zero);
   }
 };
 

@@ -15,12 +15,14 @@ constexpr int GROUP_TILE = MANY ? 6 : 4;  // and where every group of inputs has
 constexpr int sides(int rows, int most) { return MANY || rows <= most ? 2 : 1; }
 constexpr int ROWS = 192;  // tokens whose inputs stay in the cache while all blocks pass
 
-// How rows are cut: into passes of as equal a size as they can be, since each goes over all weights, and these into tiles.
+// How rows are cut: into passes of about equal size, since each goes over all weights, and these into tiles, all of them full
+// but for the last pass's.
 struct Cut {
   int rows, most, passes;  // most: of a tile
 
   explicit Cut(int rows = 0, int most = 1) : rows(rows), most(most), passes((rows + ROWS - 1) / ROWS) {}
-  int pass(int number) const { return int(int64_t(rows) * number / passes); }  // where it begins
+  // Where it begins.
+  int pass(int number) const { return number < passes ? int(int64_t(rows) * number / passes) / most * most : rows; }
   int tiles(int number) const { return (pass(number + 1) - pass(number) + most - 1) / most; }
   // Where a pass's tile begins.
   int tile(int number, int place) const {
@@ -33,7 +35,9 @@ struct Cut {
     int begin = 0, end = 0;
   };
   Range of(int row) const {
-    const int number = int((int64_t(row + 1) * passes - 1) / rows), begin = pass(number);
+    int number = int((int64_t(row + 1) * passes - 1) / rows);
+    number += row >= pass(number + 1);
+    const int begin = pass(number);
     const int place = ((row - begin + 1) * tiles(number) - 1) / (pass(number + 1) - begin);
     return {tile(number, place), tile(number, place + 1)};
   }
@@ -82,38 +86,86 @@ inline Cut::Range tile_of(const Matrix& m, const Input& in, int row) {
 // Whether rows must be made into something else before they are multiplied with a matrix.
 inline bool converts(const Matrix& m) { return m.kind != BF16 || !PAIRS; }
 
-// A row in 8 bits: as number `place` of `rows`, which have room for it, and in its panel.
-inline void convert(const Matrix& m, const Input& in, int row, Rows8& rows, int place) {
-  const Bytes bytes = rows.take(place, in.x + row * in.stride, m.k, m.group, m.zero(), m.span);
-  const int8_t* from = bytes.q;
-  const auto [begin, end] = tile_of(m, in, row);
-  const size_t tile = end - begin, place_in = row - begin;
-  uint8_t* to = in.panel(m, begin);
-  auto put = [&](auto number) { std::memcpy(to + 4 * place_in, &number, 4), to += 4 * tile; };
-  const int groups = m.groups();
-  for (int g = 0, span = 0, left = m.k; g < groups; g++, left -= m.group) {
-    if (m.span == 1) {
-      put(bytes.scale[g]);
-    } else if (g == span) {
-      span = std::min(span + m.span, groups);
-      int32_t all = 0;
-      for (int i = g; i < span; i++) all += bytes.sum[i];
-      put(bytes.scale[g]), put(-all * (ZERO8 / ZERO4));
+// A row's place in its panel, for `to_bytes`.
+struct InPanel {
+  struct Place {
+    uint8_t* to;
+    size_t tile;
+    ALWAYS void take(Ints even, Ints odd) {
+      alignas(32) int8_t both[32];
+      store8(both, even, odd);
+      std::memcpy(to, both, 16), std::memcpy(to + 16 * tile, both + 16, 16), to += 32 * tile;
     }
-    put(-bytes.sum[g]);
-    if (m.offsets) put(bytes.scale[g] * float(bytes.sum[g]));
-    for (int end_of = std::min(m.group, left), i = 0; i < end_of; i += 16, from += 16, to += 16 * tile)
-      std::memcpy(to + 16 * place_in, from, 16);
+    ALWAYS void take(Ints v) { store8(reinterpret_cast<int8_t*>(to), v), to += 16 * tile; }
+  };
+  uint8_t* begin;       // where the panel's first span or group begins, in the row's place
+  size_t tile, inputs;  // inputs: bytes from a group's beginning to its inputs
+  int header, group_bytes, span, shift;  // a span is 2^shift groups
+  bool offsets;
+  int32_t of_span = 0;
+  uint8_t* owed = nullptr;  // of the span
+
+  InPanel(const Matrix& m, const Input& in, int row)
+      : header(m.span > 1 ? 4 : m.offsets ? 12 : 8),
+        group_bytes(header + m.group),
+        span(m.span),
+        shift(__builtin_ctz(m.span)),
+        offsets(m.offsets) {
+    const auto [from, to] = tile_of(m, in, row);
+    tile = to - from, begin = in.panel(m, from) + 4 * (row - from), inputs = header * tile + 12 * (row - from);
   }
+  // What a panel says of a group, or of its row in it.
+  ALWAYS uint8_t* of_group(int g) const {
+    const size_t spans = span > 1 ? 8 * ((g >> shift) + 1) : 0;
+    return begin + tile * (size_t(g) * group_bytes + spans);
+  }
+  template <class T>
+  static ALWAYS void put(uint8_t* at, T number) {
+    std::memcpy(at, &number, 4);
+  }
+  ALWAYS Place group(int g, float scale) const {
+    uint8_t* at = of_group(g);
+    if (span == 1)
+      put(at, scale);
+    else if (!(g & (span - 1)))
+      put(at - 8 * tile, scale);
+    return {at + inputs, tile};
+  }
+  ALWAYS void sum(int g, int32_t its) {
+    uint8_t* at = of_group(g);
+    if (span > 1) {
+      if (!(g & (span - 1))) of_span = 0, owed = at - 4 * tile;
+      of_span += its;
+      put(at, -its), put(owed, -of_span * (ZERO8 / ZERO4));
+      return;
+    }
+    float scale;
+    std::memcpy(&scale, at, 4);
+    put(at + 4 * tile, -its);
+    if (offsets) put(at + 8 * tile, scale * float(its));
+  }
+};
+
+// A row in 8 bits: in its panel, and as number `place` of `rows`, which have room for it.
+inline void convert(const Matrix& m, const Input& in, int row, Rows8& rows, int place) {
+  struct Both {
+    struct Place {
+      InPanel::Place panel;
+      Rows8::Row::Place row;
+      ALWAYS void take(Ints even, Ints odd) { panel.take(even, odd), row.take(even, odd); }
+      ALWAYS void take(Ints v) { panel.take(v), row.take(v); }
+    };
+    InPanel panel;
+    Rows8::Row row;
+    ALWAYS Place group(int g, float scale) { return {panel.group(g, scale), row.group(g, scale)}; }
+    ALWAYS void sum(int g, int32_t its) { panel.sum(g, its), row.sum(g, its); }
+  };
+  to_bytes(in.x + row * in.stride, m.k, m.group, m.zero(), m.span, Both{{m, in, row}, rows.to(place, m.k, m.group)});
 }
 
 // A row as the matrix wants it.
 inline void convert(const Matrix& m, const Input& in, int row) {
-  if (m.kind != BF16) {
-    static thread_local Rows8 one;
-    one.room(1, m.k, m.group, m.zero());
-    return convert(m, in, row, one, 0);
-  }
+  if (m.kind != BF16) return to_bytes(in.x + row * in.stride, m.k, m.group, m.zero(), m.span, InPanel(m, in, row));
   const bf16* x = in.x + row * in.stride;
   const auto [begin, end] = tile_of(m, in, row);
   float* to = reinterpret_cast<float*>(in.panel(m, begin)) + (row - begin) * 2;

@@ -1158,8 +1158,10 @@ void loradock_linear(int number, const bf16* x, int64_t stride, int rows, bf16* 
   alone(m, x, stride, rows, [&](Sharing& all, const Input& in) {
     all.share(m.blocks, grain(rows), [&](int first, int last) {
       multiply(m, in, first, last, [&](int row, int block, const float* sums) {
-        for (int i = 0; i < WIDTH && m.output(block, i) < m.n; i += 16)
-          store(out + int64_t(row) * m.n + m.output(block, i), load(sums + i));
+        bf16* to = out + int64_t(row) * m.n;
+        const int next = m.output(block, 16);
+        store(to + m.output(block, 0), load(sums));
+        if (next < m.n) store(to + next, load(sums + 16));
       });
     });
   });
