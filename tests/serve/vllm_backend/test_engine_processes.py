@@ -16,7 +16,7 @@ ENGINE = """
 import signal, subprocess, sys, time
 code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
 worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-worker.stdout.read(1)
+worker.stdout.readline()
 print(worker.pid, flush=True)
 time.sleep(600)
 """
