@@ -100,7 +100,7 @@ struct InPanel {
   };
   uint8_t* begin;       // where the panel's first span or group begins, in the row's place
   size_t tile, inputs;  // inputs: bytes from a group's beginning to its inputs
-  int header, group_bytes, span, shift;  // a span is 2^shift groups
+  int header, group_bytes, shift;  // a span is 2^shift groups; none where it is one
   bool offsets;
   int32_t of_span = 0;
   uint8_t* owed = nullptr;  // of the span
@@ -108,7 +108,6 @@ struct InPanel {
   InPanel(const Matrix& m, const Input& in, int row)
       : header(m.span > 1 ? 4 : m.offsets ? 12 : 8),
         group_bytes(header + m.group),
-        span(m.span),
         shift(__builtin_ctz(m.span)),
         offsets(m.offsets) {
     const auto [from, to] = tile_of(m, in, row);
@@ -116,25 +115,27 @@ struct InPanel {
   }
   // What a panel says of a group, or of its row in it.
   ALWAYS uint8_t* of_group(int g) const {
-    const size_t spans = span > 1 ? 8 * ((g >> shift) + 1) : 0;
+    const size_t spans = shift ? 8 * ((g >> shift) + 1) : 0;
     return begin + tile * (size_t(g) * group_bytes + spans);
   }
+  // Whether a span begins with a group.
+  ALWAYS bool begins(int g) const { return g >> shift << shift == g; }
   template <class T>
   static ALWAYS void put(uint8_t* at, T number) {
     std::memcpy(at, &number, 4);
   }
   ALWAYS Place group(int g, float scale) const {
     uint8_t* at = of_group(g);
-    if (span == 1)
+    if (!shift)
       put(at, scale);
-    else if (!(g & (span - 1)))
+    else if (begins(g))
       put(at - 8 * tile, scale);
     return {at + inputs, tile};
   }
   ALWAYS void sum(int g, int32_t its) {
     uint8_t* at = of_group(g);
-    if (span > 1) {
-      if (!(g & (span - 1))) of_span = 0, owed = at - 4 * tile;
+    if (shift) {
+      if (begins(g)) of_span = 0, owed = at - 4 * tile;
       of_span += its;
       put(at, -its), put(owed, -of_span * (ZERO8 / ZERO4));
       return;

@@ -152,9 +152,9 @@ def test_4_bits_with_scales_in_common_are_multiplied_the_same_in_prompts_and_alo
     weight = torch.randn(96, inputs).bfloat16() * torch.rand(96, 1).add(0.1).bfloat16()
     number = packing.matrix(weight, packing.GROUP4, group=group)
     assert packing.library().loradock_matrix_span(number) == min(128 // group, 8)
-    x = torch.randn(300, inputs).bfloat16() * torch.logspace(-3, 3, inputs).bfloat16()
+    x = torch.randn(1100, inputs).bfloat16() * torch.logspace(-3, 3, inputs).bfloat16()  # six passes
     together = multiply(number, x, 96)
-    for row in (0, 150, 299):
+    for row in (0, 150, 181, 182, 299, 512, 700, 1099):
         assert torch.equal(multiply(number, x[row : row + 1], 96)[0], together[row])
 
 
