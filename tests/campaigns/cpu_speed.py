@@ -1,8 +1,11 @@
 """`make cpu-speed`: a model with each `--cpu-weights` and, where they are there, llama.cpp's formats, in turns.
 
-Whole servers over HTTP: the time of a token at one stream, tokens a second at 16, the first token of 1,024. All of them
-are measured in every round, one after the other; `--apart` starts each for its turn alone, for models that do not fit
-side by side. The table has medians, and the least and the most. The processor's name is part of it.
+Whole servers over HTTP: a token's time at one stream, tokens a second at 16, the first token of 1,024. A round takes
+the cases in turn, and each case goes once over all servers (one stream three times), so that what is compared was
+measured within seconds; `--apart` starts each for its turn alone, for models that do not fit side by side. How fast the
+machine reads its memory, which neighbours change from one minute to the next, is asked before and after each turn of
+one stream. The table has medians, and the least and the most; a second one, with llama.cpp, the ratios of turns. The
+processor's name is part of it.
 
     python -m tests.campaigns.cpu_speed [--rounds 5] [--weights auto int8 int4] [--adapters 16] [--size 1B]
         [--llama .../bin/llama-server --gguf Q4_0=a.gguf Q4_K_M=b.gguf Q8_0=c.gguf]
@@ -42,6 +45,7 @@ from tests.support.server import Server, done, free_port
 
 IN, OUT, LONG, STREAMS, RANK = 128, 64, 1024, 16, 8
 CASES = ("ms a token, 1 stream", f"tok/s, {STREAMS} streams", f"s to the first of {LONG:,} in")
+ALONE = 3  # times that one stream is measured in a round
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Choice:
     seen: dict[str, list[float]] = field(default_factory=dict)
     weights: str = ""
     memory: int = 0
+    machine: list[float] = field(default_factory=list)  # GB/s, beside each turn of one stream
 
     def row(self) -> str:
         cells = [self.name, self.weights, *(cell(self.seen[case]) for case in CASES)]
@@ -90,22 +95,29 @@ async def answer(http: httpx.AsyncClient, up: Up, llama: bool, model: str, words
     return times
 
 
-async def measure(choice: Choice, up: Up) -> None:
-    """Every case once."""
+async def measure(choice: Choice, up: Up, *cases: str) -> None:
+    """Each of these cases once; every one where none is named."""
     # llama.cpp's server drops connections that are kept alive beside 16 others.
     limits = httpx.Limits(max_keepalive_connections=0)
-    async with httpx.AsyncClient(timeout=900, limits=limits) as http:
+    async with httpx.AsyncClient(timeout=1800, limits=limits) as http:
 
         async def ask(model: str, words: int, tokens: int) -> list[float]:
             return await answer(http, up, choice.llama, model, words, tokens)
 
+        def saw(case: str, value: float) -> None:
+            choice.seen.setdefault(case, []).append(value)
+
         await ask(up.models[0], 16, 4)
-        alone = await ask(up.models[0], IN, OUT)
-        choice.seen.setdefault(CASES[0], []).append(1000 * (alone[-1] - alone[0]) / (OUT - 1))
-        began = time.monotonic()
-        await asyncio.gather(*(ask(up.models[i % len(up.models)], IN, OUT) for i in range(STREAMS)))
-        choice.seen.setdefault(CASES[1], []).append(STREAMS * OUT / (time.monotonic() - began))
-        choice.seen.setdefault(CASES[2], []).append((await ask(up.models[0], LONG, 1))[0])
+        for case in cases or CASES:
+            began = time.monotonic()
+            if case == CASES[0]:
+                alone = await ask(up.models[0], IN, OUT)
+                saw(case, 1000 * (alone[-1] - alone[0]) / (OUT - 1))
+            elif case == CASES[1]:
+                await asyncio.gather(*(ask(up.models[i % len(up.models)], IN, OUT) for i in range(STREAMS)))
+                saw(case, STREAMS * OUT / (time.monotonic() - began))
+            else:
+                saw(case, (await ask(up.models[0], LONG, 1))[0])
     choice.weights = up.weights
     family = [psutil.Process(up.pid), *psutil.Process(up.pid).children(recursive=True)]
     choice.memory = max(choice.memory, sum(process.memory_full_info().pss for process in family))
@@ -197,14 +209,21 @@ def choices(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice
 
 
 def bytes_read(model: Path, weights: str) -> float:
-    """What one token of one stream reads of a Llama's weights, with the scales of `--cpu-weights`."""
+    """What a token of one stream reads of a Llama's weights, as a server names them, with their scales (`matrix.h`)."""
     config = json.loads((model / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
     layer = hidden * (heads * head + 3 * inner)
-    bits, output = {"int8": (8.25, 8.25), "int4": (4.5, 8.25)}.get(weights, (16, 16))
-    return (config["num_hidden_layers"] * layer * bits + config["vocab_size"] * hidden * output) / 8
+    layers, _, output = weights.partition("; output layer ")
+    return (config["num_hidden_layers"] * layer * bits(layers) + config["vocab_size"] * hidden * bits(output)) / 8
+
+
+def bits(weights: str) -> float:
+    """Of a weight. Groups of 4 bits are taken to have one scale in common for 128 inputs where they have no offsets."""
+    if weights.startswith("int4"):
+        return 5 if weights.endswith("with offsets") else 4 + 48 / 128
+    return 8 + 32 / 64 if weights.startswith("int8") else 16
 
 
 def reader(folder: Path) -> Path:
@@ -215,20 +234,45 @@ def reader(folder: Path) -> Path:
     return program
 
 
-def run(given: argparse.Namespace, model: Path, folder: Path) -> tuple[list[Choice], list[float]]:
-    """The choices as they were measured, and how many GB/s the machine read before each turn."""
-    every, program, reads = choices(given, model, folder), reader(folder), []
+def run(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice]:
+    """The choices as they were measured."""
+    every, program = choices(given, model, folder), reader(folder)
+
+    def turn(choice: Choice, up: Up, case: str) -> None:
+        if case != CASES[0]:
+            return asyncio.run(measure(choice, up, case))
+        before = float(subprocess.check_output(program))
+        asyncio.run(measure(choice, up, case))
+        choice.machine.append((before + float(subprocess.check_output(program))) / 2)
+
+    turns = [CASES[0]] * ALONE + [*CASES[1:]]
     with ExitStack() as stack:
         up = {} if given.apart else {choice.name: stack.enter_context(choice.start()) for choice in every}
         for number in range(given.rounds):
-            for choice in every if number % 2 == 0 else every[::-1]:
-                reads.append(float(subprocess.check_output(program)))
-                if given.apart:
+            if given.apart:
+                for choice in every if number % 2 == 0 else every[::-1]:
                     with choice.start() as one:
-                        asyncio.run(measure(choice, one))
-                else:
-                    asyncio.run(measure(choice, up[choice.name]))
-    return every, reads
+                        for case in turns:
+                            turn(choice, one, case)
+                continue
+            for place, case in enumerate(turns):
+                for choice in every if (number + place) % 2 == 0 else every[::-1]:
+                    turn(choice, up[choice.name], case)
+            print(f"round {number + 1} of {given.rounds}", file=sys.stderr)
+    return every
+
+
+def shares(choice: Choice, size: float) -> list[float]:
+    """Weights of so many bytes a token: what part of the machine's own speed each turn of one stream read them at."""
+    return [size / 1e6 / ms / speed for ms, speed in zip(choice.seen[CASES[0]], choice.machine, strict=True)]
+
+
+def against(ours: Choice, theirs: Choice) -> str:
+    """A row of ratios, by turns: at one stream and of first tokens times, at 16 streams tokens a second."""
+    cells = []
+    for case in CASES:
+        cells.append(cell([one / other for one, other in zip(ours.seen[case], theirs.seen[case], strict=True)]))
+    return f"| {ours.name} / {theirs.name} | {' | '.join(cells)} |"
 
 
 def processor() -> str:
@@ -263,17 +307,25 @@ def main() -> None:
         if given.size:
             kept = given.keep or folder / given.size
             model = kept if kept.is_dir() else random_model(given.size, model, kept)
-        every, reads = run(given, model, folder)
-        weights = {choice.name: bytes_read(model, choice.name.split()[1]) for choice in every if not choice.llama}
+        every = run(given, model, folder)
+        weights = {choice.name: bytes_read(model, choice.weights) for choice in every if not choice.llama}
     print(f"{given.size or model.name}, {given.adapters} adapters, {given.rounds} rounds, {processor()}\n")
     print(f"| | weights | {' | '.join(CASES)} | memory |\n|---|---|{'---|' * len(CASES)}---|")
     for choice in every:
         print(choice.row())
-    machine = median(reads)
-    print(f"\nThe machine reads {machine:.1f} GB/s ({min(reads):.1f} to {max(reads):.1f}). At one stream:")
-    for name, size in weights.items():
-        speed = size / 1e6 / median(next(choice for choice in every if choice.name == name).seen[CASES[0]])
-        print(f"{name}: {size / 1e6:.0f} MB of weights a token, {speed:.1f} GB/s, {speed / machine:.0%}")
+    if any(choice.llama for choice in every):
+        print(f"\n| ratios of turns | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}")
+        for ours in every:
+            for theirs in every:
+                if theirs.llama and not ours.llama:
+                    print(against(ours, theirs))
+    machine = [speed for choice in every for speed in choice.machine]
+    print(f"\nThe machine reads {median(machine):.1f} GB/s ({min(machine):.1f} to {max(machine):.1f}). At one stream:")
+    for choice in every:
+        if size := weights.get(choice.name):
+            share = shares(choice, size)
+            print(f"{choice.name}: {size / 1e6:.0f} MB of weights a token, of what the machine reads beside it "
+                  f"{median(share):.0%} ({min(share):.0%} to {max(share):.0%})")  # fmt: skip
 
 
 if __name__ == "__main__":
