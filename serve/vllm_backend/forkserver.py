@@ -37,6 +37,8 @@ from typing import Any, NoReturn
 
 import setproctitle
 
+from serve.models import hardware
+
 VARIABLE = "LORADOCK_FORKSERVER"
 PROCESS, PRELOAD = "serve.vllm_backend.forkserver_process", "serve.vllm_backend.preload"
 PREPARED = "serve.vllm_backend.prepared"
@@ -149,6 +151,12 @@ def _serve(listener: int, alive: int) -> NoReturn:
 def ensure() -> None:
     """Have it running, if it is wanted: it ends with the thread that starts it, so that must be one that stays."""
     if os.environ.get(VARIABLE) == "1":
+        _ensure_running()
+
+
+def _ensure_running() -> None:
+    # Engines bind their threads to cores of those that they are started on.
+    with hardware.every_core():
         forkserver.ensure_running()
 
 
@@ -161,7 +169,7 @@ def leave() -> None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
     threading.Thread(target=os.waitpid, args=(left, 0), daemon=True, name="left-forkserver").start()
-    forkserver.ensure_running()
+    _ensure_running()
 
 
 def install() -> None:

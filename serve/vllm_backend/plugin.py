@@ -16,6 +16,7 @@ from serve.vllm_backend import (
     prompt_budget,
     prompt_logprobs,
     seeded_prompts,
+    sending,
     speculation,
     titles,
     token_ranks,
@@ -43,6 +44,7 @@ def install() -> None:
     speculation.install()  # after those whose functions it wraps: they see its drafts
     seeded_prompts.install()
     media.install()
+    sending.install()
     forkserver.install()
     _installed = True
 

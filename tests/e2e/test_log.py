@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ pytestmark = pytest.mark.engine
 MOST = 12
 
 
+def title(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode()
+
+
 def titles(server: Server) -> set[str]:
-    lines = [
-        Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode() for pid in descendants(server.process.pid)
-    ]
+    lines = [title(pid) for pid in descendants(server.process.pid)]
     return {line for line in lines if "resource_tracker" not in line}
 
 
@@ -51,6 +55,17 @@ def test_processes_say_what_they_are(started):
     server, _ = started
     assert "loradock: engine smollm2" in titles(server)
     assert titles(server) <= {"loradock: engine smollm2", "loradock: fork server", "loradock: worker smollm2"}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_the_server_leaves_its_engine_the_core_on_which_it_schedules(started):
+    server, _ = started
+    first, *others = sorted(os.sched_getaffinity(0))
+    engine = next(pid for pid in descendants(server.process.pid) if "engine smollm2" in title(pid))
+    assert os.sched_getaffinity(engine) == {first}
+    for thread in os.listdir(f"/proc/{server.process.pid}/task"):
+        with suppress(ProcessLookupError):
+            assert os.sched_getaffinity(int(thread)) == set(others)
 
 
 def test_processes_share_what_the_server_imported(started):

@@ -25,6 +25,7 @@ import msgspec
 import serve
 from serve.errors import LoradockError
 from serve.gateway.finetuning import lowest_priority, process_tree
+from serve.models import hardware
 
 LOOK_SECONDS = 0.1
 # After the load is gone the training goes on once it was gone for so long.
@@ -103,7 +104,9 @@ class TrainingProcess:
         command = [*self.command, "check", str(file), "--method", method, "--fewest", str(fewest), "--json"]
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         # Its group is its own, so that Ctrl+C at the server's terminal is the server's alone.
-        with subprocess.Popen(self._behind(command), **pipes, env=_environ(), process_group=0) as process:
+        with hardware.every_core():
+            started = subprocess.Popen(self._behind(command), **pipes, env=_environ(), process_group=0)
+        with started as process:
             try:
                 said = self._said(process, stop)
             finally:
@@ -138,7 +141,7 @@ class TrainingProcess:
         `look(ran)` is called again and again, with the seconds that it ran since the last time, and answers whether
         there was a sign of life.
         """
-        with (folder / "log").open("ab") as output:
+        with (folder / "log").open("ab") as output, hardware.every_core():
             process = subprocess.Popen(
                 self._behind([*self.command, "tune", str(folder)]),
                 stdin=subprocess.DEVNULL,

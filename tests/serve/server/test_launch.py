@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -15,6 +16,8 @@ from serve.errors import ConfigError
 from serve.models import engine_memory, hardware
 from serve.models.host import Host
 from serve.server.launch import _told_briefly
+
+SAYS_CORES = "import os; print(*os.sched_getaffinity(0))"
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -183,6 +186,36 @@ def test_on_a_small_machine_every_core_computes_in_the_engine_process(monkeypatc
     assert "proclist=[0,1]" in hardware.cpu_environment({}, together=True)["KMP_AFFINITY"]
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     assert not hardware.one_process({}, workers=1)
+
+
+def in_a_thread(look):
+    """What it says there: a thread has its cores for itself."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(look()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.skipif(len(hardware.CORES) < 2, reason="one core")
+def test_a_server_leaves_the_core_on_which_its_engines_schedule(monkeypatch):
+    first, *others = sorted(hardware.CORES)
+
+    def left(affinity):
+        monkeypatch.setenv("KMP_AFFINITY", affinity)
+        hardware.leave_core()
+        before = os.sched_getaffinity(0)
+        with hardware.every_core():
+            started = subprocess.run([sys.executable, "-c", SAYS_CORES], capture_output=True, text=True, check=True)
+        assert os.sched_getaffinity(0) == before
+        return before, {int(core) for core in started.stdout.split()}
+
+    dealt = hardware.cpu_environment({}, together=True)["KMP_AFFINITY"]
+    assert in_a_thread(lambda: left(dealt)) == (set(others), hardware.CORES)
+    assert in_a_thread(lambda: left("none")) == (hardware.CORES, hardware.CORES)
+    monkeypatch.setattr(hardware, "CORES", frozenset({first}))
+    monkeypatch.setenv("KMP_AFFINITY", hardware.cpu_environment({}, together=True)["KMP_AFFINITY"])
+    assert in_a_thread(lambda: hardware.leave_core() or os.sched_getaffinity(0)) == {first, *others}
 
 
 def test_memory_that_does_not_suffice_is_a_sentence():
