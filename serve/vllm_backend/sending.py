@@ -15,6 +15,7 @@ from typing import Any
 import zmq
 
 from serve.cpu_kernels.patches import Patch, apply
+from serve.models import hardware
 
 PATCHES = [
     Patch(
@@ -54,6 +55,7 @@ def process_output_sockets(
     if not together or coord_output_path is not None:
         original(core, output_paths, coord_output_path, engine_index)
         return
+    hardware.leave_core()  # ZeroMQ's own thread, too, is where this one is
     encoder, alone = MsgpackEncoder(), threading.Lock()
     with ExitStack() as stack, zmq.Context() as context:
         # They linger, so that the end of the engine is told before its sockets are closed.
