@@ -62,7 +62,7 @@ def test_a_promote_under_streams_loses_nothing_and_mixes_nothing(server, name, t
         number = 0
         while not stop.is_set():
             number += 1
-            answers.append(server.ask(name, f"Question {worker}.{number}: what do you say?", tokens=24 + 3 * worker))
+            answers.append(server.ask(name, f"Question {worker}.{number}: what do you say?", tokens=72 + 6 * worker))
 
     with ThreadPoolExecutor(STREAMS) as pool:
         asking = [pool.submit(keep_asking, worker) for worker in range(STREAMS)]
