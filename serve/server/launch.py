@@ -145,7 +145,7 @@ def _run(config: Config, sock: socket, output: Log) -> int:
     gc.disable()
     if hardware.on_cpu():
         forkserver.start(((base.model, base.engine) for base in config.bases), _import_server)
-        if os.environ.get(forkserver.VARIABLE) == "1":
+        if forkserver.wanted():
             hardware.leave_core()
     output.watch()
     from serve.api.app import build_app

@@ -37,6 +37,6 @@ def loaded(name: str, vllm_config: Any, slots: int, warned: list[str]) -> None:
 def _devices(args: Any) -> str:
     count = args.tensor_parallel_size * args.pipeline_parallel_size * (args.data_parallel_size or 1)
     if hardware.on_cpu():
-        cores = len(os.sched_getaffinity(0))
+        cores = len(hardware.CORES)  # this thread may have left one
         return f"{cores} CPU core{'s' if cores > 1 else ''}"
     return f"{count} GPU{'s' if count > 1 else ''}"

@@ -6,7 +6,6 @@ It imports nothing of vLLM's before it has to.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -24,8 +23,7 @@ class CompilerProcess:
 
     def __init__(self, compiler: Callable[..., None], *arguments: Any) -> None:
         self._connection, theirs = multiprocessing.Pipe()
-        fork = os.environ.get(forkserver.VARIABLE) == "1"
-        context: Any = forkserver.Context() if fork else multiprocessing.get_context("spawn")
+        context: Any = forkserver.Context() if forkserver.wanted() else multiprocessing.get_context("spawn")
         self.process = context.Process(target=_run, args=(theirs, compiler, *arguments), daemon=True)
         self.process.start()
         theirs.close()

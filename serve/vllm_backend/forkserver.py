@@ -148,9 +148,14 @@ def _serve(listener: int, alive: int) -> NoReturn:
         os._exit(code)
 
 
+def wanted() -> bool:
+    """Whether vLLM's processes come from a fork server."""
+    return os.environ.get(VARIABLE) == "1"
+
+
 def ensure() -> None:
     """Have it running, if it is wanted: it ends with the thread that starts it, so that must be one that stays."""
-    if os.environ.get(VARIABLE) == "1":
+    if wanted():
         _ensure_running()
 
 
@@ -174,7 +179,7 @@ def leave() -> None:
 
 def install() -> None:
     """Let vLLM start processes from there, if there is one."""
-    if os.environ.get(VARIABLE) != "1":
+    if not wanted():
         return
     from vllm.platforms import current_platform
 
