@@ -10,11 +10,20 @@
 
 namespace loradock {
 
-// The weights of the next block, on their way into the cache while this one is multiplied: memory is read all the time,
-// and not only while a block is new. Each of a block's tiles fetches its part of them, `step` bytes of every 128.
+// Which weights a tile has on their way into the cache while it multiplies: memory is read all the time, and not only while a
+// block is new.
+enum Fetch {
+  OWN,     // its own, where a block has one tile of few rows
+  NEXT,    // its part of the next block,
+  PACKED,  // and of a packed one while it multiplies one that was unpacked
+};
+constexpr int FEW = 4;  // rows of a tile that fetches its own
+
+// A tile's part of the next block.
 struct Ahead {
-  const uint8_t* at;  // null: the reading costs too little of the time to matter
-  int step;
+  const uint8_t* at = nullptr;  // null: the reading costs too little of the time to matter
+  int step = 0;                 // bytes for 128 that are multiplied; PACKED: bytes in all
+
   ALWAYS void fetch(int p) const {
     if (!at) return;
     later(at + size_t(p) * step);
@@ -24,14 +33,20 @@ struct Ahead {
   ALWAYS void follow(ptrdiff_t done) const {
     if (at) later(at + done * step / 128);
   }
+  // What of a packed block is fetched beside the n-th of so many groups.
+  ALWAYS void beside(int n, int groups) const {
+    if (!at) return;
+    const int lines = step / 64 + 1;
+    for (int i = lines * n / groups, end = lines * (n + 1) / groups; i < end; i++) later(at + 64 * i);
+  }
 };
 
-// What a tile of M rows fetches beside N vectors of weights at w, the block's number p.
-template <int M, int N>
+// What a tile fetches beside N vectors of weights at w, the block's number p.
+template <Fetch FETCH, int N>
 ALWAYS void fetch(const uint8_t* w, const Ahead& ahead, int side, int p) {
-  if constexpr (M <= 4) {
+  if constexpr (FETCH == OWN) {
     for (int j = 0; j < N; j++) soon(w + 2048 + 64 * j);
-  } else if (!side) {
+  } else if (FETCH == NEXT && !side) {
     ahead.fetch(p);
   }
 }
@@ -112,7 +127,7 @@ ALWAYS void leave(const Floats (&s)[M][N], float* sums) {
 }
 
 // sums[i] = the 32 outputs of row i
-template <int M>
+template <int M, Fetch FETCH>
 void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 2);
   const int64_t apart = in.apart();
@@ -123,7 +138,7 @@ void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead
     Floats s[M][N];
     fill(s, spread(0.f));
     for (int p = 0; p < pairs; p++, w += 128, x += in.next(M)) {
-      fetch<M, N>(w, ahead, side, p);
+      fetch<FETCH, N>(w, ahead, side, p);
       Ints v[N];
 #pragma GCC unroll 2
       for (int j = 0; j < N; j++) v[j] = load64(w + 64 * j);
@@ -169,7 +184,7 @@ ALWAYS void add8s(Ints (&s)[M][N], const uint8_t*& w, const int8_t*& q, int inpu
     for (int h = 0; h < 16; h += 4, w += 128) before(), add8(s, w, q + h);
 }
 
-template <int M>
+template <int M, Fetch FETCH>
 void tile_channel8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 1);
   for (int side = 0; side < 2; side += N) {
@@ -182,14 +197,14 @@ void tile_channel8(const Matrix& m, int block, const Input& in, int row, const A
       Ints second[1][N];
       fill(second, spread(0));
       for (int i = 0; i < m.k; i += 8, w += 256, q += 8) {
-        fetch<M, 4>(w, ahead, side, i / 4);
+        fetch<FETCH, 4>(w, ahead, side, i / 4);
         add8(s, w, q);
         add8(second, w + 128, q + 4);
       }
       for (int j = 0; j < N; j++) s[0][j] = add(s[0][j], second[0][j]);
     } else {
       int p = 0;
-      add8s(s, w, q, m.k, [&] { fetch<M, N>(w, ahead, side, p++); });
+      add8s(s, w, q, m.k, [&] { fetch<FETCH, N>(w, ahead, side, p++); });
     }
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) {
@@ -202,7 +217,7 @@ void tile_channel8(const Matrix& m, int block, const Input& in, int row, const A
 }
 
 // With offsets: where 4 bits were unpacked (`Unpacked`).
-template <int M, bool OFFSETS>
+template <int M, bool OFFSETS, Fetch FETCH>
 void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 1);
   const int groups = m.groups();
@@ -214,11 +229,12 @@ void tile_group8(const Matrix& m, int block, const Input& in, int row, const Ahe
     fill(f, spread(0.f));
     const uint8_t* panel = in.panel(m, row);
     for (int g = 0, at = 0; g < groups; g++, scale += EACH) {
+      if (FETCH == PACKED && !side) ahead.beside(g, groups);
       const PanelGroup<M, OFFSETS> of(panel);
       const int8_t* q = of.q;
       Ints s[M][N];
       owe(s, of.owed);
-      add8s(s, w, q, std::min(m.group, m.k - g * m.group), [&] { fetch<M, N>(w, ahead, side, at++); });
+      add8s(s, w, q, std::min(m.group, m.k - g * m.group), [&] { fetch<FETCH, N>(w, ahead, side, at++); });
       panel = reinterpret_cast<const uint8_t*>(q);
       Floats by[N], offset[N];
 #pragma GCC unroll 2
@@ -268,20 +284,22 @@ struct SpanSums {
 
 // Where spans of 4 bits were unpacked, and multiplied by what makes one scale each group's.
 template <int M>
-void tile_span8(const Matrix& m, int block, const Input& in, int row, const Ahead&, float* sums) {
+void tile_span8(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 1);
+  const int groups = m.groups();
   for (int side = 0; side < 2; side += N) {
     const uint8_t* w = m.data.data + block * m.block_bytes + 64 * side;
     const uint8_t* panel = in.panel(m, row);
     Floats f[M][N];
     fill(f, spread(0.f));
     const float* scale = m.scale.data + 16 * side;
-    for (int left = m.k; left > 0; scale += WIDTH) {
+    for (int left = m.k, number = 0; left > 0; scale += WIDTH) {
       const PanelSpan<M> of(panel);
       panel = of.groups;
       Ints whole[M][N];
       owe(whole, of.owed);
       for (int g = 0; g < m.span && left > 0; g++, left -= m.group) {
+        if (!side) ahead.beside(number++, groups);
         const int8_t* q = reinterpret_cast<const int8_t*>(panel + 4 * M);
         add8s(whole, w, q, std::min(m.group, left), [] {});
         panel = reinterpret_cast<const uint8_t*>(q);
@@ -321,7 +339,7 @@ ALWAYS void add4(Ints (&s)[M][N], Ints (&second)[1][N], const uint8_t* w, const 
 
 // A group's 4 bits times int8, in integers; then its scale, and its offset times the sum of the inputs. In spans the scales of
 // groups are small whole numbers: what is added up is exact, and the same to the last bit in `tile_span8`.
-template <int M, bool OFFSETS, bool SPANS>
+template <int M, bool OFFSETS, bool SPANS, Fetch FETCH>
 void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 1);
   const int groups = m.groups();
@@ -330,7 +348,7 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
     const uint8_t* w = begin;
     auto fetched = [&](int lines) {
       for (int i = 0; i < lines; i++)
-        if constexpr (M <= 4)
+        if constexpr (FETCH == OWN)
           soon(w + 2048 + 64 * (side + i));
         else
           ahead.follow(w - begin + 64 * i);
@@ -411,33 +429,36 @@ typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*
 // How the scales of groups are given.
 enum Scales { PLAIN, OFFSETS, SPANS };
 
-template <int KIND, Scales SCALES, int M>
+template <int KIND, Scales SCALES, Fetch FETCH, int M>
 constexpr Tile tile() {
-  if constexpr (KIND == BF16) return tile_bf16<M>;
-  if constexpr (KIND == CHANNEL8) return tile_channel8<M>;
+  if constexpr (KIND == BF16) return tile_bf16<M, FETCH>;
+  if constexpr (KIND == CHANNEL8) return tile_channel8<M, FETCH>;
   if constexpr (KIND == GROUP8 && SCALES == SPANS) return tile_span8<M>;
-  if constexpr (KIND == GROUP8 && SCALES != SPANS) return tile_group8<M, SCALES == OFFSETS>;
-  if constexpr (KIND == GROUP4) return tile_group4<M, SCALES == OFFSETS, SCALES == SPANS>;
+  if constexpr (KIND == GROUP8 && SCALES != SPANS) return tile_group8<M, SCALES == OFFSETS, FETCH>;
+  if constexpr (KIND == GROUP4) return tile_group4<M, SCALES == OFFSETS, SCALES == SPANS, FETCH>;
 }
 
 // The tiles of 1, 2, ... rows.
-template <int KIND, Scales SCALES = PLAIN, int... I>
+template <int KIND, Scales SCALES, Fetch FETCH, int... I>
 const Tile* tiles(std::integer_sequence<int, I...>) {
-  static const Tile all[] = {tile<KIND, SCALES, I + 1>()...};
+  static const Tile all[] = {tile<KIND, SCALES, FETCH, I + 1>()...};
   return all;
 }
 
-template <int KIND>
+template <int KIND, Fetch FETCH, int MOST>
 const Tile* grouped_tiles(const Matrix& m) {
-  constexpr std::make_integer_sequence<int, GROUP_TILE> rows;
-  if (m.span > 1) return tiles<KIND, SPANS>(rows);
-  return m.offsets ? tiles<KIND, OFFSETS>(rows) : tiles<KIND>(rows);
+  constexpr std::make_integer_sequence<int, MOST> rows;
+  if (m.span > 1) return tiles<KIND, SPANS, FETCH>(rows);
+  return m.offsets ? tiles<KIND, OFFSETS, FETCH>(rows) : tiles<KIND, PLAIN, FETCH>(rows);
 }
 
-inline const Tile* tiles_of(const Matrix& m) {
-  if (m.kind == BF16) return tiles<BF16>(std::make_integer_sequence<int, TILE>());
-  if (m.kind == CHANNEL8) return tiles<CHANNEL8>(std::make_integer_sequence<int, TILE8>());
-  return m.kind == GROUP8 ? grouped_tiles<GROUP8>(m) : grouped_tiles<GROUP4>(m);
+template <Fetch FETCH, int MOST>
+const Tile* tiles_of(const Matrix& m) {
+  if (m.kind == BF16) return tiles<BF16, PLAIN, FETCH>(std::make_integer_sequence<int, std::min(TILE, MOST)>());
+  if (m.kind == CHANNEL8) return tiles<CHANNEL8, PLAIN, FETCH>(std::make_integer_sequence<int, std::min(TILE8, MOST)>());
+  constexpr std::make_integer_sequence<int, std::min(GROUP_TILE, MOST)> rows;
+  if (m.kind == GROUP8) return tiles<GROUP8, PLAIN, FETCH>(rows);
+  return grouped_tiles<GROUP4, FETCH, rows.size()>(m);
 }
 
 // A block of 4 bits as bytes, where as many tiles need it that unpacking it once pays: the same numbers, so the same sums.
@@ -456,6 +477,7 @@ class Unpacked {
   }
 
   explicit operator bool() const { return block.data.data; }
+  const Tile* tiles() const { return grouped_tiles<GROUP8, PACKED, GROUP_TILE>(block); }
 
   void take(const Matrix& m, int b) {
     if (m.span > 1) return take_spans(m, b);
@@ -487,12 +509,11 @@ class Unpacked {
       const int8_t* by = reinterpret_cast<const int8_t*>(from + WIDTH * sizeof(bf16));
       from += Matrix::header(m.span_groups(s));
       for (int g = s * m.span; g < s * m.span + m.span_groups(s); g++, by += WIDTH) {
-        alignas(64) uint32_t twice[WIDTH], twice_zero[WIDTH];
-        for (int i = 0; i < WIDTH; i++) {
-          twice[i] = uint16_t(by[i]) * 0x10001u;
-          twice_zero[i] = uint16_t(257 * (128 - 8 * by[i])) * 0x10001u;
+        for (int i = 0; i < WIDTH; i += 16) {
+          const Floats v = wide(by + i);
+          put_twice(times + 2 * i, choose(less(v, spread(0.f)), v + spread(65536.f), v));
+          put_twice(zero + 2 * i, fnma(v, spread(257 * 8.f), spread(257 * 128.f)));
         }
-        std::memcpy(times, twice, sizeof times), std::memcpy(zero, twice_zero, sizeof zero);
         for (int eights = std::min(m.group, m.k - g * m.group) / 8; eights; eights--, from += 128, to += 2 * TWOS) {
           const uint16_t* two = reinterpret_cast<const uint16_t*>(from);
           for (int i = 0; i < TWOS; i++) {
@@ -505,7 +526,13 @@ class Unpacked {
     }
   }
 
-  static constexpr int TILES = 6;  // as was measured on a Xeon
+  // Sixteen whole numbers of 16 bits, each twice.
+  static void put_twice(uint16_t* to, Floats v) {
+    const Ints one = to_ints(v);
+    store64(to, either(one, up<16>(one)));
+  }
+
+  static constexpr int TILES = 5;  // as was measured on Zen 5
 };
 
 // What comes on top of a product: nothing.
@@ -533,7 +560,7 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
   for (int pass = 0; pass < cut.passes; pass++) {
     const int parts = cut.tiles(pass);
     Unpacked unpacked(m, parts);
-    const Tile* tiles = tiles_of(unpacked ? unpacked.block : m);
+    const Tile* tiles = unpacked ? unpacked.tiles() : rows <= FEW ? tiles_of<OWN, FEW>(m) : tiles_of<NEXT, TILE>(m);
     for (int b = first; b < last; b++) {
       if (rows == 1 && m.kind == BF16 && b + 1 < last) {
         for (int i = 0; i < 2; i++) top.fetch(m, b + i, 0, 1);
@@ -549,12 +576,10 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
         // This tile's part of the next block: where it begins, and how much of it for 128 bytes of this block.
         const int fetching = unpacked ? parts : std::min(parts, 8);
         const uint8_t* next = part < fetching ? m.data.data + (b + 1) * bytes + bytes * part / fetching : nullptr;
-        if (unpacked) {
-          for (size_t at = 0; at < bytes / fetching; at += 64) later(next + at);
-          tiles[to - from - 1](unpacked.block, 0, in, from, Ahead{}, sums);
-        } else {
+        if (unpacked)
+          tiles[to - from - 1](unpacked.block, 0, in, from, Ahead{next, int(bytes / fetching)}, sums);
+        else
           tiles[to - from - 1](m, b, in, from, Ahead{next, 128 / fetching}, sums);
-        }
         given(b, from, to, sums);
       }
     }
