@@ -13,11 +13,11 @@ namespace loradock {
 // Which weights a tile has on their way into the cache while it multiplies: memory is read all the time, and not only while a
 // block is new.
 enum Fetch {
-  OWN,     // its own, where a block has one tile of few rows
+  OWN,     // its own, where a block has one tile: `FAR` bytes before they are read, and past the larger caches
   NEXT,    // its part of the next block,
   PACKED,  // and of a packed one while it multiplies one that was unpacked
 };
-constexpr int FEW = 4;  // rows of a tile that fetches its own
+constexpr int FAR = 8192;
 
 // A tile's part of the next block.
 struct Ahead {
@@ -45,7 +45,7 @@ struct Ahead {
 template <Fetch FETCH, int N>
 ALWAYS void fetch(const uint8_t* w, const Ahead& ahead, int side, int p) {
   if constexpr (FETCH == OWN) {
-    for (int j = 0; j < N; j++) soon(w + 2048 + 64 * j);
+    for (int j = 0; j < N; j++) once(w + FAR + 64 * j);
   } else if (FETCH == NEXT && !side) {
     ahead.fetch(p);
   }
@@ -155,7 +155,7 @@ inline void pair_bf16(const Matrix& m, int block, const Input& in, float* sums) 
   Floats s[1][4];
   for (int j = 0; j < 4; j++) s[0][j] = spread(0.f);
   for (int p = 0; p < m.k / 2; p++, w += 128, next += 128, x += 2) {
-    soon(w + 2048), soon(w + 2112), soon(next + 2048), soon(next + 2112);
+    for (int j = 0; j < 128; j += 64) once(w + FAR + j), once(next + FAR + j);
     const Ints v[4] = {load64(w), load64(w + 64), load64(next), load64(next + 64)};
     dot2(s, v, x, 0);
   }
@@ -349,7 +349,7 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
     auto fetched = [&](int lines) {
       for (int i = 0; i < lines; i++)
         if constexpr (FETCH == OWN)
-          soon(w + 2048 + 64 * (side + i));
+          once(w + FAR + 64 * (side + i));
         else
           ahead.follow(w - begin + 64 * i);
     };
@@ -445,20 +445,19 @@ const Tile* tiles(std::integer_sequence<int, I...>) {
   return all;
 }
 
-template <int KIND, Fetch FETCH, int MOST>
+template <int KIND, Fetch FETCH>
 const Tile* grouped_tiles(const Matrix& m) {
-  constexpr std::make_integer_sequence<int, MOST> rows;
+  constexpr std::make_integer_sequence<int, GROUP_TILE> rows;
   if (m.span > 1) return tiles<KIND, SPANS, FETCH>(rows);
   return m.offsets ? tiles<KIND, OFFSETS, FETCH>(rows) : tiles<KIND, PLAIN, FETCH>(rows);
 }
 
-template <Fetch FETCH, int MOST>
+template <Fetch FETCH>
 const Tile* tiles_of(const Matrix& m) {
-  if (m.kind == BF16) return tiles<BF16, PLAIN, FETCH>(std::make_integer_sequence<int, std::min(TILE, MOST)>());
-  if (m.kind == CHANNEL8) return tiles<CHANNEL8, PLAIN, FETCH>(std::make_integer_sequence<int, std::min(TILE8, MOST)>());
-  constexpr std::make_integer_sequence<int, std::min(GROUP_TILE, MOST)> rows;
-  if (m.kind == GROUP8) return tiles<GROUP8, PLAIN, FETCH>(rows);
-  return grouped_tiles<GROUP4, FETCH, rows.size()>(m);
+  if (m.kind == BF16) return tiles<BF16, PLAIN, FETCH>(std::make_integer_sequence<int, TILE>());
+  if (m.kind == CHANNEL8) return tiles<CHANNEL8, PLAIN, FETCH>(std::make_integer_sequence<int, TILE8>());
+  if (m.kind == GROUP8) return tiles<GROUP8, PLAIN, FETCH>(std::make_integer_sequence<int, GROUP_TILE>());
+  return grouped_tiles<GROUP4, FETCH>(m);
 }
 
 // A block of 4 bits as bytes, where as many tiles need it that unpacking it once pays: the same numbers, so the same sums.
@@ -477,7 +476,7 @@ class Unpacked {
   }
 
   explicit operator bool() const { return block.data.data; }
-  const Tile* tiles() const { return grouped_tiles<GROUP8, PACKED, GROUP_TILE>(block); }
+  const Tile* tiles() const { return grouped_tiles<GROUP8, PACKED>(block); }
 
   void take(const Matrix& m, int b) {
     if (m.span > 1) return take_spans(m, b);
@@ -560,7 +559,7 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
   for (int pass = 0; pass < cut.passes; pass++) {
     const int parts = cut.tiles(pass);
     Unpacked unpacked(m, parts);
-    const Tile* tiles = unpacked ? unpacked.tiles() : rows <= FEW ? tiles_of<OWN, FEW>(m) : tiles_of<NEXT, TILE>(m);
+    const Tile* tiles = unpacked ? unpacked.tiles() : parts == 1 && cut.passes == 1 ? tiles_of<OWN>(m) : tiles_of<NEXT>(m);
     for (int b = first; b < last; b++) {
       if (rows == 1 && m.kind == BF16 && b + 1 < last) {
         for (int i = 0; i < 2; i++) top.fetch(m, b + i, 0, 1);

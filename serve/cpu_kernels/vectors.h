@@ -75,9 +75,11 @@ constexpr long long DOWN4 = 0x1020408000000000;
 #ifdef WIDE
 namespace loradock {
 
-// What will be read, on its way into the nearest cache, or the next one.
+// What will be read, on its way into the nearest cache, or the next one; `once`: into the nearest, and from there to none. A
+// model's weights would leave nothing of anything else in the caches, and what is between two steps would begin with cold ones.
 ALWAYS void soon(const void* at) { __builtin_prefetch(at, 0, 3); }
 ALWAYS void later(const void* at) { __builtin_prefetch(at, 0, 2); }
+ALWAYS void once(const void* at) { __builtin_prefetch(at, 0, 0); }
 
 ALWAYS Ints spread4(const void* at) {  // four bytes, 16 times
   int four;
