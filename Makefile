@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed vllm-base gpu gpu-wheels arm64
+.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base gpu gpu-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -148,6 +148,9 @@ vllm-base: setup-dev ## the base against vLLM with both cores bound, tcmalloc an
 
 matrix-speed: setup-dev ## products of prompts of 1,024 against oneDNN's of the same shapes, bfloat16 and int8 (CPU); 3 minutes
 	@$(BIN)/python -m tests.campaigns.matrix_speed $(ARGS)
+
+kernel-rows: setup-dev ## products of 1 to 192 tokens by the CPU kernels of several checkouts, in turns (ARGS="CHECKOUT --weights int4"); 1 minute
+	@$(BIN)/python -m tests.campaigns.kernel_rows $(ARGS)
 
 adapter-cost: setup-dev ## a step of the CPU kernels without, with one and with sixteen adapters, in turns; 2 minutes
 	@$(BIN)/python -m tests.campaigns.adapter_cost $(ARGS)

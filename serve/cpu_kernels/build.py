@@ -20,7 +20,6 @@ log = logging.getLogger("loradock")
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("kernels.cpp", "step.cpp", "packing.cpp")]
-HEADERS = sorted(FOLDER.glob("*.h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 # Another processor to compile for than the one at hand, as the compiler names it, to try an older one's kernels
 # (LORADOCK_CPU_MARCH=haswell is AVX2, skylake-avx512 is AVX-512 without VNNI and BF16, armv8.2-a+dotprod is NEON).
@@ -101,14 +100,20 @@ def compiled(
     return target
 
 
-def _compiled() -> Path | None:
+def compiled_kernels(folder: Path = FOLDER, *flags: str) -> Path | None:
+    """The library of the kernels whose sources are in a folder."""
     import torch
 
     libraries = Path(torch.__file__).parent / "lib"
     # OpenMP's functions come from whichever OpenMP torch runs on: a second one beside it would fight for the cores.
     link = [f"-L{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--unresolved-symbols=ignore-all"]
-    flags = [f"-march={os.environ.get(MARCH) or 'native'}", *FLAGS]
-    path = compiled("kernels", dict.fromkeys(SOURCES, flags), HEADERS, link, (torch.__version__,))
+    all_flags = [f"-march={os.environ.get(MARCH) or 'native'}", *FLAGS, *flags]
+    sources = {folder / source.name: all_flags for source in SOURCES}
+    return compiled("kernels", sources, sorted(folder.glob("*.h")), link, (torch.__version__,))
+
+
+def _compiled() -> Path | None:
+    path = compiled_kernels()
     if path is None:
         log.warning("no C++ compiler for the CPU LoRA kernels: plain torch operations take their place; install g++")
     return path
