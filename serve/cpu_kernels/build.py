@@ -20,6 +20,7 @@ log = logging.getLogger("loradock")
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("kernels.cpp", "step.cpp", "packing.cpp")]
+HEADERS = sorted(FOLDER.glob("*.h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 # Another processor to compile for than the one at hand, as the compiler names it, to try an older one's kernels
 # (LORADOCK_CPU_MARCH=haswell is AVX2, skylake-avx512 is AVX-512 without VNNI and BF16, armv8.2-a+dotprod is NEON).

@@ -13,11 +13,12 @@ namespace loradock {
 // Which weights a tile has on their way into the cache while it multiplies: memory is read all the time, and not only while a
 // block is new.
 enum Fetch {
-  OWN,     // its own, where a block has one tile: `FAR` bytes before they are read, and past the larger caches
+  OWN,     // its own, where a block has one tile
   NEXT,    // its part of the next block,
   PACKED,  // and of a packed one while it multiplies one that was unpacked
 };
-constexpr int FAR = 8192;
+// How many bytes before it reads them a tile asks for its own: those that it reads once pass the larger caches by.
+constexpr int FAR = 8192, NEAR = 2048;
 
 // A tile's part of the next block.
 struct Ahead {
@@ -25,9 +26,7 @@ struct Ahead {
   int step = 0;                 // bytes for 128 that are multiplied; PACKED: bytes in all
 
   ALWAYS void fetch(int p) const {
-    if (!at) return;
-    later(at + size_t(p) * step);
-    if (step > 64) later(at + size_t(p) * step + 64);
+    if (at) later(at + size_t(p) * step);
   }
   // The same where `done` bytes of this block are read.
   ALWAYS void follow(ptrdiff_t done) const {
@@ -41,11 +40,21 @@ struct Ahead {
   }
 };
 
+// Of the lines from w on, N out of two.
+template <int N>
+ALWAYS void fetch_own(const uint8_t* w, int lines = N) {
+  for (int j = 0; j < lines; j++)
+    if constexpr (N == 1)
+      soon(w + NEAR + 64 * j);  // the tile comes back for the others
+    else
+      once(w + FAR + 64 * j);
+}
+
 // What a tile fetches beside N vectors of weights at w, the block's number p.
 template <Fetch FETCH, int N>
 ALWAYS void fetch(const uint8_t* w, const Ahead& ahead, int side, int p) {
   if constexpr (FETCH == OWN) {
-    for (int j = 0; j < N; j++) once(w + FAR + 64 * j);
+    fetch_own<N>(w);
   } else if (FETCH == NEXT && !side) {
     ahead.fetch(p);
   }
@@ -154,8 +163,10 @@ inline void pair_bf16(const Matrix& m, int block, const Input& in, float* sums) 
   const Element* x = in.pairs(m, 0);
   Floats s[1][4];
   for (int j = 0; j < 4; j++) s[0][j] = spread(0.f);
+  ptrdiff_t far = FAR;
   for (int p = 0; p < m.k / 2; p++, w += 128, next += 128, x += 2) {
-    for (int j = 0; j < 128; j += 64) once(w + FAR + j), once(next + FAR + j);
+    if (p + FAR / 128 == m.k / 2) far += m.block_bytes;  // the next pair's
+    for (int j = 0; j < 128; j += 64) once(w + far + j), once(next + far + j);
     const Ints v[4] = {load64(w), load64(w + 64), load64(next), load64(next + 64)};
     dot2(s, v, x, 0);
   }
@@ -347,11 +358,8 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
   for (int side = 0; side < 2; side += N) {
     const uint8_t* w = begin;
     auto fetched = [&](int lines) {
-      for (int i = 0; i < lines; i++)
-        if constexpr (FETCH == OWN)
-          once(w + FAR + 64 * (side + i));
-        else
-          ahead.follow(w - begin + 64 * i);
+      if constexpr (FETCH == OWN) return fetch_own<N>(w + 64 * side, lines);
+      for (int i = 0; i < lines && !side; i++) ahead.follow(w - begin + 64 * i);
     };
     Floats f[M][N];
     fill(f, spread(0.f));
@@ -525,7 +533,7 @@ class Unpacked {
     }
   }
 
-  // Sixteen whole numbers of 16 bits, each twice.
+  // Sixteen whole numbers from 0 to 65535, each twice in 16 bits.
   static void put_twice(uint16_t* to, Floats v) {
     const Ints one = to_ints(v);
     store64(to, either(one, up<16>(one)));
@@ -559,7 +567,7 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
   for (int pass = 0; pass < cut.passes; pass++) {
     const int parts = cut.tiles(pass);
     Unpacked unpacked(m, parts);
-    const Tile* tiles = unpacked ? unpacked.tiles() : parts == 1 && cut.passes == 1 ? tiles_of<OWN>(m) : tiles_of<NEXT>(m);
+    const Tile* tiles = unpacked ? unpacked.tiles() : parts == 1 ? tiles_of<OWN>(m) : tiles_of<NEXT>(m);
     for (int b = first; b < last; b++) {
       if (rows == 1 && m.kind == BF16 && b + 1 < last) {
         for (int i = 0; i < 2; i++) top.fetch(m, b + i, 0, 1);

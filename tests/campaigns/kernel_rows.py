@@ -5,9 +5,9 @@
 
 What one token takes says how fast weights are read, what hundreds take how fast they are multiplied; in between both
 wait for one another. Several layers are multiplied, more than the caches hold. The kernels of this checkout are the
-first. Each library has tables and buffers of its own (`-fno-gnu-unique`): in one process all of them would go on with
-those of the first one otherwise, and a change in a tile would seem to change nothing. Their turns have a new order
-each time, since whoever comes twice in a row finds some of its own weights in the caches.
+first. Libraries of other sources have tables and buffers of their own (`-fno-gnu-unique`): in one process all of them
+would go on with those of the first one otherwise, and a change in a tile would seem to change nothing. Their turns have
+a new order each time, since whoever comes twice in a row finds some of its own weights in the caches.
 
 Prints milliseconds (median), those of one token, and the time as a part of the first one's (the median of rounds);
 results of others that differ are said.
@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.campaigns.matrix_speed import ASIDE, KINDS, shapes
+from tests.campaigns.matrix_speed import ASIDE, KINDS, LAYERS, shapes
 from tests.support.engine_threads import begin_anew
 
 BYTES = 120_000_000  # of weights in 4 bits, at least: several times what caches hold
@@ -83,7 +83,7 @@ def compare(all_kernels: dict[str, Kernels], sizes: list[tuple[int, int]], rows:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkouts", nargs="*", type=Path, metavar="CHECKOUT")
-    parser.add_argument("--size", default="1B")
+    parser.add_argument("--size", default="1B", choices=LAYERS)
     parser.add_argument("--weights", default="int4", choices=KINDS)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 4, 8, 16, 36, 192])
     parser.add_argument("--rounds", type=int, default=15)

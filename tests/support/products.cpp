@@ -48,7 +48,7 @@ void print(const std::string& name, const std::vector<float>& v) {
   std::printf("\n");
 }
 
-constexpr int N = 80, K = 640, MOST = 13;
+constexpr int N = 80, K = 640, MOST = 17;  // five tiles of four: blocks of 4 bits are unpacked
 
 void multiply(const std::string& name, int matrix) {
   const auto logits = function<void(int, const uint16_t*, int64_t, int, float*, int64_t, int, float, float)>("loradock_logits");
