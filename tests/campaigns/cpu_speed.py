@@ -249,13 +249,15 @@ def run(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice]:
     with ExitStack() as stack:
         up = {} if given.apart else {choice.name: stack.enter_context(choice.start()) for choice in every}
         for number in range(given.rounds):
-            for choice in (every if number % 2 == 0 else every[::-1]) if given.apart else ():
-                with choice.start() as one:
-                    for case in turns:
-                        turn(choice, one, case)
-            for place, case in enumerate(() if given.apart else turns):
-                for choice in every if (number + place) % 2 == 0 else every[::-1]:
-                    turn(choice, up[choice.name], case)
+            if given.apart:
+                for choice in every if number % 2 == 0 else every[::-1]:
+                    with choice.start() as one:
+                        for case in turns:
+                            turn(choice, one, case)
+            else:
+                for place, case in enumerate(turns):
+                    for choice in every if (number + place) % 2 == 0 else every[::-1]:
+                        turn(choice, up[choice.name], case)
             print(f"round {number + 1} of {given.rounds}", file=sys.stderr)
     return every
 

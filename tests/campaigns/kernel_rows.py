@@ -27,7 +27,6 @@ from tests.campaigns.matrix_speed import ASIDE, KINDS, LAYERS, shapes
 from tests.support.engine_threads import begin_anew
 
 BYTES = 120_000_000  # of weights in 4 bits, at least: several times what caches hold
-GROUPS = {"bf16": 16, "int8": 64, "int4": 32, "int4-offsets": 32}
 
 
 class Kernels:
@@ -92,6 +91,7 @@ def main() -> None:
 
     import torch
 
+    from serve.cpu_kernels import packing
     from tests.campaigns.cpu_speed import processor
     from tests.campaigns.matrix_speed import format_of
 
@@ -101,9 +101,9 @@ def main() -> None:
     layers = -(-BYTES * 2 // sum(n * k for n, k in sizes))
     checkouts = [Path(__file__).parents[2], *given.checkouts]
     names = [f"{number} {checkout.name}" for number, checkout in enumerate(checkouts)]
-    group = GROUPS[given.weights]
+    kind = format_of(given.weights)
     all_kernels = {
-        name: Kernels(checkout, weights, format_of(given.weights), group, layers)
+        name: Kernels(checkout, weights, kind, packing.GROUPS[kind], layers)
         for name, checkout in zip(names, checkouts, strict=True)
     }
     print(f"{layers} layers of {given.size}, {given.weights}, {given.rounds} rounds, {processor()}. ms, ms a token,")
