@@ -106,7 +106,7 @@ watch-cost: setup-dev ## CPU time of watching a request, by who looks at it, ove
 
 drift-proof: setup-dev ## false alarms of drift over thousands of streams, every delay of the table; an hour or more
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \
-	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/drift/test_detector.py tests/serve/rollout/test_sequential_test.py
+	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/drift/detector/test_detector.py tests/serve/sequential/test_sequential_test.py
 
 drift-time: setup-dev ## alarms about nothing under daily waves, autoregression and sessions, and delays there, from where it stopped; some hours
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_time --finished .campaigns/drift-time.jsonl $(ARGS)

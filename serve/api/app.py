@@ -35,7 +35,7 @@ from serve.engine.engine import Backend
 from serve.errors import LoradockError, invalid
 from serve.gateway.inference import Inference
 from serve.gateway.request import PATHS, STORED
-from serve.rollout.shadow import ShadowExchange
+from serve.rollout.canary.shadow import ShadowExchange
 
 
 def build_app(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.config import Config
+from serve.dataset.capture import QUEUE_SIZE, Capture
+from serve.dataset.conversations import Conversations
 from serve.dataset.datasets import Datasets
 from serve.engine.fleet import Fleet
 from serve.names import tenant_of
-from serve.rollout.golden import Golden
+from serve.rollout.golden.golden import Golden
 from serve.rollout.policy import policy_for
-from serve.telemetry.capture import QUEUE_SIZE, Capture
-from serve.telemetry.conversations import Conversations
 
 
 class Captures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.api.part_settings import upload_limits
 from serve.asgi.exchange import Exchange
@@ -17,25 +17,25 @@ from serve.dataset.datasets import Datasets
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
 from serve.errors import LoradockError
-from serve.gateway.batches.batches import EXPIRY, Batches
-from serve.gateway.batches.objects import Limits
 from serve.gateway.fan_out import RequestBounds
-from serve.gateway.finetuning.admission import Admission
-from serve.gateway.finetuning.finetuning import FineTuning
-from serve.gateway.finetuning.objects import Limits as JobLimits
-from serve.gateway.finetuning.objects import Where
 from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalRequests
 from serve.gateway.moderation import Moderator
 from serve.gateway.request import MEDIA_BYTES, TEXT_BYTES
 from serve.gateway.router import Router
+from serve.jobs.batches.batches import EXPIRY, Batches
+from serve.jobs.batches.objects import Limits
+from serve.jobs.finetuning.admission import Admission
+from serve.jobs.finetuning.finetuning import FineTuning
+from serve.jobs.finetuning.objects import Limits as JobLimits
+from serve.jobs.finetuning.objects import Where
 from serve.loop.candidates import Candidates
 from serve.loop.gathering import gathering
 from serve.loop.likelihood import LikelihoodScorer
 from serve.loop.loop_rows import LoopRows
 from serve.loop.loops import Loops
 from serve.models.checkpoint import takes_media
-from serve.rollout.golden import Golden
+from serve.rollout.golden.golden import Golden
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import policy_for
 from serve.rollout.registry_sync import RegistrySync

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.snapshot import SnapshotReader
+from serve.adapters.registry.snapshot import SnapshotReader
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.gateway.router import manages
 from serve.names import short_name, tenant_of
-from serve.rollout.sequential_test import Verdict
+from serve.sequential.sequential_test import Verdict
 
 # Adapters that are shown with their versions, and how many versions of each.
 CARDS, VERSIONS = 12, 6

@@ -17,7 +17,7 @@ from serve.engine.restarts import Patience
 from serve.engine.supervisor import Supervisor
 from serve.models.lora_modules import kept_lora_modules
 from serve.telemetry.series import AdapterLoads
-from serve.telemetry.tracing import Tracing, open_tracing
+from serve.telemetry.tracing.tracing import Tracing, open_tracing
 
 
 def drift_settings(config: Config) -> DriftSettings:

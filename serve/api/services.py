@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from serve import __version__
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
 from serve.api.background_tasks import BackgroundTasks
@@ -25,9 +25,10 @@ from serve.auth.auth import Auth, Caller
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Meters
 from serve.config import Config
+from serve.dataset.feedback import Feedback
 from serve.drift.baseline_build import BaselineBuild
 from serve.drift.data_quality import DataQuality
-from serve.drift.logprob_sampling import LogprobSampling
+from serve.drift.features.logprob_sampling import LogprobSampling
 from serve.drift.monitor import DriftMonitor
 from serve.drift.prober import Prober
 from serve.drift.watched_bases import WatchedBases
@@ -42,26 +43,25 @@ from serve.models.checkpoint import takes_media
 from serve.models.hardware import node
 from serve.models.language import language_of
 from serve.rollout.alertmanager import Alerts
-from serve.rollout.canary import CanaryVerdict
-from serve.rollout.canary_monitor import CanaryMonitor
+from serve.rollout.canary.canary import CanaryVerdict
+from serve.rollout.canary.canary_monitor import CanaryMonitor
+from serve.rollout.canary.shadow import ShadowExchange, Shadows
+from serve.rollout.canary.shadow_agreement import ShadowAgreement
 from serve.rollout.controller import RolloutController
-from serve.rollout.golden import Golden
+from serve.rollout.golden.golden import Golden
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import ROLLBACK, policy_for
 from serve.rollout.prefetch import Popularity, Prefetcher
 from serve.rollout.registry_sync import RegistrySync, Replica
 from serve.rollout.rollback import AutomaticRollback
-from serve.rollout.shadow import ShadowExchange, Shadows
-from serve.rollout.shadow_agreement import ShadowAgreement
 from serve.rollout.swap_follower import SwapFollower
 from serve.rollout.webhook import Webhooks
-from serve.telemetry.feedback import Feedback
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.observers import ExchangeObservers
 from serve.telemetry.recent import Recent
 from serve.telemetry.series import AdapterLoads
-from serve.telemetry.usage_ledger import Usage, UsageLedger
-from serve.telemetry.usage_metrics import EngineBusy, UsageMetrics
+from serve.telemetry.usage.usage_ledger import Usage, UsageLedger
+from serve.telemetry.usage.usage_metrics import EngineBusy, UsageMetrics
 
 log = logging.getLogger(__name__)
 

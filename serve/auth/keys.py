@@ -15,8 +15,8 @@ from typing import Any
 
 from sqlalchemy import insert, select, update
 
-from serve.adapters.registry import Registry
-from serve.adapters.tables import keys as table
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.tables import keys as table
 from serve.auth.auth import Caller, Scope
 from serve.auth.rate_limits import Limits
 from serve.errors import BadRequest, NotFound

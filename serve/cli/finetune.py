@@ -168,7 +168,7 @@ def worker(
 
     from serve.client.fine_tuning_work_client import WorkClient
     from serve.config import Config
-    from serve.server.finetune_worker import Bases, Worker, named
+    from serve.jobs.finetuning.remote_worker import Bases, Worker, named
     from serve.server.launch import own
     from serve.server.logs import log_to_stderr
 

@@ -101,7 +101,7 @@ def backup(
     data_dir: DataDir = None,
 ) -> None:
     """Write registry, adapters and files of batches into one file; the server may run meanwhile."""
-    from serve.adapters.backup import backup as write
+    from serve.adapters.registry.backup import backup as write
 
     config = _config(data_dir)
     written = write(config.data_dir, file.absolute(), config.registry)
@@ -113,7 +113,7 @@ def restore(
     data_dir: DataDir = None,
 ) -> None:
     """Make a data directory from a backup; every adapter's bytes are checked."""
-    from serve.adapters.backup import restore as read
+    from serve.adapters.registry.backup import restore as read
 
     config = _config(data_dir)
     restored = read(file, config.data_dir)

@@ -15,7 +15,7 @@ from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.rollout.policy import DEFAULT_POLICIES, Policy
 from serve.telemetry.prices import Price
 from serve.telemetry.slo import DEFAULT_SLOS, Slo
-from serve.telemetry.tracing_settings import TracingSettings
+from serve.telemetry.tracing.tracing_settings import TracingSettings
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="0 to 65535")]
 Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="seconds from 0 up")]

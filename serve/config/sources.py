@@ -16,7 +16,7 @@ from serve.config.engine_options import REFUSED, engine_options, is_switch
 from serve.config.settings import SETTINGS, Base, Config
 from serve.config.values import converted
 from serve.errors import ConfigError
-from serve.telemetry.tracing_settings import TracingSettings
+from serve.telemetry.tracing.tracing_settings import TracingSettings
 
 PREFIX = "LORADOCK_"
 

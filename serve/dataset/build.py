@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.file_thread import rest
+from serve.dataset.asked_text import Asked
 from serve.dataset.balance import balanced, lot, most
+from serve.dataset.conversations import Captured
 from serve.dataset.examples import Dropped, Example, Source, encoded, examples_of, preference, question_of
 from serve.dataset.near import NearIndex, Shingles, Sketch, bared, common_shingles, sketch
 from serve.files import write_whole
-from serve.telemetry.asked_text import Asked
-from serve.telemetry.conversations import Captured
 
 TRAIN, HELD_OUT, PREFERENCES, CARD = "train.jsonl", "held_out.jsonl", "preferences.jsonl", "card.json"
 # Requests that one build looks at, and their text; the latest are.

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
+from serve.dataset.asked_text import Asked, NoText, asked_text
 from serve.dataset.build import Built, Options, Progress, build
+from serve.dataset.conversations import Captured, Conversations
 from serve.dataset.examples import lines_of
 from serve.dataset.held_out import HeldOut
 from serve.errors import BadRequest, Conflict, NotFound
 from serve.names import shown, tenant_of
-from serve.rollout.golden_set import GoldenSet
+from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.policy import Policy
-from serve.telemetry.asked_text import Asked, NoText, asked_text
-from serve.telemetry.conversations import Captured, Conversations
 
 # Examples of one build; a job takes no more than its file may have.
 MOST = 100_000

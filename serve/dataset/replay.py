@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.adapters.adapter import Adapter
+from serve.dataset.conversations import Captured
 from serve.dataset.near import bared
-from serve.drift.features import refuses
-from serve.rollout.golden_runner import Charge, GoldenRunner, Refused
-from serve.rollout.golden_set import CHAT, TEXT, Judge, asked
-from serve.rollout.shadow_agreement import Agreement, agreement
-from serve.telemetry.conversations import Captured
+from serve.drift.features.features import refuses
+from serve.rollout.canary.shadow_agreement import Agreement, agreement
+from serve.rollout.golden.golden_runner import Charge, GoldenRunner, Refused
+from serve.rollout.golden.golden_set import CHAT, TEXT, Judge, asked
 
 # What is shown of a question and of each answer, in characters; a question's end is what was asked last.
 SHOWN = 600

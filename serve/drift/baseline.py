@@ -25,13 +25,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.embedding import DIMENSIONS
-from serve.drift.features import EARLIER_FEATURES, FEATURES, LOGPROB, OUTPUT, PROMPT, SIGNALS
-from serve.drift.parameter_strata import ParameterStrata
+from serve.drift.features.embedding import DIMENSIONS
+from serve.drift.features.features import EARLIER_FEATURES, FEATURES, LOGPROB, OUTPUT, PROMPT, SIGNALS
+from serve.drift.features.parameter_strata import ParameterStrata
+from serve.drift.features.token_runs import RUN, STRETCH
 from serve.drift.signal import NEEDED, Phase, Signal
 from serve.drift.state_arrays import below, prefixed
 from serve.drift.thinning import Thinning, inherited
-from serve.drift.token_runs import RUN, STRETCH
 from serve.drift.tolerance import Tolerance
 from serve.errors import ConfigError
 from serve.files import write_whole

@@ -3,7 +3,7 @@
     describe_prompts(signal, before, recent, since)["text"]
     "since 2026-11-25T10:00:00+00:00, in at least 60 % of the prompts: probably German (1 % before, 62 % now), ..."
 
-Words and languages are named where they are frequent among different askers (`serve.drift.word_counts`). No sentence
+Words and languages are named where they are frequent among different askers (`features.word_counts`). No sentence
 names a tenant: it stands in histories that tenants read.
 """
 
@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.features import LOGPROB, OUTPUT, PROMPT
-from serve.drift.signal import Signal
-from serve.drift.traffic_profile import (
+from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.features.traffic_profile import (
     TrafficProfile,
     language_shares,
     median_tokens,
     tenant_shares,
     topic_shares,
 )
+from serve.drift.signal import Signal
 from serve.models.language import NAMES
 
 # Changes that are named: of a language's or topic's share, of a length by a factor, of shares of answers.

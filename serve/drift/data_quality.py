@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serve.asgi.exchange import Exchange
-from serve.drift.features import refuses
+from serve.drift.features.features import refuses
 from serve.drift.personal_data import personal_data
 
 OTHER, UNKNOWN = "other", "unknown"

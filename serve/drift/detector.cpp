@@ -1,4 +1,4 @@
-// The detector's inner loops (serve/drift/detector.py and what it uses) for some requests in one call.
+// The detector's inner loops (serve/drift/detector/detector.py and what it uses) for some requests in one call.
 //
 // Every number is computed as numpy does it there, in the same order where that is defined: p-values and bets on scores
 // are the same to the bit. Sums over many numbers (products with directions, the evidence) round otherwise.

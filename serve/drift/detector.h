@@ -48,7 +48,7 @@ struct MeanRows {
     int64_t placed;
 };
 
-// serve/drift/effect_size.py.
+// serve/drift/detector/effect_size.py.
 struct Effect {
     int64_t streams, size;
     const int64_t* in_end;                         // (WIDTHS)

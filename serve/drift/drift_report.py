@@ -9,9 +9,9 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from serve.drift.features import OUTPUT
+from serve.drift.features.features import OUTPUT
+from serve.drift.features.parameter_strata import ParameterStrata
 from serve.drift.open_alarms import OpenAlarms
-from serve.drift.parameter_strata import ParameterStrata
 from serve.drift.share_watch import ShareWatch
 from serve.drift.signal import Signal
 from serve.drift.thinning import ACCEPTED

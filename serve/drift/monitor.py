@@ -1,6 +1,6 @@
 """Watches every version that answers for drift: an observer of the exchange worker.
 
-    exchange > thinning > rows (serve.drift.features) > the version's baseline (serve.drift.baseline) > alarm
+    exchange > thinning > rows (serve.drift.features.features) > the version's baseline (serve.drift.baseline) > alarm
 
 Baselines lie in the data directory. They are written every minute and at the end, and read again when needed.
 """
@@ -22,17 +22,17 @@ from serve.asgi.exchange import Exchange
 from serve.drift.baseline import NEEDED, Baseline, Provenance
 from serve.drift.baseline_files import BaselineFiles, from_zip, to_zip, version_of
 from serve.drift.drift_report import FalseAlarms, drift_metrics, summary_row, version_report
-from serve.drift.embedding import Embedding
-from serve.drift.features import LOGPROB, PROMPT
+from serve.drift.features.embedding import Embedding
+from serve.drift.features.features import LOGPROB, PROMPT
+from serve.drift.features.parameter_strata import most_common
+from serve.drift.features.request_rows import reference_rows
+from serve.drift.features.request_text import RequestText
+from serve.drift.features.token_runs import SharedRuns
+from serve.drift.features.traffic_profile import TrafficProfile
 from serve.drift.native import native
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
-from serve.drift.parameter_strata import most_common
 from serve.drift.probe_comparison import ProbeAnswers
-from serve.drift.request_rows import reference_rows
-from serve.drift.request_text import RequestText
 from serve.drift.state_arrays import prefixed
-from serve.drift.token_runs import SharedRuns
-from serve.drift.traffic_profile import TrafficProfile
 from serve.drift.watched_version import PROBE, Alarm, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.drift.monitor import DriftMonitor
 from serve.drift.probe_comparison import ProbeAnswers

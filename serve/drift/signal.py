@@ -3,7 +3,7 @@
     signal = Signal("prompt", needed=1000, threshold=1e5)
     signal.update(row)          # the first `needed` rows become the reference; then True when it raised the alarm
 
-A signal alarms on evidence and effect together: evidence says that something moved (`serve.drift.detector`: `threshold`
+A signal alarms on evidence and effect together: evidence says that something moved (`detector.detector`: `threshold`
 requests in the mean for some by chance; an alarm takes `SURE` times as much), effect that it moved far (`Tolerance`).
 """
 
@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.common_tokens import COMMON, CommonTokens
-from serve.drift.detector import Drift
-from serve.drift.effect_size import EFFECT_HALF_LIFE
-from serve.drift.embedding import DIMENSIONS
-from serve.drift.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
-from serve.drift.mean_rows import MeanRows, with_surprise
-from serve.drift.recent_rows import RecentRows, Rows, all_finite, fade_in
-from serve.drift.reference_structure import ReferenceStructure, fit, gauge_range
+from serve.drift.detector.detector import Drift
+from serve.drift.detector.effect_size import EFFECT_HALF_LIFE
+from serve.drift.detector.mean_rows import MeanRows, with_surprise
+from serve.drift.detector.recent_rows import RecentRows, Rows, all_finite, fade_in
+from serve.drift.detector.reference_structure import ReferenceStructure, fit, gauge_range
+from serve.drift.features.common_tokens import COMMON, CommonTokens
+from serve.drift.features.embedding import DIMENSIONS
+from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
+from serve.drift.features.token_scores import TokenScores
+from serve.drift.features.token_surprise import NAMES, SKETCH, TokenSurprise
 from serve.drift.state_arrays import below, own, prefixed
-from serve.drift.token_scores import TokenScores
-from serve.drift.token_surprise import NAMES, SKETCH, TokenSurprise
 from serve.drift.tolerance import Tolerance, beyond_error
 
 # Requests that make a reference; logprobs come of a sample of the traffic only.
@@ -50,7 +50,7 @@ class Phase(Enum):
 
 
 class Signal:
-    """One signal of one version: gathers its reference, then watches. `update` takes rows of `serve.drift.features`."""
+    """One signal of one version: gathers its reference, then watches. `update` takes rows of `features.features`."""
 
     def __init__(
         self,

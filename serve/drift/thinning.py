@@ -12,7 +12,7 @@ out too, so that what is accepted depends on a fixed span of the stream: were re
 would come first and rare ones later, and that would be a drift that the sampling makes itself. Until the first window
 is full nothing is accepted.
 
-What recent prompts share (`serve.drift.token_runs`) is learned all the time, a few requests ahead, and is no part of
+What recent prompts share (`features.token_runs`) is learned all the time, a few requests ahead, and is no part of
 what is compared. Memory is bounded, and is passed on as arrays. Of a prompt hashes are kept; its tokens only until the
 few requests after it have come.
 """
@@ -27,9 +27,9 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from serve.drift.features.token_runs import AHEAD, MINIMA, STRETCH, Own, SharedRuns, Words
 from serve.drift.share_watch import OpeningWatch, ShareWatch
 from serve.drift.state_arrays import below, prefixed
-from serve.drift.token_runs import AHEAD, MINIMA, STRETCH, Own, SharedRuns, Words
 
 Item = TypeVar("Item")
 

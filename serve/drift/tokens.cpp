@@ -53,7 +53,7 @@ double distinct(std::vector<uint64_t>& values) {
 
 extern "C" {
 
-// The table of serve.drift.token_runs.SharedRuns.
+// The table of serve.drift.features.token_runs.SharedRuns.
 struct SharedRuns {
     uint32_t* tags;
     float* counts;
@@ -226,7 +226,7 @@ void loradock_tokens_own(
     found[3] = words;
 }
 
-// The tables of serve.drift.embedding.Embedding; narrow: none where it is not known.
+// The tables of serve.drift.features.embedding.Embedding; narrow: none where it is not known.
 struct Embedding {
     const float *table, *weights;
     const int8_t* narrow;

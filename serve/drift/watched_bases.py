@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from serve.asgi.exchange_worker import ExchangeWorker
-from serve.drift.kept_embedding import embedding_of
+from serve.drift.features.kept_embedding import embedding_of
+from serve.drift.features.request_text import RequestText
 from serve.drift.monitor import DriftMonitor
-from serve.drift.request_text import RequestText
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import LoradockError

@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 from serve.asgi.exchange import Exchange, Generation
 from serve.drift.baseline import Baseline, Phase, Tolerance
 from serve.drift.change_description import describe, describe_probe, movement
-from serve.drift.embedding import Embedding
-from serve.drift.features import ALL_TOKENS, LOGPROB, OUTPUT, PROMPT, SIGNALS, Floats, prompt_row
-from serve.drift.parameter_strata import LEGACY, Stratum
+from serve.drift.features.embedding import Embedding
+from serve.drift.features.features import ALL_TOKENS, LOGPROB, OUTPUT, PROMPT, SIGNALS, Floats, prompt_row
+from serve.drift.features.parameter_strata import LEGACY, Stratum
+from serve.drift.features.request_rows import regress_on, rows_of_answer
+from serve.drift.features.request_text import TAIL, RequestText
+from serve.drift.features.token_runs import skipped
+from serve.drift.features.traffic_profile import Prompt, TrafficProfile
+from serve.drift.features.word_counts import hashed
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
-from serve.drift.request_rows import regress_on, rows_of_answer
-from serve.drift.request_text import TAIL, RequestText
 from serve.drift.share_watch import ShareWatch
 from serve.drift.signal import Signal
 from serve.drift.thinning import CROWDED, NEAR, REPEATED, WINDOW, Shuffle, Taken, Thinning
-from serve.drift.token_runs import skipped
-from serve.drift.traffic_profile import Prompt, TrafficProfile
-from serve.drift.word_counts import hashed
 from serve.engine.effect_probe import effect
 from serve.models.language import STOP_WORDS, read
 from serve.names import tenant_of

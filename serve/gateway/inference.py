@@ -44,7 +44,7 @@ from serve.gateway.request import (
 )
 from serve.gateway.router import Route, Router
 from serve.gateway.tenant_isolation import check_response_owner
-from serve.rollout.shadow import MAX_ANSWER, Shadows
+from serve.rollout.canary.shadow import MAX_ANSWER, Shadows
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.auth.auth import Caller
 from serve.engine.dp_ranks import opening
@@ -20,8 +20,8 @@ from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import EngineUnavailable, NotFound
 from serve.names import shown, spelled, tenant_of
-from serve.rollout.askers import Asker, Askers
-from serve.rollout.traffic_split import Draw, Shares
+from serve.rollout.canary.askers import Asker, Askers
+from serve.rollout.canary.traffic_split import Draw, Shares
 
 
 @dataclass(frozen=True, slots=True)

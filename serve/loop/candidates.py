@@ -11,9 +11,9 @@ from typing import Any
 from serve.adapters.adapter import Adapter
 from serve.auth.auth import Auth
 from serve.errors import BadRequest, Conflict, NotFound
-from serve.gateway.batches.batches import Batches
-from serve.gateway.finetuning.finetuning import FineTuning
-from serve.gateway.finetuning.objects import ENDS, Status
+from serve.jobs.batches.batches import Batches
+from serve.jobs.finetuning.finetuning import FineTuning
+from serve.jobs.finetuning.objects import ENDS, Status
 from serve.loop.deletions import Deleted, Deletions
 from serve.loop.examples import Gather, Gathered, Short, Training, bounded, mixed, read, split
 from serve.loop.likelihood import Example

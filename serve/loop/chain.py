@@ -16,7 +16,7 @@ candidate is made of what may be trained on alone, and what is held out is the s
 
 from __future__ import annotations
 
-from serve.rollout.sequential_test import Verdict
+from serve.sequential.sequential_test import Verdict
 
 
 def spend(alpha: float, budget: int, spent: float) -> float:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound, OutOfSpace, QuotaExceeded
 from serve.loop.candidates import Candidates
 from serve.loop.causes import Cause, Causes
@@ -27,10 +27,10 @@ from serve.loop.journal import WHO, Journal
 from serve.loop.loop_rows import LoopRows
 from serve.loop.objects import Loop, Outcome, Phase
 from serve.loop.replays import Replays
-from serve.rollout.golden_verdicts import GoldenVerdicts
+from serve.rollout.golden.golden_verdicts import GoldenVerdicts
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.loop_policy import ASK, LoopPolicy
-from serve.rollout.sequential_test import Verdict
+from serve.sequential.sequential_test import Verdict
 
 log = logging.getLogger(__name__)
 

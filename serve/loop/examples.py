@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from serve.adapters.file_thread import rest
+from serve.dataset.asked_text import NoText, asked_text
 from serve.dataset.examples import question_of
 from serve.dataset.near import NearIndex, Sketch, common_shingles, sketch
 from serve.errors import BadRequest, LoradockError
 from serve.loop.likelihood import Example
-from serve.telemetry.asked_text import NoText, asked_text
 
 # A reference holds so many examples at most, and so many bytes.
 MOST, MOST_BYTES = 1000, 4 << 20

@@ -1,7 +1,7 @@
 """Is a candidate better on what is new, and no worse on what was? Tests on pairs of scores, one pair an example.
 
 The same example is scored with the live version and with the candidate; d is the candidate's score less the live one's,
-from -1 to 1. Each part of the gate refutes a hypothesis about E[d] by betting (serve.rollout.betting):
+from -1 to 1. Each part of the gate refutes a hypothesis about E[d] by betting (serve.sequential.betting):
 
     new          E[d] <= 0             the candidate is not better on new traffic
     a reference  E[d] <= -tolerance    it is worse on an earlier held-out part of this adapter, each by itself
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.rollout.betting import highest, needed_for_proof
+from serve.sequential.betting import highest, needed_for_proof
 
 NEW, REFERENCE, GOLDEN = "new", "reference", "golden"
 # What is shown of an evidence.

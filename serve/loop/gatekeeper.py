@@ -11,8 +11,8 @@ from serve.loop.gate import GOLDEN, NEW, REFERENCE, Gate, Part, compared
 from serve.loop.likelihood import Example
 from serve.loop.loop_rows import LoopRows
 from serve.loop.objects import Loop
-from serve.rollout.golden import Golden
-from serve.rollout.golden_set import GoldenSet
+from serve.rollout.golden.golden import Golden
+from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.loop_policy import GatePolicy
 
 # Examples that are scored between two looks whether the work is to go on.

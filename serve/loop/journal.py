@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.auth.audit import Audit
 from serve.errors import LoradockError
 from serve.loop.metrics import LoopMetrics

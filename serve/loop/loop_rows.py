@@ -16,15 +16,15 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from serve.adapters.registry import Registry
-from serve.adapters.tables import loop_deletions, loop_references, loop_tries, names
-from serve.adapters.tables import loops as table
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.tables import loop_deletions, loop_references, loop_tries, names
+from serve.adapters.registry.tables import loops as table
 from serve.errors import NotFound
-from serve.gateway.claims import Claims
+from serve.jobs.leases import Claims
 from serve.loop.likelihood import Example
 from serve.loop.objects import Loop, Outcome, Phase, Reference, State, Try
 from serve.names import shown
-from serve.rollout.sequential_test import Verdict
+from serve.sequential.sequential_test import Verdict
 
 # The row that stops every loop; tries and references that are kept of one.
 EVERY, TRIES_KEPT, REFERENCES_KEPT = "every", 200, 12

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.auth.audit import Audit
+from serve.dataset.conversations import Captured
 from serve.errors import Conflict, NotFound
 from serve.loop.candidates import Candidates
 from serve.loop.causes import Causes, Ratings
@@ -22,12 +23,11 @@ from serve.loop.objects import Loop, Phase
 from serve.loop.replays import Replays
 from serve.loop.schedule import LoopSchedule
 from serve.names import shown, tenant_of
-from serve.rollout.canary import CanaryVerdict
-from serve.rollout.golden import Golden
+from serve.rollout.canary.canary import CanaryVerdict
+from serve.rollout.golden.golden import Golden
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.loop_policy import LoopPolicy
-from serve.rollout.sequential_test import Verdict
-from serve.telemetry.conversations import Captured
+from serve.sequential.sequential_test import Verdict
 
 
 class Loops:

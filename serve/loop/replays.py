@@ -12,11 +12,11 @@ from itertools import islice
 from typing import Any
 
 from serve.adapters.adapter import Adapter
+from serve.dataset.conversations import Captured
 from serve.dataset.replay import chosen, replay, report
 from serve.loop.loop_rows import LoopRows
 from serve.loop.objects import Loop
-from serve.rollout.golden import Golden
-from serve.telemetry.conversations import Captured
+from serve.rollout.golden.golden import Golden
 
 # Captured requests that are looked at, and of those that were held out so many that are answered; tokens of an answer.
 LOOKED_AT, ANSWERED, MAX_TOKENS = 10_000, 20, 128

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from serve.adapters.registry import Registry
-from serve.gateway.claims import Schedule
+from serve.adapters.registry.registry import Registry
+from serve.jobs.leases import Schedule
 from serve.loop.driver import REJECT, LoopDriver, Work
 from serve.loop.loop_rows import LoopRows
 from serve.loop.metrics import LoopMetrics

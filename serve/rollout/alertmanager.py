@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.names import shown
 from serve.rollout.rollback import WHO, AutomaticRollback
 

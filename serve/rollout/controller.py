@@ -17,17 +17,17 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.auth.audit import Audit
 from serve.drift.watched_version import Alarm
 from serve.errors import Conflict, LoradockError
 from serve.names import tenant_of
-from serve.rollout.canary import CanaryVerdict
-from serve.rollout.canary_monitor import CanaryMonitor
+from serve.rollout.canary.canary import CanaryVerdict
+from serve.rollout.canary.canary_monitor import CanaryMonitor
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import HOLD, PROMOTE, ROLLBACK, Policy, policy_for
 from serve.rollout.rollback import AutomaticRollback, Outcome
-from serve.rollout.sequential_test import Verdict
+from serve.sequential.sequential_test import Verdict
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from serve.adapters.adapter import Adapter, Inspection, Limits, check_digest
 from serve.adapters.file_thread import in_turn
 from serve.adapters.inspection import inspect
 from serve.adapters.provenance import kept
-from serve.adapters.registry import Registry
-from serve.adapters.snapshot import Share
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.snapshot import Share
 from serve.adapters.store import Store
 from serve.auth.rate_limits import UNLIMITED
 from serve.auth.rate_limits import Limits as KeyLimits

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.errors import ConfigError
-from serve.rollout.betting import needed_for_proof
+from serve.sequential.betting import needed_for_proof
 
 DRIFT, SCHEDULE, RATINGS = CAUSES = ("drift", "schedule", "ratings")
 ASK, AUTO = "ask", "auto"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Protocol
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.auth.rate_limits import Limits
 from serve.errors import Conflict, QuotaExceeded
 from serve.names import DEFAULT, tenant_of

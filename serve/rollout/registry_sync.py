@@ -21,8 +21,8 @@ from typing import Any
 
 from sqlalchemy import delete, insert, select, update
 
-from serve.adapters.registry import Registry
-from serve.adapters.tables import replicas as table
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.tables import replicas as table
 from serve.auth.keys import Keys
 from serve.engine.fleet import Fleet
 from serve.errors import EngineUnavailable, LoradockError

@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import replace
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.change import check_rename
+from serve.adapters.registry.change import check_rename
 from serve.names import check_adapter_name
 from serve.rollout.lifecycle import Lifecycle
 

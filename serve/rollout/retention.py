@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.names import tenant_of
 
 # Beside a version's checks, where it was loaded from.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.auth.audit import Audit
 from serve.errors import Conflict, EngineUnavailable, LoradockError
 from serve.names import tenant_of

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.engine.base_swap import Approval, Handover, swap
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor

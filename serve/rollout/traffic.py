@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.rollout.prefetch import Popularity

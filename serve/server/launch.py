@@ -28,7 +28,8 @@ from serve.models.checkpoint import EMBEDDED, find
 from serve.server.connection import guarded, raise_descriptor_limit
 from serve.server.garbage import collect_in_quiet
 from serve.server.logs import Log, log_to_stderr
-from serve.vllm_backend import forkserver, titles
+from serve.vllm_backend import forkserver
+from serve.vllm_backend.patches import titles
 
 log = logging.getLogger("loradock")
 

@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.engine.engine import LOW_PRIORITY, Phase
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor

@@ -20,7 +20,7 @@ from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_latest
 from prometheus_client.registry import Collector
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.asgi.exchange import Exchange, Failure
 from serve.auth.audit import Audit
 from serve.engine.fleet import Fleet

@@ -38,20 +38,12 @@ from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import engine_memory, hardware
 from serve.names import response_owner
-from serve.vllm_backend import (
-    announce,
-    building,
-    forkserver,
-    gpu_memory,
-    message_errors,
-    response_store,
-    structured_outputs,
-    titles,
-)
+from serve.vllm_backend import announce, building, forkserver, gpu_memory, structured_outputs
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.engine_processes import Member, cause_of_death, end, members, processes_of, resident_bytes
-from serve.vllm_backend.error_translation import answer_unknown_paths, rejecting, sentence
 from serve.vllm_backend.output_processor import Outputs
+from serve.vllm_backend.patches import message_errors, response_store, titles
+from serve.vllm_backend.patches.error_translation import answer_unknown_paths, rejecting, sentence
 from serve.vllm_backend.structured_outputs import Engine
 from serve.vllm_backend.vllm_metrics import CpuSteps, Pulse, own_series
 from serve.vllm_backend.worker_extension import LOADED, LOADING

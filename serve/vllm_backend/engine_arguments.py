@@ -14,8 +14,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.version import __version__ as VLLM_VERSION
 
 from serve.errors import ConfigError
-from serve.vllm_backend import media
-from serve.vllm_backend.error_translation import sentence
+from serve.vllm_backend.patches import media
+from serve.vllm_backend.patches.error_translation import sentence
 
 
 class _Parser(FlexibleArgumentParser):

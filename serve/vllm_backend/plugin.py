@@ -6,20 +6,16 @@ import multiprocessing
 import os
 import threading
 
+from serve.cpu_kernels import prompt_budget, sending, speculation, token_ranks
 from serve.cpu_kernels.install import install as install_kernels
 from serve.models import hardware
-from serve.vllm_backend import (
-    forkserver,
+from serve.vllm_backend import forkserver, notices
+from serve.vllm_backend.patches import (
     media,
     model_inspection,
-    notices,
-    prompt_budget,
     prompt_logprobs,
     seeded_prompts,
-    sending,
-    speculation,
     titles,
-    token_ranks,
     token_texts,
     tokenizer_copies,
     triton_overrides,

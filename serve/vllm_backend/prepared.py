@@ -11,7 +11,8 @@ from importlib import import_module
 from serve.cpu_kernels import pages
 from serve.cpu_kernels.install import VARIABLE
 from serve.cpu_kernels.patches import PatchError
-from serve.vllm_backend import plugin, titles, triton_overrides
+from serve.vllm_backend import plugin
+from serve.vllm_backend.patches import titles, triton_overrides
 
 with suppress(PatchError):  # whoever starts an engine says what does not fit
     plugin.install()

@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from serve.asgi.exchange import Exchange, Generation
-from serve.drift.embedding import Embedding
-from serve.drift.features import PROMPT, prompt_row
+from serve.drift.features.embedding import Embedding
+from serve.drift.features.features import PROMPT, prompt_row
+from serve.drift.features.request_text import RequestText
 from serve.drift.monitor import DriftMonitor
-from serve.drift.request_text import RequestText
 from serve.drift.signal import Signal
 from serve.drift.watched_version import DriftSettings
 from tests.support.prompts import pool

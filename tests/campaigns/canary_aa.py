@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from serve.adapters.snapshot import Share
+from serve.adapters.registry.snapshot import Share
 from serve.asgi.exchange import Exchange, Generation
 from serve.engine.admission import Admission
 from serve.engine.fair_queue import FairQueue, Ticket
 from serve.errors import Overloaded
-from serve.rollout.askers import Asker
-from serve.rollout.canary import CanaryAnalysis
-from serve.rollout.sequential_test import Verdict
-from serve.rollout.traffic_split import Shares
+from serve.rollout.canary.askers import Asker
+from serve.rollout.canary.canary import CanaryAnalysis
+from serve.rollout.canary.traffic_split import Shares
+from serve.sequential.sequential_test import Verdict
 from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, interval, run_chosen
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)

@@ -30,7 +30,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.features import prompt_row
+from serve.drift.features.features import prompt_row
 from serve.drift.signal import Signal
 from tests.campaigns.drift_streams import embedding, tokenizer
 from tests.support.prompts import pool

@@ -43,8 +43,8 @@ import numpy as np
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.drift import watched_version
-from serve.drift.embedding import Embedding
-from serve.drift.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.features.embedding import Embedding
+from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings
 from serve.models.embedded import ensure
@@ -369,7 +369,7 @@ def changes(count: int, seed: int) -> Iterator[str]:
 
 def cost(rounds: int = 400) -> Iterator[str]:
     """CPU time a request of the prompt's side: thinning, what prompts share, and the row."""
-    from serve.drift.features import prompt_row
+    from serve.drift.features.features import prompt_row
     from serve.drift.thinning import WINDOW, Thinning
 
     for length in (20, 100, 500, 2000, 8000):

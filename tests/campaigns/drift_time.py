@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from serve.drift.baseline import Signal
-from serve.drift.features import PROMPT
+from serve.drift.features.features import PROMPT
 from tests.campaigns.drift_delays import prompt_rows
 from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, interval, run_chosen
 from tests.support.time_streams import (

@@ -10,7 +10,7 @@ from bisect import bisect_left
 
 import numpy as np
 
-from serve.rollout.golden_comparison import compare
+from serve.sequential.golden_comparison import compare
 
 # The part that the live version passes, what the canary fails of it, and what it passes of the rest.
 CANARIES = (

@@ -19,7 +19,7 @@ import numpy as np
 
 from serve.loop.chain import promotes, spend
 from serve.loop.gate import GOLDEN, NEW, REFERENCE, Gate, compared
-from serve.rollout.sequential_test import Comparison, Verdict
+from serve.sequential.sequential_test import Comparison, Verdict
 
 TOLERANCE, GOLDEN_TOLERANCE = 0.05, 0.1
 EXAMPLES, CASES, REFERENCES = 400, 150, 3

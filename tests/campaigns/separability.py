@@ -21,10 +21,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift import embedding
-from serve.drift.common_tokens import CommonTokens
-from serve.drift.features import Scale, prompt_row
-from serve.drift.token_surprise import BUCKETS, SAMPLED, TokenSurprise, sketch
+from serve.drift.features import embedding
+from serve.drift.features.common_tokens import CommonTokens
+from serve.drift.features.features import Scale, prompt_row
+from serve.drift.features.token_surprise import BUCKETS, SAMPLED, TokenSurprise, sketch
 from serve.models.embedded import ensure
 from tests.campaigns import drift_streams
 

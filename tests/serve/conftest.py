@@ -14,6 +14,7 @@ from typing import Any
 
 import fsspec
 import httpx
+import openai
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -175,3 +176,15 @@ def watched(config, backend, tiny_model, tmp_path):
     save_file({"model.embed_tokens.weight": table}, folder / "model.safetensors")
     backend.model = str(folder)
     return replace(config, model=str(folder), drift_reference=100, drift_threshold=1e4)
+
+
+@pytest.fixture
+def sdk() -> Callable[[httpx.AsyncClient], openai.AsyncOpenAI]:
+    """OpenAI's client, which speaks with the same server on the same key."""
+
+    def made(client: httpx.AsyncClient) -> openai.AsyncOpenAI:
+        key = client.headers.get("authorization", "Bearer none").removeprefix("Bearer ")
+        http = httpx.AsyncClient(transport=client._transport)
+        return openai.AsyncOpenAI(base_url="http://localhost/v1", api_key=key, http_client=http, max_retries=0)
+
+    return made

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from serve.config import keys_hashed, load
-from serve.rollout.canary_monitor import LOWEST_LOG_EVIDENCE as LOWEST
+from serve.rollout.canary.canary_monitor import LOWEST_LOG_EVIDENCE as LOWEST
 from serve.rollout.policy import DEFAULT_POLICIES
 from serve.telemetry.rendered.dashboards import dashboards
 from serve.telemetry.slo import DEFAULT_SLOS

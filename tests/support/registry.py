@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve.adapters.adapter import Inspection
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 
 FOUND = Inspection(rank=8, base="toy", target_modules=("k_proj", "q_proj"), nbytes=1234, tensors=4)
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from serve.asgi.exchange import Exchange, Generation, Parameters
-from serve.drift.embedding import Embedding
+from serve.drift.features.embedding import Embedding
 
 VOCABULARY, TOPICS, DIMENSIONS = 400, 8, 32
 # Of an answer that nobody cuts.

@@ -12,10 +12,10 @@ import httpx
 
 from serve.client.api_client import Retry
 from serve.client.fine_tuning_work_client import WorkClient
-from serve.gateway.finetuning.training_process import TrainingProcess
+from serve.jobs.finetuning import remote_worker as finetune_worker
+from serve.jobs.finetuning.remote_worker import Bases, Worker, named
+from serve.jobs.finetuning.training_process import TrainingProcess
 from serve.models.checkpoint import digest_of
-from serve.server import finetune_worker
-from serve.server.finetune_worker import Bases, Worker, named
 from tests.support.trainer import COMMAND
 
 

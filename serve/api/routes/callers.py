@@ -8,13 +8,13 @@ from fastapi import Depends, Request
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.provenance import measured, provenance_of
-from serve.adapters.snapshot import Share
+from serve.adapters.registry.snapshot import Share
 from serve.api.services import Services
 from serve.auth.auth import Caller, Scope, allowed
 from serve.errors import BadRequest, NotFound
 from serve.gateway.router import manages
 from serve.names import short_name, shown, spelled, tenant_of
-from serve.rollout.golden_runner import Charge
+from serve.rollout.golden.golden_runner import Charge
 
 
 async def _parts(request: Request) -> Services:

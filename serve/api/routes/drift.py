@@ -18,11 +18,11 @@ from serve.api.routes.callers import Asker, Manager, TheParts, owned
 from serve.api.schemas import Accepted, Acknowledged, BaselinePrompts, Rating
 from serve.api.services import Services
 from serve.auth.auth import Caller
+from serve.dataset.feedback import GOOD
 from serve.drift.change_description import for_tenant
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound, TooLarge
 from serve.gateway.router import manages
 from serve.names import short_name, spelled
-from serve.telemetry.feedback import GOOD
 
 MAX_BASELINE = 64 << 20
 # What stands for a base where an adapter has its version.

@@ -14,7 +14,7 @@ from serve.api.schemas import FineTuningMethod, Hyperparameters, NewFineTuningJo
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.errors import BadRequest
-from serve.gateway.finetuning.objects import Job
+from serve.jobs.finetuning.objects import Job
 
 router = APIRouter()
 

@@ -15,7 +15,7 @@ from serve.api.json_body import JsonBody
 from serve.api.routes.callers import TheParts, Worker
 from serve.api.routes.incoming import stated_bytes
 from serve.api.schemas import AtWork, WorkAsked, WorkFailed, WorkNote, WorkProgress
-from serve.gateway.finetuning.workers import CLAIM_SECONDS
+from serve.jobs.finetuning.workers import CLAIM_SECONDS
 
 router = APIRouter()
 

@@ -13,7 +13,7 @@ from serve.api.schemas import GoldenRun
 from serve.api.services import Services
 from serve.errors import BadRequest, Conflict, NotFound
 from serve.names import spelled, tenant_of
-from serve.rollout.golden_set import GoldenSet, check
+from serve.rollout.golden.golden_set import GoldenSet, check
 
 router = APIRouter()
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from pydantic import PositiveInt
 
-from serve.adapters.change_log import recent_changes
+from serve.adapters.registry.change_log import recent_changes
 from serve.api.overview import adapter_overview, overview
 from serve.api.routes.callers import Manager, TheParts, owned
 from serve.names import short_name

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve import __version__
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Asker, Gateway, Manager, Operator, Scraper, TheParts
 from serve.api.schemas import Swap

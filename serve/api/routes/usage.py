@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from serve.api.routes.callers import Manager, TheParts
 from serve.errors import BadRequest, Forbidden
 from serve.names import shown
-from serve.telemetry.usage_ledger import COUNTS
+from serve.telemetry.usage.usage_ledger import COUNTS
 
 router = APIRouter()
 

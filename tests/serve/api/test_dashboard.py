@@ -19,7 +19,7 @@ from serve.adapters.adapter import Inspection
 from serve.api.dashboard import pages
 from serve.config import keys_hashed, load
 from serve.rollout import policy
-from tests.serve.gateway.finetuning.conftest import examples
+from tests.serve.jobs.finetuning.conftest import examples
 from tests.serve.loop.conftest import QUICK, Scores, Traffic
 from tests.support import tiny
 from tests.support.app import upload
@@ -437,8 +437,8 @@ def test_nothing_hangs_over_the_edge(page, served, width):
 def test_jobs_with_their_losses_are_paused_resumed_and_cancelled_from_the_page(page, served, monkeypatch):
     process = served.app.state.parts.fine_tuning.process
     process.command, process.nice = COMMAND, 0
-    monkeypatch.setattr("serve.gateway.finetuning.training_process.SAVE_SECONDS", 0.1)
-    monkeypatch.setattr("serve.gateway.finetuning.trainer.WRITE_SECONDS", 0.1)
+    monkeypatch.setattr("serve.jobs.finetuning.training_process.SAVE_SECONDS", 0.1)
+    monkeypatch.setattr("serve.jobs.finetuning.trainer.WRITE_SECONDS", 0.1)
 
     def begun(name: str, **how: Any) -> str:
         monkeypatch.setenv("STAND_IN", json.dumps(how))
@@ -484,7 +484,7 @@ LOOPING = {"policies": policy.parse({"*": {"train_on_traffic": True, "loop": {**
 @pytest.fixture
 def looping(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     """Training is a stand-in's, traffic and scores are made up; what is looked at now and then is looked at soon."""
-    monkeypatch.setattr("serve.gateway.claims.LOOK_SECONDS", 0.03)
+    monkeypatch.setattr("serve.jobs.leases.LOOK_SECONDS", 0.03)
     for name in ("LOOK_SECONDS", "GATHER_SECONDS", "RETRY_SECONDS"):
         monkeypatch.setattr(f"serve.loop.driver.{name}", 0.03)
     parts = served.app.state.parts

@@ -14,8 +14,8 @@ import pytest
 
 from serve.asgi.exchange import Exchange
 from serve.config import keys_hashed
+from serve.dataset.capture import QUEUE_SIZE
 from serve.rollout.policy import parse
-from serve.telemetry.capture import QUEUE_SIZE
 from tests.support.app import CHAT, issued, settled, upload
 
 LEARNS = parse({"*": {"train_on_traffic": True}})
@@ -91,7 +91,7 @@ async def test_a_disk_that_is_full_in_the_middle_of_a_file_leaves_none(learning,
     await asked(learning, "what fits?", rating=1)
     await kept(learning, 1)
     with monkeypatch.context() as full:
-        full.setattr("serve.gateway.batches.file_bytes.create", lambda path: Filling(path, "xb"))
+        full.setattr("serve.jobs.batches.file_bytes.create", lambda path: Filling(path, "xb"))
         refused = await learning.post("/v1/adapters/tone/data", json={"held_out": 0})
     assert refused.status_code == 507, refused.text
     assert (await learning.get("/v1/files")).json()["data"] == []

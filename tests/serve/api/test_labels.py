@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve.adapters.registry import MAX_ALIASES
+from serve.adapters.registry.registry import MAX_ALIASES
 from tests.support.app import ask, push_two, settled, upload
 
 TONE = "/v1/adapters/tone"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from serve.adapters.adapter import Inspection
-from serve.adapters.change import KINDS
+from serve.adapters.registry.change import KINDS
 from serve.api.dashboard import pages
 from serve.api.overview import CARDS, PAGE, VERSIONS
 from serve.asgi.exchange import Exchange

@@ -154,7 +154,7 @@ def test_the_command_prints_a_table_json_or_csv(run):
 
 async def test_the_ledger_is_written_while_nobody_looks(client, monkeypatch):
     parts = client._transport.app.state.parts
-    monkeypatch.setattr("serve.telemetry.usage_ledger.WRITE_SECONDS", 0.01)
+    monkeypatch.setattr("serve.telemetry.usage.usage_ledger.WRITE_SECONDS", 0.01)
     await client.post(CHAT, json={"model": "base"})
     writing = asyncio.create_task(parts.usage_ledger.run())
     try:

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.api.app import build_app
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Limits

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from serve.cli.finetune import finetune_app
-from tests.serve.gateway.finetuning.conftest import examples
+from tests.serve.jobs.finetuning.conftest import examples
 from tests.support.zygote import Zygote
 
 

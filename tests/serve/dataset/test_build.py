@@ -10,10 +10,10 @@ import pytest
 
 from optimize.data.examples import checked
 from serve.dataset.build import Options, build
+from serve.dataset.conversations import Captured
 from serve.dataset.datasets import check
 from serve.dataset.near import NEIGHBOURS, NearIndex, common_shingles, similarities, sketch
 from serve.errors import BadRequest
-from serve.telemetry.conversations import Captured
 
 WORDS = [
     "river",

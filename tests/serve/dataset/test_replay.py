@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from serve.dataset.replay import Replayed, _agreement, chosen, replay, report
-from serve.rollout.golden_runner import Refused
-from serve.rollout.golden_scoring import CaseScore
+from serve.rollout.golden.golden_runner import Refused
+from serve.rollout.golden.golden_scoring import CaseScore
 from tests.serve.dataset.test_build import captured
 
 

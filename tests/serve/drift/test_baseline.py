@@ -9,12 +9,12 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from serve.drift import mean_rows
 from serve.drift.baseline import Baseline, Phase, Provenance, Signal, Tolerance
-from serve.drift.common_tokens import COMMON
-from serve.drift.features import LOGPROB, OUTPUT, PROMPT
-from serve.drift.mean_rows import MeanRows
-from serve.drift.token_surprise import NAMES, SKETCH, sketch
+from serve.drift.detector import mean_rows
+from serve.drift.detector.mean_rows import MeanRows
+from serve.drift.features.common_tokens import COMMON
+from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.features.token_surprise import NAMES, SKETCH, sketch
 from serve.errors import ConfigError
 
 MINE = Provenance("acme/tone", "1a7b88586afe", embedding="e" * 64, tokenizer="t" * 64, seed=5)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from serve.drift.change_description import describe, describe_probe, for_tenant, movement
-from serve.drift.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.features.traffic_profile import Prompt, TrafficProfile
+from serve.drift.features.word_counts import hashed
 from serve.drift.signal import Signal
-from serve.drift.traffic_profile import Prompt, TrafficProfile
-from serve.drift.word_counts import hashed
 
 NO_WORDS: frozenset[str] = frozenset()
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.cli.baseline import prompts
-from serve.drift.embedding import Embedding
-from serve.drift.features import ALL_TOKENS, EARLIER_FEATURES, FEATURES, OUTPUT, PROMPT
+from serve.drift.features.embedding import Embedding
+from serve.drift.features.features import ALL_TOKENS, EARLIER_FEATURES, FEATURES, OUTPUT, PROMPT
+from serve.drift.features.token_runs import RUN, STRETCH
 from serve.drift.monitor import DriftMonitor
-from serve.drift.token_runs import RUN, STRETCH
 from serve.drift.watched_version import DriftSettings, WatchedVersion
 from serve.errors import ConfigError
 from tests.support.tiny import HIDDEN

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from serve.drift import native as module
-from serve.drift.common_tokens import COMMON, CommonTokens
-from serve.drift.detector import Drift
-from serve.drift.embedding import Embedding
-from serve.drift.features import Answer, answer_rows, prompt_row
-from serve.drift.mean_rows import MeanRows
+from serve.drift.detector.detector import Drift
+from serve.drift.detector.mean_rows import MeanRows
+from serve.drift.features.common_tokens import COMMON, CommonTokens
+from serve.drift.features.embedding import Embedding
+from serve.drift.features.features import Answer, answer_rows, prompt_row
+from serve.drift.features.token_runs import RUN, STRETCH, SharedRuns
+from serve.drift.features.token_scores import TokenScores
+from serve.drift.features.token_surprise import TokenSurprise, sketch
 from serve.drift.native import native
 from serve.drift.thinning import Thinning
-from serve.drift.token_runs import RUN, STRETCH, SharedRuns
-from serve.drift.token_scores import TokenScores
-from serve.drift.token_surprise import TokenSurprise, sketch
 
 needs_native = pytest.mark.skipif(native() is None, reason="no C++ compiler")
 BLOCK, WIDTH = 8, 48

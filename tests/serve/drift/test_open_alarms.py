@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from serve.asgi.exchange import Exchange, Generation
-from serve.drift.embedding import Embedding
+from serve.drift.features.embedding import Embedding
+from serve.drift.features.request_text import RequestText
 from serve.drift.monitor import DriftMonitor
-from serve.drift.request_text import RequestText
 from serve.drift.watched_version import DriftSettings
 from tests.support.app import issued, upload
 from tests.support.tiny import HIDDEN

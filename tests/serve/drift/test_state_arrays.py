@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serve.drift.random_state import rng_from, rng_state
 from serve.drift.state_arrays import below, prefixed
+from serve.sequential.random_state import rng_from, rng_state
 
 
 def test_a_part_comes_out_of_the_whole_as_it_went_in():

@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from serve.drift.features.token_runs import RUN, STRETCH, SharedRuns, own_tokens
 from serve.drift.state_arrays import prefixed
 from serve.drift.thinning import COUNTS, MOST_BETWEEN, Shuffle, Thinning, inherited
-from serve.drift.token_runs import RUN, STRETCH, SharedRuns, own_tokens
 
 RNG = np.random.default_rng(0)
 DIGITS = np.zeros(30_001, np.bool_)

@@ -222,7 +222,7 @@ async def test_a_batch_goes_no_way_around_a_guard(guarding, backend):
 
 
 async def test_a_batch_line_on_which_the_guard_never_has_a_verdict_is_given_up(guarding, backend, monkeypatch):
-    monkeypatch.setattr("serve.gateway.batches.batch_runner.ATTEMPTS", 2)
+    monkeypatch.setattr("serve.jobs.batches.batch_runner.ATTEMPTS", 2)
     async with guarding(answer="watch") as client:
         backend.answer = "odd"
         batch = await batch_of(client, "hello")

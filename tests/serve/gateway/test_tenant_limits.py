@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.errors import QuotaExceeded
-from serve.gateway.batches.batch_rows import BatchRows
-from serve.gateway.batches.file_rows import FileRows
-from serve.gateway.batches.objects import Limits as BatchLimits
-from serve.gateway.finetuning.job_rows import JobRows
-from serve.gateway.finetuning.objects import Asked, Job, Limits, Status
-from tests.serve.gateway.batches.test_rows import made, stored
+from serve.jobs.batches.batch_rows import BatchRows
+from serve.jobs.batches.file_rows import FileRows
+from serve.jobs.batches.objects import Limits as BatchLimits
+from serve.jobs.finetuning.job_rows import JobRows
+from serve.jobs.finetuning.objects import Asked, Job, Limits, Status
+from tests.serve.jobs.batches.test_batch_rows import made, stored
 
 SERVERS, MOST = 6, 2
 ASKED = Asked("base", "base", "base", "acme/tone", "supervised", {}, 1, "key", "anna")

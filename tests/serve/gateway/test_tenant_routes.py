@@ -18,11 +18,11 @@ from serve.config import keys_hashed
 from serve.loop.likelihood import Example
 from serve.rollout.policy import parse
 from tests.serve.api.test_data import asked
-from tests.serve.gateway.batches.conftest import request
-from tests.serve.gateway.batches.test_batches import begun as batch_begun
-from tests.serve.gateway.batches.test_batches import ended as batch_ended
-from tests.serve.gateway.finetuning.conftest import begun, ended, examples, sent
 from tests.serve.gateway.test_tenants import BODIES, seen
+from tests.serve.jobs.batches.conftest import request
+from tests.serve.jobs.batches.test_batches import begun as batch_begun
+from tests.serve.jobs.batches.test_batches import ended as batch_ended
+from tests.serve.jobs.finetuning.conftest import begun, ended, examples, sent
 from tests.serve.loop.conftest import QUICK
 from tests.support.app import issued, settled, upload
 from tests.support.trainer import COMMAND

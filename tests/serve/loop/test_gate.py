@@ -9,7 +9,7 @@ import pytest
 
 from serve.loop.chain import promotes, spend
 from serve.loop.gate import GOLDEN, NEW, REFERENCE, Gate, compared
-from serve.rollout.sequential_test import Verdict
+from serve.sequential.sequential_test import Verdict
 
 
 def pairs(count, live, candidate):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve.adapters.adapter import Inspection
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.loop.likelihood import Example
 from serve.loop.loop_rows import MONTH_SECONDS, REFERENCES_KEPT, TRIES_KEPT, LoopRows
 from serve.loop.objects import Outcome, Phase

@@ -12,8 +12,8 @@ import pytest
 from serve.config import keys_hashed
 from serve.drift.watched_version import iso
 from serve.errors import Conflict, EngineUnavailable
-from serve.rollout.canary import CanaryVerdict
-from serve.rollout.sequential_test import Verdict
+from serve.rollout.canary.canary import CanaryVerdict
+from serve.sequential.sequential_test import Verdict
 from tests.serve.loop.conftest import LONG, asked, loop_of, parts_of, pushed, tried, until
 from tests.support.app import issued, settled, upload
 from tests.support.backend import FakeBackend

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from serve.adapters.adapter import Inspection
-from serve.adapters.registry import Registry
+from serve.adapters.registry.registry import Registry
 from serve.auth.rate_limits import Limits
 from serve.config import keys_hashed
 from serve.errors import QuotaExceeded

@@ -108,7 +108,7 @@ async def test_answers_go_on_while_the_registry_does_not(pair, make_adapter):
 
 async def test_a_change_after_another_server_s_loses_neither(url):
     from serve.adapters.adapter import Inspection
-    from serve.adapters.registry import Registry
+    from serve.adapters.registry.registry import Registry
 
     found = Inspection(rank=8, base="toy", target_modules=("q_proj",), nbytes=1, tensors=2)
     with Registry(url) as one, Registry(url) as other:

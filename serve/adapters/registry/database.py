@@ -1,0 +1,169 @@
+"""The database that holds the registry's tables, and the way from an older schema to this one.
+
+SQLite in WAL mode or, by its URL, PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Table, create_engine, event, func, insert, select, text, update
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import StaticPool
+from sqlalchemy.schema import CreateColumn
+
+from serve.adapters.registry.tables import SCHEMA, history, metadata, names, schema_version, versions
+from serve.errors import ConfigError, EngineUnavailable, LoradockError, OutOfSpace
+from serve.files import write_ahead
+from serve.names import shown
+
+# A database that does not answer is an error after seconds, not after the kernel's quarter of an hour.
+LIBPQ_PATIENCE = {
+    "connect_timeout": "5",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
+SQLITE_PATIENCE = 15  # seconds that one of SQLite's writers waits for another
+# Whoever prepares a PostgreSQL database holds this lock: any number that is the same in every loradock.
+PREPARING = 0x10AD0C4
+
+
+def _to_tenants(connection: Connection) -> None:
+    """Names get room for a tenant, and are private; the table `keys` is there already, made as every missing one."""
+    connection.execute(text("ALTER TABLE names ADD COLUMN shared BOOLEAN NOT NULL DEFAULT FALSE"))
+    if connection.dialect.name != "sqlite":  # which does not mind a text's length
+        connection.execute(text("ALTER TABLE names ALTER COLUMN name TYPE VARCHAR(129)"))
+
+
+def _to_traffic(connection: Connection) -> None:
+    """Names get shares and pins, versions what was measured."""
+    _add_columns(connection, names, "canary_version", "canary_weight", "shadow_version", "shadow_weight", "pinned")
+    _add_columns(connection, versions, "checks")
+    _add_columns(connection, history, "weight")
+
+
+def _to_bases(connection: Connection) -> None:
+    """Names belong to a base model."""
+    _add_columns(connection, names, "base")
+
+
+def _to_aliases(connection: Connection) -> None:
+    """Names get aliases, versions tags."""
+    _add_columns(connection, names, "aliases")
+    _add_columns(connection, versions, "tags")
+    _add_columns(connection, history, "label")
+
+
+def _to_renames(connection: Connection) -> None:
+    """A name that was given up leads to the new one."""
+    _add_columns(connection, names, "moved_to")
+
+
+def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
+    for column in columns:
+        spelled = CreateColumn(table.c[column]).compile(dialect=connection.dialect)
+        connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {spelled}"))
+
+
+# MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {
+    1: _to_tenants,
+    2: _to_traffic,
+    3: _to_bases,
+    4: _to_aliases,
+    5: _to_renames,
+}
+
+
+def opened(url: str) -> Engine:
+    """The database behind SQLAlchemy's URL; ConfigError when there can be none."""
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() != "sqlite":
+            patience = LIBPQ_PATIENCE if parsed.get_driver_name() in ("psycopg", "psycopg2") else {}
+            defaults = {key: value for key, value in patience.items() if key not in parsed.query}
+            return create_engine(parsed, pool_pre_ping=True, connect_args=defaults)
+        if not parsed.database or parsed.database == ":memory:":
+            engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
+        else:
+            # SQLite would create it readable by everybody; its -wal and -shm take the mode of the file.
+            os.close(os.open(parsed.database, os.O_RDWR | os.O_CREAT, 0o600))
+            engine = create_engine(parsed)
+    except (ArgumentError, NoSuchModuleError, ImportError, OSError) as unusable:
+        raise ConfigError(
+            f"the registry cannot be opened ({reason(unusable)}); give a URL such as sqlite:///registry.db or "
+            "postgresql+psycopg://user@host/loradock"
+        ) from unusable
+
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # the transactions are ours: see `_begin`
+        connection.execute(f"PRAGMA busy_timeout={1000 * SQLITE_PATIENCE}").close()
+        write_ahead(connection, SQLITE_PATIENCE)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # Take the write lock before reading what the write depends on; a later upgrade could fail.
+        reads = connection.get_execution_options().get("reads")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def prepare(engine: Engine) -> None:
+    """Tables that are missing are made, an older schema is brought up; ConfigError for a newer one."""
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            # Two servers that start at once over an empty database would both make the tables.
+            connection.execute(select(func.pg_advisory_xact_lock(PREPARING)))
+        metadata.create_all(connection)
+        schema = connection.scalar(select(func.max(schema_version.c.version)))
+        if schema is None:
+            connection.execute(insert(schema_version).values(version=SCHEMA))
+            return
+        if schema > SCHEMA:
+            raise ConfigError(
+                f"this registry has schema {schema} and this loradock knows {SCHEMA}; "
+                "start the newer loradock that wrote it"
+            )
+        for step in range(schema, SCHEMA):
+            MIGRATIONS[step](connection)
+            connection.execute(update(schema_version).values(version=step + 1))
+
+
+@contextmanager
+def begun(engine: Engine, tenant: str | None) -> Iterator[Connection]:
+    """A transaction; those of one tenant wait for one another, on all servers. SQLite has one writer anyway."""
+    with engine.begin() as connection:
+        if tenant is not None and connection.dialect.name == "postgresql":
+            connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(tenant, PREPARING))))
+        yield connection
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """The database's errors, under our names."""
+    try:
+        yield
+    except LoradockError:
+        raise
+    except (DBAPIError, PoolTimeout) as wrong:
+        why = reason(wrong)
+        if "full" in why:
+            raise OutOfSpace("the registry's disk is full; make room, then try again") from wrong
+        raise EngineUnavailable(f"the registry did not take the change ({why}); retry shortly") from wrong
+
+
+def reason(error: BaseException) -> str:
+    """What the database says of it, in a line."""
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return shown((str(cause).strip().splitlines() or [type(cause).__name__])[0], 200)

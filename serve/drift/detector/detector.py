@@ -1,0 +1,450 @@
+"""Has what arrives changed? A conformal e-detector: `update(row)` after each request, then `drifted`.
+
+    detector = Drift(reference, threshold=1e5, seed=7)   # reference: one row of scores a request, (n, k)
+    detector.update(row)                                 # k scores of one request, in any units
+    detector.drifted, detector.log_evidence              # evidence >= threshold at some time since `reset()`
+
+What is promised: while requests are exchangeable with the reference (independent draws of one source are), the mean
+number of requests until a false alarm is at least `threshold`, however small the reference and whatever the scores:
+heavy tails, ties and constants too. Three steps lead there.
+
+1. A score is ranked in a bag of the reference and what came since: the smoothed conformal p-value (Vovk et al.,
+   Algorithmic Learning in a Random World, 2022), independent and uniform while nothing changes. A full bag forgets one
+   entry drawn by lot from all, the new one included: what remains tells nothing about the ranks that were given, so
+   they stay independent.
+2. Histograms of the p-values so far and fixed bets bet against the next one (`detector.bets`); a bet multiplies by
+   e, E[e] = 1.
+3. Shiryaev-Roberts: R <- (R + 1) e. R - t is a martingale, so the mean time until R >= c is at least c (Shin, Ramdas
+   and Rinaldo, E-detectors, 2022). The evidence is a weighted mean of R over bets and scores.
+
+Half of the weight lies on the k scores, by `weights`, and half on learned directions (`detector.directions`). Where
+there are mean rows, directions in which those move have half of the whole (`serve.drift.detector.mean_rows`).
+
+The promise is a theorem for one score. The mean over scores is exact as far as their p-values share one history; ranks
+of different scores in one bag can tell of one another in theory. `make drift-proof` measures what that amounts to.
+
+Neither clock nor files: arrays in, arrays out. The state is a dictionary of numpy arrays, and a detector restored from
+it goes on bit for bit. Memory is bounded by `capacity`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from serve.drift.detector.bets import CELLS, Bank, Floats, State, cells
+from serve.drift.detector.directions import FARTHEST, HALF_LIVES, NORMAL, Directions, Draw
+from serve.drift.detector.effect_size import EFFECT_HALF_LIFE, EffectSize
+from serve.drift.detector.mean_rows import HALF_LIVES as MEAN_HALF_LIVES
+from serve.drift.detector.mean_rows import MeanRows, Phase
+from serve.drift.detector.native_steps import NativeSteps, Stage
+from serve.drift.detector.recent_rows import RecentRows, all_finite
+from serve.drift.detector.score_bags import ScoreBags
+from serve.drift.native import at, native
+from serve.drift.state_arrays import below, own, prefixed
+from serve.drift.tolerance import less_error
+from serve.sequential.random_state import rng_from, rng_state
+
+_GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
+# The size of the effect is looked for while the evidence is above the threshold to the power of this.
+SIZED = 0.5
+# An evidence of so many thresholds is sure: the size was seen on requests that raised the evidence, so that an
+# evidence by chance is likely to come with one.
+SURE = 20.0
+# Rows that the gauges take at a time: nobody reads them at every request.
+GAUGED = 32
+# Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
+RECENT = 64
+
+
+class Drift:
+    """One detector over rows of k scores. Not thread-safe; `update` costs tens of microseconds.
+
+    reference: (n, k), n >= 1; to D only its ranks matter, F also uses distances: unit scale serves it best.
+    threshold: c, the mean number of requests between false alarms. capacity: rows that the bag holds, by default as
+    many as the reference and at least 1,000; never fewer than the reference. weights: (k,) what each score weighs in
+    the evidence, by default the same. margin: by how much each may move unseen, in its unit; 0 by default. silent: so
+    many columns more, behind the scores, of zero mean and unit spread: they only help to learn directions, which
+    turn after every `turn` requests. means: what bets on the requests' mean rows. seed: of the random numbers that
+    break ties and choose what leaves the bag.
+    """
+
+    def __init__(
+        self,
+        reference: ArrayLike,
+        *,
+        threshold: float = 1e5,
+        capacity: int | None = None,
+        weights: ArrayLike | None = None,
+        margin: ArrayLike | None = None,
+        silent: int = 0,
+        turn: int = 1,
+        means: MeanRows | None = None,
+        seed: int = 0,
+    ) -> None:
+        rows = np.asarray(reference, np.float32)
+        if rows.ndim != 2 or 0 in rows.shape:
+            raise ValueError(
+                f"the reference has the shape {rows.shape}; it is (requests, scores), at least one of each"
+            )
+        if not np.isfinite(rows).all():
+            raise ValueError("the reference holds a score that is not a finite number; leave such requests out")
+        if not threshold > 1:
+            raise ValueError(
+                f"threshold {threshold} is below any evidence; it is the mean number of requests between alarms"
+            )
+        n, k = len(rows), rows.shape[1] - silent
+        self.threshold = float(threshold)
+        self.capacity = max(n, 1000 if capacity is None else capacity)
+        self.updates = 0
+        self.crossed_at: int | None = None
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+        self._reference = np.ascontiguousarray(np.sort(rows[:, :k], axis=0).T)  # (k, n)
+        self._margin = np.zeros(rows.shape[1], np.float32) if margin is None else np.array(margin, np.float32)
+        self._bags = ScoreBags(self._reference, self.capacity, self._margin[:k])
+        self._directions = Directions(rows, self.capacity, self._margin, silent, turn) if rows.shape[1] > 1 else None
+        self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
+        directions = 0 if self._directions is None else len(HALF_LIVES)
+        self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
+        self.means = means
+        self._effect = _effect_size(k, directions, n)
+        self._sized = self._sure = False
+        self.tolerated_share = 1.0
+        self._moved = np.full(k, -np.inf)
+        self._shift = np.zeros(k)
+        self._seen = np.zeros(2)  # weight of the gauges, and of its squares
+        self._ungauged: list[NDArray[np.float32]] = []
+        self._rows = RecentRows(rows.shape[1])
+        self._mean_rows: deque[NDArray[np.float32] | None] = deque(maxlen=RECENT)
+        self._native = self._native_parts()
+
+    def update(self, row: ArrayLike, mean_row: NDArray[np.float32] | None = None) -> bool:
+        """Take the scores of one request, and say whether the evidence has reached the threshold."""
+        (drifted,) = self.steps(np.asarray(row, np.float32)[None], [mean_row])
+        return drifted
+
+    def steps(self, rows: ArrayLike, mean_rows: Sequence[NDArray[np.float32] | None]) -> Iterator[bool]:
+        """`update` with each of several rows, to be run to its end. What one request does not change for the next is
+        worked out for all of them at once; the numbers are those of one after another, to the bit."""
+        scores = np.array(rows, np.float32, order="C")
+        if scores.shape[1:] != self._margin.shape:
+            raise ValueError(
+                f"a row has the shape {scores.shape[1:]}; "
+                f"this detector's reference has {len(self._margin)} scores a row"
+            )
+        if len(mean_rows) != len(scores):
+            raise ValueError(f"{len(scores)} rows come with {len(mean_rows)} mean rows")
+        if not all_finite(scores):
+            raise ValueError("a score is not a finite number; leave the request out")
+        if self._native is None or not self._alike(mean_rows):
+            return self._steps(scores, mean_rows)
+        return self._native_steps(self._native, scores, mean_rows)
+
+    def _alike(self, mean_rows: Sequence[NDArray[np.float32] | None]) -> bool:
+        """Whether all of these mean rows are ranked, or there are none."""
+        known = sum(row is not None for row in mean_rows)
+        return known == 0 or self.means is None or (known == len(mean_rows) and self.means.phase is not Phase.GATHERING)
+
+    def _native_steps(
+        self, native: NativeSteps, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]
+    ) -> Iterator[bool]:
+        """`_steps` in few calls: one ends where the evidence is first to be sized, and where it is that of a drift;
+        each later one takes a single row."""
+        ranked = self.means is not None and self.means.phase is Phase.RANKING and mean_rows[0] is not None
+        together, done = self.means.together(mean_rows) if ranked and self.means is not None else None, 0
+        while done < len(scores):
+            rows = scores[done : done + 1] if self.drifted else scores[done:]
+            means = None if together is None else together[done : done + len(rows)]
+            sized_from = self.threshold**SIZED
+            stage = Stage(self.updates, self._sized, self.drifted, sized_from, self.threshold, self.tolerated_share)
+            evidence = native(rows, self.means, means, stage).tolist()
+            self._note(rows[: len(evidence)], mean_rows[done : done + len(evidence)])
+            for each in evidence[-2:]:  # nothing follows from what was before, or it would have ended there
+                self._weigh(each)
+            done += len(evidence)
+            yield from [False] * (len(evidence) - 1)
+            yield self.drifted
+
+    def _steps(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> Iterator[bool]:
+        directions, draws = self._directions, list[Draw]()
+        p, bounds = self._rank(scores, draws)
+        places, silent = cells(p), scores[:, p.shape[1] :]
+        bets = self._bank.prepare(p, places, bounds)
+        heard, taught = NORMAL.take(places), np.minimum(np.maximum(silent, -FARTHEST), FARTHEST)
+        for i, (row, mean_row) in enumerate(zip(scores, mean_rows, strict=True)):
+            if self._sized:  # before anything learns from it
+                self._effect.observe(*self._places(row, mean_row), self.tolerated_share)
+            self._note(row[None], [mean_row])
+            along = [] if directions is None else directions.ranked(row, draws[i])
+            multiple = self._bank.place(bets[i], self.updates, [min(int(each * CELLS), CELLS - 1) for each in along])
+            if directions is not None:
+                directions.taught(heard[i], multiple, silent[i], taught[i])
+            if self.means is not None and mean_row is not None:
+                self.means.observe(mean_row, self.updates)
+            self._weigh(self._evidence())
+            yield self.drifted
+
+    def _rank(self, scores: NDArray[np.float32], draws: list[Draw]) -> tuple[Floats, tuple[Floats, Floats] | None]:
+        """The p-values of several rows, as the bags have it. `draws` gets what the directions will need."""
+        lots = []
+        for ahead in range(len(scores)):
+            lots.append(self._bags.lots(self._rng, ahead))
+            if self._directions is not None:
+                draws.append(self._directions.draw(self._rng, ahead))
+        return self._bags.rank(scores[:, : len(self._bags)], lots)
+
+    def _note(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> None:
+        """What the gauges need of requests."""
+        self.updates += len(scores)
+        self._ungauged.append(scores)
+        self._rows.extend(scores, RECENT)
+        self._mean_rows.extend(mean_rows)
+        if sum(map(len, self._ungauged)) >= GAUGED:
+            self._gauge()
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the evidence has reached the threshold since the last `reset`."""
+        return self.crossed_at is not None
+
+    @property
+    def sure(self) -> bool:
+        """Whether it has reached SURE thresholds: what an alarm takes."""
+        return self._sure
+
+    @property
+    def log_evidence(self) -> float:
+        """ln of the weighted mean of all R: the last step's; it may fall again when the bag has learned the new."""
+        evidence = self._evidence()
+        return math.log(evidence) if evidence > 0 else -math.inf
+
+    @property
+    def evidence_by_score(self) -> Floats:
+        """(k,): ln of the mean R of each score alone, to say what moved; after a crossing, as it was then."""
+        return self._moved if self.drifted else self._bank.log_means()
+
+    @property
+    def changed_at(self) -> int:
+        """The update after which the change began, as the strongest bet sees it."""
+        runs = [self._bank.began()]
+        if self.means is not None:
+            runs.append(self.means.began())
+        return max(runs)[1]
+
+    @property
+    def foreign_share(self) -> float | None:
+        """At least this share of requests since first evidence does not fit the reference; None before there is all.
+
+        Ranks cannot tell a few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
+        """
+        return self._effect.foreign_share(self.tolerated_share) if self.drifted else None
+
+    @property
+    def beyond_tolerated_share(self) -> bool:
+        """More than `tolerated_share` of them does not, with a confidence of 90 %."""
+        return self.drifted and self._effect.beyond
+
+    @property
+    def rank_shift(self) -> Floats:
+        """(k,) in [-0.5, 0.5]: mean rank of recent requests in the reference, less a half, less its standard error.
+
+        0.5 says that all lie above the whole reference. A share q of foreign requests shifts it by at most q / 2.
+        Recent ones are those since the change began, or fade with EFFECT_HALF_LIFE.
+        """
+        n = min(self.updates - self.changed_at, len(self._rows))
+        if not self.drifted or not 0 < n < RECENT:
+            return self._faded_rank_shift(self.gauge_error)
+        ranks = self._score_ranks(self._rows.last(n))
+        return less_error(ranks.mean(axis=0) - 0.5, n**-0.5)
+
+    @property
+    def sure_rank_shift(self) -> Floats:
+        """(k,): of recent requests, whenever the change began, less two standard errors of the reference too."""
+        return self._faded_rank_shift(math.hypot(self.gauge_error, 2 * self._reference.shape[1] ** -0.5))
+
+    @property
+    def gauge_error(self) -> float:
+        """Standard error of a mean over recent requests, of something with a standard deviation of 1."""
+        self._gauge()
+        weight, squares = self._seen
+        return math.sqrt(squares) / float(weight) if weight else math.inf
+
+    def reset(self, *, effects: bool = False) -> None:
+        """Begin again at no evidence, after an alarm has been dealt with; what the bag and the bets learned stays.
+
+        effects: also forget how far recent requests lie from the reference.
+        """
+        self.crossed_at = None
+        self._sized = self._sure = False
+        self._bank.reset(self.updates)
+        if self.means is not None:
+            self.means.reset(self.updates)
+        if effects:
+            self._ungauged.clear()
+            self._rows.clear()
+            self._mean_rows.clear()
+            self._shift[:] = 0
+            self._seen[:] = 0
+
+    def state(self) -> State:
+        """All of it, as arrays for `numpy.savez`: no objects, nothing to unpickle."""
+        self._gauge()
+        state = {
+            "reference": self._reference.T.copy(),
+            "bags": self._bags.sorted(),
+            "threshold": np.float64(self.threshold),
+            "counts": np.array([self.capacity, self.updates, -1 if self.crossed_at is None else self.crossed_at]),
+            "lots": rng_state(self._rng),
+            "moved": self._moved.copy(),
+            "shift": self._shift.copy(),
+            "seen": self._seen.copy(),
+            "weights": self._weights.copy(),
+            "margin": self._margin.copy(),
+            "rows": self._rows.last(),
+            "stages": np.array([self._sized, self._sure]),
+        }
+        state |= prefixed(self._effect.state(), "effect.")
+        state |= prefixed(self._bank.state(), "bank.")
+        if self._directions is not None:
+            state |= prefixed(self._directions.state(), "directions.")
+        if self.means is not None:
+            state |= prefixed(self.means.state(), "means.")
+        return {name: np.asarray(value) for name, value in state.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, NDArray]) -> Self:
+        """The detector whose `state()` this was; it goes on bit for bit."""
+        self = cls.__new__(cls)
+        self.threshold = float(state["threshold"])
+        capacity, updates, crossed_at = (int(count) for count in state["counts"])
+        self.capacity, self.updates = capacity, updates
+        self.crossed_at = None if crossed_at < 0 else crossed_at
+        self._rng = rng_from(state["lots"])
+        learned, k = below(state, "directions."), len(state["bags"])
+        # The C++ code takes the addresses of arrays: whatever was read, they have their own shapes and types.
+        self._reference = own((k, len(state["reference"])), state["reference"].T, np.float32)
+        # Earlier releases had neither margins nor weights nor what comes after the evidence.
+        columns = learned["bag"].shape[1] if learned else k
+        self._margin = own(columns, state.get("margin", 0), np.float32)
+        self._bags = ScoreBags(state["bags"], capacity, self._margin[:k])
+        self._directions = Directions.from_state(learned, capacity, self._margin, columns - k) if learned else None
+        directions = len(HALF_LIVES) if learned else 0
+        self._weights = own(k, state.get("weights", 1))
+        self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
+        self._bank.restore(below(state, "bank."))
+        means = below(state, "means.")
+        self.means = MeanRows.from_state(means) if means else None
+        self._effect, self.tolerated_share = _effect_size(k, directions, self._reference.shape[1]), 1.0
+        if "effect.seen" in state:
+            self._effect.restore(below(state, "effect."))
+        # Earlier releases looked for the size after the evidence alone, which was sure then.
+        self._sized, self._sure = (bool(stage) for stage in state.get("stages", (crossed_at >= 0,) * 2))
+        self._moved, self._shift, self._seen = own(k, state["moved"]), own(k, state["shift"]), own(2, state["seen"])
+        self._ungauged = []
+        rows = state.get("rows", np.empty((0, columns)))
+        self._rows = RecentRows(columns, own((len(rows), columns), rows, np.float32))
+        self._mean_rows = deque([None] * len(self._rows), maxlen=RECENT)
+        self._native = self._native_parts()
+        return self
+
+    def _native_parts(self) -> NativeSteps | None:
+        code = native()
+        parts = (self._rng, self._margin, self._reference, self._bags, self._bank, self._directions, self._effect)
+        return None if code is None else NativeSteps(code, *parts)
+
+    def _evidence(self) -> float:
+        """The weighted mean of all R."""
+        if self.means is None or self.means.off:
+            return self._bank.evidence()
+        return (self._bank.evidence() + self.means.evidence()) / 2
+
+    def _stream_weights(self) -> Floats:
+        """(streams,) with the sum 1, by their evidence: scores, directions, directions of mean rows."""
+        weights, rest = self._bank.weights(), np.zeros(len(MEAN_HALF_LIVES))
+        if self.means is not None and (theirs := self.means.by_stream()).any():
+            ours = self._bank.evidence()
+            rest = theirs / (theirs.sum() + len(theirs) * ours)
+            weights = weights * (1 - rest.sum())
+        return np.concatenate((weights, rest))
+
+    def _faded_rank_shift(self, error: float) -> Floats:
+        self._gauge()
+        if self._seen[0] == 0:
+            return np.zeros(len(self._shift))
+        return less_error(self._shift / self._seen[0], error)
+
+    def _weigh(self, evidence: float) -> None:
+        """What follows from the evidence after a request."""
+        if not self.drifted:
+            sized, self._sized = self._sized, evidence >= self.threshold**SIZED
+            if self._sized and not sized:
+                self._begin_effect()
+            if evidence >= self.threshold:
+                self.crossed_at = self.updates
+                self._moved = self._bank.log_means()
+        self._sure |= evidence >= SURE * self.threshold
+
+    def _begin_effect(self) -> None:
+        """Look for the size of the effect from here on, where requests since the change let expect it."""
+        since = min(max(self.updates - self.changed_at, 1), len(self._rows))
+        rows, mean_rows = self._rows.last(since), list(self._mean_rows)[-since:]
+        if self._native is not None:
+            less, upto = self._native.places(rows, self.means, mean_rows)
+        else:
+            places = [self._places(*each) for each in zip(rows, mean_rows, strict=True)]
+            less, upto = np.array(places).transpose(1, 0, 2)
+        self._effect.begin(self._stream_weights(), less, upto, self.tolerated_share)
+
+    def _places(
+        self, scores: NDArray[np.float32], mean_row: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """(streams,) each: how many of the reference alone lie below the scores, and how many not above them."""
+        # Of a single row: faster than a search in each score's column.
+        known, row = self._reference, scores[: len(self._bags), None]
+        less, upto = np.count_nonzero(known < row, axis=1), np.count_nonzero(known <= row, axis=1)
+        parts = [(less, upto)]
+        if self._directions is not None:
+            parts.append(self._directions.reference_places(scores))
+        size = known.shape[1]
+        if self.means is not None and mean_row is not None:
+            parts.append(self.means.reference_places(mean_row, size))
+        else:
+            parts.append((np.zeros(len(MEAN_HALF_LIVES), np.intp), np.full(len(MEAN_HALF_LIVES), size)))
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _score_ranks(self, rows: NDArray[np.float32]) -> Floats:
+        """(n, k) where the scores of rows lie in the reference, ties in their middle."""
+        ranks = np.empty((len(self._reference), len(rows)))
+        columns = np.ascontiguousarray(rows[:, : len(ranks)].T)
+        for known, column, rank in zip(self._reference, columns, ranks, strict=True):
+            np.add(known.searchsorted(column, "left"), known.searchsorted(column, "right"), out=rank)
+        ranks /= 2 * self._reference.shape[1]
+        return ranks.T
+
+    def _gauge(self) -> None:
+        """Take in the rows that wait. One after another, so that it does not matter how many wait."""
+        if not self._ungauged:
+            return
+        rows, fade = np.concatenate(self._ungauged), _GAUGE_FADE
+        self._ungauged = []
+        if (code := native()) is not None:
+            known = self._reference
+            code.gauge(at(known), *known.shape, at(rows), rows.shape[1], len(rows), fade, at(self._shift))
+        else:
+            for row in np.ascontiguousarray(self._score_ranks(rows) - 0.5):
+                self._shift *= fade
+                self._shift += row
+        weight, squares = self._seen.tolist()
+        for _ in rows:
+            weight, squares = weight * fade + 1, squares * (fade * fade) + 1
+        self._seen[:] = weight, squares
+
+
+def _effect_size(scores: int, directions: int, size: int) -> EffectSize:
+    rising = directions + len(MEAN_HALF_LIVES)
+    return EffectSize(scores + rising, size, rising)

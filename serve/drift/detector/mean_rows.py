@@ -1,0 +1,313 @@
+"""Directions in which the mean rows of prompts leave the reference: hundreds of numbers, which tell close genres apart.
+
+    means = MeanRows(needed=1000, seed=7)
+    means.observe(row)          # the first `needed` rows become the reference; later ones are ranked, then teach
+    means.evidence()            # half of the evidence of `serve.drift.detector.detector`
+
+A genre differs from another a little in many numbers, so that none of them raises an alarm: their sum does (Hotelling,
+Annals of Mathematical Statistics 2, 1931). The rows are whitened by the reference, which is also the bag that they are
+ranked in. Two directions are the exponentially weighted sums of the rows since, less the mean of the reference. Then
+each row counts by how probably it is foreign, as far as it lies along them, and the sums are taken once more: one step
+of expectation maximization (Dempster, Laird and Rubin, Journal of the Royal Statistical Society B 39, 1977), which
+takes out most of the noise of the usual rows in a mixture. A row is ranked in the bag along the directions, then
+teaches them and is in the bag itself: they depend on earlier rows alone.
+
+A row of the bag lies where it does also for what it did to the direction itself. A live one lies farther along it,
+because it taught; one of the reference less far, because it is in the mean that is taken off and in the covariance (its
+leverage; Sherman and Morrison, Annals of Mathematical Statistics 21, 1950). Both are made up for (leave one out), so
+that a new row is compared with where the others would lie if they were new. Only rising bets are placed
+(`serve.drift.detector.directions`). `tests/serve/drift/detector/test_mean_rows.py` measures what remains.
+
+Behind the mean of its tokens a row has the scores of how surprising they are (`with_surprise`): a close genre moves
+them too, and they explain a part of what the other numbers differ by among usual requests.
+
+Rows are in memory alone: of a few hundred numbers the words of a short prompt could be made out. After a restart the
+first `needed` rows are the reference anew, and the evidence goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.drift.detector.bets import CELLS, MANY_BETS, MOST, Floats, State
+from serve.drift.detector.reference_structure import autocorrelation_time, wandering
+from serve.drift.native import MeanRowsView, at, lots_at
+
+HALF_LIVES = (64.0, 256.0)  # in requests
+_FADES = np.array([[0.5 ** (1 / half_life)] for half_life in HALF_LIVES])
+# What a row weighs that is as old.
+_FADED = _FADES ** np.arange(4096.0)
+# Share of the mean variance that is added to every direction before whitening.
+RIDGE = 1.0
+# Directions turn after so many rows.
+TURN = 32
+# What foreign rows are taken for: so many standard deviations farther along a direction, and so many of all.
+FARTHER, SHARE = 1.5, 0.2
+# How much of its own covariance a row may be.
+MOST_LEVERAGE = 0.9
+# A row teaches up to this length, in root mean squares of the reference's lengths.
+FARTHEST = 1.5
+# Projections that differ by less are equal.
+SAME = 2e-5
+# What a surprise of unit spread is multiplied by. The numbers of a mean row spread by some 2.5, whatever the model: so
+# whitening, with its ridge, leaves a surprise its whole weight.
+SURPRISE = 10.0
+# With fewer rows nothing is said: a covariance of hundreds of numbers needs some.
+FEWEST = 200
+
+
+def with_surprise(means: NDArray[np.float32], scores: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """A copy of mean rows (..., width) with the surprises (..., 2) of the same requests behind them, if any."""
+    return means.copy() if scores is None else np.concatenate((means, np.float32(SURPRISE) * scores), axis=-1)
+
+
+class Phase(Enum):
+    GATHERING = "gathering"
+    RANKING = "ranking"
+    OFF = "off"  # of this reference nothing follows
+
+
+class MeanRows:
+    """needed: rows of the reference; the bag holds as many. ordered: they come in the order of time."""
+
+    def __init__(self, needed: int, seed: int = 0, ordered: bool = True) -> None:
+        self._needed, self._seed, self._ordered = needed, seed, ordered
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+        self._gathered: list[NDArray[np.float32]] = []
+        self._r = np.zeros((len(HALF_LIVES), MANY_BETS.shape[1]))
+        self._page = np.ones_like(self._r)
+        self._start = np.zeros(self._r.shape, np.int64)
+        self.phase = Phase.GATHERING
+
+    @classmethod
+    def of(cls, rows: Sequence[NDArray[np.float32]], seed: int = 0, ordered: bool = True) -> Self:
+        """With these rows as its reference."""
+        self = cls(len(rows), seed, ordered)
+        self._gathered = list(rows)
+        self._begin()
+        return self
+
+    def observe(self, row: NDArray[np.float32], now: int) -> None:
+        """Take the mean row of one request, the `now`th."""
+        if self.phase is Phase.RANKING:
+            self._bet(self._rank(row), now)
+        elif self.phase is Phase.GATHERING:
+            self._gathered.append(row)
+            if len(self._gathered) >= self._needed:
+                self._begin()
+
+    def evidence(self) -> float:
+        """The mean of all R."""
+        return float(np.add.reduce(self._r, axis=None)) / self._r.size
+
+    def by_stream(self) -> Floats:
+        """(directions,): the mean R of each."""
+        means: Floats = self._r.mean(axis=1)
+        return means
+
+    def began(self) -> tuple[float, int]:
+        """Page's statistic of the strongest bet, and the request after which its run began."""
+        strongest = self._page.argmax()
+        return float(self._page.flat[strongest]), int(self._start.flat[strongest])
+
+    def reference_places(self, row: NDArray[np.float32], size: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """(directions,) each: how many of the reference lie below the row along them, and how many not above it, as if
+        it had `size` rows. Before there is one, a place in its middle."""
+        if self.phase is not Phase.RANKING:
+            return np.zeros(len(HALF_LIVES), np.intp), np.full(len(HALF_LIVES), size, np.intp)
+        known, own = self._reference_along(), (self._onto @ (row - self._centre))[:, None]
+        scale = size / known.shape[1]
+        less, upto = np.count_nonzero(known < own - SAME, axis=1), np.count_nonzero(known <= own + SAME, axis=1)
+        return (less * scale).astype(np.intp), np.ceil(upto * scale).astype(np.intp)
+
+    def reset(self, now: int) -> None:
+        """Begin again at no evidence; what was learned stays."""
+        self._r[:] = 0
+        self._page[:] = 1
+        self._start[:] = now
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing follows of this reference: its bets are none."""
+        return self.phase is Phase.OFF
+
+    def together(self, rows: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
+        """(n, width): some rows to rank."""
+        several, width = np.ascontiguousarray(rows, np.float32), self._bag.shape[1]
+        if several.shape[1:] != (width,):
+            raise ValueError(f"a mean row has {several.shape[-1]} numbers; those of the reference have {width}")
+        return several
+
+    def shown(self) -> MeanRowsView:
+        """Where all of it lies, for `serve.drift.native`, once it ranks."""
+        view = MeanRowsView(
+            width=self._bag.shape[1], capacity=self._capacity, known=len(self._reference), turn=TURN,
+            farthest=float(self._farthest), bets=at(MANY_BETS), ages=_FADED.shape[1], faded=at(_FADED),
+            lots=lots_at(self._rng), reference_along=at(self._known),
+        )  # fmt: skip
+        for name in _SHOWN:
+            setattr(view, name, at(getattr(self, f"_{name}")))
+        return view
+
+    def give(self, view: MeanRowsView) -> None:
+        """What a call needs besides the arrays."""
+        view.size, view.waiting, view.ranked = self._size, self._waiting, self._ranked
+        view.placed = self._placed
+
+    def take_back(self, view: MeanRowsView) -> None:
+        """What a call changed besides the arrays."""
+        self._size, self._waiting, self._ranked = view.size, view.waiting, view.ranked
+        self._placed = bool(view.placed)
+
+    def state(self) -> State:
+        """The evidence alone: no row."""
+        settings = np.array([self._needed, self._seed, self.off])
+        return {"settings": settings, "r": self._r.copy(), "page": self._page.copy(), "start": self._start.copy()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, NDArray]) -> Self:
+        """What gathers a reference anew, with the evidence of this `state()`."""
+        needed, seed, off = (int(number) for number in state["settings"])
+        self = cls(needed, seed)
+        self.phase = Phase.OFF if off else Phase.GATHERING
+        for name in ("r", "page", "start"):
+            getattr(self, f"_{name}")[:] = state[name]
+        return self
+
+    def _begin(self) -> None:
+        """The rows that were gathered are the reference, unless time made them unlike."""
+        rows = np.array(self._gathered, np.float32)
+        self._gathered = []
+        # Equal rows differ by roundings, which are not to be looked at.
+        equal = rows.var(axis=0).sum() <= 1e-6 * (rows**2).mean(axis=0).sum()
+        if len(rows) < FEWEST or equal or (self._ordered and not _exchangeable(rows, self._rng)):
+            self.phase = Phase.OFF
+            self._r[:], self._page[:] = 0, 1
+            return
+        self._centre = rows.mean(axis=0)
+        self._whiten = _whitening(rows - self._centre)
+        self._reference = (rows - self._centre) @ self._whiten
+        n, width = self._reference.shape
+        self._size, self._capacity = n, 2 * n
+        self._bag = np.empty((self._capacity + 1, width), np.float32)
+        self._bag[:n] = self._reference
+        self._farthest = FARTHEST * np.sqrt((self._reference**2).sum() / n)
+        # When each row of the bag came, and the share of it that teaches; none of the reference. The leverage of that.
+        self._times = np.zeros(self._capacity + 1)
+        self._teaching = np.zeros(self._capacity + 1, np.float32)
+        self._leverage = np.zeros(self._capacity + 1)
+        leverage = np.add.reduce(self._reference**2, axis=1) / n
+        self._known_leverage = np.minimum(leverage, MOST_LEVERAGE).astype(np.float64)
+        self._leverage[:n] = self._known_leverage
+        # What each would move the directions towards itself by.
+        self._pull = np.zeros(self._capacity + 1)
+        self._along = np.zeros((len(HALF_LIVES), self._capacity + 1), np.float32)
+        self._towards = np.zeros((len(HALF_LIVES), width), np.float32)
+        self._mean_part = np.zeros((len(HALF_LIVES), 1))
+        self._onto = np.zeros((len(HALF_LIVES), width), np.float32)
+        # Where the reference lies along the directions, while that is `_placed`: until they turn.
+        self._known, self._placed = np.zeros((len(HALF_LIVES), n), np.float32), False
+        # Rows that do not teach yet, and their places in the bag.
+        self._waiting_rows = np.zeros((TURN, width), np.float32)
+        self._waiting_places = np.zeros(TURN, np.int64)
+        self._waiting = self._ranked = 0
+        self.phase = Phase.RANKING
+
+    def _rank(self, row: NDArray[np.float32]) -> list[float]:
+        """Smoothed conformal p-values in the bag, which takes the row in."""
+        m, centred = self._size, row - self._centre
+        own = (self._onto @ centred)[:, None]
+        along = self._along[:, :m]
+        less = [np.count_nonzero(row) for row in along < own - SAME]
+        upto = [np.count_nonzero(row) for row in along <= own + SAME]
+        ties = self._rng.random(len(less)).tolist()
+        if m < self._capacity:
+            place = m
+            self._size += 1
+        else:
+            # At random among all m + 1, the new one included, as in the scores' bags.
+            place = int(self._rng.integers(m + 1))
+        self._along[:, place] = own[:, 0]
+        self._waiting_rows[self._waiting], self._waiting_places[self._waiting] = centred, place
+        self._waiting += 1
+        if self._waiting >= TURN:
+            self._turn()
+        return [(low + tie * (high - low + 1)) / (m + 1) for low, tie, high in zip(less, ties, upto, strict=True)]
+
+    def _turn(self) -> None:
+        """Learn from the rows that wait, and rank along what was learned."""
+        places, rows = self._waiting_places[: self._waiting], self._waiting_rows[: self._waiting] @ self._whiten
+        self._waiting = 0
+        squares = np.add.reduce(rows * rows, axis=1)
+        # Of two rows in one place the later one stays.
+        self._bag[places] = rows
+        self._times[places] = np.arange(self._ranked, self._ranked + len(rows))
+        self._teaching[places] = np.minimum(self._farthest / np.maximum(np.sqrt(squares), 1e-12), 1)
+        self._pull[places] = self._teaching[places] * squares
+        self._leverage[places] = 0
+        self._ranked += len(rows)
+        m = self._size
+        weights = _FADES ** (self._ranked - 1 - self._times[:m])  # (directions, m)
+        self._learn(weights)
+        known = self._reference_along()
+        centre, spread = known.mean(axis=1, keepdims=True), np.maximum(known.std(axis=1, keepdims=True), 1e-12)
+        farther = FARTHER * (self._along[:, :m] - centre) / spread - FARTHER**2 / 2
+        odds = SHARE / (1 - SHARE) * np.exp(np.minimum(farther, 20))
+        self._learn(weights * odds / (1 + odds))
+        self._onto[:] = (self._whiten @ self._towards.T).T
+
+    def _learn(self, weights: Floats) -> None:
+        """Directions of what the rows of the bag teach by `weights`, (directions, m), and where the rows lie along
+        them."""
+        m = self._size
+        bag, leverage = self._bag[:m], self._leverage[:m]
+        taught = (weights * self._teaching[:m]).astype(np.float32)
+        learned = taught @ bag
+        length = np.maximum(np.sqrt(np.add.reduce(learned**2, axis=1, keepdims=True)), 1e-12)
+        self._towards[:], self._placed = learned / length, False
+        self._mean_part[:] = np.add.reduce(taught, axis=1, keepdims=True) / length
+        own = weights * self._pull[:m] / length
+        self._along[:, :m] = (self._towards @ bag.T - own + self._mean_part * leverage) / (1 - leverage)
+
+    def _reference_along(self) -> NDArray[np.float32]:
+        """(directions, n): where the reference lies, until they turn."""
+        if not self._placed:
+            leverage = self._known_leverage
+            own = self._mean_part * leverage
+            self._known[:] = (self._towards @ self._reference.T + own) / (1 - leverage)
+            self._placed = True
+        return self._known
+
+    def _bet(self, p: Sequence[float], now: int) -> None:
+        e = MANY_BETS.take([min(int(each * CELLS), CELLS - 1) for each in p], axis=0)
+        self._r += 1
+        self._r *= e
+        np.minimum(self._r, MOST, out=self._r)
+        np.maximum(self._page, 1, out=self._page)
+        self._page *= e
+        np.minimum(self._page, MOST, out=self._page)
+        np.putmask(self._start, self._page <= 1, now)
+
+
+_SHOWN = (
+    "centre", "whiten", "reference", "bag", "along", "pull", "leverage", "known_leverage", "teaching", "times",
+    "towards", "onto", "mean_part", "waiting_rows", "waiting_places", "r", "page", "start",
+)  # fmt: skip
+
+
+def _exchangeable(rows: NDArray[np.float32], rng: np.random.Generator) -> bool:
+    """Nothing speaks against it: rows near in time are no more alike than others, and nothing changes slowly."""
+    return autocorrelation_time(rows) == 1 and not wandering(rows, rng).any()
+
+
+def _whitening(centred: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(width, width), of rows around the centre."""
+    covariance = centred.T @ centred / len(centred)
+    covariance += (RIDGE * np.trace(covariance) / len(covariance) + 1e-9) * np.eye(len(covariance), dtype=np.float32)
+    values, vectors = np.linalg.eigh(covariance.astype(np.float64))
+    return np.ascontiguousarray(vectors / np.sqrt(np.maximum(values, 1e-12)), np.float32)

@@ -1,0 +1,140 @@
+"""What a version is asked, in terms that people use: language, length, tenant and topics of its requests.
+
+    profile = TrafficProfile()
+    profile.add(Prompt(tokens=120, language="de", tenant="acme", words=..., asker=7, vector=...))
+    profile.languages(profile.last(100)), profile.topics
+
+Two of them, of the reference and of recent requests, say what moved (`serve.drift.change_description`). Kept are
+numbers and counts of words (`serve.drift.features.word_counts`), neither texts nor tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.drift.features.word_counts import WordCounts
+
+Value = TypeVar("Value", int, str)
+
+# Requests that are remembered one by one, in four values each.
+REMEMBERED = 512
+# Centres of what was asked before, and of what is asked now.
+REFERENCE_TOPICS, RECENT_TOPICS = 6, 3
+# Half-life of recent topics, in requests.
+HALF_LIFE = 64.0
+
+
+class Prompt(NamedTuple):
+    """One request. words: by their hashes, empty where they may not be counted; vector: (dimensions,)."""
+
+    tokens: int
+    language: str
+    tenant: str
+    words: Mapping[int, str]
+    asker: int
+    vector: NDArray[np.floating]
+
+
+# Tokens, language, tenant and number of the topic of one request.
+Seen = tuple[int, str, str, int]
+
+
+@dataclass(slots=True, eq=False)
+class TrafficProfile:
+    """most_topics: groups of prompts that are alike; half_life: of their requests, 0 for never.
+
+    topics: the words of each group; centres: (topics, dimensions), where each lies.
+    """
+
+    most_topics: int = REFERENCE_TOPICS
+    half_life: float = 0.0
+    topics: list[WordCounts] = field(default_factory=list)
+    centres: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    seen: deque[Seen] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    @classmethod
+    def of_recent(cls) -> Self:
+        """Of the latest requests: older ones count for less and less."""
+        return cls(RECENT_TOPICS, HALF_LIFE)
+
+    def add(self, prompt: Prompt) -> None:
+        """Take in one request: into the topic whose centre lies nearest, which moves towards it."""
+        if len(self.topics) < self.most_topics:
+            number = len(self.topics)
+            self.topics.append(WordCounts(self.half_life))
+            self.centres = np.vstack((*self.centres, prompt.vector)).astype(np.float64)
+        else:
+            number = self.nearest(prompt.vector)
+        words = self.topics[number]
+        words.add(prompt.words, prompt.asker)
+        centre = self.centres[number]
+        centre += (prompt.vector - centre) / words.requests
+        self.seen.append((prompt.tokens, prompt.language, prompt.tenant, number))
+
+    def nearest(self, vector: NDArray[np.floating]) -> int:
+        """The number of the topic whose centre lies nearest."""
+        away = self.centres - vector
+        away *= away
+        return int(np.add.reduce(away, axis=1).argmin())
+
+    def last(self, count: int) -> list[Seen]:
+        """The latest `count` requests, or as many as are remembered."""
+        return list(self.seen)[max(0, len(self.seen) - count) :]
+
+    def accepted(self, count: int) -> TrafficProfile:
+        """A reference that begins with the latest `count` requests and the topics here."""
+        made = TrafficProfile(len(self.topics) or REFERENCE_TOPICS)
+        made.topics = [words.unfading() for words in self.topics]
+        made.centres = self.centres.copy()
+        made.seen.extend(self.last(count))
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """For JSON."""
+        topics = [
+            {"centre": centre.tolist(), **words.state()}
+            for centre, words in zip(self.centres, self.topics, strict=True)
+        ]
+        return {"most": self.most_topics, "half_life": self.half_life, "topics": topics, "seen": list(self.seen)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        self = cls(int(state["most"]), float(state["half_life"]))
+        self.topics = [WordCounts.from_state(topic) for topic in state["topics"]]
+        if self.topics:
+            self.centres = np.array([topic["centre"] for topic in state["topics"]], np.float64)
+        self.seen.extend(
+            (int(tokens), language, tenant, int(topic)) for tokens, language, tenant, topic in state["seen"]
+        )
+        return self
+
+
+def median_tokens(requests: Sequence[Seen]) -> int | None:
+    """The median length of the prompts; None of nothing."""
+    return int(np.median([tokens for tokens, *_ in requests])) if requests else None
+
+
+def language_shares(requests: Sequence[Seen]) -> dict[str, float]:
+    """Of the requests whose language could be told, the most frequent first."""
+    return _shares(language for _, language, *_ in requests if language)
+
+
+def tenant_shares(requests: Sequence[Seen]) -> dict[str, float]:
+    """By tenant, the one with most requests first."""
+    return _shares(tenant for _, _, tenant, _ in requests)
+
+
+def topic_shares(requests: Sequence[Seen]) -> dict[int, float]:
+    """By the topic's number, the one with most requests first."""
+    return _shares(topic for *_, topic in requests)
+
+
+def _shares(values: Iterable[Value]) -> dict[Value, float]:
+    counts = Counter(values)
+    return {value: round(count / counts.total(), 3) for value, count in counts.most_common()}

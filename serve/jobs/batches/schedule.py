@@ -1,0 +1,82 @@
+"""Which batches this server runs: one of each tenant at a time, the oldest first, claimed from the database."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from serve.jobs.batches.batch_rows import BatchRows
+from serve.jobs.batches.batch_runner import BatchRunner, Work
+from serve.jobs.batches.file_bytes import FileBytes
+from serve.jobs.batches.file_rows import FileRows
+from serve.jobs.batches.metrics import BatchMetrics
+from serve.jobs.batches.objects import Batch, Status
+from serve.jobs.leases import SWEEP_SECONDS, Schedule
+
+# Batches that one server runs at a time.
+AT_ONCE = 16
+# Batches at their end are listed for so long.
+KEPT_SECONDS = 90 * 86_400.0
+
+
+class BatchSchedule(Schedule[Batch, Work]):
+    """The schedule of batches."""
+
+    what = "batches"
+
+    def __init__(
+        self,
+        rows: BatchRows,
+        files: FileRows,
+        contents: FileBytes,
+        runner: BatchRunner,
+        metrics: BatchMetrics,
+        *,
+        alone: bool,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(rows, runner.run, alone=alone, clock=clock)
+        self._rows, self._files, self._contents = rows, files, contents
+        self._runner, self._metrics = runner, metrics
+
+    async def round(self) -> None:
+        """Begin what can be begun; drop files whose time is over, now and then."""
+        batches = await asyncio.to_thread(self._rows.open)
+        now = self._clock()
+        self._metrics.see(batches)
+        for batch in batches:
+            if len(self._working) >= AT_ONCE:
+                break
+            if self._is_free(batch.id) and self._has_turn(batch, now) and (claimed := await self._claim(batch.id)):
+                self._start(batch.id, Work(claimed))
+        if now - self._swept >= SWEEP_SECONDS:
+            self._swept = now
+            await asyncio.to_thread(self._sweep)
+        self._metrics.keeps(*await asyncio.to_thread(self._files.totals))
+
+    def _has_turn(self, batch: Batch, now: float) -> bool:
+        """No other batch of its tenant is run here, or it only has to be ended."""
+        if batch.status is Status.CANCELLING or batch.expires <= now:
+            return True
+        return all(work.batch.tenant != batch.tenant for work, _ in self._working.values())
+
+    def _can_read(self, batch: Batch) -> bool:
+        return self._contents.has(batch.input_file)
+
+    def _renewed(self, work: Work, batch: Batch | None, lost: bool) -> None:
+        """It stops when it was cancelled, when its time is over, or when another server has it."""
+        work.lost = lost
+        batch = batch or work.batch
+        if lost or batch.status is Status.CANCELLING or batch.expires <= self._clock():
+            work.stop.set()
+
+    def _sweep(self) -> None:
+        for id in self._files.expired():
+            self._remove(id)
+        self._contents.sweep(self._files.ids())
+        self._rows.forget_before(self._clock() - KEPT_SECONDS)
+
+    def _remove(self, id: str) -> None:
+        self._contents.remove(id)
+        self._files.remove(id)

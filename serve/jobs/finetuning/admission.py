@@ -1,0 +1,124 @@
+"""A trained adapter becomes a version of a name, as an upload by the key that made the job would."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi.concurrency import contextmanager_in_threadpool
+
+from serve.adapters.adapter import FILES, MANIFEST, Adapter
+from serve.adapters.registry.registry import Registry
+from serve.adapters.store import Store
+from serve.auth.auth import Auth, Caller, Scope, allowed
+from serve.errors import Conflict, EngineUnavailable, LoradockError, Unauthorized
+from serve.jobs.finetuning.objects import Job
+from serve.names import short_name
+from serve.rollout.lifecycle import Lifecycle
+
+log = logging.getLogger(__name__)
+
+
+class Admission:
+    """`came` hears of each new version, `promoted` of names that have their first live version by it."""
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        registry: Registry,
+        store: Store,
+        auth: Auth,
+        *,
+        came: Callable[[], None] = lambda: None,
+        promoted: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._lifecycle, self._registry, self._store, self._auth = lifecycle, registry, store, auth
+        self._came, self._promoted = came, promoted
+
+    def caller(self, job: Job) -> Caller:
+        """Who asked for the job; Unauthorized or Forbidden once the key may not do it any more."""
+        caller = allowed(self._auth.holder(job.asked.key), Scope.ADAPTERS)
+        if caller.tenant != job.tenant:
+            raise Unauthorized("the API key that asked for this is another tenant's by now", code="invalid_api_key")
+        return caller
+
+    async def try_out(self, job: Job, adapter: Path) -> None:
+        """Every check of `admit`, or its error; nothing of it stays."""
+        caller = self.caller(job)
+        async with contextmanager_in_threadpool(self._store.quarantine()) as folder:
+            await asyncio.to_thread(_copy, adapter, folder, _provenance(job, {}))
+            await self._lifecycle.try_push(job.asked.name, folder, quota=caller.limits, engine=job.asked.base)
+
+    async def admit(self, job: Job, adapter: Path, settled: Mapping[str, Any], *, final: bool) -> str:
+        """The public name of the version; these bytes a second time are the same version.
+
+        The final one is live if no version of its name is: what answers today is a person's or a policy's to replace.
+        """
+        caller, name = self.caller(job), job.asked.name
+        first = final and (name not in self._registry or self._registry.live(name) is None)
+        why = f"fine-tuning job {job.id}"
+        notes = {"fine_tuning_job": job.id, **({"parent": job.asked.parent} if job.asked.parent else {})}
+        try:
+            async with contextmanager_in_threadpool(self._store.quarantine()) as folder:
+                await asyncio.to_thread(_copy, adapter, folder, _provenance(job, settled))
+                version, created = await self._lifecycle.push(
+                    name,
+                    folder,
+                    by=caller.name,
+                    promote=first,
+                    why=why,
+                    quota=caller.limits,
+                    engine=job.asked.base,
+                    expected=0 if first else None,
+                    notes=notes,
+                )
+        except Conflict:
+            if not first:
+                raise
+            # A version went live meanwhile, which stays.
+            return await self.admit(job, adapter, settled, final=False)
+        if created:
+            self._came()
+        if first:
+            self._promoted(name)
+        return public_name(version, job.tenant)
+
+    async def admitted(self, job: Job, adapter: Path, settled: Mapping[str, Any]) -> str:
+        """As `admit` for the adapter of an earlier epoch; "" if it is refused."""
+        try:
+            return await self.admit(job, adapter, settled, final=False)
+        except EngineUnavailable:
+            raise
+        except LoradockError as error:
+            log.warning("an earlier epoch of %s is no version: %s", job.id, error.message)
+            return ""
+
+
+def public_name(adapter: Adapter, tenant: str) -> str:
+    """By which its tenant asks this very version."""
+    return f"{short_name(adapter.name, tenant)}@v{adapter.version}"
+
+
+def _provenance(job: Job, settled: Mapping[str, Any]) -> dict[str, Any]:
+    asked, state = job.asked, job.state
+    stated = {
+        "trained_by": asked.who,
+        "trained_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(job.created)),
+        "base_model": asked.base,
+        "base_digest": state.base_digest,
+        "data_digest": state.data_digest,
+        "origin": f"fine-tuning job {job.id}",
+    }
+    return {"provenance": stated, "hyperparameters": dict(settled)}
+
+
+def _copy(adapter: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+    for name in FILES:
+        shutil.copyfile(adapter / name, folder / name)
+    (folder / MANIFEST).write_text(json.dumps(manifest))

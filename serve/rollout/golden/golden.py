@@ -1,0 +1,108 @@
+"""Golden sets as a whole: kept, run, scored and acted on; each part is a module `golden_*` beside this one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from serve.adapters.adapter import Adapter
+from serve.adapters.registry.registry import Registry
+from serve.adapters.store import Store
+from serve.engine.fleet import Fleet
+from serve.rollout.canary.canary import CanaryVerdict
+from serve.rollout.golden.golden_falls import GoldenFalls
+from serve.rollout.golden.golden_results import GoldenResults
+from serve.rollout.golden.golden_runner import GoldenRunner
+from serve.rollout.golden.golden_schedule import GoldenRuns, Scored, charge_nobody
+from serve.rollout.golden.golden_set import GoldenSet, asked
+from serve.rollout.golden.golden_store import GoldenStore
+from serve.rollout.golden.golden_verdicts import GoldenVerdicts
+from serve.rollout.lifecycle import Lifecycle
+from serve.rollout.policy import Policy
+
+
+class Golden:
+    """`results` for whoever reads, `verdicts` for whoever promotes, `runs` for whoever wants a run.
+
+    `resolve(model, tenant)` is the version that a public name means to a tenant now, None for a base model; or
+    NotFound. `me` is this server among those that share the registry. `notify(type, data)` hears in a thread when a
+    score fell. The rest is as the parts take it.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        fleet: Fleet,
+        store: Store,
+        lifecycle: Lifecycle,
+        *,
+        resolve: Callable[[str, str], Adapter | None],
+        policy: Callable[[str], Policy],
+        on_verdict: Callable[[CanaryVerdict], None],
+        swapped: Callable[[str, str], None],
+        label: Callable[[str, str], tuple[str, str]],
+        me: str,
+        interval: float,
+        scored: Scored | None = None,
+        notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
+    ) -> None:
+        self.resolve = resolve
+        self._store = GoldenStore(registry)
+        self.results = GoldenResults(self._store, registry, label)
+        self.verdicts = GoldenVerdicts(self._store, self.results, registry, lifecycle, policy, on_verdict, swapped)
+        falls = GoldenFalls(self._store, self.results, registry, notify)
+        self.runner = GoldenRunner(fleet, store, resolve)
+        self._lots = random.Random()
+        self.runs = GoldenRuns(
+            self._store,
+            self.results,
+            self.runner,
+            self.verdicts,
+            falls,
+            registry,
+            fleet,
+            me=me,
+            interval=interval,
+            scored=scored,
+        )
+
+    def put(self, name: str, golden: GoldenSet, by: str, live: Adapter | None) -> list[str]:
+        """Keep the set in the place of an earlier one; the cases that `live` has not answered yet. Blocks."""
+        self._store.put(name, golden, by)
+        self.results.refresh()
+        outcomes = self.results.outcomes(live, golden) if live else {}
+        return [case for case in golden.by_key if case not in outcomes or outcomes[case].score is None]
+
+    async def grade_shadow(
+        self, shadow: Adapter, fields: Mapping[str, Any], answers: tuple[str, str]
+    ) -> tuple[float, float] | None:
+        """What the adapter's judge gives the client's answer and the shadow's, if this request is in the sample."""
+        if shadow.name not in self.results.sets:
+            return None
+        golden = await asyncio.to_thread(self.results.golden, shadow.name)
+        sampled = golden.shadow if golden else None
+        question = asked(fields)
+        if sampled is None or not question or self._lots.random() >= sampled.share:
+            return None
+        grades = [
+            await self.runner.grade(sampled.judge, shadow.tenant, question, answer, charge_nobody) for answer in answers
+        ]
+        live, own = (grade.value for grade in grades)
+        return None if live is None or own is None else (live, own)
+
+    def remove(self, name: str) -> bool:
+        """Forget the adapter's set with its outcomes; whether there was one. Blocks."""
+        there = self._store.remove(name)
+        self.results.refresh()
+        return there
+
+    def forget(self, gone: Adapter, *, last: bool) -> None:
+        """A version was removed; with the adapter's `last` one its set goes too. Blocks."""
+        if gone.name not in self.results.sets:
+            return
+        if last:
+            self.remove(gone.name)
+        else:
+            self._store.forget(gone.name, [gone.digest])

@@ -1,0 +1,179 @@
+"""Asks a version its golden cases, in the gaps of traffic, and has judges grade what they are to grade.
+
+As the prober asks: through vLLM's own app, with a lease that admission learns nothing from, behind every client in the
+engine's queue. No metric of traffic counts it and drift does not see it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from serve.adapters.adapter import Adapter
+from serve.adapters.store import Store
+from serve.asgi.exchange import Watch
+from serve.asgi.internal_client import post
+from serve.engine.engine import LOW_PRIORITY
+from serve.engine.fleet import Fleet
+from serve.engine.supervisor import Supervisor
+from serve.errors import NotFound
+from serve.names import shown
+from serve.rollout.golden.golden_scoring import CaseScore, score
+from serve.rollout.golden.golden_set import CHAT, GoldenCase, Judge, grade
+from serve.rollout.golden.golden_store import Outcome
+
+MAX_ANSWER = 1 << 20
+# While clients are answered a case waits, but no longer than this; then it goes behind them in the engine's queue.
+GAP_SECONDS, LOOK_SECONDS = 2.0, 0.05
+# Cases at a time while no client is answered; beside clients it is one.
+AT_ONCE = 4
+
+Charge = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Who answers: an adapter's version, or a base model."""
+
+    base: Supervisor
+    adapter: Adapter | None = None
+
+    @property
+    def id(self) -> str:
+        """The same as long as its answers are: the weights, and the base model under them."""
+        return f"{self.adapter.id if self.adapter else self.base.name} on {self.base.model}"
+
+
+class Refused(Exception):
+    """The engine did not take this request; the message is its own."""
+
+
+class GoldenRunner:
+    """`resolve(model, tenant)`: the version that a public name means to a tenant now, None for a base; or NotFound."""
+
+    def __init__(self, fleet: Fleet, store: Store, resolve: Callable[[str, str], Adapter | None]) -> None:
+        self._fleet, self._store, self._resolve = fleet, store, resolve
+
+    def model(self, adapter: Adapter) -> Model:
+        return Model(self._fleet.of(adapter.name), adapter)
+
+    def judge(self, judge: Judge, tenant: str) -> Model:
+        """Who grades; NotFound if this tenant may not ask it, or nobody serves it."""
+        adapter = self._resolve(judge.model, tenant)
+        return self.model(adapter) if adapter else Model(self._fleet.get(judge.model))
+
+    def basis(self, adapter: Adapter, case: GoldenCase) -> str:
+        """What an outcome depends on beside the version and the case: the base model, and who judges."""
+        basis = self.model(adapter).base.model
+        if case.judge is None:
+            return basis
+        try:
+            return f"{basis}, judged by {self.judge(case.judge, adapter.tenant).id}"
+        except NotFound:
+            return f"{basis}, judged by nobody"
+
+    def is_idle(self, adapter: Adapter) -> bool:
+        """No client is answered by the engine of this version."""
+        return _is_idle(self._fleet.of(adapter.name))
+
+    async def run(self, adapter: Adapter, case: GoldenCase, charge: Charge) -> Outcome:
+        """The outcome of one case; an error of the engine itself is raised: it says nothing about the version.
+
+        `charge` gets the tokens that each request cost.
+        """
+        basis, values, answers = self.basis(adapter, case), [], []
+        scored = CaseScore(None)
+        for _ in range(case.samples):
+            try:
+                answer = await self._ask(self.model(adapter), adapter.tenant, case.path, case.request, charge)
+                answers.append(answer)
+                scored = await self._score(adapter, case, answer, charge)
+            except Refused as refused:
+                scored = CaseScore(None, f"the engine answered: {shown(refused, 300)}")
+            if scored.value is None:
+                break
+            values.append(scored.value)
+        if scored.value is not None:
+            scored = CaseScore(sum(values) / len(values), scored.detail)
+        return Outcome(case.key, basis, scored.result, scored.value, "\n---\n".join(answers), scored.detail)
+
+    async def _score(self, adapter: Adapter, case: GoldenCase, answer: str, charge: Charge) -> CaseScore:
+        if case.judge is None:
+            return await asyncio.to_thread(score, case, answer)
+        return await self.grade(case.judge, adapter.tenant, case.asked, answer, charge)
+
+    async def ask(self, adapter: Adapter, path: str, fields: Mapping[str, Any], charge: Charge) -> str:
+        """What a version answers to this request, in the name of its own tenant; Refused."""
+        return await self._ask(self.model(adapter), adapter.tenant, path, fields, charge)
+
+    async def grade(self, judge: Judge, tenant: str, asked: str, answer: str, charge: Charge) -> CaseScore:
+        """What a judge says about an answer."""
+        try:
+            model = self.judge(judge, tenant)
+        except NotFound as missing:
+            return CaseScore(None, f"the judge {shown(judge.model)} is not there: {missing.message}")
+        question = [{"role": "user", "content": judge.question(asked, answer)}]
+        fields = {"messages": question, "max_tokens": judge.max_tokens, "temperature": 0, "stream": False}
+        try:
+            reply = await self._ask(model, tenant, CHAT, fields, charge)
+        except Refused as refused:
+            return CaseScore(None, f"the judge answered: {shown(refused, 300)}")
+        value = grade(reply)
+        if value is None:
+            return CaseScore(None, f"the judge said {shown(reply)}: neither a number from 0 to 1 nor yes or no")
+        return CaseScore(value, f"the judge said {shown(reply)}")
+
+    async def _ask(self, model: Model, tenant: str, path: str, fields: Mapping[str, Any], charge: Charge) -> str:
+        """The text of an answer."""
+        base, adapter = model.base, model.adapter
+        await _gap(base)
+        place = await self._store.bring(adapter.digest) if adapter else None
+        await base.available()
+        engine, watch = base.engine, Watch(background=True)
+        async with engine.lease(
+            adapter.id if adapter else None, place, tenant=tenant, priority=LOW_PRIORITY, for_client=False
+        ) as lease:
+            # No client's prompts share this part of the prefix cache: how fast they are answered would tell of these.
+            body = {**fields, "model": lease.model, "cache_salt": f"golden:{tenant}"}
+            if lease.priority is not None:
+                body["priority"] = lease.priority
+            try:
+                answer = await post(engine, path, body, limit=MAX_ANSWER, watch=watch)
+            finally:
+                charge(watch.tokens)
+        if answer.status != 200 or answer.body is None:
+            raise Refused(f"{answer.status} {_message(answer.body or b'')}")
+        return _text(answer.body)
+
+
+async def _gap(base: Supervisor) -> None:
+    """Wait while clients are answered, but not for long."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + GAP_SECONDS
+    while not _is_idle(base) and loop.time() < end:
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+def _is_idle(base: Supervisor) -> bool:
+    return base.leases <= base.background
+
+
+def _text(body: bytes) -> str:
+    """What a chat or a completion says; "" for an answer without text, such as a tool call."""
+    try:
+        choice = msgspec.json.decode(body)["choices"][0]
+        text = choice["text"] if "text" in choice else choice["message"].get("content")
+    except (msgspec.DecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise Refused(f"an answer without a choice: {shown(body.decode(errors='replace'))}") from error
+    return text if isinstance(text, str) else ""
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return shown(body.decode(errors="replace"))

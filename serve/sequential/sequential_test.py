@@ -1,0 +1,432 @@
+"""Is the new version worse than the old one? Both answer at the same time; each block of requests is an experiment.
+
+    comparison = Comparison(weight=0.1, alpha=0.01, seed=7)
+    comparison.observe(True, {"inter_token": 0.021, "error": 0.0}, asker=key)      # one finished request of the canary
+    comparison.verdict                                                            # UNDECIDED, WORSE or PROVED
+
+Load and users wander through the day, so before is never held against after. Requests are cut into disjoint blocks in
+the order in which they end. Under "the version makes no difference" which of a block's requests went to the canary is a
+matter of chance, whatever the load did meanwhile: so the ranks of the canary's requests within the block are a random
+draw, and exp(l * sum of their ranks) over its mean over all draws is a bet with mean 1; of errors and the like, the
+sum of ones. The products over blocks are martingales; their mean W over strengths l is one too, and by Ville's
+inequality P(W >= 1 / a, ever) <= a.
+
+Each check gets its share of alpha, so P(WORSE, ever) <= alpha while the canary is no worse than the live version by
+more than each check's tolerance. A tolerance is taken off the canary's values before they are ranked.
+
+PROVED turns the question round: for every required check, the hypothesis "worse by more than the tolerance" was
+refuted at alpha. If any of them is true, P(PROVED, ever) <= alpha. It does not say that the new version is better.
+
+The router draws: a canary is chosen by asker, so each asker may be counted once only; pass `asker`. Where it draws for
+each request, each has a name of its own there, or none.
+Neither clock nor files; a comparison restored from its state goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.sequential.proof_forecast import PROVED, Forecast, ProofGrowth, latest
+from serve.sequential.random_state import rng_from, rng_state
+
+State: TypeAlias = dict[str, NDArray]
+
+# Strengths of the bets: the weak find small differences late, the strong ones large differences at once.
+STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+# The same of a rate: ln of odds ratios.
+ODDS = (0.5, 1.0, 2.0, 3.0, 4.0)
+# Askers that are remembered.
+ASKERS = 50_000
+
+
+class Verdict(Enum):
+    UNDECIDED = "undecided"
+    WORSE = "worse"
+    PROVED = "proved"
+
+
+class Worse(Enum):
+    """Which way is bad."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+    EITHER = "either"
+
+
+class Unit(Enum):
+    RATIO = "ratio"  # positive values; a tolerance of 0.05 is 5 %
+    DIFFERENCE = "difference"  # a tolerance in the values' own unit
+    RATE = "rate"  # 0 or 1; a tolerance of 0.02 is two more of a hundred that would have been 0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One number of each request. `share`: of alpha, in proportion to the others'. `required`: for PROVED."""
+
+    name: str
+    group: str
+    worse: Worse
+    unit: Unit
+    tolerance: float
+    required: bool = False
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tolerance < 0 or self.share <= 0 or (self.unit is Unit.RATE and self.tolerance >= 1):
+            raise ValueError(
+                f"check {self.name} has tolerance {self.tolerance} and share {self.share}; a tolerance is 0 or more "
+                "(of a rate below 1), a share above 0"
+            )
+
+
+LATENCY, QUALITY, ERRORS, FEEDBACK = GROUPS = ("latency", "quality", "errors", "feedback")
+
+CHECKS = (
+    Check("inter_token", LATENCY, Worse.HIGHER, Unit.RATIO, 0.05, required=True, share=2),
+    Check("first_token", LATENCY, Worse.HIGHER, Unit.RATIO, 0.10, required=True),
+    Check("error", ERRORS, Worse.HIGHER, Unit.RATE, 0.02, required=True),
+    Check("mean_logprob", QUALITY, Worse.EITHER, Unit.DIFFERENCE, 0.15, share=2),
+    Check("length", QUALITY, Worse.EITHER, Unit.RATIO, 0.5),
+    Check("ended_by_length", QUALITY, Worse.HIGHER, Unit.RATE, 0.10, required=True),
+    Check("refusal", QUALITY, Worse.HIGHER, Unit.RATE, 0.05, required=True),
+    Check("rating", FEEDBACK, Worse.LOWER, Unit.DIFFERENCE, 0.0),
+)
+# Of a version that is meant to answer otherwise: what differs without being bad is no reason against it.
+HARM_CHECKS = tuple(check for check in CHECKS if check.worse is not Worse.EITHER)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """One check so far. Evidence is ln, and is held against `Comparison.log_threshold`; alpha's share is in it
+    already."""
+
+    name: str
+    group: str
+    log_evidence: float
+    log_proof: float
+    canary: int
+    live: int
+    effect: float  # canary against live: ratio of geometric means, or difference of means; nan while one has none
+    worse: bool
+    proved: bool
+    # Requests of both versions until it is proved; None for a check that is not required, and at the beginning.
+    to_proof: Forecast | None = None
+
+
+class Comparison:
+    """Canary against live on `checks`. Not thread-safe. weight: the canary's share of requests, from 0 to 1.
+
+    alpha: probability of a false WORSE, ever, over all checks together, and of a false PROVED.
+    """
+
+    def __init__(self, weight: float, *, checks: Sequence[Check] = CHECKS, alpha: float = 0.01, seed: int = 0) -> None:
+        if not 0 < weight < 1:
+            raise ValueError(f"weight {weight} leaves one version without requests; it lies between 0 and 1")
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha {alpha} is no probability of a false alarm; 0.01 is usual")
+        if not checks or len({check.name for check in checks}) != len(checks):
+            raise ValueError("checks need a name each that no other has, and there is at least one")
+        self.weight, self.alpha, self.checks = weight, alpha, tuple(checks)
+        # Requests that a verdict may rest on, and what was left out because its asker had been counted already.
+        self.requests = self.skipped = 0
+        whole = sum(check.share for check in checks)
+        self._tests = [_CheckTest(check, _block(weight), check.share / whole) for check in checks]
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+        self._askers: OrderedDict[int, None] = OrderedDict()
+        self._verdict = Verdict.UNDECIDED
+
+    def observe(self, canary: bool, values: Mapping[str, float | None], *, asker: Hashable | None = None) -> Verdict:
+        """One finished request and what it gave to the checks; what is missing, None or not finite is left out.
+
+        One that gave nothing does not count as its asker's.
+        """
+        if not values:
+            return self.verdict
+        self.requests += any(check.required and check.name in values for check in self.checks)
+        if asker is not None and self._counted(asker):
+            self.skipped += 1
+            return self.verdict
+        closed = False
+        for test in self._tests:
+            value = values.get(test.check.name)
+            if value is not None and math.isfinite(value):
+                closed = test.observe(canary, float(value), self._rng) or closed
+        return self._decide() if closed else self.verdict
+
+    @property
+    def verdict(self) -> Verdict:
+        """Does not change any more once it is WORSE or PROVED."""
+        return self._verdict
+
+    @property
+    def log_threshold(self) -> float:
+        return -math.log(self.alpha)
+
+    def log_evidence(self, group: str | None = None) -> float:
+        """The strongest evidence for WORSE in a group, or in all; >= log_threshold at some time means WORSE."""
+        evidence = [test.log_evidence() for test in self._tests if group in (None, test.check.group)]
+        return max(evidence, default=-math.inf)
+
+    def results(self) -> list[CheckResult]:
+        """Every check, in order."""
+        return [test.result(self.log_threshold, self.requests) for test in self._tests]
+
+    def to_proof(self) -> Forecast | None:
+        """Further requests of both versions until PROVED; None while that cannot be told yet."""
+        if self._verdict is Verdict.PROVED:
+            return PROVED
+        return latest(
+            result.to_proof for check, result in zip(self.checks, self.results(), strict=True) if check.required
+        )
+
+    def reasons(self) -> list[CheckResult]:
+        """What made it WORSE."""
+        return [result for result in self.results() if result.worse]
+
+    def set_weight(self, weight: float) -> None:
+        """The share has changed: open blocks are thrown away, since their requests were drawn at two different odds."""
+        if not 0 < weight < 1:
+            raise ValueError(f"weight {weight} leaves one version without requests; it lies between 0 and 1")
+        self.weight = weight
+        for test in self._tests:
+            test.restart(_block(weight))
+
+    def state(self) -> State:
+        states = [test.state().items() for test in self._tests]
+        state = {f"{i}.{name}": value for i, items in enumerate(states) for name, value in items}
+        return state | {
+            "checks": np.array([test.check.name for test in self._tests]),
+            "odds": np.array([self.weight, self.alpha]),
+            "skipped": np.array(self.skipped),
+            "requests": np.array(self.requests),
+            "askers": np.array(list(self._askers), np.int64),
+            "verdict": np.array(self._verdict.value),
+            "lots": rng_state(self._rng),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, NDArray], checks: Sequence[Check] = CHECKS) -> Self:
+        """The comparison whose `state()` this was, over the same checks; ValueError if it was over others."""
+        if [str(name) for name in state["checks"]] != [check.name for check in checks]:
+            raise ValueError("the saved comparison was over other checks; begin a new one")
+        weight, alpha = (float(odds) for odds in state["odds"])
+        self = cls(weight, checks=checks, alpha=alpha)
+        for i, test in enumerate(self._tests):
+            test.restore({name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{i}.")})
+        self.skipped = int(state["skipped"])
+        # Earlier releases did not count them.
+        counted = max(int(test.counts.sum()) for test in self._tests)
+        self.requests = int(state.get("requests", self.skipped + counted))
+        self._askers = OrderedDict.fromkeys(int(asker) for asker in state["askers"])
+        self._verdict = Verdict(str(state["verdict"]))
+        self._rng = rng_from(state["lots"])
+        return self
+
+    def _counted(self, asker: Hashable) -> bool:
+        key = _key(asker)
+        known = key in self._askers
+        self._askers[key] = None
+        self._askers.move_to_end(key)
+        if len(self._askers) > ASKERS:
+            self._askers.popitem(last=False)
+        return known
+
+    def _decide(self) -> Verdict:
+        if self._verdict is Verdict.UNDECIDED:
+            results = self.results()
+            required = [result.proved for check, result in zip(self.checks, results, strict=True) if check.required]
+            if any(result.worse for result in results):
+                self._verdict = Verdict.WORSE
+            elif required and all(required):
+                self._verdict = Verdict.PROVED
+        return self._verdict
+
+
+class _CheckTest:
+    """One check's blocks and wealth. Sides: 0, is the canary too high; 1, is it too low."""
+
+    def __init__(self, check: Check, block: int, share: float) -> None:
+        self.check = check
+        self._block, self._share = block, share
+        self._sides = {Worse.HIGHER: (0,), Worse.LOWER: (1,), Worse.EITHER: (0, 1)}[check.worse]
+        self._open: list[tuple[bool, float]] = []
+        # ln wealth by side and strength, of "worse than the tolerance" and of "not worse than that"
+        self._bad = np.zeros((2, len(STRENGTHS)))
+        self._good = np.zeros((2, len(STRENGTHS)))
+        self._most = np.zeros((2, 2))  # the highest that either has been, by side
+        self.counts = np.zeros(2, np.int64)  # live, canary
+        self._sums = np.zeros(2)
+        # Of the proofs, in order of `_sides`.
+        self._growth = [ProofGrowth(len(STRENGTHS)) for _ in self._sides]
+
+    def observe(self, canary: bool, value: float, rng: np.random.Generator) -> bool:
+        """Whether this request filled its block."""
+        if self.check.unit is Unit.RATIO and value <= 0:
+            return False
+        self.counts[int(canary)] += 1
+        self._sums[int(canary)] += math.log(value) if self.check.unit is Unit.RATIO else value
+        self._open.append((canary, value))
+        if len(self._open) < self._block:
+            return False
+        self._close(rng)
+        return True
+
+    def log_evidence(self) -> float:
+        """Of "worse", now, with the share of alpha taken off."""
+        sides = [_log_mean(self._bad[side]) for side in self._sides]
+        return _log_mean(np.array(sides)) + math.log(self._share)
+
+    def log_proof(self) -> float:
+        """Of "within the tolerance" on every side; no share, since all required checks must be proved together."""
+        return min(_log_mean(self._good[side]) for side in self._sides)
+
+    def result(self, log_threshold: float, requests: int) -> CheckResult:
+        """As of now, after so many requests in all."""
+        live, canary = (int(count) for count in self.counts)
+        effect = math.nan
+        if live and canary:
+            effect = float(self._sums[1] / canary - self._sums[0] / live)
+            if self.check.unit is Unit.RATIO:
+                effect = math.exp(effect)
+        proved = min(float(self._most[1, side]) for side in self._sides) >= log_threshold
+        return CheckResult(
+            self.check.name,
+            self.check.group,
+            self.log_evidence(),
+            self.log_proof(),
+            canary,
+            live,
+            effect,
+            worse=float(self._most[0, 0]) >= log_threshold,
+            proved=proved,
+            to_proof=self._to_proof(log_threshold, requests, proved) if self.check.required else None,
+        )
+
+    def _to_proof(self, log_threshold: float, requests: int, proved: bool) -> Forecast | None:
+        """Further requests; every one counts that the comparison has seen, also if it gave nothing to this check."""
+        if proved:
+            return PROVED
+        sides = zip(self._sides, self._growth, strict=True)
+        blocks = latest(growth.forecast(self._good[side], log_threshold) for side, growth in sides)
+        if blocks is None:
+            return None
+        return blocks.scaled(self._block * requests / int(self.counts.sum()))
+
+    def restart(self, block: int) -> None:
+        self._block, self._open = block, []
+        self._growth = [ProofGrowth(len(STRENGTHS)) for _ in self._sides]
+
+    def state(self) -> State:
+        return {
+            "block": np.array(self._block),
+            "labels": np.array([canary for canary, _ in self._open], bool),
+            "values": np.array([value for _, value in self._open], np.float64),
+            "bad": self._bad.copy(),
+            "good": self._good.copy(),
+            "most": self._most.copy(),
+            "counts": self.counts.copy(),
+            "sums": self._sums.copy(),
+            "growth": np.array([growth.state() for growth in self._growth]),
+        }
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        self._block = int(state["block"])
+        self._open = list(zip(state["labels"].tolist(), state["values"].tolist(), strict=True))
+        self._bad, self._good = np.array(state["bad"]), np.array(state["good"])
+        self._most, self.counts, self._sums = (np.array(state[name]) for name in ("most", "counts", "sums"))
+        for growth, saved in zip(self._growth, state.get("growth", ()), strict=False):
+            growth.restore(saved)
+
+    def _close(self, rng: np.random.Generator) -> None:
+        labels = np.array([canary for canary, _ in self._open])
+        values = np.array([value for _, value in self._open])
+        self._open = []
+        k, n = int(labels.sum()), len(labels)
+        for side, growth in zip(self._sides, self._growth, strict=True):
+            before = self._good[side].copy()
+            if 0 < k < n:
+                self._bet(side, labels, values, rng)
+            growth.add(self._good[side] - before)
+        self._most[0, 0] = max(self._most[0, 0], self.log_evidence())
+
+    def _bet(self, side: int, labels: NDArray, values: NDArray, rng: np.random.Generator) -> None:
+        """On one block's draw."""
+        k, n = int(labels.sum()), len(labels)
+        shifted = self._shifted(labels, values, side, rng)
+        # Values of 0 and 1 are as good as ranks, which would only add the noise of breaking all their ties.
+        rate = self.check.unit is Unit.RATE
+        ranks = shifted if rate else _ranks(shifted, rng)
+        ones = int(shifted.sum()) if rate else None
+        score = float(ranks[labels].sum())
+        for i, strength in enumerate(STRENGTHS if not rate else ODDS):
+            bad = strength if side == 0 else -strength
+            self._bad[side, i] += bad * score - _log_mean_of_draws(n, k, bad, ones)
+            self._good[side, i] += -bad * score - _log_mean_of_draws(n, k, -bad, ones)
+        self._most[1, side] = max(self._most[1, side], _log_mean(self._good[side]))
+
+    def _shifted(self, labels: NDArray, values: NDArray, side: int, rng: np.random.Generator) -> NDArray[np.float64]:
+        """The values as if the canary were the whole tolerance better than it is."""
+        tolerance = self.check.tolerance
+        if self.check.unit is Unit.RATIO:
+            factor = 1 / (1 + tolerance) if side == 0 else 1 + tolerance
+            return np.where(labels, values * factor, values)
+        if self.check.unit is Unit.DIFFERENCE:
+            return np.where(labels, values + (-tolerance if side == 0 else tolerance), values)
+        # Of a rate: each 0 of the side that should be lower becomes a 1 with the tolerance's probability.
+        lifted = ~labels if side == 0 else labels
+        return np.where(lifted & (rng.random(len(values)) < tolerance), 1.0, values)
+
+
+def _block(weight: float) -> int:
+    """Requests a block: enough that two of the rarer version are in it."""
+    return min(max(round(2 / min(weight, 1 - weight)), 8), 200)
+
+
+def _ranks(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Ranks of n values from -(n-1)/2n to (n-1)/2n, ties broken by lot."""
+    n = len(values)
+    order = np.lexsort((rng.random(n), values))
+    ranks = np.empty(n)
+    ranks[order] = (np.arange(n) - (n - 1) / 2) / n
+    return ranks
+
+
+@lru_cache(maxsize=16384)
+def _log_mean_of_draws(n: int, k: int, strength: float, ones: int | None = None) -> float:
+    """ln of the mean of exp(strength * sum) over all ways to draw k of n: of the ranks, or of `ones` 1 and the rest
+    0."""
+    ways = _log_choose(n, k)
+    if ones is not None:
+        drawn = range(max(0, k - (n - ones)), min(k, ones) + 1)
+        terms = [_log_choose(ones, j) + _log_choose(n - ones, k - j) + strength * j for j in drawn]
+        return float(np.logaddexp.reduce(terms) - ways)
+    # An elementary symmetric polynomial; polynomial[j] is ln of the sum over all ways to draw j of the terms so far.
+    polynomial = np.full(k + 1, -np.inf)
+    polynomial[0] = 0
+    for term in strength * (np.arange(n) - (n - 1) / 2) / n:
+        polynomial[1:] = np.logaddexp(polynomial[1:], polynomial[:-1] + term)
+    return float(polynomial[k] - ways)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _log_mean(values: NDArray) -> float:
+    top = float(values.max())
+    return top + math.log(float(np.exp(values - top).mean()))
+
+
+def _key(asker: Hashable) -> int:
+    raw = asker if isinstance(asker, bytes) else repr(asker).encode()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,130 @@
+"""Mean rows see a genre that no single number tells, and nothing where nothing changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from serve.drift.detector.mean_rows import HALF_LIVES, MeanRows, Phase
+
+WIDTH, NEEDED = 64, 300
+
+
+def normal(rng, shape):
+    return rng.standard_normal(shape)
+
+
+def heavy_tails(rng, shape):
+    return rng.standard_t(2.5, shape)
+
+
+def few_texts(rng, shape):
+    return np.random.default_rng(0).standard_normal((20, WIDTH))[rng.integers(20, size=shape[:-1])]
+
+
+def correlated(rng, shape):
+    return rng.standard_normal(shape) @ np.random.default_rng(0).standard_normal((WIDTH, WIDTH))
+
+
+def of_unequal_size(rng, shape):
+    """As the mean rows of short and of long prompts are."""
+    return rng.standard_normal(shape) * np.exp(0.7 * rng.standard_normal((*shape[:-1], 1)))
+
+
+def watching(draw, seed, needed=NEEDED):
+    rng = np.random.default_rng(seed)
+    return rng, MeanRows.of(list(draw(rng, (needed, WIDTH)).astype(np.float32)), seed)
+
+
+@pytest.mark.parametrize("draw", [normal, heavy_tails, few_texts, correlated, of_unequal_size])
+def test_a_false_alarm_takes_at_least_the_threshold_in_the_mean(draw):
+    threshold, requests, alarms = 100, 0, 0
+    for seed in range(40):
+        rng, means = watching(draw, seed)
+        assert means.phase is Phase.RANKING
+        for row in draw(rng, (1500, WIDTH)).astype(np.float32):
+            means.observe(row, requests)
+            requests += 1
+            if means.evidence() >= threshold:
+                alarms += 1
+                break
+    # The times are nearly exponential: their mean over 40 streams is seldom below by a third.
+    assert requests / max(alarms, 1) > 0.85 * threshold
+
+
+def test_a_fifth_of_requests_that_differ_a_little_in_every_number_is_found():
+    delays = []
+    for seed in range(5):
+        rng, means = watching(normal, seed, 1000)
+        foreign = rng.standard_normal(WIDTH) * 4 / WIDTH**0.5
+        for now in range(1, 1000):
+            row = rng.standard_normal(WIDTH) + (rng.random() < 0.2) * foreign
+            means.observe(row.astype(np.float32), now)
+            if means.evidence() >= 1e5:
+                break
+        delays.append(now)
+    assert np.median(delays) < 400
+
+
+def test_a_close_genre_is_found_by_its_probably_foreign_rows():
+    """Without the second step of learning the median is twice as long."""
+    width, delays = 200, []
+    for seed in range(7):
+        rng = np.random.default_rng(seed)
+        means = MeanRows.of(list(rng.standard_normal((1000, width)).astype(np.float32)), seed)
+        foreign = rng.standard_normal(width) * 3 / width**0.5
+        for now in range(1, 600):
+            row = rng.standard_normal(width) + (rng.random() < 0.2) * foreign
+            means.observe(row.astype(np.float32), now)
+            if means.evidence() >= 1e5:
+                break
+        delays.append(now)
+    print(delays)
+    assert np.median(delays) < 350
+
+
+def test_equal_rows_say_nothing():
+    row = np.random.default_rng(0).standard_normal(WIDTH).astype(np.float32)
+    assert MeanRows.of([row] * NEEDED, ordered=False).off
+
+
+def test_rows_that_change_with_time_are_no_reference():
+    rng = np.random.default_rng(0)
+    wave = np.sin(np.linspace(0, 6.28, NEEDED))[:, None]
+    rows = list((rng.standard_normal((NEEDED, WIDTH)) + wave).astype(np.float32))
+    assert MeanRows.of(rows).off and not MeanRows.of(rows, ordered=False).off
+
+
+def test_few_rows_are_no_reference():
+    assert MeanRows.of(list(np.random.default_rng(0).standard_normal((50, WIDTH)).astype(np.float32))).off
+
+
+def test_no_row_is_kept_over_a_restart_and_the_evidence_goes_on():
+    rng, means = watching(normal, 0)
+    for now in range(200):
+        means.observe(rng.standard_normal(WIDTH).astype(np.float32), now)
+    state = means.state()
+    assert sum(values.size for values in state.values()) < WIDTH
+    again = MeanRows.from_state(state)
+    assert again.evidence() == means.evidence() and again.began() == means.began()
+    assert again.phase is Phase.GATHERING
+    for now in range(NEEDED):
+        again.observe(rng.standard_normal(WIDTH).astype(np.float32), now)
+    assert again.phase is Phase.RANKING and again.evidence() == means.evidence()
+
+
+def test_of_a_reference_that_says_nothing_no_evidence_from_before_a_restart_is_left():
+    rng, means = watching(normal, 0)
+    for now in range(200):
+        means.observe((rng.standard_normal(WIDTH) + 1).astype(np.float32), now)
+    assert means.evidence() > 1 and means.began()[0] > 1
+    again = MeanRows.from_state(means.state())
+    for now in range(NEEDED):
+        again.observe(np.ones(WIDTH, np.float32), now)
+    assert again.off and again.evidence() == 0 and again.began()[0] == 1
+
+
+def test_before_there_is_a_reference_a_row_lies_in_no_end_of_it():
+    means = MeanRows(NEEDED)
+    less, upto = means.reference_places(np.zeros(WIDTH, np.float32), 500)
+    assert less.tolist() == [0] * len(HALF_LIVES) and upto.tolist() == [500] * len(HALF_LIVES)

@@ -1,0 +1,35 @@
+"""What a training has done is written down, also when that fails at first."""
+
+from __future__ import annotations
+
+import json
+import threading
+from types import SimpleNamespace
+
+from serve.errors import EngineUnavailable
+from serve.jobs.finetuning import trainer
+from serve.jobs.finetuning.job_folder import JobFolder
+
+
+class Rows:
+    def __init__(self, failures):
+        self.failures, self.steps = failures, []
+
+    def advance(self, id, lines, seconds, settled):
+        if self.failures:
+            self.failures -= 1
+            raise EngineUnavailable("the server is away")
+        self.steps += [line["step"] for line in lines]
+        return SimpleNamespace(id=id, state=SimpleNamespace(step=2, tokens=20, settled={"n_epochs": 1}))
+
+
+def test_last_steps_are_written_down_though_the_server_was_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(JobFolder, "adapter", tmp_path)
+    (tmp_path / "progress.jsonl").write_text(
+        "".join(json.dumps({"step": n, "steps": 2, "tokens": 10 * n, "loss": 1.0}) + "\n" for n in (1, 2))
+    )
+    job = SimpleNamespace(id="ftjob-1", state=SimpleNamespace(step=0, tokens=0, settled={"n_epochs": 1}))
+    rows = Rows(failures=2)
+    assert trainer.Trainer(rows, None, 1.0).run(job, JobFolder(tmp_path), threading.Event())
+    assert rows.steps == [1, 2]

@@ -1,0 +1,125 @@
+"""Nothing that was used is forgotten, and nothing counts twice: over writes, failures, restarts and several servers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from datetime import UTC, datetime
+
+import pytest
+
+from serve.adapters.registry.registry import Registry
+from serve.asgi.exchange import Exchange, Generation
+from serve.errors import EngineUnavailable
+from serve.telemetry.prices import Price
+from serve.telemetry.usage import usage_ledger
+from serve.telemetry.usage.usage_ledger import Usage, UsageLedger
+
+NOVEMBER = datetime(2026, 11, 25, 12, tzinfo=UTC).timestamp()
+DAY = 86_400.0
+
+
+@pytest.fixture
+def registry(url):
+    with Registry(url) as registry:
+        yield registry
+
+
+def asked(ledger, count=1, *, tenant="acme", adapter="acme/tone", when=NOVEMBER, prices=()):
+    made = Generation([1] * 30, [2] * 10, "stop", cached=16, engine_seconds=0.25)
+    exchange = Exchange(adapter, "v1", 200, 0.1, 0.2, tenant=tenant, began=when, generations=(made,))
+    for _ in range(count):
+        ledger.take(exchange, Usage.of(exchange, prices))
+
+
+def opened(registry, now=NOVEMBER, **more):
+    return UsageLedger(registry, clock=lambda: now, **more)
+
+
+def test_a_month_is_added_up_by_tenant_and_adapter(registry):
+    ledger = opened(registry)
+    prices = [Price(prompt=1.0, generated=10.0, cached=0.0)]
+    asked(ledger, 2, prices=prices)
+    asked(ledger, 1, when=NOVEMBER - DAY, prices=prices)
+    asked(ledger, 1, tenant="globex", prices=prices)
+    asked(ledger, 1, when=NOVEMBER - 30 * DAY)
+    ledger.write()
+    first, second = ledger.rows("2026-11")
+    assert (first["tenant"], first["adapter"], first["requests"]) == ("acme", "acme/tone", 3)
+    assert (first["prompt_tokens"], first["cached_tokens"], first["generated_tokens"]) == (90, 48, 30)
+    assert first["engine_seconds"] == 0.75 and first["cost"] == pytest.approx(3 * (14 + 100) / 1e6)
+    assert (second["tenant"], second["requests"]) == ("globex", 1)
+    assert [row["requests"] for row in ledger.rows("2026-10")] == [1]
+    assert [row["tenant"] for row in ledger.rows("2026-11", "globex")] == ["globex"]
+    assert ledger.rows("2026-12") == []
+
+
+def test_what_several_servers_write_adds_up_and_a_restart_forgets_nothing(registry, url):
+    first, ledger = opened(registry), opened(registry)
+    with Registry(url) as other_registry:
+        other = opened(other_registry)
+        threads = [threading.Thread(target=_ask_and_write, args=(each,)) for each in (first, ledger, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert opened(registry).rows("2026-11")[0]["requests"] == 3 * 20 * 5
+
+
+def _ask_and_write(ledger):
+    for _ in range(20):
+        asked(ledger, 5)
+        ledger.write()
+
+
+def test_what_the_database_does_not_take_is_written_later_and_once(registry, monkeypatch):
+    ledger = opened(registry)
+    asked(ledger, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "adding", _refusing)
+        with pytest.raises(EngineUnavailable):
+            ledger.write()
+        asked(ledger, 2)
+        ledger.close()
+    assert ledger.rows("2026-11") == []
+    ledger.write()
+    ledger.write()
+    assert ledger.rows("2026-11")[0]["requests"] == 5
+
+
+async def test_an_outage_of_the_database_ends_no_writing(registry, monkeypatch):
+    monkeypatch.setattr(usage_ledger, "WRITE_SECONDS", 0.02)
+    ledger = opened(registry)
+    asked(ledger, 3)
+    with monkeypatch.context() as patched:
+        refused = threading.Event()
+        patched.setattr(registry, "adding", lambda: (refused.set(), _refusing()))
+        writing = asyncio.create_task(ledger.run())
+        assert await asyncio.to_thread(refused.wait, 5)
+    try:
+        async with asyncio.timeout(5):
+            while not ledger.rows("2026-11"):
+                assert not writing.done(), writing.exception()
+                await asyncio.sleep(0.02)
+    finally:
+        writing.cancel()
+    assert ledger.rows("2026-11")[0]["requests"] == 3
+
+
+def _refusing():
+    raise EngineUnavailable("the registry did not take the change (locked); retry shortly")
+
+
+def test_days_that_are_too_old_are_deleted(registry):
+    ledger = opened(registry, keep_days=10)
+    asked(ledger, when=NOVEMBER - 30 * DAY)
+    asked(ledger)
+    ledger.write()
+    assert ledger.rows("2026-10") == [] and ledger.rows("2026-11")[0]["requests"] == 1
+
+
+def test_a_prompt_of_several_answers_costs_once_and_only_its_first_answer_computes_it():
+    prompt = [1] * 30
+    made = tuple(Generation(prompt, [2] * 5, "stop", cached=cached, engine_seconds=0.5) for cached in (0, 16, 16))
+    used = Usage.of(Exchange("tone", "v1", 200, 0.1, 0.2, generations=made), ())
+    assert (used.prompt_tokens, used.cached_tokens, used.generated_tokens, used.engine_seconds) == (30, 0, 15, 1.5)
