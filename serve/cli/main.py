@@ -111,14 +111,16 @@ def _print_error(error: LoradockError) -> None:
 )
 def optimize(context: typer.Context) -> None:
     from optimize.cli import run as run_recipe
-    from serve.models import hardware
+    from serve.models import cuda_toolkit, hardware
     from serve.models.embedded import ensure
 
     def embedded(name: str) -> Path:
         return ensure(name, progress=lambda line: print(line, file=sys.stderr))
 
     def served() -> dict[str, str]:
-        return hardware.cpu_environment(os.environ, together=True) if hardware.on_cpu() else {}
+        if hardware.on_cpu():
+            return hardware.cpu_environment(os.environ, together=True)
+        return cuda_toolkit.environment(cuda_toolkit.Toolkit())
 
     raise typer.Exit(run_recipe(context.args, embedded, served))
 

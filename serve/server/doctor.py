@@ -18,7 +18,8 @@ from typing import Literal
 from serve.config import ADAPTERS, Config, kv_cache, whole
 from serve.cpu_kernels.build import compiler
 from serve.errors import ConfigError
-from serve.models import audio_packages, engine_memory, hardware
+from serve.models import audio_packages, cuda_toolkit, engine_memory, hardware
+from serve.models.cuda_toolkit import Toolkit
 from serve.models.embedded import NEEDED_BYTES, SOURCES, checkpoint
 from serve.models.hardware import ARM64, GIB, OVERHEAD, gib
 from serve.models.host import Host
@@ -66,6 +67,7 @@ class Machine:
     openmp: Callable[[], str | None] = hardware.openmp
     tcmalloc: Callable[[], str | None] = hardware.tcmalloc
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    toolkit: Toolkit = field(default_factory=Toolkit)
     free_disk: Callable[[Path], int] = _free_disk
     shared_memory: Path = Path("/dev/shm")
     descriptors: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[1])
@@ -87,7 +89,7 @@ class Machine:
 def examine(config: Config, machine: Machine | None = None) -> list[Finding]:
     """Everything that is looked at, in the order in which it is best mended."""
     machine = machine or Machine()
-    of_machine = (_python, _engine, _audio, _extras, _processor, _cores, _memory, _gpu, _compiler, _libraries)
+    of_machine = (_python, _engine, _audio, _extras, _processor, _cores, _memory, _gpu, _toolkit, _compiler, _libraries)
     of_system = (_huge_pages, _shared_memory, _descriptors)
     of_config = (_weights, _data_dir, _model, _port, _kernels)
     findings = [finding for check in (*of_machine, *of_system) for finding in check(machine)]
@@ -235,6 +237,21 @@ def _gpu(machine: Machine) -> Iterator[Finding]:
         yield Finding("gpu", "warning", f"{detail}; not used, vLLM's CPU build is installed", advice)
     else:
         yield Finding("gpu", "ok", detail)
+
+
+def _toolkit(machine: Machine) -> Iterator[Finding]:
+    """What vLLM's libraries compile with while an engine on a GPU starts."""
+    if machine.on_cpu:
+        return
+    toolkit = machine.toolkit
+    if toolkit.missing:
+        detail, _, advice = cuda_toolkit.notice(toolkit).partition(". ")
+        yield Finding("cuda toolkit", "warning", detail or f"{' and '.join(toolkit.missing)} not found", advice)
+    else:
+        yield Finding("cuda toolkit", "ok", f"{toolkit.nvcc}, {toolkit.ninja}")
+    if not toolkit.has_python_headers:
+        advice = "apt-get install python3-dev (that of this Python): Triton compiles its kernels' launcher with it"
+        yield Finding("python headers", "problem", f"no Python.h in {toolkit.headers}", advice)
 
 
 def _compiler(machine: Machine) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ from serve.config import ADAPTERS, Base, Config, kv_cache, whole
 from serve.errors import ConfigError, LoradockError
 from serve.models import engine_memory, hardware
 from serve.models.checkpoint import EMBEDDED, find
+from serve.server import gpu_defaults
 from serve.server.connection import guarded, raise_descriptor_limit
 from serve.server.garbage import collect_in_quiet
 from serve.server.logs import Log, log_to_stderr
@@ -57,10 +58,13 @@ def resolved(config: Config) -> Config:
     """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
     environ = dict(os.environ)
     os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)  # where compiled code is kept, the watcher's too
+    bases = [replace(base, model=find(base.model, config.cache_dir)) for base in config.bases]
+    if not hardware.on_cpu():
+        gpu_defaults.set_environment(bases)
     made, before = list[Base](), 0
-    for base in config.bases:
-        found, taken = _with_defaults(config, replace(base, model=find(base.model, config.cache_dir)), environ, before)
-        made.append(found)
+    for base in bases:
+        with_defaults, taken = _with_defaults(config, base, environ, before)
+        made.append(with_defaults)
         before += taken
     first, *more = made
     return replace(config, model=first.model, engine=first.engine, engines=tuple(more))
@@ -105,10 +109,6 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str], befor
         os.environ["LORADOCK_TARGET_INTER_TOKEN"] = config.target_inter_token
         # torch.compile's default is below /tmp, which many machines empty: the first start after that is a slow one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_dir / "compiled"))
-    else:
-        # vLLM forks its engine unless its own command line started it; this process has threads and sockets by then,
-        # and CUDA does not survive a fork.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     return replace(base, engine=MappingProxyType(engine)), taken
 
 

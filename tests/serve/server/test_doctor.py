@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from serve.cli.main import app
 from serve.config import load
 from serve.cpu_kernels import build
+from serve.models.cuda_toolkit import Toolkit
 from serve.models.hardware import FUSED
 from serve.models.host import Host
 from serve.server.doctor import Finding, Machine, examine, worst
@@ -83,7 +84,12 @@ def with_gpu(machine: Machine, root: Path, driver: str = "580.82.07") -> Machine
     write(root, "dev/nvidia0", "")
     write(root, "proc/driver/nvidia/version", f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Tue\n")
     write(root, "proc/driver/nvidia/gpus/0000:01:00.0/information", "Model: \t NVIDIA H100\n")
-    return machine
+    toolkit = Toolkit({"PATH": str(root)}, root / "cuda", root / "include", root / "env/bin")
+    for program in ("cuda/bin/nvcc", "env/bin/ninja"):
+        write(root, program, "")
+        (root / program).chmod(0o755)
+    write(root, "include/Python.h", "")
+    return replace(machine, toolkit=toolkit)
 
 
 def test_a_good_machine_has_nothing_to_be_done(machine, config):
@@ -242,6 +248,24 @@ def test_the_gpu_build_wants_a_gpu_and_a_driver_that_knows_its_cuda(machine, con
     assert worst(findings) == "ok"
     assert of(findings, "kernels").detail == "vLLM's own, on the GPU"
     assert not [finding for finding in findings if finding.name in ("tcmalloc", "huge pages")]
+
+
+def test_a_gpu_machine_without_what_libraries_compile_with(machine, config, root):
+    machine = replace(with_gpu(machine, root), version=lambda name: GPU.get(name, ""))
+    assert "nvcc" in of(examine(config, machine), "cuda toolkit").detail
+    (root / "cuda/bin/nvcc").unlink()
+    (root / "include/Python.h").unlink()
+    findings = examine(config, machine)
+    assert "VLLM_USE_FLASHINFER_SAMPLER=0" in of(findings, "cuda toolkit").detail
+    assert "CUDA_HOME" in of(findings, "cuda toolkit").advice
+    assert of(findings, "python headers").status == "problem"
+    bare = replace(machine, toolkit=replace(machine.toolkit, environ={"VLLM_USE_FLASHINFER_SAMPLER": "1"}))
+    assert of(examine(config, bare), "cuda toolkit").detail == "nvcc not found"
+    assert not [
+        finding
+        for finding in examine(config, replace(machine, version=lambda name: CPU.get(name, "")))
+        if "toolkit" in finding.name
+    ]
 
 
 def test_the_data_directory(machine, config, tmp_path):
