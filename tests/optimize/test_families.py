@@ -1,7 +1,8 @@
 """Every step on every family is exact, or refused before any work; the table in docs/families.md is what is found here.
 
 Models are tiny and random, in float32, so that what a step changes on purpose is all that may differ. The other side of
-a comparison is transformers' own forward. LORADOCK_WRITE_DOCS=1 writes the table's rows.
+a comparison is transformers' own forward. A plan looks at the processor too, and is told one that has all that a cell
+asks for: the table is the same wherever it is checked. LORADOCK_WRITE_DOCS=1 writes the table's rows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 import pytest
 import torch
 
+from optimize import processor
 from optimize import recipe as recipes
 from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import Checkpoint
@@ -269,8 +271,14 @@ def in_float32_and_words(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.compute_dtype", lambda: torch.float32)
 
 
+def on(sets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are for a processor with these instruction sets, whatever this one has."""
+    monkeypatch.setattr(processor, "instruction_sets", lambda: sets)
+
+
 @pytest.mark.parametrize("name", families.CONFIGS)
-def test_every_step_is_exact_or_refused_before_any_work(name, tmp_path):
+def test_every_step_is_exact_or_refused_before_any_work(name, tmp_path, monkeypatch):
+    on("avx2 avx512f", monkeypatch)
     subject = Subject(name, tmp_path)
     cells, reasons = [], {}
     for column, (step, check) in COLUMNS.items():
@@ -288,6 +296,21 @@ def test_every_step_is_exact_or_refused_before_any_work(name, tmp_path):
         write(name, lines)
     told = [line for line in DOCS.read_text().splitlines() if family_of(line) == name]
     assert lines == told, "the table is old: run with LORADOCK_WRITE_DOCS=1"
+
+
+def test_without_avx512_a_cache_in_fp8_is_refused_and_nothing_else(tmp_path, monkeypatch):
+    subject = Subject("Llama", tmp_path)
+    refused = {}
+    for sets in ("avx2", "avx2 avx512f"):
+        on(sets, monkeypatch)
+        for column, (step, _) in COLUMNS.items():
+            try:
+                subject.refuse(step)
+            except Refused as refusal:
+                refused[sets, column] = refusal.message
+    assert list(refused) == [("avx2", "fp8 KV cache")]
+    (reason,) = refused.values()
+    assert f"- without AVX-512, fp8 KV cache: {reason}" in DOCS.read_text().splitlines()
 
 
 def test_the_table_has_a_cell_for_each_step_of_each_family_and_a_reason_for_each_refusal():
