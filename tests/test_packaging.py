@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import serve
+from serve.jobs.finetuning.training_process import PACKAGES
 from serve.server import doctor
 from serve.telemetry.rendered.render import Places, render
 from serve.telemetry.slo import DEFAULT_SLOS
@@ -121,6 +122,11 @@ def test_what_an_extra_asks_for_is_hashed(extra):
         for requirement in [*CORE, *EXTRAS[extra]]:
             version, _ = hashed.get(canonicalize_name(requirement.name), ("", []))
             assert requirement.specifier.contains(version) if version else False, f"{requirement}: {AGAIN}"
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_whoever_can_serve_can_train(device):
+    assert set(PACKAGES) <= locked(device).keys()
 
 
 @pytest.mark.parametrize("file", sorted(LOCKS.glob("*.txt")), ids=lambda file: file.stem)

@@ -76,6 +76,7 @@ class FineTuning:
             file_seconds=file_seconds,
             clock=clock,
         )
+        self._trains_here = where is not Where.WORKERS
         turns = Turns()
         self.schedule = JobSchedule(
             self.rows,
@@ -83,7 +84,7 @@ class FineTuning:
             self.metrics,
             alone=alone,
             turns=turns,
-            trains=where is not Where.WORKERS,
+            trains=self._trains_here,
             clock=clock,
         )
         self.workers = Workers(
@@ -115,6 +116,12 @@ class FineTuning:
         """A new job of the caller's; BadRequest for what cannot be one. Blocks."""
         if not self._limits.open:
             raise BadRequest("this server trains nothing: its operator set finetune_open to 0", param="model")
+        if self._trains_here and (package := self.process.missing_package()):
+            raise BadRequest(
+                f"this server cannot train: {package} is not installed in its environment. Its operator installs it "
+                f"(`pip install {package}`), or has other machines train (`--finetune-on workers`)",
+                param="model",
+            )
         if method not in METHODS:
             raise BadRequest(f"method.type takes {' or '.join(METHODS)} here, not {shown(method)}", param="method.type")
         check_metadata(metadata or {})

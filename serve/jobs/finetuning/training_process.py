@@ -8,6 +8,7 @@ It is `optimize`'s own command line: the two packages do not import one another.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -36,6 +37,10 @@ CHECK_SECONDS = 600.0
 COMMAND = (sys.executable, "-m", "optimize.cli")
 # Variables that are not handed on, by how they begin.
 _KEPT_BACK = ("LORADOCK_", "VLLM_", "OMP_", "KMP_", "LD_PRELOAD")
+
+
+# What training imports beside torch, which an engine brings: part of the extras `cpu` and `gpu`.
+PACKAGES = ("peft",)
 
 
 class CannotCheck(LoradockError):
@@ -98,6 +103,10 @@ class TrainingProcess:
         self.command, self.nice = tuple(command), nice
         self.pid: int | None = None
         self.suspended = False
+
+    def missing_package(self) -> str:
+        """What training needs and this environment lacks; "" where nothing is missing."""
+        return next((package for package in PACKAGES if importlib.util.find_spec(package) is None), "")
 
     def check(self, file: Path, method: str, fewest: int, stop: threading.Event) -> Checked | None:
         """What is wrong with a file of examples, which must have so many; None once `stop` is set. Blocks."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 
 import openai
@@ -402,3 +403,19 @@ async def test_a_file_without_an_object_a_line_is_not_taken(training, sdk):
                 await sent(ai, data)
             assert error.value.code == "invalid_file_format"
         assert [file async for file in ai.files.list()] == []
+
+
+async def test_a_job_that_this_server_cannot_run_is_refused_when_it_is_made(training, sdk, monkeypatch):
+    async with training() as client:
+        ai = sdk(client)
+        file = await sent(ai)
+        monkeypatch.setitem(sys.modules, "peft", None)
+        with pytest.raises(openai.BadRequestError, match=r"cannot train: peft is not installed.*--finetune-on workers"):
+            await begun(ai, training_file=file)
+        assert (await ai.fine_tuning.jobs.list()).data == []
+
+
+async def test_what_workers_run_needs_nothing_of_this_server(training, sdk, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    async with training(replace(config, finetune_on="workers")) as client:
+        assert await begun(sdk(client))
