@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -11,12 +12,18 @@ from optimize.pipeline.facts import Facts
 from optimize.pipeline.markdown import to_markdown
 from optimize.pipeline.plots import drawn
 
+log = logging.getLogger(__name__)
+
 
 def write(folder: Path, facts: Facts) -> None:
     """report.md, report.html, *.svg and measurements.json in `folder`."""
     folder.mkdir(parents=True)
-    plots = drawn(folder, facts)
-    markdown = to_markdown(facts)
+    plots, markdown = [], to_markdown(facts)
+    try:
+        plots = drawn(folder, facts)
+    except Exception as error:  # hours of work lie in this run: a picture never ends it
+        log.warning("the report has no pictures", exc_info=not isinstance(error, ImportError))
+        markdown += f"\n{_without_pictures(error)}\n"
     pictures = "".join(f"\n![{title}]({file})\n" for file, title in plots)
     (folder / "report.md").write_text(markdown + pictures)
     (folder / "report.html").write_text(_page(facts, markdown, folder, plots))
@@ -27,6 +34,12 @@ def write(folder: Path, facts: Facts) -> None:
         "cores": len(os.sched_getaffinity(0)),
     }
     (folder / "measurements.json").write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n")
+
+
+def _without_pictures(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "This report has no pictures: matplotlib is not installed (pip install 'loradock[optimize]')."
+    return f"This report has no pictures: they could not be drawn ({type(error).__name__}: {error})."
 
 
 def _page(facts: Facts, markdown: str, folder: Path, plots: list[tuple[str, str]]) -> str:

@@ -173,3 +173,15 @@ def test_a_trained_adapter_is_merged_and_measured_like_any_other(written, tmp_pa
     read = json.loads((tmp_path / "out/manifest.json").read_text())
     assert [step["step"] for step in read["steps"]] == ["tune", "merge"] and "perplexity" in read["scores"]
     assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_a_picture_that_cannot_be_drawn_fails_no_training(folder, tmp_path):
+    """As installed for serving: no matplotlib."""
+    where = folder(epochs=1)
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib'] = None\n")
+    command = [sys.executable, "-m", "optimize.cli", "tune", str(where)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, check=False)
+    assert done.returncode == 0
+    report = next(where.rglob("report.md")).read_text()
+    assert "no pictures: matplotlib is not installed" in report and "![" not in report
+    assert "no pictures" in next(where.rglob("report.html")).read_text()
