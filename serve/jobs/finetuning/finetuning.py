@@ -76,7 +76,6 @@ class FineTuning:
             file_seconds=file_seconds,
             clock=clock,
         )
-        self._trains_here = where is not Where.WORKERS
         turns = Turns()
         self.schedule = JobSchedule(
             self.rows,
@@ -84,7 +83,7 @@ class FineTuning:
             self.metrics,
             alone=alone,
             turns=turns,
-            trains=self._trains_here,
+            trains=where is not Where.WORKERS,
             clock=clock,
         )
         self.workers = Workers(
@@ -114,14 +113,7 @@ class FineTuning:
         metadata: Mapping[str, str] | None,
     ) -> Job:
         """A new job of the caller's; BadRequest for what cannot be one. Blocks."""
-        if not self._limits.open:
-            raise BadRequest("this server trains nothing: its operator set finetune_open to 0", param="model")
-        if self._trains_here and (package := self.process.missing_package()):
-            raise BadRequest(
-                f"this server cannot train: {package} is not installed in its environment. Its operator installs it "
-                f"(`pip install {package}`), or has other machines train (`--finetune-on workers`)",
-                param="model",
-            )
+        self._check_trainable()
         if method not in METHODS:
             raise BadRequest(f"method.type takes {' or '.join(METHODS)} here, not {shown(method)}", param="method.type")
         check_metadata(metadata or {})
@@ -165,6 +157,17 @@ class FineTuning:
         job = self.rows.cancel(tenant, id)
         self.metrics.ended(Status.CANCELLED)
         return job
+
+    def _check_trainable(self) -> None:
+        """BadRequest where nothing would train a job."""
+        if not self._limits.open:
+            raise BadRequest("this server trains nothing: its operator set finetune_open to 0", param="model")
+        if self.schedule.trains and (package := self.process.missing_package()):
+            raise BadRequest(
+                f"this server cannot train: {package} is not installed in its environment. Its operator installs it "
+                f"(`pip install {package}`), or has other machines train (`--finetune-on workers`)",
+                param="model",
+            )
 
     def _model(self, model: str, caller: Caller) -> tuple[Adapter | None, Supervisor]:
         """The adapter to go on from, if it is one, and the base."""

@@ -49,7 +49,7 @@ class JobSchedule(Schedule[Job, Work]):
     ) -> None:
         super().__init__(rows, runner.run, alone=alone, clock=clock)
         self._rows, self._runner, self._metrics = rows, runner, metrics
-        self._turns, self._trains = turns or Turns(), trains
+        self._turns, self.trains = turns or Turns(), trains
 
     async def round(self) -> None:
         """Begin what has its turn; drop what is left of others, now and then."""
@@ -60,7 +60,7 @@ class JobSchedule(Schedule[Job, Work]):
         for job in sorted(ready, key=self._turns.key):
             kind = await asyncio.to_thread(self._runner.kind, job)
             busy = {work.kind for work, _ in self._working.values()}
-            if kind in busy or (kind is Kind.TRAIN and not self._trains):
+            if kind in busy or (kind is Kind.TRAIN and not self.trains):
                 continue
             if claimed := await self._claim(job.id):
                 if kind is Kind.TRAIN:
