@@ -38,7 +38,7 @@ from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import engine_memory, hardware
 from serve.names import response_owner
-from serve.vllm_backend import announce, building, forkserver, gpu_memory, structured_outputs
+from serve.vllm_backend import announce, building, first_error, forkserver, gpu_memory, structured_outputs
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.engine_processes import Member, cause_of_death, end, members, processes_of, resident_bytes
 from serve.vllm_backend.output_processor import Outputs
@@ -206,6 +206,7 @@ class VLLMBackend:
             self._generates = "generate" in tasks
             self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)
             app = build_app(self.args, tasks, llm.model_config)
+            first_error.install(app)
             answer_unknown_paths(app, self.name)
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)

@@ -1,0 +1,100 @@
+"""vLLM's routes look at a body up to its first wrong item, and say what is wrong with it in one sentence.
+
+Pydantic goes on through a list to its end and keeps an error for every choice of every wrong item: for `input` of
+/v1/responses that is 233 for each, built on the event loop. Nothing else stands between a body and the engine's app:
+requests of clients, lines of batches, prompts of baselines, golden sets and replays all pass these fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi._compat.v2 import ModelField
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic_core import SchemaValidator
+from pydantic_core.core_schema import no_info_before_validator_function
+from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
+
+from serve.errors import BadRequest
+from serve.names import shown
+
+MAX_MESSAGE = 500
+# No model of vLLM's has so many fields.
+MOST_KEYS = 200
+# Schemas of what holds any number of items.
+_MANY = frozenset({"list", "tuple", "set", "frozenset", "dict"})
+# What of a schema is no schema.
+_OTHER = frozenset({"metadata", "serialization", "cls", "default", "expected"})
+
+
+def install(app: FastAPI) -> None:
+    """Into the routes of vLLM's app, before it has answered anything."""
+    for field in body_fields(app):
+        schema = ends_at_first_error(field._type_adapter.core_schema)
+        # Without what the models built for themselves, which collects.
+        field._type_adapter.validator = SchemaValidator(schema, _use_prebuilt=False)
+    app.add_exception_handler(RequestValidationError, _answer)
+
+
+def body_fields(app: FastAPI) -> list[ModelField]:
+    """What the routes of an app take as bodies."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    return [field for route in routes for field in route.dependant.body_params]
+
+
+def ends_at_first_error(schema: Any) -> Any:
+    """The same core schema, whose lists, sets and dictionaries end at their first wrong item."""
+    copies: dict[int, Any] = {}
+
+    def copied(part: Any) -> Any:
+        if isinstance(part, list | tuple):
+            return type(part)(map(copied, part))
+        if not isinstance(part, dict):
+            return part
+        if id(part) not in copies:
+            copies[id(part)] = copy = {}
+            # Without a type it holds schemas by the names of fields, which may be any.
+            kind = part["type"] if isinstance(part.get("type"), str) else None
+            copy.update({name: value if kind and name in _OTHER else copied(value) for name, value in part.items()})
+            if kind in _MANY:
+                copy["fail_fast"] = True
+            elif "forbid" in (part.get("extra_behavior"), (part.get("config") or {}).get("extra_fields_behavior")):
+                copies[id(part)] = _with_few_keys(copy)
+        return copies[id(part)]
+
+    return copied(schema)
+
+
+def _with_few_keys(schema: Any) -> Any:
+    """For a schema that keeps an error for each key that it does not know."""
+    return no_info_before_validator_function(_few_keys, schema, ref=schema.pop("ref", None))
+
+
+def _few_keys(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MOST_KEYS:  # so that some of these are unknown as well
+        return dict(islice(value.items(), MOST_KEYS))
+    return value
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    refusal = refused(error.errors())
+    return JSONResponse(refusal.body(), status_code=refusal.status)
+
+
+def refused(errors: Sequence[Any]) -> BadRequest:
+    """Of the errors about one body the one that looked deepest into it."""
+    deepest = max(errors, key=lambda error: len(_where(error)))
+    where = shown(".".join(_where(deepest)), MAX_MESSAGE) or "the body"
+    return BadRequest(f"{where}: {shown(deepest['msg'], MAX_MESSAGE)}", param=where)
+
+
+def _where(error: Any) -> list[str]:
+    """The fields and numbers of items that lead to it, without the choices of unions between them."""
+    where = clean_loc_for_param(error["loc"]).split(".")
+    return where[1:] if where[0] == "body" else where
