@@ -13,7 +13,7 @@ from serve.config import Config
 from serve.drift.watched_version import DriftSettings
 from serve.engine.effect_probe import Probe
 from serve.engine.engine import Backend, Engine
-from serve.engine.restarts import Patience
+from serve.engine.restarts import Patience, StartTurn
 from serve.engine.supervisor import Supervisor
 from serve.models.lora_modules import kept_lora_modules
 from serve.telemetry.series import AdapterLoads
@@ -54,7 +54,12 @@ def supervisors(config: Config, backends: Sequence[Backend], loads: AdapterLoads
         return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
 
     known = partial(kept_lora_modules, cache=config.cache_dir / "modules")
-    more: dict[str, Any] = {"tolerance": config.swap_tolerance, "on_load": loads.observe, "modules_of": known}
+    more: dict[str, Any] = {
+        "tolerance": config.swap_tolerance,
+        "on_load": loads.observe,
+        "modules_of": known,
+        "turn": StartTurn(),
+    }
     return [Supervisor(backend, probe, patience, **more) for backend in backends]
 
 

@@ -1,10 +1,15 @@
-"""How patient a supervisor is, and how often it starts an engine again."""
+"""How patient a supervisor is, how often it starts an engine again, and when: engines of a server start in turn."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
 
 # The wait before the second restart in a row; each further one waits twice as long.
 BACKOFF_SECONDS = 1.0
@@ -53,3 +58,31 @@ class RestartBudget:
 
     def reset(self) -> None:
         self._deaths.clear()
+
+
+class StartTurn:
+    """One engine of a server starts at a time, also where several died of the same cause.
+
+    vLLM measures how much of a GPU's memory its engine takes by what is free before and after: of two that start at
+    once each counts the other's weights as its own, and one of them finds no room for a KV cache. An engine that hangs
+    while it starts keeps the others from starting for `longest` seconds.
+    """
+
+    def __init__(self, longest: float = 300.0) -> None:
+        self._longest = longest
+        self._starting = asyncio.Lock()
+
+    @asynccontextmanager
+    async def taken(self, name: str) -> AsyncIterator[None]:
+        """While it lasts no other engine starts, unless this one waited too long for its turn."""
+        try:
+            async with asyncio.timeout(self._longest):
+                await self._starting.acquire()
+        except TimeoutError:
+            log.warning("the engine for %s starts beside another one, which has not started in time", name)
+            yield
+            return
+        try:
+            yield
+        finally:
+            self._starting.release()

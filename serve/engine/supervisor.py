@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from serve.adapters.adapter import Adapter
 from serve.engine.effect_probe import Probe
 from serve.engine.engine import Backend, Engine, Phase, Residence
-from serve.engine.restarts import Patience, RestartBudget
+from serve.engine.restarts import Patience, RestartBudget, StartTurn
 from serve.errors import ConfigError, Conflict, EngineUnavailable, LoradockError
 from serve.models.lora_modules import lora_modules
 
@@ -67,7 +67,7 @@ class StartedEngine:
 
 
 class Supervisor:
-    """One base model. `make_probe` gives an engine its effect probe; `tolerance` is what a swap may change (0 to 1)."""
+    """One base model. `make_probe` makes an engine's probe; `tolerance` is for swaps, `turn` for starts."""
 
     def __init__(
         self,
@@ -79,13 +79,13 @@ class Supervisor:
         on_load: Callable[[str, float], None] = lambda tier, seconds: None,
         modules_of: Callable[[str], Mapping[str, tuple[int, int]]] = lora_modules,
         clock: Callable[[], float] = time.monotonic,
+        turn: StartTurn | None = None,
     ) -> None:
         self.name = backend.name
         self.configured = backend.model
         self.tolerance = tolerance
-        self.phase = Phase.STARTING
+        self.phase, self.restarts = Phase.STARTING, 0
         self.reason = ""  # why it is not ready
-        self.restarts = 0
         self.modules: Mapping[str, tuple[int, int]] = {}
         self.probe: Probe | None = None
         # What a swap that is under way does now, and for which model.
@@ -94,9 +94,8 @@ class Supervisor:
         self._engine = Engine(backend, patience.max_wait, on_load)
         self._adapters: Adapters | None = None
         self._make_probe, self._modules_of = make_probe, modules_of
-        self._patience = patience
+        self._patience, self._clock, self._turn = patience, clock, turn or StartTurn()
         self._budget = RestartBudget(patience, clock)
-        self._clock = clock
         self._since: float | None = None
         self._start_seconds = 30.0
         # When an engine that is coming back ought to be there, and who waits for it.
@@ -326,7 +325,8 @@ class Supervisor:
     async def _started(self, engine: Engine) -> StartedEngine:
         reading = asyncio.ensure_future(asyncio.to_thread(self._modules_of, engine.backend.model))  # while it loads
         reading.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if nobody comes to ask
-        await engine.start()
+        async with self._turn.taken(self.name):
+            await engine.start()
         if probe := self._make_probe(engine):
             await probe.start()
         await self.adapters.restore(self, engine)

@@ -61,6 +61,7 @@ def resolved(config: Config) -> Config:
     bases = [replace(base, model=find(base.model, config.cache_dir)) for base in config.bases]
     if not hardware.on_cpu():
         gpu_defaults.set_environment(bases)
+        bases = gpu_defaults.with_room(bases)
     made, before = list[Base](), 0
     for base in bases:
         with_defaults, taken = _with_defaults(config, base, environ, before)

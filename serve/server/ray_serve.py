@@ -32,6 +32,7 @@ from serve.config import Base, Config, load
 from serve.engine.engine import Phase
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
 from serve.models import hardware
+from serve.server import gpu_defaults
 from serve.server.launch import Server, own, resolved
 from serve.server.logs import log_to_stderr
 from serve.vllm_backend import forkserver
@@ -192,11 +193,17 @@ def _place(config: Config) -> dict[str, Any]:
     """What one replica takes of a node: a GPU for each part of the model, or a processor."""
     if hardware.on_cpu():
         return {"ray_actor_options": {"num_cpus": 1}}
-    parts = int(config.engine.get("tensor_parallel_size", 1)) * int(config.engine.get("pipeline_parallel_size", 1))
-    if config.engine.get("distributed_executor_backend") == "ray":
+    taken = [gpu_defaults.devices(base.engine) for base in config.bases]
+    if any(base.engine.get("distributed_executor_backend") == "ray" for base in config.bases):
+        if len(taken) > 1:
+            raise ConfigError(
+                "distributed_executor_backend=ray is for one engine a replica: vLLM's workers of a second one would "
+                "wait for the GPUs of the first; serve the other bases from a deployment of their own"
+            )
         # vLLM's own workers take the bundles, on one node or on many.
-        return {"placement_group_bundles": [{"CPU": 1, "GPU": 1}] * parts, "placement_group_strategy": "PACK"}
-    return {"ray_actor_options": {"num_cpus": 1, "num_gpus": parts}}
+        return {"placement_group_bundles": [{"CPU": 1, "GPU": 1}] * len(taken[0]), "placement_group_strategy": "PACK"}
+    # Engines take the first that the replica sees, data-parallel ranks one after the other; several engines share them.
+    return {"ray_actor_options": {"num_cpus": 1, "num_gpus": len(set().union(*taken))}}
 
 
 def _http(config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 
 from serve.api.app import build_app
 from serve.engine.engine import Phase
+from serve.engine.restarts import StartTurn
 from tests.support import tiny
 from tests.support.app import ask, push_two, settled, upload
 from tests.support.backend import FakeBackend
@@ -260,6 +261,42 @@ async def test_one_base_that_dies_leaves_the_others_alone(two, make_adapter):
     assert await settled(lambda: len(small.heirs) == 1)
     rows = (await client.get("/v1/engines")).json()["data"]
     assert [row["phase"] for row in rows] == ["ready", "restarting"]
+
+
+async def test_engines_that_die_together_start_one_after_the_other(two, monkeypatch):
+    """Each measures how much of a GPU it takes by what is free before and after its own start."""
+    _, *backends = two
+    starting, most = [], []
+
+    async def start(heir):
+        starting.append(heir)
+        most.append(len(starting))
+        await asyncio.sleep(0.05)
+        starting.remove(heir)
+
+    monkeypatch.setattr("tests.support.backend.FakeBackend.start", start)
+    fleet = two[0]._transport.app.state.parts.fleet
+    for backend in backends:
+        backend.dead = True
+    assert await settled(lambda: all(base.restarts == 1 and base.is_ready for base in fleet))
+    assert most == [1, 1]
+
+
+async def test_an_engine_that_hangs_while_it_starts_does_not_keep_the_others_down_for_ever(caplog):
+    turn, began = StartTurn(longest=0.05), []
+
+    async def start(name, seconds):
+        async with turn.taken(name):
+            began.append(name)
+            await asyncio.sleep(seconds)
+
+    hanging = asyncio.create_task(start("hangs", 60))
+    await start("other", 0) if await settled(lambda: began) else None
+    assert began == ["hangs", "other"] and "other starts beside another one" in caplog.text
+    hanging.cancel()
+    await asyncio.gather(hanging, return_exceptions=True)
+    async with asyncio.timeout(5):
+        await start("third", 0)
 
 
 async def test_changes_that_arrive_while_it_drains_first_hold_no_request_up(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from serve.config import load
+from serve.config import Base, load
 from serve.errors import ConfigError
-from serve.server.ray_serve import FirstTokens, Ready, application, by_load, shared
+from serve.models import hardware
+from serve.server.ray_serve import FirstTokens, Ready, _place, application, by_load, shared
 
 
 def context(requests=0.0, replicas=1, first_tokens=None, least=1, most=8):
@@ -114,3 +116,32 @@ async def test_a_replica_is_ready_when_its_engine_is(wrong, said):
 
     await Ready(app, wait)({"type": "lifespan"}, None, send)
     assert order == ["engine", f"lifespan.startup.{said}"]
+
+
+@pytest.mark.parametrize(
+    ("engines", "gpus"),
+    [
+        ([{}], 1),
+        ([{"tensor_parallel_size": 2, "pipeline_parallel_size": 2}], 4),
+        ([{"data_parallel_size": 2}], 2),
+        ([{"tensor_parallel_size": "2", "data_parallel_size": 4, "data_parallel_size_local": 1}], 2),
+        ([{}, {"tensor_parallel_size": 4}], 4),
+        ([{"device_ids": "0"}, {"device_ids": "1"}], 2),
+    ],
+)
+def test_a_replica_asks_for_the_gpus_of_all_its_engines_and_ranks(engines, gpus, monkeypatch):
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    first, *more = engines
+    config = replace(
+        load(["--ray"], {}), engine=first, engines=tuple(Base(str(n), "m", each) for n, each in enumerate(more))
+    )
+    assert _place(config) == {"ray_actor_options": {"num_cpus": 1, "num_gpus": gpus}}
+
+
+def test_vllms_own_ray_workers_have_a_bundle_for_each_part_and_one_engine_a_replica(monkeypatch):
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    config = replace(load(["--ray"], {}), engine=engine)
+    assert _place(config)["placement_group_bundles"] == [{"CPU": 1, "GPU": 1}] * 2
+    with pytest.raises(ConfigError, match="one engine a replica"):
+        _place(replace(config, engines=(Base("b", "m", {}),)))

@@ -55,15 +55,15 @@ from serve.config import engine_options
 from serve.errors import ConfigError, Conflict, EngineUnavailable
 from serve.gateway.request import FOREIGN_MODEL_FIELDS, PRIORITY, RANK
 from serve.gateway.tenant_isolation import tenant_salt
-from serve.models import engine_memory, hardware
+from serve.models import engine_memory, gpus, hardware
 from serve.models.host import Host
-from serve.vllm_backend import gpu_memory
 from serve.vllm_backend.backend import VLLMBackend
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.output_processor import Outputs, Timed, ask_logprobs
 from serve.vllm_backend.step_times import StepTimes
 from serve.vllm_backend.vllm_metrics import Pulse, own_series
 from serve.vllm_backend.worker_extension import LOADED, LOADING
+from tests.support.nvml import Device, Nvml, cut
 
 
 def test_the_engine_still_has_what_we_call():
@@ -270,37 +270,30 @@ def test_a_second_engine_needs_room_for_each_of_its_ranks(tiny_model, monkeypatc
         VLLMBackend(str(tiny_model), "base", {**options, "data_parallel_size": 2}).check_room()
 
 
-class Driver:
-    """NVIDIA's, as NVML tells of it: a second GPU of which another engine holds most."""
-
-    FREE = (79, 5, 79)
-
-    def nvmlInit(self): ...
-    def nvmlShutdown(self): ...
-
-    def nvmlDeviceGetHandleByIndex(self, number):
-        return number
-
-    def nvmlDeviceGetMemoryInfo(self, number):
-        return SimpleNamespace(free=self.FREE[number] * hardware.GIB, total=80 * hardware.GIB)
-
-
 def test_a_second_engine_beside_the_first_is_refused_where_its_gpus_are_full(tiny_model, monkeypatch):
+    free, full = Device("H100", 80, 79, "GPU-a"), Device("H100", 80, 5, "GPU-b")
+    nvml = Nvml([free, full, free])
     monkeypatch.setattr(hardware, "on_cpu", lambda: False)
-    monkeypatch.setattr(gpu_memory, "import_pynvml", Driver)
-    gpus = SimpleNamespace(is_cuda=lambda: True, device_count=lambda: 3, visible_device_id_to_physical_device_id=int)
-    monkeypatch.setattr(gpu_memory, "current_platform", gpus)
+    monkeypatch.setattr(gpus, "_library", lambda: nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     VLLMBackend(str(tiny_model), "base", {}).check_room()
     for parallel in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         with pytest.raises(Conflict, match=r"only after it \(drain_first\): an engine takes 73.6 GiB of GPU 1"):
             VLLMBackend(str(tiny_model), "base", {parallel: 2}).check_room()
         VLLMBackend(str(tiny_model), "base", {parallel: 2, "gpu_memory_utilization": 0.05}).check_room()
-    gpus.visible_device_id_to_physical_device_id = (1, 0, 2).__getitem__  # as CUDA_VISIBLE_DEVICES may say
+    with pytest.raises(Conflict, match="of GPU 1 "):
+        VLLMBackend(str(tiny_model), "base", {"device_ids": "1"}).check_room()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0,2")
     with pytest.raises(
         Conflict, match="of GPU 0 .*, and 5.0 GiB of its 80.0 GiB are free: lower gpu_memory_utilization"
     ):
         VLLMBackend(str(tiny_model), "base", {}).check_room()
-    gpus.is_cuda = lambda: False  # of others' drivers nothing is known here
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    nvml.devices[0] = cut(Device("H100", 80, 79, "GPU-a"), 20)
+    nvml.devices[0].slices[0].free = 10.0  # another engine has the rest of this slice
+    with pytest.raises(Conflict, match=r"takes 18.4 GiB of GPU 0 .*, and 10.0 GiB of its 20.0 GiB"):
+        VLLMBackend(str(tiny_model), "base", {}).check_room()
+    nvml.broken = True  # of a driver that does not answer nothing is known
     VLLMBackend(str(tiny_model), "base", {}).check_room()
 
 

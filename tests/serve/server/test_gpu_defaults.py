@@ -1,0 +1,69 @@
+"""What a server on GPUs gives its engines that nobody has said."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve.config import Base
+from serve.errors import ConfigError
+from serve.models import engine_memory
+from serve.models.gpus import Card
+from serve.server.gpu_defaults import devices, with_room
+
+GIB = 1 << 30
+A10, H100 = (Card(name, int(size * GIB), int(size * GIB), (8, 6)) for name, size in (("A10", 22.5), ("H100", 79.6)))
+
+
+@pytest.fixture(autouse=True)
+def sizes(monkeypatch):
+    """The last part of a model's name is how many GiB its weights have."""
+    monkeypatch.setattr(engine_memory, "weights", lambda folder, *_: int(float(folder.name) * GIB))
+    monkeypatch.setattr(engine_memory, "slots", lambda folder, adapters, rank: adapters * rank * (GIB >> 10))
+
+
+def parts(*bases, cards=(H100, H100)):
+    return [base.engine.get("gpu_memory_utilization") for base in with_room(bases, cards)]
+
+
+def test_one_engine_is_left_as_it_is():
+    base = Base("a", "m/15", {"max_loras": 4})
+    assert with_room([base], [H100]) == [base]
+
+
+def test_two_bases_share_the_gpu_that_they_are_both_on():
+    first, second = parts(Base("a", "m/15"), Base("b", "m/5"))
+    assert first > second and 0.915 <= first + second <= 0.92
+    assert first * 79.6 - 15 == pytest.approx(second * 79.6 - 5, abs=0.1)
+
+
+def test_parts_of_a_model_and_slots_count_where_they_are():
+    wide, narrow = parts(Base("a", "m/60", {"tensor_parallel_size": 2}), Base("b", "m/30", {"max_loras": 16}))
+    assert (narrow - wide) * 79.6 == pytest.approx(0.19, abs=0.1)  # their slots, and rounding
+    with pytest.raises(ConfigError, match="a, b share GPU 0 with 22.5 GiB, and do not fit"):
+        parts(Base("a", "m/15"), Base("b", "m/5"), cards=[A10])
+
+
+def test_engines_on_gpus_of_their_own_share_nothing():
+    own = {"device_ids": "1"}
+    assert parts(Base("a", "m/15"), Base("b", "m/15", own)) == [None, None]
+    assert parts(Base("a", "m/15", {"device_ids": ["GPU-x"]}), Base("b", "m/15")) == [None, None]
+
+
+def test_what_is_said_stays():
+    assert parts(Base("a", "m/15", {"gpu_memory_utilization": "0.6"}), Base("b", "m/5")) == ["0.6", 0.32]
+    with pytest.raises(ConfigError, match="number above 0 up to 1, not 'half'"):
+        parts(Base("a", "m/15", {"gpu_memory_utilization": "half"}), Base("b", "m/5"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "numbers"),
+    [
+        ({}, (0,)),
+        ({"tensor_parallel_size": 2, "data_parallel_size": 2}, (0, 1, 2, 3)),
+        ({"data_parallel_size": 8, "data_parallel_size_local": 2}, (0, 1)),
+        ({"device_ids": [3, 1]}, (3, 1)),
+        ({"device_ids": "3, 1"}, (3, 1)),
+    ],
+)
+def test_which_gpus_an_engine_takes(engine, numbers):
+    assert devices(engine) == numbers
