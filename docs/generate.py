@@ -23,6 +23,7 @@ from serve import config
 from serve.api.openapi import DocumentedApi
 from serve.api.routes import routers
 from serve.cli.main import app as command_line
+from serve.config.groups import GROUPS, group_of
 
 ROOT = Path(__file__).parent.parent
 VLLM_DOCS = "https://docs.vllm.ai/en/stable/configuration/engine_args/"
@@ -51,7 +52,7 @@ def cli() -> str:
     lines: list[str] = []
     for words, command in commands():
         if words == ["loradock", "serve"]:
-            text = _help(words, command).partition("\n  Settings:")[0] + "\n\n  Settings: see the page Configuration."
+            text = _help(words, command).partition("\n  Most used:")[0] + "\n\n  Settings: see the page Configuration."
         elif words[:2] == ["loradock", "optimize"]:
             text = _optimize_help(words[2:])
         else:
@@ -105,7 +106,7 @@ def _printed() -> Iterator[io.StringIO]:
 
 SECTIONS = {
     "Adapters": "/v1/adapters /v1/loops /v1/overview",
-    "Drift and feedback": "/v1/drift /v1/feedback",
+    "Drift and feedback": "/v1/drift /v1/feedback /v1/golden",
     "Keys and usage": "/v1/keys /v1/usage",
     "vLLM's runtime LoRA API": "/v1/load_lora /v1/unload_lora /adapters /server_info /pause /resume",
     "Models, engines, replicas": "/v1/models /v1/engines /v1/replicas",
@@ -185,11 +186,15 @@ def _default(schema: dict[str, Any], required: bool) -> str:
 
 def settings() -> str:
     """Every setting of ours: name, type, default, meaning."""
-    rows = [
-        (f"`{setting.name}`", setting.type, _setting_default(setting.default), setting.help)
-        for setting in config.settings()
-    ]
-    return "\n".join(_table(("Setting", "Type", "Default", "Meaning"), rows))
+    lines = []
+    for title in GROUPS:
+        rows = [
+            (f"`{setting.name}`", setting.type, _setting_default(setting.default), setting.help)
+            for setting in config.settings()
+            if group_of(setting.name) == title
+        ]
+        lines += [f"### {title}", "", *_table(("Setting", "Type", "Default", "Meaning"), rows)]
+    return "\n".join(lines)
 
 
 def _setting_default(default: Any) -> str:

@@ -83,7 +83,7 @@ _IF_MATCH = {
     "description": 'The version that must be live for the change to be made, such as `"3"`; 409 if another one is.',
 }
 _GROUPS = {
-    "drift": ("/v1/drift", "/v1/feedback"),
+    "drift": ("/v1/drift", "/v1/feedback", "/v1/golden"),
     "adapters": ("/v1/adapters",),
     "fine-tuning": ("/v1/fine_tuning",),
     "vLLM's runtime LoRA API": (

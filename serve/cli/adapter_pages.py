@@ -6,7 +6,8 @@ import time
 from datetime import datetime
 from typing import Any
 
-from serve.cli.terminal import age, nbytes, table
+from serve.cli.terminal import age, nbytes, portion, table
+from serve.errors import NotFound
 
 NOTHING = "-"
 
@@ -49,6 +50,20 @@ def shown(answer: dict[str, Any], analysis: dict[str, Any] | None = None) -> str
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def only(answer: dict[str, Any], version: str) -> dict[str, Any]:
+    """The page's answer with that one version: by number, alias or digest."""
+    aliases = answer.get("aliases") or {}
+    number = str(aliases.get(version, version)).removeprefix("v")
+    versions = [
+        each
+        for each in answer.get("versions") or []
+        if str(each.get("version")) == number or (len(version) >= 8 and str(each.get("digest")).startswith(version))
+    ]
+    if not versions:
+        raise NotFound(f"{answer.get('name')} has no version {version}: `loradock adapters show {answer.get('name')}`")
+    return answer | {"versions": versions}
+
+
 def pushed(answer: dict[str, Any]) -> str:
     """What became of a push, or would."""
     warning = f"\nwarning: {text}" if (text := (answer.get("checks") or {}).get("warning")) else ""
@@ -66,7 +81,7 @@ def shared(answer: dict[str, Any], kind: str, does: str) -> str:
     share = answer.get(kind)
     if not share:
         return f"{answer.get('name')} has no {kind} any more"
-    return f"{answer.get('name')} {numbered(share['version'])} {does} {share['weight']:.4g} of the requests"
+    return f"{answer.get('name')} {numbered(share['version'])} {does} {portion(share['weight'])} of the requests"
 
 
 def pinned(answer: dict[str, Any]) -> str:
@@ -103,7 +118,7 @@ def _about(adapter: dict[str, Any]) -> dict[str, Any]:
 
 
 def _portion(share: dict[str, Any] | None) -> str:
-    return f"{numbered(share['version'])} {share['weight'] * 100:.3g}%" if share else NOTHING
+    return f"{numbered(share['version'])} {portion(share['weight'])}" if share else NOTHING
 
 
 def _facts(answer: dict[str, Any]) -> list[str]:
@@ -198,7 +213,7 @@ def _event(event: Any) -> str:
     if event.get("label"):
         words.append(str(event["label"]))
     if event.get("weight") is not None:
-        words.append(f"{event['weight']:.4g} of the requests")
+        words.append(f"{portion(event['weight'])} of the requests")
     words += [f"by {event['who']}"] if event.get("who") else []
     line = "  ".join([_when(event.get("when")), *words])
     return f"{line}: {event['why']}" if event.get("why") else line.rstrip()

@@ -6,18 +6,17 @@ Exit codes: 0 done, 1 the server refused, 2 the command is wrong, 3 no server an
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from serve.cli import adapter_pages
+from serve.cli import adapter_names, adapter_pages
 from serve.cli.adapter_pages import live_version, numbered
+from serve.cli.arguments import Commands, Name, Target, Version, VersionedCommand, Why, parse_share, version_number
 from serve.cli.baseline import PATIENCE
 from serve.cli.replay_page import replayed
-from serve.cli.terminal import URL, Json, Key, Url, connected, example, say
+from serve.cli.terminal import URL, Json, Key, Url, connected, counted, example, say, upload_bar
 from serve.errors import ConfigError, LoradockError
 
 if TYPE_CHECKING:
@@ -25,19 +24,19 @@ if TYPE_CHECKING:
 
 adapters_app = typer.Typer(
     name="adapters",
-    help="Push, list, promote, try out, pin and remove adapters on a running server.",
+    help="Push, try, promote, roll back and remove adapters.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    cls=Commands,
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's public name.")]
-Target = Annotated[
-    str, typer.Argument(metavar="NAME[@VERSION]", help="The live version, or that one: v3, an alias, or a digest.")
-]
-Version = Annotated[str, typer.Argument(metavar="VERSION", help="3 or v3.")]
-Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="A reason, for the adapter's history.")]
+# How help groups the commands.
+TRY = "Try a version"
+
 Expect = Annotated[str | None, typer.Option("--expect", metavar="VERSION", help="Only if this version is live now.")]
-Weight = Annotated[float, typer.Argument(metavar="WEIGHT", min=0, max=1, help="A share from 0 to 1; 0 ends it.")]
+Weight = Annotated[
+    float, typer.Argument(metavar="SHARE", parser=parse_share, help="Of the requests, as 10% or 0.1; 0 ends it.")
+]
 
 
 @adapters_app.command(
@@ -80,7 +79,7 @@ def push(
     """Upload an adapter; the same bytes twice are one version."""
     options: dict[str, Any] = {"promote": promote, "shared": shared, "why": why, "probe_min_effect": probe_min_effect}
     options |= {"dry_run": dry_run}
-    with connected("adapters", url, key) as client, _bar(name) as progress:
+    with connected("adapters", url, key) as client, upload_bar(name) as progress:
         if "://" in path:
             answer = client.push_source(name, path, **options)
         else:
@@ -98,7 +97,10 @@ def pull(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Write a version's files to a new folder, with where it comes from; another server takes them by `push`."""
+    """Write a version's files to a new folder.
+
+    With where it comes from; another server takes the folder by `push`.
+    """
     from serve.client.adapter_folder import pull as write
 
     with connected("adapters", url, key) as client:
@@ -123,7 +125,10 @@ def publish(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Commit an adapter to a repository of a hub, from here, with the token in HF_TOKEN."""
+    """Commit an adapter to a repository of a hub.
+
+    From here, with the token in HF_TOKEN.
+    """
     from serve.client.adapter_folder import pulled
     from serve.client.hub_repository import check_destination
     from serve.client.hub_repository import publish as commit
@@ -141,22 +146,31 @@ def publish(
 
 @adapters_app.command("list", epilog=example("loradock adapters list --json | jq -r '.data[].name'"))
 def list_(url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """List the adapters: the live version of each, its canary, shadow and pin, its rank, size and age."""
+    """List the adapters with their live versions.
+
+    And the canary, shadow and pin of each, its rank, size and age.
+    """
     with connected("adapters", url, key) as client:
         adapters = client.list()
     say({"object": "list", "data": adapters}, as_json, adapter_pages.listed)
 
 
 @adapters_app.command(epilog=example("loradock adapters show support"))
-def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Show an adapter: its versions, which is live, how its canary does, and its history."""
+def show(target: Target, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Show an adapter's versions, canary and history."""
+    name, at, version = target.partition("@")
     with connected("adapters", url, key) as client:
         answer = client.show(name)
+        if at:
+            answer = adapter_pages.only(answer, version)
         analysis = _analysis(client, name) if answer.get("canary") and not as_json else None
     say(answer, as_json, lambda answer: adapter_pages.shown(answer, analysis))
 
 
-@adapters_app.command(epilog=example("loradock adapters promote support 3", "loradock adapters promote support v3"))
+@adapters_app.command(
+    cls=VersionedCommand,
+    epilog=example("loradock adapters promote support@v3", "loradock adapters promote support 3 --expect 2"),
+)
 def promote(
     name: Name,
     version: Version,
@@ -169,11 +183,14 @@ def promote(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Make a version live; the adapter's policy may give it a share of the traffic first."""
+    """Make a version live.
+
+    The adapter's policy may give it a share of the traffic first.
+    """
     with connected("adapters", url, key) as client:
-        expected = _version(expect) if expect is not None else None
-        answer = client.promote(name, _version(version), expected, at_once=at_once, why=why)
-    say(answer, as_json, lambda body: _promoted(body, f"{name} v{_version(version)}"))
+        expected = version_number(expect) if expect is not None else None
+        answer = client.promote(name, version_number(version), expected, at_once=at_once, why=why)
+    say(answer, as_json, lambda body: _promoted(body, f"{name} v{version_number(version)}"))
 
 
 def _promoted(answer: dict[str, Any], which: str) -> str:
@@ -188,12 +205,14 @@ def rollback(
 ) -> None:
     """Make the previous version live again."""
     with connected("adapters", url, key) as client:
-        answer = client.rollback(name, _version(expect) if expect is not None else None, why=why)
+        answer = client.rollback(name, version_number(expect) if expect is not None else None, why=why)
     say(answer, as_json, lambda body: f"{name} {numbered(live_version(body))} is live again")
 
 
 @adapters_app.command(
-    epilog=example("loradock adapters canary support 3 0.1", "loradock adapters canary support 3 0  # ends it")
+    cls=VersionedCommand,
+    rich_help_panel=TRY,
+    epilog=example("loradock adapters canary support@v3 10%", "loradock adapters canary support 3 0  # ends it"),
 )
 def canary(
     name: Name,
@@ -204,14 +223,19 @@ def canary(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Send a share of an adapter's requests to a version that is not live."""
+    """Give a version a share of the adapter's requests.
+
+    The version is not live yet; how it compares is in `loradock adapters show`.
+    """
     with connected("adapters", url, key) as client:
-        answer = client.canary(name, _version(version), weight, why=why)
+        answer = client.canary(name, version_number(version), weight, why=why)
     say(answer, as_json, lambda body: adapter_pages.shared(body, "canary", "answers"))
 
 
 @adapters_app.command(
-    epilog=example("loradock adapters shadow support 3 0.1", "loradock adapters shadow support 3 0  # ends it")
+    cls=VersionedCommand,
+    rich_help_panel=TRY,
+    epilog=example("loradock adapters shadow support@v3 10%", "loradock adapters shadow support 3 0  # ends it"),
 )
 def shadow(
     name: Name,
@@ -222,136 +246,38 @@ def shadow(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Let a version answer a share of an adapter's requests too, for comparison; clients do not see its answers."""
+    """Let a version answer too, unseen, for comparison.
+
+    A share of the adapter's requests; clients do not see its answers.
+    """
     with connected("adapters", url, key) as client:
-        answer = client.shadow(name, _version(version), weight, why=why)
+        answer = client.shadow(name, version_number(version), weight, why=why)
     say(answer, as_json, lambda body: adapter_pages.shared(body, "shadow", "also answers, unseen,"))
 
 
-@adapters_app.command(epilog=example("loradock adapters pin support", "loradock adapters pin support 3"))
-def pin(
-    name: Name,
-    version: Annotated[
-        str | None, typer.Argument(metavar="[VERSION]", help="3 or v3 (default: the live version).")
-    ] = None,
-    url: Url = URL,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Keep an adapter in the engine's memory, whatever else is asked."""
-    with connected("adapters", url, key) as client:
-        answer = client.pin(name, _version(version) if version is not None else None)
-    say(answer, as_json, adapter_pages.pinned)
-
-
-@adapters_app.command(epilog=example("loradock adapters unpin support"))
-def unpin(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """End the pin: the engine may drop the adapter when others need the room."""
-    with connected("adapters", url, key) as client:
-        answer = client.unpin(name)
-    say(answer, as_json, lambda _: f"{name} is pinned no more")
-
-
-@adapters_app.command(epilog=example("loradock adapters alias support stable 3  # then ask support@stable"))
-def alias(
-    name: Name,
-    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The name behind the @.")],
-    version: Version,
-    why: Why = "",
-    url: Url = URL,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Point NAME@ALIAS at a version; it stays there until it is moved, whatever is promoted."""
-    with connected("adapters", url, key) as client:
-        answer = client.alias(name, alias, _version(version), why=why)
-    say(answer, as_json, lambda _: f"{name}@{alias} is v{_version(version)}")
-
-
-@adapters_app.command(epilog=example("loradock adapters unalias support stable"))
-def unalias(
-    name: Name,
-    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The name behind the @.")],
-    why: Why = "",
-    url: Url = URL,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Remove an alias; its version stays."""
-    with connected("adapters", url, key) as client:
-        answer = client.unalias(name, alias, why=why)
-    say(answer, as_json, lambda _: f"{name}@{alias} means nothing any more")
-
-
-@adapters_app.command(
-    epilog=example('loradock adapters tag support 3 "run 17"', "loradock adapters tag support 3  # none any more")
-)
-def tag(
-    name: Name,
-    version: Version,
-    tags: Annotated[list[str] | None, typer.Argument(metavar="[TAG]...", help="In the place of earlier ones.")] = None,
-    why: Why = "",
-    url: Url = URL,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Write tags on a version, for people: the server reads nothing in them."""
-    with connected("adapters", url, key) as client:
-        answer = client.tag(name, _version(version), tags or [], why=why)
-    say(answer, as_json, lambda body: f"{name} v{_version(version)}: {', '.join(body.get('tags', [])) or 'no tags'}")
-
-
-@adapters_app.command(
-    epilog=example("loradock adapters rename support helpdesk", "loradock adapters rm support  # the old name, later")
-)
-def rename(
-    name: Name,
-    to: Annotated[str, typer.Argument(metavar="NEW", help="The name that it has from now on.")],
-    why: Why = "",
-    url: Url = URL,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Give an adapter another name; requests for the old one go on being answered until it is removed."""
-    with connected("adapters", url, key) as client:
-        answer = client.rename(name, to, why=why)
-    say(answer, as_json, lambda body: f"{name} is {body.get('name')} now; the old name leads there until `rm {name}`")
-
-
-@adapters_app.command(epilog=example("loradock adapters share support"))
-def share(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Let other tenants ask an adapter, as TENANT/NAME."""
-    with connected("adapters", url, key) as client:
-        answer = client.share(name, True)
-    say(answer, as_json, lambda _: f"{name} is shared")
-
-
-@adapters_app.command(epilog=example("loradock adapters unshare support"))
-def unshare(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Let only the adapter's own tenant ask it again."""
-    with connected("adapters", url, key) as client:
-        answer = client.share(name, False)
-    say(answer, as_json, lambda _: f"{name} is private")
-
-
-@adapters_app.command(epilog=example("loradock adapters rm support@v2", "loradock adapters rm support --force"))
+@adapters_app.command(epilog=example("loradock adapters rm support@v2", "loradock adapters rm support --yes"))
 def rm(
     target: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="All versions, or that one.")],
-    force: Annotated[bool, typer.Option("--force", help="Also what is live.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, where the adapter is live.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also the live version, and what an alias names.")] = False,
     why: Why = "",
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Remove an adapter, or one version of it."""
+    """Remove an adapter, or a version; it asks before a live one."""
     with connected("adapters", url, key) as client:
-        name, at, version = target.partition("@")
-        answer = client.remove(name, _version(version) if at else None, force, why=why)
+        name, at, text = target.partition("@")
+        version = version_number(text) if at else None
+        if not (yes or force):
+            _confirm_removal(client, name, version)
+        answer = client.remove(name, version, force, why=why)
     say(answer, as_json, lambda body: adapter_pages.removed(body, target))
 
 
 @adapters_app.command(
-    epilog=example("loradock adapters replay support@v4", "loradock adapters replay support@v4 --against live --json")
+    rich_help_panel=TRY,
+    epilog=example("loradock adapters replay support@v4", "loradock adapters replay support@v4 --against live --json"),
 )
 def replay(
     target: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The version that is to answer, as tone@v4.")],
@@ -365,32 +291,31 @@ def replay(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Have a version answer what was asked before, in the gaps of traffic, and compare what it says."""
+    """Have a version answer captured requests, and compare.
+
+    In the gaps of traffic, against what was answered before or the live version.
+    """
     with connected("adapters", url, key, timeout=PATIENCE) as client:
         name, _, version = target.partition("@")
-        answer = client.replay(name, _version(version), requests, max_tokens, against, examples)
+        answer = client.replay(name, version_number(version), requests, max_tokens, against, examples)
     say(answer, as_json, replayed)
 
 
-@contextmanager
-def _bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+def _asks() -> bool:
+    """Whether somebody can answer a question."""
+    return sys.stdin.isatty()
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"pushing {escape(name)}", total=None)
 
-        def update(sent: int, total: int) -> None:
-            description = "the server checks it" if sent == total else f"pushing {escape(name)}"
-            progress.update(task, completed=sent, total=total, description=description)
-
-        yield update
+def _confirm_removal(client: AdapterClient, name: str, version: int | None) -> None:
+    """Ask before something live is removed; where nobody can answer, ConfigError says how to mean it."""
+    adapter = client.show(name)
+    live = live_version(adapter)
+    if adapter.get("name") != name or live is None or version is not None:
+        return  # an old name alone goes; the server refuses a single live version without --force
+    what = f"{name} is live ({numbered(live)} of {counted(len(adapter.get('versions') or []), 'version')})"
+    if not _asks():
+        raise ConfigError(f"{what}, and requests for it would fail: give --yes to remove it all the same")
+    typer.confirm(f"{what}. Remove it with all its versions?", abort=True, err=True)
 
 
 def _analysis(client: AdapterClient, name: str) -> dict[str, Any] | None:
@@ -401,8 +326,4 @@ def _analysis(client: AdapterClient, name: str) -> dict[str, Any] | None:
         return None
 
 
-def _version(text: str) -> int:
-    number = text.removeprefix("v")
-    if not number.isdecimal() or int(number) < 1:
-        raise ConfigError(f"a version is a number from 1 on, for instance 3 or v3; not {text!r}")
-    return int(number)
+adapter_names.register(adapters_app)

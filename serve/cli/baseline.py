@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from serve.cli.arguments import Commands, VersionOption, name_and_version
 from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, write_answer
 from serve.errors import ConfigError
 
@@ -19,59 +20,71 @@ PATIENCE = 86_400.0
 
 baseline_app = typer.Typer(
     name="baseline",
-    help="Say what an adapter's traffic and answers look like, before there is any.",
+    help="Give a version what to compare with before any traffic.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    cls=Commands,
 )
 
 
-@baseline_app.command(epilog=example("loradock baseline build tone prompts.jsonl --version 3"))
+@baseline_app.command(epilog=example("loradock baseline build tone@v3 prompts.jsonl"))
 def build(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="The adapter.")],
     file: Annotated[
         Path,
         typer.Argument(
             metavar="PROMPTS", help='JSON lines: a text, {"prompt": text}, or {"messages": [...]}; 1,000 are good.'
         ),
     ],
-    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    version: VersionOption = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 64,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Let a version answer these prompts; later traffic is compared with them. Takes as long as the answers do."""
+    """Let a version answer prompts, as what to compare with.
+
+    Later traffic is compared with them. Takes as long as the answers do.
+    """
     asked = prompts(file)
     with connected("baseline", url, key, timeout=PATIENCE) as client:
+        name, version = name_and_version(name, version)
         answer = client.build_baseline(name, asked, version, max_tokens)
     say(answer, as_json, _built)
 
 
-@baseline_app.command(epilog=example("loradock baseline save tone baseline.zip --version 3"))
+@baseline_app.command(epilog=example("loradock baseline save tone@v3 baseline.zip"))
 def save(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="The adapter.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to.")],
-    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    version: VersionOption = None,
     url: Url = URL,
     key: Key = None,
 ) -> None:
-    """Save a version's baseline, to ship it with the adapter to another server over the same model."""
+    """Save a version's baseline to a file.
+
+    To ship it with the adapter to another server over the same model.
+    """
     with connected("baseline", url, key) as client:
-        write_answer(file, client.save_baseline(name, version))
+        write_answer(file, client.save_baseline(*name_and_version(name, version)))
     typer.echo(f"{file} holds the baseline of {name}")
 
 
 @baseline_app.command(epilog=example("loradock baseline ship tone baseline.zip"))
 def ship(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="The adapter.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `save` wrote.", exists=True, dir_okay=False)],
-    version: Annotated[int | None, typer.Option("--version", help="Which version (default: the live one).")] = None,
+    version: VersionOption = None,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Give a version a saved baseline, made by the same adapter bytes over the same model."""
+    """Give a version a saved baseline.
+
+    It must be made by the same adapter bytes over the same model.
+    """
     with connected("baseline", url, key) as client:
+        name, version = name_and_version(name, version)
         answer = client.ship_baseline(name, file.read_bytes(), version)
     say(answer, as_json, _built)
 

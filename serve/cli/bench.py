@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import typer
 
+from serve.cli.arguments import Commands
+from serve.cli.terminal import SERVER
 from serve.errors import ConfigError, LoradockError
 
 if TYPE_CHECKING:
@@ -25,8 +27,11 @@ if TYPE_CHECKING:
     from serve.client.bench.rounds import Result, Round
 
 bench_app = typer.Typer(
-    name="bench", help="Load against a running server; prints a table and writes JSON.", rich_markup_mode=None
+    name="bench", help="Measure a running server, or two against each other.", rich_markup_mode=None, cls=Commands
 )
+
+# How help groups the options.
+ASK, LOAD, RUN, SECOND = "What is asked", "Load", "Rounds and result", "A second server (B)"
 
 _EPILOG = """\b
 Examples:
@@ -39,72 +44,123 @@ Examples:
 @bench_app.callback(invoke_without_command=True, epilog=_EPILOG)
 def bench(  # long: typer makes an option of each parameter
     context: typer.Context,
-    url: Annotated[str, typer.Option(envvar="LORADOCK_URL", help="The server to measure (A).")] = (
-        "http://127.0.0.1:8000"
-    ),
+    url: Annotated[
+        str, typer.Option(envvar="LORADOCK_URL", help="The server to measure (A).", rich_help_panel=SERVER)
+    ] = ("http://127.0.0.1:8000"),
     vs: Annotated[
-        str | None, typer.Option(help="A second server (B): rounds alternate A B B A, ratios are paired.")
+        str | None,
+        typer.Option(help="A second server (B): rounds alternate A B B A, ratios are paired.", rich_help_panel=SECOND),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="Model to ask; repeat for a mix. Default: the first that is listed.")
+        list[str] | None,
+        typer.Option(help="Model to ask; repeat for a mix. Default: the first that is listed.", rich_help_panel=ASK),
     ] = None,
-    vs_model: Annotated[list[str] | None, typer.Option(help="The same on B, where its names differ.")] = None,
+    vs_model: Annotated[
+        list[str] | None, typer.Option(help="The same on B, where its names differ.", rich_help_panel=SECOND)
+    ] = None,
     adapters: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="Adapters to ask instead of --model, each request one of them.")
+        str | None,
+        typer.Option(
+            metavar="A,B,C", help="Adapters to ask instead of --model, each request one of them.", rich_help_panel=ASK
+        ),
     ] = None,
     vs_adapters: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="The same on B, where its names differ.")
+        str | None, typer.Option(metavar="A,B,C", help="The same on B, where its names differ.", rich_help_panel=SECOND)
     ] = None,
-    adapter_mix: Annotated[str, typer.Option(metavar="uniform|zipf[:S]", help="How often each is asked.")] = "uniform",
+    adapter_mix: Annotated[
+        str, typer.Option(metavar="uniform|zipf[:S]", help="How often each is asked.", rich_help_panel=ASK)
+    ] = "uniform",
     streams: Annotated[
-        str, typer.Option(metavar="N[,N]", help="Concurrent streams; each asks again when it is answered.")
+        str,
+        typer.Option(
+            metavar="N[,N]", help="Concurrent streams; each asks again when it is answered.", rich_help_panel=LOAD
+        ),
     ] = "1,16",
     rate: Annotated[
         str | None,
-        typer.Option(metavar="R[,R]", help="Open loop instead: R requests/s as a Poisson process."),
+        typer.Option(
+            metavar="R[,R]", help="Open loop instead: R requests/s as a Poisson process.", rich_help_panel=LOAD
+        ),
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests per round. Default: 4 per stream, at least 8.")
+        int | None,
+        typer.Option(min=1, help="Requests per round. Default: 4 per stream, at least 8.", rich_help_panel=LOAD),
     ] = None,
     duration: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds per round instead of --requests; those begun are finished.")
+        float | None,
+        typer.Option(
+            min=0.1, help="Seconds per round instead of --requests; those begun are finished.", rich_help_panel=LOAD
+        ),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="About how long a prompt is.")] = 128,
-    max_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may get.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="About how long a prompt is.", rich_help_panel=ASK)] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may get.", rich_help_panel=ASK)] = 64,
     shared_prefix: Annotated[
-        int, typer.Option(min=0, help="Tokens with which all prompts begin alike (prefix caches).")
+        int, typer.Option(min=0, help="Tokens with which all prompts begin alike (prefix caches).", rich_help_panel=ASK)
     ] = 0,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Make every answer --max-tokens long (vLLM, llama.cpp, loradock).")
+        bool,
+        typer.Option(
+            "--ignore-eos", help="Make every answer --max-tokens long (vLLM, llama.cpp, loradock).", rich_help_panel=ASK
+        ),
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    endpoint: Annotated[str, typer.Option(metavar="chat|completions", help="Which of OpenAI's routes.")] = "chat",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds per server and level.")] = 5,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=ASK)] = 0.0,
+    endpoint: Annotated[
+        str, typer.Option(metavar="chat|completions", help="Which of OpenAI's routes.", rich_help_panel=ASK)
+    ] = "chat",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per server and level.", rich_help_panel=RUN)] = 5,
     warmup: Annotated[
-        int | None, typer.Option(min=0, help="Requests before the first round, not counted. Default: one per stream.")
+        int | None,
+        typer.Option(
+            min=0, help="Requests before the first round, not counted. Default: one per stream.", rich_help_panel=LOAD
+        ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Fixes the mix, arrivals and prompts, except for the prompts' openings.")
+        int,
+        typer.Option(
+            help="Fixes the mix, arrivals and prompts, except for the prompts' openings.", rich_help_panel=RUN
+        ),
     ] = 0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request counts as failed.")] = 300.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until a request counts as failed.", rich_help_panel=LOAD)
+    ] = 300.0,
     disturbed_above: Annotated[
-        float, typer.Option(min=0.0, metavar="CORES", help="CPU use by others that spoils a round.")
+        float,
+        typer.Option(min=0.0, metavar="CORES", help="CPU use by others that spoils a round.", rich_help_panel=RUN),
     ] = 0.10,
     reruns: Annotated[
-        int | None, typer.Option(min=0, help="Disturbed rounds to run again, per level. Default: as many as --rounds.")
+        int | None,
+        typer.Option(
+            min=0, help="Disturbed rounds to run again, per level. Default: as many as --rounds.", rich_help_panel=RUN
+        ),
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="LORADOCK_KEY", help="Key for A.")] = None,
-    vs_api_key: Annotated[str | None, typer.Option(envvar="LORADOCK_VS_KEY", help="Key for B.")] = None,
-    dialect: Annotated[str, typer.Option(metavar="auto|openai|llama.cpp", help="How A names its adapters.")] = "auto",
-    vs_dialect: Annotated[str, typer.Option(metavar="auto|openai|llama.cpp", help="The same for B.")] = "auto",
-    extra_body: Annotated[str | None, typer.Option(metavar="JSON", help="More fields for every request to A.")] = None,
-    vs_extra_body: Annotated[str | None, typer.Option(metavar="JSON", help="The same for B.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORADOCK_KEY", help="Key for A.", rich_help_panel=SERVER)
+    ] = None,
+    vs_api_key: Annotated[
+        str | None, typer.Option(envvar="LORADOCK_VS_KEY", help="Key for B.", rich_help_panel=SECOND)
+    ] = None,
+    dialect: Annotated[
+        str, typer.Option(metavar="auto|openai|llama.cpp", help="How A names its adapters.", rich_help_panel=ASK)
+    ] = "auto",
+    vs_dialect: Annotated[
+        str, typer.Option(metavar="auto|openai|llama.cpp", help="The same for B.", rich_help_panel=SECOND)
+    ] = "auto",
+    extra_body: Annotated[
+        str | None, typer.Option(metavar="JSON", help="More fields for every request to A.", rich_help_panel=ASK)
+    ] = None,
+    vs_extra_body: Annotated[
+        str | None, typer.Option(metavar="JSON", help="The same for B.", rich_help_panel=SECOND)
+    ] = None,
     json_out: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write everything raw; - prints it to stdout.")
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write everything raw; - prints it to stdout.", rich_help_panel=RUN
+        ),
     ] = None,
 ) -> None:
-    """Load against a running OpenAI-compatible server; prints a table and writes JSON.
+    """Measure a running server, or two against each other.
 
+    Any server with OpenAI's API is taken; it prints a table and writes JSON.
     Prompts share no beginning, tokens are counted by the server's usage, failed requests are errors and never
     throughput, and a round during which other processes were busy is run again.
     """
@@ -162,10 +218,11 @@ def swap(
     api_key: Annotated[str | None, typer.Option(envvar="LORADOCK_KEY", help="A key that may promote.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Prove that swaps under load lose, mix and stale nothing; exit code 1 if one did.
+    """Prove that swaps under load lose and mix nothing.
 
-    Each version is asked alone first; every answer under load must be, word for word, what the version that signed it
-    says. Inter-token latency during the swaps is held against that of the phases before and after them.
+    Exit code 1 if one did. Each version is asked alone first; every answer under load must be, word for word, what the
+    version that signed it says. Inter-token latency during the swaps is held against that of the phases before and
+    after them.
     """
     from rich.console import Console
 

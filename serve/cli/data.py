@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serve.cli.arguments import Commands, parse_share
 from serve.cli.terminal import URL, Json, Key, Url, age, example, say, table, told, write_answer
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ data_app = typer.Typer(
     help="Make training data out of an adapter's traffic.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    cls=Commands,
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
@@ -68,7 +70,8 @@ def build(  # long: a parameter is an option
     since: Annotated[str, typer.Option("--since", help="How long ago at most, as 7d, 12h, 30m; else all.")] = "",
     until: Annotated[str, typer.Option("--until", help="How long ago at least.")] = "",
     held_out: Annotated[
-        float, typer.Option("--held-out", min=0, max=0.5, help="The part of the conversations to measure with.")
+        float,
+        typer.Option("--held-out", parser=parse_share, help="The part of the conversations to measure with, as 10%."),
     ] = 0.1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split and of all lots.")] = 0,
     unrated: Annotated[bool, typer.Option("--unrated", help="Answers count too that nobody said anything of.")] = False,
@@ -81,7 +84,10 @@ def build(  # long: a parameter is an option
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Make files of examples out of corrected and well rated answers, and say how much came from where."""
+    """Make files of examples out of rated answers.
+
+    Corrected and well rated ones; it says how much came from where.
+    """
     now = time.time()
     asked: dict[str, Any] = {"since": now - _seconds(since, "--since")} if since else {}
     asked |= {"until": now - _seconds(until, "--until")} if until else {}
@@ -103,7 +109,10 @@ def list_conversations(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """List the captured conversations of an adapter, the latest first, without what was said."""
+    """List the captured conversations of an adapter.
+
+    The latest first, without what was said.
+    """
     with _connected(url, key) as client:
         answer = client.conversations(name, limit)
     say(answer, as_json, lambda answer: _table(answer, name))
@@ -117,7 +126,10 @@ def delete(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Delete a captured conversation; no later build has any of it."""
+    """Delete a captured conversation.
+
+    No later build has any of it.
+    """
     with _connected(url, key) as client:
         answer = client.delete(name, id)
     say(answer, as_json, lambda answer: f"{answer['id']} is deleted, {answer['requests']} requests")

@@ -11,13 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
+from serve.cli.arguments import Commands
 from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, table
 
 engines_app = typer.Typer(
     name="engines",
-    help="List the engines of a running server, swap the model under one, start one again.",
+    help="List engines, swap the model under one, restart one.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    cls=Commands,
 )
 
 # As GET /v1/engines says it; and seconds between two looks while `restart` waits.
@@ -53,7 +55,10 @@ def swap(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Replace the model under a base's name while requests run; on any error the old one continues."""
+    """Replace the model under a base's name in traffic.
+
+    On any error the old one continues.
+    """
     folder = Path(model).expanduser()
     checkpoint = str(folder.resolve()) if folder.is_dir() else model
     with connected("engines", url, key) as client:
@@ -72,7 +77,10 @@ def restart(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Start an engine again that stayed down after too many deaths; exit code 1 if it does not come."""
+    """Start an engine again that stayed down.
+
+    After too many deaths; exit code 1 if it does not come.
+    """
     began = time.monotonic()
     with connected("engines", url, key) as client:
         answer = client.restart(name)

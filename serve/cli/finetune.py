@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from serve.cli.arguments import Commands
 from serve.cli.terminal import URL, Json, Key, Url, age, example, say, table, told
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ finetune_app = typer.Typer(
     help="Train adapters on the server, from files of examples.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    cls=Commands,
 )
+
+# How help groups the options of `create`.
+TRAINING = "Training"
 
 Id = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as `list` shows it.")]
 
@@ -54,20 +59,34 @@ def create(  # long: a parameter is an option
     validation: Annotated[
         Path | None, typer.Option("--validation", help="Examples that are held out.", exists=True, dir_okay=False)
     ] = None,
-    method: Annotated[Literal["supervised", "dpo"], typer.Option("--method", help="How it learns.")] = "supervised",
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Times that each example is seen.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Examples of a step.")] = None,
-    multiplier: Annotated[
-        float | None, typer.Option("--learning-rate-multiplier", help="Of the learning rate that is chosen.")
+    method: Annotated[
+        Literal["supervised", "dpo"], typer.Option("--method", rich_help_panel=TRAINING, help="How it learns.")
+    ] = "supervised",
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=1, rich_help_panel=TRAINING, help="Times that each example is seen.")
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the LoRA.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="The same one gives the same adapter.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, rich_help_panel=TRAINING, help="Examples of a step.")
+    ] = None,
+    multiplier: Annotated[
+        float | None,
+        typer.Option(
+            "--learning-rate-multiplier", rich_help_panel=TRAINING, help="Of the learning rate that is chosen."
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, rich_help_panel=TRAINING, help="Of the LoRA.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, rich_help_panel=TRAINING, help="The same one gives the same adapter.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until its end, and say what happens.")] = False,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Send a file of examples, and have an adapter trained on it."""
+    """Train an adapter on a file of examples.
+
+    The file is sent to the server; the result is a version of the adapter.
+    """
     given = {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": multiplier, "rank": rank}
     hyperparameters = {option: value for option, value in given.items() if value is not None}
     with _connected(url, key) as client:
@@ -94,7 +113,10 @@ def list_jobs(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """List the jobs of this key's tenant, the latest first."""
+    """List the jobs, the latest first.
+
+    Those of this key's tenant.
+    """
     with _connected(url, key) as client:
         answer = client.jobs(limit)
     say(answer, as_json, _table)
@@ -102,7 +124,7 @@ def list_jobs(
 
 @finetune_app.command(epilog=example("loradock finetune show ftjob-0123", "loradock finetune show ftjob-0123 --json"))
 def show(id: Id, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Show a job: where it is, its checkpoints, and why it failed."""
+    """Show a job: its state, checkpoints, and why it failed."""
     with _connected(url, key) as client:
         answer = client.job(id) | {"checkpoints": client.checkpoints(id)["data"]}
     say(answer, as_json, _page)
@@ -163,7 +185,10 @@ def worker(
         str | None, typer.Option("--key", envvar="LORADOCK_KEY", help="An API key with the scope finetune:work.")
     ] = None,
 ) -> None:
-    """Train a server's jobs on this machine, until SIGTERM or Ctrl+C."""
+    """Train a server's jobs on this machine.
+
+    Until SIGTERM or Ctrl+C.
+    """
     import signal
 
     from serve.client.fine_tuning_work_client import WorkClient

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from serve.cli.arguments import Commands, VersionOption, name_and_version
 from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, table
 from serve.errors import ConfigError
 
@@ -20,13 +21,14 @@ LOOK_SECONDS = 1.0
 
 golden_app = typer.Typer(
     name="golden",
-    help="Say what good answers of an adapter are, and see how its versions score.",
+    help="Say what good answers are, and see how versions score.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    cls=Commands,
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
-Version = Annotated[int | None, typer.Option("--version", min=1, help="Which version (default: the live one).")]
+Target = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="The adapter.")]
 
 
 @golden_app.command(epilog=example("loradock golden put tone golden.jsonl"))
@@ -44,32 +46,50 @@ def put(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Keep a golden set for an adapter; the live version is asked it, and each version that comes."""
+    """Keep a golden set for an adapter.
+
+    The live version is asked it, and each version that comes.
+    """
     document = read_document(file)
     with connected("golden", url, key) as client:
         answer = client.put_golden(name, document)
     say(answer, as_json, lambda kept: f"{name} has a golden set of {kept['count']} cases ({kept['digest'][:12]})")
 
 
-@golden_app.command(epilog=example("loradock golden show tone", "loradock golden show tone --version 3 --json"))
-def show(name: Name, version: Version = None, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Show the scores of an adapter's versions, and each case of one version."""
+@golden_app.command("list", epilog=example("loradock golden list"))
+def list_(url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """List the adapters that have a golden set."""
     with connected("golden", url, key) as client:
-        answer = client.golden_results(name, version)
+        answer = client.golden_sets()
+    say(answer, as_json, _listed)
+
+
+@golden_app.command(epilog=example("loradock golden show tone", "loradock golden show tone@v3 --json"))
+def show(name: Target, version: VersionOption = None, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
+    """Show the scores of an adapter's versions.
+
+    And each case of one version.
+    """
+    with connected("golden", url, key) as client:
+        answer = client.golden_results(*name_and_version(name, version))
     say(answer, as_json, _results)
 
 
-@golden_app.command(epilog=example("loradock golden run tone --version 3 --wait"))
+@golden_app.command(epilog=example("loradock golden run tone@v3 --wait"))
 def run(
-    name: Name,
-    version: Version = None,
+    name: Target,
+    version: VersionOption = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until every case was asked; then show the results.")] = False,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Have a version answer the golden set again, in the gaps of traffic."""
+    """Have a version answer the golden set again.
+
+    In the gaps of traffic.
+    """
     with connected("golden", url, key) as client:
+        name, version = name_and_version(name, version)
         answer = client.run_golden(name, version)
         if not wait:
             say(answer, as_json, lambda run: f"{name}@v{run['version']} is asked {run['cases']} cases")
@@ -113,6 +133,12 @@ def _lines(file: Path, text: str) -> list[Any]:
             except ValueError as error:
                 raise ConfigError(f"line {number} of {file} is not JSON: {error}") from error
     return cases
+
+
+def _listed(answer: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [("ADAPTER", "CASES", "DIGEST")]
+    rows += [(row["name"], str(row["count"]), row["digest"][:12]) for row in answer["data"]]
+    return table(rows) if len(rows) > 1 else "no adapter has a golden set: loradock golden put NAME FILE"
 
 
 def _results(answer: dict[str, Any]) -> str:

@@ -19,20 +19,22 @@ from serve.errors import ConfigError
 DEVICES = ("cpu", "gpu")
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, panel: str, requirements_panel: str) -> None:
     """Add the commands and `--version` to `loradock`."""
     app.callback()(_options)
-    app.command(help="Print the versions of loradock, vLLM, torch and Python.")(version)
+    app.command(help="Print the versions of loradock, vLLM, torch and Python.", rich_help_panel=panel)(version)
     app.command(
+        rich_help_panel=panel,
         epilog=example("loradock doctor", "loradock doctor --json --port 9000 --data-dir /var/lib/loradock"),
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         options_metavar="[--json] [--config loradock.yaml] [--SETTING VALUE ...]",
     )(doctor)
     app.command(
+        rich_help_panel=requirements_panel,
         epilog=example(
             "loradock requirements cpu > cpu.txt && pip install --no-deps --require-hashes -r cpu.txt",
             "loradock requirements gpu --extra optimize --extra ray > gpu.txt",
-        )
+        ),
     )(requirements)
 
 
@@ -70,10 +72,10 @@ def doctor(
     context: typer.Context,
     as_json: Annotated[bool, json_option("Print the findings as JSON.")] = False,
 ) -> None:
-    """Say what this machine has and lacks for `loradock serve`, and what to do about it.
+    """Say what this machine lacks for `loradock serve`.
 
-    Takes the settings of `loradock serve`: the port, the data directory and the model are looked at too. Nothing is
-    loaded, started or changed. Exit code 1 when there is a problem, 0 with warnings only.
+    And what to do about it. Takes the settings of `loradock serve`: the port, the data directory and the model are
+    looked at too. Nothing is loaded, started or changed. Exit code 1 when there is a problem, 0 with warnings only.
     """
     from serve.server.doctor import examine, worst
 
@@ -98,7 +100,7 @@ def requirements(
     extra: Annotated[list[str] | None, typer.Option(help="Also what an extra of loradock needs, as optimize.")] = None,
     hashes: Annotated[bool, typer.Option(help="With the sha256 of every file that pip may take.")] = True,
 ) -> None:
-    """Print the versions that were tested together, as a requirements file for pip.
+    """Print the versions that were tested together, for pip.
 
     It is the whole set, for `pip install --no-deps`. For a CPU torch and torchvision are left out: PyPI does not have
     their CPU builds.

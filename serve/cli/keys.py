@@ -10,22 +10,37 @@ from typing import Annotated, Any
 
 import typer
 
+from serve.cli.arguments import Commands
 from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, table
 
 keys_app = typer.Typer(
     name="keys",
-    help="Create, list and revoke the API keys of a running server.",
+    help="Create, list and revoke API keys.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    cls=Commands,
 )
 
 
+# How help groups the options.
+LIMITS, REQUEST = "Limits of the key", "Limits of one request"
+
+
 def _limit(flag: str, help: str) -> Any:
-    return typer.Option(flag, min=1, metavar="N", help=f"{help} (default: no limit).", show_default=False)
+    return typer.Option(
+        flag, min=1, metavar="N", help=f"{help} (default: no limit).", show_default=False, rich_help_panel=LIMITS
+    )
 
 
 def _bound(flag: str, help: str) -> Any:
-    return typer.Option(flag, min=1, metavar="N", help=f"{help} (default: the server's limit).", show_default=False)
+    return typer.Option(
+        flag,
+        min=1,
+        metavar="N",
+        help=f"{help} (default: the server's limit).",
+        show_default=False,
+        rich_help_panel=REQUEST,
+    )
 
 
 @keys_app.command(
@@ -56,7 +71,10 @@ def create(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Create a key and print its secret, once: the server keeps only its hash."""
+    """Create a key and print its secret, once.
+
+    The server keeps only its hash.
+    """
     asked = {
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
@@ -93,7 +111,10 @@ def revoke(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Revoke a key; later requests with it are refused, answers that have begun finish."""
+    """Revoke a key.
+
+    Later requests with it are refused, answers that have begun finish.
+    """
     with connected("keys", url, key) as client:
         answer = client.revoke_key(id)
     say(answer, as_json, lambda body: f"{body.get('tenant')}/{body.get('name')} ({id}) is revoked")

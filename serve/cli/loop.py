@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serve.cli.arguments import Commands
 from serve.cli.terminal import URL, Json, Key, Url, age, example, say, table, told
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 
 loop_app = typer.Typer(
     name="loop",
-    help="See, ask, stop and start the loops of adapters that keep themselves good.",
+    help="Adapters that train and promote their next version.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    cls=Commands,
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
@@ -46,7 +48,7 @@ def list_loops(url: Url = URL, key: Key = None, as_json: Json = False) -> None:
 
 @loop_app.command(epilog=example("loradock loop show tone", "loradock loop show tone --json"))
 def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Show where a loop is, its tries with what they came to, and its references."""
+    """Show where a loop is, its tries and references."""
     with _connected(url, key) as client:
         answer = client.loop(name)
     say(answer, as_json, _shown)
@@ -54,13 +56,19 @@ def show(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> 
 
 @loop_app.command(epilog=example("loradock loop run tone"))
 def run(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Open a try now; gate, canary and budget stay as the policy says."""
+    """Open a try now.
+
+    Gate, canary and budget stay as the policy says.
+    """
     _ask(name, "run", url, key, as_json, "opens a try")
 
 
 @loop_app.command(epilog=example("loradock loop approve tone"))
 def approve(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """Say yes to the candidate that waits for it: it becomes live."""
+    """Say yes to the candidate that waits for it.
+
+    It becomes live.
+    """
     _ask(name, "approve", url, key, as_json, "promotes its candidate")
 
 
@@ -78,7 +86,7 @@ def reject(
 
 @loop_app.command(epilog=example("loradock loop stop tone", "loradock loop stop"))
 def stop(name: Some = "", url: Url = URL, key: Key = None, as_json: Json = False) -> None:
-    """End the try that goes on, and open none until `start`."""
+    """End the try that goes on; open none until `start`."""
     _ask(name, "stop", url, key, as_json, "is stopped")
 
 
@@ -96,7 +104,10 @@ def forget(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Forget a reference with its examples: later candidates are not held against it any more."""
+    """Forget a reference with its examples.
+
+    Later candidates are not held against it any more.
+    """
     with _connected(url, key) as client:
         answer = client.drop(name, reference)
     say(answer, as_json, lambda _: f"the loop of {name} has no reference {reference} any more")

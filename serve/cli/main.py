@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from serve.cli import installation, operate
 from serve.cli.adapters import adapters_app
+from serve.cli.arguments import Commands
 from serve.cli.baseline import baseline_app
 from serve.cli.bench import bench_app
 from serve.cli.data import data_app
@@ -29,31 +30,51 @@ from serve.errors import ConfigError, LoradockError
 # typer exports this one by its subclass alone.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
+# How help groups the commands, in the order in which a reader needs them.
+ORDER = (
+    *("serve", "doctor", "plan", "version", "adapters"),
+    *("drift", "golden", "baseline", "usage", "monitoring"),
+    *("finetune", "data", "loop", "optimize"),
+    *("engines", "keys", "batch", "bench", "backup", "restore", "requirements"),
+)
+START, ADAPTERS, WATCH, TRAIN, OPERATE = "Start", "Adapters", "Watch", "Train", "Operate"
+
+
+class _InOrder(Commands):
+    """The commands as ORDER has them, whatever is a group."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
 app = typer.Typer(
     name="loradock",
-    help="Optimize language models, and serve them with many hot-swapped LoRA adapters.",
+    help="Serve a language model with many LoRA adapters, watch them, and change them while requests run.",
     no_args_is_help=True,
+    cls=_InOrder,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(adapters_app, name="adapters")
-app.add_typer(baseline_app, name="baseline")
-app.add_typer(bench_app, name="bench")
-app.add_typer(data_app, name="data")
-app.add_typer(drift_app, name="drift")
-app.add_typer(engines_app, name="engines")
-app.add_typer(finetune_app, name="finetune")
-app.add_typer(golden_app, name="golden")
-app.add_typer(keys_app, name="keys")
-app.add_typer(loop_app, name="loop")
-app.add_typer(monitoring_app, name="monitoring")
 
-operate.register(app)
-installation.register(app)
-app.command(epilog=example("loradock usage --month 2026-11", "loradock usage --tenant acme --csv > acme.csv"))(usage)
+def _register() -> None:
+    """Every command but `serve` and `optimize`, in the order of the help."""
+    operate.register_plan(app, START)
+    installation.register(app, START, OPERATE)
+    app.add_typer(adapters_app, name="adapters", rich_help_panel=ADAPTERS)
+    app.add_typer(bench_app, name="bench", rich_help_panel=OPERATE)
+    for group in (drift_app, golden_app, baseline_app, monitoring_app):
+        app.add_typer(group, rich_help_panel=WATCH)
+    usage_example = example("loradock usage --month 2026-11", "loradock usage --tenant acme --csv > acme.csv")
+    app.command(epilog=usage_example, rich_help_panel=WATCH)(usage)
+    for group in (finetune_app, data_app, loop_app):
+        app.add_typer(group, rich_help_panel=TRAIN)
+    for group in (engines_app, keys_app):
+        app.add_typer(group, rich_help_panel=OPERATE)
+    operate.register(app, OPERATE)
 
-SERVE_HELP = """Serve MODEL with hot-swapped LoRA adapters behind an OpenAI-compatible endpoint.
+
+SERVE_HELP = """Serve MODEL with LoRA adapters behind OpenAI's API.
 
 MODEL is a local directory, a hub id, an export of `loradock optimize`, or smollm2 (the default, 135M parameters).
 
@@ -67,17 +88,29 @@ Examples:
   loradock serve ./my-model --port 9000 --max-lora-rank 64
   LORADOCK_ADMIN_KEYS=secret loradock serve org/name --host 0.0.0.0
 
-\b
-Settings:
+The settings that are used most are below; --help-all shows every one.
+
 """
 
 
+def _every_setting(wanted: bool) -> None:
+    if wanted:
+        typer.echo(settings_help(every=True).replace("\b\n", ""))
+        raise typer.Exit
+
+
 @app.command(
+    rich_help_panel=START,
     help=SERVE_HELP + settings_help(),
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[MODEL] [--config loradock.yaml] [--SETTING VALUE ...]",
 )
-def serve(context: typer.Context) -> None:
+def serve(
+    context: typer.Context,
+    help_all: Annotated[
+        bool, typer.Option("--help-all", is_eager=True, callback=_every_setting, help="Show every setting, and exit.")
+    ] = False,
+) -> None:
     config = load(context.args)
     try:
         code = _serve(config, context)
@@ -104,7 +137,8 @@ def _print_error(error: LoradockError) -> None:
 
 
 @app.command(
-    help="Turn a base model and its adapters into an optimized, measured export (`loradock optimize --help`).",
+    rich_help_panel=TRAIN,
+    help="Make a model smaller: merge, prune, quantize, export.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
     options_metavar="RECIPE [OPTIONS]",
@@ -123,6 +157,9 @@ def optimize(context: typer.Context) -> None:
         return cuda_toolkit.environment(cuda_toolkit.Toolkit())
 
     raise typer.Exit(run_recipe(context.args, embedded, served))
+
+
+_register()
 
 
 def main() -> None:

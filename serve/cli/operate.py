@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve.cli.terminal import URL, Key, Url, example, json_option, table
-from serve.config import ADAPTERS, load
+from serve.cli.terminal import URL, Key, Url, counted, example, json_option, table
+from serve.config import ADAPTERS, Config, load
 from serve.errors import ConfigError
 from serve.names import shown
 
@@ -25,14 +27,20 @@ if TYPE_CHECKING:
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="As `loradock serve` takes it.", show_default=False)]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to `loradock`."""
+def register_plan(app: typer.Typer, panel: str) -> None:
+    """Add `plan` to `loradock`."""
     app.command(
-        epilog=example("loradock plan ./my-model --max-loras 16 --max-lora-rank 32", "loradock plan smollm2 --json")
+        epilog=example("loradock plan ./my-model --max-loras 16 --max-lora-rank 32", "loradock plan smollm2 --json"),
+        rich_help_panel=panel,
     )(plan)
-    app.command(epilog=example("loradock backup loradock.tar"))(backup)
-    app.command(epilog=example("loradock restore loradock.tar --data-dir ./restored"))(restore)
-    app.command(epilog=example("loradock batch questions.jsonl --out answers.jsonl"))(batch)
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the other commands to `loradock`."""
+    app.command(epilog=example("loradock backup loradock.tar"), rich_help_panel=panel)(backup)
+    restored = example("loradock restore loradock.tar --data-dir ./restored")
+    app.command(epilog=restored, rich_help_panel=panel)(restore)
+    app.command(epilog=example("loradock batch questions.jsonl --out answers.jsonl"), rich_help_panel=panel)(batch)
 
 
 def plan(
@@ -46,7 +54,10 @@ def plan(
     cpu_weights: Annotated[str, typer.Option(help="As the server takes it: auto, int8, int4.")] = "auto",
     as_json: Annotated[bool, json_option("Print the sizes as JSON, in bytes.")] = False,
 ) -> None:
-    """Say how much memory a model takes with its adapters, and how much context fits."""
+    """Say how much memory a model and its adapters take.
+
+    And how much context fits.
+    """
     from serve.config import size
     from serve.models.checkpoint import find
     from serve.models.memory_plan import plan as planned
@@ -72,9 +83,9 @@ def plan(
             "KV cache",
             f"{_mib(memory.kv_cache)}, {memory.tokens} tokens of context at {memory.kv_token / 1024:.0f} KiB each",
         ),
-        (f"{max_loras} slots", _mib(memory.slots)),
+        (counted(max_loras, "slot"), _mib(memory.slots)),
         (
-            f"{max_cpu_loras} adapters in memory",
+            f"{counted(max_cpu_loras, 'adapter')} in memory",
             f"{_mib(memory.host)}, {_mib(memory.adapter)} each at rank {max_lora_rank}",
         ),
         ("processes and graphs", _mib(memory.overhead)),
@@ -100,24 +111,35 @@ def backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The tar file to write.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Write registry, adapters and files of batches into one file; the server may run meanwhile."""
+    """Write registry, adapters and batch files into one file.
+
+    From a folder of this machine; the server may run meanwhile.
+    """
     from serve.adapters.registry.backup import backup as write
 
-    config = _config(data_dir)
+    config = _local(data_dir, "backup")
     written = write(config.data_dir, file.absolute(), config.registry)
-    typer.echo(f"{file}: {written['adapters']} adapters, {written['files']} files of batches, {_mib(written['bytes'])}")
+    typer.echo(f"{file}: {_held(written)}, {_mib(written['bytes'])}, from {config.data_dir}")
 
 
 def restore(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `loradock backup` wrote.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Make a data directory from a backup; every adapter's bytes are checked."""
+    """Make a data directory from a backup.
+
+    Every adapter's bytes are checked.
+    """
     from serve.adapters.registry.backup import restore as read
 
-    config = _config(data_dir)
+    config = _local(data_dir, "restore")
     restored = read(file, config.data_dir)
-    typer.echo(f"{config.data_dir}: {restored['adapters']} adapters, {restored.get('files', 0)} files of batches")
+    typer.echo(f"{config.data_dir}: {_held(restored)}")
+
+
+def _held(counts: Mapping[str, Any]) -> str:
+    files = counts.get("files", 0)
+    return f"{counted(counts['adapters'], 'adapter')}, {files:,} {'file' if files == 1 else 'files'} of batches"
 
 
 def batch(
@@ -127,7 +149,10 @@ def batch(
     url: Url = URL,
     key: Key = None,
 ) -> None:
-    """Answer a file of requests after all other requests; run again, it continues where it stopped."""
+    """Answer a file of requests after all other requests.
+
+    Run again, it continues where it stopped.
+    """
     from rich.progress import Progress
 
     from serve.client.batch import answered, failures, read
@@ -148,6 +173,18 @@ def batch(
         typer.echo(f"... and {len(reasons) - SHOWN_FAILURES} more: {out} has their lines", err=True)
     typer.echo(f"{out}: {len(left) - failed} answered, {failed} failed, {len(jobs) - len(left)} were there already")
     raise typer.Exit(1 if failed else 0)
+
+
+def _local(data_dir: Path | None, command: str) -> Any:
+    """The configuration, unless this machine's default folder is only a guess for the server at LORADOCK_URL."""
+    server = os.environ.get("LORADOCK_URL")
+    config = _config(data_dir)
+    if server and data_dir is None and config.data_dir == Config().data_dir:
+        raise ConfigError(
+            f"`loradock {command}` works on a folder of this machine, not on the server in LORADOCK_URL ({server}): "
+            f"run it where that server runs, with its folder: --data-dir DIR ({config.data_dir} is the default)"
+        )
+    return config
 
 
 def _config(data_dir: Path | None) -> Any:

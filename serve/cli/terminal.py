@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the server refused, 2 the command is wrong, 3 no server an
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,8 +20,14 @@ from serve.errors import ConfigError, LoradockError
 if TYPE_CHECKING:
     from serve.client.adapter_client import AdapterClient
 
-Url = Annotated[str, typer.Option("--url", envvar="LORADOCK_URL", help="The server.")]
-Key = Annotated[str | None, typer.Option("--key", envvar="LORADOCK_KEY", help="An API key that may do this.")]
+# How help groups the options that most commands have.
+SERVER = "Server"
+
+Url = Annotated[str, typer.Option("--url", envvar="LORADOCK_URL", help="Its address.", rich_help_panel=SERVER)]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", envvar="LORADOCK_KEY", help="An API key that may do this.", rich_help_panel=SERVER),
+]
 
 # Whether the command that runs was given --json, for its errors.
 _as_json: ContextVar[bool] = ContextVar("as_json", default=False)
@@ -89,6 +96,27 @@ def write_answer(file: Path, content: bytes) -> None:
         raise ConfigError(f"{file} cannot be written: {error}") from error
 
 
+@contextmanager
+def upload_bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"pushing {escape(name)}", total=None)
+
+        def update(sent: int, total: int) -> None:
+            description = "the server checks it" if sent == total else f"pushing {escape(name)}"
+            progress.update(task, completed=sent, total=total, description=description)
+
+        yield update
+
+
 def nbytes(size: Any) -> str:
     """A size as people read it; "-" if it is not known."""
     if not isinstance(size, int | float):
@@ -96,6 +124,16 @@ def nbytes(size: Any) -> str:
     if size < 1 << 20:
         return f"{size / 1024:.1f} KiB"
     return f"{size / (1 << 20):.0f} MiB" if size < 10 << 30 else f"{size / (1 << 30):.1f} GiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 adapter", "2 adapters"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def portion(weight: float) -> str:
+    """A share of the requests as people write it: 10%."""
+    return f"{weight * 100:.4g}%"
 
 
 def age(moment: Any, now: float) -> str:

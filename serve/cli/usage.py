@@ -29,7 +29,10 @@ def usage(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Show requests, tokens, engine time and cost of a month, by tenant and adapter."""
+    """Show requests, tokens and cost of a month, by tenant.
+
+    And engine time, by adapter.
+    """
     with connected("usage", url, key) as client:
         answer = client.usage(month, tenant)
     say(answer, as_json, _as_csv if as_csv else _as_table)

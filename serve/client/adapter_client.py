@@ -184,6 +184,10 @@ class AdapterClient(ApiClient):
         """Keep a golden set, `{"cases": [...]}`, in the place of an earlier one."""
         return self._call("PUT", f"{_path(name)}/golden", json=dict(document))
 
+    def golden_sets(self) -> dict[str, Any]:
+        """The golden sets of the adapters that this key may change, without their cases."""
+        return self._call("GET", "/v1/golden")
+
     def golden(self, name: str) -> dict[str, Any]:
         """The adapter's golden set."""
         return self._call("GET", f"{_path(name)}/golden")
@@ -203,6 +207,10 @@ class AdapterClient(ApiClient):
     def drift(self, name: str) -> dict[str, Any]:
         """What moved of an adapter, by version and signal, and how its canary does."""
         return self._call("GET", f"{_path(name)}/drift")
+
+    def drift_everywhere(self) -> dict[str, Any]:
+        """What moved, of every adapter that this key may change."""
+        return self._call("GET", "/v1/drift")
 
     def acknowledge_drift(self, name: str, version: int | None = None) -> dict[str, Any]:
         """The alarms of a version (the live one), or of a base, have been dealt with: the evidence begins again."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from serve.config.groups import COMMON, GROUPS, group_of
 from serve.config.values import takes
 from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.rollout.policy import DEFAULT_POLICIES, Policy
@@ -251,11 +252,15 @@ SETTINGS = {
 }
 
 
-def settings_help() -> str:
-    """Every setting of ours on a line, for `--help`."""
-    rows = []
-    for setting in settings():
-        plain = isinstance(setting.default, bool | int | float | str) and setting.default != ""
-        default = f" [{setting.default}]" if plain else ""
-        rows.append(f"--{setting.name.replace('_', '-'):<24} {setting.help}{default}")
-    return "\n".join(rows)
+def settings_help(*, every: bool = False) -> str:
+    """Settings of ours on a line each, for `--help`: the most used, or every one by its group."""
+    paragraphs = []
+    for title in GROUPS if every else (COMMON,):
+        rows = [f"{title}:"]
+        for setting in settings():
+            if group_of(setting.name) == title:
+                plain = isinstance(setting.default, bool | int | float | str) and setting.default != ""
+                default = f" (default: {setting.default})" if plain else ""
+                rows.append(f"  --{setting.name.replace('_', '-'):<24} {setting.help}{default}")
+        paragraphs.append("\n".join(rows))
+    return "\n\n".join(f"\b\n{paragraph}" for paragraph in paragraphs)

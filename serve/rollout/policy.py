@@ -6,7 +6,7 @@
       "*":
         worse: rollback       # or hold: it is not promoted; or notify
         proved: notify        # or promote
-        canary_weight: 0      # 0.1: a promote gives the version a tenth of the traffic first
+        canary_weight: 0      # 10%: a promote gives the version a tenth of the traffic first
         alpha: 0.01           # probability of a false verdict, ever, of one canary
         golden_min: 0         # 0.9: a version with a lower score on its golden set gets no traffic; 0 only reports
         train_on_traffic: false   # whether requests and answers are kept as examples to train it on
@@ -127,6 +127,8 @@ def _are_texts(values: Iterable[Any]) -> bool:
 
 def _number(adapter: str, name: str, value: Any) -> float:
     try:
+        if isinstance(value, str) and value.endswith("%"):
+            return float(value.removesuffix("%")) / 100
         return float(value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the policy of {adapter}: {name} takes a number, not {value!r}") from error
+        raise ConfigError(f"the policy of {adapter}: {name} takes a number, as 0.1 or 10%, not {value!r}") from error

@@ -52,7 +52,9 @@ def lines(page: Page) -> list[list[str]]:
 
 @each
 def test_every_command_on_a_page_exists_with_its_flags(page, commands):
-    known = {name.replace("_", "-") for name in {*config.SETTINGS, *config.engine_options(), "config", "help"}}
+    known = {
+        name.replace("_", "-") for name in {*config.SETTINGS, *config.engine_options(), "config", "help", "help-all"}
+    }
     for words in lines(page):
         name = max((name for name in commands if tuple(words[: len(name)]) == name), key=len, default=None)
         assert name, f"there is no command {words}"

@@ -12,10 +12,20 @@ from serve.api.routes.callers import Manager, TheParts, charged, owned
 from serve.api.schemas import GoldenRun
 from serve.api.services import Services
 from serve.errors import BadRequest, Conflict, NotFound
-from serve.names import spelled, tenant_of
+from serve.gateway.router import manages
+from serve.names import short_name, spelled, tenant_of
 from serve.rollout.golden.golden_set import GoldenSet, check
 
 router = APIRouter()
+
+
+@router.get("/v1/golden")
+async def golden_sets(caller: Manager, parts: TheParts) -> dict[str, Any]:
+    """The golden sets of the adapters that the caller may change, without their cases."""
+    await asyncio.to_thread(parts.golden.results.refresh)
+    names = [full for full in sorted(parts.golden.results.sets) if manages(caller, full) and full in parts.registry]
+    rows = [await _described(parts, short_name(full, caller.tenant), full) for full in names]
+    return {"object": "list", "data": rows}
 
 
 @router.put("/v1/adapters/{name:path}/golden")

@@ -63,9 +63,9 @@ async def test_the_page_of_an_adapter_has_its_versions_traffic_and_history(clien
     assert re.search(r"^  aliases +stable = v1$", text, re.M) and re.search(r"^  engine +base$", text, re.M)
     assert re.search(r"^  v1 +live, pinned, stable +2 ", text, re.M)
     assert re.search(r"^  v2 +canary +2 .* run 17 ", text, re.M)
-    assert "  tone v2 answers 0.1 of the requests" in text
+    assert "  tone v2 answers 10% of the requests" in text
     assert re.search(r"^  20\S+ \S+  alias +v1  stable  by anonymous: as approved$", text, re.M)
-    assert re.search(r"^  20\S+ \S+  canary +v1 to v2  0.1 of the requests  by anonymous$", text, re.M)
+    assert re.search(r"^  20\S+ \S+  canary +v1 to v2  10% of the requests  by anonymous$", text, re.M)
 
 
 async def test_a_pin_names_the_version_and_so_does_a_removal(client, make_adapter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from serve import config
 from serve.cli import main as command
+from serve.config import groups
 from serve.errors import AdapterRejected
 
 GROUPS = typer.main.get_command(command.app).commands
@@ -29,6 +32,16 @@ def test_every_command_has_help_by_its_short_name(words):
     short, long = (CliRunner().invoke(command.app, [*words, flag]) for flag in ("-h", "--help"))
     assert (short.exit_code, long.exit_code) == (0, 0), short.output
     assert short.output == long.output and "Usage" in short.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["adapter list", "adapters ls", "adapters delete", "golden list", "golden ls", "finetune logs", "finetune ls",
+     "drift show", "drift list", "engine list", "key ls", "loops list", "keys delete", "baselines save"],
+)  # fmt: skip
+def test_what_people_type_is_a_command(words):
+    done = CliRunner().invoke(command.app, [*words.split(), "--help"])
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_an_error_before_any_server_is_asked_is_json_too(monkeypatch, capsys):
     ("words", "says"),
     [
         (["adapters", "push", "tone"], "Missing argument 'PATH'."),
-        (["adapters", "canary", "tone", "2", "1.5"], "'WEIGHT'"),
+        (["adapters", "canary", "tone", "2", "1.5"], "'SHARE'"),
         (["adapters", "lst"], "No such command 'lst'"),
         (["adapters", "list", "--colour"], "No such option"),
         (["backup", "x.tar"], "No such option: --json"),
@@ -88,3 +101,32 @@ def test_a_command_that_is_wrong_is_json_after_json_and_a_sentence_without(monke
     assert ended.value.code == 2
     error = json.loads(capsys.readouterr().err)["error"]
     assert says in error["message"] and error["type"] == "config_error"
+
+
+def test_help_is_grouped_and_a_command_is_a_line_of_it():
+    text = CliRunner().invoke(command.app, ["--help"], env={"COLUMNS": "80"}).output
+    panels = re.findall(r"─ (\w+) ─", text)
+    assert panels == ["Options", "Start", "Adapters", "Watch", "Train", "Operate"]
+    for words in (
+        ["--help"],
+        *([name, "--help"] for name, group in GROUPS.items() if hasattr(group, "commands") and name != "bench"),
+    ):
+        text = CliRunner().invoke(command.app, words, env={"COLUMNS": "80"}).output
+        after = text.partition("-h ")[2]
+        shown = [line for line in after.splitlines()[1:] if line.startswith("│")]
+        assert not [line for line in shown if line.startswith("│     ")], "a command takes more than a line"
+
+
+def test_the_help_of_serve_shows_what_is_used_most_and_more_when_asked():
+    short = CliRunner().invoke(command.app, ["serve", "--help"]).output
+    every = CliRunner().invoke(command.app, ["serve", "--help-all"])
+    assert every.exit_code == 0
+    shown = [name for name in config.SETTINGS if f"--{name.replace('_', '-')} " in short]
+    assert set(shown) == {*groups.GROUPS[groups.COMMON]} and len(shown) <= 20
+    assert not [name for name in config.SETTINGS if f"--{name.replace('_', '-')} " not in every.output]
+    assert "(default: 8000)" in short and "Fine-tuning:" in every.output
+
+
+def test_every_setting_stands_in_one_group():
+    grouped = [name for names in groups.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(config.SETTINGS)

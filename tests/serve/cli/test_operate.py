@@ -43,6 +43,26 @@ def test_what_is_no_archive_is_a_sentence(tmp_path, content):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_backup_of_the_default_folder_is_none_of_the_server_that_loradock_url_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORADOCK_URL", "http://10.0.0.7:8000")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.delenv("LORADOCK_DATA_DIR", raising=False)
+    for command in ("backup", "restore"):
+        done = CliRunner().invoke(app, [command, str(tmp_path / "x.tar")])
+        assert "http://10.0.0.7:8000" in str(done.exception) and "--data-dir DIR" in str(done.exception)
+    assert not (tmp_path / "x.tar").exists()
+    done = CliRunner().invoke(app, ["backup", str(tmp_path / "x.tar"), "--data-dir", str(tmp_path / "none")])
+    assert "LORADOCK_URL" not in str(done.exception)
+
+
+@pytest.mark.parametrize(("adapters", "files", "text"), [(1, 1, "1 adapter, 1 file of"), (2, 0, "2 adapters, 0 files")])
+def test_one_is_not_said_as_many(tmp_path, monkeypatch, adapters, files, text):
+    written = {"adapters": adapters, "files": files, "bytes": 0}
+    monkeypatch.setattr("serve.adapters.registry.backup.backup", lambda *_: written)
+    done = CliRunner().invoke(app, ["backup", str(tmp_path / "x.tar"), "--data-dir", str(tmp_path)])
+    assert text in done.stdout
+
+
 def test_a_file_that_is_not_there_is_a_sentence(tmp_path):
     done = CliRunner().invoke(app, ["restore", str(tmp_path / "gone.tar"), "--data-dir", str(tmp_path / "data")])
     assert "gone.tar cannot be read as a backup" in str(done.exception)

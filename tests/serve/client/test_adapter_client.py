@@ -447,17 +447,61 @@ def test_the_commands_tell_a_whole_story(depot: Depot, folder: Path) -> None:
     )
     assert depot.said[-1] == {"expected_version": 2, "why": "complaints"}
     assert cli(depot, "rm", "support@v2").stdout == "support@v2 is removed\n"
-    refused = cli(depot, "rm", "support")
-    assert (refused.exit_code, "add force" in refused.stderr) == (1, True)
     assert cli(depot, "rm", "support", "--force").exit_code == 0
+
+
+def test_a_live_adapter_is_removed_only_by_somebody_who_means_it(depot: Depot, folder: Path, monkeypatch: Any) -> None:
+    cli(depot, "push", "support", str(folder))
+    refused = cli(depot, "rm", "support")
+    assert refused.exit_code == 2 and "support is live (v1 of 1 version)" in refused.stderr
+    assert "give --yes" in refused.stderr and "support" in depot.versions
+    monkeypatch.setattr("serve.cli.adapters._asks", lambda: True)
+    words = ["rm", "support", "--url", depot.url, "--key", KEY]
+    assert CliRunner().invoke(adapters_app, words, input="n\n").exit_code == 1 and "support" in depot.versions
+    asked = CliRunner().invoke(adapters_app, [*words, "--force"], input="")
+    assert asked.exit_code == 0 and "support" not in depot.versions
+    monkeypatch.undo()
+    cli(depot, "push", "support", str(folder), "--no-promote")
+    depot.live.clear()
+    assert cli(depot, "rm", "support", "--yes").exit_code != 2, "nothing is asked"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("canary", "support", "2", "10%"), ("canary", "support@v2", "10%"), ("canary", "support@2", ".1", "--why", "b@v3"),
+     ("canary", "--why", "a@v3", "support", "v2", "10 %"), ("shadow", "support@v2", "10%")],
+)  # fmt: skip
+def test_a_version_and_a_share_are_written_as_people_write_them(depot: Depot, folder: Path, words: Any) -> None:
+    cli(depot, "push", "support", str(folder))
+    done = cli(depot, *words)
+    assert done.exit_code == 0, done.stderr
+    assert depot.shares[words[0]]["version"] == 2 and depot.shares[words[0]]["weight"] == 0.1
+
+
+def test_name_and_version_are_one_word_or_two(depot: Depot, folder: Path) -> None:
+    cli(depot, "push", "support", str(folder))
+    (folder / "adapter_config.json").write_text("{}")
+    cli(depot, "push", "support", str(folder), "--no-promote")
+    assert cli(depot, "promote", "support@v2", "--expect", "v1").stdout == "support v2 is live\n"
+    assert cli(depot, "pin", "support@v1").stdout == "support v1 is pinned\n"
+    both, first = cli(depot, "show", "support").stdout, cli(depot, "show", "support@v1").stdout
+    assert re.search(r"^  v2 +live", both, re.M) and not re.search(r"^  v2 ", first, re.M)
+    assert cli(depot, "show", "support@v7").exit_code == 1
+    assert cli(depot, "promote", "support").exit_code == 2 and cli(depot, "promote", "support@v1", "2").exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["list", "ls"])
+def test_a_command_has_the_names_that_people_try(depot: Depot, name: str) -> None:
+    assert "no adapters yet" in cli(depot, name).stdout
+    assert cli(depot, "lsx").exit_code == 2
 
 
 def test_a_candidate_is_tried_out_from_a_terminal(depot: Depot, folder: Path) -> None:
     cli(depot, "push", "support", str(folder))
-    assert cli(depot, "canary", "support", "v2", "0.1").stdout == "support v2 answers 0.1 of the requests\n"
-    assert cli(depot, "shadow", "support", "2", "1").stdout == "support v2 also answers, unseen, 1 of the requests\n"
+    assert cli(depot, "canary", "support", "v2", "0.1").stdout == "support v2 answers 10% of the requests\n"
+    assert cli(depot, "shadow", "support", "2", "1").stdout == "support v2 also answers, unseen, 100% of the requests\n"
     shown = cli(depot, "show", "support").stdout
-    assert "support v2 answers 0.1 of the requests" in shown and "unseen" in shown
+    assert "support v2 answers 10% of the requests" in shown and "unseen" in shown
     assert cli(depot, "canary", "support", "2", "0").stdout == "support has no canary any more\n"
     assert json.loads(cli(depot, "shadow", "support", "2", "0", "--json").stdout)["shadow"] is None
     assert cli(depot, "canary", "support", "2", "1.5").exit_code == 2

@@ -22,3 +22,10 @@ def test_a_policy_says_what_it_takes():
     ):
         with pytest.raises(ConfigError, match="takes"):
             parse(wrong)
+
+
+def test_a_share_is_written_as_a_percentage_too():
+    (every,) = parse({"*": {"canary_weight": "10%", "golden_min": "90%", "alpha": "1%"}})
+    assert (every.canary_weight, every.golden_min, every.alpha) == (0.1, 0.9, 0.01)
+    with pytest.raises(ConfigError, match="10%"):
+        parse({"*": {"canary_weight": "ten%"}})

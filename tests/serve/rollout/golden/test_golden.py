@@ -256,6 +256,10 @@ async def test_another_tenant_sees_nothing_and_an_operator_no_answers(operator, 
     await put(acme, cases(3))
     _, own = await ran(acme, 1)
     assert {case["answer"] for case in own["cases"]} == {"yes"}
+    (listed,) = (await acme.get("/v1/golden")).json()["data"]
+    assert (listed["name"], listed["count"]) == ("tone", 3) and "cases" not in listed
+    assert [row["name"] for row in (await operator.get("/v1/golden")).json()["data"]] == ["acme/tone"]
+    assert (await globex.get("/v1/golden")).json()["data"] == []
     for path in (GOLDEN, f"{GOLDEN}/results", "/v1/adapters/acme/tone/golden"):
         assert (await globex.get(path)).status_code == 404
     assert (await globex.put("/v1/adapters/acme/tone/golden", json={"cases": cases(1)})).status_code == 404
