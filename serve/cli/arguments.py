@@ -65,7 +65,8 @@ class VersionedCommand(TyperCommand):
             if each.param_type_name == "option" and not getattr(each, "is_flag", False)
             for option in each.opts
         }
-        places, skipped = [], False
+        places: list[int] = []
+        skipped = False
         for place, word in enumerate(args):
             if skipped:
                 skipped = False
