@@ -1,11 +1,13 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base gpu gpu-wheels arm64
+.PHONY: help serve test check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base gpu gpu-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# Tests without the engine: a process for each core, each file in one of them. Threads that wait do not take the other's core.
+PARALLEL = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(or $(WORKERS),logical) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export PYTHON DEVICE MODEL
 
 help: ## this list
@@ -19,8 +21,11 @@ help: ## this list
 serve: setup ## a model and its adapters behind an OpenAI endpoint on port 8000
 	@exec $(BIN)/loradock serve $(MODEL) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-test: setup-dev ## every test, those with the real engine too
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup-dev ## every test: first those without the real engine, on every core, then those with it
+	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),ended=0; $(PARALLEL) -m "not engine" || ended=$$?; $(BIN)/python -m pytest -m engine || ended=$$?; exit $$ended)
+
+check: setup-dev ## tests without the real engine and without the slowest files, on every core; 5 minutes
+	@$(PARALLEL) -m "not engine and not slow" $(ARGS)
 
 lint: setup-dev ## ruff (style, format), and who may import whom
 	@$(BIN)/ruff check .

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,12 +74,10 @@ def test_resume_does_nothing_twice(written, tmp_path, monkeypatch):
     recipe, out = written(STEPS.replace("max_kl: 20", "max_kl: 0")), tmp_path / "out"
     optimize(recipe, "--out", out, expect=3)
     work = out.with_name("out.work")
-    stamps = {path.name: path.stat().st_mtime_ns for path in work.glob("[0-9]*")}
-    assert len(stamps) == 4
+    assert len(list(work.glob("[0-9]*"))) == 4
     # The gate alone is another: nothing is computed again.
-    start = time.monotonic()
+    monkeypatch.setattr(child.Child, "run", lambda *_: pytest.fail("a step was computed again"))
     optimize(recipe, "--out", out, "--resume", "--set", "gate.max_kl=20")
-    assert time.monotonic() - start < 6
     told = json.loads((out / "report/measurements.json").read_text())
     assert [step["done_before"] for step in told["steps"]] == [True] * 4
 
