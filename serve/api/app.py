@@ -31,7 +31,7 @@ from serve.asgi.exchange import Exchange
 from serve.asgi.origin import OriginCheck, origins
 from serve.auth.audit import Audited
 from serve.config import Config
-from serve.engine.engine import Backend
+from serve.engine.backend import Backend
 from serve.errors import LoradockError, invalid
 from serve.gateway.inference import Inference
 from serve.gateway.request import PATHS, STORED

@@ -8,15 +8,14 @@ from typing import Any, Protocol
 from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.api.part_settings import upload_limits
-from serve.asgi.exchange import Exchange
 from serve.auth.audit import Audit
 from serve.auth.auth import Auth
-from serve.auth.rate_limits import Meters
+from serve.auth.rate_limits import Meter, Meters
 from serve.config import Config
 from serve.dataset.datasets import Datasets
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
-from serve.errors import LoradockError
+from serve.errors import LoradockError, Unauthorized
 from serve.gateway.fan_out import RequestBounds
 from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalRequests
@@ -61,16 +60,14 @@ class Parts(Protocol):
     def doubted(self, error: LoradockError) -> LoradockError: ...
 
 
-def on_behalf(
-    parts: Parts, router: Router, take: Callable[[Exchange], None], me: str
-) -> tuple[Batches, Moderator, Guards | None]:
-    """Over the parts that are there already; `take` counts what was used, `me` is this server's name.
+def on_behalf(parts: Parts, router: Router, me: str) -> tuple[Batches, Moderator, Guards | None]:
+    """Over the parts that are there already; `me` is this server's name.
 
     Without a policy that has a guard there are no guards.
     """
     config = parts.config
     bounds = RequestBounds(config.max_sequences, config.max_prompt_logprobs, config.max_batch)
-    requests = InternalRequests(router, parts.meters, take, bounds)
+    requests = InternalRequests(router, parts.meters, bounds)
     moderator = Moderator(
         requests,
         model=config.moderation_model,
@@ -161,6 +158,15 @@ def loops(
     )
     parts.monitor.watch(made.metrics)
     return made
+
+
+def meter_of(auth: Auth, meters: Meters, key: str) -> Meter | None:
+    """The meter of the key with this id; None if it has no limits, or is not taken any more."""
+    try:
+        caller = auth.holder(key)
+    except Unauthorized:
+        return None
+    return meters.of(caller.key, caller.limits)
 
 
 def _limits(config: Config) -> Limits:

@@ -11,8 +11,10 @@ from typing import Any
 from serve.adapters.adapter import Limits
 from serve.config import Config
 from serve.drift.watched_version import DriftSettings
+from serve.engine.backend import Backend
 from serve.engine.effect_probe import Probe
-from serve.engine.engine import Backend, Engine
+from serve.engine.engine import Engine
+from serve.engine.payer import Work
 from serve.engine.restarts import Patience, StartTurn
 from serve.engine.supervisor import Supervisor
 from serve.models.lora_modules import kept_lora_modules
@@ -44,8 +46,10 @@ def upload_limits(config: Config, backend: Backend) -> Limits:
     )
 
 
-def supervisors(config: Config, backends: Sequence[Backend], loads: AdapterLoads) -> list[Supervisor]:
-    """One for each engine."""
+def supervisors(
+    config: Config, backends: Sequence[Backend], loads: AdapterLoads, on_work: Callable[[Work], None]
+) -> list[Supervisor]:
+    """One for each engine; `on_work` hears what they compute, and for whom."""
     patience = Patience(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Patience)})
 
     def probe(engine: Engine) -> Probe | None:
@@ -54,9 +58,10 @@ def supervisors(config: Config, backends: Sequence[Backend], loads: AdapterLoads
         return Probe(engine, min_effect=config.probe_min_effect, max_perplexity=config.probe_max_perplexity)
 
     known = partial(kept_lora_modules, cache=config.cache_dir / "modules")
+    engine = partial(Engine, on_load=loads.observe, on_work=on_work)
     more: dict[str, Any] = {
         "tolerance": config.swap_tolerance,
-        "on_load": loads.observe,
+        "engine_of": engine,
         "modules_of": known,
         "turn": StartTurn(),
     }

@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from serve import __version__
@@ -15,7 +16,7 @@ from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
 from serve.api.background_tasks import BackgroundTasks
 from serve.api.captures import Captures
-from serve.api.on_behalf import fine_tuning, loops, on_behalf
+from serve.api.on_behalf import fine_tuning, loops, meter_of, on_behalf
 from serve.api.part_settings import drift_settings, supervisors, tracing, upload_limits
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import DroppedExchanges, ExchangeWorker
@@ -32,8 +33,9 @@ from serve.drift.features.logprob_sampling import LogprobSampling
 from serve.drift.monitor import DriftMonitor
 from serve.drift.prober import Prober
 from serve.drift.watched_bases import WatchedBases
-from serve.engine.engine import Backend
+from serve.engine.backend import Backend
 from serve.engine.fleet import Fleet
+from serve.engine.payer import Work
 from serve.engine.supervisor import Supervisor
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
 from serve.gateway.fan_out import RequestBounds
@@ -98,7 +100,10 @@ class Services:
 
         # What answers
         loads, popularity = AdapterLoads(), Popularity()
-        self.fleet = Fleet(supervisors(config, backends, loads), self.registry.base)
+        self.meters = Meters()
+        self.usage_ledger = UsageLedger(self.registry, keep_days=config.usage_days)
+        self._usage_metrics = UsageMetrics(config.currency, self._exists, limit=config.max_labelled_versions)
+        self.fleet = Fleet(supervisors(config, backends, loads, self._count_usage), self.registry.base)
         self.lifecycle = Lifecycle(
             self.fleet, self.registry, self.store, lambda base: upload_limits(config, base.backend), popularity
         )
@@ -112,7 +117,6 @@ class Services:
 
         # What looks at answers, and what follows from it
         self.recent, self.feedback = Recent(), Feedback()
-        self._usage_metrics = UsageMetrics(config.currency, self._exists, limit=config.max_labelled_versions)
         self.monitor = Metrics(
             self.fleet,
             self.registry,
@@ -135,7 +139,6 @@ class Services:
             self._webhooks.send,
             swapped=self.monitor.swapped,
         )
-        self.usage_ledger = UsageLedger(self.registry, keep_days=config.usage_days)
         self.automatic_rollback = rollback
         self.alerting = Alerts(
             rollback, self.registry, lambda adapter: policy_for(config.policies, adapter).worse == ROLLBACK
@@ -154,6 +157,7 @@ class Services:
             label=self.monitor.label,
             me=me.id,
             interval=config.golden_interval,
+            meter_of=partial(meter_of, self.auth, self.meters),
             scored=self.tracing.scored if self.tracing else None,
             notify=self._notify,
         )
@@ -219,7 +223,6 @@ class Services:
         # What clients ask
         looks: list[Callable[[Exchange], None]] = [
             self.monitor.take,
-            self._count_usage,
             self.feedback.remember,
             self.exchange_worker.offer,
         ]
@@ -227,7 +230,6 @@ class Services:
         looks += self.captures.takes
         looks += [self.recent.take, *([self.tracing.take] if self.tracing else [])]
         exchanges = ExchangeObservers([*looks, *observers], self.monitor.tap_took)
-        self.meters = Meters()
         self._shadows = Shadows(
             self.fleet,
             self.store,
@@ -238,7 +240,7 @@ class Services:
             grade=self.golden.grade_shadow,
             tracer=self.tracing,
         )
-        self.batches, self.moderator, self._guards = on_behalf(self, self._router, self._count_usage, me.id)
+        self.batches, self.moderator, self._guards = on_behalf(self, self._router, me.id)
         self.fine_tuning = fine_tuning(self, self._router, self.batches, me.id)
         self.loops = loops(self, self.fine_tuning, self.batches, self.captures.datasets, self._notify, me.id)
         self.inference = Inference(
@@ -382,11 +384,9 @@ class Services:
         if self.tracing:
             self.tracing.happened(kind, data)
 
-    def _count_usage(self, exchange: Exchange) -> None:
-        if exchange.generations:
-            used = Usage.of(exchange, self.config.prices)
-            self.usage_ledger.take(exchange, used)
-            self._usage_metrics.take(exchange.adapter, exchange.tenant, used)
+    def _count_usage(self, work: Work) -> None:
+        self.usage_ledger.take(work, used := Usage.of(work, self.config.prices))
+        self._usage_metrics.take(work.adapter, work.payer.tenant, used)
 
     async def _log_stats(self) -> None:
         while True:

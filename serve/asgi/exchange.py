@@ -11,8 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -99,6 +98,20 @@ def count_generated_tokens(generations: Iterable[Generation]) -> int:
     return sum(len(generation.output) for generation in generations)
 
 
+def count_cached_tokens(generations: Iterable[Generation]) -> int:
+    """Tokens of prompts that came from the prefix cache; of several sequences of one prompt, the first computes."""
+    cached: dict[int, int] = {}
+    for generation in generations:
+        prompt = id(generation.prompt)
+        cached[prompt] = min(generation.cached, cached.get(prompt, generation.cached))
+    return sum(cached.values())
+
+
+def sum_engine_seconds(generations: Iterable[Generation]) -> float:
+    """Their part of the time that the engine's steps took."""
+    return sum(generation.engine_seconds for generation in generations)
+
+
 class Failure(StrEnum):
     """Why the server did not answer a request, or not to its end."""
 
@@ -149,14 +162,13 @@ class Watch:
     # What sends the tokens of its one sequence, if it is a plain stream.
     fast_stream: FastStream | None = None
 
-    @property
-    def tokens(self) -> int:
-        """What the engine has read and generated until now, whether or not anybody got it."""
-        generations = [sequence.read() for sequence in self.sequences]
-        return count_prompt_tokens(generations) + count_generated_tokens(generations)
+    def read(self) -> tuple[Generation, ...]:
+        """What the engine has made until now, whether or not anybody got it."""
+        return tuple(sequence.read() for sequence in self.sequences)
 
 
-# The request that the current task answers. A ContextVar goes with it through vLLM's app into the engine.
+# The request that the current task answers; a lease sets it. A ContextVar goes with it through vLLM's app into the
+# engine.
 watching: ContextVar[Watch | None] = ContextVar("watching", default=None)
 
 
@@ -207,17 +219,11 @@ class Exchange:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of prompts that came from the prefix cache; of several sequences of one prompt, the first computes."""
-        cached: dict[int, int] = {}
-        for made in self.generations:
-            prompt = id(made.prompt)
-            cached[prompt] = min(made.cached, cached.get(prompt, made.cached))
-        return sum(cached.values())
+        return count_cached_tokens(self.generations)
 
     @property
     def engine_seconds(self) -> float:
-        """Its part of the time that the engine's steps took."""
-        return sum(made.engine_seconds for made in self.generations)
+        return sum_engine_seconds(self.generations)
 
     @property
     def nbytes(self) -> int:
@@ -379,15 +385,6 @@ class Tap:
         self._crashed = True
         self.status = self.status if self.begun else 500
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """While this lasts, what the backend begins belongs to this request."""
-        token = watching.set(self.watch)
-        try:
-            yield
-        finally:
-            watching.reset(token)
-
     def offer(self, take: Callable[[Exchange], None]) -> None:
         """Hand what was seen to `take`."""
         try:
@@ -397,7 +394,7 @@ class Tap:
 
     def _exchange(self) -> Exchange:
         total = time.perf_counter() - self._started
-        generations = tuple(sequence.read() for sequence in self.watch.sequences)
+        generations = self.watch.read()
         token = min((made.first for made in generations if made.first is not None), default=None)
         if token is not None:
             first: float | None = min(max(token - self.began, 0.0), total)

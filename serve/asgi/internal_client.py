@@ -14,7 +14,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.asgi.cancellation import CancellableCall
-from serve.asgi.exchange import Watch, watching
+from serve.asgi.exchange import Watch
 from serve.errors import EngineUnavailable, LoradockError
 
 _encode = msgspec.json.Encoder().encode
@@ -34,6 +34,14 @@ class AnsweringEngine(Protocol):
     def backend(self) -> App: ...
     def failing(self) -> LoradockError | None: ...
     def alarm(self, ring: Callable[[EngineUnavailable], None]) -> AbstractContextManager[None]: ...
+
+
+class AnsweringLease(Protocol):
+    """A seat with an engine, whose payer is charged for what is left with a watch."""
+
+    @property
+    def engine(self) -> AnsweringEngine: ...
+    def watched(self, watch: Watch) -> AbstractContextManager[None]: ...
 
 
 class RecordedAnswer:
@@ -66,18 +74,14 @@ class RecordedAnswer:
 
 
 async def post(
-    engine: AnsweringEngine, path: str, fields: Mapping[str, Any], *, limit: int, watch: Watch | None = None
+    lease: AnsweringLease, path: str, fields: Mapping[str, Any], *, limit: int, watch: Watch
 ) -> RecordedAnswer:
     """The answer of the engine's app; the engine's own error if it fails. What it generates is left with `watch`."""
-    body = _encode(fields)
+    body, engine = _encode(fields), lease.engine
     answer = RecordedAnswer(limit)
     call = CancellableCall(_receiving(body), answer.send, engine.failing)
-    token = watching.set(watch)
-    try:
-        with engine.alarm(call.cut):
-            await call.run(engine.backend.app, _scope(path, body))
-    finally:
-        watching.reset(token)
+    with lease.watched(watch), engine.alarm(call.cut):
+        await call.run(engine.backend.app, _scope(path, body))
     return answer
 
 

@@ -92,6 +92,11 @@ class Meter:
         return self._tokens is not None
 
     @property
+    def owes(self) -> bool:
+        """No request would be let in now, for the tokens of those before it."""
+        return self._tokens is not None and self._tokens.wait(1, self._now()) > 0
+
+    @property
     def at_rest(self) -> bool:
         """A new meter would do the same."""
         now = self._now()

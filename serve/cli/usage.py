@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +19,7 @@ COLUMNS = (
     *("tenant", "adapter", "requests", "prompt_tokens", "cached_tokens", "generated_tokens"),
     *("engine_seconds", "cost"),
 )
+CAUSE = "cause"
 
 
 def usage(
@@ -24,6 +27,7 @@ def usage(
         str | None, typer.Option("--month", metavar="YYYY-MM", help="The month, by UTC (default: this one).")
     ] = None,
     tenant: Annotated[str | None, typer.Option("--tenant", help="Of one tenant alone.")] = None,
+    causes: Annotated[bool, typer.Option("--causes", help="A line for each thing that the tokens were for.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
     url: Url = URL,
     key: Key = None,
@@ -35,31 +39,40 @@ def usage(
     """
     with connected("usage", url, key) as client:
         answer = client.usage(month, tenant)
-    say(answer, as_json, _as_csv if as_csv else _as_table)
+    columns = (*COLUMNS[:2], CAUSE, *COLUMNS[2:]) if causes else COLUMNS
+    say(answer, as_json, partial(_as_csv if as_csv else _as_table, columns=columns))
 
 
-def _as_csv(answer: dict[str, Any]) -> str:
+def _as_csv(answer: dict[str, Any], columns: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("month", *COLUMNS, "currency"))
-    for row in answer.get("data", []):
-        writer.writerow((answer.get("month"), *(row.get(column) for column in COLUMNS), answer.get("currency")))
+    writer.writerow(("month", *columns, "currency"))
+    for row in _rows(answer, columns):
+        writer.writerow((answer.get("month"), *(row.get(column) for column in columns), answer.get("currency")))
     return text.getvalue().rstrip("\n")
 
 
-def _as_table(answer: dict[str, Any]) -> str:
-    rows = answer.get("data", [])
+def _rows(answer: dict[str, Any], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """By tenant and adapter; and by cause, where that is a column. What has none is from before causes were counted."""
+    rows: list[dict[str, Any]] = answer.get("data", [])
+    if CAUSE not in columns:
+        return rows
+    return [{**row, CAUSE: cause, **part} for row in rows for cause, part in (row.get("causes") or {"": {}}).items()]
+
+
+def _as_table(answer: dict[str, Any], columns: Sequence[str]) -> str:
+    rows = _rows(answer, columns)
     if not rows:
         return f"nothing was used in {answer.get('month')}"
     currency = answer.get("currency") or ""
-    titles = [column.replace("_", " ").upper() for column in COLUMNS]
+    titles = [column.replace("_", " ").upper() for column in columns]
     titles[-1] = f"COST {currency}".strip()
     total = {**answer.get("total", {}), "tenant": "total", "adapter": ""}
-    lines = [tuple(titles), *(_cells(row) for row in [*rows, total])]
+    lines = [tuple(titles), *(_cells(row, columns) for row in [*rows, total])]
     # Without prices everything would be said to cost nothing.
     return table(lines if total.get("cost") else [line[:-1] for line in lines])
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    words = [str(row.get(column, "")) for column in COLUMNS[:6]]
+def _cells(row: dict[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
+    words = [str(row.get(column, "")) for column in columns[:-2]]
     return (*words, f"{row.get('engine_seconds', 0):.1f}", f"{row.get('cost', 0):.4f}")

@@ -15,8 +15,9 @@ from serve.adapters.adapter import Adapter
 from serve.dataset.conversations import Captured
 from serve.dataset.near import bared
 from serve.drift.features.features import refuses
+from serve.engine.payer import Payer
 from serve.rollout.canary.shadow_agreement import Agreement, agreement
-from serve.rollout.golden.golden_runner import Charge, GoldenRunner, Refused
+from serve.rollout.golden.golden_runner import GoldenRunner, Refused
 from serve.rollout.golden.golden_set import CHAT, TEXT, Judge, asked
 
 # What is shown of a question and of each answer, in characters; a question's end is what was asked last.
@@ -70,7 +71,7 @@ async def replay(
     against: Adapter | None,
     max_tokens: int,
     judge: Judge | None,
-    charge: Charge,
+    payer: Payer,
     goes_on: Callable[[], Any],
 ) -> tuple[list[Replayed], Counter[str]]:
     """What was answered, and why some requests were not, counted.
@@ -87,15 +88,15 @@ async def replay(
         fields = {**question, "max_tokens": max_tokens, "temperature": 0, "stream": False}
         path = TEXT if "prompt" in question else CHAT
         try:
-            answer = await runner.ask(candidate, path, fields, charge)
-            other = request.answer if against is None else await runner.ask(against, path, fields, charge)
+            answer = await runner.ask(candidate, path, fields, payer)
+            other = request.answer if against is None else await runner.ask(against, path, fields, payer)
         except Refused as why:
             refused[str(why)] += 1
             continue
         grades: tuple[float, float] | None = None
         if judge is not None:
             graded = [
-                (await runner.grade(judge, candidate.tenant, asked(fields), text, charge)).value
+                (await runner.grade(judge, candidate.tenant, asked(fields), text, payer)).value
                 for text in (other, answer)
             ]
             theirs, own = graded

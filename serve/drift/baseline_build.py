@@ -1,22 +1,23 @@
 """Builds a version's baseline from prompts that no client sent, before its first traffic.
 
 It answers them as a shadow does: through vLLM's own app, with a lease, behind every client in the engine's queue. No
-metric counts it.
+metric of traffic counts it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.store import Store
 from serve.asgi.exchange import Exchange, Watch
 from serve.asgi.internal_client import post
-from serve.engine.engine import LOW_PRIORITY, Engine, Lease
+from serve.engine.engine import LOW_PRIORITY, Lease
 from serve.engine.fleet import Fleet
+from serve.engine.payer import Payer
 from serve.errors import BadRequest
 
 AT_ONCE = 8
@@ -32,16 +33,11 @@ class BaselineBuild:
         self._fleet, self._store = fleet, store
 
     async def run(
-        self,
-        adapter: Adapter,
-        prompts: Sequence[Any],
-        *,
-        max_tokens: int = 64,
-        charge: Callable[[int], None] = lambda tokens: None,
+        self, adapter: Adapter, prompts: Sequence[Any], payer: Payer, *, max_tokens: int = 64
     ) -> list[Exchange]:
         """Have `adapter` answer; BadRequest says which prompt it was that the engine did not take.
 
-        `charge` gets what the engine read and generated for each prompt, also where it was in vain.
+        `payer` is charged for each prompt as it ends, also where it was in vain.
         """
         room = asyncio.Semaphore(AT_ONCE)
         base = self._fleet.of(adapter.name)
@@ -51,13 +47,13 @@ class BaselineBuild:
         async with engine.lease(
             adapter.id,
             path,
-            tenant=adapter.tenant,
+            payer=payer,
             priority=LOW_PRIORITY,
             sequences=min(AT_ONCE, len(prompts)),
             for_client=False,
         ) as lease:
             asking = [
-                asyncio.create_task(self._ask(engine, lease, room, number, adapter, prompt, max_tokens, charge))
+                asyncio.create_task(self._ask(lease, room, number, adapter, prompt, max_tokens))
                 for number, prompt in enumerate(prompts, 1)
             ]
             try:
@@ -68,14 +64,12 @@ class BaselineBuild:
 
     async def _ask(
         self,
-        engine: Engine,
         lease: Lease,
         room: asyncio.Semaphore,
         number: int,
         adapter: Adapter,
         prompt: Any,
         max_tokens: int,
-        charge: Callable[[int], None],
     ) -> Exchange:
         question = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
         body = {"model": lease.model, "max_tokens": max_tokens, "stream": False, **question}
@@ -85,13 +79,10 @@ class BaselineBuild:
         async with room:
             began = time.time()
             path = TEXT if isinstance(prompt, str) else CHAT
-            try:
-                answer = await post(engine, path, body, limit=MAX_ANSWER, watch=watch)
-            finally:
-                charge(watch.tokens)
+            answer = await post(lease, path, body, limit=MAX_ANSWER, watch=watch)
         if answer.status != 200:
             raise BadRequest(f"prompt {number} was answered with {answer.status}: {(answer.body or b'')[:300]!r}")
-        generations = tuple(sequence.read() for sequence in watch.sequences)
+        generations = watch.read()
         return Exchange(
             adapter.name,
             f"v{adapter.version}",

@@ -16,7 +16,7 @@ from serve.adapters.store import Store
 from serve.drift.monitor import DriftMonitor
 from serve.drift.probe_comparison import ProbeAnswers
 from serve.drift.watched_version import Alarm
-from serve.engine.effect_probe import FIXED, Logprobs
+from serve.engine.effect_probe import FIXED, Logprobs, measuring
 from serve.engine.engine import LOW_PRIORITY, Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
@@ -115,22 +115,20 @@ class Prober:
         """The answers; None if the version leaves the engine meanwhile, or does not answer."""
         path = await self._store.bring(live.digest)
         engine, noise = base.engine, base.probe.noise if base.probe else 0.0
-        if engine not in self._base_answers and (answers := await self._ask_engine(engine, None, None, "")):
+        if engine not in self._base_answers and (answers := await self._ask_engine(engine, None, None)):
             self._base_answers[engine] = answers
-        version = await self._ask_engine(engine, live.id, path, live.tenant)
+        version = await self._ask_engine(engine, live.id, path)
         if version is None or engine not in self._base_answers:
             return None
         return ProbeAnswers(version, self._base_answers[engine], noise)
 
-    async def _ask_engine(
-        self, engine: Engine, adapter_id: str | None, path: Path | None, tenant: str
-    ) -> list[Logprobs] | None:
+    async def _ask_engine(self, engine: Engine, adapter_id: str | None, path: Path | None) -> list[Logprobs] | None:
         answers: list[Logprobs] = []
         for prompt in FIXED:
             if adapter_id is not None and not engine.holds(adapter_id):
                 return None
-            async with engine.lease(adapter_id, path, tenant=tenant, priority=LOW_PRIORITY, for_client=False):
-                answers += await engine.backend.probe(adapter_id, [prompt])
+            async with measuring(engine, adapter_id, path, priority=LOW_PRIORITY) as backend:
+                answers += await backend.probe(adapter_id, [prompt])
             if engine.leases:
                 await asyncio.sleep(PAUSE_SECONDS)
         return answers if len(answers) == len(FIXED) and all(answers) else None

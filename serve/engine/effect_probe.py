@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from serve.asgi.exchange import Watch
+from serve.engine.payer import PROBES, Payer
 from serve.errors import AdapterRejected
 
 # Few and short: an upload waits for them (0.15 s on two cores for a 135M model; twice as many take twice as long). Of
@@ -82,7 +85,25 @@ class Leaser(Protocol):
 
     @property
     def backend(self) -> Scorer: ...
-    def lease(self, adapter_id: str | None = None, path: Path | None = None, *, for_client: bool = True) -> Any: ...
+    def lease(
+        self,
+        adapter_id: str | None = None,
+        path: Path | None = None,
+        *,
+        payer: Payer,
+        priority: int = 0,
+        for_client: bool = True,
+    ) -> Any: ...
+
+
+@asynccontextmanager
+async def measuring(
+    engine: Leaser, adapter_id: str | None = None, path: Path | None = None, *, priority: int = 0
+) -> AsyncIterator[Scorer]:
+    """Whoever computes, for questions of the server's own: about this adapter, or about the base."""
+    async with engine.lease(adapter_id, path, payer=PROBES, priority=priority, for_client=False) as lease:
+        with lease.watched(Watch(background=True)):
+            yield engine.backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +126,10 @@ class Probe:
 
     async def start(self) -> None:
         """Measure the base: all prompts at once, and again one by one, which is another batch for each."""
-        backend = self._engine.backend
-        together = await backend.probe(None, PROMPTS)
-        alone = [logprobs for prompt in PROMPTS for logprobs in await backend.probe(None, [prompt])]
-        mean = await backend.score(None, TEXT) if self._max_perplexity and together else None
+        async with measuring(self._engine) as backend:
+            together = await backend.probe(None, PROMPTS)
+            alone = [logprobs for prompt in PROMPTS for logprobs in await backend.probe(None, [prompt])]
+            mean = await backend.score(None, TEXT) if self._max_perplexity and together else None
         # A model that generates nothing has nothing to probe.
         self._base = Base(together, effect(together, alone), mean) if together else None
 
@@ -128,9 +149,9 @@ class Probe:
         if self._base is None:
             return {}
         text = bool(self._max_perplexity)
-        async with self._engine.lease(adapter_id, path, for_client=False):
-            probing = self._engine.backend.probe(adapter_id, PROMPTS)
-            scoring = self._engine.backend.score(adapter_id, TEXT) if text else _nothing()
+        async with measuring(self._engine, adapter_id, path) as backend:
+            probing = backend.probe(adapter_id, PROMPTS)
+            scoring = backend.score(adapter_id, TEXT) if text else _nothing()
             answers, mean = await asyncio.gather(probing, scoring)
         if not all(math.isfinite(value) for logprobs in answers for value in logprobs.values()) or not all(answers):
             raise AdapterRejected(
@@ -157,7 +178,8 @@ class Probe:
 
     async def _listen(self, base: Base) -> None:
         """Measure what the base differs by from itself beside the requests that are running now."""
-        again = [effect(base.logprobs, await self._engine.backend.probe(None, PROMPTS)) for _ in range(AGAIN)]
+        async with measuring(self._engine) as backend:
+            again = [effect(base.logprobs, await backend.probe(None, PROMPTS)) for _ in range(AGAIN)]
         self._base = replace(base, noise=max(base.noise, *again))
 
     def _way_out(self, moved: float) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from serve.engine.effect_probe import PROMPTS, Logprobs
+from serve.engine.effect_probe import PROMPTS, Logprobs, measuring
 from serve.engine.engine import Engine
 
 
@@ -48,10 +48,10 @@ class Effects:
 
     async def of(self, subject: Subject, path: Path) -> Sequence[Logprobs]:
         """By how much each of the base's likeliest tokens is moved, for every prompt."""
-        backend = self._engine.backend
         if self._base is None:
-            self._base = await backend.probe(None, PROMPTS)
-        async with self._engine.lease(subject.id, path, for_client=False):
+            async with measuring(self._engine) as backend:
+                self._base = await backend.probe(None, PROMPTS)
+        async with measuring(self._engine, subject.id, path) as backend:
             answers = await backend.probe(subject.id, PROMPTS)
         return [moved(base, other) for base, other in zip(self._base, answers, strict=True)]
 

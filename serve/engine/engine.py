@@ -12,19 +12,18 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
 
-from prometheus_client.metrics_core import Metric
-from starlette.types import ASGIApp
-
+from serve.asgi.exchange import Watch, count_generated_tokens, count_prompt_tokens, watching
 from serve.engine.admission import Admission
+from serve.engine.backend import Backend
 from serve.engine.dp_ranks import DataParallelRanks
 from serve.engine.fair_queue import FairQueue
+from serve.engine.payer import Payer, Work
 from serve.errors import EngineUnavailable, LoradockError
 
 log = logging.getLogger(__name__)
@@ -52,69 +51,30 @@ class Phase(StrEnum):
     FAILED = "failed"
 
 
-class Backend(Protocol):
-    """What an engine needs from whoever computes."""
-
-    name: str
-    version: str
-    model: str
-    keeps_responses: bool
-    weights: str
-
-    @property
-    def max_lora_rank(self) -> int: ...
-    @property
-    def max_resident(self) -> int: ...
-    @property
-    def slots(self) -> int: ...
-    @property
-    def seats(self) -> int: ...
-    @property
-    def ranks(self) -> int: ...
-    @property
-    def prioritizes(self) -> bool: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def app(self) -> ASGIApp: ...
-    @property
-    def running(self) -> int: ...
-    @property
-    def background(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def memory(self) -> int: ...
-    @property
-    def dead(self) -> bool: ...
-    @property
-    def cause(self) -> str: ...
-    @property
-    def stalled(self) -> float: ...
-    def check_room(self) -> None: ...
-    def another(self, model: str | None = None) -> Backend: ...
-    async def start(self) -> None: ...
-    async def stop(self, *, kill: bool = False) -> None: ...
-    async def add(self, adapter_id: str, number: int, path: Path) -> None: ...
-    async def touch(self, adapter_id: str) -> None: ...
-    async def remove(self, adapter_id: str) -> None: ...
-    async def resident(self) -> set[int]: ...
-    async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]: ...
-    async def score(self, adapter_id: str | None, text: str) -> float: ...
-    async def log_stats(self) -> None: ...
-    def metrics(self, names: Collection[str] = ()) -> Iterable[Metric]: ...
-    def busy_seconds(self) -> Mapping[str, float]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The name under which the backend answers, and the request's place in its queue; None where it has no places."""
+    """The name under which the backend answers, who pays, and the request's place in its queue, None where it has no
+    places. `adapter` is the full name of the adapter, or the base's."""
 
+    engine: Engine = field(repr=False)
+    payer: Payer
     model: str
+    adapter: str
     priority: int | None
     rank: int | None = None
     # From its seat until the adapter was there.
     load_seconds: float = 0.0
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """While this lasts, what the backend begins is left with `watch`; at its end the payer is charged for it."""
+        began, token = time.time(), watching.set(watch)
+        try:
+            yield
+        finally:
+            watching.reset(token)
+            if generations := watch.read():
+                self.engine.account(Work(self.payer, self.adapter, began, generations))
 
 
 @dataclass(slots=True, eq=False)
@@ -138,14 +98,19 @@ class Residence:
 
 
 class Engine:
-    """A backend with a phase, and the record of which request uses which adapter in it."""
+    """A backend with a phase, and the record of which request uses which adapter in it.
+
+    `on_work` hears of all that was computed, and for whom.
+    """
 
     def __init__(
         self,
         backend: Backend,
         max_wait: float = math.inf,
         on_load: Callable[[str, float], None] = lambda tier, seconds: None,
+        on_work: Callable[[Work], None] = lambda work: None,
     ) -> None:
+        self._on_work = on_work
         self._max_wait = max_wait
         self.backend = backend
         self.phase = Phase.STARTING
@@ -241,13 +206,13 @@ class Engine:
         adapter_id: str | None = None,
         path: Path | None = None,
         *,
-        tenant: str = "",
+        payer: Payer,
         priority: int = 0,
         opening: str = "",
         sequences: int = 1,
         for_client: bool = True,
     ) -> AsyncIterator[Lease]:
-        """A seat for the tenant, with the adapter resident until the block ends; one for each of so many `sequences`.
+        """A seat in the payer's turn, with the adapter resident until the block ends; one for each of `sequences`.
 
         `opening` is how its prompt begins.
 
@@ -256,12 +221,13 @@ class Engine:
 
         Nothing is awaited before the lease is counted: between the look-up of a version and its lease no swap can come.
         """
-        forecast = self._admission.check(tenant, priority, self.queue.seats_for(sequences))
+        forecast = self._admission.check(payer.tenant, priority, self.queue.seats_for(sequences))
         for_client = for_client and priority < LOW_PRIORITY
         clock = time.perf_counter  # the loop's counts whole milliseconds: a load began before its request came
         with self._counted(adapter_id, path, background=priority >= LOW_PRIORITY) as resident:
             entered, seated = clock(), 0.0
-            ticket = self.queue.enter(tenant, resident.id if resident else None, priority=priority, size=sequences)
+            id = resident.id if resident else None
+            ticket = self.queue.enter(payer.tenant, id, priority=priority, size=sequences)
             try:
                 if resident and not resident.loaded and self._has_room():
                     self._begin_loading(resident)
@@ -274,11 +240,22 @@ class Engine:
                     await self._loaded(resident)
                 place = engine_priority(priority, ticket.order) if self.backend.prioritizes else None
                 with self.ranks.taken(adapter_id, opening) as rank:
-                    yield Lease(resident.id if resident else self.name, place, rank, clock() - seated)
+                    adapter = id.rpartition("@")[0] if id else self.name
+                    yield Lease(self, payer, id or self.name, adapter, place, rank, clock() - seated)
             finally:
                 self.queue.leave(ticket)
                 if seated and for_client:
                     self._admission.left(clock() - seated)
+
+    def account(self, work: Work) -> None:
+        """Charge what was computed to whom it was for."""
+        tokens = count_prompt_tokens(work.generations) + count_generated_tokens(work.generations)
+        if work.payer.meter:
+            work.payer.meter.charge(tokens)
+        try:
+            self._on_work(work)
+        except Exception:  # whatever is wrong with the books, the answer is the client's
+            log.exception("%d tokens for %s (%s) were not counted", tokens, work.payer.tenant, work.payer.cause)
 
     async def ensure(self, adapter_id: str, path: Path) -> None:
         """The adapter is resident when this returns; its own error when it cannot be. Takes no seat."""

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from serve.adapters.adapter import Adapter
+from serve.engine.backend import Backend
 from serve.engine.effect_probe import Probe
-from serve.engine.engine import Backend, Engine, Phase, Residence
+from serve.engine.engine import Engine, Phase, Residence
 from serve.engine.restarts import Patience, RestartBudget, StartTurn
 from serve.errors import ConfigError, Conflict, EngineUnavailable, LoradockError
 from serve.models.lora_modules import lora_modules
@@ -76,7 +77,7 @@ class Supervisor:
         patience: Patience,
         *,
         tolerance: float = 0.5,
-        on_load: Callable[[str, float], None] = lambda tier, seconds: None,
+        engine_of: Callable[[Backend, float], Engine] = Engine,
         modules_of: Callable[[str], Mapping[str, tuple[int, int]]] = lora_modules,
         clock: Callable[[], float] = time.monotonic,
         turn: StartTurn | None = None,
@@ -90,8 +91,7 @@ class Supervisor:
         self.probe: Probe | None = None
         # What a swap that is under way does now, and for which model.
         self.swapping: dict[str, str] | None = None
-        self._on_load = on_load
-        self._engine = Engine(backend, patience.max_wait, on_load)
+        self._engine_of, self._engine = engine_of, engine_of(backend, patience.max_wait)
         self._adapters: Adapters | None = None
         self._make_probe, self._modules_of = make_probe, modules_of
         self._patience, self._clock, self._turn = patience, clock, turn or StartTurn()
@@ -302,7 +302,7 @@ class Supervisor:
 
     def fresh(self, model: str | None = None) -> Engine:
         """An engine with the same options, over the same model or another; not started."""
-        return Engine(self.backend.another(model), self._patience.max_wait, self._on_load)
+        return self._engine_of(self.backend.another(model), self._patience.max_wait)
 
     async def bring_up(self, engine: Engine) -> StartedEngine:
         """Start a fresh engine and load what it should hold; stopped again if that fails. Raises LoradockErrors."""

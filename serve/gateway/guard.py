@@ -26,6 +26,7 @@ from starlette.types import Message, Send
 from serve.asgi.exchange import Generation, Watch
 from serve.auth.auth import Caller, Scope
 from serve.engine.engine import LOW_PRIORITY
+from serve.engine.payer import Cause, Payer
 from serve.errors import BadRequest, LoradockError, TooLarge
 from serve.gateway.moderation import Moderator
 from serve.rollout.policy import COUNT, REFUSE, Guard
@@ -60,13 +61,15 @@ class Guards(Collector):
     async def over(
         self,
         adapter: str,
-        tenant: str,
+        payer: Payer,
         fields: Mapping[str, Any],
         watch: Watch,
         send: Send,
         wanted: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> AsyncIterator[Send]:
         """Where the answer to a request goes; BadRequest before the block, or at its end, for one that is refused.
+
+        The guard's questions are the payer's, as the request is.
 
         `wanted()` ends what it is entered for once the client does not wait any more.
         """
@@ -79,40 +82,39 @@ class Guards(Collector):
         flags = []
         if guard.prompt:
             async with wanted():
-                flags += [PROMPT] if await self.check_prompt(adapter, tenant, fields) else []
+                flags += [PROMPT] if await self.check_prompt(adapter, payer, fields) else []
         if not guard.answer or guard.action == COUNT:
             yield _Held(send, flags).pass_on if flags else send
             if guard.answer:
-                self._look_later(adapter, tenant, [sequence.read() for sequence in watch.sequences])
+                self._look_later(adapter, payer, watch.read())
             return
         held = _Held(send, flags)
         yield held.hold
         if not held.is_whole:
             return  # its client has left
         if held.status == 200:
-            generations = [sequence.read() for sequence in watch.sequences]
             async with wanted():
-                flags += [ANSWER] if await self.check_answer(adapter, tenant, generations) else []
+                flags += [ANSWER] if await self.check_answer(adapter, payer, watch.read()) else []
         await held.release()
 
-    async def check_prompt(self, adapter: str, tenant: str, fields: Mapping[str, Any], *, priority: int = 0) -> bool:
+    async def check_prompt(self, adapter: str, payer: Payer, fields: Mapping[str, Any], *, priority: int = 0) -> bool:
         """The request is flagged, and passes nevertheless; BadRequest, if it is refused."""
         guard = self._guard_of(adapter)
         if not guard.prompt:
             return False
         text = "\n".join(_texts([fields.get(name) for name in _READ]))
         readable = None if _is_unreadable(fields) else text
-        return await self._judged(adapter, tenant, PROMPT, guard.prompt, readable, priority)
+        return await self._judged(adapter, payer, PROMPT, guard.prompt, readable, priority)
 
     async def check_answer(
-        self, adapter: str, tenant: str, generations: Sequence[Generation], *, priority: int = 0
+        self, adapter: str, payer: Payer, generations: Sequence[Generation], *, priority: int = 0
     ) -> bool:
         """One of the answers is flagged, and they pass nevertheless; BadRequest, if they are refused."""
         guard = self._guard_of(adapter)
         text = "\n".join(generation.text for generation in generations if generation.text)
         if not guard.answer:
             return False
-        return await self._judged(adapter, tenant, ANSWER, guard.answer, text, priority)
+        return await self._judged(adapter, payer, ANSWER, guard.answer, text, priority)
 
     async def close(self) -> None:
         """Break off what is looked at."""
@@ -132,7 +134,7 @@ class Guards(Collector):
             family.add_metric(labels, count)
         yield family
 
-    async def _judged(self, adapter: str, tenant: str, side: str, guard: str, text: str | None, priority: int) -> bool:
+    async def _judged(self, adapter: str, payer: Payer, side: str, guard: str, text: str | None, priority: int) -> bool:
         """It is flagged; `text` is None where it cannot be read."""
         if text == "":
             return False
@@ -140,7 +142,9 @@ class Guards(Collector):
         try:
             if text is None:
                 raise self._unread(adapter)
-            verdict = await self._moderator.judge(_CALLER, text, guard, salt=f"guard:{tenant}", priority=priority)
+            asking = payer.because(Cause.GUARD)
+            salt = f"guard:{payer.tenant}"
+            verdict = await self._moderator.judge(_CALLER, asking, text, guard, salt=salt, priority=priority)
         except LoradockError as error:
             log.warning("the guard %s gave no verdict on the %s of a request to %s: %s", guard, side, adapter, error)
             self._count(adapter, side, NO_VERDICT)
@@ -159,17 +163,17 @@ class Guards(Collector):
     def _unread(self, adapter: str) -> BadRequest:
         return BadRequest(f"{adapter} has a guard, which reads text alone: send the prompt as text")
 
-    def _look_later(self, adapter: str, tenant: str, generations: Sequence[Generation]) -> None:
+    def _look_later(self, adapter: str, payer: Payer, generations: Sequence[Generation]) -> None:
         if len(self._looking) >= AT_ONCE:
             self._count(adapter, ANSWER, SKIPPED)
             return
-        task = asyncio.create_task(self._look(adapter, tenant, generations))
+        task = asyncio.create_task(self._look(adapter, payer, generations))
         self._looking.add(task)
         task.add_done_callback(self._looking.discard)
 
-    async def _look(self, adapter: str, tenant: str, generations: Sequence[Generation]) -> None:
+    async def _look(self, adapter: str, payer: Payer, generations: Sequence[Generation]) -> None:
         try:
-            await self.check_answer(adapter, tenant, generations, priority=LOW_PRIORITY)
+            await self.check_answer(adapter, payer, generations, priority=LOW_PRIORITY)
         except Exception:  # nobody waits for this task: its errors end here
             log.exception("an answer of %s was not looked at", adapter)
 

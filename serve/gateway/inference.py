@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,10 +28,10 @@ from serve.asgi.trace_context import RequestTrace, trace_of
 from serve.auth.auth import Auth, Caller
 from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
+from serve.engine.payer import Cause, Payer
 from serve.errors import BadRequest, ClientLeft, ClientTooSlow, LoradockError
 from serve.gateway.fan_out import FanOut, RequestBounds
 from serve.gateway.guard import Guards
-from serve.gateway.metering import metered
 from serve.gateway.request import (
     COUNTS_TOKENS,
     INVOCATIONS,
@@ -54,6 +54,7 @@ class _Answering:
     """A request on its way: who asks, with which body, and where the answer goes."""
 
     caller: Caller
+    payer: Payer
     request: InferenceRequest | None
     seats: int
     receive: Receive
@@ -151,7 +152,7 @@ class Inference:
         if stored is not None:
             check_response_owner(stored, caller.tenant)
         meter = self._meters.of(caller.key, caller.limits)
-        with metered(meter, tap.watch):
+        with meter.request() if meter else nullcontext():
             request, fan_out = None, FanOut()
             if stored is None:
                 request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
@@ -166,7 +167,8 @@ class Inference:
                 if meter:
                     _check_countable(request, meter)
             send = RateLimitHeaders(tap.send, meter).send if meter else tap.send
-            answering = _Answering(caller, request, fan_out.seats, connection.receive, send, tap, deadline)
+            payer = Payer(caller.tenant, Cause.REQUEST, meter)
+            answering = _Answering(caller, payer, request, fan_out.seats, connection.receive, send, tap, deadline)
             async with self._guarded(scope["path"], answering) as answering.send:
                 await self._answer_leased(scope, answering)
 
@@ -181,12 +183,12 @@ class Inference:
     @asynccontextmanager
     async def _guarded(self, path: str, answering: _Answering) -> AsyncIterator[Send]:
         """Where the answer goes, past the guards of the model that is asked."""
-        request, caller, send = answering.request, answering.caller, answering.send
+        request, caller, payer, send = answering.request, answering.caller, answering.payer, answering.send
         if self._guards is None or request is None or COUNTS_TOKENS.fullmatch(path):
             yield send
             return
         name, watch = self._router.name_of(request.model, caller), answering.tap.watch
-        async with self._guards.over(name, caller.tenant, request.fields, watch, send, answering.wanted) as guarded:
+        async with self._guards.over(name, payer, request.fields, watch, send, answering.wanted) as guarded:
             yield guarded
 
     async def _answer_leased(self, scope: Scope, answering: _Answering) -> None:
@@ -214,7 +216,7 @@ class Inference:
                 send = recorded.send
             call = CancellableCall(receive, HonestStatus(send).send, route.engine.failing)
             fast_stream = tap.watch.fast_stream = FastStream.of(scope, fields, call.send)
-            with tap.watched(), route.engine.alarm(call.cut), answering.deadline.hand_over(call):
+            with route.lease.watched(tap.watch), route.engine.alarm(call.cut), answering.deadline.hand_over(call):
                 await call.run(route.app, scope, fast_stream.send if fast_stream else None)
         if recorded and route.shadow and self._shadows:
             # As the engine got it, so within the caller's tenant; and on nobody's key.
@@ -225,15 +227,16 @@ class Inference:
     @asynccontextmanager
     async def _leased(self, answering: _Answering) -> AsyncIterator[Route]:
         """The request's route, held until the block ends. A client that leaves before it is there loses its place."""
-        request, caller, tap = answering.request, answering.caller, answering.tap
+        request, caller, payer, tap = answering.request, answering.caller, answering.payer, answering.tap
         tap.queued(caller.tenant)
         async with AsyncExitStack() as held:
             if request is None:
-                lease = self._router.lease(None, caller, {}, addressed=tap.addressed)
+                lease = self._router.lease(None, caller, payer, addressed=tap.addressed)
                 yield await held.enter_async_context(lease)
                 return
             async with cancelled_on_disconnect(answering.receive):
-                lease = self._router.lease(request.model, caller, request.fields, answering.seats, tap.addressed)
+                asked = request.model, caller, payer, request.fields, answering.seats, tap.addressed
+                lease = self._router.lease(*asked)
                 route = await held.enter_async_context(lease)
             yield route
 

@@ -1,4 +1,4 @@
-"""A request that the server makes in a caller's name: with the caller's rights, limits and usage, and without a socket.
+"""A request that the server makes in a caller's name: with the caller's rights and limits, and without a socket.
 
 Batches ask their lines so, behind every client; moderations ask their guard model so. Latency metrics, drift and
 canaries do not see it: no client waits for this very answer, or waits for more than it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from serve.asgi.exchange import Exchange, Watch
@@ -16,9 +16,9 @@ from serve.asgi.internal_client import RecordedAnswer, post
 from serve.auth.auth import Caller
 from serve.auth.rate_limits import Meters
 from serve.engine.engine import LOW_PRIORITY
+from serve.engine.payer import Cause, Payer
 from serve.errors import EngineUnavailable
 from serve.gateway.fan_out import FanOut, RequestBounds
-from serve.gateway.metering import metered
 from serve.gateway.request import InferenceRequest
 from serve.gateway.router import Router
 
@@ -36,43 +36,43 @@ class InternalAnswer:
 
 
 class InternalRequests:
-    """`take` gets an Exchange of each request that has ended, however it did."""
+    def __init__(self, router: Router, meters: Meters, bounds: RequestBounds) -> None:
+        self._router, self._meters, self._bounds = router, meters, bounds
 
-    def __init__(self, router: Router, meters: Meters, take: Callable[[Exchange], None], bounds: RequestBounds) -> None:
-        self._router, self._meters, self._take, self._bounds = router, meters, take, bounds
+    def payer(self, caller: Caller, cause: Cause) -> Payer:
+        """Whoever asks, with their key's meter."""
+        return Payer.of(caller, cause, self._meters)
 
     async def ask(
-        self, caller: Caller, path: str, request: InferenceRequest, *, limit: int, priority: int = 0
+        self, caller: Caller, path: str, request: InferenceRequest, *, payer: Payer, limit: int, priority: int = 0
     ) -> InternalAnswer:
         """The answer, be it an error's; a body above `limit` bytes is None. LoradockErrors for what came to none.
 
+        It counts as a request of the caller's key, and its tokens are charged to `payer`.
         RateLimited, Overloaded and EngineUnavailable say when to come again; BrokeOff is of an engine that died.
         """
         fan_out = FanOut.of(path, request.fields, len(request.body))
         fan_out.check(self._bounds.of(caller.limits))
         watch = Watch(background=priority >= LOW_PRIORITY, tools=bool(request.fields.get("tools")))
-        recorded, labels = RecordedAnswer(limit), ("other", "")
         fields = {**request.fields, "priority": priority}
         began, started = time.time(), time.perf_counter()
-        try:
-            with metered(self._meters.of(caller.key, caller.limits), watch):
-                async with self._router.lease(request.model, caller, fields, fan_out.seats) as route:
-                    labels = (route.adapter, route.version)
-                    sent = request.rewritten(path, route, caller.tenant)
-                    try:
-                        recorded = await post(route.engine, path, sent, limit=limit, watch=watch)
-                    except EngineUnavailable as gone:
-                        raise BrokeOff(gone.message, retry_after=gone.retry_after) from gone
-        finally:
-            exchange = Exchange(
-                *labels,
-                recorded.status,
-                None,
-                time.perf_counter() - started,
-                request_id=uuid.uuid4().hex,
-                tenant=caller.tenant,
-                began=began,
-                generations=tuple(sequence.read() for sequence in watch.sequences),
-            )
-            self._take(exchange)
+        meter = self._meters.of(caller.key, caller.limits)
+        with meter.request() if meter else nullcontext():
+            async with self._router.lease(request.model, caller, payer, fields, fan_out.seats) as route:
+                sent = request.rewritten(path, route, caller.tenant)
+                try:
+                    recorded = await post(route.lease, path, sent, limit=limit, watch=watch)
+                except EngineUnavailable as gone:
+                    raise BrokeOff(gone.message, retry_after=gone.retry_after) from gone
+        exchange = Exchange(
+            route.adapter,
+            route.version,
+            recorded.status,
+            None,
+            time.perf_counter() - started,
+            request_id=uuid.uuid4().hex,
+            tenant=caller.tenant,
+            began=began,
+            generations=watch.read(),
+        )
         return InternalAnswer(recorded, exchange)

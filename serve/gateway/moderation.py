@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from serve.auth.auth import Caller
+from serve.engine.payer import Payer
 from serve.errors import BadRequest, EngineUnavailable, NotFound
 from serve.gateway.internal_request import InternalAnswer, InternalRequests
 from serve.gateway.request import InferenceRequest
@@ -57,9 +58,11 @@ class Moderator:
         self._tokens = max(8, sum(len(name) + 2 for name in categories))
 
     async def judge(
-        self, caller: Caller, text: str, model: str | None = None, *, salt: str = "", priority: int = 0
+        self, caller: Caller, payer: Payer, text: str, model: str | None = None, *, salt: str = "", priority: int = 0
     ) -> Verdict:
-        """What the guard says of the text, asked in the caller's name; `salt` keeps its cached prompt apart.
+        """What the guard says of the text: the model that this name means to `caller`, in the turn of `payer`.
+
+        `salt` keeps its cached prompt apart.
 
         BadRequest if the guard does not take it; NoVerdict if that is what its answer comes to.
         """
@@ -75,7 +78,7 @@ class Moderator:
             **({"cache_salt": salt} if salt else {}),
         }
         request = InferenceRequest(msgspec.json.encode(fields))
-        answer = await self._requests.ask(caller, CHAT, request, limit=MAX_ANSWER, priority=priority)
+        answer = await self._requests.ask(caller, CHAT, request, payer=payer, limit=MAX_ANSWER, priority=priority)
         return _verdict(answer, asked, self.categories)
 
     def _named(self, model: str | None) -> str:

@@ -143,8 +143,8 @@ class InferenceRequest:
     def rewritten(self, path: str, route: Route, tenant: str) -> dict[str, Any]:
         """The fields, asking for the route's model by the backend's name for it, within the caller's tenant."""
         changes: dict[str, Any] = {"model": route.model}
-        if route.priority and not _WITHOUT_PRIORITY.fullmatch(path):
-            changes["priority"] = route.priority
+        if route.lease.priority and not _WITHOUT_PRIORITY.fullmatch(path):
+            changes["priority"] = route.lease.priority
         salt = None if COUNTS_TOKENS.fullmatch(path) else tenant_salt(self.fields.get("cache_salt"), tenant)
         if salt is not None:
             changes["cache_salt"] = salt
@@ -181,10 +181,10 @@ class InferenceRequest:
 def for_engine(scope: Scope, route: Route) -> Scope:
     """The request with the route's headers for vLLM, and none of the client's own."""
     headers = [header for header in scope["headers"] if header[0] not in (RANK, PRIORITY)]
-    if route.rank is not None:
-        headers.append((RANK, str(route.rank).encode()))
-    if route.priority and scope["path"] == "/v1/messages":
-        headers.append((PRIORITY, str(route.priority).encode()))
+    if route.lease.rank is not None:
+        headers.append((RANK, str(route.lease.rank).encode()))
+    if route.lease.priority and scope["path"] == "/v1/messages":
+        headers.append((PRIORITY, str(route.lease.priority).encode()))
     return {**scope, "headers": headers}
 
 

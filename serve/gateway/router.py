@@ -15,8 +15,9 @@ from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.auth.auth import Caller
 from serve.engine.dp_ranks import opening
-from serve.engine.engine import Engine
+from serve.engine.engine import Engine, Lease
 from serve.engine.fleet import Fleet
+from serve.engine.payer import Payer
 from serve.engine.supervisor import Supervisor
 from serve.errors import EngineUnavailable, NotFound
 from serve.names import shown, spelled, tenant_of
@@ -32,23 +33,29 @@ class Route:
     and `draw` names the draw that chose between the versions, if that is anything else.
     """
 
-    engine: Engine
-    model: str
+    lease: Lease
     adapter: str
     version: str
     shadow: Adapter | None = None
     dealt: bool = False
     asker: bytes | None = None
-    # Its place in the engine's own queue, and the data-parallel rank that answers it.
-    priority: int | None = None
-    rank: int | None = None
     draw: bytes | None = None
     # The asker with its conversation.
     who: Asker = Asker(None)
-    # From its seat until its adapter was in the engine.
-    load_seconds: float = 0.0
     # How the version was chosen: live, canary, pinned (asked for by number), or base.
     role: str = ""
+
+    @property
+    def engine(self) -> Engine:
+        return self.lease.engine
+
+    @property
+    def model(self) -> str:
+        return self.lease.model
+
+    @property
+    def load_seconds(self) -> float:
+        return self.lease.load_seconds
 
     @property
     def app(self) -> ASGIApp:
@@ -76,16 +83,18 @@ class Router:
         self,
         model: str | None,
         caller: Caller,
+        payer: Payer,
         fields: Mapping[str, Any] | None = None,
         seats: int = 1,
         addressed: Callable[[str, str], None] = _nobody,
     ) -> AsyncIterator[Route]:
         """The route for `model` (None: the first base), held until the block ends. `fields` is the request.
 
+        The name means what it means to `caller`; the turn that it waits for, and the cost, are `payer`'s.
         `addressed(adapter, version)` hears who is to answer before the request waits for anything.
         """
         async with AsyncExitStack() as held:
-            yield await self._leased(model, caller, fields or {}, seats, held, addressed)
+            yield await self._leased(model, caller, payer, fields or {}, seats, held, addressed)
 
     def chosen(self, models: Sequence[str | None], caller: Caller) -> str | None:
         """The first of these that exists and whose engine serves now; else the first that exists. NotFound for none."""
@@ -117,6 +126,7 @@ class Router:
         self,
         model: str | None,
         caller: Caller,
+        payer: Payer,
         fields: Mapping[str, Any],
         seats: int,
         held: AsyncExitStack,
@@ -145,7 +155,7 @@ class Router:
             id = adapter.id if adapter else None
             begins = opening(fields) if engine.backend.ranks > 1 else ""
             priority = fields.get("priority") or 0
-            turn = engine.lease(id, path, tenant=caller.tenant, priority=priority, opening=begins, sequences=seats)
+            turn = engine.lease(id, path, payer=payer, priority=priority, opening=begins, sequences=seats)
             try:
                 lease = await held.enter_async_context(turn)
             except EngineUnavailable:
@@ -154,20 +164,8 @@ class Router:
                 continue
             if id:
                 self._used(id)
-            return Route(
-                engine,
-                lease.model,
-                *labels,
-                shadow,
-                dealt,
-                asker.key,
-                lease.priority,
-                lease.rank,
-                draw,
-                asker,
-                lease.load_seconds,
-                _role(adapter, live if dealt else None),
-            )
+            role = _role(adapter, live if dealt else None)
+            return Route(lease, *labels, shadow, dealt, asker.key, draw, asker, role)
 
     def _path(self, engine: Engine, adapter: Adapter) -> Path:
         """Where its bytes are; what the engine holds answers also while they are out of reach."""

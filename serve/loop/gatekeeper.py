@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from serve.adapters.adapter import Adapter
+from serve.engine.payer import Cause, Payer
 from serve.loop.gate import GOLDEN, NEW, REFERENCE, Gate, Part, compared
 from serve.loop.likelihood import Example
 from serve.loop.loop_rows import LoopRows
@@ -89,5 +90,5 @@ class Gatekeeper:
         outcomes = await asyncio.to_thread(self._golden.results.outcomes, version, golden)
         missing = [key for key in golden.by_key if key not in outcomes]
         if missing:
-            runs.request(version, missing, "loop", lambda tokens: None)
+            runs.request(version, missing, "loop", Payer(version.tenant, Cause.LOOP, None))
         return bool(missing)

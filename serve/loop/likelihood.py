@@ -23,6 +23,7 @@ from serve.asgi.exchange import Watch
 from serve.asgi.internal_client import post
 from serve.engine.engine import LOW_PRIORITY
 from serve.engine.fleet import Fleet
+from serve.engine.payer import Cause, Payer
 from serve.engine.supervisor import Supervisor
 from serve.errors import EngineUnavailable
 from serve.names import shown
@@ -80,12 +81,16 @@ class LikelihoodScorer:
     async def _score(self, base: Supervisor, version: Adapter, path: Path, example: Example) -> float | None:
         engine = base.engine
         async with engine.lease(
-            version.id, path, tenant=version.tenant, priority=LOW_PRIORITY, for_client=False
+            version.id,
+            path,
+            payer=Payer(version.tenant, Cause.LOOP, None),
+            priority=LOW_PRIORITY,
+            for_client=False,
         ) as lease:
 
             async def ask(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
                 body = {**fields, "model": lease.model}
-                answer = await post(engine, where, body, limit=MAX_ANSWER, watch=Watch(background=True))
+                answer = await post(lease, where, body, limit=MAX_ANSWER, watch=Watch(background=True))
                 if answer.status >= 500 or answer.body is None:
                     raise EngineUnavailable(f"the engine answered {answer.status} to an example of the gate")
                 if answer.status != 200:

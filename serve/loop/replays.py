@@ -14,6 +14,7 @@ from typing import Any
 from serve.adapters.adapter import Adapter
 from serve.dataset.conversations import Captured
 from serve.dataset.replay import chosen, replay, report
+from serve.engine.payer import Cause, Payer
 from serve.loop.loop_rows import LoopRows
 from serve.loop.objects import Loop
 from serve.rollout.golden.golden import Golden
@@ -47,7 +48,7 @@ class Replays:
             against=live,
             max_tokens=MAX_TOKENS,
             judge=golden.shadow.judge if golden and golden.shadow else None,
-            charge=lambda tokens: None,
+            payer=Payer(candidate.tenant, Cause.LOOP, None),
             goes_on=more,
         )
         numbers = await asyncio.to_thread(report, replayed, refused, 0)

@@ -26,8 +26,9 @@ from serve.adapters.registry.snapshot import Share
 from serve.adapters.store import Store
 from serve.auth.rate_limits import UNLIMITED
 from serve.auth.rate_limits import Limits as KeyLimits
+from serve.engine.backend import Backend
 from serve.engine.effect_probe import ANY_EFFECT
-from serve.engine.engine import Backend, Engine
+from serve.engine.engine import Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import Conflict, EngineUnavailable, LoradockError

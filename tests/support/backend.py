@@ -73,6 +73,8 @@ class FakeBackend:
         self.usage: dict[str, int] | None = None
         # What the engine made of each request.
         self.generation = Generation([1, 2, 3], [4, 5], "stop", queue=0.01, gap=0.02, worst_gap=0.03)
+        # Tokens that it computed, whoever asked and whether or not anybody watched.
+        self.computed = 0
         self.generate: Callable[[dict[str, Any]], Generation] | None = None
         # What an answer that is no stream says; without it an answer has no choices.
         self.say: Callable[[dict[str, Any]], str] | None = None
@@ -124,10 +126,18 @@ class FakeBackend:
     async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
         assert adapter_id is None or adapter_id in self.held
         self.probes.append(adapter_id)
+        for _ in prompts:
+            self._make(Generation([1, 2, 3], [4], "length"))
         return [{token: self._effect(adapter_id) - token for token in range(20)} for _ in prompts]
 
     async def score(self, adapter_id: str | None, text: str) -> float:
+        self._make(Generation([1] * 40, [2], "length"))
         return -2.0 - self._effect(adapter_id)
+
+    def _make(self, made: Generation) -> None:
+        self.computed += len(made.prompt) + len(made.output)
+        if watch := watching.get():
+            watch.sequences.append(FakeSequence(made))
 
     def _effect(self, adapter_id: str | None) -> float:
         if adapter_id is None:
@@ -153,9 +163,8 @@ class FakeBackend:
         self.bodies.append(body)
         self.paths.append(scope["path"])
         self.headers.append(dict(request.headers))
-        if watch := watching.get():
-            made = self.generate(body) if self.generate else self.generation
-            watch.sequences.append(FakeSequence(made))
+        if scope["method"] == "POST":
+            self._make(self.generate(body) if self.generate else self.generation)
         if body.get("model") and body["model"] == self.broken:
             raise RuntimeError("broken")
         if body.get("model") and body["model"] == self.slow:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from serve.config import keys_hashed, load
+from serve.engine.payer import Cause, Work
 from serve.rollout.canary.canary_monitor import LOWEST_LOG_EVIDENCE as LOWEST
 from serve.rollout.policy import DEFAULT_POLICIES
 from serve.telemetry.rendered.dashboards import dashboards
@@ -30,6 +32,22 @@ from tests.support.server import done, eventually
 ADMIN = "an-admin-key"
 # Seconds that a request may wait for its turn: some of a crowd of forty are refused.
 MAX_WAIT = 0.2
+
+
+# What the server asks by itself: nobody knows how much that is.
+UNSENT = (Cause.PROBE, Cause.SHADOW, Cause.GOLDEN, Cause.JUDGE)
+
+
+def _count_what_was_sent(served: Served) -> None:
+    """Usage shows what clients sent, and what was asked in their name."""
+    for base in served.app.state.parts.fleet:
+        count = partial(_count, base.engine._on_work)
+        base.engine._on_work, base._engine_of = count, partial(base._engine_of, on_work=count)
+
+
+def _count(count: Callable[[Work], None], work: Work) -> None:
+    if work.payer.cause not in UNSENT:
+        count(work)
 
 
 class LivePanels:
@@ -164,7 +182,9 @@ def live_panels(folder: Path, window: float = 600.0, *, every: str | None = "1s"
     )  # fmt: skip
     backend = KnownBackend(str(model))
     with ExitStack() as open:
-        served = open.enter_context(Served(config, backend, ADMIN))
+        server = Served(config, backend, ADMIN)
+        _count_what_was_sent(server)
+        served = open.enter_context(server)
         client = open.enter_context(prometheus(_made(folder / "monitoring"), served.port, ADMIN, every=every))
         assert eventually(lambda: ask(client, 'up{job="loradock"} == 1'), 60)
         traffic = MixedTraffic(served, backend, lambda seed: tiny.adapter(folder / f"adapter-{seed}", seed))

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, create_engine, event, func, insert, select, text, update
+from sqlalchemy import Connection, Engine, Table, create_engine, event, func, insert, inspect, select, text, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import CreateColumn
 
-from serve.adapters.registry.tables import SCHEMA, history, metadata, names, schema_version, versions
+from serve.adapters.registry.tables import SCHEMA, golden_sets, history, metadata, names, schema_version, versions
 from serve.errors import ConfigError, EngineUnavailable, LoradockError, OutOfSpace
 from serve.files import write_ahead
 from serve.names import shown
@@ -66,6 +66,13 @@ def _to_renames(connection: Connection) -> None:
     _add_columns(connection, names, "moved_to")
 
 
+def _to_payers(connection: Connection) -> None:
+    """Golden sets know the key that pays for them."""
+    # A database of before golden sets has got the whole table just now.
+    if "key" not in {column["name"] for column in inspect(connection).get_columns(golden_sets.name)}:
+        _add_columns(connection, golden_sets, "key")
+
+
 def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
     for column in columns:
         spelled = CreateColumn(table.c[column]).compile(dialect=connection.dialect)
@@ -79,6 +86,7 @@ MIGRATIONS: dict[int, Callable[[Connection], None]] = {
     3: _to_bases,
     4: _to_aliases,
     5: _to_renames,
+    6: _to_payers,
 }
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import (
     select,
 )
 
-SCHEMA = 6
+SCHEMA = 7
 
 metadata = MetaData()
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -124,6 +124,7 @@ golden_sets = Table(
     Column("claimed_by", String(64)),  # the server that runs it
     Column("claimed_until", Float(53)),
     Column("verdict", String(64)),  # the last one that was announced: LIVE:CANARY
+    Column("key", String(64)),  # the id of the API key that put it
 )
 
 golden_outcomes = Table(
@@ -183,6 +184,14 @@ usage = Table(
     Column("generated_tokens", BigInteger, nullable=False),
     Column("engine_seconds", Float(53), nullable=False),
     Column("cost", Float(53), nullable=False),
+)
+
+usage_causes = Table(
+    "usage_causes",  # what the rows of `usage` were for
+    metadata,
+    *(column._copy() for column in usage.primary_key),
+    Column("cause", String(16), primary_key=True),
+    *(column._copy() for column in usage.c if not column.primary_key),
 )
 
 files = Table(

@@ -1,7 +1,7 @@
 """What every route begins with: who asks, what for, and whether the adapter is theirs to change."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -11,10 +11,10 @@ from serve.adapters.provenance import measured, provenance_of
 from serve.adapters.registry.snapshot import Share
 from serve.api.services import Services
 from serve.auth.auth import Caller, Scope, allowed
+from serve.engine.payer import Cause, Payer
 from serve.errors import BadRequest, NotFound
 from serve.gateway.router import manages
 from serve.names import short_name, shown, spelled, tenant_of
-from serve.rollout.golden.golden_runner import Charge
 
 
 async def _parts(request: Request) -> Services:
@@ -144,11 +144,8 @@ def agreed(asked: int | None, matching: int | None) -> int | None:
 
 
 @contextmanager
-def charged(parts: Services, caller: Caller) -> Iterator[Charge]:
+def paying(parts: Services, caller: Caller, cause: Cause) -> Iterator[Payer]:
     """Work in the background on the caller's key: it counts as one request, and its tokens are charged as they come."""
-    meter = parts.meters.of(caller.key, caller.limits)
-    if meter is None:
-        yield lambda tokens: None
-        return
-    with meter.request():
-        yield meter.charge
+    payer = Payer.of(caller, cause, parts.meters)
+    with payer.meter.request() if payer.meter else nullcontext():
+        yield payer

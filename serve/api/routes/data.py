@@ -11,12 +11,13 @@ from fastapi import APIRouter, Query, Request
 
 from serve.adapters.adapter import Adapter
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Manager, TheParts, charged, owned
+from serve.api.routes.callers import Manager, TheParts, owned, paying
 from serve.api.schemas import DataBuild, Replay
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.dataset.build import Built, Options
 from serve.dataset.replay import Replayed, chosen, replay, report
+from serve.engine.payer import Cause
 from serve.errors import Conflict, Forbidden, NotFound
 from serve.names import short_name, shown, spelled, tenant_of
 
@@ -127,7 +128,7 @@ async def _replayed(
     async def goes_on() -> bool:
         return not await request.is_disconnected()
 
-    with charged(parts, caller) as charge:
+    with paying(parts, caller, Cause.REPLAY) as payer:
         return await replay(
             parts.golden.runner,
             version,
@@ -135,7 +136,7 @@ async def _replayed(
             against=live,
             max_tokens=body.max_tokens,
             judge=judge,
-            charge=charge,
+            payer=payer,
             goes_on=goes_on,
         )
 

@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -14,12 +13,13 @@ from pydantic import PositiveInt
 
 from serve.adapters.adapter import Adapter
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Asker, Manager, TheParts, owned
+from serve.api.routes.callers import Asker, Manager, TheParts, owned, paying
 from serve.api.schemas import Accepted, Acknowledged, BaselinePrompts, Rating
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.dataset.feedback import GOOD
 from serve.drift.change_description import for_tenant
+from serve.engine.payer import Cause
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound, TooLarge
 from serve.gateway.router import manages
 from serve.names import short_name, spelled
@@ -126,10 +126,8 @@ async def baseline(
     """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
     which = baselined(parts, owned(parts, name, caller), body.version)
-    meter = parts.meters.of(caller.key, caller.limits)
-    with meter.request() if meter else nullcontext():
-        charge = meter.charge if meter else lambda tokens: None
-        exchanges = await parts.baseline_build.run(which, body.prompts, max_tokens=body.max_tokens, charge=charge)
+    with paying(parts, caller, Cause.BASELINE) as payer:
+        exchanges = await parts.baseline_build.run(which, body.prompts, payer, max_tokens=body.max_tokens)
     label = f"v{which.version}"
     rows = await asyncio.to_thread(_asked, parts.drift_monitor.build_baseline, which.name, label, which.id, exchanges)
     return {"object": "baseline", "name": name, "version": which.version, "requests": rows}

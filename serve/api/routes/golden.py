@@ -8,9 +8,10 @@ from pydantic import PositiveInt
 
 from serve.adapters.adapter import Adapter
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Manager, TheParts, charged, owned
+from serve.api.routes.callers import Manager, TheParts, owned, paying
 from serve.api.schemas import GoldenRun
 from serve.api.services import Services
+from serve.engine.payer import Cause
 from serve.errors import BadRequest, Conflict, NotFound
 from serve.gateway.router import manages
 from serve.names import short_name, spelled, tenant_of
@@ -51,10 +52,10 @@ async def put_golden(
         except NotFound as missing:
             raise BadRequest(f"{where} has a judge that is not there: {missing.message}") from missing
     live = parts.registry.live(full)
-    with charged(parts, caller) as charge:
-        unanswered = await asyncio.to_thread(parts.golden.put, full, body, caller.name, live)
+    with paying(parts, caller, Cause.GOLDEN) as payer:
+        unanswered = await asyncio.to_thread(parts.golden.put, full, body, caller, live)
         if live is not None:
-            parts.golden.runs.request(live, unanswered, "put", charge)
+            parts.golden.runs.request(live, unanswered, "put", payer)
     return await _described(parts, name, full)
 
 
@@ -94,8 +95,8 @@ async def run_golden(
     document = await asyncio.to_thread(parts.golden.results.golden, full)
     if document is None:
         raise _missing(name)
-    with charged(parts, caller) as charge:
-        parts.golden.runs.request(version, document.by_key, "asked", charge)
+    with paying(parts, caller, Cause.GOLDEN) as payer:
+        parts.golden.runs.request(version, document.by_key, "asked", payer)
     return {"object": "golden.run", "name": name, "version": version.version, "cases": len(document.cases)}
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Asker, TheParts
 from serve.api.schemas import Moderations, TextPart
+from serve.engine.payer import Cause, Payer
 from serve.gateway.moderation import Verdict
 
 router = APIRouter()
@@ -24,7 +25,8 @@ async def moderate(
     """
     request.state.audited = False
     moderator = parts.moderator
-    asking = [asyncio.create_task(moderator.judge(caller, text, body.model)) for text in _texts(body)]
+    payer = Payer.of(caller, Cause.MODERATION, parts.meters)
+    asking = [asyncio.create_task(moderator.judge(caller, payer, text, body.model)) for text in _texts(body)]
     try:
         verdicts = await asyncio.gather(*asking)
     finally:

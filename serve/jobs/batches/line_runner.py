@@ -21,6 +21,7 @@ import msgspec
 from serve.asgi.internal_client import RecordedAnswer
 from serve.auth.auth import Auth, Caller, Scope, allowed
 from serve.engine.engine import LOW_PRIORITY
+from serve.engine.payer import Cause
 from serve.engine.supervisor import Supervisor
 from serve.errors import BadRequest, LoradockError, Unauthorized
 from serve.gateway.guard import Guards
@@ -127,12 +128,12 @@ class LineRunner:
     async def _guarded(self, caller: Caller, path: str, request: InferenceRequest) -> InternalAnswer:
         """The answer, past the guards of the model; BadRequest, if they refuse it or its request."""
         name = self._router.name_of(request.model, caller)
+        payer = self._requests.payer(caller, Cause.BATCH)
         if self._guards:
-            await self._guards.check_prompt(name, caller.tenant, request.fields, priority=LOW_PRIORITY)
-        answer = await self._requests.ask(caller, path, request, limit=MAX_ANSWER, priority=LOW_PRIORITY)
+            await self._guards.check_prompt(name, payer, request.fields, priority=LOW_PRIORITY)
+        answer = await self._requests.ask(caller, path, request, payer=payer, limit=MAX_ANSWER, priority=LOW_PRIORITY)
         if self._guards and answer.recorded.status == 200:
-            generations = answer.exchange.generations
-            await self._guards.check_answer(name, caller.tenant, generations, priority=LOW_PRIORITY)
+            await self._guards.check_answer(name, payer, answer.exchange.generations, priority=LOW_PRIORITY)
         return answer
 
     def _caller(self, key: str, tenant: str) -> Caller:

@@ -23,6 +23,7 @@ from serve.asgi.internal_client import RecordedAnswer, post
 from serve.asgi.trace_context import RequestTrace
 from serve.engine.engine import LOW_PRIORITY, Lease
 from serve.engine.fleet import Fleet
+from serve.engine.payer import Cause, Payer
 from serve.errors import LoradockError
 from serve.rollout.canary.shadow_agreement import ShadowAgreement
 
@@ -202,14 +203,14 @@ class Shadows:
         async with engine.lease(
             candidate.id,
             place,
-            tenant=candidate.tenant,
+            payer=Payer(candidate.tenant, Cause.SHADOW, None),  # whoever put it there
             priority=LOW_PRIORITY,
             sequences=sequences,
             for_client=False,
         ) as lease:
             answerer = _Answerer(lease.model, candidate.name, f"v{candidate.version}", lease.load_seconds)
             seen.routed(answerer, candidate.tenant)
-            return await post(engine, path, _unseen(fields, lease, path), limit=MAX_ANSWER, watch=seen.watch)
+            return await post(lease, path, _unseen(fields, lease, path), limit=MAX_ANSWER, watch=seen.watch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,15 @@ from typing import Any
 from serve.adapters.adapter import Adapter
 from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
+from serve.auth.auth import Caller
+from serve.auth.rate_limits import Meter
 from serve.engine.fleet import Fleet
+from serve.engine.payer import Cause, Payer
 from serve.rollout.canary.canary import CanaryVerdict
 from serve.rollout.golden.golden_falls import GoldenFalls
 from serve.rollout.golden.golden_results import GoldenResults
 from serve.rollout.golden.golden_runner import GoldenRunner
-from serve.rollout.golden.golden_schedule import GoldenRuns, Scored, charge_nobody
+from serve.rollout.golden.golden_schedule import GoldenRuns, Scored
 from serve.rollout.golden.golden_set import GoldenSet, asked
 from serve.rollout.golden.golden_store import GoldenStore
 from serve.rollout.golden.golden_verdicts import GoldenVerdicts
@@ -45,6 +48,7 @@ class Golden:
         label: Callable[[str, str], tuple[str, str]],
         me: str,
         interval: float,
+        meter_of: Callable[[str], Meter | None],
         scored: Scored | None = None,
         notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
     ) -> None:
@@ -65,12 +69,13 @@ class Golden:
             fleet,
             me=me,
             interval=interval,
+            meter_of=meter_of,
             scored=scored,
         )
 
-    def put(self, name: str, golden: GoldenSet, by: str, live: Adapter | None) -> list[str]:
+    def put(self, name: str, golden: GoldenSet, by: Caller, live: Adapter | None) -> list[str]:
         """Keep the set in the place of an earlier one; the cases that `live` has not answered yet. Blocks."""
-        self._store.put(name, golden, by)
+        self._store.put(name, golden, by.name, by.key)
         self.results.refresh()
         outcomes = self.results.outcomes(live, golden) if live else {}
         return [case for case in golden.by_key if case not in outcomes or outcomes[case].score is None]
@@ -86,9 +91,8 @@ class Golden:
         question = asked(fields)
         if sampled is None or not question or self._lots.random() >= sampled.share:
             return None
-        grades = [
-            await self.runner.grade(sampled.judge, shadow.tenant, question, answer, charge_nobody) for answer in answers
-        ]
+        payer = Payer(shadow.tenant, Cause.JUDGE, None)
+        grades = [await self.runner.grade(sampled.judge, shadow.tenant, question, answer, payer) for answer in answers]
         live, own = (grade.value for grade in grades)
         return None if live is None or own is None else (live, own)
 

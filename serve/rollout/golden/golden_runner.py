@@ -19,6 +19,7 @@ from serve.asgi.exchange import Watch
 from serve.asgi.internal_client import post
 from serve.engine.engine import LOW_PRIORITY
 from serve.engine.fleet import Fleet
+from serve.engine.payer import Cause, Payer
 from serve.engine.supervisor import Supervisor
 from serve.errors import NotFound
 from serve.names import shown
@@ -31,8 +32,6 @@ MAX_ANSWER = 1 << 20
 GAP_SECONDS, LOOK_SECONDS = 2.0, 0.05
 # Cases at a time while no client is answered; beside clients it is one.
 AT_ONCE = 4
-
-Charge = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +79,18 @@ class GoldenRunner:
         """No client is answered by the engine of this version."""
         return _is_idle(self._fleet.of(adapter.name))
 
-    async def run(self, adapter: Adapter, case: GoldenCase, charge: Charge) -> Outcome:
+    async def run(self, adapter: Adapter, case: GoldenCase, payer: Payer) -> Outcome:
         """The outcome of one case; an error of the engine itself is raised: it says nothing about the version.
 
-        `charge` gets the tokens that each request cost.
+        What the judges of its cases say is the payer's too, as `judge`.
         """
         basis, values, answers = self.basis(adapter, case), [], []
         scored = CaseScore(None)
         for _ in range(case.samples):
             try:
-                answer = await self._ask(self.model(adapter), adapter.tenant, case.path, case.request, charge)
+                answer = await self._ask(self.model(adapter), adapter.tenant, case.path, case.request, payer)
                 answers.append(answer)
-                scored = await self._score(adapter, case, answer, charge)
+                scored = await self._score(adapter, case, answer, payer)
             except Refused as refused:
                 scored = CaseScore(None, f"the engine answered: {shown(refused, 300)}")
             if scored.value is None:
@@ -101,16 +100,16 @@ class GoldenRunner:
             scored = CaseScore(sum(values) / len(values), scored.detail)
         return Outcome(case.key, basis, scored.result, scored.value, "\n---\n".join(answers), scored.detail)
 
-    async def _score(self, adapter: Adapter, case: GoldenCase, answer: str, charge: Charge) -> CaseScore:
+    async def _score(self, adapter: Adapter, case: GoldenCase, answer: str, payer: Payer) -> CaseScore:
         if case.judge is None:
             return await asyncio.to_thread(score, case, answer)
-        return await self.grade(case.judge, adapter.tenant, case.asked, answer, charge)
+        return await self.grade(case.judge, adapter.tenant, case.asked, answer, payer)
 
-    async def ask(self, adapter: Adapter, path: str, fields: Mapping[str, Any], charge: Charge) -> str:
-        """What a version answers to this request, in the name of its own tenant; Refused."""
-        return await self._ask(self.model(adapter), adapter.tenant, path, fields, charge)
+    async def ask(self, adapter: Adapter, path: str, fields: Mapping[str, Any], payer: Payer) -> str:
+        """What a version answers to this request; Refused."""
+        return await self._ask(self.model(adapter), adapter.tenant, path, fields, payer)
 
-    async def grade(self, judge: Judge, tenant: str, asked: str, answer: str, charge: Charge) -> CaseScore:
+    async def grade(self, judge: Judge, tenant: str, asked: str, answer: str, payer: Payer) -> CaseScore:
         """What a judge says about an answer."""
         try:
             model = self.judge(judge, tenant)
@@ -119,7 +118,7 @@ class GoldenRunner:
         question = [{"role": "user", "content": judge.question(asked, answer)}]
         fields = {"messages": question, "max_tokens": judge.max_tokens, "temperature": 0, "stream": False}
         try:
-            reply = await self._ask(model, tenant, CHAT, fields, charge)
+            reply = await self._ask(model, tenant, CHAT, fields, payer.because(Cause.JUDGE))
         except Refused as refused:
             return CaseScore(None, f"the judge answered: {shown(refused, 300)}")
         value = grade(reply)
@@ -127,24 +126,20 @@ class GoldenRunner:
             return CaseScore(None, f"the judge said {shown(reply)}: neither a number from 0 to 1 nor yes or no")
         return CaseScore(value, f"the judge said {shown(reply)}")
 
-    async def _ask(self, model: Model, tenant: str, path: str, fields: Mapping[str, Any], charge: Charge) -> str:
+    async def _ask(self, model: Model, tenant: str, path: str, fields: Mapping[str, Any], payer: Payer) -> str:
         """The text of an answer."""
         base, adapter = model.base, model.adapter
         await _gap(base)
         place = await self._store.bring(adapter.digest) if adapter else None
         await base.available()
         engine, watch = base.engine, Watch(background=True)
-        async with engine.lease(
-            adapter.id if adapter else None, place, tenant=tenant, priority=LOW_PRIORITY, for_client=False
-        ) as lease:
+        id = adapter.id if adapter else None
+        async with engine.lease(id, place, payer=payer, priority=LOW_PRIORITY, for_client=False) as lease:
             # No client's prompts share this part of the prefix cache: how fast they are answered would tell of these.
             body = {**fields, "model": lease.model, "cache_salt": f"golden:{tenant}"}
             if lease.priority is not None:
                 body["priority"] = lease.priority
-            try:
-                answer = await post(engine, path, body, limit=MAX_ANSWER, watch=watch)
-            finally:
-                charge(watch.tokens)
+            answer = await post(lease, path, body, limit=MAX_ANSWER, watch=watch)
         if answer.status != 200 or answer.body is None:
             raise Refused(f"{answer.status} {_message(answer.body or b'')}")
         return _text(answer.body)

@@ -14,16 +14,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.registry.registry import Registry
+from serve.auth.rate_limits import Meter
 from serve.engine.fleet import Fleet
+from serve.engine.payer import Cause, Payer
 from serve.errors import LoradockError
 from serve.rollout.golden.golden_falls import GoldenFalls
 from serve.rollout.golden.golden_results import GoldenResults
-from serve.rollout.golden.golden_runner import AT_ONCE, Charge, GoldenRunner
+from serve.rollout.golden.golden_runner import AT_ONCE, GoldenRunner
 from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.golden.golden_store import GoldenStore, HeldPromotion, Outcome
 from serve.rollout.golden.golden_verdicts import GoldenVerdicts
@@ -57,7 +59,7 @@ class _Request:
 
     reason: str
     keys: list[str]
-    charge: Charge = field(repr=False)
+    payer: Payer
 
 
 Scored: TypeAlias = Callable[[str, str, float | None, int, bool], None]
@@ -66,7 +68,8 @@ Scored: TypeAlias = Callable[[str, str, float | None, int, bool], None]
 class GoldenRuns:
     """For one event loop. `me` is this server's name; `interval` in seconds, 0 for none.
 
-    `scored(adapter, version, score, cases, complete)` hears of every run that has ended.
+    `scored(adapter, version, score, cases, complete)` hears of every run that has ended. What nobody asked for is paid
+    by the adapter's tenant, and charged to the key that put the set: `meter_of(key)` has its limits, if it has any.
     """
 
     def __init__(
@@ -81,10 +84,11 @@ class GoldenRuns:
         *,
         me: str,
         interval: float,
+        meter_of: Callable[[str], Meter | None],
         scored: Scored | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._scored = scored
+        self._scored, self._meter_of = scored, meter_of
         self._store, self._results, self._runner, self._verdicts = store, results, runner, verdicts
         self._falls, self._registry, self._fleet = falls, registry, fleet
         self._me, self._interval, self._clock = me, interval, clock
@@ -96,9 +100,9 @@ class GoldenRuns:
         self._next: dict[str, float] = {}
         self._held: Sequence[HeldPromotion] = ()
 
-    def request(self, adapter: Adapter, cases: Iterable[str], reason: str, charge: Charge) -> None:
+    def request(self, adapter: Adapter, cases: Iterable[str], reason: str, payer: Payer) -> None:
         """Ask a version these cases, as soon as there is a gap."""
-        self._requests[adapter.name, adapter.version] = _Request(reason, list(cases), charge)
+        self._requests[adapter.name, adapter.version] = _Request(reason, list(cases), payer)
         self._next[adapter.name] = 0.0
         self.wake()
 
@@ -179,27 +183,27 @@ class GoldenRuns:
         due, again = due_cases(bases, outcomes, now, self._interval if repeats else 0.0)
         self._next[adapter.name] = min(self._next[adapter.name], again)
         reason = "scheduled" if repeats and outcomes else "new"
-        charge: Charge = charge_nobody
+        payer = Payer(adapter.tenant, Cause.GOLDEN, self._meter_of(self._results.sets[adapter.name].key))
         if request := self._requests.get(key):
             request.keys = [case for case in request.keys if case in golden.by_key]
-            due, reason, charge = request.keys, request.reason, request.charge
+            due, reason, payer = request.keys, request.reason, request.payer
         if not due:
             # Another server asked the rest, or the set has changed.
             self._requests.pop(key, None)
             self._runs.pop(key, None)
         elif await asyncio.to_thread(self._store.claim, adapter.name, self._me, CLAIM_SECONDS):
             run = self._runs.setdefault(key, _Run(reason, now))
-            await self._ask(adapter, golden, list(due), run, charge)
+            await self._ask(adapter, golden, list(due), run, payer)
         else:
             self._next[adapter.name] = 0.0  # another server runs it
 
-    async def _ask(self, adapter: Adapter, golden: GoldenSet, due: list[str], run: _Run, charge: Charge) -> None:
+    async def _ask(self, adapter: Adapter, golden: GoldenSet, due: list[str], run: _Run, payer: Payer) -> None:
         """A slice of a run; what is left is due at the next look."""
         end = asyncio.get_running_loop().time() + SLICE_SECONDS
         try:
-            while due and asyncio.get_running_loop().time() < end and self._goes_on(adapter, golden):
+            while due and asyncio.get_running_loop().time() < end and self._goes_on(adapter, golden, payer):
                 batch = due[: AT_ONCE if self._runner.is_idle(adapter) else 1]
-                outcomes = await self._ask_some(adapter, golden, batch, charge)
+                outcomes = await self._ask_some(adapter, golden, batch, payer)
                 run.asked += len(outcomes)
                 due = due[len(batch) :]
                 if request := self._requests.get((adapter.name, adapter.version)):
@@ -207,7 +211,9 @@ class GoldenRuns:
                 share = self._registry.canary(adapter.name)
                 if share is not None and adapter in (share.adapter, self._registry.live(adapter.name)):
                     await self._verdicts.consider(adapter.name, golden)
-            if due:
+            if due and payer.owes:
+                self._next[adapter.name] = self._clock() + LOOK_SECONDS
+            elif due:
                 self._next[adapter.name] = 0.0
                 self.wake()
             else:
@@ -216,11 +222,9 @@ class GoldenRuns:
             self._retire(adapter)
             await asyncio.shield(asyncio.to_thread(self._store.release, adapter.name, self._me))
 
-    async def _ask_some(
-        self, adapter: Adapter, golden: GoldenSet, batch: Sequence[str], charge: Charge
-    ) -> list[Outcome]:
+    async def _ask_some(self, adapter: Adapter, golden: GoldenSet, batch: Sequence[str], payer: Payer) -> list[Outcome]:
         """The outcomes, in the database too; the first error of the engine is raised once those are kept."""
-        asking = [self._runner.run(adapter, golden.by_key[case], charge) for case in batch]
+        asking = [self._runner.run(adapter, golden.by_key[case], payer) for case in batch]
         results = await asyncio.gather(*asking, return_exceptions=True)
         outcomes = [result for result in results if isinstance(result, Outcome)]
         sampled = [case for case in batch if golden.by_key[case].temperature > 0]
@@ -264,11 +268,11 @@ class GoldenRuns:
         self._next = {name: when for name, when in self._next.items() if name in sets}
         self._verdicts.keep(sets)
 
-    def _goes_on(self, adapter: Adapter, golden: GoldenSet) -> bool:
-        """The set is still this one, and the version is there."""
+    def _goes_on(self, adapter: Adapter, golden: GoldenSet, payer: Payer) -> bool:
+        """The set is still this one, the version is there, and the key that pays may use more tokens."""
         row = self._results.sets.get(adapter.name)
         there = adapter.name in self._registry and adapter in self._registry.versions(adapter.name)
-        return row is not None and row.digest == golden.digest and there
+        return row is not None and row.digest == golden.digest and there and not payer.owes
 
     def _retire(self, adapter: Adapter) -> None:
         """A version that takes no traffic leaves the engine again."""
@@ -301,7 +305,3 @@ def due_cases(
         due += [case for case, when in repeat if when - TOGETHER * interval <= now]
     later = [when for case, when in (*retry, *repeat) if case not in due]
     return [case for case in bases if case in set(due)], min(later, default=float("inf"))
-
-
-def charge_nobody(tokens: int) -> None:
-    """Nobody pays for what the server asks by itself."""

@@ -38,6 +38,8 @@ class SetRow:
     when: float
     stamp: int
     verdict: str
+    # The id of the key that put it; "" on a server without keys, and of sets that earlier releases kept.
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,12 @@ class GoldenStore:
 
     # Sets
 
-    def put(self, name: str, golden: GoldenSet, by: str) -> None:
-        """Keep the set in the place of the adapter's earlier one; outcomes of cases that are gone go too."""
-        row = {"digest": golden.digest, "document": golden.encoded().decode(), "who": shown(by, 256)}
+    def put(self, name: str, golden: GoldenSet, by: str, key: str = "") -> None:
+        """Keep the set in the place of the adapter's earlier one; outcomes of cases that are gone go too.
+
+        The key with the id `key` is charged for the runs that nobody asks for.
+        """
+        row = {"digest": golden.digest, "document": golden.encoded().decode(), "who": shown(by, 256), "key": key}
         with self._registry.transaction() as connection:
             id = _id(connection, name)
             stamp = connection.scalar(select(golden_sets.c.stamp).where(golden_sets.c.name_id == id))
@@ -251,7 +256,7 @@ def _id(connection: Connection, name: str) -> int | None:
 
 
 def _set_row(row: Any) -> SetRow:
-    return SetRow(row.name, row.digest, row.who, row.when, row.stamp, row.verdict or "")
+    return SetRow(row.name, row.digest, row.who, row.when, row.stamp, row.verdict or "", row.key or "")
 
 
 def _outcome(row: RowMapping) -> Outcome:

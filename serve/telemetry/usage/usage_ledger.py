@@ -1,8 +1,9 @@
 """What was used, by day, tenant and adapter, in the registry's database; servers of one registry add up there.
 
-Requests are added up in memory when they end, on the event loop, and written every WRITE_SECONDS and at the end: a
-server that is killed loses what it counted since. Days are UTC's, by when a request came. Days older than `keep_days`
-are deleted, so there are at most as many rows as days, tenants and adapters.
+What each lease of an engine came to is added up in memory when it ends, on the event loop, and written every
+WRITE_SECONDS and at the end: a server that is killed loses what it counted since. Days are UTC's, by when a request
+came. Days older than `keep_days` are deleted, so there are at most as many rows as days, tenants and adapters; and of
+`usage_causes`, which has what it was for, as many for each cause. What an earlier release wrote has no cause.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Connection, Select, Table, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import usage as table
-from serve.asgi.exchange import Exchange
+from serve.adapters.registry.tables import usage_causes
+from serve.asgi.exchange import count_cached_tokens, count_generated_tokens, count_prompt_tokens, sum_engine_seconds
+from serve.engine.payer import Work
 from serve.errors import LoradockError
 from serve.telemetry.prices import Price, price_for
 
@@ -34,7 +37,7 @@ DAY, DAY_SECONDS = "%Y-%m-%d", 86_400
 
 @dataclass(slots=True)
 class Usage:
-    """Of some requests; `cached_tokens` are among the `prompt_tokens`, `cost` is in the configuration's currency."""
+    """Of some answers; `cached_tokens` are among the `prompt_tokens`, `cost` is in the configuration's currency."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -44,12 +47,13 @@ class Usage:
     cost: float = 0.0
 
     @classmethod
-    def of(cls, exchange: Exchange, prices: Sequence[Price]) -> Usage:
-        """What the engine did for one request, however it ended."""
-        prompt = exchange.prompt_tokens
-        tokens = prompt, min(exchange.cached_tokens, prompt), exchange.generated_tokens
-        seconds = exchange.engine_seconds
-        return cls(1, *tokens, seconds, price_for(prices, exchange.adapter).cost(*tokens, seconds))
+    def of(cls, work: Work, prices: Sequence[Price]) -> Usage:
+        """What the engine did for one answer, however it ended."""
+        prompt = count_prompt_tokens(work.generations)
+        cached = min(count_cached_tokens(work.generations), prompt)
+        tokens = prompt, cached, count_generated_tokens(work.generations)
+        seconds = sum_engine_seconds(work.generations)
+        return cls(1, *tokens, seconds, price_for(prices, work.adapter).cost(*tokens, seconds))
 
     def add(self, other: Usage) -> None:
         self.requests += other.requests
@@ -61,7 +65,7 @@ class Usage:
 
 
 COUNTS = tuple(field.name for field in fields(Usage))
-Key = tuple[str, str, str]
+Key = tuple[str, str, str, str]
 
 
 class UsageLedger:
@@ -73,9 +77,10 @@ class UsageLedger:
         self._counting, self._writing = threading.Lock(), threading.Lock()
         self._tidied = ""
 
-    def take(self, exchange: Exchange, used: Usage) -> None:
-        """Count a request that has ended."""
-        key = (_day(int((exchange.began or self._clock()) // DAY_SECONDS)), exchange.tenant, exchange.adapter)
+    def take(self, work: Work, used: Usage) -> None:
+        """Count an answer that has ended."""
+        day = _day(int((work.began or self._clock()) // DAY_SECONDS))
+        key = (day, work.payer.tenant, work.adapter, work.payer.cause.value)
         with self._counting:
             known = self._pending.get(key)
             if known is None:
@@ -112,15 +117,17 @@ class UsageLedger:
                 raise
 
     def rows(self, month: str, tenant: str | None = None) -> list[dict[str, Any]]:
-        """What was written for a month (YYYY-MM), by tenant and adapter: what costs most first."""
-        sums = [func.sum(table.c[name]).label(name) for name in COUNTS]
-        query = select(table.c.tenant, table.c.adapter, *sums).where(table.c.day.like(f"{month}-%"))
-        if tenant is not None:
-            query = query.where(table.c.tenant == tenant)
-        query = query.group_by(table.c.tenant, table.c.adapter)
+        """What was written for a month (YYYY-MM), by tenant and adapter: what costs most first. `causes` is a part of
+        each by what it was for."""
         with self._registry.reading() as connection:
-            rows = [_plain(row) for row in connection.execute(query).mappings()]
-        return sorted(rows, key=lambda row: (-row["cost"], -row["engine_seconds"], row["tenant"], row["adapter"]))
+            rows = {
+                (row["tenant"], row["adapter"]): _plain(row) | {"causes": {}}
+                for row in connection.execute(_summed(table, month, tenant)).mappings()
+            }
+            for part in connection.execute(_summed(usage_causes, month, tenant, "cause")).mappings():
+                rows[part["tenant"], part["adapter"]]["causes"][part["cause"]] = _numbers(part)
+        order = ("tenant", "adapter")
+        return sorted(rows.values(), key=lambda row: (-row["cost"], -row["engine_seconds"], *map(row.get, order)))
 
     def _write(self, taken: dict[Key, Usage]) -> None:
         today = datetime.fromtimestamp(self._clock(), UTC)
@@ -129,15 +136,13 @@ class UsageLedger:
         if not taken and not tidies:
             return
         with self._registry.adding() as connection:
-            insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
             # In one order on all servers, so that two of them never wait for one another.
-            for (day, tenant, adapter), used in sorted(taken.items(), key=lambda item: item[0]):
-                new = insert(table).values(day=day, tenant=tenant, adapter=adapter, **asdict(used))
-                more = {name: table.c[name] + new.excluded[name] for name in COUNTS}
-                keys = [table.c.day, table.c.tenant, table.c.adapter]
-                connection.execute(new.on_conflict_do_update(index_elements=keys, set_=more))
-            if tidies:
-                connection.execute(delete(table).where(table.c.day < oldest))
+            for (day, tenant, adapter, cause), used in sorted(taken.items(), key=lambda item: item[0]):
+                named = {"day": day, "tenant": tenant, "adapter": adapter}
+                _add(connection, table, named, used)
+                _add(connection, usage_causes, {**named, "cause": cause}, used)
+            for each in (table, usage_causes) if tidies else ():
+                connection.execute(delete(each).where(each.c.day < oldest))
         self._tidied = today.strftime(DAY)
 
 
@@ -147,7 +152,26 @@ def _day(number: int) -> str:
     return datetime.fromtimestamp(number * DAY_SECONDS, UTC).strftime(DAY)
 
 
+def _add(connection: Connection, counts: Table, named: dict[str, str], used: Usage) -> None:
+    """Add it to the row with this name, or begin one."""
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    new = insert(counts).values(**named, **asdict(used))
+    more = {name: counts.c[name] + new.excluded[name] for name in COUNTS}
+    connection.execute(new.on_conflict_do_update(index_elements=list(counts.primary_key), set_=more))
+
+
+def _summed(counts: Table, month: str, tenant: str | None, *more: str) -> Select[Any]:
+    """The sums of a month, by tenant, adapter, and what else names a row."""
+    by = [counts.c[name] for name in ("tenant", "adapter", *more)]
+    query = select(*by, *(func.sum(counts.c[name]).label(name) for name in COUNTS))
+    query = query.where(counts.c.day.like(f"{month}-%")).group_by(*by)
+    return query if tenant is None else query.where(counts.c.tenant == tenant)
+
+
 def _plain(row: Any) -> dict[str, Any]:
+    return {"tenant": row["tenant"], "adapter": row["adapter"], **_numbers(row)}
+
+
+def _numbers(row: Any) -> dict[str, Any]:
     """PostgreSQL's sums of whole numbers are decimals."""
-    numbers = {name: float(row[name]) if name in ("engine_seconds", "cost") else int(row[name]) for name in COUNTS}
-    return {"tenant": row["tenant"], "adapter": row["adapter"], **numbers}
+    return {name: float(row[name]) if name in ("engine_seconds", "cost") else int(row[name]) for name in COUNTS}

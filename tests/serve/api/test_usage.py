@@ -15,6 +15,7 @@ from serve.asgi.exchange import Generation
 from serve.cli import usage as command
 from serve.cli.main import app
 from serve.config import keys_hashed
+from serve.engine.payer import OPERATOR
 from serve.telemetry.prices import Price
 from tests.support.app import CHAT, issued, upload
 
@@ -38,15 +39,19 @@ async def test_a_tenant_sees_its_own_usage_and_operators_see_all(operator, make_
             assert (await client.post(CHAT, json={"model": model})).status_code == 200
     everything = (await operator.get("/v1/usage")).json()
     assert (everything["month"], everything["currency"]) == (MONTH, "CHF")
-    assert [(row["tenant"], row["adapter"], row["requests"]) for row in everything["data"]] == [
-        ("acme", "acme/tone", 3),
-        ("globex", "base", 1),
+    assert [(row["tenant"], row["adapter"]) for row in everything["data"]] == [
+        ("acme", "acme/tone"),
+        ("globex", "base"),
+        (OPERATOR, "base"),
+        (OPERATOR, "acme/tone"),
     ]
-    assert everything["total"]["requests"] == 4 and everything["total"]["engine_seconds"] == 2.0
+    assert [row["requests"] for row in everything["data"][:2]] == [3, 1]
+    assert everything["total"]["requests"] == sum(row["requests"] for row in everything["data"])
+    assert everything["total"]["engine_seconds"] == 2.0
     assert everything["data"][0]["cost"] == pytest.approx(3 * (200 * 1.0 + 100 * 0.5 + 50 * 4.0) / 1e6)
     own = (await acme.get("/v1/usage")).json()
     assert own["data"] == everything["data"][:1]
-    assert (await operator.get("/v1/usage", params={"tenant": "globex"})).json()["data"] == everything["data"][1:]
+    assert (await operator.get("/v1/usage", params={"tenant": "globex"})).json()["data"] == everything["data"][1:2]
     assert (await acme.get("/v1/usage", params={"tenant": "globex"})).status_code == 403
 
 
@@ -68,7 +73,7 @@ async def test_what_is_refused_before_the_engine_costs_nothing_and_what_breaks_o
     backend.slow = "base"
     body = {"model": "base", "prompt": "x"}
     assert (await acme.post("/v1/completions", json=body, headers={"X-Request-Timeout": "0.05"})).status_code == 504
-    (row,) = (await operator.get("/v1/usage")).json()["data"]
+    (row,) = (await operator.get("/v1/usage", params={"tenant": "acme"})).json()["data"]
     assert (row["requests"], row["prompt_tokens"], row["generated_tokens"]) == (1, 300, 50)
 
 
@@ -77,7 +82,8 @@ async def test_usage_outlives_the_server(connect, config, backend):
         await client.post(CHAT, json={"model": "base"})
     async with connect(config) as client:
         await client.post(CHAT, json={"model": "base"})
-        assert (await client.get("/v1/usage")).json()["total"]["requests"] == 2
+        usage = await client.get("/v1/usage", params={"tenant": "default"})
+        assert usage.json()["total"]["requests"] == 2
 
 
 async def test_usage_is_counted_as_metrics_too(operator):
@@ -152,6 +158,16 @@ def test_the_command_prints_a_table_json_or_csv(run):
     assert (row["month"], row["tenant"], row["cost"], row["currency"]) == ("2026-11", "acme", "0.00135", "EUR")
 
 
+def test_the_command_prints_what_the_tokens_were_for(run):
+    (row,) = ANSWER["data"]
+    numbers = {name: row[name] for name in row if name not in ("tenant", "adapter")}
+    parts = {"request": {**numbers, "requests": 2}, "guard": {**numbers, "requests": 1}}
+    run.server.answer = {**ANSWER, "data": [{**row, "causes": parts}]}
+    lines = list(csv.DictReader(run("--causes", "--csv").splitlines()))
+    assert [(line["cause"], line["requests"]) for line in lines] == [("request", "2"), ("guard", "1")]
+    assert run("--causes").splitlines()[0].split()[:4] == ["TENANT", "ADAPTER", "CAUSE", "REQUESTS"]
+
+
 async def test_the_ledger_is_written_while_nobody_looks(client, monkeypatch):
     parts = client._transport.app.state.parts
     monkeypatch.setattr("serve.telemetry.usage.usage_ledger.WRITE_SECONDS", 0.01)
@@ -159,7 +175,7 @@ async def test_the_ledger_is_written_while_nobody_looks(client, monkeypatch):
     writing = asyncio.create_task(parts.usage_ledger.run())
     try:
         async with asyncio.timeout(5):
-            while not (rows := await asyncio.to_thread(parts.usage_ledger.rows, MONTH)):
+            while not (rows := await asyncio.to_thread(parts.usage_ledger.rows, MONTH, "default")):
                 await asyncio.sleep(0.01)
     finally:
         writing.cancel()

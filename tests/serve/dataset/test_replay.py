@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from serve.dataset.replay import Replayed, _agreement, chosen, replay, report
+from serve.engine.payer import PROBES
 from serve.rollout.golden.golden_runner import Refused
 from serve.rollout.golden.golden_scoring import CaseScore
 from tests.serve.dataset.test_build import captured
@@ -58,14 +59,17 @@ def test_the_answers_that_differ_most_are_shown_first():
 class Answers:
     """Stands for the engine: says what it is told to, and refuses what is long."""
 
-    async def ask(self, adapter, path, fields, charge):
-        charge(1)
+    def __init__(self):
+        self.payers = []
+
+    async def ask(self, adapter, path, fields, payer):
+        self.payers.append(payer)
         asked = fields.get("prompt") or fields["messages"][-1]["content"]
         if asked == "too long":
             raise Refused("no room")
         return f"{adapter} on {path[-11:]}: {asked}"
 
-    async def grade(self, judge, tenant, asked, answer, charge):
+    async def grade(self, judge, tenant, asked, answer, payer):
         return CaseScore(None if asked == "odd" else float(answer.startswith("new")))
 
 
@@ -76,19 +80,19 @@ class Version(str):
 async def test_requests_are_asked_until_nobody_waits_any_more():
     asked = ["one", "too long", "odd", "never asked"]
     requests = [captured(0, asked="one"), *(captured(n, text) for n, text in enumerate(asked[1:], 1))]
-    left, charged = iter([True, True, True, False]), []
+    left, answers = iter([True, True, True, False]), Answers()
 
     async def goes_on():
         return next(left)
 
     done, refused = await replay(
-        Answers(), Version("new"), requests, against=Version("old"), max_tokens=8, judge=object(),
-        charge=charged.append, goes_on=goes_on,
+        answers, Version("new"), requests, against=Version("old"), max_tokens=8, judge=object(),
+        payer=PROBES, goes_on=goes_on,
     )  # fmt: skip
     assert [(one.other, one.answer) for one in done] == [
         ("old on completions: one", "new on completions: one"),
         ("old on completions: odd", "new on completions: odd"),
     ]
     told = report(done, refused, 0)
-    assert told["refused"] == {"no room": 1} and len(charged) == 5
+    assert told["refused"] == {"no room": 1} and answers.payers == [PROBES] * 5
     assert told["judge"] == {"requests": 1, "other": 0.0, "candidate": 1.0}

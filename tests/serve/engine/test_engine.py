@@ -8,6 +8,7 @@ import pytest
 import uvloop
 
 from serve.engine.engine import LOW_PRIORITY, SETTLE, Engine
+from serve.engine.payer import PROBES, Cause, Payer
 from serve.errors import AdapterRejected, EngineUnavailable
 
 
@@ -38,7 +39,7 @@ def test_a_load_is_not_said_to_have_taken_longer_than_it_did(backend, path):
         seen = []
         for number in range(20):
             began = time.perf_counter()
-            async with engine.lease(f"tone@{number}", path) as lease:
+            async with engine.lease(f"tone@{number}", path, payer=PROBES) as lease:
                 seen.append((lease.load_seconds, time.perf_counter() - began))
         await engine.stop()
         return seen
@@ -57,8 +58,8 @@ async def test_a_waiter_that_leaves_does_not_stop_the_load_of_the_others(engine,
 
 
 async def test_a_retired_adapter_leaves_with_its_last_lease(engine, backend, path):
-    async with engine.lease("tone@1", path):
-        async with engine.lease("tone@1", path):
+    async with engine.lease("tone@1", path, payer=PROBES):
+        async with engine.lease("tone@1", path, payer=PROBES):
             engine.retire("tone@1")
         await asyncio.sleep(3 * SETTLE)
         assert "tone@1" in backend.held
@@ -94,7 +95,7 @@ async def test_a_load_that_fails_is_forgotten_and_may_be_tried_again(engine, bac
 
 
 async def test_the_longest_unused_makes_room_and_those_in_use_stay(engine, backend, path):
-    async with engine.lease("tone@0", path):
+    async with engine.lease("tone@0", path, payer=PROBES):
         for number in range(1, 10):
             await engine.ensure(f"tone@{number}", path)
         await asyncio.sleep(3 * SETTLE)
@@ -104,7 +105,7 @@ async def test_the_longest_unused_makes_room_and_those_in_use_stay(engine, backe
 async def test_an_engine_that_is_not_ready_says_so_and_counts_no_lease(backend):
     engine = Engine(backend)
     with pytest.raises(EngineUnavailable, match="starting"):
-        async with engine.lease():
+        async with engine.lease(payer=PROBES):
             pass
     assert engine.leases == 0
 
@@ -112,7 +113,7 @@ async def test_an_engine_that_is_not_ready_says_so_and_counts_no_lease(backend):
 async def test_a_dead_backend_takes_no_lease(engine, backend):
     backend.dead = True
     with pytest.raises(EngineUnavailable):
-        async with engine.lease("tone@1", Path("/nowhere")):
+        async with engine.lease("tone@1", Path("/nowhere"), payer=PROBES):
             pass
     assert engine.leases == 0
 
@@ -123,7 +124,7 @@ async def test_never_more_is_loaded_than_fits_and_who_is_pushed_out_while_waitin
 
     async def ask(number):
         nonlocal most
-        async with engine.lease(f"tone@{number}", path, tenant="acme") as lease:
+        async with engine.lease(f"tone@{number}", path, payer=Payer("acme", Cause.REQUEST, None)) as lease:
             assert lease.model in backend.held
             most = max(most, len(backend.held))
             await asyncio.sleep(0.02)
@@ -135,16 +136,16 @@ async def test_never_more_is_loaded_than_fits_and_who_is_pushed_out_while_waitin
 
 
 async def test_what_waits_in_line_is_loaded_before_its_turn_if_there_is_room(engine, backend, path):
-    async with engine.lease("tone@1", path), engine.lease("tone@2", path):
-        waiting = asyncio.create_task(engine.lease("tone@3", path).__aenter__())
+    async with engine.lease("tone@1", path, payer=PROBES), engine.lease("tone@2", path, payer=PROBES):
+        waiting = asyncio.create_task(engine.lease("tone@3", path, payer=PROBES).__aenter__())
         await asyncio.sleep(0.05)
         assert engine.holds("tone@3") and not waiting.done()
     await waiting
 
 
 async def test_who_waits_in_line_hears_of_the_engine_s_end(engine, path):
-    async with engine.lease("tone@1", path), engine.lease("tone@2", path):
-        waiting = asyncio.create_task(engine.lease("tone@3", path).__aenter__())
+    async with engine.lease("tone@1", path, payer=PROBES), engine.lease("tone@2", path, payer=PROBES):
+        waiting = asyncio.create_task(engine.lease("tone@3", path, payer=PROBES).__aenter__())
         await asyncio.sleep(0.05)
         engine.fail(EngineUnavailable("gone"))
         with pytest.raises(EngineUnavailable, match="gone"):
@@ -154,10 +155,10 @@ async def test_who_waits_in_line_hears_of_the_engine_s_end(engine, path):
 
 async def test_a_tenant_s_further_requests_stand_behind_another_s_first_in_the_engine_s_queue(engine):
     async with (
-        engine.lease(tenant="flood") as first,
-        engine.lease(tenant="flood") as second,
-        engine.lease(tenant="other") as other,
-        engine.lease(tenant="polite", priority=1) as polite,
-        engine.lease(tenant="server", priority=LOW_PRIORITY) as last,
+        engine.lease(payer=Payer("flood", Cause.REQUEST, None)) as first,
+        engine.lease(payer=Payer("flood", Cause.REQUEST, None)) as second,
+        engine.lease(payer=Payer("other", Cause.REQUEST, None)) as other,
+        engine.lease(payer=Payer("polite", Cause.REQUEST, None), priority=1) as polite,
+        engine.lease(payer=Payer("server", Cause.REQUEST, None), priority=LOW_PRIORITY) as last,
     ):
         assert first.priority == other.priority < second.priority < polite.priority < last.priority < 1 << 63

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from serve.engine.payer import PROBES
 from serve.errors import EngineUnavailable
-from serve.rollout.golden.golden_schedule import RETRY_SECONDS, charge_nobody, due_cases
+from serve.rollout.golden.golden_schedule import RETRY_SECONDS, due_cases
 from serve.rollout.golden.golden_scoring import Result
 from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.golden.golden_store import Outcome
@@ -173,7 +174,7 @@ async def test_a_run_that_is_asked_for_during_another_asks_every_case_after_that
     parts = client._transport.app.state.parts
     golden = GoldenSet.decoded(json.dumps({"cases": cases(12)}))
     live = parts.registry.live("tone")
-    backend.say = when_asked(skill, 9, lambda: parts.golden.runs.request(live, golden.by_key, "asked", charge_nobody))
+    backend.say = when_asked(skill, 9, lambda: parts.golden.runs.request(live, golden.by_key, "asked", PROBES))
     await put(client, cases(12))
     assert await until(lambda: asyncio.sleep(0, len(skill.asked) == 20)), len(skill.asked)
     _, answer = await ran(client, 1)
@@ -186,7 +187,7 @@ async def test_a_run_that_is_asked_for_during_another_breaks_off_nothing(client,
     await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
     parts = client._transport.app.state.parts
     live = parts.registry.live("tone")
-    backend.say = when_asked(skill, 1, lambda: parts.golden.runs.request(live, [], "asked", charge_nobody))
+    backend.say = when_asked(skill, 1, lambda: parts.golden.runs.request(live, [], "asked", PROBES))
     await put(client, cases(4))
     row, _ = await ran(client, 2)
     assert row["cases"] == 4

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 import pytest
 
 from serve.adapters.registry.registry import Registry
-from serve.asgi.exchange import Exchange, Generation
+from serve.asgi.exchange import Generation
+from serve.engine.payer import PROBES, Cause, Payer, Work
 from serve.errors import EngineUnavailable
 from serve.telemetry.prices import Price
 from serve.telemetry.usage import usage_ledger
@@ -25,11 +26,11 @@ def registry(url):
         yield registry
 
 
-def asked(ledger, count=1, *, tenant="acme", adapter="acme/tone", when=NOVEMBER, prices=()):
+def asked(ledger, count=1, *, tenant="acme", adapter="acme/tone", when=NOVEMBER, prices=(), cause=Cause.REQUEST):
     made = Generation([1] * 30, [2] * 10, "stop", cached=16, engine_seconds=0.25)
-    exchange = Exchange(adapter, "v1", 200, 0.1, 0.2, tenant=tenant, began=when, generations=(made,))
+    work = Work(Payer(tenant, cause, None), adapter, when, (made,))
     for _ in range(count):
-        ledger.take(exchange, Usage.of(exchange, prices))
+        ledger.take(work, Usage.of(work, prices))
 
 
 def opened(registry, now=NOVEMBER, **more):
@@ -52,6 +53,21 @@ def test_a_month_is_added_up_by_tenant_and_adapter(registry):
     assert [row["requests"] for row in ledger.rows("2026-10")] == [1]
     assert [row["tenant"] for row in ledger.rows("2026-11", "globex")] == ["globex"]
     assert ledger.rows("2026-12") == []
+
+
+def test_a_row_says_what_its_tokens_were_for(registry):
+    ledger = opened(registry)
+    asked(ledger, 2)
+    asked(ledger, 1, cause=Cause.GUARD)
+    ledger.write()
+    asked(ledger, 1, cause=Cause.GUARD)
+    ledger.write()
+    (row,) = ledger.rows("2026-11")
+    assert row["requests"] == 4 and {cause: part["requests"] for cause, part in row["causes"].items()} == {
+        "request": 2,
+        "guard": 2,
+    }
+    assert sum(part["prompt_tokens"] for part in row["causes"].values()) == row["prompt_tokens"]
 
 
 def test_what_several_servers_write_adds_up_and_a_restart_forgets_nothing(registry, url):
@@ -121,5 +137,5 @@ def test_days_that_are_too_old_are_deleted(registry):
 def test_a_prompt_of_several_answers_costs_once_and_only_its_first_answer_computes_it():
     prompt = [1] * 30
     made = tuple(Generation(prompt, [2] * 5, "stop", cached=cached, engine_seconds=0.5) for cached in (0, 16, 16))
-    used = Usage.of(Exchange("tone", "v1", 200, 0.1, 0.2, generations=made), ())
+    used = Usage.of(Work(PROBES, "tone", NOVEMBER, made), ())
     assert (used.prompt_tokens, used.cached_tokens, used.generated_tokens, used.engine_seconds) == (30, 0, 15, 1.5)
