@@ -76,9 +76,9 @@ class Lifecycle:
         # Reads and answers take none of these.
         self._locks = ChangeLocks()
         self._aside: set[asyncio.Task[None]] = set()
-        # Which versions serve, by name, as of the last change that reached the engines; and all that there are.
+        # Which versions serve, by name, as of the last change that reached the engines; and all as of the last look.
         self._adopted: dict[str, dict[str, Adapter]] = {name: self._traffic.of(name) for name in registry.names()}
-        self._known = {adapter.id: adapter for adapter in registry.adapters()}
+        self._seen = registry.frozen()
 
     async def sweep(self) -> None:
         """Before the first engine starts: remove what no version names."""
@@ -354,8 +354,9 @@ class Lifecycle:
 
     def adopt(self) -> None:
         """What another server has changed: old versions leave the engines here, and new ones come."""
-        there = {adapter.id: adapter for adapter in self.registry.adapters()}
-        for name in {*self._adopted, *self.registry.names()}:
+        seen, self._seen = self._seen, self.registry.frozen()
+        changed = self._seen.changed_since(seen)
+        for name in changed:
             before, now = self._adopted.get(name, {}), self._traffic.of(name)
             if before.keys() == now.keys():
                 continue
@@ -363,13 +364,13 @@ class Lifecycle:
             if self.fleet.owner(name):
                 for adapter_id in now.keys() - before.keys():
                     self._start(self._warm(now[adapter_id]))
-        for adapter_id, adapter in self._known.items():
-            if adapter_id not in there:
-                for base in self.fleet:
-                    self._let_go(base, adapter_id, adapter.digest)
-        for base in self.fleet:
+        there = {adapter_id for name in changed for adapter_id in self._seen.ids(name)}
+        gone = {adapter_id: adapter for name in changed for adapter_id, adapter in seen.ids(name).items()}
+        for adapter_id in gone.keys() - there:
+            for base in self.fleet:
+                self._let_go(base, adapter_id, gone[adapter_id].digest)
+        for base in self.fleet if changed else ():
             base.pinned = self._traffic.pinned(base)
-        self._known = there
 
     async def settle(self) -> None:
         """Wait for the removals and loads that have begun, but not for long."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from sqlalchemy import delete, insert, select, update
 
-from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.registry import Registry, Stamp
 from serve.adapters.registry.tables import replicas as table
 from serve.auth.keys import Keys
 from serve.engine.fleet import Fleet
@@ -69,7 +69,7 @@ class RegistrySync:
         # One query at a time each, and not behind what other threads do: a database that hangs takes these two alone.
         self._look_thread = ThreadPoolExecutor(1, "registry-look")
         self._beat_thread = ThreadPoolExecutor(1, "registry-heartbeat")
-        self._stamp: tuple[Any, ...] = ()
+        self._stamp = Stamp()
         self._looking: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
         # When the look that is under way began.
@@ -155,7 +155,7 @@ class RegistrySync:
             loop = asyncio.get_running_loop()
             stamp = await loop.run_in_executor(self._look_thread, self._registry.stamp)
             if stamp != self._stamp:
-                await loop.run_in_executor(self._look_thread, self._read)
+                await loop.run_in_executor(self._look_thread, self._read, stamp)
                 self._lifecycle.adopt()
                 self._stamp = stamp
             if self.problem:
@@ -170,9 +170,11 @@ class RegistrySync:
         finally:
             self._since = None
 
-    def _read(self) -> None:
-        self._registry.refresh()
-        self._keys.refresh()
+    def _read(self, stamp: Stamp) -> None:
+        if stamp.names != self._stamp.names:
+            self._registry.refresh()
+        if stamp.keys != self._stamp.keys:
+            self._keys.refresh()
 
     def _unseen(self, why: str) -> None:
         if not self.problem:
@@ -187,7 +189,7 @@ class RegistrySync:
             "generation": self._registry.generation,
             "seen": now,
         }
-        with self._registry.transaction() as connection:
+        with self._registry.adding() as connection:  # it waits for no change that is under way
             if not connection.execute(update(table).where(table.c.id == self.me.id).values(**row)).rowcount:
                 connection.execute(insert(table).values(id=self.me.id, **row))
             connection.execute(delete(table).where(table.c.seen < now - 60 * GONE_SECONDS))

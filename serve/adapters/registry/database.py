@@ -30,6 +30,9 @@ LIBPQ_PATIENCE = {
     "keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
+# PostgreSQL's own limits, in milliseconds. A server that stands still in the middle of a change (stopped, swapped out,
+# cut off) loses it, and with it the lock, before those that wait for the lock give up.
+IDLE_IN_CHANGE, LOCK_PATIENCE, STATEMENT_PATIENCE = 5_000, 8_000, 60_000
 SQLITE_PATIENCE = 15  # seconds that one of SQLite's writers waits for another
 # Whoever prepares a PostgreSQL database holds this lock: any number that is the same in every loradock.
 PREPARING = 0x10AD0C4
@@ -95,7 +98,7 @@ def opened(url: str) -> Engine:
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() != "sqlite":
-            patience = LIBPQ_PATIENCE if parsed.get_driver_name() in ("psycopg", "psycopg2") else {}
+            patience = libpq_patience() if parsed.get_driver_name() in ("psycopg", "psycopg2") else {}
             defaults = {key: value for key, value in patience.items() if key not in parsed.query}
             return create_engine(parsed, pool_pre_ping=True, connect_args=defaults)
         if not parsed.database or parsed.database == ":memory:":
@@ -127,11 +130,23 @@ def opened(url: str) -> Engine:
     return engine
 
 
+def libpq_patience() -> dict[str, str]:
+    """What a connection is opened with, where its URL does not say it otherwise."""
+    limits = {
+        "idle_in_transaction_session_timeout": IDLE_IN_CHANGE,
+        "lock_timeout": LOCK_PATIENCE,
+        "statement_timeout": STATEMENT_PATIENCE,
+    }
+    return {**LIBPQ_PATIENCE, "options": " ".join(f"-c {name}={value}" for name, value in limits.items())}
+
+
 def prepare(engine: Engine) -> None:
     """Tables that are missing are made, an older schema is brought up; ConfigError for a newer one."""
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
-            # Two servers that start at once over an empty database would both make the tables.
+            # Two servers that start at once over an empty database would both make the tables: one waits for the other.
+            connection.execute(text("SET LOCAL lock_timeout = 0"))
+            connection.execute(text("SET LOCAL statement_timeout = 0"))
             connection.execute(select(func.pg_advisory_xact_lock(PREPARING)))
         metadata.create_all(connection)
         schema = connection.scalar(select(func.max(schema_version.c.version)))

@@ -24,7 +24,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sqlalchemy.pool import StaticPool
 from serve.adapters.adapter import Adapter, Inspection
 from serve.adapters.registry import database, tables
 from serve.adapters.registry.change import Change, check_expected, without_repeats
-from serve.adapters.registry.snapshot import Share, Snapshot, SnapshotReader, missing, read_snapshot
+from serve.adapters.registry.snapshot import Share, Snapshot, SnapshotReader, follow_snapshot, missing, read_snapshot
 from serve.adapters.registry.standing_rollbacks import StandingRollback, StandingRollbacks
 from serve.adapters.registry.tables import bases, history, keys, names, versions
 from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, NotFound
@@ -56,6 +57,15 @@ _STAMP = select(
 _READING: dict[bool, dict[str, Any]] = {True: {"reads": True}, False: {"isolation_level": "AUTOCOMMIT"}}
 
 
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What a change leaves another one of, by what it changed."""
+
+    names: int | None = None
+    keys: tuple[Any, ...] = ()
+    bases: tuple[Any, ...] = ()
+
+
 class Registry(SnapshotReader):
     """Sync and thread-safe. `url` is SQLAlchemy's: sqlite:///path/to/registry.db, postgresql+psycopg://..."""
 
@@ -70,7 +80,8 @@ class Registry(SnapshotReader):
         self._shared_memory = self._writing if isinstance(self._engine.pool, StaticPool) else nullcontext()
         try:
             database.prepare(self._engine)
-            self._publish(self._read())
+            self._stored = self._read(read_snapshot)
+            self._snapshot = self.standing.over(self._stored)
         except SQLAlchemyError as unusable:
             self._engine.dispose()
             raise ConfigError(
@@ -360,16 +371,20 @@ class Registry(SnapshotReader):
         return rows
 
     def refresh(self) -> bool:
-        """Read again what another process may have changed; True if it had."""
-        with self._writing, database.translated():
-            before = self._snapshot.generation
-            self._publish(self._read())
-            return self._snapshot.generation != before
+        """Read what another process has changed, if it has: True. It waits for no change that is under way."""
+        generation = self.generation
+        with database.translated():
+            while True:
+                before = self._stored
+                after = self._read(partial(follow_snapshot, before=before))
+                if self._publish(before, after):
+                    return after.generation != generation
 
-    def stamp(self) -> tuple[Any, ...]:
+    def stamp(self) -> Stamp:
         """Another one after each change that another process may have made: of names, keys or bases."""
-        with database.translated(), self._shared_memory, self._reading.connect() as connection:
-            return tuple(connection.execute(_STAMP).one())
+        with self.reading() as connection:
+            names, *others = connection.execute(_STAMP).one()
+            return Stamp(names, tuple(others[:2]), tuple(others[2:]))
 
     def swapped(self, base: str, configured: str) -> str | None:
         """The model that was put in the place of the configured one; None also once another one is configured."""
@@ -419,28 +434,34 @@ class Registry(SnapshotReader):
                     # One writer at a time, as SQLite has it: else history's ids would not rise in commit order.
                     connection.execute(text("LOCK TABLE history IN EXCLUSIVE MODE"))
                 change = Change.of(connection, name, self._clock, create=create)
-                unread = (connection.scalar(tables.LATEST) or 0) != self._snapshot.generation
+                before = self._stored
+                is_read = (connection.scalar(tables.LATEST) or 0) == before.generation
                 check_expected(name, change.live, expected)
                 yield change
                 change.save()
                 entry = change.entry()
                 generation = connection.scalar(tables.LATEST) or 0
-            # Another process has changed other names, which this generation holds too; or this change itself has.
-            if unread or change.others:
-                self._publish(self._read())
-                return
-            entries = {key: value for key, value in self._snapshot.entries.items() if key != name}
-            if entry is not None:
-                entries[name] = entry
-            self._publish(replace(self._snapshot, generation=generation, entries=entries))
+            # Another process may have changed other names, which this generation holds too; or this change itself has.
+            if is_read and not change.others:
+                entries = {key: value for key, value in before.entries.items() if key != name}
+                if entry is not None:
+                    entries[name] = entry
+                if self._publish(before, replace(before, generation=generation, entries=entries)):
+                    return
+            self.refresh()
 
-    def _publish(self, snapshot: Snapshot) -> None:
+    def _publish(self, before: Snapshot, after: Snapshot) -> bool:
+        """Take it, unless something else was taken in the place of `before` meanwhile: False."""
         with self._publishing:
-            self._snapshot = self.standing.over(snapshot)
+            if self._stored is not before:
+                return False
+            self._stored = after
+            self._snapshot = self.standing.over(after)
+            return True
 
-    def _read(self) -> Snapshot:
+    def _read(self, read: Callable[[Connection], Snapshot]) -> Snapshot:
         engine = self._reading
         if engine.dialect.name == "postgresql":
-            engine = engine.execution_options(isolation_level="REPEATABLE READ")  # three queries, one moment
-        with engine.connect() as connection, connection.begin():
-            return read_snapshot(connection)
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")  # several queries, one moment
+        with self._shared_memory, engine.connect() as connection, connection.begin():
+            return read(connection)

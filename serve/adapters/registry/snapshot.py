@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, case, func, select
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry.tables import LATEST, names, versions
+from serve.adapters.registry.tables import LATEST, history, names, versions
 from serve.errors import NotFound
 from serve.names import shown
 
 _PINNED = re.compile(r"(?P<name>[^@]+)@(?:v(?P<version>[1-9][0-9]{0,8})|(?P<digest>[0-9a-f]{12})|(?P<alias>.+))")
+# More names than this that changed at once are read as a whole.
+MOST_FOLLOWED = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,15 @@ class SnapshotReader:
         reader = SnapshotReader()
         reader._snapshot = self._snapshot
         return reader
+
+    def changed_since(self, before: SnapshotReader) -> set[str]:
+        """The names that have other versions, shares or settings than they had."""
+        old, new = before._snapshot.entries, self._snapshot.entries
+        if old is new:
+            return set()
+        # Entries that were not read again are the same objects.
+        changed = {name for name, entry in new.items() if old.get(name) is not entry}
+        return changed | (old.keys() - new.keys())
 
     @property
     def generation(self) -> int:
@@ -172,6 +183,11 @@ class SnapshotReader:
         live = [entry.live for entry in entries if entry.live]
         return list({adapter.id: adapter for adapter in (*live, *shares, *newest)}.values())
 
+    def ids(self, name: str) -> dict[str, Adapter]:
+        """The versions of a name by their ids; none where there is no such name."""
+        entry = self._snapshot.entries.get(name)
+        return {adapter.id: adapter for adapter in entry.versions.values()} if entry else {}
+
     def digests(self) -> set[str]:
         """Whose bytes must stay."""
         return {adapter.digest for adapter in self.adapters()}
@@ -186,6 +202,38 @@ def read_snapshot(connection: Connection) -> Snapshot:
         adapters.setdefault(row.name_id, {})[row.version] = adapter_of(rows[row.name_id].name, row)
     entries = {rows[key].name: entry_of(rows[key], there, shares_of(rows[key])) for key, there in adapters.items()}
     return Snapshot(generation, entries, {row.name: row.moved_to for row in rows.values() if row.moved_to})
+
+
+def follow_snapshot(connection: Connection, before: Snapshot) -> Snapshot:
+    """What the database holds now, of which the names that changed since `before` are read, and no others.
+
+    It is `before` itself where nothing did. Names that moved, and a database that was put back, are read as a whole.
+    """
+    since = select(
+        history.c.name_id, func.max(history.c.id), func.max(case((history.c.what.startswith("rename"), 1), else_=0))
+    )
+    feed = connection.execute(since.where(history.c.id > before.generation).group_by(history.c.name_id)).all()
+    if not feed:
+        is_older = (connection.scalar(LATEST) or 0) < before.generation
+        return read_snapshot(connection) if is_older else before
+    changed, generation = [row[0] for row in feed], max(row[1] for row in feed)
+    if len(changed) > MOST_FOLLOWED or any(row[2] for row in feed):
+        return read_snapshot(connection)
+    rows = connection.execute(select(names).where(names.c.id.in_(changed))).all()
+    adapters: dict[int, dict[int, Adapter]] = {row.id: {} for row in rows}
+    called = {row.id: row.name for row in rows}
+    for row in connection.execute(select(versions).where(versions.c.name_id.in_(changed))):
+        adapters[row.name_id][row.version] = adapter_of(called[row.name_id], row)
+    gone = {called[key] for key, there in adapters.items() if not there}
+    if len(rows) < len(changed) or gone & set(before.moved.values()):
+        return read_snapshot(connection)  # the names that led to one that is gone are gone too
+    entries = dict(before.entries)
+    for name in gone:
+        entries.pop(name, None)
+    for row in rows:
+        if there := adapters[row.id]:
+            entries[row.name] = entry_of(row, there, shares_of(row))
+    return Snapshot(generation, entries, before.moved)
 
 
 def entry_of(row: Any, there: Mapping[int, Adapter], shares: Mapping[str, tuple[int, float]]) -> Entry:

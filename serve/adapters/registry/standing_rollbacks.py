@@ -65,6 +65,8 @@ class StandingRollbacks:
 
     def over(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot as it is once these rollbacks are written down; they follow an adapter that was renamed."""
+        if not self:
+            return snapshot
         entries = dict(snapshot.entries)
         for rollback in self.all():
             if new := snapshot.moved.get(rollback.name):
