@@ -12,6 +12,7 @@ A name that was not read by then may have been pushed on another server, so it i
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from serve.rollout.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
+ID_LENGTH = 64
 POLL_SECONDS = 0.5
 # A look that takes longer is not waited for.
 LOOK_SECONDS = 2.0
@@ -40,10 +42,15 @@ GONE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """Who this server is among those that share its registry."""
+    """Who this server is among those that share its registry. A longer id than its column takes ends in its hash."""
 
     id: str
     node: str
+
+    def __post_init__(self) -> None:
+        if len(self.id) > ID_LENGTH:
+            ending = hashlib.sha256(self.id.encode()).hexdigest()[:12]
+            object.__setattr__(self, "id", f"{self.id[: ID_LENGTH - 13]}-{ending}")
 
 
 class RegistrySync:

@@ -12,6 +12,7 @@ import pytest
 
 from serve.config import keys_hashed
 from serve.errors import EngineUnavailable
+from serve.rollout.registry_sync import Replica
 from tests.support.app import ask, settled, upload
 from tests.support.backend import FakeBackend
 from tests.support.postgres import database
@@ -38,6 +39,20 @@ async def pair(connect, config, tiny_model, tmp_path, places):
             clients.append(await stack.enter_async_context(connect(one, backend)))
             clients[-1].headers["authorization"] = "Bearer run"
         yield *clients, *backends
+
+
+LONG = "node" * 20
+
+
+@pytest.fixture
+async def long_named(connect, config, tiny_model, tmp_path, places, monkeypatch):
+    """A client of a server whose node has a long name."""
+    monkeypatch.setattr("serve.api.services.node", lambda: LONG)
+    own = replace(config, registry=places[0], blobs=places[1], data_dir=tmp_path / "data")
+    async with connect(own, FakeBackend(str(tiny_model))) as client:
+        follower = client._transport.app.state.parts.follower
+        await asyncio.to_thread(follower._beat)
+        yield client
 
 
 async def test_what_one_was_told_the_other_answers_from_at_once(pair, make_adapter):
@@ -246,3 +261,10 @@ async def test_a_key_that_a_server_with_a_slow_clock_revoked_opens_nothing_elsew
     one._transport.app.state.parts.keys._clock = lambda: 1e9
     assert (await one.delete(f"/v1/keys/{made[1]['id']}")).status_code == 200
     assert (await other.get("/v1/models", headers=bearers[1])).status_code == 401
+
+
+async def test_a_server_with_a_long_name_beats_under_a_shorter_one(long_named):
+    """A node's name has up to 64 letters of its own."""
+    rows = (await long_named.get("/v1/replicas")).json()["data"]
+    assert [(row["me"], len(row["id"]), row["id"][:51]) for row in rows] == [(True, 64, LONG[:51])]
+    assert Replica(LONG, "").id == Replica(LONG, "").id != Replica(LONG + "b", "").id
