@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from reprlib import Repr
 from typing import Any
 
 from serve.errors import BadRequest, Conflict
 
 DEFAULT = "default"
+_beginning = Repr()
+_beginning.maxlevel = _beginning.maxlist = _beginning.maxdict = 20
+_beginning.maxstring = _beginning.maxlong = _beginning.maxother = 400
 
 # As JSON schemas have it; what is refused, and how, is below.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -123,6 +127,8 @@ def response_owner(id: str) -> str:
 
 def shown(value: Any, limit: int = 160) -> str:
     """Any value, short and printable enough for an error message."""
+    if isinstance(value, list | dict):
+        value = _beginning.repr(value)  # of as many items as a client may send
     text = value if isinstance(value, str) else repr(value) if not isinstance(value, Exception) else str(value)
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,8 +1,7 @@
-"""Before a route reads a body: who sends it, and how long may it be.
+"""Before a route reads a body: who sends it, whether their key has had its share, how long it is, and what it holds.
 
 FastAPI reads a body whole before any dependency runs. So the key is looked at here, first: without a known one the
-route sees no body and answers as it does to anybody without a key. With one, up to `BODY_BYTES` are taken, but for the
-routes that count what they read themselves.
+route sees no body and answers as it does to anybody without a key. Inference has the same steps in its own endpoint.
 """
 
 from __future__ import annotations
@@ -12,19 +11,21 @@ from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.asgi.connection import recognise
+from serve.asgi.json_weight import check
 from serve.asgi.origin import READS
+from serve.asgi.request_body import read, replayed
 from serve.auth.auth import Auth
-from serve.errors import LoradockError, TooLarge
+from serve.errors import ClientLeft, LoradockError
 
 BODY_BYTES = 1 << 20
-# They read their body piece by piece, up to a limit of their own: an upload, a batch's file, a baseline's file, and
-# what a worker brings.
-COUNT_THEMSELVES = re.compile(
-    r"POST /v1/adapters|POST /v1/files|PUT /v1/adapters/.+/baseline|PUT /v1/fine_tuning/work/.+/files/.+"
-)
+# A baseline's file, which is no JSON.
+BASELINE = re.compile(r"PUT /v1/adapters/.+/baseline")
+BASELINE_BYTES = 64 << 20
+# They write their body to the disk piece by piece, up to a limit of their own: an upload, a file, what a worker brings.
+STREAMED = re.compile(r"POST /v1/adapters|POST /v1/files|PUT /v1/fine_tuning/work/.+/files/.+")
 
 
 class Entrance:
@@ -44,50 +45,26 @@ class Entrance:
                 await self._fresh()
             self._auth.known(Headers(scope=scope))
         except LoradockError:
-            await self._app(scope, _replayed(b"", receive), send)  # the route refuses in its own words, and is audited
+            await self._app(scope, replayed(b"", receive), send)  # the route refuses in its own words, and is audited
             return
         recognise(scope)
-        if COUNT_THEMSELVES.fullmatch(f"{scope['method']} {scope['path']}"):
-            await self._app(scope, receive, send)
-            return
         try:
-            body = await _read(scope, receive)
-        except TooLarge as error:
-            await JSONResponse(error.body(), status_code=error.status)(scope, receive, send)
+            receive = await self._admitted(scope, receive)
+        except ClientLeft:
             return
-        if body is not None:
-            await self._app(scope, _replayed(body, receive), send)
+        except LoradockError as error:
+            await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
-
-async def _read(scope: Scope, receive: Receive) -> bytes | None:
-    """The whole body; None if the client left before it was whole."""
-    too_large = TooLarge(f"the request body is above {BODY_BYTES >> 10} KiB, the most that {scope['path'][:200]} takes")
-    stated = Headers(scope=scope).get("content-length", "0")
-    if stated.isdecimal() and int(stated) > BODY_BYTES:
-        raise too_large
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if len(body) > BODY_BYTES:
-            raise too_large
-        more = message.get("more_body", False)
-    return bytes(body)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    unread = True
-
-    async def replay() -> Message:
-        nonlocal unread
-        if unread:
-            unread = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        message = await receive()
-        while message["type"] != "http.disconnect":
-            message = await receive()
-        return message
-
-    return replay
+    async def _admitted(self, scope: Scope, receive: Receive) -> Receive:
+        """What a route may read of the body."""
+        request, headers = f"{scope['method']} {scope['path']}", Headers(scope=scope)
+        is_json = headers.get("content-type", "").strip().lower().startswith("application/json")
+        if STREAMED.fullmatch(request) and not is_json:  # a push by address is JSON
+            return receive
+        is_baseline = bool(BASELINE.fullmatch(request))
+        body = await read(receive, headers, BASELINE_BYTES if is_baseline else BODY_BYTES, scope["path"])
+        if not is_baseline:
+            check(body)
+        return replayed(body, receive)

@@ -24,6 +24,7 @@ from serve.asgi.exchange import Exchange, Tap, identified
 from serve.asgi.fast_stream import FastStream
 from serve.asgi.internal_client import RecordedAnswer
 from serve.asgi.pacing import PacedConnection
+from serve.asgi.request_body import read
 from serve.asgi.trace_context import RequestTrace, trace_of
 from serve.auth.auth import Auth, Caller
 from serve.auth.auth import Scope as KeyScope
@@ -155,7 +156,8 @@ class Inference:
         with meter.request() if meter else nullcontext():
             request, fan_out = None, FanOut()
             if stored is None:
-                request = await InferenceRequest.read(connection.read, body_limit(scope["path"], headers, self._media))
+                limit = body_limit(scope["path"], self._media)
+                request = InferenceRequest(await read(connection.read, headers, limit, scope["path"]))
                 if scope["path"] == INVOCATIONS:
                     scope = {**scope, "path": request.invoked(headers)}
                 tap.asked(request.fields, len(request.body))

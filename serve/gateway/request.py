@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive, Scope
+from starlette.types import Receive, Scope
 
+from serve.asgi.json_weight import decoded
+from serve.asgi.request_body import replayed
 from serve.engine.engine import LOW_PRIORITY
-from serve.errors import BadRequest, MethodNotAllowed, NotFound, TooLarge
+from serve.errors import BadRequest, MethodNotAllowed, NotFound
 from serve.gateway.fan_out import GENERATE
 from serve.gateway.router import Route
 from serve.gateway.tenant_isolation import check_response_owner, new_response_id, tenant_salt
@@ -87,7 +89,7 @@ class InferenceRequest:
     def __init__(self, body: bytes) -> None:
         self.body = body
         try:
-            self.fields = _decode(body)
+            self.fields = decoded(body, _decode)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"the request body is not a JSON object: {error}") from error
         _check_priority(self.fields.get("priority"))
@@ -95,20 +97,6 @@ class InferenceRequest:
             _check_integers(self.fields)
         _check_kinds(self.fields)
         self.model, self.fallbacks = _model_names(self.fields)
-
-    @classmethod
-    async def read(cls, receive: Callable[[], Awaitable[Message]], limit: int) -> InferenceRequest:
-        chunks, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise BadRequest("the client left before its request was whole")
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > limit:
-                raise TooLarge(f"the request body is above {limit >> 20} MiB, the most that is taken here")
-            more = message.get("more_body", False)
-        return cls(b"".join(chunks))
 
     def check(self, path: str) -> None:
         """BadRequest, if it holds what this route does not take."""
@@ -166,16 +154,7 @@ class InferenceRequest:
             body = _encode(fields)
             headers = [header for header in scope["headers"] if header[0] not in _FRAMING]
             scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-        unread = True
-
-        async def replayed() -> Message:
-            nonlocal unread
-            if unread:
-                unread = False
-                return {"type": "http.request", "body": body, "more_body": False}
-            return await receive()
-
-        return scope, replayed
+        return scope, replayed(body, receive)
 
 
 def for_engine(scope: Scope, route: Route) -> Scope:
@@ -253,13 +232,9 @@ def _model_names(fields: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     return first, tuple(fallbacks)
 
 
-def body_limit(path: str, headers: Headers, media: bool) -> int:
-    """Bytes that the body of this request may have; TooLarge if it states more."""
-    limit = TOKENIZE_BYTES if _TOKENIZES.fullmatch(path) else MEDIA_BYTES if media else TEXT_BYTES
-    stated = headers.get("content-length", "")
-    if stated.isdecimal() and int(stated) > limit:
-        raise TooLarge(f"the request body has {stated[:20]} bytes; {path} takes up to {limit >> 20} MiB")
-    return limit
+def body_limit(path: str, media: bool) -> int:
+    """Bytes that the body of this request may have."""
+    return TOKENIZE_BYTES if _TOKENIZES.fullmatch(path) else MEDIA_BYTES if media else TEXT_BYTES
 
 
 def stored_response(method: str, path: str) -> str | None:

@@ -20,11 +20,10 @@ from serve.auth.auth import Caller
 from serve.dataset.feedback import GOOD
 from serve.drift.change_description import for_tenant
 from serve.engine.payer import Cause
-from serve.errors import BadRequest, ConfigError, Conflict, NotFound, TooLarge
+from serve.errors import BadRequest, ConfigError, Conflict, NotFound
 from serve.gateway.router import manages
 from serve.names import short_name, spelled
 
-MAX_BASELINE = 64 << 20
 # What stands for a base where an adapter has its version.
 BASE_LABEL = "base"
 
@@ -157,11 +156,7 @@ async def shipped_baseline(
     """The baseline that came with the adapter."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{version or '(live)'}"
     which = baselined(parts, owned(parts, name, caller), version)
-    data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BASELINE:
-            raise TooLarge(f"a baseline is at most {MAX_BASELINE >> 20} MiB")
+    data = await request.body()
     label = f"v{which.version}"
     rows = await asyncio.to_thread(_asked, parts.drift_monitor.import_baseline, which.name, label, which.id, data)
     return {"object": "baseline", "name": name, "version": which.version, "requests": rows}

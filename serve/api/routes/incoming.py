@@ -21,10 +21,9 @@ from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.config import Config
 from serve.engine.effect_probe import ANY_EFFECT
-from serve.errors import BadRequest, TooLarge
+from serve.errors import BadRequest
 from serve.names import DEFAULT, check_name, full_name, shown
 
-MAX_JSON = 64 << 10
 _FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect", "keep")
 _SWITCHES = {"promote": "true", "probe": "true", "dry_run": "false"}  # with what they are by default
 
@@ -77,12 +76,7 @@ def _switch(form: Mapping[str, str], name: str, default: str) -> bool:
 
 async def _by_address(request: Request, folder: Path, config: Config, caller: Caller) -> tuple[Fetch, Source]:
     """A push whose files the server goes and gets."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_JSON:
-            raise TooLarge(f"a push as JSON takes up to {MAX_JSON} bytes; send files as multipart/form-data")
-    asked = decoded(body, Fetch)
+    asked = decoded(await request.body(), Fetch)
     request.state.subject = check_name(asked.name)
     came = await fetched(asked.source, folder, config, caller)
     return msgspec.structs.replace(asked, why=asked.why or f"from {came.read}"), came

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import msgspec
 
-from serve.errors import BadRequest
+from serve.asgi.json_weight import decoded
+from serve.errors import BadRequest, TooLarge
 from serve.names import shown
 
+# Nothing is built of what it holds.
+_decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 # Of one line.
 MAX_BYTES = 16 << 20
 _WANTED = "Expected file to have JSONL format, where every line is a valid JSON dictionary"
@@ -26,11 +29,15 @@ def check_objects(path: Path) -> None:
             if not line.strip():
                 continue
             try:
-                is_object = isinstance(msgspec.json.decode(line), dict)
+                decoded(line, _decode)
+            except (BadRequest, TooLarge) as error:
+                raise _refused(f"Line {number}: {error.message}.") from error
+            except msgspec.ValidationError as error:
+                raise _refused(
+                    f"Line {number} is not a dictionary (HINT: line starts with: {_start(line)})."
+                ) from error
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise _refused(f"Line {number} is not JSON ({shown(error)}).") from error
-            if not is_object:
-                raise _refused(f"Line {number} is not a dictionary (HINT: line starts with: {_start(line)}).")
             objects += 1
     if not objects:
         raise _refused("The file is empty.")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from serve.api.app import build_app
-from serve.api.entrance import BODY_BYTES
+from serve.api.entrance import BASELINE_BYTES, BODY_BYTES
 from serve.config import keys_hashed
 from tests.support.backend import FakeBackend
 
@@ -61,8 +61,58 @@ async def test_a_body_is_bounded_whether_its_length_is_stated_or_not(app, path):
 
 
 async def test_deep_nesting_is_a_400(app):
-    status, _ = await sent(app, "/v1/alerts", {"authorization": "Bearer an-admin"}, BODY_BYTES - 1)
+    status, _ = await sent(app, "/v1/alerts", {"authorization": "Bearer an-admin"}, 20_000)
     assert status == 400
+
+
+FLOOD = b'{"model": "base", "name": "x", "a": [' + b"{}," * (1 << 15) + b"0]}"
+DOORS = [
+    *(("POST", path) for path in ROUTES),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/adapters"),
+    ("POST", "/v1/batches"),
+    ("POST", "/v1/moderations"),
+    ("POST", "/v1/fine_tuning/jobs"),
+    ("POST", "/v1/adapters/tone/baseline"),
+    ("PUT", "/v1/adapters/tone/golden"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), DOORS)
+async def test_a_flood_of_small_values_is_refused_at_every_door(operator, backend, method, path):
+    headers = {"content-type": "application/json"}
+    answer = await operator.request(method, path, content=FLOOD, headers=headers)
+    assert answer.status_code == 413 and "lists and objects" in answer.json()["error"]["message"]
+    assert not backend.bodies
+
+
+async def test_so_is_a_line_of_a_file_to_train_on(operator):
+    files = {"file": ("train.jsonl", b'{"messages": []}\n' + FLOOD, "application/jsonl")}
+    answer = await operator.post("/v1/files", files=files, data={"purpose": "fine-tune"})
+    assert answer.status_code == 400 and "Line 2" in answer.json()["error"]["message"]
+    assert "lists and objects" in answer.json()["error"]["message"]
+
+
+async def test_so_is_a_line_of_a_batch(operator, backend):
+    line = b'{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": ' + FLOOD + b"}\n"
+    file = await operator.post("/v1/files", files={"file": ("b.jsonl", line)}, data={"purpose": "batch"})
+    body = {"input_file_id": file.json()["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    batch = (await operator.post("/v1/batches", json=body)).json()
+    for _ in range(500):
+        batch = (await operator.get(f"/v1/batches/{batch['id']}")).json()
+        if batch["status"] in ("completed", "failed"):
+            break
+        await asyncio.sleep(0.02)
+    errors = await operator.get(f"/v1/files/{batch['error_file_id']}/content")
+    assert "lists and objects" in errors.text and not backend.bodies
+
+
+async def test_a_baselines_file_is_read_in_pieces_up_to_its_own_limit(operator):
+    read = await operator.put("/v1/adapters/tone/baseline", content=b"[" * (BODY_BYTES + 1))
+    assert read.status_code == 404  # there is no such adapter
+    assert (await operator.put("/v1/adapters/tone/baseline", content=b"[" * (BASELINE_BYTES + 1))).status_code == 413
 
 
 async def test_a_refused_key_is_in_the_audit_log_all_the_same(app, config):

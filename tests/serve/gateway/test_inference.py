@@ -69,7 +69,7 @@ async def test_without_a_model_the_base_answers(client):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"x"', b"null", b'{"model": 3}', b"\xff\xfe{\x00}\x00", b"[" * 100_000]
+    "body", [b"", b"{", b"[]", b'"x"', b"null", b'{"model": 3}', b"\xff\xfe{\x00}\x00", b"[" * 20_000]
 )
 async def test_a_body_that_is_no_request_is_a_sentence(client, body):
     response = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
