@@ -13,23 +13,6 @@ from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.patches import media
 
 
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("93.184.215.14", True),
-        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
-        *((address, False) for address in ("127.0.0.1", "10.1.2.3", "192.168.0.9", "169.254.169.254", "100.64.0.1")),
-        *(
-            (address, False)
-            for address in ("0.0.0.0", "::1", "::ffff:10.0.0.1", "fe80::1%eth0", "fd00::1", "224.0.0.1")
-        ),
-        ("2002:7f00:1::", False),
-    ],
-)
-def test_public_addresses_are_told_from_others(address, public):
-    assert media.is_public(address) is public
-
-
 def test_no_host_is_allowed_by_default_and_a_star_allows_the_public_ones(tiny_model):
     def domains(**options):
         return parse(str(tiny_model), "base", options).allowed_media_domains
