@@ -281,10 +281,19 @@ def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Examples to train on, a JSON object a line.")],
     method: Annotated[Literal["supervised", "dpo", "kto"], typer.Option(help="What they are for.")] = "supervised",
     fewest: Annotated[int, typer.Option(help="Examples that the file has to have.")] = examples.FEWEST,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="The folder of the model to train: examples too long for it are told."),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="What was found as JSON.")] = False,
 ) -> None:
     """Say what is wrong with a file of examples, line by line, before any training; exit code 2 when something is."""
     found = examples.checked(file, method, fewest)
+    if model is not None and not found.problem_count:
+        from optimize.steps.tune.rules import too_long
+
+        for overlong, why in too_long(file, method, found, model):
+            found.add(overlong, why)
     if json_:
         _say(found.plain())
     elif not found.problem_count:

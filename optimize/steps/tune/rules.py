@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond
 from optimize.steps.tune.settings import ROW, activations, max_length, settled
 
 TOKEN_BYTES = 4  # of JSON, roughly
+TEMPLATE = 256  # tokens that a chat template adds to an example
 
 
 def estimate(step: Tune, context: Context) -> Estimate:
@@ -33,6 +36,16 @@ def estimate(step: Tune, context: Context) -> Estimate:
     memory = PROCESS + 2 * base.parameters + 24 * learned + kept + logits
     seconds = STARTING + 6 * tokens * context.token_seconds
     return Estimate("tune", what, memory, 20 * learned, seconds)
+
+
+def too_long(file: Path, method: str, found: Found, folder: Path) -> Iterator[tuple[int, str]]:
+    """(line, why) of examples whose answers the model in `folder` would never see; `found` is what the file holds."""
+    from optimize.steps.tune.encoding import Encoder
+
+    longest = max_length({"max_length": 0}, json.loads((folder / "config.json").read_text()))
+    # A token has a byte at least, and a chat template adds few: shorter files need no tokenizer.
+    if found.longest > longest - TEMPLATE:
+        yield from Encoder(folder, longest).too_long(file, method)
 
 
 def refuse(step: Tune, context: Context) -> None:

@@ -150,13 +150,14 @@ class JobRunner:
 
     def _validate(self, job: Job, work: Work) -> None:
         digests, counts = [], []
+        model = _folder(job.asked.base_model)
         for id, (code, name, param) in zip((job.training_file, job.validation_file), _FILES, strict=True):
             if id is None:
                 continue
             try:
                 path = self._contents.path(id)
                 fewest = FEWEST if param == "training_file" else 1
-                checked = self._process.check(path, job.asked.method, fewest, work.stop)
+                checked = self._process.check(path, job.asked.method, fewest, model, work.stop)
             except NotFound as gone:
                 raise Failed(code, gone.message, param) from gone
             except CannotCheck as error:
@@ -216,11 +217,9 @@ class JobRunner:
         try:
             train = self._contents.path(job.training_file)
             validation = self._contents.path(job.validation_file) if job.validation_file else None
-            folder.prepare(job, folder_of(asked.base_model), train, validation, parent)
+            folder.prepare(job, _folder(asked.base_model), train, validation, parent)
         except NotFound as gone:
             raise Failed("invalid_training_file", gone.message) from gone
-        except ConfigError as error:
-            raise Failed("base_model_changed", error.message) from error
 
     # After it
 
@@ -232,8 +231,9 @@ class JobRunner:
         settled = await asyncio.to_thread(folder.settled)
         try:
             await self._admission.try_out(job, adapter)
-            checkpoints = await self._checkpoints(job, folder, settled)
+            # First, so that its number is the next one; the versions of earlier epochs stand behind it.
             model = await self._admission.admit(job, adapter, settled, final=True)
+            checkpoints = await self._checkpoints(job, folder, settled)
         except (EngineUnavailable, OutOfSpace):
             raise
         except LoradockError as error:
@@ -279,6 +279,13 @@ class JobRunner:
         now = self._clock()
         name = "step_metrics.csv"
         return StoredFile(id, job.tenant, job.asked.who, RESULTS, name, nbytes, now, now + self._file_seconds)
+
+
+def _folder(model: str) -> Path:
+    try:
+        return folder_of(model)
+    except ConfigError as error:
+        raise Failed("base_model_changed", error.message) from error
 
 
 def _digest(model: str) -> str:

@@ -108,9 +108,11 @@ class TrainingProcess:
         """What training needs and this environment lacks; "" where nothing is missing."""
         return next((package for package in PACKAGES if importlib.util.find_spec(package) is None), "")
 
-    def check(self, file: Path, method: str, fewest: int, stop: threading.Event) -> Checked | None:
-        """What is wrong with a file of examples, which must have so many; None once `stop` is set. Blocks."""
+    def check(self, file: Path, method: str, fewest: int, model: Path, stop: threading.Event) -> Checked | None:
+        """What is wrong with a file of examples, which must have so many and be read by `model`; None once `stop` is
+        set. Blocks."""
         command = [*self.command, "check", str(file), "--method", method, "--fewest", str(fewest), "--json"]
+        command += ["--model", str(model)]
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         # Its group is its own, so that Ctrl+C at the server's terminal is the server's alone.
         with hardware.every_core():

