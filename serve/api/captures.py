@@ -11,6 +11,7 @@ from serve.config import Config
 from serve.dataset.capture import QUEUE_SIZE, Capture
 from serve.dataset.conversations import Conversations
 from serve.dataset.datasets import Datasets
+from serve.dataset.feedback import Answered
 from serve.engine.fleet import Fleet
 from serve.names import tenant_of
 from serve.rollout.golden.golden import Golden
@@ -65,10 +66,10 @@ class Captures:
         """Blocks."""
         self.worker.stop()
 
-    def rated(self, tenant: str, request_id: str, rating: float | None, answer: str | None) -> None:
+    def rated(self, answered: Answered, tenant: str, rating: float | None, answer: str | None) -> None:
         """Note what somebody said of an answer, behind the request itself."""
 
         def rate() -> None:
-            self.conversations.rate(tenant, request_id, rating, answer)
+            self.conversations.rate(tenant, answered.key, answered.id, rating, answer)
 
         self.worker.submit(rate)

@@ -20,12 +20,13 @@ def version_tag(full: str, version: int | str, tenant: str) -> str:
 
 
 def labelled(start: Message, request_id: str, version: str, trace: RequestTrace | None = None) -> Message:
-    """The start of an answer with these, where they are not empty; an id that it has already stays."""
-    own = []
-    if request_id and not any(name == REQUEST_ID for name, _ in start["headers"]):
+    """The start of an answer with these, where they are not empty."""
+    headers, own = start["headers"], []
+    if request_id:
+        headers = [header for header in headers if header[0] != REQUEST_ID]  # the engine's, if it gives one
         own.append((REQUEST_ID, request_id.encode()))
     if version:
         own.append((VERSION.encode(), version.encode()))
     if trace and trace.sampled:
         own.append((SPAN, trace.header.encode()))
-    return {**start, "headers": [*start["headers"], *own]} if own else start
+    return {**start, "headers": [*headers, *own]} if own else start

@@ -36,14 +36,27 @@ _OVER_CONTEXT = re.compile(rb"maximum (context|model) length")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 
 
-def identified(scope: Scope) -> tuple[Scope, str]:
-    """The request with an id in its x-request-id header, and that id: the client's own, if it is one."""
+@dataclass(frozen=True, slots=True)
+class RequestId:
+    """`own` is made here for each request, and no two have the same. `client` is what the client calls it, "" if it
+    gave it no name: several requests may have it, of several clients too."""
+
+    own: str
+    client: str = ""
+
+    @property
+    def echo(self) -> str:
+        """What the answer's x-request-id says."""
+        return self.client or self.own
+
+
+def identified(scope: Scope) -> tuple[Scope, RequestId]:
+    """The request with an id of our own in its x-request-id header, by which the engine knows it too."""
     ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
-    if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]):
-        return scope, ids[0].decode()
-    made = uuid.uuid4().hex
+    client = ids[0].decode() if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]) else ""
+    id = RequestId(uuid.uuid4().hex, client)
     rest = [header for header in scope["headers"] if header[0] != b"x-request-id"]
-    return {**scope, "headers": [*rest, (b"x-request-id", made.encode())]}, made
+    return {**scope, "headers": [*rest, (b"x-request-id", id.own.encode())]}, id
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +221,14 @@ class Exchange:
     failure: Failure | None = None
     # None while nothing is traced.
     trace: RequestTrace | None = None
+    # What the client calls the request (`RequestId`), and the id of the API key that it came with.
+    client_id: str = ""
+    key: str = ""
+
+    @property
+    def echoed_id(self) -> str:
+        """What the answer's x-request-id said."""
+        return self.client_id or self.request_id
 
     @property
     def prompt_tokens(self) -> int:
@@ -295,6 +316,7 @@ class Tap:
         "draw",
         "events",
         "id",
+        "key",
         "over_context",
         "question",
         "question_bytes",
@@ -307,7 +329,9 @@ class Tap:
         "watch",
     )
 
-    def __init__(self, send: Send, request_id: str = "", trace_id: str = "", trace: RequestTrace | None = None) -> None:
+    def __init__(
+        self, send: Send, request_id: RequestId = RequestId(""), trace_id: str = "", trace: RequestTrace | None = None
+    ) -> None:
         self._send = send
         self._started = time.perf_counter()
         self._first: float | None = None
@@ -321,7 +345,7 @@ class Tap:
         self.adapter = "other"
         self.version = ""
         self.id = ""
-        self.tenant = ""
+        self.tenant = self.key = ""
         self.asker: bytes | None = None
         self.dealt = False
         self.draw: bytes | None = None
@@ -342,7 +366,7 @@ class Tap:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             version = version_tag(self.adapter, self.version, self.tenant) if self.id else ""
-            message = labelled(message, self.request_id, version, self.trace)
+            message = labelled(message, self.request_id.echo, version, self.trace)
             self.events = any(
                 name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
             )
@@ -359,9 +383,9 @@ class Tap:
         if self.trace:
             self.trace.asked(question.get("model"), question.get("stream"))
 
-    def queued(self, tenant: str) -> None:
+    def queued(self, tenant: str, key: str = "") -> None:
         """The request has been read, and waits for its turn."""
-        self.tenant, self._queued = tenant, time.perf_counter()
+        self.tenant, self.key, self._queued = tenant, key, time.perf_counter()
 
     def addressed(self, adapter: str, version: str) -> None:
         """Say who is to answer, also if it never gets that far."""
@@ -409,7 +433,7 @@ class Tap:
             first,
             total,
             self.id,
-            self.request_id,
+            self.request_id.own,
             self.tenant,
             self.asker,
             self.began,
@@ -424,6 +448,8 @@ class Tap:
             seat_wait=self._seat_wait(total),
             failure=self._failure(generations),
             trace=self.trace,
+            client_id=self.request_id.client,
+            key=self.key,
         )
 
     def _seat_wait(self, total: float) -> float | None:

@@ -94,7 +94,7 @@ class Audited:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if changes:
-                    MutableHeaders(scope=message)["x-request-id"] = request_id
+                    MutableHeaders(scope=message)["x-request-id"] = request_id.echo
             await send(message)
 
         state = scope.setdefault("state", {})
@@ -114,7 +114,7 @@ class Audited:
                     "key": caller.key if caller else None,
                     "what": endpoint.__name__,
                     "subject": shown(state.get("subject") or _subject(scope), 256),
-                    "request_id": request_id,
+                    "request_id": request_id.echo,
                     "remote": (scope.get("client") or (None,))[0],
                 }
                 if reason := state.get("reason"):

@@ -24,7 +24,7 @@ from typing import Any
 
 from serve.asgi.exchange import Exchange
 from serve.dataset.asked_text import Asked, NoText, asked_text
-from serve.dataset.feedback import bare_id
+from serve.dataset.feedback import bare_id, named_by
 from serve.errors import NotFound
 from serve.files import write_ahead
 from serve.names import shown
@@ -38,7 +38,8 @@ create table if not exists requests (
     tenant text not null, id text not null, adapter text not null, version text not null, moment real not null,
     asker text not null, conversation text not null, whole text not null, users text not null,
     asked text not null, answer text not null, finish text not null, nbytes integer not null,
-    rating real, correction text, primary key (tenant, id)
+    rating real, correction text, client_id text not null default '', key text not null default '',
+    primary key (tenant, id)
 );
 create index if not exists by_moment on requests (moment);
 create index if not exists by_conversation on requests (tenant, conversation);
@@ -49,6 +50,8 @@ create table if not exists left_out (
     primary key (tenant, adapter, hour, reason)
 );
 """
+# What a database of an earlier release has not.
+_LATER = ("client_id", "key")
 _COLUMNS = "id, tenant, adapter, version, moment, asker, conversation, asked, answer, finish, rating, correction"
 
 log = logging.getLogger(__name__)
@@ -140,18 +143,20 @@ class Conversations:
                 self._writer.close()
             self._writer = None
 
-    def rate(self, tenant: str, id: str, rating: float | None, correction: str | None) -> bool:
-        """Note what somebody said of an answer, once; whether such a request is kept and nothing was said of it yet."""
+    def rate(self, tenant: str, key: str, id: str, rating: float | None, correction: str | None) -> bool:
+        """Note what somebody said of an answer, once; whether such a request is kept and nothing was said of it yet.
+
+        `key` is the id of the API key of whoever says so, which a client's own id for a request is looked up by.
+        """
         if not self._file.exists():
             return False
         correction = self._redacted(correction) if correction is not None else None
         with self._changing() as database:
+            own = _found(database, tenant, key, id)
+            where = "tenant = ? and id = ? and rating is null and correction is null"
+            values = (rating, correction, tenant, own)
             return bool(
-                database.execute(
-                    "update requests set rating = ?, correction = ? where tenant = ? and id in (?, ?) "
-                    "and rating is null and correction is null",
-                    (rating, correction, tenant, id, bare_id(id)),
-                ).rowcount
+                database.execute(f"update requests set rating = ?, correction = ? where {where}", values).rowcount
             )
 
     def rows(
@@ -192,15 +197,15 @@ class Conversations:
                 for id, count, began, last, rated, corrected, ids in database.execute(query, (*values, limit))
             ]  # fmt: skip
 
-    def forget(self, tenant: str, adapters: Collection[str], id: str) -> tuple[str, list[Captured]]:
+    def forget(self, tenant: str, key: str, adapters: Collection[str], id: str) -> tuple[str, list[Captured]]:
         """Delete the conversation of this id, or that of this answer; its id, and its requests. NotFound."""
         if not self._file.exists():
             raise _missing(id)
         where, values = _within(tenant, adapters, "moment", 0.0, None)
         with self._changing() as database:
             row = database.execute(
-                f"select conversation from requests where {where} and (conversation = ? or id in (?, ?))",
-                (*values, id, id, bare_id(id)),
+                f"select conversation from requests where {where} and (conversation = ? or id = ?)",
+                (*values, id, _found(database, tenant, key, id)),
             ).fetchone()
             if row is None:
                 raise _missing(id)
@@ -237,8 +242,8 @@ class Conversations:
             conversation = _conversation(database, exchange.tenant, earlier) or _fresh_id(exchange)
             known = (exchange.tenant, exchange.request_id, exchange.adapter, exchange.version, now, asker, conversation)
             database.execute(
-                "insert or replace into requests values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, null, null)",
-                (*known, whole, users, row, answer, generation.finish_reason, nbytes),
+                "insert or ignore into requests values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, null, null, ?, ?)",
+                (*known, whole, users, row, answer, generation.finish_reason, nbytes, exchange.client_id, exchange.key),
             )
         self._sizes[exchange.tenant] = self._sizes.get(exchange.tenant, 0) + nbytes
 
@@ -296,12 +301,27 @@ class Conversations:
         write_ahead(database, _PATIENCE)  # a build reads while traffic writes
         # What is deleted is overwritten.
         database.executescript("pragma synchronous=normal; pragma secure_delete=on;" + _SCHEMA)
+        there = {row[1] for row in database.execute("pragma table_info(requests)")}
+        for column in (name for name in _LATER if name not in there):
+            database.execute(f"alter table requests add column {column} text not null default ''")
+        database.execute("create index if not exists by_client_id on requests (tenant, client_id)")
+        database.commit()
         return database
 
     def _wipe(self) -> None:
         """Take what was deleted out of the log of changes too."""
         with self._changing() as database:
             database.execute("pragma wal_checkpoint(truncate)")
+
+
+def _found(database: sqlite3.Connection, tenant: str, key: str, id: str) -> str | None:
+    """The server's id of the request that `id` means to whoever has this key (see `feedback`)."""
+    own = "select id from requests where tenant = ? and id in (?, ?)"
+    if row := database.execute(own, (tenant, id, bare_id(id))).fetchone():
+        return str(row[0])
+    # Of the columns beside a maximum SQLite gives those of its row.
+    latest = "select key, id, max(moment) from requests where tenant = ? and client_id = ? group by key"
+    return named_by(key, {key: own for key, own, _ in database.execute(latest, (tenant, id))} if id else {})
 
 
 def _missing(id: str) -> NotFound:

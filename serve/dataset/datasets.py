@@ -126,9 +126,10 @@ class Datasets:
         finally:
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
 
-    async def forget(self, adapter: str, id: str) -> Forgotten:
-        """Delete a conversation, by its id or that of one of its answers; NotFound."""
-        return await self._in_turn(self._forget, adapter, id)
+    async def forget(self, adapter: str, key: str, id: str) -> Forgotten:
+        """Delete a conversation, by its id or that of one of its answers, as whoever has this API key means it;
+        NotFound."""
+        return await self._in_turn(self._forget, adapter, key, id)
 
     def listed(self, adapter: str, limit: int) -> list[dict[str, Any]]:
         """The adapter's latest conversations, without their texts. Blocks."""
@@ -164,12 +165,12 @@ class Datasets:
         self._held_out.add(options.adapter, built.kept_apart, now)
         return built
 
-    def _forget(self, adapter: str, id: str) -> Forgotten:
+    def _forget(self, adapter: str, key: str, id: str) -> Forgotten:
         names = self._names(adapter)
         asked = [*names, self._base_of(adapter)]
         self._settle()  # a turn that waits to be kept goes with the others
         try:
-            conversation, gone = self._conversations.forget(tenant_of(adapter), asked, id)
+            conversation, gone = self._conversations.forget(tenant_of(adapter), key, asked, id)
         except NotFound:
             self._held_out.forget(id)  # which keeps it for longer
             raise

@@ -230,7 +230,7 @@ class Inference:
     async def _leased(self, answering: _Answering) -> AsyncIterator[Route]:
         """The request's route, held until the block ends. A client that leaves before it is there loses its place."""
         request, caller, payer, tap = answering.request, answering.caller, answering.payer, answering.tap
-        tap.queued(caller.tenant)
+        tap.queued(caller.tenant, caller.key)
         async with AsyncExitStack() as held:
             if request is None:
                 lease = self._router.lease(None, caller, payer, addressed=tap.addressed)

@@ -112,10 +112,10 @@ class Metrics:
             (series.worst, exchange.worst_gap),
         ):
             if seconds is not None:
-                histogram.observe(seconds, exchange.request_id, exchange.trace_id)
+                histogram.observe(seconds, exchange.echoed_id, exchange.trace_id)
         if exchange.first is not None and exchange.status == 200:
-            series.first.observe(exchange.first, exchange.request_id, exchange.trace_id)
-            series.total.observe(exchange.total, exchange.request_id, exchange.trace_id)
+            series.first.observe(exchange.first, exchange.echoed_id, exchange.trace_id)
+            series.total.observe(exchange.total, exchange.echoed_id, exchange.trace_id)
 
     def tap_took(self, seconds: float) -> None:
         """Count what looking at one exchange took of the event loop."""

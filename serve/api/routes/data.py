@@ -76,7 +76,7 @@ async def delete_conversation(name: str, id: str, request: Request, caller: Mana
     request.state.subject = f"{spelled(name, caller.tenant)} {shown(id)}"
     full, forget = _own(parts, name, caller), parts.loops.forget_conversation
     try:
-        gone = await parts.captures.datasets.forget(full, id)
+        gone = await parts.captures.datasets.forget(full, caller.key, id)
     except NotFound:
         # A reference may hold it longer than it is kept.
         if not await asyncio.to_thread(forget, caller.tenant, id):

@@ -169,15 +169,15 @@ async def rate(
     """A rating of an answer, by its id."""
     request.state.audited = False
     try:
-        answered, rating = parts.feedback.join(caller.tenant, body.request_id, body.rating, body.answer)
+        answered, rating = parts.feedback.join(caller.tenant, caller.key, body.request_id, body.rating, body.answer)
     except NotFound:
         # Captured requests are kept for longer than those that a rating is counted for.
         if not await asyncio.to_thread(
-            parts.captures.conversations.rate, caller.tenant, body.request_id, body.rating, body.answer
+            parts.captures.conversations.rate, caller.tenant, caller.key, body.request_id, body.rating, body.answer
         ):
             raise
         return {"object": "feedback", "request_id": body.request_id, "rating": body.rating}
-    parts.captures.rated(caller.tenant, body.request_id, body.rating, body.answer)
+    parts.captures.rated(answered, caller.tenant, body.rating, body.answer)
     label = "good" if rating >= GOOD else "bad"
     parts.monitor.rated(answered.adapter, answered.version, label)
     parts.loops.ratings.take(answered.adapter, answered.version, rating)

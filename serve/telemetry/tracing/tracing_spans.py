@@ -92,8 +92,8 @@ class Spans:
             }
         )
         more = attributes(known | _generated(exchange, trace)) + _answerer(model(exchange.adapter), exchange.version)
-        if exchange.request_id:
-            more += unrepeated("loradock.request_id", exchange.request_id)
+        if exchange.echoed_id:
+            more += unrepeated("loradock.request_id", exchange.echoed_id)
         if trace.repeats:
             more += link(trace.repeats.trace_id, trace.repeats.span_id)
         if trace.state:

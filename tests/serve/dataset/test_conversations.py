@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 import pytest
 
 from serve.asgi.exchange import Exchange, Generation
@@ -56,11 +58,45 @@ def test_a_request_is_kept_with_what_was_asked_and_answered(kept, tmp_path):
 def test_ratings_and_corrections_are_joined_once(kept):
     kept.observe(exchange("a", [user("one")]))
     kept.observe(exchange("b", [user("two")]))
-    assert kept.rate("default", "chatcmpl-a", 1.0, None) and kept.rate("default", "b", None, "secret 5 it was")
-    assert not kept.rate("default", "a", 0.0, None) and not kept.rate("acme", "b", 0.0, None)
-    assert not kept.rate("default", "nobody", 1.0, None)
+    assert kept.rate("default", "", "chatcmpl-a", 1.0, None) and kept.rate("default", "", "b", None, "secret 5 it was")
+    assert not kept.rate("default", "", "a", 0.0, None) and not kept.rate("acme", "", "b", 0.0, None)
+    assert not kept.rate("default", "", "nobody", 1.0, None)
     by_id = {row.id: row for row in rows(kept)}
     assert by_id["a"].rating == 1.0 and by_id["b"].correction == "[redacted] it was"
+
+
+def test_a_clients_own_id_finds_its_request_and_replaces_nobodys(kept, now):
+    kept.observe(exchange("1", [user("one")], client_id="order-7", key="shop"))
+    now[0] += 1
+    kept.observe(exchange("2", [user("poison")], client_id="order-7", key="stranger"))
+    kept.observe(exchange("3", [user("poison")], client_id="1", key="stranger"))
+    assert {row.id for row in rows(kept)} == {"1", "2", "3"}
+    assert kept.rate("default", "shop", "order-7", 1.0, None)
+    assert {row.id: row.rating for row in rows(kept)} == {"1": 1.0, "2": None, "3": None}
+    assert not kept.rate("default", "third", "order-7", 1.0, None), "of two other keys it is none"
+    assert not kept.rate("default", "third", "1", 0.0, None), "what the server calls a request goes first"
+    now[0] += 1
+    kept.observe(exchange("4", [user("again")], client_id="order-7", key="shop"))
+    assert kept.rate("default", "shop", "order-7", 0.0, None)
+    assert {row.id: row.rating for row in rows(kept)}["4"] == 0.0, "the latest of one's own"
+    kept.observe(exchange("5", [user("alone")], client_id="order-8", key="shop"))
+    assert kept.rate("default", "third", "order-8", 1.0, None)
+    with pytest.raises(NotFound):
+        kept.forget("default", "third", ["tone"], "order-7")
+    assert [one.id for one in kept.forget("default", "stranger", ["tone"], "order-7")[1]] == ["2"]
+
+
+def test_a_database_of_an_earlier_release_goes_on(kept, tmp_path, now):
+    kept.observe(exchange("a", [user("one")]))
+    kept.stop()
+    with sqlite3.connect(tmp_path / "conversations.db") as database:
+        database.execute("drop index by_client_id")
+        for column in ("client_id", "key"):
+            database.execute(f"alter table requests drop column {column}")
+    again = Conversations(tmp_path / "conversations.db", hours=2, clock=lambda: now[0])
+    again.start()
+    again.observe(exchange("b", [user("two")], client_id="order", key="shop"))
+    assert {row.id for row in rows(again)} == {"a", "b"} and again.rate("default", "shop", "order", 1.0, None)
 
 
 def test_turns_of_a_conversation_belong_together(kept, now):
@@ -89,13 +125,13 @@ def test_what_is_deleted_is_gone_from_the_disk(kept, tmp_path):
     kept.observe(exchange("a2", [user("unheard of words"), assistant("strange words"), user("more")]))
     kept.observe(exchange("b", [user("another")]))
     with pytest.raises(NotFound):
-        kept.forget("acme", ["tone"], "a1")
+        kept.forget("acme", "", ["tone"], "a1")
     with pytest.raises(NotFound):
-        kept.forget("default", ["other"], "a1")
-    conversation, gone = kept.forget("default", ["tone"], "chatcmpl-a2")
+        kept.forget("default", "", ["other"], "a1")
+    conversation, gone = kept.forget("default", "", ["tone"], "chatcmpl-a2")
     assert [row.id for row in gone] == ["a1", "a2"] and [row.id for row in rows(kept)] == ["b"]
     with pytest.raises(NotFound, match="no conversation"):
-        kept.forget("default", ["tone"], conversation)
+        kept.forget("default", "", ["tone"], conversation)
     on_disk = b"".join(file.read_bytes() for file in tmp_path.glob("conversations.db*"))
     assert b"unheard" not in on_disk and b"strange" not in on_disk
 
@@ -143,7 +179,7 @@ def test_a_list_says_what_was_kept_without_its_text(kept, now):
     kept.observe(exchange("a1", [user("hi")], "hello"))
     now[0] += 60
     kept.observe(exchange("a2", [user("hi"), assistant("hello"), user("more")]))
-    kept.rate("default", "a2", 1.0, None)
+    kept.rate("default", "", "a2", 1.0, None)
     (row,) = kept.listed("default", ["tone"])
     assert row["requests"] == 2 and row["request_ids"] == ["a1", "a2"] and row["rated"] == 1
     assert (row["began"], row["last"]) == (NOW, NOW + 60)
@@ -152,9 +188,9 @@ def test_a_list_says_what_was_kept_without_its_text(kept, now):
 def test_nothing_is_there_where_nothing_was_ever_kept(tmp_path):
     none = Conversations(tmp_path / "conversations.db", enabled=False)
     none.start()
-    assert rows(none) == [] and none.listed("default", ["tone"]) == [] and not none.rate("default", "a", 1.0, None)
+    assert rows(none) == [] and none.listed("default", ["tone"]) == [] and not none.rate("default", "", "a", 1.0, None)
     with pytest.raises(NotFound):
-        none.forget("default", ["tone"], "a")
+        none.forget("default", "", ["tone"], "a")
     none.stop()
     assert list(tmp_path.iterdir()) == []
 

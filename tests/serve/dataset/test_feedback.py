@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -26,14 +27,14 @@ def test_two_thousand_large_prompts_leave_a_few_hundred_bytes_each():
     finally:
         tracemalloc.stop()
     assert held < 2000 * 2000, f"{held >> 10} KiB"
-    assert {len(one.asker) for one in feedback._recent.values()} == {16}
+    assert {len(one.asker) for one in feedback._recent["acme"].by_id.values()} == {16}
 
 
 def test_one_asker_is_the_same_one_in_every_rating():
     feedback = Feedback()
     for number, asker in enumerate((b"anna", b"bo", b"anna")):
         feedback.remember(exchange(number, asker))
-    anna, bo, again = (feedback.join("acme", f"r-{number}", 1.0, None)[0].asker for number in range(3))
+    anna, bo, again = (feedback.join("acme", "", f"r-{number}", 1.0, None)[0].asker for number in range(3))
     assert anna == again != bo
 
 
@@ -42,5 +43,29 @@ def test_the_oldest_is_forgotten():
     for number in range(3):
         feedback.remember(exchange(number, b"anna"))
     with pytest.raises(NotFound):
-        feedback.join("acme", "r-0", 1.0, None)
-    assert feedback.join("acme", "r-2", None, "paris")[1] == 1.0
+        feedback.join("acme", "", "r-0", 1.0, None)
+    assert feedback.join("acme", "", "r-2", None, "paris")[1] == 1.0
+
+
+def test_a_tenant_makes_none_of_anothers_requests_forgotten():
+    feedback = Feedback(memory=2)
+    feedback.remember(exchange(0, b"anna"))
+    for number in range(1, 6):
+        feedback.remember(replace(exchange(number, b"flood"), tenant="globex"))
+    assert feedback.join("acme", "", "r-0", 1.0, None)[1] == 1.0
+
+
+def test_a_clients_own_id_finds_its_request_and_no_other_key_can_take_it():
+    feedback = Feedback(memory=4)
+    feedback.remember(replace(exchange(0, b"anna", "right"), client_id="order-7", key="shop"))
+    feedback.remember(replace(exchange(1, b"poison", "poison"), client_id="order-7", key="stranger"))
+    feedback.remember(replace(exchange(2, b"poison", "poison"), client_id="r-0", key="stranger"))
+    with pytest.raises(NotFound):
+        feedback.join("acme", "third", "order-7", 1.0, None)
+    assert feedback.join("acme", "shop", "order-7", 1.0, None)[0].id == "r-0"
+    assert feedback.join("acme", "stranger", "order-7", 1.0, None)[0].id == "r-1"
+    with pytest.raises(NotFound):  # the server's own ids go first: it is rated already
+        feedback.join("acme", "stranger", "r-0", 1.0, None)
+    for number in range(3, 7):
+        feedback.remember(replace(exchange(number, b"bo"), client_id=f"order-{number}"))
+    assert len(feedback._recent["acme"].by_id) == 4 == len(feedback._recent["acme"].named)

@@ -64,6 +64,25 @@ async def test_the_clients_trace_stands_beside_the_latency_of_its_request(client
     assert f"# {{{expected}}} " in text
 
 
+async def test_a_request_has_an_id_of_the_servers_and_the_clients_own_is_echoed(issue, backend):
+    shop, stranger = await issue("acme", name="shop"), await issue("acme", name="stranger")
+    body, named = {"model": "base"}, {"x-request-id": "order-7"}
+    answers = [await key.post(CHAT, json=body, headers=named) for key in (shop, stranger)]
+    assert [answer.headers.get_list("x-request-id") for answer in answers] == [["order-7"], ["order-7"]]
+    first, second = (headers["x-request-id"] for headers in backend.headers[-2:])
+    assert len({first, second, "order-7"}) == 3, "the engine knows them apart"
+    unnamed = await shop.post(CHAT, json=body)
+    assert unnamed.headers["x-request-id"] == backend.headers[-1]["x-request-id"]
+    rated = {"request_id": "order-7", "rating": 1}
+    assert [(await key.post("/v1/feedback", json=rated)).status_code for key in (shop, shop, stranger)] == [
+        200,
+        404,
+        200,
+    ]
+    by_answer = {"request_id": f"chatcmpl-{backend.headers[-1]['x-request-id']}", "rating": 1}
+    assert (await stranger.post("/v1/feedback", json=by_answer)).status_code == 200
+
+
 async def test_without_a_model_the_base_answers(client):
     assert (await client.post(CHAT, json={"messages": []})).status_code == 200
 
