@@ -1,11 +1,13 @@
 """Adapters: push, look, and every change to what is live."""
 
 import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+import msgspec
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
@@ -15,10 +17,12 @@ from serve.api.schemas import Pin, Promote, Rename, Rollback, Visibility, Weight
 from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.gateway.router import manages
-from serve.names import check_name, full_name, spelled, tenant_of
+from serve.names import check_name, full_name, short_name, spelled, tenant_of
 from serve.rollout.rename import rename as give_name
 
 router = APIRouter()
+MOST_LISTED = 1000  # of one page
+LISTED_AT_ONCE = 50  # a few milliseconds
 
 
 @router.post(
@@ -53,10 +57,35 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
 
 
 @router.get("/v1/adapters")
-async def adapters(caller: Manager, parts: TheParts) -> dict[str, Any]:
-    """The adapters that the caller may change, with their versions."""
-    rows = [summary(parts, full, caller) for full in parts.registry.names() if manages(caller, full)]
-    return {"object": "list", "data": rows}
+async def adapters(
+    caller: Manager,
+    parts: TheParts,
+    after: str = "",
+    limit: Annotated[int | None, Query(ge=1, le=MOST_LISTED)] = None,
+) -> Response:
+    """The adapters that the caller may change, by name, with their versions.
+
+    With `limit` a page of them: the next one begins `after` the `last_id` of this one, while `has_more` says so.
+    """
+    begin = spelled(after, caller.tenant) if after else ""
+    names = [full for full in parts.registry.names() if manages(caller, full) and full > begin]
+    page = names[:limit]
+    end = {"has_more": len(page) < len(names), "last_id": short_name(page[-1], caller.tenant) if page else None}
+    return StreamingResponse(_listed(parts, caller, page, end), media_type="application/json")
+
+
+async def _listed(parts: Services, caller: Caller, page: Sequence[str], end: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    """The list in pieces, between which others have their turn: ten thousand adapters are some megabytes."""
+    yield b'{"object":"list","data":['
+    separator = b""
+    for begin in range(0, len(page), LISTED_AT_ONCE):
+        # What was deleted meanwhile is not there any more.
+        rows = [summary(parts, full, caller) for full in page[begin : begin + LISTED_AT_ONCE] if full in parts.registry]
+        if rows:
+            yield separator + msgspec.json.encode(rows)[1:-1]
+            separator = b","
+        await asyncio.sleep(0)
+    yield b"]," + msgspec.json.encode(end)[1:]
 
 
 @router.get("/v1/adapters/{name:path}")

@@ -343,3 +343,24 @@ async def test_a_push_is_taken_as_soon_as_the_server_says_that_it_is_ready(conne
             await asyncio.sleep(0.01)
         assert (await client.post("/v1/adapters", **upload(make_adapter()))).status_code == 201
         learned.set()
+
+
+async def test_adapters_are_listed_whole_or_by_pages(client, make_adapter):
+    for number in range(5):
+        pushed = await client.post("/v1/adapters", **upload(make_adapter(number), name=f"adapter-{number}"))
+        assert pushed.status_code == 201, pushed.text
+    whole = (await client.get("/v1/adapters")).json()
+    names = [f"adapter-{number}" for number in range(5)]
+    assert [row["name"] for row in whole["data"]] == names and whole["object"] == "list" and not whole["has_more"]
+    pages, after = [], ""
+    while True:
+        page = (await client.get("/v1/adapters", params={"limit": 2, "after": after})).json()
+        pages.append(page["data"])
+        after = page["last_id"]
+        if not page["has_more"]:
+            break
+    assert [len(page) for page in pages] == [2, 2, 1] and [row for page in pages for row in page] == whole["data"]
+    assert (await client.get("/v1/adapters", params={"after": "zzz"})).json() == {
+        "object": "list", "data": [], "has_more": False, "last_id": None,
+    }  # fmt: skip
+    assert (await client.get("/v1/adapters", params={"limit": 0})).status_code == 400
