@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from optimize.errors import OptimizeError
 from tests.support import pico
 
 # Small matrices: threads that wait for one another would cost more than the arithmetic, here and in the children.
@@ -142,3 +144,20 @@ def job(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[..., Any
 
 def silent(*_: Any) -> None:
     """A progress that nobody watches."""
+
+
+@pytest.fixture
+def steps_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps compute in this process: a process of its own costs each three seconds of imports. For tests of what a run
+    decides of its steps; how their processes are run and ended, test_run.py shows with real ones.
+    """
+    from optimize.pipeline import child, worker
+
+    def run(self: child.Child, job: Any) -> dict[str, Any]:
+        try:
+            notes = importlib.import_module(worker.TASKS[job.kind]).run(job, silent)
+        except OptimizeError as error:
+            raise type(error)(f"{job.kind}: {error.message}") from error
+        return {**notes, "memory": 0, "cpu_seconds": 0.0}
+
+    monkeypatch.setattr(child.Child, "run", run)

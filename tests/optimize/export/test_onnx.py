@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +22,25 @@ IDS = torch.arange(2, 34).view(1, 32)
 
 
 def exported(job, precision, **more):
-    made = job("onnx", precision=precision, format="onnx", out=precision, **more)
+    made = job("onnx", precision=precision, format="onnx", **{"out": precision, **more})
     return made.folder / "model", onnx.run(made, silent)
 
 
-def test_fp32_is_pytorch_and_its_bytes_are_the_same_each_time(base, job, capsys, tmp_path):
-    folder, notes = exported(job, "fp32")
+@pytest.fixture(scope="module")
+def exports() -> dict[str, tuple[Path, dict[str, Any]]]:
+    return {}
+
+
+@pytest.fixture
+def fp32(exports, job) -> tuple[Path, dict[str, Any]]:
+    """One export in fp32 for all tests, and its notes: the exporter takes ten seconds."""
+    if not exports:
+        exports["fp32"] = exported(job, "fp32", out="once")
+    return exports["fp32"]
+
+
+def test_fp32_is_pytorch_and_its_bytes_are_the_same_each_time(base, job, fp32, capsys, tmp_path):
+    folder, notes = fp32
     assert notes["logits_off"] < 1e-4 and notes["greedy_same"] == 64
     session = Session(folder)
     assert torch.allclose(session.logits(IDS), logits(opened(base, torch.float32), IDS), atol=1e-4)
@@ -79,12 +94,12 @@ def exports_of_earlier_versions_run(folder, whole):
     assert torch.allclose(torch.from_numpy(session.step(IDS[:, 20:].numpy(), cache)[0]), whole[:, 20:], atol=1e-4)
 
 
-def test_matrices_that_are_written_one_at_a_time_are_what_onnxruntime_makes_of_the_whole_graph(base, job, monkeypatch):
+def test_matrices_that_are_written_one_at_a_time_are_what_onnxruntime_makes_of_the_whole_graph(fp32, job, monkeypatch):
     import onnx as graphs
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     monkeypatch.setattr(streamed, "HELD", 5000)  # so that each is written in parts
-    whole, _ = exported(job, "fp32")
+    whole, _ = fp32
     right = MatMulNBitsQuantizer(
         graphs.load(whole / "model.onnx"), bits=4, block_size=32, is_symmetric=True, accuracy_level=4
     )

@@ -37,6 +37,7 @@ def optimize(*arguments: str | Path, expect: int = 0) -> None:
     assert cli.run([str(argument) for argument in arguments], Path) == expect
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_a_combined_adapter_is_held_against_the_exact_sum(written, tmp_path, adapter, capsys):
     """It used to be compared with itself: KL 0, effect 1, whatever it had lost."""
     gate = "{max_adapter_kl: 0.001, min_adapter_effect: 0.999, max_combine_error: 0.1}"
@@ -47,6 +48,7 @@ def test_a_combined_adapter_is_held_against_the_exact_sum(written, tmp_path, ada
         assert bound in said
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_the_exact_sum_itself_passes(written, tmp_path, adapter):
     gate = "{max_adapter_kl: 0.001, min_adapter_effect: 0.999, max_combine_error: 0.001}"
     recipe = COMBINED.format(a=adapter(seed=1), b=adapter(seed=2), method="cat", gate=gate)
@@ -54,6 +56,7 @@ def test_the_exact_sum_itself_passes(written, tmp_path, adapter):
     assert not (tmp_path / "out" / "exact").exists()
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_a_recipe_without_a_gate_is_not_judged_and_its_weights_lie_in_files_as_small_as_it_says(
     written, tmp_path, capsys
 ):
@@ -73,6 +76,7 @@ def test_a_recipe_without_a_gate_is_not_judged_and_its_weights_lie_in_files_as_s
     assert bool(said.isfinite().all())
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_a_merge_has_a_bound_in_the_recipe_and_one_that_is_always_held(written, tmp_path, adapter, job, monkeypatch):
     folder = adapter()
     recipe = written(
@@ -165,6 +169,7 @@ class InPyTorch(engine.Engine):
 
 
 @pytest.mark.parametrize(("otherwise", "code"), [(False, 0), (True, 3)])
+@pytest.mark.usefixtures("steps_here")
 def test_a_recipe_whose_result_the_engine_computes_otherwise_is_refused(
     otherwise, code, written, tmp_path, monkeypatch, capsys
 ):
@@ -198,6 +203,7 @@ def test_shards_hold_the_same_tensors(base, tmp_path):
     assert before == {file: file.stat().st_mtime_ns for file in pieces.iterdir()}
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_another_number_of_threads_or_another_processor_makes_other_bytes(written, tmp_path, monkeypatch):
     out, more = tmp_path / "out", ("--resume", "--set", "gate.max_kl=20")
     recipe = written("steps: [{quantize: {method: rtn}}]\ngate: {max_kl: 0}")

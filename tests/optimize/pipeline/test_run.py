@@ -70,6 +70,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_in_the_same_bytes(whole, writt
     assert killed([written(STEPS)], out, files(whole), KILLS, 9.0, seed=4) >= 1
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_resume_does_nothing_twice(written, tmp_path, monkeypatch):
     recipe, out = written(STEPS.replace("max_kl: 20", "max_kl: 0")), tmp_path / "out"
     optimize(recipe, "--out", out, expect=3)
@@ -82,6 +83,7 @@ def test_resume_does_nothing_twice(written, tmp_path, monkeypatch):
     assert [step["done_before"] for step in told["steps"]] == [True] * 4
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_what_fails_the_gate_leaves_a_report_and_no_export(written, tmp_path, capsys):
     recipe, out = written("steps: [{quantize: {method: rtn}}]\ngate: {max_kl: 0, min_top1: 1.01}"), tmp_path / "out"
     optimize(recipe, "--out", out, expect=3)
@@ -165,6 +167,7 @@ def test_the_plan_says_what_would_be_done_and_does_nothing(written, tmp_path, ca
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_adapters_are_judged_on_the_new_base(written, tmp_path, adapter: Adapter):
     folder, out = adapter(), tmp_path / "out"
     optimize(
@@ -175,6 +178,7 @@ def test_adapters_are_judged_on_the_new_base(written, tmp_path, adapter: Adapter
     assert 0 < scores["adapters"]["tone"]["kl"] < scores["adapters"]["tone"]["kl_to_base"]
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_a_bound_on_adapters_holds_where_none_is_named(written, tmp_path):
     out = tmp_path / "out"
     optimize(written("steps: [{quantize: {method: rtn}}]\ngate: {max_adapter_kl: 0, max_kl: 20}"), "--out", out)
@@ -182,6 +186,7 @@ def test_a_bound_on_adapters_holds_where_none_is_named(written, tmp_path):
     assert [bound["bound"] for bound in bounds] == ["max_kl"]
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_what_was_merged_is_nobodys_concern_afterwards(written, tmp_path, adapter: Adapter):
     """Smoothing is left out for adapters that have to go on working; one that is in the model is not one of them."""
     out = tmp_path / "out"
@@ -191,6 +196,7 @@ def test_what_was_merged_is_nobodys_concern_afterwards(written, tmp_path, adapte
     assert (notes["smooth"], notes["adapters"]) == (True, {})
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_adapters_become_one_adapter(written, tmp_path, adapter: Adapter):
     out = tmp_path / "out"
     one, two = adapter(seed=1), adapter(seed=2)

@@ -100,6 +100,7 @@ def test_stopped_then_killed_it_ends_in_the_bytes_of_an_undisturbed_run(folder):
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(read["files"])
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_it_goes_on_from_an_adapter_whose_digest_the_manifest_names(folder, adapter: Adapter):
     parent = adapter()
     where = folder(epochs=1, adapter="parent")
@@ -157,6 +158,7 @@ def test_the_plan_says_what_auto_becomes_and_does_nothing(folder, capsys):
     assert not (where / "out").exists()
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_a_held_out_loss_that_is_too_high_fails_the_gate(folder, capsys):
     where = folder(epochs=1)
     recipe = yaml.safe_load((where / "recipe.yaml").read_text())
@@ -166,6 +168,7 @@ def test_a_held_out_loss_that_is_too_high_fails_the_gate(folder, capsys):
     assert not (where / "adapter").exists()
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_a_trained_adapter_is_merged_and_measured_like_any_other(written, tmp_path):
     (tmp_path / "train.jsonl").write_text(completions(5, 16))
     steps = "- tune: {train: train.jsonl, epochs: 1, rank: 4, name: fresh}\n- merge: {adapters: [fresh]}\n"

@@ -67,39 +67,41 @@ def time_to_alarm(draw, size, seed, *, capacity=None, limit=8):
     return detector.updates
 
 
-@pytest.mark.parametrize(
-    ("draw", "size", "capacity"),
-    [
-        (single, 3, None),
-        (heavy, 40, None),
-        (discrete, 30, None),
-        (correlated, 5, None),
-        (correlated, 60, 60),
-        (skewed, 2, None),
-        (skewed, 500, 500),
-        (mixed, 20, 20),
-        (counted, 60, None),
-        (counted, 60, 60),
-    ],
-    ids=[
-        "one score",
-        "heavy tails",
-        "discrete",
-        "five references",
-        "full bag",
-        "two references",
-        "ties, full bag",
-        "outliers, full bag",
-        "silent scores",
-        "silent scores, full bag",
-    ],
-)
-def test_a_false_alarm_takes_at_least_the_threshold_in_the_mean(draw, size, capacity):
+# Kind of stream -> draw, reference, capacity, and the requests to its first alarm about nothing, by seed.
+FALSE_ALARMS = {
+    "one score": (single, 3, None, (22, 180, 438, 69, 326, 53, 82, 667)),
+    "heavy tails": (heavy, 40, None, (104, 342, 137, 168, 321, 82, 25, 47)),
+    "discrete": (discrete, 30, None, (381, 93, 256, 92, 430, 210, 586, 575)),
+    "five references": (correlated, 5, None, (20, 109, 122, 394, 78, 201, 256, 20)),
+    "full bag": (correlated, 60, 60, (144, 289, 72, 397, 32, 85, 176, 41)),
+    "two references": (skewed, 2, None, (53, 252, 109, 107, 209, 236, 628, 147)),
+    "ties, full bag": (skewed, 500, 500, (40, 319, 7, 46, 60, 55, 151, 56)),
+    "outliers, full bag": (mixed, 20, 20, (24, 103, 606, 226, 112, 33, 317, 340)),
+    "silent scores": (counted, 60, None, (76, 334, 263, 119, 156, 121, 326, 21)),
+    "silent scores, full bag": (counted, 60, 60, (85, 196, 83, 176, 143, 791, 273, 21)),
+}
+
+
+@pytest.mark.skipif("LORADOCK_TEST_DRIFT_STREAMS" in os.environ, reason="the next test counts them")
+@pytest.mark.parametrize("kind", FALSE_ALARMS)
+def test_false_alarms_come_when_they_came_as_they_were_counted(kind):
+    """`make drift-proof` counts over thousands of streams; the first eight of each kind are held to what they were.
+    Another processor's sums are rounded another way, which may move one of them.
+    """
+    draw, size, capacity, alarms = FALSE_ALARMS[kind]
+    times = [time_to_alarm(draw, size, seed, capacity=capacity) for seed in range(len(alarms))]
+    assert sum(time == alarm for time, alarm in zip(times, alarms, strict=True)) >= len(alarms) - 1, times
+
+
+@pytest.mark.skipif("LORADOCK_TEST_DRIFT_STREAMS" not in os.environ, reason="half a minute and more: make drift-proof")
+@pytest.mark.parametrize("kind", FALSE_ALARMS)
+def test_a_false_alarm_takes_at_least_the_threshold_in_the_mean(kind):
     """With 99.5 % confidence for each kind of stream: the times are skewed to the right, so that the bound is lower
     than it need be."""
+    draw, size, capacity, _ = FALSE_ALARMS[kind]
     times = np.array([time_to_alarm(draw, size, seed, capacity=capacity) for seed in range(STREAMS)])
     lower = times.mean() - 2.58 * times.std() / np.sqrt(len(times))
-    print(f"{draw.__name__} {size}: mean {times.mean():.0f}, at least {lower:.0f} with 99.5 %; c = {THRESHOLD:.0f}")
+    print(f"{kind}: mean {times.mean():.0f}, at least {lower:.0f} with 99.5 %; c = {THRESHOLD:.0f}")
     assert lower >= THRESHOLD
 
 
