@@ -186,16 +186,16 @@ async def test_a_thousand_adapters_with_traffic_are_scraped_small_and_fast_and_h
     took, size = [], []
     for accept in ("", OPENMETRICS) * 3:
         monitor._rendered.clear()
-        began = time.perf_counter()
+        began = time.process_time()
         monitor.tidy()
         text, _ = await asyncio.to_thread(monitor.render, accept)
-        took.append(time.perf_counter() - began)
+        took.append(time.process_time() - began)
         size.append(len(text))
     scraping = False
     await ticking
     print(f"{max(size)} bytes, {min(took):.3f} to {max(took):.3f} s, longest stall {max(stalls):.4f} s")
     assert max(size) < 1_000_000
-    # Half of the cores of a busy machine may be somebody else's: the best of six says what it costs.
+    # Of this process's time: a busy machine's cores are somebody else's. The best of six says what it costs.
     assert min(took) < 0.1
     assert sorted(stalls)[-3] < 0.02
 
