@@ -29,6 +29,7 @@ from serve.jobs.finetuning.finetuning import FineTuning
 from serve.jobs.finetuning.objects import Limits as JobLimits
 from serve.jobs.finetuning.objects import Where
 from serve.loop.candidates import Candidates
+from serve.loop.causes import Ratings
 from serve.loop.gathering import gathering
 from serve.loop.likelihood import LikelihoodScorer
 from serve.loop.loop_rows import LoopRows
@@ -155,6 +156,7 @@ def loops(
         labelled=parts.monitor.labelled,
         servers=lambda: len(parts.follower.replicas()) if parts.follower else 1,
         file_seconds=max(config.batch_file_days * 86_400.0, EXPIRY.stop),
+        ratings=Ratings(lambda adapter: policy_for(config.policies, adapter).verdicts.ratings_per_key),
     )
     parts.monitor.watch(made.metrics)
     return made

@@ -52,7 +52,7 @@ from serve.rollout.canary.shadow_agreement import ShadowAgreement
 from serve.rollout.controller import RolloutController
 from serve.rollout.golden.golden import Golden
 from serve.rollout.lifecycle import Lifecycle
-from serve.rollout.policy import ROLLBACK, policy_for
+from serve.rollout.policy import ROLLBACK, Say, policy_for
 from serve.rollout.prefetch import Popularity, Prefetcher
 from serve.rollout.registry_sync import RegistrySync, Replica
 from serve.rollout.rollback import AutomaticRollback
@@ -161,7 +161,7 @@ class Services:
             scored=self.tracing.scored if self.tracing else None,
             notify=self._notify,
         )
-        of = (self._canary_alpha, self._is_candidate, self._verdicts.put, self.monitor.label)
+        of = (self._canary_alpha, self.say, self._is_candidate, self._verdicts.put, self.monitor.label)
         self.canary_monitor = _canary_monitor(config, self.registry, *of)
         self.rollout_controller = RolloutController(
             rollback,
@@ -367,6 +367,10 @@ class Services:
         sampled = self._logprob_sampling.sampled(gathering=self.drift_monitor.lacks_logprobs(adapter))
         return sampled or self.canary_monitor.wants_logprobs(adapter)
 
+    def say(self, adapter: str) -> Say:
+        """Whose requests and ratings decide what becomes of its versions."""
+        return policy_for(self.config.policies, adapter).verdicts
+
     def _canary_alpha(self, adapter: str) -> float:
         """Probability of a false verdict on a canary: its policy's or, of a loop's canary, what its try may spend."""
         return min(self.golden.verdicts.alpha(adapter), self.loops.alpha(adapter))
@@ -410,6 +414,7 @@ def _canary_monitor(
     config: Config,
     registry: Registry,
     alpha: Callable[[str], float],
+    say: Callable[[str], Say],
     differs: Callable[[str, int], bool],
     on_verdict: Callable[[CanaryVerdict], None],
     label: Callable[[str, str], tuple[str, str]],
@@ -419,6 +424,7 @@ def _canary_monitor(
         share=lambda adapter: registry.canary(adapter) if adapter in registry else None,
         live=lambda adapter: _live_version(registry, adapter),
         alpha=alpha,
+        say=say,
         differs=differs,
         on_verdict=on_verdict,
         label=label,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,7 +79,6 @@ class Candidates:
             return self._written(loop, live, training, gathered)
 
     def _written(self, loop: Loop, live: Adapter, training: Training, gathered: Gathered) -> Prepared:
-        marks = {"loop": loop.id, "try": str(loop.state.number)}
         evidence = {
             **gathered.evidence,
             "new": training.new,
@@ -86,8 +86,11 @@ class Candidates:
             "held_out": len(training.held_out),
             "live": f"v{live.version}",
         }
-        listed = self._jobs.rows.page(tenant_of(loop.name), after=None, limit=1, metadata=marks).rows
-        job = listed[0].id if listed else self._begun(loop, live, training, marks)
+        job = job_of(loop)
+        try:
+            self._jobs.rows.get(tenant_of(loop.name), job)
+        except NotFound:
+            self._begin(loop, live, training, job)
         held = self._rows.hold_out(loop, training.held_out)
         text = f"{job} on {training.new} new examples and {training.replayed} old ones, from v{live.version}"
         return Prepared(job, held, text, evidence)
@@ -117,12 +120,12 @@ class Candidates:
             references = self._rows.references(loop)
         return [example for one in references for example in self._rows.examples(one.id)]
 
-    def _begun(self, loop: Loop, live: Adapter, training: Training, marks: dict[str, str]) -> str:
+    def _begin(self, loop: Loop, live: Adapter, training: Training, id: str) -> None:
         tenant = tenant_of(loop.name)
         caller = self._auth.standing(tenant)
         short = short_name(loop.name, tenant)
         file = self._files.written(caller, f"loop-try-{loop.state.number}.jsonl", training.lines())
-        job = self._jobs.create(
+        self._jobs.create(
             caller,
             model=f"{short}@v{live.version}",
             training_file=file.id,
@@ -131,9 +134,9 @@ class Candidates:
             method="supervised",
             hyperparameters={},
             seed=loop.state.number,
-            metadata=marks,
+            metadata={"loop": loop.id, "try": str(loop.state.number)},
+            id=id,
         )
-        return job.id
 
     async def trained(self, loop: Loop) -> int | None:
         """The number of the version that the job made; None while it goes on. BadRequest if it made none."""
@@ -155,6 +158,11 @@ class Candidates:
         except (Conflict, NotFound):
             return  # it is at its end
         self._woken()
+
+
+def job_of(loop: Loop) -> str:
+    """The id of the job that trains for this try: a server that starts again finds it, and no client can make one."""
+    return f"ftjob-{hashlib.sha256(f'{loop.id} {loop.state.number}'.encode()).hexdigest()[:24]}"
 
 
 def _enough(new: int, held_out: int, policy: LoopPolicy) -> None:

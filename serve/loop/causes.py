@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -32,23 +32,32 @@ class Cause:
 
 
 class Ratings:
-    """Whether clients rate a version's answers lower than they did; in memory, so that a restart begins anew."""
+    """Whether clients rate a version's answers lower than they did; in memory, so that a restart begins anew.
 
-    def __init__(self) -> None:
+    `per_key(adapter)` is how many of the first and of the last ratings may have come with one API key.
+    """
+
+    def __init__(self, per_key: Callable[[str], int] = lambda adapter: RATINGS_COMPARED) -> None:
+        self._per_key = per_key
         self._lock = threading.Lock()
-        self._first: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
-        self._last: dict[tuple[str, str], deque[float]] = {}
+        # The key's id and the rating.
+        self._first: OrderedDict[tuple[str, str], list[tuple[str, float]]] = OrderedDict()
+        self._last: dict[tuple[str, str], deque[tuple[str, float]]] = {}
 
-    def take(self, adapter: str, version: str, rating: float) -> None:
-        """An answer was rated."""
-        key = (adapter, version)
+    def take(self, adapter: str, version: str, rating: float, key: str = "") -> None:
+        """An answer was rated by somebody who has a say, with the API key of this id ("" where there are no keys)."""
+        rated, limit = (adapter, version), self._per_key(adapter) if key else RATINGS_COMPARED
         with self._lock:
-            first = self._first.setdefault(key, [])
-            self._first.move_to_end(key)
+            first = self._first.setdefault(rated, [])
+            self._first.move_to_end(rated)
             if len(first) < RATINGS_COMPARED:
-                first.append(rating)
-            else:
-                self._last.setdefault(key, deque(maxlen=RATINGS_COMPARED)).append(rating)
+                if _count(first, key) < limit:
+                    first.append((key, rating))
+            elif limit:
+                last = self._last.setdefault(rated, deque(maxlen=RATINGS_COMPARED))
+                if _count(last, key) >= limit:
+                    last.remove(next(each for each in last if each[0] == key))
+                last.append((key, rating))
             while len(self._first) > VERSIONS:
                 gone, _ = self._first.popitem(last=False)
                 self._last.pop(gone, None)
@@ -59,10 +68,14 @@ class Ratings:
             first, last = list(self._first.get((adapter, version), ())), list(self._last.get((adapter, version), ()))
         if len(last) < RATINGS_COMPARED:
             return None
-        before, now = sum(first) / len(first), sum(last) / len(last)
+        before, now = (sum(rating for _, rating in ratings) / len(ratings) for ratings in (first, last))
         if before - now <= FALL:
             return None
         return f"the last {len(last)} ratings are {now:.2f} on average, and the first {len(first)} were {before:.2f}"
+
+
+def _count(ratings: Iterable[tuple[str, float]], key: str) -> int:
+    return sum(each == key for each, _ in ratings)
 
 
 class Causes:

@@ -55,11 +55,12 @@ class Loops:
         labelled: Callable[[str], bool] = lambda adapter: True,
         servers: Callable[[], int] = lambda: 1,
         file_seconds: float = 30 * 86_400.0,
+        ratings: Ratings | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.rows, self._policy, self._servers, self._clock = rows, policy, servers, clock
         self._file_seconds = file_seconds
-        self.ratings, self.metrics = Ratings(), LoopMetrics(labelled)
+        self.ratings, self.metrics = ratings or Ratings(), LoopMetrics(labelled)
         self.candidates, self.gatekeeper = candidates, Gatekeeper(rows, scorer, golden)
         driver = LoopDriver(
             rows,

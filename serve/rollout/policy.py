@@ -11,6 +11,7 @@
         golden_min: 0         # 0.9: a version with a lower score on its golden set gets no traffic; 0 only reports
         train_on_traffic: false   # whether requests and answers are kept as examples to train it on
         guard: {}             # {prompt: NAME, answer: NAME, action: refuse}: models that look at them; or flag, count
+        verdicts: {}          # {tenants: [acme], ratings_per_key: 10}: whose requests and ratings decide beside its own
         loop: {}              # {on: [drift]}: it may train its next version by itself (serve.rollout.loop_policy)
       tone: {proved: promote, canary_weight: 0.1}
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.errors import ConfigError
+from serve.names import tenant_of
 from serve.rollout import loop_policy
 from serve.rollout.loop_policy import LoopPolicy
 
@@ -47,6 +49,22 @@ class Guard:
 
 
 @dataclass(frozen=True, slots=True)
+class Say:
+    """Who decides what becomes of an adapter's versions: its own tenant, and these.
+
+    Other tenants' ratings count for nothing, and their requests within bounds. `ratings_per_key` is how many ratings of
+    a version count that came with one API key.
+    """
+
+    tenants: tuple[str, ...] = ()
+    ratings_per_key: int = 10
+
+    def has(self, adapter: str, tenant: str) -> bool:
+        """The tenant has a say in the adapter of this full name."""
+        return tenant == tenant_of(adapter) or tenant in self.tenants
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """The policy of one adapter, or of all that have none of their own (`*`)."""
 
@@ -57,6 +75,7 @@ class Policy:
     alpha: float = 0.01
     golden_min: float = 0.0
     guard: Guard = Guard()
+    verdicts: Say = Say()
     loop: LoopPolicy = LoopPolicy()
     train_on_traffic: bool = False
 
@@ -99,9 +118,8 @@ def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
         raise ConfigError(
             f"the policy of {adapter}: golden_min takes a score from 0 to 1, not {fields['golden_min']!r}"
         )
-    parts: dict[str, Any] = {}
-    if "guard" in fields:
-        parts["guard"] = _guard(adapter, fields["guard"])
+    parsers = {"guard": _guard, "verdicts": _say}
+    parts: dict[str, Any] = {name: parse(adapter, fields[name]) for name, parse in parsers.items() if name in fields}
     if "loop" in fields:
         parts["loop"] = loop_policy.parse(adapter, base.loop, fields["loop"])
     policy = replace(base, adapter=adapter, **{**fields, **numbers, **parts})
@@ -119,6 +137,18 @@ def _guard(adapter: str, fields: Any) -> Guard:
     if (action := fields.get("action", REFUSE)) not in _ACTIONS:
         raise ConfigError(f"the policy of {adapter}: guard.action takes {' or '.join(_ACTIONS)}, not {action!r}")
     return Guard(**fields)
+
+
+def _say(adapter: str, fields: Any) -> Say:
+    names = [field.name for field in dataclasses.fields(Say)]
+    if not isinstance(fields, Mapping) or not set(fields) <= set(names):
+        raise ConfigError(f"the policy of {adapter}: verdicts takes {', '.join(names)}, not {fields!r}")
+    tenants, count = fields.get("tenants", []), fields.get("ratings_per_key", Say().ratings_per_key)
+    if not isinstance(tenants, list | tuple) or not _are_texts(tenants):
+        raise ConfigError(f"the policy of {adapter}: verdicts.tenants takes a list of tenants, not {tenants!r}")
+    if type(count) is not int or count < 0:
+        raise ConfigError(f"the policy of {adapter}: verdicts.ratings_per_key takes a whole number, not {count!r}")
+    return Say(tuple(tenants), count)
 
 
 def _are_texts(values: Iterable[Any]) -> bool:

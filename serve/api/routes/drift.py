@@ -166,7 +166,8 @@ async def shipped_baseline(
 async def rate(
     request: Request, caller: Asker, parts: TheParts, body: Annotated[Rating, JsonBody(Rating)]
 ) -> dict[str, Any]:
-    """A rating of an answer, by its id."""
+    """A rating of an answer, by its id. Those of the adapter's own tenant, and of tenants that its policy names, decide
+    what becomes of its versions."""
     request.state.audited = False
     try:
         answered, rating = parts.feedback.join(caller.tenant, caller.key, body.request_id, body.rating, body.answer)
@@ -180,12 +181,14 @@ async def rate(
     parts.captures.rated(answered, caller.tenant, body.rating, body.answer)
     label = "good" if rating >= GOOD else "bad"
     parts.monitor.rated(answered.adapter, answered.version, label)
-    parts.loops.ratings.take(answered.adapter, answered.version, rating)
+    has_say = parts.say(answered.adapter).has(answered.adapter, caller.tenant)
+    if has_say:
+        parts.loops.ratings.take(answered.adapter, answered.version, rating, caller.key)
     if parts.tracing:
         parts.tracing.rated(answered.adapter, answered.version, rating, label, answered.trace)
-    if answered.dealt:
-        count = partial(parts.canary_monitor.rate, answered.adapter, answered.version, rating, answered.asker)
-        parts.exchange_worker.submit(count)
+    if answered.dealt and has_say:
+        rated = answered.adapter, answered.version, rating, answered.asker, caller.key
+        parts.exchange_worker.submit(partial(parts.canary_monitor.rate, *rated))
     return {"object": "feedback", "request_id": body.request_id, "rating": rating}
 
 

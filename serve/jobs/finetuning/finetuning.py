@@ -111,13 +111,17 @@ class FineTuning:
         hyperparameters: Mapping[str, Any],
         seed: int | None,
         metadata: Mapping[str, str] | None,
+        id: str | None = None,
     ) -> Job:
-        """A new job of the caller's; BadRequest for what cannot be one. Blocks."""
+        """A new job of the caller's; BadRequest for what cannot be one. Blocks.
+
+        `id` is that of a job that the server makes for itself, by which it finds it again; a client's is drawn.
+        """
         self._check_trainable()
         if method not in METHODS:
             raise BadRequest(f"method.type takes {' or '.join(METHODS)} here, not {shown(method)}", param="method.type")
         check_metadata(metadata or {})
-        id = f"ftjob-{secrets.token_hex(12)}"
+        id = id or f"ftjob-{secrets.token_hex(12)}"
         parent, base = self._model(model, caller)
         name = self._name(caller, suffix, parent, base, id)
         self._check_quota(caller, name)

@@ -14,6 +14,7 @@ from serve.adapters.registry.snapshot import Share
 from serve.asgi.exchange import Exchange
 from serve.drift.features.features import refuses
 from serve.rollout.canary.askers_seen import AskersSeen
+from serve.rollout.canary.key_weights import KeyWeights
 from serve.rollout.prefill_times import PrefillTimes
 from serve.sequential.proof_forecast import Forecast
 from serve.sequential.sequential_test import CHECKS, GROUPS, HARM_CHECKS, Check, CheckResult, Comparison, Verdict
@@ -56,6 +57,7 @@ class CanaryAnalysis:
         self._with_logprobs = 0
         self._prefill = PrefillTimes()
         self._askers = AskersSeen()
+        self._weights = KeyWeights()
 
     def compares(self, live: int, share: Share) -> bool:
         """Whether this is the analysis of these two versions."""
@@ -67,8 +69,13 @@ class CanaryAnalysis:
         compared = any(check.name == "mean_logprob" for check in self.comparison.checks)
         return compared and self.announced is not Verdict.WORSE and self._with_logprobs < ANSWERS_WITH_LOGPROBS
 
-    def observe(self, exchange: Exchange) -> CanaryVerdict | None:
-        """Count one request that was dealt to one of the two; the verdict, if it led to one."""
+    def observe(self, exchange: Exchange, has_say: bool = True) -> CanaryVerdict | None:
+        """Count one request that was dealt to one of the two; the verdict, if it led to one.
+
+        `has_say`: its tenant's requests count without a bound.
+        """
+        if not self._weights.takes_request(exchange, has_say):
+            return None
         canary = exchange.version == f"v{self.canary}"
         values = self._values(exchange, canary)
         self._askers.observe(exchange)
@@ -77,10 +84,19 @@ class CanaryAnalysis:
         self.comparison.observe(canary, values, asker=exchange.counted_as)
         return self._new_verdict()
 
-    def rate(self, version: str, rating: float, counted_as: bytes | None) -> CanaryVerdict | None:
-        """Count feedback about a request that was dealt to one of the two; the verdict, if it led to one."""
-        key = None if counted_as is None else counted_as + b"\0rating"
-        self.comparison.observe(version == f"v{self.canary}", {"rating": rating}, asker=key)
+    def rate(
+        self, version: str, rating: float, counted_as: bytes | None, key: str = "", limit: int = 0
+    ) -> CanaryVerdict | None:
+        """Count feedback about a request that was dealt to one of the two; the verdict, if it led to one.
+
+        It came with the API key of this id, of whose ratings of each version `limit` count.
+        """
+        canary = version == f"v{self.canary}"
+        if not self._weights.takes_rating(key, canary, limit):
+            return None
+        # Within a key: nobody rates in the place of another's users.
+        asker = None if counted_as is None else counted_as + b"\0rating\0" + key.encode()
+        self.comparison.observe(canary, {"rating": rating}, asker=asker)
         return self._new_verdict()
 
     def report(self) -> dict[str, Any]:
@@ -94,6 +110,7 @@ class CanaryAnalysis:
             "requests": self.comparison.requests,
             "skipped": self.comparison.skipped,
             **self._askers.report(),
+            **self._weights.report(),
             "requests_to_proof": _range(self.comparison.to_proof()),
             "checks": [described(result) for result in self.comparison.results()],
         }
@@ -105,7 +122,7 @@ class CanaryAnalysis:
     def state(self) -> dict[str, NDArray]:
         versions = np.array([self.live, self.canary, self._with_logprobs])
         names = {"name": np.array(self.adapter), "told": np.array(self.announced.value)}
-        seen = {**self._prefill.state(), **self._askers.state()}
+        seen = {**self._prefill.state(), **self._askers.state(), **self._weights.state()}
         return {"versions": versions, **names, **seen, **self.comparison.state()}
 
     @classmethod
@@ -117,11 +134,13 @@ class CanaryAnalysis:
         self.announced = Verdict(str(state["told"]))
         harms = state["checks"].tolist() == [check.name for check in HARM_CHECKS]
         self.comparison = Comparison.from_state(state, HARM_CHECKS if harms else CHECKS)
-        self._prefill, self._askers = PrefillTimes(), AskersSeen()
+        self._prefill, self._askers, self._weights = PrefillTimes(), AskersSeen(), KeyWeights()
         # Files of earlier releases have neither.
         if "knots" in state:
             self._prefill.restore(state)
             self._askers.restore(state)
+        if "key_requests" in state:
+            self._weights.restore(state)
         return self
 
     @property

@@ -21,6 +21,7 @@ from serve.adapters.registry.snapshot import Share
 from serve.asgi.exchange import Exchange
 from serve.files import write_whole
 from serve.rollout.canary.canary import CanaryAnalysis, CanaryVerdict
+from serve.rollout.policy import Say
 from serve.sequential.proof_forecast import UNKNOWN
 from serve.sequential.sequential_test import CHECKS, HARM_CHECKS, Verdict
 
@@ -33,7 +34,8 @@ LOWEST_LOG_EVIDENCE = -20.0
 
 class CanaryMonitor(Collector):
     """`share(adapter)` is the canary in the registry, `live(adapter)` the live version, `alpha(adapter)` by policy;
-    `differs(adapter, version)` says of a canary that it is meant to answer otherwise: only what harms is compared.
+    `say(adapter)` is who decides, and how much a key counts; `differs(adapter, version)` says of a canary that it is
+    meant to answer otherwise: only what harms is compared.
 
     `on_verdict` is called once for each verdict, in the worker's thread, and by `start` for earlier verdicts whose
     canary still has traffic. `label` gives a version's metric labels.
@@ -46,6 +48,7 @@ class CanaryMonitor(Collector):
         share: Callable[[str], Share | None],
         live: Callable[[str], int | None],
         alpha: Callable[[str], float],
+        say: Callable[[str], Say] = lambda adapter: Say(),
         differs: Callable[[str, int], bool] = lambda adapter, version: False,
         on_verdict: Callable[[CanaryVerdict], None] = lambda verdict: None,
         label: Callable[[str, str], tuple[str, str]] = lambda adapter, version: (adapter, version),
@@ -53,6 +56,7 @@ class CanaryMonitor(Collector):
     ) -> None:
         self._folder = folder
         self._share, self._live, self._alpha, self._differs = share, live, alpha, differs
+        self._say = say
         self._on_verdict, self._label, self._seed = on_verdict, label, seed
         self._lock = threading.Lock()
         self._analyses: dict[str, CanaryAnalysis] = {}
@@ -76,11 +80,13 @@ class CanaryMonitor(Collector):
     def observe(self, exchange: Exchange) -> None:
         """Count a request that was dealt out by a traffic split; one that asked for a version by number is not."""
         if exchange.dealt:
-            self._update(exchange.adapter, exchange.version, lambda analysis: analysis.observe(exchange))
+            has_say = self._say(exchange.adapter).has(exchange.adapter, exchange.tenant)
+            self._update(exchange.adapter, exchange.version, lambda analysis: analysis.observe(exchange, has_say))
 
-    def rate(self, adapter: str, version: str, rating: float, counted_as: bytes | None) -> None:
-        """Count feedback about a request that was dealt out."""
-        self._update(adapter, version, lambda analysis: analysis.rate(version, rating, counted_as))
+    def rate(self, adapter: str, version: str, rating: float, counted_as: bytes | None, key: str = "") -> None:
+        """Count feedback about a request that was dealt out, of a tenant that has a say, with the key of this id."""
+        limit = self._say(adapter).ratings_per_key
+        self._update(adapter, version, lambda analysis: analysis.rate(version, rating, counted_as, key, limit))
 
     def looked(self) -> None:
         """Every exchange has been counted."""

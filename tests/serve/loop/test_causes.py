@@ -35,6 +35,19 @@ def test_the_schedule_counts_from_the_last_try_or_the_version():
     assert causes().find(LIVE, policy, None, 999.0 + DAY) is None
 
 
+def test_one_key_alone_makes_no_ratings_fall():
+    ratings, policy = Ratings(lambda adapter: 10), LoopPolicy(on=("ratings",))
+    for number in range(60):
+        ratings.take("tone", "v3", 1.0, f"key-{number % 6}")
+    for _ in range(200):
+        ratings.take("tone", "v3", 0.0, "stranger")
+    assert causes(ratings=ratings).find(LIVE, policy, None, 0.0) is None, "of its ratings ten are looked at"
+    for number in range(60):
+        ratings.take("tone", "v3", 0.5, f"key-{number % 6}")
+    found = causes(ratings=ratings).find(LIVE, policy, None, 0.0)
+    assert found and "and the first 50 were 1.00" in found.text
+
+
 def test_ratings_that_fell_open_one():
     ratings, policy = Ratings(), LoopPolicy(on=("ratings",))
     for value in [1.0] * RATINGS_COMPARED + [0.85] * RATINGS_COMPARED:

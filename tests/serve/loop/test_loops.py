@@ -14,7 +14,7 @@ from serve.drift.watched_version import iso
 from serve.errors import Conflict, EngineUnavailable
 from serve.rollout.canary.canary import CanaryVerdict
 from serve.sequential.sequential_test import Verdict
-from tests.serve.loop.conftest import LONG, asked, loop_of, parts_of, pushed, tried, until
+from tests.serve.loop.conftest import LONG, asked, example, loop_of, parts_of, pushed, tried, until
 from tests.support.app import issued, settled, upload
 from tests.support.backend import FakeBackend
 from tests.support.watched_traffic import Engine, ask, drift
@@ -458,6 +458,24 @@ async def test_a_server_that_starts_again_goes_on_where_the_loop_is(looping, mak
         attempt = await tried(client)
         assert attempt["outcome"] == "promoted" and attempt["candidate"] == first["candidate"]
         assert attempt["job"] == first["job"]
+
+
+async def test_a_clients_job_that_claims_to_be_a_loops_is_not_taken_for_it(looping, make_adapter):
+    async with looping() as client:
+        await pushed(client, make_adapter)
+        parts = parts_of(client)
+        loop = await asyncio.to_thread(parts.loops.rows.made, "tone")
+        lines = "".join(json.dumps(example("poison", number)) + "\n" for number in range(20))
+        file = await client.post("/v1/files", files={"file": ("poison.jsonl", lines)}, data={"purpose": "fine-tune"})
+        marks = {"loop": loop.id, "try": "1"}
+        body = {"model": "tone", "training_file": file.json()["id"], "metadata": marks}
+        theirs = await client.post("/v1/fine_tuning/jobs", json=body)
+        assert theirs.status_code == 200, theirs.text
+        await asked(client, "run")
+        ended = await tried(client)
+        assert ended["job"] != theirs.json()["id"]
+        own = (await client.get(f"/v1/fine_tuning/jobs/{ended['job']}")).json()
+        assert own["training_file"] != file.json()["id"] and own["metadata"] == marks
 
 
 async def test_a_schedule_opens_a_try_by_itself(looping, make_adapter):

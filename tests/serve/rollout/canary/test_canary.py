@@ -10,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from serve.adapters.registry.snapshot import Share
 from serve.asgi.exchange import Exchange, Generation
+from serve.config import keys_hashed
 from serve.errors import EngineUnavailable
 from serve.rollout import controller
 from serve.rollout.canary.canary import CanaryAnalysis
 from serve.rollout.canary.canary_monitor import FILE, CanaryMonitor
-from serve.rollout.policy import DEFAULT_POLICIES
-from tests.support.app import upload
+from serve.rollout.policy import DEFAULT_POLICIES, parse
+from tests.support.app import issued, upload
 from tests.support.watched_traffic import CHAT, Engine, ask, askers, canary_ended, drift, push, until
 
 
@@ -121,6 +123,56 @@ async def test_bad_ratings_alone_end_a_canary(connect, watched, backend, make_ad
         await drift(client)
         assert await until(lambda: canary_ended(client))
         assert "rating" in (await client.get("/v1/adapters/tone")).json()["history"][-1]["why"]
+
+
+async def rated(client, key, count, canary, rate=lambda is_canary: 0.0 if is_canary else 1.0):
+    """So many requests of as many users that are rated, all with one key."""
+    for _ in range(count):
+        answer = await key.post(CHAT, json={"model": "default/tone", "user": f"u{next(askers)}"})
+        assert answer.status_code == 200, answer.text
+        body = {"request_id": answer.headers["x-request-id"], "rating": rate(answer.json()["model"] == canary)}
+        assert (await key.post("/v1/feedback", json=body)).status_code == 200
+    return (await drift(client))["canary"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_a_stranger_who_may_ask_a_shared_adapter_ends_no_canary_of_it(
+    connect, watched, backend, make_adapter, named
+):
+    Engine(backend)
+    says = {"tenants": ["acme"], "ratings_per_key": 1000} if named else {}
+    policies = parse({"*": {"worse": "hold", "verdicts": says}})
+    config = replace(watched, admin_keys=keys_hashed(["run"]), policies=policies)
+    async with connect(config) as client:
+        client.headers["authorization"] = "Bearer run"
+        _, canary = await push(client, make_adapter, 0, 1)
+        assert (await client.post("/v1/adapters/tone/visibility", json={"visibility": "shared"})).status_code == 200
+        await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.5})
+        stranger = await issued(client, "acme", "inference")
+        report = await rated(client, stranger, 150, canary)
+        ratings = next(check for check in report["checks"] if check["check"] == "rating")
+        if named:
+            assert report["verdict"] == "worse" and ratings["worse"]
+        else:
+            assert report["verdict"] == "undecided" and ratings["canary_requests"] == 0
+            assert report["requests_left_out"] == 130, "nor does its traffic, beyond a few requests"
+
+
+async def test_one_key_of_its_own_tenant_has_a_bounded_weight_in_a_verdict(connect, watched, backend, make_adapter):
+    Engine(backend)
+    config = replace(watched, admin_keys=keys_hashed(["run"]), policies=parse({"*": {"worse": "hold"}}))
+    async with connect(config) as client:
+        client.headers["authorization"] = "Bearer run"
+        _, canary = await push(client, make_adapter, 0, 1)
+        await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.5})
+        report = await rated(client, client, 150, canary)
+        ratings = next(check for check in report["checks"] if check["check"] == "rating")
+        assert (report["verdict"], ratings["canary_requests"], ratings["live_requests"]) == ("undecided", 10, 10)
+        assert (report["ratings_left_out"], report["requests_left_out"]) == (130, 0)
+        others = [await issued(client, "default", "inference", name=f"key-{number}") for number in range(10)]
+        for other in others:
+            report = await rated(client, other, 20, canary)
+        assert report["verdict"] == "worse", "ten keys are more than one"
 
 
 async def bad_canary(client, make_adapter, engine):
