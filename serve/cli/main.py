@@ -15,6 +15,7 @@ from serve.cli.arguments import Commands
 from serve.cli.baseline import baseline_app
 from serve.cli.bench import bench_app
 from serve.cli.data import data_app
+from serve.cli.demo import command as demo
 from serve.cli.drift import drift_app
 from serve.cli.engines import engines_app
 from serve.cli.finetune import finetune_app
@@ -32,7 +33,7 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 
 # How help groups the commands, in the order in which a reader needs them.
 ORDER = (
-    *("serve", "doctor", "plan", "version", "adapters"),
+    *("serve", "demo", "doctor", "plan", "version", "adapters"),
     *("drift", "golden", "baseline", "usage", "monitoring"),
     *("finetune", "data", "loop", "optimize"),
     *("engines", "keys", "batch", "bench", "backup", "restore", "requirements"),
@@ -60,6 +61,7 @@ app = typer.Typer(
 def _register() -> None:
     """Every command but `serve` and `optimize`, in the order of the help."""
     operate.register_plan(app, START)
+    demo.register(app, START)
     installation.register(app, START, OPERATE)
     app.add_typer(adapters_app, name="adapters", rich_help_panel=ADAPTERS)
     app.add_typer(bench_app, name="bench", rich_help_panel=OPERATE)
