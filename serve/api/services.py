@@ -400,9 +400,21 @@ class Services:
                     await base.backend.log_stats()
 
     async def _act_on_verdicts(self) -> None:
-        while True:
-            if verdict := await self.golden.verdicts.admitted(await self._verdicts.take()):
-                self.rollout_controller.act_on(verdict)
+        """A verdict that waits for its golden set, or for a database that hangs, holds up no other."""
+        latest: dict[str, CanaryVerdict] = {}
+
+        async def act_on(verdict: CanaryVerdict) -> None:
+            admitted = await self.golden.verdicts.admitted(verdict)
+            if latest.get(verdict.adapter) is verdict:
+                del latest[verdict.adapter]
+                if admitted:
+                    self.rollout_controller.act_on(admitted)
+
+        async with asyncio.TaskGroup() as acting:
+            while True:
+                verdict = await self._verdicts.take()
+                latest[verdict.adapter] = verdict
+                acting.create_task(act_on(verdict))
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -26,7 +26,7 @@ from serve.rollout.canary.canary import CanaryVerdict
 from serve.rollout.canary.canary_monitor import CanaryMonitor
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import HOLD, PROMOTE, ROLLBACK, Policy, policy_for
-from serve.rollout.rollback import AutomaticRollback, Outcome
+from serve.rollout.rollback import HISTORY_SECONDS, AutomaticRollback, Outcome
 from serve.sequential.sequential_test import Verdict
 
 log = logging.getLogger(__name__)
@@ -131,13 +131,17 @@ class RolloutController(Collector):
         return done
 
     async def _act(self, verdict: CanaryVerdict, *, first: bool) -> bool:
+        hearing = asyncio.to_thread(self._heard, verdict)
+        worse = verdict.verdict is Verdict.WORSE
         try:
-            if await asyncio.to_thread(self._heard, verdict):
+            # A version that does harm does not stay for a database that is slow.
+            if await (asyncio.wait_for(hearing, HISTORY_SECONDS) if worse else hearing):
                 return True
-        except LoradockError as error:
-            if verdict.verdict is not Verdict.WORSE:
+        except (LoradockError, TimeoutError) as error:
+            if not worse:
                 raise
-            log.warning("%s@v%d: its loop does not hear of it: %s", verdict.adapter, verdict.canary, error.message)
+            why = str(error) or "the registry does not answer"
+            log.warning("%s@v%d: its loop does not hear of it: %s", verdict.adapter, verdict.canary, why)
         done = await self._follow(verdict, first=first)
         if first and not verdict.repeated:
             await asyncio.to_thread(self._notify, f"canary.{verdict.verdict.value}", _as_data(verdict))

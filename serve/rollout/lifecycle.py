@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from serve.adapters.adapter import Adapter, Inspection, Limits, check_digest
 from serve.adapters.file_thread import in_turn
@@ -31,7 +31,7 @@ from serve.engine.effect_probe import ANY_EFFECT
 from serve.engine.engine import Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
-from serve.errors import Conflict, EngineUnavailable, LoradockError
+from serve.errors import Conflict, EngineUnavailable, LoradockError, OutOfSpace
 from serve.models.checkpoint import is_another_model
 from serve.names import check_adapter_name, shown
 from serve.rollout.candidate import Candidate
@@ -41,6 +41,7 @@ from serve.rollout.quotas import check_pin, check_push
 from serve.rollout.traffic import Traffic
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A version that takes over the traffic counts as used so often, at once.
 PROMOTED = 8.0
@@ -245,22 +246,22 @@ class Lifecycle:
         return adapter
 
     async def _roll_back(self, name: str, *, by: str, expected: int | None, why: str) -> Adapter:
-        """In the registry; if that does not answer soon, on this server first (see `write_down`)."""
-        change = asyncio.create_task(
-            asyncio.to_thread(self.registry.rollback, name, by=by, expected=expected, why=why), name=f"rollback {name}"
-        )
+        here = partial(self.registry.roll_back_here, name, by=by, expected=expected, why=why)
+        change = partial(self.registry.rollback, name, by=by, expected=expected, why=why)
+        return await self._soon(f"a rollback of {name}", change, here)
+
+    async def _soon(self, what: str, change: Callable[[], T], here: Callable[[], T]) -> T:
+        """The registry's change; if that does not answer soon, on this server first (see `write_down`)."""
+        changing = asyncio.create_task(asyncio.to_thread(change), name=what)
         try:
-            return await asyncio.wait_for(asyncio.shield(change), REGISTRY_SECONDS)
-        except (TimeoutError, EngineUnavailable) as error:
-            change.add_done_callback(lambda done: done.cancelled() or done.exception())
-            adapter = self.registry.roll_back_here(name, by=by, expected=expected, why=why)
-            log.warning(
-                "%s is rolled back to v%d on this server alone until the registry answers (%s)",
-                name, adapter.version, error or f"nothing for {REGISTRY_SECONDS:g} s",
-            )  # fmt: skip
-        keeping = asyncio.to_thread(self.registry.standing.keep)
-        self._start(self._kept(keeping))
-        return adapter
+            return await asyncio.wait_for(asyncio.shield(changing), REGISTRY_SECONDS)
+        except (TimeoutError, EngineUnavailable, OutOfSpace) as error:
+            changing.add_done_callback(lambda done: done.cancelled() or done.exception())
+            result = here()
+            log.warning("%s holds on this server alone until the registry answers (%s)", what,
+                        error or f"nothing for {REGISTRY_SECONDS:g} s")  # fmt: skip
+        self._start(self._kept(asyncio.to_thread(self.registry.standing.keep)))
+        return result
 
     async def _kept(self, keeping: Awaitable[None]) -> None:
         try:
@@ -277,7 +278,7 @@ class Lifecycle:
             try:
                 await asyncio.to_thread(self.registry.write_down)
                 await asyncio.to_thread(self.registry.refresh)
-            except EngineUnavailable:
+            except (EngineUnavailable, OutOfSpace):
                 continue
             self.adopt()
 
@@ -289,10 +290,12 @@ class Lifecycle:
         adapter = self.registry.get(name, version)
         if 0 < weight <= 1:
             await self._load(adapter)
+        change = partial(self.registry.share, name, kind, version, weight, by=by, why=why, expected=expected)
         async with self._change(name):
-            return await asyncio.to_thread(
-                self.registry.share, name, kind, version, weight, by=by, why=why, expected=expected
-            )
+            if weight or kind != "canary" or self.registry.canary(name) is None:
+                return await asyncio.to_thread(change)
+            here = partial(self.registry.end_canary_here, name, version, by=by, why=why)
+            return await self._soon(f"the end of {adapter.tag} as a canary", change, here)
 
     async def pin(
         self, name: str, version: int | None = None, *, by: str, why: str = "", expected: int | None = None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+from weakref import WeakValueDictionary
 
 from serve.adapters.registry.registry import Registry
 from serve.auth.audit import Audit
@@ -80,7 +81,7 @@ class AutomaticRollback:
         self._notify = notify
         self._swapped = swapped
         self._clock = clock
-        self._lock = asyncio.Lock()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by adapter
 
     async def rollback(
         self,
@@ -96,7 +97,7 @@ class AutomaticRollback:
         `reason` is one of a few words, and the metric's label; `evidence` goes to the history and the audit log.
         Whoever tries again and again leaves failures out of the audit log with `audit_failure`.
         """
-        async with self._lock:
+        async with self._locks.setdefault(adapter, asyncio.Lock()):
             try:
                 result = await self._rollback(adapter, version, f"{reason}: {_as_json(evidence)}")
             except LoradockError as error:

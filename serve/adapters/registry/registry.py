@@ -185,23 +185,34 @@ class Registry(SnapshotReader):
         if entry is None:
             raise missing(name)
         check_expected(name, entry.live.version if entry.live else None, expected)
-        if name in self.standing:
+        if self.standing.holds(name, canary=False):
             raise EngineUnavailable(
                 f"the registry is out of reach, and a rollback of {shown(name)} waits for it already"
             )
         if entry.live is None or not entry.trail:
             raise Conflict(f"no earlier version of {shown(name)} was live; promote the version you want")
-        with self._publishing:
-            self.standing.note(StandingRollback(name, entry.live.version, entry.trail[-1], by, why))
-            self._snapshot = self.standing.over(self._snapshot)
+        self._hold(StandingRollback(name, entry.live.version, entry.trail[-1], by, why))
         return entry.versions[entry.trail[-1]]
+
+    def end_canary_here(self, name: str, version: int, *, by: str, why: str = "") -> None:
+        """As a canary's share of 0, on this server alone and without the database, until `write_down`."""
+        if not self.standing.holds(name, canary=True):
+            self._hold(StandingRollback(name, version, None, by, why))
+
+    def _hold(self, rollback: StandingRollback) -> None:
+        with self._publishing:
+            self.standing.note(rollback)
+            self._snapshot = self.standing.over(self._snapshot)
 
     def write_down(self) -> None:
         """Bring rollbacks that hold here alone into the database; where another change came first, that one holds."""
         self.refresh()  # another server may have renamed them
         for rollback in self.standing.all():
             try:
-                self.rollback(rollback.name, by=rollback.by, why=rollback.why, expected=rollback.version)
+                if rollback.target is None:
+                    self.share(rollback.name, "canary", rollback.version, 0, by=rollback.by, why=rollback.why)
+                else:
+                    self.rollback(rollback.name, by=rollback.by, why=rollback.why, expected=rollback.version)
             except (Conflict, NotFound) as moved:
                 log.info("a rollback of %s is not written down: %s", rollback.name, moved.message)
             self.standing.drop(rollback)

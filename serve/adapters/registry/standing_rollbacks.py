@@ -1,8 +1,8 @@
-"""Rollbacks that hold on this server before the database has them.
+"""Rollbacks, and ends of canaries, that hold on this server before the database has them.
 
 A version that does harm has to go also while the database is slow or gone. Such a rollback is noted in a file of the
 data directory and laid over each snapshot that is read, as long as the version that it took the traffic from is live
-there. The registry writes it down once the database answers again.
+there, or the canary. The registry writes it down once the database answers again.
 """
 
 from __future__ import annotations
@@ -20,48 +20,51 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StandingRollback:
-    """From `version` of the adapter `name` back to `target`, asked by `by`."""
+    """From `version` of the adapter `name` back to `target`, asked by `by`; without a target its canary ends."""
 
     name: str
     version: int
-    target: int
+    target: int | None
     by: str
     why: str
 
 
 class StandingRollbacks:
-    """At most one a name. `file` keeps them over a restart."""
+    """At most one rollback and one end of a canary a name. `file` keeps them over a restart."""
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
-        self._by_name: dict[str, StandingRollback] = {}
+        self._rollbacks: tuple[StandingRollback, ...] = ()
         if file is not None and file.exists():
             try:
-                rows = [StandingRollback(**row) for row in json.loads(file.read_text())]
-                self._by_name = {row.name: row for row in rows}
+                self._rollbacks = tuple(StandingRollback(**row) for row in json.loads(file.read_text()))
             except (OSError, ValueError, TypeError) as error:
                 log.warning("%s cannot be read, and the rollbacks in it are forgotten: %s", file, error)
 
     def __bool__(self) -> bool:
-        return bool(self._by_name)
+        return bool(self._rollbacks)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._by_name
+        return any(rollback.name == name for rollback in self._rollbacks)
+
+    def holds(self, name: str, *, canary: bool) -> bool:
+        """Whether the end of its canary stands, or else a rollback of what is live."""
+        return any(each.name == name and (each.target is None) is canary for each in self._rollbacks)
 
     def all(self) -> list[StandingRollback]:
-        return list(self._by_name.values())
+        return list(self._rollbacks)
 
     def note(self, rollback: StandingRollback) -> None:
         """It holds from now on; `keep` brings it to the disk."""
-        self._by_name = {**self._by_name, rollback.name: rollback}
+        self._rollbacks = (*self._rollbacks, rollback)
 
     def drop(self, rollback: StandingRollback) -> None:
-        self._by_name = {name: other for name, other in self._by_name.items() if other != rollback}
+        self._rollbacks = tuple(other for other in self._rollbacks if other != rollback)
 
     def keep(self) -> None:
         """Write the file; OSError where the disk does not take it."""
         if self._file is not None:
-            write_whole(self._file, json.dumps([asdict(rollback) for rollback in self._by_name.values()]).encode())
+            write_whole(self._file, json.dumps([asdict(rollback) for rollback in self._rollbacks]).encode())
 
     def over(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot as it is once these rollbacks are written down; they follow an adapter that was renamed."""
@@ -73,7 +76,13 @@ class StandingRollbacks:
                 self.drop(rollback)
                 self.note(rollback := replace(rollback, name=new))
             entry = entries.get(rollback.name)
-            if entry is None or entry.live is None or entry.live.version != rollback.version:
+            if entry is None:
+                continue
+            if rollback.target is None:
+                if entry.canary and entry.canary.adapter.version == rollback.version:
+                    entries[rollback.name] = replace(entry, canary=None)
+                continue
+            if entry.live is None or entry.live.version != rollback.version:
                 continue
             if (target := entry.versions.get(rollback.target)) is not None:
                 pinned = target if entry.pinned == entry.live else entry.pinned

@@ -12,7 +12,7 @@ from serve.adapters.adapter import Inspection
 from serve.adapters.registry.registry import Registry
 from serve.errors import Conflict, EngineUnavailable
 from serve.rollout import lifecycle
-from tests.support.app import push_two, said, settled
+from tests.support.app import push_two, said, settled, upload
 
 
 def filled(url, **more):
@@ -87,3 +87,62 @@ async def test_a_rollback_is_done_in_seconds_while_the_database_is_locked(client
     assert await said(client) == first
     rows = (await client.get("/v1/adapters/tone")).json()["history"]
     assert [row["what"] for row in rows].count("rollback") == 1
+
+
+def test_the_end_of_a_canary_holds_beside_a_rollback_until_both_are_written_down(url, tmp_path):
+    file = tmp_path / "rollbacks.json"
+    with filled(url, standing=file) as registry:
+        registry.share("tone", "canary", 2, 0.5, by="test")
+        registry.end_canary_here("tone", 2, by="referee", why="worse")
+        registry.end_canary_here("tone", 2, by="referee", why="worse")
+        assert registry.canary("tone") is None and len(registry.standing.all()) == 1
+        registry.roll_back_here("tone", by="alarm", why="bad")
+        registry.standing.keep()
+        registry.refresh()
+        assert (registry.canary("tone"), registry.live("tone").version) == (None, 2)
+    with Registry(url, standing=file) as registry, Registry(url) as other:
+        assert (registry.canary("tone"), registry.live("tone").version) == (None, 2), "a restart forgets nothing"
+        assert (other.canary("tone").adapter.version, other.live("tone").version) == (2, 3)
+        registry.write_down()
+        other.refresh()
+        assert (other.canary("tone"), other.live("tone").version) == (None, 2) and not registry.standing
+        assert [(row["who"], row["what"]) for row in other.history("tone")][-2:] == [
+            ("referee", "canary_end"),
+            ("alarm", "rollback"),
+        ]
+
+
+def test_a_canary_that_somebody_else_started_meanwhile_stays(url):
+    with filled(url) as registry, Registry(url) as other:
+        registry.share("tone", "canary", 2, 0.5, by="test")
+        registry.end_canary_here("tone", 2, by="referee")
+        other.refresh()
+        other.share("tone", "canary", 1, 0.5, by="somebody")
+        registry.refresh()
+        assert registry.canary("tone").adapter.version == 1
+        registry.write_down()
+        assert registry.canary("tone").adapter.version == 1 and not registry.standing
+
+
+async def test_bad_canaries_end_in_seconds_while_the_database_is_locked_and_none_waits_for_another(
+    client, make_adapter, config, monkeypatch
+):
+    monkeypatch.setattr(lifecycle, "REGISTRY_SECONDS", 0.3)
+    parts = client._transport.app.state.parts
+    names = [f"tone-{number}" for number in range(3)]
+    for number, name in enumerate(names):
+        await client.post("/v1/adapters", **upload(make_adapter(2 * number), name))
+        await client.post("/v1/adapters", **upload(make_adapter(2 * number + 1), name, promote="false"))
+        shared = await client.post(f"/v1/adapters/{name}/canary", json={"version": 2, "weight": 0.5})
+        assert shared.status_code == 200, shared.text
+    with closing(sqlite3.connect(config.data_dir / "registry.sqlite", isolation_level=None)) as elsewhere:
+        elsewhere.execute("BEGIN IMMEDIATE")
+        results = await asyncio.gather(*(parts.automatic_rollback.rollback(name, 2, "slower", {}) for name in names))
+        assert [result.outcome.value for result in results] == ["canary_ended"] * 3
+        assert not any(parts.registry.canary(name) for name in names)
+        assert len(parts.registry.standing.all()) == 3
+        elsewhere.execute("ROLLBACK")
+    assert await settled(lambda: not parts.registry.standing, 20)
+    for name in names:
+        rows = (await client.get(f"/v1/adapters/{name}")).json()["history"]
+        assert [row["what"] for row in rows].count("canary_end") == 1

@@ -15,7 +15,7 @@ import pytest
 from serve.adapters.registry.snapshot import Share
 from serve.asgi.exchange import Exchange, Generation
 from serve.config import keys_hashed
-from serve.errors import EngineUnavailable
+from serve.errors import LoradockError
 from serve.rollout import controller
 from serve.rollout.canary.canary import CanaryAnalysis
 from serve.rollout.canary.canary_monitor import FILE, CanaryMonitor
@@ -184,15 +184,15 @@ async def bad_canary(client, make_adapter, engine):
     assert (await drift(client))["canary"]["verdict"] == "worse"
 
 
-def locked_database(client, monkeypatch):
-    """Every change of a traffic split fails, until the list that this returns is emptied."""
+def damaged_database(client, monkeypatch):
+    """Every change of a traffic split fails, and not because the database is away, until the list here is emptied."""
     registry = client._transport.app.state.parts.registry
-    share, locked = registry.share, ["database is locked"]
+    share, locked = registry.share, ["damaged"]
 
     def fail(*args, **options):
         if locked and args[3] == 0:
             locked.append("again")
-            raise EngineUnavailable("the registry did not take the change (database is locked); retry shortly")
+            raise LoradockError("the registry is damaged")
         return share(*args, **options)
 
     monkeypatch.setattr(registry, "share", fail)
@@ -205,7 +205,7 @@ async def test_a_rollback_that_failed_is_tried_again_until_it_is_done(
     monkeypatch.setattr(controller, "RETRY_SECONDS", 0.01)
     engine = Engine(backend)
     async with connect(watched) as client:
-        locked = locked_database(client, monkeypatch)
+        locked = damaged_database(client, monkeypatch)
         await bad_canary(client, make_adapter, engine)
         assert await until(lambda: asyncio.sleep(0, len(locked) > 3)), "it is tried again and again"
         assert not await canary_ended(client)
@@ -230,7 +230,7 @@ async def test_a_rollback_that_failed_is_tried_again_after_a_restart_without_any
 ):
     engine = Engine(backend)
     async with connect(watched) as client:
-        locked = locked_database(client, monkeypatch)
+        locked = damaged_database(client, monkeypatch)
         await bad_canary(client, make_adapter, engine)
         assert await until(lambda: asyncio.sleep(0, len(locked) > 1))
     backend.held.clear()
@@ -254,7 +254,7 @@ async def test_a_rollback_is_not_tried_again_once_somebody_has_promoted_the_cana
     monkeypatch.setattr(controller, "RETRY_SECONDS", 0.2)
     engine = Engine(backend)
     async with connect(watched) as client:
-        locked = locked_database(client, monkeypatch)
+        locked = damaged_database(client, monkeypatch)
         await bad_canary(client, make_adapter, engine)
         assert await until(lambda: asyncio.sleep(0, len(locked) > 1))
         promoted = await client.post("/v1/adapters/tone/promote", json={"version": 2, "at_once": True})
@@ -281,7 +281,7 @@ async def test_a_verdict_that_people_are_told_of_is_told_once(connect, watched, 
 # What is compared
 
 SHARE = Share(SimpleNamespace(version=2), 0.5)
-TRIALS_OF_A74E6CF = Path(__file__).parents[2] / "fixtures" / "trials-a74e6cf.npz"
+TRIALS_OF_A74E6CF = Path(__file__).parents[3] / "fixtures" / "trials-a74e6cf.npz"
 
 
 def exchange(canary, asker, prefill, waited=0.0, status=200, draw=None):

@@ -35,7 +35,7 @@ from serve.vllm_backend.patches import prompt_logprobs
 
 HIDDEN, VOCABULARY, SLOTS = 64, 320, 2
 TENANT, RIVAL = 7, 8  # adapters of lm_head
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module", autouse=True)
