@@ -43,10 +43,32 @@ def arithmetic() -> dict[str, int | str]:
 
 @dataclass(frozen=True, slots=True)
 class GPU:
-    """The first of this machine's, and its bytes of memory."""
+    """The first of this machine's, its bytes of memory, and the name by which its driver knows it."""
 
     name: str
     memory: int
+    uuid: str = ""
+
+    def free(self) -> int:
+        """Bytes that nothing holds now: a server may compute there too."""
+        try:
+            return _free_by_driver(self.uuid)
+        except Exception:  # of nvidia-ml-py's many, or it is not installed
+            import torch
+
+            return int(torch.cuda.mem_get_info(0)[0])
+
+
+def _free_by_driver(uuid: str) -> int:
+    """As the driver says it: torch would begin to compute there to ask."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+    finally:
+        pynvml.nvmlShutdown()
 
 
 @cache
@@ -59,4 +81,4 @@ def gpu() -> GPU | None:
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    return GPU(found.name, int(found.total_memory))
+    return GPU(found.name, int(found.total_memory), f"GPU-{found.uuid}")

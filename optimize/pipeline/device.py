@@ -12,7 +12,7 @@ from optimize.steps.planning import Estimate
 CPU, CUDA = "cpu", "cuda"
 # The others compute where their own runtime does: the exports in ONNX Runtime on a CPU, the engine in vLLM.
 STEPS = frozenset({"merge", "combine", "prune", "heal", "quantize", "tune", "evaluate", "tasks"})
-USED = 0.9  # of a GPU's memory; CUDA takes some itself
+USED = 0.9  # of what is free of a GPU's memory; CUDA takes some itself
 
 
 def check(recipe: Recipe) -> None:
@@ -20,13 +20,15 @@ def check(recipe: Recipe) -> None:
         raise Refused("the recipe says `device: cuda`, and torch finds no GPU here: leave it at `auto`")
 
 
-def of_step(kind: str, options: dict[str, Any], recipe: Recipe, steps: tuple[Estimate, ...], size: int) -> str:
-    """`cuda` or `cpu`, for a step over a base of `size` bytes."""
+def of_step(
+    kind: str, options: dict[str, Any], recipe: Recipe, steps: tuple[Estimate, ...], size: int
+) -> tuple[str, ...]:
+    """`cuda` or `cpu`, for a step over a base of `size` bytes; the better first, where either may compute it."""
     gpu = processor.gpu()
     if recipe.device == CPU or gpu is None or kind not in STEPS or options.get("format") == "onnx":
-        return CPU
+        return (CPU,)
     if recipe.device == CUDA:
-        return CUDA
+        return (CUDA,)
     # What is estimated counts no weights where they are mapped from the disk; on a GPU they are there whole.
     need = size + max((step.memory for step in steps if step.kind == kind), default=0)
-    return CUDA if need <= USED * gpu.memory else CPU
+    return (CUDA, CPU) if need <= USED * min(gpu.free(), gpu.memory) else (CPU, CUDA)

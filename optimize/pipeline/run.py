@@ -171,8 +171,6 @@ class Run:
         counted: dict[str, Any] | None = None,
     ) -> Done:
         """The step's folder, from an earlier run or made now; `counted` are the options as they decide its bytes."""
-        where = device.of_step(kind, options, self.recipe, self.plan.steps, self.plan.bytes)
-        gpu = processor.gpu()
         inputs = {
             "kind": kind,
             "options": counted or options,
@@ -186,8 +184,8 @@ class Run:
             "versions": manifest.versions(),
             "arithmetic": processor.arithmetic(),
             "code": step_code.of(kind),
-        } | ({"gpu": gpu.name} if gpu and where == device.CUDA else {})
-        folder = self.work / f"{len(self.done) + 1:02d}-{kind}-{artifact.key(inputs)}"
+        }
+        where, folder = self._place(kind, options, inputs)
         start = time.monotonic()
         redone = not folder.is_dir()
         if redone:
@@ -212,7 +210,7 @@ class Run:
             )
             notes = Child(self.work, self.memory, self.tell, self.served, self.signals).run(job)
             shutil.rmtree(aside / "partial", ignore_errors=True)
-            if gpu and where == device.CUDA:
+            if where == device.CUDA and (gpu := processor.gpu()):
                 notes["gpu"] = gpu.name
             notes["seconds"] = round(time.monotonic() - start, 1)
             artifact.write_json(aside / NOTES, notes)
@@ -222,6 +220,14 @@ class Run:
         self.done.append(done)
         self.tell(kind, 1, 1, "" if redone else "done before")
         return done
+
+    def _place(self, kind: str, options: dict[str, Any], inputs: dict[str, Any]) -> tuple[str, Path]:
+        """The step's device and folder. What one device has finished, another that is free now need not compute."""
+        gpu, places = processor.gpu(), {}
+        for where in device.of_step(kind, options, self.recipe, self.plan.steps, self.plan.bytes):
+            named = {"gpu": gpu.name} if gpu and where == device.CUDA else {}
+            places[where] = self.work / f"{len(self.done) + 1:02d}-{kind}-{artifact.key(inputs | named)}"
+        return next((found for found in places.items() if found[1].is_dir()), next(iter(places.items())))
 
     def _digest(self, folder: Path) -> str:
         """Of what is in a model's or an adapter's folder; the plan has read the recipe's model already."""
