@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Instruction sets by which kernels differ, as Linux calls them: x86's, then Arm's.
 SETS = (
@@ -61,8 +63,7 @@ class GPU:
 
 def _free_by_driver(uuid: str) -> int:
     """As the driver says it: torch would begin to compute there to ask."""
-    import pynvml
-
+    pynvml: Any = importlib.import_module("pynvml")
     pynvml.nvmlInit()
     try:
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
