@@ -24,6 +24,8 @@ from serve.api.openapi import DocumentedApi
 from serve.api.routes import routers
 from serve.cli.main import app as command_line
 from serve.config.groups import GROUPS, group_of
+from serve.models.dimensions import KNOWN
+from serve.models.gpu_plan import CARDS, plan, smallest
 
 ROOT = Path(__file__).parent.parent
 VLLM_DOCS = "https://docs.vllm.ai/en/stable/configuration/engine_args/"
@@ -39,6 +41,7 @@ def write(folder: Path) -> None:
         "vllm-options": vllm_options,
         "packages": packages,
         "modules": modules,
+        "hardware": hardware,
     }
     for name, made in parts.items():
         (folder / f"{name}.md").write_text(made())
@@ -250,6 +253,33 @@ def _vllm_default(item: dataclasses.Field[Any]) -> str:
         return ""
     value = getattr(default, "value", default)  # an enum's
     return f"`{value}`" if isinstance(value, str | int | float | list | dict | set) and value not in ([], {}) else ""
+
+
+# ---- sizes and hardware
+
+PLANNED = ("Llama-3.1-8B-Instruct", "Qwen3-14B", "Qwen3-32B", "Mixtral-8x7B-Instruct-v0.1", "Llama-3.3-70B-Instruct")
+PLANNED_CARDS = ("l4", "a10", "a100-40", "a100-80", "h100", "h200")
+
+
+def hardware() -> str:
+    """What `loradock plan --gpu` says of models on cards: the fewest that hold each, its slots, context and streams."""
+    lines: list[str] = []
+    for model in PLANNED:
+        sizes, rows = KNOWN[model], []
+        for name in PLANNED_CARDS:
+            many = smallest(model, sizes, CARDS[name], rank=16)
+            if many is None:
+                rows.append((CARDS[name].name, "more than 8", "", "", "", ""))
+                continue
+            made = plan(model, sizes, CARDS[name], many, rank=16)
+            longest = f"{made.max_model_len or made.context:,}"
+            weights, tokens = f"{made.weights / 2**30:.1f} GiB", f"{made.tokens:,}"
+            rows.append(
+                (f"{many} x {made.card.name}", weights, str(made.max_loras), tokens, str(made.streams), longest)
+            )
+        head = ("Fewest GPUs", "Weights on each", "Slots", "Tokens of context", "Streams of 8,192", "Longest request")
+        lines += [f"## {model}", "", *_table(head, rows)]
+    return "\n".join(lines)
 
 
 # ---- packages

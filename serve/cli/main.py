@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from serve.cli import installation, operate
+from serve.cli import installation, operate, plan
 from serve.cli.adapters import adapters_app
 from serve.cli.arguments import Commands
 from serve.cli.baseline import baseline_app
@@ -60,7 +60,7 @@ app = typer.Typer(
 
 def _register() -> None:
     """Every command but `serve` and `optimize`, in the order of the help."""
-    operate.register_plan(app, START)
+    plan.register(app, START)
     demo.register(app, START)
     installation.register(app, START, OPERATE)
     app.add_typer(adapters_app, name="adapters", rich_help_panel=ADAPTERS)

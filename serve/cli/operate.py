@@ -1,110 +1,33 @@
-"""`loradock plan`, `backup`, `restore` and `batch`: what an operator does beside a server."""
+"""`loradock backup`, `restore` and `batch`: what an operator does beside a server."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from serve.cli.terminal import URL, Key, Url, counted, example, json_option, table
-from serve.config import ADAPTERS, Config, load
+from serve.cli.terminal import URL, Key, Url, counted, example, mib
+from serve.config import Config, load
 from serve.errors import ConfigError
 from serve.names import shown
 
 # Lines of a batch that failed and are told on the terminal.
 SHOWN_FAILURES = 20
 
-if TYPE_CHECKING:
-    from serve.models.memory_plan import Plan
-
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="As `loradock serve` takes it.", show_default=False)]
 
 
-def register_plan(app: typer.Typer, panel: str) -> None:
-    """Add `plan` to `loradock`."""
-    app.command(
-        epilog=example("loradock plan ./my-model --max-loras 16 --max-lora-rank 32", "loradock plan smollm2 --json"),
-        rich_help_panel=panel,
-    )(plan)
-
-
 def register(app: typer.Typer, panel: str) -> None:
-    """Add the other commands to `loradock`."""
+    """Add the commands to `loradock`."""
     app.command(epilog=example("loradock backup loradock.tar"), rich_help_panel=panel)(backup)
     restored = example("loradock restore loradock.tar --data-dir ./restored")
     app.command(epilog=restored, rich_help_panel=panel)(restore)
     app.command(epilog=example("loradock batch questions.jsonl --out answers.jsonl"), rich_help_panel=panel)(batch)
-
-
-def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or smollm2.")],
-    max_loras: Annotated[int, typer.Option(min=1, help="Adapters in one batch.")] = ADAPTERS["max_loras"],
-    max_cpu_loras: Annotated[int, typer.Option(min=1, help="Adapters in memory.")] = ADAPTERS["max_cpu_loras"],
-    max_lora_rank: Annotated[int, typer.Option(min=1, help="Their rank.")] = ADAPTERS["max_lora_rank"],
-    kv_cache_memory_bytes: Annotated[
-        str | None, typer.Option(help="As 4GiB (default: what the server would take).", show_default=False)
-    ] = None,
-    cpu_weights: Annotated[str, typer.Option(help="As the server takes it: auto, int8, int4.")] = "auto",
-    as_json: Annotated[bool, json_option("Print the sizes as JSON, in bytes.")] = False,
-) -> None:
-    """Say how much memory a model and its adapters take.
-
-    And how much context fits.
-    """
-    from serve.config import size
-    from serve.models.checkpoint import find
-    from serve.models.memory_plan import plan as planned
-
-    cache = None if kv_cache_memory_bytes is None else size(kv_cache_memory_bytes)
-    checkpoint = find(model, load([], {}).cache_dir)
-    load([model, "--cpu-weights", cpu_weights], {})  # its sentence, if there is no such setting
-    memory = planned(
-        checkpoint,
-        max_loras=max_loras,
-        max_cpu_loras=max_cpu_loras,
-        rank=max_lora_rank,
-        kv_cache=cache,
-        cpu_weights=cpu_weights,
-    )
-    if as_json:
-        computed = {"tokens": memory.tokens, "total": memory.total, "to_swap": _to_swap(memory), "fits": memory.fits}
-        typer.echo(json.dumps({"model": model, **dataclasses.asdict(memory), **computed}, indent=2))
-        raise typer.Exit(0 if memory.fits else 1)
-    rows = [
-        ("weights", _mib(memory.weights)),
-        (
-            "KV cache",
-            f"{_mib(memory.kv_cache)}, {memory.tokens} tokens of context at {memory.kv_token / 1024:.0f} KiB each",
-        ),
-        (counted(max_loras, "slot"), _mib(memory.slots)),
-        (
-            f"{counted(max_cpu_loras, 'adapter')} in memory",
-            f"{_mib(memory.host)}, {_mib(memory.adapter)} each at rank {max_lora_rank}",
-        ),
-        ("processes and graphs", _mib(memory.overhead)),
-        (
-            "together",
-            f"{_mib(memory.total)}; {_mib(memory.free)} are free" + ("" if memory.fits else ": it does not fit"),
-        ),
-        (
-            "beside it, to swap the base",
-            _mib(_to_swap(memory)),
-        ),
-    ]
-    typer.echo(table([(name, value) for name, value in rows]))
-    raise typer.Exit(0 if memory.fits else 1)
-
-
-def _to_swap(memory: Plan) -> int:
-    """What it takes while a second engine starts beside the first."""
-    return memory.total + memory.weights + memory.kv_cache + memory.slots + memory.overhead
 
 
 def backup(
@@ -119,7 +42,7 @@ def backup(
 
     config = _local(data_dir, "backup")
     written = write(config.data_dir, file.absolute(), config.registry)
-    typer.echo(f"{file}: {_held(written)}, {_mib(written['bytes'])}, from {config.data_dir}")
+    typer.echo(f"{file}: {_held(written)}, {mib(written['bytes'])}, from {config.data_dir}")
 
 
 def restore(
@@ -194,7 +117,3 @@ def _config(data_dir: Path | None) -> Any:
         if data_dir is None:
             raise
         return load(["--data-dir", str(data_dir)], {})  # what else a server needs is none of a backup's business
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.0f} MiB" if size < 10 << 30 else f"{size / (1 << 30):.1f} GiB"

@@ -18,11 +18,14 @@ from typing import Literal
 from serve.config import ADAPTERS, Config, kv_cache, whole
 from serve.cpu_kernels.build import compiler
 from serve.errors import ConfigError
-from serve.models import audio_packages, cuda_toolkit, engine_memory, hardware
+from serve.models import audio_packages, cuda_toolkit, engine_memory, gpus, hardware
 from serve.models.cuda_toolkit import Toolkit
 from serve.models.embedded import NEEDED_BYTES, SOURCES, checkpoint
+from serve.models.gpu_share import WHOLE
+from serve.models.gpus import Card
 from serve.models.hardware import ARM64, GIB, OVERHEAD, gib
 from serve.models.host import Host
+from serve.server import gpu_defaults
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -68,6 +71,7 @@ class Machine:
     tcmalloc: Callable[[], str | None] = hardware.tcmalloc
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     toolkit: Toolkit = field(default_factory=Toolkit)
+    cards: Callable[[], Sequence[Card]] = gpus.cards
     free_disk: Callable[[Path], int] = _free_disk
     shared_memory: Path = Path("/dev/shm")
     descriptors: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[1])
@@ -91,7 +95,7 @@ def examine(config: Config, machine: Machine | None = None) -> list[Finding]:
     machine = machine or Machine()
     of_machine = (_python, _engine, _audio, _extras, _processor, _cores, _memory, _gpu, _toolkit, _compiler, _libraries)
     of_system = (_huge_pages, _shared_memory, _descriptors)
-    of_config = (_weights, _data_dir, _model, _port, _kernels)
+    of_config = (_weights, _gpu_memory, _data_dir, _model, _port, _kernels)
     findings = [finding for check in (*of_machine, *of_system) for finding in check(machine)]
     return [*findings, *(finding for check in of_config for finding in check(config, machine))]
 
@@ -218,6 +222,24 @@ def _weights(config: Config, machine: Machine) -> Iterator[Finding]:
         except ConfigError as error:
             detail, _, advice = error.message.partition(": ")
             yield Finding("weights", "problem", detail, f"{advice}; `loradock plan MODEL` says what it takes")
+
+
+def _gpu_memory(config: Config, machine: Machine) -> Iterator[Finding]:
+    """What `loradock plan` says of each base on this machine's GPUs."""
+    if machine.on_cpu or not (cards := machine.cards()):
+        return
+    for base in config.bases:
+        if plan := gpu_defaults.planned(base, cards, WHOLE / len(config.bases)):
+            name = f"gpu memory of {base.name}"
+            detail = f"{gib(plan.weights)} of weights and {plan.max_loras} slots of {gib(plan.slots)} on each of "
+            detail += f"{plan.gpus} x {plan.card.name}; KV cache for {plan.tokens:,} tokens"
+            if not plan.fits:
+                yield Finding(name, "problem", detail, "take more or larger GPUs, or a smaller or quantized model")
+            elif plan.max_model_len and "max_model_len" not in base.engine:
+                advice = f"a request of the model's {plan.context:,} tokens does not fit, and vLLM refuses to start: "
+                yield Finding(name, "problem", detail, f"{advice}--max-model-len {plan.max_model_len}")
+            else:
+                yield Finding(name, "ok", detail)
 
 
 def _gpu(machine: Machine) -> Iterator[Finding]:

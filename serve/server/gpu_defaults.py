@@ -13,8 +13,10 @@ from typing import Any
 
 from serve.config import ADAPTERS, Base, kv_cache, whole
 from serve.errors import ConfigError
-from serve.models import cuda_toolkit, engine_memory, gpu_share, gpus
+from serve.models import cuda_toolkit, engine_memory, gpu_plan, gpu_share, gpus
 from serve.models.cuda_toolkit import Toolkit
+from serve.models.dimensions import dimensions
+from serve.models.gpu_plan import GpuPlan
 from serve.models.gpu_share import Wanted
 from serve.models.gpus import Card
 
@@ -35,6 +37,7 @@ def set_environment(bases: Iterable[Base], toolkit: Toolkit | None = None) -> No
 def with_room(bases: Sequence[Base], cards: Sequence[Card] | None = None) -> list[Base]:
     """The bases, each with the part of its GPUs that it takes where it shares one; ConfigError where they don't fit."""
     cards = gpus.cards() if cards is None else cards
+    bases = [_with_slots(base, cards, len(bases)) for base in bases]
     parts = gpu_share.shares([_wanted(base) for base in bases], cards)
     return [
         base
@@ -42,6 +45,39 @@ def with_room(bases: Sequence[Base], cards: Sequence[Card] | None = None) -> lis
         else replace(base, engine=MappingProxyType({**base.engine, "gpu_memory_utilization": part}))
         for base, part in zip(bases, parts, strict=True)
     ]
+
+
+def planned(base: Base, cards: Sequence[Card], part: float = gpu_share.WHOLE) -> GpuPlan | None:
+    """What an engine takes of its GPUs; None where they, or the model's dimensions, are not known."""
+    engine = {**ADAPTERS, **base.engine}
+    numbers = devices(engine)
+    if not numbers or not 0 <= numbers[0] < len(cards):
+        return None
+    parts = whole(engine, "tensor_parallel_size") * whole(engine, "pipeline_parallel_size")
+    try:
+        return gpu_plan.plan(
+            base.model,
+            dimensions(base.model),
+            cards[numbers[0]],
+            parts,
+            rank=whole(engine, "max_lora_rank"),
+            max_loras=whole(base.engine, "max_loras") if "max_loras" in base.engine else None,
+            max_cpu_loras=whole(engine, "max_cpu_loras"),
+            kv_cache=kv_cache(engine) // whole(engine, "data_parallel_size") or None,
+            part=_part(engine) or part,
+        )
+    except ConfigError:
+        return None
+
+
+def _with_slots(base: Base, cards: Sequence[Card], engines: int) -> Base:
+    """With as many slots of adapters as the memory is good for, where nobody has said how many."""
+    if "max_loras" in base.engine:
+        return base
+    plan = planned(base, cards, gpu_share.WHOLE / engines)
+    if plan is None or plan.max_loras == ADAPTERS["max_loras"]:
+        return base
+    return replace(base, engine=MappingProxyType({**base.engine, "max_loras": plan.max_loras}))
 
 
 def devices(engine: Mapping[str, Any]) -> tuple[int, ...]:

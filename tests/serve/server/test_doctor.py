@@ -14,6 +14,7 @@ from serve.cli.main import app
 from serve.config import load
 from serve.cpu_kernels import build
 from serve.models.cuda_toolkit import Toolkit
+from serve.models.gpu_plan import CARDS
 from serve.models.hardware import FUSED
 from serve.models.host import Host
 from serve.server.doctor import Finding, Machine, examine, worst
@@ -89,7 +90,7 @@ def with_gpu(machine: Machine, root: Path, driver: str = "580.82.07") -> Machine
         write(root, program, "")
         (root / program).chmod(0o755)
     write(root, "include/Python.h", "")
-    return replace(machine, toolkit=toolkit)
+    return replace(machine, toolkit=toolkit, cards=lambda: [CARDS["h100"]])
 
 
 def test_a_good_machine_has_nothing_to_be_done(machine, config):
@@ -266,6 +267,24 @@ def test_a_gpu_machine_without_what_libraries_compile_with(machine, config, root
         for finding in examine(config, replace(machine, version=lambda name: CPU.get(name, "")))
         if "toolkit" in finding.name
     ]
+
+
+def test_on_a_gpu_its_memory_is_planned_with_the_numbers_of_plan(machine, root, tmp_path):
+    machine = replace(with_gpu(machine, root), version=lambda name: GPU.get(name, ""))
+
+    def found(model, card, *flags):
+        config = load([model, "--port", "0", "--data-dir", str(tmp_path / "data"), *flags], {})
+        findings = examine(config, replace(machine, cards=lambda: [CARDS[card]]))
+        (finding,) = [finding for finding in findings if finding.name.startswith("gpu memory of")]
+        return finding
+
+    roomy = found("meta-llama/Llama-3.1-8B-Instruct", "h100")
+    told = CliRunner().invoke(app, ["plan", "meta-llama/Llama-3.1-8B-Instruct", "--gpu", "h100", "--json"])
+    assert roomy.status == "ok" and f"{json.loads(told.stdout)['tokens']:,} tokens" in roomy.detail
+    narrow = found("meta-llama/Llama-3.1-8B-Instruct", "l4")
+    assert narrow.status == "problem" and "--max-model-len" in narrow.advice
+    assert found("meta-llama/Llama-3.1-8B-Instruct", "l4", "--max-model-len", "16384").status == "ok"
+    assert found("meta-llama/Llama-3.3-70B-Instruct", "h100").status == "problem"
 
 
 def test_the_data_directory(machine, config, tmp_path):

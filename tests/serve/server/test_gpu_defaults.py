@@ -7,6 +7,7 @@ import pytest
 from serve.config import Base
 from serve.errors import ConfigError
 from serve.models import engine_memory
+from serve.models.gpu_plan import CARDS
 from serve.models.gpus import Card
 from serve.server.gpu_defaults import devices, with_room
 
@@ -67,3 +68,21 @@ def test_what_is_said_stays():
 )
 def test_which_gpus_an_engine_takes(engine, numbers):
     assert devices(engine) == numbers
+
+
+@pytest.mark.parametrize(
+    ("card", "model", "more", "slots"),
+    [
+        ("h100", "meta-llama/Llama-3.1-8B-Instruct", {}, 32),
+        ("l4", "meta-llama/Llama-3.1-8B-Instruct", {}, None),  # the default of 8
+        ("a100-40", "Qwen/Qwen3-14B", {}, None),
+        ("a100-80", "Qwen/Qwen3-14B", {}, 32),
+        ("a100-80", "Qwen/Qwen3-14B", {"max_lora_rank": 64}, None),
+        ("h100", "Qwen/Qwen3-14B", {"max_loras": 4}, 4),
+        ("h100", "somebody/unknown", {}, None),
+    ],
+)
+def test_slots_follow_from_what_the_weights_leave_of_the_card(card, model, more, slots, monkeypatch):
+    monkeypatch.setattr(engine_memory, "weights", lambda *_: 0)  # not fetched yet
+    (base,) = with_room([Base("a", model, more)], [CARDS[card]])
+    assert base.engine.get("max_loras") == slots
