@@ -10,20 +10,21 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
+
+from serve.adapters.fair_threads import FairThreads
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 LONGEST_REST = 0.01
 
-_THREAD = ThreadPoolExecutor(1, "adapter-files")
+_THREAD = FairThreads(1, "adapter-files")
 
 
 async def in_turn(call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-    """As `asyncio.to_thread`, one call at a time in the whole process."""
+    """As `asyncio.to_thread`, one call at a time in the whole process, each tenant in its turn."""
     context = contextvars.copy_context()
     return await asyncio.get_running_loop().run_in_executor(_THREAD, partial(context.run, call, *args, **named))
 

@@ -6,6 +6,8 @@ an upload:   app > auth > upload > adapter > store > engine > registry
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from serve import __version__
+from serve.adapters.fair_threads import FairThreads
 from serve.api.dashboard.pages import pages
 from serve.api.entrance import Entrance
 from serve.api.openapi import DocumentedApi
@@ -30,6 +33,7 @@ from serve.asgi.error_shapes import as_anthropic, error_body, is_anthropic
 from serve.asgi.exchange import Exchange
 from serve.asgi.origin import OriginCheck, origins
 from serve.auth.audit import Audited
+from serve.auth.rate_limits import RouteBudgets
 from serve.config import Config
 from serve.engine.backend import Backend
 from serve.errors import LoradockError, invalid
@@ -61,6 +65,7 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(FairThreads(min(32, (os.cpu_count() or 1) + 4)))
         async with parts.running():
             yield
 
@@ -70,17 +75,7 @@ def build_app(
         title="loradock",
         version=__version__,
         lifespan=lifespan,
-        middleware=[
-            Middleware(
-                OriginCheck,
-                allowed=origins(config.engine.get("allowed_origins")),
-                is_open=lambda: parts.auth.open,
-                answers=_is_inference,
-            ),
-            Middleware(_Split, inference=parts.inference),
-            Middleware(Audited, audit=parts.audit),
-            Middleware(Entrance, auth=parts.auth, fresh=parts.follower.fresh if parts.follower else None),
-        ],
+        middleware=_middleware(parts),
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
@@ -94,6 +89,26 @@ def build_app(
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_unexpected)
     return app
+
+
+def _middleware(parts: Services) -> list[Middleware]:
+    """What a request passes before a route, in this order."""
+    return [
+        Middleware(
+            OriginCheck,
+            allowed=origins(parts.config.engine.get("allowed_origins")),
+            is_open=lambda: parts.auth.open,
+            answers=_is_inference,
+        ),
+        Middleware(_Split, inference=parts.inference),
+        Middleware(Audited, audit=parts.audit),
+        Middleware(
+            Entrance,
+            auth=parts.auth,
+            budgets=RouteBudgets(parts.config.changes_per_minute, parts.config.reads_per_minute),
+            fresh=parts.follower.fresh if parts.follower else None,
+        ),
+    ]
 
 
 class _Split:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.adapters.fair_threads import in_the_name_of
+from serve.asgi.cancellation import cancelled_on_disconnect
 from serve.asgi.connection import recognise
 from serve.asgi.json_weight import check
 from serve.asgi.origin import READS
 from serve.asgi.request_body import read, replayed
-from serve.auth.auth import Auth
+from serve.auth.auth import Auth, Caller
+from serve.auth.rate_limits import RouteBudgets
 from serve.errors import ClientLeft, LoradockError
 
 BODY_BYTES = 1 << 20
@@ -28,37 +32,52 @@ BASELINE_BYTES = 64 << 20
 STREAMED = re.compile(r"POST /v1/adapters|POST /v1/files|PUT /v1/fine_tuning/work/.+/files/.+")
 
 
+# An answer is rated, and a text looked at, as often as one is asked for.
+READING_POSTS = ("/v1/feedback", "/v1/moderations")
+
+
 class Entrance:
     """`fresh` returns once this server sees the keys that others issued or revoked before."""
 
-    def __init__(self, app: ASGIApp, auth: Auth, fresh: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, auth: Auth, budgets: RouteBudgets, fresh: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self._app = app
         self._auth = auth
+        self._budgets = budgets
         self._fresh = fresh
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in READS:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        reads = scope["method"] in READS
         try:
-            if self._fresh:
+            if self._fresh and not reads:  # a route that reads does that itself
                 await self._fresh()
-            self._auth.known(Headers(scope=scope))
+            caller = self._auth.known(Headers(scope=scope))
         except LoradockError:
             await self._app(scope, replayed(b"", receive), send)  # the route refuses in its own words, and is audited
             return
         recognise(scope)
         try:
-            receive = await self._admitted(scope, receive)
+            receive = await self._admitted(scope, receive, caller)
+            with in_the_name_of(caller.tenant):
+                async with cancelled_on_disconnect(receive) if reads else nullcontext():
+                    await self._app(scope, replayed(b"", receive) if reads else receive, send)
         except ClientLeft:
             return
         except LoradockError as error:
             await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
 
-    async def _admitted(self, scope: Scope, receive: Receive) -> Receive:
-        """What a route may read of the body."""
+    async def _admitted(self, scope: Scope, receive: Receive, caller: Caller) -> Receive:
+        """What a route may read of the body; RateLimited, TooLarge or BadRequest."""
+        reads = scope["method"] in READS
+        if not caller.operator:
+            kind = "reads" if reads or scope["path"] in READING_POSTS else "changes"
+            self._budgets.take(caller.key, caller.limits, kind)
+        if reads:
+            return receive
         request, headers = f"{scope['method']} {scope['path']}", Headers(scope=scope)
         is_json = headers.get("content-type", "").strip().lower().startswith("application/json")
         if STREAMED.fullmatch(request) and not is_json:  # a push by address is JSON

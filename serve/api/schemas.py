@@ -353,6 +353,8 @@ class LimitsOfKey(Struct, frozen=True, forbid_unknown_fields=True):
     sequences: Limit = None
     prompt_logprobs: Limit = None
     batch: Limit = None
+    changes_per_minute: Limit = None
+    reads_per_minute: Limit = None
 
 
 class NewKey(Struct, frozen=True, forbid_unknown_fields=True):

@@ -27,7 +27,8 @@ class Limits:
     """A key's limits; None is unlimited.
 
     `adapters` and `adapter_bytes` bound what the key's tenant keeps in all when the key pushes. `sequences` (`n` times
-    prompts), `prompt_logprobs` and `batch` (inputs) bound one request; None leaves them to the server's settings.
+    prompts), `prompt_logprobs` and `batch` (inputs) bound one request, `changes_per_minute` and `reads_per_minute` what
+    is no inference; None leaves these to the server's settings.
     """
 
     requests_per_minute: int | None = None
@@ -38,6 +39,8 @@ class Limits:
     sequences: int | None = None
     prompt_logprobs: int | None = None
     batch: int | None = None
+    changes_per_minute: int | None = None
+    reads_per_minute: int | None = None
 
     @property
     def meters(self) -> bool:
@@ -182,6 +185,34 @@ class Meters:
 
     def __len__(self) -> int:
         return len(self._meters)
+
+
+class RouteBudgets:
+    """What each key may ask of the routes beside inference: changes and reads a minute, refused ones too.
+
+    `changes` and `reads` are the budgets of keys that have none of their own.
+    """
+
+    def __init__(self, changes: int, reads: int, clock: Callable[[], float] = monotonic) -> None:
+        self._defaults = {"changes": changes, "reads": reads}
+        self._clock = clock
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._tidy_at = _MANY
+
+    def take(self, key: str, limits: Limits, kind: str) -> None:
+        """One of the key's `changes` or `reads`; RateLimited, if there is none."""
+        now, own = self._clock(), getattr(limits, f"{kind}_per_minute")
+        budget = self._defaults[kind] if own is None else own
+        bucket = self._buckets.get((key, kind))
+        if bucket is None or bucket.capacity != budget:
+            if len(self._buckets) >= self._tidy_at:
+                self._buckets = {name: one for name, one in self._buckets.items() if one.level(now) < one.capacity}
+                self._tidy_at = max(_MANY, 2 * len(self._buckets))
+            bucket = self._buckets[key, kind] = Bucket(budget, now)
+        if wait := bucket.wait(1, now):
+            after = max(1, math.ceil(wait))
+            raise RateLimited(f"this key may ask for {budget} {kind} a minute; retry in {after} s", retry_after=after)
+        bucket.take(1, now)
 
 
 def _duration(seconds: float) -> str:

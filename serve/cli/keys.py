@@ -67,6 +67,10 @@ def create(
     sequences: Annotated[int | None, _bound("--sequences", "Answers in one request, n times its prompts")] = None,
     prompt_logprobs: Annotated[int | None, _bound("--prompt-logprobs", "Alternatives for each prompt token")] = None,
     batch: Annotated[int | None, _bound("--batch", "Inputs in one request for embeddings or scores")] = None,
+    changes_per_minute: Annotated[
+        int | None, _limit("--changes-per-minute", "Changes in a minute, no inference")
+    ] = None,
+    reads_per_minute: Annotated[int | None, _limit("--reads-per-minute", "Reads in a minute, no inference")] = None,
     url: Url = URL,
     key: Key = None,
     as_json: Json = False,
@@ -84,6 +88,8 @@ def create(
         "sequences": sequences,
         "prompt_logprobs": prompt_logprobs,
         "batch": batch,
+        "changes_per_minute": changes_per_minute,
+        "reads_per_minute": reads_per_minute,
     }
     limits = {limit: value for limit, value in asked.items() if value is not None}
     with connected("keys", url, key) as client:

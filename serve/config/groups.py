@@ -14,6 +14,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Who may ask, and how": (
         *("metrics_keys", "open_gateway_metrics", "ssl_certfile", "ssl_keyfile"),
         *("max_wait", "max_sequences", "max_prompt_logprobs", "max_batch", "client_timeout"),
+        *("changes_per_minute", "reads_per_minute"),
     ),
     "Uploads of adapters": (
         *("max_upload_bytes", "probe", "probe_min_effect", "probe_max_perplexity", "max_adapter_rank"),

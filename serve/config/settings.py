@@ -126,6 +126,12 @@ class Config:
     max_sequences: FromOne = _setting(256, "answers in one request: n times its prompts; a key may have its own limit")
     max_prompt_logprobs: FromOne = _setting(20, "alternatives for each prompt token; a key may have its own limit")
     max_batch: FromOne = _setting(2048, "inputs in one request for embeddings or scores; a key may have its own limit")
+    changes_per_minute: FromOne = _setting(
+        600, "changes a minute of a key beside inference (an admin's has no limit); a key may have its own limit"
+    )
+    reads_per_minute: FromOne = _setting(
+        6000, "reads a minute of a key, lists and metrics; a key may have its own limit"
+    )
     batch_concurrency: FromOne = _setting(4, "lines of batches that an engine answers at once while no client waits")
     batch_lines: FromOne = _setting(50_000, "requests in one batch")
     batch_open: FromOne = _setting(16, "batches of a tenant that are under way at a time")

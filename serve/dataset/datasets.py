@@ -7,12 +7,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.adapters.fair_threads import FairThreads, in_the_name_of
 from serve.adapters.registry.registry import Registry
 from serve.dataset.asked_text import Asked, NoText, asked_text
 from serve.dataset.build import Built, Options, Progress, build
@@ -64,7 +64,8 @@ class Datasets:
         self._policy, self._base_of, self._golden_of, self._clock = policy, base_of, golden_of, clock
         self._forgotten, self._settle = forgotten, settle
         self._held_out = HeldOut(folder / "held_out", days)
-        self._thread = ThreadPoolExecutor(1, "datasets")
+        # Of one tenant one at a time: a build does not keep what a deletion has just taken away.
+        self._threads = FairThreads(2, "datasets")
         # What is being built, by adapter: what is done now, how much of it, and of how much.
         self._under_way: dict[str, tuple[str, int, int]] = {}
         # What clients asked for, and of which tenant.
@@ -83,13 +84,13 @@ class Datasets:
         """
         check(options)
         self.must_learn(options.adapter)
-        return await self._in_turn(self._build, options, folder, bases, progress)
+        return await self._in_turn(options.tenant, self._build, options, folder, bases, progress)
 
     @contextmanager
     def alone(self, what: str, tenant: str) -> Iterator[None]:
         """The tenant's only build or replay that a client asked for; Conflict if there is another one.
 
-        Builds take turns with those of all tenants, and with deletions; a replay holds its requests in memory.
+        A build takes turns with the tenant's deletions; a replay holds its requests in memory.
         """
         if (what, tenant) in self._asking:
             raise Conflict(f"another {what} of this tenant's is under way or has to wait: ask again when it has ended")
@@ -129,7 +130,7 @@ class Datasets:
     async def forget(self, adapter: str, key: str, id: str) -> Forgotten:
         """Delete a conversation, by its id or that of one of its answers, as whoever has this API key means it;
         NotFound."""
-        return await self._in_turn(self._forget, adapter, key, id)
+        return await self._in_turn(tenant_of(adapter), self._forget, adapter, key, id)
 
     def listed(self, adapter: str, limit: int) -> list[dict[str, Any]]:
         """The adapter's latest conversations, without their texts. Blocks."""
@@ -185,8 +186,10 @@ class Datasets:
         (self._folder / "building").mkdir(mode=0o700, parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=self._folder / "building"))
 
-    async def _in_turn(self, call: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+    async def _in_turn(self, tenant: str, call: Callable[..., Any], *args: Any) -> Any:
+        with in_the_name_of(tenant):
+            future = asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
+        return await future
 
 
 def check(options: Options) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from serve.adapters.fair_threads import in_the_name_of
 from serve.asgi.cancellation import CancellableCall, Deadline, cancelled_on_disconnect
 from serve.asgi.connection import has_left, recognise
 from serve.asgi.error_response import HonestStatus, send_error
@@ -153,7 +154,7 @@ class Inference:
         if stored is not None:
             check_response_owner(stored, caller.tenant)
         meter = self._meters.of(caller.key, caller.limits)
-        with meter.request() if meter else nullcontext():
+        with in_the_name_of(caller.tenant), meter.request() if meter else nullcontext():
             request, fan_out = None, FanOut()
             if stored is None:
                 limit = body_limit(scope["path"], self._media)

@@ -163,6 +163,9 @@ def prepare(engine: Engine) -> None:
         for step in range(schema, SCHEMA):
             MIGRATIONS[step](connection)
             connection.execute(update(schema_version).values(version=step + 1))
+        for table in metadata.sorted_tables:
+            for index in table.indexes:
+                index.create(connection, checkfirst=True)
 
 
 @contextmanager

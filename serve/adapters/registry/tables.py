@@ -8,6 +8,7 @@ from sqlalchemy import (
     Column,
     Float,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -259,6 +260,10 @@ finetune_jobs = Table(
     Column("claimed_by", String(64)),  # the server that runs it
     Column("claimed_until", Float(53)),
 )
+
+# A tenant's lists are read in this order, a part at a time.
+for _listed in (files, batches, finetune_jobs):
+    Index(f"ix_{_listed.name}_listed", _listed.c.tenant, _listed.c.created, _listed.c.id)
 
 # The statuses of jobs that are at their end.
 FINETUNE_ENDS = ("succeeded", "failed", "cancelled")

@@ -19,7 +19,7 @@ from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import batch_answers as answers_table
 from serve.adapters.registry.tables import batches as table
 from serve.errors import Conflict, NotFound, QuotaExceeded
-from serve.jobs.batches.file_rows import paged, put
+from serve.jobs.batches.file_rows import check_kept, paged, put
 from serve.jobs.batches.objects import OPEN, Batch, Limits, LineError, Page, Status, StoredFile, Usage
 from serve.jobs.leases import Claims
 from serve.names import shown
@@ -58,6 +58,7 @@ class BatchRows:
                     "of them, or cancel it",
                     code="batch_limit_exceeded",
                 )
+            check_kept(connection, table, batch.tenant, "batches")
             connection.execute(insert(table).values(_values(batch)))
 
     def get(self, tenant: str, id: str) -> Batch:

@@ -16,6 +16,8 @@ from serve.errors import BadRequest, Conflict, NotFound, QuotaExceeded
 from serve.jobs.batches.objects import OPEN, Limits, Page, StoredFile
 from serve.names import shown
 
+# Batches, or jobs, of a tenant, those at their end too.
+KEPT = 20_000
 _UNDER_WAY = finetune_jobs.c.status.not_in(FINETUNE_ENDS)
 _COLUMNS = tuple(field.name for field in fields(StoredFile))
 
@@ -122,6 +124,15 @@ def put(connection: Connection, file: StoredFile) -> None:
 
 def missing(id: str) -> NotFound:
     return NotFound(f"No such File object: {shown(id)}", param="id")
+
+
+def check_kept(connection: Connection, rows: Table, tenant: str, what: str) -> None:
+    """QuotaExceeded, if the tenant has as many rows as it may, those at their end too."""
+    count = connection.scalar(select(func.count()).select_from(rows).where(rows.c.tenant == tenant)) or 0
+    if count >= KEPT:
+        raise QuotaExceeded(
+            f"{count} {what} of this tenant are listed, and {KEPT} are the most: the oldest leave after 90 days"
+        )
 
 
 def paged(

@@ -19,12 +19,15 @@ from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import finetune_jobs as table
 from serve.adapters.registry.tables import finetune_notes as notes_table
 from serve.errors import Conflict, NotFound, QuotaExceeded
-from serve.jobs.batches.file_rows import paged, put
+from serve.jobs.batches.file_rows import check_kept, paged, put
 from serve.jobs.batches.objects import StoredFile
 from serve.jobs.finetuning.notes import add_checkpoint, add_event
 from serve.jobs.finetuning.objects import ACTIVE, ENDS, OPEN, Asked, Checkpoint, Job, Limits, Listed, State, Status
 from serve.jobs.leases import Claims
 from serve.names import shown
+
+# Jobs that are read at a time.
+_READ = 100
 
 
 class JobRows:
@@ -51,6 +54,7 @@ class JobRows:
                     "the most: wait for one of them, or cancel it",
                     code="fine_tuning_limit_exceeded",
                 )
+            check_kept(connection, table, job.tenant, "fine-tuning jobs")
             connection.execute(insert(table).values(_values(job)))
             add_event(connection, job.id, self._clock(), f"Created fine-tuning job: {job.id}")
             files = " and ".join(filter(None, (job.training_file, job.validation_file)))
@@ -63,19 +67,21 @@ class JobRows:
 
     def page(self, tenant: str, *, after: str | None, limit: int, metadata: Mapping[str, str]) -> Listed[Job]:
         """A tenant's jobs, the latest first, from behind the job `after`; those alone whose metadata says all this."""
-        found: list[Job] = []
         query = select(table).where(table.c.tenant == tenant)
         with self._registry.reading() as connection:
-            while len(found) <= limit:
-                rows = paged(connection, table, query, tenant, after, limit, ascending=False)
-                jobs = [_job(row) for row in rows[:limit]]
-                found += [job for job in jobs if metadata.items() <= (job.asked.metadata or {}).items()]
-                if len(rows) <= limit:
+            find = func.instr if connection.dialect.name == "sqlite" else func.strpos
+            # As `_values` spells it. A text that says so elsewhere is told apart below.
+            spelled = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in metadata.items()]
+            query = query.where(*[find(table.c.asked, text) > 0 for text in spelled])
+            jobs: list[Job] = []
+            while len(jobs) <= limit:
+                rows = paged(connection, table, query, tenant, after, _READ, ascending=False)
+                read = [_job(row) for row in rows[:_READ]]
+                jobs += [job for job in read if metadata.items() <= (job.asked.metadata or {}).items()]
+                if len(rows) <= _READ:
                     break
-                after = jobs[-1].id
-                if not metadata:
-                    return Listed(jobs, True)
-        return Listed(found[:limit], len(found) > limit)
+                after = read[-1].id
+        return Listed(jobs[:limit], len(jobs) > limit)
 
     def cancel(self, tenant: str, id: str) -> Job:
         """It ends here, whatever its process does; Conflict if it is at its end already."""

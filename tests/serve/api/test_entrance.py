@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
 
+from serve.adapters.fair_threads import TENANT
 from serve.api.app import build_app
 from serve.api.entrance import BASELINE_BYTES, BODY_BYTES
 from serve.config import keys_hashed
+from tests.support.app import http
 from tests.support.backend import FakeBackend
 
 KEYED = {"api_keys": keys_hashed(["a-key"]), "admin_keys": keys_hashed(["an-admin"])}
@@ -127,3 +130,48 @@ async def test_a_question_is_bounded_and_read_only_from_those_with_a_key(app, pa
     assert await sent(app, path, {**key, "content-length": str(64 << 20)}, 64 << 20) == (413, 0)
     status, taken = await sent(app, path, key, 64 << 20)
     assert status == 413 and taken <= limit + (1 << 16)
+
+
+async def test_changes_and_reads_of_a_key_have_budgets_of_their_own_and_refused_ones_count(operator, issue, config):
+    client = await issue("acme", "inference", "adapters:write", changes_per_minute=3, reads_per_minute=5)
+    changed = [(await client.delete("/v1/adapters/none")).status_code for _ in range(6)]
+    assert changed == [404, 404, 404, 429, 429, 429]
+    refused = await client.delete("/v1/adapters/none")
+    assert int(refused.headers["retry-after"]) > 1 and "3 changes a minute" in refused.json()["error"]["message"]
+    assert [(await client.get("/v1/models")).status_code for _ in range(7)] == [200] * 5 + [429] * 2
+    # Nobody pays for it but that key: neither what the audit log holds nor another key's budget.
+    assert (config.data_dir / "audit.jsonl").read_text().count('"tenant": "acme"') == 3
+    assert (await operator.delete("/v1/adapters/none")).status_code == 404
+    other = await issue("acme", "inference", "adapters:write")
+    assert {(await other.get("/v1/models")).status_code for _ in range(200)} == {200}, "whoever polls is not refused"
+
+
+async def test_a_route_that_blocks_works_in_the_name_of_its_keys_tenant(issue, app, operator, monkeypatch):
+    client, seen = await issue("acme", "inference", "adapters:write"), []
+    rows = operator._transport.app.state.parts.fine_tuning.rows
+    page = rows.page
+    monkeypatch.setattr(rows, "page", lambda *args, **named: seen.append(TENANT.get()) or page(*args, **named))
+    assert (await client.get("/v1/fine_tuning/jobs?metadata[a]=b&limit=1")).status_code == 200
+    assert seen == ["acme"] and TENANT.get() is None
+
+
+async def test_what_a_client_waits_for_in_vain_is_not_begun_once_it_has_left(operator, monkeypatch):
+    begun, held, left = [], threading.Event(), asyncio.Event()
+    rows = operator._transport.app.state.parts.fine_tuning.rows
+    monkeypatch.setattr(rows, "page", lambda *_, **__: begun.append(1))
+    busy = [asyncio.create_task(asyncio.to_thread(held.wait)) for _ in range(64)]
+    await asyncio.sleep(0.05)
+
+    async def receive():
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    scope, _, send, sent, _ = http({}, "/v1/fine_tuning/jobs", "GET")
+    scope["headers"] = [*scope["headers"], (b"authorization", operator.headers["authorization"].encode())]
+    asking = asyncio.create_task(operator._transport.app(scope, receive, send))
+    await asyncio.sleep(0.05)
+    left.set()
+    await asyncio.wait_for(asking, 10)
+    held.set()
+    await asyncio.gather(*busy)
+    assert not begun and not sent

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 
 import pytest
+from sqlalchemy import insert, select, text
 
 from serve.adapters.registry.registry import Registry
-from serve.errors import Conflict, EngineUnavailable
+from serve.adapters.registry.tables import finetune_jobs as table
+from serve.errors import Conflict, EngineUnavailable, QuotaExceeded
 from serve.jobs.finetuning.job_folder import JobFolder
-from serve.jobs.finetuning.job_rows import JobRows
+from serve.jobs.finetuning.job_rows import JobRows, _job, _values
 from serve.jobs.finetuning.notes import Notes
 from serve.jobs.finetuning.objects import Asked, Job, Limits, Status
 from serve.jobs.finetuning.trainer import _Watch
@@ -86,3 +89,40 @@ def test_a_program_that_computes_between_two_steps_is_alive(servers, tmp_path):
     assert [watch.look(3.0), watch.look(3.0)] == [True, False]
     os.utime(tmp_path / "alive", (1.0, 1.0))
     assert watch.look(3.0)
+
+
+def test_a_list_by_metadata_reads_the_jobs_that_say_so_and_no_others(servers, monkeypatch):
+    """One look at the database found every job of the tenant before, for each job of the list."""
+    rows, _, now = servers
+    told = {"a": 'b"c: {', "who": "anna"}
+    for i in range(250):
+        now[0] += 1
+        asked = replace(ASKED, metadata=told if i in (3, 200) else {"a": "b", "x": 'metadata": {"a": "b\\"c: {"'})
+        job = Job(f"ftjob-{i}", "acme", Status.SUCCEEDED, now[0], "file-1", None, asked)
+        with rows._registry.adding() as connection:
+            connection.execute(insert(table).values(_values(job)))
+    read = []
+    monkeypatch.setattr("serve.jobs.finetuning.job_rows._job", lambda row: read.append(row.id) or _job(row))
+    page = rows.page("acme", after=None, limit=1, metadata=told)
+    assert ([job.id for job in page.rows], page.has_more, read) == (["ftjob-200"], True, ["ftjob-200", "ftjob-3"])
+    page = rows.page("acme", after="ftjob-200", limit=20, metadata={"who": "anna"})
+    assert ([job.id for job in page.rows], page.has_more) == (["ftjob-3"], False)
+    assert len(rows.page("acme", after=None, limit=100, metadata={"a": "b"}).rows) == 100
+    assert not rows.page("acme", after=None, limit=1, metadata={"model": "base"}).rows
+    with rows._registry.reading() as connection:
+        query = select(table).where(table.c.tenant == "acme").order_by(table.c.created.desc(), table.c.id.desc())
+        plan = " ".join(
+            str(row) for row in connection.execute(text(f"EXPLAIN QUERY PLAN {query}"), {"tenant_1": "acme"})
+        )
+    assert "ix_finetune_jobs_listed" in plan and "TEMP B-TREE" not in plan
+
+
+def test_a_tenant_has_so_many_jobs_and_no_more_also_at_their_end(servers, monkeypatch):
+    rows, _, _ = servers
+    monkeypatch.setattr("serve.jobs.batches.file_rows.KEPT", 3)
+    for i in range(3):
+        rows.add(Job(f"ftjob-{i}", "acme", Status.VALIDATING, 1000.0, "file-1", None, ASKED))
+        rows.cancel("acme", f"ftjob-{i}")
+    with pytest.raises(QuotaExceeded, match="3 are the most"):
+        rows.add(Job("ftjob-4", "acme", Status.VALIDATING, 1000.0, "file-1", None, ASKED))
+    rows.add(Job("ftjob-5", "other", Status.VALIDATING, 1000.0, "file-1", None, ASKED))
