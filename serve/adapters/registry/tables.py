@@ -195,6 +195,13 @@ usage_causes = Table(
     *(column._copy() for column in usage.c if not column.primary_key),
 )
 
+usage_writes = Table(
+    "usage_writes",  # pieces of usage that were added, so that a piece whose answer was lost is not added again
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("when", Float(53), nullable=False),
+)
+
 files = Table(
     "files",  # what clients sent to be answered in batches, and what was answered; the bytes are no part of it
     metadata,

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import Connection, Select, Table, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import usage as table
-from serve.adapters.registry.tables import usage_causes
+from serve.adapters.registry.tables import usage_causes, usage_writes
 from serve.asgi.exchange import count_cached_tokens, count_generated_tokens, count_prompt_tokens, sum_engine_seconds
 from serve.engine.payer import Work
 from serve.errors import LoradockError
@@ -32,6 +33,7 @@ from serve.telemetry.prices import Price, price_for
 log = logging.getLogger(__name__)
 
 WRITE_SECONDS = 15.0
+PIECE_ROWS = 500  # of one transaction, so that others have their turn
 DAY, DAY_SECONDS = "%Y-%m-%d", 86_400
 
 
@@ -68,6 +70,18 @@ COUNTS = tuple(field.name for field in fields(Usage))
 Key = tuple[str, str, str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is written in one transaction, once."""
+
+    id: str
+    rows: Sequence[tuple[Key, Usage]]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Key, Usage]]) -> Self:
+        return cls(secrets.token_hex(16), rows)
+
+
 class UsageLedger:
     """`take` belongs to the event loop; `write` and `rows` wait for the database, so they belong to other threads."""
 
@@ -75,6 +89,7 @@ class UsageLedger:
         self._registry, self._keep_days, self._clock = registry, keep_days, clock
         self._pending: dict[Key, Usage] = {}
         self._counting, self._writing = threading.Lock(), threading.Lock()
+        self._doubtful: _Piece | None = None
         self._tidied = ""
 
     def take(self, work: Work, used: Usage) -> None:
@@ -104,17 +119,27 @@ class UsageLedger:
             log.error("the usage since the last %.0f s was not written: %s", WRITE_SECONDS, error.message)
 
     def write(self) -> None:
-        """Write what was counted until now; what the database does not take is kept for the next time."""
+        """Write what was counted until now, in pieces; what the database does not take is kept for the next time."""
         with self._writing:
             with self._counting:
                 taken, self._pending = self._pending, {}
-            try:
-                self._write(taken)
-            except BaseException:
-                with self._counting:
-                    for key, used in taken.items():
-                        self._pending.setdefault(key, Usage()).add(used)
-                raise
+            # In one order on all servers, so that two of them never wait for one another.
+            rows = sorted(taken.items())
+            pieces = [_Piece.of(rows[at : at + PIECE_ROWS]) for at in range(0, len(rows), PIECE_ROWS)]
+            # Whether the database took the one that failed last is not known: it is sent again as it was.
+            pieces = [*filter(None, [self._doubtful]), *pieces]
+            self._doubtful = None
+            while pieces:
+                try:
+                    self._add(pieces[0])
+                except BaseException:
+                    self._doubtful = pieces.pop(0)
+                    with self._counting:
+                        for key, used in (row for piece in pieces for row in piece.rows):
+                            self._pending.setdefault(key, Usage()).add(used)
+                    raise
+                del pieces[0]
+            self._tidy()
 
     def rows(self, month: str, tenant: str | None = None) -> list[dict[str, Any]]:
         """What was written for a month (YYYY-MM), by tenant and adapter: what costs most first. `causes` is a part of
@@ -129,20 +154,28 @@ class UsageLedger:
         order = ("tenant", "adapter")
         return sorted(rows.values(), key=lambda row: (-row["cost"], -row["engine_seconds"], *map(row.get, order)))
 
-    def _write(self, taken: dict[Key, Usage]) -> None:
-        today = datetime.fromtimestamp(self._clock(), UTC)
-        oldest = (today - timedelta(days=self._keep_days)).strftime(DAY)
-        tidies = self._tidied != today.strftime(DAY)
-        if not taken and not tidies:
-            return
+    def _add(self, piece: _Piece) -> None:
         with self._registry.adding() as connection:
-            # In one order on all servers, so that two of them never wait for one another.
-            for (day, tenant, adapter, cause), used in sorted(taken.items(), key=lambda item: item[0]):
-                named = {"day": day, "tenant": tenant, "adapter": adapter}
-                _add(connection, table, named, used)
-                _add(connection, usage_causes, {**named, "cause": cause}, used)
-            for each in (table, usage_causes) if tidies else ():
+            insert = _insert(connection)
+            if connection.scalar(select(usage_writes.c.id).where(usage_writes.c.id == piece.id)):
+                return
+            connection.execute(insert(usage_writes).values(id=piece.id, when=self._clock()))
+            for counts in (table, usage_causes):
+                new = insert(counts)
+                more = {name: counts.c[name] + new.excluded[name] for name in COUNTS}
+                added = new.on_conflict_do_update(index_elements=list(counts.primary_key), set_=more)
+                connection.execute(added, [_named(key, counts) | asdict(used) for key, used in piece.rows])
+
+    def _tidy(self) -> None:
+        """Once a day delete what is too old."""
+        today = datetime.fromtimestamp(self._clock(), UTC)
+        if self._tidied == today.strftime(DAY):
+            return
+        oldest = (today - timedelta(days=self._keep_days)).strftime(DAY)
+        with self._registry.adding() as connection:
+            for each in (table, usage_causes):
                 connection.execute(delete(each).where(each.c.day < oldest))
+            connection.execute(delete(usage_writes).where(usage_writes.c.when < self._clock() - 2 * DAY_SECONDS))
         self._tidied = today.strftime(DAY)
 
 
@@ -152,12 +185,13 @@ def _day(number: int) -> str:
     return datetime.fromtimestamp(number * DAY_SECONDS, UTC).strftime(DAY)
 
 
-def _add(connection: Connection, counts: Table, named: dict[str, str], used: Usage) -> None:
-    """Add it to the row with this name, or begin one."""
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    new = insert(counts).values(**named, **asdict(used))
-    more = {name: counts.c[name] + new.excluded[name] for name in COUNTS}
-    connection.execute(new.on_conflict_do_update(index_elements=list(counts.primary_key), set_=more))
+def _insert(connection: Connection) -> Callable[[Table], Any]:
+    return postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+
+
+def _named(key: Key, counts: Table) -> dict[str, str]:
+    """The columns of `counts` that name the row of this key."""
+    return {column.name: part for column, part in zip(counts.primary_key, key, strict=False)}
 
 
 def _summed(counts: Table, month: str, tenant: str | None, *more: str) -> Select[Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import event
 
 from serve.adapters.registry.registry import Registry
 from serve.asgi.exchange import Generation
@@ -139,3 +141,38 @@ def test_a_prompt_of_several_answers_costs_once_and_only_its_first_answer_comput
     made = tuple(Generation(prompt, [2] * 5, "stop", cached=cached, engine_seconds=0.5) for cached in (0, 16, 16))
     used = Usage.of(Work(PROBES, "tone", NOVEMBER, made), ())
     assert (used.prompt_tokens, used.cached_tokens, used.generated_tokens, used.engine_seconds) == (30, 0, 15, 1.5)
+
+
+def test_what_was_taken_though_the_answer_was_lost_counts_once(registry, monkeypatch):
+    monkeypatch.setattr(usage_ledger, "PIECE_ROWS", 2)
+    ledger, adding, lost = opened(registry), registry.adding, [False, True]
+
+    @contextmanager
+    def losing(*tenant):
+        with adding(*tenant) as connection:
+            yield connection
+        if lost and lost.pop(0):
+            raise EngineUnavailable("the connection was cut after the commit")
+
+    for number in range(5):
+        asked(ledger, adapter=f"acme/{number}")
+    monkeypatch.setattr(registry, "adding", losing)
+    with pytest.raises(EngineUnavailable):
+        ledger.write()
+    asked(ledger, adapter="acme/2")
+    ledger.write()
+    ledger.write()
+    assert {row["adapter"]: row["requests"] for row in ledger.rows("2026-11")} == {
+        f"acme/{number}": 1 + (number == 2) for number in range(5)
+    }
+
+
+def test_many_adapters_are_a_few_statements_in_pieces(registry):
+    ledger, statements = opened(registry), []
+    for number in range(1200):
+        asked(ledger, adapter=f"acme/{number}")
+    event.listen(registry._engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    ledger.write()
+    # By piece: that it was taken, its rows, and what they were for.
+    assert len([each for each in statements if each.startswith("INSERT")]) == 3 * 3
+    assert sum(row["requests"] for row in ledger.rows("2026-11")) == 1200
