@@ -1,4 +1,4 @@
-"""One real server for all tests that do not have to stop it, and adapters whose answers tell who gave them."""
+"""Two real servers for all tests that do not have to stop them, and adapters whose answers tell who gave them."""
 
 from __future__ import annotations
 
@@ -63,6 +63,18 @@ def server(
 
 
 @pytest.fixture(scope="session")
+def slowable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Another one with keys, which tells all that it does (log level debug). The version whose id stands in the file
+    `slow` beside its data directory answers slowly: see tests.support.slowed.
+    """
+    folder = tmp_path_factory.mktemp("slowable")
+    environ = {"SLOWED": str(folder / "slow"), **KEYS}
+    settings = ("--log-level", "debug", *WATCHED, *SMALL)
+    with Server(folder / "data", folder / "log", *settings, module="tests.support.slowed", **environ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def voice(server: Server, adapters: dict[str, Path]) -> str:
     """A name that stays: its only version answers alpha."""
     server.upload("voice", adapters["alpha"]).raise_for_status()
@@ -92,7 +104,7 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    server = getattr(item, "funcargs", {}).get("server")
-    if report.failed and isinstance(server, Server):
-        report.sections.append(("the server's log", tail(server.full_log)))
+    for server in getattr(item, "funcargs", {}).values():
+        if report.failed and isinstance(server, Server):
+            report.sections.append(("the server's log", tail(server.full_log)))
     return report

@@ -26,8 +26,12 @@ def titles(server: Server) -> set[str]:
 
 @pytest.fixture(scope="module", params=["info", "debug"])
 def started(request, tmp_path_factory):
+    """A server that logs at this level."""
+    if request.param == "debug":
+        yield request.getfixturevalue("slowable"), request.param
+        return
     folder = tmp_path_factory.mktemp("log")
-    with Server(folder / "data", folder / "out", "--log-level", request.param, *SMALL) as server:
+    with Server(folder / "data", folder / "out", *SMALL) as server:
         yield server, request.param
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support.lora import WEIGHTS, read_tensors, variant
-from tests.support.server import KEYS, SMALL, WATCHED, Server, done, eventually
+from tests.support.server import done, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -209,21 +209,17 @@ def test_a_healthy_version_stays(server, adapters, name, tmp_path):
     assert server.adapter(name)["canary"], "nothing was done about it"
 
 
-def test_a_version_that_is_a_quarter_slower_is_sent_away(adapters, tmp_path):
+def test_a_version_that_is_a_quarter_slower_is_sent_away(slowable, adapters, tmp_path):
     """Its tokens are held back at the engine's edge (tests.support.slowed): in a batch every step is everybody's."""
-    slow = tmp_path / "slow"
-    environ = {"SLOWED": str(slow), **KEYS}
-    with Server(
-        tmp_path / "data", tmp_path / "log", *WATCHED, *SMALL, module="tests.support.slowed", **environ
-    ) as server:
-        name = "tone"
-        done(server.upload(name, adapters["alpha"]))
-        weaker = variant(adapters["alpha"], tmp_path / "weaker", scale=0.99)
-        slow.write_text(done(server.upload(name, weaker, promote=False))["id"])
-        done(server.http.post(f"/v1/adapters/{name}/canary", json={"version": 2, "weight": 0.5}))
-        sent_away(server, name, Traffic(server, name), "latency", tokens=12)
-        (check,) = [one for one in evidence(server, name)["checks"] if one["check"] == "inter_token"]
-        assert 1.0 < check["effect"] < 1.6  # of a few requests on a machine that does other things too
+    name = "quarter-slower"
+    done(slowable.upload(name, adapters["alpha"]))
+    weaker = variant(adapters["alpha"], tmp_path / "weaker", scale=0.99)
+    slow = slowable.data.with_name("slow")
+    slow.write_text(done(slowable.upload(name, weaker, promote=False))["id"])
+    done(slowable.http.post(f"/v1/adapters/{name}/canary", json={"version": 2, "weight": 0.5}))
+    sent_away(slowable, name, Traffic(slowable, name), "latency", tokens=12)
+    (check,) = [one for one in evidence(slowable, name)["checks"] if one["check"] == "inter_token"]
+    assert 1.0 < check["effect"] < 1.6  # of a few requests on a machine that does other things too
 
 
 def sent_away(server, name, traffic, reason, *, most=None, tokens=16):
