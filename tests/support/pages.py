@@ -49,5 +49,9 @@ class Page:
 
 
 def pages() -> list[Page]:
-    rest = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+    rest = sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "docs").rglob("*.md")
+        if not {"_build", "generated"} & {*path.parts}
+    )
     return [Page(ROOT / name) for name in dict.fromkeys([*FIRST, *rest])]

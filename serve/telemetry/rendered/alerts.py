@@ -8,6 +8,8 @@ from typing import Any
 Rule = dict[str, Any]
 
 PAGE, TICKET = "page", "ticket"
+# Has a section for each alert.
+RUNBOOK = "docs/runbook.md"
 # A counter with its labels, within an expression.
 _COUNTER = re.compile(r"loradock_\w+(?:\{[^}]*\})?")
 
@@ -43,4 +45,5 @@ def alert(
     if wait:
         rule["for"] = wait
     annotations = {"summary": summary, "description": description, "dashboard": f"/d/{dashboard}"}
+    annotations["runbook"] = f"{RUNBOOK}#{name.lower()}"
     return {**rule, "labels": labels, "annotations": annotations}
