@@ -32,6 +32,14 @@ def write_whole(path: Path, data: bytes) -> None:
         staged.unlink(missing_ok=True)
 
 
+def append_whole(path: Path, data: bytes) -> None:
+    """Add to the end of a private file, for good."""
+    with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def rename(source: Path, target: Path) -> None:
     """Rename for good: both folders are fsynced. `source` itself must be on the disk already (`fsync`)."""
     os.replace(source, target)

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
@@ -50,9 +50,12 @@ class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def unpack(path: Path, *, max_bytes: int) -> None:
-    """Put an adapter's files and its notes beside the archive `path`; the archive is removed."""
-    sink = _Unpacked(path.parent, max_bytes)
+def unpack(path: Path, take: Callable[[int], None] = lambda nbytes: None, *, max_bytes: int) -> None:
+    """Put an adapter's files and its notes beside the archive `path`; the archive is removed.
+
+    `take(nbytes)` hears of bytes that are about to be written, and may refuse them.
+    """
+    sink = _Unpacked(path.parent, max_bytes, take)
     try:
         with open(path, "rb") as file:
             kind = archive_kind(file.read(HEAD_BYTES))
@@ -209,8 +212,8 @@ class _Counted:
 class _Unpacked:
     """Where the members of an archive go: known names, once each, and so many bytes together."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, max_bytes: int, take: Callable[[int], None]) -> None:
+        self._folder, self._take = folder, take
         self._left = self._limit = max_bytes
         self._entries = 0
         self._seen: set[str] = set()
@@ -218,7 +221,7 @@ class _Unpacked:
 
     def empty(self) -> _Unpacked:
         """Another into which nothing has come yet."""
-        return _Unpacked(self._folder, self._limit)
+        return _Unpacked(self._folder, self._limit, self._take)
 
     def name(self, stated: str, *, plain: bool, folder: bool) -> str | None:
         """The name to keep an entry under, or None to pass over it."""
@@ -279,6 +282,7 @@ class _Unpacked:
                 self._left -= len(chunk)
                 if self._left < 0:
                     raise _expanded(self._limit)
+                self._take(len(chunk[:room]))
                 write(sink, chunk[:room])
                 room -= len(chunk[:room])
 

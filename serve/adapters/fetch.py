@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from serve.adapters.adapter import CONFIG, NOTE_BYTES, NOTES, WEIGHTS
+from serve.adapters.byte_ledger import Kind, Room
 from serve.adapters.file_thread import take_turn
 from serve.adapters.shards import INDEX, join, names_in
 from serve.adapters.sources import client_process, oci, transfer
@@ -34,13 +35,14 @@ _READING: dict[str, dict[str, Any]] = {
 }
 
 
-def fetch(source: Source, folder: Path, *, max_bytes: int, anonymous: bool = False) -> Source:
+def fetch(source: Source, folder: Path, room: Room | None = None, *, max_bytes: int, anonymous: bool = False) -> Source:
     """Bring the adapter's two files and its notes into `folder`. Blocks: for a thread of its own.
 
-    Where `anonymous`, without this server's credentials. The answer is where they came from: of an address that moves,
+    Each byte is taken from the `room` before it is written. Where `anonymous`, without this server's credentials.
+    The answer is where they came from: of an address that moves,
     the version that was read.
     """
-    files = Transfer(folder, max_bytes)
+    files = Transfer(folder, max_bytes, room)
     if source.scheme == "oci":
         came = oci.bring(source, files)
     elif source.scheme in client_process.PROGRAMS:
@@ -50,7 +52,7 @@ def fetch(source: Source, folder: Path, *, max_bytes: int, anonymous: bool = Fal
             came = replace(source, version=came.version)
     else:
         came = _bring(source, files, anonymous)
-    take_turn(join, folder)
+    take_turn(join, folder, *([room.beside(Kind.UNPACKED).take] if room else []))
     return came
 
 

@@ -67,14 +67,12 @@ async def read_form(
     *,
     max_bytes: int,
     too_large: TooLarge,
-    check_space: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, str]:
     """The form's text fields; its files are in `files` then. `max_bytes` are of the whole body."""
     form = _Form(rules, files)
     parser = MultipartParser(_boundary(content_type, rules), form.callbacks())  # type: ignore[arg-type]
 
     def parse(piece: bytes) -> None:
-        check_space(len(piece))
         try:
             parser.write(piece)
         except FormParserError as malformed:

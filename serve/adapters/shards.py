@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,21 @@ def is_shard(name: str) -> bool:
     return _SHARD.fullmatch(name) is not None
 
 
-def join(folder: Path) -> None:
-    """Leave one plain WEIGHTS in `folder`, if it has weights; what is wrong with a single file is left to `inspect`."""
+def join(folder: Path, take: Callable[[int], None] = lambda nbytes: None) -> None:
+    """Leave one plain WEIGHTS in `folder`, if it has weights; what is wrong with a single file is left to `inspect`.
+
+    `take(nbytes)` hears of bytes that are about to be written, and may refuse them.
+    """
     shards = sorted(path for path in folder.iterdir() if is_shard(path.name))
     whole = folder / WEIGHTS
     if not shards:
         if whole.exists() and _has_inner_names(whole):
-            _rewrite([whole], folder)
+            _rewrite([whole], folder, take)
         return
     if whole.exists():
         raise AdapterRejected(f"there is {WEIGHTS} and also {shards[0].name}; send one of the two")
     _check_complete([path.name for path in shards])
-    _rewrite(shards, folder)
+    _rewrite(shards, folder, take)
 
 
 def names_in(index: bytes) -> list[str]:
@@ -81,7 +84,7 @@ def _has_inner_names(path: Path) -> bool:
         return False
 
 
-def _rewrite(parts: Sequence[Path], folder: Path) -> None:
+def _rewrite(parts: Sequence[Path], folder: Path, take: Callable[[int], None]) -> None:
     """One safetensors file out of `parts`, which are removed; only its header is new."""
     joined = folder / f"{WEIGHTS}.joined"
     with ExitStack() as stack:
@@ -94,6 +97,7 @@ def _rewrite(parts: Sequence[Path], folder: Path) -> None:
                 file.seek(header[0].start)  # a file's tensors fill it to its end
                 while data := file.read(_CHUNK):
                     rest()
+                    take(len(data))
                     write(out, data)
     for path in parts:
         path.unlink()

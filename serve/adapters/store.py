@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve.adapters.adapter import FILES
+from serve.adapters.byte_ledger import ByteLedger, Kind, Room
 from serve.adapters.file_thread import rest
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected, EngineUnavailable, NotFound, OutOfSpace
 from serve.files import digest as digest_of
 from serve.files import fsync, rename
+from serve.names import DEFAULT
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +58,12 @@ class Sweep:
 
 
 class Store:
-    """SharedStore under `root`; `max_bytes` bounds them all together, `reserve` is what the disk must keep free.
+    """SharedStore under `root`; `reserve` is what the disk must keep free, and `ledger` has whose the bytes on it are.
 
     `shared` is where other servers find them too.
     """
 
-    def __init__(
-        self, root: Path, max_bytes: int | None = None, *, reserve: int = 256 << 20, shared: SharedStore | None = None
-    ) -> None:
+    def __init__(self, root: Path, *, reserve: int = 256 << 20, shared: SharedStore | None = None) -> None:
         self.shared = shared
         # A shared folder that is slow takes these threads and nobody else's.
         self._downloads = ThreadPoolExecutor(SHARED_THREADS, "shared-download")
@@ -74,8 +74,7 @@ class Store:
         self._kept: Counter[str] = Counter()
         self._counting = threading.Lock()
         self.root = Path(root).absolute()
-        self.max_bytes = max_bytes
-        self.reserve = reserve
+        self.ledger = ByteLedger(self.root, reserve=reserve)
         self._blobs = self.root / "blobs"
         self._quarantine = self.root / "quarantine"
         self._lock = threading.RLock()
@@ -84,9 +83,13 @@ class Store:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextmanager
-    def quarantine(self, expect: int = 0) -> Iterator[Path]:
-        """A fresh private folder, removed at the end whatever happens; a full disk inside it is OutOfSpace."""
-        self.check_space(expect)
+    def quarantine(self, room: Room | None = None) -> Iterator[Path]:
+        """A fresh private folder, removed at the end whatever happens; a full disk inside it is OutOfSpace.
+
+        `room` is for what a tenant sends; without it the server's operator pays.
+        """
+        if room is None:
+            self.ledger.check(DEFAULT, Kind.UPLOADS)
         with _space():
             folder = Path(tempfile.mkdtemp(dir=self._quarantine))
             try:
@@ -205,17 +208,6 @@ class Store:
         """What is kept."""
         return {entry.name for entry in os.scandir(self._blobs) if _DIGEST.fullmatch(entry.name)}
 
-    def nbytes(self) -> int:
-        """The size of all that is kept."""
-        total = 0
-        for digest in self.digests():
-            for name in FILES:
-                try:
-                    total += (self._blobs / digest / name).stat().st_size
-                except FileNotFoundError:
-                    continue
-        return total
-
     def verify(self, digest: str) -> bool:
         """Read a blob again: are these still the bytes that its name promises?"""
         try:
@@ -239,26 +231,11 @@ class Store:
             fsync(self._blobs)
             return Sweep(leftovers, frozenset(removed), frozenset(known - self.digests()))
 
-    def check_space(self, nbytes: int = 0) -> None:
-        """OutOfSpace, if `nbytes` more would eat the reserve."""
-        free = shutil.disk_usage(self.root).free
-        if free - nbytes < self.reserve:
-            raise OutOfSpace(
-                f"the disk has {free >> 20} MiB free, and {nbytes >> 20} MiB more would leave less than the reserve of "
-                f"{self.reserve >> 20} MiB; delete adapters or make room, then send it again"
-            )
-
     def _settle(self, staged: Path, digest: str) -> None:
         target = self._blobs / digest
         if target.is_dir():
             fsync(self._blobs)  # whoever renamed it may not have come this far yet
             return
-        size = sum((staged / name).stat().st_size for name in FILES)
-        if self.max_bytes is not None and (kept := self.nbytes()) + size > self.max_bytes:
-            raise OutOfSpace(
-                f"{kept} bytes of adapters are kept and {size} more pass this server's {self.max_bytes}; "
-                "delete versions that nobody uses"
-            )
         try:
             rename(staged, target)
         except OSError as taken:

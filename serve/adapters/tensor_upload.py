@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import IO
 
 from serve.adapters.adapter import CONFIG, WEIGHTS
+from serve.adapters.byte_ledger import Kind, Room
 from serve.adapters.file_thread import in_turn
 from serve.adapters.multipart_form import pieces
 from serve.adapters.shards import join
@@ -28,23 +30,33 @@ METADATA = "adapter_config"
 _STEP = 1 << 20
 
 
-async def receive_tensors(stream: AsyncIterator[bytes], config: bytes | None, folder: Path, *, max_bytes: int) -> None:
-    """Leave the adapter's two files in `folder`; `config` is the configuration's JSON, None if the body has it."""
+async def receive_tensors(
+    stream: AsyncIterator[bytes], config: bytes | None, folder: Path, room: Room, *, max_bytes: int
+) -> None:
+    """Leave the adapter's two files in `folder`; `config` is the configuration's JSON, None if the body has it.
+
+    Each byte is taken from the `room` before it is written.
+    """
     too_large = TooLarge(f"this upload is above the {max_bytes} bytes that this server takes")
     sink = await asyncio.to_thread(create, folder / WEIGHTS)
     try:
         is_empty = True
         async for piece in pieces(stream, _STEP, max_bytes, too_large):
             is_empty = False
-            await asyncio.to_thread(write, sink, piece)
+            await asyncio.to_thread(_write, sink, piece, room)
         if is_empty:
             raise BadRequest("the body is empty: send the tensors in the safetensors format")
     finally:
         await asyncio.to_thread(sink.close)
-    await in_turn(_finish, folder, config)
+    await in_turn(_finish, folder, config, room.beside(Kind.UNPACKED))
 
 
-def _finish(folder: Path, config: bytes | None) -> None:
+def _write(sink: IO[bytes], piece: bytes, room: Room) -> None:
+    room.take(len(piece))
+    write(sink, piece)
+
+
+def _finish(folder: Path, config: bytes | None, room: Room) -> None:
     if config is None:
         with open_plain(folder / WEIGHTS) as file:
             config = read_metadata(file).get(METADATA, "").encode("utf-8", "surrogatepass")
@@ -56,4 +68,4 @@ def _finish(folder: Path, config: bytes | None) -> None:
         )
     with create(folder / CONFIG) as sink:
         write(sink, config)
-    join(folder)
+    join(folder, room.take)

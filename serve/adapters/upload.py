@@ -18,6 +18,7 @@ from typing import IO
 
 from serve.adapters.adapter import FILES, NOTE_BYTES, NOTES
 from serve.adapters.archive import HEAD_BYTES, archive_kind, unpack
+from serve.adapters.byte_ledger import Kind, Room
 from serve.adapters.file_thread import in_turn
 from serve.adapters.multipart_form import FormRules, read_form
 from serve.adapters.shards import is_shard, join
@@ -30,27 +31,30 @@ _ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst")
 _RULES = FormRules("an adapter", BOTH_FILES, parts=64, field_bytes=64 << 10, step=64 << 10)
 
 
-async def receive(stream: AsyncIterator[bytes], content_type: str, folder: Path, *, max_bytes: int) -> dict[str, str]:
+async def receive(
+    stream: AsyncIterator[bytes], content_type: str, folder: Path, room: Room, *, max_bytes: int
+) -> dict[str, str]:
     """Leave the adapter's two files in `folder`, and its notes, and answer the form's text fields.
 
-    At most `max_bytes` are taken from the wire, and as many are unpacked: more is TooLarge as soon as it shows.
+    At most `max_bytes` are taken from the wire, and as many are unpacked: more is TooLarge as soon as it shows. Each
+    byte is taken from the `room` before it is written.
     """
     too_large = TooLarge(f"this upload is above the {max_bytes} bytes that this server takes")
     with ExitStack() as stack:
-        files = _Files(folder, stack)
+        files = _Files(folder, room, stack)
         fields = await read_form(stream, content_type, _RULES, files, max_bytes=max_bytes, too_large=too_large)
-    await in_turn(_finish, folder, files, max_bytes)
+    await in_turn(_finish, folder, files, room.beside(Kind.UNPACKED), max_bytes)
     return fields
 
 
-def _finish(folder: Path, files: _Files, max_bytes: int) -> None:
+def _finish(folder: Path, files: _Files, room: Room, max_bytes: int) -> None:
     if files.archive:
-        unpack(folder / _ARCHIVE, max_bytes=max_bytes)
+        unpack(folder / _ARCHIVE, room.take, max_bytes=max_bytes)
     for name, text in files.notes.items():
         if not (folder / name).exists():
             with create(folder / name) as sink:
                 write(sink, bytes(text))
-    join(folder)
+    join(folder, room.take)
     _both_there(folder, files)
 
 
@@ -79,11 +83,11 @@ class _File:
 class _Files:
     """Keeps those that make an adapter, in `folder`."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, room: Room, stack: ExitStack) -> None:
         self.count = 0
         self.archive = False
         self.notes: dict[str, bytearray] = {}
-        self._folder, self._stack = folder, stack
+        self._folder, self._room, self._stack = folder, room, stack
         self._kept: set[str] = set()
         self._file = _File("")
 
@@ -102,6 +106,7 @@ class _Files:
     def data(self, data: bytes) -> None:
         file = self._file
         if file.sink is not None:
+            self._room.take(len(data))
             write(file.sink, data)
         elif file.note is not None:
             file.note += data[: NOTE_BYTES - len(file.note)]
@@ -123,6 +128,7 @@ class _Files:
                 raise BadRequest(f"the form has two archives; {BOTH_FILES}", param="files")
             self.archive = True
             file.sink = self._keep(_ARCHIVE)
+            self._room.take(len(head))
             write(file.sink, head)
         elif file.name.lower().endswith(_ARCHIVE_ENDINGS):
             raise AdapterRejected(f"{shown(file.name)} is neither a zip nor a tar archive; {BOTH_FILES}")

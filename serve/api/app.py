@@ -34,6 +34,7 @@ from serve.asgi.exchange import Exchange
 from serve.asgi.origin import OriginCheck, origins
 from serve.auth.audit import Audited
 from serve.auth.rate_limits import RouteBudgets
+from serve.auth.token_check import TokenCheck
 from serve.config import Config
 from serve.engine.backend import Backend
 from serve.errors import LoradockError, invalid
@@ -100,6 +101,7 @@ def _middleware(parts: Services) -> list[Middleware]:
             is_open=lambda: parts.auth.open,
             answers=_is_inference,
         ),
+        *([Middleware(TokenCheck, tokens=parts.tokens)] if parts.tokens else []),
         Middleware(_Split, inference=parts.inference),
         Middleware(Audited, audit=parts.audit),
         Middleware(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from serve.adapters.byte_ledger import ByteLedger
 from serve.adapters.registry.registry import Registry
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import ExchangeWorker
@@ -23,7 +24,13 @@ class Captures:
     `worker` writes."""
 
     def __init__(
-        self, config: Config, fleet: Fleet, registry: Registry, golden: Golden, model_of: Callable[[str], str]
+        self,
+        config: Config,
+        fleet: Fleet,
+        registry: Registry,
+        ledger: ByteLedger,
+        golden: Golden,
+        model_of: Callable[[str], str],
     ) -> None:
         learning = any(policy.train_on_traffic for policy in config.policies)
         redact, hours = config.capture_redact, config.capture_hours
@@ -41,13 +48,14 @@ class Captures:
             return own and policy_for(config.policies, model).train_on_traffic
 
         self.conversations = Conversations(
-            config.data_dir / "conversations.db", learns, enabled=learning, redact=redact, hours=hours
+            config.data_dir / "conversations.db", ledger, learns, enabled=learning, redact=redact, hours=hours
         )
         self.worker = ExchangeWorker([text, self.conversations], name="capture", queue_size=QUEUE_SIZE)
         self.datasets = Datasets(
             config.data_dir / "datasets",
             self.conversations,
             registry,
+            ledger,
             policy=lambda adapter: policy_for(config.policies, adapter),
             base_of=lambda adapter: fleet.of(adapter).name,
             golden_of=golden.results.golden,

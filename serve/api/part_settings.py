@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve.adapters.adapter import Limits
+from serve.adapters.byte_ledger import Bound, ByteLedger, Kind
+from serve.adapters.registry.registry import Registry
 from serve.config import Config
+from serve.config.identity import provider_of
 from serve.drift.watched_version import DriftSettings
 from serve.engine.backend import Backend
 from serve.engine.effect_probe import Probe
@@ -18,8 +22,12 @@ from serve.engine.payer import Work
 from serve.engine.restarts import Patience, StartTurn
 from serve.engine.supervisor import Supervisor
 from serve.models.lora_modules import kept_lora_modules
+from serve.rollout.quotas import kept_bytes
 from serve.telemetry.series import AdapterLoads
 from serve.telemetry.tracing.tracing import Tracing, open_tracing
+
+if TYPE_CHECKING:
+    from serve.auth.oidc import Tokens
 
 
 def drift_settings(config: Config) -> DriftSettings:
@@ -44,6 +52,35 @@ def upload_limits(config: Config, backend: Backend) -> Limits:
         allowed_licenses=frozenset(license.lower() for license in config.allowed_licenses) or None,
         allowed_digests=frozenset(config.allowed_digests) or None,
     )
+
+
+def bound_tenants(ledger: ByteLedger, registry: Registry, config: Config) -> None:
+    """What each tenant may have on the disk, beside the versions that its keys' quotas are about."""
+    ledger.counts(Kind.ADAPTERS, partial(kept_bytes, registry))
+    most = config.tenant_bytes or config.batch_tenant_bytes + (16 << 30)
+    kinds = frozenset(Kind) - {Kind.ADAPTERS}
+    ledger.bound(Bound(kinds, most, "uploads, files, training and captured requests", "delete or cancel some"))
+
+
+def tokens_of(config: Config, registry: Registry) -> Tokens | None:
+    """Of the identity provider that the configuration names."""
+    provider = provider_of(config)
+    if provider is None:
+        return None
+    # Not for those without one: it takes a cryptographic library.
+    from serve.auth.jwks import KeySet
+    from serve.auth.oidc import Tokens
+    from serve.auth.subjects import Subjects
+
+    return Tokens(provider, KeySet(provider.issuer, provider.jwks), Subjects(registry, provider.limits))
+
+
+async def rotate_history(registry: Registry, config: Config) -> None:
+    """Keep histories short, now and then."""
+    while True:
+        archive = config.data_dir / "history.jsonl"
+        if not await asyncio.to_thread(registry.rotate_history, config.history_rows, archive):
+            await asyncio.sleep(3600.0)
 
 
 def supervisors(

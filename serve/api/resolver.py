@@ -12,12 +12,10 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 
-from fastapi.concurrency import contextmanager_in_threadpool
-
 from serve.adapters.adapter import CONFIG, FILES
 from serve.adapters.fetch import fetch
 from serve.adapters.sources.address import parse
-from serve.api.routes.incoming import admit
+from serve.api.routes.incoming import admit, quarantined
 from serve.api.schemas import Fetch
 from serve.api.services import Services
 from serve.auth.auth import Caller
@@ -75,8 +73,8 @@ class FolderResolver:
         subject, status = name, 500
         try:
             source = parse(address, (self._root,))
-            async with contextmanager_in_threadpool(parts.store.quarantine()) as folder:
-                came = await asyncio.to_thread(fetch, source, folder, max_bytes=parts.config.max_upload_bytes)
+            async with quarantined(parts, caller) as (folder, room):
+                came = await asyncio.to_thread(fetch, source, folder, room, max_bytes=parts.config.max_upload_bytes)
                 asked = Fetch(name, address, why=f"from {address}, for a request")
                 adapter, _ = await admit(parts, caller, asked, folder, expected=0, came=came)
             subject, status = adapter.tag, 200

@@ -17,7 +17,15 @@ from serve.adapters.store import Store
 from serve.api.background_tasks import BackgroundTasks
 from serve.api.captures import Captures
 from serve.api.on_behalf import fine_tuning, loops, meter_of, on_behalf
-from serve.api.part_settings import drift_settings, supervisors, tracing, upload_limits
+from serve.api.part_settings import (
+    bound_tenants,
+    drift_settings,
+    rotate_history,
+    supervisors,
+    tokens_of,
+    tracing,
+    upload_limits,
+)
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import DroppedExchanges, ExchangeWorker
 from serve.asgi.inbox import Inbox
@@ -93,10 +101,14 @@ class Services:
         # What is kept on disk, and who may ask for it
         self.store = Store(config.data_dir, shared=SharedStore(config.blobs) if config.blobs else None)
         self.registry = Registry(config.registry_url, standing=config.data_dir / "rollbacks.json")
+        bound_tenants(self.store.ledger, self.registry, config)
         self.keys = Keys(self.registry)
         issued, locked = self.keys.caller, lambda: self.keys.any
-        self.auth = Auth(config.api_keys, config.admin_keys, issued, locked, config.metrics_keys, self.keys.holder)
-        self.audit = Audit(config.data_dir / "audit.jsonl")
+        self.tokens = tokens_of(config, self.registry)
+        self.auth = Auth(
+            config.api_keys, config.admin_keys, issued, locked, config.metrics_keys, self.keys.holder, self.tokens
+        )
+        self.audit = Audit(config.data_dir / "audit.jsonl", max_bytes=config.audit_bytes, days=config.audit_days)
 
         # What answers
         loads, popularity = AdapterLoads(), Popularity()
@@ -200,7 +212,12 @@ class Services:
             self.fleet, self.registry, self.store, self.drift_monitor, alarmed, interval=config.drift_probe_interval
         )
         self.captures = Captures(
-            config, self.fleet, self.registry, self.golden, lambda adapter: _base_of(self.fleet, adapter).model
+            config,
+            self.fleet,
+            self.registry,
+            self.store.ledger,
+            self.golden,
+            lambda adapter: _base_of(self.fleet, adapter).model,
         )
         self.baseline_build = BaselineBuild(self.fleet, self.store)
         self.shadow_agreement = ShadowAgreement(self.monitor.label)
@@ -269,6 +286,9 @@ class Services:
         async with AsyncExitStack() as closing:
             closing.push_async_callback(asyncio.to_thread, self.registry.close)
             closing.callback(self.store.close)
+            if self.tokens:
+                closing.callback(self.tokens.close)
+            closing.push_async_callback(asyncio.to_thread, partial(self.audit.flush, everything=True))
             closing.push_async_callback(asyncio.to_thread, self.usage_ledger.close)
             closing.push_async_callback(self.fleet.stop)
             closing.push_async_callback(self.lifecycle.settle)
@@ -297,6 +317,10 @@ class Services:
     def _start_background_tasks(self) -> None:
         self.background.start("log_stats", self._log_stats)
         self.background.start("write_down_rollbacks", self.lifecycle.write_down)
+        if self.tokens:
+            self.background.start("oidc", self.tokens.run)
+        self.background.start("audit", self.audit.run)
+        self.background.start("history", partial(rotate_history, self.registry, self.config))
         self.background.start("prefetch", self._prefetcher.run)
         self.background.start("usage", self.usage_ledger.run)
         self.background.start("canary_verdicts", self._act_on_verdicts)

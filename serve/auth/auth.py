@@ -1,4 +1,4 @@
-"""An API key becomes a Caller: a tenant, scopes and limits.
+"""An API key, or a token of an identity provider, becomes a Caller: a tenant, scopes and limits.
 
 inference        asks, and lists the models that its tenant may ask
 adapters:write   pushes, promotes, rolls back and deletes its tenant's adapters
@@ -12,12 +12,13 @@ Only keys of tenant `default` hold the last three.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from serve.auth.rate_limits import UNLIMITED, Limits
-from serve.errors import Forbidden, Unauthorized
+from serve.errors import BadRequest, Forbidden, Unauthorized
 from serve.names import DEFAULT
 
 
@@ -46,8 +47,15 @@ class Caller:
 
 
 ANYBODY = Caller("anonymous", frozenset(Scope))
-# No key has an id that begins so.
-_STANDING = "loop:"
+# No key has an id that begins so; a subject of an identity provider has.
+_STANDING, SUBJECT = "loop:", "oidc:"
+
+
+class TokenCallers(Protocol):
+    """Callers with tokens of an identity provider (serve.auth.oidc)."""
+
+    def caller(self, token: str, /) -> Caller | None: ...
+    def holder(self, id: str, /) -> Caller | None: ...
 
 
 class Auth:
@@ -64,6 +72,7 @@ class Auth:
         locked: Callable[[], bool] = lambda: False,
         metrics_keys: Iterable[str] = (),
         holder: Callable[[str], Caller | None] = lambda id: None,
+        tokens: TokenCallers | None = None,
     ) -> None:
         self._callers: dict[str, Caller] = {}
         for digests, name, scopes in (
@@ -77,11 +86,12 @@ class Auth:
         self._issued = issued
         self._holder = holder
         self._locked = locked
+        self._tokens = tokens
 
     @property
     def open(self) -> bool:
         """Nobody has a key, so everybody may do everything."""
-        return not self._callers and not self._locked()
+        return not self._callers and not self._locked() and self._tokens is None
 
     def caller(self, headers: Mapping[str, str], scope: Scope) -> Caller:
         """The caller behind `Authorization: Bearer KEY` (or `X-API-Key`), who must hold `scope`."""
@@ -99,7 +109,10 @@ class Auth:
             return self.standing(key.removeprefix(_STANDING))
         if self.open and not key:
             return ANYBODY
-        caller = self._configured.get(key) or self._holder(key)
+        if self._tokens is not None and key.startswith(SUBJECT):
+            caller = self._tokens.holder(key)
+        else:
+            caller = self._configured.get(key) or self._holder(key)
         if caller is None:
             raise Unauthorized("the API key that asked for this is not taken any more", code="invalid_api_key")
         return caller
@@ -108,12 +121,14 @@ class Auth:
         """The caller, whatever may be asked of them; Unauthorized if nobody issued this key."""
         if self.open:
             return ANYBODY
-        key = _key(headers)
+        key = token_of(headers)
         if not key:
             raise Unauthorized("no API key came with the request: send `Authorization: Bearer KEY`")
         # Looked up by its sha256: how long that takes tells nothing of a key that is nearly right.
         digest = hashlib.sha256(key.encode()).hexdigest()
         caller = self._callers.get(digest) or self._issued(digest)
+        if caller is None and self._tokens is not None:
+            caller = self._tokens.caller(key)
         if caller is None:
             raise Unauthorized("the API key is not one that this server issued", code="invalid_api_key")
         return caller
@@ -126,6 +141,19 @@ def allowed(caller: Caller, scope: Scope) -> Caller:
     return caller
 
 
-def _key(headers: Mapping[str, str]) -> str:
+def check_scopes(tenant: str, scopes: Collection[Scope]) -> None:
+    """BadRequest for what a caller of this tenant cannot hold."""
+    if not scopes:
+        raise BadRequest(f"a key needs a scope: {', '.join(Scope)}", param="scopes")
+    if tenant != DEFAULT and (operators := {Scope.ADMIN, Scope.METRICS, Scope.WORK} & set(scopes)):
+        raise BadRequest(
+            f"{sorted(operators)[0]} is for operators, whose tenant is {DEFAULT}: it shows what every tenant has; "
+            f"give it {Scope.INFERENCE} or {Scope.ADAPTERS}",
+            param="scopes",
+        )
+
+
+def token_of(headers: Mapping[str, str]) -> str:
+    """The API key or token of a request; "" if it has none."""
     kind, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")

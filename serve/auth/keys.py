@@ -17,10 +17,10 @@ from sqlalchemy import insert, select, update
 
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import keys as table
-from serve.auth.auth import Caller, Scope
+from serve.auth.auth import Caller, Scope, check_scopes
 from serve.auth.rate_limits import Limits
 from serve.errors import BadRequest, NotFound
-from serve.names import DEFAULT, check_name, shown
+from serve.names import check_name, shown
 
 PREFIX = "ld_"
 
@@ -129,14 +129,7 @@ def _made(tenant: str, name: str, scopes: Iterable[str], limits: Limits, now: fl
         held = frozenset(Scope(scope) for scope in scopes)
     except ValueError as unknown:
         raise BadRequest(f"scopes takes {', '.join(Scope)}: {unknown}", param="scopes") from unknown
-    if not held:
-        raise BadRequest(f"a key needs a scope: {', '.join(Scope)}", param="scopes")
-    if tenant != DEFAULT and (operators := held & {Scope.ADMIN, Scope.METRICS, Scope.WORK}):
-        raise BadRequest(
-            f"{sorted(operators)[0]} is for operators, whose tenant is {DEFAULT}: it shows what every tenant has; "
-            f"give it {Scope.INFERENCE} or {Scope.ADAPTERS}",
-            param="scopes",
-        )
+    check_scopes(tenant, held)
     for limit, value in asdict(limits).items():
         if value is not None and not 1 <= value < 1 << 53:
             raise BadRequest(f"{limit} takes a number from 1 up, or null for no limit", param=f"limits.{limit}")

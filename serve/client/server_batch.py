@@ -113,7 +113,7 @@ class ServerBatches:
             batch = (await self._call("GET", f"/v1/batches/{batch['id']}")).json()
 
     async def _collect(self, batch: dict[str, Any], part: Sequence[Job], out: Path) -> int:
-        if batch["status"] == "failed":
+        if batch["status"] == "failed" and not (batch["output_file_id"] or batch["error_file_id"]):
             raise ConfigError(f"the server does not take the requests: {_first_error(batch, part)}")
         wanted, failed = {job.id for job in part}, 0
         with out.open("a") as file:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from serve.config.identity import provider_of
 from serve.config.settings import Config
 from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.errors import ConfigError
@@ -29,7 +30,7 @@ def checked(config: Config) -> Config:
         metrics_keys=keys_hashed(config.metrics_keys),
         webhook_secret=_webhook_secret(config),
     )
-    for check in (_check_numbers, _check_patterns, _check_combinations, _check_access, _check_names):
+    for check in (_check_numbers, _check_patterns, _check_combinations, _check_access, _check_names, provider_of):
         check(config)
     return config
 
@@ -131,7 +132,7 @@ def _check_access(config: Config) -> None:
     if config.open and not _loopback(config.host):
         raise ConfigError(
             f"{config.host} is reachable from other machines and no key is set: "
-            "set LORADOCK_ADMIN_KEYS (and LORADOCK_API_KEYS), or listen on 127.0.0.1"
+            "set LORADOCK_ADMIN_KEYS (and LORADOCK_API_KEYS) or LORADOCK_OIDC_ISSUER, or listen on 127.0.0.1"
         )
 
 

@@ -81,6 +81,20 @@ class Config:
     api_keys: Texts = _setting((), "keys that may ask for answers (or their sha256:HEX)")
     admin_keys: Texts = _setting((), "keys that may also change adapters (or their sha256:HEX)")
     metrics_keys: Texts = _setting((), "keys that may read /metrics and nothing else (or their sha256:HEX)")
+    oidc_issuer: str = _setting("", "issuer of OpenID Connect tokens that are taken beside keys (docs/tenants.md)")
+    oidc_audience: Texts = _setting((), "audiences of such tokens, one of which they must have")
+    oidc_jwks: str = _setting("", "address of the issuer's keys (default: the issuer says where they are)")
+    oidc_algorithms: Texts = _setting(("RS256", "ES256"), "how such tokens may be signed")
+    oidc_tenant_claim: str = _setting("tenant", "the claim that says the tenant")
+    oidc_tenants: Texts = _setting(
+        (), "what its values mean, as VALUE=TENANT (*: any; default: the value is the tenant)"
+    )
+    oidc_scope_claim: str = _setting("scope", "the claim that says the scopes")
+    oidc_scopes: Texts = _setting(
+        (), "what its values mean, as staff=inference,staff=adapters:write (default: the value is a scope)"
+    )
+    oidc_leeway: Seconds = _setting(30.0, "seconds by which the issuer's clock and this one may differ")
+    oidc_limits: Texts = _setting((), "limits of each subject, as requests_per_minute=600")
     open_gateway_metrics: bool = _setting(
         False, "whether /metrics/gateway needs no key: endpoint pickers send none. It names every tenant's adapters"
     )
@@ -140,6 +154,11 @@ class Config:
     batch_file_days: FromOne = _setting(30, "days for which files of batches are kept")
     batch_tenant_files: FromOne = _setting(1000, "files that a tenant may keep, answers too")
     batch_tenant_bytes: FromOne = _setting(5 << 30, "bytes of files that a tenant may keep, answers too")
+    tenant_bytes: WholeFromZero = _setting(
+        0,
+        "bytes that a tenant may have on this server's disk beside its versions: uploads, files, answers, training, "
+        "captured requests (0: 16 GiB more than batch_tenant_bytes)",
+    )
     finetune_open: WholeFromZero = _setting(
         4, "fine-tuning jobs of a tenant that are not at their end (0: none, this server trains nothing)"
     )
@@ -194,6 +213,12 @@ class Config:
     personal_data: Texts = _setting(
         PERSONAL_DATA, "personal data counted in requests: email, phone, iban, credit_card (none: empty)"
     )
+    audit_bytes: WholeFromZero = _setting(
+        64 << 20,
+        "size at which audit.jsonl is rotated, as 64MiB or in bytes; also with the month (0: never)",
+    )
+    audit_days: FromOne = _setting(400, "days for which rotated files of the audit log are kept")
+    history_rows: FromOne = _setting(10_000, "changes that an adapter's history holds; older ones go to history.jsonl")
     prices: tuple[Price, ...] = _setting((), "prices of tokens and engine time, by adapter (docs/monitoring.md)")
     currency: str = _setting("EUR", "the currency of the prices")
     usage_days: FromOne = _setting(400, "days for which usage by tenant and adapter is kept")
@@ -216,7 +241,7 @@ class Config:
     @property
     def open(self) -> bool:
         """Nobody was given a key, so everybody on this machine may do everything."""
-        return not (self.api_keys or self.admin_keys or self.metrics_keys)
+        return not (self.api_keys or self.admin_keys or self.metrics_keys or self.oidc_issuer)
 
     @property
     def bases(self) -> tuple[Base, ...]:

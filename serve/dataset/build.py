@@ -92,8 +92,10 @@ def build(
     before: Sequence[tuple[str, Sketch]] = (),
     left_out: dict[str, int] | None = None,
     progress: Progress = lambda doing, done, of: None,
+    take: Callable[[int], None] = lambda nbytes: None,
 ) -> Built:
-    """Write the files into `folder`. `rows` are a tenant's requests, the latest first.
+    """Write the files into `folder`. `rows` are a tenant's requests, the latest first; `take(nbytes)` hears of bytes
+    that are about to be written, and may refuse them.
 
     `golden` are questions of golden sets, `before` what earlier builds held out: neither is trained on.
     """
@@ -118,7 +120,7 @@ def build(
     found.drop(Dropped.LIMIT, len(held_out) - len(kept))
     held_out = sorted(kept, key=_place)
     progress("writing", 0, 1)
-    return _written(folder, options, found, train, held_out, pairs, left_out or {})
+    return _written(folder, options, found, train, held_out, pairs, left_out or {}, take)
 
 
 def _place(example: Example) -> tuple[float, str]:
@@ -242,6 +244,7 @@ def _written(
     held_out: Sequence[Example],
     pairs: Sequence[dict[str, Any]],
     left_out: dict[str, int],
+    take: Callable[[int], None],
 ) -> Built:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     contents = {
@@ -249,6 +252,7 @@ def _written(
         HELD_OUT: encoded(example.line() for example in held_out),
         PREFERENCES: encoded(pairs),
     }
+    take(sum(map(len, contents.values())))
     paths: dict[str, Path | None] = dict.fromkeys(contents)
     for name, content in contents.items():
         (folder / name).unlink(missing_ok=True)

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.adapters.byte_ledger import ByteLedger, Kind
 from serve.asgi.exchange import Exchange
 from serve.dataset.asked_text import Asked, NoText, asked_text
 from serve.dataset.feedback import bare_id, named_by
-from serve.errors import NotFound
+from serve.errors import NotFound, OutOfSpace, QuotaExceeded
 from serve.files import write_ahead
 from serve.names import shown
 
@@ -88,6 +89,7 @@ class Conversations:
     def __init__(
         self,
         file: Path,
+        ledger: ByteLedger | None = None,
         learns: Callable[[str, str], bool] = lambda adapter, tenant: True,
         *,
         enabled: bool = True,
@@ -103,6 +105,11 @@ class Conversations:
         self._writer: sqlite3.Connection | None = None
         # The bytes of this hour, by tenant.
         self._hour, self._sizes = 0, dict[str, int]()
+        # All that is here, by tenant.
+        self._kept: dict[str, int] = {}
+        self._ledger = ledger
+        if ledger is not None:
+            ledger.counts(Kind.CAPTURED, lambda tenant: self._kept)
 
     def start(self) -> None:
         """Make the database, readable by its owner alone, and delete old rows."""
@@ -110,6 +117,7 @@ class Conversations:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.touch(mode=0o600)
         self.save()
+        self._recount()
 
     def observe(self, exchange: Exchange) -> None:
         """Keep one answered request, if its adapter learns."""
@@ -135,6 +143,7 @@ class Conversations:
             database.execute("delete from left_out where hour < ?", (int(before // HOUR),))
         if gone:
             self._wipe()
+            self._recount()
 
     def stop(self) -> None:
         """Every row is on the disk already."""
@@ -235,6 +244,12 @@ class Conversations:
         nbytes = len(row.encode()) + len(answer.encode())
         whole, users, earlier = _chain(text, answer)
         asker = hashlib.blake2b(exchange.asker or exchange.request_id.encode(), digest_size=12).hexdigest()
+        try:
+            if self._ledger is not None:
+                self._ledger.check(exchange.tenant, Kind.CAPTURED, nbytes)
+        except (QuotaExceeded, OutOfSpace):
+            self._leave_out(exchange, now, "no_room")
+            return
         with self._changing() as database:
             if self._full(database, exchange.tenant, now, nbytes):
                 self._count(database, exchange, now, "hour_full")
@@ -245,7 +260,8 @@ class Conversations:
                 "insert or ignore into requests values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, null, null, ?, ?)",
                 (*known, whole, users, row, answer, generation.finish_reason, nbytes, exchange.client_id, exchange.key),
             )
-        self._sizes[exchange.tenant] = self._sizes.get(exchange.tenant, 0) + nbytes
+        for sizes in (self._sizes, self._kept):
+            sizes[exchange.tenant] = sizes.get(exchange.tenant, 0) + nbytes
 
     def _full(self, database: sqlite3.Connection, tenant: str, now: float, nbytes: int) -> bool:
         """Whether the tenant's hour has no room for so many bytes."""
@@ -256,6 +272,12 @@ class Conversations:
             query = "select coalesce(sum(nbytes), 0) from requests where tenant = ? and moment >= ?"
             self._sizes[tenant] = database.execute(query, (tenant, hour * HOUR)).fetchone()[0]
         return self._sizes[tenant] + nbytes > self._limit
+
+    def _recount(self) -> None:
+        """From the disk."""
+        with self._reading() as database:
+            query = "select tenant, sum(nbytes) from requests group by tenant"
+            self._kept = {tenant: int(nbytes) for tenant, nbytes in database.execute(query)}
 
     def _leave_out(self, exchange: Exchange, now: float, reason: str) -> None:
         with self._changing() as database:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.adapters.byte_ledger import ByteLedger, Kind, Room
 from serve.adapters.fair_threads import FairThreads, in_the_name_of
 from serve.adapters.registry.registry import Registry
 from serve.dataset.asked_text import Asked, NoText, asked_text
@@ -51,6 +52,7 @@ class Datasets:
         folder: Path,
         conversations: Conversations,
         registry: Registry,
+        ledger: ByteLedger,
         *,
         policy: Callable[[str], Policy],
         base_of: Callable[[str], str],
@@ -62,7 +64,7 @@ class Datasets:
     ) -> None:
         self._folder, self._conversations, self._registry = folder, conversations, registry
         self._policy, self._base_of, self._golden_of, self._clock = policy, base_of, golden_of, clock
-        self._forgotten, self._settle = forgotten, settle
+        self._forgotten, self._settle, self._ledger = forgotten, settle, ledger
         self._held_out = HeldOut(folder / "held_out", days)
         # Of one tenant one at a time: a build does not keep what a deletion has just taken away.
         self._threads = FairThreads(2, "datasets")
@@ -76,15 +78,16 @@ class Datasets:
         shutil.rmtree(self._folder / "building", ignore_errors=True)
 
     async def build(
-        self, options: Options, folder: Path, *, bases: bool = False, progress: Progress = _silent
+        self, options: Options, folder: Path, room: Room, *, bases: bool = False, progress: Progress = _silent
     ) -> Built:
-        """Write the files into `folder`. `bases`: what the tenant asked the adapter's base counts too.
+        """Write the files into `folder`, as far as the `room` has place for them. `bases`: what the tenant asked the
+        adapter's base counts too.
 
         Conflict, if the adapter's policy does not let it learn; BadRequest for options that cannot be.
         """
         check(options)
         self.must_learn(options.adapter)
-        return await self._in_turn(options.tenant, self._build, options, folder, bases, progress)
+        return await self._in_turn(options.tenant, self._build, options, folder, room, bases, progress)
 
     @contextmanager
     def alone(self, what: str, tenant: str) -> Iterator[None]:
@@ -119,13 +122,14 @@ class Datasets:
             )
 
     @asynccontextmanager
-    async def folder(self) -> AsyncIterator[Path]:
-        """A private folder, which is gone at the end."""
+    async def folder(self, tenant: str) -> AsyncIterator[tuple[Path, Room]]:
+        """A private folder, which is gone at the end, and room for what is built in it."""
         place = await asyncio.to_thread(self._new_folder)
-        try:
-            yield place
-        finally:
-            await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+        with self._ledger.room(tenant, Kind.DATASETS) as room:
+            try:
+                yield place, room
+            finally:
+                await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
 
     async def forget(self, adapter: str, key: str, id: str) -> Forgotten:
         """Delete a conversation, by its id or that of one of its answers, as whoever has this API key means it;
@@ -140,7 +144,7 @@ class Datasets:
         """What the adapter's tenant asked it, the latest first. Blocks."""
         return self._conversations.rows(tenant_of(adapter), self._names(adapter))
 
-    def _build(self, options: Options, folder: Path, bases: bool, progress: Progress) -> Built:
+    def _build(self, options: Options, folder: Path, room: Room, bases: bool, progress: Progress) -> Built:
         names = self._names(options.adapter)
         asked = [*names, *([self._base_of(options.adapter)] if bases else [])]
         span = (options.tenant, asked, options.since, options.until)
@@ -160,6 +164,7 @@ class Datasets:
                 before=before,
                 left_out=self._conversations.left_out(*span),
                 progress=heard,
+                take=room.take,
             )
         finally:
             self._under_way.pop(options.adapter, None)

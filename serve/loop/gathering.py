@@ -18,8 +18,8 @@ def gathering(datasets: Datasets) -> Gather:
 
     async def gather(name: str, *, since: float, until: float, held_out: float, seed: int) -> Gathered:
         options = Options(name, tenant_of(name), since, until, held_out=held_out, seed=seed)
-        async with datasets.folder() as folder:
-            built = await datasets.build(options, folder)
+        async with datasets.folder(options.tenant) as (folder, room):
+            built = await datasets.build(options, folder, room)
             train, held = [await asyncio.to_thread(_read, path) for path in (built.train, built.held_out)]
         # A reference forgets what its client has deleted.
         ids = [conversation for conversation, _ in built.kept_apart]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Protocol
 
@@ -23,6 +24,15 @@ class Kept(Protocol):
     def digest(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+
+
+def kept_bytes(registry: Registry, tenant: str | None) -> dict[str, int]:
+    """Bytes of versions by tenant: of this one, or of all."""
+    kept: Counter[str] = Counter()
+    for version in registry.adapters():
+        if tenant in (None, version.tenant):
+            kept[version.tenant] += version.nbytes
+    return kept
 
 
 def check_push(kept: Iterable[Kept], *, name: str, digest: str, nbytes: int, quota: Limits) -> None:

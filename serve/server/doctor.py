@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from serve.config import ADAPTERS, Config, kv_cache, whole
+from serve.config.identity import provider_of
 from serve.cpu_kernels.build import compiler
 from serve.errors import ConfigError
 from serve.models import audio_packages, cuda_toolkit, engine_memory, gpus, hardware
@@ -95,7 +96,7 @@ def examine(config: Config, machine: Machine | None = None) -> list[Finding]:
     machine = machine or Machine()
     of_machine = (_python, _engine, _audio, _extras, _processor, _cores, _memory, _gpu, _toolkit, _compiler, _libraries)
     of_system = (_huge_pages, _shared_memory, _descriptors)
-    of_config = (_weights, _gpu_memory, _data_dir, _model, _port, _kernels)
+    of_config = (_weights, _gpu_memory, _data_dir, _model, _port, _kernels, _identity)
     findings = [finding for check in (*of_machine, *of_system) for finding in check(machine)]
     return [*findings, *(finding for check in of_config for finding in check(config, machine))]
 
@@ -423,6 +424,22 @@ def _kernels(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding(
             f"{asked} weights", "warning", f"cpu_weights={asked} needs the fused step: weights stay as they are", ""
         )
+
+
+def _identity(config: Config, machine: Machine) -> Iterator[Finding]:
+    """Whether the keys of the identity provider can be read, where tokens are taken."""
+    provider = provider_of(config)
+    if provider is None:
+        return
+    from serve.auth.jwks import KeySet  # takes a cryptographic library, which only those with a provider need
+
+    try:
+        keys = KeySet(provider.issuer, provider.jwks).fetch()
+    except ValueError as error:
+        advice = "set --oidc-jwks to the address of the issuer's keys, and let this machine reach it"
+        yield Finding("identity provider", "problem", f"the keys of {provider.issuer} cannot be read: {error}", advice)
+    else:
+        yield Finding("identity provider", "ok", f"{provider.issuer}, {len(keys)} keys")
 
 
 def _existing(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """A data directory as one file, and back: the registry as it was at one moment, and the bytes that it names.
 
-    backup.tar    backup.json, registry.sqlite, audit.jsonl, blobs/DIGEST/..., files/ID
+    backup.tar    backup.json, registry.sqlite, audit.jsonl, audit-*.jsonl, history.jsonl,
+                  blobs/DIGEST/..., files/ID, files/answers/PART
 
 A server may run while it is made: the registry is copied in one transaction, and neither blobs nor files of batches
 ever change. What is restored is held against its digests, and files against their sizes, before it gets its place. A
@@ -34,7 +35,10 @@ from serve.files import fsync, fsync_tree, rename
 FORMAT, FORMATS = 2, (1, 2)
 REGISTRY, AUDIT, ABOUT = "registry.sqlite", "audit.jsonl", "backup.json"
 _BLOB_FILE = "|".join(map(re.escape, FILES))
-_MEMBER = re.compile(rf"{ABOUT}|{REGISTRY}|{AUDIT}|blobs/[0-9a-f]{{64}}/({_BLOB_FILE})|files/[A-Za-z0-9-]{{1,64}}")
+_LOGS = rf"{AUDIT}|audit-[0-9A-Za-z-]{{1,64}}\.jsonl|history\.jsonl"
+_MEMBER = re.compile(
+    rf"{ABOUT}|{REGISTRY}|{_LOGS}|blobs/[0-9a-f]{{64}}/({_BLOB_FILE})|files/(answers/)?[A-Za-z0-9-]{{1,64}}"
+)
 # A version that is deleted while its bytes are read: then the whole is begun again.
 ATTEMPTS = 5
 
@@ -93,18 +97,22 @@ def _write(data_dir: Path, source: Path, out: Path) -> dict[str, Any]:
         digests = _digests(registry)
         # What another server of this registry got is not here, unless both have the same `blobs`.
         files = [id for id, _ in _files(registry) if (data_dir / "files" / id).is_file()]
+        parts = [name for name in _parts(registry) if (data_dir / "files/answers" / name).is_file()]
         about = {"format": FORMAT, "made": int(time.time()), "adapters": len(digests), "files": len(files)}
         made = Path(folder) / "backup.tar"
         with tarfile.open(made, "w") as tar:
             _add_bytes(tar, ABOUT, json.dumps(about).encode())
             tar.add(registry, REGISTRY)
-            if (data_dir / AUDIT).is_file():
-                _add_bytes(tar, AUDIT, (data_dir / AUDIT).read_bytes())
+            for log in (*data_dir.glob("audit-*.jsonl"), data_dir / AUDIT, data_dir / "history.jsonl"):
+                if log.is_file() and _MEMBER.fullmatch(log.name):
+                    tar.add(log, log.name)
             for digest in sorted(digests):
                 for name in FILES:
                     tar.add(data_dir / "blobs" / digest / name, f"blobs/{digest}/{name}")
             for id in files:
                 tar.add(data_dir / "files" / id, f"files/{id}")
+            for name in parts:
+                tar.add(data_dir / "files/answers" / name, f"files/answers/{name}")
         os.chmod(made, 0o600)
         fsync(made)
         rename(made, out)
@@ -152,6 +160,14 @@ def _files(registry: Path) -> list[tuple[str, int]]:
             return list(database.execute("SELECT id, nbytes FROM files ORDER BY id"))
     except sqlite3.Error as error:
         raise ConfigError(f"{registry.name} is no registry of loradock: {error}") from error
+
+
+def _parts(registry: Path) -> list[str]:
+    """Files of answers of batches that are under way."""
+    with closing(sqlite3.connect(registry)) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'batch_parts'").fetchone():
+            return []
+        return [name for (name,) in database.execute("SELECT name FROM batch_parts ORDER BY name")]
 
 
 def _add_bytes(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -40,10 +40,13 @@ from serve.adapters.registry.snapshot import Share, Snapshot, SnapshotReader, fo
 from serve.adapters.registry.standing_rollbacks import StandingRollback, StandingRollbacks
 from serve.adapters.registry.tables import bases, history, keys, names, versions
 from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable, NotFound
+from serve.files import append_whole
 from serve.names import check_alias, check_full_name, check_tags, shown
 
 log = logging.getLogger(__name__)
 
+# Changes that leave the history in one transaction.
+HISTORY_AT_ONCE = 500
 MAX_ALIASES = 32  # of one name
 _STAMP = select(
     tables.LATEST.scalar_subquery(),
@@ -380,6 +383,23 @@ class Registry(SnapshotReader):
         if not rows:
             raise missing(name)
         return rows
+
+    def rotate_history(self, rows: int, archive: Path) -> int:
+        """Move all but the latest `rows` changes of each name to the end of a file of JSON lines; how many that were.
+
+        They are in the file for good before they leave the database: after a kill some may be in both.
+        """
+        latest = func.row_number().over(partition_by=history.c.name_id, order_by=history.c.id.desc()).label("latest")
+        numbered = select(history, names.c.name, latest).join(names, names.c.id == history.c.name_id).subquery()
+        query = select(numbered).where(numbered.c.latest > rows).order_by(numbered.c.id).limit(HISTORY_AT_ONCE)
+        with self.reading() as connection:
+            old = [dict(row) for row in connection.execute(query).mappings()]
+        if old:
+            lines = [json.dumps({key: row[key] for key in row if key not in ("name_id", "latest")}) for row in old]
+            append_whole(archive, "".join(line + "\n" for line in lines).encode())
+            with self.adding() as connection:
+                connection.execute(delete(history).where(history.c.id.in_([row["id"] for row in old])))
+        return len(old)
 
     def refresh(self) -> bool:
         """Read what another process has changed, if it has: True. It waits for no change that is under way."""

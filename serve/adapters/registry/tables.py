@@ -20,7 +20,7 @@ from sqlalchemy import (
     select,
 )
 
-SCHEMA = 7
+SCHEMA = 8
 
 metadata = MetaData()
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -91,6 +91,16 @@ keys = Table(
     Column("limits", Text, nullable=False),  # JSON
     Column("created", Float(53), nullable=False),
     Column("revoked", Float(53)),
+)
+
+subjects = Table(
+    "subjects",  # who came with a token of the identity provider of late (serve.auth.subjects)
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("scopes", Text, nullable=False),  # JSON
+    Column("seen", Float(53), nullable=False),
 )
 
 replicas = Table(
@@ -245,12 +255,20 @@ batches = Table(
 )
 
 batch_answers = Table(
-    "batch_answers",  # of batches that are not at their end: then they are a file
+    "batch_answers",  # of batches that an earlier loradock began: since then they are parts
     metadata,
     Column("batch", String(64), ForeignKey("batches.id"), primary_key=True),
     Column("line", Integer, primary_key=True, autoincrement=False),
     Column("completed", Boolean, nullable=False),  # or failed
     Column("answer", Text, nullable=False),  # a line of the output
+)
+
+batch_parts = Table(
+    "batch_parts",  # files of answers of batches that are not at their end (serve.jobs.batches.answers)
+    metadata,
+    Column("batch", String(64), ForeignKey("batches.id"), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("nbytes", BigInteger, nullable=False),  # that count
 )
 
 finetune_jobs = Table(

@@ -111,7 +111,10 @@ class _Client:
         return said
 
     def _check(self) -> None:
-        self._files.check(_nbytes(self._files.folder))
+        nbytes = _nbytes(self._files.folder)
+        self._files.check(nbytes)
+        if self._files.room is not None:
+            self._files.room.measure(nbytes)
 
     def _error(self, kind: str, text: str) -> LoradockError:
         place = self._source.shown

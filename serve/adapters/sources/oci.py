@@ -20,6 +20,7 @@ import httpx
 
 from serve.adapters.adapter import CONFIG, FILES, NOTES
 from serve.adapters.archive import HEAD_BYTES, archive_kind, unpack
+from serve.adapters.byte_ledger import Kind
 from serve.adapters.file_thread import take_turn
 from serve.adapters.shards import is_shard
 from serve.adapters.sources import transfer
@@ -300,4 +301,5 @@ def _unpack(files: Transfer) -> None:
         raise AdapterRejected(
             "the artifact's layer is neither a tar (plain, gzip or zstd) nor a zip; push it as one of them"
         )
-    unpack(files.folder / _ARCHIVE, max_bytes=files.max_bytes)
+    take = [files.room.beside(Kind.UNPACKED).take] if files.room else []
+    unpack(files.folder / _ARCHIVE, *take, max_bytes=files.max_bytes)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import httpx
 
 from serve.adapters.adapter import ABSENT, FILES
+from serve.adapters.byte_ledger import Room
 from serve.adapters.sources.address import Source
 from serve.errors import AdapterRejected, BadRequest, Forbidden, LoradockError, TooLarge
 from serve.names import shown
@@ -25,8 +26,10 @@ class Readable(Protocol):
 
 
 class Transfer:
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder = folder
+    """`room` is what the tenant's ledger has for them."""
+
+    def __init__(self, folder: Path, max_bytes: int, room: Room | None = None) -> None:
+        self.folder, self.room = folder, room
         self._left = self.max_bytes = max_bytes
         self._until = time.monotonic() + SECONDS
 
@@ -42,6 +45,8 @@ class Transfer:
         """So many bytes came; TooLarge above the limit, BadRequest when the time is over."""
         self._left -= nbytes
         self.check(0)
+        if self.room is not None:
+            self.room.take(nbytes)
 
     def check(self, more: int) -> None:
         """As `took`, of bytes that are announced."""

@@ -6,12 +6,11 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
-from serve.api.routes.incoming import admit, received, stated_bytes, tried
+from serve.api.routes.incoming import admit, quarantined, received, stated_bytes, tried
 from serve.api.routes.removal import forget
 from serve.api.schemas import Pin, Promote, Rename, Rollback, Visibility, Weight
 from serve.api.services import Services
@@ -46,9 +45,8 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
     would do.
     """
     parts.check_started()
-    quarantine = parts.store.quarantine(min(stated_bytes(request), parts.config.max_upload_bytes))
-    async with contextmanager_in_threadpool(quarantine) as folder:
-        asked, came = await received(request, folder, parts.config, caller)
+    async with quarantined(parts, caller, stated_bytes(request)) as (folder, room):
+        asked, came = await received(request, folder, room, parts.config, caller)
         if asked.dry_run:
             return JSONResponse(await tried(parts, request, caller, asked, folder, expected=expected))
         adapter, created = await admit(parts, caller, asked, folder, expected=expected, came=came)

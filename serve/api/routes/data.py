@@ -45,8 +45,8 @@ async def build_data(
     options = Options(full, caller.tenant, **wanted)
     datasets = parts.captures.datasets
     with datasets.alone("build", caller.tenant):
-        async with datasets.folder() as folder:
-            built = await datasets.build(options, folder, bases=body.bases)
+        async with datasets.folder(caller.tenant) as (folder, room):
+            built = await datasets.build(options, folder, room, bases=body.bases)
             files = await asyncio.to_thread(_adopted, parts, caller, built)
     return {"object": "data.build", "name": name, **files, "card": built.described}
 

@@ -1,14 +1,17 @@
 """A version on its way in: its bytes from the request or from an address, and what its adapter's policy makes of it."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from fastapi import Request
+from fastapi.concurrency import contextmanager_in_threadpool
 
 from serve.adapters.adapter import Adapter
+from serve.adapters.byte_ledger import Kind, Room
 from serve.adapters.fetch import fetch
 from serve.adapters.provenance import fetched_from, measured, provenance_of
 from serve.adapters.sources.address import Source, parse
@@ -24,6 +27,8 @@ from serve.engine.effect_probe import ANY_EFFECT
 from serve.errors import BadRequest
 from serve.names import DEFAULT, check_name, full_name, shown
 
+# What an upload may have beside the weights that a key's `adapter_bytes` is about: its configuration, and framing.
+NOTES_BYTES = 1 << 20
 _FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect", "keep")
 _SWITCHES = {"promote": "true", "probe": "true", "dry_run": "false"}  # with what they are by default
 
@@ -34,12 +39,25 @@ def stated_bytes(request: Request) -> int:
     return int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
 
 
-async def received(request: Request, folder: Path, config: Config, caller: Caller) -> tuple[Fetch, Source | None]:
+@asynccontextmanager
+async def quarantined(parts: Services, caller: Caller, stated: int = 0) -> AsyncIterator[tuple[Path, Room]]:
+    """A private folder for an adapter on its way in, gone at the end; and room in it, `stated` bytes of it at once."""
+    quota = caller.limits.adapter_bytes
+    quota = None if quota is None else quota + NOTES_BYTES
+    with parts.store.ledger.room(caller.tenant, Kind.UPLOADS, quota=quota) as room:
+        await asyncio.to_thread(room.expect, min(stated, parts.config.max_upload_bytes))
+        async with contextmanager_in_threadpool(parts.store.quarantine(room)) as folder:
+            yield folder, room
+
+
+async def received(
+    request: Request, folder: Path, room: Room, config: Config, caller: Caller
+) -> tuple[Fetch, Source | None]:
     """What a push asks for, in any form of its body, and where its files were fetched; they are in `folder` then."""
     kind = request.headers.get("content-type", "")
     media = kind.partition(";")[0].strip().lower()
     if media == "application/json":
-        return await _by_address(request, folder, config, caller)
+        return await _by_address(request, folder, room, config, caller)
     if media in KINDS:
         asked = _fields(request, dict(request.query_params))
         header = request.headers.get(CONFIG_HEADER)
@@ -47,10 +65,11 @@ async def received(request: Request, folder: Path, config: Config, caller: Calle
             request.stream(),
             None if header is None else header.encode("latin-1"),
             folder,
+            room,
             max_bytes=config.max_upload_bytes,
         )
         return asked, None
-    form = await receive(request.stream(), kind, folder, max_bytes=config.max_upload_bytes)
+    form = await receive(request.stream(), kind, folder, room, max_bytes=config.max_upload_bytes)
     return _fields(request, form), None
 
 
@@ -74,15 +93,17 @@ def _switch(form: Mapping[str, str], name: str, default: str) -> bool:
     return value == "true"
 
 
-async def _by_address(request: Request, folder: Path, config: Config, caller: Caller) -> tuple[Fetch, Source]:
+async def _by_address(
+    request: Request, folder: Path, room: Room, config: Config, caller: Caller
+) -> tuple[Fetch, Source]:
     """A push whose files the server goes and gets."""
     asked = decoded(await request.body(), Fetch)
     request.state.subject = check_name(asked.name)
-    came = await fetched(asked.source, folder, config, caller)
+    came = await fetched(asked.source, folder, room, config, caller)
     return msgspec.structs.replace(asked, why=asked.why or f"from {came.read}"), came
 
 
-async def fetched(address: str, folder: Path, config: Config, caller: Caller) -> Source:
+async def fetched(address: str, folder: Path, room: Room, config: Config, caller: Caller) -> Source:
     """The adapter's files at an address, in `folder`; where they came from.
 
     The server's own credentials, folders and neighbours are there for tenant `default` alone: through them another
@@ -99,6 +120,7 @@ async def fetched(address: str, folder: Path, config: Config, caller: Caller) ->
         fetch,
         source,
         folder,
+        room,
         max_bytes=config.max_upload_bytes,
         anonymous=not trusted,
     )

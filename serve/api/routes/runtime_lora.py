@@ -9,14 +9,13 @@ does not fit, is refused as by `POST /v1/adapters`.
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from serve.adapters.adapter import ABSENT, Adapter
 from serve.adapters.sources.address import address_of
 from serve.api.json_body import JsonBody, decoded
 from serve.api.routes.callers import Expected, Manager, TheParts, owned
-from serve.api.routes.incoming import admit, fetched
+from serve.api.routes.incoming import admit, fetched, quarantined
 from serve.api.routes.removal import remove_unloaded
 from serve.api.schemas import Fetch, LoadLora, RegisterAdapter, UnloadLora
 from serve.api.services import Services
@@ -112,9 +111,9 @@ async def _loaded(
     parts.check_started()
     address = address_of(body.lora_path)
     asked = Fetch(body.lora_name, address, why=f"from {address}", probe=False)
-    async with contextmanager_in_threadpool(parts.store.quarantine()) as folder:
+    async with quarantined(parts, caller) as (folder, room):
         try:
-            came = await fetched(address, folder, parts.config, caller)
+            came = await fetched(address, folder, room, parts.config, caller)
         except AdapterRejected as error:
             if error.code != ABSENT:
                 raise

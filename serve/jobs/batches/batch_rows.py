@@ -1,15 +1,14 @@
-"""Batches and what was answered to their lines, in the registry's database, where every server that shares it looks.
+"""Batches, and which bytes of answers count, in the registry's database, where every server that shares it looks.
 
-One server at a time has the claim of a batch, and only with it a line's answer is written: once for each line, in one
-transaction with the counts. So neither a kill nor a second server can answer a line twice or lose one. All methods
-block.
+One server at a time has the claim of a batch, and only with it a line's answer counts: in one transaction with the
+counts. So neither a kill nor a second server can answer a line twice or lose one. All methods block.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import batch_answers as answers_table
+from serve.adapters.registry.tables import batch_parts as parts_table
 from serve.adapters.registry.tables import batches as table
 from serve.errors import Conflict, NotFound, QuotaExceeded
 from serve.jobs.batches.file_rows import check_kept, paged, put
@@ -36,6 +36,16 @@ class Answer:
     completed: bool
     text: str
     usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A file of answers, of which so many bytes count."""
+
+    batch: str
+    tenant: str
+    name: str
+    nbytes: int
 
 
 class BatchRows:
@@ -132,16 +142,14 @@ class BatchRows:
             self._reach(connection, batch, status)
             return status
 
-    def record(self, id: str, answer: Answer) -> bool:
-        """Keep a line's answer; the second one to a line is dropped."""
+    def record(self, id: str, answer: Answer, part: str, nbytes: int) -> bool:
+        """A line's answer counts: it is in this part, of which so many bytes count now."""
         with self._registry.adding() as connection:
             if self._claimed(connection, id) is None:
                 return False
-            here = (answers_table.c.batch == id, answers_table.c.line == answer.line)
-            if connection.scalar(select(func.count()).select_from(answers_table).where(*here)):
-                return True
-            row = {"batch": id, "line": answer.line, "completed": answer.completed, "answer": answer.text}
-            connection.execute(insert(answers_table).values(row))
+            here = (parts_table.c.batch == id) & (parts_table.c.name == part)
+            if not connection.execute(update(parts_table).where(here).values(nbytes=nbytes)).rowcount:
+                connection.execute(insert(parts_table).values(batch=id, name=part, nbytes=nbytes))
             more = {
                 "completed": int(answer.completed),
                 "failed": int(not answer.completed),
@@ -153,6 +161,13 @@ class BatchRows:
             connection.execute(update(table).where(table.c.id == id).values(added))
         return True
 
+    def recount(self, id: str, completed: int, failed: int) -> None:
+        """So many answers are there still."""
+        with self._registry.adding() as connection:
+            if self._claimed(connection, id) is not None:
+                values = {"completed": completed, "failed": failed}
+                connection.execute(update(table).where(table.c.id == id).values(values))
+
     def finalizing(self, id: str) -> Batch | None:
         """No more lines are asked; its files are about to be written."""
         with self._registry.adding() as connection:
@@ -163,9 +178,16 @@ class BatchRows:
             return batch
 
     def finish(
-        self, id: str, status: Status, unanswered: int, output: StoredFile | None, error: StoredFile | None
+        self,
+        id: str,
+        status: Status,
+        unanswered: int,
+        output: StoredFile | None,
+        error: StoredFile | None,
+        errors: Sequence[LineError] = (),
     ) -> bool:
-        """The batch is at its end, and its files are there: from now on they hold the answers."""
+        """The batch is at its end, and its files are there: from now on they hold the answers. `errors` say why it did
+        not come further."""
         with self._registry.adding() as connection:
             batch = self._claimed(connection, id)
             if batch is None:
@@ -176,23 +198,37 @@ class BatchRows:
                 "output_file": output.id if output else None,
                 "error_file": error.id if error else None,
                 "failed": table.c.failed + unanswered,
+                "errors": json.dumps([error.described() for error in errors]),
                 "claimed_by": None,
                 "claimed_until": None,
             }
             connection.execute(update(table).where(table.c.id == id).values(values))
             self._reach(connection, batch, status)
-            connection.execute(delete(answers_table).where(answers_table.c.batch == id))
+            for answered in (answers_table, parts_table):
+                connection.execute(delete(answered).where(answered.c.batch == id))
         return True
 
     # What was answered
 
-    def answered(self, id: str) -> Collection[int]:
-        """The lines that have their answer."""
-        with self._registry.reading() as connection:
-            return set(connection.scalars(select(answers_table.c.line).where(answers_table.c.batch == id)))
+    def parts(self, id: str) -> list[Part]:
+        """The batch's."""
+        return list(self.all_parts(parts_table.c.batch == id))
 
-    def answers(self, id: str, *, completed: bool) -> Iterator[str]:
-        """Lines of the output or of the errors, in the input's order; some at a time are in memory."""
+    def all_parts(self, *where: Any) -> Iterator[Part]:
+        """Of all batches that are not at their end."""
+        query = select(parts_table, table.c.tenant).join(table, table.c.id == parts_table.c.batch).where(*where)
+        with self._registry.reading() as connection:
+            rows = connection.execute(query.order_by(parts_table.c.name)).all()
+        return (Part(row.batch, row.tenant, row.name, row.nbytes) for row in rows)
+
+    def old_lines(self, id: str) -> list[tuple[int, bool]]:
+        """The lines that were answered by a loradock that kept answers in rows, and whether they were completed."""
+        query = select(answers_table.c.line, answers_table.c.completed).where(answers_table.c.batch == id)
+        with self._registry.reading() as connection:
+            return [(row.line, row.completed) for row in connection.execute(query)]
+
+    def old_answers(self, id: str, *, completed: bool) -> Iterator[tuple[int, str]]:
+        """Their answers, by line; some at a time are in memory."""
         here, last = answers_table, 0
         while True:
             where = (here.c.batch == id, here.c.completed == completed, here.c.line > last)
@@ -202,7 +238,7 @@ class BatchRows:
             if not rows:
                 return
             last = rows[-1].line
-            yield from (row.answer for row in rows)
+            yield from ((row.line, row.answer) for row in rows)
 
     def forget_before(self, when: float) -> None:
         """Drop batches that were made before this and are at their end."""

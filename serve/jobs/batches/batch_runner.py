@@ -15,10 +15,12 @@ from hashlib import sha256
 
 import msgspec
 
+from serve.adapters.byte_ledger import ByteLedger, Kind
 from serve.adapters.untrusted import write
-from serve.errors import EngineUnavailable, LoradockError, NotFound, Overloaded, RateLimited
+from serve.errors import EngineUnavailable, LoradockError, NotFound, Overloaded, QuotaExceeded, RateLimited
 from serve.gateway.internal_request import BrokeOff
 from serve.gateway.moderation import NoVerdict
+from serve.jobs.batches.answers import AnswerFiles, BatchAnswers
 from serve.jobs.batches.batch_rows import Answer, BatchRows
 from serve.jobs.batches.file_bytes import FileBytes
 from serve.jobs.batches.input_file import Line, check, requests
@@ -33,6 +35,7 @@ ATTEMPTS = 5
 PAUSE_SECONDS, RECORD_SECONDS = 30.0, 1.0
 # What JSON may hold as it is, and what Python's splitlines takes for the end of a line.
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+QUOTA = "quota_exceeded"
 # What becomes of lines that were not asked before the end.
 _UNASKED = {
     Status.EXPIRED: ("batch_expired", "This request could not be executed before the completion window expired."),
@@ -42,12 +45,14 @@ _UNASKED = {
 
 @dataclass(slots=True)
 class Work:
-    """A batch that this server runs. `stop` is set when no more lines are asked, `lost` when another server has it."""
+    """A batch that this server runs. `stop` is set when no more lines are asked, `lost` when another server has it;
+    `full` says why no more answers can be kept."""
 
     batch: Batch
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     lost: bool = False
+    full: str = ""
 
     async def pause(self, seconds: float) -> None:
         """So long, or until `stop`."""
@@ -66,13 +71,16 @@ class BatchRunner:
         self,
         rows: BatchRows,
         contents: FileBytes,
+        answers: AnswerFiles,
+        ledger: ByteLedger,
         lines: LineRunner,
         limits: Limits,
         counted: Callable[[str, int], None] = lambda result, number: None,
         ended: Callable[[Status], None] = lambda status: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._rows, self._contents, self._lines, self._limits = rows, contents, lines, limits
+        self._rows, self._contents, self._answers = rows, contents, answers
+        self._ledger, self._lines, self._limits = ledger, lines, limits
         self._counted, self._ended, self._clock = counted, ended, clock
 
     async def run(self, work: Work) -> None:
@@ -82,10 +90,14 @@ class BatchRunner:
             batch = await self._check(work.batch)
         if batch is None or batch.status not in (Status.IN_PROGRESS, Status.FINALIZING, Status.CANCELLING):
             return
-        if batch.status is Status.IN_PROGRESS and self._clock() < batch.expires:
-            await self._answer_lines(batch, work)
-        if not work.lost:
-            await self._finish(batch.id)
+        answers = await asyncio.to_thread(self._answers.of, batch)
+        try:
+            if batch.status is Status.IN_PROGRESS and self._clock() < batch.expires:
+                await self._answer_lines(batch, answers, work)
+            if not work.lost:
+                await self._finish(batch.id, answers, work)
+        finally:
+            await asyncio.shield(asyncio.to_thread(answers.close))
 
     async def _check(self, batch: Batch) -> Batch | None:
         """The batch with its lines counted; None if its input is not in order, and it has failed."""
@@ -100,10 +112,9 @@ class BatchRunner:
             return None
         return await asyncio.to_thread(self._rows.begin, batch.id, total)
 
-    async def _answer_lines(self, batch: Batch, work: Work) -> None:
+    async def _answer_lines(self, batch: Batch, answers: BatchAnswers, work: Work) -> None:
         path = await asyncio.to_thread(self._contents.path, batch.input_file)
-        answered = await asyncio.to_thread(self._rows.answered, batch.id)
-        left, reading = requests(path, batch.endpoint, self._limits, answered), asyncio.Lock()
+        left, reading = requests(path, batch.endpoint, self._limits, set(answers.lines)), asyncio.Lock()
 
         async def ask_lines() -> None:
             while not work.stop.is_set():
@@ -112,7 +123,7 @@ class BatchRunner:
                 if line is None:
                     return
                 if (answer := await self._ask(batch, line, work)) is not None:
-                    await self._record(batch, answer, work)
+                    await self._record(batch, answers, answer, work)
 
         try:
             async with asyncio.TaskGroup() as asking:
@@ -147,63 +158,78 @@ class BatchRunner:
             await work.pause(min(wait, PAUSE_SECONDS))
         return None
 
-    async def _record(self, batch: Batch, answer: Answer, work: Work) -> None:
-        """Keep the answer; while the database does not take it, try again for as long as the batch is this server's."""
-        while not work.lost:
+    async def _record(self, batch: Batch, answers: BatchAnswers, answer: Answer, work: Work) -> None:
+        """Keep the answer; while the disk or the database does not take it, try again for as long as the batch is this
+        server's. Where the tenant has no room for it, the batch ends."""
+        while not (work.lost or work.full):
             try:
-                if await asyncio.to_thread(self._keep, batch.id, answer):
+                if await asyncio.to_thread(answers.keep, answer):
                     self._counted("completed" if answer.completed else "failed", 1)
                 else:
                     work.lost = True
                     work.stop.set()
                 return
+            except QuotaExceeded as full:
+                work.full = full.message
+                work.stop.set()
             except LoradockError as error:
                 log.warning("an answer of %s is not kept yet: %s", batch.id, error.message)
                 await asyncio.sleep(RECORD_SECONDS)
 
-    def _keep(self, id: str, answer: Answer) -> bool:
-        self._contents.check_space(len(answer.text))
-        return self._rows.record(id, answer)
-
-    async def _finish(self, id: str) -> None:
+    async def _finish(self, id: str, answers: BatchAnswers, work: Work) -> None:
         batch = await asyncio.to_thread(self._rows.finalizing, id)
         if batch is None:
             return
-        status, unanswered = await asyncio.to_thread(self._close_books, batch)
+        status, unanswered = await asyncio.to_thread(self._close_books, batch, answers, work.full)
         if status is None:
             return
         self._ended(status)
         if unanswered and status in _UNASKED:
             self._counted(status.value, unanswered)
 
-    def _close_books(self, batch: Batch) -> tuple[Status | None, int]:
+    def _close_books(self, batch: Batch, answers: BatchAnswers, full: str) -> tuple[Status | None, int]:
         """Write the files, and the batch's end, and how many lines were never asked; None if another server did."""
         unanswered = batch.total - batch.completed - batch.failed
         status = Status.COMPLETED if unanswered == 0 else Status.EXPIRED
         if batch.status is Status.CANCELLING:
             status = Status.CANCELLED
-        output = self._write(batch, "output", self._rows.answers(batch.id, completed=True))
-        error = self._write(batch, "error", self._errors(batch, status, unanswered))
-        is_finished = self._rows.finish(batch.id, status, unanswered, output, error)
-        return (status, unanswered) if is_finished else (None, 0)
+        elif unanswered and full:
+            status = Status.FAILED
+        why = [LineError(QUOTA, f"{unanswered} requests were not answered: {full}")] if status is Status.FAILED else []
+        output = self._write(batch, "output", answers.answers(completed=True))
+        error = self._write(batch, "error", self._errors(batch, answers, status, unanswered))
+        parts = answers.parts()
+        if not self._rows.finish(batch.id, status, unanswered, output, error, why):
+            return None, 0
+        answers.close()
+        self._answers.remove(batch.id, parts)
+        return status, unanswered
 
-    def _errors(self, batch: Batch, status: Status, unanswered: int) -> Iterator[str]:
-        yield from self._rows.answers(batch.id, completed=False)
-        if unanswered:
-            try:
-                path = self._contents.path(batch.input_file)
-            except NotFound as gone:
-                log.error("%s ends without a word to %d lines: %s", batch.id, unanswered, gone.message)
-                return
-            answered = self._rows.answered(batch.id)
-            for line in requests(path, batch.endpoint, self._limits, answered):
-                yield _failed(line, *_UNASKED[status]).text
+    def _errors(self, batch: Batch, answers: BatchAnswers, status: Status, unanswered: int) -> Iterator[str]:
+        """Of lines that failed; and of those that were not asked, as far as the tenant has room for them."""
+        yield from answers.answers(completed=False)
+        if not unanswered or status not in _UNASKED:
+            return
+        try:
+            path = self._contents.path(batch.input_file)
+        except NotFound as gone:
+            log.error("%s ends without a word to %d lines: %s", batch.id, unanswered, gone.message)
+            return
+        with self._ledger.room(batch.tenant, Kind.ANSWERS) as room:
+            for line in requests(path, batch.endpoint, self._limits, answers.lines):
+                text = _failed(line, *_UNASKED[status]).text
+                try:
+                    room.take(len(text))
+                except QuotaExceeded as full:
+                    log.warning("%s ends without a word to some of %d lines: %s", batch.id, unanswered, full.message)
+                    return
+                yield text
 
     def _write(self, batch: Batch, kind: str, lines: Iterator[str]) -> StoredFile | None:
         """A file of the batch; None for one without lines. Written again after a kill, it is the same file."""
         id = "file-" + sha256(f"{batch.id} {kind}".encode()).hexdigest()[:24]
         nbytes = 0
-        self._contents.check_space(0)
+        self._ledger.check_disk(batch.tenant)
         with self._contents.incoming() as (path, sink):
             for text in lines:
                 data = text.encode() + b"\n"

@@ -8,11 +8,13 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from fastapi.concurrency import contextmanager_in_threadpool
 
+from serve.adapters.byte_ledger import Bound, Kind, Room
 from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.adapters.untrusted import write
@@ -21,6 +23,7 @@ from serve.errors import BadRequest, LoradockError, NotFound
 from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalRequests
 from serve.gateway.router import Router
+from serve.jobs.batches.answers import AnswerFiles
 from serve.jobs.batches.batch_rows import BatchRows
 from serve.jobs.batches.batch_runner import BatchRunner
 from serve.jobs.batches.file_bytes import FileBytes
@@ -60,13 +63,20 @@ class Batches:
     ) -> None:
         self._limits, self._clock = limits, clock
         self.metrics = BatchMetrics(clock)
-        self.contents = FileBytes(store.root / "files", store.shared, store.check_space)
+        self.contents = FileBytes(store.root / "files", store.shared)
         self.files = FileRows(registry, limits, clock)
         self.rows = BatchRows(registry, limits, me=me, clock=clock)
+        self.ledger = store.ledger
+        self.ledger.counts(Kind.FILES, self.files.kept)
+        self.ledger.bound(_bound(limits.tenant_bytes))
+        self.answers = AnswerFiles(store.root / "files/answers", store.shared, self.rows, self.ledger)
         lines = LineRunner(auth, router, requests, guards, concurrency=limits.concurrency, fresh=fresh, doubted=doubted)
-        runner = BatchRunner(self.rows, self.contents, lines, limits, self.metrics.counted, self.metrics.ended, clock)
+        runner = BatchRunner(
+            self.rows, self.contents, self.answers, self.ledger, lines, limits,
+            self.metrics.counted, self.metrics.ended, clock,
+        )  # fmt: skip
         self.schedule = BatchSchedule(
-            self.rows, self.files, self.contents, runner, self.metrics, alone=alone, clock=clock
+            self.rows, self.files, self.contents, self.answers, runner, self.metrics, alone=alone, clock=clock
         )
 
     async def upload(self, caller: Caller, stream: AsyncIterator[bytes], content_type: str, stated: int) -> StoredFile:
@@ -74,15 +84,9 @@ class Batches:
         limits = self._limits
         if stated > limits.file_bytes + FRAMING:
             raise too_large(limits.file_bytes)
-        await asyncio.to_thread(self.files.check_quota, caller.tenant, max(0, stated - FRAMING))
-        async with contextmanager_in_threadpool(self.contents.incoming()) as (path, sink):
-            form = await receive(
-                stream,
-                content_type,
-                sink,
-                max_bytes=limits.file_bytes,
-                check_space=self.contents.check_space,
-            )
+        await asyncio.to_thread(self.files.check_count, caller.tenant)
+        async with self._incoming(caller.tenant, max(0, stated - FRAMING)) as (path, sink, room):
+            form = await receive(stream, content_type, sink, room, max_bytes=limits.file_bytes)
             if (purpose := form.fields.get("purpose")) not in SENT:
                 raise BadRequest(f"purpose takes `batch` or `fine-tune` here, not {shown(purpose)}", param="purpose")
             sink.flush()
@@ -95,12 +99,19 @@ class Batches:
             await asyncio.to_thread(self._keep, file, path)
         return file
 
+    @asynccontextmanager
+    async def _incoming(self, tenant: str, stated: int) -> AsyncIterator[tuple[Path, IO[bytes], Room]]:
+        """A private file, and room for so many bytes of it at once."""
+        with self.ledger.room(tenant, Kind.FILES) as room:
+            await asyncio.to_thread(room.expect, stated)
+            async with contextmanager_in_threadpool(self.contents.incoming()) as (path, sink):
+                yield path, sink, room
+
     def written(self, caller: Caller, filename: str, data: bytes) -> StoredFile:
         """Keep examples that this server made for a tenant, as if the caller had sent them. Blocks."""
         return self._examples(caller, f"file-{secrets.token_hex(12)}", filename, len(data), [data])
 
     def _keep(self, file: StoredFile, path: Path) -> None:
-        self.files.check_quota(file.tenant, file.nbytes)
         self.contents.keep(file.id, path)
         try:
             self.files.add(file)
@@ -121,9 +132,11 @@ class Batches:
             return self._examples(caller, id, filename, nbytes, iter(lambda: source.read(1 << 20), b""))
 
     def _examples(self, caller: Caller, id: str, filename: str, nbytes: int, chunks: Iterable[bytes]) -> StoredFile:
-        self.contents.check_space(nbytes)
-        with self.contents.incoming() as (path, sink):
+        self.files.check_count(caller.tenant)
+        with self.ledger.room(caller.tenant, Kind.FILES) as room, self.contents.incoming() as (path, sink):
+            room.expect(nbytes)
             for chunk in chunks:
+                room.take(len(chunk))
                 write(sink, chunk)
             now = self._clock()
             expires = now + self._limits.file_seconds
@@ -186,6 +199,12 @@ class Batches:
         )
         self.rows.add(batch)
         return batch
+
+
+def _bound(nbytes: int) -> Bound:
+    """What a tenant keeps: its files, what is answered for it, and what is on its way."""
+    kinds = frozenset({Kind.FILES, Kind.ANSWERS})
+    return Bound(kinds, nbytes, "files", "delete some", code="file_limit_exceeded")
 
 
 def _expiry(fields: Mapping[str, str], default: float) -> float:

@@ -2,6 +2,7 @@
 
 folder/<id>         whole or absent
 folder/incoming/    what is being sent or written; gone when the server starts again
+folder/answers/     of batches that are not at their end (answers.py)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -24,11 +25,10 @@ GRACE_SECONDS = 3600.0
 
 
 class FileBytes:
-    """Sync and thread-safe; `check_space(nbytes)` raises OutOfSpace where the disk cannot take so much more."""
+    """Sync and thread-safe. Whoever writes has room in the ledger for it."""
 
-    def __init__(self, folder: Path, shared: SharedStore | None, check_space: Callable[[int], None]) -> None:
+    def __init__(self, folder: Path, shared: SharedStore | None) -> None:
         self._folder, self._incoming, self._shared = folder, folder / "incoming", shared
-        self.check_space = check_space
         shutil.rmtree(self._incoming, ignore_errors=True)
         self._incoming.mkdir(mode=0o700, parents=True)
 

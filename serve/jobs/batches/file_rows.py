@@ -34,10 +34,18 @@ class FileRows:
             self._check_quota(connection, file.tenant, file.nbytes)
             put(connection, file)
 
-    def check_quota(self, tenant: str, nbytes: int) -> None:
-        """QuotaExceeded, if a file of so many bytes would be one too many."""
+    def check_count(self, tenant: str) -> None:
+        """QuotaExceeded, if another file would be one too many."""
         with self._registry.reading() as connection:
-            self._check_quota(connection, tenant, nbytes)
+            self._check_quota(connection, tenant, 0)
+
+    def kept(self, tenant: str | None) -> dict[str, int]:
+        """Bytes by tenant: of this one, or of all."""
+        query = select(table.c.tenant, func.sum(table.c.nbytes)).group_by(table.c.tenant)
+        if tenant is not None:
+            query = query.where(table.c.tenant == tenant)
+        with self._registry.reading() as connection:
+            return {name: int(nbytes) for name, nbytes in connection.execute(query)}
 
     def get(self, tenant: str, id: str) -> StoredFile:
         """NotFound also for another tenant's."""

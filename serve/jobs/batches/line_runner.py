@@ -30,7 +30,7 @@ from serve.gateway.request import InferenceRequest
 from serve.gateway.router import Router
 from serve.jobs.batches.objects import Usage
 
-# A longer answer is an error of its line: answers are rows of the database until the batch is at its end.
+# A longer answer is an error of its line: it is in memory as a whole.
 MAX_ANSWER = 8 << 20
 # While clients are answered a line waits, but no longer than this; then one line at a time goes behind them.
 GAP_SECONDS, LOOK_SECONDS = 5.0, 0.05

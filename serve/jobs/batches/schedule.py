@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from serve.jobs.batches.answers import AnswerFiles
 from serve.jobs.batches.batch_rows import BatchRows
 from serve.jobs.batches.batch_runner import BatchRunner, Work
 from serve.jobs.batches.file_bytes import FileBytes
@@ -30,6 +31,7 @@ class BatchSchedule(Schedule[Batch, Work]):
         rows: BatchRows,
         files: FileRows,
         contents: FileBytes,
+        answers: AnswerFiles,
         runner: BatchRunner,
         metrics: BatchMetrics,
         *,
@@ -37,7 +39,7 @@ class BatchSchedule(Schedule[Batch, Work]):
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(rows, runner.run, alone=alone, clock=clock)
-        self._rows, self._files, self._contents = rows, files, contents
+        self._rows, self._files, self._contents, self._answers = rows, files, contents, answers
         self._runner, self._metrics = runner, metrics
 
     async def round(self) -> None:
@@ -75,6 +77,7 @@ class BatchSchedule(Schedule[Batch, Work]):
         for id in self._files.expired():
             self._remove(id)
         self._contents.sweep(self._files.ids())
+        self._answers.sweep()
         self._rows.forget_before(self._clock() - KEPT_SECONDS)
 
     def _remove(self, id: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import IO
 
+from serve.adapters.byte_ledger import Room
 from serve.adapters.multipart_form import FormRules, read_form
 from serve.adapters.untrusted import write
 from serve.errors import BadRequest, TooLarge
@@ -31,12 +32,12 @@ async def receive(
     stream: AsyncIterator[bytes],
     content_type: str,
     sink: IO[bytes],
+    room: Room,
     *,
     max_bytes: int,
-    check_space: Callable[[int], None] = lambda nbytes: None,
 ) -> Received:
-    """Write the form's file to `sink`; TooLarge as soon as more than `max_bytes` came."""
-    file = _File(sink, max_bytes)
+    """Write the form's file to `sink`, each byte taken from the `room` before; TooLarge above `max_bytes`."""
+    file = _File(sink, room, max_bytes)
     fields = await read_form(
         stream,
         content_type,
@@ -44,7 +45,6 @@ async def receive(
         file,
         max_bytes=max_bytes + FRAMING,
         too_large=too_large(max_bytes),
-        check_space=check_space,
     )
     if file.name is None:
         raise BadRequest(f"the form has no file; {FORM}", param="file")
@@ -58,10 +58,10 @@ def too_large(max_bytes: int) -> TooLarge:
 class _File:
     """The form's one file."""
 
-    def __init__(self, sink: IO[bytes], max_bytes: int) -> None:
+    def __init__(self, sink: IO[bytes], room: Room, max_bytes: int) -> None:
         self.name: str | None = None
         self.nbytes = 0
-        self._sink, self._max_bytes = sink, max_bytes
+        self._sink, self._room, self._max_bytes = sink, room, max_bytes
 
     def begin(self, field: str, filename: str) -> None:
         if field != "file" or self.name is not None:
@@ -72,6 +72,7 @@ class _File:
         self.nbytes += len(data)
         if self.nbytes > self._max_bytes:
             raise too_large(self._max_bytes)
+        self._room.take(len(data))
         write(self._sink, data)
 
     def end(self) -> None:

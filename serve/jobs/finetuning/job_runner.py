@@ -12,12 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+from serve.adapters.byte_ledger import Kind as Bytes
+from serve.adapters.byte_ledger import Room, size_of
 from serve.adapters.store import Store
 from serve.adapters.untrusted import write
 from serve.errors import (
@@ -28,6 +31,7 @@ from serve.errors import (
     LoradockError,
     NotFound,
     OutOfSpace,
+    QuotaExceeded,
 )
 from serve.jobs.batches.file_bytes import FileBytes
 from serve.jobs.batches.objects import StoredFile
@@ -95,13 +99,36 @@ class JobRunner:
         self._rows, self._contents, self._store, self._process = rows, contents, store, process
         self._admission, self._limits, self._metrics = admission, limits, metrics
         self._base_model, self._file_seconds, self._clock = base_model, file_seconds, clock
-        self._trainer = Trainer(rows, process, limits.hours, metrics.trained)
+        self._trainer = Trainer(rows, process, limits.hours, metrics.trained, self._measure)
         # A process ends with the thread that starts it, so these last.
         self._threads = ThreadPoolExecutor(len(Kind), "training")
         self.root = store.root / "finetuning"
+        self._ledger, self._rooms = store.ledger, dict[str, Room]()
+        for job in rows.open():  # what a server before this one left here
+            self.count(job)
 
     def folder(self, id: str) -> JobFolder:
         return JobFolder(self.root / id)
+
+    def room(self, job: Job) -> Room:
+        """What the ledger has for the job's folder."""
+        if job.id not in self._rooms:
+            self._rooms[job.id] = self._ledger.room(job.tenant, Bytes.TRAINING)
+        return self._rooms[job.id]
+
+    def count(self, job: Job) -> None:
+        """The folder has so many bytes now. Blocks."""
+        self.room(job).count(size_of(self.root / job.id))
+
+    def remove(self, id: str) -> None:
+        """The job is at its end. Blocks."""
+        self.folder(id).remove()
+        if room := self._rooms.pop(id, None):
+            room.close()
+
+    def _measure(self, job: Job) -> None:
+        with suppress(OutOfSpace):  # what is trained already is not thrown away for others
+            self.room(job).measure(size_of(self.root / job.id))
 
     def can_read(self, job: Job) -> bool:
         """Its files are here, or where they can be fetched. Blocks."""
@@ -144,7 +171,7 @@ class JobRunner:
         fail = self._rows.fail
         if await asyncio.to_thread(fail, id, failed.code, failed.message, failed.param, also=failed.also):
             self._metrics.ended(Status.FAILED)
-            await asyncio.to_thread(self.folder(id).remove)
+            await asyncio.to_thread(self.remove, id)
 
     # Before the training
 
@@ -212,7 +239,7 @@ class JobRunner:
         return self._trainer.run(job, folder, work.stop)
 
     def _prepare(self, job: Job, folder: JobFolder, parent: Path | None) -> None:
-        self._contents.check_space(0)
+        self._check_room(job, parent)
         asked = job.asked
         try:
             train = self._contents.path(job.training_file)
@@ -220,6 +247,14 @@ class JobRunner:
             folder.prepare(job, _folder(asked.base_model), train, validation, parent)
         except NotFound as gone:
             raise Failed("invalid_training_file", gone.message) from gone
+
+    def _check_room(self, job: Job, parent: Path | None) -> None:
+        """OutOfSpace or Failed, if the tenant has no room for what the folder has now and the adapter to go on from."""
+        self.count(job)
+        try:
+            self._ledger.check(job.tenant, Bytes.TRAINING, size_of(parent) if parent else 0)
+        except QuotaExceeded as full:
+            raise Failed(full.code or "byte_limit_exceeded", full.message) from full
 
     # After it
 
@@ -245,7 +280,7 @@ class JobRunner:
         result = await asyncio.to_thread(self._results, job, folder)
         if await asyncio.to_thread(self._rows.succeed, job.id, model, result, rows, settled):
             self._metrics.ended(Status.SUCCEEDED)
-            await asyncio.to_thread(folder.remove)
+            await asyncio.to_thread(self.remove, job.id)
 
     async def _checkpoints(self, job: Job, folder: JobFolder, settled: dict[str, object]) -> dict[int, str]:
         """The names of the versions that earlier epochs become, by their steps."""
@@ -268,7 +303,7 @@ class JobRunner:
     def _results(self, job: Job, folder: JobFolder) -> StoredFile:
         """What each step measured, as a file. Written again after a kill, it is the same one."""
         id = "file-" + sha256(f"{job.id} results".encode()).hexdigest()[:24]
-        self._contents.check_space(0)
+        self._ledger.check_disk(job.tenant)
         with self._contents.incoming() as (path, sink):
             nbytes = 0
             for row in folder.results():

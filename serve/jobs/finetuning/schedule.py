@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Callable
 
@@ -85,5 +84,5 @@ class JobSchedule(Schedule[Job, Work]):
         if self._runner.root.is_dir():
             for folder in self._runner.root.iterdir():
                 if folder.name not in kept:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    self._runner.remove(folder.name)
         self._rows.forget_before(self._clock() - KEPT_SECONDS)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from serve.errors import LoradockError
+from serve.errors import LoradockError, QuotaExceeded
 from serve.jobs.finetuning.job_folder import JobFolder
 from serve.jobs.finetuning.objects import Job
 from serve.jobs.finetuning.training_process import Ended, TrainingProcess, Why
@@ -45,7 +45,8 @@ class Rows(Protocol):
 
 
 class Trainer:
-    """`hours` is what a job may train; `trained` hears of tokens and seconds."""
+    """`hours` is what a job may train; `trained` hears of tokens and seconds. `measure` looks at the size of its folder
+    now and then: QuotaExceeded, if its tenant has no room for it."""
 
     def __init__(
         self,
@@ -53,8 +54,10 @@ class Trainer:
         process: TrainingProcess,
         hours: float,
         trained: Callable[[int, float], None] = lambda tokens, seconds: None,
+        measure: Callable[[Job], None] = lambda job: None,
     ) -> None:
-        self._rows, self._process, self._hours, self._heard = rows, process, hours, trained
+        self._rows, self._process, self._hours = rows, process, hours
+        self._heard, self._measure = trained, measure
 
     def run(self, job: Job, folder: JobFolder, stop: threading.Event) -> bool:
         """Whether the adapter is there; Failed, if it cannot be. Blocks, on a thread that outlives the process."""
@@ -74,7 +77,7 @@ class Trainer:
                     f"not enough memory: {folder.last_words() or 'it left no word'}",
                 )
             left = self._hours * 3600 - launched.state.seconds
-            watch = _Watch(self._rows, folder, launched, self._heard, stop)
+            watch = _Watch(self._rows, folder, launched, self._heard, stop, self._measured)
             ended = self._process.run(folder.path, stop, watch.look, max(0.0, left))
             watch.settle()
             self._judge(ended, folder)
@@ -84,6 +87,12 @@ class Trainer:
                 self._rows.note(job.id, f"The training process ended ({_how(ended)}): it is started again", "warn")
                 stop.wait(AGAIN_SECONDS)
         return False
+
+    def _measured(self, job: Job) -> None:
+        try:
+            self._measure(job)
+        except QuotaExceeded as full:
+            raise Failed(full.code or "byte_limit_exceeded", f"The training was ended: {full.message}") from full
 
     def _judge(self, ended: Ended, folder: JobFolder) -> None:
         """Failed, if another start would end like this one."""
@@ -99,9 +108,16 @@ class _Watch:
     """Brings progress from the folder to where it is written down, some times a minute."""
 
     def __init__(
-        self, rows: Rows, folder: JobFolder, job: Job, trained: Callable[[int, float], None], stop: threading.Event
+        self,
+        rows: Rows,
+        folder: JobFolder,
+        job: Job,
+        trained: Callable[[int, float], None],
+        stop: threading.Event,
+        measure: Callable[[Job], None] = lambda job: None,
     ) -> None:
         self._rows, self._folder, self._job, self._trained, self._stop = rows, folder, job, trained, stop
+        self._measure = measure
         self._lines: list[Mapping[str, Any]] = []
         self._seconds = self._unwritten = 0.0
         self._behind = False
@@ -110,7 +126,10 @@ class _Watch:
         """Whether there was a sign of life."""
         self._seconds += ran
         self._unwritten += ran
-        return self._unwritten >= WRITE_SECONDS and (self.write() or self._folder.is_touched())
+        if self._unwritten < WRITE_SECONDS:
+            return False
+        self._measure(self._job)
+        return self.write() or self._folder.is_touched()
 
     def settle(self) -> None:
         """Write what is left, however long that takes, unless the job is not to be trained here any more."""

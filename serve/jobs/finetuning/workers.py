@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.adapter import FILES
+from serve.adapters.byte_ledger import Kind as Bytes
 from serve.adapters.store import Store
 from serve.adapters.untrusted import create, write
 from serve.auth.auth import Caller
@@ -168,10 +169,11 @@ class Workers:
         self, caller: Caller, worker: str, id: str, name: str, stream: AsyncIterator[bytes], stated: int
     ) -> None:
         """Keep a file of the result; a second one of its name takes its place."""
-        self._held(await asyncio.to_thread(self._as(caller, worker).held, id), id)
+        job = self._held(await asyncio.to_thread(self._as(caller, worker).held, id), id)
         if not _RESULT.fullmatch(name):
             raise BadRequest(f"{shown(name)} is no file of a result", param="name")
-        await asyncio.to_thread(self._contents.check_space, stated)
+        room = self._runner.room(job)
+        await asyncio.to_thread(self._store.ledger.check, job.tenant, Bytes.TRAINING, stated)
         target, most = self._incoming(id) / name, self._most(name)
         await asyncio.to_thread(self._check_checkpoints, target)
         part = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
@@ -184,6 +186,7 @@ class Workers:
                     nbytes += len(chunk)
                     if nbytes > most:
                         raise TooLarge(f"{name} is above {most} bytes, the most that it may have")
+                    await asyncio.to_thread(room.take, len(chunk))
                     await asyncio.to_thread(write, sink, chunk)
             # Meanwhile the job may have ended, or be another worker's.
             self._held(await asyncio.to_thread(self._as(caller, worker).held, id), id)
@@ -193,6 +196,7 @@ class Workers:
                 await asyncio.to_thread(part.replace, target)
         finally:
             await asyncio.to_thread(part.unlink, missing_ok=True)
+            await asyncio.to_thread(self._runner.count, job)
 
     def done(self, caller: Caller, worker: str, id: str) -> None:
         """The result is here, whole: this server admits it from now on. Blocks."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from serve.adapters.adapter import CONFIG, FILES, WEIGHTS
+from serve.adapters.byte_ledger import Kind
 from serve.adapters.store import Store
 from serve.errors import AdapterRejected, NotFound, OutOfSpace
 
@@ -44,7 +45,6 @@ def test_what_is_admitted_is_found_under_its_digest(store):
     assert (store.path(digest) / WEIGHTS).read_bytes() == b"weights"
     assert store.digests() == {digest}
     assert store.verify(digest)
-    assert store.nbytes() == 9
     assert leftovers(store) == []
 
 
@@ -188,17 +188,8 @@ def test_a_disk_without_reserve_takes_nothing(tmp_path):
 
 
 def test_what_is_expected_counts_before_it_comes(store):
-    with pytest.raises(OutOfSpace), store.quarantine(expect=1 << 60):
-        pass
-
-
-def test_the_store_has_an_end(tmp_path):
-    store = Store(tmp_path, max_bytes=20, reserve=0)
-    digest = admit(store)
-    with pytest.raises(OutOfSpace, match="delete versions"):
-        admit(store, b"other weights")
-    assert admit(store) == digest
-    assert store.digests() == {digest} and leftovers(store) == []
+    with store.ledger.room("acme", Kind.UPLOADS) as room, pytest.raises(OutOfSpace):
+        room.expect(1 << 60)
 
 
 def test_a_full_disk_is_said_in_a_sentence(store, monkeypatch):

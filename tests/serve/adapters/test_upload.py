@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from serve.adapters import upload
 from serve.adapters.adapter import CONFIG, FILES, NOTES, WEIGHTS
 from serve.adapters.archive import zstd
+from serve.adapters.byte_ledger import ByteLedger, Kind, Room
 from serve.adapters.upload import receive
 from serve.errors import AdapterRejected, BadRequest, LoradockError, OutOfSpace, TooLarge
 
@@ -46,12 +47,16 @@ def loose() -> list[bytes]:
     return [part("files", content, name) for name, content in CONTENT.items()]
 
 
+def room_in(folder: Path) -> Room:
+    return ByteLedger(folder, reserve=0).room("acme", Kind.UPLOADS)
+
+
 async def send(folder: Path, body: bytes, *, kind: str = TYPE, max_bytes: int = 1 << 20, step: int = 1000):
     async def stream():
         for at in range(0, len(body), step):
             yield body[at : at + step]
 
-    return await receive(stream(), kind, folder, max_bytes=max_bytes)
+    return await receive(stream(), kind, folder, room_in(folder), max_bytes=max_bytes)
 
 
 @pytest.fixture
@@ -220,7 +225,7 @@ async def test_too_many_bytes_are_refused_while_they_arrive(folder):
             yield b"x" * 1000
 
     with pytest.raises(TooLarge, match="50000 bytes"):
-        await receive(endless(), TYPE, folder, max_bytes=50_000)
+        await receive(endless(), TYPE, folder, room_in(folder), max_bytes=50_000)
     assert sent <= 51_000
     assert sum(len(content) for content in arrived(folder).values()) <= 50_000
 
@@ -234,7 +239,7 @@ async def test_a_large_file_does_not_pile_up_in_memory(folder):
         yield b"\r\n" + form()
 
     tracemalloc.start()
-    await receive(stream(), TYPE, folder, max_bytes=1 << 30)
+    await receive(stream(), TYPE, folder, room_in(folder), max_bytes=1 << 30)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (folder / WEIGHTS).stat().st_size == 512 * 65_536
@@ -331,7 +336,7 @@ async def test_a_zip_is_judged_whole_before_its_first_entry_is_unpacked(folder):
 async def test_archives_are_unpacked_one_at_a_time(tmp_path, monkeypatch):
     beside, most = 0, 0
 
-    def unpacked(path, **_):
+    def unpacked(path, take, **_):
         nonlocal beside, most
         beside += 1
         most = max(most, beside)
@@ -443,7 +448,7 @@ async def test_a_client_that_leaves_leaves_no_open_file(folder):
 
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ConnectionResetError):
-        await receive(stream(), TYPE, folder, max_bytes=1 << 20)
+        await receive(stream(), TYPE, folder, room_in(folder), max_bytes=1 << 20)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

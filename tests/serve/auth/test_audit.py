@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -88,3 +91,92 @@ def test_strangers_cannot_fill_the_disk(tmp_path):
     audit.write(status=200, who="anna")
     last = json.loads(audit.path.read_text().splitlines()[-1])
     assert (last["who"], last["omitted"]) == ("anna", 1000 - STRANGERS_PER_MINUTE)
+
+
+class Clock:
+    now = 1_796_000_000.0
+
+    def __call__(self):
+        return self.now
+
+
+def rows_of(folder):
+    files = [*sorted(folder.glob("audit-*.jsonl")), folder / "audit.jsonl"]
+    return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
+
+
+def refused(audit, number, key="k1", status=404, what="remove"):
+    audit.write(status=status, who="anna", tenant="acme", key=key, what=what, subject=f"gone-{number}")
+
+
+def test_refusals_of_one_key_that_repeat_become_one_line_with_their_number(tmp_path):
+    clock = Clock()
+    audit = Audit(tmp_path / "audit.jsonl", clock=clock)
+    for number in range(300):
+        refused(audit, number)
+        clock.now += 0.006
+    audit.write(status=200, who="anna", key="k1", what="remove", subject="there")
+    refused(audit, 0, key="k2")
+    refused(audit, 0, status=403)
+    assert (tmp_path / "audit.jsonl").stat().st_size < 2500, "300 refusals were 154 kB"
+    assert [row["subject"] for row in rows_of(tmp_path)] == [*(f"gone-{n}" for n in range(5)), "there", *["gone-0"] * 2]
+    clock.now += 60
+    audit.flush()
+    last = rows_of(tmp_path)[-1]
+    assert (last["subject"], last["repeated"], last["outcome"]) == ("gone-299", 295, "refused")
+    assert last["since"] < last["when"]
+    assert sum(row.get("repeated", 1) for row in rows_of(tmp_path)) == 303
+
+
+def test_what_is_counted_is_written_when_the_server_stops(tmp_path):
+    audit = Audit(tmp_path / "audit.jsonl", clock=Clock())
+    for number in range(9):
+        refused(audit, number)
+    audit.flush(everything=True)
+    assert rows_of(tmp_path)[-1]["repeated"] == 4
+
+
+def test_a_large_file_is_rotated_and_no_line_is_lost(tmp_path):
+    clock = Clock()
+    audit = Audit(tmp_path / "audit.jsonl", max_bytes=2000, clock=clock)
+    for number in range(100):
+        audit.write(status=200, who="anna", key="k", what="push", subject=str(number))
+    files = list(tmp_path.iterdir())
+    assert len(files) > 3 and all(file.stat().st_size <= 2000 for file in files)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    assert sorted(int(row["subject"]) for row in rows_of(tmp_path)) == list(range(100))
+
+
+def test_many_processes_rotate_one_file_and_lose_no_line(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from serve.auth.audit import Audit\n"
+        "audit = Audit(Path(sys.argv[1]) / 'audit.jsonl', max_bytes=3000)\n"
+        "for number in range(200):\n"
+        "    audit.write(status=200, who=sys.argv[2], key='k', what='push', subject=str(number))\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"p{number}"]) for number in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    told = {(row["who"], row["subject"]) for row in rows_of(tmp_path)}
+    assert len(rows_of(tmp_path)) == len(told) == 600
+
+
+def test_a_month_has_a_file_of_its_own_and_old_files_go(tmp_path):
+    clock = Clock()
+    audit = Audit(tmp_path / "audit.jsonl", days=30, clock=clock)
+    audit.write(status=200, who="anna", what="push")
+    os.utime(tmp_path / "audit.jsonl", (clock.now, clock.now))
+    clock.now += 31 * 86_400
+    audit.write(status=200, who="anna", what="promote")
+    assert [row["what"] for row in rows_of(tmp_path)] == ["push", "promote"]
+    assert len(list(tmp_path.glob("audit-*.jsonl"))) == 1
+    audit.flush()
+    assert [row["what"] for row in rows_of(tmp_path)] == ["promote"]
+
+
+def test_rotation_may_be_left_to_others(tmp_path):
+    audit = Audit(tmp_path / "audit.jsonl", max_bytes=0, clock=Clock())
+    for number in range(3):
+        audit.write(status=200, who="anna", what="push", subject=str(number))
+        (tmp_path / "audit.jsonl").rename(tmp_path / f"audit-{number}.jsonl")
+    audit.flush()
+    assert [row["subject"] for row in rows_of(tmp_path)] == ["0", "1", "2"]

@@ -19,6 +19,7 @@ from serve.models.hardware import FUSED
 from serve.models.host import Host
 from serve.server.doctor import Finding, Machine, examine, worst
 from serve.server.launch import own
+from tests.support import identity
 
 REQUIREMENTS = (
     "typer>=0.15",
@@ -350,3 +351,14 @@ def test_a_wrong_setting_is_a_sentence(tmp_path):
 
     asked = CliRunner().invoke(app, ["doctor", "--prot", "1"])
     assert isinstance(asked.exception, ConfigError) and "--port" in str(asked.exception)
+
+
+def test_the_keys_of_the_identity_provider_are_read(machine, config):
+    with identity.running() as provider:
+        asked = replace(config, oidc_issuer=provider.issuer, oidc_audience=("loradock",))
+        (found,) = [finding for finding in examine(asked, machine) if finding.name == "identity provider"]
+        assert (found.status, found.detail) == ("ok", f"{provider.issuer}, 2 keys")
+        provider.down = True
+        (found,) = [finding for finding in examine(asked, machine) if finding.name == "identity provider"]
+        assert found.status == "problem" and "status 500" in found.detail and "--oidc-jwks" in found.advice
+    assert not [finding for finding in examine(config, machine) if finding.name == "identity provider"]

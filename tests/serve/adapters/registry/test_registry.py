@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -555,3 +556,20 @@ def test_current_versions_are_those_that_get_traffic_and_the_newest(registry):
     push(registry, "poet", 9)
     current = {(adapter.name, adapter.version) for adapter in registry.current()}
     assert current == {("pirate", 1), ("pirate", 2), ("pirate", 3), ("pirate", 5), ("poet", 1)}
+
+
+def test_a_long_history_keeps_its_latest_changes_and_the_others_go_to_a_file(registry, tmp_path):
+    for name in ("pirate", "tone"):
+        push(registry, name, 1)
+    for number in range(40):
+        registry.tag("pirate", 1, [str(number)], by="anna")
+    whole, stamp = registry.history("pirate"), registry.stamp()
+    archive = tmp_path / "history.jsonl"
+    moved = registry.rotate_history(10, archive)
+    assert moved == len(whole) - 10 and registry.history("pirate") == whole[-10:] and registry.history("tone")
+    lines = [json.loads(line) for line in archive.read_text().splitlines()]
+    assert [(line["what"], line["when"], line["label"]) for line in lines] == [
+        (row["what"], row["when"], row["label"]) for row in whole[:-10]
+    ]
+    assert {line["name"] for line in lines} == {"pirate"} and registry.stamp() == stamp
+    assert registry.rotate_history(10, archive) == 0 and stat.S_IMODE(archive.stat().st_mode) == 0o600

@@ -8,7 +8,7 @@ import pytest
 
 from serve.adapters.registry.registry import Registry
 from serve.errors import BadRequest, Conflict, NotFound, QuotaExceeded
-from serve.jobs.batches.batch_rows import Answer, BatchRows
+from serve.jobs.batches.batch_rows import Answer, BatchRows, Part
 from serve.jobs.batches.file_rows import FileRows
 from serve.jobs.batches.objects import Batch, Limits, LineError, Status, StoredFile, Usage
 
@@ -109,7 +109,7 @@ def test_a_tenant_keeps_so_many_files_and_bytes(files):
     files.add(stored("file-3"))
     files.add(stored("file-4", nbytes=0))
     with pytest.raises(QuotaExceeded, match="3 are the most"):
-        files.check_quota("acme", 0)
+        files.check_count("acme")
     assert files.totals() == (4, 120) and files.ids() == {"file-1", "file-2", "file-3", "file-4"}
 
 
@@ -164,32 +164,23 @@ def test_one_server_at_a_time_has_a_batch_until_its_claim_ends(servers, clock):
     assert two.claim("batch_1", 30), "a server that is alone takes every claim back"
 
 
-def test_a_line_is_answered_once_and_by_the_server_with_the_claim(servers, clock):
+def test_an_answer_counts_only_with_the_claim_and_with_its_part(servers, clock):
     one, two = servers
     running(one)
-    assert one.record("batch_1", answer(2, text="first")) and one.record("batch_1", answer(2, text="second"))
-    assert not two.record("batch_1", answer(1))
+    assert one.record("batch_1", answer(2), "part", 10) and not two.record("batch_1", answer(1), "another", 10)
     clock.now += 31
     two.claim("batch_1", 30)
-    assert not one.record("batch_1", answer(1)), "its claim is another's by now"
-    assert two.record("batch_1", answer(1, completed=False, text="wrong"))
+    assert not one.record("batch_1", answer(1), "part", 20), "its claim is another's by now"
+    assert two.record("batch_1", answer(1, completed=False), "second", 12)
+    assert two.record("batch_1", answer(3), "second", 24)
     batch = two.get("acme", "batch_1")
-    assert (batch.total, batch.completed, batch.failed, batch.usage) == (3, 1, 1, Usage(6, 2, 4))
-    assert two.answered("batch_1") == {1, 2}
-    assert list(two.answers("batch_1", completed=True)) == ["first"]
-    assert list(two.answers("batch_1", completed=False)) == ["wrong"]
-
-
-def test_many_answers_are_read_in_the_order_of_the_input(rows):
-    running(rows, total=120)
-    for line in reversed(range(1, 121)):
-        rows.record("batch_1", answer(line, text=str(line)))
-    assert list(rows.answers("batch_1", completed=True)) == [str(line) for line in range(1, 121)]
+    assert (batch.total, batch.completed, batch.failed, batch.usage) == (3, 2, 1, Usage(9, 3, 6))
+    assert two.parts("batch_1") == [Part("batch_1", "acme", "part", 10), Part("batch_1", "acme", "second", 24)]
 
 
 def test_a_finished_batch_has_its_files_and_no_answers_in_the_database(rows, files):
     running(rows)
-    rows.record("batch_1", answer(1))
+    rows.record("batch_1", answer(1), "part", 10)
     assert rows.finalizing("batch_1").status is Status.FINALIZING
     output = stored("file-out", purpose="batch_output")
     assert rows.finish("batch_1", Status.EXPIRED, 2, output, None)
@@ -197,7 +188,7 @@ def test_a_finished_batch_has_its_files_and_no_answers_in_the_database(rows, fil
     assert (batch.status, batch.output_file, batch.error_file) == (Status.EXPIRED, "file-out", None)
     assert (batch.completed, batch.failed) == (1, 2)
     assert set(batch.times) == {"in_progress", "finalizing", "expired"}
-    assert files.get("acme", "file-out") == output and rows.answered("batch_1") == set()
+    assert files.get("acme", "file-out") == output and rows.parts("batch_1") == []
     assert not rows.finish("batch_1", Status.COMPLETED, 0, None, None), "it is at its end"
     assert rows.open() == []
 

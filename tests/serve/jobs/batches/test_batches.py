@@ -367,7 +367,7 @@ async def test_a_restart_goes_on_where_the_server_stopped(connect, config, sdk, 
     async with connect(config, held) as client:
         id = await begun(sdk(client), *rows)
         assert await settled(lambda: held.answered.total() == 10 and held.asked.total() == 14)
-        assert await settled(lambda: len(parts_of(client).batches.rows.answered(id)) == 10)
+        assert await settled(lambda: parts_of(client).batches.rows.get("default", id).completed == 10)
         # As after a kill: the claim is still there.
         parts_of(client).batches.rows.release = lambda id=None: None
     again = HeldBackend(str(tiny_model))
@@ -464,3 +464,61 @@ async def test_changes_are_audited_with_the_id_and_without_the_content(client, s
     await ended(ai, id)
     log = (config.data_dir / "audit.jsonl").read_text()
     assert '"what": "upload_file"' in log and '"what": "create_batch"' in log and id in log and "cabbage" not in log
+
+
+async def test_a_batch_ends_at_its_tenants_quota_with_the_lines_that_were_answered(connect, config, sdk, held):
+    async with connect(replace(config, batch_tenant_bytes=40_000), held) as client:
+        ai = sdk(client)
+        batch = await ended(ai, await begun(ai, *(request(f"q{number}", user=f"q{number}") for number in range(150))))
+        assert batch.status == "failed" and 0 < batch.request_counts.completed < 150
+        assert batch.request_counts.completed + batch.request_counts.failed == 150
+        (error,) = batch.errors.data
+        assert error.code == "quota_exceeded" and "pass its 40000: delete some" in error.message
+        answers = await read(ai, batch.output_file_id)
+        assert len(answers) == batch.request_counts.completed
+        kept = [file.bytes for file in (await ai.files.list()).data]
+        assert sum(kept) <= 40_000
+        ledger = parts_of(client).store.ledger
+        assert ledger.totals()["default"] == {"files": sum(kept)}, "what was answered is a file, once"
+
+
+async def test_answers_are_no_rows_of_the_registry_while_a_batch_runs(connect, config, sdk, held):
+    held.gate.clear()
+    held.pass_on = 10
+    async with connect(config, held) as client:
+        ai = sdk(client)
+        id = await begun(ai, *(request(f"q{number}", user=f"q{number}") for number in range(12)))
+        assert await settled(lambda: parts_of(client).batches.rows.get("default", id).completed == 10)
+        assert parts_of(client).batches.rows.old_lines(id) == []
+        assert parts_of(client).store.ledger.totals()["default"]["answers"] > 1000
+        held.gate.set()
+        assert (await ended(ai, id)).request_counts.completed == 12
+        assert list((config.data_dir / "files/answers").iterdir()) == []
+
+
+async def test_unfinished_uploads_take_no_more_than_the_tenant_may_keep(connect, config, held):
+    sent_bytes, go_on = [0] * 16, asyncio.Event()
+
+    async with connect(replace(config, batch_tenant_bytes=20 << 20), held) as client:
+
+        async def form(number):
+            yield b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+            for _ in range(17):
+                yield b" " * (1 << 20)
+                sent_bytes[number] += 1 << 20
+            await go_on.wait()
+
+        async def unfinished(number):
+            headers = {"content-type": "multipart/form-data; boundary=x"}
+            return await client.post("/v1/files", content=form(number), headers=headers)
+
+        sending = [asyncio.create_task(unfinished(number)) for number in range(16)]
+        place = config.data_dir / "files/incoming"
+        assert await settled(lambda: sum(task.done() for task in sending) >= 15 or max(sent_bytes) == 17 << 20)
+        assert sum(path.stat().st_size for path in place.iterdir()) <= 20 << 20
+        assert parts_of(client).store.ledger.nbytes("default") <= 20 << 20
+        go_on.set()
+        statuses = [answer.status_code for answer in await asyncio.gather(*sending)]
+        assert set(statuses) <= {400, 429} and statuses.count(429) >= 14
+        assert parts_of(client).store.ledger.totals() == {}

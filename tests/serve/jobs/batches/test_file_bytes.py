@@ -21,7 +21,7 @@ def shared(tmp_path):
 
 
 def contents_of(tmp_path, name="here", shared=None):
-    return FileBytes(tmp_path / name / "files", shared, lambda nbytes: None)
+    return FileBytes(tmp_path / name / "files", shared)
 
 
 def test_what_was_not_kept_is_gone_and_so_is_what_a_kill_left(tmp_path):

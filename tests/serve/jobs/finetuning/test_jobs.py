@@ -243,10 +243,10 @@ async def test_a_full_disk_is_a_sentence(training, sdk, monkeypatch):
         ai = sdk(client)
         file = await sent(ai)
 
-        def full(nbytes):
+        def full(tenant, kind, more=0):
             raise OutOfSpace("the disk has 1 MiB free")
 
-        monkeypatch.setattr(parts_of(client).batches.contents, "check_space", full)
+        monkeypatch.setattr(parts_of(client).store.ledger, "check", full)
         job = await ended(ai, await begun(ai, training_file=file))
         assert (job.status, job.error.code, job.error.message) == (
             "failed", "insufficient_storage", "the disk has 1 MiB free",

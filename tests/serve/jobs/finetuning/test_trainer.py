@@ -6,7 +6,9 @@ import json
 import threading
 from types import SimpleNamespace
 
-from serve.errors import EngineUnavailable
+import pytest
+
+from serve.errors import EngineUnavailable, QuotaExceeded
 from serve.jobs.finetuning import trainer
 from serve.jobs.finetuning.job_folder import JobFolder
 
@@ -33,3 +35,29 @@ def test_last_steps_are_written_down_though_the_server_was_away(tmp_path, monkey
     rows = Rows(failures=2)
     assert trainer.Trainer(rows, None, 1.0).run(job, JobFolder(tmp_path), threading.Event())
     assert rows.steps == [1, 2]
+
+
+def test_a_training_whose_tenant_has_no_room_for_its_checkpoints_ends(tmp_path):
+    """The process would write on; it is the ledger that says how much there may be."""
+    asked = []
+
+    def full(job):
+        asked.append(job)
+        raise QuotaExceeded("this tenant's training has 10 bytes", code="byte_limit_exceeded")
+
+    state = SimpleNamespace(step=0, tokens=0, launches=1, seconds=0.0, settled={"n_epochs": 1})
+    job = SimpleNamespace(id="ftjob-1", state=state)
+
+    class Process:
+        def run(self, folder, stop, look, seconds):
+            look(trainer.WRITE_SECONDS / 2)
+            assert not asked, "not more often than progress is written down"
+            look(trainer.WRITE_SECONDS)
+            raise AssertionError("it goes on")
+
+    rows = Rows(failures=0)
+    rows.launch = lambda id: job
+    training = trainer.Trainer(rows, Process(), 1.0, measure=full)
+    with pytest.raises(trainer.Failed, match="The training was ended: this tenant's training has 10 bytes") as failed:
+        training.run(job, JobFolder(tmp_path), threading.Event())
+    assert failed.value.code == "byte_limit_exceeded"
