@@ -30,6 +30,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from tests.support import identity
 from tests.support.crowd import descriptors
 from tests.support.event_lines import event_lines
 from tests.support.hostile_kinds import CHAT, COMPLETIONS, KINDS, RESPONSES, SAY, Target, bombs, fuzzed
@@ -378,8 +379,10 @@ def staged(folder: Path) -> Iterator[Stage]:
     prepare()
     adapters = trained(*WORDS)
     head = variant(adapters["charlie"], folder / "head", edit=on_head)
-    with Server(folder / "data", folder / "log", *SMALL, "--client-timeout", "10", **KEYS) as server:
-        yield Stage(server, adapters, head)
+    with identity.running() as provider:
+        tokens = ("--oidc-issuer", provider.issuer, "--oidc-audience", identity.AUDIENCE)
+        with Server(folder / "data", folder / "log", *SMALL, *tokens, "--client-timeout", "10", **KEYS) as server:
+            yield Stage(server, adapters, head)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ own request models. The peer on the other side is always a server that the campa
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import random
@@ -480,6 +481,77 @@ PLAIN = json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_module
 @kind("archives that explode")
 async def _(target: Target) -> Outcome:
     return Counter([await upload(target, "bomb", {"lora.zip": packed}) for packed in bombs()])
+
+
+async def unfinished(target: Target, path: str, key: str, field: str) -> str:
+    """A form of 64 MiB that stops after some."""
+    form = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="adapter_model.safetensors"\r\n\r\n'
+    lines = (f"Content-Length: {64 << 20}", "Content-Type: multipart/form-data; boundary=x")
+    head = target.head(path, False, *lines, f"Authorization: Bearer {key}") + b"\r\n"
+    return await target.raw(head, form.encode(), *[b" " * (1 << 20)] * 4, wait=1.0)
+
+
+@kind("sixteen adapters and files that never end")
+async def _(target: Target) -> Outcome:
+    ways = (("/v1/adapters", target.manager, "files"), ("/v1/files", target.key, "file"))
+    return Counter(await asyncio.gather(*[unfinished(target, *way) for way in ways * 8]))
+
+
+@kind("batches whose answers are long")
+async def _(target: Target) -> Outcome:
+    body = {"model": "smollm2", "prompt": "word " * 200, "prompt_logprobs": 20, "max_tokens": 1}
+    lines = [{"custom_id": str(n), "method": "POST", "url": COMPLETIONS, "body": body} for n in range(4)]
+    data = "\n".join(map(json.dumps, lines)).encode()
+    headers, counted = {"authorization": f"Bearer {target.key}"}, Counter[str]()
+    try:
+        form = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", data)}}
+        sent = await target.http.post("/v1/files", headers=headers, **form)
+        counted[str(sent.status_code)] += 1
+        asked = {"input_file_id": sent.json().get("id"), "endpoint": COMPLETIONS, "completion_window": "1h"}
+        made = await target.http.post("/v1/batches", json=asked, headers=headers)
+        counted[str(made.status_code)] += 1
+        await asyncio.sleep(0.5)
+        if made.is_success:
+            await target.http.post(f"/v1/batches/{made.json()['id']}/cancel", headers=headers)
+    except httpx.TimeoutException:
+        counted["late"] += 1
+    except httpx.HTTPError:
+        counted["closed"] += 1
+    return counted
+
+
+@kind("300 refused deletes of one key")
+async def _(target: Target) -> Outcome:
+    lines = (f"Authorization: Bearer {target.manager}", "Content-Length: 0")
+    heads = [target.head(f"/v1/adapters/gone-{n}", False, *lines, method="DELETE") + b"\r\n" for n in range(300)]
+    counted: Outcome = Counter()
+    for at in range(0, 300, 20):
+        counted.update(await asyncio.gather(*[target.raw(head) for head in heads[at : at + 20]]))
+    return counted
+
+
+def tokens() -> list[str]:
+    """Of an identity provider: unsigned, signed with what everybody knows, of unknown keys, too long, and none."""
+
+    def part(value: Any) -> str:
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
+
+    claims = part({"iss": "x", "aud": "loradock", "sub": "x", "exp": BIG, "tenant": "default", "scope": "admin"})
+    heads = [{"alg": "none"}, {"alg": "HS256", "kid": "rsa"}, {"alg": "RS256"}, {"alg": "RS256", "kid": "rsa"}]
+    heads += [{"alg": "RS256", "kid": f"key-{random.getrandbits(64)}"} for _ in range(20)]
+    forged = [f"{part(head)}.{claims}.{signature}" for head in heads for signature in ("", "c2lnbmF0dXJl")]
+    return [
+        *forged,
+        f"{part(heads[3])}.{claims}.{'A' * 100_000}",
+        "eyJ..",
+        "eyJ.e30.e30",
+        part([[]] * 10_000) + ".e30.",
+    ]
+
+
+@kind("forged tokens of an identity provider")
+async def _(target: Target) -> Outcome:
+    return Counter(await asyncio.gather(*[target.post(CHAT, {"messages": SAY}, key=token) for token in tokens()]))
 
 
 @kind("weights that are none")
