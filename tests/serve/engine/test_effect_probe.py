@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import re
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from serve.config import load
-from serve.engine.effect_probe import effect
-from serve.errors import ConfigError
+from serve.drift.probe_comparison import ProbeAnswers, noise_ratio, probe_arrays
+from serve.drift.tolerance import Tolerance
+from serve.engine.effect_probe import FIXED, PROMPTS, Probe, effect
+from serve.errors import AdapterRejected, ConfigError
 from tests.support.app import upload
 
 
@@ -97,15 +104,16 @@ async def test_a_base_that_differs_from_itself_asks_for_more(connect, config, ba
 
     async def noisy(adapter_id, prompts):
         nonlocal calls
-        calls += adapter_id is None
-        noise = 0.4 if adapter_id is None and len(prompts) == 1 else 0.0
+        calls += 1
+        noise = 0.4 * (calls % 3)
         return [{token: value + noise for token, value in one.items()} for one in await probe(adapter_id, prompts)]
 
     monkeypatch.setattr(backend, "probe", noisy)
     async with connect(config) as client:
         refused = await client.post("/v1/adapters", **upload(make_adapter()))
-    assert refused.status_code == 422
-    assert "0.8000 is needed" in refused.json()["error"]["message"]
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (422, "no_effect")
+    assert float(re.search(r"and ([0-9.]+) is needed", error["message"])[1]) > 0.08
 
 
 async def test_a_small_effect_is_held_against_what_the_base_differs_by_beside_traffic(
@@ -122,13 +130,74 @@ async def test_a_small_effect_is_held_against_what_the_base_differs_by_beside_tr
     backend.effects |= {"empty": 0.0, "weak": 0.3}
     refused = await client.post("/v1/adapters", **upload(make_adapter(0), name="empty"))
     assert (refused.status_code, refused.json()["error"]["code"]) == (422, "no_effect"), "it moved by .15: the traffic"
-    assert "0.3000 is needed" in refused.json()["error"]["message"]
+    backend.effects["weak"] = 0.09
     weak = await client.post("/v1/adapters", **upload(make_adapter(1), name="weak"))
-    assert (weak.status_code, weak.json()["checks"]["effect_needed"]) == (201, 0.3)
+    assert (weak.status_code, weak.json()["checks"]) == (
+        201,
+        {"effect": 0.09, "effect_needed": 0.08, "base_model": backend.model},
+    )
     del asked[:]
     backend.effects["any"] = 0.0
     taken = await client.post("/v1/adapters", **upload(make_adapter(2), name="any", probe="false"))
     assert taken.status_code == 201 and None not in asked, "whoever takes any adapter need not know the noise"
+
+
+class Rounding:
+    """An engine whose logits step by .125 and are `sigma` off, in every reading otherwise; adapters by their effect."""
+
+    def __init__(self, sigma, seed):
+        self.random = random.Random(seed)
+        self.sigma = sigma
+        self.true = {prompt: [-abs(self.random.gauss(2, 2)) for _ in range(20)] for prompt in (*PROMPTS, *FIXED)}
+        self.signs = {prompt: [self.random.choice((-1, 1)) for _ in range(20)] for prompt in self.true}
+        self.backend = self
+
+    @asynccontextmanager
+    async def lease(self, *_, **__):
+        yield SimpleNamespace(watched=lambda watch: nullcontext())
+
+    async def probe(self, adapter_id, prompts):
+        moves = float(adapter_id or 0)
+        return [
+            {
+                token: value + moves * self.signs[prompt][token] + self.random.gauss(0, self.sigma)
+                for token, value in enumerate(self.true[prompt])
+            }
+            for prompt in prompts
+        ]
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.02, 0.05, 0.1])
+async def test_rounding_neither_refuses_faint_adapters_nor_takes_empty_ones(sigma):
+    wrong = {"0.13": 0, "0.3": 0, "0": 0}
+    for seed in range(100):
+        probe = Probe(Rounding(sigma, seed), min_effect=0.08)
+        await probe.start()
+        for moves in wrong:
+            try:
+                await probe.judge(moves, Path())
+            except AdapterRejected:
+                wrong[moves] += moves != "0"
+            else:
+                wrong[moves] += moves == "0"
+    assert not any(wrong.values()), wrong
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1])
+async def test_rounding_is_no_drift_and_a_version_that_changed_is(sigma):
+    false = missed = 0
+    for seed in range(100):
+        engine = Rounding(sigma, seed)
+        probe = Probe(engine)
+        await probe.start()
+        first, again, changed = [
+            ProbeAnswers(await engine.probe(moves, FIXED), await engine.probe(None, FIXED), probe.noise)
+            for moves in ("0.2", "0.2", "0.9")
+        ]
+        kept = probe_arrays(first, probe.noise)
+        false += noise_ratio(kept, again, probe.noise) > Tolerance().probe
+        missed += noise_ratio(kept, changed, probe.noise) <= Tolerance().probe
+    assert (false, missed) == (0, 0)
 
 
 def test_the_effect_is_a_mean_and_a_token_that_fell_out_of_the_list_counts_as_its_end():
