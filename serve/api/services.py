@@ -391,6 +391,10 @@ class Services:
         sampled = self._logprob_sampling.sampled(gathering=self.drift_monitor.lacks_logprobs(adapter))
         return sampled or self.canary_monitor.wants_logprobs(adapter)
 
+    def withholds(self, adapter: str) -> bool:
+        """What it answers is shown to clients past its guard alone."""
+        return policy_for(self.config.policies, adapter).guard.withholds
+
     def say(self, adapter: str) -> Say:
         """Whose requests and ratings decide what becomes of its versions."""
         return policy_for(self.config.policies, adapter).verdicts

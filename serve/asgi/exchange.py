@@ -174,6 +174,8 @@ class Watch:
     sequences: list[Generating] = field(default_factory=list)
     # What sends the tokens of its one sequence, if it is a plain stream.
     fast_stream: FastStream | None = None
+    # Gets each prompt before anything is computed for it (None: one that is no tokens), and may refuse it by raising.
+    gate: Callable[[Sequence[int] | None], None] | None = None
 
     def read(self) -> tuple[Generation, ...]:
         """What the engine has made until now, whether or not anybody got it."""

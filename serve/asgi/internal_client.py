@@ -6,7 +6,7 @@ The request has none of a client's headers, so no key, no priority and no rank o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.asgi.cancellation import CancellableCall
-from serve.asgi.exchange import Watch
+from serve.asgi.exchange import Watch, watching
 from serve.errors import EngineUnavailable, LoradockError
 
 _encode = msgspec.json.Encoder().encode
@@ -83,6 +83,23 @@ async def post(
     with lease.watched(watch), engine.alarm(call.cut):
         await call.run(engine.backend.app, _scope(path, body))
     return answer
+
+
+async def render(
+    engine: AnsweringEngine, path: str, fields: Mapping[str, Any], gate: Callable[[Sequence[int] | None], None]
+) -> None:
+    """Have the engine's app prepare a request: `gate` gets each prompt, and raises, so that nothing is computed.
+
+    What the app does not take comes to no prompt.
+    """
+    body = _encode(fields)
+    call = CancellableCall(_receiving(body), RecordedAnswer(0).send, engine.failing)
+    token = watching.set(Watch(background=True, gate=gate))
+    try:
+        with engine.alarm(call.cut):
+            await call.run(engine.backend.app, _scope(path, body))
+    finally:
+        watching.reset(token)
 
 
 def _receiving(body: bytes) -> Receive:

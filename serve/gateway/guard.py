@@ -13,9 +13,8 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Any
 
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -23,12 +22,13 @@ from prometheus_client.registry import Collector
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Send
 
-from serve.asgi.exchange import Generation, Watch
+from serve.asgi.exchange import Watch
 from serve.auth.auth import Caller, Scope
 from serve.engine.engine import LOW_PRIORITY
 from serve.engine.payer import Cause, Payer
 from serve.errors import BadRequest, LoradockError, TooLarge
 from serve.gateway.moderation import Moderator
+from serve.gateway.reading import Reading
 from serve.rollout.policy import COUNT, REFUSE, Guard
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,6 @@ MAX_HELD = 16 << 20
 AT_ONCE = 8
 # Adapters with series of their own, about; the rest are counted as `other`.
 MAX_SERIES = 1000 * len(RESULTS)
-# Fields of a request that hold what the model reads.
-_READ = ("messages", "prompt", "input", "instructions", "system", "suffix", "documents", "query", "tools")
 # The guard is the operators' choice: its name means what it means to tenant `default`.
 _CALLER = Caller("guard", frozenset({Scope.INFERENCE, Scope.ADMIN}))
 
@@ -62,10 +60,11 @@ class Guards(Collector):
         self,
         adapter: str,
         payer: Payer,
-        fields: Mapping[str, Any],
+        reading: Reading,
         watch: Watch,
         send: Send,
         wanted: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        background: bool = False,
     ) -> AsyncIterator[Send]:
         """Where the answer to a request goes; BadRequest before the block, or at its end, for one that is refused.
 
@@ -74,19 +73,17 @@ class Guards(Collector):
         `wanted()` ends what it is entered for once the client does not wait any more.
         """
         guard = self._guard_of(adapter)
-        if guard.answer and guard.action == REFUSE:
-            if fields.get("background"):
-                raise BadRequest(f"answers of {adapter} pass a guard: ask without background", param="background")
-            if _is_unreadable(fields):  # which may be answered in tokens too
-                raise self._unread(adapter)
+        if guard.answer and guard.action == REFUSE and background:
+            raise BadRequest(f"answers of {adapter} pass a guard: ask without background", param="background")
         flags = []
         if guard.prompt:
             async with wanted():
-                flags += [PROMPT] if await self.check_prompt(adapter, payer, fields) else []
+                flags += [PROMPT] if await self.check_prompt(adapter, payer, reading) else []
+            watch.gate = self.gate(adapter, reading)
         if not guard.answer or guard.action == COUNT:
             yield _Held(send, flags).pass_on if flags else send
             if guard.answer:
-                self._look_later(adapter, payer, watch.read())
+                self._look_later(adapter, payer, reading.said(watch.read()))
             return
         held = _Held(send, flags)
         yield held.hold
@@ -94,27 +91,37 @@ class Guards(Collector):
             return  # its client has left
         if held.status == 200:
             async with wanted():
-                flags += [ANSWER] if await self.check_answer(adapter, payer, watch.read()) else []
+                flags += [ANSWER] if await self.check_answer(adapter, payer, reading.said(watch.read())) else []
         await held.release()
 
-    async def check_prompt(self, adapter: str, payer: Payer, fields: Mapping[str, Any], *, priority: int = 0) -> bool:
+    def watch_over(self, adapter: str) -> bool:
+        """Its prompts or answers are looked at."""
+        return bool(self._guard_of(adapter))
+
+    def gate(self, adapter: str, reading: Reading) -> Callable[[Sequence[int] | None], None] | None:
+        """What refuses prompts that the guard has not seen, where it is to refuse."""
+        guard = self._guard_of(adapter)
+        return reading.gate if guard.prompt and guard.action == REFUSE else None
+
+    async def check_prompt(self, adapter: str, payer: Payer, reading: Reading, *, priority: int = 0) -> bool:
         """The request is flagged, and passes nevertheless; BadRequest, if it is refused."""
         guard = self._guard_of(adapter)
         if not guard.prompt:
             return False
-        text = "\n".join(_texts([fields.get(name) for name in _READ]))
-        readable = None if _is_unreadable(fields) else text
-        return await self._judged(adapter, payer, PROMPT, guard.prompt, readable, priority)
+        refuses = guard.action == REFUSE
+        try:
+            text = await reading.text()
+        except LoradockError as error:
+            log.warning("a request to %s was not rendered for its guard: %s", adapter, error)
+            if refuses:
+                raise
+            return False
+        return await self._judged(adapter, payer, PROMPT, guard.prompt, text, priority)
 
-    async def check_answer(
-        self, adapter: str, payer: Payer, generations: Sequence[Generation], *, priority: int = 0
-    ) -> bool:
+    async def check_answer(self, adapter: str, payer: Payer, said: str, *, priority: int = 0) -> bool:
         """One of the answers is flagged, and they pass nevertheless; BadRequest, if they are refused."""
         guard = self._guard_of(adapter)
-        text = "\n".join(generation.text for generation in generations if generation.text)
-        if not guard.answer:
-            return False
-        return await self._judged(adapter, payer, ANSWER, guard.answer, text, priority)
+        return bool(guard.answer) and await self._judged(adapter, payer, ANSWER, guard.answer, said, priority)
 
     async def close(self) -> None:
         """Break off what is looked at."""
@@ -163,17 +170,17 @@ class Guards(Collector):
     def _unread(self, adapter: str) -> BadRequest:
         return BadRequest(f"{adapter} has a guard, which reads text alone: send the prompt as text")
 
-    def _look_later(self, adapter: str, payer: Payer, generations: Sequence[Generation]) -> None:
+    def _look_later(self, adapter: str, payer: Payer, said: str) -> None:
         if len(self._looking) >= AT_ONCE:
             self._count(adapter, ANSWER, SKIPPED)
             return
-        task = asyncio.create_task(self._look(adapter, payer, generations))
+        task = asyncio.create_task(self._look(adapter, payer, said))
         self._looking.add(task)
         task.add_done_callback(self._looking.discard)
 
-    async def _look(self, adapter: str, payer: Payer, generations: Sequence[Generation]) -> None:
+    async def _look(self, adapter: str, payer: Payer, said: str) -> None:
         try:
-            await self.check_answer(adapter, payer, generations, priority=LOW_PRIORITY)
+            await self.check_answer(adapter, payer, said, priority=LOW_PRIORITY)
         except Exception:  # nobody waits for this task: its errors end here
             log.exception("an answer of %s was not looked at", adapter)
 
@@ -217,35 +224,3 @@ class _Held:
     async def release(self) -> None:
         for message in self._messages:
             await self.pass_on(message)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in it, at any depth."""
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict):
-            pending.extend(reversed([part for name, part in item.items() if name not in ("role", "type")]))
-        elif isinstance(item, list):
-            pending.extend(reversed(item))
-
-
-def _is_unreadable(fields: Mapping[str, Any]) -> bool:
-    """The prompt did not come as text."""
-    if any(fields.get(name) is not None for name in ("prompt_embeds", "token_ids", "prompt_token_ids")):
-        return True
-    return _has_tokens(fields.get("prompt"), fields.get("input"))
-
-
-def _has_tokens(*values: Any) -> bool:
-    """A prompt came as token ids."""
-    pending = [value for value in values if isinstance(value, list)]
-    while pending:
-        for item in pending.pop():
-            if isinstance(item, int):
-                return True
-            if isinstance(item, list):
-                pending.append(item)
-    return False

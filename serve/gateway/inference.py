@@ -34,6 +34,7 @@ from serve.engine.payer import Cause, Payer
 from serve.errors import BadRequest, ClientLeft, ClientTooSlow, LoradockError
 from serve.gateway.fan_out import FanOut, RequestBounds
 from serve.gateway.guard import Guards
+from serve.gateway.reading import Reading
 from serve.gateway.request import (
     COUNTS_TOKENS,
     INVOCATIONS,
@@ -191,7 +192,13 @@ class Inference:
             yield send
             return
         name, watch = self._router.name_of(request.model, caller), answering.tap.watch
-        async with self._guards.over(name, payer, request.fields, watch, send, answering.wanted) as guarded:
+        if not self._guards.watch_over(name):
+            yield send
+            return
+        base = self._router.base_of(request.model, caller)
+        reading = Reading(base, path, request.unanswered(path, base.name, caller.tenant))
+        background = bool(request.fields.get("background"))
+        async with self._guards.over(name, payer, reading, watch, send, answering.wanted, background) as guarded:
             yield guarded
 
     async def _answer_leased(self, scope: Scope, answering: _Answering) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from serve.engine.engine import LOW_PRIORITY
 from serve.engine.payer import Cause, Payer
 from serve.errors import EngineUnavailable
 from serve.gateway.fan_out import FanOut, RequestBounds
+from serve.gateway.reading import Reading
 from serve.gateway.request import InferenceRequest
 from serve.gateway.router import Router
 
@@ -39,21 +41,38 @@ class InternalRequests:
     def __init__(self, router: Router, meters: Meters, bounds: RequestBounds) -> None:
         self._router, self._meters, self._bounds = router, meters, bounds
 
+    def reading(self, caller: Caller, path: str, request: InferenceRequest) -> Reading:
+        """What an engine would read of it."""
+        base = self._router.base_of(request.model, caller)
+        return Reading(base, path, request.unanswered(path, base.name, caller.tenant))
+
+    def special_tokens(self, caller: Caller, model: str | None) -> frozenset[str]:
+        """Those of the base behind what a name means to a caller; NotFound."""
+        return self._router.base_of(model, caller).backend.special_tokens
+
     def payer(self, caller: Caller, cause: Cause) -> Payer:
         """Whoever asks, with their key's meter."""
         return Payer.of(caller, cause, self._meters)
 
     async def ask(
-        self, caller: Caller, path: str, request: InferenceRequest, *, payer: Payer, limit: int, priority: int = 0
+        self,
+        caller: Caller,
+        path: str,
+        request: InferenceRequest,
+        *,
+        payer: Payer,
+        limit: int,
+        priority: int = 0,
+        gate: Callable[[Sequence[int] | None], None] | None = None,
     ) -> InternalAnswer:
         """The answer, be it an error's; a body above `limit` bytes is None. LoradockErrors for what came to none.
 
-        It counts as a request of the caller's key, and its tokens are charged to `payer`.
+        It counts as a request of the caller's key; its tokens are charged to `payer`, and `gate` may refuse prompts.
         RateLimited, Overloaded and EngineUnavailable say when to come again; BrokeOff is of an engine that died.
         """
         fan_out = FanOut.of(path, request.fields, len(request.body))
         fan_out.check(self._bounds.of(caller.limits))
-        watch = Watch(background=priority >= LOW_PRIORITY, tools=bool(request.fields.get("tools")))
+        watch = Watch(background=priority >= LOW_PRIORITY, tools=bool(request.fields.get("tools")), gate=gate)
         fields = {**request.fields, "priority": priority}
         began, started = time.time(), time.perf_counter()
         meter = self._meters.of(caller.key, caller.limits)

@@ -13,6 +13,7 @@ import msgspec
 
 from serve.auth.auth import Caller
 from serve.engine.payer import Payer
+from serve.engine.plain_text import quoted
 from serve.errors import BadRequest, EngineUnavailable, NotFound
 from serve.gateway.internal_request import InternalAnswer, InternalRequests
 from serve.gateway.request import InferenceRequest
@@ -69,6 +70,7 @@ class Moderator:
         if len(text) > MAX_TEXT:
             raise BadRequest(f"a text to moderate has up to {MAX_TEXT} characters, not {len(text)}", param="input")
         asked = self._named(model)
+        text = quoted(text, self._requests.special_tokens(caller, asked))
         fields = {
             "model": asked,
             "messages": [{"role": "user", "content": self._question(text)}],

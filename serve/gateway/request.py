@@ -61,6 +61,8 @@ NOTHING_KEPT = (
 )
 # OpenRouter's: names in the order in which they are tried.
 MAX_MODELS = 8
+# Fields that say how to answer, and nothing of what is read.
+_ANSWERING = ("priority", "models", "stream", "stream_options", "background", "store", "request_id", "cache_salt")
 _FRAMING = (b"content-length", b"transfer-encoding")
 _LOOKED_INTO = {
     "structured_outputs": (dict, "an object such as {'regex': '...'}"),
@@ -146,6 +148,14 @@ class InferenceRequest:
         own = {name: value for name, value in self.fields.items() if name not in ("priority", "models")}
         fields = {**own, **changes}
         return self.fields if fields == self.fields else fields
+
+    def unanswered(self, path: str, base: str, tenant: str) -> dict[str, Any]:
+        """The fields with the base model's name, so that the engine's app renders what any adapter of it would read."""
+        previous = self.fields.get("previous_response_id")
+        if path == RESPONSES and isinstance(previous, str):
+            check_response_owner(previous, tenant)
+        fields = {name: value for name, value in self.fields.items() if name not in _ANSWERING}
+        return {**fields, "model": base} | ({"store": False} if path == RESPONSES else {})
 
     def replay(self, scope: Scope, receive: Receive, fields: dict[str, Any]) -> tuple[Scope, Receive]:
         """The same request with these fields."""

@@ -47,6 +47,11 @@ class Guard:
     def __bool__(self) -> bool:
         return bool(self.prompt or self.answer)
 
+    @property
+    def withholds(self) -> bool:
+        """What it would refuse is shown to no client: so nothing is that it has not looked at."""
+        return bool(self) and self.action == REFUSE
+
 
 @dataclass(frozen=True, slots=True)
 class Say:

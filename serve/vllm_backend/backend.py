@@ -88,6 +88,7 @@ class VLLMBackend:
         self._seats = 0
         self.weights = ""  # what is multiplied, in words, known once it has started
         self._probes = itertools.count(1)
+        self._special: frozenset[str] | None = None
 
     @property
     def max_lora_rank(self) -> int:
@@ -382,6 +383,19 @@ class VLLMBackend:
         if not answers:
             raise EngineUnavailable("the engine did not answer while it measured an adapter; retry shortly")
         return answers[-1]
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """What the tokenizer takes for one token wherever it stands in a text: ends of turns and the like."""
+        if self._special is None:
+            tokenizer: Any = self._engine().get_tokenizer()
+            self._special = frozenset({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        return self._special
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, of special ones too."""
+        tokenizer: Any = self._engine().get_tokenizer()
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     async def log_stats(self) -> None:
         await self._engine().do_log_stats()

@@ -9,6 +9,7 @@ import logging
 from copy import copy
 from typing import Any, cast
 
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.logprobs import LogprobsProcessor
@@ -17,6 +18,7 @@ from vllm.v1.metrics.stats import RequestStateStats
 
 from serve.asgi.exchange import Generation, Parameters, watching
 from serve.asgi.fast_stream import FastStream
+from serve.errors import LoradockError
 from serve.vllm_backend.sampling_parameters import parameters_of
 from serve.vllm_backend.step_times import StepTimes
 
@@ -39,8 +41,13 @@ class Outputs(OutputProcessor):
     counts_drafts = False
 
     def add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        super().add_request(request, *args, **kwargs)
         watch = watching.get()
+        if watch is not None and watch.gate is not None:
+            try:
+                watch.gate(request.prompt_token_ids if request.prompt_embeds is None else None)
+            except LoradockError as error:
+                raise VLLMValidationError(error.message) from error
+        super().add_request(request, *args, **kwargs)
         state = cast(Any, self.request_states.get(request.request_id))
         if state is None or hasattr(state, "background"):
             return

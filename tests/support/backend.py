@@ -16,7 +16,21 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serve.asgi.exchange import Generation, watching
-from serve.errors import AdapterRejected, ConfigError, Conflict
+from serve.errors import AdapterRejected, ConfigError, Conflict, LoradockError
+
+# Fields that say how to answer.
+UNREAD = (
+    "model",
+    "priority",
+    "cache_salt",
+    "request_id",
+    "stream",
+    "stream_options",
+    "store",
+    "background",
+    "max_tokens",
+    "previous_response_id",
+)
 
 
 @dataclass
@@ -73,6 +87,8 @@ class FakeBackend:
         self.usage: dict[str, int] | None = None
         # What the engine made of each request.
         self.generation = Generation([1, 2, 3], [4, 5], "stop", queue=0.01, gap=0.02, worst_gap=0.03)
+        # What it stored, by the response's id.
+        self.responses: dict[str, str] = {}
         # Tokens that it computed, whoever asked and whether or not anybody watched.
         self.computed = 0
         self.generate: Callable[[dict[str, Any]], Generation] | None = None
@@ -160,6 +176,13 @@ class FakeBackend:
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         body = await request.json() if scope["method"] == "POST" else {}
+        if (watch := watching.get()) and watch.gate:
+            try:
+                for prompt in self.rendered(body):
+                    watch.gate(prompt)
+            except LoradockError as error:
+                await JSONResponse(error.body(), status_code=error.status)(scope, receive, send)
+                return
         self.bodies.append(body)
         self.paths.append(scope["path"])
         self.headers.append(dict(request.headers))
@@ -170,6 +193,19 @@ class FakeBackend:
         if body.get("model") and body["model"] == self.slow:
             await asyncio.Event().wait()
         await self._answer(body)(scope, receive, send)
+
+    special_tokens = frozenset({"<|im_end|>", "<|im_start|>"})
+
+    def rendered(self, body: dict[str, Any]) -> list[list[int] | None]:
+        """Its prompts, a character a token: whatever is in the body and says nothing of how to answer."""
+        if body.get("prompt_embeds"):
+            return [None]
+        said = {name: value for name, value in sorted(body.items()) if name not in UNREAD}
+        earlier = self.responses.get(str(body.get("previous_response_id")), "")
+        return [[ord(letter) for letter in json.dumps(said, ensure_ascii=False) + earlier]]
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return "".join(map(chr, tokens))
 
     def _answer(self, body: dict[str, Any]) -> Response:
         model = body.get("model")

@@ -110,7 +110,7 @@ async def replay_version(
     with parts.captures.datasets.alone("replay", caller.tenant):
         replayed, refused = await _replayed(parts, request, caller, version, live, body)
     return {"object": "replay", "name": name, "version": number, "against": body.against} | await asyncio.to_thread(
-        report, replayed, refused, body.examples
+        report, replayed, refused, 0 if parts.withholds(version.name) else body.examples
     )
 
 

@@ -106,7 +106,7 @@ async def golden_results(
 ) -> dict[str, Any]:
     """Scores by version, how a canary does, and each case of one `version` (default: the live one).
 
-    What was answered is shown to the adapter's own tenant alone.
+    What was answered is shown to the adapter's own tenant alone; of an adapter whose guard refuses answers, to nobody.
     """
     full = owned(parts, name, caller)
     described = await _described(parts, name, full)
@@ -118,7 +118,7 @@ async def golden_results(
     answer["canary"] = parts.golden.verdicts.report(full)
     if asked is None:
         return answer
-    own = caller.tenant == tenant_of(full)
+    own = caller.tenant == tenant_of(full) and not parts.withholds(full)
     cases = await asyncio.to_thread(parts.golden.results.cases, asked, answers=own)
     return {**answer, "version": asked.version, "running": running, "cases": cases}
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -128,12 +129,16 @@ class LineRunner:
     async def _guarded(self, caller: Caller, path: str, request: InferenceRequest) -> InternalAnswer:
         """The answer, past the guards of the model; BadRequest, if they refuse it or its request."""
         name = self._router.name_of(request.model, caller)
-        payer = self._requests.payer(caller, Cause.BATCH)
-        if self._guards:
-            await self._guards.check_prompt(name, payer, request.fields, priority=LOW_PRIORITY)
-        answer = await self._requests.ask(caller, path, request, payer=payer, limit=MAX_ANSWER, priority=LOW_PRIORITY)
-        if self._guards and answer.recorded.status == 200:
-            await self._guards.check_answer(name, payer, answer.exchange.generations, priority=LOW_PRIORITY)
+        payer, guards = self._requests.payer(caller, Cause.BATCH), self._guards
+        more: dict[str, Any] = {"payer": payer, "limit": MAX_ANSWER, "priority": LOW_PRIORITY}
+        if guards is None or not guards.watch_over(name):
+            return await self._requests.ask(caller, path, request, **more)
+        reading = self._requests.reading(caller, path, request)
+        await guards.check_prompt(name, payer, reading, priority=LOW_PRIORITY)
+        answer = await self._requests.ask(caller, path, request, gate=guards.gate(name, reading), **more)
+        if answer.recorded.status == 200:
+            said = reading.said(answer.exchange.generations)
+            await guards.check_answer(name, payer, said, priority=LOW_PRIORITY)
         return answer
 
     def _caller(self, key: str, tenant: str) -> Caller:

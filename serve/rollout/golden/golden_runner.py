@@ -20,6 +20,7 @@ from serve.asgi.internal_client import post
 from serve.engine.engine import LOW_PRIORITY
 from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause, Payer
+from serve.engine.plain_text import quoted
 from serve.engine.supervisor import Supervisor
 from serve.errors import NotFound
 from serve.names import shown
@@ -115,7 +116,9 @@ class GoldenRunner:
             model = self.judge(judge, tenant)
         except NotFound as missing:
             return CaseScore(None, f"the judge {shown(judge.model)} is not there: {missing.message}")
-        question = [{"role": "user", "content": judge.question(asked, answer)}]
+        special = model.base.backend.special_tokens
+        text = judge.question(quoted(asked, special), quoted(answer, special))
+        question = [{"role": "user", "content": text}]
         fields = {"messages": question, "max_tokens": judge.max_tokens, "temperature": 0, "stream": False}
         try:
             reply = await self._ask(model, tenant, CHAT, fields, payer.because(Cause.JUDGE))

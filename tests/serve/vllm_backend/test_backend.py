@@ -31,6 +31,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.scale_out.factories import register_scale_out_api_routers
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -52,7 +53,7 @@ from vllm.v1.worker.utils import request_memory
 
 from serve.asgi.exchange import Parameters, Watch, watching
 from serve.config import engine_options
-from serve.errors import ConfigError, Conflict, EngineUnavailable
+from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable
 from serve.gateway.request import FOREIGN_MODEL_FIELDS, PRIORITY, RANK
 from serve.gateway.tenant_isolation import tenant_salt
 from serve.models import engine_memory, gpus, hardware
@@ -159,6 +160,19 @@ def test_the_longest_wait_is_remembered_and_hidden_log_probabilities_stay_hidden
     state = SimpleNamespace(logprobs_processor=None)
     ask_logprobs(asked, state)
     assert asked.sampling_params.logprobs == 2, "what a client asked for stays as it is"
+
+
+def test_a_prompt_that_is_refused_never_comes_to_the_engine():
+    seen = []
+
+    def gate(prompt):
+        seen.append(prompt)
+        raise BadRequest("not this one")
+
+    watch = Watch(gate=gate)
+    with pytest.raises(VLLMValidationError, match="not this one"):
+        processed(stream=False, watch=watch)
+    assert seen == [[1, 2, 3]] and not watch.sequences
 
 
 def processed(*, stream, logprobs=None, watch=None, n=4, step_times=None, drafts=None):
