@@ -11,7 +11,8 @@ import asyncio
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from contextvars import ContextVar
 from copy import copy
 from multiprocessing.connection import Connection
@@ -31,6 +32,8 @@ MAX_CHOICES = 2_000
 SECONDS = 5.0  # to compile one
 START_SECONDS = 300.0  # until the process that compiles is there
 REMEMBERED = 256  # that were compiled and are not compiled again
+
+FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens")
 
 PATCHES = [
     Patch(
@@ -68,6 +71,29 @@ class Engine(AsyncLLM):
             params.structured_outputs = await self.grammars.compiled(params.structured_outputs)
             _compiled.set(params.structured_outputs)
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+
+    def generate(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        answers = super().generate(prompt, sampling_params, *args, **kwargs)
+        return answerable(answers, sampling_params) if forbidden_by(sampling_params) else answers
+
+
+def forbidden_by(params: Any) -> list[str]:
+    """What may leave no token at all to an answer that follows a grammar."""
+    return [name for name in FORBIDDING if params.structured_outputs is not None and getattr(params, name)]
+
+
+async def answerable(answers: AsyncGenerator[Any, None], params: Any) -> AsyncGenerator[Any, None]:
+    """vLLM's; VLLMValidationError, a 400, where it ends the request at a token that the grammar does not take."""
+    async with aclosing(answers):
+        async for answer in answers:
+            if any(output.finish_reason == "error" for output in answer.outputs):
+                names = forbidden_by(params)
+                raise VLLMValidationError(
+                    f"{' and '.join(names)} left no token that structured_outputs takes: leave one of them out",
+                    parameter=names[0],
+                )
+            yield answer
 
 
 class Grammars:

@@ -161,3 +161,10 @@ def test_no_grammar_stops_the_house(server: Server):
         status, text = ask(**outputs)
         assert status == 400 and "error" in json.loads(text), (outputs, text[:300])
     assert ask(choice=["yes", "no"])[0] == 200
+
+
+@pytest.mark.parametrize("forbidding", [{"bad_words": ["yes"]}, {"allowed_token_ids": [5]}, {"min_tokens": 4}])
+def test_an_answer_that_no_token_is_left_to_is_a_400(server: Server, forbidding: dict[str, object]):
+    body = {"model": BASE, "prompt": "Say", "max_tokens": 8, "structured_outputs": {"choice": ["yes"]}, **forbidding}
+    answer = server.http.post("/v1/completions", json=body)
+    assert answer.status_code == 400 and "left no token" in answer.json()["error"]["message"]

@@ -186,3 +186,32 @@ async def test_vllms_own_compiler_in_the_process(tmp_path):
                 await grammars.compiled(StructuredOutputsParams(**given))
     finally:
         grammars.close()
+
+
+CHOICE = StructuredOutputsParams(choice=["yes"])
+FORBIDDING = [{"bad_words": ["yes"]}, {"allowed_token_ids": [5]}, {"min_tokens": 4}]
+
+
+async def engine_answers(*reasons: str | None):
+    for reason in reasons:
+        yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)])
+
+
+@pytest.mark.parametrize("forbidding", FORBIDDING)
+async def test_an_answer_that_no_token_is_left_to_is_its_clients_error(forbidding, monkeypatch):
+    """The engine ends it with an error of its own, which was a 500."""
+    engine = object.__new__(structured_outputs.Engine)
+    monkeypatch.setattr(AsyncLLM, "generate", lambda *_, **__: engine_answers(None, "error"))
+    params = SamplingParams(structured_outputs=CHOICE, **forbidding)
+    heard = []
+    with pytest.raises(VLLMValidationError, match=f"{next(iter(forbidding))} left no token"):
+        async for answer in engine.generate("x", params, "id"):
+            heard.append(answer)
+    assert len(heard) == 1
+
+
+async def test_any_other_error_of_the_engine_stays_one(monkeypatch):
+    engine = object.__new__(structured_outputs.Engine)
+    monkeypatch.setattr(AsyncLLM, "generate", lambda *_, **__: engine_answers("error"))
+    for params in (SamplingParams(structured_outputs=CHOICE), SamplingParams(bad_words=["yes"])):
+        assert len([answer async for answer in engine.generate("x", params, "id")]) == 1
