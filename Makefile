@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base gpu gpu-wheels arm64
+.PHONY: help serve test check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base gpu gpu-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -47,8 +47,11 @@ cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 serve
 	@$(BIN)/python -c 'import ray.serve' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
 	@LORADOCK_TEST_RAY=1 $(BIN)/python -m pytest -s tests/e2e/test_cluster.py
 
-hostile: setup-dev ## 90 kinds of hostile requests, 10 s each, beside a victim and an operator: nobody else is disturbed; 25 minutes
+hostile: setup-dev ## 95 kinds of hostile requests, 10 s each, beside a victim and an operator: nobody else is disturbed; 25 minutes
 	@$(BIN)/python -m tests.campaigns.hostile $(ARGS)
+
+front-door: setup-dev ## 20,000 bodies that no honest client sends, to every route: longest stall and memory for each; ARGS='--bodies 2000'
+	@$(BIN)/python -m tests.campaigns.front_door $(ARGS)
 
 grafana-types: setup-dev ## the dashboards against the types that Grafana 11 and 12 publish, by TypeScript (npm); a minute
 	@$(BIN)/python -m tests.campaigns.grafana $(ARGS)

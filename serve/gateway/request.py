@@ -69,6 +69,8 @@ _LOOKED_INTO = {
     "messages": (list, "a list of messages"),
     "tools": (list, "a list of tools"),
 }
+# Each of them is compared with tens of models, one after the other; as many messages as OpenAI takes.
+_ITEMS, MAX_ITEMS = ("messages", "input", "tools"), 2048
 # Longer than any prompt that a text model has room for; images and sound come inside the body too.
 TEXT_BYTES = 4 << 20
 MEDIA_BYTES = 64 << 20
@@ -212,6 +214,11 @@ def _check_kinds(fields: dict[str, Any]) -> None:
         is_none = value is None and (field != "messages" or field not in fields or "prompt" in fields)
         if not is_none and not isinstance(value, kind):
             raise BadRequest(f"{field} takes {what}, not {shown(value, 40)}", param=field)
+    for field in _ITEMS:
+        items = fields.get(field)
+        # Texts and lists of token ids, the inputs of embeddings, have a bound of their own.
+        if isinstance(items, list) and len(items) > MAX_ITEMS and not isinstance(items[0], str | int | list):
+            raise BadRequest(f"{field} holds {len(items)} items, and {MAX_ITEMS} are the most", param=field)
 
 
 def _model_names(fields: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:

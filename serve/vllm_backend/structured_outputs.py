@@ -72,7 +72,6 @@ class Engine(AsyncLLM):
             _compiled.set(params.structured_outputs)
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
-
     def generate(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         answers = super().generate(prompt, sampling_params, *args, **kwargs)
         return answerable(answers, sampling_params) if forbidden_by(sampling_params) else answers

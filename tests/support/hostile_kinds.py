@@ -638,6 +638,31 @@ async def _(target: Target) -> Outcome:
     return Counter(await asyncio.gather(*[target.post(CHAT, body) for _ in range(64)]))
 
 
+asks("wrong items in bulk to /v1/responses", *[{"input": [{}] * n} for n in (300, 2000)], path=RESPONSES)
+asks("wrong messages in bulk", {"messages": [{}] * 2000}, {"messages": [{"role": "user", "content": [{}] * 30_000}]})
+asks(
+    "4 MiB of small values",
+    {"x": [[]] * 1_000_000},
+    {"x": [{}] * 1_000_000},
+    {"x": {f"{i}": 0 for i in range(300_000)}},
+)
+asks(
+    "the largest number of messages with parts",
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}]}] * 2000},
+)
+
+
+@kind("lists of jobs by metadata and deletions of nothing")
+async def _(target: Target) -> Outcome:
+    headers = {"authorization": f"Bearer {target.manager}"}
+    paths = ["/v1/fine_tuning/jobs?metadata[a]=b&limit=1", "/v1/batches?limit=100", "/v1/files"]
+    asked = [("GET", path) for path in paths * 8] + [("DELETE", "/v1/adapters/none")] * 24
+    answers = await asyncio.gather(
+        *[target.http.request(method, path, headers=headers) for method, path in asked], return_exceptions=True
+    )
+    return Counter("closed" if isinstance(answer, BaseException) else str(answer.status_code) for answer in answers)
+
+
 VALUES: list[Any] = [
     None,
     -1,

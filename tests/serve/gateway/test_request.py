@@ -9,7 +9,7 @@ import pytest
 
 from serve.asgi.connection import CONNECTION
 from serve.engine.engine import LOW_PRIORITY
-from serve.gateway.request import FOREIGN_MODEL_FIELDS
+from serve.gateway.request import FOREIGN_MODEL_FIELDS, MAX_ITEMS
 from tests.support.app import CHAT, http, push_two, said, settled
 
 ASKING = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"]
@@ -144,3 +144,13 @@ async def test_a_server_that_keeps_no_responses_says_so_and_how_it_would(client,
     assert (refused.status_code, refused.json()["error"]["param"]) == (404, "previous_response_id")
     assert "VLLM_ENABLE_RESPONSES_API_STORE=1" in refused.json()["error"]["message"]
     assert not backend.bodies
+
+
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), ("/v1/responses", "input"), (CHAT, "tools")])
+async def test_items_that_are_compared_with_many_models_are_bounded(client, backend, path, field):
+    body = {"model": "base", "messages": [], "input": "x"}
+    item = {"role": "user", "content": "x"}
+    assert (await client.post(path, json={**body, field: [item] * MAX_ITEMS})).status_code == 200
+    answer = await client.post(path, json={**body, field: [item] * (MAX_ITEMS + 1)})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    assert len(backend.bodies) == 1
