@@ -100,19 +100,30 @@ def _verdict(verdict: Verdict) -> Row:
 
 
 def _steps(steps: Sequence[Done]) -> list[Row]:
-    rows: list[Row] = [("step", "options", "seconds", "of a processor", "memory, GB")]
+    rows: list[Row] = [("step", "options", "seconds", "CPU seconds", "memory, GB")]
     for done in steps:
         options = {name: value for name, value in done.options.items() if value not in (0, 0.0, [], ())}
         rows.append(
             (
                 done.kind,
-                ", ".join(f"{name} {value}" for name, value in options.items()),
+                ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in options.items()),
                 f"{done.seconds:.0f}",
                 f"{done.notes.get('cpu_seconds', 0):.0f}",
                 f"{done.notes.get('memory', 0) / 1e9:.2f}",
             )
         )
     return rows
+
+
+def _plain(value: Any) -> str:
+    """An option as a recipe has it, and not as Python writes it: `tone, legal` for ("tone", "legal")."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _of_step(done: Done) -> list[str]:
@@ -134,7 +145,7 @@ def _of_step(done: Done) -> list[str]:
         layers = ", ".join(f"{layer} {level}" for layer, level in kept.items())
         lines += ["", f"Layers that kept more bits: {layers}."]
     if (adapters := notes.get("adapters")) and isinstance(adapters, dict):
-        lines += ["", "Adapters: " + "; ".join(f"{name} {what}" for name, what in adapters.items()) + "."]
+        lines += ["", "Adapters: " + "; ".join(f"{name} {_plain(what)}" for name, what in adapters.items()) + "."]
     return lines
 
 

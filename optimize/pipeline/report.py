@@ -46,7 +46,14 @@ def _page(facts: Facts, markdown: str, folder: Path, plots: list[tuple[str, str]
     """The same as a page that needs nothing beside it."""
     body: list[str] = []
     rows: list[str] = []
+    items: list[str] = []
     for line in [*markdown.splitlines(), ""]:
+        if line.startswith("- "):
+            items.append(f"<li>{_inline(line.removeprefix('- '))}</li>")
+            continue
+        if items:
+            body.append("<ul>" + "".join(items) + "</ul>")
+            items = []
         if line.startswith("|"):
             if not line.startswith("|---"):
                 tag = "th" if not rows else "td"

@@ -77,7 +77,8 @@ def _with_defaults(config: Config, base: Base, environ: Mapping[str, str], befor
     # Among equals it serves who came first, as vLLM's default does; probes and shadows wait behind clients.
     engine["scheduling_policy"] = "priority"
     if base.name == EMBEDDED:
-        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+        # Arguments follow their schema, as if every tool were strict: a model this small leaves fields out.
+        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "tool_strict_level": "parameter"}
     engine |= base.engine
     if "max_cpu_loras" not in base.engine:
         engine["max_cpu_loras"] = max(engine["max_cpu_loras"], whole(engine, "max_loras"))

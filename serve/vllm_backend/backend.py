@@ -42,7 +42,7 @@ from serve.vllm_backend import announce, building, first_error, forkserver, gpu_
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.engine_processes import Member, cause_of_death, end, members, processes_of, resident_bytes
 from serve.vllm_backend.output_processor import Outputs
-from serve.vllm_backend.patches import message_errors, response_store, titles
+from serve.vllm_backend.patches import message_errors, response_store, titles, tool_calls
 from serve.vllm_backend.patches.error_translation import answer_unknown_paths, rejecting, sentence
 from serve.vllm_backend.structured_outputs import Engine
 from serve.vllm_backend.vllm_metrics import CpuSteps, Pulse, own_series
@@ -426,6 +426,7 @@ def prepare() -> None:
     """Change in vLLM what the server needs changed and its engines do not; nothing is done twice."""
     structured_outputs.install()
     message_errors.install()
+    tool_calls.install()
 
 
 def _discard(llm: Engine) -> None:

@@ -60,7 +60,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         down, up = _combined("cat", module, having, 0, 1.0, job.seed)
         exactly |= {f"{prefix}.lora_A.weight": down.contiguous(), f"{prefix}.lora_B.weight": up.contiguous()}
     if any(not bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise OptimizeError(f"{method} gives NaN or infinity: look at the adapters {names}")
+        raise OptimizeError(f"{method} gives NaN or infinity: look at the adapters {', '.join(names)}")
     source = Path(job.adapters[names[0]])
     widest = _write(job.folder / "adapters" / options["name"], tensors, adapters[0], source, modules)
     _write(job.folder / "exact" / options["name"], exactly, adapters[0], source, modules)

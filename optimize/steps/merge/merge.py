@@ -143,7 +143,7 @@ def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter], dtype:
     made = wide.to(dtype)
     if not bool(made.isfinite().all()):
         raise OptimizeError(
-            f"merging gives NaN or infinity in {name}: look at the adapters {[a.name for a in adapters]}"
+            f"merging gives NaN or infinity in {name}: look at the adapters {', '.join(a.name for a in adapters)}"
         )
     return made
 
