@@ -1,53 +1,51 @@
 """Takes the pictures of the dashboard that README and docs show.
 
-    python -m docs.make_screenshot [SECONDS]
+    python -m docs.make_screenshot
 
-It starts `loradock serve smollm2`, pushes adapters with a golden set, starts a canary, promotes a version and rolls one
-back, asks for SECONDS (150) from 8 streams, and photographs /dashboard in headless Chromium: on a screen, and on a
-phone in the dark. A thousand adapters and the first page are photographed over a server without an engine. The digest
-of the page's files is written beside the pictures; a test compares it, so that pictures of another page than today's
-are noticed.
+It plays `loradock demo` and photographs /dashboard in headless Chromium: while the bad version is a canary, on a
+screen and on a phone in the dark; the playground; and the adapter's page once drift is found. A thousand adapters and
+the first page are photographed over a server without an engine. The digest of the page's files is written beside the
+pictures; a test compares it, so that pictures of another page than today's are noticed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import random
 import shutil
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from serve.adapters.adapter import Inspection
+from serve.cli.demo.server import own_server
+from serve.cli.demo.story import BAD, NAME, QUESTION, Story
+from serve.cli.demo.traffic import Traffic
+from serve.client.adapter_client import AdapterClient
 from serve.config import load
 from tests.support import tiny
 from tests.support.app import CHAT, upload
 from tests.support.known_backend import KnownBackend
-from tests.support.lora import trained, variant
 from tests.support.served import Served
-from tests.support.server import ROOT, SMALL, WATCHED, Server, done
+from tests.support.server import BASE, ROOT, done
 
 PAGE = ROOT / "serve/api/dashboard"
 IMAGES = ROOT / "docs/images"
 PICTURE = IMAGES / "dashboard.png"
-PICTURES = (PICTURE, *(IMAGES / f"dashboard-{name}.png" for name in ("phone", "thousand", "first-run")))
+PICTURES = (
+    PICTURE,
+    *(IMAGES / f"dashboard-{name}.png" for name in ("phone", "thousand", "first-run", "drift", "playground")),
+)
 SCREEN: dict[str, Any] = {"viewport": {"width": 1220, "height": 900}, "color_scheme": "light"}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
-STREAMS = 8
-NAMES = ("sql-helper", "support", "tone")
-PROMOTED = {"sql-helper": 1, "support": 2, "tone": 1}  # versions that are pushed as live ones, one after another
-TOPICS = ("a refund", "my invoice", "a parcel", "this query", "the index", "a slow join", "her letter", "our contract")
-GOLDEN = [{"prompt": f"{number} plus 1 is", "regex": "[0-9]", "max_tokens": 8} for number in range(20)]
-ASKS = ("Explain", "Summarize", "Rewrite", "Improve", "Check", "Translate", "Shorten", "Describe")
+# The canary's answers that are compared before its picture is taken.
+COMPARED = 16
 
 
 def digest() -> str:
@@ -58,38 +56,57 @@ def digest() -> str:
     return sha.hexdigest()
 
 
-def main(seconds: float = 150.0) -> None:
+def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, chromium() as browser:
-        folder = Path(temporary)
-        live(folder / "live", browser, seconds)
-        many(folder / "many", browser)
+        with own_server() as url:
+            live(browser, url, BASE)
+        many(Path(temporary) / "many", browser)
     (IMAGES / "dashboard.sha256").write_text(digest() + "\n")
 
 
-def live(folder: Path, browser: Browser, seconds: float) -> None:
-    """A real server with traffic."""
-    folder.mkdir()
-    with Server(folder / "data", folder / "log", *WATCHED, *SMALL) as server:
-        push(server, folder)
-        done(server.http.put("/v1/adapters/support/golden", json={"cases": GOLDEN}))
-        finished = threading.Event()
-        streams = [threading.Thread(target=ask, args=(server, number, finished)) for number in range(STREAMS)]
-        for stream in streams:
-            stream.start()
-        time.sleep(seconds / 3)
-        done(server.http.post("/v1/adapters/support/canary", json={"version": 3, "weight": 0.2, "why": "try it"}))
-        server.promote("tone", 2)
-        time.sleep(seconds / 3)
-        done(server.http.post("/v1/adapters/tone/rollback", json={"why": "too terse"}))
-        time.sleep(seconds / 3)
-        for picture, screen in ((PICTURE, SCREEN), (IMAGES / "dashboard-phone.png", PHONE)):
-            page = browser.new_page(**screen)
-            page.goto(f"{server.url}/dashboard")
-            page.locator("[data-adapter=support]").get_by_text("canary 20 %").wait_for()
-            photograph(page, picture)
-        finished.set()
-        for stream in streams:
-            stream.join()
+def live(browser: Browser, url: str, base: str) -> None:
+    """The demo on that server."""
+    with AdapterClient(url) as client, httpx.Client(base_url=url, timeout=120) as http:
+        taken: list[str] = []
+
+        def wait(seconds: float) -> None:
+            time.sleep(seconds)
+            report = client.drift(NAME).get("canary") or {}
+            if not taken and report.get("requests", 0) >= COMPARED:
+                taken.append("canary")
+                canary(browser, url)
+
+        story = Story(client, http, Traffic(url, None, NAME), print, wait)
+        story.push_the_good_version(base)
+        with story.traffic:
+            story.let_it_work()
+            story.try_the_bad_version()
+            playground(browser, url)
+            story.change_the_language()
+            page = browser.new_page(**SCREEN)
+            page.goto(f"{url}/dashboard#/adapters/{NAME}")
+            page.locator(".alarm").first.wait_for()
+            photograph(page, IMAGES / "dashboard-drift.png")
+        assert taken, "the canary ended before its picture was taken"
+
+
+def canary(browser: Browser, url: str) -> None:
+    for picture, screen in ((PICTURE, SCREEN), (IMAGES / "dashboard-phone.png", PHONE)):
+        page = browser.new_page(**screen)
+        page.goto(f"{url}/dashboard")
+        page.locator(f"[data-adapter={NAME}]").get_by_text("Canary:").wait_for()
+        photograph(page, picture)
+        page.close()
+
+
+def playground(browser: Browser, url: str) -> None:
+    page = browser.new_page(**SCREEN)
+    page.goto(f"{url}/dashboard#/playground/{NAME}@v{BAD}")
+    page.get_by_label("Prompt", exact=True).fill(QUESTION)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_role("button", name="Good answer").nth(2).wait_for()
+    photograph(page, IMAGES / "dashboard-playground.png", height=640)
+    page.close()
 
 
 def many(folder: Path, browser: Browser) -> None:
@@ -115,26 +132,6 @@ def many(folder: Path, browser: Browser) -> None:
         photograph(page, IMAGES / "dashboard-thousand.png", height=1100)
 
 
-def push(server: Server, folder: Path) -> None:
-    """Two or three versions of each name; the first two of `support` are promoted in turn."""
-    words = trained("alpha", "bravo", "charlie")
-    strength = itertools.count(6)
-    for name, word, versions in zip(NAMES, words.values(), (1, 3, 2), strict=True):
-        for version in range(versions):
-            adapter = variant(word, folder / f"{name}-{version}", scale=next(strength) / 100)
-            done(server.upload(name, adapter, promote=version < PROMOTED[name]))
-
-
-def ask(server: Server, number: int, finished: threading.Event) -> None:
-    """One stream: a question after another, until it is over."""
-    dice = random.Random(number)
-    while not finished.is_set():
-        question = f"{dice.choice(ASKS)} {dice.choice(TOPICS)}, {dice.randrange(1000)} for {dice.randrange(1000)}."
-        name = dice.choices(NAMES, (2, 5, 3))[0]
-        server.ask(name, question, tokens=dice.randrange(8, 48), user=f"user-{dice.random()}")
-        time.sleep(dice.random() / 2)
-
-
 @contextmanager
 def chromium() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -155,4 +152,4 @@ def photograph(page: Page, picture: Path, *, height: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(float, sys.argv[1:]))
+    main()

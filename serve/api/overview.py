@@ -90,6 +90,8 @@ async def overview(parts: Services, caller: Caller, search: str, offset: int, li
         "object": "overview",
         "operator": caller.operator,
         "watching": parts.exchange_worker.running,
+        "started": int(parts.recent.began),
+        "now": parts.recent.now(lambda full: _counts(caller, full, moment)),
         "engines": _engines(parts, caller),
         "adapters": len(standings),
         "matching": len(matching),
@@ -120,8 +122,16 @@ def _engines(parts: Services, caller: Caller) -> list[Json]:
     rows = []
     for base in parts.fleet:
         row: Json = {"name": base.name, "phase": base.phase, "ready": base.is_ready, "reason": base.reason}
-        rows.append(row | ({"running": base.backend.running} if caller.operator else {}))
+        if caller.operator:
+            waiting = base.engine.queue.waiting + base.backend.waiting
+            row |= {"running": base.backend.running, "waiting": waiting, "memory_bytes": base.backend.memory}
+        rows.append(row)
     return rows
+
+
+def _counts(caller: Caller, name: str, moment: Moment) -> bool:
+    """Whether requests of that name are the caller's to see; a base's are the operators'."""
+    return caller.operator or (name in moment.registry and manages(caller, name))
 
 
 # ---- what is wrong
@@ -286,13 +296,14 @@ def _drift(report: Mapping[str, Any] | None) -> Json | None:
     """Of a version's report what is drawn: the evidence of each signal, what it takes, and how far it moved."""
     if report is None:
         return None
-    fields = ("reference_requests", "reference_needed", "log_evidence", "log_threshold", "alarmed", "since")
+    fields = ("phase", "reference_requests", "reference_needed", "log_evidence", "log_threshold", "alarmed", "since")
     signals = []
     for name, signal in report["signals"].items():
         largest = sorted(signal["effects"].items(), key=lambda effect: -abs(effect[1] or 0.0))[:EFFECTS]
         signals.append({"signal": name, **{field: signal[field] for field in fields}, "effects": dict(largest)})
     return {
         "signals": signals,
+        "thinning": report.get("thinning"),
         "probe": report.get("probe"),
         "alarms": {kind: moved.get("text", "") for kind, moved in report["alarms"].items()},
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class RestartBudget:
         self._patience = patience
         self._clock = clock
         self._deaths: deque[float] = deque()
+        # The latest one: when, in seconds since 1970, and what the engine before it died of.
+        self.last: dict[str, Any] | None = None
 
     @property
     def deaths(self) -> int:
@@ -55,6 +59,10 @@ class RestartBudget:
         while self._deaths[0] < now - self._patience.restart_window:
             self._deaths.popleft()
         return self.deaths <= self._patience.max_restarts
+
+    def began(self, cause: str) -> None:
+        """A restart begins after that death."""
+        self.last = {"at": time.time(), "reason": cause}
 
     def reset(self) -> None:
         self._deaths.clear()

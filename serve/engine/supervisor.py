@@ -212,8 +212,7 @@ class Supervisor:
             "slots": backend.slots,
             "max_resident": backend.max_resident,
             "memory_bytes": backend.memory,
-            "restarts": self.restarts,
-            "uptime_seconds": round(self.uptime, 1),
+            **{"restarts": self.restarts, "last_restart": self._budget.last, "uptime_seconds": round(self.uptime, 1)},
             "draining": len(self._watching.keys() - {engine}),
             "swapping": self.swapping,
         }
@@ -422,6 +421,7 @@ class Supervisor:
             self._due = self._clock() + delay + self._start_seconds
             await asyncio.sleep(delay)
             self.restarts += 1
+            self._budget.began(cause)
             try:
                 started = await self.bring_up(self.fresh())
             except LoradockError as error:

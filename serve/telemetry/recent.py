@@ -16,6 +16,8 @@ from serve.asgi.exchange import Exchange
 from serve.telemetry.slo import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS
 
 MINUTES = 30
+# What happens now is what happened in so many minutes of the clock.
+NOW = 3
 MAX_VERSIONS = 200
 
 
@@ -26,6 +28,8 @@ class Minute:
     at: int
     requests: int = 0
     errors: int = 0
+    # Generated, by requests that ended in it.
+    tokens: int = 0
     first: list[int] = field(default_factory=lambda: [0] * (len(FIRST_TOKEN_SECONDS) + 1))
     gap: list[int] = field(default_factory=lambda: [0] * (len(INTER_TOKEN_SECONDS) + 1))
 
@@ -46,6 +50,8 @@ class Recent:
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
+        # When counting began: whatever was before is not in it.
+        self.began = clock()
         self._minutes: dict[tuple[str, str], deque[Minute]] = {}
 
     def take(self, exchange: Exchange) -> None:
@@ -55,6 +61,7 @@ class Recent:
         minute = self._minute(exchange.adapter, exchange.version)
         minute.requests += 1
         minute.errors += exchange.status >= 500 or exchange.failure is not None
+        minute.tokens += exchange.generated_tokens
         if exchange.first is not None and exchange.status == 200:
             minute.first[bisect_left(FIRST_TOKEN_SECONDS, exchange.first)] += 1
         if (gap := exchange.gap) is not None:
@@ -74,6 +81,30 @@ class Recent:
             if kept:
                 totals[key] = sum(minute.requests for minute in kept), sum(minute.errors for minute in kept)
         return totals
+
+    def now(self, counts: Callable[[str], bool]) -> dict[str, Any]:
+        """How much is asked now, of the adapters that count: rates over the last `NOW` minutes of the clock, or since
+        counting began; failures and the first token of the last `MINUTES`."""
+        clock = self._clock()
+        last = int(clock // 60)
+        since = max((last - NOW + 1) * 60.0, self.began)
+        minutes = [
+            minute
+            for (adapter, _), each in self._minutes.items()
+            if counts(adapter)
+            for minute in each
+            if minute.at > last - MINUTES
+        ]
+        lately = [minute for minute in minutes if minute.at > last - NOW]
+        seconds = max(clock - since, 1.0)
+        first = [sum(counts) for counts in zip(*(minute.first for minute in minutes), strict=True)]
+        return {
+            "requests_per_second": round(sum(minute.requests for minute in lately) / seconds, 3),
+            "tokens_per_second": round(sum(minute.tokens for minute in lately) / seconds, 1),
+            "requests": sum(minute.requests for minute in minutes),
+            "errors": sum(minute.errors for minute in minutes),
+            "first_token_p95": _quantile(0.95, first, FIRST_TOKEN_SECONDS),
+        }
 
     def columns(self, adapter: str, version: str) -> dict[str, Any] | None:
         """The last `MINUTES` as one list a number, the current minute last, and the same of all together.

@@ -92,7 +92,7 @@ class FakeBackend:
         # Tokens that it computed, whoever asked and whether or not anybody watched.
         self.computed = 0
         self.generate: Callable[[dict[str, Any]], Generation] | None = None
-        # What an answer that is no stream says; without it an answer has no choices.
+        # What an answer says, a stream word by word; without it an answer has no choices.
         self.say: Callable[[dict[str, Any]], str] | None = None
         # Cleared, a stream stops after its first chunk until this is set.
         self.flow = asyncio.Event()
@@ -214,18 +214,21 @@ class FakeBackend:
             return StreamingResponse(self._failing(), media_type="text/event-stream")
         if body.get("stream"):
             counted = (body.get("stream_options") or {}).get("include_usage", False)
-            return StreamingResponse(self._stream(model, counted), media_type="text/event-stream")
+            text = self.say(body) if self.say else ""
+            return StreamingResponse(self._stream(model, counted, text), media_type="text/event-stream")
         answer = {"model": model} if self.usage is None else {"model": model, "usage": self.usage}
         if self.say:
             text = self.say(body)
             answer["choices"] = [{"text": text} if "prompt" in body else {"message": {"content": text}}]
         return JSONResponse(answer)
 
-    async def _stream(self, model: str | None, counted: bool) -> AsyncIterator[str]:
+    async def _stream(self, model: str | None, counted: bool, text: str = "") -> AsyncIterator[str]:
         self.running += 1
         try:
             yield f"data: {json.dumps({'model': model})}\n\n"
             await self.flow.wait()
+            for word in text.split(" ") if text else ():
+                yield f"data: {json.dumps({'model': model, 'choices': [{'delta': {'content': word + ' '}}]})}\n\n"
             yield f"data: {json.dumps({'model': model})}\n\n"
             if counted:
                 yield f"data: {json.dumps({'model': model, 'usage': self.usage})}\n\n"

@@ -11,7 +11,13 @@ function rounded(value) {
   return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value * 0.999999);
 }
 
-const top = (values, least) => rounded(Math.max(least, ...values.filter((value) => value != null)));
+// An outlier does not flatten the others: it is cut at the axis, and says so.
+const ENOUGH = 5, OUTLIER = 4;
+function top(values, least) {
+  const seen = values.filter((value) => value > 0).sort((one, other) => one - other);
+  const most = seen.at(-1) ?? 0, usual = seen[Math.floor(0.9 * (seen.length - 1))] ?? 0;
+  return rounded(Math.max(least, seen.length >= ENOUGH && most > OUTLIER * usual ? 1.5 * usual : most));
+}
 
 // The upper ends of both axes, over every version that is drawn.
 export function scales(cards) {
@@ -37,10 +43,19 @@ function axes(most, label) {
 
 const clock = (recent, minute) => new Date((recent.from + 60 * minute) * 1000).toLocaleTimeString(undefined, { timeStyle: "short" });
 
-function bar(minute, low, high, kind, title) {
+// `over` is what a bar says that goes beyond the axis.
+function bar(minute, low, high, kind, title, over = "") {
+  if (high > 1.000001) return make("g", { class: "over" }, bar(minute, Math.min(low, 0.9), 1, kind, title), beyond(minute, over, title));
   const tall = Math.max(1.5, HIGH * (high - low));
   const y = Math.min(TOP + HIGH * (1 - high), TOP + HIGH - tall);
   return make("rect", { x: LEFT + minute * STEP + 0.8, y, width: STEP - 1.6, height: tall, class: kind }, make("title", {}, title));
+}
+
+function beyond(minute, text, title) {
+  const x = LEFT + (minute + 0.5) * STEP, right = minute > MINUTES / 2;
+  return make("g", {}, make("title", {}, title),
+    make("polygon", { points: `${x - 3},${TOP - 1} ${x + 3},${TOP - 1} ${x},${TOP - 7}` }),
+    make("text", { x: right ? x - 5 : x + 5, y: TOP - 1, "text-anchor": right ? "end" : "start" }, text));
 }
 
 function figure(caption, label, ...drawn) {
@@ -55,8 +70,8 @@ export function requestsChart(recent, scale) {
     if (!requests) return;
     const errors = recent.errors[minute];
     const title = `${clock(recent, minute)}: ${counted(requests, "request")}, ${errors} failed`;
-    bars.push(bar(minute, 0, requests / scale.requests, "", title));
-    if (errors) bars.push(bar(minute, 0, errors / scale.requests, "bad", title));
+    bars.push(bar(minute, 0, requests / scale.requests, "", title, count(requests)));
+    if (errors) bars.push(bar(minute, 0, Math.min(1, errors / scale.requests), "bad", title));
   });
   const label = `Requests a minute, the last 30 minutes: ${counted(all.requests, "request")}, ${all.errors} failed, `
     + `at most ${Math.max(...recent.requests)} in a minute`;
@@ -69,7 +84,7 @@ export function firstTokenChart(recent, scale) {
     if (p95 == null) return;
     const p50 = recent.first_token_p50[minute];
     const title = `${clock(recent, minute)}: half of the first tokens within ${seconds(p50)}, 95 % within ${seconds(p95)}`;
-    bars.push(bar(minute, Math.min(p50, p95 * 0.999) / scale.first, p95 / scale.first, "", title));
+    bars.push(bar(minute, Math.min(p50, p95 * 0.999) / scale.first, p95 / scale.first, "", title, seconds(p95)));
   });
   const label = all.answers ? `Time to the first token, the last 30 minutes: half within ${seconds(all.first_token_p50)}, `
     + `95 % within ${seconds(all.first_token_p95)}, of ${counted(all.answers, "answer")}` : "Time to the first token: not measured";

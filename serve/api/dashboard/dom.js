@@ -1,6 +1,6 @@
 // Elements, and how numbers are written. Text goes into the page as text alone.
 
-const SVG = ["svg", "g", "rect", "line", "text", "title", "circle", "polyline"];
+const SVG = ["svg", "g", "rect", "line", "text", "title", "circle", "polyline", "polygon"];
 
 export const $ = (id) => document.getElementById(id);
 
@@ -13,6 +13,20 @@ export function make(tag, attributes = {}, ...content) {
   }
   made.append(...content.filter((part) => part !== null && part !== undefined && part !== false));
   return made;
+}
+
+// What a screen reader says now.
+export function announce(text) {
+  $("announce").textContent = text;
+}
+
+const unfolded = new Set();
+
+// What is shown on request; it stays open when it is drawn again. `key` names it on the whole page.
+export function fold(key, summary, ...content) {
+  const details = make("details", { open: unfolded.has(key) }, make("summary", { "aria-label": `${summary}: ${key}` }, summary), ...content);
+  details.addEventListener("toggle", () => { if (details.open) unfolded.add(key); else unfolded.delete(key); });
+  return details;
 }
 
 // A text is set only when it is another one: screen readers read again what is set again.

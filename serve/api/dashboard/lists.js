@@ -1,6 +1,8 @@
 // Rows of the table of adapters, changes, and engines.
 
+import { adapterAddress } from "/dashboard/addresses.js";
 import { age, bytes, count, counted, date, make, pill, when } from "/dashboard/dom.js";
+import { difference } from "/dashboard/verdicts.js";
 
 const WORDS = {
   add: "pushed", fallback: "fell back", unshare: "made private", promote: "promoted", rollback: "rolled back", canary: "canary",
@@ -14,13 +16,13 @@ const SERVER = ["wayback", "watcher", "golden"];
 
 export function row(adapter, opened, open) {
   const live = adapter.live == null ? pill("nothing live", "warn") : pill(`v${adapter.live}`, adapter.ready ? "good" : "");
-  const loaded = adapter.ready ? (["slot", "host"].includes(adapter.state) ? "loaded" : "on disk") : "engine down";
+  const loaded = adapter.ready ? (["slot", "host"].includes(adapter.state) ? "in memory" : "on disk") : "engine down";
   const cell = (label, ...content) => make("td", { "data-label": label }, ...content);
   return make("tr", { "data-row": adapter.name },
-    make("th", { scope: "row" }, adapter.name, adapter.tenant !== "default" && pill(`tenant ${adapter.tenant}`),
+    make("th", { scope: "row" }, make("a", { href: adapterAddress(adapter.name) }, adapter.name), adapter.tenant !== "default" && pill(`tenant ${adapter.tenant}`),
       adapter.visibility === "shared" && pill("shared"), adapter.canary && pill(`canary v${adapter.canary.version}`, "warn"),
       ...adapter.problems.map((problem) => pill(problem.kind, "bad", problem.text))),
-    cell("Live", live), cell("Loaded", adapter.ready ? loaded : pill(loaded, "bad")),
+    cell("Live", live), cell("Weights", adapter.ready ? loaded : pill(loaded, "bad")),
     cell("Requests, 30 min", count(adapter.requests)), cell("Versions", count(adapter.versions_total)),
     cell("Last push", date(adapter.pushed)),
     make("td", {}, make("button", {
@@ -32,7 +34,10 @@ export function row(adapter, opened, open) {
 function reason(why) {
   const [, word, json] = /^(\w+): (\{.*\})$/s.exec(why ?? "") ?? [];
   try {
-    return `${word}; ` + Object.entries(JSON.parse(json)).map(([name, value]) =>
+    const evidence = JSON.parse(json);
+    if (evidence.text) return evidence.text;
+    if (evidence.checks?.length) return `v${evidence.canary} is worse than v${evidence.live}: ${evidence.checks.map(difference).join(", ")}`;
+    return `${word}; ` + Object.entries(evidence).map(([name, value]) =>
       `${name.replaceAll("_", " ")} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
   } catch {
     return why;
@@ -50,6 +55,10 @@ export function change(entry) {
       [entry.who && `by ${own ? "the server" : entry.who}`, reason(entry.why)].filter(Boolean).join(": ")));
 }
 
+function restarts({ restarts: times, last_restart: last }) {
+  return last ? `${count(times)}, the last ${when(last.at)}: ${last.reason || "nobody knows why"}` : count(times);
+}
+
 export function engine(base, restart) {
   const ready = base.phase === "ready", busy = base.swapping ? `swapping to ${base.swapping.model ?? "another model"}` : "";
   const fact = (name, value) => make("div", {}, make("dt", {}, name), make("dd", {}, value));
@@ -65,5 +74,5 @@ export function engine(base, restart) {
       fact("Memory", bytes(base.memory_bytes)),
       fact("Adapters in memory", `${count(base.resident.length)} of ${count(base.max_resident)}, ${counted(base.slots, "slot")} in a batch`),
       fact("Up for", ready ? age(base.uptime_seconds) : "–"),
-      fact("Restarts", count(base.restarts))));
+      fact("Restarts", restarts(base))));
 }

@@ -1,19 +1,23 @@
-// The dashboard: what it asks for, when, and what its buttons do.
+// The dashboard: what it asks for, when, and what it shows of it.
 
-import { adapterPath, call, cardPath, enginePath, jobPath, keyed, Refused, use } from "/dashboard/api.js";
+import { after, compareAnswers, everyLoop, jobButton, loopButton, restartButton, resultButtons, versionActions } from "/dashboard/actions.js";
+import { adapterView, oneAdapter } from "/dashboard/adapter.js";
+import { askAddress, jobAddress, loopAddress, read, TABS } from "/dashboard/addresses.js";
+import { adapterPath, call, cardPath, jobPath, keyed, Refused, use } from "/dashboard/api.js";
 import { card } from "/dashboard/cards.js";
 import { scales } from "/dashboard/charts.js";
-import { $, count, counted, make, say } from "/dashboard/dom.js";
+import { $, announce, count, counted, make, say } from "/dashboard/dom.js";
 import { jobCard, jobRow, verbsOf } from "/dashboard/jobs.js";
 import { change as changeEntry, engine as engineCard, row } from "/dashboard/lists.js";
 import { inOrder, loopCard, loopRow, verbsOf as loopVerbs } from "/dashboard/loops.js";
+import * as playground from "/dashboard/playground.js";
+import { strip } from "/dashboard/strip.js";
 
 const SECONDS = 10, WHILE_STARTING = 2, ROWS = 50, CHANGES = 25;
-const TABS = ["adapters", "changes", "jobs", "loops", "engines"];
 const JOBS = 20, EVENTS = 300, LOOPS = 50;
-// Captured requests that both versions are asked, the longest answer in tokens, and how many are shown.
-const COMPARED = { against: "live", requests: 20, max_tokens: 128, examples: 5 };
 let timer = 0, turn = 0, refused = "", tab = "adapters", offset = 0, about = null, overview = null;
+// The adapter that has the page to itself, the alarm that is looked for, and what is asked in the playground.
+let single = "", sought = "", playing = "";
 // The row of the table that is open, older versions that were asked for, changes beyond the first page.
 let opened = "", openedCard = null, older = new Map(), olderChanges = [];
 let openedJob = "", jobsShown = JOBS;
@@ -48,13 +52,15 @@ async function ofTab() {
   if (tab === "changes") return call(`/v1/overview/changes?limit=${CHANGES}&search=${encodeURIComponent($("changes-filter").value.trim())}`);
   if (tab === "jobs") return jobsShownNow();
   if (tab === "loops") return loopsShownNow();
+  if (tab === "adapters" && single) return oneAdapter(single, unlessGone);
   return tab === "engines" ? call("/v1/engines") : null;
 }
 
 // The latest jobs, and of the open one what happened.
 async function jobsShownNow() {
   const page = await call(`/v1/fine_tuning/jobs?limit=${jobsShown}`);
-  const job = page.data.find(({ id }) => id === openedJob);
+  const job = page.data.find(({ id }) => id === openedJob) ?? (openedJob && await ifThere(jobPath(openedJob)));
+  if (job && !page.data.includes(job) && !page.data.some(({ id }) => id === job.id)) page.data.push(job);
   if (!job) return { ...page, events: [], checkpoints: [] };
   const [events, checkpoints] = await Promise.all([eventsOf(job.id), call(jobPath(job.id, "/checkpoints"))]);
   return { ...page, events, checkpoints: checkpoints.data };
@@ -98,6 +104,7 @@ function failed(error) {
     say($("model"), "");
     drawn.clear();
     overview = null;
+    $("key-form").hidden = false;
     $("key").setAttribute("aria-invalid", String(keyed()));
     const scope = "one with the scope adapters:write shows its tenant's adapters, an admin key all of them.";
     say($("problem"), keyed() ? `The key is refused: ${error.message}.` : `This server asks for a key: ${scope}`);
@@ -124,16 +131,20 @@ function show(more) {
   $("inside").hidden = false;
   $("inside").classList.remove("stale");
   $("key").removeAttribute("aria-invalid");
+  $("key-form").hidden = !keyed(); // a server without keys asks for none
   say($("model"), about.model);
   say($("fresh"), `as of ${new Date().toLocaleTimeString()}`);
   $("tab-engines").hidden = !overview.operator;
   if (!overview.operator && tab === "engines") choose("adapters");
+  draw("now", [overview.now, overview.started, overview.engines, Math.floor(Date.now() / 60_000)], () => strip(overview));
   showEngines(more);
+  showSingle(more);
   showAdapters();
   showRest();
   if (tab === "changes" && more) showChanges(more);
   if (tab === "jobs" && more) showJobs(more);
   if (tab === "loops" && more) showLoops(more);
+  if (tab === "playground") playground.showPlayground(playing, overview).catch(failed);
 }
 
 function showEngines(more) {
@@ -156,20 +167,27 @@ function engineDown(engine) {
     overview.operator && engine.phase === "failed" && restartButton(engine));
 }
 
-const restartButton = (engine) => make("button", {
-  type: "button", class: "primary", "aria-label": `Restart the engine ${engine.name}`, click: () => change({
-    title: `Restart the engine ${engine.name}?`, does: "Restart", path: enginePath(engine.name, "/restart"),
-    says: `It is down: ${engine.reason}. It starts as long as it did with the server, and loads its adapters again.`,
-    done: `The engine ${engine.name} is being started.`, plain: true,
-  }),
-}, "Restart");
+// An adapter that has the page to itself; what is left of the view then is hidden.
+function showSingle(more) {
+  const alone = tab === "adapters" && single !== "";
+  $("single").hidden = !alone;
+  $("listed").classList.toggle("behind", alone);
+  if (!alone) return draw("single", "", () => []);
+  if (!more) return draw("single", single, () => [make("p", { class: "empty" }, `There is no adapter ${single}.`), make("a", { href: "#/adapters" }, "All adapters")]);
+  draw("single", [more, overview.started, older.get(single)?.versions.length], () => adapterView(more, overview.started, on, older.get(single)));
+  if (!sought) return;
+  const alarm = document.getElementById(sought);
+  sought = "";
+  alarm?.scrollIntoView({ block: "center" });
+  alarm?.focus();
+}
 
 function showAdapters() {
   const none = overview.adapters === 0;
   $("welcome").hidden = !none;
-  $("listed").hidden = none;
+  $("listed").hidden = none || $("listed").classList.contains("behind");
   if (none) welcome();
-  const shown = overview.first, search = $("filter").value.trim();
+  const shown = $("listed").hidden ? [] : overview.first, search = $("filter").value.trim();
   say($("summary"), [
     search ? `${count(overview.matching)} of ${counted(overview.adapters, "adapter")} match` : counted(overview.adapters, "adapter"),
     `${count(overview.with_problems)} with problems`, `${count(overview.with_traffic)} with traffic`,
@@ -183,13 +201,14 @@ function showAdapters() {
 }
 
 function showRest() {
-  const rows = overview.data, last = offset + rows.length;
+  const rows = $("listed").hidden ? [] : overview.data, last = offset + rows.length;
   $("rest").hidden = !overview.rest && !(overview.matching === 0 && overview.adapters);
-  say($("rest-title"), overview.first.length ? `${counted(overview.rest, "other adapter")}` : counted(overview.rest, "adapter"));
+  say($("rest-title"), overview.first.length ? counted(overview.rest, "other adapter") : "");
   $("paging").hidden = overview.rest <= ROWS;
   say($("place"), rows.length ? `${count(offset + 1)} to ${count(last)} of ${count(overview.rest)}` : "");
   $("previous").disabled = offset === 0;
   $("next").disabled = last >= overview.rest;
+  if ($("listed").hidden) return;
   if (!rows.length && offset && overview.rest) return turnTo(0); // the page is gone
   draw("rows", [rows, opened, openedCard, [...older.keys()]], () => rows.length ? rows.flatMap(rowWithCard) : [
     make("tr", {}, make("td", { colspan: 7, class: "empty" }, overview.matching ? "All of them are shown above." : "No adapter has such a name.")),
@@ -219,24 +238,11 @@ function showJobs({ data, has_more, events, checkpoints }) {
   $("more-jobs").hidden = !has_more || jobsShown >= 100;
   draw("jobs", [data, events.length, checkpoints, openedJob], () => data.length ? data.flatMap((job) => {
     const isOpen = job.id === openedJob;
-    const shown = jobRow(job, isOpen, () => { openedJob = isOpen ? "" : job.id; refresh(); });
+    const shown = jobRow(job, isOpen, () => go(isOpen ? "#/jobs" : jobAddress(job.id)));
     if (!isOpen) return [shown];
-    const inside = jobCard(job, events, checkpoints, verbsOf(job).map((verb) => jobButton(job, verb)));
+    const inside = jobCard(job, events, checkpoints, [...verbsOf(job).map((verb) => jobButton(job, verb)), ...resultButtons(job)]);
     return [shown, make("tr", { class: "opened" }, make("td", { colspan: 6 }, inside))];
   }) : [make("tr", {}, make("td", { colspan: 6, class: "empty" }, "No job was made yet."))]);
-}
-
-const VERBS = {
-  pause: ["Pause", "Training stops, and goes on from there when the job is resumed.", "paused"],
-  resume: ["Resume", "The job is put in the queue again.", "resumed"],
-  cancel: ["Cancel", "The job ends; nothing of its training is kept.", "cancelled"],
-};
-
-function jobButton(job, verb) {
-  const [does, says, done] = VERBS[verb];
-  return make("button", { type: "button", "aria-label": `${does} ${job.id}`, click: () => change({
-    title: `${does} this job?`, does: `${does} job`, path: jobPath(job.id, `/${verb}`), says, done: `${job.id} is ${done}.`, plain: true,
-  }) }, does);
 }
 
 function showLoops({ data, ...details }) {
@@ -247,45 +253,14 @@ function showLoops({ data, ...details }) {
   $("more-loops").hidden = data.length <= loopsShown;
   draw("loops", [loops.slice(0, loopsShown), details, [...compared]], () => data.length ? loops.slice(0, loopsShown).flatMap((loop) => {
     const isOpen = loop.name === openedLoop;
-    const shown = loopRow(loop, isOpen, () => { openedLoop = isOpen ? "" : loop.name; openedTry = 0; refresh(); });
+    const shown = loopRow(loop, isOpen, () => go(isOpen ? "#/loops" : loopAddress(loop.name)));
     if (!isOpen || details.loop?.name !== loop.name) return [shown];
     const inside = loopCard(details.loop, { ...details, compared }, onLoop, loopVerbs(details.loop).map((verb) => loopButton(details.loop, verb)));
     return [shown, make("tr", { class: "opened" }, make("td", { colspan: 6 }, inside))];
   }) : [make("tr", {}, make("td", { colspan: 6, class: "empty" }, "No adapter has a loop: give one a policy with loop."))]);
 }
 
-const onLoop = {
-  open: (number) => { openedTry = number; refresh(); },
-  compare: ({ name }, { candidate, live }) => change({
-    title: `Compare the answers of ${name}?`, does: "Compare", path: adapterPath(name, `/versions/${candidate}/replay`), plain: true, body: COMPARED,
-    says: `v${live} and v${candidate} answer the latest ${COMPARED.requests} captured requests, in the gaps of traffic. Nobody sees it, and nothing is kept.`,
-    waits: "They are being asked.", done: "The answers are compared.", got: (report) => compared.set(`${name}@v${candidate}`, report),
-  }),
-};
-
-const LOOP_VERBS = {
-  run: ["Open a try", "It trains a version on what was asked lately; gate, canary and the month's budget stay as its policy says.", "asked to open a try"],
-  approve: ["Say yes", "The candidate becomes the live version.", "told yes"],
-  reject: ["End the try", "The candidate does not become live. The next try waits longer.", "told no"],
-  stop: ["Stop", "A try that goes on ends, and none is opened until it is started again.", "stopped"],
-  start: ["Start", "It may open tries again.", "started"],
-};
-
-function loopButton({ name }, verb) {
-  const [does, says, done] = LOOP_VERBS[verb];
-  return make("button", { type: "button", class: verb === "approve" && "primary", "aria-label": `${does}: the loop of ${name}`, click: () => change({
-    title: `${does}: the loop of ${name}?`, does, path: adapterPath(name, `/loop/${verb}`), says, done: `The loop of ${name} is ${done}.`, plain: verb !== "reject",
-  }) }, does);
-}
-
-function everyLoop(verb) {
-  const [does, says, done] = LOOP_VERBS[verb];
-  return make("button", { type: "button", "aria-label": `${does} every loop`, click: () => change({
-    title: `${does} every loop?`, does: `${does} all`, path: `/v1/loops/${verb}`, plain: true, done: `Every loop is ${done}.`,
-    says: verb === "stop" ? "On every server of the registry: tries that go on end, and none is opened until loops are started again."
-      : `${says} Those that are stopped by themselves stay so.`,
-  }) }, `${does} every loop`);
-}
+const onLoop = { open: (number) => { openedTry = number; refresh(); }, compare: compareAnswers };
 
 function welcome() {
   const key = keyed() ? '-H "Authorization: Bearer $LORADOCK_KEY" ' : "";
@@ -298,70 +273,23 @@ function welcome() {
 // ---- what is done
 
 const on = {
-  rollback: (adapter, version) => change({
-    title: `Roll ${adapter.name} back?`, does: "Roll back", path: adapterPath(adapter.name, "/rollback"),
-    says: `Version ${version.version} stops answering; version ${adapter.before}, which was live before, answers again.`,
-    body: { expected_version: version.version }, done: `${adapter.name} is rolled back to v${adapter.before}.`,
-  }),
-  endCanary: (adapter, version) => change({
-    title: `End the canary of ${adapter.name}?`, does: "End canary", path: adapterPath(adapter.name, "/canary"),
-    says: `Version ${version.version} gets no more traffic.`, body: { version: version.version, weight: 0 },
-    done: `The canary of ${adapter.name} has ended.`,
-  }),
-  startCanary: (adapter, version) => change({
-    title: `Give ${adapter.name} v${version.version} a share?`, does: "Start canary", path: adapterPath(adapter.name, "/canary"),
-    says: "The same askers get it each time.", body: { version: version.version }, weight: true,
-    done: `${adapter.name} v${version.version} is a canary.`,
-  }),
-  promote: (adapter, version) => change({
-    title: `Promote ${adapter.name} v${version.version}?`, does: "Promote", path: adapterPath(adapter.name, "/promote"),
-    says: "Requests from now on answer from it; those under way finish where they began.",
-    body: { version: version.version, expected_version: adapter.live ?? 0 }, done: `${adapter.name} v${version.version} is promoted.`,
-  }),
+  ...versionActions,
   // Twenty more, from the latest on; the card leaves out those that it has already.
   older: async (adapter) => {
     const before = older.get(adapter.name)?.versions.at(-1).version ?? 2 ** 31;
     const more = await call(cardPath(adapter.name, `?before=${before}`)).catch(failed);
     if (!more?.versions.length) return;
     older.set(adapter.name, { ...more, versions: [...older.get(adapter.name)?.versions ?? [], ...more.versions] });
-    showAdapters();
-    showRest();
+    refresh();
   },
 };
 
-async function change(ask) {
-  const dialog = $("ask"), from = document.activeElement?.getAttribute("aria-label");
-  refused = "";
-  $("ask-title").textContent = ask.title;
-  $("ask-says").textContent = ask.says;
-  $("ask-do").textContent = ask.does;
-  for (const id of ["ask-weight", "ask-weight-label"]) $(id).hidden = !ask.weight;
-  for (const id of ["ask-why", "ask-why-label"]) $(id).hidden = Boolean(ask.plain);
-  $("ask-weight").disabled = !ask.weight;
-  $("ask-why").value = "";
-  dialog.returnValue = "";
-  dialog.showModal();
-  await new Promise((done) => dialog.addEventListener("close", done, { once: true }));
-  // What was drawn again meanwhile cannot get the focus back by itself.
-  if (from) document.querySelector(`[aria-label="${CSS.escape(from)}"]`)?.focus();
-  if (dialog.returnValue !== "do") return;
-  const body = ask.plain ? ask.body : { ...ask.body, why: $("ask-why").value };
-  if (ask.weight) body.weight = Number($("ask-weight").value) / 100;
-  if (ask.waits) announce(ask.waits);
-  try {
-    const answer = await call(ask.path, "POST", body);
-    ask.got?.(answer);
-    older.clear();
-    announce(ask.done);
-  } catch (error) {
-    refused = error.message; // stays until the next attempt
-  }
-  await refresh();
-}
-
-function announce(text) {
-  $("announce").textContent = text;
-}
+after.change = (refusal) => {
+  refused = refusal;
+  if (!refusal) older.clear();
+  return refresh();
+};
+after.compared = (version, report) => compared.set(version, report);
 
 function open(name) {
   opened = name;
@@ -375,8 +303,33 @@ function turnTo(place) {
   return refresh();
 }
 
+// A view's address, with what was open in it.
+function addressOf(view) {
+  if (view === "jobs" && openedJob) return jobAddress(openedJob);
+  if (view === "loops" && openedLoop) return loopAddress(openedLoop);
+  return view === "playground" && playing ? askAddress(playing) : `#/${view}`;
+}
+
+// Another view: its address says which, and what is open in it.
+function go(address, focus = false) {
+  if (location.hash !== address) history.pushState(null, "", address);
+  return arrive(focus);
+}
+
+function arrive(focus = false) {
+  const at = read(location.hash), before = [tab, single].join();
+  [single, sought] = at.tab === "adapters" ? [at.open, at.alarm] : ["", ""];
+  if (at.tab === "jobs") openedJob = at.open;
+  if (at.tab === "loops" && openedLoop !== at.open) [openedLoop, openedTry] = [at.open, 0];
+  if (at.tab === "playground") playing = at.open;
+  choose(at.tab, focus);
+  if ([tab, single].join() !== before) scrollTo(0, 0);
+  return refresh();
+}
+
 function choose(name, focus = false) {
   tab = name;
+  document.title = `${single || (name === "adapters" ? "" : $(`tab-${name}`).textContent)} loradock`.trim();
   for (const each of TABS) {
     const chosen = each === name;
     $(`view-${each}`).hidden = !chosen;
@@ -404,21 +357,20 @@ $("key-form").addEventListener("submit", (event) => {
   $("key").value = "";
   $("key").placeholder = keyed() ? "key in use" : "API key";
   offset = 0;
-  refused = opened = openedJob = openedLoop = "";
+  refused = opened = "";
   older.clear();
   compared.clear();
   olderChanges = [];
   refresh();
 });
 for (const each of TABS) {
-  $(`tab-${each}`).addEventListener("click", () => { choose(each); refresh(); });
+  $(`tab-${each}`).addEventListener("click", () => go(addressOf(each)));
   $(`tab-${each}`).addEventListener("keydown", (event) => {
     const seen = TABS.filter((name) => !$(`tab-${name}`).hidden), at = seen.indexOf(each);
     const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: -1 }[event.key];
     if (to === undefined) return;
     event.preventDefault();
-    choose(seen.at(to % seen.length), true);
-    refresh();
+    go(addressOf(seen.at(to % seen.length)), true);
   });
 }
 const later = (then) => { clearTimeout(timer); timer = setTimeout(then, 250); };
@@ -441,5 +393,11 @@ $("more-jobs").addEventListener("click", () => { jobsShown = 100; refresh(); });
 $("more-loops").addEventListener("click", () => { loopsShown += LOOPS; refresh(); });
 $("copy").addEventListener("click", () => copy("command"));
 $("copy-curl").addEventListener("click", () => copy("command-curl"));
+$("play-form").addEventListener("submit", (event) => { event.preventDefault(); playground.ask(); });
+$("play-prompt").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) playground.ask(); });
+$("play-name").addEventListener("change", () => playground.changed(overview).catch(failed));
+$("play-version").addEventListener("change", () => playground.versionChanged().catch(failed));
+$("play-stop").addEventListener("click", playground.stop);
+addEventListener("hashchange", () => arrive());
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); else clearTimeout(timer); });
-refresh();
+arrive();

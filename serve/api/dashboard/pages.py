@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import APIRouter, Response
+from fastapi.responses import RedirectResponse
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -22,12 +23,13 @@ HEADERS = {
 }
 _FOLDER = Path(__file__).parent
 _JAVASCRIPT = "text/javascript; charset=utf-8"
+_MODULES = (
+    "page", "actions", "adapter", "addresses", "api", "cards", "charts", "dom", "jobs", "lists", "loops", "playground",
+    "strip", "verdicts",
+)  # fmt: skip
 _FILES = {
     "/dashboard": ("dashboard.html", "text/html; charset=utf-8"),
-    **{
-        f"/dashboard/{name}.js": (f"{name}.js", _JAVASCRIPT)
-        for name in ("page", "api", "dom", "charts", "cards", "lists", "jobs", "loops")
-    },
+    **{f"/dashboard/{name}.js": (f"{name}.js", _JAVASCRIPT) for name in _MODULES},
     "/dashboard/page.css": ("page.css", "text/css; charset=utf-8"),
     "/dashboard/icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -38,6 +40,11 @@ def pages() -> APIRouter:
     router = APIRouter(include_in_schema=False)
     for path, (name, kind) in _FILES.items():
         _serve(router, path, (_FOLDER / name).read_bytes(), kind)
+
+    @router.get("/", name="/")
+    async def front() -> Response:
+        return RedirectResponse("/dashboard", headers=HEADERS)
+
     return router
 
 

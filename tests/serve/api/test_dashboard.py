@@ -39,7 +39,7 @@ browsing = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed
 async def test_the_page_holds_nothing_and_lets_the_browser_go_nowhere_else(operator):
     del operator.headers["authorization"]
     scripts = [f"/dashboard/{file.name}" for file in PAGE.glob("*.js")]
-    assert len(scripts) == 8
+    assert len(scripts) == 14
     for path in ("/dashboard", *scripts, "/dashboard/page.css", "/dashboard/icon.svg"):
         told = await operator.get(path)
         assert told.status_code == 200
@@ -48,6 +48,12 @@ async def test_the_page_holds_nothing_and_lets_the_browser_go_nowhere_else(opera
         assert told.headers["x-content-type-options"] == "nosniff"
         assert not re.search(r"https?://(?!www\.w3\.org/)", told.text), "an address of somebody else's"
         assert not re.search(r"innerHTML|localStorage|sessionStorage|cookie|eval\(|\sstyle=|\son\w+=\"", told.text)
+
+
+async def test_the_front_door_leads_to_the_dashboard(operator):
+    del operator.headers["authorization"]
+    answer = await operator.get("/")
+    assert (answer.status_code, answer.headers["location"]) == (307, "/dashboard")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,8 @@ def served(request: Any, tmp_path: Path, tiny_model: Path, make_adapter: Any) ->
     table = torch.randn(tiny.VOCABULARY, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
     save_file({"model.embed_tokens.weight": table}, model / "model.safetensors")
     config = load([str(model), "--name", "base", "--data-dir", str(tmp_path / "data")], {})
-    config = replace(config, admin_keys=keys_hashed([ADMIN]), max_restarts=1, **getattr(request, "param", {}))
+    settings = {"admin_keys": keys_hashed([ADMIN]), "max_restarts": 1, **getattr(request, "param", {})}
+    config = replace(config, **settings)
     with Served(config, FakeBackend(config.model), ADMIN) as served:
         for seed in (0, 1):
             served.http.post("/v1/adapters", **upload(make_adapter(seed), promote=str(not seed).lower()))
@@ -272,17 +279,24 @@ def test_canary_and_golden_evidence_stand_beside_their_thresholds(page, served):
     use(page, ADMIN)
     tone = page.locator("[data-adapter=tone]")
     expect(tone.get_by_text("Golden score 100 %, 57 % to 100 % with 95 % confidence, 5 cases")).to_have_count(2)
-    expect(tone.get_by_text("called worse at evidence")).to_be_visible()
-    expect(tone.get_by_role("row", name=re.compile("inter token"))).to_contain_text(re.compile(r"of \d"))
+    expect(tone.get_by_text(re.compile("Canary: v2 (looks fine so far, after|has just begun)"))).to_be_visible()
+    expect(tone.get_by_text("Golden set: v2 scores 100 %, v1 100 %, on")).to_be_visible()
+    assert "(ln)" not in tone.inner_text()
+    row = tone.get_by_role("row", name=re.compile("inter token"))
+    expect(row).to_have_count(0)  # statistics come on request, and stay
+    tone.get_by_text("Statistics").nth(2).click()
+    expect(row).to_contain_text(re.compile("none|of the"))
+    show(page, "Changes")
+    show(page, "Adapters")
+    expect(row).to_be_visible()
     expect(tone.get_by_role("meter", name="Evidence: error")).to_have_attribute("aria-valuenow", re.compile(r"\d+"))
-    expect(tone.get_by_text("Golden set, v2 against v1:")).to_be_visible()
 
 
 @browsing
 def test_drift_is_shown_against_its_threshold_with_what_moved(page, served, monkeypatch):
     signal = {
-        "reference_requests": 500, "reference_needed": 500, "log_evidence": 12.5, "log_threshold": 11.5129,
-        "alarmed": True, "since": "2026-11-25T10:00:00Z", "effects": {"rank_shift": 0.31},
+        "phase": "watching", "reference_requests": 500, "reference_needed": 500, "log_evidence": 12.5,
+        "log_threshold": 11.5129, "alarmed": True, "since": "2026-11-25T10:00:00Z", "effects": {"rank_shift": 0.31},
     }  # fmt: skip
     gathering = {**signal, "reference_requests": 20, "alarmed": False, "log_evidence": None, "since": None}
     report = {
@@ -293,10 +307,124 @@ def test_drift_is_shown_against_its_threshold_with_what_moved(page, served, monk
     monkeypatch.setattr(served.app.state.parts.drift_monitor, "report", lambda full: [report])
     use(page, ADMIN)
     tone = page.locator("[data-adapter=tone]")
-    expect(tone.get_by_text("evidence 12.5 of 11.51 (ln); rank shift 0.31; since 2026")).to_be_visible()
-    expect(tone.get_by_text("gathering the reference; requests so far: output 20 of 500")).to_be_visible()
-    expect(tone.get_by_text("<i>another language</i>")).to_be_visible()
+    expect(tone.get_by_text("Drift, prompt: <i>another language</i>")).to_be_visible()
+    tone.get_by_text("Statistics").first.click()
+    expect(
+        tone.get_by_text("evidence 268,000 of the 100,000 that it takes; rank shift 0.31; since 2026")
+    ).to_be_visible()
+    expect(tone.get_by_text("output: 20 of 500 requests for a reference")).to_be_visible()
     expect(tone.get_by_role("meter", name="Evidence of drift: prompt")).to_have_attribute("aria-valuenow", "100")
+
+
+@browsing
+def test_why_requests_are_not_counted_for_drift_is_said(page, served, monkeypatch):
+    signal = {"phase": "gathering", "reference_requests": 0, "reference_needed": 1000, "log_evidence": 0.0}
+    signal |= {"log_threshold": 11.5, "alarmed": False, "since": None, "effects": {}}
+    counts = {"accepted": 0, "repeated": 0, "near_duplicate": 16, "same_conversation": 0, "warming_up": 30}
+    report = {"version": "v1", "signals": {"prompt": signal}, "alarms": {}, "thinning": counts}
+    monkeypatch.setattr(served.app.state.parts.drift_monitor, "report", lambda full: [report])
+    use(page, ADMIN)
+    expect(page.locator("[data-adapter=tone]")).to_contain_text(
+        "Drift: learning what is usual, 0 of 1,000 requests so far; 46 seen, 0 counted, because 30 are among the first "
+        "64, which are never counted and 16 are nearly the same as earlier ones."
+    )
+
+
+@browsing
+def test_an_alarm_has_an_address_and_is_dealt_with_there(page, served, monkeypatch):
+    parts, done = served.app.state.parts, []
+    signal = {"phase": "watching", "reference_requests": 9, "reference_needed": 9, "log_evidence": 12.5}
+    signal |= {"log_threshold": 11.5, "alarmed": True, "since": "2026-11-25T10:00:00Z", "effects": {}}
+    report = {"version": "v1", "signals": {"prompt": signal}, "alarms": {"prompt": {"text": "probably German"}}}
+    monkeypatch.setattr(parts.drift_monitor, "report", lambda full: [] if done else [report])
+    for name in ("accept", "acknowledge"):
+        monkeypatch.setattr(parts.drift_monitor, name, lambda *_, what=name, **__: done.append(what))
+    use(page, ADMIN)
+    page.get_by_role("link", name="Drift, prompt").click()
+    assert page.url.endswith("#/alarms/tone@v1/prompt")
+    alarm = page.locator("[id='alarm-tone-v1-prompt']")
+    expect(alarm).to_be_focused()
+    alarm.get_by_role("button", name="It is here to stay: prompt of tone v1").click()
+    confirm(page, "It is here to stay", "the German shop")
+    expect(page.get_by_role("status")).to_have_text("The drift of tone v1 is accepted.")
+    expect(page.get_by_role("list", name="History of tone")).to_contain_text("the German shop")
+    expect(alarm).to_have_count(0)
+    assert done == ["accept"]
+
+
+@browsing
+def test_each_view_and_adapter_has_an_address_and_the_back_button_goes_back(page, served):
+    use(page, ADMIN)
+    page.get_by_role("link", name="tone", exact=True).click()
+    assert page.url.endswith("/dashboard#/adapters/tone")
+    history = page.get_by_role("list", name="History of tone")
+    expect(history).to_contain_text("promoted")
+    expect(page.locator("#single")).to_contain_text(re.compile(r"In \d{4}-\d\d: \d+ requests, \d+ tokens generated\."))
+    expect(page.locator("[data-adapter=tone]")).to_have_count(1)
+    assert page.title() == "tone loradock"
+    show(page, "Changes")
+    assert page.url.endswith("#/changes")
+    page.go_back()
+    expect(history).to_be_visible()
+    page.get_by_role("link", name="All adapters").click()
+    expect(page.get_by_label("Search by name")).to_be_visible()
+    page.goto(f"{served.url}/dashboard#/adapters/nobody")
+    expect(page.get_by_text("There is no adapter nobody.")).to_be_visible()
+    page.goto(f"{served.url}/dashboard#/loops")
+    expect(page.get_by_role("tabpanel", name="Loops")).to_be_visible()
+
+
+@browsing
+@pytest.mark.parametrize("served", [{"admin_keys": ()}], indirect=True)
+def test_a_server_without_keys_asks_for_none_and_says_how_it_does(page):
+    now = page.locator("#now")
+    expect(now).to_contain_text("Requests/s")
+    expect(now).to_contain_text("0 of 5")
+    expect(now).to_contain_text("0 waiting")
+    expect(now).to_contain_text("The server started at")
+    expect(page.get_by_label("API key")).to_be_hidden()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator("#rest-title")).to_be_hidden()
+
+
+@browsing
+def test_the_playground_asks_base_live_and_candidate_side_by_side_and_takes_ratings(page, served):
+    backend = served.app.state.parts.fleet.first.backend
+    backend.say = lambda body: f"{body['messages'][0]['content']}, says <i>{body['model'][:4]}</i>"
+    use(page, ADMIN)
+    page.get_by_role("link", name="Ask tone v2").click()
+    assert page.url.endswith("#/playground/tone@v2")
+    page.get_by_label("Prompt", exact=True).fill("Hello")
+    page.keyboard.press("Control+Enter")
+    for title, text in (("Base model", "base"), ("Live, v1", "tone"), ("Candidate, v2", "tone")):
+        column = page.get_by_role("region", name=title)
+        expect(column).to_contain_text(f"Hello, says <i>{text}</i>")
+        expect(column).to_contain_text("first token after")
+    candidate = page.get_by_role("region", name="Candidate, v2")
+    candidate.get_by_role("button", name="Bad answer: Candidate, v2").click()
+    expect(candidate).to_contain_text("rated bad")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    page.get_by_role("combobox", name="Candidate").select_option("")
+    expect(page.get_by_role("region")).to_have_count(2)
+    page.get_by_role("combobox", name="Adapter").fill("nobody")
+    page.get_by_label("Prompt", exact=True).focus()
+    expect(page.get_by_text("There is no adapter nobody.")).to_be_visible()
+
+
+@browsing
+def test_one_outlier_does_not_flatten_a_chart_and_says_what_it_is(page):
+    code = """async (requests) => {
+        const { scales, requestsChart } = await import("/dashboard/charts.js"), none = requests.map(() => null);
+        const recent = { from: 0, requests, errors: requests.map(() => 0), first_token_p95: none,
+            all: { requests: 9, errors: 0 } };
+        const scale = scales([{ versions: [{ recent }] }]);
+        return [scale.requests, requestsChart(recent, scale).querySelector(".over")?.textContent ?? ""];
+    }"""
+    usual = [3, 4, 5, 4, 3, 4, 5, 4, 3, 4]
+    assert page.evaluate(code, usual) == [5, ""]
+    top, over = page.evaluate(code, [*usual, 400])
+    assert top == 10 and over.endswith("400")
+    assert page.evaluate(code, [1, 1, 400])[0] == 500  # too few to call one an outlier
 
 
 @browsing
@@ -370,12 +498,16 @@ def test_tabs_go_by_the_arrow_keys_and_each_control_has_a_name(page):
         const twice = ids.filter((id, at) => ids.indexOf(id) !== at);
         const named = (element) => element.getAttribute("aria-label") || element.textContent.trim()
             || (element.labels && element.labels[0] && element.labels[0].textContent);
-        const nameless = [...document.querySelectorAll("body > :not(dialog) button, input, svg[role], table")]
+        const levels = [...document.querySelectorAll("h1, h2, h3")].filter((element) => element.checkVisibility())
+            .map((element) => Number(element.tagName[1]));
+        const skipped = levels.filter((level, at) => level > (levels[at - 1] ?? 0) + 1).map((level) => `h${level}`);
+        const controls = "body > :not(dialog) button, input, textarea, select, svg[role], table";
+        const nameless = [...document.querySelectorAll(controls)]
             .filter((element) => !named(element)).map((element) => element.outerHTML);
         const lost = [...document.querySelectorAll("[aria-controls], [aria-labelledby]")].filter((element) =>
             !document.getElementById(element.getAttribute("aria-controls") ?? element.getAttribute("aria-labelledby")))
             .map((element) => element.outerHTML);
-        return [...twice, ...nameless, ...lost];
+        return [...twice, ...nameless, ...lost, ...skipped];
     }""")
     assert problems == []
 
@@ -428,7 +560,7 @@ def test_nothing_hangs_over_the_edge(page, served, width):
     page.get_by_role("button", name="Details of quiet").click()
     expect(page.locator("[data-adapter=quiet]")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for view in ("Changes", "Loops", "Engines"):
+    for view in ("Changes", "Loops", "Playground", "Engines"):
         show(page, view)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -458,13 +590,24 @@ def test_jobs_with_their_losses_are_paused_resumed_and_cancelled_from_the_page(p
     show(page, "Jobs")
     row = page.locator(f"[data-job={made}]")
     expect(row.get_by_text("succeeded")).to_be_visible()
-    expect(row.get_by_text("polite@v3")).to_be_visible()
+    result = "polite@v1"
+    expect(row.get_by_text(result)).to_be_visible()
     page.get_by_role("button", name=f"Details of {made}").click()
     card = page.locator(f"[data-card={made}]")
     expect(card.get_by_role("img")).to_have_accessible_name("Loss by step: training 2 → 0.333")
-    expect(card.get_by_role("row", name="polite@v1")).to_contain_text("1")
+    expect(card.get_by_role("table", name="Checkpoints").get_by_role("row").nth(1)).to_be_visible()
     expect(card.get_by_text("The job has successfully completed")).to_be_visible()
-    expect(card.get_by_role("button")).to_have_count(0)
+    assert page.url.endswith(f"#/jobs/{made}")
+    expect(card.get_by_role("link", name=f"Ask {result}")).to_have_attribute("href", f"#/playground/{result}")
+    saved: list[str] = []
+    page.on("download", lambda download: saved.append(download.suggested_filename))
+    card.get_by_role("button", name=f"Download {result}").click()
+    expect(page.get_by_role("status")).to_have_text(f"{result} is downloaded.")
+    assert saved == ["adapter_config.json", "adapter_model.safetensors"]
+    card.get_by_role("button", name=f"Promote {result}").click()
+    confirm(page, "Promote", "it is polite")
+    expect(page.get_by_role("status")).to_have_text("polite v1 is promoted.")
+    assert served.http.get("/v1/adapters/polite").json()["live"] == 1
 
     page.get_by_role("button", name=f"Details of {stuck}").click()
     card = page.locator(f"[data-card={stuck}]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,21 @@ async def test_problems_come_first_then_traffic_then_all_others_by_name(client, 
     assert alarmed["problems"] == [{"kind": "drift", "version": 1, "text": "in another language"}]
     assert (busy["requests"], busy["versions"][0]["recent"]["all"]["requests"]) == (2, 2)
     assert (answer["adapters"], answer["with_problems"], answer["with_traffic"]) == (5, 2, 3)
+
+
+async def test_how_much_is_asked_now_is_said_to_a_tenant_of_its_own_alone(operator, issue, make_adapter):
+    await operator.post("/v1/adapters", **upload(make_adapter(0), name="tone"))
+    await ask(operator, "tone")
+    async with await issue("acme") as acme:
+        await acme.post("/v1/adapters", **upload(make_adapter(1), name="ours"))
+        for _ in range(2):
+            await ask(acme, "ours")
+        mine, every = (await seen(acme)), (await seen(operator))
+    assert (mine["now"]["requests"], every["now"]["requests"], every["now"]["errors"]) == (2, 3, 0)
+    assert mine["now"]["tokens_per_second"] == pytest.approx(2 * mine["now"]["requests_per_second"], rel=0.1)
+    assert mine["now"]["first_token_p95"] > 0
+    assert "waiting" not in mine["engines"][0] and every["engines"][0]["waiting"] == 0
+    assert mine["started"] <= time.time()
 
 
 async def test_search_and_pages_are_of_all_adapters(client):

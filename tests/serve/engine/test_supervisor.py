@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,7 @@ async def test_a_dead_engine_is_replaced_by_one_that_holds_its_adapters_before_i
     assert set(heir.held) == {held}
     assert (await served.get("/ready")).status_code == 200
     assert base.restarts == 1
+    assert base.described()["last_restart"] == {"at": pytest.approx(time.time(), abs=60), "reason": backend.cause}
     assert backend.stops == 1
 
 
