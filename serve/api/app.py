@@ -42,6 +42,9 @@ from serve.gateway.inference import Inference
 from serve.gateway.request import PATHS, STORED
 from serve.rollout.canary.shadow import ShadowExchange
 
+# For what blocks, at least: half of them are one tenant's at most, and some wait for a download.
+THREADS = 16
+
 
 def build_app(
     config: Config,
@@ -66,7 +69,7 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_default_executor(FairThreads(min(32, (os.cpu_count() or 1) + 4)))
+        asyncio.get_running_loop().set_default_executor(FairThreads(max(THREADS, (os.cpu_count() or 1) + 4)))
         async with parts.running():
             yield
 
