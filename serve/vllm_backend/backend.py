@@ -44,6 +44,7 @@ from serve.vllm_backend.engine_processes import Member, cause_of_death, end, mem
 from serve.vllm_backend.output_processor import Outputs
 from serve.vllm_backend.patches import message_errors, response_store, titles, tool_calls
 from serve.vllm_backend.patches.error_translation import answer_unknown_paths, rejecting, sentence
+from serve.vllm_backend.patches.tokenizer_copies import shared_copy
 from serve.vllm_backend.structured_outputs import Engine
 from serve.vllm_backend.vllm_metrics import CpuSteps, Pulse, own_series
 from serve.vllm_backend.worker_extension import LOADED, LOADING
@@ -89,6 +90,7 @@ class VLLMBackend:
         self.weights = ""  # what is multiplied, in words, known once it has started
         self._probes = itertools.count(1)
         self._special: frozenset[str] | None = None
+        self._reader: Any = None
 
     @property
     def max_lora_rank(self) -> int:
@@ -393,9 +395,11 @@ class VLLMBackend:
         return self._special
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, of special ones too."""
-        tokenizer: Any = self._engine().get_tokenizer()
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
+        """The text of tokens, of special ones too. From any thread: it has a tokenizer of its own."""
+        if self._reader is None:
+            tokenizer: Any = self._engine().get_tokenizer()
+            self._reader = shared_copy(tokenizer) if hasattr(tokenizer, "_tokenizer") else tokenizer
+        return str(self._reader.decode(list(tokens), skip_special_tokens=False))
 
     async def log_stats(self) -> None:
         await self._engine().do_log_stats()
