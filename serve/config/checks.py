@@ -14,6 +14,7 @@ from serve.config.settings import Config
 from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.errors import ConfigError
 from serve.rollout.webhook import checked_url, signing_key
+from serve.vllm_backend.patches.switches import parse, written
 
 # Of a key that is not on loopback alone, at least.
 KEY_CHARACTERS = 16
@@ -22,6 +23,7 @@ KEY_CHARACTERS = 16
 def checked(config: Config) -> Config:
     """The same Config with a name and with keys hashed, or ConfigError."""
     _check_key_lengths(config)
+    config = _with_patches(config)
     config = replace(
         config,
         name=config.name or Path(config.model.rstrip("/")).name,
@@ -33,6 +35,25 @@ def checked(config: Config) -> Config:
     for check in (_check_numbers, _check_patterns, _check_combinations, _check_access, _check_names, provider_of):
         check(config)
     return config
+
+
+def _with_patches(config: Config) -> Config:
+    """The same Config with the kernels that `vllm_patches` leaves."""
+    try:
+        switches = parse(config.vllm_patches)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for setting, off, kernels in (
+        ("cpu_weights", "auto", switches.fused),
+        ("speculation", "off", switches.drafts),
+    ):
+        if (value := getattr(config, setting)) != off and not kernels:
+            raise ConfigError(
+                f"{setting}={value} needs patches that vllm_patches={written(config.vllm_patches)} leaves out"
+            )
+    if not switches.kernels:
+        return replace(config, lora_kernels="off")
+    return replace(config, lora_kernels="layers") if config.lora_kernels == "auto" and not switches.fused else config
 
 
 def _check_key_lengths(config: Config) -> None:

@@ -116,6 +116,10 @@ class Config:
         "on a CPU: what a step may take for prompts while answers wait for their next token:"
         " auto (some 2.8 times what it takes without), or seconds (0: any)",
     )
+    vllm_patches: Texts = _setting(
+        ("all",),
+        "what loradock changes in vLLM: all, or correctness (and security, nothing for speed); no-NAME leaves one out",
+    )
     max_adapter_rank: int = _setting(0, "largest rank of an upload (0: the engine's max_lora_rank)")
     allowed_target_modules: Texts = _setting((), "modules that uploads may adapt, as q_proj,v_proj")
     allowed_licenses: Texts = _setting((), "licenses of uploads, as apache-2.0,mit, from their README.md")

@@ -1,37 +1,25 @@
 """What a loaded model computes, read from vLLM's modules: the few things in which dense decoders differ.
 
 `read` looks at the modules themselves, not at the model's name. A module tells what it holds, and not what its forward
-pass makes of it: KNOWN lists those that were read, so that no other is taken for one of them.
+pass makes of it: `families` has the digests of those that were read, so that no other is taken for one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
+from serve.cpu_kernels import digest, families
+
 _VLLM = "vllm.model_executor.models"
 _HF = "transformers.models"
 _LAYERS = "vllm.model_executor.layers"
-
-# The classes whose forward passes do what is written here. By name: nothing is imported that the model does not need.
-KNOWN = {
-    f"{_VLLM}.llama": "LlamaForCausalLM LlamaModel LlamaDecoderLayer LlamaAttention LlamaMLP",
-    f"{_VLLM}.mistral": "MistralModel MistralDecoderLayer MistralAttention MistralMLP",
-    f"{_VLLM}.qwen2": "Qwen2ForCausalLM Qwen2Model Qwen2DecoderLayer Qwen2Attention Qwen2MLP",
-    f"{_VLLM}.qwen3": "Qwen3ForCausalLM Qwen3DecoderLayer Qwen3Attention",
-    f"{_VLLM}.gemma2": "Gemma2ForCausalLM Gemma2Model Gemma2DecoderLayer Gemma2Attention Gemma2MLP",
-    f"{_VLLM}.gemma3": "Gemma3ForCausalLM Gemma3Model Gemma3DecoderLayer Gemma3Attention Gemma3MLP",
-    f"{_VLLM}.granite": "GraniteForCausalLM GraniteModel GraniteDecoderLayer GraniteAttention GraniteMLP",
-    f"{_VLLM}.commandr": "CohereForCausalLM CohereModel CohereDecoderLayer CohereAttention CohereMLP",
-    f"{_VLLM}.transformers.base": "Base",
-    f"{_HF}.smollm3.modeling_smollm3": "SmolLM3Model SmolLM3DecoderLayer SmolLM3Attention SmolLM3MLP",
-    f"{_HF}.olmo2.modeling_olmo2": "Olmo2Model Olmo2DecoderLayer Olmo2Attention Olmo2MLP",
-}
 
 # Where a layer's norms are, by the names of those that it has: before and after attention, before and after the MLP.
 # One norm alone is before both, which then get the same input.
@@ -184,9 +172,22 @@ def _name(kind: type) -> str:
 def _check_forward(model: Any, inner: Any) -> None:
     modules = [model, inner, *(part for layer in inner.layers for part in (layer, layer.self_attn, layer.mlp))]
     for kind in dict.fromkeys(type(module) for module in modules):
-        owner = next(it for it in kind.__mro__ if "forward" in vars(it))
-        if owner.__name__ not in KNOWN.get(owner.__module__, "").split():
+        if _digest(kind.forward) not in families.KNOWN:
             raise Unknown("model", f"of {kind.__name__} it is not known what it computes")
+
+
+@cache
+def _digest(function: Callable[..., Any]) -> str:
+    try:
+        return digest.of_function(function)
+    except (OSError, TypeError, SyntaxError):  # it has no source that could be read
+        return ""
+
+
+def _computes_as_read(kind: type) -> bool:
+    """Whether a norm or an activation is what it was, in whichever of its methods says it."""
+    name = "forward_native" if f"{kind.__module__}:{kind.__name__}.forward_native" in families.PLAIN else "forward"
+    return _digest(getattr(kind, name)) in families.KNOWN
 
 
 def _check_children(module: Any, known: Iterable[str]) -> None:
@@ -234,7 +235,9 @@ def _check_attention(module: Any) -> None:
 
 def _norm(module: Any) -> Norm:
     kind, offset = NORMS.get(_name(type(module)), (None, 0.0))
-    if kind is None or getattr(module, "variance_size_override", None) or not getattr(module, "has_weight", True):
+    if kind is None or not _computes_as_read(type(module)):
+        raise Unknown("norm", f"the norm {type(module).__name__} is not known")
+    if getattr(module, "variance_size_override", None) or not getattr(module, "has_weight", True):
         raise Unknown("norm", f"the norm {type(module).__name__} is not known")
     if kind == ROUNDED and module.weight.dtype != torch.bfloat16:
         kind = PLAIN
@@ -243,7 +246,7 @@ def _norm(module: Any) -> Norm:
 
 
 def _activation(module: Any) -> int:
-    name = _name(type(module))
+    name = _name(type(module)) if _computes_as_read(type(module)) else ""
     if name == f"{_LAYERS}.activation.SiluAndMul":
         return SILU
     if name == f"{_LAYERS}.activation.GeluAndMul" and module.approximate == "tanh":
@@ -256,7 +259,7 @@ def _embedding_by(inner: Any) -> float:
     normalizer = getattr(inner, "normalizer", None)
     if normalizer is not None:
         return float(normalizer)
-    return float(inner.config.embedding_multiplier) if type(inner).__name__ == "GraniteModel" else 1.0
+    return float(inner.config.embedding_multiplier) if _digest(type(inner).forward) == families.GRANITE else 1.0
 
 
 def _check_output(processor: Any, head: Any, embedding: Any) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.v1.worker.block_table import SlotMappingMode
 
 from serve.cpu_kernels.build import library
 from serve.cpu_kernels.packing import at
@@ -42,7 +41,7 @@ def compute_slot_mapping(
     original: Callable[..., None], table: Any, requests: int, starts: torch.Tensor, positions: torch.Tensor
 ) -> None:
     kernels = library()
-    if kernels is None or positions.shape[0] > FEW or table.slot_mapping_mode != SlotMappingMode.TOKEN_TO_KV_SLOT:
+    if kernels is None or positions.shape[0] > FEW or table.slot_mapping_mode.name != "TOKEN_TO_KV_SLOT":
         original(table, requests, starts, positions)
         return
     blocks = table.block_table.gpu

@@ -1,8 +1,7 @@
-"""Many LoRA adapters on a CPU: what replaces vLLM's own path there, through vLLM's own extension points.
+"""Many LoRA adapters on a CPU: what replaces vLLM's own path there (`serve.vllm_backend.patches.table`).
 
-`install` is called in each of vLLM's processes. It changes which class the CPU platform names for the LoRA operations
-(`punica.Punica`), lets a model that `step` knows compute a whole step in one call, and, if asked, keeps torch.compile
-on although LoRA is on.
+The CPU platform names our class for the LoRA operations (`punica.Punica`), a model that `step` knows computes a whole
+step in one call, and, if asked, torch.compile stays on although LoRA is on.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import torch
 
-from serve.cpu_kernels import patches
 from serve.cpu_kernels.build import ARM64, step_available
 
 log = logging.getLogger("loradock")
@@ -31,34 +30,14 @@ def free_memory() -> int:
 _free_memory: Callable[[], int] = lambda: psutil.virtual_memory().available  # noqa: E731
 
 
-def install(free: Callable[[], int] | None = None) -> None:
-    """Take over the CPU's LoRA path in this process; nothing on another platform.
-
-    With LORADOCK_LORA_KERNELS=off that path stays vLLM's own, but for its answers to rows without an adapter. `free`
-    says how much memory is free, control groups included.
-    """
+def install(free: Callable[[], int]) -> None:
+    """In each of vLLM's processes on a CPU. `free` says how much memory is free, control groups included."""
     global _free_memory
-    from vllm.platforms import current_platform
-
-    if free is not None:
-        _free_memory = free
-
-    wanted = os.environ.get(VARIABLE, "auto")
-    if not current_platform.is_cpu():
-        return
-    patches.apply(patches.ROWS)
-    if wanted == "off":
-        return
-    patches.apply(patches.WRAPPER)
-    if wanted == "compile":
-        patches.apply(patches.COMPILE)
-    if wanted == "auto":
-        weights = os.environ.get(WEIGHTS, "auto")
-        if step_available():
-            patches.apply(patches.STEP)
-        elif weights != "auto":
-            needed = f"AVX2, or arm64 with dot products and {ARM64}=1, and a C++ compiler"
-            log.warning("cpu_weights=%s needs %s: weights stay as they are", weights, needed)
+    _free_memory = free
+    weights = os.environ.get(WEIGHTS, "auto")
+    if weights != "auto" and not step_available():
+        needed = f"AVX2, or arm64 with dot products and {ARM64}=1, and a C++ compiler"
+        log.warning("cpu_weights=%s needs %s: weights stay as they are", weights, needed)
 
 
 def with_an_adapter(
@@ -66,6 +45,11 @@ def with_an_adapter(
 ) -> None:
     """vLLM's product, which adds nothing to a row without an adapter."""
     original(inputs.masked_fill((slots < 0).unsqueeze(-1), 0), weights, outputs, slots, *others, **named)
+
+
+def get_lora_device(original: Callable[..., torch.device], base_layer: torch.nn.Module) -> torch.device:
+    # The int8 kernel has packed the weight and left None in its place.
+    return torch.device("cpu") if getattr(base_layer, "weight", 0) is None else original(base_layer)
 
 
 def get_punica_wrapper(original: Any, platform: Any) -> str:

@@ -13,12 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase
 
-from serve.cpu_kernels import pages
+from serve.cpu_kernels import packing, pages
 from serve.cpu_kernels.build import library
 from serve.cpu_kernels.operators import packed_linear
-from serve.cpu_kernels.packing import at
 
 RELEASED = 64 << 20  # bytes that are freed before the allocator is asked to give them back
 _freed = 0
@@ -26,10 +24,15 @@ _freed = 0
 
 def take(model: Any, embedding: Any, head: Any, keep: bool) -> None:
     """Have the layers of this model packed as they are loaded; `keep`: vLLM's copy stays beside."""
-    layers = [module for module in model.modules() if isinstance(module, LinearBase)]
+    layers = [module for module in model.modules() if packing.is_linear(module)]
     for layer in (*layers, embedding, head):
         layer.loradock_keep = keep
     head.loradock_embedding = (embedding,)
+
+
+def put(method: Any, name: str, ours: Callable[..., Any]) -> None:
+    """Have `ours` in front of this method of this one object's class."""
+    setattr(method, name, partial(ours, getattr(type(method), name), method))
 
 
 def taken(layer: Any) -> bool:
@@ -105,5 +108,5 @@ def rows(embedding: Any, ids: torch.Tensor) -> torch.Tensor:
     assert kernels is not None
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     out = torch.empty((flat.shape[0], embedding.embedding_dim), dtype=torch.bfloat16)
-    kernels.loradock_rows(embedding.loradock_matrix, at(flat), flat.shape[0], at(out))
+    kernels.loradock_rows(embedding.loradock_matrix, packing.at(flat), flat.shape[0], packing.at(out))
     return out.view(*ids.shape, embedding.embedding_dim)

@@ -115,6 +115,11 @@ def head(layer: Any) -> None:
     _keep(layer, number, words(kind, number))
 
 
+def is_linear(module: Any) -> bool:
+    """Whether it is one of vLLM's layers of a matrix."""
+    return isinstance(module, LinearBase)
+
+
 def at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 

@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.cpu_kernels.patches import Patch, apply
 from serve.cpu_kernels.step_costs import Piece, StepCosts
 
 VARIABLE = "LORADOCK_TARGET_INTER_TOKEN"
@@ -40,28 +39,6 @@ SHORT = 0.25
 EARLIER = 0.5
 # Steps after which something is left once more to who did not take it: there is no room for its adapter, or its keys.
 AGAIN = 8
-
-_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
-_WHY = "prompts of some thousand tokens take seconds of a CPU, in one step that everybody waits for"
-PATCHES = [
-    Patch(_SCHEDULER, "schedule", "self throttle_prefills", f"{__name__}:schedule", _WHY),
-    Patch(
-        _SCHEDULER,
-        "update_from_output",
-        "self scheduler_output model_runner_output",
-        f"{__name__}:update_from_output",
-        _WHY,
-    ),
-    Patch(_SCHEDULER, "add_request", "self request", f"{__name__}:add_request", _WHY),
-]
-
-
-def install() -> None:
-    """In each of vLLM's processes, where it computes on a CPU."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        apply(PATCHES)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,6 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from serve.cpu_kernels import pages
 from serve.cpu_kernels.build import library
 from serve.cpu_kernels.operators import Layer, Plan, load, lora_embedding, lora_linear, takes
-from serve.cpu_kernels.patches import ADAPTERS, apply
 
 log = logging.getLogger("loradock")
 
@@ -139,11 +138,3 @@ def activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int) 
         if manager.capacity <= manager.lora_slots and read is not None:
             adapter.loras = {}  # it keeps its slot for as long as it is in memory
     return changed
-
-
-def get_lora_device(original: Callable[..., torch.device], base_layer: torch.nn.Module) -> torch.device:
-    # The int8 kernel has packed the weight and left None in its place.
-    return torch.device("cpu") if getattr(base_layer, "weight", 0) is None else original(base_layer)
-
-
-apply(ADAPTERS)

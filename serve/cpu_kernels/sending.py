@@ -14,22 +14,7 @@ from typing import Any
 
 import zmq
 
-from serve.cpu_kernels.patches import Patch, apply
 from serve.models import hardware
-
-PATCHES = [
-    Patch(
-        "vllm.v1.engine.core:EngineCoreProc",
-        "process_output_sockets",
-        "self output_paths coord_output_path engine_index",
-        f"{__name__}:process_output_sockets",
-        "its thread sends a token only when the next step computes",
-    )
-]
-
-
-def install() -> None:
-    apply(PATCHES)
 
 
 class Outbox:
@@ -46,13 +31,11 @@ def process_output_sockets(
     original: Callable[..., None], core: Any, output_paths: list[str], coord_output_path: str | None, engine_index: int
 ) -> None:
     """vLLM's thread of outputs: opens the sockets, and closes them after the end of the engine was told."""
-    from vllm.platforms import current_platform
     from vllm.utils.network_utils import make_zmq_socket
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
     from vllm.v1.serial_utils import MsgpackEncoder
 
-    together = isinstance(core.model_executor, UniProcExecutor) and current_platform.is_cpu()
-    if not together or coord_output_path is not None:
+    if not isinstance(core.model_executor, UniProcExecutor) or coord_output_path is not None:
         original(core, output_paths, coord_output_path, engine_index)
         return
     hardware.leave_core()  # ZeroMQ's own thread, too, is where this one is

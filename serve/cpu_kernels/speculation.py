@@ -11,14 +11,12 @@ drafts, and so does one with stop strings: vLLM looks for them once a step, and 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from serve.cpu_kernels import verification
 from serve.cpu_kernels.drafts import MOST, MOST_IN_STEP, Bets, Bettor, DraftPrice
-from serve.cpu_kernels.patches import Patch, apply
 
 log = logging.getLogger("loradock")
 
@@ -41,34 +39,6 @@ APART = (
     "trace_decode_token_ids",
     "watermarking",
 )
-
-_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
-_WHY = "drafts are the scheduler's to take, and without speculative_config nobody proposes any"
-PATCHES = [
-    Patch(_SCHEDULER, "schedule", "self throttle_prefills", f"{__name__}:schedule", _WHY),
-    Patch(
-        _SCHEDULER,
-        "update_from_output",
-        "self scheduler_output model_runner_output",
-        f"{__name__}:update_from_output",
-        _WHY,
-    ),
-    Patch(
-        _SCHEDULER,
-        "make_spec_decoding_stats",
-        "self spec_decoding_stats num_draft_tokens num_accepted_tokens num_invalid_spec_tokens request_id",
-        f"{__name__}:make_spec_decoding_stats",
-        "what was accepted decides about the next drafts",
-    ),
-]
-
-
-def install() -> None:
-    """In each of vLLM's processes, where it computes on a CPU and drafts are asked for."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and os.environ.get(VARIABLE, "off") != "off":
-        apply(verification.PATCHES + PATCHES)
 
 
 class Speculation:
@@ -121,11 +91,9 @@ class Speculation:
 
     def settle(self, request: Any, drafted: int, accepted: int) -> None:
         """So many of a request's drafts were computed in a step, and right."""
-        from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
-
         self._bets.settle(request.loradock_bettor, drafted, accepted)
         if request.spec_decode_metrics is None:  # vLLM counts in it from now on
-            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(MOST)
+            request.spec_decode_metrics = verification.counts(MOST)
 
 
 def schedule(original: Callable[..., Any], scheduler: Any, throttle_prefills: bool = False) -> Any:

@@ -19,10 +19,10 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.v1.attention.backends import cpu_attn
 
-from serve.cpu_kernels import eight_bits, one_copy, packing, pages, tally
+from serve.cpu_kernels import between_steps, eight_bits, one_copy, packing, pages, tally
 from serve.cpu_kernels.architecture import Layer, Norm, Unknown, bare, read
 from serve.cpu_kernels.build import cache_folder, instructions, library
 from serve.cpu_kernels.install import free_memory
@@ -323,6 +323,7 @@ def create_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs
         return model
     model.loradock_unknown = None
     one_copy.take(model, decoder.embedding, decoder.head, keep := _keeps_vllms(model))
+    _pack_when_loaded(model, decoder.embedding, decoder.head)
     load_weights = model.load_weights
     model.load_weights = lambda weights: load_weights(pages.read_once(weights))
     if not keep and (decoder.head.weight is not decoder.embedding.weight or packing.shrinks()):
@@ -332,6 +333,17 @@ def create_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs
             if isinstance(layer, LinearBase) and type(layer.quant_method) is UnquantizedLinearMethod:
                 one_copy.when_loaded(layer, partial(_take_in, layer))
     return model
+
+
+def _pack_when_loaded(model: Any, embedding: Any, head: Any) -> None:
+    """Have the methods of this model's layers for plain weights do what follows, each in front of its class's."""
+    for layer in model.modules():
+        if isinstance(layer, LinearBase) and type(layer.quant_method) is UnquantizedLinearMethod:
+            one_copy.put(layer.quant_method, "process_weights_after_loading", process_weights_after_loading)
+    for layer in (embedding, head):
+        if type(layer.quant_method) is UnquantizedEmbeddingMethod:
+            one_copy.put(layer.quant_method, "process_weights_after_loading", process_embedding_after_loading)
+            one_copy.put(layer.quant_method, "embedding", look_up)
 
 
 def _take_in(layer: Any) -> bool:
@@ -356,7 +368,7 @@ def process_embedding_after_loading(original: Callable[..., None], method: Any, 
     process_weights_after_loading(original, method, layer)
 
 
-def embedding(original: Callable[..., torch.Tensor], method: Any, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+def look_up(original: Callable[..., torch.Tensor], method: Any, layer: Any, ids: torch.Tensor) -> torch.Tensor:
     return one_copy.rows(layer, ids) if one_copy.replaced(layer) else original(method, layer, ids)
 
 
@@ -395,6 +407,7 @@ def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs:
     eight_bits.register()
     original(runner, *args, **kwargs)
     runner.loradock_fused = None
+    runner.sampler.greedy_sample = partial(between_steps.greedy_sample, type(runner.sampler).greedy_sample)
     model = runner.get_model()
     try:
         if not hasattr(model, "loradock_unknown"):

@@ -10,28 +10,7 @@ from typing import Any
 
 import torch
 
-from serve.cpu_kernels.patches import Patch, apply
-
 CELLS = 1 << 22  # that are compared at a time
-
-PATCHES = [
-    Patch(
-        "vllm.v1.sample.ops.logprobs",
-        "batched_count_greater_than",
-        "x values",
-        f"{__name__}:count_greater",
-        "of a few rows it takes microseconds, and the compiler seconds at every start",
-        copies="vllm.v1",
-    )
-]
-
-
-def install() -> None:
-    """In each of vLLM's processes on a CPU."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        apply(PATCHES)
 
 
 def count_greater(original: Callable[..., Any], x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

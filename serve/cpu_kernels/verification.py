@@ -18,30 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors
 
-from serve.cpu_kernels.patches import Patch
-
-_WHY = "without speculative_config vLLM takes a step's drafts for tokens of a prompt"
-
-# LORADOCK_SPECULATION=ngram.
-PATCHES = [
-    Patch(
-        "vllm.v1.worker.cpu_model_runner:CPUModelRunner",
-        "load_model",
-        "self load_dummy_weights",
-        f"{__name__}:load_model",
-        _WHY,
-    ),
-    Patch(
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
-        "_prepare_inputs",
-        "self scheduler_output num_scheduled_tokens",
-        f"{__name__}:prepare_inputs",
-        _WHY,
-    ),
-]
 NOT_HERE = "the model is in another process than the scheduler"
 NONE = -1  # no token
 GREEDY = 1e-5  # of vLLM's sampler: below that temperature it draws nothing
@@ -52,6 +32,11 @@ _refusal = NOT_HERE
 def refusal() -> str:
     """Why this process's model verifies no drafts; "" if it does."""
     return _refusal
+
+
+def counts(most: int) -> Any:
+    """What vLLM counts a request's drafts in, of up to `most` a step."""
+    return RequestSpecDecodeMetrics.new(most)
 
 
 def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:

@@ -34,6 +34,10 @@ class Backend(Protocol):
     @property
     def max_model_len(self) -> int: ...
     @property
+    def patches(self) -> Mapping[str, str]:
+        """What is changed in the engine's own code, by name; with a reason, it is off."""
+
+    @property
     def app(self) -> ASGIApp: ...
     @property
     def running(self) -> int: ...

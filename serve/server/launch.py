@@ -30,7 +30,7 @@ from serve.server.connection import guarded, raise_descriptor_limit
 from serve.server.garbage import collect_in_quiet
 from serve.server.logs import Log, log_to_stderr
 from serve.vllm_backend import forkserver
-from serve.vllm_backend.patches import titles
+from serve.vllm_backend.patches import switches, titles
 
 log = logging.getLogger("loradock")
 
@@ -67,6 +67,7 @@ def resolved(config: Config) -> Config:
         with_defaults, taken = _with_defaults(config, base, environ, before)
         made.append(with_defaults)
         before += taken
+    os.environ[switches.VARIABLE] = switches.written(config.vllm_patches)  # vLLM's own processes know no Config
     first, *more = made
     return replace(config, model=first.model, engine=first.engine, engines=tuple(more))
 
@@ -146,7 +147,9 @@ def _run(config: Config, sock: socket, output: Log) -> int:
     raise_descriptor_limit()
     # What is imported stays; to look for garbage in it again and again takes a third of the time.
     gc.disable()
-    if hardware.on_cpu():
+    if hardware.on_cpu() and not switches.parse(config.vllm_patches).forks:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process with threads is not forked
+    elif hardware.on_cpu():
         forkserver.start(((base.model, base.engine) for base in config.bases), _import_server)
         if forkserver.wanted():
             hardware.leave_core()

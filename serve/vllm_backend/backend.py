@@ -38,15 +38,15 @@ from serve.engine.engine import LOW_PRIORITY, engine_priority
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
 from serve.models import engine_memory, hardware
 from serve.names import response_owner
-from serve.vllm_backend import announce, building, first_error, forkserver, gpu_memory, structured_outputs
+from serve.vllm_backend import announce, building, first_error, forkserver, gpu_memory
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.engine_processes import Member, cause_of_death, end, members, processes_of, resident_bytes
 from serve.vllm_backend.output_processor import Outputs
-from serve.vllm_backend.patches import message_errors, response_store, titles, tool_calls
+from serve.vllm_backend.patches import applying, response_store, titles
 from serve.vllm_backend.patches.error_translation import answer_unknown_paths, rejecting, sentence
 from serve.vllm_backend.patches.tokenizer_copies import shared_copy
 from serve.vllm_backend.structured_outputs import Engine
-from serve.vllm_backend.vllm_metrics import CpuSteps, Pulse, own_series
+from serve.vllm_backend.vllm_metrics import CpuSteps, Patches, Pulse, own_series
 from serve.vllm_backend.worker_extension import LOADED, LOADING
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class VLLMBackend:
         self._pulse = Pulse()
         self._cpu_steps = CpuSteps(name)
         self._collectors.register(self._cpu_steps)
+        self._collectors.register(Patches(name, applying.states))
         # What is awaited of the engine beside answers, and since when there is anything to wait for.
         self._calls: set[asyncio.Future[Any]] = set()
         self._idle_until = time.monotonic()
@@ -129,6 +130,11 @@ class VLLMBackend:
     def slots(self) -> int:
         """Adapters that one batch may hold."""
         return int(self.args.max_loras)
+
+    @property
+    def patches(self) -> Mapping[str, str]:
+        """What is changed in vLLM, by the patch's name; with a reason, it is off."""
+        return {name: state.reason for name, state in applying.states().items()}
 
     @property
     def seats(self) -> int:
@@ -242,6 +248,8 @@ class VLLMBackend:
         parser = ToolParserManager.get_tool_parser(args.tool_call_parser) if args.tool_call_parser else None
         rewrites = args.reasoning_parser or getattr(parser, "engine_based_streaming", False)
         rewrites = rewrites or args.enable_force_include_usage
+        if not applying.is_on("fast-stream"):
+            return False
         return not (rewrites or args.enable_log_outputs or args.sse_keep_alive_interval > 0)
 
     def _build(self) -> Engine:
@@ -428,9 +436,7 @@ class VLLMBackend:
 
 def prepare() -> None:
     """Change in vLLM what the server needs changed and its engines do not; nothing is done twice."""
-    structured_outputs.install()
-    message_errors.install()
-    tool_calls.install()
+    applying.install("server")
 
 
 def _discard(llm: Engine) -> None:

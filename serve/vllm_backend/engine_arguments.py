@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.version import __version__ as VLLM_VERSION
@@ -16,6 +15,11 @@ from vllm.version import __version__ as VLLM_VERSION
 from serve.errors import ConfigError
 from serve.vllm_backend.patches import media
 from serve.vllm_backend.patches.error_translation import sentence
+
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+except ImportError:  # since vLLM 0.33
+    from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
 
 
 class _Parser(FlexibleArgumentParser):

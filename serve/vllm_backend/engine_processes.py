@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm.v1.engine.async_llm import AsyncLLM
-
 from serve.vllm_backend import forkserver
 
 log = logging.getLogger(__name__)
@@ -23,7 +21,7 @@ log = logging.getLogger(__name__)
 END_SECONDS, END_POLL = 30.0, 0.02
 
 
-def processes_of(llm: AsyncLLM) -> list[Any]:
+def processes_of(llm: Any) -> list[Any]:
     """The engine's own processes; none where Ray holds them."""
     manager = llm.engine_core.resources.engine_manager
     return list(getattr(manager, "processes", []))

@@ -181,10 +181,6 @@ def install() -> None:
     """Let vLLM start processes from there, if there is one."""
     if not wanted():
         return
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("vllm.") and "get_mp_context" in vars(module):
             vars(module)["get_mp_context"] = Context

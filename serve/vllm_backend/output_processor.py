@@ -5,12 +5,13 @@ Every token passes vLLM's output processor, which is subclassed here.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from copy import copy
 from typing import Any, cast
 
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
@@ -19,7 +20,6 @@ from vllm.v1.metrics.stats import RequestStateStats
 from serve.asgi.exchange import Generation, Parameters, watching
 from serve.asgi.fast_stream import FastStream
 from serve.errors import LoradockError
-from serve.vllm_backend.sampling_parameters import parameters_of
 from serve.vllm_backend.step_times import StepTimes
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,25 @@ log = logging.getLogger(__name__)
 NEVER = 1 << 30
 # So many tokens may wait for vLLM's first chunk. Then it makes none that the fast stream could learn from.
 PATIENCE = 64
+# What shapes an answer beside length, temperature and structure. `n` and `seed` do not.
+OTHERS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "thinking_token_budget",
+)
+_DEFAULTS = SamplingParams()
+_USUAL = tuple(getattr(_DEFAULTS, name) for name in OTHERS)
 
 
 class Outputs(OutputProcessor):
@@ -150,6 +169,22 @@ def _go_round(state: RequestState) -> None:
     state.sent_tokens_offset = state.detokenizer.num_output_tokens()
     state.stream_interval = 1
     state.queue.put(state.make_request_output(state.detokenizer.output_token_ids[sent:], None, None, None))
+
+
+def parameters_of(params: SamplingParams | None, tools: bool = False) -> Parameters | None:
+    """None for what generates nothing."""
+    if params is None:
+        return None
+    unusual = [
+        (name, value) for name, usual in zip(OTHERS, _USUAL, strict=True) if (value := getattr(params, name)) != usual
+    ]
+    return Parameters(
+        max_tokens=params.max_tokens or 0,
+        temperature=float(params.temperature),
+        constrained=params.structured_outputs is not None,
+        tools=tools,
+        others=hashlib.blake2b(repr(unusual).encode(), digest_size=4).hexdigest() if unusual else "",
+    )
 
 
 class _Sequence:

@@ -6,20 +6,10 @@ import multiprocessing
 import os
 import threading
 
-from serve.cpu_kernels import prompt_budget, sending, speculation, token_ranks
 from serve.cpu_kernels.install import install as install_kernels
 from serve.models import hardware
 from serve.vllm_backend import forkserver, notices
-from serve.vllm_backend.patches import (
-    media,
-    model_inspection,
-    prompt_logprobs,
-    seeded_prompts,
-    titles,
-    token_texts,
-    tokenizer_copies,
-    triton_overrides,
-)
+from serve.vllm_backend.patches import applying, media, model_inspection, titles
 
 _installed = False
 
@@ -30,18 +20,14 @@ def install() -> None:
     if _installed:
         return
     model_inspection.install()
-    triton_overrides.install()
-    install_kernels(hardware.free_memory)
-    token_ranks.install()
-    prompt_logprobs.install()
-    token_texts.install()
-    tokenizer_copies.install()
-    prompt_budget.install()
-    speculation.install()  # after those whose functions it wraps: they see its drafts
-    seeded_prompts.install()
+    if hardware.on_cpu():
+        install_kernels(hardware.free_memory)
     media.install()
-    sending.install()
-    forkserver.install()
+    applying.install("all")
+    if applying.is_on("fork-server"):
+        forkserver.install()
+    elif forkserver.wanted():
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads by then
     _installed = True
 
 
@@ -52,7 +38,8 @@ def register() -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    titles.install()
+    if applying.is_on("titles"):
+        titles.install()
     # Ctrl-C in a terminal reaches the whole foreground group; the server drains, so its engine must outlive that.
     os.setpgid(0, 0)
     threading.Thread(target=forkserver.follow, args=(parent.sentinel,), daemon=True, name="follow-parent").start()

@@ -43,6 +43,13 @@ _OTHER_TOKENIZER = (
 )
 
 
+def register_kernels() -> None:
+    """vLLM's substitutes for its Triton kernels; modules that are imported later get them by the kernels' names."""
+    from vllm.platforms import current_platform
+
+    current_platform.register_triton_kernel_overrides()
+
+
 def tokenizer(model: str, options: Mapping[str, Any]) -> None:
     """Read a model's tokenizer, which the server and the engine will ask vLLM for: it is in memory once then."""
     if not Path(model, "tokenizer.json").is_file() or any(name in options for name in _OTHER_TOKENIZER):

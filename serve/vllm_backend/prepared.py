@@ -4,20 +4,18 @@ Python writes into whatever it looks at, a count of references. A forked process
 modules, gets memory of its own for what it shared: 190 MB in an engine, 100 MB in a server.
 """
 
-import os
 from contextlib import suppress
 from importlib import import_module
 
 from serve.cpu_kernels import pages
-from serve.cpu_kernels.install import VARIABLE
-from serve.cpu_kernels.patches import PatchError
-from serve.vllm_backend import plugin
-from serve.vllm_backend.patches import titles, triton_overrides
+from serve.vllm_backend import plugin, preload
+from serve.vllm_backend.patches import applying, titles
 
-with suppress(PatchError):  # whoever starts an engine says what does not fit
+with suppress(applying.PatchError):  # whoever starts an engine says what does not fit
     plugin.install()
-    triton_overrides.register()
-    if os.environ.get(VARIABLE, "auto") != "off":
+    if applying.is_on("triton-overrides"):
+        preload.register_kernels()
+    if applying.is_on("lora-kernels"):
         import_module("serve.cpu_kernels.punica")
 titles.find()
 pages.release()

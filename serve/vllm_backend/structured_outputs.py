@@ -21,7 +21,6 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from serve.cpu_kernels.patches import Patch, apply
 from serve.vllm_backend.compiler_process import CompilerProcess
 
 MAX_BYTES = 128 << 10  # of a schema, grammar, pattern or of all choices
@@ -35,21 +34,8 @@ REMEMBERED = 256  # that were compiled and are not compiled again
 
 FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens")
 
-PATCHES = [
-    Patch(
-        "vllm.sampling_params:SamplingParams",
-        "_validate_structured_outputs",
-        "self model_config structured_outputs_config tokenizer",
-        f"{__name__}:validate_structured_outputs",
-        "it converts schemas on the event loop, for as long as that takes",
-    )
-]
 # What this request's grammar became when it was compiled.
 _compiled: ContextVar[Any] = ContextVar("compiled", default=None)
-
-
-def install() -> None:
-    apply(PATCHES)
 
 
 def validate_structured_outputs(original: Callable[..., None], params: Any, *config: Any) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from serve.vllm_backend.patches.applying import State
 from serve.vllm_backend.step_times import StepTimes
 
 # vLLM registers its series process-wide, so that two engines can't be built at once.
@@ -62,6 +63,25 @@ class CpuSteps(Collector):
         for (path, reason), count in self._counts.items():
             steps.add_metric((self._model, path, reason), count)
         yield steps
+
+
+class Patches(Collector):
+    """What is changed in vLLM, and what is not although this platform and these settings would have it."""
+
+    def __init__(self, model: str, states: Callable[[], Mapping[str, State]]) -> None:
+        self._model = model
+        self._states = states
+
+    def collect(self) -> Iterator[Metric]:
+        series = GaugeMetricFamily(
+            "loradock_vllm_patches",
+            "Patches of vLLM that this platform and these settings ask for: 1 for one that is on, 0 for one that was "
+            "left out (setting vllm_patches) or does not fit this vLLM; `loradock doctor` and /version say why.",
+            labels=("model", "patch", "kind"),
+        )
+        for name, state in self._states().items():
+            series.add_metric((self._model, name, state.kind), float(state.on))
+        yield series
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def fill(worker: Any, monitor: Any, model: str) -> None:
     """
     from vllm.sampling_params import SamplingParams
 
-    from serve.vllm_backend.sampling_parameters import parameters_of
+    from serve.vllm_backend.output_processor import parameters_of
 
     tokenizer, words = AutoTokenizer.from_pretrained(model), Words(model)
     # As the client asks, so that its answers are compared with these.

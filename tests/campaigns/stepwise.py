@@ -16,7 +16,7 @@ import os
 import random
 import sys
 from collections.abc import Sequence
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -189,20 +189,19 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+    from serve.cpu_kernels import step as fused_step
     from serve.server.launch import IN_PROCESS
 
-    ours, seen = CPUModelRunner._model_forward, []
+    ours, seen = fused_step.model_forward, []
     others: dict[int, Any] = {}  # a runner's model with int8 weights
 
-    @wraps(ours)  # so that it is taken for ours when vLLM loads its plugins
-    def both(self: Any, **kwargs: Any) -> Any:
+    def both(original: Any, self: Any, **kwargs: Any) -> Any:
         fused = self.loradock_fused
         out = fused and fused.step(kwargs["input_ids"], kwargs["positions"])
         if out is None:
             seen.append({"rows": kwargs["input_ids"].shape[0], "fused": False})
-            return ours(self, **kwargs)
+            return ours(original, self, **kwargs)
         ahead, fused.ready = fused.ready, None
         if id(self) not in others:
             others[id(self)] = in_int8(self)
@@ -220,7 +219,7 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
         seen.append(step)
         return exact
 
-    CPUModelRunner._model_forward = both
+    fused_step.model_forward = both
     llm: Any = None
     try:
         llm = LLM(
@@ -254,7 +253,7 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
         ask(len(asked), 0)  # mixed, and longer than a step takes
     finally:
         llm = None
-        CPUModelRunner._model_forward = ours
+        fused_step.model_forward = ours
         cleanup_dist_env_and_memory()
         torch.set_default_dtype(torch.float32)
     return seen
@@ -267,10 +266,11 @@ def main(out: Path, folder: Path, wanted: Sequence[str]) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm.model_executor.models import registry
 
-    from serve.cpu_kernels import build, install, packing
+    from serve.cpu_kernels import build, packing
+    from serve.vllm_backend import plugin
 
     registry._run_in_subprocess = lambda look: look()  # of each family, ten seconds of imports in another process
-    install.install()  # vLLM would do so itself, after `run` has put its own forward pass in place
+    plugin.install()
     if not build.step_available():
         out.write_text("null")
         return

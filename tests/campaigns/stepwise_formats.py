@@ -48,9 +48,10 @@ def main(out: Path, folder: Path) -> None:
 
     os.environ.update(cpu_environment(os.environ, together=True))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from serve.cpu_kernels import build, install
+    from serve.cpu_kernels import build
+    from serve.vllm_backend import plugin
 
-    install.install()
+    plugin.install()
     if not build.step_available():
         out.write_text("null")
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -56,6 +57,7 @@ class FakeBackend:
     max_model_len = 128
     weights = "bfloat16; output layer bfloat16"
     keeps_responses = True
+    patches: Mapping[str, str] = MappingProxyType({"media": "", "titles": "vllm_patches leaves it out"})
 
     def __init__(self, model: str | None = None) -> None:
         self.model = model or self.model

@@ -53,8 +53,18 @@ async def is_ready(parts: TheParts) -> Response:
 
 @router.get("/version")
 async def version(parts: TheParts) -> dict[str, Any]:
-    """Versions of loradock and vLLM, the first base's name, and the manifest of an optimized export."""
-    versions = {"version": __version__, "vllm": parts.fleet.first.backend.version, "model": parts.fleet.first.name}
+    """Versions of loradock and vLLM, which patches of vLLM are on, the first base, the manifest of its export."""
+    backend = parts.fleet.first.backend
+    patches = {
+        "on": sorted(name for name, reason in backend.patches.items() if not reason),
+        "off": {name: reason for name, reason in sorted(backend.patches.items()) if reason},
+    }
+    versions = {
+        "version": __version__,
+        "vllm": backend.version,
+        "vllm_patches": patches,
+        "model": parts.fleet.first.name,
+    }
     manifest = await asyncio.to_thread(summary_of, parts.fleet.first.model)
     return {**versions, "manifest": manifest} if manifest else versions
 

@@ -1,4 +1,4 @@
-"""Functions of vLLM's that are replaced, each entry of a table with what replaces it.
+"""What is changed in vLLM: `table` lists every function that is replaced, `applying` puts the replacements in place.
 
-The table itself is `serve.cpu_kernels.patches`; patches for speed on a CPU are beside the kernels.
+Replacements for speed on a CPU are beside the kernels; nothing here decides anything about requests.
 """

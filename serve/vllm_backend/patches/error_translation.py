@@ -1,14 +1,21 @@
-"""vLLM's errors under our names, and in a sentence."""
+"""vLLM's errors under our names, and in a sentence.
+
+The Responses API's models let pass what its code looks into without asking: a tool's output in parts that were answers
+of the API before, an answer of the assistant that is empty or a refusal. That was a 500, and is the client's error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from serve.errors import AdapterRejected, EngineUnavailable
@@ -50,3 +57,39 @@ def sentence(error: BaseException) -> str:
     if len(lines) > 1 and "validation error" in lines[0]:
         lines = lines[1:2] if "Value error" in lines[1] else lines[2:3] or lines[1:2]
     return lines[0].split(" [type=")[0].removeprefix("Value error, ")[:500]
+
+
+def parse(original: Callable[..., Any], messages: Any, *args: Any, **named: Any) -> Any:
+    """vLLM's."""
+    with _reading("messages"):
+        return original(messages, *args, **named)
+
+
+async def parse_async(original: Callable[..., Any], messages: Any, *args: Any, **named: Any) -> Any:
+    """vLLM's."""
+    with _reading("messages"):
+        return await original(messages, *args, **named)
+
+
+def construct(original: Callable[..., Any], **named: Any) -> Any:
+    """vLLM's, with parts of messages as dictionaries, which is how all other code reads them."""
+    with _reading("input"):
+        messages = original(**named)
+        for message in messages:
+            if isinstance(message, dict) and isinstance(content := message.get("content"), list):
+                message["content"] = [
+                    part.model_dump(exclude_none=True) if isinstance(part, BaseModel) else part for part in content
+                ]
+        return messages
+
+
+@contextmanager
+def _reading(field: str) -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
+        raise VLLMValidationError(
+            f"{field} holds a message that cannot be read ({sentence(error)}): its content takes a text, or parts "
+            "with a type and what belongs to it",
+            parameter=field,
+        ) from error

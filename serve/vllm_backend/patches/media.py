@@ -18,27 +18,15 @@ from typing import Any
 import aiohttp
 
 from serve.asgi.public_address import is_public
-from serve.cpu_kernels.patches import Patch, apply
 from serve.errors import ConfigError
 
 ANY_HOST = "*"
 NO_HOST = "no-host-is-allowed.invalid"
 
-PATCHES = [
-    Patch(
-        "vllm.connections:HTTPConnection",
-        "get_async_client",
-        "self",
-        f"{__name__}:get_async_client",
-        "a request could name a private address of this server's network",
-    )
-]
-
 
 def install() -> None:
-    """Where media is fetched; redirects are not followed unless the environment says so."""
+    """Redirects are not followed unless the environment says so."""
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
-    apply(PATCHES)
 
 
 def allowed_hosts(hosts: Sequence[str] | None) -> list[str] | None:

@@ -11,41 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from serve.cpu_kernels.patches import Patch, apply
-
-_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-_SECOND = "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker"
-_WHY = "the rows of a prompt are computed with the adapters of other requests"
-
-PATCHES = [
-    Patch(
-        _RUNNER,
-        "_get_prompt_logprobs_dict",
-        "self hidden_states num_scheduled_tokens",
-        f"{__name__}:get_prompt_logprobs_dict",
-        _WHY,
-    ),
-    Patch(
-        _SECOND,
-        "compute_prompt_logprobs",
-        "self logits_fn hidden_states input_batch all_token_ids num_computed_tokens prompt_lens",
-        f"{__name__}:compute_prompt_logprobs",
-        _WHY,
-    ),
-    Patch(
-        _SECOND,
-        "compute_prompt_token_id_logprobs",
-        "self logits_fn hidden_states input_batch prompt_lens",
-        f"{__name__}:compute_prompt_logprobs",
-        _WHY,
-    ),
-]
-
-
-def install() -> None:
-    """In each of vLLM's processes, on every platform and with every kind of LoRA kernels."""
-    apply(PATCHES)
-
 
 class RowsWithTheirAdapters:
     """Computes logits of rows that are parts of a step's hidden states, each with the adapter of its token.

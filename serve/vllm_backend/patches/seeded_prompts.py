@@ -10,27 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from serve.cpu_kernels.patches import Patch, apply
-
-_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-_WHY = "a seeded request whose prompt comes in parts ends the engine on a CPU"
-
-PATCHES = [
-    Patch(_RUNNER, "_sample", "self logits spec_decode_metadata", f"{__name__}:sample", _WHY),
-    Patch(
-        _RUNNER,
-        "_bookkeeping_sync",
-        "self scheduler_output sampler_output logits hidden_states num_scheduled_tokens",
-        f"{__name__}:bookkeeping_sync",
-        _WHY,
-    ),
-]
-
-
-def install() -> None:
-    """In each of vLLM's processes; where generators have an offset nothing changes."""
-    apply(PATCHES)
-
 
 def sample(original: Callable[..., Any], runner: Any, *args: Any) -> Any:
     """vLLM's, after which the generators of prompts that are not whole are as they were."""

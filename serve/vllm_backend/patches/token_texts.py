@@ -10,25 +10,8 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from serve.cpu_kernels.patches import Patch, apply
-
-PATCHES = [
-    Patch(
-        "vllm.tokenizers.detokenizer_utils",
-        "convert_ids_list_to_tokens",
-        "tokenizer token_ids",
-        f"{__name__}:convert_ids_list_to_tokens",
-        "each token of log-probabilities is decoded anew on the event loop",
-        copies="vllm",
-    )
-]
-
 # At most a vocabulary for each tokenizer, as long as that lives.
 _TEXTS: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
-
-
-def install() -> None:
-    apply(PATCHES)
 
 
 def convert_ids_list_to_tokens(original: Callable[..., list[str]], tokenizer: Any, token_ids: list[int]) -> list[str]:

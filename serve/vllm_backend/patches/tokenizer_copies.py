@@ -10,23 +10,7 @@ import copy
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
-from serve.cpu_kernels.patches import Patch, apply
-
-PATCHES = [
-    Patch(
-        "vllm.tokenizers.hf",
-        "maybe_make_thread_pool",
-        "tokenizer copies",
-        f"{__name__}:make_thread_pool",
-        "it copies the whole tokenizer for each thread",
-        copies="vllm.",
-    )
-]
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-
-
-def install() -> None:
-    apply(PATCHES)
 
 
 def make_thread_pool(original: FunctionType, tokenizer: Any, copies: int = 1) -> Any:

@@ -9,22 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from serve.cpu_kernels.patches import Patch, apply
-
-PATCHES = [
-    Patch(
-        "vllm.tool_parsers.hermes_tool_parser:Hermes2ProToolParser",
-        "extract_tool_calls",
-        "self model_output request",
-        f"{__name__}:extract_tool_calls",
-        "half of a tool call is the text of a whole answer, and not of a stream",
-    )
-]
-
-
-def install() -> None:
-    apply(PATCHES)
-
 
 def extract_tool_calls(original: Callable[..., Any], self: Any, model_output: str, request: Any) -> Any:
     """vLLM's, of what stands before a call that was cut; whole calls before it count."""

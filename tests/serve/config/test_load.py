@@ -85,6 +85,13 @@ A, B, C = (letter * 16 for letter in "abc")
         (["--speculation", "draft"], {}, "speculation takes off or ngram, not 'draft'"),
         (["--speculation", "ngram", "--lora-kernels", "off"], {}, "speculation=ngram goes with lora_kernels=auto"),
         (["--speculation", "ngram", "--speculative-config", "{}"], {}, "speculative_config do the same: give one"),
+        (
+            ["--vllm-patches", "none"],
+            {},
+            "vllm_patches takes all or correctness, .* not 'none'; names: .*media",
+        ),
+        (["--vllm-patches", "correctness", "--cpu-weights", "int8"], {}, "needs patches that vllm_patches=correctness"),
+        (["--vllm-patches", "no-prompt-budget", "--speculation", "ngram"], {}, "speculation=ngram needs patches"),
         (["--max-upload-bytes", "much"], {}, "max_upload_bytes takes"),
         (["--ssl-keyfile", "k"], {}, "go together"),
         (["--config", "/nowhere.yaml"], {}, "cannot be read"),
@@ -93,6 +100,12 @@ A, B, C = (letter * 16 for letter in "abc")
 def test_what_cannot_be_served_is_a_sentence(arguments, environ, says):
     with pytest.raises(ConfigError, match=says):
         load(arguments, environ)
+
+
+def test_safe_mode_takes_the_kernels_with_it():
+    assert load([], {}).lora_kernels == "auto"
+    assert load(["--vllm-patches", "correctness"], {}).lora_kernels == "off"
+    assert load(["--vllm-patches", "no-fused-step,no-titles"], {}).lora_kernels == "layers"
 
 
 def test_every_setting_explains_itself():

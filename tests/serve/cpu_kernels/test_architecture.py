@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
 
-from serve.cpu_kernels import tally
+from serve.cpu_kernels import digest, families, tally
 from serve.cpu_kernels.architecture import CENTERED, PLAIN, ROUNDED, SILU, Unknown, read
 from serve.cpu_kernels.step import _check_engine
 
@@ -181,6 +182,41 @@ def test_what_is_not_known_is_named_and_not_guessed(change, reason):
         read(model, 128)
     assert caught.value.reason == reason and reason in tally.REASONS
     assert str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_whose_forward_pass_changed_goes_layer_by_layer_whatever_its_name(monkeypatch):
+    def forward(self, positions, hidden_states, residual):
+        return hidden_states * 2, residual
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    with pytest.raises(Unknown, match="of LlamaDecoderLayer it is not known what it computes"):
+        read(llama(), 128)
+
+
+def test_a_model_is_known_by_what_it_computes_and_not_by_its_name():
+    class Renamed(LlamaDecoderLayer):
+        forward = LlamaDecoderLayer.forward
+
+    model = llama()
+    for one in model.model.layers:
+        one.__class__ = Renamed
+    assert read(model, 128).layers
+
+
+def test_a_norm_that_computes_something_else_is_not_taken(monkeypatch):
+    monkeypatch.setattr(RMSNorm, "forward_native", lambda self, x, residual=None: x)
+    with pytest.raises(Unknown, match="the norm RMSNorm is not known"):
+        read(llama(), 128)
+
+
+def test_every_forward_pass_is_as_it_was_read():
+    def current(place):
+        module, _, path = place.partition(":")
+        owner, _, name = path.partition(".")
+        return digest.of_function(getattr(getattr(import_module(module), owner), name))
+
+    read_digests = {**families.FORWARDS, **families.PLAIN}
+    assert {place: current(place) for place in read_digests} == read_digests
 
 
 def test_a_rotation_that_ends_before_the_context_is_not_taken():

@@ -23,6 +23,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 from serve.cpu_kernels import prompt_budget
 from serve.cpu_kernels.prompt_budget import AGAIN, ROWS, SLOWER, UNNOTICED, VARIABLE, _in_prompt
 from serve.cpu_kernels.step_costs import FIRST, LEAST, NEEDED, Piece, StepCosts
+from serve.vllm_backend.patches.applying import apply
+from serve.vllm_backend.patches.table import named
 from tests.support import tiny
 
 if not current_platform.is_cpu():
@@ -234,7 +236,7 @@ def test_a_short_prompt_is_before_a_long_one_that_came_a_little_earlier_and_no_p
 
 def real_scheduler(folder: Path, policy: str, **options: bool) -> Scheduler:
     """vLLM's own, for a small model, with our part in it."""
-    prompt_budget.install()
+    apply(named("prompt-budget"))
     context = 2048
     model = ModelConfig(
         model=str(tiny.model(folder)), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=context
@@ -253,7 +255,7 @@ def real_scheduler(folder: Path, policy: str, **options: bool) -> Scheduler:
     cache.num_gpu_blocks = 1000
     layer = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.bfloat16)
     blocks = KVCacheConfig(num_blocks=1000, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], layer)])
-    return Scheduler(config, blocks, StructuredOutputManager(config), block_size=16)
+    return config.scheduler_config.get_scheduler_cls()(config, blocks, StructuredOutputManager(config), block_size=16)
 
 
 def asked(name: str, length: int, prompt_logprobs: int | None = None, tokens: int = 100) -> Request:

@@ -23,7 +23,6 @@ from vllm.lora.layers import (
     VocabParallelEmbeddingWithLoRA,
 )
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
-from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
@@ -39,7 +38,10 @@ from vllm.platforms import current_platform
 if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
-from serve.cpu_kernels import build, install, operators, patches, punica
+from serve.cpu_kernels import build, install, operators, punica
+from serve.vllm_backend.patches.applying import apply, decide
+from serve.vllm_backend.patches.switches import Switches
+from serve.vllm_backend.patches.table import PATCHES, named
 
 HIDDEN, INNER, VOCAB = 100, 250, 203  # none of them a multiple of a vector's width
 MAX_RANK = 64
@@ -52,7 +54,8 @@ LINEARS = ["qkv", "o", "gate_up", "down", "other"]
 @pytest.fixture(scope="module", autouse=True)
 def one_worker(tmp_path_factory):
     """vLLM's layers want to know their place among parallel workers."""
-    patches.apply(patches.ROWS)
+    for name in ("lora-rows", "lora-device", "lora-kernels"):
+        apply(named(name))
     place = tmp_path_factory.mktemp("init") / "file"
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(1, 0, f"file://{place}", 0, backend="gloo")
@@ -371,68 +374,45 @@ def test_the_kernels_are_compiled_once_and_a_broken_compiler_is_said(tmp_path, m
 
 
 class TestInstalling:
-    @pytest.fixture
-    def platform(self, monkeypatch):
-        from vllm.platforms.cpu import CpuPlatform
-
-        stock = SimpleNamespace(modes=[])
-
-        def check_and_update_config(cls, vllm_config):
-            stock.modes.append("eager" if vllm_config.lora_config else "compiled")
-
-        monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
-        monkeypatch.setattr(CpuPlatform, "get_punica_wrapper", classmethod(lambda cls: "vllm's"))
-        monkeypatch.setenv(install.VARIABLE, "compile")
-        CpuPlatform.stock = stock
-        yield CpuPlatform
-        del CpuPlatform.stock
+    def modes(self, *configs):
+        """How vLLM is asked to run each of them, by what replaces its look at the configuration."""
+        seen = []
+        for config in configs:
+            install.check_and_update_config(
+                lambda platform, config: seen.append("eager" if config.lora_config else "compiled"), None, config
+            )
+        return seen
 
     def config(self, lora=None, **model):
         text = SimpleNamespace(**model.pop("hf_text_config", {}))
         lora = lora or SimpleNamespace(fully_sharded_loras=False)
         return SimpleNamespace(lora_config=lora, model_config=SimpleNamespace(hf_text_config=text, **model))
 
-    def test_by_default_the_kernels_alone(self, platform, monkeypatch):
-        monkeypatch.setenv(install.VARIABLE, "auto")
-        install.install()
-        platform.check_and_update_config(self.config())
-        assert platform.stock.modes == ["eager"]
-        assert platform.get_punica_wrapper() == f"{punica.Punica.__module__}.Punica"
+    def asked(self, **environ):
+        states = decide(PATCHES, lambda function: function.digest, Switches(), environ, on_cpu=True)
+        return {name for name in ("lora-kernels", "lora-compile") if name in states and states[name].on}
 
-    def test_a_model_with_adapters_is_compiled_if_asked(self, platform):
-        install.install()
-        install.install()
+    def test_by_default_the_kernels_alone(self):
+        assert self.asked() == {"lora-kernels"}
+        assert install.get_punica_wrapper(None, None) == f"{punica.Punica.__module__}.Punica"
+
+    def test_a_model_with_adapters_is_compiled_if_asked(self):
         config = self.config()
-        platform.check_and_update_config(config)
-        assert platform.stock.modes == ["compiled"] and config.lora_config is not None
-        assert platform.get_punica_wrapper() == f"{punica.Punica.__module__}.Punica"
+        assert self.modes(config) == ["compiled"] and config.lora_config is not None
+        assert self.asked(**{install.VARIABLE: "compile"}) == {"lora-kernels", "lora-compile"}
 
-    def test_what_cannot_be_compiled_with_adapters_stays_eager(self, platform, monkeypatch):
-        install.install()
-        platform.check_and_update_config(self.config(hf_text_config={"num_local_experts": 8}))
-        platform.check_and_update_config(self.config(lora=SimpleNamespace(fully_sharded_loras=True)))
-        platform.check_and_update_config(self.config(is_multimodal_model=True))
+    def test_what_cannot_be_compiled_with_adapters_stays_eager(self, monkeypatch):
+        sharded = self.config(lora=SimpleNamespace(fully_sharded_loras=True))
+        experts = self.config(hf_text_config={"num_local_experts": 8})
+        assert self.modes(experts, sharded, self.config(is_multimodal_model=True)) == ["eager"] * 3
         monkeypatch.setattr(build, "compiler", lambda: None)
-        platform.check_and_update_config(self.config())
-        assert platform.stock.modes == ["eager"] * 4
+        assert self.modes(self.config()) == ["eager"]
 
-    def test_off_is_vllm_as_it_is(self, platform, monkeypatch):
-        monkeypatch.setenv(install.VARIABLE, "off")
-        install.install()
-        assert platform.get_punica_wrapper() == "vllm's"
-
-    def test_another_platform_is_left_alone(self, platform, monkeypatch):
-        monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-        install.install()
-        assert platform.get_punica_wrapper() == "vllm's"
+    def test_off_is_vllm_as_it_is(self):
+        assert self.asked(**{install.VARIABLE: "off"}) == set()
 
 
-def test_vllm_still_has_what_the_plugin_holds_on_to():
-    assert LoRAModelManager._create_lora_modules.__module__ == punica.__name__
-    assert LoRAModelManager.activate_adapter.__module__ == punica.__name__
-    every = [*patches.ROWS, *patches.WRAPPER, *patches.COMPILE, *patches.ADAPTERS, *patches.STEP]
-    assert [patch.misfit() for patch in every] == [None] * len(every)
+def test_a_layer_whose_weight_the_int8_kernel_has_packed_takes_adapters():
     import vllm.lora.layers.base_linear as base_linear
 
-    # The int8 kernel packs a weight and leaves None behind.
     assert base_linear._get_lora_device(SimpleNamespace(weight=None)).type == "cpu"

@@ -18,6 +18,9 @@ from vllm.v1.request import Request
 
 from serve.cpu_kernels import prompt_budget, speculation, verification
 from serve.cpu_kernels.drafts import MOST_IN_STEP
+from serve.vllm_backend.patches import classes
+from serve.vllm_backend.patches.applying import apply
+from serve.vllm_backend.patches.table import named
 from tests.serve.cpu_kernels.test_prompt_budget import real_scheduler
 
 if not current_platform.is_cpu():
@@ -50,11 +53,9 @@ class Clock:
 @pytest.fixture
 def scheduler(tmp_path, monkeypatch) -> Scheduler:
     """vLLM's own with our part in it, before a model that verifies drafts."""
+    monkeypatch.setattr(classes, "_methods", {classes.SCHEDULER: [], classes.RUNNER: []})
+    apply(named("speculation"))
     made = real_scheduler(tmp_path, "priority")
-    for patch in speculation.PATCHES:
-        monkeypatch.setattr(Scheduler, patch.name, getattr(Scheduler, patch.name))
-        assert patch.misfit() is None
-        patch.apply()
     monkeypatch.setattr(verification, "_refusal", "")
     made.clock = Clock()
     made.loradock_speculation = speculation.Speculation(made.clock)

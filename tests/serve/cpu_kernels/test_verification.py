@@ -158,10 +158,6 @@ def test_what_is_said_in_place_of_a_draft_has_the_models_distribution():
     assert torch.allclose(torch.bincount(tokens[right, 1], minlength=3) / right.sum(), probabilities, atol=0.04)
 
 
-def test_the_functions_that_are_replaced_are_still_those():
-    assert not [misfit for patch in verification.PATCHES if (misfit := patch.misfit())]
-
-
 @pytest.mark.parametrize(
     ("runner", "said"),
     [

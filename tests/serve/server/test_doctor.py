@@ -19,6 +19,9 @@ from serve.models.hardware import FUSED
 from serve.models.host import Host
 from serve.server.doctor import Finding, Machine, examine, worst
 from serve.server.launch import own
+from serve.vllm_backend.patches.applying import decide
+from serve.vllm_backend.patches.switches import Switches
+from serve.vllm_backend.patches.table import PATCHES, named
 from tests.support import identity
 
 REQUIREMENTS = (
@@ -48,6 +51,11 @@ def root(tmp_path):
     return root
 
 
+def read(function):
+    """As in the vLLM that loradock pins."""
+    return function.digest
+
+
 @pytest.fixture
 def machine(root):
     return Machine(
@@ -63,6 +71,7 @@ def machine(root):
         free_disk=lambda _: 100 << 30,
         descriptors=20_000,
         pip=True,
+        patches=lambda switches, environ, on_cpu: decide(PATCHES, read, switches, environ, on_cpu=on_cpu),
     )
 
 
@@ -362,3 +371,29 @@ def test_the_keys_of_the_identity_provider_are_read(machine, config):
         (found,) = [finding for finding in examine(asked, machine) if finding.name == "identity provider"]
         assert found.status == "problem" and "status 500" in found.detail and "--oidc-jwks" in found.advice
     assert not [finding for finding in examine(config, machine) if finding.name == "identity provider"]
+
+
+def test_which_patches_of_vllm_are_on(machine, config):
+    finding = of(examine(config, machine), "vllm patches")
+    assert finding.status == "ok" and "token-texts" in finding.detail and "off" not in finding.detail
+    safe = of(examine(replace(config, vllm_patches=("correctness",)), machine), "vllm patches")
+    assert safe.status == "ok" and "lora-rows" in safe.detail.partition("; off: ")[0]
+    assert "token-texts (vllm_patches leaves it out)" in safe.detail.partition("; off: ")[2]
+
+
+@pytest.mark.parametrize(("altered", "status"), [("token-texts", "warning"), ("media", "problem")])
+def test_a_patch_that_does_not_fit_this_vllm_is_said(machine, config, altered, status):
+    def other(function):
+        return "another" if function in named(altered).functions else function.digest
+
+    def patches(switches, environ, on_cpu):
+        return decide(PATCHES, other, switches, environ, on_cpu=on_cpu)
+
+    finding = of(examine(config, replace(machine, patches=patches)), "vllm patches")
+    assert finding.status == status and f"{altered} (vLLM" in finding.detail and "0.32.0" in finding.advice
+
+
+def test_the_installed_vllm_is_read_without_importing_it():
+    pytest.importorskip("vllm")
+    states = Machine().patches(Switches(), {}, True)
+    assert states and all(state.on for state in states.values())

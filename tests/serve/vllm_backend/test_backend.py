@@ -434,8 +434,11 @@ def test_a_salt_is_one_that_vllm_takes_and_never_the_key_of_an_adapter():
     ("options", "plain"),
     [({}, True), ({"enable_force_include_usage": True}, False), ({"reasoning_parser": "deepseek_r1"}, False)],
 )
-def test_a_server_that_adds_to_each_chunk_has_no_fast_streams(options, plain):
+def test_a_server_that_adds_to_each_chunk_has_no_fast_streams(options, plain, monkeypatch):
+    monkeypatch.setattr("serve.vllm_backend.patches.applying.is_on", lambda name: True)
     assert VLLMBackend("some/model", "m", options)._tells_plainly() is plain
+    monkeypatch.setattr("serve.vllm_backend.patches.applying.is_on", lambda name: False)
+    assert not VLLMBackend("some/model", "m", options)._tells_plainly(), "in safe mode vLLM's own way is taken"
 
 
 def test_the_headers_that_are_ours_to_set_are_those_that_vllm_reads():

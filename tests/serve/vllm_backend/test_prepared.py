@@ -28,7 +28,8 @@ serve.server.launch._import_server()
 threads = threading.active_count()
 
 from vllm.platforms import current_platform
-from serve.vllm_backend import plugin, titles
+from serve.vllm_backend import plugin
+from serve.vllm_backend.patches import titles
 from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 
 before, looked = set(sys.modules), []

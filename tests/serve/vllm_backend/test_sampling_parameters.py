@@ -6,7 +6,7 @@ import pytest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from serve.asgi.exchange import Parameters
-from serve.vllm_backend.sampling_parameters import OTHERS, parameters_of
+from serve.vllm_backend.output_processor import OTHERS, parameters_of
 
 
 def test_the_usual_request_has_length_and_temperature_alone():

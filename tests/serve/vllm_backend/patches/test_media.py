@@ -11,6 +11,8 @@ from vllm.multimodal.media.connector import MediaConnector
 from serve.errors import ConfigError
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.patches import media
+from serve.vllm_backend.patches.applying import apply
+from serve.vllm_backend.patches.table import named
 
 
 def test_no_host_is_allowed_by_default_and_a_star_allows_the_public_ones(tiny_model):
@@ -30,7 +32,7 @@ async def test_a_private_address_is_not_connected_to_whatever_its_name(host, mon
     for variable in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
-    media.install()
+    apply(named("media"))
     connected = []
     server = await asyncio.start_server(lambda *_: connected.append(1), "localhost")
     connection = HTTPConnection()

@@ -11,12 +11,13 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers import chat_utils
 
-from serve.vllm_backend.patches import message_errors
+from serve.vllm_backend.patches.applying import apply
+from serve.vllm_backend.patches.table import named
 
 
 @pytest.fixture(autouse=True)
 def installed():
-    message_errors.install()
+    apply(named("message-errors"))
 
 
 def constructed(*items):

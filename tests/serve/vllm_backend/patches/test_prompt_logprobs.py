@@ -30,8 +30,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 if not current_platform.is_cpu():
     pytest.skip("vLLM's LoRA operations for a CPU", allow_module_level=True)
 
-from serve.cpu_kernels import operators, patches, punica
+from serve.cpu_kernels import operators, punica
 from serve.vllm_backend.patches import prompt_logprobs
+from serve.vllm_backend.patches.applying import apply
+from serve.vllm_backend.patches.table import named
 
 HIDDEN, VOCABULARY, SLOTS = 64, 320, 2
 TENANT, RIVAL = 7, 8  # adapters of lm_head
@@ -41,8 +43,8 @@ ROOT = Path(__file__).parents[4]
 @pytest.fixture(scope="module", autouse=True)
 def one_worker(tmp_path_factory):
     """vLLM's layers want to know their place among parallel workers."""
-    patches.apply(patches.ROWS)
-    prompt_logprobs.install()
+    apply(named("lora-rows"))
+    apply(named("prompt-logprobs"))
     place = tmp_path_factory.mktemp("init") / "file"
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(1, 0, f"file://{place}", 0, backend="gloo")

@@ -18,7 +18,7 @@ from serve.vllm_backend.patches import titles
 PROGRAM = """
 import os, sys, types
 import setproctitle
-from serve.vllm_backend import titles
+from serve.vllm_backend.patches import titles
 
 vllm = sys.modules["vllm.executor"] = types.ModuleType("vllm.executor")
 vllm.set_process_title = lambda name, suffix="": setproctitle.setproctitle(f"loradock::{name}")

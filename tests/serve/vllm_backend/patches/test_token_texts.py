@@ -14,7 +14,8 @@ from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens as stoc
 from vllm.v1.engine import logprobs
 
 from serve.models import embedded
-from serve.vllm_backend.patches import token_texts
+from serve.vllm_backend.patches.applying import apply
+from serve.vllm_backend.patches.table import named
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def tokenizer():
 def patched(monkeypatch):
     for module in (detokenizer_utils, logprobs):
         monkeypatch.setattr(module, "convert_ids_list_to_tokens", stock)
-    token_texts.install()
+    apply(named("token-texts"))
 
 
 def test_texts_are_vllms_and_are_worked_out_once(patched, tokenizer, monkeypatch):

@@ -11,14 +11,15 @@ pytest.importorskip("vllm")
 
 from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
 
-from serve.vllm_backend.patches import tool_calls
+from serve.vllm_backend.patches.applying import apply
+from serve.vllm_backend.patches.table import named
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
 def extracted():
-    tool_calls.install()
+    apply(named("tool-calls"))
     parser = Hermes2ProToolParser.__new__(Hermes2ProToolParser)
     return lambda text, choice="required": parser.extract_tool_calls(text, SimpleNamespace(tool_choice=choice))
 
