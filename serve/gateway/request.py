@@ -81,7 +81,18 @@ MAX_TIMEOUT = 86_400
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _INTEGERS = range(-(1 << 63), 1 << 63)
 
+# msgspec takes 10 microseconds for 1e308, Python half of one.
+_FAR_EXPONENT = re.compile(rb"[0-9][eE][+-]?[0-9]{2}")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {shown(text, 40)} is out of range")
+    return number
+
+
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
+_decode_far = msgspec.json.Decoder(dict[str, Any], float_hook=_finite).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -93,7 +104,7 @@ class InferenceRequest:
     def __init__(self, body: bytes) -> None:
         self.body = body
         try:
-            self.fields = decoded(body, _decode)
+            self.fields = decoded(body, _decode_far if _FAR_EXPONENT.search(body) else _decode)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"the request body is not a JSON object: {error}") from error
         _check_priority(self.fields.get("priority"))
