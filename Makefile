@@ -175,7 +175,7 @@ sanitize: setup-dev ## the tests of the CPU kernels and of the watcher's C++ cod
 	  $(BIN)/python -m pytest -m "not engine" --deselect tests/serve/cpu_kernels/test_punica.py::test_the_kernels_are_compiled_once_and_a_broken_compiler_is_said \
 	  $(or $(ARGS),tests/serve/cpu_kernels tests/serve/drift/test_native.py)
 
-gpu: ## all that was never measured on a GPU, without a network (WHEELS=DIR, ARGS="--size 8B --part swap"; ARGS=--rehearse on a CPU); 25 minutes
+gpu: ## all that was never measured on a GPU, in parts of some minutes, in any order, without a network (WHEELS=DIR, ARGS="--size 8B --part swap"; ARGS=--rehearse on a CPU); 25 minutes
 	@python=$$($(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m tests.campaigns.gpu_environment $(if $(WHEELS),--wheels $(WHEELS)) | tail -1) && \
 	  test -n "$$python" && PYTHONPATH=$(CURDIR) "$$python" -m tests.campaigns.gpu $(ARGS)
 

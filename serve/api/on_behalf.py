@@ -34,12 +34,17 @@ from serve.loop.gathering import gathering
 from serve.loop.likelihood import LikelihoodScorer
 from serve.loop.loop_rows import LoopRows
 from serve.loop.loops import Loops
+from serve.models import hardware
 from serve.models.checkpoint import takes_media
 from serve.rollout.golden.golden import Golden
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import policy_for
 from serve.rollout.registry_sync import RegistrySync
 from serve.telemetry.metrics import Metrics
+
+# Of an engine that no client waits for: four keep a processor busy; on a GPU a quarter of the fewest seats that vLLM
+# takes there.
+BATCH_LINES, BATCH_LINES_ON_GPU = 4, 64
 
 
 class Parts(Protocol):
@@ -182,5 +187,5 @@ def _limits(config: Config) -> Limits:
         open=config.batch_open,
         window_hours=config.batch_hours,
         file_seconds=config.batch_file_days * 86_400.0,
-        concurrency=config.batch_concurrency,
+        concurrency=config.batch_concurrency or (BATCH_LINES if hardware.on_cpu() else BATCH_LINES_ON_GPU),
     )

@@ -50,7 +50,7 @@ from serve.gateway.fan_out import RequestBounds
 from serve.gateway.inference import Inference
 from serve.gateway.router import Router
 from serve.models.checkpoint import takes_media
-from serve.models.hardware import node
+from serve.models.hardware import node, on_cpu
 from serve.models.language import language_of
 from serve.rollout.alertmanager import Alerts
 from serve.rollout.canary.canary import CanaryVerdict
@@ -207,7 +207,7 @@ class Services:
         self.exchange_worker = ExchangeWorker([self.canary_monitor, self.drift_monitor])
         kept = config.cache_dir / "embeddings"
         self._watched_bases = WatchedBases(self.fleet, self.drift_monitor, self.exchange_worker, kept)
-        self._logprob_sampling = LogprobSampling(config.drift_logprobs)
+        self._logprob_sampling = LogprobSampling(config.drift_logprobs, by_request=not on_cpu())
         self.prober = Prober(
             self.fleet, self.registry, self.store, self.drift_monitor, alarmed, interval=config.drift_probe_interval
         )

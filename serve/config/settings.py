@@ -150,7 +150,9 @@ class Config:
     reads_per_minute: FromOne = _setting(
         6000, "reads a minute of a key, lists and metrics; a key may have its own limit"
     )
-    batch_concurrency: FromOne = _setting(4, "lines of batches that an engine answers at once while no client waits")
+    batch_concurrency: WholeFromZero = _setting(
+        0, "lines of batches that an engine answers at once while no client waits (0: 4, on a GPU 64)"
+    )
     batch_lines: FromOne = _setting(50_000, "requests in one batch")
     batch_open: FromOne = _setting(16, "batches of a tenant that are under way at a time")
     batch_hours: FromOne = _setting(24, "hours that a batch may take at most; what is not answered by then expires")

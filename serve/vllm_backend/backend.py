@@ -322,6 +322,8 @@ class VLLMBackend:
             while LOADING in (states := await self._rpc("loradock_finish", number)):
                 await asyncio.sleep(max(LOAD_POLL, LOAD_PART * (time.monotonic() - began)))
         if reason := next((state for state in states if state != LOADED), None):
+            if LOADED in states:  # of several workers some have read it
+                await self._rpc("loradock_drop", number)
             raise AdapterRejected(f"the engine cannot load this adapter: {sentence(ValueError(reason))}")
         self._loras[adapter_id] = request
 

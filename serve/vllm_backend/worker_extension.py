@@ -75,6 +75,13 @@ class Loader:
         adapters.add_adapter(coming.result())
         return LOADED
 
+    def drop(self, number: int) -> None:
+        """Forget an adapter, whether it is being read or registered."""
+        if coming := self._coming.pop(number, None):
+            coming.cancel()
+        if number in self._manager.list_adapters():
+            self._manager.remove_adapter(number)
+
     def _read(self, request: Any) -> Any:
         rested = 0.0
 
@@ -105,6 +112,10 @@ class Worker:
 
     def loradock_finish(self, number: int) -> str:
         return self._loradock().finish(number)
+
+    def loradock_drop(self, number: int) -> None:
+        """Another worker could not read this adapter: nobody keeps it."""
+        self._loradock().drop(number)
 
     def loradock_notices(self) -> list[str]:
         """What our code warned of in this process."""

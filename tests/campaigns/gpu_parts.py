@@ -171,27 +171,23 @@ def base_swap(machine: Machine) -> Mapping[str, str]:
     return rows
 
 
-def exports(machine: Machine) -> Mapping[str, str]:
-    """Each format's quality and speed against the original, as `loradock optimize` measures them."""
-    rows, texts = {}, _texts(machine)
-    for scheme in SCHEMES:
-        out = machine.work / f"export-{machine.model.name}-{scheme}"
-        engine = not machine.rehearsal or scheme == "w8a8"
-        recipe = machine.work / f"{scheme}.yaml"
-        recipe.write_text(
-            f"model: {machine.model}\ntarget: {'cpu' if scheme == 'w8a8' and not machine.gpu else 'gpu'}\n"
-            f"steps: [{{quantize: {{scheme: {scheme}}}}}]\n"
-            f"calibration: {{text: {texts[0]}, samples: 16, tokens: 256}}\n"
-            f"evaluate: {{text: {texts[1]}, samples: 8, tokens: 256, engine: {str(engine).lower()}, prompts: []}}\n"
-        )
-        if not out.is_dir():
-            command = [sys.executable, "-m", "serve.cli", "optimize", str(recipe), "--out", str(out), "--resume"]
-            made = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, check=False)
-            if made.returncode:
-                rows[scheme] = f"not made: {' '.join(made.stderr.split()[-60:])}"
-                continue
-        rows[scheme] = _quality(json.loads((out / "report" / "measurements.json").read_text()))
-    return rows
+def export(machine: Machine, scheme: str) -> Mapping[str, str]:
+    """A format's quality and speed against the original, as `loradock optimize` measures them."""
+    texts, out = _texts(machine), machine.work / f"export-{machine.model.name}-{scheme}"
+    engine = not machine.rehearsal or scheme == "w8a8"
+    recipe = machine.work / f"{scheme}.yaml"
+    recipe.write_text(
+        f"model: {machine.model}\ntarget: {'cpu' if scheme == 'w8a8' and not machine.gpu else 'gpu'}\n"
+        f"steps: [{{quantize: {{scheme: {scheme}}}}}]\n"
+        f"calibration: {{text: {texts[0]}, samples: 16, tokens: 256}}\n"
+        f"evaluate: {{text: {texts[1]}, samples: 8, tokens: 256, engine: {str(engine).lower()}, prompts: []}}\n"
+    )
+    if not out.is_dir():
+        command = [sys.executable, "-m", "serve.cli", "optimize", str(recipe), "--out", str(out), "--resume"]
+        made = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, check=False)
+        if made.returncode:
+            return {scheme: f"not made: {' '.join(made.stderr.split()[-60:])}"}
+    return {scheme: _quality(json.loads((out / "report" / "measurements.json").read_text()))}
 
 
 def paired(machine: Machine, count: int) -> Mapping[str, str]:
@@ -229,7 +225,7 @@ PARTS: Mapping[str, Callable[[Machine], Mapping[str, str]]] = {
     "equality": same_answers,
     "recovery": killed,
     "base-swap": base_swap,
-    "exports": exports,
+    **{f"export-{scheme}": partial(export, scheme=scheme) for scheme in SCHEMES},
     **{f"throughput-{count}": partial(paired, count=count) for count in COUNTS},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from multiprocessing.connection import Connection
 
@@ -16,3 +17,11 @@ def pretend(connection: Connection) -> None:
         if outputs.regex == "crash":
             raise SystemExit(3)
         connection.send("it is wrong" if outputs.regex == "wrong" else outputs)
+
+
+def tell_of_gpus(connection: Connection) -> None:
+    """Answers with the GPUs that this process may see."""
+    connection.send(None)
+    while True:
+        connection.recv()
+        connection.send([os.environ.get("CUDA_VISIBLE_DEVICES")])

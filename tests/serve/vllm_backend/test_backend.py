@@ -53,7 +53,7 @@ from vllm.v1.worker.utils import request_memory
 
 from serve.asgi.exchange import Parameters, Watch, watching
 from serve.config import engine_options
-from serve.errors import BadRequest, ConfigError, Conflict, EngineUnavailable
+from serve.errors import AdapterRejected, BadRequest, ConfigError, Conflict, EngineUnavailable
 from serve.gateway.request import FOREIGN_MODEL_FIELDS, PRIORITY, RANK
 from serve.gateway.tenant_isolation import tenant_salt
 from serve.models import engine_memory, gpus, hardware
@@ -335,6 +335,20 @@ async def test_the_workers_are_asked_ever_less_often_whether_they_have_read_an_a
     await backend.add("tone@1", 1, Path("/somewhere"))
     assert len(asked) < 60 and asked[-1] < 6 * 1.15
     assert asked[:4] == pytest.approx([0, 0.005, 0.010, 0.015])
+
+
+async def test_what_one_worker_cannot_read_no_other_keeps(tiny_model, monkeypatch):
+    backend, dropped = VLLMBackend(str(tiny_model), "base", {"tensor_parallel_size": 2}), []
+
+    async def rpc(method, *args):
+        if method == "loradock_drop":
+            dropped.append(args)
+        return [LOADED, "no such adapter"]
+
+    monkeypatch.setattr(backend, "_rpc", rpc)
+    with pytest.raises(AdapterRejected, match="no such adapter"):
+        await backend.add("tone@1", 7, Path("/somewhere"))
+    assert dropped == [(7,)]
 
 
 def vllms_source(function):

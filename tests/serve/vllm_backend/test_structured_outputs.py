@@ -16,7 +16,9 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from serve.vllm_backend import structured_outputs
+from serve.vllm_backend.compiler_process import CompilerProcess
 from serve.vllm_backend.structured_outputs import MAX_BYTES, MAX_CHOICES, MAX_NODES, Grammars, check, compile_grammars
+from tests.serve.vllm_backend import pretended
 from tests.serve.vllm_backend.pretended import pretend
 
 PERSON = {
@@ -213,3 +215,13 @@ async def test_any_other_error_of_the_engine_stays_one(monkeypatch):
     monkeypatch.setattr(AsyncLLM, "generate", lambda *_, **__: engine_answers("error"))
     for params in (SamplingParams(structured_outputs=CHOICE), SamplingParams(bad_words=["yes"])):
         assert len([answer async for answer in engine.generate("x", params, "id")]) == 1
+
+
+def test_the_process_that_compiles_sees_no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    worker = CompilerProcess(pretended.tell_of_gpus)
+    try:
+        worker.wait_until_ready(60)
+        assert worker.compile("anything", 60) == [""]
+    finally:
+        worker.process.kill()

@@ -58,6 +58,9 @@ class Manager:
     def list_adapters(self):
         return set(self._adapter_manager.held)
 
+    def remove_adapter(self, number):
+        self._adapter_manager.held.remove(number)
+
     def _load_adapter(self, request):
         assert self.gate.wait(60)
         if request.lora_path == "/nowhere":
@@ -133,6 +136,15 @@ def test_a_large_adapter_takes_twice_its_reading_and_not_twelve_times(worker, re
 def test_who_cannot_be_read_says_why_and_is_forgotten(worker):
     worker.loradock_begin("tone@1", 7, "/nowhere")
     assert finished(worker, 7) == "no such adapter"
+    assert worker.loradock_finish(7) == "it was not begun"
+
+
+def test_an_adapter_that_another_worker_could_not_read_is_dropped(worker):
+    worker.loradock_begin("tone@1", 7, "/somewhere")
+    assert finished(worker, 7) == LOADED
+    worker.loradock_drop(7)
+    worker.loradock_drop(7)
+    assert worker.model_runner.lora_manager.list_adapters() == set()
     assert worker.loradock_finish(7) == "it was not begun"
 
 

@@ -55,3 +55,11 @@ async def test_log_probabilities_are_watched_after_as_many_requests_as_prompts_a
         await ask(client, 150)
         signal = (await drift(client))["versions"][0]["signals"]["logprob"]
         assert signal["phase"] == "watching" and not parts.drift_monitor.lacks_logprobs("tone")
+
+
+def test_on_a_gpu_each_request_is_drawn_by_itself():
+    sampling = LogprobSampling(0.05, clock=lambda: 0.0, by_request=True)  # all within one slot
+    drawn = [sampling.sampled() for _ in range(20_000)]
+    assert 0.04 < sum(drawn) / len(drawn) < 0.06
+    in_slots = LogprobSampling(0.05, clock=lambda: 0.0)
+    assert len({in_slots.sampled() for _ in range(1000)}) == 1
