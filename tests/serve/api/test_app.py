@@ -364,3 +364,8 @@ async def test_adapters_are_listed_whole_or_by_pages(client, make_adapter):
         "object": "list", "data": [], "has_more": False, "last_id": None,
     }  # fmt: skip
     assert (await client.get("/v1/adapters", params={"limit": 0})).status_code == 400
+
+
+async def test_version_says_what_is_changed_in_vllm(client):
+    body = (await client.get("/version")).json()
+    assert body["vllm_patches"] == {"on": ["media"], "off": {"titles": "vllm_patches leaves it out"}}
