@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-
 import pytest
 
 from serve.api.app import build_app
@@ -97,6 +95,5 @@ async def test_the_guards_are_those_of_the_model_that_answers(client, make_adapt
 
 
 class Unguarded:
-    @asynccontextmanager
-    async def over(self, name, tenant, fields, watch, send, *rest):
-        yield send
+    def watch_over(self, name):
+        return False
