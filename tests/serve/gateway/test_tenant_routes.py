@@ -183,7 +183,9 @@ async def test_no_body_or_query_takes_another_tenants_id(world):
                     for id in (world.ids[kind], made_up(world.ids[kind])):
                         answers.append(await given(world.globex, method, path, field, id, where))
                     assert answers[0] == answers[1], f"{field} of {method} {path} with {kind}"
-                    assert answers[0][0] in (400, 404), f"{field} of {method} {path}: {answers[0]}"
+                    # A list by name goes on after any name, of which nobody learns anything.
+                    taken = (400, 404, 200) if (path, field) == ("/v1/adapters", "after") else (400, 404)
+                    assert answers[0][0] in taken, f"{field} of {method} {path}: {answers[0]}"
                 walked.add((path, field))
     assert {
         ("/v1/fine_tuning/jobs", "training_file"),

@@ -60,7 +60,8 @@ async def acme(issue):
 
 @pytest.fixture
 async def globex(issue):
-    return await issue("globex", name="gus")
+    """Who walks every route with every spelling."""
+    return await issue("globex", name="gus", changes_per_minute=100_000, reads_per_minute=100_000)
 
 
 @pytest.fixture
