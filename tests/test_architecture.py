@@ -46,3 +46,13 @@ def test_a_module_and_its_functions_stay_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and "# long:" not in lines[node.lineno - 1]:
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{node.name} has over {FUNCTION_LINES} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_a_line_assigns_one_thing_or_a_pair(path):
+    """Three values in a line save lines, and cost whoever looks for a name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Tuple):
+            if not isinstance(node.value, ast.Tuple):
+                continue
+            assert len(node.value.elts) < 3, f"line {node.lineno}"

@@ -18,7 +18,9 @@ def messages_of(given: Any, where: str) -> tuple[tuple[dict[str, Any], ...], tup
     """The messages with text as one string and arguments of calls as objects, and whether each is learned."""
     if not isinstance(given, list) or not given:
         raise Problem(f'"{where}" has to be a list of messages that is not empty')
-    messages, learned, calls = [], [], set[str]()
+    messages = []
+    learned = []
+    calls = set[str]()
     for number, message in enumerate(given, 1):
         try:
             made, learn = _message(message, calls)

@@ -176,7 +176,10 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    folder, adapters, target, length = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    folder = sys.argv[1]
+    adapters = json.loads(sys.argv[2])
+    target = sys.argv[3]
+    length = int(sys.argv[4])
     start = time.monotonic()
     llm = LLM(
         folder,

@@ -31,7 +31,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     settle(job.seed, job.device)
     reference = Path(job.reference)
     text = held_out(job)
-    words, new_words, kept, rows = text.words, text.new_words, text.kept, text.result
+    words = text.words
+    new_words = text.new_words
+    kept = text.kept
+    rows = text.result
     in_onnx = job.options["format"] == "onnx"
     by_layer = planning.by_layer(2 * sum(map(math.prod, Checkpoint(reference).shapes.values())), job.memory)
     old = opened(reference, by_layer=by_layer)

@@ -27,7 +27,9 @@ class HeldOut:
 
 
 def held_out(job: Job) -> HeldOut:
-    words, new_words, part = tokenizer(Path(job.reference)), tokenizer(Path(job.model)), job.evaluate
+    words = tokenizer(Path(job.reference))
+    new_words = tokenizer(Path(job.model))
+    part = job.evaluate
     ids = torch.tensor(text.windows(words, text.documents(part, True), part.samples, part.tokens, job.seed))
     kept = mapping(words, new_words)
     original = list(ids.split(1))

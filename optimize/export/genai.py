@@ -28,7 +28,9 @@ from optimize.steps.merge.merge import read
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     settle(job.seed)
-    folder, out, precision = Path(job.model), job.folder / "model", job.options["precision"]
+    folder = Path(job.model)
+    out = job.folder / "model"
+    precision = job.options["precision"]
     shutil.rmtree(out, ignore_errors=True)
     adapters = {name: read(name, Path(path)) for name, path in sorted(job.adapters.items())}
     modules = sorted({module for adapter in adapters.values() for module in adapter.lora})

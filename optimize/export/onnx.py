@@ -109,7 +109,9 @@ def _export(folder: Path, file: Path) -> dict[str, str]:
     model, named = streamed.ghost(folder) or (opened(folder, torch.float32), {})
     _short_rope(model)
     # Sizes that differ from one another and from the model's own, so that each axis becomes a symbol of its own.
-    past, now, rows = 7, 3, 2
+    past = 7
+    now = 3
+    rows = 2
     with torch.no_grad(), warnings.catch_warnings(), streamed.unfolded(named):
         warnings.simplefilter("ignore")
         cache = DynamicCache()  # without the config: layers with a window keep all, and their masks hold the window

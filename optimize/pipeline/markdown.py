@@ -196,7 +196,9 @@ def _tuned(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
 def _effects(effects: Mapping[str, Mapping[str, float]]) -> list[Row]:
     rows: list[Row] = [("adapter", "KL", "effect, KL to base", "cosine of the effect", "top-1")]
     for name, effect in effects.items():
-        kl, moved, cosine = f"{effect['kl']:.4f}", f"{effect['kl_to_base']:.4f}", f"{effect['cosine']:.3f}"
+        kl = f"{effect['kl']:.4f}"
+        moved = f"{effect['kl_to_base']:.4f}"
+        cosine = f"{effect['cosine']:.3f}"
         rows.append((name, kl, moved, cosine, f"{effect['top1']:.1%}"))
     return rows
 

@@ -268,7 +268,9 @@ class _Unpacked:
         if rank > self._rank:
             for name in self._seen - {*NOTES}:
                 (self._folder / name).unlink(missing_ok=True)
-            self._rank, self._left, self._seen = rank, self._limit, self._seen & {*NOTES}
+            self._rank = rank
+            self._left = self._limit
+            self._seen = self._seen & {*NOTES}
         return rank == self._rank
 
     def write(self, name: str, content: Iterator[bytes]) -> None:

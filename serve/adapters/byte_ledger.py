@@ -63,7 +63,9 @@ class Room:
     """Bytes of one tenant that are reserved until it is closed. From any thread."""
 
     def __init__(self, ledger: ByteLedger, tenant: str, kind: Kind, quota: int | None) -> None:
-        self.tenant, self.kind, self.quota = tenant, kind, quota
+        self.tenant = tenant
+        self.kind = kind
+        self.quota = quota
         self.reserved = self.written = 0
         self._ledger = ledger
         self._others: list[Room] = []
@@ -142,7 +144,9 @@ class ByteLedger:
         reserve: int = 256 << 20,
         free: Callable[[Path], int] = lambda root: shutil.disk_usage(root).free,
     ) -> None:
-        self._root, self.reserve, self._free = root, reserve, free
+        self._root = root
+        self.reserve = reserve
+        self._free = free
         self._bounds: list[Bound] = []
         self._kept: dict[Kind, Kept] = {}
         self._reserved: Counter[tuple[str, Kind]] = Counter()

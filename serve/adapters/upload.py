@@ -87,7 +87,9 @@ class _Files:
         self.count = 0
         self.archive = False
         self.notes: dict[str, bytearray] = {}
-        self._folder, self._room, self._stack = folder, room, stack
+        self._folder = folder
+        self._room = room
+        self._stack = stack
         self._kept: set[str] = set()
         self._file = _File("")
 

@@ -29,7 +29,10 @@ class BodyReader:
     """The dependency itself; a body that may be left out is the struct's defaults then."""
 
     def __init__(self, kind: type[msgspec.Struct], *, required: bool, strict: bool, lines: str) -> None:
-        self.kind, self.required, self.strict, self.lines = kind, required, strict, lines
+        self.kind = kind
+        self.required = required
+        self.strict = strict
+        self.lines = lines
 
     async def __call__(self, request: Request) -> Any:
         data = await request.body()

@@ -214,7 +214,9 @@ def _serving(moment: Moment, full: str) -> list[Adapter]:
 
 def _row(parts: Services, caller: Caller, moment: Moment, standing: Standing) -> Json:
     full, registry = standing.full, moment.registry
-    live, canary, shadow = registry.live(full), registry.canary(full), registry.shadow(full)
+    live = registry.live(full)
+    canary = registry.canary(full)
+    shadow = registry.shadow(full)
     versions, owner = registry.versions(full), parts.fleet.owner(full)
     return {
         "name": short_name(full, caller.tenant),
@@ -238,7 +240,9 @@ def _row(parts: Services, caller: Caller, moment: Moment, standing: Standing) ->
 def _that_matter(moment: Moment, standing: Standing) -> list[Adapter]:
     """The versions with traffic, then the one that a rollback goes to, then others by number, the latest first."""
     registry, full = moment.registry, standing.full
-    pinned, before, versions = registry.pinned(full), registry.before(full), registry.versions(full)[::-1]
+    pinned = registry.pinned(full)
+    before = registry.before(full)
+    versions = registry.versions(full)[::-1]
     troubled = {version for _, version, _ in standing.problems}
     others = [
         each

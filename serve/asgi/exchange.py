@@ -387,7 +387,9 @@ class Tap:
 
     def queued(self, tenant: str, key: str = "") -> None:
         """The request has been read, and waits for its turn."""
-        self.tenant, self.key, self._queued = tenant, key, time.perf_counter()
+        self.tenant = tenant
+        self.key = key
+        self._queued = time.perf_counter()
 
     def addressed(self, adapter: str, version: str) -> None:
         """Say who is to answer, also if it never gets that far."""
@@ -398,7 +400,10 @@ class Tap:
         self._seated, self._load_seconds = time.perf_counter(), route.load_seconds
         self.adapter, self.version = route.adapter, route.version
         self.id = "" if route.version == "base" else route.model
-        self.tenant, self.asker, self.dealt, self.draw = tenant, route.asker, route.dealt, route.draw
+        self.tenant = tenant
+        self.asker = route.asker
+        self.dealt = route.dealt
+        self.draw = route.draw
         if self.trace:
             self.trace.role, self.trace.load_seconds = route.role, route.load_seconds
 

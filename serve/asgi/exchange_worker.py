@@ -67,7 +67,9 @@ class ExchangeWorker(Collector):
         linger: float = LINGER_SECONDS,
     ) -> None:
         self._observers = tuple(observers)
-        self._name, self._save_seconds, self._linger = name, save_seconds, linger
+        self._name = name
+        self._save_seconds = save_seconds
+        self._linger = linger
         # With the bytes of each. The event loop puts, the thread takes, and each has counters of its own.
         self._items: deque[tuple[Exchange | Callable[[], None] | None, int]] = deque()
         self._queue_size, self._queue_bytes = queue_size, queue_bytes
@@ -173,7 +175,9 @@ class ExchangeWorker(Collector):
 
     def _look(self, count: int) -> bool:
         """Look at so many; False at the end of all."""
-        began, goes_on, turn = time.thread_time(), True, time.perf_counter() + TURN_SECONDS
+        began = time.thread_time()
+        goes_on = True
+        turn = time.perf_counter() + TURN_SECONDS
         for _ in range(count):
             if time.perf_counter() > turn:
                 time.sleep(0)  # whoever waits for the interpreter has it first

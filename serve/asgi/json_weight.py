@@ -19,7 +19,9 @@ T = TypeVar("T")
 
 _MARKS = b'[]{},:"'
 _OTHERS = bytes(set(range(256)) - set(_MARKS))
-_OPENING, _CLOSING, _QUOTE = b"[{", b"]}", ord('"')
+_OPENING = b"[{"
+_CLOSING = b"]}"
+_QUOTE = ord('"')
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(_OPENING)] = 1
 _STEPS[list(_CLOSING)] = -1
@@ -27,7 +29,10 @@ _STEPS[list(_CLOSING)] = -1
 
 # The largest honest bodies are far below: 200 tools with 20 parameters each are 5,000 lists and objects,
 # and a prompt of 128,000 token ids is as many values.
-CONTAINERS, VALUES, KEYS, DEPTH = 1 << 15, 1 << 20, 1 << 17, 100
+CONTAINERS = 1 << 15
+VALUES = 1 << 20
+KEYS = 1 << 17
+DEPTH = 100
 # Brackets, commas, colons and quotes together, those in strings too: 4 MiB of code have fewer.
 _MARKS_BOUND = 8 << 20
 

@@ -15,7 +15,9 @@ async def read(receive: Callable[[], Awaitable[Message]], headers: Mapping[str, 
     stated = headers.get("content-length", "")
     if stated.isdecimal() and int(stated[:20]) > limit:
         raise _too_large(path, limit)
-    chunks, size, more = [], 0, True
+    chunks = []
+    size = 0
+    more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":

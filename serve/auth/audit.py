@@ -69,7 +69,9 @@ class Audit:
     ) -> None:
         self.path = path
         self.failures = 0
-        self._max_bytes, self._days, self._clock = max_bytes, days, clock
+        self._max_bytes = max_bytes
+        self._days = days
+        self._clock = clock
         self._folds: dict[tuple[Any, ...], _Fold] = {}
         self._strangers = Bucket(STRANGERS_PER_MINUTE, clock())
         self._omitted = 0
@@ -116,7 +118,9 @@ class Audit:
             return False
         if not fold.repeated:
             fold.since = now
-        fold.repeated, fold.last, fold.line = fold.repeated + 1, now, row
+        fold.repeated = fold.repeated + 1
+        fold.last = now
+        fold.line = row
         return True
 
     def _end_folds(self, now: float) -> None:

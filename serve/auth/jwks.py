@@ -23,8 +23,12 @@ from serve.errors import EngineUnavailable
 from serve.names import shown
 
 DISCOVERY = "/.well-known/openid-configuration"
-FRESH_SECONDS, AGAIN_SECONDS, STALE_SECONDS = 3600.0, 30.0, 86_400.0
-MOST_BYTES, MOST_KEYS, SECONDS = 1 << 20, 100, 5.0
+FRESH_SECONDS = 3600.0
+AGAIN_SECONDS = 30.0
+STALE_SECONDS = 86_400.0
+MOST_BYTES = 1 << 20
+MOST_KEYS = 100
+SECONDS = 5.0
 SHORTEST_RSA = 2048
 _PRIVATE = ("d", "p", "q", "dp", "dq", "qi")
 _CURVES = {"ES256": "secp256r1", "ES384": "secp384r1", "ES512": "secp521r1"}
@@ -34,7 +38,9 @@ class KeySet:
     """`address` is that of the keys; without it the issuer says where they are. Thread-safe; `get` blocks."""
 
     def __init__(self, issuer: str, address: str = "", *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._issuer, self._address, self._clock = issuer, address, clock
+        self._issuer = issuer
+        self._address = address
+        self._clock = clock
         self._keys: dict[str, jwt.PyJWK] = {}
         self._read_at = self._tried_at = float("-inf")
         self._reading = threading.Lock()

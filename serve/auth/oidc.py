@@ -25,7 +25,9 @@ from serve.errors import BadRequest, LoradockError, Overloaded, Unauthorized
 from serve.names import check_name, shown
 
 # A longer token is refused unread; one that was checked is believed for so long, so many are remembered.
-MAX_BYTES, CHECKED_SECONDS, REMEMBERED = 16 << 10, 300.0, 4096
+MAX_BYTES = 16 << 10
+CHECKED_SECONDS = 300.0
+REMEMBERED = 4096
 # Tokens that wait to be checked; a further one is sent away.
 WAITING = 256
 
@@ -36,7 +38,10 @@ class Tokens:
     def __init__(
         self, provider: Provider, keys: KeySet, subjects: Subjects, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._provider, self._keys, self._subjects, self._clock = provider, keys, subjects, clock
+        self._provider = provider
+        self._keys = keys
+        self._subjects = subjects
+        self._clock = clock
         self._checked: OrderedDict[bytes, tuple[float, Caller | LoradockError]] = OrderedDict()
         self._threads = ThreadPoolExecutor(2, "oidc")
         self._waiting = 0

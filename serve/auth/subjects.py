@@ -30,7 +30,9 @@ class Subjects:
     def __init__(
         self, registry: Registry, limits: Limits = UNLIMITED, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._registry, self._limits, self._clock = registry, limits, clock
+        self._registry = registry
+        self._limits = limits
+        self._clock = clock
         self._known: dict[str, tuple[Caller, float]] = {}
         self.refresh()
 

@@ -31,7 +31,10 @@ bench_app = typer.Typer(
 )
 
 # How help groups the options.
-ASK, LOAD, RUN, SECOND = "What is asked", "Load", "Rounds and result", "A second server (B)"
+ASK = "What is asked"
+LOAD = "Load"
+RUN = "Rounds and result"
+SECOND = "A second server (B)"
 
 _EPILOG = """\b
 Examples:

@@ -38,7 +38,11 @@ ORDER = (
     *("finetune", "data", "loop", "optimize"),
     *("engines", "keys", "batch", "bench", "backup", "restore", "requirements"),
 )
-START, ADAPTERS, WATCH, TRAIN, OPERATE = "Start", "Adapters", "Watch", "Train", "Operate"
+START = "Start"
+ADAPTERS = "Adapters"
+WATCH = "Watch"
+TRAIN = "Train"
+OPERATE = "Operate"
 
 
 class _InOrder(Commands):

@@ -12,7 +12,9 @@ from serve.cli.terminal import example
 from serve.config import load
 
 # The defaults of `serve.telemetry.rendered`, which is imported when it is needed.
-SENDER, SMTP, TRACES = "loradock@localhost", "localhost:587", "http://localhost:16686/trace/{trace_id}"
+SENDER = "loradock@localhost"
+SMTP = "localhost:587"
+TRACES = "http://localhost:16686/trace/{trace_id}"
 
 # How help groups the options.
 RECEIVERS, PLACES = "Who gets alerts", "Where what listens"

@@ -50,7 +50,9 @@ class ServerBatches:
     """`progress(True)` is called for each line that was answered, well or not."""
 
     def __init__(self, http: httpx.AsyncClient, progress: Callable[[bool], None], poll: float) -> None:
-        self._http, self._progress, self._poll = http, progress, poll
+        self._http = http
+        self._progress = progress
+        self._poll = poll
 
     async def is_there(self) -> bool:
         """The server has batches; ConfigError if it does not let this key see them."""

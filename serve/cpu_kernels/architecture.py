@@ -44,7 +44,9 @@ MLP = {"gate_up_proj", "down_proj", "act_fn"}
 DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 
 # What becomes of a row before its weight, as step.cpp calls it, and what is added to the weight.
-PLAIN, ROUNDED, CENTERED = 0, 1, 2
+PLAIN = 0
+ROUNDED = 1
+CENTERED = 2
 _FUSED = f"{_VLLM}.transformers.fusers.rms_norm"
 NORMS = {
     f"{_LAYERS}.layernorm.RMSNorm": (ROUNDED, 0.0),

@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # The shortest run of tokens that is looked for, the longest that is compared, and how many places of one are.
-LEAST, LONGEST, PLACES = 3, 32, 8
+LEAST = 3
+LONGEST = 32
+PLACES = 8
 # Tokens of a sequence that are looked through; those after them are not.
 KEPT = 1 << 16
 # The most that is drafted of one sequence, and in one step.
 MOST, MOST_IN_STEP = 7, 32
 # What a sequence may lose by wrong drafts, in tokens: at first, for each token that it has said, and at a time.
-CREDIT, RATE, CREDIT_KEPT = 0.5, 0.01, 2.0
+CREDIT = 0.5
+RATE = 0.01
+CREDIT_KEPT = 2.0
 # How many drafts of a version count as much as all those before them: traffic changes.
 MEMORY = 500
 # What is believed of a version's drafts before there are any, and what that counts for, in drafts: it is tried.
@@ -42,7 +46,9 @@ class Continuations:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Tokens that were read or said after the others."""
-        known, before, latest = self.tokens, self._before, self._latest
+        known = self.tokens
+        before = self._before
+        latest = self._latest
         known.extend(tokens)
         for end in range(len(before), min(len(known), KEPT)):  # a place counts once the token there is known
             run = tuple(known[end - LEAST : end])
@@ -147,9 +153,15 @@ class Bets:
 
 def _worth(right: float, price: float, most: int) -> int:
     """How many drafts make the most tokens for their time, where each is `right` if those before it are."""
-    count, tokens, time, reached = 0, 1.0, 1.0, right
+    count = 0
+    tokens = 1.0
+    time = 1.0
+    reached = right
     while count < most and reached * time > price * tokens:
-        count, tokens, time, reached = count + 1, tokens + reached, time + price, reached * right
+        count = count + 1
+        tokens = tokens + reached
+        time = time + price
+        reached = reached * right
     return count
 
 

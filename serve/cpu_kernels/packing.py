@@ -51,7 +51,9 @@ def integers(layer: Any, kernel: Any) -> None:
 
     `kernel` is vLLM's for the layer, before it turns the weights for itself.
     """
-    config, packed, scale = kernel.config, getattr(layer, kernel.w_q_name), getattr(layer, kernel.w_s_name)
+    config = kernel.config
+    packed = getattr(layer, kernel.w_q_name)
+    scale = getattr(layer, kernel.w_s_name)
     if packed.input_dim != packed.packed_dim or not _fits(layer, packed, torch.int32) or scale.dtype != torch.bfloat16:
         return
     size = packed.shape[packed.output_dim], config.partition_weight_shape[0]

@@ -44,7 +44,9 @@ class Fused:
         decoder = read(model, config.model_config.max_model_len)
         kernels = library()
         assert kernels is not None
-        self.runner, self.kernels, self.decoder = runner, kernels, decoder
+        self.runner = runner
+        self.kernels = kernels
+        self.decoder = decoder
         self.hidden, self.vocabulary = decoder.hidden, decoder.vocabulary
         first = decoder.layers[0]
         shape = ShapeView(
@@ -99,7 +101,9 @@ class Fused:
             if adapters and linear.loradock_weights != "bfloat16":
                 adapters.keep_eight_bits()
         heads = layer.attention.num_heads, layer.attention.num_kv_heads
-        q, k, size = layer.q_norm, layer.k_norm, layer.attention.head_size
+        q = layer.q_norm
+        k = layer.k_norm
+        size = layer.attention.head_size
         if (q is None) != (k is None):
             raise Unknown("norm", "only its queries or only its keys are normalized")
         per_head = whole = False

@@ -22,7 +22,9 @@ LEAST = 32
 FIRST = 128
 # Steps of answers alone that say what they take: the median, which one disturbed step does not move. So many are
 # needed, and one more after some steps with prompts.
-SAMPLES, NEEDED, AGAIN = 5, 3, 128
+SAMPLES = 5
+NEEDED = 3
+AGAIN = 128
 # Up to so many tokens of a prompt cost what as many answers do.
 _AS_ANSWERS = 4
 # How far a step is from what the true numbers would say, as a part of it, and how many times what was expected it is

@@ -26,7 +26,10 @@ from serve.dataset.examples import Dropped, Example, Source, encoded, examples_o
 from serve.dataset.near import NearIndex, Shingles, Sketch, bared, common_shingles, sketch
 from serve.files import write_whole
 
-TRAIN, HELD_OUT, PREFERENCES, CARD = "train.jsonl", "held_out.jsonl", "preferences.jsonl", "card.json"
+TRAIN = "train.jsonl"
+HELD_OUT = "held_out.jsonl"
+PREFERENCES = "preferences.jsonl"
+CARD = "card.json"
 # Requests that one build looks at, and their text; the latest are.
 MOST_REQUESTS, MOST_BYTES = 100_000, 256 << 20
 # Pairs of one question.

@@ -48,9 +48,13 @@ class Capture:
         limit: int = 16 << 20,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._folder, self._model_of, self._limit = folder, model_of, limit
+        self._folder = folder
+        self._model_of = model_of
+        self._limit = limit
         self._redact = [re.compile(pattern) for pattern in redact]
-        self._enabled, self._hours, self._clock = enabled, hours, clock
+        self._enabled = enabled
+        self._hours = hours
+        self._clock = clock
         self._decoders: dict[str, Decoder] = {}
         self._changing = threading.Lock()
         # Lines that are written together: to write each by itself costs as much as to make it.
@@ -126,7 +130,9 @@ class Capture:
         if not lines:
             return
         try:
-            file, room, fitting = self._open(), self._limit - self._size, list[bytes]()
+            file = self._open()
+            room = self._limit - self._size
+            fitting = list[bytes]()
             for line in lines:
                 if len(line) <= room:
                     fitting.append(line)

@@ -98,9 +98,13 @@ class Conversations:
         limit: int = HOUR_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._file, self._learns, self._enabled = file, learns, enabled
+        self._file = file
+        self._learns = learns
+        self._enabled = enabled
         self._redact = [re.compile(pattern) for pattern in redact]
-        self._hours, self._limit, self._clock = hours, limit, clock
+        self._hours = hours
+        self._limit = limit
+        self._clock = clock
         self._writing = threading.Lock()
         self._writer: sqlite3.Connection | None = None
         # The bytes of this hour, by tenant.

@@ -62,9 +62,16 @@ class Datasets:
         days: float = 30.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._folder, self._conversations, self._registry = folder, conversations, registry
-        self._policy, self._base_of, self._golden_of, self._clock = policy, base_of, golden_of, clock
-        self._forgotten, self._settle, self._ledger = forgotten, settle, ledger
+        self._folder = folder
+        self._conversations = conversations
+        self._registry = registry
+        self._policy = policy
+        self._base_of = base_of
+        self._golden_of = golden_of
+        self._clock = clock
+        self._forgotten = forgotten
+        self._settle = settle
+        self._ledger = ledger
         self._held_out = HeldOut(folder / "held_out", days)
         # Of one tenant one at a time: a build does not keep what a deletion has just taken away.
         self._threads = FairThreads(2, "datasets")

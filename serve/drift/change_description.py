@@ -28,7 +28,11 @@ from serve.drift.signal import Signal
 from serve.models.language import NAMES
 
 # Changes that are named: of a language's or topic's share, of a length by a factor, of shares of answers.
-SHARE, FACTOR, REFUSAL, CUT, REPETITION = 0.05, 1.25, 0.02, 0.05, 0.1
+SHARE = 0.05
+FACTOR = 1.25
+REFUSAL = 0.02
+CUT = 0.05
+REPETITION = 0.1
 TOPICS, WORDS = 2, 6
 # A smaller share of the requests is "some".
 LEAST = 0.01

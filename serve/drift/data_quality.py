@@ -53,7 +53,9 @@ class DataQuality(Collector):
         kinds: Sequence[str] = (),
         limit: int = 100,
     ) -> None:
-        self._language_of, self._context_of, self._known = language_of, context_of, known
+        self._language_of = language_of
+        self._context_of = context_of
+        self._known = known
         self._kinds, self._limit = tuple(kinds), limit
         self._adapters: dict[str, _Counts] = {}
         self._lock = Lock()

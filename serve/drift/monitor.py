@@ -68,7 +68,10 @@ class DriftMonitor(Collector):
         self._unloaded = UnloadedAlarms(self._files, exists)
         self._false_alarms = FalseAlarms(settings.threshold)
         self._settings = settings
-        self._base_of, self._on_alarm, self._label, self._clock = base_of, on_alarm, label, clock
+        self._base_of = base_of
+        self._on_alarm = on_alarm
+        self._label = label
+        self._clock = clock
         scale = settings.reference / NEEDED[PROMPT]
         self._needed = {kind: max(20, round(count * scale)) for kind, count in NEEDED.items()}
         # Embedding and tokenizer digest by the base's name.

@@ -57,7 +57,9 @@ def blacked_out(text: str, mark: str = "[redacted]") -> tuple[str, list[str]]:
         )
         for start, end in places
     ]
-    pieces, kinds, at = [], [], 0
+    pieces = []
+    kinds = []
+    at = 0
     for start, minus_end, kind in sorted(found):
         if -minus_end <= at:
             continue

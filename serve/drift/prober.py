@@ -56,7 +56,9 @@ class Prober:
         interval: float = 3600.0,
         look: float = LOOK_SECONDS,
     ) -> None:
-        self._fleet, self._registry, self._store = fleet, registry, store
+        self._fleet = fleet
+        self._registry = registry
+        self._store = store
         self._monitor, self._alarmed = monitor, alarmed
         self._interval, self._look = interval, look
         self._probed: dict[Stay, _Probed] = {}

@@ -90,7 +90,9 @@ class ShareWatch:
         """The alarm has been dealt with: how it is from now on is usual."""
         if self.alarmed_at is not None:
             self.alarmed_at = None
-            self._reference, self._reference_hits, self._hits = 0, 0, 0
+            self._reference = 0
+            self._reference_hits = 0
+            self._hits = 0
             self._recent.clear()
 
     def state(self) -> dict[str, NDArray]:
@@ -159,7 +161,9 @@ class OpeningWatch:
         """The alarm has been dealt with: the openings are learned anew."""
         if self.share.alarmed_at is not None:
             self.share.acknowledge()
-            self._known, self._lengths, self._held = np.zeros(0, np.uint64), [], None
+            self._known = np.zeros(0, np.uint64)
+            self._lengths = []
+            self._held = None
 
     def state(self) -> dict[str, NDArray]:
         """All of it as arrays."""
@@ -168,5 +172,7 @@ class OpeningWatch:
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the one was whose `state()` this is."""
         self.share.restore(state)
-        self._known, self._lengths, self._held = np.array(state["known"]), state["lengths"].tolist(), None
+        self._known = np.array(state["known"])
+        self._lengths = state["lengths"].tolist()
+        self._held = None
         self._usual = float(np.median(self._lengths)) if len(self._lengths) >= OPENING_NEEDED else 0.0

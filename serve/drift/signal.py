@@ -131,7 +131,9 @@ class Signal:
             yield from self._watch(left)
 
     def _watch(self, rows: NDArray[np.float32]) -> Iterator[tuple[int, bool]]:
-        detector, scale, structure = self._detector, self._scale, self._structure
+        detector = self._detector
+        scale = self._scale
+        structure = self._structure
         assert detector is not None and scale is not None
         raws = self._parts(rows)[0]
         means = self._means(rows, raws) if structure.exchangeable else None
@@ -269,8 +271,12 @@ class Signal:
         if self.drifted:
             # When it began is an estimate: of the first rows some may be older.
             rows = rows[min(len(rows) // 4, UNCERTAIN) :]
-        self.alarmed_at, self._detector, self._scale = None, None, None
-        self._recent, self._weight, self._ordered = np.zeros(0), 0.0, True
+        self.alarmed_at = None
+        self._detector = None
+        self._scale = None
+        self._recent = np.zeros(0)
+        self._weight = 0.0
+        self._ordered = True
         self._rows.clear()
         # What was gathered so far stays, where there is no reference yet.
         self._gathered += list(rows)
@@ -280,7 +286,9 @@ class Signal:
     def begin_anew(self) -> None:
         """For the next version: the reference and what the bets learned stay; evidence, effects, counts and alarms are
         its own."""
-        self.samples, self.alarms, self.alarmed_at = 0, 0, None
+        self.samples = 0
+        self.alarms = 0
+        self.alarmed_at = None
         self._rows.clear()
         self._recent, self._weight = np.zeros_like(self._recent), 0.0
         if self._detector is not None:
@@ -314,7 +322,10 @@ class Signal:
         """Become the signal whose `state()` this was; this one's tolerance stays."""
         # Earlier releases kept neither the sixth count nor the rows.
         needed, samples, alarms, alarmed_at, seed, *began_at = (int(count) for count in state["counts"])
-        self.needed, self.samples, self.alarms, self._seed = needed, samples, alarms, seed
+        self.needed = needed
+        self.samples = samples
+        self.alarms = alarms
+        self._seed = seed
         self._began_at = began_at[0] if began_at else 0
         self.alarmed_at = None if alarmed_at < 0 else alarmed_at
         if "surprise.spread" in state:
@@ -334,7 +345,9 @@ class Signal:
         fits = scale.matrix.shape == shape and scale.centre.shape == shape[:1]
         if not fits or len(detector.rank_shift) != len(self.names):
             raise ValueError(f"{self.kind} has a scale of {scale.matrix.shape}, not {shape}")
-        self._scale, self._detector, self._gathered = scale, detector, []
+        self._scale = scale
+        self._detector = detector
+        self._gathered = []
         self.threshold = detector.threshold
         self._recent, self._weight = own(self._columns, state["recent"]), float(state["weight"])
         self._rows = RecentRows(self._columns, state.get("rows"))
@@ -400,7 +413,9 @@ class Signal:
         gauge = self._gauge()
         if gauge is not None and not self._structure.exchangeable:
             self._usual = gauge_range((np.array(rows) - self._scale.centre) @ gauge[1])
-        self._gathered, self._sketches, self._mean_rows = [], {}, {}
+        self._gathered = []
+        self._sketches = {}
+        self._mean_rows = {}
 
     def _of_mean_rows(self) -> MeanRows | None:
         """Of those of the reference; where a restart took some, new ones are gathered first."""

@@ -128,7 +128,9 @@ class Thinning(Generic[Item]):
         self._lately: deque[str] = deque(maxlen=SAMPLING_WINDOW)
         self.acceptance = ShareWatch(needed=SAMPLING_WINDOW, window=SAMPLING_WINDOW, fall=SAMPLING_FALL)
         self.opening = OpeningWatch()
-        self._interval, self._window, self._warm_up = interval, window, warm_up
+        self._interval = interval
+        self._window = window
+        self._warm_up = warm_up
         self._ahead, self._numbers = ahead, numbers
         self._shared = SharedRuns(numbers, stretch)
         self._waiting: deque[_Waiting[Item]] = deque()
@@ -247,7 +249,9 @@ class Thinning(Generic[Item]):
         self._askers.update(zip(state["askers"].tolist(), seen, strict=True))
         # Earlier releases did not count who came back.
         raw, steady, *returned = state["raw"].tolist()
-        self._raw, self._steady, self._returned = raw, bool(steady), sum(returned)
+        self._raw = raw
+        self._steady = bool(steady)
+        self._returned = sum(returned)
         self.acceptance.restore(below(state, "acceptance."))
         self.opening.restore(below(state, "opening."))
         if "counts" in state:

@@ -206,7 +206,9 @@ class WatchedVersion:
         First answers, and answers that moved, are asked for again and come with the `earlier` ones then. By as much as
         the two differ from one another, rounding differs from batch to batch: that is noise.
         """
-        kept, tolerated, noise = self.baseline.probe, self.settings.tolerance.probe, answers.noise
+        kept = self.baseline.probe
+        tolerated = self.settings.tolerance.probe
+        noise = answers.noise
         if earlier is not None:
             noise = max(noise, effect(earlier.version, answers.version))
         if not has_reference(kept, answers):

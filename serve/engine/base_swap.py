@@ -96,8 +96,12 @@ class _Swap:
     """One swap, from the engine that serves to a fresh one."""
 
     def __init__(self, base: Supervisor, fresh: Engine, by: str, approval: Approval, handover: Handover) -> None:
-        self._base, self._old, self._fresh = base, base.engine, fresh
-        self._by, self._approval, self._handover = by, approval, handover
+        self._base = base
+        self._old = base.engine
+        self._fresh = fresh
+        self._by = by
+        self._approval = approval
+        self._handover = handover
         self._transfers: list[Transfer] = []
 
     async def run(self) -> list[Transfer]:
@@ -183,7 +187,9 @@ class _Swap:
                 self._transfers.append(Transfer(measured.adapter.tag, problem=str(error)))
 
     async def _transfer(self, started: StartedEngine, effects: Effects, measured: _Measured) -> Transfer:
-        base, adapter, backend = self._base, measured.adapter, started.engine.backend
+        base = self._base
+        adapter = measured.adapter
+        backend = started.engine.backend
         path = await base.adapters.path(adapter)
         await asyncio.to_thread(base.adapters.check, adapter, backend, started.modules)
         transfer = compared(adapter.tag, measured.effect, await effects.of(adapter, path), base.tolerance)

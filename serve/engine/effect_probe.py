@@ -67,7 +67,9 @@ ABOVE_NOISE = 2.0
 # Nats, and times the base's noise, below which an effect may be rounding: on a GPU a batch's size chooses the kernels,
 # and bfloat16's logits step by .125. Then adapter and base are read side by side so many times, in batches of several
 # sizes, and their means are compared; a trained adapter is far above, and does not wait.
-DOUBTFUL, NOISY, ROUNDS = 0.25, 4.0, 8
+DOUBTFUL = 0.25
+NOISY = 4.0
+ROUNDS = 8
 # How the prompts are grouped in one reading after the other.
 GROUPS = ((4,), (1, 1, 1, 1), (2, 2), (3, 1))
 # As `min_effect`: take any adapter, also one that changes nothing, as every LoRA before the first step of its training.

@@ -64,7 +64,10 @@ def moved(base: Logprobs, other: Logprobs) -> Logprobs:
 
 def compared(adapter: str, before: Sequence[Logprobs], after: Sequence[Logprobs], tolerance: float) -> Transfer:
     """The two effects of an adapter compared."""
-    effect_before, effect_after, difference, count = 0.0, 0.0, 0.0, 0
+    effect_before = 0.0
+    effect_after = 0.0
+    difference = 0.0
+    count = 0
     for old, new in zip(before, after, strict=True):
         for token in old.keys() & new.keys():
             effect_before += abs(old[token])

@@ -94,7 +94,9 @@ class Supervisor:
         self._engine_of, self._engine = engine_of, engine_of(backend, patience.max_wait)
         self._adapters: Adapters | None = None
         self._make_probe, self._modules_of = make_probe, modules_of
-        self._patience, self._clock, self._turn = patience, clock, turn or StartTurn()
+        self._patience = patience
+        self._clock = clock
+        self._turn = turn or StartTurn()
         self._budget = RestartBudget(patience, clock)
         self._since: float | None = None
         self._start_seconds = 30.0
@@ -334,9 +336,13 @@ class Supervisor:
     def serve(self, started: StartedEngine) -> None:
         """From now on this engine answers."""
         engine = started.engine
-        self._engine, self.modules, self.probe = engine, started.modules, started.probe
+        self._engine = engine
+        self.modules = started.modules
+        self.probe = started.probe
         self._watching[engine] = asyncio.create_task(self._watch(engine))
-        self.phase, self.reason, self._since = Phase.READY, "", self._clock()
+        self.phase = Phase.READY
+        self.reason = ""
+        self._since = self._clock()
         self._settled.set()
         self._served.set()
         self._served = asyncio.Event()

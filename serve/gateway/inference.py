@@ -187,7 +187,10 @@ class Inference:
     @asynccontextmanager
     async def _guarded(self, path: str, answering: _Answering) -> AsyncIterator[Send]:
         """Where the answer goes, past the guards of the model that is asked."""
-        request, caller, payer, send = answering.request, answering.caller, answering.payer, answering.send
+        request = answering.request
+        caller = answering.caller
+        payer = answering.payer
+        send = answering.send
         if self._guards is None or request is None or COUNTS_TOKENS.fullmatch(path):
             yield send
             return
@@ -203,7 +206,9 @@ class Inference:
 
     async def _answer_leased(self, scope: Scope, answering: _Answering) -> None:
         """The answer of whichever engine and version the request is routed to; and a shadow's, if it has one."""
-        request, caller, tap = answering.request, answering.caller, answering.tap
+        request = answering.request
+        caller = answering.caller
+        tap = answering.tap
         if has_left(scope):
             raise ClientLeft("the client left before its request was looked at")
         async with self._leased(answering) as route:
@@ -237,7 +242,10 @@ class Inference:
     @asynccontextmanager
     async def _leased(self, answering: _Answering) -> AsyncIterator[Route]:
         """The request's route, held until the block ends. A client that leaves before it is there loses its place."""
-        request, caller, payer, tap = answering.request, answering.caller, answering.payer, answering.tap
+        request = answering.request
+        caller = answering.caller
+        payer = answering.payer
+        tap = answering.tap
         tap.queued(caller.tenant, caller.key)
         async with AsyncExitStack() as held:
             if request is None:

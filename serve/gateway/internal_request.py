@@ -39,7 +39,9 @@ class InternalAnswer:
 
 class InternalRequests:
     def __init__(self, router: Router, meters: Meters, bounds: RequestBounds) -> None:
-        self._router, self._meters, self._bounds = router, meters, bounds
+        self._router = router
+        self._meters = meters
+        self._bounds = bounds
 
     def reading(self, caller: Caller, path: str, request: InferenceRequest) -> Reading:
         """What an engine would read of it."""

@@ -51,7 +51,9 @@ class Moderator:
 
     def __init__(self, requests: InternalRequests, *, model: str, prompt: str, categories: Sequence[str]) -> None:
         self.categories = tuple(categories)
-        self._requests, self._model, self._prompt = requests, model, prompt
+        self._requests = requests
+        self._model = model
+        self._prompt = prompt
         names = "|".join(categories)
         more = f"(, ({names})){{0,{len(categories) - 1}}}" if len(categories) > 1 else ""
         self._pattern = f"(none|({names}){more})"

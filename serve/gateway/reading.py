@@ -28,7 +28,9 @@ class Reading:
     """One request; `fields` is its body with the base as its model."""
 
     def __init__(self, base: Supervisor, path: str, fields: Mapping[str, Any]) -> None:
-        self._base, self._path, self._fields = base, path, fields
+        self._base = base
+        self._path = path
+        self._fields = fields
         self._prompts: set[tuple[int, ...]] = set()
         self._has_unread = False
 

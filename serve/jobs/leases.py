@@ -33,7 +33,10 @@ class Claims:
     """Of the rows of a table, by their ids. `me` is this server's name. All methods block."""
 
     def __init__(self, registry: Registry, table: Table, *, me: str, clock: Callable[[], float]) -> None:
-        self._registry, self._table, self._me, self._clock = registry, table, me, clock
+        self._registry = registry
+        self._table = table
+        self._me = me
+        self._clock = clock
 
     def take(self, id: str, seconds: float, statuses: Iterable[str]) -> Row[Any] | None:
         """Have the row for this server alone, for so long; None if another one has it, or its status is another."""
@@ -89,7 +92,10 @@ class Schedule(ABC, Generic[Item, W]):
         alone: bool,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._claims, self._run_work, self._alone, self._clock = rows, run, alone, clock
+        self._claims = rows
+        self._run_work = run
+        self._alone = alone
+        self._clock = clock
         self._wake = asyncio.Event()
         self._working: dict[str, tuple[W, asyncio.Task[None]]] = {}
         self._paused: dict[str, float] = {}

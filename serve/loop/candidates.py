@@ -48,7 +48,10 @@ class Candidates:
         gather: Gather,
         woken: Callable[[], None] = lambda: None,
     ) -> None:
-        self._rows, self._jobs, self._files, self._auth = rows, jobs, files, auth
+        self._rows = rows
+        self._jobs = jobs
+        self._files = files
+        self._auth = auth
         self.gather, self._woken = gather, woken
         self.deletions = Deletions()
 

@@ -88,7 +88,9 @@ class Causes:
         history: Callable[[str], Sequence[Mapping[str, Any]]],
         ratings: Ratings,
     ) -> None:
-        self._drifted, self._history, self._ratings = drifted, history, ratings
+        self._drifted = drifted
+        self._history = history
+        self._ratings = ratings
         self._rows: Mapping[str, Sequence[Mapping[str, Any]]] = {}
         # Of a live version: when its history was read, and what fell.
         self._read: dict[str, tuple[float, str | None]] = {}

@@ -35,12 +35,16 @@ from serve.sequential.sequential_test import Verdict
 log = logging.getLogger(__name__)
 
 # What is waited for is looked at again after so long: a job, a golden set, a canary; and more examples.
-LOOK_SECONDS, GATHER_SECONDS, RETRY_SECONDS = 5.0, 300.0, 60.0
+LOOK_SECONDS = 5.0
+GATHER_SECONDS = 300.0
+RETRY_SECONDS = 60.0
 # A try that has not enough examples by then is none, and nobody's yes is a no.
 GATHER_MOST, ASK_MOST = 30 * 86_400.0, 30 * 86_400.0
 # The wait after a try that came to nothing doubles so often at most.
 DOUBLINGS = 6
-RUN, APPROVE, REJECT = "run", "approve", "reject"
+RUN = "run"
+APPROVE = "approve"
+REJECT = "reject"
 
 
 @dataclass(slots=True)
@@ -73,11 +77,18 @@ class LoopDriver:
         swapped: Callable[[str, str], None] = lambda name, result: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._rows, self._registry, self._lifecycle = rows, registry, lifecycle
-        self._candidates, self._gatekeeper, self._golden = candidates, gatekeeper, golden
+        self._rows = rows
+        self._registry = registry
+        self._lifecycle = lifecycle
+        self._candidates = candidates
+        self._gatekeeper = gatekeeper
+        self._golden = golden
         self._replays = replays
         self._causes, self._journal = causes, journal
-        self._policy, self._anew, self._swapped, self._clock = policy, anew, swapped, clock
+        self._policy = policy
+        self._anew = anew
+        self._swapped = swapped
+        self._clock = clock
         self._steps: Mapping[Phase, Callable[[Work, LoopPolicy], Awaitable[None]]] = {
             Phase.WAITING: self._wait,
             Phase.GATHERING: self._gather,

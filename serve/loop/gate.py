@@ -26,7 +26,9 @@ import numpy as np
 
 from serve.sequential.betting import highest, needed_for_proof
 
-NEW, REFERENCE, GOLDEN = "new", "reference", "golden"
+NEW = "new"
+REFERENCE = "reference"
+GOLDEN = "golden"
 # What is shown of an evidence.
 _DIGITS = 4
 

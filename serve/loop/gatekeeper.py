@@ -34,7 +34,9 @@ class Gatekeeper:
     """`scorer` asks the engine, `golden` has the golden scores."""
 
     def __init__(self, rows: LoopRows, scorer: Scorer, golden: Golden) -> None:
-        self._rows, self.scorer, self._golden = rows, scorer, golden
+        self._rows = rows
+        self.scorer = scorer
+        self._golden = golden
 
     async def judge(
         self, loop: Loop, live: Adapter, candidate: Adapter, policy: GatePolicy, goes_on: Callable[[], bool]

@@ -31,7 +31,10 @@ class Journal:
         metrics: LoopMetrics,
         notify: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
-        self._registry, self._audit, self.metrics, self._notify = registry, audit, metrics, notify
+        self._registry = registry
+        self._audit = audit
+        self.metrics = metrics
+        self._notify = notify
 
     def step(
         self, loop: Loop, what: str, text: str, evidence: Mapping[str, Any] | None = None, *, by: str = WHO

@@ -27,7 +27,9 @@ from serve.names import shown
 from serve.sequential.sequential_test import Verdict
 
 # The row that stops every loop; tries and references that are kept of one.
-EVERY, TRIES_KEPT, REFERENCES_KEPT = "every", 200, 12
+EVERY = "every"
+TRIES_KEPT = 200
+REFERENCES_KEPT = 12
 MONTH_SECONDS = 31 * 86_400.0
 # What a loop has of no try.
 _NO_TRY = {
@@ -41,7 +43,9 @@ class LoopRows:
     """`clock` is the time of day, in seconds; `me` this server's name among those that share the registry."""
 
     def __init__(self, registry: Registry, *, me: str, clock: Callable[[], float] = time.time) -> None:
-        self._registry, self._me, self._clock = registry, me, clock
+        self._registry = registry
+        self._me = me
+        self._clock = clock
         self._claims = Claims(registry, table, me=me, clock=clock)
 
     # Loops

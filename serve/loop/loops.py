@@ -58,7 +58,10 @@ class Loops:
         ratings: Ratings | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.rows, self._policy, self._servers, self._clock = rows, policy, servers, clock
+        self.rows = rows
+        self._policy = policy
+        self._servers = servers
+        self._clock = clock
         self._file_seconds = file_seconds
         self.ratings, self.metrics = ratings or Ratings(), LoopMetrics(labelled)
         self.candidates, self.gatekeeper = candidates, Gatekeeper(rows, scorer, golden)

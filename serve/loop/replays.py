@@ -20,14 +20,18 @@ from serve.loop.objects import Loop
 from serve.rollout.golden.golden import Golden
 
 # Captured requests that are looked at, and of those that were held out so many that are answered; tokens of an answer.
-LOOKED_AT, ANSWERED, MAX_TOKENS = 10_000, 20, 128
+LOOKED_AT = 10_000
+ANSWERED = 20
+MAX_TOKENS = 128
 
 
 class Replays:
     """`captured(name)` is what an adapter was asked here, the latest first; it blocks."""
 
     def __init__(self, rows: LoopRows, captured: Callable[[str], Iterator[Captured]], golden: Golden) -> None:
-        self._rows, self._captured, self._golden = rows, captured, golden
+        self._rows = rows
+        self._captured = captured
+        self._golden = golden
 
     async def compared(
         self, loop: Loop, live: Adapter, candidate: Adapter, goes_on: Callable[[], bool]
@@ -62,7 +66,9 @@ class Replays:
 
 
 def _sentence(numbers: dict[str, Any]) -> str:
-    alike, refusals, ratings = numbers["agreement"]["exact"], numbers["refusals"], numbers["ratings"]
+    alike = numbers["agreement"]["exact"]
+    refusals = numbers["refusals"]
+    ratings = numbers["ratings"]
     text = (
         f"{numbers['requests']} held-out requests: {alike:.0%} of the answers are the live version's word for word; "
         f"{refusals['candidate']:.0%} are refusals, and {refusals['other']:.0%} of the live version's"

@@ -32,7 +32,9 @@ class LoopSchedule(Schedule[Loop, Work]):
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(rows, driver.run, alone=alone, clock=clock)
-        self._rows, self._registry, self._driver = rows, registry, driver
+        self._rows = rows
+        self._registry = registry
+        self._driver = driver
         self._metrics, self._policy = metrics, policy
         self._stopped = False
 

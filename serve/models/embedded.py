@@ -124,7 +124,9 @@ def default_cache() -> Path:
 
 def ensure(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:
     """The directory of a bf16 Hugging Face checkpoint of the embedded model `name`, made when it is absent."""
-    source, cache, say = _source(name), cache or default_cache(), progress or _silent
+    source = _source(name)
+    cache = cache or default_cache()
+    say = progress or _silent
     folder = checkpoint(name, cache)
     if _is_whole(folder):
         if not _recommends(folder, source):
@@ -150,7 +152,9 @@ def ensure(name: str, cache: Path | None = None, progress: Progress | None = Non
 
 def fetch(name: str, cache: Path | None = None, progress: Progress | None = None) -> None:
     """Bring the weights as published into the cache, unless what `ensure` makes of them is there already."""
-    source, cache, say = _source(name), cache or default_cache(), progress or _silent
+    source = _source(name)
+    cache = cache or default_cache()
+    say = progress or _silent
     with _sentences(name, cache), _locked(cache, name):
         if not _is_whole(checkpoint(name, cache)):
             _fetched(name, source, cache, say)

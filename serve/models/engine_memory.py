@@ -70,7 +70,10 @@ def weights(folder: Path, cpu_weights: str = "auto", fused: bool = False) -> int
 
     `fused`: they are loaded for the fused step.
     """
-    bits, size, table, has_head = BITS.get(cpu_weights), 0.0, None, False
+    bits = BITS.get(cpu_weights)
+    size = 0.0
+    table = None
+    has_head = False
     for tensor in tensors(folder):
         has_head |= tensor.is_head
         table = tensor if tensor.is_table else table

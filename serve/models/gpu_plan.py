@@ -44,9 +44,13 @@ LEAST_CONTEXT = 4096
 STREAM = 8192
 BLOCK = 16  # tokens of context that vLLM gives out at a time
 # Beside tensors: CUDA's context, NCCL's buffers where there are several, graphs.
-CONTEXT, NCCL, GRAPHS = int(0.6 * GIB), int(0.5 * GIB), int(0.5 * GIB)
+CONTEXT = int(0.6 * GIB)
+NCCL = int(0.5 * GIB)
+GRAPHS = int(0.5 * GIB)
 # A part of what the weights leave free that slots may take by default, and how many there are then.
-SLOTS_PART, SLOTS, FEW_SLOTS = 1 / 6, (32, 16), 8
+SLOTS_PART = 1 / 6
+SLOTS = (32, 16)
+FEW_SLOTS = 8
 
 
 @dataclass(frozen=True, slots=True)

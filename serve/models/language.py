@@ -106,7 +106,9 @@ _SPACED = bytes(ord(chr(code).lower()) if code < 128 and chr(code).isalpha() els
 _BEYOND_LATIN = re.compile(r"[\u0370-\u1cff\u3040-\ud7af]")
 _SYMBOLS = b"{}();=<>[]_\\|&"
 # Of a text's characters; of its words; and how far ahead of the next language the best must be.
-CODE_SHARE, COMMON_SHARE, AHEAD = 0.07, 0.12, 1.15
+CODE_SHARE = 0.07
+COMMON_SHARE = 0.12
+AHEAD = 1.15
 _CHARACTERS = 2000
 
 

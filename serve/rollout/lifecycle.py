@@ -141,7 +141,10 @@ class Lifecycle:
         `min_effect` is what the probe asks of it, in the place of the configured one. `notes` are kept with its checks.
         """
         async with self._received(name, folder, engine, expected, quota, min_effect) as new:
-            base, path, inspection, judged = new.base, new.path, new.inspection, new.model
+            base = new.base
+            path = new.path
+            inspection = new.inspection
+            judged = new.model
             own = None if base is self.fleet.first else base.name
             check = partial(check_push, name=name, digest=new.digest, nbytes=inspection.nbytes, quota=quota)
             add = partial(

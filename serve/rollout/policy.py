@@ -29,8 +29,13 @@ from serve.rollout import loop_policy
 from serve.rollout.loop_policy import LoopPolicy
 
 EVERY = "*"
-NOTIFY, HOLD, ROLLBACK, PROMOTE = "notify", "hold", "rollback", "promote"
-REFUSE, FLAG, COUNT = "refuse", "flag", "count"
+NOTIFY = "notify"
+HOLD = "hold"
+ROLLBACK = "rollback"
+PROMOTE = "promote"
+REFUSE = "refuse"
+FLAG = "flag"
+COUNT = "count"
 _ACTIONS = (REFUSE, FLAG, COUNT)
 _NUMBERS = ("canary_weight", "alpha", "golden_min")
 _CHOICES = {"worse": (ROLLBACK, HOLD, NOTIFY), "proved": (NOTIFY, PROMOTE)}

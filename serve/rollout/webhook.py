@@ -92,7 +92,9 @@ class Webhooks(Collector):
         post: Callable[[Delivery, Mapping[str, str]], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._folder, self._urls, self._clock = folder, tuple(map(checked_url, urls)), clock
+        self._folder = folder
+        self._urls = tuple(map(checked_url, urls))
+        self._clock = clock
         self._key = signing_key(secret)
         self._post = post or (lambda delivery, headers: _post(delivery, headers, private))
         self._results: Counter[str] = Counter()

@@ -75,7 +75,9 @@ class ProofGrowth:
             return UNKNOWN
         # One bet alone must make up for all others.
         short = np.maximum(threshold + math.log(len(wealth)) - wealth, LEAST_SHORT)
-        mean, spread, short = mean[rises], spread[rises], short[rises]
+        mean = mean[rises]
+        spread = spread[rises]
+        short = short[rises]
         first = int(np.argmin(short / mean))
         expected = float(short[first] / mean[first])
         # The relative deviations of the walk and of its mean, together.

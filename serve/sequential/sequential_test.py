@@ -136,7 +136,9 @@ class Comparison:
             raise ValueError(f"alpha {alpha} is no probability of a false alarm; 0.01 is usual")
         if not checks or len({check.name for check in checks}) != len(checks):
             raise ValueError("checks need a name each that no other has, and there is at least one")
-        self.weight, self.alpha, self.checks = weight, alpha, tuple(checks)
+        self.weight = weight
+        self.alpha = alpha
+        self.checks = tuple(checks)
         # Requests that a verdict may rest on, and what was left out because its asker had been counted already.
         self.requests = self.skipped = 0
         whole = sum(check.share for check in checks)

@@ -202,7 +202,9 @@ def _import_server() -> None:
 def _told_briefly(record: logging.LogRecord) -> bool:
     """An answer that the end of the grace period broke off is a line and no traceback."""
     if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
-        record.msg, record.args, record.exc_info = "an answer was broken off: the grace period is over", (), None
+        record.msg = "an answer was broken off: the grace period is over"
+        record.args = ()
+        record.exc_info = None
     return True
 
 

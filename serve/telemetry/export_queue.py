@@ -41,8 +41,13 @@ class ExportQueue(Generic[T]):
         weigh: Callable[[T], int] = lambda item: 1,
         pause: float = PAUSE_SECONDS,
     ) -> None:
-        self.name, self._export, self._close = name, export, close
-        self._size, self._batch, self._delay, self._weigh = size, batch, delay, weigh
+        self.name = name
+        self._export = export
+        self._close = close
+        self._size = size
+        self._batch = batch
+        self._delay = delay
+        self._weigh = weigh
         self._pause = pause
         self._items: deque[T] = deque()
         self._weight = 0

@@ -269,7 +269,10 @@ class VLLMBackend:
 
     async def stop(self, *, kill: bool = False) -> None:
         """End the engine's processes; `kill` does not ask them, for one that is dead or does not answer."""
-        llm, app, self._llm, self._app = self._llm, self._app, None, None
+        llm = self._llm
+        app = self._app
+        self._llm = None
+        self._app = None
         for call in tuple(self._calls):
             call.cancel()
         if llm is None:

@@ -120,7 +120,9 @@ def _fork() -> None:
             _serve(listener.detach(), alive)
         os.close(alive)
     server: Any = forkserver._forkserver
-    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, ours, pid
+    server._forkserver_address = address
+    server._forkserver_alive_fd = ours
+    server._forkserver_pid = pid
 
 
 def _serve(listener: int, alive: int) -> NoReturn:

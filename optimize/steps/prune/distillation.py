@@ -60,7 +60,9 @@ class Distillation:
         self.options = job.options
         self.teacher = teacher
         self.losses: list[float] = []
-        self._shared, self._first, self._pairs = pairs[first], first, pairs
+        self._shared = pairs[first]
+        self._first = first
+        self._pairs = pairs
         student: Any = opened(start)
         linears = [name for name, part in layers(student).named_modules() if isinstance(part, nn.Linear)]
         config = LoraConfig(

@@ -129,7 +129,9 @@ def _greedy(
     losses: list[float] = []
     tries = sum(len(candidates) - done for done in range(count))
     while len(gone) < count:
-        before, at, losses_without = first, 0, {}
+        before = first
+        at = 0
+        losses_without = {}
         for candidate in sorted(set(candidates) - set(gone)):
             before = through([whole[other] for other in range(at, candidate) if other not in gone], before)
             at = candidate

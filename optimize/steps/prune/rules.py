@@ -16,7 +16,9 @@ ZEROS = (
 
 def estimate(step: Prune, context: Context) -> Estimate:
     base = context.base
-    size, seconds, memory = base.bytes, STARTING + base.bytes / 5e8, PROCESS + base.bytes + 50_000_000
+    size = base.bytes
+    seconds = STARTING + base.bytes / 5e8
+    memory = PROCESS + base.bytes + 50_000_000
     passes = 3 * context.calibration_tokens * 2 * base.parameters / FLOPS
     if step.vocabulary:
         what = f"keep the {step.vocabulary} most used tokens" if step.vocabulary != "used" else "keep the used tokens"

@@ -107,7 +107,9 @@ def _unit_lower(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         torch.index_select(hessian[rows], 1, order, out=some)
     diagonal = ordered.diagonal()
     diagonal[diagonal == 0] = 1  # of a channel that was never active
-    own, mean, damp = diagonal.clone(), diagonal.mean(), DAMP
+    own = diagonal.clone()
+    mean = diagonal.mean()
+    damp = DAMP
     while True:
         diagonal.copy_(own + damp * mean)
         lower, bad = torch.linalg.cholesky_ex(ordered)

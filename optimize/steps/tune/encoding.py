@@ -66,7 +66,9 @@ class Encoder:
         """Every example of a file; Refused when nothing of an answer is left within the length."""
         units: list[Unit] = []
         good: list[bool] = []
-        count, cut, unlearnable = 0, 0, []
+        count = 0
+        cut = 0
+        unlearnable = []
         for line, example in read.examples(path, method):
             try:
                 made = self.units(example)

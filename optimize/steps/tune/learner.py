@@ -49,7 +49,9 @@ class Learner:
 
     def __init__(self, start: Start, settings: Settings, alive: Callable[[], None] = lambda: None) -> None:
         dtype = compute_dtype(start.device) if start.dtype == "auto" else DTYPES[start.dtype]
-        self._start, self._device, self._alive = start, start.device, alive
+        self._start = start
+        self._device = start.device
+        self._alive = alive
         base: Any = opened(start.base, dtype, rounds=False).to(start.device)
         text = base.config.get_text_config()
         if text._attn_implementation == attention.REPLACED:  # else the model needs more of it, such as a soft cap

@@ -86,8 +86,14 @@ class Training:
         publish: Callable[[int, State], str | None],
     ) -> None:
         self.course = Course()
-        self._learner, self._settings, self._train, self._valid = learner, settings, train, valid
-        self._seed, self._patience, self._tell, self._publish = seed, patience, tell, publish
+        self._learner = learner
+        self._settings = settings
+        self._train = train
+        self._valid = valid
+        self._seed = seed
+        self._patience = patience
+        self._tell = tell
+        self._publish = publish
         self._optimizer = torch.optim.AdamW(learner.parameters, lr=settings.learning_rate, weight_decay=0.0)
         self._best: State | None = None
         self.epoch_steps = math.ceil(len(train.units) / settings.batch)
@@ -183,7 +189,9 @@ class Training:
         """The held-out loss and accuracy; the adapter is kept when no earlier one was better."""
         assert self._valid is not None
         everything = range(len(self._valid.units))
-        weight, loss, hits = self._valid.objective.weight(self._valid.units, everything), 0.0, 0
+        weight = self._valid.objective.weight(self._valid.units, everything)
+        loss = 0.0
+        hits = 0
         with torch.no_grad():
             for row in self._valid.rows(everything):
                 total, right = self._valid.objective.total(*self._learner.logps(row), row)
@@ -191,7 +199,9 @@ class Training:
         self._check_finite(loss, self.course.step)
         loss = round(loss / weight, 5)
         if self.course.step and loss < self.course.best_loss:
-            self._best, self.course.best_step, self.course.worse = self._learner.state(), self.course.step, 0
+            self._best = self._learner.state()
+            self.course.best_step = self.course.step
+            self.course.worse = 0
         elif self.course.step:
             self.course.worse += 1
         self.course.valid.append((self.course.step, loss))

@@ -33,7 +33,9 @@ from serve.files import fsync, fsync_tree, rename
 
 # Since 2 with files of batches.
 FORMAT, FORMATS = 2, (1, 2)
-REGISTRY, AUDIT, ABOUT = "registry.sqlite", "audit.jsonl", "backup.json"
+REGISTRY = "registry.sqlite"
+AUDIT = "audit.jsonl"
+ABOUT = "backup.json"
 _BLOB_FILE = "|".join(map(re.escape, FILES))
 _LOGS = rf"{AUDIT}|audit-[0-9A-Za-z-]{{1,64}}\.jsonl|history\.jsonl"
 _MEMBER = re.compile(

@@ -32,7 +32,9 @@ LIBPQ_PATIENCE = {
 }
 # PostgreSQL's own limits, in milliseconds. A server that stands still in the middle of a change (stopped, swapped out,
 # cut off) loses it, and with it the lock, before those that wait for the lock give up.
-IDLE_IN_CHANGE, LOCK_PATIENCE, STATEMENT_PATIENCE = 5_000, 8_000, 60_000
+IDLE_IN_CHANGE = 5_000
+LOCK_PATIENCE = 8_000
+STATEMENT_PATIENCE = 60_000
 SQLITE_PATIENCE = 15  # seconds that one of SQLite's writers waits for another
 # Whoever prepares a PostgreSQL database holds this lock: any number that is the same in every loradock.
 PREPARING = 0x10AD0C4

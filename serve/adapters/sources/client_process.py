@@ -57,7 +57,9 @@ class _Client:
     """The process, and what it says; it ends with the block."""
 
     def __init__(self, source: Source, package: str, files: Transfer) -> None:
-        self._source, self._package, self._files = source, package, files
+        self._source = source
+        self._package = package
+        self._files = files
         program = Path(__file__).parent / PROGRAMS[source.scheme][0]
         self._process = subprocess.Popen(
             [PYTHON, "-P", str(program)],

@@ -312,7 +312,9 @@ class _Run:
         finally:
             if connection is not None:
                 connection.close()
-        spoken.error, spoken.first, spoken.ended = answer.error, answer.first, self.now()
+        spoken.error = answer.error
+        spoken.first = answer.first
+        spoken.ended = self.now()
         return spoken
 
     async def _call(self, method: str, path: str, body: Any = None) -> Any:

@@ -97,7 +97,9 @@ class Bank:
         k, n = len(share), len(share) + directions
         if directions:
             share = np.concatenate((share, np.full(directions, 1 / directions))) / 2
-        self._scores, self._directions, self._stream_share = k, directions, share
+        self._scores = k
+        self._directions = directions
+        self._stream_share = share
         # Flat arrays: the histograms score by score, then the fixed bets stream by stream.
         self._bins, self._fades = np.tile(_BINS, k), np.tile(_FADES, k)
         self._first_bin, self._last_bin = np.cumsum(self._bins) - self._bins, self._bins - 1
@@ -181,7 +183,9 @@ class Bank:
         bins = (p.repeat(len(BETS), axis=1) * self._bins).astype(np.intp)
         np.minimum(bins, self._last_bin, out=bins)
         bins += self._first_bin
-        weights, counts, one = steps, self._learned, 1 / units[1:]
+        weights = steps
+        counts = self._learned
+        one = 1 / units[1:]
         weights[0] = self._weight
         for number in range(n):
             held = counts.take(bins[number], out=e[number], mode="clip")

@@ -344,7 +344,9 @@ class Drift:
             self._effect.restore(below(state, "effect."))
         # Earlier releases looked for the size after the evidence alone, which was sure then.
         self._sized, self._sure = (bool(stage) for stage in state.get("stages", (crossed_at >= 0,) * 2))
-        self._moved, self._shift, self._seen = own(k, state["moved"]), own(k, state["shift"]), own(2, state["seen"])
+        self._moved = own(k, state["moved"])
+        self._shift = own(k, state["shift"])
+        self._seen = own(2, state["seen"])
         self._ungauged = []
         rows = state.get("rows", np.empty((0, columns)))
         self._rows = RecentRows(columns, own((len(rows), columns), rows, np.float32))

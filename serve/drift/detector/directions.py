@@ -192,20 +192,30 @@ class Directions:
 
     def show(self, view: DetectorView) -> None:
         """Where all of it lies, for `serve.drift.native`."""
-        view.directions, view.silent, view.bag_capacity = len(HALF_LIVES), self._silent, self._capacity
+        view.directions = len(HALF_LIVES)
+        view.silent = self._silent
+        view.bag_capacity = self._capacity
         view.turn = self._turn
         for name in ("bag", "along", "pull", "faded", "squares", "towards", "allowed", "silent_part"):
             setattr(view, name, at(getattr(self, f"_{name}")))
-        view.taught, view.direction_fades, view.normal = at(self._learned), at(_FADES), at(NORMAL)
-        view.rows, view.reference_along, view.rows_known = at(self._reference), at(self._known), self._known.shape[1]
+        view.taught = at(self._learned)
+        view.direction_fades = at(_FADES)
+        view.normal = at(NORMAL)
+        view.rows = at(self._reference)
+        view.reference_along = at(self._known)
+        view.rows_known = self._known.shape[1]
 
     def give(self, view: DetectorView) -> None:
         """What a call needs besides the arrays."""
-        view.size, view.age, view.placed = self._size, self._age, self._placed
+        view.size = self._size
+        view.age = self._age
+        view.placed = self._placed
 
     def take_back(self, view: DetectorView) -> None:
         """What a call changed besides the arrays."""
-        self._size, self._age, self._placed = view.size, view.age, bool(view.placed)
+        self._size = view.size
+        self._age = view.age
+        self._placed = bool(view.placed)
 
     def state(self) -> State:
         return {

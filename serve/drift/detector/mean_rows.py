@@ -76,7 +76,9 @@ class MeanRows:
     """needed: rows of the reference; the bag holds as many. ordered: they come in the order of time."""
 
     def __init__(self, needed: int, seed: int = 0, ordered: bool = True) -> None:
-        self._needed, self._seed, self._ordered = needed, seed, ordered
+        self._needed = needed
+        self._seed = seed
+        self._ordered = ordered
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self._gathered: list[NDArray[np.float32]] = []
         self._r = np.zeros((len(HALF_LIVES), MANY_BETS.shape[1]))
@@ -156,12 +158,16 @@ class MeanRows:
 
     def give(self, view: MeanRowsView) -> None:
         """What a call needs besides the arrays."""
-        view.size, view.waiting, view.ranked = self._size, self._waiting, self._ranked
+        view.size = self._size
+        view.waiting = self._waiting
+        view.ranked = self._ranked
         view.placed = self._placed
 
     def take_back(self, view: MeanRowsView) -> None:
         """What a call changed besides the arrays."""
-        self._size, self._waiting, self._ranked = view.size, view.waiting, view.ranked
+        self._size = view.size
+        self._waiting = view.waiting
+        self._ranked = view.ranked
         self._placed = bool(view.placed)
 
     def state(self) -> State:

@@ -46,7 +46,9 @@ class NativeSteps:
         directions: Directions | None,
         effect: EffectSize,
     ) -> None:
-        self._native, self._lots, self._arrays = native, lots, (margin, reference)
+        self._native = native
+        self._lots = lots
+        self._arrays = (margin, reference)
         self._parts = (bags, bank) if directions is None else (bags, bank, directions)
         self._effect, self._effect_view = effect, effect.shown()
         self._view = DetectorView(
@@ -73,7 +75,9 @@ class NativeSteps:
         mean_rows: (n, width), if `means` ranks them.
         """
         view, evidence = self._view, np.empty(len(scores))
-        view.updates, view.sized, view.drifted = stage.updates, stage.sized, stage.drifted
+        view.updates = stage.updates
+        view.sized = stage.sized
+        view.drifted = stage.drifted
         view.sized_from, view.threshold = stage.sized_from, stage.threshold
         view.means_off, view.means_evidence = (True, 0.0) if means is None else (means.off, means.evidence())
         self._effect.give(self._effect_view, stage.tolerated)

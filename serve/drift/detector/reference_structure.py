@@ -115,7 +115,9 @@ class ReferenceStructure:
 
     def report(self, names: Sequence[str]) -> dict[str, Any]:
         """What is known about time, for people; `names` of the scores."""
-        tolerance, widest, count = 0.0, "", 0
+        tolerance = 0.0
+        widest = ""
+        count = 0
         if self._wander is not None:
             i = int(self._wander.tolerance.argmax())
             tolerance = float(self._wander.tolerance[i]) / self._stretch

@@ -42,7 +42,9 @@ class ScoreBags:
 
     def show(self, view: DetectorView) -> None:
         """Where the bags lie, for `serve.drift.native`."""
-        view.scores, view.capacity, view.bags = len(self._bags), self._capacity, at(self._bags)
+        view.scores = len(self._bags)
+        view.capacity = self._capacity
+        view.bags = at(self._bags)
 
     def give(self, view: DetectorView) -> None:
         """What a call needs besides the arrays."""

@@ -107,7 +107,9 @@ class ParameterStrata(Generic[Kept]):
     """
 
     def __init__(self, kind: str, signals: dict[str, Kept], made: Callable[[], Kept], reference: int = 1000) -> None:
-        self._kind, self._signals, self._made = kind, signals, made
+        self._kind = kind
+        self._signals = signals
+        self._made = made
         self.current: Stratum | None = None
         self.others: dict[Stratum, Kept] = {}
         # Requests of each stratum: recent ones by their weight, and the first `reference` ones.

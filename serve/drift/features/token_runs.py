@@ -45,7 +45,9 @@ HALF_LIFE = 128.0
 SHARED = 4.0
 # Of two pools of 10,000 questions no run but the template's was in more than 0.12 of them, and runs that were in more
 # than 0.006 covered no more than 44 symbols without a gap.
-FIXED, MOST, STRETCH = 0.25, 8, 64
+FIXED = 0.25
+MOST = 8
+STRETCH = 64
 # The part of the prompts with nothing fixed behind a run from which on a question begins there; the prompts looked at.
 QUESTION, LOOKED_BACK = 0.1, 64
 # Counts that differ by less are of the same prompts.
@@ -191,7 +193,9 @@ class SharedRuns:
         self._recent: deque[NDArray[np.uint64]] = deque(maxlen=LOOKED_BACK)
 
         # They stay where they are.
-        self._view.tags, self._view.counts, self._view.factors = at(self._tags), at(self._counts), at(_FACTORS)
+        self._view.tags = at(self._tags)
+        self._view.counts = at(self._counts)
+        self._view.factors = at(_FACTORS)
         self._view.lately, self._view.fixed = at(self._lately), at(self._fixed)
         self._view.turns = at(_TURNS)
         if self._numbers is not None:

@@ -41,7 +41,9 @@ def sketch(tokens: ArrayLike) -> NDArray[np.float32]:
         first, second = ids[places], ids[places + 1]
         single = first
     else:
-        single, first, second = ids, ids[:-1], ids[1:]
+        single = ids
+        first = ids[:-1]
+        second = ids[1:]
     part = np.full(SKETCH, -1, np.float32)
     part[: len(single)] = ((single + np.uint64(1)) * _MIX) >> _SHIFTS[0]
     part[SAMPLED : SAMPLED + len(first)] = ((first * _MIX + second) * _MIX_PAIRS) >> _SHIFTS[1]

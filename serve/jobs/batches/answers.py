@@ -39,7 +39,10 @@ class AnswerFiles:
     """Of all batches, in a folder of this server; `shared` is where other servers find them too. All methods block."""
 
     def __init__(self, folder: Path, shared: SharedStore | None, rows: BatchRows, ledger: ByteLedger) -> None:
-        self.folder, self.shared, self.rows, self._ledger = folder, shared, rows, ledger
+        self.folder = folder
+        self.shared = shared
+        self.rows = rows
+        self._ledger = ledger
         self._rooms: dict[str, Room] = {}
         self._lock = threading.Lock()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -104,7 +107,9 @@ class BatchAnswers:
     """Of one batch, as long as this server has its claim. From any thread."""
 
     def __init__(self, files: AnswerFiles, batch: Batch, room: Room) -> None:
-        self._files, self._batch, self._room = files, batch, room
+        self._files = files
+        self._batch = batch
+        self._room = room
         self._part: _Open | None = None
         # An answer of which the database did not say whether it counts: its line, and the part with and without it.
         self._doubted: tuple[int, int] | None = None

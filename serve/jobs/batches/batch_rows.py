@@ -52,7 +52,10 @@ class BatchRows:
     """`clock` is the time of day, in seconds; `me` this server's name among those that share the registry."""
 
     def __init__(self, registry: Registry, limits: Limits, *, me: str, clock: Callable[[], float] = time.time) -> None:
-        self._registry, self._limits, self._me, self._clock = registry, limits, me, clock
+        self._registry = registry
+        self._limits = limits
+        self._me = me
+        self._clock = clock
         self._claims = Claims(registry, table, me=me, clock=clock)
 
     # For clients

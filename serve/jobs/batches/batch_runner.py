@@ -79,9 +79,15 @@ class BatchRunner:
         ended: Callable[[Status], None] = lambda status: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._rows, self._contents, self._answers = rows, contents, answers
-        self._ledger, self._lines, self._limits = ledger, lines, limits
-        self._counted, self._ended, self._clock = counted, ended, clock
+        self._rows = rows
+        self._contents = contents
+        self._answers = answers
+        self._ledger = ledger
+        self._lines = lines
+        self._limits = limits
+        self._counted = counted
+        self._ended = ended
+        self._clock = clock
 
     async def run(self, work: Work) -> None:
         """To its end, or until it is lost."""

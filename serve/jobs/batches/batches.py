@@ -36,7 +36,9 @@ from serve.jobs.batches.schedule import BatchSchedule
 from serve.jobs.batches.upload import FRAMING, receive, too_large
 from serve.names import shown
 
-MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
+MAX_METADATA = 16
+MAX_KEY = 64
+MAX_VALUE = 512
 # An expiry that a client may choose, in seconds: an hour to 30 days, as OpenAI's.
 EXPIRY = range(3600, 30 * 86_400 + 1)
 _WINDOW = re.compile(r"([1-9][0-9]{0,3})h")

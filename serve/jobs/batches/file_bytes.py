@@ -28,7 +28,9 @@ class FileBytes:
     """Sync and thread-safe. Whoever writes has room in the ledger for it."""
 
     def __init__(self, folder: Path, shared: SharedStore | None) -> None:
-        self._folder, self._incoming, self._shared = folder, folder / "incoming", shared
+        self._folder = folder
+        self._incoming = folder / "incoming"
+        self._shared = shared
         shutil.rmtree(self._incoming, ignore_errors=True)
         self._incoming.mkdir(mode=0o700, parents=True)
 

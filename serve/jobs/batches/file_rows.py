@@ -26,7 +26,9 @@ class FileRows:
     """`clock` is the time of day, in seconds. A file that has expired is not there, whoever asks."""
 
     def __init__(self, registry: Registry, limits: Limits, clock: Callable[[], float] = time.time) -> None:
-        self._registry, self._limits, self._clock = registry, limits, clock
+        self._registry = registry
+        self._limits = limits
+        self._clock = clock
 
     def add(self, file: StoredFile) -> None:
         """Keep a file that a client sent; QuotaExceeded if the tenant has as much as it may, its answers too."""

@@ -100,7 +100,10 @@ class LineRunner:
         fresh: Callable[[], Awaitable[None]] | None = None,
         doubted: Callable[[LoradockError], LoradockError] = lambda error: error,
     ) -> None:
-        self._auth, self._router, self._requests, self._guards = auth, router, requests, guards
+        self._auth = auth
+        self._router = router
+        self._requests = requests
+        self._guards = guards
         self._fresh, self._doubted = fresh, doubted
         self._gaps = Gaps(concurrency)
 

@@ -55,8 +55,12 @@ class BatchMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         with self._lock:
-            lines, ended, open_batches = dict(self._lines), dict(self._ended), self._open.copy()
-            left, oldest, files = self._left, self._oldest, self._files
+            lines = dict(self._lines)
+            ended = dict(self._ended)
+            open_batches = self._open.copy()
+            left = self._left
+            oldest = self._oldest
+            files = self._files
         answered = CounterMetricFamily(
             "loradock_batch_lines",
             "Lines of batches by result (completed, failed, expired, cancelled), since the server started.",

@@ -9,7 +9,9 @@ from typing import Any, Generic, TypeVar
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 # Purposes of files: those that clients send, and what becomes of a batch.
-INPUT, OUTPUT, EXAMPLES = "batch", "batch_output", "fine-tune"
+INPUT = "batch"
+OUTPUT = "batch_output"
+EXAMPLES = "fine-tune"
 SENT = (INPUT, EXAMPLES)
 
 

@@ -39,7 +39,10 @@ class BatchSchedule(Schedule[Batch, Work]):
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(rows, runner.run, alone=alone, clock=clock)
-        self._rows, self._files, self._contents, self._answers = rows, files, contents, answers
+        self._rows = rows
+        self._files = files
+        self._contents = contents
+        self._answers = answers
         self._runner, self._metrics = runner, metrics
 
     async def round(self) -> None:

@@ -61,7 +61,9 @@ class _File:
     def __init__(self, sink: IO[bytes], room: Room, max_bytes: int) -> None:
         self.name: str | None = None
         self.nbytes = 0
-        self._sink, self._room, self._max_bytes = sink, room, max_bytes
+        self._sink = sink
+        self._room = room
+        self._max_bytes = max_bytes
 
     def begin(self, field: str, filename: str) -> None:
         if field != "file" or self.name is not None:

@@ -38,7 +38,10 @@ class Admission:
         came: Callable[[], None] = lambda: None,
         promoted: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self._lifecycle, self._registry, self._store, self._auth = lifecycle, registry, store, auth
+        self._lifecycle = lifecycle
+        self._registry = registry
+        self._store = store
+        self._auth = auth
         self._came, self._promoted = came, promoted
 
     def caller(self, job: Job) -> Caller:

@@ -38,7 +38,7 @@ class FineTuning:
     need the machine. `me` is this server's name; `alone` says that nobody shares its registry. `where` says which
     machines train, `max_bytes` what a file that a worker brings may have."""
 
-    def __init__(
+    def __init__(  # long: one part after the other, in the order in which they know each other
         self,
         registry: Registry,
         store: Store,
@@ -58,8 +58,13 @@ class FineTuning:
         command: Sequence[str] = COMMAND,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._registry, self._fleet, self._router, self._files = registry, fleet, router, files
-        self._limits, self._max_rank, self._clock = limits, max_rank, clock
+        self._registry = registry
+        self._fleet = fleet
+        self._router = router
+        self._files = files
+        self._limits = limits
+        self._max_rank = max_rank
+        self._clock = clock
         self.metrics = FineTuningMetrics()
         self.process = TrainingProcess(is_busy, command=command)
         self.metrics.suspended = lambda: self.process.suspended

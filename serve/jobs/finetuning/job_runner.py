@@ -96,9 +96,16 @@ class JobRunner:
         file_seconds: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._rows, self._contents, self._store, self._process = rows, contents, store, process
-        self._admission, self._limits, self._metrics = admission, limits, metrics
-        self._base_model, self._file_seconds, self._clock = base_model, file_seconds, clock
+        self._rows = rows
+        self._contents = contents
+        self._store = store
+        self._process = process
+        self._admission = admission
+        self._limits = limits
+        self._metrics = metrics
+        self._base_model = base_model
+        self._file_seconds = file_seconds
+        self._clock = clock
         self._trainer = Trainer(rows, process, limits.hours, metrics.trained, self._measure)
         # A process ends with the thread that starts it, so these last.
         self._threads = ThreadPoolExecutor(len(Kind), "training")
@@ -291,7 +298,9 @@ class JobRunner:
 
     def _checkpoint_rows(self, job: Job, folder: JobFolder, names: dict[int, str], model: str) -> list[Checkpoint]:
         """Of the earlier epochs with these names, and of the last step."""
-        now, last, measured = self._clock(), 0, {}
+        now = self._clock()
+        last = 0
+        measured = {}
         for line in folder.lines():
             if line["step"] in names:
                 measured[line["step"]] = metrics_of(line)

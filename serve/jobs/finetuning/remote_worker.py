@@ -105,7 +105,9 @@ class Worker:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._client, self._bases, self._clock = client, bases, clock
+        self._client = client
+        self._bases = bases
+        self._clock = clock
         self._jobs = folder / "jobs"
         self.process = process or TrainingProcess()
         self._stopped, self._halt = threading.Event(), threading.Event()

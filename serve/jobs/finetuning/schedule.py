@@ -47,7 +47,9 @@ class JobSchedule(Schedule[Job, Work]):
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(rows, runner.run, alone=alone, clock=clock)
-        self._rows, self._runner, self._metrics = rows, runner, metrics
+        self._rows = rows
+        self._runner = runner
+        self._metrics = metrics
         self._turns, self.trains = turns or Turns(), trains
 
     async def round(self) -> None:

@@ -29,7 +29,10 @@ class Failed(Exception):
 
     def __init__(self, code: str, message: str, param: str | None = None, also: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.code, self.message, self.param, self.also = code, message, param, also
+        self.code = code
+        self.message = message
+        self.param = param
+        self.also = also
 
 
 class Rows(Protocol):
@@ -56,7 +59,9 @@ class Trainer:
         trained: Callable[[int, float], None] = lambda tokens, seconds: None,
         measure: Callable[[Job], None] = lambda job: None,
     ) -> None:
-        self._rows, self._process, self._hours = rows, process, hours
+        self._rows = rows
+        self._process = process
+        self._hours = hours
         self._heard, self._measure = trained, measure
 
     def run(self, job: Job, folder: JobFolder, stop: threading.Event) -> bool:
@@ -116,7 +121,11 @@ class _Watch:
         stop: threading.Event,
         measure: Callable[[Job], None] = lambda job: None,
     ) -> None:
-        self._rows, self._folder, self._job, self._trained, self._stop = rows, folder, job, trained, stop
+        self._rows = rows
+        self._folder = folder
+        self._job = job
+        self._trained = trained
+        self._stop = stop
         self._measure = measure
         self._lines: list[Mapping[str, Any]] = []
         self._seconds = self._unwritten = 0.0
@@ -154,7 +163,9 @@ class _Watch:
             self._stop.set()
             return False
         self._trained(job.state.tokens - before, self._seconds)
-        self._job, self._lines, self._seconds = job, [], 0.0
+        self._job = job
+        self._lines = []
+        self._seconds = 0.0
         return bool(new)
 
 

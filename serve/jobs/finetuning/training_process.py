@@ -99,7 +99,9 @@ class TrainingProcess:
         stall: float = 1800.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.is_busy, self.stall, self._clock = is_busy, stall, clock
+        self.is_busy = is_busy
+        self.stall = stall
+        self._clock = clock
         self.command, self.nice = tuple(command), nice
         self.pid: int | None = None
         self.suspended = False

@@ -44,7 +44,9 @@ CLAIM_SECONDS = 60.0
 MOST_CHECKPOINTS = 10
 # Of what a worker brings besides adapters.
 _MOST_BYTES = {"progress.jsonl": 256 << 20, "settings.json": 64 << 10}
-TRAINING, VALIDATION, PARENT = "training.jsonl", "validation.jsonl", "parent/"
+TRAINING = "training.jsonl"
+VALIDATION = "validation.jsonl"
+PARENT = "parent/"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}")
 _RESULT = re.compile(
     rf"(?:adapter|checkpoints/step-[0-9]{{6,9}})/(?:{'|'.join(map(re.escape, FILES))})|progress\.jsonl|settings\.json"
@@ -78,9 +80,15 @@ class Workers:
         max_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._rows, self._contents, self._store, self._runner = rows, contents, store, runner
+        self._rows = rows
+        self._contents = contents
+        self._store = store
+        self._runner = runner
         self._turns, self._metrics = turns, metrics
-        self._taken, self._me, self._max_bytes, self._clock = taken, me, max_bytes, clock
+        self._taken = taken
+        self._me = me
+        self._max_bytes = max_bytes
+        self._clock = clock
         self._claiming = threading.Lock()
 
     def claim(

@@ -18,7 +18,9 @@ from itertools import pairwise
 from typing import Any
 
 # Characters at either end of a text, token ids at either end of a prompt, and elements at either end of another list.
-TEXT_END, IDS_END, LIST_END = 2048, 512, 32
+TEXT_END = 2048
+IDS_END = 512
+LIST_END = 32
 # Messages of the user's that are looked at, from the first one on.
 MESSAGES = 64
 # Openings of conversations, and stored responses, that are remembered.

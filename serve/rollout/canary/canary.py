@@ -50,7 +50,9 @@ class CanaryAnalysis:
     def __init__(
         self, adapter: str, live: int, share: Share, alpha: float, seed: int, checks: Sequence[Check] = CHECKS
     ) -> None:
-        self.adapter, self.live, self.canary = adapter, live, share.adapter.version
+        self.adapter = adapter
+        self.live = live
+        self.canary = share.adapter.version
         self.comparison = Comparison(min(share.weight, 0.99), checks=checks, alpha=alpha, seed=seed)
         # The verdict that was announced last.
         self.announced = Verdict.UNDECIDED
@@ -134,7 +136,9 @@ class CanaryAnalysis:
         self.announced = Verdict(str(state["told"]))
         harms = state["checks"].tolist() == [check.name for check in HARM_CHECKS]
         self.comparison = Comparison.from_state(state, HARM_CHECKS if harms else CHECKS)
-        self._prefill, self._askers, self._weights = PrefillTimes(), AskersSeen(), KeyWeights()
+        self._prefill = PrefillTimes()
+        self._askers = AskersSeen()
+        self._weights = KeyWeights()
         # Files of earlier releases have neither.
         if "knots" in state:
             self._prefill.restore(state)

@@ -55,9 +55,14 @@ class CanaryMonitor(Collector):
         seed: int = 0,
     ) -> None:
         self._folder = folder
-        self._share, self._live, self._alpha, self._differs = share, live, alpha, differs
+        self._share = share
+        self._live = live
+        self._alpha = alpha
+        self._differs = differs
         self._say = say
-        self._on_verdict, self._label, self._seed = on_verdict, label, seed
+        self._on_verdict = on_verdict
+        self._label = label
+        self._seed = seed
         self._lock = threading.Lock()
         self._analyses: dict[str, CanaryAnalysis] = {}
         # Read by the event loop, which does not take the lock.

@@ -125,7 +125,9 @@ class _Lots:
         if not 0 < weight < 1:
             return weight >= 1
         if weight != self._weight:
-            self._weight, self._left, self._owed = weight, [], 0.0
+            self._weight = weight
+            self._left = []
+            self._owed = 0.0
         if not self._left:
             self._fill()
         return self._left.pop()

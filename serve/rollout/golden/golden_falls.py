@@ -23,7 +23,9 @@ from serve.telemetry.rendered.rules import SCORE_FELL
 
 log = logging.getLogger(__name__)
 
-WHO, KIND, EVENT = "golden", "golden_fell", "golden.score_fell"
+WHO = "golden"
+KIND = "golden_fell"
+EVENT = "golden.score_fell"
 DAY = 86_400.0
 
 
@@ -68,7 +70,9 @@ class GoldenFalls:
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._store, self._results, self._registry = store, results, registry
+        self._store = store
+        self._results = results
+        self._registry = registry
         self._tell, self._clock = tell, clock
         # What was looked at last, by adapter: the live version and its score.
         self._seen: dict[str, tuple[int, float]] = {}

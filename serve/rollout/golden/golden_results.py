@@ -80,7 +80,9 @@ class GoldenResults(Collector):
         registry: Registry,
         label: Callable[[str, str], tuple[str, str]] = lambda adapter, version: (adapter, version),
     ) -> None:
-        self._store, self._registry, self._label = store, registry, label
+        self._store = store
+        self._registry = registry
+        self._label = label
         # The adapters that have a golden set, as of the last look.
         self.sets: Mapping[str, SetRow] = {}
         self._documents: OrderedDict[tuple[str, str], GoldenSet] = OrderedDict()
@@ -202,7 +204,9 @@ class GoldenResults(Collector):
     def _collect_sets(self, families: _Families) -> None:
         """What there is of each set: what its live version and its canary lack, and the live one's whole score."""
         with self._lock:
-            unscored, failures, sets = dict(self._unscored), dict(self._failures), self.sets
+            unscored = dict(self._unscored)
+            failures = dict(self._failures)
+            sets = self.sets
         for name, row in sets.items():
             families.failures.add_metric((name,), failures.get(name, 0))
             live, share = self._registry.live(name), self._registry.canary(name)

@@ -56,7 +56,9 @@ class GoldenRunner:
     """`resolve(model, tenant)`: the version that a public name means to a tenant now, None for a base; or NotFound."""
 
     def __init__(self, fleet: Fleet, store: Store, resolve: Callable[[str, str], Adapter | None]) -> None:
-        self._fleet, self._store, self._resolve = fleet, store, resolve
+        self._fleet = fleet
+        self._store = store
+        self._resolve = resolve
 
     def model(self, adapter: Adapter) -> Model:
         return Model(self._fleet.of(adapter.name), adapter)
@@ -85,7 +87,9 @@ class GoldenRunner:
 
         What the judges of its cases say is the payer's too, as `judge`.
         """
-        basis, values, answers = self.basis(adapter, case), [], []
+        basis = self.basis(adapter, case)
+        values = []
+        answers = []
         scored = CaseScore(None)
         for _ in range(case.samples):
             try:

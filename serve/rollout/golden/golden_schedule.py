@@ -89,9 +89,16 @@ class GoldenRuns:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._scored, self._meter_of = scored, meter_of
-        self._store, self._results, self._runner, self._verdicts = store, results, runner, verdicts
-        self._falls, self._registry, self._fleet = falls, registry, fleet
-        self._me, self._interval, self._clock = me, interval, clock
+        self._store = store
+        self._results = results
+        self._runner = runner
+        self._verdicts = verdicts
+        self._falls = falls
+        self._registry = registry
+        self._fleet = fleet
+        self._me = me
+        self._interval = interval
+        self._clock = clock
         self._wake = asyncio.Event()
         self._requests: dict[tuple[str, int], _Request] = {}
         self._runs: dict[tuple[str, int], _Run] = {}
@@ -186,7 +193,9 @@ class GoldenRuns:
         payer = Payer(adapter.tenant, Cause.GOLDEN, self._meter_of(self._results.sets[adapter.name].key))
         if request := self._requests.get(key):
             request.keys = [case for case in request.keys if case in golden.by_key]
-            due, reason, payer = request.keys, request.reason, request.payer
+            due = request.keys
+            reason = request.reason
+            payer = request.payer
         if not due:
             # Another server asked the rest, or the set has changed.
             self._requests.pop(key, None)

@@ -25,7 +25,9 @@ from serve.rollout.golden.golden_scoring import Estimate, Result
 from serve.rollout.golden.golden_set import GoldenSet
 
 # What is kept of an answer; and of one adapter: runs, and versions with outcomes.
-ANSWER_CHARS, RUNS_KEPT, VERSIONS_KEPT = 4000, 200, 20
+ANSWER_CHARS = 4000
+RUNS_KEPT = 200
+VERSIONS_KEPT = 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,8 +121,13 @@ class GoldenVerdicts:
         on_verdict: Callable[[CanaryVerdict], None],
         swapped: Callable[[str, str], None] = lambda adapter, result: None,
     ) -> None:
-        self._store, self._results, self._registry, self._lifecycle = store, results, registry, lifecycle
-        self._policy, self._on_verdict, self._swapped = policy, on_verdict, swapped
+        self._store = store
+        self._results = results
+        self._registry = registry
+        self._lifecycle = lifecycle
+        self._policy = policy
+        self._on_verdict = on_verdict
+        self._swapped = swapped
         self._standings: dict[str, Standing] = {}
         # The pair that was called worse, by adapter; and verdicts of traffic that wait for the cases.
         self._announced: dict[str, str] = {}

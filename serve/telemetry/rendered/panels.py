@@ -220,7 +220,9 @@ def _placed(content: Sequence[Panel | Row]) -> list[Json]:
     for id, one in enumerate(content, 1):
         wide = COLUMNS if isinstance(one, Row) else one.width
         if x + wide > COLUMNS:
-            x, y, tallest = 0, y + tallest, 0
+            x = 0
+            y = y + tallest
+            tallest = 0
         if isinstance(one, Row):
             placed.append(one.json(id, y))
             tallest = 1

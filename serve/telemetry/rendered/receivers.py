@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-SMTP_PASSWORD, SLACK_URL, PAGERDUTY_KEY = "smtp-password", "slack-url", "pagerduty-key"
+SMTP_PASSWORD = "smtp-password"
+SLACK_URL = "slack-url"
+PAGERDUTY_KEY = "pagerduty-key"
 PEOPLE, ON_CALL = "people", "on-call"
 _TITLE = "{{ .Status | toUpper }} {{ .CommonLabels.alertname }} {{ .CommonLabels.adapter }}"
 _TEXT = "{{ range .Alerts }}{{ .Annotations.summary }}\n{{ .Annotations.description }}\n{{ end }}"

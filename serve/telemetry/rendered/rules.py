@@ -152,7 +152,9 @@ def _rates(slo: Slo, slos: Sequence[Slo]) -> Iterator[Rule]:
 
 
 def _burns(slo: Slo, slos: Sequence[Slo], window: str) -> Iterator[Rule]:
-    every, bad, labels = _all(slo, slos, "rate", window), _bad(slo, slos, window), _labels(slo)
+    every = _all(slo, slos, "rate", window)
+    bad = _bad(slo, slos, window)
+    labels = _labels(slo)
     yield {"record": burn(window), "expr": f"{bad} / {every} / {slo.budget:g}", "labels": labels}
     if window in {burn_rate.long for burn_rate in BURNS}:
         yield {"record": events(window), "expr": _all(slo, slos, "increase", window), "labels": labels}

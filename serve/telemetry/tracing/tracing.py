@@ -59,7 +59,9 @@ class Tracing(Collector):
         engine_traces: bool = False,
         linger: float = LINGER_SECONDS,
     ) -> None:
-        self._sampled, self._traces, self._metrics = sampled, traces, metrics
+        self._sampled = sampled
+        self._traces = traces
+        self._metrics = metrics
         self._evaluations, self._events = evaluations, events
         self._engine_traces = engine_traces
         self._worker = ExchangeWorker([_Built(spans, traces, metrics)], name="otel", linger=linger)
@@ -168,7 +170,10 @@ class _Built:
         metrics: Any,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._spans, self._traces, self._metrics, self._clock = spans, traces, metrics, clock
+        self._spans = spans
+        self._traces = traces
+        self._metrics = metrics
+        self._clock = clock
         # The second of the last stranger's request, and how many that second has had.
         self._strangers = (0, 0)
 
@@ -230,10 +235,14 @@ def _opened(
     from serve.telemetry.tracing.tracing_metrics import ServerMetrics
     from serve.telemetry.tracing.tracing_spans import Spans
 
-    resource, names, protocols = tracing_sdk.resource(instance), TenantNames(tenant), settings.protocols
+    resource = tracing_sdk.resource(instance)
+    names = TenantNames(tenant)
+    protocols = settings.protocols
     sampled = spans = traces = metrics = evaluations = events = None
     if TRACES in protocols:
-        sampled, spans, around = tracing_sdk.sampled(), Spans(names), tracing_sdk.around(resource)
+        sampled = tracing_sdk.sampled()
+        spans = Spans(names)
+        around = tracing_sdk.around(resource)
         traces = _queue(
             TRACES,
             tracing_sdk.takes_encoded(tracing_sdk.exporter(TRACES, protocols[TRACES])),

@@ -28,7 +28,9 @@ class Evaluations:
     """`put` takes the events, from any thread."""
 
     def __init__(self, put: Callable[[ReadableLogRecord], None], resource: Resource, names: TenantNames) -> None:
-        self._put, self._resource, self._names = put, resource, names
+        self._put = put
+        self._resource = resource
+        self._names = names
 
     def happened(self, kind: str, data: Mapping[str, Any]) -> None:
         """One of the events that webhooks are told too; those that evaluate nothing are left out."""

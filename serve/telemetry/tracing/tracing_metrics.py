@@ -57,7 +57,9 @@ class ServerMetrics:
         interval: float,
     ) -> None:
         self._names = names
-        self._reader, self._label, self._interval = _Reader(exporter), label, interval
+        self._reader = _Reader(exporter)
+        self._label = label
+        self._interval = interval
         self._provider = MeterProvider([self._reader], resource, shutdown_on_exit=False)
         meter = self._provider.get_meter("loradock", __version__)
 

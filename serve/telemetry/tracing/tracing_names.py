@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 
-NAME, HASH, NONE = "name", "hash", "none"
+NAME = "name"
+HASH = "hash"
+NONE = "none"
 
 
 class TenantNames:

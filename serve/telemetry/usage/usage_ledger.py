@@ -86,7 +86,9 @@ class UsageLedger:
     """`take` belongs to the event loop; `write` and `rows` wait for the database, so they belong to other threads."""
 
     def __init__(self, registry: Registry, *, keep_days: int = 400, clock: Callable[[], float] = time.time) -> None:
-        self._registry, self._keep_days, self._clock = registry, keep_days, clock
+        self._registry = registry
+        self._keep_days = keep_days
+        self._clock = clock
         self._pending: dict[Key, Usage] = {}
         self._counting, self._writing = threading.Lock(), threading.Lock()
         self._doubtful: _Piece | None = None

@@ -32,7 +32,9 @@ class UsageMetrics:
         limit: int = 100,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._currency, self._known, self._clock = currency, known, clock
+        self._currency = currency
+        self._known = known
+        self._clock = clock
         self._places = Places[tuple[str, str]](limit, self._forget)
         self._tidied = -TIDY
         self._series: dict[tuple[str, str], tuple[Tally, ...]] = {}

@@ -63,7 +63,9 @@ def bound(serving: Any, owner: Callable[[str], str]) -> bool:
     if serving is None or not serving.enable_store:
         return False
     stores = ResponseStores(owner)
-    serving.response_store, serving.msg_store, serving.event_store = stores.responses, stores.messages, stores.events
+    serving.response_store = stores.responses
+    serving.msg_store = stores.messages
+    serving.event_store = stores.events
     return True
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from serve.vllm_backend.patches.table import PATCHES, Patch, named
 
 VARIABLE = "LORADOCK_VLLM_PATCHES"
-ALL, CORRECTNESS, WITHOUT = "all", "correctness", "no-"
+ALL = "all"
+CORRECTNESS = "correctness"
+WITHOUT = "no-"
 
 
 @dataclass(frozen=True, slots=True)
