@@ -153,9 +153,9 @@ def test_the_checkpoint_stops_at_the_end_of_a_turn_and_of_a_text(smollm2, tokeni
     )
 
 
-def test_the_checkpoint_says_which_sampling_its_makers_recommend(smollm2):
+def test_the_checkpoint_says_how_it_answers_where_nobody_says_it(smollm2):
     defaults = json.loads((smollm2 / "generation_config.json").read_text())
-    assert (defaults["temperature"], defaults["top_p"]) == (0.2, 0.9)
+    assert (defaults["temperature"], defaults["top_p"]) == (0.2, 0.5)
     from transformers import GenerationConfig
 
     assert GenerationConfig.from_pretrained(smollm2).temperature == 0.2
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_an_earlier_release_made_gets_the_recommendation_and_k
     before = (folder / "model.safetensors").stat()
     ensure("smollm2", tmp_path)
     defaults = json.loads((folder / "generation_config.json").read_text())
-    assert (defaults["temperature"], defaults["top_p"], defaults["eos_token_id"]) == (0.2, 0.9, [2, 0])
+    assert (defaults["temperature"], defaults["top_p"], defaults["eos_token_id"]) == (0.2, 0.5, [2, 0])
     assert (folder / "model.safetensors").stat() == before
     assert left_in(tmp_path) == {folder.name, "wheels"}
 
