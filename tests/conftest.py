@@ -30,6 +30,11 @@ SLOW = (
 )
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Bytes are told apart by their number: what packs them may write the time into them."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ranks = {TESTS / name: rank for rank, name in enumerate(SLOW)}
     assert all(file.exists() for file in ranks), "a file of this list was moved"
