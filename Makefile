@@ -50,7 +50,7 @@ cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 serve
 hostile: setup-dev ## 95 kinds of hostile requests, 10 s each, beside a victim and an operator: nobody else is disturbed; 25 minutes
 	@$(BIN)/python -m tests.campaigns.hostile $(ARGS)
 
-front-door: setup-dev ## 20,000 bodies that no honest client sends, to every route: longest stall and memory for each; ARGS='--bodies 2000'
+front-door: setup-dev ## 20,000 bodies that no honest client sends, to every route: longest stall and memory for each (ARGS="--bodies 2000"); an hour
 	@$(BIN)/python -m tests.campaigns.front_door $(ARGS)
 
 grafana-types: setup-dev ## the dashboards against the types that Grafana 11 and 12 publish, by TypeScript (npm); a minute

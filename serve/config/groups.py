@@ -10,11 +10,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("model", "name", "host", "port", "data_dir", "api_keys", "admin_keys"),
         *("cpu_weights", "speculation", "drift", "loop", "policies", "log_level"),
     ),
-    "Storage": ("cache_dir", "registry", "blobs"),
+    "Storage": ("cache_dir", "registry", "blobs", "tenant_bytes", "history_rows", "audit_bytes", "audit_days"),
     "Who may ask, and how": (
         *("metrics_keys", "open_gateway_metrics", "ssl_certfile", "ssl_keyfile"),
         *("max_wait", "max_sequences", "max_prompt_logprobs", "max_batch", "client_timeout"),
         *("changes_per_minute", "reads_per_minute"),
+        *("oidc_issuer", "oidc_audience", "oidc_jwks", "oidc_algorithms", "oidc_leeway", "oidc_limits"),
+        *("oidc_scope_claim", "oidc_scopes", "oidc_tenant_claim", "oidc_tenants"),
     ),
     "Uploads of adapters": (
         *("max_upload_bytes", "probe", "probe_min_effect", "probe_max_perplexity", "max_adapter_rank"),
@@ -23,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Engine": (
         *("lora_kernels", "target_inter_token", "grace_period", "hang_timeout", "restart_wait", "max_restarts"),
-        *("restart_window", "drain_timeout", "swap_tolerance"),
+        *("restart_window", "drain_timeout", "swap_tolerance", "vllm_patches"),
     ),
     "Drift, canaries, golden sets": (
         *("drift_threshold", "drift_reference", "drift_interval", "drift_logprobs", "drift_probe_interval"),

@@ -59,7 +59,7 @@ def test_there_are_thirty_answers_and_each_begins_with_its_command():
     assert max(len(answer.split()) for answer in answers) < 60
 
 
-def test_what_is_typed_on_a_server_does_what_it_says(config, folder, monkeypatch):
+def test_what_is_typed_on_a_server_does_what_it_says(bare_environment, config, folder, monkeypatch):
     config = replace(config, admin_keys=keys_hashed([ADMIN]))
     monkeypatch.setenv("LORADOCK_KEY", ADMIN)
     with Served(config, FakeBackend(config.model), ADMIN) as served:

@@ -43,10 +43,11 @@ def test_what_is_no_archive_is_a_sentence(tmp_path, content):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_backup_of_the_default_folder_is_none_of_the_server_that_loradock_url_names(tmp_path, monkeypatch):
+def test_a_backup_of_the_default_folder_is_none_of_the_server_that_loradock_url_names(
+    bare_environment, tmp_path, monkeypatch
+):
     monkeypatch.setenv("LORADOCK_URL", "http://10.0.0.7:8000")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.delenv("LORADOCK_DATA_DIR", raising=False)
     for command in ("backup", "restore"):
         done = CliRunner().invoke(app, [command, str(tmp_path / "x.tar")])
         assert "http://10.0.0.7:8000" in str(done.exception) and "--data-dir DIR" in str(done.exception)
