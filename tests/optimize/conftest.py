@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,12 @@ from tests.support import pico
 
 # Small matrices: threads that wait for one another would cost more than the arithmetic, here and in the children.
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+# What torch compiles is kept by what it computes, whatever the processor has or is told to have: a kernel for another
+# one writes behind its arrays.
+_has = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
+_processor = hashlib.sha256("".join(_has[:1]).encode()).hexdigest()[:12]
+_told = os.environ.get("ATEN_CPU_CAPABILITY", "any")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/inductor-{os.getuid()}-{_processor}-{_told}")
 
 
 @pytest.fixture(scope="session")
