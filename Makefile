@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Campaigns run a process for each core.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # Tests without the engine: a process for each core, each file in one of them. Threads that wait do not take the other's core.
-PARALLEL = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(or $(WORKERS),logical) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PARALLEL = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(or $(WORKERS),logical) --maxprocesses 8 --dist loadfile --max-worker-restart=0 --no-loadscope-reorder
 export PYTHON DEVICE MODEL
 
 help: ## this list
