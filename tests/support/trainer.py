@@ -4,7 +4,8 @@
     python -m tests.support.trainer check FILE --method M --json        (the real one)
 
 STAND_IN in the environment, as JSON: `seconds` a step, `die` (exit code by step, negative for a signal, once), `hang`
-(after this step), `error`, `nothing` (the adapter changes nothing), `rank`.
+(after this step), `hold` (it waits behind its first step while this file is there), `error`, `nothing` (the adapter
+changes nothing), `rank`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Trainer:
         done = int(state.read_text()) if state.is_file() else 0
         for step in range(done + 1, epochs * each + 1):
             time.sleep(self.how.get("seconds", 0.0))
+            while step > 1 and not self.stopped and os.path.exists(self.how.get("hold", "")):
+                time.sleep(0.02)
             if step == self.how.get("hang"):
                 time.sleep(3600)
             if (code := self.how.get("die", {}).get(str(step))) is not None and not (self.folder / "died").exists():

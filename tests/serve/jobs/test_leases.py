@@ -33,7 +33,8 @@ class Rows:
 
 def batches(rows, runner, contents):
     files = SimpleNamespace(totals=lambda: (0, 0), expired=list, ids=set)
-    return BatchSchedule(rows, files, contents, runner, runner.metrics, alone=False)
+    answers = SimpleNamespace(sweep=lambda: None)
+    return BatchSchedule(rows, files, contents, answers, runner, runner.metrics, alone=False)
 
 
 def jobs(rows, runner, contents):

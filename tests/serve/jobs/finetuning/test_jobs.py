@@ -109,7 +109,7 @@ async def test_without_a_suffix_the_job_gives_the_name(training, sdk):
     async with training() as client:
         ai = sdk(client)
         id = await begun(ai, suffix=openai.omit)
-        assert (await ended(ai, id)).fine_tuned_model == f"ft-{id[6:14]}@v3"
+        assert (await ended(ai, id)).fine_tuned_model == f"ft-{id[6:14]}@v1"
 
 
 async def test_a_job_that_is_cancelled_leaves_nothing(training, sdk):

@@ -39,6 +39,14 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
+def hold(tmp_path):
+    """While this file is there, trainers that are told of it wait behind their first step."""
+    file = tmp_path / "hold"
+    file.touch()
+    return file
+
+
+@pytest.fixture
 def remote(training, config):
     """`async with remote(seconds=0.1) as client`: a server that leaves its jobs to workers."""
     return partial(training, replace(config, finetune_on="workers"))
@@ -95,10 +103,10 @@ async def digest(client, model):
 async def test_a_worker_trains_what_the_server_would_have(remote, working, sdk, tmp_path):
     async with remote() as client:
         ai, schedule = sdk(client), parts_of(client).fine_tuning.schedule
-        schedule._trains = True
+        schedule.trains = True
         mine = await ended(ai, await begun(ai, method=METHOD, suffix="mine"))
         undisturbed, told = await digest(client, mine.fine_tuned_model), await messages(ai, mine.id)
-        schedule._trains = False
+        schedule.trains = False
         id = await queued(ai, method=METHOD, validation_file=await sent(ai, examples(12)))
         await asyncio.sleep(0.3)
         assert (await ai.fine_tuning.jobs.retrieve(id)).status == "queued", "the server trains it itself"
@@ -120,15 +128,16 @@ async def test_a_worker_trains_what_the_server_would_have(remote, working, sdk, 
         assert "loradock_finetune_tokens_total 1200.0" in text and "loradock_finetune_workers 1.0" in text
 
 
-async def test_with_any_the_server_trains_and_so_do_its_workers(training, config, working, sdk):
-    async with training(replace(config, finetune_on="any"), seconds=0.3) as client:
+async def test_with_any_the_server_trains_and_so_do_its_workers(training, config, working, sdk, hold):
+    async with training(replace(config, finetune_on="any"), hold=str(hold)) as client:
         ai = sdk(client)
         here = await begun(ai)
         await until(ai, here, lambda job: job.status == "running")
         async with working(client):
             there = await begun(ai, suffix="other")
-            assert (await until(ai, there, lambda job: job.status == "running")).status == "running"
+            await until(ai, there, lambda job: job.status == "running")
             assert (await ai.fine_tuning.jobs.retrieve(here)).status == "running"
+            hold.unlink()
             assert {(await ended(ai, id)).status for id in (here, there)} == {"succeeded"}
 
 
@@ -138,7 +147,7 @@ async def test_training_goes_on_from_an_adapter_that_the_worker_fetches(remote, 
         await client.post("/v1/adapters", **upload(make_adapter()))
         async with working(client):
             job = await ended(ai, await begun(ai, model="tone@v1", suffix=openai.omit))
-        assert job.fine_tuned_model == "tone@v4" and (await client.get("/v1/adapters/tone")).json()["live"] == 1
+        assert job.fine_tuned_model == "tone@v2" and (await client.get("/v1/adapters/tone")).json()["live"] == 1
 
 
 async def test_a_job_on_a_base_that_a_worker_lacks_waits_for_another(remote, working, sdk, tmp_path, caplog):
@@ -188,11 +197,11 @@ def _later(rows, seconds):
         connection.execute(update(finetune_jobs).values(claimed_until=until))
 
 
-async def test_a_job_is_paused_and_goes_on_at_its_worker_with_the_same_bytes(remote, working, sdk, monkeypatch):
+async def test_a_job_is_paused_and_goes_on_at_its_worker_with_the_same_bytes(remote, working, sdk, monkeypatch, hold):
     async with remote() as client, working(client) as box:
         ai = sdk(client)
         undisturbed = await ended(ai, await begun(ai))
-        monkeypatch.setenv("STAND_IN", json.dumps({"seconds": 0.4}))
+        monkeypatch.setenv("STAND_IN", json.dumps({"hold": str(hold)}))
         id = await begun(ai, suffix="other")
         await until(ai, id, lambda job: job.status == "running" and box.process.pid)
         async with asyncio.timeout(20):
@@ -209,8 +218,8 @@ async def test_a_job_is_paused_and_goes_on_at_its_worker_with_the_same_bytes(rem
         assert len(steps) == len(set(steps)) == 6
 
 
-async def test_a_job_that_is_cancelled_stops_at_its_worker_and_leaves_nothing(remote, working, sdk, tmp_path):
-    async with remote(seconds=0.5) as client, working(client) as box:
+async def test_a_job_that_is_cancelled_stops_at_its_worker_and_leaves_nothing(remote, working, sdk, tmp_path, hold):
+    async with remote(hold=str(hold)) as client, working(client) as box:
         ai = sdk(client)
         id = await begun(ai)
         await until(ai, id, lambda job: job.status == "running" and box.process.pid)
@@ -218,8 +227,8 @@ async def test_a_job_that_is_cancelled_stops_at_its_worker_and_leaves_nothing(re
         assert await settled(lambda: box.process.pid is None and not list((tmp_path / "box" / "jobs").iterdir()), 15)
 
 
-async def test_a_worker_that_is_stopped_gives_its_job_back_with_what_it_saved(remote, working, sdk, tmp_path):
-    async with remote(seconds=0.4) as client:
+async def test_a_worker_that_is_stopped_gives_its_job_back_with_what_it_saved(remote, working, sdk, tmp_path, hold):
+    async with remote(hold=str(hold)) as client:
         ai = sdk(client)
         async with working(client) as box:
             id = await begun(ai)
@@ -228,20 +237,22 @@ async def test_a_worker_that_is_stopped_gives_its_job_back_with_what_it_saved(re
         assert row is not None, "it kept its claim"
         await asyncio.to_thread(parts_of(client).fine_tuning.rows.release, id)
         assert (tmp_path / "box" / "jobs" / id).is_dir()
+        hold.unlink()
         async with working(client):
             assert (await ended(ai, id)).status == "succeeded"
 
 
-async def test_what_goes_wrong_at_a_worker_is_the_jobs_error_or_another_try(remote, working, sdk, monkeypatch):
+async def test_what_goes_wrong_at_a_worker_is_the_jobs_error_or_another_try(remote, working, sdk, monkeypatch, hold):
     async with remote(error="training diverged at step 1") as client, working(client) as box:
         ai = sdk(client)
         job = await ended(ai, await begun(ai))
         assert job.status == "failed" and job.error.message.endswith("training diverged at step 1")
         assert (await client.get("/v1/adapters")).json()["data"] == []
-        monkeypatch.setenv("STAND_IN", json.dumps({"seconds": 0.3}))
+        monkeypatch.setenv("STAND_IN", json.dumps({"hold": str(hold)}))
         id = await begun(ai)
         await until(ai, id, lambda job: job.status == "running" and box.process.pid)
         os.kill(box.process.pid, signal.SIGKILL)
+        hold.unlink()
         assert (await ended(ai, id)).status == "succeeded"
         assert "The training process ended (signal 9): it is started again" in await messages(ai, id)
 
@@ -379,10 +390,10 @@ async def test_examples_go_to_a_worker_with_an_operators_key_and_its_claim(guard
     assert f"{id} by by-hand" in lines and "claim_work" in lines
 
 
-async def test_a_worker_whose_key_is_revoked_stops_training_and_ends(guarded, sdk, tiny_model, tmp_path, monkeypatch):
+async def test_a_worker_whose_key_is_revoked_stops_training_and_ends(guarded, sdk, tiny_model, tmp_path, monkeypatch, hold):
     asked = {"tenant": "default", "name": "box", "scopes": ["finetune:work"]}
     key = (await guarded.post("/v1/keys", json=asked)).json()
-    monkeypatch.setenv("STAND_IN", json.dumps({"seconds": 0.5}))
+    monkeypatch.setenv("STAND_IN", json.dumps({"hold": str(hold)}))
     box = worker("http://localhost", tmp_path / "box", tiny_model, key["secret"], Bridge(guarded._transport))
     running = asyncio.create_task(asyncio.to_thread(box.run))
     await until(sdk(guarded), await begun(sdk(guarded)), lambda job: job.status == "running" and box.process.pid)
