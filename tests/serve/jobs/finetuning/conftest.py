@@ -31,6 +31,14 @@ def training(connect: Callable[..., Any], config: Any, monkeypatch: pytest.Monke
     return started
 
 
+@pytest.fixture
+def hold(tmp_path: Path) -> Path:
+    """While this file is there, trainers that are told of it wait behind their first step."""
+    file = tmp_path / "hold"
+    file.touch()
+    return file
+
+
 def parts_of(client: Any) -> Any:
     return client._transport.app.state.parts
 

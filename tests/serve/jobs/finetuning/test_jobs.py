@@ -131,28 +131,23 @@ async def test_a_job_that_is_cancelled_leaves_nothing(training, sdk):
         assert (await ai.files.delete(file)).deleted
 
 
-def slow(monkeypatch, seconds):
-    """Trainers that start from now on take so long for a step."""
-    monkeypatch.setenv("STAND_IN", json.dumps({"seconds": seconds}))
-
-
 async def digest_of(client, model):
     name, _, version = model.partition("@v")
     return (await client.get(f"/v1/adapters/{name}")).json()["versions"][int(version) - 1]["digest"]
 
 
-async def test_a_job_that_was_paused_ends_with_the_same_bytes(training, sdk, monkeypatch):
+async def test_a_job_that_was_paused_ends_with_the_same_bytes(training, sdk, monkeypatch, hold):
     async with training() as client:
         ai = sdk(client)
         undisturbed = await ended(ai, await begun(ai))
-        slow(monkeypatch, 2.0)
+        monkeypatch.setenv("STAND_IN", json.dumps({"hold": str(hold)}))
         id = await begun(ai, suffix="other")
         process = await stepped(client, id)
         assert (await ai.fine_tuning.jobs.pause(id)).status == "paused"
         assert await settled(lambda: not alive(process), 15)
         await asyncio.sleep(0.3)
         assert (await ai.fine_tuning.jobs.retrieve(id)).status == "paused"
-        slow(monkeypatch, 0.0)
+        hold.unlink()
         assert (await ai.fine_tuning.jobs.resume(id)).status == "queued"
         job = await ended(ai, id)
         assert job.status == "succeeded"
@@ -161,16 +156,16 @@ async def test_a_job_that_was_paused_ends_with_the_same_bytes(training, sdk, mon
         assert len(steps) == len(set(steps)) == 6
 
 
-async def test_a_job_survives_the_end_of_its_server_and_of_its_process(training, sdk, monkeypatch):
-    async with training(seconds=0.5) as client:
+async def test_a_job_survives_the_end_of_its_server_and_of_its_process(training, sdk, hold):
+    async with training(hold=str(hold)) as client:
         id = await begun(sdk(client))
         process = await stepped(client, id)
     assert not alive(process)
-    async with training(seconds=0.5) as client:
+    async with training(hold=str(hold)) as client:
         ai = sdk(client)
         process = await stepped(client, id, 2)
-        slow(monkeypatch, 0.0)
         os.kill(process, signal.SIGKILL)
+        hold.unlink()
         job = await ended(ai, id)
         assert (job.status, job.fine_tuned_model) == ("succeeded", "tone@v1")
         said = await messages(ai, id)
@@ -221,8 +216,8 @@ async def test_a_model_that_changes_nothing_is_not_admitted(training, sdk):
         assert (await client.get("/v1/adapters")).json()["data"] == []
 
 
-async def test_a_base_that_is_another_by_then_ends_the_job(training, sdk, tiny_model):
-    async with training(seconds=2.0) as client:
+async def test_a_base_that_is_another_by_then_ends_the_job(training, sdk, tiny_model, hold):
+    async with training(hold=str(hold)) as client:
         ai = sdk(client)
         id = await begun(ai)
         await stepped(client, id)

@@ -39,14 +39,6 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def hold(tmp_path):
-    """While this file is there, trainers that are told of it wait behind their first step."""
-    file = tmp_path / "hold"
-    file.touch()
-    return file
-
-
-@pytest.fixture
 def remote(training, config):
     """`async with remote(seconds=0.1) as client`: a server that leaves its jobs to workers."""
     return partial(training, replace(config, finetune_on="workers"))
@@ -390,7 +382,7 @@ async def test_examples_go_to_a_worker_with_an_operators_key_and_its_claim(guard
     assert f"{id} by by-hand" in lines and "claim_work" in lines
 
 
-async def test_a_worker_whose_key_is_revoked_stops_training_and_ends(guarded, sdk, tiny_model, tmp_path, monkeypatch, hold):
+async def test_a_worker_whose_key_is_revoked_stops_training(guarded, sdk, tiny_model, tmp_path, monkeypatch, hold):
     asked = {"tenant": "default", "name": "box", "scopes": ["finetune:work"]}
     key = (await guarded.post("/v1/keys", json=asked)).json()
     monkeypatch.setenv("STAND_IN", json.dumps({"hold": str(hold)}))
