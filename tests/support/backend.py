@@ -94,7 +94,7 @@ class FakeBackend:
         # Tokens that it computed, whoever asked and whether or not anybody watched.
         self.computed = 0
         self.generate: Callable[[dict[str, Any]], Generation] | None = None
-        # What an answer says, a stream word by word; without it an answer has no choices.
+        # What an answer says, a stream word by word if it has a prompt; without it an answer has no choices.
         self.say: Callable[[dict[str, Any]], str] | None = None
         # Cleared, a stream stops after its first chunk until this is set.
         self.flow = asyncio.Event()
@@ -178,13 +178,9 @@ class FakeBackend:
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         body = await request.json() if scope["method"] == "POST" else {}
-        if (watch := watching.get()) and watch.gate:
-            try:
-                for prompt in self.rendered(body):
-                    watch.gate(prompt)
-            except LoradockError as error:
-                await JSONResponse(error.body(), status_code=error.status)(scope, receive, send)
-                return
+        if refusal := self.stopped(body):
+            await refusal(scope, receive, send)
+            return
         self.bodies.append(body)
         self.paths.append(scope["path"])
         self.headers.append(dict(request.headers))
@@ -195,6 +191,16 @@ class FakeBackend:
         if body.get("model") and body["model"] == self.slow:
             await asyncio.Event().wait()
         await self._answer(body)(scope, receive, send)
+
+    def stopped(self, body: dict[str, Any]) -> Response | None:
+        """What the gate of this request says of its prompts, where one must not begin."""
+        if (watch := watching.get()) and watch.gate:
+            try:
+                for prompt in self.rendered(body):
+                    watch.gate(prompt)
+            except LoradockError as error:
+                return JSONResponse(error.body(), status_code=error.status)
+        return None
 
     special_tokens = frozenset({"<|im_end|>", "<|im_start|>"})
 
@@ -216,7 +222,7 @@ class FakeBackend:
             return StreamingResponse(self._failing(), media_type="text/event-stream")
         if body.get("stream"):
             counted = (body.get("stream_options") or {}).get("include_usage", False)
-            text = self.say(body) if self.say else ""
+            text = self.say(body) if self.say and ("messages" in body or "prompt" in body) else ""
             return StreamingResponse(self._stream(model, counted, text), media_type="text/event-stream")
         answer = {"model": model} if self.usage is None else {"model": model, "usage": self.usage}
         if self.say:

@@ -71,6 +71,9 @@ class KnownBackend(FakeBackend):
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await Request(scope, receive).json()
+        if refusal := self.stopped(body):
+            await refusal(scope, receive, send)
+            return
         known: dict[str, Any] = body.get("known", {})
         status = known.get("status", 200)
         if status == 200:

@@ -283,7 +283,7 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import EngineCoreClient
 
-    from serve.asgi.exchange import Watch, watching
+    from serve.asgi.exchange import Watch, count_generated_tokens, count_prompt_tokens, watching
     from serve.models.embedded import ensure
     from serve.vllm_backend.engine_arguments import parse
     from serve.vllm_backend.output_processor import Outputs
@@ -328,7 +328,8 @@ async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(path, asked, m
         finally:
             watching.reset(token)
         short.append(bool(way and way.taken and way.learned))
-        counted.append(watch.tokens)
+        generations = [sequence.read() for sequence in watch.sequences]
+        counted.append(count_prompt_tokens(generations) + count_generated_tokens(generations))
 
     server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=guarded(60), lifespan="off"))
     serving = asyncio.create_task(server.serve())

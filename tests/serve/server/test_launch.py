@@ -225,8 +225,11 @@ def test_memory_that_does_not_suffice_is_a_sentence():
 
 def test_an_answer_that_outlasts_the_grace_period_is_a_line_and_no_traceback(caplog, monkeypatch):
     logger = logging.getLogger("uvicorn.error")
-    monkeypatch.setattr(logger, "disabled", False)  # a server that ran in this process has set up logging its way
-    monkeypatch.setattr(logger, "propagate", True)
+    # A server that ran in this process has set up logging its way: its parent, "uvicorn", hands nothing on.
+    monkeypatch.setattr(logger, "disabled", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    caplog.set_level(logging.ERROR, logger.name)
     logger.addFilter(_told_briefly)
     try:
         for error in (asyncio.CancelledError("timeout"), RuntimeError("a real one")):

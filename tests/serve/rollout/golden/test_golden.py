@@ -31,6 +31,7 @@ async def test_a_score_of_what_is_live_that_fell_is_told_once(client, backend, m
     assert not told
     await client.post("/v1/adapters/tone/promote", json={"version": 2})
     await ran(client, 2)
+    assert await until(lambda: asyncio.sleep(0, told)), "the run ends before the fall is told"
     await parts.golden.runs.round()
     ((kind, data),) = told
     assert kind == "golden.score_fell"
