@@ -17,7 +17,7 @@ from serve.cli.arguments import Commands, Name, Target, Version, VersionedComman
 from serve.cli.baseline import PATIENCE
 from serve.cli.replay_page import replayed
 from serve.cli.terminal import URL, Json, Key, Url, connected, counted, example, say, upload_bar
-from serve.errors import ConfigError, LoradockError
+from serve.errors import ConfigError, LoradockError, NotFound
 
 if TYPE_CHECKING:
     from serve.client.adapter_client import AdapterClient
@@ -308,10 +308,13 @@ def _asks() -> bool:
 
 def _confirm_removal(client: AdapterClient, name: str, version: int | None) -> None:
     """Ask before something live is removed; where nobody can answer, ConfigError says how to mean it."""
-    adapter = client.show(name)
+    try:
+        adapter = client.show(name)
+    except NotFound:
+        return  # an old name alone goes, and what is not there the server refuses in its own words
     live = live_version(adapter)
-    if adapter.get("name") != name or live is None or version is not None:
-        return  # an old name alone goes; the server refuses a single live version without --force
+    if live is None or version is not None:
+        return  # the server refuses a single live version without --force
     what = f"{name} is live ({numbered(live)} of {counted(len(adapter.get('versions') or []), 'version')})"
     if not _asks():
         raise ConfigError(f"{what}, and requests for it would fail: give --yes to remove it all the same")
