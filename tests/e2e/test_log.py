@@ -75,6 +75,7 @@ def test_the_server_leaves_its_engine_the_core_on_which_it_schedules(started):
             assert os.sched_getaffinity(int(thread)) == set(others)
 
 
+@pytest.mark.parametrize("started", ["info"], indirect=True)  # the other one is a program of the tests' own
 def test_processes_share_what_the_server_imported(started):
     """A forked process has its program where its parent has it; one that began by itself has it elsewhere."""
     server, _ = started
