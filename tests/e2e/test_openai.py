@@ -309,7 +309,7 @@ def test_a_body_that_is_no_request_is_a_400(server, body):
 
 
 def test_a_route_that_is_not_there_is_a_404_in_the_same_shape(server):
-    for path in ("/v1/nothing", "/collective_rpc", "/reset_prefix_cache", "/"):
+    for path in ("/v1/nothing", "/collective_rpc", "/reset_prefix_cache"):
         refused(server.http.get(path), 404)
     ranking = {"model": BASE, "query": "which?", "documents": ["one", "another"]}
     for path in ("/rerank", "/invocations"):
