@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 
-from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import loop_deletions, loop_references, loop_tries, names
 from serve.adapters.registry.tables import loops as table
+from serve.adapters.registry.work_table import Claims
 from serve.errors import NotFound
-from serve.jobs.leases import Claims
 from serve.loop.likelihood import Example
 from serve.loop.objects import Loop, Outcome, Phase, Reference, State, Try
 from serve.names import shown
@@ -39,26 +37,32 @@ _NO_TRY = {
 _REFERENCE = tuple(field.name for field in fields(Reference))
 
 
-class LoopRows:
-    """`clock` is the time of day, in seconds; `me` this server's name among those that share the registry."""
+class LoopRows(Claims[Loop]):
+    """The table of loops."""
 
-    def __init__(self, registry: Registry, *, me: str, clock: Callable[[], float] = time.time) -> None:
-        self._registry = registry
-        self._me = me
-        self._clock = clock
-        self._claims = Claims(registry, table, me=me, clock=clock)
+    table = table
+    worked_on = tuple(Phase)
+
+    def _rows(self) -> Select[Any]:
+        return select(table, names.c.name).join(names, names.c.id == table.c.name_id)
+
+    def _read(self, row: Row[Any]) -> Loop:
+        # What a later version knows more of a loop is passed over.
+        state = msgspec.json.decode(row.state, type=State)
+        wish = json.loads(row.wish) if row.wish else None
+        return Loop(row.id, row.name, Phase(row.status), state, wish, row.stopped)
 
     # Loops
 
     def all(self) -> list[Loop]:
         """Every adapter that has one."""
         with self._registry.reading() as connection:
-            return [_loop(row) for row in connection.execute(_joined())]
+            return [self._read(row) for row in connection.execute(self._rows())]
 
     def get(self, name: str) -> Loop | None:
         with self._registry.reading() as connection:
-            row = connection.execute(_joined().where(names.c.name == name)).first()
-        return None if row is None else _loop(row)
+            row = connection.execute(self._rows().where(names.c.name == name)).first()
+        return None if row is None else self._read(row)
 
     def made(self, name: str) -> Loop:
         """The adapter's loop, which waits if there was none yet."""
@@ -71,7 +75,7 @@ class LoopRows:
             if connection.scalar(select(table.c.id).where(table.c.name_id == id)) is None:
                 row = {"id": f"loop-{secrets.token_hex(8)}", "name_id": id, "status": Phase.WAITING.value}
                 connection.execute(insert(table).values(**row, state=_encoded(State(since=self._clock()))))
-            return _loop(connection.execute(_joined().where(table.c.name_id == id)).one())
+            return self._read(connection.execute(self._rows().where(table.c.name_id == id)).one())
 
     def forget(self, id: str) -> None:
         """Its adapter is gone: so are the examples of its traffic."""
@@ -123,26 +127,11 @@ class LoopRows:
 
     # Who drives it
 
-    def claim(self, id: str, seconds: float) -> Loop | None:
-        """Take the loop for this server alone, for so long; again while it drives it. None if another one does."""
-        if self._claims.take(id, seconds, tuple(Phase)) is None:
-            return None
-        with self._registry.reading() as connection:
-            row = connection.execute(_joined().where(table.c.id == id)).first()
-        return None if row is None else _loop(row)
-
-    def release(self, id: str | None = None) -> None:
-        """The end of a claim; without an id of everybody's claims, where this server is alone."""
-        self._claims.release(id)
-
     def is_mine(self, loop: Loop) -> bool:
         """This server drives its try still, and nobody has stopped or rejected it since."""
-        where = (table.c.id == loop.id) & (table.c.claimed_by == self._me)
-        with self._registry.reading() as connection:
-            row = connection.execute(_joined().where(where)).first()
-        if row is None or self.stopped():
+        now = self.held(loop.id)
+        if now is None or self.stopped():
             return False
-        now = _loop(row)
         same = (now.phase, now.state.number, now.stopped) == (loop.phase, loop.state.number, None)
         return same and (now.wish is None or now.wish == loop.wish)
 
@@ -316,10 +305,6 @@ def _examples(document: str | None) -> list[Example]:
     return [Example(fields, conversation) for fields, conversation in json.loads(document or "[]")]
 
 
-def _joined() -> Any:
-    return select(table, names.c.name).join(names, names.c.id == table.c.name_id)
-
-
 def _try(loop: Loop) -> Any:
     return (loop_tries.c.loop == loop.id) & (loop_tries.c.number == loop.state.number)
 
@@ -337,10 +322,3 @@ def _read_try(row: Any) -> Try:
 
 def _encoded(state: State) -> str:
     return json.dumps(asdict(state))
-
-
-def _loop(row: Any) -> Loop:
-    # What a later version knows more of a loop is passed over.
-    state = msgspec.json.decode(row.state, type=State)
-    wish = json.loads(row.wish) if row.wish else None
-    return Loop(row.id, row.name, Phase(row.status), state, wish, row.stopped)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from serve.adapters.registry.registry import Registry
-from serve.jobs.leases import Schedule
+from serve.jobs.schedule import Schedule
 from serve.loop.driver import REJECT, LoopDriver, Work
 from serve.loop.loop_rows import LoopRows
 from serve.loop.metrics import LoopMetrics

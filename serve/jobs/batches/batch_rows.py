@@ -7,25 +7,29 @@ counts. So neither a kill nor a second server can answer a line twice or lose on
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, select, update
 
-from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import batch_answers as answers_table
 from serve.adapters.registry.tables import batch_parts as parts_table
 from serve.adapters.registry.tables import batches as table
-from serve.errors import Conflict, NotFound, QuotaExceeded
-from serve.jobs.batches.file_rows import check_kept, paged, put
-from serve.jobs.batches.objects import OPEN, Batch, Limits, LineError, Page, Status, StoredFile, Usage
-from serve.jobs.leases import Claims
+from serve.adapters.registry.work_table import UNCLAIMED, WorkTable
+from serve.errors import Conflict, NotFound
+from serve.jobs.batches.file_rows import put
+from serve.jobs.batches.objects import OPEN, Batch, LineError, Status, StoredFile, Usage
 from serve.names import shown
 
 # Answers that are read at a time.
 _READ = 50
+
+# Columns that are the fields of a Batch as they are.
+_PLAIN = (
+    *("id", "tenant", "key", "who", "endpoint", "input_file", "completion_window", "created", "expires"),
+    *("file_seconds", "total", "completed", "failed", "output_file", "error_file"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,76 +52,52 @@ class Part:
     nbytes: int
 
 
-class BatchRows:
-    """`clock` is the time of day, in seconds; `me` this server's name among those that share the registry."""
+class BatchRows(WorkTable[Batch]):
+    """The table of batches."""
 
-    def __init__(self, registry: Registry, limits: Limits, *, me: str, clock: Callable[[], float] = time.time) -> None:
-        self._registry = registry
-        self._limits = limits
-        self._me = me
-        self._clock = clock
-        self._claims = Claims(registry, table, me=me, clock=clock)
+    table = table
+    what = "batches"
+    worked_on = not_ended = OPEN
+    under_way = "batches under way"
+    limit_code = "batch_limit_exceeded"
 
-    # For clients
+    def _values(self, batch: Batch) -> dict[str, Any]:
+        plain = {name: getattr(batch, name) for name in _PLAIN}
+        usage = batch.usage
+        return {
+            **plain,
+            "status": batch.status.value,
+            "metadata": json.dumps(None if batch.metadata is None else dict(batch.metadata)),
+            "times": json.dumps(dict(batch.times)),
+            "errors": json.dumps([error.described() for error in batch.errors]),
+            "prompt_tokens": usage.prompt,
+            "cached_tokens": usage.cached,
+            "generated_tokens": usage.generated,
+        }
 
-    def add(self, batch: Batch) -> None:
-        """A new batch; QuotaExceeded if the tenant has as many under way as it may."""
-        is_open = (table.c.tenant == batch.tenant, table.c.status.in_(OPEN))
-        with self._registry.adding(batch.tenant) as connection:
-            count = connection.scalar(select(func.count()).select_from(table).where(*is_open)) or 0
-            if count >= self._limits.open:
-                raise QuotaExceeded(
-                    f"this tenant has {count} batches under way, and {self._limits.open} are the most: wait for one "
-                    "of them, or cancel it",
-                    code="batch_limit_exceeded",
-                )
-            check_kept(connection, table, batch.tenant, "batches")
-            connection.execute(insert(table).values(_values(batch)))
+    def _read(self, row: Row[Any]) -> Batch:
+        return Batch(
+            **{name: getattr(row, name) for name in _PLAIN},
+            status=Status(row.status),
+            # By the column: a row has an attribute `metadata` of its own in some versions of SQLAlchemy.
+            metadata=json.loads(row._mapping[table.c.metadata]),
+            times=json.loads(row.times),
+            errors=[LineError(**error) for error in json.loads(row.errors)],
+            usage=Usage(row.prompt_tokens, row.cached_tokens, row.generated_tokens),
+        )
 
-    def get(self, tenant: str, id: str) -> Batch:
-        """NotFound also for another tenant's."""
-        query = select(table).where(table.c.id == id, table.c.tenant == tenant)
-        with self._registry.reading() as connection:
-            row = connection.execute(query).first()
-        if row is None:
-            raise _missing(id)
-        return _batch(row)
-
-    def page(self, tenant: str, *, after: str | None, limit: int) -> Page[Batch]:
-        """A tenant's batches, the latest first; from behind the batch `after`."""
-        query = select(table).where(table.c.tenant == tenant)
-        with self._registry.reading() as connection:
-            rows = paged(connection, table, query, tenant, after, limit, ascending=False)
-        return Page([_batch(row) for row in rows[:limit]], len(rows) > limit)
+    def _missing(self, id: str) -> NotFound:
+        return NotFound(f"No batch found with id '{shown(id)}'.", param="id")
 
     def cancel(self, tenant: str, id: str) -> Batch:
         """Ask no more of its lines; Conflict if it is at its end."""
         with self._registry.adding() as connection:
-            batch = self._locked(connection, id)
-            if batch is None or batch.tenant != tenant:
-                raise _missing(id)
+            batch = self._own(connection, tenant, id, lock=True)
             if batch.status not in (Status.VALIDATING, Status.IN_PROGRESS, Status.CANCELLING):
                 raise Conflict(f"Cannot cancel a batch with status '{batch.status}'.", param="id")
             if batch.status is not Status.CANCELLING:
                 self._reach(connection, batch, Status.CANCELLING)
         return self.get(tenant, id)
-
-    # Who runs it
-
-    def open(self) -> list[Batch]:
-        """Every tenant's that are not at their end, the oldest first."""
-        query = select(table).where(table.c.status.in_(OPEN)).order_by(table.c.created, table.c.id)
-        with self._registry.reading() as connection:
-            return [_batch(row) for row in connection.execute(query)]
-
-    def claim(self, id: str, seconds: float) -> Batch | None:
-        """Take the batch for this server alone, for so long; again while it has it. None if another one runs it."""
-        row = self._claims.take(id, seconds, OPEN)
-        return None if row is None else _batch(row)
-
-    def release(self, id: str | None = None) -> None:
-        """The end of a claim; without an id of everybody's claims, where this server is alone."""
-        self._claims.release(id)
 
     # What the server with the claim writes; None or False, if the claim is another's by now
 
@@ -131,7 +111,7 @@ class BatchRows:
             connection.execute(update(table).where(table.c.id == id).values(total=total))
             if batch.status is Status.VALIDATING:
                 self._reach(connection, batch, Status.IN_PROGRESS)
-            return self._locked(connection, id)
+            return self._claimed(connection, id)
 
     def fail(self, id: str, errors: Sequence[LineError]) -> Status | None:
         """The input is not in order; how the batch ended."""
@@ -177,7 +157,7 @@ class BatchRows:
             batch = self._claimed(connection, id)
             if batch is not None and batch.status in (Status.VALIDATING, Status.IN_PROGRESS):
                 self._reach(connection, batch, Status.FINALIZING)
-                batch = self._locked(connection, id)
+                batch = self._claimed(connection, id)
             return batch
 
     def finish(
@@ -202,8 +182,7 @@ class BatchRows:
                 "error_file": error.id if error else None,
                 "failed": table.c.failed + unanswered,
                 "errors": json.dumps([error.described() for error in errors]),
-                "claimed_by": None,
-                "claimed_until": None,
+                **UNCLAIMED,
             }
             connection.execute(update(table).where(table.c.id == id).values(values))
             self._reach(connection, batch, status)
@@ -243,57 +222,6 @@ class BatchRows:
             last = rows[-1].line
             yield from ((row.line, row.answer) for row in rows)
 
-    def forget_before(self, when: float) -> None:
-        """Drop batches that were made before this and are at their end."""
-        with self._registry.adding() as connection:
-            connection.execute(delete(table).where(table.c.created < when, table.c.status.not_in(OPEN)))
-
-    def _claimed(self, connection: Connection, id: str) -> Batch | None:
-        """The batch, which nobody else changes until the transaction ends; None if this server has no claim to it."""
-        return self._locked(connection, id, (table.c.claimed_by == self._me) & table.c.status.in_(OPEN))
-
-    def _locked(self, connection: Connection, id: str, *where: Any) -> Batch | None:
-        row = connection.execute(select(table).where(table.c.id == id, *where).with_for_update()).first()
-        return None if row is None else _batch(row)
-
     def _reach(self, connection: Connection, batch: Batch, status: Status) -> None:
         times = json.dumps({**batch.times, status.value: self._clock()})
         connection.execute(update(table).where(table.c.id == batch.id).values(status=status.value, times=times))
-
-
-def _missing(id: str) -> NotFound:
-    return NotFound(f"No batch found with id '{shown(id)}'.", param="id")
-
-
-# Columns that are the fields of a Batch as they are.
-_PLAIN = (
-    *("id", "tenant", "key", "who", "endpoint", "input_file", "completion_window", "created", "expires"),
-    *("file_seconds", "total", "completed", "failed", "output_file", "error_file"),
-)
-
-
-def _values(batch: Batch) -> dict[str, Any]:
-    plain = {name: getattr(batch, name) for name in _PLAIN}
-    usage = batch.usage
-    return {
-        **plain,
-        "status": batch.status.value,
-        "metadata": json.dumps(None if batch.metadata is None else dict(batch.metadata)),
-        "times": json.dumps(dict(batch.times)),
-        "errors": json.dumps([error.described() for error in batch.errors]),
-        "prompt_tokens": usage.prompt,
-        "cached_tokens": usage.cached,
-        "generated_tokens": usage.generated,
-    }
-
-
-def _batch(row: Any) -> Batch:
-    return Batch(
-        **{name: getattr(row, name) for name in _PLAIN},
-        status=Status(row.status),
-        # By the column: a row has an attribute `metadata` of its own in some versions of SQLAlchemy.
-        metadata=json.loads(row._mapping[table.c.metadata]),
-        times=json.loads(row.times),
-        errors=[LineError(**error) for error in json.loads(row.errors)],
-        usage=Usage(row.prompt_tokens, row.cached_tokens, row.generated_tokens),
-    )

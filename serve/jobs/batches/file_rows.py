@@ -7,17 +7,16 @@ from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Connection, Table, and_, delete, func, insert, or_, select
+from sqlalchemy import Connection, delete, func, insert, or_, select
 
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import FINETUNE_ENDS, batches, finetune_jobs
 from serve.adapters.registry.tables import files as table
-from serve.errors import BadRequest, Conflict, NotFound, QuotaExceeded
-from serve.jobs.batches.objects import OPEN, Limits, Page, StoredFile
+from serve.adapters.registry.work_table import Page, paged
+from serve.errors import Conflict, NotFound, QuotaExceeded
+from serve.jobs.batches.objects import OPEN, Limits, StoredFile
 from serve.names import shown
 
-# Batches, or jobs, of a tenant, those at their end too.
-KEPT = 20_000
 _UNDER_WAY = finetune_jobs.c.status.not_in(FINETUNE_ENDS)
 _COLUMNS = tuple(field.name for field in fields(StoredFile))
 
@@ -134,31 +133,6 @@ def put(connection: Connection, file: StoredFile) -> None:
 
 def missing(id: str) -> NotFound:
     return NotFound(f"No such File object: {shown(id)}", param="id")
-
-
-def check_kept(connection: Connection, rows: Table, tenant: str, what: str) -> None:
-    """QuotaExceeded, if the tenant has as many rows as it may, those at their end too."""
-    count = connection.scalar(select(func.count()).select_from(rows).where(rows.c.tenant == tenant)) or 0
-    if count >= KEPT:
-        raise QuotaExceeded(
-            f"{count} {what} of this tenant are listed, and {KEPT} are the most: the oldest leave after 90 days"
-        )
-
-
-def paged(
-    connection: Connection, rows: Table, query: Any, tenant: str, after: str | None, limit: int, ascending: bool
-) -> list[Any]:
-    """One row more than `limit`, if there is one; BadRequest if the tenant has no row `after`."""
-    if after is not None:
-        at = connection.scalar(select(rows.c.created).where(rows.c.id == after, rows.c.tenant == tenant))
-        if at is None:
-            raise BadRequest(f"after takes an id of this list, not {shown(after)}", param="after")
-        created, id = rows.c.created, rows.c.id
-        later = or_(created > at, and_(created == at, id > after))
-        earlier = or_(created < at, and_(created == at, id < after))
-        query = query.where(later if ascending else earlier)
-    order = (rows.c.created, rows.c.id) if ascending else (rows.c.created.desc(), rows.c.id.desc())
-    return [*connection.execute(query.order_by(*order).limit(limit + 1))]
 
 
 def _totals(connection: Connection, tenant: str | None = None) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 # Purposes of files: those that clients send, and what becomes of a batch.
@@ -156,19 +156,3 @@ class Limits:
     file_seconds: float = 30 * 86_400.0
     # Lines that one engine answers at a time while no client is answered.
     concurrency: int = 4
-
-
-T = TypeVar("T", StoredFile, Batch)
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    """A part of a list."""
-
-    rows: Sequence[T]
-    has_more: bool
-
-    def described(self) -> dict[str, Any]:
-        rows = [row.described() for row in self.rows]
-        ids = [row["id"] for row in rows] or [None]
-        return {"object": "list", "data": rows, "first_id": ids[0], "last_id": ids[-1], "has_more": self.has_more}

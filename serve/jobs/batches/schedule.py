@@ -13,12 +13,10 @@ from serve.jobs.batches.file_bytes import FileBytes
 from serve.jobs.batches.file_rows import FileRows
 from serve.jobs.batches.metrics import BatchMetrics
 from serve.jobs.batches.objects import Batch, Status
-from serve.jobs.leases import SWEEP_SECONDS, Schedule
+from serve.jobs.schedule import SWEEP_SECONDS, Schedule
 
 # Batches that one server runs at a time.
 AT_ONCE = 16
-# Batches at their end are listed for so long.
-KEPT_SECONDS = 90 * 86_400.0
 
 
 class BatchSchedule(Schedule[Batch, Work]):
@@ -81,7 +79,7 @@ class BatchSchedule(Schedule[Batch, Work]):
             self._remove(id)
         self._contents.sweep(self._files.ids())
         self._answers.sweep()
-        self._rows.forget_before(self._clock() - KEPT_SECONDS)
+        self._rows.sweep()
 
     def _remove(self, id: str) -> None:
         self._contents.remove(id)

@@ -7,84 +7,87 @@ nobody's: whoever runs it notices when it renews its claim.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, update
 
-from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import finetune_jobs as table
 from serve.adapters.registry.tables import finetune_notes as notes_table
-from serve.errors import Conflict, NotFound, QuotaExceeded
-from serve.jobs.batches.file_rows import check_kept, paged, put
+from serve.adapters.registry.work_table import UNCLAIMED, Page, WorkTable
+from serve.errors import Conflict, NotFound
+from serve.jobs.batches.file_rows import put
 from serve.jobs.batches.objects import StoredFile
 from serve.jobs.finetuning.notes import add_checkpoint, add_event
-from serve.jobs.finetuning.objects import ACTIVE, ENDS, OPEN, Asked, Checkpoint, Job, Limits, Listed, State, Status
-from serve.jobs.leases import Claims
+from serve.jobs.finetuning.objects import ACTIVE, ENDS, OPEN, Asked, Checkpoint, Job, State, Status
 from serve.names import shown
 
-# Jobs that are read at a time.
-_READ = 100
 
+class JobRows(WorkTable[Job]):
+    """The table of jobs."""
 
-class JobRows:
-    """`clock` is the time of day, in seconds; `me` this server's name among those that share the registry."""
-
-    def __init__(self, registry: Registry, limits: Limits, *, me: str, clock: Callable[[], float] = time.time) -> None:
-        self._registry = registry
-        self._limits = limits
-        self._me = me
-        self._clock = clock
-        self._claims = Claims(registry, table, me=me, clock=clock)
+    table = table
+    what = "fine-tuning jobs"
+    worked_on = ACTIVE
+    not_ended = OPEN
+    under_way = "fine-tuning jobs that are not at their end"
+    limit_code = "fine_tuning_limit_exceeded"
 
     def of(self, me: str) -> JobRows:
         """These rows as `me` claims and changes them."""
         return JobRows(self._registry, self._limits, me=me, clock=self._clock)
 
+    def _values(self, job: Job) -> dict[str, Any]:
+        plain = ("id", "tenant", "created", "training_file", "validation_file")
+        return {
+            **{name: getattr(job, name) for name in plain},
+            "status": job.status.value,
+            "asked": json.dumps(asdict(job.asked)),
+            "state": json.dumps(asdict(job.state)),
+        }
+
+    def _read(self, row: Row[Any]) -> Job:
+        return Job(
+            row.id,
+            row.tenant,
+            Status(row.status),
+            row.created,
+            row.training_file,
+            row.validation_file,
+            # What a later version knows more of a job is passed over.
+            msgspec.json.decode(row.asked, type=Asked),
+            msgspec.json.decode(row.state, type=State),
+        )
+
+    def _missing(self, id: str) -> NotFound:
+        return NotFound(f"Could not find fine tune: {shown(id)}", code="fine_tune_not_found", param="id")
+
+    def _after_adding(self, connection: Connection, job: Job) -> None:
+        add_event(connection, job.id, self._clock(), f"Created fine-tuning job: {job.id}")
+        files = " and ".join(filter(None, (job.training_file, job.validation_file)))
+        add_event(connection, job.id, self._clock(), f"Validating training file: {files}")
+
+    def _before_forgetting(self, connection: Connection, ids: Select[Any]) -> None:
+        connection.execute(delete(notes_table).where(notes_table.c.job.in_(ids)))
+
     # For clients
 
-    def add(self, job: Job) -> None:
-        """A new job; QuotaExceeded if the tenant has as many that are not at their end as it may."""
-        is_open = (table.c.tenant == job.tenant, table.c.status.in_(OPEN))
-        with self._registry.adding(job.tenant) as connection:
-            count = connection.scalar(select(func.count()).select_from(table).where(*is_open)) or 0
-            if count >= self._limits.open:
-                raise QuotaExceeded(
-                    f"this tenant has {count} fine-tuning jobs that are not at their end, and {self._limits.open} are "
-                    "the most: wait for one of them, or cancel it",
-                    code="fine_tuning_limit_exceeded",
-                )
-            check_kept(connection, table, job.tenant, "fine-tuning jobs")
-            connection.execute(insert(table).values(_values(job)))
-            add_event(connection, job.id, self._clock(), f"Created fine-tuning job: {job.id}")
-            files = " and ".join(filter(None, (job.training_file, job.validation_file)))
-            add_event(connection, job.id, self._clock(), f"Validating training file: {files}")
-
-    def get(self, tenant: str, id: str) -> Job:
-        """NotFound also for another tenant's."""
-        with self._registry.reading() as connection:
-            return _own(connection, tenant, id)
-
-    def page(self, tenant: str, *, after: str | None, limit: int, metadata: Mapping[str, str]) -> Listed[Job]:
+    def page(
+        self, tenant: str, *, after: str | None, limit: int, metadata: Mapping[str, str] | None = None
+    ) -> Page[Job]:
         """A tenant's jobs, the latest first, from behind the job `after`; those alone whose metadata says all this."""
-        query = select(table).where(table.c.tenant == tenant)
-        with self._registry.reading() as connection:
-            find = func.instr if connection.dialect.name == "sqlite" else func.strpos
-            # As `_values` spells it. A text that says so elsewhere is told apart below.
-            spelled = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in metadata.items()]
-            query = query.where(*[find(table.c.asked, text) > 0 for text in spelled])
-            jobs: list[Job] = []
-            while len(jobs) <= limit:
-                rows = paged(connection, table, query, tenant, after, _READ, ascending=False)
-                read = [_job(row) for row in rows[:_READ]]
-                jobs += [job for job in read if metadata.items() <= (job.asked.metadata or {}).items()]
-                if len(rows) <= _READ:
-                    break
-                after = read[-1].id
-        return Listed(jobs[:limit], len(jobs) > limit)
+        if not metadata:
+            return self._page(tenant, after, limit)
+        # As `_values` spells it. A text that says so elsewhere, or in capitals, is told apart by `fits`.
+        spelled = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in metadata.items()]
+        says = [table.c.asked.contains(text, autoescape=True) for text in spelled]
+
+        def fits(job: Job) -> bool:
+            return metadata.items() <= (job.asked.metadata or {}).items()
+
+        return self._page(tenant, after, limit, *says, fits=fits)
 
     def cancel(self, tenant: str, id: str) -> Job:
         """It ends here, whatever its process does; Conflict if it is at its end already."""
@@ -98,7 +101,7 @@ class JobRows:
 
     def _asked(self, tenant: str, id: str, verb: str, taken: tuple[Status, ...], status: Status, message: str) -> Job:
         with self._registry.adding() as connection:
-            job = _own(connection, tenant, id, lock=True)
+            job = self._own(connection, tenant, id, lock=True)
             if job.status not in taken:
                 raise Conflict(f"Cannot {verb} a job with status '{job.status}'.", param="id")
             if job.state.admitting and self._is_claimed(connection, id):
@@ -110,35 +113,6 @@ class JobRows:
             if status is Status.QUEUED and not job.state.examples:
                 status = Status.VALIDATING
             return self._reach(connection, job, status, message)
-
-    # Who runs it
-
-    def open(self) -> list[Job]:
-        """Every tenant's that are not at their end, the oldest first."""
-        query = select(table).where(table.c.status.in_(OPEN)).order_by(table.c.created, table.c.id)
-        with self._registry.reading() as connection:
-            return [_job(row) for row in connection.execute(query)]
-
-    def claim(self, id: str, seconds: float) -> Job | None:
-        """Take the job for this server alone, for so long; again while it runs it. None if it is not to be run here."""
-        row = self._claims.take(id, seconds, ACTIVE)
-        return None if row is None else _job(row)
-
-    def release(self, id: str | None = None) -> None:
-        """The end of a claim; without an id of everybody's claims, where this server is alone."""
-        self._claims.release(id)
-
-    def held(self, id: str) -> Job | None:
-        """The job, while it is this server's to run."""
-        with self._registry.reading() as connection:
-            row = connection.execute(select(table).where(*self._mine(id))).first()
-        return None if row is None else _job(row)
-
-    def hand_over(self, id: str, to: str, seconds: float) -> bool:
-        """The claim is another one's from now on, for so long; False if it was not this one's."""
-        values = {"claimed_by": to, "claimed_until": self._clock() + seconds}
-        with self._registry.adding() as connection:
-            return bool(connection.execute(update(table).where(*self._mine(id)).values(values)).rowcount)
 
     # What the server with the claim writes; None, if the claim is another's by now or the job was stopped
 
@@ -221,31 +195,11 @@ class JobRows:
             )
             return True
 
-    def forget_before(self, when: float) -> None:
-        """Drop jobs that were made before this and are at their end."""
-        with self._registry.adding() as connection:
-            old = select(table.c.id).where(table.c.created < when, table.c.status.in_(ENDS))
-            connection.execute(delete(notes_table).where(notes_table.c.job.in_(old)))
-            connection.execute(delete(table).where(table.c.created < when, table.c.status.in_(ENDS)))
-
     def _go_on(self, id: str, status: Status, message: str, **state: Any) -> Job | None:
         with self._registry.adding() as connection:
             if (job := self._claimed(connection, id)) is None:
                 return None
             return self._reach(connection, job, status, message, **state)
-
-    def _is_claimed(self, connection: Connection, id: str) -> bool:
-        """A server works on the job, so that what its state says is going on goes on."""
-        where = (table.c.id == id, table.c.claimed_until > self._clock())
-        return connection.execute(select(table.c.id).where(*where)).first() is not None
-
-    def _claimed(self, connection: Connection, id: str) -> Job | None:
-        """The job, which nobody else changes until the transaction ends; None if it is not this server's to run."""
-        row = connection.execute(select(table).where(*self._mine(id)).with_for_update()).first()
-        return None if row is None else _job(row)
-
-    def _mine(self, id: str) -> tuple[Any, ...]:
-        return (table.c.id == id, table.c.claimed_by == self._me, table.c.status.in_(ACTIVE))
 
     def _reach(self, connection: Connection, job: Job, status: Status, message: str, **state: Any) -> Job:
         if status in ENDS:
@@ -253,7 +207,7 @@ class JobRows:
         job = replace(job, status=status, state=replace(job.state, **state))
         values: dict[str, Any] = {"status": status.value, "state": json.dumps(asdict(job.state))}
         if status not in ACTIVE:
-            values |= {"claimed_by": None, "claimed_until": None}
+            values |= UNCLAIMED
         connection.execute(update(table).where(table.c.id == job.id).values(values))
         if message:
             add_event(connection, job.id, self._clock(), message)
@@ -283,35 +237,3 @@ def metrics_of(line: Mapping[str, Any]) -> dict[str, Any]:
         "full_valid_mean_token_accuracy": "valid_accuracy",
     }
     return {name: line[ours] for name, ours in names.items() if line.get(ours) is not None}
-
-
-def _own(connection: Connection, tenant: str, id: str, *, lock: bool = False) -> Job:
-    query = select(table).where(table.c.id == id, table.c.tenant == tenant)
-    row = connection.execute(query.with_for_update() if lock else query).first()
-    if row is None:
-        raise NotFound(f"Could not find fine tune: {shown(id)}", code="fine_tune_not_found", param="id")
-    return _job(row)
-
-
-def _values(job: Job) -> dict[str, Any]:
-    plain = ("id", "tenant", "created", "training_file", "validation_file")
-    return {
-        **{name: getattr(job, name) for name in plain},
-        "status": job.status.value,
-        "asked": json.dumps(asdict(job.asked)),
-        "state": json.dumps(asdict(job.state)),
-    }
-
-
-def _job(row: Any) -> Job:
-    return Job(
-        row.id,
-        row.tenant,
-        Status(row.status),
-        row.created,
-        row.training_file,
-        row.validation_file,
-        # What a later version knows more of a job is passed over.
-        msgspec.json.decode(row.asked, type=Asked),
-        msgspec.json.decode(row.state, type=State),
-    )

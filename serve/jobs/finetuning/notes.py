@@ -11,8 +11,9 @@ from sqlalchemy import Connection, delete, func, insert, select
 
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import finetune_notes as table
+from serve.adapters.registry.work_table import Page
 from serve.errors import BadRequest
-from serve.jobs.finetuning.objects import Checkpoint, Event, Listed
+from serve.jobs.finetuning.objects import Checkpoint, Event
 from serve.names import shown
 
 EVENT, CHECKPOINT = "event", "checkpoint"
@@ -26,15 +27,15 @@ class Notes:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    def events(self, job: str, *, after: str | None, limit: int) -> Listed[Event]:
+    def events(self, job: str, *, after: str | None, limit: int) -> Page[Event]:
         rows = self._page(job, EVENT, after, limit)
         events = [Event(job, row.number, row.when, **json.loads(row.content)) for row in rows[:limit]]
-        return Listed(events, len(rows) > limit)
+        return Page(events, len(rows) > limit)
 
-    def checkpoints(self, job: str, *, after: str | None, limit: int) -> Listed[Checkpoint]:
+    def checkpoints(self, job: str, *, after: str | None, limit: int) -> Page[Checkpoint]:
         rows = self._page(job, CHECKPOINT, after, limit)
         found = [Checkpoint(job, row.number, row.when, **json.loads(row.content)) for row in rows[:limit]]
-        return Listed(found, len(rows) > limit)
+        return Page(found, len(rows) > limit)
 
     def _page(self, job: str, kind: str, after: str | None, limit: int) -> list[Any]:
         """One more than `limit`, if there is one."""

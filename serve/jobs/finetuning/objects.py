@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 # The purpose of the file of what each step measured.
 RESULTS = "fine-tune-results"
@@ -173,22 +173,6 @@ class Limits:
 
     open: int = 4
     hours: float = 24.0
-
-
-Row = TypeVar("Row", Job, Event, Checkpoint)
-
-
-@dataclass(frozen=True, slots=True)
-class Listed(Generic[Row]):
-    """A part of a list."""
-
-    rows: Sequence[Row]
-    has_more: bool
-
-    def described(self) -> dict[str, Any]:
-        rows = [row.described() for row in self.rows]
-        ids = [row["id"] for row in rows] or [None]
-        return {"object": "list", "data": rows, "first_id": ids[0], "last_id": ids[-1], "has_more": self.has_more}
 
 
 def _whole(when: float | None) -> int | None:

@@ -10,10 +10,7 @@ from serve.jobs.finetuning.job_rows import JobRows
 from serve.jobs.finetuning.job_runner import JobRunner, Kind, Work
 from serve.jobs.finetuning.metrics import FineTuningMetrics
 from serve.jobs.finetuning.objects import ACTIVE, Job, Status
-from serve.jobs.leases import SWEEP_SECONDS, Schedule
-
-# Jobs at their end are listed for so long.
-KEPT_SECONDS = 90 * 86_400.0
+from serve.jobs.schedule import SWEEP_SECONDS, Schedule
 
 
 class Turns:
@@ -87,4 +84,4 @@ class JobSchedule(Schedule[Job, Work]):
             for folder in self._runner.root.iterdir():
                 if folder.name not in kept:
                     self._runner.remove(folder.name)
-        self._rows.forget_before(self._clock() - KEPT_SECONDS)
+        self._rows.sweep()

@@ -20,6 +20,7 @@ from typing import Any
 
 from serve.adapters.adapter import FILES
 from serve.adapters.byte_ledger import Kind as Bytes
+from serve.adapters.registry.work_table import WORKER
 from serve.adapters.store import Store
 from serve.adapters.untrusted import create, write
 from serve.auth.auth import Caller
@@ -32,8 +33,7 @@ from serve.jobs.finetuning.job_runner import JobRunner, Kind
 from serve.jobs.finetuning.metrics import FineTuningMetrics
 from serve.jobs.finetuning.objects import ACTIVE, OPEN, Job, Status
 from serve.jobs.finetuning.schedule import Turns
-from serve.jobs.leases import CLAIM_SECONDS as HANDED_SECONDS
-from serve.jobs.leases import WORKER
+from serve.jobs.schedule import CLAIM_SECONDS as HANDED_SECONDS
 from serve.names import shown
 
 log = logging.getLogger(__name__)

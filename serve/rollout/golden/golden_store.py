@@ -15,11 +15,12 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, ScalarSelect, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, RowMapping, ScalarSelect, delete, func, insert, select, update
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import golden_outcomes, golden_promotions, golden_runs, golden_sets, names
+from serve.adapters.registry.work_table import Claims
 from serve.names import shown
 from serve.rollout.golden.golden_scoring import Estimate, Result
 from serve.rollout.golden.golden_set import GoldenSet
@@ -68,6 +69,18 @@ class HeldPromotion:
     version: int
     who: str
     why: str
+
+
+class _SetClaims(Claims[str]):
+    """Which server runs an adapter's set; its digest."""
+
+    table = golden_sets
+
+    def _is(self, name: str) -> ColumnElement[bool]:
+        return golden_sets.c.name_id == _named(name)
+
+    def _read(self, row: Row[Any]) -> str:
+        return str(row.digest)
 
 
 class GoldenStore:
@@ -128,20 +141,14 @@ class GoldenStore:
 
     def claim(self, name: str, by: str, seconds: float) -> bool:
         """Take the set for this server alone, for so long; again while it has it. False if another one runs it."""
-        now = self._clock()
-        free = or_(
-            golden_sets.c.claimed_until.is_(None), golden_sets.c.claimed_until < now, golden_sets.c.claimed_by == by
-        )
-        claimed = {"claimed_by": by, "claimed_until": now + seconds}
-        with self._registry.transaction() as connection:
-            where = (golden_sets.c.name_id == _named(name)) & free
-            return connection.execute(update(golden_sets).where(where).values(**claimed)).rowcount > 0
+        return self._claims(by).claim(name, seconds) is not None
 
     def release(self, name: str, by: str) -> None:
         """The end of a claim."""
-        where = (golden_sets.c.name_id == _named(name)) & (golden_sets.c.claimed_by == by)
-        with self._registry.transaction() as connection:
-            connection.execute(update(golden_sets).where(where).values(claimed_by=None, claimed_until=None))
+        self._claims(by).release(name)
+
+    def _claims(self, by: str) -> _SetClaims:
+        return _SetClaims(self._registry, me=by, clock=self._clock)
 
     def announce(self, name: str, verdict: str) -> None:
         """Note the verdict that was announced."""

@@ -627,7 +627,7 @@ LOOPING = {"policies": policy.parse({"*": {"train_on_traffic": True, "loop": {**
 @pytest.fixture
 def looping(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     """Training is a stand-in's, traffic and scores are made up; what is looked at now and then is looked at soon."""
-    monkeypatch.setattr("serve.jobs.leases.LOOK_SECONDS", 0.03)
+    monkeypatch.setattr("serve.jobs.schedule.LOOK_SECONDS", 0.03)
     for name in ("LOOK_SECONDS", "GATHER_SECONDS", "RETRY_SECONDS"):
         monkeypatch.setattr(f"serve.loop.driver.{name}", 0.03)
     parts = served.app.state.parts

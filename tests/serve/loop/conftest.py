@@ -74,7 +74,7 @@ def looping(connect: Callable[..., Any], config: Any, monkeypatch: pytest.Monkey
     def started(config: Any = config, how: dict[str, Any] | None = None, backend: Any = None, **loop: Any) -> Any:
         monkeypatch.setenv("STAND_IN", json.dumps(how or {}))
         # What is looked at every few seconds is looked at soon.
-        monkeypatch.setattr("serve.jobs.leases.LOOK_SECONDS", 0.03)
+        monkeypatch.setattr("serve.jobs.schedule.LOOK_SECONDS", 0.03)
         for name in ("LOOK_SECONDS", "GATHER_SECONDS", "RETRY_SECONDS"):
             monkeypatch.setattr(f"serve.loop.driver.{name}", 0.03)
         policies = policy.parse({"*": {"train_on_traffic": True, "loop": {**QUICK, **loop}}})

@@ -212,10 +212,11 @@ def test_a_batch_whose_input_is_wrong_says_where(rows):
     assert described["errors"]["data"] == [{"code": "invalid_json_line", "message": "no", "line": 3, "param": None}]
 
 
-def test_old_batches_are_forgotten_once_they_are_at_their_end(rows):
+def test_old_batches_are_forgotten_once_they_are_at_their_end(rows, clock):
     for number in (1, 2):
         rows.add(made(f"batch_{number}"))
     rows.claim("batch_1", 30)
     rows.fail("batch_1", [])
-    rows.forget_before(2000.0)
+    clock.now += 91 * 86_400
+    rows.sweep()
     assert [batch.id for batch in rows.page("acme", after=None, limit=5).rows] == ["batch_2"]

@@ -14,7 +14,7 @@ from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import finetune_jobs as table
 from serve.errors import Conflict, EngineUnavailable, QuotaExceeded
 from serve.jobs.finetuning.job_folder import JobFolder
-from serve.jobs.finetuning.job_rows import JobRows, _job, _values
+from serve.jobs.finetuning.job_rows import JobRows
 from serve.jobs.finetuning.notes import Notes
 from serve.jobs.finetuning.objects import Asked, Job, Limits, Status
 from serve.jobs.finetuning.trainer import _Watch
@@ -100,9 +100,10 @@ def test_a_list_by_metadata_reads_the_jobs_that_say_so_and_no_others(servers, mo
         asked = replace(ASKED, metadata=told if i in (3, 200) else {"a": "b", "x": 'metadata": {"a": "b\\"c: {"'})
         job = Job(f"ftjob-{i}", "acme", Status.SUCCEEDED, now[0], "file-1", None, asked)
         with rows._registry.adding() as connection:
-            connection.execute(insert(table).values(_values(job)))
+            connection.execute(insert(table).values(rows._values(job)))
     read = []
-    monkeypatch.setattr("serve.jobs.finetuning.job_rows._job", lambda row: read.append(row.id) or _job(row))
+    job_of = rows._read
+    monkeypatch.setattr(rows, "_read", lambda row: read.append(row.id) or job_of(row))
     page = rows.page("acme", after=None, limit=1, metadata=told)
     assert ([job.id for job in page.rows], page.has_more, read) == (["ftjob-200"], True, ["ftjob-200", "ftjob-3"])
     page = rows.page("acme", after="ftjob-200", limit=20, metadata={"who": "anna"})
@@ -119,7 +120,7 @@ def test_a_list_by_metadata_reads_the_jobs_that_say_so_and_no_others(servers, mo
 
 def test_a_tenant_has_so_many_jobs_and_no_more_also_at_their_end(servers, monkeypatch):
     rows, _, _ = servers
-    monkeypatch.setattr("serve.jobs.batches.file_rows.KEPT", 3)
+    monkeypatch.setattr("serve.adapters.registry.work_table.KEPT", 3)
     for i in range(3):
         rows.add(Job(f"ftjob-{i}", "acme", Status.VALIDATING, 1000.0, "file-1", None, ASKED))
         rows.cancel("acme", f"ftjob-{i}")

@@ -1,7 +1,7 @@
-"""Work in the registry's database that one server at a time has the claim of: batches, fine-tuning jobs.
+"""Which work of a table this server runs: batches, fine-tuning jobs, loops.
 
-A claim ends by itself: a server that was killed keeps the others from its work for `CLAIM_SECONDS`. A server that
-shares its registry with nobody takes its own claims back when it starts.
+It claims what it begins, renews the claim while it works and gives it up in the end (`registry.work_table`): a server
+that was killed keeps the others from its work for `CLAIM_SECONDS`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
 
-from sqlalchemy import Row, Table, or_, select, update
-
-from serve.adapters.registry.registry import Registry
 from serve.errors import LoradockError
 
 log = logging.getLogger(__name__)
@@ -25,38 +22,6 @@ CLAIM_SECONDS, RENEW_SECONDS = 30.0, 5.0
 # What cannot be run now is looked at again after this.
 PAUSE_SECONDS = 30.0
 SWEEP_SECONDS = 300.0
-# How the names of machines begin that run work of a server and share no registry with it.
-WORKER = "worker:"
-
-
-class Claims:
-    """Of the rows of a table, by their ids. `me` is this server's name. All methods block."""
-
-    def __init__(self, registry: Registry, table: Table, *, me: str, clock: Callable[[], float]) -> None:
-        self._registry = registry
-        self._table = table
-        self._me = me
-        self._clock = clock
-
-    def take(self, id: str, seconds: float, statuses: Iterable[str]) -> Row[Any] | None:
-        """Have the row for this server alone, for so long; None if another one has it, or its status is another."""
-        columns, now = self._table.c, self._clock()
-        free = or_(columns.claimed_until.is_(None), columns.claimed_until < now, columns.claimed_by == self._me)
-        where = (columns.id == id) & free & columns.status.in_(statuses)
-        values = {"claimed_by": self._me, "claimed_until": now + seconds}
-        with self._registry.adding() as connection:
-            if not connection.execute(update(self._table).where(where).values(values)).rowcount:
-                return None
-            return connection.execute(select(self._table).where(columns.id == id)).one()
-
-    def release(self, id: str | None = None) -> None:
-        """The end of a claim; without an id of every server's claims, where this one is alone."""
-        columns = self._table.c
-        mine = (columns.id == id) & (columns.claimed_by == self._me)
-        where = columns.claimed_by.not_like(f"{WORKER}%") if id is None else mine
-        with self._registry.adding() as connection:
-            connection.execute(update(self._table).where(where).values(claimed_by=None, claimed_until=None))
-
 
 Item = TypeVar("Item")
 Kept = TypeVar("Kept", covariant=True)

@@ -28,7 +28,7 @@ class Rows:
     def release(self, id=None):
         self.claimed = False
 
-    def forget_before(self, when): ...
+    def sweep(self): ...
 
 
 def batches(rows, runner, contents):
