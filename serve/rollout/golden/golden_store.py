@@ -15,7 +15,19 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, RowMapping, ScalarSelect, delete, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    RowMapping,
+    ScalarSelect,
+    Select,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.registry.registry import Registry
@@ -75,6 +87,9 @@ class _SetClaims(Claims[str]):
     """Which server runs an adapter's set; its digest."""
 
     table = golden_sets
+
+    def _rows(self) -> Select[Any]:
+        return select(golden_sets.c.digest)
 
     def _is(self, name: str) -> ColumnElement[bool]:
         return golden_sets.c.name_id == _named(name)

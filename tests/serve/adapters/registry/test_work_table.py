@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import Column, Float, MetaData, String, Table
+from sqlalchemy import Column, Float, MetaData, String, Table, insert
 
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.work_table import Claims, WorkTable
@@ -107,9 +107,8 @@ def test_a_tenant_has_so_much_under_way_lists_its_own_and_loses_what_ended_long_
 
 def test_a_list_goes_on_reading_until_it_has_what_fits(servers):
     rows, _, _ = servers
-    rows._limits = SimpleNamespace(open=300)
-    for number in range(250):
-        rows.add(Toy(f"{number:03}"))
+    with rows._registry.transaction() as connection:
+        connection.execute(insert(TABLE), [asdict(Toy(f"{number:03}")) for number in range(250)])
     page = rows._page("acme", None, 2, fits=lambda toy: toy.id in ("010", "120", "240"))
     assert ([toy.id for toy in page.rows], page.has_more) == (["240", "120"], True)
 
