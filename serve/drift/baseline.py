@@ -26,7 +26,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.features.embedding import DIMENSIONS
-from serve.drift.features.features import EARLIER_FEATURES, FEATURES, LOGPROB, OUTPUT, PROMPT, SIGNALS
+from serve.drift.features.features import (
+    EARLIER_FEATURES,
+    FEATURES,
+    FOLLOW_UP,
+    LOGPROB,
+    OUTPUT,
+    PROMPTS,
+    SIGNALS,
+    SINGLE_RUNS,
+)
 from serve.drift.features.parameter_strata import ParameterStrata
 from serve.drift.features.token_runs import RUN, STRETCH
 from serve.drift.signal import NEEDED, Phase, Signal
@@ -101,7 +110,7 @@ class Baseline:
     @property
     def stretch(self) -> int:
         """How long a stretch has to be that is left out of its prompts since some recent ones share it, in symbols."""
-        return RUN if self.provenance.features in EARLIER_FEATURES else STRETCH
+        return RUN if self.provenance.features <= SINGLE_RUNS else STRETCH
 
     def every(self, kind: str) -> list[Signal]:
         """The signals of a kind: of each set of parameters, the one of `signals` first."""
@@ -133,18 +142,24 @@ class Baseline:
                 signal.set_threshold(threshold)
                 if signal.phase is Phase.GATHERING and needed is not None:
                     signal.needed = max(2, needed.get(kind, signal.needed))
+                for fixed in signal.fixed.values():
+                    fixed.needed = signal.needed
         for kind, strata in self.strata.items():
             strata.reference = self.signals[kind].needed
 
     def successor(self, provenance: Provenance) -> Baseline:
         """For the adapter's next version: the prompts' signal keeps its reference, the answers' begin anew."""
         replace(self.provenance, version=provenance.version).check(provenance)
-        prompts = self._signal(PROMPT, tolerance=self.signals[PROMPT].tolerance)
-        prompts.restore(self.signals[PROMPT].state())
-        prompts.take_mean_rows(self.signals[PROMPT])
-        prompts.begin_anew()
         remembered = inherited(self.sampling())
-        return Baseline(provenance, {PROMPT: prompts}, sampling=lambda: remembered)
+        return Baseline(provenance, {kind: self._inherited(kind) for kind in PROMPTS}, sampling=lambda: remembered)
+
+    def _inherited(self, kind: str) -> Signal:
+        """A signal of prompts for the next version."""
+        signal = self._signal(kind, needed=self.signals[kind].needed, tolerance=self.signals[kind].tolerance)
+        signal.restore(self.signals[kind].state())
+        signal.take_mean_rows(self.signals[kind])
+        signal.begin_anew()
+        return signal
 
     def save(self, folder: Path) -> Path:
         """Write both files, the JSON last; returns it. `folder` is made if need be."""
@@ -182,7 +197,9 @@ class Baseline:
         try:
             for kind, signal in self.signals.items():
                 signal.tolerance = tolerance
-                signal.restore(below(arrays, f"{kind}/"))
+                # Earlier releases did not watch follow-ups.
+                if kind != FOLLOW_UP or below(arrays, f"{kind}/"):
+                    signal.restore(below(arrays, f"{kind}/"))
             for kind, strata in self.strata.items():
                 for i, signal in enumerate(strata.restore(below(arrays, f"{kind}.strata/"))):
                     signal.restore(below(arrays, f"{kind}.{i}/"))

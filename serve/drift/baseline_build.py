@@ -93,4 +93,5 @@ class BaselineBuild:
             tenant=adapter.tenant,
             began=began,
             generations=generations,
+            question=question,
         )

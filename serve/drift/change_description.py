@@ -10,15 +10,21 @@ names a tenant: it stands in histories that tenants read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT
+from serve.drift.answer_facts import CUT as CUTS
+from serve.drift.answer_facts import LANGUAGE, LONGER, NO_JSON, SHORTER
+from serve.drift.answer_facts import REFUSAL as REFUSALS
+from serve.drift.answer_facts import REPETITION as REPETITIONS
+from serve.drift.detector.fixed_reference import Moved
+from serve.drift.features.features import FOLLOW_UP, LOGPROB, OUTPUT, PROMPT, PROMPTS
 from serve.drift.features.traffic_profile import (
     TrafficProfile,
+    TrafficProfiles,
     language_shares,
     median_tokens,
     tenant_shares,
@@ -34,21 +40,35 @@ REFUSAL = 0.02
 CUT = 0.05
 REPETITION = 0.1
 TOPICS, WORDS = 2, 6
+NOUNS = {PROMPT: "prompts", FOLLOW_UP: "conversations' follow-ups"}
+# Of answers, what there is more of.
+MORE = {
+    REFUSALS: "refusals",
+    CUTS: "answers cut off by the limit of tokens",
+    REPETITIONS: "answers that repeat themselves",
+    LANGUAGE: "answers in another language than what is asked",
+    NO_JSON: "answers that are no JSON where that is asked",
+}
 # A smaller share of the requests is "some".
 LEAST = 0.01
 
 
-def describe(signal: Signal, before: TrafficProfile, recent: TrafficProfile, since: str | None) -> dict[str, Any]:
-    """What moved of one signal since it began to. `text` is a sentence, the rest depends on the signal."""
-    if signal.kind == PROMPT:
-        fields, parts = _prompts(signal, before, recent)
+def describe(signal: Signal, profiles: TrafficProfiles, since: str | None) -> dict[str, Any]:
+    """What moved of one signal since it began to. `text` is a sentence, the rest depends on the signal.
+
+    profiles: what a signal of prompts was about; of any other one they say nothing.
+    """
+    if signal.kind in PROMPTS:
+        fields, parts = _prompts(signal, profiles.reference, profiles.recent)
     elif signal.kind == OUTPUT:
         fields, parts = _answers(signal)
     elif signal.kind == LOGPROB:
         fields, parts = _logprobs(signal)
     else:
         fields, parts = {}, []
-    noun = "prompts" if signal.kind == PROMPT else "answers"
+    if not signal.drifted and (moved := signal.moved()):
+        return _moves(moved, since)
+    noun = NOUNS.get(signal.kind, "answers")
     share = _share(signal, fields)
     when = f"since {since}, " if since else ""
     unnamed = "other wording, of which neither language, length nor words stand out"
@@ -159,6 +179,23 @@ def _answers(signal: Signal) -> tuple[dict[str, Any], list[str]]:
     if before["distinct_2"] - now["distinct_2"] >= REPETITION:
         parts.append("more repetition")
     return fields, parts
+
+
+def _moves(moved: Sequence[Moved], since: str | None) -> dict[str, Any]:
+    """What a report says where nothing but plain facts of answers left their reference."""
+    fields: dict[str, Any] = {}
+    parts = []
+    for each in moved:
+        if each.name in (LONGER, SHORTER):
+            before, now = round(math.expm1(each.before)), round(math.expm1(each.now))
+            fields["length"] = {"unit": "tokens", "before": before, "now": now}
+            parts.append(f"{each.name} answers (typically {before} tokens before, {now} now)")
+        else:
+            fields[each.name] = {"before": round(each.before, 3), "now": round(each.now, 3)}
+            parts.append(f"more {MORE[each.name]} ({_percent(each.before)} before, {_percent(each.now)} now)")
+    share = max((round(each.now - each.before, 2) for each in moved if each.name in MORE), default=0.0)
+    text = f"{f'since {since}, ' if since else ''}{', '.join(parts)}"
+    return {"text": text, "since": since, "requests": moved[0].count, "share_at_least": share, **fields}
 
 
 def _logprobs(signal: Signal) -> tuple[dict[str, Any], list[str]]:

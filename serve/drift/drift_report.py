@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from serve.drift.features.features import OUTPUT
+from serve.drift.features.features import FOLLOW_UP, OUTPUT
 from serve.drift.features.parameter_strata import ParameterStrata
 from serve.drift.open_alarms import OpenAlarms
 from serve.drift.share_watch import ShareWatch
@@ -31,9 +31,10 @@ def version_report(watched: WatchedVersion, now: float, *, examples: bool = True
         "id": watched.id,
         "baseline": watched.baseline.provenance.origin,
         "in_memory": True,
-        "thinning": dict(watched.thinning.counts),
+        "thinning": watched.chosen(),
+        "seen_share": None if (share := watched.seen_share()) is None else _rounded(share),
         **{kind: _share_report(share) for kind, share in watched.shares().items()},
-        "signals": {kind: _signal_report(watched, kind) for kind in watched.baseline.signals},
+        "signals": {kind: _signal_report(watched, kind) for kind in _shown(watched)},
         "alarms": {kind: watched.what_moved(kind) or {} for kind in sorted(watched.alarmed)},
         "parameters": _parameters_report(watched),
     }
@@ -91,6 +92,12 @@ def _strata_report(strata: ParameterStrata[Signal]) -> list[dict[str, Any]]:
     ]
 
 
+def _shown(watched: WatchedVersion) -> list[str]:
+    """The signals of a version; that of follow-ups once there are any."""
+    signals = watched.baseline.signals
+    return [kind for kind in signals if kind != FOLLOW_UP or signals[kind].gathered]
+
+
 def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
     signal = watched.baseline.signals[kind]
     movers = signal.movers() if signal.drifted else []
@@ -104,9 +111,10 @@ def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
         "effects": {name: _rounded(value) for name, value in signal.effects().items()},
         "beyond_tolerance": sorted(signal.beyond()),
         "structure": signal.structure(),
+        **({"answers": _answers_report(signal)} if signal.fixed else {}),
         "alarms": watched.baseline.counts(kind)[1],
         "alarmed": any(each.alarmed for each in watched.baseline.every(kind)),
-        "since": watched.since(kind) if signal.drifted else None,
+        "since": watched.since(kind) if signal.drifted or signal.moved() else None,
         "moved": [
             {"score": name, "log_evidence": _rounded(evidence), "rank_shift": _rounded(shift)}
             for name, evidence, shift in movers
@@ -114,14 +122,24 @@ def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
     }
 
 
+def _answers_report(signal: Signal) -> dict[str, Any]:
+    """Of the references of plain facts that do not learn, by place in a conversation: how many answers, or blocks of
+    them, they hold, and the evidence that the facts have left them."""
+    return {
+        lane: {"reference_requests": fixed.gathered, "log_evidence": _rounded(max(fixed.log_evidence, 0.0))}
+        for lane, fixed in signal.fixed.items()
+    }
+
+
 def _numbers(watched: WatchedVersion) -> dict[str, Any]:
     """What a version's series show, unrounded, under the names of its report."""
     numbers: dict[str, Any] = {"signals": {}, "probe": {"alarms": watched.probe_alarms}}
-    numbers["thinning"] = watched.thinning.counts
+    numbers["thinning"] = watched.chosen()
+    numbers["seen_share"] = watched.seen_share()
     numbers |= {kind: {"alarms": share.alarms} for kind, share in watched.shares().items()}
     numbers["parameters"] = {"moved": watched.baseline.strata[OUTPUT].moved()}
-    for kind, signal in watched.baseline.signals.items():
-        each = watched.baseline.every(kind)
+    for kind in _shown(watched):
+        signal, each = watched.baseline.signals[kind], watched.baseline.every(kind)
         samples, alarms = watched.baseline.counts(kind)
         numbers["signals"][kind] = {
             "reference_requests": signal.gathered,
@@ -227,6 +245,12 @@ class _Families:
             "Requests that are not compared with the reference, by reason.",
             labels=("adapter", "version", "reason"),
         )
+        self.seen = gauge(
+            "loradock_drift_seen_share",
+            "Share of the requests that are compared with the reference, or gathered for it; why the others are not is "
+            "in loradock_drift_thinned_total.",
+            labels=("adapter", "version"),
+        )
         self.reference = gauge(
             "loradock_drift_reference_requests",
             "Requests in the reference that later ones are compared with; it grows while the reference is gathered.",
@@ -252,6 +276,8 @@ class _Families:
             self.effect.add_metric((*labels, PROBE, "noise_ratio"), ratio)
         for kind in SHARES:
             self.alarms.add_metric((*labels, kind), report.get(kind, {}).get("alarms", 0))
+        if (share := report.get("seen_share")) is not None:
+            self.seen.add_metric(labels, share)
         for reason, count in report.get("thinning", {}).items():
             if reason != ACCEPTED:
                 self.thinned.add_metric((*labels, reason), count)

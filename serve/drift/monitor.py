@@ -23,12 +23,13 @@ from serve.drift.baseline import NEEDED, Baseline, Provenance
 from serve.drift.baseline_files import BaselineFiles, from_zip, to_zip, version_of
 from serve.drift.drift_report import FalseAlarms, drift_metrics, summary_row, version_report
 from serve.drift.features.embedding import Embedding
-from serve.drift.features.features import LOGPROB, PROMPT
+from serve.drift.features.features import FOLLOW_UP, LOGPROB, PROMPT, PROMPTS
+from serve.drift.features.last_turn import last_turn
 from serve.drift.features.parameter_strata import most_common
 from serve.drift.features.request_rows import reference_rows
 from serve.drift.features.request_text import RequestText
 from serve.drift.features.token_runs import SharedRuns
-from serve.drift.features.traffic_profile import TrafficProfile
+from serve.drift.features.traffic_profile import TrafficProfile, TrafficProfiles
 from serve.drift.native import native
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
 from serve.drift.probe_comparison import ProbeAnswers
@@ -180,7 +181,7 @@ class DriftMonitor(Collector):
         self._count(watched)
         watched.unsaved = False
         self._files.save(watched.baseline, watched.id)
-        profile = {"reference": watched.reference.state(), "recent": watched.recent.state()}
+        profile = watched.profiles[PROMPT].state() | {FOLLOW_UP: watched.profiles[FOLLOW_UP].state()}
         self._files.save_notes(watched.adapter, watched.id, PROFILE, profile)
         # Quotes are not written to the disk.
         report = {**version_report(watched, self._clock(), examples=False), "in_memory": False}
@@ -294,8 +295,13 @@ class DriftMonitor(Collector):
             embedding, _ = self._models[base]
         generations = [exchange.generations[0] for exchange in exchanges if exchange.generations]
         stratum = most_common(generation.parameters for generation in generations)
-        shared = SharedRuns(embedding.numbers)
-        rows = reference_rows(generations, embedding, stratum, shared)
+        shared, text = SharedRuns(embedding.numbers), self._texts.get(base)
+        prompts = [
+            last_turn(exchange.question, exchange.generations[0].prompt, text).tokens
+            for exchange in exchanges
+            if exchange.generations
+        ]
+        rows = reference_rows(generations, prompts, embedding, stratum, shared)
         baseline = Baseline.build(provenance, rows)
         baseline.sampling = lambda: prefixed(shared.state(), "shared.")
         for kind, strata in baseline.strata.items():
@@ -323,7 +329,8 @@ class DriftMonitor(Collector):
         self._configure(baseline)
         with self._lock:
             self._watched(adapter, version, id, base).replace_baseline(baseline)
-        return {kind: signal.gathered for kind, signal in baseline.signals.items()}
+        signals = baseline.signals.items()
+        return {kind: signal.gathered for kind, signal in signals if kind != FOLLOW_UP or signal.gathered}
 
     # Reports
 
@@ -392,7 +399,8 @@ class DriftMonitor(Collector):
                 log.warning("%s does not inherit the prompts of %s: %s", id, sibling.id, error.message)
                 continue
             watched = WatchedVersion(adapter, version, id, base, baseline, self._settings, **known)
-            watched.reference = TrafficProfile.from_state(sibling.reference.state())
+            for kind in PROMPTS:
+                watched.profiles[kind].reference = TrafficProfile.from_state(sibling.profiles[kind].reference.state())
             return watched
         return WatchedVersion(adapter, version, id, base, Baseline(provenance), self._settings, **known)
 
@@ -409,8 +417,9 @@ class DriftMonitor(Collector):
         profile = self._files.notes(watched.adapter, watched.id, PROFILE)
         try:
             if profile:
-                watched.reference = TrafficProfile.from_state(profile["reference"])
-                watched.recent = TrafficProfile.from_state(profile["recent"])
+                watched.profiles[PROMPT] = TrafficProfiles.from_state(profile)
+                if FOLLOW_UP in profile:  # earlier releases did not watch them
+                    watched.profiles[FOLLOW_UP] = TrafficProfiles.from_state(profile[FOLLOW_UP])
         except (KeyError, TypeError, ValueError) as error:
             log.warning("what %s was asked before is not known any more: %s", watched.id or watched.adapter, error)
 

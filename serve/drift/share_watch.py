@@ -123,7 +123,9 @@ def _divergence(share: float, other: float) -> float:
 class OpeningWatch:
     """Do prompts still carry the openings that they shared? `share` is of the accepted requests.
 
-    A request carries a known opening if most of what it shares with others is known, and is as long as usual.
+    A request carries a known opening if most of what it shares with others is known, and is as long as usual. Where
+    that is told by what others share, a few words of the question may be among it; where the request names it
+    (`named`), half of it may be about the day or the user.
     """
 
     def __init__(self) -> None:
@@ -136,7 +138,7 @@ class OpeningWatch:
         self._held: bytes | None = None
         self._carried = False
 
-    def update(self, runs: NDArray[np.uint64], now: float) -> None:
+    def update(self, runs: NDArray[np.uint64], now: float, *, named: bool = False) -> None:
         """Take in the shared runs of an accepted request."""
         if len(self._lengths) < OPENING_NEEDED:
             if len(self._known) < MOST_RUNS:
@@ -147,7 +149,8 @@ class OpeningWatch:
         # As a rule a request shares just what the one before shared.
         if (held := runs.tobytes()) != self._held:
             both = int(np.count_nonzero(self._among(runs)))
-            self._carried = len(runs) - both <= max(RUN, len(runs) / 10) and both >= (self._usual - RUN) / 2
+            unknown, spilled = (len(runs) / 2, 0) if named else (max(RUN, len(runs) / 10), RUN)
+            self._carried = len(runs) - both <= unknown and both >= (self._usual - spilled) / 2
             self._held = held
         self.share.update(self._carried, now)
 

@@ -18,24 +18,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.detector.detector import Drift
+from serve.drift.answer_facts import KINDS, WEIGHTS, Facts
+from serve.drift.detector.detector import SURE, Drift
 from serve.drift.detector.effect_size import EFFECT_HALF_LIFE
+from serve.drift.detector.fixed_reference import FixedReference, Moved
 from serve.drift.detector.mean_rows import MeanRows, with_surprise
 from serve.drift.detector.recent_rows import RecentRows, Rows, all_finite, fade_in
 from serve.drift.detector.reference_structure import ReferenceStructure, fit, gauge_range
 from serve.drift.features.common_tokens import COMMON, CommonTokens
 from serve.drift.features.embedding import DIMENSIONS
-from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
+from serve.drift.features.features import FOLLOW_UP, LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
 from serve.drift.features.token_scores import TokenScores
 from serve.drift.features.token_surprise import NAMES, SKETCH, TokenSurprise
 from serve.drift.state_arrays import below, own, prefixed
 from serve.drift.tolerance import Tolerance, beyond_error
 
-# Requests that make a reference; logprobs come of a sample of the traffic only.
-NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300}
+# Requests that make a reference; logprobs come of a sample of the traffic only, and follow-ups in blocks.
+NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300, FOLLOW_UP: 400}
 # Requests at the beginning of a change that may be older than it.
 UNCERTAIN = 50
 _REFUSAL = names(OUTPUT, 0).index("refusal")
+# Answers to first messages and to later ones of a conversation: each conversation counts once in either.
+FIRST, LATER = LANES = ("first", "later")
 # What a score of tokens weighs in the evidence; every other score weighs 1.
 SURPRISE_WEIGHT = 8.0
 # Learned directions turn after so many requests, where there are many scores and they are not in blocks.
@@ -92,6 +96,8 @@ class Signal:
         self._rows = RecentRows(self._columns)
         # Between these the gauge of refusals or of logprobs moved over a reference with a structure in time.
         self._usual = np.zeros(2)
+        # Of answers: shares and means against a reference that does not learn, for first answers and for later ones.
+        self.fixed = {lane: FixedReference(KINDS, self.needed, WEIGHTS) for lane in LANES} if kind == OUTPUT else {}
 
     def set_threshold(self, threshold: float) -> None:
         """The evidence so far stays: it does not depend on the threshold."""
@@ -178,9 +184,27 @@ class Signal:
         """Evidence and effect have, since `acknowledge`."""
         return self.alarmed_at is not None
 
+    def update_facts(self, lane: str, facts: Facts, now: float) -> bool:
+        """Take what is plain about one answer, or a block of them; True when it raised the alarm."""
+        self.fixed[lane].update(facts, now)
+        if self.alarmed_at is not None or not self.moved():
+            return False
+        self.alarmed_at = self._began_at = self.samples
+        self.alarms += 1
+        return True
+
+    def moved(self) -> list[Moved]:
+        """What of the answers has left its fixed reference for sure, the strongest first."""
+        # Evidence in bags raises an alarm once in SURE thresholds; this is what is left of the promise. A unit belongs
+        # to one lane, so that those of all lanes have no more false alarms together than of one.
+        threshold = self.log_threshold - math.log1p(-1 / SURE)
+        moved = [each for fixed in self.fixed.values() for each in fixed.moved(threshold)]
+        return sorted(moved, key=lambda each: -each.log_evidence)
+
     @property
     def log_evidence(self) -> float:
-        return -math.inf if self._detector is None else self._detector.log_evidence
+        fixed = (each.log_evidence for each in self.fixed.values())
+        return max(-math.inf if self._detector is None else self._detector.log_evidence, *fixed, -math.inf)
 
     @property
     def log_threshold(self) -> float:
@@ -230,7 +254,8 @@ class Signal:
 
     def beyond(self) -> dict[str, float]:
         """The effects above tolerance: a rise of refusals, a change of logprob in any direction, a shift of ranks."""
-        return self.tolerance.beyond(self.effects())
+        fixed = {each.name: each.now - each.before for each in self.moved()}
+        return fixed | self.tolerance.beyond(self.effects())
 
     def _gauged(self, detector: Drift) -> dict[str, float]:
         """How far refusals or log-probabilities moved, less a standard error; empty where neither is measured."""
@@ -261,6 +286,8 @@ class Signal:
     def acknowledge(self) -> None:
         """An alarm has been dealt with: the evidence begins again at nothing, the reference stays."""
         self.alarmed_at = None
+        for fixed in self.fixed.values():
+            fixed.reset()
         if self._detector is not None:
             self._detector.reset()
 
@@ -277,6 +304,7 @@ class Signal:
         self._recent = np.zeros(0)
         self._weight = 0.0
         self._ordered = True
+        self.fixed = {lane: FixedReference(KINDS, self.needed, WEIGHTS) for lane in self.fixed}
         self._rows.clear()
         # What was gathered so far stays, where there is no reference yet.
         self._gathered += list(rows)
@@ -313,6 +341,8 @@ class Signal:
             arrays |= prefixed(self._tokens.surprise.arrays(), "surprise.")
             if self._tokens.common is not None:
                 arrays |= prefixed(self._tokens.common.arrays(), "common.")
+        for lane, fixed in self.fixed.items():
+            arrays |= prefixed(fixed.state(), f"fixed.{lane}.")
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
         return arrays | {
             "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at])
@@ -328,6 +358,8 @@ class Signal:
         self._seed = seed
         self._began_at = began_at[0] if began_at else 0
         self.alarmed_at = None if alarmed_at < 0 else alarmed_at
+        for lane, fixed in self.fixed.items():
+            fixed.restore(below(state, f"fixed.{lane}."))  # earlier releases had none
         if "surprise.spread" in state:
             # Earlier releases had no frequent tokens.
             common = below(state, "common.")

@@ -85,7 +85,7 @@ class _Window:
 
 
 class _Waiting(NamedTuple, Generic[Item]):
-    """A request whose followers are not all there yet."""
+    """A request whose followers are not all there yet. opening: as `offer` takes it."""
 
     item: Item
     words: Words
@@ -93,6 +93,7 @@ class _Waiting(NamedTuple, Generic[Item]):
     digest: bytes
     key: int | None
     now: float
+    opening: NDArray[np.uint64] | None
 
 
 class Taken(NamedTuple, Generic[Item]):
@@ -143,10 +144,19 @@ class Thinning(Generic[Item]):
         # Requests from askers within their interval, whatever they were left out for.
         self._returned = 0
 
-    def offer(self, item: Item, *, tokens: ArrayLike, now: float, key: int | None = None) -> Taken[Item] | None:
-        """Take in a request. Returns the one that came `ahead` requests before, if it is accepted."""
+    def offer(
+        self,
+        item: Item,
+        *,
+        tokens: ArrayLike,
+        now: float,
+        key: int | None = None,
+        opening: NDArray[np.uint64] | None = None,
+    ) -> Taken[Item] | None:
+        """Take in a request. Returns the one that came `ahead` requests before, if it is accepted. opening: the runs of
+        what stands before `tokens`, where that is known; else it is what the tokens share with those around them."""
         ids = np.array(tokens, np.int64)
-        self._waiting.append(_Waiting(item, *self._shared.read(ids), _digest(ids.tobytes()), key, now))
+        self._waiting.append(_Waiting(item, *self._shared.read(ids), _digest(ids.tobytes()), key, now, opening))
         return self._decide(self._waiting.popleft()) if len(self._waiting) > self._ahead else None
 
     def share_as(self, stretch: int, sampling: Mapping[str, NDArray]) -> None:
@@ -176,7 +186,8 @@ class Thinning(Generic[Item]):
         self.counts[reason] += 1
         if reason != ACCEPTED:
             return None
-        self.opening.update(own.shared_runs, request.now)
+        named = request.opening is not None
+        self.opening.update(own.shared_runs if request.opening is None else request.opening, request.now, named=named)
         return Taken(request.item, own.tokens, request.words.tokens)
 
     def _reason(self, request: _Waiting[Item], own: Own) -> str:

@@ -7,32 +7,64 @@ import math
 import re
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from serve.asgi.exchange import Exchange, Generation
+from serve.drift.answer_facts import (
+    Facts,
+    answer_facts,
+    asks_json,
+    block_facts,
+    other_language,
+    spoken,
+)
 from serve.drift.baseline import Baseline, Phase, Tolerance
 from serve.drift.change_description import describe, describe_probe, movement
+from serve.drift.conversation_blocks import ConversationBlocks
 from serve.drift.features.embedding import Embedding
-from serve.drift.features.features import ALL_TOKENS, LOGPROB, OUTPUT, PROMPT, SIGNALS, Floats, prompt_row
+from serve.drift.features.features import (
+    ALL_TOKENS,
+    FOLLOW_UP,
+    LOGPROB,
+    OUTPUT,
+    PROMPT,
+    PROMPTS,
+    SIGNALS,
+    WHOLE_PROMPTS,
+    Floats,
+    prompt_row,
+)
+from serve.drift.features.last_turn import Turn, last_turn
 from serve.drift.features.parameter_strata import LEGACY, Stratum
-from serve.drift.features.request_rows import regress_on, rows_of_answer
+from serve.drift.features.request_rows import follow_up_row, regress_on, rows_of_answer
 from serve.drift.features.request_text import TAIL, RequestText
 from serve.drift.features.token_runs import skipped
-from serve.drift.features.traffic_profile import Prompt, TrafficProfile
+from serve.drift.features.traffic_profile import Prompt, TrafficProfiles
 from serve.drift.features.word_counts import hashed
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
 from serve.drift.share_watch import ShareWatch
-from serve.drift.signal import Signal
-from serve.drift.thinning import CROWDED, NEAR, REPEATED, WINDOW, Shuffle, Taken, Thinning
+from serve.drift.signal import FIRST, LATER, Signal
+from serve.drift.state_arrays import below, prefixed
+from serve.drift.thinning import (
+    ACCEPTED,
+    CROWDED,
+    NEAR,
+    REPEATED,
+    WARMING_UP,
+    WINDOW,
+    Shuffle,
+    Taken,
+    Thinning,
+)
 from serve.engine.effect_probe import effect
-from serve.models.language import STOP_WORDS, read
+from serve.models.language import STOP_WORDS, language_of, read
 from serve.names import tenant_of
 
 PROBE = "probe"
@@ -51,6 +83,8 @@ ANSWERS = frozenset({OUTPUT, LOGPROB, PROBE})
 EXPORTED, QUOTES = 100, 20
 QUOTED_CHARACTERS, PROMPT_CHARACTERS = 400, 2000
 SAMPLE_TIMES = 4096
+# Blocks of follow-ups that are shuffled: they are few, and come long after their first messages.
+FOLLOW_UPS_SHUFFLED = 4
 # Requests that are counted in one piece: the interpreter is held for a part of that time.
 COUNTED_AT_ONCE = 64
 # Signals whose times are kept until those that are gone are forgotten.
@@ -129,6 +163,21 @@ class _Sample:
     stratum: Stratum = LEGACY
     lower: Stratum = LEGACY
     lower_rows: dict[str, Floats] = field(default_factory=dict)
+    # What is plain about its answer, and the answer's language.
+    facts: dict[str, float | None] = field(default_factory=dict)
+    spoken: str = ""
+
+
+class _FollowUp(NamedTuple):
+    """What is kept of a message that goes on with a conversation."""
+
+    began: float
+    tenant: str
+    asker: int | None
+    words: bool
+    tokens: NDArray[np.int64]
+    stratum: Stratum
+    facts: Facts
 
 
 @dataclass(slots=True, eq=False)
@@ -150,9 +199,10 @@ class WatchedVersion:
     # When each signal alarmed last, and what had moved, until it is acknowledged.
     alarmed: dict[str, float] = field(default_factory=dict)
     moved: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # What the reference's requests were about, and what recent ones are.
-    reference: TrafficProfile = field(default_factory=TrafficProfile)
-    recent: TrafficProfile = field(default_factory=TrafficProfile.of_recent)
+    # What the requests of each signal of prompts were about, and what recent ones are.
+    profiles: dict[str, TrafficProfiles] = field(
+        default_factory=lambda: {kind: TrafficProfiles() for kind in sorted(PROMPTS)}
+    )
     # Requests that were compared with a reference, and their rows: each might be a false alarm.
     requests_watched: int = 0
     rows_watched: int = 0
@@ -161,6 +211,9 @@ class WatchedVersion:
     # When the last samples of each signal came.
     _times: dict[Signal, deque[float]] = field(init=False, default_factory=dict)
     _shuffle: Shuffle[_Sample] = field(init=False)
+    # Messages that go on with a conversation, as `_FollowUp`s.
+    follow_ups: ConversationBlocks[_FollowUp | None] = field(init=False, default_factory=ConversationBlocks)
+    _follow_up_shuffle: Shuffle[_Sample] = field(init=False)
     # Accepted and shuffled, but not counted yet.
     _gathered: list[_Sample] = field(init=False, default_factory=list)
     # The prompt's row, and what is quoted.
@@ -168,11 +221,13 @@ class WatchedVersion:
 
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(seed=self.settings.seed)
+        self._follow_up_shuffle = Shuffle(FOLLOW_UPS_SHUFFLED, seed=self.settings.seed)
         interval, stretch = self.settings.interval, self.baseline.stretch
         self.thinning = Thinning(interval=interval, warm_up=WINDOW, numbers=self.numbers, stretch=stretch)
         if remembered := self.baseline.sampling():
             self.thinning.restore(remembered)
-        self.baseline.sampling = self.thinning.state
+            self.follow_ups.restore(below(remembered, "follow_ups."))
+        self.baseline.sampling = self._sampling
         self.alarmed |= {
             kind: share.alarmed_at for kind, share in self.shares().items() if share.alarmed_at is not None
         }
@@ -185,11 +240,45 @@ class WatchedVersion:
         """Take in one exchange; the alarms about the sampling that it raised. If thinning accepts it, it counts with
         others of its block in one of the next `count`s."""
         self.unsaved = True
-        sample, prompt = self._sample(exchange, embedding), exchange.generations[0].prompt
-        taken = self.thinning.offer(sample, tokens=prompt, key=sample.asker, now=exchange.began)
+        prompt, asker = exchange.generations[0].prompt, _asker(exchange)
+        turn = last_turn(exchange.question, prompt, self.text)
+        for block in self.follow_ups.offer(self._message(exchange, turn, asker), turn, asker):
+            self._gathered += self._follow_up_shuffle.add(self._follow_up(block, embedding))
+        if self.whole_prompts:
+            self._offer(self._sample(exchange, prompt, embedding), prompt, None, embedding)
+        elif not turn.follows:
+            self._offer(self._sample(exchange, turn.tokens, embedding), turn.tokens, turn.system, embedding)
+        return list(self._sampling_alarms())
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Its reference is one of whole rendered prompts, and not of last messages: an earlier release made it."""
+        return self.baseline.provenance.features <= WHOLE_PROMPTS
+
+    def _sampling(self) -> dict[str, NDArray]:
+        """What the choice of requests remembers."""
+        return self.thinning.state() | prefixed(self.follow_ups.state(), "follow_ups.")
+
+    def chosen(self) -> dict[str, int]:
+        """How many requests are compared, and how many are not, by reason."""
+        counts = dict(self.thinning.counts)
+        if not self.whole_prompts:
+            for reason, count in self.follow_ups.counts.items():
+                counts[reason] = counts.get(reason, 0) + count
+        return counts
+
+    def seen_share(self) -> float | None:
+        """The share of the requests that are compared, since it is settled which are; None before."""
+        counts = self.chosen()
+        requests = sum(counts.values()) - counts[WARMING_UP]
+        return counts[ACCEPTED] / requests if requests else None
+
+    def _offer(
+        self, sample: _Sample, prompt: ArrayLike, opening: NDArray[np.uint64] | None, embedding: Embedding
+    ) -> None:
+        taken = self.thinning.offer(sample, tokens=prompt, key=sample.asker, now=sample.began, opening=opening)
         if taken is not None:
             self._gathered += self._shuffle.add(self._accepted(taken, embedding))
-        return list(self._sampling_alarms())
 
     def count(self) -> list[Alarm]:
         """Compare what was gathered with the reference, in its order; the alarms that it raised. Many requests at once
@@ -246,10 +335,11 @@ class WatchedVersion:
         signals, self.unsaved = self.baseline.signals, True
         if prompts:
             self.thinning.acknowledge()
-            changed_at = signals[PROMPT].changed_at
-            since = len(self.recent.seen) if changed_at is None else signals[PROMPT].samples - changed_at
-            if signals[PROMPT].phase is Phase.WATCHING:
-                self.reference, self.recent = self.recent.accepted(since), TrafficProfile.of_recent()
+            for kind, profiles in self.profiles.items():
+                changed_at = signals[kind].changed_at
+                since = len(profiles.recent.seen) if changed_at is None else signals[kind].samples - changed_at
+                if signals[kind].phase is Phase.WATCHING:
+                    profiles.accept(since)
         if answers:
             self.baseline.probe, self.probe_ratio = {}, None
         for kind in signals:
@@ -266,11 +356,11 @@ class WatchedVersion:
         what is cut out of every prompt."""
         self.thinning.acknowledge()
         self.thinning.share_as(baseline.stretch, baseline.sampling())
-        baseline.sampling = self.thinning.state
+        baseline.sampling = self._sampling
         self.baseline, self.unsaved = baseline, True
         self.alarmed.clear()
         self.moved.clear()
-        self.reference, self.recent = TrafficProfile(), TrafficProfile.of_recent()
+        self.profiles = {kind: TrafficProfiles() for kind in self.profiles}
         self._times.clear()
 
     def since(self, kind: str) -> str | None:
@@ -282,6 +372,8 @@ class WatchedVersion:
         return None if signal is None else self._since(signal)
 
     def _since(self, signal: Signal) -> str | None:
+        if not signal.drifted and (moved := signal.moved()):
+            return iso(moved[0].since)
         times = self._times.get(signal)
         if signal.changed_at is None or not times:
             return None
@@ -292,8 +384,12 @@ class WatchedVersion:
         """What has moved of a signal that alarmed: as it is now while it is beyond tolerance, else as it was then."""
         signal = self.baseline.signals.get(kind)
         if kind in self.alarmed and signal is not None and signal.alarmed and signal.beyond():
-            return describe(signal, self.reference, self.recent, self.since(kind))
+            return describe(signal, self._profiles(kind), self.since(kind))
         return self.moved.get(kind)
+
+    def _profiles(self, kind: str) -> TrafficProfiles:
+        """What the requests of a signal were about; those of answers were about their prompts."""
+        return self.profiles.get(kind, self.profiles[PROMPT])
 
     def quotes(self, now: float) -> list[dict[str, Any]]:
         """The latest requests that may be quoted still, oldest first."""
@@ -326,23 +422,27 @@ class WatchedVersion:
                 shares = f"{effects['share']:.0%} now, {effects['share_before']:.0%} before"
                 text = {
                     SAMPLING: f"most requests {LEFT_OUT[self.thinning.left_out]}: {shares} are compared",
-                    OPENING: f"the opening that prompts share changed: {shares} carry the one from before",
+                    OPENING: "the opening that prompts share (a system prompt, template or examples) changed: "
+                    f"{shares} carry the one from before",
                 }[kind]
                 since = iso(share.alarmed_at)
                 self.moved[kind] = {"text": f"at {since}, {text}", "since": since, **effects}
                 yield Alarm(self.adapter, self.version, kind, effects, share.log_evidence, self.moved[kind])
 
-    def _sample(self, exchange: Exchange, embedding: Embedding) -> _Sample:
+    def _sample(self, exchange: Exchange, prompt: Sized, embedding: Embedding) -> _Sample:
         generation, owned = exchange.generations[0], self._may_quote(exchange)
         quote = _Quote.of(exchange, generation) if self.settings.capture and owned else None
         stratum, *below = self.baseline.strata[OUTPUT].levels(Stratum.of(generation.parameters))
         rows = rows_of_answer(generation, embedding, stratum)
         lower = below[0] if below else LEGACY
         lower_rows = rows_of_answer(generation, embedding, lower) if below else {}
-        beyond, asker = skipped(generation.prompt), _asker(exchange)
-        return _Sample(
+        beyond, asker = skipped(prompt), _asker(exchange)
+        sample = _Sample(
             exchange.began, rows, quote, beyond, exchange.tenant, asker, owned, None, stratum, lower, lower_rows
         )
+        sample.facts = answer_facts(generation, stratum.tokens, asks_json=asks_json(exchange.question))
+        sample.spoken = spoken(generation.text)
+        return sample
 
     def _accepted(self, taken: Taken[_Sample], embedding: Embedding) -> _Sample:
         """The sample of an accepted request, with all that is made of its prompt."""
@@ -352,12 +452,41 @@ class WatchedVersion:
         sample.rows[PROMPT], row = whole_row, whole_row[: 1 + embedding.dimensions]
         for rows in (sample.rows, sample.lower_rows):
             regress_on(row, rows)
+        sample.prompt = self._described(sample, tokens, len(tokens) + sample.skipped, row[1:])
+        sample.facts |= other_language(sample.spoken, sample.prompt.language)
+        return sample
+
+    def _described(self, sample: _Sample, tokens: NDArray[np.integer], length: int, vector: Floats) -> Prompt:
         # Words are the owner's to read, so only the owner's are counted.
         text = self.text.last(tokens[-TAIL:].tolist()) if self.text is not None else ""
         language, words = read(text)
         counted = hashed(words, STOP_WORDS) if words and sample.words else {}
-        length = len(tokens) + sample.skipped
-        sample.prompt = Prompt(length, language, sample.tenant, counted, sample.asker or 0, row[1:])
+        return Prompt(length, language, sample.tenant, counted, sample.asker or 0, vector)
+
+    def _message(self, exchange: Exchange, turn: Turn, asker: int | None) -> _FollowUp | None:
+        """None of one that begins a conversation, or repeats what was asked."""
+        if not turn.follows or turn.repeats:
+            return None
+        generation = exchange.generations[0]
+        stratum = Stratum.of(generation.parameters)
+        facts = answer_facts(generation, stratum.tokens, asks_json=asks_json(exchange.question))
+        facts |= other_language(spoken(generation.text), self._language(turn.tokens))
+        names = exchange.tenant, asker, self._may_quote(exchange)
+        return _FollowUp(exchange.began, *names, turn.tokens, stratum, facts)
+
+    def _language(self, tokens: NDArray[np.integer]) -> str:
+        return language_of(self.text.last(tokens[-TAIL:].tolist())) if self.text is not None else ""
+
+    def _follow_up(self, messages: Sequence[_FollowUp | None], embedding: Embedding) -> _Sample:
+        """The sample of a block of messages that go on with one conversation."""
+        block = [message for message in messages if message is not None]
+        last = block[-1]
+        row = follow_up_row(embedding, [message.tokens for message in block])
+        sample = _Sample(last.began, {FOLLOW_UP: row}, None, 0, last.tenant, last.asker, last.words)
+        sample.stratum = last.stratum
+        sample.facts = block_facts([message.facts for message in block if message.stratum == last.stratum])
+        mean = sum(len(message.tokens) for message in block) // len(block)
+        sample.prompt = self._described(sample, last.tokens, mean, row[1 : 1 + embedding.dimensions])
         return sample
 
     def _count(self, samples: Sequence[_Sample]) -> Iterator[Alarm]:
@@ -373,8 +502,9 @@ class WatchedVersion:
             if sample.quote is not None:
                 self._quotes.append((sample.rows[PROMPT], sample.quote))
             if sample.prompt is not None:
-                gathering = self.baseline.signals[PROMPT].phase is Phase.GATHERING
-                (self.reference if gathering else self.recent).add(sample.prompt)
+                kind = FOLLOW_UP if FOLLOW_UP in sample.rows else PROMPT
+                gathering, profiles = self.baseline.signals[kind].phase is Phase.GATHERING, self.profiles[kind]
+                (profiles.reference if gathering else profiles.recent).add(sample.prompt)
             self.requests_watched += any(signal.watching for _, signal, _ in signals)
             for kind, signal, _ in signals:
                 if signal.watching:
@@ -383,12 +513,28 @@ class WatchedVersion:
                 left, alarms = ends[signal] if ends[signal][0] else next(runs[signal])
                 ends[signal] = left - 1, alarms
                 if alarms and left == 1:
-                    self.moved[kind] = describe(signal, self.reference, self.recent, self._since(signal))
+                    self.moved[kind] = describe(signal, self._profiles(kind), self._since(signal))
                     self.alarmed[kind] = sample.began
                     effects, moved = signal.beyond(), self.moved[kind]
                     yield Alarm(self.adapter, self.version, kind, effects, signal.log_evidence, moved)
+            yield from self._compare_facts(sample)
         for each in runs.values():
             next(each, None)
+
+    def _compare_facts(self, sample: _Sample) -> Iterator[Alarm]:
+        """What is plain about an answer, with the reference of its parameters that does not learn."""
+        strata, later = self.baseline.strata[OUTPUT], FOLLOW_UP in sample.rows
+        if later:
+            strata.count(sample.stratum)
+        signal = strata.signal(sample.stratum) if sample.facts else None
+        if signal is None:
+            return
+        lane = LATER if later else FIRST
+        self.rows_watched += later and signal.fixed[lane].watching
+        if signal.update_facts(lane, sample.facts, sample.began):
+            self.moved[OUTPUT] = moved = describe(signal, self._profiles(OUTPUT), self._since(signal))
+            self.alarmed[OUTPUT] = sample.began
+            yield Alarm(self.adapter, self.version, OUTPUT, signal.beyond(), signal.log_evidence, moved)
 
     def _times_of(self, signal: Signal) -> deque[float]:
         times = self._times.get(signal)

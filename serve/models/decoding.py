@@ -1,4 +1,5 @@
-"""The text of tokens, by a checkpoint's tokenizer.json; some times quicker than the library where tokens are bytes."""
+"""The text of tokens and back, by a checkpoint's tokenizer.json; decoded some times quicker than by the library where
+tokens are bytes."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ class Decoder:
         self._tokenizer = Tokenizer.from_file(str(file))
         saved = json.loads(file.read_bytes())
         self._of_bytes = (saved.get("decoder") or {}).get("type") == "ByteLevel"
-        special = {token["id"] for token in saved.get("added_tokens", ()) if token["special"]}
-        self._all, self._plain = _Pieces(self._tokenizer, frozenset()), _Pieces(self._tokenizer, frozenset(special))
+        self.special = frozenset(token["id"] for token in saved.get("added_tokens", ()) if token["special"])
+        self._all, self._plain = _Pieces(self._tokenizer, frozenset()), _Pieces(self._tokenizer, self.special)
 
     def __call__(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """special: with the text of special tokens."""
@@ -32,6 +33,11 @@ class Decoder:
             return text
         pieces = self._all if special else self._plain
         return b"".join(map(pieces.__getitem__, tokens)).decode(errors="replace")
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text that stands by itself, without what the tokenizer puts around a whole prompt."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 class _Pieces(dict[int, bytes]):

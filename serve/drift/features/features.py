@@ -3,8 +3,9 @@
     row = prompt_row(embedding, own_tokens)                # log length, then the prompt's vector
     rows = answer_rows(embedding, answer)                  # {"output": row}, and "logprob" where there are any
 
-    prompt    log length; the pooled vector of the prompt; of the tokens that it does not share with the prompts around
-              it (`serve.drift.features.token_runs`), so that another system prompt moves nothing
+    prompt    log length; the pooled vector of the prompt: of the last message of the user's (`features.last_turn`),
+              and of that the tokens which it does not share with those around it (`features.token_runs`)
+    follow_up the same of a block of messages that go on with one conversation; the length is the mean of a message
     output    log length; ended by length; refused; distinct-1, distinct-2; the pooled vector of the answer
     logprob   mean, minimum and standard deviation of the sampled tokens' logprobs, and the prompt's row to regress on
 
@@ -37,11 +38,14 @@ from serve.drift.native import at, native
 Floats: TypeAlias = NDArray[np.floating]
 
 # Counts up when a row of the same request would come out otherwise: a baseline of another version does not fit.
-FEATURES = 3
-# With 1 a prompt's row is of all its tokens; with 2 frequent wording was cut out of it as if it were an opening. Such a
-# baseline goes on as it began; the next version gets one of its own.
-EARLIER_FEATURES = (ALL_TOKENS := 1, 2)
-PROMPT, OUTPUT, LOGPROB = SIGNALS = ("prompt", "output", "logprob")
+FEATURES = 4
+# With 1 a prompt's row is of all its tokens; with 2 frequent wording was cut out of it as if it were an opening; up to
+# 3 it is of the whole rendered prompt, and not of the last message. Such a baseline goes on as it began; the next
+# version gets one of its own.
+EARLIER_FEATURES = (ALL_TOKENS := 1, SINGLE_RUNS := 2, WHOLE_PROMPTS := 3)
+PROMPT, OUTPUT, LOGPROB, FOLLOW_UP = SIGNALS = ("prompt", "output", "logprob", "follow_up")
+# What is said of requests, not of answers.
+PROMPTS = frozenset({PROMPT, FOLLOW_UP})
 # How far from the centre a score may lie: one odd request should not turn a learned direction.
 CLIP = 8.0
 # Share of the mean variance that is added to every direction before whitening; directions with next to none stay small.
@@ -50,6 +54,7 @@ FREQUENT_RIDGE = 0.1
 
 _LEADS = {
     PROMPT: ("length",),
+    FOLLOW_UP: ("length",),
     OUTPUT: ("length", "ended_by_length", "refusal", "distinct_1", "distinct_2"),
     LOGPROB: ("mean_logprob", "min_logprob", "sd_logprob"),
 }

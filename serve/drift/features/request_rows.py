@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serve.asgi.exchange import Generation
 from serve.drift.features.embedding import Embedding
@@ -18,19 +20,22 @@ from serve.drift.features.features import (
     prompt_row,
 )
 from serve.drift.features.parameter_strata import Stratum
-from serve.drift.features.token_runs import SharedRuns, own_tokens, skipped
+from serve.drift.features.token_runs import SharedRuns, Words, own_tokens, skipped
 
 
 def reference_rows(
-    generations: Sequence[Generation], embedding: Embedding, stratum: Stratum, shared: SharedRuns
+    generations: Sequence[Generation],
+    prompts: Sequence[NDArray[np.int64]],
+    embedding: Embedding,
+    stratum: Stratum,
+    shared: SharedRuns,
 ) -> dict[str, list[Floats]]:
-    """The rows of each signal that a reference is made of; what prompts share is left out of them as it is live, and
-    learned by `shared`."""
+    """The rows of each signal that a reference is made of, of answers and the last turns of their `prompts`; what those
+    share is left out of them as it is live, and learned by `shared`."""
     rows: dict[str, list[Floats]] = {}
-    prompts = own_tokens((generation.prompt for generation in generations), shared)
-    for generation, own in zip(generations, prompts, strict=True):
+    for generation, prompt, own in zip(generations, prompts, own_tokens(prompts, shared), strict=True):
         each = rows_of_answer(generation, embedding, stratum)
-        each[PROMPT] = prompt_row(embedding, own, skipped(generation.prompt))
+        each[PROMPT] = prompt_row(embedding, own, skipped(prompt))
         regress_on(each[PROMPT][: 1 + embedding.dimensions], each)
         for kind, row in each.items():
             rows.setdefault(kind, []).append(row)
@@ -43,6 +48,14 @@ def rows_of_answer(generation: Generation, embedding: Embedding, stratum: Stratu
     answer = Answer(tokens, generation.finish_reason, generation.text, generation.logprobs)
     counted = beginning(answer, stratum.tokens)
     return answer_rows(embedding, counted)
+
+
+def follow_up_row(embedding: Embedding, turns: Sequence[NDArray[np.int64]]) -> Floats:
+    """Of the messages of one block; its length is the mean length of a message."""
+    tokens = np.concatenate([Words.of(turn).tokens for turn in turns])
+    row = prompt_row(embedding, tokens)
+    row[0] = math.log1p(sum(map(len, turns)) / len(turns))
+    return row
 
 
 def regress_on(prompt: Floats, rows: dict[str, Floats]) -> None:

@@ -1,4 +1,4 @@
-"""The text of a request's prompt, for as long as it is looked at: decoded by the model's own tokenizer."""
+"""The text of a request's prompt and back, for as long as it is looked at: by the model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,24 @@ class RequestText:
 
     def last(self, tokens: Sequence[int], count: int = TAIL) -> str:
         """The text of the last `count` tokens, without special ones."""
+        decoder = self._known()
+        return decoder(tokens[-count:]) if decoder is not None else ""
+
+    def tokens(self, text: str) -> list[int] | None:
+        """The tokens of a text as it stands in a prompt; None where no tokenizer is known."""
+        decoder = self._known()
+        return decoder.tokens(text) if decoder is not None else None
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Tokens that stand between the parts of a prompt."""
+        decoder = self._known()
+        return decoder.special if decoder is not None else frozenset()
+
+    def _known(self) -> Decoder | None:
         if not self._looked:
             self._looked, self._decoder = True, self._read()
-        return self._decoder(tokens[-count:]) if self._decoder is not None else ""
+        return self._decoder
 
     def _read(self) -> Decoder | None:
         if not self._file.exists():

@@ -115,6 +115,26 @@ class TrafficProfile:
         return self
 
 
+@dataclass(slots=True, eq=False)
+class TrafficProfiles:
+    """Of the reference of one signal, and of its recent requests."""
+
+    reference: TrafficProfile = field(default_factory=TrafficProfile)
+    recent: TrafficProfile = field(default_factory=TrafficProfile.of_recent)
+
+    def accept(self, count: int) -> None:
+        """The latest `count` requests are the reference from now on."""
+        self.reference, self.recent = self.recent.accepted(count), TrafficProfile.of_recent()
+
+    def state(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"reference": self.reference.state(), "recent": self.recent.state()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        return cls(TrafficProfile.from_state(state["reference"]), TrafficProfile.from_state(state["recent"]))
+
+
 def median_tokens(requests: Sequence[Seen]) -> int | None:
     """The median length of the prompts; None of nothing."""
     return int(np.median([tokens for tokens, *_ in requests])) if requests else None

@@ -6,7 +6,7 @@ import numpy as np
 
 from serve.drift.change_description import describe, describe_probe, for_tenant, movement
 from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT
-from serve.drift.features.traffic_profile import Prompt, TrafficProfile
+from serve.drift.features.traffic_profile import Prompt, TrafficProfile, TrafficProfiles
 from serve.drift.features.word_counts import hashed
 from serve.drift.signal import Signal
 
@@ -47,7 +47,7 @@ def test_a_language_a_length_and_a_topic_are_named():
     reference, recent = profiles(
         rng, {"words": ["invoice", "payment"]}, {"language": "de", "tokens": 30, "words": ["rezept", "backofen"]}
     )
-    said = describe(signal, reference, recent, "2026-11-25T10:00:00+00:00")
+    said = describe(signal, TrafficProfiles(reference, recent), "2026-11-25T10:00:00+00:00")
     assert said["text"].startswith("since 2026-11-25T10:00:00+00:00, in at least ")
     assert "of the prompts: probably German (0 % before, 100 % now), shorter (median " in said["text"]
     assert "rezept" in said["text"] and "backofen" in said["text"] and "invoice" not in said["topics"][0]["words"]
@@ -58,7 +58,7 @@ def test_what_stands_out_nowhere_is_not_made_up():
     rng = np.random.default_rng(2)
     signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
     reference, recent = profiles(rng, {"words": ["invoice"]}, {"words": ["invoice"]})
-    said = describe(signal, reference, recent, None)
+    said = describe(signal, TrafficProfiles(reference, recent), None)
     assert said["text"].endswith("other wording, of which neither language, length nor words stand out")
     assert 0.2 < said["share_at_least"] <= 1
 
@@ -76,7 +76,7 @@ def output_row(tokens=50.0, cut=0.0, refusal=0.02, repeats=0.0):
 def test_answers_that_are_cut_off_refuse_or_repeat_are_said_to():
     rng = np.random.default_rng(3)
     signal = moved_signal(rng, OUTPUT, output_row(), output_row(8.0, cut=0.9, refusal=0.4, repeats=0.5))
-    said = describe(signal, TrafficProfile(), TrafficProfile(), None)
+    said = describe(signal, TrafficProfiles(), None)
     for part in ("shorter (typically ", "more cut off by the limit of tokens", "more refusals", "more repetition"):
         assert part in said["text"], said["text"]
     assert "of the answers" in said["text"]
@@ -92,7 +92,7 @@ def test_a_version_that_is_less_sure_is_said_to_be():
         return made
 
     rng = np.random.default_rng(4)
-    said = describe(moved_signal(rng, LOGPROB, row(-1.0), row(-2.0)), TrafficProfile(), TrafficProfile(), None)
+    said = describe(moved_signal(rng, LOGPROB, row(-1.0), row(-2.0)), TrafficProfiles(), None)
     assert "less sure of its answers by " in said["text"] and said["logprob_change"] < -0.5
 
 

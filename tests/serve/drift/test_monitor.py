@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from serve.asgi.exchange import Exchange, Generation
 from serve.cli.baseline import prompts
 from serve.drift.features.embedding import Embedding
-from serve.drift.features.features import ALL_TOKENS, EARLIER_FEATURES, FEATURES, OUTPUT, PROMPT
+from serve.drift.features.features import ALL_TOKENS, EARLIER_FEATURES, FEATURES, OUTPUT, PROMPT, SINGLE_RUNS
 from serve.drift.features.token_runs import RUN, STRETCH
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings, WatchedVersion
@@ -431,7 +431,7 @@ def test_a_baseline_of_an_earlier_release_goes_on_and_the_next_version_has_its_o
     assert (
         report["signals"]["prompt"] == before["signals"]["prompt"] and watched.baseline.provenance.features == features
     )
-    assert watched.thinning._shared.stretch == RUN
+    assert watched.thinning._shared.stretch == (RUN if features <= SINGLE_RUNS else STRETCH)
     sent(again, 500, system=system)
     assert alarms == []
     generation = Generation([1, 2, 3], [1, 2], "stop")

@@ -1,0 +1,128 @@
+"""What stays changed stays evident: nothing is learned from what came after the reference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from serve.drift.detector.fixed_reference import FixedReference, Kind
+
+KINDS = {"refusal": Kind.SHARE, "loop": Kind.SHARE, "longer": Kind.RANK, "shorter": Kind.LOW_RANK}
+LN = math.log(1e5)
+
+
+def answers(rng, count, *, refusal=0.01, loop=0.005, factor=1.0):
+    """Facts of independent answers."""
+    for _ in range(count):
+        length = math.log(factor) + rng.normal(5, 0.5)
+        facts = {"refusal": float(rng.random() < refusal), "loop": float(rng.random() < loop)}
+        yield facts | {"longer": length, "shorter": length}
+
+
+def watching(rng, needed=1000, **usual):
+    reference = FixedReference(KINDS, needed)
+    for facts in answers(rng, needed, **usual):
+        reference.update(facts, 0.0)
+    assert reference.watching and reference.gathered == needed
+    return reference
+
+
+def delay(reference, stream, threshold=LN):
+    for i, facts in enumerate(stream, 1):
+        reference.update(facts, float(i))
+        if reference.moved(threshold):
+            return i
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "within"),
+    [
+        ({"refusal": 0.06}, "refusal", 300),
+        ({"refusal": 0.11}, "refusal", 120),
+        ({"loop": 0.055}, "loop", 400),
+        ({"factor": 0.75}, "shorter", 150),
+        ({"factor": 1.4}, "longer", 150),
+    ],
+)
+def test_a_lasting_change_of_answers_is_seen(change, name, within):
+    delays = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        reference = watching(rng)
+        delays.append(delay(reference, answers(rng, 1500, **change)) or 1500)
+        first, *_ = reference.moved(LN)
+        assert first.name == name and first.count <= delays[-1] + 20
+    assert np.median(delays) <= within, delays
+
+
+def test_evidence_of_a_rise_that_stays_does_not_fall_again():
+    rng = np.random.default_rng(0)
+    reference = watching(rng)
+    delay(reference, answers(rng, 600, refusal=0.06))
+    before = reference.log_evidence
+    delay(reference, answers(rng, 600, refusal=0.06), math.inf)
+    assert reference.log_evidence > before
+
+
+def test_unchanged_answers_raise_no_more_than_one_false_alarm_in_a_threshold():
+    """Also where the reference is small, and its shares are estimates."""
+    alarms, requests, threshold = 0, 0, 1e3
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        reference = watching(rng, needed=150, refusal=0.05)
+        came = delay(reference, answers(rng, 1000, refusal=0.05), math.log(threshold))
+        alarms += came is not None
+        requests += came or 1000
+    assert alarms <= requests / threshold
+
+
+def test_a_change_too_small_to_matter_raises_nothing():
+    rng = np.random.default_rng(1)
+    reference = watching(rng, refusal=0.002)
+    assert delay(reference, answers(rng, 2500, refusal=0.012)) is None
+
+
+def test_a_share_that_waves_in_the_reference_may_wave_later():
+    rng = np.random.default_rng(2)
+
+    def day(count, level):
+        return answers(rng, count, refusal=level)
+
+    reference = FixedReference(KINDS, 1000)
+    for i in range(10):
+        for facts in day(100, 0.15 if i % 2 else 0.01):
+            reference.update(facts, 0.0)
+    for i in range(14):
+        assert delay(reference, day(100, 0.15 if i % 2 else 0.01)) is None
+
+
+def test_what_is_not_known_of_an_answer_is_left_out():
+    reference = FixedReference(KINDS, 10)
+    for _ in range(10):
+        reference.update({"refusal": None, "longer": 3.0, "shorter": math.nan}, 0.0)
+    assert reference.watching and reference.gathered == 0
+    reference.update({}, 1.0)
+    assert reference.log_evidence == -math.inf or reference.log_evidence <= 0
+
+
+def test_it_goes_on_after_a_restart_and_begins_again_when_it_is_told_to():
+    rng = np.random.default_rng(3)
+    reference = watching(rng)
+    delay(reference, answers(rng, 300, refusal=0.08))
+    again = FixedReference(KINDS, 7)
+    again.restore(reference.state())
+    assert again.log_evidence == reference.log_evidence and again.needed == 1000
+    assert again.moved(LN) == reference.moved(LN)
+    half = FixedReference(KINDS, 1000)
+    for facts in answers(rng, 300):
+        half.update(facts, 0.0)
+    again.restore(half.state())
+    assert again.gathered == 300
+    reference.reset()
+    assert reference.log_evidence == -math.inf and not reference.moved(LN)
+    other = FixedReference({"refusal": Kind.SHARE}, 5)
+    other.restore(half.state())
+    assert other.gathered == 0 and other.needed == 5
