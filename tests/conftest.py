@@ -30,6 +30,13 @@ SLOW = (
 )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where only tests of the engine are wanted, nine files of ten are not imported."""
+    if config.getoption("markexpr") == "engine" and collection_path.name.startswith("test_"):
+        return "mark.engine" not in collection_path.read_text() or None
+    return None
+
+
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Bytes are told apart by their number: what packs them may write the time into them."""
     return argname if isinstance(val, bytes) else None

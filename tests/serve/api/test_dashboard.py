@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from safetensors.torch import save_file
 
 from serve.adapters.adapter import Inspection
@@ -513,15 +513,30 @@ def test_tabs_go_by_the_arrow_keys_and_each_control_has_a_name(page):
 
 
 @browsing
-def test_what_does_not_change_is_not_drawn_again(page):
+def test_what_does_not_change_is_not_drawn_again(page, served):
     """A reader keeps their place, and a screen reader is not told the same again."""
+    told: list[str] = []
+    overview = re.compile("/v1/overview[?]")
+
+    def same(route: Route) -> None:
+        """The first answer again: minutes pass, and with them what the last thirty of them were."""
+        told.append(told[0] if told else route.fetch().text())
+        route.fulfill(body=told[-1], content_type="application/json")
+
+    page.route(overview, same)
     use(page, ADMIN)
     button = page.get_by_role("button", name="Promote tone v2")
     button.focus()
     page.evaluate("document.querySelector('[data-adapter=tone]').dataset.mine = 'yes'")
     show(page, "Changes")
+    expect(page.locator("#swaps li").first).to_be_visible()  # drawn after the adapters, of the same answers
     show(page, "Adapters")
     expect(page.locator("[data-mine=yes]")).to_be_visible()
+    page.unroute(overview)
+    served.http.post("/v1/adapters/tone/promote", json={"version": 2}).raise_for_status()
+    show(page, "Changes")
+    show(page, "Adapters")
+    expect(page.locator("[data-mine=yes]")).to_have_count(0)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
