@@ -1,13 +1,14 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff gpu gpu-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff gpu gpu-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # Tests without the engine: a process for each core, each file in one of them. Threads that wait do not take the other's core.
-PARALLEL = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(or $(WORKERS),logical) --maxprocesses 8 --dist loadfile --max-worker-restart=0 --no-loadscope-reorder
+# make's own variables are not for the `make` that a test starts.
+PARALLEL = unset MAKEFLAGS MFLAGS MAKELEVEL; OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(or $(WORKERS),logical) --maxprocesses 8 --dist loadfile --max-worker-restart=0 --no-loadscope-reorder
 export PYTHON DEVICE MODEL
 
 help: ## this list
@@ -21,8 +22,15 @@ help: ## this list
 serve: setup ## a model and its adapters behind an OpenAI endpoint on port 8000
 	@exec $(BIN)/loradock serve $(MODEL) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-test: setup-dev ## every test: first those without the real engine, on every core, then those with it
-	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),ended=0; $(PARALLEL) -m "not engine" || ended=$$?; $(BIN)/python -m pytest -m engine || ended=$$?; exit $$ended)
+test: setup-dev ## every test: those with the real engine, and beside them, on what these leave of every core, all others
+	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(MAKE) --no-print-directory --jobs 2 --keep-going test-engine test-without-engine)
+
+# An engine computes half of the time: it starts, or waits for one thread. What is shown of its tests comes at their end.
+test-engine: setup-dev
+	@unset MAKEFLAGS MFLAGS MAKELEVEL; log=$$(mktemp); trap 'cat "$$log"; rm "$$log"' EXIT; $(BIN)/python -m pytest -m engine >"$$log" 2>&1
+
+test-without-engine: setup-dev
+	@$(subst OMP_WAIT_POLICY,exec nice -n 5 env OMP_WAIT_POLICY,$(PARALLEL)) -m "not engine"
 
 check: setup-dev ## tests without the real engine and without the slowest files, on every core; 5 minutes
 	@$(PARALLEL) -m "not engine and not slow" $(ARGS)

@@ -28,6 +28,8 @@ SLOW = (
     "optimize/pipeline/test_tune_job.py",
     "optimize/test_second_device.py",
 )
+# A job trains at the lowest priority: on a processor that other tests leave to it.
+LAST = TESTS / "e2e/test_fine_tuning.py"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -50,3 +52,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
         items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    else:
+        items.sort(key=lambda item: item.path == LAST)
