@@ -16,6 +16,13 @@ more than each check's tolerance. A tolerance is taken off the canary's values b
 
 PROVED turns the question round: for every required check, the hypothesis "worse by more than the tolerance" was
 refuted at alpha. If any of them is true, P(PROVED, ever) <= alpha. It does not say that the new version is better.
+Grades are required once FEW of either version are there; "worse by `proof`" is refuted by bets on the difference of
+means within a block (`sequential.betting`). Until then they must not show it.
+
+The effect is what the ranks are about: the median of the differences between the two versions' requests within a block
+(Hodges and Lehmann, 1963). A check is WORSE only while its effect is beyond the tolerance, and proved only while it is
+not. Whoever grades may do so because of what he got: by as much as the canary's askers grade more often than the
+others, its worst grades may be there for that reason, or its best ones, and a verdict has to stand without them.
 
 The router draws: a canary is chosen by asker, so each asker may be counted once only; pass `asker`. Where it draws for
 each request, each has a name of its own there, or none.
@@ -36,6 +43,7 @@ from typing import Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.sequential.betting import BETS
 from serve.sequential.proof_forecast import PROVED, Forecast, ProofGrowth, latest
 from serve.sequential.random_state import rng_from, rng_state
 
@@ -45,6 +53,10 @@ State: TypeAlias = dict[str, NDArray]
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 # The same of a rate: ln of odds ratios.
 ODDS = (0.5, 1.0, 2.0, 3.0, 4.0)
+# Grades of either version from which on they are a part of the proof.
+FEW = 20
+# What is said of grades whose difference decides nothing.
+UNEQUAL = "the canary's askers rate {:.2f} times as often as the others: that alone may explain the difference"
 # Askers that are remembered.
 ASKERS = 50_000
 
@@ -67,11 +79,13 @@ class Unit(Enum):
     RATIO = "ratio"  # positive values; a tolerance of 0.05 is 5 %
     DIFFERENCE = "difference"  # a tolerance in the values' own unit
     RATE = "rate"  # 0 or 1; a tolerance of 0.02 is two more of a hundred that would have been 0
+    GRADE = "grade"  # from 0 to 1, by those who like to
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One number of each request. `share`: of alpha, in proportion to the others'. `required`: for PROVED."""
+    """One number of each request. `share`: of alpha, in proportion to the others'. `required`: for PROVED. `proof`: of
+    grades, by how much worse must be refuted for it."""
 
     name: str
     group: str
@@ -80,6 +94,7 @@ class Check:
     tolerance: float
     required: bool = False
     share: float = 1.0
+    proof: float = 0.1
 
     def __post_init__(self) -> None:
         if self.tolerance < 0 or self.share <= 0 or (self.unit is Unit.RATE and self.tolerance >= 1):
@@ -99,7 +114,7 @@ CHECKS = (
     Check("length", QUALITY, Worse.EITHER, Unit.RATIO, 0.5),
     Check("ended_by_length", QUALITY, Worse.HIGHER, Unit.RATE, 0.10, required=True),
     Check("refusal", QUALITY, Worse.HIGHER, Unit.RATE, 0.05, required=True),
-    Check("rating", FEEDBACK, Worse.LOWER, Unit.DIFFERENCE, 0.0),
+    Check("rating", FEEDBACK, Worse.LOWER, Unit.GRADE, 0.0),
 )
 # Of a version that is meant to answer otherwise: what differs without being bad is no reason against it.
 HARM_CHECKS = tuple(check for check in CHECKS if check.worse is not Worse.EITHER)
@@ -116,11 +131,13 @@ class CheckResult:
     log_proof: float
     canary: int
     live: int
-    effect: float  # canary against live: ratio of geometric means, or difference of means; nan while one has none
+    effect: float  # canary against live: ratio or difference, of rates and grades of means; nan while one has none
     worse: bool
     proved: bool
     # Requests of both versions until it is proved; None for a check that is not required, and at the beginning.
     to_proof: Forecast | None = None
+    # Why evidence is no verdict.
+    note: str = ""
 
 
 class Comparison:
@@ -162,6 +179,7 @@ class Comparison:
         for test in self._tests:
             value = values.get(test.check.name)
             if value is not None and math.isfinite(value):
+                test.exposure = self._exposure()
                 closed = test.observe(canary, float(value), self._rng) or closed
         return self._decide() if closed else self.verdict
 
@@ -188,7 +206,7 @@ class Comparison:
         if self._verdict is Verdict.PROVED:
             return PROVED
         return latest(
-            result.to_proof for check, result in zip(self.checks, self.results(), strict=True) if check.required
+            result.to_proof for test, result in zip(self._tests, self.results(), strict=True) if test.required
         )
 
     def reasons(self) -> list[CheckResult]:
@@ -246,12 +264,17 @@ class Comparison:
     def _decide(self) -> Verdict:
         if self._verdict is Verdict.UNDECIDED:
             results = self.results()
-            required = [result.proved for check, result in zip(self.checks, results, strict=True) if check.required]
+            required = [result.proved for test, result in zip(self._tests, results, strict=True) if test.required]
             if any(result.worse for result in results):
                 self._verdict = Verdict.WORSE
-            elif required and all(required):
+            elif required and all(required) and not any(test.speaks_against for test in self._tests):
                 self._verdict = Verdict.PROVED
         return self._verdict
+
+    def _exposure(self) -> tuple[int, int]:
+        """How many requests of live and canary could have been graded."""
+        live, canary = max((test.counts.tolist() for test in self._tests if test.check.required), default=(0, 0))
+        return live, canary
 
 
 class _CheckTest:
@@ -268,6 +291,10 @@ class _CheckTest:
         self._most = np.zeros((2, 2))  # the highest that either has been, by side
         self.counts = np.zeros(2, np.int64)  # live, canary
         self._sums = np.zeros(2)
+        # Of the shifts within blocks, the sum and that of their weights.
+        self._shifts = np.zeros(2)
+        # Requests of live and canary that might have given a value, 0 where that is not known.
+        self.exposure = (0, 0)
         # Of the proofs, in order of `_sides`.
         self._growth = [ProofGrowth(len(STRENGTHS)) for _ in self._sides]
 
@@ -295,11 +322,8 @@ class _CheckTest:
     def result(self, log_threshold: float, requests: int) -> CheckResult:
         """As of now, after so many requests in all."""
         live, canary = (int(count) for count in self.counts)
-        effect = math.nan
-        if live and canary:
-            effect = float(self._sums[1] / canary - self._sums[0] / live)
-            if self.check.unit is Unit.RATIO:
-                effect = math.exp(effect)
+        worse = float(self._most[0, 0]) >= log_threshold
+        by_response = not worse and self.check.unit is Unit.GRADE and self.log_evidence() >= log_threshold
         proved = min(float(self._most[1, side]) for side in self._sides) >= log_threshold
         return CheckResult(
             self.check.name,
@@ -308,11 +332,61 @@ class _CheckTest:
             self.log_proof(),
             canary,
             live,
-            effect,
-            worse=float(self._most[0, 0]) >= log_threshold,
+            self._effect(),
+            worse=worse,
             proved=proved,
-            to_proof=self._to_proof(log_threshold, requests, proved) if self.check.required else None,
+            to_proof=self._to_proof(log_threshold, requests, proved) if self.required else None,
+            note=UNEQUAL.format(self._response()) if by_response else "",
         )
+
+    @property
+    def required(self) -> bool:
+        """PROVED takes a proof of it."""
+        return self.check.required or (self.check.unit is Unit.GRADE and int(self.counts.min()) >= FEW)
+
+    @property
+    def speaks_against(self) -> bool:
+        """There are too few grades for a proof, and they show what it would have to refute."""
+        graded = self.check.unit is Unit.GRADE and self.counts.min() > 0 and not self.required
+        return graded and self._effect() < -self.check.proof
+
+    def _effect(self) -> float:
+        live, canary = self.counts.tolist()
+        if not (live and canary):
+            return math.nan
+        effect = float(self._sums[1] / canary - self._sums[0] / live)
+        if self._shifts[1]:
+            effect = float(self._shifts[0] / self._shifts[1])
+        return math.exp(effect) if self.check.unit is Unit.RATIO else effect
+
+    def _beyond(self, side: int, *, for_proof: bool = False) -> bool:
+        """The effect is beyond the tolerance on this side."""
+        effect, tolerance = self._effect(), self.check.tolerance
+        live, canary = (self._sums / np.maximum(self.counts, 1)).tolist()
+        if math.isnan(effect):
+            return False
+        if self.check.unit is Unit.RATIO:
+            return effect > 1 + tolerance if side == 0 else effect < 1 / (1 + tolerance)
+        if self.check.unit is Unit.RATE:
+            higher, lower = (canary, live) if side == 0 else (live, canary)
+            return bool(higher > lower + tolerance * (1 - lower))
+        if self.check.unit is Unit.GRADE:
+            times = max(self._response() * math.exp(2 * self._response_error()), 1.0)
+            worst = 1 - (1 - canary) * times
+            return bool(worst < live - self.check.proof if for_proof else canary * times < live)
+        return effect > tolerance if side == 0 else effect < -tolerance
+
+    def _response(self) -> float:
+        """How many times as often the canary's requests are graded as the live version's; 1 where it is not known."""
+        seen, graded = np.array(self.exposure), self.counts
+        if not (seen.all() and graded.all()):
+            return 1.0
+        return float(graded[1] / seen[1] / (graded[0] / seen[0]))
+
+    def _response_error(self) -> float:
+        """Standard error of its logarithm."""
+        seen, graded = np.array(self.exposure), self.counts
+        return math.sqrt(float((1 / graded - 1 / np.maximum(seen, graded)).sum())) if seen.all() and graded.all() else 0
 
     def _to_proof(self, log_threshold: float, requests: int, proved: bool) -> Forecast | None:
         """Further requests; every one counts that the comparison has seen, also if it gave nothing to this check."""
@@ -338,6 +412,8 @@ class _CheckTest:
             "most": self._most.copy(),
             "counts": self.counts.copy(),
             "sums": self._sums.copy(),
+            "shifts": self._shifts.copy(),
+            "exposure": np.array(self.exposure),
             "growth": np.array([growth.state() for growth in self._growth]),
         }
 
@@ -346,6 +422,11 @@ class _CheckTest:
         self._open = list(zip(state["labels"].tolist(), state["values"].tolist(), strict=True))
         self._bad, self._good = np.array(state["bad"]), np.array(state["good"])
         self._most, self.counts, self._sums = (np.array(state[name]) for name in ("most", "counts", "sums"))
+        if "shifts" in state:
+            self._shifts, (live, canary) = np.array(state["shifts"]), state["exposure"].tolist()
+            self.exposure = live, canary
+        elif self.check.unit is Unit.GRADE:  # an earlier release, which proved something else of grades
+            self._good[:] = self._most[1] = 0
         for growth, saved in zip(self._growth, state.get("growth", ()), strict=False):
             growth.restore(saved)
 
@@ -354,12 +435,17 @@ class _CheckTest:
         values = np.array([value for _, value in self._open])
         self._open = []
         k, n = int(labels.sum()), len(labels)
+        if 0 < k < n and self.check.unit in (Unit.RATIO, Unit.DIFFERENCE):
+            units = np.log(values) if self.check.unit is Unit.RATIO else values
+            weight = k * (n - k) / n
+            self._shifts += weight * float(np.median(units[labels][:, None] - units[~labels])), weight
         for side, growth in zip(self._sides, self._growth, strict=True):
             before = self._good[side].copy()
             if 0 < k < n:
                 self._bet(side, labels, values, rng)
             growth.add(self._good[side] - before)
-        self._most[0, 0] = max(self._most[0, 0], self.log_evidence())
+        if any(self._beyond(side) for side in self._sides):
+            self._most[0, 0] = max(self._most[0, 0], self.log_evidence())
 
     def _bet(self, side: int, labels: NDArray, values: NDArray, rng: np.random.Generator) -> None:
         """On one block's draw."""
@@ -373,8 +459,13 @@ class _CheckTest:
         for i, strength in enumerate(STRENGTHS if not rate else ODDS):
             bad = strength if side == 0 else -strength
             self._bad[side, i] += bad * score - _log_mean_of_draws(n, k, bad, ones)
-            self._good[side, i] += -bad * score - _log_mean_of_draws(n, k, -bad, ones)
-        self._most[1, side] = max(self._most[1, side], _log_mean(self._good[side]))
+            if self.check.unit is not Unit.GRADE:
+                self._good[side, i] += -bad * score - _log_mean_of_draws(n, k, -bad, ones)
+        if self.check.unit is Unit.GRADE:
+            won = float(values[labels].mean() - values[~labels].mean()) + self.check.proof
+            self._good[side] += np.log1p(np.array(BETS) * won / (1 - self.check.proof))
+        if not self._beyond(side, for_proof=True):
+            self._most[1, side] = max(self._most[1, side], _log_mean(self._good[side]))
 
     def _shifted(self, labels: NDArray, values: NDArray, side: int, rng: np.random.Generator) -> NDArray[np.float64]:
         """The values as if the canary were the whole tolerance better than it is."""

@@ -99,8 +99,7 @@ export function goldenCanarySection(adapter) {
 
 const LEFT_OUT = {
   near_duplicate: "nearly the same as earlier ones", repeated: "repeats of earlier ones",
-  same_conversation: "from askers who asked a moment ago", asked_already: "steps of an agent on something asked before",
-  warming_up: "among the first 64, which are never counted",
+  same_conversation: "from askers who asked a moment ago", warming_up: "among the first 64, which are never counted",
 };
 
 // "46 seen, 0 counted, because ..."

@@ -211,6 +211,7 @@ def described(result: CheckResult) -> dict[str, Any]:
         "worse": result.worse,
         "proved": result.proved,
         "requests_to_proof": _range(result.to_proof),
+        **({"note": result.note} if result.note else {}),
     }
 
 
