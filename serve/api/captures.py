@@ -16,7 +16,7 @@ from serve.dataset.feedback import Answered
 from serve.engine.fleet import Fleet
 from serve.names import tenant_of
 from serve.rollout.golden.golden import Golden
-from serve.rollout.policy import policy_for
+from serve.rollout.policy import Policies
 
 
 class Captures:
@@ -30,9 +30,10 @@ class Captures:
         registry: Registry,
         ledger: ByteLedger,
         golden: Golden,
+        policies: Policies,
         model_of: Callable[[str], str],
     ) -> None:
-        learning = any(policy.train_on_traffic for policy in config.policies)
+        learning = any(policy.train_on_traffic for policy in policies)
         redact, hours = config.capture_redact, config.capture_hours
         text = Capture(
             config.data_dir / "captured",
@@ -45,7 +46,7 @@ class Captures:
         def learns(model: str, tenant: str) -> bool:
             """A tenant's own adapters learn of it alone, and of what it asks a base."""
             own = model in fleet or tenant_of(model) == tenant
-            return own and policy_for(config.policies, model).train_on_traffic
+            return own and policies[model].train_on_traffic
 
         self.conversations = Conversations(
             config.data_dir / "conversations.db", ledger, learns, enabled=learning, redact=redact, hours=hours
@@ -56,7 +57,7 @@ class Captures:
             self.conversations,
             registry,
             ledger,
-            policy=lambda adapter: policy_for(config.policies, adapter),
+            policies=policies,
             base_of=lambda adapter: fleet.of(adapter).name,
             golden_of=golden.results.golden,
             forgotten=text.forget,

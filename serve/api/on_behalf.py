@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.api.part_settings import upload_limits
-from serve.auth.audit import Audit
 from serve.auth.auth import Auth
 from serve.auth.rate_limits import Meter, Meters
 from serve.config import Config
@@ -16,6 +14,7 @@ from serve.dataset.datasets import Datasets
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
 from serve.errors import LoradockError, Unauthorized
+from serve.events import Events
 from serve.gateway.fan_out import RequestBounds
 from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalRequests
@@ -29,16 +28,23 @@ from serve.jobs.finetuning.finetuning import FineTuning
 from serve.jobs.finetuning.objects import Limits as JobLimits
 from serve.jobs.finetuning.objects import Where
 from serve.loop.candidates import Candidates
-from serve.loop.causes import Ratings
+from serve.loop.causes import Causes, Ratings
+from serve.loop.driver import LoopDriver
+from serve.loop.gatekeeper import Gatekeeper
 from serve.loop.gathering import gathering
+from serve.loop.journal import Journal
 from serve.loop.likelihood import LikelihoodScorer
 from serve.loop.loop_rows import LoopRows
 from serve.loop.loops import Loops
+from serve.loop.metrics import LoopMetrics
+from serve.loop.replays import Replays
+from serve.loop.schedule import LoopSchedule
 from serve.models import hardware
 from serve.models.checkpoint import takes_media
+from serve.rollout.admit import VersionAdmission
 from serve.rollout.golden.golden import Golden
 from serve.rollout.lifecycle import Lifecycle
-from serve.rollout.policy import policy_for
+from serve.rollout.policy import Policies
 from serve.rollout.registry_sync import RegistrySync
 from serve.telemetry.metrics import Metrics
 
@@ -55,13 +61,15 @@ class Parts(Protocol):
     store: Store
     auth: Auth
     meters: Meters
-    monitor: Metrics
+    metrics: Metrics
     follower: RegistrySync | None
     fleet: Fleet
     lifecycle: Lifecycle
     golden: Golden
-    audit: Audit
     drift_monitor: DriftMonitor
+    events: Events
+    policies: Policies
+    admission: VersionAdmission
 
     def doubted(self, error: LoradockError) -> LoradockError: ...
 
@@ -80,9 +88,9 @@ def on_behalf(parts: Parts, router: Router, me: str) -> tuple[Batches, Moderator
         prompt=config.moderation_prompt,
         categories=config.moderation_categories,
     )
-    every = Guards(moderator, lambda adapter: policy_for(config.policies, adapter).guard)
-    parts.monitor.watch(every)  # the series is there, and empty, where no policy has a guard
-    guards = every if any(policy.guard for policy in config.policies) else None
+    every = Guards(moderator, lambda adapter: parts.policies[adapter].guard)
+    parts.metrics.watch(every)  # the series is there, and empty, where no policy has a guard
+    guards = every if any(policy.guard for policy in parts.policies) else None
     batches = Batches(
         parts.registry,
         parts.store,
@@ -96,21 +104,14 @@ def on_behalf(parts: Parts, router: Router, me: str) -> tuple[Batches, Moderator
         fresh=parts.follower.fresh if parts.follower else None,
         doubted=parts.doubted,
     )
-    parts.monitor.watch(batches.metrics)
+    parts.metrics.watch(batches.metrics)
     return batches, moderator, guards
 
 
 def fine_tuning(parts: Parts, router: Router, batches: Batches, me: str) -> FineTuning:
     """Over the parts that are there already; its files are those of the batches."""
     config, fleet = parts.config, parts.fleet
-    admission = Admission(
-        parts.lifecycle,
-        parts.registry,
-        parts.store,
-        parts.auth,
-        came=parts.golden.runs.wake,
-        promoted=lambda name: parts.monitor.swapped(name, "promoted"),
-    )
+    admission = Admission(parts.admission, parts.lifecycle, parts.store, parts.auth)
     jobs = FineTuning(
         parts.registry,
         parts.store,
@@ -127,44 +128,31 @@ def fine_tuning(parts: Parts, router: Router, batches: Batches, me: str) -> Fine
         max_bytes=config.max_upload_bytes,
         file_seconds=config.batch_file_days * 86_400.0,
     )
-    parts.monitor.watch(jobs.metrics)
+    parts.metrics.watch(jobs.metrics)
     return jobs
 
 
-def loops(
-    parts: Parts,
-    jobs: FineTuning,
-    files: Batches,
-    datasets: Datasets,
-    notify: Callable[[str, Mapping[str, Any]], None],
-    me: str,
-) -> Loops:
+def loops(parts: Parts, jobs: FineTuning, files: Batches, datasets: Datasets, rows: LoopRows) -> Loops:
     """Over the parts that are there already; its jobs and their files are like those that clients make."""
     config, registry = parts.config, parts.registry
-    rows = LoopRows(registry, me=me)
-    candidates = Candidates(rows, jobs, files, parts.auth, gathering(datasets), woken=jobs.schedule.wake)
-    made = Loops(
+    policies = parts.policies
+    metrics = LoopMetrics(parts.metrics.labelled)
+    ratings = Ratings(lambda adapter: policies[adapter].verdicts.ratings_per_key)
+    candidates = Candidates(rows, jobs, files, parts.auth, gathering(datasets))
+    scorer = LikelihoodScorer(parts.fleet, parts.store)
+    driver = LoopDriver(
         rows,
-        registry,
         parts.lifecycle,
-        parts.golden,
+        parts.admission,
         candidates,
-        LikelihoodScorer(parts.fleet, parts.store),
-        datasets.rows,
-        parts.audit,
-        policy=lambda adapter: policy_for(config.policies, adapter).loop,
-        alone=not config.registry,
-        drifted=parts.drift_monitor.summary,
-        anew=parts.drift_monitor.begin_prompts_anew,
-        notify=notify,
-        swapped=parts.monitor.swapped,
-        labelled=parts.monitor.labelled,
-        servers=lambda: len(parts.follower.replicas()) if parts.follower else 1,
-        file_seconds=max(config.batch_file_days * 86_400.0, EXPIRY.stop),
-        ratings=Ratings(lambda adapter: policy_for(config.policies, adapter).verdicts.ratings_per_key),
+        Gatekeeper(rows, scorer, parts.golden, Replays(rows, datasets.rows, parts.golden)),
+        Causes(parts.drift_monitor, registry.history, ratings),
+        Journal(registry, metrics, parts.events),
     )
-    parts.monitor.watch(made.metrics)
-    return made
+    schedule = LoopSchedule(rows, registry, driver, metrics, policies, alone=not config.registry)
+    parts.metrics.watch(metrics)
+    file_seconds = max(config.batch_file_days * 86_400.0, EXPIRY.stop)
+    return Loops(rows, policies, candidates, driver, schedule, ratings, file_seconds=file_seconds)
 
 
 def meter_of(auth: Auth, meters: Meters, key: str) -> Meter | None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import Any
 
-from serve import __version__
 from serve.adapters.registry.registry import Registry
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
@@ -28,7 +26,6 @@ from serve.api.part_settings import (
 )
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import DroppedExchanges, ExchangeWorker
-from serve.asgi.inbox import Inbox
 from serve.auth.audit import Audit
 from serve.auth.auth import Auth, Caller
 from serve.auth.keys import Keys
@@ -46,26 +43,52 @@ from serve.engine.fleet import Fleet
 from serve.engine.payer import Work
 from serve.engine.supervisor import Supervisor
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
+from serve.events import (
+    BaseSwapped,
+    CanaryVerdict,
+    DriftAlarm,
+    Events,
+    GoldenScored,
+    JobEnded,
+    Notice,
+    Promoted,
+    PromotionHeld,
+    Recorded,
+    RollbackAttempted,
+    RolledBack,
+    Unloaded,
+    VersionAdded,
+)
 from serve.gateway.fan_out import RequestBounds
 from serve.gateway.inference import Inference
 from serve.gateway.router import Router
+from serve.loop.loop_rows import LoopRows
+from serve.loop.tries import LoopTries
 from serve.models.checkpoint import takes_media
 from serve.models.hardware import node, on_cpu
 from serve.models.language import language_of
+from serve.rollout.admit import VersionAdmission
 from serve.rollout.alertmanager import Alerts
-from serve.rollout.canary.canary import CanaryVerdict
 from serve.rollout.canary.canary_monitor import CanaryMonitor
 from serve.rollout.canary.shadow import ShadowExchange, Shadows
 from serve.rollout.canary.shadow_agreement import ShadowAgreement
 from serve.rollout.controller import RolloutController
 from serve.rollout.golden.golden import Golden
+from serve.rollout.golden.golden_falls import GoldenFalls
+from serve.rollout.golden.golden_results import GoldenResults
+from serve.rollout.golden.golden_runner import GoldenRunner
+from serve.rollout.golden.golden_schedule import GoldenRuns
+from serve.rollout.golden.golden_store import GoldenStore
+from serve.rollout.golden.golden_verdicts import GoldenVerdicts
+from serve.rollout.golden.held_promotions import HeldPromotions
 from serve.rollout.lifecycle import Lifecycle
-from serve.rollout.policy import ROLLBACK, Say, policy_for
+from serve.rollout.policy import Policies
 from serve.rollout.prefetch import Popularity, Prefetcher
 from serve.rollout.registry_sync import RegistrySync, Replica
 from serve.rollout.rollback import AutomaticRollback
 from serve.rollout.swap_follower import SwapFollower
 from serve.rollout.webhook import Webhooks
+from serve.telemetry.live_state import Objectives
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.observers import ExchangeObservers
 from serve.telemetry.recent import Recent
@@ -111,13 +134,19 @@ class Services:
         self.audit = Audit(config.data_dir / "audit.jsonl", max_bytes=config.audit_bytes, days=config.audit_days)
 
         # What answers
+        self.events, self.policies = Events(), Policies(config.policies)
         loads, popularity = AdapterLoads(), Popularity()
         self.meters = Meters()
         self.usage_ledger = UsageLedger(self.registry, keep_days=config.usage_days)
         self._usage_metrics = UsageMetrics(config.currency, self._exists, limit=config.max_labelled_versions)
         self.fleet = Fleet(supervisors(config, backends, loads, self._count_usage), self.registry.base)
         self.lifecycle = Lifecycle(
-            self.fleet, self.registry, self.store, lambda base: upload_limits(config, base.backend), popularity
+            self.fleet,
+            self.registry,
+            self.store,
+            lambda base: upload_limits(config, base.backend),
+            popularity,
+            self.events,
         )
         self._prefetcher = Prefetcher(self.fleet, self.lifecycle, popularity, config.data_dir / "popular.json")
 
@@ -129,70 +158,68 @@ class Services:
 
         # What looks at answers, and what follows from it
         self.recent, self.feedback = Recent(), Feedback()
-        self.monitor = Metrics(
+        self.metrics = Metrics(
             self.fleet,
             self.registry,
             self.audit,
-            __version__,
             loads,
-            config.slos,
             limit=config.max_labelled_versions,
             more=self._usage_metrics.families,
         )
         self._webhooks = Webhooks(
             config.data_dir / "webhooks", config.webhooks, config.webhook_secret, private=config.webhook_private
         )
-        self.tracing = tracing(config, me.id, self.monitor.label)
-        rollback = AutomaticRollback(
-            self.lifecycle,
-            self.registry,
-            self.audit,
-            self.monitor.rolled_back,
-            self._webhooks.send,
-            swapped=self.monitor.swapped,
-        )
-        self.automatic_rollback = rollback
-        self.alerting = Alerts(
-            rollback, self.registry, lambda adapter: policy_for(config.policies, adapter).worse == ROLLBACK
-        )
-        self._verdicts: Inbox[CanaryVerdict] = Inbox()
+        self.tracing = tracing(config, me.id, self.metrics.label)
+        self.automatic_rollback = AutomaticRollback(self.lifecycle, self.registry, self.events)
+        self.alerting = Alerts(self.automatic_rollback, self.registry, self.policies)
         self._router = Router(self.fleet, self.registry, self.store, popularity.used)
-        self.golden = Golden(
+        golden_store = GoldenStore(self.registry, me=me.id)
+        results = GoldenResults(golden_store, self.registry, self.metrics.label)
+        verdicts = GoldenVerdicts(golden_store, results, self.registry, self.policies, self.events)
+        loop_rows = LoopRows(self.registry, me=me.id)
+        self.tries = LoopTries(loop_rows, self.follower)
+        self.canary_monitor = CanaryMonitor(
+            config.data_dir / "drift",
             self.registry,
+            self.policies,
+            verdicts,
+            self.tries,
+            self.events,
+            label=self.metrics.label,
+        )
+        self.admission = VersionAdmission(self.lifecycle, self.registry, verdicts, self.canary_monitor, self.policies)
+        runner = GoldenRunner(
             self.fleet,
             self.store,
-            self.lifecycle,
-            resolve=lambda model, tenant: self._router.resolve(model, Caller("golden", frozenset(), tenant)),
-            policy=lambda adapter: policy_for(config.policies, adapter),
-            on_verdict=self._verdicts.put,
-            swapped=self.monitor.swapped,
-            label=self.monitor.label,
-            me=me.id,
+            lambda model, tenant: self._router.resolve(model, Caller("golden", frozenset(), tenant)),
+        )
+        runs = GoldenRuns(
+            results,
+            runner,
+            verdicts,
+            GoldenFalls(golden_store, results, self.registry, self.events),
+            HeldPromotions(golden_store, results, self.registry, self.policies, self.admission),
+            self.events,
             interval=config.golden_interval,
             meter_of=partial(meter_of, self.auth, self.meters),
-            scored=self.tracing.scored if self.tracing else None,
-            notify=self._notify,
         )
-        of = (self._canary_alpha, self.say, self._is_candidate, self._verdicts.put, self.monitor.label)
-        self.canary_monitor = _canary_monitor(config, self.registry, *of)
+        self.golden = Golden(golden_store, results, verdicts, runner, runs)
         self.rollout_controller = RolloutController(
-            rollback,
+            self.automatic_rollback,
             self.lifecycle,
             self.registry,
-            self.audit,
             self.canary_monitor,
-            config.policies,
-            self.monitor.swapped,
-            self._notify,
-            heard=lambda verdict: self.loops.heard(verdict),
+            verdicts,
+            self.tries,
+            self.policies,
+            self.events,
         )
-        alarmed = self.rollout_controller.alarmed
         self.drift_monitor = DriftMonitor(
             config.data_dir / "drift",
             drift_settings(config),
             base_of=lambda adapter: _base_of(self.fleet, adapter).name,
-            on_alarm=alarmed,
-            label=self.monitor.label,
+            events=self.events,
+            label=self.metrics.label,
             exists=lambda adapter, id: _exists(self.fleet, self.registry, adapter, id),
         )
         self._data_quality = DataQuality(
@@ -209,7 +236,7 @@ class Services:
         self._watched_bases = WatchedBases(self.fleet, self.drift_monitor, self.exchange_worker, kept)
         self._logprob_sampling = LogprobSampling(config.drift_logprobs, by_request=not on_cpu())
         self.prober = Prober(
-            self.fleet, self.registry, self.store, self.drift_monitor, alarmed, interval=config.drift_probe_interval
+            self.fleet, self.registry, self.store, self.drift_monitor, self.events, interval=config.drift_probe_interval
         )
         self.captures = Captures(
             config,
@@ -217,11 +244,14 @@ class Services:
             self.registry,
             self.store.ledger,
             self.golden,
+            self.policies,
             lambda adapter: _base_of(self.fleet, adapter).model,
         )
         self.baseline_build = BaselineBuild(self.fleet, self.store)
-        self.shadow_agreement = ShadowAgreement(self.monitor.label)
+        self.shadow_agreement = ShadowAgreement(self.metrics.label)
         for collector in (
+            Objectives(config.slos),
+            self.events,
             self.drift_monitor,
             self.canary_monitor,
             self.rollout_controller,
@@ -235,22 +265,22 @@ class Services:
             DroppedExchanges(capture=self.captures.worker, data_quality=self.quality_worker),
             *([self.tracing] if self.tracing else []),
         ):
-            self.monitor.watch(collector)
+            self.metrics.watch(collector)
 
         # What clients ask
         looks: list[Callable[[Exchange], None]] = [
-            self.monitor.take,
+            self.metrics.take,
             self.feedback.remember,
             self.exchange_worker.offer,
         ]
         looks += [self.quality_worker.offer] if config.data_quality else []
         looks += self.captures.takes
         looks += [self.recent.take, *([self.tracing.take] if self.tracing else [])]
-        exchanges = ExchangeObservers([*looks, *observers], self.monitor.tap_took)
+        exchanges = ExchangeObservers([*looks, *observers], self.metrics.tap_took)
         self._shadows = Shadows(
             self.fleet,
             self.store,
-            self.monitor.shadowed,
+            self.metrics.shadowed,
             on_shadow,
             limit=config.max_shadows,
             agreement=self.shadow_agreement,
@@ -259,7 +289,8 @@ class Services:
         )
         self.batches, self.moderator, self._guards = on_behalf(self, self._router, me.id)
         self.fine_tuning = fine_tuning(self, self._router, self.batches, me.id)
-        self.loops = loops(self, self.fine_tuning, self.batches, self.captures.datasets, self._notify, me.id)
+        self.loops = loops(self, self.fine_tuning, self.batches, self.captures.datasets, loop_rows)
+        self._subscribe()
         self.inference = Inference(
             self.auth,
             self._router,
@@ -276,6 +307,21 @@ class Services:
             traced=self.tracing.begin if self.tracing else None,
         )
 
+    def _subscribe(self) -> None:
+        """Who is told of what happens: a line each."""
+        events, runs = self.events, self.golden.runs
+        events.at_once("metrics", self.metrics.count, Promoted, RolledBack, Unloaded, RollbackAttempted)
+        events.at_once("golden", lambda event: runs.wake(), VersionAdded, PromotionHeld, BaseSwapped)
+        events.at_once("canaries", self.rollout_controller.hear, CanaryVerdict)
+        events.subscribe("audit", self.audit.record, Recorded)
+        events.subscribe("history", self.rollout_controller.note_alarm, DriftAlarm)
+        events.subscribe("webhooks", self._webhooks.tell, Notice)
+        if self.tracing:
+            events.subscribe("tracing", self.tracing.happened, Notice)
+            events.subscribe("tracing_scores", self.tracing.scored, GoldenScored)
+        if self.config.loop:
+            events.subscribe("loops", self.loops.hear, DriftAlarm, JobEnded, GoldenScored)
+
     def doubted(self, error: LoradockError) -> LoradockError:
         """What to answer instead of this error, while what other servers did cannot be seen."""
         return self.follower.doubted(error) if self.follower else error
@@ -290,6 +336,11 @@ class Services:
                 closing.callback(self.tokens.close)
             closing.push_async_callback(asyncio.to_thread, partial(self.audit.flush, everything=True))
             closing.push_async_callback(asyncio.to_thread, self.usage_ledger.close)
+            if self.tracing:
+                closing.push_async_callback(asyncio.to_thread, self.tracing.stop)
+                self.tracing.start()
+            closing.push_async_callback(asyncio.to_thread, self.events.stop)
+            self.events.start()
             closing.push_async_callback(self.fleet.stop)
             closing.push_async_callback(self.lifecycle.settle)
             closing.push_async_callback(self._prefetcher.save)
@@ -302,9 +353,6 @@ class Services:
             if self._guards:
                 closing.push_async_callback(self._guards.close)
             await asyncio.to_thread(self.captures.start)
-            if self.tracing:
-                closing.push_async_callback(asyncio.to_thread, self.tracing.stop)
-                self.tracing.start()
             if self.config.data_quality:
                 closing.push_async_callback(asyncio.to_thread, self.quality_worker.stop)
                 await asyncio.to_thread(self.quality_worker.start)
@@ -323,7 +371,7 @@ class Services:
         self.background.start("history", partial(rotate_history, self.registry, self.config))
         self.background.start("prefetch", self._prefetcher.run)
         self.background.start("usage", self.usage_ledger.run)
-        self.background.start("canary_verdicts", self._act_on_verdicts)
+        self.background.start("canary_verdicts", self.rollout_controller.run)
         if self.config.webhooks:
             self.background.start("webhooks", self._webhooks.run)
         if self.follower:
@@ -393,28 +441,11 @@ class Services:
 
     def withholds(self, adapter: str) -> bool:
         """What it answers is shown to clients past its guard alone."""
-        return policy_for(self.config.policies, adapter).guard.withholds
-
-    def say(self, adapter: str) -> Say:
-        """Whose requests and ratings decide what becomes of its versions."""
-        return policy_for(self.config.policies, adapter).verdicts
-
-    def _canary_alpha(self, adapter: str) -> float:
-        """Probability of a false verdict on a canary: its policy's or, of a loop's canary, what its try may spend."""
-        return min(self.golden.verdicts.alpha(adapter), self.loops.alpha(adapter))
-
-    def _is_candidate(self, adapter: str, version: int) -> bool:
-        return self.loops.is_candidate(adapter, version)
+        return self.policies[adapter].guard.withholds
 
     def _exists(self, name: str) -> bool:
         """It is an adapter's full name, or a base's."""
         return name in self.registry or name in self.fleet
-
-    def _notify(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Tell webhooks and the collector what happened. Blocks."""
-        self._webhooks.send(kind, data)
-        if self.tracing:
-            self.tracing.happened(kind, data)
 
     def _count_usage(self, work: Work) -> None:
         self.usage_ledger.take(work, used := Usage.of(work, self.config.prices))
@@ -427,48 +458,10 @@ class Services:
                 with suppress(EngineUnavailable):
                     await base.backend.log_stats()
 
-    async def _act_on_verdicts(self) -> None:
-        """A verdict that waits for its golden set, or for a database that hangs, holds up no other."""
-        latest: dict[str, CanaryVerdict] = {}
-
-        async def act_on(verdict: CanaryVerdict) -> None:
-            admitted = await self.golden.verdicts.admitted(verdict)
-            if latest.get(verdict.adapter) is verdict:
-                del latest[verdict.adapter]
-                if admitted:
-                    self.rollout_controller.act_on(admitted)
-
-        async with asyncio.TaskGroup() as acting:
-            while True:
-                verdict = await self._verdicts.take()
-                latest[verdict.adapter] = verdict
-                acting.create_task(act_on(verdict))
-
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-def _canary_monitor(
-    config: Config,
-    registry: Registry,
-    alpha: Callable[[str], float],
-    say: Callable[[str], Say],
-    differs: Callable[[str, int], bool],
-    on_verdict: Callable[[CanaryVerdict], None],
-    label: Callable[[str, str], tuple[str, str]],
-) -> CanaryMonitor:
-    return CanaryMonitor(
-        config.data_dir / "drift",
-        share=lambda adapter: registry.canary(adapter) if adapter in registry else None,
-        live=lambda adapter: _live_version(registry, adapter),
-        alpha=alpha,
-        say=say,
-        differs=differs,
-        on_verdict=on_verdict,
-        label=label,
-    )
 
 
 def _context_of(base: Supervisor) -> int:

@@ -33,6 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.asgi.exchange import identified
 from serve.auth.rate_limits import Bucket
+from serve.events import Recorded
 from serve.names import shown
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,10 @@ class Audit:
             row = {"when": _iso(now), "who": who, **fields, "outcome": _outcome(status), "status": status}
             if not (_outcome(status) == "refused" and fields.get("key") and self._is_folded(row, now)):
                 self._write(row, now)
+
+    def record(self, event: Recorded) -> None:
+        """The line of something that this server did by itself."""
+        self.write(**event.audit_line())
 
     def flush(self, *, everything: bool = False) -> None:
         """Write the counts of refusals whose minute is over, and delete files whose time is. Blocks."""

@@ -23,7 +23,7 @@ from serve.dataset.held_out import HeldOut
 from serve.errors import BadRequest, Conflict, NotFound
 from serve.names import shown, tenant_of
 from serve.rollout.golden.golden_set import GoldenSet
-from serve.rollout.policy import Policy
+from serve.rollout.policy import Policies
 
 # Examples of one build; a job takes no more than its file may have.
 MOST = 100_000
@@ -43,9 +43,9 @@ class Forgotten:
 
 
 class Datasets:
-    """`policy` is an adapter's, `base_of` the name of the base that it runs on, `golden_of` its golden set, if it has
-    one; `days` is for how long a later build trains on nothing that this one held out. `forgotten(tenant, ids)` hears
-    in a thread of requests that were deleted; `settle()` returns once what was answered so far is kept."""
+    """`base_of` is the name of the base that an adapter runs on, `golden_of` its golden set, if it has one; `days` is
+    for how long a later build trains on nothing that this one held out. `forgotten(tenant, ids)` hears in a thread of
+    requests that were deleted; `settle()` returns once what was answered so far is kept."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Datasets:
         registry: Registry,
         ledger: ByteLedger,
         *,
-        policy: Callable[[str], Policy],
+        policies: Policies,
         base_of: Callable[[str], str],
         golden_of: Callable[[str], GoldenSet | None],
         forgotten: Callable[[str, Collection[str]], None],
@@ -65,7 +65,7 @@ class Datasets:
         self._folder = folder
         self._conversations = conversations
         self._registry = registry
-        self._policy = policy
+        self._policies = policies
         self._base_of = base_of
         self._golden_of = golden_of
         self._clock = clock
@@ -116,7 +116,7 @@ class Datasets:
 
     def learns(self, adapter: str) -> bool:
         """Whether requests to it are kept for this."""
-        return self._policy(adapter).train_on_traffic
+        return self._policies[adapter].train_on_traffic
 
     def must_learn(self, adapter: str) -> None:
         """Conflict, if the adapter's policy does not let it learn."""

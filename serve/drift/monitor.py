@@ -34,8 +34,9 @@ from serve.drift.native import native
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
 from serve.drift.probe_comparison import ProbeAnswers
 from serve.drift.state_arrays import prefixed
-from serve.drift.watched_version import PROBE, Alarm, DriftSettings, ProbeResult, WatchedVersion
+from serve.drift.watched_version import PROBE, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
+from serve.events import DriftAlarm, Events
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ LATELY = 600.0
 
 
 class DriftMonitor(Collector):
-    """May be called from any thread but the event loop's. `on_alarm` is called in the worker's thread.
+    """May be called from any thread but the event loop's. Alarms are published from the worker's thread.
 
     `base_of` says which base an adapter runs on. `label` gives a version's metric labels, which may be `other`.
     `exists(adapter, id)`: whether there still is this version.
@@ -60,7 +61,7 @@ class DriftMonitor(Collector):
         settings: DriftSettings = DriftSettings(),
         *,
         base_of: Callable[[str], str] = lambda adapter: "",
-        on_alarm: Callable[[Alarm], None] = lambda alarm: None,
+        events: Events | None = None,
         label: Callable[[str, str], tuple[str, str]] = lambda adapter, version: (adapter, version),
         exists: Callable[[str, str], bool] = lambda adapter, id: True,
         clock: Callable[[], float] = time.time,
@@ -70,7 +71,7 @@ class DriftMonitor(Collector):
         self._false_alarms = FalseAlarms(settings.threshold)
         self._settings = settings
         self._base_of = base_of
-        self._on_alarm = on_alarm
+        self._events = events or Events()
         self._label = label
         self._clock = clock
         scale = settings.reference / NEEDED[PROMPT]
@@ -87,7 +88,7 @@ class DriftMonitor(Collector):
         self._versions: OrderedDict[str, WatchedVersion] = OrderedDict()
         # When the last request came of those with requests that are not compared yet; and alarms to tell of.
         self._gathered: dict[WatchedVersion, float] = {}
-        self._raised: list[Alarm] = []
+        self._raised: list[DriftAlarm] = []
 
     # Observer of the exchange worker
 
@@ -123,7 +124,7 @@ class DriftMonitor(Collector):
             time.sleep(0)  # whoever waits for the interpreter has it first
         raised, self._raised = self._raised, []
         for alarm in raised:
-            self._on_alarm(alarm)
+            self._events.publish(alarm)
 
     def _count(self, watched: WatchedVersion) -> None:
         """Compare what was taken in of a version."""
@@ -136,7 +137,7 @@ class DriftMonitor(Collector):
         self._note_logprobs(watched, began)
         self._note_alarms(watched, alarms)
 
-    def _note_alarms(self, watched: WatchedVersion, alarms: Sequence[Alarm]) -> None:
+    def _note_alarms(self, watched: WatchedVersion, alarms: Sequence[DriftAlarm]) -> None:
         if alarms:  # also a kill does not lose them
             self._raised += alarms
             self._store(watched)

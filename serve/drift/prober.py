@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -15,12 +14,12 @@ from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.drift.monitor import DriftMonitor
 from serve.drift.probe_comparison import ProbeAnswers
-from serve.drift.watched_version import Alarm
 from serve.engine.effect_probe import FIXED, Logprobs, measuring
 from serve.engine.engine import LOW_PRIORITY, Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import LoradockError
+from serve.events import Events
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class Prober:
         registry: Registry,
         store: Store,
         monitor: DriftMonitor,
-        alarmed: Callable[[Alarm], None],
+        events: Events,
         *,
         interval: float = 3600.0,
         look: float = LOOK_SECONDS,
@@ -59,7 +58,7 @@ class Prober:
         self._fleet = fleet
         self._registry = registry
         self._store = store
-        self._monitor, self._alarmed = monitor, alarmed
+        self._monitor, self._events = monitor, events
         self._interval, self._look = interval, look
         self._probed: dict[Stay, _Probed] = {}
         # What each engine's base answered.
@@ -109,7 +108,7 @@ class Prober:
             result = await asyncio.to_thread(self._monitor.compare_probe, *names, answers, earlier=probed.to_confirm)
             probed.to_confirm = answers if result.ask_again else None
             if result.alarm:
-                await asyncio.to_thread(self._alarmed, result.alarm)
+                self._events.publish(result.alarm)
             if not result.ask_again or base.engine.leases:  # then `_is_due` says when
                 return
 

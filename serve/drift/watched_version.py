@@ -7,7 +7,7 @@ import math
 import re
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -64,6 +64,7 @@ from serve.drift.thinning import (
     Thinning,
 )
 from serve.engine.effect_probe import effect
+from serve.events import DriftAlarm
 from serve.models.language import STOP_WORDS, language_of, read
 from serve.names import tenant_of
 
@@ -110,22 +111,10 @@ class DriftSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Alarm:
-    """Something moved, by so much that it matters. `moved` says what (`serve.drift.change_description`)."""
-
-    adapter: str
-    version: str
-    signal: str
-    effects: Mapping[str, float]
-    log_evidence: float
-    moved: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class ProbeResult:
     """`ask_again`: what these answers say may be the noise of a busy engine."""
 
-    alarm: Alarm | None = None
+    alarm: DriftAlarm | None = None
     ask_again: bool = False
 
 
@@ -232,11 +221,11 @@ class WatchedVersion:
             kind: share.alarmed_at for kind, share in self.shares().items() if share.alarmed_at is not None
         }
 
-    def observe(self, exchange: Exchange, embedding: Embedding) -> list[Alarm]:
+    def observe(self, exchange: Exchange, embedding: Embedding) -> list[DriftAlarm]:
         """Take in one exchange, and count what may be counted; the alarms that this raised."""
         return [*self.gather(exchange, embedding), *self.count()]
 
-    def gather(self, exchange: Exchange, embedding: Embedding) -> list[Alarm]:
+    def gather(self, exchange: Exchange, embedding: Embedding) -> list[DriftAlarm]:
         """Take in one exchange; the alarms about the sampling that it raised. If thinning accepts it, it counts with
         others of its block in one of the next `count`s."""
         self.unsaved = True
@@ -280,10 +269,10 @@ class WatchedVersion:
         if taken is not None:
             self._gathered += self._shuffle.add(self._accepted(taken, embedding))
 
-    def count(self) -> list[Alarm]:
+    def count(self) -> list[DriftAlarm]:
         """Compare what was gathered with the reference, in its order; the alarms that it raised. Many requests at once
         cost less than as many one after another, and say the same."""
-        alarms: list[Alarm] = []
+        alarms: list[DriftAlarm] = []
         while self._gathered:
             samples, self._gathered = self._gathered[:COUNTED_AT_ONCE], self._gathered[COUNTED_AT_ONCE:]
             alarms += self._count(samples)
@@ -317,7 +306,7 @@ class WatchedVersion:
         self.alarmed[PROBE] = now
         self.moved[PROBE] = describe_probe(ratio)
         return ProbeResult(
-            Alarm(self.adapter, self.version, PROBE, {"noise_ratio": ratio}, math.inf, self.moved[PROBE])
+            DriftAlarm(self.adapter, self.version, PROBE, {"noise_ratio": ratio}, math.inf, self.moved[PROBE])
         )
 
     def acknowledge(self) -> None:
@@ -414,7 +403,7 @@ class WatchedVersion:
         """What is watched of the sampling itself, by the name of its alarm."""
         return {SAMPLING: self.thinning.acceptance, OPENING: self.thinning.opening.share}
 
-    def _sampling_alarms(self) -> Iterator[Alarm]:
+    def _sampling_alarms(self) -> Iterator[DriftAlarm]:
         for kind, share in self.shares().items():
             if share.alarmed_at is not None and kind not in self.alarmed:
                 self.alarmed[kind] = share.alarmed_at
@@ -427,7 +416,7 @@ class WatchedVersion:
                 }[kind]
                 since = iso(share.alarmed_at)
                 self.moved[kind] = {"text": f"at {since}, {text}", "since": since, **effects}
-                yield Alarm(self.adapter, self.version, kind, effects, share.log_evidence, self.moved[kind])
+                yield DriftAlarm(self.adapter, self.version, kind, effects, share.log_evidence, self.moved[kind])
 
     def _sample(self, exchange: Exchange, prompt: Sized, embedding: Embedding) -> _Sample:
         generation, owned = exchange.generations[0], self._may_quote(exchange)
@@ -489,7 +478,7 @@ class WatchedVersion:
         sample.prompt = self._described(sample, last.tokens, mean, row[1 : 1 + embedding.dimensions])
         return sample
 
-    def _count(self, samples: Sequence[_Sample]) -> Iterator[Alarm]:
+    def _count(self, samples: Sequence[_Sample]) -> Iterator[DriftAlarm]:
         """Update every signal with some accepted samples, one after another."""
         taken = [list(self._taken(sample)) for sample in samples]
         rows: dict[Signal, list[Floats]] = {}
@@ -516,12 +505,12 @@ class WatchedVersion:
                     self.moved[kind] = describe(signal, self._profiles(kind), self._since(signal))
                     self.alarmed[kind] = sample.began
                     effects, moved = signal.beyond(), self.moved[kind]
-                    yield Alarm(self.adapter, self.version, kind, effects, signal.log_evidence, moved)
+                    yield DriftAlarm(self.adapter, self.version, kind, effects, signal.log_evidence, moved)
             yield from self._compare_facts(sample)
         for each in runs.values():
             next(each, None)
 
-    def _compare_facts(self, sample: _Sample) -> Iterator[Alarm]:
+    def _compare_facts(self, sample: _Sample) -> Iterator[DriftAlarm]:
         """What is plain about an answer, with the reference of its parameters that does not learn."""
         strata, later = self.baseline.strata[OUTPUT], FOLLOW_UP in sample.rows
         if later:
@@ -534,7 +523,7 @@ class WatchedVersion:
         if signal.update_facts(lane, sample.facts, sample.began):
             self.moved[OUTPUT] = moved = describe(signal, self._profiles(OUTPUT), self._since(signal))
             self.alarmed[OUTPUT] = sample.began
-            yield Alarm(self.adapter, self.version, OUTPUT, signal.beyond(), signal.log_evidence, moved)
+            yield DriftAlarm(self.adapter, self.version, OUTPUT, signal.beyond(), signal.log_evidence, moved)
 
     def _times_of(self, signal: Signal) -> deque[float]:
         times = self._times.get(signal)

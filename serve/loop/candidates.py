@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +36,7 @@ class Prepared:
 
 
 class Candidates:
-    """`gather` builds examples from traffic; `woken` hears of a new job, and of one that is to end."""
+    """`gather` builds examples from traffic."""
 
     def __init__(
         self,
@@ -46,13 +45,12 @@ class Candidates:
         files: Batches,
         auth: Auth,
         gather: Gather,
-        woken: Callable[[], None] = lambda: None,
     ) -> None:
         self._rows = rows
         self._jobs = jobs
         self._files = files
         self._auth = auth
-        self.gather, self._woken = gather, woken
+        self.gather = gather
         self.deletions = Deletions()
 
     async def prepare(self, loop: Loop, live: Adapter, policy: LoopPolicy, now: float) -> Prepared:
@@ -66,7 +64,7 @@ class Candidates:
                 seed=0,  # the same split at every try: what was held out once is never trained on
             )
             prepared = await asyncio.to_thread(self._prepare, loop, live, policy, gathered, deleted)
-        self._woken()
+        self._jobs.schedule.wake()
         return prepared
 
     def _prepare(self, loop: Loop, live: Adapter, policy: LoopPolicy, gathered: Gathered, deleted: Deleted) -> Prepared:
@@ -160,7 +158,7 @@ class Candidates:
             self._jobs.cancel(tenant_of(loop.name), loop.state.job)
         except (Conflict, NotFound):
             return  # it is at its end
-        self._woken()
+        self._jobs.schedule.wake()
 
 
 def job_of(loop: Loop) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 from serve.adapters.adapter import Adapter
 from serve.rollout.loop_policy import DRIFT, RATINGS, SCHEDULE, LoopPolicy
 
-# A history is read again after so many seconds.
-HISTORY_SECONDS = 60.0
+# Open alarms are looked at again after so many seconds, though none is new; a history is read again.
+LOOK_SECONDS = HISTORY_SECONDS = 60.0
 # A version's first ratings, and as many of its last ones; so much less, from 0 to 1, is a fall.
 RATINGS_COMPARED, FALL = 50, 0.1
 VERSIONS = 1000
@@ -78,26 +79,47 @@ def _count(ratings: Iterable[tuple[str, float]], key: str) -> int:
     return sum(each == key for each, _ in ratings)
 
 
-class Causes:
-    """`drifted()` has by adapter each version's open alarms, as of the last `look`; `history(name)` every change of a
-    name. All of it blocks."""
+class Drift(Protocol):
+    """Who watches versions for drift."""
 
-    def __init__(
-        self,
-        drifted: Callable[[], Mapping[str, Sequence[Mapping[str, Any]]]],
-        history: Callable[[str], Sequence[Mapping[str, Any]]],
-        ratings: Ratings,
-    ) -> None:
-        self._drifted = drifted
+    def summary(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """Each version's open alarms, by adapter."""
+
+    def begin_prompts_anew(self, adapter: str, version: str, id: str) -> None: ...
+
+
+class Causes:
+    """Alarms are those of `drift` as of the last `look`; `history(name)` has every change of a name. It blocks, apart
+    from `note_alarm`."""
+
+    def __init__(self, drift: Drift, history: Callable[[str], Sequence[Mapping[str, Any]]], ratings: Ratings) -> None:
+        self._drift_monitor = drift
         self._history = history
         self._ratings = ratings
+        self._looked = -math.inf
+        self._new_alarm = False
         self._rows: Mapping[str, Sequence[Mapping[str, Any]]] = {}
         # Of a live version: when its history was read, and what fell.
         self._read: dict[str, tuple[float, str | None]] = {}
 
+    def note_alarm(self) -> None:
+        """There is a new one. For any thread."""
+        self._new_alarm = True
+
     def look(self) -> None:
         """See which alarms are open."""
-        self._rows = self._drifted()
+        self._new_alarm = False
+        self._rows = self._drift_monitor.summary()
+
+    def look_if_new(self, now: float) -> None:
+        """`look`, if there is a new alarm; and now and then, for those that were acknowledged."""
+        if self._new_alarm or now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self.look()
+
+    def answered(self, candidate: Adapter) -> None:
+        """A version that was made for what is asked now is live: its own prompts are the reference."""
+        self._drift_monitor.begin_prompts_anew(candidate.name, f"v{candidate.version}", candidate.id)
 
     def find(self, live: Adapter, policy: LoopPolicy, last: float | None, now: float) -> Cause | None:
         """What opens a try for this live version now; `last` is when the last try began, if there was one."""

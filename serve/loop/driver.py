@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry.registry import Registry
 from serve.errors import BadRequest, Conflict, EngineUnavailable, LoradockError, NotFound, OutOfSpace, QuotaExceeded
 from serve.loop.candidates import Candidates
 from serve.loop.causes import Cause, Causes
@@ -26,8 +25,7 @@ from serve.loop.gatekeeper import Gatekeeper, Interrupted
 from serve.loop.journal import WHO, Journal
 from serve.loop.loop_rows import LoopRows
 from serve.loop.objects import Loop, Outcome, Phase
-from serve.loop.replays import Replays
-from serve.rollout.golden.golden_verdicts import GoldenVerdicts
+from serve.rollout.admit import VersionAdmission
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.loop_policy import ASK, LoopPolicy
 from serve.sequential.sequential_test import Verdict
@@ -57,37 +55,29 @@ class Work:
 
 
 class LoopDriver:
-    """`policy(name)` is the adapter's, `swapped(name, result)` counts promotions, `anew(name, version, id)` watches the
-    prompts of a version from its own on; `clock` is the time of day."""
+    """`clock` is the time of day."""
 
     def __init__(
         self,
         rows: LoopRows,
-        registry: Registry,
         lifecycle: Lifecycle,
+        admission: VersionAdmission,
         candidates: Candidates,
         gatekeeper: Gatekeeper,
-        replays: Replays,
-        golden: GoldenVerdicts,
         causes: Causes,
         journal: Journal,
         *,
-        policy: Callable[[str], LoopPolicy],
-        anew: Callable[[str, str, str], None],
-        swapped: Callable[[str, str], None] = lambda name, result: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._rows = rows
-        self._registry = registry
+        self._registry = lifecycle.registry
         self._lifecycle = lifecycle
+        self._admission = admission
+        self._policies = admission.policies
         self._candidates = candidates
-        self._gatekeeper = gatekeeper
-        self._golden = golden
-        self._replays = replays
-        self._causes, self._journal = causes, journal
-        self._policy = policy
-        self._anew = anew
-        self._swapped = swapped
+        self.gatekeeper = gatekeeper
+        self.causes = causes
+        self._journal = journal
         self._clock = clock
         self._steps: Mapping[Phase, Callable[[Work, LoopPolicy], Awaitable[None]]] = {
             Phase.WAITING: self._wait,
@@ -103,7 +93,7 @@ class LoopDriver:
     def due(self, loops: Sequence[Loop], stopped: bool) -> list[Loop]:
         """Those that this server should take a step of now. Blocks."""
         if loops:
-            self._causes.look()
+            self.causes.look_if_new(self._clock())
         return [loop for loop in loops if self._is_due(loop, stopped or loop.stopped is not None)]
 
     def _is_due(self, loop: Loop, stopped: bool) -> bool:
@@ -115,11 +105,11 @@ class LoopDriver:
         live = self._registry.live(loop.name)
         if stopped or live is None or now < max(loop.state.not_before, loop.state.look):
             return False
-        return self._causes.find(live, self._policy(loop.name), loop.state.tried, now) is not None
+        return self.causes.find(live, self._policies[loop.name].loop, loop.state.tried, now) is not None
 
     async def run(self, work: Work) -> None:
         """One step."""
-        loop, policy = work.loop, self._policy(work.loop.name)
+        loop, policy = work.loop, self._policies[work.loop.name].loop
         try:
             if who := await asyncio.to_thread(self._stopped, loop):
                 await self._granted(loop)
@@ -171,7 +161,7 @@ class LoopDriver:
         if live is None:
             return
         cause = Cause("asked", f"{wish['by']} asked for it") if wish else None
-        cause = cause or await asyncio.to_thread(self._causes.find, live, policy, loop.state.tried, now)
+        cause = cause or await asyncio.to_thread(self._found, live, policy, loop.state.tried, now)
         if cause is None:
             return
         alpha = await self._budget(loop, policy)
@@ -181,6 +171,11 @@ class LoopDriver:
         begun = await asyncio.to_thread(self._rows.begin, loop, alpha, content, live.version, cause.since)
         if begun is not None:
             await asyncio.to_thread(self._journal.step, begun, "opened", f"{cause.kind}: {cause.text}", content)
+
+    def _found(self, live: Adapter, policy: LoopPolicy, tried: float | None, now: float) -> Cause | None:
+        """What opens a try, as of now: an alarm may have been acknowledged since the last look."""
+        self.causes.look()
+        return self.causes.find(live, policy, tried, now)
 
     async def _budget(self, loop: Loop, policy: LoopPolicy) -> float:
         """What the next try may spend; 0 when this month has nothing left."""
@@ -227,13 +222,14 @@ class LoopDriver:
         loop = work.loop
         await self._granted(loop)
         live, candidate = self._versions(loop)
-        gate = await self._gatekeeper.judge(loop, live, candidate, policy.gate, lambda: not work.stop)
+        gate = await self.gatekeeper.judge(loop, live, candidate, policy.gate, lambda: not work.stop)
         if gate is None:
             await self._later(loop, "the golden set is being asked", LOOK_SECONDS)
             return
         evidence = gate.described()
         content: dict[str, Any] = {"gate": evidence, "score": next((part.candidate for part in gate.parts), None)}
-        if gate.passed and (told := await self._replays.compared(loop, live, candidate, lambda: not work.stop)):
+        replays = self.gatekeeper.replays
+        if gate.passed and (told := await replays.compared(loop, live, candidate, lambda: not work.stop)):
             content["replay"] = told
         if work.stop:
             raise Interrupted
@@ -310,22 +306,22 @@ class LoopDriver:
 
     async def _promote(self, loop: Loop, text: str, by: str = WHO) -> None:
         live, candidate = self._versions(loop)
+        policy = self._policies[loop.name].proven
         try:
-            await self._golden.check(loop.name, candidate.version, False)
+            await self._admission.check(candidate, policy)
         except Conflict as held:
             await self._reject(loop, held.message)
             return
         if not await asyncio.to_thread(self._rows.is_mine, loop):
             raise Interrupted  # it was stopped, rejected or taken over while this step went on
         why = f"try {loop.state.number} of its loop: {text}"
-        await self._lifecycle.promote(loop.name, candidate.version, by=by, expected=live.version, why=why)
-        self._swapped(loop.name, "promoted")
+        await self._admission.admit(candidate, policy, by, why=why, expected=live.version)
         await self._promoted(loop, text, {}, by=by)
 
     async def _promoted(self, loop: Loop, text: str, evidence: Mapping[str, Any], by: str = WHO) -> None:
         """The candidate is live: what it was proved on is a reference from now on, and what moved moves no more."""
         rows, candidate = self._rows, self._registry.get(loop.name, loop.state.candidate)
-        await asyncio.to_thread(self._anew, loop.name, f"v{candidate.version}", candidate.id)
+        await asyncio.to_thread(self.causes.answered, candidate)
         if loop.state.held_out:
             label = f"v{loop.state.candidate}"
             await asyncio.to_thread(rows.keep, loop, loop.state.held_out, label, self._score(loop))
@@ -349,7 +345,7 @@ class LoopDriver:
         await asyncio.to_thread(self._candidates.give_up, loop)
         await self._end_canary(loop, text)
         failures = loop.state.failures + 1
-        wait = self._policy(loop.name).wait * 2 ** min(failures - 1, DOUBLINGS)
+        wait = self._policies[loop.name].loop.wait * 2 ** min(failures - 1, DOUBLINGS)
         state = {"failures": failures, "not_before": self._clock() + wait, "note": text}
         if await asyncio.to_thread(self._rows.end, loop, outcome, {"text": text, "by": by}, **state):
             await asyncio.to_thread(self._journal.ended, loop, outcome, text, evidence or {}, by)

@@ -12,6 +12,7 @@ from serve.loop.gate import GOLDEN, NEW, REFERENCE, Gate, Part, compared
 from serve.loop.likelihood import Example
 from serve.loop.loop_rows import LoopRows
 from serve.loop.objects import Loop
+from serve.loop.replays import Replays
 from serve.rollout.golden.golden import Golden
 from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.loop_policy import GatePolicy
@@ -31,12 +32,13 @@ class Interrupted(Exception):
 
 
 class Gatekeeper:
-    """`scorer` asks the engine, `golden` has the golden scores."""
+    """`scorer` asks the engine, `golden` has the golden scores; `replays` are for whoever says yes or no."""
 
-    def __init__(self, rows: LoopRows, scorer: Scorer, golden: Golden) -> None:
+    def __init__(self, rows: LoopRows, scorer: Scorer, golden: Golden, replays: Replays) -> None:
         self._rows = rows
         self.scorer = scorer
         self._golden = golden
+        self.replays = replays
 
     async def judge(
         self, loop: Loop, live: Adapter, candidate: Adapter, policy: GatePolicy, goes_on: Callable[[], bool]

@@ -3,113 +3,55 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from serve.adapters.registry.registry import Registry
-from serve.auth.audit import Audit
-from serve.dataset.conversations import Captured
 from serve.errors import Conflict, NotFound
+from serve.events import DriftAlarm, Event, GoldenScored, JobEnded
 from serve.loop.candidates import Candidates
-from serve.loop.causes import Causes, Ratings
+from serve.loop.causes import Ratings
 from serve.loop.driver import APPROVE, REJECT, RUN, LoopDriver, month_of
-from serve.loop.gatekeeper import Gatekeeper, Scorer
-from serve.loop.journal import Journal
 from serve.loop.likelihood import Example
 from serve.loop.loop_rows import LoopRows
-from serve.loop.metrics import LoopMetrics
 from serve.loop.objects import Loop, Phase
-from serve.loop.replays import Replays
 from serve.loop.schedule import LoopSchedule
 from serve.names import shown, tenant_of
-from serve.rollout.canary.canary import CanaryVerdict
-from serve.rollout.golden.golden import Golden
-from serve.rollout.lifecycle import Lifecycle
-from serve.rollout.loop_policy import LoopPolicy
-from serve.sequential.sequential_test import Verdict
+from serve.rollout.policy import Policies
 
 
 class Loops:
-    """`policy(name)` is the adapter's, and `captured(name)` what it was asked here; `alone` says that no other server
-    shares the registry, `servers()` how many do. Files of examples are kept for `file_seconds`. The rest is as the
-    parts take it."""
+    """`ratings` are counted here. Files of examples are kept for `file_seconds`; `clock` is the time of day."""
 
     def __init__(
         self,
         rows: LoopRows,
-        registry: Registry,
-        lifecycle: Lifecycle,
-        golden: Golden,
+        policies: Policies,
         candidates: Candidates,
-        scorer: Scorer,
-        captured: Callable[[str], Iterator[Captured]],
-        audit: Audit,
+        driver: LoopDriver,
+        schedule: LoopSchedule,
+        ratings: Ratings,
         *,
-        policy: Callable[[str], LoopPolicy],
-        alone: bool,
-        drifted: Callable[[], Mapping[str, Sequence[Mapping[str, Any]]]],
-        anew: Callable[[str, str, str], None],
-        notify: Callable[[str, Mapping[str, Any]], None],
-        swapped: Callable[[str, str], None] = lambda name, result: None,
-        labelled: Callable[[str], bool] = lambda adapter: True,
-        servers: Callable[[], int] = lambda: 1,
         file_seconds: float = 30 * 86_400.0,
-        ratings: Ratings | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.rows = rows
-        self._policy = policy
-        self._servers = servers
-        self._clock = clock
+        self.candidates = candidates
+        self.driver = driver
+        self.schedule = schedule
+        self.ratings = ratings
+        self._policies = policies
         self._file_seconds = file_seconds
-        self.ratings, self.metrics = ratings or Ratings(), LoopMetrics(labelled)
-        self.candidates, self.gatekeeper = candidates, Gatekeeper(rows, scorer, golden)
-        driver = LoopDriver(
-            rows,
-            registry,
-            lifecycle,
-            candidates,
-            self.gatekeeper,
-            Replays(rows, captured, golden),
-            golden.verdicts,
-            Causes(drifted, registry.history, self.ratings),
-            Journal(registry, audit, self.metrics, notify),
-            policy=policy,
-            anew=anew,
-            swapped=swapped,
-            clock=clock,
-        )
-        self.schedule = LoopSchedule(rows, registry, driver, self.metrics, policy, alone=alone, clock=clock)
+        self._clock = clock
 
-    # A canary of a loop
-
-    def alpha(self, name: str) -> float:
-        """What a false verdict on the adapter's canary may cost, if it is its loop's; else 1. Blocks.
-
-        Each server has an analysis of its own traffic, and any of them may prove: they share what the try may spend.
-        """
-        loop = self.rows.get(name)
-        if loop is None or loop.phase is Phase.WAITING:
-            return 1.0
-        # In every phase: a person may have given the candidate its share before its loop does.
-        return loop.state.alpha / max(1, self._servers())
-
-    def is_candidate(self, name: str, version: int) -> bool:
-        """The try that goes on has trained this version, on answers that the live one does not give. Blocks."""
-        loop = self.rows.get(name)
-        return loop is not None and loop.phase is not Phase.WAITING and loop.state.candidate == version
-
-    def heard(self, verdict: CanaryVerdict) -> bool:
-        """Note the verdict on a canary; whether the loop acts on it, and nobody else. Blocks."""
-        loop = self.rows.get(verdict.adapter)
-        if loop is None or loop.phase not in (Phase.CANARY, Phase.ASKING) or loop.state.candidate != verdict.canary:
-            return False
-        said = {"verdict": verdict.verdict.value, "reason": verdict.reason, "evidence": verdict.evidence}
-        self.rows.hear(loop, said)
-        if loop.phase is Phase.CANARY or verdict.verdict is Verdict.WORSE:
-            self.rows.look(loop)
-        return verdict.verdict is Verdict.PROVED
+    def hear(self, event: Event) -> None:
+        """Have the loops look now that may wait for this. Blocks; for any thread."""
+        if isinstance(event, DriftAlarm):
+            self.driver.causes.note_alarm()
+        for loop in self.rows.all():
+            if _waits_for(loop, event):
+                self.rows.look(loop)
+        self.schedule.look_now()
 
     # For people. All of it blocks
 
@@ -121,7 +63,7 @@ class Loops:
 
     def described(self, name: str) -> dict[str, Any]:
         """A loop with its policy, tries and references."""
-        policy, loop = self._policy(name), self.rows.get(name)
+        policy, loop = self._policies[name].loop, self.rows.get(name)
         answer = {
             **self._summary(name, loop, self.rows.stopped()),
             "policy": {**asdict(policy), "on": list(policy.on)},
@@ -135,7 +77,7 @@ class Loops:
         }
 
     def _summary(self, name: str, loop: Loop | None, everywhere: str | None) -> dict[str, Any]:
-        policy = self._policy(name)
+        policy = self._policies[name].loop
         answer: dict[str, Any] = {"on": list(policy.on), "stopped_everywhere": everywhere}
         if loop is None:
             return {**answer, "phase": None, "stopped": None, "note": ""}
@@ -212,3 +154,12 @@ class Loops:
     def _wish(self, loop: Loop, what: str, by: str, why: str = "") -> None:
         self.rows.wish(loop, what, by, why)
         self.schedule.wake(loop.id)
+
+
+def _waits_for(loop: Loop, event: Event) -> bool:
+    match event:
+        case JobEnded():
+            return loop.phase is Phase.TRAINING and loop.state.job == event.job
+        case GoldenScored():
+            return loop.phase is Phase.GATE and loop.name == event.adapter
+    return False

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
 from serve.adapters.registry.registry import Registry
+from serve.events import ROLLBACK as WHO
 from serve.names import shown
-from serve.rollout.rollback import WHO, AutomaticRollback
+from serve.rollout.policy import ROLLBACK, Policies
+from serve.rollout.rollback import AutomaticRollback
 
 ACTION = "rollback"
 REASON = "alert"
@@ -47,11 +49,11 @@ class Notification(Struct, frozen=True):
 
 
 class Alerts:
-    """Acts on alerts. `by_itself(adapter)`: whether the adapter's policy is to roll back without asking people."""
+    """Acts on alerts, where the adapter's policy is to roll back without asking people."""
 
-    def __init__(self, rollback: AutomaticRollback, registry: Registry, by_itself: Callable[[str], bool]) -> None:
+    def __init__(self, rollback: AutomaticRollback, registry: Registry, policies: Policies) -> None:
         self._rollback = rollback
-        self._by_itself = by_itself
+        self._policies = policies
         self._registry = registry
 
     async def take(self, alert: Alert, *, may: bool, by: str) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class Alerts:
             return "ignored", "its labels name no adapter and version, as adapter=tone and version=v2"
         if not may or adapter not in self._registry:
             return "ignored", "this key manages no adapter of that name"
-        if not self._by_itself(adapter):
+        if self._policies[adapter].worse != ROLLBACK:
             return "ignored", "this adapter's policy leaves the rollback to people"
         if await asyncio.to_thread(self._acted, adapter, alert.key):
             return "repeated", "it was acted on before"

@@ -8,32 +8,27 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serve.adapters.registry.registry import Registry
-from serve.auth.audit import Audit
-from serve.drift.watched_version import Alarm
-from serve.errors import Conflict, LoradockError
-from serve.names import tenant_of
-from serve.rollout.canary.canary import CanaryVerdict
-from serve.rollout.canary.canary_monitor import CanaryMonitor
+from serve.asgi.inbox import Inbox
+from serve.errors import LoradockError
+from serve.events import MAX_EVIDENCE, WATCHER, CanaryJudged, CanaryVerdict, DriftAlarm, Events, VerdictActedOn
+from serve.events import REFEREE as WHO
+from serve.rollout.canary.canary_monitor import CanaryMonitor, Tries
+from serve.rollout.golden.golden_verdicts import GoldenVerdicts
 from serve.rollout.lifecycle import Lifecycle
-from serve.rollout.policy import HOLD, PROMOTE, ROLLBACK, Policy, policy_for
+from serve.rollout.policy import PROMOTE, ROLLBACK, Policies
 from serve.rollout.rollback import HISTORY_SECONDS, AutomaticRollback, Outcome
 from serve.sequential.sequential_test import Verdict
 
 log = logging.getLogger(__name__)
 
-# Who acted, in histories and the audit log: on a verdict, and on a drift alarm.
-WHO, WATCHER = "referee", "watcher"
-MAX_EVIDENCE = 2048
 # The pause before the second attempt; each further one is twice as long.
 RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0
 
@@ -48,38 +43,53 @@ class _Action:
 
 
 class RolloutController(Collector):
-    """`act_on` and `close` belong to the event loop. `swapped(adapter, result)` counts a promotion.
-
-    `notify(type, data)` hears of verdicts and alarms, `heard(verdict)` tells whether a loop acts on it; in a thread.
-    """
+    """`hear` and `note_alarm` are for any thread, the rest for the event loop. `golden` may have a verdict wait, and
+    `tries` may have a loop act on it."""
 
     def __init__(
         self,
         rollback: AutomaticRollback,
         lifecycle: Lifecycle,
         registry: Registry,
-        audit: Audit,
         canaries: CanaryMonitor,
-        policies: Sequence[Policy],
-        swapped: Callable[[str, str], None] = lambda adapter, result: None,
-        notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
-        heard: Callable[[CanaryVerdict], bool] = lambda verdict: False,
+        golden: GoldenVerdicts,
+        tries: Tries,
+        policies: Policies,
+        events: Events,
     ) -> None:
         self._rollback = rollback
         self._lifecycle = lifecycle
         self._registry = registry
-        self._audit = audit
         self._canaries = canaries
+        self._golden = golden
+        self._tries = tries
         self._policies = policies
-        self._swapped = swapped
-        self._notify, self._heard = notify, heard
+        self._events = events
+        self._heard: Inbox[CanaryVerdict] = Inbox()
         # The latest action of each adapter that is not done yet.
         self._actions: dict[str, _Action] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def policy(self, adapter: str) -> Policy:
-        """The policy of the adapter of this full name."""
-        return policy_for(self._policies, adapter)
+    def hear(self, verdict: CanaryVerdict) -> None:
+        """Have `run` act on a verdict."""
+        self._heard.put(verdict)
+
+    async def run(self) -> None:
+        """Until cancelled. A verdict that waits for its golden set, or for a database that hangs, holds up no other."""
+        latest: dict[str, CanaryVerdict] = {}
+
+        async def act_on(verdict: CanaryVerdict) -> None:
+            admitted = await self._golden.admitted(verdict)
+            if latest.get(verdict.adapter) is verdict:
+                del latest[verdict.adapter]
+                if admitted:
+                    self.act_on(admitted)
+
+        async with asyncio.TaskGroup() as acting:
+            while True:
+                verdict = await self._heard.take()
+                latest[verdict.adapter] = verdict
+                acting.create_task(act_on(verdict))
 
     def act_on(self, verdict: CanaryVerdict) -> None:
         """Do what the policy says about a verdict, until it is done; a later one on the same adapter replaces it."""
@@ -131,7 +141,7 @@ class RolloutController(Collector):
         return done
 
     async def _act(self, verdict: CanaryVerdict, *, first: bool) -> bool:
-        hearing = asyncio.to_thread(self._heard, verdict)
+        hearing = asyncio.to_thread(self._tries.heard, verdict)
         worse = verdict.verdict is Verdict.WORSE
         try:
             # A version that does harm does not stay for a database that is slow.
@@ -144,23 +154,23 @@ class RolloutController(Collector):
             log.warning("%s@v%d: its loop does not hear of it: %s", verdict.adapter, verdict.canary, why)
         done = await self._follow(verdict, first=first)
         if first and not verdict.repeated:
-            await asyncio.to_thread(self._notify, f"canary.{verdict.verdict.value}", _as_data(verdict))
+            self._events.publish(CanaryJudged(verdict))
         return done
 
     async def _follow(self, verdict: CanaryVerdict, *, first: bool) -> bool:
         """What the policy says about a verdict; whether nothing is left to do."""
-        policy = self.policy(verdict.adapter)
+        policy = self._policies[verdict.adapter]
         if verdict.verdict is Verdict.WORSE and policy.worse == ROLLBACK:
             return await self._roll_back(verdict, first=first)
         if verdict.verdict is Verdict.PROVED and policy.proved == PROMOTE:
             return await self._promote(verdict, first=first)
         if not verdict.repeated:
-            await self._write(verdict, 200, f"canary_{verdict.verdict.value}")
+            self._events.publish(VerdictActedOn(verdict, f"canary_{verdict.verdict.value}", 200))
         return True
 
     async def _roll_back(self, verdict: CanaryVerdict, *, first: bool) -> bool:
         result = await self._rollback.rollback(
-            verdict.adapter, verdict.canary, verdict.reason, verdict.evidence, audit_failure=first
+            verdict.adapter, verdict.canary, verdict.reason, verdict.evidence, tell_failure=first
         )
         if result.outcome is Outcome.FAILED:
             return False
@@ -173,13 +183,12 @@ class RolloutController(Collector):
         why = f"proved: {json.dumps(verdict.evidence)}"[:MAX_EVIDENCE]
         try:
             await self._lifecycle.promote(adapter, verdict.canary, by=WHO, expected=verdict.live, why=why)
-            self._swapped(adapter, "promoted")
         except LoradockError as error:
             log.warning("%s@v%d was not promoted: %s", adapter, verdict.canary, error.message)
             status = error.status
         done = status < 500
         if done or first:
-            await self._write(verdict, status, "promote")
+            self._events.publish(VerdictActedOn(verdict, "promote", status))
         return done
 
     def _overruled(self, verdict: CanaryVerdict) -> bool:
@@ -190,74 +199,13 @@ class RolloutController(Collector):
         versions = (live.version if live else None, canary.adapter.version if canary else None)
         return versions != (verdict.live, verdict.canary)
 
-    async def _write(self, verdict: CanaryVerdict, status: int, what: str) -> None:
-        await asyncio.to_thread(
-            self._audit.write,
-            status=status,
-            who=WHO,
-            tenant=tenant_of(verdict.adapter),
-            key=None,
-            what=what,
-            subject=f"{verdict.adapter}@v{verdict.canary}",
-            reason=verdict.reason,
-            evidence=json.dumps(verdict.evidence)[:MAX_EVIDENCE],
-        )
-
-    def alarmed(self, alarm: Alarm) -> None:
-        """Write down that something has drifted; nothing else follows. Writes to disk; not for the event loop."""
+    def note_alarm(self, alarm: DriftAlarm) -> None:
+        """Write into the history that something has drifted; nothing else follows. Blocks."""
         adapter, version = alarm.adapter, alarm.version
-        effects = {name: round(value, 3) for name, value in alarm.effects.items()}
-        text = alarm.moved.get("text", "")
-        log.warning("%s@%s: %s has drifted: %s %s", adapter, version, alarm.signal, text, effects)
-        evidence = json.dumps({"signal": alarm.signal, **effects, "text": text}, ensure_ascii=False)
+        log.warning("%s@%s: %s has drifted: %s %s", adapter, version, alarm.signal, alarm.text, alarm.rounded)
         try:
             if adapter in self._registry:  # else it is a base model, which has no history
-                why = f"{alarm.signal}: {evidence}"
+                why = f"{alarm.signal}: {alarm.evidence}"
                 self._registry.note(adapter, "drift", int(version.removeprefix("v")), by=WATCHER, why=why)
         except LoradockError as error:
             log.warning("%s: the drift alarm is missing from the history: %s", adapter, error.message)
-        self._audit.write(
-            status=200,
-            who=WATCHER,
-            tenant=tenant_of(adapter),
-            key=None,
-            what="drift",
-            subject=f"{adapter}@{version}",
-            reason=alarm.signal,
-            evidence=evidence,
-        )
-        data = {
-            "adapter": adapter,
-            "version": version,
-            "tenant": tenant_of(adapter),
-            "signal": alarm.signal,
-            "text": text,
-            "effects": effects,
-            "log_evidence": round(alarm.log_evidence, 3) if math.isfinite(alarm.log_evidence) else None,
-            "moved": dict(alarm.moved),
-        }
-        self._notify("drift.alarm", data)
-
-    def check(self, adapter: str, version: int, at_once: bool) -> None:
-        """Conflict, if the policy holds this version back."""
-        analysis = self._canaries.analysis(adapter)
-        if at_once or analysis is None or analysis.canary != version or self.policy(adapter).worse != HOLD:
-            return
-        if analysis.verdict is Verdict.WORSE:
-            raise Conflict(
-                f"version {version} did worse than version {analysis.live} as its canary, and this adapter's policy "
-                'holds it back: see its /drift, and promote it with "at_once": true if you want it all the same'
-            )
-
-
-def _as_data(verdict: CanaryVerdict) -> dict[str, Any]:
-    """A verdict as webhooks have it."""
-    return {
-        "adapter": verdict.adapter,
-        "version": verdict.canary,
-        "live": verdict.live,
-        "tenant": tenant_of(verdict.adapter),
-        "verdict": verdict.verdict.value,
-        "text": verdict.reason,
-        "evidence": verdict.evidence,
-    }

@@ -32,6 +32,7 @@ from serve.engine.engine import Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import Conflict, EngineUnavailable, LoradockError, OutOfSpace
+from serve.events import BaseSwapped, Events, Promoted, RolledBack, Unloaded, VersionAdded
 from serve.models.checkpoint import is_another_model
 from serve.names import check_adapter_name, shown
 from serve.rollout.candidate import Candidate
@@ -67,6 +68,7 @@ class Lifecycle:
         store: Store,
         limits: Callable[[Supervisor], Limits],
         popularity: Popularity,
+        events: Events,
     ) -> None:
         self.fleet = fleet
         self.registry = registry
@@ -74,6 +76,7 @@ class Lifecycle:
         self.popularity = popularity
         self._traffic = Traffic(registry, fleet, popularity)
         self._limits = limits
+        self._events = events
         # Reads and answers take none of these.
         self._locks = ChangeLocks()
         self._aside: set[asyncio.Task[None]] = set()
@@ -117,6 +120,7 @@ class Lifecycle:
 
     async def record_swap(self, base: Supervisor, model: str, by: str) -> None:
         await asyncio.to_thread(self.registry.swap, base.name, base.configured, model, by=by)
+        self._events.publish(BaseSwapped(base.name, model, by))
 
     async def swapped_model(self, base: Supervisor) -> str | None:
         return await asyncio.to_thread(self.registry.swapped, base.name, base.configured)
@@ -156,6 +160,7 @@ class Lifecycle:
                 await self.store.upload(new.digest)
                 async with self._change(name, base):
                     if base.model == judged:
+                        live = self._live(name)
                         adapter, created = await asyncio.to_thread(add, inspection=inspection, checks=checks)
                         break
                 # The base was swapped meanwhile: what counts is what the adapter does on the one that serves now.
@@ -163,6 +168,10 @@ class Lifecycle:
                 inspection = await in_turn(inspect, path, base.modules, new.limits)
         if adapter.id not in self._traffic.of(name):
             base.engine.retire(adapter.id)
+        if created:
+            self._events.publish(VersionAdded(name, adapter.version, by))
+        if promote and live != adapter.version:
+            self._events.publish(Promoted(name, adapter.version, by))
         return adapter, created
 
     async def try_push(
@@ -234,17 +243,22 @@ class Lifecycle:
         await self._load(self.registry.get(name, version))
         async with self._change(name):
             change = self.registry.promote
-            return await asyncio.to_thread(change, name, version, by=by, expected=expected, why=why)
+            adapter = await asyncio.to_thread(change, name, version, by=by, expected=expected, why=why)
+        self._events.publish(Promoted(name, version, by))
+        return adapter
 
     async def unload(self, name: str, *, by: str, why: str = "", expected: int | None = None) -> Adapter:
         """No version of the name is live any more; answers under way end where they began, and all versions stay."""
         async with self._change(name):
-            return await asyncio.to_thread(self.registry.unload, name, by=by, why=why, expected=expected)
+            adapter = await asyncio.to_thread(self.registry.unload, name, by=by, why=why, expected=expected)
+        self._events.publish(Unloaded(name, adapter.version, by))
+        return adapter
 
     async def rollback(self, name: str, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
         """Make the version live that was live before this one; it waits for no engine and for nobody's push."""
         async with self._change(name):
             adapter = await self._roll_back(name, by=by, expected=expected, why=why)
+        self._events.publish(RolledBack(name, adapter.version, by))
         await asyncio.wait([self._start(self._warm(adapter))], timeout=WARM_SECONDS)
         return adapter
 
@@ -407,6 +421,10 @@ class Lifecycle:
     async def _expect(self, name: str, expected: int | None) -> None:
         if expected is not None:
             await asyncio.to_thread(self.registry.expect, name, expected)
+
+    def _live(self, name: str) -> int | None:
+        live = self.registry.live(name) if name in self.registry else None
+        return live.version if live else None
 
     def _base(self, name: str, engine: str | None) -> Supervisor:
         """Whose adapter `name` is, or becomes by its first version."""

@@ -19,7 +19,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +89,16 @@ class Policy:
     loop: LoopPolicy = LoopPolicy()
     train_on_traffic: bool = False
 
+    @property
+    def at_once(self) -> Policy:
+        """Nothing is held back and no canary comes first: somebody wants it all the same."""
+        return replace(self, worse=NOTIFY, golden_min=0.0, canary_weight=0.0)
+
+    @property
+    def proven(self) -> Policy:
+        """No canary comes first: the version has been one, or what stands for it."""
+        return replace(self, canary_weight=0.0)
+
 
 DEFAULT_POLICIES = (Policy(),)
 _NAMES = tuple(field.name for field in dataclasses.fields(Policy) if field.name != "adapter")
@@ -107,6 +117,19 @@ def policy_for(policies: Sequence[Policy], adapter: str) -> Policy:
     """The policy of the adapter of this full name."""
     own = next((policy for policy in policies if policy.adapter == adapter), None)
     return own or next(policy for policy in policies if policy.adapter == EVERY)
+
+
+class Policies:
+    """The policy of each adapter, by its full name."""
+
+    def __init__(self, policies: Sequence[Policy] = DEFAULT_POLICIES) -> None:
+        self._own = {policy.adapter: policy for policy in policies}
+
+    def __iter__(self) -> Iterator[Policy]:
+        return iter(self._own.values())
+
+    def __getitem__(self, adapter: str) -> Policy:
+        return self._own.get(adapter) or self._own[EVERY]
 
 
 def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:

@@ -17,19 +17,16 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from serve.adapters.registry.registry import Registry
-from serve.auth.audit import Audit
 from serve.errors import Conflict, EngineUnavailable, LoradockError
-from serve.names import tenant_of
+from serve.events import MAX_EVIDENCE, Events, RollbackAttempted
+from serve.events import ROLLBACK as WHO
 from serve.rollout.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
-# Who rolled back, in histories and the audit log.
-WHO = "wayback"
 SECONDS_BETWEEN = 3600.0
 # So long it waits for the history; a version that does harm does not stay for a database that is slow.
 HISTORY_SECONDS = 2.0
-MAX_EVIDENCE = 2048
 
 
 class Outcome(StrEnum):
@@ -57,29 +54,14 @@ class RollbackResult:
 
 
 class AutomaticRollback:
-    """For the metrics, `done(adapter, version, reason)` hears of every rollback and ended canary, and
-    `swapped(adapter, result)` of every live version that was rolled back.
-
-    `notify(type, data)` hears of them too, and of those that failed, in a thread.
-    """
+    """Publishes every attempt but those of versions that had no traffic."""
 
     def __init__(
-        self,
-        lifecycle: Lifecycle,
-        registry: Registry,
-        audit: Audit,
-        done: Callable[[str, int, str], None] = lambda adapter, version, reason: None,
-        notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
-        swapped: Callable[[str, str], None] = lambda adapter, result: None,
-        *,
-        clock: Callable[[], float] = time.time,
+        self, lifecycle: Lifecycle, registry: Registry, events: Events, *, clock: Callable[[], float] = time.time
     ) -> None:
         self._lifecycle = lifecycle
         self._registry = registry
-        self._audit = audit
-        self._done = done
-        self._notify = notify
-        self._swapped = swapped
+        self._events = events
         self._clock = clock
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by adapter
 
@@ -90,12 +72,12 @@ class AutomaticRollback:
         reason: str,
         evidence: Mapping[str, Any],
         *,
-        audit_failure: bool = True,
+        tell_failure: bool = True,
     ) -> RollbackResult:
         """Take the traffic from `version` of the adapter of this full name; a LoradockError becomes a FAILED result.
 
         `reason` is one of a few words, and the metric's label; `evidence` goes to the history and the audit log.
-        Whoever tries again and again leaves failures out of the audit log with `audit_failure`.
+        Whoever tries again and again tells nobody of later failures with `tell_failure`.
         """
         async with self._locks.setdefault(adapter, asyncio.Lock()):
             try:
@@ -105,34 +87,12 @@ class AutomaticRollback:
         if result.outcome is Outcome.NOT_SERVING:
             return result
         log.warning("%s@v%d, %s: %s", adapter, version, reason, result.message)
-        if result.done:
-            self._done(adapter, version, reason)
-        if result.outcome is Outcome.ROLLED_BACK:
-            self._swapped(adapter, "rolled_back")
-        if result.outcome is Outcome.FAILED and not audit_failure:
-            return result
-        await asyncio.to_thread(
-            self._audit.write,
-            status=200 if result.done else 500 if result.outcome is Outcome.FAILED else 409,
-            who=WHO,
-            tenant=tenant_of(adapter),
-            key=None,
-            what=result.outcome.value,
-            subject=f"{adapter}@v{version}",
-            reason=reason,
-            evidence=_as_json(evidence),
-            message=result.message,
-        )
-        data = {
-            "adapter": adapter,
-            "version": version,
-            "tenant": tenant_of(adapter),
-            "reason": reason,
-            "outcome": result.outcome.value,
-            "text": result.message,
-            "evidence": dict(evidence),
-        }
-        await asyncio.to_thread(self._notify, "rollback", data)
+        failed = result.outcome is Outcome.FAILED
+        if tell_failure or not failed:
+            outcome, status = result.outcome.value, 200 if result.done else 500 if failed else 409
+            self._events.publish(
+                RollbackAttempted(adapter, version, reason, outcome, result.message, evidence, result.done, status)
+            )
         return result
 
     async def _rollback(self, adapter: str, version: int, why: str) -> RollbackResult:

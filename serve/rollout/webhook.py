@@ -2,6 +2,7 @@
 
     webhooks = Webhooks(folder, urls, secret)
     webhooks.send("drift.alarm", {"adapter": "tone", ...})     # a file for each URL; not for the event loop
+    webhooks.tell(notice)                                      # the same for an event
     await webhooks.run()                                       # delivers them in a thread until cancelled
 
 The form is that of Standard Webhooks (standardwebhooks.com): JSON `{"type", "timestamp", "data"}` with the headers
@@ -42,6 +43,7 @@ from prometheus_client.registry import Collector
 from serve import __version__
 from serve.asgi.public_address import is_public
 from serve.errors import ConfigError
+from serve.events import Notice
 from serve.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -115,6 +117,10 @@ class Webhooks(Collector):
         except OSError as error:
             self._results[DROPPED] += len(self._urls)
             log.error("the event %s for webhooks was not written: %s", kind, error.strerror)
+
+    def tell(self, notice: Notice) -> None:
+        """`send` what an event says."""
+        self.send(notice.kind, notice.data())
 
     async def run(self) -> None:
         """Deliver what is due, for ever."""

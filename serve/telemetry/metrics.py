@@ -20,17 +20,18 @@ from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_latest
 from prometheus_client.registry import Collector
 
+from serve import __version__
 from serve.adapters.registry.registry import Registry
 from serve.asgi.exchange import Exchange, Failure
 from serve.auth.audit import Audit
 from serve.engine.fleet import Fleet
+from serve.events import Event, Promoted, RollbackAttempted, RolledBack, Unloaded
 from serve.telemetry.families import Family
 from serve.telemetry.gateway_series import READ, AdapterSeries, EngineSeries, GatewaySeries
-from serve.telemetry.live_state import LiveState, Objectives
+from serve.telemetry.live_state import LiveState
 from serve.telemetry.places import TIDY, Places
 from serve.telemetry.queue_series import QueueSeries
 from serve.telemetry.series import OTHER, AdapterLoads, OwnFamilies, Series
-from serve.telemetry.slo import Slo
 
 # As the engine says it; whatever else it might say is `other`.
 FINISH_REASONS = frozenset({"", "stop", "length", "abort", "error", "repetition"})
@@ -56,9 +57,7 @@ class Metrics:
         fleet: Fleet,
         registry: Registry,
         audit: Audit,
-        version: str,
         loads: AdapterLoads,
-        slos: Sequence[Slo] = (),
         *,
         more: Sequence[Family] = (),
         limit: int = 100,
@@ -81,8 +80,7 @@ class Metrics:
 
         self._queue = QueueSeries(fleet, limit, clock=clock)
         for collector in (
-            LiveState(fleet, registry, audit, version, limit, self._series),
-            Objectives(slos),
+            LiveState(fleet, registry, audit, __version__, limit, self._series),
             self._queue,
         ):
             self._collectors.register(collector)
@@ -124,6 +122,18 @@ class Metrics:
     def rated(self, adapter: str, version: str, rating: str) -> None:
         """Count one answer that somebody found good or bad."""
         self._of(adapter, version).child(self._families.feedback, rating).inc()
+
+    def count(self, event: Event) -> None:
+        """Count what happened to a version. For the event loop."""
+        match event:
+            case Promoted():
+                self.swapped(event.adapter, "promoted")
+            case RolledBack():
+                self.swapped(event.adapter, "rolled_back")
+            case Unloaded():
+                self.swapped(event.adapter, "unloaded")
+            case RollbackAttempted(done=True):
+                self.rolled_back(event.adapter, event.version, event.reason)
 
     def swapped(self, adapter: str, result: str) -> None:
         """Count one change of an adapter's live version."""

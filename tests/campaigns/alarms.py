@@ -25,6 +25,7 @@ from serve.drift.features.request_text import RequestText
 from serve.drift.monitor import DriftMonitor
 from serve.drift.signal import Signal
 from serve.drift.watched_version import DriftSettings
+from serve.events import DriftAlarm, Events
 from tests.support.prompts import pool
 
 NUMBERS = random.Random(11)
@@ -53,7 +54,9 @@ def said(model: Path, embedding: Embedding, before: Sequence, after: Sequence, s
     with TemporaryDirectory() as folder:
         raised: list = []
         settings = DriftSettings(interval=0.0)
-        monitor = DriftMonitor(Path(folder), settings, on_alarm=raised.append)
+        events = Events()
+        events.at_once("campaign", raised.append, DriftAlarm)
+        monitor = DriftMonitor(Path(folder), settings, events=events)
         monitor.learn("", embedding, text=RequestText(model))
         for number, prompt in enumerate(stream(before, after, share)):
             monitor.observe(exchange(number, prompt))

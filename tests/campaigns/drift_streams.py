@@ -47,6 +47,7 @@ from serve.drift.features.embedding import Embedding
 from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings
+from serve.events import DriftAlarm, Events
 from serve.models.embedded import ensure
 from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, interval, run_chosen
 from tests.support.prompts import pool
@@ -260,7 +261,9 @@ class Watching:
 
     def __post_init__(self) -> None:
         settings = DriftSettings(reference=self.reference)
-        self.monitor = DriftMonitor(self.folder, settings, on_alarm=self._alarm)
+        events = Events()
+        events.at_once("campaign", self._alarm, DriftAlarm)
+        self.monitor = DriftMonitor(self.folder, settings, events=events)
         # The answers are all the same here: to rank them too would take twice as long.
         self.monitor._needed |= {OUTPUT: 10**9, LOGPROB: 10**9}
         self.monitor.learn("", embedding())

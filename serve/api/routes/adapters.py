@@ -110,19 +110,11 @@ async def promote(
     """Make a version live. With `expected_version` (or `If-Match`), 409 when another version is live by then."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
     full, expected = owned(parts, name, caller), agreed(body.expected_version, matching)
-    parts.rollout_controller.check(full, body.version, body.at_once)
-    await parts.golden.verdicts.check(full, body.version, body.at_once)
-    weight = parts.rollout_controller.policy(full).canary_weight
-    canary, live = parts.registry.canary(full), parts.live_version(full)
-    known = live in (None, body.version) or (canary is not None and canary.adapter.version == body.version)
-    if weight > 0 and not body.at_once and not known:
-        await parts.lifecycle.share(
-            full, "canary", body.version, weight, by=caller.name, why=body.why, expected=expected
-        )
-        return described(parts, parts.registry.get(full, body.version), caller)
-    done = await parts.lifecycle.promote(full, body.version, by=caller.name, expected=expected, why=body.why)
-    parts.monitor.swapped(full, "promoted")
-    return described(parts, done, caller)
+    version, policy = parts.registry.get(full, body.version), parts.policies[full]
+    await parts.admission.admit(
+        version, policy.at_once if body.at_once else policy, caller.name, why=body.why, expected=expected
+    )
+    return described(parts, version, caller)
 
 
 @router.post("/v1/adapters/{name:path}/rollback")
@@ -140,7 +132,6 @@ async def rollback(
     full = owned(parts, name, caller)
     done = await parts.lifecycle.rollback(full, by=caller.name, expected=expected, why=body.why)
     request.state.subject = done.tag
-    parts.monitor.swapped(full, "rolled_back")
     return described(parts, done, caller)
 
 

@@ -180,8 +180,8 @@ async def rate(
         return {"object": "feedback", "request_id": body.request_id, "rating": body.rating}
     parts.captures.rated(answered, caller.tenant, body.rating, body.answer)
     label = "good" if rating >= GOOD else "bad"
-    parts.monitor.rated(answered.adapter, answered.version, label)
-    has_say = parts.say(answered.adapter).has(answered.adapter, caller.tenant)
+    parts.metrics.rated(answered.adapter, answered.version, label)
+    has_say = parts.policies[answered.adapter].verdicts.has(answered.adapter, caller.tenant)
     if has_say:
         parts.loops.ratings.take(answered.adapter, answered.version, rating, caller.key)
     if parts.tracing:

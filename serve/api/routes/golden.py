@@ -48,7 +48,7 @@ async def put_golden(
     await asyncio.to_thread(check, body)
     for model, where in body.judges.items():
         try:
-            parts.golden.resolve(model, tenant_of(full))
+            parts.golden.runner.resolve(model, tenant_of(full))
         except NotFound as missing:
             raise BadRequest(f"{where} has a judge that is not there: {missing.message}") from missing
     live = parts.registry.live(full)

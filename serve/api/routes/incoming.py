@@ -138,12 +138,11 @@ async def admit(
 ) -> tuple[Adapter, bool]:
     """The version that the adapter in `folder` becomes, with traffic as its policy has it; and whether it is new."""
     full = full_name(caller.tenant, check_name(asked.name))
-    held, trying = await _policy(parts, full, asked)
-    adapter, created = await parts.lifecycle.push(
+    adapter, created = await parts.admission.push(
         full,
         folder,
         by=caller.name,
-        promote=asked.promote and not trying and not held,
+        promote=asked.promote,
         why=asked.why,
         shared=None if asked.visibility is None else asked.visibility == "shared",
         quota=caller.limits,
@@ -152,14 +151,6 @@ async def admit(
         min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
         notes={**(fetched_from(came) if came else {}), **(notes or {})},
     )
-    if trying and parts.live_version(full) != adapter.version:
-        weight = parts.rollout_controller.policy(full).canary_weight
-        await parts.lifecycle.share(full, "canary", adapter.version, weight, by=caller.name, why=asked.why)
-    elif held and parts.live_version(full) != adapter.version:
-        await parts.golden.verdicts.hold(adapter, caller.name, asked.why)
-    elif asked.promote and created:
-        parts.monitor.swapped(adapter.name, "promoted")
-    parts.golden.runs.wake()
     if asked.keep is not None:
         await remove_surplus(parts, caller, full, asked.keep)
     return adapter, created
@@ -171,7 +162,7 @@ async def tried(
     """What a push would make of the adapter in `folder`; `version` is the one that has these bytes, if there is one."""
     full = full_name(caller.tenant, check_name(asked.name))
     request.state.subject = f"{full} (dry run)"
-    held, trying = await _policy(parts, full, asked)
+    place = await parts.admission.place(full, promote=asked.promote)
     new, checks = await parts.lifecycle.try_push(
         full,
         folder,
@@ -189,7 +180,7 @@ async def tried(
         "dry_run": True,
         "name": asked.name,
         "version": there.version if there else None,
-        "becomes": "waits for golden set" if held else "canary" if trying else "live" if asked.promote else "stored",
+        "becomes": place.value,
         "digest": new.digest,
         "engine": new.base.name,
         "base": new.inspection.base,
@@ -199,10 +190,3 @@ async def tried(
         "provenance": provenance_of(checks),
         "checks": measured(checks),
     }
-
-
-async def _policy(parts: Services, full: str, asked: Fetch) -> tuple[bool, bool]:
-    """Whether the version waits for its golden set, and whether it gets a share of the traffic first."""
-    held = asked.promote and await parts.golden.verdicts.holds(full)
-    weight = parts.rollout_controller.policy(full).canary_weight
-    return held, asked.promote and not held and weight > 0 and parts.live_version(full) is not None

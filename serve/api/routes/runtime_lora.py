@@ -136,7 +136,6 @@ async def _unloaded(
     except NotFound:
         return _error(404, "NotFoundError", f"The lora adapter '{shown(name)}' cannot be found.")
     request.state.subject = adapter.tag
-    parts.monitor.swapped(full, "unloaded")
     await remove_unloaded(parts, caller, tenant_of(full))
     return None
 

@@ -72,22 +72,22 @@ async def version(parts: TheParts) -> dict[str, Any]:
 @router.get("/metrics", response_class=Response, responses={200: PROMETHEUS})
 async def metrics(request: Request, caller: Scraper, parts: TheParts) -> Response:
     """Ours, and the engine's."""
-    parts.monitor.tidy()
-    text, kind = await asyncio.to_thread(parts.monitor.render, request.headers.get("accept", ""))
+    parts.metrics.tidy()
+    text, kind = await asyncio.to_thread(parts.metrics.render, request.headers.get("accept", ""))
     return Response(text, headers={"content-type": kind})
 
 
 @router.get("/metrics/engine", response_class=Response, responses={200: PROMETHEUS})
 async def engine_metrics(request: Request, caller: Scraper, parts: TheParts) -> Response:
     """The engine's alone, as it has them, with the series that grows."""
-    text, kind = await asyncio.to_thread(parts.monitor.render_engine, request.headers.get("accept", ""))
+    text, kind = await asyncio.to_thread(parts.metrics.render_engine, request.headers.get("accept", ""))
     return Response(text, headers={"content-type": kind})
 
 
 @router.get("/metrics/gateway", response_class=Response, responses={200: PROMETHEUS})
 async def gateway_metrics(request: Request, caller: Gateway, parts: TheParts) -> Response:
     """What a gateway's endpoint picker reads of `/metrics`, and no more; without a key if `open_gateway_metrics` is."""
-    text, kind = await asyncio.to_thread(parts.monitor.render_gateway, request.headers.get("accept", ""))
+    text, kind = await asyncio.to_thread(parts.metrics.render_gateway, request.headers.get("accept", ""))
     return Response(text, headers={"content-type": kind})
 
 

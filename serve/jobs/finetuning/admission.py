@@ -7,42 +7,31 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastapi.concurrency import contextmanager_in_threadpool
 
 from serve.adapters.adapter import FILES, MANIFEST, Adapter
-from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.auth.auth import Auth, Caller, Scope, allowed
 from serve.errors import Conflict, EngineUnavailable, LoradockError, Unauthorized
 from serve.jobs.finetuning.objects import Job
 from serve.names import short_name
+from serve.rollout.admit import VersionAdmission
 from serve.rollout.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
 
 class Admission:
-    """`came` hears of each new version, `promoted` of names that have their first live version by it."""
-
-    def __init__(
-        self,
-        lifecycle: Lifecycle,
-        registry: Registry,
-        store: Store,
-        auth: Auth,
-        *,
-        came: Callable[[], None] = lambda: None,
-        promoted: Callable[[str], None] = lambda name: None,
-    ) -> None:
+    def __init__(self, versions: VersionAdmission, lifecycle: Lifecycle, store: Store, auth: Auth) -> None:
+        self._versions = versions
         self._lifecycle = lifecycle
-        self._registry = registry
+        self._registry = lifecycle.registry
         self._store = store
         self._auth = auth
-        self._came, self._promoted = came, promoted
 
     def caller(self, job: Job) -> Caller:
         """Who asked for the job; Unauthorized or Forbidden once the key may not do it any more."""
@@ -61,7 +50,8 @@ class Admission:
     async def admit(self, job: Job, adapter: Path, settled: Mapping[str, Any], *, final: bool) -> str:
         """The public name of the version; these bytes a second time are the same version.
 
-        The final one is live if no version of its name is: what answers today is a person's or a policy's to replace.
+        The final one is to be live if no version of its name is: what answers today is a person's or a policy's to
+        replace.
         """
         caller, name = self.caller(job), job.asked.name
         first = final and (name not in self._registry or self._registry.live(name) is None)
@@ -70,7 +60,7 @@ class Admission:
         try:
             async with contextmanager_in_threadpool(self._store.quarantine()) as folder:
                 await asyncio.to_thread(_copy, adapter, folder, _provenance(job, settled))
-                version, created = await self._lifecycle.push(
+                version, _ = await self._versions.push(
                     name,
                     folder,
                     by=caller.name,
@@ -86,10 +76,6 @@ class Admission:
                 raise
             # A version went live meanwhile, which stays.
             return await self.admit(job, adapter, settled, final=False)
-        if created:
-            self._came()
-        if first:
-            self._promoted(name)
         return public_name(version, job.tenant)
 
     async def admitted(self, job: Job, adapter: Path, settled: Mapping[str, Any]) -> str:

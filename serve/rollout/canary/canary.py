@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from serve.adapters.registry.snapshot import Share
 from serve.asgi.exchange import Exchange
 from serve.drift.features.features import refuses
+from serve.events import CanaryVerdict
 from serve.rollout.canary.askers_seen import AskersSeen
 from serve.rollout.canary.key_weights import KeyWeights
 from serve.rollout.prefill_times import PrefillTimes
@@ -21,27 +21,6 @@ from serve.sequential.sequential_test import CHECKS, GROUPS, HARM_CHECKS, Check,
 
 # The first answers of a canary all come with log-probabilities; later ones are sampled as everybody's are.
 ANSWERS_WITH_LOGPROBS = 300
-
-
-@dataclass(frozen=True, slots=True)
-class CanaryVerdict:
-    """What a canary's analysis came to; each verdict is announced once, and again (`repeated`) after a restart."""
-
-    adapter: str
-    live: int
-    canary: int
-    verdict: Verdict
-    reason: str
-    results: tuple[CheckResult, ...]
-    repeated: bool = False
-
-    @property
-    def evidence(self) -> dict[str, Any]:
-        """For history, audit log and API."""
-        results = self.results
-        if self.verdict is Verdict.WORSE:
-            results = tuple(result for result in results if result.worse)
-        return {"live": self.live, "canary": self.canary, "checks": [described(result) for result in results]}
 
 
 class CanaryAnalysis:
@@ -162,8 +141,11 @@ class CanaryAnalysis:
             return None
         reasons = self.comparison.reasons()
         reason = max(reasons, key=lambda result: result.log_evidence).group if reasons else "proved"
-        results = tuple(self.comparison.results())
-        return CanaryVerdict(self.adapter, self.live, self.canary, verdict, reason, results)
+        results = self.comparison.results()
+        if verdict is Verdict.WORSE:
+            results = [result for result in results if result.worse]
+        evidence = {"live": self.live, "canary": self.canary, "checks": [described(result) for result in results]}
+        return CanaryVerdict(self.adapter, self.live, self.canary, verdict, reason, evidence)
 
     def _values(self, exchange: Exchange, canary: bool) -> dict[str, float | None]:
         """What a request gives to the checks. What the client did wrong, or left, is nobody's error."""

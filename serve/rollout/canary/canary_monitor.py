@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,11 +17,13 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.snapshot import Share
 from serve.asgi.exchange import Exchange
+from serve.events import CanaryVerdict, Events
 from serve.files import write_whole
-from serve.rollout.canary.canary import CanaryAnalysis, CanaryVerdict
-from serve.rollout.policy import Say
+from serve.rollout.canary.canary import CanaryAnalysis
+from serve.rollout.policy import Policies
 from serve.sequential.proof_forecast import UNKNOWN
 from serve.sequential.sequential_test import CHECKS, HARM_CHECKS, Verdict
 
@@ -32,35 +34,49 @@ FILE = "trials.npz"
 LOWEST_LOG_EVIDENCE = -20.0
 
 
-class CanaryMonitor(Collector):
-    """`share(adapter)` is the canary in the registry, `live(adapter)` the live version, `alpha(adapter)` by policy;
-    `say(adapter)` is who decides, and how much a key counts; `differs(adapter, version)` says of a canary that it is
-    meant to answer otherwise: only what harms is compared.
+class Levels(Protocol):
+    def alpha(self, adapter: str) -> float:
+        """What the checks of its traffic have of a canary's alpha."""
 
-    `on_verdict` is called once for each verdict, in the worker's thread, and by `start` for earlier verdicts whose
-    canary still has traffic. `label` gives a version's metric labels.
+
+class Tries(Protocol):
+    """What a loop says of canaries: those of its tries are its own. All of it blocks."""
+
+    def alpha(self, adapter: str) -> float:
+        """What a false verdict on the adapter's canary may cost, if it is its loop's; else 1."""
+
+    def is_candidate(self, adapter: str, version: int) -> bool:
+        """The version is meant to answer otherwise: only what harms is compared."""
+
+    def heard(self, verdict: CanaryVerdict) -> bool:
+        """Note the verdict; whether the loop acts on it, and nobody else."""
+
+
+class CanaryMonitor(Collector):
+    """`golden` says what of an adapter's alpha is left to the traffic. `label` gives a version's metric labels.
+
+    Publishes each verdict once, from the worker's thread, and by `start` earlier verdicts whose canary still has
+    traffic.
     """
 
     def __init__(
         self,
         folder: Path,
+        registry: Registry,
+        policies: Policies,
+        golden: Levels,
+        tries: Tries,
+        events: Events,
         *,
-        share: Callable[[str], Share | None],
-        live: Callable[[str], int | None],
-        alpha: Callable[[str], float],
-        say: Callable[[str], Say] = lambda adapter: Say(),
-        differs: Callable[[str, int], bool] = lambda adapter, version: False,
-        on_verdict: Callable[[CanaryVerdict], None] = lambda verdict: None,
         label: Callable[[str, str], tuple[str, str]] = lambda adapter, version: (adapter, version),
         seed: int = 0,
     ) -> None:
         self._folder = folder
-        self._share = share
-        self._live = live
-        self._alpha = alpha
-        self._differs = differs
-        self._say = say
-        self._on_verdict = on_verdict
+        self._registry = registry
+        self._policies = policies
+        self._golden = golden
+        self._tries = tries
+        self._events = events
         self._label = label
         self._seed = seed
         self._lock = threading.Lock()
@@ -80,17 +96,17 @@ class CanaryMonitor(Collector):
         # The server may have stopped before it could act on them.
         for verdict in verdicts:
             if verdict is not None:
-                self._on_verdict(replace(verdict, repeated=True))
+                self._events.publish(replace(verdict, repeated=True))
 
     def observe(self, exchange: Exchange) -> None:
         """Count a request that was dealt out by a traffic split; one that asked for a version by number is not."""
         if exchange.dealt:
-            has_say = self._say(exchange.adapter).has(exchange.adapter, exchange.tenant)
+            has_say = self._policies[exchange.adapter].verdicts.has(exchange.adapter, exchange.tenant)
             self._update(exchange.adapter, exchange.version, lambda analysis: analysis.observe(exchange, has_say))
 
     def rate(self, adapter: str, version: str, rating: float, counted_as: bytes | None, key: str = "") -> None:
         """Count feedback about a request that was dealt out, of a tenant that has a say, with the key of this id."""
-        limit = self._say(adapter).ratings_per_key
+        limit = self._policies[adapter].verdicts.ratings_per_key
         self._update(adapter, version, lambda analysis: analysis.rate(version, rating, counted_as, key, limit))
 
     def looked(self) -> None:
@@ -164,14 +180,21 @@ class CanaryMonitor(Collector):
             verdict = count(analysis) if analysis is not None and known else None
             self._refresh_wanting()
         if verdict is not None:
-            self._on_verdict(verdict)
+            self._events.publish(verdict)
 
     def _unsettled(self, analysis: CanaryAnalysis) -> bool:
         """A verdict was announced, and the canary still has its share of the traffic."""
-        share, live = self._share(analysis.adapter), self._live(analysis.adapter)
+        share, live = self._serving(analysis.adapter)
         if analysis.announced is Verdict.UNDECIDED or share is None or live is None:
             return False
         return analysis.compares(live, share)
+
+    def _serving(self, adapter: str) -> tuple[Share | None, int | None]:
+        """The canary in the registry, and the live version."""
+        if adapter not in self._registry:
+            return None, None
+        live = self._registry.live(adapter)
+        return self._registry.canary(adapter), live.version if live else None
 
     def _refresh_wanting(self) -> None:
         self._wanting_logprobs = frozenset(
@@ -180,14 +203,15 @@ class CanaryMonitor(Collector):
 
     def _current(self, adapter: str) -> CanaryAnalysis | None:
         """The analysis of the adapter's canary, begun now if need be; ended if there is no canary any more."""
-        share, live = self._share(adapter), self._live(adapter)
+        share, live = self._serving(adapter)
         if share is None or live is None or live == share.adapter.version or not 0 < share.weight < 1:
             self._analyses.pop(adapter, None)
             return None
         analysis = self._analyses.get(adapter)
         if analysis is None or not analysis.compares(live, share):
-            checks = HARM_CHECKS if self._differs(adapter, share.adapter.version) else CHECKS
-            analysis = CanaryAnalysis(adapter, live, share, self._alpha(adapter), self._seed, checks)
+            checks = HARM_CHECKS if self._tries.is_candidate(adapter, share.adapter.version) else CHECKS
+            alpha = min(self._golden.alpha(adapter), self._tries.alpha(adapter))
+            analysis = CanaryAnalysis(adapter, live, share, alpha, self._seed, checks)
             self._analyses[adapter] = analysis
         elif analysis.comparison.weight != share.weight:
             analysis.comparison.set_weight(share.weight)

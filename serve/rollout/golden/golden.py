@@ -4,74 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry.registry import Registry
-from serve.adapters.store import Store
 from serve.auth.auth import Caller
-from serve.auth.rate_limits import Meter
-from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause, Payer
-from serve.rollout.canary.canary import CanaryVerdict
-from serve.rollout.golden.golden_falls import GoldenFalls
 from serve.rollout.golden.golden_results import GoldenResults
 from serve.rollout.golden.golden_runner import GoldenRunner
-from serve.rollout.golden.golden_schedule import GoldenRuns, Scored
+from serve.rollout.golden.golden_schedule import GoldenRuns
 from serve.rollout.golden.golden_set import GoldenSet, asked
 from serve.rollout.golden.golden_store import GoldenStore
 from serve.rollout.golden.golden_verdicts import GoldenVerdicts
-from serve.rollout.lifecycle import Lifecycle
-from serve.rollout.policy import Policy
 
 
 class Golden:
-    """`results` for whoever reads, `verdicts` for whoever promotes, `runs` for whoever wants a run.
-
-    `resolve(model, tenant)` is the version that a public name means to a tenant now, None for a base model; or
-    NotFound. `me` is this server among those that share the registry. `notify(type, data)` hears in a thread when a
-    score fell. The rest is as the parts take it.
-    """
+    """`results` for whoever reads, `verdicts` for whoever promotes, `runs` for whoever wants a run."""
 
     def __init__(
         self,
-        registry: Registry,
-        fleet: Fleet,
-        store: Store,
-        lifecycle: Lifecycle,
-        *,
-        resolve: Callable[[str, str], Adapter | None],
-        policy: Callable[[str], Policy],
-        on_verdict: Callable[[CanaryVerdict], None],
-        swapped: Callable[[str, str], None],
-        label: Callable[[str, str], tuple[str, str]],
-        me: str,
-        interval: float,
-        meter_of: Callable[[str], Meter | None],
-        scored: Scored | None = None,
-        notify: Callable[[str, Mapping[str, Any]], None] = lambda type, data: None,
+        store: GoldenStore,
+        results: GoldenResults,
+        verdicts: GoldenVerdicts,
+        runner: GoldenRunner,
+        runs: GoldenRuns,
     ) -> None:
-        self.resolve = resolve
-        self._store = GoldenStore(registry)
-        self.results = GoldenResults(self._store, registry, label)
-        self.verdicts = GoldenVerdicts(self._store, self.results, registry, lifecycle, policy, on_verdict, swapped)
-        falls = GoldenFalls(self._store, self.results, registry, notify)
-        self.runner = GoldenRunner(fleet, store, resolve)
+        self._store = store
+        self.results = results
+        self.verdicts = verdicts
+        self.runner = runner
+        self.runs = runs
         self._lots = random.Random()
-        self.runs = GoldenRuns(
-            self._store,
-            self.results,
-            self.runner,
-            self.verdicts,
-            falls,
-            registry,
-            fleet,
-            me=me,
-            interval=interval,
-            meter_of=meter_of,
-            scored=scored,
-        )
 
     def put(self, name: str, golden: GoldenSet, by: Caller, live: Adapter | None) -> list[str]:
         """Keep the set in the place of an earlier one; the cases that `live` has not answered yet. Blocks."""

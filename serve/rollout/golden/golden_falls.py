@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.registry.registry import Registry
-from serve.names import tenant_of
+from serve.events import Events, GoldenScoreFell
 from serve.rollout.golden.golden_results import GoldenResults
 from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.golden.golden_store import GoldenStore
@@ -25,55 +24,25 @@ log = logging.getLogger(__name__)
 
 WHO = "golden"
 KIND = "golden_fell"
-EVENT = "golden.score_fell"
 DAY = 86_400.0
 
 
-@dataclass(frozen=True, slots=True)
-class Fall:
-    """The live version's score, and the better one that `before` had within a day, or itself in the run before."""
-
-    adapter: Adapter
-    score: float
-    before: int
-    before_score: float
-    cases: int
-
-    @property
-    def text(self) -> str:
-        who = "it did" if self.before == self.adapter.version else f"version {self.before} did"
-        return f"{self.score:.3f} on {self.cases} golden cases, {self.before_score - self.score:.3f} less than {who}"
-
-    def described(self, set_digest: str) -> dict[str, Any]:
-        """As webhooks have it."""
-        return {
-            "adapter": self.adapter.name,
-            "version": self.adapter.version,
-            "tenant": tenant_of(self.adapter.name),
-            "score": round(self.score, 4),
-            "before": {"version": self.before, "score": round(self.before_score, 4)},
-            "cases": self.cases,
-            "set": set_digest,
-            "text": f"version {self.adapter.version} scores {self.text}",
-        }
-
-
 class GoldenFalls:
-    """`tell(type, data)` hears of each fall, in a thread. `me` is this server among those that share the registry."""
+    """Publishes each fall."""
 
     def __init__(
         self,
         store: GoldenStore,
         results: GoldenResults,
         registry: Registry,
-        tell: Callable[[str, Mapping[str, Any]], None],
+        events: Events,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._results = results
         self._registry = registry
-        self._tell, self._clock = tell, clock
+        self._events, self._clock = events, clock
         # What was looked at last, by adapter: the live version and its score.
         self._seen: dict[str, tuple[int, float]] = {}
 
@@ -95,9 +64,11 @@ class GoldenFalls:
             return
         log.warning("%s: %s", live.tag, fall.text)
         self._registry.note(live.name, KIND, live.version, by=WHO, why=fall.text)
-        self._tell(EVENT, fall.described(golden.digest))
+        self._events.publish(fall)
 
-    def _fall(self, live: Adapter, score: float, golden: GoldenSet, history: list[dict[str, Any]]) -> Fall | None:
+    def _fall(
+        self, live: Adapter, score: float, golden: GoldenSet, history: list[dict[str, Any]]
+    ) -> GoldenScoreFell | None:
         """By more than `SCORE_FELL` less than the version's own run before, or than what was live within a day."""
         earlier = self._live_before(live, history)
         known: dict[int, list[float]] = {}
@@ -112,7 +83,8 @@ class GoldenFalls:
         before = max(scores, key=scores.__getitem__)
         if scores[before] - score <= SCORE_FELL:
             return None
-        return Fall(live, score, before, scores[before], len(golden.cases))
+        cases = len(golden.cases)
+        return GoldenScoreFell(live.name, live.version, score, before, scores[before], cases, golden.digest)
 
     def _live_before(self, live: Adapter, history: list[dict[str, Any]]) -> int | None:
         """What was live until this version became it, if that was within a day."""
@@ -122,9 +94,9 @@ class GoldenFalls:
                 return was if change["when"] > self._clock() - DAY else None
         return None
 
-    def _was_told(self, history: list[dict[str, Any]], fall: Fall) -> bool:
+    def _was_told(self, history: list[dict[str, Any]], fall: GoldenScoreFell) -> bool:
         """Of a version that came in the place of a better one, once; of one that does worse than before, each time."""
-        version = fall.adapter.version
+        version = fall.version
         return any(
             change["when"] > self._clock() - DAY and (fall.before != version or change["why"] == fall.text)
             for change in history

@@ -80,8 +80,8 @@ class GoldenResults(Collector):
         registry: Registry,
         label: Callable[[str, str], tuple[str, str]] = lambda adapter, version: (adapter, version),
     ) -> None:
-        self._store = store
-        self._registry = registry
+        self.store = store
+        self.registry = registry
         self._label = label
         # The adapters that have a golden set, as of the last look.
         self.sets: Mapping[str, SetRow] = {}
@@ -96,8 +96,8 @@ class GoldenResults(Collector):
 
     def refresh(self) -> None:
         """See which adapters have a set, also by what other servers did."""
-        sets = self._store.sets()
-        there = {(adapter.name, adapter.version) for adapter in self._registry.adapters() if adapter.name in sets}
+        sets = self.store.sets()
+        there = {(adapter.name, adapter.version) for adapter in self.registry.adapters() if adapter.name in sets}
         with self._lock:
             self.sets = sets
             self._summaries = {key: summary for key, summary in self._summaries.items() if key in there}
@@ -110,7 +110,7 @@ class GoldenResults(Collector):
         row = self.sets.get(name)
         if row is not None and (document := self._documents.get((name, row.digest))):
             return document
-        stored = self._store.get(name)
+        stored = self.store.get(name)
         if stored is None:
             return None
         row, golden = stored
@@ -122,7 +122,7 @@ class GoldenResults(Collector):
 
     def outcomes(self, adapter: Adapter, golden: GoldenSet, *, answers: bool = False) -> dict[str, Outcome]:
         """How a version did, by case; its metrics follow."""
-        outcomes = self._store.outcomes(adapter.name, adapter.digest, answers=answers)
+        outcomes = self.store.outcomes(adapter.name, adapter.digest, answers=answers)
         key = (adapter.name, adapter.version)
         with self._lock:
             self._counts.setdefault(key, dict.fromkeys(Result, 0))
@@ -165,13 +165,13 @@ class GoldenResults(Collector):
         golden = self.golden(name)
         if golden is None:
             return {"versions": [], "runs": []}
-        asked = set(self._store.digests(name))
+        asked = set(self.store.digests(name))
         versions = [
             {"version": adapter.version, "id": adapter.id, **self.summary(adapter, golden).described()}
-            for adapter in self._registry.versions(name)
+            for adapter in self.registry.versions(name)
             if adapter.digest in asked
         ]
-        runs = [{key: _rounded(value) for key, value in run.items()} for run in self._store.runs(name)]
+        runs = [{key: _rounded(value) for key, value in run.items()} for run in self.store.runs(name)]
         return {"note": ONCE, "versions": versions, "runs": runs}
 
     def cases(self, adapter: Adapter, *, answers: bool) -> list[dict[str, Any]]:
@@ -209,7 +209,7 @@ class GoldenResults(Collector):
             sets = self.sets
         for name, row in sets.items():
             families.failures.add_metric((name,), failures.get(name, 0))
-            live, share = self._registry.live(name), self._registry.canary(name)
+            live, share = self.registry.live(name), self.registry.canary(name)
             for adapter in (live, share.adapter if share else None):
                 if adapter is None or (name, adapter.version) not in unscored:
                     continue

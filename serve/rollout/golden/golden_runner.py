@@ -58,14 +58,18 @@ class GoldenRunner:
     def __init__(self, fleet: Fleet, store: Store, resolve: Callable[[str, str], Adapter | None]) -> None:
         self._fleet = fleet
         self._store = store
-        self._resolve = resolve
+        self.resolve = resolve
+
+    def owner(self, name: str) -> Supervisor | None:
+        """The base that the adapter runs on, if there is such an adapter and base."""
+        return self._fleet.owner(name)
 
     def model(self, adapter: Adapter) -> Model:
         return Model(self._fleet.of(adapter.name), adapter)
 
     def judge(self, judge: Judge, tenant: str) -> Model:
         """Who grades; NotFound if this tenant may not ask it, or nobody serves it."""
-        adapter = self._resolve(judge.model, tenant)
+        adapter = self.resolve(judge.model, tenant)
         return self.model(adapter) if adapter else Model(self._fleet.get(judge.model))
 
     def basis(self, adapter: Adapter, case: GoldenCase) -> str:

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry.registry import Registry
 from serve.auth.rate_limits import Meter
-from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause, Payer
 from serve.errors import LoradockError
+from serve.events import Events, GoldenScored
 from serve.rollout.golden.golden_falls import GoldenFalls
 from serve.rollout.golden.golden_results import GoldenResults
 from serve.rollout.golden.golden_runner import AT_ONCE, GoldenRunner
 from serve.rollout.golden.golden_set import GoldenSet
-from serve.rollout.golden.golden_store import GoldenStore, HeldPromotion, Outcome
+from serve.rollout.golden.golden_store import Outcome
 from serve.rollout.golden.golden_verdicts import GoldenVerdicts
+from serve.rollout.golden.held_promotions import HeldPromotions
 
 log = logging.getLogger(__name__)
 
@@ -62,50 +60,42 @@ class _Request:
     payer: Payer
 
 
-Scored: TypeAlias = Callable[[str, str, float | None, int, bool], None]
-
-
 class GoldenRuns:
-    """For one event loop. `me` is this server's name; `interval` in seconds, 0 for none.
+    """For one event loop; `interval` in seconds, 0 for none.
 
-    `scored(adapter, version, score, cases, complete)` hears of every run that has ended. What nobody asked for is paid
-    by the adapter's tenant, and charged to the key that put the set: `meter_of(key)` has its limits, if it has any.
+    Publishes every run that has ended. What nobody asked for is paid by the adapter's tenant, and charged to the key
+    that put the set: `meter_of(key)` has its limits, if it has any.
     """
 
     def __init__(
         self,
-        store: GoldenStore,
         results: GoldenResults,
         runner: GoldenRunner,
         verdicts: GoldenVerdicts,
         falls: GoldenFalls,
-        registry: Registry,
-        fleet: Fleet,
+        held: HeldPromotions,
+        events: Events,
         *,
-        me: str,
         interval: float,
         meter_of: Callable[[str], Meter | None],
-        scored: Scored | None = None,
-        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._scored, self._meter_of = scored, meter_of
-        self._store = store
         self._results = results
+        self._store = results.store
+        self._registry = results.registry
         self._runner = runner
         self._verdicts = verdicts
         self._falls = falls
-        self._registry = registry
-        self._fleet = fleet
-        self._me = me
+        self._held = held
+        self._events = events
         self._interval = interval
-        self._clock = clock
+        self._meter_of = meter_of
+        self._clock = self._store.clock
         self._wake = asyncio.Event()
         self._requests: dict[tuple[str, int], _Request] = {}
         self._runs: dict[tuple[str, int], _Run] = {}
         # By adapter: what was looked at last, and when it has to be looked at again although nothing changed.
         self._seen: dict[str, tuple[object, ...]] = {}
         self._next: dict[str, float] = {}
-        self._held: Sequence[HeldPromotion] = ()
 
     def request(self, adapter: Adapter, cases: Iterable[str], reason: str, payer: Payer) -> None:
         """Ask a version these cases, as soon as there is a gap."""
@@ -139,7 +129,7 @@ class GoldenRuns:
     async def round(self) -> None:
         """Run what is due of each set; one that cannot be run stops no other."""
         await asyncio.to_thread(self._results.refresh)
-        self._held = await asyncio.to_thread(self._store.held)
+        await self._held.refresh()
         self._forget_gone()
         for name in list(self._results.sets):
             try:
@@ -152,10 +142,10 @@ class GoldenRuns:
                 log.exception("the golden set of %s is not run now", name)
                 self._results.failed(name)
                 self._next[name] = self._clock() + PAUSE_SECONDS
-        await self._verdicts.settle(self._held)
+        await self._held.settle()
 
     async def _look(self, name: str) -> None:
-        base = self._fleet.owner(name)
+        base = self._runner.owner(name)
         if base is None or not base.is_available or name not in self._registry:
             return
         wanted = self._wanted(name)
@@ -179,7 +169,7 @@ class GoldenRuns:
         when = self._results.sets[name].when
         rest = [adapter for adapter in reversed(self._registry.versions(name)) if adapter not in serving]
         new = [adapter for adapter in rest if adapter.created >= when][:NEW_VERSIONS]
-        named = {*self._requests, *((promotion.name, promotion.version) for promotion in self._held)}
+        named = {*self._requests, *self._held.versions}
         asked = [adapter for adapter in rest if (adapter.name, adapter.version) in named]
         return {**dict.fromkeys([*new, *asked], False), **dict.fromkeys(serving, True)}
 
@@ -200,7 +190,7 @@ class GoldenRuns:
             # Another server asked the rest, or the set has changed.
             self._requests.pop(key, None)
             self._runs.pop(key, None)
-        elif await asyncio.to_thread(self._store.claim, adapter.name, self._me, CLAIM_SECONDS):
+        elif await asyncio.to_thread(self._store.claim, adapter.name, self._store.me, CLAIM_SECONDS):
             run = self._runs.setdefault(key, _Run(reason, now))
             await self._ask(adapter, golden, list(due), run, payer)
         else:
@@ -229,7 +219,7 @@ class GoldenRuns:
                 await self._end(adapter, golden, run)
         finally:
             self._retire(adapter)
-            await asyncio.shield(asyncio.to_thread(self._store.release, adapter.name, self._me))
+            await asyncio.shield(asyncio.to_thread(self._store.release, adapter.name, self._store.me))
 
     async def _ask_some(self, adapter: Adapter, golden: GoldenSet, batch: Sequence[str], payer: Payer) -> list[Outcome]:
         """The outcomes, in the database too; the first error of the engine is raised once those are kept."""
@@ -239,7 +229,7 @@ class GoldenRuns:
         sampled = [case for case in batch if golden.by_key[case].temperature > 0]
         if outcomes:
             await asyncio.to_thread(self._store.record, adapter.name, adapter.digest, outcomes, sampled)
-            await asyncio.to_thread(self._store.claim, adapter.name, self._me, CLAIM_SECONDS)
+            await asyncio.to_thread(self._store.claim, adapter.name, self._store.me, CLAIM_SECONDS)
         for outcome in outcomes:
             self._results.count(adapter, outcome.result)
         for result in results:
@@ -252,9 +242,8 @@ class GoldenRuns:
         await asyncio.to_thread(
             self._store.add_run, adapter, golden.digest, run.reason, run.began, run.asked, summary.estimate
         )
-        if self._scored:
-            score, cases = summary.estimate.score, summary.estimate.cases
-            self._scored(adapter.name, f"v{adapter.version}", score, cases, summary.complete)
+        score, cases = summary.estimate.score, summary.estimate.cases
+        self._events.publish(GoldenScored(adapter.name, adapter.version, score, cases, summary.complete))
         live, share = self._registry.live(adapter.name), self._registry.canary(adapter.name)
         serving = [version.digest for version in (adapter, live, share.adapter if share else None) if version]
         await asyncio.to_thread(self._store.prune, adapter.name, serving)
@@ -287,7 +276,7 @@ class GoldenRuns:
         """A version that takes no traffic leaves the engine again."""
         reads, name = self._registry, adapter.name
         shares = [share.adapter for share in (reads.canary(name), reads.shadow(name)) if share]
-        if adapter not in (reads.live(name), reads.pinned(name), *shares) and (base := self._fleet.owner(name)):
+        if adapter not in (reads.live(name), reads.pinned(name), *shares) and (base := self._runner.owner(name)):
             base.engine.retire(adapter.id)
 
 

@@ -99,11 +99,12 @@ class _SetClaims(Claims[str]):
 
 
 class GoldenStore:
-    """`clock` is the time of day, in seconds."""
+    """`clock` is the time of day, in seconds; `me` this server's name among those that share the registry."""
 
-    def __init__(self, registry: Registry, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, registry: Registry, clock: Callable[[], float] = time.time, *, me: str = "") -> None:
+        self.me = me
         self._registry = registry
-        self._clock = clock
+        self.clock = clock
 
     # Sets
 
@@ -117,9 +118,7 @@ class GoldenStore:
             id = _id(connection, name)
             stamp = connection.scalar(select(golden_sets.c.stamp).where(golden_sets.c.name_id == id))
             connection.execute(delete(golden_sets).where(golden_sets.c.name_id == id))
-            connection.execute(
-                insert(golden_sets).values(name_id=id, when=self._clock(), stamp=(stamp or 0) + 1, **row)
-            )
+            connection.execute(insert(golden_sets).values(name_id=id, when=self.clock(), stamp=(stamp or 0) + 1, **row))
             kept = golden_outcomes.c.case.in_(list(golden.by_key))
             connection.execute(delete(golden_outcomes).where(golden_outcomes.c.name_id == id, ~kept))
 
@@ -163,7 +162,7 @@ class GoldenStore:
         self._claims(by).release(name)
 
     def _claims(self, by: str) -> _SetClaims:
-        return _SetClaims(self._registry, me=by, clock=self._clock)
+        return _SetClaims(self._registry, me=by, clock=self.clock)
 
     def announce(self, name: str, verdict: str) -> None:
         """Note the verdict that was announced."""
@@ -211,7 +210,7 @@ class GoldenStore:
                 row = connection.execute(select(here).where(where)).mappings().first()
                 values = _merged(outcome, _outcome(row) if row else None, outcome.case in sampled)
                 connection.execute(delete(here).where(where))
-                connection.execute(insert(here).values(name_id=id, digest=digest, when=self._clock(), **values))
+                connection.execute(insert(here).values(name_id=id, digest=digest, when=self.clock(), **values))
 
     # Runs
 
@@ -227,7 +226,7 @@ class GoldenStore:
                     set=set_digest,
                     reason=reason,
                     began=began,
-                    ended=self._clock(),
+                    ended=self.clock(),
                     asked=asked,
                     cases=now.cases,
                     score=now.score,
@@ -254,7 +253,7 @@ class GoldenStore:
         with self._registry.transaction() as connection:
             id = _id(connection, adapter.name)
             connection.execute(delete(golden_promotions).where(golden_promotions.c.name_id == id))
-            row = {"who": shown(by, 256), "why": shown(why, 2000), "when": self._clock()}
+            row = {"who": shown(by, 256), "why": shown(why, 2000), "when": self.clock()}
             connection.execute(insert(golden_promotions).values(name_id=id, version=adapter.version, **row))
 
     def held(self) -> list[HeldPromotion]:

@@ -9,38 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.registry.registry import Registry
-from serve.errors import Conflict, LoradockError, NotFound
-from serve.rollout.canary.canary import CanaryVerdict
+from serve.errors import Conflict, LoradockError
+from serve.events import CanaryVerdict, Events, PromotionHeld
 from serve.rollout.golden.golden_results import GoldenResults
 from serve.rollout.golden.golden_set import GoldenSet
-from serve.rollout.golden.golden_store import GoldenStore, HeldPromotion, Outcome
-from serve.rollout.lifecycle import Lifecycle
-from serve.rollout.policy import HOLD, Policy
+from serve.rollout.golden.golden_store import GoldenStore, Outcome
+from serve.rollout.policy import HOLD, Policies, Policy
 from serve.sequential.golden_comparison import ALPHA_SHARE, MARGIN, GoldenComparison, compare
 from serve.sequential.sequential_test import Verdict
 
 log = logging.getLogger(__name__)
 
-WHO = REASON = "golden"
+REASON = "golden"
 # A comparison is complete when so many of the cases have a score of both.
 COMPLETE = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class GoldenVerdict(CanaryVerdict):
-    """A canary did worse on the golden set; its evidence names the number of cases."""
-
-    golden: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def evidence(self) -> dict[str, Any]:
-        return {"live": self.live, "canary": self.canary, "golden": self.golden}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,25 +97,16 @@ class Standing:
 
 
 class GoldenVerdicts:
-    """For the event loop. `on_verdict` takes verdicts to the controller; `swapped(adapter, result)` counts."""
+    """For the event loop; publishes verdicts for the controller."""
 
     def __init__(
-        self,
-        store: GoldenStore,
-        results: GoldenResults,
-        registry: Registry,
-        lifecycle: Lifecycle,
-        policy: Callable[[str], Policy],
-        on_verdict: Callable[[CanaryVerdict], None],
-        swapped: Callable[[str, str], None] = lambda adapter, result: None,
+        self, store: GoldenStore, results: GoldenResults, registry: Registry, policies: Policies, events: Events
     ) -> None:
         self._store = store
         self._results = results
         self._registry = registry
-        self._lifecycle = lifecycle
-        self._policy = policy
-        self._on_verdict = on_verdict
-        self._swapped = swapped
+        self._policies = policies
+        self._events = events
         self._standings: dict[str, Standing] = {}
         # The pair that was called worse, by adapter; and verdicts of traffic that wait for the cases.
         self._announced: dict[str, str] = {}
@@ -135,7 +114,7 @@ class GoldenVerdicts:
 
     def alpha(self, adapter: str) -> float:
         """What the other checks of a canary have of its alpha."""
-        alpha = self._policy(adapter).alpha
+        alpha = self._policies[adapter].alpha
         return alpha * (1 - ALPHA_SHARE) if adapter in self._results.sets else alpha
 
     # A canary
@@ -153,7 +132,7 @@ class GoldenVerdicts:
         if standing.comparison.worse:
             await self._announce(name, standing)
         elif standing.agrees and (verdict := self._waiting.pop(name, None)) and standing.of(verdict):
-            self._on_verdict(verdict)
+            self._events.publish(verdict)
 
     async def admitted(self, verdict: CanaryVerdict) -> CanaryVerdict | None:
         """The verdict, if no golden set stands against it; PROVED waits for its cases, and comes again then."""
@@ -177,7 +156,7 @@ class GoldenVerdicts:
     def keep(self, names: Container[str]) -> None:
         """No other adapter has a golden set (any more): what waited for one waits for nothing."""
         for name in [name for name in self._waiting if name not in names]:
-            self._on_verdict(self._waiting.pop(name))
+            self._events.publish(self._waiting.pop(name))
         for name in [name for name in self._standings if name not in names]:
             del self._standings[name]
             self._announced.pop(name, None)
@@ -187,14 +166,14 @@ class GoldenVerdicts:
         standing = self._standings.get(name)
         if standing is None:
             return None
-        return {**standing.described(self._policy(name).alpha), "proved_waits": name in self._waiting}
+        return {**standing.described(self._policies[name].alpha), "proved_waits": name in self._waiting}
 
     async def _stand(self, name: str, golden: GoldenSet) -> Standing | None:
         share, live = self._registry.canary(name), self._registry.live(name)
         if share is None or live is None:
             return None
         pairs = await asyncio.to_thread(self.pairs, live, share.adapter, golden)
-        comparison = compare(pairs, self._policy(name).alpha)
+        comparison = compare(pairs, self._policies[name].alpha)
         return Standing(live.version, share.adapter.version, comparison, len(golden.cases))
 
     def pairs(self, live: Adapter, canary: Adapter, golden: GoldenSet) -> list[tuple[float, float]]:
@@ -211,24 +190,16 @@ class GoldenVerdicts:
         repeated = row is not None and row.verdict == pair
         await asyncio.to_thread(self._store.announce, name, pair)
         self._announced[name] = pair
-        self._on_verdict(
-            GoldenVerdict(
-                name,
-                standing.live,
-                standing.canary,
-                Verdict.WORSE,
-                REASON,
-                (),
-                repeated,
-                standing.comparison.described(),
-            )
+        evidence = {"live": standing.live, "canary": standing.canary, "golden": standing.comparison.described()}
+        self._events.publish(
+            CanaryVerdict(name, standing.live, standing.canary, Verdict.WORSE, REASON, evidence, repeated)
         )
 
     # A push or a promote
 
     async def holds(self, name: str) -> bool:
         """A pushed version of this adapter waits for its score before it takes traffic."""
-        if self._policy(name).golden_min <= 0:
+        if self._policies[name].golden_min <= 0:
             return False
         await asyncio.to_thread(self._results.refresh)
         return name in self._results.sets
@@ -236,11 +207,12 @@ class GoldenVerdicts:
     async def hold(self, adapter: Adapter, by: str, why: str) -> None:
         """The version is to take traffic once its score is good enough."""
         await asyncio.to_thread(self._store.hold, adapter, by, why)
+        self._events.publish(PromotionHeld(adapter.name, adapter.version, by))
 
-    async def check(self, name: str, version: int, at_once: bool) -> None:
+    async def check(self, adapter: Adapter, policy: Policy) -> None:
         """Conflict, if the policy holds this version back because of its golden set."""
-        policy = self._policy(name)
-        if at_once or (policy.worse != HOLD and policy.golden_min <= 0):
+        name, version = adapter.name, adapter.version
+        if policy.worse != HOLD and policy.golden_min <= 0:
             return
         await asyncio.to_thread(self._results.refresh)
         if name not in self._results.sets:
@@ -257,7 +229,7 @@ class GoldenVerdicts:
         golden = await asyncio.to_thread(self._results.golden, name)
         if golden is None:
             return
-        summary = await asyncio.to_thread(self._results.summary, self._registry.get(name, version), golden)
+        summary = await asyncio.to_thread(self._results.summary, adapter, golden)
         if not summary.complete or (summary.estimate.score or 0.0) < policy.golden_min:
             score = summary.estimate.score
             state = "has no score yet" if score is None else f"scores {score:.3f} on {summary.estimate.cases} cases"
@@ -265,46 +237,6 @@ class GoldenVerdicts:
                 f"version {version} {state} of {len(golden.cases)} in the golden set, and this adapter's policy asks "
                 f'for {policy.golden_min:g} on all: promote it with "at_once": true if you want it all the same'
             )
-
-    async def settle(self, held: Sequence[HeldPromotion]) -> None:
-        """Give traffic to the pushed versions whose scores are good enough now, and let the others be."""
-        for promotion in held:
-            try:
-                await self._settle(promotion)
-            except LoradockError as error:
-                log.warning("%s@v%d waits on: %s", promotion.name, promotion.version, error.message)
-
-    async def _settle(self, promotion: HeldPromotion) -> None:
-        name, policy = promotion.name, self._policy(promotion.name)
-        try:
-            adapter = self._registry.get(name, promotion.version)
-        except NotFound:
-            await asyncio.to_thread(self._store.settle, promotion)
-            return
-        golden = await asyncio.to_thread(self._results.golden, name)
-        if golden is None:
-            return
-        summary = await asyncio.to_thread(self._results.summary, adapter, golden)
-        score = summary.estimate.score or 0.0
-        if not summary.complete:
-            return
-        why = f"golden score {score:.3f} on {summary.estimate.cases} cases"
-        if score < policy.golden_min:
-            why = f"{why}, and the policy asks for {policy.golden_min:g}"
-            log.warning("%s stays without traffic: %s", adapter.tag, why)
-            note = self._registry.note
-            await asyncio.to_thread(note, name, "golden_hold", adapter.version, by=WHO, why=why)
-        else:
-            await self._promote(adapter, promotion.who, f"{why}; {promotion.why}".rstrip("; "), policy.canary_weight)
-        await asyncio.to_thread(self._store.settle, promotion)
-
-    async def _promote(self, adapter: Adapter, by: str, why: str, weight: float) -> None:
-        live = self._registry.live(adapter.name)
-        if weight > 0 and live is not None and live.version != adapter.version:
-            await self._lifecycle.share(adapter.name, "canary", adapter.version, weight, by=by, why=why)
-            return
-        await self._lifecycle.promote(adapter.name, adapter.version, by=by, why=why)
-        self._swapped(adapter.name, "promoted")
 
 
 def _paired(live: Outcome, canary: Outcome) -> tuple[float, float] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import LINGER_SECONDS, ExchangeWorker
 from serve.asgi.trace_context import Parent, RequestTrace
 from serve.errors import ConfigError
+from serve.events import GoldenScored, Notice
 from serve.telemetry.export_queue import FLUSH_SECONDS, ExportQueue
 from serve.telemetry.tracing.tracing_names import TenantNames
 from serve.telemetry.tracing.tracing_settings import LOGS, METRICS, TRACES, TracingSettings
@@ -98,15 +99,15 @@ class Tracing(Collector):
         if exchange.trace is not None and (exchange.trace.sampled or self._metrics):
             self._worker.offer(exchange)
 
-    def happened(self, kind: str, data: Mapping[str, Any]) -> None:
+    def happened(self, notice: Notice) -> None:
         """A verdict on a canary, or a drift alarm, as webhooks are told."""
         if self._evaluations:
-            self._evaluations.happened(kind, data)
+            self._evaluations.happened(notice.kind, notice.data())
 
-    def scored(self, adapter: str, version: str, score: float | None, cases: int, complete: bool) -> None:
+    def scored(self, run: GoldenScored) -> None:
         """A version has answered its golden set."""
         if self._evaluations:
-            self._evaluations.scored(adapter, version, score, cases, complete)
+            self._evaluations.scored(run.adapter, f"v{run.version}", run.score, run.cases, run.complete)
 
     def rated(self, adapter: str, version: str, rating: float, label: str, trace: RequestTrace | None) -> None:
         """Somebody rated an answer; `trace` is that of the request."""

@@ -647,8 +647,8 @@ def looping(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
         monkeypatch.setattr(f"serve.loop.driver.{name}", 0.03)
     parts = served.app.state.parts
     parts.fine_tuning.process.command, parts.fine_tuning.process.nice = COMMAND, 0
-    parts.loops.gatekeeper.scorer = Scores()
-    parts.loops.gatekeeper.scorer.hold.set()
+    parts.loops.driver.gatekeeper.scorer = Scores()
+    parts.loops.driver.gatekeeper.scorer.hold.set()
     parts.loops.candidates.gather = Traffic()
     parts.loops.rows.made("tone")
     return served

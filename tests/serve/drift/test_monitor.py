@@ -24,6 +24,7 @@ from serve.drift.features.token_runs import RUN, STRETCH
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings, WatchedVersion
 from serve.errors import ConfigError
+from serve.events import DriftAlarm, Events
 from tests.support.tiny import HIDDEN
 from tests.support.watched_traffic import CHAT, Engine, ask, drift, push, until
 
@@ -280,8 +281,14 @@ def sent(monitor, count, *, system=(), topic=(0, 4000), asker=None, number=itert
         monitor.looked()
 
 
+def heard_by(alarms):
+    events = Events()
+    events.at_once("test", alarms.append, DriftAlarm)
+    return events
+
+
 def monitored(folder, alarms):
-    monitor = DriftMonitor(folder, DriftSettings(reference=300), on_alarm=alarms.append)
+    monitor = DriftMonitor(folder, DriftSettings(reference=300), events=heard_by(alarms))
     monitor.learn("", WIDE)
     return monitor
 
@@ -361,7 +368,7 @@ def test_requests_that_are_compared_together_say_what_they_say_one_by_one(tmp_pa
     told = []
     for together in (1, 7, 100):
         alarms = []
-        monitor = DriftMonitor(tmp_path / str(together), DriftSettings(reference=300), on_alarm=alarms.append)
+        monitor = DriftMonitor(tmp_path / str(together), DriftSettings(reference=300), events=heard_by(alarms))
         monitor.learn("", WIDE)
         draw = np.random.default_rng(5)
         for number in range(900):

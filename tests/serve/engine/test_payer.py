@@ -82,7 +82,7 @@ async def test_all_that_the_engine_computed_is_charged_to_somebody_or_named_as_t
     live = parts.registry.live("acme/tone")
     example = Example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
     with pytest.raises(KeyError):  # this backend makes no tokens of texts; it was asked all the same
-        await parts.loops.gatekeeper.scorer.scores(live, [example])
+        await parts.loops.driver.gatekeeper.scorer.scores(live, [example])
     await parts.prober.round()
 
     async def quiet():

@@ -81,7 +81,7 @@ def looping(connect: Callable[..., Any], config: Any, monkeypatch: pytest.Monkey
         server = connect(replace(config, policies=policies), *([backend] if backend else []))
         parts = server.app.state.parts
         parts.fine_tuning.process.command, parts.fine_tuning.process.nice = COMMAND, 0
-        parts.loops.gatekeeper.scorer = started.scores
+        parts.loops.driver.gatekeeper.scorer = started.scores
         if started.traffic is not None:
             parts.loops.candidates.gather = started.traffic
         return server

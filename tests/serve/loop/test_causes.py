@@ -12,7 +12,8 @@ DAY = 86_400.0
 
 
 def causes(drifted=(), history=(), ratings=None):
-    made = Causes(lambda: {"tone": list(drifted)}, lambda name: list(history), ratings or Ratings())
+    drift = SimpleNamespace(summary=lambda: {"tone": list(drifted)})
+    made = Causes(drift, lambda name: list(history), ratings or Ratings())
     made.look()
     return made
 

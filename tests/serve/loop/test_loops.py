@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from serve.config import keys_hashed
 from serve.drift.watched_version import iso
 from serve.errors import Conflict, EngineUnavailable
-from serve.rollout.canary.canary import CanaryVerdict
+from serve.events import CanaryVerdict, DriftAlarm
 from serve.sequential.sequential_test import Verdict
 from tests.serve.loop.conftest import LONG, asked, example, loop_of, parts_of, pushed, tried, until
 from tests.support.app import issued, settled, upload
@@ -62,6 +63,7 @@ async def test_every_step_is_in_the_audit_log_and_in_webhooks(looping, make_adap
         await tried(client)
         # The journal is written after the try has its end.
         assert await settled(lambda: "loop.promoted" in dict(heard), LONG)
+        await asyncio.to_thread(parts.events.settle)
         rows = [json.loads(line) for line in parts.audit.path.read_text().splitlines()]
         steps = ["loop_opened", "loop_training", "loop_gate", "loop_promoted"]
         assert [row["what"] for row in rows if row["who"] == "loop"] == steps
@@ -246,7 +248,7 @@ async def test_a_try_that_never_has_enough_examples_was_none(looping, make_adapt
 
 def verdict(loop, kind, reason="proved"):
     attempt = loop["tries"][0]
-    return CanaryVerdict("tone", attempt["live"], attempt["candidate"], kind, reason, ())
+    return CanaryVerdict("tone", attempt["live"], attempt["candidate"], kind, reason, {})
 
 
 async def test_a_canary_that_proves_itself_is_promoted(looping, make_adapter):
@@ -259,11 +261,11 @@ async def test_a_canary_that_proves_itself_is_promoted(looping, make_adapter):
         canary = (await client.get("/v1/adapters/tone")).json()["canary"]
         assert canary == {"version": attempt["candidate"], "weight": 0.25} and await live(client) == 1
         # Its verdict may cost what the try may spend, and no more.
-        assert await asyncio.to_thread(parts.loops.alpha, "tone") == 0.1
-        parts._verdicts.put(verdict(loop, Verdict.PROVED))
+        assert await asyncio.to_thread(parts.tries.alpha, "tone") == 0.1
+        parts.events.publish(verdict(loop, Verdict.PROVED))
         assert (await tried(client))["outcome"] == "promoted"
         assert await live(client) == attempt["candidate"]
-        assert await asyncio.to_thread(parts.loops.alpha, "tone") == 1.0
+        assert await asyncio.to_thread(parts.tries.alpha, "tone") == 1.0
 
 
 # Neither verdict comes from noise.
@@ -290,7 +292,7 @@ async def test_a_candidate_may_answer_otherwise_than_the_version_that_was_not_ma
         report = (await drift(client))["canary"]
         assert report["verdict"] != "worse" and report["requests"] == 300, report
         assert not {"length", "mean_logprob"} & {check["check"] for check in report["checks"]}
-        parts_of(client)._verdicts.put(verdict(loop, Verdict.PROVED))
+        parts_of(client).events.publish(verdict(loop, Verdict.PROVED))
         assert (await tried(client))["outcome"] == "promoted"
 
 
@@ -310,7 +312,7 @@ async def test_a_canary_that_does_worse_is_rejected_and_ended(looping, make_adap
         await pushed(client, make_adapter)
         await asked(client, "run")
         loop = await until(client, lambda loop: loop["phase"] == "canary" and "traffic" in loop["note"])
-        parts_of(client)._verdicts.put(verdict(loop, Verdict.WORSE, "errors"))
+        parts_of(client).events.publish(verdict(loop, Verdict.WORSE, "errors"))
         attempt = await tried(client)
         assert attempt["outcome"] == "rejected" and "canary" in attempt["text"]
         adapter = (await client.get("/v1/adapters/tone")).json()
@@ -321,19 +323,19 @@ async def test_a_canary_that_does_worse_is_rejected_and_ended(looping, make_adap
 async def test_no_verdict_is_lost_while_the_loop_cannot_be_read(looping, make_adapter, monkeypatch, kind, outcome):
     monkeypatch.setattr("serve.rollout.controller.RETRY_SECONDS", 0.01)
     async with looping(canary=0.25) as client:
-        loops = parts_of(client).loops
+        tries = parts_of(client).tries
         await pushed(client, make_adapter)
         await asked(client, "run")
         loop = await until(client, lambda loop: loop["phase"] == "canary" and "traffic" in loop["note"])
-        hears, fails = loops.heard, [EngineUnavailable("the database is away")]
+        hears, fails = tries.heard, [EngineUnavailable("the database is away")]
 
         def heard(verdict):
             if fails:
                 raise fails.pop()
             return hears(verdict)
 
-        monkeypatch.setattr(loops, "heard", heard)
-        parts_of(client)._verdicts.put(verdict(loop, kind, "errors"))
+        monkeypatch.setattr(tries, "heard", heard)
+        parts_of(client).events.publish(verdict(loop, kind, "errors"))
         attempt = await tried(client)
         assert attempt["outcome"] == outcome and "canary" in attempt["text"] and not fails
 
@@ -345,7 +347,7 @@ async def test_a_yes_to_a_canary_that_did_worse_promotes_nothing(looping, make_a
         await asked(client, "run")
         loop = await until(client, lambda loop: loop["phase"] == "canary" and "traffic" in loop["note"])
         monkeypatch.setattr("serve.loop.driver.RETRY_SECONDS", 3600.0)
-        parts._verdicts.put(verdict(loop, Verdict.PROVED))
+        parts.events.publish(verdict(loop, Verdict.PROVED))
         await until(client, lambda loop: "waits for a yes" in loop["note"])
         rows = parts.loops.rows
         said = {"verdict": Verdict.WORSE.value, "reason": "errors"}
@@ -608,3 +610,27 @@ async def test_a_loop_is_its_tenants_alone(looping, make_adapter, config):
         assert (await other.get("/v1/loops")).json()["data"] == []
         assert (await acme.get(f"/v1/fine_tuning/jobs/{attempt['job']}")).status_code == 200
         assert (await other.get(f"/v1/fine_tuning/jobs/{attempt['job']}")).status_code == 404
+
+
+async def test_a_drift_alarm_is_no_news_that_a_loop_has_to_look_for(looping, make_adapter, monkeypatch):
+    async with looping(on=["drift"], promote="ask") as client:
+        parts, looked = parts_of(client), []
+        # From here on nothing is looked at by itself.
+        monkeypatch.setattr("serve.jobs.schedule.LOOK_SECONDS", 3600.0)
+        await pushed(client, make_adapter)
+        await asyncio.to_thread(parts.loops.rows.made, "tone")
+        causes = parts.loops.driver.causes
+        await asyncio.to_thread(causes.look_if_new, time.time())  # as the first round does
+        row = {"version": "v1", "drifted": ["prompt"], "moved": {}, "since": {}}
+
+        def summary():
+            looked.append(1)
+            return {"tone": [row]}
+
+        monkeypatch.setattr(parts.drift_monitor, "summary", summary)
+        parts.loops.schedule.wake()
+        await asyncio.to_thread(causes.look_if_new, time.time())
+        assert (await loop_of(client))["phase"] == "waiting" and not looked, "without an alarm nobody asks the watcher"
+        parts.events.publish(DriftAlarm("tone", "v1", "prompt", {}, 12.0))
+        loop = await until(client, lambda loop: loop["tries"])
+        assert loop["tries"][0]["cause"]["kind"] == "drift" and looked

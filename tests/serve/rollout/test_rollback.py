@@ -64,7 +64,7 @@ async def test_a_rollback_by_the_server_is_a_change_of_the_live_version_and_an_e
     await client.post("/v1/adapters/calm/canary", json={"version": 2, "weight": 0.5})
     assert await alert(client) == "rolled_back"
     assert await alert(client, adapter="calm", fingerprint="abc124") == "canary_ended"
-    text = parts.monitor.render()[0].decode()
+    text = parts.metrics.render()[0].decode()
     assert 'loradock_adapter_swaps_total{adapter="tone",result="rolled_back"} 1.0' in text
     assert 'loradock_adapter_swaps_total{adapter="calm",result="rolled_back"} 0.0' in text
     for adapter in ("tone", "calm"):
@@ -79,11 +79,12 @@ async def test_a_firing_alert_rolls_its_version_back_with_the_evidence_in_histor
     last = (await client.get("/v1/adapters/tone")).json()["history"][-1]
     assert (last["who"], last["what"], last["from_version"], last["to_version"]) == ("wayback", "rollback", 2, 1)
     assert "LoradockBad" in last["why"] and "31 % of the answers" in last["why"]
+    await asyncio.to_thread(client._transport.app.state.parts.events.settle)
     lines = [json.loads(line) for line in (config.data_dir / "audit.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if line["who"] == "wayback"]
     assert (line["what"], line["subject"], line["reason"], line["status"]) == ("rolled_back", "tone@v2", "alert", 200)
     assert "31 % of the answers" in line["evidence"]
-    assert lines[-1]["what"] == "alerts" and lines[-1]["subject"] == "LoradockBad: rolled_back"
+    assert [line["subject"] for line in lines if line["what"] == "alerts"] == ["LoradockBad: rolled_back"]
     metrics = (await client.get("/metrics")).text
     assert 'loradock_rollbacks_total{adapter="tone",reason="alert",version="v2"} 1.0' in metrics
 

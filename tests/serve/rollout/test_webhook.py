@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from serve.config import load
-from serve.drift.watched_version import Alarm
 from serve.errors import ConfigError
+from serve.events import DriftAlarm
 from serve.rollout import webhook
 from serve.rollout.webhook import Delivery, Webhooks, checked_url, signing_key
 from tests.support.app import push_two
@@ -249,8 +249,8 @@ async def test_the_server_tells_of_alarms_and_rollbacks(connect, config, make_ad
         await client.post("/v1/adapters/tone/promote", json={"version": 2})
         parts = client._transport.app.state.parts
         moved = {"text": "in at least 60 % of the prompts: probably German", "share_at_least": 0.6}
-        alarm = Alarm("tone", "v2", "prompt", {"rank_shift": 0.3}, 12.0, moved)
-        await asyncio.to_thread(parts.rollout_controller.alarmed, alarm)
+        alarm = DriftAlarm("tone", "v2", "prompt", {"rank_shift": 0.3}, 12.0, moved)
+        parts.events.publish(alarm)
         result = await parts.automatic_rollback.rollback("tone", 2, "alert", {"errors": 0.3})
         assert result.done
         assert await until(lambda: asyncio.sleep(0.02, len(receiver.requests) == 2))

@@ -48,7 +48,7 @@ class Adapters:
 
 def monitored(count, **options):
     fleet = Fleet([Supervisor(FakeBackend("."), None, Patience())])
-    return Metrics(fleet, Adapters(count), SimpleNamespace(failures=0), "1", AdapterLoads(), **options)
+    return Metrics(fleet, Adapters(count), SimpleNamespace(failures=0), AdapterLoads(), **options)
 
 
 def exchange(adapter, version="v1", status=200, reason="stop", request_id="an-id", lots=random.Random(0)):

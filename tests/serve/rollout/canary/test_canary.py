@@ -16,10 +16,11 @@ from serve.adapters.registry.snapshot import Share
 from serve.asgi.exchange import Exchange, Generation
 from serve.config import keys_hashed
 from serve.errors import LoradockError
+from serve.events import Events
 from serve.rollout import controller
 from serve.rollout.canary.canary import CanaryAnalysis
 from serve.rollout.canary.canary_monitor import FILE, CanaryMonitor
-from serve.rollout.policy import DEFAULT_POLICIES, parse
+from serve.rollout.policy import DEFAULT_POLICIES, Policies, parse
 from tests.support.app import issued, upload
 from tests.support.watched_traffic import CHAT, Engine, ask, askers, canary_ended, drift, push, until
 
@@ -220,6 +221,7 @@ async def test_a_rollback_that_failed_is_tried_again_until_it_is_done(
             return {sample.value for sample in pending.samples} == {0}
 
         assert await until(none_pending)
+        await asyncio.to_thread(client._transport.app.state.parts.events.settle)
         lines = [json.loads(line) for line in (watched.data_dir / "audit.jsonl").read_text().splitlines()]
         outcomes = [line["what"] for line in lines if line["who"] == "wayback"]
         assert outcomes == ["failed", "canary_ended"], "each attempt in the log, the first failure in the audit log"
@@ -284,6 +286,24 @@ SHARE = Share(SimpleNamespace(version=2), 0.5)
 TRIALS_OF_A74E6CF = Path(__file__).parents[3] / "fixtures" / "trials-a74e6cf.npz"
 
 
+class Registered:
+    """A registry where every adapter has version 1 live and version 2 as its canary."""
+
+    def __contains__(self, name):
+        return True
+
+    def canary(self, name):
+        return SHARE
+
+    def live(self, name):
+        return SimpleNamespace(version=1)
+
+
+def analysing(folder, candidate=None):
+    tries = SimpleNamespace(alpha=lambda name: 1.0, is_candidate=lambda name, version: version == candidate)
+    return CanaryMonitor(folder, Registered(), Policies(), SimpleNamespace(alpha=lambda name: 0.01), tries, Events())
+
+
 def exchange(canary, asker, prefill, waited=0.0, status=200, draw=None):
     made = Generation([1] * 8, [1, 2], "stop", gap=0.02)
     generations = (made,) if status == 200 else ()
@@ -327,23 +347,19 @@ def test_requests_that_are_dealt_one_by_one_count_each():
 
 
 def test_of_a_version_that_is_meant_to_answer_otherwise_only_harm_is_compared_also_after_a_restart(tmp_path):
-    def monitor():
-        of = {"share": lambda name: SHARE, "live": lambda name: 1, "alpha": lambda name: 0.01}
-        return CanaryMonitor(tmp_path, **of, differs=lambda name, version: version == SHARE.adapter.version)
-
-    began = monitor()
+    began = analysing(tmp_path, candidate=2)
     began.observe(exchange(True, b"ana", 0.1))
     assert checks(began.analysis("tone")).keys() & {"mean_logprob", "length"} == set()
     assert not began.wants_logprobs("tone")
     began.save()
-    again = monitor()
+    again = analysing(tmp_path, candidate=2)
     again.start()
     assert checks(again.analysis("tone")) == checks(began.analysis("tone"))
 
 
 def test_an_analysis_that_an_earlier_release_saved_goes_on(tmp_path):
     shutil.copy(TRIALS_OF_A74E6CF, tmp_path / FILE)
-    monitor = CanaryMonitor(tmp_path, share=lambda name: SHARE, live=lambda name: 1, alpha=lambda name: 0.01)
+    monitor = analysing(tmp_path)
     monitor.start()
     analysis = monitor.analysis("tone")
     before = checks(analysis)
@@ -356,7 +372,7 @@ def test_an_analysis_that_an_earlier_release_saved_goes_on(tmp_path):
     assert after["inter_token"]["live_requests"] + after["inter_token"]["canary_requests"] == 800
     assert analysis.report()["requests_to_proof"] is not None
     monitor.save()
-    again = CanaryMonitor(tmp_path, share=lambda name: SHARE, live=lambda name: 1, alpha=lambda name: 0.01)
+    again = analysing(tmp_path)
     again.start()
     assert again.report("tone") == monitor.report("tone")
 

@@ -11,6 +11,7 @@ import pytest
 
 from serve.engine.payer import PROBES
 from serve.errors import EngineUnavailable
+from serve.events import GoldenScored, GoldenScoreFell
 from serve.rollout.golden.golden_schedule import RETRY_SECONDS, due_cases
 from serve.rollout.golden.golden_scoring import Result
 from serve.rollout.golden.golden_set import GoldenSet
@@ -25,7 +26,7 @@ async def test_a_score_of_what_is_live_that_fell_is_told_once(client, backend, m
     _, second = await push_two(client, make_adapter)
     skill.of[second] = 0.1
     parts, told = client._transport.app.state.parts, []
-    parts.golden.runs._falls._tell = lambda kind, data: told.append((kind, data))
+    parts.events.at_once("test", told.append, GoldenScoreFell)
     await put(client, cases(20))
     await ran(client, 1)
     assert not told
@@ -33,8 +34,9 @@ async def test_a_score_of_what_is_live_that_fell_is_told_once(client, backend, m
     await ran(client, 2)
     assert await until(lambda: asyncio.sleep(0, told)), "the run ends before the fall is told"
     await parts.golden.runs.round()
-    ((kind, data),) = told
-    assert kind == "golden.score_fell"
+    (fall,) = told
+    data = fall.data()
+    assert fall.kind == "golden.score_fell"
     assert (data["version"], data["score"], data["before"]) == (2, 0.5, {"version": 1, "score": 1.0})
     assert data["text"] == "version 2 scores 0.500 on 20 golden cases, 0.500 less than version 1 did"
     history = parts.registry.history("tone")
@@ -69,12 +71,12 @@ async def test_a_set_is_run_on_the_live_version_and_on_each_that_is_pushed(clien
 
 async def test_whoever_follows_scores_hears_of_each_run_when_it_has_ended(client, backend, make_adapter):
     heard = []
-    client._transport.app.state.parts.golden.runs._scored = lambda *score: heard.append(score)
+    client._transport.app.state.parts.events.at_once("test", heard.append, GoldenScored)
     Skill(backend, usual=0.0)
     await client.post("/v1/adapters", **upload(make_adapter(0)))
     await put(client, cases(5))
     await ran(client, 1)
-    assert heard == [("tone", "v1", 0.0, 5, True)]
+    assert heard == [GoldenScored("tone", 1, 0.0, 5, True)]
 
 
 async def test_it_is_asked_behind_every_client_and_neither_metrics_of_traffic_nor_drift_see_it(

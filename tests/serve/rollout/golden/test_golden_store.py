@@ -114,7 +114,7 @@ def test_one_server_at_a_time_runs_a_set_until_its_claim_ends(registry, store):
     assert not store.claim("tone", "two", 100)
     store.release("tone", "one")
     assert store.claim("tone", "two", 5)
-    store._clock.now += 10
+    store.clock.now += 10
     assert store.claim("tone", "one", 100)
     assert not store.claim("nobody", "one", 100)
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 
 from serve.errors import EngineUnavailable
-from serve.rollout.canary.canary import CanaryVerdict
+from serve.events import CanaryVerdict
 from serve.rollout.golden import golden_schedule
 from serve.rollout.golden.golden_store import GoldenStore
 from serve.rollout.policy import DEFAULT_POLICIES
@@ -96,7 +96,7 @@ async def test_proved_by_traffic_waits_until_the_golden_set_agrees(client, backe
     parts = client._transport.app.state.parts
     acted = []
     monkeypatch.setattr(parts.rollout_controller, "act_on", acted.append)
-    verdict = CanaryVerdict("tone", 1, 2, Verdict.PROVED, "proved", ())
+    verdict = CanaryVerdict("tone", 1, 2, Verdict.PROVED, "proved", {})
     assert await parts.golden.verdicts.admitted(verdict) is verdict, "without a set nothing waits"
     backend.flow.clear()
     stream = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "tone", "stream": True}))

@@ -18,6 +18,8 @@ import pytest
 from serve.asgi.exchange import Generation, Parameters
 from serve.config import Config, keys_hashed
 from serve.errors import ConfigError
+from serve.events import CanaryJudged, CanaryVerdict, DriftAlarm, GoldenScored, RollbackAttempted
+from serve.sequential.sequential_test import Verdict
 from serve.telemetry.tracing.tracing_settings import TracingSettings
 from tests.support.app import CHAT, ask, canary, issued, push_two, upload
 from tests.support.backend import FakeBackend
@@ -359,12 +361,15 @@ async def test_a_rating_belongs_to_the_span_of_the_answer(traced, connect, colle
 async def test_verdicts_golden_scores_and_drift_alarms_are_evaluations(traced, connect, collector):
     async with connect(replace(traced(), otel_tenant="none")) as client:
         parts = client._transport.app.state.parts
-        verdict = {"adapter": "tone", "version": 2, "live": 1, "tenant": "acme", "verdict": "worse", "text": "latency"}
-        alarm = {"adapter": "tone", "version": "v2", "tenant": "acme", "signal": "prompts", "log_evidence": 9.5}
-        await asyncio.to_thread(parts._notify, "canary.worse", {**verdict, "evidence": {}})
-        await asyncio.to_thread(parts._notify, "drift.alarm", {**alarm, "text": "about swordfish", "effects": {}})
-        await asyncio.to_thread(parts._notify, "rollback", {"adapter": "tone"})
-        parts.tracing.scored("tone", "v2", 0.75, 8, True)
+        verdict = CanaryVerdict("acme/tone", 1, 2, Verdict.WORSE, "latency", {})
+        rolled_back = ("acme/tone", 2, "alert", "rolled_back", "from 2 to 1", {}, True, 200)
+        for event in (
+            CanaryJudged(verdict),
+            DriftAlarm("acme/tone", "v2", "prompts", {}, 9.5, {"text": "about swordfish"}),
+            RollbackAttempted(*rolled_back),
+            GoldenScored("acme/tone", 2, 0.75, 8, True),
+        ):
+            parts.events.publish(event)
         assert await came(lambda: len(collector.received("logs")) == 3)
     events = {event["attributes"]["gen_ai.evaluation.name"]: event for event in collector.received("logs")}
     about = {"loradock.adapter": "tone", "loradock.version": "v2"}

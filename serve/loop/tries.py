@@ -1,0 +1,44 @@
+"""What a loop says of canaries: that of its try is its own, and so is what follows from a verdict on it."""
+
+from __future__ import annotations
+
+from serve.events import CanaryVerdict
+from serve.loop.loop_rows import LoopRows
+from serve.loop.objects import Phase
+from serve.rollout.registry_sync import RegistrySync
+from serve.sequential.sequential_test import Verdict
+
+
+class LoopTries:
+    """As the database has them; all of it blocks. Without a `follower` no other server shares the registry."""
+
+    def __init__(self, rows: LoopRows, follower: RegistrySync | None = None) -> None:
+        self._rows = rows
+        self._follower = follower
+
+    def alpha(self, name: str) -> float:
+        """What a false verdict on the adapter's canary may cost, if it is its loop's; else 1.
+
+        Each server has an analysis of its own traffic, and any of them may prove: they share what the try may spend.
+        """
+        loop = self._rows.get(name)
+        if loop is None or loop.phase is Phase.WAITING:
+            return 1.0
+        # In every phase: a person may have given the candidate its share before its loop does.
+        return loop.state.alpha / max(1, len(self._follower.replicas()) if self._follower else 1)
+
+    def is_candidate(self, name: str, version: int) -> bool:
+        """The try that goes on has trained this version, on answers that the live one does not give."""
+        loop = self._rows.get(name)
+        return loop is not None and loop.phase is not Phase.WAITING and loop.state.candidate == version
+
+    def heard(self, verdict: CanaryVerdict) -> bool:
+        """Note the verdict on a canary; whether the loop acts on it, and nobody else."""
+        loop = self._rows.get(verdict.adapter)
+        if loop is None or loop.phase not in (Phase.CANARY, Phase.ASKING) or loop.state.candidate != verdict.canary:
+            return False
+        said = {"verdict": verdict.verdict.value, "reason": verdict.reason, "evidence": verdict.evidence}
+        self._rows.hear(loop, said)
+        if loop.phase is Phase.CANARY or verdict.verdict is Verdict.WORSE:
+            self._rows.look(loop)
+        return verdict.verdict is Verdict.PROVED
