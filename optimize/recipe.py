@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -16,23 +16,9 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
+from optimize import plugins
 from optimize.errors import RecipeError
-from optimize.options import (
-    KIND,
-    STEPS,
-    Combine,
-    Evaluate,
-    Export,
-    Gate,
-    Heal,
-    Merge,
-    Part,
-    Prune,
-    Quantize,
-    Step,
-    Text,
-    Tune,
-)
+from optimize.options import Evaluate, Export, Gate, Part, Step, Text
 
 SECTIONS: Mapping[str, type[Part]] = {"calibration": Text, "evaluate": Evaluate, "gate": Gate, "export": Export}
 
@@ -48,7 +34,7 @@ class Recipe(Part, frozen=True, kw_only=True):
     seed: int = 0
     target: Literal["cpu", "gpu"] = "cpu"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    steps: tuple[Merge | Combine | Prune | Heal | Quantize | Tune, ...] = ()
+    steps: tuple[Step, ...] = ()
     calibration: Text = Text()
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
@@ -59,7 +45,7 @@ class Recipe(Part, frozen=True, kw_only=True):
     def trains_alone(self) -> bool:
         """Whether all that it makes is trained adapters, which have held-out examples of their own: then no text is
         read, and nothing else is measured."""
-        return self.export.format == "adapter" and all(isinstance(step, Tune) for step in self.steps)
+        return self.export.format == "adapter" and all(step.trains for step in self.steps)
 
 
 def load(source: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -123,31 +109,37 @@ def shipped() -> dict[str, str]:
     return purposes
 
 
+def step_kinds() -> Mapping[str, Any]:
+    """Every kind of step by its name, `optimize.steps.kind.StepKind`s: found in the steps' folder and in packages."""
+    return plugins.found("optimize.steps", "loradock.optimize.steps", "STEP", "rules")
+
+
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with some of its fields changed."""
     return msgspec.structs.replace(recipe, **changes)
 
 
 def _step(step: Any, at: int, folder: Path) -> Part:
-    where = f"step {at}"
+    where, kinds = f"step {at}", step_kinds()
     if isinstance(step, str):
         step = {step: {}}
     if not isinstance(step, dict) or len(step) != 1:
         raise RecipeError(
-            f"{where} holds one of {', '.join(STEPS)} with its options, such as `- quantize: {{scheme: w8a8}}`"
+            f"{where} holds one of {', '.join(kinds)} with its options, such as `- quantize: {{scheme: w8a8}}`"
         )
     ((kind, options),) = step.items()
-    if kind not in STEPS:
+    if kind not in kinds:
         raise RecipeError(
-            f"{where} is {kind!r}, which is not a step{_nearest(str(kind), STEPS)}; there is {', '.join(STEPS)}"
+            f"{where} is {kind!r}, which is not a step{_nearest(str(kind), kinds)}; there is {', '.join(kinds)}"
         )
     chosen_options = _mapping(options or {}, f"{where}, {kind}")
     if isinstance(chosen_options.get("pattern"), int):  # YAML reads 2:4 as sixties, 124
         chosen_options = {**chosen_options, "pattern": "{}:{}".format(*divmod(chosen_options["pattern"], 60))}
-    for name in STEPS[kind].files:
+    options_type = kinds[kind].options
+    for name in options_type.files:
         if isinstance(file := chosen_options.get(name), str) and file:
             chosen_options = {**chosen_options, name: _path(file, folder)}
-    return _part(chosen_options, STEPS[kind], f"{where}, {kind}")
+    return _part(chosen_options, options_type, f"{where}, {kind}")
 
 
 def _part(options: dict[str, Any], made: type[Part], where: str) -> Part:
@@ -224,11 +216,18 @@ def _check(recipe: Recipe) -> None:
     """What types cannot say: the bounds of each step, what goes before what, and what the gate can ask for."""
     if bad := [name for name in recipe.adapters if not name or "/" in name or name.startswith(".")]:
         raise RecipeError(f"an adapter's name is a plain word, not {bad[0]!r}")
-    order = _Order(set(recipe.adapters))
+    adapters = set(recipe.adapters)
     for at, step in enumerate(recipe.steps, 1):
-        where = f"step {at}, {KIND[type(step)]}"
+        where = f"step {at}, {step.kind}"
         step.check(where)
-        order.take(step, where, recipe.steps[at:])
+        for name in step.consumed:
+            if name not in adapters:
+                near = _nearest(name, adapters)
+                raise RecipeError(f"{where}: there is no adapter {name!r}{near}; add it to `adapters:`")
+        if step.makes in adapters:
+            raise RecipeError(f"{where}: the new adapter needs a plain name of its own, not {step.makes!r}")
+        adapters |= {step.makes} if step.makes else set()
+        step.check_order(where, recipe.steps[: at - 1], recipe.steps[at:])
     for name, part in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
         if part.samples < 1 or part.tokens < 8:
             raise RecipeError(f"{name}: samples is at least 1 and tokens at least 8")
@@ -237,59 +236,16 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("evaluate: tasks are scored on a vllm export")
     if recipe.export.format == "genai" and recipe.export.precision not in ("fp32", "int4"):
         raise RecipeError(f"export: genai is made in fp32 or int4, not {recipe.export.precision}")
-    if recipe.export.format == "adapter" and not any(isinstance(step, Combine | Tune) for step in recipe.steps):
+    if recipe.export.format == "adapter" and not any(step.makes for step in recipe.steps):
         raise RecipeError("export: format adapter needs a combine or tune step that makes one")
-
-
-class _Order:
-    """What the steps so far have made of the model and of the adapters."""
-
-    def __init__(self, adapters: set[str]) -> None:
-        self._adapters = adapters
-        self._quantized = self._trimmed = self._sparse = False
-
-    def take(self, step: Step, where: str, later: Sequence[Step]) -> None:
-        """RecipeError when the step cannot come after those before it, or wants one after it."""
-        for name in step.consumed:
-            if name not in self._adapters:
-                near = _nearest(name, self._adapters)
-                raise RecipeError(f"{where}: there is no adapter {name!r}{near}; add it to `adapters:`")
-        if isinstance(step, Merge) and step.requantize and not any(isinstance(after, Quantize) for after in later):
-            raise RecipeError(f"{where}: requantize wants a quantize step after it")
-        if isinstance(step, Combine | Tune):
-            if step.name in self._adapters:
-                raise RecipeError(f"{where}: the new adapter needs a plain name of its own, not {step.name!r}")
-            self._adapters.add(step.name)
-            return
-        if self._quantized:
-            raise RecipeError(f"{where}: {_AFTER_QUANTIZING.get(type(step), _QUANTIZED_BY_THEN)}")
-        if isinstance(step, Heal):
-            self._heal(where)
-        if isinstance(step, Prune):
-            self._trimmed |= bool(step.vocabulary)
-            self._sparse |= step.zeros
-        self._quantized = isinstance(step, Quantize)
-
-    def _heal(self, where: str) -> None:
-        if self._trimmed:
-            raise RecipeError(f"{where}: heal before trimming the vocabulary; the original answers in its own tokens")
-        if self._sparse:
-            raise RecipeError(f"{where}: healing changes every weight and would fill the zeros; heal before")
-
-
-_QUANTIZED_BY_THEN = "the model is quantized by then, and changing it would mean to quantize again; put the step before"
-_AFTER_QUANTIZING: Mapping[type[Part], str] = {
-    Heal: "heal before quantizing; a quantized model's weights cannot be trained",
-    Quantize: "the model is quantized already; one quantize step does all",
-}
 
 
 def _check_gate(recipe: Recipe) -> None:
     """A bound needs what measures it."""
-    gate = recipe.gate
-    if gate.min_healed is not None and not any(isinstance(step, Heal) for step in recipe.steps):
+    gate, measured = recipe.gate, {score for step in recipe.steps for score in step.measures}
+    if gate.min_healed is not None and "healed" not in measured:
         raise RecipeError("gate: min_healed needs a heal step")
-    if gate.max_valid_loss is not None and not any(isinstance(step, Tune) and step.validation for step in recipe.steps):
+    if gate.max_valid_loss is not None and "valid_loss" not in measured:
         raise RecipeError("gate: max_valid_loss needs a tune step with a `validation` file")
     if gate.max_task_loss is not None and not recipe.evaluate.tasks:
         raise RecipeError("gate: max_task_loss needs `evaluate: {tasks: [...]}`")

@@ -7,7 +7,8 @@ not here: the steps take them from the model's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,23 @@ def of(config: Mapping[str, Any], what: str) -> Family:
             f"{', '.join(other.name for other in FAMILIES)}"
         )
     return family
+
+
+# The tensors of a decoder that is laid out as Llama: no other table of tokens, no other mixer, no experts.
+_AS_LLAMA = re.compile(
+    r"(model\.(embed_tokens|norm)|lm_head|model\.layers\.\d+\.("
+    r"self_attn\.([qkvo]_proj|qkv_proj|[a-z_]*norm|rotary_emb)|mlp\.(gate|up|down|gate_up)_proj|[a-z_]*norm"
+    r"))\.(weight|bias|inv_freq)"
+)
+
+
+def readable(config: Mapping[str, Any], names: Iterable[str], what: str) -> None:
+    """Refused when `what`, a step, knows neither the family nor the layout by the `names` of the model's tensors."""
+    if known(config) is None and (strange := next((name for name in names if not _AS_LLAMA.fullmatch(name)), None)):
+        raise Refused(
+            f"{what} does not know models of type {config.get('model_type')!r}, which have {strange}; it takes "
+            f"{', '.join(family.name for family in FAMILIES)}, and others whose tensors are those of Llama"
+        )
 
 
 def dense(config: Mapping[str, Any], what: str) -> Family:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,8 +26,11 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale", "qweight",
-             "qzeros", "scales", "g_idx", "k_scale", "v_scale")  # fmt: skip
+# Tensors of a quantized layer, by their last names.
+QUANTIZED = (
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
+    *("weight_global_scale", "input_global_scale", "qweight", "qzeros", "scales", "g_idx", "k_scale", "v_scale"),
+)
 
 CHUNK = 16 << 20
 DTYPES = {
@@ -164,7 +168,7 @@ class Schemes:
 
     def __init__(self, config: dict[str, Any] | None) -> None:
         self._by_target: dict[str, dict[str, Any]] = {}
-        self._ignore: set[str] = set()
+        self._ignore: list[str] = []
         self.gptq = False
         self.kv_cache: dict[str, Any] | None = None
         if config is None:
@@ -177,20 +181,27 @@ class Schemes:
             return
         if method != "compressed-tensors":
             raise Refused(f"the model is quantized as {method!r}, which is not read here: start from its original")
-        self._ignore = set(config.get("ignore") or [])
+        self._ignore = list(config.get("ignore") or [])
         self.kv_cache = config.get("kv_cache_scheme")
         for group in config["config_groups"].values():
             for target in group["targets"]:
                 self._by_target[target] = group
 
     def of(self, name: str) -> dict[str, Any] | None:
-        if name in self._ignore:
+        """The layer's group: by its name, by a regular expression, or as a linear layer, in this order."""
+        if any(_names(pattern, name) for pattern in self._ignore):
             return None
-        return self._by_target.get(name) or self._by_target.get("Linear")
+        by_pattern = (group for pattern, group in self._by_target.items() if _names(pattern, name))
+        return self._by_target.get(name) or next(by_pattern, None) or self._by_target.get("Linear")
 
     def rounds_activations(self, name: str) -> bool:
         group = self.of(name)
         return bool(group and group.get("input_activations"))
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a target of compressed-tensors is this layer."""
+    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
 
 
 class Writer:

@@ -171,12 +171,14 @@ def dense(checkpoint: Checkpoint, wanted: Callable[[str], bool] = lambda _: True
             yield name, checkpoint.tensor(name)
 
 
-def dequantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Integers or float8 (out, in) times scales (out, groups), in float32."""
+def dequantized(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+    """Integers or float8 (out, in), less zero points (out, groups), times scales (out, groups), in float32."""
     rows, columns = weight.shape
     groups = scale.shape[1]
-    spread = weight.float().view(rows, groups, columns // groups) * scale.float()[:, :, None]
-    return spread.view(rows, columns)
+    parts = weight.float().view(rows, groups, columns // groups)
+    if zero is not None:
+        parts = parts - zero.float()[:, :, None]
+    return (parts * scale.float()[:, :, None]).view(rows, columns)
 
 
 def _dense(parts: Mapping[str, torch.Tensor], group: Mapping[str, Any]) -> torch.Tensor:
@@ -186,7 +188,7 @@ def _dense(parts: Mapping[str, torch.Tensor], group: Mapping[str, Any]) -> torch
         spread = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
         return parts["weight"].float() * spread
     if "weight" in parts:
-        return dequantized(parts["weight"], scale)
+        return dequantized(parts["weight"], scale, parts.get("weight_zero_point"))
     if args["type"] == "float":
         packed = parts["weight_packed"]
         nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(1).long()
@@ -196,7 +198,15 @@ def _dense(parts: Mapping[str, torch.Tensor], group: Mapping[str, Any]) -> torch
             wide = wide / parts["weight_global_scale"].float()
         return dequantized(numbers, wide)
     rows, columns = parts["weight_shape"].tolist()
-    return dequantized(unpacked_integers(parts["weight_packed"], int(args["num_bits"]))[:rows, :columns], scale)
+    bits = int(args["num_bits"])
+    integers, zero = unpacked_integers(parts["weight_packed"], bits)[:rows, :columns], None
+    if "weight_zero_point" in parts:  # packed along the rows
+        zero = unpacked_integers(parts["weight_zero_point"].T, bits).T[:rows]
+    if "weight_g_idx" in parts:  # a group for each column, in any order
+        of_column = parts["weight_g_idx"].long()
+        wide, zeros = scale[:, of_column], None if zero is None else zero[:, of_column]
+        return dequantized(integers, wide, zeros)
+    return dequantized(integers, scale, zero)
 
 
 def packed_integers(integers: torch.Tensor, bits: int) -> torch.Tensor:

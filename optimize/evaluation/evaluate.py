@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cosine_similarity, log_softmax
+from torch.nn.functional import log_softmax
 
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import adapted, answered, last_states, logits, opened, settle
@@ -58,6 +58,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     scores |= compared(right, answers, rows, lambda done: progress(done, total, "held-out text"))
     if kept is not None:
         scores |= _in_old_tokens(partial(logits, old), text.original, rows, scores["perplexity"])
+    if job.base != job.reference:
+        scores |= _against_base(Path(job.base), text.original, by_layer, scores["perplexity"])
     effects = {}
     done = len(rows)
     for name in living:
@@ -129,6 +131,13 @@ def compared(
     }
 
 
+def _against_base(base: Path, rows: list[torch.Tensor], by_layer: bool, perplexity: float) -> dict[str, float]:
+    """What adapters that were merged changed: the base by itself, where it is not what the result is compared with."""
+    loss = _loss(_answers(opened(base, by_layer=by_layer), rows, by_layer), rows)
+    increase = math.expm1(math.log(perplexity) - loss)
+    return {"perplexity_base": round(math.exp(loss), 4), "perplexity_base_increase": round(increase, 5)}
+
+
 def _seen(ask: Ask, kept: torch.Tensor | None) -> Ask:
     """`ask` in the tokens of a trimmed vocabulary: the same pieces go in, and the others' answers are left out."""
     if kept is None:
@@ -143,10 +152,7 @@ def _in_old_tokens(
 
     KL and top-1 stay as they are, on the same pieces and the tokens that both have.
     """
-    loss = 0.0
-    for row in before:
-        loss -= float(log_softmax(old(row)[0, :-1], -1).gather(-1, row[0, 1:, None]).mean())
-    original = loss / len(before)
+    original = _loss(map(old, before), before)
     ratio = sum(row.shape[1] for row in after) / sum(row.shape[1] for row in before)
     now = math.log(perplexity) * ratio
     return {
@@ -155,6 +161,23 @@ def _in_old_tokens(
         "perplexity_increase": round(math.expm1(now - original), 5),
         "tokens_ratio": round(ratio, 4),
     }
+
+
+def _loss(answers: Iterable[torch.Tensor], rows: list[torch.Tensor]) -> float:
+    """Mean negative log-likelihood of the next token, nats, over windows (1, tokens) of the same length."""
+    loss = 0.0
+    for answer, row in zip(answers, rows, strict=True):
+        loss -= float(log_softmax(answer[0, :-1], -1).gather(-1, row[0, 1:, None]).mean())
+    return loss / len(rows)
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of all numbers together, summed in float64: float32 gives more than 1 for millions of them."""
+    product, left, right = (
+        float((a * b).sum(-1, dtype=torch.float64).sum()) for a, b in ((one, other), (one, one), (other, other))
+    )
+    size = math.sqrt(left * right)
+    return max(-1.0, min(1.0, product / size)) if size else 0.0
 
 
 def _effect(
@@ -172,8 +195,7 @@ def _effect(
             divergence += float((old_log.exp() * (old_log - new_log)).sum(-1).mean())
             moved += float((base_log.exp() * (base_log - old_log)).sum(-1).mean())
             same += float((old_both.argmax(-1) == new_both.argmax(-1)).float().mean())
-            effects = (old_both - old_base).flatten(), (new_both - new_base).flatten()
-            cosine += float(cosine_similarity(*effects, dim=0))
+            cosine += _cosine(old_both - old_base, new_both - new_base)
     count = len(rows)
     return {
         "kl": round(divergence / count, 5),

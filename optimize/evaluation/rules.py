@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from optimize.errors import Refused
-from optimize.options import Quantize
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, by_layer
 
 # Of the model's bytes in 16 bits, what ONNX Runtime holds of it by precision.
@@ -37,7 +36,7 @@ def _weights(context: Context, tokens: int) -> int:
     """Bytes of weights and of what stands beside them; those that are computed with as they are on the disk take
     none."""
     size, layer = 2 * context.base.parameters, 2 * context.largest_layer
-    quantizes = context.recipe.export.format == "vllm" and any(isinstance(s, Quantize) for s in context.recipe.steps)
+    quantizes = context.recipe.export.format == "vllm" and any(step.quantizes for step in context.recipe.steps)
     onnx = ONNX_SHARE[context.recipe.export.precision] * size if context.recipe.export.format == "onnx" else 0
     if by_layer(size, context.memory):
         # A layer, and the hidden states of all the text.

@@ -8,8 +8,8 @@ from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
 from optimize.export import layout, optimum
-from optimize.options import Quantize
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank, by_layer
+from optimize.steps.quantize.rules import Quantize
 
 OUTSIDE_VLLM = ("use_parallel_residual", "qk_layernorm")  # of StableLM; vLLM 0.32 reads neither
 
@@ -78,8 +78,9 @@ def _refuse_vllm(context: Context) -> None:
 
 def _refuse_onnx(context: Context) -> None:
     recipe = context.recipe
-    if any(isinstance(step, Quantize) for step in recipe.steps):
+    if any(step.quantizes for step in recipe.steps):
         raise Refused("ONNX has its own int8 and int4: leave the quantize step out and say `export: {precision: int8}`")
+    architectures.readable(context.base.config, context.base.shapes, "the onnx export")
     if recipe.target == "gpu":
         raise Refused("the onnx export is checked on a CPU here: say `target: cpu`")
     if layout.rope_type(context.base.config) == "dynamic":

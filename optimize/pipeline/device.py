@@ -7,11 +7,13 @@ from typing import Any
 from optimize import processor
 from optimize.errors import Refused
 from optimize.recipe import Recipe
+from optimize.steps.kind import kinds
 from optimize.steps.planning import Estimate
 
 CPU, CUDA = "cpu", "cuda"
-# The others compute where their own runtime does: the exports in ONNX Runtime on a CPU, the engine in vLLM.
-STEPS = frozenset({"merge", "combine", "prune", "heal", "quantize", "tune", "evaluate", "tasks"})
+# Beside a recipe's steps. The others compute where their own runtime does: the exports in ONNX Runtime on a CPU, the
+# engine in vLLM.
+MEASURING = ("evaluate", "tasks")
 USED = 0.9  # of what is free of a GPU's memory; CUDA takes some itself
 
 
@@ -25,7 +27,8 @@ def of_step(
 ) -> tuple[str, ...]:
     """`cuda` or `cpu`, for a step over a base of `size` bytes; the better first, where either may compute it."""
     gpu = processor.gpu()
-    if recipe.device == CPU or gpu is None or kind not in STEPS or options.get("format") == "onnx":
+    computes = kind in kinds() or kind in MEASURING
+    if recipe.device == CPU or gpu is None or not computes or options.get("format") == "onnx":
         return (CPU,)
     if recipe.device == CUDA:
         return (CUDA,)

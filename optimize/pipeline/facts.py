@@ -9,6 +9,7 @@ from typing import Any
 from optimize.pipeline.gate import Verdict, judges
 from optimize.pipeline.plan import Plan
 from optimize.recipe import Recipe
+from optimize.steps.merge.rules import Merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,12 @@ class Facts:
         if not self.passed:
             return "**not passed**"
         return "passed" if self.judged else "**not judged**, the recipe gives no bounds"
+
+    @property
+    def original(self) -> str:
+        """What quality is measured against: adapters that were merged are in it."""
+        merged = [name for step in self.recipe.steps if isinstance(step, Merge) for name in step.adapters]
+        return " + ".join(["original", *merged])
 
     @property
     def name(self) -> str:

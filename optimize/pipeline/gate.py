@@ -12,7 +12,7 @@ from optimize.options import Gate
 
 # bound -> (score, its meaning)
 BOUNDS: Mapping[str, tuple[str, str]] = {
-    "max_perplexity_increase": ("perplexity_increase", "perplexity above the original's"),
+    "max_perplexity_increase": ("perplexity_increase", "perplexity above or below the original's"),
     "max_kl": ("kl", "KL divergence from the original, nats a token"),
     "min_top1": ("top1", "tokens on which the likeliest is the original's"),
     "max_size": ("size_ratio", "weights' bytes against the original's"),
@@ -36,6 +36,8 @@ IN_ENGINE: Mapping[str, str] = {
     "min_top1": "engine_top1",
 }
 ENGINE_DIFFERENCE = 0.05  # held where the recipe gives no bound: beyond it the two compute different models
+# Held on both sides: what answers far better than the original on this text answers something else than the original.
+TWO_SIDED = {"max_perplexity_increase"}
 TIMED = {"min_speed", "min_speed_16"}
 ADAPTED = {"max_adapter_kl", "min_adapter_effect"}  # nothing to hold where no adapter is left to work on the result
 
@@ -53,11 +55,15 @@ class Verdict:
     def holds(self) -> bool:
         if self.measured is None:
             return False
+        if self.bound in TWO_SIDED:
+            return abs(self.measured) <= self.limit
         return self.measured <= self.limit if self.bound.startswith("max_") else self.measured >= self.limit
 
     @property
     def sentence(self) -> str:
         way = "at most" if self.bound.startswith("max_") else "at least"
+        if self.bound in TWO_SIDED:
+            way = "within"
         measured = "was not measured" if self.measured is None else f"is {self.measured:.4g}"
         return f"{self.meaning} {measured}, to be {way} {self.limit:g}"
 

@@ -15,10 +15,11 @@ from typing import Any
 
 from optimize import processor
 from optimize.checkpoint import artifact
-from optimize.options import STEPS, plain
+from optimize.options import plain
 from optimize.pipeline import step_code
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import TIMED
+from optimize.steps.kind import kinds
 
 NAME = "manifest.json"
 LIBRARIES = (
@@ -60,7 +61,10 @@ def write(folder: Path, facts: Facts) -> None:
             if done.kind not in ("evaluate", "engine", "tasks")
         ],
         "versions": versions(),
-        "arithmetic": {**processor.arithmetic(), "code": {done.kind: step_code.of(done.kind) for done in facts.done}},
+        "arithmetic": {
+            **processor.arithmetic(),
+            "code": {done.kind: step_code.of(done.kind, done.options) for done in facts.done},
+        },
         "scores": {name: value for name, value in facts.scores.items() if name not in TIMED_SCORES},
         "gate": {
             "judged": facts.judged,
@@ -120,7 +124,7 @@ def _lasting(notes: dict[str, Any]) -> dict[str, Any]:
 
 def _named(done: Done) -> dict[str, Any]:
     """A step's options, with files by their names alone."""
-    files = STEPS[done.kind].files if done.kind in STEPS else ()
+    files = kinds()[done.kind].options.files if done.kind in kinds() else ()
     return done.options | {name: Path(done.options[name]).name for name in files}
 
 
@@ -128,7 +132,7 @@ def _card(facts: Facts, parent: str) -> str:
     library = {"vllm": "transformers", "adapter": "peft"}.get(facts.recipe.export.format, "onnx")
     lines = ["---", f"base_model: {parent}", f"library_name: {library}", "tags: [loradock]", "---", ""]
     lines += [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
-    lines += ["", "| | original | this |", "|---|---|---|"]
+    lines += ["", f"| | {facts.original} | this |", "|---|---|---|"]
     scores = facts.scores
     if "valid_loss" in scores:
         lines.append(f"| held-out loss | {scores['valid_loss_before']:.3f} | {scores['valid_loss']:.3f} |")
@@ -136,6 +140,8 @@ def _card(facts: Facts, parent: str) -> str:
         lines.append(
             f"| perplexity, held-out text | {scores['perplexity_original']:.2f} | {scores['perplexity']:.2f} |"
         )
+        if "perplexity_base" in scores:
+            lines.append(f"| the same, of {parent} alone | {scores['perplexity_base']:.2f} | |")
         lines.append(f"| same likeliest token | | {scores['top1']:.1%} |")
         lines.append(f"| weights, MB | {scores['bytes_original'] / 1e6:.0f} | {scores['bytes'] / 1e6:.0f} |")
     lines += [

@@ -7,6 +7,7 @@ from typing import Any
 
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import Verdict
+from optimize.steps.kind import kinds
 
 Row = tuple[str, ...]
 
@@ -18,7 +19,7 @@ def to_markdown(facts: Facts) -> str:
         "",
         f"From {facts.plan.model.name}. Gate: {facts.verdict}.",
         "",
-        *_table(_quality(scores)),
+        *_table(_quality(scores, facts.original)),
     ]
     if tasks := scores.get("tasks"):
         lines += _section("Tasks", _table(_tasks(tasks)))
@@ -46,17 +47,22 @@ def _table(rows: Sequence[Row]) -> list[str]:
     return [f"| {' | '.join(first)} |", "|" + "---|" * len(first)] + [f"| {' | '.join(row)} |" for row in rest]
 
 
-def _quality(scores: Mapping[str, Any]) -> list[Row]:
-    rows: list[Row] = [("", "original", "result", "")]
+def _quality(scores: Mapping[str, Any], original: str) -> list[Row]:
+    rows: list[Row] = [("", original, "result", "")]
     if "perplexity" in scores:
         before, after = scores["bytes_original"], scores["bytes"]
         old, new = scores["perplexity_original"], scores["perplexity"]
         rows += [
             ("perplexity", f"{old:.2f}", f"{new:.2f}", f"{scores['perplexity_increase']:+.2%}"),
-            ("KL from the original, nats", "0", f"{scores['kl']:.4f}", ""),
+            (f"KL from {original}, nats", "0", f"{scores['kl']:.4f}", ""),
             ("same likeliest token", "100 %", f"{scores['top1']:.1%}", ""),
             ("weights, MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{after / before:.2f}"),
         ]
+    if "perplexity_base" in scores:
+        base, more = scores["perplexity_base"], scores["perplexity_base_increase"]
+        rows.insert(
+            2, ("perplexity, against the base alone", f"{base:.2f}", f"{scores['perplexity']:.2f}", f"{more:+.2%}")
+        )
     if "valid_loss" in scores:
         before, after = scores["valid_loss_before"], scores["valid_loss"]
         rows.append(("held-out loss", f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"))
@@ -129,7 +135,7 @@ def _plain(value: Any) -> str:
 def _of_step(done: Done) -> list[str]:
     """What a step has to say for itself."""
     notes, lines = done.notes, []
-    if sentence := _sentence(done.kind, done.options, notes):
+    if sentence := _sentence(done):
         lines += ["", sentence]
     if "vocabulary_before" in notes:
         covered = f"{notes['covered']:.2%} of the calibration text's tokens stay as they were"
@@ -149,48 +155,15 @@ def _of_step(done: Done) -> list[str]:
     return lines
 
 
-def _sentence(kind: str, options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
-    if kind == "combine":
+def _sentence(done: Done) -> str:
+    if kind := kinds().get(done.kind):
+        return kind.sentence(done.options, done.notes)
+    if done.kind == "onnx":
         return (
-            f"{options['name']}: {notes['means']}. Rank {notes['rank']}, "
-            f"{notes['error']:.2%} off the exact weighted sum of the updates."
-        )
-    if kind == "merge":
-        return (
-            f"Merged: logits at most {notes['logits_off']:g} from base + adapters in fp32, KL "
-            f"{notes['kl_to_base_plus_adapter']:g}; weights at most {notes['weights_off_in_last_places']:g} of bf16's "
-            "last place from the exact ones (rounding to the nearest is 0.5)."
-        )
-    if kind == "prune" and notes.get("dropped"):
-        return f"Dropped: layers {', '.join(map(str, notes['dropped']))}."
-    if kind == "heal":
-        squares = f", after least squares {notes['repair']['left']:.3f}" if "repair" in notes else ""
-        return (
-            f"Log-perplexity above the original's: {notes['lost']:.3f} after pruning{squares}, {notes['left']:.3f} "
-            f"in the end, after {notes['trained_tokens']:,} tokens of distillation."
-        )
-    if kind == "tune":
-        return _tuned(options, notes)
-    if kind == "onnx":
-        return (
-            f"Logits at most {notes['logits_off']:g} from PyTorch's in fp32; the first {notes['greedy_same']} of 64 "
-            "greedy tokens, through the cache, are the same."
+            f"Logits at most {done.notes['logits_off']:g} from PyTorch's in fp32; the first "
+            f"{done.notes['greedy_same']} of 64 greedy tokens, through the cache, are the same."
         )
     return ""
-
-
-def _tuned(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
-    data = ", ".join(f"{of['examples']} {name} examples ({of['sha256'][:12]})" for name, of in notes["data"].items())
-    early = f" of {notes['planned_steps']}: the held-out loss rose" if notes.get("ended_early") else ""
-    best = f"; the adapter is that of step {notes['best_step']}" if "best_step" in notes else ""
-    cut = sum(of["cut"] for of in notes["data"].values())
-    longer = f" {cut} examples were cut at {notes['max_length']} tokens." if cut else ""
-    return (
-        f"{options['name']}: {options['method']}, {data}; {notes['steps']} steps{early}, "
-        f"{notes['trained_tokens']:,} tokens, rank {notes['rank']}, "
-        f"learning rate {notes['learning_rate']:g}; loss {notes['losses'][0]:.3f} to "
-        f"{notes['train_loss']:.3f}{best}.{longer}"
-    )
 
 
 def _effects(effects: Mapping[str, Mapping[str, float]]) -> list[Row]:

@@ -7,10 +7,9 @@ Estimates come from the checkpoint's headers: parameters, bytes, layers. The rul
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from optimize import processor
 from optimize.checkpoint import architectures, artifact
@@ -18,37 +17,15 @@ from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint, 
 from optimize.errors import Refused
 from optimize.evaluation import rules as evaluation
 from optimize.export import rules as export
-from optimize.options import KIND, Combine, Heal, Merge, Prune, Quantize, Step, Tune, plain
+from optimize.options import Step, plain
 from optimize.pipeline import device, step_code
 from optimize.pipeline.worker import TASKS
 from optimize.recipe import Recipe
-from optimize.steps.merge import combine_rules
-from optimize.steps.merge import rules as merge_rules
+from optimize.steps.kind import kinds
+from optimize.steps.merge.rules import Merge
 from optimize.steps.planning import Context, Estimate
-from optimize.steps.prune import heal_rules
-from optimize.steps.prune import rules as prune_rules
-from optimize.steps.quantize import rules as quantize_rules
-from optimize.steps.tune import rules as tune_rules
 
 EMBEDDING = "model.embed_tokens.weight"
-
-
-class Rules(Protocol):
-    """What a step says of itself before any work."""
-
-    def estimate(self, step: Any, context: Context) -> Estimate: ...
-
-    def refuse(self, step: Any, context: Context) -> None: ...
-
-
-RULES: Mapping[type[Step], Rules] = {
-    Merge: merge_rules,
-    Combine: combine_rules,
-    Prune: prune_rules,
-    Heal: heal_rules,
-    Quantize: quantize_rules,
-    Tune: tune_rules,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +67,12 @@ def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: 
     }
     settings = {name: value for name, value in plain(recipe).items() if name not in ("model", "adapters", "output")}
     settings["steps"] = [by_content(step) for step in recipe.steps]
-    kinds = [KIND[type(step)] for step in recipe.steps]
+    names = [step.kind for step in recipe.steps]
     estimates = _estimates(context)
-    code = {estimate.kind: step_code.of(estimate.kind) for estimate in estimates if estimate.kind in TASKS}
+    code = [step_code.of(step.kind, plain(step)) for step in recipe.steps]
+    code += [step_code.of(estimate.kind) for estimate in estimates if estimate.kind in TASKS]
     gpu = processor.gpu() if recipe.device != device.CPU else None
-    key = artifact.key([settings, kinds, inputs, processor.arithmetic(), code, *([gpu.name] if gpu else [])])
+    key = artifact.key([settings, names, inputs, processor.arithmetic(), code, *([gpu.name] if gpu else [])])
     plan = Plan(model, adapters, texts, estimates, inputs, key, base.bytes)
     _room(plan, out, memory)
     return plan
@@ -103,11 +81,16 @@ def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: 
 def _estimates(context: Context) -> tuple[Estimate, ...]:
     recipe, size = context.recipe, context.base.bytes
     return (
-        *(RULES[type(step)].estimate(step, context) for step in recipe.steps),
+        *(_estimate(step, context) for step in recipe.steps),
         *export.estimates(context),
         *([] if recipe.trains_alone else evaluation.estimates(context)),
         Estimate("export", f"{recipe.export.format} directory, manifest, report", 0, size, size / 3e8),
     )
+
+
+def _estimate(step: Step, context: Context) -> Estimate:
+    estimate: Estimate = kinds()[step.kind].estimate(step, context)
+    return replace(estimate, warning="; ".join(filter(None, [estimate.warning, *step.retired_sentences])))
 
 
 def _refuse(context: Context) -> None:
@@ -118,14 +101,14 @@ def _refuse(context: Context) -> None:
     if context.base.quantization is not None:
         _refuse_rounded_twice(context)
     for step in context.recipe.steps:
-        RULES[type(step)].refuse(step, context)
+        kinds()[step.kind].refuse(step, context)
     export.refuse(context)
 
 
 def _refuse_rounded_twice(context: Context) -> None:
     """A quantized model has no full weights for the first step that changes it."""
     base, steps = context.base, context.recipe.steps
-    first = next((step for step in steps if not isinstance(step, Combine | Tune)), None)
+    first = next((step for step in steps if not step.makes), None)
     if isinstance(first, Merge) and not first.requantize:
         raise Refused(
             f"{base.folder.name} is quantized already, and merging into rounded numbers rounds them twice: start "
@@ -133,7 +116,7 @@ def _refuse_rounded_twice(context: Context) -> None:
         )
     if first and not isinstance(first, Merge):
         raise Refused(
-            f"{base.folder.name} is quantized already and {KIND[type(first)]} needs full weights: "
+            f"{base.folder.name} is quantized already and {first.kind} needs full weights: "
             "start from the original checkpoint"
         )
 

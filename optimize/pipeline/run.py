@@ -22,19 +22,19 @@ from optimize.checkpoint import artifact, shards
 from optimize.data import text
 from optimize.errors import GateFailed, OptimizeError, Refused
 from optimize.job import Job
-from optimize.options import KIND, Combine, Merge, Step, Tune, plain
+from optimize.options import Step, plain
 from optimize.pipeline import device, lock, manifest, report, step_code
 from optimize.pipeline.child import Child, Tell
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import judge
 from optimize.pipeline.plan import Plan, by_content
 from optimize.pipeline.signals import Signals
-from optimize.pipeline.worker import sentence
+from optimize.pipeline.worker import TASKS, sentence
 from optimize.recipe import Recipe
+from optimize.steps.kind import kinds
+from optimize.steps.merge.rules import Merge
 
 NOTES = "notes.json"
-WORST = ("merge_kl", "combine_error")  # of several steps the worst counts
-COMPARING = ("evaluate", "engine", "heal", "onnx", "genai", "tasks")  # steps that look at the reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,7 @@ class Run:
         # What was merged is in the model by now, and no step has to look after it any more.
         consumed = set(step.consumed)
         living = {name: path for name, path in state.adapters.items() if name not in state.merged or name in consumed}
-        done = self._do(
-            KIND[type(step)], plain(step), replace(state, adapters=living), step.reads_text, by_content(step)
-        )
+        done = self._do(step.kind, plain(step), replace(state, adapters=living), step.reads_text, by_content(step))
         made = done.folder / "model"
         model = made if made.is_dir() else state.model
         adapters, originals = dict(state.adapters), dict(state.originals)
@@ -117,7 +115,8 @@ class Run:
         scores: dict[str, Any] = {}
         for done in self.done:
             for name, score in done.notes.get("scores", {}).items():
-                scores[name] = max(score, scores.get(name, score)) if name in WORST else score
+                worst = done.kind in kinds() and name in kinds()[done.kind].worst
+                scores[name] = max(score, scores.get(name, score)) if worst else score
         if not self.recipe.trains_alone:
             asked = {"format": "onnx" if form == "genai" else form}
             scores |= self._do("evaluate", asked, state, uses_text=True).notes["scores"]
@@ -134,7 +133,7 @@ class Run:
         aside = self.work / "export.part"
         shutil.rmtree(aside, ignore_errors=True)
         if form == "adapter":
-            made = [step.name for step in self.recipe.steps if isinstance(step, Combine | Tune)][-1]
+            made = [step.makes for step in self.recipe.steps if step.makes][-1]
             shutil.copytree(state.adapters[made], aside)
         else:
             own = self.work in state.model.parents
@@ -175,7 +174,8 @@ class Run:
             "kind": kind,
             "options": counted or options,
             "model": self._digest(state.model),
-            "reference": self._digest(state.reference) if kind in COMPARING else "",
+            "reference": self._digest(state.reference) if kind in TASKS or kinds()[kind].compares else "",
+            "base": self._digest(state.base) if kind == "evaluate" else "",
             "adapters": {name: self._digest(path) for name, path in state.adapters.items()},
             "originals": {name: self._digest(path) for name, path in state.originals.items() if kind == "evaluate"},
             "text": self._text(kind) if uses_text else {},
@@ -183,7 +183,7 @@ class Run:
             "target": self.recipe.target,
             "versions": manifest.versions(),
             "arithmetic": processor.arithmetic(),
-            "code": step_code.of(kind),
+            "code": step_code.of(kind, options),
         }
         where, folder = self._place(kind, options, inputs)
         start = time.monotonic()
@@ -241,7 +241,7 @@ class Run:
         if kind in ("evaluate", "engine"):
             return {"evaluation": self.plan.texts["evaluation"], **measured}
         read = {"calibration": self.plan.texts["calibration"], **plain(self.recipe.calibration)}
-        return read | ({"evaluation": self.plan.texts["evaluation"]} if kind == "heal" else {})
+        return read | ({"evaluation": self.plan.texts["evaluation"]} if kinds()[kind].reads_evaluation else {})
 
     @contextmanager
     def _working(self) -> Iterator[None]:

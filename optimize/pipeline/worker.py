@@ -22,20 +22,21 @@ import msgspec
 from optimize import audio_packages
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
+from optimize.steps.kind import kinds
 
+# What follows a recipe's steps.
 TASKS = {
-    "merge": "optimize.steps.merge.merge",
-    "combine": "optimize.steps.merge.combine",
-    "prune": "optimize.steps.prune.prune",
-    "heal": "optimize.steps.prune.heal",
-    "quantize": "optimize.steps.quantize.quantize",
-    "tune": "optimize.steps.tune.tune",
     "onnx": "optimize.export.onnx",
     "genai": "optimize.export.genai",
     "evaluate": "optimize.evaluation.evaluate",
     "engine": "optimize.evaluation.engine",
     "tasks": "optimize.evaluation.tasks",
 }
+
+
+def work(kind: str) -> str:
+    """The module with `run(job, progress)` of a step, or of what follows the steps."""
+    return TASKS.get(kind) or kinds()[kind].work
 
 
 def main(file: str, fd: str) -> int:
@@ -47,7 +48,7 @@ def main(file: str, fd: str) -> int:
     audio_packages.hide()
     job = msgspec.json.decode(Path(file).read_bytes(), type=Job)
     try:
-        task = importlib.import_module(TASKS[job.kind])
+        task = importlib.import_module(work(job.kind))
         notes = task.run(job, Progress(tell))
     except OptimizeError as error:
         tell({"error": error.message, "class": type(error).__name__})

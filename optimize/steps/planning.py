@@ -21,6 +21,7 @@ from optimize.recipe import Recipe
 IN_LAYER = re.compile(r"layers\.(\d+)\.")
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 FLOPS = 2e11  # of a forward pass in bf16, two cores
+FLOPS32 = 1.5e11  # of a product in fp32, two cores
 STARTING = 8.0  # seconds until a child has imported torch and transformers
 PROCESS = 700_000_000  # bytes of a child that has imported them
 

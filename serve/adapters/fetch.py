@@ -20,6 +20,7 @@ from serve.adapters.file_thread import take_turn
 from serve.adapters.shards import INDEX, join, names_in
 from serve.adapters.sources import client_process, oci, transfer
 from serve.adapters.sources.address import Source, folder_of
+from serve.adapters.sources.kind import offered
 from serve.adapters.sources.transfer import Body, Transfer, checked_status, translated
 from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected, LoradockError
@@ -50,6 +51,9 @@ def fetch(source: Source, folder: Path, room: Room | None = None, *, max_bytes: 
         if came.scheme == "file":  # a store of files on this machine
             _bring(folder_of(came), files, anonymous)
             came = replace(source, version=came.version)
+    elif kind := offered().get(source.scheme):
+        with translated(source):
+            came = kind.bring(source, files)
     else:
         came = _bring(source, files, anonymous)
     take_turn(join, folder, *([room.beside(Kind.UNPACKED).take] if room else []))

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from serve import __version__
 from serve.adapters.fair_threads import FairThreads
+from serve.adapters.sources.kind import offered
 from serve.api.dashboard.pages import pages
 from serve.api.entrance import Entrance
 from serve.api.openapi import DocumentedApi
@@ -64,6 +65,7 @@ def build_app(
 
     `observers` get each exchange when it has ended, on the event loop.
     """
+    offered()  # a package whose source cannot be loaded is told now, and none is looked for while requests wait
     backends = backend if isinstance(backend, Sequence) else [backend]
     parts = Services(config, backends, on_failure, on_shadow, replica, observers)
 

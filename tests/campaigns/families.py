@@ -29,8 +29,9 @@ from optimize.errors import OptimizeError, Refused
 from optimize.evaluation.engine import Engine
 from optimize.export import onnx
 from optimize.job import Job
-from optimize.options import STEPS, Evaluate, Text
+from optimize.options import Evaluate, Text
 from optimize.pipeline import plan
+from optimize.steps.kind import kinds
 from optimize.steps.quantize import quantize
 from tests.support import families
 
@@ -68,7 +69,7 @@ def compared(name: str, folder: Path, scheme: str) -> bool:
     text = folder / "text.txt"
     text.write_text("\n\n\n".join(families.sentences(1, 24)))
     job = Job(
-        kind="quantize", options=msgspec.to_builtins(STEPS["quantize"](**SCHEMES[scheme])), model=str(base),
+        kind="quantize", options=msgspec.to_builtins(kinds()["quantize"].options(**SCHEMES[scheme])), model=str(base),
         base=str(base), reference=str(base), adapters={"one": str(adapter)}, originals={"one": str(adapter)},
         calibration=Text(text=str(text), samples=8, tokens=48), evaluate=Evaluate(), seed=0, target="cpu",
         out=str(folder),

@@ -39,7 +39,8 @@ from optimize.checkpoint.model import logits, opened, settle, tokenizer
 from optimize.data import text
 from optimize.evaluation.evaluate import Ask, compared
 from optimize.job import Job, Progress
-from optimize.options import STEPS, Evaluate, Text
+from optimize.options import Evaluate, Text
+from optimize.steps.kind import kinds
 from optimize.steps.quantize import quantize
 from serve.models.embedded import ensure
 from tests.campaigns.cpu_speed import processor
@@ -47,7 +48,7 @@ from tests.campaigns.cpu_speed import processor
 TOKENS = 512
 ROOT = Path(__file__).parents[2]
 W4 = {"scheme": "w4a16"}
-GPTQ, AWQ_GPTQ, REFIT = W4 | {"method": "gptq"}, W4 | {"method": "awq-gptq"}, {"refit": True}
+GPTQ, AWQ_GPTQ = W4 | {"method": "gptq"}, W4 | {"method": "awq-gptq"}
 # A row of the table -> what `quantize` is told.
 OURS: dict[str, dict[str, Any]] = {
     "to the nearest, g64": W4 | {"method": "rtn", "group": 64},
@@ -55,13 +56,9 @@ OURS: dict[str, dict[str, Any]] = {
     "AWQ, g32": W4 | {"method": "awq", "group": 32},
     "AWQ, g64": W4 | {"method": "awq", "group": 64},
     "GPTQ, g64": GPTQ | {"group": 64},
-    "GPTQ, g64, refit": GPTQ | REFIT | {"group": 64},
     "AWQ and GPTQ, g64": AWQ_GPTQ | {"group": 64},
-    "AWQ and GPTQ, g64, refit": AWQ_GPTQ | REFIT | {"group": 64},
     "AWQ and GPTQ, g32": AWQ_GPTQ | {"group": 32},
-    "AWQ and GPTQ, g32, refit": AWQ_GPTQ | REFIT | {"group": 32},
     "GPTQ, g32": GPTQ | {"group": 32},
-    "GPTQ, g32, refit": GPTQ | REFIT | {"group": 32},
     "GPTQ, g64, some layers 8 bits: `bits: 4.5`": GPTQ | {"group": 64, "bits": 4.5},
 }
 LLAMA = ("BF16", "Q4_0", "Q4_1", "IQ4_XS", "Q4_K_M")
@@ -127,8 +124,9 @@ def process(*command: str | Path, **more: str) -> Iterator[Ask]:
 
 def quantized(model: Path, options: dict[str, Any], calibration: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     job = Job(
-        kind="quantize", options=msgspec.to_builtins(STEPS["quantize"](**options)), model=str(model), base=str(model),
-        reference=str(model), adapters={}, originals={}, calibration=Text(samples=calibration, tokens=TOKENS),
+        kind="quantize", options=msgspec.to_builtins(kinds()["quantize"].options(**options)),
+        model=str(model), base=str(model), reference=str(model), adapters={}, originals={},
+        calibration=Text(samples=calibration, tokens=TOKENS),
         evaluate=Evaluate(), seed=0, target="cpu", out=str(folder),
     )  # fmt: skip
     folder.mkdir()

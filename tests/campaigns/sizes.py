@@ -42,7 +42,7 @@ STEPS = {
     "w4a16": "steps: [{quantize: {scheme: w4a16}}]",
     "w8a8": "steps: [{quantize: {scheme: w8a8}}]",
     "zeros": "steps: [{prune: {pattern: 2:4}}]",
-    "layers": "steps: [{prune: {layers: 2, choose: influence}}]",
+    "layers": "steps: [{prune: {layers: 2}}]",
     "onnx-int4": "export: {format: onnx, precision: int4}",
 }
 

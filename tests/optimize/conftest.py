@@ -128,14 +128,15 @@ def job(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[..., Any
     import msgspec
 
     from optimize.job import Job
-    from optimize.options import STEPS, Evaluate, Text
+    from optimize.options import Evaluate, Text
+    from optimize.steps.kind import kinds
 
     def make(
         kind: str, model: Path = base, adapters: dict[str, Path] | None = None, out: str = "out", **options: Any
     ) -> Job:
         if "names" in options:
             options["adapters"] = tuple(options.pop("names"))
-        defaults = msgspec.to_builtins(STEPS[kind](**options)) if kind in STEPS else options
+        defaults = msgspec.to_builtins(kinds()[kind].options(**options)) if kind in kinds() else options
         folder = tmp_path / out
         folder.mkdir(exist_ok=True)
         return Job(
@@ -163,7 +164,7 @@ def steps_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(self: child.Child, job: Any) -> dict[str, Any]:
         try:
-            notes = importlib.import_module(worker.TASKS[job.kind]).run(job, silent)
+            notes = importlib.import_module(worker.work(job.kind)).run(job, silent)
         except OptimizeError as error:
             raise type(error)(f"{job.kind}: {error.message}") from error
         return {**notes, "memory": 0, "cpu_seconds": 0.0}

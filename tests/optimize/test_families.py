@@ -26,9 +26,10 @@ from optimize.checkpoint.model import adapted, answered, entered, layers, logits
 from optimize.data import text
 from optimize.errors import OptimizeError, Refused
 from optimize.job import Job
-from optimize.options import STEPS, Evaluate, Text
+from optimize.options import Evaluate, Text
 from optimize.pipeline import plan
 from optimize.steps.calibrated import CalibratedModel, windows
+from optimize.steps.kind import kinds
 from optimize.steps.merge import combine, merge
 from optimize.steps.prune import distillation, heal, prune
 from optimize.steps.quantize import channel_scales, quantize
@@ -69,7 +70,7 @@ class Subject:
         out.mkdir()
         where = {name: str(self.folder / name) for name in ("one", "two")}
         return Job(
-            kind=kind, options=msgspec.to_builtins(STEPS[kind](**options)), model=str(model or self.base),
+            kind=kind, options=msgspec.to_builtins(kinds()[kind].options(**options)), model=str(model or self.base),
             base=str(self.base), reference=str(self.base), adapters=where, originals=where,
             calibration=Text(text=str(self.texts["calibration"]), samples=8, tokens=24),
             evaluate=Evaluate(text=str(self.texts["evaluation"]), samples=4, tokens=24), seed=0, target="cpu",

@@ -8,8 +8,10 @@ import pytest
 
 from optimize import recipe
 from optimize.errors import RecipeError
-from optimize.options import Heal, Prune, Quantize
 from optimize.recipe import load, parse, shipped
+from optimize.steps.prune.heal_rules import Heal
+from optimize.steps.prune.rules import Prune
+from optimize.steps.quantize.rules import Quantize
 
 
 def test_the_recipes_that_come_along_are_recipes():

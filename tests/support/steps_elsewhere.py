@@ -15,13 +15,13 @@ from tests.support import second_device
 DEVICE = second_device.made()  # before any step is imported
 
 from optimize.job import Job  # noqa: E402
-from optimize.pipeline.worker import TASKS  # noqa: E402
+from optimize.pipeline.worker import work  # noqa: E402
 
 
 def main(file: str) -> int:
     failed = 0
     for job in msgspec.json.decode(Path(file).read_bytes(), type=list[Job]):
-        task = importlib.import_module(TASKS[job.kind])
+        task = importlib.import_module(work(job.kind))
         try:
             task.run(msgspec.structs.replace(job, device=DEVICE), lambda *_: None)
             print(f"{Path(job.out).name} on {DEVICE}", flush=True)

@@ -24,7 +24,8 @@ from optimize.job import Job, Progress
 from optimize.steps.merge.merge import Adapter, read
 
 MEANS = {
-    "linear": "A and B summed apart, B weighted: adapters of one origin; not the sum of their updates",
+    "linear": "the mean of the A and the weighted sum of the B, for adapters of one origin, whose A are alike: not the "
+    "sum of their updates",
     "cat": "the exact weighted sum, at the sum of the ranks",
     "svd": "the best approximation of the weighted sum at the given rank",
     "ties": "the updates pruned to their largest, the majority's signs kept, at the given rank",

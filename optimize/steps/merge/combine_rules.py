@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
-from optimize.errors import Refused
-from optimize.options import Combine
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from optimize.errors import RecipeError, Refused
+from optimize.options import Step, check_name
+from optimize.steps.kind import StepKind
+from optimize.steps.merge.rules import check_weights
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank
 
 SAME_RANK = {"linear"}  # methods that want adapters of one rank
+
+
+class Combine(Step, frozen=True, kw_only=True, tag="combine"):
+    """Several adapters into one adapter called `name`."""
+
+    reads_text: ClassVar[bool] = False
+    name: str
+    adapters: tuple[str, ...]
+    method: Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = "svd"
+    weights: tuple[float, ...] = ()
+    rank: int = 0
+    density: float = 0.5
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        return self.adapters
+
+    @property
+    def makes(self) -> str:
+        return self.name
+
+    def check(self, where: str) -> None:
+        check_weights(self, where)
+        if not 0 < self.density <= 1:
+            raise RecipeError(f"{where}: density is above 0 and at most 1, not {self.density}")
+        check_name(self.name, where)
 
 
 def estimate(step: Combine, context: Context) -> Estimate:
@@ -33,3 +64,13 @@ def refuse(step: Combine, context: Context) -> None:
                 f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save) "
                 "and cannot be combined: merge it into the base instead"
             )
+
+
+def sentence(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    return (
+        f"{options['name']}: {notes['means']}. Rank {notes['rank']}, "
+        f"{notes['error']:.2%} off the exact weighted sum of the updates."
+    )
+
+
+STEP = StepKind(Combine, "optimize.steps.merge.combine", estimate, refuse, sentence, worst=("combine_error",))

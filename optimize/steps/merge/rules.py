@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 from optimize.checkpoint import architectures
-from optimize.errors import Refused
-from optimize.options import Merge
+from optimize.errors import RecipeError, Refused
+from optimize.options import Step
+from optimize.steps.kind import StepKind
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
 
 SPEED = 5e7  # bytes a second of a base that is merged into and checked, two cores
+
+
+class Merge(Step, frozen=True, kw_only=True, tag="merge"):
+    """LoRA adapters into the base's weights, one after another; into a quantized base only with `requantize`."""
+
+    reads_text: ClassVar[bool] = False
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    requantize: bool = False
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        return self.adapters
+
+    def check(self, where: str) -> None:
+        check_weights(self, where)
+
+    def check_order(self, where: str, before: Sequence[Step], later: Sequence[Step]) -> None:
+        if self.requantize and not any(step.quantizes for step in later):
+            raise RecipeError(f"{where}: requantize wants a quantize step after it")
+        super().check_order(where, before, later)
+
+
+class Weighted(Protocol):
+    """A step over adapters with weights."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
+    @property
+    def weights(self) -> tuple[float, ...]: ...
+
+
+def check_weights(step: Weighted, where: str) -> None:
+    """RecipeError when adapters and their weights do not go together."""
+    if not step.adapters:
+        raise RecipeError(f"{where}: name at least one adapter")
+    if step.weights and len(step.weights) != len(step.adapters):
+        raise RecipeError(f"{where}: {len(step.weights)} weights for {len(step.adapters)} adapters")
 
 
 def estimate(step: Merge, context: Context) -> Estimate:
@@ -50,3 +90,14 @@ def _changed(name: str, step: Merge, context: Context) -> bool:
 def _targets(config: Mapping[str, Any]) -> list[str]:
     targets = config.get("target_modules") or []
     return [targets] if isinstance(targets, str) else list(targets)
+
+
+def sentence(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    return (
+        f"Merged: logits at most {notes['logits_off']:g} from base + adapters in fp32, KL "
+        f"{notes['kl_to_base_plus_adapter']:g}; weights at most {notes['weights_off_in_last_places']:g} of bf16's "
+        "last place from the exact ones (rounding to the nearest is 0.5)."
+    )
+
+
+STEP = StepKind(Merge, "optimize.steps.merge.merge", estimate, refuse, sentence, worst=("merge_kl",))

@@ -2,8 +2,8 @@
 `sparse.py`, and `vocabulary.py` trims tokens.
 
 Block influence (Men et al., 2024, arXiv 2403.03853) is how much a layer turns its input: one minus the mean cosine of
-input and output. `greedy` takes the layers of least influence as candidates and drops, one after another, the one
-without which calibration text is predicted best, so that the choice takes account of those already gone. The MLP keeps
+input and output. The layers of least influence are candidates, and dropped is, one after another, the one without
+which calibration text is predicted best, so that the choice takes account of those already gone. The MLP keeps
 the channels whose activations, times the size of their row of down_proj, are largest.
 """
 
@@ -51,10 +51,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         influence = _influence(model, ids[:WATCHED], progress)
         _finite(influence)
         least = sorted(range(count), key=lambda at: influence[at])
-        if job.options["choose"] == "greedy":
-            least, notes["losses_without"] = _greedy(
-                model, ids[:TRIED], least[: job.options["layers"] + SPARE], job.options["layers"], progress
-            )
+        least, notes["losses_without"] = _greedy(
+            model, ids[:TRIED], least[: job.options["layers"] + SPARE], job.options["layers"], progress
+        )
         dropped = sorted(least[: job.options["layers"]])
         notes |= {"influence": [round(value, 5) for value in influence], "dropped": dropped}
         config = architectures.without(config, configured(folder).to_dict(), dropped)

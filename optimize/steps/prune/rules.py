@@ -2,16 +2,82 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
 from optimize.checkpoint import architectures
 from optimize.checkpoint.linears import undivided
-from optimize.errors import Refused
-from optimize.options import Merge, Prune, pattern_of
+from optimize.errors import RecipeError, Refused
+from optimize.options import Step
+from optimize.steps.kind import StepKind
+from optimize.steps.merge.rules import Merge
 from optimize.steps.planning import FLOPS, PROCESS, STARTING, Context, Estimate
 
 ZEROS = (
     "zeros buy neither size nor speed in today's vLLM: the checkpoint stays dense, and its kernels for 2:4 are gone; "
     "`layers`, `mlp` and `vocabulary` make a model smaller and faster"
 )
+
+
+class Prune(Step, frozen=True, kw_only=True, tag="prune"):
+    """Whole layers (`greedy`: those that calibration text misses least), a share of the MLP's width by activation,
+    zeros, or a smaller vocabulary.
+
+    `sparsity` is a share of zeros, `pattern` is N:M (2:4 keeps two of four); `vocabulary` is how many tokens stay, or
+    `used` for those of the calibration text.
+    """
+
+    layers: int = 0
+    choose: Literal["greedy", "influence"] = "greedy"
+    mlp: float = 1.0
+    sparsity: float = 0.0
+    pattern: str = ""
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    vocabulary: int | Literal["used"] = 0
+
+    retired: ClassVar[Mapping[str, str]] = {
+        "choose": "`choose: influence` does nothing any more: dropped is what the calibration text misses least"
+    }
+
+    @property
+    def zeros(self) -> bool:
+        return bool(self.sparsity or self.pattern)
+
+    def check(self, where: str) -> None:
+        wishes = [bool(self.layers) or self.mlp != 1.0, self.zeros, bool(self.vocabulary)]
+        if sum(wishes) == 0:
+            raise RecipeError(
+                f"{where}: say `layers: N` to drop layers, `mlp: 0.875` to narrow the MLP, `vocabulary: N` to trim it, "
+                "or `sparsity: 0.5` or `pattern: 2:4` for zeros"
+            )
+        if sum(wishes) > 1:
+            raise RecipeError(
+                f"{where}: structure, zeros and vocabulary are three steps; give each a `- prune:` of its own"
+            )
+        if self.layers < 0 or not 0 < self.mlp <= 1:
+            raise RecipeError(f"{where}: layers is a count and mlp a share above 0 and at most 1")
+        if self.vocabulary != "used" and self.vocabulary < 0:
+            raise RecipeError(f"{where}: vocabulary is how many tokens stay, or `used`")
+        if self.zeros:
+            self._check_zeros(where)
+
+    def _check_zeros(self, where: str) -> None:
+        if self.sparsity and self.pattern:
+            raise RecipeError(f"{where}: `sparsity` or `pattern`, not both; 2:4 is half of the weights")
+        if not self.pattern and not 0 < self.sparsity < 1:
+            raise RecipeError(f"{where}: sparsity is a share above 0 and below 1, not {self.sparsity}")
+        if self.pattern and not re.fullmatch(r"[1-9]\d?:(4|8|16|32)", self.pattern):
+            raise RecipeError(f"{where}: a pattern is N:M with M of 4, 8, 16 or 32, such as 2:4, not {self.pattern!r}")
+        pattern = pattern_of(self.pattern)
+        if pattern and pattern[0] >= pattern[1]:
+            raise RecipeError(f"{where}: {self.pattern} leaves no zeros; 2:4 keeps two of four")
+
+
+def pattern_of(pattern: str) -> tuple[int, int] | None:
+    """(2, 4) from "2:4": two of four stay."""
+    kept, colon, of = pattern.partition(":")
+    return (int(kept), int(of)) if colon else None
 
 
 def estimate(step: Prune, context: Context) -> Estimate:
@@ -24,7 +90,7 @@ def estimate(step: Prune, context: Context) -> Estimate:
         what = f"keep the {step.vocabulary} most used tokens" if step.vocabulary != "used" else "keep the used tokens"
         return Estimate("prune", what, memory, size, seconds + 10)
     if not step.zeros:
-        what = f"drop {step.layers} layers by {step.choose} choice" if step.layers else f"MLP width to {step.mlp:.1%}"
+        what = f"drop {step.layers} layers by greedy choice" if step.layers else f"MLP width to {step.mlp:.1%}"
         return Estimate("prune", what, memory, size, seconds + passes)
     what = f"{step.pattern or f'{step.sparsity:.0%}'} zeros by {step.method}"
     memory += context.calibration_tokens * context.hidden * 4 + 12 * context.widest**2 + size
@@ -35,6 +101,8 @@ def refuse(step: Prune, context: Context) -> None:
     base = context.base
     if step.zeros or step.mlp < 1:
         architectures.dense(base.config, "prune: mlp" if step.mlp < 1 else "prune: sparsity")
+    if step.vocabulary:
+        architectures.readable(base.config, base.shapes, "prune: vocabulary")
     if step.layers:
         architectures.of(base.config, "prune: layers")
         if int(base.config.get("decoder_sparse_step") or 1) > 1:
@@ -59,3 +127,10 @@ def refuse(step: Prune, context: Context) -> None:
             f"pruning changes the layers that the adapter {living[0]!r} was trained on: "
             "merge it first, or leave it out of `adapters:` and train it again on the result"
         )
+
+
+def sentence(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    return f"Dropped: layers {', '.join(map(str, notes['dropped']))}." if notes.get("dropped") else ""
+
+
+STEP = StepKind(Prune, "optimize.steps.prune.prune", estimate, refuse, sentence)

@@ -19,8 +19,8 @@ from optimize.checkpoint.checkpoint import Checkpoint, Writer
 from optimize.checkpoint.model import settle, through
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
-from optimize.options import pattern_of
 from optimize.steps.calibrated import CalibratedModel, first_readers, windows
+from optimize.steps.prune.rules import pattern_of
 from optimize.steps.quantize import gptq
 
 

@@ -1,5 +1,4 @@
-"""Rounding a weight matrix to few bits: to the nearest, or by GPTQ (Frantar et al., 2023, arXiv 2210.17323), and after
-it by coordinate descent (QuantEase: Behdin et al., 2023, arXiv 2309.01885) in turns with least squares for the scales.
+"""Rounding a weight matrix to few bits: to the nearest, or by GPTQ (Frantar et al., 2023, arXiv 2210.17323).
 
 W is (out, in) in float32, H = sum of x xT over calibration inputs x, (in, in). The result is integers (out, in) and
 scales (out, groups): W is about integers * scale. Symmetric, so there is no zero point; at 4 bits a scale may be
@@ -16,7 +15,6 @@ import torch
 BLOCK = 128
 CACHED = 1 << 15  # weights whose scales are searched at a time: they stay in the processor's cache
 DAMP = 0.01
-SWEEPS = 3
 SHRINKS = [1.0 - 0.02 * step for step in range(20)]
 
 
@@ -128,63 +126,3 @@ def damped(hessian: torch.Tensor, vectors: int) -> torch.Tensor:
     diagonal = hessian.diagonal()
     diagonal.add_(float(max(DAMP, len(hessian) / vectors) * diagonal.mean()) or 1.0)
     return hessian
-
-
-def refitted(
-    weight: torch.Tensor, hessian: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers (out, in) and scales (out, groups) with less error of the output, the sum of (dW H) * dW.
-
-    Each integer is chosen again given all others, then each row's scales by least squares, `SWEEPS` times. H has no
-    zero on its diagonal.
-    """
-    for _ in range(SWEEPS):
-        integers = _descended(weight, hessian, integers, scale, bits)
-        scale = fitted(weight, hessian, integers, scale)
-    return integers, scale
-
-
-def _descended(
-    weight: torch.Tensor, hessian: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, bits: int
-) -> torch.Tensor:
-    """One sweep of coordinate descent over the columns."""
-    columns = weight.shape[1]
-    limit, group = 2 ** (bits - 1) - 1, columns // scale.shape[1]
-    pull = (weight - _dense(integers, scale)) @ hessian
-    made = integers.clone()
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        inside, block = hessian[start:end, start:end], pull[:, start:end].clone()
-        changes = torch.empty_like(block)
-        for at in range(end - start):
-            step, before = scale[:, (start + at) // group], made[:, start + at].float()
-            near = (before + block[:, at] / (inside[at, at] * step)).round_().clamp_(-limit - 1, limit)
-            change = (before - near) * step
-            block += change[:, None] * inside[at]
-            made[:, start + at] = near.to(torch.int8)
-            changes[:, at] = change
-        pull += changes @ hessian[start:end]
-    return made
-
-
-def fitted(weight: torch.Tensor, hessian: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The scales that least squares give; a group keeps its own where they would halve or double it."""
-    rows, columns = weight.shape
-    groups = scale.shape[1]
-    group = columns // groups
-    numbers = integers.float()
-    right = ((weight @ hessian) * numbers).view(rows, groups, group).sum(-1)
-    left = torch.empty(rows, groups, groups)
-    for at in range(groups):
-        part = slice(at * group, (at + 1) * group)
-        left[:, at] = ((numbers[:, part] @ hessian[part]) * numbers).view(rows, groups, group).sum(-1)
-    # A group of zeros has no scale to fit.
-    diagonal = left.diagonal(dim1=1, dim2=2)
-    diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-12)
-    fit = torch.linalg.solve(left, right[..., None]).squeeze(-1).bfloat16().float()
-    grown = fit / scale
-    return torch.where((grown > 0.5) & (grown < 2), fit, scale)
-
-
-def _dense(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return integers.float() * scale.repeat_interleave(integers.shape[1] // scale.shape[1], 1)

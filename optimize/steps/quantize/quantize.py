@@ -19,6 +19,7 @@ from optimize.steps.calibrated import BATCH, CalibratedModel, Unit, windows
 from optimize.steps.quantize import channel_scales
 from optimize.steps.quantize.channel_scales import ChannelScales
 from optimize.steps.quantize.kept import Kept
+from optimize.steps.quantize.method import methods
 from optimize.steps.quantize.mixed import mixed, within
 from optimize.steps.quantize.quantizer import Quantizer
 
@@ -42,7 +43,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "smooth": scales.smoothing,
         "calibration": {"samples": len(ids), "tokens": len(ids[0])},
     }
-    quantizer = Quantizer(model, group, options["method"], options["format"], progress, options["refit"])
+    quantizer = Quantizer(model, group, options["method"], options["format"], progress)
     chosen = dict.fromkeys(model.units, level)
     partial = job.folder / "partial"
     partial.mkdir(exist_ok=True)
@@ -79,9 +80,8 @@ def _scales(job: Job, model: CalibratedModel, level: Level, group: int, progress
     rounds_inputs = level is W8A8 or (_mixes(job.options) and job.target == "cpu")
     if wish is True or (wish == "auto" and not job.adapters and rounds_inputs):
         return channel_scales.smoothing(model, progress)
-    if job.options["method"] in ("awq", "awq-gptq"):
-        return channel_scales.protecting(model, group, progress)
-    return channel_scales.NONE
+    scales = methods()[job.options["method"]].scales
+    return scales(model, group, progress) if scales else channel_scales.NONE
 
 
 def _levels(chosen: dict[Unit, Level], level: Level) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from optimize.job import Progress
 from optimize.steps.calibrated import CalibratedModel, Unit, first_readers, largest
 from optimize.steps.quantize import channel_scales, gptq
 from optimize.steps.quantize.kept import Found, Kept
+from optimize.steps.quantize.method import Method, methods
 
 TRIED = 8  # windows that a choice of levels is tried on
 
@@ -29,15 +30,12 @@ TRIED = 8  # windows that a choice of levels is tried on
 class Quantizer:
     """A model rounded with one group size, method and format, at whatever levels are chosen."""
 
-    def __init__(
-        self, model: CalibratedModel, group: int, method: str, form: str, progress: Progress, refit: bool = False
-    ) -> None:
+    def __init__(self, model: CalibratedModel, group: int, method: str, form: str, progress: Progress) -> None:
         self.model = model
         self.group = group
-        self.method = method
+        self.method = methods()[method]
         self.form = form
         self.progress = progress
-        self.refit = refit
 
     def write(
         self,
@@ -91,7 +89,7 @@ class Quantizer:
         Eight bits are rounded to the nearest here, which is a little worse than GPTQ and takes a tenth of the time.
         """
         few = all(level.bits >= 8 for level in chosen.values())
-        method, windows = ("rtn", 1) if few else (self.method, TRIED)
+        method, windows = (methods()["rtn"], 1) if few else (self.method, TRIED)
         try:
             for _ in self._round_all(chosen, factors, say, method, self.model.entered(windows)):
                 pass
@@ -107,7 +105,7 @@ class Quantizer:
         names = {*(f"{name}.weight" for name in unit.names), *self.model.scaled(factors)}
         full = {name: self.model.model.get_parameter(name) for name in names}
         channel_scales.apply(self.model, unit.layer, factors)
-        for name, layer in self._round(unit, level, self.method, None).items():
+        for name, layer in self._round(unit, level, methods()["rtn"], None).items():
             self.model.set_weight(name, layer.dense)
         hooks = self._round_inputs(unit, level)
         try:
@@ -124,7 +122,7 @@ class Quantizer:
         chosen: Mapping[Unit, Level],
         factors: Mapping[str, torch.Tensor],
         say: str,
-        method: str,
+        method: Method,
         begun: Entered,
         first: int = 0,
         finished: Callable[[int, Entered], None] = lambda *_: None,
@@ -140,7 +138,7 @@ class Quantizer:
             channel_scales.apply(model, at, factors)
             widest = self._widest(at, [unit for unit in units if chosen[unit].preset == "NVFP4"], begun)
             hooks = [hook for unit in units for hook in self._round_inputs(unit, chosen[unit], widest.get(unit))]
-            hessians = model.hessians(at, first_readers(units), begun) if method != "rtn" else {}
+            hessians = model.hessians(at, first_readers(units), begun) if method.calibrates else {}
             for unit in units:
                 rounded = self._round(unit, chosen[unit], method, hessians.pop(unit, None), widest.get(unit), vectors)
                 for name, result in rounded.items():
@@ -178,7 +176,7 @@ class Quantizer:
         self,
         unit: Unit,
         level: Level,
-        method: str,
+        method: Method,
         hessian: torch.Tensor | None,
         widest: torch.Tensor | None = None,
         vectors: int = 0,
@@ -197,14 +195,7 @@ class Quantizer:
             group = self.group if level.bits == 4 else stacked.shape[1]
             importance = None if hessian is None else hessian.diagonal()
             scale = gptq.scales(stacked, level.bits, group, importance)
-            if hessian is None or method == "awq":
-                integers = gptq.nearest(stacked, scale, level.bits)
-            else:
-                few = level.bits == 4
-                hessian = gptq.damped(hessian, vectors) if few else hessian
-                integers = gptq.gptq(stacked, hessian, scale, level.bits)
-                if few and self.refit:
-                    integers, scale = gptq.refitted(stacked, hessian, integers, scale, level.bits)
+            integers = method.round(stacked, scale, level.bits, hessian, vectors)
         parts = zip(unit.names, integers.split(rows), scale.split(rows), strict=True)
         return {name: formats.whole(part.contiguous(), of.contiguous(), level, self.form) for name, part, of in parts}
 

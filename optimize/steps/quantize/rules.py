@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
 from optimize import processor
 from optimize.checkpoint import architectures
 from optimize.checkpoint.linears import group, ignored, linear, undivided
-from optimize.errors import Refused
-from optimize.options import Quantize
+from optimize.errors import RecipeError, Refused
+from optimize.options import Step
+from optimize.steps.kind import StepKind
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank
+from optimize.steps.quantize.method import methods
 
 # What vLLM 0.32 has no kernel for on a CPU; it emulates most of it, too slowly to use.
 NOT_ON_CPU = {
@@ -26,28 +32,84 @@ WANTS = {
     "mxfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
 }
 ROUNDING = 1e-7  # seconds a weight whose 4-bit scale is searched
-FLOPS32 = 1.5e11  # of a product in fp32, two cores
 WIDTHS = {"fp8-block": 128, "nvfp4": 16, "nvfp4a16": 16, "mxfp4": 32, "mxfp4a16": 32}
+
+
+class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
+    """Fewer bits. With mixed precision sensitive layers keep more: `budget` is what perplexity may rise by, `agreement`
+    the least share of tokens that stay the likeliest.
+
+    `bits` is how many a weight may take on average, scales included, instead of a bound on what is lost. `method` names
+    a module of `methods/`, or another package's; `awq-gptq` is GPTQ with AWQ's scales of channels.
+    `format` gptq is for w4a16, and onnxruntime-genai's builder takes it too; `ignore` holds names of layers, their last
+    words, or `re:` patterns.
+    """
+
+    quantizes: ClassVar[bool] = True
+    after_quantizing: ClassVar[str] = "the model is quantized already; one quantize step does all"
+    retired: ClassVar[Mapping[str, str]] = {
+        "refit": "`refit` does nothing any more: it took up to four times the time for a thousandth of the perplexity"
+    }
+    scheme: Literal["w8a8", "w8a16", "w4a16", "fp8", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"] = "w8a8"
+    method: str = "gptq"
+    refit: bool = False
+    format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
+    kv_cache: Literal["auto", "fp8"] = "auto"
+    smooth: bool | Literal["auto"] = "auto"
+    group: int = 0
+    budget: float = 0.0
+    agreement: float = 0.0
+    bits: float = 0.0
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @property
+    def mixed(self) -> bool:
+        return bool(self.budget or self.agreement or self.bits)
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether the method's scales are folded into what makes a layer's input."""
+        return methods()[self.method].scales is not None
+
+    def check(self, where: str) -> None:
+        if self.method not in methods():
+            raise RecipeError(f"{where}: method takes one of {', '.join(methods())}, not {self.method!r}")
+        if self.scheme != "w4a16" and (self.scales_channels or self.format == "gptq"):
+            raise RecipeError(f"{where}: AWQ and the format gptq go with w4a16, not {self.scheme}")
+        if self.scales_channels and self.smooth is True:
+            raise RecipeError(f"{where}: AWQ scales the channels itself; leave `smooth` out")
+        if self.format == "gptq" and (self.mixed or self.kv_cache == "fp8"):
+            raise RecipeError(
+                f"{where}: the format gptq knows one precision and no KV cache; leave budget, agreement, bits and "
+                "kv_cache out"
+            )
+        for pattern in self.ignore:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise RecipeError(f"{where}: ignore {pattern!r} is no regular expression: {error}") from error
+        if not (self.budget >= 0 and 0 <= self.agreement < 1):
+            raise RecipeError(f"{where}: budget is a share at least 0, agreement one from 0 to below 1")
+        if self.mixed and self.scheme not in ("w4a16", "w8a8"):
+            raise RecipeError(f"{where}: budget, agreement and bits go with w4a16 or w8a8, not {self.scheme}")
+        if self.bits and (self.budget or self.agreement):
+            raise RecipeError(f"{where}: bits bounds the size, budget and agreement what is lost: give one of them")
+        if self.bits and not (4 < self.bits < 16 if self.scheme == "w4a16" else 8 < self.bits < 16):
+            low = 4 if self.scheme == "w4a16" else 8
+            raise RecipeError(
+                f"{where}: bits a weight are above {low} and below 16 for {self.scheme}, not {self.bits:g}"
+            )
 
 
 def estimate(step: Quantize, context: Context) -> Estimate:
     base, calibrated = context.base, context.calibration_tokens
-    refits = step.refit and step.scheme == "w4a16" and "gptq" in step.method
-    seconds = STARTING + base.parameters * (ROUNDING if step.scheme == "w4a16" else 2e-9)
-    if step.method != "rtn":
-        # A factor of each Hessian, then a sum over columns for each column; refitting takes 24 times as many.
-        solved = context.layers * sum(width**3 for width in context.layer_inputs) / 3
-        seconds += 4 * calibrated * context.token_seconds + 2 * solved / FLOPS32
-        seconds += context.products * (25 if refits else 1) / FLOPS32
+    seconds, memory = methods()[step.method].estimate(step, context)
+    seconds += STARTING + base.parameters * (ROUNDING if step.scheme == "w4a16" else 2e-9)
     # Hidden states before and after a layer, what a batch is inside one, and a layer that is rounded.
     batch = min(calibrated, 4 * context.recipe.calibration.tokens)
-    memory = PROCESS + 4 * calibrated * context.hidden + 12 * batch * context.widest + 2 * context.largest_layer
-    # A unit in fp32, turned around and its errors; where scales are fitted again what each number is pulled by, too.
-    unit = (24 if refits else 16) * context.largest_unit
-    if step.method != "rtn":
-        memory += 4 * sum(width**2 for width in context.layer_inputs)
-        unit = max(unit, 8 * context.widest**2 + unit // 2)
-    memory += unit
+    memory += PROCESS + 4 * calibrated * context.hidden + 12 * batch * context.widest + 2 * context.largest_layer
+    memory += 16 * context.largest_unit  # in fp32, turned around and its errors
     if step.mixed:
         memory += base.bytes
         seconds = 2 * seconds + 4 * context.layers * min(calibrated, 4096) * context.token_seconds / 2
@@ -101,6 +163,7 @@ def refuse(step: Quantize, context: Context) -> None:
             raise Refused(f"ignore {pattern!r} names no layer of the model; there is {', '.join(leaves)}")
     if step.smooth is True or step.scales_channels:
         _refuse_rescaling(context)
+    methods()[step.method].refuse(step, context)
 
 
 def _refuse_rescaling(context: Context) -> None:
@@ -111,3 +174,12 @@ def _refuse_rescaling(context: Context) -> None:
                 f"smoothing and AWQ scale channels, and the adapter {name!r} is more than a low-rank update (DoRA or "
                 "modules_to_save), which does not follow them: say `smooth: false` and another method"
             )
+
+
+def chosen(options: Mapping[str, Any]) -> list[str]:
+    """The modules of its method."""
+    method = methods()[options["method"]]
+    return [part.__module__ for part in (method.round, method.scales) if part is not None]
+
+
+STEP = StepKind(Quantize, "optimize.steps.quantize.quantize", estimate, refuse, chosen=chosen)

@@ -3,19 +3,84 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.data.examples import FEWEST, Found, checked
-from optimize.errors import Refused
-from optimize.options import Tune, plain
+from optimize.errors import RecipeError, Refused
+from optimize.options import Step, check_name, plain
+from optimize.steps.kind import StepKind
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank
 from optimize.steps.tune.settings import ROW, activations, max_length, settled
 
 TOKEN_BYTES = 4  # of JSON, roughly
 TEMPLATE = 256  # tokens that a chat template adds to an example
+
+
+class Tune(Step, frozen=True, kw_only=True, tag="tune"):
+    """A LoRA adapter called `name`, trained on the examples in `train`: by their answers (`supervised`), by which of
+    two answers is better (`dpo`), or by which answers are good (`kto`). `adapter` is one to go on from, with its rank,
+    alpha and targets.
+
+    With `validation` the adapter of the least held-out loss is kept, and `patience` evaluations without a better one
+    end the training. `alpha` 0 is twice the rank; `max_length` 0 is the model's, up to 2,048 tokens; `threads` 0 is
+    every core.
+    """
+
+    reads_text: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    files: ClassVar[tuple[str, ...]] = ("train", "validation")
+    train: str
+    validation: str = ""
+    name: str = "adapter"
+    adapter: str = ""
+    method: Literal["supervised", "dpo", "kto"] = "supervised"
+    rank: int = 16
+    alpha: float = 0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    learning_rate: float | Literal["auto"] = "auto"
+    learning_rate_multiplier: float = 1.0
+    epochs: int | Literal["auto"] = "auto"
+    batch: int | Literal["auto"] = "auto"
+    max_length: int = 0
+    beta: float = 0.1
+    patience: int = 3
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: int = 0
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        return (self.adapter,) if self.adapter else ()
+
+    @property
+    def makes(self) -> str:
+        return self.name
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return ("valid_loss",) if self.validation else ()
+
+    def check(self, where: str) -> None:
+        check_name(self.name, where)
+        if not self.train:
+            raise RecipeError(f"{where}: train names a .jsonl file of examples")
+        if self.train == self.validation:
+            raise RecipeError(f"{where}: train and validation are the same file; hold out examples of their own")
+        for key in ("rank", "batch", "epochs", "learning_rate", "learning_rate_multiplier", "beta"):
+            value = getattr(self, key)
+            if value != "auto" and not 0 < value < float("inf"):
+                raise RecipeError(f"{where}: {key} is above 0, not {value:g}")
+        for key in ("alpha", "max_length", "patience", "threads"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise RecipeError(f"{where}: {key} is at least 0, not {getattr(self, key):g}")
+        if not self.targets:
+            raise RecipeError(f"{where}: targets is all-linear, or names modules such as [q_proj, v_proj]")
 
 
 def estimate(step: Tune, context: Context) -> Estimate:
@@ -54,6 +119,7 @@ def refuse(step: Tune, context: Context) -> None:
             found = _found(file, step.method, FEWEST if name == "train" else 1)
             if found.problem_count:
                 raise Refused(f"{name} {Path(file).name}: {found.message}")
+    architectures.readable(context.base.config, context.base.shapes, "tune")
     config = context.adapters.get(step.adapter)
     if config is not None and beyond_low_rank(config):
         raise Refused(
@@ -84,3 +150,20 @@ def _linears(base: Checkpoint) -> list[str]:
 
 def _linear(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and ".layers." in f".{name}" and name.endswith(".weight")
+
+
+def sentence(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    data = ", ".join(f"{of['examples']} {name} examples ({of['sha256'][:12]})" for name, of in notes["data"].items())
+    early = f" of {notes['planned_steps']}: the held-out loss rose" if notes.get("ended_early") else ""
+    best = f"; the adapter is that of step {notes['best_step']}" if "best_step" in notes else ""
+    cut = sum(of["cut"] for of in notes["data"].values())
+    longer = f" {cut} examples were cut at {notes['max_length']} tokens." if cut else ""
+    return (
+        f"{options['name']}: {options['method']}, {data}; {notes['steps']} steps{early}, "
+        f"{notes['trained_tokens']:,} tokens, rank {notes['rank']}, "
+        f"learning rate {notes['learning_rate']:g}; loss {notes['losses'][0]:.3f} to "
+        f"{notes['train_loss']:.3f}{best}.{longer}"
+    )
+
+
+STEP = StepKind(Tune, "optimize.steps.tune.tune", estimate, refuse, sentence)

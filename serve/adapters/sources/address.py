@@ -6,7 +6,7 @@
     mlflow://models/NAME/VERSION[/folder]       mlflow://models/NAME@ALIAS[/folder]     mlflow://runs/RUN/folder
     wandb-artifact://entity/project/name:alias[/folder]
 
-The last two are read with this server's own credentials.
+The last two are read with this server's own credentials. Installed packages may add others (`sources.kind`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from serve.adapters.sources.kind import offered
 from serve.errors import BadRequest, Forbidden
 from serve.names import shown
 
@@ -85,8 +86,13 @@ def address_of(path: str) -> str:
     if _HUB_NAME.fullmatch(path):
         return f"hf://{path}"
     raise BadRequest(
-        f"`{shown(path)}` is no path that this server takes: send a folder's absolute path, org/repo or {TAKEN}"
+        f"`{shown(path)}` is no path that this server takes: send a folder's absolute path, org/repo or {taken()}"
     )
+
+
+def taken() -> str:
+    """What is taken, for errors."""
+    return ", ".join([TAKEN, *(kind.example for kind in offered().values())])
 
 
 def parse(source: str, roots: Iterable[Path] = (), hosts: Iterable[str] = (), *, trusted: bool = True) -> Source:
@@ -95,12 +101,14 @@ def parse(source: str, roots: Iterable[Path] = (), hosts: Iterable[str] = (), *,
     Who is not `trusted` may not name what is read with this server's credentials alone.
     """
     scheme, there, path = source.partition("://")
-    if not there or scheme not in _FORM:
-        raise BadRequest(f"source `{shown(source)}` is not taken; this server fetches {TAKEN}", param="source")
-    form = _FORM[scheme].fullmatch(path)
+    more = None if scheme in _FORM else offered().get(scheme)
+    pattern = more.form if more else _FORM.get(scheme)
+    if not there or pattern is None:
+        raise BadRequest(f"source `{shown(source)}` is not taken; this server fetches {taken()}", param="source")
+    form = pattern.fullmatch(path)
     steps = path.split("@")[0].split("/") + path.split("/")
     if form is None or ".." in steps or "." in steps or (scheme == "hf" and path.startswith(_NOT_MODELS)):
-        raise BadRequest(f"source `{shown(source)}` cannot be read; this server fetches {TAKEN}", param="source")
+        raise BadRequest(f"source `{shown(source)}` cannot be read; this server fetches {taken()}", param="source")
     named = frozenset(host.lower() for host in hosts)
     if scheme in ("https", "oci") and form["at"].partition("/")[0] not in named:
         raise BadRequest(
@@ -108,7 +116,8 @@ def parse(source: str, roots: Iterable[Path] = (), hosts: Iterable[str] = (), *,
             "push the files, or have the host added (LORADOCK_SOURCE_HOSTS; for tenant default alone)",
             param="source",
         )
-    if scheme in LENT_TO_NOBODY and not trusted:
+    lent = scheme in LENT_TO_NOBODY or (more is not None and not more.public)
+    if lent and not trusted:
         raise BadRequest(
             f"source `{shown(source)}` is read with this server's credentials, for tenant default alone; "
             "push the files",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from optimize import recipe
 from optimize.checkpoint import formats, kv_cache
@@ -275,3 +277,43 @@ def test_integers_are_packed_as_compressed_tensors_packs_them(bits, columns):
     packed = formats.packed_integers(integers, bits)
     assert torch.equal(packed, pack_to_int32(integers, bits))
     assert torch.equal(formats.unpacked_integers(packed, bits)[:, :columns], integers)
+
+
+@pytest.mark.parametrize("order", ["", "group"])
+def test_llm_compressors_checkpoint_with_zero_points_and_patterns_is_read_as_its_own_loader_reads_it(
+    order, base, tmp_path
+):
+    """W4A16_ASYM, its targets and what it ignores as regular expressions, its columns in any order."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = QuantizationArgs(num_bits=4, symmetric=False, strategy="group", group_size=32, actorder=order or None)
+    scheme = QuantizationScheme(targets=["re:.*(self_attn|mlp).*"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    tensors, right = {}, {}
+    for name, weight in opened(base, torch.float32).state_dict().items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight.clone()
+            continue
+        groups = weight.view(len(weight), -1, 32)
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        parts = {"weight": weight, "weight_scale": scale.float(), "weight_zero_point": zero}
+        if order:
+            places = torch.arange(weight.shape[1]) // 32
+            parts["weight_g_idx"] = places[torch.randperm(len(places))].int()
+        made = compressor.compress(parts, scheme)
+        right[name] = compressor.decompress(made, scheme)["weight"].float()
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in made.items()}
+    folder = tmp_path / "theirs"
+    shutil.copytree(base, folder)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    group = {**scheme.model_dump(mode="json"), "format": "pack-quantized"}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    read = json.loads((folder / "config.json").read_text())
+    config |= {"ignore": ["re:.*lm_head"], "quantization_status": "compressed"}
+    (folder / "config.json").write_text(json.dumps({**read, "quantization_config": config}))
+    ours = opened(folder, torch.float32).state_dict()
+    for name, weight in right.items():
+        assert torch.allclose(ours[name], weight, atol=1e-6), name

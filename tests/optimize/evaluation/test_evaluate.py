@@ -8,6 +8,7 @@ import torch
 
 from optimize.checkpoint import model as models
 from optimize.evaluation import evaluate
+from optimize.steps.merge import merge
 from optimize.steps.quantize import quantize
 from tests.optimize.conftest import silent
 
@@ -25,3 +26,26 @@ def test_a_layer_at_a_time_gives_the_same_scores(scheme, base, job, adapter, mon
     assert evaluate.run(msgspec.structs.replace(asked, memory=1), silent)["scores"] == whole
     assert len(read) == 6  # three layers of the original and of the result
     assert torch.is_grad_enabled(), "whatever comes next in this process may train"
+
+
+def test_a_cosine_is_at_most_one_however_many_numbers_it_is_of():
+    """In float32 the cosine of a tensor with itself was up to 1.0008."""
+    torch.manual_seed(0)
+    for size in ((48, 50_000), (1, 3_000_001)):
+        one = torch.randn(size) * 1e-3 + 7
+        assert evaluate._cosine(one, one) == pytest.approx(1.0, abs=1e-12) and evaluate._cosine(one, 3 * one) <= 1.0
+        assert evaluate._cosine(one, -one) >= -1.0
+    assert evaluate._cosine(torch.zeros(2, 3), one[:1, :3]) == 0.0
+
+
+def test_after_a_merge_the_base_is_there_to_compare_with(base, job, adapter):
+    """Base and adapter were the original by then: the rise of perplexity was 0, whatever the adapter did."""
+    made = job("merge", adapters={"one": adapter(seed=3)}, names=("one",))
+    merge.run(made, silent)
+    model = str(made.folder / "model")
+    asked = msgspec.structs.replace(job("evaluate", out="scores", format="vllm"), model=model, reference=model)
+    scores = evaluate.run(asked, silent)["scores"]
+    assert scores["perplexity_increase"] == 0.0 and scores["perplexity"] != scores["perplexity_base"]
+    alone = evaluate.run(msgspec.structs.replace(asked, reference=str(base)), silent)["scores"]
+    assert scores["perplexity_base"] == alone["perplexity_original"] and "perplexity_base" not in alone
+    assert scores["perplexity_base_increase"] == pytest.approx(alone["perplexity_increase"], abs=1e-4)

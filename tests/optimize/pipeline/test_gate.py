@@ -238,3 +238,11 @@ def test_a_control_group_limits_the_memory_too(tmp_path):
     (old / "memory.stat").write_text("inactive_file 0\n")
     assert left_in_groups("3:cpu,cpuacct:/job\n4:memory:/job\n", tmp_path) == [0]
     assert available_memory() > 0
+
+
+@pytest.mark.parametrize(("rise", "holds"), [(0.04, True), (-0.04, True), (0.06, False), (-0.42, False)])
+def test_a_perplexity_that_falls_as_far_is_no_better_than_one_that_rises(rise, holds):
+    """4 bits passed at -42 %, with a KL of 0.145: the model had become another one."""
+    (verdict,) = judge(Gate(max_perplexity_increase=0.05), {"perplexity_increase": rise})
+    assert verdict.holds is holds
+    assert verdict.sentence == f"perplexity above or below the original's is {rise:.4g}, to be within 0.05"

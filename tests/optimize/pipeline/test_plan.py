@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from optimize.errors import Refused
-from optimize.options import STEPS
 from optimize.pipeline import plan
 from optimize.recipe import load
 
@@ -18,8 +20,17 @@ def test_a_plan_needs_no_torch():
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
-def test_every_step_has_its_rules():
-    assert set(plan.RULES) == set(STEPS.values())
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        ("quantize: {scheme: w4a16, refit: true}", "`refit` does nothing any more"),
+        ("prune: {layers: 1, choose: influence}", "`choose: influence` does nothing any more"),
+    ],
+)
+def test_what_an_old_recipe_says_in_vain_is_read_and_said(step, sentence, written, tmp_path):
+    recipe = load(written(f"steps: [{{{step}}}]"))
+    first = plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12).steps[0]
+    assert sentence in first.warning
 
 
 @pytest.mark.parametrize(
@@ -43,3 +54,49 @@ def test_fewer_bits_than_the_groups_scales_leave_room_for_are_refused(written, t
     recipe = load(written("steps: [{quantize: {scheme: w4a16, group: 32, bits: 4.3}}]"))
     with pytest.raises(Refused, match=r"groups of 32 take 4\.5 bits a weight, and `bits` is 4\.3"):
         plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
+
+
+STRANGE = {
+    "Gemma 4": ("gemma4_text", "model.embed_tokens_per_layer.weight", None),
+    "GPT-2": ("gpt2", "transformer.wte.weight", "model.embed_tokens.weight"),
+    "GPT-OSS": ("gpt_oss", "model.layers.0.self_attn.sinks", None),
+    "DeepSeek": ("deepseek_v3", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight", None),
+    "Falcon-H1": ("falcon_h1", "model.layers.0.mamba.in_proj.weight", None),
+}
+RESHAPED = {
+    "vocabulary": "steps: [{prune: {vocabulary: used}}]",
+    "onnx": "export: {format: onnx}",
+    "tune": "steps: [{tune: {train: TRAIN}}]\nexport: {format: adapter}",
+}
+
+
+@pytest.mark.parametrize("step", RESHAPED.values(), ids=RESHAPED)
+@pytest.mark.parametrize(("model_type", "more", "without"), STRANGE.values(), ids=STRANGE)
+def test_a_model_that_nobody_knows_is_refused_in_the_plan(step, model_type, more, without, written, tmp_path, base):
+    """Trimming the vocabulary of a Gemma 4 left its second table of tokens as it was, and answered nonsense."""
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"prompt": f"{at}", "completion": "yes"}) + "\n" for at in range(20)))
+    folder = retyped(base, tmp_path / "strange", model_type, more, without)
+    recipe = load(written(step.replace("TRAIN", str(train))))
+    with pytest.raises(Refused, match=f"does not know models of type '{model_type}', which have {more}"):
+        plan.made(recipe, folder, {}, tmp_path / "out", 10**12)
+
+
+@pytest.mark.parametrize("step", RESHAPED.values(), ids=RESHAPED)
+def test_a_model_of_a_new_name_that_is_laid_out_as_llama_is_taken(step, written, tmp_path, base):
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"prompt": f"{at}", "completion": "yes"}) + "\n" for at in range(20)))
+    folder = retyped(base, tmp_path / "new", "seed_oss", "model.layers.0.self_attn.q_norm.weight")
+    assert plan.made(load(written(step.replace("TRAIN", str(train)))), folder, {}, tmp_path / "out", 10**12).steps
+
+
+def retyped(base, folder, model_type, more, without=None):
+    """The base with another name, one tensor more, and perhaps one less."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[more] = tensors["model.embed_tokens.weight"].clone()
+    tensors.pop(without, None)
+    save_file(tensors, folder / "model.safetensors")
+    return folder

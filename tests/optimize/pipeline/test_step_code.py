@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from optimize.checkpoint import artifact
 from optimize.pipeline import step_code
-from optimize.pipeline.worker import TASKS
+from optimize.pipeline.worker import TASKS, work
+from optimize.steps.kind import kinds
 
 
 def test_the_digest_of_a_step_covers_every_module_of_ours_that_it_uses(tmp_path, monkeypatch):
@@ -31,6 +33,11 @@ def test_the_digest_of_a_step_covers_every_module_of_ours_that_it_uses(tmp_path,
     step_code.digest.cache_clear()
 
 
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", [*TASKS, *kinds()])
 def test_every_kind_of_step_has_code(kind):
-    assert step_code.of(kind) == step_code.digest(TASKS[kind])
+    assert step_code.of(kind) == artifact.key([step_code.digest(work(kind))])
+
+
+def test_the_code_of_a_method_counts_where_it_is_chosen():
+    code = {method: step_code.of("quantize", {"method": method}) for method in ("gptq", "rtn", "awq", "awq-gptq")}
+    assert len(set(code.values())) == 4

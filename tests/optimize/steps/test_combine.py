@@ -71,3 +71,13 @@ def test_the_same_seed_drops_the_same(three, job):
     second, _ = combined(lambda kind, **more: job(kind, out="again", **more), three, "dare_ties", rank=4)
     name = "adapter_model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_linear_says_what_it_does_with_a_and_with_b(three, job):
+    folder, notes = combined(job, three, "linear")
+    made, parts = merge.read("all", folder), [merge.read(name, path) for name, path in three.items()]
+    for module in made.lora:
+        assert torch.allclose(made.lora[module]["A"], torch.stack([part.lora[module]["A"] for part in parts]).mean(0))
+        rows = [w * part.scale(module) * part.lora[module]["B"] for w, part in zip(WEIGHTS, parts, strict=True)]
+        assert torch.allclose(made.lora[module]["B"], sum(rows), atol=1e-6)
+    assert notes["means"].startswith("the mean of the A and the weighted sum of the B")

@@ -17,10 +17,9 @@ IDS = torch.arange(2, 34).view(2, 16)
 
 
 def test_the_layer_that_does_least_leaves_and_the_others_close_up(base, job):
-    made = job("prune", layers=1, choose="influence")
+    made = job("prune", layers=1)
     notes = prune.run(made, silent)
     (gone,) = notes["dropped"]
-    assert notes["influence"][gone] == min(notes["influence"])
     by_hand = opened(base, torch.float32)
     del layers(by_hand)[gone]
     pruned = opened(made.folder / "model", torch.float32)

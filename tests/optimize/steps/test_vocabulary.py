@@ -118,7 +118,7 @@ def test_scores_are_told_in_the_originals_tokens(wide, job):
     made = job("prune", model=wide, vocabulary=320)
     prune.run(made, silent)
     asked = job("evaluate", model=made.folder / "model", out="scores", format="vllm")
-    scores = evaluate.run(msgspec.structs.replace(asked, reference=str(wide)), silent)["scores"]
+    scores = evaluate.run(msgspec.structs.replace(asked, base=str(wide), reference=str(wide)), silent)["scores"]
     assert scores["kl"] < 1e-5 and scores["top1"] == 1.0
     assert scores["tokens_ratio"] > 1.02
     # An untrained model knows nothing: each of its tokens costs the logarithm of their number.

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save
 
 from serve.adapters.sources import transfer
 from serve.adapters.sources.address import Source, address_of, parse
+from serve.adapters.sources.kind import offered
 from serve.adapters.untrusted import open_plain
 from serve.config import keys_hashed
 from serve.errors import AdapterRejected, BadRequest, Forbidden
+from tests.support import package
 
 
 class Bucket(MemoryFileSystem):
@@ -351,3 +353,26 @@ def test_a_folder_that_became_a_link_after_it_was_judged_is_not_opened(make_adap
         open_plain(judged / "adapter_config.json", real=True)
     with pytest.raises(AdapterRejected):
         open_plain(judged / "absent" / "adapter_config.json", real=True)
+
+
+async def test_a_source_of_another_package_is_fetched_for_tenant_default(
+    connect, config, make_adapter, tmp_path, monkeypatch
+):
+    """One file and one line, as docs/contributing.md shows them."""
+    offered.cache_clear()
+    package.installed(tmp_path, "shelf", monkeypatch)
+    (tmp_path / "red").mkdir()
+    (tmp_path / "red" / "tone").symlink_to(make_adapter())
+    monkeypatch.setenv("SHELF", str(tmp_path))
+    try:
+        async with connect(config) as client:
+            done = await push(client, "shelf://red/tone")
+            assert (done.status_code, done.json()["live"]) == (201, True)
+            refused = await push(client, "shelf://../tone")
+            assert refused.status_code == 400 and "shelf://room/name" in refused.json()["error"]["message"]
+            gone = await push(client, "shelf://red/gone")
+            assert gone.status_code == 422 and "has no" in gone.json()["error"]["message"]
+        with pytest.raises(BadRequest, match="tenant default alone"):
+            parse("shelf://red/tone", trusted=False)
+    finally:
+        offered.cache_clear()

@@ -1,0 +1,56 @@
+"""A method of quantizing, whole: what it scales, how it rounds, what it needs and what it refuses.
+
+Each module of `methods/` has one as `METHOD`; another package offers its own by an entry point of the group
+`loradock.optimize.methods`. None of them imports torch before its functions are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from optimize import plugins
+from optimize.steps.planning import FLOPS32, Context
+
+if TYPE_CHECKING:
+    import torch
+
+    from optimize.job import Progress
+    from optimize.steps.calibrated import CalibratedModel
+    from optimize.steps.quantize.channel_scales import ChannelScales
+
+    Round = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor | None, int], torch.Tensor]
+    Scales = Callable[[CalibratedModel, int, Progress], ChannelScales]
+
+
+def calibration(step: Any, context: Context) -> tuple[float, int]:
+    """Seconds and bytes of a Hessian for each input of a layer, its factor, and a sum over columns for each column."""
+    solved = context.layers * sum(width**3 for width in context.layer_inputs) / 3
+    seconds = 4 * context.calibration_tokens * context.token_seconds + (2 * solved + context.products) / FLOPS32
+    factor = max(0, 8 * context.widest**2 - 8 * context.largest_unit)
+    return seconds, 4 * sum(width**2 for width in context.layer_inputs) + factor
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """`round(weight, scale, bits, hessian, vectors)` gives int8 (out, in) for `weight` (out, in) and `scale`
+    (out, groups), so that weight is about integers * scale; `hessian` (in, in) is the sum of x xT over so many
+    calibration `vectors`, or None where a layer is tried alone.
+
+    `scales(model, group, progress)` are factors of channels that are moved between layers before anything is rounded;
+    they are for 4 bits. `estimate(step, context)` is what it takes beside rounding to the nearest, in seconds and
+    bytes; `refuse(step, context)` raises Refused.
+    """
+
+    name: str
+    round: Round
+    scales: Scales | None = None
+    calibrates: bool = True
+    estimate: Callable[[Any, Context], tuple[float, int]] = calibration
+    refuse: Callable[[Any, Context], None] = lambda step, context: None
+
+
+def methods() -> Mapping[str, Method]:
+    """Every method, by its name."""
+    return plugins.found("optimize.steps.quantize.methods", "loradock.optimize.methods", "METHOD")
