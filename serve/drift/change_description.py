@@ -66,7 +66,7 @@ def describe(signal: Signal, profiles: TrafficProfiles, since: str | None) -> di
         fields, parts = _logprobs(signal)
     else:
         fields, parts = {}, []
-    if not signal.drifted and (moved := signal.moved()):
+    if moved := signal.moved():
         return _moves(moved, since)
     noun = NOUNS.get(signal.kind, "answers")
     share = _share(signal, fields)
@@ -182,7 +182,7 @@ def _answers(signal: Signal) -> tuple[dict[str, Any], list[str]]:
 
 
 def _moves(moved: Sequence[Moved], since: str | None) -> dict[str, Any]:
-    """What a report says where nothing but plain facts of answers left their reference."""
+    """What a report says where plain facts of answers left their reference: they are what can be acted on."""
     fields: dict[str, Any] = {}
     parts = []
     for each in moved:

@@ -361,7 +361,7 @@ class WatchedVersion:
         return None if signal is None else self._since(signal)
 
     def _since(self, signal: Signal) -> str | None:
-        if not signal.drifted and (moved := signal.moved()):
+        if moved := signal.moved():
             return iso(moved[0].since)
         times = self._times.get(signal)
         if signal.changed_at is None or not times:

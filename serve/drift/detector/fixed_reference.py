@@ -254,4 +254,6 @@ def _wander(values: Floats) -> float:
         return 0.0
     local = values[: blocks * LOCAL].reshape(blocks, LOCAL).mean(axis=1)
     spread = max(float(values.std()), 1 / LOCAL)
-    return max(0.0, float(local.max() - values.mean()) - SURE * spread / math.sqrt(LOCAL))
+    # Of something rare two more come together by chance than a normal distribution has it.
+    usual = SURE * spread / math.sqrt(LOCAL) + 2 / LOCAL
+    return max(0.0, float(local.max() - values.mean()) - usual)

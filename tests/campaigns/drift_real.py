@@ -1,0 +1,246 @@
+"""Streams as clients send them, of real texts: how many unchanged ones raise an alarm, and when a change is seen.
+
+    python -m tests.campaigns.drift_real [--streams 50] [--requests 5000] [--kinds chats agents] [--finished real.jsonl]
+    python -m tests.campaigns.drift_real --changes [--streams 20]
+
+With `--finished` it goes on where it was stopped (`tests.campaigns.finished_streams`). Every request goes through
+`DriftMonitor.observe` and `looked` with its body, and five seconds between two of them. The kinds:
+
+first     single questions of different users
+chats     conversations of 3.4 messages of the user's on average, twelve at a time
+windowed  the same of a client that sends the last three messages only
+agents    a question, then up to five steps with results of a tool
+retrieval questions behind four passages of an encyclopedia, in one message
+batch     single questions, and every 400 requests a job of 60 that asks the same of other numbers
+topics    single questions, of which for 600 requests six in ten are of one topic, and so on: each comes again
+
+A change begins when the references are full and 300 more requests came; answers are drawn: 1 % refuse, 0.5 % loop, and
+lengths are lognormal with a spread of 0.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve.asgi.exchange import Exchange, Generation
+from serve.drift.features.embedding import Embedding
+from serve.drift.features.request_text import RequestText
+from serve.drift.monitor import DriftMonitor
+from serve.drift.watched_version import DriftSettings
+from serve.models.embedded import ensure
+from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, run_chosen
+from tests.support.prompts import pool
+
+Body = dict[str, Any]
+REFUSES, ANSWERS = "I'm sorry, but I can't help with that.", "That depends on what you need it for, and on the time."
+SPAN = 5.0
+POOLS = ("general", "german", "finance", "medical", "health", "manuals", "encyclopedia")
+# Requests after a change; a change that is not seen within them is missed.
+MOST = 1500
+
+
+@dataclass
+class Traffic:
+    """What is asked and answered; a change sets a field."""
+
+    rng: np.random.Generator
+    asks: str = "general"
+    later: str = "general"
+    foreign: float = 0.0  # of what is asked, German
+    refused: float = 0.01
+    looping: float = 0.005
+    factor: float = 1.0
+    begun: int = field(default=0)
+
+    def text(self, kind: str) -> str:
+        texts = pool("german" if self.rng.random() < self.foreign else kind)
+        return texts[int(self.rng.integers(len(texts)))]
+
+    def answer(self) -> Generation:
+        length = max(2, round(float(np.exp(self.rng.normal(4.6, 0.5))) * self.factor))
+        looping, refused = self.rng.random() < self.looping, self.rng.random() < self.refused
+        output = [500, 501, 502] * max(length // 3, 20) if looping else self.rng.integers(300, 40_000, length).tolist()
+        return Generation([1], output, "stop", REFUSES if refused else ANSWERS)
+
+
+def said(text: str) -> Body:
+    return {"role": "user", "content": text}
+
+
+def first(traffic: Traffic) -> Iterator[Body]:
+    while True:
+        traffic.begun += 1
+        yield {"messages": [said(traffic.text(traffic.asks))], "user": f"u{traffic.begun}"}
+
+
+def chats(traffic: Traffic, window: int | None = None) -> Iterator[Body]:
+    talks: list[list[Body]] = [[] for _ in range(12)]
+    while True:
+        number = int(traffic.rng.integers(len(talks)))
+        talk = talks[number]
+        traffic.begun += not talk
+        talk.append(said(traffic.text(traffic.later if talk else traffic.asks)))
+        yield {"messages": list(talk if window is None else talk[-window:])}
+        talk.append({"role": "assistant", "content": ANSWERS})
+        if traffic.rng.random() < 1 / 3.4:
+            talks[number] = []
+
+
+def agents(traffic: Traffic) -> Iterator[Body]:
+    for body in first(traffic):
+        messages = [{"role": "system", "content": "You have tools. Use them."}, *body["messages"]]
+        yield {"messages": list(messages), "user": body["user"]}
+        for _ in range(int(traffic.rng.integers(6))):
+            messages += [{"role": "assistant", "content": ""}, {"role": "tool", "content": traffic.text("manuals")}]
+            yield {"messages": list(messages), "user": body["user"]}
+
+
+def retrieval(traffic: Traffic) -> Iterator[Body]:
+    for body in first(traffic):
+        passages = "\n".join(f"[{i}] {traffic.text('encyclopedia')}" for i in range(4))
+        question = body["messages"][0]["content"]
+        yield {**body, "messages": [said(f"Answer from these passages only.\n{passages}\nQuestion: {question}")]}
+
+
+def batch(traffic: Traffic) -> Iterator[Body]:
+    for number, body in enumerate(first(traffic)):
+        yield body
+        for i in range(60 if number % 400 == 399 else 0):
+            yield {"messages": [said(f"Summarize ticket {number * 60 + i} of customer {i}: priority 2, 3 days ago.")]}
+
+
+def topics(traffic: Traffic) -> Iterator[Body]:
+    kinds = ("medical", "finance", "health", "general")
+    for number, body in enumerate(first(traffic)):
+        hot = kinds[number // 600 % len(kinds)] if traffic.rng.random() < 0.6 else traffic.asks
+        yield {**body, "messages": [said(traffic.text(hot))]}
+
+
+KINDS: dict[str, Callable[[Traffic], Iterator[Body]]] = {
+    "first": first, "chats": chats, "windowed": partial(chats, window=3), "agents": agents, "retrieval": retrieval,
+    "batch": batch, "topics": topics,
+}  # fmt: skip
+# By name: the traffic that it changes, and what of it.
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "follow-ups in German": ("chats", {"later": "german"}),
+    "windowed follow-ups in German": ("windowed", {"later": "german"}),
+    "refusals +5 points": ("first", {"refused": 0.06}),
+    "refusals +10 points": ("first", {"refused": 0.11}),
+    "refusals +10 points in chats": ("chats", {"refused": 0.11}),
+    "loops 5 %": ("first", {"looping": 0.055}),
+    "a quarter shorter": ("first", {"factor": 0.75}),
+    "5 % German": ("first", {"foreign": 0.05}),
+    "20 % German": ("first", {"foreign": 0.2}),
+    "another topic": ("first", {"asks": "finance"}),
+}
+
+
+@cache
+def model() -> tuple[Embedding, RequestText]:
+    folder = ensure("smollm2")
+    return Embedding.of(folder), RequestText(folder)
+
+
+class Watched:
+    """One stream through a monitor of its own."""
+
+    def __init__(self, kind: str, seed: int, folder: Path, reference: int) -> None:
+        embedding, text = model()
+        self.traffic = Traffic(np.random.default_rng(seed))
+        self.bodies = KINDS[kind](self.traffic)
+        self.monitor = DriftMonitor(folder, DriftSettings(reference=reference, seed=seed))
+        self.monitor.learn("", embedding, text=text)
+        self.requests = 0
+
+    def step(self, count: int) -> dict[str, Any]:
+        """So many requests; the alarms that are open then."""
+        for body in (next(self.bodies) for _ in range(count)):
+            self.requests += 1
+            asker = body.get("user") or next(each["content"] for each in body["messages"] if each["role"] == "user")
+            names = {"id": "tone@1", "asker": asker.encode(), "began": SPAN * self.requests}
+            generations = (self.traffic.answer(),)
+            exchange = Exchange("tone", "v1", 200, 0.1, 0.2, **names, generations=generations, question=body)
+            self.monitor.observe(exchange)
+        self.monitor.looked()
+        return self.report()["alarms"]
+
+    def report(self) -> dict[str, Any]:
+        (version,) = self.monitor.report("tone")
+        return version
+
+
+def unchanged(kind: str, seed: int, *, requests: int, reference: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        watched = Watched(kind, seed, Path(folder), reference)
+        alarms: dict[str, Any] = {}
+        while watched.requests < requests and not alarms:
+            alarms = watched.step(50)
+        texts = {name: moved.get("text", "") for name, moved in alarms.items()}
+        return {"alarms": texts, "requests": watched.requests, "seen": watched.report()["seen_share"]}
+
+
+def changed(name: str, seed: int, *, reference: int) -> dict[str, Any]:
+    kind, change = CHANGES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        watched = Watched(kind, seed, Path(folder), reference)
+        waits = ["prompt", "output", *(["follow_up"] if kind in ("chats", "windowed") else [])]
+        while not watched.requests or any(
+            watched.report()["signals"].get(signal, {}).get("phase") != "watching" for signal in waits
+        ):
+            watched.step(50)
+        if early := watched.step(300):
+            return {"early": sorted(early)}
+        for field_name, value in change.items():
+            setattr(watched.traffic, field_name, value)
+        began, watched.traffic.begun = watched.requests, 0
+        while watched.requests - began < MOST:
+            if alarms := watched.step(5):
+                texts = {signal: moved.get("text", "") for signal, moved in alarms.items()}
+                delay = watched.requests - began
+                return {"delay": delay, "conversations": watched.traffic.begun, "alarms": texts}
+        return {}
+
+
+def table(finished: FinishedStreams, kinds: list[str], *, changes: bool) -> Iterator[str]:
+    for kind in kinds:
+        rows = finished.of(kind)
+        if changes:
+            delays = sorted(row.get("delay", math.inf) for row in rows if "early" not in row)
+            median, early = f"{np.median(delays):.0f}" if delays else "none", len(rows) - len(delays)
+            yield f"| {kind} | {len(delays)} | {sum(map(math.isfinite, delays))} | {median} | {early} |"
+        else:
+            names = [name for row in rows for name in row["alarms"]]
+            seen = np.mean([row["seen"] for row in rows]) if rows else 0.0
+            yield f"| {kind} | {len(rows)} | {sum(bool(row['alarms']) for row in rows)} | {names} | {seen:.0%} |"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="streams as clients send them, of real texts")
+    add_options(options, streams=50)
+    options.add_argument("--changes", action="store_true", help="count the requests until a change is seen")
+    options.add_argument("--requests", type=int, default=5000, help="of a stream in which nothing changes")
+    options.add_argument("--reference", type=int, default=1000)
+    options.add_argument("--kinds", nargs="*", default=[], help="beginnings of names; all by default")
+    chosen = options.parse_args()
+    for kind in POOLS:
+        pool(kind)  # fetched before there are several processes
+    model()
+    code = digest("serve/drift", "tests/campaigns/drift_real.py", requests=chosen.requests, reference=chosen.reference)
+    finished = FinishedStreams(chosen.finished, code)
+    names = [name for name in (CHANGES if chosen.changes else KINDS) if name.startswith(tuple(chosen.kinds or [""]))]
+    work = partial(unchanged, requests=chosen.requests, reference=chosen.reference)
+    run_chosen(finished, names, partial(changed, reference=chosen.reference) if chosen.changes else work, chosen)
+    print(*table(finished, names, changes=chosen.changes), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
