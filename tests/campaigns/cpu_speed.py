@@ -9,7 +9,9 @@ processor's name is part of it.
 
     python -m tests.campaigns.cpu_speed [--rounds 5] [--weights auto int8 int4] [--adapters 16] [--size 1B]
         [--llama .../bin/llama-server --gguf Q4_0=a.gguf Q4_K_M=b.gguf Q8_0=c.gguf]
-        [--llama-lora .../convert_lora_to_gguf.py]
+        [--llama-lora .../convert_lora_to_gguf.py] [--against CHECKOUT ...]
+
+With `--against` the same servers of other checkouts take their turns, and the ratios are this one's to theirs.
 
 With `--adapters` the one stream has an adapter, and the 16 streams take turns among them. llama.cpp has the same ones
 with `--llama-lora`, each named in its request, which is how its server takes several. GGUF files of the model come from
@@ -32,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,7 +44,7 @@ import psutil
 
 from tests.campaigns.random_model import SIZES, random_model
 from tests.support.event_lines import async_event_lines
-from tests.support.server import Server, done, free_port
+from tests.support.server import ROOT, Server, done, free_port
 
 IN, OUT, LONG, STREAMS, RANK = 128, 64, 1024, 16, 8
 CASES = ("ms a token, 1 stream", f"tok/s, {STREAMS} streams", f"s to the first of {LONG:,} in")
@@ -55,6 +58,7 @@ class Choice:
     name: str
     start: Callable[[], Any]  # a context that gives a server's url, process and names of models
     llama: bool = False
+    compared: bool = False  # with this checkout's, as another system or checkout
     seen: dict[str, list[float]] = field(default_factory=dict)
     weights: str = ""
     memory: int = 0
@@ -124,10 +128,13 @@ async def measure(choice: Choice, up: Up, *cases: str) -> None:
 
 
 @contextmanager
-def loradock(model: Path, weights: str, adapters: list[Path], folder: Path, cache: str) -> Iterator[Up]:
+def loradock(
+    model: Path, weights: str, adapters: list[Path], folder: Path, cache: str, root: Path = ROOT
+) -> Iterator[Up]:
     words = ["--cpu-weights", weights, "--no-probe", "--max-model-len", "2048", "--no-enable-prefix-caching"]
     words += ["--max-loras", str(max(1, len(adapters))), "--kv-cache-memory-bytes", cache]
-    with Server(folder / f"data-{weights}", folder / f"{weights}.log", *words, model=str(model)) as server:
+    own = Path(tempfile.mkdtemp(dir=folder))
+    with Server(own / "data", own / "log", *words, model=str(model), root=root) as server:
         for adapter in adapters:
             server.upload(adapter.name, adapter).raise_for_status()
         base = done(server.http.get("/v1/models"))["data"][0]["id"]
@@ -196,16 +203,21 @@ def converted_adapter(script: Path, adapter: Path, model: Path) -> Path:
 def choices(given: argparse.Namespace, model: Path, folder: Path) -> list[Choice]:
     adapters = random_adapters(model, given.adapters, folder / "adapters")
 
-    def ours(weights: str) -> Choice:
-        return Choice(f"loradock {weights}", lambda: loradock(model, weights, adapters, folder, given.kv_cache))
+    def ours(weights: str, root: Path = ROOT) -> Choice:
+        name = f"loradock {weights}" if root == ROOT else f"{root.name} {weights}"
+        start = partial(loradock, model, weights, adapters, folder, given.kv_cache, root)
+        return Choice(name, start, compared=root != ROOT)
 
     converted = [converted_adapter(given.llama_lora, adapter, model) for adapter in adapters if given.llama_lora]
 
     def theirs(label: str, file: Path) -> Choice:
-        return Choice(f"llama.cpp {label}", lambda: llama(given.llama, file, converted, folder), llama=True)
+        return Choice(
+            f"llama.cpp {label}", lambda: llama(given.llama, file, converted, folder), llama=True, compared=True
+        )
 
     files = dict(word.split("=", 1) for word in given.gguf) if given.llama else {}
-    return [*map(ours, given.weights), *(theirs(label, Path(file)) for label, file in files.items())]
+    others = [ours(weights, root.resolve()) for root in given.against for weights in given.weights]
+    return [*map(ours, given.weights), *others, *(theirs(label, Path(file)) for label, file in files.items())]
 
 
 def bytes_read(model: Path, weights: str) -> float:
@@ -298,6 +310,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="llama-server")
     parser.add_argument("--gguf", nargs="*", default=[], metavar="LABEL=FILE")
     parser.add_argument("--llama-lora", type=Path, help="llama.cpp's convert_lora_to_gguf.py")
+    parser.add_argument("--against", type=Path, nargs="*", default=[], metavar="CHECKOUT")
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--kv-cache", default="1G", help="of each of loradock's servers")
     given = parser.parse_args()
@@ -313,11 +326,11 @@ def main() -> None:
     print(f"| | weights | {' | '.join(CASES)} | memory |\n|---|---|{'---|' * len(CASES)}---|")
     for choice in every:
         print(choice.row())
-    if any(choice.llama for choice in every):
+    if any(choice.compared for choice in every):
         print(f"\n| ratios of turns | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}")
         for ours in every:
             for theirs in every:
-                if theirs.llama and not ours.llama:
+                if theirs.compared and not ours.compared:
                     print(against(ours, theirs))
     machine = [speed for choice in every for speed in choice.machine]
     print(f"\nThe machine reads {median(machine):.1f} GB/s ({min(machine):.1f} to {max(machine):.1f}). At one stream:")
