@@ -82,7 +82,7 @@ def _register() -> None:
 
 SERVE_HELP = """Serve MODEL with LoRA adapters behind OpenAI's API.
 
-MODEL is a local directory, a hub id, an export of `loradock optimize`, or smollm2 (the default, 135M parameters).
+MODEL is a local directory, a GGUF file, a hub id, an export of `loradock optimize`, or smollm2 (the default, 135M).
 
 Every setting is a flag, a LORADOCK_* variable, and a line in the file that --config names; the flag wins. Every option
 of vLLM's engine and OpenAI server is a setting too, under vLLM's name: --max-model-len 4096, --max-loras 16,

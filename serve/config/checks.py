@@ -13,6 +13,7 @@ from serve.config.identity import provider_of
 from serve.config.settings import Config
 from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.errors import ConfigError
+from serve.models.checkpoint import default_name
 from serve.rollout.webhook import checked_url, signing_key
 from serve.vllm_backend.patches.switches import parse, written
 
@@ -26,7 +27,7 @@ def checked(config: Config) -> Config:
     config = _with_patches(config)
     config = replace(
         config,
-        name=config.name or Path(config.model.rstrip("/")).name,
+        name=config.name or default_name(config.model),
         api_keys=keys_hashed(config.api_keys),
         admin_keys=keys_hashed(config.admin_keys),
         metrics_keys=keys_hashed(config.metrics_keys),

@@ -70,7 +70,7 @@ class Base:
 class Config:
     """What this server was asked to be. `engine` holds vLLM's options as they were given, by vLLM's names."""
 
-    model: str = _setting("smollm2", "a local directory, a hub id, an export of `loradock optimize`, or smollm2")
+    model: str = _setting("smollm2", "a directory, a GGUF file, a hub id, an export of `loradock optimize`, or smollm2")
     name: str = _setting("", "the base model's public name (default: the last part of MODEL)")
     host: str = _setting("127.0.0.1", "address to listen on; any but loopback needs keys")
     port: Port = _setting(8000, "port to listen on")

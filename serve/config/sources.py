@@ -16,6 +16,7 @@ from serve.config.engine_options import REFUSED, engine_options, is_switch
 from serve.config.settings import SETTINGS, Base, Config
 from serve.config.values import converted
 from serve.errors import ConfigError
+from serve.models.checkpoint import default_name
 from serve.telemetry.tracing.tracing_settings import TracingSettings
 
 PREFIX = "LORADOCK_"
@@ -127,7 +128,7 @@ def _base(entry: dict[str, Any], file: str) -> Base:
     if ours := sorted(set(options) & set(SETTINGS)):
         raise ConfigError(f"{ours[0]!r} is the whole server's setting, not an engine's: move it to the top of {file}")
     model = entry["model"]
-    return Base(str(entry.get("name") or Path(model.rstrip("/")).name), model, MappingProxyType(options))
+    return Base(str(entry.get("name") or default_name(model)), model, MappingProxyType(options))
 
 
 def _section(section: Any, file: str) -> dict[str, Any]:

