@@ -1,7 +1,10 @@
-"""The slowest files of tests: they begin first where processes share the tests, and `make check` leaves them out."""
+"""What files of tests cost: the slowest begin first where processes share them, and `make check` leaves those out."""
 
 from __future__ import annotations
 
+import resource
+from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import hypothesis
@@ -28,6 +31,8 @@ SLOW = (
     "optimize/pipeline/test_tune_job.py",
     "optimize/test_second_device.py",
 )
+DEAREST = 30  # files of which the end of a run tells
+BEGUN = pytest.StashKey[float]()
 # A job trains at the lowest priority: on a processor that other tests leave to it.
 LAST = TESTS / "e2e/test_fine_tuning.py"
 
@@ -54,3 +59,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     else:
         items.sort(key=lambda item: item.path == LAST)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[BEGUN] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "teardown" and BEGUN in item.stash:
+        report.user_properties.append(("cpu_seconds", cpu_seconds() - item.stash[BEGUN]))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the files of tests cost, the dearest first; a server counts where it ends."""
+    cpu, wall = Counter[str](), Counter[str]()
+    for report in (one for reports in terminalreporter.stats.values() for one in reports):
+        if isinstance(report, pytest.TestReport):
+            file = report.nodeid.partition("::")[0]
+            wall[file] += report.duration
+            cpu[file] += dict(report.user_properties).get("cpu_seconds", 0.0) if report.when == "teardown" else 0.0
+    if len(cpu) > 1:
+        told = f"dearest files: of {sum(cpu.values()):.0f} s of CPU time, {sum(wall.values()):.0f} s of the clock's"
+        terminalreporter.section(told)
+        for file, seconds in cpu.most_common(DEAREST):
+            terminalreporter.write_line(f"{seconds:7.1f} s CPU {wall[file]:7.1f} s {file}")

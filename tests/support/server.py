@@ -246,7 +246,7 @@ def bearer(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def eventually(holds: Callable[[], Any], seconds: float = 15) -> Any:
+def eventually(holds: Callable[[], Any], seconds: float = 60) -> Any:
     """Wait for `holds()` to be true; its last answer either way."""
     end = time.monotonic() + seconds
     while not (answer := holds()) and time.monotonic() < end:

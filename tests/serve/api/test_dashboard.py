@@ -33,6 +33,9 @@ ADMIN = "an-admin-key"
 PAGE = Path(pages.__file__).parent
 FOUND = Inspection(rank=8, base="toy", target_modules=("q_proj",), nbytes=1234, tensors=4)
 
+# A browser has a core to itself only now and then.
+expect.set_options(timeout=30_000)
+
 browsing = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: chromium-headless-shell)")
 
 

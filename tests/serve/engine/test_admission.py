@@ -132,7 +132,7 @@ async def test_a_client_that_reads_nothing_gives_its_turn_back(crowded, backend)
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    await asyncio.wait_for(crowded._transport.app(scope, receive, send), 2)
+    await asyncio.wait_for(crowded._transport.app(scope, receive, send), 15)
     assert (crowded._transport.app.state.parts.fleet.first.leases, backend.running) == (0, 0)
 
 
@@ -142,7 +142,7 @@ async def test_a_client_that_never_ends_its_request_is_let_go(crowded):
     async def receive():
         return await asyncio.Event().wait()
 
-    await asyncio.wait_for(crowded._transport.app(scope, receive, send), 2)
+    await asyncio.wait_for(crowded._transport.app(scope, receive, send), 15)
     assert sent[0]["status"] == 408
 
 

@@ -66,7 +66,7 @@ async def begun(ai: openai.AsyncOpenAI, data: bytes | None = None, **more: Any) 
     return job.id
 
 
-async def until(ai: openai.AsyncOpenAI, id: str, wanted: Callable[[Any], bool], seconds: float = 60.0) -> Any:
+async def until(ai: openai.AsyncOpenAI, id: str, wanted: Callable[[Any], bool], seconds: float = 300.0) -> Any:
     """The job, once it is so."""
     async with asyncio.timeout(seconds):
         while not wanted(job := await ai.fine_tuning.jobs.retrieve(id)):
@@ -89,7 +89,7 @@ async def stepped(client: Any, id: str, steps: int = 1) -> int:
     """The process of the job, once it has come so far."""
     jobs = parts_of(client).fine_tuning
     progress = jobs.runner.folder(id).path / "progress.jsonl"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while await asyncio.to_thread(_lines, progress) < steps or (process := jobs.process.pid) is None:
             await asyncio.sleep(0.01)
     return int(process)
