@@ -8,10 +8,11 @@ makes one of them true, and P(that one is refuted) <= alpha, whatever the others
 gate and canary: both must agree (an intersection-union test). Nor is their evidence multiplied to reach a threshold
 together: they measure different things, and one must not make up for the other.
 
-The tries of a calendar month share the policy's alpha. Each spends alpha / budget, and none begins when less is left,
-also if the budget was changed meanwhile. By the union bound the loop promotes a bad version in a month with a
-probability of at most alpha. That needs no independence between tries, which see the same held-out examples again: a
-candidate is made of what may be trained on alone, and what is held out is the same at every try.
+The tries that are decided in a calendar month share the policy's alpha, one that began in the month before too. Each
+spends alpha / budget, and none begins when less is left, also if the budget was changed meanwhile. By the union bound
+the loop promotes a bad version in a month with a probability of at most alpha. That needs no independence between
+tries, which see the same held-out examples again: a candidate is made of what may be trained on alone, and what is held
+out is the same at every try.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class LoopRows(Claims[Loop]):
                 row = {"loop": loop.id, "number": number, "began": now, "alpha": alpha}
                 connection.execute(insert(loop_tries).values(**row, content=json.dumps(dict(content))))
                 # What this month has spent is still counted.
-                old = (loop_tries.c.number <= number - TRIES_KEPT, loop_tries.c.began < now - MONTH_SECONDS)
+                old = (loop_tries.c.number <= number - TRIES_KEPT, loop_tries.c.ended < now - MONTH_SECONDS)
                 connection.execute(delete(loop_tries).where(of, *old))
             return begun
 
@@ -211,8 +211,9 @@ class LoopRows(Claims[Loop]):
             return [_read_try(row) for row in connection.execute(query.limit(limit))]
 
     def spent(self, loop: Loop, since: float) -> tuple[int, float]:
-        """Tries since then, and their alpha together."""
-        of = (loop_tries.c.loop == loop.id, loop_tries.c.began >= since)
+        """Tries that were decided since then, or may be, and their alpha together: also what began before that."""
+        decided = loop_tries.c.ended.is_(None) | (loop_tries.c.ended >= since)
+        of = (loop_tries.c.loop == loop.id, decided)
         query = select(func.count(), func.coalesce(func.sum(loop_tries.c.alpha), 0.0)).select_from(loop_tries)
         with self._registry.reading() as connection:
             count, alpha = connection.execute(query.where(*of)).one()

@@ -68,7 +68,7 @@ def test_a_loop_follows_its_adapter_to_a_new_name(servers, registry):
 def test_tries_spend_alpha_and_a_try_that_was_none_spends_nothing(servers):
     rows, _ = servers
     loop = begun(rows)
-    assert rows.spent(loop, NOW) == (1, 0.01) and rows.spent(loop, NOW + 1) == (0, 0.0)
+    assert rows.spent(loop, NOW) == (1, 0.01)
     rows.add(loop, gate={"passed": False})
     waiting = rows.end(loop, Outcome.REJECTED, {"text": "no"}, failures=1)
     assert waiting.phase is Phase.WAITING and waiting.state.failures == 1 and waiting.state.live == 0
@@ -78,6 +78,15 @@ def test_tries_spend_alpha_and_a_try_that_was_none_spends_nothing(servers):
     assert second.state.number == 2 and rows.spent(loop, NOW) == (2, 0.02)
     rows.end(second, None, {})
     assert rows.spent(loop, NOW) == (1, 0.01)
+
+
+def test_a_try_that_is_carried_over_spends_of_the_month_that_decides_it(servers, clock):
+    rows, _ = servers
+    loop, later = begun(rows), NOW + 1000
+    assert rows.spent(loop, later) == (1, 0.01), "it may be decided then"
+    clock[0] += 1001
+    rows.end(loop, Outcome.REJECTED, {})
+    assert rows.spent(loop, later) == (1, 0.01) and rows.spent(loop, later + 2) == (0, 0.0)
 
 
 def test_what_was_held_out_becomes_a_reference_or_goes(servers):
