@@ -1,4 +1,8 @@
-"""A server of its own for the demo: a free port, a temporary data directory, and nothing left of either."""
+"""A server of its own for the demo: a free port, a temporary data directory, and nothing left of either.
+
+A demo that is told to end, by a signal or by its terminal, ends it too. One that is killed leaves its folder, and the
+kernel ends its server.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import httpx
 
 from serve.errors import LoradockError
+from serve.vllm_backend.forkserver import die_with_parent
 
 # Small, so that it fits beside other work; drift compares with the first 60 requests instead of the first 1,000.
 SETTINGS = (
@@ -23,6 +30,8 @@ SETTINGS = (
     "--drift-reference", "60", "--drift-threshold", "1e4",
 )  # fmt: skip
 START_SECONDS, STOP_SECONDS = 900.0, 45.0
+# Without these Python would end at once, and nothing be tidied.
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 # Settings of the user's own server that this one shares: where models and compiled code are kept.
 SHARED = ("LORADOCK_CACHE_DIR",)
 LAST_LINES = 5
@@ -35,7 +44,7 @@ class ServerEnded(LoradockError):
 @contextmanager
 def own_server(wait: Callable[[float], None] = time.sleep) -> Iterator[str]:
     """The address of a server that is ready; it and its folder are gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="loradock-demo-") as folder:
+    with _ending_in_order(), tempfile.TemporaryDirectory(prefix="loradock-demo-") as folder:
         log = Path(folder) / "log"
         port = _free_port()
         command = [sys.executable, "-m", "serve.cli", "serve", "smollm2", "--port", str(port), *SETTINGS]
@@ -48,6 +57,7 @@ def own_server(wait: Callable[[float], None] = time.sleep) -> Iterator[str]:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         try:
             url = f"http://127.0.0.1:{port}"
@@ -55,6 +65,21 @@ def own_server(wait: Callable[[float], None] = time.sleep) -> Iterator[str]:
             yield url
         finally:
             _stop(process)
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Leave by an exception when a signal says so, as Ctrl-C does."""
+    before = {number: signal.signal(number, _leave) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _environment() -> dict[str, str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +34,7 @@ from serve.models.language import read as language_of
 from tests.support import tiny
 from tests.support.backend import FakeBackend
 from tests.support.served import Served
+from tests.support.server import alive, eventually
 
 ADAPTERS = Path(story.__file__).parent
 
@@ -139,3 +144,35 @@ def test_a_server_that_does_not_start_is_a_sentence_with_what_it_said(monkeypatc
     answer = CliRunner().invoke(app, ["demo", "--no-wait"])
     assert answer.exit_code == 1
     assert "did not start" in answer.stderr and "no-such-option" in answer.stderr.replace("_", "-")
+
+
+# A demo whose server says its process id and then never becomes ready.
+WAITING = """
+import subprocess, sys
+from serve.cli.demo import server
+
+started = subprocess.Popen
+def stand_in(command, **options):
+    return started([sys.executable, "-c", "import time; time.sleep(600)"], **options)
+server.subprocess.Popen = stand_in
+def wait(seconds):
+    import glob, os, time
+    (log,) = glob.glob(f"{os.environ['TMPDIR']}/loradock-demo-*/log")
+    child = open("/proc/self/task/%d/children" % os.getpid()).read().split()[0]
+    print(child, flush=True)
+    time.sleep(600)
+with server.own_server(wait):
+    pass
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_demo_that_is_ended_leaves_no_server(number, tmp_path):
+    command = [sys.executable, "-c", WAITING]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as demo:
+        child = int(demo.stdout.readline())
+        demo.send_signal(number)
+        demo.wait()
+    assert eventually(lambda: not alive({child}))
+    assert number == signal.SIGKILL or not list(tmp_path.iterdir()), "its folder is gone too"
