@@ -62,7 +62,7 @@ def unpin(name: Name, url: Url = URL, key: Key = None, as_json: Json = False) ->
 
 @_command(
     cls=VersionedCommand,
-    epilog=example("loradock adapters alias support stable 3  # then ask support@stable"),
+    epilog=example("loradock adapters alias support@v3 stable  # then ask support@stable"),
 )
 def alias(
     name: Name,
@@ -99,7 +99,7 @@ def unalias(
 
 @_command(
     cls=VersionedCommand,
-    epilog=example('loradock adapters tag support 3 "run 17"', "loradock adapters tag support 3  # none any more"),
+    epilog=example('loradock adapters tag support@v3 "run 17"', "loradock adapters tag support@v3  # none any more"),
 )
 def tag(
     name: Name,
@@ -119,7 +119,7 @@ def tag(
     say(
         answer,
         as_json,
-        lambda body: f"{name} v{version_number(version)}: {', '.join(body.get('tags', [])) or 'no tags'}",
+        lambda body: f"{name}@v{version_number(version)}: {', '.join(body.get('tags', [])) or 'no tags'}",
     )
 
 

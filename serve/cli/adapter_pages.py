@@ -69,11 +69,10 @@ def pushed(answer: dict[str, Any]) -> str:
     warning = f"\nwarning: {text}" if (text := (answer.get("checks") or {}).get("warning")) else ""
     if answer.get("dry_run"):
         return _tried(answer) + warning
-    name = f"{answer.get('name')} {numbered(answer.get('version'))} ({answer.get('id')})"
+    version = f"{answer.get('name')}@{numbered(answer.get('version'))}"
     if live_version(answer) == answer.get("version"):
-        return f"{name} is live{warning}"
-    promote = f"loradock adapters promote {answer.get('name')} {answer.get('version')}"
-    return f"{name} is stored; make it live with: {promote}{warning}"
+        return f"{version} ({answer.get('id')}) is live{warning}"
+    return f"{version} ({answer.get('id')}) is stored; make it live with: loradock adapters promote {version}{warning}"
 
 
 def shared(answer: dict[str, Any], kind: str, does: str) -> str:
@@ -81,7 +80,7 @@ def shared(answer: dict[str, Any], kind: str, does: str) -> str:
     share = answer.get(kind)
     if not share:
         return f"{answer.get('name')} has no {kind} any more"
-    return f"{answer.get('name')} {numbered(share['version'])} {does} {portion(share['weight'])} of the requests"
+    return f"{answer.get('name')}@{numbered(share['version'])} {does} {portion(share['weight'])} of the requests"
 
 
 def pinned(answer: dict[str, Any]) -> str:
@@ -89,7 +88,7 @@ def pinned(answer: dict[str, Any]) -> str:
     versions = [version["version"] for version in answer.get("versions", []) if version.get("pinned")]
     if not versions:
         return f"{answer.get('name')} is pinned: whichever version is live stays, and none is live now"
-    return f"{answer.get('name')} {numbered(versions[0])} is pinned"
+    return f"{answer.get('name')}@{numbered(versions[0])} is pinned"
 
 
 def removed(answer: dict[str, Any], target: str) -> str:
@@ -225,7 +224,7 @@ def _tried(answer: dict[str, Any]) -> str:
     checks = answer.get("checks") or {}
     measured = [f"{key} {value:.4g}" for key, value in checks.items() if isinstance(value, int | float)]
     about = f"rank {answer.get('rank')}, {nbytes(answer.get('bytes'))}, {', '.join(answer.get('target_modules') or [])}"
-    what = f"these bytes are {name} {numbered(version)} already" if version else "it would be a new version"
+    what = f"these bytes are {name}@{numbered(version)} already" if version else "it would be a new version"
     lines = [f"{name} fits {answer.get('engine')} ({about}): {what}, and become {answer.get('becomes')}"]
     lines += [f"measured: {', '.join(measured)}"] if measured else []
     return "\n".join([*lines, "nothing was kept: this was a dry run"])

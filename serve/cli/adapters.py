@@ -169,7 +169,7 @@ def show(target: Target, url: Url = URL, key: Key = None, as_json: Json = False)
 
 @adapters_app.command(
     cls=VersionedCommand,
-    epilog=example("loradock adapters promote support@v3", "loradock adapters promote support 3 --expect 2"),
+    epilog=example("loradock adapters promote support@v3", "loradock adapters promote support@v3 --expect 2"),
 )
 def promote(
     name: Name,
@@ -190,7 +190,7 @@ def promote(
     with connected("adapters", url, key) as client:
         expected = version_number(expect) if expect is not None else None
         answer = client.promote(name, version_number(version), expected, at_once=at_once, why=why)
-    say(answer, as_json, lambda body: _promoted(body, f"{name} v{version_number(version)}"))
+    say(answer, as_json, lambda body: _promoted(body, f"{name}@v{version_number(version)}"))
 
 
 def _promoted(answer: dict[str, Any], which: str) -> str:
@@ -206,13 +206,13 @@ def rollback(
     """Make the previous version live again."""
     with connected("adapters", url, key) as client:
         answer = client.rollback(name, version_number(expect) if expect is not None else None, why=why)
-    say(answer, as_json, lambda body: f"{name} {numbered(live_version(body))} is live again")
+    say(answer, as_json, lambda body: f"{name}@{numbered(live_version(body))} is live again")
 
 
 @adapters_app.command(
     cls=VersionedCommand,
     rich_help_panel=TRY,
-    epilog=example("loradock adapters canary support@v3 10%", "loradock adapters canary support 3 0  # ends it"),
+    epilog=example("loradock adapters canary support@v3 10%", "loradock adapters canary support@v3 0  # ends it"),
 )
 def canary(
     name: Name,
@@ -235,7 +235,7 @@ def canary(
 @adapters_app.command(
     cls=VersionedCommand,
     rich_help_panel=TRY,
-    epilog=example("loradock adapters shadow support@v3 10%", "loradock adapters shadow support 3 0  # ends it"),
+    epilog=example("loradock adapters shadow support@v3 10%", "loradock adapters shadow support@v3 0  # ends it"),
 )
 def shadow(
     name: Name,

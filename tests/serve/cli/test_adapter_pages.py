@@ -63,15 +63,15 @@ async def test_the_page_of_an_adapter_has_its_versions_traffic_and_history(clien
     assert re.search(r"^  aliases +stable = v1$", text, re.M) and re.search(r"^  engine +base$", text, re.M)
     assert re.search(r"^  v1 +live, pinned, stable +2 ", text, re.M)
     assert re.search(r"^  v2 +canary +2 .* run 17 ", text, re.M)
-    assert "  tone v2 answers 10% of the requests" in text
+    assert "  tone@v2 answers 10% of the requests" in text
     assert re.search(r"^  20\S+ \S+  alias +v1  stable  by anonymous: as approved$", text, re.M)
     assert re.search(r"^  20\S+ \S+  canary +v1 to v2  10% of the requests  by anonymous$", text, re.M)
 
 
 async def test_a_pin_names_the_version_and_so_does_a_removal(client, make_adapter):
     await push_two(client, make_adapter)
-    assert adapter_pages.pinned((await client.post(f"{TONE}/pin")).json()) == "tone v1 is pinned"
-    assert adapter_pages.pinned((await client.post(f"{TONE}/pin", json={"version": 2})).json()) == "tone v2 is pinned"
+    assert adapter_pages.pinned((await client.post(f"{TONE}/pin")).json()) == "tone@v1 is pinned"
+    assert adapter_pages.pinned((await client.post(f"{TONE}/pin", json={"version": 2})).json()) == "tone@v2 is pinned"
     gone = (await client.delete(TONE)).json()
     assert adapter_pages.removed(gone, "tone") == "tone is removed (v1, v2)"
     assert adapter_pages.removed({"deleted": [2]}, "tone@v2") == "tone@v2 is removed"
@@ -89,7 +89,7 @@ async def test_a_dry_run_says_what_was_found_and_that_nothing_was_kept(client, m
     assert "measured: effect" in text and text.endswith("nothing was kept: this was a dry run")
     await client.post("/v1/adapters", **upload(make_adapter()))
     again = await client.post("/v1/adapters", **upload(make_adapter(), dry_run="true"))
-    assert "these bytes are tone v1 already" in adapter_pages.pushed(again.json())
+    assert "these bytes are tone@v1 already" in adapter_pages.pushed(again.json())
 
 
 @pytest.mark.parametrize(

@@ -432,18 +432,18 @@ def cli(depot: Depot, *words: str, key: str = KEY) -> Any:
 
 def test_the_commands_tell_a_whole_story(depot: Depot, folder: Path) -> None:
     assert "no adapters yet" in cli(depot, "list").stdout
-    assert "support v1" in cli(depot, "push", "support", str(folder)).stdout
+    assert "support@v1" in cli(depot, "push", "support", str(folder)).stdout
     (folder / "adapter_config.json").write_text("{}")
     stored = cli(depot, "push", "support", str(folder), "--no-promote").stdout
-    assert "loradock adapters promote support 2" in stored
-    assert cli(depot, "promote", "support", "v2", "--expect", "1").stdout == "support v2 is live\n"
+    assert "loradock adapters promote support@v2" in stored
+    assert cli(depot, "promote", "support", "v2", "--expect", "1").stdout == "support@v2 is live\n"
     assert cli(depot, "list").stdout.splitlines()[1].split()[:2] == ["support", "v2"]
     assert cli(depot, "list").stdout.splitlines()[1].split()[-1] == "2"
     shown = cli(depot, "show", "support").stdout
     assert re.search(r"^  v2 +live ", shown, re.M) and re.search(r"^  v1 +- ", shown, re.M)
     assert re.search(r"^  2027-01-\S+ \S+  promote +v2$", shown, re.M)
     assert (
-        cli(depot, "rollback", "support", "--expect", "2", "--why", "complaints").stdout == "support v1 is live again\n"
+        cli(depot, "rollback", "support", "--expect", "2", "--why", "complaints").stdout == "support@v1 is live again\n"
     )
     assert depot.said[-1] == {"expected_version": 2, "why": "complaints"}
     assert cli(depot, "rm", "support@v2").stdout == "support@v2 is removed\n"
@@ -482,8 +482,8 @@ def test_name_and_version_are_one_word_or_two(depot: Depot, folder: Path) -> Non
     cli(depot, "push", "support", str(folder))
     (folder / "adapter_config.json").write_text("{}")
     cli(depot, "push", "support", str(folder), "--no-promote")
-    assert cli(depot, "promote", "support@v2", "--expect", "v1").stdout == "support v2 is live\n"
-    assert cli(depot, "pin", "support@v1").stdout == "support v1 is pinned\n"
+    assert cli(depot, "promote", "support@v2", "--expect", "v1").stdout == "support@v2 is live\n"
+    assert cli(depot, "pin", "support@v1").stdout == "support@v1 is pinned\n"
     both, first = cli(depot, "show", "support").stdout, cli(depot, "show", "support@v1").stdout
     assert re.search(r"^  v2 +live", both, re.M) and not re.search(r"^  v2 ", first, re.M)
     assert cli(depot, "show", "support@v7").exit_code == 1
@@ -498,10 +498,10 @@ def test_a_command_has_the_names_that_people_try(depot: Depot, name: str) -> Non
 
 def test_a_candidate_is_tried_out_from_a_terminal(depot: Depot, folder: Path) -> None:
     cli(depot, "push", "support", str(folder))
-    assert cli(depot, "canary", "support", "v2", "0.1").stdout == "support v2 answers 10% of the requests\n"
-    assert cli(depot, "shadow", "support", "2", "1").stdout == "support v2 also answers, unseen, 100% of the requests\n"
+    assert cli(depot, "canary", "support", "v2", "0.1").stdout == "support@v2 answers 10% of the requests\n"
+    assert cli(depot, "shadow", "support", "2", "1").stdout == "support@v2 also answers, unseen, 100% of the requests\n"
     shown = cli(depot, "show", "support").stdout
-    assert "support v2 answers 10% of the requests" in shown and "unseen" in shown
+    assert "support@v2 answers 10% of the requests" in shown and "unseen" in shown
     assert cli(depot, "canary", "support", "2", "0").stdout == "support has no canary any more\n"
     assert json.loads(cli(depot, "shadow", "support", "2", "0", "--json").stdout)["shadow"] is None
     assert cli(depot, "canary", "support", "2", "1.5").exit_code == 2
@@ -532,7 +532,7 @@ def test_a_terminal_shows_how_a_canary_does_and_what_its_proof_will_take(depot: 
 
 def test_an_adapter_is_pinned_and_unpinned_from_a_terminal(depot: Depot, folder: Path) -> None:
     cli(depot, "push", "support", str(folder))
-    assert cli(depot, "pin", "support", "v1").stdout == "support v1 is pinned\n"
+    assert cli(depot, "pin", "support", "v1").stdout == "support@v1 is pinned\n"
     assert re.search(r"^  v1 +live, pinned ", cli(depot, "show", "support").stdout, re.M)
     assert cli(depot, "list").stdout.splitlines()[1].split()[4] == "v1"
     assert json.loads(cli(depot, "pin", "support", "--json").stdout)["versions"][0]["pinned"] is True
