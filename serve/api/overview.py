@@ -91,6 +91,7 @@ async def overview(parts: Services, caller: Caller, search: str, offset: int, li
         "operator": caller.operator,
         "watching": parts.exchange_worker.running,
         "started": int(parts.recent.began),
+        "grafana": (caller.operator and parts.config.grafana_url.rstrip("/")) or None,
         "now": parts.recent.now(lambda full: _counts(caller, full, moment)),
         "engines": _engines(parts, caller),
         "adapters": len(standings),

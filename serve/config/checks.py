@@ -33,7 +33,7 @@ def checked(config: Config) -> Config:
         metrics_keys=keys_hashed(config.metrics_keys),
         webhook_secret=_webhook_secret(config),
     )
-    for check in (_check_numbers, _check_patterns, _check_combinations, _check_access, _check_names, provider_of):
+    for check in (_check_numbers, _check_patterns, _check_addresses, _check_combinations, _check_access, _check_names, provider_of):
         check(config)
     return config
 
@@ -127,6 +127,11 @@ def _check_patterns(config: Config) -> None:
     for digest in config.allowed_digests:
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise ConfigError(f"allowed_digests takes 64 lower-case hex digits each, not {digest!r}")
+
+
+def _check_addresses(config: Config) -> None:
+    if config.grafana_url:
+        checked_url(config.grafana_url, "grafana_url")
 
 
 def _check_combinations(config: Config) -> None:

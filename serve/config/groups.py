@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Moderation": ("moderation_model", "moderation_prompt", "moderation_categories"),
     "Metrics, alerts, usage": (
         *("max_labelled_versions", "slos", "webhooks", "webhook_secret", "webhook_secret_file", "webhook_private"),
-        *("prices", "currency", "usage_days", "otel_tenant"),
+        *("grafana_url", "prices", "currency", "usage_days", "otel_tenant"),
     ),
     "Replicas": ("ray", "ray_address", "replicas", "max_replicas", "target_queue", "target_first_token"),
 }

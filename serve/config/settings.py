@@ -212,6 +212,7 @@ class Config:
     webhook_secret: str = _setting("", "what webhooks are signed with: 16 characters or more, or whsec_BASE64")
     webhook_secret_file: str = _setting("", "a file that holds webhook_secret")
     webhook_private: bool = _setting(False, "whether webhooks may lead to private addresses")
+    grafana_url: str = _setting("", "where Grafana has loradock's dashboards: /dashboard links to its panels")
     policies: tuple[Policy, ...] = _setting(
         DEFAULT_POLICIES, "what to do about canaries, by adapter (docs/drift.md), and its loop (docs/loop.md)"
     )

@@ -221,15 +221,15 @@ def signing_key(secret: str) -> bytes:
         raise ConfigError("a webhook secret that begins with whsec_ goes on in base64") from error
 
 
-def checked_url(url: str) -> str:
-    """The URL, if a webhook may have it; else ConfigError."""
+def checked_url(url: str, setting: str = "webhooks") -> str:
+    """The URL, if a setting of webhooks or links may have it; else ConfigError."""
     parts = urlsplit(url)
     try:
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.username
     except ValueError:
         usable = False
     if not usable:
-        raise ConfigError(f"webhooks takes URLs as https://HOST[:PORT]/PATH without a user, not {url!r}")
+        raise ConfigError(f"{setting} takes URLs as https://HOST[:PORT]/PATH without a user, not {url!r}")
     return url
 
 

@@ -3,6 +3,7 @@
 import { adapterAddress, alarmAddress, alarmId, askAddress } from "/dashboard/addresses.js";
 import { firstTokenChart, interval, requestsChart, traffic } from "/dashboard/charts.js";
 import { counted, date, decimal, make, percent, pill } from "/dashboard/dom.js";
+import { ofAdapter } from "/dashboard/grafana.js";
 import { canarySection, driftSentence, driftStatistics, goldenCanarySection } from "/dashboard/verdicts.js";
 
 const STATES = {
@@ -32,7 +33,7 @@ function heading(adapter, id) {
   return make("div", { class: "top" }, make("h3", { id }, make("a", { href: adapterAddress(adapter.name) }, adapter.name)), live,
     !adapter.ready && pill(`engine ${adapter.engine} is down`, "bad"),
     adapter.tenant !== "default" && pill(`tenant ${adapter.tenant}`),
-    adapter.visibility === "shared" && pill("shared"));
+    adapter.visibility === "shared" && pill("shared"), ofAdapter(adapter));
 }
 
 // Green is for what answers and has no problem.

@@ -7,6 +7,7 @@ import { adapterPath, call, cardPath, jobPath, keyed, Refused, use } from "/dash
 import { card } from "/dashboard/cards.js";
 import { scales } from "/dashboard/charts.js";
 import { $, announce, count, counted, make, say } from "/dashboard/dom.js";
+import { know as knowGrafana } from "/dashboard/grafana.js";
 import { jobCard, jobRow, verbsOf } from "/dashboard/jobs.js";
 import { change as changeEntry, engine as engineCard, row } from "/dashboard/lists.js";
 import { inOrder, loopCard, loopRow, verbsOf as loopVerbs } from "/dashboard/loops.js";
@@ -33,11 +34,12 @@ async function refresh() {
   let soon = false;
   try {
     const search = encodeURIComponent($("filter").value.trim());
-    const [answer, more] = await Promise.all([call(`/v1/overview?search=${search}&offset=${offset}&limit=${ROWS}`), ofTab()]);
+    const [answer, more, version] = await Promise.all([
+      call(`/v1/overview?search=${search}&offset=${offset}&limit=${ROWS}`), ofTab(), about ?? call("/version"),
+    ]);
     const details = opened ? await found(opened) : null;
-    about ??= await call("/version");
     if (mine !== turn) return;
-    [overview, openedCard] = [answer, details];
+    [about, overview, openedCard] = [version, answer, details];
     soon = answer.engines.some((engine) => ["starting", "restarting", "draining"].includes(engine.phase));
     show(more);
     say($("problem"), refused);
@@ -136,6 +138,7 @@ function show(more) {
   say($("fresh"), `as of ${new Date().toLocaleTimeString()}`);
   $("tab-engines").hidden = !overview.operator;
   if (!overview.operator && tab === "engines") choose("adapters");
+  knowGrafana(overview.grafana);
   draw("now", [overview.now, overview.started, overview.engines, Math.floor(Date.now() / 60_000)], () => strip(overview));
   showEngines(more);
   showSingle(more);

@@ -24,7 +24,7 @@ HEADERS = {
 _FOLDER = Path(__file__).parent
 _JAVASCRIPT = "text/javascript; charset=utf-8"
 _MODULES = (
-    "page", "actions", "adapter", "addresses", "api", "cards", "charts", "dom", "jobs", "lists", "loops", "playground",
+    "page", "actions", "adapter", "addresses", "api", "cards", "charts", "dom", "grafana", "jobs", "lists", "loops", "playground",
     "strip", "verdicts",
 )  # fmt: skip
 _FILES = {

@@ -19,6 +19,8 @@ from serve.adapters.adapter import Inspection
 from serve.api.dashboard import pages
 from serve.config import keys_hashed, load
 from serve.rollout import policy
+from serve.telemetry.rendered.dashboards import dashboards
+from serve.telemetry.slo import DEFAULT_SLOS
 from tests.serve.jobs.finetuning.conftest import examples
 from tests.serve.loop.conftest import QUICK, Scores, Traffic
 from tests.support import tiny
@@ -42,7 +44,7 @@ browsing = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed
 async def test_the_page_holds_nothing_and_lets_the_browser_go_nowhere_else(operator):
     del operator.headers["authorization"]
     scripts = [f"/dashboard/{file.name}" for file in PAGE.glob("*.js")]
-    assert len(scripts) == 14
+    assert len(scripts) == 15
     for path in ("/dashboard", *scripts, "/dashboard/page.css", "/dashboard/icon.svg"):
         told = await operator.get(path)
         assert told.status_code == 200
@@ -388,6 +390,44 @@ def test_a_server_without_keys_asks_for_none_and_says_how_it_does(page):
     expect(page.get_by_label("API key")).to_be_hidden()
     expect(page.get_by_role("alert")).to_have_count(0)
     expect(page.locator("#rest-title")).to_be_hidden()
+
+
+@browsing
+@pytest.mark.parametrize("served", [{"grafana_url": "https://grafana.example/ops/"}], indirect=True)
+def test_numbers_and_adapters_link_to_their_panels_in_grafana(page, served):
+    served.http.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.1}).raise_for_status()
+    use(page, ADMIN)
+    grafana = "https://grafana.example/ops/d"
+    errors = page.get_by_role("link", name="Errors: Errors in Grafana")
+    expect(errors).to_have_attribute("href", f"{grafana}/loradock-overview?viewPanel=5")
+    adapter = page.get_by_role("link", name="Grafana: adapter tone")
+    expect(adapter).to_have_attribute("href", f"{grafana}/loradock-adapters?var-adapter=tone")
+    canary = page.get_by_role("link", name="Grafana: canary of tone")
+    expect(canary).to_have_attribute("href", f"{grafana}/loradock-swap?var-adapter=tone&var-old=v1&var-new=v2")
+    boards = page.locator("#now a[href$=usage]")
+    expect(boards).to_have_attribute("href", f"{grafana}/loradock-usage")
+
+
+@browsing
+def test_without_a_grafana_nothing_speaks_of_it(page):
+    use(page, ADMIN)
+    expect(page.locator("[data-adapter=tone]")).to_be_visible()
+    expect(page.get_by_text("Grafana")).to_have_count(0)
+
+
+def test_the_panels_that_the_page_links_to_are_there_whatever_the_objectives():
+    script = (PAGE / "grafana.js").read_text()
+    links = re.findall(r'\["(loradock-\w+)", (\d+), "([^"]+)"\]', script)
+    (names,) = re.findall(r"DASHBOARDS = \[(.*?)\]", script)
+    for slos in (DEFAULT_SLOS, ()):
+        boards = {board["uid"]: board for board in dashboards(slos)}
+        assert {f"loradock-{name}" for name in re.findall(r'"(\w+)"', names)} == set(boards)
+        for uid, number, title in links:
+            assert {panel["id"]: panel["title"] for panel in boards[uid]["panels"]}[int(number)] == title
+        variables = {uid: {each["name"] for each in board["templating"]["list"]} for uid, board in boards.items()}
+        assert {"adapter", "old", "new"} <= variables["loradock-swap"]
+        assert "adapter" in variables["loradock-adapters"] & variables["loradock-drift"]
+    assert len(links) == 5
 
 
 @browsing

@@ -75,6 +75,7 @@ A, B, C = (letter * 16 for letter in "abc")
         (["--capture-redact", "("], {}, "capture_redact takes regular expressions"),
         (["--allowed-digests", "12"], {}, "allowed_digests takes 64 lower-case hex digits"),
         (["--replicas", "2"], {}, "add --ray"),
+        (["--grafana-url", "javascript:alert(1)"], {}, "grafana_url takes URLs as https"),
         (["--lora-kernels", "on"], {}, "lora_kernels takes auto, layers, compile or off"),
         (["--cpu-weights", "int2"], {}, "cpu_weights takes auto, int8 or int4"),
         (["--target-inter-token", "soon"], {}, "target_inter_token takes auto, or seconds from 0 up, not 'soon'"),
