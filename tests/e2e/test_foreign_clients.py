@@ -1,4 +1,4 @@
-"""Others' programs and the real engine: TRL, lm-eval and vLLM's benchmark as they are, operators by their requests."""
+"""Others' programs and the real engine: TRL, lm-eval, instructor, vLLM's benchmark; operators by their requests."""
 
 from __future__ import annotations
 
@@ -121,6 +121,13 @@ def test_vllms_own_benchmark_has_no_failed_request(server, voice, faint, tmp_pat
     )  # fmt: skip
     assert (result["completed"], result["failed"]) == (12, 0)
     assert result["total_output_tokens"] == 12 * 8 and result["mean_ttft_ms"] > 0
+
+
+def test_instructor_gets_objects_by_their_schema(server, voice, tmp_path):
+    """The short set of client libraries; the long one is `make clients`."""
+    told = {"URL": f"{server.url}/v1", "KEY": KEY, "MODEL": BASE, "ADAPTER": voice}
+    answers = foreign.run("python_clients", "instructor", folder=tmp_path, package="tests.support.clients", **told)
+    assert answers["structured"]
 
 
 async def test_aibrixs_sequence(server, operator, adapters, name):

@@ -1,6 +1,6 @@
 """Programs of others in a folder of their own, beside loradock's environment: no other test sees what they bring.
 
-trl 1.16.0 (Apache-2.0) and lm-eval 0.4.13 (MIT), with what they need beside vLLM, by hash: `requirements.txt` here and
+trl 1.16.0 (Apache-2.0), lm-eval 0.4.13 and instructor 1.17.0 (MIT), with what they need beside vLLM, by hash: `requirements.txt` here and
 serve/cli/requirements/lm-eval.txt. Installed when first asked for (some seconds), and kept in the environment.
 """
 
@@ -45,18 +45,25 @@ def installed() -> Path:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--require-hashes"]
         command = [*pip, "--target", str(made), "-r", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"pip cannot install TRL and lm-eval:\n{done.stderr[-2000:]}"
+        assert done.returncode == 0, f"pip cannot install TRL, lm-eval and instructor:\n{done.stderr[-2000:]}"
         with suppress(OSError):  # another run was faster
             os.rename(made, folder)
     return folder
 
 
-def run(module: str, *words: str | Path, folder: Path, timeout: float = 180, **environ: str) -> Any:
-    """What a program of this package printed as its last line, as JSON. It runs in `folder`, and never asks the hub."""
+def run(
+    module: str,
+    *words: str | Path,
+    folder: Path,
+    timeout: float = 180,
+    package: str = "tests.support.foreign",
+    **environ: str,
+) -> Any:
+    """What a program of the package printed as its last line, as JSON. It runs in `folder`, and never asks the hub."""
     own = {"PYTHONPATH": f"{installed()}{os.pathsep}{ROOT}", "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
     clean = {key: value for key, value in os.environ.items() if not key.startswith("LORADOCK_")}
     environ = {**clean, **own, **environ}
-    command = [sys.executable, "-m", f"tests.support.foreign.{module}", *map(str, words)]
+    command = [sys.executable, "-m", f"{package}.{module}", *map(str, words)]
     done = subprocess.run(
         command,
         cwd=folder,
