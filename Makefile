@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-real drift-streams bench monitoring clean setup setup-dev tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff gpu gpu-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-real drift-streams bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff gpu gpu-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -66,6 +66,12 @@ grafana-types: setup-dev ## the dashboards against the types that Grafana 11 and
 
 page: setup-dev ## a thousand adapters on the dashboard in a real browser: seconds until it is ready, and bytes; a minute
 	@$(BIN)/python -m tests.campaigns.page $(ARGS)
+
+first-hour: ## the README, typed by a program in a fresh clone below an empty home: serve, demo, fine-tune, promote, roll back; 15 minutes
+	@$(or $(PYTHON),python3) -m tests.campaigns.first_hour $(ARGS)
+
+clients: setup-dev ## client libraries and load tools of others, each in an environment of its own, against the real engine; 15 minutes
+	@$(BIN)/python -m tests.campaigns.clients $(ARGS)
 
 schemas: setup-dev ## Schemathesis over the routes that vLLM answers, against the real engine: every answer of 500; 30 minutes
 	@$(BIN)/python -m tests.campaigns.inference_schemas $(ARGS)

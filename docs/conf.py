@@ -26,3 +26,4 @@ nitpicky = True
 html_theme = "furo"
 html_title = "loradock"
 html_show_sphinx = False
+html_search_scorer = str(DOCS / "search_scorer.js")
