@@ -33,7 +33,15 @@ def checked(config: Config) -> Config:
         metrics_keys=keys_hashed(config.metrics_keys),
         webhook_secret=_webhook_secret(config),
     )
-    for check in (_check_numbers, _check_patterns, _check_addresses, _check_combinations, _check_access, _check_names, provider_of):
+    for check in (
+        _check_numbers,
+        _check_patterns,
+        _check_addresses,
+        _check_combinations,
+        _check_access,
+        _check_names,
+        provider_of,
+    ):
         check(config)
     return config
 

@@ -97,10 +97,13 @@ def main() -> int:
     if shutil.which("npm") is None:
         print("npm is not installed: those in JavaScript are skipped")
         chosen = [client for client in chosen if not client.in_javascript]
-    with _folder(options.folder) as folder, tempfile.TemporaryDirectory(prefix="loradock-clients-") as data:
-        with Server(Path(data) / "data", Path(data) / "log", *SMALL) as server:
-            server.upload(ADAPTER, trained(WORD)[WORD]).raise_for_status()
-            outcomes = [_tried(client, folder / client.name, server.url) for client in chosen]
+    with (
+        _folder(options.folder) as folder,
+        tempfile.TemporaryDirectory(prefix="loradock-clients-") as data,
+        Server(Path(data) / "data", Path(data) / "log", *SMALL) as server,
+    ):
+        server.upload(ADAPTER, trained(WORD)[WORD]).raise_for_status()
+        outcomes = [_tried(client, folder / client.name, server.url) for client in chosen]
     if options.json:
         rows = [{"client": each.client.package, "version": each.version, "works": each.works, "fails": each.fails}
                 for each in outcomes]  # fmt: skip
@@ -136,10 +139,12 @@ def _installed_by_pip(client: Client, folder: Path) -> str:
     if not python.exists():
         uv = folder.parent / "uv/bin/uv"  # in a fraction of pip's time
         if not uv.exists():
-            _done([sys.executable, "-m", "venv", str(uv.parents[1])], folder.parent, INSTALL_SECONDS)
-            _done([str(uv.with_name("python")), "-m", "pip", "install", "--quiet", "uv"], folder.parent, INSTALL_SECONDS)
-        _done([str(uv), "venv", "--quiet", "--python", sys.executable, str(folder)], folder.parent, INSTALL_SECONDS)
-        _done([str(uv), "pip", "install", "--quiet", "--python", str(python), *client.packages], folder, INSTALL_SECONDS)
+            pip = [str(uv.with_name("python")), "-m", "pip", "install", "--quiet", "uv"]
+            for command in ([sys.executable, "-m", "venv", str(uv.parents[1])], pip):
+                _done(command, folder.parent, INSTALL_SECONDS)
+        install = [str(uv), "pip", "install", "--quiet", "--python", str(python), *client.packages]
+        for command in ([str(uv), "venv", "--quiet", "--python", sys.executable, str(folder)], install):
+            _done(command, folder.parent, INSTALL_SECONDS)
     code = f"import importlib.metadata; print(importlib.metadata.version({client.package.partition('[')[0]!r}))"
     return _done([str(python), "-c", code], folder, CLIENT_SECONDS).strip()
 
@@ -208,7 +213,8 @@ def _done(command: list[str], folder: Path, seconds: float, more: dict[str, str]
     done = subprocess.run(
         command, cwd=folder, env=environ, capture_output=True, text=True, timeout=seconds, check=False
     )
-    assert done.returncode == 0, f"{Path(command[0]).name} ended with {done.returncode}: {(done.stderr or done.stdout)[-600:]}"
+    said = (done.stderr or done.stdout)[-600:]
+    assert done.returncode == 0, f"{Path(command[0]).name} ended with {done.returncode}: {said}"
     return done.stdout
 
 

@@ -44,7 +44,11 @@ class Task:
 # Written before any of them was tried; words are what somebody would type who knows no word of ours.
 TASKS = (
     Task("Put another LoRA adapter onto a running server", "upload lora adapter", r"loradock adapters push tone"),
-    Task("What happens to running requests when a version changes?", "switch version running requests", r"finish on version 1|end(s)? on the version they began on"),
+    Task(
+        "What happens to running requests when a version changes?",
+        "switch version running requests",
+        r"finish on version 1|end(s)? on the version they began on",
+    ),
     Task("Does Llama-3.1-8B with adapters fit one A100?", "llama 8b a100 memory", r"Llama-3\.1-8B.*\n?.*A100|a100"),
     Task("Turn drift detection off", "disable drift", r"--no-drift"),
     Task("Run three replicas", "replicas", r"--replicas \d"),
@@ -107,8 +111,10 @@ def found(page: Page, url: str, task: Task, most: int) -> bool:
     page.locator(".search-summary").wait_for()
     page.wait_for_function("/finished|did not match|found/i.test(document.querySelector('.search-summary').innerText)")
     links = page.locator("ul.search > li > a").evaluate_all("links => links.map(link => link.href)")
-    place, answered = 0, False
-    for place, link in enumerate(dict.fromkeys(links[:most]), 1):
+    place = 0
+    answered = False
+    for link in dict.fromkeys(links[:most]):
+        place += 1
         page.goto(link)
         text = page.locator("article").inner_text()
         answered = re.search(task.answer, text) is not None and not re.search(ABOUT_ITSELF, page.url)

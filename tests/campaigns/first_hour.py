@@ -110,7 +110,7 @@ class Terminal:
 
     def __init__(self, folder: Path, environ: dict[str, str], log: Log) -> None:
         self._log = log
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the shell
         told, self._keys = os.pipe()
         ended, said = os.pipe()
         self._ended: IO[bytes] = os.fdopen(ended, "rb", buffering=0)
@@ -187,9 +187,8 @@ def serving(command: str, folder: Path, environ: dict[str, str], log: Log) -> It
 
 
 def _is_ready() -> bool:
-    with suppress(urllib.error.URLError, OSError):
-        with urllib.request.urlopen(f"{SERVER}/ready", timeout=5) as answer:
-            return bool(answer.status == 200)
+    with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{SERVER}/ready", timeout=5) as answer:
+        return bool(answer.status == 200)
     return False
 
 
@@ -260,9 +259,11 @@ def main() -> None:
     try:
         play(home, log)
         seconds = time.monotonic() - log.began
-        own, all_of_them = (after - before for after, before in zip(_processor_seconds(), (own, all_of_them), strict=True))
+        own, all_of_them = (
+            after - before for after, before in zip(_processor_seconds(), (own, all_of_them), strict=True)
+        )
         log.write(
-            f"{seconds / 60:.1f} minutes; of {seconds * (os.cpu_count() or 1):.0f} s that {os.cpu_count()} cores have then, "
+            f"{seconds / 60:.1f} minutes; of {seconds * (os.cpu_count() or 1):.0f} s of {os.cpu_count()} cores "
             f"{all_of_them:.0f} s were worked, {own:.0f} s at least for this"
         )
     finally:

@@ -24,8 +24,8 @@ HEADERS = {
 _FOLDER = Path(__file__).parent
 _JAVASCRIPT = "text/javascript; charset=utf-8"
 _MODULES = (
-    "page", "actions", "adapter", "addresses", "api", "cards", "charts", "dom", "grafana", "jobs", "lists", "loops", "playground",
-    "strip", "verdicts",
+    "page", "actions", "adapter", "addresses", "api", "cards", "charts", "dom", "grafana", "jobs", "lists", "loops",
+    "playground", "strip", "verdicts",
 )  # fmt: skip
 _FILES = {
     "/dashboard": ("dashboard.html", "text/html; charset=utf-8"),

@@ -1,7 +1,8 @@
 """Programs of others in a folder of their own, beside loradock's environment: no other test sees what they bring.
 
-trl 1.16.0 (Apache-2.0), lm-eval 0.4.13 and instructor 1.17.0 (MIT), with what they need beside vLLM, by hash: `requirements.txt` here and
-serve/cli/requirements/lm-eval.txt. Installed when first asked for (some seconds), and kept in the environment.
+trl 1.16.0 (Apache-2.0), lm-eval 0.4.13 and instructor 1.17.0 (MIT), with what they need beside vLLM, by hash:
+`requirements.txt` here and serve/cli/requirements/lm-eval.txt. Installed when first
+asked for (some seconds), and kept in the environment.
 """
 
 from __future__ import annotations
