@@ -25,14 +25,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serve.names import tenant_of
-from serve.sequential.sequential_test import Verdict
+
+if TYPE_CHECKING:  # numpy is imported there, and begins threads: a process that has any is not forked
+    from serve.sequential.sequential_test import Verdict
 
 log = logging.getLogger(__name__)
 
