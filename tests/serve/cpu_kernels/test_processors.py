@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +29,30 @@ pytestmark = pytest.mark.skipif(not build.step_available(), reason="no kernels f
 PROCESSORS = {"haswell": "AVX2", "alderlake": "AVX2 VNNI", "skylake-avx512": "AVX-512"}
 
 
-def results(march: str, folder: Path) -> dict[str, Any]:
-    """What the kernels compute that are compiled for a processor; skips if this one cannot execute them."""
-    file, root = folder / f"{march}.pt", Path(__file__).parents[3]
-    environ = {**os.environ, build.MARCH: march, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.support.kernel_results", str(file)]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=root)
-    if done.returncode == -signal.SIGILL:
-        pytest.skip(f"this processor cannot execute what is compiled for {march}")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return torch.load(file)
-
-
 @pytest.fixture(scope="module")
-def here(tmp_path_factory) -> dict[str, Any]:
-    return results("native", tmp_path_factory.mktemp("kernels"))
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What the kernels compute that are compiled for a processor; skips if this one cannot execute them."""
+    folder, root = tmp_path_factory.mktemp("kernels"), Path(__file__).parents[3]
+    pairs = [f"{march}={folder / march}.pt" for march in ("native", *PROCESSORS)]
+    command = [sys.executable, "-m", "tests.support.kernels_of_processors", *pairs]
+    environ = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=root)
+    ended = {march: int(code) for march, code in map(str.split, done.stdout.splitlines())}
+
+    def computed(march: str) -> dict[str, Any]:
+        if ended.get(march) == -signal.SIGILL:
+            pytest.skip(f"this processor cannot execute what is compiled for {march}")
+        assert ended.get(march) == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return torch.load(folder / f"{march}.pt")
+
+    return computed
 
 
 @pytest.mark.parametrize("march", PROCESSORS)
-def test_every_processor_computes_the_same_up_to_rounding(march, here, tmp_path):
-    there = results(march, tmp_path)
+def test_every_processor_computes_the_same_up_to_rounding(march, results):
+    there = results(march)
     assert there["instructions"] == PROCESSORS[march]
-    compare(here, there)
+    compare(results("native"), there)
 
 
 def test_a_processor_that_the_compiler_does_not_know_is_said(monkeypatch, caplog):
