@@ -62,7 +62,7 @@ def decoded(data: bytes, kind: type[T], *, strict: bool = False) -> T:
         return msgspec.json.decode(data or b"null", type=kind, strict=strict)
     except msgspec.ValidationError as error:
         raise _refused(str(error) if data else "Field required") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"the body: it is not JSON ({error})", param="the body") from error
 
 
@@ -73,7 +73,7 @@ def decoded_lines(data: bytes, kind: type[T], name: str) -> T:
         if line.strip():
             try:
                 entries.append(msgspec.json.decode(line))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise BadRequest(f"line {number}: it is not JSON ({error})", param="the body") from error
     try:
         return msgspec.convert({name: entries}, kind)

@@ -36,7 +36,7 @@ class CancellableCall:
         self._running = False
 
     def cut(self, error: LoradockError) -> None:
-        if self._error is None:
+        if not self._cut.is_set():
             self._error = error
             self._cut.set()
             if self._running:
@@ -44,18 +44,21 @@ class CancellableCall:
 
     async def run(self, app: ASGIApp, scope: Scope, send: Send | None = None) -> None:
         """The app's answer, to its end or to the cut; the app gets `send` in place of this call's own."""
-        if self._error is None:
+        if not self._cut.is_set():
             try:
                 async with self._limit:
                     self._running = True
                     await app(scope, self.receive, send or self.send)
             except Exception:
-                if self._error is None:
+                if not self._cut.is_set():
                     raise
             finally:
                 self._running = False
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:  # its frames would keep this call, and what came with it, until garbage is collected
+                self._error = None
 
     async def receive(self) -> Message:
         if not self._cut.is_set():
@@ -71,9 +74,9 @@ class CancellableCall:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        if self._error is None and _is_error(message) and (error := self._failing()):
+        if not self._cut.is_set() and _is_error(message) and (error := self._failing()):
             self.cut(error)
-        if self._error is None:
+        if not self._cut.is_set():
             try:
                 await self._send(message)
             except LoradockError as error:  # raised into the app, it would leave its generators open

@@ -340,7 +340,7 @@ class Tap:
         self._queued: float | None = None
         self._seated: float | None = None
         self._load_seconds, self._crashed = 0.0, False
-        self._error: LoradockError | None = None
+        self._error: type[LoradockError] | None = None
         self.began = time.time()
         self.request_id = request_id
         self.trace_id, self.trace = trace_id, trace
@@ -409,7 +409,8 @@ class Tap:
 
     def failed(self, error: LoradockError) -> None:
         """Say why there is no answer, or no more of it."""
-        self._error = error
+        # Not the error: by its frames it would hold this, and with it the body, until garbage is collected.
+        self._error = type(error)
 
     def crashed(self) -> None:
         """A defect ended it: whoever stands outside answers with a 500, if nothing has been sent."""
@@ -465,15 +466,16 @@ class Tap:
             return None
         if self._seated is not None:
             return max(0.0, self._seated - self._queued - self._load_seconds)
-        gave_up = self._error is None or isinstance(self._error, ClientLeft | DeadlineExceeded)
+        gave_up = self._error is None or issubclass(self._error, ClientLeft | DeadlineExceeded)
         return self._started + total - self._queued if gave_up else None
 
     def _failure(self, generations: Sequence[Generation]) -> Failure | None:
-        if isinstance(self._error, Overloaded):
+        error = self._error or LoradockError
+        if issubclass(error, Overloaded):
             return Failure.OVERLOADED
-        if isinstance(self._error, DeadlineExceeded):
+        if issubclass(error, DeadlineExceeded):
             return Failure.QUEUE_DEADLINE if self._seated is None else Failure.DEADLINE
-        if isinstance(self._error, EngineUnavailable):
+        if issubclass(error, EngineUnavailable):
             return Failure.UNAVAILABLE if self._seated is None else Failure.ERROR
         if self._crashed or self.status >= 500 or any(made.finish_reason == "error" for made in generations):
             return Failure.ERROR

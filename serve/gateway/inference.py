@@ -135,14 +135,19 @@ class Inference:
             else:
                 await send_error(error, scope, receive, tap)
         except LoradockError as error:
-            answer = self._doubted(error)
-            tap.failed(answer)
-            await send_error(answer, scope, receive, tap)
+            await self._refuse(error, scope, receive, tap)
         except Exception:
             tap.crashed()
             raise
         finally:
             tap.offer(self._take)
+
+    async def _refuse(self, error: LoradockError, scope: Scope, receive: Receive, tap: Tap) -> None:
+        # In a frame of its own: one that the error came through would hold it, and with it the body, until garbage is
+        # collected.
+        answer = self._doubted(error)
+        tap.failed(answer)
+        await send_error(answer, scope, receive, tap)
 
     async def _answer(self, scope: Scope, connection: PacedConnection, tap: Tap, deadline: Deadline) -> None:
         """Judge the caller, read the request, and have it answered."""

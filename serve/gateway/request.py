@@ -105,7 +105,7 @@ class InferenceRequest:
         self.body = body
         try:
             self.fields = decoded(body, _decode_far if _FAR_EXPONENT.search(body) else _decode)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except msgspec.DecodeError as error:
             raise BadRequest(f"the request body is not a JSON object: {error}") from error
         _check_priority(self.fields.get("priority"))
         if _LONG_NUMBER.search(body):

@@ -18,26 +18,22 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic_core import SchemaValidator
 from pydantic_core.core_schema import no_info_before_validator_function
-from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 
 from serve.errors import BadRequest
 from serve.names import shown
+from serve.vllm_backend.tagged_unions import CHOICE, OTHER, tagged
 
 MAX_MESSAGE = 500
 # No model of vLLM's has so many fields.
 MOST_KEYS = 200
 # Schemas of what holds any number of items.
 _MANY = frozenset({"list", "tuple", "set", "frozenset", "dict"})
-# What of a schema is no schema.
-_OTHER = frozenset({"metadata", "serialization", "cls", "default", "expected"})
 
 
 def install(app: FastAPI) -> None:
     """Into the routes of vLLM's app, before it has answered anything."""
     for field in body_fields(app):
-        schema = ends_at_first_error(field._type_adapter.core_schema)
-        # Without what the models built for themselves, which collects.
-        field._type_adapter.validator = SchemaValidator(schema, _use_prebuilt=False)
+        field._type_adapter.validator = validator(field._type_adapter.core_schema)
     app.add_exception_handler(RequestValidationError, _answer)
 
 
@@ -47,8 +43,17 @@ def body_fields(app: FastAPI) -> list[ModelField]:
     return [field for route in routes for field in route.dependant.body_params]
 
 
+def validator(schema: Any) -> SchemaValidator:
+    """Of a model with this core schema, which looks up to the first wrong item."""
+    # Without what the models built for themselves, which collects.
+    return SchemaValidator(tagged(ends_at_first_error(schema)), _use_prebuilt=False)
+
+
 def ends_at_first_error(schema: Any) -> Any:
-    """The same core schema, whose lists, sets and dictionaries end at their first wrong item."""
+    """The same core schema, whose lists, sets and dictionaries end at their first wrong item.
+
+    Errors name no choice of a union: `CHOICE` stands in its place.
+    """
     copies: dict[int, Any] = {}
 
     def copied(part: Any) -> Any:
@@ -60,9 +65,11 @@ def ends_at_first_error(schema: Any) -> Any:
             copies[id(part)] = copy = {}
             # Without a type it holds schemas by the names of fields, which may be any.
             kind = part["type"] if isinstance(part.get("type"), str) else None
-            copy.update({name: value if kind and name in _OTHER else copied(value) for name, value in part.items()})
+            copy.update({name: value if kind and name in OTHER else copied(value) for name, value in part.items()})
             if kind in _MANY:
                 copy["fail_fast"] = True
+            elif kind == "union":
+                copy["choices"] = [(each[0] if isinstance(each, tuple) else each, CHOICE) for each in copy["choices"]]
             elif "forbid" in (part.get("extra_behavior"), (part.get("config") or {}).get("extra_fields_behavior")):
                 copies[id(part)] = _with_few_keys(copy)
         return copies[id(part)]
@@ -84,6 +91,10 @@ def _few_keys(value: Any) -> Any:
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     refusal = refused(error.errors())
+    # Their frames lead to one of FastAPI's that holds these errors, and the body: nothing would go before a collection.
+    for each in (error, *((wrong.get("ctx") or {}).get("error") for wrong in error.errors())):
+        if isinstance(each, BaseException):
+            each.__traceback__ = each.__cause__ = each.__context__ = None
     return JSONResponse(refusal.body(), status_code=refusal.status)
 
 
@@ -96,5 +107,5 @@ def refused(errors: Sequence[Any]) -> BadRequest:
 
 def _where(error: Any) -> list[str]:
     """The fields and numbers of items that lead to it, without the choices of unions between them."""
-    where = clean_loc_for_param(error["loc"]).split(".")
-    return where[1:] if where[0] == "body" else where
+    where = [part for part in map(str, error["loc"]) if not part.startswith(CHOICE)]
+    return where[1:] if where[:1] == ["body"] else where

@@ -36,7 +36,7 @@ def check_objects(path: Path) -> None:
                 raise _refused(
                     f"Line {number} is not a dictionary (HINT: line starts with: {_start(line)})."
                 ) from error
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise _refused(f"Line {number} is not JSON ({shown(error)}).") from error
             objects += 1
     if not objects:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from serve.vllm_backend import first_error
 from serve.vllm_backend.request_schemas import REQUESTS
 from tests.serve.vllm_backend.test_request_schemas import ROUTERS
+from tests.support.garbage import left_by
 
 SAY = [{"role": "user", "content": "x"}]
 HONEST = {
@@ -70,6 +71,17 @@ def test_a_thousand_wrong_items_are_hardly_more_errors_than_two(path, validators
                 assert thousand <= two + first_error.MOST_KEYS, (name, item)
                 looked += two > 0
     assert looked, "nothing of it was wrong"
+
+
+@pytest.mark.parametrize("wrong", [{"n": [[]] * 20_000}, {"user": [[]] * 20_000, "stream_options": {}}])
+async def test_a_body_that_was_refused_is_gone_without_a_collection_of_garbage(wrong, app):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+
+        async def refused():
+            answer = await client.post("/v1/completions", json={"model": "base", "prompt": "x", **wrong})
+            assert answer.status_code == 400
+
+        assert await left_by(refused) < 10_000
 
 
 @pytest.mark.parametrize(
